@@ -1,0 +1,1 @@
+"""Phloem: a serving engine for large language and multimodal models."""

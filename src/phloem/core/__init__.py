@@ -1,0 +1,1 @@
+"""Floor 0: plain types that every other floor shares."""

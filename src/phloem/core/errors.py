@@ -1,0 +1,63 @@
+"""The exception tree; each class knows the HTTP status and the OpenAI error type it answers with."""
+
+from __future__ import annotations
+
+
+class PhloemError(Exception):
+    """Base of everything that Phloem raises on purpose."""
+
+    status = 500
+    kind = "internal_error"
+    retryable = False
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+class BadRequest(PhloemError):
+    """The request can never succeed as it was sent."""
+
+    status = 400
+    kind = "invalid_request_error"
+
+
+class Unauthorized(PhloemError):
+    status = 401
+    kind = "authentication_error"
+
+
+class NotFound(PhloemError):
+    status = 404
+    kind = "not_found_error"
+
+
+class BodyTooLarge(PhloemError):
+    status = 413
+    kind = "invalid_request_error"
+
+
+class QueueFull(PhloemError):
+    """The waiting queue is at its limit; the client should try again."""
+
+    status = 503
+    kind = "overloaded_error"
+    retryable = True
+
+
+class EngineDead(PhloemError):
+    """The engine process has gone; requests that were in flight are lost."""
+
+    status = 503
+    kind = "engine_unavailable"
+    retryable = True
+
+
+class ConfigError(PhloemError):
+    """A configuration value is wrong; raised before any port is opened."""
+
+
+class ModelLoadError(PhloemError):
+    """A checkpoint is missing, corrupt or of an unknown architecture; raised before any port is opened."""

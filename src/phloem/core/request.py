@@ -1,0 +1,124 @@
+"""What a client asks for: sampling parameters and how a request ends."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+
+import msgspec
+
+from phloem.core.errors import BadRequest
+
+MAX_STOP_STRINGS = 64
+MAX_LOGIT_BIAS = 4096
+
+
+class RequestStatus(enum.Enum):
+    """Where a request stands between admission and its last token."""
+
+    WAITING_ON = "waiting_on"
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why a request ended, in the shape of `meta_info.finish_reason`.
+
+    `type` is `stop` (with `matched`: a token id or a string), `length` (with `length`: tokens generated)
+    or `abort` (with `message` and `status_code`).
+    """
+
+    type: str
+    matched: int | str | None = None
+    length: int | None = None
+    message: str | None = None
+    status_code: int | None = None
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """How tokens are chosen and when generation ends. Names and defaults are those of `/generate`."""
+
+    max_new_tokens: int | None = 128
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    stop_regex: list[str] = []
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False
+    n: int = 1
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | None = None
+    logit_bias: dict[str, float] = {}
+    sampling_seed: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0 or self.top_k == 1
+
+    def validate(self, vocab_size: int) -> None:
+        """Raise `BadRequest` naming the first field whose value cannot be served."""
+        for name, low, high, open_low in _RANGES:
+            _check_range(name, float(getattr(self, name)), low, high, open_low)
+        if self.max_new_tokens is not None and self.max_new_tokens < 0:
+            raise BadRequest(f"max_new_tokens must be at least 0, got {self.max_new_tokens}", param="max_new_tokens")
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise BadRequest(
+                f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens ({self.max_new_tokens})",
+                param="min_new_tokens",
+            )
+        if self.top_k == 0 or self.top_k < -1:
+            raise BadRequest(f"top_k must be -1 (off) or at least 1, got {self.top_k}", param="top_k")
+        if len(self.stop) > MAX_STOP_STRINGS or any(not text for text in self.stop):
+            raise BadRequest(f"stop takes at most {MAX_STOP_STRINGS} strings, none of them empty", param="stop")
+        _check_ids("stop_token_ids", self.stop_token_ids, vocab_size)
+        self._validate_bias(vocab_size)
+        chosen = [name for name in ("json_schema", "regex", "ebnf", "structural_tag") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise BadRequest(f"only one constraint at a time, got {' and '.join(chosen)}", param=chosen[1])
+
+    def _validate_bias(self, vocab_size: int) -> None:
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise BadRequest(f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens", param="logit_bias")
+        for key, value in self.logit_bias.items():
+            if not key.isascii() or not key.isdigit():
+                raise BadRequest(f"logit_bias keys are token ids, got {key!r}", param="logit_bias")
+            _check_ids("logit_bias", [int(key)], vocab_size)
+            _check_range("logit_bias", value, -100.0, 100.0, False)
+
+
+_RANGES: tuple[tuple[str, float, float, bool], ...] = (
+    ("min_new_tokens", 0, 2**31 - 1, False),
+    ("temperature", 0.0, 1e6, False),
+    ("top_p", 0.0, 1.0, True),
+    ("min_p", 0.0, 1.0, False),
+    ("frequency_penalty", -2.0, 2.0, False),
+    ("presence_penalty", -2.0, 2.0, False),
+    ("repetition_penalty", 0.0, 1e3, True),
+    ("n", 1, 128, False),
+)
+
+
+def _check_range(name: str, value: float, low: float, high: float, open_low: bool) -> None:
+    inside = (low < value if open_low else low <= value) and value <= high
+    if math.isnan(value) or not inside:
+        bracket = "(" if open_low else "["
+        raise BadRequest(f"{name} must be in {bracket}{low:g}, {high:g}], got {value:g}", param=name)
+
+
+def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise BadRequest(f"{name}: token id {token} is not in [0, {vocab_size})", param=name)

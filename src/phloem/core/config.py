@@ -1,0 +1,242 @@
+"""Every setting, once: frozen sections that the command line, YAML files and `Engine(...)` keywords are made from.
+
+A field's default None (or "auto") means: `core/resolve.py` chooses and says why. Flat names are unique across sections,
+so that `--host` and `host:` need no prefix. This is the one file that reads the environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from phloem.core.errors import ConfigError
+
+
+def opt(default: Any, text: str) -> Any:
+    """A field with its help."""
+    return field(default=default, metadata={"help": text})
+
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+Policy = Literal["fcfs", "lpm", "priority"]
+Eviction = Literal["lru", "lfu", "fifo"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+OnEngineDeath = Literal["restart", "exit"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how its weights are read."""
+
+    model_path: str = opt("demo", "Directory, GGUF file, hub id, or 'demo' for the embedded default model.")
+    tokenizer_path: str | None = opt(None, "Tokenizer directory or file; default: the model's own.")
+    served_model_name: str | None = opt(None, "Name under which clients ask for the model; default: the model path.")
+    revision: str | None = opt(None, "Branch, tag or commit of a hub id.")
+    load_format: LoadFormat = opt("auto", "How weights are read; 'dummy' draws random ones from the config alone.")
+    dtype: DType = opt("auto", "Type of weights and KV cache; auto follows the checkpoint and the machine.")
+    quantization: str | None = opt(None, "Weight quantisation method; default: what the checkpoint says.")
+    context_length: int | None = opt(None, "Longest prompt plus output in tokens; default: the model's own limit.")
+    chat_template: str | None = opt(None, "File with a Jinja chat template; default: the model's own.")
+    trust_remote_code: bool = opt(False, "Run Python code that comes with a checkpoint. Off for your safety.")
+    skip_tokenizer_init: bool = opt(False, "Serve token ids only; no tokenizer is loaded.")
+    random_seed: int | None = opt(None, "Seed for requests that bring none; default: drawn at start.")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """KV memory and prefix cache."""
+
+    max_total_tokens: int | None = opt(None, "KV pool size in tokens; overrides the memory fraction.")
+    mem_fraction_static: float | None = opt(None, "Share of free memory for weights and KV pool, 0 to 1.")
+    kv_memory: str | None = opt(None, "KV pool size in bytes, such as '2GiB'; overrides the memory fraction.")
+    page_size: int | None = opt(None, "Tokens per KV page; default: what the attention backend prefers.")
+    kv_cache_dtype: str = opt("auto", "Type of the KV cache: auto, or one that the attention backend takes.")
+    disable_radix_cache: bool = opt(False, "Do not share computed prefixes between requests.")
+    radix_eviction_policy: Eviction = opt("lru", "Which unused cached prefix goes first when pages run out.")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Who runs when."""
+
+    max_running_requests: int | None = opt(None, "Most requests in one step; default: from the machine.")
+    max_queued_requests: int = opt(4096, "Most waiting requests; beyond, a request is answered 503.")
+    chunked_prefill_size: int | None = opt(None, "Token budget of one step: prompts are prefilled in such chunks.")
+    schedule_policy: Policy = opt("fcfs", "Order of waiting requests: arrival, longest cached prefix, or priority.")
+    disable_overlap_schedule: bool = opt(False, "Plan a step only after the one before it has ended.")
+    stream_interval: int = opt(1, "Send streamed tokens in groups of this many.")
+    watchdog_timeout: float = opt(300.0, "Seconds after which a step that hangs is reported with all stacks.")
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Machine and kernels."""
+
+    device: str = opt("auto", "Platform to run on; auto takes the best one available.")
+    attention_backend: str | None = opt(None, "Attention backend; default: the platform's first that accepts.")
+    ops: str | None = opt(None, "Op table: 'reference' forces plain torch; default: the platform's fastest.")
+    threads: int | None = opt(None, "Compute threads; default: one per core that the process may use.")
+    disable_step_graph: bool = opt(False, "Run every step eagerly, through Python.")
+    check_step_graph: bool = opt(False, "Debug: run recorded and eager steps side by side and compare.")
+    debug_invariants: bool = opt(False, "Debug: check the page accounting after every step.")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The HTTP door."""
+
+    host: str = opt("127.0.0.1", "Address to listen on.")
+    port: int = opt(30000, "Port to listen on; 0 takes a free one.")
+    api_key: str | None = opt(None, "Key that clients must send as a bearer token; PHLOEM_API_KEY sets it too.")
+    max_body_bytes: int = opt(32 * 1024 * 1024, "Largest request body.")
+    max_prompts_per_request: int = opt(1024, "Most prompts in one batch request.")
+    incremental_streaming_output: bool = opt(False, "/generate streams only what is new in each event.")
+    on_engine_death: OnEngineDeath = opt("restart", "What the server does when its engine process dies.")
+    max_engine_restarts: int = opt(3, "Restarts within ten minutes before the server gives up and exits.")
+    drain_timeout: float = opt(30.0, "Seconds that running requests get to finish after SIGTERM.")
+    log_level: LogLevel = opt("info", "How much is logged.")
+    log_requests: bool = opt(False, "Log a line per request: lengths, times, how it ended (never its text).")
+    sglang_metric_names: bool = opt(False, "Serve metrics under 'sglang:' names as well.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All sections. Build it with `from_flat`, which explains what is wrong."""
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    server: ServerConfig = ServerConfig()
+
+    @staticmethod
+    def from_flat(values: dict[str, Any]) -> Config:
+        """From flat names to checked sections.
+
+        Raises:
+            ConfigError: naming the field, the value seen, the values allowed and the nearest spelling.
+        """
+        known = flat_fields()
+        parts: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            key = name.replace("-", "_")
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+                raise ConfigError(f"unknown setting {name!r}{hint}", param=name)
+            section, kind = known[key]
+            parts.setdefault(section, {})[key] = _convert(key, value, kind)
+        sections = {spec.name: type(spec.default)(**parts.get(spec.name, {})) for spec in dataclasses.fields(Config)}
+        config = Config(**sections)
+        _check_ranges(config)
+        return config
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its flat name."""
+        return {
+            spec.name: getattr(getattr(self, section.name), spec.name)
+            for section in dataclasses.fields(self)
+            for spec in dataclasses.fields(getattr(self, section.name))
+        }
+
+    def with_(self, **values: Any) -> Config:
+        """A copy in which these flat names have other values."""
+        return Config.from_flat({**self.flat(), **values})
+
+
+def flat_fields() -> dict[str, tuple[str, Any]]:
+    """Flat name -> (section, type)."""
+    found: dict[str, tuple[str, Any]] = {}
+    for section in dataclasses.fields(Config):
+        cls = type(section.default)
+        hints = get_type_hints(cls)
+        for spec in dataclasses.fields(cls):
+            found[spec.name] = (section.name, hints[spec.name])
+    return found
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    try:
+        return msgspec.convert(value, kind, strict=False)
+    except msgspec.ValidationError as error:
+        options = [str(item) for item in get_args(kind)] if get_origin(kind) is Literal else []
+        if options:
+            near = difflib.get_close_matches(str(value), options, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{name}: {value!r} is not one of {', '.join(options)}{hint}", param=name) from None
+        raise ConfigError(f"{name}: {value!r}: {error}", param=name) from None
+
+
+_POSITIVE = (
+    "context_length",
+    "max_total_tokens",
+    "page_size",
+    "max_running_requests",
+    "max_queued_requests",
+    "chunked_prefill_size",
+    "stream_interval",
+    "watchdog_timeout",
+    "threads",
+    "max_body_bytes",
+    "max_prompts_per_request",
+)
+
+
+def _check_ranges(config: Config) -> None:
+    flat = config.flat()
+    for name in _POSITIVE:
+        if flat[name] is not None and not flat[name] > 0:
+            raise ConfigError(f"{name}: {flat[name]!r} must be above 0", param=name)
+    if not 0 <= config.server.port <= 65535:
+        raise ConfigError(f"port: {config.server.port} is not in 0 to 65535", param="port")
+    fraction = config.cache.mem_fraction_static
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ConfigError(f"mem_fraction_static: {fraction} is not in (0, 1]", param="mem_fraction_static")
+    if config.cache.kv_memory is not None:
+        parse_bytes(config.cache.kv_memory)
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """'2GiB' -> 2147483648.
+
+    Raises:
+        ConfigError: if the text is not a number with one of the units B, KB, MB, GB, KiB, MiB, GiB.
+    """
+    body = text.strip().lower()
+    digits = body.rstrip("kmgib ")
+    try:
+        return int(float(digits) * _UNITS[body[len(digits) :].strip()])
+    except (ValueError, KeyError):
+        raise ConfigError(f"kv_memory: {text!r} is not a size such as 512MiB or 2GB", param="kv_memory") from None
+
+
+def read_environment(values: dict[str, Any]) -> dict[str, Any]:
+    """Add what only the environment says: the API key, so that it need not stand on a command line."""
+    key = os.environ.get("PHLOEM_API_KEY")
+    return {**values, "api_key": key} if key and not values.get("api_key") else values
+
+
+def cache_home() -> Path:
+    """Where packed weights and the like may be kept between starts."""
+    base = os.environ.get("PHLOEM_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    return Path(base or Path.home() / ".cache") / "phloem"
+
+
+def child_environment(extra: dict[str, str]) -> dict[str, str]:
+    """The environment for a process that we start."""
+    return {**os.environ, **extra}
+
+
+def set_environment_default(name: str, value: str) -> None:
+    """Set a variable that a library reads at import, unless the user has set it."""
+    os.environ.setdefault(name, value)

@@ -1,0 +1,219 @@
+"""The contract between door and scheduler: tagged msgspec structs, as msgpack over ZMQ or handed over in process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from phloem.core.request import FinishReason, SamplingParams
+
+
+def pack_ids(ids: list[int]) -> bytes:
+    """Token ids as little-endian int32: a long list as msgpack integers costs a millisecond."""
+    return np.asarray(ids, dtype="<i4").tobytes()
+
+
+def unpack_ids(data: bytes) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.frombuffer(data, dtype="<i4").astype(np.int32)
+
+
+class Message(msgspec.Struct, tag=True, omit_defaults=True, kw_only=True):
+    """Base of everything that crosses the border."""
+
+
+# door -> scheduler
+
+
+class Submit(Message):
+    """A request, tokenised. `n` and stop strings are the door's business and never reach the scheduler."""
+
+    id: str
+    input_ids: bytes
+    sampling: SamplingParams
+    priority: int = 0
+    namespace: str = ""  # requests share cached prefixes only inside one namespace (`cache_salt`, `extra_key`, LoRA)
+    return_logprob: bool = False
+    logprob_start: int = -1  # first prompt position whose logprob is wanted; -1: none
+    top_logprobs: int = 0
+    token_ids_logprob: list[int] = []
+    arrival: float = 0.0  # time.time() at the door
+
+
+class Abort(Message):
+    """End a request (its pages are freed; no answer is sent). An empty id with `all` ends every one."""
+
+    id: str = ""
+    all: bool = False
+
+
+class Control(Message):
+    """An administrative call; answered by one `ControlReply` with the same id.
+
+    Names: `flush_cache` (args: timeout seconds), `state` (running and waiting counts, memory, throughput, cache),
+    `pause` (args: mode abort | retract | in_place), `resume`, `abort_all`.
+    """
+
+    id: str
+    name: str
+    args: dict[str, Any] = {}
+
+
+class Drain(Message):
+    """Finish what runs within `timeout` seconds, then answer `Stopped` and leave."""
+
+    timeout: float = 30.0
+
+
+# scheduler -> door
+
+
+class Logprobs(Message):
+    """`values[i]` belongs to the i-th position; top and chosen hold (logprob, token id) pairs per position."""
+
+    values: list[float] = []
+    top: list[list[tuple[float, int]]] = []
+    chosen: list[list[tuple[float, int]]] = []
+
+
+class Chunk(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """New tokens of one request."""
+
+    id: str
+    tokens: list[int] = []
+    finish: FinishReason | None = None
+    cached_tokens: int = 0  # prompt tokens found in the cache (on the first chunk and the last)
+    queue_seconds: float = 0.0
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None  # once, with the first chunk
+
+
+class Tokens(Message):
+    """One step's news for every request concerned: a single message a step."""
+
+    chunks: list[Chunk]
+
+
+class Stats(Message):
+    """Sent about once a second while anything runs, and once when the engine goes idle."""
+
+    running: int = 0
+    waiting: int = 0
+    used_tokens: int = 0
+    evictable_tokens: int = 0
+    available_tokens: int = 0
+    total_tokens: int = 0
+    gen_throughput: float = 0.0  # output tokens per second since the last Stats
+    cache_hit_rate: float = 0.0  # cached prompt tokens over prompt tokens, since start
+    evicted_tokens: int = 0
+    preemptions: int = 0
+    step: int = 0
+    outside_forward: float = 0.0  # share of step time outside the model's forward pass, since the last Stats
+
+
+class ControlReply(Message):
+    id: str
+    ok: bool = True
+    message: str = ""
+    data: dict[str, Any] = {}
+
+
+class Progress(Message):
+    """A phase of start-up ended: its name and how long it took."""
+
+    phase: str
+    seconds: float
+
+
+class Ready(Message):
+    """The engine can serve. `info`: max_total_num_tokens, page_size, vocab_size, context_length, decisions, phases."""
+
+    info: dict[str, Any] = {}
+
+
+class Failed(Message):
+    """The engine could not start, or stopped for good: the exception's class name, its text, its trace."""
+
+    error: str
+    kind: str = ""
+    trace: str = ""
+
+
+class Stopped(Message):
+    """The last message of an orderly end."""
+
+
+class Heartbeat(Message):
+    """Sent at least every second by the loop itself: its absence while a step runs means that the step hangs."""
+
+    step: int = 0
+    busy_seconds: float = 0.0  # how long the step in progress has been running; 0 when idle
+
+
+ToEngine = Submit | Abort | Control | Drain
+FromEngine = Tokens | Stats | ControlReply | Progress | Ready | Failed | Stopped | Heartbeat
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_to_engine(data: bytes) -> ToEngine:
+    return _to_engine.decode(data)
+
+
+def decode_from_engine(data: bytes) -> FromEngine:
+    return _from_engine.decode(data)
+
+
+class EngineLink:
+    """What the door holds of an engine, in this process or another (`launch.py` makes one; tests fake one).
+
+    `send` never blocks. `receive` is awaited by exactly one task. `alive` turns False for good when the engine ends.
+    """
+
+    def send(self, message: ToEngine) -> None:
+        raise NotImplementedError
+
+    async def receive(self) -> FromEngine:
+        raise NotImplementedError
+
+    @property
+    def alive(self) -> bool:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+__all__ = [
+    "Abort",
+    "Chunk",
+    "Control",
+    "ControlReply",
+    "Drain",
+    "EngineLink",
+    "Failed",
+    "FinishReason",
+    "FromEngine",
+    "Heartbeat",
+    "Logprobs",
+    "Message",
+    "Progress",
+    "Ready",
+    "Stats",
+    "Stopped",
+    "Submit",
+    "ToEngine",
+    "Tokens",
+    "decode_from_engine",
+    "decode_to_engine",
+    "encode",
+    "pack_ids",
+    "unpack_ids",
+]

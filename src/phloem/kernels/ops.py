@@ -1,0 +1,96 @@
+"""The op table: everything that a model's forward pass computes, as functions that a platform may replace one by one.
+
+Rules for callers: a forward pass consists of these ops and of views (`view`, slicing along the last axis, `unflatten`),
+never of torch arithmetic, so that a table can record the ops into a graph. Inputs may be strided views as long as the
+last axis is contiguous. Ops return new tensors (or views of buffers that a graph owns); `write_kv` and `rope_` alone
+change their inputs.
+
+Legend: T tokens, H query heads, K kv heads, D head size, N features, V vocabulary, R rows (requests), P pages per row,
+S page size. Caches are `[pages, K, S, D]`: a head's page is one contiguous block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from phloem.kernels import reference as ref
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+
+class WeightSource(Protocol):
+    """One checkpoint tensor that has not been read yet: a slice of a safetensors file, a GGUF tensor, or dummy data."""
+
+    name: str
+    shape: tuple[int, ...]  # logical shape, as torch has it: [out_features, in_features] for a linear weight
+    kind: str  # "dense", or a GGUF type name such as "Q4_1"
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The tensor, dequantised if need be, in `dtype`, contiguous, on the CPU."""
+        ...
+
+    def raw(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The stored bytes `[out_features, bytes per row]` of a quantised tensor, memory-mapped."""
+        ...
+
+
+@dataclass(slots=True)
+class PagedBatch:
+    """What paged attention must know of a step. All int32, on the device. See `Batch` for the host's side.
+
+    Query tokens of row r are `[query_start[r], query_start[r + 1])`; they are the last ones of its
+    `seq_lens[r]` tokens, so the position of token t of row r is `seq_lens[r] - query_len + t - query_start[r]`.
+    """
+
+    query_start: Tensor  # [R + 1]
+    seq_lens: Tensor  # [R] tokens in the cache once this step's are written
+    page_table: Tensor  # [R, P]
+    token_slots: Tensor  # [T] page * S + offset: where each new token's KV goes
+    max_query_len: int
+    max_seq_len: int
+
+
+PrepareLinear = Callable[[Sequence["WeightSource"], "torch.dtype", "torch.device"], Any]
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One table. `name` says which; every default is plain torch and is the specification of the op."""
+
+    name: str = "reference"
+
+    # Weights. `prepare_linear` turns the parts of one fused linear layer (q, k, v, say), stacked along out_features,
+    # into whatever `linear` and `embedding` of the same table understand; the default makes one dense tensor.
+    prepare_linear: PrepareLinear = ref.prepare_linear
+    linear: Callable[[Tensor, Any, Tensor | None], Tensor] = ref.linear  # x[T, N], weight, bias[M] -> [T, M]
+    embedding: Callable[[Tensor, Any, float], Tensor] = ref.embedding  # ids[T], weight[V, N], scale -> [T, N]
+
+    # Elementwise and norms. `rms_norm` works on the last axis of [T, N] or [T, H, D].
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = ref.rms_norm  # x, weight, eps
+    # x, residual, weight, eps -> (norm(x + residual), x + residual)
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = ref.add_rms_norm
+    add: Callable[[Tensor, Tensor], Tensor] = ref.add
+    silu_and_mul: Callable[[Tensor], Tensor] = ref.silu_and_mul  # [T, 2N] (gate, up) -> [T, N]
+    gelu_tanh_and_mul: Callable[[Tensor], Tensor] = ref.gelu_tanh_and_mul
+    softcap: Callable[[Tensor, float], Tensor] = ref.softcap  # cap * tanh(x / cap)
+    select_rows: Callable[[Tensor, Tensor], Tensor] = ref.select_rows  # x[T, N], index[L] -> [L, N]
+
+    # Position and attention. `rope_` rotates q[T, H, D] and k[T, K, D] in place, halves paired (NeoX style) or, with
+    # `interleaved`, neighbours; cos_sin[positions, 2, rotary / 2] is float32.
+    rope_: Callable[[Tensor, Tensor, Tensor, Tensor, bool], None] = (
+        ref.rope_
+    )  # q, k, positions[T], cos_sin, interleaved
+    write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = ref.write_kv  # k, v, k_cache, v_cache, slots
+    # q[T, H, D], k_cache, v_cache, batch, scale, window (0: full), softcap (0: none), sinks[H] or None -> [T, H, D]
+    paged_attention: Callable[[Tensor, Tensor, Tensor, PagedBatch, float, int, float, Tensor | None], Tensor] = (
+        ref.paged_attention
+    )
+
+    # Sampling helpers: logits[L, V] float -> int32/float32.
+    argmax: Callable[[Tensor], Tensor] = ref.argmax  # [L]
+    logsumexp: Callable[[Tensor], Tensor] = ref.logsumexp  # [L] float32

@@ -1,0 +1,37 @@
+"""Configuration: errors that name the field, the value and the nearest spelling."""
+
+import pytest
+
+from phloem.core.config import Config, flat_fields, parse_bytes
+from phloem.core.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"prot": 1}, ["'prot'", "'port'"]),
+        ({"port": 70000}, ["port", "70000"]),
+        ({"dtype": "bfloat17"}, ["dtype", "bfloat17", "float32", "did you mean 'bfloat16'"]),
+        ({"page_size": 0}, ["page_size", "0"]),
+        ({"mem_fraction_static": 1.5}, ["mem_fraction_static"]),
+        ({"kv_memory": "much"}, ["kv_memory", "much", "512MiB"]),
+        ({"port": "many"}, ["port", "many"]),
+    ],
+)
+def test_error_explains(values: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_flat(values)
+    for word in words:
+        assert word in caught.value.message
+
+
+def test_flat_round_trip_and_spellings() -> None:
+    config = Config.from_flat({"page-size": "32", "schedule_policy": "lpm"})
+    assert config.cache.page_size == 32
+    assert Config.from_flat(config.flat()) == config
+    assert len(flat_fields()) <= 90
+
+
+def test_bytes() -> None:
+    assert parse_bytes("1.5GiB") == 1610612736
+    assert parse_bytes("100 MB") == 100_000_000

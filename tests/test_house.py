@@ -23,11 +23,10 @@ FLOOR = {room: level for level, rooms in enumerate(FLOOR_ROOMS) for room in room
 # Arrows inside one floor: the room on the left may import those on the right.
 ARROWS = {
     "platforms": {"kernels"},
-    "kernels": {"distributed"},
-    "kvcache": {"attention"},
-    "attention": {"layers", "kvcache"},
+    "distributed": {"kernels"},
+    "attention": {"kvcache", "layers"},
     "layers": {"quant"},
-    "models": {"lora"},
+    "lora": {"models"},
     "speculative": {"engine"},
     "rl": {"engine"},
     "scheduler": {"disagg"},

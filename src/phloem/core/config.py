@@ -106,6 +106,15 @@ class ServerConfig:
     sglang_metric_names: bool = opt(False, "Serve metrics under 'sglang:' names as well.")
 
 
+SECTIONS: dict[str, Any] = {
+    "model": ModelConfig,
+    "cache": CacheConfig,
+    "schedule": ScheduleConfig,
+    "runtime": RuntimeConfig,
+    "server": ServerConfig,
+}
+
+
 @dataclass(frozen=True)
 class Config:
     """All sections. Build it with `from_flat`, which explains what is wrong."""
@@ -133,7 +142,7 @@ class Config:
                 raise ConfigError(f"unknown setting {name!r}{hint}", param=name)
             section, kind = known[key]
             parts.setdefault(section, {})[key] = _convert(key, value, kind)
-        sections = {spec.name: type(spec.default)(**parts.get(spec.name, {})) for spec in dataclasses.fields(Config)}
+        sections = {name: cls(**parts.get(name, {})) for name, cls in SECTIONS.items()}
         config = Config(**sections)
         _check_ranges(config)
         return config
@@ -154,11 +163,10 @@ class Config:
 def flat_fields() -> dict[str, tuple[str, Any]]:
     """Flat name -> (section, type)."""
     found: dict[str, tuple[str, Any]] = {}
-    for section in dataclasses.fields(Config):
-        cls = type(section.default)
+    for section, cls in SECTIONS.items():
         hints = get_type_hints(cls)
         for spec in dataclasses.fields(cls):
-            found[spec.name] = (section.name, hints[spec.name])
+            found[spec.name] = (section, hints[spec.name])
     return found
 
 

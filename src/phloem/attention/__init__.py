@@ -1,0 +1,1 @@
+"""Attention backends: the file name is the backend's name."""

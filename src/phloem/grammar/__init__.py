@@ -1,0 +1,1 @@
+"""Constrained decoding: one file per engine of structure."""

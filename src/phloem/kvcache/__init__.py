@@ -1,0 +1,1 @@
+"""KV pages: who owns which, where they are stored, which prefixes they hold."""

@@ -1,0 +1,1 @@
+"""Reasoning formats: the file name is the parser's name."""

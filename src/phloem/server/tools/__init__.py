@@ -1,0 +1,1 @@
+"""Tool-call formats: the file name is the parser's name."""

@@ -116,7 +116,7 @@ class GGUFFile:
             tensors = reader.tensor_table(tensor_count, metadata)
         except _Damaged as error:
             raise ModelLoadError(f"{path}: damaged GGUF file at byte {reader.at}: {error}") from None
-        except struct.error:
+        except (struct.error, OverflowError):
             message = f"{path}: truncated GGUF file: its header goes on past the end ({len(data)} bytes)"
             raise ModelLoadError(message) from None
         return GGUFFile(path, version, metadata, tensors)

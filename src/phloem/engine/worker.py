@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem import attention, models, platforms
-from phloem.attention import AttentionNeed
+from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.core import resolve
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
@@ -79,7 +79,7 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     phase.end("weights")
 
     kv_dtype = _kv_dtype(config, dtype)
-    backend = _backend(config, model, platform, ops, dtype, kv_dtype, decisions)
+    backend = _backend(config, model, platform, ops, kv_dtype, decisions)
     page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
     schedule = config.schedule
     asked, usual = schedule.max_running_requests, platform.default_running_requests
@@ -110,17 +110,17 @@ def _backend(
     model: Model,
     platform: Platform,
     ops: Ops,
-    dtype: torch.dtype,
     kv_dtype: torch.dtype,
     decisions: list[Decision],
-) -> attention.Backend:
+) -> AttentionBackend:
     """The attention backend: the named one, or the platform's first that accepts."""
-    named = config.runtime.attention_backend
-    need = AttentionNeed(model.attention_specs, dtype, kv_dtype, config.cache.page_size)
-    names = [named] if named else platform.attention_backends()
-    backend, chosen = attention.choose(names, need, ops, platform.device, named=bool(named))
-    decisions.append(chosen)
-    return backend
+    need = AttentionNeed(model.attention_specs, kv_dtype, platform.device, config.cache.page_size)
+    known = attention.BACKENDS.names()
+    names = [name for name in platform.attention_backends() if name in known]
+    choice = attention.choose(names, need, ops, named=config.runtime.attention_backend)
+    why = "; ".join([choice.reason, *(f"not {name}: {reason}" for name, reason in choice.declined.items())])
+    decisions.append(Decision("attention_backend", choice.backend.name, why))
+    return choice.backend
 
 
 def _take(decisions: list[Decision], decision: Decision) -> Any:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from phloem.core.errors import ConfigError, EngineDead, PhloemError
+from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.messages import Drain, EngineLink
 from phloem.server.greet import greet
 from phloem.utils import log
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from phloem.core.config import Config
     from phloem.server.client import EngineClient
     from phloem.server.info import ModelInfo
+    from phloem.utils.checkpoint import Checkpoint
 
 _log = log.get("server")
 
 RESTART_WINDOW = 600.0  # seconds in which `max_engine_restarts` are counted
+ENGINE_LEAVE_SECONDS = 5.0
 StartEngine = Callable[[], EngineLink]
 
 
@@ -38,20 +40,25 @@ def run(config: Config, start_engine: StartEngine) -> int:
     """
     began = time.perf_counter()
     log.configure(config.server.log_level)
-    check_port(config.server.host, config.server.port)
+    from phloem.server.serve import bind
+
+    # Bound now, so that a taken port is told at once; nobody can connect before it listens.
+    sock = bind(config.server.host, config.server.port)
     engine = start_engine()
     try:
         phases = log.Phases()
         with phases.phase("door"):
-            client, info = make_client(config)
+            client, info, _ = make_client(config)
+        supervisor = _Supervisor(config, start_engine, client, info, began, phases)
     except BaseException:
         engine.close()
+        sock.close()
         raise
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_Supervisor(config, start_engine, client, info, began, phases).serve(engine))
+        return runner.run(supervisor.serve(engine, sock))
 
 
-def make_client(config: Config) -> tuple[EngineClient, ModelInfo]:
+def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
     """The door's own half: checkpoint description, tokenizer, chat template. Neither torch nor weights are touched."""
     from pathlib import Path
 
@@ -65,23 +72,10 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo]:
     checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)
     info = ModelInfo.of(checkpoint, config)
     if model.skip_tokenizer_init:
-        return EngineClient(None, None, info), info
+        return EngineClient(None, None, info), info, checkpoint
     tokenizer = load_tokenizer(checkpoint)
     override = Path(model.chat_template) if model.chat_template else None
-    return EngineClient(tokenizer, load_template(checkpoint, override, tokenizer), info), info
-
-
-def check_port(host: str, port: int) -> None:
-    """Raise ConfigError now rather than after the weights were loaded, if the address cannot be had."""
-    if port == 0:
-        return
-    try:
-        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(address[0], address[1]) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address[4])
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}", param="port") from None
+    return EngineClient(tokenizer, load_template(checkpoint, override, tokenizer), info), info, checkpoint
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -110,16 +104,15 @@ class _Supervisor:
         self._phases = phases
         self._stop = asyncio.Event()  # leave now
         self._died = asyncio.Event()
-        self._draining = False
         self._restarts: list[float] = []
         self._status = 0
         self._engine: EngineLink | None = None
 
-    async def serve(self, engine: EngineLink) -> int:
+    async def serve(self, engine: EngineLink, sock: socket.socket) -> int:
         from phloem.server.app import create_app
         from phloem.server.serve import serve
 
-        client = self._client
+        client, server = self._client, self._config.server
         client.on_death.append(lambda _: self._died.set())
         self._engine = engine
         client.attach(engine)
@@ -129,19 +122,19 @@ class _Supervisor:
             ready = await self._wait_ready()
         except EngineDead as error:
             await client.close()
+            sock.close()
             if self._stop.is_set():
                 return 130
             raise PhloemError(error.message) from None
         app = create_app(client, self._config, self._info)
         minder = asyncio.create_task(self._mind())
+
+        def announce(host: str, port: int) -> None:
+            self._announce(ready, host, port)
+
         try:
-            await serve(
-                app,
-                self._config.server.host,
-                self._config.server.port,
-                on_ready=lambda host, port: self._announce(ready, host, port),
-                stop=self._stop,
-            )
+            await serve(app, server.host, server.port, announce, self._stop, sock)
+            await self._end_engine()
         finally:
             minder.cancel()
             await client.close()
@@ -157,7 +150,7 @@ class _Supervisor:
             raise EngineDead("stopped while starting")
         return waiting.result()
 
-    # Signals: the first SIGTERM or Ctrl-C drains, the second leaves at once.
+    # Signals: the first SIGTERM or Ctrl-C lets running requests finish, the second cuts them off.
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -165,23 +158,21 @@ class _Supervisor:
             loop.add_signal_handler(number, self._on_signal, number)
 
     def _on_signal(self, number: signal.Signals) -> None:
-        if self._draining or self._client.engine is None:
-            self._stop.set()
+        if self._stop.is_set():
+            _log.warning("%s again: %d requests are cut off", number.name, self._client.in_flight)
+            self._client.abort(everything=True)
             return
-        self._draining = True
-        _log.info("%s: finishing %d requests (again to stop at once)", number.name, self._client.in_flight)
-        self._drain_task = asyncio.create_task(self._drain())
-
-    async def _drain(self) -> None:
-        timeout = self._config.server.drain_timeout
-        if not await self._client.drain(timeout):
-            _log.warning("%d requests did not end within %.0f s and are cut off", self._client.in_flight, timeout)
-        with contextlib.suppress(EngineDead):
-            assert self._engine is not None
-            self._engine.send(Drain(timeout=0.0))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._died.wait(), 5)
+        if self._client.in_flight:
+            _log.info("%s: finishing %d requests (again to stop at once)", number.name, self._client.in_flight)
         self._stop.set()
+
+    async def _end_engine(self) -> None:
+        """Let the engine leave by itself; `close` ends one that does not."""
+        if self._client.dead is not None or self._engine is None:
+            return
+        with contextlib.suppress(EngineDead, TimeoutError):
+            self._engine.send(Drain(timeout=0.0))
+            await asyncio.wait_for(self._died.wait(), ENGINE_LEAVE_SECONDS)
 
     # The engine's death
 
@@ -189,7 +180,7 @@ class _Supervisor:
         while True:
             await self._died.wait()
             self._died.clear()
-            if self._draining:
+            if self._stop.is_set():
                 return
             if not await self._restart():
                 self._status = 1

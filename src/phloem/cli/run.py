@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -47,14 +48,19 @@ def main(argv: list[str]) -> int:
     from phloem.llm import Engine
 
     settings = {name: value for name, value in config.flat().items() if value is not None}
-    out = open(options.output, "w") if options.output else sys.stdout
-    try:
-        with Engine(**settings) as engine:
-            failed = asyncio.run(_answer_all(engine, jobs, options, out))
-    finally:
-        if options.output:
-            out.close()
+    with ExitStack() as stack:
+        # Opened before the model is loaded: a path that cannot be written is told at once.
+        out = stack.enter_context(_open(options.output)) if options.output else sys.stdout
+        engine = stack.enter_context(Engine(**settings))
+        failed = asyncio.run(_answer_all(engine, jobs, options, out))
     return 1 if failed else 0
+
+
+def _open(path: str) -> TextIO:
+    try:
+        return Path(path).open("w")
+    except OSError as error:
+        raise BadRequest(f"cannot write {path}: {error.strerror}") from None
 
 
 def _jobs(options: Options) -> Iterable[dict[str, Any]]:

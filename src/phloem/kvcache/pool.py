@@ -1,0 +1,62 @@
+"""Storage of keys and values, by page. Who owns which page is the cache manager's business, not the pool's.
+
+Legend: K kv heads, S page size, D head size. Page 0 is scratch: padding rows of a step write there, and the allocator
+never hands it out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from phloem.layers.context import AttentionSpec
+
+SCALE_BYTES = 4  # an int8 entry is followed by its float32 scale
+
+
+def entry_size(head_size: int, dtype: torch.dtype) -> int:
+    """Elements that one head's key or value takes in a cache of this type."""
+    return head_size + SCALE_BYTES if dtype == torch.int8 else head_size
+
+
+class KVPool:
+    """`keys[layer]` and `values[layer]`: `[pages, K, S, D]`; with int8, D + 4 (the values, then their scale).
+
+    Starts as zeros, because a gathered page may be read where it is masked, and 0 times NaN is NaN.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[AttentionSpec],
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        if num_pages < 2 or page_size < 1:
+            raise ValueError(f"a pool needs 2 pages of 1 token at least, not {num_pages} of {page_size}")
+        if sorted(spec.layer for spec in specs) != list(range(len(specs))):
+            raise ValueError(f"attention layers must be numbered 0 to {len(specs) - 1}")
+        self.num_pages, self.page_size = num_pages, page_size
+        self.dtype, self.device = dtype, device
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for spec in sorted(specs, key=lambda spec: spec.layer):
+            shape = (num_pages, spec.kv_heads, page_size, entry_size(spec.head_size, dtype))
+            self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
+            self.values.append(torch.zeros(shape, dtype=dtype, device=device))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in (*self.keys, *self.values))
+
+    @staticmethod
+    def bytes_per_token(specs: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
+        """Bytes that one token's keys and values take over all layers."""
+        return sum(2 * spec.kv_heads * entry_size(spec.head_size, dtype) * dtype.itemsize for spec in specs)

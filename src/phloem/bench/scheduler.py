@@ -1,7 +1,7 @@
 """`phloem bench scheduler`: planner and prefix tree alone, at 10, 1,000 and 100,000 waiting requests and prefixes.
 
-No model runs: a step's result is there at once. What is timed is what a step costs on the host, in CPU time: plan (with cache
-lookups and admissions), batch arrays, advance, and commit with its messages.
+No model runs: a step's result is there at once. What is timed is what a step costs on the host, in CPU time: plan (with
+cache lookups and admissions), batch arrays, advance, and commit with its messages.
 """
 
 from __future__ import annotations

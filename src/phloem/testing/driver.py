@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.messages import (
@@ -21,12 +22,17 @@ from phloem.core.messages import (
 from phloem.core.request import FinishReason, SamplingParams
 from phloem.kvcache.manager import CacheManager
 from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
-from phloem.testing.fake_runner import FakeRunner, oracle
+from phloem.testing.fake_runner import FIRST_TOKEN, FakeRunner, oracle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 EOS = 2
+
+
+def random_tokens(rng: random.Random, count: int, kinds: int = 900) -> list[int]:
+    """A prompt of `count` ids out of `kinds` different ones; few kinds make prefixes collide."""
+    return [FIRST_TOKEN + rng.randrange(kinds) for _ in range(count)]
 
 
 class ManualClock:
@@ -93,7 +99,9 @@ class Driver:
                 if chunk.finish is not None:
                     self.finish[chunk.id] = chunk.finish
 
-    def submit(self, name: str, prompt: list[int], max_new: int | None = 8, seed: int | None = 0, **values: Any) -> None:
+    def submit(
+        self, name: str, prompt: list[int], max_new: int | None = 8, seed: int | None = 0, **values: Any
+    ) -> None:
         """`values`: fields of `SamplingParams` or of `Submit`."""
         fields = set(SamplingParams.__struct_fields__)
         params = {key: value for key, value in values.items() if key in fields}
@@ -147,3 +155,20 @@ class Driver:
                 whole.top += chunk.logprobs.top
                 whole.chosen += chunk.logprobs.chosen
         return whole
+
+
+def storm(
+    driver: Driver, count: int, rng: random.Random, longest: int = 40, most_new: int = 30
+) -> dict[str, list[int]]:
+    """Submit requests `q0`.. with colliding prefixes and random ends; gives what each must answer."""
+    want: dict[str, list[int]] = {}
+    shared = random_tokens(rng, longest // 2)
+    for index in range(count):
+        name = f"q{index}"
+        prompt = shared[: rng.randrange(len(shared))] + random_tokens(rng, rng.randrange(1, longest // 2), kinds=3)
+        new = rng.randrange(1, most_new)
+        if index % 3 == 0:
+            driver.runner.force[name] = {len(prompt) + rng.randrange(new): EOS}
+        want[name] = driver.expected(prompt, new, index, driver.runner.force.get(name))
+        driver.submit(name, prompt, new, seed=index)
+    return want

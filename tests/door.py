@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -127,3 +128,21 @@ def served(info: ModelInfo | None = None, config: dict[str, Any] | None = None, 
         box["loop"].call_soon_threadsafe(box["stop"].set)
         thread.join(10)
         assert not thread.is_alive()
+
+
+def on_loop(test: Any) -> Any:
+    """Run an async test function to its end."""
+
+    @functools.wraps(test)
+    def run_it(*args: Any, **named: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **named), 20))
+
+    return run_it
+
+
+async def until(condition: Any, seconds: float = 5.0) -> None:
+    """Wait until a condition holds."""
+    end = asyncio.get_running_loop().time() + seconds
+    while not condition():
+        assert asyncio.get_running_loop().time() < end, "the condition never held"
+        await asyncio.sleep(0.005)

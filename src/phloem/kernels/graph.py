@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+import torch
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -33,3 +37,20 @@ class GraphRecorder(Protocol):
     def record(self, fn: Callable[[], T]) -> tuple[StepGraph, T]:
         """Run `fn` once, recorded, and give the graph with what `fn` returned. Raises `RecordError`."""
         ...
+
+
+def check_replay(graph: StepGraph, recorded: Sequence[Tensor], eager: Callable[[], Sequence[Tensor]]) -> None:
+    """Debug mode: replay, run the step eagerly over the same inputs, and compare the results bit for bit.
+
+    Raises `RecordError` naming the first result that differs. KV that the step writes is written twice, alike.
+    """
+    graph.replay()
+    copies = [tensor.clone() for tensor in recorded]
+    for number, (got, want) in enumerate(zip(copies, eager(), strict=True)):
+        if got.shape != want.shape or not torch.equal(_bits(got), _bits(want)):
+            raise RecordError(f"result {number} of the recorded step differs from the eager step's")
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Compared as integers, so that equal NaNs are equal."""
+    return x.contiguous().view(torch.uint8)

@@ -14,6 +14,7 @@ import torch
 from phloem.kernels import _native_basic as basic
 from phloem.kernels import reference
 from phloem.kernels._cores import available_cores
+from phloem.kernels._native_recorder import Recorder
 from phloem.kernels._native_runtime import Unavailable, runtime
 from phloem.kernels.ops import Ops
 
@@ -24,18 +25,21 @@ if TYPE_CHECKING:
 
     from phloem.kernels.ops import WeightSource
 
-__all__ = ["Unavailable", "table"]
+__all__ = ["Recorder", "Unavailable", "runtime", "table"]
 
 
 def table(threads: int | None = None, level: str | None = None) -> Ops:
-    """The op table. `threads` defaults to the cores that the process may use; `level` (tests) lowers the instruction set.
+    """The op table. `threads`: default the cores that the process may use. `level` (tests) lowers the instruction set.
 
     Raises `Unavailable` where the library is missing.
     """
     rt = runtime()
     rt.library.set_level(level)
     rt.library.set_threads(threads or available_cores())
-    return dataclasses.replace(Ops(), name="native", prepare_linear=_prepare_float32, **basic.ops(rt))
+    made = basic.ops(rt)
+    return dataclasses.replace(
+        Ops(), name="native", prepare_linear=_prepare_float32, recorder=lambda: Recorder(rt), **made
+    )
 
 
 def _prepare_float32(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -15,7 +15,8 @@ struct LinearArgs {
   uint8_t* workspace;  // 64-byte aligned; see native_linear.py for its size
   int64_t rows, inputs, x_stride, addend_stride, sum_stride, out_stride, residual_stride;
   int64_t segment_count, kinds, padded_inputs, panel_rows, tile_bytes;
-  int64_t alone;  // each thread prepares all rows for itself: cheaper than a barrier when they are few
+  int64_t alone;    // each thread prepares all rows for itself: cheaper than a barrier when they are few
+  int64_t threads;  // that the workspace has room for; more of them wait
   int64_t epilogue;
   double eps;
 };
@@ -29,7 +30,9 @@ PHL_INLINE void over_panels(const A& a, Team& team, const Input& in, uint8_t* sp
   Rows rows(space, a.padded_inputs, a.kinds);
   if (a.alone) {
     rows.base += team.thread * a.rows * rows.row_bytes;
-    for (int64_t row = 0; row < a.rows; ++row) prepare_row(in, row, rows, row, team.thread == 0);
+    if (team.thread < a.threads) {
+      for (int64_t row = 0; row < a.rows; ++row) prepare_row(in, row, rows, row, team.thread == 0);
+    }
     f(rows, 0, a.rows);
     return;
   }
@@ -44,17 +47,26 @@ PHL_INLINE void over_panels(const A& a, Team& team, const Input& in, uint8_t* sp
   }
 }
 
-void linear(const LinearArgs& a, Team& team) {
+// Multiplies this thread's pairs; threads without workspace have none.
+template <class A>
+PHL_INLINE void multiply(const A& a, const Team& team, int size, const Rows& rows, int64_t count, const Output& out,
+                         int64_t first) {
+  if (team.thread >= size) return;
   uint8_t* tile = a.workspace + team.thread * a.tile_bytes;
-  const Input in{a.x, a.addend, a.norm, a.sum, a.inputs, a.x_stride, a.addend_stride, a.sum_stride, float(a.eps)};
-  const Output out{a.out, a.bias, a.residual, a.out_stride, a.residual_stride, a.epilogue, nullptr, nullptr};
-  over_panels(a, team, in, a.workspace + team.size * a.tile_bytes, [&](const Rows& rows, int64_t first, int64_t count) {
-    own_pairs(a.segments, a.segment_count, team.thread, team.size, [&](const Segment& s, int64_t block) {
-      run_pair(s, block, rows, count, out, first, tile);
-    });
+  own_pairs(a.segments, a.segment_count, team.thread, size, [&](const Segment& s, int64_t block) {
+    run_pair(s, block, rows, count, out, first, tile);
   });
 }
-PHL_OP(linear, LinearArgs, "pppp p pp p p iiiiiii iiiii i i d");
+
+void linear(const LinearArgs& a, Team& team) {
+  const int size = static_cast<int>(smaller(team.size, a.threads));
+  const Input in{a.x, a.addend, a.norm, a.sum, a.inputs, a.x_stride, a.addend_stride, a.sum_stride, float(a.eps)};
+  const Output out{a.out, a.bias, a.residual, a.out_stride, a.residual_stride, a.epilogue, nullptr, nullptr};
+  over_panels(a, team, in, a.workspace + size * a.tile_bytes, [&](const Rows& rows, int64_t first, int64_t count) {
+    multiply(a, team, size, rows, count, out, first);
+  });
+}
+PHL_OP(linear, LinearArgs, "pppp p pp p p iiiiiii iiiii ii i d");
 
 // The head with arg-max: the token of the largest logit (the first of equals), and that logit.
 struct LinearArgmaxArgs {
@@ -67,7 +79,7 @@ struct LinearArgmaxArgs {
   uint8_t* workspace;
   int64_t rows, inputs, x_stride, addend_stride, sum_stride;
   int64_t segment_count, kinds, padded_inputs, panel_rows, tile_bytes, best_bytes;
-  int64_t alone;
+  int64_t alone, threads;
   double eps;
 };
 
@@ -88,28 +100,28 @@ PHL_INLINE void best_of(const uint8_t* best, int64_t best_bytes, int64_t panel_r
 }
 
 void linear_argmax(const LinearArgmaxArgs& a, Team& team) {
-  uint8_t* tile = a.workspace + team.thread * a.tile_bytes;
-  uint8_t* best = a.workspace + team.size * a.tile_bytes;
+  const int size = static_cast<int>(smaller(team.size, a.threads));
+  uint8_t* best = a.workspace + size * a.tile_bytes;
   const Input in{a.x, a.addend, a.norm, a.sum, a.inputs, a.x_stride, a.addend_stride, a.sum_stride, float(a.eps)};
   auto* values = reinterpret_cast<float*>(best + team.thread * a.best_bytes);
   auto* indices = reinterpret_cast<int32_t*>(values + a.panel_rows * kBlock);
   const Output out{nullptr, a.bias, nullptr, 0, 0, kBest, values, indices};
-  over_panels(a, team, in, best + team.size * a.best_bytes, [&](const Rows& rows, int64_t first, int64_t count) {
-    for (int64_t i = 0; i < count * kBlock; ++i) values[i] = -__builtin_inff(), indices[i] = INT32_MAX;
-    own_pairs(a.segments, a.segment_count, team.thread, team.size, [&](const Segment& s, int64_t block) {
-      run_pair(s, block, rows, count, out, 0, tile);
-    });
+  over_panels(a, team, in, best + size * a.best_bytes, [&](const Rows& rows, int64_t first, int64_t count) {
+    if (team.thread < size) {
+      for (int64_t i = 0; i < count * kBlock; ++i) values[i] = -__builtin_inff(), indices[i] = INT32_MAX;
+    }
+    multiply(a, team, size, rows, count, out, 0);
     team.barrier();
     team.split(count, 16, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        best_of(best, a.best_bytes, a.panel_rows, team.size, r, a.token + first + r,
+        best_of(best, a.best_bytes, a.panel_rows, size, r, a.token + first + r,
                 a.logit == nullptr ? nullptr : a.logit + first + r);
       }
     });
     if (first + count < a.rows) team.barrier();
   });
 }
-PHL_OP(linear_argmax, LinearArgmaxArgs, "pppp p p p p p iiiii iiiiii i d");
+PHL_OP(linear_argmax, LinearArgmaxArgs, "pppp p p p p p iiiii iiiiii ii d");
 
 }  // namespace
 }  // namespace PHL_NS

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from phloem.kernels import _native_basic as basic
-from phloem.kernels import reference
+from phloem.kernels import native_linear
 from phloem.kernels._cores import available_cores
 from phloem.kernels._native_recorder import Recorder
 from phloem.kernels._native_runtime import Unavailable, runtime
@@ -36,11 +36,5 @@ def table(threads: int | None = None, level: str | None = None) -> Ops:
     rt = runtime()
     rt.library.set_level(level)
     rt.library.set_threads(threads or available_cores())
-    made = basic.ops(rt)
-    return dataclasses.replace(
-        Ops(), name="native", prepare_linear=_prepare_float32, recorder=lambda: Recorder(rt), **made
-    )
-
-
-def _prepare_float32(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return reference.prepare_linear(parts, torch.float32, device)
+    made = {**basic.ops(rt), **native_linear.ops(rt)}
+    return dataclasses.replace(Ops(), name="native", recorder=lambda: Recorder(rt), **made)

@@ -7,9 +7,6 @@ float32 scale of that token and head.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
-
-import torch
 
 from phloem.kernels import _native_basic as basic
 from phloem.kernels import native_linear
@@ -17,13 +14,6 @@ from phloem.kernels._cores import available_cores
 from phloem.kernels._native_recorder import Recorder
 from phloem.kernels._native_runtime import Unavailable, runtime
 from phloem.kernels.ops import Ops
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from phloem.kernels.ops import WeightSource
 
 __all__ = ["Recorder", "Unavailable", "runtime", "table"]
 

@@ -13,6 +13,7 @@ import torch
 
 from phloem.kernels import _native_attention as attention
 from phloem.kernels import _native_basic as basic
+from phloem.kernels import _native_sampling as sampling
 from phloem.kernels import reference
 from phloem.kernels._cores import available_cores
 from phloem.kernels._native_recorder import Recorder
@@ -37,7 +38,7 @@ def table(threads: int | None = None, level: str | None = None) -> Ops:
     rt = runtime()
     rt.library.set_level(level)
     rt.library.set_threads(threads or available_cores())
-    made = {**basic.ops(rt), **attention.ops(rt)}
+    made = {**basic.ops(rt), **attention.ops(rt), **sampling.ops(rt)}
     return dataclasses.replace(
         Ops(), name="native", prepare_linear=_prepare_float32, recorder=lambda: Recorder(rt), **made
     )

@@ -31,12 +31,20 @@ PROMPT = [5, 17, 200, 301, 44, 9, 9, 80, 123, 7, 260, 31, 64, 99, 2, 18, 350, 12
 class Engine:
     """The smallest runner there is: steps over rows of (tokens, pages, how many are computed)."""
 
-    def __init__(self, path: Path, dtype: torch.dtype = torch.float32, ops: Ops | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        path: Path,
+        dtype: torch.dtype = torch.float32,
+        ops: Ops | None = None,
+        kv_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
         self.ops = ops or Ops()
         self.checkpoint = describe(str(path), **options)
         self.model = load_model(self.checkpoint, BuildContext(self.ops, dtype, CPU))
-        self.pool = KVPool(self.model.attention_specs, 256, PAGE, dtype, CPU)
-        self.attention = BACKENDS.module("cpu").Backend(self.ops, self.model.attention_specs, CPU, dtype)
+        kept = kv_dtype or dtype
+        self.pool = KVPool(self.model.attention_specs, 256, PAGE, kept, CPU)
+        self.attention = BACKENDS.module("cpu").Backend(self.ops, self.model.attention_specs, CPU, kept)
         self.free = list(range(1, 256))
 
     def pages(self, tokens: int) -> list[int]:
@@ -205,6 +213,29 @@ def test_bfloat16_runs_and_is_near(made: Any) -> None:
     ours = Engine(path, torch.bfloat16).whole(PROMPT)
     assert ours.dtype == torch.float32
     assert (ours - theirs).abs().max() < 0.15 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "gemma3_text-caps"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_table(made: Any, variant: str, dtype: torch.dtype) -> None:
+    """Packed weights, float32 activations and a bfloat16 KV cache: near, and its own chunks agree with its whole."""
+    from phloem.kernels import native
+
+    try:
+        ops = native.table(1)
+    except native.Unavailable as reason:
+        pytest.skip(str(reason))
+    path, theirs = made(variant)
+    engine = Engine(path, dtype, ops=ops, kv_dtype=torch.bfloat16)
+    whole = engine.whole(PROMPT)
+    assert (whole - theirs).abs().max() < 0.05 * theirs.abs().max()
+    pages = engine.pages(len(PROMPT))
+    chunks = [engine.step([(PROMPT[a:b], pages, a)], every=True) for a, b in ((0, 9), (9, 10), (10, 23))]
+    assert (torch.cat(chunks) - whole).abs().max() < 0.01 * theirs.abs().max()
+    name = "model.layers.1.self_attn.k_proj.weight"
+    torch.testing.assert_close(
+        engine.model.get_weight(name), Engine(path, dtype).model.get_weight(name), atol=0, rtol=0
+    )
 
 
 # GGUF
@@ -469,7 +500,9 @@ def test_forward_is_ops_and_views(made: Any, variant: str) -> None:
     watch = Watch()
     plain = Ops()
     wrapped = {
-        spec.name: watch.wrap(getattr(plain, spec.name)) for spec in dataclasses.fields(Ops) if spec.name != "name"
+        spec.name: watch.wrap(getattr(plain, spec.name))
+        for spec in dataclasses.fields(Ops)
+        if callable(getattr(plain, spec.name))
     }
     engine = Engine(made(variant)[0], ops=Ops(**wrapped))
     model = engine.model

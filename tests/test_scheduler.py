@@ -273,7 +273,7 @@ def test_logprobs_reach_their_positions(overlap: bool) -> None:
     driver.run()
     driver.submit("out", prompt, 7, **values)
     driver.submit("in", prompt, 7, logprob_start=0, **values)
-    driver.submit("part", prompt, 0, logprob_start=14, **values)
+    driver.submit("part", prompt, 0, logprob_start=16, **values)
     driver.run()
     answer = driver.expected(prompt, 7)
     for name in ("out", "in"):
@@ -281,7 +281,7 @@ def test_logprobs_reach_their_positions(overlap: bool) -> None:
         assert whole.values == [logprob(token, 21 + index) for index, token in enumerate(answer)]
         assert [len(top) for top in whole.top] == [2] * 7 and whole.chosen[0] == [(logprob(5, 21), 5)]
     assert driver.chunks["out"][0].prompt_logprobs is None
-    for name, start in (("in", 1), ("part", 14)):
+    for name, start in (("in", 1), ("part", 16)):
         given = [chunk.prompt_logprobs for chunk in driver.chunks[name]]
         assert given[0] is not None and given[1:] == [None] * (len(given) - 1)
         assert given[0].values == [logprob(prompt[at], at) for at in range(start, 21)]

@@ -17,7 +17,7 @@ from phloem.core.messages import Logprobs, Submit, unpack_ids
 from phloem.core.request import RequestStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -39,6 +39,10 @@ class Prepared(Protocol):
         ...
 
     def ready(self) -> bool: ...
+
+    def admit(self, output: Sequence[int]) -> None:
+        """The request enters a slot, for the first time or again after a preemption, with this output so far."""
+        ...
 
 
 class Request:

@@ -290,3 +290,33 @@ def test_drain_gives_up_at_its_deadline() -> None:
     driver.step(20)
     assert driver.scheduler.stopped and driver.finish["a"].status_code == 503
     assert "flush_cache" in driver.replies
+
+
+@both
+@pytest.mark.parametrize("seed", range(5))
+def test_any_mixture_of_calls_keeps_answers_and_pages_right(overlap: bool, seed: int) -> None:
+    rng = random.Random(seed)
+    driver = Driver(num_pages=30, overlap=overlap, chunked_prefill_size=16, schedule_policy=rng.choice(["fcfs", "lpm"]))
+    want = storm(driver, 40, rng)
+    for turn in range(300):
+        act = rng.randrange(12)
+        if act == 0:
+            driver.control("pause", mode=rng.choice(["retract", "in_place"]))
+        elif act == 1:
+            driver.scheduler.retract_all()
+        elif act == 2:
+            driver.abort(f"q{rng.randrange(40)}")
+        elif act == 3 and turn % 50 == 0:
+            driver.control("flush_cache", timeout=rng.choice([0, 0.3]))
+        elif act == 4 and turn % 20 == 0:
+            driver.runner.fail_steps.add(driver.runner.steps + rng.randrange(1, 4))
+        else:
+            driver.control("resume")
+            driver.step(2)
+    driver.control("resume")
+    driver.run()
+    for name, answer in want.items():
+        got = driver.tokens.get(name, [])
+        ended = name in driver.finish and driver.finish[name].type != "abort"
+        assert got == (answer if ended else answer[: len(got)])
+    assert sum(reason.type != "abort" for reason in driver.finish.values()) >= 5

@@ -149,7 +149,9 @@ async def test_unknown_fields_are_named_with_the_nearest() -> None:
         for path, body in ROUTES.items():
             error = check_error(await door.post(path, {**body, "steam": True}), 400)
             assert error["message"] == "unknown field 'steam'; did you mean 'stream'?" and error["param"] == "steam"
-        error = check_error(await door.post("/v1/chat/completions", {"messages": [{"role": "user", "contents": "x"}]}), 400)
+        error = check_error(
+            await door.post("/v1/chat/completions", {"messages": [{"role": "user", "contents": "x"}]}), 400
+        )
         assert error["message"] == "unknown field 'messages[0].contents'; did you mean 'content'?"
         error = check_error(await door.post("/generate", {"text": "a", "zzzz": 1}), 400)
         assert error["message"] == "unknown field 'zzzz'"
@@ -169,6 +171,7 @@ async def test_extreme_but_valid_values_are_served() -> None:
             {"max_tokens": 0},
             {"stop": ["x" * 10_000]},
             {"n": 128, "max_tokens": 1},
+            {"n": 1.0, "max_tokens": 2.0, "temperature": 1},
         ):
             response = await door.post("/v1/completions", {"prompt": "a", "max_tokens": 3, **field})
             assert response.status_code == 200, (field, response.text)

@@ -68,7 +68,9 @@ def test_model_info(path: str) -> None:
             facts = (await door.http.get(path)).json()
             assert facts["model_path"] == "/models/tiny" and facts["served_model_name"] == MODEL
             assert facts["is_generation"] is True and facts["architectures"] == ["LlamaForCausalLM"]
-            names = "tokenizer_path preferred_sampling_params weight_version reasoning_parser tool_call_parser model_type"
+            names = (
+                "tokenizer_path preferred_sampling_params weight_version reasoning_parser tool_call_parser model_type"
+            )
             assert set(names.split()) <= set(facts)
 
     check()
@@ -125,7 +127,9 @@ async def test_tokenize_and_back() -> None:
         for prefix in ("", "/v1"):
             answer = (await door.post(f"{prefix}/tokenize", {"prompt": "ab", "model": MODEL})).json()
             assert answer == {"tokens": [256, 97, 98], "count": 3, "max_model_len": CONTEXT}
-            answer = (await door.post(f"{prefix}/tokenize", {"prompt": ["a", "bc"], "add_special_tokens": False})).json()
+            answer = (
+                await door.post(f"{prefix}/tokenize", {"prompt": ["a", "bc"], "add_special_tokens": False})
+            ).json()
             assert answer["tokens"] == [[97], [98, 99]] and answer["count"] == [1, 2]
             chat = {"messages": [{"role": "user", "content": "x"}], "add_generation_prompt": False}
             assert (await door.post(f"{prefix}/tokenize", chat)).json()["tokens"] == [256, 259, 120, 262]

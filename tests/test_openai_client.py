@@ -55,9 +55,7 @@ def test_the_stream_helper_assembles_the_answer(client: openai.OpenAI) -> None:
 
 
 def test_chat_logprobs(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(
-        model=MODEL, messages=MESSAGES, max_tokens=3, logprobs=True, top_logprobs=4
-    )
+    answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=3, logprobs=True, top_logprobs=4)
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None and logprobs.content is not None
     assert "".join(entry.token for entry in logprobs.content) == answer.choices[0].message.content
@@ -69,7 +67,10 @@ def test_completions_by_text_and_ids(client: openai.OpenAI) -> None:
     assert [choice.text[:2] for choice in answer.choices] == ["ab", "cd"]
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None and logprobs.token_logprobs is not None and logprobs.token_logprobs[0] is None
-    parts = [chunk.choices[0].text for chunk in client.completions.create(model=MODEL, prompt=[1, 2], max_tokens=3, stream=True)]
+    parts = [
+        chunk.choices[0].text
+        for chunk in client.completions.create(model=MODEL, prompt=[1, 2], max_tokens=3, stream=True)
+    ]
     assert len("".join(parts)) == 3
 
 
@@ -111,9 +112,9 @@ def test_errors_map_to_its_classes(client: openai.OpenAI, server: Served) -> Non
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="other", messages=MESSAGES)
     assert missing.value.code == "model_not_found"
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="wrong", max_retries=0) as stranger:
-        with pytest.raises(openai.AuthenticationError):
-            stranger.models.list()
+    stranger = openai.OpenAI(base_url=server.url + "/v1", api_key="wrong", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
     with pytest.raises(openai.BadRequestError, match="not supported yet: tools"):
         tool: openai.types.chat.ChatCompletionToolParam = {"type": "function", "function": {"name": "f"}}
         client.chat.completions.create(model=MODEL, messages=MESSAGES, tools=[tool])
@@ -121,7 +122,10 @@ def test_errors_map_to_its_classes(client: openai.OpenAI, server: Served) -> Non
 
 
 def test_an_error_inside_a_stream_raises() -> None:
-    with served(delay=0.005) as server, openai.OpenAI(base_url=server.url + "/v1", api_key="-", max_retries=0) as client:
+    with (
+        served(delay=0.005) as server,
+        openai.OpenAI(base_url=server.url + "/v1", api_key="-", max_retries=0) as client,
+    ):
         stream = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=400, stream=True)
         with pytest.raises(openai.APIError, match="killed by signal 9"):
             for number, _ in enumerate(stream):

@@ -28,7 +28,6 @@ from phloem.core.messages import (
     FromEngine,
     Progress,
     Ready,
-    Stopped,
     ToEngine,
     decode_from_engine,
     decode_to_engine,
@@ -122,7 +121,6 @@ def _serve_core(
         try:
             send(Ready(info=core.info))
             core.run(poll)
-            send(Stopped())
         finally:
             core.close()
     except Exception as error:

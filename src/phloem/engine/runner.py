@@ -24,7 +24,7 @@ from phloem.layers.context import ForwardBatch
 from phloem.utils import log
 
 if TYPE_CHECKING:
-    from phloem.attention import Backend
+    from phloem.attention import AttentionBackend
     from phloem.core.batch import Batch
     from phloem.engine.inputs import StepInputs
     from phloem.kernels.ops import Ops
@@ -71,7 +71,7 @@ class Launched:
 class ModelRunner:
     """One model on one device, with its KV pool (`core.batch.Runner`)."""
 
-    def __init__(self, model: Model, backend: Backend, pool: KVPool, ops: Ops, max_slots: int) -> None:
+    def __init__(self, model: Model, backend: AttentionBackend, pool: KVPool, ops: Ops, max_slots: int) -> None:
         self.model = model
         self.pool = pool
         self.num_pages = pool.num_pages

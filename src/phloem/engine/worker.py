@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem import attention, models, platforms
-from phloem.attention import AttentionNeed
+from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.core import resolve
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
@@ -21,6 +21,8 @@ from phloem.utils import log, machine
 
 if TYPE_CHECKING:
     from phloem.core.config import Config
+    from phloem.kernels.ops import Ops
+    from phloem.models import Model
     from phloem.platforms import Platform
     from phloem.utils.checkpoint import Checkpoint
 
@@ -77,21 +79,14 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     phase.end("weights")
 
     kv_dtype = _kv_dtype(config, dtype)
-    need = AttentionNeed(specs=model.attention_specs, dtype=dtype, kv_dtype=kv_dtype, page_size=config.cache.page_size)
-    names = [config.runtime.attention_backend] if config.runtime.attention_backend else platform.attention_backends()
-    backend, chosen = attention.choose(names, need, ops, platform.device, named=bool(config.runtime.attention_backend))
-    decisions.append(chosen)
+    backend = _backend(config, model, platform, ops, kv_dtype, decisions)
     page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
-    running = _take(
-        decisions,
-        resolve.running_requests(
-            config.schedule.max_running_requests, platform.default_running_requests, platform.name
-        ),
-    )
-    chunk = _take(decisions, resolve.chunk(config.schedule.chunked_prefill_size, platform.default_chunk, running))
+    schedule = config.schedule
+    asked, usual = schedule.max_running_requests, platform.default_running_requests
+    running = _take(decisions, resolve.running_requests(asked, usual, platform.name))
+    chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
     facts = resolve.MemoryFacts(
-        free=platform.memory()[0],
-        total=platform.memory()[1],
+        *platform.memory(),
         weights=min(model.weight_bytes, free),
         bytes_per_token=KVPool.bytes_per_token(model.attention_specs, kv_dtype),
         default_fraction=platform.default_memory_fraction,
@@ -100,21 +95,32 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     pool = KVPool(model.attention_specs, tokens // page + 1, page, kv_dtype, platform.device)
     runner = ModelRunner(model, backend, pool, ops, max_slots=running)
     phase.end("memory")
-    return Built(
-        runner=runner,
-        context_length=context,
-        max_running_requests=running,
-        chunked_prefill_size=chunk,
-        max_total_tokens=tokens,
-        decisions=decisions,
-        info={
-            "weight_bytes": model.weight_bytes,
-            "kv_bytes_per_token": facts.bytes_per_token,
-            "kv_cache_dtype": str(kv_dtype).removeprefix("torch."),
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": platform.name,
-        },
-    )
+    info = {
+        "weight_bytes": model.weight_bytes,
+        "kv_bytes_per_token": facts.bytes_per_token,
+        "kv_cache_dtype": str(kv_dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": platform.name,
+    }
+    return Built(runner, context, running, chunk, tokens, decisions, info)
+
+
+def _backend(
+    config: Config,
+    model: Model,
+    platform: Platform,
+    ops: Ops,
+    kv_dtype: torch.dtype,
+    decisions: list[Decision],
+) -> AttentionBackend:
+    """The attention backend: the named one, or the platform's first that accepts."""
+    need = AttentionNeed(model.attention_specs, kv_dtype, platform.device, config.cache.page_size)
+    known = attention.BACKENDS.names()
+    names = [name for name in platform.attention_backends() if name in known]
+    choice = attention.choose(names, need, ops, named=config.runtime.attention_backend)
+    why = "; ".join([choice.reason, *(f"not {name}: {reason}" for name, reason in choice.declined.items())])
+    decisions.append(Decision("attention_backend", choice.backend.name, why))
+    return choice.backend
 
 
 def _take(decisions: list[Decision], decision: Decision) -> Any:

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import re
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -92,7 +92,7 @@ def describe(
     tokenizer = Path(tokenizer_path).expanduser()
     if not tokenizer.exists():
         raise ModelLoadError(f"{tokenizer}: no such tokenizer directory or file", param="tokenizer_path")
-    return Checkpoint(**{**vars(found), "tokenizer_path": tokenizer})
+    return replace(found, tokenizer_path=tokenizer)
 
 
 def _locate(model_path: str, load_format: str, revision: str | None) -> tuple[Path, str]:

@@ -84,6 +84,15 @@ class Parser(Generic[T]):
         except msgspec.ValidationError as error:
             raise self._explain(str(error)) from None
 
+    def convert(self, values: dict[str, Any], features: frozenset[str] = frozenset()) -> T:
+        """The same from Python values. Raises BadRequest as `parse` does."""
+        try:
+            body = msgspec.convert(values, self.kind)
+        except msgspec.ValidationError as error:
+            raise self._explain(str(error)) from None
+        body.refuse_later(features)
+        return body
+
     def _explain(self, text: str) -> BadRequest:
         unknown = _UNKNOWN.match(text)
         if unknown is not None:

@@ -310,6 +310,15 @@ def join_splits(partial: Tensor, lse: Tensor, sinks_H: Tensor | None, out_THD: T
     )
 
 
+def split_buffers(out_THD: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Where a kernel of `splits` parts writes: (parts [T, H, splits, D], lse [T, H, splits]); one part is `out`."""
+    if splits == 1:
+        return out_THD.unsqueeze(2), out_THD
+    tokens, heads, size = out_THD.shape
+    part = torch.empty((tokens, heads, splits, size), dtype=torch.float32, device=out_THD.device)
+    return part, torch.empty((tokens, heads, splits), dtype=torch.float32, device=out_THD.device)
+
+
 def decode_splits(rows: int, kv_heads: int, processors: int) -> int:
     """How many parts a decode step's KV range is cut into: enough programs to fill the device twice.
 
@@ -353,10 +362,7 @@ def _run(
     block_d, block_dv = power_of_2(size), power_of_2(size_v)
     block_m, block_n, warps, stages = _tile(decode, group, max(block_d, block_dv), q_THD.dtype == torch.float32)
     partial = splits > 1
-    target, lse = out.unsqueeze(2), out
-    if partial:
-        target = torch.empty((tokens, heads, splits, size_v), dtype=torch.float32, device=q_THD.device)
-        lse = torch.empty((tokens, heads, splits), dtype=torch.float32, device=q_THD.device)
+    target, lse = split_buffers(out, splits)
     tiles = rows if decode else tokens // (block_m // power_of_2(group)) + rows
     k_scale, v_scale = scales if scales is not None else (q_THD, q_THD)
     features = {"CAPPED": cap != 0.0, "WINDOW": window > 0, "SINKS": sinks_H is not None, "TREE": tree_mask is not None}

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phloem.kernels.triton._base import find_row, multiprocessors, power_of_2
-from phloem.kernels.triton.attention import decode_splits, join_splits
+from phloem.kernels.triton.attention import decode_splits, join_splits, split_buffers
 
 if TYPE_CHECKING:
     from phloem.kernels.ops import PagedBatch
@@ -148,10 +148,7 @@ def latent_attention(
         splits = 1
     elif splits is None:
         splits = decode_splits(rows, blocks, multiprocessors(q_latent_THL))
-    target, lse = out.unsqueeze(2), out
-    if splits > 1:
-        target = torch.empty((tokens, heads, splits, latent), dtype=torch.float32, device=out.device)
-        lse = torch.empty((tokens, heads, splits), dtype=torch.float32, device=out.device)
+    target, lse = split_buffers(out, splits)
     tiles = rows if decode else tokens // block_t + rows
     _mla[(tiles, blocks, splits)](
         q_latent_THL,

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from phloem.kernels.graph import GraphRecorder
+
 
 class WeightSource(Protocol):
     """One checkpoint tensor that has not been read yet: a slice of a safetensors file, a GGUF tensor, or dummy data."""
@@ -94,3 +96,6 @@ class Ops:
     # Sampling helpers: logits[L, V] float -> int32/float32.
     argmax: Callable[[Tensor], Tensor] = ref.argmax  # [L]
     logsumexp: Callable[[Tensor], Tensor] = ref.logsumexp  # [L] float32
+
+    # Makes step graphs over this table's ops; None: steps run eagerly.
+    recorder: Callable[[], GraphRecorder] | None = None

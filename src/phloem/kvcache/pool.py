@@ -6,8 +6,10 @@ never hands it out.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -17,12 +19,23 @@ if TYPE_CHECKING:
 
     from phloem.layers.context import AttentionSpec
 
+ALIGNMENT = 64  # bytes: a cache line, and a vector register
 SCALE_BYTES = 4  # an int8 entry is followed by its float32 scale
 
 
 def entry_size(head_size: int, dtype: torch.dtype) -> int:
     """Elements that one head's key or value takes in a cache of this type."""
     return head_size + SCALE_BYTES if dtype == torch.int8 else head_size
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; in host memory those that the system hands out, so that a page costs nothing before it is used."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = math.prod(shape) * dtype.itemsize
+    block = np.zeros(count + ALIGNMENT, np.uint8)
+    start = -block.ctypes.data % ALIGNMENT
+    return torch.from_numpy(block[start : start + count]).view(dtype).view(shape)
 
 
 class KVPool:
@@ -49,8 +62,8 @@ class KVPool:
         self.values: list[Tensor] = []
         for spec in sorted(specs, key=lambda spec: spec.layer):
             shape = (num_pages, spec.kv_heads, page_size, entry_size(spec.head_size, dtype))
-            self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
-            self.values.append(torch.zeros(shape, dtype=dtype, device=device))
+            self.keys.append(_zeros(shape, dtype, device))
+            self.values.append(_zeros(shape, dtype, device))
 
     @property
     def nbytes(self) -> int:

@@ -273,11 +273,24 @@ def _from_directory(path: Path) -> tuple[Backend, dict[str, str]]:
     config = read_json(directory / "tokenizer_config.json")
     special = _roles(read_json(directory / "special_tokens_map.json")) | _roles(config)
     _add_missing(backend, config, special)
-    flags = [config.get("add_bos_token"), config.get("add_eos_token")]
-    if any(flag is not None for flag in flags) or backend.post_processor is None:
-        ids = [backend.token_to_id(special[role]) if role in special else None for role in ("bos_token", "eos_token")]
-        set_ends(backend, *[token if flag else None for token, flag in zip(ids, flags, strict=True)])
+    _add_ends(backend, config, special)
     return backend, special
+
+
+def _add_ends(backend: Backend, config: dict[str, Any], special: dict[str, str]) -> None:
+    """Heed `add_bos_token` and `add_eos_token` where the tokenizer class does and the file says nothing itself.
+
+    DeepSeek's files name a Llama class, whose constructor added the BOS that their tokenizer.json leaves out.
+    """
+    post: Any = backend.post_processor
+    if post is not None and "SpecialToken" in post.__getstate__().decode("utf-8", "replace"):
+        return
+    if not str(config.get("tokenizer_class", "")).startswith(("Llama", "CodeLlama", "Gemma", "Cohere")):
+        return
+    flags = {"bos_token": config.get("add_bos_token"), "eos_token": config.get("add_eos_token")}
+    ids = {role: backend.token_to_id(special[role]) for role, flag in flags.items() if flag is True and role in special}
+    if ids:
+        set_ends(backend, ids.get("bos_token"), ids.get("eos_token"))
 
 
 def _roles(config: dict[str, Any]) -> dict[str, str]:

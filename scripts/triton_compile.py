@@ -79,8 +79,9 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
 
-def record(cases: Sequence[Any], float8: torch.dtype | None) -> list[Launch]:
-    """Run the cases with launching replaced by taking notes. Identical launches are kept once."""
+def record(cases: Sequence[Any], name: str) -> list[Launch]:
+    """Run the cases as on that target, with launching replaced by taking notes. Identical launches are kept once."""
+    target, _, float8 = TARGETS[name]
     seen: dict[tuple[Any, ...], Launch] = {}
     current = ""
 
@@ -88,15 +89,16 @@ def record(cases: Sequence[Any], float8: torch.dtype | None) -> list[Launch]:
         launch = _describe(current, self, args, kwargs)
         seen.setdefault((launch.module, launch.kernel, launch.signature, launch.constants, launch.aligned), launch)
 
-    before = JITFunction.run
+    before = JITFunction.run, torch.version.hip
     JITFunction.run = note  # type: ignore[method-assign]
+    torch.version.hip = "7" if target.backend == "hip" else None
     try:
         for case in cases:
             current = case.name
             if not case.float8 or float8 is not None:
                 case.run(float8)
     finally:
-        JITFunction.run = before  # type: ignore[method-assign]
+        JITFunction.run, torch.version.hip = before  # type: ignore[method-assign]
     return list(seen.values())
 
 
@@ -186,7 +188,7 @@ def run(targets: Sequence[str], quick: bool = False, only: str = "", processes: 
     from triton_cases import cases
 
     chosen = [case for case in cases() if (case.quick or not quick) and only.lower() in case.name.lower()]
-    work = [(name, launch) for name in targets for launch in record(chosen, TARGETS[name][2])]
+    work = [(name, launch) for name in targets for launch in record(chosen, name)]
     with multiprocessing.get_context("spawn").Pool(processes or len(os.sched_getaffinity(0))) as pool:
         return pool.map(compile_one, work, chunksize=1)
 

@@ -51,6 +51,11 @@ def multiprocessors(tensor: Tensor) -> int:
     return 132 if tensor.device.type == "meta" else 2
 
 
+def stages(wanted: int) -> int:
+    """Depth of a loop's software pipeline; AMD's 64 KiB of shared memory per block hold two at most."""
+    return min(wanted, 2) if torch.version.hip else wanted
+
+
 def rows_2d(x: Tensor) -> Tensor:
     """x as [rows, N] without a copy where its strides allow it."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

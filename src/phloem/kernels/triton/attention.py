@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import ceil_div, find_row, multiprocessors, power_of_2, tanh
+from phloem.kernels.triton._base import ceil_div, find_row, multiprocessors, power_of_2, stages, tanh
 
 if TYPE_CHECKING:
     from phloem.kernels.ops import PagedBatch
@@ -327,13 +327,18 @@ def decode_splits(rows: int, kv_heads: int, processors: int) -> int:
     return max(1, min(MAX_SPLITS, 2 * processors // max(rows * kv_heads, 1)))
 
 
-def _tile(decode: bool, group: int, block_d: int, wide: bool) -> tuple[int, int, int, int]:
-    """(rows of a tile, KV tokens of a block, warps, stages)."""
+def _tile(decode: bool, group: int, block_d: int, wide: bool, tree: bool) -> tuple[int, int, int, int]:
+    """(rows of a tile, KV tokens of a block, warps, stages). The bounds are registers: see scripts/triton_compile.py.
+
+    Page ids are loaded before the KV they point to, which takes pipeline stages of its own: five give two KV blocks.
+    """
     group_p2 = power_of_2(group)
     if decode:
-        return max(16, group_p2), 64 if block_d <= 128 else 32, 4, 3
-    block_m = max(64 if wide or block_d > 128 else 128, group_p2)
-    return block_m, 32 if wide or block_d > 128 else 64, 8 if block_m >= 128 else 4, 2
+        return max(16, group_p2), 64 if block_d <= 128 and not wide else 32, 4, stages(2 if wide else 5)
+    if wide:
+        return max(16, group_p2), 32, 4, 2
+    block_m = max(64 if tree or block_d > 128 else 128, group_p2)
+    return block_m, 32 if tree or block_d > 128 else 64, 4 if tree else 8, 2
 
 
 def _run(
@@ -360,7 +365,8 @@ def _run(
     rows = batch.seq_lens.shape[0]
     group = heads // kv_heads
     block_d, block_dv = power_of_2(size), power_of_2(size_v)
-    block_m, block_n, warps, stages = _tile(decode, group, max(block_d, block_dv), q_THD.dtype == torch.float32)
+    wide = q_THD.dtype == torch.float32
+    block_m, block_n, warps, depth = _tile(decode, group, max(block_d, block_dv), wide, tree_mask is not None)
     partial = splits > 1
     target, lse = split_buffers(out, splits)
     tiles = rows if decode else tokens // (block_m // power_of_2(group)) + rows
@@ -390,7 +396,7 @@ def _run(
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
         num_warps=warps,
-        num_stages=stages,
+        num_stages=depth,
     )
     if partial:
         join_splits(target, lse, sinks_H, out)

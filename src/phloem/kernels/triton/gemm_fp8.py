@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import ceil_div, multiprocessors, power_of_2, sum_splits
+from phloem.kernels.triton._base import ceil_div, multiprocessors, power_of_2, stages, sum_splits
 
 GROUP = 128
 
@@ -112,6 +112,6 @@ def block_scaled_gemm(
         BLOCK_T=block_t,
         BLOCK_M=block_m,
         num_warps=8 if block_t >= 128 else 4,
-        num_stages=3,
+        num_stages=stages(3),
     )
     return out if direct else sum_splits(target, bias_M, out)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import ceil_div, multiprocessors, power_of_2, sum_splits
+from phloem.kernels.triton._base import ceil_div, multiprocessors, power_of_2, stages, sum_splits
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def int8_gemm(
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         num_warps=4,
-        num_stages=3,
+        num_stages=stages(3),
     )
     return out if direct else sum_splits(target, bias_M, out)
 
@@ -203,6 +203,6 @@ def int4_gemm(
         BLOCK_T=block_t,
         BLOCK_M=block_m,
         num_warps=4,
-        num_stages=3,
+        num_stages=stages(3),
     )
     return out if direct else sum_splits(target, bias_M, out)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import ceil_div
+from phloem.kernels.triton._base import ceil_div, stages
 from phloem.kernels.triton.attention import decode_attention, extend_attention
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def linear(x_TN: Tensor, weight_MN: Tensor, bias_M: Tensor | None) -> Tensor:
             BLOCK_M=BLOCK_M,
             BLOCK_K=32 if x_TN.dtype == torch.float32 else 64,
             num_warps=4,
-            num_stages=3,
+            num_stages=stages(3),
         )
     return out
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import activate, ceil_div, power_of_2
+from phloem.kernels.triton._base import activate, ceil_div, power_of_2, stages
 from phloem.kernels.triton.activation import SILU
 from phloem.kernels.triton.quantise import per_group_fp8
 
@@ -298,7 +298,7 @@ def _gemm(
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         num_warps=8 if tile >= 128 else 4,
-        num_stages=3,
+        num_stages=stages(3),
     )
 
 

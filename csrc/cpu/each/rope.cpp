@@ -121,12 +121,6 @@ void write_kv_int8(const WriteKvArgs& a, Team& team) {
 }
 PHL_OP(write_kv_int8, WriteKvArgs, "ppppp iiii iiii i");
 
-void write_kv_float(const WriteKvArgs& a, Team& team) {
-  write_tokens<float>(a, team, a.head_size,
-                      [](float* to, const float* from, int64_t n) { std::memcpy(to, from, n * sizeof(float)); });
-}
-PHL_OP(write_kv_float, WriteKvArgs, "ppppp iiii iiii i");
-
 }  // namespace
 }  // namespace PHL_NS
 }  // namespace phl

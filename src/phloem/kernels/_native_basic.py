@@ -135,7 +135,6 @@ def _positions(rt: Runtime) -> dict[str, Any]:
     WRITE = {
         torch.bfloat16: rt.op("write_kv_bf16"),
         torch.int8: rt.op("write_kv_int8"),
-        torch.float32: rt.op("write_kv_float"),
     }
 
     def rope_(q_THD: Tensor, k_TKD: Tensor, positions_T: Tensor, cos_sin: Tensor, interleaved: bool) -> None:

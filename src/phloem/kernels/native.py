@@ -30,3 +30,9 @@ def table(threads: int | None = None, level: str | None = None) -> Ops:
     rt.library.set_threads(threads or available_cores())
     made = {**basic.ops(rt), **attention.ops(rt), **sampling.ops(rt), **native_linear.ops(rt)}
     return dataclasses.replace(Ops(), name="native", recorder=lambda: Recorder(rt), **made)
+
+
+def describe() -> str:
+    """What the library runs with on this machine, for the decision's reason."""
+    library = runtime().library
+    return f"the fastest here ({library.level()} instructions, {library.threads()} threads)"

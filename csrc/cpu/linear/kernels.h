@@ -271,7 +271,7 @@ PHL_INLINE void quantise_chunks(const float* x, Activation* a, int chunks) {
   }
 #endif
   for (int c = 0; c < chunks; ++c, x += kChunk) {
-    const float largest = Vec::maximum(Vec::max(Vec::abs(Vec::loadf(x)), Vec::abs(Vec::loadf(x + 16))));
+    const float largest = Vec::largest(Vec::larger(Vec::loadf(x), Vec::loadf(x + 16)));
     Vec::quantise32(x, largest > 0.0f ? 127.0f / largest : 0.0f, a[c].q, a[c].half_sum);
     describe_chunk(largest, a[c]);
   }

@@ -77,7 +77,16 @@ struct Vec {
   static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F power2(F n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
   static float sum(F x) { return _mm512_reduce_add_ps(x); }
-  static float maximum(F x) { return _mm512_reduce_max_ps(x); }
+  // The larger magnitude, as integers: a NaN is larger than anything and is not lost.
+  static F larger(F x, F y) {
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(abs(x)), _mm512_castps_si512(abs(y))));
+  }
+  static float largest(F x) {
+    const int32_t bits = _mm512_reduce_max_epi32(_mm512_castps_si512(x));
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+  }
 
   // value > best per lane (strictly, so that the lowest index wins): keeps value and index.
   static void keep_best(float* best, int32_t* index, F value, int32_t first) {
@@ -103,13 +112,13 @@ struct Vec {
                         int32_t* s1, int32_t* s2, int32_t* s3) {
     F v[8], m[4];
     for (int i = 0; i < 8; ++i) v[i] = loadf(x + 16 * i);
-    for (int c = 0; c < 4; ++c) m[c] = max(abs(v[2 * c]), abs(v[2 * c + 1]));
-    const F m01 = max(_mm512_unpacklo_ps(m[0], m[1]), _mm512_unpackhi_ps(m[0], m[1]));
-    const F m23 = max(_mm512_unpacklo_ps(m[2], m[3]), _mm512_unpackhi_ps(m[2], m[3]));
+    for (int c = 0; c < 4; ++c) m[c] = larger(v[2 * c], v[2 * c + 1]);
+    const F m01 = larger(_mm512_unpacklo_ps(m[0], m[1]), _mm512_unpackhi_ps(m[0], m[1]));
+    const F m23 = larger(_mm512_unpacklo_ps(m[2], m[3]), _mm512_unpackhi_ps(m[2], m[3]));
     const __m512d d01 = _mm512_castps_pd(m01), d23 = _mm512_castps_pd(m23);
-    F all = max(_mm512_castpd_ps(_mm512_unpacklo_pd(d01, d23)), _mm512_castpd_ps(_mm512_unpackhi_pd(d01, d23)));
-    all = max(all, _mm512_shuffle_f32x4(all, all, 0x4e));
-    all = max(all, _mm512_shuffle_f32x4(all, all, 0xb1));  // every 128 bits: the four largest
+    F all = larger(_mm512_castpd_ps(_mm512_unpacklo_pd(d01, d23)), _mm512_castpd_ps(_mm512_unpackhi_pd(d01, d23)));
+    all = larger(all, _mm512_shuffle_f32x4(all, all, 0x4e));
+    all = larger(all, _mm512_shuffle_f32x4(all, all, 0xb1));  // every 128 bits: the four largest
     _mm_storeu_ps(largest, _mm512_castps512_ps128(all));
     const __mmask16 some = _mm512_cmp_ps_mask(all, zero(), _CMP_GT_OQ);
     const F inverse = _mm512_maskz_div_ps(some, set(127.0f), all);

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from phloem.kernels.ops import WeightSource
 
-__all__ = ["Recorder", "Unavailable", "runtime", "table"]
+__all__ = ["Recorder", "Unavailable", "describe", "runtime", "table"]
 
 
 def table(threads: int | None = None, level: str | None = None) -> Ops:
@@ -42,6 +42,12 @@ def table(threads: int | None = None, level: str | None = None) -> Ops:
     return dataclasses.replace(
         Ops(), name="native", prepare_linear=_prepare_float32, recorder=lambda: Recorder(rt), **made
     )
+
+
+def describe() -> str:
+    """The instruction set and the number of threads that the table uses."""
+    library = runtime().library
+    return f"{library.level()}, {library.threads()} threads"
 
 
 def _prepare_float32(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """Each native kernel's GB/s and Gop/s, next to what the machine gives in the same moments.
 
-Every kernel is timed in turns with the limit that bounds it (reading a buffer of the kernel's own size, or multiply-adds
-from registers), and its share is the median over the turns: on a shared machine both slow down together.
+Every kernel is timed in turns with the limit that bounds it (reading a buffer of the kernel's own size, or
+multiply-adds from registers), and its share is the median over the turns: on a shared machine both slow down together.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -226,7 +227,7 @@ def _attention(ops: Ops, o: Options) -> list[Case]:
         found.append(
             Case(
                 f"attention {str(kind)[6:]} {name}",
-                lambda: ops.paged_attention(q, *caches, batch, scale, 0, 0.0, None),
+                partial(ops.paged_attention, q, caches[0], caches[1], batch, scale, 0, 0.0, None),
                 float(read),
                 4.0 * o.heads * size * pairs,
                 "" if decode else "bf16",
@@ -264,6 +265,7 @@ def _sampling(ops: Ops, o: Options) -> list[Case]:
                 torch.arange(rows),
                 torch.arange(rows),
             )
-            draw, call = ops.sample, columns
-            found.append(Case(f"sample {name} {rows} rows", lambda x=logits, c=call: draw(x, *c), float(logits.nbytes)))
+            found.append(
+                Case(f"sample {name} {rows} rows", partial(ops.sample, logits, *columns), float(logits.nbytes))
+            )
     return found

@@ -19,7 +19,7 @@ from phloem.kernels._native_recorder import Recorder
 from phloem.kernels._native_runtime import Unavailable, runtime
 from phloem.kernels.ops import Ops
 
-__all__ = ["Recorder", "Unavailable", "runtime", "table"]
+__all__ = ["Recorder", "Unavailable", "describe", "runtime", "table"]
 
 
 def table(threads: int | None = None, level: str | None = None) -> Ops:

@@ -70,6 +70,10 @@ class Ops:
     # into whatever `linear` and `embedding` of the same table understand; the default makes one dense tensor.
     prepare_linear: PrepareLinear = ref.prepare_linear
     linear: Callable[[Tensor, Any, Tensor | None], Tensor] = ref.linear  # x[T, N], weight, bias[M] -> [T, M]
+    # Fused forms, where a table has them. gated_linear: x[T, N], weight of gate and up, bias[2M], "silu" or "gelu_tanh"
+    # -> activation(gate) * up [T, M]. linear_argmax: the first largest of each row of x W^T, int32 [T].
+    gated_linear: Callable[[Tensor, Any, Tensor | None, str], Tensor] | None = None
+    linear_argmax: Callable[[Tensor, Any], Tensor] | None = None
     embedding: Callable[[Tensor, Any, float], Tensor] = ref.embedding  # ids[T], weight[V, N], scale -> [T, N]
 
     # Elementwise and norms. `rms_norm` works on the last axis of [T, N] or [T, H, D].

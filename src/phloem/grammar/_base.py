@@ -292,6 +292,12 @@ class Vocabulary:
     def new_mask(self) -> NDArray[np.int32]:
         return np.zeros(self.mask_words, dtype=np.int32)
 
+    def only_ends(self, mask: NDArray[np.int32]) -> None:
+        """Allow the end-of-text tokens and nothing else."""
+        mask[:] = 0
+        for token in self.eos_ids:
+            mask.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
+
     @cached_property
     def special_by_text(self) -> dict[str, int]:
         return {self.tokens[i].decode("utf-8", "replace"): i for i in self.special if i < len(self.tokens)}

@@ -262,15 +262,29 @@ class Matcher:
     def __init__(self, vocabulary: Vocabulary, inner: Any) -> None:
         self.vocabulary = vocabulary
         self._inner = inner
+        self._ended = False  # the library's own notion of the end does not survive a rollback
 
     def accept(self, ids: Sequence[int]) -> int:
-        return int(self._inner.try_consume_tokens(list(ids)))
+        ids = list(ids)
+        eos_ids = self.vocabulary.eos_ids
+        place = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids))
+        taken = int(self._inner.try_consume_tokens(ids[:place])) if place and not self._ended else 0
+        if taken == place < len(ids) and not self._ended and self._inner.is_accepting():
+            self._ended = True
+            taken += 1
+        return taken
 
     def rollback(self, count: int) -> None:
+        if count and self._ended:
+            self._ended = False
+            count -= 1
         if count and not self._inner.rollback(count):
             raise BadRequest(f"the grammar could not be rolled back: {_plain(self._inner.get_error())}")
 
     def fill(self, mask: NDArray[np.int32]) -> None:
+        if self._ended:
+            self.vocabulary.only_ends(mask)
+            return
         self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._inner.is_error():
             if "NoExtension" in self._inner.get_error():
@@ -278,6 +292,8 @@ class Matcher:
             raise BadRequest(f"the grammar went over a limit: {_plain(self._inner.get_error())}")
 
     def jump(self) -> list[int]:
+        if self._ended:
+            return []
         ids = list(self._inner.compute_ff_tokens())
         return ids if not self._inner.is_error() else []
 
@@ -287,4 +303,4 @@ class Matcher:
 
     @property
     def done(self) -> bool:
-        return bool(self._inner.is_stopped())
+        return self._ended or bool(self._inner.is_stopped())

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 KEYWORDS = frozenset(
     {"type", "properties", "required", "additionalProperties", "items", "enum", "anyOf", "$ref", "minItems"}
-    | {"maxItems", "minLength", "maxLength", "minimum", "maximum", "prefixItems"}
+    | {"maxItems", "minimum", "maximum", "prefixItems"}  # with maxLength it lets control characters into strings
 )
 _RECENT = 8  # tokens before a forced text that decide how its beginning is split
 
@@ -187,16 +187,17 @@ class Matcher:
 
     def fill(self, mask: NDArray[np.int32]) -> None:
         if self._inner.is_terminated():
-            mask[:] = 0
-            for token in self.vocabulary.eos_ids:
-                mask[token >> 5] |= np.int32(np.uint32(1 << (token & 31)).view(np.int32))
+            self.vocabulary.only_ends(mask)
             return
         self._inner.fill_next_token_bitmask(mask[None], 0)
 
     def jump(self) -> list[int]:
         if self._inner.is_terminated():
             return []
-        text: str = self._inner.find_jump_forward_string()
+        try:
+            text: str = self._inner.find_jump_forward_string()
+        except UnicodeDecodeError:  # a forced text that ends inside a character
+            return []
         if not text:
             return []
         for length in range(min(_RECENT, len(self._recent)), -1, -1):

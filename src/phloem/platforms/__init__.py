@@ -1,1 +1,74 @@
-"""One file per kind of machine."""
+"""One file per kind of machine.
+
+Each module has `is_available() -> (bool, reason)` and a class `Platform(threads: int | None)` with the face below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from phloem.core.errors import ConfigError
+from phloem.core.resolve import Decision
+from phloem.utils.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from phloem.kernels.ops import Ops
+
+PREFERENCE = ("cuda", "rocm", "xpu", "npu", "tpu", "cpu")
+
+
+class Platform(Protocol):
+    """What the engine asks of a machine."""
+
+    name: str
+    device: torch.device
+    default_memory_fraction: float  # of free memory, for weights and KV pool together
+    default_running_requests: int
+    default_chunk: int  # tokens of one step
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes of the device."""
+        ...
+
+    def table(self, requested: str | None) -> tuple[Ops, str]:
+        """The op table, and why this one. `requested` names one; a named one that cannot serve is a ConfigError."""
+        ...
+
+    def attention_backends(self) -> list[str]:
+        """Names in order of preference."""
+        ...
+
+    def dtype(self, checkpoint: str | None) -> tuple[torch.dtype, str]:
+        """The type for weights and KV when the user leaves it to us, and why; `checkpoint` is the stored type."""
+        ...
+
+
+def choose(requested: str, threads: int | None) -> tuple[Platform, Decision]:
+    """The platform to run on: the one that is named, or the first in order of preference that is available.
+
+    Raises:
+        ConfigError: if the named one is unknown or not available, with its reason.
+    """
+    registry = Registry("phloem.platforms", "device")
+    if requested != "auto":
+        module = registry.module(requested)
+        available, reason = module.is_available()
+        if not available:
+            raise ConfigError(f"device {requested!r} is not available: {reason}", param="device")
+        return module.Platform(threads), Decision("device", requested, "as asked")
+    declined: list[str] = []
+    names = registry.names()
+    for name in [*(n for n in PREFERENCE if n in names), *(n for n in names if n not in PREFERENCE)]:
+        module = registry.module(name)
+        available, reason = module.is_available()
+        if available:
+            why = "; ".join([reason, *declined])
+            return module.Platform(threads), Decision("device", name, why)
+        declined.append(f"not {name}: {reason}")
+    raise ConfigError("no device is available: " + "; ".join(declined), param="device")
+
+
+PlatformFactory = Callable[[int | None], Any]

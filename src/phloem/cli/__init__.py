@@ -1,0 +1,59 @@
+"""The `phloem` command. A file in this folder is a command; each has `main(argv) -> int` and a one-line docstring."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+
+from phloem.core.errors import PhloemError
+from phloem.utils.registry import Registry
+
+COMMANDS = Registry("phloem.cli", "command")
+_ORDER = ("serve", "run", "chat", "bench", "doctor")
+
+
+def _summary(name: str) -> str:
+    """A command's first docstring line, read without importing it."""
+    spec = importlib.util.find_spec(f"phloem.cli.{name}")
+    assert spec is not None and spec.origin is not None
+    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""
+    return text.splitlines()[0] if text else ""
+
+
+def usage() -> str:
+    names = COMMANDS.names()
+    names = [*(n for n in _ORDER if n in names), *(n for n in names if n not in _ORDER)]
+    lines = [f"  {name:<8} {_summary(name)}" for name in names]
+    return "\n".join(
+        [
+            "usage: phloem COMMAND [options]",
+            "",
+            "A serving engine for language models.",
+            "",
+            *lines,
+            "",
+            "phloem COMMAND --help tells a command's options; phloem --version the version.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Expected errors end with one line and status 1 (2 for a wrong command), never with a trace."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"phloem {version('phloem')}")
+        return 0
+    try:
+        return COMMANDS.module(args[0]).main(args[1:])
+    except PhloemError as error:
+        print(f"phloem {args[0]}: {error.message}", file=sys.stderr)
+        return 2 if args[0] not in COMMANDS.names() else 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,126 @@
+"""Command-line options made from the configuration's sections: one flag per field, with the field's own help."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import tyro
+import yaml
+
+from phloem.core.config import SECTIONS, Config, read_environment
+from phloem.core.errors import ConfigError
+
+T = TypeVar("T")
+_ALIASES = {"model_path": ("--model",), "tokenizer_path": ("--tokenizer",)}
+
+
+def settings_fields(skip: tuple[str, ...] = ()) -> list[tuple[str, Any, Any]]:
+    """(name, annotated type, dataclass field) of every setting, in the order of the sections."""
+    found: list[tuple[str, Any, Any]] = []
+    for section, cls in SECTIONS.items():
+        if section in skip:
+            continue
+        hints = get_type_hints(cls)
+        for spec in dataclasses.fields(cls):
+            kind = Annotated[
+                hints[spec.name], tyro.conf.arg(help=spec.metadata["help"], aliases=_ALIASES.get(spec.name))
+            ]
+            found.append((spec.name, kind, dataclasses.field(default=spec.default)))
+    return found
+
+
+def parse(
+    command: str,
+    argv: list[str],
+    own: type[Any] | None = None,
+    skip: tuple[str, ...] = (),
+    description: str = "",
+) -> tuple[Config, Any]:
+    """Parse `argv` into a checked configuration and an instance of `own` (a command's own options, all with defaults).
+
+    A first argument without a dash is the model. `--config FILE` reads settings from YAML; flags win over it.
+
+    Raises:
+        ConfigError: what `Config.from_flat` raises, or an unreadable file.
+        SystemExit: on `--help`, and on an unknown flag after naming the nearest one.
+    """
+    argv = list(argv)
+    if argv and not argv[0].startswith("-"):
+        argv[:1] = ["--model-path", argv[0]]
+    file_values = _take_file(argv)
+    own_fields = [] if own is None else _own_fields(own)
+    fields = [*own_fields, *settings_fields(skip)]
+    flat_class: Any = dataclasses.make_dataclass("Options", fields)
+    checked = Config.from_flat(file_values).flat() if file_values else {}
+    names = {name for name, _, _ in fields}
+    default = flat_class(**{name: value for name, value in checked.items() if name in names})
+    values = tyro.cli(
+        flat_class,
+        prog=f"phloem {command}",
+        description=description + "\n\nThe model may also be given as the first argument; --config FILE reads YAML.",
+        args=argv,
+        default=default,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    settings = {name: getattr(values, name) for name, _, _ in settings_fields(skip)}
+    mine = None if own is None else own(**{name: getattr(values, name) for name, _, _ in own_fields})
+    return Config.from_flat(read_environment({**checked, **settings})), mine
+
+
+def _own_fields(own: type[Any]) -> list[tuple[str, Any, Any]]:
+    hints = get_type_hints(own)
+    return [
+        (
+            spec.name,
+            Annotated[hints[spec.name], tyro.conf.arg(help=spec.metadata["help"])],
+            dataclasses.field(default=spec.default),
+        )
+        for spec in dataclasses.fields(own)
+    ]
+
+
+def parse_own(command: str, argv: list[str], own: type[T], description: str = "") -> T:
+    """For a command that starts no engine: its own options alone."""
+    flat_class: Any = dataclasses.make_dataclass("Options", _own_fields(own))
+    values = tyro.cli(
+        flat_class,
+        prog=f"phloem {command}",
+        description=description,
+        args=argv,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return own(**{spec.name: getattr(values, spec.name) for spec in dataclasses.fields(own)})  # pyright: ignore[reportArgumentType]
+
+
+def _take_file(argv: list[str]) -> dict[str, Any]:
+    """Remove `--config FILE` or `--config=FILE` from the arguments and read that file."""
+    for i, arg in enumerate(argv):
+        if arg == "--config" and i + 1 < len(argv):
+            path = argv[i + 1]
+            del argv[i : i + 2]
+            return read_yaml(Path(path))
+        if arg.startswith("--config="):
+            del argv[i]
+            return read_yaml(Path(arg.removeprefix("--config=")))
+    return {}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Settings by flat name; names may be written with dashes.
+
+    Raises:
+        ConfigError: if the file cannot be read or is not a mapping.
+    """
+    try:
+        values: Any = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"configuration file {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration file {path} is not YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"configuration file {path} must map names to values")
+    return {str(name): value for name, value in values.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]

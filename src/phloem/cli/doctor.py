@@ -1,0 +1,105 @@
+"""Show the machine, the libraries, and what would be chosen and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform as python_platform
+import shutil
+import sys
+from typing import TYPE_CHECKING
+
+from phloem.cli._options import parse
+from phloem.core.errors import PhloemError
+from phloem.utils import machine
+
+if TYPE_CHECKING:
+    from phloem.core.config import Config
+
+DESCRIPTION = "Show the machine, the libraries, and what `phloem serve` would choose with the same options, and why."
+_LIBRARIES = (
+    "torch",
+    "triton",
+    "tokenizers",
+    "safetensors",
+    "gguf",
+    "fastapi",
+    "uvicorn",
+    "uvloop",
+    "pyzmq",
+    "msgspec",
+    "llguidance",
+    "xgrammar",
+    "flashinfer-python",
+)
+_INTERESTING = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
+
+
+def main(argv: list[str]) -> int:
+    config, _ = parse("doctor", argv, description=DESCRIPTION)
+    print(f"phloem {importlib.metadata.version('phloem')}, Python {python_platform.python_version()}\n")
+    _machine()
+    _libraries()
+    sound = _model(config)
+    return 0 if sound else 1
+
+
+def _line(name: str, value: object) -> None:
+    print(f"  {name:<18} {value}")
+
+
+def _machine() -> None:
+    free, total = machine.memory()
+    flags = machine.cpu_flags()
+    print("Machine")
+    _line("processor", machine.cpu_name())
+    _line("usable cores", machine.available_cores())
+    _line("memory", f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+    _line("instruction sets", ", ".join(flag for flag in _INTERESTING if flag in flags) or "nothing of use reported")
+    _line("C++ compiler", shutil.which("c++") or shutil.which("g++") or "none (only needed to build the kernels)")
+
+
+def _libraries() -> None:
+    print("\nLibraries")
+    for name in _LIBRARIES:
+        try:
+            _line(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            _line(name, "not installed")
+
+
+def _model(config: Config) -> bool:
+    """What would be chosen for this configuration, as far as it can be known without loading weights."""
+    from phloem import attention, platforms
+    from phloem.core import resolve
+    from phloem.utils.checkpoint import describe
+
+    print("\nModel")
+    model = config.model
+    try:
+        checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)
+    except PhloemError as error:
+        _line("problem", error.message)
+        return False
+    _line("path", checkpoint.path)
+    _line("format, family", f"{checkpoint.format}, {checkpoint.model_type}")
+    _line("context, vocabulary", f"{checkpoint.context_length}, {checkpoint.vocab_size}")
+    print("\nChoices")
+    try:
+        threads = resolve.threads(config.runtime.threads, machine.available_cores())
+        platform, device = platforms.choose(config.runtime.device, threads.value)
+        ops, why = platform.table(config.runtime.ops)
+        decisions = [
+            resolve.context_length(model.context_length, checkpoint.context_length),
+            threads,
+            device,
+            resolve.Decision("ops", ops.name, why),
+        ]
+        for decision in decisions:
+            _line(decision.name, f"{decision.value}  ({decision.reason})")
+        _line("attention", f"one of {', '.join(platform.attention_backends())}, the first that accepts the model")
+        _line("known backends", ", ".join(attention.BACKENDS.names()))
+    except PhloemError as error:
+        _line("problem", error.message)
+        return False
+    sys.stdout.flush()
+    return True

@@ -1,0 +1,77 @@
+"""What changes a row's logits before a token is chosen: penalties, logit bias, tokens forbidden for now, grammar masks.
+
+Legend: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from phloem.core.request import SamplingParams
+
+_BITS = np.arange(32, dtype=np.uint32)
+
+
+class Penalties:
+    """Token counts of one request that asks for penalties, on the device.
+
+    Repetition (Keskar et al. 2019) looks at prompt and output; presence and frequency (OpenAI) at the output alone.
+    """
+
+    def __init__(
+        self, params: SamplingParams, tokens: NDArray[np.int32], num_prompt: int, vocab: int, device: torch.device
+    ):
+        self._repetition = params.repetition_penalty
+        self._presence = params.presence_penalty
+        self._frequency = params.frequency_penalty
+        known = torch.from_numpy(tokens.astype(np.int64)).to(device)
+        self._seen_V = torch.zeros(vocab, dtype=torch.bool, device=device)
+        self._seen_V[known] = True
+        self._count_V = torch.bincount(known[num_prompt:], minlength=vocab).to(torch.float32)
+
+    @staticmethod
+    def wanted(params: SamplingParams) -> bool:
+        return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+    def add(self, token: Tensor) -> None:
+        """Count one sampled token; `token` is a device tensor of one element, so that nothing waits for its value."""
+        index = token.reshape(1).long()
+        self._seen_V[index] = True
+        self._count_V.index_add_(0, index, torch.ones(1, device=index.device))
+
+    def apply_(self, logits_V: Tensor) -> None:
+        if self._repetition != 1:
+            scaled_V = torch.where(logits_V > 0, logits_V / self._repetition, logits_V * self._repetition)
+            logits_V.copy_(torch.where(self._seen_V, scaled_V, logits_V))
+        if self._frequency or self._presence:
+            logits_V.sub_(self._frequency * self._count_V + self._presence * (self._count_V > 0))
+
+
+def bias_tensors(params: SamplingParams, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """(token ids, values) of `logit_bias`, or None."""
+    if not params.logit_bias:
+        return None
+    ids = torch.tensor([int(key) for key in params.logit_bias], dtype=torch.int64, device=device)
+    return ids, torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+
+
+def apply_mask_(logits_V: Tensor, mask_W: NDArray[np.int32]) -> None:
+    """Forbid tokens whose bit is 0 (bit i of word w is token 32 w + i).
+
+    Raises:
+        ValueError: if the mask allows no token at all.
+    """
+    if not mask_W.any():
+        raise ValueError("the grammar allows no token here")
+    vocab = logits_V.shape[0]
+    bits = ((mask_W.view(np.uint32)[:, None] >> _BITS) & 1).astype(np.bool_).reshape(-1)[:vocab]
+    allowed = np.zeros(vocab, np.bool_)
+    allowed[: len(bits)] = bits
+    logits_V.masked_fill_(torch.from_numpy(~allowed).to(logits_V.device), float("-inf"))

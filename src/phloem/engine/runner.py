@@ -1,0 +1,220 @@
+"""Executes steps on a device, in the order of `launch`, in a thread of its own: the scheduler plans meanwhile.
+
+Legend: R rows, T packed new tokens, L positions whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from phloem.core.batch import PositionLogprobs, StepOutput
+from phloem.engine.inputs import device_inputs, prompt_rows
+from phloem.engine.logprobs import position_logprobs
+from phloem.engine.penalties import apply_mask_
+from phloem.engine.sampler import SamplingRows, sample
+from phloem.engine.slots import Slot, Slots
+from phloem.layers.context import ForwardBatch
+from phloem.utils import log
+
+if TYPE_CHECKING:
+    from phloem.attention import AttentionBackend
+    from phloem.core.batch import Batch
+    from phloem.engine.inputs import StepInputs
+    from phloem.kernels.ops import Ops
+    from phloem.kvcache.pool import KVPool
+    from phloem.models import Model
+
+_log = log.get("engine.runner")
+
+# Logits of prompt positions are made in pieces of this many, so that a long prompt's do not all exist at once.
+HEAD_ROWS = 256
+
+
+class Launched:
+    """A step in the runner's queue or on the device (`core.batch.Pending`)."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._output: StepOutput | None = None
+        self._error: BaseException | None = None
+
+    def set(self, output: StepOutput) -> None:
+        self._output = output
+        self._event.set()
+
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+        self._event.set()
+
+    def done(self) -> bool:
+        return self._event.is_set()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds; True when the step has ended."""
+        return self._event.wait(timeout)
+
+    def result(self) -> StepOutput:
+        self._event.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._output is not None
+        return self._output
+
+
+class ModelRunner:
+    """One model on one device, with its KV pool (`core.batch.Runner`)."""
+
+    def __init__(self, model: Model, backend: AttentionBackend, pool: KVPool, ops: Ops, max_slots: int) -> None:
+        self.model = model
+        self.pool = pool
+        self.num_pages = pool.num_pages
+        self.page_size = pool.page_size
+        self.max_slots = max_slots
+        self.busy_since = 0.0  # perf_counter at which the step in progress began; 0 when idle
+        self._backend = backend
+        self._ops = ops
+        self._slots = Slots(max_slots, model.vocab_size, pool.device)
+        self._queue: queue.SimpleQueue[tuple[Batch, Launched] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="phloem-runner", daemon=True)
+        self._thread.start()
+
+    def launch(self, batch: Batch) -> Launched:
+        pending = Launched()
+        self._queue.put((batch, pending))
+        return pending
+
+    def close(self) -> None:
+        """End the thread after the steps that were launched."""
+        self._queue.put(None)
+        self._thread.join(timeout=30)
+
+    def _work(self) -> None:
+        with torch.inference_mode():
+            while (item := self._queue.get()) is not None:
+                batch, pending = item
+                self.busy_since = perf_counter()
+                try:
+                    pending.set(self._step(batch))
+                except BaseException as error:  # the scheduler fails the step's requests; the thread must live on
+                    _log.exception("step %d failed", batch.step)
+                    pending.fail(error)
+                finally:
+                    self.busy_since = 0.0
+
+    def _step(self, batch: Batch) -> StepOutput:
+        start = perf_counter()
+        for admission in batch.admissions:
+            self._slots.admit(admission)
+        inputs = device_inputs(batch, self.page_size, self._slots.last_tokens)
+        before = perf_counter()
+        hidden_LN = self._forward(inputs)
+        count = len(inputs.sampled_rows)
+        output = StepOutput(batch.step, np.full(batch.num_rows, -1, np.int32))
+        logits_LV = self.model.head(hidden_LN[:count]) if count else None
+        output.forward_seconds = perf_counter() - before
+        if logits_LV is not None:
+            self._sample(batch, inputs, logits_LV, output)
+        if batch.prompt_targets:
+            self._prompt_logprobs(batch, hidden_LN[count:], output)
+        output.total_seconds = perf_counter() - start
+        return output
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        attention = self._backend.begin(inputs.paged, self.pool)
+        return self.model.forward(ForwardBatch(inputs.input_ids, inputs.positions, attention, inputs.logit_index))
+
+    def _sample(self, batch: Batch, inputs: StepInputs, logits_LV: Tensor, output: StepOutput) -> None:
+        """Choose a token for every sampling row; what fails for one row is noted for it alone."""
+        rows = inputs.sampled_rows
+        ids = batch.slots[rows]
+        slots = [self._slots[int(slot)] for slot in ids]
+        generated = (batch.prefix_lens + batch.query_lens)[rows]
+        wanted = [i for i, slot in enumerate(slots) if slot.return_logprob]
+        raw_LV = logits_LV
+        if not all(slot.plain for slot in slots):
+            raw_LV = logits_LV.clone() if wanted else logits_LV
+            self._adjust_(slots, rows, generated, logits_LV, output)
+        params = SamplingRows.of(
+            [s.params for s in slots], [s.seed for s in slots], generated.tolist(), logits_LV.shape[1]
+        )
+        tokens_L = sample(logits_LV, params, self._ops)
+        self._slots.last_tokens[torch.from_numpy(ids.astype(np.int64)).to(tokens_L.device)] = tokens_L
+        for i, slot in enumerate(slots):
+            if slot.penalties is not None:
+                slot.penalties.add(tokens_L[i])
+        values = tokens_L.to("cpu", torch.int32).numpy()
+        self._check(rows, logits_LV, tokens_L, output)
+        for i in wanted:
+            slot, row = slots[i], int(rows[i])
+            found = position_logprobs(
+                raw_LV[i : i + 1], tokens_L[i : i + 1], slot.top_logprobs, slot.token_ids_logprob, self._ops
+            )
+            output.logprobs[row] = found[0]
+        for i, slot in enumerate(slots):
+            row = int(rows[i])
+            if row in output.failed:
+                continue
+            output.tokens[row] = values[i]
+            if slot.mask is not None:
+                slot.since_mask.append(int(values[i]))
+
+    def _adjust_(
+        self,
+        slots: list[Slot],
+        rows: np.ndarray[tuple[int], np.dtype[np.int64]],
+        known: np.ndarray[tuple[int], np.dtype[np.int32]],
+        logits_LV: Tensor,
+        output: StepOutput,
+    ) -> None:
+        for i, slot in enumerate(slots):
+            if slot.plain:
+                continue
+            try:
+                _adjust_row_(slot, int(known[i]) - slot.num_prompt, logits_LV[i])
+            except Exception as error:
+                _log.exception("request %s: its logits could not be prepared", slot.request_id)
+                output.failed[int(rows[i])] = f"{type(error).__name__}: {error}"
+
+    def _check(
+        self, rows: np.ndarray[tuple[int], np.dtype[np.int64]], logits_LV: Tensor, tokens_L: Tensor, output: StepOutput
+    ) -> None:
+        """A row whose chosen logit is not a number fails alone: its weights or its cache are damaged."""
+        best_L = logits_LV.gather(1, tokens_L.unsqueeze(1)).squeeze(1)
+        for i in torch.isnan(best_L).nonzero().flatten().tolist():
+            output.failed.setdefault(int(rows[i]), "the model's logits are not numbers (NaN)")
+
+    def _prompt_logprobs(self, batch: Batch, hidden_LN: Tensor, output: StepOutput) -> None:
+        start = 0
+        for row in prompt_rows(batch):
+            targets = batch.prompt_targets[row]
+            wanted = torch.from_numpy(targets[targets >= 0]).to(hidden_LN.device)
+            slot = self._slots[int(batch.slots[row])]
+            found: list[PositionLogprobs] = []
+            for piece in range(0, len(wanted), HEAD_ROWS):
+                tokens_L = wanted[piece : piece + HEAD_ROWS]
+                logits_LV = self.model.head(hidden_LN[start + piece : start + piece + len(tokens_L)])
+                found += position_logprobs(logits_LV, tokens_L, slot.top_logprobs, slot.token_ids_logprob, self._ops)
+            output.prompt_logprobs[row] = found
+            start += len(wanted)
+
+
+def _adjust_row_(slot: Slot, generated: int, logits_V: Tensor) -> None:
+    """`generated`: how many tokens this request has produced so far."""
+    if slot.penalties is not None:
+        slot.penalties.apply_(logits_V)
+    if slot.bias is not None:
+        logits_V.index_add_(0, *slot.bias)
+    if generated < slot.params.min_new_tokens and slot.eos_ids:
+        logits_V[list(slot.eos_ids)] = float("-inf")
+    if slot.mask is not None:
+        sampled, slot.since_mask = slot.since_mask, []
+        mask_W = slot.mask(sampled)
+        if mask_W is not None:
+            apply_mask_(logits_V, mask_W)

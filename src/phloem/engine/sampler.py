@@ -1,0 +1,130 @@
+"""From logits to tokens.
+
+Every random draw is one uniform number, a function of the request's seed and the token's position alone, inverted
+through the distribution's cumulative sum in token-id order. So a seeded request gives the same tokens whatever else is
+in the batch, and after a preemption as well.
+
+Legend: L rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from phloem.core.request import SamplingParams
+    from phloem.kernels.ops import Ops
+
+# A nucleus almost always fits in this many tokens; when one does not, its row alone is sorted whole.
+CANDIDATES = 1024
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float32]:
+    """One number in [0, 1) per row: splitmix64 of the seed and the position, its upper 24 bits (Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        z = seeds + _GOLDEN * (positions + np.uint64(1))
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return ((z >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)).astype(np.float32)
+
+
+@dataclass(slots=True)
+class SamplingRows:
+    """What L rows ask for, as host arrays."""
+
+    temperature: NDArray[np.float32]
+    top_k: NDArray[np.int32]  # vocabulary size where off
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+    uniform: NDArray[np.float32]
+    greedy: NDArray[np.bool_]
+
+    @staticmethod
+    def of(
+        params: Sequence[SamplingParams], seeds: Sequence[int], positions: Sequence[int], vocab: int
+    ) -> SamplingRows:
+        greedy = np.array([p.greedy for p in params], np.bool_)
+        drawn = not greedy.all()
+        return SamplingRows(
+            temperature=np.array([p.temperature for p in params], np.float32),
+            top_k=np.array([p.top_k if 0 < p.top_k < vocab else vocab for p in params], np.int32),
+            top_p=np.array([p.top_p for p in params], np.float32),
+            min_p=np.array([p.min_p for p in params], np.float32),
+            uniform=uniforms(np.array(seeds, np.uint64), np.array(positions, np.uint64))
+            if drawn
+            else np.zeros(len(greedy), np.float32),
+            greedy=greedy,
+        )
+
+
+def sample(logits_LV: Tensor, rows: SamplingRows, ops: Ops) -> Tensor:
+    """The next token of each row. Returns int64 [L], on the logits' device."""
+    if rows.greedy.all():
+        return ops.argmax(logits_LV).long()
+    drawn = np.flatnonzero(~rows.greedy)
+    if len(drawn) == len(rows.greedy):
+        return _draw(logits_LV, rows, drawn)
+    tokens = ops.argmax(logits_LV).long()
+    index = torch.from_numpy(drawn).to(logits_LV.device)
+    tokens[index] = _draw(logits_LV[index], rows, drawn)
+    return tokens
+
+
+def _draw(logits_LV: Tensor, rows: SamplingRows, index: NDArray[np.int64]) -> Tensor:
+    """Draw for rows `index` (logits hold just these)."""
+    device, vocab = logits_LV.device, logits_LV.shape[1]
+
+    def column(values: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(values[index]).to(device).unsqueeze(1)
+
+    probs_LV = torch.softmax(logits_LV.float() / column(rows.temperature), -1)
+    uniform_L1 = column(rows.uniform)
+    filtered = (rows.top_k[index] < vocab) | (rows.top_p[index] < 1) | (rows.min_p[index] > 0)
+    if not filtered.any():
+        return _invert(probs_LV, uniform_L1)
+    kept_LV = _filter(probs_LV, column(rows.top_k), column(rows.top_p), column(rows.min_p), rows, index)
+    return _invert(kept_LV, uniform_L1)
+
+
+def _filter(
+    probs_LV: Tensor, top_k_L1: Tensor, top_p_L1: Tensor, min_p_L1: Tensor, rows: SamplingRows, index: NDArray[np.int64]
+) -> Tensor:
+    """Zero what top-k, then top-p (of what top-k left), then min-p (relative to the best token) exclude."""
+    vocab = probs_LV.shape[1]
+    wide = (rows.top_k[index] == vocab) & (rows.top_p[index] < 1)
+    size = min(vocab, max(CANDIDATES, int(np.where(rows.top_k[index] < vocab, rows.top_k[index], 0).max())))
+    best_LC, ids_LC = torch.topk(probs_LV, size, dim=-1)
+    if size < vocab and wide.any() and bool((best_LC.sum(-1, keepdim=True) < top_p_L1)[torch.from_numpy(wide)].any()):
+        best_LC, ids_LC = torch.sort(probs_LV, dim=-1, descending=True, stable=True)
+    rank_C = torch.arange(best_LC.shape[1], device=probs_LV.device)
+    keep_LC = rank_C < top_k_L1
+    left_LC = best_LC * keep_LC
+    # Without top-k the total is 1 even when the candidates do not reach it.
+    total_L1 = torch.where(top_k_L1 < vocab, left_LC.sum(-1, keepdim=True), torch.ones_like(top_p_L1))
+    before_LC = left_LC.cumsum(-1) - left_LC
+    keep_LC &= (before_LC < top_p_L1 * total_L1) | (rank_C == 0)
+    keep_LC &= best_LC >= min_p_L1 * best_LC[:, :1]
+    kept_LV = torch.zeros_like(probs_LV).scatter_(1, ids_LC, best_LC * keep_LC)
+    # A row that only min-p restricts may keep more tokens than there are candidates.
+    free_L1 = (top_k_L1 >= vocab) & (top_p_L1 >= 1)
+    return torch.where(free_L1, probs_LV * (probs_LV >= min_p_L1 * best_LC[:, :1]), kept_LV)
+
+
+def _invert(probs_LV: Tensor, uniform_L1: Tensor) -> Tensor:
+    """Inverse of the cumulative distribution at `uniform` (weights need not sum to 1); never a token of weight 0."""
+    sums_LV = probs_LV.double().cumsum(-1)
+    total_L1 = sums_LV[:, -1:]
+    # `right` skips tokens of weight 0 at the front; the clamp keeps rounding from running past the last real token.
+    target_L1 = torch.minimum(uniform_L1.double() * total_L1, total_L1 * (1 - 1e-12))
+    return torch.searchsorted(sums_LV, target_L1, right=True).squeeze(1).clamp_(max=probs_LV.shape[1] - 1)

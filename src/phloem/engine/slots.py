@@ -1,0 +1,81 @@
+"""What the engine remembers of each running request between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from phloem.engine.penalties import Penalties, bias_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from phloem.core.batch import Admission
+    from phloem.core.request import SamplingParams
+
+Mask = Callable[[list[int]], "NDArray[np.int32] | None"]
+
+
+@dataclass(slots=True)
+class Slot:
+    """Sampling state of one request, from admission until its slot is given to another."""
+
+    request_id: str
+    params: SamplingParams
+    seed: int
+    num_prompt: int
+    eos_ids: tuple[int, ...]
+    return_logprob: bool
+    top_logprobs: int
+    token_ids_logprob: tuple[int, ...]
+    mask: Mask | None
+    penalties: Penalties | None
+    bias: tuple[Tensor, Tensor] | None
+    since_mask: list[int] = field(default_factory=list)  # tokens sampled since `mask` was last called
+
+    @property
+    def plain(self) -> bool:
+        """Nothing touches this row's logits before a token is chosen."""
+        return self.mask is None and self.penalties is None and self.bias is None and self.params.min_new_tokens == 0
+
+
+class Slots:
+    """All of them, and the last sampled token of each as one device tensor."""
+
+    def __init__(self, count: int, vocab: int, device: torch.device) -> None:
+        import torch
+
+        self._slots: list[Slot | None] = [None] * count
+        self._vocab = vocab
+        self._device = device
+        self.last_tokens = torch.zeros(count, dtype=torch.int64, device=device)
+
+    def admit(self, admission: Admission) -> None:
+        params = admission.params
+        penalised = Penalties.wanted(params)
+        self._slots[admission.slot] = Slot(
+            request_id=admission.request_id,
+            params=params,
+            seed=admission.seed & (2**64 - 1),
+            num_prompt=admission.num_prompt,
+            eos_ids=admission.eos_ids,
+            return_logprob=admission.return_logprob,
+            top_logprobs=admission.top_logprobs,
+            token_ids_logprob=admission.token_ids_logprob,
+            mask=admission.mask,
+            penalties=Penalties(params, admission.tokens, admission.num_prompt, self._vocab, self._device)
+            if penalised
+            else None,
+            bias=bias_tensors(params, self._device),
+        )
+
+    def __getitem__(self, slot: int) -> Slot:
+        found = self._slots[slot]
+        if found is None:
+            raise KeyError(f"slot {slot} was never admitted")
+        return found

@@ -1,0 +1,75 @@
+"""Storage of keys and values, by page. Who owns which page is the cache manager's business, not the pool's.
+
+Legend: K kv heads, S page size, D head size. Page 0 is scratch: padding rows of a step write there, and the allocator
+never hands it out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from phloem.layers.context import AttentionSpec
+
+ALIGNMENT = 64  # bytes: a cache line, and a vector register
+SCALE_BYTES = 4  # an int8 entry is followed by its float32 scale
+
+
+def entry_size(head_size: int, dtype: torch.dtype) -> int:
+    """Elements that one head's key or value takes in a cache of this type."""
+    return head_size + SCALE_BYTES if dtype == torch.int8 else head_size
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; in host memory those that the system hands out, so that a page costs nothing before it is used."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = math.prod(shape) * dtype.itemsize
+    block = np.zeros(count + ALIGNMENT, np.uint8)
+    start = -block.ctypes.data % ALIGNMENT
+    return torch.from_numpy(block[start : start + count]).view(dtype).view(shape)
+
+
+class KVPool:
+    """`keys[layer]` and `values[layer]`: `[pages, K, S, D]`; with int8, D + 4 (the values, then their scale).
+
+    Starts as zeros, because a gathered page may be read where it is masked, and 0 times NaN is NaN.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[AttentionSpec],
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        if num_pages < 2 or page_size < 1:
+            raise ValueError(f"a pool needs 2 pages of 1 token at least, not {num_pages} of {page_size}")
+        if sorted(spec.layer for spec in specs) != list(range(len(specs))):
+            raise ValueError(f"attention layers must be numbered 0 to {len(specs) - 1}")
+        self.num_pages, self.page_size = num_pages, page_size
+        self.dtype, self.device = dtype, device
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for spec in sorted(specs, key=lambda spec: spec.layer):
+            shape = (num_pages, spec.kv_heads, page_size, entry_size(spec.head_size, dtype))
+            self.keys.append(_zeros(shape, dtype, device))
+            self.values.append(_zeros(shape, dtype, device))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in (*self.keys, *self.values))
+
+    @staticmethod
+    def bytes_per_token(specs: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
+        """Bytes that one token's keys and values take over all layers."""
+        return sum(2 * spec.kv_heads * entry_size(spec.head_size, dtype) * dtype.itemsize for spec in specs)

@@ -1,0 +1,341 @@
+"""Assembles the whole: an engine (scheduler and runner in one thread) in a process of its own or in this one.
+
+`EngineProcess` and `EngineThread` are the two links a door may hold; both run `EngineCore`, so both serve alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from time import monotonic, perf_counter
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from phloem.core.config import Config, child_environment
+from phloem.core.errors import EngineDead
+from phloem.core.messages import (
+    EngineLink,
+    Failed,
+    FromEngine,
+    Progress,
+    Ready,
+    ToEngine,
+    decode_from_engine,
+    decode_to_engine,
+    encode,
+)
+from phloem.utils import log
+from phloem.utils.ipc import DoorPipe, Endpoints, EnginePipe
+from phloem.utils.processes import die_with_parent
+
+if TYPE_CHECKING:
+    from phloem.utils.checkpoint import Checkpoint
+
+_log = log.get("launch")
+
+Send = Callable[[FromEngine], None]
+
+
+class EngineCore:
+    """The scheduler on its runner. Built and run by one thread; `send` is called from that thread alone."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint, send: Send) -> None:
+        from phloem.engine import worker
+        from phloem.engine.watchdog import Watchdog
+        from phloem.kvcache.manager import CacheManager
+        from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
+
+        phases: dict[str, float] = {}
+
+        def report(phase: str, seconds: float) -> None:
+            phases[phase] = seconds
+            send(Progress(phase=phase, seconds=seconds))
+
+        built = worker.build(config, checkpoint, report)
+        schedule = config.schedule
+        self.runner = built.runner
+        self._watchdog = Watchdog(built.runner, schedule.watchdog_timeout)
+        cache = CacheManager(
+            built.runner.num_pages,
+            built.runner.page_size,
+            enabled=not config.cache.disable_radix_cache,
+            eviction=config.cache.radix_eviction_policy,
+        )
+        settings = ScheduleSettings(
+            max_running_requests=built.max_running_requests,
+            max_queued_requests=schedule.max_queued_requests,
+            chunked_prefill_size=built.chunked_prefill_size,
+            schedule_policy=schedule.schedule_policy,
+            context_length=built.context_length,
+            vocab_size=checkpoint.vocab_size,
+            eos_ids=checkpoint.eos_ids,
+            stream_interval=schedule.stream_interval,
+            random_seed=config.model.random_seed,
+            overlap=not schedule.disable_overlap_schedule,
+            debug_invariants=config.runtime.debug_invariants,
+        )
+        self.scheduler = Scheduler(built.runner, settings, cache, send)
+        self.info: dict[str, Any] = {
+            **built.info,
+            "max_total_num_tokens": built.max_total_tokens,
+            "max_running_requests": built.max_running_requests,
+            "chunked_prefill_size": built.chunked_prefill_size,
+            "page_size": built.runner.page_size,
+            "vocab_size": checkpoint.vocab_size,
+            "context_length": built.context_length,
+            "decisions": [[d.name, d.value, d.reason] for d in built.decisions],
+            "phases": phases,
+        }
+
+    def run(self, poll: Callable[[float | None], list[ToEngine]]) -> None:
+        """Serve until told to drain."""
+        from phloem.scheduler import loop
+
+        loop.run(self.scheduler, _Inbox(poll))
+
+    def close(self) -> None:
+        self._watchdog.close()
+        self.runner.close()
+
+
+class _Inbox:
+    def __init__(self, poll: Callable[[float | None], list[ToEngine]]) -> None:
+        self.poll = poll
+
+
+def _serve_core(
+    config: Config, checkpoint: Checkpoint, send: Send, poll: Callable[[float | None], list[ToEngine]]
+) -> None:
+    """Build, run and close an engine; whatever ends it is told to the door."""
+    try:
+        core = EngineCore(config, checkpoint, send)
+        try:
+            send(Ready(info=core.info))
+            core.run(poll)
+        finally:
+            core.close()
+    except Exception as error:
+        send(Failed(error=str(error), kind=type(error).__name__, trace=traceback.format_exc()))
+        raise
+
+
+# The engine in a process of its own
+
+
+class EngineProcess(EngineLink):
+    """Starts the engine process at once; it imports torch and loads weights while this process does its own part."""
+
+    def __init__(self, config: Config) -> None:
+        self.started = perf_counter()
+        self._endpoints = Endpoints()
+        self._pipe = DoorPipe(self._endpoints)
+        self._exit: str | None = None
+        self._receiving: asyncio.Future[bytes] | None = None
+        self._watch: asyncio.Task[None] | None = None
+        order = {
+            "config": config.flat(),
+            "to": self._endpoints.to_engine,
+            "from": self._endpoints.from_engine,
+            "parent": os.getpid(),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "phloem.launch"], stdin=subprocess.PIPE, env=child_environment({})
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(order) + b"\n")
+        self._process.stdin.flush()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._exit is None and self._process.poll() is None
+
+    def send(self, message: ToEngine) -> None:
+        if not self.alive:
+            raise EngineDead(self._reason())
+        self._pipe.send(encode(message))
+
+    async def receive(self) -> FromEngine:
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._watch_exit())
+        if self._exit is not None and self._receiving is None:
+            raise EngineDead(self._reason())
+        self._receiving = asyncio.ensure_future(self._pipe.receive())
+        try:
+            return decode_from_engine(await self._receiving)
+        except asyncio.CancelledError:
+            if self._exit is not None:
+                raise EngineDead(self._reason()) from None
+            raise
+        finally:
+            self._receiving = None
+
+    async def _watch_exit(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, self._process.wait)
+        # What the process said last is still on its way through the socket.
+        await asyncio.sleep(0.2)
+        self._exit = _describe_exit(self._process.returncode)
+        if self._receiving is not None:
+            self._receiving.cancel()
+
+    def _reason(self) -> str:
+        return f"the engine process {self._exit or _describe_exit(self._process.poll())}"
+
+    def close(self) -> None:
+        """End the process, by force if it has not ended by itself."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        self._pipe.close()
+        self._endpoints.close()
+
+
+def _describe_exit(code: int | None) -> str:
+    if code is None:
+        return "does not answer"
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit status {code}"
+
+
+def engine_main() -> int:
+    """The engine process: reads its order from standard input, serves, ends with its parent."""
+    order = msgspec.json.decode(sys.stdin.buffer.readline())
+    die_with_parent(order["parent"])
+    # Ctrl-C goes to the whole terminal group; the door decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start = perf_counter()
+    config = Config.from_flat(order["config"])
+    log.configure(config.server.log_level, "engine")
+    pipe = EnginePipe(order["to"], order["from"])
+
+    def send(message: FromEngine) -> None:
+        pipe.send(encode(message))
+
+    def poll(timeout: float | None) -> list[ToEngine]:
+        found: list[ToEngine] = []
+        for data in pipe.poll(timeout):
+            try:
+                found.append(decode_to_engine(data))
+            except msgspec.ValidationError:
+                _log.exception("a message from the door was not understood and is dropped")
+        return found
+
+    try:
+        import torch
+
+        send(Progress(phase="imports", seconds=perf_counter() - start))
+        _log.debug("torch %s", torch.__version__)
+        _serve_core(config, _describe(config), send, poll)
+    except Exception as error:
+        if not isinstance(error, _expected_errors()):
+            _log.exception("the engine stops")
+        return 1
+    finally:
+        pipe.close()
+    return 0
+
+
+def _describe(config: Config) -> Checkpoint:
+    from phloem.utils.checkpoint import describe
+
+    model = config.model
+    return describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    from phloem.core.errors import PhloemError
+
+    return (PhloemError,)
+
+
+# The engine in this process
+
+
+class EngineThread(EngineLink):
+    """The engine in a thread of this process; `receive` runs in the event loop that first awaits it."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint) -> None:
+        self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[FromEngine] = queue.SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._news: asyncio.Event | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(config, checkpoint), name="phloem-engine", daemon=True)
+        self._thread.start()
+
+    def _run(self, config: Config, checkpoint: Checkpoint) -> None:
+        try:
+            _serve_core(config, checkpoint, self._send, self._poll)
+        except Exception:
+            _log.debug("the engine thread stops", exc_info=True)  # the door was told
+        finally:
+            self._ended.set()
+            self._wake()
+
+    def _send(self, message: FromEngine) -> None:
+        self._outbox.put(message)
+        self._wake()
+
+    def _wake(self) -> None:
+        loop, news = self._loop, self._news
+        if loop is not None and news is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                loop.call_soon_threadsafe(news.set)
+
+    def _poll(self, timeout: float | None) -> list[ToEngine]:
+        found: list[ToEngine] = []
+        try:
+            found.append(self._inbox.get(timeout=timeout) if timeout != 0 else self._inbox.get_nowait())
+            while True:
+                found.append(self._inbox.get_nowait())
+        except queue.Empty:
+            return found
+
+    @property
+    def alive(self) -> bool:
+        return not self._ended.is_set()
+
+    def send(self, message: ToEngine) -> None:
+        if not self.alive:
+            raise EngineDead("the engine has stopped")
+        self._inbox.put(message)
+
+    async def receive(self) -> FromEngine:
+        if self._news is None:
+            self._news = asyncio.Event()
+            self._loop = asyncio.get_running_loop()
+        while True:
+            # Cleared before the look: a message that comes in between sets it again.
+            self._news.clear()
+            try:
+                return self._outbox.get_nowait()
+            except queue.Empty:
+                if not self.alive:
+                    raise EngineDead("the engine has stopped") from None
+            await self._news.wait()
+
+    def close(self, timeout: float = 30.0) -> None:
+        end = monotonic() + timeout
+        self._thread.join(max(0.0, end - monotonic()))
+
+
+if __name__ == "__main__":
+    sys.exit(engine_main())

@@ -1,0 +1,46 @@
+"""Token embedding and the head that turns hidden states into logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from phloem.layers.weight import Layer, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from phloem.layers.context import BuildContext
+
+
+class Embedding(Layer):
+    """Rows of `<ctx.name>.weight`, times `scale`. Its output decides the activations' type."""
+
+    def __init__(self, ctx: BuildContext, vocab_size: int, hidden_size: int, scale: float = 1.0) -> None:
+        self.ops = ctx.ops
+        self.scale = scale
+        self.weight = Weight((f"{ctx.name}.weight",), ((vocab_size, hidden_size),), "matrix")
+
+    def __call__(self, ids_T: Tensor) -> Tensor:
+        """[T] -> [T, hidden_size]."""
+        return self.ops.embedding(ids_T, self.weight.value, self.scale)
+
+
+class Head(Layer):
+    """Logits, from its own matrix or from the embedding's (`tied`)."""
+
+    def __init__(
+        self, ctx: BuildContext, vocab_size: int, hidden_size: int, tied: Embedding | None, softcap: float = 0.0
+    ) -> None:
+        self.ops = ctx.ops
+        self.softcap = softcap
+        own = Weight((f"{ctx.name}.weight",), ((vocab_size, hidden_size),), "matrix")
+        self.weight = own if tied is None else tied.weight
+
+    def __call__(self, hidden_LD: Tensor) -> Tensor:
+        """[L, hidden_size] -> float32 logits [L, vocab_size]."""
+        logits_LV = self.ops.linear(hidden_LD, self.weight.value, None)
+        if logits_LV.dtype != torch.float32:
+            logits_LV = logits_LV.float()
+        return self.ops.softcap(logits_LV, self.softcap) if self.softcap else logits_LV

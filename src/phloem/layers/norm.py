@@ -1,0 +1,28 @@
+"""Root-mean-square normalisation (Zhang and Sennrich, 2019)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from phloem.layers.weight import Layer, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from phloem.layers.context import BuildContext
+
+
+class RMSNorm(Layer):
+    """Normalises the last axis. `shift` 1.0 is for checkpoints that store weight - 1."""
+
+    def __init__(self, ctx: BuildContext, size: int, eps: float, shift: float = 0.0) -> None:
+        self.ops = ctx.ops
+        self.eps = eps
+        self.weight = Weight((f"{ctx.name}.weight",), ((size,),), "norm", shift)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight.value, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual)."""
+        return self.ops.add_rms_norm(x, residual, self.weight.value, self.eps)

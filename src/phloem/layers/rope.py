@@ -1,0 +1,123 @@
+"""Rotary position embedding (Su et al., 2021) and the ways in which checkpoints stretch it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from phloem.core.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from phloem.layers.context import BuildContext
+
+SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "divisors")
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """One kind of rotation. `scaling` holds the checkpoint's own keys; its `rope_type` is one of SCALINGS."""
+
+    rotary_size: int  # how many of a head's leading dimensions turn
+    base: float
+    scaling: tuple[tuple[str, Any], ...] = ()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = dict(self.scaling).get(key)
+        return default if value is None else value
+
+
+def rope_spec(config: dict[str, Any], head_size: int, layer_type: str | None = None) -> RopeSpec:
+    """The rotation that a config.json asks for, in the old spelling (`rope_theta`, `rope_scaling`) or the new one
+    (`rope_parameters`, perhaps one per layer type).
+
+    Raises:
+        ModelLoadError: for a scaling that is not in SCALINGS.
+    """
+    found: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if layer_type is not None and isinstance(found.get(layer_type), dict):
+        found = found[layer_type]
+    base = float(found.get("rope_theta", config.get("rope_theta", 10000.0)))
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind not in SCALINGS:
+        raise ModelLoadError(f"unknown rope_type {kind!r}; known: {', '.join(SCALINGS)}")
+    share = float(found.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)))
+    scaling = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    scaling = {**scaling, "rope_type": kind}
+    # `dynamic` stretches only beyond the trained length, which is also the longest context that we serve.
+    if kind in ("default", "dynamic"):
+        scaling = {}
+    elif config.get("max_position_embeddings"):
+        scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    return RopeSpec(int(head_size * share), base, tuple(sorted(scaling.items())))
+
+
+def inverse_frequencies(spec: RopeSpec) -> tuple[Tensor, float]:
+    """(radians per token [rotary / 2] float32, factor on cos and sin)."""
+    exponent = torch.arange(0, spec.rotary_size, 2, dtype=torch.int64).float() / spec.rotary_size
+    inverse = 1.0 / (spec.base**exponent)
+    kind = spec.get("rope_type", "default")
+    try:
+        if kind == "linear":
+            return inverse / spec.get("factor"), 1.0
+        if kind == "divisors":
+            return inverse / torch.tensor(spec.get("divisors"), dtype=torch.float32), 1.0
+        if kind == "llama3":
+            return _llama3(spec, inverse), 1.0
+        if kind == "yarn":
+            return _yarn(spec, inverse)
+    except (TypeError, RuntimeError) as error:
+        raise ModelLoadError(f"rope scaling {kind!r} lacks a number or has a wrong one: {error}") from None
+    return inverse, 1.0
+
+
+def _llama3(spec: RopeSpec, inverse: Tensor) -> Tensor:
+    """Llama 3.1: slow frequencies are divided by the factor, fast ones kept, those between blended."""
+    factor, low, high = spec.get("factor"), spec.get("low_freq_factor"), spec.get("high_freq_factor")
+    turns = spec.get("original_max_position_embeddings") * inverse / (2 * math.pi)
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * inverse / factor + blend * inverse
+
+
+def _yarn(spec: RopeSpec, inverse: Tensor) -> tuple[Tensor, float]:
+    """YaRN (Peng et al., 2023), with the bounds' names of its reference code."""
+    original = spec.get("original_max_position_embeddings")
+    factor = spec.get("factor")
+
+    def bound(rotations: float) -> float:
+        return spec.rotary_size * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(spec.base))
+
+    low, high = bound(spec.get("beta_fast", 32)), bound(spec.get("beta_slow", 1))
+    if spec.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, spec.rotary_size - 1)
+    steps = torch.arange(spec.rotary_size // 2, dtype=torch.float32)
+    ramp = ((steps - low) / ((high - low) or 0.001)).clamp(0, 1)
+
+    def strength(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    scale = spec.get("attention_factor")
+    if scale is None:
+        both = spec.get("mscale", 0.0), spec.get("mscale_all_dim", 0.0)
+        scale = strength(both[0]) / strength(both[1]) if all(both) else strength(1.0)
+    return inverse / factor * ramp + inverse * (1 - ramp), float(scale)
+
+
+class Rope:
+    """A table of cos and sin for every position, and the op that applies it."""
+
+    def __init__(self, ctx: BuildContext, spec: RopeSpec, max_positions: int) -> None:
+        inverse, scale = inverse_frequencies(spec)
+        angles = torch.arange(max_positions, dtype=torch.int64).float()[:, None] * inverse
+        self.ops = ctx.ops
+        # [positions, 2, rotary / 2] float32
+        self.cos_sin = (torch.stack((angles.cos(), angles.sin()), 1) * scale).to(ctx.device)
+
+    def __call__(self, q_THD: Tensor, k_TKD: Tensor, positions_T: Tensor) -> None:
+        """Rotate q and k in place, halves paired."""
+        self.ops.rope_(q_THD, k_TKD, positions_T, self.cos_sin, False)

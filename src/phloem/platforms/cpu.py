@@ -1,0 +1,70 @@
+"""x86 and other processors: the native table where it is built, plain torch everywhere."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from phloem.core.errors import ConfigError
+from phloem.kernels.ops import Ops
+from phloem.utils import machine
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+def is_available() -> tuple[bool, str]:
+    return True, f"{machine.cpu_name()}, {machine.available_cores()} cores"
+
+
+class Platform:
+    name = "cpu"
+    device = torch.device("cpu")
+    # The memory is shared with everything else that runs here, and other than on a GPU nobody expects it to be full.
+    default_memory_fraction = 0.25
+    default_running_requests = 64
+    default_chunk = 1024
+
+    def __init__(self, threads: int | None) -> None:
+        self.threads = threads or machine.available_cores()
+        torch.set_num_threads(self.threads)
+
+    def memory(self) -> tuple[int, int]:
+        return machine.memory()
+
+    def table(self, requested: str | None) -> tuple[Ops, str]:
+        if requested == "reference":
+            return Ops(), "as asked"
+        native = _native_module()
+        if native is None:
+            reason = "the native kernels are not part of this installation"
+        else:
+            try:
+                return native.table(self.threads), "native kernels, " + ("as asked" if requested else native.describe())
+            except native.Unavailable as error:
+                reason = str(error)
+        if requested == "native":
+            raise ConfigError(f"ops 'native' cannot be used: {reason}", param="ops")
+        if requested is not None:
+            raise ConfigError(f"ops {requested!r} is not one of reference, native", param="ops")
+        return Ops(), f"plain torch: {reason}"
+
+    def attention_backends(self) -> list[str]:
+        return ["native", "cpu", "reference"]
+
+    def dtype(self, checkpoint: str | None) -> tuple[torch.dtype, str]:
+        if checkpoint == "float32":
+            return torch.float32, "the checkpoint's own type"
+        fast = machine.cpu_flags() & {"avx512_bf16", "amx_bf16"}
+        if fast:
+            return torch.bfloat16, f"this processor computes in it ({', '.join(sorted(fast))})"
+        return torch.float32, "this processor has no bfloat16 arithmetic"
+
+
+def _native_module() -> ModuleType | None:
+    try:
+        return importlib.import_module("phloem.kernels.native")
+    except ModuleNotFoundError:
+        return None

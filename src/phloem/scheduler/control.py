@@ -1,0 +1,97 @@
+"""Administrative calls: flush_cache, state, cache_tree, pause, resume, abort_all."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from phloem.core.messages import Control, ControlReply
+from phloem.core.request import FinishReason
+
+if TYPE_CHECKING:
+    from phloem.scheduler.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+PAUSE_MODES = ("abort", "retract", "in_place")
+ABORTED = FinishReason("abort", message="aborted by an administrative call")
+
+
+class Controls:
+    """Answers each `Control` by one `ControlReply`; those that must wait for a quiet engine wait here."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self._flushes: list[tuple[str, float]] = []  # (id, deadline)
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._flushes)
+
+    def handle(self, call: Control) -> None:
+        """Never raises: what goes wrong is the reply."""
+        handler = getattr(self, f"_do_{call.name}", None)
+        if handler is None:
+            known = sorted(name.removeprefix("_do_") for name in dir(self) if name.startswith("_do_"))
+            self._reply(call.id, False, f"unknown control call {call.name!r}; known: {', '.join(known)}")
+            return
+        try:
+            handler(call.id, call.args)
+        except Exception as error:
+            log.exception("control call %s failed", call.name)
+            self._reply(call.id, False, f"{type(error).__name__}: {error}")
+
+    def poll(self) -> None:
+        """Flush once nothing holds pages, or give up at the deadline."""
+        still: list[tuple[str, float]] = []
+        for call_id, deadline in self._flushes:
+            if self.scheduler.nothing_held:
+                self.scheduler.cache.reset()
+                self._reply(call_id, True, "the prefix cache is empty")
+            elif self.scheduler.clock() >= deadline:
+                count = self.scheduler.slots.num_running
+                self._reply(call_id, False, f"not flushed: {count} requests are running")
+            else:
+                still.append((call_id, deadline))
+        self._flushes = still
+
+    def give_up(self) -> None:
+        """The engine stops: whoever still waits gets an answer."""
+        for call_id, _ in self._flushes:
+            self._reply(call_id, False, "not flushed: the engine stops")
+        self._flushes = []
+
+    def _do_flush_cache(self, call_id: str, args: dict[str, Any]) -> None:
+        timeout = float(args.get("timeout") or 0.0)
+        self._flushes.append((call_id, self.scheduler.clock() + timeout))
+        self.poll()
+
+    def _do_state(self, call_id: str, args: dict[str, Any]) -> None:
+        self._reply(call_id, True, data=self.scheduler.state())
+
+    def _do_cache_tree(self, call_id: str, args: dict[str, Any]) -> None:
+        self._reply(call_id, True, data=self.scheduler.cache.snapshot(int(args.get("max_nodes") or 512)))
+
+    def _do_pause(self, call_id: str, args: dict[str, Any]) -> None:
+        mode = str(args.get("mode") or "abort")
+        if mode not in PAUSE_MODES:
+            self._reply(call_id, False, f"unknown mode {mode!r}; known: {', '.join(PAUSE_MODES)}")
+            return
+        if mode == "abort":
+            self.scheduler.abort_all(ABORTED)
+        elif mode == "retract":
+            self.scheduler.retract_all()
+        self.scheduler.paused = True
+        self._reply(call_id, True, f"paused ({mode})")
+
+    def _do_resume(self, call_id: str, args: dict[str, Any]) -> None:
+        self.scheduler.paused = False
+        self._reply(call_id, True, "resumed")
+
+    def _do_abort_all(self, call_id: str, args: dict[str, Any]) -> None:
+        count = self.scheduler.abort_all(ABORTED)
+        self._reply(call_id, True, f"{count} requests aborted", {"aborted": count})
+
+    def _reply(self, call_id: str, ok: bool, message: str = "", data: dict[str, Any] | None = None) -> None:
+        self.scheduler.flush_results()  # what a call ended is told before its reply
+        self.scheduler.send(ControlReply(id=call_id, ok=ok, message=message, data=data or {}))

@@ -1,0 +1,70 @@
+"""Counting what the scheduler does, and the `Stats` message of about once a second."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from phloem.core.messages import Stats
+
+if TYPE_CHECKING:
+    from phloem.core.batch import StepOutput
+    from phloem.kvcache.manager import CacheManager
+    from phloem.scheduler.planner import Planner
+
+INTERVAL = 1.0  # seconds between two Stats while anything runs
+
+
+class Meter:
+    """Rates are over the time since the last `Stats`; `busy` time is that in which a step was planned or ran."""
+
+    def __init__(self, now: float) -> None:
+        self.steps = 0
+        self.last_throughput = 0.0
+        self._since = now
+        self._tokens_then = 0
+        self._busy = 0.0
+        self._forward = 0.0
+        self._busy_until: float | None = None
+        self._quiet = True
+
+    def step_done(self, output: StepOutput) -> None:
+        self.steps += 1
+        self._forward += output.forward_seconds
+
+    def turn(self, begin: float, end: float, worked: bool) -> None:
+        """One turn of the loop ran from `begin` to `end`."""
+        if worked:
+            # Between two working turns the loop received messages: that too is time outside the forward pass.
+            self._busy += end - (begin if self._busy_until is None else self._busy_until)
+            self._quiet = False
+        self._busy_until = end if worked else None
+
+    def due(self, now: float, busy: bool) -> bool:
+        """While anything runs about once a second, and once more when it has become idle."""
+        if self._quiet:
+            self._since = now
+            return False
+        return not busy or now - self._since >= INTERVAL
+
+    def stats(self, now: float, busy: bool, running: int, waiting: int, tokens: int, planner: Planner) -> Stats:
+        cache: CacheManager = planner.cache
+        size, elapsed = cache.page_size, max(now - self._since, 1e-9)
+        self.last_throughput = (tokens - self._tokens_then) / elapsed
+        outside = 1.0 - min(1.0, self._forward / self._busy) if self._busy > 0 else 0.0
+        self._since, self._tokens_then = now, tokens
+        self._busy = self._forward = 0.0
+        self._quiet = not busy
+        return Stats(
+            running=running,
+            waiting=waiting,
+            used_tokens=(cache.total_pages - cache.available_pages) * size,
+            evictable_tokens=cache.tree.evictable_pages * size,
+            available_tokens=cache.available_pages * size,
+            total_tokens=cache.total_pages * size,
+            gen_throughput=self.last_throughput,
+            cache_hit_rate=planner.cached_tokens / planner.prompt_tokens if planner.prompt_tokens else 0.0,
+            evicted_tokens=cache.evicted_pages * size,
+            preemptions=planner.preemptions,
+            step=self.steps,
+            outside_forward=outside,
+        )

@@ -1,0 +1,382 @@
+"""From queues, a token budget and the cache's face to a `Batch`: pure decisions, no device, no messages.
+
+One budget serves decodes and prefill chunks in one batch, decodes first. Pages that run out are taken from the request
+with the largest key (the policy's last: lowest priority, youngest); it returns to the queue with all it has generated
+and is computed again. A request whose next page another one computes in this very step waits a step and then finds it
+in the cache: shared prefixes that arrive together are computed once.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from phloem.core.batch import FROM_DEVICE, Admission, Batch
+from phloem.core.request import RequestStatus
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from phloem.kvcache.manager import CacheManager
+    from phloem.scheduler.policies import Policy, WaitingQueue
+    from phloem.scheduler.state import Request, Slots
+
+log = logging.getLogger(__name__)
+
+SCAN = 64  # candidates looked at beyond the free slots; those that wait for a shared prefix are passed over
+HORIZON = 1024  # output tokens of a running request that admission looks ahead to, at most
+_NOTHING = np.empty(0, dtype=np.int32)
+
+
+@dataclass(slots=True)
+class Headroom:
+    """Which share of the tokens still to come must fit before one more request is admitted. Preemptions raise it."""
+
+    share: float = 0.3
+    low: float = 0.1
+
+    def preempted(self) -> None:
+        self.share = min(1.0, self.share + 0.15)
+
+    def relax(self) -> None:
+        self.share = max(self.low, self.share - 0.002)
+
+
+@dataclass(slots=True)
+class Plan:
+    """A batch and what the scheduler must know of it."""
+
+    batch: Batch
+    rows: list[Request]
+    prefills: list[Request]  # the rows after the decodes
+    scored: set[int] = field(default_factory=set)  # rows that end a request without sampling
+
+
+@dataclass(slots=True)
+class Refusal:
+    """A request that planning found impossible, or that failed while it was planned."""
+
+    request: Request
+    message: str
+    status_code: int
+
+
+class Planner:
+    """Plans over the slots, the waiting queue and the cache that it is given; the scheduler owns them."""
+
+    def __init__(
+        self,
+        slots: Slots,
+        queue: WaitingQueue,
+        cache: CacheManager,
+        policy: Policy,
+        token_budget: int,
+        eos_ids: tuple[int, ...] = (),
+    ) -> None:
+        self.slots = slots
+        self.queue = queue
+        self.cache = cache
+        self.policy = policy
+        # With every slot decoding there must be a token for each, or the last ones would starve.
+        self.token_budget = max(token_budget, slots.count)
+        self.eos_ids = eos_ids
+        self.headroom = Headroom()
+        self.refused: list[Refusal] = []
+        self.preemptions = 0
+        self.prompt_tokens = 0  # of all first admissions
+        self.cached_tokens = 0
+        self._step = 0
+
+    def next_batch(self) -> Plan | None:
+        """The next step's work, or None. Takes pages and slots, but `computed` advances only in `advance`."""
+        slots, preemptions = self.slots, self.preemptions
+        active = slots.active()
+        decodes, chunks = _NOTHING, []
+        if len(active):
+            todo = slots.length[active] - slots.computed[active]
+            decodes = self._cover_decodes(active[todo == 1])
+            if (todo > 1).any():
+                chunks = self._continue_prefills(active[todo > 1], self.token_budget - len(decodes))
+                decodes = decodes[[slots.requests[slot] is not None for slot in decodes.tolist()]]
+        budget = self.token_budget - len(decodes) - sum(count for _, count in chunks)
+        admissions: list[Admission] = []
+        # Whoever was preempted just now must not take the pages back in the same breath.
+        if len(self.queue) and slots.num_free and budget > 0 and preemptions == self.preemptions:
+            self._admit(budget, chunks, admissions)
+        self.headroom.relax()
+        if not len(decodes) and not chunks:
+            return None
+        self._step += 1
+        return self._assemble(decodes, chunks, admissions)
+
+    def advance(self, plan: Plan) -> None:
+        """The plan's batch is launched: requests advance, and whole pages of known tokens enter the tree."""
+        slots, batch = self.slots, plan.batch
+        at = batch.slots
+        slots.computed[at] += batch.query_lens
+        slots.length[at] += batch.sample
+        slots.next_token[at[batch.sample]] = FROM_DEVICE
+        if batch.sample.all():
+            for request in plan.rows:
+                request.inflight += 1
+        else:
+            for request, sampled in zip(plan.rows, batch.sample.tolist(), strict=True):
+                request.inflight += sampled
+        ends = (slots.length[at] >= slots.limit[at]) & (batch.sample | (slots.computed[at] >= slots.length[at]))
+        for row in np.flatnonzero(ends).tolist():
+            slots.retire(plan.rows[row].slot)
+            if not batch.sample[row]:
+                plan.scored.add(row)
+        for request in plan.prefills:
+            computed = int(slots.computed[request.slot])
+            request.targets_from = max(request.targets_from, computed + 1)
+            assert request.lease is not None
+            try:
+                self.cache.commit(request.lease, request.known, computed)
+            except Exception as error:
+                self._failed(request, error)
+
+    def preempt(self, request: Request) -> None:
+        """Back to the queue; its pages are free at once, what they held stays in the tree while there is room."""
+        self.release(request)
+        request.status = RequestStatus.WAITING
+        request.match_version = -1
+        self.queue.add(request)
+        self.preemptions += 1
+
+    def release(self, request: Request, keep: bool = True) -> None:
+        """Take slot and pages from a request; with `keep`, whole computed pages of known tokens stay in the tree."""
+        lease = request.lease
+        assert lease is not None
+        computed = int(self.slots.computed[request.slot])
+        self.slots.leave(request)
+        self.cache.release(lease, request.all_known() if keep else _NOTHING, computed, keep)
+
+    # decodes and running prefills
+
+    def _cover_decodes(self, decodes: NDArray[np.int32]) -> NDArray[np.int32]:
+        """See that every decoding row has a page for its new token; gives the rows that have."""
+        slots = self.slots
+        needy = decodes[slots.computed[decodes] + 1 > slots.covered[decodes]]
+        while len(needy):
+            leases = [lease for slot in needy.tolist() if (lease := slots.at(slot).lease) is not None]
+            if self.cache.reserve_one_each(leases):
+                slots.covered[needy] += self.cache.page_size
+                break
+            if slots.num_ending:
+                # Pages come free when the step in flight is committed: better to sit out a step than to recompute.
+                last = max((slots.at(slot) for slot in needy.tolist()), key=_place)
+                decodes, needy = decodes[decodes != last.slot], needy[needy != last.slot]
+                continue
+            victim = max(slots.active_requests(), key=_place)
+            decodes, needy = decodes[decodes != victim.slot], needy[needy != victim.slot]
+            self._evict_request(victim)
+        return decodes
+
+    def _continue_prefills(self, prefills: NDArray[np.int32], budget: int) -> list[tuple[Request, int]]:
+        chunks: list[tuple[Request, int]] = []
+        still = [request for slot in prefills.tolist() if (request := self.slots.requests[slot]) is not None]
+        for request in sorted(still, key=_place):
+            if budget <= 0:
+                break
+            if request.slot < 0:
+                continue  # preempted for a request before it
+            todo = int(self.slots.length[request.slot] - self.slots.computed[request.slot])
+            try:
+                count = self._cover_chunk(request, min(todo, budget))
+            except Exception as error:
+                self._failed(request, error)
+                continue
+            if count:
+                chunks.append((request, count))
+                budget -= count
+        return chunks
+
+    def _cover_chunk(self, request: Request, count: int) -> int:
+        """Pages for the request's next `count` tokens, or for fewer; gives how many."""
+        slots, cache, lease = self.slots, self.cache, request.lease
+        assert lease is not None
+        computed = int(slots.computed[request.slot])
+        while True:
+            room = (lease.held + cache.available_pages) * cache.page_size - computed
+            if room > 0:
+                count = min(count, room)
+                cache.reserve(lease, computed + count)
+                slots.covered[request.slot] = lease.held * cache.page_size
+                return count
+            victim = max(slots.active_requests(), key=_place)
+            if slots.num_ending or victim is request:
+                return 0
+            self._evict_request(victim)
+
+    def _evict_request(self, victim: Request) -> None:
+        log.debug("request %s is preempted: out of pages", victim.id)
+        self.preempt(victim)
+        self.headroom.preempted()
+
+    # admission
+
+    def _admit(self, budget: int, chunks: list[tuple[Request, int]], admissions: list[Admission]) -> None:
+        slots, cache, queue = self.slots, self.cache, self.queue
+        computing = {_next_page(request, cache.page_size) for request, _ in chunks} if cache.enabled else set()
+        promised = self._promised_pages()
+        for request in self.policy.order(queue, slots.num_free + SCAN, cache):
+            if budget <= 0 or not slots.num_free:
+                return
+            if request.inflight:
+                continue  # its last token is not known yet
+            try:
+                known = request.all_known()
+                if computing and self._comes_soon(request, known, computing):
+                    continue
+                count = self._enter(request, known, budget, promised)
+                if count == 0:
+                    return  # none may overtake it, or a long prompt would never run
+                admission = self._admission(request, known)
+            except Exception as error:
+                if request.slot >= 0:
+                    self.release(request, keep=False)
+                    request.status = RequestStatus.WAITING
+                self._failed(request, error)
+                continue
+            queue.take(request)
+            admissions.append(admission)
+            chunks.append((request, count))
+            budget -= count
+            promised += self._still_needs(request) - self._pages_for(count)
+            if cache.enabled:
+                computing.add(_next_page(request, cache.page_size))
+
+    def _comes_soon(self, request: Request, known: NDArray[np.int32], computing: set[tuple[int, bytes]]) -> bool:
+        """Whether the first page that this request lacks is being computed in the step that is planned."""
+        size, limit = self.cache.page_size, request.match_limit()
+        found = self.cache.probe(request.submit.namespace, known, limit)
+        if found.node is None or (found.num_pages + 1) * size > limit:
+            return False
+        page = known[found.num_pages * size : (found.num_pages + 1) * size].tobytes()
+        return (found.node.uid, page) in computing
+
+    def _enter(self, request: Request, known: NDArray[np.int32], budget: int, promised: int) -> int:
+        """Put a waiting request into a slot with pages for its first chunk: the chunk's length, or 0 for no room."""
+        slots, cache = self.slots, self.cache
+        table = slots.tables[slots.next_free()]
+        lease = cache.match(request.submit.namespace, known, request.match_limit(), table)
+        needed = -(-len(known) // cache.page_size) - lease.held
+        alone = slots.num_running == 0
+        if needed > cache.available_pages - (0 if alone else promised):
+            cache.release(lease, _NOTHING, 0)
+            if alone and needed > cache.available_pages:
+                most = cache.total_pages * cache.page_size
+                message = f"{len(known)} tokens do not fit the KV cache of {most} tokens"
+                self.refused.append(Refusal(request, message, 400))
+            return 0
+        cached = lease.shared * cache.page_size
+        count = min(len(known) - cached, budget)
+        cache.reserve(lease, cached + count)
+        slots.enter(request, lease, known)
+        if request.admitted < 0:
+            request.cached_tokens = cached
+            self.prompt_tokens += request.num_prompt
+            self.cached_tokens += cached
+        return count
+
+    def _promised_pages(self) -> int:
+        """Pages that running requests will want: the rest of their prompts, and a share of the output to come."""
+        slots = self.slots
+        active = slots.active()
+        if not len(active):
+            return 0
+        length = slots.length[active]
+        prompts = np.maximum(0, -(-(length - slots.covered[active]) // slots.page_size)).sum()
+        growth = np.minimum(slots.limit[active] - length, HORIZON).sum() * self.headroom.share
+        return int(prompts) + self._pages_for(int(growth))
+
+    def _still_needs(self, request: Request) -> int:
+        slot = request.slot
+        growth = min(int(self.slots.limit[slot] - self.slots.length[slot]), HORIZON) * self.headroom.share
+        missing = int(self.slots.length[slot] - self.slots.covered[slot])
+        return self._pages_for(max(0, missing)) + self._pages_for(int(growth))
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.slots.page_size)
+
+    def _admission(self, request: Request, known: NDArray[np.int32]) -> Admission:
+        submit, params = request.submit, request.params
+        ends = (() if params.ignore_eos else self.eos_ids) + tuple(params.stop_token_ids)
+        return Admission(
+            slot=request.slot,
+            request_id=request.id,
+            params=params,
+            seed=request.seed,
+            tokens=known,
+            num_prompt=request.num_prompt,
+            eos_ids=ends,
+            return_logprob=submit.return_logprob,
+            top_logprobs=submit.top_logprobs,
+            token_ids_logprob=tuple(submit.token_ids_logprob),
+            mask=request.prepared.mask if request.prepared is not None else None,
+        )
+
+    def _failed(self, request: Request, error: Exception) -> None:
+        """One request's planning raised: it ends, alone."""
+        log.error("request %s failed while it was planned", request.id, exc_info=error)
+        self.refused.append(Refusal(request, f"{type(error).__name__}: {error}", 500))
+
+    # the batch
+
+    def _assemble(
+        self, decodes: NDArray[np.int32], chunks: list[tuple[Request, int]], admissions: list[Admission]
+    ) -> Plan:
+        slots = self.slots
+        prefills = [request for request, _ in chunks]
+        rows = [slots.at(slot) for slot in decodes.tolist()] + prefills
+        at = np.concatenate([decodes, np.array([request.slot for request in prefills], dtype=np.int32)])
+        query_lens = np.ones(len(rows), dtype=np.int32)
+        query_lens[len(decodes) :] = [count for _, count in chunks]
+        prefix_lens = slots.computed[at]
+        ends = prefix_lens + query_lens
+        ids = [slots.next_token[decodes]]
+        targets: dict[int, NDArray[np.int32]] = {}
+        for row, (request, count) in enumerate(chunks, start=len(decodes)):
+            start = int(prefix_lens[row])
+            ids.append(request.known[start : start + count])
+            if request.wants_prompt and start + count >= request.targets_from and start + 1 < request.num_prompt:
+                targets[row] = _targets(request, start, count)
+        pages = -(-int(ends.max()) // slots.page_size)
+        batch = Batch(
+            step=self._step,
+            slots=at,
+            query_lens=query_lens,
+            prefix_lens=prefix_lens,
+            input_ids=np.concatenate(ids),
+            page_table=slots.tables[at, :pages],
+            sample=(ends == slots.length[at]) & slots.samples[at],
+            admissions=admissions,
+            prompt_targets=targets,
+        )
+        return Plan(batch, rows, prefills)
+
+
+def _place(request: Request) -> tuple[float, int]:
+    return request.key, request.seq
+
+
+def _next_page(request: Request, page_size: int) -> tuple[int, bytes]:
+    """What this row computes next, as the tree will know it: below which node, which tokens."""
+    lease = request.lease
+    assert lease is not None
+    start = lease.shared * page_size
+    return lease.node.uid, request.known[start : start + page_size].tobytes()
+
+
+def _targets(request: Request, start: int, count: int) -> NDArray[np.int32]:
+    """For new positions start..start+count: the prompt token after each, or -1 where its logprob is not wanted."""
+    targets = np.full(count, -1, dtype=np.int32)
+    first = max(start + 1, request.targets_from)
+    last = min(start + count + 1, request.num_prompt)
+    if first < last:
+        targets[first - start - 1 : last - start - 1] = request.prompt[first:last]
+    return targets

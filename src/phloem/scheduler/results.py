@@ -1,0 +1,138 @@
+"""What a step gave, request by request: stops, logprobs, failures, and one `Tokens` message for all of them."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from phloem.core.messages import Chunk, Tokens
+from phloem.core.request import FinishReason, RequestStatus
+from phloem.scheduler.state import pack_logprobs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from phloem.core.batch import PositionLogprobs, StepOutput
+    from phloem.core.messages import FromEngine
+    from phloem.scheduler.planner import Plan
+    from phloem.scheduler.policies import WaitingQueue
+    from phloem.scheduler.state import Request, Slots
+
+log = logging.getLogger(__name__)
+
+
+class Results:
+    """Ends requests and collects their chunks. `live` is the scheduler's table of requests by id.
+
+    `release(request, keep)` takes slot and pages from a running request.
+    """
+
+    def __init__(
+        self,
+        live: dict[str, Request],
+        slots: Slots,
+        queue: WaitingQueue,
+        release: Callable[[Request, bool], None],
+        stream_interval: int,
+    ) -> None:
+        self.live = live
+        self.slots = slots
+        self.queue = queue
+        self.release = release
+        self.stream_interval = max(1, stream_interval)
+        self.output_tokens = 0
+        self._chunks: list[Chunk] = []
+
+    def commit(self, plan: Plan, epochs: list[int], output: StepOutput) -> None:
+        """Take in a step. Rows whose request has ended, or was taken back since the launch, are dropped."""
+        tokens: list[int] = output.tokens.tolist()
+        sampled: list[bool] = plan.batch.sample.tolist()
+        for row, request in enumerate(plan.rows):
+            if request.status is RequestStatus.FINISHED or request.epoch != epochs[row]:
+                continue
+            if row in output.failed:
+                self.fail(request, output.failed[row], 500)
+                continue
+            try:
+                if row in output.prompt_logprobs:
+                    request.prompt_logprobs += output.prompt_logprobs[row]
+                if sampled[row]:
+                    self._token(request, tokens[row], output.logprobs.get(row))
+                elif row in plan.scored:
+                    self.finish(request, FinishReason("length", length=0))
+            except Exception as error:
+                log.exception("request %s: its result could not be taken", request.id)
+                self.fail(request, f"{type(error).__name__}: {error}", 500)
+
+    def _token(self, request: Request, token: int, logprobs: PositionLogprobs | None) -> None:
+        request.inflight -= 1
+        if token < 0:
+            raise ValueError("the step gave no token")
+        request.output.append(token)
+        request.fresh.append(token)
+        self.output_tokens += 1
+        if request.submit.return_logprob:
+            if logprobs is None:
+                raise ValueError("the step gave no logprobs")
+            request.fresh_logprobs.append(logprobs)
+        if request.slot >= 0 and not request.inflight:
+            self.slots.next_token[request.slot] = token
+        count = len(request.output)
+        if token in request.stops and count >= request.params.min_new_tokens:
+            self.finish(request, FinishReason("stop", matched=token))
+        elif request.num_prompt + count >= request.limit:
+            self.finish(request, FinishReason("length", length=count))
+        elif not request.sent or len(request.fresh) >= self.stream_interval:
+            self._chunks.append(self._chunk(request, None))
+
+    def finish(self, request: Request, reason: FinishReason, answer: bool = True, keep: bool = True) -> None:
+        """End a request wherever it stands; its pages are free afterwards. `answer` sends its last chunk."""
+        if request.status is RequestStatus.FINISHED:
+            return
+        if request.slot >= 0:
+            self.release(request, keep)
+        elif request.status is RequestStatus.WAITING:
+            self.queue.remove(request)
+        request.status = RequestStatus.FINISHED
+        self.live.pop(request.id, None)
+        if answer:
+            self._chunks.append(self._chunk(request, reason))
+
+    def fail(self, request: Request, message: str, status_code: int) -> None:
+        """End a request that went wrong, alone. What it computed is not kept for others."""
+        log.error("request %s failed (%d): %s", request.id, status_code, message)
+        self.finish(request, FinishReason("abort", message=message, status_code=status_code), keep=False)
+
+    def refuse(self, request_id: str, message: str, status_code: int) -> None:
+        """Answer a request that never came in."""
+        log.log(
+            logging.WARNING if status_code < 500 or status_code == 503 else logging.ERROR,
+            "request %s refused (%d): %s",
+            request_id,
+            status_code,
+            message,
+        )
+        self._chunks.append(
+            Chunk(id=request_id, finish=FinishReason("abort", message=message, status_code=status_code))
+        )
+
+    def _chunk(self, request: Request, finish: FinishReason | None) -> Chunk:
+        submit = request.submit
+        chunk = Chunk(id=request.id, tokens=request.fresh, finish=finish)
+        if not request.sent or finish is not None:
+            chunk.cached_tokens = request.cached_tokens
+            chunk.queue_seconds = max(0.0, request.admitted - request.received)
+        if submit.return_logprob:
+            chunk.logprobs = pack_logprobs(request.fresh_logprobs, submit)
+            request.fresh_logprobs = []
+            if not request.sent and request.wants_prompt:
+                chunk.prompt_logprobs = pack_logprobs(request.prompt_logprobs, submit)
+        request.fresh = []
+        request.sent = True
+        return chunk
+
+    def flush(self, send: Callable[[FromEngine], None]) -> None:
+        """Send what has collected, as one message."""
+        if self._chunks:
+            chunks, self._chunks = self._chunks, []
+            send(Tokens(chunks=chunks))

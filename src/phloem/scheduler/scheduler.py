@@ -1,0 +1,393 @@
+"""Receive, plan, launch, commit. Overlap is the order of the last three: see `step`.
+
+Requests advance when they are launched; the values of their tokens arrive when the step is committed. With overlap
+on, step n+1 is planned and launched while n runs, and takes n's tokens on the device. A request that will surely end at
+n (its length says so) is not in n+1; one that ends by a value (end of sequence, a stop token) is found at the commit of
+n, and what n+1 computes for it is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from phloem.core.errors import BadRequest, PhloemError
+from phloem.core.messages import Abort, Control, FromEngine, Submit, ToEngine
+from phloem.core.request import FinishReason, RequestStatus
+from phloem.scheduler.control import ABORTED, Controls
+from phloem.scheduler.metrics import Meter
+from phloem.scheduler.planner import Plan, Planner
+from phloem.scheduler.policies import POLICIES, WaitingQueue
+from phloem.scheduler.results import Results
+from phloem.scheduler.state import Prepared, Request, Slots
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from phloem.core.batch import Pending, Runner, StepOutput
+    from phloem.kvcache.manager import CacheManager
+
+log = logging.getLogger(__name__)
+
+SEED_MASK = 2**63 - 1
+READY_CHECKS = 256  # late requests that are asked `ready()` in one step
+SHUTTING_DOWN = FinishReason("abort", message="the server is shutting down", status_code=503)
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """`chunked_prefill_size` is the token budget of one step, decodes included."""
+
+    max_running_requests: int
+    context_length: int
+    vocab_size: int
+    eos_ids: tuple[int, ...] = ()
+    max_queued_requests: int = 4096
+    chunked_prefill_size: int = 2048
+    schedule_policy: str = "fcfs"
+    stream_interval: int = 1
+    random_seed: int | None = None
+    overlap: bool = True
+    debug_invariants: bool = False
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step between launch and commit. `epochs[row]`: see `Request.epoch`."""
+
+    plan: Plan
+    epochs: list[int]
+    pending: Pending
+
+
+class Scheduler:
+    """Owns every request from `Submit` to its last chunk. One thread calls it.
+
+    `prepare(submit, prompt)` may give something that a request must wait for; None: nothing. A `PhloemError` that it
+    raises answers the request.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        settings: ScheduleSettings,
+        cache: CacheManager,
+        send: Callable[[FromEngine], None],
+        clock: Callable[[], float] = time.monotonic,
+        prepare: Callable[[Submit, NDArray[np.int32]], Prepared | None] | None = None,
+    ) -> None:
+        self.runner = runner
+        self.settings = settings
+        self.cache = cache
+        self.send = send
+        self.clock = clock
+        self.prepare = prepare
+        self.live: dict[str, Request] = {}
+        self.queue = WaitingQueue()
+        self.late: deque[Request] = deque()  # WAITING_ON
+        self.inflight: deque[Launched] = deque()
+        self.paused = False
+        self.stopped = False
+        self._drain_until: float | None = None
+        size = cache.page_size
+        # The last token of a request never needs a page: nothing attends to it.
+        self._most_tokens = min(settings.context_length, cache.total_pages * size + 1)
+        slots = min(settings.max_running_requests, runner.max_slots)
+        self.slots = Slots(slots, -(-self._most_tokens // size), size)
+        self._policy = POLICIES[settings.schedule_policy]
+        self.planner = Planner(
+            self.slots, self.queue, cache, self._policy, settings.chunked_prefill_size, settings.eos_ids
+        )
+        self.results = Results(self.live, self.slots, self.queue, self.planner.release, settings.stream_interval)
+        self.controls = Controls(self)
+        self.meter = Meter(clock())
+        self._random = random.Random(settings.random_seed)
+        self._eos = frozenset(settings.eos_ids)
+        self._sequence = 0
+        self._step_began = 0.0
+
+    # state
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.queue) + len(self.late)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything would happen without a new message."""
+        if self.inflight or self.controls.waiting or self._drain_until is not None:
+            return True
+        return bool(self.live) and not self.paused
+
+    @property
+    def nothing_held(self) -> bool:
+        """No request holds pages and no step is in flight."""
+        return not self.inflight and self.slots.num_running == 0
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the oldest launched step has been running."""
+        return self.clock() - self._step_began if self.inflight else 0.0
+
+    def state(self) -> dict[str, Any]:
+        """For the server-info endpoint."""
+        cache, size = self.cache, self.cache.page_size
+        prompt_tokens = self.planner.prompt_tokens
+        return {
+            "running": self.slots.num_running,
+            "waiting": self.num_waiting,
+            "paused": self.paused,
+            "steps": self.meter.steps,
+            "total_tokens": cache.total_pages * size,
+            "used_tokens": (cache.total_pages - cache.available_pages) * size,
+            "evictable_tokens": cache.tree.evictable_pages * size,
+            "available_tokens": cache.available_pages * size,
+            "evicted_tokens": cache.evicted_pages * size,
+            "gen_throughput": self.meter.last_throughput,
+            "prompt_tokens": prompt_tokens,
+            "cached_tokens": self.planner.cached_tokens,
+            "cache_hit_rate": self.planner.cached_tokens / prompt_tokens if prompt_tokens else 0.0,
+            "output_tokens": self.results.output_tokens,
+            "preemptions": self.planner.preemptions,
+            "max_running_requests": self.slots.count,
+            "schedule_policy": self._policy.name,
+        }
+
+    # receive
+
+    def receive(self, message: ToEngine) -> None:
+        """Take one message. A bad one is answered and harms nobody."""
+        if isinstance(message, Submit):
+            self._submit(message)
+        elif isinstance(message, Abort):
+            self._abort(message)
+        elif isinstance(message, Control):
+            self.controls.handle(message)
+        else:
+            self._drain_until = self.clock() + message.timeout
+
+    def _submit(self, submit: Submit) -> None:
+        try:
+            if submit.id in self.live:
+                # Their chunks could not be told apart, so neither can be served.
+                self.results.finish(self.live[submit.id], ABORTED, answer=False)
+                raise BadRequest(f"request id {submit.id!r} is in use", param="rid")
+            if self._drain_until is not None:
+                self.results.refuse(submit.id, str(SHUTTING_DOWN.message), 503)
+                return
+            if self.num_waiting >= self.settings.max_queued_requests:
+                self.results.refuse(submit.id, f"the queue is full: {self.num_waiting} requests are waiting", 503)
+                return
+            self._accept(submit)
+        except PhloemError as error:
+            self.results.refuse(submit.id, error.message, error.status)
+        except Exception as error:
+            log.exception("request %s could not be taken in", submit.id)
+            self.results.refuse(submit.id, f"{type(error).__name__}: {error}", 500)
+
+    def _accept(self, submit: Submit) -> None:
+        request = Request(submit, self.clock())
+        self._check(request)
+        params = request.params
+        room = self._most_tokens - request.num_prompt
+        request.limit = request.num_prompt + (
+            room if params.max_new_tokens is None else min(params.max_new_tokens, room)
+        )
+        request.stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
+        seed = params.sampling_seed
+        request.seed = self._random.getrandbits(63) if seed is None else seed & SEED_MASK
+        self._sequence += 1
+        request.seq, request.key = self._sequence, self._policy.key(request)
+        request.prepared = self.prepare(submit, request.prompt) if self.prepare is not None else None
+        self.live[request.id] = request
+        if request.prepared is None:
+            self.queue.add(request)
+        else:
+            request.status = RequestStatus.WAITING_ON
+            self.late.append(request)
+
+    def _check(self, request: Request) -> None:
+        """Raise BadRequest for what can never be served."""
+        count, params = request.num_prompt, request.params
+        if count == 0:
+            raise BadRequest("the prompt is empty", param="input_ids")
+        low, high = int(request.prompt.min()), int(request.prompt.max())
+        if low < 0 or high >= self.settings.vocab_size:
+            wrong = low if low < 0 else high
+            raise BadRequest(f"token id {wrong} is not in [0, {self.settings.vocab_size})", param="input_ids")
+        params.validate(self.settings.vocab_size)
+        needed = count if request.scores_only else count + 1
+        if needed > self.settings.context_length:
+            most = self.settings.context_length
+            raise BadRequest(f"the prompt of {count} tokens leaves no room in the context of {most}", param="input_ids")
+        if count > self.cache.total_pages * self.cache.page_size:
+            most = self.cache.total_pages * self.cache.page_size
+            raise BadRequest(f"the prompt of {count} tokens exceeds the KV cache of {most} tokens", param="input_ids")
+
+    def _abort(self, message: Abort) -> None:
+        if message.all:
+            self.abort_all(ABORTED)
+        elif message.id in self.live:
+            self.results.finish(self.live[message.id], ABORTED, answer=False)
+        else:
+            log.debug("abort of %s: it has ended already, or never was", message.id)
+
+    def abort_all(self, reason: FinishReason) -> int:
+        """End every request with this reason; each is told. Gives how many."""
+        requests = list(self.live.values())
+        for request in requests:
+            self.results.finish(request, reason)
+        return len(requests)
+
+    def retract_all(self) -> None:
+        """Every running request goes back to the queue with what it has; its pages are free."""
+        for request in self.slots.active_requests():
+            self.planner.preempt(request)
+
+    # one turn of the loop
+
+    def step(self) -> bool:
+        """Plan and launch what can run, commit what was launched before, send the news. False: nothing moved.
+
+        Plain: the step launched here is committed here. Overlapped: it stays in flight until the next turn, so that
+        the device has work while the host plans.
+        """
+        begin = self.clock()
+        self._poll_late()
+        launched = self._launch_next()
+        keep = 1 if launched and self.settings.overlap else 0
+        worked = launched or bool(self.inflight)
+        while len(self.inflight) > keep:
+            self._commit(self.inflight.popleft())
+        self.controls.poll()
+        self._poll_drain()
+        if self.settings.debug_invariants:
+            self.check()
+        self.flush_results()
+        end = self.clock()
+        self.meter.turn(begin, end, worked)
+        busy = bool(self.live)
+        if self.meter.due(end, busy):
+            self.send(self._stats(end, busy))
+        return worked
+
+    def check(self) -> None:
+        """Verify the page accounting. Raises AssertionError."""
+        self.cache.check([request.lease for request in self.slots.running() if request.lease is not None])
+
+    def flush_results(self) -> None:
+        self.results.flush(self.send)
+
+    def _stats(self, now: float, busy: bool) -> FromEngine:
+        running, tokens = self.slots.num_running, self.results.output_tokens
+        return self.meter.stats(now, busy, running, self.num_waiting, tokens, self.planner)
+
+    def _poll_late(self) -> None:
+        for _ in range(min(len(self.late), READY_CHECKS)):
+            request = self.late.popleft()
+            if request.status is not RequestStatus.WAITING_ON:
+                continue  # aborted meanwhile
+            prepared = request.prepared
+            assert prepared is not None
+            try:
+                if not prepared.ready():
+                    self.late.append(request)
+                    continue
+                error = prepared.error
+            except Exception as raised:
+                log.exception("request %s: what it waited for failed", request.id)
+                error = raised
+            if error is not None:
+                text = error.message if isinstance(error, PhloemError) else f"{type(error).__name__}: {error}"
+                self.results.fail(request, text, 400)
+                continue
+            request.status = RequestStatus.WAITING
+            self.queue.add(request)
+
+    def _launch_next(self) -> bool:
+        if self.paused:
+            return False
+        plan: Plan | None = None
+        try:
+            plan = self.planner.next_batch()
+        except Exception as error:
+            log.exception("planning failed")
+            self._start_over(self.slots.running(), error)
+        self._end_refused()
+        if plan is None:
+            return False
+        now = self.clock()
+        for row in range(len(plan.rows) - len(plan.batch.admissions), len(plan.rows)):
+            request = plan.rows[row]
+            if request.admitted < 0:
+                request.admitted = now
+        try:
+            pending = self.runner.launch(plan.batch)
+        except Exception as error:
+            log.exception("step %d could not be launched", plan.batch.step)
+            self._start_over(plan.rows, error)
+            return True
+        if not self.inflight:
+            self._step_began = now
+        self.inflight.append(Launched(plan, [request.epoch for request in plan.rows], pending))
+        self.planner.advance(plan)
+        self._end_refused()
+        return True
+
+    def _end_refused(self) -> None:
+        if self.planner.refused:
+            refused, self.planner.refused = self.planner.refused, []
+            for item in refused:
+                self.results.fail(item.request, item.message, item.status_code)
+
+    def _commit(self, launched: Launched) -> None:
+        try:
+            output: StepOutput = launched.pending.result()
+        except Exception as error:
+            log.exception("step %d failed", launched.plan.batch.step)
+            rows = zip(launched.plan.rows, launched.epochs, strict=True)
+            self._start_over([request for request, epoch in rows if request.epoch == epoch], error)
+            return
+        self._step_began = self.clock()
+        self.meter.step_done(output)
+        self.results.commit(launched.plan, launched.epochs, output)
+
+    def _start_over(self, victims: list[Request], error: Exception) -> None:
+        """A whole step failed: its requests end, and as no KV can be trusted, all others are computed again."""
+        for launched in self.inflight:
+            try:
+                launched.pending.result()
+            except Exception:
+                log.exception("step %d, launched after a failed one, failed too", launched.plan.batch.step)
+            for request in launched.plan.rows:
+                request.forget_inflight()
+        self.inflight.clear()
+        victims = [request for request in victims if not request.finished]
+        running = self.slots.running()
+        leases = [request.lease for request in running if request.lease is not None]
+        for request in running:
+            self.slots.leave(request)
+            request.forget_inflight()
+            request.match_version = -1
+            request.status = RequestStatus.WAITING
+            self.queue.add(request)
+        self.cache.reset(leases)
+        for request in victims:
+            self.results.fail(request, f"the step failed: {type(error).__name__}: {error}", 500)
+
+    def _poll_drain(self) -> None:
+        if self._drain_until is None:
+            return
+        if self.live and self.clock() >= self._drain_until:
+            self.abort_all(SHUTTING_DOWN)
+        if not self.live and not self.inflight:
+            self.controls.give_up()
+            self.stopped = True

@@ -1,0 +1,234 @@
+"""What the scheduler keeps of each request, and the slots of the running ones as arrays.
+
+Words used throughout: a request has `length` tokens, the last of which may still be *in flight* (sampled by a launched
+step, value unknown to the host); of these, `computed` have their KV written by launched steps. Computed chases length:
+whoever has `length - computed` > 0 wants that many new tokens in the next step. A fresh prompt, a prefix hit, the next
+chunk, the return after a preemption and a decode (difference 1) are all this one case.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from phloem.core.batch import FROM_DEVICE, PositionLogprobs
+from phloem.core.messages import Logprobs, Submit, unpack_ids
+from phloem.core.request import RequestStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from phloem.core.errors import PhloemError
+    from phloem.kvcache.manager import Lease
+
+
+class Prepared(Protocol):
+    """Something that a request waits for before it may run: a grammar that compiles, pages that are fetched."""
+
+    @property
+    def error(self) -> PhloemError | None:
+        """Why the request cannot be served; looked at once `ready` is True."""
+        ...
+
+    @property
+    def mask(self) -> Callable[[list[int]], NDArray[np.int32] | None] | None:
+        """For `Admission.mask`; looked at once `ready` is True."""
+        ...
+
+    def ready(self) -> bool: ...
+
+
+class Request:
+    """One request, from `Submit` to its last chunk."""
+
+    __slots__ = (
+        "admitted",
+        "cached_tokens",
+        "epoch",
+        "fresh",
+        "fresh_logprobs",
+        "id",
+        "inflight",
+        "key",
+        "known",
+        "lease",
+        "limit",
+        "match_pages",
+        "match_version",
+        "num_prompt",
+        "output",
+        "params",
+        "passed_mark",
+        "prepared",
+        "prompt",
+        "prompt_logprobs",
+        "received",
+        "seed",
+        "sent",
+        "seq",
+        "slot",
+        "status",
+        "stops",
+        "submit",
+        "targets_from",
+        "wants_prompt",
+    )
+
+    def __init__(self, submit: Submit, now: float) -> None:
+        self.id = submit.id
+        self.submit = submit
+        self.params = submit.sampling
+        self.prompt = unpack_ids(submit.input_ids)
+        self.num_prompt = len(self.prompt)
+        self.output: list[int] = []
+        self.known = self.prompt  # what was known when it last entered a slot
+        self.status = RequestStatus.WAITING
+        self.key, self.seq = 0.0, 0  # place in the queue; smaller runs earlier and is preempted later
+        self.limit = 0  # length at which it surely ends
+        self.stops: frozenset[int] = frozenset()
+        self.seed = 0
+        self.slot = -1
+        self.lease: Lease | None = None
+        self.inflight = 0  # sampled tokens whose value is not known yet
+        self.epoch = 0  # results of launches of an earlier epoch are dropped
+        self.prepared: Prepared | None = None
+        self.received, self.admitted = now, -1.0
+        self.cached_tokens = 0
+        self.match_pages, self.match_version = 0, -1
+        self.passed_mark = -1  # admissions seen when it came into the policy's window
+        start = submit.logprob_start
+        self.wants_prompt = submit.return_logprob and start >= 0
+        self.targets_from = max(start, 1)  # first prompt position whose logprob is not launched yet
+        self.prompt_logprobs: list[PositionLogprobs] = []
+        self.fresh: list[int] = []  # tokens not sent yet
+        self.fresh_logprobs: list[PositionLogprobs] = []
+        self.sent = False
+
+    @property
+    def scores_only(self) -> bool:
+        return self.params.max_new_tokens == 0
+
+    @property
+    def first_target(self) -> int:
+        """The first prompt position that has, and wants, a logprob."""
+        return max(self.submit.logprob_start, 1)
+
+    @property
+    def finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    def all_known(self) -> NDArray[np.int32]:
+        """Prompt and output so far, int32."""
+        if not self.output:
+            return self.prompt
+        return np.concatenate([self.prompt, np.asarray(self.output, dtype=np.int32)])
+
+    def match_limit(self) -> int:
+        """How many leading tokens may come from the cache: one is always computed, and so is each wanted logprob.
+
+        The logprob of position i is read from the hidden state at i - 1.
+        """
+        limit = self.num_prompt + len(self.output) - 1
+        if self.wants_prompt and self.targets_from < self.num_prompt:
+            limit = min(limit, self.targets_from - 1)
+        return limit
+
+    def forget_inflight(self) -> None:
+        """What launched steps still have of this request is dropped when it comes."""
+        self.epoch += 1
+        self.inflight = 0
+        self.targets_from = self.first_target + len(self.prompt_logprobs)
+
+
+def pack_logprobs(items: list[PositionLogprobs], submit: Submit) -> Logprobs:
+    return Logprobs(
+        values=[item.token for item in items],
+        top=[item.top for item in items] if submit.top_logprobs else [],
+        chosen=[item.chosen for item in items] if submit.token_ids_logprob else [],
+    )
+
+
+class Slots:
+    """The running requests by slot. Page tables are rows of one array, so that a batch gathers them in one call.
+
+    A slot is *active* while its request may be launched. One that will surely end with a launched step has left
+    `active` but keeps slot and pages until that step is committed.
+    """
+
+    def __init__(self, count: int, table_width: int, page_size: int) -> None:
+        self.count = count
+        self.page_size = page_size
+        self.requests: list[Request | None] = [None] * count
+        self.tables = np.zeros((count, table_width), dtype=np.int32)
+        self.computed = np.zeros(count, dtype=np.int32)
+        self.length = np.zeros(count, dtype=np.int32)
+        self.limit = np.zeros(count, dtype=np.int32)
+        self.covered = np.zeros(count, dtype=np.int32)  # positions that the lease has pages for
+        self.next_token = np.full(count, FROM_DEVICE, dtype=np.int32)
+        self.samples = np.zeros(count, dtype=np.bool_)
+        self._free = list(range(count - 1, -1, -1))
+        self._active: dict[int, Request] = {}
+        self._active_array: NDArray[np.int32] | None = None
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_running(self) -> int:
+        return self.count - len(self._free)
+
+    @property
+    def num_ending(self) -> int:
+        """Slots that are only kept until their last step is committed."""
+        return self.num_running - len(self._active)
+
+    def next_free(self) -> int:
+        return self._free[-1]
+
+    def active(self) -> NDArray[np.int32]:
+        """Active slots in order of admission, int32."""
+        if self._active_array is None:
+            self._active_array = np.fromiter(self._active, dtype=np.int32, count=len(self._active))
+        return self._active_array
+
+    def active_requests(self) -> list[Request]:
+        return list(self._active.values())
+
+    def running(self) -> list[Request]:
+        return [request for request in self.requests if request is not None]
+
+    def at(self, slot: int) -> Request:
+        request = self.requests[slot]
+        assert request is not None, f"slot {slot} is empty"
+        return request
+
+    def enter(self, request: Request, lease: Lease, known: NDArray[np.int32]) -> int:
+        slot = self._free.pop()
+        request.slot, request.lease, request.known = slot, lease, known
+        request.status = RequestStatus.RUNNING
+        self.requests[slot] = request
+        self.computed[slot] = lease.shared * self.page_size
+        self.length[slot] = len(known)
+        self.limit[slot] = request.limit
+        self.covered[slot] = lease.held * self.page_size
+        self.next_token[slot] = known[-1]
+        self.samples[slot] = not request.scores_only
+        self._active[slot] = request
+        self._active_array = None
+        return slot
+
+    def retire(self, slot: int) -> None:
+        """Not launched again; slot and pages stay until `leave`."""
+        if self._active.pop(slot, None) is not None:
+            self._active_array = None
+
+    def leave(self, request: Request) -> None:
+        slot = request.slot
+        self.retire(slot)
+        self.requests[slot] = None
+        self._free.append(slot)
+        request.slot, request.lease = -1, None

@@ -1,0 +1,183 @@
+"""Response bodies: encoded with msgspec on the hot path, and the source of the OpenAPI document's answer schemas.
+
+UNSET fields are left out; None is sent as null where clients expect the key.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+
+class Answer(msgspec.Struct, kw_only=True):
+    """Base of response bodies."""
+
+
+class Error(Answer, kw_only=True):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | int | None = None
+    object: Literal["error"] = "error"
+    retryable: bool = False
+
+
+class ErrorAnswer(Answer, kw_only=True):
+    """Every error, on every route; in a stream, the data of one event."""
+
+    error: Error
+
+
+class PromptTokensDetails(Answer, kw_only=True):
+    cached_tokens: int = 0
+
+
+class Usage(Answer, kw_only=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(Answer, kw_only=True):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(Answer, kw_only=True):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Answer, kw_only=True):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class ChatMessage(Answer, kw_only=True):
+    role: str
+    content: str | None
+    reasoning_content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class ChatChoice(Answer, kw_only=True):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    matched_stop: int | str | None
+
+
+class ChatCompletion(Answer, kw_only=True):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(Answer, kw_only=True):
+    role: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    reasoning_content: str | UnsetType | None = UNSET
+    tool_calls: list[dict[str, Any]] | UnsetType = UNSET
+
+
+class ChatChunkChoice(Answer, kw_only=True):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    matched_stop: int | str | UnsetType | None = UNSET
+
+
+class ChatChunk(Answer, kw_only=True):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class CompletionLogprobs(Answer, kw_only=True):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer, kw_only=True):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+    matched_stop: int | str | UnsetType | None = UNSET
+
+
+class Completion(Answer, kw_only=True):
+    """Also each chunk of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class ModelCard(Answer, kw_only=True):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "phloem"
+    root: str
+    max_model_len: int
+
+
+class ModelList(Answer, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class FinishReasonAnswer(Answer, kw_only=True):
+    type: Literal["stop", "length", "abort"]
+    matched: int | str | UnsetType | None = UNSET
+    length: int | UnsetType = UNSET
+    message: str | UnsetType | None = UNSET
+    status_code: int | UnsetType | None = UNSET
+
+
+class GenerateAnswer(Answer, kw_only=True):
+    """One item of `/generate`; a batch answers with a list of these."""
+
+    text: str
+    output_ids: list[int]
+    meta_info: dict[str, Any]
+    index: int | UnsetType = UNSET
+
+
+class TokenizeAnswer(Answer, kw_only=True):
+    tokens: list[int | list[int]]
+    count: int | list[int]
+    max_model_len: int
+
+
+class DetokenizeAnswer(Answer, kw_only=True):
+    text: str | list[str]
+
+
+class Status(Answer, kw_only=True):
+    status: str
+
+
+class ControlAnswer(Answer, kw_only=True):
+    success: bool
+    message: str

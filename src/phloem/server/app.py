@@ -1,0 +1,54 @@
+"""The HTTP app: routes from `routes/`, middleware, error shapes, the OpenAPI document."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from phloem.core.errors import PhloemError
+from phloem.server import openapi
+from phloem.server.door import Door
+from phloem.server.errors import on_http_error, on_invalid_query, on_phloem_error
+from phloem.server.health import Health
+from phloem.server.info import ModelInfo, version
+from phloem.server.metrics import Metrics
+from phloem.server.middleware import ApiKey, BodyLimit, RequestIds
+from phloem.utils.registry import Registry
+
+if TYPE_CHECKING:
+    from phloem.core.config import Config
+    from phloem.server.client import EngineClient
+
+ROUTES = Registry("phloem.server.routes", "group of routes")
+
+
+def create_app(client: EngineClient, config: Config, info: ModelInfo) -> FastAPI:
+    """The app of one server. `client.start()` is the caller's business, inside the event loop."""
+    app = FastAPI(
+        title="Phloem",
+        version=version(),
+        description="A serving engine for LLMs. Null means unset, in every field of every body.",
+        redoc_url=None,
+    )
+    prefixes = ("phloem:", "sglang:") if config.server.sglang_metric_names else ("phloem:",)
+    app.state.door = Door(
+        client=client,
+        config=config,
+        info=info,
+        health=Health(client, config.schedule.watchdog_timeout),
+        metrics=Metrics(client, info.served_model_name, prefixes),
+    )
+    for name in ROUTES.names():
+        app.include_router(ROUTES.module(name).router)
+    app.add_exception_handler(PhloemError, on_phloem_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(RequestValidationError, on_invalid_query)
+    app.add_middleware(BodyLimit, limit=config.server.max_body_bytes)
+    if config.server.api_key:
+        app.add_middleware(ApiKey, key=config.server.api_key)
+    app.add_middleware(RequestIds)  # added last, so outermost
+    app.openapi = lambda: openapi.document(app)
+    return app

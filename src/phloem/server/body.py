@@ -1,0 +1,105 @@
+"""From the bytes of a request body to a checked struct, with errors that name the field.
+
+Rules for every route: null means unset; an unknown field is refused with its name and the nearest spelling; a field
+that known clients send and that has no meaning here is read and ignored (`ignored`, with the reason); a field of a
+feature that is not there yet is refused when set to anything but a harmless value (`later`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from phloem.core.errors import BadRequest
+
+
+@dataclass(frozen=True)
+class Later:
+    """A field of a feature that may not exist yet, and the values that ask nothing of it."""
+
+    feature: str
+    harmless: tuple[Any, ...] = ()
+
+
+class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Base of request bodies. `ignored`: field -> why it is read and not used."""
+
+    ignored: ClassVar[dict[str, str]] = {}
+    later: ClassVar[dict[str, Later]] = {}
+
+    def refuse_later(self, features: frozenset[str], where: str = "") -> None:
+        """Raise `BadRequest` for the first field that asks for what does not exist yet."""
+        for name, rule in self.later.items():
+            value = getattr(self, name)
+            if value is None or rule.feature in features or any(value == harmless for harmless in rule.harmless):
+                continue
+            raise BadRequest(f"not supported yet: {where}{name}", param=where + name, code="not_supported")
+
+
+T = TypeVar("T", bound=Body)
+
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*?)`(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
+_AT = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$(?P<path>.*)`)?$", re.DOTALL)
+MAX_ECHO = 200  # characters of a client's own text that an error repeats
+
+
+class Parser(Generic[T]):
+    """Decodes one kind of body."""
+
+    def __init__(self, kind: type[T]) -> None:
+        self.kind = kind
+        self._decoder = msgspec.json.Decoder(kind)
+        self._top = set(kind.__struct_fields__)
+        self._all = {name for struct in structs_of(kind) for name in struct.__struct_fields__}
+
+    def parse(self, data: bytes, features: frozenset[str] = frozenset()) -> T:
+        """Raises BadRequest: malformed JSON, a wrong type, an unknown field, or a feature not there yet."""
+        try:
+            body = self._decoder.decode(data)
+        except msgspec.ValidationError as error:
+            raise self._explain(str(error)) from None
+        except msgspec.DecodeError as error:
+            reason = "the body is empty, a JSON object is expected" if not data.strip() else str(error)
+            raise BadRequest(f"malformed JSON: {reason}", code="malformed_json") from None
+        except (UnicodeError, RecursionError, ValueError) as error:
+            raise BadRequest(f"malformed JSON: {type(error).__name__}", code="malformed_json") from None
+        body.refuse_later(features)
+        return body
+
+    def _explain(self, text: str) -> BadRequest:
+        unknown = _UNKNOWN.match(text)
+        if unknown is not None:
+            name, path = unknown["name"][:MAX_ECHO], (unknown["path"] or "").lstrip(".")
+            near = difflib.get_close_matches(name, self._all if path else self._top, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            full = f"{path}.{name}" if path else name
+            return BadRequest(f"unknown field {full!r}{hint}", param=full, code="unknown_field")
+        found = _AT.match(text)
+        what, path = (found["what"], found["path"]) if found else (text, None)
+        field = (path or "").lstrip(".") or None
+        return BadRequest(f"{field}: {what}" if field else what, param=field, code="invalid_value")
+
+
+def structs_of(kind: Any) -> list[type[msgspec.Struct]]:
+    """A struct and every struct that its fields can hold."""
+    found: dict[type[msgspec.Struct], None] = {}
+
+    def visit(item: Any) -> None:
+        if isinstance(item, type) and issubclass(item, msgspec.Struct):
+            if item in found:
+                return
+            found[item] = None
+            hints = get_type_hints(item, include_extras=True)
+            for name in item.__struct_fields__:
+                visit(hints[name])
+        elif get_origin(item) in (list, dict, Union, types.UnionType, Annotated):
+            for part in get_args(item):
+                visit(part)
+
+    visit(kind)
+    return list(found)

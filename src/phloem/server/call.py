@@ -1,0 +1,189 @@
+"""One call in flight: collects the chunks of its outputs, detokenises them, and ends them on a stop string."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Protocol
+
+from phloem.core.errors import BadRequest, PhloemError, QueueFull
+from phloem.core.messages import Chunk, Logprobs
+from phloem.core.request import FinishReason
+
+if TYPE_CHECKING:
+    from phloem.server.counters import Counters
+    from phloem.server.request import Output
+
+log = logging.getLogger("phloem.server")
+
+
+class ClientGone(PhloemError):
+    """The client has hung up: nobody reads this answer."""
+
+    status = 499
+    kind = "client_disconnected"
+
+
+class Dropper(Protocol):
+    """What a call needs of its client."""
+
+    counters: Counters
+
+    def drop(self, output: Output) -> bool: ...
+
+
+class Call:
+    """Async iterator over the news of a call's outputs (see `GenerateRequest.stream`)."""
+
+    def __init__(self, client: Dropper, outputs: list[Output], stream: bool) -> None:
+        self.outputs = outputs
+        self.stream = stream
+        self._client = client
+        self._open = len(outputs)
+        self._dirty: dict[Output, None] = {}
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: PhloemError | None = None
+
+    # --- the receiving side
+
+    def push(self, output: Output, chunk: Chunk) -> None:
+        """Take what the engine sent; wake the reader when that is news to it."""
+        output.pending.append(chunk)
+        output.pending_tokens += len(chunk.tokens)
+        if chunk.finish is None:
+            # Without stream or stop strings nobody has anything to do before the end.
+            if not (self.stream or _stops(output)):
+                return
+            if output.ids and output.pending_tokens < output.item.stream_interval:
+                return
+        self._dirty[output] = None
+        self._wake()
+
+    def fail(self, error: PhloemError) -> None:
+        """End the call with this error, behind what has already arrived."""
+        if self._error is None:
+            self._error = error
+            self._wake()
+
+    def cancel(self) -> None:
+        """Abort what still runs: the client has gone, or the reader has had enough. Harmless when repeated."""
+        for output in self.outputs:
+            self._client.counters.aborted += self._client.drop(output)
+        self._dirty.clear()
+        if self._open:
+            self.fail(ClientGone("the client has disconnected"))
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # --- the reading side
+
+    def __aiter__(self) -> Call:
+        return self
+
+    async def __anext__(self) -> list[Output]:
+        while True:
+            if self._dirty:
+                dirty = list(self._dirty)
+                self._dirty.clear()
+                for output in dirty:
+                    self._absorb_guarded(output)
+                if self.stream:
+                    return dirty
+                if not self._open:
+                    return self.outputs
+                continue
+            if self._error is not None and self._open:
+                raise self._error
+            if not self._open:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+
+    def _absorb_guarded(self, output: Output) -> None:
+        try:
+            self._absorb(output)
+        except PhloemError:
+            self.cancel()
+            raise
+        except Exception as error:
+            log.exception("request %s failed in the door", output.id)
+            self.cancel()
+            raise PhloemError(f"request {output.id} failed: {type(error).__name__}") from error
+
+    def _absorb(self, output: Output) -> None:
+        """Detokenise what is pending; settles `delta`, `new_from` and `finish`."""
+        chunks, output.pending, output.pending_tokens = output.pending, [], 0
+        if output.finish is not None:
+            return
+        output.new_from = len(output.ids)
+        for chunk in chunks:
+            _gather(output, chunk)
+        last = chunks[-1]
+        output.cached_tokens = last.cached_tokens or output.cached_tokens
+        finish = last.finish
+        _raise_refusal(finish)
+        new = output.ids[output.new_from :]
+        if output.decoder is not None:
+            visible = new[:-1] if _trims_stop_token(output, finish, new) else new
+            piece = output.decoder.push(visible, finish is not None)
+            output.delta = piece.text
+            output.text += piece.text
+            if piece.stop is not None:
+                _truncate(output, output.new_from + piece.keep)
+                finish = FinishReason(type="stop", matched=piece.stop)
+                self._client.drop(output)
+        if finish is not None:
+            output.finish = finish
+            self._open -= 1
+            self._client.counters.on_finish(output)
+
+
+def _stops(output: Output) -> bool:
+    return bool(output.item.sampling.stop or output.item.sampling.stop_regex)
+
+
+def _gather(output: Output, chunk: Chunk) -> None:
+    output.ids += chunk.tokens
+    if chunk.queue_seconds:
+        output.queue_seconds = chunk.queue_seconds
+    if chunk.logprobs is not None:
+        output.logprobs.values += chunk.logprobs.values
+        output.logprobs.top += chunk.logprobs.top
+        output.logprobs.chosen += chunk.logprobs.chosen
+    if chunk.prompt_logprobs is not None:
+        output.prompt_logprobs = chunk.prompt_logprobs
+
+
+def _trims_stop_token(output: Output, finish: FinishReason | None, new: list[int]) -> bool:
+    """A token that ended generation is not part of the text, unless asked for."""
+    return (
+        finish is not None
+        and finish.type == "stop"
+        and isinstance(finish.matched, int)
+        and not output.item.sampling.no_stop_trim
+        and bool(new)
+        and new[-1] == finish.matched
+    )
+
+
+def _truncate(output: Output, length: int) -> None:
+    del output.ids[length:]
+    kept: Logprobs = output.logprobs
+    del kept.values[length:], kept.top[length:], kept.chosen[length:]
+
+
+def _raise_refusal(finish: FinishReason | None) -> None:
+    """An abort with a status is the engine's refusal or failure of this request."""
+    if finish is None or finish.type != "abort" or finish.status_code is None:
+        return
+    message = finish.message or "the engine refused the request"
+    kind = {400: BadRequest, 503: QueueFull}.get(finish.status_code, PhloemError)
+    error = kind(message)
+    error.status = finish.status_code
+    raise error

@@ -1,0 +1,345 @@
+"""Text or token ids in, async text out: the door's only way to the engine.
+
+One task receives from the engine link and hands each chunk to the call it belongs to; a call is woken at most once per
+message and detokenises all that has arrived in one go, so a slow reader costs less, not more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from phloem.core.errors import BadRequest, EngineDead, QueueFull
+from phloem.core.messages import (
+    Abort,
+    Chunk,
+    Control,
+    ControlReply,
+    EngineLink,
+    Failed,
+    FromEngine,
+    Heartbeat,
+    Progress,
+    Ready,
+    Stats,
+    Stopped,
+    Submit,
+    Tokens,
+    pack_ids,
+)
+from phloem.core.request import FinishReason, SamplingParams
+from phloem.server.admission import Admission
+from phloem.server.call import Call
+from phloem.server.counters import Counters
+from phloem.server.detokenizer import StreamDecoder
+from phloem.server.request import GenerateRequest, Item, Output, new_id
+
+if TYPE_CHECKING:
+    from phloem.server.info import ModelInfo
+    from phloem.server.template import ChatTemplate
+    from phloem.server.tokenizer import Tokenizer
+
+log = logging.getLogger("phloem.server")
+
+ALIVE_POLL = 0.25  # seconds between looks at `EngineLink.alive`
+_SEED_STEP = 0x9E3779B97F4A7C15  # the odd constant of splitmix64: spreads the seeds of n continuations
+_SEED_MASK = (1 << 63) - 1
+
+
+class EngineClient:
+    """Validates, tokenises, fans out, submits; demultiplexes what comes back.
+
+    It outlives its engine: when the link dies every call in flight raises `EngineDead`, and so does every new one until
+    `attach` brings a new link. Use it from one event loop only.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | None, info: ModelInfo) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.info = info
+        self.admission = Admission(tokenizer, info)
+        self.counters = Counters()
+        self.dead: str | None = "no engine has been started"
+        self.draining = False
+        self.engine: dict[str, Any] | None = None  # `Ready.info`; None until the engine is ready
+        self.stats = Stats()
+        self.heartbeat = Heartbeat()
+        self.heard_at = time.monotonic()  # of the last message from the engine
+        self.on_death: list[Callable[[str], None]] = []
+        self._link: EngineLink | None = None
+        self._active: dict[str, tuple[Call, Output]] = {}
+        self._replies: dict[str, asyncio.Future[ControlReply]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._changed: asyncio.Event | None = None  # readiness or death: whoever waits looks again
+        self._started = False
+
+    # --- life
+
+    def attach(self, link: EngineLink, ready: dict[str, Any] | None = None) -> None:
+        """Serve through this link from now on. `ready`: the engine's `Ready.info`, where the caller has taken it."""
+        if self._link is not None and self.dead is None:
+            self._die("the engine was replaced", expected=True)
+        self._release()
+        self._link, self.dead, self.engine = link, None, ready
+        self.stats, self.heartbeat, self.heard_at = Stats(), Heartbeat(), time.monotonic()
+        if self._started:
+            self._spawn(link)
+
+    def start(self) -> None:
+        """Begin to receive. Call it inside the running event loop, once; links may be attached before or after."""
+        self._started = True
+        self._changed = asyncio.Event()
+        if self._link is not None and self.dead is None:
+            self._spawn(self._link)
+
+    async def close(self) -> None:
+        """End every call and let go of the link."""
+        if self.dead is None:
+            self._die("the server is shutting down", expected=True)
+        tasks = self._tasks
+        self._release()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def wait_ready(self) -> dict[str, Any]:
+        """Wait for the engine's `Ready`, and give its info.
+
+        Raises:
+            EngineDead: if the engine ends first.
+        """
+        while self.engine is None:
+            if self.dead is not None:
+                raise EngineDead(self.dead)
+            assert self._changed is not None, "start() comes first"
+            self._changed.clear()
+            await self._changed.wait()
+        return self.engine
+
+    async def drain(self, timeout: float) -> bool:
+        """Refuse new calls; wait until those in flight have ended. False when the timeout came first."""
+        self.draining = True
+        deadline = time.monotonic() + timeout
+        while self._active and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        return not self._active
+
+    @property
+    def in_flight(self) -> int:
+        """Continuations that the engine works on."""
+        return len(self._active)
+
+    def _spawn(self, link: EngineLink) -> None:
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._receive(link)), loop.create_task(self._watch(link))]
+
+    def _release(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._tasks = []
+        if self._link is not None:
+            self._link.close()
+        self._link = None
+
+    # --- from the engine
+
+    async def _receive(self, link: EngineLink) -> None:
+        try:
+            while self.dead is None:
+                self._handle(await link.receive())
+        except asyncio.CancelledError:
+            raise
+        except EngineDead as error:
+            self._die(error.message)
+        except Exception as error:
+            log.exception("the link to the engine broke")
+            self._die(f"the link to the engine broke: {type(error).__name__}: {error}")
+
+    async def _watch(self, link: EngineLink) -> None:
+        while link.alive:
+            await asyncio.sleep(ALIVE_POLL)
+        # What the engine said last may still lie in the link: a reason in its own words is worth a moment.
+        await asyncio.sleep(ALIVE_POLL)
+        self._die("the engine process has ended")
+
+    def _handle(self, message: FromEngine) -> None:
+        self.heard_at = time.monotonic()
+        match message:
+            case Tokens():
+                self._on_tokens(message.chunks, self.heard_at)
+            case Heartbeat():
+                self.heartbeat = message
+            case Stats():
+                self.stats = message
+            case ControlReply():
+                future = self._replies.pop(message.id, None)
+                if future is not None and not future.done():
+                    future.set_result(message)
+            case Ready():
+                self.engine = message.info
+                self._notify()
+            case Progress():
+                log.info("engine: %s took %.2f s", message.phase, message.seconds)
+            case Failed():
+                self._die(f"the engine failed: {message.kind or 'error'}: {message.error}")
+            case Stopped():
+                self._die("the engine has stopped")
+
+    def _on_tokens(self, chunks: list[Chunk], now: float) -> None:
+        for chunk in chunks:
+            entry = self._active.get(chunk.id)
+            if entry is None:
+                continue  # aborted meanwhile
+            call, output = entry
+            self.counters.on_chunk(output, chunk, now)
+            if chunk.finish is not None:
+                del self._active[chunk.id]
+            call.push(output, chunk)
+
+    def _die(self, reason: str, expected: bool = False) -> None:
+        if self.dead is not None:
+            return
+        self.dead, self.engine, self.stats = reason, None, Stats()
+        level = logging.INFO if (expected or self.draining) and not self._active else logging.ERROR
+        log.log(level, "engine gone: %s (%d requests in flight)", reason, len(self._active))
+        active, self._active = self._active, {}
+        for call in {call for call, _ in active.values()}:
+            call.fail(EngineDead(reason))
+        replies, self._replies = self._replies, {}
+        for future in replies.values():
+            if not future.done():
+                future.set_exception(EngineDead(reason))
+        self._notify()
+        for callback in self.on_death:
+            callback(reason)
+
+    def _notify(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+
+    # --- to the engine
+
+    async def submit(self, request: GenerateRequest) -> Call:
+        """Validate every item, then submit all. The caller iterates the call, and ends it with `cancel()`.
+
+        Raises:
+            BadRequest: an item can never be served; nothing has been submitted.
+            QueueFull: the server is draining.
+            EngineDead: there is no engine.
+        """
+        self._link_or_raise()
+        prompts = await self.admission.prompts(request.items)
+        outputs = self._outputs(request, prompts)
+        link = self._link_or_raise()  # again: tokenising may have taken a while
+        taken = [output.id for output in outputs if output.id in self._active]
+        if taken or len({output.id for output in outputs}) < len(outputs):
+            raise BadRequest(f"rid {(taken or [outputs[0].id])[0]!r} is in use by another request", param="rid")
+        call = Call(self, outputs, request.stream)
+        for output in outputs:
+            self._active[output.id] = (call, output)
+        for output in outputs:
+            link.send(_submit_message(output))
+        return call
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[list[Output]]:
+        """`submit`, then iterate; leaving the iteration early (or being cancelled) aborts what still runs."""
+        call = await self.submit(request)
+        try:
+            async for outputs in call:
+                yield outputs
+        finally:
+            call.cancel()
+
+    def _outputs(self, request: GenerateRequest, prompts: list[list[int]]) -> list[Output]:
+        now = time.monotonic()
+        outputs: list[Output] = []
+        for index, (item, ids) in enumerate(zip(request.items, prompts, strict=True)):
+            params = self.admission.params(item, len(ids))
+            for choice in range(params.n):
+                output = Output(
+                    id=item.id if params.n == 1 else f"{item.id}-{choice}",
+                    item=item,
+                    index=index,
+                    choice=choice,
+                    prompt_ids=ids,
+                    params=_params_of_choice(params, choice),
+                    arrival=now,
+                )
+                if self.tokenizer is not None:
+                    output.decoder = StreamDecoder(self.tokenizer, params)
+                outputs.append(output)
+        return outputs
+
+    def _link_or_raise(self) -> EngineLink:
+        if self.draining:
+            raise QueueFull("the server is shutting down and takes no new requests", code="draining")
+        if self.dead is not None or self._link is None:
+            raise EngineDead(self.dead or "no engine has been started")
+        return self._link
+
+    def drop(self, output: Output) -> bool:
+        """Stop the engine's work on an output, if it still works on it. Sends at most one `Abort` per output."""
+        entry = self._active.get(output.id)
+        if entry is None or entry[1] is not output:
+            return False
+        del self._active[output.id]
+        if self._link is not None and self.dead is None:
+            self._link.send(Abort(id=output.id))
+        return True
+
+    def abort(self, rid: str = "", everything: bool = False) -> int:
+        """End requests by id (that of the request or of one continuation); they finish with reason `abort`."""
+        ended = [
+            (call, output) for call, output in self._active.values() if everything or rid in (output.item.id, output.id)
+        ]
+        for call, output in ended:
+            self.counters.aborted += self.drop(output)
+            reason = FinishReason(type="abort", message="the request was aborted")
+            call.push(output, Chunk(id=output.id, finish=reason))
+        return len(ended)
+
+    async def control(self, name: str, /, deadline: float | None = 60.0, **args: Any) -> ControlReply:
+        """An administrative call (names in `core/messages.py:Control`).
+
+        Raises:
+            EngineDead: there is no engine, or it gave no answer within `deadline` seconds.
+        """
+        if self.dead is not None or self._link is None:
+            raise EngineDead(self.dead or "no engine has been started")
+        key = new_id()
+        future: asyncio.Future[ControlReply] = asyncio.get_running_loop().create_future()
+        self._replies[key] = future
+        self._link.send(Control(id=key, name=name, args=args))
+        try:
+            return await asyncio.wait_for(future, deadline)
+        except TimeoutError:
+            raise EngineDead(f"the engine did not answer {name!r} within {deadline:g} s") from None
+        finally:
+            self._replies.pop(key, None)
+
+
+def _params_of_choice(params: SamplingParams, choice: int) -> SamplingParams:
+    """What the engine sees: one continuation, no stop strings, a seed of its own."""
+    seed = params.sampling_seed
+    if seed is not None:
+        seed = (seed + choice * _SEED_STEP) & _SEED_MASK
+    return msgspec.structs.replace(params, n=1, stop=[], stop_regex=[], sampling_seed=seed)
+
+
+def _submit_message(output: Output) -> Submit:
+    item: Item = output.item
+    return Submit(
+        id=output.id,
+        input_ids=pack_ids(output.prompt_ids),
+        sampling=output.params,
+        priority=item.priority,
+        namespace=item.namespace,
+        return_logprob=item.return_logprob,
+        logprob_start=item.logprob_start if item.return_logprob else -1,
+        top_logprobs=item.top_logprobs,
+        token_ids_logprob=item.token_ids_logprob,
+        arrival=time.time(),
+    )

@@ -1,0 +1,60 @@
+"""What every route needs, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.responses import Response
+
+from phloem.core.errors import BadRequest, NotFound
+from phloem.server.answers import Answer
+from phloem.server.body import Body, Parser
+from phloem.server.stream import encode
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from phloem.core.config import Config
+    from phloem.server.client import EngineClient
+    from phloem.server.health import Health
+    from phloem.server.info import ModelInfo
+    from phloem.server.metrics import Metrics
+
+T = TypeVar("T", bound=Body)
+
+
+@dataclass(frozen=True)
+class Door:
+    """The state of one app."""
+
+    client: EngineClient
+    config: Config
+    info: ModelInfo
+    health: Health
+    metrics: Metrics
+
+    async def read(self, request: Request, parser: Parser[T], empty: bytes = b"") -> T:
+        """The request's body; `empty` stands for a body of no bytes where a route allows that."""
+        return parser.parse((await request.body()) or empty, self.info.features)
+
+    def check_model(self, name: str | None) -> None:
+        if not self.info.answers_to(name):
+            raise NotFound(
+                f"there is no model {name!r:.200}; this server serves {self.info.served_model_name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_batch(self, prompts: int) -> None:
+        limit = self.config.server.max_prompts_per_request
+        if prompts > limit:
+            raise BadRequest(f"{prompts} prompts in one request, at most {limit} are allowed", param="prompt")
+
+
+def door_of(request: Request) -> Door:
+    return request.app.state.door
+
+
+def json_response(answer: Answer | dict[str, Any] | list[dict[str, Any]], status: int = 200) -> Response:
+    return Response(encode(answer), status, media_type="application/json")

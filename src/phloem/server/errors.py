@@ -1,0 +1,66 @@
+"""From exceptions to answers: one shape on every route, one event in streams."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from phloem.core.errors import BadRequest, NotFound, PhloemError
+from phloem.server.answers import Error, ErrorAnswer
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+log = logging.getLogger("phloem.server")
+
+RETRY_AFTER = "1"  # seconds; queues move in steps of milliseconds
+_encode = msgspec.json.Encoder().encode
+
+
+def error_body(error: PhloemError) -> bytes:
+    """`{"error": {...}}` as the `openai` client and native clients read it."""
+    code = error.code if error.code is not None else error.status
+    return _encode(
+        ErrorAnswer(
+            error=Error(message=error.message, type=error.kind, param=error.param, code=code, retryable=error.retryable)
+        )
+    )
+
+
+def error_response(error: PhloemError) -> Response:
+    headers: dict[str, str] = {}
+    if error.status == 503:
+        headers["retry-after"] = RETRY_AFTER
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return Response(error_body(error), error.status, headers, media_type="application/json")
+
+
+async def on_phloem_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, PhloemError)
+    if error.status >= 500 and error.status != 503:
+        log.error("request %s: %s", request.scope.get("request_id", "?"), error.message)
+    return error_response(error)
+
+
+async def on_http_error(_request: Request, error: Exception) -> Response:
+    """Starlette's own: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    shaped: PhloemError = NotFound("there is no such path") if error.status_code == 404 else BadRequest(error.detail)
+    shaped.status = error.status_code
+    response = error_response(shaped)
+    for name, value in (error.headers or {}).items():
+        response.headers[name] = value
+    return response
+
+
+async def on_invalid_query(_request: Request, error: Exception) -> Response:
+    """FastAPI's check of query parameters."""
+    problems = getattr(error, "errors", lambda: [])()
+    first = problems[0] if problems else {"loc": ("query",), "msg": str(error)}
+    name = str(first["loc"][-1])
+    return error_response(BadRequest(f"{name}: {first['msg']}", param=name, code="invalid_value"))

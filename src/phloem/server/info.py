@@ -1,0 +1,62 @@
+"""What the door knows about the model it serves, before and beside the engine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phloem.core.config import Config
+    from phloem.utils.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Facts for validation and for the information routes.
+
+    `features` names what exists beyond plain generation (`grammar`, `tools`, `reasoning`, ...): request fields of a
+    feature that is not listed answer 400 `not supported yet`.
+    """
+
+    model_path: str
+    served_model_name: str
+    vocab_size: int
+    context_length: int
+    tokenizer_path: str = ""
+    eos_ids: tuple[int, ...] = ()
+    model_type: str = ""
+    architectures: tuple[str, ...] = ()
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    weight_version: str = "default"
+    features: frozenset[str] = frozenset()
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @staticmethod
+    def of(checkpoint: Checkpoint, config: Config, features: frozenset[str] = frozenset()) -> ModelInfo:
+        """From a described checkpoint and a resolved configuration."""
+        return ModelInfo(
+            model_path=config.model.model_path,
+            served_model_name=config.model.served_model_name or config.model.model_path,
+            vocab_size=checkpoint.vocab_size,
+            context_length=config.model.context_length or checkpoint.context_length,
+            tokenizer_path=str(config.model.tokenizer_path or checkpoint.tokenizer_path),
+            eos_ids=checkpoint.eos_ids,
+            model_type=checkpoint.model_type,
+            architectures=checkpoint.architectures,
+            generation_config=dict(checkpoint.generation_config),
+            features=features,
+        )
+
+    def answers_to(self, name: str | None) -> bool:
+        """Whether a request for this model name is for us; unset, empty and `default` always are."""
+        return not name or name in (self.served_model_name, self.model_path, "default")
+
+
+def version() -> str:
+    """The installed version of Phloem."""
+    try:
+        return metadata.version("phloem")
+    except metadata.PackageNotFoundError:
+        return "unknown"

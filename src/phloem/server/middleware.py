@@ -1,0 +1,129 @@
+"""Pure ASGI: request ids, the last resort for exceptions, the API key, the limit on bodies."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import time
+from typing import TYPE_CHECKING
+
+from phloem.core.errors import BodyTooLarge, PhloemError, Unauthorized
+from phloem.server.errors import error_response
+from phloem.server.request import new_id
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger("phloem.server")
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})  # asked by supervisors that hold no key
+DISCARD_BYTES = 256 * 1024 * 1024  # of a body that is too long: read and dropped, so that the client reads our answer
+DISCARD_SECONDS = 30.0
+_MAX_REQUEST_ID = 128
+_PLAIN = re.compile(rb"[A-Za-z0-9._:-]+")
+
+
+def _header(scope: Scope, name: bytes) -> bytes | None:
+    return next((value for key, value in scope["headers"] if key == name), None)
+
+
+class RequestIds:
+    """Outermost: gives each request an id (the client's own `x-request-id`, or a new one) and answers what no handler
+    caught with 500, that id and a log line."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = _header(scope, b"x-request-id")
+        key = given if given is not None and _plain(given) else new_id().encode()
+        scope["request_id"] = key.decode()
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if not started:
+                started = True
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", key)]}
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("request %s (%s %s) failed", key.decode(), scope["method"], scope["path"])
+            if not started:
+                error = PhloemError(f"internal error; request id {key.decode()}")
+                await error_response(error)(scope, receive, send_with_id)
+
+
+def _plain(value: bytes) -> bool:
+    return 0 < len(value) <= _MAX_REQUEST_ID and _PLAIN.fullmatch(value) is not None
+
+
+class ApiKey:
+    """Bearer token, compared in constant time, on everything but the health checks."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self.app = app
+        self._digest = hashlib.sha256(key.encode()).digest()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            scheme, _, token = (_header(scope, b"authorization") or b"").partition(b" ")
+            given = hashlib.sha256(token.strip()).digest()
+            if not hmac.compare_digest(given, self._digest) or scheme.lower() != b"bearer":
+                error = Unauthorized("the API key is missing or wrong: send Authorization: Bearer <key>")
+                await error_response(error)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+class BodyLimit:
+    """413 as soon as a body is known to be too long; at most `limit` bytes of it are ever kept."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = _header(scope, b"content-length")
+        if declared is not None and declared.isdigit() and int(declared) > self.limit:
+            waits = (_header(scope, b"expect") or b"").lower() == b"100-continue"
+            if not waits:
+                await _discard(receive)
+            await error_response(self._error(f"of {int(declared)} bytes "))(scope, receive, send)
+            return
+        seen = 0
+
+        async def limited() -> Message:
+            nonlocal seen
+            message = await receive()
+            if message["type"] == "http.request":
+                seen += len(message.get("body", b""))
+                if seen > self.limit:
+                    if message.get("more_body", False):
+                        await _discard(receive)
+                    raise self._error("")
+            return message
+
+        await self.app(scope, limited, send)
+
+    def _error(self, size: str) -> BodyTooLarge:
+        return BodyTooLarge(f"a body {size}is over the limit of {self.limit} bytes", code="body_too_large")
+
+
+async def _discard(receive: Receive) -> None:
+    seen, deadline = 0, time.monotonic() + DISCARD_SECONDS
+    while seen < DISCARD_BYTES and time.monotonic() < deadline:
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            return

@@ -1,0 +1,93 @@
+"""The OpenAPI document: bodies and answers come from the structs that the routes decode and encode."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from fastapi.openapi.utils import get_openapi
+
+from phloem.server import answers, protocol
+from phloem.server.body import Body
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+_REF = "#/components/schemas/{name}"
+_ERRORS = {
+    400: "The request can never succeed as it was sent; `param` names the field.",
+    401: "The API key is missing or wrong.",
+    404: "No such model.",
+    413: "The body is over the server's limit.",
+    500: "An error of ours; the message carries the request id.",
+    503: "Overloaded, draining, or the engine is not available: try again after `Retry-After` seconds.",
+}
+ALWAYS = (401, 500)
+NEEDS_ENGINE = (503,)
+TAKES_BODY = (400, 413)
+
+
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}
+
+
+def _ref(kind: type) -> dict[str, str]:
+    return {"$ref": _REF.format(name=kind.__name__)}
+
+
+def describe(
+    *,
+    answer: type | dict[str, Any] | None = None,
+    body: type[Body] | None = None,
+    body_required: bool = True,
+    text: str | None = None,
+    streams: bool = False,
+    errors: tuple[int, ...] = (),
+    summary: str = "",
+) -> dict[str, Any]:
+    """Keywords for a route's decorator. `answer` is a struct or a schema; `text`: the media type of a text answer."""
+    content: dict[str, Any] = {}
+    if answer is not None:
+        content = _json(answer if isinstance(answer, dict) else _ref(answer))
+    if text is not None:
+        content = {text: {"schema": {"type": "string"}}}
+    if streams:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    codes = sorted({*ALWAYS, *errors, *(TAKES_BODY if body is not None else ())})
+    responses: dict[int, Any] = {200: {"description": "Success", "content": content}}
+    for code in codes:
+        responses[code] = {"description": _ERRORS[code], "content": _json(_ref(answers.ErrorAnswer))}
+    keywords: dict[str, Any] = {"responses": responses, "response_model": None}
+    if summary:
+        keywords["summary"] = summary
+    if body is not None:
+        request = {"required": body_required, "content": _json(_ref(body))}
+        keywords["openapi_extra"] = {"requestBody": request}
+    return keywords
+
+
+def _schemas() -> dict[str, Any]:
+    kinds: list[type] = [
+        item
+        for module in (protocol, answers)
+        for item in vars(module).values()
+        if isinstance(item, type) and issubclass(item, msgspec.Struct) and item.__module__ == module.__name__
+    ]
+    _, components = msgspec.json.schema_components(kinds, ref_template=_REF)
+    return components
+
+
+def document(app: FastAPI) -> dict[str, Any]:
+    """Built once per app, then kept."""
+    if app.openapi_schema is None:
+        made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        schemas = made.setdefault("components", {}).setdefault("schemas", {})
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        schemas.update(_schemas())
+        for path in made["paths"].values():
+            for operation in path.values():
+                # FastAPI's own error for queries; ours answers 400 in the common shape.
+                operation["responses"].pop("422", None)
+        app.openapi_schema = made
+    return app.openapi_schema

@@ -1,0 +1,153 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from phloem.server.answers import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatMessage,
+)
+from phloem.server.body import Parser
+from phloem.server.chat import DeltaParser, delta_parsers, to_request
+from phloem.server.door import door_of, json_response
+from phloem.server.logprobs import chat_logprobs
+from phloem.server.openapi import NEEDS_ENGINE, describe
+from phloem.server.protocol import ChatBody
+from phloem.server.request import new_id
+from phloem.server.stream import collect, event, stream
+from phloem.server.usage import matched_stop, usage_of
+
+if TYPE_CHECKING:
+    from phloem.server.answers import ChatLogprobs
+    from phloem.server.call import Call
+    from phloem.server.request import Output
+    from phloem.server.tokenizer import Tokenizer
+
+router = APIRouter(tags=["openai"])
+_parser = Parser(ChatBody)
+
+
+@router.post(
+    "/v1/chat/completions",
+    **describe(body=ChatBody, answer=ChatCompletion, streams=True, errors=(404, *NEEDS_ENGINE)),
+)
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation."""
+    door = door_of(request)
+    body = await door.read(request, _parser)
+    door.check_model(body.model)
+    asked = await to_request(body, door.client, door.info)
+    parsers = delta_parsers(body, asked.items[0].sampling.n)
+    call = await door.client.submit(asked)
+    writer = _Writer(body, body.rid or new_id("chatcmpl-"), door.info.served_model_name, door.client.tokenizer, parsers)
+    if asked.stream:
+        return await stream(request, call, writer.events(call))
+    return json_response(writer.answer(await collect(request, call)))
+
+
+class _Writer:
+    """Writes one call's answer, whole or in chunks."""
+
+    def __init__(
+        self, body: ChatBody, key: str, model: str, tokenizer: Tokenizer | None, parsers: list[DeltaParser]
+    ) -> None:
+        self.body = body
+        self.id = key
+        self.model = model
+        self.tokenizer = tokenizer
+        self.parsers = parsers
+        self.created = int(time.time())
+
+    def answer(self, outputs: list[Output]) -> ChatCompletion:
+        choices: list[ChatChoice] = []
+        for output in outputs:
+            delta = self.parsers[output.choice].push(output.text, True)
+            reason = output.finish.type if output.finish is not None else None
+            message = ChatMessage(
+                role="assistant",
+                content=delta.content if delta.content or not delta.tool_calls else None,
+                reasoning_content=delta.reasoning_content or None,
+                tool_calls=delta.tool_calls or None,
+            )
+            choices.append(
+                ChatChoice(
+                    index=output.choice,
+                    message=message,
+                    logprobs=self._logprobs(output, 0),
+                    finish_reason="tool_calls" if delta.tool_calls and reason == "stop" else reason,
+                    matched_stop=matched_stop(output.finish),
+                )
+            )
+        return ChatCompletion(
+            id=self.id, created=self.created, model=self.model, choices=choices, usage=usage_of(outputs)
+        )
+
+    async def events(self, call: Call) -> AsyncGenerator[bytes, None]:
+        options = self.body.stream_options
+        final = options is not None and bool(options.include_usage)
+        always = options is not None and bool(options.continuous_usage_stats)
+        began: set[int] = set()
+        called: set[int] = set()
+        async for outputs in call:
+            data: list[bytes] = []
+            for output in outputs:
+                for choice in self._chunks(output, began, called):
+                    chunk = self._chunk([choice])
+                    if always:
+                        chunk.usage = usage_of([output])
+                    elif final:
+                        chunk.usage = None
+                    data.append(event(chunk))
+            if data:
+                yield b"".join(data)
+        if final:
+            chunk = self._chunk([])
+            chunk.usage = usage_of(call.outputs)
+            yield event(chunk)
+
+    def _chunks(self, output: Output, began: set[int], called: set[int]) -> list[ChatChunkChoice]:
+        index, out = output.choice, list[ChatChunkChoice]()
+        if index not in began:
+            began.add(index)
+            out.append(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
+        parsed = self.parsers[index].push(output.delta, output.finish is not None)
+        logprobs = self._logprobs(output, output.new_from)
+        delta = ChatDelta()
+        if parsed.reasoning_content:
+            delta.reasoning_content = parsed.reasoning_content
+        if parsed.tool_calls:
+            called.add(index)
+            delta.tool_calls = parsed.tool_calls
+        if parsed.content or (logprobs is not None and logprobs.content):
+            delta.content = parsed.content
+        if parsed.content or parsed.reasoning_content or parsed.tool_calls or (logprobs and logprobs.content):
+            out.append(ChatChunkChoice(index=index, delta=delta, logprobs=logprobs))
+        if output.finish is not None:
+            reason = output.finish.type
+            out.append(
+                ChatChunkChoice(
+                    index=index,
+                    delta=ChatDelta(),
+                    finish_reason="tool_calls" if index in called and reason == "stop" else reason,
+                    matched_stop=matched_stop(output.finish),
+                )
+            )
+        return out
+
+    def _logprobs(self, output: Output, begin: int) -> ChatLogprobs | None:
+        if not output.item.return_logprob:
+            return None
+        return chat_logprobs(output, begin, len(output.ids), self.tokenizer)
+
+    def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
+        return ChatChunk(id=self.id, created=self.created, model=self.model, choices=choices)

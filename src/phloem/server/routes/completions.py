@@ -1,0 +1,169 @@
+"""`POST /v1/completions`: prompts as text or token ids, single or several; `echo` and `logprobs`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from phloem.core.errors import BadRequest
+from phloem.server.answers import Completion, CompletionChoice, CompletionLogprobs
+from phloem.server.body import Parser
+from phloem.server.door import door_of, json_response
+from phloem.server.logprobs import completion_logprobs
+from phloem.server.native import split_ids
+from phloem.server.openapi import NEEDS_ENGINE, describe
+from phloem.server.protocol import CompletionBody
+from phloem.server.request import GenerateRequest, Item, new_id
+from phloem.server.sampling import namespace, openai_params
+from phloem.server.stream import collect, event, stream
+from phloem.server.usage import matched_stop, usage_of
+
+if TYPE_CHECKING:
+    from phloem.server.call import Call
+    from phloem.server.request import Output
+    from phloem.server.tokenizer import Tokenizer
+
+router = APIRouter(tags=["openai"])
+_parser = Parser(CompletionBody)
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+@router.post(
+    "/v1/completions",
+    **describe(body=CompletionBody, answer=Completion, streams=True, errors=(404, *NEEDS_ENGINE)),
+)
+async def completions(request: Request) -> Response:
+    """Continue a text, or several."""
+    door = door_of(request)
+    body = await door.read(request, _parser)
+    door.check_model(body.model)
+    asked = to_request(body)
+    door.check_batch(len(asked.items))
+    call = await door.client.submit(asked)
+    writer = _Writer(body, body.rid or new_id("cmpl-"), door.info.served_model_name, door.client.tokenizer)
+    if asked.stream:
+        return await stream(request, call, writer.events(call))
+    return json_response(writer.answer(await collect(request, call)))
+
+
+def to_request(body: CompletionBody) -> GenerateRequest:
+    """Raises BadRequest where fields do not fit together."""
+    prompts = _prompts(body)
+    wants = body.logprobs is not None
+    echo = bool(body.echo)
+    params = openai_params(body, DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens)
+    rid = body.rid or new_id()
+    items = [
+        Item(
+            sampling=params,
+            text=prompt if isinstance(prompt, str) else None,
+            ids=prompt if isinstance(prompt, list) else None,
+            id=rid if len(prompts) == 1 else f"{rid}-{at}",
+            return_logprob=wants,
+            logprob_start=0 if wants and echo else -1,
+            top_logprobs=body.logprobs or 0,
+            priority=body.priority or 0,
+            namespace=namespace(body.cache_salt, body.extra_key),
+        )
+        for at, prompt in enumerate(prompts)
+    ]
+    return GenerateRequest(items, bool(body.stream))
+
+
+def _prompts(body: CompletionBody) -> list[str | list[int]]:
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    texts: list[str | list[int]] = [item for item in prompt if isinstance(item, str)]
+    if texts and len(texts) < len(prompt):
+        raise BadRequest("prompt mixes texts and token ids", param="prompt")
+    found = texts or [*split_ids([item for item in prompt if not isinstance(item, str)], "prompt")]
+    if not prompt:
+        raise BadRequest("the list of prompts is empty", param="prompt")
+    return found
+
+
+class _Writer:
+    """Writes one call's answer, whole or in chunks."""
+
+    def __init__(self, body: CompletionBody, key: str, model: str, tokenizer: Tokenizer | None) -> None:
+        self.body = body
+        self.id = key
+        self.model = model
+        self.tokenizer = tokenizer
+        self.created = int(time.time())
+
+    def answer(self, outputs: list[Output]) -> Completion:
+        choices: list[CompletionChoice] = []
+        for at, output in enumerate(outputs):
+            begin_text = self._prompt_text(output)
+            choices.append(
+                CompletionChoice(
+                    index=at,
+                    text=begin_text + output.text,
+                    logprobs=self._logprobs(output, 0, True, 0 if self.body.echo else len(begin_text)),
+                    finish_reason=output.finish.type if output.finish is not None else None,
+                    matched_stop=matched_stop(output.finish),
+                )
+            )
+        answer = self._chunk(choices)
+        answer.usage = usage_of(outputs)
+        return answer
+
+    async def events(self, call: Call) -> AsyncGenerator[bytes, None]:
+        options = self.body.stream_options
+        final = options is not None and bool(options.include_usage)
+        always = options is not None and bool(options.continuous_usage_stats)
+        numbers = {output.id: at for at, output in enumerate(call.outputs)}
+        offsets: dict[str, int] = {}
+        async for outputs in call:
+            data: list[bytes] = []
+            for output in outputs:
+                choice = self._choice(output, numbers[output.id], offsets)
+                if choice is None:
+                    continue
+                chunk = self._chunk([choice])
+                if always:
+                    chunk.usage = usage_of([output])
+                elif final:
+                    chunk.usage = None
+                data.append(event(chunk))
+            if data:
+                yield b"".join(data)
+        if final:
+            chunk = self._chunk([])
+            chunk.usage = usage_of(call.outputs)
+            yield event(chunk)
+
+    def _choice(self, output: Output, index: int, offsets: dict[str, int]) -> CompletionChoice | None:
+        first = output.id not in offsets
+        text = (self._prompt_text(output) if first else "") + output.delta
+        logprobs = self._logprobs(output, output.new_from, first, offsets.get(output.id, 0))
+        offsets[output.id] = offsets.get(output.id, 0) + len(text)
+        if not text and output.finish is None and (logprobs is None or not logprobs.tokens):
+            return None
+        choice = CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=None)
+        if output.finish is not None:
+            choice.finish_reason = output.finish.type
+            choice.matched_stop = matched_stop(output.finish)
+        return choice
+
+    def _prompt_text(self, output: Output) -> str:
+        if not self.body.echo:
+            return ""
+        if output.item.text is not None:
+            return output.item.text
+        return self.tokenizer.decode(output.prompt_ids) if self.tokenizer is not None else ""
+
+    def _logprobs(self, output: Output, begin: int, first: bool, offset: int) -> CompletionLogprobs | None:
+        if not output.item.return_logprob:
+            return None
+        echo = first and bool(self.body.echo)
+        return completion_logprobs(output, begin, len(output.ids), echo, offset, self.tokenizer)
+
+    def _chunk(self, choices: list[CompletionChoice]) -> Completion:
+        return Completion(id=self.id, created=self.created, model=self.model, choices=choices)

@@ -1,0 +1,76 @@
+"""Calls that change the server's state: flush, abort, pause."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from phloem.core.errors import BadRequest, PhloemError
+from phloem.core.messages import ControlReply
+from phloem.server.answers import ControlAnswer
+from phloem.server.body import Parser
+from phloem.server.door import door_of, json_response
+from phloem.server.openapi import NEEDS_ENGINE, describe
+from phloem.server.protocol import AbortBody, EmptyBody, PauseBody
+
+router = APIRouter(tags=["control"])
+_abort = Parser(AbortBody)
+_pause = Parser(PauseBody)
+_nothing = Parser(EmptyBody)
+PAUSE_MODES = ("abort", "retract", "in_place")
+MAX_TIMEOUT = 3600.0
+Timeout = Annotated[float, Query(ge=0, le=MAX_TIMEOUT, description="Seconds to wait for running requests to end.")]
+
+
+def _answer(reply: ControlReply, done: str) -> Response:
+    if not reply.ok:
+        error = PhloemError(reply.message or "the engine refused", code="refused")
+        error.status, error.kind = 400, "invalid_request_error"
+        raise error
+    return json_response(ControlAnswer(success=True, message=reply.message or done))
+
+
+@router.get("/flush_cache", **describe(answer=ControlAnswer, errors=(400, *NEEDS_ENGINE)))
+@router.post("/flush_cache", **describe(answer=ControlAnswer, errors=(400, *NEEDS_ENGINE)))
+async def flush_cache(request: Request, timeout: Timeout = 0.0) -> Response:
+    """Forget every cached prefix. Refused while requests run, unless they end within `timeout` seconds."""
+    reply = await door_of(request).client.control("flush_cache", deadline=timeout + 30.0, timeout=timeout)
+    return _answer(reply, "the cache is empty")
+
+
+@router.post("/abort_request", **describe(body=AbortBody, answer=ControlAnswer, body_required=False))
+async def abort_request(request: Request) -> Response:
+    """End requests by id, or all; they finish with reason `abort`. An unknown id is not an error."""
+    door = door_of(request)
+    body = await door.read(request, _abort, empty=b"{}")
+    if not body.rid and not body.abort_all:
+        raise BadRequest("rid or abort_all is needed", param="rid")
+    ended = door.client.abort(body.rid or "", everything=bool(body.abort_all))
+    return json_response(ControlAnswer(success=True, message=f"{ended} aborted"))
+
+
+@router.post(
+    "/pause_generation", **describe(body=PauseBody, answer=ControlAnswer, body_required=False, errors=NEEDS_ENGINE)
+)
+async def pause_generation(request: Request) -> Response:
+    """Stop planning steps. Requests in flight are aborted, sent back to the queue, or kept where they are."""
+    door = door_of(request)
+    body = await door.read(request, _pause, empty=b"{}")
+    mode = body.mode or "abort"
+    if mode not in PAUSE_MODES:
+        raise BadRequest(f"mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r:.100}", param="mode")
+    if mode == "abort":
+        door.client.abort(everything=True)
+    return _answer(await door.client.control("pause", mode=mode), "paused")
+
+
+@router.post(
+    "/continue_generation", **describe(body=EmptyBody, answer=ControlAnswer, body_required=False, errors=NEEDS_ENGINE)
+)
+async def continue_generation(request: Request) -> Response:
+    """Go on after a pause."""
+    door = door_of(request)
+    await door.read(request, _nothing, empty=b"{}")
+    return _answer(await door.client.control("resume"), "running")

@@ -1,0 +1,77 @@
+"""`/tokenize` and `/detokenize`."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from phloem.core.errors import BadRequest
+from phloem.server.admission import THREAD_CHARACTERS
+from phloem.server.answers import DetokenizeAnswer, TokenizeAnswer
+from phloem.server.body import Parser
+from phloem.server.chat import plain_message, render
+from phloem.server.door import Door, door_of, json_response
+from phloem.server.native import split_ids
+from phloem.server.openapi import describe
+from phloem.server.protocol import DetokenizeBody, TokenizeBody
+
+router = APIRouter(tags=["tokens"])
+_tokenize = Parser(TokenizeBody)
+_detokenize = Parser(DetokenizeBody)
+
+
+@router.post("/tokenize", **describe(body=TokenizeBody, answer=TokenizeAnswer, errors=(404,)))
+@router.post("/v1/tokenize", **describe(body=TokenizeBody, answer=TokenizeAnswer, errors=(404,)))
+async def tokenize(request: Request) -> Response:
+    """Token ids of a prompt, of several, or of a conversation."""
+    door = door_of(request)
+    body = await door.read(request, _tokenize)
+    door.check_model(body.model)
+    special = body.add_special_tokens
+    if (body.prompt is None) == (body.messages is None):
+        raise BadRequest("exactly one of prompt and messages is needed", param="prompt")
+    if body.messages is not None:
+        messages = [plain_message(message, at) for at, message in enumerate(body.messages)]
+        prompt: str | list[str] = await render(
+            door.client.template,
+            messages,
+            add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
+            continue_final_message=bool(body.continue_final_message),
+        )
+        special = bool(special)  # the template writes them
+    else:
+        prompt = body.prompt or ""
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    found = [await _encode(door, text, special is not False) for text in texts]
+    limit = door.info.context_length
+    if isinstance(prompt, str):
+        return json_response(TokenizeAnswer(tokens=[*found[0]], count=len(found[0]), max_model_len=limit))
+    counts = [len(ids) for ids in found]
+    return json_response(TokenizeAnswer(tokens=[*found], count=counts, max_model_len=limit))
+
+
+async def _encode(door: Door, text: str, special: bool) -> list[int]:
+    if len(text) > THREAD_CHARACTERS:
+        return await asyncio.to_thread(door.client.admission.encode, text, special)
+    return door.client.admission.encode(text, special)
+
+
+@router.post("/detokenize", **describe(body=DetokenizeBody, answer=DetokenizeAnswer, errors=(404,)))
+@router.post("/v1/detokenize", **describe(body=DetokenizeBody, answer=DetokenizeAnswer, errors=(404,)))
+async def detokenize(request: Request) -> Response:
+    """The text of token ids."""
+    door = door_of(request)
+    body = await door.read(request, _detokenize)
+    door.check_model(body.model)
+    tokenizer = door.client.tokenizer
+    if tokenizer is None:
+        raise BadRequest("no tokenizer is loaded", param="tokens")
+    lists = split_ids(body.tokens, "tokens")
+    for token in (token for ids in lists for token in ids):
+        if not 0 <= token < door.info.vocab_size:
+            raise BadRequest(f"tokens: token id {token} is not in [0, {door.info.vocab_size})", param="tokens")
+    texts = [tokenizer.decode(ids, body.skip_special_tokens is not False) for ids in lists]
+    nested = any(isinstance(item, list) for item in body.tokens)
+    return json_response(DetokenizeAnswer(text=texts if nested else texts[0]))

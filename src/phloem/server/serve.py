@@ -1,0 +1,126 @@
+"""Listen, serve, stop: the HTTP server around an app."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import importlib.util
+import socket
+import time
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from phloem.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+BACKLOG = 2048
+LAST_BYTES_SECONDS = 3  # after the drain: for answers that are still being written
+POLL = 0.02
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0 takes a free one.
+
+    Raises:
+        ConfigError: the address is taken, not ours, or not allowed.
+    """
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"host: {host!r} is no address to listen on: {error}", param="host") from None
+    found = socket.socket(family, kind, proto)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        reasons = {
+            errno.EADDRINUSE: f"port {port} on {host} is in use: choose another with --port, or 0 for a free one",
+            errno.EACCES: f"port {port} needs privileges: choose one above 1023 with --port",
+            errno.EADDRNOTAVAIL: f"{host} is no address of this machine: choose another with --host",
+        }
+        message = reasons.get(error.errno or 0, f"cannot listen on {host}:{port}: {error}")
+        raise ConfigError(message, param="host" if error.errno == errno.EADDRNOTAVAIL else "port") from None
+    return found
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the caller and tells when it listens."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+
+async def serve(
+    app: FastAPI,
+    host: str,
+    port: int,
+    on_ready: Callable[[str, int], None],
+    stop: asyncio.Event,
+    sock: socket.socket | None = None,
+) -> None:
+    """Serve until `stop` is set; then refuse new requests, let those in flight end, and return.
+
+    `on_ready(host, port)` is called once the socket listens, with the real port. `sock`: one that `bind` made earlier,
+    so that a taken port is reported before a model is loaded.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+    bound = sock if sock is not None else bind(host, port)
+    real_port: int = bound.getsockname()[1]
+    config = uvicorn.Config(
+        app,
+        access_log=False,
+        log_config=None,
+        lifespan="off",
+        backlog=BACKLOG,
+        loop="none",  # the caller's loop is running already
+        http="httptools" if importlib.util.find_spec("httptools") else "h11",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=LAST_BYTES_SECONDS,
+    )
+    server = _Server(config, lambda: on_ready(host, real_port))
+    stopper = asyncio.create_task(_stop(app, server, stop))
+    try:
+        await server.serve(sockets=[bound])
+    finally:
+        stopper.cancel()
+        bound.close()
+
+
+async def _stop(app: FastAPI, server: uvicorn.Server, stop: asyncio.Event) -> None:
+    await stop.wait()
+    door = app.state.door
+    if not await door.client.drain(door.config.server.drain_timeout):
+        door.client.abort(everything=True)
+    deadline = time.monotonic() + LAST_BYTES_SECONDS
+    while server.server_state.tasks and time.monotonic() < deadline:
+        await asyncio.sleep(POLL)
+    server.should_exit = True
+
+
+def run(main: Callable[[], object]) -> None:
+    """`asyncio.run` on uvloop where it is installed."""
+    factory = None
+    if importlib.util.find_spec("uvloop"):
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(main())  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,103 @@
+"""Server-sent events, and noticing that the client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from starlette.responses import Response
+
+from phloem.core.errors import PhloemError
+from phloem.server.errors import error_body
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.types import Receive, Scope, Send
+
+    from phloem.server.call import Call
+    from phloem.server.request import Output
+
+log = logging.getLogger("phloem.server")
+
+DONE = b"data: [DONE]\n\n"
+encode = msgspec.json.Encoder().encode
+
+
+def event(data: Any) -> bytes:
+    """One event of anything msgspec encodes."""
+    return b"data: " + encode(data) + b"\n\n"
+
+
+async def _watch(receive: Receive, call: Call) -> None:
+    """Cancel the call when the client hangs up."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    call.cancel()
+
+
+async def collect(request: Request, call: Call) -> list[Output]:
+    """All outputs of a call without stream, finished. Raises what the call raises."""
+    watch = asyncio.create_task(_watch(request.receive, call))
+    try:
+        async for outputs in call:
+            return outputs
+        return call.outputs
+    finally:
+        watch.cancel()
+        call.cancel()
+
+
+async def stream(request: Request, call: Call, events: AsyncGenerator[bytes, None]) -> Response:
+    """Answer with a stream of events.
+
+    Waits for the first one, so that a request which the engine refuses is answered with its status.
+    """
+    watch = asyncio.create_task(_watch(request.receive, call))
+    try:
+        first = await anext(events, b"")
+    except BaseException:
+        watch.cancel()
+        call.cancel()
+        raise
+    return EventStream(call, first, events, watch)
+
+
+class EventStream(Response):
+    """Sends events as they come; an error on the way becomes the last event. Ends the call whatever happens."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, call: Call, first: bytes, events: AsyncGenerator[bytes, None], watch: asyncio.Task[None]
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._call, self._first, self._events, self._watch = call, first, events, watch
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            try:
+                async for data in self._events:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                tail = DONE
+            except PhloemError as error:
+                tail = b"data: " + error_body(error) + b"\n\n" + DONE
+            except OSError:
+                return  # the socket has gone
+            except Exception:
+                log.exception("request %s: a stream broke", scope.get("request_id", "?"))
+                hidden = PhloemError(f"internal error; request id {scope.get('request_id', '?')}")
+                tail = b"data: " + error_body(hidden) + b"\n\n" + DONE
+            await send({"type": "http.response.body", "body": tail, "more_body": False})
+        finally:
+            self._watch.cancel()
+            self._call.cancel()
+            await self._events.aclose()

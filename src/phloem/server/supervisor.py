@@ -1,0 +1,224 @@
+"""The life of a server: start an engine, open the port when it can serve, mind it, drain, stop.
+
+Order at start: the engine process is launched first (it imports torch and loads weights), this process meanwhile checks
+the checkpoint and builds the tokenizer; no port is opened before the engine says that it is ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from phloem.core.errors import EngineDead, PhloemError
+from phloem.core.messages import Drain, EngineLink
+from phloem.server.greet import greet
+from phloem.utils import log
+
+if TYPE_CHECKING:
+    from phloem.core.config import Config
+    from phloem.server.client import EngineClient
+    from phloem.server.info import ModelInfo
+    from phloem.utils.checkpoint import Checkpoint
+
+_log = log.get("server")
+
+RESTART_WINDOW = 600.0  # seconds in which `max_engine_restarts` are counted
+ENGINE_LEAVE_SECONDS = 5.0
+StartEngine = Callable[[], EngineLink]
+
+
+def run(config: Config, start_engine: StartEngine) -> int:
+    """Serve until a signal; returns the process's exit status.
+
+    Raises:
+        PhloemError: the configuration or the checkpoint is wrong; no port was opened.
+    """
+    began = time.perf_counter()
+    log.configure(config.server.log_level)
+    from phloem.server.serve import bind
+
+    # Bound now, so that a taken port is told at once; nobody can connect before it listens.
+    sock = bind(config.server.host, config.server.port)
+    engine = start_engine()
+    try:
+        phases = log.Phases()
+        with phases.phase("door"):
+            client, info, _ = make_client(config)
+        supervisor = _Supervisor(config, start_engine, client, info, began, phases)
+    except BaseException:
+        engine.close()
+        sock.close()
+        raise
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(supervisor.serve(engine, sock))
+
+
+def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
+    """The door's own half: checkpoint description, tokenizer, chat template. Neither torch nor weights are touched."""
+    from pathlib import Path
+
+    from phloem.server.client import EngineClient
+    from phloem.server.info import ModelInfo
+    from phloem.server.template import load_template
+    from phloem.server.tokenizer import load_tokenizer
+    from phloem.utils.checkpoint import describe
+
+    model = config.model
+    checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)
+    info = ModelInfo.of(checkpoint, config)
+    if model.skip_tokenizer_init:
+        return EngineClient(None, None, info), info, checkpoint
+    tokenizer = load_tokenizer(checkpoint)
+    override = Path(model.chat_template) if model.chat_template else None
+    return EngineClient(tokenizer, load_template(checkpoint, override, tokenizer), info), info, checkpoint
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+class _Supervisor:
+    def __init__(
+        self,
+        config: Config,
+        start_engine: StartEngine,
+        client: EngineClient,
+        info: ModelInfo,
+        began: float,
+        phases: log.Phases,
+    ) -> None:
+        self._config = config
+        self._start_engine = start_engine
+        self._client = client
+        self._info = info
+        self._began = began
+        self._phases = phases
+        self._stop = asyncio.Event()  # leave now
+        self._died = asyncio.Event()
+        self._restarts: list[float] = []
+        self._status = 0
+        self._engine: EngineLink | None = None
+
+    async def serve(self, engine: EngineLink, sock: socket.socket) -> int:
+        from phloem.server.app import create_app
+        from phloem.server.serve import serve
+
+        client, server = self._client, self._config.server
+        client.on_death.append(lambda _: self._died.set())
+        self._engine = engine
+        client.attach(engine)
+        client.start()
+        self._catch_signals()
+        try:
+            ready = await self._wait_ready()
+        except EngineDead as error:
+            await client.close()
+            sock.close()
+            if self._stop.is_set():
+                return 130
+            raise PhloemError(error.message) from None
+        app = create_app(client, self._config, self._info)
+        minder = asyncio.create_task(self._mind())
+
+        def announce(host: str, port: int) -> None:
+            self._announce(ready, host, port)
+
+        try:
+            await serve(app, server.host, server.port, announce, self._stop, sock)
+            await self._end_engine()
+        finally:
+            minder.cancel()
+            await client.close()
+        return self._status
+
+    async def _wait_ready(self) -> dict[str, Any]:
+        waiting = asyncio.ensure_future(self._client.wait_ready())
+        stopping = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not waiting.done():
+            waiting.cancel()
+            raise EngineDead("stopped while starting")
+        return waiting.result()
+
+    # Signals: the first SIGTERM or Ctrl-C lets running requests finish, the second cuts them off.
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._stop.is_set():
+            _log.warning("%s again: %d requests are cut off", number.name, self._client.in_flight)
+            self._client.abort(everything=True)
+            return
+        if self._client.in_flight:
+            _log.info("%s: finishing %d requests (again to stop at once)", number.name, self._client.in_flight)
+        self._stop.set()
+
+    async def _end_engine(self) -> None:
+        """Let the engine leave by itself; `close` ends one that does not."""
+        if self._client.dead is not None or self._engine is None:
+            return
+        with contextlib.suppress(EngineDead, TimeoutError):
+            self._engine.send(Drain(timeout=0.0))
+            await asyncio.wait_for(self._died.wait(), ENGINE_LEAVE_SECONDS)
+
+    # The engine's death
+
+    async def _mind(self) -> None:
+        while True:
+            await self._died.wait()
+            self._died.clear()
+            if self._stop.is_set():
+                return
+            if not await self._restart():
+                self._status = 1
+                self._stop.set()
+                return
+
+    async def _restart(self) -> bool:
+        server = self._config.server
+        if server.on_engine_death == "exit":
+            _log.error("the engine is gone; leaving, as configured")
+            return False
+        now = time.monotonic()
+        self._restarts = [at for at in self._restarts if now - at < RESTART_WINDOW]
+        if len(self._restarts) >= server.max_engine_restarts:
+            _log.error("the engine died %d times within ten minutes; giving up", len(self._restarts) + 1)
+            return False
+        self._restarts.append(now)
+        _log.warning("starting the engine again (%d of %d)", len(self._restarts), server.max_engine_restarts)
+        self._engine = self._start_engine()
+        self._client.attach(self._engine)
+        try:
+            await self._client.wait_ready()
+        except EngineDead:
+            return True  # its death wakes us again, and counts
+        _log.info("the engine serves again after %.1f s", time.monotonic() - now)
+        return True
+
+    def _announce(self, ready: dict[str, Any], host: str, port: int) -> None:
+        phases = {**ready.get("phases", {}), **{f"{k} (in parallel)": v for k, v in self._phases.seconds.items()}}
+        decisions = ready.get("decisions", [])
+        width = max((len(name) for name, _, _ in decisions), default=0)
+        lines = [f"  {name:<{width}}  {value!s:<12}  {reason}" for name, value, reason in decisions]
+        _log.info("decisions:\n%s", "\n".join(lines))
+        _log.info("start-up: %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items()))
+        _log.info("ready after %.2f s", time.perf_counter() - self._began)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"Serving {self._info.served_model_name} at {address}", flush=True)
+        if self._config.server.greet:
+            self._greeting = asyncio.create_task(
+                greet(address, self._info.served_model_name, self._config.server.api_key)
+            )

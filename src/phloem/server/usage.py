@@ -1,0 +1,28 @@
+"""Token counts and finish reasons as the OpenAI routes give them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from phloem.server.answers import PromptTokensDetails, Usage
+
+if TYPE_CHECKING:
+    from phloem.core.request import FinishReason
+    from phloem.server.request import Output
+
+
+def usage_of(outputs: list[Output]) -> Usage:
+    """Each prompt counts once, whatever its number of continuations."""
+    firsts = [output for output in outputs if output.choice == 0]
+    prompt = sum(output.prompt_tokens for output in firsts)
+    completion = sum(output.completion_tokens for output in outputs)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(output.cached_tokens for output in firsts)),
+    )
+
+
+def matched_stop(finish: FinishReason | None) -> int | str | None:
+    return None if finish is None else finish.matched

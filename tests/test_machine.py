@@ -1,0 +1,68 @@
+"""Limits of a control group count; a child ends with its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from phloem.utils import machine
+
+
+def test_the_quota_of_a_control_group_cuts_the_cores(tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert machine.available_cores(tmp_path) == min(2, len(os.sched_getaffinity(0)))
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert machine.available_cores(tmp_path) == len(os.sched_getaffinity(0))
+
+
+def test_the_limit_of_a_control_group_cuts_the_memory(tmp_path: Path) -> None:
+    free, total = machine.memory(tmp_path)
+    assert 0 < free <= total
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 100000\n")
+    assert machine.memory(tmp_path) == (700000, 1000000)
+
+
+PARENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", '''
+import os, time
+from phloem.utils.processes import die_with_parent
+die_with_parent(int(os.environ["PARENT"]))
+print("up", flush=True)
+time.sleep(60)
+'''], stdin=subprocess.PIPE, env={**__import__("os").environ, "PARENT": str(__import__("os").getpid())})
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def gone(pid: int) -> bool:
+    try:
+        return "zombie" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux")
+def test_a_child_does_not_outlive_a_parent_that_is_killed() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert parent.stdout.readline() == "up\n"
+    assert not gone(child)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    for _ in range(100):
+        if gone(child):
+            return
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the child lives on")

@@ -348,6 +348,6 @@ def test_a_compilation_that_takes_too_long_is_killed_and_the_next_one_works() ->
     assert process.compile("regex", "[0-9]+", "compact", timeout=10)
     with pytest.raises(BadRequest, match="within"):
         process.compile("regex", r"(\w{600}@){8}", "compact", timeout=0.02)
-    with pytest.raises(BadRequest, match="not valid: .*line 1.*not defined"):
+    with pytest.raises(BadRequest, match=r"not valid: .*line 1.*not defined"):
         process.compile("ebnf", "root ::= x", "compact", timeout=10)
     process.close()

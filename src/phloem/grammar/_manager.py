@@ -16,6 +16,7 @@ import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from phloem.core.errors import BadRequest, PhloemError, QueueFull
@@ -24,7 +25,7 @@ from phloem.grammar._thinking import CLOSED, ThinkingMarkers, ThinkingMatcher, c
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -81,14 +82,16 @@ class _Entry:
 
 
 class GrammarManager:
-    """Owns engines, pool and cache.
+    """Owns engines, pool and cache. `vocabulary` is asked for in the pool, when the first constraint comes.
 
     Raises:
         ConfigError: if the pinned engine is unknown.
     """
 
-    def __init__(self, vocabulary: Vocabulary, settings: GrammarSettings | None = None) -> None:
-        self.vocabulary = vocabulary
+    def __init__(
+        self, vocabulary: Vocabulary | Callable[[], Vocabulary], settings: GrammarSettings | None = None
+    ) -> None:
+        self._vocabulary = vocabulary
         self.settings = settings or GrammarSettings()
         if self.settings.backend is not None and self.settings.backend not in ENGINES.names():
             ENGINES.module(self.settings.backend)  # raises, with the right names
@@ -100,6 +103,10 @@ class GrammarManager:
         self._pool = ThreadPoolExecutor(self.settings.workers, thread_name_prefix="phloem-grammar")
         self.compile_seconds: list[float] = []  # of compilations that ended since the list was last emptied
 
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return self._vocabulary() if callable(self._vocabulary) else self._vocabulary
+
     def prepare(self, submit: Submit, prompt_ids: Sequence[int]) -> Prepared | None:
         """What the scheduler holds of a constrained request; None for an unconstrained one. Never raises."""
         params = submit.sampling
@@ -109,8 +116,9 @@ class GrammarManager:
             return Prepared(self, _failed(error), params, prompt_ids, jump=False)
         if constraint is None:
             return None
-        # A forced token has no logprobs: it was never sampled.
-        jump = self.settings.jump_forward and not submit.return_logprob
+        # A forced token is never sampled: it has no logprobs, and the sampler's penalties would not count it.
+        penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
+        jump = self.settings.jump_forward and not submit.return_logprob and not penalised
         return Prepared(self, self._entry(constraint), params, prompt_ids, jump=jump)
 
     def compile(self, constraint: Constraint) -> Compiled:
@@ -261,15 +269,15 @@ class _Cursor:
 class Prepared:
     """A constrained request as the scheduler sees it.
 
-    `admit(output_ids)` before each admission; `mask` goes into `Admission.mask`; `jump(output_ids)` at each commit
-    while no launched step of the request is uncommitted, or to learn that it should be held back so that none is.
+    `admit(output)` before each admission; `mask` goes into `Admission.mask`; `jump(output)` at each commit, and
+    `advance(output)` once its tokens are appended, which needs that no launched step of the request is uncommitted.
     A request keeps it over preemption: state is by output tokens, not by slot.
     """
 
     def __init__(
         self, manager: GrammarManager, entry: _Entry, params: SamplingParams, prompt_ids: Sequence[int], jump: bool
     ) -> None:
-        self._vocabulary = manager.vocabulary
+        self._manager = manager
         self._thinking = manager.settings.thinking
         self._timeout = manager.settings.compile_timeout
         self._entry = entry
@@ -283,6 +291,10 @@ class Prepared:
         self._buffer: NDArray[np.int32] | None = None
         self._masks = 0
         self._seconds = 0.0
+
+    @property
+    def _vocabulary(self) -> Vocabulary:
+        return self._manager.vocabulary
 
     def ready(self) -> bool:
         """Whether compiling has ended, well or not, or has taken too long."""
@@ -306,9 +318,9 @@ class Prepared:
     def engine(self) -> str:
         return self._entry.future.result().engine
 
-    def admit(self, output_ids: Sequence[int]) -> None:
+    def admit(self, output: Sequence[int]) -> None:
         """The request enters a slot, for the first time or again, with this output."""
-        self._moved = list(output_ids)
+        self._moved = list(output)
 
     def mask(self, sampled: list[int]) -> NDArray[np.int32] | None:
         """Allowed tokens after those `sampled` since the last call, `[ceil(vocab / 32)]` int32.
@@ -338,8 +350,8 @@ class Prepared:
         self._count(time.thread_time() - start)
         return self._buffer
 
-    def jump(self, output_ids: Sequence[int]) -> list[int]:
-        """Tokens that must follow `output_ids`, an end-of-text token included where the text is complete.
+    def jump(self, output: Sequence[int]) -> list[int]:
+        """Tokens that must follow `output`, an end-of-text token included where the text is complete.
 
         Appended to the output as known and not computed, they are prefilled in one step; tell `advance` then.
         Called in the scheduler's thread. Empty where nothing is forced, and always with `can_jump` False.
@@ -350,12 +362,12 @@ class Prepared:
             self._jumper = self._cursor()
         cursor = self._jumper
         try:
-            cursor.move_to(output_ids)
+            cursor.move_to(output)
         except BadRequest:
             return []  # the runner's cursor reports it
         room = MAX_JUMP
         if self._params.max_new_tokens is not None:
-            room = min(room, self._params.max_new_tokens - len(output_ids))
+            room = min(room, self._params.max_new_tokens - len(output))
         if room <= 0 or (cursor.taken and cursor.taken[-1] in self._vocabulary.eos_ids):
             return []
         forced = cursor.matcher.jump()[:room]
@@ -365,9 +377,9 @@ class Prepared:
             forced = [*forced, self._vocabulary.eos_ids[0]]
         return forced
 
-    def advance(self, output_ids: Sequence[int]) -> None:
+    def advance(self, output: Sequence[int]) -> None:
         """The output is now this, forced tokens included, and no launched step of the request is uncommitted."""
-        self._moved = list(output_ids)
+        self._moved = list(output)
 
     def _late(self) -> bool:
         started = self._entry.started

@@ -304,8 +304,10 @@ class Planner:
         return -(-tokens // self.slots.page_size)
 
     def _admission(self, request: Request, known: NDArray[np.int32]) -> Admission:
-        submit, params = request.submit, request.params
+        submit, params, prepared = request.submit, request.params, request.prepared
         ends = (() if params.ignore_eos else self.eos_ids) + tuple(params.stop_token_ids)
+        if prepared is not None:
+            prepared.admit(request.output)
         return Admission(
             slot=request.slot,
             request_id=request.id,
@@ -313,11 +315,11 @@ class Planner:
             seed=request.seed,
             tokens=known,
             num_prompt=request.num_prompt,
-            eos_ids=ends,
+            eos_ids=ends if prepared is None else (),  # its mask says when the text may end
             return_logprob=submit.return_logprob,
             top_logprobs=submit.top_logprobs,
             token_ids_logprob=tuple(submit.token_ids_logprob),
-            mask=request.prepared.mask if request.prepared is not None else None,
+            mask=prepared.mask if prepared is not None else None,
         )
 
     def _failed(self, request: Request, error: Exception) -> None:

@@ -156,6 +156,7 @@ class Scheduler:
             "cached_tokens": self.planner.cached_tokens,
             "cache_hit_rate": self.planner.cached_tokens / prompt_tokens if prompt_tokens else 0.0,
             "output_tokens": self.results.output_tokens,
+            "jumped_tokens": self.results.jumped_tokens,
             "preemptions": self.planner.preemptions,
             "max_running_requests": self.slots.count,
             "schedule_policy": self._policy.name,
@@ -308,6 +309,8 @@ class Scheduler:
             if error is not None:
                 text = error.message if isinstance(error, PhloemError) else f"{type(error).__name__}: {error}"
                 self.results.fail(request, text, 400)
+                continue
+            if prepared.can_jump and self.results.jump(request):
                 continue
             request.status = RequestStatus.WAITING
             self.queue.add(request)

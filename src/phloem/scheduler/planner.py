@@ -246,7 +246,7 @@ class Planner:
             admissions.append(admission)
             chunks.append((request, count))
             budget -= count
-            promised += self._still_needs(request) - self._pages_for(count)
+            promised += self._still_needs(request)
             if cache.enabled:
                 computing.add(_next_page(request, cache.page_size))
 

@@ -46,12 +46,12 @@ class Results:
         self.jumped_tokens = 0  # of these, those that a grammar forced: they took no decode step
         self._chunks: list[Chunk] = []
 
-    def commit(self, plan: Plan, epochs: list[int], output: StepOutput) -> None:
-        """Take in a step. Rows whose request has ended, or was taken back since the launch, are dropped."""
+    def commit(self, plan: Plan, output: StepOutput) -> None:
+        """Take in a step. Rows whose request has ended since the launch are dropped."""
         tokens: list[int] = output.tokens.tolist()
         sampled: list[bool] = plan.batch.sample.tolist()
         for row, request in enumerate(plan.rows):
-            if request.status is RequestStatus.FINISHED or request.epoch != epochs[row]:
+            if request.status is RequestStatus.FINISHED:
                 continue
             if row in output.failed:
                 self.fail(request, output.failed[row], 500)
@@ -71,13 +71,13 @@ class Results:
         request.inflight -= 1
         if token < 0:
             raise ValueError("the step gave no token")
-        request.output.append(token)
-        request.fresh.append(token)
-        self.output_tokens += 1
         if request.submit.return_logprob:
             if logprobs is None:
                 raise ValueError("the step gave no logprobs")
             request.fresh_logprobs.append(logprobs)
+        request.output.append(token)
+        request.fresh.append(token)
+        self.output_tokens += 1
         if request.slot >= 0 and not request.inflight:
             self.slots.next_token[request.slot] = token
         if self._ends(request):
@@ -144,9 +144,16 @@ class Results:
             self._chunks.append(self._chunk(request, reason))
 
     def fail(self, request: Request, message: str, status_code: int) -> None:
-        """End a request that went wrong, alone. What it computed is not kept for others."""
+        """End a request that went wrong, alone. What only it computed is not kept for others."""
         log.error("request %s failed (%d): %s", request.id, status_code, message)
-        self.finish(request, FinishReason("abort", message=message, status_code=status_code), keep=False)
+        reason = FinishReason("abort", message=message, status_code=status_code)
+        self.finish(request, reason, answer=False, keep=False)
+        try:
+            chunk = self._chunk(request, reason)
+        except Exception:
+            log.exception("request %s: what it had made so far is lost", request.id)
+            chunk = Chunk(id=request.id, finish=reason)
+        self._chunks.append(chunk)
 
     def refuse(self, request_id: str, message: str, status_code: int) -> None:
         """Answer a request that never came in."""

@@ -61,10 +61,9 @@ class ScheduleSettings:
 
 @dataclass(slots=True)
 class Launched:
-    """A step between launch and commit. `epochs[row]`: see `Request.epoch`."""
+    """A step between launch and commit."""
 
     plan: Plan
-    epochs: list[int]
     pending: Pending
 
 
@@ -340,7 +339,7 @@ class Scheduler:
             return True
         if not self.inflight:
             self._step_began = now
-        self.inflight.append(Launched(plan, [request.epoch for request in plan.rows], pending))
+        self.inflight.append(Launched(plan, pending))
         self.planner.advance(plan)
         self._end_refused()
         return True
@@ -356,12 +355,11 @@ class Scheduler:
             output: StepOutput = launched.pending.result()
         except Exception as error:
             log.exception("step %d failed", launched.plan.batch.step)
-            rows = zip(launched.plan.rows, launched.epochs, strict=True)
-            self._start_over([request for request, epoch in rows if request.epoch == epoch], error)
+            self._start_over(launched.plan.rows, error)
             return
         self._step_began = self.clock()
         self.meter.step_done(output)
-        self.results.commit(launched.plan, launched.epochs, output)
+        self.results.commit(launched.plan, output)
 
     def _start_over(self, victims: list[Request], error: Exception) -> None:
         """A whole step failed: its requests end, and as no KV can be trusted, all others are computed again."""

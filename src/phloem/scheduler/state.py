@@ -64,7 +64,6 @@ class Request:
     __slots__ = (
         "admitted",
         "cached_tokens",
-        "epoch",
         "fresh",
         "fresh_logprobs",
         "id",
@@ -110,7 +109,6 @@ class Request:
         self.slot = -1
         self.lease: Lease | None = None
         self.inflight = 0  # sampled tokens whose value is not known yet
-        self.epoch = 0  # results of launches of an earlier epoch are dropped
         self.prepared: Prepared | None = None
         self.received, self.admitted = now, -1.0
         self.cached_tokens = 0
@@ -154,8 +152,7 @@ class Request:
         return limit
 
     def forget_inflight(self) -> None:
-        """What launched steps still have of this request is dropped when it comes."""
-        self.epoch += 1
+        """The steps in flight are dropped: what they have of this request must be launched again."""
         self.inflight = 0
         self.targets_from = self.first_target + len(self.prompt_logprobs)
 

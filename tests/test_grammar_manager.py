@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -81,6 +82,20 @@ def test_a_request_is_followed_token_by_token(manager: GrammarManager) -> None:
     assert allowed(made, encode("x")) == {0, 2}
     assert allowed(made, [2]) == {0, 2}, "with ignore_eos the end is repeated"
     assert allowed(made, [2]) == {0, 2}
+
+
+@pytest.mark.parametrize("backend", ["llguidance", "xgrammar"])
+def test_padding_of_the_logits_is_never_allowed(backend: str) -> None:
+    pytest.importorskip(backend)
+    words = vocabulary()
+    padded = dataclasses.replace(words, size=words.size + 1000)
+    manager = GrammarManager(padded, GrammarSettings(backend=backend))
+    made = prepared(manager, regex=".*")
+    mask = made.mask([])
+    assert mask is not None and len(mask) == padded.mask_words
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    assert bits[: words.size].any() and not bits[words.size :].any()
+    manager.close()
 
 
 def test_a_token_that_does_not_fit_fails_the_request_alone(manager: GrammarManager) -> None:

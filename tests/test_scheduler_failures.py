@@ -99,6 +99,8 @@ def test_a_result_that_cannot_be_taken_fails_alone() -> None:
 
 
 class Late:
+    can_jump = False
+
     def __init__(self, turns: int = 3, error: Exception | None = None, broken: bool = False) -> None:
         self.turns, self.error, self.broken = turns, error, broken
         self.mask = None
@@ -108,6 +110,9 @@ class Late:
             raise OSError("store is gone")
         self.turns -= 1
         return self.turns < 0
+
+    def admit(self, output: list[int]) -> None:
+        pass
 
 
 def test_late_requests_wait_without_holding_anything() -> None:

@@ -299,6 +299,13 @@ class Vocabulary:
             mask.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
 
     @cached_property
+    def existing(self) -> NDArray[np.int32]:
+        """The tokens that there are, as a mask."""
+        bits = np.zeros(self.mask_words * 32, dtype=np.uint8)
+        bits[: len(self.tokens)] = 1
+        return np.packbits(bits, bitorder="little").view(np.int32)
+
+    @cached_property
     def special_by_text(self) -> dict[str, int]:
         return {self.tokens[i].decode("utf-8", "replace"): i for i in self.special if i < len(self.tokens)}
 

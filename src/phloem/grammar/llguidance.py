@@ -49,7 +49,8 @@ class _Wrapper:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.eos_token_id = vocabulary.eos_ids[0]
-        self.tokens = vocabulary.tokens
+        # The library counts the tokens it is given: a padded model's logits have more.
+        self.tokens = vocabulary.tokens + [b""] * (vocabulary.size - len(vocabulary.tokens))
         self.special_token_ids = sorted(vocabulary.special)
         self._encode = vocabulary.encode
 

@@ -190,6 +190,7 @@ class Matcher:
             self.vocabulary.only_ends(mask)
             return
         self._inner.fill_next_token_bitmask(mask[None], 0)
+        np.bitwise_and(mask, self.vocabulary.existing, out=mask)  # the library allows what pads the logits
 
     def jump(self) -> list[int]:
         if self._inner.is_terminated():
@@ -227,6 +228,6 @@ class Matcher:
         if not self._inner.is_completed():
             return False
         mask = self.vocabulary.new_mask()
-        self._inner.fill_next_token_bitmask(mask[None], 0)
+        self.fill(mask)
         bits = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
         return set(bits.tolist()) <= set(self.vocabulary.eos_ids)

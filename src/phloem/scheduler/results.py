@@ -75,9 +75,7 @@ class Results:
             if logprobs is None:
                 raise ValueError("the step gave no logprobs")
             request.fresh_logprobs.append(logprobs)
-        request.output.append(token)
-        request.fresh.append(token)
-        self.output_tokens += 1
+        self._append(request, token)
         if request.slot >= 0 and not request.inflight:
             self.slots.next_token[request.slot] = token
         if self._ends(request):
@@ -106,29 +104,29 @@ class Results:
         assert prepared is not None
         forced = prepared.jump(request.output)
         if request.inflight:
-            if forced and forced[0] in request.stops:
-                request.output.append(forced[0])  # the text is complete: what is in flight can only say so too
-                request.fresh.append(forced[0])
+            if len(forced) == 1 and forced[0] in request.stops:
+                self._append(request, forced[0])  # the text is complete: what is in flight can only say so too
                 return self._ends(request)
             if len(forced) >= MIN_HOLD and request.slot >= 0:
                 self.slots.hold(request.slot)
             return False
         if request.slot >= 0:
             self.slots.resume(request.slot)
-        added = 0
         for token in forced:
-            request.output.append(token)
-            request.fresh.append(token)
-            added += 1
-            self.output_tokens += 1
+            self._append(request, token)
             self.jumped_tokens += 1
             if self._ends(request):
                 return True
-        if added:
+        if forced:
             prepared.advance(request.output)
             if request.slot >= 0:
-                self.slots.extend(request, added)
+                self.slots.extend(request, len(forced))
         return False
+
+    def _append(self, request: Request, token: int) -> None:
+        request.output.append(token)
+        request.fresh.append(token)
+        self.output_tokens += 1
 
     def finish(self, request: Request, reason: FinishReason, answer: bool = True, keep: bool = True) -> None:
         """End a request wherever it stands; its pages are free afterwards. `answer` sends its last chunk."""

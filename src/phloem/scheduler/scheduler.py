@@ -309,7 +309,12 @@ class Scheduler:
                 text = error.message if isinstance(error, PhloemError) else f"{type(error).__name__}: {error}"
                 self.results.fail(request, text, 400)
                 continue
-            if prepared.can_jump and self.results.jump(request):
+            try:
+                if prepared.can_jump and self.results.jump(request):
+                    continue
+            except Exception as raised:
+                log.exception("request %s: what is forced at its beginning could not be found", request.id)
+                self.results.fail(request, f"{type(raised).__name__}: {raised}", 500)
                 continue
             request.status = RequestStatus.WAITING
             self.queue.add(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -84,6 +85,10 @@ class Served:
     engine: FakeEngine
     client: EngineClient
     loop: asyncio.AbstractEventLoop
+    end: asyncio.Event
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.end.set)
 
     def call(self, function: Any, *args: Any) -> Any:
         """Run a function in the server's thread, between its events."""
@@ -122,8 +127,27 @@ def served(info: ModelInfo | None = None, config: dict[str, Any] | None = None, 
     thread.start()
     assert started.wait(10)
     try:
-        yield Served(box["url"], box["engine"], box["client"], box["loop"])
+        yield Served(box["url"], box["engine"], box["client"], box["loop"], box["stop"])
     finally:
-        box["loop"].call_soon_threadsafe(box["stop"].set)
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            box["loop"].call_soon_threadsafe(box["stop"].set)
         thread.join(10)
         assert not thread.is_alive()
+
+
+def on_loop(test: Any) -> Any:
+    """Run an async test function to its end."""
+
+    @functools.wraps(test)
+    def run_it(*args: Any, **named: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **named), 20))
+
+    return run_it
+
+
+async def until(condition: Any, seconds: float = 5.0) -> None:
+    """Wait until a condition holds."""
+    end = asyncio.get_running_loop().time() + seconds
+    while not condition():
+        assert asyncio.get_running_loop().time() < end, "the condition never held"
+        await asyncio.sleep(0.005)

@@ -6,12 +6,15 @@ import random
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phloem.core.batch import StepOutput
 from phloem.core.messages import Abort, Tokens
 from phloem.core.request import FinishReason
+from phloem.scheduler.metrics import Meter
 from phloem.testing.driver import EOS, Driver, random_tokens, storm
 from phloem.testing.fake_runner import logprob
 
@@ -259,6 +262,22 @@ def test_stats_come_while_busy_and_once_when_idle() -> None:
     assert busy.running == 1 and busy.gen_throughput == pytest.approx(100, rel=0.1) and busy.used_tokens > 0
     assert idle.running == 0 and idle.used_tokens == 0 and idle.available_tokens == idle.total_tokens == 199 * 4
     assert idle.step == driver.runner.steps
+
+
+def test_the_share_of_time_outside_the_forward_pass() -> None:
+    driver = Driver()
+    meter = Meter(0.0)
+    for begin in (0.0, 1.0):
+        meter.step_done(StepOutput(1, np.zeros(1, dtype=np.int32), forward_seconds=0.6))
+        meter.turn(begin, begin + 0.7, worked=True)
+    assert not meter.due(0.5, busy=True) and meter.due(1.7, busy=True)
+    # 1.7 s busy (the wait for messages between two working turns counts), 1.2 s of it in the model.
+    assert meter.stats(1.7, True, 1, 0, 34, driver.scheduler.planner).outside_forward == pytest.approx(0.5 / 1.7)
+    assert meter.last_throughput == pytest.approx(20)
+    meter.turn(1.7, 1.8, worked=False)
+    assert meter.due(1.8, busy=False)
+    meter.stats(1.8, False, 0, 0, 34, driver.scheduler.planner)
+    assert not meter.due(5.0, busy=False)
 
 
 # logprobs

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from phloem.core.config import Config
-from phloem.core.errors import BadRequest, EngineDead, PhloemError
+from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.messages import Drain
 
 if TYPE_CHECKING:
@@ -152,11 +152,7 @@ class Engine:
             "stream": stream,
             **fields,
         }
-        try:
-            data = msgspec.json.encode({name: value for name, value in values.items() if value is not None})
-        except (TypeError, ValueError) as error:
-            raise BadRequest(f"a field holds what cannot be sent: {error}") from None
-        return Parser(GenerateBody).parse(data, self.info.features)
+        return Parser(GenerateBody).convert(values, self.info.features)
 
     async def _collect(self, body: GenerateBody) -> Answer | list[Answer]:
         from phloem.server.native import Renderer, is_batch, strip, to_request

@@ -107,7 +107,7 @@ class GrammarManager:
     def vocabulary(self) -> Vocabulary:
         return self._vocabulary() if callable(self._vocabulary) else self._vocabulary
 
-    def prepare(self, submit: Submit, prompt_ids: Sequence[int]) -> Prepared | None:
+    def prepare(self, submit: Submit, prompt_ids: Sequence[int] | NDArray[np.int32]) -> Prepared | None:
         """What the scheduler holds of a constrained request; None for an unconstrained one. Never raises."""
         params = submit.sampling
         try:
@@ -133,6 +133,17 @@ class GrammarManager:
         """Kind of constraint -> the engines that are asked for it, in order."""
         pinned = self.settings.backend
         return {kind.__name__: pinned or " > ".join(order) for kind, order in ORDER.items()}
+
+    def decision(self) -> tuple[str, str, str]:
+        """Name, value and reason, as the choices at start are told."""
+        if self.settings.backend is not None:
+            return "grammar_backend", self.settings.backend, "as asked"
+        others = sorted({kind for kind, order in self.decisions().items() if not order.startswith(_EXACT[0])})
+        return (
+            "grammar_backend",
+            _EXACT[0],
+            f"enforces JSON schemas exactly; {ORDER[_base.Ebnf][0]} for {', '.join(others)}",
+        )
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -275,7 +286,12 @@ class Prepared:
     """
 
     def __init__(
-        self, manager: GrammarManager, entry: _Entry, params: SamplingParams, prompt_ids: Sequence[int], jump: bool
+        self,
+        manager: GrammarManager,
+        entry: _Entry,
+        params: SamplingParams,
+        prompt_ids: Sequence[int] | NDArray[np.int32],
+        jump: bool,
     ) -> None:
         self._manager = manager
         self._thinking = manager.settings.thinking
@@ -283,7 +299,8 @@ class Prepared:
         self._entry = entry
         self._params = params
         self._field = _base.field_of(params)
-        self._prompt_state = CLOSED if self._thinking is None else state_after(prompt_ids, self._thinking)
+        thinking = self._thinking
+        self._prompt_state = CLOSED if thinking is None else state_after([int(i) for i in prompt_ids], thinking)
         self.can_jump = jump
         self._jumper: _Cursor | None = None
         self._masker: _Cursor | None = None

@@ -306,8 +306,9 @@ class Scheduler:
                 log.exception("request %s: what it waited for failed", request.id)
                 error = raised
             if error is not None:
-                text = error.message if isinstance(error, PhloemError) else f"{type(error).__name__}: {error}"
-                self.results.fail(request, text, 400)
+                if not isinstance(error, PhloemError):
+                    error = BadRequest(f"{type(error).__name__}: {error}")
+                self.results.fail(request, error.message, error.status)
                 continue
             try:
                 if prepared.can_jump and self.results.jump(request):

@@ -17,7 +17,7 @@ from phloem.core.messages import Logprobs, Submit, unpack_ids
 from phloem.core.request import RequestStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -45,15 +45,15 @@ class Prepared(Protocol):
 
     def ready(self) -> bool: ...
 
-    def admit(self, output: list[int]) -> None:
-        """The request enters a slot, again perhaps, with this output; no launched step of it is uncommitted."""
+    def admit(self, output: Sequence[int]) -> None:
+        """The request enters a slot, for the first time or again after a preemption, with this output so far."""
         ...
 
-    def jump(self, output: list[int]) -> list[int]:
+    def jump(self, output: Sequence[int]) -> list[int]:
         """Tokens that are sure to follow the output."""
         ...
 
-    def advance(self, output: list[int]) -> None:
+    def advance(self, output: Sequence[int]) -> None:
         """The output is now this, with forced tokens in it; no launched step of the request is uncommitted."""
         ...
 

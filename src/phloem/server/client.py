@@ -7,6 +7,7 @@ message and detokenises all that has arrived in one go, so a slow reader costs l
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -29,6 +30,7 @@ from phloem.core.messages import (
     Stats,
     Stopped,
     Submit,
+    ToEngine,
     Tokens,
     pack_ids,
 )
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("phloem.server")
 
 ALIVE_POLL = 0.25  # seconds between looks at `EngineLink.alive`
+LAST_WORDS = 0.5  # seconds that a dead engine's reason may still be on its way
 _SEED_STEP = 0x9E3779B97F4A7C15  # the odd constant of splitmix64: spreads the seeds of n continuations
 _SEED_MASK = (1 << 63) - 1
 
@@ -161,8 +164,8 @@ class EngineClient:
     async def _watch(self, link: EngineLink) -> None:
         while link.alive:
             await asyncio.sleep(ALIVE_POLL)
-        # What the engine said last may still lie in the link: a reason in its own words is worth a moment.
-        await asyncio.sleep(ALIVE_POLL)
+        # A reason in the engine's own words is worth a moment.
+        await asyncio.sleep(LAST_WORDS)
         self._die("the engine process has ended")
 
     def _handle(self, message: FromEngine) -> None:
@@ -230,18 +233,22 @@ class EngineClient:
             QueueFull: the server is draining.
             EngineDead: there is no engine.
         """
-        self._link_or_raise()
+        self._check_open()
         prompts = await self.admission.prompts(request.items)
         outputs = self._outputs(request, prompts)
-        link = self._link_or_raise()  # again: tokenising may have taken a while
+        self._check_open()  # again: tokenising may have taken a while
         taken = [output.id for output in outputs if output.id in self._active]
         if taken or len({output.id for output in outputs}) < len(outputs):
             raise BadRequest(f"rid {(taken or [outputs[0].id])[0]!r} is in use by another request", param="rid")
         call = Call(self, outputs, request.stream)
         for output in outputs:
             self._active[output.id] = (call, output)
-        for output in outputs:
-            link.send(_submit_message(output))
+        try:
+            for output in outputs:
+                self._send(_submit_message(output))
+        except BaseException:
+            call.cancel()
+            raise
         return call
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[list[Output]]:
@@ -273,12 +280,17 @@ class EngineClient:
                 outputs.append(output)
         return outputs
 
-    def _link_or_raise(self) -> EngineLink:
+    def _check_open(self) -> None:
         if self.draining:
             raise QueueFull("the server is shutting down and takes no new requests", code="draining")
+        if self.dead is not None:
+            raise EngineDead(self.dead)
+
+    def _send(self, message: ToEngine) -> None:
+        """Raises EngineDead; the link may know of its engine's end before anything was received."""
         if self.dead is not None or self._link is None:
             raise EngineDead(self.dead or "no engine has been started")
-        return self._link
+        self._link.send(message)
 
     def drop(self, output: Output) -> bool:
         """Stop the engine's work on an output, if it still works on it. Sends at most one `Abort` per output."""
@@ -286,8 +298,8 @@ class EngineClient:
         if entry is None or entry[1] is not output:
             return False
         del self._active[output.id]
-        if self._link is not None and self.dead is None:
-            self._link.send(Abort(id=output.id))
+        with contextlib.suppress(EngineDead):
+            self._send(Abort(id=output.id))
         return True
 
     def abort(self, rid: str = "", everything: bool = False) -> int:
@@ -307,13 +319,11 @@ class EngineClient:
         Raises:
             EngineDead: there is no engine, or it gave no answer within `deadline` seconds.
         """
-        if self.dead is not None or self._link is None:
-            raise EngineDead(self.dead or "no engine has been started")
         key = new_id()
         future: asyncio.Future[ControlReply] = asyncio.get_running_loop().create_future()
         self._replies[key] = future
-        self._link.send(Control(id=key, name=name, args=args))
         try:
+            self._send(Control(id=key, name=name, args=args))
             return await asyncio.wait_for(future, deadline)
         except TimeoutError:
             raise EngineDead(f"the engine did not answer {name!r} within {deadline:g} s") from None

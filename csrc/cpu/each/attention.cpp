@@ -1,0 +1,163 @@
+// Paged attention over ragged rows in one op: rows of one query token are split over the cache (and merged in a fixed
+// order), longer ones into blocks of query tokens; both are shared out dynamically. No plan is stored: every thread
+// derives the same list of tasks from the lengths, so a recorded step follows them.
+#include "attention_block.h"
+#include "attention_stream.h"
+
+namespace phl {
+namespace PHL_NS {
+namespace {
+
+struct RowPlan {
+  int64_t token, tokens, length;  // first query token and their number; cached tokens, the new ones included
+  Range range;                    // one query token: what it sees
+  int64_t splits, blocks;         // tasks per kv head: splits (one token) or blocks (several)
+  int64_t block_tokens;
+};
+
+PHL_INLINE RowPlan plan_row(const AttentionArgs& a, int64_t row) {
+  RowPlan plan{};
+  plan.token = a.query_start[row];
+  plan.tokens = a.query_start[row + 1] - plan.token;
+  plan.length = a.seq_lens[row];
+  if (plan.tokens <= 0) return plan;
+  plan.splits = 1;
+  if (plan.tokens == 1) {
+    plan.range = visible(a, plan.length - 1, plan.length - 1);
+    plan.splits = splits_of(a, plan.range);
+    plan.blocks = plan.splits;
+    plan.block_tokens = 1;
+    return plan;
+  }
+  const int64_t group = a.heads / a.kv_heads;
+  plan.block_tokens = kBlockRows / group > 1 ? kBlockRows / group : 1;
+  plan.blocks = (plan.tokens + plan.block_tokens - 1) / plan.block_tokens;
+  return plan;
+}
+
+template <bool kInt8>
+PHL_INLINE void run_stream(const AttentionArgs& a, StreamJob& job) {
+  switch (a.heads / a.kv_heads) {
+    case 1: return stream<1, kInt8>(a, job);
+    case 2: return stream<2, kInt8>(a, job);
+    case 3: return stream<3, kInt8>(a, job);
+    default: return stream<4, kInt8>(a, job);
+  }
+}
+
+// One token's G heads over one split, by the streaming path.
+template <bool kInt8>
+void stream_task(const AttentionArgs& a, const RowPlan& plan, int64_t row, int64_t kv_head, int64_t split, float* scratch) {
+  const int64_t group = a.heads / a.kv_heads;
+  StreamJob job;
+  job.row = row;
+  job.kv_head = kv_head;
+  job.range = split_range(plan.range, plan.splits, split);
+  for (int64_t g = 0; g < group; ++g) {
+    const int64_t head = kv_head * group + g;
+    job.q[g] = a.q + plan.token * a.q_token + head * a.q_head;
+    job.values[g] = plan.splits == 1 ? scratch + g * a.head_size : partial_of(a, row, head, split);
+  }
+  run_stream<kInt8>(a, job);
+  for (int64_t g = 0; g < group; ++g) {
+    const int64_t head = kv_head * group + g;
+    if (plan.splits == 1) {
+      finish_head(a, head, job.values[g], job.top[g], job.total[g], a.out + (plan.token * a.heads + head) * a.head_size);
+    } else {
+      job.values[g][a.head_size] = job.top[g];
+      job.values[g][a.head_size + 1] = job.total[g];
+    }
+  }
+}
+
+template <bool kInt8>
+void block_task(const AttentionArgs& a, const RowPlan& plan, int64_t row, int64_t kv_head, int64_t part, float* scratch) {
+  const int64_t group = a.heads / a.kv_heads;
+  BlockJob job;
+  const bool single = plan.tokens == 1;
+  const int64_t first = single ? 0 : part * plan.block_tokens;
+  job.row = row;
+  job.kv_head = kv_head;
+  job.token = plan.token + first;
+  job.tokens = plan.tokens - first < plan.block_tokens ? plan.tokens - first : plan.block_tokens;
+  job.position = plan.length - plan.tokens + first;
+  job.range = single ? split_range(plan.range, plan.splits, part) : visible(a, job.position, job.position + job.tokens - 1);
+  job.m = job.tokens * group;
+  lay_out(a, job, scratch, kBlockRows > group ? kBlockRows : group);
+  block<kInt8>(a, job);
+  for (int64_t i = 0; i < job.m; ++i) {
+    const int64_t head = kv_head * group + i % group;
+    const float* values = job.results + i * job.wide;
+    const float total = sum(load(job.sums + i * W));
+    if (plan.splits == 1) {
+      finish_head(a, head, values, job.tops[i], total, a.out + ((job.token + i / group) * a.heads + head) * a.head_size);
+    } else {
+      float* partial = partial_of(a, row, head, part);
+      std::memcpy(partial, values, a.head_size * sizeof(float));
+      partial[a.head_size] = job.tops[i];
+      partial[a.head_size + 1] = total;
+    }
+  }
+}
+
+// Puts the splits of one head together, in their order.
+PHL_INLINE void merge_head(const AttentionArgs& a, const RowPlan& plan, int64_t row, int64_t head) {
+  const int64_t size = a.head_size;
+  float* into = partial_of(a, row, head, 0);
+  float top = into[size], total = into[size + 1];
+  for (int64_t split = 1; split < plan.splits; ++split) {
+    const float* from = partial_of(a, row, head, split);
+    const float highest = from[size] > top ? from[size] : top;
+    const float keep = exp2<6>(splat(top - highest))[0], take = exp2<6>(splat(from[size] - highest))[0];
+    int64_t d = 0;
+    for (; d + W <= size; d += W) store(into + d, load(into + d) * keep + load(from + d) * take);
+    for (; d < size; ++d) into[d] = into[d] * keep + from[d] * take;
+    total = total * keep + from[size + 1] * take;
+    top = highest;
+  }
+  finish_head(a, head, into, top, total, a.out + (plan.token * a.heads + head) * size);
+}
+
+template <bool kInt8>
+void attend(const AttentionArgs& a, Team& team) {
+  int64_t tasks = 0;
+  bool merge = false;
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const RowPlan plan = plan_row(a, row);
+    tasks += plan.blocks * a.kv_heads;
+    merge |= plan.splits > 1;
+  }
+  float* scratch = a.scratch + team.thread * a.scratch_stride;
+  const bool can_stream = a.heads / a.kv_heads <= kMaxStreamGroup && a.head_size % W == 0;
+  // Tasks come to a thread in rising order, so a cursor finds their rows.
+  int64_t row = 0, before = 0;
+  RowPlan plan = a.rows > 0 ? plan_row(a, 0) : RowPlan{};
+  team.tasks(tasks, [&](int64_t task) {
+    while (task - before >= plan.blocks * a.kv_heads) {
+      before += plan.blocks * a.kv_heads;
+      plan = plan_row(a, ++row);
+    }
+    const int64_t kv_head = (task - before) % a.kv_heads;
+    const int64_t part = plan.blocks - 1 - (task - before) / a.kv_heads;  // the longest blocks of a prompt first
+    if (plan.tokens == 1 && can_stream) stream_task<kInt8>(a, plan, row, kv_head, part, scratch);
+    else block_task<kInt8>(a, plan, row, kv_head, part, scratch);
+  });
+  if (!merge) return;
+  team.barrier();
+  team.split(a.rows * a.heads, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const RowPlan plan_of = plan_row(a, i / a.heads);
+      if (plan_of.splits > 1) merge_head(a, plan_of, i / a.heads, i % a.heads);
+    }
+  });
+}
+
+void attention_bf16(const AttentionArgs& a, Team& team) { attend<false>(a, team); }
+PHL_OP(attention_bf16, AttentionArgs, "pppp pppp pp iiiiiii iiiii dd");
+
+void attention_int8(const AttentionArgs& a, Team& team) { attend<true>(a, team); }
+PHL_OP(attention_int8, AttentionArgs, "pppp pppp pp iiiiiii iiiii dd");
+
+}  // namespace
+}  // namespace PHL_NS
+}  // namespace phl

@@ -1,0 +1,109 @@
+// Paged attention: arguments, the plan that every thread derives from them, and how partial results are finished.
+// Legend: R rows, T query tokens, H heads, K kv heads, G = H / K, D head size, S page size, M = tokens x G query rows.
+// Scores live in base 2: score * scale * log2(e).
+#pragma once
+#include <type_traits>
+
+#include "../op.h"
+#include "../simd.h"
+
+namespace phl {
+namespace PHL_NS {
+
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kNoScore = -1e30f;    // the running maximum before anything was seen: finite, so differences are
+constexpr int64_t kBlockRows = 96;    // query rows of a task in the blocked path
+constexpr int64_t kBlockTokens = 64;  // cached tokens that are packed together
+constexpr int64_t kSplitTokens = 256;
+constexpr int64_t kMaxStreamGroup = 4;
+
+struct AttentionArgs {
+  const float* q;  // [T, H, D]
+  const void *k_cache, *v_cache;
+  float* out;  // [T, H, D] contiguous
+  const int32_t *query_start, *seq_lens, *page_table;
+  const float* sinks;  // [H] or null
+  float* partial;      // [R, H, max_splits, D + 2]: values, running maximum, sum
+  float* scratch;      // [threads, scratch_stride]
+  int64_t rows, heads, kv_heads, head_size, page_size, pages_per_row, page_stride;
+  int64_t q_token, q_head, max_splits, scratch_stride, window;
+  double scale, softcap;
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// A cached token's row of bfloat16 or int8 values.
+template <bool kInt8>
+struct Cache {
+  using Value = std::conditional_t<kInt8, int8_t, uint16_t>;
+  static constexpr int64_t kExtra = kInt8 ? 4 : 0;
+
+  PHL_INLINE static vf read(const Value* p) {
+    if constexpr (kInt8) return from_int8(load_as<vb>(p));
+    else return load_bf16(p);
+  }
+  PHL_INLINE static float scale(const Value* row, int64_t size) {
+    float scale = 1.0f;
+    if constexpr (kInt8) __builtin_memcpy(&scale, row + size, 4);
+    return scale;
+  }
+};
+
+// Positions that the tokens at `first` to `last` of a row can see.
+PHL_INLINE Range visible(const AttentionArgs& a, int64_t first, int64_t last) {
+  const int64_t begin = a.window > 0 && first - a.window + 1 > 0 ? first - a.window + 1 : 0;
+  return {begin, last + 1};
+}
+
+PHL_INLINE int64_t splits_of(const AttentionArgs& a, Range range) {
+  const int64_t wanted = (range.end - range.begin + kSplitTokens - 1) / kSplitTokens;
+  const int64_t capped = wanted < a.max_splits ? wanted : a.max_splits;
+  return capped > 1 ? capped : 1;
+}
+
+PHL_INLINE Range split_range(Range range, int64_t splits, int64_t split) {
+  const int64_t part = ((range.end - range.begin + splits - 1) / splits + 15) / 16 * 16;
+  const int64_t begin = range.begin + split * part;
+  const int64_t end = begin + part < range.end ? begin + part : range.end;
+  return {begin, end > begin ? end : begin};
+}
+
+// Element offsets of the tokens of `range` (at most `kMax`) in a cache, for one kv head.
+PHL_INLINE void token_offsets(const AttentionArgs& a, int64_t row, int64_t kv_head, int64_t width, Range range,
+                              int64_t* offsets) {
+  const int32_t* pages = a.page_table + row * a.pages_per_row;
+  int64_t page = range.begin / a.page_size, slot = range.begin % a.page_size;
+  int64_t at = pages[page] * a.page_stride + (kv_head * a.page_size + slot) * width;
+  for (int64_t i = 0; i < range.end - range.begin; ++i) {
+    offsets[i] = at;
+    at += width;
+    if (++slot == a.page_size && i + 1 < range.end - range.begin) {
+      slot = 0;
+      at = pages[++page] * a.page_stride + kv_head * a.page_size * width;
+    }
+  }
+}
+
+// out = values / sum, with the head's sink in the sum.
+PHL_INLINE void finish_head(const AttentionArgs& a, int64_t head, const float* values, float top, float total, float* out) {
+  float factor = 1.0f;
+  if (a.sinks != nullptr) {
+    const float sink = a.sinks[head] * kLog2e;
+    const float highest = sink > top ? sink : top;
+    factor = exp2<6>(splat(top - highest))[0];
+    total = total * factor + exp2<6>(splat(sink - highest))[0];
+  }
+  factor = total > 0.0f ? factor / total : 0.0f;
+  int64_t i = 0;
+  for (; i + W <= a.head_size; i += W) store(out + i, load(values + i) * factor);
+  for (; i < a.head_size; ++i) out[i] = values[i] * factor;
+}
+
+PHL_INLINE float* partial_of(const AttentionArgs& a, int64_t row, int64_t head, int64_t split) {
+  return a.partial + ((row * a.heads + head) * a.max_splits + split) * (a.head_size + 2);
+}
+
+}  // namespace PHL_NS
+}  // namespace phl

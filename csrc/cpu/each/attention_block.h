@@ -1,0 +1,342 @@
+// Many query rows against the cache: blocks of cached tokens are packed once and multiplied with tiles of query rows,
+// softmax in between (FlashAttention, Dao et al. 2022). With AVX-512 the products are bfloat16 pairs (vdpbf16ps) with
+// float32 sums; elsewhere everything is float32. A Cell is one step of a dot product: two bfloat16, or one float.
+#pragma once
+#include "attention_args.h"
+
+namespace phl {
+namespace PHL_NS {
+namespace {
+
+#if PHL_LEVEL == 2
+using Cell = uint32_t;
+constexpr int kPair = 2;
+constexpr int kTileRows = 6, kTileColumns = 4;
+#else
+using Cell = float;
+constexpr int kPair = 1;
+constexpr int kTileRows = 4, kTileColumns = 2;
+#endif
+constexpr int64_t kCells = kBlockTokens / kPair;  // steps over a block's tokens
+
+typedef Cell vc __attribute__((vector_size(W * 4)));
+
+PHL_INLINE vf dot(vf sum, vc a, vc b) {
+#if PHL_LEVEL == 2
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  return sum + a * b;
+#endif
+}
+
+// acc[r][c] += sum over steps of a[r][step] * b[step][column c]
+template <int R, int C>
+PHL_INLINE void multiply(const Cell* a, int64_t a_stride, const Cell* b, int64_t b_stride, int64_t steps, vf (&acc)[R][C]) {
+  for (int64_t step = 0; step < steps; ++step) {
+    vc right[C];
+    for (int c = 0; c < C; ++c) right[c] = load_as<vc>(b + step * b_stride + c * W);
+    for (int r = 0; r < R; ++r) {
+      const vc left = vc{} + a[r * a_stride + step];
+      for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], left, right[c]);
+    }
+  }
+}
+
+struct BlockJob {
+  int64_t row, kv_head, token, tokens;  // query tokens [token, token + tokens) of the packed T
+  int64_t position;                     // of the first of them
+  Range range;                          // of the cache
+  int64_t m;                            // tokens x G query rows
+  // Scratch: query cells [m, steps], keys [steps, 64], values [kCells, wide], results [m, wide], ...
+  int64_t steps, wide;
+  Cell *q, *keys, *values;
+  float *results, *sums, *tops;
+  uint16_t* rows;  // an int8 block as bfloat16 [64, D], or floats where kPair is 1
+  float key_scale[kBlockTokens], value_scale[kBlockTokens];
+};
+
+PHL_INLINE void lay_out(const AttentionArgs& a, BlockJob& job, float* scratch, int64_t most_rows) {
+  job.steps = (a.head_size + kPair - 1) / kPair;
+  job.wide = (a.head_size + W - 1) / W * W;
+  const auto take = [&](int64_t floats) {
+    float* at = scratch;
+    scratch += (floats + 15) / 16 * 16;
+    return at;
+  };
+  job.q = reinterpret_cast<Cell*>(take(most_rows * job.steps));
+  job.keys = reinterpret_cast<Cell*>(take(job.steps * kBlockTokens));
+  job.values = reinterpret_cast<Cell*>(take(kCells * job.wide));
+  job.results = take(most_rows * job.wide);
+  job.sums = take(most_rows * W);
+  job.tops = take(most_rows);
+  job.rows = reinterpret_cast<uint16_t*>(take(kBlockTokens * job.wide / 2 + 16));
+}
+
+PHL_INLINE void pack_queries(const AttentionArgs& a, const BlockJob& job) {
+  const int64_t group = a.heads / a.kv_heads;
+  for (int64_t i = 0; i < job.m; ++i) {
+    const float* q = a.q + (job.token + i / group) * a.q_token + (job.kv_head * group + i % group) * a.q_head;
+    Cell* to = job.q + i * job.steps;
+#if PHL_LEVEL == 2
+    auto* half = reinterpret_cast<uint16_t*>(to);
+    int64_t d = 0;
+    for (; d + W <= a.head_size; d += W) store_bf16(half + d, load(q + d));
+    for (; d < a.head_size; ++d) half[d] = float_to_bf16(q[d]);
+    if (d % 2) half[d] = 0;
+#else
+    for (int64_t d = 0; d < a.head_size; ++d) to[d] = q[d];
+#endif
+  }
+}
+
+#if PHL_LEVEL == 2
+
+// to[s][t] = dword s of token t, for 16 tokens and 16 dwords.
+PHL_INLINE void transpose16(const uint16_t* const* from, int64_t at, uint32_t* to) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from[i] + at);
+  for (int i = 0; i < 8; ++i) {
+    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+    a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+  }
+  // a[4g + j], 128-bit lane l: dwords 4l + j of tokens 4g to 4g + 3.
+  for (int j = 0; j < 4; ++j) {
+    const __m512i low01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44), high01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xEE);
+    const __m512i low23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44);
+    const __m512i high23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xEE);
+    _mm512_storeu_si512(to + (0 + j) * kBlockTokens, _mm512_shuffle_i32x4(low01, low23, 0x88));
+    _mm512_storeu_si512(to + (4 + j) * kBlockTokens, _mm512_shuffle_i32x4(low01, low23, 0xDD));
+    _mm512_storeu_si512(to + (8 + j) * kBlockTokens, _mm512_shuffle_i32x4(high01, high23, 0x88));
+    _mm512_storeu_si512(to + (12 + j) * kBlockTokens, _mm512_shuffle_i32x4(high01, high23, 0xDD));
+  }
+}
+
+PHL_INLINE void pack_keys(const AttentionArgs& a, const BlockJob& job, const uint16_t* const* rows) {
+  const int64_t whole = a.head_size / 32 * 16;
+  for (int64_t t = 0; t < kBlockTokens; t += 16) {
+    for (int64_t s = 0; s < whole; s += 16) transpose16(rows + t, 2 * s, job.keys + s * kBlockTokens + t);
+  }
+  for (int64_t s = whole; s < job.steps; ++s) {
+    for (int64_t t = 0; t < kBlockTokens; ++t) {
+      const uint32_t high = 2 * s + 1 < a.head_size ? rows[t][2 * s + 1] : 0;
+      job.keys[s * kBlockTokens + t] = rows[t][2 * s] | high << 16;
+    }
+  }
+}
+
+PHL_INLINE void pack_values(const AttentionArgs& a, const BlockJob& job, const uint16_t* const* rows) {
+  alignas(64) static constexpr auto order = [] {
+    struct { uint16_t first[32], second[32]; } index{};
+    for (uint16_t i = 0; i < 16; ++i) {
+      index.first[2 * i] = i, index.first[2 * i + 1] = uint16_t(32 + i);
+      index.second[2 * i] = uint16_t(16 + i), index.second[2 * i + 1] = uint16_t(48 + i);
+    }
+    return index;
+  }();
+  const __m512i first = _mm512_load_si512(order.first), second = _mm512_load_si512(order.second);
+  for (int64_t pair = 0; pair < kCells; ++pair) {
+    const uint16_t *even = rows[2 * pair], *odd = rows[2 * pair + 1];
+    Cell* to = job.values + pair * job.wide;
+    int64_t d = 0;
+    for (; d + 32 <= a.head_size; d += 32) {
+      const __m512i x = _mm512_loadu_si512(even + d), y = _mm512_loadu_si512(odd + d);
+      _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(x, first, y));
+      _mm512_storeu_si512(to + d + 16, _mm512_permutex2var_epi16(x, second, y));
+    }
+    for (; d < a.head_size; ++d) to[d] = even[d] | uint32_t(odd[d]) << 16;
+    for (; d < job.wide; ++d) to[d] = 0;
+  }
+}
+
+// Rows of the block as bfloat16: those of the cache, or int8 values widened (exactly) into job.rows.
+template <bool kInt8>
+PHL_INLINE void block_rows(const AttentionArgs& a, BlockJob& job, const void* cache, const int64_t* offsets,
+                           const uint16_t** rows, float* scales) {
+  for (int64_t t = 0; t < kBlockTokens; ++t) {
+    if constexpr (kInt8) {
+      const int8_t* from = static_cast<const int8_t*>(cache) + offsets[t];
+      uint16_t* to = job.rows + t * a.head_size;
+      int64_t d = 0;
+      for (; d + W <= a.head_size; d += W) store_as(to + d, __builtin_convertvector((vu)from_int8(load_as<vb>(from + d)) >> 16, vh));
+      for (; d < a.head_size; ++d) to[d] = float_to_bf16(from[d]);
+      __builtin_memcpy(scales + t, from + a.head_size, 4);
+      rows[t] = to;
+    } else {
+      rows[t] = static_cast<const uint16_t*>(cache) + offsets[t];
+    }
+  }
+}
+
+template <bool kInt8>
+PHL_INLINE void pack_block(const AttentionArgs& a, BlockJob& job, const int64_t* offsets) {
+  const uint16_t* rows[kBlockTokens];
+  block_rows<kInt8>(a, job, a.k_cache, offsets, rows, job.key_scale);
+  pack_keys(a, job, rows);
+  block_rows<kInt8>(a, job, a.v_cache, offsets, rows, job.value_scale);
+  pack_values(a, job, rows);
+}
+
+#else
+
+template <bool kInt8>
+PHL_INLINE void pack_block(const AttentionArgs& a, BlockJob& job, const int64_t* offsets) {
+  using Rows = Cache<kInt8>;
+  using Value = typename Rows::Value;
+  const auto one = [](Value x) {
+    if constexpr (kInt8) return float(x);
+    else return bf16_to_float(x);
+  };
+  for (int64_t t = 0; t < kBlockTokens; ++t) {
+    const Value* key = static_cast<const Value*>(a.k_cache) + offsets[t];
+    const Value* value = static_cast<const Value*>(a.v_cache) + offsets[t];
+    for (int64_t d = 0; d < a.head_size; ++d) job.keys[d * kBlockTokens + t] = one(key[d]);
+    for (int64_t d = 0; d < job.wide; ++d) job.values[t * job.wide + d] = d < a.head_size ? one(value[d]) : 0.0f;
+    job.key_scale[t] = Rows::scale(key, a.head_size);
+    job.value_scale[t] = Rows::scale(value, a.head_size);
+  }
+}
+
+#endif
+
+// What softmax needs of the block of tokens at hand.
+struct BlockSpan {
+  int64_t begin;  // position of its first token
+  int64_t count;  // valid tokens
+  bool masked;    // whether any query row must not see all of them
+};
+
+// Scores of one query row: scale, cap, mask. Gives the row's maximum.
+template <bool kInt8>
+PHL_INLINE float shape_scores(const AttentionArgs& a, const BlockJob& job, const BlockSpan& span, int64_t position,
+                              float* scores) {
+  constexpr int kVectors = int(kBlockTokens / W);
+  vf s[kVectors];
+  const float scale = float(a.scale) * kLog2e;
+  for (int c = 0; c < kVectors; ++c) {
+    s[c] = load(scores + c * W);
+    if constexpr (kInt8) s[c] = s[c] * load(job.key_scale + c * W);
+  }
+  if (a.softcap > 0) {
+    for (int c = 0; c < kVectors; ++c) s[c] = tanh(s[c] * float(a.scale / a.softcap)) * float(a.softcap * double(kLog2e));
+  } else {
+    for (int c = 0; c < kVectors; ++c) s[c] = s[c] * scale;
+  }
+  if (span.masked) {
+    const int64_t seen = position - span.begin + 1 < span.count ? position - span.begin + 1 : span.count;
+    const int64_t hidden = a.window > 0 ? position - a.window + 1 - span.begin : 0;
+    for (int c = 0; c < kVectors; ++c) {
+      const vi lane = load_as<vi>(kLane) + int32_t(c * W);
+      const vi out = (lane >= vi{} + int32_t(seen)) | (lane < vi{} + int32_t(hidden > 0 ? hidden : 0));
+      s[c] = select(out, splat(-__builtin_inff()), s[c]);
+    }
+  }
+  vf highest = s[0];
+  for (int c = 1; c < kVectors; ++c) highest = max(highest, s[c]);
+  for (int c = 0; c < kVectors; ++c) store(scores + c * W, s[c]);
+  return largest(highest);
+}
+
+// Weights of one query row as cells; adds them up in `sums`, lane by lane.
+template <bool kInt8>
+PHL_INLINE void weigh(const BlockJob& job, const float* scores, float top, float factor, float* sums, Cell* cells) {
+  vf total = load(sums) * factor;
+#if PHL_LEVEL == 2
+  for (int c = 0; c < int(kBlockTokens / W); c += 2) {
+    vf p0 = exp2<4>(load(scores + c * W) - top), p1 = exp2<4>(load(scores + (c + 1) * W) - top);
+    total += p0 + p1;
+    if constexpr (kInt8) {
+      p0 = p0 * load(job.value_scale + c * W);
+      p1 = p1 * load(job.value_scale + (c + 1) * W);
+    }
+    _mm512_storeu_si512(cells + c * W / 2, (__m512i)_mm512_cvtne2ps_pbh((__m512)p1, (__m512)p0));
+  }
+#else
+  for (int c = 0; c < int(kBlockTokens / W); ++c) {
+    vf p = exp2<6>(load(scores + c * W) - top);
+    total += p;
+    if constexpr (kInt8) p = p * load(job.value_scale + c * W);
+    store(cells + c * W, p);
+  }
+#endif
+  store(sums, total);
+}
+
+// R query rows from `first` against the packed block.
+template <int R, bool kInt8>
+PHL_INLINE void tile(const AttentionArgs& a, BlockJob& job, const BlockSpan& span, int64_t first) {
+  const int64_t group = a.heads / a.kv_heads;
+  alignas(64) float scores[R][kBlockTokens];
+  alignas(64) Cell cells[R][kCells];
+  for (int64_t column = 0; column < kBlockTokens; column += kTileColumns * W) {
+    vf acc[R][kTileColumns] = {};
+    multiply<R, kTileColumns>(job.q + first * job.steps, job.steps, job.keys + column, kBlockTokens, job.steps, acc);
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < kTileColumns; ++c) store(scores[r] + column + c * W, acc[r][c]);
+  }
+  alignas(64) float factor[W > R ? W : R] = {};
+  alignas(64) float tops[W > R ? W : R];
+  static_assert(R <= W || W == 4);
+  for (int r = 0; r < R; ++r) {
+    const float highest = shape_scores<kInt8>(a, job, span, job.position + (first + r) / group, scores[r]);
+    const float before = job.tops[first + r];
+    tops[r] = highest > before ? highest : before;
+    factor[r] = before - tops[r];
+    job.tops[first + r] = tops[r];
+  }
+  for (int r = 0; r < R; r += W) store(factor + r, exp2<6>(load(factor + r)));
+  for (int r = 0; r < R; ++r) weigh<kInt8>(job, scores[r], tops[r], factor[r], job.sums + (first + r) * W, cells[r]);
+  const auto columns = [&]<int C>(int64_t column) {
+    vf acc[R][C];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) acc[r][c] = load(job.results + (first + r) * job.wide + column + c * W) * factor[r];
+    multiply<R, C>(cells[0], kCells, job.values + column, job.wide, kCells, acc);
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) store(job.results + (first + r) * job.wide + column + c * W, acc[r][c]);
+  };
+  int64_t column = 0;
+  for (; column + kTileColumns * W <= job.wide; column += kTileColumns * W) columns.template operator()<kTileColumns>(column);
+  for (; column < job.wide; column += W) columns.template operator()<1>(column);
+}
+
+template <int R, bool kInt8>
+PHL_INLINE void last_tile(const AttentionArgs& a, BlockJob& job, const BlockSpan& span, int64_t first, int64_t count) {
+  if constexpr (R > 0) {
+    if (count == R) tile<R, kInt8>(a, job, span, first);
+    else last_tile<R - 1, kInt8>(a, job, span, first, count);
+  }
+}
+
+template <bool kInt8>
+void block(const AttentionArgs& a, BlockJob& job) {
+  const int64_t width = a.head_size + Cache<kInt8>::kExtra;
+  pack_queries(a, job);
+  for (int64_t i = 0; i < job.m * job.wide; i += W) store(job.results + i, vf{});
+  for (int64_t i = 0; i < job.m; ++i) {
+    store(job.sums + i * W, vf{});
+    job.tops[i] = kNoScore;
+  }
+  const int64_t last = job.position + job.tokens - 1;
+  for (int64_t begin = job.range.begin; begin < job.range.end; begin += kBlockTokens) {
+    const int64_t end = begin + kBlockTokens < job.range.end ? begin + kBlockTokens : job.range.end;
+    int64_t offsets[kBlockTokens];
+    token_offsets(a, job.row, job.kv_head, width, {begin, end}, offsets);
+    // Lanes past the end repeat a valid token; the mask hides them.
+    for (int64_t t = end - begin; t < kBlockTokens; ++t) offsets[t] = offsets[0];
+    pack_block<kInt8>(a, job, offsets);
+    const bool masked = end - begin < kBlockTokens || end - 1 > job.position || (a.window > 0 && last - a.window + 1 > begin);
+    const BlockSpan span{begin, end - begin, masked};
+    int64_t i = 0;
+    for (; i + kTileRows <= job.m; i += kTileRows) tile<kTileRows, kInt8>(a, job, span, i);
+    last_tile<kTileRows - 1, kInt8>(a, job, span, i, job.m - i);
+  }
+}
+
+}  // namespace
+}  // namespace PHL_NS
+}  // namespace phl

@@ -1,0 +1,126 @@
+// Rotary position embedding (Su et al. 2021) in place, and the writing of new tokens' K and V into the paged cache.
+// Caches are [pages, K, S, D] bfloat16, or [pages, K, S, D + 4] int8: D values, then the float32 scale.
+#include "../op.h"
+#include "../simd.h"
+
+namespace phl {
+namespace PHL_NS {
+namespace {
+
+constexpr int64_t kGrain = 1024;  // elements that are worth a thread
+
+struct RopeArgs {
+  float *q, *k;             // [T, heads, D], [T, kv_heads, D]; last axis contiguous
+  const void* positions;    // [T] int64 or int32
+  const float* cos_sin;     // [positions, 2, half]
+  int64_t position64, tokens, heads, kv_heads, half, interleaved;
+  int64_t q_token, q_head, k_token, k_head;  // strides
+};
+
+PHL_INLINE void turn_halves(float* x, const float* cos, const float* sin, int64_t half) {
+  int64_t i = 0;
+  for (; i + W <= half; i += W) {
+    const vf first = load(x + i), second = load(x + half + i), c = load(cos + i), s = load(sin + i);
+    store(x + i, first * c - second * s);
+    store(x + half + i, second * c + first * s);
+  }
+  if (i < half) {
+    const int64_t n = half - i;
+    const vf first = load_n(x + i, n), second = load_n(x + half + i, n), c = load_n(cos + i, n), s = load_n(sin + i, n);
+    store_n(x + i, first * c - second * s, n);
+    store_n(x + half + i, second * c + first * s, n);
+  }
+}
+
+PHL_INLINE void turn_neighbours(float* x, const float* cos, const float* sin, int64_t half) {
+  for (int64_t i = 0; i < half; ++i) {
+    const float first = x[2 * i], second = x[2 * i + 1];
+    x[2 * i] = first * cos[i] - second * sin[i];
+    x[2 * i + 1] = second * cos[i] + first * sin[i];
+  }
+}
+
+void rope(const RopeArgs& a, Team& team) {
+  const int64_t per_token = (a.heads + a.kv_heads) * a.half * 2;
+  team.split(a.tokens, (kGrain + per_token - 1) / per_token, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      const int64_t position = a.position64 ? static_cast<const int64_t*>(a.positions)[token]
+                                            : static_cast<const int32_t*>(a.positions)[token];
+      const float* cos = a.cos_sin + position * 2 * a.half;
+      const float* sin = cos + a.half;
+      for (int64_t head = 0; head < a.heads + a.kv_heads; ++head) {
+        float* x = head < a.heads ? a.q + token * a.q_token + head * a.q_head
+                                  : a.k + token * a.k_token + (head - a.heads) * a.k_head;
+        if (a.interleaved) turn_neighbours(x, cos, sin, a.half);
+        else turn_halves(x, cos, sin, a.half);
+      }
+    }
+  });
+}
+PHL_OP(rope, RopeArgs, "pppp iiiiii iiii");
+
+struct WriteKvArgs {
+  const float *k, *v;      // [T, K, D]
+  void *k_cache, *v_cache;
+  const int32_t* slots;    // [T] page * S + offset
+  int64_t tokens, kv_heads, head_size, page_size;
+  int64_t k_token, k_head, v_token, v_head;  // strides of k and v
+  int64_t page_stride;                       // elements between pages of a cache
+};
+
+PHL_INLINE void store_bf16_row(uint16_t* to, const float* from, int64_t n) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store_bf16(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = float_to_bf16(from[i]);
+}
+
+// scale = max |x| / 127; a row of zeros has scale 0.
+PHL_INLINE void store_int8_row(int8_t* to, const float* from, int64_t n) {
+  vf top{};
+  int64_t i = 0;
+  for (; i < n; i += W) {
+    const vf x = load_n(from + i, n - i < W ? n - i : W);
+    top = max(top, max(x, -x));
+  }
+  const float scale = largest(top) / 127.0f;
+  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+  for (i = 0; i < n; ++i) {
+    // Adding 1.5 * 2^23 rounds to nearest even; the product is at most 127 plus a rounding error.
+    const float shifted = from[i] * inverse + 12582912.0f;
+    int32_t bits;
+    __builtin_memcpy(&bits, &shifted, 4);
+    to[i] = int8_t(bits - 0x4B400000);
+  }
+  __builtin_memcpy(to + n, &scale, 4);
+}
+
+template <class T, class F>
+PHL_INLINE void write_tokens(const WriteKvArgs& a, Team& team, int64_t row, F&& store_row) {
+  const int64_t per_token = a.kv_heads * a.head_size * 2;
+  team.split(a.tokens, (kGrain + per_token - 1) / per_token, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      const int64_t page = a.slots[token] / a.page_size, offset = a.slots[token] % a.page_size;
+      for (int64_t head = 0; head < a.kv_heads; ++head) {
+        const int64_t at = page * a.page_stride + (head * a.page_size + offset) * row;
+        store_row(static_cast<T*>(a.k_cache) + at, a.k + token * a.k_token + head * a.k_head, a.head_size);
+        store_row(static_cast<T*>(a.v_cache) + at, a.v + token * a.v_token + head * a.v_head, a.head_size);
+      }
+    }
+  });
+}
+
+void write_kv_bf16(const WriteKvArgs& a, Team& team) {
+  write_tokens<uint16_t>(a, team, a.head_size,
+                         [](uint16_t* to, const float* from, int64_t n) { store_bf16_row(to, from, n); });
+}
+PHL_OP(write_kv_bf16, WriteKvArgs, "ppppp iiii iiii i");
+
+void write_kv_int8(const WriteKvArgs& a, Team& team) {
+  write_tokens<int8_t>(a, team, a.head_size + 4,
+                       [](int8_t* to, const float* from, int64_t n) { store_int8_row(to, from, n); });
+}
+PHL_OP(write_kv_int8, WriteKvArgs, "ppppp iiii iiii i");
+
+}  // namespace
+}  // namespace PHL_NS
+}  // namespace phl

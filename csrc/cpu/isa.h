@@ -1,0 +1,13 @@
+// The instruction set that a unit is compiled for. setup.py defines PHL_LEVEL for each object.
+#pragma once
+#ifndef PHL_LEVEL
+#define PHL_LEVEL 0
+#endif
+#if PHL_LEVEL == 2
+#define PHL_NS avx512
+#elif PHL_LEVEL == 1
+#define PHL_NS avx2
+#else
+#define PHL_NS portable
+#endif
+#define PHL_INLINE inline __attribute__((always_inline))

@@ -1,0 +1,176 @@
+"""Elementwise ops, norms, rotary embedding and KV writing of the native table, each as its namesake in `reference.py`.
+
+Handles are looked up once, when the table is made. The second argument of `call` estimates nanoseconds on one thread.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from phloem.kernels._native_runtime import Runtime
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`x` as float32 `[rows, N]` with a contiguous last axis; what is already so is returned as it is."""
+    if x.dtype != torch.float32:
+        raise TypeError(f"native ops take float32 activations, not {x.dtype}")
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def heads_of(x_THD: Tensor) -> tuple[int, int]:
+    """Strides of tokens and heads of a float32 `[T, H, D]` view whose last axis is contiguous."""
+    if x_THD.dtype != torch.float32 or x_THD.dim() != 3:
+        raise TypeError(f"expected float32 [tokens, heads, head size], not {x_THD.dtype} {list(x_THD.shape)}")
+    token, head, last = x_THD.stride()
+    if last != 1 and x_THD.shape[2] > 1:
+        raise ValueError("the last axis must be contiguous")
+    return token, head
+
+
+def is_index64(index: Tensor) -> bool:
+    if index.dtype not in (torch.int64, torch.int32) or not index.is_contiguous():
+        raise TypeError(f"indices must be contiguous int32 or int64, not {index.dtype}")
+    return index.dtype == torch.int64
+
+
+def ops(rt: Runtime) -> dict[str, Any]:
+    return {**_elementwise(rt), **_norms(rt), **_positions(rt)}
+
+
+def _elementwise(rt: Runtime) -> dict[str, Any]:
+    call, empty = rt.call, rt.empty
+    ADD, SILU, GELU = rt.op("add"), rt.op("silu_and_mul"), rt.op("gelu_tanh_and_mul")
+    SOFTCAP, SELECT = rt.op("softcap"), rt.op("select_rows")
+
+    def add(x: Tensor, y: Tensor) -> Tensor:
+        x_TN, y_TN = rows_of(x), rows_of(y)
+        rows, n = x_TN.shape
+        if y_TN.shape != x_TN.shape:
+            raise ValueError(f"cannot add {list(y.shape)} to {list(x.shape)}")
+        out, xs, ys = empty(x.shape), x_TN.stride(0), y_TN.stride(0)
+        call(ADD, rows * n // 8, x_TN.data_ptr(), y_TN.data_ptr(), out.data_ptr(), rows, n, xs, ys, n)
+        return out
+
+    def gated(handle: int, x: Tensor) -> Tensor:
+        x_TN = rows_of(x)
+        rows, double = x_TN.shape
+        if double % 2:
+            raise ValueError("gate and up must have the same number of features")
+        n = double // 2
+        out = empty((*x.shape[:-1], n))
+        call(handle, rows * n // 2, x_TN.data_ptr(), out.data_ptr(), rows, n, x_TN.stride(0), n)
+        return out
+
+    def silu_and_mul(x: Tensor) -> Tensor:
+        return gated(SILU, x)
+
+    def gelu_tanh_and_mul(x: Tensor) -> Tensor:
+        return gated(GELU, x)
+
+    def softcap(x: Tensor, cap: float) -> Tensor:
+        x_TN = rows_of(x)
+        rows, n = x_TN.shape
+        out = empty(x.shape)
+        call(SOFTCAP, rows * n // 2, x_TN.data_ptr(), out.data_ptr(), rows, n, x_TN.stride(0), n, cap)
+        return out
+
+    def select_rows(x: Tensor, index: Tensor) -> Tensor:
+        x_TN = rows_of(x)
+        n, rows = x_TN.shape[1], index.shape[0]
+        wide, out = is_index64(index), empty((rows, *x.shape[1:]))
+        work = rows * n // 8
+        call(SELECT, work, x_TN.data_ptr(), index.data_ptr(), out.data_ptr(), wide, rows, n, x_TN.stride(0))
+        return out
+
+    names = (add, silu_and_mul, gelu_tanh_and_mul, softcap, select_rows)
+    return {function.__name__: function for function in names}
+
+
+def _norms(rt: Runtime) -> dict[str, Any]:
+    call, empty = rt.call, rt.empty
+    RMS, ADD_RMS = rt.op("rms_norm"), rt.op("add_rms_norm")
+
+    def check(weight: Tensor, n: int) -> int:
+        if weight.dtype != torch.float32 or weight.shape != (n,) or not weight.is_contiguous():
+            raise TypeError(f"norm weight must be contiguous float32 [{n}], not {weight.dtype} {list(weight.shape)}")
+        return weight.data_ptr()
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.dim() == 3:
+            outer_stride, inner_stride = heads_of(x)
+            outer, inner, n = x.shape
+        else:
+            x = rows_of(x)
+            (outer, n), inner, outer_stride, inner_stride = x.shape, 1, x.stride(0), 0
+        out, work = empty(x.shape), outer * inner * n // 4
+        w = check(weight, n)
+        call(RMS, work, x.data_ptr(), w, out.data_ptr(), outer, inner, n, outer_stride, inner_stride, eps)
+        return out
+
+    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x_TN, y_TN = rows_of(x), rows_of(residual)
+        rows, n = x_TN.shape
+        if y_TN.shape != x_TN.shape:
+            raise ValueError(f"cannot add residual {list(residual.shape)} to {list(x.shape)}")
+        out, total, w = empty(x.shape), empty(x.shape), check(weight, n)
+        call(
+            ADD_RMS, rows * n // 3, x_TN.data_ptr(), y_TN.data_ptr(), w, out.data_ptr(), total.data_ptr(),
+            rows, n, x_TN.stride(0), y_TN.stride(0), eps,
+        )  # fmt: skip
+        return out, total
+
+    return {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
+
+
+def _positions(rt: Runtime) -> dict[str, Any]:
+    call = rt.call
+    ROPE = rt.op("rope")
+    WRITE = {
+        torch.bfloat16: rt.op("write_kv_bf16"),
+        torch.int8: rt.op("write_kv_int8"),
+    }
+
+    def rope_(q_THD: Tensor, k_TKD: Tensor, positions_T: Tensor, cos_sin: Tensor, interleaved: bool) -> None:
+        tokens, heads, size = q_THD.shape
+        kv_heads, half = k_TKD.shape[1], cos_sin.shape[2]
+        if 2 * half > size or cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
+            raise ValueError(f"cos_sin {cos_sin.dtype} {list(cos_sin.shape)} does not fit heads of {size}")
+        call(
+            ROPE, tokens * (heads + kv_heads) * half // 4,
+            q_THD.data_ptr(), k_TKD.data_ptr(), positions_T.data_ptr(), cos_sin.data_ptr(), is_index64(positions_T),
+            tokens, heads, kv_heads, half, interleaved, *heads_of(q_THD), *heads_of(k_TKD),
+        )  # fmt: skip
+
+    def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
+        tokens, kv_heads, size = k_TKD.shape
+        page_size, width = k_cache.shape[2:]
+        handle = WRITE.get(k_cache.dtype)
+        if handle is None or slots_T.dtype != torch.int32 or width != size + 4 * (k_cache.dtype == torch.int8):
+            raise ValueError(
+                f"cache {k_cache.dtype} {list(k_cache.shape)} or slots {slots_T.dtype} do not fit the keys"
+            )
+        call(
+            handle, tokens * kv_heads * size // 2,
+            k_TKD.data_ptr(), v_TKD.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slots_T.data_ptr(),
+            tokens, kv_heads, size, page_size, *heads_of(k_TKD), *heads_of(v_TKD), cache_stride(k_cache, v_cache),
+        )  # fmt: skip
+
+    return {"rope_": rope_, "write_kv": write_kv}
+
+
+def cache_stride(k_cache: Tensor, v_cache: Tensor) -> int:
+    """Elements between pages of a cache pair; within a page the cache is contiguous `[K, S, width]`."""
+    _, _, page_size, width = k_cache.shape
+    for cache in (k_cache, v_cache):
+        if cache.stride()[1:] != (page_size * width, width, 1) or cache.shape != k_cache.shape:
+            raise ValueError("a page of the KV cache must be contiguous, and both caches alike")
+    if k_cache.stride(0) != v_cache.stride(0) or k_cache.dtype != v_cache.dtype:
+        raise ValueError("key and value caches must have one type and one page stride")
+    return k_cache.stride(0)

@@ -1,0 +1,56 @@
+"""Step graphs: one face over a recorded list of native calls and over a captured device graph.
+
+While `record` runs its function once, every op of the table is kept with its arguments, over buffers that stay where
+they are. `replay` runs them again: what the step reads that changes (ids, positions, lengths, pages) the caller copies
+into the same input tensors first, and the results are in the tensors that `record` returned.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+class RecordError(RuntimeError):
+    """The step does something that a recording cannot see; the text names it. The step must then run eagerly."""
+
+
+class StepGraph(Protocol):
+    """A recorded step."""
+
+    bytes: int  # memory that the graph's own buffers take
+
+    def replay(self) -> None: ...
+
+
+class GraphRecorder(Protocol):
+    """Makes step graphs. One recording at a time in a thread."""
+
+    def record(self, fn: Callable[[], T]) -> tuple[StepGraph, T]:
+        """Run `fn` once, recorded, and give the graph with what `fn` returned. Raises `RecordError`."""
+        ...
+
+
+def check_replay(graph: StepGraph, recorded: Sequence[Tensor], eager: Callable[[], Sequence[Tensor]]) -> None:
+    """Debug mode: replay, run the step eagerly over the same inputs, and compare the results bit for bit.
+
+    Raises `RecordError` naming the first result that differs. KV that the step writes is written twice, alike.
+    """
+    graph.replay()
+    copies = [tensor.clone() for tensor in recorded]
+    for number, (got, want) in enumerate(zip(copies, eager(), strict=True)):
+        if got.shape != want.shape or not torch.equal(_bits(got), _bits(want)):
+            raise RecordError(f"result {number} of the recorded step differs from the eager step's")
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Compared as integers, so that equal NaNs are equal."""
+    return x.contiguous().view(torch.uint8)

@@ -1,0 +1,38 @@
+"""The native table: the op table over the C++ kernels of csrc/cpu, on any CPU that the library was built for.
+
+Activations are float32. KV caches are bfloat16 `[pages, K, S, D]`, or int8 `[pages, K, S, D + 4]`: D values, then the
+float32 scale of that token and head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from phloem.kernels import _native_attention as attention
+from phloem.kernels import _native_basic as basic
+from phloem.kernels import _native_sampling as sampling
+from phloem.kernels import native_linear
+from phloem.kernels._cores import available_cores
+from phloem.kernels._native_recorder import Recorder
+from phloem.kernels._native_runtime import Unavailable, runtime
+from phloem.kernels.ops import Ops
+
+__all__ = ["Recorder", "Unavailable", "runtime", "table"]
+
+
+def table(threads: int | None = None, level: str | None = None) -> Ops:
+    """The op table. `threads`: default the cores that the process may use. `level` (tests) lowers the instruction set.
+
+    Raises `Unavailable` where the library is missing.
+    """
+    rt = runtime()
+    rt.library.set_level(level)
+    rt.library.set_threads(threads or available_cores())
+    made = {**basic.ops(rt), **attention.ops(rt), **sampling.ops(rt), **native_linear.ops(rt)}
+    return dataclasses.replace(Ops(), name="native", recorder=lambda: Recorder(rt), **made)
+
+
+def describe() -> str:
+    """What the library runs with on this machine, for the decision's reason."""
+    library = runtime().library
+    return f"the fastest here ({library.level()} instructions, {library.threads()} threads)"

@@ -1,0 +1,103 @@
+"""The command line: help, errors, YAML, and the offline commands on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phloem import cli
+from phloem.cli._options import parse
+from phloem.core.errors import ConfigError
+from phloem.testing.checkpoints import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"))
+
+
+def phloem(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "phloem", *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
+
+
+def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in cli.COMMANDS.names():
+        assert f"  {name} " in text
+
+
+def test_a_wrong_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["srve"]) == 2
+    assert "did you mean 'serve'" in capsys.readouterr().err
+
+
+def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("serve", ["--help"])
+    text = capsys.readouterr().out
+    for flag in ("--host", "--port", "--dtype", "--context-length", "--max-running-requests", "--max-total-tokens",
+                 "--mem-fraction-static", "--chunked-prefill-size", "--page-size", "--schedule-policy",
+                 "--disable-radix-cache", "--served-model-name", "--api-key", "--load-format", "--quantization",
+                 "--log-level"):  # fmt: skip
+        assert flag in text
+
+
+def test_flags_win_over_the_file_and_the_first_word_is_the_model(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("port: 4000\npage-size: 32\nmodel_path: from-file\n")
+    config, _ = parse("serve", ["mine", "--config", str(file), "--page-size", "8"])
+    assert (config.server.port, config.cache.page_size, config.model.model_path) == (4000, 8, "mine")
+    config, _ = parse("serve", [f"--config={file}"])
+    assert config.model.model_path == "from-file"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("prot: 1", "did you mean 'port'"), ("- 1", "must map"), ("a: [", "not YAML")]
+)
+def test_a_wrong_file_is_explained(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        parse("serve", ["--config", str(file)])
+
+
+@pytest.mark.slow
+def test_run_answers_in_order_and_keeps_going_past_a_bad_prompt(model: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [
+        {"prompt": "hello"},
+        {"input_ids": [999999]},
+        {"messages": [{"role": "user", "content": "hi"}], "sampling_params": {"max_new_tokens": 3, "ignore_eos": True}},
+    ]
+    source.write_text("\n".join(json.dumps(line) for line in lines) + "\nplain text\n")
+    done = phloem("run", str(model), "--input", str(source), "--output", str(target), "--max-new-tokens", "5",
+                  "--dtype", "float32", "--max-total-tokens", "2048")  # fmt: skip
+    answers = [json.loads(line) for line in target.read_text().splitlines()]
+    assert len(answers) == 4 and done.returncode == 1
+    assert "token id" in answers[1]["error"]
+    assert answers[2]["meta_info"]["completion_tokens"] == 3
+    assert "tok/s" in done.stderr
+
+
+@pytest.mark.slow
+def test_chat_streams_and_remembers(model: Path) -> None:
+    done = phloem("chat", str(model), "--dtype", "float32", "--max-total-tokens", "2048", "--max-new-tokens", "4",
+                  stdin="hello\n/clear\nagain\n/exit\n")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" s)") == 2 and "a new conversation" in done.stdout
+
+
+@pytest.mark.slow
+def test_doctor_shows_machine_libraries_and_choices(model: Path) -> None:
+    done = phloem("doctor", str(model))
+    assert done.returncode == 0, done.stderr
+    for word in ("usable cores", "torch", "family", "llama", "ops", "context"):
+        assert word in done.stdout
+    bad = phloem("doctor", "/nowhere/at/all")
+    assert bad.returncode == 1 and "nowhere" in bad.stdout

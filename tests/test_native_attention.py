@@ -1,0 +1,162 @@
+"""Native paged attention against the reference: ragged rows, grouped heads, windows, caps, sinks, both cache types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from phloem.kernels import native
+from phloem.kernels import reference as ref
+from phloem.kernels.graph import check_replay
+from phloem.kernels.ops import Ops, PagedBatch
+
+
+def levels() -> list[str]:
+    try:
+        return list(native.runtime().library.levels())
+    except native.Unavailable:
+        return []
+
+
+pytestmark = pytest.mark.skipif(not levels(), reason="the native library is not built (no C++ compiler?)")
+
+
+@pytest.fixture(params=[(level, threads) for level in levels() for threads in (1, 2)], ids=str)
+def ops(request: Any) -> Iterator[Ops]:
+    level, threads = request.param
+    yield native.table(threads, level)
+    native.runtime().library.set_level(None)
+
+
+def make_batch(queries: list[int], lengths: list[int], page_size: int, spare: int = 0) -> tuple[PagedBatch, int]:
+    """Rows with shuffled pages; page 0 is scratch. Gives the batch and the number of pages."""
+    counts = [-(-length // page_size) for length in lengths]
+    ids = (torch.randperm(sum(counts)) + 1).to(torch.int32)
+    table = torch.zeros(len(lengths), max(counts) + spare, dtype=torch.int32)
+    taken = 0
+    for row, count in enumerate(counts):
+        table[row, :count] = ids[taken : taken + count]
+        taken += count
+    start = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
+    lens = torch.tensor(lengths, dtype=torch.int32)
+    slots = torch.zeros(sum(queries), dtype=torch.int32)
+    return PagedBatch(start, lens, table, slots, max(queries), max(lengths)), sum(counts) + 1
+
+
+def quantise(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A float32 cache as int8 with its scale, and as the float32 values that this stands for."""
+    scale = cache.abs().amax(-1, keepdim=True) / 127
+    values = (cache / scale).round().clamp(-127, 127)
+    return torch.cat((values.to(torch.int8), scale.contiguous().view(torch.int8)), -1), values * scale
+
+
+CASES = {
+    "decode": ([1, 1, 1, 1], [1, 37, 300, 64], 9, 3, 64, 16),
+    "long decode, splits": ([1, 1], [5000, 513], 3, 1, 64, 16),
+    "wide group": ([1, 1, 1], [7, 700, 70], 8, 1, 128, 16),
+    "odd head size": ([1, 5, 1], [9, 40, 300], 4, 2, 72, 8),
+    "tiny odd head": ([1, 3], [5, 70], 2, 2, 5, 3),
+    "extend": ([70, 1, 33, 2], [70, 200, 97, 300], 9, 3, 64, 16),
+    "extend, odd everything": ([67, 13], [131, 13], 6, 2, 80, 1),
+    "no grouping": ([1, 20], [130, 20], 5, 5, 32, 7),
+}
+
+
+def run(ops: Ops, case: str, kind: torch.dtype, window: int, cap: float, sinks: bool) -> None:
+    torch.manual_seed(len(case))
+    queries, lengths, heads, kv_heads, size, page_size = CASES[case]
+    batch, pages = make_batch(queries, lengths, page_size)
+    fused = torch.randn(sum(queries), heads * size + 5) * 1.5
+    q = fused[:, : heads * size].unflatten(-1, (heads, size))
+    k, v = (torch.randn(pages, kv_heads, page_size, size) for _ in "kv")
+    if kind is torch.bfloat16:
+        caches = [k.bfloat16(), v.bfloat16()]
+        exact = [cache.float() for cache in caches]
+    else:
+        (k8, k), (v8, v) = quantise(k), quantise(v)
+        caches, exact = [k8, v8], [k, v]
+    sink = torch.randn(heads) if sinks else None
+    scale = size**-0.5
+    got = ops.paged_attention(q, *caches, batch, scale, window, cap, sink)
+    want = ref.paged_attention(q, *exact, batch, scale, window, cap, sink)
+    assert got.shape == want.shape
+    # bfloat16 products (AVX-512, several query rows) round queries and weights to 8 bits.
+    tolerance = 2e-2 if native.runtime().library.level() == "avx512" else 2e-5
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    assert (got - want).pow(2).mean().sqrt() < tolerance / 8
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+@pytest.mark.parametrize("case", CASES)
+def test_against_the_reference(ops: Ops, case: str, kind: torch.dtype) -> None:
+    run(ops, case, kind, 0, 0.0, False)
+
+
+@pytest.mark.parametrize("case", ["decode", "wide group", "extend", "tiny odd head"])
+@pytest.mark.parametrize("window,cap,sinks", [(1, 0.0, False), (50, 0.0, True), (16, 5.0, False), (0, 3.0, True)])
+def test_window_cap_and_sinks(ops: Ops, case: str, window: int, cap: float, sinks: bool) -> None:
+    run(ops, case, torch.bfloat16, window, cap, sinks)
+
+
+def test_streamed_decode_is_float32(ops: Ops) -> None:
+    """One query token of few heads: no rounding beyond the cache's."""
+    torch.manual_seed(0)
+    batch, pages = make_batch([1, 1], [400, 77], 16)
+    q, k, v = torch.randn(2, 9, 64), torch.randn(pages, 3, 16, 64).bfloat16(), torch.randn(pages, 3, 16, 64).bfloat16()
+    got = ops.paged_attention(q, k, v, batch, 0.125, 0, 0.0, None)
+    torch.testing.assert_close(got, ref.paged_attention(q, k, v, batch, 0.125, 0, 0.0, None), rtol=1e-5, atol=1e-5)
+
+
+def test_results_do_not_depend_on_threads_or_neighbours() -> None:
+    torch.manual_seed(1)
+    queries, lengths = [1, 40, 1, 7], [900, 60, 3, 300]
+    batch, pages = make_batch(queries, lengths, 16)
+    q = torch.randn(sum(queries), 6, 64)
+    k, v = (torch.randn(pages, 2, 16, 64).bfloat16() for _ in "kv")
+    args = (0.125, 0, 0.0, None)
+    one = native.table(1).paged_attention(q, k, v, batch, *args)
+    ops = native.table(3)
+    assert torch.equal(ops.paged_attention(q, k, v, batch, *args), one)
+    native.table(2)
+    alone = PagedBatch(
+        torch.tensor([0, 1], dtype=torch.int32), batch.seq_lens[:1], batch.page_table[:1], batch.token_slots, 1, 900
+    )
+    assert torch.equal(ops.paged_attention(q[:1], k, v, alone, *args), one[:1])
+
+
+def test_padding_rows_give_zeros_and_a_recorded_step_follows_the_lengths() -> None:
+    torch.manual_seed(2)
+    ops = native.table(2)
+    batch, pages = make_batch([1, 1, 1], [900, 16, 40], 16)
+    k, v = (torch.randn(pages, 2, 16, 64).bfloat16() for _ in "kv")
+    q = torch.randn(3, 6, 64)
+
+    def step() -> torch.Tensor:
+        return ops.paged_attention(q, k, v, batch, 0.125, 0, 0.0, None)
+
+    assert ops.recorder is not None
+    graph, result = ops.recorder().record(step)
+    for lengths in ([1, 16, 2], [800, 0, 17], [900, 16, 40]):
+        batch.seq_lens.copy_(torch.tensor(lengths))
+        check_replay(graph, [result], lambda: [step()])
+        for row, length in enumerate(lengths):
+            assert (result[row] == 0).all() == (length == 0)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    ops = native.table(2)
+    batch, pages = make_batch([1], [5], 4)
+    q, cache = torch.randn(1, 2, 8), torch.zeros(pages, 1, 4, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="does not fit"):
+        ops.paged_attention(q, cache.float(), cache.float(), batch, 1.0, 0, 0.0, None)
+    with pytest.raises(ValueError, match="does not fit"):
+        ops.paged_attention(q[..., :6], cache, cache, batch, 1.0, 0, 0.0, None)
+    with pytest.raises(ValueError, match="contiguous"):
+        turned = torch.zeros(pages, 4, 2, 8, dtype=torch.bfloat16).transpose(1, 2)
+        ops.paged_attention(q, turned, turned, batch, 1.0, 0, 0.0, None)
+    batch.seq_lens = batch.seq_lens.long()
+    with pytest.raises(TypeError, match="int32"):
+        ops.paged_attention(q, cache, cache, batch, 1.0, 0, 0.0, None)

@@ -1,0 +1,161 @@
+"""Recording and replay, the thread pool, and the count of cores."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from phloem.kernels import native
+from phloem.kernels._cores import available_cores, cgroup_quota
+from phloem.kernels.graph import RecordError, check_replay
+from phloem.kernels.ops import Ops
+
+
+def built() -> bool:
+    try:
+        native.runtime()
+    except native.Unavailable:
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
+
+
+@pytest.fixture(params=[1, 2])
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return native.table(request.param)
+
+
+def step(ops: Ops, x: torch.Tensor, weight: torch.Tensor, layers: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    residual = x
+    for _ in range(layers):
+        h, residual = ops.add_rms_norm(x, residual, weight, 1e-5)
+        x = ops.silu_and_mul(ops.add(h, residual).view(len(x), 2, -1).flatten(1))
+        x = ops.add(x.view(-1).view(len(h), -1), h[:, : h.shape[1] // 2])
+        x = ops.add(residual, torch.broadcast_to(h, residual.shape))
+        residual = ops.softcap(residual, 20.0)
+    return x, residual
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_replay_equals_eager_bit_for_bit(ops: Ops, rows: int) -> None:
+    x, weight = torch.randn(rows, 640), torch.rand(640)
+    assert ops.recorder is not None
+    graph, results = ops.recorder().record(lambda: step(ops, x, weight))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn_like(x))
+        check_replay(graph, results, lambda: step(ops, x, weight))
+    # Five layers of six ops live in the buffers of one layer: dead ones are used again.
+    assert graph.bytes <= 9 * rows * 640 * 4
+    timed = graph.replay_timed()  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(timed) == 30 and timed[0][0] == "add_rms_norm" and timed[0][1] == (rows == 1)
+
+
+def test_check_replay_sees_a_difference(ops: Ops) -> None:
+    x = torch.randn(2, 8)
+    assert ops.recorder is not None
+    graph, result = ops.recorder().record(lambda: ops.add(x, x))
+    with pytest.raises(RecordError, match="result 0"):
+        check_replay(graph, [result], lambda: [ops.add(x, x) + 1])
+
+
+@pytest.mark.parametrize(
+    "bad", [lambda ops, x: x + 1, lambda ops, x: x.t().contiguous(), lambda ops, x: x.sum().item()]
+)
+def test_a_step_with_torch_arithmetic_is_refused(ops: Ops, bad) -> None:
+    x = torch.randn(3, 8)
+    assert ops.recorder is not None
+    recorder = ops.recorder()
+    with pytest.raises(RecordError, match="torch's aten"):
+        recorder.record(lambda: bad(ops, ops.add(x, x)))
+    graph, result = recorder.record(lambda: ops.add(x, x))  # and the recorder is usable again
+    x.fill_(2)
+    graph.replay()
+    assert (result == 4).all()
+
+
+def test_one_recording_at_a_time(ops: Ops) -> None:
+    assert ops.recorder is not None
+    recorder = ops.recorder()
+    with pytest.raises(RecordError, match="already"):
+        recorder.record(lambda: recorder.record(lambda: None))
+
+
+def test_many_python_threads_share_the_pool() -> None:
+    ops = native.table(2)
+    x = torch.randn(64, 1024)
+    want, wrong = ops.add(x, x), []
+
+    def work() -> None:
+        wrong.extend(1 for _ in range(200) if not torch.equal(ops.add(x, x), want))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_pool_changes_size_and_sleeps_when_idle() -> None:
+    x = torch.randn(256, 1024)
+    for threads in (3, 1, 4, 2):
+        ops = native.table(threads)
+        assert native.runtime().library.threads() == threads
+        assert torch.equal(ops.add(x, x), x + x)
+    time.sleep(0.02)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.02
+    with pytest.raises(ValueError, match="threads"):
+        native.runtime().library.set_threads(0)
+
+
+def test_a_forked_child_has_a_pool_of_its_own() -> None:
+    ops = native.table(2)
+    x = torch.randn(256, 1024)
+    want = ops.add(x, x)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(ops.add(x, x), want) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_calls_check_their_arguments() -> None:
+    rt = native.runtime()
+    handle = rt.op("add")
+    with pytest.raises(TypeError, match="add takes 8 arguments"):
+        rt.call(handle, 1, 0)
+    with pytest.raises(TypeError, match="add takes 8 arguments"):
+        rt.call(handle, 1, *range(9))
+    with pytest.raises(IndexError):
+        rt.call(99999, 1)
+    with pytest.raises(KeyError, match="no native op"):
+        rt.op("nothing")
+    with pytest.raises(ValueError, match="cannot run level"):
+        rt.library.set_level("sparc")
+
+
+def test_quota_of_a_cgroup(tmp_path: Path) -> None:
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    membership = tmp_path / "cgroup"
+    membership.write_text("0::/a/b\n")
+    assert cgroup_quota(membership, tmp_path) is None
+    (inner / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "a" / "cpu.max").write_text("150000 100000\n")
+    assert cgroup_quota(membership, tmp_path) == 1.5
+    legacy = tmp_path / "cpu" / "c"
+    legacy.mkdir(parents=True)
+    (legacy / "cpu.cfs_quota_us").write_text("50000")
+    (legacy / "cpu.cfs_period_us").write_text("100000")
+    membership.write_text("3:cpu,cpuacct:/c\n2:memory:/c\n")
+    assert cgroup_quota(membership, tmp_path) == 0.5
+    assert 1 <= available_cores() <= (os.cpu_count() or 1)

@@ -1,0 +1,258 @@
+"""Whole servers as processes: start, serve, drain, die. A tiny model with random weights stands for a real one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import queue
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from phloem.testing.checkpoints import tiny_checkpoint
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"), max_position_embeddings=2048)
+
+
+class Server:
+    """A `phloem serve` process; `lines` are what it has printed on either stream."""
+
+    def __init__(self, model: Path, *arguments: str) -> None:
+        command = [sys.executable, "-m", "phloem", "serve", str(model), "--port", "0", *arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.lines: list[str] = []
+        self._news: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+        self.url = ""
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            self._news.put(line)
+        self._news.put(None)
+
+    def wait_ready(self, timeout: float = 120) -> Server:
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            line = self._news.get(timeout=max(0.1, end - time.monotonic()))
+            assert line is not None, "the server ended:\n" + "\n".join(self.lines)
+            found = re.search(r"at (http://127\.0\.0\.1:\d+)$", line.strip())
+            if found:
+                self.url = found.group(1)
+                return self
+        raise AssertionError("not ready in time:\n" + "\n".join(self.lines))
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(children[0])
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=60)
+
+    def generate(self, text: str, count: int = 4) -> httpx.Response:
+        body = {"text": text, "sampling_params": {"max_new_tokens": count, "temperature": 0, "ignore_eos": True}}
+        return httpx.post(f"{self.url}/generate", json=body, timeout=60)
+
+    def state(self) -> dict[str, Any]:
+        return self.get("/server_info").json()["internal_states"][0]
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+def gone(pid: int) -> bool:
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+
+
+def eventually(check: Any, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[Server]:
+    found = Server(
+        model, "--dtype", "float32", "--max-total-tokens", "16384", "--max-running-requests", "48", "--debug-invariants"
+    )
+    try:
+        yield found.wait_ready()
+    finally:
+        found.close()
+
+
+def test_decisions_phases_and_readiness_are_printed(server: Server) -> None:
+    text = "\n".join(server.lines)
+    for word in ("max_total_num_tokens", "attention_backend", "context_length", "ready after", "weights", "imports"):
+        assert word in text
+    info = server.get("/server_info").json()
+    assert info["max_total_num_tokens"] == 16384 and info["decisions"]
+
+
+async def _client(
+    http: httpx.AsyncClient, url: str, number: int, leaves: bool, clock: random.Random
+) -> tuple[int, str] | None:
+    wanted = clock.randint(8, 24)
+    body = {
+        "text": f"client {number} says hello and waits for an answer " * clock.randint(1, 6),
+        "sampling_params": {"max_new_tokens": wanted, "temperature": 0, "ignore_eos": True},
+        "stream": True,
+    }
+    last: dict[str, Any] = {}
+    seen = 0
+    async with http.stream("POST", f"{url}/generate", json=body) as response:
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                last = json.loads(line[6:])
+                seen += 1
+                if leaves and seen == 2:
+                    return None
+    assert last["meta_info"]["finish_reason"] == {"type": "length", "length": wanted}
+    assert len(last["output_ids"]) == wanted
+    return wanted, last["text"]
+
+
+def resident(pid: int) -> int:
+    return int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0])
+
+
+def test_two_hundred_clients_of_whom_a_quarter_leaves(server: Server) -> None:
+    """Nothing leaks over three rounds, and everybody who stays gets the whole answer."""
+    engine = server.engine_pid()
+
+    async def a_round(seed: int) -> int:
+        clock = random.Random(seed)
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=300, limits=limits) as http:
+            jobs = [_client(http, server.url, i, i % 4 == 0, clock) for i in range(200)]
+            return sum(1 for answer in await asyncio.gather(*jobs) if answer is not None)
+
+    sizes: list[tuple[int, int]] = []
+    for seed in range(3):
+        assert asyncio.run(a_round(seed)) == 150
+        eventually(lambda: server.state()["running"] + server.state()["waiting"] == 0)
+        assert server.get("/flush_cache").status_code == 200
+        assert server.state()["available_tokens"] == server.state()["total_tokens"]
+        sizes.append((resident(server.process.pid), resident(engine)))
+    for before, after in zip(sizes[1], sizes[2], strict=True):
+        assert after < before * 1.1 + 8192, f"resident memory grew: {sizes} kB"
+
+
+def test_a_taken_port_is_told_before_anything_is_loaded(server: Server, model: Path) -> None:
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "phloem", "serve", str(model), "--port", str(server.port)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and "in use" in done.stderr and "Traceback" not in done.stderr
+    assert time.monotonic() - begun < 30
+
+
+def test_sigterm_lets_running_requests_finish_and_leaves_nothing(model: Path) -> None:
+    server = Server(model, "--dtype", "float32", "--max-total-tokens", "8192").wait_ready()
+    try:
+        engine = server.engine_pid()
+        answers: queue.SimpleQueue[httpx.Response] = queue.SimpleQueue()
+        asker = threading.Thread(target=lambda: answers.put(server.generate("a long story", 600)))
+        asker.start()
+        eventually(lambda: server.state()["running"] == 1)
+        server.process.send_signal(signal.SIGTERM)
+        asker.join(60)
+        answer = answers.get(timeout=1)
+        assert answer.status_code == 200 and len(answer.json()["output_ids"]) == 600
+        assert server.process.wait(30) == 0
+        assert gone(engine)
+        assert "Traceback" not in "\n".join(server.lines)
+    finally:
+        server.close()
+
+
+def test_a_dead_engine_is_told_and_started_again(model: Path) -> None:
+    server = Server(model, "--dtype", "float32", "--max-total-tokens", "8192").wait_ready()
+    try:
+        answers: queue.SimpleQueue[httpx.Response] = queue.SimpleQueue()
+        asker = threading.Thread(target=lambda: answers.put(server.generate("a long story", 1500)))
+        asker.start()
+        eventually(lambda: server.state()["running"] == 1)
+        first = server.engine_pid()
+        os.kill(first, signal.SIGKILL)
+        asker.join(60)
+        answer = answers.get(timeout=1)
+        assert answer.status_code == 503 and "SIGKILL" in answer.text
+        assert server.get("/health").status_code == 503
+        eventually(lambda: server.get("/health").status_code == 200, 60)
+        assert server.engine_pid() != first
+        assert server.generate("hello").status_code == 200
+    finally:
+        server.close()
+
+
+def test_a_dead_engine_ends_the_server_where_that_is_wanted(model: Path) -> None:
+    server = Server(model, "--dtype", "float32", "--max-total-tokens", "8192", "--on-engine-death", "exit").wait_ready()
+    try:
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        assert server.process.wait(30) == 1
+    finally:
+        server.close()
+
+
+def test_a_killed_server_leaves_no_process_and_frees_its_port(model: Path) -> None:
+    server = Server(model, "--dtype", "float32", "--max-total-tokens", "8192").wait_ready()
+    engine, port = server.engine_pid(), server.port
+    os.kill(server.process.pid, signal.SIGKILL)
+    server.process.wait()
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+    eventually(lambda: gone(engine), 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--prot", "1"], "--port"),
+        (["--schedule-policy", "lmp"], "lpm"),
+        (["--context-length", "100000000"], "context_length"),
+        (["--kv-memory", "1KiB"], "KV pool"),
+        (["--attention-backend", "cpuu"], "cpu"),
+        (["--model-path", "/nowhere/at/all"], "nowhere"),
+        (["--device", "toaster"], "toaster"),
+    ],
+)
+def test_wrong_options_end_with_a_clear_line_and_no_trace(model: Path, arguments: list[str], text: str) -> None:
+    command = [sys.executable, "-m", "phloem", "serve", "--port", "0", "--model-path", str(model), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert text in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr

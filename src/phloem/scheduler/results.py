@@ -143,7 +143,8 @@ class Results:
 
     def fail(self, request: Request, message: str, status_code: int) -> None:
         """End a request that went wrong, alone. What only it computed is not kept for others."""
-        log.error("request %s failed (%d): %s", request.id, status_code, message)
+        level = logging.ERROR if status_code >= 500 else logging.WARNING
+        log.log(level, "request %s failed (%d): %s", request.id, status_code, message)
         reason = FinishReason("abort", message=message, status_code=status_code)
         self.finish(request, reason, answer=False, keep=False)
         try:

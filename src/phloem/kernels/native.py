@@ -10,6 +10,7 @@ import dataclasses
 
 from phloem.kernels import _native_attention as attention
 from phloem.kernels import _native_basic as basic
+from phloem.kernels import _native_sampling as sampling
 from phloem.kernels import native_linear
 from phloem.kernels._cores import available_cores
 from phloem.kernels._native_recorder import Recorder
@@ -27,5 +28,11 @@ def table(threads: int | None = None, level: str | None = None) -> Ops:
     rt = runtime()
     rt.library.set_level(level)
     rt.library.set_threads(threads or available_cores())
-    made = {**basic.ops(rt), **attention.ops(rt), **native_linear.ops(rt)}
+    made = {**basic.ops(rt), **attention.ops(rt), **sampling.ops(rt), **native_linear.ops(rt)}
     return dataclasses.replace(Ops(), name="native", recorder=lambda: Recorder(rt), **made)
+
+
+def describe() -> str:
+    """What the library runs with on this machine, for the decision's reason."""
+    library = runtime().library
+    return f"the fastest here ({library.level()} instructions, {library.threads()} threads)"

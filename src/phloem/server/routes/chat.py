@@ -48,6 +48,7 @@ async def chat_completions(request: Request) -> Response:
     body = await door.read(request, _parser)
     door.check_model(body.model)
     asked = await to_request(body, door.client, door.info)
+    door.check_batch(asked.request)
     call = await door.client.submit(asked.request)
     key = body.rid or new_id("chatcmpl-")
     writer = _Writer(body, key, door.info.served_model_name, door.client.tokenizer, asked.parsers())

@@ -1,0 +1,225 @@
+"""The kernel launches that are compiled ahead of time: every kernel, in the shapes of models that are served.
+
+Each case calls the same host function as the engine, on tensors without data (`meta`), so what is compiled is what
+would be launched, tile shapes and alignment included, and no case can wait for a value on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phloem.kernels.ops import PagedBatch
+from phloem.kernels.triton import (
+    activation,
+    attention,
+    gemm_fp8,
+    gemm_int,
+    invariant,
+    lora,
+    mla,
+    moe,
+    norm,
+    pages,
+    quantise,
+    rope,
+    sample,
+)
+
+BF16, F32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
+
+
+@dataclass(frozen=True)
+class Case:
+    """`run` launches kernels; it gets the target's float8 type, or is not run where `float8` and there is none."""
+
+    name: str
+    run: Callable[[torch.dtype], Any]
+    float8: bool = False
+    quick: bool = False  # part of the reduced set that the test suite compiles
+
+
+def t(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def batch(rows: int, tokens: int, page: int = 16, context: int = 8192) -> PagedBatch:
+    return PagedBatch(
+        t(rows + 1, dtype=I32),
+        t(rows, dtype=I32),
+        t(rows, context // page, dtype=I32),
+        t(tokens, dtype=I32),
+        1 if tokens == rows else tokens,
+        context,
+    )
+
+
+def _attend(
+    rows: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head: int,
+    float8: torch.dtype | None = None,
+    dtype: torch.dtype = BF16,
+    window: int = 0,
+    cap: float = 0.0,
+    sinks: bool = False,
+    **options: Any,
+) -> None:
+    cache = t(1000, kv_heads, 16, head, dtype=float8 or dtype)
+    run = attention.decode_attention if rows == tokens else attention.extend_attention
+    if float8 is not None:
+        options["scales"] = (t(kv_heads, dtype=F32), t(kv_heads, dtype=F32))
+    run(
+        t(tokens, heads, head, dtype=dtype),
+        cache,
+        cache,
+        batch(rows, tokens),
+        head**-0.5,
+        window,
+        cap,
+        t(heads) if sinks else None,
+        **options,
+    )
+
+
+def _mla(rows: int, tokens: int) -> None:
+    q_nope, q_rope, cache = t(tokens, 128, 128), t(tokens, 128, 64), t(1000, 1, 16, 576)
+    mla.mla_attention(q_nope, q_rope, cache, batch(rows, tokens), t(128, 128, 512), t(128, 512, 128), 0.1)
+
+
+def _rope(interleaved: bool, cache_dtype: torch.dtype, scaled: bool) -> None:
+    q, k, v = t(64, 32, 128), t(64, 8, 128), t(64, 8, 128)
+    cos_sin, positions = t(8192, 2, 64, dtype=F32), t(64, dtype=I64)
+    cache, slots = t(1000, 8, 16, 128, dtype=cache_dtype), t(64, dtype=I32)
+    scales = (t(1, dtype=F32), t(1, dtype=F32)) if scaled else None
+    rope.rope_(q, k, positions, cos_sin, interleaved)
+    rope.write_kv(k, v, cache, cache, slots, scales)
+    rope.rope_write_kv(q, k, v, positions, cos_sin, interleaved, cache, cache, slots, scales)
+
+
+def _norms(dtype: torch.dtype, features: int) -> None:
+    x, weight = t(64, features, dtype=dtype), t(features, dtype=dtype)
+    norm.rms_norm(x, weight, 1e-6)
+    norm.add_rms_norm(x, x, weight, 1e-6)
+    norm.rms_norm(t(64, 48, 128, dtype=dtype), t(128, dtype=dtype), 1e-6)
+
+
+def _elementwise() -> None:
+    activation.silu_and_mul(t(64, 28672))
+    activation.gelu_tanh_and_mul(t(64, 28672))
+    activation.add(t(64, 4096), t(64, 4096))
+    activation.softcap(t(64, 256000, dtype=F32), 30.0)
+
+
+def _pages() -> None:
+    pages.embedding(t(64, dtype=I64), t(128256, 4096), 64.0)
+    pages.select_rows(t(64, 4096), t(8, dtype=I64))
+    pages.gather_pages(t(1000, 8, 16, 128), t(20, dtype=I32))
+    pages.scatter_pages(t(1000, 8, 16, 128), t(20, dtype=I32), t(20, 8, 16, 128))
+
+
+def _sample(vocab: int) -> None:
+    logits = t(32, vocab, dtype=F32)
+    column, number = t(32, dtype=F32), t(32, dtype=I32)
+    sample.sample(logits, column, number, column, column, t(32, dtype=I64), t(32, dtype=I64))
+
+
+def _logits(vocab: int) -> None:
+    logits = t(32, vocab, dtype=F32)
+    column, slots = t(32, dtype=F32), t(32, dtype=I32)
+    sample.logsumexp(logits)
+    counts, words = t(256, vocab, dtype=I32), t(32, -(-vocab // 32), dtype=I32)
+    bias = (t(32, 300, dtype=I32), t(32, 300, dtype=F32))
+    sample.adjust_(logits, penalties=(column,) * 3, counts=counts, slots_L=slots, bias=bias, mask_LW=words)
+    sample.adjust_(logits, penalties=(column,) * 3, counts=counts, slots_L=slots, mask_LW=words)
+    sample.count_tokens_(counts, slots, slots)
+
+
+def _moe(tokens: int, float8: torch.dtype | None = None) -> None:
+    """Qwen3-30B-A3B: 128 experts, 8 a token."""
+    dtype = float8 or BF16
+    weights, ids = moe.route(t(tokens, 128), 8, True)
+    gate_up, down = t(128, 1536, 2048, dtype=dtype), t(128, 2048, 768, dtype=dtype)
+    scales = (t(128, 12, 16, dtype=F32), t(128, 16, 6, dtype=F32)) if float8 else None
+    moe.experts(t(tokens, 2048), weights, ids, gate_up, down, scales=scales)
+
+
+def _quantise(float8: torch.dtype) -> None:
+    quantise.per_token_fp8(t(64, 4096), float8)
+    quantise.per_group_fp8(t(64, 4096), float8)
+
+
+def _gemm_fp8(tokens: int, float8: torch.dtype) -> None:
+    x, weight = t(tokens, 4096, dtype=float8), t(6144, 4096, dtype=float8)
+    gemm_fp8.block_scaled_gemm(x, t(tokens, 32, dtype=F32), weight, t(48, 32, dtype=F32), None, BF16)
+
+
+def _gemm_int(tokens: int) -> None:
+    x = t(tokens, 4096)
+    gemm_int.int8_gemm(x, t(6144, 4096, dtype=torch.int8), t(6144, dtype=F32))
+    gemm_int.int4_gemm(x, t(6144, 2048, dtype=torch.uint8), t(6144, 32, dtype=F32), t(6144, 32, dtype=F32))
+
+
+def _lora() -> None:
+    scaling, start, adapter = t(8, dtype=F32), t(17, dtype=I32), t(16, dtype=I32)
+    lora.add_lora_(t(64, 6144), t(64, 4096), t(8, 16, 4096), t(8, 6144, 16), scaling, start, adapter)
+
+
+def _no_float8(run: Callable[..., Any], *args: Any, **options: Any) -> Callable[[torch.dtype], Any]:
+    return lambda _: run(*args, **options)
+
+
+def cases() -> list[Case]:
+    """All of them; kernels that differ only in a compile-time choice count once per choice that models make."""
+    plain = _no_float8
+    return [
+        Case("decode, 32 rows, GQA 32/8, D 128", plain(_attend, 32, 32, 32, 8, 128), quick=True),
+        Case("decode, 1 row, GQA 32/8, D 128", plain(_attend, 1, 1, 32, 8, 128)),
+        Case("decode, 256 rows, MHA 32, D 128", plain(_attend, 256, 256, 32, 32, 128)),
+        Case("decode, window, cap, D 256", plain(_attend, 32, 32, 8, 4, 256, window=4096, cap=50.0)),
+        Case("decode, window, sinks, GQA 64/8, D 64", plain(_attend, 32, 32, 64, 8, 64, window=128, sinks=True)),
+        Case("decode, odd group 28/4, D 80", plain(_attend, 32, 32, 28, 4, 80)),
+        Case("decode, fixed split", plain(_attend, 32, 32, 32, 8, 128, split_size=1024)),
+        Case("decode, float32", plain(_attend, 32, 32, 32, 8, 128, dtype=F32)),
+        Case("decode, float8 cache", lambda f: _attend(32, 32, 32, 8, 128, float8=f), float8=True, quick=True),
+        Case("extend, GQA 32/8, D 128", plain(_attend, 4, 4096, 32, 8, 128), quick=True),
+        Case("extend, window, cap, D 256", plain(_attend, 4, 4096, 8, 4, 256, window=4096, cap=50.0)),
+        Case("extend, window, sinks, D 64", plain(_attend, 4, 4096, 64, 8, 64, window=128, sinks=True)),
+        Case(
+            "extend, draft tree",
+            lambda _: _attend(8, 64, 32, 8, 128, tree_mask=t(64, 64, dtype=torch.uint8)),
+        ),
+        Case("extend, float32", plain(_attend, 4, 4096, 32, 8, 128, dtype=F32)),
+        Case("extend, float8 cache", lambda f: _attend(4, 4096, 32, 8, 128, float8=f), float8=True),
+        Case("MLA decode, DeepSeek-V3", plain(_mla, 32, 32)),
+        Case("MLA extend, DeepSeek-V3", plain(_mla, 4, 2048)),
+        Case("norms, bf16, 4096", plain(_norms, BF16, 4096), quick=True),
+        Case("norms, float32, 2880", plain(_norms, F32, 2880)),
+        Case("activations, sum, cap", plain(_elementwise)),
+        Case("RoPE and KV write, halves", plain(_rope, False, BF16, False), quick=True),
+        Case("RoPE and KV write, neighbours", plain(_rope, True, BF16, False)),
+        Case("RoPE and KV write, float8", lambda f: _rope(False, f, True), float8=True),
+        Case("rows and pages", plain(_pages)),
+        Case("sample, 128k", plain(_sample, 128256), quick=True),
+        Case("penalties, bias, mask, log-sum-exp", plain(_logits, 151936)),
+        Case("MoE, 1 token", plain(_moe, 1)),
+        Case("MoE, 64 tokens", plain(_moe, 64), quick=True),
+        Case("MoE, 4096 tokens", plain(_moe, 4096)),
+        Case("MoE, float8, 64 tokens", lambda f: _moe(64, f), float8=True),
+        Case("MoE, float8, 4096 tokens", lambda f: _moe(4096, f), float8=True),
+        Case("quantise to float8", _quantise, float8=True),
+        Case("quantise to int8", lambda _: quantise.per_token_int8(t(64, 4096))),
+        Case("float8 GEMM, 1 token", partial(_gemm_fp8, 1), float8=True),
+        Case("float8 GEMM, 128 tokens", partial(_gemm_fp8, 128), float8=True),
+        Case("int8 and int4 GEMM, 1 token", plain(_gemm_int, 1)),
+        Case("int8 and int4 GEMM, 64 tokens", plain(_gemm_int, 64)),
+        Case("LoRA", plain(_lora)),
+        Case("batch-invariant matmul", lambda _: invariant.linear(t(64, 4096), t(6144, 4096), t(6144))),
+    ]

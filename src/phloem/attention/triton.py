@@ -1,0 +1,83 @@
+"""Our own Triton kernels: every feature (windows, soft caps, sinks, float8 caches), on any GPU Triton serves.
+
+A float8 cache holds values divided by a scale, per tensor or per kv head; `scales` has those that a checkpoint brings,
+by layer, and a layer without any is stored as it is (the write saturates).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import ModuleType
+
+    from torch import Tensor
+
+    from phloem.attention import AttentionNeed
+    from phloem.kernels.ops import Ops, PagedBatch
+    from phloem.kvcache.pool import KVPool
+    from phloem.layers.context import AttentionSpec
+
+Scales = dict[int, tuple["Tensor", "Tensor"]]
+
+DEVICES = ("cuda", "xpu")
+LARGEST_HEAD = 256  # beyond it a tile does not fit the shared memory
+KV_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+
+
+class Backend:
+    name = "triton"
+    page_size = 16
+    recordable = True  # a decode step waits for nothing on the host, so a step graph can hold it
+
+    def __init__(self, ops: Ops, specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype) -> None:
+        self.ops = ops
+        self.scales: Scales = {}
+        self.invariant = ops.name == "invariant"
+
+    def decline(self, need: AttentionNeed) -> str | None:
+        if need.device.type not in DEVICES:
+            return f"runs on GPUs, not on {need.device.type}"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if need.kv_dtype not in KV_TYPES:
+            return f"keeps no KV cache of type {need.kv_dtype}"
+        too_large = max((spec.head_size for spec in need.specs), default=0)
+        if too_large > LARGEST_HEAD:
+            return f"heads of {too_large} are larger than {LARGEST_HEAD}"
+        return None
+
+    def begin(self, batch: PagedBatch, pool: KVPool) -> Step:
+        from phloem.kernels.triton import attention, invariant, rope
+
+        # The batch-invariant table brings its own order of reduction; it knows no scales and needs none in bf16.
+        kernel = invariant if self.invariant and not self.scales else attention
+        return Step(batch, pool, kernel, rope, self.scales)
+
+
+@dataclass(slots=True)
+class Step:
+    """One step's attention."""
+
+    batch: PagedBatch
+    pool: KVPool
+    kernels: ModuleType
+    rope: ModuleType
+    scales: Scales = field(default_factory=dict)
+
+    def __call__(
+        self, spec: AttentionSpec, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
+    ) -> Tensor:
+        keys, values = self.pool.keys[spec.layer], self.pool.values[spec.layer]
+        scales = self.scales.get(spec.layer)
+        self.rope.write_kv(k_TKD, v_TKD, keys, values, self.batch.token_slots, scales)
+        arguments = (q_THD, keys, values, self.batch, spec.scale, spec.window, spec.softcap, sinks_H)
+        if scales is None:
+            return self.kernels.paged_attention(*arguments)
+        run = self.kernels.decode_attention if self.batch.max_query_len == 1 else self.kernels.extend_attention
+        return run(*arguments, scales=scales)

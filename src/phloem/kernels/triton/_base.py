@@ -1,0 +1,145 @@
+"""What several kernel files share: device functions, tile search over ragged rows, host-side rounding.
+
+Legend of all kernel files: T tokens, R rows (requests), H query heads, K kv heads, D head size, S page size, N input
+features, M output features, E experts, V vocabulary. Arithmetic is float32 right after each load; only `tl.dot` takes
+its operands in the tensors' own type. The last axis of every tensor is contiguous; other axes may be strided.
+"""
+
+# What Triton's stubs do not describe: untyped kernel parameters, launches by subscript, constexpr arguments.
+# pyright: reportMissingParameterType=false, reportMissingImports=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+FP8_TYPES = tuple(
+    getattr(torch, name) for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2") if hasattr(torch, name)
+)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def fp8_limit(dtype: torch.dtype) -> float:
+    """Largest finite value of a float8 type; 0 for any other type."""
+    return torch.finfo(dtype).max if dtype in FP8_TYPES else 0.0
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Multiprocessors of the tensor's device; 132 (Hopper) where there is no device to ask, as when compiling ahead."""
+    if tensor.device.type == "cuda":
+        return _multiprocessors(tensor.device.index or 0)
+    return 132 if tensor.device.type == "meta" else 2
+
+
+def stages(wanted: int) -> int:
+    """Depth of a loop's software pipeline; AMD's 64 KiB of shared memory per block hold two at most."""
+    return min(wanted, 2) if torch.version.hip else wanted
+
+
+def rows_2d(x: Tensor) -> Tensor:
+    """x as [rows, N] without a copy where its strides allow it."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+@triton.jit
+def tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def gelu_tanh(x):
+    return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+
+
+@triton.jit
+def silu(x):
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def activate(x, KIND: tl.constexpr):
+    """KIND 0: SiLU, 1: GELU (tanh)."""
+    if KIND == 0:
+        return silu(x)
+    else:
+        return gelu_tanh(x)
+
+
+@triton.jit
+def find_row(query_start, tile, rows, BLOCK_T: tl.constexpr):
+    """The row that token tile `tile` belongs to, where row r's tiles begin at query_start[r] // BLOCK_T + r.
+
+    That sequence rises by at least the tiles each row needs, so `T // BLOCK_T + R` tiles serve every ragged batch
+    and no host-side schedule is needed; a tile past its row's last token has nothing to do.
+    """
+    low = 0
+    high = rows
+    while low < high:
+        middle = (low + high) // 2
+        begins = tl.load(query_start + middle) // BLOCK_T + middle
+        low = tl.where(begins <= tile, middle + 1, low)
+        high = tl.where(begins <= tile, high, middle)
+    return low - 1
+
+
+@triton.jit
+def splitmix64(x):
+    """The splitmix64 output function (Steele, Lea and Flood 2014) of state x, as uint64."""
+    z = x
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def _sum_splits(partial, bias, out, stride_s, stride_t, splits, features, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    keep = col < features
+    total = tl.zeros([BLOCK], tl.float32)
+    source = partial + row * stride_t + col
+    for _ in range(splits):
+        total += tl.load(source, mask=keep, other=0.0)
+        source += stride_s
+    if HAS_BIAS:
+        total += tl.load(bias + col, mask=keep, other=0.0).to(tl.float32)
+    tl.store(out + row * features + col, total.to(out.dtype.element_ty), mask=keep)
+
+
+def sum_splits(partial_STM: Tensor, bias_M: Tensor | None, out_TM: Tensor) -> Tensor:
+    """out = sum of the splits in their order (so the result does not vary), plus bias."""
+    splits, tokens, features = partial_STM.shape
+    block = min(1024, power_of_2(features))
+    grid = (tokens, ceil_div(features, block))
+    _sum_splits[grid](
+        partial_STM,
+        bias_M if bias_M is not None else partial_STM,
+        out_TM,
+        partial_STM.stride(0),
+        partial_STM.stride(1),
+        splits,
+        features,
+        HAS_BIAS=bias_M is not None,
+        BLOCK=block,
+    )
+    return out_TM

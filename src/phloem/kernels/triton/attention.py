@@ -1,0 +1,489 @@
+"""Paged attention: one kernel body behind decode (split KV) and extend (ragged new tokens over a paged prefix).
+
+The query heads that share a kv head are packed into the rows of one tile (row = token * GROUP + head), so each KV
+element is loaded once per group. Softmax runs online in base 2 (FlashAttention-2, Dao 2023); with several splits of
+the KV range, each leaves its own normalised part and a second kernel joins them (Flash-Decoding, Dao et al. 2023).
+A decode tile is one token; extend tiles are found by `find_row`, so neither needs a schedule from the host.
+"""
+
+# What Triton's stubs do not describe: untyped kernel parameters, launches by subscript, constexpr arguments.
+# pyright: reportMissingParameterType=false, reportMissingImports=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from phloem.kernels.triton._base import ceil_div, find_row, multiprocessors, power_of_2, stages, tanh
+
+if TYPE_CHECKING:
+    from phloem.kernels.ops import PagedBatch
+
+MAX_SPLITS = 32
+
+
+@triton.jit
+def _attend_block(
+    q,
+    acc,
+    top,
+    mass,
+    k_base,
+    v_base,
+    pages,
+    tree_row,
+    start,
+    end,
+    position,
+    prefix,
+    stride_kp,
+    stride_ks,
+    stride_vp,
+    stride_vs,
+    factor,
+    softcap,
+    window,
+    HEAD: tl.constexpr,
+    HEAD_V: tl.constexpr,
+    PAGE: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TREE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One KV block's part of the online softmax. `factor` holds scale * log2(e), or the plain scale when CAPPED."""
+    n = start + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    inside = n < end
+    page = tl.load(pages + n // PAGE, mask=inside, other=0).to(tl.int64)
+    at_k = page * stride_kp + (n % PAGE) * stride_ks
+    at_v = page * stride_vp + (n % PAGE) * stride_vs
+    k = tl.load(k_base + at_k[None, :] + d[:, None], mask=inside[None, :] & (d < HEAD)[:, None], other=0.0)
+    scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * factor
+    if CAPPED:
+        scores = tanh(scores / softcap) * (softcap * 1.4426950408889634)
+    if MASKED:
+        seen = inside[None, :]
+        if TREE:
+            within = n - prefix
+            drafted = tl.load(
+                tree_row[:, None] + within[None, :], mask=inside[None, :] & (within >= 0)[None, :], other=1
+            )
+            seen = seen & (drafted != 0)
+        else:
+            seen = seen & (n[None, :] <= position[:, None])
+        if WINDOW:
+            seen = seen & (n[None, :] > position[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    # A row may have seen nothing yet: subtracting minus infinity from itself would give NaN.
+    finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - finite[:, None])
+    shrink = tl.exp2(top - finite)
+    mass = mass * shrink + tl.sum(weights, axis=1)
+    v = tl.load(v_base + at_v[:, None] + dv[None, :], mask=inside[:, None] & (dv < HEAD_V)[None, :], other=0.0)
+    acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
+    return acc, new_top, mass
+
+
+@triton.jit
+def _attention(
+    q,
+    k_cache,
+    v_cache,
+    page_table,
+    query_start,
+    seq_lens,
+    k_scale,
+    v_scale,
+    sinks,
+    tree,
+    out,
+    lse,
+    rows,
+    scale,
+    softcap,
+    window,
+    split_size,
+    stride_qt,
+    stride_qh,
+    stride_kp,
+    stride_kk,
+    stride_ks,
+    stride_vp,
+    stride_vk,
+    stride_vs,
+    stride_table,
+    stride_tree,
+    stride_ot,
+    stride_oh,
+    stride_os,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_P2: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_V: tl.constexpr,
+    PAGE: tl.constexpr,
+    DECODE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    FIXED: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    TREE: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    BLOCK_T: tl.constexpr = BLOCK_M // GROUP_P2
+    if DECODE:
+        row = tile
+        begin_token = tile
+        tokens = 1
+        first = 0
+    else:
+        row = find_row(query_start, tile, rows, BLOCK_T)
+        begin_token = tl.load(query_start + row)
+        tokens = tl.load(query_start + row + 1) - begin_token
+        first = (tile - (begin_token // BLOCK_T + row)) * BLOCK_T
+    if first >= tokens:
+        return
+    length = tl.load(seq_lens + row)
+    prefix = length - tokens
+    m = tl.arange(0, BLOCK_M)
+    token = first + m // GROUP_P2
+    within = m % GROUP_P2
+    head = kv_head * GROUP + within
+    valid = (token < tokens) & (within < GROUP)
+    position = prefix + token
+    packed = (begin_token + token).to(tl.int64)
+
+    # The KV range of this tile, and of this split of it.
+    low = 0
+    if WINDOW:
+        low = tl.maximum(prefix + first - window + 1, 0)
+    high = length if TREE else tl.minimum(length, prefix + first + BLOCK_T)
+    if SPLITS > 1:
+        size = split_size if FIXED else tl.cdiv(tl.cdiv(high - low, SPLITS), BLOCK_N) * BLOCK_N
+        low = low + split * size
+        high = tl.minimum(high, low + size)
+    at_lse = (packed * HEADS + head) * SPLITS + split
+    if PARTIAL and low >= high:
+        tl.store(lse + at_lse, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=valid)
+        return
+
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    query = tl.load(
+        q + packed[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :],
+        mask=valid[:, None] & (d < HEAD)[None, :],
+        other=0.0,
+    )
+    factor = scale
+    if SCALED == 1:
+        factor = factor * tl.load(k_scale)
+    if SCALED == 2:
+        factor = factor * tl.load(k_scale + kv_head)
+    if not CAPPED:
+        factor = factor * 1.4426950408889634
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS and not PARTIAL:
+        # A sink is one more logit whose value is zero. With several splits it is joined in the second kernel.
+        top = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
+        mass += 1.0
+    pages = page_table + row.to(tl.int64) * stride_table
+    k_base = k_cache + kv_head.to(tl.int64) * stride_kk
+    v_base = v_cache + kv_head.to(tl.int64) * stride_vk
+    tree_row = tree + packed * stride_tree
+
+    # Blocks that every token of the tile sees whole need no mask; those at either edge do.
+    if WINDOW:
+        plain_begin = low + tl.cdiv(tl.maximum(prefix + first + BLOCK_T - window - low, 0), BLOCK_N) * BLOCK_N
+        plain_begin = tl.minimum(plain_begin, low + tl.cdiv(high - low, BLOCK_N) * BLOCK_N)
+    else:
+        plain_begin = low
+    seen_by_all = tl.minimum(prefix if TREE else prefix + first + 1, high)
+    plain_end = plain_begin + tl.maximum(seen_by_all - plain_begin, 0) // BLOCK_N * BLOCK_N
+    if WINDOW:
+        for start in tl.range(low, plain_begin, BLOCK_N):
+            acc, top, mass = _attend_block(
+                query, acc, top, mass, k_base, v_base, pages, tree_row, start, high, position, prefix,
+                stride_kp, stride_ks, stride_vp, stride_vs, factor, softcap, window,
+                HEAD, HEAD_V, PAGE, True, CAPPED, WINDOW, TREE, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+    for start in tl.range(plain_begin, plain_end, BLOCK_N):
+        acc, top, mass = _attend_block(
+            query, acc, top, mass, k_base, v_base, pages, tree_row, start, high, position, prefix,
+            stride_kp, stride_ks, stride_vp, stride_vs, factor, softcap, window,
+            HEAD, HEAD_V, PAGE, False, CAPPED, WINDOW, TREE, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    for start in tl.range(plain_end, high, BLOCK_N):
+        acc, top, mass = _attend_block(
+            query, acc, top, mass, k_base, v_base, pages, tree_row, start, high, position, prefix,
+            stride_kp, stride_ks, stride_vp, stride_vs, factor, softcap, window,
+            HEAD, HEAD_V, PAGE, True, CAPPED, WINDOW, TREE, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+
+    acc = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
+    if SCALED == 1:
+        acc = acc * tl.load(v_scale)
+    if SCALED == 2:
+        acc = acc * tl.load(v_scale + kv_head)
+    at_out = packed[:, None] * stride_ot + head[:, None] * stride_oh + split * stride_os + dv[None, :]
+    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=valid[:, None] & (dv < HEAD_V)[None, :])
+    if PARTIAL:
+        tl.store(lse + at_lse, tl.where(mass == 0.0, float("-inf"), top + tl.log2(mass)), mask=valid)
+
+
+@triton.jit
+def _join_splits(
+    partial,
+    lse,
+    sinks,
+    out,
+    stride_ot,
+    stride_oh,
+    splits,
+    HEADS: tl.constexpr,
+    HEAD_V: tl.constexpr,
+    SINKS: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """out = sum over splits of 2^(lse - top) * partial, normalised; one split after another, so the order is fixed."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    at = (token * HEADS + head) * splits
+    dv = tl.arange(0, BLOCK_DV)
+    top = float("-inf")
+    mass = 0.0
+    if SINKS:
+        top = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        mass = 1.0
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    for split in range(splits):
+        part_lse = tl.load(lse + at + split)
+        if part_lse > float("-inf"):
+            part = tl.load(partial + (at + split) * HEAD_V + dv, mask=dv < HEAD_V, other=0.0)
+            new_top = tl.maximum(top, part_lse)
+            shrink = tl.exp2(top - new_top)
+            weight = tl.exp2(part_lse - new_top)
+            acc = acc * shrink + part * weight
+            mass = mass * shrink + weight
+            top = new_top
+    acc = acc / tl.where(mass == 0.0, 1.0, mass)
+    tl.store(out + token * stride_ot + head * stride_oh + dv, acc.to(out.dtype.element_ty), mask=dv < HEAD_V)
+
+
+def join_splits(partial: Tensor, lse: Tensor, sinks_H: Tensor | None, out_THD: Tensor) -> None:
+    """partial [T, H, splits, D] float32 with lse [T, H, splits] in base 2 -> out [T, H, D]."""
+    tokens, heads, splits, size = partial.shape
+    _join_splits[(tokens, heads)](
+        partial,
+        lse,
+        sinks_H if sinks_H is not None else lse,
+        out_THD,
+        out_THD.stride(0),
+        out_THD.stride(1),
+        splits,
+        HEADS=heads,
+        HEAD_V=size,
+        SINKS=sinks_H is not None,
+        BLOCK_DV=power_of_2(size),
+    )
+
+
+def split_buffers(out_THD: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Where a kernel of `splits` parts writes: (parts [T, H, splits, D], lse [T, H, splits]); one part is `out`."""
+    if splits == 1:
+        return out_THD.unsqueeze(2), out_THD
+    tokens, heads, size = out_THD.shape
+    part = torch.empty((tokens, heads, splits, size), dtype=torch.float32, device=out_THD.device)
+    return part, torch.empty((tokens, heads, splits), dtype=torch.float32, device=out_THD.device)
+
+
+def decode_splits(rows: int, kv_heads: int, processors: int) -> int:
+    """How many parts a decode step's KV range is cut into: enough programs to fill the device twice.
+
+    It follows from the number of rows alone, never from their lengths, so a captured step serves every length.
+    """
+    return max(1, min(MAX_SPLITS, 2 * processors // max(rows * kv_heads, 1)))
+
+
+def _tile(decode: bool, group: int, block_d: int, wide: bool, tree: bool) -> tuple[int, int, int, int]:
+    """(rows of a tile, KV tokens of a block, warps, stages). The bounds are registers: see scripts/triton_compile.py.
+
+    Page ids are loaded before the KV they point to, which takes pipeline stages of its own: five give two KV blocks.
+    """
+    group_p2 = power_of_2(group)
+    if decode:
+        return max(16, group_p2), 64 if block_d <= 128 and not wide else 32, 4, stages(2 if wide else 5)
+    if wide:
+        return max(16, group_p2), 32, 4, 2
+    block_m = max(64 if tree or block_d > 128 else 128, group_p2)
+    return block_m, 32 if tree or block_d > 128 else 64, 4 if tree else 8, 2
+
+
+def _run(
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: PagedBatch,
+    scale: float,
+    window: int,
+    cap: float,
+    sinks_H: Tensor | None,
+    *,
+    decode: bool,
+    splits: int = 1,
+    split_size: int = 0,
+    scales: tuple[Tensor, Tensor] | None = None,
+    tree_mask: Tensor | None = None,
+) -> Tensor:
+    tokens, heads, size = q_THD.shape
+    kv_heads, page_size, size_v = v_cache.shape[1:]
+    out = torch.empty((tokens, heads, size_v), dtype=q_THD.dtype, device=q_THD.device)
+    if tokens == 0:
+        return out
+    rows = batch.seq_lens.shape[0]
+    group = heads // kv_heads
+    block_d, block_dv = power_of_2(size), power_of_2(size_v)
+    wide = q_THD.dtype == torch.float32
+    block_m, block_n, warps, depth = _tile(decode, group, max(block_d, block_dv), wide, tree_mask is not None)
+    partial = splits > 1
+    target, lse = split_buffers(out, splits)
+    tiles = rows if decode else tokens // (block_m // power_of_2(group)) + rows
+    k_scale, v_scale = scales if scales is not None else (q_THD, q_THD)
+    features = {"CAPPED": cap != 0.0, "WINDOW": window > 0, "SINKS": sinks_H is not None, "TREE": tree_mask is not None}
+    tree = tree_mask if tree_mask is not None else q_THD
+    _attention[(tiles, kv_heads, splits)](
+        *(q_THD, k_cache, v_cache, batch.page_table, batch.query_start, batch.seq_lens, k_scale, v_scale),
+        *(sinks_H if sinks_H is not None else q_THD, tree, target, lse, rows),
+        *(scale, cap if cap else 1.0, window, split_size),
+        *(*q_THD.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3]),
+        *(batch.page_table.stride(0), tree.stride(0), *target.stride()[:3]),
+        HEADS=heads,
+        GROUP=group,
+        GROUP_P2=power_of_2(group),
+        HEAD=size,
+        HEAD_V=size_v,
+        PAGE=page_size,
+        DECODE=decode,
+        SPLITS=splits,
+        FIXED=split_size > 0,
+        PARTIAL=partial,
+        **features,
+        SCALED=0 if scales is None else (1 if scales[0].numel() == 1 else 2),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        num_warps=warps,
+        num_stages=depth,
+    )
+    if partial:
+        join_splits(target, lse, sinks_H, out)
+    return out
+
+
+def decode_attention(
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: PagedBatch,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    sinks_H: Tensor | None = None,
+    *,
+    scales: tuple[Tensor, Tensor] | None = None,
+    splits: int | None = None,
+    split_size: int = 0,
+) -> Tensor:
+    """One new token per row. `split_size` cuts every row's KV into parts of that many tokens (a batch-invariant order;
+    `batch.max_seq_len` then bounds the parts); otherwise `splits`, or a number that fills the device.
+    """
+    if split_size:
+        splits = ceil_div(min(batch.max_seq_len, window or batch.max_seq_len), split_size)
+    elif splits is None:
+        splits = decode_splits(q_THD.shape[0], k_cache.shape[1], multiprocessors(q_THD))
+    return _run(
+        q_THD,
+        k_cache,
+        v_cache,
+        batch,
+        scale,
+        window,
+        cap,
+        sinks_H,
+        decode=True,
+        splits=max(splits, 1),
+        split_size=split_size,
+        scales=scales,
+    )
+
+
+def extend_attention(
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: PagedBatch,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    sinks_H: Tensor | None = None,
+    *,
+    scales: tuple[Tensor, Tensor] | None = None,
+    tree_mask: Tensor | None = None,
+) -> Tensor:
+    """Ragged new tokens, whose KV is already in the cache, over their rows' pages.
+
+    `tree_mask` [T, max_query_len] (bool or uint8) says which of its row's new tokens a new token sees, in place of
+    the causal rule among them (draft trees); all of the prefix stays visible. With a window, distance is counted
+    in cache slots.
+    """
+    return _run(
+        q_THD,
+        k_cache,
+        v_cache,
+        batch,
+        scale,
+        window,
+        cap,
+        sinks_H,
+        decode=False,
+        scales=scales,
+        tree_mask=tree_mask.view(torch.uint8) if tree_mask is not None else None,
+    )
+
+
+def paged_attention(
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: PagedBatch,
+    scale: float,
+    window: int,
+    cap: float,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """The op table's entry: decode where every row has one new token, else extend."""
+    run = decode_attention if batch.max_query_len == 1 else extend_attention
+    return run(q_THD, k_cache, v_cache, batch, scale, window, cap, sinks_H)

@@ -1,0 +1,397 @@
+"""From logits to tokens on the device, with nothing that the host must wait for.
+
+A row's kept set is a prefix of its tokens in falling order, so it is found as a threshold: keys (floats as ordered
+integers) are narrowed three bits a pass, eight thresholds at a time, by how many tokens, or how much probability, lie
+at or above each. No sort. Ties at the threshold are taken in token-id order, as a stable sort would. The draw is one
+uniform number per (seed, position), inverted through the kept weights in token-id order. Legend: L rows, V vocabulary.
+"""
+
+# What Triton's stubs do not describe: untyped kernel parameters, launches by subscript, constexpr arguments.
+# pyright: reportMissingParameterType=false, reportMissingImports=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from phloem.kernels.triton._base import ceil_div, power_of_2, splitmix64
+
+BLOCK = 2048
+IN_PROMPT = 1 << 24  # a token count's flag: the token occurs in the prompt
+
+
+@triton.jit
+def _adjust(
+    logits,
+    rows_slot,
+    counts,
+    repetition,
+    frequency,
+    presence,
+    mask,
+    stride_logits,
+    stride_counts,
+    stride_mask,
+    vocab,
+    COUNTED: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    keep = token < vocab
+    value = tl.load(logits + row * stride_logits + token, mask=keep, other=0.0)
+    if COUNTED:
+        slot = tl.load(rows_slot + row).to(tl.int64)
+        seen = tl.load(counts + slot * stride_counts + token, mask=keep, other=0)
+        generated = (seen & 0xFFFFFF).to(tl.float32)
+        again = tl.load(repetition + row)
+        value = tl.where(seen != 0, tl.where(value > 0.0, value / again, value * again), value)
+        value -= tl.load(frequency + row) * generated
+        value -= tl.where(generated > 0.0, tl.load(presence + row), 0.0)
+    if MASKED:
+        word = tl.load(mask + row * stride_mask + token // 32, mask=keep, other=0)
+        value = tl.where(((word >> (token % 32)) & 1) != 0, value, float("-inf"))
+    tl.store(logits + row * stride_logits + token, value, mask=keep)
+
+
+@triton.jit
+def _add_bias(logits, ids, values, stride_logits, stride_bias, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(ids + row * stride_bias + at, mask=at < width, other=-1)
+    keep = token >= 0
+    extra = tl.load(values + row * stride_bias + at, mask=keep, other=0.0)
+    to = logits + row * stride_logits + token
+    tl.store(to, tl.load(to, mask=keep, other=0.0) + extra, mask=keep)
+
+
+@triton.jit
+def _count(counts, slots, tokens, stride_counts, number, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = row < number
+    slot = tl.load(slots + row, mask=keep, other=0).to(tl.int64)
+    token = tl.load(tokens + row, mask=keep, other=0).to(tl.int64)
+    to = counts + slot * stride_counts + token
+    tl.store(to, tl.load(to, mask=keep, other=0) + 1, mask=keep)
+
+
+@triton.jit
+def _key(x):
+    """Floats as int32 in the same order."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _weight_of(key, best, inverse_temperature):
+    """exp((x - best) / temperature) of the float whose key this is."""
+    bits = key.to(tl.int32)
+    x = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+    return tl.exp((x - best) * inverse_temperature)
+
+
+@triton.jit
+def _threshold(
+    row,
+    vocab,
+    best,
+    inverse_temperature,
+    wanted,
+    BY_MASS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The largest key at or above which lie at least `wanted` tokens (or as much weight), and what lies above it.
+
+    Keys are searched as offsets from the least int32, three bits a pass (two in the first).
+    """
+    base = tl.full([1], 0, tl.int64)
+    above = 0.0
+    step = tl.arange(0, 8)
+    for turn in range(11):
+        shift = 30 - 3 * turn
+        candidate = base + (step.to(tl.int64) << shift)
+        threshold = (candidate - 2147483648)[:, None]
+        held = tl.zeros([8], tl.float32)
+        for start in range(0, vocab, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            x = tl.load(row + token, mask=token < vocab, other=float("-inf"))
+            weight = tl.exp((x - best) * inverse_temperature) if BY_MASS else tl.full([BLOCK], 1.0, tl.float32)
+            weight = tl.where(token < vocab, weight, 0.0)
+            held += tl.sum(tl.where(_key(x).to(tl.int64)[None, :] >= threshold, weight[None, :], 0.0), axis=1)
+        # Candidate 0 always suffices; held falls with the candidate. The next one up is what lies above the range.
+        enough = (held >= wanted) | (step == 0)
+        # The first pass has but two bits: candidates beyond the range hold nothing and are never enough.
+        chosen = tl.max(tl.where(enough, step, 0), axis=0)
+        beyond = tl.sum(tl.where(step == chosen + 1, held, 0.0), axis=0)
+        above = tl.where(chosen < 7, beyond, above)
+        base = base + (chosen.to(tl.int64) << shift)
+    return tl.sum(base, axis=0) - 2147483648, above
+
+
+@triton.jit
+def _sample(
+    logits,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    seeds,
+    positions,
+    out,
+    stride_logits,
+    vocab,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64)
+    row = logits + at * stride_logits
+    heat = tl.load(temperature + at)
+    k = tl.load(top_k + at)
+    best = float("-inf")
+    first = 0
+    for start in range(0, vocab, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        x = tl.load(row + token, mask=token < vocab, other=float("-inf"))
+        high = tl.max(x, axis=0)
+        if high > best:
+            first = tl.min(tl.where(x == high, token, 2147483647), axis=0)
+            best = high
+    if (heat <= 0.0) | (k == 1):
+        tl.store(out + at, first)
+        return
+
+    # Kept are the keys above `limit`, and the first `ties` tokens of those that equal it. No weight, never drawn.
+    cold = 1.0 / heat
+    least = tl.sum(_key(tl.full([1], float("-inf"), tl.float32)).to(tl.int64), axis=0)
+    limit = least
+    ties = 0.0
+    if (k > 0) & (k < vocab):
+        limit, above = _threshold(row, vocab, best, cold, k.to(tl.float32), False, BLOCK)
+        ties = k.to(tl.float32) - above
+        limit = tl.maximum(limit, least)
+    p = tl.load(top_p + at)
+    if p < 1.0:
+        # The share is of what top-k left.
+        mass = ties * _weight_of(limit, best, cold)
+        for start in range(0, vocab, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            x = tl.load(row + token, mask=token < vocab, other=float("-inf"))
+            mass += tl.sum(tl.where(_key(x).to(tl.int64) > limit, tl.exp((x - best) * cold), 0.0), axis=0)
+        edge, above = _threshold(row, vocab, best, cold, p * mass, True, BLOCK)
+        if (edge > least) & (edge >= limit):
+            # A token is kept while the weight before it is below the share: so many of those at the edge.
+            kept_ties = tl.maximum(tl.ceil((p * mass - above) / _weight_of(edge, best, cold)), 1.0)
+            ties = tl.where(edge == limit, tl.minimum(ties, kept_ties), kept_ties)
+            limit = edge
+    floor = tl.load(min_p + at)
+
+    # Draw: weights of kept tokens summed in token order, twice in the same order, so that the sums agree.
+    total = 0.0
+    taken = 0.0
+    for start in range(0, vocab, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        x = tl.load(row + token, mask=token < vocab, other=float("-inf"))
+        weight = tl.exp((x - best) * cold)
+        keys = _key(x).to(tl.int64)
+        tied = (keys == limit).to(tl.float32)
+        rank = taken + tl.cumsum(tied, axis=0) - tied
+        kept = ((keys > limit) | ((keys == limit) & (rank < ties))) & (weight >= floor)
+        total += tl.sum(tl.where(kept, weight, 0.0), axis=0)
+        taken += tl.sum(tied, axis=0)
+    number = tl.load(seeds + at).to(tl.uint64, bitcast=True)
+    place = (tl.load(positions + at) + 1).to(tl.uint64, bitcast=True)
+    random = splitmix64(number + place * 0x9E3779B97F4A7C15)
+    target = (random >> 40).to(tl.float32) * 5.9604644775390625e-08 * total
+    passed = 0.0
+    taken = 0.0
+    choice = first
+    found = 0
+    for start in range(0, vocab, BLOCK):
+        if found == 0:
+            token = start + tl.arange(0, BLOCK)
+            x = tl.load(row + token, mask=token < vocab, other=float("-inf"))
+            weight = tl.exp((x - best) * cold)
+            keys = _key(x).to(tl.int64)
+            tied = (keys == limit).to(tl.float32)
+            rank = taken + tl.cumsum(tied, axis=0) - tied
+            kept = ((keys > limit) | ((keys == limit) & (rank < ties))) & (weight >= floor)
+            weight = tl.where(kept, weight, 0.0)
+            sums = passed + tl.cumsum(weight, axis=0)
+            hit = tl.min(tl.where((sums > target) & kept, token, 2147483647), axis=0)
+            # Should rounding leave the target unreached, the last kept token is the answer.
+            last = tl.max(tl.where(kept, token, -1), axis=0)
+            choice = tl.where(hit < 2147483647, hit, tl.where(last >= 0, last, choice))
+            found = tl.where(hit < 2147483647, 1, 0)
+            passed += tl.sum(weight, axis=0)
+            taken += tl.sum(tied, axis=0)
+    tl.store(out + at, choice)
+
+
+@triton.jit
+def _row_part(logits, best, where, sums, stride_logits, vocab, span, parts, BLOCK: tl.constexpr):
+    """Maximum, its first place, and sum of exp(x - maximum) of one span of one row."""
+    at = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    top = float("-inf")
+    first = 2147483647
+    mass = 0.0
+    end = tl.minimum(vocab, (part + 1) * span)
+    for start in range(part * span, end, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + at * stride_logits + token, mask=token < end, other=float("-inf")).to(tl.float32)
+        high = tl.max(x, axis=0)
+        here = tl.min(tl.where(x == high, token, 2147483647), axis=0)
+        first = tl.where(high > top, here, first)
+        new_top = tl.maximum(top, high)
+        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+        mass = mass * tl.exp(top - finite) + tl.sum(tl.exp(x - finite), axis=0)
+        top = new_top
+    tl.store(best + at * parts + part, top)
+    tl.store(where + at * parts + part, first)
+    tl.store(sums + at * parts + part, mass)
+
+
+@triton.jit
+def _row_join(best, where, sums, index, lse, parts, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, BLOCK)
+    keep = part < parts
+    high = tl.load(best + at * parts + part, mask=keep, other=float("-inf"))
+    first = tl.load(where + at * parts + part, mask=keep, other=2147483647)
+    mass = tl.load(sums + at * parts + part, mask=keep, other=0.0)
+    top = tl.max(high, axis=0)
+    place = tl.min(tl.where(high == top, first, 2147483647), axis=0)
+    # A row of nothing but NaN or minus infinity has no maximum: token 0, and what the sum then is.
+    tl.store(index + at, tl.where(place == 2147483647, 0, place))
+    finite = tl.where(top == float("-inf"), 0.0, top)
+    tl.store(lse + at, finite + tl.log(tl.sum(mass * tl.exp(high - finite), axis=0)))
+
+
+def _reduce(logits_LV: Tensor) -> tuple[Tensor, Tensor]:
+    rows, vocab = logits_LV.shape
+    index = torch.empty(rows, dtype=torch.int32, device=logits_LV.device)
+    lse = torch.empty(rows, dtype=torch.float32, device=logits_LV.device)
+    if rows == 0:
+        return index, lse
+    span = 8 * BLOCK
+    parts = ceil_div(vocab, span)
+    best = torch.empty((rows, parts), dtype=torch.float32, device=logits_LV.device)
+    where = torch.empty((rows, parts), dtype=torch.int32, device=logits_LV.device)
+    sums = torch.empty((rows, parts), dtype=torch.float32, device=logits_LV.device)
+    _row_part[(rows, parts)](
+        logits_LV, best, where, sums, logits_LV.stride(0), vocab, span, parts, BLOCK=min(BLOCK, power_of_2(vocab))
+    )
+    _row_join[(rows,)](best, where, sums, index, lse, parts, BLOCK=power_of_2(parts))
+    return index, lse
+
+
+def argmax(logits_LV: Tensor) -> Tensor:
+    """The first largest token of each row, int32 [L]."""
+    return _reduce(logits_LV)[0]
+
+
+def logsumexp(logits_LV: Tensor) -> Tensor:
+    """float32 [L]; the vocabulary is cut into spans of fixed size, so a row's sum does not vary with the batch."""
+    return _reduce(logits_LV)[1]
+
+
+def adjust_(
+    logits_LV: Tensor,
+    *,
+    penalties: tuple[Tensor, Tensor, Tensor] | None = None,
+    counts: Tensor | None = None,
+    slots_L: Tensor | None = None,
+    bias: tuple[Tensor, Tensor] | None = None,
+    mask_LW: Tensor | None = None,
+) -> None:
+    """Penalties, then logit bias, then the grammar's mask, in place on float32 logits.
+
+    `penalties`: repetition, frequency and presence [L] each, with `counts` [slots, V] int32 (times generated, plus
+    `IN_PROMPT` for a token of the prompt) at row `slots_L`. `bias`: ids [L, B] int32 (-1: none) and float32 values.
+    `mask_LW` int32: bit i of word w allows token 32 w + i.
+    """
+    rows, vocab = logits_LV.shape
+    if rows == 0:
+        return
+    dummy = logits_LV
+
+    def adjust(counted: bool, masked: bool) -> None:
+        repetition, frequency, presence = penalties if counted and penalties is not None else (dummy, dummy, dummy)
+        _adjust[(rows, ceil_div(vocab, BLOCK))](
+            logits_LV,
+            slots_L if counted else dummy,
+            counts if counted else dummy,
+            repetition,
+            frequency,
+            presence,
+            mask_LW if masked else dummy,
+            logits_LV.stride(0),
+            counts.stride(0) if counted and counts is not None else 0,
+            mask_LW.stride(0) if masked and mask_LW is not None else 0,
+            vocab,
+            COUNTED=counted,
+            MASKED=masked,
+            BLOCK=BLOCK,
+        )
+
+    counted = penalties is not None
+    if bias is None:
+        if counted or mask_LW is not None:
+            adjust(counted, mask_LW is not None)
+        return
+    if counted:
+        adjust(True, False)
+    ids, values = bias
+    if ids.shape[1]:
+        _add_bias[(rows, ceil_div(ids.shape[1], 256))](
+            logits_LV, ids, values, logits_LV.stride(0), ids.stride(0), ids.shape[1], BLOCK=256
+        )
+    if mask_LW is not None:
+        adjust(False, True)
+
+
+def count_tokens_(counts: Tensor, slots_L: Tensor, tokens_L: Tensor) -> None:
+    """counts[slot, token] += 1 for each row; slots must differ."""
+    if slots_L.shape[0]:
+        _count[(ceil_div(slots_L.shape[0], 128),)](
+            counts, slots_L, tokens_L, counts.stride(0), slots_L.shape[0], BLOCK=128
+        )
+
+
+def sample(
+    logits_LV: Tensor,
+    temperature_L: Tensor,
+    top_k_L: Tensor,
+    top_p_L: Tensor,
+    min_p_L: Tensor,
+    seeds_L: Tensor,
+    positions_L: Tensor,
+) -> Tensor:
+    """A token per row, int32 [L]. Temperature 0 or top_k 1 is greedy; top_k outside [1, V) is off.
+
+    Filters apply in this order, each to what is left: top-k, top-p (a share of what top-k left), min-p (relative to
+    the best token). The draw is `(splitmix64(seed + golden * (position + 1)) >> 40) * 2^-24`; seeds are the bits of
+    an unsigned 64-bit number in int64.
+    """
+    rows, vocab = logits_LV.shape
+    out = torch.empty(rows, dtype=torch.int32, device=logits_LV.device)
+    if rows:
+        _sample[(rows,)](
+            logits_LV,
+            temperature_L,
+            top_k_L,
+            top_p_L,
+            min_p_L,
+            seeds_L,
+            positions_L,
+            out,
+            logits_LV.stride(0),
+            vocab,
+            BLOCK=min(BLOCK, power_of_2(vocab)),
+            num_warps=16,
+        )
+    return out

@@ -1,0 +1,100 @@
+"""Copies beside the computation: pinned host buffers, written once per step, and a stream of their own.
+
+Two rules keep the device from waiting. What a step reads goes up in one copy out of a buffer that nobody writes again
+before that copy has ended (a ring, guarded by events). What a step gives comes down on the copy stream, behind an
+event of the computing stream; the host waits for that copy alone, while the device computes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+ALIGNMENT = 16  # bytes: kernels load aligned vectors
+
+
+@dataclass(slots=True)
+class Arriving:
+    """Device values on their way to the host."""
+
+    host: list[Tensor]
+    event: Any
+
+    def done(self) -> bool:
+        return bool(self.event.query())
+
+    def wait(self) -> list[NDArray[Any]]:
+        """Wait for the copy (for no other work of the device) and give the values."""
+        self.event.synchronize()
+        return [tensor.numpy() for tensor in self.host]
+
+
+class Streams:
+    """One copy stream and a ring of staging buffers. `cuda` is torch.cuda, or what stands in for it in a test."""
+
+    def __init__(self, device: torch.device, ring: int = 3, cuda: Any = torch.cuda, pin: bool = True) -> None:
+        self.device = device
+        self._cuda = cuda
+        self._pin = pin
+        self._copy = cuda.Stream(device)
+        self._buffers: list[Tensor | None] = [None] * ring
+        self._used: list[Any] = [None] * ring  # event after the last copy out of the buffer
+        self._next = 0
+
+    def up(self, arrays: Sequence[NDArray[Any]]) -> list[Tensor]:
+        """Device copies of host arrays, by one transfer on the computing stream. Never waits for the device, unless
+        all buffers of the ring are still being copied.
+        """
+        starts: list[int] = []
+        size = 0
+        for array in arrays:
+            starts.append(size)
+            size += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        buffer = self._buffer(max(size, ALIGNMENT))
+        flat = buffer.numpy()
+        for array, start in zip(arrays, starts, strict=True):
+            flat[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        moved = buffer[: max(size, ALIGNMENT)].to(self.device, non_blocking=True)
+        event = self._cuda.Event()
+        event.record()
+        self._used[self._next] = event
+        self._next = (self._next + 1) % len(self._buffers)
+        return [
+            moved[start : start + array.nbytes].view(torch.from_numpy(array[:0].copy()).dtype).view(array.shape)
+            for array, start in zip(arrays, starts, strict=True)
+        ]
+
+    def down(self, tensors: Sequence[Tensor]) -> Arriving:
+        """Start to copy device tensors to the host, behind what the computing stream has been given so far."""
+        ready = self._cuda.Event()
+        ready.record()
+        with self._cuda.stream(self._copy):
+            self._copy.wait_event(ready)
+            host: list[Tensor] = []
+            for tensor in tensors:
+                # The tensor must not be given to another step before the copy has read it.
+                if tensor.is_cuda:
+                    tensor.record_stream(self._copy)
+                target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pin)
+                host.append(target.copy_(tensor, non_blocking=True))
+            event = self._cuda.Event()
+            event.record(self._copy)
+        return Arriving(host, event)
+
+    def _buffer(self, size: int) -> Tensor:
+        if self._used[self._next] is not None:
+            self._used[self._next].synchronize()
+        found = self._buffers[self._next]
+        if found is None or found.numel() < size:
+            grown = 1 << (size - 1).bit_length()
+            found = self._buffers[self._next] = torch.empty(grown, dtype=torch.uint8, pin_memory=self._pin)
+        return found

@@ -1,0 +1,103 @@
+"""NVIDIA GPUs: the Triton table where Triton is installed, plain torch otherwise; steps as captured graphs."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from phloem.core.errors import ConfigError
+from phloem.kernels.ops import Ops
+
+if TYPE_CHECKING:
+    from phloem.kernels.graph import GraphRecorder
+    from phloem.platforms._streams import Streams
+
+TABLES = ("triton", "invariant", "reference")
+
+
+def is_available() -> tuple[bool, str]:
+    if torch.version.hip is not None:
+        return False, "this torch is built for ROCm"
+    if torch.version.cuda is None:
+        return False, f"this torch ({torch.__version__}) is built without CUDA"
+    if not torch.cuda.is_available():
+        return False, "no NVIDIA GPU with a working driver was found"
+    return True, describe_gpu()
+
+
+def describe_gpu() -> str:
+    """Name, memory and architecture of the current GPU."""
+    props = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{props.name}, {props.total_memory / 2**30:.0f} GiB, compute capability {props.major}.{props.minor}"
+
+
+def triton_table(requested: str | None) -> tuple[Ops, str]:
+    """The table by name, without a recorder, and why this one.
+
+    Raises:
+        ConfigError: if the named table is unknown or cannot be used here.
+    """
+    if requested is not None and requested not in TABLES:
+        raise ConfigError(f"ops {requested!r} is not one of {', '.join(TABLES)}", param="ops")
+    if requested == "reference":
+        return Ops(), "as asked"
+    if importlib.util.find_spec("triton") is None:
+        if requested is not None:
+            raise ConfigError(f"ops {requested!r} cannot be used: Triton is not installed", param="ops")
+        return Ops(), "plain torch: Triton is not installed"
+    from phloem.kernels.triton import table
+
+    if requested == "invariant":
+        return table.invariant_table(), "batch-invariant Triton kernels, as asked"
+    return table.table(), "Triton kernels" + (", as asked" if requested else "")
+
+
+class Platform:
+    name = "cuda"
+    default_memory_fraction = 0.9
+    default_running_requests = 256
+    default_chunk = 8192
+
+    def __init__(self, threads: int | None) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes. What torch's allocator holds without using it counts as free."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + unused, total
+
+    def table(self, requested: str | None) -> tuple[Ops, str]:
+        ops, why = triton_table(requested)
+        return replace(ops, recorder=self.recorder), why
+
+    def recorder(self) -> GraphRecorder:
+        """Makes step graphs; all that one recorder made share a memory pool."""
+        from phloem.kernels.graph_cuda import Recorder
+
+        return Recorder(self.device)
+
+    @cached_property
+    def streams(self) -> Streams:
+        """The streams beside the computing one, made at first use."""
+        from phloem.platforms._streams import Streams
+
+        return Streams(self.device)
+
+    def attention_backends(self) -> list[str]:
+        return ["triton", "flashinfer", "flash", "reference"]
+
+    def dtype(self, checkpoint: str | None) -> tuple[torch.dtype, str]:
+        if checkpoint in ("float32", "float16"):
+            return getattr(torch, checkpoint), "the checkpoint's own type"
+        major, minor = self._capability()
+        if major >= 8:
+            return torch.bfloat16, f"compute capability {major}.{minor} computes in it"
+        return torch.float16, f"compute capability {major}.{minor} has no bfloat16 arithmetic"
+
+    def _capability(self) -> tuple[Any, Any]:
+        return torch.cuda.get_device_capability(self.device)

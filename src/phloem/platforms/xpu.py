@@ -1,0 +1,40 @@
+"""Intel GPUs: the Triton table through Intel's Triton; steps run eagerly, as torch captures no graphs there."""
+
+from __future__ import annotations
+
+import torch
+
+from phloem.kernels.ops import Ops
+from phloem.platforms.cuda import triton_table
+
+
+def is_available() -> tuple[bool, str]:
+    if not torch.xpu.is_available():
+        return False, "no Intel GPU with a working driver was found"
+    props = torch.xpu.get_device_properties(torch.xpu.current_device())
+    return True, f"{props.name}, {props.total_memory / 2**30:.0f} GiB"
+
+
+class Platform:
+    name = "xpu"
+    default_memory_fraction = 0.9
+    default_running_requests = 128
+    default_chunk = 4096
+
+    def __init__(self, threads: int | None) -> None:
+        self.device = torch.device("xpu", torch.xpu.current_device())
+
+    def memory(self) -> tuple[int, int]:
+        free, total = torch.xpu.mem_get_info(self.device)
+        return free, total
+
+    def table(self, requested: str | None) -> tuple[Ops, str]:
+        return triton_table(requested)
+
+    def attention_backends(self) -> list[str]:
+        return ["triton", "reference"]
+
+    def dtype(self, checkpoint: str | None) -> tuple[torch.dtype, str]:
+        if checkpoint in ("float32", "float16"):
+            return getattr(torch, checkpoint), "the checkpoint's own type"
+        return torch.bfloat16, "Intel's matrix engines compute in it"

@@ -1,0 +1,257 @@
+"""Bucket policy over a fake recorder, and the CUDA recorder and copy streams over fake streams and events."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from phloem.engine.graphs import StepGraphs, bucket_sizes
+from phloem.kernels.graph import RecordError
+from phloem.kernels.graph_cuda import Recorder
+from phloem.platforms._streams import Streams
+
+
+class FakeGraph:
+    def __init__(self, fn: Any) -> None:
+        self.bytes = 1000
+        self._fn = fn
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self._fn()
+
+
+class FakeRecorder:
+    def __init__(self, fail: Exception | None = None) -> None:
+        self.recorded = 0
+        self.fail = fail
+
+    def record(self, fn: Any) -> tuple[FakeGraph, Any]:
+        if self.fail is not None:
+            raise self.fail
+        self.recorded += 1
+        return FakeGraph(fn), fn()
+
+
+def graphs(recorder: FakeRecorder, limit: int = 32, **options: Any) -> StepGraphs[list[int], list[int]]:
+    def build(rows: int) -> tuple[list[int], Any]:
+        inputs, outputs = [0] * rows, [0] * rows
+
+        def step() -> list[int]:
+            outputs[:] = [2 * value for value in inputs]
+            return outputs
+
+        return inputs, step
+
+    return StepGraphs(recorder, limit, build, **options)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3, 4, 7, 33, 200, 256, 1000])
+def test_buckets(limit: int) -> None:
+    sizes = bucket_sizes(limit)
+    assert sizes == sorted(set(sizes)) and (sizes == [] if limit == 0 else sizes[-1] == limit)
+    table = graphs(FakeRecorder(), limit)
+    for rows in range(1, limit + 1):
+        bucket = table.bucket(rows)
+        assert bucket is not None and rows <= bucket <= rows * 1.25
+    assert table.bucket(limit + 1) is None and table.bucket(0) is None
+
+
+def test_a_bucket_is_recorded_when_it_has_been_wanted_often_enough() -> None:
+    recorder = FakeRecorder()
+    table = graphs(recorder, patience=3)
+    assert table.get(9) is None and table.get(10) is None and recorder.recorded == 0
+    step = table.get(9)
+    assert step is not None and step.rows == 10 and recorder.recorded == 1
+    step.inputs[:] = range(10)
+    assert step.replay() == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
+    assert table.get(10) is step and table.get(100) is None
+
+
+def test_idle_records_what_was_wanted_first_then_small_ones() -> None:
+    recorder = FakeRecorder()
+    table = graphs(recorder, limit=12, patience=99)
+    for rows in (11, 11, 4):
+        assert table.get(rows) is None
+    order: list[int] = []
+    while table.idle():
+        order.append(next(size for size in table.sizes if size not in order and table.get(size) is not None))
+    assert order == [12, 4, 1, 2, 3, 5, 6, 7, 8, 10]
+    assert not table.idle() and recorder.recorded == len(table.sizes) == 10
+    assert table.describe().startswith("10 of 10 step graphs")
+
+
+def test_record_all_reports_progress() -> None:
+    recorder, seen = FakeRecorder(), []
+    table = graphs(recorder, limit=8)
+    table.record_all(lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (len(table.sizes), len(table.sizes)) and table.get(3) is not None
+    table.drop()
+    assert table.nbytes == 0 and table.get(3) is None
+
+
+@pytest.mark.parametrize("error", [RecordError("op x is not known"), MemoryError(), torch.OutOfMemoryError("no")])
+def test_what_cannot_be_recorded_runs_eagerly(error: Exception) -> None:
+    table = graphs(FakeRecorder(error), patience=1)
+    assert table.get(1) is None and table.refused is not None
+    assert not table.idle() and table.get(1) is None
+    assert table.refused in table.describe()
+
+
+def test_other_errors_are_not_swallowed() -> None:
+    with pytest.raises(ZeroDivisionError):
+        graphs(FakeRecorder(ZeroDivisionError()), patience=1).get(1)
+
+
+def test_memory_budget() -> None:
+    table = graphs(FakeRecorder(), limit=8, patience=1, budget=2000)
+    assert table.get(1) and table.get(2) and table.get(3) is None
+    assert "budget" in (table.refused or "") and table.get(1) is not None
+
+
+class FakeCuda:
+    """Streams and events as a log: work is appended to the current stream, and waiting is noted."""
+
+    def __init__(self, fail_in_capture: str | None = None) -> None:
+        self.log: list[str] = []
+        self.stack = ["main"]
+        self.capturing = False
+        self.free = 10_000
+        self.fail = fail_in_capture
+        self.made = 0
+
+    def graph_pool_handle(self) -> str:
+        return "pool"
+
+    def Stream(self, device: Any = None) -> FakeStream:
+        self.made += 1
+        return FakeStream(self, f"s{self.made}")
+
+    def Event(self) -> FakeEvent:
+        return FakeEvent(self)
+
+    def CUDAGraph(self) -> FakeGraph:
+        return FakeGraph(lambda: self.log.append("replay"))
+
+    def current_stream(self, device: Any = None) -> FakeStream:
+        return FakeStream(self, self.stack[-1])
+
+    def synchronize(self, device: Any = None) -> None:
+        self.log.append("sync")
+
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        return self.free, 20_000
+
+    @contextlib.contextmanager
+    def stream(self, stream: FakeStream) -> Any:
+        self.stack.append(stream.name)
+        yield
+        self.stack.pop()
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, pool: str, stream: FakeStream, capture_error_mode: str) -> Any:
+        assert pool == "pool"
+        self.capturing = True
+        try:
+            yield
+            if self.fail:
+                raise RuntimeError(self.fail)
+        finally:
+            self.capturing = False
+            self.free -= 64
+
+
+class FakeStream:
+    def __init__(self, cuda: FakeCuda, name: str) -> None:
+        self.cuda, self.name = cuda, name
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.cuda.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.cuda.log.append(f"{self.name} waits for event on {event.on}")
+
+
+class FakeEvent:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda, self.on = cuda, ""
+
+    def record(self, stream: FakeStream | None = None) -> None:
+        self.on = stream.name if stream else self.cuda.stack[-1]
+        self.cuda.log.append(f"event on {self.on}")
+
+    def synchronize(self) -> None:
+        self.cuda.log.append(f"host waits for {self.on}")
+
+    def query(self) -> bool:
+        return False
+
+
+def test_recorder_warms_up_beside_and_captures_into_one_pool() -> None:
+    cuda = FakeCuda()
+    recorder = Recorder(torch.device("cpu"), cuda)
+    runs: list[tuple[str, bool]] = []
+
+    def step() -> str:
+        runs.append((cuda.stack[-1], cuda.capturing))
+        return "out"
+
+    graph, out = recorder.record(step)
+    assert out == "out" and graph.bytes == 64
+    assert runs == [("s1", False), ("main", True)]
+    assert cuda.log == ["s1 waits for main", "main waits for s1", "sync"]
+    graph.replay()
+    assert cuda.log[-1] == "replay"
+
+
+def test_recorder_says_why_a_step_cannot_be_captured() -> None:
+    recorder = Recorder(torch.device("cpu"), FakeCuda("operation not permitted when stream is capturing\nmore"))
+    with pytest.raises(RecordError, match=r"cannot be captured: operation not permitted when stream is capturing$"):
+        recorder.record(lambda: 1)
+
+
+def test_recorder_works_under_step_graphs() -> None:
+    cuda = FakeCuda()
+    table = StepGraphs(Recorder(torch.device("cpu"), cuda), 4, lambda rows: (rows, lambda: rows), patience=1)
+    step = table.get(3)
+    assert step is not None and step.replay() == 3 and table.nbytes == 64
+
+
+def streams(cuda: FakeCuda) -> Streams:
+    return Streams(torch.device("cpu"), ring=2, cuda=cuda, pin=False)
+
+
+def test_inputs_go_up_in_one_copy_and_keep_shape_and_type() -> None:
+    arrays = [
+        np.arange(5, dtype=np.int32),
+        np.ones((2, 3), np.float32),
+        np.array([], np.int64),
+        np.array([7], np.int64),
+    ]
+    got = streams(FakeCuda()).up(arrays)
+    for tensor, array in zip(got, arrays, strict=True):
+        assert tensor.shape == array.shape and torch.equal(tensor, torch.from_numpy(array))
+        assert tensor.data_ptr() % 16 == 0 or not tensor.numel()
+
+
+def test_a_staging_buffer_is_written_again_only_after_its_copy() -> None:
+    cuda = FakeCuda()
+    side = streams(cuda)
+    for value in range(3):
+        side.up([np.full(4, value, np.int32)])
+    assert cuda.log == ["event on main", "event on main", "host waits for main", "event on main"]
+
+
+def test_results_come_down_behind_the_computation_and_beside_the_next() -> None:
+    cuda = FakeCuda()
+    arriving = streams(cuda).down([torch.tensor([1, 2]), torch.tensor([0.5])])
+    assert cuda.log == ["event on main", "s1 waits for event on main", "event on s1"]
+    assert not arriving.done()
+    tokens, values = arriving.wait()
+    assert tokens.tolist() == [1, 2] and values.tolist() == [0.5]
+    assert cuda.log[-1] == "host waits for s1"

@@ -1,0 +1,122 @@
+"""Quantisation, quantised and batch-invariant matrix products, and LoRA against plain torch, under the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from triton_support import DTYPES, assert_close, need_interpreter
+
+from phloem.kernels import reference_extra as extra
+
+need_interpreter()
+from phloem.kernels.triton import gemm_fp8, gemm_int, invariant, lora, quantise  # noqa: E402
+
+FP8 = torch.float8_e4m3fn
+
+
+def _exact(tokens: int, features: int, group: int) -> torch.Tensor:
+    """Values that survive quantisation: float8 numbers times a power of two, with the limit in every group."""
+    x = (torch.randn(tokens, features) * 30).to(FP8).float()
+    x[:, ::group] = 448.0
+    return x * 2.0 ** torch.randint(-3, 3, (tokens, 1))
+
+
+@pytest.mark.parametrize("features", [96, 300, 5000])
+def test_quantise_per_token(features: int) -> None:
+    x = _exact(3, features, features)
+    values, scale = quantise.per_token_fp8(x, FP8)
+    want_values, want_scale = extra.quantise_fp8(x, FP8)
+    assert torch.equal(scale, want_scale) and torch.equal(values.float(), want_values.float())
+    noise = torch.randn(3, features)
+    values, scale = quantise.per_token_int8(noise)
+    want_values, want_scale = extra.quantise_int8(noise)
+    assert torch.equal(values, want_values)
+    torch.testing.assert_close(scale, want_scale)
+
+
+@pytest.mark.parametrize("features", [128, 300, 1152])
+def test_quantise_per_group(features: int) -> None:
+    x = _exact(3, features, 128)
+    values, scale = quantise.per_group_fp8(x, FP8)
+    want_values, want_scale = extra.quantise_fp8(x, FP8, 128)
+    assert torch.equal(scale, want_scale) and torch.equal(values.float(), want_values.float())
+
+
+def test_quantise_zeros() -> None:
+    for values, scale in (
+        quantise.per_token_fp8(torch.zeros(2, 128)),
+        quantise.per_token_int8(torch.zeros(2, 128)),
+        quantise.per_group_fp8(torch.zeros(2, 128)),
+    ):
+        assert not values.float().any() and (scale > 0).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "features", "outputs", "splits"), [(1, 384, 70, 1), (5, 640, 130, 3), (70, 256, 200, None)]
+)
+def test_block_scaled_gemm(tokens: int, features: int, outputs: int, splits: int | None, bias: bool) -> None:
+    x, x_scale = extra.quantise_fp8(torch.randn(tokens, features), FP8, 128)
+    weight, weight_scale = extra.quantise_blocks(torch.randn(outputs, features), FP8)
+    offset = torch.randn(outputs) if bias else None
+    want = F.linear(extra.spread_groups(x, x_scale), extra.spread_blocks(weight, weight_scale), offset)
+    got = gemm_fp8.block_scaled_gemm(x, x_scale, weight, weight_scale, offset, torch.float32, splits)
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "features", "outputs", "splits"), [(1, 200, 70, 1), (19, 320, 33, 4)])
+def test_int8_gemm(tokens: int, features: int, outputs: int, splits: int, dtype: torch.dtype) -> None:
+    x = torch.randn(tokens, features).to(dtype)
+    weight, scale = extra.quantise_int8(torch.randn(outputs, features) / 15)
+    want = F.linear(x.float(), weight.float() * scale[:, None])
+    assert_close(gemm_int.int8_gemm(x, weight, scale, None, splits), want, dtype)
+    bias = torch.randn(outputs).to(dtype)
+    assert_close(gemm_int.int8_gemm(x, weight, scale, bias, splits), want + bias.float(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("tokens", "group", "splits"), [(1, 32, 1), (7, 64, 3), (20, 128, None)])
+def test_int4_gemm(tokens: int, group: int, splits: int | None, zeros: bool, dtype: torch.dtype) -> None:
+    features, outputs = 256, 37
+    x = torch.randn(tokens, features).to(dtype)
+    nibbles = torch.randint(0, 16, (outputs, features))
+    scale = torch.rand(outputs, features // group) / 40 + 0.001
+    zero = torch.randint(0, 16, scale.shape).float() if zeros else None
+    origin = zero if zero is not None else torch.full_like(scale, 8.0)
+    wide = (nibbles - origin.repeat_interleave(group, 1)) * scale.repeat_interleave(group, 1)
+    packed = gemm_int.pack_int4(nibbles, group)
+    assert packed.shape == (outputs, features // 2)
+    assert_close(gemm_int.int4_gemm(x, packed, scale, zero, None, splits), F.linear(x.float(), wide), dtype)
+
+
+def test_int4_refuses_odd_groups() -> None:
+    with pytest.raises(ValueError, match="groups of 48"):
+        gemm_int.int4_gemm(torch.randn(1, 96), torch.zeros(4, 48, dtype=torch.uint8), torch.ones(4, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_invariant_linear(dtype: torch.dtype) -> None:
+    x, weight, bias = torch.randn(70, 150).to(dtype), (torch.randn(90, 150) / 12).to(dtype), torch.randn(90).to(dtype)
+    together = invariant.linear(x, weight, bias)
+    assert_close(together, F.linear(x, weight, bias), dtype)
+    assert_close(invariant.linear(x, weight, None), F.linear(x, weight), dtype)
+    for rows in (slice(0, 1), slice(3, 20), slice(64, 70)):
+        assert torch.equal(invariant.linear(x[rows], weight, bias), together[rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lora(dtype: torch.dtype) -> None:
+    torch.manual_seed(11)
+    x, y = torch.randn(40, 100).to(dtype), torch.randn(40, 70).to(dtype)
+    down, up = (torch.randn(3, 8, 100) / 10).to(dtype), torch.randn(3, 70, 8).to(dtype)
+    scaling = torch.tensor([0.5, 2.0, 1.0])
+    start = torch.tensor([0, 1, 4, 22, 39, 40]).int()
+    adapter = torch.tensor([2, -1, 0, 1, -1]).int()
+    want = extra.add_lora(y, x, down, up, scaling, start, adapter)
+    before = y.clone()
+    lora.add_lora_(y, x, down, up, scaling, start, adapter)
+    torch.testing.assert_close(y.float(), want.float(), atol=1e-4 if dtype == torch.float32 else 2e-2, rtol=1e-2)
+    assert torch.equal(y[1:4], before[1:4]) and torch.equal(y[39], before[39])

@@ -1,0 +1,78 @@
+"""Mixture of experts against plain torch, under the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_support import DTYPES, assert_close, need_interpreter
+
+from phloem.kernels import reference_extra as extra
+
+need_interpreter()
+from phloem.kernels.triton import moe  # noqa: E402
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (60, 4), (5, 5)])
+def test_route(experts: int, top_k: int, renormalise: bool) -> None:
+    logits = torch.randn(7, experts) * 2
+    weights, ids = moe.route(logits, top_k, renormalise)
+    want_weights, want_ids = extra.route(logits, top_k, renormalise)
+    assert torch.equal(ids, want_ids)
+    torch.testing.assert_close(weights, want_weights, atol=1e-6, rtol=1e-5)
+
+
+def test_route_by_sigmoid_with_a_bias() -> None:
+    """The bias decides who is chosen; the weight is the score without it."""
+    logits, bias = torch.randn(6, 16), torch.randn(16)
+    weights, ids = moe.route(logits, 3, True, sigmoid=True, bias_E=bias, scaling=2.5)
+    chosen = (logits.sigmoid() + bias).topk(3, -1).indices
+    scores = logits.sigmoid().gather(1, chosen)
+    assert torch.equal(ids.long(), chosen)
+    torch.testing.assert_close(weights, 2.5 * scores / scores.sum(-1, keepdim=True), atol=1e-6, rtol=1e-5)
+
+
+def test_equal_scores_go_to_the_lower_expert() -> None:
+    assert moe.route(torch.zeros(2, 6), 3, True)[1].tolist() == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 2, 8), (37, 3, 6), (300, 4, 9)])
+def test_sorting(tokens: int, top_k: int, experts: int) -> None:
+    ids = torch.stack([torch.randperm(experts - 1)[:top_k] for _ in range(tokens)]).int()  # the last is never chosen
+    order, tile_expert = moe.sort_by_expert(ids, experts, 16)
+    pairs = tokens * top_k
+    used = tile_expert >= 0
+    tiles = order.view(-1, 16)
+    listed = tiles[used].flatten()
+    assert sorted(listed[listed < pairs].tolist()) == list(range(pairs))
+    for tile, expert in zip(tiles[used], tile_expert[used].tolist(), strict=True):
+        inside = tile[tile < pairs]
+        assert (ids.flatten()[inside.long()] == expert).all() and (inside.diff() > 0).all()
+    assert sum(-(-int((ids == e).sum()) // 16) for e in range(experts)) == int(used.sum())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 8, 2), (5, 4, 2), (70, 3, 1)])
+def test_moe(tokens: int, experts: int, top_k: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(9)
+    x, logits = torch.randn(tokens, 40).to(dtype), torch.randn(tokens, experts).to(dtype)
+    gate_up, down = (torch.randn(experts, 48, 40) / 6).to(dtype), (torch.randn(experts, 40, 24) / 5).to(dtype)
+    got = moe.moe(x, logits, gate_up, down, top_k, True)
+    assert_close(got, extra.moe(x, logits, gate_up, down, top_k, True), dtype)
+
+
+def test_moe_in_float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block-scaled weights; activations are quantised by the reference, as the interpreter rounds float8 wrongly."""
+    torch.manual_seed(10)
+    monkeypatch.setattr(moe, "per_group_fp8", lambda x, dtype: extra.quantise_fp8(x, dtype, 128))
+    x, logits = torch.randn(5, 160), torch.randn(5, 4)
+    gate_up, gate_scale = extra.quantise_blocks(torch.randn(4, 2 * 128, 160) / 12, torch.float8_e4m3fn)
+    down, down_scale = extra.quantise_blocks(torch.randn(4, 160, 128) / 11, torch.float8_e4m3fn)
+    weights, ids = extra.route(logits, 2, True)
+    got = moe.experts(x, weights, ids, gate_up, down, scales=(gate_scale, down_scale))
+    wide = extra.spread_blocks(gate_up, gate_scale), extra.spread_blocks(down, down_scale)
+    want = extra.experts(x, weights, ids, *wide)
+    # What remains is the rounding of activations to three bits of mantissa.
+    assert (got - want).norm() / want.norm() < 0.05
+    exact = extra.experts(extra.spread_groups(*extra.quantise_fp8(x, torch.float8_e4m3fn, 128)), weights, ids, *wide)
+    assert (got - exact).norm() / exact.norm() < 0.05

@@ -164,7 +164,7 @@ def test_wrong_tools_are_named(body: dict[str, Any], param: str) -> None:
 
 @on_loop
 async def test_tools_are_told_to_a_model_whose_template_knows_none() -> None:
-    async with open_door(Speaker(text=CALL), info(explain_tools=True, context_length=4096)) as door:
+    async with open_door(Speaker(text=CALL), info(explain_tools=True, spell_calls=True, context_length=4096)) as door:
         called = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
         talk = [
             *HI,

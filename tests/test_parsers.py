@@ -21,7 +21,7 @@ from phloem.server.parsers import (
 )
 from phloem.server.parsing import AnswerParser, ParsedDelta, answer_parsers, needs_special_tokens, thinking_parser
 from phloem.server.toolplan import NO_TOOLS, ToolPlan, plan
-from phloem.server.tools._explain import explain
+from phloem.server.tools._explain import explain, spell
 
 # What tells the formats apart in the models' own templates (all of which show tools but the last), and the formats.
 TEMPLATES: dict[str, tuple[str, str, str | None]] = {
@@ -296,18 +296,38 @@ def test_tools_are_explained_where_the_template_is_silent() -> None:
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "42", "tool_call_id": "c"},
+        {"role": "tool", "content": "43", "tool_call_id": "d"},
     ]
-    told = explain(talk, [tool("f")])
+    told = explain(spell(talk), PLAN.tools, PLAN.parser())
     assert told[0]["role"] == "system" and '"name": "f"' in told[0]["content"]
     assert told[1:] == [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'},
-        {"role": "user", "content": "<tool_response>\n42\n</tool_response>"},
+        {"role": "user", "content": "<tool_response>\n42\n</tool_response>\n<tool_response>\n43\n</tool_response>"},
     ]
-    merged = explain([{"role": "system", "content": "Be brief."}], [tool("f")])
+    merged = explain([{"role": "system", "content": "Be brief."}], PLAN.tools, PLAN.parser())
     assert len(merged) == 1 and merged[0]["content"].startswith("Be brief.\n\n")
-    assert explain([{"role": "user", "content": "x"}], []) == [{"role": "user", "content": "x"}]
+    assert explain([{"role": "user", "content": "x"}], [], None) == [{"role": "user", "content": "x"}]
     assert talk[2]["role"] == "tool", "the caller's messages stay as they are"
+
+
+@pytest.mark.parametrize("form", TOOLS.names())
+def test_the_explained_format_is_the_one_that_is_read(form: str) -> None:
+    made = ToolPlan([tool("function_name")], form)
+    text = explain([], made.tools, made.parser())[0]["content"]
+    parser = made.parser()
+    assert parser is not None
+    frame = parser.tag("function_name")
+    if frame is not None and parser.style == "json":
+        parsed = parser.parse(text[text.index(frame[0], text.index("To call a function")) :])
+        assert [(call.name, call.arguments) for call in parsed.calls] == [("function_name", '{"parameter": "value"}')]
+    else:
+        assert "your own format" in text
+
+
+def test_a_template_that_knows_calls_but_shows_no_tools() -> None:
+    chosen = tool_choice("{% if message['tool_calls'] %}<｜tool▁calls▁begin｜>")
+    assert (chosen.name, chosen.explained, chosen.spelled) == ("deepseekv31", True, False)
 
 
 def test_parameters_have_room_for_a_constraint() -> None:

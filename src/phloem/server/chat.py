@@ -14,7 +14,7 @@ from phloem.server.parsing import DeltaParser, answer_parsers, needs_special_tok
 from phloem.server.protocol import ChatBody, Message
 from phloem.server.request import GenerateRequest, Item, new_id
 from phloem.server.sampling import namespace, openai_params
-from phloem.server.tools._explain import explain
+from phloem.server.tools._explain import explain, spell
 
 if TYPE_CHECKING:
     from phloem.core.request import SamplingParams
@@ -62,7 +62,7 @@ async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> C
     messages = [plain_message(message, at) for at, message in enumerate(body.messages)]
     text = await render(
         client.template,
-        with_tools(messages, tools.tools, info),
+        with_tools(messages, tools, info),
         tools=None if info.explain_tools else tools.tools or None,
         add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
         continue_final_message=bool(body.continue_final_message),
@@ -108,9 +108,11 @@ def constrain(sampling: SamplingParams, tools: ToolPlan, info: ModelInfo) -> Non
     setattr(sampling, *tools.constraint)
 
 
-def with_tools(messages: list[dict[str, Any]], tools: list[dict[str, Any]], info: ModelInfo) -> list[dict[str, Any]]:
+def with_tools(messages: list[dict[str, Any]], tools: ToolPlan, info: ModelInfo) -> list[dict[str, Any]]:
     """The messages as the template takes them: one that knows no tools gets them, and earlier calls, as text."""
-    return explain(messages, tools) if info.explain_tools else messages
+    if info.spell_calls:
+        messages = spell(messages)
+    return explain(messages, tools.tools, tools.parser()) if info.explain_tools else messages
 
 
 def template_kwargs(given: dict[str, Any] | None, effort: str | None = None) -> dict[str, Any]:

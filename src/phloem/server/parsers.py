@@ -5,6 +5,7 @@ Pure functions of texts: a choice and its reason, as for every automatic choice.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -90,11 +91,15 @@ _THINKING_RULES: tuple[_Rule, ...] = (
 
 @dataclass(frozen=True)
 class Choice:
-    """A format's name (None: none) and why. `explained`: the template shows no tools, so the prompt must."""
+    """A format's name (None: none) and why.
+
+    `explained`: the template shows no tools, so the prompt must. `spelled`: it knows no calls and results either.
+    """
 
     name: str | None
     reason: str
     explained: bool = False
+    spelled: bool = False
 
 
 def tool_choice(template: str | None, asked: str | None = None) -> Choice:
@@ -103,17 +108,19 @@ def tool_choice(template: str | None, asked: str | None = None) -> Choice:
     Raises:
         ConfigError: if the name that was asked for is unknown; the right names are listed.
     """
-    explained = template is None or "tools" not in template
+    flags = not re.search(r"\btools\b", template or ""), "tool_calls" not in (template or "")
     if asked is not None:
         if asked == OFF:
             return Choice(None, "as asked")
-        return Choice(canonical(TOOLS, _TOOL_ALIASES, asked, "tool_call_parser"), "as asked", explained)
+        return Choice(canonical(TOOLS, _TOOL_ALIASES, asked, "tool_call_parser"), "as asked", *flags)
     found = _match(_TOOL_RULES, template)
     if found is not None:
-        return Choice(*found, explained)
-    if explained:
-        return Choice("hermes", "the chat template shows no tools: they are explained to the model in the prompt", True)
-    return Choice("hermes", "the chat template shows no known format: the most common one")
+        return Choice(*found, *flags)
+    if flags[0]:
+        return Choice(
+            "hermes", "the chat template shows no tools: they are explained to the model in the prompt", *flags
+        )
+    return Choice("hermes", "the chat template shows no known format: the most common one", *flags)
 
 
 def thinking_choice(template: str | None, asked: str | None = None) -> Choice:
@@ -146,6 +153,7 @@ def with_formats(info: ModelInfo, template: str | None, tools: str | None, reaso
         features=info.features | {"tools", "reasoning"},
         tool_parser=tool.name,
         explain_tools=tool.explained,
+        spell_calls=tool.spelled,
         reasoning_parser=thinking.name,
         decisions=(*info.decisions, *decisions),
     )

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from phloem.core.errors import BadRequest
+from phloem.server import toolplan
 from phloem.server.admission import THREAD_CHARACTERS
 from phloem.server.answers import DetokenizeAnswer, TokenizeAnswer
 from phloem.server.body import Parser
@@ -16,7 +17,6 @@ from phloem.server.door import Door, door_of, json_response
 from phloem.server.native import split_ids
 from phloem.server.openapi import describe
 from phloem.server.protocol import DetokenizeBody, TokenizeBody
-from phloem.server.toolplan import check_tools
 
 router = APIRouter(tags=["tokens"])
 _tokenize = Parser(TokenizeBody)
@@ -35,11 +35,11 @@ async def tokenize(request: Request) -> Response:
         raise BadRequest("exactly one of prompt and messages is needed", param="prompt")
     if body.messages is not None:
         messages = [plain_message(message, at) for at, message in enumerate(body.messages)]
-        shown = check_tools(body.tools or [])
+        shown = toolplan.plan(body.tools, None, None, door.info.tool_parser)
         prompt: str | list[str] = await render(
             door.client.template,
             with_tools(messages, shown, door.info),
-            tools=None if door.info.explain_tools else shown or None,
+            tools=None if door.info.explain_tools else shown.tools or None,
             add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
             continue_final_message=bool(body.continue_final_message),
             **template_kwargs(body.chat_template_kwargs),

@@ -26,6 +26,7 @@ def opt(default: Any, text: str) -> Any:
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 Policy = Literal["fcfs", "lpm", "priority"]
+Whitespace = Literal["compact", "flexible"]
 Eviction = Literal["lru", "lfu", "fifo"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 OnEngineDeath = Literal["restart", "exit"]
@@ -91,6 +92,16 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True)
+class GrammarConfig:
+    """Structured output."""
+
+    grammar_backend: str | None = opt(None, "Grammar engine for every constraint; default: the best one for its kind.")
+    grammar_whitespace: Whitespace = opt("compact", "Blanks between JSON tokens: none, or a bounded number of them.")
+    grammar_timeout: float = opt(10.0, "Seconds that compiling one grammar may take.")
+    disable_jump_forward: bool = opt(False, "Decode text that a grammar forces token by token.")
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """The HTTP door."""
 
@@ -114,6 +125,7 @@ SECTIONS: dict[str, Any] = {
     "cache": CacheConfig,
     "schedule": ScheduleConfig,
     "runtime": RuntimeConfig,
+    "grammar": GrammarConfig,
     "server": ServerConfig,
 }
 
@@ -126,6 +138,7 @@ class Config:
     cache: CacheConfig = CacheConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    grammar: GrammarConfig = GrammarConfig()
     server: ServerConfig = ServerConfig()
 
     @staticmethod
@@ -194,6 +207,7 @@ _POSITIVE = (
     "chunked_prefill_size",
     "stream_interval",
     "watchdog_timeout",
+    "grammar_timeout",
     "threads",
     "max_body_bytes",
     "max_prompts_per_request",

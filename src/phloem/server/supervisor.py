@@ -71,7 +71,9 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
 
     model = config.model
     checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)
-    info = ModelInfo.of(checkpoint, config)
+    # Without a tokenizer nothing can follow a text.
+    features = frozenset[str]() if model.skip_tokenizer_init else frozenset({"grammar"})
+    info = ModelInfo.of(checkpoint, config, features)
     if model.skip_tokenizer_init:
         return EngineClient(None, None, info), info, checkpoint
     tokenizer = load_tokenizer(checkpoint)

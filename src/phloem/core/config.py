@@ -45,6 +45,8 @@ class ModelConfig:
     quantization: str | None = opt(None, "Weight quantisation method; default: what the checkpoint says.")
     context_length: int | None = opt(None, "Longest prompt plus output in tokens; default: the model's own limit.")
     chat_template: str | None = opt(None, "File with a Jinja chat template; default: the model's own.")
+    tool_call_parser: str | None = opt(None, "Format of tool calls; default: read off the chat template; 'none': off.")
+    reasoning_parser: str | None = opt(None, "Format of reasoning; default: read off the chat template; 'none': off.")
     trust_remote_code: bool = opt(False, "Run Python code that comes with a checkpoint. Off for your safety.")
     skip_tokenizer_init: bool = opt(False, "Serve token ids only; no tokenizer is loaded.")
     random_seed: int | None = opt(None, "Seed for requests that bring none; default: drawn at start.")

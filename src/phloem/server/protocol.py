@@ -128,8 +128,8 @@ class GenerateBody(Body, kw_only=True):
         "return_routed_experts": Later("routed_experts", (False,)),
         "custom_logit_processor": Later("custom_logit_processor", ("", [])),
         "routed_dp_rank": Later("data_parallel", (0,)),
-        "require_reasoning": Later("reasoning", (False,)),
-        "max_thinking_tokens": Later("reasoning"),
+        "require_reasoning": Later("thinking_budget", (False,)),
+        "max_thinking_tokens": Later("thinking_budget"),
         "background": Later("background", (False,)),
     }
 
@@ -308,7 +308,6 @@ class ChatBody(OpenAIBody, kw_only=True):
         **OpenAIBody.ignored,
         "prediction": "a hint for speed; the answer is the same without",
         "verbosity": _HINT,
-        "parallel_tool_calls": "read with tools only",
     }
     later: ClassVar[dict[str, Later]] = {
         **OpenAIBody.later,
@@ -319,12 +318,27 @@ class ChatBody(OpenAIBody, kw_only=True):
         "reasoning_effort": Later("reasoning", ("none",)),
         "separate_reasoning": Later("reasoning", (True,)),
         "stream_reasoning": Later("reasoning", (True,)),
-        "require_reasoning": Later("reasoning", (False,)),
-        "max_thinking_tokens": Later("reasoning"),
+        "require_reasoning": Later("thinking_budget", (False,)),
+        "max_thinking_tokens": Later("thinking_budget"),
         "modalities": Later("modalities", (["text"], [])),
         "audio": Later("audio"),
         "web_search_options": Later("web_search", ({},)),
     }
+
+
+class ParseCallsBody(Body, kw_only=True):
+    """`POST /parse_function_call`: the tool calls in a model's text."""
+
+    text: str
+    tools: list[dict[str, Any]] | None = None
+    tool_call_parser: str | None = None
+
+
+class SeparateReasoningBody(Body, kw_only=True):
+    """`POST /separate_reasoning`: the reasoning in a model's text."""
+
+    text: str
+    reasoning_parser: str | None = None
 
 
 class TokenizeBody(Body, kw_only=True):

@@ -26,7 +26,7 @@ COMMON = [
     "-Wall",
     "-Wextra",
 ]
-COMMON += ["-Wno-psabi", "-Wno-unused-parameter", "-Wno-maybe-uninitialized"]
+COMMON += ["-Wno-psabi", "-Wno-unused-parameter", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt"]
 AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd", "vbmi", "vnni", "bf16")]
 LEVELS = {

@@ -85,6 +85,10 @@ class Served:
     engine: FakeEngine
     client: EngineClient
     loop: asyncio.AbstractEventLoop
+    end: asyncio.Event
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.end.set)
 
     def call(self, function: Any, *args: Any) -> Any:
         """Run a function in the server's thread, between its events."""
@@ -123,9 +127,10 @@ def served(info: ModelInfo | None = None, config: dict[str, Any] | None = None, 
     thread.start()
     assert started.wait(10)
     try:
-        yield Served(box["url"], box["engine"], box["client"], box["loop"])
+        yield Served(box["url"], box["engine"], box["client"], box["loop"], box["stop"])
     finally:
-        box["loop"].call_soon_threadsafe(box["stop"].set)
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            box["loop"].call_soon_threadsafe(box["stop"].set)
         thread.join(10)
         assert not thread.is_alive()
 

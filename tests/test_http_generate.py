@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -83,7 +84,9 @@ async def test_per_item_lists() -> None:
 @on_loop
 async def test_output_logprobs_only_by_default() -> None:
     async with open_door() as door:
-        meta = (await door.post(PATH, {"text": "abc", "return_logprob": True, "sampling_params": SHORT})).json()["meta_info"]
+        meta = (await door.post(PATH, {"text": "abc", "return_logprob": True, "sampling_params": SHORT})).json()[
+            "meta_info"
+        ]
         assert meta["input_token_logprobs"] == []
         assert [row[2] for row in meta["output_token_logprobs"]] == [None] * 4
         ids = (await door.post(PATH, {"text": "abcd", "return_logprob": True, "logprob_start_len": 2})).json()
@@ -113,7 +116,7 @@ async def test_stream_is_cumulative() -> None:
         events = await door.events(PATH, body)
         assert events[-1] == "[DONE]"
         answers = [json.loads(data) for data in events[:-1]]
-        for before, after in zip(answers, answers[1:], strict=False):
+        for before, after in itertools.pairwise(answers):
             assert after["text"].startswith(before["text"])
             assert after["output_ids"][: len(before["output_ids"])] == before["output_ids"]
         last = answers[-1]
@@ -135,13 +138,19 @@ async def test_stream_can_be_incremental_and_batches_carry_an_index() -> None:
             mine = [answer for answer in answers if answer["index"] == index]
             assert "".join(answer["text"] for answer in mine) == text
             assert sum(len(answer["meta_info"]["output_token_logprobs"]) for answer in mine) == len(text.encode()) + 2
-            assert ["input_token_logprobs" in answer["meta_info"] for answer in mine] == [True] + [False] * (len(mine) - 1)
+            assert ["input_token_logprobs" in answer["meta_info"] for answer in mine] == [True] + [False] * (
+                len(mine) - 1
+            )
 
 
 @on_loop
 async def test_stream_interval_and_prompt_ids() -> None:
     async with open_door() as door:
-        body = {"text": "a", "sampling_params": {"max_new_tokens": 21, "stream_interval": 10}, "return_prompt_token_ids": True}
+        body = {
+            "text": "a",
+            "sampling_params": {"max_new_tokens": 21, "stream_interval": 10},
+            "return_prompt_token_ids": True,
+        }
         answers = [json.loads(data) for data in (await door.events(PATH, body))[:-1]]
         assert [len(answer["output_ids"]) for answer in answers] == [1, 11, 21]
         assert answers[0]["meta_info"]["prompt_token_ids"] == [256, 97]

@@ -150,6 +150,9 @@ def test_a_late_request_does_not_need_a_message_to_start() -> None:
         def ready(self) -> bool:
             return time.monotonic() >= self.at
 
+        def admit(self, output: list[int]) -> None:
+            pass
+
     engine = Running()
     engine.scheduler.prepare = lambda submit, prompt: Soon()
     engine.submit("a", 3)

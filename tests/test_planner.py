@@ -185,6 +185,31 @@ def test_out_of_pages_the_last_in_order_returns_to_the_queue_and_keeps_its_token
     assert len(desk.queue) == 1
 
 
+def test_pages_of_an_ending_request_are_awaited_rather_than_taken_from_another() -> None:
+    desk = Desk(pages=9, budget=64)
+    ending = desk.add(list(range(100, 115)), max_new=2)
+    other = desk.add(list(range(200, 215)), max_new=40)
+    plans = [desk.launch()]
+    desk.land(plans[0])
+    plans.append(desk.launch())  # position 15 of both; `ending` will surely end with it
+    assert desk.planner.next_batch() is None and desk.planner.preemptions == 0 and other.slot >= 0
+    desk.land(plans[1])
+    desk.planner.release(ending)
+    assert shape(desk.launch()) == [("r1", 16, 1, True)]
+
+
+def test_nobody_is_admitted_into_pages_that_a_preemption_has_just_freed() -> None:
+    desk = Desk(pages=9, budget=64)
+    desk.planner.headroom.share = desk.planner.headroom.low = 0.0
+    for start in (100, 200):
+        desk.add(list(range(start, start + 14)), max_new=40)
+    for _ in range(2):
+        desk.land(desk.launch())
+    desk.launch()
+    desk.add([11, 12], max_new=2)
+    assert [request.id for request in desk.launch().rows] == ["r0"] and desk.planner.preemptions == 1
+
+
 def test_a_preempted_request_waits_for_its_token_in_flight() -> None:
     desk = Desk(budget=64)
     request = desk.add([11, 12, 13])
@@ -201,12 +226,12 @@ def test_prompt_targets_are_asked_once_and_limit_the_match() -> None:
     prompt = list(range(100, 113))
     desk.add(prompt)
     desk.launch()
-    request = desk.add(prompt, logprob_start=6)
+    request = desk.add(prompt, logprob_start=8)
     plan = desk.launch()
     row = plan.rows.index(request)
-    # Position 6's logprob is read at position 5, so only the first whole page may come from the cache.
+    # Position 8's logprob is read at position 7, so only the first whole page may come from the cache.
     assert shape(plan)[row] == ("r1", 4, 9, True)
-    assert plan.batch.prompt_targets[row].tolist() == [-1, *range(106, 113), -1]
+    assert plan.batch.prompt_targets[row].tolist() == [-1, -1, -1, *range(108, 113), -1]
     desk.land(plan)
     desk.planner.preempt(request)
     plan = desk.launch()

@@ -6,12 +6,15 @@ import random
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phloem.core.batch import StepOutput
 from phloem.core.messages import Abort, Tokens
 from phloem.core.request import FinishReason
+from phloem.scheduler.metrics import Meter
 from phloem.testing.driver import EOS, Driver, random_tokens, storm
 from phloem.testing.fake_runner import logprob
 
@@ -261,6 +264,22 @@ def test_stats_come_while_busy_and_once_when_idle() -> None:
     assert idle.step == driver.runner.steps
 
 
+def test_the_share_of_time_outside_the_forward_pass() -> None:
+    driver = Driver()
+    meter = Meter(0.0)
+    for begin in (0.0, 1.0):
+        meter.step_done(StepOutput(1, np.zeros(1, dtype=np.int32), forward_seconds=0.6))
+        meter.turn(begin, begin + 0.7, worked=True)
+    assert not meter.due(0.5, busy=True) and meter.due(1.7, busy=True)
+    # 1.7 s busy (the wait for messages between two working turns counts), 1.2 s of it in the model.
+    assert meter.stats(1.7, True, 1, 0, 34, driver.scheduler.planner).outside_forward == pytest.approx(0.5 / 1.7)
+    assert meter.last_throughput == pytest.approx(20)
+    meter.turn(1.7, 1.8, worked=False)
+    assert meter.due(1.8, busy=False)
+    meter.stats(1.8, False, 0, 0, 34, driver.scheduler.planner)
+    assert not meter.due(5.0, busy=False)
+
+
 # logprobs
 
 
@@ -273,7 +292,7 @@ def test_logprobs_reach_their_positions(overlap: bool) -> None:
     driver.run()
     driver.submit("out", prompt, 7, **values)
     driver.submit("in", prompt, 7, logprob_start=0, **values)
-    driver.submit("part", prompt, 0, logprob_start=14, **values)
+    driver.submit("part", prompt, 0, logprob_start=16, **values)
     driver.run()
     answer = driver.expected(prompt, 7)
     for name in ("out", "in"):
@@ -281,7 +300,7 @@ def test_logprobs_reach_their_positions(overlap: bool) -> None:
         assert whole.values == [logprob(token, 21 + index) for index, token in enumerate(answer)]
         assert [len(top) for top in whole.top] == [2] * 7 and whole.chosen[0] == [(logprob(5, 21), 5)]
     assert driver.chunks["out"][0].prompt_logprobs is None
-    for name, start in (("in", 1), ("part", 14)):
+    for name, start in (("in", 1), ("part", 16)):
         given = [chunk.prompt_logprobs for chunk in driver.chunks[name]]
         assert given[0] is not None and given[1:] == [None] * (len(given) - 1)
         assert given[0].values == [logprob(prompt[at], at) for at in range(start, 21)]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from phloem.core.errors import BadRequest
+from phloem.core.errors import BadRequest, QueueFull
 from phloem.core.messages import Drain
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.testing.driver import Driver, random_tokens, storm
@@ -102,6 +103,7 @@ class Late:
     def __init__(self, turns: int = 3, error: Exception | None = None, broken: bool = False) -> None:
         self.turns, self.error, self.broken = turns, error, broken
         self.mask = None
+        self.admitted: list[list[int]] = []
 
     def ready(self) -> bool:
         if self.broken:
@@ -109,11 +111,15 @@ class Late:
         self.turns -= 1
         return self.turns < 0
 
+    def admit(self, output: Sequence[int]) -> None:
+        self.admitted.append(list(output))
+
 
 def test_late_requests_wait_without_holding_anything() -> None:
     late = {"slow": Late(), "bad": Late(error=BadRequest("no such grammar")), "broken": Late(broken=True)}
+    late["full"] = Late(turns=0, error=QueueFull("too many grammars"))
     driver = Driver(prepare=lambda submit, prompt: late.get(submit.id))
-    for name in ("slow", "bad", "broken", "plain", "gone"):
+    for name in ("slow", "bad", "broken", "full", "plain", "gone"):
         late["gone"] = Late(turns=10**9)
         driver.submit(name, [11, 12, 13], 3)
     assert driver.scheduler.live["slow"].status is RequestStatus.WAITING_ON
@@ -122,6 +128,7 @@ def test_late_requests_wait_without_holding_anything() -> None:
     driver.abort("gone")
     driver.run()
     assert driver.finish["bad"] == FinishReason("abort", message="no such grammar", status_code=400)
+    assert driver.finish["full"].status_code == 503
     assert driver.finish["broken"].status_code == 400 and "store is gone" in str(driver.finish["broken"].message)
     assert driver.tokens["slow"] == driver.tokens["plain"] == driver.expected([11, 12, 13], 3)
     assert "gone" not in driver.finish
@@ -165,6 +172,17 @@ def test_masks_reach_the_runner_and_their_failures_are_alone(overlap: bool) -> N
     assert set(driver.tokens["a"]) <= {34, 35} and made["a"].seen == driver.tokens["a"][:5]
     assert driver.finish["b"].status_code == 500 and "grammar is stuck" in str(driver.finish["b"].message)
     assert driver.tokens["c"] == driver.expected([11, 12], 6)
+
+
+def test_whoever_prepared_is_told_of_every_admission() -> None:
+    late = Late(turns=0)
+    driver = Driver(prepare=lambda submit, prompt: late)
+    driver.submit("a", [11, 12, 13], 12)
+    driver.step(6)
+    driver.scheduler.retract_all()
+    driver.run()
+    assert len(late.admitted) == 2 and late.admitted[0] == []
+    assert late.admitted[1] == driver.tokens["a"][: len(late.admitted[1])] and len(late.admitted[1]) >= 4
 
 
 # control
@@ -272,3 +290,33 @@ def test_drain_gives_up_at_its_deadline() -> None:
     driver.step(20)
     assert driver.scheduler.stopped and driver.finish["a"].status_code == 503
     assert "flush_cache" in driver.replies
+
+
+@both
+@pytest.mark.parametrize("seed", range(5))
+def test_any_mixture_of_calls_keeps_answers_and_pages_right(overlap: bool, seed: int) -> None:
+    rng = random.Random(seed)
+    driver = Driver(num_pages=30, overlap=overlap, chunked_prefill_size=16, schedule_policy=rng.choice(["fcfs", "lpm"]))
+    want = storm(driver, 40, rng)
+    for turn in range(300):
+        act = rng.randrange(12)
+        if act == 0:
+            driver.control("pause", mode=rng.choice(["retract", "in_place"]))
+        elif act == 1:
+            driver.scheduler.retract_all()
+        elif act == 2:
+            driver.abort(f"q{rng.randrange(40)}")
+        elif act == 3 and turn % 50 == 0:
+            driver.control("flush_cache", timeout=rng.choice([0, 0.3]))
+        elif act == 4 and turn % 20 == 0:
+            driver.runner.fail_steps.add(driver.runner.steps + rng.randrange(1, 4))
+        else:
+            driver.control("resume")
+            driver.step(2)
+    driver.control("resume")
+    driver.run()
+    for name, answer in want.items():
+        got = driver.tokens.get(name, [])
+        ended = name in driver.finish and driver.finish[name].type != "abort"
+        assert got == (answer if ended else answer[: len(got)])
+    assert sum(reason.type != "abort" for reason in driver.finish.values()) >= 5

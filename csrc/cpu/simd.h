@@ -66,6 +66,19 @@ PHL_INLINE void store_n(float* p, vf v, int64_t n) {
 }
 
 PHL_INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+
+// One bit per lane of a comparison's result.
+PHL_INLINE uint32_t lanes_of(vi mask) {
+#if PHL_LEVEL == 2
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif PHL_LEVEL == 1
+  return uint32_t(_mm256_movemask_ps((__m256)mask));
+#else
+  return uint32_t((mask[0] & 1) | (mask[1] & 2) | (mask[2] & 4) | (mask[3] & 8));
+#endif
+}
+
+// Of a NaN and a number, the second argument.
 PHL_INLINE vf max(vf a, vf b) {
 #if PHL_LEVEL == 2
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);

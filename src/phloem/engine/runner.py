@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from phloem.core.batch import PositionLogprobs, StepOutput
+from phloem.engine.decode import DecodeGraphs, run_forward
 from phloem.engine.inputs import device_inputs, prompt_rows
 from phloem.engine.logprobs import position_logprobs
 from phloem.engine.penalties import apply_mask_
 from phloem.engine.sampler import SamplingRows, sample
 from phloem.engine.slots import Slot, Slots
-from phloem.layers.context import ForwardBatch
 from phloem.utils import log
 
 if TYPE_CHECKING:
@@ -71,7 +71,15 @@ class Launched:
 class ModelRunner:
     """One model on one device, with its KV pool (`core.batch.Runner`)."""
 
-    def __init__(self, model: Model, backend: AttentionBackend, pool: KVPool, ops: Ops, max_slots: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        backend: AttentionBackend,
+        pool: KVPool,
+        ops: Ops,
+        max_slots: int,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self.model = model
         self.pool = pool
         self.num_pages = pool.num_pages
@@ -80,6 +88,7 @@ class ModelRunner:
         self.busy_since = 0.0  # perf_counter at which the step in progress began; 0 when idle
         self._backend = backend
         self._ops = ops
+        self._graphs = graphs
         self._slots = Slots(max_slots, model.vocab_size, pool.device)
         self._queue: queue.SimpleQueue[tuple[Batch, Launched] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="phloem-runner", daemon=True)
@@ -114,7 +123,7 @@ class ModelRunner:
             self._slots.admit(admission)
         inputs = device_inputs(batch, self.page_size, self._slots.last_tokens)
         before = perf_counter()
-        hidden_LN = self._forward(inputs)
+        hidden_LN = self._forward(batch, inputs)
         count = len(inputs.sampled_rows)
         output = StepOutput(batch.step, np.full(batch.num_rows, -1, np.int32))
         logits_LV = self.model.head(hidden_LN[:count]) if count else None
@@ -126,9 +135,13 @@ class ModelRunner:
         output.total_seconds = perf_counter() - start
         return output
 
-    def _forward(self, inputs: StepInputs) -> Tensor:
-        attention = self._backend.begin(inputs.paged, self.pool)
-        return self.model.forward(ForwardBatch(inputs.input_ids, inputs.positions, attention, inputs.logit_index))
+    def _forward(self, batch: Batch, inputs: StepInputs) -> Tensor:
+        """Hidden states of the wanted positions: by a recorded step where one serves, else eagerly."""
+        if self._graphs is not None and batch.is_decode and not batch.prompt_targets:
+            hidden_RN = self._graphs.run(inputs)
+            if hidden_RN is not None:
+                return hidden_RN
+        return run_forward(self.model, self._backend, self.pool, inputs, inputs.logit_index)
 
     def _sample(self, batch: Batch, inputs: StepInputs, logits_LV: Tensor, output: StepOutput) -> None:
         """Choose a token for every sampling row; what fails for one row is noted for it alone."""

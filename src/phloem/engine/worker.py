@@ -14,6 +14,7 @@ from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.core import resolve
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
+from phloem.engine.decode import DecodeGraphs
 from phloem.engine.runner import ModelRunner
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
@@ -93,7 +94,8 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     )
     tokens = _take(decisions, resolve.pool_tokens(config.cache, facts, page, context, running))
     pool = KVPool(model.attention_specs, tokens // page + 1, page, kv_dtype, platform.device)
-    runner = ModelRunner(model, backend, pool, ops, max_slots=running)
+    graphs = _graphs(config, model, backend, pool, ops, running, -(-min(context, tokens) // page) + 1, decisions)
+    runner = ModelRunner(model, backend, pool, ops, max_slots=running, graphs=graphs)
     phase.end("memory")
     info = {
         "weight_bytes": model.weight_bytes,
@@ -121,6 +123,25 @@ def _backend(
     why = "; ".join([choice.reason, *(f"not {name}: {reason}" for name, reason in choice.declined.items())])
     decisions.append(Decision("attention_backend", choice.backend.name, why))
     return choice.backend
+
+
+def _graphs(
+    config: Config,
+    model: Model,
+    backend: AttentionBackend,
+    pool: KVPool,
+    ops: Ops,
+    limit: int,
+    max_pages: int,
+    decisions: list[Decision],
+) -> DecodeGraphs | None:
+    """Recorded decode steps, where the op table can record; made on first use, never before the server is ready."""
+    if config.runtime.disable_step_graph or ops.recorder is None:
+        why = "as asked" if config.runtime.disable_step_graph else f"the op table {ops.name!r} cannot record"
+        decisions.append(Decision("step_graphs", "off", why))
+        return None
+    decisions.append(Decision("step_graphs", "on", "recorded on first use"))
+    return DecodeGraphs(ops.recorder(), model, backend, pool, limit, max_pages, check=config.runtime.check_step_graph)
 
 
 def _take(decisions: list[Decision], decision: Decision) -> Any:

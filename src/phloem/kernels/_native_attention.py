@@ -34,7 +34,7 @@ def ops(rt: Runtime) -> dict[str, Any]:
         cap: float,
         sinks_H: Tensor | None,
     ) -> Tensor:
-        tokens, heads, size = q_THD.shape
+        _, heads, size = q_THD.shape
         _, kv_heads, page_size, width = k_cache.shape
         rows, pages = batch.page_table.shape
         handle = HANDLES.get(k_cache.dtype)
@@ -70,5 +70,5 @@ def _check(batch: PagedBatch, rows: int) -> None:
     start, lens, table = batch.query_start, batch.seq_lens, batch.page_table
     if not start.dtype == lens.dtype == table.dtype == torch.int32:
         raise TypeError("query_start, seq_lens and page_table must be int32")
-    if start.shape != (rows + 1,) or lens.shape != (rows,) or table.stride(1) != 1 and table.shape[1] > 1:
+    if start.shape != (rows + 1,) or lens.shape != (rows,) or (table.stride(1) != 1 and table.shape[1] > 1):
         raise ValueError("query_start, seq_lens and page_table must agree on the number of rows")

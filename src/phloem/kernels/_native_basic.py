@@ -151,12 +151,13 @@ def _positions(rt: Runtime) -> dict[str, Any]:
     def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
         tokens, kv_heads, size = k_TKD.shape
         page_size, width = k_cache.shape[2:]
-        if slots_T.dtype != torch.int32 or width != size + 4 * (k_cache.dtype == torch.int8):
+        handle = WRITE.get(k_cache.dtype)
+        if handle is None or slots_T.dtype != torch.int32 or width != size + 4 * (k_cache.dtype == torch.int8):
             raise ValueError(
                 f"cache {k_cache.dtype} {list(k_cache.shape)} or slots {slots_T.dtype} do not fit the keys"
             )
         call(
-            WRITE[k_cache.dtype], tokens * kv_heads * size // 2,
+            handle, tokens * kv_heads * size // 2,
             k_TKD.data_ptr(), v_TKD.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slots_T.data_ptr(),
             tokens, kv_heads, size, page_size, *heads_of(k_TKD), *heads_of(v_TKD), cache_stride(k_cache, v_cache),
         )  # fmt: skip

@@ -7,24 +7,15 @@ float32 scale of that token and head.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
-
-import torch
 
 from phloem.kernels import _native_attention as attention
 from phloem.kernels import _native_basic as basic
-from phloem.kernels import reference
+from phloem.kernels import _native_sampling as sampling
+from phloem.kernels import native_linear
 from phloem.kernels._cores import available_cores
 from phloem.kernels._native_recorder import Recorder
 from phloem.kernels._native_runtime import Unavailable, runtime
 from phloem.kernels.ops import Ops
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from phloem.kernels.ops import WeightSource
 
 __all__ = ["Recorder", "Unavailable", "runtime", "table"]
 
@@ -37,11 +28,11 @@ def table(threads: int | None = None, level: str | None = None) -> Ops:
     rt = runtime()
     rt.library.set_level(level)
     rt.library.set_threads(threads or available_cores())
-    made = {**basic.ops(rt), **attention.ops(rt)}
-    return dataclasses.replace(
-        Ops(), name="native", prepare_linear=_prepare_float32, recorder=lambda: Recorder(rt), **made
-    )
+    made = {**basic.ops(rt), **attention.ops(rt), **sampling.ops(rt), **native_linear.ops(rt)}
+    return dataclasses.replace(Ops(), name="native", recorder=lambda: Recorder(rt), **made)
 
 
-def _prepare_float32(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return reference.prepare_linear(parts, torch.float32, device)
+def describe() -> str:
+    """What the library runs with on this machine, for the decision's reason."""
+    library = runtime().library
+    return f"the fastest here ({library.level()} instructions, {library.threads()} threads)"

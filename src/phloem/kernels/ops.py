@@ -96,6 +96,14 @@ class Ops:
     # Sampling helpers: logits[L, V] float -> int32/float32.
     argmax: Callable[[Tensor], Tensor] = ref.argmax  # [L]
     logsumexp: Callable[[Tensor], Tensor] = ref.logsumexp  # [L] float32
+    top_k: Callable[[Tensor, int], tuple[Tensor, Tensor]] = (
+        ref.top_k
+    )  # the k best, best first: values, ids int32 [L, k]
+    # logits, rows[M] int32, mask[M, words] int32: in place, -inf where bit i of word w, token 32 w + i, is 0 or missing
+    mask_tokens_: Callable[[Tensor, Tensor, Tensor], None] = ref.mask_tokens_
+    # logits, temperature[L], top_k[L] int32, top_p[L], min_p[L], seeds[L] int64, positions[L] int64 -> tokens [L] int32,
+    # as `engine/sampler.py` specifies; None: that file's torch code draws.
+    sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
     # Makes step graphs over this table's ops; None: steps run eagerly.
     recorder: Callable[[], GraphRecorder] | None = None

@@ -149,3 +149,17 @@ def argmax(logits_LV: Tensor) -> Tensor:
 
 def logsumexp(logits_LV: Tensor) -> Tensor:
     return logits_LV.float().logsumexp(-1)
+
+
+def top_k(logits_LV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, ids = logits_LV.topk(k, dim=-1)
+    return values, ids.to(torch.int32)
+
+
+def mask_tokens_(logits_LV: Tensor, rows_M: Tensor, mask_MW: Tensor) -> None:
+    bits_MV = (mask_MW.unsqueeze(-1) >> torch.arange(32, device=mask_MW.device)) & 1
+    forbidden_MV = torch.ones(len(rows_M), logits_LV.shape[1], dtype=torch.bool, device=logits_LV.device)
+    covered = min(bits_MV.shape[1] * 32, logits_LV.shape[1])
+    forbidden_MV[:, :covered] = bits_MV.flatten(1)[:, :covered] == 0
+    for row, forbidden_V in zip(rows_M.tolist(), forbidden_MV, strict=True):
+        logits_LV[row].masked_fill_(forbidden_V, float("-inf"))

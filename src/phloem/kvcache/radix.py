@@ -272,7 +272,6 @@ class RadixCache:
         node.parent = None
         self.num_nodes -= 1
         if not parent.children and not parent.lock:
-            parent.stamp = max(parent.stamp, node.stamp)
             self._offer(parent)
         return freed
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Progress = Callable[[str, float], None]
 
 _DENSE_KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-_ELEMENTS_AT_ONCE = 1 << 22  # elements dequantised at a time: the float32 intermediate stays small
+_ELEMENTS_AT_ONCE = 1 << 18  # dequantised at a time by one worker: the intermediates stay in its cache
 DUMMY_STD = 0.02
 
 
@@ -43,6 +43,7 @@ class Source:
     shape: tuple[int, ...]
     kind: str = "dense"
     shifted: bool = False
+    workers: Executor | None = None  # to dequantise with
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         raise NotImplementedError
@@ -100,7 +101,7 @@ class GGUFSource(Source):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         assert self.tensor is not None
-        if self.kind != "dense":
+        if self.tensor.kind not in _DENSE_KINDS:
             return self._dequantise(self.raw(), dtype)
         # A copy, because torch wants memory that may be written.
         stored = torch.from_numpy(self.tensor.raw().copy()).view(_DENSE_KINDS[self.tensor.kind])
@@ -114,10 +115,13 @@ class GGUFSource(Source):
         width = self.shape[-1]
         out = torch.empty((prod(self.shape) // width, width), dtype=dtype)
         step = max(1, _ELEMENTS_AT_ONCE // width)
+
+        def fill(start: int) -> None:
+            values = dequantize(rows[start : start + step], GGMLQuantizationType[self.kind])
+            out[start : start + step] = torch.from_numpy(np.ascontiguousarray(values))
+
         try:
-            for start in range(0, len(out), step):
-                values = dequantize(rows[start : start + step], GGMLQuantizationType[self.kind])
-                out[start : start + step] = torch.from_numpy(np.ascontiguousarray(values))
+            list((self.workers.map if self.workers else map)(fill, range(0, len(out), step)))
         except (KeyError, NotImplementedError):
             raise ModelLoadError(f"{self.name}: no way to dequantise GGUF type {self.kind}") from None
         return out.view(self.shape)
@@ -196,8 +200,9 @@ def _gguf_sources(checkpoint: Checkpoint, index: WeightIndex) -> tuple[dict[str,
             turned = swapped.get(name.split(".")[-2], 0) if architecture == "llama" else 0
             # The converter has already added the shift to the norms that have one.
             tensor = tensors[stored]
-            kind = "dense" if tensor.kind in _DENSE_KINDS else tensor.kind
-            found[name] = GGUFSource(name, tensor.shape, kind, weight.role == "norm", tensor, turned)
+            kind = "dense" if tensor.kind in ("F32", "F64") else tensor.kind
+            shifted = weight.role == "norm"
+            found[name] = GGUFSource(name, tensor.shape, kind, shifted, tensor=tensor, heads=turned)
     return found, sorted(set(tensors) - used)
 
 
@@ -246,27 +251,22 @@ class WeightIndex:
         return sum(int(getattr(weight.value, "nbytes", 0)) for weight in self.weights)
 
     def pull(self, sources: dict[str, Source], where: str, progress: Progress | None) -> None:
-        """Fill every slot, several at a time.
+        """Fill every slot, one after another: tables need not prepare several weights at a time.
 
         Raises:
             ModelLoadError: naming the tensors that are missing or have another shape, before any is read.
         """
         self._check(sources, where)
-        sizes = [sum(prod(shape) for shape in weight.shapes) for weight in self.weights]
-        total, done = sum(sizes), 0
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "phloem-load") as pool:
-            # Large ones first, so that no thread is left alone with the embedding at the end.
-            order = sorted(range(len(sizes)), key=lambda number: -sizes[number])
-            tasks = {pool.submit(self._fill, self.weights[number], sources): sizes[number] for number in order}
-            try:
-                for task in as_completed(tasks):
-                    task.result()
-                    done += tasks[task]
-                    if progress is not None:
-                        progress("weights", done / total)
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        total = sum(prod(shape) for weight in self.weights for shape in weight.shapes)
+        done = 0
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "phloem-load") as workers:
+            for weight in self.weights:
+                for name in weight.names:
+                    sources[name].workers = workers
+                self._fill(weight, sources)
+                done += sum(prod(shape) for shape in weight.shapes)
+                if progress is not None:
+                    progress("weights", done / total)
         self._settle_biases()
 
     def _check(self, sources: dict[str, Source], where: str) -> None:

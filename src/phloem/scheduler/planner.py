@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from phloem.kvcache.manager import CacheManager
+    from phloem.kvcache.radix import Found
     from phloem.scheduler.policies import Policy, WaitingQueue
     from phloem.scheduler.state import Request, Slots
 
@@ -230,9 +231,10 @@ class Planner:
                 continue  # its last token is not known yet
             try:
                 known = request.all_known()
-                if computing and self._comes_soon(request, known, computing):
+                found = cache.probe(request.submit.namespace, known, request.match_limit())
+                if computing and self._comes_soon(request, known, found, computing):
                     continue
-                count = self._enter(request, known, budget, promised)
+                count = self._enter(request, known, found, budget, promised)
                 if count == 0:
                     return  # none may overtake it, or a long prompt would never run
                 admission = self._admission(request, known)
@@ -250,22 +252,25 @@ class Planner:
             if cache.enabled:
                 computing.add(_next_page(request, cache.page_size))
 
-    def _comes_soon(self, request: Request, known: NDArray[np.int32], computing: set[tuple[int, bytes]]) -> bool:
+    def _comes_soon(
+        self, request: Request, known: NDArray[np.int32], found: Found, computing: set[tuple[int, bytes]]
+    ) -> bool:
         """Whether the first page that this request lacks is being computed in the step that is planned."""
-        size, limit = self.cache.page_size, request.match_limit()
-        found = self.cache.probe(request.submit.namespace, known, limit)
-        if found.node is None or (found.num_pages + 1) * size > limit:
+        size = self.cache.page_size
+        if found.node is None or (found.num_pages + 1) * size > request.match_limit():
             return False
         page = known[found.num_pages * size : (found.num_pages + 1) * size].tobytes()
         return (found.node.uid, page) in computing
 
-    def _enter(self, request: Request, known: NDArray[np.int32], budget: int, promised: int) -> int:
+    def _enter(self, request: Request, known: NDArray[np.int32], found: Found, budget: int, promised: int) -> int:
         """Put a waiting request into a slot with pages for its first chunk: the chunk's length, or 0 for no room."""
         slots, cache = self.slots, self.cache
+        alone = slots.num_running == 0
+        if not alone and self._pages_for(len(known)) - found.num_pages > cache.available_pages - promised:
+            return 0  # not even with all that is evictable; the usual case while the pool is full
         table = slots.tables[slots.next_free()]
         lease = cache.match(request.submit.namespace, known, request.match_limit(), table)
         needed = -(-len(known) // cache.page_size) - lease.held
-        alone = slots.num_running == 0
         if needed > cache.available_pages - (0 if alone else promised):
             cache.release(lease, _NOTHING, 0)
             if alone and needed > cache.available_pages:
@@ -306,6 +311,10 @@ class Planner:
     def _admission(self, request: Request, known: NDArray[np.int32]) -> Admission:
         submit, params = request.submit, request.params
         ends = (() if params.ignore_eos else self.eos_ids) + tuple(params.stop_token_ids)
+        mask = None
+        if request.prepared is not None:
+            request.prepared.admit(request.output)
+            mask = request.prepared.mask
         return Admission(
             slot=request.slot,
             request_id=request.id,
@@ -313,11 +322,11 @@ class Planner:
             seed=request.seed,
             tokens=known,
             num_prompt=request.num_prompt,
-            eos_ids=ends,
+            eos_ids=ends if mask is None else (),  # a mask keeps `min_new_tokens` itself, where the grammar allows
             return_logprob=submit.return_logprob,
             top_logprobs=submit.top_logprobs,
             token_ids_logprob=tuple(submit.token_ids_logprob),
-            mask=request.prepared.mask if request.prepared is not None else None,
+            mask=mask,
         )
 
     def _failed(self, request: Request, error: Exception) -> None:

@@ -43,12 +43,12 @@ class Results:
         self.output_tokens = 0
         self._chunks: list[Chunk] = []
 
-    def commit(self, plan: Plan, epochs: list[int], output: StepOutput) -> None:
-        """Take in a step. Rows whose request has ended, or was taken back since the launch, are dropped."""
+    def commit(self, plan: Plan, output: StepOutput) -> None:
+        """Take in a step. Rows whose request has ended since the launch are dropped."""
         tokens: list[int] = output.tokens.tolist()
         sampled: list[bool] = plan.batch.sample.tolist()
         for row, request in enumerate(plan.rows):
-            if request.status is RequestStatus.FINISHED or request.epoch != epochs[row]:
+            if request.status is RequestStatus.FINISHED:
                 continue
             if row in output.failed:
                 self.fail(request, output.failed[row], 500)

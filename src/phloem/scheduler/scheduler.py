@@ -61,10 +61,9 @@ class ScheduleSettings:
 
 @dataclass(slots=True)
 class Launched:
-    """A step between launch and commit. `epochs[row]`: see `Request.epoch`."""
+    """A step between launch and commit."""
 
     plan: Plan
-    epochs: list[int]
     pending: Pending
 
 
@@ -306,8 +305,9 @@ class Scheduler:
                 log.exception("request %s: what it waited for failed", request.id)
                 error = raised
             if error is not None:
-                text = error.message if isinstance(error, PhloemError) else f"{type(error).__name__}: {error}"
-                self.results.fail(request, text, 400)
+                if not isinstance(error, PhloemError):
+                    error = BadRequest(f"{type(error).__name__}: {error}")
+                self.results.fail(request, error.message, error.status)
                 continue
             request.status = RequestStatus.WAITING
             self.queue.add(request)
@@ -337,7 +337,7 @@ class Scheduler:
             return True
         if not self.inflight:
             self._step_began = now
-        self.inflight.append(Launched(plan, [request.epoch for request in plan.rows], pending))
+        self.inflight.append(Launched(plan, pending))
         self.planner.advance(plan)
         self._end_refused()
         return True
@@ -353,12 +353,11 @@ class Scheduler:
             output: StepOutput = launched.pending.result()
         except Exception as error:
             log.exception("step %d failed", launched.plan.batch.step)
-            rows = zip(launched.plan.rows, launched.epochs, strict=True)
-            self._start_over([request for request, epoch in rows if request.epoch == epoch], error)
+            self._start_over(launched.plan.rows, error)
             return
         self._step_began = self.clock()
         self.meter.step_done(output)
-        self.results.commit(launched.plan, launched.epochs, output)
+        self.results.commit(launched.plan, output)
 
     def _start_over(self, victims: list[Request], error: Exception) -> None:
         """A whole step failed: its requests end, and as no KV can be trusted, all others are computed again."""

@@ -17,7 +17,7 @@ from phloem.core.messages import Logprobs, Submit, unpack_ids
 from phloem.core.request import RequestStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -40,6 +40,10 @@ class Prepared(Protocol):
 
     def ready(self) -> bool: ...
 
+    def admit(self, output: Sequence[int]) -> None:
+        """The request enters a slot, for the first time or again after a preemption, with this output so far."""
+        ...
+
 
 class Request:
     """One request, from `Submit` to its last chunk."""
@@ -47,7 +51,6 @@ class Request:
     __slots__ = (
         "admitted",
         "cached_tokens",
-        "epoch",
         "fresh",
         "fresh_logprobs",
         "id",
@@ -93,7 +96,6 @@ class Request:
         self.slot = -1
         self.lease: Lease | None = None
         self.inflight = 0  # sampled tokens whose value is not known yet
-        self.epoch = 0  # results of launches of an earlier epoch are dropped
         self.prepared: Prepared | None = None
         self.received, self.admitted = now, -1.0
         self.cached_tokens = 0
@@ -137,8 +139,7 @@ class Request:
         return limit
 
     def forget_inflight(self) -> None:
-        """What launched steps still have of this request is dropped when it comes."""
-        self.epoch += 1
+        """The steps in flight are dropped: what they have of this request must be launched again."""
         self.inflight = 0
         self.targets_from = self.first_target + len(self.prompt_logprobs)
 

@@ -60,9 +60,7 @@ class Parser(Generic[T]):
     def parse(self, data: bytes, features: frozenset[str] = frozenset()) -> T:
         """Raises BadRequest: malformed JSON, a wrong type, an unknown field, or a feature not there yet."""
         try:
-            body = self._decoder.decode(data)
-        except msgspec.ValidationError as error:
-            raise self._explain(str(error)) from None
+            body = self._decode(data)
         except msgspec.DecodeError as error:
             reason = "the body is empty, a JSON object is expected" if not data.strip() else str(error)
             raise BadRequest(f"malformed JSON: {reason}", code="malformed_json") from None
@@ -70,6 +68,21 @@ class Parser(Generic[T]):
             raise BadRequest(f"malformed JSON: {type(error).__name__}", code="malformed_json") from None
         body.refuse_later(features)
         return body
+
+    def _decode(self, data: bytes) -> T:
+        try:
+            return self._decoder.decode(data)
+        except msgspec.ValidationError as error:
+            return self._with_whole_floats(data, str(error))
+
+    def _with_whole_floats(self, data: bytes, problem: str) -> T:
+        """JSON has one kind of number: some clients write 5 as 5.0. Tried only after a float was refused."""
+        if "got `float`" not in problem:
+            raise self._explain(problem)
+        try:
+            return msgspec.convert(_whole_floats(msgspec.json.decode(data)), self.kind)
+        except msgspec.ValidationError as error:
+            raise self._explain(str(error)) from None
 
     def convert(self, values: dict[str, Any], features: frozenset[str] = frozenset()) -> T:
         """The same from Python values. Raises BadRequest as `parse` does."""
@@ -92,6 +105,16 @@ class Parser(Generic[T]):
         what, path = (found["what"], found["path"]) if found else (text, None)
         field = (path or "").lstrip(".") or None
         return BadRequest(f"{field}: {what}" if field else what, param=field, code="invalid_value")
+
+
+def _whole_floats(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
+        return int(value)
+    if isinstance(value, list):
+        return [_whole_floats(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _whole_floats(item) for key, item in value.items()}
+    return value
 
 
 def structs_of(kind: Any) -> list[type[msgspec.Struct]]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from phloem.server.health import Health
     from phloem.server.info import ModelInfo
     from phloem.server.metrics import Metrics
+    from phloem.server.request import GenerateRequest
 
 T = TypeVar("T", bound=Body)
 
@@ -46,10 +47,14 @@ class Door:
                 code="model_not_found",
             )
 
-    def check_batch(self, prompts: int) -> None:
+    def check_batch(self, request: GenerateRequest) -> None:
+        """Each item's parameters, and the number of continuations asked for."""
+        for item in request.items:
+            item.sampling.validate(self.info.vocab_size)
+        count = sum(item.sampling.n for item in request.items)
         limit = self.config.server.max_prompts_per_request
-        if prompts > limit:
-            raise BadRequest(f"{prompts} prompts in one request, at most {limit} are allowed", param="prompt")
+        if count > limit:
+            raise BadRequest(f"{count} prompts in one request (n counts), at most {limit} are allowed", param="prompt")
 
 
 def door_of(request: Request) -> Door:

@@ -341,8 +341,11 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
         raise ModelLoadError(f"{path}: {error.strerror or error}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelLoadError(f"{path}: its safetensors header is corrupt: {error}") from None
-    header.pop("__metadata__", None)
-    end = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    try:
+        header.pop("__metadata__", None)
+        end = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+        raise ModelLoadError(f"{path}: its safetensors header is corrupt: not a table of tensors") from None
     if end > size:
         raise ModelLoadError(f"{path}: truncated: {size} bytes, but its header describes {end}")
     return header

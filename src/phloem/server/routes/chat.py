@@ -47,6 +47,7 @@ async def chat_completions(request: Request) -> Response:
     body = await door.read(request, _parser)
     door.check_model(body.model)
     asked = await to_request(body, door.client, door.info)
+    door.check_batch(asked)
     parsers = delta_parsers(body, asked.items[0].sampling.n)
     call = await door.client.submit(asked)
     writer = _Writer(body, body.rid or new_id("chatcmpl-"), door.info.served_model_name, door.client.tokenizer, parsers)

@@ -42,7 +42,7 @@ async def completions(request: Request) -> Response:
     body = await door.read(request, _parser)
     door.check_model(body.model)
     asked = to_request(body)
-    door.check_batch(len(asked.items))
+    door.check_batch(asked)
     call = await door.client.submit(asked)
     writer = _Writer(body, body.rid or new_id("cmpl-"), door.info.served_model_name, door.client.tokenizer)
     if asked.stream:

@@ -31,7 +31,7 @@ async def generate(request: Request) -> Response:
     door = door_of(request)
     body = await door.read(request, _parser)
     asked = to_request(body)
-    door.check_batch(len(asked.items))
+    door.check_batch(asked)
     single = not is_batch(body) and asked.items[0].sampling.n == 1
     renderer = Renderer(body, door.client.tokenizer, door.info.weight_version)
     call = await door.client.submit(asked)

@@ -1,0 +1,330 @@
+// One linear layer over a panel of rows: where activations go, which blocks a thread takes, what happens to results.
+#pragma once
+
+#include "kernels.h"
+
+namespace phl {
+namespace PHL_NS {
+namespace {
+
+// A part of a fused layer: blocks of one layout whose features are consecutive output columns. With `half`, blocks
+// alternate between the first and the second `half` columns (gate and up), so that a pair can be combined.
+struct Segment {
+  const uint8_t* data;
+  int64_t layout, blocks, features, first_column, half;
+
+  PHL_INLINE int64_t column(int64_t block) const {
+    return half ? first_column + (block & 1) * half + (block >> 1) * kBlock : first_column + block * kBlock;
+  }
+  PHL_INLINE int64_t valid(int64_t block) const {
+    const int64_t left = features - block * kBlock;
+    return left < kBlock ? left : kBlock;
+  }
+};
+
+enum Kinds : int64_t { kInt8 = 1, kHalf = 2, kSingle = 4 };  // forms of the activations that a layer's segments need
+
+PHL_INLINE int64_t kind_of(int64_t layout) {
+  return layout == kBF16 ? kHalf : is_dense(static_cast<int>(layout)) ? kSingle : kInt8;
+}
+
+// A row of activations in the workspace: int8 records, then bfloat16, then float32, those that are needed.
+struct Rows {
+  uint8_t* base;
+  int64_t inputs;  // padded to a multiple of 64 (256 with super scales)
+  int64_t kinds;
+  int64_t int8_bytes, half_bytes, single_bytes, row_bytes;
+
+  Rows(uint8_t* base, int64_t inputs, int64_t kinds) : base(base), inputs(inputs), kinds(kinds) {
+    // An odd number of lines per row: rows of a power of two would share their cache sets.
+    int8_bytes = kinds & kInt8 ? ((inputs / kChunk) | 1) * 64 : 0;
+    half_bytes = kinds & kHalf ? inputs * 2 + 64 : 0;
+    single_bytes = kinds & kSingle ? inputs * 4 + 64 : 0;
+    row_bytes = int8_bytes + half_bytes + single_bytes;
+  }
+  PHL_INLINE Activation* int8(int64_t row) const { return reinterpret_cast<Activation*>(base + row * row_bytes); }
+  PHL_INLINE uint16_t* half(int64_t row) const {
+    return reinterpret_cast<uint16_t*>(base + row * row_bytes + int8_bytes);
+  }
+  PHL_INLINE float* single(int64_t row) const {
+    return reinterpret_cast<float*>(base + row * row_bytes + int8_bytes + half_bytes);
+  }
+};
+
+// The input of a layer: x, or x + addend, or the RMS norm of either. `sum` receives x + addend.
+struct Input {
+  const float *x, *addend, *norm;
+  float* sum;
+  int64_t n, x_stride, addend_stride, sum_stride;
+  float eps;
+
+  // 32 inputs from `at`, zero past the end; before the norm.
+  PHL_INLINE const float* chunk(int64_t row, int64_t at, float* space) const {
+    const float* p = x + row * x_stride + at;
+    const int64_t count = n - at < kChunk ? n - at : kChunk;
+    if (count == kChunk && addend == nullptr) return p;
+    const float* q = addend == nullptr ? nullptr : addend + row * addend_stride + at;
+    if (count == kChunk) {
+      Vec::storef(space, Vec::add(Vec::loadf(p), Vec::loadf(q)));
+      Vec::storef(space + 16, Vec::add(Vec::loadf(p + 16), Vec::loadf(q + 16)));
+      return space;
+    }
+    for (int i = 0; i < kChunk; ++i) space[i] = i < count ? (q == nullptr ? p[i] : p[i] + q[i]) : 0.0f;
+    return space;
+  }
+
+  // 1 / root mean square of a row. Also writes the sum.
+  PHL_INLINE float inverse_rms(int64_t row, bool write_sum) const {
+    F squares = Vec::zero();
+    float space[kChunk];
+    for (int64_t at = 0; at < n; at += kChunk) {
+      const float* v = chunk(row, at, space);
+      squares = Vec::fma(Vec::loadf(v), Vec::loadf(v), squares);
+      squares = Vec::fma(Vec::loadf(v + 16), Vec::loadf(v + 16), squares);
+      if (write_sum && sum != nullptr) {
+        std::memcpy(sum + row * sum_stride + at, v, 4 * (n - at < kChunk ? n - at : kChunk));
+      }
+    }
+    return 1.0f / __builtin_sqrtf(Vec::sum(squares) / static_cast<float>(n) + eps);
+  }
+};
+
+PHL_INLINE void prepare_row(const Input& in, int64_t row, const Rows& rows, int64_t to, bool write_sum) {
+  const float inverse = in.norm != nullptr || in.sum != nullptr ? in.inverse_rms(row, write_sum) : 0.0f;
+  alignas(64) float space[kChunk], normed[kChunk];
+  const F scale = Vec::set(inverse);
+  for (int64_t at = 0; at < rows.inputs; at += kChunk) {
+    const float* v = in.chunk(row, at, space);
+    if (in.norm != nullptr) {
+      float tail[kChunk];
+      const float* w = in.norm + at;
+      if (in.n - at < kChunk) {
+        for (int i = 0; i < kChunk; ++i) tail[i] = at + i < in.n ? w[i] : 0.0f;
+        w = tail;
+      }
+      Vec::storef(normed, Vec::mul(Vec::mul(Vec::loadf(v), scale), Vec::loadf(w)));
+      Vec::storef(normed + 16, Vec::mul(Vec::mul(Vec::loadf(v + 16), scale), Vec::loadf(w + 16)));
+      v = normed;
+    }
+    if (rows.kinds & kInt8) quantise_chunk(v, rows.int8(to)[at / kChunk]);
+    if (rows.kinds & kHalf) {
+      Vec::to_bf16(v, rows.half(to) + at);
+      Vec::to_bf16(v + 16, rows.half(to) + at + 16);
+    }
+    if (rows.kinds & kSingle) std::memcpy(rows.single(to) + at, v, sizeof(float) * kChunk);
+  }
+}
+
+// ---- results -------------------------------------------------------------------------------------------------------
+
+enum Epilogue : int64_t { kStore = 0, kSiluMul = 1, kGeluMul = 2, kBest = 3 };
+
+struct Output {
+  float* out;
+  const float* bias;
+  const float* residual;
+  int64_t out_stride, residual_stride, epilogue;
+  float* best;          // [rows][16], kBest
+  int32_t* best_index;  // [rows][16]
+
+  PHL_INLINE F biased(const float* y, int64_t column, int64_t valid) const {
+    const F v = Vec::loadf(y);
+    if (bias == nullptr) return v;
+    if (valid == kBlock) return Vec::add(v, Vec::loadf(bias + column));
+    float space[kBlock] = {};
+    for (int64_t i = 0; i < valid; ++i) space[i] = bias[column + i];
+    return Vec::add(v, Vec::loadf(space));
+  }
+
+  PHL_INLINE void store(int64_t row, int64_t column, int64_t valid, F v) const {
+    float* to = out + row * out_stride + column;
+    const float* add = residual == nullptr ? nullptr : residual + row * residual_stride + column;
+    if (valid == kBlock) {
+      Vec::storef(to, add == nullptr ? v : Vec::add(v, Vec::loadf(add)));
+      return;
+    }
+    float space[kBlock];
+    Vec::storef(space, v);
+    for (int64_t i = 0; i < valid; ++i) to[i] = add == nullptr ? space[i] : space[i] + add[i];
+  }
+
+  PHL_INLINE void keep(int64_t row, int64_t column, int64_t valid, F v) const {
+    if (valid < kBlock) {
+      float space[kBlock];
+      Vec::storef(space, v);
+      for (int64_t i = valid; i < kBlock; ++i) space[i] = -__builtin_inff();
+      v = Vec::loadf(space);
+    }
+    Vec::keep_best(best + row * kBlock, best_index + row * kBlock, v, static_cast<int32_t>(column));
+  }
+
+  // `y` holds `count` rows of two blocks, 32 floats a row.
+  PHL_INLINE void finish(const Segment& s, int64_t block, int blocks, int64_t row, int64_t count,
+                         const float* y) const {
+    const int64_t columns[2] = {s.column(block), blocks > 1 ? s.column(block + 1) : 0};
+    const int64_t valid[2] = {s.valid(block), blocks > 1 ? s.valid(block + 1) : 0};
+    for (int64_t r = row; r < row + count; ++r, y += 2 * kBlock) {
+      if (epilogue == kSiluMul || epilogue == kGeluMul) {
+        const F gate = biased(y, columns[0], kBlock), up = biased(y + kBlock, columns[1], kBlock);
+        store(r, columns[0], kBlock, Vec::mul(epilogue == kSiluMul ? silu(gate) : gelu_tanh(gate), up));
+        continue;
+      }
+      for (int b = 0; b < blocks; ++b) {
+        const F v = biased(y + b * kBlock, columns[b], valid[b]);
+        if (epilogue == kBest) {
+          keep(r, columns[b], valid[b], v);
+        } else {
+          store(r, columns[b], valid[b], v);
+        }
+      }
+    }
+  }
+};
+
+// ---- one pair of blocks over a panel -------------------------------------------------------------------------------
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// f(Count<n>) for n in 1..Max.
+template <int Max, class G>
+PHL_INLINE void with_count(int64_t n, G&& f) {
+  if constexpr (Max > 1) {
+    if (n < Max) return with_count<Max - 1>(n, f);
+  }
+  f(Count<Max>{});
+}
+
+// Calls f(first, count) over `rows` in as equal parts as can be, of at most `most`.
+template <class G>
+PHL_INLINE void even_parts(int64_t rows, int64_t most, G&& f) {
+  const int64_t parts = (rows + most - 1) / most;
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t begin = rows * i / parts;
+    f(begin, rows * (i + 1) / parts - begin);
+  }
+}
+
+// One kernel over a group of `B` blocks; the results of a group of two blocks are finished together.
+template <class L>
+void run_small(const Segment& s, int64_t block, int blocks, const Rows& rows, int64_t count, const Output& out,
+               int64_t first_row) {
+  alignas(64) float y[Vec::small_rows * 2 * kBlock];
+  const int64_t units = (rows.inputs + L::unit_k - 1) / L::unit_k;
+  const int64_t act_step = rows.row_bytes / 64;
+  for (int b = 0; b < blocks; ++b) {
+    const uint8_t* w = s.data + (block + b) * units * L::unit_bytes;
+    with_count<Vec::small_rows>(count, [&](auto n) {
+      small_block<L, decltype(n)::value>(w, units, rows.int8(0), act_step, y + b * kBlock, 2 * kBlock);
+    });
+  }
+  out.finish(s, block, blocks, first_row, count, y);
+}
+
+template <class L>
+void run_tile(const Segment& s, int64_t block, int blocks, const Rows& rows, int64_t count, const Output& out,
+              int64_t first_row, uint8_t* tile) {
+  constexpr int MaxR = Vec::tile_rows, MaxB = Vec::tile_blocks;
+  alignas(64) float y[MaxR * 2 * kBlock];
+  const int64_t units = (rows.inputs + L::unit_k - 1) / L::unit_k, chunks = units * L::chunks;
+  const int64_t act_step = rows.row_bytes / 64, tile_step = chunks * kTileChunk<L> + 64;
+  for (int b = 0; b < blocks; ++b) {
+    unpack_block<L>(s.data + (block + b) * units * L::unit_bytes, units, tile + b * tile_step);
+  }
+  // The next pair's bytes come from memory while this pair is computed.
+  const uint8_t* next = s.data + (block + blocks) * units * L::unit_bytes;
+  const int64_t next_bytes = blocks * units * L::unit_bytes;
+  int64_t fetched = 0;
+  even_parts(count, MaxR, [&](int64_t row, int64_t n_rows) {
+    const int64_t until = next_bytes * (row + n_rows) / count;
+    for (; fetched < until; fetched += 64) __builtin_prefetch(next + fetched, 0, 2);
+    with_count<MaxR>(n_rows, [&](auto n) {
+      constexpr int R = decltype(n)::value;
+      if (MaxB == 2 && blocks == 2) {
+        tile_kernel<L, R, MaxB>(tile, tile_step, chunks, rows.int8(row), act_step, y, 2 * kBlock);
+      } else {
+        for (int b = 0; b < blocks; ++b) {
+          tile_kernel<L, R, 1>(tile + b * tile_step, tile_step, chunks, rows.int8(row), act_step, y + b * kBlock,
+                               2 * kBlock);
+        }
+      }
+    });
+    out.finish(s, block, blocks, first_row + row, n_rows, y);
+  });
+}
+
+template <class D>
+void run_dense(const Segment& s, int64_t block, int blocks, const Rows& rows, int64_t count, const Output& out,
+               int64_t first_row) {
+  constexpr int MaxR = Vec::dense_rows, MaxB = Vec::dense_blocks;
+  using X = typename D::X;
+  alignas(64) float y[MaxR * 2 * kBlock];
+  const int64_t steps = rows.inputs / D::step, block_bytes = steps * D::bytes;
+  const int64_t x_step = rows.row_bytes / static_cast<int64_t>(sizeof(X));
+  const uint8_t* w = s.data + block * block_bytes;
+  even_parts(count, MaxR, [&](int64_t row, int64_t n_rows) {
+    const X* x;
+    if constexpr (sizeof(X) == 2) {
+      x = rows.half(row);
+    } else {
+      x = rows.single(row);
+    }
+    with_count<MaxR>(n_rows, [&](auto n) {
+      constexpr int R = decltype(n)::value;
+      if (MaxB == 2 && blocks == 2) {
+        dense_kernel<D, R, MaxB>(w, block_bytes, steps, x, x_step, y, 2 * kBlock);
+      } else {
+        for (int b = 0; b < blocks; ++b) {
+          dense_kernel<D, R, 1>(w + b * block_bytes, block_bytes, steps, x, x_step, y + b * kBlock, 2 * kBlock);
+        }
+      }
+    });
+    out.finish(s, block, blocks, first_row + row, n_rows, y);
+  });
+}
+
+// Rows [0, count) of `rows` times one or two blocks of a segment; results are those of rows first_row and on.
+PHL_INLINE void run_pair(const Segment& s, int64_t block, const Rows& rows, int64_t count, const Output& out,
+                         int64_t first_row, uint8_t* tile) {
+  const int blocks = s.blocks - block > 1 ? 2 : 1;
+  switch (s.layout) {
+    case kBF16: return run_dense<DenseBF16>(s, block, blocks, rows, count, out, first_row);
+    case kF16: return run_dense<DenseF16>(s, block, blocks, rows, count, out, first_row);
+    case kF32: return run_dense<DenseF32>(s, block, blocks, rows, count, out, first_row);
+    default: break;
+  }
+  with_quantised(static_cast<int>(s.layout), [&](auto l) {
+    using L = decltype(l);
+    if (count <= Vec::small_rows) {
+      run_small<L>(s, block, blocks, rows, count, out, first_row);
+    } else {
+      run_tile<L>(s, block, blocks, rows, count, out, first_row, tile);
+    }
+  });
+}
+
+// f(segment, block) for this thread's pairs: a contiguous part of all segments' bytes.
+template <class G>
+PHL_INLINE void own_pairs(const Segment* segments, int64_t count, int thread, int size, G&& f) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += (segments[i].blocks + 1) / 2 * unit_size(segments[i].layout) * 256 /
+                                              unit_inputs(segments[i].layout);
+  const int64_t low = total * thread / size, high = total * (thread + 1) / size;
+  int64_t at = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Segment& s = segments[i];
+    const int64_t pairs = (s.blocks + 1) / 2, cost = unit_size(s.layout) * 256 / unit_inputs(s.layout);
+    const auto from = [&](int64_t bound) {
+      const int64_t p = bound <= at ? 0 : (bound - at + cost - 1) / cost;
+      return p < pairs ? p : pairs;
+    };
+    for (int64_t p = from(low), end = from(high); p < end; ++p) f(s, 2 * p);
+    at += pairs * cost;
+  }
+}
+
+}  // namespace
+}  // namespace PHL_NS
+}  // namespace phl

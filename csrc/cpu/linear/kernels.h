@@ -1,0 +1,297 @@
+// The inner loops: unpacking, the in-register kernel for few rows, the tile kernel for many, dense kernels, and the
+// quantisation of activations. Every path adds the same numbers in the same order, so that a row's result depends
+// neither on how many rows it is computed with nor on the number of threads.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "layout.h"
+#if PHL_LEVEL == 2
+#include "vec_avx512.h"
+#elif PHL_LEVEL == 1
+#include "vec_avx2.h"
+#else
+#include "vec_portable.h"
+#endif
+
+namespace phl {
+namespace PHL_NS {
+namespace {
+
+using U = Vec::U;
+using I = Vec::I;
+using F = Vec::F;
+
+constexpr int kPrefetch = 2048;  // bytes ahead of the weight stream
+
+PHL_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
+
+// ---- weights -------------------------------------------------------------------------------------------------------
+
+// A chunk's planes to its eight operands.
+template <class L>
+PHL_INLINE void unpack(const uint8_t* p, U* w) {
+  if constexpr (L::bits == 8) {
+    for (int j = 0; j < 8; ++j) w[j] = Vec::load(p + 64 * j);
+  } else if constexpr (L::bits >= 4) {
+    for (int t = 0; t < 4; ++t) {
+      const U x = Vec::load(p + 64 * t);
+      w[t] = Vec::pick<0, 0>(x, 15);
+      w[t + 4] = Vec::pick<4, 0>(x, 15);
+    }
+    if constexpr (L::table) {
+      for (int j = 0; j < 8; ++j) w[j] = Vec::lookup(w[j], kTable4);
+    }
+  } else {
+    for (int t = 0; t < 2; ++t) {
+      const U x = Vec::load(p + 64 * t);
+      w[4 * t] = Vec::pick<0, 0>(x, 3);
+      w[4 * t + 1] = Vec::pick<2, 0>(x, 3);
+      w[4 * t + 2] = Vec::pick<4, 0>(x, 3);
+      w[4 * t + 3] = Vec::pick<6, 0>(x, 3);
+    }
+  }
+  if constexpr (L::bits == 5 || L::bits == 3) {
+    constexpr int to = L::bits - 1, mask = 1 << to;
+    const U x = Vec::load(p + (L::bits - 1) * 64);
+    w[0] = Vec::either(w[0], Vec::pick<0, to>(x, mask));
+    w[1] = Vec::either(w[1], Vec::pick<1, to>(x, mask));
+    w[2] = Vec::either(w[2], Vec::pick<2, to>(x, mask));
+    w[3] = Vec::either(w[3], Vec::pick<3, to>(x, mask));
+    w[4] = Vec::either(w[4], Vec::pick<4, to>(x, mask));
+    w[5] = Vec::either(w[5], Vec::pick<5, to>(x, mask));
+    w[6] = Vec::either(w[6], Vec::pick<6, to>(x, mask));
+    w[7] = Vec::either(w[7], Vec::pick<7, to>(x, mask));
+  }
+  if constexpr (L::bits == 6) {
+    for (int t = 0; t < 2; ++t) {
+      const U x = Vec::load(p + 256 + 64 * t);
+      w[4 * t] = Vec::either(w[4 * t], Vec::pick<0, 4>(x, 48));
+      w[4 * t + 1] = Vec::either(w[4 * t + 1], Vec::pick<2, 4>(x, 48));
+      w[4 * t + 2] = Vec::either(w[4 * t + 2], Vec::pick<4, 4>(x, 48));
+      w[4 * t + 3] = Vec::either(w[4 * t + 3], Vec::pick<6, 4>(x, 48));
+    }
+  }
+}
+
+// Scale (and minimum) of group g of a unit, for 16 features.
+template <class L>
+PHL_INLINE F scale_of(const uint8_t* unit, int g) {
+  if constexpr (L::super) {
+    return Vec::mul(Vec::half(unit), Vec::bytes(unit + L::factor_bytes + g * L::scale_step));
+  } else {
+    return Vec::half(unit + g * L::scale_step);
+  }
+}
+template <class L>
+PHL_INLINE F minimum_of(const uint8_t* unit, int g) {
+  if constexpr (L::super) {
+    return Vec::mul(Vec::half(unit + 32), Vec::bytes(unit + L::minimum_offset + g * L::scale_step));
+  } else {
+    return Vec::half(unit + g * L::scale_step + L::minimum_offset);
+  }
+}
+
+// ---- integer kernels -----------------------------------------------------------------------------------------------
+
+template <int ZeroLog, bool Wide, bool Halves>
+PHL_INLINE I start_sum(const Activation& a, int g) {
+  if constexpr (ZeroLog < 0 || (Wide && Vec::signed_wide)) {
+    return Vec::zero_i();
+  } else {
+    return Vec::minus_shifted<ZeroLog>(Halves ? a.half_sum[g] : a.sum);
+  }
+}
+
+template <bool Min, bool Halves>
+PHL_INLINE F accumulate(F total, I sum, F d, F m, const Activation& a, int g) {
+  total = Vec::fma(Vec::tofloat(sum), Vec::mul(d, Vec::set(a.scale)), total);
+  if constexpr (Min) total = Vec::fma(m, Vec::set(Halves ? a.half_scaled_sum[g] : a.scaled_sum), total);
+  return total;
+}
+
+// One block of 16 features times R rows, unpacking in registers. out[r * out_step + lane].
+template <class L, int R>
+void small_block(const uint8_t* w, int64_t units, const Activation* act, int64_t act_step, float* out,
+                 int64_t out_step) {
+  constexpr int CG = L::chunk_groups, per_group = 8 / CG;
+  F total[R];
+  for (int r = 0; r < R; ++r) total[r] = Vec::zero();
+  for (int64_t u = 0; u < units; ++u, w += L::unit_bytes, act += L::chunks) {
+    for (int at = 0; at < L::header; at += 64) prefetch(w + kPrefetch + at);
+    for (int c = 0; c < L::chunks; ++c) {
+      const uint8_t* p = w + L::header + c * L::chunk_bytes;
+      for (int at = 0; at < L::chunk_bytes; at += 64) prefetch(p + kPrefetch + at);
+      U op[8];
+      unpack<L>(p, op);
+      for (int g = 0; g < CG; ++g) {
+        const F d = scale_of<L>(w, c * CG + g);
+        F m = d;
+        if constexpr (L::min) m = minimum_of<L>(w, c * CG + g);
+        for (int r = 0; r < R; ++r) {
+          const Activation& a = act[r * act_step + c];
+          I sum = start_sum<L::zero_log, L::wide, CG == 2>(a, g);
+          for (int j = g * per_group; j < (g + 1) * per_group; ++j) {
+            sum = Vec::dot<L::wide>(sum, op[j], Vec::spread4(a.q + 4 * j));
+          }
+          total[r] = accumulate<L::min, CG == 2>(total[r], sum, d, m, a, g);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) Vec::storef(out + r * out_step, total[r]);
+}
+
+// What the tile kernel reads, per chunk: eight operands, then float scales and minima.
+template <class L>
+constexpr int kTileChunk = 512 + 64 * L::chunk_groups * (L::min ? 2 : 1);
+
+template <class L>
+void unpack_block(const uint8_t* w, int64_t units, uint8_t* tile) {
+  constexpr int CG = L::chunk_groups;
+  for (int64_t u = 0; u < units; ++u, w += L::unit_bytes) {
+    for (int c = 0; c < L::chunks; ++c, tile += kTileChunk<L>) {
+      U op[8];
+      unpack<L>(w + L::header + c * L::chunk_bytes, op);
+      for (int j = 0; j < 8; ++j) Vec::store(tile + 64 * j, op[j]);
+      for (int g = 0; g < CG; ++g) {
+        auto* scales = reinterpret_cast<float*>(tile + 512) + 16 * g * (L::min ? 2 : 1);
+        Vec::storef(scales, scale_of<L>(w, c * CG + g));
+        if constexpr (L::min) Vec::storef(scales + 16, minimum_of<L>(w, c * CG + g));
+      }
+    }
+  }
+}
+
+// B unpacked blocks, `tile_step` bytes apart, times R rows. out[r * out_step + 16 * b + lane].
+template <class L, int R, int B>
+void tile_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const Activation* act, int64_t act_step,
+                 float* out, int64_t out_step) {
+  constexpr int CG = L::chunk_groups, per_group = 8 / CG;
+  F total[R][B];
+  for (int r = 0; r < R; ++r) {
+    for (int b = 0; b < B; ++b) total[r][b] = Vec::zero();
+  }
+  for (int64_t c = 0; c < chunks; ++c, tile += kTileChunk<L>, ++act) {
+    for (int g = 0; g < CG; ++g) {
+      I sum[R][B];
+      for (int r = 0; r < R; ++r) {
+        const I start = start_sum<L::zero_log, L::wide, CG == 2>(act[r * act_step], g);
+        for (int b = 0; b < B; ++b) sum[r][b] = start;
+      }
+      for (int j = g * per_group; j < (g + 1) * per_group; ++j) {
+        U w[B];
+        for (int b = 0; b < B; ++b) w[b] = Vec::load(tile + b * tile_step + 64 * j);
+        for (int r = 0; r < R; ++r) {
+          const Vec::A a = Vec::spread4(act[r * act_step].q + 4 * j);
+          for (int b = 0; b < B; ++b) sum[r][b] = Vec::dot<L::wide>(sum[r][b], w[b], a);
+        }
+      }
+      for (int b = 0; b < B; ++b) {
+        const auto* scales =
+            reinterpret_cast<const float*>(tile + b * tile_step + 512) + 16 * g * (L::min ? 2 : 1);
+        const F d = Vec::loadf(scales);
+        F m = d;
+        if constexpr (L::min) m = Vec::loadf(scales + 16);
+        for (int r = 0; r < R; ++r) {
+          total[r][b] = accumulate<L::min, CG == 2>(total[r][b], sum[r][b], d, m, act[r * act_step], g);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int b = 0; b < B; ++b) Vec::storef(out + r * out_step + 16 * b, total[r][b]);
+  }
+}
+
+// ---- dense kernels -------------------------------------------------------------------------------------------------
+
+struct DenseBF16 {
+  using X = uint16_t;  // activations
+  static constexpr int step = 2, bytes = 64;
+  PHL_INLINE static F madd(F sum, const uint8_t* w, const X* x) {
+    return Vec::dot_pair(sum, Vec::load(w), Vec::pair(x));
+  }
+};
+struct DenseF16 {
+  using X = float;
+  static constexpr int step = 1, bytes = 32;
+  PHL_INLINE static F madd(F sum, const uint8_t* w, const X* x) { return Vec::fma(Vec::half(w), Vec::set(*x), sum); }
+};
+struct DenseF32 {
+  using X = float;
+  static constexpr int step = 1, bytes = 64;
+  PHL_INLINE static F madd(F sum, const uint8_t* w, const X* x) {
+    return Vec::fma(Vec::loadf(reinterpret_cast<const float*>(w)), Vec::set(*x), sum);
+  }
+};
+
+// B blocks `block_bytes` apart times R rows of `steps` steps each.
+template <class D, int R, int B>
+void dense_kernel(const uint8_t* w, int64_t block_bytes, int64_t steps, const typename D::X* x, int64_t x_step,
+                  float* out, int64_t out_step) {
+  F total[R][B];
+  for (int r = 0; r < R; ++r) {
+    for (int b = 0; b < B; ++b) total[r][b] = Vec::zero();
+  }
+  for (int64_t k = 0; k < steps; ++k, w += D::bytes, x += D::step) {
+    for (int b = 0; b < B; ++b) {
+      if (R <= 2) prefetch(w + b * block_bytes + kPrefetch);
+      for (int r = 0; r < R; ++r) total[r][b] = D::madd(total[r][b], w + b * block_bytes, x + r * x_step);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int b = 0; b < B; ++b) Vec::storef(out + r * out_step + 16 * b, total[r][b]);
+  }
+}
+
+// ---- activations ---------------------------------------------------------------------------------------------------
+
+// Quantises 32 inputs: int8 with one scale, and the sums that zeros and minima need.
+PHL_INLINE void quantise_chunk(const float* x, Activation& a) {
+  const float largest = Vec::maximum(Vec::max(Vec::abs(Vec::loadf(x)), Vec::abs(Vec::loadf(x + 16))));
+  const float scale = largest / 127.0f;
+  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+  Vec::quantise32(x, inverse, a.q, a.half_sum);
+  a.scale = scale;
+  a.sum = a.half_sum[0] + a.half_sum[1];
+  a.scaled_sum = static_cast<float>(a.sum) * scale;
+  a.half_scaled_sum[0] = static_cast<float>(a.half_sum[0]) * scale;
+  a.half_scaled_sum[1] = static_cast<float>(a.half_sum[1]) * scale;
+  a.unused = 0.0f;
+}
+
+// ---- small functions of 16 lanes -----------------------------------------------------------------------------------
+
+// e^x to 2e-7: powers of two and the degree-6 polynomial of Cephes' expf.
+PHL_INLINE F exponential(F x) {
+  x = Vec::min(Vec::max(x, Vec::set(-87.0f)), Vec::set(88.0f));
+  const F n = Vec::round(Vec::mul(x, Vec::set(1.44269504088896341f)));
+  F r = Vec::fma(n, Vec::set(-0.693359375f), x);
+  r = Vec::fma(n, Vec::set(2.12194440e-4f), r);
+  F p = Vec::set(1.9875691500e-4f);
+  p = Vec::fma(p, r, Vec::set(1.3981999507e-3f));
+  p = Vec::fma(p, r, Vec::set(8.3334519073e-3f));
+  p = Vec::fma(p, r, Vec::set(4.1665795894e-2f));
+  p = Vec::fma(p, r, Vec::set(1.6666665459e-1f));
+  p = Vec::fma(p, r, Vec::set(5.0000001201e-1f));
+  p = Vec::add(Vec::fma(p, Vec::mul(r, r), r), Vec::set(1.0f));
+  return Vec::mul(p, Vec::power2(n));
+}
+
+// x * sigmoid(x)
+PHL_INLINE F silu(F x) {
+  return Vec::div(x, Vec::add(Vec::set(1.0f), exponential(Vec::sub(Vec::zero(), x))));
+}
+
+// The tanh form of GELU is x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 x^3)).
+PHL_INLINE F gelu_tanh(F x) {
+  const F cube = Vec::mul(Vec::mul(x, x), x);
+  const F inner = Vec::mul(Vec::fma(cube, Vec::set(0.044715f), x), Vec::set(-1.5957691216057308f));
+  return Vec::div(x, Vec::add(Vec::set(1.0f), exponential(inner)));
+}
+
+}  // namespace
+}  // namespace PHL_NS
+}  // namespace phl

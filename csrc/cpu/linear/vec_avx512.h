@@ -1,0 +1,117 @@
+// Sixteen features at a time in AVX-512 (VNNI, BF16). The three vec_*.h give the kernels the same vocabulary:
+// U 64 operand bytes, I 16 int32, F 16 float.
+#pragma once
+
+// gcc 12 warns of its own intrinsics (_mm512_undefined_*) wherever they are inlined.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "../isa.h"
+#include <cstring>
+
+namespace phl {
+namespace PHL_NS {
+namespace {
+
+struct Vec {
+  using U = __m512i;
+  using I = __m512i;
+  using F = __m512;
+  static constexpr int tile_rows = 6, tile_blocks = 2;    // integer tile: 12 int32 and 12 float accumulators
+  static constexpr int dense_rows = 12, dense_blocks = 2;  // float tile: 24 accumulators
+  static constexpr int small_rows = 8;                     // rows whose weights stay in registers
+  static constexpr bool signed_wide = false;
+
+  static U load(const void* p) { return _mm512_loadu_si512(p); }
+  static void store(void* p, U x) { _mm512_storeu_si512(p, x); }
+  template <int From, int To>
+  static U pick(U x, int mask) {  // the bits of `mask` after moving bit From of each byte to bit To
+    if constexpr (From > To) x = _mm512_srli_epi16(x, From - To);
+    if constexpr (From < To) x = _mm512_slli_epi16(x, To - From);
+    return _mm512_and_si512(x, _mm512_set1_epi8(static_cast<char>(mask)));
+  }
+  static U either(U x, U y) { return _mm512_or_si512(x, y); }
+  static U lookup(U x, const uint8_t* table) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), x);
+  }
+
+  static I zero_i() { return _mm512_setzero_si512(); }
+  template <int Log>
+  static I minus_shifted(int32_t x) {  // -(x << Log) in every lane
+    return _mm512_slli_epi32(_mm512_set1_epi32(-x), Log);
+  }
+  using A = __m512i;
+  static A spread4(const int8_t* a) {
+    int32_t word;
+    std::memcpy(&word, a, 4);
+    return _mm512_set1_epi32(word);
+  }
+  template <bool Wide>
+  static I dot(I sum, U w, A a) {
+    return _mm512_dpbusd_epi32(sum, w, a);
+  }
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set(float x) { return _mm512_set1_ps(x); }
+  static F loadf(const float* p) { return _mm512_loadu_ps(p); }
+  static void storef(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static F half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+  static F bytes(const void* p) {  // 16 signed bytes
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+  }
+  static F tofloat(I x) { return _mm512_cvtepi32_ps(x); }
+  static F add(F x, F y) { return _mm512_add_ps(x, y); }
+  static F sub(F x, F y) { return _mm512_sub_ps(x, y); }
+  static F mul(F x, F y) { return _mm512_mul_ps(x, y); }
+  static F div(F x, F y) { return _mm512_div_ps(x, y); }
+  static F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+  static F max(F x, F y) { return _mm512_max_ps(x, y); }
+  static F min(F x, F y) { return _mm512_min_ps(x, y); }
+  static F abs(F x) { return _mm512_abs_ps(x); }
+  static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F power2(F n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
+  static float sum(F x) { return _mm512_reduce_add_ps(x); }
+  static float maximum(F x) { return _mm512_reduce_max_ps(x); }
+
+  // value > best per lane (strictly, so that the lowest index wins): keeps value and index.
+  static void keep_best(float* best, int32_t* index, F value, int32_t first) {
+    const __mmask16 m = _mm512_cmp_ps_mask(value, _mm512_loadu_ps(best), _CMP_GT_OQ);
+    _mm512_mask_storeu_ps(best, m, value);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    _mm512_mask_storeu_epi32(index, m, _mm512_add_epi32(_mm512_set1_epi32(first), lane));
+  }
+
+  // x * inverse rounded to int8, 32 of them, with the sums of the two halves.
+  static void quantise32(const float* x, float inverse, int8_t* q, int32_t* half_sum) {
+    const F s = _mm512_set1_ps(inverse);
+    const __m512i lo = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), s));
+    const __m512i hi = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16), s));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtsepi32_epi8(lo));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16), _mm512_cvtsepi32_epi8(hi));
+    half_sum[0] = _mm512_reduce_add_epi32(lo);
+    half_sum[1] = _mm512_reduce_add_epi32(hi);
+  }
+
+  // Two neighbouring inputs of 16 features in bfloat16 times a pair of inputs.
+  using P = __m512i;
+  static P pair(const uint16_t* a) {
+    int32_t word;
+    std::memcpy(&word, a, 4);
+    return _mm512_set1_epi32(word);
+  }
+  static F dot_pair(F sum, U w, P a) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)a); }
+  static void to_bf16(const float* x, uint16_t* out) {  // 16
+    const __m256bh y = _mm512_cvtneps_pbh(_mm512_loadu_ps(x));
+    std::memcpy(out, &y, 32);
+  }
+};
+
+}  // namespace
+}  // namespace PHL_NS
+}  // namespace phl

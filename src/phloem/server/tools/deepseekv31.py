@@ -1,0 +1,24 @@
+"""DeepSeek V3.1: a section of calls, each the name, a separator and the arguments as bare JSON."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from phloem.server.tools._base import MAX_NAME
+from phloem.server.tools.deepseekv3 import CALL, CALL_END, SECTION, SECTION_END, SEPARATOR
+from phloem.server.tools.deepseekv3 import Parser as V3
+
+if TYPE_CHECKING:
+    from phloem.server.tools._base import Steps
+
+
+class Parser(V3):
+    def one_call(self) -> Steps[None]:
+        name, _ = yield from self.until(SEPARATOR, limit=MAX_NAME)
+        call = self.begin_call(name.strip())
+        yield from self.spaces()
+        yield from self.arguments(call)
+        call.end()
+
+    def tag(self, name: str) -> tuple[str, str]:
+        return f"{SECTION}{CALL}{name}{SEPARATOR}", f"{CALL_END}{SECTION_END}"

@@ -1,0 +1,38 @@
+"""GLM 4.5 to 4.7: `<tool_call>f<arg_key>k</arg_key><arg_value>v</arg_value></tool_call>`, with or without newlines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from phloem.server.tools._base import MAX_NAME
+from phloem.server.tools._xml import XmlReader
+
+if TYPE_CHECKING:
+    from phloem.server.tools._base import Steps
+
+BEGIN, END = "<tool_call>", "</tool_call>"
+KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
+
+
+class Parser(XmlReader):
+    begins = (BEGIN,)
+    trigger = BEGIN
+    style = "glm_xml"
+
+    def section(self, marker: str) -> Steps[None]:
+        name, end = yield from self.until(KEY, END, limit=2 * MAX_NAME)
+        call = self.begin(name.strip())
+        while end == KEY:
+            key, _ = yield from self.until(KEY_END, limit=MAX_NAME)
+            yield from self.spaces()
+            yield from self.skip(VALUE)
+            yield from self.parameter(call, key.strip(), VALUE_END)
+            yield from self.spaces()
+            if (yield from self.accept(KEY)):
+                continue
+            yield from self.skip(END)
+            break
+        self.complete(call)
+
+    def tag(self, name: str) -> tuple[str, str]:
+        return f"{BEGIN}{name}\n", f"\n{END}"

@@ -1,0 +1,214 @@
+"""Tiny checkpoints with random weights and a real tokenizer, in the formats that are served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCAB = 384  # 256 bytes, the special tokens, and merges learned from CORPUS
+SPECIAL = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
+    "A serving engine answers many requests at once; each request has its own page table.",
+    "Sap moves through the phloem of a tree, from the leaves to wherever sugar is needed.",
+    "What is the capital of France? The capital of France is Paris.",
+]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma3")
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 3,
+    "pad_token_id": 0,
+}
+_DIFFERENCES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 12},
+    "qwen2": {"head_dim": None},
+    "qwen3": {},
+    "gemma3_text": {"num_hidden_layers": 7, "sliding_window": 8, "query_pre_attn_scalar": 24},
+    "gemma3": {"num_hidden_layers": 7, "sliding_window": 8, "query_pre_attn_scalar": 24},
+}
+
+
+def tiny_checkpoint(family: str, path: Path, *, seed: int = 0, shards: int = 1, **overrides: Any) -> Path:
+    """Write a random checkpoint of a family, with a tokenizer and a chat template; the same bytes for the same seed.
+
+    Args:
+        family: one of FAMILIES.
+        path: a directory, made if need be.
+        seed: of the weights.
+        shards: how many safetensors files, about.
+        overrides: keys of the family's config class (of its text model).
+
+    Returns:
+        `path`. Needs `transformers`.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    path.mkdir(parents=True, exist_ok=True)
+    model = _model(family, overrides)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Norms and biases too: a model whose norms are all 1 hides mistakes.
+            wide = 1.0 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.2
+            centre = 1.0 if parameter.ndim == 1 and name.endswith("norm.weight") and "gemma" not in family else 0.0
+            parameter.normal_(centre, wide)
+    size = sum(parameter.numel() for parameter in model.parameters()) * 4
+    model.save_pretrained(path, max_shard_size=f"{max(1, size // shards // 1000 + 1)}KB" if shards > 1 else "5GB")
+    write_tokenizer(path, model.config.get_text_config().vocab_size)
+    return path
+
+
+def _model(family: str, overrides: dict[str, Any]) -> Any:
+    import transformers
+
+    if family not in FAMILIES:
+        raise ValueError(f"no tiny checkpoint for {family!r}; known: {', '.join(FAMILIES)}")
+    settings = {**_SIZES, **_DIFFERENCES[family], **overrides}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if family == "gemma3":
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision = {**vision, "image_size": 28, "patch_size": 14}
+        config = transformers.Gemma3Config(text_config=settings, vision_config=vision, mm_tokens_per_image=4)
+        return transformers.Gemma3ForConditionalGeneration(config).eval()
+    config = transformers.AutoConfig.for_model(family, **settings)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def write_tokenizer(path: Path, vocab_size: int = VOCAB) -> None:
+    """A byte-level BPE tokenizer trained on CORPUS, with a chat template, as Hugging Face files."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer: Any = trainers.BpeTrainer(
+        vocab_size=min(vocab_size, VOCAB),
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[3]
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(path)
+
+
+_GGUF_ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3_text": "gemma3",
+}
+
+
+def tiny_gguf(source: Path, target: Path, kind: str = "F32", **metadata: Any) -> Path:
+    """Convert a `tiny_checkpoint` to GGUF, as llama.cpp's converter lays it out.
+
+    Args:
+        source: the checkpoint's directory.
+        target: the file to write.
+        kind: GGUF type of the matrices; a matrix whose rows do not fill its blocks is stored as F32.
+        metadata: further keys, with `__` for `.`.
+
+    Returns:
+        `target`. Needs `gguf` and `transformers`.
+    """
+    import json
+
+    import gguf
+    from safetensors.numpy import load_file
+
+    config = json.loads((source / "config.json").read_text())
+    family = config["model_type"]
+    arch = _GGUF_ARCHITECTURES[family]
+    writer = gguf.GGUFWriter(str(target), arch)
+    _write_metadata(writer, config, arch)
+    _write_vocabulary(writer, source)
+    for key, value in metadata.items():
+        name = key.replace("__", ".")
+        adders: dict[type, Any] = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+        adders[type(value)](name, value)
+    wanted = gguf.GGMLQuantizationType[kind]
+    kinds = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
+    names = gguf.get_tensor_name_map(kinds.get(arch, gguf.MODEL_ARCH.GEMMA3), config["num_hidden_layers"])
+    for file in sorted(source.glob("*.safetensors")):
+        for name, values in load_file(file).items():
+            rows = _as_converted(name, np.asarray(values, np.float32), config, arch)
+            block = gguf.GGML_QUANT_SIZES[wanted][0]
+            fits = rows.ndim > 1 and rows.shape[-1] % block == 0
+            raw_dtype = wanted if fits else gguf.GGMLQuantizationType.F32
+            stored = rows if raw_dtype == gguf.GGMLQuantizationType.F32 else gguf.quants.quantize(rows, raw_dtype)
+            renamed: Any = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            writer.add_tensor(renamed, stored, raw_dtype=raw_dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def _write_metadata(writer: Any, config: dict[str, Any], arch: str) -> None:
+    rope = config.get("rope_parameters") or {}
+    whole = rope.get("full_attention", rope)
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_name("Tiny")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(whole.get("rope_theta", 10000.0))
+    if arch == "gemma3":
+        writer.add_sliding_window(config["sliding_window"])
+
+
+def _write_vocabulary(writer: Any, source: Path) -> None:
+    import json
+
+    state = json.loads((source / "tokenizer.json").read_text())
+    vocabulary = sorted(state["model"]["vocab"], key=state["model"]["vocab"].get)
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in state["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if token in SPECIAL else 1 for token in vocabulary])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(3)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _as_converted(name: str, values: Any, config: dict[str, Any], arch: str) -> Any:
+    """What the converter does to a tensor: q and k rows of llama for neighbouring pairs, Gemma's norms with 1 added."""
+    part = name.split(".")[-2]
+    if arch == "llama" and part in ("q_proj", "k_proj"):
+        heads = config["num_attention_heads"] if part == "q_proj" else config["num_key_value_heads"]
+        values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+    if arch == "gemma3" and name.endswith("norm.weight"):
+        values = values + 1
+    return np.ascontiguousarray(values)

@@ -284,7 +284,9 @@ class WeightIndex:
     def _fill(self, weight: Weight, sources: dict[str, Source]) -> None:
         parts = [sources[name] for name in weight.names]
         if weight.role == "matrix":
-            weight.value = self.ctx.ops.prepare_linear(parts, self.ctx.dtype, self.ctx.device)
+            ops = self.ctx.ops
+            prepare = ops.prepare_experts if weight.experts else ops.prepare_linear
+            weight.value = prepare(parts, self.ctx.dtype, self.ctx.device)
             return
         weight.value = torch.cat([self._vector(weight, part) for part in parts]).to(self.ctx.device)
 

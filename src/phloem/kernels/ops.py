@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from phloem.kernels import reference as ref
+from phloem.kernels import reference_extra as extra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,6 +100,13 @@ class Ops:
 
     # Types of KV cache that `write_kv` and `paged_attention` take; None: every floating type.
     kv_dtypes: tuple[torch.dtype, ...] | None = None
+
+    # Mixture of experts: softmax of router logits[T, E], the best k experts of each token (their weights scaled to sum
+    # to 1 if asked), their gated MLPs with SiLU, summed by weight. `prepare_experts` stacks expert after expert along
+    # out_features: each its gate, then its up projection, [E * 2F, N]; or its down projection, [E * N, F].
+    prepare_experts: PrepareLinear = ref.prepare_linear
+    # x[T, N], logits[T, E], gate_up, down, k, renormalise -> [T, N]
+    moe: Callable[[Tensor, Tensor, Any, Any, int, bool], Tensor] = extra.moe
 
     # Sampling helpers: logits[L, V] float -> int32/float32.
     argmax: Callable[[Tensor], Tensor] = ref.argmax  # [L]

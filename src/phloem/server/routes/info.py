@@ -76,8 +76,8 @@ async def model_info(request: Request) -> Response:
             "is_generation": True,
             "preferred_sampling_params": None,
             "weight_version": info.weight_version,
-            "reasoning_parser": None,
-            "tool_call_parser": None,
+            "reasoning_parser": info.reasoning_parser,
+            "tool_call_parser": info.tool_parser,
             "disaggregation_mode": "null",
             "has_image_understanding": False,
             "has_audio_understanding": False,
@@ -110,7 +110,7 @@ async def server_info(request: Request) -> Response:
         "disaggregation_mode": "null",
         "status": door.health.problem() or "ready",
         **{key: value for key, value in engine.items() if key != "decisions"},
-        "decisions": engine.get("decisions", []),
+        "decisions": [*engine.get("decisions", []), *door.info.decisions],
         "internal_states": [await _state(door)],
     }
     if answer["max_running_requests"] is None:

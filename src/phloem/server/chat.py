@@ -82,6 +82,7 @@ async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> C
         top_logprobs=body.top_logprobs or 0,
         priority=body.priority or 0,
         namespace=namespace(body.cache_salt, body.extra_key),
+        reasons=reasoning is not None,
     )
     return Conversation(
         GenerateRequest([item], bool(body.stream)),

@@ -36,6 +36,7 @@ class Item:
     priority: int = 0
     namespace: str = ""
     stream_interval: int = 1
+    reasons: bool = False  # a reasoning block may come first, and no constraint holds in it
 
 
 @dataclass(slots=True)

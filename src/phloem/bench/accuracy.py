@@ -59,14 +59,14 @@ def perplexity(settings: dict[str, Any], options: Options) -> dict[str, Any]:
             raise BadRequest("the text needs a tokenizer: leave --skip-tokenizer-init out")
         windows = cut(engine.tokenizer.encode(" ".join(sentences())), options.tokens, options.window)
         start = perf_counter()
-        answers = engine.generate(
+        answers: Any = engine.generate(
             input_ids=windows,
             sampling_params={"max_new_tokens": 1, "temperature": 0.0},
             return_logprob=True,
             logprob_start_len=0,
         )
         seconds = perf_counter() - start
-    found = [
+    found: list[float] = [
         value for answer in answers for value, *_ in answer["meta_info"]["input_token_logprobs"] if value is not None
     ]
     return {"perplexity": math.exp(-sum(found) / len(found)), "tokens": len(found), "seconds": seconds}

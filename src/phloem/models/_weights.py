@@ -287,7 +287,9 @@ class WeightIndex:
         if weight.role == "matrix":
             if self.ctx.quant is not None:
                 parts = [METHODS.module(self.ctx.quant).wrap(part) for part in parts]
-            weight.value = self.ctx.ops.prepare_linear(parts, self.ctx.dtype, self.ctx.device)
+            ops = self.ctx.ops
+            prepare = ops.prepare_experts if weight.experts else ops.prepare_linear
+            weight.value = prepare(parts, self.ctx.dtype, self.ctx.device)
             return
         weight.value = torch.cat([self._vector(weight, part) for part in parts]).to(self.ctx.device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,15 @@ CPU = torch.device("cpu")
 PAGE = 4
 LIMIT = 1e-4
 PROMPT = [5, 17, 200, 301, 44, 9, 9, 80, 123, 7, 260, 31, 64, 99, 2, 18, 350, 12, 77, 140, 201, 33, 8]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: more threads only spin."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Engine:

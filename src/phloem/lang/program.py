@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -77,15 +78,19 @@ class Function:
         return state
 
     def _play(self, state: ProgramState, args: Sequence[Any], arguments: dict[str, Any], quiet: bool = False) -> None:
+        begun = time.perf_counter()
         try:
-            state.ret_value = self.func(state, *args, **arguments)  # pyright: ignore[reportAttributeAccessIssue]
+            state.ret_value = self.func(state, *args, **arguments)
         except Exception as error:
             executor = state.stream_executor
             executor.sync()
             executor.fail(error, quiet)
             executor.finish()
             raise
-        state.stream_executor.finish()
+        else:
+            state.stream_executor.finish()
+        finally:
+            state.seconds = time.perf_counter() - begun
 
     def _split(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         """(the program's arguments, the run's sampling parameters)."""
@@ -102,18 +107,20 @@ class Function:
         num_threads: int | str = "auto",
         progress_bar: bool = False,
         generator_style: bool = False,
+        use_thread: bool = True,
         **kwargs: Any,
     ) -> list[ProgramState] | Generator[ProgramState]:
         """Run once for each dict of arguments (or tuple, in the order of the parameters); states in the same order.
 
         What all of them begin with is computed first. A program that fails sinks nothing else: its state has the error.
+        `use_thread=False` makes every program wait for each of its calls where it makes it.
         """
         calls = [self._call(item) for item in batch_kwargs]
         found = as_backend(backend)
         _, sampling = self._split(kwargs)
         shared = {name: value for name, value in kwargs.items() if name not in _SAMPLING or name in self.arg_names}
         calls = [{**self.bind_arguments, **shared, **call} for call in calls]
-        settings = Settings(found, sampling, spec_tokens=self.num_api_spec_tokens)
+        settings = Settings(found, sampling, threads=use_thread, spec_tokens=self.num_api_spec_tokens)
         threads = min(AUTO_THREADS if num_threads == "auto" else int(num_threads), max(len(calls), 1))
         if threads > 1:
             prefix = common_prefix(self.func, found, calls)

@@ -21,6 +21,8 @@ class ProgramState:
 
     def __init__(self, executor: Executor) -> None:
         self.stream_executor = executor
+        self.ret_value: Any = None  # what the program returned
+        self.seconds: float | None = None  # how long it ran
 
     # appending
 

@@ -54,8 +54,9 @@ class Backend:
     def select(self, prompt: Prompt, choices: list[str], method: ChoicesMethod) -> ChoicesDecision:
         raise BadRequest(f"{type(self).__name__} cannot choose: it gives no log-probabilities of given text")
 
-    def cache_prefix(self, text: str) -> None:
+    def cache_prefix(self, text: str) -> Meta | None:
         """Compute a prefix that several requests are about to need. Nothing where the server shares none."""
+        return None
 
     def flush_cache(self) -> bool:
         raise BadRequest(f"{type(self).__name__} has no cache that can be flushed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,9 +19,14 @@ _NOTHING = {"max_new_tokens": 0, "temperature": 0.0}
 
 
 class NativeBackend(Backend):
-    """What an in-process engine and a server have in common; they differ in how a body is sent."""
+    """What an in-process engine and a server have in common; they differ in how a body is sent.
 
-    def __init__(self) -> None:
+    `sharing=False` is for comparisons: every request gets a `cache_salt` of its own and so finds nothing in the cache,
+    choices are scored one by one, and no request is made whose only use is to fill the cache.
+    """
+
+    def __init__(self, sharing: bool = True) -> None:
+        self.sharing = sharing
         self._lock = threading.Lock()
         self._format: ChatFormat | None = None
         self._neutral: list[int] | None = None
@@ -58,8 +64,14 @@ class NativeBackend(Backend):
                 body[f"{kind}_data"] = found
         return body
 
+    def _send(self, body: dict[str, Any]) -> Any:
+        return self.post(self._salted(body))
+
+    def _salted(self, body: dict[str, Any]) -> dict[str, Any]:
+        return body if self.sharing else {**body, "cache_salt": uuid.uuid4().hex}
+
     def generate(self, prompt: Prompt, sampling: Sampling) -> Answer:
-        answer = self.post(self._body(prompt, sampling))
+        answer = self._send(self._body(prompt, sampling))
         if isinstance(answer, list):
             return [one["text"] for one in answer], [one["meta_info"] for one in answer]
         return answer["text"], answer["meta_info"]
@@ -68,17 +80,20 @@ class NativeBackend(Backend):
         if (sampling.n or 1) > 1:
             raise BadRequest("a stream has one continuation: n must be 1", param="n")
         seen = 0
-        for answer in self.post_stream(self._body(prompt, sampling)):
+        for answer in self.post_stream(self._salted(self._body(prompt, sampling))):
             text: str = answer["text"]
             yield text[seen:], answer["meta_info"]
             seen = len(text)
 
-    def cache_prefix(self, text: str) -> None:
-        self.post({"text": text, "sampling_params": _NOTHING})
+    def cache_prefix(self, text: str) -> Meta | None:
+        if not self.sharing:
+            return None
+        return self.post({"text": text, "sampling_params": _NOTHING})["meta_info"]
 
     def select(self, prompt: Prompt, choices: list[str], method: ChoicesMethod) -> ChoicesDecision:
         """Each choice is scored as a continuation of the prompt; all share the prompt's cached prefix."""
-        count = self._count_and_cache(prompt)
+        first = self.cache_prefix(prompt.text)  # so that every choice finds it
+        count = len(self.encode(prompt.text, True)) if first is None else first["prompt_tokens"]
         start = max(count - HEALING, 0)
         body: dict[str, Any] = {
             "text": [prompt.text + choice for choice in choices],
@@ -86,21 +101,23 @@ class NativeBackend(Backend):
             "return_logprob": True,
             "logprob_start_len": start,
         }
-        answers = self.post(body)
+        answers = self._each(body, "text")
         scored = self._scored(
             choices, [answer["meta_info"]["input_token_logprobs"] for answer in answers], count - start
         )
         if method.needs_unconditional:
             scored.unconditional = self._unconditional(scored)
         decision = method(scored)
-        decision.meta_info["prompt_tokens"] = sum(answer["meta_info"]["prompt_tokens"] for answer in answers)
-        decision.meta_info["cached_tokens"] = sum(answer["meta_info"]["cached_tokens"] or 0 for answer in answers)
+        metas = [answer["meta_info"] for answer in answers] + ([first] if first is not None else [])
+        for name in ("prompt_tokens", "cached_tokens"):
+            decision.meta_info[name] = sum(meta[name] or 0 for meta in metas)
         return decision
 
-    def _count_and_cache(self, prompt: Prompt) -> int:
-        """Tokens of the prompt; computing them first lets every choice find them."""
-        answer = self.post({"text": prompt.text, "sampling_params": _NOTHING})
-        return answer["meta_info"]["prompt_tokens"]
+    def _each(self, body: dict[str, Any], field: str) -> list[dict[str, Any]]:
+        """The answers to a body with several prompts: in one request where they share, else one by one."""
+        if self.sharing:
+            return self.post(body)
+        return [self._send({**body, field: item}) for item in body[field]]
 
     @staticmethod
     def _scored(choices: list[str], rows: list[list[list[Any]]], before: int) -> Scored:
@@ -130,9 +147,7 @@ class NativeBackend(Backend):
             "return_logprob": True,
             "logprob_start_len": 0,
         }
-        answers = self.post(body)
-        if isinstance(answers, dict):
-            answers = [answers]
+        answers = self._each(body, "input_ids")
         found: list[list[float]] = []
         for answer, row in zip(answers, scored.ids, strict=True):
             values = answer["meta_info"]["input_token_logprobs"][-len(row) :]

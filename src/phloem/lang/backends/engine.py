@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class EngineBackend(NativeBackend):
     """Programs on `phloem.Engine`. `owned`: the engine ends with `shutdown`."""
 
-    def __init__(self, engine: Engine, owned: bool = False) -> None:
-        super().__init__()
+    def __init__(self, engine: Engine, owned: bool = False, sharing: bool = True) -> None:
+        super().__init__(sharing)
         if engine.tokenizer is None:
             raise PhloemError("programs are text: they need an engine with a tokenizer")
         self.engine = engine

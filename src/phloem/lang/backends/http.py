@@ -27,6 +27,7 @@ class RuntimeEndpoint(NativeBackend):
         api_key: sent as a bearer token.
         verify: a file of certificates, or False to check none.
         chat_template_name: one of `phloem.lang.chat.FORMATS`; None asks the server for its template.
+        sharing: see `NativeBackend`.
 
     Raises:
         EngineDead: there is no server at that address, or it does not serve.
@@ -38,8 +39,9 @@ class RuntimeEndpoint(NativeBackend):
         api_key: str | None = None,
         verify: str | bool | None = None,
         chat_template_name: str | None = None,
+        sharing: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(sharing)
         self.base_url = base_url.rstrip("/")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(

@@ -18,7 +18,7 @@ from phloem.core.batch import PositionLogprobs, StepOutput
 from phloem.engine.decode import DecodeGraphs, run_forward
 from phloem.engine.inputs import device_inputs, prompt_rows
 from phloem.engine.logprobs import position_logprobs
-from phloem.engine.penalties import apply_mask_
+from phloem.engine.masks import Masks
 from phloem.engine.sampler import SamplingRows, sample
 from phloem.engine.slots import Slot, Slots
 from phloem.utils import log
@@ -90,6 +90,7 @@ class ModelRunner:
         self._ops = ops
         self._graphs = graphs
         self._slots = Slots(max_slots, model.vocab_size, pool.device)
+        self._masks = Masks(max_slots, model.vocab_size, pool.device, ops)
         self._queue: queue.SimpleQueue[tuple[Batch, Launched] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="phloem-runner", daemon=True)
         self._thread.start()
@@ -103,6 +104,7 @@ class ModelRunner:
         """End the thread after the steps that were launched."""
         self._queue.put(None)
         self._thread.join(timeout=30)
+        self._masks.close()
 
     def _work(self) -> None:
         with torch.inference_mode():
@@ -112,7 +114,6 @@ class ModelRunner:
                 try:
                     pending.set(self._step(batch))
                 except BaseException as error:  # the scheduler fails the step's requests; the thread must live on
-                    _log.exception("step %d failed", batch.step)
                     pending.fail(error)
                 finally:
                     self.busy_since = 0.0
@@ -122,6 +123,7 @@ class ModelRunner:
         for admission in batch.admissions:
             self._slots.admit(admission)
         inputs = device_inputs(batch, self.page_size, self._slots.last_tokens)
+        self._masks.begin([self._slots[slot] for slot in batch.slots[inputs.sampled_rows].tolist()])
         before = perf_counter()
         hidden_LN = self._forward(batch, inputs)
         count = len(inputs.sampled_rows)
@@ -194,6 +196,8 @@ class ModelRunner:
             except Exception as error:
                 _log.exception("request %s: its logits could not be prepared", slot.request_id)
                 output.failed[int(rows[i])] = f"{type(error).__name__}: {error}"
+        for i, reason in self._masks.apply_(slots, logits_LV).items():
+            output.failed[int(rows[i])] = reason
 
     def _check(
         self, rows: np.ndarray[tuple[int], np.dtype[np.int64]], logits_LV: Tensor, tokens_L: Tensor, output: StepOutput
@@ -226,8 +230,3 @@ def _adjust_row_(slot: Slot, generated: int, logits_V: Tensor) -> None:
         logits_V.index_add_(0, *slot.bias)
     if generated < slot.params.min_new_tokens and slot.eos_ids:
         logits_V[list(slot.eos_ids)] = float("-inf")
-    if slot.mask is not None:
-        sampled, slot.since_mask = slot.since_mask, []
-        mask_W = slot.mask(sampled)
-        if mask_W is not None:
-            apply_mask_(logits_V, mask_W)

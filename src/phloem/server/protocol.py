@@ -17,6 +17,14 @@ _HINT = "a hint to hosted services; nothing here depends on it"
 
 # Fields that many bodies share, by the feature they belong to.
 GRAMMAR = {name: Later("grammar", ("", {})) for name in ("regex", "ebnf", "json_schema", "structural_tag")}
+GUIDED = {
+    "response_format": Later("grammar", ({"type": "text"}, {})),
+    **{name: Later("grammar", ("",)) for name in ("guided_json", "guided_regex", "guided_grammar")},
+    "guided_choice": Later("grammar", ([],)),
+    "guided_json_object": Later("grammar", (False,)),
+    "structured_outputs": Later("grammar", ({},)),
+    "extra_body": Later("grammar", ({},)),
+}
 DISAGGREGATION = {name: Later("disaggregation") for name in ("bootstrap_host", "bootstrap_port", "bootstrap_room")}
 COMMON_LATER: dict[str, Later] = {
     "lora_path": Later("lora", ("", [])),
@@ -47,10 +55,10 @@ class SamplingBody(Body, kw_only=True):
     spaces_between_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
     n: Int32 | None = None
-    json_schema: str | None = None
+    json_schema: str | dict[str, Any] | None = None
     regex: str | None = None
     ebnf: str | None = None
-    structural_tag: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
     logit_bias: dict[str, float] | None = None
     sampling_seed: Seed | None = None
     custom_params: dict[str, Any] | None = None
@@ -120,8 +128,8 @@ class GenerateBody(Body, kw_only=True):
         "return_routed_experts": Later("routed_experts", (False,)),
         "custom_logit_processor": Later("custom_logit_processor", ("", [])),
         "routed_dp_rank": Later("data_parallel", (0,)),
-        "require_reasoning": Later("reasoning", (False,)),
-        "max_thinking_tokens": Later("reasoning"),
+        "require_reasoning": Later("thinking_budget", (False,)),
+        "max_thinking_tokens": Later("thinking_budget"),
         "background": Later("background", (False,)),
     }
 
@@ -165,6 +173,15 @@ class OpenAIBody(Body, kw_only=True):
     ebnf: str | None = None
     json_schema: str | dict[str, Any] | None = None
     structural_tag: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_json_object: bool | None = None
+    guided_decoding_backend: str | None = None
+    structured_outputs: dict[str, Any] | None = None
+    extra_body: dict[str, Any] | None = None
     stop_token_ids: list[Int32] | None = None
     stop_regex: Strings = None
     no_stop_trim: bool | None = None
@@ -198,10 +215,12 @@ class OpenAIBody(Body, kw_only=True):
         "safety_identifier": _HINT,
         "prompt_cache_key": "prefixes are found by their tokens; use cache_salt to keep them apart",
         "prompt_cache_retention": _HINT,
+        "guided_decoding_backend": "the server's grammar_backend decides",
     }
     later: ClassVar[dict[str, Later]] = {
         **COMMON_LATER,
         **GRAMMAR,
+        **GUIDED,
         "return_cached_tokens_details": Later("cache_tiers", (False,)),
     }
 
@@ -271,7 +290,6 @@ class ChatBody(OpenAIBody, kw_only=True):
     parallel_tool_calls: bool | None = None
     functions: list[dict[str, Any]] | None = None
     function_call: str | dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     separate_reasoning: bool | None = None
     stream_reasoning: bool | None = None
@@ -290,7 +308,6 @@ class ChatBody(OpenAIBody, kw_only=True):
         **OpenAIBody.ignored,
         "prediction": "a hint for speed; the answer is the same without",
         "verbosity": _HINT,
-        "parallel_tool_calls": "read with tools only",
     }
     later: ClassVar[dict[str, Later]] = {
         **OpenAIBody.later,
@@ -298,16 +315,30 @@ class ChatBody(OpenAIBody, kw_only=True):
         "tool_choice": Later("tools", ("none", "auto")),
         "functions": Later("functions", ([],)),
         "function_call": Later("functions", ("none", "auto")),
-        "response_format": Later("grammar", ({"type": "text"}, {})),
         "reasoning_effort": Later("reasoning", ("none",)),
         "separate_reasoning": Later("reasoning", (True,)),
         "stream_reasoning": Later("reasoning", (True,)),
-        "require_reasoning": Later("reasoning", (False,)),
-        "max_thinking_tokens": Later("reasoning"),
+        "require_reasoning": Later("thinking_budget", (False,)),
+        "max_thinking_tokens": Later("thinking_budget"),
         "modalities": Later("modalities", (["text"], [])),
         "audio": Later("audio"),
         "web_search_options": Later("web_search", ({},)),
     }
+
+
+class ParseCallsBody(Body, kw_only=True):
+    """`POST /parse_function_call`: the tool calls in a model's text."""
+
+    text: str
+    tools: list[dict[str, Any]] | None = None
+    tool_call_parser: str | None = None
+
+
+class SeparateReasoningBody(Body, kw_only=True):
+    """`POST /separate_reasoning`: the reasoning in a model's text."""
+
+    text: str
+    reasoning_parser: str | None = None
 
 
 class TokenizeBody(Body, kw_only=True):

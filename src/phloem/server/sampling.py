@@ -7,6 +7,7 @@ from typing import Any
 
 from phloem.core.request import SamplingParams
 from phloem.server.protocol import OpenAIBody, SamplingBody
+from phloem.server.structured import check, constraint_fields
 
 _SAME = (
     "min_new_tokens",
@@ -23,10 +24,6 @@ _SAME = (
     "spaces_between_special_tokens",
     "no_stop_trim",
     "n",
-    "json_schema",
-    "regex",
-    "ebnf",
-    "structural_tag",
     "logit_bias",
     "sampling_seed",
 )
@@ -41,7 +38,7 @@ def native_params(body: SamplingBody | None) -> SamplingParams:
         return SamplingParams()
     values: dict[str, Any] = {name: getattr(body, name) for name in _SAME}
     values["max_new_tokens"] = body.max_new_tokens
-    return _params(values, body.stop, body.stop_regex)
+    return _params({**values, **constraint_fields(body)}, body.stop, body.stop_regex)
 
 
 def openai_params(body: OpenAIBody, max_tokens: int | None, defaults: dict[str, Any] | None = None) -> SamplingParams:
@@ -55,10 +52,7 @@ def openai_params(body: OpenAIBody, max_tokens: int | None, defaults: dict[str, 
         if values[name] is None and recommended is not None:
             # transformers writes top_k 0 for "off"
             values[name] = -1 if name == "top_k" and recommended == 0 else recommended
-    for name in ("json_schema", "structural_tag"):
-        if isinstance(values[name], dict):
-            values[name] = json.dumps(values[name])
-    params = _params(values, body.stop, body.stop_regex)
+    params = _params({**values, **constraint_fields(body)}, body.stop, body.stop_regex)
     params.max_new_tokens = max_tokens
     return params
 
@@ -79,4 +73,6 @@ def _params(values: dict[str, Any], stop: str | list[str] | None, stop_regex: st
         kept["stop"] = [stop] if isinstance(stop, str) else stop
     if stop_regex:
         kept["stop_regex"] = [stop_regex] if isinstance(stop_regex, str) else stop_regex
-    return SamplingParams(**kept)
+    params = SamplingParams(**kept)
+    check(params)
+    return params

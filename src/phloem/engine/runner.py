@@ -180,6 +180,8 @@ class ModelRunner:
             output.tokens[row] = values[i]
             if slot.mask is not None:
                 slot.since_mask.append(int(values[i]))
+            if slot.params.processors:
+                slot.output.append(int(values[i]))
 
     def _adjust_(
         self,
@@ -199,6 +201,13 @@ class ModelRunner:
                 output.failed[int(rows[i])] = f"{type(error).__name__}: {error}"
         for i, reason in self._masks.apply_(slots, logits_LV).items():
             output.failed[int(rows[i])] = reason
+        for i, slot in enumerate(slots):
+            if slot.params.processors and int(rows[i]) not in output.failed:
+                try:
+                    slot.process_(logits_LV[i])
+                except Exception as error:
+                    _log.warning("request %s: a logit processor failed: %s", slot.request_id, error)
+                    output.failed[int(rows[i])] = f"{type(error).__name__}: {error}"
 
     def _check(
         self, rows: np.ndarray[tuple[int], np.dtype[np.int64]], logits_LV: Tensor, tokens_L: Tensor, output: StepOutput

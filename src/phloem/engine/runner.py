@@ -194,6 +194,8 @@ class ModelRunner:
         for i, slot in enumerate(slots):
             if slot.mask is not None and int(rows[i]) not in output.failed:
                 slot.since_mask.append(int(values[i]))
+            if slot.params.processors:
+                slot.output.append(int(values[i]))
 
     def _adjust_(
         self,
@@ -213,6 +215,13 @@ class ModelRunner:
                 output.failed[int(rows[i])] = f"{type(error).__name__}: {error}"
         for i, reason in self._masks.apply_(slots, logits_LV).items():
             output.failed[int(rows[i])] = reason
+        for i, slot in enumerate(slots):
+            if slot.params.processors and int(rows[i]) not in output.failed:
+                try:
+                    slot.process_(logits_LV[i])
+                except Exception as error:
+                    _log.warning("request %s: a logit processor failed: %s", slot.request_id, error)
+                    output.failed[int(rows[i])] = f"{type(error).__name__}: {error}"
 
     def _prompt_logprobs(self, batch: Batch, hidden_LN: Tensor, output: StepOutput) -> None:
         start = 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phloem.engine.penalties import Penalties, bias_tensors
+from phloem.engine.processors import make
 from phloem.engine.sampler import SamplingColumns
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from phloem.core.batch import Admission
     from phloem.core.request import SamplingParams
+    from phloem.engine.processors import Processor
 
 Mask = Callable[[list[int]], "NDArray[np.int32] | None"]
 
@@ -36,12 +38,29 @@ class Slot:
     mask: Mask | None
     penalties: Penalties | None
     bias: tuple[Tensor, Tensor] | None
+    output: list[int]  # tokens chosen so far, where processors look at them
+    vocab: int
+    made: list[Processor] | None = None  # the processors, at their first use
     since_mask: list[int] = field(default_factory=list)  # tokens sampled since `mask` was last called
 
     @property
     def plain(self) -> bool:
         """Nothing touches this row's logits before a token is chosen."""
-        return self.mask is None and self.penalties is None and self.bias is None and self.params.min_new_tokens == 0
+        free = self.mask is None and self.penalties is None and self.bias is None and not self.params.processors
+        return free and self.params.min_new_tokens == 0
+
+    def process_(self, logits_V: Tensor) -> None:
+        """Let the custom processors change the logits in place.
+
+        Raises:
+            ValueError: if they leave no token; BadRequest as `processors.make` does.
+        """
+        if self.made is None:
+            self.made = make(self.params.processors, self.vocab)
+        for processor in self.made:
+            processor.apply_(self.output, logits_V)
+        if bool(logits_V.isneginf().all()):
+            raise ValueError("the logit processors leave no token to choose")
 
 
 class Slots:
@@ -75,6 +94,8 @@ class Slots:
             if penalised
             else None,
             bias=bias_tensors(params, self._device),
+            vocab=self._vocab,
+            output=admission.tokens[admission.num_prompt :].tolist() if params.processors else [],
         )
         self.argmax_only[admission.slot] = params.greedy and found.plain and not found.return_logprob
 

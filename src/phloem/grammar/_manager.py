@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from phloem.core.errors import BadRequest, PhloemError, QueueFull
 from phloem.grammar import _base
-from phloem.grammar._thinking import CLOSED, ThinkingMarkers, ThinkingMatcher, clear_bit, state_after
+from phloem.grammar._thinking import ThinkingMatcher, clear_bit
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from phloem.core.messages import Submit
-    from phloem.core.request import SamplingParams
     from phloem.grammar._base import Compiled, Constraint, Engine, Matcher, Vocabulary, Whitespace
 
 ENGINES = Registry("phloem.grammar", "grammar engine")
@@ -69,7 +68,6 @@ class GrammarSettings:
     max_pending: int = 256
     cache_entries: int = 256
     cache_bytes: int = 256 << 20
-    thinking: ThinkingMarkers | None = None
 
 
 class _Entry:
@@ -107,19 +105,19 @@ class GrammarManager:
     def vocabulary(self) -> Vocabulary:
         return self._vocabulary() if callable(self._vocabulary) else self._vocabulary
 
-    def prepare(self, submit: Submit, prompt_ids: Sequence[int] | NDArray[np.int32]) -> Prepared | None:
+    def prepare(self, submit: Submit, prompt: object = None) -> Prepared | None:
         """What the scheduler holds of a constrained request; None for an unconstrained one. Never raises."""
         params = submit.sampling
         try:
             constraint = _base.constraint_of(params)
         except PhloemError as error:
-            return Prepared(self, _failed(error), params, prompt_ids, jump=False)
+            return Prepared(self, _failed(error), submit, jump=False)
         if constraint is None:
             return None
         # A forced token is never sampled: it has no logprobs, and the sampler's penalties would not count it.
         penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
         jump = self.settings.jump_forward and not submit.return_logprob and not penalised
-        return Prepared(self, self._entry(constraint), params, prompt_ids, jump=jump)
+        return Prepared(self, self._entry(constraint), submit, jump=jump)
 
     def compile(self, constraint: Constraint) -> Compiled:
         """Compile here and now (or take from the cache), for callers that may wait.
@@ -289,18 +287,15 @@ class Prepared:
         self,
         manager: GrammarManager,
         entry: _Entry,
-        params: SamplingParams,
-        prompt_ids: Sequence[int] | NDArray[np.int32],
+        submit: Submit,
         jump: bool,
     ) -> None:
         self._manager = manager
-        self._thinking = manager.settings.thinking
+        self._submit = submit
         self._timeout = manager.settings.compile_timeout
         self._entry = entry
-        self._params = params
-        self._field = _base.field_of(params)
-        thinking = self._thinking
-        self._prompt_state = CLOSED if thinking is None else state_after([int(i) for i in prompt_ids], thinking)
+        self._params = submit.sampling
+        self._field = _base.field_of(submit.sampling)
         self.can_jump = jump
         self._jumper: _Cursor | None = None
         self._masker: _Cursor | None = None
@@ -404,8 +399,8 @@ class Prepared:
 
     def _cursor(self) -> _Cursor:
         matcher = self._entry.future.result().matcher()
-        if self._thinking is not None and self._prompt_state != CLOSED:
-            matcher = ThinkingMatcher(matcher, self._thinking, self._prompt_state, self._vocabulary)
+        if self._submit.thinking is not None:
+            matcher = ThinkingMatcher(matcher, self._submit.thinking, self._vocabulary)
         return _Cursor(matcher, self._vocabulary.eos_ids)
 
     def _forbid_end(self, mask: NDArray[np.int32]) -> None:
@@ -423,4 +418,4 @@ class Prepared:
             raise BadRequest("the grammar is too slow to follow: simplify it")
 
 
-__all__ = ["GrammarManager", "GrammarSettings", "Prepared", "ThinkingMarkers"]
+__all__ = ["GrammarManager", "GrammarSettings", "Prepared"]

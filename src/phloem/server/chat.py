@@ -73,6 +73,7 @@ async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> C
     constrain(sampling, tools, info)
     if needs_special_tokens(client.tokenizer, tools, reasoning):
         sampling.skip_special_tokens = False
+    continued = str(messages[-1]["content"] or "") if body.continue_final_message else None
     item = Item(
         sampling=sampling,
         text=text,
@@ -82,13 +83,15 @@ async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> C
         top_logprobs=body.top_logprobs or 0,
         priority=body.priority or 0,
         namespace=namespace(body.cache_salt, body.extra_key),
+        reasoning=info.reasoning_parser is not None or bool(body.require_reasoning),
+        continued=continued,
     )
     return Conversation(
         GenerateRequest([item], bool(body.stream)),
         tools,
         reasoning,
         body.stream_reasoning is not False,
-        str(messages[-1]["content"] or "") if body.continue_final_message else None,
+        continued,
     )
 
 

@@ -39,6 +39,7 @@ from phloem.server.admission import Admission
 from phloem.server.call import Call
 from phloem.server.counters import Counters
 from phloem.server.detokenizer import StreamDecoder
+from phloem.server.reasoning import resolve_thinking
 from phloem.server.request import GenerateRequest, Item, Output, new_id
 
 if TYPE_CHECKING:
@@ -235,6 +236,8 @@ class EngineClient:
         """
         self._check_open()
         prompts = await self.admission.prompts(request.items)
+        for item in request.items:
+            resolve_thinking(item, self.tokenizer, self.info)
         outputs = self._outputs(request, prompts)
         self._check_open()  # again: tokenising may have taken a while
         taken = [output.id for output in outputs if output.id in self._active]
@@ -351,5 +354,6 @@ def _submit_message(output: Output) -> Submit:
         logprob_start=item.logprob_start if item.return_logprob else -1,
         top_logprobs=item.top_logprobs,
         token_ids_logprob=item.token_ids_logprob,
+        thinking=item.thinking,
         arrival=time.time(),
     )

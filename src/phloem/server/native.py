@@ -57,6 +57,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
                 token_ids_logprob=chosen[at] if wants[at] else [],
                 priority=body.priority or 0,
                 namespace=namespace(salts[at], keys[at]),
+                reasoning=bool(body.require_reasoning),
                 stream_interval=(sampling.stream_interval if sampling is not None else None) or 1,
             )
         )

@@ -128,7 +128,7 @@ class GenerateBody(Body, kw_only=True):
         "return_routed_experts": Later("routed_experts", (False,)),
         "custom_logit_processor": Later("custom_logit_processor", ("", [])),
         "routed_dp_rank": Later("data_parallel", (0,)),
-        "require_reasoning": Later("thinking_budget", (False,)),
+        "require_reasoning": Later("reasoning", (False,)),
         "max_thinking_tokens": Later("thinking_budget"),
         "background": Later("background", (False,)),
     }
@@ -318,7 +318,7 @@ class ChatBody(OpenAIBody, kw_only=True):
         "reasoning_effort": Later("reasoning", ("none",)),
         "separate_reasoning": Later("reasoning", (True,)),
         "stream_reasoning": Later("reasoning", (True,)),
-        "require_reasoning": Later("thinking_budget", (False,)),
+        "require_reasoning": Later("reasoning", (False,)),
         "max_thinking_tokens": Later("thinking_budget"),
         "modalities": Later("modalities", (["text"], [])),
         "audio": Later("audio"),

@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from phloem.core.messages import Chunk, Logprobs
+from phloem.core.messages import Chunk, Logprobs, Thinking
 from phloem.core.request import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ class Item:
     priority: int = 0
     namespace: str = ""
     stream_interval: int = 1
+    reasoning: bool = False  # the model may reason before it answers: a constraint holds behind that
+    continued: str | None = None  # the answer as the prompt begins it
+    thinking: Thinking | None = None  # what `reasoning` means for this prompt; the client fills it in
 
 
 @dataclass(slots=True)

@@ -112,7 +112,8 @@ def test_the_models_facts_say_what_was_chosen() -> None:
     ]
 
 
-UNFRAMED = ("llama3", "pythonic", "json_array", "step3")
+XML = ("deepseekv32", "glm45", "minimax_m2", "qwen3_coder")
+UNFRAMED = (*XML, "llama3", "pythonic", "json_array", "step3")
 
 
 def tool(name: str, **more: Any) -> dict[str, Any]:
@@ -135,9 +136,7 @@ def test_plan_auto_and_none() -> None:
     assert plan([{"name": "bare"}], None, False, "hermes").parallel is False
 
 
-@pytest.mark.parametrize(
-    "form", [name for name in TOOLS.names() if name not in ("llama3", "pythonic", "json_array", "step3")]
-)
+@pytest.mark.parametrize("form", [name for name in TOOLS.names() if name not in UNFRAMED])
 def test_plan_required_in_the_models_own_format(form: str) -> None:
     made = plan([tool("f"), tool("g")], "required", None, form)
     assert made.format == form and made.constraint is not None
@@ -155,7 +154,7 @@ def test_plan_required_in_the_models_own_format(form: str) -> None:
     assert len(shape["tags"]) == 1 and "g" in shape["tags"][0]["begin"] and shape["stop_after_first"] is True
 
 
-@pytest.mark.parametrize("form", ["llama3", "pythonic", "step3", None])
+@pytest.mark.parametrize("form", [*UNFRAMED, None])
 def test_plan_required_as_a_json_array(form: str | None) -> None:
     import jsonschema
 

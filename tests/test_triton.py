@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = ["attention", "elementwise", "gemm", "moe", "sample"]
+FILES = ["attention", "elementwise", "engine", "gemm", "moe", "sample"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

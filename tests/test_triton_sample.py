@@ -145,3 +145,15 @@ def test_mask_alone() -> None:
     logits = torch.zeros(1, 64)
     sample.adjust_(logits, mask_LW=torch.tensor([[1, -(2**31)]], dtype=torch.int32))
     assert logits.isfinite().nonzero()[:, 1].tolist() == [0, 63]
+
+
+@pytest.mark.parametrize("words", [1, 3, 5])
+def test_mask_of_some_rows(words: int) -> None:
+    from phloem.kernels import reference as ref
+
+    logits = torch.randn(4, 101)
+    rows, mask = torch.tensor([3, 1]).int(), torch.randint(-(2**31), 2**31, (2, words)).int()
+    want = logits.clone()
+    ref.mask_tokens_(want, rows, mask)
+    sample.mask_tokens_(logits, rows, mask)
+    assert torch.equal(logits, want)

@@ -256,8 +256,9 @@ def engine_main() -> int:
     """The engine process: reads its order from standard input, serves, ends with its parent."""
     order = msgspec.json.decode(sys.stdin.buffer.readline())
     die_with_parent(order["parent"])
-    # Ctrl-C goes to the whole terminal group; the door decides what it means.
+    # Both may reach the whole process group at once; what they mean is the door's to decide, and it ends us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     start = perf_counter()
     config = Config.from_flat(order["config"])
     log.configure(config.server.log_level, "engine")

@@ -38,7 +38,7 @@ def run_forward(
 
 
 class DecodeGraphs:
-    """Recorded decode steps of one runner; used by its thread alone. `check` compares each replay with an eager step."""
+    """Recorded decode steps of one runner, used by its thread alone. `check`: compare each with an eager step."""
 
     def __init__(
         self,

@@ -114,7 +114,6 @@ class ModelRunner:
                 try:
                     pending.set(self._step(batch))
                 except BaseException as error:  # the scheduler fails the step's requests; the thread must live on
-                    _log.exception("step %d failed", batch.step)
                     pending.fail(error)
                 finally:
                     self.busy_since = 0.0

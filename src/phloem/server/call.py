@@ -31,6 +31,8 @@ class Dropper(Protocol):
 
     def drop(self, output: Output) -> bool: ...
 
+    def finished(self, output: Output) -> None: ...
+
 
 class Call:
     """Async iterator over the news of a call's outputs (see `GenerateRequest.stream`)."""
@@ -141,7 +143,7 @@ class Call:
         if finish is not None:
             output.finish = finish
             self._open -= 1
-            self._client.counters.on_finish(output)
+            self._client.finished(output)
 
 
 def _stops(output: Output) -> bool:

@@ -70,6 +70,7 @@ class EngineClient:
         self.counters = Counters()
         self.dead: str | None = "no engine has been started"
         self.draining = False
+        self.log_requests = False  # a line for each that ends; never its text
         self.engine: dict[str, Any] | None = None  # `Ready.info`; None until the engine is ready
         self.stats = Stats()
         self.heartbeat = Heartbeat()
@@ -304,6 +305,24 @@ class EngineClient:
         with contextlib.suppress(EngineDead):
             self._send(Abort(id=output.id))
         return True
+
+    def finished(self, output: Output) -> None:
+        """An output has its finish reason."""
+        self.counters.on_finish(output)
+        if self.log_requests and output.finish is not None:
+            now = time.monotonic()
+            log.info(
+                "request %s: %d prompt tokens (%d cached), %d output tokens, %s; queued %.3f s, first token %.3f s, "
+                "whole %.3f s",
+                output.id,
+                output.prompt_tokens,
+                output.cached_tokens,
+                output.completion_tokens,
+                output.finish.type,
+                output.queue_seconds,
+                (output.first_at or now) - output.arrival,
+                now - output.arrival,
+            )
 
     def abort(self, rid: str = "", everything: bool = False) -> int:
         """End requests by id (that of the request or of one continuation); they finish with reason `abort`."""

@@ -219,6 +219,28 @@ def test_special_tokens_inside_a_tag_are_those_tokens(required: bool) -> None:
     assert "special token" in (engine("xgrammar").decline(tag) or "")
 
 
+def test_special_tokens_in_free_text_and_at_the_head_of_triggers() -> None:
+    words = vocabulary()
+    head, other = words.special_by_text["<repo_name>"], words.special_by_text["<file_sep>"]
+    plain = _base.StructuralTag(("<fn=",), (_base.Tag("<fn=a>", Regex("[0-9]+"), "!"),))
+    encode = words.encode
+    for tag in (plain, _base.StructuralTag(("<repo_name>go",), (_base.Tag("<repo_name>go:", Regex("[0-9]+"), "!"),))):
+        compiled = engine("llguidance").compile(tag)
+        ids = [*encode("some"), other, *encode("text"), other]
+        matcher = compiled.matcher()
+        assert matcher.accept(ids) == len(ids) and matcher.may_end
+    for text, fits in (("go:42!", True), ("go:42! and more", True), ("goat", False), ("stay", True), ("g", True)):
+        for before in ([], encode("first "), [other]):
+            matcher = compiled.matcher()
+            ids = [*before, head, *encode(text)]
+            assert (matcher.accept(ids) == len(ids) and matcher.may_end) == fits, text
+    must = _base.StructuralTag(tag.triggers, tag.tags, at_least_one=True, stop_after_first=True)
+    matcher = engine("llguidance").compile(must).matcher()
+    assert np.flatnonzero(allowed(matcher)).tolist() == [head]
+    ids = [head, *encode("go:42!")]
+    assert matcher.accept(ids) == len(ids) and matcher.done
+
+
 def test_other_formats_are_read_by_one_engine() -> None:
     shape = {
         "type": "sequence",

@@ -13,10 +13,11 @@ import pytest
 from grammar_support import vocabulary
 
 from phloem.core.errors import BadRequest, ConfigError
-from phloem.core.messages import Submit, Thinking, pack_ids
+from phloem.core.messages import Submit, pack_ids
 from phloem.core.request import SamplingParams
 from phloem.grammar import _base
 from phloem.grammar._manager import GrammarManager, GrammarSettings, Prepared
+from phloem.grammar._thinking import ThinkingMarkers
 
 pytest.importorskip("llguidance")
 
@@ -36,12 +37,12 @@ def manager() -> Any:
 
 
 def submit(**params: Any) -> Submit:
-    rest = {name: params.pop(name) for name in ("return_logprob", "thinking") if name in params}
-    return Submit(id="r", input_ids=pack_ids([1]), sampling=SamplingParams(**params), **rest)
+    logprob = params.pop("return_logprob", False)
+    return Submit(id="r", input_ids=pack_ids([1]), sampling=SamplingParams(**params), return_logprob=logprob)
 
 
-def prepared(manager: GrammarManager, **params: Any) -> Prepared:
-    made = manager.prepare(submit(**params))
+def prepared(manager: GrammarManager, prompt: tuple[int, ...] = (1,), **params: Any) -> Prepared:
+    made = manager.prepare(submit(**params), list(prompt))
     assert made is not None
     wait(made)
     return made
@@ -288,43 +289,65 @@ def test_a_grammar_that_becomes_too_slow_ends_its_request(
 
 
 START, END = 3, 4
-OPENED = Thinking(opened=True, end=[END])
 
 
-def test_the_grammar_waits_for_the_end_of_thinking(manager: GrammarManager) -> None:
-    made = prepared(manager, thinking=OPENED, regex="[0-9]+")
+def thinking_manager() -> GrammarManager:
+    return GrammarManager(vocabulary(), GrammarSettings(thinking=ThinkingMarkers((START,), (END,))))
+
+
+def test_the_grammar_waits_for_the_end_of_thinking() -> None:
+    manager = thinking_manager()
+    made = prepared(manager, prompt=(1, START), regex="[0-9]+")
     free = allowed(made, [])
     assert len(free) == vocabulary().size - len(vocabulary().eos_ids) and not free & {0, 2}
     assert allowed(made, encode("hm")) == free
     assert made.jump(encode("hm")) == []
     bound = allowed(made, [END])
     assert {vocabulary().tokens[token][:1] for token in bound} <= {bytes([48 + digit]) for digit in range(10)}
+    manager.close()
 
 
-def test_a_model_may_open_a_block(manager: GrammarManager) -> None:
-    may = Thinking(start=[START], end=[END])
-    maybe = prepared(manager, thinking=may, regex="[0-9]+")
+def test_a_model_may_open_a_block_and_a_closed_one_is_over() -> None:
+    manager = thinking_manager()
+    maybe = prepared(manager, prompt=(1, START, END, 50, 51, 52, 53), regex="[0-9]+")
     first = allowed(maybe, [])
     assert START in first and encode("7")[0] in first and encode("x")[0] not in first
     assert encode("x")[0] in allowed(maybe, [START])
-    assert maybe.jump([]) == []
-    answers = prepared(manager, thinking=may, regex="[0-9]+")
+    answers = prepared(manager, prompt=(1, 50, 51), regex="[0-9]+")
     allowed(answers, [])
     assert START not in allowed(answers, encode("7"))
+    over = prepared(manager, prompt=(1, START, END), regex="[0-9]+")
+    assert START not in allowed(over, [])
+    manager.close()
 
 
-def test_an_end_marker_of_several_tokens_is_found_in_the_text(manager: GrammarManager) -> None:
-    ends = Thinking(opened=True, end=encode("</think>"), end_text="</think>")
-    for tail in ("</think>", ".</think>", "x\n</think>"):
-        made = prepared(manager, thinking=ends, regex="[0-9]+")
+def test_some_models_always_begin_inside_a_block() -> None:
+    markers = ThinkingMarkers((START,), (END,), always=True)
+    manager = GrammarManager(vocabulary(), GrammarSettings(thinking=markers))
+    made = prepared(manager, prompt=(1, 50, 51), regex="[0-9]+")
+    assert encode("x")[0] in allowed(made, [])
+    assert encode("x")[0] not in allowed(made, [END])
+    over = prepared(manager, prompt=(1, START, END), regex="[0-9]+")
+    assert encode("x")[0] not in allowed(over, [])
+    manager.close()
+
+
+def test_an_end_marker_of_several_tokens_is_found_in_the_text() -> None:
+    end = "</think>"
+    markers = ThinkingMarkers((), tuple(encode(end)), always=True, end_text=end)
+    manager = GrammarManager(vocabulary(), GrammarSettings(thinking=markers))
+    for tail in (end, "." + end, "x\n" + end):
+        made = prepared(manager, regex="[0-9]+")
         allowed(made, [])
         for token in encode("Well" + tail):
             after = allowed(made, [token])
         assert encode("x")[0] not in after and encode("7")[0] in after, tail
+    manager.close()
 
 
-def test_thinking_survives_preemption(manager: GrammarManager) -> None:
-    made = prepared(manager, thinking=OPENED, regex="[0-9]+")
+def test_thinking_survives_preemption() -> None:
+    manager = thinking_manager()
+    made = prepared(manager, prompt=(1, START), regex="[0-9]+")
     thought = [*encode("well"), END, *encode("1")]
     for token in [[], *([token] for token in thought)]:
         last = allowed(made, token)
@@ -332,3 +355,15 @@ def test_thinking_survives_preemption(manager: GrammarManager) -> None:
     assert encode("x")[0] in allowed(made, [])
     made.admit(thought)
     assert allowed(made, []) == last and 2 in last
+    manager.close()
+
+
+def test_a_request_may_ask_for_its_grammar_at_once() -> None:
+    manager = thinking_manager()
+    submit = Submit(id="r", input_ids=b"", sampling=SamplingParams(regex="[0-9]+"), grammar_at_once=True)
+    made = manager.prepare(submit, (1, START))
+    assert made is not None
+    while not made.ready():
+        time.sleep(0.01)
+    assert {vocabulary().tokens[token][:1] for token in allowed(made, [])} <= {bytes([48 + n]) for n in range(10)}
+    manager.close()

@@ -26,19 +26,6 @@ class Message(msgspec.Struct, tag=True, omit_defaults=True, kw_only=True):
 # door -> scheduler
 
 
-class Thinking(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """A reasoning block before a constrained answer: the grammar begins behind it.
-
-    `opened`: the prompt has begun the block; else the model may, with the tokens `start`. It ends with the tokens `end`
-    or, where a tokenizer splits that marker in several ways, with the text `end_text`.
-    """
-
-    opened: bool = False
-    start: list[int] = []
-    end: list[int] = []
-    end_text: str = ""
-
-
 class Submit(Message):
     """A request, tokenised. `n` and stop strings are the door's business and never reach the scheduler."""
 
@@ -51,8 +38,8 @@ class Submit(Message):
     logprob_start: int = -1  # first prompt position whose logprob is wanted; -1: none
     top_logprobs: int = 0
     token_ids_logprob: list[int] = []
-    thinking: Thinking | None = None
     arrival: float = 0.0  # time.time() at the door
+    grammar_at_once: bool = False  # a constraint holds from the first token, also where the model could reason before
 
 
 class Abort(Message):
@@ -223,7 +210,6 @@ __all__ = [
     "Stats",
     "Stopped",
     "Submit",
-    "Thinking",
     "ToEngine",
     "Tokens",
     "decode_from_engine",

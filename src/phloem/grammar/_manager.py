@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from phloem.core.errors import BadRequest, PhloemError, QueueFull
 from phloem.grammar import _base
-from phloem.grammar._thinking import ThinkingMatcher, clear_bit
+from phloem.grammar._thinking import CLOSED, ThinkingMarkers, ThinkingMatcher, clear_bit, state_after
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from phloem.core.messages import Submit
+    from phloem.core.request import SamplingParams
     from phloem.grammar._base import Compiled, Constraint, Engine, Matcher, Vocabulary, Whitespace
 
 ENGINES = Registry("phloem.grammar", "grammar engine")
@@ -68,6 +69,7 @@ class GrammarSettings:
     max_pending: int = 256
     cache_entries: int = 256
     cache_bytes: int = 256 << 20
+    thinking: ThinkingMarkers | None = None
 
 
 class _Entry:
@@ -105,19 +107,21 @@ class GrammarManager:
     def vocabulary(self) -> Vocabulary:
         return self._vocabulary() if callable(self._vocabulary) else self._vocabulary
 
-    def prepare(self, submit: Submit, prompt: object = None) -> Prepared | None:
+    def prepare(self, submit: Submit, prompt_ids: Sequence[int] | NDArray[np.int32]) -> Prepared | None:
         """What the scheduler holds of a constrained request; None for an unconstrained one. Never raises."""
         params = submit.sampling
         try:
             constraint = _base.constraint_of(params)
         except PhloemError as error:
-            return Prepared(self, _failed(error), submit, jump=False)
+            return Prepared(self, _failed(error), params, prompt_ids, jump=False, thinking=None)
         if constraint is None:
             return None
         # A forced token is never sampled: it has no logprobs, and the sampler's penalties would not count it.
         penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
-        jump = self.settings.jump_forward and not submit.return_logprob and not penalised
-        return Prepared(self, self._entry(constraint), submit, jump=jump)
+        looked_at = submit.return_logprob or penalised or bool(params.processors)
+        jump = self.settings.jump_forward and not looked_at
+        thinking = None if submit.grammar_at_once else self.settings.thinking
+        return Prepared(self, self._entry(constraint), params, prompt_ids, jump=jump, thinking=thinking)
 
     def compile(self, constraint: Constraint) -> Compiled:
         """Compile here and now (or take from the cache), for callers that may wait.
@@ -287,15 +291,18 @@ class Prepared:
         self,
         manager: GrammarManager,
         entry: _Entry,
-        submit: Submit,
+        params: SamplingParams,
+        prompt_ids: Sequence[int] | NDArray[np.int32],
         jump: bool,
+        thinking: ThinkingMarkers | None,
     ) -> None:
         self._manager = manager
-        self._submit = submit
+        self._thinking = thinking
         self._timeout = manager.settings.compile_timeout
         self._entry = entry
-        self._params = submit.sampling
-        self._field = _base.field_of(submit.sampling)
+        self._params = params
+        self._field = _base.field_of(params)
+        self._prompt_state = CLOSED if thinking is None else state_after([int(i) for i in prompt_ids], thinking)
         self.can_jump = jump
         self._jumper: _Cursor | None = None
         self._masker: _Cursor | None = None
@@ -399,8 +406,8 @@ class Prepared:
 
     def _cursor(self) -> _Cursor:
         matcher = self._entry.future.result().matcher()
-        if self._submit.thinking is not None:
-            matcher = ThinkingMatcher(matcher, self._submit.thinking, self._vocabulary)
+        if self._thinking is not None and self._prompt_state != CLOSED:
+            matcher = ThinkingMatcher(matcher, self._thinking, self._prompt_state, self._vocabulary)
         return _Cursor(matcher, self._vocabulary.eos_ids)
 
     def _forbid_end(self, mask: NDArray[np.int32]) -> None:
@@ -418,4 +425,4 @@ class Prepared:
             raise BadRequest("the grammar is too slow to follow: simplify it")
 
 
-__all__ = ["GrammarManager", "GrammarSettings", "Prepared"]
+__all__ = ["GrammarManager", "GrammarSettings", "Prepared", "ThinkingMarkers"]

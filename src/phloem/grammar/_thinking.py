@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,24 +12,58 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from phloem.core.messages import Thinking
     from phloem.grammar._base import Matcher, Vocabulary
 
 
-_END_TOKENS = 24  # at least as many tokens as an end marker can be split into
+@dataclass(frozen=True)
+class ThinkingMarkers:
+    """Token ids that open and close a block. An empty `start` means that a model may close one but never opens it.
+
+    `always`: an answer begins inside the block, though neither prompt nor answer opens it. `end_text`: the end as text,
+    for a tokenizer that splits the marker, and that may split it in another way where other text stands beside it.
+    """
+
+    start: tuple[int, ...]
+    end: tuple[int, ...]
+    always: bool = False
+    end_text: str = ""
+
+
+_END_TOKENS = 24  # at least as many as an end marker is ever split into
 OPEN, MAYBE, CLOSED = "open", "maybe", "closed"
+
+
+def state_after(prompt: Sequence[int], markers: ThinkingMarkers) -> str:
+    """Whether the prompt leaves a block open, has closed it, or lets the model open one."""
+    start, end = _last(prompt, markers.start), _last(prompt, markers.end)
+    if start > end:
+        return OPEN
+    # A closed block counts only at the very end: those of earlier turns say nothing of this one.
+    closed_here = end >= 0 and len(prompt) - (end + len(markers.end)) <= 2
+    if markers.always and not closed_here:
+        return OPEN
+    return CLOSED if closed_here or not markers.start else MAYBE
+
+
+def _last(ids: Sequence[int], marker: tuple[int, ...]) -> int:
+    width = len(marker)
+    if not width:
+        return -1
+    for place in range(len(ids) - width, -1, -1):
+        if tuple(ids[place : place + width]) == marker:
+            return place
+    return -1
 
 
 class ThinkingMatcher:
     """A matcher around a matcher (see `_base.Matcher`)."""
 
-    def __init__(self, inner: Matcher, thinking: Thinking, vocabulary: Vocabulary) -> None:
+    def __init__(self, inner: Matcher, markers: ThinkingMarkers, state: str, vocabulary: Vocabulary) -> None:
         self.inner = inner
-        self.thinking = thinking
+        self.markers = markers
         self.vocabulary = vocabulary
-        self._end_text = thinking.end_text.encode()
-        self._first = OPEN if thinking.opened else MAYBE if thinking.start else CLOSED
-        self._state = self._first
+        self._first = state
+        self._state = state
         self._free: list[int] = []  # tokens before the grammar
         self._bound = 0  # tokens inside the grammar
 
@@ -69,7 +104,7 @@ class ThinkingMatcher:
                 clear_bit(mask, token)
             return
         self.inner.fill(mask)
-        set_bit(mask, self.thinking.start[len(self._free)])
+        set_bit(mask, self.markers.start[len(self._free)])
 
     def jump(self) -> list[int]:
         return self.inner.jump() if self._state == CLOSED else []
@@ -83,19 +118,18 @@ class ThinkingMatcher:
         return self._state == CLOSED and self.inner.done
 
     def _opens(self, token: int) -> bool:
-        return token == self.thinking.start[len(self._free)]
+        return token == self.markers.start[len(self._free)]
 
     def _after_free(self) -> str:
         if self._first == CLOSED:
             return CLOSED
-        if self._first == MAYBE and len(self._free) < len(self.thinking.start):
+        end = self.markers.end
+        if self._first == MAYBE and len(self._free) < len(self.markers.start):
             return MAYBE
-        end = self.thinking.end
-        if end and self._free[-len(end) :] == end:
+        if end and tuple(self._free[-len(end) :]) == end:
             return CLOSED
-        # The marker may share its tokens with the text around it; it ends in the last one in any case.
-        tail = self.vocabulary.text_of(self._free[-_END_TOKENS:]) if self._end_text else b""
-        return CLOSED if self._end_text and self._end_text in tail else OPEN
+        wanted = self.markers.end_text.encode()
+        return CLOSED if wanted and wanted in self.vocabulary.text_of(self._free[-_END_TOKENS:]) else OPEN
 
 
 def set_bit(mask: NDArray[np.int32], token: int) -> None:

@@ -6,11 +6,12 @@ import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from phloem.core.messages import Chunk, Logprobs, Thinking
+from phloem.core.messages import Chunk, Logprobs
 from phloem.core.request import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
     from phloem.server.detokenizer import StreamDecoder
+    from phloem.server.sessions import SessionStep
 
 
 def new_id(prefix: str = "") -> str:
@@ -36,9 +37,9 @@ class Item:
     priority: int = 0
     namespace: str = ""
     stream_interval: int = 1
-    reasoning: bool = False  # the model may reason before it answers: a constraint holds behind that
-    continued: str | None = None  # the answer as the prompt begins it
-    thinking: Thinking | None = None  # what `reasoning` means for this prompt; the client fills it in
+    reasons: bool = False  # a reasoning block may come first, and no constraint holds in it
+    session: SessionStep | None = None
+    thinking_budget: int | None = None  # tokens of reasoning
 
 
 @dataclass(slots=True)

@@ -22,8 +22,6 @@ class ThinkingParser:
     start: ClassVar[str] = "<think>"
     end: ClassVar[str] = "</think>"
     always: ClassVar[bool] = False
-    # What the answer proper begins behind, where that is not the end of the block.
-    answer: ClassVar[str | None] = None
     # Markers that end the block without its own end, and stay in the content: models jump to a tool call so.
     jumps: ClassVar[tuple[str, ...]] = ()
 

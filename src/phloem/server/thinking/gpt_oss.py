@@ -19,7 +19,6 @@ MAX_HEADER = 400
 class Parser(ThinkingParser):
     start = "<|channel|>analysis<|message|>"
     end = "<|end|>"
-    answer = "<|channel|>final<|message|>"
 
     def __init__(self, opened: bool | None = None) -> None:
         super().__init__(opened)

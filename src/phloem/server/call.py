@@ -138,7 +138,7 @@ class Call:
             output.text += piece.text
             if piece.stop is not None:
                 _truncate(output, output.new_from + piece.keep)
-                finish = FinishReason(type="stop", matched=piece.stop)
+                output.finish = finish = FinishReason(type="stop", matched=piece.stop)
                 self._client.drop(output)
         if finish is not None:
             output.finish = finish

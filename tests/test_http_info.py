@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from pathlib import Path
 
 import pytest
 from door import CONTEXT, MODEL, make_info, on_loop, open_door, until
 
 from phloem.core.messages import ControlReply, Stats
+from phloem.server import protocol
+from phloem.server.body import Body
 from phloem.testing.fake_engine import FakeEngine
 
 
@@ -237,3 +241,31 @@ async def test_the_document_describes_every_route() -> None:
         assert body["required"] == ["messages"] and body["additionalProperties"] is False
         assert {"200", "400", "401", "404", "413", "500", "503"} == set(chat["responses"])
         assert "text/event-stream" in chat["responses"]["200"]["content"]
+
+
+def test_every_ignored_field_stands_in_the_documentation() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "http.md").read_text()
+    kinds = [item for item in vars(protocol).values() if isinstance(item, type) and issubclass(item, Body)]
+    ignored = {(name, reason) for kind in kinds for name, reason in kind.ignored.items()}
+    assert len(ignored) > 15
+    for name, reason in ignored:
+        assert any(line.startswith(f"| `{name}` |") and reason in line for line in text.splitlines()), name
+
+
+def test_ignored_and_later_fields_are_fields() -> None:
+    kinds = [item for item in vars(protocol).values() if isinstance(item, type) and issubclass(item, Body)]
+    for kind in kinds:
+        assert set(kind.ignored) <= set(kind.__struct_fields__), kind
+        assert set(kind.later) <= set(kind.__struct_fields__), kind
+        assert not set(kind.ignored) & set(kind.later), kind
+        if kind is not Body:
+            assert kind.__struct_config__.forbid_unknown_fields, kind
+
+
+@on_loop
+async def test_a_line_for_each_request_when_asked(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "phloem.server")
+    async with open_door(FakeEngine(mode="echo"), log_requests=True) as door:
+        await door.post("/generate", {"text": "private words", "rid": "logged"})
+    (line,) = [record.getMessage() for record in caplog.records if "logged" in record.getMessage()]
+    assert "14 prompt tokens (7 cached), 15 output tokens, stop" in line and "private" not in caplog.text

@@ -120,6 +120,9 @@ async def test_usage_comes_last_or_always() -> None:
         completion = {"prompt": "a", "max_tokens": 3, "stream_options": {"continuous_usage_stats": True}}
         chunks = [json.loads(data) for data in (await door.events("/v1/completions", completion))[:-1]]
         assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3]
+        chunks = [json.loads(data) for data in (await door.events(CHAT, {**body, "n": 2}))[:-1]]
+        assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {6}
+        assert chunks[-1]["usage"]["completion_tokens"] == 8
 
 
 @pytest.mark.parametrize("path", [CHAT, "/generate"])

@@ -143,6 +143,7 @@ def test_a_late_request_does_not_need_a_message_to_start() -> None:
     class Soon:
         error = None
         mask = None
+        can_jump = False
 
         def __init__(self) -> None:
             self.at = time.monotonic() + 0.05

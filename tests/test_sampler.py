@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from phloem.core.request import SamplingParams
 from phloem.engine import sampler
-from phloem.engine.penalties import Penalties, apply_mask_
+from phloem.engine.penalties import Penalties
 from phloem.engine.sampler import SamplingRows, sample, uniforms
 from phloem.kernels.ops import Ops
 
@@ -110,12 +110,3 @@ def test_penalties_count_prompt_and_output_as_their_papers_say() -> None:
     logits = torch.tensor([1.0, 1.0, -1.0, 2.0, 4.0, 1.0])
     state.apply_(logits)
     assert logits.tolist() == [1.0, 0.5, -2.0, 1.0 - 0.5 - 0.5, 2.0 - 0.25 - 0.5, 1.0]
-
-
-def test_a_mask_forbids_and_an_empty_one_is_an_error() -> None:
-    logits = torch.zeros(40)
-    mask = np.array([1 << 5, 1 << 2], np.int32)
-    apply_mask_(logits, mask)
-    assert torch.isfinite(logits).nonzero().flatten().tolist() == [5, 34]
-    with pytest.raises(ValueError, match="no token"):
-        apply_mask_(logits, np.zeros(2, np.int32))

@@ -100,6 +100,8 @@ def test_a_result_that_cannot_be_taken_fails_alone() -> None:
 
 
 class Late:
+    can_jump = False
+
     def __init__(self, turns: int = 3, error: Exception | None = None, broken: bool = False) -> None:
         self.turns, self.error, self.broken = turns, error, broken
         self.mask = None

@@ -14,8 +14,32 @@ from phloem.utils.registry import Registry
 FORMATS = Registry("phloem.server.thinking", "reasoning parser")
 PLAIN = [name for name in FORMATS.names() if name not in ("gpt_oss", "minimax_append_think", "ernie45")]
 
-PIECES = "<think> </think> <thi nk> ◁think▷ ◁/think▷ [THINK] [/THINK] <tool_call> <response> </response> 世 a".split()
-PIECES += "<|channel|> analysis final <|message|> <|end|> <|start|> assistant <|call|> <|return|>".split()
+PIECES = [
+    "<think>",
+    "</think>",
+    "<thi",
+    "nk>",
+    "◁think▷",
+    "◁/think▷",
+    "[THINK]",
+    "[/THINK]",
+    "<tool_call>",
+    "<response>",
+    "</response>",
+    "世",
+    "a",
+]
+PIECES += [
+    "<|channel|>",
+    "analysis",
+    "final",
+    "<|message|>",
+    "<|end|>",
+    "<|start|>",
+    "assistant",
+    "<|call|>",
+    "<|return|>",
+]
 PIECES += ["\n", "b ", " to=functions.f"]
 
 

@@ -15,19 +15,21 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from phloem.core.config import Config, child_environment
-from phloem.core.errors import EngineDead
+from phloem.core.errors import BadRequest, EngineDead
 from phloem.core.messages import (
     EngineLink,
     Failed,
     FromEngine,
     Progress,
     Ready,
+    Submit,
     ToEngine,
     decode_from_engine,
     decode_to_engine,
@@ -38,6 +40,7 @@ from phloem.utils.ipc import DoorPipe, Endpoints, EnginePipe
 from phloem.utils.processes import die_with_parent
 
 if TYPE_CHECKING:
+    from phloem.grammar._manager import GrammarManager
     from phloem.utils.checkpoint import Checkpoint
 
 _log = log.get("launch")
@@ -83,7 +86,9 @@ class EngineCore:
             overlap=not schedule.disable_overlap_schedule,
             debug_invariants=config.runtime.debug_invariants,
         )
-        self.scheduler = Scheduler(built.runner, settings, cache, send)
+        self._grammars = _grammars(config, checkpoint)
+        prepare = self._grammars.prepare if self._grammars is not None else _no_grammar
+        self.scheduler = Scheduler(built.runner, settings, cache, send, prepare=prepare)
         self.info: dict[str, Any] = {
             **built.info,
             "max_total_num_tokens": built.max_total_tokens,
@@ -92,7 +97,8 @@ class EngineCore:
             "page_size": built.runner.page_size,
             "vocab_size": checkpoint.vocab_size,
             "context_length": built.context_length,
-            "decisions": [[d.name, d.value, d.reason] for d in built.decisions],
+            "decisions": [[d.name, d.value, d.reason] for d in built.decisions]
+            + ([] if self._grammars is None else [list(self._grammars.decision())]),
             "phases": phases,
         }
 
@@ -105,6 +111,57 @@ class EngineCore:
     def close(self) -> None:
         self._watchdog.close()
         self.runner.close()
+        if self._grammars is not None:
+            self._grammars.close()
+
+
+def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
+    """What follows constrained requests; it reads the tokenizer when the first one comes. None without a tokenizer."""
+    from phloem.grammar._base import Vocabulary
+    from phloem.grammar._manager import GrammarManager, GrammarSettings, ThinkingMarkers
+
+    def vocabulary() -> Vocabulary:
+        from phloem.server.tokenizer import load_tokenizer
+
+        return Vocabulary.of(load_tokenizer(checkpoint), checkpoint.vocab_size, checkpoint.eos_ids)
+
+    if config.model.skip_tokenizer_init:
+        return None
+    grammar = config.grammar
+    thinking = _thinking(config, checkpoint)
+    settings = GrammarSettings(
+        backend=grammar.grammar_backend,
+        whitespace=grammar.grammar_whitespace,
+        jump_forward=not grammar.disable_jump_forward,
+        compile_timeout=grammar.grammar_timeout,
+        thinking=None if thinking is None else ThinkingMarkers(*thinking),
+    )
+    return GrammarManager(vocabulary, settings)
+
+
+def _thinking(config: Config, checkpoint: Checkpoint) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Token ids around a reasoning block; None for a model that writes none."""
+    from phloem.server.parsers import THINKING, thinking_choice
+    from phloem.server.template import load_template
+    from phloem.server.tokenizer import load_tokenizer
+
+    override = Path(config.model.chat_template) if config.model.chat_template else None
+    source = load_template(checkpoint, override, None).source
+    name = thinking_choice(source, config.model.reasoning_parser).name
+    if name is None:
+        return None
+    kind = THINKING.module(name).Parser
+    tokenizer = load_tokenizer(checkpoint)
+    start, end = (tokenizer.encode(text, add_special_tokens=False) for text in (kind.start, kind.end))
+    return tuple(start), tuple(end)
+
+
+def _no_grammar(submit: Submit, prompt: Any) -> None:
+    from phloem.grammar._base import field_of
+
+    field = field_of(submit.sampling)
+    if field is not None:
+        raise BadRequest(f"{field} needs the tokenizer, which skip_tokenizer_init leaves out", param=field)
 
 
 class _Inbox:
@@ -219,8 +276,9 @@ def engine_main() -> int:
     """The engine process: reads its order from standard input, serves, ends with its parent."""
     order = msgspec.json.decode(sys.stdin.buffer.readline())
     die_with_parent(order["parent"])
-    # Ctrl-C goes to the whole terminal group; the door decides what it means.
+    # Both may reach the whole process group at once; what they mean is the door's to decide, and it ends us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     start = perf_counter()
     config = Config.from_flat(order["config"])
     log.configure(config.server.log_level, "engine")

@@ -26,6 +26,7 @@ def opt(default: Any, text: str) -> Any:
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 Policy = Literal["fcfs", "lpm", "priority"]
+Whitespace = Literal["compact", "flexible"]
 Eviction = Literal["lru", "lfu", "fifo"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 OnEngineDeath = Literal["restart", "exit"]
@@ -44,6 +45,8 @@ class ModelConfig:
     quantization: str | None = opt(None, "Weight quantisation method; default: what the checkpoint says.")
     context_length: int | None = opt(None, "Longest prompt plus output in tokens; default: the model's own limit.")
     chat_template: str | None = opt(None, "File with a Jinja chat template; default: the model's own.")
+    tool_call_parser: str | None = opt(None, "Format of tool calls; default: read off the chat template; 'none': off.")
+    reasoning_parser: str | None = opt(None, "Format of reasoning; default: read off the chat template; 'none': off.")
     trust_remote_code: bool = opt(False, "Run Python code that comes with a checkpoint. Off for your safety.")
     skip_tokenizer_init: bool = opt(False, "Serve token ids only; no tokenizer is loaded.")
     random_seed: int | None = opt(None, "Seed for requests that bring none; default: drawn at start.")
@@ -89,6 +92,16 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True)
+class GrammarConfig:
+    """Structured output."""
+
+    grammar_backend: str | None = opt(None, "Grammar engine for every constraint; default: the best one for its kind.")
+    grammar_whitespace: Whitespace = opt("compact", "Blanks between JSON tokens: none, or a bounded number of them.")
+    grammar_timeout: float = opt(10.0, "Seconds that compiling one grammar may take.")
+    disable_jump_forward: bool = opt(False, "Decode text that a grammar forces token by token.")
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """The HTTP door."""
 
@@ -112,6 +125,7 @@ SECTIONS: dict[str, Any] = {
     "cache": CacheConfig,
     "schedule": ScheduleConfig,
     "runtime": RuntimeConfig,
+    "grammar": GrammarConfig,
     "server": ServerConfig,
 }
 
@@ -124,6 +138,7 @@ class Config:
     cache: CacheConfig = CacheConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    grammar: GrammarConfig = GrammarConfig()
     server: ServerConfig = ServerConfig()
 
     @staticmethod
@@ -192,6 +207,7 @@ _POSITIVE = (
     "chunked_prefill_size",
     "stream_interval",
     "watchdog_timeout",
+    "grammar_timeout",
     "threads",
     "max_body_bytes",
     "max_prompts_per_request",

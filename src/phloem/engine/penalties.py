@@ -1,4 +1,4 @@
-"""What changes a row's logits before a token is chosen: penalties, logit bias, tokens forbidden for now, grammar masks.
+"""What changes a row's logits before a token is chosen: penalties, logit bias, tokens forbidden for now.
 
 Legend: V vocabulary.
 """
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from phloem.core.request import SamplingParams
-
-_BITS = np.arange(32, dtype=np.uint32)
 
 
 class Penalties:
@@ -60,18 +58,3 @@ def bias_tensors(params: SamplingParams, device: torch.device) -> tuple[Tensor, 
         return None
     ids = torch.tensor([int(key) for key in params.logit_bias], dtype=torch.int64, device=device)
     return ids, torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
-
-
-def apply_mask_(logits_V: Tensor, mask_W: NDArray[np.int32]) -> None:
-    """Forbid tokens whose bit is 0 (bit i of word w is token 32 w + i).
-
-    Raises:
-        ValueError: if the mask allows no token at all.
-    """
-    if not mask_W.any():
-        raise ValueError("the grammar allows no token here")
-    vocab = logits_V.shape[0]
-    bits = ((mask_W.view(np.uint32)[:, None] >> _BITS) & 1).astype(np.bool_).reshape(-1)[:vocab]
-    allowed = np.zeros(vocab, np.bool_)
-    allowed[: len(bits)] = bits
-    logits_V.masked_fill_(torch.from_numpy(~allowed).to(logits_V.device), float("-inf"))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from phloem.kernels import reference as ref
+from phloem.kernels import reference_extra as extra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,6 +98,16 @@ class Ops:
         ref.paged_attention
     )
 
+    # Types of KV cache that `write_kv` and `paged_attention` take; None: every floating type.
+    kv_dtypes: tuple[torch.dtype, ...] | None = None
+
+    # Mixture of experts: softmax of router logits[T, E], the best k experts of each token (their weights scaled to sum
+    # to 1 if asked), their gated MLPs with SiLU, summed by weight. `prepare_experts` stacks expert after expert along
+    # out_features: each its gate, then its up projection, [E * 2F, N]; or its down projection, [E * N, F].
+    prepare_experts: PrepareLinear = ref.prepare_linear
+    # x[T, N], logits[T, E], gate_up, down, k, renormalise -> [T, N]
+    moe: Callable[[Tensor, Tensor, Any, Any, int, bool], Tensor] = extra.moe
+
     # Sampling helpers: logits[L, V] float -> int32/float32.
     argmax: Callable[[Tensor], Tensor] = ref.argmax  # [L]
     logsumexp: Callable[[Tensor], Tensor] = ref.logsumexp  # [L] float32
@@ -105,8 +116,8 @@ class Ops:
     )  # the k best, best first: values, ids int32 [L, k]
     # logits, rows[M] int32, mask[M, words] int32: in place, -inf where bit i of word w, token 32 w + i, is 0 or missing
     mask_tokens_: Callable[[Tensor, Tensor, Tensor], None] = ref.mask_tokens_
-    # logits, temperature[L], top_k[L] int32, top_p[L], min_p[L], seeds[L] int64, positions[L] int64 -> tokens[L] int32,
-    # as `engine/sampler.py` specifies it; None: that file's torch code draws.
+    # logits, temperature[L], top_k[L] int32, top_p[L], min_p[L], seeds[L] int64, positions[L] int64
+    # -> tokens [L] int32, as `engine/sampler.py` specifies; None: that file's torch code draws.
     sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
     # Makes step graphs over this table's ops; None: steps run eagerly.

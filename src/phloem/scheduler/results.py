@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MIN_HOLD = 3  # forced tokens from which sitting out one step is repaid
+
 
 class Results:
     """Ends requests and collects their chunks. `live` is the scheduler's table of requests by id.
@@ -41,6 +43,7 @@ class Results:
         self.release = release
         self.stream_interval = max(1, stream_interval)
         self.output_tokens = 0
+        self.jumped_tokens = 0  # of these, those that a grammar forced: they took no decode step
         self._chunks: list[Chunk] = []
 
     def commit(self, plan: Plan, output: StepOutput) -> None:
@@ -72,18 +75,58 @@ class Results:
             if logprobs is None:
                 raise ValueError("the step gave no logprobs")
             request.fresh_logprobs.append(logprobs)
-        request.output.append(token)
-        request.fresh.append(token)
-        self.output_tokens += 1
+        self._append(request, token)
         if request.slot >= 0 and not request.inflight:
             self.slots.next_token[request.slot] = token
-        count = len(request.output)
+        if self._ends(request):
+            return
+        if request.prepared is not None and request.prepared.can_jump and self.jump(request):
+            return
+        if not request.sent or len(request.fresh) >= self.stream_interval:
+            self._chunks.append(self._chunk(request, None))
+
+    def _ends(self, request: Request) -> bool:
+        """End the request if its last token says so."""
+        token, count = request.output[-1], len(request.output)
         if token in request.stops and count >= request.params.min_new_tokens:
             self.finish(request, FinishReason("stop", matched=token))
         elif request.num_prompt + count >= request.limit:
             self.finish(request, FinishReason("length", length=count))
-        elif not request.sent or len(request.fresh) >= self.stream_interval:
-            self._chunks.append(self._chunk(request, None))
+        return request.finished
+
+    def jump(self, request: Request) -> bool:
+        """Append the tokens that the grammar forces: the next step computes them as one chunk. True if that ends it.
+
+        With a step of the request in flight nothing can be appended, as that step samples after the known output. A
+        long forced text is then worth sitting out the next one (`Slots.hold`); its rest is appended after this one.
+        """
+        prepared = request.prepared
+        assert prepared is not None
+        forced = prepared.jump(request.output)
+        if request.inflight:
+            if len(forced) == 1 and forced[0] in request.stops:
+                self._append(request, forced[0])  # the text is complete: what is in flight can only say so too
+                return self._ends(request)
+            if len(forced) >= MIN_HOLD and request.slot >= 0:
+                self.slots.hold(request.slot)
+            return False
+        if request.slot >= 0:
+            self.slots.resume(request.slot)
+        for token in forced:
+            self._append(request, token)
+            self.jumped_tokens += 1
+            if self._ends(request):
+                return True
+        if forced:
+            prepared.advance(request.output)
+            if request.slot >= 0:
+                self.slots.extend(request, len(forced))
+        return False
+
+    def _append(self, request: Request, token: int) -> None:
+        request.output.append(token)
+        request.fresh.append(token)
+        self.output_tokens += 1
 
     def finish(self, request: Request, reason: FinishReason, answer: bool = True, keep: bool = True) -> None:
         """End a request wherever it stands; its pages are free afterwards. `answer` sends its last chunk."""
@@ -100,7 +143,8 @@ class Results:
 
     def fail(self, request: Request, message: str, status_code: int) -> None:
         """End a request that went wrong, alone. What only it computed is not kept for others."""
-        log.error("request %s failed (%d): %s", request.id, status_code, message)
+        level = logging.ERROR if status_code >= 500 else logging.WARNING
+        log.log(level, "request %s failed (%d): %s", request.id, status_code, message)
         reason = FinishReason("abort", message=message, status_code=status_code)
         self.finish(request, reason, answer=False, keep=False)
         try:

@@ -155,6 +155,7 @@ class Scheduler:
             "cached_tokens": self.planner.cached_tokens,
             "cache_hit_rate": self.planner.cached_tokens / prompt_tokens if prompt_tokens else 0.0,
             "output_tokens": self.results.output_tokens,
+            "jumped_tokens": self.results.jumped_tokens,
             "preemptions": self.planner.preemptions,
             "max_running_requests": self.slots.count,
             "schedule_policy": self._policy.name,
@@ -308,6 +309,13 @@ class Scheduler:
                 if not isinstance(error, PhloemError):
                     error = BadRequest(f"{type(error).__name__}: {error}")
                 self.results.fail(request, error.message, error.status)
+                continue
+            try:
+                if prepared.can_jump and self.results.jump(request):
+                    continue
+            except Exception as raised:
+                log.exception("request %s: what is forced at its beginning could not be found", request.id)
+                self.results.fail(request, f"{type(raised).__name__}: {raised}", 500)
                 continue
             request.status = RequestStatus.WAITING
             self.queue.add(request)

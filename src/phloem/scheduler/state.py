@@ -38,10 +38,23 @@ class Prepared(Protocol):
         """For `Admission.mask`; looked at once `ready` is True."""
         ...
 
+    @property
+    def can_jump(self) -> bool:
+        """Whether `jump` may ever give tokens."""
+        ...
+
     def ready(self) -> bool: ...
 
     def admit(self, output: Sequence[int]) -> None:
         """The request enters a slot, for the first time or again after a preemption, with this output so far."""
+        ...
+
+    def jump(self, output: Sequence[int]) -> list[int]:
+        """Tokens that are sure to follow the output."""
+        ...
+
+    def advance(self, output: Sequence[int]) -> None:
+        """The output is now this, with forced tokens in it; no launched step of the request is uncommitted."""
         ...
 
 
@@ -172,6 +185,7 @@ class Slots:
         self.samples = np.zeros(count, dtype=np.bool_)
         self._free = list(range(count - 1, -1, -1))
         self._active: dict[int, Request] = {}
+        self._held: set[int] = set()  # active, but not to be launched before their last token is known
         self._active_array: NDArray[np.int32] | None = None
 
     @property
@@ -191,9 +205,10 @@ class Slots:
         return self._free[-1]
 
     def active(self) -> NDArray[np.int32]:
-        """Active slots in order of admission, int32."""
+        """Slots that may be launched now, in order of admission, int32."""
         if self._active_array is None:
-            self._active_array = np.fromiter(self._active, dtype=np.int32, count=len(self._active))
+            slots = [slot for slot in self._active if slot not in self._held] if self._held else list(self._active)
+            self._active_array = np.array(slots, dtype=np.int32)
         return self._active_array
 
     def active_requests(self) -> list[Request]:
@@ -224,8 +239,28 @@ class Slots:
 
     def retire(self, slot: int) -> None:
         """Not launched again; slot and pages stay until `leave`."""
+        self._held.discard(slot)
         if self._active.pop(slot, None) is not None:
             self._active_array = None
+
+    def hold(self, slot: int) -> None:
+        """Sit out until `extend` or `resume`: what the step in flight gives decides what comes next."""
+        if slot in self._active:
+            self._held.add(slot)
+            self._active_array = None
+
+    def resume(self, slot: int) -> None:
+        if slot in self._held:
+            self._held.discard(slot)
+            self._active_array = None
+
+    def extend(self, request: Request, count: int) -> None:
+        """`count` tokens were added to the request's output that no step has sampled: computed has more to chase."""
+        slot = request.slot
+        request.known = request.all_known()
+        self.length[slot] += count
+        self.next_token[slot] = request.known[-1]
+        self.resume(slot)
 
     def leave(self, request: Request) -> None:
         slot = request.slot

@@ -66,6 +66,18 @@ class ChatMessage(Answer, kw_only=True):
     tool_calls: list[dict[str, Any]] | None = None
 
 
+class ParsedCalls(Answer, kw_only=True):
+    """`calls`: tool_index, name and parameters (a JSON text)."""
+
+    normal_text: str
+    calls: list[dict[str, Any]]
+
+
+class SeparatedReasoning(Answer, kw_only=True):
+    reasoning_text: str
+    text: str
+
+
 class ChatChoice(Answer, kw_only=True):
     index: int
     message: ChatMessage

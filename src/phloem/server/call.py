@@ -31,6 +31,8 @@ class Dropper(Protocol):
 
     def drop(self, output: Output) -> bool: ...
 
+    def finished(self, output: Output) -> None: ...
+
 
 class Call:
     """Async iterator over the news of a call's outputs (see `GenerateRequest.stream`)."""
@@ -136,12 +138,12 @@ class Call:
             output.text += piece.text
             if piece.stop is not None:
                 _truncate(output, output.new_from + piece.keep)
-                finish = FinishReason(type="stop", matched=piece.stop)
+                output.finish = finish = FinishReason(type="stop", matched=piece.stop)
                 self._client.drop(output)
         if finish is not None:
             output.finish = finish
             self._open -= 1
-            self._client.counters.on_finish(output)
+            self._client.finished(output)
 
 
 def _stops(output: Output) -> bool:

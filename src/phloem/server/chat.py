@@ -1,58 +1,53 @@
-"""Conversations without HTTP: from a chat body to a `GenerateRequest`, and the seam for parsers of what comes back."""
+"""Conversations without HTTP: from a chat body to a request, and parsers for what comes back."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from phloem.core.errors import BadRequest
+from phloem.server import toolplan
+from phloem.server.parsing import DeltaParser, answer_parsers, needs_special_tokens
 from phloem.server.protocol import ChatBody, Message
 from phloem.server.request import GenerateRequest, Item, new_id
 from phloem.server.sampling import namespace, openai_params
+from phloem.server.tools._explain import explain, spell
 
 if TYPE_CHECKING:
+    from phloem.core.request import SamplingParams
     from phloem.server.client import EngineClient
     from phloem.server.info import ModelInfo
     from phloem.server.template import ChatTemplate
+    from phloem.server.toolplan import ToolPlan
 
+PROMPT_TAIL = 16  # tokens
 LONG_CONVERSATION = 20_000  # characters: rendered in a thread, off the event loop
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})
 
 
-@dataclass(slots=True)
-class ParsedDelta:
-    """What a stretch of output text means: plain content, reasoning, tool calls (in OpenAI's delta shape)."""
+@dataclass(frozen=True)
+class Conversation:
+    """A chat request, ready to be submitted, and what is needed to read its answer."""
 
-    content: str = ""
-    reasoning_content: str = ""
-    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    request: GenerateRequest
+    tools: ToolPlan
+    reasoning: str | None
+    stream_reasoning: bool
+    prompt: str  # with `input_ids` its end alone
+    continued: str | None
 
-
-class DeltaParser(Protocol):
-    """One continuation's parser. `push` gets each text delta once, in order; `last` with the final one."""
-
-    def push(self, text: str, last: bool) -> ParsedDelta: ...
-
-
-class PlainText:
-    """All of the text is content."""
-
-    def push(self, text: str, last: bool) -> ParsedDelta:
-        return ParsedDelta(content=text)
+    def parsers(self) -> list[DeltaParser]:
+        """One parser for each continuation."""
+        item = self.request.items[0]
+        return answer_parsers(
+            item.sampling.n, self.tools, self.reasoning, self.prompt, self.stream_reasoning, self.continued
+        )
 
 
-def delta_parsers(body: ChatBody, count: int) -> list[DeltaParser]:
-    """The seam for `server/tools/` and `server/thinking/`: one parser for each continuation.
-
-    Fields that ask for more than plain text have been refused in `Parser.parse` unless `ModelInfo.features` lists them.
-    """
-    return [PlainText() for _ in range(count)]
-
-
-async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> GenerateRequest:
+async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> Conversation:
     """Render the conversation and set the sampling parameters.
 
     Raises:
@@ -64,29 +59,93 @@ async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> G
         )
     if (body.top_logprobs or 0) > 0 and not body.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
-    extra = body.chat_template_kwargs or {}
-    for name in sorted(_RESERVED & set(extra)):
-        raise BadRequest(f"chat_template_kwargs cannot set {name!r}", param="chat_template_kwargs")
-    messages = [plain_message(message, at) for at, message in enumerate(body.messages)]
-    text = await render(
-        client.template,
-        messages,
-        add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
-        continue_final_message=bool(body.continue_final_message),
-        **extra,
+    if not body.messages and body.input_ids is None:
+        raise BadRequest("messages: at least one is needed", param="messages")
+    tools = toolplan.plan(body.tools, body.tool_choice, body.parallel_tool_calls, info.tool_parser)
+    reasoning = info.reasoning_parser if body.separate_reasoning is not False else None
+    messages = [plain_message(message, at) for at, message in enumerate(body.messages or [])]
+    text = (
+        _tail(body.input_ids, client)
+        if body.input_ids is not None
+        else await render(
+            client.template,
+            with_tools(messages, tools, info),
+            tools=None if info.explain_tools else tools.tools or None,
+            add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
+            continue_final_message=bool(body.continue_final_message),
+            **template_kwargs(body.chat_template_kwargs, body.reasoning_effort),
+        )
     )
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    sampling = openai_params(body, limit, info.generation_config)
+    constrain(sampling, tools, info)
+    if needs_special_tokens(client.tokenizer, tools, reasoning):
+        sampling.skip_special_tokens = False
     item = Item(
-        sampling=openai_params(body, limit, info.generation_config),
-        text=text,
+        sampling=sampling,
+        text=text if body.input_ids is None else None,
+        ids=body.input_ids,
         id=body.rid or new_id(),
         add_special_tokens=False,  # the template writes them
         return_logprob=bool(body.logprobs),
         top_logprobs=body.top_logprobs or 0,
         priority=body.priority or 0,
         namespace=namespace(body.cache_salt, body.extra_key),
+        reasons=reasoning is not None,
+        session=body.session_params.step() if body.session_params is not None else None,
+        thinking_budget=body.max_thinking_tokens,
     )
-    return GenerateRequest([item], bool(body.stream))
+    return Conversation(
+        GenerateRequest([item], bool(body.stream)),
+        tools,
+        reasoning,
+        body.stream_reasoning is not False,
+        text,
+        str(messages[-1]["content"] or "") if body.continue_final_message and messages else None,
+    )
+
+
+def _tail(ids: list[int], client: EngineClient) -> str:
+    """The end of a prompt of ids as text: it says whether a reasoning block is open."""
+    if client.tokenizer is None or any(not 0 <= token < client.info.vocab_size for token in ids[-PROMPT_TAIL:]):
+        return ""
+    return client.tokenizer.decode(ids[-PROMPT_TAIL:], skip_special_tokens=False)
+
+
+def constrain(sampling: SamplingParams, tools: ToolPlan, info: ModelInfo) -> None:
+    """Enforce what the tool fields ask for.
+
+    Raises:
+        BadRequest: if the request brings a constraint of its own as well, or there is no grammar engine.
+    """
+    if tools.constraint is None:
+        return
+    if "grammar" not in info.features:
+        raise BadRequest("not supported yet: tool_choice", param="tool_choice", code="not_supported")
+    for name in ("json_schema", "regex", "ebnf", "structural_tag"):
+        if getattr(sampling, name):
+            raise BadRequest(f"tool_choice and {name} exclude each other", param="tool_choice")
+    setattr(sampling, *tools.constraint)
+
+
+def with_tools(messages: list[dict[str, Any]], tools: ToolPlan, info: ModelInfo) -> list[dict[str, Any]]:
+    """The messages as the template takes them: one that knows no tools gets them, and earlier calls, as text."""
+    if info.spell_calls:
+        messages = spell(messages)
+    return explain(messages, tools.tools, tools.parser()) if info.explain_tools else messages
+
+
+def template_kwargs(given: dict[str, Any] | None, effort: str | None = None) -> dict[str, Any]:
+    """`chat_template_kwargs`, checked, with what `reasoning_effort` means to templates."""
+    extra = dict(given or {})
+    for name in sorted(_RESERVED & set(extra)):
+        raise BadRequest(f"chat_template_kwargs cannot set {name!r}", param="chat_template_kwargs")
+    if effort is not None:
+        extra.setdefault("reasoning_effort", effort)
+        if effort == "none":
+            extra.setdefault("enable_thinking", False)
+            extra.setdefault("thinking", False)
+    return extra
 
 
 async def render(template: ChatTemplate | None, messages: list[dict[str, Any]], **options: Any) -> str:

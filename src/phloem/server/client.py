@@ -43,6 +43,7 @@ from phloem.server.request import GenerateRequest, Item, Output, new_id
 
 if TYPE_CHECKING:
     from phloem.server.info import ModelInfo
+    from phloem.server.sessions import Sessions
     from phloem.server.template import ChatTemplate
     from phloem.server.tokenizer import Tokenizer
 
@@ -69,6 +70,7 @@ class EngineClient:
         self.counters = Counters()
         self.dead: str | None = "no engine has been started"
         self.draining = False
+        self.log_requests = False  # a line for each that ends; never its text
         self.engine: dict[str, Any] | None = None  # `Ready.info`; None until the engine is ready
         self.stats = Stats()
         self.heartbeat = Heartbeat()
@@ -129,6 +131,10 @@ class EngineClient:
         while self._active and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         return not self._active
+
+    @property
+    def sessions(self) -> Sessions:
+        return self.admission.sessions
 
     @property
     def in_flight(self) -> int:
@@ -209,7 +215,8 @@ class EngineClient:
         level = logging.INFO if (expected or self.draining) and not self._active else logging.ERROR
         log.log(level, "engine gone: %s (%d requests in flight)", reason, len(self._active))
         active, self._active = self._active, {}
-        for call in {call for call, _ in active.values()}:
+        for call, output in active.values():
+            self._end_in_session(output, None)
             call.fail(EngineDead(reason))
         replies, self._replies = self._replies, {}
         for future in replies.values():
@@ -243,6 +250,8 @@ class EngineClient:
         call = Call(self, outputs, request.stream)
         for output in outputs:
             self._active[output.id] = (call, output)
+            if output.item.session is not None:
+                self.sessions.begin(output.item.session, output.id, output.prompt_ids)
         try:
             for output in outputs:
                 self._send(_submit_message(output))
@@ -264,7 +273,7 @@ class EngineClient:
         now = time.monotonic()
         outputs: list[Output] = []
         for index, (item, ids) in enumerate(zip(request.items, prompts, strict=True)):
-            params = self.admission.params(item, len(ids))
+            params = self.admission.params(item, ids)
             for choice in range(params.n):
                 output = Output(
                     id=item.id if params.n == 1 else f"{item.id}-{choice}",
@@ -298,9 +307,35 @@ class EngineClient:
         if entry is None or entry[1] is not output:
             return False
         del self._active[output.id]
+        if output.finish is None:
+            self._end_in_session(output, None)
         with contextlib.suppress(EngineDead):
             self._send(Abort(id=output.id))
         return True
+
+    def finished(self, output: Output) -> None:
+        """An output has its finish reason."""
+        self.counters.on_finish(output)
+        failed = output.finish is None or output.finish.type == "abort"
+        self._end_in_session(output, None if failed else output.ids)
+        if self.log_requests and output.finish is not None:
+            now = time.monotonic()
+            log.info(
+                "request %s: %d prompt tokens (%d cached), %d output tokens, %s; queued %.3f s, first token %.3f s, "
+                "whole %.3f s",
+                output.id,
+                output.prompt_tokens,
+                output.cached_tokens,
+                output.completion_tokens,
+                output.finish.type,
+                output.queue_seconds,
+                (output.first_at or now) - output.arrival,
+                now - output.arrival,
+            )
+
+    def _end_in_session(self, output: Output, ids: list[int] | None) -> None:
+        if output.item.session is not None:
+            self.sessions.end(output.item.session, output.id, ids)
 
     def abort(self, rid: str = "", everything: bool = False) -> int:
         """End requests by id (that of the request or of one continuation); they finish with reason `abort`."""
@@ -352,4 +387,5 @@ def _submit_message(output: Output) -> Submit:
         top_logprobs=item.top_logprobs,
         token_ids_logprob=item.token_ids_logprob,
         arrival=time.time(),
+        grammar_at_once=not item.reasons,
     )

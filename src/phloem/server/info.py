@@ -31,6 +31,11 @@ class ModelInfo:
     generation_config: dict[str, Any] = field(default_factory=dict)
     weight_version: str = "default"
     features: frozenset[str] = frozenset()
+    tool_parser: str | None = None  # file in server/tools
+    explain_tools: bool = False  # the chat template shows no tools: the prompt tells of them
+    spell_calls: bool = False  # it knows no calls and results either: those of earlier turns become text
+    reasoning_parser: str | None = None  # file in server/thinking
+    decisions: tuple[tuple[str, Any, str], ...] = ()  # name, value, reason: the door's own choices
     created: int = field(default_factory=lambda: int(time.time()))
 
     @staticmethod

@@ -40,6 +40,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
     wants = each("return_logprob", False)
     starts = each("logprob_start_len", -1)
     tops = each("top_logprobs_num", 0)
+    processors, steps = each("custom_logit_processor", None), each("session_params", None)
     salts, keys = each("cache_salt", None), each("extra_key", None)
     chosen = _chosen(body, count)
     items: list[Item] = []
@@ -47,7 +48,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
         sampling = params[at]
         items.append(
             Item(
-                sampling=native_params(sampling),
+                sampling=native_params(sampling, processors[at]),
                 text=prompt if isinstance(prompt, str) else None,
                 ids=prompt if isinstance(prompt, list) else None,
                 id=_rid(ids, at, body.rid, count),
@@ -57,6 +58,8 @@ def to_request(body: GenerateBody) -> GenerateRequest:
                 token_ids_logprob=chosen[at] if wants[at] else [],
                 priority=body.priority or 0,
                 namespace=namespace(salts[at], keys[at]),
+                session=steps[at].step() if steps[at] is not None else None,
+                thinking_budget=body.max_thinking_tokens,
                 stream_interval=(sampling.stream_interval if sampling is not None else None) or 1,
             )
         )

@@ -74,7 +74,19 @@ def _schemas() -> dict[str, Any]:
         if isinstance(item, type) and issubclass(item, msgspec.Struct) and item.__module__ == module.__name__
     ]
     _, components = msgspec.json.schema_components(kinds, ref_template=_REF)
+    for kind in kinds:
+        if issubclass(kind, Body):
+            _explain(kind, components[kind.__name__]["properties"])
     return components
+
+
+def _explain(kind: type[Body], properties: dict[str, Any]) -> None:
+    """Say at each field what is not done with it."""
+    for name, rule in kind.later.items():
+        if name in properties:
+            properties[name]["description"] = f"Part of {rule.feature}: refused where that does not exist yet."
+    for name, reason in kind.ignored.items():
+        properties[name]["description"] = f"Read and ignored: {reason}."
 
 
 def document(app: FastAPI) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 from msgspec import Meta
 
 from phloem.server.body import Body, Later
+from phloem.server.sessions import SessionStep
 
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
@@ -17,14 +18,34 @@ _HINT = "a hint to hosted services; nothing here depends on it"
 
 # Fields that many bodies share, by the feature they belong to.
 GRAMMAR = {name: Later("grammar", ("", {})) for name in ("regex", "ebnf", "json_schema", "structural_tag")}
+GUIDED = {
+    "response_format": Later("grammar", ({"type": "text"}, {})),
+    **{name: Later("grammar", ("",)) for name in ("guided_json", "guided_regex", "guided_grammar")},
+    "guided_choice": Later("grammar", ([],)),
+    "guided_json_object": Later("grammar", (False,)),
+    "structured_outputs": Later("grammar", ({},)),
+    "extra_body": Later("grammar", ({},)),
+}
 DISAGGREGATION = {name: Later("disaggregation") for name in ("bootstrap_host", "bootstrap_port", "bootstrap_room")}
 COMMON_LATER: dict[str, Later] = {
     "lora_path": Later("lora", ("", [])),
-    "session_params": Later("sessions", ({},)),
     "data_parallel_rank": Later("data_parallel", (0,)),
     "return_hidden_states": Later("hidden_states", (False,)),
     **DISAGGREGATION,
 }
+
+
+class SessionBody(Body, kw_only=True):
+    """`session_params`: the session, and the request in it that this one goes on from."""
+
+    id: str
+    rid: str | None = None
+    offset: Int32 | None = None
+    replace: bool | None = None
+    drop_previous_output: bool | None = None
+
+    def step(self) -> SessionStep:
+        return SessionStep(self.id, self.rid, self.offset or 0, bool(self.replace), bool(self.drop_previous_output))
 
 
 class SamplingBody(Body, kw_only=True):
@@ -46,11 +67,12 @@ class SamplingBody(Body, kw_only=True):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
+    include_stop_str_in_output: bool | None = None
     n: Int32 | None = None
-    json_schema: str | None = None
+    json_schema: str | dict[str, Any] | None = None
     regex: str | None = None
     ebnf: str | None = None
-    structural_tag: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
     logit_bias: dict[str, float] | None = None
     sampling_seed: Seed | None = None
     custom_params: dict[str, Any] | None = None
@@ -59,7 +81,6 @@ class SamplingBody(Body, kw_only=True):
 
     later: ClassVar[dict[str, Later]] = {
         **GRAMMAR,
-        "custom_params": Later("custom_logit_processor", ({},)),
         "beam_width": Later("beam_search", (0, 1)),
     }
 
@@ -83,7 +104,7 @@ class GenerateBody(Body, kw_only=True):
     stream: bool | None = None
     return_hidden_states: bool | list[bool] | None = None
     return_routed_experts: bool | None = None
-    session_params: dict[str, Any] | list[dict[str, Any]] | None = None
+    session_params: SessionBody | list[SessionBody | None] | None = None
     lora_path: str | list[str | None] | None = None
     custom_logit_processor: str | list[str | None] | None = None
     priority: Int32 | None = None
@@ -118,10 +139,8 @@ class GenerateBody(Body, kw_only=True):
         "video_data": Later("video", ([], "")),
         "audio_data": Later("audio", ([], "")),
         "return_routed_experts": Later("routed_experts", (False,)),
-        "custom_logit_processor": Later("custom_logit_processor", ("", [])),
         "routed_dp_rank": Later("data_parallel", (0,)),
-        "require_reasoning": Later("reasoning", (False,)),
-        "max_thinking_tokens": Later("reasoning"),
+        "require_reasoning": Later("require_reasoning", (False,)),
         "background": Later("background", (False,)),
     }
 
@@ -165,14 +184,26 @@ class OpenAIBody(Body, kw_only=True):
     ebnf: str | None = None
     json_schema: str | dict[str, Any] | None = None
     structural_tag: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_json_object: bool | None = None
+    guided_decoding_backend: str | None = None
+    structured_outputs: dict[str, Any] | None = None
+    extra_body: dict[str, Any] | None = None
     stop_token_ids: list[Int32] | None = None
     stop_regex: Strings = None
     no_stop_trim: bool | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
+    custom_logit_processor: str | None = None
+    custom_params: dict[str, Any] | None = None
     lora_path: str | None = None
-    session_params: dict[str, Any] | None = None
+    session_params: SessionBody | None = None
     rid: str | None = None
     priority: Int32 | None = None
     cache_salt: str | None = None
@@ -198,10 +229,12 @@ class OpenAIBody(Body, kw_only=True):
         "safety_identifier": _HINT,
         "prompt_cache_key": "prefixes are found by their tokens; use cache_salt to keep them apart",
         "prompt_cache_retention": _HINT,
+        "guided_decoding_backend": "the server's grammar_backend decides",
     }
     later: ClassVar[dict[str, Later]] = {
         **COMMON_LATER,
         **GRAMMAR,
+        **GUIDED,
         "return_cached_tokens_details": Later("cache_tiers", (False,)),
     }
 
@@ -217,8 +250,6 @@ class CompletionBody(OpenAIBody, kw_only=True):
 
     later: ClassVar[dict[str, Later]] = {
         **OpenAIBody.later,
-        "suffix": Later("infill", ("",)),
-        "best_of": Later("best_of", (0, 1)),
     }
 
 
@@ -260,9 +291,10 @@ class Message(Body, kw_only=True):
 
 
 class ChatBody(OpenAIBody, kw_only=True):
-    """`POST /v1/chat/completions`."""
+    """`POST /v1/chat/completions`. `input_ids` stand for the rendered messages where both are sent."""
 
-    messages: Annotated[list[Message], Meta(min_length=1)]
+    messages: list[Message] | None = None
+    input_ids: list[Int32] | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Int32 | None = None
@@ -271,7 +303,6 @@ class ChatBody(OpenAIBody, kw_only=True):
     parallel_tool_calls: bool | None = None
     functions: list[dict[str, Any]] | None = None
     function_call: str | dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     separate_reasoning: bool | None = None
     stream_reasoning: bool | None = None
@@ -290,7 +321,6 @@ class ChatBody(OpenAIBody, kw_only=True):
         **OpenAIBody.ignored,
         "prediction": "a hint for speed; the answer is the same without",
         "verbosity": _HINT,
-        "parallel_tool_calls": "read with tools only",
     }
     later: ClassVar[dict[str, Later]] = {
         **OpenAIBody.later,
@@ -298,16 +328,29 @@ class ChatBody(OpenAIBody, kw_only=True):
         "tool_choice": Later("tools", ("none", "auto")),
         "functions": Later("functions", ([],)),
         "function_call": Later("functions", ("none", "auto")),
-        "response_format": Later("grammar", ({"type": "text"}, {})),
         "reasoning_effort": Later("reasoning", ("none",)),
         "separate_reasoning": Later("reasoning", (True,)),
         "stream_reasoning": Later("reasoning", (True,)),
-        "require_reasoning": Later("reasoning", (False,)),
-        "max_thinking_tokens": Later("reasoning"),
+        "require_reasoning": Later("require_reasoning", (False,)),
         "modalities": Later("modalities", (["text"], [])),
         "audio": Later("audio"),
         "web_search_options": Later("web_search", ({},)),
     }
+
+
+class ParseCallsBody(Body, kw_only=True):
+    """`POST /parse_function_call`: the tool calls in a model's text."""
+
+    text: str
+    tools: list[dict[str, Any]] | None = None
+    tool_call_parser: str | None = None
+
+
+class SeparateReasoningBody(Body, kw_only=True):
+    """`POST /separate_reasoning`: the reasoning in a model's text."""
+
+    text: str
+    reasoning_parser: str | None = None
 
 
 class TokenizeBody(Body, kw_only=True):
@@ -331,6 +374,24 @@ class DetokenizeBody(Body, kw_only=True):
     tokens: list[Int32 | list[Int32]]
     skip_special_tokens: bool | None = None
     model: str | None = None
+
+
+class OpenSessionBody(Body, kw_only=True):
+    """`POST /open_session`. `timeout`: seconds without a request after which the session closes by itself."""
+
+    capacity_of_str_len: Int32 | None = None
+    session_id: str | None = None
+    streaming: bool | None = None
+    timeout: float | None = None
+
+    ignored: ClassVar[dict[str, str]] = {"capacity_of_str_len": "the context length bounds every prompt"}
+    later: ClassVar[dict[str, Later]] = {"streaming": Later("streaming_sessions", (False,))}
+
+
+class CloseSessionBody(Body, kw_only=True):
+    """`POST /close_session`."""
+
+    session_id: str
 
 
 class AbortBody(Body, kw_only=True):

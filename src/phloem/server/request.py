@@ -11,6 +11,7 @@ from phloem.core.request import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
     from phloem.server.detokenizer import StreamDecoder
+    from phloem.server.sessions import SessionStep
 
 
 def new_id(prefix: str = "") -> str:
@@ -36,6 +37,9 @@ class Item:
     priority: int = 0
     namespace: str = ""
     stream_interval: int = 1
+    reasons: bool = False  # a reasoning block may come first, and no constraint holds in it
+    session: SessionStep | None = None
+    thinking_budget: int | None = None  # tokens of reasoning
 
 
 @dataclass(slots=True)

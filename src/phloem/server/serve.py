@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BACKLOG = 2048
 LAST_BYTES_SECONDS = 3  # after the drain: for answers that are still being written
+KEEP_ALIVE_SECONDS = 75  # longer than the pools of usual clients and gateways keep a connection idle
 POLL = 0.02
 
 
@@ -89,6 +90,7 @@ async def serve(
         log_config=None,
         lifespan="off",
         backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         loop="none",  # the caller's loop is running already
         http="httptools" if importlib.util.find_spec("httptools") else "h11",
         ws="none",

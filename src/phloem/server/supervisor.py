@@ -64,18 +64,23 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
 
     from phloem.server.client import EngineClient
     from phloem.server.info import ModelInfo
+    from phloem.server.parsers import with_formats
     from phloem.server.template import load_template
     from phloem.server.tokenizer import load_tokenizer
     from phloem.utils.checkpoint import describe
 
     model = config.model
     checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)
-    info = ModelInfo.of(checkpoint, config)
+    # Without a tokenizer nothing can follow a text.
+    features = frozenset[str]() if model.skip_tokenizer_init else frozenset({"grammar"})
+    info = ModelInfo.of(checkpoint, config, features)
     if model.skip_tokenizer_init:
         return EngineClient(None, None, info), info, checkpoint
     tokenizer = load_tokenizer(checkpoint)
     override = Path(model.chat_template) if model.chat_template else None
-    return EngineClient(tokenizer, load_template(checkpoint, override, tokenizer), info), info, checkpoint
+    template = load_template(checkpoint, override, tokenizer)
+    info = with_formats(info, template.source, model.tool_call_parser, model.reasoning_parser)
+    return EngineClient(tokenizer, template, info), info, checkpoint
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -210,7 +215,7 @@ class _Supervisor:
 
     def _announce(self, ready: dict[str, Any], host: str, port: int) -> None:
         phases = {**ready.get("phases", {}), **{f"{k} (in parallel)": v for k, v in self._phases.seconds.items()}}
-        decisions = ready.get("decisions", [])
+        decisions = [*ready.get("decisions", []), *self._info.decisions]
         width = max((len(name) for name, _, _ in decisions), default=0)
         lines = [f"  {name:<{width}}  {value!s:<12}  {reason}" for name, value, reason in decisions]
         _log.info("decisions:\n%s", "\n".join(lines))

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 def usage_of(outputs: list[Output]) -> Usage:
     """Each prompt counts once, whatever its number of continuations."""
-    firsts = [output for output in outputs if output.choice == 0]
-    prompt = sum(output.prompt_tokens for output in firsts)
+    prompts = {output.index: output for output in reversed(outputs)}.values()
+    prompt = sum(output.prompt_tokens for output in prompts)
     completion = sum(output.completion_tokens for output in outputs)
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=prompt + completion,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(output.cached_tokens for output in firsts)),
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(output.cached_tokens for output in prompts)),
     )
 
 

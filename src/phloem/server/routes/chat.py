@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -18,7 +18,7 @@ from phloem.server.answers import (
     ChatMessage,
 )
 from phloem.server.body import Parser
-from phloem.server.chat import DeltaParser, delta_parsers, to_request
+from phloem.server.chat import to_request
 from phloem.server.door import door_of, json_response
 from phloem.server.logprobs import chat_logprobs
 from phloem.server.openapi import NEEDS_ENGINE, describe
@@ -30,6 +30,7 @@ from phloem.server.usage import matched_stop, usage_of
 if TYPE_CHECKING:
     from phloem.server.answers import ChatLogprobs
     from phloem.server.call import Call
+    from phloem.server.parsing import DeltaParser
     from phloem.server.request import Output
     from phloem.server.tokenizer import Tokenizer
 
@@ -47,13 +48,18 @@ async def chat_completions(request: Request) -> Response:
     body = await door.read(request, _parser)
     door.check_model(body.model)
     asked = await to_request(body, door.client, door.info)
-    door.check_batch(asked)
-    parsers = delta_parsers(body, asked.items[0].sampling.n)
-    call = await door.client.submit(asked)
-    writer = _Writer(body, body.rid or new_id("chatcmpl-"), door.info.served_model_name, door.client.tokenizer, parsers)
-    if asked.stream:
+    door.check_batch(asked.request)
+    call = await door.client.submit(asked.request)
+    key = body.rid or new_id("chatcmpl-")
+    writer = _Writer(body, key, door.info.served_model_name, door.client.tokenizer, asked.parsers())
+    if asked.request.stream:
         return await stream(request, call, writer.events(call))
     return json_response(writer.answer(await collect(request, call)))
+
+
+def _whole(call: dict[str, Any]) -> dict[str, Any]:
+    """A call of a whole answer: a delta without its index."""
+    return {name: value for name, value in call.items() if name != "index"}
 
 
 class _Writer:
@@ -78,7 +84,7 @@ class _Writer:
                 role="assistant",
                 content=delta.content if delta.content or not delta.tool_calls else None,
                 reasoning_content=delta.reasoning_content or None,
-                tool_calls=delta.tool_calls or None,
+                tool_calls=[_whole(call) for call in delta.tool_calls] or None,
             )
             choices.append(
                 ChatChoice(

@@ -76,8 +76,8 @@ async def model_info(request: Request) -> Response:
             "is_generation": True,
             "preferred_sampling_params": None,
             "weight_version": info.weight_version,
-            "reasoning_parser": None,
-            "tool_call_parser": None,
+            "reasoning_parser": info.reasoning_parser,
+            "tool_call_parser": info.tool_parser,
             "disaggregation_mode": "null",
             "has_image_understanding": False,
             "has_audio_understanding": False,
@@ -110,7 +110,7 @@ async def server_info(request: Request) -> Response:
         "disaggregation_mode": "null",
         "status": door.health.problem() or "ready",
         **{key: value for key, value in engine.items() if key != "decisions"},
-        "decisions": engine.get("decisions", []),
+        "decisions": [*engine.get("decisions", []), *door.info.decisions],
         "internal_states": [await _state(door)],
     }
     if answer["max_running_requests"] is None:
@@ -120,22 +120,20 @@ async def server_info(request: Request) -> Response:
 
 async def _state(door: Door) -> dict[str, Any]:
     """The engine's own account, or the last it sent when it does not answer in time."""
-    stats = door.client.stats
-    last: dict[str, Any] = {
-        "last_gen_throughput": stats.gen_throughput,
-        "memory_usage": {"token_capacity": stats.total_tokens, "used_tokens": stats.used_tokens},
+    state: dict[str, Any] = msgspec.structs.asdict(door.client.stats)
+    if door.client.dead is None and door.client.engine is not None:
+        try:
+            state |= (await door.client.control("state", deadline=STATE_SECONDS)).data
+        except PhloemError as error:
+            state["stale"] = error.message
+    return {
+        "last_gen_throughput": state["gen_throughput"],
+        "memory_usage": {"token_capacity": state["total_tokens"], "used_tokens": state["used_tokens"]},
         "avg_spec_accept_length": None,
-        "num_running_reqs": stats.running,
-        "num_waiting_reqs": stats.waiting,
-        **msgspec.structs.asdict(stats),
+        "num_running_reqs": state["running"],
+        "num_waiting_reqs": state["waiting"],
+        **state,
     }
-    if door.client.dead is not None or door.client.engine is None:
-        return last
-    try:
-        reply = await door.client.control("state", deadline=STATE_SECONDS)
-    except PhloemError as error:
-        return {**last, "stale": error.message}
-    return {**last, **reply.data}
 
 
 def _load(stats: Stats) -> dict[str, Any]:

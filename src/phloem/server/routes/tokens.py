@@ -8,10 +8,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from phloem.core.errors import BadRequest
+from phloem.server import toolplan
 from phloem.server.admission import THREAD_CHARACTERS
 from phloem.server.answers import DetokenizeAnswer, TokenizeAnswer
 from phloem.server.body import Parser
-from phloem.server.chat import plain_message, render
+from phloem.server.chat import plain_message, render, template_kwargs, with_tools
 from phloem.server.door import Door, door_of, json_response
 from phloem.server.native import split_ids
 from phloem.server.openapi import describe
@@ -34,11 +35,14 @@ async def tokenize(request: Request) -> Response:
         raise BadRequest("exactly one of prompt and messages is needed", param="prompt")
     if body.messages is not None:
         messages = [plain_message(message, at) for at, message in enumerate(body.messages)]
+        shown = toolplan.plan(body.tools, None, None, door.info.tool_parser)
         prompt: str | list[str] = await render(
             door.client.template,
-            messages,
+            with_tools(messages, shown, door.info),
+            tools=None if door.info.explain_tools else shown.tools or None,
             add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
             continue_final_message=bool(body.continue_final_message),
+            **template_kwargs(body.chat_template_kwargs),
         )
         special = bool(special)  # the template writes them
     else:

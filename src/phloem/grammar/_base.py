@@ -1,0 +1,425 @@
+"""What a grammar engine is: compile a constraint, then mask, accept, roll back and jump, one matcher a request.
+
+Constraints are plain values that no engine owns. An engine *declines with a reason* what it cannot enforce exactly;
+the first of an ordered list that accepts compiles. A mask is a bit per token, 32 tokens an int32 word, low bit first.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from phloem.core.errors import BadRequest
+from phloem.grammar._schema import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from phloem.core.request import SamplingParams
+
+Whitespace = Literal["compact", "flexible"]
+
+MAX_CONSTRAINT_BYTES = 256 * 1024
+MAX_REPETITION = 10_000  # `a{100000}` forces 100 kB of text and costs 0.1 s a mask
+MAX_CHOICES = 10_000
+
+
+# Constraints
+
+
+@dataclass(frozen=True)
+class JsonSchema:
+    """Text that parses as JSON and is valid under `schema` (JSON text of a schema)."""
+
+    schema: str
+
+
+@dataclass(frozen=True)
+class JsonObject:
+    """Any JSON object."""
+
+
+@dataclass(frozen=True)
+class Regex:
+    """Text that the pattern matches from its first to its last character."""
+
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Ebnf:
+    """A context-free grammar in GBNF notation."""
+
+    grammar: str
+    root: str = "root"
+
+
+@dataclass(frozen=True)
+class Lark:
+    """A context-free grammar in Lark notation; its root is `start`."""
+
+    grammar: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Exactly one of these texts."""
+
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Union:
+    """Text that at least one part admits."""
+
+    parts: tuple[Constraint, ...]
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A constrained segment between two fixed texts."""
+
+    begin: str
+    content: Constraint
+    end: str
+
+
+@dataclass(frozen=True)
+class StructuralTag:
+    """Free text; whoever writes a trigger must go on with a tag that begins with it.
+
+    `at_least_one` asks for a tag, `stop_after_first` ends the text with the first one.
+    """
+
+    triggers: tuple[str, ...]
+    tags: tuple[Tag, ...]
+    at_least_one: bool = False
+    stop_after_first: bool = False
+
+
+@dataclass(frozen=True)
+class TagFormat:
+    """A structural tag in another shape than triggered tags: JSON text, for an engine that knows the format."""
+
+    source: str
+
+
+Constraint = JsonSchema | JsonObject | Regex | Ebnf | Lark | Choice | Union | StructuralTag | TagFormat
+
+
+def fingerprint(constraint: Constraint) -> str:
+    """Equal for equal constraints: the key of the cache."""
+    return hashlib.blake2b(repr(constraint).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def field_of(params: SamplingParams) -> str | None:
+    """The sampling parameter that holds the constraint."""
+    return next((name for name in _READERS if getattr(params, name) is not None), None)
+
+
+def constraint_of(params: SamplingParams) -> Constraint | None:
+    """The constraint that a request brings.
+
+    Raises:
+        BadRequest: if it is too large or malformed, with `param` naming the field.
+    """
+    name = field_of(params)
+    if name is not None:
+        text = getattr(params, name)
+        if len(text) > MAX_CONSTRAINT_BYTES:
+            raise BadRequest(f"{name} has {len(text)} characters; at most {MAX_CONSTRAINT_BYTES}", param=name)
+        try:
+            return _READERS[name](text)
+        except BadRequest as error:
+            raise BadRequest(f"{name}: {error.message}", param=name) from None
+    return None
+
+
+def check_regex(pattern: str) -> Regex:
+    """Refuse what no engine may be asked: huge repetition counts. The syntax is the engine's to judge."""
+    for match in re.finditer(r"\{(\d*)(?:,(\d*))?\}", pattern):
+        for bound in match.groups():
+            if bound and int(bound[:12]) > MAX_REPETITION:
+                raise BadRequest(f"the repetition {match.group()} is above {MAX_REPETITION}")
+    return Regex(pattern)
+
+
+def _read_ebnf(text: str) -> Constraint:
+    for match in re.finditer(r"\{(\d*)(?:,(\d*))?\}", text):
+        if any(bound and int(bound[:12]) > MAX_REPETITION for bound in match.groups()):
+            raise BadRequest(f"the repetition {match.group()} is above {MAX_REPETITION}")
+    if "::=" not in text and re.search(r"^\??start\b[^:\n]*:", text, re.MULTILINE):
+        return Lark(text)
+    return Ebnf(text)
+
+
+def choice(options: Sequence[str]) -> Choice:
+    if not options or any(not option for option in options):
+        raise BadRequest("a choice needs at least one text, none of them empty")
+    if len(options) > MAX_CHOICES:
+        raise BadRequest(f"{len(options)} choices; at most {MAX_CHOICES}")
+    return Choice(tuple(dict.fromkeys(options)))
+
+
+def read_structural_tag(text: str) -> StructuralTag | TagFormat:
+    """Both spellings: `{"structures": [...], "triggers": [...]}` and `{"type": "structural_tag", "format": {...}}`."""
+    body = read_json(text)
+    if not isinstance(body, dict):
+        raise BadRequest("expected a JSON object")
+    if "structures" in body:
+        tags = [_legacy_tag(item, f"#/structures/{i}") for i, item in enumerate(_list(body, "structures", "#"))]
+        return _triggered(tags, body, "#")
+    shape = body.get("format")
+    if not isinstance(shape, dict):
+        raise BadRequest("#: expected `format`, or `structures` and `triggers`")
+    if shape.get("type") != "triggered_tags" or shape.get("excludes"):
+        return TagFormat(json.dumps({"type": "structural_tag", "format": shape}, ensure_ascii=False))
+    contents = [_tag(item, f"#/format/tags/{i}") for i, item in enumerate(_list(shape, "tags", "#/format"))]
+    if any(tag is None for tag in contents):
+        return TagFormat(json.dumps({"type": "structural_tag", "format": shape}, ensure_ascii=False))
+    return _triggered([tag for tag in contents if tag is not None], shape, "#/format")
+
+
+def _triggered(tags: list[Tag], body: dict[str, Any], path: str) -> StructuralTag:
+    triggers = tuple(_list(body, "triggers", path))
+    if not all(isinstance(trigger, str) and trigger for trigger in triggers):
+        raise BadRequest(f"{path}/triggers: expected non-empty texts")
+    if not tags:
+        raise BadRequest(f"{path}: no tags")
+    for index, tag in enumerate(tags):
+        if not any(tag.begin.startswith(trigger) for trigger in triggers):
+            raise BadRequest(f"{path}: no trigger is a beginning of tag {index}, {tag.begin!r}")
+    return StructuralTag(
+        triggers, tuple(tags), bool(body.get("at_least_one", False)), bool(body.get("stop_after_first", False))
+    )
+
+
+def _list(body: dict[str, Any], name: str, path: str) -> list[Any]:
+    value = body.get(name)
+    if not isinstance(value, list):
+        raise BadRequest(f"{path}/{name}: expected a list")
+    return value
+
+
+def _legacy_tag(item: Any, path: str) -> Tag:
+    if not isinstance(item, dict) or not isinstance(item.get("begin"), str) or not isinstance(item.get("end"), str):
+        raise BadRequest(f"{path}: expected `begin`, `schema` and `end`")
+    schema = item.get("schema", {})
+    return Tag(item["begin"], JsonSchema(schema if isinstance(schema, str) else json.dumps(schema)), item["end"])
+
+
+def _tag(item: Any, path: str) -> Tag | None:
+    """None where only an engine that reads the format itself can tell what is meant."""
+    if not isinstance(item, dict) or not isinstance(item.get("content"), dict):
+        raise BadRequest(f"{path}: expected `begin`, `content` and `end`")
+    content = item["content"]
+    if not isinstance(item.get("begin"), str) or not isinstance(item.get("end", ""), str):
+        return None
+    match content.get("type"):
+        case "json_schema" if content.get("style", "json") == "json":
+            inner: Constraint = JsonSchema(json.dumps(content.get("json_schema", {}), ensure_ascii=False))
+        case "regex" if isinstance(content.get("pattern"), str):
+            inner = check_regex(content["pattern"])
+        case "const_string" if isinstance(content.get("value"), str) and content["value"]:
+            inner = Choice((content["value"],))
+        case _:
+            return None
+    return Tag(item["begin"], inner, item.get("end", ""))
+
+
+_READERS: dict[str, Callable[[str], Constraint]] = {
+    "json_schema": JsonSchema,
+    "regex": check_regex,
+    "ebnf": _read_ebnf,
+    "structural_tag": read_structural_tag,
+}
+
+
+# Vocabulary
+
+
+class TokenizerFace(Protocol):
+    """What is read from a tokenizer, once."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_ids(self) -> Sequence[int]: ...
+    def token_bytes(self, token: int, /) -> bytes: ...
+    def token_text(self, token: int, /) -> str: ...
+    def is_special(self, token: int, /) -> bool: ...
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens as bytes; a special token has its name there and never matches text.
+
+    `size` counts the logits, which a padded model has more of than tokens. `encode` splits text without adding any
+    special token.
+    """
+
+    tokens: list[bytes]
+    special: frozenset[int]
+    eos_ids: tuple[int, ...]
+    size: int
+    encode: Callable[[str], list[int]] = field(repr=False, compare=False)
+
+    @staticmethod
+    def of(tokenizer: TokenizerFace, size: int, eos_ids: Sequence[int] = ()) -> Vocabulary:
+        count = min(size, tokenizer.vocab_size)
+        special = frozenset(i for i in range(count) if tokenizer.is_special(i))
+        tokens = [
+            tokenizer.token_text(i).encode("utf-8", "surrogatepass") if i in special else tokenizer.token_bytes(i)
+            for i in range(count)
+        ]
+        ends = tuple(dict.fromkeys([*eos_ids, *tokenizer.eos_ids]))
+        return Vocabulary(tokens, special, ends, size, lambda text: tokenizer.encode(text, add_special_tokens=False))
+
+    @property
+    def mask_words(self) -> int:
+        return (self.size + 31) // 32
+
+    def new_mask(self) -> NDArray[np.int32]:
+        return np.zeros(self.mask_words, dtype=np.int32)
+
+    def only_ends(self, mask: NDArray[np.int32]) -> None:
+        """Allow the end-of-text tokens and nothing else."""
+        mask[:] = 0
+        for token in self.eos_ids:
+            mask.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
+
+    @cached_property
+    def existing(self) -> NDArray[np.int32]:
+        """The tokens that there are, as a mask."""
+        bits = np.zeros(self.mask_words * 32, dtype=np.uint8)
+        bits[: len(self.tokens)] = 1
+        return np.packbits(bits, bitorder="little").view(np.int32)
+
+    @cached_property
+    def special_by_text(self) -> dict[str, int]:
+        return {self.tokens[i].decode("utf-8", "replace"): i for i in self.special if i < len(self.tokens)}
+
+    @cached_property
+    def _sorted(self) -> list[bytes]:
+        return sorted({text for i, text in enumerate(self.tokens) if i not in self.special and text})
+
+    def extends(self, text: bytes) -> bool:
+        """Whether some token begins with `text` and goes on."""
+        place = bisect.bisect_right(self._sorted, text)
+        return place < len(self._sorted) and self._sorted[place].startswith(text)
+
+    def text_of(self, ids: Sequence[int]) -> bytes:
+        return b"".join(b"" if i in self.special or i >= len(self.tokens) else self.tokens[i] for i in ids)
+
+    def split_forced(self, recent: Sequence[int], forced: bytes, ends: bool) -> list[int]:
+        """Tokens for `forced` after the tokens `recent`, as this tokenizer would have split the whole.
+
+        The last tokens are left out where what follows could join them to other tokens, unless the text `ends` there.
+        Empty where the boundary itself would be split in another way: then the model decides.
+        """
+        before = list(recent)
+        ids: list[int] = []
+        try:
+            ids = self.encode((self.text_of(before) + forced).decode())
+        except UnicodeDecodeError:
+            return []
+        if ids[: len(before)] != before or self.text_of(ids[len(before) :]) != forced:
+            return []
+        tail = ids[len(before) :]
+        keep = len(tail)
+        if not ends:
+            suffix = b""
+            for place in range(len(tail) - 1, -1, -1):
+                suffix = self.tokens[tail[place]] + suffix
+                if len(suffix) > 128:
+                    break
+                if self.extends(suffix):
+                    keep = place
+        return tail[:keep]
+
+
+# Engines
+
+
+class Matcher(Protocol):
+    """One request's place in a grammar. Not shared between threads.
+
+    Law: after `accept(ids)` and `rollback(len(ids))` every answer is what it was before.
+    """
+
+    def accept(self, ids: Sequence[int]) -> int:
+        """Take tokens, one after the other; returns how many fitted. After fewer than all, the rest was not taken."""
+        ...
+
+    def rollback(self, count: int) -> None:
+        """Forget the last `count` tokens."""
+        ...
+
+    def fill(self, mask: NDArray[np.int32]) -> None:
+        """Write which tokens may come next: `[mask_words]` int32.
+
+        Raises:
+            BadRequest: if this grammar went over a limit at run time; the request must end.
+        """
+        ...
+
+    def jump(self) -> list[int]:
+        """The tokens that must come next, in the tokenisation that the model itself would use; may be empty."""
+        ...
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the text so far is complete."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing but an end-of-text token may follow."""
+        ...
+
+
+class Compiled(Protocol):
+    """A compiled grammar, shared by every request that brings the same constraint."""
+
+    engine: str
+    num_bytes: int
+
+    def matcher(self) -> Matcher: ...
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine needs beside the vocabulary. `timeout` bounds one compilation, in seconds."""
+
+    whitespace: Whitespace = "compact"
+    timeout: float = 10.0
+    memory_limit: int = 1 << 31  # bytes of address space above its start for a compiler that runs as a child
+
+
+class Engine(Protocol):
+    """Each file of this folder has a class `Engine(vocabulary, options)` with this face."""
+
+    name: str
+
+    def decline(self, constraint: Constraint) -> str | None:
+        """Why this engine does not take the constraint; None if it does. Cheap."""
+        ...
+
+    def compile(self, constraint: Constraint) -> Compiled:
+        """
+        Raises:
+            BadRequest: naming what is wrong and where.
+        """
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,128 @@
+"""A grammar that begins where a reasoning block ends: until then any token may come, except those that end the text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from phloem.grammar._base import Matcher, Vocabulary
+
+
+@dataclass(frozen=True)
+class ThinkingMarkers:
+    """Token ids that open and close a block. An empty `start` means that a model may close one but never opens it."""
+
+    start: tuple[int, ...]
+    end: tuple[int, ...]
+
+
+OPEN, MAYBE, CLOSED = "open", "maybe", "closed"
+
+
+def state_after(prompt: Sequence[int], markers: ThinkingMarkers) -> str:
+    """Whether the prompt leaves a block open, has closed it, or lets the model open one."""
+    start, end = _last(prompt, markers.start), _last(prompt, markers.end)
+    if start > end:
+        return OPEN
+    # A closed block counts only at the very end: those of earlier turns say nothing of this one.
+    closed_here = end >= 0 and len(prompt) - (end + len(markers.end)) <= 2
+    return CLOSED if closed_here or not markers.start else MAYBE
+
+
+def _last(ids: Sequence[int], marker: tuple[int, ...]) -> int:
+    width = len(marker)
+    if not width:
+        return -1
+    for place in range(len(ids) - width, -1, -1):
+        if tuple(ids[place : place + width]) == marker:
+            return place
+    return -1
+
+
+class ThinkingMatcher:
+    """A matcher around a matcher (see `_base.Matcher`)."""
+
+    def __init__(self, inner: Matcher, markers: ThinkingMarkers, state: str, vocabulary: Vocabulary) -> None:
+        self.inner = inner
+        self.markers = markers
+        self.vocabulary = vocabulary
+        self._first = state
+        self._state = state
+        self._free: list[int] = []  # tokens before the grammar
+        self._bound = 0  # tokens inside the grammar
+
+    def accept(self, ids: Sequence[int]) -> int:
+        for count, token in enumerate(ids):
+            if self._state == MAYBE and not self._opens(token):
+                self._state = CLOSED
+            if self._state == CLOSED:
+                taken = self.inner.accept(ids[count:])
+                self._bound += taken
+                return count + taken
+            if token in self.vocabulary.eos_ids:
+                return count
+            self._free.append(int(token))
+            self._state = self._after_free()
+        return len(ids)
+
+    def rollback(self, count: int) -> None:
+        inside = min(count, self._bound)
+        self.inner.rollback(inside)
+        self._bound -= inside
+        free = count - inside
+        if free:
+            del self._free[-free:]
+        if not self._bound:
+            self._state = self._after_free()
+
+    def fill(self, mask: NDArray[np.int32]) -> None:
+        if self._state == CLOSED:
+            self.inner.fill(mask)
+            return
+        if self._state == OPEN:
+            mask[:] = -1
+            spare = mask.size * 32 - self.vocabulary.size
+            if spare:
+                mask[-1] = np.uint32((1 << (32 - spare)) - 1).view(np.int32)
+            for token in self.vocabulary.eos_ids:
+                clear_bit(mask, token)
+            return
+        self.inner.fill(mask)
+        set_bit(mask, self.markers.start[len(self._free)])
+
+    def jump(self) -> list[int]:
+        return self.inner.jump() if self._state == CLOSED else []
+
+    @property
+    def may_end(self) -> bool:
+        return self._state == CLOSED and self.inner.may_end
+
+    @property
+    def done(self) -> bool:
+        return self._state == CLOSED and self.inner.done
+
+    def _opens(self, token: int) -> bool:
+        return token == self.markers.start[len(self._free)]
+
+    def _after_free(self) -> str:
+        if self._first == CLOSED:
+            return CLOSED
+        width = len(self.markers.end)
+        if self._first == MAYBE and len(self._free) < len(self.markers.start):
+            return MAYBE
+        return CLOSED if width and tuple(self._free[-width:]) == self.markers.end else OPEN
+
+
+def set_bit(mask: NDArray[np.int32], token: int) -> None:
+    mask.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
+
+
+def clear_bit(mask: NDArray[np.int32], token: int) -> None:
+    mask.view(np.uint32)[token >> 5] &= np.uint32(0xFFFFFFFF ^ (1 << (token & 31)))

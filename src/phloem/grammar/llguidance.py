@@ -1,0 +1,320 @@
+"""Grammars by llguidance: JSON schemas it enforces exactly, regexes, Lark, choices, triggered tags.
+
+Its lexer is built lazily from regex derivatives, so compiling takes milliseconds whatever the pattern; the work of
+each mask is bounded by the limits below (fuel, states, items), past which the request fails with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from phloem.core.errors import BadRequest
+from phloem.grammar import _base, _oneof, _schema
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from phloem.grammar._base import Constraint, EngineOptions, Vocabulary
+
+KEYWORDS = (
+    _schema.CONSTRAINING
+    - {"$dynamicRef", "$recursiveRef", "not", "if", "then", "else", "uniqueItems", "contains", "minContains"}
+    - {"maxContains", "propertyNames", "unevaluatedItems", "unevaluatedProperties", "dependentRequired"}
+    - {"dependentSchemas", "dependencies", "disallow", "extends", "divisibleBy"}
+)
+FORMATS = frozenset(("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"))
+
+_FLEXIBLE = r"[\x20\x0A\x0D\x09]{1,24}"  # bounded: a small model fills an answer with blanks where it may
+_LIMITS: dict[str, Any] = {
+    "max_lexer_states": 32_000,  # 1 to 2 kB each
+    "initial_lexer_fuel": 1_000_000,  # about 20 ms
+    "step_lexer_fuel": 200_000,  # about 14 ms
+    "step_max_items": 20_000,
+    "max_items_in_row": 1_000,
+    "max_grammar_size": 200_000,
+    "verbose_errors": False,
+}
+
+
+class _Wrapper:
+    """The tokenizer in the shape that llguidance reads."""
+
+    bos_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.eos_token_id = vocabulary.eos_ids[0]
+        # The library counts the tokens it is given: a padded model's logits have more.
+        self.tokens = vocabulary.tokens + [b""] * (vocabulary.size - len(vocabulary.tokens))
+        self.special_token_ids = sorted(vocabulary.special)
+        self._encode = vocabulary.encode
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
+
+
+class Engine:
+    """See `_base.Engine`."""
+
+    name = "llguidance"
+
+    def __init__(self, vocabulary: Vocabulary, options: EngineOptions) -> None:
+        if not vocabulary.eos_ids:
+            raise BadRequest("constrained generation needs a tokenizer with an end-of-text token")
+        self.vocabulary = vocabulary
+        self.options = options
+        self._library: Any = importlib.import_module("llguidance")
+        wrapper = importlib.import_module("llguidance._tokenizer").TokenizerWrapper
+        self._tokenizer = self._library.LLTokenizer(
+            wrapper(_Wrapper(vocabulary)),
+            n_vocab=vocabulary.size,
+            eos_token=list(vocabulary.eos_ids),
+        )
+        self._limits = self._library.LLParserLimits(**_LIMITS)
+
+    def decline(self, constraint: Constraint) -> str | None:
+        match constraint:
+            case _base.TagFormat():
+                return "reads structural tags of the shape triggered_tags only"
+            case _base.Union(parts):
+                return next((reason for part in parts if (reason := self.decline(part))), None)
+            case _:
+                return None
+
+    def compile(self, constraint: Constraint) -> Compiled:
+        if isinstance(constraint, _base.JsonSchema | _base.JsonObject):
+            schema = self._schema(constraint)
+            grammar = self._library.LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False))
+            matcher = self._build(grammar, schema)
+        else:
+            matcher = self._build(self._grammar(constraint), None)
+        compiled = Compiled(self.vocabulary, matcher, len(repr(constraint)))
+        compiled.check_first()
+        return compiled
+
+    def close(self) -> None:
+        return None
+
+    def _build(self, grammar: str, schema: _schema.Schema | None) -> Any:
+        matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+        if not matcher.is_error():
+            return matcher
+        message = _plain(matcher.get_error())
+        if schema is None:
+            raise BadRequest(f"the grammar is not valid: {message}")
+        path = _schema.locate(schema, self._complaint, message)
+        if "oneOf" in message:
+            message = "the branches of oneOf are not provably exclusive; use anyOf, or tell them apart by a constant"
+        raise BadRequest(f"{path}: {message}")
+
+    def _complaint(self, schema: _schema.Schema) -> str | None:
+        grammar = self._library.LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False))
+        error = self._library.LLMatcher.validate_grammar(grammar, limits=self._limits)
+        return _plain(error) if error else None
+
+    def _schema(self, constraint: _base.JsonSchema | _base.JsonObject) -> _schema.Schema:
+        if isinstance(constraint, _base.JsonObject):
+            schema: _schema.Schema = {"type": "object"}
+        else:
+            schema = _schema.read_schema(constraint.schema)
+            _schema.refuse_unsupported(schema, KEYWORDS, FORMATS, self.name)
+            _oneof.rewrite(schema)
+            _strip_annotations(schema)
+        flexible = self.options.whitespace == "flexible"
+        style: dict[str, Any] = {"whitespace_flexible": flexible}
+        if flexible:
+            style["whitespace_pattern"] = _FLEXIBLE
+        return {**schema, "x-guidance": style}
+
+    def _grammar(self, constraint: Constraint) -> str:
+        if isinstance(constraint, _base.Lark):
+            return self._library.LLMatcher.grammar_from_lark(constraint.grammar)
+        if isinstance(constraint, _base.Regex):
+            return self._library.LLMatcher.grammar_from_regex(_whole(constraint.pattern))
+        if isinstance(constraint, _base.Ebnf):
+            return self._library.LLMatcher.grammar_from_lark(self._lark_of(constraint))
+        parts: list[dict[str, Any]] = []
+        text = "%llguidance {}\n" + self._rules("start", constraint, parts)
+        grammars = [{"name": "top", "lark_grammar": text}, *parts]
+        return json.dumps({"grammars": grammars}, ensure_ascii=False)
+
+    def _lark_of(self, constraint: _base.Ebnf) -> str:
+        gbnf_to_lark = importlib.import_module("llguidance.gbnf_to_lark").gbnf_to_lark
+        if constraint.root != "root":
+            raise BadRequest("the root rule of a grammar is called root")
+        try:
+            return str(gbnf_to_lark(constraint.grammar))
+        except Exception as error:
+            raise BadRequest(f"the grammar is not valid: {error}") from None
+
+    def _rules(self, rule: str, constraint: Constraint, parts: list[dict[str, Any]]) -> str:
+        """Lark rules for `rule`; grammars that stand on their own go to `parts` and are referred to by name."""
+        match constraint:
+            case _base.JsonSchema() | _base.JsonObject():
+                return f"{rule}: %json {json.dumps(self._schema(constraint), ensure_ascii=False)}\n"
+            case _base.Regex(pattern):
+                return f"{rule}: {rule.upper()}_RX\n{rule.upper()}_RX: {self._terminal(pattern)}\n"
+            case _base.Choice(options):
+                return f"{rule}: {' | '.join(_quote(option) for option in options)}\n"
+            case _base.Union(members):
+                names = [f"{rule}_{index}" for index in range(len(members))]
+                rules = (self._rules(name, part, parts) for name, part in zip(names, members, strict=True))
+                return f"{rule}: {' | '.join(names)}\n" + "".join(rules)
+            case _base.StructuralTag():
+                return self._tags(rule, constraint, parts)
+            case _base.Lark() | _base.Ebnf():
+                text = constraint.grammar if isinstance(constraint, _base.Lark) else self._lark_of(constraint)
+                parts.append({"name": rule, "lark_grammar": text})
+                return f"{rule}: @{rule}\n"
+            case _:
+                raise BadRequest(f"{self.name} cannot take {type(constraint).__name__}")
+
+    def _terminal(self, pattern: str) -> str:
+        return "/" + self._library.regex_to_lark(_whole(pattern), use_ascii="") + "/"
+
+    def _tags(self, rule: str, tags: _base.StructuralTag, parts: list[dict[str, Any]]) -> str:
+        """Free text up to a trigger is one lazy lexeme: it ends at the first trigger in it. A tag that must come, comes
+        at once: free text before it could go on for ever.
+        """
+        names = [f"{rule}_tag{index}" for index in range(len(tags.tags))]
+        either = f"({' | '.join(names)})"
+        first = f"({' | '.join(f'{name}_first' for name in names)})"
+        free = f"{rule.upper()}_TEXT"
+        if tags.stop_after_first:
+            body = first if tags.at_least_one else f"{either} | {rule}_free"
+        else:
+            body = f"{first if tags.at_least_one else ''} {either}* {rule}_free"
+        text = [f"{rule}: {body}", f"{rule}_free: {free}", free + r": /(.|\n)*/"]
+        for name, tag in zip(names, tags.tags, strict=True):
+            trigger = max((item for item in tags.triggers if tag.begin.startswith(item)), key=len)
+            head, rest = f"{free} {self._literal(trigger)}", tag.begin[len(trigger) :]
+            if trigger not in self.vocabulary.special_by_text:
+                text.append(f"{name}_head[lazy]: {head}")
+                head = f"{name}_head"
+            tail = f"{name}_body {self._literal(tag.end)}"
+            text.append(f"{name}: {head} {self._literal(rest)} {tail}")
+            if tags.at_least_one:
+                text.append(f"{name}_first: {self._literal(tag.begin)} {tail}")
+            text.append(self._rules(f"{name}_body", tag.content, parts))
+        return "\n".join(text) + "\n"
+
+    def _literal(self, text: str) -> str:
+        """A text in Lark; the names of special tokens in it mean those tokens."""
+        special = self.vocabulary.special_by_text
+        if not text:
+            return ""
+        if text in special:
+            return f"<[{special[text]}]>"
+        inside = [name for name in special if name in text]
+        if not inside:
+            return _quote(text)
+        pieces = re.split("(" + "|".join(map(re.escape, sorted(inside, key=len, reverse=True))) + ")", text)
+        return " ".join(f"<[{special[piece]}]>" if piece in special else _quote(piece) for piece in pieces if piece)
+
+
+def _whole(pattern: str) -> str:
+    """Anchors at both ends say what holds anyway; the library refuses them."""
+    start = pattern.startswith("^")
+    body = pattern.removesuffix("$")
+    escaped = (len(body) - len(body.rstrip("\\"))) % 2
+    end = len(body) < len(pattern) and not escaped
+    return f"({pattern[start : len(pattern) - end]})" if start or end else pattern
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _plain(message: str) -> str:
+    """The library's message without its dump of the parser."""
+    head = message.split("<state>")[0].split("while processing json-schema:")[0]
+    return " ".join(head.replace("<non-verbose/>", "").split()) or "unknown reason"
+
+
+def _strip_annotations(schema: _schema.Schema) -> None:
+    for _, node in list(_schema.reachable(schema)):
+        if isinstance(node, dict):
+            if node.get("format") in _schema.ANNOTATION_FORMATS:
+                del node["format"]
+            if node.get("uniqueItems") is False:
+                del node["uniqueItems"]
+            for key in ("maxLength", "minLength", "maxItems", "minItems", "maxProperties", "minProperties"):
+                if isinstance(node.get(key), float):
+                    node[key] = int(node[key])
+
+
+class Compiled:
+    """A matcher at its start, to copy: a copy takes a microsecond."""
+
+    engine = "llguidance"
+
+    def __init__(self, vocabulary: Vocabulary, prototype: Any, num_bytes: int) -> None:
+        self.vocabulary = vocabulary
+        self.num_bytes = num_bytes
+        self._prototype = prototype
+
+    def matcher(self) -> Matcher:
+        return Matcher(self.vocabulary, self._prototype.deep_copy())
+
+    def check_first(self) -> None:
+        """Refuse a grammar that admits no text at all, and warm what the first mask needs."""
+        mask = self.vocabulary.new_mask()
+        self.matcher().fill(mask)
+        if not mask.any():
+            raise BadRequest("the grammar admits no text")
+
+
+class Matcher:
+    """See `_base.Matcher`."""
+
+    def __init__(self, vocabulary: Vocabulary, inner: Any) -> None:
+        self.vocabulary = vocabulary
+        self._inner = inner
+        self._ended = False  # the library's own notion of the end does not survive a rollback
+
+    def accept(self, ids: Sequence[int]) -> int:
+        ids = list(ids)
+        eos_ids = self.vocabulary.eos_ids
+        place = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids))
+        taken = int(self._inner.try_consume_tokens(ids[:place])) if place and not self._ended else 0
+        if taken == place < len(ids) and not self._ended and self._inner.is_accepting():
+            self._ended = True
+            taken += 1
+        return taken
+
+    def rollback(self, count: int) -> None:
+        if count and self._ended:
+            self._ended = False
+            count -= 1
+        if count and not self._inner.rollback(count):
+            raise BadRequest(f"the grammar could not be rolled back: {_plain(self._inner.get_error())}")
+
+    def fill(self, mask: NDArray[np.int32]) -> None:
+        if self._ended:
+            self.vocabulary.only_ends(mask)
+            return
+        self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self._inner.is_error():
+            if "NoExtension" in self._inner.get_error():
+                raise BadRequest("the grammar admits no text, or none that goes on from here")
+            raise BadRequest(f"the grammar went over a limit: {_plain(self._inner.get_error())}")
+
+    def jump(self) -> list[int]:
+        if self._ended:
+            return []
+        ids = list(self._inner.compute_ff_tokens())
+        return ids if not self._inner.is_error() else []
+
+    @property
+    def may_end(self) -> bool:
+        return bool(self._inner.is_accepting())
+
+    @property
+    def done(self) -> bool:
+        return self._ended or bool(self._inner.is_stopped())

@@ -1,0 +1,234 @@
+"""Grammars by xgrammar: EBNF (GBNF) and structural tags of every format; JSON schemas only where asked by name.
+
+Its compiler cannot be interrupted and has no memory limit, so it runs in a child process with both (`_worker.py`);
+the compiled grammar comes back serialised. On JSON schemas it silently admits what several keywords forbid: `KEYWORDS`
+lists those it was seen to enforce, and every other keyword is declined.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from phloem.core.errors import BadRequest
+from phloem.grammar import _base, _schema
+from phloem.grammar._worker import CompilerProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from phloem.grammar._base import Constraint, EngineOptions, Vocabulary
+
+KEYWORDS = frozenset(
+    {"type", "properties", "required", "additionalProperties", "items", "enum", "anyOf", "$ref", "minItems"}
+    | {"maxItems", "minimum", "maximum", "prefixItems"}  # with maxLength it lets control characters into strings
+)
+_RECENT = 8  # tokens before a forced text that decide how its beginning is split
+
+
+class Engine:
+    """See `_base.Engine`."""
+
+    name = "xgrammar"
+
+    def __init__(self, vocabulary: Vocabulary, options: EngineOptions) -> None:
+        if not vocabulary.eos_ids:
+            raise BadRequest("constrained generation needs a tokenizer with an end-of-text token")
+        self.vocabulary = vocabulary
+        self.options = options
+        self._library: Any = importlib.import_module("xgrammar")
+        plain = [b"" if i in vocabulary.special else text for i, text in enumerate(vocabulary.tokens)]
+        self._info = self._library.TokenizerInfo(
+            plain,
+            self._library.VocabType.RAW,
+            vocab_size=vocabulary.size,
+            stop_token_ids=list(vocabulary.eos_ids),
+        )
+        self._process = CompilerProcess(plain, vocabulary.size, list(vocabulary.eos_ids), options.memory_limit)
+
+    def decline(self, constraint: Constraint) -> str | None:
+        match constraint:
+            case _base.Lark():
+                return "has another dialect of Lark"
+            case _base.JsonSchema(schema):
+                return _not_exact(schema, self.name)
+            case _base.StructuralTag(triggers, tags):
+                texts = [*triggers, *(text for tag in tags for text in (tag.begin, tag.end))]
+                if any(name in text for name in self.vocabulary.special_by_text for text in texts):
+                    return "a tag is made of special tokens"
+                return next((reason for tag in tags if (reason := self.decline(tag.content))), None)
+            case _base.Union(parts):
+                return next((reason for part in parts if (reason := self.decline(part))), None)
+            case _:
+                return None
+
+    def compile(self, constraint: Constraint) -> Compiled:
+        if isinstance(constraint, _base.TagFormat):
+            _refuse_inexact_tags(read := _schema.read_json(constraint.source), "#", self.name)
+            job = ("structural_tag", json.dumps(read, ensure_ascii=False))
+        elif isinstance(constraint, _base.Ebnf):
+            job = ("ebnf", constraint.grammar)
+        elif isinstance(constraint, _base.Regex):
+            job = ("regex", constraint.pattern)
+        else:
+            body = {"type": "structural_tag", "format": self._format(constraint)}
+            job = ("structural_tag", json.dumps(body, ensure_ascii=False))
+        text = self._process.compile(*job, whitespace=self.options.whitespace, timeout=self.options.timeout)
+        inner = self._library.CompiledGrammar.deserialize_json(text, self._info)
+        compiled = Compiled(self.vocabulary, self._library, inner, len(text))
+        compiled.check_first()
+        return compiled
+
+    def close(self) -> None:
+        self._process.close()
+
+    def _format(self, constraint: Constraint) -> dict[str, Any]:
+        """The constraint as xgrammar's structural tag format."""
+        match constraint:
+            case _base.JsonObject():
+                return self._json({"type": "object"})
+            case _base.JsonSchema(schema):
+                return self._json(_schema.read_schema(schema))
+            case _base.Regex(pattern):
+                return {"type": "regex", "pattern": pattern}
+            case _base.Ebnf(grammar):
+                return {"type": "grammar", "grammar": grammar}
+            case _base.Choice(options):
+                return {"type": "or", "elements": [{"type": "const_string", "value": item} for item in options]}
+            case _base.Union(parts):
+                return {"type": "or", "elements": [self._format(part) for part in parts]}
+            case _base.StructuralTag():
+                return {
+                    "type": "triggered_tags",
+                    "triggers": list(constraint.triggers),
+                    "tags": [
+                        {"type": "tag", "begin": tag.begin, "content": self._format(tag.content), "end": tag.end}
+                        for tag in constraint.tags
+                    ],
+                    "at_least_one": constraint.at_least_one,
+                    "stop_after_first": constraint.stop_after_first,
+                }
+            case _:
+                raise BadRequest(f"{self.name} cannot take {type(constraint).__name__}")
+
+    def _json(self, schema: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "json_schema", "json_schema": schema}
+
+
+def _not_exact(schema: str, name: str) -> str | None:
+    try:
+        body = _schema.read_schema(schema)
+        _schema.refuse_unsupported(body, KEYWORDS, frozenset(), name)
+    except BadRequest as error:
+        return error.message
+    return None
+
+
+def _refuse_inexact_tags(node: Any, path: str, name: str) -> None:
+    """Schemas inside a format that only this engine reads must use what it enforces."""
+    if isinstance(node, dict):
+        if node.get("type") == "json_schema" and isinstance(node.get("json_schema"), dict):
+            reason = _not_exact(json.dumps(node["json_schema"]), name)
+            if reason:
+                raise BadRequest(f"{path}/json_schema: {reason}")
+            return
+        for key, value in node.items():
+            _refuse_inexact_tags(value, f"{path}/{_schema.escape(key)}", name)
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            _refuse_inexact_tags(value, f"{path}/{index}", name)
+
+
+class Compiled:
+    """See `_base.Compiled`."""
+
+    engine = "xgrammar"
+
+    def __init__(self, vocabulary: Vocabulary, library: Any, inner: Any, num_bytes: int) -> None:
+        self.vocabulary = vocabulary
+        self.num_bytes = num_bytes
+        self._library = library
+        self._inner = inner
+
+    def matcher(self) -> Matcher:
+        return Matcher(self.vocabulary, self._library.GrammarMatcher(self._inner))
+
+    def check_first(self) -> None:
+        """Refuse a grammar that admits no text at all."""
+        mask = self.vocabulary.new_mask()
+        self.matcher().fill(mask)
+        if not mask.any():
+            raise BadRequest("the grammar admits no text")
+
+
+class Matcher:
+    """See `_base.Matcher`."""
+
+    def __init__(self, vocabulary: Vocabulary, inner: Any) -> None:
+        self.vocabulary = vocabulary
+        self._inner = inner
+        self._recent: list[int] = []
+
+    def accept(self, ids: Sequence[int]) -> int:
+        for count, token in enumerate(ids):
+            if self._inner.is_terminated() or not self._inner.accept_token(int(token)):
+                return count
+            self._recent.append(int(token))
+        return len(ids)
+
+    def rollback(self, count: int) -> None:
+        if count:
+            self._inner.rollback(count)
+            del self._recent[-count:]
+
+    def fill(self, mask: NDArray[np.int32]) -> None:
+        if self._inner.is_terminated():
+            self.vocabulary.only_ends(mask)
+            return
+        self._inner.fill_next_token_bitmask(mask[None], 0)
+        np.bitwise_and(mask, self.vocabulary.existing, out=mask)  # the library allows what pads the logits
+
+    def jump(self) -> list[int]:
+        if self._inner.is_terminated():
+            return []
+        try:
+            text: str = self._inner.find_jump_forward_string()
+        except UnicodeDecodeError:  # a forced text that ends inside a character
+            return []
+        if not text:
+            return []
+        for length in range(min(_RECENT, len(self._recent)), -1, -1):
+            recent = self._recent[len(self._recent) - length :]
+            ids = self.vocabulary.split_forced(recent, text.encode(), ends=False)
+            if ids:
+                return self._fitting(ids)
+            if self.vocabulary.text_of(recent).decode("utf-8", "replace").isascii():
+                break
+        return []
+
+    def _fitting(self, ids: list[int]) -> list[int]:
+        """The forced text is what the grammar says, so its tokens fit; a library that errs must not end a request."""
+        count = self.accept(ids)
+        self.rollback(count)
+        return ids[:count]
+
+    @property
+    def may_end(self) -> bool:
+        return bool(self._inner.is_completed()) or bool(self._inner.is_terminated())
+
+    @property
+    def done(self) -> bool:
+        """True at the end of text, or where a complete text cannot go on."""
+        if self._inner.is_terminated():
+            return True
+        if not self._inner.is_completed():
+            return False
+        mask = self.vocabulary.new_mask()
+        self.fill(mask)
+        bits = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        return set(bits.tolist()) <= set(self.vocabulary.eos_ids)

@@ -1,0 +1,345 @@
+"""The pool, the cache, limits and what the scheduler holds of a constrained request."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from grammar_support import vocabulary
+
+from phloem.core.errors import BadRequest, ConfigError
+from phloem.core.messages import Submit, pack_ids
+from phloem.core.request import SamplingParams
+from phloem.grammar import _base
+from phloem.grammar._manager import GrammarManager, GrammarSettings, Prepared
+from phloem.grammar._thinking import ThinkingMarkers
+
+pytest.importorskip("llguidance")
+
+LONG_KEYS = {
+    "type": "object",
+    "properties": {"the_first_long_property": {"type": "integer"}, "another_long_property": {"type": "boolean"}},
+    "required": ["the_first_long_property", "another_long_property"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+def manager() -> Any:
+    made = GrammarManager(vocabulary())
+    yield made
+    made.close()
+
+
+def submit(**params: Any) -> Submit:
+    logprob = params.pop("return_logprob", False)
+    return Submit(id="r", input_ids=pack_ids([1]), sampling=SamplingParams(**params), return_logprob=logprob)
+
+
+def prepared(manager: GrammarManager, prompt: tuple[int, ...] = (1,), **params: Any) -> Prepared:
+    made = manager.prepare(submit(**params), list(prompt))
+    assert made is not None
+    wait(made)
+    return made
+
+
+def wait(made: Prepared) -> None:
+    end = time.monotonic() + 20
+    while not made.ready():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def allowed(made: Prepared, sampled: list[int]) -> set[int]:
+    mask = made.mask(sampled)
+    assert mask is not None and mask.dtype == np.int32 and len(mask) == vocabulary().mask_words
+    return set(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist())
+
+
+def encode(text: str) -> list[int]:
+    return vocabulary().encode(text)
+
+
+def test_unconstrained_requests_have_nothing(manager: GrammarManager) -> None:
+    assert manager.prepare(submit(), [1]) is None
+
+
+def test_a_request_is_followed_token_by_token(manager: GrammarManager) -> None:
+    made = prepared(manager, regex="(abc|abd)+x?")
+    made.admit([])
+    assert made.error is None and made.engine == "llguidance"
+    first = allowed(made, [])
+    assert encode("a")[0] in first and encode("b")[0] not in first and 2 not in first
+    for token in encode("ab"):
+        after = allowed(made, [token])
+    assert {vocabulary().tokens[token][:1] for token in after} == {b"c", b"d"}
+    assert 2 in allowed(made, encode("c"))
+    assert allowed(made, encode("x")) == {0, 2}
+    assert allowed(made, [2]) == {0, 2}, "with ignore_eos the end is repeated"
+    assert allowed(made, [2]) == {0, 2}
+
+
+@pytest.mark.parametrize("backend", ["llguidance", "xgrammar"])
+def test_padding_of_the_logits_is_never_allowed(backend: str) -> None:
+    pytest.importorskip(backend)
+    words = vocabulary()
+    padded = dataclasses.replace(words, size=words.size + 1000)
+    manager = GrammarManager(padded, GrammarSettings(backend=backend))
+    made = prepared(manager, regex=".*")
+    mask = made.mask([])
+    assert mask is not None and len(mask) == padded.mask_words
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    assert bits[: words.size].any() and not bits[words.size :].any()
+    manager.close()
+
+
+def test_a_token_that_does_not_fit_fails_the_request_alone(manager: GrammarManager) -> None:
+    made, other = prepared(manager, regex="[0-9]+"), prepared(manager, regex="[0-9]+")
+    allowed(made, [])
+    with pytest.raises(BadRequest, match="does not fit"):
+        made.mask(encode("hello"))
+    assert encode("7")[0] in allowed(other, encode("3"))
+
+
+def test_a_preempted_request_goes_on_where_it_was(manager: GrammarManager) -> None:
+    made = prepared(manager, json_schema=json.dumps(LONG_KEYS))
+    made.admit([])
+    ids = encode('{"the_first_long_property":1')
+    allowed(made, [])
+    for token in ids:
+        last = allowed(made, [token])
+    made.admit(ids[:-3])
+    assert allowed(made, []) == allowed_after(manager, ids[:-3])
+    made.admit(ids)
+    assert allowed(made, []) == last
+
+
+def allowed_after(manager: GrammarManager, ids: list[int]) -> set[int]:
+    fresh = prepared(manager, json_schema=json.dumps(LONG_KEYS))
+    fresh.admit(ids)
+    return allowed(fresh, [])
+
+
+def test_min_new_tokens_is_kept_as_far_as_the_grammar_goes_on(manager: GrammarManager) -> None:
+    made = prepared(manager, regex="a{1,4}", min_new_tokens=3)
+    one = encode("a")
+    allowed(made, [])
+    assert 2 not in allowed(made, one)
+    assert 2 not in allowed(made, one)
+    assert 2 in allowed(made, one)
+    short = prepared(manager, regex="a", min_new_tokens=3)
+    allowed(short, [])
+    assert allowed(short, one) == {0, 2}
+
+
+def test_jump_gives_the_tokens_the_model_would_use(manager: GrammarManager) -> None:
+    made = prepared(manager, json_schema=json.dumps(LONG_KEYS))
+    forced = made.jump([])
+    text = '{"the_first_long_property":'
+    assert len(forced) >= 8
+    assert encode(text)[: len(forced)] == forced
+    output = encode(text + '7,"')
+    more = made.jump(output)
+    assert vocabulary().text_of(more).startswith(b"another_long_property")
+    assert encode(vocabulary().text_of([*output, *more]).decode()) == [*output, *more]
+
+
+def test_jump_ends_the_text(manager: GrammarManager) -> None:
+    made = prepared(manager, json_schema=json.dumps(LONG_KEYS))
+    output = encode('{"the_first_long_property":7,"another_long_property":true')
+    assert [*vocabulary().text_of(made.jump(output)[:-1])] == [ord("}")]
+    assert made.jump(output)[-1] == 2
+    loop = prepared(manager, json_schema=json.dumps(LONG_KEYS), ignore_eos=True)
+    assert vocabulary().text_of(loop.jump(output)) == b"}" and 2 not in loop.jump(output)
+
+
+def test_masks_go_on_after_a_jump(manager: GrammarManager) -> None:
+    made = prepared(manager, json_schema=json.dumps(LONG_KEYS))
+    made.admit([])
+    first = next(iter(allowed(made, []) & set(encode('{"'))))
+    forced = made.jump([first])
+    made.advance([first, *forced])
+    after = allowed(made, [first])
+    assert after == allowed_after(manager, [first, *forced])
+
+
+def test_jump_keeps_to_the_length_limit_and_to_its_switch(manager: GrammarManager) -> None:
+    short = prepared(manager, json_schema=json.dumps(LONG_KEYS), max_new_tokens=5)
+    assert len(short.jump([])) == 5
+    scored = prepared(manager, json_schema=json.dumps(LONG_KEYS), return_logprob=True)
+    assert not scored.can_jump and scored.jump([]) == []
+    off = GrammarManager(vocabulary(), GrammarSettings(jump_forward=False))
+    assert prepared(off, json_schema=json.dumps(LONG_KEYS)).jump([]) == []
+    off.close()
+
+
+@pytest.mark.parametrize(
+    ("params", "word"),
+    [
+        ({"json_schema": "{"}, "json_schema: not valid JSON"),
+        ({"json_schema": '{"not": {}}'}, "#/not"),
+        ({"regex": "("}, "unclosed group"),
+        ({"regex": "a{99999999}"}, "repetition"),
+        ({"regex": "a" * 300_000}, "at most"),
+        ({"structural_tag": "[]"}, "structural_tag: expected"),
+        ({"structural_tag": '{"structures": [{"begin": "<a>"}], "triggers": ["<"]}'}, "#/structures/0"),
+        ({"structural_tag": '{"structures": [{"begin": "x", "end": ""}], "triggers": ["<"]}'}, "no trigger"),
+        ({"regex": "[^\\x00-\\U0010ffff]"}, "no text"),
+    ],
+)
+def test_errors_are_the_requests_own(manager: GrammarManager, params: dict[str, str], word: str) -> None:
+    made = prepared(manager, **params)
+    assert made.error is not None and word in made.error.message and made.error.status == 400
+    assert made.jump([]) == []
+
+
+def test_equal_constraints_compile_once(manager: GrammarManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = manager.engine("llguidance")
+    calls: list[Any] = []
+    compile = engine.compile
+    monkeypatch.setattr(engine, "compile", lambda constraint: calls.append(constraint) or compile(constraint))
+    many = [manager.prepare(submit(regex="ab*"), [1]) for _ in range(5)]
+    for made in many:
+        assert made is not None
+        wait(made)
+    assert len(calls) == 1
+    prepared(manager, regex="ab+")
+    assert len(calls) == 2
+
+
+def test_the_cache_forgets_what_was_not_used_longest() -> None:
+    manager = GrammarManager(vocabulary(), GrammarSettings(cache_entries=3))
+    for index in range(6):
+        kept = prepared(manager, regex=f"a{{{index + 1}}}")
+        prepared(manager, regex="b")
+    assert len(manager._cache) <= 3
+    assert _base.fingerprint(_base.Regex("b")) in manager._cache
+    assert kept.jump([]) is not None, "what is in use lives on"
+    manager.close()
+
+
+class SlowEngine:
+    """Compiles when told to."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+
+    def decline(self, constraint: Any) -> None:
+        return None
+
+    def compile(self, constraint: Any) -> Any:
+        self.gate.wait(10)
+        raise BadRequest("done")
+
+    def close(self) -> None:
+        self.gate.set()
+
+
+def test_time_limit_and_bounded_queue() -> None:
+    manager = GrammarManager(vocabulary(), GrammarSettings(compile_timeout=0.01, workers=1, max_pending=2))
+    slow = SlowEngine()
+    manager._engines["llguidance"] = slow
+    first = manager.prepare(submit(regex="a"), [1])
+    second = manager.prepare(submit(regex="b"), [1])
+    third = manager.prepare(submit(regex="c"), [1])
+    assert first is not None and second is not None and third is not None
+    assert not first.ready() and first.error is None
+    assert third.ready() and third.error is not None and third.error.status == 503
+    end = time.monotonic() + 5
+    while not first.ready() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert first.error is not None and "within" in first.error.message
+    assert not second.ready(), "its own time has not begun"
+    manager.close()
+
+
+def test_a_pinned_engine_and_its_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="llguidance, xgrammar"):
+        GrammarManager(vocabulary(), GrammarSettings(backend="llguidence"))
+    manager = GrammarManager(vocabulary(), GrammarSettings(backend="llguidance"))
+    tag = {"type": "structural_tag", "format": {"type": "any_text"}}
+    made = prepared(manager, structural_tag=json.dumps(tag))
+    assert made.error is not None and "llguidance: reads structural tags of the shape" in made.error.message
+    assert set(manager.decisions().values()) == {"llguidance"}
+    monkeypatch.setitem(manager._engines, "llguidance", BrokenEngine())
+    broken = prepared(manager, regex="new")
+    assert broken.error is not None and "KeyError" in broken.error.message
+    manager.close()
+
+
+class BrokenEngine(SlowEngine):
+    def compile(self, constraint: Any) -> Any:
+        raise KeyError("a defect")
+
+
+def test_a_grammar_that_becomes_too_slow_ends_its_request(
+    manager: GrammarManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = prepared(manager, regex="[a-z]+")
+    monkeypatch.setattr("phloem.grammar._manager._SLOW_MASK", -1.0)
+    with pytest.raises(BadRequest, match="too slow"):
+        made.mask([])
+
+
+START, END = 3, 4
+
+
+def thinking_manager() -> GrammarManager:
+    return GrammarManager(vocabulary(), GrammarSettings(thinking=ThinkingMarkers((START,), (END,))))
+
+
+def test_the_grammar_waits_for_the_end_of_thinking() -> None:
+    manager = thinking_manager()
+    made = prepared(manager, prompt=(1, START), regex="[0-9]+")
+    free = allowed(made, [])
+    assert len(free) == vocabulary().size - len(vocabulary().eos_ids) and not free & {0, 2}
+    assert allowed(made, encode("hm")) == free
+    assert made.jump(encode("hm")) == []
+    bound = allowed(made, [END])
+    assert {vocabulary().tokens[token][:1] for token in bound} <= {bytes([48 + digit]) for digit in range(10)}
+    manager.close()
+
+
+def test_a_model_may_open_a_block_and_a_closed_one_is_over() -> None:
+    manager = thinking_manager()
+    maybe = prepared(manager, prompt=(1, START, END, 50, 51, 52, 53), regex="[0-9]+")
+    first = allowed(maybe, [])
+    assert START in first and encode("7")[0] in first and encode("x")[0] not in first
+    assert encode("x")[0] in allowed(maybe, [START])
+    answers = prepared(manager, prompt=(1, 50, 51), regex="[0-9]+")
+    allowed(answers, [])
+    assert START not in allowed(answers, encode("7"))
+    over = prepared(manager, prompt=(1, START, END), regex="[0-9]+")
+    assert START not in allowed(over, [])
+    manager.close()
+
+
+def test_thinking_survives_preemption() -> None:
+    manager = thinking_manager()
+    made = prepared(manager, prompt=(1, START), regex="[0-9]+")
+    thought = [*encode("well"), END, *encode("1")]
+    for token in [[], *([token] for token in thought)]:
+        last = allowed(made, token)
+    made.admit(thought[:1])
+    assert encode("x")[0] in allowed(made, [])
+    made.admit(thought)
+    assert allowed(made, []) == last and 2 in last
+    manager.close()
+
+
+def test_a_request_may_ask_for_its_grammar_at_once() -> None:
+    manager = thinking_manager()
+    submit = Submit(id="r", input_ids=b"", sampling=SamplingParams(regex="[0-9]+"), grammar_at_once=True)
+    made = manager.prepare(submit, (1, START))
+    assert made is not None
+    while not made.ready():
+        time.sleep(0.01)
+    assert {vocabulary().tokens[token][:1] for token in allowed(made, [])} <= {bytes([48 + n]) for n in range(10)}
+    manager.close()

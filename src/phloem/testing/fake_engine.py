@@ -48,11 +48,12 @@ class FakeEngine(EngineLink):
     """One step gives every running request `per_step` tokens, in one `Tokens` message, as the real loop does.
 
     `mode`: `echo` repeats the prompt and then stops with `eos`; `hash` never stops by itself (letters from a hash of
-    all tokens so far and the seed). Every message makes the round trip through msgpack. `refuse`: request id ->
-    (status, message); `failing`: request ids that fail at their second token.
+    all tokens so far and the seed); `say` says `text` in bytes, then stops with `eos`. Every message
+    makes the round trip through msgpack. `refuse`: request id -> (status, message); `failing`: request ids that fail at their second token.
     """
 
     mode: str = "hash"
+    text: str = ""
     eos: int = 257
     delay: float = 0.0  # seconds per step
     per_step: int = 1
@@ -211,6 +212,9 @@ class FakeEngine(EngineLink):
         if self.mode == "echo":
             at = len(running.out)
             return running.prompt[at] if at < len(running.prompt) else self.eos
+        if self.mode == "say":
+            said = self.text.encode()
+            return said[len(running.out)] if len(running.out) < len(said) else self.eos
         seed = running.submit.sampling.sampling_seed
         data = repr((running.prompt, len(running.out), seed if seed is not None else running.submit.id)).encode()
         if running.submit.sampling.greedy:

@@ -49,7 +49,8 @@ class FakeEngine(EngineLink):
 
     `mode`: `echo` repeats the prompt and then stops with `eos`; `hash` never stops by itself (letters from a hash of
     all tokens so far and the seed); `say` says `text` in bytes, then stops with `eos`. Every message
-    makes the round trip through msgpack. `refuse`: request id -> (status, message); `failing`: request ids that fail at their second token.
+    makes the round trip through msgpack. `refuse`: request id -> (status, message); `failing`: request ids that fail at
+    their second token.
     """
 
     mode: str = "hash"

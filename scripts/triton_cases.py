@@ -140,6 +140,7 @@ def _logits(vocab: int) -> None:
     sample.adjust_(logits, penalties=(column,) * 3, counts=counts, slots_L=slots, bias=bias, mask_LW=words)
     sample.adjust_(logits, penalties=(column,) * 3, counts=counts, slots_L=slots, mask_LW=words)
     sample.count_tokens_(counts, slots, slots)
+    sample.mask_tokens_(logits, slots, words)
 
 
 def _moe(tokens: int, float8: torch.dtype | None = None) -> None:

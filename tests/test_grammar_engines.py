@@ -184,6 +184,7 @@ def test_structural_tags_that_must_call_or_end_with_the_first(name: str) -> None
     call = '<fn=add>{"n":1}</fn>'
     must = _base.read_structural_tag(structural(at_least_one=True))
     assert accepts(name, must, call) and not accepts(name, must, "no call")
+    assert accepts(name, must, call + " and " + call) and not accepts(name, must, "first words " + call)
     once = _base.read_structural_tag(structural(at_least_one=True, stop_after_first=True))
     assert accepts(name, once, call) and not accepts(name, once, call + "x") and not accepts(name, once, call + call)
 
@@ -201,6 +202,18 @@ def test_a_trigger_may_be_a_special_token() -> None:
     matcher = engine("llguidance").compile(tag).matcher()
     ids = [*words.encode("text "), token, *words.encode("42!")]
     assert allowed(matcher)[token]
+    assert matcher.accept(ids) == len(ids) and matcher.may_end
+    assert "special token" in (engine("xgrammar").decline(tag) or "")
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_special_tokens_inside_a_tag_are_those_tokens(required: bool) -> None:
+    words = vocabulary()
+    token = words.special_by_text["<repo_name>"]
+    begin, end = "<repo_name>f<repo_name>", "!<repo_name>"
+    tag = _base.StructuralTag(("<repo_name>",), (_base.Tag(begin, Regex("[0-9]+"), end),), at_least_one=required)
+    matcher = engine("llguidance").compile(tag).matcher()
+    ids = [token, *words.encode("f"), token, *words.encode("42!"), token]
     assert matcher.accept(ids) == len(ids) and matcher.may_end
     assert "special token" in (engine("xgrammar").decline(tag) or "")
 

@@ -332,3 +332,14 @@ def test_thinking_survives_preemption() -> None:
     made.admit(thought)
     assert allowed(made, []) == last and 2 in last
     manager.close()
+
+
+def test_a_request_may_ask_for_its_grammar_at_once() -> None:
+    manager = thinking_manager()
+    submit = Submit(id="r", input_ids=b"", sampling=SamplingParams(regex="[0-9]+"), grammar_at_once=True)
+    made = manager.prepare(submit, (1, START))
+    assert made is not None
+    while not made.ready():
+        time.sleep(0.01)
+    assert {vocabulary().tokens[token][:1] for token in allowed(made, [])} <= {bytes([48 + n]) for n in range(10)}
+    manager.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,15 @@ CPU = torch.device("cpu")
 PAGE = 4
 LIMIT = 1e-4
 PROMPT = [5, 17, 200, 301, 44, 9, 9, 80, 123, 7, 260, 31, 64, 99, 2, 18, 350, 12, 77, 140, 201, 33, 8]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: more threads only spin."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Engine:
@@ -135,6 +145,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     "qwen3": ("qwen3", {}),
     "qwen3-bias": ("qwen3", {"attention_bias": True}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe-sparse-step": ("qwen3_moe", {"decoder_sparse_step": 2, "norm_topk_prob": False}),
+    "qwen3_moe-dense-layer": ("qwen3_moe", {"mlp_only_layers": [1], "num_experts_per_tok": 1}),
     "gemma3_text": ("gemma3_text", {}),
     "gemma3_text-caps": ("gemma3_text", {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}),
     "gemma3": ("gemma3", {}),

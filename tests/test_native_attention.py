@@ -101,13 +101,15 @@ def test_window_cap_and_sinks(ops: Ops, case: str, window: int, cap: float, sink
     run(ops, case, torch.bfloat16, window, cap, sinks)
 
 
-def test_streamed_decode_is_float32(ops: Ops) -> None:
-    """One query token of few heads: no rounding beyond the cache's."""
+def test_streamed_decode_is_precise(ops: Ops) -> None:
+    """One query token of few heads: nothing is rounded, or (AVX-512) the weights alone, to 8 bits."""
     torch.manual_seed(0)
     batch, pages = make_batch([1, 1], [400, 77], 16)
     q, k, v = torch.randn(2, 9, 64), torch.randn(pages, 3, 16, 64).bfloat16(), torch.randn(pages, 3, 16, 64).bfloat16()
     got = ops.paged_attention(q, k, v, batch, 0.125, 0, 0.0, None)
-    torch.testing.assert_close(got, ref.paged_attention(q, k, v, batch, 0.125, 0, 0.0, None), rtol=1e-5, atol=1e-5)
+    tolerance = 2e-3 if native.runtime().library.level() == "avx512" else 1e-5
+    want = ref.paged_attention(q, k, v, batch, 0.125, 0, 0.0, None)
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 def test_results_do_not_depend_on_threads_or_neighbours() -> None:

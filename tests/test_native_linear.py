@@ -160,9 +160,9 @@ def test_argmax(linear: NativeLinear, rows: int, kind: str) -> None:
     source = make_source(kind, 1003, 2, seed=8)
     weight = pack(linear, source)
     x = random(rows, 64)
-    assert torch.equal(linear.argmax(x, weight), linear.linear(x, weight, None).argmax(-1).int())
+    assert torch.equal(linear.linear_argmax(x, weight), linear.linear(x, weight, None).argmax(-1).int())
     ties = torch.zeros(rows, 64)
-    assert linear.argmax(ties, weight).tolist() == [0] * rows
+    assert linear.linear_argmax(ties, weight).tolist() == [0] * rows
 
 
 def test_mixed_parts_and_views(linear: NativeLinear) -> None:
@@ -174,6 +174,25 @@ def test_mixed_parts_and_views(linear: NativeLinear) -> None:
     check(got[:, :72], as_int8(x), w[:72])
     check(got[:, 72:], x.bfloat16(), w[72:])
     assert torch.equal(linear.linear(x.view(2, 3, 256), weight, None), got.view(2, 3, 96))
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q4_0", "dense"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_a_number_stays_so(linear: NativeLinear, kind: str, bad: float) -> None:
+    weight = pack(linear, make_source(kind, 20, 4, 1))
+    x = random(3, 128)
+    x[1, 77] = bad
+    got = linear.linear(x, weight, None)
+    assert not got[1].isfinite().any()
+    assert got[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("kinds", [("Q4_1", "Q4_1"), ("Q4_1", "Q5_1")])
+def test_gated_linear_of_any_parts(linear: NativeLinear, kinds: tuple[str, str]) -> None:
+    weight = pack(linear, *(make_source(kind, 32, 2, i) for i, kind in enumerate(kinds)))
+    x, bias = random(3, 64), random(64, seed=4)
+    want = ref.silu_and_mul(linear.linear(x, weight, bias))
+    torch.testing.assert_close(linear.gated_linear(x, weight, bias, "silu"), want, rtol=1e-5, atol=1e-5)
 
 
 def test_wrong_inputs_are_refused(linear: NativeLinear) -> None:
@@ -196,7 +215,7 @@ def test_recorded_step_repeats(linear: NativeLinear) -> None:
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
         hidden, _ = linear.fused(linear.embedding(ids, embed, 1.0), up, activation="silu")
-        return linear.linear(hidden, back, bias), linear.argmax(hidden, back)
+        return linear.linear(hidden, back, bias), linear.linear_argmax(hidden, back)
 
     graph, (out, token) = native.Recorder(rt).record(step)
     rt.library.set_threads(3)

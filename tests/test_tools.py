@@ -390,6 +390,8 @@ def test_ids_that_the_format_gives() -> None:
         "functions.get_weather:0",
         "functions.now:1",
     ]
+    twice = whole("kimi_k2", kimi_k2(CALLS["empty"]) * 2)
+    assert [call.id for call in twice.calls] == ["functions.now:0", "id"], "an id is used once"
     text = "[TOOL_CALLS]now[CALL_ID]abcdefghi[ARGS]{}"
     assert whole("mistral", text).calls[0].id == "abcdefghi"
     made = FORMATS.module("mistral").Parser(TOOLS)

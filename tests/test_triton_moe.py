@@ -57,6 +57,7 @@ def test_moe(tokens: int, experts: int, top_k: int, dtype: torch.dtype) -> None:
     torch.manual_seed(9)
     x, logits = torch.randn(tokens, 40).to(dtype), torch.randn(tokens, experts).to(dtype)
     gate_up, down = (torch.randn(experts, 48, 40) / 6).to(dtype), (torch.randn(experts, 40, 24) / 5).to(dtype)
+    gate_up, down = gate_up.flatten(0, 1), down.flatten(0, 1)
     got = moe.moe(x, logits, gate_up, down, top_k, True)
     assert_close(got, extra.moe(x, logits, gate_up, down, top_k, True), dtype)
 

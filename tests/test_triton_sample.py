@@ -68,7 +68,8 @@ def test_same_draw_as_the_engines_sampler() -> None:
         top_k=np.array([1000, 30, 1000, 12], np.int32),
         top_p=columns[2].numpy(),
         min_p=columns[3].numpy(),
-        uniform=engine_sampler.uniforms(columns[4].numpy().view(np.uint64), columns[5].numpy().astype(np.uint64)),
+        seeds=columns[4].numpy().view(np.uint64),
+        positions=columns[5].numpy().astype(np.uint64),
         greedy=np.zeros(4, np.bool_),
     )
     from phloem.kernels.ops import Ops
@@ -145,3 +146,15 @@ def test_mask_alone() -> None:
     logits = torch.zeros(1, 64)
     sample.adjust_(logits, mask_LW=torch.tensor([[1, -(2**31)]], dtype=torch.int32))
     assert logits.isfinite().nonzero()[:, 1].tolist() == [0, 63]
+
+
+@pytest.mark.parametrize("words", [1, 3, 5])
+def test_mask_of_some_rows(words: int) -> None:
+    from phloem.kernels import reference as ref
+
+    logits = torch.randn(4, 101)
+    rows, mask = torch.tensor([3, 1]).int(), torch.randint(-(2**31), 2**31, (2, words)).int()
+    want = logits.clone()
+    ref.mask_tokens_(want, rows, mask)
+    sample.mask_tokens_(logits, rows, mask)
+    assert torch.equal(logits, want)

@@ -181,7 +181,36 @@ PHL_INLINE vf tanh(vf x) {
   return select(square < splat(0.04f), series, full);
 }
 
-PHL_INLINE vf from_bf16(vh v) { return (vf)(__builtin_convertvector(v, vu) << 16); }
+// GCC 12 makes poor code of __builtin_convertvector between widths, so the x86 levels spell it out.
+PHL_INLINE vu widen(vh v) {
+#if PHL_LEVEL == 2
+  return (vu)_mm512_cvtepu16_epi32((__m256i)v);
+#elif PHL_LEVEL == 1
+  return (vu)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, vu);
+#endif
+}
+PHL_INLINE vi widen(vb v) {
+#if PHL_LEVEL == 2
+  return (vi)_mm512_cvtepi8_epi32((__m128i)v);
+#elif PHL_LEVEL == 1
+  return (vi)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)v));
+#else
+  return __builtin_convertvector(v, vi);
+#endif
+}
+PHL_INLINE vh narrow(vu v) {
+#if PHL_LEVEL == 2
+  return (vh)_mm512_cvtepi32_epi16((__m512i)v);
+#elif PHL_LEVEL == 1
+  return (vh)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+#else
+  return __builtin_convertvector(v, vh);
+#endif
+}
+
+PHL_INLINE vf from_bf16(vh v) { return (vf)(widen(v) << 16); }
 
 // Round to nearest even; NaN stays NaN.
 PHL_INLINE vh to_bf16(vf x) {
@@ -189,7 +218,7 @@ PHL_INLINE vh to_bf16(vf x) {
   const vu rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   const vu quiet = (bits >> 16) | 64;
   const vi nan = x != x;
-  return __builtin_convertvector((rounded & ~(vu)nan) | (quiet & (vu)nan), vh);
+  return narrow((rounded & ~(vu)nan) | (quiet & (vu)nan));
 }
 
 PHL_INLINE vf load_bf16(const uint16_t* p) { return from_bf16(load_as<vh>(p)); }
@@ -209,7 +238,7 @@ PHL_INLINE uint16_t float_to_bf16(float x) {
 }
 
 // int8 lanes as floats.
-PHL_INLINE vf from_int8(vb v) { return to_float(__builtin_convertvector(v, vi)); }
+PHL_INLINE vf from_int8(vb v) { return to_float(widen(v)); }
 
 }  // namespace PHL_NS
 }  // namespace phl

@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,7 @@ class EngineCore:
 def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
     """What follows constrained requests; it reads the tokenizer when the first one comes. None without a tokenizer."""
     from phloem.grammar._base import Vocabulary
-    from phloem.grammar._manager import GrammarManager, GrammarSettings
+    from phloem.grammar._manager import GrammarManager, GrammarSettings, ThinkingMarkers
 
     def vocabulary() -> Vocabulary:
         from phloem.server.tokenizer import load_tokenizer
@@ -127,13 +128,32 @@ def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
     if config.model.skip_tokenizer_init:
         return None
     grammar = config.grammar
+    thinking = _thinking(config, checkpoint)
     settings = GrammarSettings(
         backend=grammar.grammar_backend,
         whitespace=grammar.grammar_whitespace,
         jump_forward=not grammar.disable_jump_forward,
         compile_timeout=grammar.grammar_timeout,
+        thinking=None if thinking is None else ThinkingMarkers(*thinking),
     )
     return GrammarManager(vocabulary, settings)
+
+
+def _thinking(config: Config, checkpoint: Checkpoint) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Token ids around a reasoning block; None for a model that writes none."""
+    from phloem.server.parsers import THINKING, thinking_choice
+    from phloem.server.template import load_template
+    from phloem.server.tokenizer import load_tokenizer
+
+    override = Path(config.model.chat_template) if config.model.chat_template else None
+    source = load_template(checkpoint, override, None).source
+    name = thinking_choice(source, config.model.reasoning_parser).name
+    if name is None:
+        return None
+    kind = THINKING.module(name).Parser
+    tokenizer = load_tokenizer(checkpoint)
+    start, end = (tokenizer.encode(text, add_special_tokens=False) for text in (kind.start, kind.end))
+    return tuple(start), tuple(end)
 
 
 def _no_grammar(submit: Submit, prompt: Any) -> None:
@@ -256,8 +276,9 @@ def engine_main() -> int:
     """The engine process: reads its order from standard input, serves, ends with its parent."""
     order = msgspec.json.decode(sys.stdin.buffer.readline())
     die_with_parent(order["parent"])
-    # Ctrl-C goes to the whole terminal group; the door decides what it means.
+    # Both may reach the whole process group at once; what they mean is the door's to decide, and it ends us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     start = perf_counter()
     config = Config.from_flat(order["config"])
     log.configure(config.server.log_level, "engine")

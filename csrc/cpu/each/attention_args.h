@@ -105,5 +105,20 @@ PHL_INLINE float* partial_of(const AttentionArgs& a, int64_t row, int64_t head, 
   return a.partial + ((row * a.heads + head) * a.max_splits + split) * (a.head_size + 2);
 }
 
+#if PHL_LEVEL == 2
+// For words: pairs (x_i, y_i) of the first and of the second sixteen words of x and y.
+struct PairOrder {
+  uint16_t first[32], second[32];
+};
+alignas(64) constexpr PairOrder kPairs = [] {
+  PairOrder order{};
+  for (uint16_t i = 0; i < 16; ++i) {
+    order.first[2 * i] = i, order.first[2 * i + 1] = uint16_t(32 + i);
+    order.second[2 * i] = uint16_t(16 + i), order.second[2 * i + 1] = uint16_t(48 + i);
+  }
+  return order;
+}();
+#endif
+
 }  // namespace PHL_NS
 }  // namespace phl

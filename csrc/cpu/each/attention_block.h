@@ -131,15 +131,7 @@ PHL_INLINE void pack_keys(const AttentionArgs& a, const BlockJob& job, const uin
 }
 
 PHL_INLINE void pack_values(const AttentionArgs& a, const BlockJob& job, const uint16_t* const* rows) {
-  alignas(64) static constexpr auto order = [] {
-    struct { uint16_t first[32], second[32]; } index{};
-    for (uint16_t i = 0; i < 16; ++i) {
-      index.first[2 * i] = i, index.first[2 * i + 1] = uint16_t(32 + i);
-      index.second[2 * i] = uint16_t(16 + i), index.second[2 * i + 1] = uint16_t(48 + i);
-    }
-    return index;
-  }();
-  const __m512i first = _mm512_load_si512(order.first), second = _mm512_load_si512(order.second);
+  const __m512i first = _mm512_load_si512(kPairs.first), second = _mm512_load_si512(kPairs.second);
   for (int64_t pair = 0; pair < kCells; ++pair) {
     const uint16_t *even = rows[2 * pair], *odd = rows[2 * pair + 1];
     Cell* to = job.values + pair * job.wide;
@@ -163,7 +155,7 @@ PHL_INLINE void block_rows(const AttentionArgs& a, BlockJob& job, const void* ca
       const int8_t* from = static_cast<const int8_t*>(cache) + offsets[t];
       uint16_t* to = job.rows + t * a.head_size;
       int64_t d = 0;
-      for (; d + W <= a.head_size; d += W) store_as(to + d, __builtin_convertvector((vu)from_int8(load_as<vb>(from + d)) >> 16, vh));
+      for (; d + W <= a.head_size; d += W) store_as(to + d, narrow((vu)from_int8(load_as<vb>(from + d)) >> 16));
       for (; d < a.head_size; ++d) to[d] = float_to_bf16(from[d]);
       __builtin_memcpy(scales + t, from + a.head_size, 4);
       rows[t] = to;

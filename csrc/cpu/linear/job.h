@@ -89,29 +89,42 @@ struct Input {
   }
 };
 
+constexpr int kStep = 4 * kChunk;
+
+// Up to four chunks of a row from `at`, after the sum and the norm: x itself, or `space`.
+PHL_INLINE const float* input_step(const Input& in, int64_t row, int64_t at, int chunks, float inverse, float* space) {
+  if (in.norm == nullptr && in.addend == nullptr && at + chunks * kChunk <= in.n) return in.x + row * in.x_stride + at;
+  const F scale = Vec::set(inverse);
+  float raw[kChunk], tail[kChunk];
+  for (int c = 0; c < chunks; ++c, at += kChunk) {
+    float* to = space + c * kChunk;
+    const float* v = in.chunk(row, at, raw);
+    if (in.norm == nullptr) {
+      std::memcpy(to, v, sizeof(float) * kChunk);
+      continue;
+    }
+    const float* w = in.norm + at;
+    if (in.n - at < kChunk) {
+      for (int i = 0; i < kChunk; ++i) tail[i] = at + i < in.n ? w[i] : 0.0f;
+      w = tail;
+    }
+    Vec::storef(to, Vec::mul(Vec::mul(Vec::loadf(v), scale), Vec::loadf(w)));
+    Vec::storef(to + 16, Vec::mul(Vec::mul(Vec::loadf(v + 16), scale), Vec::loadf(w + 16)));
+  }
+  return space;
+}
+
 PHL_INLINE void prepare_row(const Input& in, int64_t row, const Rows& rows, int64_t to, bool write_sum) {
   const float inverse = in.norm != nullptr || in.sum != nullptr ? in.inverse_rms(row, write_sum) : 0.0f;
-  alignas(64) float space[kChunk], normed[kChunk];
-  const F scale = Vec::set(inverse);
-  for (int64_t at = 0; at < rows.inputs; at += kChunk) {
-    const float* v = in.chunk(row, at, space);
-    if (in.norm != nullptr) {
-      float tail[kChunk];
-      const float* w = in.norm + at;
-      if (in.n - at < kChunk) {
-        for (int i = 0; i < kChunk; ++i) tail[i] = at + i < in.n ? w[i] : 0.0f;
-        w = tail;
-      }
-      Vec::storef(normed, Vec::mul(Vec::mul(Vec::loadf(v), scale), Vec::loadf(w)));
-      Vec::storef(normed + 16, Vec::mul(Vec::mul(Vec::loadf(v + 16), scale), Vec::loadf(w + 16)));
-      v = normed;
-    }
-    if (rows.kinds & kInt8) quantise_chunk(v, rows.int8(to)[at / kChunk]);
+  alignas(64) float space[kStep];
+  for (int64_t at = 0; at < rows.inputs; at += kStep) {
+    const int chunks = rows.inputs - at >= kStep ? 4 : static_cast<int>((rows.inputs - at) / kChunk);
+    const float* v = input_step(in, row, at, chunks, inverse, space);
+    if (rows.kinds & kInt8) quantise_chunks(v, rows.int8(to) + at / kChunk, chunks);
     if (rows.kinds & kHalf) {
-      Vec::to_bf16(v, rows.half(to) + at);
-      Vec::to_bf16(v + 16, rows.half(to) + at + 16);
+      for (int i = 0; i < chunks * kChunk; i += kBlock) Vec::to_bf16(v + i, rows.half(to) + at + i);
     }
-    if (rows.kinds & kSingle) std::memcpy(rows.single(to) + at, v, sizeof(float) * kChunk);
+    if (rows.kinds & kSingle) std::memcpy(rows.single(to) + at, v, sizeof(float) * chunks * kChunk);
   }
 }
 
@@ -156,6 +169,12 @@ struct Output {
       v = Vec::loadf(space);
     }
     Vec::keep_best(best + row * kBlock, best_index + row * kBlock, v, static_cast<int32_t>(column));
+  }
+
+  // Whether a kernel may store a group of blocks straight to `out`: nothing to add, and their columns are neighbours.
+  PHL_INLINE bool direct(const Segment& s, int64_t block, int blocks) const {
+    return epilogue == kStore && bias == nullptr && residual == nullptr && (blocks == 1 || s.half == 0) &&
+           s.valid(block + blocks - 1) == kBlock;
   }
 
   // `y` holds `count` rows of two blocks, 32 floats a row.
@@ -207,20 +226,37 @@ PHL_INLINE void even_parts(int64_t rows, int64_t most, G&& f) {
   }
 }
 
-// One kernel over a group of `B` blocks; the results of a group of two blocks are finished together.
+constexpr int kSmallPasses = 2;  // up to so many passes over packed weights in the first-level cache beat unpacking
+
+// Where a kernel puts `rows` from `row`: `out` itself, or `y`, to be finished.
+struct Place {
+  float* to;
+  int64_t step;
+  bool direct;
+
+  Place(const Output& out, const Segment& s, int64_t block, int blocks, int64_t row, float* y)
+      : direct(out.direct(s, block, blocks)) {
+    to = direct ? out.out + row * out.out_stride + s.column(block) : y;
+    step = direct ? out.out_stride : 2 * kBlock;
+  }
+};
+
 template <class L>
 void run_small(const Segment& s, int64_t block, int blocks, const Rows& rows, int64_t count, const Output& out,
                int64_t first_row) {
   alignas(64) float y[Vec::small_rows * 2 * kBlock];
   const int64_t units = (rows.inputs + L::unit_k - 1) / L::unit_k;
   const int64_t act_step = rows.row_bytes / 64;
-  for (int b = 0; b < blocks; ++b) {
-    const uint8_t* w = s.data + (block + b) * units * L::unit_bytes;
-    with_count<Vec::small_rows>(count, [&](auto n) {
-      small_block<L, decltype(n)::value>(w, units, rows.int8(0), act_step, y + b * kBlock, 2 * kBlock);
-    });
-  }
-  out.finish(s, block, blocks, first_row, count, y);
+  even_parts(count, Vec::small_rows, [&](int64_t row, int64_t n_rows) {
+    const Place place(out, s, block, blocks, first_row + row, y);
+    for (int b = 0; b < blocks; ++b) {
+      const uint8_t* w = s.data + (block + b) * units * L::unit_bytes;
+      with_count<Vec::small_rows>(n_rows, [&](auto n) {
+        small_block<L, decltype(n)::value>(w, units, rows.int8(row), act_step, place.to + b * kBlock, place.step);
+      });
+    }
+    if (!place.direct) out.finish(s, block, blocks, first_row + row, n_rows, y);
+  });
 }
 
 template <class L>
@@ -240,18 +276,19 @@ void run_tile(const Segment& s, int64_t block, int blocks, const Rows& rows, int
   even_parts(count, MaxR, [&](int64_t row, int64_t n_rows) {
     const int64_t until = next_bytes * (row + n_rows) / count;
     for (; fetched < until; fetched += 64) __builtin_prefetch(next + fetched, 0, 2);
+    const Place place(out, s, block, blocks, first_row + row, y);
     with_count<MaxR>(n_rows, [&](auto n) {
       constexpr int R = decltype(n)::value;
       if (MaxB == 2 && blocks == 2) {
-        tile_kernel<L, R, MaxB>(tile, tile_step, chunks, rows.int8(row), act_step, y, 2 * kBlock);
+        tile_kernel<L, R, MaxB>(tile, tile_step, chunks, rows.int8(row), act_step, place.to, place.step);
       } else {
         for (int b = 0; b < blocks; ++b) {
-          tile_kernel<L, R, 1>(tile + b * tile_step, tile_step, chunks, rows.int8(row), act_step, y + b * kBlock,
-                               2 * kBlock);
+          tile_kernel<L, R, 1>(tile + b * tile_step, tile_step, chunks, rows.int8(row), act_step,
+                               place.to + b * kBlock, place.step);
         }
       }
     });
-    out.finish(s, block, blocks, first_row + row, n_rows, y);
+    if (!place.direct) out.finish(s, block, blocks, first_row + row, n_rows, y);
   });
 }
 
@@ -271,17 +308,18 @@ void run_dense(const Segment& s, int64_t block, int blocks, const Rows& rows, in
     } else {
       x = rows.single(row);
     }
+    const Place place(out, s, block, blocks, first_row + row, y);
     with_count<MaxR>(n_rows, [&](auto n) {
       constexpr int R = decltype(n)::value;
       if (MaxB == 2 && blocks == 2) {
-        dense_kernel<D, R, MaxB>(w, block_bytes, steps, x, x_step, y, 2 * kBlock);
+        dense_kernel<D, R, MaxB>(w, block_bytes, steps, x, x_step, place.to, place.step);
       } else {
         for (int b = 0; b < blocks; ++b) {
-          dense_kernel<D, R, 1>(w + b * block_bytes, block_bytes, steps, x, x_step, y + b * kBlock, 2 * kBlock);
+          dense_kernel<D, R, 1>(w + b * block_bytes, block_bytes, steps, x, x_step, place.to + b * kBlock, place.step);
         }
       }
     });
-    out.finish(s, block, blocks, first_row + row, n_rows, y);
+    if (!place.direct) out.finish(s, block, blocks, first_row + row, n_rows, y);
   });
 }
 
@@ -297,7 +335,7 @@ PHL_INLINE void run_pair(const Segment& s, int64_t block, const Rows& rows, int6
   }
   with_quantised(static_cast<int>(s.layout), [&](auto l) {
     using L = decltype(l);
-    if (count <= Vec::small_rows) {
+    if (count <= kSmallPasses * Vec::small_rows) {
       run_small<L>(s, block, blocks, rows, count, out, first_row);
     } else {
       run_tile<L>(s, block, blocks, rows, count, out, first_row, tile);

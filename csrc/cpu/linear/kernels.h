@@ -248,18 +248,33 @@ void dense_kernel(const uint8_t* w, int64_t block_bytes, int64_t steps, const ty
 
 // ---- activations ---------------------------------------------------------------------------------------------------
 
-// Quantises 32 inputs: int8 with one scale, and the sums that zeros and minima need.
-PHL_INLINE void quantise_chunk(const float* x, Activation& a) {
-  const float largest = Vec::maximum(Vec::max(Vec::abs(Vec::loadf(x)), Vec::abs(Vec::loadf(x + 16))));
+// Scale and sums of a chunk whose integers are there.
+PHL_INLINE void describe_chunk(float largest, Activation& a) {
   const float scale = largest / 127.0f;
-  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-  Vec::quantise32(x, inverse, a.q, a.half_sum);
   a.scale = scale;
   a.sum = a.half_sum[0] + a.half_sum[1];
   a.scaled_sum = static_cast<float>(a.sum) * scale;
   a.half_scaled_sum[0] = static_cast<float>(a.half_sum[0]) * scale;
   a.half_scaled_sum[1] = static_cast<float>(a.half_sum[1]) * scale;
   a.unused = 0.0f;
+}
+
+// Quantises chunks of 32 inputs: int8 with one scale, and the sums that zeros and minima need.
+PHL_INLINE void quantise_chunks(const float* x, Activation* a, int chunks) {
+#if PHL_LEVEL == 2
+  if (chunks == 4) {
+    float largest[4];
+    Vec::quantise4(x, largest, a[0].q, a[1].q, a[2].q, a[3].q, a[0].half_sum, a[1].half_sum, a[2].half_sum,
+                   a[3].half_sum);
+    for (int c = 0; c < 4; ++c) describe_chunk(largest[c], a[c]);
+    return;
+  }
+#endif
+  for (int c = 0; c < chunks; ++c, x += kChunk) {
+    const float largest = Vec::largest(Vec::larger(Vec::loadf(x), Vec::loadf(x + 16)));
+    Vec::quantise32(x, largest > 0.0f ? 127.0f / largest : 0.0f, a[c].q, a[c].half_sum);
+    describe_chunk(largest, a[c]);
+  }
 }
 
 // ---- small functions of 16 lanes -----------------------------------------------------------------------------------

@@ -124,11 +124,17 @@ struct Vec {
     z = _mm_add_ps(z, _mm_movehl_ps(z, z));
     return _mm_cvtss_f32(_mm_add_ss(z, _mm_movehdup_ps(z)));
   }
-  static float maximum(F x) {
-    const __m256 y = _mm256_max_ps(x.a, x.b);
-    __m128 z = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
-    z = _mm_max_ps(z, _mm_movehl_ps(z, z));
-    return _mm_cvtss_f32(_mm_max_ss(z, _mm_movehdup_ps(z)));
+  static F larger(F x, F y) {  // in magnitude, as integers: a NaN is larger than anything and is not lost
+    x = abs(x), y = abs(y);
+    return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x.a), _mm256_castps_si256(y.a))),
+            _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x.b), _mm256_castps_si256(y.b)))};
+  }
+  static float largest(F x) {
+    const __m256i y = _mm256_max_epi32(_mm256_castps_si256(x.a), _mm256_castps_si256(x.b));
+    __m128i z = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    z = _mm_max_epi32(z, _mm_unpackhi_epi64(z, z));
+    z = _mm_max_epi32(z, _mm_shuffle_epi32(z, 1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(z));
   }
 
   static void keep_best(float* best, int32_t* index, F value, int32_t first) {

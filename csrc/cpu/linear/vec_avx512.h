@@ -23,7 +23,7 @@ struct Vec {
   using U = __m512i;
   using I = __m512i;
   using F = __m512;
-  static constexpr int tile_rows = 6, tile_blocks = 2;    // integer tile: 12 int32 and 12 float accumulators
+  static constexpr int tile_rows = 5, tile_blocks = 2;    // integer tile: 10 int32 and 10 float accumulators
   static constexpr int dense_rows = 12, dense_blocks = 2;  // float tile: 24 accumulators
   static constexpr int small_rows = 8;                     // rows whose weights stay in registers
   static constexpr bool signed_wide = false;
@@ -77,7 +77,16 @@ struct Vec {
   static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F power2(F n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
   static float sum(F x) { return _mm512_reduce_add_ps(x); }
-  static float maximum(F x) { return _mm512_reduce_max_ps(x); }
+  // The larger magnitude, as integers: a NaN is larger than anything and is not lost.
+  static F larger(F x, F y) {
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(abs(x)), _mm512_castps_si512(abs(y))));
+  }
+  static float largest(F x) {
+    const int32_t bits = _mm512_reduce_max_epi32(_mm512_castps_si512(x));
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+  }
 
   // value > best per lane (strictly, so that the lowest index wins): keeps value and index.
   static void keep_best(float* best, int32_t* index, F value, int32_t first) {
@@ -96,6 +105,39 @@ struct Vec {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16), _mm512_cvtsepi32_epi8(hi));
     half_sum[0] = _mm512_reduce_add_epi32(lo);
     half_sum[1] = _mm512_reduce_add_epi32(hi);
+  }
+
+  // Four chunks at once: their reductions share the shuffles.
+  static void quantise4(const float* x, float* largest, int8_t* q0, int8_t* q1, int8_t* q2, int8_t* q3, int32_t* s0,
+                        int32_t* s1, int32_t* s2, int32_t* s3) {
+    F v[8], m[4];
+    for (int i = 0; i < 8; ++i) v[i] = loadf(x + 16 * i);
+    for (int c = 0; c < 4; ++c) m[c] = larger(v[2 * c], v[2 * c + 1]);
+    const F m01 = larger(_mm512_unpacklo_ps(m[0], m[1]), _mm512_unpackhi_ps(m[0], m[1]));
+    const F m23 = larger(_mm512_unpacklo_ps(m[2], m[3]), _mm512_unpackhi_ps(m[2], m[3]));
+    const __m512d d01 = _mm512_castps_pd(m01), d23 = _mm512_castps_pd(m23);
+    F all = larger(_mm512_castpd_ps(_mm512_unpacklo_pd(d01, d23)), _mm512_castpd_ps(_mm512_unpackhi_pd(d01, d23)));
+    all = larger(all, _mm512_shuffle_f32x4(all, all, 0x4e));
+    all = larger(all, _mm512_shuffle_f32x4(all, all, 0xb1));  // every 128 bits: the four largest
+    _mm_storeu_ps(largest, _mm512_castps512_ps128(all));
+    const __mmask16 some = _mm512_cmp_ps_mask(all, zero(), _CMP_GT_OQ);
+    const F inverse = _mm512_maskz_div_ps(some, set(127.0f), all);
+    const F s[4] = {_mm512_permute_ps(inverse, 0x00), _mm512_permute_ps(inverse, 0x55),
+                    _mm512_permute_ps(inverse, 0xaa), _mm512_permute_ps(inverse, 0xff)};
+    __m128i half[8];
+    for (int i = 0; i < 8; ++i) half[i] = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(mul(v[i], s[i / 2])));
+    int8_t* q[4] = {q0, q1, q2, q3};
+    int32_t* sums[4] = {s0, s1, s2, s3};
+    const __m256i ones = _mm256_set1_epi8(1);
+    for (int c = 0; c < 4; ++c) {
+      const __m256i chunk = _mm256_inserti128_si256(_mm256_castsi128_si256(half[2 * c]), half[2 * c + 1], 1);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q[c]), chunk);
+      __m256i t = _mm256_dpbusd_epi32(_mm256_setzero_si256(), ones, chunk);
+      t = _mm256_add_epi32(t, _mm256_shuffle_epi32(t, 0x4e));
+      t = _mm256_add_epi32(t, _mm256_shuffle_epi32(t, 0xb1));
+      sums[c][0] = _mm256_cvtsi256_si32(t);
+      sums[c][1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(t, 1));
+    }
   }
 
   // Two neighbouring inputs of 16 features in bfloat16 times a pair of inputs.

@@ -130,10 +130,16 @@ struct Vec {
     for (int i = 0; i < 8; ++i) s[i] = x.x[i] + x.x[i + 8];
     return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
   }
-  static float maximum(F x) {
-    float m = x.x[0];
-    for (float v : x.x) m = v > m ? v : m;
-    return m;
+  static F larger(F x, F y) {  // in magnitude, as integers: a NaN is larger than anything and is not lost
+    return each([&](int i) {
+      const uint32_t a = float_to_bits(x.x[i]) & 0x7fffffffu, b = float_to_bits(y.x[i]) & 0x7fffffffu;
+      return bits_to_float(a > b ? a : b);
+    });
+  }
+  static float largest(F x) {
+    uint32_t m = 0;
+    for (float v : x.x) m = float_to_bits(v) > m ? float_to_bits(v) : m;
+    return bits_to_float(m);
   }
 
   static void keep_best(float* best, int32_t* index, F value, int32_t first) {

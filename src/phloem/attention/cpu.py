@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from phloem.attention.reference import TableStep
+from phloem.attention.reference import TableStep, fitting
 from phloem.kernels import reference as ref
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Backend:
     page_size = 16
 
     def __init__(self, ops: Ops, specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype) -> None:
-        self.ops = ops
-        self.native = ops.paged_attention is not ref.paged_attention
+        self.ops = fitting(ops, dtype)
+        self.native = self.ops.paged_attention is not ref.paged_attention
 
     def decline(self, need: AttentionNeed) -> str | None:
         if need.device.type != "cpu":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from phloem.kernels import reference as ref
@@ -19,12 +19,19 @@ if TYPE_CHECKING:
     from phloem.layers.context import AttentionSpec
 
 
+def fitting(ops: Ops, dtype: torch.dtype) -> Ops:
+    """The table itself, or with the reference attention where its own keeps no cache of this type."""
+    if ops.kv_dtypes is None or dtype in ops.kv_dtypes:
+        return ops
+    return replace(ops, write_kv=ref.write_kv, paged_attention=ref.paged_attention)
+
+
 class Backend:
     name = "reference"
     page_size = 16
 
     def __init__(self, ops: Ops, specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype) -> None:
-        self.ops = ops
+        self.ops = fitting(ops, dtype)
 
     def decline(self, need: AttentionNeed) -> str | None:
         if not need.kv_dtype.is_floating_point and self.ops.paged_attention is ref.paged_attention:

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
             raise BadRequest(f"unknown workload {name!r}; known here: {', '.join(_SINGLE_TURN)}")
     from phloem.llm import Engine
 
-    settings = {name: value for name, value in config.flat().items() if value is not None}
+    settings = {**config.flat(), "log_level": "warning"}
     begun = perf_counter()
     with Engine(**settings) as engine:
         ready = perf_counter() - begun

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     from phloem.llm import Engine
 
     print("loading the model ...", file=sys.stderr)
-    settings = {name: value for name, value in config.flat().items() if value is not None}
+    settings = {**config.flat(), "log_level": "warning"}
     with Engine(**settings) as engine:
         return _talk(_Local(engine, options), options)
 

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         raise BadRequest("there are no prompts: use --prompt, --input FILE, or pipe lines in")
     from phloem.llm import Engine
 
-    settings = {name: value for name, value in config.flat().items() if value is not None}
+    settings = {**config.flat(), "log_level": "warning"}
     with ExitStack() as stack:
         # Opened before the model is loaded: a path that cannot be written is told at once.
         out = stack.enter_context(_open(options.output)) if options.output else sys.stdout

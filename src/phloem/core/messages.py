@@ -39,6 +39,7 @@ class Submit(Message):
     top_logprobs: int = 0
     token_ids_logprob: list[int] = []
     arrival: float = 0.0  # time.time() at the door
+    grammar_at_once: bool = False  # a constraint holds from the first token, also where the model could reason before
 
 
 class Abort(Message):

@@ -10,6 +10,7 @@ import numpy as np
 
 from phloem.engine.penalties import Penalties, bias_tensors
 from phloem.engine.processors import make
+from phloem.engine.sampler import SamplingColumns
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,6 @@ class Slot:
 
     request_id: str
     params: SamplingParams
-    seed: int
     num_prompt: int
     eos_ids: tuple[int, ...]
     return_logprob: bool
@@ -73,14 +73,17 @@ class Slots:
         self._vocab = vocab
         self._device = device
         self.last_tokens = torch.zeros(count, dtype=torch.int64, device=device)
+        self.columns = SamplingColumns(count, vocab)
+        # A row of which only its most likely token is wanted: no logits need be written for it.
+        self.argmax_only = np.zeros(count, np.bool_)
 
     def admit(self, admission: Admission) -> None:
         params = admission.params
         penalised = Penalties.wanted(params)
-        self._slots[admission.slot] = Slot(
+        self.columns.set(admission.slot, params, admission.seed)
+        found = self._slots[admission.slot] = Slot(
             request_id=admission.request_id,
             params=params,
-            seed=admission.seed & (2**64 - 1),
             num_prompt=admission.num_prompt,
             eos_ids=admission.eos_ids,
             return_logprob=admission.return_logprob,
@@ -94,6 +97,7 @@ class Slots:
             vocab=self._vocab,
             output=admission.tokens[admission.num_prompt :].tolist() if params.processors else [],
         )
+        self.argmax_only[admission.slot] = params.greedy and found.plain and not found.return_logprob
 
     def __getitem__(self, slot: int) -> Slot:
         found = self._slots[slot]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,7 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     phase = _Phase(report)
     decisions: list[Decision] = []
     context = _take(decisions, resolve.context_length(config.model.context_length, checkpoint.context_length))
+    checkpoint = replace(checkpoint, context_length=context)  # tables of positions need not be longer
     threads = _take(decisions, resolve.threads(config.runtime.threads, machine.available_cores()))
     platform, chosen = platforms.choose(config.runtime.device, threads)
     decisions.append(chosen)

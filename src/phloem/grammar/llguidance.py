@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -178,14 +179,17 @@ class Engine:
         return "/" + self._library.regex_to_lark(_whole(pattern), use_ascii="") + "/"
 
     def _tags(self, rule: str, tags: _base.StructuralTag, parts: list[dict[str, Any]]) -> str:
-        """Free text up to a trigger is one lazy lexeme: it ends at the first trigger in it."""
+        """Free text up to a trigger is one lazy lexeme: it ends at the first trigger in it. A tag that must come, comes
+        at once: free text before it could go on for ever.
+        """
         names = [f"{rule}_tag{index}" for index in range(len(tags.tags))]
         either = f"({' | '.join(names)})"
+        first = f"({' | '.join(f'{name}_first' for name in names)})"
         free = f"{rule.upper()}_TEXT"
         if tags.stop_after_first:
-            body = either if tags.at_least_one else f"{either} | {rule}_free"
+            body = first if tags.at_least_one else f"{either} | {rule}_free"
         else:
-            body = f"{either}{'+' if tags.at_least_one else '*'} {rule}_free"
+            body = f"{first if tags.at_least_one else ''} {either}* {rule}_free"
         text = [f"{rule}: {body}", f"{rule}_free: {free}", free + r": /(.|\n)*/"]
         for name, tag in zip(names, tags.tags, strict=True):
             trigger = max((item for item in tags.triggers if tag.begin.startswith(item)), key=len)
@@ -193,16 +197,25 @@ class Engine:
             if trigger not in self.vocabulary.special_by_text:
                 text.append(f"{name}_head[lazy]: {head}")
                 head = f"{name}_head"
-            text.append(f"{name}: {head} {self._literal(rest)} {name}_body {self._literal(tag.end)}")
+            tail = f"{name}_body {self._literal(tag.end)}"
+            text.append(f"{name}: {head} {self._literal(rest)} {tail}")
+            if tags.at_least_one:
+                text.append(f"{name}_first: {self._literal(tag.begin)} {tail}")
             text.append(self._rules(f"{name}_body", tag.content, parts))
         return "\n".join(text) + "\n"
 
     def _literal(self, text: str) -> str:
-        """A text in Lark; one that is a special token's name means that token."""
+        """A text in Lark; the names of special tokens in it mean those tokens."""
+        special = self.vocabulary.special_by_text
         if not text:
             return ""
-        special = self.vocabulary.special_by_text.get(text)
-        return _quote(text) if special is None else f"<[{special}]>"
+        if text in special:
+            return f"<[{special[text]}]>"
+        inside = [name for name in special if name in text]
+        if not inside:
+            return _quote(text)
+        pieces = re.split("(" + "|".join(map(re.escape, sorted(inside, key=len, reverse=True))) + ")", text)
+        return " ".join(f"<[{special[piece]}]>" if piece in special else _quote(piece) for piece in pieces if piece)
 
 
 def _whole(pattern: str) -> str:

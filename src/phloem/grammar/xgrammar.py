@@ -58,8 +58,9 @@ class Engine:
             case _base.JsonSchema(schema):
                 return _not_exact(schema, self.name)
             case _base.StructuralTag(triggers, tags):
-                if any(trigger in self.vocabulary.special_by_text for trigger in triggers):
-                    return "a trigger is a special token"
+                texts = [*triggers, *(text for tag in tags for text in (tag.begin, tag.end))]
+                if any(name in text for name in self.vocabulary.special_by_text for text in texts):
+                    return "a tag is made of special tokens"
                 return next((reason for tag in tags if (reason := self.decline(tag.content))), None)
             case _base.Union(parts):
                 return next((reason for part in parts if (reason := self.decline(part))), None)

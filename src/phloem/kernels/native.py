@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from phloem.kernels import _native_attention as attention
 from phloem.kernels import _native_basic as basic
 from phloem.kernels import _native_sampling as sampling
@@ -17,7 +19,7 @@ from phloem.kernels._native_recorder import Recorder
 from phloem.kernels._native_runtime import Unavailable, runtime
 from phloem.kernels.ops import Ops
 
-__all__ = ["Recorder", "Unavailable", "runtime", "table"]
+__all__ = ["Recorder", "Unavailable", "describe", "runtime", "table"]
 
 
 def table(threads: int | None = None, level: str | None = None) -> Ops:
@@ -29,7 +31,8 @@ def table(threads: int | None = None, level: str | None = None) -> Ops:
     rt.library.set_level(level)
     rt.library.set_threads(threads or available_cores())
     made = {**basic.ops(rt), **attention.ops(rt), **sampling.ops(rt), **native_linear.ops(rt)}
-    return dataclasses.replace(Ops(), name="native", recorder=lambda: Recorder(rt), **made)
+    kv = (torch.bfloat16, torch.int8)
+    return dataclasses.replace(Ops(), name="native", kv_dtypes=kv, recorder=lambda: Recorder(rt), **made)
 
 
 def describe() -> str:

@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from phloem.core.errors import ModelLoadError
+from phloem.kernels._native_basic import ops as basic_ops
 from phloem.kernels._native_basic import rows_of
 
 if TYPE_CHECKING:
@@ -168,6 +169,8 @@ class NativeLinear:
     def __init__(self, rt: Runtime) -> None:
         self.rt = rt
         self.store = _Store()
+        basic = basic_ops(rt)
+        self.gates = {"silu": basic["silu_and_mul"], "gelu_tanh": basic["gelu_tanh_and_mul"]}
         self.workspace = _Workspace()
         self.LINEAR, self.ARGMAX, self.ROWS = rt.op("linear"), rt.op("linear_argmax"), rt.op("linear_rows")
         self.PACK, self.PACK_DENSE = rt.op("linear_pack"), rt.op("linear_pack_dense")
@@ -246,6 +249,12 @@ class NativeLinear:
 
     # ---- fused forms ----
 
+    def gated_linear(self, x: Tensor, weight: PackedLinear, bias: Tensor | None, activation: str) -> Tensor:
+        """x[T, N] -> activation(gate) * up [T, M / 2]: one op where gate and up have one format."""
+        if weight.paired:
+            return self.fused(x, weight, bias, activation=activation)[0]
+        return self.gates[activation](self.linear(x, weight, bias))
+
     def fused(
         self,
         x: Tensor,
@@ -285,7 +294,7 @@ class NativeLinear:
         )  # fmt: skip
         return out, total
 
-    def argmax(self, x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tensor:
+    def linear_argmax(self, x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tensor:
         """The first largest of each row of x W^T, int32 [T], without the row."""
         x_TN, rows, n = self._input(x, weight)
         token = self.rt.empty((rows,), torch.int32)
@@ -354,4 +363,5 @@ def _runs(read: list[_Part], sizes: list[int]) -> list[list[int]]:
 def ops(rt: Runtime) -> dict[str, Any]:
     """The table's entries."""
     native = NativeLinear(rt)
-    return {"prepare_linear": native.prepare_linear, "linear": native.linear, "embedding": native.embedding}
+    names = ("prepare_linear", "linear", "embedding", "gated_linear", "linear_argmax")
+    return {name: getattr(native, name) for name in names}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from phloem.kernels import reference as ref
+from phloem.kernels import reference_extra as extra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +71,10 @@ class Ops:
     # into whatever `linear` and `embedding` of the same table understand; the default makes one dense tensor.
     prepare_linear: PrepareLinear = ref.prepare_linear
     linear: Callable[[Tensor, Any, Tensor | None], Tensor] = ref.linear  # x[T, N], weight, bias[M] -> [T, M]
+    # Fused forms, where a table has them. gated_linear: x[T, N], weight of gate and up, bias[2M], "silu" or "gelu_tanh"
+    # -> activation(gate) * up [T, M]. linear_argmax: the first largest of each row of x W^T, int32 [T].
+    gated_linear: Callable[[Tensor, Any, Tensor | None, str], Tensor] | None = None
+    linear_argmax: Callable[[Tensor, Any], Tensor] | None = None
     embedding: Callable[[Tensor, Any, float], Tensor] = ref.embedding  # ids[T], weight[V, N], scale -> [T, N]
 
     # Elementwise and norms. `rms_norm` works on the last axis of [T, N] or [T, H, D].
@@ -93,6 +98,16 @@ class Ops:
         ref.paged_attention
     )
 
+    # Types of KV cache that `write_kv` and `paged_attention` take; None: every floating type.
+    kv_dtypes: tuple[torch.dtype, ...] | None = None
+
+    # Mixture of experts: softmax of router logits[T, E], the best k experts of each token (their weights scaled to sum
+    # to 1 if asked), their gated MLPs with SiLU, summed by weight. `prepare_experts` stacks expert after expert along
+    # out_features: each its gate, then its up projection, [E * 2F, N]; or its down projection, [E * N, F].
+    prepare_experts: PrepareLinear = ref.prepare_linear
+    # x[T, N], logits[T, E], gate_up, down, k, renormalise -> [T, N]
+    moe: Callable[[Tensor, Tensor, Any, Any, int, bool], Tensor] = extra.moe
+
     # Sampling helpers: logits[L, V] float -> int32/float32.
     argmax: Callable[[Tensor], Tensor] = ref.argmax  # [L]
     logsumexp: Callable[[Tensor], Tensor] = ref.logsumexp  # [L] float32
@@ -101,8 +116,8 @@ class Ops:
     )  # the k best, best first: values, ids int32 [L, k]
     # logits, rows[M] int32, mask[M, words] int32: in place, -inf where bit i of word w, token 32 w + i, is 0 or missing
     mask_tokens_: Callable[[Tensor, Tensor, Tensor], None] = ref.mask_tokens_
-    # logits, temperature[L], top_k[L] int32, top_p[L], min_p[L], seeds[L] int64, positions[L] int64 -> tokens [L] int32,
-    # as `engine/sampler.py` specifies; None: that file's torch code draws.
+    # logits, temperature[L], top_k[L] int32, top_p[L], min_p[L], seeds[L] int64, positions[L] int64
+    # -> tokens [L] int32, as `engine/sampler.py` specifies; None: that file's torch code draws.
     sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
     # Makes step graphs over this table's ops; None: steps run eagerly.

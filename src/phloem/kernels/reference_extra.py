@@ -156,12 +156,12 @@ def experts(x_TN: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, gate_up_EMN: Tenso
     return total_TN.to(x_TN.dtype)
 
 
-def moe(
-    x_TN: Tensor, logits_TE: Tensor, gate_up_EMN: Tensor, down_ENF: Tensor, top_k: int, renormalise: bool
-) -> Tensor:
-    """`route`, then `experts`."""
+def moe(x_TN: Tensor, logits_TE: Tensor, gate_up: Tensor, down: Tensor, top_k: int, renormalise: bool) -> Tensor:
+    """`route`, then `experts`; gate_up [E * 2F, N] and down [E * N, F] are stacked, and may be of a narrower type."""
     weights_Tk, ids_Tk = route(logits_TE, top_k, renormalise)
-    return experts(x_TN, weights_Tk, ids_Tk, gate_up_EMN, down_ENF)
+    count = logits_TE.shape[1]
+    gate_up_EMN, down_ENF = gate_up.unflatten(0, (count, -1)), down.unflatten(0, (count, -1))
+    return experts(x_TN.to(gate_up.dtype), weights_Tk, ids_Tk, gate_up_EMN, down_ENF).to(x_TN.dtype)
 
 
 def quantise_fp8(x_TN: Tensor, dtype: torch.dtype, group: int | None = None) -> tuple[Tensor, Tensor]:

@@ -114,9 +114,11 @@ class Rope:
     def __init__(self, ctx: BuildContext, spec: RopeSpec, max_positions: int) -> None:
         inverse, scale = inverse_frequencies(spec)
         angles = torch.arange(max_positions, dtype=torch.int64).float()[:, None] * inverse
+        table = torch.empty(max_positions, 2, len(inverse))  # [positions, 2, rotary / 2] float32
+        torch.cos(angles, out=table[:, 0])
+        torch.sin(angles, out=table[:, 1])
         self.ops = ctx.ops
-        # [positions, 2, rotary / 2] float32
-        self.cos_sin = (torch.stack((angles.cos(), angles.sin()), 1) * scale).to(ctx.device)
+        self.cos_sin = (table if scale == 1.0 else table.mul_(scale)).to(ctx.device)
 
     def __call__(self, q_THD: Tensor, k_TKD: Tensor, positions_T: Tensor) -> None:
         """Rotate q and k in place, halves paired."""

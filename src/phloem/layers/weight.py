@@ -24,6 +24,7 @@ class Weight:
     shapes: tuple[tuple[int, ...], ...]  # as stored: [out_features, in_features], or [size]
     role: Role
     shift: float = 0.0
+    experts: int = 0  # above 0: the matrices of that many experts, prepared by `ops.prepare_experts`
     value: Any = None
 
 

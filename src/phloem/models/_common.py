@@ -14,6 +14,7 @@ from phloem.layers.attention import SelfAttention
 from phloem.layers.context import AttentionSpec
 from phloem.layers.embed import Embedding, Head
 from phloem.layers.mlp import GatedMLP
+from phloem.layers.moe import SparseMLP
 from phloem.layers.norm import RMSNorm
 from phloem.layers.rope import Rope, RopeSpec, rope_spec
 from phloem.layers.weight import Layer
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.layers.context import BuildContext, ForwardBatch
+    from phloem.layers.moe import ExpertsConfig
     from phloem.models._weights import Progress
     from phloem.utils.checkpoint import Checkpoint
 
@@ -37,6 +39,7 @@ class LayerKind:
 
     rope: RopeSpec
     window: int = 0  # 0: full attention
+    experts: ExpertsConfig | None = None  # a sparse block in place of the MLP
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,9 @@ def layer_types(config: dict[str, Any], sliding: list[bool]) -> list[bool]:
 class DecoderLayer(Layer):
     """Attention and MLP, each behind a norm. Takes and gives (what the last block computed, residual)."""
 
-    def __init__(self, ctx: BuildContext, config: DecoderConfig, spec: AttentionSpec, rope: Rope) -> None:
+    def __init__(
+        self, ctx: BuildContext, config: DecoderConfig, spec: AttentionSpec, rope: Rope, experts: ExpertsConfig | None
+    ) -> None:
         size, eps, shift = config.hidden_size, config.eps, config.norm_shift
         self.ops = ctx.ops
         self.input_norm = RMSNorm(ctx.child("input_layernorm"), size, eps, shift)
@@ -122,7 +127,10 @@ class DecoderLayer(Layer):
             self.attention_norm = after
             self.mlp_norm = RMSNorm(ctx.child("pre_feedforward_layernorm"), size, eps, shift)
             self.output_norm = RMSNorm(ctx.child("post_feedforward_layernorm"), size, eps, shift)
-        self.mlp = GatedMLP(ctx.child("mlp"), size, config.inner_size, config.activation, bias=config.mlp_bias)
+        if experts is not None:
+            self.mlp = SparseMLP(ctx.child("mlp"), size, experts, config.activation)
+        else:
+            self.mlp = GatedMLP(ctx.child("mlp"), size, config.inner_size, config.activation, bias=config.mlp_bias)
 
     def __call__(
         self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch, keep_L: Tensor | None
@@ -168,7 +176,7 @@ class Decoder(Layer):
         body = ctx.child("model")
         self.embed = Embedding(body.child("embed_tokens"), config.vocab_size, config.hidden_size, config.embed_scale)
         self.layers = [
-            DecoderLayer(body.child("layers").child(spec.layer), config, spec, ropes[kind.rope])
+            DecoderLayer(body.child("layers").child(spec.layer), config, spec, ropes[kind.rope], kind.experts)
             for spec, kind in zip(self.attention_specs, config.layers, strict=True)
         ]
         self.norm = RMSNorm(body.child("norm"), config.hidden_size, config.eps, config.norm_shift)
@@ -189,6 +197,10 @@ class Decoder(Layer):
             x_TN, residual_TN = layer(x_TN, residual_TN, step, step.logit_index if number == last else None)
         assert residual_TN is not None
         return self.norm.add(x_TN, residual_TN)[0]
+
+    def greedy(self, hidden_LD: Tensor) -> Tensor:
+        """The most likely token of each row, integer [L]."""
+        return self.head.argmax(hidden_LD)
 
     @property
     def weight_bytes(self) -> int:

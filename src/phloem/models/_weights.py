@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from phloem.core.errors import ModelLoadError
+from phloem.quant import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -282,9 +283,13 @@ class WeightIndex:
             raise ModelLoadError(f"{where}: {len(wrong)} tensors have another shape: {some(wrong)}")
 
     def _fill(self, weight: Weight, sources: dict[str, Source]) -> None:
-        parts = [sources[name] for name in weight.names]
+        parts: list[Any] = [sources[name] for name in weight.names]
         if weight.role == "matrix":
-            weight.value = self.ctx.ops.prepare_linear(parts, self.ctx.dtype, self.ctx.device)
+            if self.ctx.quant is not None:
+                parts = [METHODS.module(self.ctx.quant).wrap(part) for part in parts]
+            ops = self.ctx.ops
+            prepare = ops.prepare_experts if weight.experts else ops.prepare_linear
+            weight.value = prepare(parts, self.ctx.dtype, self.ctx.device)
             return
         weight.value = torch.cat([self._vector(weight, part) for part in parts]).to(self.ctx.device)
 

@@ -52,7 +52,7 @@ class Platform:
         return Ops(), f"plain torch: {reason}"
 
     def attention_backends(self) -> list[str]:
-        return ["native", "cpu", "reference"]
+        return ["cpu", "reference"]
 
     def dtype(self, checkpoint: str | None) -> tuple[torch.dtype, str]:
         if checkpoint == "float32":

@@ -387,4 +387,5 @@ def _submit_message(output: Output) -> Submit:
         top_logprobs=item.top_logprobs,
         token_ids_logprob=item.token_ids_logprob,
         arrival=time.time(),
+        grammar_at_once=not item.reasons,
     )

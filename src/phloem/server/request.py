@@ -37,6 +37,7 @@ class Item:
     priority: int = 0
     namespace: str = ""
     stream_interval: int = 1
+    reasons: bool = False  # a reasoning block may come first, and no constraint holds in it
     session: SessionStep | None = None
     thinking_budget: int | None = None  # tokens of reasoning
 

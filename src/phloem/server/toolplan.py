@@ -52,7 +52,7 @@ def plan(
     mode, wanted = _read_choice(choice, checked)
     if mode == "none" or not checked:
         return NO_TOOLS
-    several = parallel is not False
+    several = parallel is not False and wanted is None
     if wanted is not None:
         checked = [tool for tool in checked if function_of(tool)["name"] == wanted]
     if mode == "auto":
@@ -113,22 +113,27 @@ def _read_choice(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]
 
 
 def _strict(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> tuple[str, str] | None:
-    """A call may come, and keeps to its schema then."""
+    """A call may come, and keeps to its schema then. Formats without JSON inside a frame are left free."""
     if name is None:
         return None
     structure = TOOLS.module(name).Parser(tools).structure(required=False, parallel=parallel)
-    return ("structural_tag", structural_tag(structure)) if structure.tags and structure.triggers else None
+    return ("structural_tag", structural_tag(structure)) if _is_json(structure) else None
 
 
 def _forced(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> ToolPlan:
     """A call must come: in the model's own format where its frame is known, as a JSON array of calls otherwise."""
     if name is not None:
         structure = TOOLS.module(name).Parser(tools).structure(required=True, parallel=parallel)
-        if structure.tags and structure.triggers:
+        if _is_json(structure):
             return ToolPlan(tools, name, parallel, ("structural_tag", structural_tag(structure)))
     schemas = {function_of(tool)["name"]: function_of(tool).get("parameters") or {"type": "object"} for tool in tools}
     schema = json.dumps(forced_schema(schemas, parallel), ensure_ascii=False)
     return ToolPlan(tools, "json_array", parallel, ("json_schema", schema))
+
+
+def _is_json(structure: Structure) -> bool:
+    """Whether every grammar engine can enforce it: schemas of parameters spelled as tags are beyond most."""
+    return bool(structure.tags and structure.triggers) and all(tag.style == "json" for tag in structure.tags)
 
 
 def structural_tag(structure: Structure) -> str:

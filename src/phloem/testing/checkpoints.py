@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "gemma3")
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -38,6 +38,12 @@ _DIFFERENCES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 12},
     "qwen2": {"head_dim": None},
     "qwen3": {},
+    "qwen3_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
     "gemma3_text": {"num_hidden_layers": 7, "sliding_window": 8, "query_pre_attn_scalar": 24},
     "gemma3": {"num_hidden_layers": 7, "sliding_window": 8, "query_pre_attn_scalar": 24},
 }

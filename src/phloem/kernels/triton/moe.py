@@ -339,9 +339,8 @@ def experts(
     return out
 
 
-def moe(
-    x_TN: Tensor, logits_TE: Tensor, gate_up_EMN: Tensor, down_ENF: Tensor, top_k: int, renormalise: bool
-) -> Tensor:
-    """The op table's entry: softmax routing over dense experts with SiLU."""
+def moe(x_TN: Tensor, logits_TE: Tensor, gate_up: Tensor, down: Tensor, top_k: int, renormalise: bool) -> Tensor:
+    """The op table's entry: softmax routing over dense experts, stacked as gate_up [E * 2F, N] and down [E * N, F]."""
     weights_Tk, ids_Tk = route(logits_TE, top_k, renormalise)
-    return experts(x_TN, weights_Tk, ids_Tk, gate_up_EMN, down_ENF)
+    count = logits_TE.shape[1]
+    return experts(x_TN, weights_Tk, ids_Tk, gate_up.unflatten(0, (count, -1)), down.unflatten(0, (count, -1)))

@@ -60,6 +60,16 @@ def _adjust(
 
 
 @triton.jit
+def _mask_rows(logits, rows, mask, stride_logits, stride_mask, vocab, words, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + at).to(tl.int64)
+    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    word = tl.load(mask + at * stride_mask + token // 32, mask=token // 32 < words, other=0)
+    forbidden = (token < vocab) & (((word >> (token % 32)) & 1) == 0)
+    tl.store(logits + row * stride_logits + token, tl.full([BLOCK], float("-inf"), tl.float32), mask=forbidden)
+
+
+@triton.jit
 def _add_bias(logits, ids, values, stride_logits, stride_bias, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -352,6 +362,22 @@ def adjust_(
         )
     if mask_LW is not None:
         adjust(False, True)
+
+
+def mask_tokens_(logits_LV: Tensor, rows_M: Tensor, mask_MW: Tensor) -> None:
+    """In rows `rows_M` only tokens whose bit is set stay; tokens beyond the mask's words are forbidden."""
+    if rows_M.shape[0]:
+        vocab = logits_LV.shape[1]
+        _mask_rows[(rows_M.shape[0], ceil_div(vocab, BLOCK))](
+            logits_LV,
+            rows_M,
+            mask_MW,
+            logits_LV.stride(0),
+            mask_MW.stride(0),
+            vocab,
+            mask_MW.shape[1],
+            BLOCK=BLOCK,
+        )
 
 
 def count_tokens_(counts: Tensor, slots_L: Tensor, tokens_L: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from phloem.kernels.ops import Ops
-from phloem.kernels.triton import activation, attention, invariant, norm, pages, rope, sample
+from phloem.kernels.triton import activation, attention, invariant, moe, norm, pages, rope, sample
 
 
 def table() -> Ops:
@@ -23,8 +23,11 @@ def table() -> Ops:
         rope_=rope.rope_,
         write_kv=rope.write_kv,
         paged_attention=attention.paged_attention,
+        moe=moe.moe,
         argmax=sample.argmax,
         logsumexp=sample.logsumexp,
+        mask_tokens_=sample.mask_tokens_,
+        sample=sample.sample,
     )
 
 

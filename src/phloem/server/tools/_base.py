@@ -122,6 +122,7 @@ class ToolParser(ABC):
         self.tools = {str(function_of(tool).get("name", "")): function_of(tool) for tool in tools}
         self.calls = 0
         self._make_id = make_id
+        self._ids = set[str]()
         self._buffer = ""
         self._at = 0  # how far the buffer is read
         self._safe = 0  # what lies before has become events
@@ -320,10 +321,13 @@ class ToolParser(ABC):
             yield from self.more()
 
     def begin_call(self, name: str, call_id: str | None = None) -> _Call:
-        """A call of this name; announced later. An unknown name is malformed where tools are known."""
+        """A call of this name; announced later. Names must be known where tools are; ids are used once."""
         if not name or len(name) > MAX_NAME or (self.tools and name not in self.tools):
             raise Malformed
-        self._call = _Call(self, name, call_id or self._make_id())
+        if not call_id or call_id in self._ids:
+            call_id = self._make_id()
+        self._ids.add(call_id)
+        self._call = _Call(self, name, call_id)
         return self._call
 
     def kinds(self, name: str, parameter: str) -> set[str]:

@@ -1,0 +1,80 @@
+// What the machine gives, for `phloem bench kernels`: reading memory, and multiply-adds from registers.
+#include "../op.h"
+#include "../simd.h"
+
+namespace phl {
+namespace PHL_NS {
+namespace {
+
+#if defined(__x86_64__)
+#define PHL_VECTOR_REGISTER(v) "+v"(v)
+#else
+#define PHL_VECTOR_REGISTER(v) "+w"(v)
+#endif
+
+constexpr int kChains = 12;  // independent sums: covers the latency of any multiply-add
+
+struct ReadArgs {
+  const float* data;
+  int64_t count;  // floats
+  float* out;     // [threads]
+};
+
+void limit_read(const ReadArgs& a, Team& team) {
+  team.split(a.count / (8 * W), 1, [&](int64_t begin, int64_t end) {
+    vf sums[8] = {};
+    for (int64_t i = begin; i < end; ++i) {
+      const float* p = a.data + i * 8 * W;
+      for (int j = 0; j < 8; ++j) sums[j] += load(p + j * W);
+    }
+    for (int j = 1; j < 8; ++j) sums[0] += sums[j];
+    a.out[team.thread] = sum(sums[0]);
+  });
+}
+PHL_OP(limit_read, ReadArgs, "pip");
+
+struct PeakArgs {
+  int64_t rounds;
+  float* out;  // [threads]
+};
+
+// Each thread does rounds * kChains vector operations; `step` is one of them.
+template <class V, class F>
+PHL_INLINE void chains(const PeakArgs& a, Team& team, V one, F&& step) {
+  V sums[kChains];
+#pragma GCC unroll 16
+  for (int i = 0; i < kChains; ++i) sums[i] = one;
+  V x = one;
+  asm volatile("" : PHL_VECTOR_REGISTER(x));
+  for (int64_t round = 0; round < a.rounds; ++round) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) sums[i] = step(sums[i], x);
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) asm volatile("" : PHL_VECTOR_REGISTER(sums[i]));  // keeps every operation
+  }
+#pragma GCC unroll 16
+  for (int i = 1; i < kChains; ++i) sums[0] = step(sums[0], sums[i]);
+  __builtin_memcpy(a.out + team.thread, &sums[0], 4);
+}
+
+void limit_float(const PeakArgs& a, Team& team) {
+  chains(a, team, splat(1.0f), [](vf sum, vf x) { return sum + x * x; });
+}
+PHL_OP(limit_float, PeakArgs, "ip");
+
+#if PHL_LEVEL == 2
+void limit_bf16(const PeakArgs& a, Team& team) {
+  chains(a, team, _mm512_set1_ps(1.0f),
+         [](__m512 sum, __m512 x) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)x); });
+}
+PHL_OP(limit_bf16, PeakArgs, "ip");
+
+void limit_int8(const PeakArgs& a, Team& team) {
+  chains(a, team, _mm512_set1_epi32(1), [](__m512i sum, __m512i x) { return _mm512_dpbusd_epi32(sum, x, x); });
+}
+PHL_OP(limit_int8, PeakArgs, "ip");
+#endif
+
+}  // namespace
+}  // namespace PHL_NS
+}  // namespace phl

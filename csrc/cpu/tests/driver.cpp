@@ -1,0 +1,17 @@
+// Runs every test at the levels given as arguments (numbers), with one thread and with three.
+#include "harness.h"
+
+int main(int count, char** arguments) {
+  for (int threads : {1, 3}) {
+    phl::set_threads(threads);
+    for (int i = 1; i < count; ++i) {
+      const int level = std::atoi(arguments[i]);
+      for (const auto& test : phl::test::tests()) {
+        phl::test::random_state() = 12345;
+        test.run(level);
+      }
+    }
+  }
+  std::printf("%zu tests\n", phl::test::tests().size());
+  phl::set_threads(1);
+}

@@ -1,0 +1,181 @@
+// Every op at odd sizes; the portable unit is the reference of the others.
+#include "harness.h"
+
+using namespace phl::test;
+using std::vector;
+
+namespace {
+
+constexpr int64_t kSizes[] = {1, 3, 15, 16, 17, 33, 64, 130};
+
+// `compute(level)` gives an op's result; compared between the level and the portable unit.
+void compare(int level, float tolerance, const std::string& what, const std::function<vector<float>(int)>& compute) {
+  const vector<float> got = compute(level), want = compute(0);
+  for (float x : got) check(!std::isnan(x), what + ": NaN");
+  close(got, want, tolerance, what);
+}
+
+}  // namespace
+
+PHL_TEST(elementwise) {
+  for (int64_t rows : {1, 3, 40}) {
+    for (int64_t n : kSizes) {
+      const vector<float> x = floats(rows * 2 * n), y = floats(rows * n);
+      const auto result = [&](auto&& f) {
+        return [&, f](int at) {
+          vector<float> out(size_t(rows * n));
+          f(at, out.data());
+          return out;
+        };
+      };
+      compare(level, 0, "add", result([&](int at, float* out) {
+                run(at, "add", x.data(), y.data(), out, rows, n, 2 * n, n, n);
+              }));
+      compare(level, 1e-5f, "silu", result([&](int at, float* out) {
+                run(at, "silu_and_mul", x.data(), out, rows, n, 2 * n, n);
+              }));
+      compare(level, 1e-5f, "gelu", result([&](int at, float* out) {
+                run(at, "gelu_tanh_and_mul", x.data(), out, rows, n, 2 * n, n);
+              }));
+      compare(level, 1e-5f, "softcap", result([&](int at, float* out) {
+                run(at, "softcap", x.data(), out, rows, n, 2 * n, n, 2.5);
+              }));
+      vector<int64_t> index(size_t(rows), rows - 1);
+      compare(level, 0, "select", result([&](int at, float* out) {
+                run(at, "select_rows", y.data(), index.data(), out, 1, rows, n, n);
+              }));
+    }
+  }
+}
+
+PHL_TEST(norms) {
+  for (int64_t rows : {1, 5, 50}) {
+    for (int64_t n : kSizes) {
+      const vector<float> x = floats(rows * n), y = floats(rows * n), weight = floats(n);
+      compare(level, 1e-5f, "rms_norm", [&](int at) {
+        vector<float> out(size_t(rows * n));
+        run(at, "rms_norm", x.data(), weight.data(), out.data(), rows, 1, n, n, 0, 1e-5);
+        return out;
+      });
+      compare(level, 1e-5f, "add_rms_norm", [&](int at) {
+        vector<float> out(size_t(rows * n)), total(size_t(rows * n));
+        run(at, "add_rms_norm", x.data(), y.data(), weight.data(), out.data(), total.data(), rows, n, n, n, 1e-5);
+        out.insert(out.end(), total.begin(), total.end());
+        return out;
+      });
+    }
+  }
+}
+
+PHL_TEST(rope) {
+  for (int64_t half : {1, 4, 16, 20, 32}) {
+    for (int64_t interleaved : {0, 1}) {
+      const int64_t tokens = 5, heads = 3, kv_heads = 1, size = 2 * half + 3;
+      const vector<float> q = floats(tokens * heads * size), k = floats(tokens * kv_heads * size);
+      const vector<float> cos_sin = floats(9 * 2 * half);
+      const vector<int32_t> positions{8, 0, 3, 4, 8};
+      compare(level, 1e-6f, "rope", [&](int at) {
+        vector<float> a = q, b = k;
+        run(at, "rope", a.data(), b.data(), positions.data(), cos_sin.data(), 0, tokens, heads, kv_heads, half,
+            interleaved, heads * size, size, kv_heads * size, size);
+        a.insert(a.end(), b.begin(), b.end());
+        return a;
+      });
+    }
+  }
+}
+
+namespace {
+
+struct Shape {
+  vector<int32_t> queries, lengths;
+  int64_t heads, kv_heads, size, page_size, window;
+  bool sinks;
+};
+
+void attend(int level, const Shape& s, bool int8) {
+  const int64_t rows = int64_t(s.queries.size());
+  vector<int32_t> start{0};
+  int64_t most = 1, pages = 1;
+  for (int32_t n : s.queries) start.push_back(start.back() + n);
+  for (int32_t n : s.lengths) most = std::max(most, (n + s.page_size - 1) / s.page_size);
+  vector<int32_t> table(size_t(rows * most), 0), slots;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i * s.page_size < s.lengths[size_t(row)]; ++i) table[size_t(row * most + i)] = int32_t(pages++);
+  }
+  for (int64_t slot = 0; slot < pages * s.page_size; ++slot) slots.push_back(int32_t(slot));
+  const int64_t tokens = start.back(), cached = int64_t(slots.size()), group = s.heads / s.kv_heads;
+  const int64_t width = int8 ? s.size + 4 : 2 * s.size, page = s.kv_heads * s.page_size * width / (int8 ? 1 : 2);
+  const vector<float> q = floats(tokens * s.heads * s.size), sinks = floats(s.heads);
+  const vector<float> keys = floats(cached * s.kv_heads * s.size), values = floats(cached * s.kv_heads * s.size);
+  const int64_t splits = std::min<int64_t>(16, (most * s.page_size + 255) / 256);
+  const int64_t wide = (s.size + 15) / 16 * 16, query_rows = std::max<int64_t>(96, group);
+  const int64_t stride = (2 * query_rows + 192) * wide + 18 * query_rows + 1024;
+  compare(level, level == 2 ? 2e-2f : 1e-4f, "attention", [&](int at) {
+    vector<uint8_t> k_cache(size_t(pages * s.kv_heads * s.page_size * width)), v_cache(k_cache.size());
+    run(at, int8 ? "write_kv_int8" : "write_kv_bf16", keys.data(), values.data(), k_cache.data(), v_cache.data(),
+        slots.data(), cached, s.kv_heads, s.size, s.page_size, s.kv_heads * s.size, s.size, s.kv_heads * s.size, s.size,
+        page);
+    vector<float> out(size_t(tokens * s.heads * s.size)), partial(size_t(rows * s.heads * splits * (s.size + 2)));
+    vector<float> scratch(size_t(phl::num_threads() * stride));
+    run(at, int8 ? "attention_int8" : "attention_bf16", q.data(), k_cache.data(), v_cache.data(), out.data(),
+        start.data(), s.lengths.data(), table.data(), s.sinks ? sinks.data() : nullptr, partial.data(), scratch.data(),
+        rows, s.heads, s.kv_heads, s.size, s.page_size, most, page, s.heads * s.size, s.size, splits, stride, s.window,
+        0.2, s.sinks ? 4.0 : 0.0);
+    return out;
+  });
+}
+
+}  // namespace
+
+PHL_TEST(attention) {
+  for (bool int8 : {false, true}) {
+    attend(level, {{1, 1, 1, 1}, {1, 37, 300, 0}, 9, 3, 64, 16, 0, false}, int8);
+    attend(level, {{1, 1}, {700, 129}, 2, 1, 32, 16, 0, true}, int8);
+    attend(level, {{1, 6, 1}, {7, 70, 270}, 6, 1, 24, 8, 0, false}, int8);
+    attend(level, {{35, 1, 5}, {35, 20, 90}, 3, 3, 64, 16, 20, true}, int8);
+    attend(level, {{3, 1}, {5, 70}, 2, 2, 5, 3, 4, false}, int8);
+  }
+}
+
+PHL_TEST(sampling) {
+  for (int64_t vocab : {1, 7, 64, 3000}) {
+    const int64_t rows = 4, threads = phl::num_threads();
+    const vector<float> logits = floats(rows * vocab);
+    compare(level, 1e-5f, "scans", [&](int at) {
+      vector<float> out(rows);
+      vector<int32_t> best(rows), ids(size_t(rows * std::min<int64_t>(vocab, 5)));
+      vector<float> values(ids.size());
+      vector<uint64_t> keys(size_t(threads * vocab));
+      run(at, "logsumexp", logits.data(), out.data(), rows, vocab, vocab);
+      run(at, "argmax", logits.data(), best.data(), rows, vocab, vocab);
+      run(at, "top_k", logits.data(), values.data(), ids.data(), keys.data(), rows, vocab, vocab,
+          int64_t(ids.size()) / rows);
+      out.insert(out.end(), best.begin(), best.end());
+      out.insert(out.end(), ids.begin(), ids.end());
+      return out;
+    });
+    compare(level, 0, "mask", [&](int at) {
+      vector<float> masked = logits;
+      vector<int32_t> which{2, 0};
+      vector<uint32_t> words(size_t(2 * ((vocab + 31) / 32)), 0xA5F00FFFu);
+      run(at, "mask_tokens", masked.data(), which.data(), words.data(), 2, vocab, vocab, (vocab + 31) / 32);
+      return masked;
+    });
+    for (int64_t k : {0, 1, 3, 2000}) {
+      for (float top_p : {1.0f, 0.4f}) {
+        compare(level, 0, "sample", [&](int at) {
+          const vector<float> temperature(rows, 0.5f), nucleus(rows, top_p), floor(rows, 0.01f);
+          const vector<int32_t> limit(rows, int32_t(k));
+          const vector<int64_t> seeds{1, -2, 3, 4}, positions{0, 1, 2, 3};
+          vector<int32_t> out(rows);
+          vector<float> weights(size_t(threads * vocab));
+          vector<uint64_t> keys(size_t(threads * 2 * vocab));
+          run(at, "sample", logits.data(), temperature.data(), limit.data(), nucleus.data(), floor.data(), seeds.data(),
+              positions.data(), out.data(), weights.data(), keys.data(), rows, vocab, vocab);
+          return vector<float>(out.begin(), out.end());
+        });
+      }
+    }
+  }
+}

@@ -1,0 +1,116 @@
+"""Dense weights quantised while they are loaded: groups of 32 inputs with a float16 scale (and minimum).
+
+The result has the bytes of GGUF's Q8_0 or Q4_1, so that every table that reads those reads these.
+Legend: M outputs, N inputs, G groups.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+    from phloem.kernels.ops import WeightSource
+
+    Groups = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+GROUP = 32
+FLOAT_KINDS = ("dense", "BF16", "F16", "F32")
+_ELEMENTS_AT_ONCE = 1 << 21
+# How much of a group's range four bits cover: cutting off its ends can make the steps fit the rest better.
+_SHRINK = (1.0, 0.93, 0.86)
+
+
+def int8_groups(x_MGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(integers -127..127, float16 scale, zero minimum) of groups [M, G, 32]."""
+    scale = (x_MGK.abs().amax(-1, keepdim=True) / 127).half()
+    wide = scale.float()
+    q = torch.where(wide > 0, x_MGK / wide, 0.0).round().clamp(-127, 127)
+    return q, scale, torch.zeros_like(scale)
+
+
+def int4_groups(x_MGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(integers 0..15, float16 scale, float16 minimum), of least squared error over a few ranges.
+
+    Each range is refined once: with the integers fixed, scale and minimum are a linear least-squares fit.
+    """
+    low, high = x_MGK.amin(-1, keepdim=True), x_MGK.amax(-1, keepdim=True)
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    best_error = torch.full_like(low, float("inf"))
+    for shrink in _SHRINK:
+        scale, minimum = (high - low) * (shrink / 15), low + (high - low) * ((1 - shrink) / 2)
+        q = _steps(x_MGK, scale, minimum)
+        centred = q - q.mean(-1, keepdim=True)
+        spread = centred.square().sum(-1, keepdim=True)
+        fitted = torch.where(spread > 0, (centred * x_MGK).sum(-1, keepdim=True) / spread.clamp_min(1e-30), scale)
+        scale16 = fitted.half()
+        minimum16 = (x_MGK.mean(-1, keepdim=True) - fitted * q.mean(-1, keepdim=True)).half()
+        q = _steps(x_MGK, scale16.float(), minimum16.float())
+        error = (q * scale16.float() + minimum16.float() - x_MGK).square().sum(-1, keepdim=True)
+        better = error < best_error
+        if best is None:
+            best = (q, scale16, minimum16)
+        else:
+            best = tuple(torch.where(better, new, old) for new, old in zip((q, scale16, minimum16), best, strict=True))  # pyright: ignore[reportAssignmentType]
+        best_error = torch.minimum(error, best_error)
+    assert best is not None
+    return best
+
+
+def _steps(x: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    return torch.where(scale != 0, (x - minimum) / scale, 0.0).round().clamp(0, 15)
+
+
+class GroupQuantised:
+    """A `WeightSource` whose dense values are quantised when they are read."""
+
+    def __init__(self, source: WeightSource, bits: int) -> None:
+        self.source = source
+        self.name = source.name
+        self.shape = tuple(source.shape)
+        self.bits = bits
+        self.kind = "Q8_0" if bits == 8 else "Q4_1"
+
+    def raw(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Blocks as GGUF stores them, `[out_features, bytes per row]`; inputs are padded with zeros to whole groups."""
+        rows = [_to_bytes(*groups, self.bits) for groups in self._groups()]
+        return torch.cat(rows).numpy()
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """What the quantised weight stands for."""
+        rows = [(q * scale.float() + minimum.float()).flatten(1).to(dtype) for q, scale, minimum in self._groups()]
+        return torch.cat(rows)[:, : self.shape[1]].contiguous()
+
+    def _groups(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        values_MN = self.source.dense(torch.float32)
+        method: Groups = int8_groups if self.bits == 8 else int4_groups
+        for part in values_MN.split(max(1, _ELEMENTS_AT_ONCE // self.shape[1])):
+            yield method(pad(part, (0, -self.shape[1] % GROUP)).unflatten(1, (-1, GROUP)))
+
+
+def _to_bytes(q_MGK: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
+    if bits == 8:
+        fields = (scale.view(torch.uint8), q_MGK.to(torch.int8).view(torch.uint8))
+    else:
+        q = q_MGK.to(torch.uint8)
+        fields = (scale.view(torch.uint8), minimum.view(torch.uint8), q[..., :16] | q[..., 16:] << 4)
+    return torch.cat(fields, -1).flatten(1)
+
+
+def quantised(source: WeightSource, bits: int) -> WeightSource:
+    """A matrix of floats quantised to 8 or 4 bits; what is quantised already, and vectors, stay as they are.
+
+    Embedding and head keep 8 bits: they are read by row, and their errors reach the logits directly.
+    """
+    if source.kind not in FLOAT_KINDS or len(source.shape) != 2 or prod(source.shape) == 0:
+        return source
+    outer = "embed_tokens" in source.name or source.name.startswith("lm_head")
+    return GroupQuantised(source, 8 if outer else bits)

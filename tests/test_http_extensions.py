@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
-from door import Door, make_info, on_loop, open_door
+from door import THINKS, Door, Marked, make_info, on_loop, open_door
 
 from phloem.core.messages import unpack_ids
 from phloem.server import infill
-from phloem.testing.byte_tokenizer import BOS, ByteTokenizer
+from phloem.testing.byte_tokenizer import BOS, SYSTEM, USER
 from phloem.testing.fake_engine import FakeEngine
 
 HI = [{"role": "user", "content": "hi"}]
@@ -64,18 +65,6 @@ async def test_best_of_equal_to_n_streams() -> None:
 # --- suffix
 
 
-class Marked(ByteTokenizer):
-    """A tokenizer in which the names of some marks are special tokens: the byte tokenizer's own, renamed."""
-
-    def __init__(self, marks: dict[str, str]) -> None:
-        self.marks = marks
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        for mark, name in self.marks.items():
-            text = text.replace(mark, name)
-        return super().encode(text, add_special_tokens)
-
-
 NAMES: tuple[str, ...] = ("<user>", "<assistant>", "<system>")
 
 
@@ -85,9 +74,8 @@ def test_a_suffix_in_every_format(form: infill.InfillFormat) -> None:
 
     @on_loop
     async def check() -> None:
-        async with open_door() as door:
-            tokenizer: Any = Marked(marks)
-            door.client.tokenizer = door.client.admission.tokenizer = tokenizer
+        tokenizer = Marked(marks)
+        async with open_door(tokenizer=tokenizer) as door:
             ids = {mark: tokenizer.encode(mark, False)[0] for mark in form.marks}
             for prompt in ("ab", [*b"ab"]):
                 response = await door.post("/v1/completions", {"prompt": prompt, "suffix": "cd", "max_tokens": 1})
@@ -188,7 +176,7 @@ async def test_a_batch_names_processors_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [
-        ("a", {"inside": False, "start_ids": [*b"<think>"]}),
+        ("a", {"inside": False, "start_ids": [USER]}),
         ("a<think>\n", {"inside": True}),
         ("a<think>x</think>", None),
     ],
@@ -196,14 +184,49 @@ async def test_a_batch_names_processors_one_by_one() -> None:
 def test_a_budget_for_reasoning(prompt: str, expected: dict[str, Any] | None) -> None:
     @on_loop
     async def check() -> None:
-        async with open_door(info=REASONS) as door:
+        async with open_door(info=REASONS, tokenizer=THINKS) as door:
             body = {"text": prompt, "max_thinking_tokens": 7, "sampling_params": {"max_new_tokens": 1}}
             assert (await door.post("/generate", body)).status_code == 200
             found = door.engine.submits[-1].sampling.processors
             if expected is None:
                 assert found == {}
             else:
-                assert found["thinking_budget"] == {"thinking_budget": 7, "end_ids": [*b"</think>"], **expected}
+                assert found["thinking_budget"] == {"thinking_budget": 7, "end_ids": [SYSTEM], **expected}
             assert (await door.post("/generate", {**body, "max_thinking_tokens": -1})).status_code == 400
 
     check()
+
+
+@on_loop
+async def test_a_budget_needs_a_token_that_ends_reasoning() -> None:
+    for info, why in ((REASONS, "no token for"), (make_info(), "no known reasoning format")):
+        async with open_door(info=info) as door:
+            response = await door.post("/generate", {"text": "a", "max_thinking_tokens": 5})
+            assert response.status_code == 400
+            error = response.json()["error"]
+            assert error["param"] == "max_thinking_tokens" and why in error["message"]
+
+
+# --- hidden states
+
+SHOWS = make_info(features=frozenset({"hidden_states"}))
+
+
+@on_loop
+async def test_hidden_states_come_with_their_tokens() -> None:
+    async with open_door(FakeEngine(mode="say", text="one. two", per_step=2), SHOWS) as door:
+        params = {"max_new_tokens": 9, "stop": ". "}
+        body = {"text": "a", "sampling_params": params, "return_hidden_states": True}
+        answer = (await door.post("/generate", body)).json()
+        assert answer["output_ids"] == [*b"one. "]
+        assert answer["meta_info"]["hidden_states"] == [[float(token), 0.5] for token in b"one. "]
+        last = json.loads((await door.events("/generate", body))[-2])
+        assert last["meta_info"]["hidden_states"] == answer["meta_info"]["hidden_states"]
+        chat = {"messages": HI, "max_tokens": 3, "return_hidden_states": True}
+        choice = (await door.post("/v1/chat/completions", chat)).json()["choices"][0]
+        assert choice["hidden_states"] == [float(ord("e")), 0.5]
+        text = {"prompt": "a", "max_tokens": 2, "return_hidden_states": True}
+        events = await door.events("/v1/completions", text)
+        assert json.loads(events[-2])["choices"][0]["hidden_states"] == [float(ord("n")), 0.5]
+        plain = (await door.post("/v1/completions", {**text, "return_hidden_states": False})).json()
+        assert "hidden_states" not in plain["choices"][0]

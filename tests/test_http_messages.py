@@ -7,10 +7,10 @@ import json
 from typing import Any
 
 import pytest
-from door import MODEL, Door, make_info, on_loop, open_door
+from door import MODEL, THINKS, Door, make_info, on_loop, open_door
 
 from phloem.core.messages import unpack_ids
-from phloem.testing.byte_tokenizer import ByteTokenizer
+from phloem.testing.byte_tokenizer import SYSTEM, ByteTokenizer
 from phloem.testing.fake_engine import FakeEngine
 
 PATH = "/v1/messages"
@@ -156,10 +156,10 @@ async def test_tool_choice_and_formats_become_constraints() -> None:
 
 @on_loop
 async def test_thinking_budgets() -> None:
-    async with open_door(say("x"), INFO) as door:
+    async with open_door(say("x"), INFO, THINKS) as door:
         await create(door, thinking={"type": "enabled", "budget_tokens": 9})
         params = door.engine.submits[-1].sampling.processors["thinking_budget"]
-        assert params["thinking_budget"] == 9 and bytes(params["end_ids"]) == b"</think>"
+        assert params["thinking_budget"] == 9 and params["end_ids"] == [SYSTEM]
         for thinking in ({"type": "disabled"}, {"type": "adaptive"}):
             await create(door, thinking=thinking)
             assert door.engine.submits[-1].sampling.processors == {}

@@ -84,6 +84,7 @@ class ChatChoice(Answer, kw_only=True):
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     matched_stop: int | str | None
+    hidden_states: list[float] | UnsetType = UNSET  # of the last output token
 
 
 class ChatCompletion(Answer, kw_only=True):
@@ -108,6 +109,7 @@ class ChatChunkChoice(Answer, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     matched_stop: int | str | UnsetType | None = UNSET
+    hidden_states: list[float] | UnsetType = UNSET  # with the finish reason
 
 
 class ChatChunk(Answer, kw_only=True):
@@ -132,6 +134,7 @@ class CompletionChoice(Answer, kw_only=True):
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
     matched_stop: int | str | UnsetType | None = UNSET
+    hidden_states: list[float] | UnsetType = UNSET  # of the last output token
 
 
 class Completion(Answer, kw_only=True):

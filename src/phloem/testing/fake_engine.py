@@ -8,6 +8,8 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from phloem.core.errors import EngineDead
 from phloem.core.messages import (
     Abort,
@@ -203,6 +205,8 @@ class FakeEngine(EngineLink):
         chunk = Chunk(id=submit.id, tokens=tokens, finish=finish, queue_seconds=0.001)
         if first or finish is not None:
             chunk.cached_tokens = len(running.prompt) // 2
+        if submit.return_hidden:
+            chunk.hidden = [np.array([token, 0.5], dtype="<f4").tobytes() for token in tokens]
         if submit.return_logprob:
             chunk.logprobs = self._logprobs(submit, tokens)
             if first and submit.logprob_start >= 0:

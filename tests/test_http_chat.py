@@ -183,7 +183,6 @@ async def test_logprobs_carry_texts_and_bytes() -> None:
         {"json_schema": "{}"},
         {"ebnf": "root ::= 'a'"},
         {"lora_path": "x"},
-        {"session_params": {"id": "s"}},
         {"data_parallel_rank": 1},
         {"bootstrap_host": "h"},
         {"return_hidden_states": True},

@@ -253,7 +253,7 @@ async def test_an_unexpected_exception_is_a_500_with_an_id_and_a_log_line(
     def broken(*args: Any) -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr(chat, "delta_parsers", broken)
+    monkeypatch.setattr(chat, "to_request", broken)
     async with open_door() as door:
         with caplog.at_level(logging.ERROR):
             response = await door.post("/v1/chat/completions", {"messages": HI}, headers={"x-request-id": "look-here"})

@@ -181,6 +181,18 @@ async def test_tools_are_told_to_a_model_whose_template_knows_none() -> None:
 
 
 @on_loop
+async def test_a_constraint_waits_for_reasoning_only_where_that_is_parted() -> None:
+    async with open_door(Speaker(text="{}"), info()) as door:
+        for path, body, at_once in (
+            (PATH, {"messages": HI, "json_schema": "{}"}, False),
+            (PATH, {"messages": HI, "json_schema": "{}", "separate_reasoning": False}, True),
+            ("/generate", {"text": "x", "sampling_params": {"json_schema": "{}"}}, True),
+        ):
+            assert (await door.post(path, body)).status_code == 200
+            assert door.engine.submits[-1].grammar_at_once is at_once
+
+
+@on_loop
 async def test_the_openai_client_reads_it() -> None:
     import openai
 

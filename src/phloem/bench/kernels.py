@@ -6,6 +6,7 @@ multiply-adds from registers), and its share is the median over the turns: on a 
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from phloem.bench._report import context, write_line
@@ -166,7 +168,77 @@ def show(record: dict[str, Any]) -> None:
 
 
 def cases(ops: Ops, o: Options) -> list[Case]:
-    return [*_rows(ops, o), *_attention(ops, o), *_sampling(ops, o)]
+    return [*_linear(ops, o), *_rows(ops, o), *_attention(ops, o), *_sampling(ops, o)]
+
+
+class _Blocks:
+    """A GGUF tensor of random blocks: float16 scales around 0.01, then random quants."""
+
+    LAYOUTS = {"Q4_0": (1, 16), "Q4_1": (2, 16), "Q8_0": (1, 32)}  # float16 numbers and bytes of 32 weights
+
+    def __init__(self, kind: str, out_features: int, in_features: int) -> None:
+        self.name, self.kind, self.shape = f"random {kind}", kind, (out_features, in_features)
+        scales, quants = self.LAYOUTS[kind]
+        draw = np.random.default_rng(0)
+        blocks = np.zeros((out_features, in_features // 32, 2 * scales + quants), np.uint8)
+        blocks[..., : 2 * scales] = np.full(scales, 0.01, np.float16).view(np.uint8)
+        blocks[..., 2 * scales :] = draw.integers(0, 256, (*blocks.shape[:2], quants), np.uint8)
+        self._raw = blocks.reshape(out_features, -1)
+
+    def raw(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        return self._raw
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError("the native table packs the blocks themselves")
+
+
+class _Dense:
+    """A random bfloat16 weight."""
+
+    kind = "dense"
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        self.name, self.shape = "random dense", (out_features, in_features)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return (torch.randn(self.shape) * 0.02).to(dtype)
+
+    def raw(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        raise NotImplementedError("dense weights have no blocks")
+
+
+def _linear(ops: Ops, o: Options) -> list[Case]:
+    """The layers of a model, fused as the models fuse them, in the types that the default model has."""
+    heads = (o.heads + 2 * o.kv_heads) * o.head_size
+    layers = {
+        "qkv": (heads, o.hidden, "Q4_1"),
+        "gate_up": (2 * o.intermediate, o.hidden, "Q4_1"),
+        "down": (o.hidden, o.intermediate, "Q4_1"),
+        "head": (o.vocab, o.hidden, "Q8_0"),
+        "gate_up, dense": (2 * o.intermediate, o.hidden, "dense"),
+    }
+    found: list[Case] = []
+    for name, (out_features, in_features, kind) in layers.items():
+        source = _Dense(out_features, in_features) if kind == "dense" else _Blocks(kind, out_features, in_features)
+        # Copies, used in turn, so that a weight is read from memory as in a real step; the head is larger than caches.
+        copies = max(1, min(64, (96 << 20) // (out_features * in_features)))
+        weights = [ops.prepare_linear([source], torch.bfloat16, torch.device("cpu")) for _ in range(copies)]
+        for rows in (1, 8, 32, 256, 1024):
+            if name == "head" and rows > 32:
+                continue
+            x = torch.randn(rows, in_features)
+            turn = itertools.cycle(weights)
+            operations = 2.0 * rows * out_features * in_features
+            found.append(
+                Case(
+                    f"linear {name} {kind} {rows} rows",
+                    lambda x=x, turn=turn: ops.linear(x, next(turn), None),
+                    float(getattr(weights[0], "nbytes", 0)),
+                    operations,
+                    "" if rows <= 8 else "bf16" if kind == "dense" else "int8",
+                )
+            )
+    return found
 
 
 def _rows(ops: Ops, o: Options) -> list[Case]:

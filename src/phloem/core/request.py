@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -62,6 +63,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_un
     ebnf: str | None = None
     structural_tag: str | None = None
     logit_bias: dict[str, float] = {}
+    processors: dict[str, dict[str, Any]] = {}  # name in engine/processors -> its parameters
     sampling_seed: int | None = None
 
     @property

@@ -8,6 +8,7 @@ Legend: R rows, B rows of the bucket, P pages per row, N hidden size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from phloem.engine.graphs import StepGraphs
-from phloem.engine.inputs import StepInputs
+from phloem.engine.inputs import StepInputs, device_inputs
 from phloem.kernels.graph import check_replay
 from phloem.kernels.ops import PagedBatch
 from phloem.layers.context import ForwardBatch
@@ -23,7 +24,10 @@ from phloem.layers.context import ForwardBatch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from numpy.typing import NDArray
+
     from phloem.attention import AttentionBackend
+    from phloem.core.batch import Batch
     from phloem.kernels.graph import GraphRecorder
     from phloem.kvcache.pool import KVPool
     from phloem.models import Model
@@ -53,17 +57,22 @@ class DecodeGraphs:
         self._model, self._backend, self._pool = model, backend, pool
         self._max_pages = max_pages
         self._check = check
+        self._host: dict[int, HostBuffers] = {}
         self.graphs: StepGraphs[StepInputs, Tensor] = StepGraphs(recorder, limit, self._build)
 
-    def run(self, step: StepInputs) -> Tensor | None:
+    def run(self, batch: Batch, last_tokens: Tensor) -> Tensor | None:
         """Hidden states [R, N] of a decode step, valid until the next one; None: run it eagerly."""
-        rows = len(step.input_ids)
-        if step.paged.page_table.shape[1] > self._max_pages:
+        rows = batch.num_rows
+        if batch.page_table.shape[1] > self._max_pages:
             return None
         found = self.graphs.get(rows)
         if found is None:
             return None
-        _fill(found.inputs, step, rows)
+        host = self._host.get(found.rows)
+        if host is not None:
+            host.fill(batch, last_tokens.numpy(), self._pool.page_size)
+        else:
+            _fill(found.inputs, device_inputs(batch, self._pool.page_size, last_tokens), rows)
         hidden_BN = found.replay()
         if self._check:
             check_replay(found.graph, [hidden_BN], lambda: [self._eager(found.inputs)])
@@ -92,7 +101,47 @@ class DecodeGraphs:
             logit_index=zeros(0, dtype=torch.int64),
             sampled_rows=np.arange(rows),
         )
+        if device.type == "cpu":
+            self._host[rows] = HostBuffers.of(inputs)
         return inputs, lambda: self._eager(inputs)
+
+
+@dataclass(slots=True)
+class HostBuffers:
+    """A bucket's buffers as numpy: on a CPU a step is written straight into them."""
+
+    input_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    seq_lens: NDArray[np.int32]
+    page_table: NDArray[np.int32]
+    token_slots: NDArray[np.int32]
+
+    @staticmethod
+    def of(inputs: StepInputs) -> HostBuffers:
+        paged = inputs.paged
+        return HostBuffers(
+            inputs.input_ids.numpy(),
+            inputs.positions.numpy(),
+            paged.seq_lens.numpy(),
+            paged.page_table.numpy(),
+            paged.token_slots.numpy(),
+        )
+
+    def fill(self, batch: Batch, last_tokens: NDArray[np.int64], page_size: int) -> None:
+        """As `_fill`: rows beyond the step read and write the scratch page 0 alone."""
+        rows, pages = batch.page_table.shape
+        positions = batch.prefix_lens
+        self.input_ids[:rows] = np.where(batch.input_ids < 0, last_tokens[batch.slots], batch.input_ids)
+        self.positions[:rows] = positions
+        self.seq_lens[:rows] = positions + 1
+        self.page_table[:rows, :pages] = batch.page_table
+        page = batch.page_table[np.arange(rows), positions // page_size]
+        self.token_slots[:rows] = page * page_size + positions % page_size
+        if rows < len(self.input_ids):
+            self.positions[rows:] = 0
+            self.seq_lens[rows:] = 1
+            self.token_slots[rows:] = 0
+            self.page_table[rows:, 0] = 0
 
 
 def _fill(fixed: StepInputs, step: StepInputs, rows: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,19 +19,21 @@ from phloem.engine.decode import DecodeGraphs, run_forward
 from phloem.engine.inputs import device_inputs, prompt_rows
 from phloem.engine.logprobs import position_logprobs
 from phloem.engine.masks import Masks
-from phloem.engine.sampler import SamplingRows, sample
+from phloem.engine.sampler import sample
 from phloem.engine.slots import Slot, Slots
 from phloem.utils import log
 
 if TYPE_CHECKING:
     from phloem.attention import AttentionBackend
     from phloem.core.batch import Batch
-    from phloem.engine.inputs import StepInputs
     from phloem.kernels.ops import Ops
     from phloem.kvcache.pool import KVPool
     from phloem.models import Model
 
 _log = log.get("engine.runner")
+
+Index = np.ndarray[Any, np.dtype[np.int64]]
+Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 # Logits of prompt positions are made in pieces of this many, so that a long prompt's do not all exist at once.
 HEAD_ROWS = 256
@@ -122,69 +124,87 @@ class ModelRunner:
         start = perf_counter()
         for admission in batch.admissions:
             self._slots.admit(admission)
-        inputs = device_inputs(batch, self.page_size, self._slots.last_tokens)
-        self._masks.begin([self._slots[slot] for slot in batch.slots[inputs.sampled_rows].tolist()])
-        before = perf_counter()
-        hidden_LN = self._forward(batch, inputs)
-        count = len(inputs.sampled_rows)
+        sampled = np.flatnonzero(batch.sample)
+        ids = batch.slots[sampled]
+        slots = [self._slots[slot] for slot in ids.tolist()]
+        self._masks.begin(slots)
         output = StepOutput(batch.step, np.full(batch.num_rows, -1, np.int32))
-        logits_LV = self.model.head(hidden_LN[:count]) if count else None
-        output.forward_seconds = perf_counter() - before
-        if logits_LV is not None:
-            self._sample(batch, inputs, logits_LV, output)
+        before = perf_counter()
+        hidden_LN = self._forward(batch)
+        count = len(slots)
+        if count and self._slots.argmax_only[ids].all():
+            tokens_L = self.model.greedy(hidden_LN[:count]).long()
+            output.forward_seconds = perf_counter() - before
+            self._accept(sampled, slots, ids, tokens_L, hidden_LN[:count].sum(-1), output)
+        elif count:
+            logits_LV = self.model.head(hidden_LN[:count])
+            output.forward_seconds = perf_counter() - before
+            self._sample(batch, sampled, slots, ids, logits_LV, output)
+        else:
+            output.forward_seconds = perf_counter() - before
+        for i, slot in enumerate(slots):
+            if slot.return_hidden:
+                output.hidden[int(sampled[i])] = hidden_LN[i].to("cpu", torch.float32).numpy().copy()
         if batch.prompt_targets:
             self._prompt_logprobs(batch, hidden_LN[count:], output)
         output.total_seconds = perf_counter() - start
         return output
 
-    def _forward(self, batch: Batch, inputs: StepInputs) -> Tensor:
+    def _forward(self, batch: Batch) -> Tensor:
         """Hidden states of the wanted positions: by a recorded step where one serves, else eagerly."""
+        last_tokens = self._slots.last_tokens
         if self._graphs is not None and batch.is_decode and not batch.prompt_targets:
-            hidden_RN = self._graphs.run(inputs)
+            hidden_RN = self._graphs.run(batch, last_tokens)
             if hidden_RN is not None:
                 return hidden_RN
+        inputs = device_inputs(batch, self.page_size, last_tokens)
         return run_forward(self.model, self._backend, self.pool, inputs, inputs.logit_index)
 
-    def _sample(self, batch: Batch, inputs: StepInputs, logits_LV: Tensor, output: StepOutput) -> None:
+    def _sample(
+        self, batch: Batch, rows: Index, slots: list[Slot], ids: Ids, logits_LV: Tensor, output: StepOutput
+    ) -> None:
         """Choose a token for every sampling row; what fails for one row is noted for it alone."""
-        rows = inputs.sampled_rows
-        ids = batch.slots[rows]
-        slots = [self._slots[int(slot)] for slot in ids]
-        generated = (batch.prefix_lens + batch.query_lens)[rows]
+        known = (batch.prefix_lens + batch.query_lens)[rows]
         wanted = [i for i, slot in enumerate(slots) if slot.return_logprob]
         raw_LV = logits_LV
         if not all(slot.plain for slot in slots):
             raw_LV = logits_LV.clone() if wanted else logits_LV
-            self._adjust_(slots, rows, generated, logits_LV, output)
-        params = SamplingRows.of(
-            [s.params for s in slots], [s.seed for s in slots], generated.tolist(), logits_LV.shape[1]
-        )
-        tokens_L = sample(logits_LV, params, self._ops)
-        self._slots.last_tokens[torch.from_numpy(ids.astype(np.int64)).to(tokens_L.device)] = tokens_L
+            self._adjust_(slots, rows, known, logits_LV, output)
+        tokens_L = sample(logits_LV, self._slots.columns.rows(ids, known), self._ops)
         for i, slot in enumerate(slots):
             if slot.penalties is not None:
                 slot.penalties.add(tokens_L[i])
-        values = tokens_L.to("cpu", torch.int32).numpy()
-        self._check(rows, logits_LV, tokens_L, output)
+        chosen_L = logits_LV.gather(1, tokens_L.unsqueeze(1)).squeeze(1)
+        self._accept(rows, slots, ids, tokens_L, chosen_L, output)
         for i in wanted:
-            slot, row = slots[i], int(rows[i])
-            found = position_logprobs(
+            slot = slots[i]
+            output.logprobs[int(rows[i])] = position_logprobs(
                 raw_LV[i : i + 1], tokens_L[i : i + 1], slot.top_logprobs, slot.token_ids_logprob, self._ops
-            )
-            output.logprobs[row] = found[0]
+            )[0]
+
+    def _accept(
+        self, rows: Index, slots: list[Slot], ids: Ids, tokens_L: Tensor, sound_L: Tensor, output: StepOutput
+    ) -> None:
+        """Keep the tokens for the next step and give them out. A row whose `sound` value is not a number fails alone:
+        its weights or its cache are damaged."""
+        self._slots.last_tokens[torch.from_numpy(ids.astype(np.int64)).to(tokens_L.device)] = tokens_L
+        for i in torch.isnan(sound_L).nonzero().flatten().tolist():
+            output.failed.setdefault(int(rows[i]), "the model's logits are not numbers (NaN)")
+        values = tokens_L.to("cpu", torch.int32).numpy()
+        output.tokens[rows] = values
+        for row in output.failed:
+            output.tokens[row] = -1
         for i, slot in enumerate(slots):
-            row = int(rows[i])
-            if row in output.failed:
-                continue
-            output.tokens[row] = values[i]
-            if slot.mask is not None:
+            if slot.mask is not None and int(rows[i]) not in output.failed:
                 slot.since_mask.append(int(values[i]))
+            if slot.params.processors:
+                slot.output.append(int(values[i]))
 
     def _adjust_(
         self,
         slots: list[Slot],
-        rows: np.ndarray[tuple[int], np.dtype[np.int64]],
-        known: np.ndarray[tuple[int], np.dtype[np.int32]],
+        rows: Index,
+        known: Ids,
         logits_LV: Tensor,
         output: StepOutput,
     ) -> None:
@@ -198,14 +218,13 @@ class ModelRunner:
                 output.failed[int(rows[i])] = f"{type(error).__name__}: {error}"
         for i, reason in self._masks.apply_(slots, logits_LV).items():
             output.failed[int(rows[i])] = reason
-
-    def _check(
-        self, rows: np.ndarray[tuple[int], np.dtype[np.int64]], logits_LV: Tensor, tokens_L: Tensor, output: StepOutput
-    ) -> None:
-        """A row whose chosen logit is not a number fails alone: its weights or its cache are damaged."""
-        best_L = logits_LV.gather(1, tokens_L.unsqueeze(1)).squeeze(1)
-        for i in torch.isnan(best_L).nonzero().flatten().tolist():
-            output.failed.setdefault(int(rows[i]), "the model's logits are not numbers (NaN)")
+        for i, slot in enumerate(slots):
+            if slot.params.processors and int(rows[i]) not in output.failed:
+                try:
+                    slot.process_(logits_LV[i])
+                except Exception as error:
+                    _log.warning("request %s: a logit processor failed: %s", slot.request_id, error)
+                    output.failed[int(rows[i])] = f"{type(error).__name__}: {error}"
 
     def _prompt_logprobs(self, batch: Batch, hidden_LN: Tensor, output: StepOutput) -> None:
         start = 0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -39,39 +39,70 @@ def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArra
     return ((z >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)).astype(np.float32)
 
 
+class SamplingColumns:
+    """What each slot asks for, as host arrays by slot: a step's rows are then one indexing away."""
+
+    def __init__(self, count: int, vocab: int) -> None:
+        self._vocab = vocab
+        self.temperature = np.zeros(count, np.float32)
+        self.top_k = np.zeros(count, np.int32)
+        self.top_p = np.zeros(count, np.float32)
+        self.min_p = np.zeros(count, np.float32)
+        self.seeds = np.zeros(count, np.uint64)
+        self.greedy = np.zeros(count, np.bool_)
+
+    def set(self, slot: int, params: SamplingParams, seed: int) -> None:
+        self.temperature[slot] = params.temperature
+        self.top_k[slot] = params.top_k if 0 < params.top_k < self._vocab else self._vocab
+        self.top_p[slot] = params.top_p
+        self.min_p[slot] = params.min_p
+        self.seeds[slot] = seed & (2**64 - 1)
+        self.greedy[slot] = params.greedy
+
+    def rows(self, slots: NDArray[np.integer], positions: NDArray[np.integer]) -> SamplingRows:
+        return SamplingRows(
+            temperature=self.temperature[slots],
+            top_k=self.top_k[slots],
+            top_p=self.top_p[slots],
+            min_p=self.min_p[slots],
+            seeds=self.seeds[slots],
+            positions=positions.astype(np.uint64),
+            greedy=self.greedy[slots],
+        )
+
+
 @dataclass(slots=True)
 class SamplingRows:
-    """What L rows ask for, as host arrays."""
+    """What L rows ask for, as host arrays. `positions`: of the token that is to be sampled."""
 
     temperature: NDArray[np.float32]
     top_k: NDArray[np.int32]  # vocabulary size where off
     top_p: NDArray[np.float32]
     min_p: NDArray[np.float32]
-    uniform: NDArray[np.float32]
+    seeds: NDArray[np.uint64]
+    positions: NDArray[np.uint64]
     greedy: NDArray[np.bool_]
+
+    @property
+    def uniform(self) -> NDArray[np.float32]:
+        return uniforms(self.seeds, self.positions)
 
     @staticmethod
     def of(
         params: Sequence[SamplingParams], seeds: Sequence[int], positions: Sequence[int], vocab: int
     ) -> SamplingRows:
-        greedy = np.array([p.greedy for p in params], np.bool_)
-        drawn = not greedy.all()
-        return SamplingRows(
-            temperature=np.array([p.temperature for p in params], np.float32),
-            top_k=np.array([p.top_k if 0 < p.top_k < vocab else vocab for p in params], np.int32),
-            top_p=np.array([p.top_p for p in params], np.float32),
-            min_p=np.array([p.min_p for p in params], np.float32),
-            uniform=uniforms(np.array(seeds, np.uint64), np.array(positions, np.uint64))
-            if drawn
-            else np.zeros(len(greedy), np.float32),
-            greedy=greedy,
-        )
+        columns = SamplingColumns(len(params), vocab)
+        for slot, (item, seed) in enumerate(zip(params, seeds, strict=True)):
+            columns.set(slot, item, seed)
+        return columns.rows(np.arange(len(params)), np.array(positions, np.int64))
 
 
 def sample(logits_LV: Tensor, rows: SamplingRows, ops: Ops) -> Tensor:
     """The next token of each row. Returns int64 [L], on the logits' device."""
     if rows.greedy.all():
         return ops.argmax(logits_LV).long()
+    if ops.sample is not None:
+        return _draw_by_table(logits_LV, rows, ops.sample).long()
     drawn = np.flatnonzero(~rows.greedy)
     if len(drawn) == len(rows.greedy):
         return _draw(logits_LV, rows, drawn)
@@ -79,6 +110,20 @@ def sample(logits_LV: Tensor, rows: SamplingRows, ops: Ops) -> Tensor:
     index = torch.from_numpy(drawn).to(logits_LV.device)
     tokens[index] = _draw(logits_LV[index], rows, drawn)
     return tokens
+
+
+def _draw_by_table(logits_LV: Tensor, rows: SamplingRows, draw: Callable[..., Tensor]) -> Tensor:
+    """The table's own sampler; a temperature of 0 stands for greedy."""
+    temperature = np.where(rows.greedy, np.float32(0), rows.temperature)
+    columns = (
+        temperature,
+        rows.top_k,
+        rows.top_p,
+        rows.min_p,
+        rows.seeds.view(np.int64),
+        rows.positions.view(np.int64),
+    )
+    return draw(logits_LV, *(torch.from_numpy(column).to(logits_LV.device) for column in columns))
 
 
 def _draw(logits_LV: Tensor, rows: SamplingRows, index: NDArray[np.int64]) -> Tensor:

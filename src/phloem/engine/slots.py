@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phloem.engine.penalties import Penalties, bias_tensors
+from phloem.engine.processors import make
+from phloem.engine.sampler import SamplingColumns
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
     from phloem.core.batch import Admission
     from phloem.core.request import SamplingParams
+    from phloem.engine.processors import Processor
 
 Mask = Callable[[list[int]], "NDArray[np.int32] | None"]
 
@@ -27,21 +30,38 @@ class Slot:
 
     request_id: str
     params: SamplingParams
-    seed: int
     num_prompt: int
     eos_ids: tuple[int, ...]
     return_logprob: bool
     top_logprobs: int
     token_ids_logprob: tuple[int, ...]
+    return_hidden: bool
     mask: Mask | None
     penalties: Penalties | None
     bias: tuple[Tensor, Tensor] | None
+    output: list[int]  # tokens chosen so far, where processors look at them
+    vocab: int
+    made: list[Processor] | None = None  # the processors, at their first use
     since_mask: list[int] = field(default_factory=list)  # tokens sampled since `mask` was last called
 
     @property
     def plain(self) -> bool:
         """Nothing touches this row's logits before a token is chosen."""
-        return self.mask is None and self.penalties is None and self.bias is None and self.params.min_new_tokens == 0
+        free = self.mask is None and self.penalties is None and self.bias is None and not self.params.processors
+        return free and self.params.min_new_tokens == 0
+
+    def process_(self, logits_V: Tensor) -> None:
+        """Let the custom processors change the logits in place.
+
+        Raises:
+            ValueError: if they leave no token; BadRequest as `processors.make` does.
+        """
+        if self.made is None:
+            self.made = make(self.params.processors, self.vocab)
+        for processor in self.made:
+            processor.apply_(self.output, logits_V)
+        if bool(logits_V.isneginf().all()):
+            raise ValueError("the logit processors leave no token to choose")
 
 
 class Slots:
@@ -54,25 +74,32 @@ class Slots:
         self._vocab = vocab
         self._device = device
         self.last_tokens = torch.zeros(count, dtype=torch.int64, device=device)
+        self.columns = SamplingColumns(count, vocab)
+        # A row of which only its most likely token is wanted: no logits need be written for it.
+        self.argmax_only = np.zeros(count, np.bool_)
 
     def admit(self, admission: Admission) -> None:
         params = admission.params
         penalised = Penalties.wanted(params)
-        self._slots[admission.slot] = Slot(
+        self.columns.set(admission.slot, params, admission.seed)
+        found = self._slots[admission.slot] = Slot(
             request_id=admission.request_id,
             params=params,
-            seed=admission.seed & (2**64 - 1),
             num_prompt=admission.num_prompt,
             eos_ids=admission.eos_ids,
             return_logprob=admission.return_logprob,
             top_logprobs=admission.top_logprobs,
             token_ids_logprob=admission.token_ids_logprob,
+            return_hidden=admission.return_hidden,
             mask=admission.mask,
             penalties=Penalties(params, admission.tokens, admission.num_prompt, self._vocab, self._device)
             if penalised
             else None,
             bias=bias_tensors(params, self._device),
+            vocab=self._vocab,
+            output=admission.tokens[admission.num_prompt :].tolist() if params.processors else [],
         )
+        self.argmax_only[admission.slot] = params.greedy and found.plain and not found.return_logprob
 
     def __getitem__(self, slot: int) -> Slot:
         found = self._slots[slot]

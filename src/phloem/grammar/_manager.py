@@ -113,13 +113,15 @@ class GrammarManager:
         try:
             constraint = _base.constraint_of(params)
         except PhloemError as error:
-            return Prepared(self, _failed(error), params, prompt_ids, jump=False)
+            return Prepared(self, _failed(error), params, prompt_ids, jump=False, thinking=None)
         if constraint is None:
             return None
         # A forced token is never sampled: it has no logprobs, and the sampler's penalties would not count it.
         penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
-        jump = self.settings.jump_forward and not submit.return_logprob and not penalised
-        return Prepared(self, self._entry(constraint), params, prompt_ids, jump=jump)
+        looked_at = submit.return_logprob or penalised or bool(params.processors) or submit.return_hidden
+        jump = self.settings.jump_forward and not looked_at
+        thinking = None if submit.grammar_at_once else self.settings.thinking
+        return Prepared(self, self._entry(constraint), params, prompt_ids, jump=jump, thinking=thinking)
 
     def compile(self, constraint: Constraint) -> Compiled:
         """Compile here and now (or take from the cache), for callers that may wait.
@@ -292,14 +294,14 @@ class Prepared:
         params: SamplingParams,
         prompt_ids: Sequence[int] | NDArray[np.int32],
         jump: bool,
+        thinking: ThinkingMarkers | None,
     ) -> None:
         self._manager = manager
-        self._thinking = manager.settings.thinking
+        self._thinking = thinking
         self._timeout = manager.settings.compile_timeout
         self._entry = entry
         self._params = params
         self._field = _base.field_of(params)
-        thinking = self._thinking
         self._prompt_state = CLOSED if thinking is None else state_after([int(i) for i in prompt_ids], thinking)
         self.can_jump = jump
         self._jumper: _Cursor | None = None

@@ -44,3 +44,9 @@ class Head(Layer):
         if logits_LV.dtype != torch.float32:
             logits_LV = logits_LV.float()
         return self.ops.softcap(logits_LV, self.softcap) if self.softcap else logits_LV
+
+    def argmax(self, hidden_LD: Tensor) -> Tensor:
+        """The most likely token of each row, integer [L]. A soft cap keeps the order, so it is left out."""
+        if self.ops.linear_argmax is not None:
+            return self.ops.linear_argmax(hidden_LD, self.weight.value)
+        return self.ops.argmax(self.ops.linear(hidden_LD, self.weight.value, None))

@@ -198,6 +198,10 @@ class Decoder(Layer):
         assert residual_TN is not None
         return self.norm.add(x_TN, residual_TN)[0]
 
+    def greedy(self, hidden_LD: Tensor) -> Tensor:
+        """The most likely token of each row, integer [L]."""
+        return self.head.argmax(hidden_LD)
+
     @property
     def weight_bytes(self) -> int:
         return self.index.nbytes

@@ -9,6 +9,9 @@ import msgspec
 
 from phloem.core.errors import BadRequest
 from phloem.core.request import SamplingParams
+from phloem.engine import processors
+from phloem.server.processing import thinking_budget
+from phloem.server.sessions import Sessions
 
 if TYPE_CHECKING:
     from phloem.server.info import ModelInfo
@@ -27,14 +30,17 @@ class Admission:
     def __init__(self, tokenizer: Tokenizer | None, info: ModelInfo) -> None:
         self.tokenizer = tokenizer
         self.info = info
+        self.sessions = Sessions()
 
     async def prompts(self, items: list[Item]) -> list[list[int]]:
         """Token ids of every item, checked. Long texts are tokenised in a thread."""
         for item in items:
             self._check_item(item)
         if sum(len(item.text or "") for item in items) > THREAD_CHARACTERS:
-            return await asyncio.to_thread(self._prompts, items)
-        return self._prompts(items)
+            found = await asyncio.to_thread(self._prompts, items)
+        else:
+            found = self._prompts(items)
+        return [self._whole(item, ids) for item, ids in zip(items, found, strict=True)]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Tokenise one text.
@@ -49,17 +55,28 @@ class Admission:
         except UnicodeError:
             raise BadRequest("the text holds lone surrogates: it is no valid Unicode", param="text") from None
 
-    def params(self, item: Item, prompt_tokens: int) -> SamplingParams:
+    def params(self, item: Item, prompt: list[int]) -> SamplingParams:
         """The item's sampling parameters with `max_new_tokens` clipped to what the context has left."""
         params = item.sampling
-        left = self.info.context_length - prompt_tokens
+        left = self.info.context_length - len(prompt)
+        chosen = params.processors
+        if item.thinking_budget is not None:
+            chosen = {**chosen, **thinking_budget(item.thinking_budget, prompt, self.tokenizer, self.info)}
         wanted = left if params.max_new_tokens is None else min(params.max_new_tokens, left)
         return msgspec.structs.replace(
             params,
             max_new_tokens=wanted,
             min_new_tokens=min(params.min_new_tokens, wanted),
             top_k=min(params.top_k, self.info.vocab_size),
+            processors=chosen,
         )
+
+    def _whole(self, item: Item, ids: list[int]) -> list[int]:
+        """With what the item's session holds in front of it, checked."""
+        if item.session is not None:
+            ids = self.sessions.extend(item.session, ids, self.tokenizer.bos_id if self.tokenizer is not None else None)
+        self._check_length(item, ids)
+        return ids
 
     def _prompts(self, items: list[Item]) -> list[list[int]]:
         return [self._prompt(item) for item in items]
@@ -85,7 +102,6 @@ class Admission:
             ids = self.encode(text, item.add_special_tokens)
             if not ids and self.tokenizer is not None and self.tokenizer.bos_id is not None:
                 ids = [self.tokenizer.bos_id]
-        self._check_length(item, ids)
         return ids
 
     def _check_length(self, item: Item, ids: list[int]) -> None:
@@ -108,6 +124,9 @@ class Admission:
     def _check_item(self, item: Item) -> None:
         params = item.sampling
         params.validate(self.info.vocab_size)
+        processors.make(params.processors, self.info.vocab_size)
+        if item.session is not None and params.n != 1:
+            raise BadRequest("session_params takes one continuation (n 1)", param="session_params")
         if self.tokenizer is None:
             for name in ("stop", "stop_regex"):
                 if getattr(params, name):

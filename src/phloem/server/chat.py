@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from phloem.server.template import ChatTemplate
     from phloem.server.toolplan import ToolPlan
 
+PROMPT_TAIL = 16  # tokens
 LONG_CONVERSATION = 20_000  # characters: rendered in a thread, off the event loop
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})
 
@@ -35,13 +36,14 @@ class Conversation:
     tools: ToolPlan
     reasoning: str | None
     stream_reasoning: bool
+    prompt: str  # with `input_ids` its end alone
     continued: str | None
 
     def parsers(self) -> list[DeltaParser]:
         """One parser for each continuation."""
         item = self.request.items[0]
         return answer_parsers(
-            item.sampling.n, self.tools, self.reasoning, item.text or "", self.stream_reasoning, self.continued
+            item.sampling.n, self.tools, self.reasoning, self.prompt, self.stream_reasoning, self.continued
         )
 
 
@@ -57,16 +59,22 @@ async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> C
         )
     if (body.top_logprobs or 0) > 0 and not body.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+    if not body.messages and body.input_ids is None:
+        raise BadRequest("messages: at least one is needed", param="messages")
     tools = toolplan.plan(body.tools, body.tool_choice, body.parallel_tool_calls, info.tool_parser)
     reasoning = info.reasoning_parser if body.separate_reasoning is not False else None
-    messages = [plain_message(message, at) for at, message in enumerate(body.messages)]
-    text = await render(
-        client.template,
-        with_tools(messages, tools, info),
-        tools=None if info.explain_tools else tools.tools or None,
-        add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
-        continue_final_message=bool(body.continue_final_message),
-        **template_kwargs(body.chat_template_kwargs, body.reasoning_effort),
+    messages = [plain_message(message, at) for at, message in enumerate(body.messages or [])]
+    text = (
+        _tail(body.input_ids, client)
+        if body.input_ids is not None
+        else await render(
+            client.template,
+            with_tools(messages, tools, info),
+            tools=None if info.explain_tools else tools.tools or None,
+            add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
+            continue_final_message=bool(body.continue_final_message),
+            **template_kwargs(body.chat_template_kwargs, body.reasoning_effort),
+        )
     )
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     sampling = openai_params(body, limit, info.generation_config)
@@ -75,21 +83,34 @@ async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> C
         sampling.skip_special_tokens = False
     item = Item(
         sampling=sampling,
-        text=text,
+        text=text if body.input_ids is None else None,
+        ids=body.input_ids,
         id=body.rid or new_id(),
         add_special_tokens=False,  # the template writes them
         return_logprob=bool(body.logprobs),
         top_logprobs=body.top_logprobs or 0,
         priority=body.priority or 0,
         namespace=namespace(body.cache_salt, body.extra_key),
+        reasons=reasoning is not None,
+        session=body.session_params.step() if body.session_params is not None else None,
+        return_hidden=bool(body.return_hidden_states),
+        thinking_budget=body.max_thinking_tokens,
     )
     return Conversation(
         GenerateRequest([item], bool(body.stream)),
         tools,
         reasoning,
         body.stream_reasoning is not False,
-        str(messages[-1]["content"] or "") if body.continue_final_message else None,
+        text,
+        str(messages[-1]["content"] or "") if body.continue_final_message and messages else None,
     )
+
+
+def _tail(ids: list[int], client: EngineClient) -> str:
+    """The end of a prompt of ids as text: it says whether a reasoning block is open."""
+    if client.tokenizer is None or any(not 0 <= token < client.info.vocab_size for token in ids[-PROMPT_TAIL:]):
+        return ""
+    return client.tokenizer.decode(ids[-PROMPT_TAIL:], skip_special_tokens=False)
 
 
 def constrain(sampling: SamplingParams, tools: ToolPlan, info: ModelInfo) -> None:

@@ -43,6 +43,7 @@ from phloem.server.request import GenerateRequest, Item, Output, new_id
 
 if TYPE_CHECKING:
     from phloem.server.info import ModelInfo
+    from phloem.server.sessions import Sessions
     from phloem.server.template import ChatTemplate
     from phloem.server.tokenizer import Tokenizer
 
@@ -132,6 +133,10 @@ class EngineClient:
         return not self._active
 
     @property
+    def sessions(self) -> Sessions:
+        return self.admission.sessions
+
+    @property
     def in_flight(self) -> int:
         """Continuations that the engine works on."""
         return len(self._active)
@@ -210,7 +215,8 @@ class EngineClient:
         level = logging.INFO if (expected or self.draining) and not self._active else logging.ERROR
         log.log(level, "engine gone: %s (%d requests in flight)", reason, len(self._active))
         active, self._active = self._active, {}
-        for call in {call for call, _ in active.values()}:
+        for call, output in active.values():
+            self._end_in_session(output, None)
             call.fail(EngineDead(reason))
         replies, self._replies = self._replies, {}
         for future in replies.values():
@@ -244,6 +250,8 @@ class EngineClient:
         call = Call(self, outputs, request.stream)
         for output in outputs:
             self._active[output.id] = (call, output)
+            if output.item.session is not None:
+                self.sessions.begin(output.item.session, output.id, output.prompt_ids)
         try:
             for output in outputs:
                 self._send(_submit_message(output))
@@ -265,7 +273,7 @@ class EngineClient:
         now = time.monotonic()
         outputs: list[Output] = []
         for index, (item, ids) in enumerate(zip(request.items, prompts, strict=True)):
-            params = self.admission.params(item, len(ids))
+            params = self.admission.params(item, ids)
             for choice in range(params.n):
                 output = Output(
                     id=item.id if params.n == 1 else f"{item.id}-{choice}",
@@ -299,6 +307,8 @@ class EngineClient:
         if entry is None or entry[1] is not output:
             return False
         del self._active[output.id]
+        if output.finish is None:
+            self._end_in_session(output, None)
         with contextlib.suppress(EngineDead):
             self._send(Abort(id=output.id))
         return True
@@ -306,6 +316,8 @@ class EngineClient:
     def finished(self, output: Output) -> None:
         """An output has its finish reason."""
         self.counters.on_finish(output)
+        failed = output.finish is None or output.finish.type == "abort"
+        self._end_in_session(output, None if failed else output.ids)
         if self.log_requests and output.finish is not None:
             now = time.monotonic()
             log.info(
@@ -320,6 +332,10 @@ class EngineClient:
                 (output.first_at or now) - output.arrival,
                 now - output.arrival,
             )
+
+    def _end_in_session(self, output: Output, ids: list[int] | None) -> None:
+        if output.item.session is not None:
+            self.sessions.end(output.item.session, output.id, ids)
 
     def abort(self, rid: str = "", everything: bool = False) -> int:
         """End requests by id (that of the request or of one continuation); they finish with reason `abort`."""
@@ -370,5 +386,7 @@ def _submit_message(output: Output) -> Submit:
         logprob_start=item.logprob_start if item.return_logprob else -1,
         top_logprobs=item.top_logprobs,
         token_ids_logprob=item.token_ids_logprob,
+        return_hidden=item.return_hidden,
         arrival=time.time(),
+        grammar_at_once=not item.reasons,
     )

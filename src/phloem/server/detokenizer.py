@@ -23,7 +23,7 @@ MAX_REGEXES = 16
 MAX_REGEX_LENGTH = 1024
 REGEX_WINDOW = 512  # characters before the newest token in which a stop regex may begin to match
 REGEX_SECONDS = 0.2  # for one search
-REGEX_SECONDS_TOTAL = 2.0  # processor time of one answer
+REGEX_SECONDS_TOTAL = 1.0  # processor time of one answer
 
 
 @dataclass(frozen=True, slots=True)

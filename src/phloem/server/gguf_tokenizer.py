@@ -7,6 +7,7 @@ merges follow from the vocabulary. Cuts are those of the original `tokenizer.jso
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -205,15 +206,25 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], name: str) -> tu
 
 
 def _derive_merges(tokens: list[str], vocab: dict[str, int], ranks: list[Any]) -> list[tuple[str, str]]:
-    """SentencePiece joins the neighbours whose union ranks highest: any split of a token into two tokens is a merge."""
-    found: list[tuple[Any, int, int, str]] = []
-    for token, index in vocab.items():
-        rank = ranks[index]
-        for at in range(1, len(token)):
-            if token[:at] in vocab and token[at:] in vocab:
-                found.append((rank, at, len(token) - at, token))
-    found.sort(key=lambda item: item[:3], reverse=True)
-    return [(token[:at], token[at:]) for _, at, _, token in found]
+    """SentencePiece joins the neighbours whose union ranks highest: any split of a token into two tokens is a merge.
+
+    Of the splits of equal rank the one with the longest left part comes first.
+    """
+    order = sorted(vocab.values(), key=ranks.__getitem__, reverse=True)
+    merges: list[tuple[str, str]] = []
+    for _, group in itertools.groupby(order, key=ranks.__getitem__):
+        found: list[tuple[int, int, tuple[str, str]]] = []
+        for index in group:
+            token = tokens[index]
+            size = len(token)
+            for at in range(size - 1, 0, -1):
+                left = token[:at]
+                if left in vocab and (right := token[at:]) in vocab:
+                    found.append((at, size - at, (left, right)))
+        if len(found) > 1:
+            found.sort(key=lambda item: item[:2], reverse=True)
+        merges += [pair for _, _, pair in found]
+    return merges
 
 
 _BUILDERS: dict[str, Callable[[dict[str, Any], list[str], str], tuple[Tokenizer, bool]]] = {

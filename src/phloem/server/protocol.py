@@ -7,13 +7,14 @@ from typing import Annotated, Any, ClassVar
 from msgspec import Meta
 
 from phloem.server.body import Body, Later
+from phloem.server.sessions import SessionStep
 
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Strings = str | list[str] | None
 
-_HINT = "a hint to hosted services; nothing here depends on it"
+HINT = "a hint to hosted services; nothing here depends on it"
 
 # Fields that many bodies share, by the feature they belong to.
 GRAMMAR = {name: Later("grammar", ("", {})) for name in ("regex", "ebnf", "json_schema", "structural_tag")}
@@ -28,11 +29,23 @@ GUIDED = {
 DISAGGREGATION = {name: Later("disaggregation") for name in ("bootstrap_host", "bootstrap_port", "bootstrap_room")}
 COMMON_LATER: dict[str, Later] = {
     "lora_path": Later("lora", ("", [])),
-    "session_params": Later("sessions", ({},)),
     "data_parallel_rank": Later("data_parallel", (0,)),
     "return_hidden_states": Later("hidden_states", (False,)),
     **DISAGGREGATION,
 }
+
+
+class SessionBody(Body, kw_only=True):
+    """`session_params`: the session, and the request in it that this one goes on from."""
+
+    id: str
+    rid: str | None = None
+    offset: Int32 | None = None
+    replace: bool | None = None
+    drop_previous_output: bool | None = None
+
+    def step(self) -> SessionStep:
+        return SessionStep(self.id, self.rid, self.offset or 0, bool(self.replace), bool(self.drop_previous_output))
 
 
 class SamplingBody(Body, kw_only=True):
@@ -54,6 +67,7 @@ class SamplingBody(Body, kw_only=True):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
+    include_stop_str_in_output: bool | None = None
     n: Int32 | None = None
     json_schema: str | dict[str, Any] | None = None
     regex: str | None = None
@@ -67,7 +81,6 @@ class SamplingBody(Body, kw_only=True):
 
     later: ClassVar[dict[str, Later]] = {
         **GRAMMAR,
-        "custom_params": Later("custom_logit_processor", ({},)),
         "beam_width": Later("beam_search", (0, 1)),
     }
 
@@ -91,7 +104,7 @@ class GenerateBody(Body, kw_only=True):
     stream: bool | None = None
     return_hidden_states: bool | list[bool] | None = None
     return_routed_experts: bool | None = None
-    session_params: dict[str, Any] | list[dict[str, Any]] | None = None
+    session_params: SessionBody | list[SessionBody | None] | None = None
     lora_path: str | list[str | None] | None = None
     custom_logit_processor: str | list[str | None] | None = None
     priority: Int32 | None = None
@@ -126,10 +139,8 @@ class GenerateBody(Body, kw_only=True):
         "video_data": Later("video", ([], "")),
         "audio_data": Later("audio", ([], "")),
         "return_routed_experts": Later("routed_experts", (False,)),
-        "custom_logit_processor": Later("custom_logit_processor", ("", [])),
         "routed_dp_rank": Later("data_parallel", (0,)),
-        "require_reasoning": Later("thinking_budget", (False,)),
-        "max_thinking_tokens": Later("thinking_budget"),
+        "require_reasoning": Later("require_reasoning", (False,)),
         "background": Later("background", (False,)),
     }
 
@@ -185,11 +196,14 @@ class OpenAIBody(Body, kw_only=True):
     stop_token_ids: list[Int32] | None = None
     stop_regex: Strings = None
     no_stop_trim: bool | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
+    custom_logit_processor: str | None = None
+    custom_params: dict[str, Any] | None = None
     lora_path: str | None = None
-    session_params: dict[str, Any] | None = None
+    session_params: SessionBody | None = None
     rid: str | None = None
     priority: Int32 | None = None
     cache_salt: str | None = None
@@ -208,13 +222,13 @@ class OpenAIBody(Body, kw_only=True):
     prompt_cache_retention: str | None = None
 
     ignored: ClassVar[dict[str, str]] = {
-        "user": _HINT,
-        "metadata": _HINT,
+        "user": HINT,
+        "metadata": HINT,
         "store": "nothing is ever stored",
-        "service_tier": _HINT,
-        "safety_identifier": _HINT,
+        "service_tier": HINT,
+        "safety_identifier": HINT,
         "prompt_cache_key": "prefixes are found by their tokens; use cache_salt to keep them apart",
-        "prompt_cache_retention": _HINT,
+        "prompt_cache_retention": HINT,
         "guided_decoding_backend": "the server's grammar_backend decides",
     }
     later: ClassVar[dict[str, Later]] = {
@@ -236,8 +250,6 @@ class CompletionBody(OpenAIBody, kw_only=True):
 
     later: ClassVar[dict[str, Later]] = {
         **OpenAIBody.later,
-        "suffix": Later("infill", ("",)),
-        "best_of": Later("best_of", (0, 1)),
     }
 
 
@@ -254,7 +266,7 @@ class ContentPart(Body, kw_only=True):
     refusal: str | None = None
     cache_control: Any = None
 
-    ignored: ClassVar[dict[str, str]] = {"cache_control": _HINT}
+    ignored: ClassVar[dict[str, str]] = {"cache_control": HINT}
 
 
 class Message(Body, kw_only=True):
@@ -279,9 +291,10 @@ class Message(Body, kw_only=True):
 
 
 class ChatBody(OpenAIBody, kw_only=True):
-    """`POST /v1/chat/completions`."""
+    """`POST /v1/chat/completions`. `input_ids` stand for the rendered messages where both are sent."""
 
-    messages: Annotated[list[Message], Meta(min_length=1)]
+    messages: list[Message] | None = None
+    input_ids: list[Int32] | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Int32 | None = None
@@ -307,7 +320,7 @@ class ChatBody(OpenAIBody, kw_only=True):
     ignored: ClassVar[dict[str, str]] = {
         **OpenAIBody.ignored,
         "prediction": "a hint for speed; the answer is the same without",
-        "verbosity": _HINT,
+        "verbosity": HINT,
     }
     later: ClassVar[dict[str, Later]] = {
         **OpenAIBody.later,
@@ -318,8 +331,7 @@ class ChatBody(OpenAIBody, kw_only=True):
         "reasoning_effort": Later("reasoning", ("none",)),
         "separate_reasoning": Later("reasoning", (True,)),
         "stream_reasoning": Later("reasoning", (True,)),
-        "require_reasoning": Later("thinking_budget", (False,)),
-        "max_thinking_tokens": Later("thinking_budget"),
+        "require_reasoning": Later("require_reasoning", (False,)),
         "modalities": Later("modalities", (["text"], [])),
         "audio": Later("audio"),
         "web_search_options": Later("web_search", ({},)),
@@ -362,6 +374,24 @@ class DetokenizeBody(Body, kw_only=True):
     tokens: list[Int32 | list[Int32]]
     skip_special_tokens: bool | None = None
     model: str | None = None
+
+
+class OpenSessionBody(Body, kw_only=True):
+    """`POST /open_session`. `timeout`: seconds without a request after which the session closes by itself."""
+
+    capacity_of_str_len: Int32 | None = None
+    session_id: str | None = None
+    streaming: bool | None = None
+    timeout: float | None = None
+
+    ignored: ClassVar[dict[str, str]] = {"capacity_of_str_len": "the context length bounds every prompt"}
+    later: ClassVar[dict[str, Later]] = {"streaming": Later("streaming_sessions", (False,))}
+
+
+class CloseSessionBody(Body, kw_only=True):
+    """`POST /close_session`."""
+
+    session_id: str
 
 
 class AbortBody(Body, kw_only=True):

@@ -11,6 +11,7 @@ from phloem.core.request import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
     from phloem.server.detokenizer import StreamDecoder
+    from phloem.server.sessions import SessionStep
 
 
 def new_id(prefix: str = "") -> str:
@@ -35,7 +36,11 @@ class Item:
     token_ids_logprob: list[int] = field(default_factory=list)
     priority: int = 0
     namespace: str = ""
+    return_hidden: bool = False
     stream_interval: int = 1
+    reasons: bool = False  # a reasoning block may come first, and no constraint holds in it
+    session: SessionStep | None = None
+    thinking_budget: int | None = None  # tokens of reasoning
 
 
 @dataclass(slots=True)
@@ -75,6 +80,7 @@ class Output:
     last_at: float = 0.0
     logprobs: Logprobs = field(default_factory=Logprobs)
     prompt_logprobs: Logprobs | None = None
+    hidden: list[bytes] = field(default_factory=list)  # per output token, float32
     # the client's own bookkeeping
     pending: list[Chunk] = field(default_factory=list)
     pending_tokens: int = 0

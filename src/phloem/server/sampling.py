@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from phloem.core.request import SamplingParams
+from phloem.server.processing import named
 from phloem.server.protocol import OpenAIBody, SamplingBody
 from phloem.server.structured import check, constraint_fields
 
@@ -32,13 +33,13 @@ _OPENAI_NAMES = {"min_new_tokens": "min_tokens", "sampling_seed": "seed"}
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-def native_params(body: SamplingBody | None) -> SamplingParams:
+def native_params(body: SamplingBody | None, processor: str | None = None) -> SamplingParams:
     """`sampling_params` of `/generate`; unset fields have the defaults of `SamplingParams`."""
-    if body is None:
-        return SamplingParams()
+    body = body if body is not None else SamplingBody()
     values: dict[str, Any] = {name: getattr(body, name) for name in _SAME}
     values["max_new_tokens"] = body.max_new_tokens
-    return _params({**values, **constraint_fields(body)}, body.stop, body.stop_regex)
+    values["processors"] = named(processor, body.custom_params)
+    return _params({**values, **constraint_fields(body)}, body)
 
 
 def openai_params(body: OpenAIBody, max_tokens: int | None, defaults: dict[str, Any] | None = None) -> SamplingParams:
@@ -52,7 +53,8 @@ def openai_params(body: OpenAIBody, max_tokens: int | None, defaults: dict[str, 
         if values[name] is None and recommended is not None:
             # transformers writes top_k 0 for "off"
             values[name] = -1 if name == "top_k" and recommended == 0 else recommended
-    params = _params({**values, **constraint_fields(body)}, body.stop, body.stop_regex)
+    values["processors"] = named(body.custom_logit_processor, body.custom_params)
+    params = _params({**values, **constraint_fields(body)}, body)
     params.max_new_tokens = max_tokens
     return params
 
@@ -64,7 +66,8 @@ def namespace(cache_salt: str | None, extra_key: str | None) -> str:
     return json.dumps([cache_salt or "", extra_key or ""])
 
 
-def _params(values: dict[str, Any], stop: str | list[str] | None, stop_regex: str | list[str] | None) -> SamplingParams:
+def _params(values: dict[str, Any], body: SamplingBody | OpenAIBody) -> SamplingParams:
+    stop, stop_regex = body.stop, body.stop_regex
     kept = {name: value for name, value in values.items() if value is not None}
     seed = kept.get("sampling_seed")
     if seed is not None and seed < 0:
@@ -73,6 +76,8 @@ def _params(values: dict[str, Any], stop: str | list[str] | None, stop_regex: st
         kept["stop"] = [stop] if isinstance(stop, str) else stop
     if stop_regex:
         kept["stop_regex"] = [stop_regex] if isinstance(stop_regex, str) else stop_regex
+    if body.include_stop_str_in_output:
+        kept["no_stop_trim"] = True
     params = SamplingParams(**kept)
     check(params)
     return params

@@ -52,7 +52,7 @@ def plan(
     mode, wanted = _read_choice(choice, checked)
     if mode == "none" or not checked:
         return NO_TOOLS
-    several = parallel is not False
+    several = parallel is not False and wanted is None
     if wanted is not None:
         checked = [tool for tool in checked if function_of(tool)["name"] == wanted]
     if mode == "auto":

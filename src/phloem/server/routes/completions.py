@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from phloem.core.errors import BadRequest
+from phloem.server import infill
 from phloem.server.answers import Completion, CompletionChoice, CompletionLogprobs
 from phloem.server.body import Parser
 from phloem.server.door import door_of, json_response
@@ -20,7 +21,7 @@ from phloem.server.protocol import CompletionBody
 from phloem.server.request import GenerateRequest, Item, new_id
 from phloem.server.sampling import namespace, openai_params
 from phloem.server.stream import collect, event, stream
-from phloem.server.usage import matched_stop, usage_of
+from phloem.server.usage import last_hidden, matched_stop, usage_of
 
 if TYPE_CHECKING:
     from phloem.server.call import Call
@@ -41,7 +42,7 @@ async def completions(request: Request) -> Response:
     door = door_of(request)
     body = await door.read(request, _parser)
     door.check_model(body.model)
-    asked = to_request(body)
+    asked = to_request(body, door.client.tokenizer)
     door.check_batch(asked)
     call = await door.client.submit(asked)
     writer = _Writer(body, body.rid or new_id("cmpl-"), door.info.served_model_name, door.client.tokenizer)
@@ -50,12 +51,18 @@ async def completions(request: Request) -> Response:
     return json_response(writer.answer(await collect(request, call)))
 
 
-def to_request(body: CompletionBody) -> GenerateRequest:
+def to_request(body: CompletionBody, tokenizer: Tokenizer | None) -> GenerateRequest:
     """Raises BadRequest where fields do not fit together."""
     prompts = _prompts(body)
+    shown = _shown(body)
+    if body.suffix:
+        if body.echo:
+            raise BadRequest("echo and suffix exclude each other", param="suffix")
+        prompts = [infill.prompt(tokenizer, prompt, body.suffix) for prompt in prompts]
     wants = body.logprobs is not None
     echo = bool(body.echo)
     params = openai_params(body, DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens)
+    params.n = max(shown, body.best_of or 0)
     rid = body.rid or new_id()
     items = [
         Item(
@@ -63,15 +70,38 @@ def to_request(body: CompletionBody) -> GenerateRequest:
             text=prompt if isinstance(prompt, str) else None,
             ids=prompt if isinstance(prompt, list) else None,
             id=rid if len(prompts) == 1 else f"{rid}-{at}",
-            return_logprob=wants,
+            return_logprob=wants or params.n > shown,  # the best ones are told by their logprobs
             logprob_start=0 if wants and echo else -1,
             top_logprobs=body.logprobs or 0,
             priority=body.priority or 0,
             namespace=namespace(body.cache_salt, body.extra_key),
+            return_hidden=bool(body.return_hidden_states),
+            session=body.session_params.step() if body.session_params is not None else None,
         )
         for at, prompt in enumerate(prompts)
     ]
     return GenerateRequest(items, bool(body.stream))
+
+
+def _shown(body: CompletionBody) -> int:
+    """How many continuations of each prompt are answered with: `n`, the best of `best_of`."""
+    shown = 1 if body.n is None else body.n
+    if body.best_of:
+        if body.best_of < shown:
+            raise BadRequest(f"best_of ({body.best_of}) is below n ({shown})", param="best_of")
+        if body.best_of > shown and body.stream:
+            raise BadRequest("best_of above n cannot be streamed", param="best_of")
+    return shown
+
+
+def _best(outputs: list[Output], shown: int) -> list[Output]:
+    """Of each prompt the continuations with the highest logprob per token, best first."""
+    found: list[Output] = []
+    for index in sorted({output.index for output in outputs}):
+        several = [output for output in outputs if output.index == index]
+        several.sort(key=lambda output: -sum(output.logprobs.values) / max(1, len(output.logprobs.values)))
+        found += several[:shown]
+    return found
 
 
 def _prompts(body: CompletionBody) -> list[str | list[int]]:
@@ -99,7 +129,9 @@ class _Writer:
 
     def answer(self, outputs: list[Output]) -> Completion:
         choices: list[CompletionChoice] = []
-        for at, output in enumerate(outputs):
+        shown = _shown(self.body)
+        best = outputs if (self.body.best_of or 0) <= shown else _best(outputs, shown)
+        for at, output in enumerate(best):
             begin_text = self._prompt_text(output)
             choices.append(
                 CompletionChoice(
@@ -108,6 +140,7 @@ class _Writer:
                     logprobs=self._logprobs(output, 0, True, 0 if self.body.echo else len(begin_text)),
                     finish_reason=output.finish.type if output.finish is not None else None,
                     matched_stop=matched_stop(output.finish),
+                    hidden_states=last_hidden(output),
                 )
             )
         answer = self._chunk(choices)
@@ -150,6 +183,7 @@ class _Writer:
         if output.finish is not None:
             choice.finish_reason = output.finish.type
             choice.matched_stop = matched_stop(output.finish)
+            choice.hidden_states = last_hidden(output)
         return choice
 
     def _prompt_text(self, output: Output) -> str:
@@ -160,7 +194,7 @@ class _Writer:
         return self.tokenizer.decode(output.prompt_ids) if self.tokenizer is not None else ""
 
     def _logprobs(self, output: Output, begin: int, first: bool, offset: int) -> CompletionLogprobs | None:
-        if not output.item.return_logprob:
+        if self.body.logprobs is None:
             return None
         echo = first and bool(self.body.echo)
         return completion_logprobs(output, begin, len(output.ids), echo, offset, self.tokenizer)

@@ -321,7 +321,7 @@ class ToolParser(ABC):
             yield from self.more()
 
     def begin_call(self, name: str, call_id: str | None = None) -> _Call:
-        """A call of this name; announced later. An id that was used before is replaced. An unknown name is malformed where tools are known."""
+        """A call of this name; announced later. Names must be known where tools are; ids are used once."""
         if not name or len(name) > MAX_NAME or (self.tools and name not in self.tools):
             raise Malformed
         if not call_id or call_id in self._ids:

@@ -66,7 +66,8 @@ def _without_calls(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spell_call(call: dict[str, Any]) -> str:
-    function = call.get("function") or {}
+    function = call.get("function")
+    function = function if isinstance(function, dict) else {}
     arguments = function.get("arguments") or "{}"
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)

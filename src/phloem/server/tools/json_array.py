@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from phloem.server.tools._json import JsonReader
+from phloem.server.tools._json import MAX_DEPTH, JsonReader
 
 if TYPE_CHECKING:
     from phloem.server.tools._base import Steps
@@ -28,14 +28,17 @@ class Parser(JsonReader):
 
 
 def forced_schema(tools: dict[str, dict[str, Any]], parallel: bool) -> dict[str, Any]:
-    """The JSON schema of such an array for these functions (name -> JSON schema of the arguments)."""
+    """The JSON schema of such an array for these functions (name -> JSON schema of the arguments).
+
+    A schema with references stands under `$defs` as a whole, its references pointing there.
+    """
     shared: dict[str, Any] = {}
     items: list[dict[str, Any]] = []
     for name, parameters in tools.items():
-        own = dict(parameters)
-        for key in ("$defs", "definitions"):
-            if isinstance(own.get(key), dict):
-                shared.setdefault(key, {}).update(own.pop(key))
+        own = parameters
+        if _has_references(parameters, 0):
+            shared[name] = _moved(parameters, f"#/$defs/{name}")
+            own = {"$ref": f"#/$defs/{name}"}
         items.append(
             {
                 "type": "object",
@@ -45,4 +48,29 @@ def forced_schema(tools: dict[str, dict[str, Any]], parallel: bool) -> dict[str,
             }
         )
     item = items[0] if len(items) == 1 else {"anyOf": items}
-    return {"type": "array", "minItems": 1, **({} if parallel else {"maxItems": 1}), "items": item, **shared}
+    made: dict[str, Any] = {"type": "array", "minItems": 1, "items": item}
+    if not parallel:
+        made["maxItems"] = 1
+    return made | ({"$defs": shared} if shared else {})
+
+
+def _has_references(schema: Any, depth: int) -> bool:
+    if depth > MAX_DEPTH:
+        return False
+    values = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
+    return (isinstance(schema, dict) and isinstance(schema.get("$ref"), str)) or any(
+        _has_references(value, depth + 1) for value in values
+    )
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """A schema whose references into itself begin at `root`."""
+    if isinstance(schema, list):
+        return [_moved(item, root) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value, root) for key, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = root + reference[1:]
+    return moved

@@ -1,0 +1,291 @@
+"""Measurements for scripts/gpu_check.py: the machine's floors, decode, prefill, serving, and transformers beside it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_models import Dummy, decode_work, prefill_flops
+from torch import Tensor
+
+from phloem.core.batch import FROM_DEVICE, Batch
+from phloem.engine.inputs import StepInputs
+from phloem.kernels.graph_cuda import Recorder
+
+
+def timed(device: torch.device, run: Callable[[], Any], least: int, seconds: float) -> list[float]:
+    """Seconds of single runs, by device events where there are any: at least `least` runs, for about `seconds`."""
+    run()
+    _sync(device)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < least or time.perf_counter() < end:
+        if device.type == "cuda":
+            begin, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            after.record()
+            after.synchronize()
+            times.append(begin.elapsed_time(after) / 1e3)
+        else:
+            begun = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begun)
+    return times
+
+
+def _sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass
+class Floors:
+    """What the machine gave to plain torch."""
+
+    bytes_per_second: float  # of a large copy, read plus written
+    flops_16: float  # of a large bf16 product of random matrices
+    flops_8: float | None  # of a float8 one
+
+    def flops(self, float8: bool) -> float:
+        return self.flops_8 if float8 and self.flops_8 else self.flops_16
+
+
+def _time_copy(device: torch.device, size: int) -> float:
+    source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
+    target = torch.empty_like(source)
+    return statistics.median(timed(device, lambda: target.copy_(source), 10, 0.3))
+
+
+def measure_floors(device: torch.device, tiny: bool, float8: torch.dtype) -> Floors:
+    size, n = (1 << 20, 256) if tiny else (1 << 32, 8192)
+    copy = _time_copy(device, size)
+    a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
+    product = statistics.median(timed(device, lambda: a @ b, 5, 0.5))
+    flops_8 = None
+    if device.type == "cuda":
+        try:
+            a8, b8 = a.to(float8), b.t().contiguous().to(float8).t()
+            one = torch.ones((), device=device)
+            run8 = lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16)  # noqa: E731
+            flops_8 = 2 * n**3 / statistics.median(timed(device, run8, 5, 0.5))
+        except (RuntimeError, NotImplementedError) as error:
+            print(f"  no float8 product here: {error}")
+    return Floors(2 * size / copy, 2 * n**3 / product, flops_8)
+
+
+def decode_step(dummy: Dummy, inputs: StepInputs) -> Callable[[], Tensor]:
+    """Forward, head and arg-max of one decode step over fixed inputs; the token feeds the next step."""
+
+    def run() -> Tensor:
+        token = dummy.ops.argmax(dummy.model.head(dummy.forward(inputs)))
+        inputs.input_ids.copy_(token)
+        return token
+
+    return run
+
+
+def bench_decode(
+    dummy: Dummy, floors: Floors, rows: int, context: int, weight_size: float, float8: bool, seconds: float
+) -> dict[str, Any]:
+    """Time of a captured decode step on the device against its floor."""
+    inputs = dummy.inputs([1] * rows, [context] * rows)
+    inputs.logit_index = None  # type: ignore[assignment] - every row, without a gather
+    run = decode_step(dummy, inputs)
+    step, replay, capture = run, run, None
+    if dummy.device.type == "cuda":
+        begun = time.perf_counter()
+        graph, _ = Recorder(dummy.device).record(step)
+        capture = time.perf_counter() - begun
+        replay = graph.replay
+    times = timed(dummy.device, replay, 5, seconds)
+    best = statistics.median(times)
+    work = decode_work(dummy.config, rows, context, weight_size, dummy.pool.dtype.itemsize)
+    floor = work.floor(floors.bytes_per_second, floors.flops(float8))
+    return {
+        "rows": rows,
+        "context": context,
+        "step_ms": best * 1e3,
+        "spread_ms": (max(times) - min(times)) * 1e3,
+        "tok_per_s": rows / best,
+        "floor_ms": floor * 1e3,
+        "of_floor": floor / best,
+        "capture_s": capture,
+    }
+
+
+def bench_prefill(dummy: Dummy, floors: Floors, tokens: int, float8: bool, seconds: float) -> dict[str, Any]:
+    """One prompt in one eager step."""
+    inputs = dummy.inputs([tokens], [tokens])
+    times = timed(dummy.device, lambda: dummy.model.head(dummy.forward(inputs)), 3, seconds)
+    best = statistics.median(times)
+    rate = prefill_flops(dummy.config, tokens) / best
+    return {
+        "tokens": tokens,
+        "step_ms": best * 1e3,
+        "tok_per_s": tokens / best,
+        "tflops": rate / 1e12,
+        "of_matmul_rate": rate / floors.flops(float8),
+    }
+
+
+def bench_runner(dummy: Dummy, rows: int, context: int, steps: int, device_ms: float) -> dict[str, Any]:
+    """Decode steps through the engine's runner, the next one launched before the last one's tokens are read.
+
+    The idle share is what of the wall time the same step's device time does not fill.
+    """
+    from phloem.core.batch import Admission
+    from phloem.core.request import SamplingParams
+    from phloem.engine.runner import ModelRunner
+
+    runner = ModelRunner(
+        dummy.model, dummy.backend, dummy.pool, dummy.ops, rows, graphs=dummy.graphs(rows, context + steps + 64)
+    )
+    width = -(-(context + steps + 8) // dummy.page_size)
+    table = (np.arange(rows * width) % (dummy.pool.num_pages - 1) + 1).reshape(rows, width).astype(np.int32)
+    slots, ones = np.arange(rows, dtype=np.int32), np.ones(rows, np.int32)
+    greedy = SamplingParams(temperature=0.0, max_new_tokens=steps + 8)
+    prompt = np.ones(context, np.int32)
+
+    def batch(number: int) -> Batch:
+        first = number == 0
+        return Batch(
+            step=number,
+            slots=slots,
+            query_lens=ones,
+            prefix_lens=np.full(rows, context + number, np.int32),
+            input_ids=np.full(rows, 1 if first else FROM_DEVICE, np.int32),
+            page_table=table,
+            sample=np.ones(rows, np.bool_),
+            admissions=[Admission(int(s), f"r{s}", greedy, 1, prompt, context) for s in slots] if first else [],
+        )
+
+    try:
+        warm = min(8, steps // 2)  # the policy records the graph in these
+        pending, begun = runner.launch(batch(0)), time.perf_counter()
+        for number in range(1, steps):
+            if number == warm:
+                begun = time.perf_counter()
+            following = runner.launch(batch(number))
+            pending.result()
+            pending = following
+        pending.result()
+        wall = (time.perf_counter() - begun) / (steps - warm)
+    finally:
+        runner.close()
+    return {
+        "rows": rows,
+        "context": context,
+        "wall_ms": wall * 1e3,
+        "tok_per_s": rows / wall,
+        "gpu_idle": max(0.0, 1 - device_ms / 1e3 / wall),
+    }
+
+
+def bench_serving(dummy: Dummy, rate: float, seconds: float, prompt: int, output: int, running: int) -> dict[str, Any]:
+    """Requests arriving at random (Poisson) through scheduler and runner, without HTTP: rates and latencies."""
+    from phloem.core.messages import Submit, Tokens, pack_ids
+    from phloem.core.request import SamplingParams
+    from phloem.engine.runner import ModelRunner
+    from phloem.kvcache.manager import CacheManager
+    from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
+
+    vocab, context = dummy.config["vocab_size"], prompt + output + 64
+    runner = ModelRunner(
+        dummy.model, dummy.backend, dummy.pool, dummy.ops, running, graphs=dummy.graphs(running, context)
+    )
+    came: dict[str, float] = {}
+    seen: dict[str, list[float]] = {}
+    failures: list[str] = []
+
+    def send(message: Any) -> None:
+        if isinstance(message, Tokens):
+            now = time.perf_counter()
+            for chunk in message.chunks:
+                seen.setdefault(chunk.id, []).extend([now] * len(chunk.tokens))
+                if chunk.finish is not None and chunk.finish.type == "abort":
+                    failures.append(str(chunk.finish.message))
+
+    settings = ScheduleSettings(running, context, vocab, chunked_prefill_size=max(2048, running))
+    scheduler = Scheduler(runner, settings, CacheManager(dummy.pool.num_pages, dummy.page_size), send)
+    random = np.random.default_rng(1)
+    arrivals = np.cumsum(random.exponential(1 / rate, max(1, int(rate * seconds))))
+    params = SamplingParams(temperature=0.0, max_new_tokens=output, ignore_eos=True)
+    begun, next_one = time.perf_counter(), 0
+    try:
+        while next_one < len(arrivals) or scheduler.live:
+            now = time.perf_counter() - begun
+            while next_one < len(arrivals) and arrivals[next_one] <= now:
+                name, ids = f"r{next_one}", random.integers(0, vocab, prompt).tolist()
+                came[name] = begun + arrivals[next_one]
+                scheduler.receive(Submit(id=name, input_ids=pack_ids(ids), sampling=params))
+                next_one += 1
+            if not scheduler.step():
+                time.sleep(0.0005)
+        wall = time.perf_counter() - begun
+    finally:
+        runner.close()
+    first = [times[0] - came[name] for name, times in seen.items() if times]
+    gaps = [b - a for times in seen.values() for a, b in pairwise(times)]
+    return {
+        "rate": rate,
+        "requests": len(arrivals),
+        "failed": len(failures),
+        "failures": sorted(set(failures))[:3],
+        "prompt": prompt,
+        "output": output,
+        "output_tok_per_s": sum(map(len, seen.values())) / wall,
+        "ttft_ms_p50": float(np.percentile(first, 50)) * 1e3 if first else None,
+        "ttft_ms_p99": float(np.percentile(first, 99)) * 1e3 if first else None,
+        "itl_ms_p50": float(np.percentile(gaps, 50)) * 1e3 if gaps else None,
+        "itl_ms_p99": float(np.percentile(gaps, 99)) * 1e3 if gaps else None,
+    }
+
+
+def bench_transformers(
+    config: dict[str, Any], device: torch.device, dtype: torch.dtype, batches: list[int], context: int, seconds: float
+) -> list[dict[str, Any]]:
+    """Decode with transformers' static cache, compiled where there is a GPU, on the same shapes."""
+    import transformers
+
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    model_config = transformers.AutoConfig.for_model(config["model_type"], **settings)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype).eval()
+    forward = model.forward
+    if device.type == "cuda":
+        forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=False)
+    results: list[dict[str, Any]] = []
+    for rows in batches:
+        torch.compiler.reset()
+        cache = transformers.StaticCache(config=model_config, max_cache_len=context + 256)
+        ids = torch.randint(0, config["vocab_size"], (rows, context), device=device)
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache, logits_to_keep=1, use_cache=True)
+            step = _transformers_step(forward, cache, ids, context)
+            begun = time.perf_counter()
+            for _ in range(3):
+                step()
+            _sync(device)
+            warm = time.perf_counter() - begun
+            best = statistics.median(timed(device, step, 5, seconds))
+        results.append({"rows": rows, "step_ms": best * 1e3, "tok_per_s": rows / best, "warm_s": warm})
+    return results
+
+
+def _transformers_step(forward: Any, cache: Any, ids: Tensor, context: int) -> Callable[[], Tensor]:
+    """One decode step behind `context` tokens, always at the same position."""
+    token, place = ids[:, :1].contiguous(), torch.tensor([context], device=ids.device)
+    position = place.expand(len(ids), 1).contiguous()
+    arguments = {"position_ids": position, "cache_position": place, "past_key_values": cache, "use_cache": True}
+
+    def step() -> Tensor:
+        return forward(input_ids=token, **arguments).logits[:, -1].argmax(-1)
+
+    return step

@@ -1,0 +1,433 @@
+"""Every Triton kernel on the device it runs on, against plain torch in float32 on the same inputs.
+
+Fresh random inputs, uninitialised memory filled with NaN while checking (`poisoned`), and an error that is a relative
+norm: NaN never passes. On a CPU the kernels run under Triton's interpreter, in float32 and tiny.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from phloem.kernels import reference as ref
+from phloem.kernels import reference_extra as extra
+from phloem.kernels.ops import PagedBatch
+
+LIMITS = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 1.2e-2}
+
+
+@dataclass
+class Outcome:
+    """`error` is a relative norm (0 for an exact comparison that held); `ok` is the verdict."""
+
+    name: str
+    ok: bool
+    error: float
+    limit: float
+    seconds: float
+    message: str = ""
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """torch.empty gives NaN (or the largest integer), so that what a kernel forgets to write is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+class Kernels:
+    """The checks. `device` and `dtype` of the inputs; `tiny` for the interpreter."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, tiny: bool) -> None:
+        self.device, self.dtype, self.tiny = device, dtype, tiny
+        self.generator = torch.Generator(device).manual_seed(int(time.time()))
+        hip = torch.version.hip is not None
+        self.fp8 = torch.float8_e4m3fnuz if hip else torch.float8_e4m3fn
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None, by: float = 1.0) -> Tensor:
+        drawn = torch.randn(shape, generator=self.generator, device=self.device) * by
+        return drawn.to(dtype or self.dtype)
+
+    def ints(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator, device=self.device)
+
+    def tensor(self, values: list[Any], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def paged(self, queries: list[int], lengths: list[int], page: int = 16) -> PagedBatch:
+        rows, width = len(lengths), -(-max(lengths) // page)
+        table = torch.randperm(rows * width, generator=self.generator, device=self.device).view(rows, width) + 1
+        slots = [
+            table[row, position // page] * page + position % page
+            for row, (new, length) in enumerate(zip(queries, lengths, strict=True))
+            for position in range(length - new, length)
+        ]
+        start = self.tensor([0, *queries], torch.int64).cumsum(0).int()
+        lens = self.tensor(lengths, torch.int32)
+        return PagedBatch(start, lens, table.int(), torch.stack(slots).int(), max(queries), max(lengths))
+
+    # Each check returns pairs (got, want): want in float32, or of got's own type for an exact comparison.
+
+    def norms(self) -> list[tuple[Tensor, Tensor]]:
+        from phloem.kernels.triton import norm
+
+        width = 96 if self.tiny else 4096
+        x, residual, weight = self.randn(7, width), self.randn(7, width), self.randn(width)
+        heads, small = self.randn(5, 3, 128)[:, :2], self.randn(128)
+        total = (x + residual).float()
+        got_norm, got_total = norm.add_rms_norm(x, residual, weight, 1e-6)
+        return [
+            (norm.rms_norm(x, weight, 1e-6), ref.rms_norm(x.float(), weight, 1e-6)),
+            (norm.rms_norm(heads, small, 1e-6), ref.rms_norm(heads.float(), small, 1e-6)),
+            (got_norm, ref.rms_norm(total, weight, 1e-6)),
+            (got_total, total),
+        ]
+
+    def activations(self) -> list[tuple[Tensor, Tensor]]:
+        from phloem.kernels.triton import activation
+
+        x, y = self.randn(5, 2 * 1100, by=3), self.randn(5, 2 * 1100)
+        return [
+            (activation.silu_and_mul(x), ref.silu_and_mul(x.float())),
+            (activation.gelu_tanh_and_mul(x), ref.gelu_tanh_and_mul(x.float())),
+            (activation.add(x, y), x.float() + y.float()),
+            (activation.softcap(x, 2.5), ref.softcap(x.float(), 2.5)),
+        ]
+
+    def rope(self) -> list[tuple[Tensor, Tensor]]:
+        from phloem.kernels.triton import rope
+
+        pairs: list[tuple[Tensor, Tensor]] = []
+        tokens, heads, kv_heads, size = (5, 3, 2, 32) if self.tiny else (300, 32, 8, 128)
+        for interleaved in (False, True):
+            q, k, v = (
+                self.randn(tokens, heads, size),
+                self.randn(tokens, kv_heads, size),
+                self.randn(tokens, kv_heads, size),
+            )
+            angles = torch.rand(500, size // 2, device=self.device) * 6
+            cos_sin = torch.stack((angles.cos(), angles.sin()), 1).contiguous()
+            positions = self.ints(0, 500, tokens)
+            slots = torch.randperm(tokens * 2, device=self.device)[:tokens].int()
+            caches = [torch.zeros(tokens, kv_heads, 4, size, dtype=self.dtype, device=self.device) for _ in range(2)]
+            want_q, want_k = q.float().clone(), k.float().clone()
+            ref.rope_(want_q, want_k, positions, cos_sin, interleaved)
+            want = [torch.zeros_like(cache, dtype=torch.float32) for cache in caches]
+            ref.write_kv(want_k, v.float(), want[0], want[1], slots)
+            together = q.clone()
+            rope.rope_write_kv(together, k, v, positions, cos_sin, interleaved, caches[0], caches[1], slots)
+            pairs += [(together, want_q), (caches[0], want[0]), (caches[1], want[1])]
+            rope.rope_(q, k, positions, cos_sin, interleaved)
+            again = [torch.zeros_like(cache) for cache in caches]
+            rope.write_kv(k, v, again[0], again[1], slots)
+            pairs += [(q, want_q), (k, want_k), (again[0], want[0]), (again[1], want[1])]
+        return pairs
+
+    def pages(self) -> list[tuple[Tensor, Tensor]]:
+        from phloem.kernels.triton import pages
+
+        table, ids = self.randn(50, 130), self.ints(0, 50, 9)
+        cache, chosen = self.randn(20, 2, 16, 24), torch.randperm(20, device=self.device)[:5].int()
+        taken = pages.gather_pages(cache, chosen)
+        back = torch.zeros_like(cache)
+        pages.scatter_pages(back, chosen, taken)
+        want = torch.zeros_like(cache)
+        want[chosen.long()] = cache[chosen.long()]
+        return [
+            (pages.embedding(ids, table, 1.0), table[ids]),
+            (pages.embedding(ids, table, 7.3), ref.embedding(ids, table, 7.3)),
+            (pages.select_rows(table, ids), table[ids]),
+            (taken, cache[chosen.long()]),
+            (back, want),
+        ]
+
+    def _attend(self, queries: list[int], lengths: list[int], head: int, heads: int, kv_heads: int, **how: Any) -> Any:
+        from phloem.kernels.triton import attention
+
+        window, cap, sinks = how.pop("window", 0), how.pop("cap", 0.0), how.pop("sinks", False)
+        batch = self.paged(queries, lengths)
+        number = batch.page_table.numel() + 1
+        caches = [self.randn(number, kv_heads, 16, head) for _ in range(2)]
+        if how.pop("float8", False):
+            caches = [cache.to(self.fp8) for cache in caches]
+            how["scales"] = (self.randn(kv_heads, dtype=torch.float32).abs() + 0.5,) * 2
+        q = self.randn(sum(queries), heads, head)
+        sink = self.randn(heads, dtype=torch.float32) if sinks else None
+        run = attention.decode_attention if max(queries) == 1 else attention.extend_attention
+        got = run(q, *caches, batch, head**-0.5, window, cap, sink, **how)
+        kept = {key: how[key] for key in ("scales", "tree_mask") if key in how}
+        return got, extra.attention_rows(q.float(), *caches, batch, head**-0.5, window, cap, sink, **kept)
+
+    def decode(self) -> list[tuple[Tensor, Tensor]]:
+        lengths = [3, 40] if self.tiny else [1, 17, 1024, 3333]
+        ones, head = [1] * len(lengths), 32 if self.tiny else 128
+        return [
+            self._attend(ones, lengths, head, 8, 2),
+            self._attend(ones, lengths, head, 8, 8, splits=1),
+            self._attend(ones, lengths, head, 7, 1, splits=5),
+            self._attend(ones, lengths, head // 2, 8, 1, window=30, sinks=True),
+            self._attend(ones, lengths, head * 2, 8, 4, window=20, cap=5.0),
+            self._attend(ones, lengths, head - 16, 4, 2, split_size=128),
+            self._attend(ones, lengths, head, 8, 2, float8=True),
+        ]
+
+    def extend(self) -> list[tuple[Tensor, Tensor]]:
+        queries, lengths = ([3, 1, 20], [3, 9, 33]) if self.tiny else ([300, 1, 77, 512], [300, 900, 1111, 513])
+        head = 32 if self.tiny else 128
+        mask = torch.rand(sum(queries), max(queries), device=self.device) > 0.4
+        start = 0
+        for count in queries:
+            mask[start : start + count, :count].fill_diagonal_(True)
+            start += count
+        return [
+            self._attend(queries, lengths, head, 8, 2),
+            self._attend(queries, lengths, head, 3, 3),
+            self._attend(queries, lengths, head // 2, 8, 1, window=30, sinks=True),
+            self._attend(queries, lengths, head * 2, 8, 4, window=20, cap=5.0),
+            self._attend(queries, lengths, head - 16, 4, 2),
+            self._attend(queries, lengths, head, 8, 2, tree_mask=mask),
+            self._attend(queries, lengths, head, 8, 2, float8=True),
+        ]
+
+    def mla(self) -> list[tuple[Tensor, Tensor]]:
+        from phloem.kernels.triton import mla
+
+        heads, nope, rope, latent = (5, 16, 16, 32) if self.tiny else (16, 128, 64, 512)
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for queries, lengths in (([1, 1], [9, 40]), ([5, 1, 9], [5, 30, 20])):
+            batch = self.paged(queries, lengths)
+            cache = self.randn(batch.page_table.numel() + 1, 1, 16, latent + rope)
+            q_nope, q_rope = self.randn(sum(queries), heads, nope), self.randn(sum(queries), heads, rope)
+            up, out = self.randn(heads, nope, latent, by=nope**-0.5), self.randn(heads, latent, nope, by=latent**-0.5)
+            got = mla.mla_attention(q_nope, q_rope, cache, batch, up, out, 0.1)
+            wide = [x.float() for x in (q_nope, q_rope, cache, up, out)]
+            pairs.append((got, extra.mla_attention(wide[0], wide[1], wide[2], batch, wide[3], wide[4], 0.1)))
+        return pairs
+
+    def sampling(self) -> list[tuple[Tensor, Tensor]]:
+        from phloem.kernels.triton import sample
+
+        rows, vocab = (4, 900) if self.tiny else (64, 128256)
+        logits = self.randn(rows, vocab, dtype=torch.float32, by=3)
+        columns = (
+            torch.rand(rows, device=self.device) * 1.5,
+            self.ints(-1, 60, rows).int(),
+            torch.rand(rows, device=self.device) * 0.99 + 0.01,
+            torch.rand(rows, device=self.device) * 0.1,
+            self.ints(0, 2**62, rows),
+            self.ints(0, 5000, rows),
+        )
+        got, want = sample.sample(logits, *columns), extra.sample(logits, *columns)
+        # A draw that falls on a boundary between two tokens may go either way: all but one in a hundred must agree.
+        close = torch.where((got != want).float().mean() <= 0.01, want, got)
+        masked, mask = logits.clone(), self.ints(-(2**31), 2**31, 2, vocab // 32).int()
+        expected, some = logits.clone(), self.tensor([rows - 1, 0], torch.int32)
+        sample.mask_tokens_(masked, some, mask)
+        ref.mask_tokens_(expected, some, mask)
+        return [
+            (close, want),
+            (sample.argmax(logits), logits.argmax(-1).int()),
+            (sample.logsumexp(logits), logits.logsumexp(-1)),
+            (masked.nan_to_num(neginf=-1e4), expected.nan_to_num(neginf=-1e4)),
+        ]
+
+    def penalties(self) -> list[tuple[Tensor, Tensor]]:
+        from phloem.kernels.triton import sample
+
+        rows, vocab = 3, 5000
+        logits = self.randn(rows, vocab, dtype=torch.float32, by=3)
+        counts, slots = (
+            torch.zeros(8, vocab, dtype=torch.int32, device=self.device),
+            self.tensor([5, 2, 7], torch.int32),
+        )
+        for _ in range(4):
+            tokens = self.ints(0, 30, rows).int()
+            sample.count_tokens_(counts, slots, tokens)
+        again, often, once = (torch.rand(rows, device=self.device) + 0.5 for _ in range(3))
+        ids = torch.stack([torch.randperm(vocab, device=self.device)[:5].int() for _ in range(rows)])
+        values = self.randn(rows, 5, dtype=torch.float32)
+        seen = counts[slots.long()]
+        want = torch.where(logits > 0, logits / again[:, None], logits * again[:, None])
+        want = torch.where(seen > 0, want, logits) - often[:, None] * seen - once[:, None] * (seen > 0)
+        want.scatter_add_(1, ids.long(), values)
+        sample.adjust_(logits, penalties=(again, often, once), counts=counts, slots_L=slots, bias=(ids, values))
+        return [(logits, want)]
+
+    def moe(self) -> list[tuple[Tensor, Tensor]]:
+        from phloem.kernels.triton import moe
+
+        pairs: list[tuple[Tensor, Tensor]] = []
+        count, width, inner, k = (4, 64, 48, 2) if self.tiny else (64, 1024, 384, 8)
+        gate_up, down = (
+            self.randn(count, 2 * inner, width, by=width**-0.5),
+            self.randn(count, width, inner, by=inner**-0.5),
+        )
+        for tokens in (1, 9) if self.tiny else (1, 40, 1000):
+            x, logits = self.randn(tokens, width), self.randn(tokens, count, by=2)
+            weights, ids = moe.route(logits, k, True)
+            want_weights, want_ids = extra.route(logits, k, True)
+            pairs += [(weights, want_weights), (ids, want_ids)]
+            wide = (x.float(), want_weights, want_ids, gate_up.float(), down.float())
+            pairs.append((moe.experts(x, want_weights, want_ids, gate_up, down), extra.experts(*wide)))
+        return pairs
+
+    def moe_fp8(self) -> list[tuple[Tensor, Tensor]]:
+        from phloem.kernels.triton import moe
+
+        count, width, inner = (4, 256, 128) if self.tiny else (32, 1024, 384)
+        gate_up, gate_scale = extra.quantise_blocks(self.randn(count, 2 * inner, width, by=width**-0.5), self.fp8)
+        down, down_scale = extra.quantise_blocks(self.randn(count, width, inner, by=inner**-0.5), self.fp8)
+        x, logits = self.randn(70, width), self.randn(70, count)
+        weights, ids = extra.route(logits, 4, True)
+        got = moe.experts(x, weights, ids, gate_up, down, scales=(gate_scale, down_scale))
+        wide = extra.spread_blocks(gate_up, gate_scale), extra.spread_blocks(down, down_scale)
+        rounded = extra.spread_groups(*extra.quantise_fp8(x, self.fp8, 128))
+        return [(got, extra.experts(rounded, weights, ids, *wide))]
+
+    def quantise(self) -> list[tuple[Tensor, Tensor]]:
+        from phloem.kernels.triton import quantise
+
+        x = self.randn(9, 300 if self.tiny else 4224)
+        token, token_scale = quantise.per_token_fp8(x, self.fp8)
+        group, group_scale = quantise.per_group_fp8(x, self.fp8)
+        whole, whole_scale = quantise.per_token_int8(x)
+        return [
+            (token.float() * token_scale[:, None], x.float()),
+            (extra.spread_groups(group, group_scale), x.float()),
+            (whole.float() * whole_scale[:, None], x.float()),
+            (token_scale, extra.quantise_fp8(x, self.fp8)[1]),
+            (group_scale, extra.quantise_fp8(x, self.fp8, 128)[1]),
+        ]
+
+    def gemm_fp8(self) -> list[tuple[Tensor, Tensor]]:
+        from phloem.kernels.triton import gemm_fp8
+
+        pairs: list[tuple[Tensor, Tensor]] = []
+        features, outputs = (256, 130) if self.tiny else (4096, 1500)
+        weight, weight_scale = extra.quantise_blocks(self.randn(outputs, features), self.fp8)
+        for tokens in (1, 20) if self.tiny else (1, 33, 500):
+            x, x_scale = extra.quantise_fp8(self.randn(tokens, features), self.fp8, 128)
+            want = F.linear(extra.spread_groups(x, x_scale), extra.spread_blocks(weight, weight_scale))
+            pairs.append((gemm_fp8.block_scaled_gemm(x, x_scale, weight, weight_scale, None, self.dtype), want))
+        return pairs
+
+    def gemm_int(self) -> list[tuple[Tensor, Tensor]]:
+        from phloem.kernels.triton import gemm_int
+
+        pairs: list[tuple[Tensor, Tensor]] = []
+        features, outputs, group = (256, 70, 64) if self.tiny else (4096, 1500, 128)
+        weight, scale = extra.quantise_int8(self.randn(outputs, features))
+        nibbles = self.ints(0, 16, outputs, features)
+        step, zero = (
+            torch.rand(outputs, features // group, device=self.device),
+            self.ints(0, 16, outputs, features // group),
+        )
+        wide = (nibbles - zero.repeat_interleave(group, 1)) * step.repeat_interleave(group, 1)
+        packed = gemm_int.pack_int4(nibbles, group)
+        for tokens in (1, 20) if self.tiny else (1, 33, 500):
+            x = self.randn(tokens, features)
+            pairs.append((gemm_int.int8_gemm(x, weight, scale), F.linear(x.float(), weight.float() * scale[:, None])))
+            pairs.append((gemm_int.int4_gemm(x, packed, step, zero.float()), F.linear(x.float(), wide.float())))
+        return pairs
+
+    def lora(self) -> list[tuple[Tensor, Tensor]]:
+        from phloem.kernels.triton import lora
+
+        features, outputs, rank = (96, 70, 8) if self.tiny else (4096, 1500, 16)
+        x, y = self.randn(40, features), self.randn(40, outputs)
+        down, up = self.randn(3, rank, features, by=features**-0.5), self.randn(3, outputs, rank)
+        scaling = self.tensor([0.5, 2.0, 1.0], torch.float32)
+        start, adapter = self.tensor([0, 1, 4, 22, 39, 40], torch.int32), self.tensor([2, -1, 0, 1, -1], torch.int32)
+        want = extra.add_lora(y.float(), x.float(), down, up, scaling, start, adapter)
+        lora.add_lora_(y, x, down, up, scaling, start, adapter)
+        return [(y, want)]
+
+    def invariant(self) -> list[tuple[Tensor, Tensor]]:
+        """Bits that must not depend on the batch."""
+        from phloem.kernels.triton import invariant, norm, sample
+
+        features, outputs = (96, 70) if self.tiny else (4096, 1500)
+        x, weight, bias = (
+            self.randn(70, features),
+            self.randn(outputs, features, by=features**-0.5),
+            self.randn(outputs),
+        )
+        together = invariant.linear(x, weight, bias)
+        pairs = [(together, F.linear(x.float(), weight.float(), bias.float()))]
+        for rows in (slice(0, 1), slice(3, 20), slice(64, 70)):
+            pairs.append((invariant.linear(x[rows], weight, bias), together[rows]))
+            pairs.append((norm.rms_norm(x[rows], weight[0], 1e-6), norm.rms_norm(x, weight[0], 1e-6)[rows]))
+            pairs.append((sample.logsumexp(x[rows].float()), sample.logsumexp(x.float())[rows]))
+        lengths = [150, 20] if self.tiny else [150, 5000, 2000]
+        batch = self.paged([1] * len(lengths), lengths)
+        caches = [self.randn(batch.page_table.numel() + 1, 2, 16, 32) for _ in range(2)]
+        q = self.randn(len(lengths), 8, 32)
+        whole = invariant.paged_attention(q, *caches, batch, 0.2, 0, 0.0, None)
+        for row, length in enumerate(lengths):
+            one = slice(row, row + 1)
+            start = self.tensor([0, 1], torch.int32)
+            alone = PagedBatch(start, batch.seq_lens[one], batch.page_table[one], batch.token_slots[one], 1, length)
+            pairs.append((invariant.paged_attention(q[one], *caches, alone, 0.2, 0, 0.0, None), whole[one]))
+        return pairs
+
+
+CHECKS = [
+    *("norms", "activations", "rope", "pages", "decode", "extend", "mla", "sampling", "penalties", "moe", "quantise"),
+    *("gemm_fp8", "moe_fp8", "gemm_int", "lora", "invariant"),
+]
+# Checks whose result is rounded to float8 or int8 on the way: (limit of the relative norm).
+ROUNDED = {"quantise": 0.04, "moe_fp8": 0.04}
+# The interpreter loses a carry when it rounds to float8, which costs a factor of two here and there.
+ROUNDED_TINY = {name: 0.15 for name in ROUNDED}
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """Relative norm of the difference; 0 only for equal values, infinite for other shapes and for NaN."""
+    if got.shape != want.shape:
+        return float("inf")
+    if got.dtype == want.dtype and torch.equal(got, want):
+        return 0.0
+    error = (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)
+    return float(error) if torch.isfinite(error) else float("inf")
+
+
+def run(device: torch.device, dtype: torch.dtype, tiny: bool, only: str = "") -> list[Outcome]:
+    """Every check; one that fails or raises does not stop the others."""
+    kernels = Kernels(device, dtype, tiny)
+    outcomes: list[Outcome] = []
+    for name in CHECKS:
+        if only and name not in only.split(","):
+            continue
+        limit = (ROUNDED_TINY if tiny else ROUNDED).get(name, LIMITS[dtype])
+        begin = time.perf_counter()
+        label = f"{name} ({str(dtype).removeprefix('torch.')})"
+        check: Callable[[], list[tuple[Tensor, Tensor]]] = getattr(kernels, name)
+        try:
+            with poisoned(), torch.inference_mode():
+                errors = [distance(got, want) for got, want in check()]
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"[:500]
+            traceback.print_exc()
+            outcomes.append(Outcome(label, False, float("inf"), limit, time.perf_counter() - begin, message))
+            continue
+        wrong = [f"#{place}: {error:.2g}" for place, error in enumerate(errors) if not error <= limit]
+        outcomes.append(Outcome(label, not wrong, max(errors), limit, time.perf_counter() - begin, ", ".join(wrong)))
+    return outcomes
+
+
+def as_dicts(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+    return [asdict(outcome) for outcome in outcomes]

@@ -1,0 +1,321 @@
+"""Models with dummy weights for scripts/gpu_check.py: shapes, building, correctness of whole tiny models."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_kernels import Outcome, distance
+from torch import Tensor
+
+from phloem.attention.reference import Backend as TableBackend
+from phloem.attention.triton import Backend as TritonBackend
+from phloem.engine.decode import DecodeGraphs
+from phloem.engine.inputs import StepInputs
+from phloem.kernels import reference_extra as extra
+from phloem.kernels.graph_cuda import Recorder
+from phloem.kernels.ops import Ops, PagedBatch, WeightSource
+from phloem.kvcache.pool import KVPool
+from phloem.layers.context import BuildContext, ForwardBatch
+from phloem.models import FAMILIES
+
+_COMMON = {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192, "hidden_act": "silu"}
+LLAMA_8B = {
+    **_COMMON,
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+QWEN3_30B_A3B = {
+    **_COMMON,
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+}
+_TINY = {
+    "vocab_size": 300,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+}
+TINY_LLAMA = {**LLAMA_8B, **_TINY}
+TINY_MOE = {**QWEN3_30B_A3B, **_TINY, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+
+
+@dataclass
+class Fp8Linear:
+    """A dense weight in float8 with a scale per output."""
+
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scale.nbytes
+
+
+@dataclass
+class Fp8Experts:
+    """Stacked experts in float8 with a scale per 128 x 128 block, [E, M, N] and [E, M / 128, N / 128]."""
+
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scale.nbytes
+
+
+def random_weights(device: torch.device, float8: torch.dtype | None, ops: Ops) -> Ops:
+    """`ops` with weights drawn on the device in place of loaded ones; with `float8`, matrices in that type.
+
+    The embedding, the head and the router stay as they are, as in published FP8 checkpoints.
+    """
+
+    def draw(parts: Sequence[WeightSource], dtype: torch.dtype) -> Tensor:
+        rows, width = sum(part.shape[0] for part in parts), parts[0].shape[1]
+        return torch.empty((rows, width), dtype=dtype, device=device).normal_(0, width**-0.5)
+
+    def linear_weight(parts: Sequence[WeightSource], dtype: torch.dtype, _: torch.device) -> Any:
+        dense = draw(parts, dtype)
+        kept = any(name in parts[0].name for name in ("embed_tokens", "lm_head", ".gate.weight"))
+        if float8 is None or kept:
+            return dense
+        return Fp8Linear(*extra.quantise_fp8(dense, float8))
+
+    def expert_weights(parts: Sequence[WeightSource], dtype: torch.dtype, _: torch.device) -> Any:
+        dense = draw(parts, dtype)
+        if float8 is None:
+            return dense
+        per_expert = 2 if "gate_proj" in parts[0].name else 1
+        stacked = dense.unflatten(0, (len(parts) // per_expert, -1))
+        blocks = [extra.quantise_blocks(one, float8) for one in stacked]
+        return Fp8Experts(torch.stack([values for values, _ in blocks]), torch.stack([scale for _, scale in blocks]))
+
+    drawn = replace(ops, prepare_linear=linear_weight, prepare_experts=expert_weights)
+    return drawn if float8 is None else replace(drawn, linear=_fp8_linear(ops), moe=_fp8_moe(ops))
+
+
+def _fp8_linear(ops: Ops) -> Any:
+    from phloem.kernels.triton.quantise import per_token_fp8
+
+    def linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        if not isinstance(weight, Fp8Linear):
+            return ops.linear(x, weight, bias)
+        x8, scale = per_token_fp8(x, weight.values.dtype)
+        if x.device.type == "cpu":  # a dry run: the CPU has no scaled product
+            y = (x8.float() @ weight.values.float().T * scale[:, None] * weight.scale).to(x.dtype)
+            return y if bias is None else y + bias
+        return torch._scaled_mm(
+            x8, weight.values.t(), scale[:, None], weight.scale[None, :], bias=bias, out_dtype=x.dtype
+        )
+
+    return linear
+
+
+def _fp8_moe(ops: Ops) -> Any:
+    from phloem.kernels.triton import moe
+
+    def run(x: Tensor, logits: Tensor, gate_up: Any, down: Any, top_k: int, renormalise: bool) -> Tensor:
+        weights, ids = moe.route(logits, top_k, renormalise)
+        return moe.experts(x, weights, ids, gate_up.values, down.values, scales=(gate_up.scale, down.scale))
+
+    return run
+
+
+class Dummy:
+    """A model with random weights, its backend and its pool."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        ops: Ops,
+        device: torch.device,
+        dtype: torch.dtype,
+        pages: int,
+        float8: torch.dtype | None = None,
+        triton: bool = True,
+        seed: int = 0,
+    ) -> None:
+        torch.manual_seed(seed)
+        self.config, self.device, self.dtype = config, device, dtype
+        self.ops = random_weights(device, float8, ops)
+        family = FAMILIES.module(config["model_type"])
+        self.model = family.build(config, BuildContext(self.ops, dtype, device), config["max_position_embeddings"])
+        self.model.load(_checkpoint(config), None)
+        specs = self.model.attention_specs
+        self.backend = (TritonBackend if triton else TableBackend)(self.ops, specs, device, dtype)
+        self.page_size = self.backend.page_size
+        self.pool = KVPool(specs, pages + 1, self.page_size, dtype, device)
+
+    def fill_cache(self) -> None:
+        """Random KV: zeros would be too easy, for the numbers and for the clocks."""
+        for cache in (*self.pool.keys, *self.pool.values):
+            cache.normal_()
+
+    def graphs(self, limit: int, context: int) -> DecodeGraphs | None:
+        if self.device.type != "cuda":
+            return None
+        pages = -(-context // self.page_size)
+        return DecodeGraphs(Recorder(self.device), self.model, self.backend, self.pool, limit, pages)
+
+    def forward(self, inputs: StepInputs) -> Tensor:
+        attention = self.backend.begin(inputs.paged, self.pool)
+        step = ForwardBatch(inputs.input_ids, inputs.positions, attention, inputs.logit_index)
+        return self.model.forward(step)
+
+    def inputs(self, queries: list[int], lengths: list[int]) -> StepInputs:
+        """A step of rows with scattered pages; row r's tokens lie on pages that follow from r alone."""
+        size, device = self.page_size, self.device
+        width = -(-max(lengths) // size)
+        order = np.random.default_rng(0).permutation(self.pool.num_pages - 1) + 1
+        table = order[: len(lengths) * width].reshape(len(lengths), width)
+        positions = np.concatenate(
+            [np.arange(length - new, length) for new, length in zip(queries, lengths, strict=True)]
+        )
+        rows = np.repeat(np.arange(len(lengths)), queries)
+        slots = table[rows, positions // size] * size + positions % size
+        start = np.cumsum([0, *queries])
+
+        def move(values: Any, dtype: torch.dtype) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values)).to(device=device, dtype=dtype)
+
+        return StepInputs(
+            input_ids=torch.randint(0, self.config["vocab_size"], (len(positions),), device=device),
+            positions=move(positions, torch.int64),
+            paged=PagedBatch(
+                query_start=move(start, torch.int32),
+                seq_lens=move(np.array(lengths), torch.int32),
+                page_table=move(table, torch.int32),
+                token_slots=move(slots, torch.int32),
+                max_query_len=max(queries),
+                max_seq_len=max(lengths),
+            ),
+            logit_index=move(start[1:] - 1, torch.int64),
+            sampled_rows=np.arange(len(lengths)),
+        )
+
+
+def _checkpoint(config: dict[str, Any]) -> Any:
+    from phloem.utils.checkpoint import Checkpoint
+
+    nowhere = Path("dummy")
+    return Checkpoint(
+        path=nowhere,
+        format="dummy",
+        model_type=config["model_type"],
+        config=config,
+        generation_config={},
+        eos_ids=(),
+        context_length=config["max_position_embeddings"],
+        vocab_size=config["vocab_size"],
+        tokenizer_path=nowhere,
+        gguf=None,
+        name=config["model_type"],
+        architectures=(),
+    )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one decode step must move and compute at the least."""
+
+    weight_bytes: float
+    kv_bytes: float
+    flops: float
+
+    def floor(self, bytes_per_second: float, flops_per_second: float) -> float:
+        return max((self.weight_bytes + self.kv_bytes) / bytes_per_second, self.flops / flops_per_second)
+
+
+def decode_work(config: dict[str, Any], rows: int, context: int, weight_size: float, kv_size: float) -> Work:
+    """Floors of a decode step: each weight that the rows need is read once, each row's KV once.
+
+    The head is counted in 16 bits. Of E experts, rows that choose k each at random touch E (1 - (1 - k / E)^rows).
+    """
+    hidden, layers, head = config["hidden_size"], config["num_hidden_layers"], config["head_dim"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    attention = hidden * head * (2 * heads + 2 * kv_heads)
+    top = config["vocab_size"] * hidden
+    if "num_experts" in config:
+        count, k = config["num_experts"], config["num_experts_per_tok"]
+        one = 3 * hidden * config["moe_intermediate_size"]
+        touched, active = count * (1 - (1 - k / count) ** rows) * one, k * one
+    else:
+        touched = active = 3 * hidden * config["intermediate_size"]
+    kv = 2 * layers * kv_heads * head * context
+    flops = 2 * rows * (layers * (attention + active) + top) + 2 * rows * 2 * layers * heads * head * context
+    weights = layers * (attention + touched) * weight_size + top * 2
+    return Work(weights, rows * kv * kv_size, flops)
+
+
+def prefill_flops(config: dict[str, Any], tokens: int) -> float:
+    """Products of a whole prompt of `tokens`, causal attention counted by half, the head for one token."""
+    one = decode_work(config, 1, 0, 2, 2).flops - 2 * config["vocab_size"] * config["hidden_size"]
+    heads, head, layers = config["num_attention_heads"], config["head_dim"], config["num_hidden_layers"]
+    return tokens * one + 2 * layers * heads * head * tokens * tokens + 2 * config["vocab_size"] * config["hidden_size"]
+
+
+def check_models(device: torch.device, dtype: torch.dtype, triton_ops: Ops) -> list[Outcome]:
+    """Tiny models: Triton table and backend against the reference table in float32, and graphs against eager steps."""
+    outcomes: list[Outcome] = []
+    limit = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    for config in (TINY_LLAMA, TINY_MOE):
+        begin = time.perf_counter()
+        name = f"tiny {config['model_type']}, {str(dtype).removeprefix('torch.')}"
+        with torch.inference_mode():
+            ours = Dummy(config, triton_ops, device, dtype, 64)
+            want = Dummy(config, Ops(), device, torch.float32, 64, triton=False)
+            _same_weights(ours, want)
+            prefill, decode = ours.inputs([37, 5], [37, 5]), ours.inputs([1, 1], [38, 6])
+            errors: list[float] = []
+            for inputs in (prefill, decode):
+                got, expected = (one.model.head(one.forward(inputs)) for one in (ours, want))
+                errors.append(distance(got, expected))
+            worst = max(errors)
+            outcomes.append(Outcome(f"{name}: logits", worst <= limit, worst, limit, time.perf_counter() - begin))
+            graphs = ours.graphs(4, 64)
+            if graphs is not None:
+                outcomes.append(_check_graphs(name, ours, graphs, decode))
+    return outcomes
+
+
+def _check_graphs(name: str, ours: Dummy, graphs: DecodeGraphs, decode: StepInputs) -> Outcome:
+    begin = time.perf_counter()
+    eager = ours.forward(decode)
+    replayed = None
+    for _ in range(8):  # the policy records a bucket only when it is wanted again
+        replayed = graphs.run(decode)
+    refused = graphs.graphs.refused
+    if replayed is None:
+        return Outcome(f"{name}: graph", False, math.inf, 0.0, time.perf_counter() - begin, refused or "not recorded")
+    error = distance(replayed, eager)
+    return Outcome(f"{name}: graph equals eager", error <= 1e-3, error, 1e-3, time.perf_counter() - begin)
+
+
+def _same_weights(source: Dummy, target: Dummy) -> None:
+    target.model.update_weights((name, source.model.get_weight(name).float()) for name in source.model.weight_names())

@@ -1,0 +1,36 @@
+"""`POST /open_session` and `/close_session`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from phloem.core.errors import BadRequest
+from phloem.server.answers import ControlAnswer
+from phloem.server.body import Parser
+from phloem.server.door import door_of, json_response
+from phloem.server.openapi import describe
+from phloem.server.protocol import CloseSessionBody, OpenSessionBody
+
+router = APIRouter(tags=["control"])
+_open = Parser(OpenSessionBody)
+_close = Parser(CloseSessionBody)
+
+
+@router.post("/open_session", **describe(body=OpenSessionBody, answer={"type": "string"}, body_required=False))
+async def open_session(request: Request) -> Response:
+    """Open a session; answers with its id, which requests name in `session_params`."""
+    door = door_of(request)
+    body = await door.read(request, _open, empty=b"{}")
+    if body.timeout is not None and not body.timeout > 0:
+        raise BadRequest(f"timeout must be above 0, got {body.timeout:g}", param="timeout")
+    return json_response(door.client.sessions.open(body.session_id, body.timeout))
+
+
+@router.post("/close_session", **describe(body=CloseSessionBody, answer=ControlAnswer, errors=(404,)))
+async def close_session(request: Request) -> Response:
+    """Forget a session. Requests in flight go on."""
+    door = door_of(request)
+    body = await door.read(request, _close)
+    door.client.sessions.close(body.session_id)
+    return json_response(ControlAnswer(success=True, message="closed"))

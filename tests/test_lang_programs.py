@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.util
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_door import http_door
 
 from phloem import Engine, lang
 from phloem.core.errors import BadRequest, EngineDead
@@ -20,34 +19,6 @@ from phloem.lang.backends.http import RuntimeEndpoint
 from phloem.testing.checkpoints import tiny_checkpoint
 
 PREFIX = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 60
-
-
-@contextlib.contextmanager
-def http_door(engine: Engine) -> Iterator[str]:
-    """The app over an engine that runs already, on a free port: one model serves both ways."""
-    from phloem.server.app import create_app
-    from phloem.server.serve import serve
-
-    started, box = threading.Event(), dict[str, Any]()
-
-    async def main() -> None:
-        stop = box["stop"] = asyncio.Event()
-
-        def ready(host: str, port: int) -> None:
-            box["url"] = f"http://{host}:{port}"
-            started.set()
-
-        await serve(create_app(engine._client, engine.config, engine.info), "127.0.0.1", 0, ready, stop)
-
-    future = asyncio.run_coroutine_threadsafe(main(), engine._door.loop)
-    assert started.wait(30)
-    try:
-        yield box["url"]
-    finally:
-        # Not `stop`: that would drain the engine's own client, which goes on.
-        future.cancel()
-        with contextlib.suppress(BaseException):
-            future.result(10)
 
 
 @pytest.fixture(scope="module")

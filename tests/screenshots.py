@@ -1,4 +1,4 @@
-"""Take the pictures of the page for the docs: python tests/screenshots.py http://127.0.0.1:30000 docs/images"""
+"""Take the pictures of the page for the documentation: python tests/screenshots.py URL docs/images"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 from browser import chromium
 
-QUESTION = "Why do leaves turn yellow in autumn? Answer with a short list, and put the most important word in bold."
+QUESTION = "How do I look after a houseplant? Answer with a Markdown list of four tips, each with a bold title."
 SHARED = "You are a gardener who answers in one short sentence. "
 QUESTIONS = [
     "Which tree grows fastest?",
@@ -29,6 +29,8 @@ def ask(url: str, question: str, count: int = 60) -> None:
         "max_tokens": count,
         "temperature": 0,
     }
+    if count > 100:
+        body["ignore_eos"] = True
     httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300)
 
 
@@ -40,16 +42,17 @@ def main(url: str, folder: Path) -> None:
     for dark in (False, True):
         with chromium(1440, 900, dark) as page:
             page.get(url)
-            page.execute_script("document.getElementById('temperature').value = 0")
+            for name, value in (("temperature", 0), ("repetition_penalty", 1.1), ("max_tokens", 200)):
+                page.execute_script("document.getElementById(arguments[0]).value = arguments[1]", name, value)
             page.find_element("css selector", "#prompt").send_keys(QUESTION + "\n")
             while not page.find_elements("css selector", ".facts"):
                 time.sleep(0.2)
-            page.find_element("css selector", "#prompt").send_keys("And why do some leaves stay green?\n")
+            page.find_element("css selector", "#prompt").send_keys("Which of these matters most, and why?\n")
             for question in QUESTIONS[3:]:
                 threading.Thread(target=ask, args=(url, question, 400), daemon=True).start()
-            time.sleep(4)
+            time.sleep(2.5)
             page.save_screenshot(str(folder / f"page-{'dark' if dark else 'light'}.png"))
-            page.find_element("css selector", "#stop").click()
+            page.find_element("css selector", "#fresh").click()
             time.sleep(1)
     with chromium(430, 900) as page:
         page.get(url)

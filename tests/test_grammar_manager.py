@@ -321,6 +321,30 @@ def test_a_model_may_open_a_block_and_a_closed_one_is_over() -> None:
     manager.close()
 
 
+def test_some_models_always_begin_inside_a_block() -> None:
+    markers = ThinkingMarkers((START,), (END,), always=True)
+    manager = GrammarManager(vocabulary(), GrammarSettings(thinking=markers))
+    made = prepared(manager, prompt=(1, 50, 51), regex="[0-9]+")
+    assert encode("x")[0] in allowed(made, [])
+    assert encode("x")[0] not in allowed(made, [END])
+    over = prepared(manager, prompt=(1, START, END), regex="[0-9]+")
+    assert encode("x")[0] not in allowed(over, [])
+    manager.close()
+
+
+def test_an_end_marker_of_several_tokens_is_found_in_the_text() -> None:
+    end = "</think>"
+    markers = ThinkingMarkers((), tuple(encode(end)), always=True, end_text=end)
+    manager = GrammarManager(vocabulary(), GrammarSettings(thinking=markers))
+    for tail in (end, "." + end, "x\n" + end):
+        made = prepared(manager, regex="[0-9]+")
+        allowed(made, [])
+        for token in encode("Well" + tail):
+            after = allowed(made, [token])
+        assert encode("x")[0] not in after and encode("7")[0] in after, tail
+    manager.close()
+
+
 def test_thinking_survives_preemption() -> None:
     manager = thinking_manager()
     made = prepared(manager, prompt=(1, START), regex="[0-9]+")

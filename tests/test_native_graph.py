@@ -88,6 +88,21 @@ def test_one_recording_at_a_time(ops: Ops) -> None:
         recorder.record(lambda: recorder.record(lambda: None))
 
 
+def test_another_thread_computes_undisturbed_while_a_step_is_recorded(ops: Ops) -> None:
+    x, seen = torch.randn(4, 64), []
+
+    def step() -> torch.Tensor:
+        other = threading.Thread(target=lambda: seen.append(ops.add(x, x)))
+        other.start()
+        other.join()
+        return ops.add(x, x)
+
+    assert ops.recorder is not None
+    graph, _ = ops.recorder().record(step)
+    assert len(graph.replay_timed()) == 1  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch.equal(seen[0], x + x)
+
+
 def test_many_python_threads_share_the_pool() -> None:
     ops = native.table(2)
     x = torch.randn(64, 1024)

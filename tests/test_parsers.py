@@ -370,5 +370,5 @@ def test_the_engine_learns_what_stands_around_a_reasoning_block(tmp_path: Path) 
     markers = _thinking(config, checkpoint)
     assert markers is not None
     tokenizer = load_tokenizer(checkpoint)
-    assert [tokenizer.decode(list(ids)) for ids in markers] == ["<think>", "</think>"]
+    assert [tokenizer.decode(list(ids)) for ids in (markers.start, markers.end)] == ["<think>", "</think>"]
     assert _thinking(config.with_(reasoning_parser="none"), checkpoint) is None

@@ -41,6 +41,7 @@ from phloem.utils.processes import die_with_parent
 
 if TYPE_CHECKING:
     from phloem.grammar._manager import GrammarManager
+    from phloem.grammar._thinking import ThinkingMarkers
     from phloem.utils.checkpoint import Checkpoint
 
 _log = log.get("launch")
@@ -118,7 +119,7 @@ class EngineCore:
 def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
     """What follows constrained requests; it reads the tokenizer when the first one comes. None without a tokenizer."""
     from phloem.grammar._base import Vocabulary
-    from phloem.grammar._manager import GrammarManager, GrammarSettings, ThinkingMarkers
+    from phloem.grammar._manager import GrammarManager, GrammarSettings
 
     def vocabulary() -> Vocabulary:
         from phloem.server.tokenizer import load_tokenizer
@@ -128,19 +129,19 @@ def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
     if config.model.skip_tokenizer_init:
         return None
     grammar = config.grammar
-    thinking = _thinking(config, checkpoint)
     settings = GrammarSettings(
         backend=grammar.grammar_backend,
         whitespace=grammar.grammar_whitespace,
         jump_forward=not grammar.disable_jump_forward,
         compile_timeout=grammar.grammar_timeout,
-        thinking=None if thinking is None else ThinkingMarkers(*thinking),
+        thinking=_thinking(config, checkpoint),
     )
     return GrammarManager(vocabulary, settings)
 
 
-def _thinking(config: Config, checkpoint: Checkpoint) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Token ids around a reasoning block; None for a model that writes none."""
+def _thinking(config: Config, checkpoint: Checkpoint) -> ThinkingMarkers | None:
+    """What stands around a reasoning block; None for a model that writes none."""
+    from phloem.grammar._thinking import ThinkingMarkers
     from phloem.server.parsers import THINKING, thinking_choice
     from phloem.server.template import load_template
     from phloem.server.tokenizer import load_tokenizer
@@ -153,7 +154,8 @@ def _thinking(config: Config, checkpoint: Checkpoint) -> tuple[tuple[int, ...], 
     kind = THINKING.module(name).Parser
     tokenizer = load_tokenizer(checkpoint)
     start, end = (tokenizer.encode(text, add_special_tokens=False) for text in (kind.start, kind.end))
-    return tuple(start), tuple(end)
+    whole = len(end) == 1 or any(tokenizer.is_special(token) for token in end)
+    return ThinkingMarkers(tuple(start), tuple(end), kind.always, "" if whole else kind.end)
 
 
 def _no_grammar(submit: Submit, prompt: Any) -> None:

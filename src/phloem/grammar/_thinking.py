@@ -17,12 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ThinkingMarkers:
-    """Token ids that open and close a block. An empty `start` means that a model may close one but never opens it."""
+    """Token ids that open and close a block. An empty `start` means that a model may close one but never opens it.
+
+    `always`: an answer begins inside the block, though neither prompt nor answer opens it. `end_text`: the end as text,
+    for a tokenizer that splits the marker, and that may split it in another way where other text stands beside it.
+    """
 
     start: tuple[int, ...]
     end: tuple[int, ...]
+    always: bool = False
+    end_text: str = ""
 
 
+_END_TOKENS = 24  # at least as many as an end marker is ever split into
 OPEN, MAYBE, CLOSED = "open", "maybe", "closed"
 
 
@@ -33,6 +40,8 @@ def state_after(prompt: Sequence[int], markers: ThinkingMarkers) -> str:
         return OPEN
     # A closed block counts only at the very end: those of earlier turns say nothing of this one.
     closed_here = end >= 0 and len(prompt) - (end + len(markers.end)) <= 2
+    if markers.always and not closed_here:
+        return OPEN
     return CLOSED if closed_here or not markers.start else MAYBE
 
 
@@ -114,10 +123,13 @@ class ThinkingMatcher:
     def _after_free(self) -> str:
         if self._first == CLOSED:
             return CLOSED
-        width = len(self.markers.end)
+        end = self.markers.end
         if self._first == MAYBE and len(self._free) < len(self.markers.start):
             return MAYBE
-        return CLOSED if width and tuple(self._free[-width:]) == self.markers.end else OPEN
+        if end and tuple(self._free[-len(end) :]) == end:
+            return CLOSED
+        wanted = self.markers.end_text.encode()
+        return CLOSED if wanted and wanted in self.vocabulary.text_of(self._free[-_END_TOKENS:]) else OPEN
 
 
 def set_bit(mask: NDArray[np.int32], token: int) -> None:

@@ -44,7 +44,7 @@ class CompilerProcess:
                 self._kill()
                 raise BadRequest(f"the grammar could not be compiled within {timeout:g} s and the memory limit")
         if "error" in answer:
-            raise BadRequest(f"the grammar is not valid: {answer['error']}")
+            raise BadRequest(f"the grammar is not usable: {answer['error']}")
         return answer["grammar"]
 
     def close(self) -> None:
@@ -130,7 +130,8 @@ def main() -> None:
         try:
             answer = {"grammar": _compile(xgrammar, compiler, job).serialize_json()}
         except Exception as error:
-            answer = {"error": _plain(str(error))}
+            spent = isinstance(error, MemoryError) or "bad_alloc" in str(error)
+            answer = {"error": "compiling it takes more memory than the limit" if spent else _plain(str(error))}
         write_frame(sys.stdout.buffer, answer)
 
 

@@ -182,19 +182,22 @@ class Engine:
         """Free text up to a trigger is one lazy lexeme: it ends at the first trigger in it. A tag that must come, comes
         at once: free text before it could go on for ever.
         """
+        if all(self._special_head(trigger) is not None for trigger in tags.triggers):
+            return self._special_tags(rule, tags, parts)
         names = [f"{rule}_tag{index}" for index in range(len(tags.tags))]
-        either = f"({' | '.join(names)})"
+        either = f"({' | '.join([*names, *self._skip(rule, tags)])})"
         first = f"({' | '.join(f'{name}_first' for name in names)})"
         free = f"{rule.upper()}_TEXT"
         if tags.stop_after_first:
-            body = first if tags.at_least_one else f"{either} | {rule}_free"
+            body = first if tags.at_least_one else f"({' | '.join(names)}) | {rule}_free"
         else:
             body = f"{first if tags.at_least_one else ''} {either}* {rule}_free"
         text = [f"{rule}: {body}", f"{rule}_free: {free}", free + r": /(.|\n)*/"]
+        text += [f"{name}: {free} {self._others(tags)}" for name in self._skip(rule, tags)]
         for name, tag in zip(names, tags.tags, strict=True):
             trigger = max((item for item in tags.triggers if tag.begin.startswith(item)), key=len)
             head, rest = f"{free} {self._literal(trigger)}", tag.begin[len(trigger) :]
-            if trigger not in self.vocabulary.special_by_text:
+            if self._special_head(trigger) is None:
                 text.append(f"{name}_head[lazy]: {head}")
                 head = f"{name}_head"
             tail = f"{name}_body {self._literal(tag.end)}"
@@ -203,6 +206,51 @@ class Engine:
                 text.append(f"{name}_first: {self._literal(tag.begin)} {tail}")
             text.append(self._rules(f"{name}_body", tag.content, parts))
         return "\n".join(text) + "\n"
+
+    def _special_tags(self, rule: str, tags: _base.StructuralTag, parts: list[dict[str, Any]]) -> str:
+        """Every trigger begins with a special token: text is free between special tokens, and behind one of a trigger
+        it is the trigger's tag or goes on in another way than the trigger.
+        """
+        names = [f"{rule}_tag{index}" for index in range(len(tags.tags))]
+        either, free = f"({' | '.join(names)})", f"{rule.upper()}_TEXT"
+        text = [free + r": /(.|\n)*/"]
+        steps = [f"{self._others(tags)} {free}"] if self._skip(rule, tags) else []
+        rests: dict[int, list[str]] = {}
+        for trigger in tags.triggers:
+            head = self._special_head(trigger)
+            assert head is not None
+            rests.setdefault(head, []).append(trigger[len(self.vocabulary.tokens[head].decode()) :])
+        for token, wanted in rests.items():
+            if all(wanted):
+                other = f"{rule.upper()}_OTHER{token}"
+                barred = "|".join(_pattern_of(item) for item in wanted)
+                text.append(rf"{other}: /(.|\n)*/ & ~/({barred})(.|\n)*/")
+                steps.append(f"<[{token}]> {other}")
+        for name, tag in zip(names, tags.tags, strict=True):
+            text.append(f"{name}: {self._literal(tag.begin)} {name}_body {self._literal(tag.end)}")
+            text.append(self._rules(f"{name}_body", tag.content, parts))
+        between = f"({' | '.join(steps)})*" if steps else ""
+        again = f"({' | '.join([*steps, f'{either} {free}'])})*"
+        if tags.stop_after_first:
+            body = either if tags.at_least_one else f"{free} {between} {either}?"
+        else:
+            body = f"{either} {free} {again}" if tags.at_least_one else f"{free} {again}"
+        return "\n".join([f"{rule}: {body}", *text]) + "\n"
+
+    def _special_head(self, trigger: str) -> int | None:
+        """The special token that a trigger begins with."""
+        found = [name for name in self.vocabulary.special_by_text if name and trigger.startswith(name)]
+        return self.vocabulary.special_by_text[max(found, key=len)] if found else None
+
+    def _skip(self, rule: str, tags: _base.StructuralTag) -> list[str]:
+        """The rule for special tokens in free text, where there are any."""
+        return [f"{rule}_skip"] if self._others(tags) else []
+
+    def _others(self, tags: _base.StructuralTag) -> str:
+        """Special tokens that free text may hold: those that neither end it nor begin a trigger."""
+        heads = {self._special_head(trigger) for trigger in tags.triggers}
+        ids = [i for i in sorted(self.vocabulary.special) if i not in heads and i not in self.vocabulary.eos_ids]
+        return f"<[{','.join(map(str, ids))}]>" if ids else ""
 
     def _literal(self, text: str) -> str:
         """A text in Lark; the names of special tokens in it mean those tokens."""
@@ -225,6 +273,11 @@ def _whole(pattern: str) -> str:
     escaped = (len(body) - len(body.rstrip("\\"))) % 2
     end = len(body) < len(pattern) and not escaped
     return f"({pattern[start : len(pattern) - end]})" if start or end else pattern
+
+
+def _pattern_of(text: str) -> str:
+    """A pattern for exactly this text, in a Lark regex."""
+    return "".join(char if char.isalnum() or char in " _" else f"\\x{{{ord(char):x}}}" for char in text)
 
 
 def _quote(text: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from phloem.attention import BACKENDS
 from phloem.core.batch import FROM_DEVICE, Admission, Batch, StepOutput
 from phloem.core.request import SamplingParams
+from phloem.engine import flight
 from phloem.engine.flight import Flight, Pipeline
 from phloem.engine.runner import ModelRunner
 from phloem.kernels.ops import Ops
@@ -198,3 +199,26 @@ def test_grammar_masks_see_every_token_in_time(model: Model) -> None:
     got = generate(model, [PARAMS[0], PARAMS[1]], 6, late, successor)
     assert got == [list(range(101, 108)), list(range(102, 109))]
     assert set(late.ahead) == {0}
+
+
+def test_idle_time_is_used_until_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flight, "IDLE_SECONDS", 0.01)
+    log: list[str] = []
+    source: Any = queue.SimpleQueue()
+    done = threading.Event()
+
+    def idle() -> bool:
+        log.append("idle")
+        if log.count("idle") == 3:
+            done.set()
+        return log.count("idle") < 3
+
+    pipeline = Pipeline(lambda batch: Flight(lambda: batch, lambda: True), lambda batch: False, idle)
+    thread = threading.Thread(target=pipeline.run, args=(source,))
+    thread.start()
+    assert done.wait(20)
+    time.sleep(0.05)
+    source.put((1, Answer(log, 1)))
+    source.put(None)
+    thread.join(20)
+    assert log == ["idle", "idle", "idle", "answer 1"]

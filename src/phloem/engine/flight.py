@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from phloem.core.batch import Batch, StepOutput
 
+IDLE_SECONDS = 0.2  # nothing has come for so long: time to prepare for what may come
 POLL_SECONDS = 0.0001  # how often a step in flight is asked whether it has ended, while no other one comes
 
 
@@ -70,12 +71,19 @@ class Pipeline:
         begin: gives a batch to the device. It must not wait for the step in flight.
         needs_values: whether a batch can only be begun when the step before it has landed (a grammar's mask follows
             from the token sampled last).
+        idle: called while nothing is asked for; False when it has nothing more to do.
     """
 
-    def __init__(self, begin: Callable[[Batch], Flight], needs_values: Callable[[Batch], bool]) -> None:
+    def __init__(
+        self,
+        begin: Callable[[Batch], Flight],
+        needs_values: Callable[[Batch], bool],
+        idle: Callable[[], bool] | None = None,
+    ) -> None:
         self.busy_since = 0.0  # perf_counter at which the oldest step in flight began; 0 when there is none
         self._begin = begin
         self._needs_values = needs_values
+        self._idle = idle
         self._flying: tuple[Answer, Flight] | None = None
 
     def run(self, source: queue.SimpleQueue[tuple[Batch, Any] | None]) -> None:
@@ -113,6 +121,12 @@ class Pipeline:
                 return source.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 pass
+        while self._idle is not None:
+            try:
+                return source.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                if not self._idle():
+                    break
         return source.get()
 
     def _land(self) -> None:

@@ -97,7 +97,9 @@ class ModelRunner:
         self._graphs = graphs
         self._up = streams.up if streams is not None else plain_up(pool.device)
         self._down = streams.down if streams is not None else Here
-        self._pipeline = Pipeline(self._begin, self._needs_values)
+        # On a CPU a recording costs as much as a step, and would take the cores of whatever else runs here.
+        idle = graphs.graphs.idle if graphs is not None and streams is not None else None
+        self._pipeline = Pipeline(self._begin, self._needs_values, idle)
         self._slots = Slots(max_slots, model.vocab_size, pool.device)
         self._masks = Masks(max_slots, model.vocab_size, pool.device, ops)
         self._queue: queue.SimpleQueue[tuple[Batch, Launched] | None] = queue.SimpleQueue()

@@ -137,8 +137,14 @@ def _graphs(
     decisions: list[Decision],
 ) -> DecodeGraphs | None:
     """Recorded decode steps, where the op table can record; made on first use, never before the server is ready."""
-    if config.runtime.disable_step_graph or ops.recorder is None:
-        why = "as asked" if config.runtime.disable_step_graph else f"the op table {ops.name!r} cannot record"
+    if config.runtime.disable_step_graph:
+        decisions.append(Decision("step_graphs", "off", "as asked"))
+        return None
+    if ops.recorder is None:
+        decisions.append(Decision("step_graphs", "off", f"the op table {ops.name!r} cannot record"))
+        return None
+    if not getattr(backend, "recordable", True):
+        why = f"the attention backend {backend.name!r} plans each step on the host"
         decisions.append(Decision("step_graphs", "off", why))
         return None
     decisions.append(Decision("step_graphs", "on", "recorded on first use"))
@@ -160,7 +166,13 @@ def _dtype(config: Config, checkpoint: Checkpoint, platform: Platform, decisions
     return dtype
 
 
-_KV_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
+_KV_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+    "fp8_e4m3": torch.float8_e4m3fnuz if torch.version.hip else torch.float8_e4m3fn,
+}
 
 
 def _kv_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:

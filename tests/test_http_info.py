@@ -10,7 +10,7 @@ import pytest
 from door import CONTEXT, MODEL, make_info, on_loop, open_door, until
 
 from phloem.core.messages import ControlReply, Stats
-from phloem.server import protocol
+from phloem.server import protocol, protocol_messages, protocol_responses
 from phloem.server.body import Body
 from phloem.testing.fake_engine import FakeEngine
 
@@ -238,14 +238,27 @@ async def test_the_document_describes_every_route() -> None:
         chat = document["paths"]["/v1/chat/completions"]["post"]
         schema = chat["requestBody"]["content"]["application/json"]["schema"]
         body = document["components"]["schemas"][schema["$ref"].split("/")[-1]]
-        assert "messages" in body["properties"] and body["additionalProperties"] is False
+        assert body["additionalProperties"] is False and {"messages", "input_ids"} <= set(body["properties"])
+        assert document["components"]["schemas"]["CompletionBody"]["required"] == ["prompt"]
+        messages = document["paths"]["/v1/messages"]["post"]["responses"]["400"]["content"]["application/json"]
+        assert messages["schema"]["$ref"].endswith("/MessagesErrorAnswer")
         assert {"200", "400", "401", "404", "413", "500", "503"} == set(chat["responses"])
         assert "text/event-stream" in chat["responses"]["200"]["content"]
 
 
+def bodies() -> list[type[Body]]:
+    modules = (protocol, protocol_messages, protocol_responses)
+    return [
+        item
+        for module in modules
+        for item in vars(module).values()
+        if isinstance(item, type) and issubclass(item, Body)
+    ]
+
+
 def test_every_ignored_field_stands_in_the_documentation() -> None:
     text = (Path(__file__).parent.parent / "docs" / "http.md").read_text()
-    kinds = [item for item in vars(protocol).values() if isinstance(item, type) and issubclass(item, Body)]
+    kinds = bodies()
     ignored = {(name, reason) for kind in kinds for name, reason in kind.ignored.items()}
     assert len(ignored) > 15
     for name, reason in ignored:
@@ -253,7 +266,7 @@ def test_every_ignored_field_stands_in_the_documentation() -> None:
 
 
 def test_ignored_and_later_fields_are_fields() -> None:
-    kinds = [item for item in vars(protocol).values() if isinstance(item, type) and issubclass(item, Body)]
+    kinds = bodies()
     for kind in kinds:
         assert set(kind.ignored) <= set(kind.__struct_fields__), kind
         assert set(kind.later) <= set(kind.__struct_fields__), kind

@@ -36,6 +36,7 @@ class Admission:
     return_logprob: bool = False
     top_logprobs: int = 0
     token_ids_logprob: tuple[int, ...] = ()
+    return_hidden: bool = False
     # Called in the runner's thread between forward and sample: (tokens sampled since the last call) -> allowed tokens
     # as a bit mask, 32 tokens a word, or None for no restriction. Raising fails this request alone.
     mask: Callable[[list[int]], NDArray[np.int32] | None] | None = None
@@ -89,6 +90,7 @@ class StepOutput:
     prompt_logprobs: dict[int, list[PositionLogprobs]] = field(
         default_factory=dict
     )  # row -> wanted positions, in order
+    hidden: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # row -> [hidden] its token was chosen from
     failed: dict[int, str] = field(default_factory=dict)  # row -> why this row alone failed
     forward_seconds: float = 0.0
     total_seconds: float = 0.0

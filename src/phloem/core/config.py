@@ -116,6 +116,7 @@ class ServerConfig:
     drain_timeout: float = opt(30.0, "Seconds that running requests get to finish after SIGTERM.")
     log_level: LogLevel = opt("info", "How much is logged.")
     log_requests: bool = opt(False, "Log a line per request: lengths, times, how it ended (never its text).")
+    enable_return_hidden_states: bool = opt(False, "Answer requests for hidden states (return_hidden_states).")
     greet: bool = opt(False, "When ready, ask the model one question through the door and print its answer.")
     sglang_metric_names: bool = opt(False, "Serve metrics under 'sglang:' names as well.")
 

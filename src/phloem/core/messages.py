@@ -38,6 +38,7 @@ class Submit(Message):
     logprob_start: int = -1  # first prompt position whose logprob is wanted; -1: none
     top_logprobs: int = 0
     token_ids_logprob: list[int] = []
+    return_hidden: bool = False
     arrival: float = 0.0  # time.time() at the door
     grammar_at_once: bool = False  # a constraint holds from the first token, also where the model could reason before
 
@@ -88,6 +89,7 @@ class Chunk(msgspec.Struct, omit_defaults=True, kw_only=True):
     queue_seconds: float = 0.0
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None  # once, with the first chunk
+    hidden: list[bytes] = []  # per token, little-endian float32: the last layer's state that it was chosen from
 
 
 class Tokens(Message):

@@ -154,6 +154,9 @@ class ModelRunner:
             coming = self._sample(batch, sampled, slots, ids, logits_LV, output)
         else:
             output.forward_seconds = perf_counter() - before
+        for i, slot in enumerate(slots):
+            if slot.return_hidden:
+                output.hidden[int(sampled[i])] = hidden_LN[i].to("cpu", torch.float32).numpy().copy()
         if batch.prompt_targets:
             self._prompt_logprobs(batch, hidden_LN[count:], output)
 

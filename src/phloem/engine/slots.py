@@ -35,6 +35,7 @@ class Slot:
     return_logprob: bool
     top_logprobs: int
     token_ids_logprob: tuple[int, ...]
+    return_hidden: bool
     mask: Mask | None
     penalties: Penalties | None
     bias: tuple[Tensor, Tensor] | None
@@ -94,6 +95,7 @@ class Slots:
             return_logprob=admission.return_logprob,
             top_logprobs=admission.top_logprobs,
             token_ids_logprob=admission.token_ids_logprob,
+            return_hidden=admission.return_hidden,
             mask=admission.mask,
             penalties=Penalties(params, admission.tokens, admission.num_prompt, self._vocab, self._device)
             if penalised

@@ -118,7 +118,7 @@ class GrammarManager:
             return None
         # A forced token is never sampled: it has no logprobs, and the sampler's penalties would not count it.
         penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
-        looked_at = submit.return_logprob or penalised or bool(params.processors)
+        looked_at = submit.return_logprob or penalised or bool(params.processors) or submit.return_hidden
         jump = self.settings.jump_forward and not looked_at
         thinking = None if submit.grammar_at_once else self.settings.thinking
         return Prepared(self, self._entry(constraint), params, prompt_ids, jump=jump, thinking=thinking)

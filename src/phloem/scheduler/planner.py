@@ -326,6 +326,7 @@ class Planner:
             return_logprob=submit.return_logprob,
             top_logprobs=submit.top_logprobs,
             token_ids_logprob=tuple(submit.token_ids_logprob),
+            return_hidden=submit.return_hidden,
             mask=mask,
         )
 

@@ -12,6 +12,9 @@ from phloem.scheduler.state import pack_logprobs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from phloem.core.batch import PositionLogprobs, StepOutput
     from phloem.core.messages import FromEngine
     from phloem.scheduler.planner import Plan
@@ -60,14 +63,16 @@ class Results:
                 if row in output.prompt_logprobs:
                     request.prompt_logprobs += output.prompt_logprobs[row]
                 if sampled[row]:
-                    self._token(request, tokens[row], output.logprobs.get(row))
+                    self._token(request, tokens[row], output.logprobs.get(row), output.hidden.get(row))
                 elif row in plan.scored:
                     self.finish(request, FinishReason("length", length=0))
             except Exception as error:
                 log.exception("request %s: its result could not be taken", request.id)
                 self.fail(request, f"{type(error).__name__}: {error}", 500)
 
-    def _token(self, request: Request, token: int, logprobs: PositionLogprobs | None) -> None:
+    def _token(
+        self, request: Request, token: int, logprobs: PositionLogprobs | None, hidden: NDArray[np.float32] | None
+    ) -> None:
         request.inflight -= 1
         if token < 0:
             raise ValueError("the step gave no token")
@@ -75,6 +80,10 @@ class Results:
             if logprobs is None:
                 raise ValueError("the step gave no logprobs")
             request.fresh_logprobs.append(logprobs)
+        if request.submit.return_hidden:
+            if hidden is None:
+                raise ValueError("the step gave no hidden state")
+            request.fresh_hidden.append(hidden.astype("<f4", copy=False).tobytes())
         self._append(request, token)
         if request.slot >= 0 and not request.inflight:
             self.slots.next_token[request.slot] = token
@@ -178,6 +187,7 @@ class Results:
             request.fresh_logprobs = []
             if not request.sent and request.wants_prompt:
                 chunk.prompt_logprobs = pack_logprobs(request.prompt_logprobs, submit)
+        chunk.hidden, request.fresh_hidden = request.fresh_hidden, []
         request.fresh = []
         request.sent = True
         return chunk

@@ -65,6 +65,7 @@ class Request:
         "admitted",
         "cached_tokens",
         "fresh",
+        "fresh_hidden",
         "fresh_logprobs",
         "id",
         "inflight",
@@ -120,6 +121,7 @@ class Request:
         self.prompt_logprobs: list[PositionLogprobs] = []
         self.fresh: list[int] = []  # tokens not sent yet
         self.fresh_logprobs: list[PositionLogprobs] = []
+        self.fresh_hidden: list[bytes] = []
         self.sent = False
 
     @property

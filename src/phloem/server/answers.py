@@ -84,6 +84,7 @@ class ChatChoice(Answer, kw_only=True):
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     matched_stop: int | str | None
+    hidden_states: list[float] | UnsetType = UNSET  # of the last output token
 
 
 class ChatCompletion(Answer, kw_only=True):
@@ -108,6 +109,7 @@ class ChatChunkChoice(Answer, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     matched_stop: int | str | UnsetType | None = UNSET
+    hidden_states: list[float] | UnsetType = UNSET  # with the finish reason
 
 
 class ChatChunk(Answer, kw_only=True):
@@ -132,6 +134,7 @@ class CompletionChoice(Answer, kw_only=True):
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
     matched_stop: int | str | UnsetType | None = UNSET
+    hidden_states: list[float] | UnsetType = UNSET  # of the last output token
 
 
 class Completion(Answer, kw_only=True):
@@ -193,3 +196,80 @@ class Status(Answer, kw_only=True):
 class ControlAnswer(Answer, kw_only=True):
     success: bool
     message: str
+
+
+class InputTokensDetails(Answer, kw_only=True):
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+
+
+class OutputTokensDetails(Answer, kw_only=True):
+    """`reasoning_tokens`: counted by tokenising the reasoning's text."""
+
+    reasoning_tokens: int = 0
+
+
+class ResponseUsage(Answer, kw_only=True):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class ResponseAnswer(Answer, kw_only=True):
+    """`POST /v1/responses`, `GET /v1/responses/{id}`, and inside the events of its stream."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    completed_at: int | None = None
+    status: Literal["queued", "in_progress", "completed", "incomplete", "cancelled", "failed"]
+    background: bool = False
+    error: dict[str, str] | None = None
+    incomplete_details: dict[str, str] | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    max_tool_calls: int | None = None
+    metadata: dict[str, Any]
+    model: str
+    output: list[dict[str, Any]] = []
+    parallel_tool_calls: bool
+    previous_response_id: str | None = None
+    prompt_cache_key: str | None = None
+    reasoning: dict[str, str | None]
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    store: bool
+    temperature: float
+    text: dict[str, Any]
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
+    top_logprobs: int = 0
+    top_p: float
+    truncation: Literal["disabled"] = "disabled"
+    usage: ResponseUsage | None = None
+    user: str | None = None
+
+
+class DeletedResponse(Answer, kw_only=True):
+    id: str
+    object: Literal["response.deleted"] = "response.deleted"
+    deleted: bool = True
+
+
+class ItemList(Answer, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool = False
+
+
+class ScoreAnswer(Answer, kw_only=True):
+    """One list per item: a score per label token."""
+
+    scores: list[list[float]]
+    model: str
+    usage: Usage
+    object: Literal["scoring"] = "scoring"

@@ -158,6 +158,7 @@ def _gather(output: Output, chunk: Chunk) -> None:
         output.logprobs.values += chunk.logprobs.values
         output.logprobs.top += chunk.logprobs.top
         output.logprobs.chosen += chunk.logprobs.chosen
+    output.hidden += chunk.hidden
     if chunk.prompt_logprobs is not None:
         output.prompt_logprobs = chunk.prompt_logprobs
 
@@ -175,7 +176,7 @@ def _trims_stop_token(output: Output, finish: FinishReason | None, new: list[int
 
 
 def _truncate(output: Output, length: int) -> None:
-    del output.ids[length:]
+    del output.ids[length:], output.hidden[length:]
     kept: Logprobs = output.logprobs
     del kept.values[length:], kept.top[length:], kept.chosen[length:]
 

@@ -93,6 +93,7 @@ async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> C
         namespace=namespace(body.cache_salt, body.extra_key),
         reasons=reasoning is not None,
         session=body.session_params.step() if body.session_params is not None else None,
+        return_hidden=bool(body.return_hidden_states),
         thinking_budget=body.max_thinking_tokens,
     )
     return Conversation(

@@ -386,6 +386,7 @@ def _submit_message(output: Output) -> Submit:
         logprob_start=item.logprob_start if item.return_logprob else -1,
         top_logprobs=item.top_logprobs,
         token_ids_logprob=item.token_ids_logprob,
+        return_hidden=item.return_hidden,
         arrival=time.time(),
         grammar_at_once=not item.reasons,
     )

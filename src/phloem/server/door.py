@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.responses import Response
@@ -10,6 +10,7 @@ from starlette.responses import Response
 from phloem.core.errors import BadRequest, NotFound
 from phloem.server.answers import Answer
 from phloem.server.body import Body, Parser
+from phloem.server.response_store import ResponseStore
 from phloem.server.stream import encode
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Door:
     info: ModelInfo
     health: Health
     metrics: Metrics
+    responses: ResponseStore = field(default_factory=ResponseStore)
 
     async def read(self, request: Request, parser: Parser[T], empty: bytes = b"") -> T:
         """The request's body; `empty` stands for a body of no bytes where a route allows that."""

@@ -11,13 +11,24 @@ from starlette.responses import Response
 
 from phloem.core.errors import BadRequest, NotFound, PhloemError
 from phloem.server.answers import Error, ErrorAnswer
+from phloem.server.protocol_messages import MessagesError, MessagesErrorAnswer
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+    from starlette.types import Scope
 
 log = logging.getLogger("phloem.server")
 
 RETRY_AFTER = "1"  # seconds; queues move in steps of milliseconds
+MESSAGES_PATH = "/v1/messages"
+_MESSAGES_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 _encode = msgspec.json.Encoder().encode
 
 
@@ -31,36 +42,46 @@ def error_body(error: PhloemError) -> bytes:
     )
 
 
-def error_response(error: PhloemError) -> Response:
+def messages_error(error: PhloemError, request_id: str | None) -> MessagesErrorAnswer:
+    """The shape of the routes under `/v1/messages`."""
+    kind = _MESSAGES_KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return MessagesErrorAnswer(error=MessagesError(type=kind, message=error.message), request_id=request_id)
+
+
+def error_response(error: PhloemError, scope: Scope) -> Response:
+    """The answer to the request of this scope, in its route's shape."""
     headers: dict[str, str] = {}
     if error.status == 503:
         headers["retry-after"] = RETRY_AFTER
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return Response(error_body(error), error.status, headers, media_type="application/json")
+    body = error_body(error)
+    if scope["path"].startswith(MESSAGES_PATH):
+        body = _encode(messages_error(error, scope.get("request_id")))
+    return Response(body, error.status, headers, media_type="application/json")
 
 
 async def on_phloem_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PhloemError)
     if error.status >= 500 and error.status != 503:
         log.error("request %s: %s", request.scope.get("request_id", "?"), error.message)
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
-async def on_http_error(_request: Request, error: Exception) -> Response:
+async def on_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     shaped: PhloemError = NotFound("there is no such path") if error.status_code == 404 else BadRequest(error.detail)
     shaped.status = error.status_code
-    response = error_response(shaped)
+    response = error_response(shaped, request.scope)
     for name, value in (error.headers or {}).items():
         response.headers[name] = value
     return response
 
 
-async def on_invalid_query(_request: Request, error: Exception) -> Response:
+async def on_invalid_query(request: Request, error: Exception) -> Response:
     """FastAPI's check of query parameters."""
     problems = getattr(error, "errors", lambda: [])()
     first = problems[0] if problems else {"loc": ("query",), "msg": str(error)}
     name = str(first["loc"][-1])
-    return error_response(BadRequest(f"{name}: {first['msg']}", param=name, code="invalid_value"))
+    return error_response(BadRequest(f"{name}: {first['msg']}", param=name, code="invalid_value"), request.scope)

@@ -59,7 +59,7 @@ class RequestIds:
             log.exception("request %s (%s %s) failed", key.decode(), scope["method"], scope["path"])
             if not started:
                 error = PhloemError(f"internal error; request id {key.decode()}")
-                await error_response(error)(scope, receive, send_with_id)
+                await error_response(error, scope)(scope, receive, send_with_id)
 
 
 def _plain(value: bytes) -> bool:
@@ -67,7 +67,7 @@ def _plain(value: bytes) -> bool:
 
 
 class ApiKey:
-    """Bearer token, compared in constant time, on everything but the health checks and the page's own files."""
+    """Bearer token or `x-api-key`, in constant time, on everything but health checks and the page's own files."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self.app = app
@@ -76,10 +76,11 @@ class ApiKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             scheme, _, token = (_header(scope, b"authorization") or b"").partition(b" ")
-            given = hashlib.sha256(token.strip()).digest()
-            if not hmac.compare_digest(given, self._digest) or scheme.lower() != b"bearer":
+            bearer = token.strip() if scheme.lower() == b"bearer" else b""
+            given = hashlib.sha256(bearer or _header(scope, b"x-api-key") or b"").digest()
+            if not hmac.compare_digest(given, self._digest):
                 error = Unauthorized("the API key is missing or wrong: send Authorization: Bearer <key>")
-                await error_response(error)(scope, receive, send)
+                await error_response(error, scope)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -100,7 +101,7 @@ class BodyLimit:
             waits = (_header(scope, b"expect") or b"").lower() == b"100-continue"
             if not waits:
                 await _discard(receive)
-            await error_response(self._error(f"of {int(declared)} bytes "))(scope, receive, send)
+            await error_response(self._error(f"of {int(declared)} bytes "), scope)(scope, receive, send)
             return
         seen = 0
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
 from phloem.core.errors import BadRequest
 from phloem.server.logprobs import native_pairs, native_prompt, native_triples
@@ -41,6 +42,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
     starts = each("logprob_start_len", -1)
     tops = each("top_logprobs_num", 0)
     processors, steps = each("custom_logit_processor", None), each("session_params", None)
+    hidden = each("return_hidden_states", False)
     salts, keys = each("cache_salt", None), each("extra_key", None)
     chosen = _chosen(body, count)
     items: list[Item] = []
@@ -58,6 +60,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
                 token_ids_logprob=chosen[at] if wants[at] else [],
                 priority=body.priority or 0,
                 namespace=namespace(salts[at], keys[at]),
+                return_hidden=bool(hidden[at]),
                 session=steps[at].step() if steps[at] is not None else None,
                 thinking_budget=body.max_thinking_tokens,
                 stream_interval=(sampling.stream_interval if sampling is not None else None) or 1,
@@ -121,6 +124,11 @@ def _rid(ids: list[str | None], at: int, given: str | list[str] | None, count: i
     return f"{rid}-{at}" if isinstance(given, str) and count > 1 else rid
 
 
+def hidden_lists(states: list[bytes]) -> list[list[float]]:
+    """Hidden states as JSON has them: one list per output token."""
+    return [np.frombuffer(state, dtype="<f4").tolist() for state in states]
+
+
 class Renderer:
     """Writes outputs as `/generate` answers them."""
 
@@ -136,6 +144,8 @@ class Renderer:
         if output.item.return_logprob:
             meta |= self._logprobs(output, 0)
             meta |= native_prompt(output, self._text)
+        if output.item.return_hidden:
+            meta["hidden_states"] = hidden_lists(output.hidden)
         return {"text": output.text, "output_ids": output.ids, "meta_info": meta}
 
     def news(self, output: Output, first: bool) -> dict[str, Any]:
@@ -145,6 +155,8 @@ class Renderer:
             meta |= self._logprobs(output, output.new_from)
             if first:
                 meta |= native_prompt(output, self._text)
+        if output.item.return_hidden:
+            meta["hidden_states"] = hidden_lists(output.hidden[output.new_from :])
         return {"text": output.delta, "output_ids": output.ids[output.new_from :], "meta_info": meta}
 
     def _meta(self, output: Output) -> dict[str, Any]:
@@ -192,7 +204,7 @@ class Cumulative:
         self._text += _encode(news["text"])[1:-1]
         _extend(self._ids, news["output_ids"])
         meta = news["meta_info"]
-        for name in [key for key in meta if key.startswith(("output_", "input_"))]:
+        for name in [key for key in meta if key.startswith(("output_", "input_", "hidden_"))]:
             _extend(self._lists.setdefault(name, bytearray(b"[")), meta[name])
         for name, data in self._lists.items():
             meta[name] = msgspec.Raw(data + b"]")

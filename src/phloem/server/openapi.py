@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from fastapi.openapi.utils import get_openapi
 
-from phloem.server import answers, protocol
+from phloem.server import answers, protocol, protocol_messages, protocol_responses
 from phloem.server.body import Body
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def describe(
     text: str | None = None,
     streams: bool = False,
     errors: tuple[int, ...] = (),
+    error: type = answers.ErrorAnswer,
     summary: str = "",
 ) -> dict[str, Any]:
     """Keywords for a route's decorator. `answer` is a struct or a schema; `text`: the media type of a text answer."""
@@ -56,7 +57,7 @@ def describe(
     codes = sorted({*ALWAYS, *errors, *(TAKES_BODY if body is not None else ())})
     responses: dict[int, Any] = {200: {"description": "Success", "content": content}}
     for code in codes:
-        responses[code] = {"description": _ERRORS[code], "content": _json(_ref(answers.ErrorAnswer))}
+        responses[code] = {"description": _ERRORS[code], "content": _json(_ref(error))}
     keywords: dict[str, Any] = {"responses": responses, "response_model": None}
     if summary:
         keywords["summary"] = summary
@@ -69,7 +70,7 @@ def describe(
 def _schemas() -> dict[str, Any]:
     kinds: list[type] = [
         item
-        for module in (protocol, answers)
+        for module in (protocol, protocol_responses, protocol_messages, answers)
         for item in vars(module).values()
         if isinstance(item, type) and issubclass(item, msgspec.Struct) and item.__module__ == module.__name__
     ]

@@ -51,9 +51,12 @@ def thinking_budget(
     start, end = (tokenizer.encode(text, add_special_tokens=False) for text in (kind.start, kind.end))
     if not start or not end:
         raise BadRequest(f"{where}: the format {info.reasoning_parser!r} has no markers", param=where)
-    state = state_after(prompt, ThinkingMarkers(tuple(start), tuple(end)))
+    if len(end) > 1 and not tokenizer.is_special(end[0]):
+        # Text beside it may be merged into such a marker: where the block ends could not be told by tokens.
+        raise BadRequest(f"{where}: the tokenizer has no token for {kind.end!r}", param=where)
+    state = state_after(prompt, ThinkingMarkers(tuple(start), tuple(end), kind.always))
     if state == CLOSED:
         return {}
-    inside = state == OPEN or bool(kind.always)
+    inside = state == OPEN
     params: dict[str, Any] = {"thinking_budget": limit, "end_ids": end, "inside": inside}
     return {THINKING_BUDGET: params if inside else {**params, "start_ids": start}}

@@ -14,7 +14,7 @@ Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Strings = str | list[str] | None
 
-_HINT = "a hint to hosted services; nothing here depends on it"
+HINT = "a hint to hosted services; nothing here depends on it"
 
 # Fields that many bodies share, by the feature they belong to.
 GRAMMAR = {name: Later("grammar", ("", {})) for name in ("regex", "ebnf", "json_schema", "structural_tag")}
@@ -222,13 +222,13 @@ class OpenAIBody(Body, kw_only=True):
     prompt_cache_retention: str | None = None
 
     ignored: ClassVar[dict[str, str]] = {
-        "user": _HINT,
-        "metadata": _HINT,
+        "user": HINT,
+        "metadata": HINT,
         "store": "nothing is ever stored",
-        "service_tier": _HINT,
-        "safety_identifier": _HINT,
+        "service_tier": HINT,
+        "safety_identifier": HINT,
         "prompt_cache_key": "prefixes are found by their tokens; use cache_salt to keep them apart",
-        "prompt_cache_retention": _HINT,
+        "prompt_cache_retention": HINT,
         "guided_decoding_backend": "the server's grammar_backend decides",
     }
     later: ClassVar[dict[str, Later]] = {
@@ -266,7 +266,7 @@ class ContentPart(Body, kw_only=True):
     refusal: str | None = None
     cache_control: Any = None
 
-    ignored: ClassVar[dict[str, str]] = {"cache_control": _HINT}
+    ignored: ClassVar[dict[str, str]] = {"cache_control": HINT}
 
 
 class Message(Body, kw_only=True):
@@ -320,7 +320,7 @@ class ChatBody(OpenAIBody, kw_only=True):
     ignored: ClassVar[dict[str, str]] = {
         **OpenAIBody.ignored,
         "prediction": "a hint for speed; the answer is the same without",
-        "verbosity": _HINT,
+        "verbosity": HINT,
     }
     later: ClassVar[dict[str, Later]] = {
         **OpenAIBody.later,

@@ -36,6 +36,7 @@ class Item:
     token_ids_logprob: list[int] = field(default_factory=list)
     priority: int = 0
     namespace: str = ""
+    return_hidden: bool = False
     stream_interval: int = 1
     reasons: bool = False  # a reasoning block may come first, and no constraint holds in it
     session: SessionStep | None = None
@@ -79,6 +80,7 @@ class Output:
     last_at: float = 0.0
     logprobs: Logprobs = field(default_factory=Logprobs)
     prompt_logprobs: Logprobs | None = None
+    hidden: list[bytes] = field(default_factory=list)  # per output token, float32
     # the client's own bookkeeping
     pending: list[Chunk] = field(default_factory=list)
     pending_tokens: int = 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -50,7 +51,25 @@ async def collect(request: Request, call: Call) -> list[Output]:
         call.cancel()
 
 
-async def stream(request: Request, call: Call, events: AsyncGenerator[bytes, None]) -> Response:
+@dataclass(frozen=True)
+class Ending:
+    """How a protocol ends its streams: the last event after an orderly end, and those that tell of an error."""
+
+    done: bytes
+    error: Callable[[PhloemError], bytes]
+
+
+def named_event(name: str, data: Any) -> bytes:
+    """One event with its name."""
+    return b"event: " + name.encode() + b"\ndata: " + encode(data) + b"\n\n"
+
+
+OPENAI_ENDING = Ending(DONE, lambda error: b"data: " + error_body(error) + b"\n\n" + DONE)
+
+
+async def stream(
+    request: Request, call: Call, events: AsyncGenerator[bytes, None], ending: Ending = OPENAI_ENDING
+) -> Response:
     """Answer with a stream of events.
 
     Waits for the first one, so that a request which the engine refuses is answered with its status.
@@ -62,7 +81,7 @@ async def stream(request: Request, call: Call, events: AsyncGenerator[bytes, Non
         watch.cancel()
         call.cancel()
         raise
-    return EventStream(call, first, events, watch)
+    return EventStream(call, first, events, watch, ending)
 
 
 class EventStream(Response):
@@ -71,7 +90,12 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, call: Call, first: bytes, events: AsyncGenerator[bytes, None], watch: asyncio.Task[None]
+        self,
+        call: Call,
+        first: bytes,
+        events: AsyncGenerator[bytes, None],
+        watch: asyncio.Task[None],
+        ending: Ending,
     ) -> None:
         self.status_code = 200
         self.background = None
@@ -79,6 +103,7 @@ class EventStream(Response):
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._call, self._first, self._events, self._watch = call, first, events, watch
+        self._ending = ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -87,15 +112,15 @@ class EventStream(Response):
             try:
                 async for data in self._events:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-                tail = DONE
+                tail = self._ending.done
             except PhloemError as error:
-                tail = b"data: " + error_body(error) + b"\n\n" + DONE
+                tail = self._ending.error(error)
             except OSError:
                 return  # the socket has gone
             except Exception:
                 log.exception("request %s: a stream broke", scope.get("request_id", "?"))
                 hidden = PhloemError(f"internal error; request id {scope.get('request_id', '?')}")
-                tail = b"data: " + error_body(hidden) + b"\n\n" + DONE
+                tail = self._ending.error(hidden)
             await send({"type": "http.response.body", "body": tail, "more_body": False})
         finally:
             self._watch.cancel()

@@ -73,6 +73,8 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
     checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)
     # Without a tokenizer nothing can follow a text.
     features = frozenset[str]() if model.skip_tokenizer_init else frozenset({"grammar"})
+    if config.server.enable_return_hidden_states:
+        features |= {"hidden_states"}
     info = ModelInfo.of(checkpoint, config, features)
     if model.skip_tokenizer_init:
         return EngineClient(None, None, info), info, checkpoint

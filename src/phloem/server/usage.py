@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+from msgspec import UNSET, UnsetType
+
 from phloem.server.answers import PromptTokensDetails, Usage
 
 if TYPE_CHECKING:
@@ -26,3 +29,10 @@ def usage_of(outputs: list[Output]) -> Usage:
 
 def matched_stop(finish: FinishReason | None) -> int | str | None:
     return None if finish is None else finish.matched
+
+
+def last_hidden(output: Output) -> list[float] | UnsetType:
+    """The state that the last output token was chosen from, where that was asked for."""
+    if not output.item.return_hidden or not output.hidden:
+        return UNSET
+    return np.frombuffer(output.hidden[-1], dtype="<f4").tolist()

@@ -8,6 +8,8 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from phloem.core.errors import EngineDead
 from phloem.core.messages import (
     Abort,
@@ -48,11 +50,13 @@ class FakeEngine(EngineLink):
     """One step gives every running request `per_step` tokens, in one `Tokens` message, as the real loop does.
 
     `mode`: `echo` repeats the prompt and then stops with `eos`; `hash` never stops by itself (letters from a hash of
-    all tokens so far and the seed). Every message makes the round trip through msgpack. `refuse`: request id ->
-    (status, message); `failing`: request ids that fail at their second token.
+    all tokens so far and the seed); `say` says `text` in bytes, then stops with `eos`. Every message
+    makes the round trip through msgpack. `refuse`: request id -> (status, message); `failing`: request ids that fail at
+    their second token.
     """
 
     mode: str = "hash"
+    text: str = ""
     eos: int = 257
     delay: float = 0.0  # seconds per step
     per_step: int = 1
@@ -201,6 +205,8 @@ class FakeEngine(EngineLink):
         chunk = Chunk(id=submit.id, tokens=tokens, finish=finish, queue_seconds=0.001)
         if first or finish is not None:
             chunk.cached_tokens = len(running.prompt) // 2
+        if submit.return_hidden:
+            chunk.hidden = [np.array([token, 0.5], dtype="<f4").tobytes() for token in tokens]
         if submit.return_logprob:
             chunk.logprobs = self._logprobs(submit, tokens)
             if first and submit.logprob_start >= 0:
@@ -211,6 +217,9 @@ class FakeEngine(EngineLink):
         if self.mode == "echo":
             at = len(running.out)
             return running.prompt[at] if at < len(running.prompt) else self.eos
+        if self.mode == "say":
+            said = self.text.encode()
+            return said[len(running.out)] if len(running.out) < len(said) else self.eos
         seed = running.submit.sampling.sampling_seed
         data = repr((running.prompt, len(running.out), seed if seed is not None else running.submit.id)).encode()
         if running.submit.sampling.greedy:

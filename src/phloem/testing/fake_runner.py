@@ -187,6 +187,8 @@ class FakeRunner:
                 return
             output.tokens[row] = state.last = token
             state.unfed.append(token)
+            if admission.return_hidden:
+                output.hidden[row] = np.array([token, end], np.float32)
             if admission.return_logprob:
                 output.logprobs[row] = self._logprobs(token, end, admission)
 

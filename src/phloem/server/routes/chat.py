@@ -25,7 +25,7 @@ from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.protocol import ChatBody
 from phloem.server.request import new_id
 from phloem.server.stream import collect, event, stream
-from phloem.server.usage import matched_stop, usage_of
+from phloem.server.usage import last_hidden, matched_stop, usage_of
 
 if TYPE_CHECKING:
     from phloem.server.answers import ChatLogprobs
@@ -93,6 +93,7 @@ class _Writer:
                     logprobs=self._logprobs(output, 0),
                     finish_reason="tool_calls" if delta.tool_calls and reason == "stop" else reason,
                     matched_stop=matched_stop(output.finish),
+                    hidden_states=last_hidden(output),
                 )
             )
         return ChatCompletion(
@@ -147,6 +148,7 @@ class _Writer:
                     delta=ChatDelta(),
                     finish_reason="tool_calls" if index in called and reason == "stop" else reason,
                     matched_stop=matched_stop(output.finish),
+                    hidden_states=last_hidden(output),
                 )
             )
         return out

@@ -21,7 +21,7 @@ from phloem.server.protocol import CompletionBody
 from phloem.server.request import GenerateRequest, Item, new_id
 from phloem.server.sampling import namespace, openai_params
 from phloem.server.stream import collect, event, stream
-from phloem.server.usage import matched_stop, usage_of
+from phloem.server.usage import last_hidden, matched_stop, usage_of
 
 if TYPE_CHECKING:
     from phloem.server.call import Call
@@ -75,6 +75,7 @@ def to_request(body: CompletionBody, tokenizer: Tokenizer | None) -> GenerateReq
             top_logprobs=body.logprobs or 0,
             priority=body.priority or 0,
             namespace=namespace(body.cache_salt, body.extra_key),
+            return_hidden=bool(body.return_hidden_states),
             session=body.session_params.step() if body.session_params is not None else None,
         )
         for at, prompt in enumerate(prompts)
@@ -139,6 +140,7 @@ class _Writer:
                     logprobs=self._logprobs(output, 0, True, 0 if self.body.echo else len(begin_text)),
                     finish_reason=output.finish.type if output.finish is not None else None,
                     matched_stop=matched_stop(output.finish),
+                    hidden_states=last_hidden(output),
                 )
             )
         answer = self._chunk(choices)
@@ -181,6 +183,7 @@ class _Writer:
         if output.finish is not None:
             choice.finish_reason = output.finish.type
             choice.matched_stop = matched_stop(output.finish)
+            choice.hidden_states = last_hidden(output)
         return choice
 
     def _prompt_text(self, output: Output) -> str:

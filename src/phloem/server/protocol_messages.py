@@ -1,0 +1,155 @@
+"""Request and answer bodies of `/v1/messages`, the Anthropic Messages API."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+from msgspec import Meta
+
+from phloem.server.answers import Answer
+from phloem.server.body import Body, Later
+from phloem.server.protocol import HINT, Int32, Seed
+
+# Fields that mean the same as in chat completions, and are handed on by name.
+AS_IN_CHAT = (
+    "model",
+    "temperature",
+    "top_p",
+    "top_k",
+    "stream",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "ignore_eos",
+    "seed",
+    "priority",
+    "cache_salt",
+    "extra_key",
+    "chat_template_kwargs",
+)
+Content = str | list[dict[str, Any]]
+
+
+class TurnBody(Body, kw_only=True):
+    """One message. A last one of the assistant is continued."""
+
+    role: Literal["user", "assistant", "system"]
+    content: Content
+
+
+class ThinkingBody(Body, kw_only=True):
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Int32 | None = None
+    display: str | None = None
+
+    ignored: ClassVar[dict[str, str]] = {"display": "thinking is given whole"}
+
+
+class ToolChoiceBody(Body, kw_only=True):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class OutputConfigBody(Body, kw_only=True):
+    format: dict[str, Any] | None = None
+    effort: str | None = None
+
+
+class CountTokensBody(Body, kw_only=True):
+    """`POST /v1/messages/count_tokens`."""
+
+    messages: Annotated[list[TurnBody], Meta(min_length=1)]
+    model: str | None = None
+    system: Content | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: ToolChoiceBody | None = None
+    thinking: ThinkingBody | None = None
+    output_config: OutputConfigBody | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    cache_control: dict[str, Any] | None = None
+    mcp_servers: list[Any] | None = None
+    context_management: dict[str, Any] | None = None
+    speed: str | None = None
+
+    ignored: ClassVar[dict[str, str]] = {"cache_control": HINT, "speed": HINT}
+    later: ClassVar[dict[str, Later]] = {
+        "mcp_servers": Later("mcp", ([],)),
+        "context_management": Later("context_management", ({},)),
+    }
+
+
+class MessagesBody(CountTokensBody, kw_only=True):
+    """`POST /v1/messages`."""
+
+    max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int32 | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    container: str | dict[str, Any] | None = None
+    inference_geo: str | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    ignore_eos: bool | None = None
+    seed: Seed | None = None
+    priority: Int32 | None = None
+    cache_salt: str | None = None
+    extra_key: str | None = None
+
+    ignored: ClassVar[dict[str, str]] = {
+        **CountTokensBody.ignored,
+        "metadata": HINT,
+        "service_tier": HINT,
+        "inference_geo": HINT,
+    }
+    later: ClassVar[dict[str, Later]] = {**CountTokensBody.later, "container": Later("containers")}
+
+
+# --- answers
+
+
+class MessagesUsage(Answer, kw_only=True):
+    """`input_tokens` are those that were computed; cached ones are counted beside them."""
+
+    input_tokens: int
+    output_tokens: int
+    cache_creation_input_tokens: int = 0
+    cache_read_input_tokens: int = 0
+
+
+class MessagesAnswer(Answer, kw_only=True):
+    id: str
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    model: str
+    content: list[dict[str, Any]]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None = None
+    stop_sequence: str | None = None
+    usage: MessagesUsage
+
+
+class TokenCount(Answer, kw_only=True):
+    input_tokens: int
+
+
+class MessagesError(msgspec.Struct, kw_only=True):
+    type: str
+    message: str
+
+
+class MessagesErrorAnswer(Answer, kw_only=True):
+    """Every error on these routes; in a stream, the data of the event `error`."""
+
+    type: Literal["error"] = "error"
+    error: MessagesError
+    request_id: str | None = None

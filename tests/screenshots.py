@@ -1,4 +1,4 @@
-"""Take the pictures of the page for the documentation: python tests/screenshots.py http://127.0.0.1:30000 docs/images"""
+"""Take the pictures of the page for the docs: python tests/screenshots.py http://127.0.0.1:30000 docs/images"""
 
 from __future__ import annotations
 

@@ -66,6 +66,7 @@ def measure(engine: Any, load: Workload) -> dict[str, Any]:
         answers = engine.generate(prompts, params)
     seconds = perf_counter() - start
     after = engine.get_server_info()["internal_states"][0]
+    busy = max(after["busy_seconds"] - before["busy_seconds"], 1e-9)
     inputs = sum(answer["meta_info"]["prompt_tokens"] for answer in answers)
     outputs = sum(answer["meta_info"]["completion_tokens"] for answer in answers)
     cached = sum(answer["meta_info"]["cached_tokens"] for answer in answers)
@@ -79,7 +80,7 @@ def measure(engine: Any, load: Workload) -> dict[str, Any]:
         "computed_tokens": inputs - cached,
         "cache_hit_rate": cached / inputs if inputs else 0.0,
         "steps": after["steps"] - before["steps"],
-        "outside_forward": after.get("outside_forward", 0.0),
+        "outside_forward": 1.0 - (after["forward_seconds"] - before["forward_seconds"]) / busy,
     }
 
 

@@ -18,7 +18,8 @@ from phloem.engine.decode import DecodeGraphs
 from phloem.engine.runner import ModelRunner
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
-from phloem.utils import log, machine
+from phloem.utils import log
+from phloem.utils.cores import available_cores
 
 if TYPE_CHECKING:
     from phloem.core.config import Config
@@ -67,7 +68,7 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     decisions: list[Decision] = []
     context = _take(decisions, resolve.context_length(config.model.context_length, checkpoint.context_length))
     checkpoint = replace(checkpoint, context_length=context)  # tables of positions need not be longer
-    threads = _take(decisions, resolve.threads(config.runtime.threads, machine.available_cores()))
+    threads = _take(decisions, resolve.threads(config.runtime.threads, available_cores()))
     platform, chosen = platforms.choose(config.runtime.device, threads)
     decisions.append(chosen)
     ops, why = platform.table(config.runtime.ops)

@@ -27,6 +27,7 @@ class Platform:
     default_memory_fraction = 0.25
     default_running_requests = 64
     default_chunk = 1024
+    streams = None
 
     def __init__(self, threads: int | None) -> None:
         self.threads = threads or available_cores()

@@ -13,7 +13,10 @@ import pytest
 import torch
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+]
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:

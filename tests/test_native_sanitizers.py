@@ -19,7 +19,7 @@ CSRC = ROOT / "csrc" / "cpu"
 KERNELS = ("attention", "elementwise", "norm", "rope", "sample", "linear")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")]
 
 
 def build_flags() -> ModuleType:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_door import http_door
 
 from phloem import Engine
 from phloem.bench import programs
 from phloem.core.errors import BadRequest
 from phloem.lang.backends.engine import EngineBackend
+from phloem.lang.backends.openai import OpenAI
 from phloem.testing.checkpoints import tiny_checkpoint
 
 
@@ -57,8 +59,13 @@ def test_runs_are_compared(engine: Engine, tmp_path: Path, capsys: pytest.Captur
         )
         for how in (programs.SHARED, programs.PLAIN)
     ]
+    with http_door(engine) as url:
+        other = OpenAI("default", False, EngineBackend(engine).format, api_key="none", base_url=f"{url}/v1")
+        records.append(programs.measure("forked", modules["forked"], programs.OTHER, other, options))
+        other.shutdown()
     programs.compare(records)
-    shared, plain = records
+    shared, plain, other_server = records
+    assert other_server["failed"] == 0 and other_server["output_tokens"] >= 24 and other_server["same_texts"] == 2
     assert shared["failed"] == plain["failed"] == 0
     assert shared["output_tokens"] == plain["output_tokens"] == 24
     assert plain["cache_hit_rate"] == 0.0 and plain["computed_prompt_tokens"] == plain["prompt_tokens"]

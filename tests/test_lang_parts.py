@@ -122,6 +122,18 @@ def test_one_call_answers_several(chat: bool) -> None:
     assert (state["name"], state["age"], len(wrong.asked)) == ("oak", "7", 2)
 
 
+def test_reasoning_is_taken_out_of_the_text() -> None:
+    @lang.function
+    def think(s: Any) -> None:
+        s += lang.user("How many?")
+        s += lang.assistant(lang.separate_reasoning(lang.gen("x") + "!", model_type="qwen3"))
+        s["seen"] = s["x_reasoning_content"]
+
+    state = think.run(backend=Script(["<think>One and one.</think>Two"]))
+    assert state["x"].strip() == "Two" and state["seen"].strip() == "One and one."
+    assert "think" not in state.text() and state.messages()[1]["content"].strip() == "Two!"
+
+
 def test_a_stop_beyond_the_guess_is_asked_for_alone() -> None:
     @lang.function(num_api_spec_tokens=4)
     def line(s: Any) -> None:

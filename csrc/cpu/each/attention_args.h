@@ -95,7 +95,7 @@ PHL_INLINE void finish_head(const AttentionArgs& a, int64_t head, const float* v
     factor = exp2<6>(splat(top - highest))[0];
     total = total * factor + exp2<6>(splat(sink - highest))[0];
   }
-  factor = total > 0.0f ? factor / total : 0.0f;
+  factor = total != 0.0f ? factor / total : 0.0f;  // nothing seen: zeros; a NaN stays one
   int64_t i = 0;
   for (; i + W <= a.head_size; i += W) store(out + i, load(values + i) * factor);
   for (; i < a.head_size; ++i) out[i] = values[i] * factor;

@@ -263,9 +263,14 @@ PHL_INLINE void weigh(const BlockJob& job, const float* scores, float top, float
 template <int R, bool kInt8>
 PHL_INLINE void tile(const AttentionArgs& a, BlockJob& job, const BlockSpan& span, int64_t first) {
   const int64_t group = a.heads / a.kv_heads;
+  // How many of the block's tokens the last of these rows sees; none of them needs more.
+  const int64_t until = job.position + (first + R - 1) / group - span.begin + 1;
+  const int64_t seen = until < span.count ? until : span.count;
+  if (seen <= 0) return;
+  const int64_t steps = (seen + kPair - 1) / kPair;
   alignas(64) float scores[R][kBlockTokens];
   alignas(64) Cell cells[R][kCells];
-  for (int64_t column = 0; column < kBlockTokens; column += kTileColumns * W) {
+  for (int64_t column = 0; column < seen; column += kTileColumns * W) {
     vf acc[R][kTileColumns] = {};
     multiply<R, kTileColumns>(job.q + first * job.steps, job.steps, job.keys + column, kBlockTokens, job.steps, acc);
     for (int r = 0; r < R; ++r)
@@ -287,7 +292,7 @@ PHL_INLINE void tile(const AttentionArgs& a, BlockJob& job, const BlockSpan& spa
     vf acc[R][C];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) acc[r][c] = load(job.results + (first + r) * job.wide + column + c * W) * factor[r];
-    multiply<R, C>(cells[0], kCells, job.values + column, job.wide, kCells, acc);
+    multiply<R, C>(cells[0], kCells, job.values + column, job.wide, steps, acc);
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) store(job.results + (first + r) * job.wide + column + c * W, acc[r][c]);
   };

@@ -47,14 +47,14 @@ PHL_INLINE void over_panels(const A& a, Team& team, const Input& in, uint8_t* sp
   }
 }
 
-// Multiplies this thread's pairs; threads without workspace have none.
+// Multiplies this thread's blocks; threads without workspace have none.
 template <class A>
 PHL_INLINE void multiply(const A& a, const Team& team, int size, const Rows& rows, int64_t count, const Output& out,
                          int64_t first) {
   if (team.thread >= size) return;
   uint8_t* tile = a.workspace + team.thread * a.tile_bytes;
-  own_pairs(a.segments, a.segment_count, team.thread, size, [&](const Segment& s, int64_t block) {
-    run_pair(s, block, rows, count, out, first, tile);
+  own_blocks(a.segments, a.segment_count, team.thread, size, [&](const Segment& s, int64_t begin, int64_t end) {
+    run_blocks(s, begin, end, rows, count, out, first, tile);
   });
 }
 

@@ -226,7 +226,7 @@ PHL_INLINE void even_parts(int64_t rows, int64_t most, G&& f) {
   }
 }
 
-constexpr int kSmallPasses = 2;  // up to so many passes over packed weights in the first-level cache beat unpacking
+constexpr int kSmallPasses = 4;  // up to so many passes over packed weights in the first-level cache beat unpacking
 
 // Where a kernel puts `rows` from `row`: `out` itself, or `y`, to be finished.
 struct Place {
@@ -292,60 +292,75 @@ void run_tile(const Segment& s, int64_t block, int blocks, const Rows& rows, int
   });
 }
 
+// Dense weights are read as they are. Rows outside, blocks inside: a tile of activations stays in the first-level cache
+// while a group of blocks, small enough for the second level, streams past it.
+constexpr int64_t kDenseGroup = 320 << 10;
+
 template <class D>
-void run_dense(const Segment& s, int64_t block, int blocks, const Rows& rows, int64_t count, const Output& out,
+void run_dense(const Segment& s, int64_t first, int64_t last, const Rows& rows, int64_t count, const Output& out,
                int64_t first_row) {
   constexpr int MaxR = Vec::dense_rows, MaxB = Vec::dense_blocks;
   using X = typename D::X;
   alignas(64) float y[MaxR * 2 * kBlock];
   const int64_t steps = rows.inputs / D::step, block_bytes = steps * D::bytes;
   const int64_t x_step = rows.row_bytes / static_cast<int64_t>(sizeof(X));
-  const uint8_t* w = s.data + block * block_bytes;
-  even_parts(count, MaxR, [&](int64_t row, int64_t n_rows) {
-    const X* x;
-    if constexpr (sizeof(X) == 2) {
-      x = rows.half(row);
-    } else {
-      x = rows.single(row);
-    }
-    const Place place(out, s, block, blocks, first_row + row, y);
-    with_count<MaxR>(n_rows, [&](auto n) {
-      constexpr int R = decltype(n)::value;
-      if (MaxB == 2 && blocks == 2) {
-        dense_kernel<D, R, MaxB>(w, block_bytes, steps, x, x_step, place.to, place.step);
+  const int64_t group = kDenseGroup / (2 * block_bytes) > 1 ? kDenseGroup / (2 * block_bytes) * 2 : 2;
+  for (int64_t begin = first; begin < last; begin += group) {
+    const int64_t end = begin + group < last ? begin + group : last;
+    even_parts(count, MaxR, [&](int64_t row, int64_t n_rows) {
+      const X* x;
+      if constexpr (sizeof(X) == 2) {
+        x = rows.half(row);
       } else {
-        for (int b = 0; b < blocks; ++b) {
-          dense_kernel<D, R, 1>(w + b * block_bytes, block_bytes, steps, x, x_step, place.to + b * kBlock, place.step);
-        }
+        x = rows.single(row);
+      }
+      for (int64_t block = begin; block < end; block += 2) {
+        const int blocks = end - block > 1 ? 2 : 1;
+        const uint8_t* w = s.data + block * block_bytes;
+        const Place place(out, s, block, blocks, first_row + row, y);
+        with_count<MaxR>(n_rows, [&](auto n) {
+          constexpr int R = decltype(n)::value;
+          if (MaxB == 2 && blocks == 2) {
+            dense_kernel<D, R, MaxB>(w, block_bytes, steps, x, x_step, place.to, place.step);
+          } else {
+            for (int b = 0; b < blocks; ++b) {
+              dense_kernel<D, R, 1>(w + b * block_bytes, block_bytes, steps, x, x_step, place.to + b * kBlock,
+                                    place.step);
+            }
+          }
+        });
+        if (!place.direct) out.finish(s, block, blocks, first_row + row, n_rows, y);
       }
     });
-    if (!place.direct) out.finish(s, block, blocks, first_row + row, n_rows, y);
-  });
+  }
 }
 
-// Rows [0, count) of `rows` times one or two blocks of a segment; results are those of rows first_row and on.
-PHL_INLINE void run_pair(const Segment& s, int64_t block, const Rows& rows, int64_t count, const Output& out,
-                         int64_t first_row, uint8_t* tile) {
-  const int blocks = s.blocks - block > 1 ? 2 : 1;
+// Rows [0, count) of `rows` times blocks [first, last) of a segment, two at a time; results are those of rows first_row
+// and on.
+PHL_INLINE void run_blocks(const Segment& s, int64_t first, int64_t last, const Rows& rows, int64_t count,
+                           const Output& out, int64_t first_row, uint8_t* tile) {
   switch (s.layout) {
-    case kBF16: return run_dense<DenseBF16>(s, block, blocks, rows, count, out, first_row);
-    case kF16: return run_dense<DenseF16>(s, block, blocks, rows, count, out, first_row);
-    case kF32: return run_dense<DenseF32>(s, block, blocks, rows, count, out, first_row);
+    case kBF16: return run_dense<DenseBF16>(s, first, last, rows, count, out, first_row);
+    case kF16: return run_dense<DenseF16>(s, first, last, rows, count, out, first_row);
+    case kF32: return run_dense<DenseF32>(s, first, last, rows, count, out, first_row);
     default: break;
   }
   with_quantised(static_cast<int>(s.layout), [&](auto l) {
     using L = decltype(l);
-    if (count <= kSmallPasses * Vec::small_rows) {
-      run_small<L>(s, block, blocks, rows, count, out, first_row);
-    } else {
-      run_tile<L>(s, block, blocks, rows, count, out, first_row, tile);
+    for (int64_t block = first; block < last; block += 2) {
+      const int blocks = last - block > 1 ? 2 : 1;
+      if (count <= kSmallPasses * Vec::small_rows) {
+        run_small<L>(s, block, blocks, rows, count, out, first_row);
+      } else {
+        run_tile<L>(s, block, blocks, rows, count, out, first_row, tile);
+      }
     }
   });
 }
 
-// f(segment, block) for this thread's pairs: a contiguous part of all segments' bytes.
+// f(segment, first, last) for this thread's blocks, whole pairs: a contiguous part of all segments' bytes.
 template <class G>
-PHL_INLINE void own_pairs(const Segment* segments, int64_t count, int thread, int size, G&& f) {
+PHL_INLINE void own_blocks(const Segment* segments, int64_t count, int thread, int size, G&& f) {
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) total += (segments[i].blocks + 1) / 2 * unit_size(segments[i].layout) * 256 /
                                               unit_inputs(segments[i].layout);
@@ -358,7 +373,8 @@ PHL_INLINE void own_pairs(const Segment* segments, int64_t count, int thread, in
       const int64_t p = bound <= at ? 0 : (bound - at + cost - 1) / cost;
       return p < pairs ? p : pairs;
     };
-    for (int64_t p = from(low), end = from(high); p < end; ++p) f(s, 2 * p);
+    const int64_t first = 2 * from(low), last = 2 * from(high);
+    if (first < last) f(s, first, last < s.blocks ? last : s.blocks);
     at += pairs * cost;
   }
 }

@@ -23,8 +23,8 @@ struct Vec {
   using U = __m512i;
   using I = __m512i;
   using F = __m512;
-  static constexpr int tile_rows = 5, tile_blocks = 2;    // integer tile: 10 int32 and 10 float accumulators
-  static constexpr int dense_rows = 12, dense_blocks = 2;  // float tile: 24 accumulators
+  static constexpr int tile_rows = 4, tile_blocks = 2;    // integer tile: 8 int32 and 8 float accumulators
+  static constexpr int dense_rows = 10, dense_blocks = 2;  // float tile: 20 accumulators; from 11 rows on gcc spills
   static constexpr int small_rows = 8;                     // rows whose weights stay in registers
   static constexpr bool signed_wide = false;
 

@@ -77,7 +77,7 @@ Plan plan(const Layer& layer, int64_t rows) {
   row += layer.forms & 2 ? layer.padded * 2 + 64 : 0;
   row += layer.forms & 4 ? layer.padded * 4 + 64 : 0;
   Plan p{};
-  p.panel = rows < 12 ? rows : 12;
+  p.panel = rows < 40 ? rows : 40;
   p.tile = 2 * (layer.padded / 32 * 768 + 64);
   p.best = p.panel * 16 * 8;
   p.alone = rows <= 4;
@@ -86,7 +86,7 @@ Plan plan(const Layer& layer, int64_t rows) {
 }
 
 void try_layer(int level, const Layer& layer, const std::string& what) {
-  for (int64_t rows : {1, 4, 7, 29}) {
+  for (int64_t rows : {1, 4, 7, 83}) {
     const vector<float> x = floats(rows * layer.inputs), bias = floats(layer.rows), norm = floats(layer.inputs),
                         other = floats(rows * layer.inputs), residual = floats(rows * layer.rows);
     const Plan p = plan(layer, rows);

@@ -26,7 +26,7 @@ from phloem.lang.choices import ChoicesDecision, ChoicesMethod
 from phloem.lang.ir import Sampling
 
 # Programs of one run, where --count is not given: enough of each for its kind of sharing to show.
-COUNTS = {"few_shot": 16, "tree_of_thought": 1, "long_qa": 8, "json_decode": 4}
+COUNTS = {"few_shot": 8, "tree_of_thought": 1, "long_qa": 8, "json_decode": 4}
 SHARED, PLAIN, OTHER = "shared, parallel", "uncached, sequential", "other server"
 
 
@@ -215,7 +215,7 @@ def measure(name: str, module: Any, how: str, backend: Backend, options: Options
         "cache_hit_rate": cached / prompt if prompt else 0.0,
         "latency_s": {"p50": percentile(latencies, 0.5), "max": max(latencies)},
         "call_latency_s": {"p50": percentile([call.seconds for call in found], 0.5)},
-        "texts": [state.text() for state in states],
+        "texts": [repr((state.text(), state.stream_executor.content.variables)) for state in states],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +32,7 @@ class Arena:
 
     def __init__(self) -> None:
         self.bytes = 0
+        self.thread = threading.get_ident()  # other threads' ops meanwhile run as ever
         self._free: dict[int, list[np.ndarray[Any, Any]]] = {}
         self._blocks: list[np.ndarray[Any, Any]] = []
 
@@ -95,7 +97,7 @@ class Recorder:
         when `fn` calls a torch op that computes.
         """
         rt, arena = self._rt, Arena()
-        if rt.recording:
+        if rt.arena is not None:
             raise RecordError("a step is already being recorded")
         rt.library.record_begin()
         rt.arena = arena

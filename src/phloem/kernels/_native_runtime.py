@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,8 @@ class Runtime:
 
     @property
     def recording(self) -> bool:
-        return self.arena is not None
+        """Whether this thread is recording a step."""
+        return self.arena is not None and self.arena.thread == threading.get_ident()
 
     def op(self, name: str) -> int:
         """Handle of the best unit of an op at the current level. KeyError: there is none."""
@@ -44,7 +46,7 @@ class Runtime:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised contiguous tensor; while a step is recorded, one that its graph keeps."""
-        if self.arena is None:
+        if self.arena is None or not self.recording:
             return torch.empty(shape, dtype=dtype)
         return self.arena.empty(shape, dtype)
 

@@ -8,7 +8,7 @@ from typing import Any, overload
 from phloem.core.errors import BadRequest
 from phloem.lang.backends import as_backend, default
 from phloem.lang.choices import ChoicesMethod
-from phloem.lang.ir import Concat, Expr, Gen, Media, RoleBegin, RoleEnd, Select, make_sampling, parts_of
+from phloem.lang.ir import Concat, Expr, Gen, Media, RoleBegin, RoleEnd, Select, Thinking, make_sampling, parts_of
 from phloem.lang.program import Function
 
 
@@ -104,6 +104,15 @@ def image(expr: Any) -> Expr:
 def video(path: Any, num_frames: int | None = None) -> Expr:
     """A video: a path, a URL, base64 data or bytes."""
     return Media("video", path, num_frames)
+
+
+def separate_reasoning(expr: Any = None, model_type: str = "deepseek_r1") -> Expr:
+    """Take the reasoning out of what `gen` inside writes; it is kept as `<name>_reasoning_content`.
+
+    Args:
+        model_type: a reasoning format of the server (`--reasoning-parser`).
+    """
+    return Thinking(parts_of(expr) if expr is not None else [], model_type)
 
 
 def _role(role: str, expr: Any) -> Expr:

@@ -19,6 +19,7 @@ from phloem.core.errors import BadRequest, PhloemError
 from phloem.lang.backends._base import Backend, Prompt, media_url
 from phloem.lang.choices import token_length_normalized
 from phloem.lang.ir import (
+    REASONING,
     Expr,
     Gen,
     Media,
@@ -29,14 +30,16 @@ from phloem.lang.ir import (
     ScopeEnd,
     Select,
     Text,
+    Thinking,
     Variable,
     names_in,
     parts_of,
 )
+from phloem.server import parsers
 
 COMMIT_CHARACTERS = 256  # a fork's prefix is computed first when at least this much of it may not be cached
 SPECULATION_TRIES = 3
-_SLOW = (Gen, Select)
+_SLOW = (Gen, Select, Thinking)
 
 
 class ProgramError(PhloemError):
@@ -118,6 +121,7 @@ class Executor:
         self._queue: deque[Expr] = deque()
         self._busy = False
         self._expected: set[str] = set()
+        self._thinking: Any = None  # the reasoning parser of the calls that are being executed
         self._ahead = ""  # text that the model wrote beyond what was asked
 
     # --- the appending side
@@ -256,6 +260,8 @@ class Executor:
             content.media.append(item)
             content.places.append(len(content.text))
             self._append(self.settings.backend.format.image)
+        elif isinstance(item, Thinking):
+            self._think(item)
         elif isinstance(item, ScopeBegin):
             content.scopes[item.name] = len(content.text)
         elif isinstance(item, ScopeEnd):
@@ -269,6 +275,26 @@ class Executor:
     def _stop_at_prefix(self) -> None:
         if self.settings.prefix_only:
             raise PrefixEnd
+
+    def _think(self, item: Thinking) -> None:
+        self._thinking = parsers.THINKING.module(parsers.thinking_format(item.parser)).Parser
+        try:
+            for part in item.items:
+                self._execute(part)
+        finally:
+            self._thinking = None
+
+    def _without_reasoning(self, name: str | None, text: str) -> str:
+        """Take the reasoning out of what the model has just written."""
+        if self._thinking is None:
+            return text
+        reasoning, rest = self._thinking(None).parse(text)
+        with self._news:
+            self.content.text = self.content.text[: len(self.content.text) - len(text)] + rest
+            if name is not None:
+                self.content.variables[name + REASONING] = reasoning
+            self._tell()
+        return rest
 
     def _append(self, text: str) -> None:
         if self._ahead:
@@ -311,6 +337,8 @@ class Executor:
             return
         text, meta = settings.backend.generate(self.prompt(), sampling)
         self._append(text[0] if isinstance(text, list) else text)
+        if isinstance(text, str):
+            text = self._without_reasoning(item.name, text)
         self._keep(item.name, text, meta)
 
     def _keep(self, name: str | None, value: Any, meta: Any) -> None:
@@ -334,7 +362,7 @@ class Executor:
                     self.partial[item.name] = text
                     self.content.meta[item.name] = meta
                 self._tell()
-        self._keep(item.name, text, meta)
+        self._keep(item.name, self._without_reasoning(item.name, text), meta)
 
     def _select(self, item: Select) -> None:
         backend = self.settings.backend

@@ -20,6 +20,7 @@ DTYPE_REGEX: dict[str, str] = {
     "str": r'"[^"\\\n]*"',
     "bool": r"(True|False)",
 }
+REASONING = "_reasoning_content"  # behind the name of a variable: its reasoning
 # Fields of a `/generate` request that stand beside `sampling_params`.
 REQUEST_FIELDS = (
     "return_logprob",
@@ -214,6 +215,14 @@ class ScopeEnd(Expr):
 
 
 @dataclass(eq=False)
+class Thinking(Expr):
+    """Around calls of a model that reasons: its reasoning is taken out of the text, and kept by itself."""
+
+    items: list[Expr]
+    parser: str
+
+
+@dataclass(eq=False)
 class Variable(Expr):
     """In a trace: a value that is known only when the program runs."""
 
@@ -247,3 +256,6 @@ def names_in(items: Sequence[Expr]) -> Iterator[str]:
     for item in items:
         if isinstance(item, Gen | Select | ScopeEnd) and item.name is not None:
             yield item.name
+        if isinstance(item, Thinking):
+            for name in names_in(item.items):
+                yield from (name, name + REASONING)

@@ -23,6 +23,7 @@ from phloem.lang.ir import (
     Select,
     Text,
     Variable,
+    names_in,
     parts_of,
 )
 from phloem.lang.state import ProgramState
@@ -53,8 +54,7 @@ class TraceState:
     def __iadd__(self, other: Any) -> TraceState:
         for part in parts_of(other):
             self.nodes.append(part)
-            name = getattr(part, "name", None)
-            if isinstance(part, Gen | Select | ScopeEnd) and name is not None:
+            for name in names_in([part]):
                 self.variables[name] = Variable(name, part)
         return self
 

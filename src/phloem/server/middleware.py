@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from phloem.core.errors import BodyTooLarge, PhloemError, Unauthorized
+from phloem.server import page
 from phloem.server.errors import error_response
 from phloem.server.request import new_id
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("phloem.server")
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})  # asked by supervisors that hold no key
+OPEN_PATHS = page.PATHS | {"/health", "/ready", "/ping"}  # the latter are asked by supervisors that hold no key
 DISCARD_BYTES = 256 * 1024 * 1024  # of a body that is too long: read and dropped, so that the client reads our answer
 DISCARD_SECONDS = 30.0
 _MAX_REQUEST_ID = 128
@@ -66,7 +67,7 @@ def _plain(value: bytes) -> bool:
 
 
 class ApiKey:
-    """Bearer token or `x-api-key`, compared in constant time, on everything but the health checks."""
+    """Bearer token or `x-api-key`, in constant time, on everything but health checks and the page's own files."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self.app = app

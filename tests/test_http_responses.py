@@ -348,7 +348,7 @@ def test_the_store_is_bounded_and_keeps_what_runs() -> None:
         )
         return Stored(answer, [Message(role="user", content="x" * size)], [])
 
-    store = ResponseStore(max_responses=3, max_characters=2000)
+    store = ResponseStore(max_responses=3, max_bytes=2000)
     for key in "abc":
         store.put(entry(key, "in_progress" if key == "a" else "completed"))
     store.get("b")

@@ -153,3 +153,23 @@ def test_wrong_names_and_parameters_are_refused_at_the_door(
     with pytest.raises(BadRequest) as found:
         ids_of(engine, processor, custom)
     assert found.value.param == param
+
+
+def test_sessions_and_scores_in_process(engine: Engine) -> None:
+    greedy: dict[str, Any] = {"temperature": 0, "max_new_tokens": 3, "ignore_eos": True}
+    key = engine.open_session(1000)
+    first: Any = engine.generate(input_ids=[1, 2, 3], sampling_params=greedy, session_params={"id": key})
+    step = {"id": key, "rid": first["meta_info"]["id"]}
+    second: Any = engine.generate(input_ids=[4], sampling_params=greedy, session_params=step)
+    whole: Any = engine.generate(input_ids=[1, 2, 3, *first["output_ids"], 4], sampling_params=greedy)
+    assert second["output_ids"] == whole["output_ids"] and second["meta_info"]["prompt_tokens"] == 7
+    engine.close_session(key)
+    with pytest.raises(BadRequest, match="no session"):
+        engine.generate(input_ids=[4], sampling_params=greedy, session_params=step)
+    plain = engine.score([1, 2], [[3], [4, 5]], [7, 8])
+    among = engine.score([1, 2], [[3], [4, 5]], [7, 8], apply_softmax=True)
+    for some, all_ in zip(plain, among, strict=True):
+        assert all(0 < value < 1 for value in some)
+        assert all_ == pytest.approx([value / sum(some) for value in some])
+    turned = engine.score([3], [[1, 2]], [7, 8], item_first=True)
+    assert turned[0] == pytest.approx(plain[0], rel=1e-4)

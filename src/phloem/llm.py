@@ -230,6 +230,55 @@ class Engine:
         finally:
             future.cancel()
 
+    def score(
+        self,
+        query: str | list[int],
+        items: str | list[str] | list[list[int]],
+        label_token_ids: list[int],
+        apply_softmax: bool = False,
+        item_first: bool = False,
+    ) -> list[list[float]]:
+        """Probabilities of the label tokens behind query and item, a list for each item; as `/v1/score`."""
+        from phloem.server.body import Parser
+        from phloem.server.protocol_responses import ScoreBody
+        from phloem.server.scoring import scores, to_request
+
+        values = {
+            "query": query,
+            "items": items,
+            "label_token_ids": label_token_ids,
+            "apply_softmax": apply_softmax,
+            "item_first": item_first,
+        }
+        body = Parser(ScoreBody).convert(values)
+
+        async def run() -> list[list[float]]:
+            call = await self._client.submit(to_request(body))
+            try:
+                async for _ in call:
+                    pass
+            finally:
+                call.cancel()
+            return scores(body, call.outputs)
+
+        return self._door.run(run())
+
+    def open_session(self, capacity_of_str_len: int = 0, session_id: str | None = None) -> str:
+        """A session's id, for `session_params`. The capacity is read and not used: the context bounds every prompt."""
+
+        async def open_it() -> str:
+            return self._client.sessions.open(session_id)
+
+        return self._door.run(open_it())
+
+    def close_session(self, session_id: str) -> None:
+        """Forget a session. Raises NotFound."""
+
+        async def close_it() -> None:
+            self._client.sessions.close(session_id)
+
+        self._door.run(close_it())
+
     # administration
 
     def flush_cache(self, timeout: float = 0.0) -> bool:

@@ -283,10 +283,11 @@ class Message(Body, kw_only=True):
     audio: Any = None
     annotations: Any = None
     function_call: Any = None
+    parsed: Any = None
 
     ignored: ClassVar[dict[str, str]] = {
         name: "part of answers that clients send back; templates do not read it"
-        for name in ("refusal", "audio", "annotations", "function_call")
+        for name in ("refusal", "audio", "annotations", "function_call", "parsed")
     }
 
 

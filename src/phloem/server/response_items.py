@@ -156,9 +156,9 @@ def _tool(tool: dict[str, Any], at: int) -> dict[str, Any]:
     return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
-def size_of(messages: list[Message]) -> int:
-    """Characters that a conversation takes in the store, about."""
-    return sum(len(msgspec.json.encode(message)) for message in messages)
+def size_of(*parts: list[Any]) -> int:
+    """Bytes that a conversation and its items take in the store, about."""
+    return sum(len(msgspec.json.encode(part)) for part in parts)
 
 
 def answer_message(texts: list[str], reasoning: list[str], calls: list[dict[str, Any]]) -> Message:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from phloem.server.protocol import Message
 
 MAX_RESPONSES = 4096
-MAX_CHARACTERS = 128 * 1024 * 1024  # of all conversations
+MAX_BYTES = 128 * 1024 * 1024  # of all conversations, written as JSON
 
 
 @dataclass(slots=True, eq=False)
@@ -38,10 +38,10 @@ class ResponseStore:
     """Used in the event loop alone."""
 
     max_responses: int = MAX_RESPONSES
-    max_characters: int = MAX_CHARACTERS
+    max_bytes: int = MAX_BYTES
     tasks: set[asyncio.Task[None]] = field(default_factory=set)  # of background responses: nobody else holds them
     _stored: OrderedDict[str, Stored] = field(default_factory=OrderedDict)
-    _characters: int = 0
+    _bytes: int = 0
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -57,16 +57,16 @@ class ResponseStore:
         """
         key = entry.answer.id
         old = self._stored.pop(key, None)
-        self._characters -= old.size if old is not None else 0
-        entry.size = size_of(entry.messages)
+        self._bytes -= old.size if old is not None else 0
+        entry.size = size_of(entry.messages, entry.items, entry.answer.output)
         for other in [name for name, item in self._stored.items() if not item.running]:
-            if len(self._stored) < self.max_responses and self._characters + entry.size <= self.max_characters:
+            if len(self._stored) < self.max_responses and self._bytes + entry.size <= self.max_bytes:
                 break
             self._drop(other)
         if len(self._stored) >= self.max_responses:
             raise QueueFull(f"{len(self._stored)} responses are in progress")
         self._stored[key] = entry
-        self._characters += entry.size
+        self._bytes += entry.size
 
     def get(self, key: str) -> Stored:
         """Raises NotFound."""
@@ -83,4 +83,4 @@ class ResponseStore:
         self._drop(key)
 
     def _drop(self, key: str) -> None:
-        self._characters -= self._stored.pop(key).size
+        self._bytes -= self._stored.pop(key).size

@@ -59,7 +59,7 @@ def _totals(histogram: Histogram) -> dict[str, float]:
     return {"sum": histogram.sum, "count": sum(histogram.counts)}
 
 
-@router.get("/radix_tree", **describe(answer=_OBJECT, errors=NEEDS_ENGINE))
+@router.get("/radix_tree", **describe(answer=_OBJECT, errors=(400, *NEEDS_ENGINE)))
 async def radix_tree(request: Request, max_nodes: Nodes = 512) -> Response:
     """The prefix cache as a tree: each node's tokens, hits and locks, and the text that it begins with."""
     return json_response(await _tree(door_of(request), max_nodes, 60.0))

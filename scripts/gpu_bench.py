@@ -20,12 +20,12 @@ from phloem.kernels.graph_cuda import Recorder
 
 
 def timed(device: torch.device, run: Callable[[], Any], least: int, seconds: float) -> list[float]:
-    """Seconds of single runs, by device events where there are any: at least `least` runs, for about `seconds`."""
+    """Seconds of single runs, by device events where there are any: `least` runs (2 in a dry run), or `seconds`."""
     run()
     _sync(device)
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < least or time.perf_counter() < end:
+    while len(times) < (least if seconds > 0.1 else 2) or time.perf_counter() < end:
         if device.type == "cuda":
             begin, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -135,6 +135,15 @@ def bench_prefill(dummy: Dummy, floors: Floors, tokens: int, float8: bool, secon
     }
 
 
+def _runner(dummy: Dummy, rows: int, context: int) -> Any:
+    from phloem.engine.runner import ModelRunner
+    from phloem.platforms._streams import Streams
+
+    streams = Streams(dummy.device) if dummy.device.type == "cuda" else None
+    graphs = dummy.graphs(rows, context)
+    return ModelRunner(dummy.model, dummy.backend, dummy.pool, dummy.ops, rows, graphs=graphs, streams=streams)
+
+
 def bench_runner(dummy: Dummy, rows: int, context: int, steps: int, device_ms: float) -> dict[str, Any]:
     """Decode steps through the engine's runner, the next one launched before the last one's tokens are read.
 
@@ -142,11 +151,8 @@ def bench_runner(dummy: Dummy, rows: int, context: int, steps: int, device_ms: f
     """
     from phloem.core.batch import Admission
     from phloem.core.request import SamplingParams
-    from phloem.engine.runner import ModelRunner
 
-    runner = ModelRunner(
-        dummy.model, dummy.backend, dummy.pool, dummy.ops, rows, graphs=dummy.graphs(rows, context + steps + 64)
-    )
+    runner = _runner(dummy, rows, context + steps + 64)
     width = -(-(context + steps + 8) // dummy.page_size)
     table = (np.arange(rows * width) % (dummy.pool.num_pages - 1) + 1).reshape(rows, width).astype(np.int32)
     slots, ones = np.arange(rows, dtype=np.int32), np.ones(rows, np.int32)
@@ -192,14 +198,11 @@ def bench_serving(dummy: Dummy, rate: float, seconds: float, prompt: int, output
     """Requests arriving at random (Poisson) through scheduler and runner, without HTTP: rates and latencies."""
     from phloem.core.messages import Submit, Tokens, pack_ids
     from phloem.core.request import SamplingParams
-    from phloem.engine.runner import ModelRunner
     from phloem.kvcache.manager import CacheManager
     from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
 
     vocab, context = dummy.config["vocab_size"], prompt + output + 64
-    runner = ModelRunner(
-        dummy.model, dummy.backend, dummy.pool, dummy.ops, running, graphs=dummy.graphs(running, context)
-    )
+    runner = _runner(dummy, running, context)
     came: dict[str, float] = {}
     seen: dict[str, list[float]] = {}
     failures: list[str] = []

@@ -12,13 +12,18 @@ from pathlib import Path
 import pytest
 
 from phloem.utils import machine
+from phloem.utils.cores import available_cores, cgroup_quota
 
 
 def test_the_quota_of_a_control_group_cuts_the_cores(tmp_path: Path) -> None:
-    (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert machine.available_cores(tmp_path) == min(2, len(os.sched_getaffinity(0)))
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert machine.available_cores(tmp_path) == len(os.sched_getaffinity(0))
+    membership = tmp_path / "cgroup"
+    membership.write_text("0::/a/b\n")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert cgroup_quota(membership, tmp_path) is None
+    (tmp_path / "a" / "cpu.max").write_text("150000 100000\n")
+    (tmp_path / "a" / "b" / "cpu.max").write_text("max 100000\n")
+    assert cgroup_quota(membership, tmp_path) == 1.5
+    assert 1 <= available_cores() <= (os.cpu_count() or 1)
 
 
 def test_the_limit_of_a_control_group_cuts_the_memory(tmp_path: Path) -> None:

@@ -48,6 +48,12 @@ def test_sample(name: str) -> None:
     assert torch.equal(sample.sample(logits, *columns), extra.sample(logits, *columns))
 
 
+def test_half_precision_logits() -> None:
+    logits = torch.randn(3, 500).half()
+    columns = _columns(3, top_k=[-1, 9, 3])
+    assert torch.equal(sample.sample(logits, *columns), extra.sample(logits.float(), *columns))
+
+
 def test_many_draws_stay_within_what_is_kept() -> None:
     torch.manual_seed(6)
     logits = (torch.randn(1, 300) * 2).repeat(16, 1)

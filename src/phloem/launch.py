@@ -168,7 +168,10 @@ def _no_grammar(submit: Submit, prompt: Any) -> None:
 
 class _Inbox:
     def __init__(self, poll: Callable[[float | None], list[ToEngine]]) -> None:
-        self.poll = poll
+        self._poll = poll
+
+    def poll(self, timeout: float | None) -> list[ToEngine]:
+        return self._poll(timeout)
 
 
 def _serve_core(

@@ -12,6 +12,7 @@ from typing import Any
 
 from phloem.bench._client import Result
 from phloem.utils import machine
+from phloem.utils.cores import available_cores
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -73,7 +74,7 @@ def context() -> dict[str, Any]:
         "phloem": version("phloem"),
         "python": platform.python_version(),
         "processor": machine.cpu_name(),
-        "cores": machine.available_cores(),
+        "cores": available_cores(),
     }
 
 

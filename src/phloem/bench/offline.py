@@ -24,6 +24,7 @@ class Options:
     requests: int | None = opt(None, "Requests (of one group, for shared-prefix).")
     input_len: int | None = opt(None, "Prompt length in tokens.")
     output_len: int | None = opt(None, "Output length in tokens.")
+    compare_cache: bool = opt(False, "Run each workload again without the prefix cache, and print what it saves.")
     seed: int = opt(1, "Seed of the prompts.")
     output: str | None = opt(None, "File to append JSON lines to.")
 
@@ -34,9 +35,23 @@ def main(argv: list[str]) -> int:
     for name in names:
         if name not in _SINGLE_TURN:
             raise BadRequest(f"unknown workload {name!r}; known here: {', '.join(_SINGLE_TURN)}")
+    settings = {**config.flat(), "log_level": "warning"}
+    records = _run(options, names, settings)
+    if options.compare_cache:
+        for cached, plain in zip(records, _run(options, names, {**settings, "disable_radix_cache": True}), strict=True):
+            less, computed = plain["computed_tokens"], cached["computed_tokens"]
+            print(
+                f"{cached['workload']}: hit rate {cached['cache_hit_rate']:.2f} with the prefix cache, "
+                f"{less / max(1, computed):.1f}x less prefill ({computed:,} prompt tokens computed, not {less:,}), "
+                f"{plain['seconds'] / cached['seconds']:.1f}x faster"
+            )
+    return 0
+
+
+def _run(options: Options, names: list[str], settings: dict[str, Any]) -> list[dict[str, Any]]:
     from phloem.llm import Engine
 
-    settings = {**config.flat(), "log_level": "warning"}
+    records: list[dict[str, Any]] = []
     begun = perf_counter()
     with Engine(**settings) as engine:
         ready = perf_counter() - begun
@@ -45,11 +60,13 @@ def main(argv: list[str]) -> int:
         for name in names:
             texts = Texts(engine.tokenizer, options.seed)
             load = WORKLOADS[name](texts, Sizes(options.requests, None, options.input_len, options.output_len))
-            record = {**context(), "model": config.model.model_path, "ready_s": ready, **measure(engine, load)}
+            record = {**context(), "model": settings["model_path"], "ready_s": ready, **measure(engine, load)}
+            record["prefix_cache"] = not settings["disable_radix_cache"]
+            records.append(record)
             _show(record)
             if options.output:
                 write_line(Path(options.output), record)
-    return 0
+    return records
 
 
 def measure(engine: Any, load: Workload) -> dict[str, Any]:
@@ -66,6 +83,7 @@ def measure(engine: Any, load: Workload) -> dict[str, Any]:
         answers = engine.generate(prompts, params)
     seconds = perf_counter() - start
     after = engine.get_server_info()["internal_states"][0]
+    busy = max(after["busy_seconds"] - before["busy_seconds"], 1e-9)
     inputs = sum(answer["meta_info"]["prompt_tokens"] for answer in answers)
     outputs = sum(answer["meta_info"]["completion_tokens"] for answer in answers)
     cached = sum(answer["meta_info"]["cached_tokens"] for answer in answers)
@@ -79,7 +97,7 @@ def measure(engine: Any, load: Workload) -> dict[str, Any]:
         "computed_tokens": inputs - cached,
         "cache_hit_rate": cached / inputs if inputs else 0.0,
         "steps": after["steps"] - before["steps"],
-        "outside_forward": after.get("outside_forward", 0.0),
+        "outside_forward": 1.0 - (after["forward_seconds"] - before["forward_seconds"]) / busy,
     }
 
 

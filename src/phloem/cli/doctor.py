@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from phloem.cli._options import parse
 from phloem.core.errors import PhloemError
 from phloem.utils import machine
+from phloem.utils.cores import available_cores
 
 if TYPE_CHECKING:
     from phloem.core.config import Config
@@ -52,7 +53,7 @@ def _machine() -> None:
     flags = machine.cpu_flags()
     print("Machine")
     _line("processor", machine.cpu_name())
-    _line("usable cores", machine.available_cores())
+    _line("usable cores", available_cores())
     _line("memory", f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
     _line("instruction sets", ", ".join(flag for flag in _INTERESTING if flag in flags) or "nothing of use reported")
     _line("C++ compiler", shutil.which("c++") or shutil.which("g++") or "none (only needed to build the kernels)")
@@ -85,7 +86,7 @@ def _model(config: Config) -> bool:
     _line("context, vocabulary", f"{checkpoint.context_length}, {checkpoint.vocab_size}")
     print("\nChoices")
     try:
-        threads = resolve.threads(config.runtime.threads, machine.available_cores())
+        threads = resolve.threads(config.runtime.threads, available_cores())
         platform, device = platforms.choose(config.runtime.device, threads.value)
         ops, why = platform.table(config.runtime.ops)
         decisions = [

@@ -9,7 +9,7 @@ Legend: R rows, B rows of the bucket, P pages per row, N hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from phloem.kernels.ops import PagedBatch
 from phloem.layers.context import ForwardBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -60,7 +60,12 @@ class DecodeGraphs:
         self._host: dict[int, HostBuffers] = {}
         self.graphs: StepGraphs[StepInputs, Tensor] = StepGraphs(recorder, limit, self._build)
 
-    def run(self, batch: Batch, last_tokens: Tensor) -> Tensor | None:
+    def run(
+        self,
+        batch: Batch,
+        last_tokens: Tensor,
+        up: Callable[[Sequence[NDArray[Any]]], list[Tensor]] | None = None,
+    ) -> Tensor | None:
         """Hidden states [R, N] of a decode step, valid until the next one; None: run it eagerly."""
         rows = batch.num_rows
         if batch.page_table.shape[1] > self._max_pages:
@@ -72,7 +77,7 @@ class DecodeGraphs:
         if host is not None:
             host.fill(batch, last_tokens.numpy(), self._pool.page_size)
         else:
-            _fill(found.inputs, device_inputs(batch, self._pool.page_size, last_tokens), rows)
+            _fill(found.inputs, device_inputs(batch, self._pool.page_size, last_tokens, up), rows)
         hidden_BN = found.replay()
         if self._check:
             check_replay(found.graph, [hidden_BN], lambda: [self._eager(found.inputs)])

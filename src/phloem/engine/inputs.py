@@ -6,15 +6,17 @@ Legend: R rows, T packed new tokens, P pages per row, L positions whose logits a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from phloem.engine.flight import plain_up
 from phloem.kernels.ops import PagedBatch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from numpy.typing import NDArray
 
     from phloem.core.batch import Batch
@@ -75,32 +77,42 @@ def prompt_rows(batch: Batch) -> list[int]:
     return sorted(batch.prompt_targets)
 
 
-def device_inputs(batch: Batch, page_size: int, last_tokens: Tensor) -> StepInputs:
-    """Move a step to the device of `last_tokens` ([slots] int64: each slot's last sampled token)."""
-    device = last_tokens.device
+def device_inputs(
+    batch: Batch,
+    page_size: int,
+    last_tokens: Tensor,
+    up: Callable[[Sequence[NDArray[Any]]], list[Tensor]] | None = None,
+) -> StepInputs:
+    """Move a step to the device of `last_tokens` ([slots] int64: each slot's last sampled token), by `up` if given."""
     host = host_inputs(batch, page_size)
-
-    def move(values: NDArray[np.generic], dtype: torch.dtype | None = None) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(values))
-        return tensor.to(device=device, dtype=dtype or tensor.dtype, non_blocking=True)
-
-    input_ids = move(batch.input_ids, torch.int64)
-    late = batch.input_ids < 0
-    if late.any():
-        known = last_tokens[move(batch.slots[host.token_rows[late]].astype(np.int64))]
-        input_ids[move(np.flatnonzero(late))] = known
+    late = np.flatnonzero(batch.input_ids < 0)
     last = (host.query_start[1:].astype(np.int64) - 1)[host.sampled_rows]
+    arrays: list[NDArray[Any]] = [
+        batch.input_ids.astype(np.int64),
+        host.positions.astype(np.int64),
+        host.query_start,
+        host.seq_lens.astype(np.int32),
+        batch.page_table,
+        host.token_slots,
+        np.concatenate([last, prompt_positions(batch)]),
+        late,
+        batch.slots[host.token_rows[late]].astype(np.int64),
+    ]
+    moved = (up or plain_up(last_tokens.device))(arrays)
+    input_ids = moved[0]
+    if len(late):
+        input_ids[moved[7]] = last_tokens[moved[8]]
     return StepInputs(
         input_ids=input_ids,
-        positions=move(host.positions, torch.int64),
+        positions=moved[1],
         paged=PagedBatch(
-            query_start=move(host.query_start),
-            seq_lens=move(host.seq_lens.astype(np.int32)),
-            page_table=move(batch.page_table),
-            token_slots=move(host.token_slots),
+            query_start=moved[2],
+            seq_lens=moved[3],
+            page_table=moved[4],
+            token_slots=moved[5],
             max_query_len=int(batch.query_lens.max()),
             max_seq_len=int(host.seq_lens.max()),
         ),
-        logit_index=move(np.concatenate([last, prompt_positions(batch)])),
+        logit_index=moved[6],
         sampled_rows=host.sampled_rows,
     )

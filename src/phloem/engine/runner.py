@@ -16,6 +16,7 @@ from torch import Tensor
 
 from phloem.core.batch import PositionLogprobs, StepOutput
 from phloem.engine.decode import DecodeGraphs, run_forward
+from phloem.engine.flight import Flight, Here, Pipeline, plain_up
 from phloem.engine.inputs import device_inputs, prompt_rows
 from phloem.engine.logprobs import position_logprobs
 from phloem.engine.masks import Masks
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from phloem.kernels.ops import Ops
     from phloem.kvcache.pool import KVPool
     from phloem.models import Model
+    from phloem.platforms._streams import Arriving, Streams
+
+    Coming = Arriving | Here
 
 _log = log.get("engine.runner")
 
@@ -81,16 +85,21 @@ class ModelRunner:
         ops: Ops,
         max_slots: int,
         graphs: DecodeGraphs | None = None,
+        streams: Streams | None = None,
     ) -> None:
         self.model = model
         self.pool = pool
         self.num_pages = pool.num_pages
         self.page_size = pool.page_size
         self.max_slots = max_slots
-        self.busy_since = 0.0  # perf_counter at which the step in progress began; 0 when idle
         self._backend = backend
         self._ops = ops
         self._graphs = graphs
+        self._up = streams.up if streams is not None else plain_up(pool.device)
+        self._down = streams.down if streams is not None else Here
+        # On a CPU a recording costs as much as a step, and would take the cores of whatever else runs here.
+        idle = graphs.graphs.idle if graphs is not None and streams is not None else None
+        self._pipeline = Pipeline(self._begin, self._needs_values, idle)
         self._slots = Slots(max_slots, model.vocab_size, pool.device)
         self._masks = Masks(max_slots, model.vocab_size, pool.device, ops)
         self._queue: queue.SimpleQueue[tuple[Batch, Launched] | None] = queue.SimpleQueue()
@@ -108,19 +117,21 @@ class ModelRunner:
         self._thread.join(timeout=30)
         self._masks.close()
 
+    @property
+    def busy_since(self) -> float:
+        """perf_counter at which the oldest step in progress began; 0 when idle."""
+        return self._pipeline.busy_since
+
     def _work(self) -> None:
         with torch.inference_mode():
-            while (item := self._queue.get()) is not None:
-                batch, pending = item
-                self.busy_since = perf_counter()
-                try:
-                    pending.set(self._step(batch))
-                except BaseException as error:  # the scheduler fails the step's requests; the thread must live on
-                    pending.fail(error)
-                finally:
-                    self.busy_since = 0.0
+            self._pipeline.run(self._queue)
 
-    def _step(self, batch: Batch) -> StepOutput:
+    def _needs_values(self, batch: Batch) -> bool:
+        fresh = {admission.slot for admission in batch.admissions}
+        return any(slot not in fresh and self._slots[slot].follows for slot in batch.slots.tolist())
+
+    def _begin(self, batch: Batch) -> Flight:
+        """Give a step to the device; what it gives is read when the flight lands."""
         start = perf_counter()
         for admission in batch.admissions:
             self._slots.admit(admission)
@@ -132,14 +143,15 @@ class ModelRunner:
         before = perf_counter()
         hidden_LN = self._forward(batch)
         count = len(slots)
+        coming: Coming | None = None
         if count and self._slots.argmax_only[ids].all():
             tokens_L = self.model.greedy(hidden_LN[:count]).long()
             output.forward_seconds = perf_counter() - before
-            self._accept(sampled, slots, ids, tokens_L, hidden_LN[:count].sum(-1), output)
+            coming = self._keep(ids, tokens_L, hidden_LN[:count].sum(-1))
         elif count:
             logits_LV = self.model.head(hidden_LN[:count])
             output.forward_seconds = perf_counter() - before
-            self._sample(batch, sampled, slots, ids, logits_LV, output)
+            coming = self._sample(batch, sampled, slots, ids, logits_LV, output)
         else:
             output.forward_seconds = perf_counter() - before
         for i, slot in enumerate(slots):
@@ -147,22 +159,28 @@ class ModelRunner:
                 output.hidden[int(sampled[i])] = hidden_LN[i].to("cpu", torch.float32).numpy().copy()
         if batch.prompt_targets:
             self._prompt_logprobs(batch, hidden_LN[count:], output)
-        output.total_seconds = perf_counter() - start
-        return output
+
+        def land() -> StepOutput:
+            if coming is not None:
+                _give_out(sampled, slots, coming, output)
+            output.total_seconds = perf_counter() - start
+            return output
+
+        return Flight(land, coming.done if coming is not None else lambda: True)
 
     def _forward(self, batch: Batch) -> Tensor:
         """Hidden states of the wanted positions: by a recorded step where one serves, else eagerly."""
         last_tokens = self._slots.last_tokens
         if self._graphs is not None and batch.is_decode and not batch.prompt_targets:
-            hidden_RN = self._graphs.run(batch, last_tokens)
+            hidden_RN = self._graphs.run(batch, last_tokens, self._up)
             if hidden_RN is not None:
                 return hidden_RN
-        inputs = device_inputs(batch, self.page_size, last_tokens)
+        inputs = device_inputs(batch, self.page_size, last_tokens, self._up)
         return run_forward(self.model, self._backend, self.pool, inputs, inputs.logit_index)
 
     def _sample(
         self, batch: Batch, rows: Index, slots: list[Slot], ids: Ids, logits_LV: Tensor, output: StepOutput
-    ) -> None:
+    ) -> Coming:
         """Choose a token for every sampling row; what fails for one row is noted for it alone."""
         known = (batch.prefix_lens + batch.query_lens)[rows]
         wanted = [i for i, slot in enumerate(slots) if slot.return_logprob]
@@ -170,35 +188,24 @@ class ModelRunner:
         if not all(slot.plain for slot in slots):
             raw_LV = logits_LV.clone() if wanted else logits_LV
             self._adjust_(slots, rows, known, logits_LV, output)
-        tokens_L = sample(logits_LV, self._slots.columns.rows(ids, known), self._ops)
+        tokens_L = sample(logits_LV, self._slots.columns.rows(ids, known), self._ops, self._up)
         for i, slot in enumerate(slots):
             if slot.penalties is not None:
                 slot.penalties.add(tokens_L[i])
         chosen_L = logits_LV.gather(1, tokens_L.unsqueeze(1)).squeeze(1)
-        self._accept(rows, slots, ids, tokens_L, chosen_L, output)
+        coming = self._keep(ids, tokens_L, chosen_L)
         for i in wanted:
             slot = slots[i]
             output.logprobs[int(rows[i])] = position_logprobs(
                 raw_LV[i : i + 1], tokens_L[i : i + 1], slot.top_logprobs, slot.token_ids_logprob, self._ops
             )[0]
+        return coming
 
-    def _accept(
-        self, rows: Index, slots: list[Slot], ids: Ids, tokens_L: Tensor, sound_L: Tensor, output: StepOutput
-    ) -> None:
-        """Keep the tokens for the next step and give them out. A row whose `sound` value is not a number fails alone:
-        its weights or its cache are damaged."""
-        self._slots.last_tokens[torch.from_numpy(ids.astype(np.int64)).to(tokens_L.device)] = tokens_L
-        for i in torch.isnan(sound_L).nonzero().flatten().tolist():
-            output.failed.setdefault(int(rows[i]), "the model's logits are not numbers (NaN)")
-        values = tokens_L.to("cpu", torch.int32).numpy()
-        output.tokens[rows] = values
-        for row in output.failed:
-            output.tokens[row] = -1
-        for i, slot in enumerate(slots):
-            if slot.mask is not None and int(rows[i]) not in output.failed:
-                slot.since_mask.append(int(values[i]))
-            if slot.params.processors:
-                slot.output.append(int(values[i]))
+    def _keep(self, ids: Ids, tokens_L: Tensor, sound_L: Tensor) -> Coming:
+        """Keep the tokens for the next step, and send them and whether each row is sound on their way to the host."""
+        (index,) = self._up([ids.astype(np.int64)])
+        self._slots.last_tokens[index] = tokens_L
+        return self._down([tokens_L.to(torch.int32), torch.isnan(sound_L)])
 
     def _adjust_(
         self,
@@ -249,3 +256,18 @@ def _adjust_row_(slot: Slot, generated: int, logits_V: Tensor) -> None:
         logits_V.index_add_(0, *slot.bias)
     if generated < slot.params.min_new_tokens and slot.eos_ids:
         logits_V[list(slot.eos_ids)] = float("-inf")
+
+
+def _give_out(rows: Index, slots: list[Slot], coming: Coming, output: StepOutput) -> None:
+    """Tokens into the output. A row that is not sound fails alone: its weights or its cache are damaged."""
+    values, damaged = coming.wait()
+    for i in np.flatnonzero(damaged):
+        output.failed.setdefault(int(rows[i]), "the model's logits are not numbers (NaN)")
+    output.tokens[rows] = values
+    for row in output.failed:
+        output.tokens[row] = -1
+    for i, slot in enumerate(slots):
+        if slot.mask is not None and int(rows[i]) not in output.failed:
+            slot.since_mask.append(int(values[i]))
+        if slot.params.processors:
+            slot.output.append(int(values[i]))

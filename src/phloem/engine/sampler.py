@@ -10,11 +10,13 @@ Legend: L rows, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from phloem.engine.flight import plain_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -97,12 +99,17 @@ class SamplingRows:
         return columns.rows(np.arange(len(params)), np.array(positions, np.int64))
 
 
-def sample(logits_LV: Tensor, rows: SamplingRows, ops: Ops) -> Tensor:
-    """The next token of each row. Returns int64 [L], on the logits' device."""
+def sample(
+    logits_LV: Tensor,
+    rows: SamplingRows,
+    ops: Ops,
+    up: Callable[[Sequence[NDArray[Any]]], list[Tensor]] | None = None,
+) -> Tensor:
+    """The next token of each row. Returns int64 [L], on the logits' device; `up` brings the rows' settings there."""
     if rows.greedy.all():
         return ops.argmax(logits_LV).long()
     if ops.sample is not None:
-        return _draw_by_table(logits_LV, rows, ops.sample).long()
+        return _draw_by_table(logits_LV, rows, ops.sample, up or plain_up(logits_LV.device)).long()
     drawn = np.flatnonzero(~rows.greedy)
     if len(drawn) == len(rows.greedy):
         return _draw(logits_LV, rows, drawn)
@@ -112,7 +119,12 @@ def sample(logits_LV: Tensor, rows: SamplingRows, ops: Ops) -> Tensor:
     return tokens
 
 
-def _draw_by_table(logits_LV: Tensor, rows: SamplingRows, draw: Callable[..., Tensor]) -> Tensor:
+def _draw_by_table(
+    logits_LV: Tensor,
+    rows: SamplingRows,
+    draw: Callable[..., Tensor],
+    up: Callable[[Sequence[NDArray[Any]]], list[Tensor]],
+) -> Tensor:
     """The table's own sampler; a temperature of 0 stands for greedy."""
     temperature = np.where(rows.greedy, np.float32(0), rows.temperature)
     columns = (
@@ -123,7 +135,7 @@ def _draw_by_table(logits_LV: Tensor, rows: SamplingRows, draw: Callable[..., Te
         rows.seeds.view(np.int64),
         rows.positions.view(np.int64),
     )
-    return draw(logits_LV, *(torch.from_numpy(column).to(logits_LV.device) for column in columns))
+    return draw(logits_LV, *up(columns))
 
 
 def _draw(logits_LV: Tensor, rows: SamplingRows, index: NDArray[np.int64]) -> Tensor:

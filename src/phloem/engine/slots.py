@@ -50,6 +50,11 @@ class Slot:
         free = self.mask is None and self.penalties is None and self.bias is None and not self.params.processors
         return free and self.params.min_new_tokens == 0
 
+    @property
+    def follows(self) -> bool:
+        """Its next step needs to know, on the host, the token before."""
+        return self.mask is not None or bool(self.params.processors)
+
     def process_(self, logits_V: Tensor) -> None:
         """Let the custom processors change the logits in place.
 

@@ -18,7 +18,8 @@ from phloem.engine.decode import DecodeGraphs
 from phloem.engine.runner import ModelRunner
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
-from phloem.utils import log, machine
+from phloem.utils import log
+from phloem.utils.cores import available_cores
 
 if TYPE_CHECKING:
     from phloem.core.config import Config
@@ -67,7 +68,7 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     decisions: list[Decision] = []
     context = _take(decisions, resolve.context_length(config.model.context_length, checkpoint.context_length))
     checkpoint = replace(checkpoint, context_length=context)  # tables of positions need not be longer
-    threads = _take(decisions, resolve.threads(config.runtime.threads, machine.available_cores()))
+    threads = _take(decisions, resolve.threads(config.runtime.threads, available_cores()))
     platform, chosen = platforms.choose(config.runtime.device, threads)
     decisions.append(chosen)
     ops, why = platform.table(config.runtime.ops)
@@ -96,7 +97,7 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     tokens = _take(decisions, resolve.pool_tokens(config.cache, facts, page, context, running))
     pool = KVPool(model.attention_specs, tokens // page + 1, page, kv_dtype, platform.device)
     graphs = _graphs(config, model, backend, pool, ops, running, -(-min(context, tokens) // page) + 1, decisions)
-    runner = ModelRunner(model, backend, pool, ops, max_slots=running, graphs=graphs)
+    runner = ModelRunner(model, backend, pool, ops, max_slots=running, graphs=graphs, streams=platform.streams)
     phase.end("memory")
     info = {
         "weight_bytes": model.weight_bytes,
@@ -137,8 +138,14 @@ def _graphs(
     decisions: list[Decision],
 ) -> DecodeGraphs | None:
     """Recorded decode steps, where the op table can record; made on first use, never before the server is ready."""
-    if config.runtime.disable_step_graph or ops.recorder is None:
-        why = "as asked" if config.runtime.disable_step_graph else f"the op table {ops.name!r} cannot record"
+    if config.runtime.disable_step_graph:
+        decisions.append(Decision("step_graphs", "off", "as asked"))
+        return None
+    if ops.recorder is None:
+        decisions.append(Decision("step_graphs", "off", f"the op table {ops.name!r} cannot record"))
+        return None
+    if not getattr(backend, "recordable", True):
+        why = f"the attention backend {backend.name!r} plans each step on the host"
         decisions.append(Decision("step_graphs", "off", why))
         return None
     decisions.append(Decision("step_graphs", "on", "recorded on first use"))
@@ -160,7 +167,13 @@ def _dtype(config: Config, checkpoint: Checkpoint, platform: Platform, decisions
     return dtype
 
 
-_KV_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
+_KV_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+    "fp8_e4m3": torch.float8_e4m3fnuz if torch.version.hip else torch.float8_e4m3fn,
+}
 
 
 def _kv_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:

@@ -14,10 +14,10 @@ from phloem.kernels import _native_attention as attention
 from phloem.kernels import _native_basic as basic
 from phloem.kernels import _native_sampling as sampling
 from phloem.kernels import native_linear
-from phloem.kernels._cores import available_cores
 from phloem.kernels._native_recorder import Recorder
 from phloem.kernels._native_runtime import Unavailable, runtime
 from phloem.kernels.ops import Ops
+from phloem.utils.cores import available_cores
 
 __all__ = ["Recorder", "Unavailable", "describe", "runtime", "table"]
 

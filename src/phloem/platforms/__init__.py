@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from phloem.kernels.ops import Ops
+    from phloem.platforms._streams import Streams
 
 PREFERENCE = ("cuda", "rocm", "xpu", "npu", "tpu", "cpu")
 
@@ -28,6 +29,11 @@ class Platform(Protocol):
     default_memory_fraction: float  # of free memory, for weights and KV pool together
     default_running_requests: int
     default_chunk: int  # tokens of one step
+
+    @property
+    def streams(self) -> Streams | None:
+        """Copies beside the computation, or None where there is no such thing."""
+        ...
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes of the device."""

@@ -39,9 +39,12 @@ class Arriving:
 
 
 class Streams:
-    """One copy stream and a ring of staging buffers. `cuda` is torch.cuda, or what stands in for it in a test."""
+    """One copy stream and a ring of staging buffers, of which a step takes up to three.
 
-    def __init__(self, device: torch.device, ring: int = 3, cuda: Any = torch.cuda, pin: bool = True) -> None:
+    `cuda` is torch.cuda, or what stands in for it in a test.
+    """
+
+    def __init__(self, device: torch.device, ring: int = 8, cuda: Any = torch.cuda, pin: bool = True) -> None:
         self.device = device
         self._cuda = cuda
         self._pin = pin

@@ -10,13 +10,14 @@ import torch
 from phloem.core.errors import ConfigError
 from phloem.kernels.ops import Ops
 from phloem.utils import machine
+from phloem.utils.cores import available_cores
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 
 def is_available() -> tuple[bool, str]:
-    return True, f"{machine.cpu_name()}, {machine.available_cores()} cores"
+    return True, f"{machine.cpu_name()}, {available_cores()} cores"
 
 
 class Platform:
@@ -26,9 +27,10 @@ class Platform:
     default_memory_fraction = 0.25
     default_running_requests = 64
     default_chunk = 1024
+    streams = None
 
     def __init__(self, threads: int | None) -> None:
-        self.threads = threads or machine.available_cores()
+        self.threads = threads or available_cores()
         torch.set_num_threads(self.threads)
 
     def memory(self) -> tuple[int, int]:

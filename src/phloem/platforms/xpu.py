@@ -20,6 +20,7 @@ class Platform:
     default_memory_fraction = 0.9
     default_running_requests = 128
     default_chunk = 4096
+    streams = None
 
     def __init__(self, threads: int | None) -> None:
         self.device = torch.device("xpu", torch.xpu.current_device())

@@ -19,6 +19,8 @@ class Meter:
 
     def __init__(self, now: float) -> None:
         self.steps = 0
+        self.busy_total = 0.0  # seconds, since start
+        self.forward_total = 0.0
         self.last_throughput = 0.0
         self._since = now
         self._tokens_then = 0
@@ -30,12 +32,15 @@ class Meter:
     def step_done(self, output: StepOutput) -> None:
         self.steps += 1
         self._forward += output.forward_seconds
+        self.forward_total += output.forward_seconds
 
     def turn(self, begin: float, end: float, worked: bool) -> None:
         """One turn of the loop ran from `begin` to `end`."""
         if worked:
             # Between two working turns the loop received messages: that too is time outside the forward pass.
-            self._busy += end - (begin if self._busy_until is None else self._busy_until)
+            seconds = end - (begin if self._busy_until is None else self._busy_until)
+            self._busy += seconds
+            self.busy_total += seconds
             self._quiet = False
         self._busy_until = end if worked else None
 

@@ -145,6 +145,8 @@ class Scheduler:
             "waiting": self.num_waiting,
             "paused": self.paused,
             "steps": self.meter.steps,
+            "busy_seconds": self.meter.busy_total,
+            "forward_seconds": self.meter.forward_total,
             "total_tokens": cache.total_pages * size,
             "used_tokens": (cache.total_pages - cache.available_pages) * size,
             "evictable_tokens": cache.tree.evictable_pages * size,

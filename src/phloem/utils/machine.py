@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
-
-
-def available_cores(root: Path = _CGROUP) -> int:
-    """Cores that this process may keep busy: its affinity, cut by the control group's quota (at least 1)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _read(root / "cpu.max").split()
-    if len(quota) == 2 and quota[0].isdigit() and int(quota[1]) > 0:
-        cores = min(cores, -(-int(quota[0]) // int(quota[1])))
-    return max(1, cores)
 
 
 def memory(root: Path = _CGROUP) -> tuple[int, int]:

@@ -48,6 +48,9 @@ def multiprocessors(tensor: Tensor) -> int:
     """Multiprocessors of the tensor's device; 132 (Hopper) where there is no device to ask, as when compiling ahead."""
     if tensor.device.type == "cuda":
         return _multiprocessors(tensor.device.index or 0)
+    if tensor.device.type == "xpu":
+        props = torch.xpu.get_device_properties(tensor.device)
+        return int(getattr(props, "gpu_subslice_count", 0) or 32)
     return 132 if tensor.device.type == "meta" else 2
 
 

@@ -405,6 +405,8 @@ def sample(
     """
     rows, vocab = logits_LV.shape
     out = torch.empty(rows, dtype=torch.int32, device=logits_LV.device)
+    if logits_LV.dtype != torch.float32:
+        logits_LV = logits_LV.float()  # thresholds are searched among the bits of float32
     if rows:
         _sample[(rows,)](
             logits_LV,

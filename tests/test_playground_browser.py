@@ -191,7 +191,7 @@ def test_an_engine_that_is_gone_is_told_and_its_return_too(page: Any, server: Se
     say(page, PREFIX)
     shows(page, ".turn.assistant .text", lambda text: len(text) > 5)
     os.kill(server.engine_pid(), signal.SIGKILL)
-    shows(page, "#banner", lambda text: "The engine is gone" in text)
+    shows(page, "#banner", lambda text: "The engine is not available" in text)
     assert find(page, "#status-text").text == "not available"
     shows(page, ".turn.failed", lambda text: "SIGKILL" in text)
     shows(page, "#status-text", lambda text: text == "ready", 120)

@@ -37,7 +37,7 @@ Answer: 9
 """
 NAMES = ["Bea", "Carl", "Dina", "Emil", "Fatma", "Goran", "Hana", "Ivo"]
 THINGS = ["stamps", "shells", "books", "marbles", "coins", "cards", "buttons", "seeds"]
-PLANS, ATTEMPTS = 4, 4
+PLANS, ATTEMPTS = 3, 3
 
 
 @lang.function
@@ -46,7 +46,7 @@ def program(s: Any, problem: str, right: int) -> None:
     plans = s.fork(PLANS)
     for i, plan in enumerate(plans):
         # Sampled, each with a seed of its own: branches that write the same are no branches.
-        plan += "Plan:" + lang.gen("plan", max_tokens=32, stop="\n", temperature=0.8, seed=i)
+        plan += "Plan:" + lang.gen("plan", max_tokens=32, stop="\n", temperature=0.5, seed=i)
         plan += "\nWork:"
     leaves: list[Any] = []
     groups: list[Any] = []
@@ -54,7 +54,7 @@ def program(s: Any, problem: str, right: int) -> None:
         attempts = plan.fork(ATTEMPTS)
         groups.append(attempts)
         for i, attempt in enumerate(attempts):
-            attempt += lang.gen("work", max_tokens=48, stop="\n", temperature=0.8, seed=i)
+            attempt += lang.gen("work", max_tokens=48, stop="\n", temperature=0.5, seed=i)
             attempt += "\nLooking back:" + lang.gen("back", max_tokens=24, stop="\n")
             attempt += "\nAnswer:" + lang.gen("answer", max_tokens=6, stop="\n")
             attempt += "\nIs every step of this solution right? Yes or no:"

@@ -215,7 +215,7 @@ def measure(name: str, module: Any, how: str, backend: Backend, options: Options
         "cache_hit_rate": cached / prompt if prompt else 0.0,
         "latency_s": {"p50": percentile(latencies, 0.5), "max": max(latencies)},
         "call_latency_s": {"p50": percentile([call.seconds for call in found], 0.5)},
-        "texts": [repr((state.text(), state.stream_executor.content.variables)) for state in states],
+        "texts": [repr((state.text(), sorted(state.stream_executor.content.variables.items()))) for state in states],
     }
 
 
@@ -259,8 +259,8 @@ def show(records: Sequence[dict[str, Any]], title: str) -> None:
     from rich.table import Table
 
     table = Table(title=f"programs on {title}")
-    table.add_column("program")
-    table.add_column("run")
+    table.add_column("program", no_wrap=True)
+    table.add_column("run", no_wrap=True)
     for label, _ in _COLUMNS:
         table.add_column(label, justify="right", no_wrap=True)
     order = {SHARED: 0, PLAIN: 1, OTHER: 2}
@@ -274,7 +274,7 @@ def show(records: Sequence[dict[str, Any]], title: str) -> None:
         last = name
     console = Console()
     # Piped output is 80 columns wide by default: too narrow for a line to stay one.
-    (console if console.is_terminal else Console(width=150)).print(table)
+    (console if console.is_terminal else Console(width=170)).print(table)
     for record in records:
         for error in record["errors"]:
             print(f"{record['program']} ({record['how']}): {error}", file=sys.stderr)

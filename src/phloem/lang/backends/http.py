@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -158,6 +159,8 @@ class Runtime(RuntimeEndpoint):
         for line in self._process.stdout:
             found = re.search(r"at (http://\S+)$", line.strip())
             if found:
+                # Whatever else it prints is read, so that it never waits for a reader.
+                threading.Thread(target=self._process.stdout.read, daemon=True).start()
                 return found.group(1)
         raise EngineDead(f"the server did not start: {' '.join(command)} ended with status {self._process.wait()}")
 

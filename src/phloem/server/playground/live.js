@@ -57,7 +57,7 @@ function showNumbers(view) {
 }
 
 function showMemory(state) {
-  const total = state.total_tokens || 1;
+  const total = state.total_tokens;
   // What is in use and what is only cached; cached tokens count as available to the engine.
   const used = state.used_tokens;
   const cached = state.evictable_tokens;
@@ -251,6 +251,7 @@ function showTree(tree) {
 export function status(kind, text) {
   byId("status").className = `status ${kind}`;
   byId("status-text").textContent = kind === "gone" ? "not available" : text;
+  byId("live").classList.toggle("stale", kind === "gone"); // what it shows is from before
   const banner = byId("banner");
   banner.hidden = kind !== "gone";
   if (kind === "gone") banner.textContent = text;
@@ -262,9 +263,9 @@ async function look() {
   try {
     const view = await get("/playground/live");
     if (view.status === "ready") status("ready", view.state.paused ? "paused" : "ready");
-    else status("gone", `The engine is gone: ${view.status}`);
+    else status("gone", `The engine is not available: ${view.status}`);
     showNumbers(view);
-    showMemory(view.state);
+    if (view.state.total_tokens) showMemory(view.state);
     if (view.tree) showTree(view.tree);
     byId("live-note").textContent = view.tree || view.status !== "ready" ? "" : "the engine is busy; the tree is from before";
     before = view;

@@ -232,7 +232,7 @@ def _end(process: subprocess.Popen[bytes], family: Sequence[psutil.Process]) -> 
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    _, alive = psutil.wait_procs([item for item in family if item.pid != process.pid], timeout=5)
+    _, alive = psutil.wait_procs([item for item in family if item.pid != process.pid], timeout=2)
     for item in alive:
         try:
             item.kill()

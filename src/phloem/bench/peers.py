@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from phloem.bench._client import Client, Result, Target
-from phloem.bench._peers import PHLOEM, Peer, found_program, llama_cpp, openvino, other, phloem, running, vllm
+from phloem.bench._peers import Peer, found_program, llama_cpp, openvino, other, phloem, running, vllm
 from phloem.bench._peers_report import WORKLOAD_NAMES, draw, print_summary, summary
 from phloem.bench._report import write_line
 from phloem.bench._text import Encoder, Texts
@@ -208,7 +208,9 @@ def compare(
 
 
 def _glance(records: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{record['workload']} {record['output_tok_per_s']:,.0f} tok/s" for record in records)
+    key = {"prefill": "prefill_tok_per_s"}
+    speeds = [(record["workload"], record[key.get(record["workload"], "output_tok_per_s")]) for record in records]
+    return ", ".join(f"{name} {speed:,.0f} tok/s" for name, speed in speeds)
 
 
 def _turn(peer: Peer, loads: list[Workload], warm: str, log: Path, patience: float) -> list[dict[str, Any]]:
@@ -239,6 +241,3 @@ async def _measure(peer: Peer, url: str, loads: list[Workload], warm: str) -> li
             record["valid"] = validity(results)
         records.append(record)
     return records
-
-
-__all__ = ["PHLOEM", "SCHEMA", "Options", "compare", "find_peers", "main", "structured", "validity", "workloads"]

@@ -131,6 +131,33 @@ async def test_the_client_counts_what_the_server_sent(api: str) -> None:
     assert all(item.start < item.first <= item.end and len(item.gaps) <= 5 for item in results)
 
 
+async def test_a_fresh_client_survives_a_server_that_hangs_up() -> None:
+    """The server says nothing of closing, and closes after each answer, as some do."""
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(next(line for line in head.split(b"\r\n") if b"content-length" in line.lower()).split(b":")[1])
+        await reader.readexactly(length)
+        event = b'data: {"choices": [{"text": "a"}]}\n\n'
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(event) + event)
+        await writer.drain()
+        await reader.read(1)  # until the client closes or asks again
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    load = load_of(Session([Turn("x", 1)] * 3))
+    async with server:
+        fresh = await run(Client(Target(f"http://127.0.0.1:{port}", "m"), fresh=True), load)
+        assert connections == 3
+        kept = await run(Client(Target(f"http://127.0.0.1:{port}", "m")), load)
+    assert [item.error for item in fresh] == [""] * 3 and [item.text for item in fresh] == ["a"] * 3
+    assert any(item.error for item in kept)
+
+
 async def test_a_conversation_sends_all_that_was_said() -> None:
     with served() as server:
         url = server.url

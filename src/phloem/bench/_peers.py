@@ -98,14 +98,14 @@ def other(text: str) -> Peer:
     return Peer(name, tuple(shlex.split(command)))
 
 
-def found_program(path: str | None, name: str) -> str | None:
-    """The program that was named, or the one on PATH; None where there is none.
+def found_program(path: str | None, *names: str) -> str | None:
+    """The program that was given, or the first of `names` that is on PATH; None where there is none.
 
     Raises:
         BadRequest: if the named one is not there.
     """
     if path is None:
-        return shutil.which(name)
+        return next((found for name in names if (found := shutil.which(name))), None)
     full = shutil.which(path)
     if full is None:
         raise BadRequest(f"{path!r} is not a program")

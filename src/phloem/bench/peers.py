@@ -99,7 +99,7 @@ def find_peers(options: Options) -> tuple[list[Peer], list[str]]:
     checkpoint = describe(options.model)
     model = str(checkpoint.path)
     peers, skipped = [phloem(options.model, options.server_args)], list[str]()
-    binary = found_program(options.llama_server, "llama-server")
+    binary = found_program(options.llama_server, "llama-server", "llama-cpp-server")
     files = options.llama_model or ((model,) if checkpoint.format == "gguf" else ())
     if binary is None:
         skipped.append("llama.cpp: no --llama-server, none on PATH")
@@ -110,14 +110,14 @@ def find_peers(options: Options) -> tuple[list[Peer], list[str]]:
     if options.openvino_python is None:
         skipped.append("OpenVINO GenAI: no --openvino-python")
     else:
-        python = found_program(options.openvino_python, "") or ""
+        python = found_program(options.openvino_python) or ""
         peers.append(openvino(python, options.openvino_model or model, options.openvino_args))
     if options.vllm_python is None:
         skipped.append("vLLM: no --vllm-python")
     elif options.vllm_model is None and checkpoint.format == "gguf":
         skipped.append("vLLM: the model is a GGUF file, and there is no --vllm-model with a dense one")
     else:
-        python = found_program(options.vllm_python, "") or ""
+        python = found_program(options.vllm_python) or ""
         peers.append(vllm(python, options.vllm_model or model, options.vllm_args))
     peers += [other(text) for text in options.other]
     if len({peer.name for peer in peers}) < len(peers):
@@ -226,8 +226,8 @@ async def _measure(peer: Peer, url: str, loads: list[Workload], warm: str) -> li
     for place, load in enumerate(loads):
         constrained = load.name == "structured"
         extra = {**load.extra, **(peer.schema_fields(SCHEMA) if constrained else {})}
-        client = Client(Target(url, peer.model, "completions", None, extra))
-        plain = Client(Target(url, peer.model))
+        client = Client(Target(url, peer.model, "completions", None, extra), fresh=True)
+        plain = Client(Target(url, peer.model), fresh=True)
         try:
             if place == 0:
                 first = await plain.ask(warm, 8, True)

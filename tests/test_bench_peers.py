@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
-from phloem.bench import peers
-from phloem.bench._client import Result
+from phloem.bench import _openvino_server, peers
+from phloem.bench._client import Client, Result, Target
 from phloem.bench._peers import Peer, found_program, llama_cpp, openvino, other, running, vllm
 from phloem.bench._peers_report import SERVER, draw, print_summary, summary
 from phloem.core.errors import BadRequest, PhloemError
@@ -240,3 +242,75 @@ def test_phloem_itself(model: Path, script: str, tmp_path: Path, capsys: pytest.
     assert next(x for x in lines if x["metric"] == "valid_share" and x["peer"] == "phloem")["median"] == 1
     assert (tmp_path / "out" / "peers.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "out" / "logs" / "phloem-1.log").exists()
+
+
+class FakePipeline:
+    """Stands for OpenVINO's: tokens are bytes; every step gives each request the next byte of one text."""
+
+    TEXT = ("Grüße, 世界! " * 12).encode()
+
+    def __init__(self) -> None:
+        self.running: list[Any] = []
+
+    def get_tokenizer(self) -> Any:
+        def encode(prompt: str) -> Any:
+            if not isinstance(prompt, str):
+                raise TypeError("encode() takes a text")
+            return SimpleNamespace(input_ids=SimpleNamespace(shape=(1, len(prompt.encode()))))
+
+        def decode(batch: list[list[int]]) -> list[str]:
+            return [bytes(ids).decode(errors="replace") for ids in batch]
+
+        return SimpleNamespace(encode=encode, decode=decode, get_eos_token_id=lambda: 0)
+
+    def add_request(self, number: int, ids: Any, config: Any) -> Any:
+        if config.max_new_tokens > 1000:
+            raise RuntimeError("no blocks left")
+        made: list[int] = []
+        state = SimpleNamespace(made=made, unread=0, limit=config.max_new_tokens)
+
+        def read() -> dict[int, Any]:
+            ids = made[len(made) - state.unread :]
+            state.unread = 0
+            reason = SimpleNamespace(name="LENGTH" if len(made) == state.limit else "NONE")
+            return {0: SimpleNamespace(generated_ids=ids, finish_reason=reason)}
+
+        def status() -> Any:
+            return SimpleNamespace(name="FINISHED" if len(made) == state.limit else "RUNNING")
+
+        self.running.append(state)
+        return SimpleNamespace(can_read=lambda: state.unread > 0, read=read, get_status=status)
+
+    def has_non_finished_requests(self) -> bool:
+        return bool(self.running)
+
+    def step(self) -> None:
+        for state in list(self.running):
+            state.made.append(self.TEXT[len(state.made)])
+            state.unread += 1
+            if len(state.made) == state.limit:
+                self.running.remove(state)
+
+
+async def test_the_wrapper_around_openvino_streams_whole_characters() -> None:
+    genai = SimpleNamespace(GenerationConfig=SimpleNamespace, StructuredOutputConfig=SimpleNamespace)
+    wrapper = _openvino_server.Server(genai, FakePipeline(), asyncio.get_running_loop())
+    listening = await asyncio.start_server(wrapper.connection, "127.0.0.1", 0)
+    port = listening.sockets[0].getsockname()[1]
+    client = Client(Target(f"http://127.0.0.1:{port}", "any"), fresh=True)
+    total = len(FakePipeline.TEXT)
+    async with listening:
+        assert await client.get("/health") == {} and await client.post("/nowhere") == 404
+        results = await asyncio.gather(*(client.ask("Hällo", count, True) for count in (1, 19, total)))
+        refused = await client.ask("x", 2000, True)
+        wrong = await client.ask(5, 4, True)  # type: ignore[arg-type]
+        await client.close()
+    assert [item.error for item in results] == ["", "", ""]
+    assert [item.output_tokens for item in results] == [1, 19, total] and results[0].input_tokens == 6
+    assert results[2].text.encode() == FakePipeline.TEXT and "\ufffd" not in results[2].text
+    assert results[1].text.encode() == FakePipeline.TEXT[:19] and len(results[1].gaps) > 5
+    assert "no blocks left" in refused.error and "HTTP 400" in wrong.error
+    schema = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}}
+    config = wrapper._config({"max_tokens": 5, "temperature": 0.0, **schema})
+    assert config.structured_output_config.json_schema == '{"type": "object"}'
+    assert config.do_sample is False and config.ignore_eos is False and config.max_new_tokens == 5

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,6 +151,22 @@ def test_memory_counts_the_family_and_nobody_is_left(script: str, tmp_path: Path
         assert len(family) == 1
     assert server.peak_bytes > 50e6 and server.ready_s > 0
     assert not family[0].is_running() or family[0].status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow
+def test_ended_in_the_middle_it_leaves_no_server(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "phloem", "bench", "peers", "--model", str(model), "--output", str(tmp_path)]
+    bench = subprocess.Popen([*command, "--workload", "single"], stdout=subprocess.DEVNULL)
+    children: list[psutil.Process] = []
+    until = time.monotonic() + 60
+    while not children and time.monotonic() < until:
+        time.sleep(0.05)
+        children = psutil.Process(bench.pid).children(recursive=True)
+    assert children
+    bench.terminate()
+    assert bench.wait(60) == 128 + signal.SIGTERM
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
 
 
 def test_a_server_that_is_never_ready_is_ended(tmp_path: Path) -> None:

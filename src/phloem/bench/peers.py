@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,11 @@ def main(argv: list[str]) -> int:
     for line in skipped:
         print(f"skipped: {line}")
     folder = Path(options.output)
-    records, broken = compare(peers, names, load_encoder(options.model), options)
+    before = signal.signal(signal.SIGTERM, _leave)  # else the server of the moment would outlive us
+    try:
+        records, broken = compare(peers, names, load_encoder(options.model), options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     lines = summary(records, peers[0].name)
     (folder / "summary.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     print_summary(lines, peers[0].name)
@@ -90,6 +95,10 @@ def main(argv: list[str]) -> int:
     for line in broken:
         print(f"failed: {line}")
     return 1 if broken else 0
+
+
+def _leave(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
 
 
 def find_peers(options: Options) -> tuple[list[Peer], list[str]]:

@@ -95,9 +95,12 @@ async def _events(response: Any) -> AsyncIterator[dict[str, Any]]:
 
 
 class Client:
-    """One connection pool to a target."""
+    """One connection pool to a target; `fresh` opens a connection per request.
 
-    def __init__(self, target: Target) -> None:
+    Some servers close a connection after a few requests or seconds: one that is used again at that moment fails.
+    """
+
+    def __init__(self, target: Target, fresh: bool = False) -> None:
         try:
             import aiohttp
         except ImportError:
@@ -105,7 +108,9 @@ class Client:
         self.target = target
         headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=3600), headers=headers
+            connector=aiohttp.TCPConnector(limit=0, force_close=fresh),
+            timeout=aiohttp.ClientTimeout(total=3600),
+            headers=headers,
         )
         self._failures = (aiohttp.ClientError, TimeoutError, ValueError, KeyError)
 

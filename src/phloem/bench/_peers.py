@@ -98,14 +98,14 @@ def other(text: str) -> Peer:
     return Peer(name, tuple(shlex.split(command)))
 
 
-def found_program(path: str | None, name: str) -> str | None:
-    """The program that was named, or the one on PATH; None where there is none.
+def found_program(path: str | None, *names: str) -> str | None:
+    """The program that was given, or the first of `names` that is on PATH; None where there is none.
 
     Raises:
         BadRequest: if the named one is not there.
     """
     if path is None:
-        return shutil.which(name)
+        return next((found for name in names if (found := shutil.which(name))), None)
     full = shutil.which(path)
     if full is None:
         raise BadRequest(f"{path!r} is not a program")
@@ -232,7 +232,7 @@ def _end(process: subprocess.Popen[bytes], family: Sequence[psutil.Process]) -> 
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    _, alive = psutil.wait_procs([item for item in family if item.pid != process.pid], timeout=5)
+    _, alive = psutil.wait_procs([item for item in family if item.pid != process.pid], timeout=2)
     for item in alive:
         try:
             item.kill()

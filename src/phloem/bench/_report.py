@@ -139,7 +139,8 @@ def plot(results: Sequence[Result], record: dict[str, Any], path: Path) -> None:
     left.set(title="requests: waiting and prefill, then decode", xlabel="seconds", ylabel="request")
     middle.hist([r.ttft * 1e3 for r in good], bins=30, color="#d9822b")
     middle.set(title="time to first token", xlabel="ms", ylabel="requests")
-    right.hist([gap * 1e3 for r in good for gap in r.gaps], bins=60, color="#2b6cb0", log=True)
+    gaps = [gap * 1e3 for r in good for gap in r.gaps]
+    right.hist(gaps, bins=60, color="#2b6cb0", log=bool(gaps))
     right.set(title="gaps between tokens", xlabel="ms", ylabel="gaps")
     figure.suptitle(
         f"{record.get('label') or record['workload']}: {record['output_tok_per_s']:.0f} output tok/s, "

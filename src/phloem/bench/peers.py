@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phloem.bench._client import Client, Result, Target
-from phloem.bench._peers import PHLOEM, Peer, found_program, llama_cpp, openvino, other, phloem, running, vllm
+from phloem.bench._peers import Peer, found_program, llama_cpp, openvino, other, phloem, running, vllm
 from phloem.bench._peers_report import WORKLOAD_NAMES, draw, print_summary, summary
 from phloem.bench._report import write_line
 from phloem.bench._text import Encoder, Texts
@@ -82,7 +83,11 @@ def main(argv: list[str]) -> int:
     for line in skipped:
         print(f"skipped: {line}")
     folder = Path(options.output)
-    records, broken = compare(peers, names, load_encoder(options.model), options)
+    before = signal.signal(signal.SIGTERM, _leave)  # else the server of the moment would outlive us
+    try:
+        records, broken = compare(peers, names, load_encoder(options.model), options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     lines = summary(records, peers[0].name)
     (folder / "summary.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     print_summary(lines, peers[0].name)
@@ -92,6 +97,10 @@ def main(argv: list[str]) -> int:
     return 1 if broken else 0
 
 
+def _leave(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
 def find_peers(options: Options) -> tuple[list[Peer], list[str]]:
     """Phloem first, then every peer that is there; and why the others are not."""
     from phloem.utils.checkpoint import describe
@@ -99,7 +108,7 @@ def find_peers(options: Options) -> tuple[list[Peer], list[str]]:
     checkpoint = describe(options.model)
     model = str(checkpoint.path)
     peers, skipped = [phloem(options.model, options.server_args)], list[str]()
-    binary = found_program(options.llama_server, "llama-server")
+    binary = found_program(options.llama_server, "llama-server", "llama-cpp-server")
     files = options.llama_model or ((model,) if checkpoint.format == "gguf" else ())
     if binary is None:
         skipped.append("llama.cpp: no --llama-server, none on PATH")
@@ -110,14 +119,14 @@ def find_peers(options: Options) -> tuple[list[Peer], list[str]]:
     if options.openvino_python is None:
         skipped.append("OpenVINO GenAI: no --openvino-python")
     else:
-        python = found_program(options.openvino_python, "") or ""
+        python = found_program(options.openvino_python) or ""
         peers.append(openvino(python, options.openvino_model or model, options.openvino_args))
     if options.vllm_python is None:
         skipped.append("vLLM: no --vllm-python")
     elif options.vllm_model is None and checkpoint.format == "gguf":
         skipped.append("vLLM: the model is a GGUF file, and there is no --vllm-model with a dense one")
     else:
-        python = found_program(options.vllm_python, "") or ""
+        python = found_program(options.vllm_python) or ""
         peers.append(vllm(python, options.vllm_model or model, options.vllm_args))
     peers += [other(text) for text in options.other]
     if len({peer.name for peer in peers}) < len(peers):
@@ -208,7 +217,9 @@ def compare(
 
 
 def _glance(records: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{record['workload']} {record['output_tok_per_s']:,.0f} tok/s" for record in records)
+    key = {"prefill": "prefill_tok_per_s"}
+    speeds = [(record["workload"], record[key.get(record["workload"], "output_tok_per_s")]) for record in records]
+    return ", ".join(f"{name} {speed:,.0f} tok/s" for name, speed in speeds)
 
 
 def _turn(peer: Peer, loads: list[Workload], warm: str, log: Path, patience: float) -> list[dict[str, Any]]:
@@ -224,8 +235,8 @@ async def _measure(peer: Peer, url: str, loads: list[Workload], warm: str) -> li
     for place, load in enumerate(loads):
         constrained = load.name == "structured"
         extra = {**load.extra, **(peer.schema_fields(SCHEMA) if constrained else {})}
-        client = Client(Target(url, peer.model, "completions", None, extra))
-        plain = Client(Target(url, peer.model))
+        client = Client(Target(url, peer.model, "completions", None, extra), fresh=True)
+        plain = Client(Target(url, peer.model), fresh=True)
         try:
             if place == 0:
                 first = await plain.ask(warm, 8, True)
@@ -239,6 +250,3 @@ async def _measure(peer: Peer, url: str, loads: list[Workload], warm: str) -> li
             record["valid"] = validity(results)
         records.append(record)
     return records
-
-
-__all__ = ["PHLOEM", "SCHEMA", "Options", "compare", "find_peers", "main", "structured", "validity", "workloads"]

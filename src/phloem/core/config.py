@@ -258,9 +258,9 @@ def cache_home() -> Path:
     return Path(base or Path.home() / ".cache") / "phloem"
 
 
-def child_environment(extra: dict[str, str]) -> dict[str, str]:
-    """The environment for a process that we start."""
-    return {**os.environ, **extra}
+def child_environment(defaults: dict[str, str]) -> dict[str, str]:
+    """The environment for a process that we start: ours, with these values where ours has none."""
+    return {**defaults, **os.environ}
 
 
 def set_environment_default(name: str, value: str) -> None:

@@ -24,6 +24,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield found
 
 
+@pytest.mark.slow
 def test_every_example_is_a_program(engine: Engine) -> None:
     """What a model with random weights writes must break none of them."""
     backend = EngineBackend(engine)

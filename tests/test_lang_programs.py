@@ -339,6 +339,20 @@ def test_images_are_passed_on_and_refused_by_name(engine: Engine, backend: Any, 
         look.run(path="nowhere.png", backend=backend)
 
 
+def test_videos_are_passed_on_and_refused_by_name(engine: Engine, backend: Any, tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(b"\x00\x00\x00\x18ftypmp42")
+
+    @lang.function
+    def watch(s: Any, path: Any) -> None:
+        s += lang.user(lang.video(path, 4) + "What happens?")
+        s += lang.assistant(lang.gen("x", max_tokens=2))
+
+    with pytest.warns(UserWarning, match="video_data"):
+        state = watch.run(path=tmp_path / "clip.mp4", backend=backend)
+    content = state.messages()[0]["content"]
+    assert content[0]["video_url"]["url"].startswith("data:video/mp4;base64,") and content[1]["text"]
+
+
 def test_formats_are_kept(backend: Any) -> None:
     schema = {
         "type": "object",

@@ -11,7 +11,9 @@ import pytest
 
 from phloem.core.errors import BadRequest, ConfigError
 from phloem.core.request import SamplingParams
+from phloem.server.body import Parser
 from phloem.server.info import ModelInfo
+from phloem.server.native import to_request
 from phloem.server.parsers import (
     THINKING,
     TOOLS,
@@ -22,6 +24,7 @@ from phloem.server.parsers import (
     with_formats,
 )
 from phloem.server.parsing import AnswerParser, ParsedDelta, answer_parsers, needs_special_tokens, thinking_parser
+from phloem.server.protocol import GenerateBody
 from phloem.server.tokenizer import load_tokenizer
 from phloem.server.toolplan import NO_TOOLS, ToolPlan, plan
 from phloem.server.tools._explain import explain, spell
@@ -372,3 +375,17 @@ def test_the_engine_learns_what_stands_around_a_reasoning_block(tmp_path: Path) 
     tokenizer = load_tokenizer(checkpoint)
     assert [tokenizer.decode(list(ids)) for ids in (markers.start, markers.end)] == ["<think>", "</think>"]
     assert _thinking(config.with_(reasoning_parser="none"), checkpoint) is None
+
+
+@pytest.mark.parametrize("reasoning", ["qwen3", "none"])
+def test_reasoning_may_be_required_only_where_its_end_is_known(reasoning: str) -> None:
+    info = with_formats(ModelInfo("m", "m", 10, 10), TEMPLATES["qwen3"][0], None, reasoning)
+    parser = Parser(GenerateBody)
+    body = b'{"text": "x", "require_reasoning": true, "sampling_params": {"regex": "[0-9]+"}}'
+    features = info.features | {"grammar"}
+    if reasoning == "none":
+        with pytest.raises(BadRequest, match="require_reasoning"):
+            parser.parse(body, features)
+    else:
+        assert to_request(parser.parse(body, features)).items[0].reasons
+        assert not to_request(parser.parse(b'{"text": "x"}', features)).items[0].reasons

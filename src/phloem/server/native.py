@@ -59,6 +59,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
                 top_logprobs=tops[at] if wants[at] else 0,
                 token_ids_logprob=chosen[at] if wants[at] else [],
                 priority=body.priority or 0,
+                reasons=bool(body.require_reasoning),
                 namespace=namespace(salts[at], keys[at]),
                 return_hidden=bool(hidden[at]),
                 session=steps[at].step() if steps[at] is not None else None,

@@ -148,9 +148,11 @@ def with_formats(info: ModelInfo, template: str | None, tools: str | None, reaso
         ("tool_call_parser", tool.name or OFF, tool.reason),
         ("reasoning_parser", thinking.name or OFF, thinking.reason),
     )
+    # Only with a known format can be told where the reasoning ends and a constraint begins.
+    known = frozenset({"require_reasoning"}) if thinking.name is not None else frozenset[str]()
     return replace(
         info,
-        features=info.features | {"tools", "reasoning"},
+        features=info.features | {"tools", "reasoning"} | known,
         tool_parser=tool.name,
         explain_tools=tool.explained,
         spell_calls=tool.spelled,

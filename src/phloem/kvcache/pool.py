@@ -7,6 +7,7 @@ never hands it out.
 from __future__ import annotations
 
 import math
+import mmap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from phloem.layers.context import AttentionSpec
 
-ALIGNMENT = 64  # bytes: a cache line, and a vector register
 SCALE_BYTES = 4  # an int8 entry is followed by its float32 scale
 
 
@@ -29,13 +29,11 @@ def entry_size(head_size: int, dtype: torch.dtype) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; in host memory those that the system hands out, so that a page costs nothing before it is used."""
+    """Zeros; in host memory straight from the system, so that a page costs nothing before it is used."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    count = math.prod(shape) * dtype.itemsize
-    block = np.zeros(count + ALIGNMENT, np.uint8)
-    start = -block.ctypes.data % ALIGNMENT
-    return torch.from_numpy(block[start : start + count]).view(dtype).view(shape)
+    block = np.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), np.uint8)
+    return torch.from_numpy(block).view(dtype).view(shape)
 
 
 class KVPool:

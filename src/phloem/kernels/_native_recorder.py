@@ -60,6 +60,11 @@ class Arena:
 class _OnlyNative(TorchDispatchMode):
     """Lets views through and refuses every torch op that computes: a replay would not repeat it."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing here is ever compiled; torch's guard against that imports its compiler at the first op, for a second.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.is_view or func is torch.ops.aten.detach.default:
             return func(*args, **(kwargs or {}))

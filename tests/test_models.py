@@ -23,6 +23,8 @@ from phloem.testing import checkpoints
 from phloem.testing.checkpoints import tiny_checkpoint, tiny_gguf
 from phloem.utils.checkpoint import demo_path, describe
 
+pytestmark = pytest.mark.slow  # every family against transformers: half a minute
+
 CPU = torch.device("cpu")
 PAGE = 4
 LIMIT = 1e-4

@@ -35,3 +35,9 @@ def test_flat_round_trip_and_spellings() -> None:
 def test_bytes() -> None:
     assert parse_bytes("1.5GiB") == 1610612736
     assert parse_bytes("100 MB") == 100_000_000
+
+
+def test_code_of_a_checkpoint_is_refused_rather_than_ignored() -> None:
+    with pytest.raises(ConfigError, match="never run"):
+        Config.from_flat({"trust_remote_code": True})
+    assert Config.from_flat({"trust_remote_code": False}).model.trust_remote_code is False

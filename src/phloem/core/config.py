@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -47,7 +46,7 @@ class ModelConfig:
     chat_template: str | None = opt(None, "File with a Jinja chat template; default: the model's own.")
     tool_call_parser: str | None = opt(None, "Format of tool calls; default: read off the chat template; 'none': off.")
     reasoning_parser: str | None = opt(None, "Format of reasoning; default: read off the chat template; 'none': off.")
-    trust_remote_code: bool = opt(False, "Run Python code that comes with a checkpoint. Off for your safety.")
+    trust_remote_code: bool = opt(False, "Refused: code that comes with a checkpoint is never run.")
     skip_tokenizer_init: bool = opt(False, "Serve token ids only; no tokenizer is loaded.")
     random_seed: int | None = opt(None, "Seed for requests that bring none; default: drawn at start.")
 
@@ -220,6 +219,10 @@ def _check_ranges(config: Config) -> None:
     for name in _POSITIVE:
         if flat[name] is not None and not flat[name] > 0:
             raise ConfigError(f"{name}: {flat[name]!r} must be above 0", param=name)
+    if config.model.trust_remote_code:
+        raise ConfigError(
+            "trust_remote_code: code that comes with a checkpoint is never run", param="trust_remote_code"
+        )
     if not 0 <= config.server.port <= 65535:
         raise ConfigError(f"port: {config.server.port} is not in 0 to 65535", param="port")
     fraction = config.cache.mem_fraction_static
@@ -252,17 +255,6 @@ def read_environment(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "api_key": key} if key and not values.get("api_key") else values
 
 
-def cache_home() -> Path:
-    """Where packed weights and the like may be kept between starts."""
-    base = os.environ.get("PHLOEM_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache") / "phloem"
-
-
 def child_environment(defaults: dict[str, str]) -> dict[str, str]:
     """The environment for a process that we start: ours, with these values where ours has none."""
     return {**defaults, **os.environ}
-
-
-def set_environment_default(name: str, value: str) -> None:
-    """Set a variable that a library reads at import, unless the user has set it."""
-    os.environ.setdefault(name, value)

@@ -26,7 +26,7 @@ def position_logprobs(
     token_L = logits_LV.gather(1, tokens_L.long().unsqueeze(1)).squeeze(1).float() - norm_L
     found = [PositionLogprobs(value) for value in token_L.tolist()]
     if top > 0:
-        values_LN, ids_LN = torch.topk(logits_LV, min(top, logits_LV.shape[1]), dim=-1)
+        values_LN, ids_LN = ops.top_k(logits_LV, min(top, logits_LV.shape[1]))
         values = (values_LN.float() - norm_L.unsqueeze(1)).tolist()
         for item, row, ids in zip(found, values, ids_LN.tolist(), strict=True):
             item.top = list(zip(row, ids, strict=True))

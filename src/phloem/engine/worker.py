@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -198,9 +198,3 @@ def _progress(name: str) -> Callable[[str, float], None]:
             _log.info("loading %s: %3.0f %% (%s)", name, share * 100, what)
 
     return note
-
-
-def explain(decisions: Sequence[Decision]) -> str:
-    """The decisions as an aligned table."""
-    width = max(len(item.name) for item in decisions)
-    return "\n".join(f"  {item.name:<{width}}  {item.value!s:<14} {item.reason}" for item in decisions)

@@ -5,8 +5,7 @@ Each module has `is_available() -> (bool, reason)` and a class `Platform(threads
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
@@ -75,6 +74,3 @@ def choose(requested: str, threads: int | None) -> tuple[Platform, Decision]:
             return module.Platform(threads), Decision("device", name, why)
         declined.append(f"not {name}: {reason}")
     raise ConfigError("no device is available: " + "; ".join(declined), param="device")
-
-
-PlatformFactory = Callable[[int | None], Any]

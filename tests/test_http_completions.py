@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from door import CONTEXT, MODEL, on_loop, open_door
 
 from phloem.core.messages import unpack_ids
+from phloem.testing.byte_tokenizer import BOS
 from phloem.testing.fake_engine import FakeEngine, logprob_of
 
 PATH = "/v1/completions"
@@ -98,6 +100,36 @@ async def test_echo_puts_the_prompt_before_the_output() -> None:
         assert "".join(chunk["choices"][0]["text"] for chunk in chunks).startswith("abc")
         streamed = [token for chunk in chunks for token in chunk["choices"][0]["logprobs"]["tokens"]]
         assert streamed[:4] == logprobs["tokens"][:4] and len(streamed) == 8
+
+
+@pytest.mark.parametrize("prompt", ["aé<eos>b", [97, 0xC3, 0xA9, 98], [BOS, 97]])
+@pytest.mark.parametrize("logprobs", [None, 0, 2])
+@pytest.mark.parametrize("max_tokens", [0, 5])
+@pytest.mark.parametrize("echo", [True, False])
+def test_echo_and_logprobs_stream_as_they_answer(
+    prompt: str | list[int], logprobs: int | None, max_tokens: int, echo: bool
+) -> None:
+    @on_loop
+    async def check() -> None:
+        async with open_door(FakeEngine(mode="say", text="oé.")) as door:
+            body = {"prompt": prompt, "logprobs": logprobs, "max_tokens": max_tokens, "echo": echo, "n": 2}
+            whole = (await door.post(PATH, body)).json()["choices"]
+            chunks = [json.loads(data)["choices"][0] for data in (await door.events(PATH, body))[:-1]]
+            for at, choice in enumerate(whole):
+                parts = [chunk for chunk in chunks if chunk["index"] == at]
+                assert "".join(part["text"] for part in parts) == choice["text"]
+                text = "".join(part["text"] for part in parts)
+                if logprobs is None:
+                    assert choice["logprobs"] is None and all(part["logprobs"] is None for part in parts)
+                    continue
+                for name, values in choice["logprobs"].items():
+                    pieces = [part["logprobs"][name] for part in parts]
+                    assert (values is None and not any(pieces)) or values == [*itertools.chain(*pieces)]
+                tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+                for token, offset in zip(tokens, offsets, strict=True):
+                    assert token.startswith("<") or token == "\ufffd" or text[offset : offset + len(token)] == token
+
+    check()
 
 
 @on_loop

@@ -230,3 +230,56 @@ async def test_hidden_states_come_with_their_tokens() -> None:
         assert json.loads(events[-2])["choices"][0]["hidden_states"] == [float(ord("n")), 0.5]
         plain = (await door.post("/v1/completions", {**text, "return_hidden_states": False})).json()
         assert "hidden_states" not in plain["choices"][0]
+
+
+# --- where cached tokens came from
+
+
+@on_loop
+async def test_cached_tokens_details() -> None:
+    async with open_door() as door:
+        details = {"cached_tokens_details": {"device": 1, "host": 0}}
+        for path, body in (
+            ("/v1/completions", {"prompt": "ab"}),
+            ("/v1/chat/completions", {"input_ids": [97, 98, 99]}),
+        ):
+            body |= {"max_tokens": 3, "temperature": 0}
+            plain = (await door.post(path, body)).json()
+            told = (await door.post(path, {**body, "return_cached_tokens_details": True})).json()
+            assert "sglext" not in plain and told["sglext"] == details
+            assert told["usage"]["prompt_tokens_details"]["cached_tokens"] == 1
+            body |= {"return_cached_tokens_details": True, "stream_options": {"include_usage": True}}
+            chunks = [json.loads(data) for data in (await door.events(path, body))[:-1]]
+            assert [chunk.get("sglext") for chunk in chunks[-3:]] == [None, details, None]
+            assert chunks[-2]["choices"] == [] and chunks[-1]["usage"]["prompt_tokens"] == 3
+        native = (await door.post("/generate", {"text": "ab", "sampling_params": {"max_new_tokens": 2}})).json()
+        assert native["meta_info"]["cached_tokens_details"] == {"device": 1, "host": 0}
+
+
+# --- reasoning that is required
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions"])
+def test_requiring_reasoning_of_a_model_without_a_format(path: str) -> None:
+    @on_loop
+    async def check() -> None:
+        async with open_door() as door:
+            body = {"text": "a"} if path == "/generate" else {"messages": HI}
+            response = await door.post(path, {**body, "require_reasoning": True})
+            assert response.status_code == 400
+            error = response.json()["error"]
+            assert error["param"] == "require_reasoning" and "no reasoning format is known" in error["message"]
+            assert (await door.post(path, {**body, "require_reasoning": False})).status_code == 200
+
+    check()
+
+
+@on_loop
+async def test_a_constraint_waits_for_required_reasoning_that_stays_in_the_text() -> None:
+    features = frozenset({"tools", "reasoning", "grammar", "require_reasoning"})
+    info = make_info(features=features, reasoning_parser="qwen3")
+    async with open_door(info=info) as door:
+        body = {"messages": HI, "regex": "[0-9]+", "max_tokens": 2, "separate_reasoning": False}
+        for wanted in (False, True):
+            assert (await door.post("/v1/chat/completions", {**body, "require_reasoning": wanted})).status_code == 200
+            assert door.engine.submits[-1].grammar_at_once is not wanted

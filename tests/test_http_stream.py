@@ -69,6 +69,42 @@ def test_hanging_up_before_the_first_token_aborts_too(slow: Served, stream: bool
     assert slow.client.in_flight == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_runs_in_the_background_outlives_its_client(stream: bool) -> None:
+    with served(delay=0.002) as server:
+        key = httpx.post(server.url + "/open_session", json={}).json()
+        body = {
+            "text": "ab",
+            "rid": "left",
+            "stream": stream,
+            "background": True,
+            "sampling_params": {"max_new_tokens": 60},
+            "session_params": {"id": key},
+        }
+        with httpx.Client() as http:
+            if stream:
+                with http.stream("POST", server.url + "/generate", json=body) as response:
+                    next(response.iter_lines())
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    http.post(server.url + "/generate", json=body, timeout=0.05)
+        wait_for(lambda: server.client.in_flight == 0)
+        assert server.engine.aborts == [] and server.client.counters.requests == 1
+        on = {"text": "c", "sampling_params": {"max_new_tokens": 1}, "session_params": {"id": key, "rid": "left"}}
+        answer = httpx.post(server.url + "/generate", json=on).json()
+        assert answer["meta_info"]["prompt_tokens"] == 3 + 60 + 1
+
+
+def test_what_runs_in_the_background_can_be_ended_by_its_id(slow: Served) -> None:
+    body = {"text": "ab", "rid": "left", "background": True, "sampling_params": {"max_new_tokens": 400}}
+    with httpx.Client() as http, pytest.raises(httpx.ReadTimeout):
+        http.post(slow.url + "/generate", json=body, timeout=0.1)
+    time.sleep(0.05)
+    assert slow.client.in_flight == 1
+    assert httpx.post(slow.url + "/abort_request", json={"rid": "left"}).json()["message"] == "1 aborted"
+    wait_for(lambda: slow.client.in_flight == 0)
+
+
 def test_a_finished_request_is_never_aborted(slow: Served) -> None:
     for stream in (False, True):
         response = httpx.post(slow.url + CHAT, json={"messages": HI, "max_tokens": 3, "stream": stream})

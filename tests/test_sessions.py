@@ -98,8 +98,10 @@ async def test_chat_and_completions_take_sessions_too() -> None:
         }
         assert (await door.post("/v1/chat/completions", chat)).status_code == 200
         assert prompt_of(door)[:5] == [BOS, *b"ab", *out.encode()]
-        many = await door.post("/v1/completions", {**body, "rid": "r2", "n": 2})
-        assert many.status_code == 400 and many.json()["error"]["param"] == "session_params"
+        echo = {**body, "rid": "r3", "session_params": {"id": key, "rid": "r1"}, "echo": True, "logprobs": 0}
+        (choice,) = (await door.post("/v1/completions", echo)).json()["choices"]
+        assert choice["text"].startswith("ab" + out + "ab")
+        assert len(choice["logprobs"]["tokens"]) == len(choice["text"]) + 1  # the BOS
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ async def test_chat_and_completions_take_sessions_too() -> None:
     [
         ("/open_session", {"session_id": "x" * 300}, "session_id"),
         ("/open_session", {"timeout": 0}, "timeout"),
-        ("/open_session", {"streaming": True}, "streaming"),
+        ("/open_session", {"streaming": 1}, "streaming"),
         ("/open_session", {"name": "x"}, "name"),
         ("/close_session", {}, None),
         ("/generate", {"text": "a", "session_params": {"rid": "x"}}, "session_params"),
@@ -137,6 +139,65 @@ async def test_an_engine_that_dies_leaves_no_running_request_behind() -> None:
         assert (await slow).status_code == 503
         with pytest.raises(BadRequest, match="has no request"):
             door.client.sessions.extend(SessionStep(key, "r"), [1], None)
+
+
+@on_loop
+async def test_each_continuation_can_be_gone_on_from() -> None:
+    async with open_door() as door:
+        key = (await door.post("/open_session", {})).json()
+        root = (await generate(door, "a", id=key))["meta_info"]["id"]
+        body = {"text": "b", "rid": "r", "sampling_params": {**SHORT, "n": 2}}
+        step = {"id": key, "rid": root, "replace": True}
+        several = (await door.post("/generate", {**body, "session_params": step})).json()
+        assert [one["meta_info"]["id"] for one in several] == ["r-0", "r-1"]
+        assert several[0]["output_ids"] != several[1]["output_ids"]
+        start = unpack_ids(door.engine.submits[-1].input_ids).tolist()
+        for one in several:
+            await generate(door, "c", id=key, rid=one["meta_info"]["id"])
+            assert prompt_of(door) == [*start, *one["output_ids"], *b"c"]
+
+
+async def step_error(door: Door, key: str, body: dict[str, Any] | None = None, **step: Any) -> dict[str, Any]:
+    sent = {"text": "x", "sampling_params": SHORT, **(body or {}), "session_params": {"id": key, **step}}
+    response = await door.post("/generate", sent)
+    assert response.status_code == 400, response.text
+    return response.json()["error"]
+
+
+@on_loop
+async def test_a_streaming_session_is_one_line() -> None:
+    async with open_door() as door:
+        key = (await door.post("/open_session", {"capacity_of_str_len": 1000, "streaming": True})).json()
+        known: list[int] = [BOS]
+        for text in ("ab", "cd", "e"):
+            answer = await generate(door, text, id=key)
+            assert prompt_of(door) == [*known, *text.encode()]
+            known = [*prompt_of(door), *answer["output_ids"]]
+        # Only the last request is kept, and a rid changes nothing.
+        await generate(door, "f", id=key, rid="unknown")
+        assert prompt_of(door) == [*known, *b"f"]
+        (session,) = door.client.sessions._sessions.values()
+        assert len(session.nodes) == 1 and door.client.sessions._bytes == 4 * (len(known) + 4)
+        for name, value in (("replace", True), ("drop_previous_output", True), ("offset", 2)):
+            assert (await step_error(door, key, None, **{name: value}))["param"] == f"session_params.{name}"
+        assert "(n 1)" in (await step_error(door, key, {"sampling_params": {"n": 2}}))["message"]
+        assert (await step_error(door, key, {"text": ["a", "b"]}))["param"] == "session_params"
+        assert door.client.in_flight == 0
+
+
+@on_loop
+async def test_a_failed_request_leaves_a_streaming_session_as_it_was() -> None:
+    async with open_door(FakeEngine(delay=0.005)) as door:
+        key = (await door.post("/open_session", {"streaming": True})).json()
+        first = {"text": "a", "rid": "same", "sampling_params": SHORT, "session_params": {"id": key}}
+        out = (await door.post("/generate", first)).json()["output_ids"]
+        slow = asyncio.create_task(door.post("/generate", {**first, "sampling_params": {"max_new_tokens": 400}}))
+        await until(lambda: door.client.in_flight == 1)
+        assert "still runs" in (await step_error(door, key))["message"]
+        await door.post("/abort_request", {"rid": "same"})
+        assert (await slow).json()["meta_info"]["finish_reason"]["type"] == "abort"
+        await generate(door, "b", id=key)
+        assert prompt_of(door) == [BOS, *b"a", *out, *b"b"]
 
 
 # --- alone

@@ -263,11 +263,21 @@ class Engine:
 
         return self._door.run(run())
 
-    def open_session(self, capacity_of_str_len: int = 0, session_id: str | None = None) -> str:
-        """A session's id, for `session_params`. The capacity is read and not used: the context bounds every prompt."""
+    def open_session(
+        self,
+        capacity_of_str_len: int = 0,
+        session_id: str | None = None,
+        *,
+        streaming: bool = False,
+        timeout: float | None = None,
+    ) -> str:
+        """A session's id, for `session_params`. The capacity is read and not used: the context bounds every prompt.
+
+        `streaming`: each request goes on from the last one. `timeout`: seconds without a request until it closes.
+        """
 
         async def open_it() -> str:
-            return self._client.sessions.open(session_id)
+            return self._client.sessions.open(session_id, timeout, streaming)
 
         return self._door.run(open_it())
 

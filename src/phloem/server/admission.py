@@ -125,8 +125,6 @@ class Admission:
         params = item.sampling
         params.validate(self.info.vocab_size)
         processors.make(params.processors, self.info.vocab_size)
-        if item.session is not None and params.n != 1:
-            raise BadRequest("session_params takes one continuation (n 1)", param="session_params")
         if self.tokenizer is None:
             for name in ("stop", "stop_regex"):
                 if getattr(params, name):

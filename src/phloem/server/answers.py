@@ -41,6 +41,19 @@ class Usage(Answer, kw_only=True):
     prompt_tokens_details: PromptTokensDetails
 
 
+class CachedTokensDetails(Answer, kw_only=True):
+    """Where the cached tokens of the prompts were found."""
+
+    device: int = 0
+    host: int = 0
+
+
+class Extensions(Answer, kw_only=True):
+    """What clients of this engine's family ask for beside OpenAI's fields."""
+
+    cached_tokens_details: CachedTokensDetails
+
+
 class TopLogprob(Answer, kw_only=True):
     token: str
     logprob: float
@@ -94,6 +107,7 @@ class ChatCompletion(Answer, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    sglext: Extensions | UnsetType = UNSET
 
 
 class ChatDelta(Answer, kw_only=True):
@@ -119,6 +133,7 @@ class ChatChunk(Answer, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    sglext: Extensions | UnsetType = UNSET
 
 
 class CompletionLogprobs(Answer, kw_only=True):
@@ -146,6 +161,7 @@ class Completion(Answer, kw_only=True):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
+    sglext: Extensions | UnsetType = UNSET
 
 
 class ModelCard(Answer, kw_only=True):

@@ -20,10 +20,11 @@ from phloem.core.errors import BadRequest
 
 @dataclass(frozen=True)
 class Later:
-    """A field of a feature that may not exist yet, and the values that ask nothing of it."""
+    """A field of a feature that may not exist (`reason` says why not), and the values that ask nothing of it."""
 
     feature: str
     harmless: tuple[Any, ...] = ()
+    reason: str = ""
 
 
 class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -38,7 +39,8 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             value = getattr(self, name)
             if value is None or rule.feature in features or any(value == harmless for harmless in rule.harmless):
                 continue
-            raise BadRequest(f"not supported yet: {where}{name}", param=where + name, code="not_supported")
+            text = f"{where}{name}: {rule.reason}" if rule.reason else f"not supported yet: {where}{name}"
+            raise BadRequest(text, param=where + name, code="not_supported")
 
 
 T = TypeVar("T", bound=Body)

@@ -37,9 +37,10 @@ class Dropper(Protocol):
 class Call:
     """Async iterator over the news of a call's outputs (see `GenerateRequest.stream`)."""
 
-    def __init__(self, client: Dropper, outputs: list[Output], stream: bool) -> None:
+    def __init__(self, client: Dropper, outputs: list[Output], stream: bool, background: bool = False) -> None:
         self.outputs = outputs
         self.stream = stream
+        self.background = background  # a client that leaves does not end it
         self._client = client
         self._open = len(outputs)
         self._dirty: dict[Output, None] = {}

@@ -247,11 +247,12 @@ class EngineClient:
         taken = [output.id for output in outputs if output.id in self._active]
         if taken or len({output.id for output in outputs}) < len(outputs):
             raise BadRequest(f"rid {(taken or [outputs[0].id])[0]!r} is in use by another request", param="rid")
-        call = Call(self, outputs, request.stream)
+        self.sessions.check_several([output.item.session for output in outputs if output.item.session is not None])
+        call = Call(self, outputs, request.stream, request.background)
         for output in outputs:
             self._active[output.id] = (call, output)
             if output.item.session is not None:
-                self.sessions.begin(output.item.session, output.id, output.prompt_ids)
+                self.sessions.begin(output.item.session, output.id, output.prompt_ids, output.choice)
         try:
             for output in outputs:
                 self._send(_submit_message(output))

@@ -67,7 +67,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
                 stream_interval=(sampling.stream_interval if sampling is not None else None) or 1,
             )
         )
-    return GenerateRequest(items, bool(body.stream))
+    return GenerateRequest(items, bool(body.stream), bool(body.background))
 
 
 def _prompts(body: GenerateBody) -> list[str | list[int]]:
@@ -167,7 +167,7 @@ class Renderer:
             "prompt_tokens": output.prompt_tokens,
             "completion_tokens": output.completion_tokens,
             "cached_tokens": output.cached_tokens,
-            "cached_tokens_details": None,
+            "cached_tokens_details": {"device": output.cached_tokens, "host": 0},
             "weight_version": self.weight_version,
             "e2e_latency": time.monotonic() - output.arrival,
             "queue_time": output.queue_seconds,

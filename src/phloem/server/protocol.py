@@ -35,6 +35,9 @@ COMMON_LATER: dict[str, Later] = {
 }
 
 
+NEEDS_FORMAT = Later("require_reasoning", (False,), "no reasoning format is known for this model")
+
+
 class SessionBody(Body, kw_only=True):
     """`session_params`: the session, and the request in it that this one goes on from."""
 
@@ -140,8 +143,7 @@ class GenerateBody(Body, kw_only=True):
         "audio_data": Later("audio", ([], "")),
         "return_routed_experts": Later("routed_experts", (False,)),
         "routed_dp_rank": Later("data_parallel", (0,)),
-        "require_reasoning": Later("require_reasoning", (False,)),
-        "background": Later("background", (False,)),
+        "require_reasoning": NEEDS_FORMAT,
     }
 
     def refuse_later(self, features: frozenset[str], where: str = "") -> None:
@@ -235,7 +237,6 @@ class OpenAIBody(Body, kw_only=True):
         **COMMON_LATER,
         **GRAMMAR,
         **GUIDED,
-        "return_cached_tokens_details": Later("cache_tiers", (False,)),
     }
 
 
@@ -332,7 +333,7 @@ class ChatBody(OpenAIBody, kw_only=True):
         "reasoning_effort": Later("reasoning", ("none",)),
         "separate_reasoning": Later("reasoning", (True,)),
         "stream_reasoning": Later("reasoning", (True,)),
-        "require_reasoning": Later("require_reasoning", (False,)),
+        "require_reasoning": NEEDS_FORMAT,
         "modalities": Later("modalities", (["text"], [])),
         "audio": Later("audio"),
         "web_search_options": Later("web_search", ({},)),
@@ -378,7 +379,10 @@ class DetokenizeBody(Body, kw_only=True):
 
 
 class OpenSessionBody(Body, kw_only=True):
-    """`POST /open_session`. `timeout`: seconds without a request after which the session closes by itself."""
+    """`POST /open_session`. `timeout`: seconds without a request after which the session closes by itself.
+
+    `streaming`: each request goes on from the last one, one at a time.
+    """
 
     capacity_of_str_len: Int32 | None = None
     session_id: str | None = None
@@ -386,7 +390,6 @@ class OpenSessionBody(Body, kw_only=True):
     timeout: float | None = None
 
     ignored: ClassVar[dict[str, str]] = {"capacity_of_str_len": "the context length bounds every prompt"}
-    later: ClassVar[dict[str, Later]] = {"streaming": Later("streaming_sessions", (False,))}
 
 
 class CloseSessionBody(Body, kw_only=True):

@@ -48,10 +48,12 @@ class GenerateRequest:
     """One call: all items are validated before the first is submitted.
 
     With `stream` each iteration gives the outputs that have news; without, one iteration gives all, finished.
+    `background`: it goes on to its end when the client leaves.
     """
 
     items: list[Item]
     stream: bool = False
+    background: bool = False
 
 
 @dataclass(slots=True, eq=False)

@@ -1,7 +1,8 @@
 """Sessions: prompts that go on from an earlier request of the same session, as trees of token ids.
 
-A session holds what was asked and answered; the computed KV is found again by its tokens, as for every prompt. Used in
-the event loop alone.
+A session holds what was asked and answered; the computed KV is found again by its tokens, as for every prompt. A
+streaming session is one line instead of a tree: each request goes on from the last that ended well, one at a time. Used
+in the event loop alone.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class _Node:
 class _Session:
     timeout: float | None
     used: float
+    streaming: bool = False
     nodes: dict[str, _Node] = field(default_factory=dict[str, _Node])
 
 
@@ -66,7 +68,7 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def open(self, session_id: str | None = None, timeout: float | None = None) -> str:
+    def open(self, session_id: str | None = None, timeout: float | None = None, streaming: bool = False) -> str:
         """A new session's id. With `timeout` it closes by itself after so many seconds without a request.
 
         Raises:
@@ -80,7 +82,7 @@ class Sessions:
             raise BadRequest(f"session {key!r} is open already", param="session_id")
         if len(self._sessions) >= MAX_SESSIONS:
             raise BadRequest(f"{MAX_SESSIONS} sessions are open: close some", param="session_id")
-        self._sessions[key] = _Session(timeout, self._clock())
+        self._sessions[key] = _Session(timeout, self._clock(), streaming)
         return key
 
     def close(self, session_id: str) -> None:
@@ -94,19 +96,16 @@ class Sessions:
         """The whole prompt of a request whose own tokens are `ids`; a BOS in front of a continuation is left out.
 
         Raises:
-            BadRequest: the session or request is unknown, still runs, or the store is full.
+            BadRequest: the session or request is unknown, still runs, or the store is full; or a streaming session is
+                asked for anything but going on.
         """
         session = self._get(step.id)
         if self._bytes > MAX_BYTES:
             raise BadRequest("the sessions hold too many tokens: close some", param="session_params.id")
-        if step.rid is None:
-            return ids
-        node = session.nodes.get(step.rid)
+        node = self._last(session, step) if session.streaming else self._named(session, step)
         if node is None:
-            raise BadRequest(f"session {step.id!r} has no request {step.rid!r:.300}", param="session_params.rid")
-        if node.output is None:
-            raise BadRequest(f"request {step.rid!r} of session {step.id!r} still runs", param="session_params.rid")
-        known = node.prompt if step.drop_previous_output else node.prompt + node.output
+            return ids
+        known = node.prompt if step.drop_previous_output else node.prompt + (node.output or b"")
         before: list[int] = unpack_ids(known).tolist()
         if step.offset:
             if not -len(before) <= step.offset <= len(before):
@@ -115,10 +114,36 @@ class Sessions:
             before = before[: step.offset]
         return before + (ids[1:] if ids and ids[0] == bos else ids)
 
-    def begin(self, step: SessionStep, rid: str, prompt: list[int]) -> None:
-        """A request of the session has been submitted."""
+    def check_several(self, steps: list[SessionStep]) -> None:
+        """Continuations that are to run together. Raises BadRequest: more than one of a streaming session."""
+        names = [step.id for step in steps if self._get(step.id).streaming]
+        if len(set(names)) < len(names):
+            message = "a streaming session takes one request, with one continuation (n 1), at a time"
+            raise BadRequest(message, param="session_params")
+
+    def _named(self, session: _Session, step: SessionStep) -> _Node | None:
+        if step.rid is None:
+            return None
+        node = session.nodes.get(step.rid)
+        if node is None:
+            raise BadRequest(f"session {step.id!r} has no request {step.rid!r:.300}", param="session_params.rid")
+        if node.output is None:
+            raise BadRequest(f"request {step.rid!r} of session {step.id!r} still runs", param="session_params.rid")
+        return node
+
+    def _last(self, session: _Session, step: SessionStep) -> _Node | None:
+        for name in ("replace", "drop_previous_output", "offset"):
+            if getattr(step, name):
+                raise BadRequest(f"a streaming session takes no {name}", param=f"session_params.{name}")
+        nodes = list(session.nodes.values())
+        if any(node.output is None for node in nodes):
+            raise BadRequest(f"a request of the streaming session {step.id!r} still runs", param="session_params.id")
+        return nodes[-1] if nodes else None
+
+    def begin(self, step: SessionStep, rid: str, prompt: list[int], choice: int = 0) -> None:
+        """A request of the session has been submitted; each continuation (`choice`) is one of its own."""
         session = self._get(step.id)
-        if step.replace:
+        if step.replace and choice == 0:
             gone = list(session.nodes) if step.rid is None else self._below(session, step.rid)
             for key in gone:
                 self._bytes -= session.nodes.pop(key).size
@@ -140,6 +165,9 @@ class Sessions:
         session.used = self._clock()
         node.output = pack_ids(output)
         self._bytes += len(node.output)
+        if session.streaming:
+            self._bytes -= sum(old.size for old in session.nodes.values() if old is not node)
+            session.nodes = {"": node}  # under no request's name: one may come again, and fail
 
     def _get(self, key: str) -> _Session:
         self._expire()

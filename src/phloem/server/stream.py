@@ -33,10 +33,11 @@ def event(data: Any) -> bytes:
 
 
 async def _watch(receive: Receive, call: Call) -> None:
-    """Cancel the call when the client hangs up."""
+    """Cancel the call when the client hangs up, unless it goes on in the background."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    call.cancel()
+    if not call.background:
+        call.cancel()
 
 
 async def collect(request: Request, call: Call) -> list[Output]:
@@ -104,14 +105,15 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._call, self._first, self._events, self._watch = call, first, events, watch
         self._ending = ending
+        self._gone = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            await self._send(send, self._first)
             try:
                 async for data in self._events:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    await self._send(send, data)
                 tail = self._ending.done
             except PhloemError as error:
                 tail = self._ending.error(error)
@@ -121,8 +123,18 @@ class EventStream(Response):
                 log.exception("request %s: a stream broke", scope.get("request_id", "?"))
                 hidden = PhloemError(f"internal error; request id {scope.get('request_id', '?')}")
                 tail = self._ending.error(hidden)
-            await send({"type": "http.response.body", "body": tail, "more_body": False})
+            if not self._gone:
+                await send({"type": "http.response.body", "body": tail, "more_body": False})
         finally:
             self._watch.cancel()
             self._call.cancel()
             await self._events.aclose()
+
+    async def _send(self, send: Send, data: bytes) -> None:
+        if not self._gone:
+            try:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            except OSError:
+                if not self._call.background:
+                    raise
+                self._gone = True  # what goes on is made for nobody to read

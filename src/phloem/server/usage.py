@@ -1,4 +1,4 @@
-"""Token counts and finish reasons as the OpenAI routes give them."""
+"""What chat and text completions have in common on the way out: counts, finish reasons, the frame of a stream."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec import UNSET, UnsetType
 
-from phloem.server.answers import PromptTokensDetails, Usage
+from phloem.server.answers import CachedTokensDetails, Extensions, PromptTokensDetails, Usage
+from phloem.server.stream import event
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
     from phloem.core.request import FinishReason
+    from phloem.server.answers import ChatChunk, Completion
+    from phloem.server.call import Call
+    from phloem.server.protocol import OpenAIBody
     from phloem.server.request import Output
+
+    Chunks = Callable[[Output], list[ChatChunk] | list[Completion]]
+    Blank = Callable[[], ChatChunk | Completion]
 
 
 def usage_of(outputs: list[Output]) -> Usage:
@@ -25,6 +34,41 @@ def usage_of(outputs: list[Output]) -> Usage:
         total_tokens=prompt + completion,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(output.cached_tokens for output in prompts)),
     )
+
+
+def extensions_of(body: OpenAIBody, outputs: list[Output]) -> Extensions | UnsetType:
+    """`sglext`, where the request asks for what stands there."""
+    if not body.return_cached_tokens_details:
+        return UNSET
+    cached = usage_of(outputs).prompt_tokens_details.cached_tokens
+    return Extensions(cached_tokens_details=CachedTokensDetails(device=cached))
+
+
+async def stream_chunks(body: OpenAIBody, call: Call, chunks: Chunks, blank: Blank) -> AsyncGenerator[bytes, None]:
+    """The events of a call: `chunks` of each output's news, then, without choices (`blank`), what was asked for."""
+    options = body.stream_options
+    final = options is not None and bool(options.include_usage)
+    always = options is not None and bool(options.continuous_usage_stats)
+    async for outputs in call:
+        data: list[bytes] = []
+        for output in outputs:
+            for chunk in chunks(output):
+                if always:
+                    chunk.usage = usage_of([output])
+                elif final:
+                    chunk.usage = None
+                data.append(event(chunk))
+        if data:
+            yield b"".join(data)
+    extensions = extensions_of(body, call.outputs)
+    if extensions is not UNSET:
+        chunk = blank()
+        chunk.sglext = extensions
+        yield event(chunk)
+    if final:
+        chunk = blank()
+        chunk.usage = usage_of(call.outputs)
+        yield event(chunk)
 
 
 def matched_stop(finish: FinishReason | None) -> int | str | None:

@@ -24,8 +24,8 @@ from phloem.server.logprobs import chat_logprobs
 from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.protocol import ChatBody
 from phloem.server.request import new_id
-from phloem.server.stream import collect, event, stream
-from phloem.server.usage import last_hidden, matched_stop, usage_of
+from phloem.server.stream import collect, stream
+from phloem.server.usage import extensions_of, last_hidden, matched_stop, stream_chunks, usage_of
 
 if TYPE_CHECKING:
     from phloem.server.answers import ChatLogprobs
@@ -97,33 +97,24 @@ class _Writer:
                 )
             )
         return ChatCompletion(
-            id=self.id, created=self.created, model=self.model, choices=choices, usage=usage_of(outputs)
+            id=self.id,
+            created=self.created,
+            model=self.model,
+            choices=choices,
+            usage=usage_of(outputs),
+            sglext=extensions_of(self.body, outputs),
         )
 
-    async def events(self, call: Call) -> AsyncGenerator[bytes, None]:
-        options = self.body.stream_options
-        final = options is not None and bool(options.include_usage)
-        always = options is not None and bool(options.continuous_usage_stats)
+    def events(self, call: Call) -> AsyncGenerator[bytes, None]:
         began: set[int] = set()
         called: set[int] = set()
-        async for outputs in call:
-            data: list[bytes] = []
-            for output in outputs:
-                for choice in self._chunks(output, began, called):
-                    chunk = self._chunk([choice])
-                    if always:
-                        chunk.usage = usage_of([output])
-                    elif final:
-                        chunk.usage = None
-                    data.append(event(chunk))
-            if data:
-                yield b"".join(data)
-        if final:
-            chunk = self._chunk([])
-            chunk.usage = usage_of(call.outputs)
-            yield event(chunk)
 
-    def _chunks(self, output: Output, began: set[int], called: set[int]) -> list[ChatChunkChoice]:
+        def chunks(output: Output) -> list[ChatChunk]:
+            return [self._chunk([choice]) for choice in self._choices(output, began, called)]
+
+        return stream_chunks(self.body, call, chunks, lambda: self._chunk([]))
+
+    def _choices(self, output: Output, began: set[int], called: set[int]) -> list[ChatChunkChoice]:
         index, out = output.choice, list[ChatChunkChoice]()
         if index not in began:
             began.add(index)

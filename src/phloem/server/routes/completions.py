@@ -14,14 +14,14 @@ from phloem.server import infill
 from phloem.server.answers import Completion, CompletionChoice, CompletionLogprobs
 from phloem.server.body import Parser
 from phloem.server.door import door_of, json_response
-from phloem.server.logprobs import completion_logprobs
+from phloem.server.logprobs import TextOffsets, completion_logprobs
 from phloem.server.native import split_ids
 from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.protocol import CompletionBody
 from phloem.server.request import GenerateRequest, Item, new_id
 from phloem.server.sampling import namespace, openai_params
-from phloem.server.stream import collect, event, stream
-from phloem.server.usage import last_hidden, matched_stop, usage_of
+from phloem.server.stream import collect, stream
+from phloem.server.usage import extensions_of, last_hidden, matched_stop, stream_chunks, usage_of
 
 if TYPE_CHECKING:
     from phloem.server.call import Call
@@ -132,12 +132,12 @@ class _Writer:
         shown = _shown(self.body)
         best = outputs if (self.body.best_of or 0) <= shown else _best(outputs, shown)
         for at, output in enumerate(best):
-            begin_text = self._prompt_text(output)
+            prompt = self._prompt_text(output)
             choices.append(
                 CompletionChoice(
                     index=at,
-                    text=begin_text + output.text,
-                    logprobs=self._logprobs(output, 0, True, 0 if self.body.echo else len(begin_text)),
+                    text=prompt + output.text,
+                    logprobs=self._logprobs(output, 0, True, self._offsets(output, prompt)),
                     finish_reason=output.finish.type if output.finish is not None else None,
                     matched_stop=matched_stop(output.finish),
                     hidden_states=last_hidden(output),
@@ -145,38 +145,26 @@ class _Writer:
             )
         answer = self._chunk(choices)
         answer.usage = usage_of(outputs)
+        answer.sglext = extensions_of(self.body, outputs)
         return answer
 
-    async def events(self, call: Call) -> AsyncGenerator[bytes, None]:
-        options = self.body.stream_options
-        final = options is not None and bool(options.include_usage)
-        always = options is not None and bool(options.continuous_usage_stats)
+    def events(self, call: Call) -> AsyncGenerator[bytes, None]:
         numbers = {output.id: at for at, output in enumerate(call.outputs)}
-        offsets: dict[str, int] = {}
-        async for outputs in call:
-            data: list[bytes] = []
-            for output in outputs:
-                choice = self._choice(output, numbers[output.id], offsets)
-                if choice is None:
-                    continue
-                chunk = self._chunk([choice])
-                if always:
-                    chunk.usage = usage_of([output])
-                elif final:
-                    chunk.usage = None
-                data.append(event(chunk))
-            if data:
-                yield b"".join(data)
-        if final:
-            chunk = self._chunk([])
-            chunk.usage = usage_of(call.outputs)
-            yield event(chunk)
+        offsets: dict[str, TextOffsets] = {}
 
-    def _choice(self, output: Output, index: int, offsets: dict[str, int]) -> CompletionChoice | None:
+        def chunks(output: Output) -> list[Completion]:
+            choice = self._choice(output, numbers[output.id], offsets)
+            return [] if choice is None else [self._chunk([choice])]
+
+        return stream_chunks(self.body, call, chunks, lambda: self._chunk([]))
+
+    def _choice(self, output: Output, index: int, offsets: dict[str, TextOffsets]) -> CompletionChoice | None:
         first = output.id not in offsets
-        text = (self._prompt_text(output) if first else "") + output.delta
-        logprobs = self._logprobs(output, output.new_from, first, offsets.get(output.id, 0))
-        offsets[output.id] = offsets.get(output.id, 0) + len(text)
+        prompt = self._prompt_text(output) if first else ""
+        if first:
+            offsets[output.id] = self._offsets(output, prompt)
+        text = prompt + output.delta
+        logprobs = self._logprobs(output, output.new_from, first, offsets[output.id])
         if not text and output.finish is None and (logprobs is None or not logprobs.tokens):
             return None
         choice = CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=None)
@@ -189,15 +177,18 @@ class _Writer:
     def _prompt_text(self, output: Output) -> str:
         if not self.body.echo:
             return ""
-        if output.item.text is not None:
+        if output.item.text is not None and output.item.session is None:
             return output.item.text
         return self.tokenizer.decode(output.prompt_ids) if self.tokenizer is not None else ""
 
-    def _logprobs(self, output: Output, begin: int, first: bool, offset: int) -> CompletionLogprobs | None:
+    def _offsets(self, output: Output, prompt: str) -> TextOffsets:
+        return TextOffsets(self.tokenizer, prompt, output.params.skip_special_tokens)
+
+    def _logprobs(self, output: Output, begin: int, first: bool, offsets: TextOffsets) -> CompletionLogprobs | None:
         if self.body.logprobs is None:
             return None
         echo = first and bool(self.body.echo)
-        return completion_logprobs(output, begin, len(output.ids), echo, offset, self.tokenizer)
+        return completion_logprobs(output, begin, len(output.ids), echo, offsets, self.tokenizer)
 
     def _chunk(self, choices: list[CompletionChoice]) -> Completion:
         return Completion(id=self.id, created=self.created, model=self.model, choices=choices)

@@ -24,7 +24,7 @@ async def open_session(request: Request) -> Response:
     body = await door.read(request, _open, empty=b"{}")
     if body.timeout is not None and not body.timeout > 0:
         raise BadRequest(f"timeout must be above 0, got {body.timeout:g}", param="timeout")
-    return json_response(door.client.sessions.open(body.session_id, body.timeout))
+    return json_response(door.client.sessions.open(body.session_id, body.timeout, bool(body.streaming)))
 
 
 @router.post("/close_session", **describe(body=CloseSessionBody, answer=ControlAnswer, errors=(404,)))

@@ -191,7 +191,7 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], name: str) -> tu
     vocab = {token: index for index, token in enumerate(tokens)}
     ranks = [-index for index in range(len(tokens))] if by_position else [float(score) for score in scores]
     given = metadata.get("tokenizer.ggml.merges")
-    merges = [_pair(merge, name) for merge in given] if given else _derive_merges(tokens, vocab, ranks)
+    merges = [_pair(merge, name) for merge in given] if given else derive_merges(tokens, vocab, ranks)
     unknown = tokens[int(metadata.get("tokenizer.ggml.unknown_token_id", 0))]
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token=unknown))
     spaces = normalizers.Replace(" ", "▁")
@@ -205,7 +205,7 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], name: str) -> tu
     return backend, True
 
 
-def _derive_merges(tokens: list[str], vocab: dict[str, int], ranks: list[Any]) -> list[tuple[str, str]]:
+def derive_merges(tokens: list[str], vocab: dict[str, int], ranks: list[Any]) -> list[tuple[str, str]]:
     """SentencePiece joins the neighbours whose union ranks highest: any split of a token into two tokens is a merge.
 
     Of the splits of equal rank the one with the longest left part comes first.

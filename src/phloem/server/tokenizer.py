@@ -1,5 +1,7 @@
 """Text to token ids and back, on the `tokenizers` library alone.
 
+Sources are `tokenizer.json`, the metadata of a GGUF file, or a SentencePiece model.
+
 Decoding works on bytes: every token has fixed bytes (`token_bytes`), and the text is their UTF-8 reading, in which
 bytes that are no UTF-8 become U+FFFD. So a stream gives what a whole decode gives, whatever the chunks. This agrees
 with the library's own decoders except where a SentencePiece byte run is not valid UTF-8 (there the library replaces
@@ -18,6 +20,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from phloem.core.errors import BadRequest, ModelLoadError
+from phloem.server import sentencepiece_tokenizer
 from phloem.server.gguf_tokenizer import build_backend, set_ends, special_ids
 from phloem.utils.gguf_reader import GGUFFile
 
@@ -230,7 +233,7 @@ class _Windows:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer of a checkpoint: from `tokenizer.json`, or rebuilt from a GGUF file.
+    """The tokenizer of a checkpoint: from `tokenizer.json`, or rebuilt from a SentencePiece model or a GGUF file.
 
     Raises:
         ModelLoadError: naming the file that is missing or wrong.
@@ -263,15 +266,22 @@ def read_json(path: Path) -> dict[str, Any]:
 def _from_directory(path: Path) -> tuple[Backend, dict[str, str]]:
     directory, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
     if not file.is_file():
-        others = [name for name in ("tokenizer.model", "vocab.json", "tekken.json") if (directory / name).is_file()]
+        found = [directory / name for name in sentencepiece_tokenizer.FILES if (directory / name).is_file()]
+        file = found[0] if found else file
+    config = read_json(directory / "tokenizer_config.json")
+    roles = read_json(directory / "special_tokens_map.json")
+    special = _roles(roles) | _roles(config)
+    if file.suffix == ".model":
+        added = {text: at for text, at in read_json(directory / "added_tokens.json").items() if isinstance(at, int)}
+        return sentencepiece_tokenizer.build_backend(file, {**roles, **config}, special, added)
+    if not file.is_file():
+        others = [name for name in ("vocab.json", "tekken.json") if (directory / name).is_file()]
         hint = f" (found {', '.join(others)}: convert it with `transformers`, whose save_pretrained writes one)"
         raise ModelLoadError(f"{directory} has no tokenizer.json{hint if others else ''}")
     try:
         backend = Backend.from_file(str(file))
     except Exception as error:  # the library raises bare Exceptions
         raise ModelLoadError(f"{file}: not a tokenizer: {error}") from None
-    config = read_json(directory / "tokenizer_config.json")
-    special = _roles(read_json(directory / "special_tokens_map.json")) | _roles(config)
     _add_missing(backend, config, special)
     _add_ends(backend, config, special)
     return backend, special

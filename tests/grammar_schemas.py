@@ -201,4 +201,39 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "x-order": 3,
         **_object(a={"type": "integer", "default": 3, "examples": [1], "deprecated": True}),
     },
+    # conditions and other keywords that are rewritten
+    "if then else": {
+        **_object(country={"enum": ["us", "nl", "de"]}, zip=_SHORT),
+        "if": {"properties": {"country": {"const": "us"}}},
+        "then": {"properties": {"zip": {"pattern": "^[0-9]{5}$"}}},
+        "else": {"properties": {"zip": {"minLength": 2}}},
+    },
+    "several conditions": {
+        **_object(kind={"enum": ["a", "b", "c"]}, n={"type": "integer", "minimum": 0, "maximum": 99}),
+        "allOf": [
+            {"if": {"properties": {"kind": {"const": "a"}}}, "then": {"properties": {"n": {"minimum": 50}}}},
+            {"if": {"properties": {"kind": {"const": "b"}}}, "then": {"properties": {"n": {"multipleOf": 7}}}},
+        ],
+    },
+    "not a text": {"type": "string", "maxLength": 8, "not": {"enum": ["", "no", "none"]}},
+    "not both": {"type": "object", "properties": {"a": _SHORT, "b": _SHORT}, "not": {"required": ["a", "b"]}},
+    "dependent": {"type": "object", "properties": {"a": _SHORT, "b": _SHORT}, "dependentRequired": {"a": ["b"]}},
+    "names by pattern": {
+        "type": "object",
+        "propertyNames": {"pattern": "^[a-z]{1,6}$"},
+        "additionalProperties": {"type": "integer"},
+        "maxProperties": 3,
+    },
+    "names of a list": {
+        "type": "object",
+        "propertyNames": {"enum": ["red", "green", "blue"]},
+        "additionalProperties": {"type": "boolean"},
+    },
+    "contains": {
+        "type": "array",
+        "items": {"type": ["integer", "null"]},
+        "contains": {"type": "integer"},
+        "maxItems": 4,
+    },
+    "unique": {"type": "array", "items": {"enum": ["a", "b", "c", "d"]}, "uniqueItems": True, "minItems": 2},
 }

@@ -24,6 +24,10 @@ QUICK = (
     "date",
     "enum mixed",
     "tree",
+    "several conditions",
+    "names by pattern",
+    "contains",
+    "unique",
 )
 
 

@@ -1,7 +1,8 @@
 """Two rewritings of a schema that only narrow what is generated, so that every text stays valid under the original.
 
 `oneOf` becomes `anyOf` where its branches are proven exclusive: then "one of" and "any of" are the same. An object that
-lists `properties` and says nothing of others is closed: a model that may add properties without end does.
+lists `properties` and says nothing of others is closed: a model that may add properties without end does. Exclusiveness
+is judged before anything narrows a branch: a value that is in one narrowed branch alone may have been in two.
 """
 
 from __future__ import annotations
@@ -15,25 +16,31 @@ _ALL = frozenset(["null", "boolean", "object", "array", "number", "string"])
 _DEPTH = 8
 
 
-def rewrite(root: Schema) -> None:
-    """Rewrite in place.
+def settle(root: Schema) -> bool:
+    """`oneOf` of exclusive branches becomes `anyOf`, in place. Returns whether none is left."""
+    nodes = [(path, node) for path, node in reachable(root) if isinstance(node, dict) and "oneOf" in node]
+    exclusive = [node for path, node in nodes if _is_exclusive(root, node, path)]
+    for node in exclusive:
+        branches = node.pop("oneOf")
+        if "anyOf" in node:
+            node["allOf"] = [*node.get("allOf", []), {"anyOf": branches}]
+        else:
+            node["anyOf"] = branches
+    return len(exclusive) == len(nodes)
+
+
+def close(root: Schema) -> None:
+    """Close the objects that list `properties` and say nothing of others, in place.
 
     Raises:
         BadRequest: for a count of properties that cannot be guaranteed.
     """
     nodes = [(path, node) for path, node in reachable(root) if isinstance(node, dict)]
     kept_open = _applied_together(root, nodes)
-    exclusive = [(path, node) for path, node in nodes if _is_exclusive(root, node, path)]
     for path, node in nodes:
         if id(node) not in kept_open and _closable(node):
             node["additionalProperties"] = False
         _check_count(node, path)
-    for _, node in exclusive:
-        branches = node.pop("oneOf")
-        if "anyOf" in node:
-            node["allOf"] = [*node.get("allOf", []), {"anyOf": branches}]
-        else:
-            node["anyOf"] = branches
 
 
 def _closable(node: Schema) -> bool:
@@ -95,8 +102,12 @@ def _is_exclusive(root: Schema, node: Schema, path: str) -> bool:
     branches = node.get("oneOf")
     if not isinstance(branches, list) or len(branches) > 64:
         return False
-    flat = [_deref(root, branch, path) for branch in branches]
-    return all(_disjoint(root, a, b, _DEPTH) for i, a in enumerate(flat) for b in flat[:i])
+    return all(disjoint(root, a, b, path) for i, a in enumerate(branches) for b in branches[:i])
+
+
+def disjoint(root: Schema, a: Any, b: Any, path: str = "#") -> bool:
+    """Whether no value is valid under both schemas; False also where that is not seen."""
+    return _disjoint(root, _deref(root, a, path), _deref(root, b, path), _DEPTH)
 
 
 def _deref(root: Schema, node: Any, path: str) -> Any:
@@ -118,7 +129,7 @@ def _disjoint(root: Schema, a: Any, b: Any, depth: int) -> bool:
         return False
     values_a, values_b = _values(a), _values(b)
     if values_a is not None and values_b is not None:
-        return not {_key(value) for value in values_a} & {_key(value) for value in values_b}
+        return not {key_of(value) for value in values_a} & {key_of(value) for value in values_b}
     common = _types(a) & _types(b)
     return all(_disjoint_on(root, kind, a, b, depth) for kind in common)
 
@@ -159,14 +170,14 @@ def _values(node: Schema) -> list[Any] | None:
     return node.get("enum")
 
 
-def _key(value: Any) -> str:
+def key_of(value: Any) -> str:
     """Equal for values that JSON Schema calls equal: 1 and 1.0, but not 1 and true."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, list):
-        return "[" + ",".join(_key(item) for item in value) + "]"
+        return "[" + ",".join(key_of(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{json.dumps(key)}:{_key(value[key])}" for key in sorted(value)) + "}"
+        return "{" + ",".join(f"{json.dumps(key)}:{key_of(value[key])}" for key in sorted(value)) + "}"
     return json.dumps(value)
 
 
@@ -174,7 +185,7 @@ def _types(node: Schema) -> frozenset[str]:
     """Types that a value may have; an integer is a number."""
     values = _values(node)
     if values is not None:
-        return frozenset(_type_of(value) for value in values)
+        return frozenset(type_of(value) for value in values)
     said = node.get("type")
     if said is None:
         return _ALL
@@ -182,7 +193,7 @@ def _types(node: Schema) -> frozenset[str]:
     return frozenset("number" if name == "integer" else name for name in names)
 
 
-def _type_of(value: Any) -> str:
+def type_of(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -210,4 +221,4 @@ def _above(a: Schema, b: Schema) -> bool:
     return low > high or (low == high and open_end)
 
 
-__all__ = ["rewrite"]
+__all__ = ["close", "disjoint", "key_of", "settle", "type_of"]

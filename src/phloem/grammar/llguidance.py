@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phloem.core.errors import BadRequest
-from phloem.grammar import _base, _oneof, _schema
+from phloem.grammar import _base, _keywords, _oneof, _schema
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,8 +123,9 @@ class Engine:
             schema: _schema.Schema = {"type": "object"}
         else:
             schema = _schema.read_schema(constraint.schema)
+            _keywords.rewrite(schema, narrow=_oneof.settle(schema))
             _schema.refuse_unsupported(schema, KEYWORDS, FORMATS, self.name)
-            _oneof.rewrite(schema)
+            _oneof.close(schema)
             _strip_annotations(schema)
         flexible = self.options.whitespace == "flexible"
         style: dict[str, Any] = {"whitespace_flexible": flexible}

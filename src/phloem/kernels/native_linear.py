@@ -9,7 +9,6 @@ Legend: T rows, N inputs, M outputs.
 
 from __future__ import annotations
 
-import mmap
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from phloem.core.errors import ModelLoadError
 from phloem.kernels._native_basic import ops as basic_ops
 from phloem.kernels._native_basic import rows_of
+from phloem.utils.memory import zeros
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,10 +97,7 @@ class _Store:
     def take(self, size: int) -> Tensor:
         size = (size + 63) // 64 * 64
         if self.slab is None or self.used + size > self.slab.numel():
-            mapping = mmap.mmap(-1, max(SLAB, size))
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                mapping.madvise(mmap.MADV_HUGEPAGE)
-            self.slab, self.used = torch.frombuffer(mapping, dtype=torch.uint8), 0
+            self.slab, self.used = torch.from_numpy(zeros(max(SLAB, size))), 0
         self.used += size
         return self.slab[self.used - size : self.used]
 

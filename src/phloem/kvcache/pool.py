@@ -7,11 +7,11 @@ never hands it out.
 from __future__ import annotations
 
 import math
-import mmap
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
+
+from phloem.utils import memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,8 +32,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Zeros; in host memory straight from the system, so that a page costs nothing before it is used."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    block = np.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), np.uint8)
-    return torch.from_numpy(block).view(dtype).view(shape)
+    return torch.from_numpy(memory.zeros(math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)
 
 
 class KVPool:

@@ -113,6 +113,7 @@ class Stats(Message):
     preemptions: int = 0
     step: int = 0
     outside_forward: float = 0.0  # share of step time outside the model's forward pass, since the last Stats
+    grammar_seconds: list[float] = []  # of each grammar that was compiled since the last Stats
 
 
 class ControlReply(Message):

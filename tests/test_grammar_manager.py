@@ -198,6 +198,13 @@ def test_errors_are_the_requests_own(manager: GrammarManager, params: dict[str, 
     assert made.jump([]) == []
 
 
+def test_times_of_compilations_are_told_once(manager: GrammarManager) -> None:
+    manager.take_compile_seconds()
+    prepared(manager, regex="[0-9]{3}x")
+    (seconds,) = manager.take_compile_seconds()
+    assert seconds > 0 and manager.take_compile_seconds() == []
+
+
 def test_equal_constraints_compile_once(manager: GrammarManager, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = manager.engine("llguidance")
     calls: list[Any] = []

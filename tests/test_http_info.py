@@ -211,10 +211,13 @@ async def test_metrics_carry_the_names_that_dashboards_scrape() -> None:
         "num_running_reqs num_queue_reqs num_used_tokens token_usage cache_hit_rate gen_throughput prompt_tokens_total "
         "generation_tokens_total cached_tokens_total evicted_tokens_total time_to_first_token_seconds_bucket "
         "inter_token_latency_seconds_bucket e2e_request_latency_seconds_bucket num_requests_total "
-        "num_aborted_requests_total kv_available_tokens kv_evictable_tokens kv_used_tokens"
+        "num_aborted_requests_total kv_available_tokens kv_evictable_tokens kv_used_tokens "
+        "grammar_compilation_time_seconds_bucket"
     )
     async with open_door(sglang_metric_names=True) as door:
         await door.post("/generate", {"text": "abc", "sampling_params": {"max_new_tokens": 5}})
+        door.engine.say(Stats(grammar_seconds=[0.25, 0.5]))
+        await until(lambda: door.client.stats.grammar_seconds)
         response = await door.http.get("/metrics")
         assert response.headers["content-type"].startswith("text/plain")
         lines = response.text.splitlines()
@@ -223,6 +226,7 @@ async def test_metrics_carry_the_names_that_dashboards_scrape() -> None:
                 assert any(line.startswith(prefix + name + "{") for line in lines), prefix + name
         assert f'phloem:prompt_tokens_total{{model_name="{MODEL}"}} 4.0' in lines
         assert f'phloem:generation_tokens_total{{model_name="{MODEL}"}} 5.0' in lines
+        assert f'phloem:grammar_compilation_time_seconds_sum{{model_name="{MODEL}"}} 0.75' in lines
         assert f'phloem:time_to_first_token_seconds_count{{model_name="{MODEL}"}} 1.0' in lines
         assert f'phloem:inter_token_latency_seconds_count{{model_name="{MODEL}"}} 4.0' in lines
     async with open_door(info=make_info(served_model_name='a"b')) as door:

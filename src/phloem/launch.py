@@ -29,6 +29,7 @@ from phloem.core.messages import (
     FromEngine,
     Progress,
     Ready,
+    Stats,
     Submit,
     ToEngine,
     decode_from_engine,
@@ -100,7 +101,8 @@ class EngineCore:
         )
         self._grammars = _grammars(config, checkpoint)
         prepare = self._grammars.prepare if self._grammars is not None else _no_grammar
-        self.scheduler = Scheduler(built.runner, settings, cache, send, prepare=prepare)
+        self._sends = send
+        self.scheduler = Scheduler(built.runner, settings, cache, self._send, prepare=prepare)
         self.info: dict[str, Any] = {
             **built.info,
             "max_total_num_tokens": built.max_total_tokens,
@@ -113,6 +115,11 @@ class EngineCore:
             + ([] if self._grammars is None else [list(self._grammars.decision())]),
             "phases": phases,
         }
+
+    def _send(self, message: FromEngine) -> None:
+        if isinstance(message, Stats) and self._grammars is not None:
+            message.grammar_seconds = self._grammars.take_compile_seconds()
+        self._sends(message)
 
     def run(self, poll: Callable[[float | None], list[ToEngine]]) -> None:
         """Serve until told to drain."""

@@ -101,7 +101,13 @@ class GrammarManager:
         self._cache: OrderedDict[str, _Entry] = OrderedDict()
         self._pending = 0
         self._pool = ThreadPoolExecutor(self.settings.workers, thread_name_prefix="phloem-grammar")
-        self.compile_seconds: list[float] = []  # of compilations that ended since the list was last emptied
+        self.compile_seconds: list[float] = []  # of compilations that nobody has asked about yet
+
+    def take_compile_seconds(self) -> list[float]:
+        """How long each compilation took that has ended since the last call. Any thread may call it."""
+        taken = self.compile_seconds[:]
+        del self.compile_seconds[: len(taken)]  # others append behind
+        return taken
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

@@ -183,6 +183,7 @@ class EngineClient:
                 self.heartbeat = message
             case Stats():
                 self.stats = message
+                self.counters.on_stats(message)
             case ControlReply():
                 future = self._replies.pop(message.id, None)
                 if future is not None and not future.done():

@@ -7,11 +7,12 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from phloem.core.messages import Chunk
+    from phloem.core.messages import Chunk, Stats
     from phloem.server.request import Output
 
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30.0, 60.0, 120.0)
 ITL_BUCKETS = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.1, 0.2, 0.4, 0.8, 1.6, 5.0)
+GRAMMAR_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 E2E_BUCKETS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0, 200.0, 400.0)
 
 
@@ -48,6 +49,7 @@ class Counters:
         self.ttft = Histogram(TTFT_BUCKETS)
         self.itl = Histogram(ITL_BUCKETS)
         self.e2e = Histogram(E2E_BUCKETS)
+        self.grammar = Histogram(GRAMMAR_BUCKETS)
 
     def on_chunk(self, output: Output, chunk: Chunk, now: float) -> None:
         count = len(chunk.tokens)
@@ -60,6 +62,10 @@ class Counters:
             output.first_at = now
             self.ttft.observe(now - output.arrival)
         output.last_at = now
+
+    def on_stats(self, stats: Stats) -> None:
+        for seconds in stats.grammar_seconds:
+            self.grammar.observe(seconds)
 
     def on_finish(self, output: Output) -> None:
         self.requests += 1

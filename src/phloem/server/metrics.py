@@ -78,6 +78,7 @@ class Metrics:
             ("time_to_first_token_seconds", "From arrival to the first token.", counters.ttft),
             ("inter_token_latency_seconds", "Between tokens of a request.", counters.itl),
             ("e2e_request_latency_seconds", "From arrival to the end.", counters.e2e),
+            ("grammar_compilation_time_seconds", "Compiling a grammar.", counters.grammar),
         ):
             family = HistogramMetricFamily(prefix + name, text, labels=["model_name"])
             family.add_metric(self.labels, buckets=histogram.buckets(), sum_value=histogram.sum)

@@ -159,6 +159,16 @@ def test_openai_background_responses(client: openai.OpenAI, server: Served) -> N
         server.engine.delay = 0.0
 
 
+def test_openai_takes_a_background_stream_up_again(client: openai.OpenAI, server: Served) -> None:
+    server.engine.text = "a word or two"
+    with client.responses.create(model=MODEL, input="hi", background=True, stream=True) as events:
+        begun = next(iter(events))
+    assert begun.type == "response.created"
+    rest = list(client.responses.retrieve(begun.response.id, stream=True, starting_after=begun.sequence_number))
+    assert [event.sequence_number for event in rest] == list(range(1, len(rest) + 1))
+    assert rest[-1].type == "response.completed" and rest[-1].response.output_text == "a word or two"
+
+
 def test_openai_errors_of_responses(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.responses.create(model=MODEL, input="hi", temperature=-1)

@@ -251,6 +251,52 @@ async def test_background_and_cancel() -> None:
         assert (await door.http.get(f"{PATH}/{long['id']}")).json()["status"] == "cancelled"
 
 
+async def replay(door: Door, where: str, **query: Any) -> list[dict[str, Any]]:
+    response = await door.http.get(where, params={"stream": "true", **query})
+    assert response.status_code == 200, response.text
+    return [json.loads(block.split("data: ", 1)[1]) for block in response.text.split("\n\n") if block]
+
+
+@on_loop
+async def test_the_stream_of_a_background_response_can_be_taken_up_again() -> None:
+    async with open_door(FakeEngine(delay=0.002)) as door:
+        found = [data for _, data in await events(door, background=True, max_output_tokens=30)]
+        assert [event["sequence_number"] for event in found] == list(range(len(found)))
+        assert found[0]["type"] == "response.created" and found[0]["response"]["background"] is True
+        assert found[-1]["type"] == "response.incomplete"
+        where = f"{PATH}/{found[0]['response']['id']}"
+        assert await replay(door, where) == found
+        assert await replay(door, where, starting_after=7) == found[8:]
+        assert await replay(door, where, starting_after=5000) == []
+        after = await door.post(PATH, {"input": "b", "previous_response_id": found[0]["response"]["id"]})
+        assert after.status_code == 200
+
+        # One reader leaves, others follow to the end.
+        body = {"input": "hi", "background": True, "stream": True, "max_output_tokens": 60}
+        first = asyncio.create_task(door.post(PATH, body))
+        await until(lambda: door.engine.running == 1)
+        running = f"{PATH}/{door.engine.submits[-1].id}"
+        early = asyncio.create_task(replay(door, running, starting_after=3))
+        await asyncio.sleep(0.02)
+        first.cancel()
+        rest = await early
+        assert rest[0]["sequence_number"] == 4 and rest[-1]["type"] == "response.incomplete"
+        assert (await door.http.get(running)).json()["status"] == "incomplete" and door.engine.aborts == []
+
+
+@on_loop
+async def test_streams_that_cannot_be_taken_up() -> None:
+    async with open_door() as door:
+        answer = await create(door)
+        for query in ({"stream": "true"}, {"starting_after": 3}, {"stream": "true", "starting_after": -1}):
+            refused = await door.http.get(f"{PATH}/{answer['id']}", params=query)
+            assert refused.status_code == 400, refused.text
+        assert (await door.http.get(f"{PATH}/resp_x", params={"stream": "true"})).status_code == 404
+    async with open_door(FakeEngine(refuse_all=(503, "the queue is full"))) as door:
+        refused = await door.post(PATH, {"input": "a", "background": True, "stream": True})
+        assert refused.status_code == 503 and "queue is full" in refused.text
+
+
 @on_loop
 async def test_a_background_response_may_fail() -> None:
     async with open_door(FakeEngine(refuse_all=(503, "the queue is full"))) as door:
@@ -299,7 +345,6 @@ async def test_errors_before_and_inside_a_stream() -> None:
         ({"input": "a", "truncation": "auto"}, "truncation"),
         ({"input": "a", "conversation": "c"}, "conversation"),
         ({"input": "a", "include": ["file_search_call.results"]}, "include"),
-        ({"input": "a", "background": True, "stream": True}, "background"),
         ({"input": "a", "background": True, "store": False}, "background"),
         ({"input": "a", "temperature": -1}, "temperature"),
     ],

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
     from phloem.server.answers import ResponseAnswer
     from phloem.server.protocol import Message
+    from phloem.server.response_log import EventLog
 
 MAX_RESPONSES = 4096
-MAX_BYTES = 128 * 1024 * 1024  # of all conversations, written as JSON
+MAX_BYTES = 128 * 1024 * 1024  # of all conversations, written as JSON, and of the events that are kept
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +28,7 @@ class Stored:
     messages: list[Message]
     items: list[dict[str, Any]]  # the input, as `input_items` shows it
     size: int = 0
+    log: EventLog | None = None  # of a background response that is streamed
 
     @property
     def running(self) -> bool:
@@ -59,6 +61,7 @@ class ResponseStore:
         old = self._stored.pop(key, None)
         self._bytes -= old.size if old is not None else 0
         entry.size = size_of(entry.messages, entry.items, entry.answer.output)
+        entry.size += entry.log.size if entry.log is not None else 0
         for other in [name for name, item in self._stored.items() if not item.running]:
             if len(self._stored) < self.max_responses and self._bytes + entry.size <= self.max_bytes:
                 break

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 from starlette.responses import Response
@@ -32,7 +32,15 @@ def event(data: Any) -> bytes:
     return b"data: " + encode(data) + b"\n\n"
 
 
-async def _watch(receive: Receive, call: Call) -> None:
+class Ends(Protocol):
+    """What a stream ends when its client leaves: a call, or the reading of another one's events."""
+
+    background: bool
+
+    def cancel(self) -> None: ...
+
+
+async def _watch(receive: Receive, call: Ends) -> None:
     """Cancel the call when the client hangs up, unless it goes on in the background."""
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -69,7 +77,7 @@ OPENAI_ENDING = Ending(DONE, lambda error: b"data: " + error_body(error) + b"\n\
 
 
 async def stream(
-    request: Request, call: Call, events: AsyncGenerator[bytes, None], ending: Ending = OPENAI_ENDING
+    request: Request, call: Ends, events: AsyncGenerator[bytes, None], ending: Ending = OPENAI_ENDING
 ) -> Response:
     """Answer with a stream of events.
 
@@ -92,7 +100,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        call: Call,
+        call: Ends,
         first: bytes,
         events: AsyncGenerator[bytes, None],
         watch: asyncio.Task[None],

@@ -18,6 +18,7 @@ from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.protocol_responses import ResponsesBody
 from phloem.server.request import new_id
 from phloem.server.response_items import messages_of, to_chat
+from phloem.server.response_log import EventLog, Reader
 from phloem.server.response_store import Stored
 from phloem.server.response_writer import ENDING, ResponseWriter, begin, fail
 from phloem.server.stream import collect, stream
@@ -42,8 +43,8 @@ async def create_response(request: Request) -> Response:
     body = await door.read(request, _parser)
     door.check_model(body.model)
     store = body.store is not False
-    if body.background and (body.stream or not store):
-        raise BadRequest("background responses are stored, and not streamed", param="background")
+    if body.background and not store:
+        raise BadRequest("background responses are stored", param="background")
     before = []
     if body.previous_response_id:
         earlier = door.responses.get(body.previous_response_id)
@@ -67,13 +68,14 @@ async def create_response(request: Request) -> Response:
     except BaseException:
         call.cancel()
         raise
-    if asked.request.stream:
-        return await stream(request, call, _kept(door, entry, writer, call), ENDING)
     if body.background:
+        entry.log = EventLog() if body.stream else None
         task = asyncio.create_task(_work(door, entry, writer, call))
         door.responses.tasks.add(task)
         task.add_done_callback(door.responses.tasks.discard)
-        return json_response(answer)
+        return await _replay(request, entry.log) if entry.log is not None else json_response(answer)
+    if asked.request.stream:
+        return await stream(request, call, _kept(door, entry, writer, call), ENDING)
     try:
         writer.finish((await collect(request, call))[0])
     except PhloemError as error:
@@ -97,17 +99,31 @@ async def _kept(door: Door, entry: Stored, writer: ResponseWriter, call: Call) -
 async def _work(door: Door, entry: Stored, writer: ResponseWriter, call: Call) -> None:
     """A background response, from its submission to its end."""
     entry.answer.status = "in_progress"
+    broken: PhloemError | None = None
     try:
-        async for outputs in call:
-            writer.finish(outputs[0])
+        if entry.log is not None:
+            async for data in writer.events(call):
+                entry.log.add(data)
+        else:
+            async for outputs in call:
+                writer.finish(outputs[0])
     except PhloemError as error:
-        fail(entry.answer, error)
+        broken = error
     except Exception as error:
         log.exception("response %s failed", entry.answer.id)
-        fail(entry.answer, PhloemError(f"internal error: {type(error).__name__}"))
+        broken = PhloemError(f"internal error: {type(error).__name__}")
     finally:
+        if broken is not None:
+            fail(entry.answer, broken)
         call.cancel()
         _keep(door, entry, writer)
+        if entry.log is not None:
+            entry.log.end(broken)
+
+
+async def _replay(request: Request, events: EventLog, after: int = -1) -> Response:
+    reader = Reader()
+    return await stream(request, reader, events.read(reader, after), ENDING)
 
 
 def _keep(door: Door, entry: Stored, writer: ResponseWriter) -> None:
@@ -128,16 +144,26 @@ def _shown(body: ResponsesBody) -> list[dict[str, Any]]:
     return [{"id": new_id("msg_"), "type": "message", **item} for item in given]
 
 
-@router.get(_PATH, **describe(answer=ResponseAnswer, errors=(400, 404)))
+@router.get(_PATH, **describe(answer=ResponseAnswer, streams=True, errors=(400, 404, *NEEDS_ENGINE)))
 async def get_response(
     request: Request,
     response_id: str,
-    stream: Annotated[bool, Query(description="Not supported: streams are not kept.")] = False,
+    stream: Annotated[
+        bool, Query(description="The events of a background response that was made with stream.")
+    ] = False,
+    starting_after: Annotated[
+        int | None, Query(ge=0, description="The number of the last event that is known.")
+    ] = None,
 ) -> Response:
-    """A stored response, as it stands."""
-    if stream:
-        raise BadRequest("not supported yet: stream", param="stream", code="not_supported")
-    return json_response(door_of(request).responses.get(response_id).answer)
+    """A stored response, as it stands; or its events, from the beginning or from where a stream broke."""
+    entry = door_of(request).responses.get(response_id)
+    if not stream:
+        if starting_after is not None:
+            raise BadRequest("starting_after needs stream", param="starting_after")
+        return json_response(entry.answer)
+    if entry.log is None:
+        raise BadRequest("only background responses that were made with stream keep their events", param="stream")
+    return await _replay(request, entry.log, -1 if starting_after is None else starting_after)
 
 
 @router.delete(_PATH, **describe(answer=DeletedResponse, errors=(404,)))

@@ -154,6 +154,12 @@ PHL_INLINE void norm_and_turn(float* x, const float* weight, int64_t size, float
   else turn_halves(x, cos, cos + half, half);
 }
 
+template <class Value>
+PHL_INLINE void prefetch_row(const void* cache, int64_t at, int64_t width) {
+  const Value* row = static_cast<const Value*>(cache) + at;
+  for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(Value))) __builtin_prefetch(row + i, 1);
+}
+
 // `a` is a copy: its fields stay in registers, whatever the stores might point to.
 template <class Rows, bool kNorm, bool kInterleaved>
 PHL_INLINE void rope_and_write(const RopeWriteKvArgs a, Team& team) {
@@ -162,7 +168,20 @@ PHL_INLINE void rope_and_write(const RopeWriteKvArgs a, Team& team) {
   const int64_t per_token = (a.heads + 3 * a.kv_heads) * size;
   const float eps = float(a.eps);
   team.split(a.tokens, (kGrain + per_token - 1) / per_token, [=](int64_t begin, int64_t end) {
+    // Where the token's first row goes; its rows in the caches are cold, so they are fetched one token ahead.
+    const auto place = [=](int64_t token) {
+      const int64_t page = a.slots[token] / a.page_size, offset = a.slots[token] % a.page_size;
+      const int64_t first = page * a.page_stride + offset * width;
+      for (int64_t head = 0; head < a.kv_heads; ++head) {
+        prefetch_row<Value>(a.k_cache, first + head * a.page_size * width, width);
+        prefetch_row<Value>(a.v_cache, first + head * a.page_size * width, width);
+      }
+      return first;
+    };
+    int64_t next = place(begin);
     for (int64_t token = begin; token < end; ++token) {
+      int64_t at = next;
+      if (token + 1 < end) next = place(token + 1);
       const float* cos = a.cos_sin + position_of(a.positions, a.position64, token) * 2 * half;
       float* q = a.q + token * a.q_token;
       for (int64_t head = 0; head < a.heads; ++head, q += a.q_head) {
@@ -170,8 +189,6 @@ PHL_INLINE void rope_and_write(const RopeWriteKvArgs a, Team& team) {
       }
       float* k = a.k + token * a.k_token;
       const float* v = a.v + token * a.v_token;
-      const int64_t page = a.slots[token] / a.page_size, offset = a.slots[token] % a.page_size;
-      int64_t at = page * a.page_stride + offset * width;
       for (int64_t head = 0; head < a.kv_heads; ++head, k += a.k_head, v += a.v_head, at += a.page_size * width) {
         norm_and_turn<kNorm, kInterleaved>(k, a.k_norm, size, eps, cos, half);
         Rows::store(static_cast<Value*>(a.k_cache) + at, k, size);

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from phloem.engine.memory import is_out_of_memory
 from phloem.kernels.graph import RecordError
 from phloem.utils import log
 
@@ -148,8 +149,8 @@ class StepGraphs(Generic[I, O]):
         except RecordError as error:
             return self._refuse(str(error))
         except Exception as error:
-            # torch.OutOfMemoryError and MemoryError: the eager path needs less at a time and may still serve.
-            if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
+            # The eager path needs less at a time and may still serve.
+            if not is_out_of_memory(error):
                 raise
             return self._refuse(f"out of memory at {size} rows")
         step = self._steps[size] = RecordedStep(size, inputs, outputs, graph)

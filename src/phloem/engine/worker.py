@@ -97,7 +97,9 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     tokens = _take(decisions, resolve.pool_tokens(config.cache, facts, page, context, running))
     pool = KVPool(model.attention_specs, tokens // page + 1, page, kv_dtype, platform.device)
     graphs = _graphs(config, model, backend, pool, ops, running, -(-min(context, tokens) // page) + 1, decisions)
-    runner = ModelRunner(model, backend, pool, ops, max_slots=running, graphs=graphs, streams=platform.streams)
+    runner = ModelRunner(
+        model, backend, pool, ops, running, graphs, streams=platform.streams, give_back=platform.empty_cache
+    )
     phase.end("memory")
     info = {
         "weight_bytes": model.weight_bytes,

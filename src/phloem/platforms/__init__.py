@@ -38,6 +38,10 @@ class Platform(Protocol):
         """(free, total) bytes of the device."""
         ...
 
+    def empty_cache(self) -> None:
+        """Give back what the allocator keeps without using it, so that it can be cut anew."""
+        ...
+
     def table(self, requested: str | None) -> tuple[Ops, str]:
         """The op table, and why this one. `requested` names one; a named one that cannot serve is a ConfigError."""
         ...

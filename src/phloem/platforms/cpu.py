@@ -36,6 +36,9 @@ class Platform:
     def memory(self) -> tuple[int, int]:
         return machine.memory()
 
+    def empty_cache(self) -> None:
+        """Nothing: the system's allocator keeps little, and gives out again what it keeps."""
+
     def table(self, requested: str | None) -> tuple[Ops, str]:
         if requested == "reference":
             return Ops(), "as asked"

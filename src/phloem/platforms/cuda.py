@@ -71,6 +71,9 @@ class Platform:
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return free + unused, total
 
+    def empty_cache(self) -> None:
+        torch.cuda.empty_cache()
+
     def table(self, requested: str | None) -> tuple[Ops, str]:
         ops, why = triton_table(requested)
         return replace(ops, recorder=self.recorder), why

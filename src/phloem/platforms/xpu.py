@@ -29,6 +29,9 @@ class Platform:
         free, total = torch.xpu.mem_get_info(self.device)
         return free, total
 
+    def empty_cache(self) -> None:
+        torch.xpu.empty_cache()
+
     def table(self, requested: str | None) -> tuple[Ops, str]:
         return triton_table(requested)
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from phloem.core.batch import FROM_DEVICE, Admission, Batch
 from phloem.core.request import RequestStatus
+from phloem.kvcache.manager import Given
+from phloem.scheduler.recovery import Throttle
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -54,6 +56,8 @@ class Plan:
     rows: list[Request]
     prefills: list[Request]  # the rows after the decodes
     scored: set[int] = field(default_factory=set)  # rows that end a request without sampling
+    mark: int = 0  # of the cache, at launch
+    given: list[Given] = field(default_factory=list)  # pages that the launch gave to the tree
 
 
 @dataclass(slots=True)
@@ -82,7 +86,8 @@ class Planner:
         self.cache = cache
         self.policy = policy
         # With every slot decoding there must be a token for each, or the last ones would starve.
-        self.token_budget = max(token_budget, slots.count)
+        self.throttle = Throttle.of(max(token_budget, slots.count))
+        self.epoch = 0
         self.eos_ids = eos_ids
         self.headroom = Headroom()
         self.refused: list[Refusal] = []
@@ -93,16 +98,19 @@ class Planner:
 
     def next_batch(self) -> Plan | None:
         """The next step's work, or None. Takes pages and slots, but `computed` advances only in `advance`."""
-        slots, preemptions = self.slots, self.preemptions
+        slots, preemptions, tokens = self.slots, self.preemptions, self.throttle.budget
         active = slots.active()
         decodes, chunks = _NOTHING, []
         if len(active):
             todo = slots.length[active] - slots.computed[active]
-            decodes = self._cover_decodes(active[todo == 1])
+            decodes = active[todo == 1]
+            if len(decodes) > tokens:  # while memory is short: the others sit out with their pages
+                decodes = self._first(decodes, tokens)
+            decodes = self._cover_decodes(decodes)
             if (todo > 1).any():
-                chunks = self._continue_prefills(active[todo > 1], self.token_budget - len(decodes))
+                chunks = self._continue_prefills(active[todo > 1], tokens - len(decodes))
                 decodes = decodes[[slots.requests[slot] is not None for slot in decodes.tolist()]]
-        budget = self.token_budget - len(decodes) - sum(count for _, count in chunks)
+        budget = tokens - len(decodes) - sum(count for _, count in chunks)
         admissions: list[Admission] = []
         # Whoever was preempted just now must not take the pages back in the same breath.
         if len(self.queue) and slots.num_free and budget > 0 and preemptions == self.preemptions:
@@ -117,6 +125,7 @@ class Planner:
         """The plan's batch is launched: requests advance, and whole pages of known tokens enter the tree."""
         slots, batch = self.slots, plan.batch
         at = batch.slots
+        plan.mark = self.cache.mark()
         slots.computed[at] += batch.query_lens
         slots.length[at] += batch.sample
         slots.next_token[at[batch.sample]] = FROM_DEVICE
@@ -134,9 +143,20 @@ class Planner:
         for request in plan.prefills:
             computed = int(slots.computed[request.slot])
             request.targets_from = max(request.targets_from, computed + 1)
-            assert request.lease is not None
+            lease = request.lease
+            assert lease is not None
+            plan.given.append(Given(lease, lease.shared, lease.table[lease.shared : lease.held].copy()))
             try:
-                self.cache.commit(request.lease, request.known, computed)
+                self.cache.commit(lease, request.known, computed)
+            except Exception as error:
+                self._failed(request, error)
+
+    def undone(self) -> None:
+        """Launched steps were undone and the runner has forgotten its slots: who runs is admitted once more."""
+        self.epoch += 1
+        for request in self.slots.running():
+            try:
+                self.slots.readmit[request.slot] = self._admission(request, request.known)
             except Exception as error:
                 self._failed(request, error)
 
@@ -176,6 +196,11 @@ class Planner:
             decodes, needy = decodes[decodes != victim.slot], needy[needy != victim.slot]
             self._evict_request(victim)
         return decodes
+
+    def _first(self, slots: NDArray[np.int32], count: int) -> NDArray[np.int32]:
+        """The `count` slots whose requests come first."""
+        order = sorted(slots.tolist(), key=lambda slot: _place(self.slots.at(slot)))
+        return np.array(sorted(order[:count]), dtype=np.int32)
 
     def _continue_prefills(self, prefills: NDArray[np.int32], budget: int) -> list[tuple[Request, int]]:
         chunks: list[tuple[Request, int]] = []
@@ -356,6 +381,9 @@ class Planner:
             if request.wants_prompt and start + count >= request.targets_from and start + 1 < request.num_prompt:
                 targets[row] = _targets(request, start, count)
         pages = -(-int(ends.max()) // slots.page_size)
+        if slots.readmit:
+            again = [slots.readmit.pop(slot) for slot in at.tolist() if slot in slots.readmit]
+            admissions = again + admissions
         batch = Batch(
             step=self._step,
             slots=at,
@@ -365,6 +393,7 @@ class Planner:
             page_table=slots.tables[at, :pages],
             sample=(ends == slots.length[at]) & slots.samples[at],
             admissions=admissions,
+            epoch=self.epoch,
             prompt_targets=targets,
         )
         return Plan(batch, rows, prefills)

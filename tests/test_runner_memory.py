@@ -180,8 +180,10 @@ def test_no_memory_at_some_steps_changes_no_token(
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, bomb(getattr(owner, name)))
             found = serve(model, Streams() if late else None)
-        assert found["oom"] == bomb.thrown >= (place != "admission" or 1 in calls)
+        assert bomb.thrown >= (place != "admission" or 1 in calls)
         assert len(found["freed"]) == bomb.thrown
+        # A step that had begun before the one ahead of it failed to land may fail too; it is dropped anyway.
+        assert found["oom"] == bomb.thrown - (late and place == "landing" and 8 in calls)
         for name in ("r0", "r1", "r2", "r4mask"):
             assert found[name] == undisturbed[name], (place, calls, name)
         tokens, logprobs, ends = found["r3"]

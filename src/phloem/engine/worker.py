@@ -16,6 +16,7 @@ from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
 from phloem.engine.decode import DecodeGraphs
 from phloem.engine.runner import ModelRunner
+from phloem.engine.sizing import Need, size_pool
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
 from phloem.utils import log
@@ -88,27 +89,28 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     asked, usual = schedule.max_running_requests, platform.default_running_requests
     running = _take(decisions, resolve.running_requests(asked, usual, platform.name))
     chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
-    facts = resolve.MemoryFacts(
-        *platform.memory(),
-        weights=min(model.weight_bytes, free),
-        bytes_per_token=KVPool.bytes_per_token(model.attention_specs, kv_dtype),
-        default_fraction=platform.default_memory_fraction,
-    )
-    tokens = _take(decisions, resolve.pool_tokens(config.cache, facts, page, context, running))
-    pool = KVPool(model.attention_specs, tokens // page + 1, page, kv_dtype, platform.device)
-    graphs = _graphs(config, model, backend, pool, ops, running, -(-min(context, tokens) // page) + 1, decisions)
+    unrecorded = _unrecorded(config, ops, backend)
+    need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, graphs=unrecorded is None)
+    sizing = size_pool(config.cache, platform, need, min(model.weight_bytes, free))
+    decisions += sizing.decisions
+    pool = KVPool(model.attention_specs, sizing.tokens // page + 1, page, kv_dtype, platform.device)
+    graphs: DecodeGraphs | None = None
+    decisions.append(Decision("step_graphs", "off" if unrecorded else "on", unrecorded or "recorded on first use"))
+    if unrecorded is None:
+        pages = -(-min(context, sizing.tokens) // page) + 1
+        graphs = _graphs(config, model, backend, pool, ops, running, pages, sizing.graph_bytes)
     runner = ModelRunner(
         model, backend, pool, ops, running, graphs, streams=platform.streams, give_back=platform.empty_cache
     )
     phase.end("memory")
     info = {
         "weight_bytes": model.weight_bytes,
-        "kv_bytes_per_token": facts.bytes_per_token,
+        "kv_bytes_per_token": sizing.facts.bytes_per_token,
         "kv_cache_dtype": str(kv_dtype).removeprefix("torch."),
         "dtype": str(dtype).removeprefix("torch."),
         "device": platform.name,
     }
-    return Built(runner, context, running, chunk, tokens, decisions, info)
+    return Built(runner, context, running, chunk, sizing.tokens, decisions, info)
 
 
 def _backend(
@@ -129,6 +131,17 @@ def _backend(
     return choice.backend
 
 
+def _unrecorded(config: Config, ops: Ops, backend: AttentionBackend) -> str | None:
+    """Why steps are not recorded, or None."""
+    if config.runtime.disable_step_graph:
+        return "as asked"
+    if ops.recorder is None:
+        return f"the op table {ops.name!r} cannot record"
+    if not getattr(backend, "recordable", True):
+        return f"the attention backend {backend.name!r} plans each step on the host"
+    return None
+
+
 def _graphs(
     config: Config,
     model: Model,
@@ -137,21 +150,12 @@ def _graphs(
     ops: Ops,
     limit: int,
     max_pages: int,
-    decisions: list[Decision],
-) -> DecodeGraphs | None:
-    """Recorded decode steps, where the op table can record; made on first use, never before the server is ready."""
-    if config.runtime.disable_step_graph:
-        decisions.append(Decision("step_graphs", "off", "as asked"))
-        return None
-    if ops.recorder is None:
-        decisions.append(Decision("step_graphs", "off", f"the op table {ops.name!r} cannot record"))
-        return None
-    if not getattr(backend, "recordable", True):
-        why = f"the attention backend {backend.name!r} plans each step on the host"
-        decisions.append(Decision("step_graphs", "off", why))
-        return None
-    decisions.append(Decision("step_graphs", "on", "recorded on first use"))
-    return DecodeGraphs(ops.recorder(), model, backend, pool, limit, max_pages, check=config.runtime.check_step_graph)
+    budget: int | None,
+) -> DecodeGraphs:
+    """Recorded decode steps; made on first use, never before the server is ready."""
+    assert ops.recorder is not None
+    check = config.runtime.check_step_graph
+    return DecodeGraphs(ops.recorder(), model, backend, pool, limit, max_pages, check=check, budget=budget)
 
 
 def _take(decisions: list[Decision], decision: Decision) -> Any:

@@ -32,6 +32,7 @@ class AttentionNeed:
     kv_dtype: torch.dtype
     device: torch.device
     page_size: int | None = None  # None: the backend's preference
+    kv_scales: int = 0  # numbers in a layer's scale of the KV cache: 1, or one per kv head; 0: no scales
 
 
 class AttentionBackend(Protocol):

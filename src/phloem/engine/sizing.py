@@ -6,7 +6,7 @@ may run, the head and a sampler with all its filters at that many rows; and the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,10 +25,13 @@ from phloem.engine.sampler import SamplingRows, sample
 from phloem.kvcache.pool import KVPool
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from phloem.attention import AttentionBackend
     from phloem.core.config import CacheConfig
     from phloem.kernels.ops import Ops
     from phloem.models import Model
+    from phloem.models._scales import LayerScales
     from phloem.platforms import Platform
 
 
@@ -45,6 +48,7 @@ class Need:
     running: int  # rows
     chunk: int  # tokens of a step
     graphs: bool  # whether steps may be recorded
+    kv_scales: Mapping[int, LayerScales] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def step_shapes(chunk: int, running: int, context: int) -> list[list[int]]:
 def run_largest_steps(need: Need, device: torch.device) -> None:
     """Run them, with a pool of two pages that is gone afterwards."""
     with torch.inference_mode():
-        pool = KVPool(need.model.attention_specs, 2, need.page_size, need.kv_dtype, device)
+        pool = KVPool(need.model.attention_specs, 2, need.page_size, need.kv_dtype, device, need.kv_scales)
         for lengths in step_shapes(need.chunk, need.running, need.context):
             _run(need, pool, lengths)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
+    from phloem.models._scales import LayerScales
     from phloem.utils.checkpoint import Checkpoint
 
 FAMILIES = Registry("phloem.models", "model type")
@@ -48,6 +49,14 @@ class Model(Protocol):
     def weight_names(self) -> list[str]: ...
 
     def get_weight(self, name: str) -> Tensor: ...
+
+
+def kv_scales(model: Model, checkpoint: Checkpoint) -> dict[int, LayerScales]:
+    """The checkpoint's scales for a float8 KV cache, by layer. Raises ModelLoadError for one that cannot be."""
+    from phloem.models._scales import read_kv_scales
+
+    heads = {spec.layer: spec.kv_heads for spec in model.attention_specs}
+    return read_kv_scales(checkpoint, heads, getattr(model, "checkpoint_name", lambda name: name))
 
 
 def load_model(

@@ -46,6 +46,8 @@ class Built:
     context_length: int
     max_running_requests: int
     chunked_prefill_size: int
+    mixed_prefill_size: int
+    worthwhile_prefill: int
     max_total_tokens: int
     decisions: list[Decision] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
@@ -94,6 +96,7 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     asked, usual = schedule.max_running_requests, platform.default_running_requests
     running = _take(decisions, resolve.running_requests(asked, usual, platform.name))
     chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
+    mixed = _take(decisions, resolve.mixed_chunk(platform.default_mixed_chunk, chunk))
     unrecorded = _unrecorded(config, ops, backend)
     need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, unrecorded is None, scales)
     sizing = size_pool(config.cache, platform, need, min(model.weight_bytes, free))
@@ -115,7 +118,8 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
         "dtype": str(dtype).removeprefix("torch."),
         "device": platform.name,
     }
-    return Built(runner, context, running, chunk, sizing.tokens, decisions, info)
+    worthwhile = min(chunk, platform.worthwhile_chunk)
+    return Built(runner, context, running, chunk, mixed, worthwhile, sizing.tokens, decisions, info)
 
 
 def _backend(

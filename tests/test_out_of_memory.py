@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 
 from phloem.core.batch import Batch
+from phloem.core.errors import OutOfMemory
+from phloem.core.request import FinishReason
 from phloem.kvcache.manager import CacheManager, Given, Lease
 from phloem.scheduler.recovery import Throttle
+from phloem.server.call import _raise_refusal
+from phloem.server.errors import error_body
 from phloem.testing.driver import Driver, random_tokens, storm
 
 both = pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlapped"])
@@ -252,3 +256,10 @@ def test_what_a_finished_request_left_behind_the_mark_is_forgotten() -> None:
     cache.roll_back(mark, [], [])
     assert cache.tree.pages == 0 and cache.free_pages == cache.total_pages
     cache.check([])
+
+
+def test_the_door_answers_507() -> None:
+    reason = FinishReason("abort", message="out of memory: not even one token fits", status_code=507)
+    with pytest.raises(OutOfMemory, match="not even one token") as raised:
+        _raise_refusal(reason)
+    assert raised.value.status == 507 and b"out_of_memory" in error_body(raised.value)

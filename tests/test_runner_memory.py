@@ -201,7 +201,7 @@ def batch_of(step: int, epoch: int = 0) -> Batch:
     tokens = np.arange(5, dtype=np.int32)
     one = np.zeros(1, np.int32)
     admission = Admission(0, "a", SamplingParams(temperature=0.0), 0, tokens, 5)
-    return Batch(step, one, one + 5, one, tokens, one[:, None] + 1, np.ones(1, np.bool_), [admission], epoch)
+    return Batch(step, one, one + 5, one, tokens, one[:, None] + 1, np.ones(1, np.bool_), [admission], epoch=epoch)
 
 
 def test_a_step_behind_the_failed_one_is_refused_until_a_new_epoch(

@@ -54,10 +54,10 @@ class Batch:
     page_table: NDArray[np.int32]  # [R, P] page ids; page j holds positions [j * page_size, (j + 1) * page_size)
     sample: NDArray[np.bool_]  # [R] whether a token is sampled after the row's last new token
     admissions: list[Admission] = field(default_factory=list)
-    # Raised by the scheduler when a step failed for lack of memory: no batch of an older epoch counts any more.
-    epoch: int = 0
     # Row -> prompt token at each new position + 1 (or -1: not wanted), for prompt logprobs. int32 [query_len of row]
     prompt_targets: dict[int, NDArray[np.int32]] = field(default_factory=dict)
+    # Raised by the scheduler when a step failed for lack of memory: no batch of an older epoch counts any more.
+    epoch: int = 0
 
     @property
     def num_rows(self) -> int:

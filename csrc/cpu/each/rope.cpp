@@ -147,37 +147,72 @@ struct RopeWriteKvArgs {
   double eps;
 };
 
-PHL_INLINE void norm_and_turn(const RopeWriteKvArgs& a, float* x, const float* weight, const float* cos) {
-  if (weight != nullptr) norm_row<false>(x, nullptr, weight, nullptr, x, a.head_size, float(a.eps));
-  turn(x, cos, a.half, a.interleaved);
+template <bool kNorm, bool kInterleaved>
+PHL_INLINE void norm_and_turn(float* x, const float* weight, int64_t size, float eps, const float* cos, int64_t half) {
+  if constexpr (kNorm) norm_row<false>(x, nullptr, weight, nullptr, x, size, eps);
+  if constexpr (kInterleaved) turn_neighbours(x, cos, cos + half, half);
+  else turn_halves(x, cos, cos + half, half);
 }
 
-template <class Rows>
-PHL_INLINE void rope_and_write(const RopeWriteKvArgs& a, Team& team) {
+template <class Value>
+PHL_INLINE void prefetch_row(const void* cache, int64_t at, int64_t width) {
+  const Value* row = static_cast<const Value*>(cache) + at;
+  for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(Value))) __builtin_prefetch(row + i, 1);
+}
+
+// `a` is a copy: its fields stay in registers, whatever the stores might point to.
+template <class Rows, bool kNorm, bool kInterleaved>
+PHL_INLINE void rope_and_write(const RopeWriteKvArgs a, Team& team) {
   using Value = typename Rows::Value;
-  const int64_t per_token = (a.heads + 3 * a.kv_heads) * a.head_size, width = Rows::width(a.head_size);
-  team.split(a.tokens, (kGrain + per_token - 1) / per_token, [&](int64_t begin, int64_t end) {
-    for (int64_t token = begin; token < end; ++token) {
-      const float* cos = a.cos_sin + position_of(a.positions, a.position64, token) * 2 * a.half;
+  const int64_t size = a.head_size, half = a.half, width = Rows::width(size);
+  const int64_t per_token = (a.heads + 3 * a.kv_heads) * size;
+  const float eps = float(a.eps);
+  team.split(a.tokens, (kGrain + per_token - 1) / per_token, [=](int64_t begin, int64_t end) {
+    // Where the token's first row goes; its rows in the caches are cold, so they are fetched one token ahead.
+    const auto place = [=](int64_t token) {
       const int64_t page = a.slots[token] / a.page_size, offset = a.slots[token] % a.page_size;
-      for (int64_t head = 0; head < a.heads; ++head) {
-        norm_and_turn(a, a.q + token * a.q_token + head * a.q_head, a.q_norm, cos);
-      }
+      const int64_t first = page * a.page_stride + offset * width;
       for (int64_t head = 0; head < a.kv_heads; ++head) {
-        float* k = a.k + token * a.k_token + head * a.k_head;
-        norm_and_turn(a, k, a.k_norm, cos);
-        const int64_t at = page * a.page_stride + (head * a.page_size + offset) * width;
-        Rows::store(static_cast<Value*>(a.k_cache) + at, k, a.head_size);
-        Rows::store(static_cast<Value*>(a.v_cache) + at, a.v + token * a.v_token + head * a.v_head, a.head_size);
+        prefetch_row<Value>(a.k_cache, first + head * a.page_size * width, width);
+        prefetch_row<Value>(a.v_cache, first + head * a.page_size * width, width);
+      }
+      return first;
+    };
+    int64_t next = place(begin);
+    for (int64_t token = begin; token < end; ++token) {
+      int64_t at = next;
+      if (token + 1 < end) next = place(token + 1);
+      const float* cos = a.cos_sin + position_of(a.positions, a.position64, token) * 2 * half;
+      float* q = a.q + token * a.q_token;
+      for (int64_t head = 0; head < a.heads; ++head, q += a.q_head) {
+        norm_and_turn<kNorm, kInterleaved>(q, a.q_norm, size, eps, cos, half);
+      }
+      float* k = a.k + token * a.k_token;
+      const float* v = a.v + token * a.v_token;
+      for (int64_t head = 0; head < a.kv_heads; ++head, k += a.k_head, v += a.v_head, at += a.page_size * width) {
+        norm_and_turn<kNorm, kInterleaved>(k, a.k_norm, size, eps, cos, half);
+        Rows::store(static_cast<Value*>(a.k_cache) + at, k, size);
+        Rows::store(static_cast<Value*>(a.v_cache) + at, v, size);
       }
     }
   });
 }
 
-void rope_write_kv_bf16(const RopeWriteKvArgs& a, Team& team) { rope_and_write<Bf16Rows>(a, team); }
+template <class Rows>
+PHL_INLINE void rope_and_write_any(const RopeWriteKvArgs& a, Team& team) {
+  if (a.q_norm != nullptr) {
+    if (a.interleaved) rope_and_write<Rows, true, true>(a, team);
+    else rope_and_write<Rows, true, false>(a, team);
+  } else {
+    if (a.interleaved) rope_and_write<Rows, false, true>(a, team);
+    else rope_and_write<Rows, false, false>(a, team);
+  }
+}
+
+void rope_write_kv_bf16(const RopeWriteKvArgs& a, Team& team) { rope_and_write_any<Bf16Rows>(a, team); }
 PHL_OP(rope_write_kv_bf16, RopeWriteKvArgs, "pppppppppp iiiiiiii iiiiiii d");
 
-void rope_write_kv_int8(const RopeWriteKvArgs& a, Team& team) { rope_and_write<Int8Rows>(a, team); }
+void rope_write_kv_int8(const RopeWriteKvArgs& a, Team& team) { rope_and_write_any<Int8Rows>(a, team); }
 PHL_OP(rope_write_kv_int8, RopeWriteKvArgs, "pppppppppp iiiiiiii iiiiiii d");
 
 }  // namespace

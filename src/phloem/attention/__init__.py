@@ -33,6 +33,11 @@ class AttentionNeed:
     device: torch.device
     page_size: int | None = None  # None: the backend's preference
 
+    @property
+    def sinks(self) -> bool:
+        """Whether any layer has attention sinks."""
+        return any(spec.sinks for spec in self.specs)
+
 
 class AttentionBackend(Protocol):
     name: str

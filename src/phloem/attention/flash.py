@@ -44,6 +44,8 @@ class Backend:
         too_large = max((spec.head_size for spec in need.specs), default=0)
         if too_large > LARGEST_HEAD:
             return f"heads of {too_large} are larger than {LARGEST_HEAD}"
+        if need.sinks:
+            return "has no attention sinks"
         return None
 
     def begin(self, batch: PagedBatch, pool: KVPool) -> Step:
@@ -63,8 +65,7 @@ class Step:
     def __call__(
         self, spec: AttentionSpec, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
     ) -> Tensor:
-        if sinks_H is not None:
-            raise NotImplementedError("the flash backend has no attention sinks; use --attention-backend triton")
+        assert sinks_H is None, "a layer whose spec says no sinks hands some over"
         keys, values = self.pool.keys[spec.layer], self.pool.values[spec.layer]
         self.ops.write_kv(k_TKD, v_TKD, keys, values, self.batch.token_slots)
         return self.attend(

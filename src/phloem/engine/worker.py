@@ -14,6 +14,7 @@ from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.core import resolve
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
+from phloem.engine import recording
 from phloem.engine.decode import DecodeGraphs
 from phloem.engine.runner import ModelRunner
 from phloem.kvcache.pool import KVPool
@@ -23,6 +24,7 @@ from phloem.utils.cores import available_cores
 
 if TYPE_CHECKING:
     from phloem.core.config import Config
+    from phloem.kernels.graph import GraphRecorder
     from phloem.kernels.ops import Ops
     from phloem.models import Model
     from phloem.platforms import Platform
@@ -96,9 +98,19 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     )
     tokens = _take(decisions, resolve.pool_tokens(config.cache, facts, page, context, running))
     pool = KVPool(model.attention_specs, tokens // page + 1, page, kv_dtype, platform.device)
-    graphs = _graphs(config, model, backend, pool, ops, running, -(-min(context, tokens) // page) + 1, decisions)
-    runner = ModelRunner(model, backend, pool, ops, max_slots=running, graphs=graphs, streams=platform.streams)
+    # One recorder: decode steps and pieces share its memory pool.
+    recorder = None if config.runtime.disable_step_graph or ops.recorder is None else ops.recorder()
+    pages = -(-min(context, tokens) // page) + 1
+    graphs = _graphs(config, model, backend, pool, ops, recorder, running, pages, decisions)
+    where = recording.Place(model, backend, pool, ops.name, platform.memory()[0])
+    pieces = recording.pieces(config.runtime, recorder, where, chunk, decisions)
     phase.end("memory")
+    if config.runtime.record_graphs_before_ready:
+        recording.record_all(graphs, pieces, decisions)
+        phase.end("graphs")
+    runner = ModelRunner(
+        model, backend, pool, ops, max_slots=running, graphs=graphs, streams=platform.streams, pieces=pieces
+    )
     info = {
         "weight_bytes": model.weight_bytes,
         "kv_bytes_per_token": facts.bytes_per_token,
@@ -133,23 +145,21 @@ def _graphs(
     backend: AttentionBackend,
     pool: KVPool,
     ops: Ops,
+    recorder: GraphRecorder | None,
     limit: int,
     max_pages: int,
     decisions: list[Decision],
 ) -> DecodeGraphs | None:
-    """Recorded decode steps, where the op table can record; made on first use, never before the server is ready."""
-    if config.runtime.disable_step_graph:
-        decisions.append(Decision("step_graphs", "off", "as asked"))
-        return None
-    if ops.recorder is None:
-        decisions.append(Decision("step_graphs", "off", f"the op table {ops.name!r} cannot record"))
+    """Recorded decode steps, where the op table can record; made on first use unless the settings say before."""
+    if recorder is None:
+        decisions.append(Decision("step_graphs", "off", recording.why_none(config.runtime, ops.name)))
         return None
     if not getattr(backend, "recordable", True):
         why = f"the attention backend {backend.name!r} plans each step on the host"
         decisions.append(Decision("step_graphs", "off", why))
         return None
     decisions.append(Decision("step_graphs", "on", "recorded on first use"))
-    return DecodeGraphs(ops.recorder(), model, backend, pool, limit, max_pages, check=config.runtime.check_step_graph)
+    return DecodeGraphs(recorder, model, backend, pool, limit, max_pages, check=config.runtime.check_step_graph)
 
 
 def _take(decisions: list[Decision], decision: Decision) -> Any:

@@ -290,7 +290,9 @@ class Scheduler:
 
     def _stats(self, now: float, busy: bool) -> FromEngine:
         running, tokens = self.slots.num_running, self.results.output_tokens
-        return self.meter.stats(now, busy, running, self.num_waiting, tokens, self.planner)
+        stats = self.meter.stats(now, busy, running, self.num_waiting, tokens, self.planner)
+        stats.graph_bytes = getattr(self.runner, "graph_bytes", 0)  # not every runner records
+        return stats
 
     def _poll_late(self) -> None:
         for _ in range(min(len(self.late), READY_CHECKS)):

@@ -79,6 +79,13 @@ def piecewise_tokens(refusal: str | None, requested: int | None, chunk: int) -> 
     return Decision(name, PIECEWISE_TOKENS, why)
 
 
+def mixed_chunk(default: int, chunk: int) -> Decision:
+    """Prompt tokens of a step that also decodes."""
+    if chunk <= default:
+        return Decision("mixed_prefill_size", chunk, "as the whole step")
+    return Decision("mixed_prefill_size", default, "running requests wait for no more prompt tokens at a time")
+
+
 @dataclass(frozen=True)
 class MemoryFacts:
     """Bytes, on the device of the KV pool, after the weights were loaded."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,19 +13,20 @@ import pytest
 import torch
 from tape import TapeRecorder
 
+from phloem import Engine as Llm
 from phloem.attention import BACKENDS
 from phloem.core.batch import FROM_DEVICE, Admission, Batch, StepOutput
 from phloem.core.config import Config
 from phloem.core.request import SamplingParams
 from phloem.core.resolve import Decision
-from phloem.engine import recording, worker
-from phloem.engine.pieces import PieceGraphs, token_buckets
+from phloem.engine import recording
+from phloem.engine.pieces import PieceGraphs, _Between, token_buckets
 from phloem.engine.runner import ModelRunner
 from phloem.kernels import reference as ref
 from phloem.kernels import reference_extra as extra
 from phloem.kernels.ops import Ops
 from phloem.kvcache.pool import KVPool
-from phloem.layers.context import BuildContext
+from phloem.layers.context import AttentionSpec, BuildContext
 from phloem.models import load_model
 from phloem.testing.checkpoints import tiny_checkpoint
 from phloem.utils.checkpoint import describe
@@ -264,17 +266,46 @@ def test_buckets_are_few_and_grow(limit: int) -> None:
         assert large <= (2 * small if small < 16 else 1.5 * small if small < 256 else 1.125 * small)
 
 
+@dataclass
+class Turn:
+    """As a rotation that attention applies: it names the position of every token."""
+
+    positions: torch.Tensor
+
+
+def test_attention_gets_the_true_tokens_alone() -> None:
+    between, seen = _Between(8), list[Any]()
+
+    def step(spec: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: Any, *rotation: Any) -> torch.Tensor:
+        seen.append([q.shape, k.shape, v.shape, sinks, *(turn.positions.tolist() for turn in rotation)])
+        return q + 1
+
+    q, kv, sinks, spec = torch.ones(8, 2, 4), torch.ones(8, 1, 4), torch.ones(2), AttentionSpec(0, 2, 1, 4, 1.0)
+    between.begin(step, 3)
+    out = between(spec, q, kv, kv, sinks, Turn(torch.arange(8)))
+    assert out.shape == (8, 2, 4) and (out[:3] == 2).all() and not out[3:].any()
+    between(spec, q, kv, kv, None)
+    assert seen == [[(3, 2, 4), (3, 1, 4), (3, 1, 4), sinks, [0, 1, 2]], [(3, 2, 4), (3, 1, 4), (3, 1, 4), None]]
+
+
 # Settings
 
 
-def decide(recorder: Any, chunk: int = 8192, **settings: Any) -> tuple[PieceGraphs | None, Decision]:
+class Cuttable:
+    def trunk(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def decide(
+    recorder: Any, chunk: int = 8192, model: Any = None, backend: Any = None, **settings: Any
+) -> tuple[Any, Any, dict[str, Decision]]:
     decisions: list[Decision] = []
-    model: Any = type("Model", (), {"trunk": lambda: 0, "finish": lambda: 0})()
-    pool: Any = type("Pool", (), {"device": CPU, "keys": [0]})()
-    where = recording.Place(model, None, pool, "some", 2**30)  # type: ignore[arg-type]
-    made = recording.pieces(Config.from_flat(settings).runtime, recorder, where, chunk, decisions)
-    (decision,) = decisions
-    return made, decision
+    pool: Any = SimpleNamespace(device=CPU, keys=[0], page_size=16)
+    ops = replace(Ops(name="some"), recorder=recorder and (lambda: recorder))
+    where = recording.Place(model or Cuttable(), backend, pool, ops, 2**30)  # type: ignore[arg-type]
+    found = recording.choose(Config.from_flat(settings).runtime, where, 4, 8, chunk, decisions)
+    return *found, {decision.name: decision for decision in decisions}
 
 
 @pytest.mark.parametrize(
@@ -287,27 +318,36 @@ def decide(recorder: Any, chunk: int = 8192, **settings: Any) -> tuple[PieceGrap
     ],
 )
 def test_limit(settings: dict[str, Any], chunk: int, limit: int) -> None:
-    made, decision = decide(TapeRecorder(), chunk, **settings)
-    assert made is not None and made.graphs.sizes[-1] == limit == decision.value
-    assert made.graphs._budget == 2**28
+    recorder = TapeRecorder()
+    decode, pieces, decisions = decide(recorder, chunk, **settings)
+    assert pieces.graphs.sizes[-1] == limit == decisions["piecewise_graphs"].value
+    assert pieces.graphs._budget == 2**28
+    # One recorder, so one memory pool.
+    assert decode.graphs._recorder is recorder is pieces.graphs._recorder._recorder
 
 
 def test_reasons_to_run_eagerly() -> None:
     class Whole:
         def record(self, fn: Any) -> Any: ...
 
-    assert decide(TapeRecorder(), disable_piecewise_cuda_graph=True) == (
-        None,
-        Decision("piecewise_graphs", "off", "as asked"),
-    )
-    assert decide(None, disable_step_graph=True)[1].reason == "as asked"
-    assert "'some' cannot record" in decide(None)[1].reason
-    made, decision = decide(Whole())
-    assert made is None and decision.value == "off" and "records whole decode steps" in decision.reason
-    decisions: list[Decision] = []
-    where = recording.Place(object(), None, None, "some", 0)  # type: ignore[arg-type]
-    assert recording.pieces(Config().runtime, TapeRecorder(), where, 8, decisions) is None
-    assert "where its last attention ends" in decisions[0].reason
+    def off(*args: Any, **settings: Any) -> tuple[bool, str]:
+        decode, pieces, decisions = decide(*args, **settings)
+        assert pieces is None and decisions["piecewise_graphs"].value == "off"
+        assert (decode is None) == (decisions["step_graphs"].value == "off")
+        return decode is not None, decisions["piecewise_graphs"].reason
+
+    assert off(TapeRecorder(), disable_piecewise_cuda_graph=True) == (True, "as asked")
+    assert off(TapeRecorder(), disable_step_graph=True) == (False, "as asked")
+    assert off(None) == (False, "the op table 'some' cannot record")
+    assert "'some' records whole decode steps" in off(Whole())[1]
+    assert "where its last attention ends" in off(TapeRecorder(), model=object())[1]
+
+
+def test_a_backend_that_plans_on_the_host_still_gets_pieces() -> None:
+    backend = SimpleNamespace(name="planner", recordable=False)
+    decode, pieces, decisions = decide(TapeRecorder(), backend=backend)
+    assert decode is None and pieces is not None
+    assert decisions["step_graphs"].reason == "the attention backend 'planner' plans each step on the host"
 
 
 def test_everything_is_recorded_before_ready(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -324,27 +364,18 @@ def test_everything_is_recorded_before_ready(llama: Path, caplog: pytest.LogCapt
 
 def test_the_server_can_record_before_it_is_ready(llama: Path) -> None:
     """On a CPU: whole decode steps in the thread that builds, replayed in the runner's; pieces are off and say why."""
-    settings = {
-        "max_running_requests": 4,
-        "max_total_tokens": 256,
-        "record_graphs_before_ready": True,
-        "threads": 1,
-        "dtype": "bfloat16",
-    }
-    config, phases = Config.from_flat({**settings, "device": "cpu"}), list[str]()
-    built = worker.build(config, describe(str(llama)), lambda name, seconds: phases.append(name))
-    try:
-        found = {decision.name: decision for decision in built.decisions}
-        assert found["piecewise_graphs"].value == "off" and phases[-1] == "graphs"
-        if found["step_graphs"].value == "off":
-            pytest.skip(found["step_graphs"].reason)  # no native library here
-        assert found["step_graphs"].reason.startswith("4 of 4") and built.runner.graph_bytes > 0
-        prompt, page = np.arange(5, 17, dtype=np.int32), built.runner.page_size
-        table = np.arange(1, 1 + -(-40 // page), dtype=np.int32)[None]
-        one, slot, every = np.ones(1, np.int32), np.zeros(1, np.int32), np.ones(1, np.bool_)
-        fresh = [Admission(0, "r", SamplingParams(temperature=0.0), 1, prompt, 12)]
-        first = built.runner.launch(Batch(0, slot, one * 12, one * 0, prompt, table, every, fresh)).result()
-        second = built.runner.launch(Batch(1, slot, one, one * 12, one * FROM_DEVICE, table, every)).result()
-        assert first.tokens[0] >= 0 and second.tokens[0] >= 0
-    finally:
-        built.runner.close()
+    settings: dict[str, Any] = {"max_running_requests": 4, "max_total_tokens": 256, "threads": 1, "dtype": "bfloat16"}
+    params = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    answers: list[Any] = []
+    for before in (False, True):
+        with Llm(model_path=str(llama), device="cpu", record_graphs_before_ready=before, **settings) as engine:
+            info = engine.get_server_info()
+            found = {name: (value, reason) for name, value, reason in info["decisions"]}
+            assert found["piecewise_graphs"][0] == "off" and info["record_graphs_before_ready"] == before
+            if found["step_graphs"][0] == "off":
+                pytest.skip(found["step_graphs"][1])  # no native library here
+            (state,) = info["internal_states"]
+            assert bool(state["graph_bytes"]) == before
+            assert found["step_graphs"][1].startswith("4 of 4") == before == ("graphs" in info["phases"])
+            answers.append(engine.generate("hello there", params)["text"])
+    assert answers[0] == answers[1]

@@ -113,7 +113,6 @@ class Stats(Message):
     preemptions: int = 0
     step: int = 0
     outside_forward: float = 0.0  # share of step time outside the model's forward pass, since the last Stats
-    graph_bytes: int = 0  # device memory that recorded steps take
 
 
 class ControlReply(Message):

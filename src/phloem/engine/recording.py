@@ -1,4 +1,4 @@
-"""Whether steps are recorded in pieces, and recording everything before the engine says it is ready."""
+"""Whether steps are recorded, whole or in pieces, and recording everything before the engine says it is ready."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from phloem.core import resolve
+from phloem.core.resolve import Decision
+from phloem.engine.decode import DecodeGraphs
 from phloem.engine.pieces import PieceGraphs
 from phloem.kernels.graph import PieceRecorder
 from phloem.models import CutModel
@@ -19,9 +21,8 @@ if TYPE_CHECKING:
 
     from phloem.attention import AttentionBackend
     from phloem.core.config import RuntimeConfig
-    from phloem.core.resolve import Decision
-    from phloem.engine.decode import DecodeGraphs
     from phloem.kernels.graph import GraphRecorder
+    from phloem.kernels.ops import Ops
     from phloem.kvcache.pool import KVPool
     from phloem.models import Model
 
@@ -37,28 +38,57 @@ class Place:
     model: Model
     backend: AttentionBackend
     pool: KVPool
-    ops: str
+    ops: Ops
     free: int
 
 
-def why_none(runtime: RuntimeConfig, ops: str) -> str:
-    """Why there is no recorder."""
-    return "as asked" if runtime.disable_step_graph else f"the op table {ops!r} cannot record"
+def choose(
+    runtime: RuntimeConfig, place: Place, running: int, pages: int, chunk: int, decisions: list[Decision]
+) -> tuple[DecodeGraphs | None, PieceGraphs | None]:
+    """Decode steps as graphs, prefill and mixed steps as pieces, where each can be; in one memory pool.
+
+    `running`: most rows of a decode step; `pages`: most pages of a row; `chunk`: most tokens of a step.
+    """
+    recorder = None if runtime.disable_step_graph or place.ops.recorder is None else place.ops.recorder()
+    decode = _decode(runtime, recorder, place, running, pages, decisions)
+    return decode, _pieces(runtime, recorder, place, chunk, decisions)
 
 
-def pieces(
+def _no_recorder(runtime: RuntimeConfig, ops: Ops) -> str:
+    return "as asked" if runtime.disable_step_graph else f"the op table {ops.name!r} cannot record"
+
+
+def _decode(
+    runtime: RuntimeConfig,
+    recorder: GraphRecorder | None,
+    place: Place,
+    running: int,
+    pages: int,
+    decisions: list[Decision],
+) -> DecodeGraphs | None:
+    backend, refusal = place.backend, None
+    if recorder is None:
+        refusal = _no_recorder(runtime, place.ops)
+    elif not getattr(backend, "recordable", True):
+        refusal = f"the attention backend {backend.name!r} plans each step on the host"
+    if recorder is None or refusal is not None:
+        decisions.append(Decision("step_graphs", "off", refusal or ""))
+        return None
+    decisions.append(Decision("step_graphs", "on", "recorded on first use"))
+    return DecodeGraphs(recorder, place.model, backend, place.pool, running, pages, check=runtime.check_step_graph)
+
+
+def _pieces(
     runtime: RuntimeConfig, recorder: GraphRecorder | None, place: Place, chunk: int, decisions: list[Decision]
 ) -> PieceGraphs | None:
-    """Prefill and mixed steps in recorded pieces, where the recorder can cut and the model says where."""
     model, refusal = place.model, None
     if runtime.disable_piecewise_cuda_graph:
         refusal = "as asked"
     elif recorder is None:
-        refusal = why_none(runtime, place.ops)
+        refusal = _no_recorder(runtime, place.ops)
     elif not isinstance(recorder, PieceRecorder):
-        refusal = (
-            f"the op table {place.ops!r} records whole decode steps; a prefill here computes longer than it launches"
-        )
+        why = "a prefill here computes far longer than it takes to launch"
+        refusal = f"the op table {place.ops.name!r} records whole decode steps; {why}"
     elif not isinstance(model, CutModel):
         refusal = "the model does not say where its last attention ends"
     decision = resolve.piecewise_tokens(refusal, runtime.piecewise_cuda_graph_max_tokens, chunk)

@@ -15,7 +15,6 @@ from phloem.core import resolve
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
 from phloem.engine import recording
-from phloem.engine.decode import DecodeGraphs
 from phloem.engine.runner import ModelRunner
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
@@ -24,7 +23,6 @@ from phloem.utils.cores import available_cores
 
 if TYPE_CHECKING:
     from phloem.core.config import Config
-    from phloem.kernels.graph import GraphRecorder
     from phloem.kernels.ops import Ops
     from phloem.models import Model
     from phloem.platforms import Platform
@@ -101,12 +99,9 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     )
     tokens = _take(decisions, resolve.pool_tokens(config.cache, facts, page, context, running))
     pool = KVPool(model.attention_specs, tokens // page + 1, page, kv_dtype, platform.device)
-    # One recorder: decode steps and pieces share its memory pool.
-    recorder = None if config.runtime.disable_step_graph or ops.recorder is None else ops.recorder()
+    place = recording.Place(model, backend, pool, ops, platform.memory()[0])
     pages = -(-min(context, tokens) // page) + 1
-    graphs = _graphs(config, model, backend, pool, ops, recorder, running, pages, decisions)
-    where = recording.Place(model, backend, pool, ops.name, platform.memory()[0])
-    pieces = recording.pieces(config.runtime, recorder, where, chunk, decisions)
+    graphs, pieces = recording.choose(config.runtime, place, running, pages, chunk, decisions)
     phase.end("memory")
     if config.runtime.record_graphs_before_ready:
         recording.record_all(graphs, pieces, decisions)
@@ -140,29 +135,6 @@ def _backend(
     why = "; ".join([choice.reason, *(f"not {name}: {reason}" for name, reason in choice.declined.items())])
     decisions.append(Decision("attention_backend", choice.backend.name, why))
     return choice.backend
-
-
-def _graphs(
-    config: Config,
-    model: Model,
-    backend: AttentionBackend,
-    pool: KVPool,
-    ops: Ops,
-    recorder: GraphRecorder | None,
-    limit: int,
-    max_pages: int,
-    decisions: list[Decision],
-) -> DecodeGraphs | None:
-    """Recorded decode steps, where the op table can record; made on first use unless the settings say before."""
-    if recorder is None:
-        decisions.append(Decision("step_graphs", "off", recording.why_none(config.runtime, ops.name)))
-        return None
-    if not getattr(backend, "recordable", True):
-        why = f"the attention backend {backend.name!r} plans each step on the host"
-        decisions.append(Decision("step_graphs", "off", why))
-        return None
-    decisions.append(Decision("step_graphs", "on", "recorded on first use"))
-    return DecodeGraphs(recorder, model, backend, pool, limit, max_pages, check=config.runtime.check_step_graph)
 
 
 def _take(decisions: list[Decision], decision: Decision) -> Any:

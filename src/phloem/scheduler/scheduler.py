@@ -166,6 +166,7 @@ class Scheduler:
             "output_tokens": self.results.output_tokens,
             "jumped_tokens": self.results.jumped_tokens,
             "preemptions": self.planner.preemptions,
+            "graph_bytes": getattr(self.runner, "graph_bytes", 0),  # not every runner records steps
             "max_running_requests": self.slots.count,
             "schedule_policy": self._policy.name,
         }
@@ -297,9 +298,7 @@ class Scheduler:
 
     def _stats(self, now: float, busy: bool) -> FromEngine:
         running, tokens = self.slots.num_running, self.results.output_tokens
-        stats = self.meter.stats(now, busy, running, self.num_waiting, tokens, self.planner)
-        stats.graph_bytes = getattr(self.runner, "graph_bytes", 0)  # not every runner records
-        return stats
+        return self.meter.stats(now, busy, running, self.num_waiting, tokens, self.planner)
 
     def _poll_late(self) -> None:
         for _ in range(min(len(self.late), READY_CHECKS)):

@@ -71,9 +71,10 @@ def _decode(
         refusal = _no_recorder(runtime, place.ops)
     elif not getattr(backend, "recordable", True):
         refusal = f"the attention backend {backend.name!r} plans each step on the host"
-    if recorder is None or refusal is not None:
-        decisions.append(Decision("step_graphs", "off", refusal or ""))
+    if refusal is not None:
+        decisions.append(Decision("step_graphs", "off", refusal))
         return None
+    assert recorder is not None
     decisions.append(Decision("step_graphs", "on", "recorded on first use"))
     return DecodeGraphs(recorder, place.model, backend, place.pool, running, pages, check=runtime.check_step_graph)
 

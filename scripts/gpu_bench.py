@@ -137,6 +137,26 @@ def bench_prefill(dummy: Dummy, floors: Floors, tokens: int, float8: bool, secon
     }
 
 
+def bench_pieces(dummy: Dummy, counts: list[int], seconds: float) -> list[dict[str, Any]]:
+    """Prefill steps of one prompt, up to the hidden states, eagerly and in recorded pieces: host time included."""
+    rows: list[dict[str, Any]] = []
+    for tokens in counts:
+        inputs = dummy.inputs([tokens], [tokens])
+        eager = statistics.median(timed(dummy.device, lambda inputs=inputs: dummy.forward(inputs), 5, seconds))
+        pieces = dummy.pieces(tokens)
+        pieces.graphs.sizes[:] = [tokens]
+        begun = time.perf_counter()
+        pieces.graphs.record_all()
+        row: dict[str, Any] = {"tokens": tokens, "eager_ms": eager * 1e3, "record_s": time.perf_counter() - begun}
+        if pieces.graphs.refused is None:
+            ran = statistics.median(timed(dummy.device, lambda p=pieces, i=inputs: p.run(i), 5, seconds))
+            row |= {"pieces_ms": ran * 1e3, "memory_mib": pieces.nbytes / 2**20}
+        else:
+            row |= {"pieces_ms": None, "refused": pieces.graphs.refused}
+        rows.append(row)
+    return rows
+
+
 def _runner(dummy: Dummy, rows: int, context: int) -> Any:
     from phloem.engine.runner import ModelRunner
     from phloem.platforms._streams import Streams

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -129,6 +130,8 @@ def test_flash_wants_hopper_and_16_bits(monkeypatch: pytest.MonkeyPatch) -> None
     backend = flash.Backend(Ops(), [SPEC], GPU, torch.bfloat16)
     assert backend.decline(need()) is None
     assert "float8" in (backend.decline(need(kv_dtype=torch.float8_e4m3fn)) or "")
+    with_sinks = need(specs=[SPEC, replace(SPEC, layer=1, sinks=True)])
+    assert with_sinks.sinks and not need().sinks and backend.decline(with_sinks) == "has no attention sinks"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert "this GPU has 10.0" in (backend.decline(need()) or "")
 
@@ -304,5 +307,3 @@ def test_flash_is_told_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(q, turned_q) and _has_written(pool, batch, turned_k)
     want = ref.paged_attention(q, pool.keys[0], pool.values[0], batch, 0.3, 5, 4.0, None)
     torch.testing.assert_close(got, want)
-    with pytest.raises(NotImplementedError, match="sinks"):
-        flash.Backend(Ops(), [spec], CPU, torch.float32).begin(batch, pool)(spec, q, k, v, torch.zeros(4))

@@ -112,4 +112,4 @@ def test_shared_memory_is_told_in_the_same_form() -> None:
 
 
 def test_graphs_have_a_bound() -> None:
-    assert resolve.graph_budget(141 * GIB) == 2 * GIB and resolve.graph_budget(24 * GIB) == 384 * 2**20
+    assert resolve.graph_budget(141 * GIB) == 4 * GIB and resolve.graph_budget(24 * GIB) == 768 * 2**20

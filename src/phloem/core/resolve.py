@@ -63,6 +63,22 @@ def chunk(requested: int | None, default: int, running: int) -> Decision:
     return Decision("chunked_prefill_size", default, "keeps steps short enough for smooth streaming")
 
 
+PIECEWISE_TOKENS = 2048
+
+
+def piecewise_tokens(refusal: str | None, requested: int | None, chunk: int) -> Decision:
+    """Most tokens of a prefill or mixed step that runs in recorded pieces; "off" with the reason `refusal`."""
+    name = "piecewise_graphs"
+    if refusal is not None:
+        return Decision(name, "off", refusal)
+    if requested is not None and requested <= chunk:
+        return Decision(name, requested, "tokens, as asked; recorded on first use or while idle")
+    if chunk <= (requested or PIECEWISE_TOKENS):
+        return Decision(name, chunk, "tokens: no step has more; recorded on first use or while idle")
+    why = "tokens: a longer step computes longer than it takes to launch; recorded on first use or while idle"
+    return Decision(name, PIECEWISE_TOKENS, why)
+
+
 def mixed_chunk(default: int, chunk: int) -> Decision:
     """Prompt tokens of a step that also decodes."""
     if chunk <= default:
@@ -94,8 +110,8 @@ class MemoryFacts:
         return self.free - (self.activations or 0) - self.graphs - self.reserve
 
 
-GRAPH_SHARE = 64  # a device's memory over this is what step graphs may take
-MOST_GRAPHS = 2 * GIB
+GRAPH_SHARE = 32  # a device's memory over this is what step graphs may take
+MOST_GRAPHS = 4 * GIB
 
 
 def graph_budget(total: int) -> int:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from phloem.attention import AttentionBackend
     from phloem.core.batch import Batch
+    from phloem.engine.pieces import PieceGraphs
     from phloem.kernels.ops import Ops
     from phloem.kvcache.pool import KVPool
     from phloem.models import Model
@@ -96,6 +97,7 @@ class ModelRunner:
         graphs: DecodeGraphs | None = None,
         streams: Streams | None = None,
         give_back: Callable[[], None] | None = None,
+        pieces: PieceGraphs | None = None,
     ) -> None:
         self.model = model
         self.pool = pool
@@ -107,10 +109,11 @@ class ModelRunner:
         self._graphs = graphs
         self._give_back = give_back
         self._closed_epoch = -1  # batches up to this one's epoch were launched before a failure was known
+        self._pieces = pieces
         self._up = streams.up if streams is not None else plain_up(pool.device)
         self._down = streams.down if streams is not None else Here
         # On a CPU a recording costs as much as a step, and would take the cores of whatever else runs here.
-        idle = graphs.graphs.idle if graphs is not None and streams is not None else None
+        idle = self._record_idle if (graphs or pieces) is not None and streams is not None else None
         self._pipeline = Pipeline(self._begin, self._needs_values, idle)
         self._slots = Slots(max_slots, model.vocab_size, pool.device)
         self._masks = Masks(max_slots, model.vocab_size, pool.device, ops)
@@ -133,6 +136,24 @@ class ModelRunner:
     def busy_since(self) -> float:
         """perf_counter at which the oldest step in progress began; 0 when idle."""
         return self._pipeline.busy_since
+
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that recorded steps take."""
+        return sum(table.nbytes for table in (self._graphs and self._graphs.graphs, self._pieces) if table is not None)
+
+    def drop_graphs(self) -> None:
+        """Forget recorded steps because weights moved in memory. Between steps, with none launched."""
+        if self._graphs is not None:
+            self._graphs.graphs.drop()
+        if self._pieces is not None:
+            self._pieces.drop()
+
+    def _record_idle(self) -> bool:
+        """Record one more step; decode steps first. False when there is nothing to record."""
+        if self._graphs is not None and self._graphs.graphs.idle():
+            return True
+        return self._pieces is not None and self._pieces.graphs.idle()
 
     def _work(self) -> None:
         with torch.inference_mode():
@@ -208,13 +229,18 @@ class ModelRunner:
         return Flight(land, coming.done if coming is not None else lambda: True)
 
     def _forward(self, batch: Batch) -> Tensor:
-        """Hidden states of the wanted positions: by a recorded step where one serves, else eagerly."""
+        """Hidden states of the wanted positions: by a recorded step or its pieces where they serve, else eagerly."""
         last_tokens = self._slots.last_tokens
         if self._graphs is not None and batch.is_decode and not batch.prompt_targets:
             hidden_RN = self._graphs.run(batch, last_tokens, self._up)
             if hidden_RN is not None:
                 return hidden_RN
         inputs = device_inputs(batch, self.page_size, last_tokens, self._up)
+        # A decode step without a graph of its own will have one soon, unless none are made.
+        if self._pieces is not None and (self._graphs is None or not batch.is_decode):
+            hidden_LN = self._pieces.run(inputs)
+            if hidden_LN is not None:
+                return hidden_LN
         return run_forward(self.model, self._backend, self.pool, inputs, inputs.logit_index)
 
     def _sample(

@@ -14,7 +14,7 @@ from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.core import resolve
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
-from phloem.engine.decode import DecodeGraphs
+from phloem.engine import recording
 from phloem.engine.runner import ModelRunner
 from phloem.engine.sizing import Need, size_pool
 from phloem.kvcache.pool import KVPool
@@ -97,20 +97,22 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     running = _take(decisions, resolve.running_requests(asked, usual, platform.name))
     chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
     mixed = _take(decisions, resolve.mixed_chunk(platform.default_mixed_chunk, chunk))
-    unrecorded = _unrecorded(config, ops, backend)
-    need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, unrecorded is None, scales)
+    recorded = ops.recorder is not None and not config.runtime.disable_step_graph
+    need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales)
     sizing = size_pool(config.cache, platform, need, min(model.weight_bytes, free))
     decisions += sizing.decisions
     pool = KVPool(model.attention_specs, sizing.tokens // page + 1, page, kv_dtype, platform.device, scales)
-    graphs: DecodeGraphs | None = None
-    decisions.append(Decision("step_graphs", "off" if unrecorded else "on", unrecorded or "recorded on first use"))
-    if unrecorded is None:
-        pages = -(-min(context, sizing.tokens) // page) + 1
-        graphs = _graphs(config, model, backend, pool, ops, running, pages, sizing.graph_bytes)
-    runner = ModelRunner(
-        model, backend, pool, ops, running, graphs, streams=platform.streams, give_back=platform.empty_cache
-    )
+    place = recording.Place(model, backend, pool, ops, platform.memory()[0], sizing.graph_bytes)
+    pages = -(-min(context, sizing.tokens) // page) + 1
+    graphs, pieces = recording.choose(config.runtime, place, running, pages, chunk, decisions)
     phase.end("memory")
+    if config.runtime.record_graphs_before_ready:
+        recording.record_all(graphs, pieces, decisions)
+        phase.end("graphs")
+    streams, give_back = platform.streams, platform.empty_cache
+    runner = ModelRunner(
+        model, backend, pool, ops, running, graphs, streams=streams, give_back=give_back, pieces=pieces
+    )
     info = {
         "weight_bytes": model.weight_bytes,
         "kv_bytes_per_token": sizing.facts.bytes_per_token,
@@ -140,33 +142,6 @@ def _backend(
     why = "; ".join([choice.reason, *(f"not {name}: {reason}" for name, reason in choice.declined.items())])
     decisions.append(Decision("attention_backend", choice.backend.name, why))
     return choice.backend
-
-
-def _unrecorded(config: Config, ops: Ops, backend: AttentionBackend) -> str | None:
-    """Why steps are not recorded, or None."""
-    if config.runtime.disable_step_graph:
-        return "as asked"
-    if ops.recorder is None:
-        return f"the op table {ops.name!r} cannot record"
-    if not getattr(backend, "recordable", True):
-        return f"the attention backend {backend.name!r} plans each step on the host"
-    return None
-
-
-def _graphs(
-    config: Config,
-    model: Model,
-    backend: AttentionBackend,
-    pool: KVPool,
-    ops: Ops,
-    limit: int,
-    max_pages: int,
-    budget: int | None,
-) -> DecodeGraphs:
-    """Recorded decode steps; made on first use, never before the server is ready."""
-    assert ops.recorder is not None
-    check = config.runtime.check_step_graph
-    return DecodeGraphs(ops.recorder(), model, backend, pool, limit, max_pages, check=check, budget=budget)
 
 
 def _take(decisions: list[Decision], decision: Decision) -> Any:

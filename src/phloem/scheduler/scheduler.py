@@ -112,9 +112,7 @@ class Scheduler:
         slots = min(settings.max_running_requests, runner.max_slots)
         self.slots = Slots(slots, -(-self._most_tokens // size), size)
         self._policy = POLICIES[settings.schedule_policy]
-        self.planner = Planner(
-            self.slots, self.queue, cache, self._policy, settings.pace(slots), settings.eos_ids
-        )
+        self.planner = Planner(self.slots, self.queue, cache, self._policy, settings.pace(slots), settings.eos_ids)
         self.results = Results(self.live, self.slots, self.queue, self.planner.release, settings.stream_interval)
         self.controls = Controls(self)
         self.meter = Meter(clock())
@@ -172,6 +170,7 @@ class Scheduler:
             "preemptions": self.planner.preemptions,
             "out_of_memory": self.meter.out_of_memory,
             "step_tokens": self.planner.throttle.budget,
+            "graph_bytes": getattr(self.runner, "graph_bytes", 0),  # not every runner records steps
             "max_running_requests": self.slots.count,
             "schedule_policy": self._policy.name,
         }

@@ -18,6 +18,8 @@ from phloem.core.batch import FROM_DEVICE, Batch
 from phloem.engine.inputs import StepInputs
 from phloem.kernels.graph_cuda import Recorder
 
+TRACED_STEPS = 24
+
 
 def timed(device: torch.device, run: Callable[[], Any], least: int, seconds: float) -> list[float]:
     """Seconds of single runs, by device events where there are any: `least` runs (2 in a dry run), or `seconds`."""
@@ -135,6 +137,26 @@ def bench_prefill(dummy: Dummy, floors: Floors, tokens: int, float8: bool, secon
     }
 
 
+def bench_pieces(dummy: Dummy, counts: list[int], seconds: float) -> list[dict[str, Any]]:
+    """Prefill steps of one prompt, up to the hidden states, eagerly and in recorded pieces: host time included."""
+    rows: list[dict[str, Any]] = []
+    for tokens in counts:
+        inputs = dummy.inputs([tokens], [tokens])
+        eager = statistics.median(timed(dummy.device, lambda inputs=inputs: dummy.forward(inputs), 5, seconds))
+        pieces = dummy.pieces(tokens)
+        pieces.graphs.sizes[:] = [tokens]
+        begun = time.perf_counter()
+        pieces.graphs.record_all()
+        row: dict[str, Any] = {"tokens": tokens, "eager_ms": eager * 1e3, "record_s": time.perf_counter() - begun}
+        if pieces.graphs.refused is None:
+            ran = statistics.median(timed(dummy.device, lambda p=pieces, i=inputs: p.run(i), 5, seconds))
+            row |= {"pieces_ms": ran * 1e3, "memory_mib": pieces.nbytes / 2**20}
+        else:
+            row |= {"pieces_ms": None, "refused": pieces.graphs.refused}
+        rows.append(row)
+    return rows
+
+
 def _runner(dummy: Dummy, rows: int, context: int) -> Any:
     from phloem.engine.runner import ModelRunner
     from phloem.platforms._streams import Streams
@@ -147,8 +169,11 @@ def _runner(dummy: Dummy, rows: int, context: int) -> Any:
 def bench_runner(dummy: Dummy, rows: int, context: int, steps: int, device_ms: float) -> dict[str, Any]:
     """Decode steps through the engine's runner, the next one launched before the last one's tokens are read.
 
-    The idle share is what of the wall time the same step's device time does not fill.
+    The idle share is that of `phloem bench step`: the time between kernels in a trace of some more steps. Without a
+    device it is what of the wall time `device_ms` does not fill.
     """
+    from phloem.bench._timeline import device_figures
+    from phloem.bench._trace import traced
     from phloem.core.batch import Admission
     from phloem.core.request import SamplingParams
 
@@ -172,26 +197,30 @@ def bench_runner(dummy: Dummy, rows: int, context: int, steps: int, device_ms: f
             admissions=[Admission(int(s), f"r{s}", greedy, 1, prompt, context) for s in slots] if first else [],
         )
 
-    try:
-        warm = min(8, steps // 2)  # the policy records the graph in these
-        pending, begun = runner.launch(batch(0)), time.perf_counter()
-        for number in range(1, steps):
-            if number == warm:
-                begun = time.perf_counter()
+    def run(begin: int, end: int) -> float:
+        """Seconds for these steps, the next one always launched before the last one's end is waited for."""
+        begun, pending = time.perf_counter(), runner.launch(batch(begin))
+        for number in range(begin + 1, end):
             following = runner.launch(batch(number))
             pending.result()
             pending = following
         pending.result()
-        wall = (time.perf_counter() - begun) / (steps - warm)
+        return time.perf_counter() - begun
+
+    try:
+        warm = min(8, steps // 2)  # the policy records the graph in these
+        run(0, warm)
+        wall = run(warm, steps) / (steps - warm)
+        seen = None
+        if dummy.device.type == "cuda":
+            last = min(steps, warm + TRACED_STEPS)
+            seen = device_figures(traced(lambda: run(warm, last)), last - warm, top=5)
     finally:
         runner.close()
-    return {
-        "rows": rows,
-        "context": context,
-        "wall_ms": wall * 1e3,
-        "tok_per_s": rows / wall,
-        "gpu_idle": max(0.0, 1 - device_ms / 1e3 / wall),
-    }
+    found = {"rows": rows, "context": context, "wall_ms": wall * 1e3, "tok_per_s": rows / wall}
+    if seen is None:
+        return {**found, "gpu_idle": max(0.0, 1 - device_ms / 1e3 / wall)}
+    return {**found, "gpu_idle": seen["device_idle"], "launches": seen["launches"], "top_kernels": seen["top"]}
 
 
 def bench_serving(dummy: Dummy, rate: float, seconds: float, prompt: int, output: int, running: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 SECTIONS = ("kernels", "models", "floors", "llama", "llama-fp8", "qwen", "qwen-fp8", "transformers")
 BATCHES = (1, 8, 32, 128, 256)
+PIECES = [16, 64, 256, 1024, 2048]  # tokens of a prefill step, eagerly and in recorded pieces
 
 
 class Check:
@@ -150,6 +151,11 @@ class Check:
                 print(f"  decode {rows:3}: {rate}, {row['of_floor']:.2f} of floor", flush=True)
             prefill = found["prefill"] = gpu_bench.bench_prefill(dummy, floors, prompt, float8, seconds)
             print(f"  prefill {prompt}: {prefill['tok_per_s']:.0f} tok/s, {prefill['of_matmul_rate']:.2f} of matmul")
+            if serve:
+                found["pieces"] = gpu_bench.bench_pieces(dummy, [16, 40] if self.tiny else PIECES, seconds / 2)
+                for row in found["pieces"]:
+                    ran = row["refused"] if row["pieces_ms"] is None else f"{row['pieces_ms']:.2f} ms"
+                    print(f"  prefill {row['tokens']:4}: eager {row['eager_ms']:.2f} ms, in pieces {ran}")
         if serve:
             self._serve(dummy, found, context)
         return found
@@ -261,6 +267,13 @@ def _model_lines(name: str, found: dict[str, Any], baseline: dict[int, Any]) -> 
     prefill = found["prefill"]
     lines += ["", f"Prefill of {prefill['tokens']} tokens: {prefill['tok_per_s']:.0f} tok/s, "]
     lines[-1] += f"{prefill['tflops']:.0f} TFLOP/s, {prefill['of_matmul_rate']:.2f} of the matmul rate."
+    if found.get("pieces"):
+        lines += ["", "| prefill tokens | eager ms | in pieces ms | recording s | MiB |"]
+        lines += ["| ---: | ---: | ---: | ---: | ---: |"]
+        for row in found["pieces"]:
+            ran = row.get("refused") or f"{row['pieces_ms']:.2f}"
+            took = f"{row['record_s']:.1f} | {row.get('memory_mib', 0):.0f}"
+            lines.append(f"| {row['tokens']} | {row['eager_ms']:.2f} | {ran} | {took} |")
     if serving := found.get("serving"):
         kept = (
             "rate",

@@ -20,6 +20,7 @@ from phloem.attention.triton import Backend as TritonBackend
 from phloem.core.batch import Batch
 from phloem.engine.decode import DecodeGraphs
 from phloem.engine.inputs import StepInputs, device_inputs
+from phloem.engine.pieces import PieceGraphs
 from phloem.kernels import reference_extra as extra
 from phloem.kernels.graph_cuda import Recorder
 from phloem.kernels.ops import Ops, WeightSource
@@ -156,6 +157,22 @@ class Again:
         result = fn()
         return SimpleNamespace(bytes=0, replay=lambda: result.copy_(fn())), result
 
+    def record_pieces(self, fn: Callable[[Any], tuple[Tensor, ...]]) -> tuple[Any, tuple[Tensor, ...]]:
+        def cut(run: bool) -> Any:
+            def call(between: Callable[[], None], more: bool = True) -> None:
+                if run:
+                    between()
+
+            call.hold = lambda x: x  # type: ignore[attr-defined]
+            return call
+
+        def replay() -> None:
+            for old, new in zip(result, fn(cut(True)), strict=True):
+                old.copy_(new)
+
+        result = fn(cut(False))
+        return SimpleNamespace(bytes=0, replay=replay), result
+
 
 class Dummy:
     """A model with random weights, its backend and its pool."""
@@ -187,10 +204,15 @@ class Dummy:
         for cache in (*self.pool.keys, *self.pool.values):
             cache.normal_()
 
+    def recorder(self) -> Any:
+        return Recorder(self.device) if self.device.type == "cuda" else Again()
+
     def graphs(self, limit: int, context: int) -> DecodeGraphs:
-        recorder = Recorder(self.device) if self.device.type == "cuda" else Again()
         pages = -(-context // self.page_size)
-        return DecodeGraphs(recorder, self.model, self.backend, self.pool, limit, pages)
+        return DecodeGraphs(self.recorder(), self.model, self.backend, self.pool, limit, pages)
+
+    def pieces(self, limit: int) -> PieceGraphs:
+        return PieceGraphs(self.recorder(), self.model, self.backend, self.pool, limit)
 
     def forward(self, inputs: StepInputs) -> Tensor:
         attention = self.backend.begin(inputs.paged, self.pool)
@@ -293,6 +315,8 @@ def check_models(device: torch.device, dtype: torch.dtype, triton_ops: Ops) -> l
             worst = max(errors)
             outcomes.append(Outcome(f"{name}: logits", worst <= limit, worst, limit, time.perf_counter() - begin))
             outcomes.append(_check_graphs(name, ours))
+            deep = Dummy({**config, "num_hidden_layers": 3}, triton_ops, device, dtype, 64)
+            outcomes.append(_check_pieces(name, deep, limit))
     return outcomes
 
 
@@ -312,6 +336,39 @@ def _check_graphs(name: str, ours: Dummy) -> Outcome:
             return Outcome(f"{name}: graph", False, math.inf, 0.0, time.perf_counter() - begin, reason)
         errors.append(distance(replayed, eager))
     return Outcome(f"{name}: graph equals eager", max(errors) <= 1e-3, max(errors), 1e-3, time.perf_counter() - begin)
+
+
+def _check_pieces(name: str, ours: Dummy, limit: float) -> Outcome:
+    """Prefill, chunks and mixed steps at the edges of a bucket (32 tokens), in pieces and eagerly.
+
+    A padded product may add in another order, so the bound is that of the type; and in 16 bits a router may choose
+    another expert for it, so there only full buckets count. All buckets share one memory pool and are recorded before
+    any runs, so that a buffer wrongly shared between them would show.
+    """
+    begin, errors = time.perf_counter(), [0.0]
+    pieces = ours.pieces(48)
+    pieces.graphs.record_all()
+    full_only = "num_experts" in ours.config and ours.dtype != torch.float32
+    for queries, lengths in (
+        ([31], [31]),
+        ([27, 5], [27, 5]),
+        ([1, 1, 31], [38, 6, 40]),
+        ([48], [60]),
+        ([1, 7], [20, 30]),
+        ([32], [32]),
+    ):
+        if full_only and sum(queries) not in pieces.graphs.sizes:
+            continue
+        inputs = ours.inputs(queries, lengths)
+        got = pieces.run(inputs)
+        if got is None:
+            reason = pieces.graphs.refused or "not recorded"
+            return Outcome(f"{name}: pieces", False, math.inf, 0.0, time.perf_counter() - begin, reason)
+        errors.append(distance(got, ours.forward(inputs)))
+    if pieces.run(ours.inputs([49], [49])) is not None:
+        errors.append(math.inf)  # there is no such bucket
+    worst = max(errors)
+    return Outcome(f"{name}: pieces equal eager", worst <= limit, worst, limit, time.perf_counter() - begin)
 
 
 def _same_weights(source: Dummy, target: Dummy) -> None:

@@ -45,10 +45,14 @@ def test_dry_run_measures_and_reports(tmp_path: Path) -> None:
     for name in ("llama", "llama-fp8", "qwen", "qwen-fp8"):
         assert [row["rows"] for row in report[name]["decode"]] == [1, 2]
         assert all(row["floor_ms"] > 0 for row in report[name]["decode"])
+    for name in ("llama", "qwen"):
+        assert [row["tokens"] for row in report[name]["pieces"]] == [16, 40]
+    assert all(row["pieces_ms"] > 0 for row in report["llama"]["pieces"])
     assert report["llama"]["serving"]["failed"] == 0 and report["llama"]["serving"]["output_tok_per_s"] > 0
     assert report["transformers"][0]["rows"] == 2
     page = next(tmp_path.glob("*.md")).read_text()
     assert page.startswith("# Dry run on a CPU: the numbers mean nothing") and "## qwen-fp8" in page
+    assert "| prefill tokens | eager ms | in pieces ms |" in page
 
 
 def test_kernel_checks_notice_errors(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from phloem.attention import AttentionNeed, flash, flashinfer, triton
+from phloem.attention import AttentionNeed, flash, flashinfer, reference, triton
+from phloem.attention import cpu as cpu_attention
 from phloem.core.errors import ConfigError
 from phloem.kernels import reference as ref
 from phloem.kernels.ops import Ops, PagedBatch, Rotation
@@ -128,6 +130,8 @@ def test_flash_wants_hopper_and_16_bits(monkeypatch: pytest.MonkeyPatch) -> None
     backend = flash.Backend(Ops(), [SPEC], GPU, torch.bfloat16)
     assert backend.decline(need()) is None
     assert "float8" in (backend.decline(need(kv_dtype=torch.float8_e4m3fn)) or "")
+    with_sinks = need(specs=[SPEC, replace(SPEC, layer=1, sinks=True)])
+    assert with_sinks.sinks and not need().sinks and backend.decline(with_sinks) == "has no attention sinks"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert "this GPU has 10.0" in (backend.decline(need()) or "")
 
@@ -201,11 +205,53 @@ class FakeWrapper:
         self.batch = PagedBatch(start, lens, table, torch.zeros(0), int(start.diff().max()), int(lens.max()))
 
     def run(
-        self, q: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor], sinks: torch.Tensor | None = None
+        self,
+        q: torch.Tensor,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        sinks: torch.Tensor | None = None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
     ) -> torch.Tensor:
         window = self.common["window_left"] + 1
-        arguments = (self.common["sm_scale"], window, self.common["logits_soft_cap"], sinks)
-        return ref.paged_attention(q, *cache, self.batch, *arguments)
+        scale = self.common["sm_scale"] * (k_scale or 1.0)
+        arguments = (scale, window, self.common["logits_soft_cap"], sinks)
+        return ref.paged_attention(q, *cache, self.batch, *arguments) * (v_scale or 1.0)
+
+
+@pytest.mark.parametrize("queries", [[1, 1, 1], [3, 1, 6]])
+def test_flashinfer_is_told_the_scales_of_a_float8_cache(monkeypatch: pytest.MonkeyPatch, queries: list[int]) -> None:
+    _install(
+        monkeypatch,
+        "flashinfer",
+        BatchDecodeWithPagedKVCacheWrapper=FakeWrapper,
+        BatchPrefillWithPagedKVCacheWrapper=FakeWrapper,
+    )
+    batch, pool, (q, k, v) = _step(queries, [9, 4, 13], SPEC)
+    pools = [
+        KVPool([SPEC], pool.num_pages, 4, torch.float8_e4m3fn, CPU, {0: ([15.0], [30.0])}),
+        KVPool([SPEC], pool.num_pages, 4, torch.float32, CPU),
+    ]
+    for made in pools:
+        by = (15.0, 30.0) if made.scales else (1.0, 1.0)
+        made.keys[0].copy_(pool.keys[0] * 500 / by[0]), made.values[0].copy_(pool.values[0] * 900 / by[1])
+    inputs = (q / 500, k * 500, v * 900)  # far beyond 448
+    got = flashinfer.Backend(Ops(), [SPEC], CPU, torch.float8_e4m3fn).begin(batch, pools[0])(SPEC, *inputs, None)
+    want = reference.Backend(Ops(), [SPEC], CPU, torch.float32).begin(batch, pools[1])(SPEC, *inputs, None)
+    assert (got - want).norm() / want.norm() < 0.1
+
+
+@pytest.mark.usefixtures("gpu")
+def test_who_knows_no_scales_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    _install(monkeypatch, "flashinfer")
+    fp8 = {"kv_dtype": torch.float8_e4m3fn, "kv_scales": 2}
+    per_head = flashinfer.Backend(Ops(), [SPEC], GPU, torch.float8_e4m3fn).decline(need(**fp8))
+    assert "one scale of the KV cache per layer" in (per_head or "")
+    assert triton.Backend(Ops(), [SPEC], GPU, torch.float8_e4m3fn).decline(need(**fp8)) is None
+    invariant = triton.Backend(Ops(name="invariant"), [SPEC], GPU, torch.float8_e4m3fn).decline(need(**fp8))
+    assert "know no scales" in (invariant or "")
+    on_cpu = cpu_attention.Backend(Ops(), [SPEC], CPU, torch.float8_e4m3fn).decline(need(**fp8, device=CPU))
+    assert "float8_e4m3fn" in (on_cpu or "")
 
 
 @pytest.mark.parametrize("queries", [[1, 1, 1], [3, 1, 6]])
@@ -261,5 +307,3 @@ def test_flash_is_told_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(q, turned_q) and _has_written(pool, batch, turned_k)
     want = ref.paged_attention(q, pool.keys[0], pool.values[0], batch, 0.3, 5, 4.0, None)
     torch.testing.assert_close(got, want)
-    with pytest.raises(NotImplementedError, match="sinks"):
-        flash.Backend(Ops(), [spec], CPU, torch.float32).begin(batch, pool)(spec, q, k, v, torch.zeros(4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from phloem.engine.graphs import StepGraphs, bucket_sizes
 from phloem.kernels.graph import RecordError
-from phloem.kernels.graph_cuda import Recorder
+from phloem.kernels.graph_cuda import Recorder, alias
 from phloem.platforms._streams import Streams
 
 
@@ -136,7 +137,10 @@ class FakeCuda:
         return FakeEvent(self)
 
     def CUDAGraph(self) -> FakeGraph:
-        return FakeGraph(lambda: self.log.append("replay"))
+        return FakeCapture(self)
+
+    def empty_cache(self) -> None:
+        self.log.append("empty cache")
 
     def current_stream(self, device: Any = None) -> FakeStream:
         return FakeStream(self, self.stack[-1])
@@ -150,8 +154,10 @@ class FakeCuda:
     @contextlib.contextmanager
     def stream(self, stream: FakeStream) -> Any:
         self.stack.append(stream.name)
-        yield
-        self.stack.pop()
+        try:
+            yield
+        finally:
+            self.stack.pop()
 
     @contextlib.contextmanager
     def graph(self, graph: Any, pool: str, stream: FakeStream, capture_error_mode: str) -> Any:
@@ -164,6 +170,27 @@ class FakeCuda:
         finally:
             self.capturing = False
             self.free -= 64
+
+
+class FakeCapture(FakeGraph):
+    """A graph that is captured without `cuda.graph`."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        super().__init__(lambda: cuda.log.append("replay"))
+        self.cuda = cuda
+
+    def capture_begin(self, pool: str, capture_error_mode: str) -> None:
+        assert not self.cuda.capturing and capture_error_mode == "thread_local"
+        self.cuda.capturing = True
+        self.cuda.log.append(f"begin in {pool} on {self.cuda.stack[-1]}")
+
+    def capture_end(self) -> None:
+        assert self.cuda.capturing
+        self.cuda.capturing = False
+        self.cuda.free -= 64
+        if self.cuda.fail:
+            raise RuntimeError(self.cuda.fail)
+        self.cuda.log.append("end")
 
 
 class FakeStream:
@@ -220,6 +247,70 @@ def test_recorder_works_under_step_graphs() -> None:
     table = StepGraphs(Recorder(torch.device("cpu"), cuda), 4, lambda rows: (rows, lambda: rows), patience=1)
     step = table.get(3)
     assert step is not None and step.replay() == 3 and table.nbytes == 64
+
+
+def in_three(cuda: FakeCuda, cut: Any) -> torch.Tensor:
+    """Two pieces with a call behind each."""
+    cuda.log.append("first")
+    x = torch.arange(6.0).view(2, 3)
+    kept = cut.hold(x[:, 1:])
+    cut(lambda: cuda.log.append(f"call with {kept.shape[1]}"))
+    cuda.log.append("second")
+    cut(lambda: cuda.log.append("last call"), more=False)
+    return x
+
+
+def test_pieces_are_captured_into_one_pool_and_calls_stand_between_them() -> None:
+    cuda = FakeCuda()
+    graph, _ = Recorder(torch.device("cpu"), cuda).record_pieces(lambda cut: in_three(cuda, cut))
+    warm, capture = cuda.log[: cuda.log.index("empty cache")], cuda.log[cuda.log.index("empty cache") + 1 :]
+    assert warm == ["s1 waits for main", "first", "second", "main waits for s1", "sync"]
+    begin = "begin in pool on s1"
+    assert capture == [begin, "first", "end", begin, "second", "end"]  # no call runs, and no empty graph is left
+    assert graph.graphs == 2 and graph.bytes == 128 and not cuda.capturing and cuda.stack == ["main"]
+    cuda.log.clear()
+    graph.replay()
+    assert cuda.log == ["replay", "call with 2", "replay", "last call"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("not permitted\nmore"), KeyError(1)])
+def test_an_error_between_cuts_leaves_no_capture_open(error: Exception) -> None:
+    cuda = FakeCuda()
+
+    def fails(cut: Any) -> None:
+        cut(lambda: None)
+        if cuda.capturing:
+            raise error
+
+    recorder = Recorder(torch.device("cpu"), cuda)
+    expected = RecordError if type(error) is RuntimeError else type(error)
+    with pytest.raises(expected):
+        recorder.record_pieces(fails)
+    assert not cuda.capturing and cuda.stack == ["main"]
+
+
+def test_a_broken_capture_is_refused_with_its_reason() -> None:
+    cuda = FakeCuda("operation not permitted when stream is capturing\nmore")
+    with pytest.raises(RecordError, match=r"cannot be captured: operation not permitted when stream is capturing$"):
+        Recorder(torch.device("cpu"), cuda).record_pieces(lambda cut: in_three(cuda, cut))
+    assert not cuda.capturing and cuda.stack == ["main"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+def test_a_held_tensor_is_the_same_memory_without_owning_it(dtype: torch.dtype) -> None:
+    with torch.inference_mode():
+        qkv = torch.arange(48, dtype=torch.float32).to(dtype).view(4, 12)
+        view = qkv[:, 4:8].unflatten(-1, (2, 2))
+        held = alias(view)
+        assert held.data_ptr() == view.data_ptr() and held.shape == view.shape and held.stride() == view.stride()
+        qkv[1, 4] = 7
+        assert held[1, 0, 0].float() == 7 and torch.equal(held.float(), view.float())
+    owner = torch.zeros(3)
+    died = []
+    weakref.finalize(owner, died.append, True)
+    again = alias(owner)
+    del owner
+    assert died and again.shape == (3,)
 
 
 def streams(cuda: FakeCuda) -> Streams:

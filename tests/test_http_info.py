@@ -93,6 +93,7 @@ def test_server_info(path: str) -> None:
             assert facts["served_model_name"] == MODEL and facts["version"] and facts["decisions"] == []
             (state,) = facts["internal_states"]
             assert {"last_gen_throughput", "memory_usage", "avg_spec_accept_length", "num_running_reqs"} <= set(state)
+            assert state["memory_usage"]["graph"] == 0
             door.engine.die("gone")
             await until(lambda: door.client.dead is not None)
             facts = (await door.http.get(path, headers=key)).json()

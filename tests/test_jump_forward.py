@@ -239,3 +239,13 @@ def test_random_traffic(jumping: Any, stepping: Any, seed: int) -> None:
     for name in driver.finish:
         if name not in aborted:
             assert driver.tokens[name] == alone.tokens[name], name
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_without_memory_change_no_answer(
+    expected: dict[str, list[int]], jumping: Any, overlap: bool, seed: int
+) -> None:
+    rng = random.Random(seed)
+    driver = run(jumping, overlap, starve=lambda batch: batch.num_tokens > 1 and rng.random() < 0.25)
+    assert driver.tokens == expected and driver.runner.starved > 5

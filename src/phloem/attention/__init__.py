@@ -32,6 +32,12 @@ class AttentionNeed:
     kv_dtype: torch.dtype
     device: torch.device
     page_size: int | None = None  # None: the backend's preference
+    kv_scales: int = 0  # numbers in a layer's scale of the KV cache: 1, or one per kv head; 0: no scales
+
+    @property
+    def sinks(self) -> bool:
+        """Whether any layer has attention sinks."""
+        return any(spec.sinks for spec in self.specs)
 
 
 class AttentionBackend(Protocol):

@@ -43,6 +43,8 @@ class Backend:
     def decline(self, need: AttentionNeed) -> str | None:
         if need.device.type != "cpu":
             return f"runs on CPU tensors, not on {need.device.type}"
+        if need.kv_dtype.itemsize == 1 and need.kv_dtype.is_floating_point:
+            return f"keeps no KV cache of type {need.kv_dtype}"
         if not need.kv_dtype.is_floating_point and not self.native:
             return f"the op table {self.ops.name!r} keeps no KV cache of type {need.kv_dtype}"
         return None

@@ -46,6 +46,8 @@ class Backend:
         too_large = max((spec.head_size for spec in need.specs), default=0)
         if too_large > LARGEST_HEAD:
             return f"heads of {too_large} are larger than {LARGEST_HEAD}"
+        if need.sinks:
+            return "has no attention sinks"
         return None
 
     def begin(self, batch: PagedBatch, pool: KVPool) -> Step:
@@ -71,8 +73,7 @@ class Step:
         sinks_H: Tensor | None,
         rotation: Rotation | None = None,
     ) -> Tensor:
-        if sinks_H is not None:
-            raise NotImplementedError("the flash backend has no attention sinks; use --attention-backend triton")
+        assert sinks_H is None, "a layer whose spec says no sinks hands some over"
         keys, values = self.pool.keys[spec.layer], self.pool.values[spec.layer]
         q_THD = store(self.ops, q_THD, k_TKD, v_TKD, rotation, keys, values, self.batch.token_slots)
         return self.attend(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem.attention._store import store
+from phloem.attention.reference import scaled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +40,7 @@ class Backend:
         self.ops = ops
         self.device = device
         self._workspace: Tensor | None = None
+        self._scaled: dict[int, Ops] = {}
         self._wrappers: dict[tuple[Any, ...], Any] = {}
 
     def decline(self, need: AttentionNeed) -> str | None:
@@ -48,6 +50,8 @@ class Backend:
             return "the package flashinfer is not installed"
         if need.kv_dtype not in KV_TYPES:
             return f"keeps no KV cache of type {need.kv_dtype}"
+        if need.kv_scales > 1:
+            return "takes one scale of the KV cache per layer, not one per head"
         odd = sorted({spec.head_size for spec in need.specs} - set(HEAD_SIZES))
         if odd:
             return f"has no kernels for heads of {odd[0]}"
@@ -55,6 +59,14 @@ class Backend:
 
     def begin(self, batch: PagedBatch, pool: KVPool) -> Step:
         return Step(self, batch, pool)
+
+    def writing(self, pool: KVPool, layer: int) -> Ops:
+        """The op table as it writes this layer's keys and values."""
+        if layer not in pool.scales:
+            return self.ops
+        if layer not in self._scaled:
+            self._scaled[layer] = scaled(self.ops, pool.scales[layer], pool.dtype)
+        return self._scaled[layer]
 
     def wrapper(self, decode: bool, key: tuple[Any, ...], grouped: bool) -> Any:
         """One wrapper for each kind of layer: it holds that kind's plan of the step."""
@@ -112,12 +124,16 @@ class Step:
         rotation: Rotation | None = None,
     ) -> Tensor:
         keys, values = self.pool.keys[spec.layer], self.pool.values[spec.layer]
-        q_THD = store(self.backend.ops, q_THD, k_TKD, v_TKD, rotation, keys, values, self.batch.token_slots)
+        ops = self.backend.writing(self.pool, spec.layer)
+        q_THD = store(ops, q_THD, k_TKD, v_TKD, rotation, keys, values, self.batch.token_slots)
         key = (spec.heads, spec.kv_heads, spec.head_size, spec.window, spec.softcap, spec.scale)
         wrapper = self.planned.get(key)
         if wrapper is None:
             wrapper = self.planned[key] = self._plan(spec, key, q_THD.dtype)
-        extra = {} if sinks_H is None else {"sinks": sinks_H.float()}
+        extra: dict[str, Any] = {} if sinks_H is None else {"sinks": sinks_H.float()}
+        scales = self.pool.scales.get(spec.layer)
+        if scales is not None:
+            extra |= {"k_scale": scales.k_values[0], "v_scale": scales.v_values[0]}
         return wrapper.run(q_THD.contiguous(), (keys, values), **extra)
 
     def _plan(self, spec: AttentionSpec, key: tuple[Any, ...], dtype: torch.dtype) -> Any:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from phloem.attention._store import store
 from phloem.kernels import reference as ref
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
     from torch import Tensor
 
     from phloem.attention import AttentionNeed
     from phloem.kernels.ops import Ops, PagedBatch, Rotation
-    from phloem.kvcache.pool import KVPool
+    from phloem.kvcache.pool import KVPool, KVScales
     from phloem.layers.context import AttentionSpec
 
 
@@ -25,6 +26,24 @@ def fitting(ops: Ops, dtype: torch.dtype) -> Ops:
     if ops.kv_dtypes is None or dtype in ops.kv_dtypes:
         return ops
     return replace(ops, write_kv=ref.write_kv, rope_write_kv=None, paged_attention=ref.paged_attention)
+
+
+def scaled(ops: Ops, scales: KVScales | None, dtype: torch.dtype) -> Ops:
+    """The table with a `write_kv` that divides by the scales and cuts off what a float8 cannot hold."""
+    limit = torch.finfo(dtype).max
+
+    def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
+        k_TKD, v_TKD = k_TKD.float(), v_TKD.float()
+        if scales is not None:
+            k_TKD, v_TKD = k_TKD / scales.k[:, None], v_TKD / scales.v[:, None]
+        ops.write_kv(k_TKD.clamp(-limit, limit), v_TKD.clamp(-limit, limit), k_cache, v_cache, slots_T)
+
+    return replace(ops, write_kv=write_kv, rope_write_kv=None)
+
+
+def per_head(scale: Tensor, heads: int) -> Tensor:
+    """[1] or [K] -> [1, 1] or [H, 1]: a kv head's scale for each of its query heads."""
+    return (scale if len(scale) == 1 else scale.repeat_interleave(heads // len(scale)))[:, None]
 
 
 class Backend:
@@ -61,5 +80,15 @@ class TableStep:
         rotation: Rotation | None = None,
     ) -> Tensor:
         keys, values = self.pool.keys[spec.layer], self.pool.values[spec.layer]
-        q_THD = store(self.ops, q_THD, k_TKD, v_TKD, rotation, keys, values, self.batch.token_slots)
-        return self.ops.paged_attention(q_THD, keys, values, self.batch, spec.scale, spec.window, spec.softcap, sinks_H)
+        scales, ops = self.pool.scales.get(spec.layer), self.ops
+        if keys.dtype.itemsize == 1 and keys.dtype.is_floating_point:
+            ops = scaled(ops, scales, keys.dtype)
+        q_THD = store(ops, q_THD, k_TKD, v_TKD, rotation, keys, values, self.batch.token_slots)
+        if scales is not None:
+            # Logits are products of q and k: the keys' scale may stand on the queries.
+            q_THD = (q_THD.float() * per_head(scales.k, spec.heads)).to(q_THD.dtype)
+        args = (self.batch, spec.scale, spec.window, spec.softcap, sinks_H)
+        out_THD = self.ops.paged_attention(q_THD, keys, values, *args)
+        if scales is not None:
+            out_THD = (out_THD.float() * per_head(scales.v, spec.heads)).to(out_THD.dtype)
+        return out_THD

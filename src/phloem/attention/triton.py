@@ -1,13 +1,13 @@
 """Our own Triton kernels: every feature (windows, soft caps, sinks, float8 caches), on any GPU Triton serves.
 
-A float8 cache holds values divided by a scale, per tensor or per kv head; `scales` has those that a checkpoint brings,
-by layer, and a layer without any is stored as it is (the write saturates).
+A float8 cache holds values divided by a scale, per tensor or per kv head (`KVPool.scales`); a layer without any is
+stored as it is (the write saturates).
 """
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 
     from phloem.attention import AttentionNeed
     from phloem.kernels.ops import Ops, PagedBatch, Rotation
-    from phloem.kvcache.pool import KVPool
+    from phloem.kvcache.pool import KVPool, KVScales
     from phloem.layers.context import AttentionSpec
-
-Scales = dict[int, tuple["Tensor", "Tensor"]]
 
 DEVICES = ("cuda", "xpu")
 LARGEST_HEAD = 256  # beyond it a tile does not fit the shared memory
@@ -40,15 +38,16 @@ class Backend:
 
     def __init__(self, ops: Ops, specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype) -> None:
         self.ops = ops
-        self.scales: Scales = {}
         self.invariant = ops.name == "invariant"
-        self._stored: Ops | None = None
+        self._stored: dict[int, Ops] = {}  # by layer; -1: without scales
 
     def decline(self, need: AttentionNeed) -> str | None:
         if need.device.type not in DEVICES:
             return f"runs on GPUs, not on {need.device.type}"
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed"
+        if self.invariant and need.kv_scales:
+            return "its batch-invariant kernels know no scales of the KV cache"
         if need.kv_dtype not in KV_TYPES:
             return f"keeps no KV cache of type {need.kv_dtype}"
         too_large = max((spec.head_size for spec in need.specs), default=0)
@@ -59,11 +58,14 @@ class Backend:
     def begin(self, batch: PagedBatch, pool: KVPool) -> Step:
         from phloem.kernels.triton import attention, invariant, rope
 
-        # The batch-invariant table brings its own order of reduction; it knows no scales and needs none in bf16.
-        kernel = invariant if self.invariant and not self.scales else attention
-        if self._stored is None:
-            self._stored = stored_by(rope, self.ops, None)
-        return Step(self._stored, batch, pool, kernel, rope, self.scales)
+        return Step(self, batch, pool, invariant if self.invariant else attention, rope)
+
+    def writing(self, rope: ModuleType, layer: int, scales: KVScales | None) -> Ops:
+        """The op table as it writes this layer's keys and values."""
+        place = layer if scales is not None else -1
+        if place not in self._stored:
+            self._stored[place] = stored_by(rope, self.ops, (scales.k, scales.v) if scales is not None else None)
+        return self._stored[place]
 
 
 def stored_by(rope: ModuleType, ops: Ops, scales: tuple[Tensor, Tensor] | None) -> Ops:
@@ -76,12 +78,11 @@ def stored_by(rope: ModuleType, ops: Ops, scales: tuple[Tensor, Tensor] | None) 
 class Step:
     """One step's attention."""
 
-    ops: Ops
+    backend: Backend
     batch: PagedBatch
     pool: KVPool
     kernels: ModuleType
     rope: ModuleType
-    scales: Scales = field(default_factory=dict)
 
     def __call__(
         self,
@@ -93,11 +94,11 @@ class Step:
         rotation: Rotation | None = None,
     ) -> Tensor:
         keys, values = self.pool.keys[spec.layer], self.pool.values[spec.layer]
-        scales = self.scales.get(spec.layer)
-        ops = self.ops if scales is None else stored_by(self.rope, self.ops, scales)
+        scales = self.pool.scales.get(spec.layer)
+        ops = self.backend.writing(self.rope, spec.layer, scales)
         q_THD = store(ops, q_THD, k_TKD, v_TKD, rotation, keys, values, self.batch.token_slots)
         arguments = (q_THD, keys, values, self.batch, spec.scale, spec.window, spec.softcap, sinks_H)
         if scales is None:
             return self.kernels.paged_attention(*arguments)
         run = self.kernels.decode_attention if self.batch.max_query_len == 1 else self.kernels.extend_attention
-        return run(*arguments, scales=scales)
+        return run(*arguments, scales=(scales.k, scales.v))

@@ -56,6 +56,8 @@ class Batch:
     admissions: list[Admission] = field(default_factory=list)
     # Row -> prompt token at each new position + 1 (or -1: not wanted), for prompt logprobs. int32 [query_len of row]
     prompt_targets: dict[int, NDArray[np.int32]] = field(default_factory=dict)
+    # Raised by the scheduler when a step failed for lack of memory: no batch of an older epoch counts any more.
+    epoch: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -102,7 +104,12 @@ class Pending(Protocol):
     def done(self) -> bool: ...
 
     def result(self) -> StepOutput:
-        """Wait for the step. Raises what the step raised: then the whole batch has failed."""
+        """Wait for the step. Raises what the step raised: then the whole batch has failed.
+
+        `core.errors.OutOfMemory` alone leaves everything as it was before the step, but for two things: what the rows'
+        new positions hold in the cache, and the slots, all of which the runner has emptied. Batches of the same epoch
+        that were launched behind the step raise it too, unexecuted.
+        """
         ...
 
 

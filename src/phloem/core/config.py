@@ -86,6 +86,9 @@ class RuntimeConfig:
     ops: str | None = opt(None, "Op table: 'reference' forces plain torch; default: the platform's fastest.")
     threads: int | None = opt(None, "Compute threads; default: one per core that the process may use.")
     disable_step_graph: bool = opt(False, "Run every step eagerly, through Python.")
+    disable_piecewise_cuda_graph: bool = opt(False, "Run prefill and mixed steps eagerly; decode steps stay recorded.")
+    piecewise_cuda_graph_max_tokens: int | None = opt(None, "Most tokens of a prefill step in recorded pieces.")
+    record_graphs_before_ready: bool = opt(False, "Record all steps before answering, instead of on first use or idle.")
     check_step_graph: bool = opt(False, "Debug: run recorded and eager steps side by side and compare.")
     debug_invariants: bool = opt(False, "Debug: check the page accounting after every step.")
 
@@ -209,6 +212,7 @@ _POSITIVE = (
     "watchdog_timeout",
     "grammar_timeout",
     "threads",
+    "piecewise_cuda_graph_max_tokens",
     "max_body_bytes",
     "max_prompts_per_request",
 )

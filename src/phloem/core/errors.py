@@ -47,6 +47,17 @@ class QueueFull(PhloemError):
     retryable = True
 
 
+class OutOfMemory(PhloemError):
+    """A step, or one request alone, needs more memory than there is.
+
+    As the answer to a request: 507, because the same request would fail again. As what a launched step raises (see
+    `core.batch.Pending`): nothing of that step counts, and it may be run again in smaller pieces.
+    """
+
+    status = 507
+    kind = "out_of_memory"
+
+
 class EngineDead(PhloemError):
     """The engine process has gone; requests that were in flight are lost."""
 

@@ -111,6 +111,7 @@ class Stats(Message):
     cache_hit_rate: float = 0.0  # cached prompt tokens over prompt tokens, since start
     evicted_tokens: int = 0
     preemptions: int = 0
+    out_of_memory: int = 0  # steps that failed for lack of memory and were run again, since start
     step: int = 0
     outside_forward: float = 0.0  # share of step time outside the model's forward pass, since the last Stats
     grammar_seconds: list[float] = []  # of each grammar that was compiled since the last Stats

@@ -63,6 +63,22 @@ def chunk(requested: int | None, default: int, running: int) -> Decision:
     return Decision("chunked_prefill_size", default, "keeps steps short enough for smooth streaming")
 
 
+PIECEWISE_TOKENS = 2048
+
+
+def piecewise_tokens(refusal: str | None, requested: int | None, chunk: int) -> Decision:
+    """Most tokens of a prefill or mixed step that runs in recorded pieces; "off" with the reason `refusal`."""
+    name = "piecewise_graphs"
+    if refusal is not None:
+        return Decision(name, "off", refusal)
+    if requested is not None and requested <= chunk:
+        return Decision(name, requested, "tokens, as asked; recorded on first use or while idle")
+    if chunk <= (requested or PIECEWISE_TOKENS):
+        return Decision(name, chunk, "tokens: no step has more; recorded on first use or while idle")
+    why = "tokens: a longer step computes longer than it takes to launch; recorded on first use or while idle"
+    return Decision(name, PIECEWISE_TOKENS, why)
+
+
 def mixed_chunk(default: int, chunk: int) -> Decision:
     """Prompt tokens of a step that also decodes."""
     if chunk <= default:
@@ -72,20 +88,44 @@ def mixed_chunk(default: int, chunk: int) -> Decision:
 
 @dataclass(frozen=True)
 class MemoryFacts:
-    """Bytes, on the device of the KV pool, after the weights were loaded."""
+    """Bytes, on the device of the KV pool, after the weights were loaded.
+
+    `activations` is None where the memory is shared with everything else on the machine: nothing is measured there,
+    and the pool is a share of it.
+    """
 
     free: int
     total: int
     weights: int
     bytes_per_token: int
     default_fraction: float
+    activations: int | None = None  # what the largest step held at most, beyond the weights
+    graphs: int = 0  # what step graphs may take
+    reserve: int = 0  # for what no measurement has seen: fragments, libraries, other steps' odd shapes
+    largest_step: str = ""  # what was measured, for people
+
+    @property
+    def rest(self) -> int:
+        """What is left for the pool."""
+        return self.free - (self.activations or 0) - self.graphs - self.reserve
+
+
+GRAPH_SHARE = 32  # a device's memory over this is what step graphs may take
+MOST_GRAPHS = 4 * GIB
+
+
+def graph_budget(total: int) -> int:
+    """Bytes that step graphs may take on a device with `total` bytes of its own."""
+    return min(MOST_GRAPHS, total // GRAPH_SHARE)
 
 
 def pool_tokens(cache: CacheConfig, facts: MemoryFacts, page: int, context: int, running: int) -> Decision:
     """KV pool size in tokens, a multiple of the page size, without the scratch page.
 
+    What the user says wins; else the rest of a device's own memory, or a share of the machine's.
+
     Raises:
-        ConfigError: if not even a few pages fit.
+        ConfigError: if not even a few pages fit, or, where we choose, not one request of the context length.
     """
     if cache.max_total_tokens is not None:
         tokens, reason = cache.max_total_tokens, "as asked"
@@ -99,8 +139,10 @@ def pool_tokens(cache: CacheConfig, facts: MemoryFacts, page: int, context: int,
         tokens, reason = parse_bytes(cache.kv_memory) // facts.bytes_per_token, f"{cache.kv_memory} of KV memory"
         if parse_bytes(cache.kv_memory) > facts.free:
             raise ConfigError(f"kv_memory: {cache.kv_memory} is more than is free", param="kv_memory")
-    else:
+    elif cache.mem_fraction_static is not None or facts.activations is None:
         tokens, reason = _from_fraction(cache.mem_fraction_static, facts, context, running)
+    else:
+        tokens, reason = _from_rest(facts, page, context)
     tokens = tokens // page * page
     if tokens < 2 * page:
         raise ConfigError(
@@ -120,3 +162,40 @@ def _from_fraction(requested: float | None, facts: MemoryFacts, context: int, ru
     if requested is None and tokens > useful:
         return useful, f"{running} running requests of {context} tokens"
     return tokens, f"{fraction:g} of {before / GIB:.1f} GiB, less {facts.weights / GIB:.2f} GiB of weights"
+
+
+def _from_rest(facts: MemoryFacts, page: int, context: int) -> tuple[int, str]:
+    """All that the other parts leave; at least one request of the context length must fit."""
+    # Steps carry cache slots as int32, so the last slot must be one; and page 0 is scratch.
+    tokens = min(facts.rest // facts.bytes_per_token, 2**31 - 1) - page
+    fitting = max(0, tokens // page * page)
+    if fitting < context:
+        needed = -(-context // page) * page * facts.bytes_per_token
+        remedy = f"set context_length to at most {fitting}, " if fitting >= 2 * page else ""
+        raise ConfigError(
+            f"one request of context_length {context} needs {needed / GIB:.2f} GiB of KV memory, "
+            f"{max(0, facts.rest) / GIB:.2f} GiB are left of {facts.total / GIB:.2f} GiB ({_parts(facts)}): {remedy}"
+            "lower chunked_prefill_size or max_running_requests, choose a smaller kv_cache_dtype, "
+            "or say what the pool gets with kv_memory",
+            param="context_length",
+        )
+    return tokens, "what weights, activations, graphs and the reserve leave"
+
+
+def _parts(facts: MemoryFacts) -> str:
+    parts = [f"weights {facts.weights / GIB:.2f} GiB"]
+    if facts.activations is not None:
+        parts.append(f"activations {facts.activations / GIB:.2f} GiB ({facts.largest_step})")
+        parts.append(f"graphs up to {facts.graphs / GIB:.2f} GiB")
+        parts.append(f"reserve {facts.reserve / GIB:.2f} GiB")
+    return ", ".join(parts)
+
+
+def memory_parts(facts: MemoryFacts, tokens: int) -> Decision:
+    """Where the memory goes, each part named; `tokens` is the pool's size."""
+    pool = tokens * facts.bytes_per_token
+    text = f"{_parts(facts)}, KV {pool / GIB:.2f} GiB ({tokens} tokens of {facts.bytes_per_token} bytes)"
+    if facts.activations is None:
+        left = max(0, facts.free - pool)
+        text += f"; activations, not measured, come from the other {left / GIB:.2f} GiB that are free"
+    return Decision("memory", f"{facts.total / GIB:.1f} GiB", text)

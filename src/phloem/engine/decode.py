@@ -42,7 +42,10 @@ def run_forward(
 
 
 class DecodeGraphs:
-    """Recorded decode steps of one runner, used by its thread alone. `check`: compare each with an eager step."""
+    """Recorded decode steps of one runner, used by its thread alone.
+
+    `check`: compare each with an eager step. `budget`: bytes that they may take.
+    """
 
     def __init__(
         self,
@@ -53,12 +56,13 @@ class DecodeGraphs:
         limit: int,
         max_pages: int,
         check: bool = False,
+        budget: int | None = None,
     ) -> None:
         self._model, self._backend, self._pool = model, backend, pool
         self._max_pages = max_pages
         self._check = check
         self._host: dict[int, HostBuffers] = {}
-        self.graphs: StepGraphs[StepInputs, Tensor] = StepGraphs(recorder, limit, self._build)
+        self.graphs: StepGraphs[StepInputs, Tensor] = StepGraphs(recorder, limit, self._build, budget=budget)
 
     def run(
         self,

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from phloem.engine.memory import is_out_of_memory
 from phloem.kernels.graph import RecordError
 from phloem.utils import log
 
@@ -64,6 +65,7 @@ class StepGraphs(Generic[I, O]):
         patience: record a bucket when it has been wanted this many times.
         budget: bytes that all graphs together may take; None for no bound.
         sizes: the buckets; default `bucket_sizes(limit)`.
+        unit: what a bucket counts.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class StepGraphs(Generic[I, O]):
         patience: int = 2,
         budget: int | None = None,
         sizes: list[int] | None = None,
+        unit: str = "rows",
     ) -> None:
         self.sizes = sizes if sizes is not None else bucket_sizes(limit)
         self.refused: str | None = None  # why nothing more is recorded
@@ -82,6 +85,7 @@ class StepGraphs(Generic[I, O]):
         self._build = build
         self._patience = patience
         self._budget = budget
+        self._unit = unit
         self._steps: dict[int, RecordedStep[I, O]] = {}
         self._wanted: Counter[int] = Counter()
 
@@ -127,7 +131,8 @@ class StepGraphs(Generic[I, O]):
 
     @property
     def nbytes(self) -> int:
-        return sum(step.graph.bytes for step in self._steps.values())
+        # A copy: another thread may ask while this one records.
+        return sum(step.graph.bytes for step in list(self._steps.values()))
 
     def describe(self) -> str:
         """How many graphs there are and what they take, for people."""
@@ -148,12 +153,12 @@ class StepGraphs(Generic[I, O]):
         except RecordError as error:
             return self._refuse(str(error))
         except Exception as error:
-            # torch.OutOfMemoryError and MemoryError: the eager path needs less at a time and may still serve.
-            if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
+            # The eager path needs less at a time and may still serve.
+            if not is_out_of_memory(error):
                 raise
-            return self._refuse(f"out of memory at {size} rows")
+            return self._refuse(f"out of memory at {size} {self._unit}")
         step = self._steps[size] = RecordedStep(size, inputs, outputs, graph)
-        _log.debug("recorded the step of %d rows (%.1f MiB)", size, graph.bytes / 2**20)
+        _log.debug("recorded the step of %d %s (%.1f MiB)", size, self._unit, graph.bytes / 2**20)
         return step
 
     def _refuse(self, reason: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from phloem.engine.memory import is_out_of_memory
 from phloem.utils import log
 
 if TYPE_CHECKING:
@@ -54,6 +55,13 @@ class Masks:
             self._ops.mask_tokens_(logits_LV, rows.to(self._device), mask.to(self._device))
         return {self._rows[place]: reason for place, reason in failed.items()}
 
+    def drop(self) -> None:
+        """The step that began last ends here: whoever fills its masks is waited for."""
+        if self._started is not None:
+            self._started.exception()
+            self._started = None
+        self._rows = []
+
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
@@ -75,6 +83,8 @@ class Masks:
                 row[:] = 0
                 row[: len(mask_W)] = mask_W[: len(row)]
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 _log.warning("request %s: no mask: %s", slot.request_id, error)
                 failed[place] = f"{type(error).__name__}: {error}"
         return failed

@@ -5,28 +5,34 @@ Legend: R rows, T packed new tokens, L positions whose logits are wanted, V voca
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from phloem.core.batch import PositionLogprobs, StepOutput
+from phloem.core.errors import OutOfMemory
 from phloem.engine.decode import DecodeGraphs, run_forward
 from phloem.engine.flight import Flight, Here, Pipeline, plain_up
 from phloem.engine.inputs import device_inputs, prompt_rows
 from phloem.engine.logprobs import position_logprobs
 from phloem.engine.masks import Masks
+from phloem.engine.memory import first_line, is_out_of_memory
 from phloem.engine.sampler import sample
 from phloem.engine.slots import Slot, Slots
 from phloem.utils import log
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from phloem.attention import AttentionBackend
     from phloem.core.batch import Batch
+    from phloem.engine.pieces import PieceGraphs
     from phloem.kernels.ops import Ops
     from phloem.kvcache.pool import KVPool
     from phloem.models import Model
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
 
 _log = log.get("engine.runner")
 
+T = TypeVar("T")
 Index = np.ndarray[Any, np.dtype[np.int64]]
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -75,7 +82,10 @@ class Launched:
 
 
 class ModelRunner:
-    """One model on one device, with its KV pool (`core.batch.Runner`)."""
+    """One model on one device, with its KV pool (`core.batch.Runner`).
+
+    `give_back` frees what the device's allocator keeps without using it, after a step ran out of memory.
+    """
 
     def __init__(
         self,
@@ -86,6 +96,8 @@ class ModelRunner:
         max_slots: int,
         graphs: DecodeGraphs | None = None,
         streams: Streams | None = None,
+        give_back: Callable[[], None] | None = None,
+        pieces: PieceGraphs | None = None,
     ) -> None:
         self.model = model
         self.pool = pool
@@ -95,10 +107,13 @@ class ModelRunner:
         self._backend = backend
         self._ops = ops
         self._graphs = graphs
+        self._give_back = give_back
+        self._closed_epoch = -1  # batches up to this one's epoch were launched before a failure was known
+        self._pieces = pieces
         self._up = streams.up if streams is not None else plain_up(pool.device)
         self._down = streams.down if streams is not None else Here
         # On a CPU a recording costs as much as a step, and would take the cores of whatever else runs here.
-        idle = graphs.graphs.idle if graphs is not None and streams is not None else None
+        idle = self._record_idle if (graphs or pieces) is not None and streams is not None else None
         self._pipeline = Pipeline(self._begin, self._needs_values, idle)
         self._slots = Slots(max_slots, model.vocab_size, pool.device)
         self._masks = Masks(max_slots, model.vocab_size, pool.device, ops)
@@ -122,6 +137,24 @@ class ModelRunner:
         """perf_counter at which the oldest step in progress began; 0 when idle."""
         return self._pipeline.busy_since
 
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that recorded steps take."""
+        return sum(table.nbytes for table in (self._graphs and self._graphs.graphs, self._pieces) if table is not None)
+
+    def drop_graphs(self) -> None:
+        """Forget recorded steps because weights moved in memory. Between steps, with none launched."""
+        if self._graphs is not None:
+            self._graphs.graphs.drop()
+        if self._pieces is not None:
+            self._pieces.drop()
+
+    def _record_idle(self) -> bool:
+        """Record one more step; decode steps first. False when there is nothing to record."""
+        if self._graphs is not None and self._graphs.graphs.idle():
+            return True
+        return self._pieces is not None and self._pieces.graphs.idle()
+
     def _work(self) -> None:
         with torch.inference_mode():
             self._pipeline.run(self._queue)
@@ -131,7 +164,34 @@ class ModelRunner:
         return any(slot not in fresh and self._slots[slot].follows for slot in batch.slots.tolist())
 
     def _begin(self, batch: Batch) -> Flight:
-        """Give a step to the device; what it gives is read when the flight lands."""
+        """Give a step to the device; what it gives is read when the flight lands.
+
+        Raises:
+            OutOfMemory: for this step, and for those of its epoch behind it.
+        """
+        if batch.epoch <= self._closed_epoch:
+            raise OutOfMemory("launched behind a step that ran out of memory")
+        flight = self._saved(batch.epoch, lambda: self._start(batch))
+        return Flight(lambda: self._saved(batch.epoch, flight.land), flight.ready)
+
+    def _saved(self, epoch: int, work: Callable[[], T]) -> T:
+        """Do a part of a step; when there is no memory for it, forget the step, and free what can be freed."""
+        try:
+            return work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            why = first_line(error)
+        # Only here, where the error and the tensors that its frames hold have gone, can they be given back.
+        self._closed_epoch = epoch
+        self._masks.drop()
+        self._slots.clear()
+        gc.collect(1)  # the young objects only: all of them take half a second
+        if self._give_back is not None:
+            self._give_back()
+        raise OutOfMemory(why)
+
+    def _start(self, batch: Batch) -> Flight:
         start = perf_counter()
         for admission in batch.admissions:
             self._slots.admit(admission)
@@ -169,13 +229,18 @@ class ModelRunner:
         return Flight(land, coming.done if coming is not None else lambda: True)
 
     def _forward(self, batch: Batch) -> Tensor:
-        """Hidden states of the wanted positions: by a recorded step where one serves, else eagerly."""
+        """Hidden states of the wanted positions: by a recorded step or its pieces where they serve, else eagerly."""
         last_tokens = self._slots.last_tokens
         if self._graphs is not None and batch.is_decode and not batch.prompt_targets:
             hidden_RN = self._graphs.run(batch, last_tokens, self._up)
             if hidden_RN is not None:
                 return hidden_RN
         inputs = device_inputs(batch, self.page_size, last_tokens, self._up)
+        # A decode step without a graph of its own will have one soon, unless none are made.
+        if self._pieces is not None and (self._graphs is None or not batch.is_decode):
+            hidden_LN = self._pieces.run(inputs)
+            if hidden_LN is not None:
+                return hidden_LN
         return run_forward(self.model, self._backend, self.pool, inputs, inputs.logit_index)
 
     def _sample(
@@ -221,6 +286,8 @@ class ModelRunner:
             try:
                 _adjust_row_(slot, int(known[i]) - slot.num_prompt, logits_LV[i])
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 _log.exception("request %s: its logits could not be prepared", slot.request_id)
                 output.failed[int(rows[i])] = f"{type(error).__name__}: {error}"
         for i, reason in self._masks.apply_(slots, logits_LV).items():
@@ -230,6 +297,8 @@ class ModelRunner:
                 try:
                     slot.process_(logits_LV[i])
                 except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
                     _log.warning("request %s: a logit processor failed: %s", slot.request_id, error)
                     output.failed[int(rows[i])] = f"{type(error).__name__}: {error}"
 

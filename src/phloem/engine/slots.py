@@ -106,6 +106,10 @@ class Slots:
         )
         self.argmax_only[admission.slot] = params.greedy and found.plain and not found.return_logprob
 
+    def clear(self) -> None:
+        """Forget every request; each must be admitted again before its next row."""
+        self._slots = [None] * len(self._slots)
+
     def __getitem__(self, slot: int) -> Slot:
         found = self._slots[slot]
         if found is None:

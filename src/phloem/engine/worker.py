@@ -14,17 +14,22 @@ from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.core import resolve
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
-from phloem.engine.decode import DecodeGraphs
+from phloem.engine import recording
 from phloem.engine.runner import ModelRunner
+from phloem.engine.sizing import Need, size_pool
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
 from phloem.utils import log
 from phloem.utils.cores import available_cores
+from phloem.utils.kv_scheme import FP8
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from phloem.core.config import Config
     from phloem.kernels.ops import Ops
     from phloem.models import Model
+    from phloem.models._scales import LayerScales
     from phloem.platforms import Platform
     from phloem.utils.checkpoint import Checkpoint
 
@@ -84,32 +89,39 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     phase.end("weights")
 
     kv_dtype = _kv_dtype(config, dtype)
-    backend = _backend(config, model, platform, ops, kv_dtype, decisions)
+    scales = _kv_scales(config, checkpoint, model, kv_dtype, decisions)
+    backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
     page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
     schedule = config.schedule
     asked, usual = schedule.max_running_requests, platform.default_running_requests
     running = _take(decisions, resolve.running_requests(asked, usual, platform.name))
     chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
     mixed = _take(decisions, resolve.mixed_chunk(platform.default_mixed_chunk, chunk))
-    facts = resolve.MemoryFacts(
-        *platform.memory(),
-        weights=min(model.weight_bytes, free),
-        bytes_per_token=KVPool.bytes_per_token(model.attention_specs, kv_dtype),
-        default_fraction=platform.default_memory_fraction,
-    )
-    tokens = _take(decisions, resolve.pool_tokens(config.cache, facts, page, context, running))
-    pool = KVPool(model.attention_specs, tokens // page + 1, page, kv_dtype, platform.device)
-    graphs = _graphs(config, model, backend, pool, ops, running, -(-min(context, tokens) // page) + 1, decisions)
-    runner = ModelRunner(model, backend, pool, ops, max_slots=running, graphs=graphs, streams=platform.streams)
+    recorded = ops.recorder is not None and not config.runtime.disable_step_graph
+    need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales)
+    sizing = size_pool(config.cache, platform, need, min(model.weight_bytes, free))
+    decisions += sizing.decisions
+    pool = KVPool(model.attention_specs, sizing.tokens // page + 1, page, kv_dtype, platform.device, scales)
+    place = recording.Place(model, backend, pool, ops, platform.memory()[0], sizing.graph_bytes)
+    pages = -(-min(context, sizing.tokens) // page) + 1
+    graphs, pieces = recording.choose(config.runtime, place, running, pages, chunk, decisions)
     phase.end("memory")
+    if config.runtime.record_graphs_before_ready:
+        recording.record_all(graphs, pieces, decisions)
+        phase.end("graphs")
+    streams, give_back = platform.streams, platform.empty_cache
+    runner = ModelRunner(
+        model, backend, pool, ops, running, graphs, streams=streams, give_back=give_back, pieces=pieces
+    )
     info = {
         "weight_bytes": model.weight_bytes,
-        "kv_bytes_per_token": facts.bytes_per_token,
+        "kv_bytes_per_token": sizing.facts.bytes_per_token,
         "kv_cache_dtype": str(kv_dtype).removeprefix("torch."),
         "dtype": str(dtype).removeprefix("torch."),
         "device": platform.name,
     }
-    return Built(runner, context, running, chunk, mixed, min(chunk, platform.worthwhile_chunk), tokens, decisions, info)
+    worthwhile = min(chunk, platform.worthwhile_chunk)
+    return Built(runner, context, running, chunk, mixed, worthwhile, sizing.tokens, decisions, info)
 
 
 def _backend(
@@ -118,41 +130,18 @@ def _backend(
     platform: Platform,
     ops: Ops,
     kv_dtype: torch.dtype,
+    scales: Mapping[int, LayerScales],
     decisions: list[Decision],
 ) -> AttentionBackend:
     """The attention backend: the named one, or the platform's first that accepts."""
-    need = AttentionNeed(model.attention_specs, kv_dtype, platform.device, config.cache.page_size)
+    width = max((len(k) for k, _ in scales.values()), default=0)
+    need = AttentionNeed(model.attention_specs, kv_dtype, platform.device, config.cache.page_size, width)
     known = attention.BACKENDS.names()
     names = [name for name in platform.attention_backends() if name in known]
     choice = attention.choose(names, need, ops, named=config.runtime.attention_backend)
     why = "; ".join([choice.reason, *(f"not {name}: {reason}" for name, reason in choice.declined.items())])
     decisions.append(Decision("attention_backend", choice.backend.name, why))
     return choice.backend
-
-
-def _graphs(
-    config: Config,
-    model: Model,
-    backend: AttentionBackend,
-    pool: KVPool,
-    ops: Ops,
-    limit: int,
-    max_pages: int,
-    decisions: list[Decision],
-) -> DecodeGraphs | None:
-    """Recorded decode steps, where the op table can record; made on first use, never before the server is ready."""
-    if config.runtime.disable_step_graph:
-        decisions.append(Decision("step_graphs", "off", "as asked"))
-        return None
-    if ops.recorder is None:
-        decisions.append(Decision("step_graphs", "off", f"the op table {ops.name!r} cannot record"))
-        return None
-    if not getattr(backend, "recordable", True):
-        why = f"the attention backend {backend.name!r} plans each step on the host"
-        decisions.append(Decision("step_graphs", "off", why))
-        return None
-    decisions.append(Decision("step_graphs", "on", "recorded on first use"))
-    return DecodeGraphs(ops.recorder(), model, backend, pool, limit, max_pages, check=config.runtime.check_step_graph)
 
 
 def _take(decisions: list[Decision], decision: Decision) -> Any:
@@ -188,6 +177,38 @@ def _kv_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
             f"kv_cache_dtype: {name!r} is not one of auto, {', '.join(_KV_DTYPES)}", param="kv_cache_dtype"
         )
     return _KV_DTYPES[name]
+
+
+def _kv_scales(
+    config: Config, checkpoint: Checkpoint, model: Model, kv_dtype: torch.dtype, decisions: list[Decision]
+) -> dict[int, LayerScales]:
+    """The checkpoint's scales where the KV cache is float8; layers without any keep their values as they are."""
+    name, asked = str(kv_dtype).removeprefix("torch."), config.cache.kv_cache_dtype
+    if asked != FP8:
+        why = "the type of the model" if asked == "auto" else "as asked"
+        if checkpoint.kv_scheme == FP8:
+            why += f"; the checkpoint brings scales for {FP8}, which --kv-cache-dtype {FP8} uses"
+        decisions.append(Decision("kv_cache_dtype", name, why))
+        return {}
+    layers = len(model.attention_specs)
+    other = checkpoint.kv_scheme not in (None, FP8)
+    scales = {} if other else models.kv_scales(model, checkpoint)
+    if other:
+        _log.warning(
+            "the checkpoint's scales are for a KV cache of type %s: not used for %s", checkpoint.kv_scheme, FP8
+        )
+    if len(scales) < layers:
+        _log.warning(
+            "KV cache in %s: no k_scale and v_scale for %d of %d layers, 1.0 stands in for them: keys and values "
+            "beyond %g are cut off",
+            *(FP8, layers - len(scales), layers, torch.finfo(kv_dtype).max),
+        )
+    if kv_dtype == torch.float8_e4m3fnuz:
+        # Scales are made for a largest value of 448; this type ends at 240.
+        scales = {layer: (tuple(x * 2 for x in k), tuple(x * 2 for x in v)) for layer, (k, v) in scales.items()}
+    why = f"as asked; scales from the checkpoint for {len(scales)} of {layers} layers"
+    decisions.append(Decision("kv_cache_dtype", name, why))
+    return scales
 
 
 def _progress(name: str) -> Callable[[str, float], None]:

@@ -3,11 +3,13 @@
 While `record` runs its function once, every op of the table is kept with its arguments, over buffers that stay where
 they are. `replay` runs them again: what the step reads that changes (ids, positions, lengths, pages) the caller copies
 into the same input tensors first, and the results are in the tensors that `record` returned.
+
+A step that cannot be recorded whole is recorded in pieces: between them stand calls that run eagerly in every replay.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -37,6 +39,45 @@ class GraphRecorder(Protocol):
     def record(self, fn: Callable[[], T]) -> tuple[StepGraph, T]:
         """Run `fn` once, recorded, and give the graph with what `fn` returned. Raises `RecordError`."""
         ...
+
+
+class Cut(Protocol):
+    """Given to a function that is recorded in pieces."""
+
+    def __call__(self, call: Callable[[], None], more: bool = True) -> None:
+        """End the piece here. `call` runs at this place in every replay, but not now. `more`: a piece follows."""
+        ...
+
+    def hold(self, x: Tensor) -> Tensor:
+        """The same memory for use inside a `call`, where `x` itself would keep later pieces from using it again.
+
+        Its values stand between the piece before the call and the piece after it, no longer.
+        """
+        ...
+
+
+@runtime_checkable
+class PieceRecorder(Protocol):
+    """A recorder that can cut a step into pieces. Graphs of pieces and whole steps share the recorder's memory pool."""
+
+    def record(self, fn: Callable[[], T]) -> tuple[StepGraph, T]: ...
+
+    def record_pieces(self, fn: Callable[[Cut], T]) -> tuple[StepGraph, T]:
+        """As `record`, ending a piece wherever `fn` calls what it is given. Raises `RecordError`."""
+        ...
+
+
+class Pieces:
+    """Graphs and eager calls in turn, as one `StepGraph`. `graphs`: how many of the parts are graphs."""
+
+    def __init__(self, parts: list[Callable[[], None]], graphs: int, taken: int) -> None:
+        self.parts = parts
+        self.graphs = graphs
+        self.bytes = taken
+
+    def replay(self) -> None:
+        for part in self.parts:
+            part()
 
 
 def check_replay(graph: StepGraph, recorded: Sequence[Tensor], eager: Callable[[], Sequence[Tensor]]) -> None:

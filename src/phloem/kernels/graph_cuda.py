@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from phloem.kernels.graph import RecordError
+from phloem.kernels.graph import Pieces, RecordError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
+
+    from phloem.kernels.graph import Cut
+
 T = TypeVar("T")
+
+# Other threads may use the device during a capture (a copy's event, say): only the capturing thread's calls are judged.
+ERROR_MODE = "thread_local"
 
 
 class CapturedGraph:
@@ -47,19 +55,117 @@ class Recorder:
             RecordError: if `fn` does what a capture cannot hold, such as waiting for a value.
         """
         cuda = self._cuda
+        self._warm_up(fn)
+        before = cuda.mem_get_info(self.device)[0]
+        graph = cuda.CUDAGraph()
+        try:
+            # The outer context restores the stream: torch's own does not where the capture ends in an error.
+            with (
+                cuda.stream(cuda.current_stream(self.device)),
+                cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=ERROR_MODE),
+            ):
+                result = fn()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise _not_captured(error) from error
+        return CapturedGraph(graph, max(0, before - cuda.mem_get_info(self.device)[0])), result
+
+    def record_pieces(self, fn: Callable[[Cut], T]) -> tuple[Pieces, T]:
+        """As `record`, in pieces; the eager calls between them are not run here, neither to warm up nor to capture.
+
+        Raises:
+            RecordError: as `record`.
+        """
+        cuda = self._cuda
+        self._warm_up(lambda: fn(_NoCut()))
+        # Freed once for all pieces, so that the pool finds room.
+        cuda.empty_cache()
+        before = cuda.mem_get_info(self.device)[0]
+        cut = _Capture(cuda, self._pool)
+        with cuda.stream(self._stream):
+            try:
+                cut.begin()
+                result = fn(cut)
+                cut.end()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise _not_captured(error) from error
+            finally:
+                cut.abandon()
+        taken = max(0, before - cuda.mem_get_info(self.device)[0])
+        return Pieces(cut.parts, cut.graphs, taken), result
+
+    def _warm_up(self, fn: Callable[[], Any]) -> None:
+        cuda = self._cuda
         self._stream.wait_stream(cuda.current_stream(self.device))
         with cuda.stream(self._stream):
             fn()
         cuda.current_stream(self.device).wait_stream(self._stream)
         cuda.synchronize(self.device)
-        before = cuda.mem_get_info(self.device)[0]
-        graph = cuda.CUDAGraph()
-        try:
-            # Other threads may use the device meanwhile (a copy's event, say): only this thread's calls are judged.
-            with cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                result = fn()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise RecordError(f"the step cannot be captured: {str(error).splitlines()[0]}") from error
-        return CapturedGraph(graph, max(0, before - cuda.mem_get_info(self.device)[0])), result
+
+
+class _NoCut:
+    """While warming up: the calls are left out, their results are whatever their buffers hold."""
+
+    def __call__(self, call: Callable[[], None], more: bool = True) -> None: ...
+
+    def hold(self, x: Tensor) -> Tensor:
+        return x
+
+
+class _Capture:
+    """Captures one piece after the other into a pool, on the current stream."""
+
+    def __init__(self, cuda: Any, pool: Any) -> None:
+        self.parts: list[Callable[[], None]] = []
+        self.graphs = 0
+        self._cuda = cuda
+        self._pool = pool
+        self._open: Any = None
+
+    def begin(self) -> None:
+        graph = self._cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode=ERROR_MODE)
+        self._open = graph
+
+    def end(self) -> None:
+        graph, self._open = self._open, None
+        if graph is not None:
+            graph.capture_end()
+            self.parts.append(graph.replay)
+            self.graphs += 1
+
+    def abandon(self) -> None:
+        """After an error: a capture left open would make every later call of this thread part of it."""
+        graph, self._open = self._open, None
+        if graph is not None:
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+
+    def __call__(self, call: Callable[[], None], more: bool = True) -> None:
+        self.end()
+        self.parts.append(call)
+        if more:
+            self.begin()
+
+    def hold(self, x: Tensor) -> Tensor:
+        return alias(x)
+
+
+def alias(x: Tensor) -> Tensor:
+    """A view of x's memory that does not own it: when x dies, the allocator may give the memory out again.
+
+    Of use for memory of a graph's pool alone, which stays reserved as long as the graph lives.
+    """
+    make = getattr(torch._C, "_construct_storage_from_data_pointer", None)
+    if make is None:  # no public function does this; without it each layer's buffers stay apart
+        return x
+    storage = x.untyped_storage()
+    unowned = make(storage.data_ptr(), x.device, storage.nbytes())
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(unowned, x.storage_offset(), x.shape, x.stride())
+
+
+def _not_captured(error: RuntimeError) -> RecordError:
+    return RecordError(f"the step cannot be captured: {str(error).splitlines()[0]}")

@@ -18,6 +18,8 @@ the lock on `node`; `table[shared:held]` are its own.
                          (where the tree has an equal page already, the own copy is freed)  held  ->  free
     at the end  release  commits what is known and computed, unlocks, frees the rest        held  ->  free
     eviction    reserve  takes the pages of unlocked leaves                                 tree  ->  free
+    a step that did not happen (no memory for it)
+                roll_back  takes back what entered the tree since its launch                tree  ->  held or free
 
 The runner executes steps in launch order, as a device stream does. Therefore pages change owner on the *launch* of
 their last user, not on its end: a later launch that writes them runs after every earlier one that reads them; and a
@@ -28,6 +30,7 @@ page that a launched step will fill may be matched by the next plan already.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +39,7 @@ from phloem.kvcache.allocator import PageAllocator
 from phloem.kvcache.radix import NO_PAGES, Found, Node, RadixCache
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -54,6 +57,15 @@ class Lease:
         self.node = _DETACHED
         self.shared = 0
         self.held = 0
+
+
+@dataclass(slots=True)
+class Given:
+    """Pages that a lease held just before a commit: `pages[i]` was its page number `start + i`."""
+
+    lease: Lease
+    start: int
+    pages: NDArray[np.int32]
 
 
 class CacheManager:
@@ -162,6 +174,44 @@ class CacheManager:
         lease.table[: lease.held] = 0
         lease.held = lease.shared = 0
         lease.node = _DETACHED
+
+    def mark(self) -> int:
+        """A moment to which `roll_back` can return. Taken before the commits of a launched step."""
+        return self.tree.mark()
+
+    def roll_back(self, mark: int, leases: Sequence[tuple[Lease, int]], given: Sequence[Given]) -> None:
+        """Take everything out of the tree that entered it after the mark: its content was never computed.
+
+        Args:
+            mark: from `mark`.
+            leases: every lease there is, with the number of leading pages that it may share with the tree afterwards.
+            given: what leases held before each commit since the mark, in order. A lease gets its own pages back where
+                they are still there; at the first one that is not, it ends (`Lease.held` says where).
+        """
+        moved: list[tuple[Lease, int]] = []
+        for lease, limit in leases:
+            node, depth = self.tree.ancestor_before(lease.node, mark, limit)
+            if node is not lease.node:
+                moved.append((lease, lease.shared))
+                self.tree.lock(node)
+                self.tree.unlock(lease.node)
+                lease.node, lease.shared = node, depth
+        dropped = set(self.tree.forget_since(mark).tolist())
+        for lease, was in moved:
+            mine = {item.start + i: page for item in given if item.lease is lease for i, page in enumerate(item.pages)}
+            at = lease.shared
+            while at < was and (page := int(mine.get(at, 0))) in dropped:
+                dropped.remove(page)
+                lease.table[at] = page
+                at += 1
+            self._held += at - lease.shared
+            if at < was:
+                own = lease.table[was : lease.held].copy()
+                self._held -= len(own)
+                self.allocator.free(own)
+                lease.table[at : lease.held] = 0
+                lease.held = at
+        self.allocator.free(np.array(sorted(dropped), dtype=np.int32))
 
     def reset(self, leases: Iterable[Lease] = ()) -> None:
         """Forget every page and every lease (pass those in use: they are emptied)."""

@@ -15,7 +15,7 @@ import torch
 from phloem.utils import memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -36,8 +36,24 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(memory.zeros(math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)
 
 
+class KVScales:
+    """What one layer's cached keys and values stand for: the number stored times this one.
+
+    One number each, or one per kv head; as float32 tensors on the device, `[1]` or `[K]`, and as numbers.
+    """
+
+    def __init__(self, k: Sequence[float], v: Sequence[float], device: torch.device) -> None:
+        if len(k) != len(v):
+            raise ValueError(f"{len(k)} scales for keys, {len(v)} for values")
+        self.k_values, self.v_values = tuple(k), tuple(v)
+        self.k = torch.tensor(self.k_values, dtype=torch.float32, device=device)
+        self.v = torch.tensor(self.v_values, dtype=torch.float32, device=device)
+
+
 class KVPool:
     """`keys[layer]` and `values[layer]`: `[pages, K, S, D]`; with int8, D + 4 (the values, then their scale).
+
+    `scales[layer]`, where there are any: what a backend divides by when it writes, and multiplies with when it reads.
 
     Starts as zeros, because a gathered page may be read where it is masked, and 0 times NaN is NaN.
     """
@@ -49,6 +65,7 @@ class KVPool:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        scales: Mapping[int, tuple[Sequence[float], Sequence[float]]] | None = None,
     ) -> None:
         if num_pages < 2 or page_size < 1:
             raise ValueError(f"a pool needs 2 pages of 1 token at least, not {num_pages} of {page_size}")
@@ -56,6 +73,7 @@ class KVPool:
             raise ValueError(f"attention layers must be numbered 0 to {len(specs) - 1}")
         self.num_pages, self.page_size = num_pages, page_size
         self.dtype, self.device = dtype, device
+        self.scales = {layer: KVScales(k, v, device) for layer, (k, v) in (scales or {}).items()}
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for spec in sorted(specs, key=lambda spec: spec.layer):

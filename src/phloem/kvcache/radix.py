@@ -247,6 +247,33 @@ class RadixCache:
             node = parent
         return np.concatenate(freed) if freed else NO_PAGES
 
+    def mark(self) -> int:
+        """A moment, for `ancestor_before` and `forget_since`."""
+        return self._clock
+
+    def ancestor_before(self, node: Node, mark: int, limit: int) -> tuple[Node, int]:
+        """The deepest node on the path to `node`, itself included, that is older than the mark and ends within `limit`
+        pages; else the root. With the number of pages up to its end.
+        """
+        depth, at = 0, node
+        while at.parent is not None:
+            depth += len(at.pages)
+            at = at.parent
+        while node.parent is not None and (node.created > mark or depth > limit):
+            depth -= len(node.pages)
+            node = node.parent
+        return node, depth
+
+    def forget_since(self, mark: int) -> NDArray[np.int32]:
+        """Drop every node that was added after the mark; none may be locked. Gives the pages."""
+        fresh = [node for node in self.nodes() if node.created > mark]
+        freed: list[NDArray[np.int32]] = []
+        for node in reversed(fresh):  # nothing old hangs below something new: children come first here
+            if node.lock or node.children:
+                raise AssertionError(f"node {node.uid} is in use and cannot be forgotten")
+            freed.append(self._shorten(node, len(node.pages)))
+        return np.concatenate(freed) if freed else NO_PAGES
+
     def clear(self) -> None:
         """Forget everything, locks included: for a reset in which no request holds anything any more."""
         for node in list(self.nodes()):

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """One attention layer's constants. `window` 0 is full attention; `softcap` 0 is none."""
+    """One attention layer's constants. `window` 0 is full attention; `softcap` 0 is none.
+
+    `sinks`: the layer hands one logit per head to attention, which takes part in the softmax and adds nothing.
+    """
 
     layer: int  # index into the KV pool
     heads: int
@@ -27,6 +30,7 @@ class AttentionSpec:
     scale: float
     window: int = 0
     softcap: float = 0.0
+    sinks: bool = False
 
 
 class AttentionStep(Protocol):

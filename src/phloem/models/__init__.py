@@ -6,7 +6,7 @@ A family's file has `build(config, ctx, max_positions) -> Model`. Importing this
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from phloem.utils.registry import Registry
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
+    from phloem.models._scales import LayerScales
     from phloem.utils.checkpoint import Checkpoint
 
 FAMILIES = Registry("phloem.models", "model type")
@@ -48,6 +49,28 @@ class Model(Protocol):
     def weight_names(self) -> list[str]: ...
 
     def get_weight(self, name: str) -> Tensor: ...
+
+
+@runtime_checkable
+class CutModel(Protocol):
+    """A model whose forward pass is `finish(*trunk(step), step.logit_index)`, so that the part whose rows differ from
+    step to step, behind the last layer's attention, stands alone."""
+
+    def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """(The last attention's output [T, features], residual [T, hidden_size])."""
+        ...
+
+    def finish(self, out: Tensor, residual_TN: Tensor, keep_L: Tensor | None, /) -> Tensor:
+        """Hidden states [L, hidden_size] of the rows `keep_L` (None: all), final norm applied."""
+        ...
+
+
+def kv_scales(model: Model, checkpoint: Checkpoint) -> dict[int, LayerScales]:
+    """The checkpoint's scales for a float8 KV cache, by layer. Raises ModelLoadError for one that cannot be."""
+    from phloem.models._scales import read_kv_scales
+
+    heads = {spec.layer: spec.kv_heads for spec in model.attention_specs}
+    return read_kv_scales(checkpoint, heads, getattr(model, "checkpoint_name", lambda name: name))
 
 
 def load_model(

@@ -109,7 +109,6 @@ class DecoderLayer(Layer):
         self, ctx: BuildContext, config: DecoderConfig, spec: AttentionSpec, rope: Rope, experts: ExpertsConfig | None
     ) -> None:
         size, eps, shift = config.hidden_size, config.eps, config.norm_shift
-        self.ops = ctx.ops
         self.input_norm = RMSNorm(ctx.child("input_layernorm"), size, eps, shift)
         self.attention = SelfAttention(
             ctx.child("self_attn"),
@@ -132,17 +131,19 @@ class DecoderLayer(Layer):
         else:
             self.mlp = GatedMLP(ctx.child("mlp"), size, config.inner_size, config.activation, bias=config.mlp_bias)
 
-    def __call__(
-        self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch, keep_L: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """With `keep_L`, only these rows go on after attention: the rest of the last layer is wanted for no other."""
+    def __call__(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
+        return self.feed(*self.attend(x_TN, residual_TN, step))
+
+    def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """Up to and with attention: (its output [T, heads * head_size], residual)."""
         if residual_TN is None:
             normed, residual_TN = self.input_norm(x_TN), x_TN
         else:
             normed, residual_TN = self.input_norm.add(x_TN, residual_TN)
-        out = self.attention.attend(normed, step)
-        if keep_L is not None:
-            out, residual_TN = self.ops.select_rows(out, keep_L), self.ops.select_rows(residual_TN, keep_L)
+        return self.attention.attend(normed, step), residual_TN
+
+    def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor]:
+        """From attention's output on, row by row."""
         out = self.attention.out(out)
         if self.attention_norm is not None:
             out = self.attention_norm(out)
@@ -158,6 +159,7 @@ class Decoder(Layer):
 
     def __init__(self, ctx: BuildContext, config: DecoderConfig, max_positions: int) -> None:
         self.config = config
+        self.ops = ctx.ops
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         scale = config.scale or config.head_size**-0.5
         self.attention_specs = [
@@ -191,11 +193,20 @@ class Decoder(Layer):
 
     def forward(self, step: ForwardBatch) -> Tensor:
         """Hidden states [L, hidden_size] of the rows `step.logit_index`, final norm applied; `head` takes them."""
+        return self.finish(*self.trunk(step), step.logit_index)
+
+    def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """Up to and with the last layer's attention: (its output [T, heads * head_size], residual [T, N])."""
         x_TN, residual_TN = self.embed(step.input_ids), None
-        last = len(self.layers) - 1
-        for number, layer in enumerate(self.layers):
-            x_TN, residual_TN = layer(x_TN, residual_TN, step, step.logit_index if number == last else None)
-        assert residual_TN is not None
+        for layer in self.layers[:-1]:
+            x_TN, residual_TN = layer(x_TN, residual_TN, step)
+        return self.layers[-1].attend(x_TN, residual_TN, step)
+
+    def finish(self, out: Tensor, residual_TN: Tensor, keep_L: Tensor | None) -> Tensor:
+        """What `forward` gives, from what `trunk` gave, for the rows `keep_L` alone (None: all)."""
+        if keep_L is not None:
+            out, residual_TN = self.ops.select_rows(out, keep_L), self.ops.select_rows(residual_TN, keep_L)
+        x_TN, residual_TN = self.layers[-1].feed(out, residual_TN)
         return self.norm.add(x_TN, residual_TN)[0]
 
     def greedy(self, hidden_LD: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from phloem.core.errors import ModelLoadError
+from phloem.models._scales import scale_of
 from phloem.quant import METHODS
 
 if TYPE_CHECKING:
@@ -244,8 +245,11 @@ class WeightIndex:
         return list(self.slots)
 
     def ignores(self, name: str) -> bool:
-        """Tensors that checkpoints carry and nobody needs: rotation tables, and a second copy of a tied embedding."""
-        return name.endswith(("rotary_emb.inv_freq", "attn.masked_bias")) or name == "lm_head.weight"
+        """Tensors that checkpoints carry and no layer needs: rotation tables, a second copy of a tied embedding, and
+        scales of the KV cache, which are read where the cache is made.
+        """
+        known = name.endswith(("rotary_emb.inv_freq", "attn.masked_bias")) or name == "lm_head.weight"
+        return known or scale_of(name) is not None
 
     @property
     def nbytes(self) -> int:

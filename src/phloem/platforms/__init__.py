@@ -12,6 +12,8 @@ from phloem.core.resolve import Decision
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from phloem.kernels.ops import Ops
@@ -38,6 +40,21 @@ class Platform(Protocol):
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes of the device."""
+        ...
+
+    def reserve(self) -> int:
+        """Bytes of the device's memory that are left alone, where `measure` measures."""
+        ...
+
+    def measure(self, work: Callable[[], None]) -> int | None:
+        """Run `work`; bytes of the device's own memory that it took at most beyond what was taken before.
+
+        None, without a run, where the memory is shared with everything else on the machine.
+        """
+        ...
+
+    def empty_cache(self) -> None:
+        """Give back what the allocator keeps without using it, so that it can be cut anew."""
         ...
 
     def table(self, requested: str | None) -> tuple[Ops, str]:

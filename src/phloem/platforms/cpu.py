@@ -13,6 +13,7 @@ from phloem.utils import machine
 from phloem.utils.cores import available_cores
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
 
@@ -37,6 +38,15 @@ class Platform:
 
     def memory(self) -> tuple[int, int]:
         return machine.memory()
+
+    def reserve(self) -> int:
+        return 0
+
+    def measure(self, work: Callable[[], None]) -> None:
+        """Nothing: other programs share this memory, and take and give back while we look."""
+
+    def empty_cache(self) -> None:
+        """Nothing: the system's allocator keeps little, and gives out again what it keeps."""
 
     def table(self, requested: str | None) -> tuple[Ops, str]:
         if requested == "reference":

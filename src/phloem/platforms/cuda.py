@@ -11,11 +11,16 @@ import torch
 
 from phloem.core.errors import ConfigError
 from phloem.kernels.ops import Ops
+from phloem.platforms._measure import peak_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from phloem.kernels.graph import GraphRecorder
     from phloem.platforms._streams import Streams
 
+LEAST_RESERVE = 512 * 2**20  # bytes: libraries make workspaces when a shape first asks for them
+RESERVE_SHARE = 32  # of the device's memory
 TABLES = ("triton", "invariant", "reference")
 
 
@@ -72,6 +77,15 @@ class Platform:
         free, total = torch.cuda.mem_get_info(self.device)
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return free + unused, total
+
+    def reserve(self) -> int:
+        return max(LEAST_RESERVE, self.memory()[1] // RESERVE_SHARE)
+
+    def measure(self, work: Callable[[], None]) -> int:
+        return peak_of(torch.cuda, self.device, work)
+
+    def empty_cache(self) -> None:
+        torch.cuda.empty_cache()
 
     def table(self, requested: str | None) -> tuple[Ops, str]:
         ops, why = triton_table(requested)

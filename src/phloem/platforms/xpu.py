@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from phloem.kernels.ops import Ops
-from phloem.platforms.cuda import triton_table
+from phloem.platforms._measure import peak_of
+from phloem.platforms.cuda import LEAST_RESERVE, RESERVE_SHARE, triton_table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def is_available() -> tuple[bool, str]:
@@ -30,6 +36,15 @@ class Platform:
     def memory(self) -> tuple[int, int]:
         free, total = torch.xpu.mem_get_info(self.device)
         return free, total
+
+    def reserve(self) -> int:
+        return max(LEAST_RESERVE, self.memory()[1] // RESERVE_SHARE)
+
+    def measure(self, work: Callable[[], None]) -> int:
+        return peak_of(torch.xpu, self.device, work)
+
+    def empty_cache(self) -> None:
+        torch.xpu.empty_cache()
 
     def table(self, requested: str | None) -> tuple[Ops, str]:
         return triton_table(requested)

@@ -19,6 +19,7 @@ class Meter:
 
     def __init__(self, now: float) -> None:
         self.steps = 0
+        self.out_of_memory = 0  # steps that failed for lack of memory
         self.busy_total = 0.0  # seconds, since start
         self.forward_total = 0.0
         self.last_throughput = 0.0
@@ -70,6 +71,7 @@ class Meter:
             cache_hit_rate=planner.cached_tokens / planner.prompt_tokens if planner.prompt_tokens else 0.0,
             evicted_tokens=cache.evicted_pages * size,
             preemptions=planner.preemptions,
+            out_of_memory=self.out_of_memory,
             step=self.steps,
             outside_forward=outside,
         )

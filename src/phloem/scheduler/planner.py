@@ -20,6 +20,8 @@ import numpy as np
 
 from phloem.core.batch import FROM_DEVICE, Admission, Batch
 from phloem.core.request import RequestStatus
+from phloem.kvcache.manager import Given
+from phloem.scheduler.recovery import Throttle
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,6 +75,8 @@ class Plan:
     rows: list[Request]
     prefills: list[Request]  # the rows after the decodes
     scored: set[int] = field(default_factory=set)  # rows that end a request without sampling
+    mark: int = 0  # of the cache, at launch
+    given: list[Given] = field(default_factory=list)  # pages that the launch gave to the tree
 
 
 @dataclass(slots=True)
@@ -101,6 +105,8 @@ class Planner:
         self.cache = cache
         self.policy = policy
         self.pace = pace
+        self.throttle = Throttle.of(max(pace.budget, slots.count))
+        self.epoch = 0
         self.eos_ids = eos_ids
         self.headroom = Headroom()
         self.refused: list[Refusal] = []
@@ -112,15 +118,19 @@ class Planner:
     def next_batch(self) -> Plan | None:
         """The next step's work, or None. Takes pages and slots, but `computed` advances only in `advance`."""
         slots, preemptions, pace = self.slots, self.preemptions, self.pace
+        most = self.throttle.budget
         active = slots.active()
         decodes, chunks = _NOTHING, []
-        budget = pace.budget
+        budget = min(pace.budget, most)
         if len(active):
             todo = slots.length[active] - slots.computed[active]
-            decodes = self._cover_decodes(active[todo == 1])
+            decodes = active[todo == 1]
+            if len(decodes) > most:  # while memory is short: the others sit out with their pages
+                decodes = self._first(decodes, most)
+            decodes = self._cover_decodes(decodes)
             if len(decodes):
                 # With every slot decoding there must be a token for each, or the last ones would starve.
-                budget = min(max(pace.budget - len(decodes), 0), pace.mixed)
+                budget = min(max(budget - len(decodes), 0), pace.mixed)
             if (todo > 1).any():
                 kept = budget // KEPT if len(self.queue) and slots.num_free else 0
                 chunks = self._continue_prefills(active[todo > 1], budget - kept)
@@ -142,6 +152,7 @@ class Planner:
         """The plan's batch is launched: requests advance, and whole pages of known tokens enter the tree."""
         slots, batch = self.slots, plan.batch
         at = batch.slots
+        plan.mark = self.cache.mark()
         slots.computed[at] += batch.query_lens
         slots.length[at] += batch.sample
         slots.next_token[at[batch.sample]] = FROM_DEVICE
@@ -159,9 +170,20 @@ class Planner:
         for request in plan.prefills:
             computed = int(slots.computed[request.slot])
             request.targets_from = max(request.targets_from, computed + 1)
-            assert request.lease is not None
+            lease = request.lease
+            assert lease is not None
+            plan.given.append(Given(lease, lease.shared, lease.table[lease.shared : lease.held].copy()))
             try:
-                self.cache.commit(request.lease, request.known, computed)
+                self.cache.commit(lease, request.known, computed)
+            except Exception as error:
+                self._failed(request, error)
+
+    def undone(self) -> None:
+        """Launched steps were undone and the runner has forgotten its slots: who runs is admitted once more."""
+        self.epoch += 1
+        for request in self.slots.running():
+            try:
+                self.slots.readmit[request.slot] = self._admission(request, request.known)
             except Exception as error:
                 self._failed(request, error)
 
@@ -201,6 +223,11 @@ class Planner:
             decodes, needy = decodes[decodes != victim.slot], needy[needy != victim.slot]
             self._evict_request(victim)
         return decodes
+
+    def _first(self, slots: NDArray[np.int32], count: int) -> NDArray[np.int32]:
+        """The `count` slots whose requests come first."""
+        order = sorted(slots.tolist(), key=lambda slot: _place(self.slots.at(slot)))
+        return np.array(sorted(order[:count]), dtype=np.int32)
 
     def _continue_prefills(self, prefills: NDArray[np.int32], budget: int) -> list[tuple[Request, int]]:
         chunks: list[tuple[Request, int]] = []
@@ -398,6 +425,9 @@ class Planner:
             if request.wants_prompt and start + count >= request.targets_from and start + 1 < request.num_prompt:
                 targets[row] = _targets(request, start, count)
         pages = -(-int(ends.max()) // slots.page_size)
+        if slots.readmit:
+            again = [slots.readmit.pop(slot) for slot in at.tolist() if slot in slots.readmit]
+            admissions = again + admissions
         batch = Batch(
             step=self._step,
             slots=at,
@@ -407,6 +437,7 @@ class Planner:
             page_table=slots.tables[at, :pages],
             sample=(ends == slots.length[at]) & slots.samples[at],
             admissions=admissions,
+            epoch=self.epoch,
             prompt_targets=targets,
         )
         return Plan(batch, rows, prefills)

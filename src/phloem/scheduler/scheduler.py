@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from phloem.core.errors import BadRequest, PhloemError
+from phloem.core.errors import BadRequest, OutOfMemory, PhloemError
 from phloem.core.messages import Abort, Control, FromEngine, Submit, ToEngine
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.scheduler.control import ABORTED, Controls
 from phloem.scheduler.metrics import Meter
 from phloem.scheduler.planner import Pace, Plan, Planner
 from phloem.scheduler.policies import POLICIES, WaitingQueue
+from phloem.scheduler.recovery import roll_back
 from phloem.scheduler.results import Results
 from phloem.scheduler.state import Prepared, Request, Slots
 
@@ -119,6 +120,7 @@ class Scheduler:
         self._eos = frozenset(settings.eos_ids)
         self._sequence = 0
         self._step_began = 0.0
+        self._cornered: Request | None = None  # failed with one token, alone, in the step before
 
     # state
 
@@ -166,6 +168,9 @@ class Scheduler:
             "output_tokens": self.results.output_tokens,
             "jumped_tokens": self.results.jumped_tokens,
             "preemptions": self.planner.preemptions,
+            "out_of_memory": self.meter.out_of_memory,
+            "step_tokens": self.planner.throttle.budget,
+            "graph_bytes": getattr(self.runner, "graph_bytes", 0),  # not every runner records steps
             "max_running_requests": self.slots.count,
             "schedule_policy": self._policy.name,
         }
@@ -368,24 +373,49 @@ class Scheduler:
     def _commit(self, launched: Launched) -> None:
         try:
             output: StepOutput = launched.pending.result()
+        except OutOfMemory as error:
+            self._run_again(launched, error)
+            return
         except Exception as error:
             log.exception("step %d failed", launched.plan.batch.step)
             self._start_over(launched.plan.rows, error)
             return
         self._step_began = self.clock()
         self.meter.step_done(output)
+        self.planner.throttle.passed()
+        self._cornered = None
         self.results.commit(launched.plan, output)
+
+    def _run_again(self, failed: Launched, error: OutOfMemory) -> None:
+        """A step did not fit into memory: it and those behind it never happened; the next ones are smaller.
+
+        A request that does not fit alone, with a single token, twice in a row, ends.
+        """
+        batch, alone = failed.plan.batch, None
+        self.meter.out_of_memory += 1
+        roll_back(self.slots, self.cache, [failed.plan, *self._drop_inflight()])
+        self.planner.throttle.failed(batch.num_tokens)
+        self.planner.undone()
+        self._step_began = self.clock()
+        size = f"step {batch.step} ({batch.num_rows} rows, {batch.num_tokens} tokens)"
+        if batch.num_tokens == 1:
+            alone = failed.plan.rows[0]
+        if alone is None or alone is not self._cornered:
+            most = self.planner.throttle.budget
+            log.warning("out of memory in %s: %s; run again with at most %d tokens", size, error.message, most)
+            self._cornered = alone
+            return
+        log.error("out of memory in %s: %s; no smaller step is possible", size, error.message)
+        if not alone.finished:
+            message = f"out of memory: not even a step of this request alone, with one token, fits ({error.message})"
+            self.results.fail(alone, message, error.status)
 
     def _start_over(self, victims: list[Request], error: Exception) -> None:
         """A whole step failed: its requests end, and as no KV can be trusted, all others are computed again."""
-        for launched in self.inflight:
-            try:
-                launched.pending.result()
-            except Exception:
-                log.exception("step %d, launched after a failed one, failed too", launched.plan.batch.step)
-            for request in launched.plan.rows:
+        for plan in self._drop_inflight():
+            for request in plan.rows:
                 request.forget_inflight()
-        self.inflight.clear()
+        self.planner.epoch += 1
         victims = [request for request in victims if not request.finished]
         running = self.slots.running()
         leases = [request.lease for request in running if request.lease is not None]
@@ -398,6 +428,20 @@ class Scheduler:
         self.cache.reset(leases)
         for request in victims:
             self.results.fail(request, f"the step failed: {type(error).__name__}: {error}", 500)
+
+    def _drop_inflight(self) -> list[Plan]:
+        """Wait for the steps that were launched behind a failed one; what they give is not looked at."""
+        plans: list[Plan] = []
+        for launched in self.inflight:
+            try:
+                launched.pending.result()
+            except OutOfMemory:
+                pass  # refused by the runner
+            except Exception:
+                log.exception("step %d, launched after a failed one, failed too", launched.plan.batch.step)
+            plans.append(launched.plan)
+        self.inflight.clear()
+        return plans
 
     def _poll_drain(self) -> None:
         if self._drain_until is None:

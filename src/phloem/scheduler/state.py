@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from phloem.core.batch import Admission
     from phloem.core.errors import PhloemError
     from phloem.kvcache.manager import Lease
 
@@ -185,6 +186,7 @@ class Slots:
         self.covered = np.zeros(count, dtype=np.int32)  # positions that the lease has pages for
         self.next_token = np.full(count, FROM_DEVICE, dtype=np.int32)
         self.samples = np.zeros(count, dtype=np.bool_)
+        self.readmit: dict[int, Admission] = {}  # active slots that the runner must be told of again
         self._free = list(range(count - 1, -1, -1))
         self._active: dict[int, Request] = {}
         self._held: set[int] = set()  # active, but not to be launched before their last token is known
@@ -264,9 +266,26 @@ class Slots:
         self.next_token[slot] = request.known[-1]
         self.resume(slot)
 
+    def restore(self, request: Request, computed: int) -> None:
+        """Nothing of the request is in flight any more, and of its tokens `computed` have KV, or less: see its lease.
+
+        Its known tokens are the prompt and the output so far; it may be launched again.
+        """
+        slot, lease = request.slot, request.lease
+        assert lease is not None
+        request.known = request.all_known()
+        self.computed[slot] = max(lease.shared * self.page_size, min(computed, lease.held * self.page_size))
+        self.length[slot] = len(request.known)
+        self.covered[slot] = lease.held * self.page_size
+        self.next_token[slot] = request.known[-1]
+        self._held.discard(slot)
+        self._active.setdefault(slot, request)
+        self._active_array = None
+
     def leave(self, request: Request) -> None:
         slot = request.slot
         self.retire(slot)
+        self.readmit.pop(slot, None)
         self.requests[slot] = None
         self._free.append(slot)
         request.slot, request.lease = -1, None

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Protocol
 
-from phloem.core.errors import BadRequest, PhloemError, QueueFull
+from phloem.core.errors import BadRequest, OutOfMemory, PhloemError, QueueFull
 from phloem.core.messages import Chunk, Logprobs
 from phloem.core.request import FinishReason
 
@@ -187,7 +187,7 @@ def _raise_refusal(finish: FinishReason | None) -> None:
     if finish is None or finish.type != "abort" or finish.status_code is None:
         return
     message = finish.message or "the engine refused the request"
-    kind = {400: BadRequest, 503: QueueFull}.get(finish.status_code, PhloemError)
+    kind = {400: BadRequest, 503: QueueFull, 507: OutOfMemory}.get(finish.status_code, PhloemError)
     error = kind(message)
     error.status = finish.status_code
     raise error

@@ -67,6 +67,7 @@ class Metrics:
             ("num_requests", "Finished requests.", counters.requests),
             ("num_aborted_requests", "Requests that clients ended or left.", counters.aborted),
             ("num_preemptions", "Requests that lost their pages and were computed again.", stats.preemptions),
+            ("num_out_of_memory", "Steps that failed for lack of memory and ran again, smaller.", stats.out_of_memory),
         ):
             family = CounterMetricFamily(prefix + name, text, labels=["model_name"])
             family.add_metric(self.labels, value)

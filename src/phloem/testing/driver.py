@@ -27,6 +27,8 @@ from phloem.testing.fake_runner import FIRST_TOKEN, FakeRunner, oracle
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from phloem.core.batch import Batch
+
 EOS = 2
 
 
@@ -58,10 +60,11 @@ class Driver:
         eviction: str = "lru",
         prepare: Callable[..., Any] | None = None,
         fail_row: Callable[[str, int], str | None] | None = None,
+        starve: Callable[[Batch], bool] | None = None,
         **settings: Any,
     ) -> None:
         self.clock = ManualClock()
-        self.runner = FakeRunner(num_pages, page_size, max_slots, fail_row=fail_row)
+        self.runner = FakeRunner(num_pages, page_size, max_slots, fail_row=fail_row, starve=starve)
         self.cache = CacheManager(num_pages, page_size, cache, eviction)
         values: dict[str, Any] = {
             "max_running_requests": max_slots,

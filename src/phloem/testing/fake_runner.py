@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phloem.core.batch import FROM_DEVICE, Admission, Batch, PositionLogprobs, StepOutput
+from phloem.core.errors import OutOfMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,6 +81,7 @@ class FakeRunner:
     force: request id -> {position: token sampled there}, for end-of-sequence where a test wants it.
     fail_row(request_id, position): a message fails that row alone. `fail_steps`: step numbers whose `result` raises;
     `fail_launches`: step numbers whose `launch` raises. `delay`: seconds that a step takes.
+    starve(batch): whether there is no memory for that step. It runs all the same and then loses what it wrote.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class FakeRunner:
         delay: float = 0.0,
         force: dict[str, dict[int, int]] | None = None,
         fail_row: Callable[[str, int], str | None] | None = None,
+        starve: Callable[[Batch], bool] | None = None,
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
@@ -99,6 +102,8 @@ class FakeRunner:
         self.delay = delay
         self.force = force or {}
         self.fail_row = fail_row
+        self.starve = starve
+        self.starved = 0  # steps
         self.fail_steps: set[int] = set()
         self.fail_launches: set[int] = set()
         self.store = np.full((num_pages, page_size), GARBAGE, dtype=np.int32)
@@ -108,6 +113,7 @@ class FakeRunner:
         self.closed = False
         self._slots: dict[int, _Slot] = {}
         self._busy_until = 0.0
+        self._closed_epoch = -1
 
     @property
     def computed_tokens(self) -> int:
@@ -117,11 +123,15 @@ class FakeRunner:
         if batch.step in self.fail_launches:
             raise RuntimeError(f"injected: launch of step {batch.step}")
         self._check_shape(batch)
+        if batch.epoch <= self._closed_epoch:
+            return FakePending(OutOfMemory("behind a step that failed"), 0.0, _unchanged(batch))
         for admission in batch.admissions:
             self._slots[admission.slot] = _Slot(admission)
         self.steps += 1
         self.max_tokens = max(self.max_tokens, batch.num_tokens)
         output: StepOutput | Exception = self._run(batch)
+        if self.starve is not None and self.starve(batch):
+            output = self._out_of_memory(batch)
         if batch.step in self.fail_steps:
             output = RuntimeError(f"injected: step {batch.step}")
         self._busy_until = max(self._busy_until, time.monotonic()) + self.delay
@@ -158,6 +168,14 @@ class FakeRunner:
         pages = batch.page_table[row, positions // self.page_size]
         assert (pages >= 1).all() and (pages < self.num_pages).all(), f"row {row} has no page for a new token"
         self.store[pages, positions % self.page_size] = ids
+
+    def _out_of_memory(self, batch: Batch) -> OutOfMemory:
+        for row in range(batch.num_rows):
+            self._write(batch, row, np.full(batch.query_lens[row], GARBAGE, np.int32))
+        self._slots.clear()
+        self._closed_epoch = batch.epoch
+        self.starved += 1
+        return OutOfMemory(f"injected: step {batch.step} of {batch.num_tokens} tokens")
 
     def _row(self, batch: Batch, row: int, state: _Slot, output: StepOutput) -> None:
         admission = state.admission

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from phloem.core.errors import ModelLoadError
 from phloem.utils.gguf_config import translate_metadata
+from phloem.utils.kv_scheme import kv_scheme, only_kv
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Checkpoint:
     name: str  # for humans
     architectures: tuple[str, ...]
     files: tuple[Path, ...] = field(default=())  # the safetensors files, all of them present and well-formed
+    kv_scheme: str | None = None  # the type of KV cache that it brings scales for
 
 
 def describe(
@@ -206,7 +208,12 @@ def _describe_directory(path: Path, name: str, load_format: str) -> Checkpoint:
     _check_numbers(config, config_path)
     if whole.get("quantization_config") and load_format != "dummy":
         method = whole["quantization_config"].get("quant_method", "unknown")
-        raise ModelLoadError(f"{config_path}: quantization_config {method!r} is not supported")
+        if not only_kv(whole["quantization_config"]):
+            raise ModelLoadError(f"{config_path}: quantization_config {method!r} is not supported")
+    modelopt = folder / "hf_quant_config.json"
+    quantization = whole.get("quantization_config")
+    if not quantization and modelopt.exists():
+        quantization = _read_json(modelopt).get("quantization")
     generation_path = folder / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.exists() else {}
     files = () if load_format == "dummy" else tuple(_weight_files(folder))
@@ -222,6 +229,7 @@ def _describe_directory(path: Path, name: str, load_format: str) -> Checkpoint:
         vocab_size=config["vocab_size"],
         tokenizer_path=folder,
         gguf=None,
+        kv_scheme=kv_scheme(quantization),
         name=name,
         architectures=tuple(whole.get("architectures") or ()),
         files=files,

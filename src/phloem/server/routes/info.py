@@ -128,7 +128,11 @@ async def _state(door: Door) -> dict[str, Any]:
             state["stale"] = error.message
     return {
         "last_gen_throughput": state["gen_throughput"],
-        "memory_usage": {"token_capacity": state["total_tokens"], "used_tokens": state["used_tokens"]},
+        "memory_usage": {
+            "token_capacity": state["total_tokens"],
+            "used_tokens": state["used_tokens"],
+            "graph": state.get("graph_bytes", 0) / 2**30,  # GiB
+        },
         "avg_spec_accept_length": None,
         "num_running_reqs": state["running"],
         "num_waiting_reqs": state["waiting"],

@@ -1,0 +1,139 @@
+"""Whether steps are recorded, whole or in pieces, and recording everything before the engine says it is ready."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from phloem.core import resolve
+from phloem.core.resolve import Decision
+from phloem.engine.decode import DecodeGraphs
+from phloem.engine.pieces import PieceGraphs
+from phloem.kernels.graph import PieceRecorder
+from phloem.models import CutModel
+from phloem.utils import log
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from phloem.attention import AttentionBackend
+    from phloem.core.config import RuntimeConfig
+    from phloem.kernels.graph import GraphRecorder
+    from phloem.kernels.ops import Ops
+    from phloem.kvcache.pool import KVPool
+    from phloem.models import Model
+
+_log = log.get("engine.recording")
+
+BUDGET_SHARE = 4  # pieces take up to this part of what is free; eager steps, which are the longest, need the rest
+
+
+@dataclass(frozen=True)
+class Place:
+    """What steps run with. `free`: bytes of device memory left when weights and KV pool are there; `graph_bytes`: how
+    many of them graphs may take (None: nothing was measured, and only pieces have a bound, a part of `free`).
+    """
+
+    model: Model
+    backend: AttentionBackend
+    pool: KVPool
+    ops: Ops
+    free: int
+    graph_bytes: int | None = None
+
+
+def choose(
+    runtime: RuntimeConfig, place: Place, running: int, pages: int, chunk: int, decisions: list[Decision]
+) -> tuple[DecodeGraphs | None, PieceGraphs | None]:
+    """Decode steps as graphs, prefill and mixed steps as pieces, where each can be; in one memory pool.
+
+    `running`: most rows of a decode step; `pages`: most pages of a row; `chunk`: most tokens of a step.
+    """
+    recorder = None if runtime.disable_step_graph or place.ops.recorder is None else place.ops.recorder()
+    decode = _decode(runtime, recorder, place, running, pages, decisions)
+    return decode, _pieces(runtime, recorder, place, chunk, decisions)
+
+
+def _no_recorder(runtime: RuntimeConfig, ops: Ops) -> str:
+    return "as asked" if runtime.disable_step_graph else f"the op table {ops.name!r} cannot record"
+
+
+def _decode(
+    runtime: RuntimeConfig,
+    recorder: GraphRecorder | None,
+    place: Place,
+    running: int,
+    pages: int,
+    decisions: list[Decision],
+) -> DecodeGraphs | None:
+    backend, refusal = place.backend, None
+    if recorder is None:
+        refusal = _no_recorder(runtime, place.ops)
+    elif not getattr(backend, "recordable", True):
+        refusal = f"the attention backend {backend.name!r} plans each step on the host"
+    if refusal is not None:
+        decisions.append(Decision("step_graphs", "off", refusal))
+        return None
+    assert recorder is not None
+    decisions.append(Decision("step_graphs", "on", "recorded on first use"))
+    budget = None if place.graph_bytes is None else place.graph_bytes // 2
+    check = runtime.check_step_graph
+    return DecodeGraphs(recorder, place.model, backend, place.pool, running, pages, check=check, budget=budget)
+
+
+def _pieces(
+    runtime: RuntimeConfig, recorder: GraphRecorder | None, place: Place, chunk: int, decisions: list[Decision]
+) -> PieceGraphs | None:
+    model, refusal = place.model, None
+    if runtime.disable_piecewise_cuda_graph:
+        refusal = "as asked"
+    elif recorder is None:
+        refusal = _no_recorder(runtime, place.ops)
+    elif not isinstance(recorder, PieceRecorder):
+        why = "a prefill here computes far longer than it takes to launch"
+        refusal = f"the op table {place.ops.name!r} records whole decode steps; {why}"
+    elif not isinstance(model, CutModel):
+        refusal = "the model does not say where its last attention ends"
+    decision = resolve.piecewise_tokens(refusal, runtime.piecewise_cuda_graph_max_tokens, chunk)
+    decisions.append(decision)
+    if refusal is not None or not isinstance(recorder, PieceRecorder) or not isinstance(model, CutModel):
+        return None
+    return PieceGraphs(
+        recorder,
+        model,
+        place.backend,
+        place.pool,
+        decision.value,
+        budget=place.free // BUDGET_SHARE if place.graph_bytes is None else place.graph_bytes // 2,
+        check=runtime.check_step_graph,
+    )
+
+
+def record_all(decode: DecodeGraphs | None, pieces: PieceGraphs | None, decisions: list[Decision]) -> None:
+    """Record everything now; the decisions then say what there is, what memory it takes, and how long it took."""
+    for name, table in (("step_graphs", decode), ("piecewise_graphs", pieces)):
+        if table is None:
+            continue
+        start = perf_counter()
+        with torch.inference_mode():
+            table.graphs.record_all(_progress(name, start))
+        number = next(number for number, decision in enumerate(decisions) if decision.name == name)
+        why = f"{table.graphs.describe()}; before ready, as asked, in {perf_counter() - start:.1f} s"
+        decisions[number] = replace(decisions[number], reason=why)
+
+
+def _progress(name: str, start: float) -> Callable[[int, int], None]:
+    """Log how many are recorded, at most every second, and when all are."""
+    last = start
+
+    def note(done: int, total: int) -> None:
+        nonlocal last
+        now = perf_counter()
+        if done == total or now - last > 1:
+            last = now
+            _log.info("recording %s: %d of %d, %.1f s", name, done, total, now - start)
+
+    return note

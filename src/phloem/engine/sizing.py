@@ -1,0 +1,133 @@
+"""How large the KV pool may be: on a device with memory of its own, what the largest step leaves.
+
+That step is run once on dummy inputs, every row on page 0: as many new tokens as a step may have, in as many rows as
+may run, the head and a sampler with all its filters at that many rows; and the same tokens as one row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from phloem.core import resolve
+from phloem.core.batch import Batch
+from phloem.core.errors import ConfigError
+from phloem.core.request import SamplingParams
+from phloem.core.resolve import GIB, Decision, MemoryFacts
+from phloem.engine.decode import run_forward
+from phloem.engine.inputs import device_inputs
+from phloem.engine.logprobs import position_logprobs
+from phloem.engine.memory import first_line, is_out_of_memory
+from phloem.engine.sampler import SamplingRows, sample
+from phloem.kvcache.pool import KVPool
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from phloem.attention import AttentionBackend
+    from phloem.core.config import CacheConfig
+    from phloem.kernels.ops import Ops
+    from phloem.models import Model
+    from phloem.models._scales import LayerScales
+    from phloem.platforms import Platform
+
+
+@dataclass(frozen=True)
+class Need:
+    """What decides how much memory steps take."""
+
+    model: Model
+    backend: AttentionBackend
+    ops: Ops
+    kv_dtype: torch.dtype
+    page_size: int
+    context: int
+    running: int  # rows
+    chunk: int  # tokens of a step
+    graphs: bool  # whether steps may be recorded
+    kv_scales: Mapping[int, LayerScales] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """`graph_bytes` is what step graphs may take; None: no bound."""
+
+    tokens: int
+    facts: MemoryFacts
+    graph_bytes: int | None
+    decisions: tuple[Decision, Decision]
+
+
+def size_pool(cache: CacheConfig, platform: Platform, need: Need, weights: int) -> Sizing:
+    """Measure, and divide the memory. `weights`: their bytes on the device, loaded already.
+
+    Raises:
+        ConfigError: if the largest step, or one request of the context length, does not fit.
+    """
+    step = f"steps of {need.chunk} tokens, {min(need.running, need.chunk)} rows"
+    try:
+        measured = platform.measure(lambda: run_largest_steps(need, platform.device))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        why = first_line(error)
+        free, total = platform.memory()
+        raise ConfigError(
+            f"{step} do not fit beside {weights / GIB:.2f} GiB of weights ({free / GIB:.2f} of {total / GIB:.2f} GiB "
+            f"are free; {why}): lower chunked_prefill_size or max_running_requests",
+            param="chunked_prefill_size",
+        ) from None
+    facts = MemoryFacts(
+        *platform.memory(),
+        weights=weights,
+        bytes_per_token=KVPool.bytes_per_token(need.model.attention_specs, need.kv_dtype),
+        default_fraction=platform.default_memory_fraction,
+    )
+    graph_bytes: int | None = None
+    if measured is not None:
+        graph_bytes = resolve.graph_budget(facts.total) if need.graphs else 0
+        reserve = platform.reserve()
+        facts = replace(facts, activations=measured, graphs=graph_bytes, reserve=reserve, largest_step=step)
+    pool = resolve.pool_tokens(cache, facts, need.page_size, need.context, need.running)
+    return Sizing(pool.value, facts, graph_bytes, (pool, resolve.memory_parts(facts, pool.value)))
+
+
+def step_shapes(chunk: int, running: int, context: int) -> list[list[int]]:
+    """Query lengths of the steps that are run: the tokens spread over all rows, and in one row."""
+    rows = min(running, chunk)
+    spread = [min(context, chunk // rows + (row < chunk % rows)) for row in range(rows)]
+    return [spread, [min(chunk, context)]]
+
+
+def run_largest_steps(need: Need, device: torch.device) -> None:
+    """Run them, with a pool of two pages that is gone afterwards."""
+    with torch.inference_mode():
+        pool = KVPool(need.model.attention_specs, 2, need.page_size, need.kv_dtype, device, need.kv_scales)
+        for lengths in step_shapes(need.chunk, need.running, need.context):
+            _run(need, pool, lengths)
+
+
+def _run(need: Need, pool: KVPool, lengths: list[int]) -> None:
+    rows = len(lengths)
+    query_lens = np.array(lengths, np.int32)
+    batch = Batch(
+        step=0,
+        slots=np.zeros(rows, np.int32),
+        query_lens=query_lens,
+        prefix_lens=np.zeros(rows, np.int32),
+        input_ids=np.zeros(int(query_lens.sum()), np.int32),
+        page_table=np.zeros((rows, -(-max(lengths) // need.page_size)), np.int32),
+        sample=np.ones(rows, np.bool_),
+    )
+    last_tokens = torch.zeros(rows, dtype=torch.int64, device=pool.device)
+    inputs = device_inputs(batch, need.page_size, last_tokens)
+    hidden_RN = run_forward(need.model, need.backend, pool, inputs, inputs.logit_index)
+    logits_RV = need.model.head(hidden_RN)
+    raw_RV = logits_RV.clone()  # what a step keeps beside penalised logits where logprobs are wanted
+    params = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01)
+    columns = SamplingRows.of([params] * rows, [0] * rows, [0] * rows, need.model.vocab_size)
+    tokens_R = sample(logits_RV, columns, need.ops)
+    position_logprobs(raw_RV[:1], tokens_R[:1], 1, (), need.ops)

@@ -1,0 +1,71 @@
+"""Scales of a float8 KV cache that come with a checkpoint.
+
+A cached key is the key divided by its layer's `k_scale`, a value likewise. They are stored beside the attention's
+weights, under the names that compressed-tensors, ModelOpt and vLLM's converters give them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING
+
+from phloem.core.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from phloem.utils.checkpoint import Checkpoint
+
+LayerScales = tuple[tuple[float, ...], tuple[float, ...]]  # of keys, of values: one number, or one per kv head
+
+_NAME = re.compile(
+    r"model\.layers\.(\d+)\.self_attn\."
+    r"(?:(?:attn\.|qkv_proj\.)?(k|v|kv)_scale|k_proj\.(k)_scale|v_proj\.(v)_scale|(k|v)_proj\.output_scale)"
+)
+
+
+def scale_of(name: str) -> tuple[int, str] | None:
+    """(layer, "k", "v" or "kv") of a tensor that is a scale of the KV cache, else None."""
+    match = _NAME.fullmatch(name)
+    return (int(match[1]), next(part for part in match.groups()[1:] if part)) if match else None
+
+
+def read_kv_scales(
+    checkpoint: Checkpoint, kv_heads: dict[int, int], rename: Callable[[str], str | None]
+) -> dict[int, LayerScales]:
+    """Scales by layer; layers without any are left out.
+
+    Args:
+        kv_heads: of each layer.
+        rename: the model's own name of a tensor in a file.
+
+    Raises:
+        ModelLoadError: for a scale that is not a positive number, or of another shape.
+    """
+    if not checkpoint.files:
+        return {}
+    from safetensors import safe_open
+
+    found: dict[tuple[int, str], tuple[float, ...]] = {}
+    for path in checkpoint.files:
+        file = safe_open(str(path), framework="pt", device="cpu")
+        for key in file.keys():  # noqa: SIM118 - not a dict
+            place = scale_of(rename(key) or "")
+            if place is None or place[0] not in kv_heads:
+                continue
+            values = tuple(float(value) for value in file.get_tensor(key).float().reshape(-1).tolist())
+            if len(values) not in (1, kv_heads[place[0]]):
+                raise ModelLoadError(f"{path}: {key} has {len(values)} elements; one, or one per kv head, is known")
+            if not all(math.isfinite(value) and value > 0 for value in values):
+                raise ModelLoadError(f"{path}: {key} is {values}, which no scale can be")
+            found[place] = values
+    scales: dict[int, LayerScales] = {}
+    for layer, heads in kv_heads.items():
+        both = found.get((layer, "kv"))
+        k, v = found.get((layer, "k"), both), found.get((layer, "v"), both)
+        if k is not None or v is not None:
+            k, v = k or (1.0,), v or (1.0,)
+            width = 1 if len(k) == len(v) == 1 else heads
+            scales[layer] = tuple(part if len(part) == width else part * width for part in (k, v))  # pyright: ignore[reportArgumentType]
+    return scales

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from phloem.engine.pieces import PieceGraphs, _Between, token_buckets
 from phloem.engine.runner import ModelRunner
 from phloem.kernels import reference as ref
 from phloem.kernels import reference_extra as extra
-from phloem.kernels.ops import Ops
+from phloem.kernels.ops import Ops, Rotation
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import AttentionSpec, BuildContext
 from phloem.models import load_model
@@ -266,26 +266,20 @@ def test_buckets_are_few_and_grow(limit: int) -> None:
         assert large <= (2 * small if small < 16 else 1.5 * small if small < 256 else 1.125 * small)
 
 
-@dataclass
-class Turn:
-    """As a rotation that attention applies: it names the position of every token."""
-
-    positions: torch.Tensor
-
-
 def test_attention_gets_the_true_tokens_alone() -> None:
     between, seen = _Between(8), list[Any]()
 
-    def step(spec: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: Any, *rotation: Any) -> torch.Tensor:
-        seen.append([q.shape, k.shape, v.shape, sinks, *(turn.positions.tolist() for turn in rotation)])
+    def step(spec: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: Any, turn: Any = None) -> Any:
+        seen.append([q.shape, k.shape, v.shape, sinks, turn and turn.positions.tolist()])
         return q + 1
 
     q, kv, sinks, spec = torch.ones(8, 2, 4), torch.ones(8, 1, 4), torch.ones(2), AttentionSpec(0, 2, 1, 4, 1.0)
     between.begin(step, 3)
-    out = between(spec, q, kv, kv, sinks, Turn(torch.arange(8)))
+    out = between(spec, q, kv, kv, sinks, Rotation(torch.arange(8), torch.ones(9, 2, 2), False))
     assert out.shape == (8, 2, 4) and (out[:3] == 2).all() and not out[3:].any()
     between(spec, q, kv, kv, None)
-    assert seen == [[(3, 2, 4), (3, 1, 4), (3, 1, 4), sinks, [0, 1, 2]], [(3, 2, 4), (3, 1, 4), (3, 1, 4), None]]
+    shapes = [(3, 2, 4), (3, 1, 4), (3, 1, 4)]
+    assert seen == [[*shapes, sinks, [0, 1, 2]], [*shapes, None, None]]
 
 
 # Settings

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from phloem.attention import AttentionBackend
     from phloem.engine.inputs import StepInputs
     from phloem.kernels.graph import Cut, PieceRecorder, StepGraph
+    from phloem.kernels.ops import Rotation
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, AttentionStep
     from phloem.models import CutModel
@@ -177,7 +178,7 @@ class _Between:
         k_TKD: Tensor,
         v_TKD: Tensor,
         sinks_H: Tensor | None,
-        rotation: Any = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         out_BHD = self._out(q_THD)
         held = [self.cut.hold(x) for x in (q_THD, k_TKD, v_TKD)]
@@ -186,13 +187,19 @@ class _Between:
         return out_BHD
 
     def _attend(
-        self, spec: AttentionSpec, held: list[Tensor], sinks_H: Tensor | None, rotation: Any, out_BHD: Tensor
+        self,
+        spec: AttentionSpec,
+        held: list[Tensor],
+        sinks_H: Tensor | None,
+        rotation: Rotation | None,
+        out_BHD: Tensor,
     ) -> None:
         step, tokens = self._step, self._tokens
         assert step is not None, "pieces are replayed within a step"
         q_THD, k_TKD, v_TKD = (x[:tokens] for x in held)
-        turned = [] if rotation is None else [replace(rotation, positions=rotation.positions[:tokens])]
-        out_BHD[:tokens] = step(spec, q_THD, k_TKD, v_TKD, sinks_H, *turned)
+        if rotation is not None:
+            rotation = replace(rotation, positions=rotation.positions[:tokens])
+        out_BHD[:tokens] = step(spec, q_THD, k_TKD, v_TKD, sinks_H, rotation)
 
     def _out(self, q_BHD: Tensor) -> Tensor:
         key = (q_BHD.shape[1:], q_BHD.dtype)

@@ -264,9 +264,9 @@ def test_a_pinned_engine_and_its_reasons(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ConfigError, match="llguidance, xgrammar"):
         GrammarManager(vocabulary(), GrammarSettings(backend="llguidence"))
     manager = GrammarManager(vocabulary(), GrammarSettings(backend="llguidance"))
-    tag = {"type": "structural_tag", "format": {"type": "any_text"}}
+    tag = {"type": "structural_tag", "format": {"type": "any_tokens"}}
     made = prepared(manager, structural_tag=json.dumps(tag))
-    assert made.error is not None and "llguidance: reads structural tags of the shape" in made.error.message
+    assert made.error is not None and "llguidance: reads no structural tag of this shape" in made.error.message
     assert set(manager.decisions().values()) == {"llguidance"}
     monkeypatch.setitem(manager._engines, "llguidance", BrokenEngine())
     broken = prepared(manager, regex="new")

@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from phloem.core.errors import BadRequest, PhloemError, QueueFull
-from phloem.grammar import _base
+from phloem.grammar import _base, _nodes
 from phloem.grammar._thinking import CLOSED, ThinkingMarkers, ThinkingMatcher, clear_bit, state_after
 from phloem.utils.registry import Registry
 
@@ -46,6 +46,8 @@ ORDER: dict[type, tuple[str, ...]] = {
     _base.Lark: _EXACT,
     _base.Union: _EXACT,
     _base.StructuralTag: _EXACT,
+    **dict.fromkeys((_nodes.Literal, _nodes.Text, _nodes.Sequence, _nodes.Optional, _nodes.Repeat), _EXACT),
+    **dict.fromkeys((_nodes.Members, _nodes.Tag), _EXACT),
     _base.TagFormat: ("xgrammar", "llguidance"),
     _base.Ebnf: ("xgrammar", "llguidance"),
 }

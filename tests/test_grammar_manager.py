@@ -17,7 +17,7 @@ from phloem.core.messages import Submit, pack_ids
 from phloem.core.request import SamplingParams
 from phloem.grammar import _base
 from phloem.grammar._manager import GrammarManager, GrammarSettings, Prepared
-from phloem.grammar._thinking import ThinkingMarkers
+from phloem.grammar._thinking import Channel, ThinkingMarkers
 
 pytest.importorskip("llguidance")
 
@@ -366,4 +366,70 @@ def test_a_request_may_ask_for_its_grammar_at_once() -> None:
     while not made.ready():
         time.sleep(0.01)
     assert {vocabulary().tokens[token][:1] for token in allowed(made, [])} <= {bytes([48 + n]) for n in range(10)}
+    manager.close()
+
+
+MESSAGE, OVER, BEGIN = 5, 6, 7
+HARMONY = ThinkingMarkers((), (OVER,), channel=Channel(START, "final", MESSAGE, frozenset((OVER, BEGIN))))
+
+
+def follow(made: Prepared, ids: list[int]) -> set[int]:
+    found = allowed(made, [])
+    for token in ids:
+        assert token in found
+        found = allowed(made, [token])
+    return found
+
+
+def test_the_grammar_begins_in_the_message_of_the_content() -> None:
+    manager = GrammarManager(vocabulary(), GrammarSettings(thinking=HARMONY))
+    analysis = [START, *encode("analysis"), MESSAGE, *encode("final it is 5"), OVER, BEGIN, *encode("assistant")]
+    note = [START, *encode("commentary"), MESSAGE, *encode("I will. "), OVER, BEGIN, *encode("assistant")]
+    digits = {vocabulary().encode(str(number))[0] for number in range(10)}
+    for header in ("final", "final json"):
+        made = prepared(manager, prompt=(1, BEGIN), regex="[0-9]+")
+        free = follow(made, [*analysis, *note])
+        assert len(free) == vocabulary().size - len(vocabulary().eos_ids), "no answer ends before its content"
+        assert made.jump([*analysis, *note]) == []
+        bound = follow(made, [START, *encode(header), MESSAGE])
+        assert bound <= digits
+        assert 2 in allowed(made, [min(digits)])
+        made.admit(analysis)
+        assert encode("x")[0] in allowed(made, []), "also after a preemption"
+    manager.close()
+
+
+def test_a_prompt_may_end_in_the_message_of_the_content() -> None:
+    manager = GrammarManager(vocabulary(), GrammarSettings(thinking=HARMONY))
+    content = (1, START, *encode("final"), MESSAGE, *encode("4"))
+    for prompt, bound in (
+        (content, True),
+        ((*content, OVER, BEGIN), False),
+        ((1, START, *encode("analysis"), MESSAGE, *encode("4")), False),
+        ((*content, OVER, BEGIN, *encode("user"), MESSAGE, *encode("final")), False),
+        ((1,), False),
+    ):
+        made = prepared(manager, prompt=prompt, regex="[0-9]+")
+        assert (encode("x")[0] not in allowed(made, [])) is bound, prompt
+    manager.close()
+
+
+def test_a_block_may_end_with_the_marker_of_a_call() -> None:
+    """Models jump out of their reasoning to a call; what the grammar does not take there is reasoning still."""
+    jump = tuple(encode("<call>"))
+    assert len(jump) > 1
+    manager = GrammarManager(vocabulary(), GrammarSettings(thinking=ThinkingMarkers((START,), (END,), jumps=(jump,))))
+    calls = prepared(manager, prompt=(1, START), regex="<call>[0-9]+")
+    bound = follow(calls, [*encode("Hm."), *jump])
+    assert encode("x")[0] not in bound and encode("7")[0] in bound
+    for size in range(1, len(jump) + 1):
+        calls.admit([*encode("Hm."), *jump[:size], *([] if size < len(jump) else encode("7"))])
+        assert (encode("x")[0] in allowed(calls, [])) is (size < len(jump))
+        calls.admit([*encode("Hm."), *jump])
+        assert allowed(calls, []) == bound
+    calls.admit(encode("Hm."))
+    assert encode("x")[0] in allowed(calls, [])
+    other = prepared(manager, prompt=(1, START), regex="[0-9]+")
+    assert encode("x")[0] in follow(other, [*encode("Hm."), *jump])
+    assert encode("x")[0] not in allowed(other, [END])
     manager.close()

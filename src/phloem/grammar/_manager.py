@@ -21,7 +21,16 @@ from typing import TYPE_CHECKING
 
 from phloem.core.errors import BadRequest, PhloemError, QueueFull
 from phloem.grammar import _base, _nodes
-from phloem.grammar._thinking import CLOSED, ThinkingMarkers, ThinkingMatcher, clear_bit, state_after
+from phloem.grammar._thinking import (
+    CLOSED,
+    OPEN,
+    ThinkingMarkers,
+    ThinkingMatcher,
+    clear_bit,
+    is_content,
+    last_header,
+    state_after,
+)
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -304,7 +313,10 @@ class Prepared:
         self._entry = entry
         self._params = params
         self._field = _base.field_of(params)
-        self._prompt_state = CLOSED if thinking is None else state_after([int(i) for i in prompt_ids], thinking)
+        prompt = [int(i) for i in prompt_ids] if thinking is not None else []
+        channel = thinking.channel if thinking is not None else None
+        self._header = last_header(prompt, channel) if channel is not None else []
+        self._prompt_state = CLOSED if thinking is None else state_after(prompt, thinking)
         self.can_jump = jump
         self._jumper: _Cursor | None = None
         self._masker: _Cursor | None = None
@@ -408,8 +420,12 @@ class Prepared:
 
     def _cursor(self) -> _Cursor:
         matcher = self._entry.future.result().matcher()
-        if self._thinking is not None and self._prompt_state != CLOSED:
-            matcher = ThinkingMatcher(matcher, self._thinking, self._prompt_state, self._vocabulary)
+        if self._thinking is not None:
+            state, channel = self._prompt_state, self._thinking.channel
+            if channel is not None:
+                state = CLOSED if is_content(self._header, channel, self._vocabulary) else OPEN
+            if state != CLOSED:
+                matcher = ThinkingMatcher(matcher, self._thinking, state, self._vocabulary)
         return _Cursor(matcher, self._vocabulary.eos_ids)
 
     def _forbid_end(self, mask: NDArray[np.int32]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from grammar_support import vocabulary
 
-from phloem.core.errors import BadRequest, ConfigError
+from phloem.core.errors import BadRequest, ConfigError, PhloemError
 from phloem.core.messages import Submit, pack_ids
 from phloem.core.request import SamplingParams
 from phloem.grammar import _base
@@ -101,8 +101,9 @@ def test_padding_of_the_logits_is_never_allowed(backend: str) -> None:
 def test_a_token_that_does_not_fit_fails_the_request_alone(manager: GrammarManager) -> None:
     made, other = prepared(manager, regex="[0-9]+"), prepared(manager, regex="[0-9]+")
     allowed(made, [])
-    with pytest.raises(BadRequest, match="does not fit"):
+    with pytest.raises(PhloemError, match="does not fit") as caught:
         made.mask(encode("hello"))
+    assert caught.value.status == 500, "the mask should have kept it out: no fault of the client's"
     assert encode("7")[0] in allowed(other, encode("3"))
 
 

@@ -192,7 +192,11 @@ class Matcher(Protocol):
     """
 
     def accept(self, ids: Sequence[int]) -> int:
-        """Take tokens, one after the other; returns how many fitted. After fewer than all, the rest was not taken."""
+        """Take tokens, one after the other; returns how many fitted. After fewer than all, the rest was not taken.
+
+        Raises:
+            BadRequest: if this grammar went over a limit.
+        """
         ...
 
     def rollback(self, count: int) -> None:

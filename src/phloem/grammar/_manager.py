@@ -264,14 +264,15 @@ class _Cursor:
     def extend(self, ids: Sequence[int]) -> None:
         """
         Raises:
-            BadRequest: if a token does not fit.
+            BadRequest: if the grammar goes over a limit.
+            PhloemError: if a token does not fit, which the mask before it should have kept out.
         """
         if not ids:
             return
         taken = self.matcher.accept(ids) if not self._ends else 0
         for token in ids[taken:]:
             if token not in self._eos_ids or not self.matcher.done:
-                raise BadRequest(f"token {token} at output position {len(self.taken)} does not fit the grammar")
+                raise PhloemError(f"token {token} at output position {len(self.taken)} does not fit the grammar")
             self._ends += 1
         self.taken.extend(ids)
 
@@ -364,8 +365,15 @@ class Prepared:
         runner must not forbid those tokens itself (leave `Admission.eos_ids` empty).
 
         Raises:
-            BadRequest: if a token does not fit or the grammar goes over a limit: fails this request alone.
+            BadRequest: if the grammar gets stuck or goes over a limit: fails this request alone.
+            PhloemError: if a token does not fit.
         """
+        try:
+            return self._mask(sampled)
+        except BadRequest as error:
+            raise BadRequest(f"{self._field}: {error.message}", param=self._field) from None
+
+    def _mask(self, sampled: list[int]) -> NDArray[np.int32]:
         if self._masker is None:
             self._masker = self._cursor()
             self._buffer = self._vocabulary.new_mask()
@@ -378,6 +386,8 @@ class Prepared:
             self._masker.extend(sampled)
         assert self._buffer is not None
         self._masker.matcher.fill(self._buffer)
+        if not self._buffer.any():
+            raise BadRequest("the grammar admits no text that goes on from here")
         if len(self._masker.taken) < self._params.min_new_tokens:
             self._forbid_end(self._buffer)
         self._count(time.thread_time() - start)
@@ -388,7 +398,16 @@ class Prepared:
 
         Appended to the output as known and not computed, they are prefilled in one step; tell `advance` then.
         Called in the scheduler's thread. Empty where nothing is forced, and always with `can_jump` False.
+
+        Raises:
+            BadRequest: as `mask`.
         """
+        try:
+            return self._jump(output)
+        except BadRequest as error:
+            raise BadRequest(f"{self._field}: {error.message}", param=self._field) from None
+
+    def _jump(self, output: Sequence[int]) -> list[int]:
         if not self.can_jump or self._entry.future.exception() is not None:
             return []
         if self._jumper is None:
@@ -396,7 +415,7 @@ class Prepared:
         cursor = self._jumper
         try:
             cursor.move_to(output)
-        except BadRequest:
+        except PhloemError:
             return []  # the runner's cursor reports it
         room = MAX_JUMP
         if self._params.max_new_tokens is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from phloem.core.errors import BadRequest
+from phloem.core.errors import BadRequest, PhloemError
 from phloem.grammar import _base, _lark, _oneof, _schema
 
 if TYPE_CHECKING:
@@ -212,6 +212,8 @@ class Matcher:
         eos_ids = self.vocabulary.eos_ids
         place = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids))
         taken = int(self._inner.try_consume_tokens(ids[:place])) if place and not self._ended else 0
+        if taken < place and self._inner.is_error():
+            raise BadRequest(f"the grammar went over a limit: {_plain(self._inner.get_error())}")
         if taken == place < len(ids) and not self._ended and self._inner.is_accepting():
             self._ended = True
             taken += 1
@@ -222,7 +224,7 @@ class Matcher:
             self._ended = False
             count -= 1
         if count and not self._inner.rollback(count):
-            raise BadRequest(f"the grammar could not be rolled back: {_plain(self._inner.get_error())}")
+            raise PhloemError(f"the grammar could not be rolled back: {_plain(self._inner.get_error())}")
 
     def fill(self, mask: NDArray[np.int32]) -> None:
         if self._ended:

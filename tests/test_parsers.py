@@ -384,3 +384,23 @@ def test_reasoning_may_be_required_only_where_its_end_is_known(reasoning: str) -
     else:
         assert to_request(parser.parse(body, features)).items[0].reasons
         assert not to_request(parser.parse(b'{"text": "x"}', features)).items[0].reasons
+
+
+def test_the_engine_learns_where_harmony_keeps_its_content(tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    from phloem.core.config import Config
+    from phloem.grammar._thinking import Channel
+    from phloem.launch import _thinking
+    from phloem.testing.checkpoints import tiny_checkpoint
+    from phloem.utils.checkpoint import describe
+
+    path = tiny_checkpoint("llama", tmp_path)
+    names = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|call|>", "<|return|>")
+    made = PreTrainedTokenizerFast.from_pretrained(path)
+    made.add_special_tokens({"additional_special_tokens": list(names)})
+    made.save_pretrained(path)
+    opens, closes, *between = (made.convert_tokens_to_ids(name) for name in names)
+    markers = _thinking(Config.from_flat({"reasoning_parser": "gpt-oss"}), describe(str(path)))
+    assert markers is not None
+    assert markers.channel == Channel(opens, "final", closes, frozenset(between))

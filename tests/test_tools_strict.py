@@ -439,3 +439,16 @@ def test_formats_of_texts_admit_valid_ones(kind: str) -> None:
             jsonschema.Draft202012Validator(schema, format_checker=checker).validate(json.loads(call.arguments))
             seen += 1
     assert seen
+
+
+@pytest.mark.parametrize("form", ["hermes", "qwen3_coder", "glm45", "step3"])
+def test_the_other_engine_takes_them_too(form: str) -> None:
+    pytest.importorskip("xgrammar")
+    from grammar_support import engine as other
+
+    made = plan([tool("find", STRICT_FIND), tool("now", NOW)], "auto", None, form)
+    constraint = _base.read_structural_tag((made.constraint or ("", ""))[1])
+    assert other("xgrammar").decline(constraint) is None
+    grammar, own, good = other("xgrammar").compile(constraint), words(None), GOOD[form]
+    assert fits(grammar, own, good) and fits(grammar, own, "Words.")
+    assert not fits(grammar, own, without_query(good)) and not fits(grammar, own, good.replace("find", "mind"))

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 Whitespace = Literal["compact", "flexible"]
 
 MAX_CONSTRAINT_BYTES = 256 * 1024
+MAX_TAG_BYTES = 1024 * 1024  # of a structural tag, which may hold the schemas of many tools
 
 
 def fingerprint(constraint: Constraint) -> str:
@@ -61,8 +62,9 @@ def constraint_of(params: SamplingParams) -> Constraint | None:
     name = field_of(params)
     if name is not None:
         text = getattr(params, name)
-        if len(text) > MAX_CONSTRAINT_BYTES:
-            raise BadRequest(f"{name} has {len(text)} characters; at most {MAX_CONSTRAINT_BYTES}", param=name)
+        limit = MAX_TAG_BYTES if name == "structural_tag" else MAX_CONSTRAINT_BYTES
+        if len(text) > limit:
+            raise BadRequest(f"{name} has {len(text)} characters; at most {limit}", param=name)
         try:
             return _READERS[name](text)
         except BadRequest as error:

@@ -77,7 +77,8 @@ class Writer:
         self._lines: list[str] = []
         self._parts: list[dict[str, Any]] = []
         self._names: dict[Constraint, str] = {}
-        self._count = 0
+        self._open: list[tuple[str, Constraint]] = []
+        self._bodies: dict[str, str] = {}
 
     def whole(self, constraint: Constraint) -> str:
         """The grammar, as JSON text of llguidance's list of grammars."""
@@ -87,18 +88,24 @@ class Writer:
         return json.dumps({"grammars": [{"name": "top", "lark_grammar": text}, *self._parts]}, ensure_ascii=False)
 
     def _write_later(self) -> None:
-        done = 0
-        while done < len(self._names):
-            constraint, name = list(self._names.items())[done]
+        while self._open:
+            name, constraint = self._open.pop()
             self._lines.append(f"{name}: {self._body(name, constraint)}")
-            done += 1
 
     def _rule(self, constraint: Constraint) -> str:
-        return self._names.setdefault(constraint, f"r{len(self._names)}")
+        name = self._names.get(constraint)
+        if name is None:
+            name = self._names[constraint] = f"r{len(self._names)}"
+            self._open.append((name, constraint))
+        return name
 
-    def _new(self, kind: str) -> str:
-        self._count += 1
-        return f"{kind}{self._count}"
+    def _shared(self, kind: str, body: str) -> str:
+        """The name of a rule or terminal with this body: `kind` and a number."""
+        name = self._bodies.get(kind + body)
+        if name is None:
+            name = self._bodies[kind + body] = f"{kind}{len(self._bodies)}"
+            self._lines.append(f"{name}{body}")
+        return name
 
     def _body(self, name: str, constraint: Constraint) -> str:
         match constraint:
@@ -159,9 +166,7 @@ class Writer:
         return self._named(" & ".join([*(wanted or [_ANY]), *([barred] if text.excludes else [])]))
 
     def _named(self, body: str) -> str:
-        name = self._new("T")
-        self._lines.append(f"{name}: {body}")
-        return name
+        return self._shared("T", f": {body}")
 
     def _closed(self, content: Constraint, end: str) -> str:
         """The content and the text that ends it."""
@@ -179,9 +184,7 @@ class Writer:
         rest = "".join(pieces[1:])
         if rest:
             return f"{self._named(f'{terminal} {_quote(pieces[0])}')} {self._literal(rest)}"
-        name = self._new("e")
-        self._lines.append(f"{name}[lazy]: {terminal} {_quote(end)}")
-        return name
+        return self._shared("e", f"[lazy]: {terminal} {_quote(end)}")
 
     # Triggered tags
 
@@ -215,9 +218,7 @@ class Writer:
         """Free text, and the tag that begins with the trigger in it."""
         trigger = max((item for item in tags.triggers if tag.begin.startswith(item)), key=len)
         rest = self._literal(tag.begin[len(trigger) :])
-        name = self._new("s")
-        self._lines.append(f"{name}: {self._ended(free, trigger)} {rest} {self._closed(tag.content, tag.end)}")
-        return name
+        return self._shared("s", f": {self._ended(free, trigger)} {rest} {self._closed(tag.content, tag.end)}")
 
     def _special_tags(self, tags: _nodes.StructuralTag) -> str:
         """Every trigger begins with a special token: text is free between special tokens, and behind one of a trigger

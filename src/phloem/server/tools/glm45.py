@@ -43,11 +43,11 @@ class Parser(XmlReader):
 
     def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
         # 4.5 writes line breaks between the elements, 4.7 does not.
-        made = either(
-            either(sequence(literal(name + line), *self.elements(name, line), literal(END)) for line in ("\n", ""))
-            for name in self.chosen(names)
-        )
-        return triggered((BEGIN,), [tag(BEGIN, made, "")], required, not parallel)
+        made: list[Shape] = []
+        for name in self.chosen(names):
+            split = sequence(literal("\n"), *self.elements(name, "\n"), literal(END))
+            made.append(sequence(literal(name), either([split, sequence(*self.elements(name, ""), literal(END))])))
+        return triggered((BEGIN,), [tag(BEGIN, either(made), "")], required, not parallel)
 
     def tag(self, name: str) -> tuple[str, str]:
         return f"{BEGIN}{name}\n", f"\n{END}"

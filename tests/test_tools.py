@@ -385,6 +385,14 @@ def test_values_follow_the_schema() -> None:
     assert as_calls(same_in_chunks("qwen3_coder", text, random.Random(0))) == [("get_weather", expected)]
 
 
+def test_numbers_beyond_what_a_float_holds_stay_json() -> None:
+    text = '<minimax:tool_call><invoke name="get_weather"><parameter name="ratio">-1E999</parameter></invoke>'
+    assert whole("minimax_m2", text).calls[0].arguments == '{"ratio": -1E999}'
+    (call,) = as_calls(whole("pythonic", "[get_weather(ratio=-1E999, days=2)]"))
+    assert call[1]["ratio"] < -1e308 and call[1]["days"] == 2
+    assert "Infinity" not in whole("pythonic", "[get_weather(where={'a': 1e999})]").calls[0].arguments
+
+
 def test_ids_that_the_format_gives() -> None:
     assert [call.id for call in whole("kimi_k2", kimi_k2(CALLS["two"])).calls] == [
         "functions.get_weather:0",

@@ -9,6 +9,7 @@ import ast
 import json
 import keyword
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 from phloem.server.tools._base import Ended, Malformed, ToolParser
@@ -135,12 +136,14 @@ def _call(item: ast.expr) -> tuple[str, str]:
 def _value(node: ast.expr) -> Any:
     """A Python literal, in which JSON's true, false and null are understood too."""
     match node:
-        case ast.Constant(value=str() | int() | float() | None as value):
+        case ast.Constant(value=float() as value):
+            return min(value, sys.float_info.max)  # JSON has no infinity
+        case ast.Constant(value=str() | int() | None as value):
             return value
         case ast.Name(id="true" | "false" | "null" as word):
             return json.loads(word)
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-            return -value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float()) as number):
+            return -_value(number)
         case ast.List(elts=items) | ast.Tuple(elts=items):
             return [_value(item) for item in items]
         case ast.Dict(keys=keys, values=values):

@@ -1,8 +1,8 @@
 // One query token: its heads against a stretch of the cache, which is read once, in units of a tile of tokens and the G
 // heads of a kv head, in the order of memory. While one unit is computed the next one's keys, then its values, are asked
-// for, so that memory is busy all the time. In float32, except with AVX-512
-// where the head size allows pairs: on a bfloat16 cache queries are high and low halves (16 bits in all) and weights
-// bfloat16, as in the blocked path; on an int8 cache queries and weights are 16-bit integers (vpdpwssd).
+// for, so that memory is busy all the time. In float32, except with AVX-512 where the head size allows pairs: on a
+// bfloat16 cache queries and weights are bfloat16, as in the blocked path; on an int8 cache both are 16-bit integers
+// (vpdpwssd).
 #pragma once
 #include "attention_args.h"
 
@@ -157,19 +157,7 @@ PHL_INLINE void tile_values(const AttentionArgs& a, const Unit& u, const float (
 
 #if PHL_LEVEL == 2
 
-using Halves = uint16_t[2][kMaxPairedHead];  // a query's high and low halves
-
-template <int G>
-PHL_INLINE void split_queries(const AttentionArgs& a, const float* const* queries, Halves* halves) {
-  for (int g = 0; g < G; ++g) {
-    for (int64_t d = 0; d < a.head_size; d += W) {
-      const vf q = load(queries[g] + d);
-      const vh high = to_bf16(q);
-      store_as(halves[g][0] + d, high);
-      store_bf16(halves[g][1] + d, q - from_bf16(high));
-    }
-  }
-}
+using Halves = uint16_t[kMaxPairedHead];  // a query in bfloat16
 
 template <int G>
 PHL_INLINE void paired_scores(const AttentionArgs& a, const Unit& u, const Halves* halves, float (*scores)[kTile]) {
@@ -183,10 +171,8 @@ PHL_INLINE void paired_scores(const AttentionArgs& a, const Unit& u, const Halve
       __m512bh key[4];
       for (int i = 0; i < 4; ++i) key[i] = (__m512bh)_mm512_loadu_si512(keys + u.offsets[t + i] + d);
       for (int g = 0; g < G; ++g) {
-        const auto high = (__m512bh)_mm512_loadu_si512(halves[g][0] + d);
-        const auto low = (__m512bh)_mm512_loadu_si512(halves[g][1] + d);
-        for (int i = 0; i < 4; ++i) acc[g][i] = _mm512_dpbf16_ps(acc[g][i], high, key[i]);
-        for (int i = 0; i < 4; ++i) acc[g][i] = _mm512_dpbf16_ps(acc[g][i], low, key[i]);
+        const auto q = (__m512bh)_mm512_loadu_si512(halves[g] + d);
+        for (int i = 0; i < 4; ++i) acc[g][i] = _mm512_dpbf16_ps(acc[g][i], q, key[i]);
       }
     }
     for (int g = 0; g < G; ++g) sum4((vf)acc[g][0], (vf)acc[g][1], (vf)acc[g][2], (vf)acc[g][3], scores[g] + t);
@@ -372,7 +358,9 @@ struct Stream {
       if constexpr (kInt8) {
         for (int g = 0; g < G; ++g) word_scale[h + g] = query_words(job.q[h + g], a.head_size, words()[h + g]);
       } else {
-        split_queries<G>(a, job.q + h, halves + h);
+        for (int g = 0; g < G; ++g) {
+          for (int64_t d = 0; d < a.head_size; d += W) store_bf16(halves[h + g] + d, load(job.q[h + g] + d));
+        }
       }
     }
 #endif

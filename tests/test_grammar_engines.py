@@ -250,9 +250,13 @@ def test_other_formats_are_read_by_one_engine() -> None:
         ],
     }
     tag = _base.read_structural_tag(json.dumps({"type": "structural_tag", "format": shape}))
+    for name in NAMES:
+        assert accepts(name, tag, "answer: 4") and not accepts(name, tag, "answer: 9")
+    shape["elements"][1] = {"type": "repeat", "min": 2, "max": 2, "content": {"type": "const_string", "value": "ab"}}
+    tag = _base.read_structural_tag(json.dumps({"type": "structural_tag", "format": shape}))
     assert engine("llguidance").decline(tag)
-    assert accepts("xgrammar", tag, "answer: 4") and not accepts("xgrammar", tag, "answer: 9")
-    shape["elements"][1] = {"type": "json_schema", "json_schema": {"uniqueItems": True}}
+    assert accepts("xgrammar", tag, "answer: abab") and not accepts("xgrammar", tag, "answer: ab")
+    shape["elements"][1]["content"] = {"type": "json_schema", "json_schema": {"uniqueItems": True}}
     with pytest.raises(BadRequest, match="uniqueItems"):
         engine("xgrammar").compile(_base.read_structural_tag(json.dumps({"format": shape})))
 

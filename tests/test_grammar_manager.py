@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from grammar_support import vocabulary
 
-from phloem.core.errors import BadRequest, ConfigError
+from phloem.core.errors import BadRequest, ConfigError, PhloemError
 from phloem.core.messages import Submit, pack_ids
 from phloem.core.request import SamplingParams
 from phloem.grammar import _base
 from phloem.grammar._manager import GrammarManager, GrammarSettings, Prepared
-from phloem.grammar._thinking import ThinkingMarkers
+from phloem.grammar._thinking import Channel, ThinkingMarkers
 
 pytest.importorskip("llguidance")
 
@@ -101,8 +101,9 @@ def test_padding_of_the_logits_is_never_allowed(backend: str) -> None:
 def test_a_token_that_does_not_fit_fails_the_request_alone(manager: GrammarManager) -> None:
     made, other = prepared(manager, regex="[0-9]+"), prepared(manager, regex="[0-9]+")
     allowed(made, [])
-    with pytest.raises(BadRequest, match="does not fit"):
+    with pytest.raises(PhloemError, match="does not fit") as caught:
         made.mask(encode("hello"))
+    assert caught.value.status == 500, "the mask should have kept it out: no fault of the client's"
     assert encode("7")[0] in allowed(other, encode("3"))
 
 
@@ -271,9 +272,9 @@ def test_a_pinned_engine_and_its_reasons(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ConfigError, match="llguidance, xgrammar"):
         GrammarManager(vocabulary(), GrammarSettings(backend="llguidence"))
     manager = GrammarManager(vocabulary(), GrammarSettings(backend="llguidance"))
-    tag = {"type": "structural_tag", "format": {"type": "any_text"}}
+    tag = {"type": "structural_tag", "format": {"type": "any_tokens"}}
     made = prepared(manager, structural_tag=json.dumps(tag))
-    assert made.error is not None and "llguidance: reads structural tags of the shape" in made.error.message
+    assert made.error is not None and "llguidance: reads no structural tag of this shape" in made.error.message
     assert set(manager.decisions().values()) == {"llguidance"}
     monkeypatch.setitem(manager._engines, "llguidance", BrokenEngine())
     broken = prepared(manager, regex="new")
@@ -373,4 +374,70 @@ def test_a_request_may_ask_for_its_grammar_at_once() -> None:
     while not made.ready():
         time.sleep(0.01)
     assert {vocabulary().tokens[token][:1] for token in allowed(made, [])} <= {bytes([48 + n]) for n in range(10)}
+    manager.close()
+
+
+MESSAGE, OVER, BEGIN = 5, 6, 7
+HARMONY = ThinkingMarkers((), (OVER,), channel=Channel(START, "final", MESSAGE, frozenset((OVER, BEGIN))))
+
+
+def follow(made: Prepared, ids: list[int]) -> set[int]:
+    found = allowed(made, [])
+    for token in ids:
+        assert token in found
+        found = allowed(made, [token])
+    return found
+
+
+def test_the_grammar_begins_in_the_message_of_the_content() -> None:
+    manager = GrammarManager(vocabulary(), GrammarSettings(thinking=HARMONY))
+    analysis = [START, *encode("analysis"), MESSAGE, *encode("final it is 5"), OVER, BEGIN, *encode("assistant")]
+    note = [START, *encode("commentary"), MESSAGE, *encode("I will. "), OVER, BEGIN, *encode("assistant")]
+    digits = {vocabulary().encode(str(number))[0] for number in range(10)}
+    for header in ("final", "final json"):
+        made = prepared(manager, prompt=(1, BEGIN), regex="[0-9]+")
+        free = follow(made, [*analysis, *note])
+        assert len(free) == vocabulary().size - len(vocabulary().eos_ids), "no answer ends before its content"
+        assert made.jump([*analysis, *note]) == []
+        bound = follow(made, [START, *encode(header), MESSAGE])
+        assert bound <= digits
+        assert 2 in allowed(made, [min(digits)])
+        made.admit(analysis)
+        assert encode("x")[0] in allowed(made, []), "also after a preemption"
+    manager.close()
+
+
+def test_a_prompt_may_end_in_the_message_of_the_content() -> None:
+    manager = GrammarManager(vocabulary(), GrammarSettings(thinking=HARMONY))
+    content = (1, START, *encode("final"), MESSAGE, *encode("4"))
+    for prompt, bound in (
+        (content, True),
+        ((*content, OVER, BEGIN), False),
+        ((1, START, *encode("analysis"), MESSAGE, *encode("4")), False),
+        ((*content, OVER, BEGIN, *encode("user"), MESSAGE, *encode("final")), False),
+        ((1,), False),
+    ):
+        made = prepared(manager, prompt=prompt, regex="[0-9]+")
+        assert (encode("x")[0] not in allowed(made, [])) is bound, prompt
+    manager.close()
+
+
+def test_a_block_may_end_with_the_marker_of_a_call() -> None:
+    """Models jump out of their reasoning to a call; what the grammar does not take there is reasoning still."""
+    jump = tuple(encode("<call>"))
+    assert len(jump) > 1
+    manager = GrammarManager(vocabulary(), GrammarSettings(thinking=ThinkingMarkers((START,), (END,), jumps=(jump,))))
+    calls = prepared(manager, prompt=(1, START), regex="<call>[0-9]+")
+    bound = follow(calls, [*encode("Hm."), *jump])
+    assert encode("x")[0] not in bound and encode("7")[0] in bound
+    for size in range(1, len(jump) + 1):
+        calls.admit([*encode("Hm."), *jump[:size], *([] if size < len(jump) else encode("7"))])
+        assert (encode("x")[0] in allowed(calls, [])) is (size < len(jump))
+        calls.admit([*encode("Hm."), *jump])
+        assert allowed(calls, []) == bound
+    calls.admit(encode("Hm."))
+    assert encode("x")[0] in allowed(calls, [])
+    other = prepared(manager, prompt=(1, START), regex="[0-9]+")
+    assert encode("x")[0] in follow(other, [*encode("Hm."), *jump])
+    assert encode("x")[0] not in allowed(other, [END])
     manager.close()

@@ -133,9 +133,11 @@ async def test_a_required_call_is_enforced() -> None:
         response = await door.post(PATH, {"messages": HI, "tools": TOOLS, "tool_choice": "required", "regex": "a"})
         assert response.status_code == 400 and "exclude each other" in response.json()["error"]["message"]
     async with open_door(
-        Speaker(text='[{"name": "weather", "parameters": {"city": "x"}}]'), info(tool_parser="llama3")
+        Speaker(text='[{"name": "weather", "parameters": {"city": "x"}}]'), info(tool_parser="qwen3_coder")
     ) as door:
-        choice = await chat(door, tools=TOOLS, tool_choice="required")
+        parameters = {**TOOLS[0]["function"]["parameters"], "minProperties": 1}  # type: ignore[dict-item]
+        tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+        choice = await chat(door, tools=tools, tool_choice="required")
         assert json.loads(door.engine.submits[-1].sampling.json_schema or "")["type"] == "array"
         assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "x"}'
     async with open_door(info=info(features=frozenset({"tools"}))) as door:

@@ -249,3 +249,19 @@ def test_steps_without_memory_change_no_answer(
     rng = random.Random(seed)
     driver = run(jumping, overlap, starve=lambda batch: batch.num_tokens > 1 and rng.random() < 0.25)
     assert driver.tokens == expected and driver.runner.starved > 5
+
+
+@pytest.mark.parametrize("jump", [True, False])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_grammar_that_gets_stuck_ends_its_request_alone(
+    jumping: Any, stepping: Any, jump: bool, overlap: bool
+) -> None:
+    driver = Driver(prepare=jumping if jump else stepping, overlap=overlap)
+    driver.submit("free", random_tokens(random.Random(1), 9), 30)
+    driver.submit("stuck", random_tokens(random.Random(2), 9), 30, ebnf="start: A X\nA: /[a-d]{6}/\nX: /c+/ & /d+/\n")
+    driver.run()
+    reason = driver.finish["stuck"]
+    assert (reason.type, reason.status_code) == ("abort", 400)
+    assert str(reason.message).startswith("ebnf: the grammar admits no text")
+    assert len(driver.tokens["stuck"]) <= 6
+    assert driver.tokens["free"] == driver.expected(random_tokens(random.Random(1), 9), 30)

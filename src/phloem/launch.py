@@ -174,7 +174,7 @@ def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
 
 def _thinking(config: Config, checkpoint: Checkpoint) -> ThinkingMarkers | None:
     """What stands around a reasoning block; None for a model that writes none."""
-    from phloem.grammar._thinking import ThinkingMarkers
+    from phloem.grammar._thinking import Channel, ThinkingMarkers
     from phloem.server.parsers import THINKING, thinking_choice
     from phloem.server.template import load_template
     from phloem.server.tokenizer import load_tokenizer
@@ -186,9 +186,20 @@ def _thinking(config: Config, checkpoint: Checkpoint) -> ThinkingMarkers | None:
         return None
     kind = THINKING.module(name).Parser
     tokenizer = load_tokenizer(checkpoint)
-    start, end = (tokenizer.encode(text, add_special_tokens=False) for text in (kind.start, kind.end))
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+    start, end = ids(kind.start), ids(kind.end)
+    channel = None
+    if kind.channel is not None:
+        opens, closes = ids(kind.channel[0]), ids(kind.channel[2])
+        if len(opens) == len(closes) == 1:
+            between = frozenset(found[0] for text in kind.between if len(found := ids(text)) == 1)
+            channel = Channel(opens[0], kind.channel[1], closes[0], between)
     whole = len(end) == 1 or any(tokenizer.is_special(token) for token in end)
-    return ThinkingMarkers(tuple(start), tuple(end), kind.always, "" if whole else kind.end)
+    jumps = tuple(ids(text) for text in kind.jumps)
+    return ThinkingMarkers(start, end, kind.always, "" if whole else kind.end, jumps, channel)
 
 
 def _no_grammar(submit: Submit, prompt: Any) -> None:

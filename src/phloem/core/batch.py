@@ -94,6 +94,7 @@ class StepOutput:
     )  # row -> wanted positions, in order
     hidden: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # row -> [hidden] its token was chosen from
     failed: dict[int, str] = field(default_factory=dict)  # row -> why this row alone failed
+    refused: set[int] = field(default_factory=set)  # of these, the rows whose own request is at fault
     forward_seconds: float = 0.0
     total_seconds: float = 0.0
 

@@ -33,7 +33,7 @@ class Masks:
         self._ops = ops
         self._buffer = np.zeros((max_slots, (vocab + 31) // 32), dtype=np.int32)
         self._pool = None if device.type == "cpu" else ThreadPoolExecutor(1, thread_name_prefix="phloem-masks")
-        self._started: Future[dict[int, str]] | None = None
+        self._started: Future[dict[int, Exception]] | None = None
         self._rows: list[int] = []
 
     def begin(self, slots: Sequence[Slot]) -> None:
@@ -43,7 +43,7 @@ class Masks:
         if self._rows and self._pool is not None:
             self._started = self._pool.submit(self._fill, [slots[row] for row in self._rows])
 
-    def apply_(self, slots: Sequence[Slot], logits_LV: Tensor) -> dict[int, str]:
+    def apply_(self, slots: Sequence[Slot], logits_LV: Tensor) -> dict[int, Exception]:
         """Forbid what the masks do not allow; row -> why that row failed. Row i of the logits is slot i of `begin`."""
         if not self._rows:
             return {}
@@ -53,7 +53,7 @@ class Masks:
             rows = torch.tensor([self._rows[place] for place in kept], dtype=torch.int32)
             mask = torch.from_numpy(self._buffer[kept])
             self._ops.mask_tokens_(logits_LV, rows.to(self._device), mask.to(self._device))
-        return {self._rows[place]: reason for place, reason in failed.items()}
+        return {self._rows[place]: error for place, error in failed.items()}
 
     def drop(self) -> None:
         """The step that began last ends here: whoever fills its masks is waited for."""
@@ -66,9 +66,9 @@ class Masks:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _fill(self, slots: list[Slot]) -> dict[int, str]:
+    def _fill(self, slots: list[Slot]) -> dict[int, Exception]:
         """Write each slot's mask into its row of the buffer; place -> why it has none."""
-        failed: dict[int, str] = {}
+        failed: dict[int, Exception] = {}
         for place, slot in enumerate(slots):
             assert slot.mask is not None
             sampled, slot.since_mask = slot.since_mask, []
@@ -86,5 +86,5 @@ class Masks:
                 if is_out_of_memory(error):
                     raise
                 _log.warning("request %s: no mask: %s", slot.request_id, error)
-                failed[place] = f"{type(error).__name__}: {error}"
+                failed[place] = error
         return failed

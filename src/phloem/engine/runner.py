@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from phloem.core.batch import PositionLogprobs, StepOutput
-from phloem.core.errors import OutOfMemory
+from phloem.core.errors import BadRequest, OutOfMemory
 from phloem.engine.decode import DecodeGraphs, run_forward
 from phloem.engine.flight import Flight, Here, Pipeline, plain_up
 from phloem.engine.inputs import device_inputs, prompt_rows
@@ -290,8 +290,12 @@ class ModelRunner:
                     raise
                 _log.exception("request %s: its logits could not be prepared", slot.request_id)
                 output.failed[int(rows[i])] = f"{type(error).__name__}: {error}"
-        for i, reason in self._masks.apply_(slots, logits_LV).items():
-            output.failed[int(rows[i])] = reason
+        for i, error in self._masks.apply_(slots, logits_LV).items():
+            if isinstance(error, BadRequest):
+                output.failed[int(rows[i])] = error.message
+                output.refused.add(int(rows[i]))
+            else:
+                output.failed[int(rows[i])] = f"{type(error).__name__}: {error}"
         for i, slot in enumerate(slots):
             if slot.params.processors and int(rows[i]) not in output.failed:
                 try:

@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
-import re
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from phloem.core.errors import BadRequest
-from phloem.grammar._schema import read_json
+from phloem.grammar._format import check_regex, choice, read_ebnf, read_structural_tag
+from phloem.grammar._nodes import (
+    Choice,
+    Constraint,
+    Ebnf,
+    JsonObject,
+    JsonSchema,
+    Lark,
+    Regex,
+    StructuralTag,
+    Tag,
+    TagFormat,
+    Union,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,91 +40,7 @@ if TYPE_CHECKING:
 Whitespace = Literal["compact", "flexible"]
 
 MAX_CONSTRAINT_BYTES = 256 * 1024
-MAX_REPETITION = 10_000  # `a{100000}` forces 100 kB of text and costs 0.1 s a mask
-MAX_CHOICES = 10_000
-
-
-# Constraints
-
-
-@dataclass(frozen=True)
-class JsonSchema:
-    """Text that parses as JSON and is valid under `schema` (JSON text of a schema)."""
-
-    schema: str
-
-
-@dataclass(frozen=True)
-class JsonObject:
-    """Any JSON object."""
-
-
-@dataclass(frozen=True)
-class Regex:
-    """Text that the pattern matches from its first to its last character."""
-
-    pattern: str
-
-
-@dataclass(frozen=True)
-class Ebnf:
-    """A context-free grammar in GBNF notation."""
-
-    grammar: str
-    root: str = "root"
-
-
-@dataclass(frozen=True)
-class Lark:
-    """A context-free grammar in Lark notation; its root is `start`."""
-
-    grammar: str
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Exactly one of these texts."""
-
-    options: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Union:
-    """Text that at least one part admits."""
-
-    parts: tuple[Constraint, ...]
-
-
-@dataclass(frozen=True)
-class Tag:
-    """A constrained segment between two fixed texts."""
-
-    begin: str
-    content: Constraint
-    end: str
-
-
-@dataclass(frozen=True)
-class StructuralTag:
-    """Free text; whoever writes a trigger must go on with a tag that begins with it.
-
-    `at_least_one` asks for a tag, `stop_after_first` ends the text with the first one.
-    """
-
-    triggers: tuple[str, ...]
-    tags: tuple[Tag, ...]
-    at_least_one: bool = False
-    stop_after_first: bool = False
-
-
-@dataclass(frozen=True)
-class TagFormat:
-    """A structural tag in another shape than triggered tags: JSON text, for an engine that knows the format."""
-
-    source: str
-
-
-Constraint = JsonSchema | JsonObject | Regex | Ebnf | Lark | Choice | Union | StructuralTag | TagFormat
+MAX_TAG_BYTES = 1024 * 1024  # of a structural tag, which may hold the schemas of many tools
 
 
 def fingerprint(constraint: Constraint) -> str:
@@ -135,8 +62,9 @@ def constraint_of(params: SamplingParams) -> Constraint | None:
     name = field_of(params)
     if name is not None:
         text = getattr(params, name)
-        if len(text) > MAX_CONSTRAINT_BYTES:
-            raise BadRequest(f"{name} has {len(text)} characters; at most {MAX_CONSTRAINT_BYTES}", param=name)
+        limit = MAX_TAG_BYTES if name == "structural_tag" else MAX_CONSTRAINT_BYTES
+        if len(text) > limit:
+            raise BadRequest(f"{name} has {len(text)} characters; at most {limit}", param=name)
         try:
             return _READERS[name](text)
         except BadRequest as error:
@@ -144,102 +72,10 @@ def constraint_of(params: SamplingParams) -> Constraint | None:
     return None
 
 
-def check_regex(pattern: str) -> Regex:
-    """Refuse what no engine may be asked: huge repetition counts. The syntax is the engine's to judge."""
-    for match in re.finditer(r"\{(\d*)(?:,(\d*))?\}", pattern):
-        for bound in match.groups():
-            if bound and int(bound[:12]) > MAX_REPETITION:
-                raise BadRequest(f"the repetition {match.group()} is above {MAX_REPETITION}")
-    return Regex(pattern)
-
-
-def _read_ebnf(text: str) -> Constraint:
-    for match in re.finditer(r"\{(\d*)(?:,(\d*))?\}", text):
-        if any(bound and int(bound[:12]) > MAX_REPETITION for bound in match.groups()):
-            raise BadRequest(f"the repetition {match.group()} is above {MAX_REPETITION}")
-    if "::=" not in text and re.search(r"^\??start\b[^:\n]*:", text, re.MULTILINE):
-        return Lark(text)
-    return Ebnf(text)
-
-
-def choice(options: Sequence[str]) -> Choice:
-    if not options or any(not option for option in options):
-        raise BadRequest("a choice needs at least one text, none of them empty")
-    if len(options) > MAX_CHOICES:
-        raise BadRequest(f"{len(options)} choices; at most {MAX_CHOICES}")
-    return Choice(tuple(dict.fromkeys(options)))
-
-
-def read_structural_tag(text: str) -> StructuralTag | TagFormat:
-    """Both spellings: `{"structures": [...], "triggers": [...]}` and `{"type": "structural_tag", "format": {...}}`."""
-    body = read_json(text)
-    if not isinstance(body, dict):
-        raise BadRequest("expected a JSON object")
-    if "structures" in body:
-        tags = [_legacy_tag(item, f"#/structures/{i}") for i, item in enumerate(_list(body, "structures", "#"))]
-        return _triggered(tags, body, "#")
-    shape = body.get("format")
-    if not isinstance(shape, dict):
-        raise BadRequest("#: expected `format`, or `structures` and `triggers`")
-    if shape.get("type") != "triggered_tags" or shape.get("excludes"):
-        return TagFormat(json.dumps({"type": "structural_tag", "format": shape}, ensure_ascii=False))
-    contents = [_tag(item, f"#/format/tags/{i}") for i, item in enumerate(_list(shape, "tags", "#/format"))]
-    if any(tag is None for tag in contents):
-        return TagFormat(json.dumps({"type": "structural_tag", "format": shape}, ensure_ascii=False))
-    return _triggered([tag for tag in contents if tag is not None], shape, "#/format")
-
-
-def _triggered(tags: list[Tag], body: dict[str, Any], path: str) -> StructuralTag:
-    triggers = tuple(_list(body, "triggers", path))
-    if not all(isinstance(trigger, str) and trigger for trigger in triggers):
-        raise BadRequest(f"{path}/triggers: expected non-empty texts")
-    if not tags:
-        raise BadRequest(f"{path}: no tags")
-    for index, tag in enumerate(tags):
-        if not any(tag.begin.startswith(trigger) for trigger in triggers):
-            raise BadRequest(f"{path}: no trigger is a beginning of tag {index}, {tag.begin!r}")
-    return StructuralTag(
-        triggers, tuple(tags), bool(body.get("at_least_one", False)), bool(body.get("stop_after_first", False))
-    )
-
-
-def _list(body: dict[str, Any], name: str, path: str) -> list[Any]:
-    value = body.get(name)
-    if not isinstance(value, list):
-        raise BadRequest(f"{path}/{name}: expected a list")
-    return value
-
-
-def _legacy_tag(item: Any, path: str) -> Tag:
-    if not isinstance(item, dict) or not isinstance(item.get("begin"), str) or not isinstance(item.get("end"), str):
-        raise BadRequest(f"{path}: expected `begin`, `schema` and `end`")
-    schema = item.get("schema", {})
-    return Tag(item["begin"], JsonSchema(schema if isinstance(schema, str) else json.dumps(schema)), item["end"])
-
-
-def _tag(item: Any, path: str) -> Tag | None:
-    """None where only an engine that reads the format itself can tell what is meant."""
-    if not isinstance(item, dict) or not isinstance(item.get("content"), dict):
-        raise BadRequest(f"{path}: expected `begin`, `content` and `end`")
-    content = item["content"]
-    if not isinstance(item.get("begin"), str) or not isinstance(item.get("end", ""), str):
-        return None
-    match content.get("type"):
-        case "json_schema" if content.get("style", "json") == "json":
-            inner: Constraint = JsonSchema(json.dumps(content.get("json_schema", {}), ensure_ascii=False))
-        case "regex" if isinstance(content.get("pattern"), str):
-            inner = check_regex(content["pattern"])
-        case "const_string" if isinstance(content.get("value"), str) and content["value"]:
-            inner = Choice((content["value"],))
-        case _:
-            return None
-    return Tag(item["begin"], inner, item.get("end", ""))
-
-
 _READERS: dict[str, Callable[[str], Constraint]] = {
     "json_schema": JsonSchema,
     "regex": check_regex,
-    "ebnf": _read_ebnf,
+    "ebnf": read_ebnf,
     "structural_tag": read_structural_tag,
 }
 
@@ -358,7 +194,11 @@ class Matcher(Protocol):
     """
 
     def accept(self, ids: Sequence[int]) -> int:
-        """Take tokens, one after the other; returns how many fitted. After fewer than all, the rest was not taken."""
+        """Take tokens, one after the other; returns how many fitted. After fewer than all, the rest was not taken.
+
+        Raises:
+            BadRequest: if this grammar went over a limit.
+        """
         ...
 
     def rollback(self, count: int) -> None:
@@ -423,3 +263,28 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+__all__ = [
+    "Choice",
+    "Compiled",
+    "Constraint",
+    "Ebnf",
+    "Engine",
+    "EngineOptions",
+    "JsonObject",
+    "JsonSchema",
+    "Lark",
+    "Matcher",
+    "Regex",
+    "StructuralTag",
+    "Tag",
+    "TagFormat",
+    "Union",
+    "Vocabulary",
+    "choice",
+    "constraint_of",
+    "field_of",
+    "fingerprint",
+    "read_structural_tag",
+]

@@ -20,8 +20,17 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from phloem.core.errors import BadRequest, PhloemError, QueueFull
-from phloem.grammar import _base
-from phloem.grammar._thinking import CLOSED, ThinkingMarkers, ThinkingMatcher, clear_bit, state_after
+from phloem.grammar import _base, _nodes
+from phloem.grammar._thinking import (
+    CLOSED,
+    OPEN,
+    ThinkingMarkers,
+    ThinkingMatcher,
+    clear_bit,
+    is_content,
+    last_header,
+    state_after,
+)
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -46,6 +55,8 @@ ORDER: dict[type, tuple[str, ...]] = {
     _base.Lark: _EXACT,
     _base.Union: _EXACT,
     _base.StructuralTag: _EXACT,
+    **dict.fromkeys((_nodes.Literal, _nodes.Text, _nodes.Sequence, _nodes.Optional, _nodes.Repeat), _EXACT),
+    **dict.fromkeys((_nodes.Members, _nodes.Tag), _EXACT),
     _base.TagFormat: ("xgrammar", "llguidance"),
     _base.Ebnf: ("xgrammar", "llguidance"),
 }
@@ -259,14 +270,15 @@ class _Cursor:
     def extend(self, ids: Sequence[int]) -> None:
         """
         Raises:
-            BadRequest: if a token does not fit.
+            BadRequest: if the grammar goes over a limit.
+            PhloemError: if a token does not fit, which the mask before it should have kept out.
         """
         if not ids:
             return
         taken = self.matcher.accept(ids) if not self._ends else 0
         for token in ids[taken:]:
             if token not in self._eos_ids or not self.matcher.done:
-                raise BadRequest(f"token {token} at output position {len(self.taken)} does not fit the grammar")
+                raise PhloemError(f"token {token} at output position {len(self.taken)} does not fit the grammar")
             self._ends += 1
         self.taken.extend(ids)
 
@@ -308,7 +320,10 @@ class Prepared:
         self._entry = entry
         self._params = params
         self._field = _base.field_of(params)
-        self._prompt_state = CLOSED if thinking is None else state_after([int(i) for i in prompt_ids], thinking)
+        prompt = [int(i) for i in prompt_ids] if thinking is not None else []
+        channel = thinking.channel if thinking is not None else None
+        self._header = last_header(prompt, channel) if channel is not None else []
+        self._prompt_state = CLOSED if thinking is None else state_after(prompt, thinking)
         self.can_jump = jump
         self._jumper: _Cursor | None = None
         self._masker: _Cursor | None = None
@@ -356,8 +371,15 @@ class Prepared:
         runner must not forbid those tokens itself (leave `Admission.eos_ids` empty).
 
         Raises:
-            BadRequest: if a token does not fit or the grammar goes over a limit: fails this request alone.
+            BadRequest: if the grammar gets stuck or goes over a limit: fails this request alone.
+            PhloemError: if a token does not fit.
         """
+        try:
+            return self._mask(sampled)
+        except BadRequest as error:
+            raise BadRequest(f"{self._field}: {error.message}", param=self._field) from None
+
+    def _mask(self, sampled: list[int]) -> NDArray[np.int32]:
         if self._masker is None:
             self._masker = self._cursor()
             self._buffer = self._vocabulary.new_mask()
@@ -370,6 +392,8 @@ class Prepared:
             self._masker.extend(sampled)
         assert self._buffer is not None
         self._masker.matcher.fill(self._buffer)
+        if not self._buffer.any():
+            raise BadRequest("the grammar admits no text that goes on from here")
         if len(self._masker.taken) < self._params.min_new_tokens:
             self._forbid_end(self._buffer)
         self._count(time.thread_time() - start)
@@ -380,7 +404,16 @@ class Prepared:
 
         Appended to the output as known and not computed, they are prefilled in one step; tell `advance` then.
         Called in the scheduler's thread. Empty where nothing is forced, and always with `can_jump` False.
+
+        Raises:
+            BadRequest: as `mask`.
         """
+        try:
+            return self._jump(output)
+        except BadRequest as error:
+            raise BadRequest(f"{self._field}: {error.message}", param=self._field) from None
+
+    def _jump(self, output: Sequence[int]) -> list[int]:
         if not self.can_jump or self._entry.future.exception() is not None:
             return []
         if self._jumper is None:
@@ -388,7 +421,7 @@ class Prepared:
         cursor = self._jumper
         try:
             cursor.move_to(output)
-        except BadRequest:
+        except PhloemError:
             return []  # the runner's cursor reports it
         room = MAX_JUMP
         if self._params.max_new_tokens is not None:
@@ -412,8 +445,12 @@ class Prepared:
 
     def _cursor(self) -> _Cursor:
         matcher = self._entry.future.result().matcher()
-        if self._thinking is not None and self._prompt_state != CLOSED:
-            matcher = ThinkingMatcher(matcher, self._thinking, self._prompt_state, self._vocabulary)
+        if self._thinking is not None:
+            state, channel = self._prompt_state, self._thinking.channel
+            if channel is not None:
+                state = CLOSED if is_content(self._header, channel, self._vocabulary) else OPEN
+            if state != CLOSED:
+                matcher = ThinkingMatcher(matcher, self._thinking, state, self._vocabulary)
         return _Cursor(matcher, self._vocabulary.eos_ids)
 
     def _forbid_end(self, mask: NDArray[np.int32]) -> None:

@@ -16,25 +16,66 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Channel:
+    """For formats whose answers are messages: the content is the message with the header `name`.
+
+    `opens` begins a header, `closes` ends it; one of `between` behind that means that the message is over.
+    """
+
+    opens: int
+    name: str
+    closes: int
+    between: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
 class ThinkingMarkers:
     """Token ids that open and close a block. An empty `start` means that a model may close one but never opens it.
 
     `always`: an answer begins inside the block, though neither prompt nor answer opens it. `end_text`: the end as text,
     for a tokenizer that splits the marker, and that may split it in another way where other text stands beside it.
+    `jumps` end a block without its own end where the grammar takes them. `channel`: all before that message is free.
     """
 
     start: tuple[int, ...]
     end: tuple[int, ...]
     always: bool = False
     end_text: str = ""
+    jumps: tuple[tuple[int, ...], ...] = ()
+    channel: Channel | None = None
 
 
+_HEADER_TOKENS = 40
 _END_TOKENS = 24  # at least as many as an end marker is ever split into
 OPEN, MAYBE, CLOSED = "open", "maybe", "closed"
 
 
+def last_header(ids: Sequence[int], channel: Channel) -> list[int]:
+    """The header of the message that these tokens end in, its marks included; empty where they end between messages."""
+    for close in range(len(ids) - 1, -1, -1):
+        if ids[close] in channel.between or ids[close] == channel.opens:
+            return []
+        if ids[close] == channel.closes:
+            for place in range(close - 1, max(-1, close - 1 - _HEADER_TOKENS), -1):
+                if ids[place] == channel.opens:
+                    return list(ids[place : close + 1])
+                if ids[place] == channel.closes or ids[place] in channel.between:
+                    return []
+            return []
+    return []
+
+
+def is_content(header: Sequence[int], channel: Channel, vocabulary: Vocabulary) -> bool:
+    """Whether this is the header of the content's message."""
+    words = vocabulary.text_of(header).split()
+    return bool(words) and words[0] == channel.name.encode()
+
+
 def state_after(prompt: Sequence[int], markers: ThinkingMarkers) -> str:
-    """Whether the prompt leaves a block open, has closed it, or lets the model open one."""
+    """Whether the prompt leaves a block open, has closed it, or lets the model open one.
+
+    Not for formats with a `channel`: there `last_header` says it.
+    """
     start, end = _last(prompt, markers.start), _last(prompt, markers.end)
     if start > end:
         return OPEN
@@ -66,6 +107,7 @@ class ThinkingMatcher:
         self._state = state
         self._free: list[int] = []  # tokens before the grammar
         self._bound = 0  # tokens inside the grammar
+        self._jump: tuple[int, ...] = ()  # of these, the marker that ended the block
 
     def accept(self, ids: Sequence[int]) -> int:
         for count, token in enumerate(ids):
@@ -79,12 +121,18 @@ class ThinkingMatcher:
                 return count
             self._free.append(int(token))
             self._state = self._after_free()
+            if self._state == OPEN:
+                self._try_jump()
         return len(ids)
 
     def rollback(self, count: int) -> None:
         inside = min(count, self._bound)
         self.inner.rollback(inside)
         self._bound -= inside
+        if self._bound < len(self._jump):  # the rest of the marker is free text again
+            self.inner.rollback(self._bound)
+            self._free += self._jump[: self._bound]
+            self._bound, self._jump = 0, ()
         free = count - inside
         if free:
             del self._free[-free:]
@@ -120,9 +168,25 @@ class ThinkingMatcher:
     def _opens(self, token: int) -> bool:
         return token == self.markers.start[len(self._free)]
 
+    def _try_jump(self) -> None:
+        for jump in self.markers.jumps:
+            if tuple(self._free[-len(jump) :]) != jump:
+                continue
+            taken = self.inner.accept(jump)
+            if taken == len(jump):
+                del self._free[-len(jump) :]
+                self._bound, self._jump, self._state = taken, jump, CLOSED
+                return
+            self.inner.rollback(taken)
+
     def _after_free(self) -> str:
         if self._first == CLOSED:
             return CLOSED
+        if self.markers.channel is not None:
+            channel = self.markers.channel
+            ended = self._free[-1:] == [channel.closes]
+            header = last_header(self._free[-_HEADER_TOKENS - 2 :], channel) if ended else []
+            return CLOSED if is_content(header, channel, self.vocabulary) else OPEN
         end = self.markers.end
         if self._first == MAYBE and len(self._free) < len(self.markers.start):
             return MAYBE

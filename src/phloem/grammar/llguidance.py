@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from phloem.core.errors import BadRequest
-from phloem.grammar import _base, _keywords, _oneof, _schema
+from phloem.core.errors import BadRequest, PhloemError
+from phloem.grammar import _base, _keywords, _lark, _oneof, _schema
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,11 +80,9 @@ class Engine:
     def decline(self, constraint: Constraint) -> str | None:
         match constraint:
             case _base.TagFormat():
-                return "reads structural tags of the shape triggered_tags only"
-            case _base.Union(parts):
-                return next((reason for part in parts if (reason := self.decline(part))), None)
+                return "reads no structural tag of this shape"
             case _:
-                return None
+                return _lark.unbounded(constraint)
 
     def compile(self, constraint: Constraint) -> Compiled:
         if isinstance(constraint, _base.JsonSchema | _base.JsonObject):
@@ -140,10 +137,7 @@ class Engine:
             return self._library.LLMatcher.grammar_from_regex(_whole(constraint.pattern))
         if isinstance(constraint, _base.Ebnf):
             return self._library.LLMatcher.grammar_from_lark(self._lark_of(constraint))
-        parts: list[dict[str, Any]] = []
-        text = "%llguidance {}\n" + self._rules("start", constraint, parts)
-        grammars = [{"name": "top", "lark_grammar": text}, *parts]
-        return json.dumps({"grammars": grammars}, ensure_ascii=False)
+        return _lark.Writer(self.vocabulary, self._terminal, self._schema, self._lark_of).whole(constraint)
 
     def _lark_of(self, constraint: _base.Ebnf) -> str:
         gbnf_to_lark = importlib.import_module("llguidance.gbnf_to_lark").gbnf_to_lark
@@ -154,117 +148,8 @@ class Engine:
         except Exception as error:
             raise BadRequest(f"the grammar is not valid: {error}") from None
 
-    def _rules(self, rule: str, constraint: Constraint, parts: list[dict[str, Any]]) -> str:
-        """Lark rules for `rule`; grammars that stand on their own go to `parts` and are referred to by name."""
-        match constraint:
-            case _base.JsonSchema() | _base.JsonObject():
-                return f"{rule}: %json {json.dumps(self._schema(constraint), ensure_ascii=False)}\n"
-            case _base.Regex(pattern):
-                return f"{rule}: {rule.upper()}_RX\n{rule.upper()}_RX: {self._terminal(pattern)}\n"
-            case _base.Choice(options):
-                return f"{rule}: {' | '.join(_quote(option) for option in options)}\n"
-            case _base.Union(members):
-                names = [f"{rule}_{index}" for index in range(len(members))]
-                rules = (self._rules(name, part, parts) for name, part in zip(names, members, strict=True))
-                return f"{rule}: {' | '.join(names)}\n" + "".join(rules)
-            case _base.StructuralTag():
-                return self._tags(rule, constraint, parts)
-            case _base.Lark() | _base.Ebnf():
-                text = constraint.grammar if isinstance(constraint, _base.Lark) else self._lark_of(constraint)
-                parts.append({"name": rule, "lark_grammar": text})
-                return f"{rule}: @{rule}\n"
-            case _:
-                raise BadRequest(f"{self.name} cannot take {type(constraint).__name__}")
-
     def _terminal(self, pattern: str) -> str:
         return "/" + self._library.regex_to_lark(_whole(pattern), use_ascii="") + "/"
-
-    def _tags(self, rule: str, tags: _base.StructuralTag, parts: list[dict[str, Any]]) -> str:
-        """Free text up to a trigger is one lazy lexeme: it ends at the first trigger in it. A tag that must come, comes
-        at once: free text before it could go on for ever.
-        """
-        if all(self._special_head(trigger) is not None for trigger in tags.triggers):
-            return self._special_tags(rule, tags, parts)
-        names = [f"{rule}_tag{index}" for index in range(len(tags.tags))]
-        either = f"({' | '.join([*names, *self._skip(rule, tags)])})"
-        first = f"({' | '.join(f'{name}_first' for name in names)})"
-        free = f"{rule.upper()}_TEXT"
-        if tags.stop_after_first:
-            body = first if tags.at_least_one else f"({' | '.join(names)}) | {rule}_free"
-        else:
-            body = f"{first if tags.at_least_one else ''} {either}* {rule}_free"
-        text = [f"{rule}: {body}", f"{rule}_free: {free}", free + r": /(.|\n)*/"]
-        text += [f"{name}: {free} {self._others(tags)}" for name in self._skip(rule, tags)]
-        for name, tag in zip(names, tags.tags, strict=True):
-            trigger = max((item for item in tags.triggers if tag.begin.startswith(item)), key=len)
-            head, rest = f"{free} {self._literal(trigger)}", tag.begin[len(trigger) :]
-            if self._special_head(trigger) is None:
-                text.append(f"{name}_head[lazy]: {head}")
-                head = f"{name}_head"
-            tail = f"{name}_body {self._literal(tag.end)}"
-            text.append(f"{name}: {head} {self._literal(rest)} {tail}")
-            if tags.at_least_one:
-                text.append(f"{name}_first: {self._literal(tag.begin)} {tail}")
-            text.append(self._rules(f"{name}_body", tag.content, parts))
-        return "\n".join(text) + "\n"
-
-    def _special_tags(self, rule: str, tags: _base.StructuralTag, parts: list[dict[str, Any]]) -> str:
-        """Every trigger begins with a special token: text is free between special tokens, and behind one of a trigger
-        it is the trigger's tag or goes on in another way than the trigger.
-        """
-        names = [f"{rule}_tag{index}" for index in range(len(tags.tags))]
-        either, free = f"({' | '.join(names)})", f"{rule.upper()}_TEXT"
-        text = [free + r": /(.|\n)*/"]
-        steps = [f"{self._others(tags)} {free}"] if self._skip(rule, tags) else []
-        rests: dict[int, list[str]] = {}
-        for trigger in tags.triggers:
-            head = self._special_head(trigger)
-            assert head is not None
-            rests.setdefault(head, []).append(trigger[len(self.vocabulary.tokens[head].decode()) :])
-        for token, wanted in rests.items():
-            if all(wanted):
-                other = f"{rule.upper()}_OTHER{token}"
-                barred = "|".join(_pattern_of(item) for item in wanted)
-                text.append(rf"{other}: /(.|\n)*/ & ~/({barred})(.|\n)*/")
-                steps.append(f"<[{token}]> {other}")
-        for name, tag in zip(names, tags.tags, strict=True):
-            text.append(f"{name}: {self._literal(tag.begin)} {name}_body {self._literal(tag.end)}")
-            text.append(self._rules(f"{name}_body", tag.content, parts))
-        between = f"({' | '.join(steps)})*" if steps else ""
-        again = f"({' | '.join([*steps, f'{either} {free}'])})*"
-        if tags.stop_after_first:
-            body = either if tags.at_least_one else f"{free} {between} {either}?"
-        else:
-            body = f"{either} {free} {again}" if tags.at_least_one else f"{free} {again}"
-        return "\n".join([f"{rule}: {body}", *text]) + "\n"
-
-    def _special_head(self, trigger: str) -> int | None:
-        """The special token that a trigger begins with."""
-        found = [name for name in self.vocabulary.special_by_text if name and trigger.startswith(name)]
-        return self.vocabulary.special_by_text[max(found, key=len)] if found else None
-
-    def _skip(self, rule: str, tags: _base.StructuralTag) -> list[str]:
-        """The rule for special tokens in free text, where there are any."""
-        return [f"{rule}_skip"] if self._others(tags) else []
-
-    def _others(self, tags: _base.StructuralTag) -> str:
-        """Special tokens that free text may hold: those that neither end it nor begin a trigger."""
-        heads = {self._special_head(trigger) for trigger in tags.triggers}
-        ids = [i for i in sorted(self.vocabulary.special) if i not in heads and i not in self.vocabulary.eos_ids]
-        return f"<[{','.join(map(str, ids))}]>" if ids else ""
-
-    def _literal(self, text: str) -> str:
-        """A text in Lark; the names of special tokens in it mean those tokens."""
-        special = self.vocabulary.special_by_text
-        if not text:
-            return ""
-        if text in special:
-            return f"<[{special[text]}]>"
-        inside = [name for name in special if name in text]
-        if not inside:
-            return _quote(text)
-        pieces = re.split("(" + "|".join(map(re.escape, sorted(inside, key=len, reverse=True))) + ")", text)
-        return " ".join(f"<[{special[piece]}]>" if piece in special else _quote(piece) for piece in pieces if piece)
 
 
 def _whole(pattern: str) -> str:
@@ -274,15 +159,6 @@ def _whole(pattern: str) -> str:
     escaped = (len(body) - len(body.rstrip("\\"))) % 2
     end = len(body) < len(pattern) and not escaped
     return f"({pattern[start : len(pattern) - end]})" if start or end else pattern
-
-
-def _pattern_of(text: str) -> str:
-    """A pattern for exactly this text, in a Lark regex."""
-    return "".join(char if char.isalnum() or char in " _" else f"\\x{{{ord(char):x}}}" for char in text)
-
-
-def _quote(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _plain(message: str) -> str:
@@ -337,6 +213,8 @@ class Matcher:
         eos_ids = self.vocabulary.eos_ids
         place = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids))
         taken = int(self._inner.try_consume_tokens(ids[:place])) if place and not self._ended else 0
+        if taken < place and self._inner.is_error():
+            raise BadRequest(f"the grammar went over a limit: {_plain(self._inner.get_error())}")
         if taken == place < len(ids) and not self._ended and self._inner.is_accepting():
             self._ended = True
             taken += 1
@@ -347,7 +225,7 @@ class Matcher:
             self._ended = False
             count -= 1
         if count and not self._inner.rollback(count):
-            raise BadRequest(f"the grammar could not be rolled back: {_plain(self._inner.get_error())}")
+            raise PhloemError(f"the grammar could not be rolled back: {_plain(self._inner.get_error())}")
 
     def fill(self, mask: NDArray[np.int32]) -> None:
         if self._ended:

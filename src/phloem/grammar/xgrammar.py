@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phloem.core.errors import BadRequest
-from phloem.grammar import _base, _schema
+from phloem.grammar import _base, _nodes, _schema
 from phloem.grammar._worker import CompilerProcess
 
 if TYPE_CHECKING:
@@ -57,15 +57,22 @@ class Engine:
                 return "has another dialect of Lark"
             case _base.JsonSchema(schema):
                 return _not_exact(schema, self.name)
-            case _base.StructuralTag(triggers, tags):
-                texts = [*triggers, *(text for tag in tags for text in (tag.begin, tag.end))]
-                if any(name in text for name in self.vocabulary.special_by_text for text in texts):
-                    return "a tag is made of special tokens"
-                return next((reason for tag in tags if (reason := self.decline(tag.content))), None)
-            case _base.Union(parts):
-                return next((reason for part in parts if (reason := self.decline(part))), None)
+            case _base.Tag(begin, _, end) if any(name in begin + end for name in self.vocabulary.special_by_text):
+                return "a tag is made of special tokens"
+            case _base.StructuralTag(not_first=not_first) if not_first:
+                return "has no text that must not begin in some way"
+            case _base.StructuralTag(triggers) if any(
+                name in text for name in self.vocabulary.special_by_text for text in triggers
+            ):
+                return "a tag is made of special tokens"
+            case _nodes.Members():
+                return "has no members in order with a separator"
+            case _nodes.Text(patterns, _, shortest, longest) if patterns or shortest or longest is not None:
+                return "has no text that several patterns or lengths bound"
+            case _nodes.Literal(text) if any(name in text for name in self.vocabulary.special_by_text):
+                return "a text is made of special tokens"
             case _:
-                return None
+                return next((reason for part in _inside(constraint) if (reason := self.decline(part))), None)
 
     def compile(self, constraint: Constraint) -> Compiled:
         if isinstance(constraint, _base.TagFormat):
@@ -102,14 +109,26 @@ class Engine:
                 return {"type": "or", "elements": [{"type": "const_string", "value": item} for item in options]}
             case _base.Union(parts):
                 return {"type": "or", "elements": [self._format(part) for part in parts]}
+            case _nodes.Literal(text):
+                return {"type": "const_string", "value": text}
+            case _nodes.Text(_, excludes):
+                return {"type": "any_text", "excludes": list(excludes)}
+            case _nodes.Sequence(parts):
+                return {"type": "sequence", "elements": [self._format(part) for part in parts]}
+            case _nodes.Optional(part):
+                return {"type": "optional", "content": self._format(part)}
+            case _nodes.Repeat(part, separator, empty):
+                again = _nodes.Sequence((_nodes.Literal(separator), part)) if separator else part
+                more = {"type": "star", "content": self._format(again)}
+                body = {"type": "sequence", "elements": [self._format(part), more]}
+                return {"type": "optional", "content": body} if empty else body
+            case _base.Tag(begin, content, end):
+                return {"type": "tag", "begin": begin, "content": self._format(content), "end": end}
             case _base.StructuralTag():
                 return {
                     "type": "triggered_tags",
                     "triggers": list(constraint.triggers),
-                    "tags": [
-                        {"type": "tag", "begin": tag.begin, "content": self._format(tag.content), "end": tag.end}
-                        for tag in constraint.tags
-                    ],
+                    "tags": [self._format(tag) for tag in constraint.tags],
                     "at_least_one": constraint.at_least_one,
                     "stop_after_first": constraint.stop_after_first,
                 }
@@ -118,6 +137,20 @@ class Engine:
 
     def _json(self, schema: dict[str, Any]) -> dict[str, Any]:
         return {"type": "json_schema", "json_schema": schema}
+
+
+def _inside(constraint: Constraint) -> Sequence[Constraint]:
+    match constraint:
+        case _base.Union(parts) | _nodes.Sequence(parts):
+            return parts
+        case _nodes.Optional(part) | _nodes.Repeat(part):
+            return (part,)
+        case _base.Tag(_, content):
+            return (content,)
+        case _base.StructuralTag(_, tags):
+            return tags
+        case _:
+            return ()
 
 
 def _not_exact(schema: str, name: str) -> str | None:

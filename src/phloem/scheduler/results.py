@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from phloem.core.errors import BadRequest
 from phloem.core.messages import Chunk, Tokens
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.scheduler.state import pack_logprobs
@@ -57,7 +58,7 @@ class Results:
             if request.status is RequestStatus.FINISHED:
                 continue
             if row in output.failed:
-                self.fail(request, output.failed[row], 500)
+                self.fail(request, output.failed[row], 400 if row in output.refused else 500)
                 continue
             try:
                 if row in output.prompt_logprobs:
@@ -66,6 +67,8 @@ class Results:
                     self._token(request, tokens[row], output.logprobs.get(row), output.hidden.get(row))
                 elif row in plan.scored:
                     self.finish(request, FinishReason("length", length=0))
+            except BadRequest as error:  # its grammar
+                self.fail(request, error.message, error.status)
             except Exception as error:
                 log.exception("request %s: its result could not be taken", request.id)
                 self.fail(request, f"{type(error).__name__}: {error}", 500)

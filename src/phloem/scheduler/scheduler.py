@@ -327,6 +327,9 @@ class Scheduler:
             try:
                 if prepared.can_jump and self.results.jump(request):
                     continue
+            except BadRequest as refused:  # its grammar
+                self.results.fail(request, refused.message, refused.status)
+                continue
             except Exception as raised:
                 log.exception("request %s: what is forced at its beginning could not be found", request.id)
                 self.results.fail(request, f"{type(raised).__name__}: {raised}", 500)

@@ -91,7 +91,7 @@ async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> C
         top_logprobs=body.top_logprobs or 0,
         priority=body.priority or 0,
         namespace=namespace(body.cache_salt, body.extra_key),
-        reasons=reasoning is not None or bool(body.require_reasoning),
+        reasons=(reasoning is not None or bool(body.require_reasoning)) and not tools.at_once,
         session=body.session_params.step() if body.session_params is not None else None,
         return_hidden=bool(body.return_hidden_states),
         thinking_budget=body.max_thinking_tokens,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import BadRequest
 from phloem.server.parsers import TOOLS
-from phloem.server.tools._base import Structure, function_of
+from phloem.server.tools._base import function_of
+from phloem.server.tools._grammar import Shape, Unspeakable
 from phloem.server.tools.json_array import forced_schema
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ class ToolPlan:
     format: str | None
     parallel: bool = True
     constraint: tuple[str, str] | None = None
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the constraint is of the whole answer, its reasoning included."""
+        return self.constraint is not None and self.format is not None and TOOLS.module(self.format).Parser.whole
 
     def parser(self) -> ToolParser | None:
         """A fresh parser for one answer."""
@@ -112,50 +117,41 @@ def _read_choice(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]
     return "required", name
 
 
-def _strict(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> tuple[str, str] | None:
-    """A call may come, and keeps to its schema then. Formats without JSON inside a frame are left free."""
+def _strict(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> tuple[str, str]:
+    """A call may come, and keeps to its schema then.
+
+    Raises:
+        BadRequest: naming the tool whose schema the format cannot keep to.
+    """
     if name is None:
-        return None
-    structure = TOOLS.module(name).Parser(tools).structure(required=False, parallel=parallel)
-    return ("structural_tag", structural_tag(structure)) if _is_json(structure) else None
+        raise BadRequest("strict tools need a tool-call format, and this server reads none", param="tools")
+    kind = TOOLS.module(name).Parser
+    for number, tool in enumerate(tools):
+        try:
+            kind([tool]).structure(required=False, parallel=parallel)
+        except Unspeakable as error:
+            which = function_of(tool)["name"]
+            raise BadRequest(
+                f"tools[{number}]: the calls of {which!r} cannot be enforced in the format {name!r}: {error}",
+                param=f"tools[{number}].function.parameters",
+            ) from None
+    return "structural_tag", structural_tag(kind(tools).structure(required=False, parallel=parallel))
 
 
 def _forced(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> ToolPlan:
-    """A call must come: in the model's own format where its frame is known, as a JSON array of calls otherwise."""
+    """A call must come: in the model's own format, or as a JSON array of calls where that cannot keep to a schema."""
     if name is not None:
-        structure = TOOLS.module(name).Parser(tools).structure(required=True, parallel=parallel)
-        if _is_json(structure):
+        try:
+            structure = TOOLS.module(name).Parser(tools).structure(required=True, parallel=parallel)
+        except Unspeakable:
+            pass
+        else:
             return ToolPlan(tools, name, parallel, ("structural_tag", structural_tag(structure)))
     schemas = {function_of(tool)["name"]: function_of(tool).get("parameters") or {"type": "object"} for tool in tools}
     schema = json.dumps(forced_schema(schemas, parallel), ensure_ascii=False)
     return ToolPlan(tools, "json_array", parallel, ("json_schema", schema))
 
 
-def _is_json(structure: Structure) -> bool:
-    """Whether every grammar engine can enforce it: schemas of parameters spelled as tags are beyond most."""
-    return bool(structure.tags and structure.triggers) and all(tag.style == "json" for tag in structure.tags)
-
-
-def structural_tag(structure: Structure) -> str:
+def structural_tag(structure: Shape) -> str:
     """A structure in the notation of `SamplingParams.structural_tag`."""
-    return json.dumps(
-        {
-            "type": "structural_tag",
-            "format": {
-                "type": "triggered_tags",
-                "triggers": list(structure.triggers),
-                "tags": list(_tags(structure)),
-                "at_least_one": structure.at_least_one,
-                "stop_after_first": structure.stop_after_first,
-            },
-        },
-        ensure_ascii=False,
-    )
-
-
-def _tags(structure: Structure) -> Iterable[dict[str, Any]]:
-    for tag in structure.tags:
-        content: dict[str, Any] = {"type": "json_schema", "json_schema": tag.schema}
-        if tag.style != "json":
-            content["style"] = tag.style
-        yield {"type": "tag", "begin": tag.begin, "content": content, "end": tag.end}
+    return json.dumps({"type": "structural_tag", "format": structure}, ensure_ascii=False)

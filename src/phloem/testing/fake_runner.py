@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phloem.core.batch import FROM_DEVICE, Admission, Batch, PositionLogprobs, StepOutput
-from phloem.core.errors import OutOfMemory
+from phloem.core.errors import BadRequest, OutOfMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -200,6 +200,10 @@ class FakeRunner:
         if batch.sample[row]:
             try:
                 token = self._sample(seen, end, state)
+            except BadRequest as error:
+                output.failed[row] = error.message
+                output.refused.add(row)
+                return
             except Exception as error:
                 output.failed[row] = f"{type(error).__name__}: {error}"
                 return

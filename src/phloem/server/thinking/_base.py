@@ -24,6 +24,10 @@ class ThinkingParser:
     always: ClassVar[bool] = False
     # Markers that end the block without its own end, and stay in the content: models jump to a tool call so.
     jumps: ClassVar[tuple[str, ...]] = ()
+    # Where answers are messages: what opens a header, the name of the content's, what ends a header. Constraints hold
+    # in that message alone. The texts behind these part messages.
+    channel: ClassVar[tuple[str, str, str] | None] = None
+    between: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, opened: bool | None = None) -> None:
         inside = self.always if opened is None else opened

@@ -19,6 +19,8 @@ MAX_HEADER = 400
 class Parser(ThinkingParser):
     start = "<|channel|>analysis<|message|>"
     end = "<|end|>"
+    channel = (CHANNEL, "final", MESSAGE)
+    between = (START, *ENDS)
 
     def __init__(self, opened: bool | None = None) -> None:
         super().__init__(opened)

@@ -15,6 +15,9 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+from phloem.server.tools._grammar import Shape, Unspeakable, json_of, tag, triggered
+from phloem.server.tools._parameters import kinds
+
 HOLD = 256  # characters of arguments
 MAX_NAME = 256
 
@@ -64,30 +67,6 @@ class Parsed:
     calls: list[ParsedCall] = field(default_factory=list[ParsedCall])
 
 
-@dataclass(frozen=True)
-class Tag:
-    """One tool in a format: fixed text, the arguments in `style` under the tool's schema, fixed text.
-
-    Styles: `json`, or the name of an XML spelling of parameters (`qwen_xml`, `glm_xml`, `minimax_xml`, `deepseek_xml`).
-    """
-
-    name: str
-    begin: str
-    end: str
-    schema: dict[str, Any]
-    style: str = "json"
-
-
-@dataclass(frozen=True)
-class Structure:
-    """What a grammar engine needs to force a format: text that goes on with one of the tags after a trigger."""
-
-    triggers: tuple[str, ...]
-    tags: tuple[Tag, ...]
-    at_least_one: bool
-    stop_after_first: bool
-
-
 class Malformed(Exception):
     """What follows is no call."""
 
@@ -116,7 +95,8 @@ class ToolParser(ABC):
     begins: ClassVar[tuple[str, ...]]
     lead: ClassVar[str] = ""  # a character that begins a call when it is the first of the answer
     trigger: ClassVar[str] = ""  # what a model writes only to begin a call; "" where there is no such thing
-    style: ClassVar[str] = "json"
+    style: ClassVar[str] = "json"  # how arguments stand in the frame; else the name of a spelling as tags
+    whole: ClassVar[bool] = False  # whether `structure` is of an answer with its reasoning
 
     def __init__(self, tools: Iterable[dict[str, Any]] = (), make_id: Callable[[], str] = new_call_id) -> None:
         self.tools = {str(function_of(tool).get("name", "")): function_of(tool) for tool in tools}
@@ -151,13 +131,24 @@ class ToolParser(ABC):
         """A whole answer at once (for a fresh parser)."""
         return collect([*self.push(text), *self.finish()])
 
-    def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Structure:
-        """How to force calls of these tools (None: all). `required`: there must be one; not `parallel`: only one."""
-        chosen = list(self.tools) if names is None else list(names)
-        tags = [self.tag(name) for name in chosen]
-        made = [Tag(name, *tag, self.schema(name), self.style) for name, tag in zip(chosen, tags, strict=True) if tag]
-        triggers = (self.trigger,) if self.trigger else ()
-        return Structure(triggers, tuple(made), required, not parallel)
+    def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
+        """What an answer may be when calls of these tools (None: all) keep to their schemas, as a structural tag.
+
+        `required`: there must be a call; not `parallel`: only one.
+
+        Raises:
+            Unspeakable: if the format cannot write a tool's calls so.
+        """
+        made: list[Shape] = []
+        for name in self.chosen(names):
+            frame = self.tag(name)
+            if frame is None or not self.trigger:
+                raise Unspeakable("this format of calls has no frame that could be enforced")
+            made.append(tag(frame[0], json_of(self.schema(name)), frame[1]))
+        return triggered((self.trigger,), made, required, not parallel)
+
+    def chosen(self, names: Iterable[str] | None) -> list[str]:
+        return list(self.tools) if names is None else list(names)
 
     def tag(self, name: str) -> tuple[str, str] | None:
         """The fixed text before and after a call's arguments; None where the format has no such frame."""
@@ -332,9 +323,9 @@ class ToolParser(ABC):
 
     def kinds(self, name: str, parameter: str) -> set[str]:
         """The JSON types that a tool's parameter may have; empty where the schema does not say."""
-        properties = self.schema(name).get("properties")
-        spec = properties.get(parameter) if isinstance(properties, dict) else None
-        return _types(spec, 0)
+        schema = self.schema(name)
+        properties = schema.get("properties")
+        return kinds(schema, properties.get(parameter)) if isinstance(properties, dict) else set()
 
 
 class _Call:
@@ -379,19 +370,6 @@ class _Call:
         if arguments:
             parser._events.append(Arguments(self._index, arguments))
         parser._safe = parser._at
-
-
-def _types(spec: Any, depth: int) -> set[str]:
-    if not isinstance(spec, dict) or depth > 4:
-        return set()
-    kind = spec.get("type")
-    found = {kind} if isinstance(kind, str) else {item for item in kind or () if isinstance(item, str)}
-    for key in ("anyOf", "oneOf", "allOf"):
-        for part in spec.get(key) or ():
-            found |= _types(part, depth + 1)
-    if not found and isinstance(spec.get("enum"), list) and all(isinstance(item, str) for item in spec["enum"]):
-        found.add("string")
-    return found
 
 
 def partial_suffix(text: str, markers: Iterable[str]) -> int:

@@ -9,21 +9,98 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from phloem.server.tools._base import MAX_NAME, Malformed, ToolParser, partial_suffix
+from phloem.server.tools._base import MAX_NAME, Ended, Malformed, ToolParser, partial_suffix
+from phloem.server.tools._grammar import (
+    Shape,
+    Unspeakable,
+    calls,
+    either,
+    literal,
+    optional,
+    sequence,
+    tag,
+    text,
+    triggered,
+)
+from phloem.server.tools._parameters import admits_null, constants, dumps, is_open, kinds, not_text, parameters, texts
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from phloem.server.tools._base import Steps, _Call
 
 _HEADER = re.compile(
     r"""\s*name=(?:"(?P<quoted>[^"<>]+)"|(?P<bare>[^\s"<>]+))(?:\s+string="(?P<string>true|false)")?\s*"""
 )
+_KEY = re.compile(r"""[^<>"'\n=]+""")
+_ESCAPED = re.compile(r"\\.", re.DOTALL)
 _WORDS = {"True": True, "False": False, "None": None}
 
 
 class XmlReader(ToolParser):
-    """A tool parser whose parameters are tags. `newlines`: one newline at either end of a value is the format's."""
+    """A tool parser whose parameters are tags.
+
+    `newlines`: one newline at either end of a value is the format's; `pad`: what the format's models write there.
+    `tells_strings`: the opening tag says whether the value is a string.
+    """
 
     newlines: ClassVar[bool] = False
+    pad: ClassVar[str] = ""
+    tells_strings: ClassVar[bool] = False
+    closing: ClassVar[str]  # behind a value
+
+    def opening(self, key: str, is_string: bool, line: str) -> str:
+        """What stands before a value; `line` is what parts the format's elements."""
+        raise NotImplementedError
+
+    def elements(self, name: str, line: str = "\n") -> list[Shape]:
+        """The parameters of a tool, in the order of its schema, a `line` after each.
+
+        Raises:
+            Unspeakable: if one cannot be written so that it keeps to its schema.
+        """
+        made: list[Shape] = []
+        for key, spec, must in parameters(self.schema(name)):
+            if _KEY.fullmatch(key) is None or len(key) > MAX_NAME or key.strip() != key:
+                raise Unspeakable(f"the name {key!r:.80} cannot stand in a tag")
+            try:
+                shapes = [
+                    tag(self.opening(key, said, line) + self.pad, either(found), self.pad + self.closing + line)
+                    for said, found in self._values(self.schema(name), spec)
+                    if found
+                ]
+            except Unspeakable as error:
+                raise Unspeakable(f"the parameter {key!r}: {error}") from None
+            if shapes:
+                made.append(either(shapes) if must else optional(either(shapes)))
+            elif must:
+                raise Unspeakable(f"the parameter {key!r} has no value that can be written")
+        return made
+
+    def _values(self, root: dict[str, Any], spec: Any) -> list[tuple[bool, list[Shape]]]:
+        """How values of a schema are written so that the parser reads them back: (whether told as strings, shapes)."""
+        found, trims = kinds(root, spec), self.newlines and not self.pad
+        strings: list[Shape] = []
+        if "string" in found or (self.tells_strings and not found):
+            strings = [shape for rule in texts(root, spec) for shape in rule.shapes(self.closing, trims)]
+        if self.tells_strings:
+            other = not_text(root, spec)
+            return [(True, strings), (False, [other] if other is not None else [])]
+        if "string" in found:  # then all but null is read as a text
+            return [(True, [*strings, *([literal("null")] if "null" in found and admits_null(root, spec) else [])])]
+        fixed = constants(root, spec)
+        if not found and fixed is not None:
+            return [(False, [literal(item) for item in self._spelled(fixed)])]
+        if not found and is_open(root, spec):
+            return [(False, [text([self.closing])])]
+        other = not_text(root, spec)
+        return [(False, [other] if other is not None else [])]
+
+    def _spelled(self, values: list[Any]) -> list[str]:
+        """Values of no single type: those that are read back as they are written."""
+        written = [(item if isinstance(item, str) else dumps(item), item) for item in values]
+        read = [(item, value, convert(item, set(), None)) for item, value in written if self.closing not in item]
+        return [item for item, value, back in read if dumps(back) == dumps(value)]
 
     def begin(self, name: str) -> _Call:
         self._first = True
@@ -43,11 +120,29 @@ class XmlReader(ToolParser):
             yield from self._string(call, end)
             call.add('"')
             return
-        value, _ = yield from self.until(end)
+        value = yield from self._value(end, "string" not in kinds)
         if self.newlines:
             value = value.removeprefix("\n").removesuffix("\n")
-        call.add(head + json.dumps(convert(value, kinds, is_string), ensure_ascii=False))
+        call.add(head + _written(convert(value, kinds, is_string), value))
         self._first = False
+
+    def _value(self, end: str, may_be_json: bool) -> Steps[str]:
+        """A value up to `end`, where that does not stand inside a string of JSON."""
+        first, _ = yield from self.until(end)
+        inside = _open_string(first)
+        if not may_be_json or first.lstrip()[:1] not in ("{", "[") or not inside:
+            return first
+        pieces, back = [first], self._at
+        try:
+            while inside and self._at - back < 1 << 20:
+                more, _ = yield from self.until(end)
+                pieces.append(more)
+                inside ^= _open_string(more)
+            json.loads(end.join(pieces))
+        except (Ended, ValueError, RecursionError):
+            self._at = back
+            return first
+        return end.join(pieces)
 
     def _string(self, call: _Call, end: str) -> Steps[None]:
         if self.newlines:
@@ -64,6 +159,19 @@ class XmlReader(ToolParser):
             self._at = stop
             call.add(escaped(text))
             yield from self.more()
+
+
+def _open_string(text: str) -> bool:
+    """Whether a piece of JSON ends inside a string, if it does not begin in one."""
+    return _ESCAPED.sub("", text).count('"') % 2 == 1
+
+
+def _written(value: Any, source: str) -> str:
+    """A value as JSON; a number beyond what a float holds stays as it was written."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return source.strip()
 
 
 def escaped(text: str) -> str:
@@ -95,6 +203,21 @@ class InvokeReader(XmlReader):
     """`<PREFIXinvoke name="f"><PREFIXparameter name="k">v</PREFIXparameter></PREFIXinvoke>`."""
 
     prefix: ClassVar[str] = ""
+    frame: ClassVar[tuple[str, str]] = ("", "")  # around all calls of a section
+
+    def opening(self, key: str, is_string: bool, line: str) -> str:
+        told = f' string="{str(is_string).lower()}"' if self.tells_strings else ""
+        return f'<{self.prefix}parameter name="{key}"{told}>'
+
+    def invocation(self, name: str) -> Shape:
+        """One call."""
+        begin, end = literal(f'<{self.prefix}invoke name="{name}">\n'), literal(f"</{self.prefix}invoke>")
+        return sequence(begin, *self.elements(name), end)
+
+    def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
+        made = calls([self.invocation(name) for name in self.chosen(names)], "\n", parallel)
+        begin, end = self.frame
+        return triggered((begin,), [tag(f"{begin}\n", made, f"\n{end}")], required, not parallel)
 
     def header(self) -> Steps[tuple[str, bool | None]]:
         """The rest of an opening tag: its name, and what it says of the value being a string."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from phloem.server.tools._base import MAX_NAME
+from phloem.server.tools._grammar import Shape, calls, json_of, tag, triggered
 from phloem.server.tools._json import JsonReader
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from phloem.server.tools._base import Steps
 
 SECTION, SECTION_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -17,6 +20,7 @@ CALL, SEPARATOR, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>",
 class Parser(JsonReader):
     begins = (SECTION,)
     trigger = SECTION
+    between = "\n"  # calls
 
     def section(self, marker: str) -> Steps[None]:
         yield from self.spaces()
@@ -39,6 +43,13 @@ class Parser(JsonReader):
         yield from self.arguments(call)
         call.end()
         yield from self.optional("```")
+
+    def call(self, name: str) -> Shape:
+        return tag(f"{CALL}function{SEPARATOR}{name}\n```json\n", json_of(self.schema(name)), f"\n```{CALL_END}")
+
+    def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
+        made = calls([self.call(name) for name in self.chosen(names)], self.between, parallel)
+        return triggered((SECTION,), [tag(SECTION, made, SECTION_END)], required, not parallel)
 
     def tag(self, name: str) -> tuple[str, str]:
         begin = f"{SECTION}{CALL}function{SEPARATOR}{name}\n```json\n"

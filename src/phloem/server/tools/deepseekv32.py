@@ -18,6 +18,9 @@ class Parser(InvokeReader):
     trigger = BEGIN
     style = "deepseek_xml"
     prefix = MARK
+    tells_strings = True
+    closing = f"</{MARK}parameter>"
+    frame = (BEGIN, END)
 
     def section(self, marker: str) -> Steps[None]:
         yield from self.invokes(END)

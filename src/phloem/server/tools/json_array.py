@@ -7,15 +7,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from phloem.server.tools._grammar import Shape, Unspeakable
 from phloem.server.tools._json import MAX_DEPTH, JsonReader
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from phloem.server.tools._base import Steps
 
 
 class Parser(JsonReader):
     begins = ()
     lead = "["
+
+    def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
+        raise Unspeakable("a JSON array of calls is forced as a schema")
 
     def section(self, marker: str) -> Steps[None]:
         yield from self.skip("[")

@@ -6,9 +6,12 @@ import re
 from typing import TYPE_CHECKING
 
 from phloem.server.tools._base import MAX_NAME, Malformed
+from phloem.server.tools._grammar import Shape, calls, json_of, sequence, tag, triggered
 from phloem.server.tools._json import JsonReader
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from phloem.server.tools._base import Steps
 
 SECTION, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
@@ -37,6 +40,15 @@ class Parser(JsonReader):
             if not (yield from self.optional(CALL)):
                 break
         yield from self.optional(SECTION_END)
+
+    def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
+        number = {"type": "regex", "pattern": "[0-9]{1,4}"}
+        made = [
+            sequence(tag(f"{CALL}functions.{name}:", number, ARGUMENTS), tag("", json_of(self.schema(name)), CALL_END))
+            for name in self.chosen(names)
+        ]
+        section = tag(SECTION, calls(made, "", parallel), SECTION_END)
+        return triggered((SECTION,), [section], required, not parallel)
 
     def tag(self, name: str) -> tuple[str, str]:
         return f"{SECTION}{CALL}functions.{name}:0{ARGUMENTS}", f"{CALL_END}{SECTION_END}"

@@ -8,9 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from phloem.server.tools._base import Ended
+from phloem.server.tools._grammar import Shape, calls, either, json_of, literal, optional, sequence, tag, triggered
 from phloem.server.tools._json import JsonReader
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from phloem.server.tools._base import Steps
 
 TAG = "<|python_tag|>"
@@ -40,6 +43,20 @@ class Parser(JsonReader):
             pass
         self._at = back
         return False
+
+    def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
+        made = [
+            sequence(
+                literal("{"),
+                optional(literal('"type": "function", ')),
+                tag(f'"name": "{name}", "parameters": ', json_of(self.schema(name)), "}"),
+            )
+            for name in self.chosen(names)
+        ]
+        answer = calls(made, "; ", parallel)
+        if required:
+            return sequence(optional(literal(TAG)), answer)
+        return either([answer, triggered((TAG,), [tag(TAG, answer, "")], False, True, not_first=self.lead)])
 
     def tag(self, name: str) -> tuple[str, str]:
         return f'{{"name": "{name}", "parameters": ', "}"

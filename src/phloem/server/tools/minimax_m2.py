@@ -17,6 +17,8 @@ class Parser(InvokeReader):
     trigger = BEGIN
     style = "minimax_xml"
     newlines = True
+    closing = "</parameter>"
+    frame = (BEGIN, END)
 
     def section(self, marker: str) -> Steps[None]:
         yield from self.invokes(END)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from phloem.server.tools._base import MAX_NAME, Malformed
+from phloem.server.tools._grammar import Shape, calls, json_of, tag, triggered
 from phloem.server.tools._json import JsonReader
 
 if TYPE_CHECKING:
@@ -58,6 +59,13 @@ class Parser(JsonReader):
         yield from self.spaces()
         yield from self.arguments(call)
         call.end()
+
+    def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
+        chosen = self.chosen(names)
+        listed = [tag(f'{{"name": "{name}", "arguments": ', json_of(self.schema(name)), "}") for name in chosen]
+        tags = [tag(f"{BEGIN}[", calls(listed, ", ", parallel), "]")]
+        tags += [tag(f"{BEGIN}{name}{ARGUMENTS}", json_of(self.schema(name)), "") for name in chosen]
+        return triggered((BEGIN,), tags, required, not parallel)
 
     def tag(self, name: str) -> tuple[str, str]:
         return f'{BEGIN}[{{"name": "{name}", "arguments": ', "}]"

@@ -7,12 +7,28 @@ from __future__ import annotations
 
 import ast
 import json
+import keyword
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 from phloem.server.tools._base import Ended, Malformed, ToolParser
+from phloem.server.tools._grammar import (
+    Shape,
+    Unspeakable,
+    calls,
+    either,
+    literal,
+    members,
+    sequence,
+    tag,
+    triggered,
+)
+from phloem.server.tools._parameters import as_json, parameters
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from phloem.server.tools._base import Steps
 
 BEGIN, END = "<|python_start|>", "<|python_end|>"
@@ -35,6 +51,28 @@ class Parser(ToolParser):
             call.end()
         if marker:
             yield from self.optional(END)
+
+    def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
+        answer = sequence(
+            literal("["), calls([self._written(name) for name in self.chosen(names)], ", ", parallel), literal("]")
+        )
+        framed = tag(BEGIN, answer, END)
+        if required:
+            return either([answer, framed])
+        return either([answer, triggered((BEGIN,), [framed], False, True, not_first=self.lead)])
+
+    def _written(self, name: str) -> Shape:
+        """One call; its arguments are JSON, which the reader of Python's literals understands."""
+        if not all(_is_name(part) for part in name.split(".")):
+            raise Unspeakable(f"{name!r:.80} is no name in Python")
+        schema = self.schema(name)
+        found: list[tuple[Shape, bool]] = []
+        for key, spec, must in parameters(schema):
+            if not _is_name(key):
+                raise Unspeakable(f"the parameter {key!r:.80} is no name in Python")
+            found.append((sequence(literal(f"{key}="), as_json(schema, spec)), must))
+        inside = [members(found, ", ")] if found else []
+        return sequence(literal(f"{name}("), *inside, literal(")"))
 
     def _brackets(self) -> Steps[str]:
         """From `[name(` to the bracket that closes it."""
@@ -69,6 +107,10 @@ class Parser(ToolParser):
         self._at = found.end()
 
 
+def _is_name(text: str) -> bool:
+    return text.isascii() and text.isidentifier() and not keyword.iskeyword(text)
+
+
 def _read(text: str) -> list[tuple[str, str]]:
     """Names and arguments of the calls in a list."""
     try:
@@ -84,22 +126,24 @@ def _call(item: ast.expr) -> tuple[str, str]:
     if not isinstance(item, ast.Call) or item.args:
         raise Malformed
     arguments: dict[str, Any] = {}
-    for keyword in item.keywords:
-        if keyword.arg is None:
+    for given in item.keywords:
+        if given.arg is None:
             raise Malformed
-        arguments[keyword.arg] = _value(keyword.value)
+        arguments[given.arg] = _value(given.value)
     return ast.unparse(item.func), json.dumps(arguments, ensure_ascii=False, allow_nan=False)
 
 
 def _value(node: ast.expr) -> Any:
     """A Python literal, in which JSON's true, false and null are understood too."""
     match node:
-        case ast.Constant(value=str() | int() | float() | None as value):
+        case ast.Constant(value=float() as value):
+            return min(value, sys.float_info.max)  # JSON has no infinity
+        case ast.Constant(value=str() | int() | None as value):
             return value
         case ast.Name(id="true" | "false" | "null" as word):
             return json.loads(word)
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-            return -value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float()) as number):
+            return -_value(number)
         case ast.List(elts=items) | ast.Tuple(elts=items):
             return [_value(item) for item in items]
         case ast.Dict(keys=keys, values=values):

@@ -8,9 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from phloem.server.tools._base import MAX_NAME
+from phloem.server.tools._grammar import Shape, either, literal, sequence, tag, triggered
 from phloem.server.tools._xml import XmlReader
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from phloem.server.tools._base import Steps
 
 BEGIN, END = "<tool_call>", "</tool_call>"
@@ -23,6 +26,8 @@ class Parser(XmlReader):
     trigger = BEGIN
     style = "qwen_xml"
     newlines = True
+    pad = "\n"
+    closing = PARAMETER_END
 
     def section(self, marker: str) -> Steps[None]:
         if marker == BEGIN:
@@ -39,6 +44,18 @@ class Parser(XmlReader):
             yield from self.parameter(call, key.strip(), PARAMETER_END)
         self.complete(call)
         yield from self.optional(END)
+
+    def opening(self, key: str, is_string: bool, line: str) -> str:
+        return f"{PARAMETER}{key}>"
+
+    def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
+        made = [
+            sequence(literal(f"{name}>\n"), *self.elements(name), literal(FUNCTION_END)) for name in self.chosen(names)
+        ]
+        tags = [tag(f"{BEGIN}\n{FUNCTION}", either(made), f"\n{END}")]
+        if not required:
+            tags.append(tag(FUNCTION, either(made), ""))
+        return triggered((BEGIN,) if required else (BEGIN, FUNCTION), tags, required, not parallel)
 
     def tag(self, name: str) -> tuple[str, str]:
         return f"{BEGIN}\n{FUNCTION}{name}>\n", f"\n{FUNCTION_END}\n{END}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from phloem.server.tools._base import Malformed
+from phloem.server.tools._grammar import Shape, tag
 from phloem.server.tools._xml import InvokeReader
 
 if TYPE_CHECKING:
@@ -17,6 +18,13 @@ CALL, SEPARATOR, CALL_END = "<｜tool_call_begin｜>", "<｜tool_sep｜>", "<｜
 class Parser(InvokeReader):
     begins = (SECTION,)
     prefix = "steptml:"
+    trigger = SECTION
+    style = "step_xml"
+    closing = "</steptml:parameter>"
+    frame = (SECTION, SECTION_END)
+
+    def invocation(self, name: str) -> Shape:
+        return tag(f"{CALL}function{SEPARATOR}", super().invocation(name), CALL_END)
 
     def section(self, marker: str) -> Steps[None]:
         yield from self.spaces()

@@ -288,8 +288,11 @@ class WeightIndex:
             if self.ctx.quant is not None:
                 parts = [METHODS.module(self.ctx.quant).wrap(part) for part in parts]
             ops = self.ctx.ops
-            prepare = ops.prepare_experts if weight.experts else ops.prepare_linear
-            weight.value = prepare(parts, self.ctx.dtype, self.ctx.device)
+            dtype, device = self.ctx.dtype, self.ctx.device
+            if weight.experts:
+                weight.value = ops.prepare_experts(parts, dtype, device, weight.experts)
+            else:
+                weight.value = ops.prepare_linear(parts, dtype, device)
             return
         weight.value = torch.cat([self._vector(weight, part) for part in parts]).to(self.ctx.device)
 

@@ -16,7 +16,7 @@ from phloem.utils.machine import cpu_flags
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc" / "cpu"
-KERNELS = ("attention", "elementwise", "norm", "rope", "sample", "linear")
+KERNELS = ("attention", "elementwise", "norm", "rope", "sample", "linear", "moe")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")]

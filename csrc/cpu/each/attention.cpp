@@ -45,27 +45,27 @@ PHL_INLINE void run_stream(const AttentionArgs& a, StreamJob& job) {
   }
 }
 
-// One token's G heads over one split, by the streaming path.
+// One token's heads of `count` kv heads over one split, by the streaming path.
 template <bool kInt8>
-void stream_task(const AttentionArgs& a, const RowPlan& plan, int64_t row, int64_t kv_head, int64_t split, float* scratch) {
-  const int64_t group = a.heads / a.kv_heads;
+void stream_task(const AttentionArgs& a, const RowPlan& plan, const Stretch& own, const Stretch& guess, int64_t count,
+                 int64_t split, float* scratch) {
+  const int64_t group = a.heads / a.kv_heads, first = own.kv_head * group, row = own.row;
   StreamJob job;
-  job.row = row;
-  job.kv_head = kv_head;
-  job.range = split_range(plan.range, plan.splits, split);
-  for (int64_t g = 0; g < group; ++g) {
-    const int64_t head = kv_head * group + g;
-    job.q[g] = a.q + plan.token * a.q_token + head * a.q_head;
-    job.values[g] = plan.splits == 1 ? scratch + g * a.head_size : partial_of(a, row, head, split);
+  job.own = own;
+  job.guess = guess;
+  job.kv_heads = count;
+  for (int64_t h = 0; h < count * group; ++h) {
+    job.q[h] = a.q + plan.token * a.q_token + (first + h) * a.q_head;
+    job.values[h] = plan.splits == 1 ? scratch + h * a.head_size : partial_of(a, row, first + h, split);
   }
   run_stream<kInt8>(a, job);
-  for (int64_t g = 0; g < group; ++g) {
-    const int64_t head = kv_head * group + g;
+  for (int64_t h = 0; h < count * group; ++h) {
     if (plan.splits == 1) {
-      finish_head(a, head, job.values[g], job.top[g], job.total[g], a.out + (plan.token * a.heads + head) * a.head_size);
+      float* out = a.out + (plan.token * a.heads + first + h) * a.head_size;
+      finish_head(a, first + h, job.values[h], job.top[h], job.total[h], out);
     } else {
-      job.values[g][a.head_size] = job.top[g];
-      job.values[g][a.head_size + 1] = job.total[g];
+      job.values[h][a.head_size] = job.top[h];
+      job.values[h][a.head_size + 1] = job.total[h];
     }
   }
 }
@@ -118,29 +118,64 @@ PHL_INLINE void merge_head(const AttentionArgs& a, const RowPlan& plan, int64_t 
   finish_head(a, head, into, top, total, a.out + (plan.token * a.heads + head) * size);
 }
 
+// From a task to its row: tasks come to a thread in rising order.
+struct TaskCursor {
+  const AttentionArgs& a;
+  int64_t sets;  // of kv heads
+  int64_t row = 0, before = 0, set = 0, part = 0;
+  RowPlan plan;
+
+  PHL_INLINE TaskCursor(const AttentionArgs& a, int64_t sets)
+      : a(a), sets(sets), plan(a.rows > 0 ? plan_row(a, 0) : RowPlan{}) {}
+
+  PHL_INLINE void seek(int64_t task) {
+    while (task - before >= plan.blocks * sets) {
+      before += plan.blocks * sets;
+      plan = plan_row(a, ++row);
+    }
+    set = (task - before) % sets;
+    part = plan.blocks - 1 - (task - before) / sets;  // the longest blocks of a prompt first
+  }
+  PHL_INLINE Stretch stretch(int64_t heads) const {
+    return {row, set * heads, split_range(plan.range, plan.splits, part)};
+  }
+};
+
+// How many kv heads one streaming task takes: several where there are tasks enough, since they lie side by side.
+PHL_INLINE int64_t heads_of_task(const AttentionArgs& a, int64_t tasks, int size) {
+  const int64_t most = kMaxStreamHeads / (a.heads / a.kv_heads);
+  int64_t heads = 1;
+  for (int64_t h = 2; h <= a.kv_heads && h <= most; ++h) {
+    if (a.kv_heads % h == 0 && tasks * a.kv_heads / h >= 4 * size) heads = h;
+  }
+  return heads;
+}
+
 template <bool kInt8>
 void attend(const AttentionArgs& a, Team& team) {
-  int64_t tasks = 0;
-  bool merge = false;
+  int64_t parts = 0;
+  bool merge = false, single = true;
   for (int64_t row = 0; row < a.rows; ++row) {
     const RowPlan plan = plan_row(a, row);
-    tasks += plan.blocks * a.kv_heads;
+    parts += plan.blocks;
     merge |= plan.splits > 1;
+    single &= plan.tokens <= 1;
   }
   float* scratch = a.scratch + team.thread * a.scratch_stride;
   const bool can_stream = a.heads / a.kv_heads <= kMaxStreamGroup && a.head_size % W == 0;
-  // Tasks come to a thread in rising order, so a cursor finds their rows.
-  int64_t row = 0, before = 0;
-  RowPlan plan = a.rows > 0 ? plan_row(a, 0) : RowPlan{};
-  team.tasks(tasks, [&](int64_t task) {
-    while (task - before >= plan.blocks * a.kv_heads) {
-      before += plan.blocks * a.kv_heads;
-      plan = plan_row(a, ++row);
+  const int64_t heads = single && can_stream ? heads_of_task(a, parts, team.size) : 1, sets = a.kv_heads / heads;
+  TaskCursor cursor(a, sets), guess(a, sets);
+  team.tasks(parts * sets, [&](int64_t task) {
+    cursor.seek(task);
+    const RowPlan& plan = cursor.plan;
+    const int64_t kv_head = cursor.set * heads;
+    if (plan.tokens != 1 || !can_stream) return block_task<kInt8>(a, plan, cursor.row, kv_head, cursor.part, scratch);
+    Stretch next{};
+    if (single && task + team.size < parts * sets) {
+      guess.seek(task + team.size);
+      next = guess.stretch(heads);
     }
-    const int64_t kv_head = (task - before) % a.kv_heads;
-    const int64_t part = plan.blocks - 1 - (task - before) / a.kv_heads;  // the longest blocks of a prompt first
-    if (plan.tokens == 1 && can_stream) stream_task<kInt8>(a, plan, row, kv_head, part, scratch);
-    else block_task<kInt8>(a, plan, row, kv_head, part, scratch);
+    stream_task<kInt8>(a, plan, cursor.stretch(heads), next, heads, cursor.part, scratch);
   });
   if (!merge) return;
   team.barrier();

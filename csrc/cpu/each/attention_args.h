@@ -16,6 +16,7 @@ constexpr int64_t kBlockRows = 96;    // query rows of a task in the blocked pat
 constexpr int64_t kBlockTokens = 64;  // cached tokens that are packed together
 constexpr int64_t kSplitTokens = 256;
 constexpr int64_t kMaxStreamGroup = 4;
+constexpr int64_t kMaxStreamHeads = 16;  // query heads of a task in the streaming path
 
 struct AttentionArgs {
   const float* q;  // [T, H, D]

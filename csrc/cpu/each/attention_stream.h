@@ -1,6 +1,8 @@
-// One query token: its G heads against a stretch of the cache, which is read once. In float32, except with AVX-512
-// where the head size allows pairs: on a bfloat16 cache queries are high and low halves (16 bits in all) and weights
-// bfloat16, as in the blocked path; on an int8 cache queries and weights are 16-bit integers (vpdpwssd).
+// One query token: its heads against a stretch of the cache, which is read once, in units of a tile of tokens and the G
+// heads of a kv head, in the order of memory. While one unit is computed the next one's keys, then its values, are asked
+// for, so that memory is busy all the time. In float32, except with AVX-512 where the head size allows pairs: on a
+// bfloat16 cache queries and weights are bfloat16, as in the blocked path; on an int8 cache both are 16-bit integers
+// (vpdpwssd).
 #pragma once
 #include "attention_args.h"
 
@@ -8,8 +10,7 @@ namespace phl {
 namespace PHL_NS {
 namespace {
 
-constexpr int64_t kTile = 128;     // tokens between two looks at the running maximum
-constexpr int64_t kAhead = 32;     // tokens whose keys are asked for in advance
+constexpr int64_t kTile = 128;      // tokens of a unit
 constexpr int64_t kMaxPairedHead = 256;
 constexpr int kColumns = PHL_LEVEL == 1 ? 2 : 4;
 
@@ -31,45 +32,64 @@ PHL_INLINE void sum4(vf a, vf b, vf c, vf d, float* out) {
 #endif
 }
 
-PHL_INLINE void prefetch_row(const void* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(row) + at);
-}
-
-struct StreamJob {
-  const float* q[kMaxStreamGroup];
+// Cached tokens of a row, from a kv head on.
+struct Stretch {
   int64_t row, kv_head;
   Range range;
-  float* values[kMaxStreamGroup];  // [D] each
-  float top[kMaxStreamGroup], total[kMaxStreamGroup];
 };
 
-// Asks for the values of tokens t to t + 3, and for the keys kAhead further on (`known` offsets reach that far).
-template <class Value>
-PHL_INLINE void prefetch_tile(const AttentionArgs& a, const int64_t* offsets, int64_t t, int64_t known) {
-  const int64_t bytes = a.head_size * int64_t(sizeof(Value));
-  for (int64_t i = t; i < t + 4; ++i) prefetch_row(static_cast<const Value*>(a.v_cache) + offsets[i], bytes);
-  for (int64_t i = t + kAhead; i < t + kAhead + 4 && i < known; ++i) {
-    prefetch_row(static_cast<const Value*>(a.k_cache) + offsets[i], bytes);
+struct StreamJob {
+  Stretch own, guess;  // `guess`: what this thread probably computes next
+  int64_t kv_heads;
+  const float* q[kMaxStreamHeads];     // G for each kv head
+  float* values[kMaxStreamHeads];      // [D] each
+  float top[kMaxStreamHeads], total[kMaxStreamHeads];
+};
+
+// The unit that comes next: tokens from `offsets`, bytes of a row.
+struct Ahead {
+  const char *keys, *values;
+  const int64_t* offsets;
+  int64_t count, item, bytes;
+
+  // Into the second-level cache: its queue of outstanding lines is longer than the first level's.
+  PHL_INLINE static void fetch(const char* row, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
   }
-}
+  PHL_INLINE void key_rows(int64_t begin, int64_t end) const {
+    for (int64_t t = begin; t < end && t < count; ++t) fetch(keys + offsets[t] * item, bytes);
+  }
+  PHL_INLINE void value_rows(int64_t begin, int64_t end) const {
+    for (int64_t t = begin; t < end && t < count; ++t) fetch(values + offsets[t] * item, bytes);
+  }
+};
+
+// The unit at hand: one kv head's keys and values of up to kTile tokens.
+struct Unit {
+  const void *keys, *values;
+  const int64_t* offsets;  // padded with the last token's to a multiple of 4
+  int64_t count;
+  const float* const* q;  // [G]
+  float* const* to;       // [G]
+  Ahead ahead;
+};
 
 // scores[g][t] = q_g . k_t for the tile's tokens, in fours; the tile is padded with its last token.
 template <int G, bool kInt8>
-PHL_INLINE void tile_scores(const AttentionArgs& a, const StreamJob& job, const int64_t* offsets, int64_t count,
-                            int64_t known, float (*scores)[kTile]) {
+PHL_INLINE void tile_scores(const AttentionArgs& a, const Unit& u, float (*scores)[kTile]) {
   using Rows = Cache<kInt8>;
   using Value = typename Rows::Value;
-  const Value* keys = static_cast<const Value*>(a.k_cache);
-  for (int64_t t = 0; t < count; t += 4) {
+  const Value* keys = static_cast<const Value*>(u.keys);
+  for (int64_t t = 0; t < u.count; t += 4) {
     const Value* k[4];
-    for (int i = 0; i < 4; ++i) k[i] = keys + offsets[t + i];
-    prefetch_tile<Value>(a, offsets, t, known);
+    for (int i = 0; i < 4; ++i) k[i] = keys + u.offsets[t + i];
+    u.ahead.key_rows(t, t + 4);
     vf acc[G][4] = {};
     for (int64_t d = 0; d < a.head_size; d += W) {
       vf key[4];
       for (int i = 0; i < 4; ++i) key[i] = Rows::read(k[i] + d);
       for (int g = 0; g < G; ++g) {
-        const vf q = load(job.q[g] + d);
+        const vf q = load(u.q[g] + d);
         for (int i = 0; i < 4; ++i) acc[g][i] += q * key[i];
       }
     }
@@ -112,23 +132,23 @@ PHL_INLINE float tile_weights(const AttentionArgs& a, float* scores, int64_t cou
 }
 
 template <int G, bool kInt8>
-PHL_INLINE void tile_values(const AttentionArgs& a, StreamJob& job, const int64_t* offsets, int64_t count,
-                            const float (*weights)[kTile], const float* factor) {
+PHL_INLINE void tile_values(const AttentionArgs& a, const Unit& u, const float (*weights)[kTile], const float* factor) {
   using Rows = Cache<kInt8>;
   using Value = typename Rows::Value;
-  const Value* values = static_cast<const Value*>(a.v_cache);
+  const Value* values = static_cast<const Value*>(u.values);
   const auto columns = [&]<int C>(int64_t d) {
     vf acc[G][C];
     for (int g = 0; g < G; ++g)
-      for (int c = 0; c < C; ++c) acc[g][c] = load(job.values[g] + d + c * W) * factor[g];
-    for (int64_t t = 0; t < count; ++t) {
+      for (int c = 0; c < C; ++c) acc[g][c] = load(u.to[g] + d + c * W) * factor[g];
+    for (int64_t t = 0; t < u.count; ++t) {
+      if (d == 0) u.ahead.value_rows(t, t + 1);
       vf v[C];
-      for (int c = 0; c < C; ++c) v[c] = Rows::read(values + offsets[t] + d + c * W);
+      for (int c = 0; c < C; ++c) v[c] = Rows::read(values + u.offsets[t] + d + c * W);
       for (int g = 0; g < G; ++g)
         for (int c = 0; c < C; ++c) acc[g][c] += v[c] * weights[g][t];
     }
     for (int g = 0; g < G; ++g)
-      for (int c = 0; c < C; ++c) store(job.values[g] + d + c * W, acc[g][c]);
+      for (int c = 0; c < C; ++c) store(u.to[g] + d + c * W, acc[g][c]);
   };
   int64_t d = 0;
   for (; d + kColumns * W <= a.head_size; d += kColumns * W) columns.template operator()<kColumns>(d);
@@ -137,37 +157,22 @@ PHL_INLINE void tile_values(const AttentionArgs& a, StreamJob& job, const int64_
 
 #if PHL_LEVEL == 2
 
-using Halves = uint16_t[2][kMaxPairedHead];  // a query's high and low halves
+using Halves = uint16_t[kMaxPairedHead];  // a query in bfloat16
 
 template <int G>
-PHL_INLINE void split_queries(const AttentionArgs& a, const StreamJob& job, Halves* halves) {
-  for (int g = 0; g < G; ++g) {
-    for (int64_t d = 0; d < a.head_size; d += W) {
-      const vf q = load(job.q[g] + d);
-      const vh high = to_bf16(q);
-      store_as(halves[g][0] + d, high);
-      store_bf16(halves[g][1] + d, q - from_bf16(high));
-    }
-  }
-}
-
-template <int G>
-PHL_INLINE void paired_scores(const AttentionArgs& a, const Halves* halves, const int64_t* offsets, int64_t count,
-                              int64_t known, float (*scores)[kTile]) {
-  const uint16_t* keys = static_cast<const uint16_t*>(a.k_cache);
-  for (int64_t t = 0; t < count; t += 4) {
-    prefetch_tile<uint16_t>(a, offsets, t, known);
+PHL_INLINE void paired_scores(const AttentionArgs& a, const Unit& u, const Halves* halves, float (*scores)[kTile]) {
+  const uint16_t* keys = static_cast<const uint16_t*>(u.keys);
+  for (int64_t t = 0; t < u.count; t += 4) {
+    u.ahead.key_rows(t, t + 4);
     __m512 acc[G][4];
     for (int g = 0; g < G; ++g)
       for (int i = 0; i < 4; ++i) acc[g][i] = _mm512_setzero_ps();
     for (int64_t d = 0; d < a.head_size; d += 2 * W) {
       __m512bh key[4];
-      for (int i = 0; i < 4; ++i) key[i] = (__m512bh)_mm512_loadu_si512(keys + offsets[t + i] + d);
+      for (int i = 0; i < 4; ++i) key[i] = (__m512bh)_mm512_loadu_si512(keys + u.offsets[t + i] + d);
       for (int g = 0; g < G; ++g) {
-        const auto high = (__m512bh)_mm512_loadu_si512(halves[g][0] + d);
-        const auto low = (__m512bh)_mm512_loadu_si512(halves[g][1] + d);
-        for (int i = 0; i < 4; ++i) acc[g][i] = _mm512_dpbf16_ps(acc[g][i], high, key[i]);
-        for (int i = 0; i < 4; ++i) acc[g][i] = _mm512_dpbf16_ps(acc[g][i], low, key[i]);
+        const auto q = (__m512bh)_mm512_loadu_si512(halves[g] + d);
+        for (int i = 0; i < 4; ++i) acc[g][i] = _mm512_dpbf16_ps(acc[g][i], q, key[i]);
       }
     }
     for (int g = 0; g < G; ++g) sum4((vf)acc[g][0], (vf)acc[g][1], (vf)acc[g][2], (vf)acc[g][3], scores[g] + t);
@@ -175,12 +180,12 @@ PHL_INLINE void paired_scores(const AttentionArgs& a, const Halves* halves, cons
 }
 
 template <int G>
-PHL_INLINE void paired_values(const AttentionArgs& a, StreamJob& job, const int64_t* offsets, int64_t count,
-                              const float (*weights)[kTile], const float* factor) {
-  const uint16_t* values = static_cast<const uint16_t*>(a.v_cache);
+PHL_INLINE void paired_values(const AttentionArgs& a, const Unit& u, const float (*weights)[kTile],
+                              const float* factor) {
+  const uint16_t* values = static_cast<const uint16_t*>(u.values);
   alignas(64) uint32_t cells[G][kTile / 2];
   for (int g = 0; g < G; ++g) {
-    for (int64_t t = 0; t < count; t += 2 * W) {
+    for (int64_t t = 0; t < u.count; t += 2 * W) {
       const __m512bh pair = _mm512_cvtne2ps_pbh((__m512)load(weights[g] + t + W), (__m512)load(weights[g] + t));
       _mm512_store_si512(cells[g] + t / 2, (__m512i)pair);
     }
@@ -189,9 +194,10 @@ PHL_INLINE void paired_values(const AttentionArgs& a, StreamJob& job, const int6
   const auto columns = [&]<int C>(int64_t d) {  // C vectors of 16 results
     __m512 acc[G][C];
     for (int g = 0; g < G; ++g)
-      for (int c = 0; c < C; ++c) acc[g][c] = (__m512)(load(job.values[g] + d + c * W) * factor[g]);
-    for (int64_t t = 0; t < count; t += 2) {
-      const uint16_t *even = values + offsets[t] + d, *odd = values + offsets[t + 1] + d;
+      for (int c = 0; c < C; ++c) acc[g][c] = (__m512)(load(u.to[g] + d + c * W) * factor[g]);
+    for (int64_t t = 0; t < u.count; t += 2) {
+      if (d == 0) u.ahead.value_rows(t, t + 2);
+      const uint16_t *even = values + u.offsets[t] + d, *odd = values + u.offsets[t + 1] + d;
       __m512bh v[C];
       for (int c = 0; c < C; c += 2) {
         const __m512i x = _mm512_loadu_si512(even + c * W), y = _mm512_loadu_si512(odd + c * W);
@@ -204,7 +210,7 @@ PHL_INLINE void paired_values(const AttentionArgs& a, StreamJob& job, const int6
       }
     }
     for (int g = 0; g < G; ++g)
-      for (int c = 0; c < C; ++c) store(job.values[g] + d + c * W, (vf)acc[g][c]);
+      for (int c = 0; c < C; ++c) store(u.to[g] + d + c * W, (vf)acc[g][c]);
   };
   int64_t d = 0;
   for (; d + 4 * W <= a.head_size; d += 4 * W) columns.template operator()<4>(d);
@@ -235,18 +241,18 @@ PHL_INLINE __m128 sum4(__m512i a, __m512i b, __m512i c, __m512i d) {
 }
 
 template <int G>
-PHL_INLINE void word_scores(const AttentionArgs& a, const Words* words, const float* word_scale, const int64_t* offsets,
-                            int64_t count, int64_t known, float (*scores)[kTile]) {
-  const int8_t* keys = static_cast<const int8_t*>(a.k_cache);
-  for (int64_t t = 0; t < count; t += 4) {
-    prefetch_tile<int8_t>(a, offsets, t, known);
+PHL_INLINE void word_scores(const AttentionArgs& a, const Unit& u, const Words* words, const float* word_scale,
+                            float (*scores)[kTile]) {
+  const int8_t* keys = static_cast<const int8_t*>(u.keys);
+  for (int64_t t = 0; t < u.count; t += 4) {
+    u.ahead.key_rows(t, t + 4);
     __m512i acc[G][4];
     for (int g = 0; g < G; ++g)
       for (int i = 0; i < 4; ++i) acc[g][i] = _mm512_setzero_si512();
     for (int64_t d = 0; d < a.head_size; d += 2 * W) {
       __m512i key[4];
       for (int i = 0; i < 4; ++i) {
-        const int8_t* row = keys + offsets[t + i] + d;
+        const int8_t* row = keys + u.offsets[t + i] + d;
         key[i] = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
       }
       for (int g = 0; g < G; ++g) {
@@ -255,7 +261,7 @@ PHL_INLINE void word_scores(const AttentionArgs& a, const Words* words, const fl
       }
     }
     float scale[4];
-    for (int i = 0; i < 4; ++i) scale[i] = Cache<true>::scale(keys + offsets[t + i], a.head_size);
+    for (int i = 0; i < 4; ++i) scale[i] = Cache<true>::scale(keys + u.offsets[t + i], a.head_size);
     const __m128 key_scale = _mm_loadu_ps(scale);
     for (int g = 0; g < G; ++g) {
       const __m128 dots = sum4(acc[g][0], acc[g][1], acc[g][2], acc[g][3]);
@@ -265,19 +271,18 @@ PHL_INLINE void word_scores(const AttentionArgs& a, const Words* words, const fl
 }
 
 // The tile's weights, which hold the values' scales already, become 16-bit integers with a scale for each head. A tile's
-// 128 products of 15 and 7 bits fit an int32.
+// 64 products of 15 and 7 bits fit an int32.
 template <int G>
-PHL_INLINE void word_values(const AttentionArgs& a, StreamJob& job, const int64_t* offsets, int64_t count,
-                            const float (*weights)[kTile], const float* factor) {
-  const int8_t* values = static_cast<const int8_t*>(a.v_cache);
+PHL_INLINE void word_values(const AttentionArgs& a, const Unit& u, const float (*weights)[kTile], const float* factor) {
+  const int8_t* values = static_cast<const int8_t*>(u.values);
   alignas(64) int16_t cells[G][kTile];
   float unit[G];
   for (int g = 0; g < G; ++g) {
     vf top{};
-    for (int64_t t = 0; t < count; t += W) top = max(load(weights[g] + t), top);
+    for (int64_t t = 0; t < u.count; t += W) top = max(load(weights[g] + t), top);
     unit[g] = largest(top) / 32767.0f;
     const float inverse = unit[g] > 0.0f ? 1.0f / unit[g] : 0.0f;
-    for (int64_t t = 0; t < count; t += W) {
+    for (int64_t t = 0; t < u.count; t += W) {
       const __m512i whole = _mm512_cvtps_epi32((__m512)(load(weights[g] + t) * inverse));
       _mm256_store_si256(reinterpret_cast<__m256i*>(cells[g] + t), _mm512_cvtepi32_epi16(whole));
     }
@@ -285,9 +290,10 @@ PHL_INLINE void word_values(const AttentionArgs& a, StreamJob& job, const int64_
   for (int64_t d = 0; d < a.head_size; d += 2 * W) {
     __m512i low[G], high[G];
     for (int g = 0; g < G; ++g) low[g] = high[g] = _mm512_setzero_si512();
-    for (int64_t t = 0; t < count; t += 2) {
-      const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + offsets[t] + d));
-      const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + offsets[t + 1] + d));
+    for (int64_t t = 0; t < u.count; t += 2) {
+      if (d == 0) u.ahead.value_rows(t, t + 2);
+      const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + u.offsets[t] + d));
+      const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + u.offsets[t + 1] + d));
       const __m512i v_low = _mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(x, y));    // columns 0 to 7, 16 to 23
       const __m512i v_high = _mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(x, y));  // columns 8 to 15, 24 to 31
       for (int g = 0; g < G; ++g) {
@@ -300,7 +306,7 @@ PHL_INLINE void word_values(const AttentionArgs& a, StreamJob& job, const int64_
     }
     for (int g = 0; g < G; ++g) {
       const __m512i first = _mm512_shuffle_i64x2(low[g], high[g], 0x44), second = _mm512_shuffle_i64x2(low[g], high[g], 0xEE);
-      float* to = job.values[g] + d;
+      float* to = u.to[g] + d;
       store(to, load(to) * factor[g] + (vf)_mm512_cvtepi32_ps(first) * unit[g]);
       store(to + W, load(to + W) * factor[g] + (vf)_mm512_cvtepi32_ps(second) * unit[g]);
     }
@@ -309,69 +315,128 @@ PHL_INLINE void word_values(const AttentionArgs& a, StreamJob& job, const int64_
 
 #endif
 
+// Offsets of a tile's tokens in the first kv head's part of the pages, padded to a multiple of 4; gives their number.
+PHL_INLINE int64_t tile_offsets(const AttentionArgs& a, const Stretch& of, int64_t width, int64_t begin,
+                                int64_t* offsets) {
+  const int64_t left = of.range.end - begin;
+  const int64_t count = left < kTile ? left : kTile;
+  if (count <= 0) return 0;
+  token_offsets(a, of.row, of.kv_head, width, {begin, begin + count}, offsets);
+  for (int64_t t = count; t % 4 != 0; ++t) offsets[t] = offsets[count - 1];
+  return count;
+}
+
 template <int G, bool kInt8>
-void stream(const AttentionArgs& a, StreamJob& job) {
+struct Stream {
   using Rows = Cache<kInt8>;
   using Value = typename Rows::Value;
-  const int64_t width = a.head_size + Rows::kExtra;
+
+  const AttentionArgs& a;
+  StreamJob& job;
   alignas(64) float scores[G][kTile];
-  int64_t offsets[kTile + kAhead + 4];
+  alignas(64) float value_scale[kTile];
 #if PHL_LEVEL == 2
-  const bool paired = a.head_size % (2 * W) == 0 && a.head_size <= kMaxPairedHead;
-  alignas(64) Halves halves[G];  // or, for int8, words
-  auto* words = reinterpret_cast<Words*>(halves);
-  float word_scale[G];
-  if (paired && kInt8) {
-    for (int g = 0; g < G; ++g) word_scale[g] = query_words(job.q[g], a.head_size, words[g]);
-  } else if (paired) {
-    split_queries<G>(a, job, halves);
-  }
+  const bool paired;
+  alignas(64) Halves halves[kMaxStreamHeads];  // or, for int8, words
+  float word_scale[kMaxStreamHeads];
 #endif
-  for (int g = 0; g < G; ++g) {
-    job.top[g] = kNoScore;
-    job.total[g] = 0.0f;
-    for (int64_t d = 0; d < a.head_size; d += W) store(job.values[g] + d, vf{});
-  }
-  for (int64_t begin = job.range.begin; begin < job.range.end; begin += kTile) {
-    const int64_t left = job.range.end - begin;
-    const int64_t count = left < kTile ? left : kTile, known = left < kTile + kAhead ? left : kTile + kAhead;
-    token_offsets(a, job.row, job.kv_head, width, {begin, begin + known}, offsets);
-    if (begin == job.range.begin) {
-      for (int64_t t = 0; t < kAhead && t < count; ++t) {
-        prefetch_row(static_cast<const Value*>(a.k_cache) + offsets[t], a.head_size * int64_t(sizeof(Value)));
-      }
+
+  PHL_INLINE Stream(const AttentionArgs& a, StreamJob& job)
+      : a(a), job(job)
+#if PHL_LEVEL == 2
+        ,
+        paired(a.head_size % (2 * W) == 0 && a.head_size <= kMaxPairedHead)
+#endif
+  {
+    for (int64_t h = 0; h < job.kv_heads * G; ++h) {
+      job.top[h] = kNoScore;
+      job.total[h] = 0.0f;
+      for (int64_t d = 0; d < a.head_size; d += W) store(job.values[h] + d, vf{});
     }
-    for (int64_t t = count; t < count + 3 && t >= known; ++t) offsets[t] = offsets[count - 1];
-    float factor[G];
-    alignas(64) float value_scale[kTile];
-    const auto weigh = [&] {
-      for (int g = 0; g < G; ++g) factor[g] = tile_weights(a, scores[g], count, job.top[g], job.total[g]);
+#if PHL_LEVEL == 2
+    for (int64_t h = 0; paired && h < job.kv_heads * G; h += G) {
       if constexpr (kInt8) {
-        const auto* values = static_cast<const int8_t*>(a.v_cache);
-        const int64_t padded = (count + W - 1) / W * W;
-        for (int64_t t = 0; t < padded; ++t) value_scale[t] = t < count ? Rows::scale(values + offsets[t], a.head_size) : 0;
+        for (int g = 0; g < G; ++g) word_scale[h + g] = query_words(job.q[h + g], a.head_size, words()[h + g]);
+      } else {
         for (int g = 0; g < G; ++g) {
-          for (int64_t t = 0; t < padded; t += W) store(scores[g] + t, load(scores[g] + t) * load(value_scale + t));
+          for (int64_t d = 0; d < a.head_size; d += W) store_bf16(halves[h + g] + d, load(job.q[h + g] + d));
         }
       }
-    };
+    }
+#endif
+  }
+
+#if PHL_LEVEL == 2
+  PHL_INLINE Words* words() { return reinterpret_cast<Words*>(halves); }
+#endif
+
+  PHL_INLINE void weigh(const Unit& u, int64_t h, float* factor) {
+    for (int g = 0; g < G; ++g) factor[g] = tile_weights(a, scores[g], u.count, job.top[h + g], job.total[h + g]);
+    if constexpr (kInt8) {
+      const auto* values = static_cast<const int8_t*>(u.values);
+      const int64_t padded = (u.count + W - 1) / W * W;
+      for (int64_t t = 0; t < padded; ++t) {
+        value_scale[t] = t < u.count ? Rows::scale(values + u.offsets[t], a.head_size) : 0;
+      }
+      for (int g = 0; g < G; ++g) {
+        for (int64_t t = 0; t < padded; t += W) store(scores[g] + t, load(scores[g] + t) * load(value_scale + t));
+      }
+    }
+  }
+
+  // Query heads h to h + G - 1 against their unit.
+  PHL_INLINE void run(const Unit& u, int64_t h) {
+    float factor[G];
 #if PHL_LEVEL == 2
     if (paired) {
       if constexpr (kInt8) {
-        word_scores<G>(a, words, word_scale, offsets, count, known, scores);
-        weigh();
-        word_values<G>(a, job, offsets, count, scores, factor);
+        word_scores<G>(a, u, words() + h, word_scale + h, scores);
+        weigh(u, h, factor);
+        word_values<G>(a, u, scores, factor);
       } else {
-        paired_scores<G>(a, halves, offsets, count, known, scores);
-        weigh();
-        paired_values<G>(a, job, offsets, count, scores, factor);
+        paired_scores<G>(a, u, halves + h, scores);
+        weigh(u, h, factor);
+        paired_values<G>(a, u, scores, factor);
       }
-      continue;
+      return;
     }
 #endif
-    tile_scores<G, kInt8>(a, job, offsets, count, known, scores);
-    weigh();
-    tile_values<G, kInt8>(a, job, offsets, count, scores, factor);
+    tile_scores<G, kInt8>(a, u, scores);
+    weigh(u, h, factor);
+    tile_values<G, kInt8>(a, u, scores, factor);
+  }
+};
+
+template <int G, bool kInt8>
+void stream(const AttentionArgs& a, StreamJob& job) {
+  using Value = typename Cache<kInt8>::Value;
+  const int64_t width = a.head_size + Cache<kInt8>::kExtra, step = a.page_size * width;
+  const auto* keys = static_cast<const Value*>(a.k_cache);
+  const auto* values = static_cast<const Value*>(a.v_cache);
+  Stream<G, kInt8> work(a, job);
+  int64_t space[2][kTile];
+  int64_t *offsets = space[0], *next_offsets = space[1];
+  int64_t count = tile_offsets(a, job.own, width, job.own.range.begin, offsets);
+  Ahead ahead{reinterpret_cast<const char*>(keys), reinterpret_cast<const char*>(values), offsets, count,
+              int64_t(sizeof(Value)), width * int64_t(sizeof(Value))};
+  ahead.key_rows(0, count);
+  ahead.value_rows(0, count);
+  for (int64_t begin = job.own.range.begin; begin < job.own.range.end; begin += kTile) {
+    int64_t next = tile_offsets(a, job.own, width, begin + kTile, next_offsets);
+    if (next == 0) next = tile_offsets(a, job.guess, width, job.guess.range.begin, next_offsets);
+    for (int64_t h = 0; h < job.kv_heads; ++h) {
+      const bool last = h + 1 == job.kv_heads;
+      const int64_t after = last ? 0 : (h + 1) * step;
+      ahead.keys = reinterpret_cast<const char*>(keys + after);
+      ahead.values = reinterpret_cast<const char*>(values + after);
+      ahead.offsets = last ? next_offsets : offsets;
+      ahead.count = last ? next : count;
+      work.run({keys + h * step, values + h * step, offsets, count, job.q + h * G, job.values + h * G, ahead}, h * G);
+    }
+    count = next;
+    int64_t* const used = offsets;
+    offsets = next_offsets;
+    next_offsets = used;
   }
 }
 

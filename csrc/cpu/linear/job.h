@@ -353,10 +353,23 @@ void run_dense(const Segment& s, int64_t first, int64_t last, const Rows& rows, 
   }
 }
 
+#if PHL_AMX
+}  // namespace
+}  // namespace PHL_NS
+}  // namespace phl
+#include "amx.h"
+namespace phl {
+namespace PHL_NS {
+namespace {
+#endif
+
 // Rows [0, count) of `rows` times blocks [first, last) of a segment, two at a time; results are those of rows first_row
 // and on.
 PHL_INLINE void run_blocks(const Segment& s, int64_t first, int64_t last, const Rows& rows, int64_t count,
                            const Output& out, int64_t first_row, uint8_t* tile) {
+#if PHL_AMX
+  if (amx_blocks(s, first, last, rows, count, out, first_row, tile)) return;
+#endif
   switch (s.layout) {
     case kBF16: return run_dense<DenseBF16>(s, first, last, rows, count, out, first_row);
     case kF16: return run_dense<DenseF16>(s, first, last, rows, count, out, first_row);

@@ -56,7 +56,7 @@ PHL_TEST(linear_quantised) {
   for (const Kind& kind : kKinds) {
     for (int64_t rows : {1, 37}) {
       const Layer layer = pack(kind, rows, kind.weights == 256 ? 1 : 3);
-      try_layer(level, layer, "layout " + std::to_string(kind.layout));
+      for (int at : with_amx(level)) try_layer(at, layer, "layout " + std::to_string(kind.layout));
       vector<int64_t> ids{0, rows - 1, rows};
       vector<float> out(ids.size() * size_t(layer.inputs));
       run(0, "linear_rows", ids.data(), layer.segment.data(), out.data(), 3, layer.inputs, layer.padded, 1,
@@ -68,6 +68,9 @@ PHL_TEST(linear_quantised) {
 
 PHL_TEST(linear_dense) {
   for (int64_t layout : {11, 12, 13}) {
-    for (int64_t inputs : {1, 33, 128}) try_layer(level, dense(layout, 21, inputs), "dense " + std::to_string(layout));
+    for (int64_t inputs : {1, 33, 128}) {
+      const Layer layer = dense(layout, 21, inputs);
+      for (int at : with_amx(level)) try_layer(at, layer, "dense " + std::to_string(layout));
+    }
   }
 }

@@ -99,13 +99,15 @@ void try_sparse(int level, int64_t layout, int64_t inputs, int64_t inner, bool p
 }  // namespace
 
 PHL_TEST(moe) {
-  for (int64_t layout : {0, 1, 4, 10}) try_sparse(level, layout, 96, 64, true);
-  for (int64_t layout : {5, 7, 9}) try_sparse(level, layout, 256, 256, true);
-  for (int64_t layout : {11, 12, 13}) {
-    try_sparse(level, layout, 33, 32, true);
-    try_sparse(level, layout, 40, 21, false);
+  for (int at : with_amx(level)) {
+    for (int64_t layout : {0, 1, 4, 10}) try_sparse(at, layout, 96, 64, true);
+    for (int64_t layout : {5, 7, 9}) try_sparse(at, layout, 256, 256, true);
+    for (int64_t layout : {11, 12, 13}) {
+      try_sparse(at, layout, 33, 32, true);
+      try_sparse(at, layout, 40, 21, false);
+    }
+    try_sparse(at, 1, 32, 32, false);
   }
-  try_sparse(level, 1, 32, 32, false);
 }
 
 PHL_TEST(moe_of_not_a_number) {

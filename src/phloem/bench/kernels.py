@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OPERATIONS = {"float": 2, "bf16": 4, "int8": 8}  # per 32-bit lane of one instruction
-LANES = {"portable": 4, "avx2": 8, "avx512": 16}
+LANES = {"portable": 4, "avx2": 8, "avx512": 16, "amx": 16}
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,14 @@ def units(csrc: Path, machine: str) -> list[tuple[Path, str]]:
     return found
 
 
+def accepts(compiler: list[str], flags: list[str], folder: Path) -> bool:
+    """Whether a compiler knows these flags."""
+    probe = folder / "probe.cpp"
+    probe.write_text("int main() {}\n")
+    command = [*compiler, *flags, "-c", str(probe), "-o", str(folder / "probe.out")]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 class BuildNative(build_ext):
     """`build_ext` that compiles `units`; a failure is a warning, never the end of the installation."""
 
@@ -68,7 +76,7 @@ class BuildNative(build_ext):
         newest_header = max(path.stat().st_mtime for path in [*CSRC.rglob("*.h"), Path(__file__)])
         todo: list[tuple[Path, list[str]]] = []
         outputs: list[str] = []
-        amx = self._accepts(compiler, AMX, objects)
+        amx = accepts(compiler, AMX, objects)
         for source, level in units(CSRC, platform.machine()):
             if level == "amx" and not amx:
                 continue
@@ -86,13 +94,6 @@ class BuildNative(build_ext):
             ["-bundle", "-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-shared", "-pthread"]
         )
         subprocess.run([*compiler, *shared, *outputs, "-o", str(library)], check=True)
-
-    def _accepts(self, compiler: list[str], flags: list[str], folder: Path) -> bool:
-        """Whether the compiler knows these flags."""
-        probe = folder / "probe.cpp"
-        probe.write_text("#include <immintrin.h>\nint main() {}\n")
-        command = [*compiler, *flags, "-c", str(probe), "-o", str(folder / "probe.out")]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def _compile(self, job: tuple[Path, list[str]]) -> None:
         source, command = job

@@ -91,6 +91,15 @@ def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> Non
     assert "tests" in done.stdout
 
 
+def test_amx_is_built_where_the_compiler_knows_it(tmp_path: Path) -> None:
+    setup = build_flags()
+    assert setup.accepts(["g++"], [], tmp_path)
+    assert not setup.accepts(["g++"], ["-mno-such-instructions"], tmp_path)
+    of_amx = [path.parent.name for path, level in setup.units(CSRC, "x86_64") if level == "amx"]
+    assert of_amx == ["amx"] * len(AMX)
+    assert {level for _, level in setup.units(CSRC, "aarch64")} == {"portable"}
+
+
 def test_units_share_no_weak_symbols() -> None:
     """An inline function compiled for AVX-512 must never be the one that the linker keeps for every level."""
     if shutil.which("nm") is None:

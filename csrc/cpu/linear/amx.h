@@ -51,24 +51,30 @@ PHL_INLINE void configure_integers() {
   configure(shapes);
 }
 
+// Scales the sums of one chunk and adds them. Unrolled early, so that gcc keeps the totals in registers.
+template <class L>
+PHL_INLINE void add_chunk(F (&total)[kTileRows], const int32_t (&sums)[kTileRows][kBlock], const uint8_t* chunk,
+                          const Activation* act, int64_t act_step) {
+  const auto* scales = reinterpret_cast<const float*>(chunk + 512);
+  const F d = Vec::loadf(scales);
+  F m = d;
+  if constexpr (L::min) m = Vec::loadf(scales + 16);
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) {
+    const Activation& a = act[r * act_step];
+    const I exact = _mm512_add_epi32(Vec::load(sums[r]), start_sum<L::zero_log, L::wide, false>(a, 0));
+    total[r] = accumulate<L::min, false>(total[r], exact, d, m, a, 0);
+  }
+}
+
 // One unpacked block times 16 rows. Two chunks are in flight, so that scaling one overlaps multiplying the other.
 template <class L>
 void amx_integer_kernel(const uint8_t* tile, int64_t chunks, const Activation* act, int64_t act_step, float* out,
                         int64_t out_step) {
   alignas(64) int32_t sums[2][kTileRows][kBlock];
   F total[kTileRows];
+#pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) total[r] = Vec::zero();
-  const auto scale = [&](const int32_t (*sum)[kBlock], const uint8_t* chunk, const Activation* a) {
-    const auto* scales = reinterpret_cast<const float*>(chunk + 512);
-    const F d = Vec::loadf(scales);
-    F m = d;
-    if constexpr (L::min) m = Vec::loadf(scales + 16);
-    for (int r = 0; r < kTileRows; ++r) {
-      const Activation& row = a[r * act_step];
-      const I exact = _mm512_add_epi32(Vec::load(sum[r]), start_sum<L::zero_log, L::wide, false>(row, 0));
-      total[r] = accumulate<L::min, false>(total[r], exact, d, m, row, 0);
-    }
-  };
   const int64_t a_step = act_step * int64_t{sizeof(Activation)};
   memory_is_read();
   // Rows are padded to 64 inputs: chunks come in pairs.
@@ -82,10 +88,11 @@ void amx_integer_kernel(const uint8_t* tile, int64_t chunks, const Activation* a
     _tile_loadd(5, tile + kTileChunk<L>, 64);
     _tile_dpbsud(1, 3, 5);
     _tile_stored(0, sums[0], 64);
-    scale(sums[0], tile, act);
     _tile_stored(1, sums[1], 64);
-    scale(sums[1], tile + kTileChunk<L>, act + 1);
+    add_chunk<L>(total, sums[0], tile, act, act_step);
+    add_chunk<L>(total, sums[1], tile + kTileChunk<L>, act + 1, act_step);
   }
+#pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) Vec::storef(out + r * out_step, total[r]);
 }
 

@@ -11,7 +11,7 @@ from phloem.core.batch import FROM_DEVICE
 from phloem.core.messages import Submit, pack_ids
 from phloem.core.request import RequestStatus, SamplingParams
 from phloem.kvcache.manager import CacheManager
-from phloem.scheduler.planner import Plan, Planner
+from phloem.scheduler.planner import Pace, Plan, Planner
 from phloem.scheduler.policies import MAX_PRIORITY, PATIENCE, POLICIES, PRIORITY_SECONDS, WINDOW, WaitingQueue
 from phloem.scheduler.state import Request, Slots
 
@@ -26,7 +26,7 @@ class Desk:
         self.queue = WaitingQueue()
         self.slots = Slots(slots, pages, S)
         self.policy = POLICIES[policy]
-        self.planner = Planner(self.slots, self.queue, self.cache, self.policy, budget, (2,))
+        self.planner = Planner(self.slots, self.queue, self.cache, self.policy, Pace.even(budget), (2,))
         self.made = 0
 
     def add(

@@ -87,6 +87,8 @@ class EngineCore:
             max_running_requests=built.max_running_requests,
             max_queued_requests=schedule.max_queued_requests,
             chunked_prefill_size=built.chunked_prefill_size,
+            mixed_prefill_size=built.mixed_prefill_size,
+            worthwhile_prefill=built.worthwhile_prefill,
             schedule_policy=schedule.schedule_policy,
             context_length=built.context_length,
             vocab_size=checkpoint.vocab_size,

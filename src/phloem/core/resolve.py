@@ -63,6 +63,13 @@ def chunk(requested: int | None, default: int, running: int) -> Decision:
     return Decision("chunked_prefill_size", default, "keeps steps short enough for smooth streaming")
 
 
+def mixed_chunk(default: int, chunk: int) -> Decision:
+    """Prompt tokens of a step that also decodes."""
+    if chunk <= default:
+        return Decision("mixed_prefill_size", chunk, "as the whole step")
+    return Decision("mixed_prefill_size", default, "running requests wait for no more prompt tokens at a time")
+
+
 @dataclass(frozen=True)
 class MemoryFacts:
     """Bytes, on the device of the KV pool, after the weights were loaded."""

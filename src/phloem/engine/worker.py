@@ -41,6 +41,8 @@ class Built:
     context_length: int
     max_running_requests: int
     chunked_prefill_size: int
+    mixed_prefill_size: int
+    worthwhile_prefill: int
     max_total_tokens: int
     decisions: list[Decision] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
@@ -88,6 +90,7 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     asked, usual = schedule.max_running_requests, platform.default_running_requests
     running = _take(decisions, resolve.running_requests(asked, usual, platform.name))
     chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
+    mixed = _take(decisions, resolve.mixed_chunk(platform.default_mixed_chunk, chunk))
     facts = resolve.MemoryFacts(
         *platform.memory(),
         weights=min(model.weight_bytes, free),
@@ -106,7 +109,7 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
         "dtype": str(dtype).removeprefix("torch."),
         "device": platform.name,
     }
-    return Built(runner, context, running, chunk, tokens, decisions, info)
+    return Built(runner, context, running, chunk, mixed, min(chunk, platform.worthwhile_chunk), tokens, decisions, info)
 
 
 def _backend(

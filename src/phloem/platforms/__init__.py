@@ -28,6 +28,8 @@ class Platform(Protocol):
     default_memory_fraction: float  # of free memory, for weights and KV pool together
     default_running_requests: int
     default_chunk: int  # tokens of one step
+    default_mixed_chunk: int  # prompt tokens of a step that also decodes
+    worthwhile_chunk: int  # prompt tokens from which on more make a step no more efficient
 
     @property
     def streams(self) -> Streams | None:

@@ -27,6 +27,8 @@ class Platform:
     default_memory_fraction = 0.25
     default_running_requests = 64
     default_chunk = 1024
+    default_mixed_chunk = 256
+    worthwhile_chunk = 64
     streams = None
 
     def __init__(self, threads: int | None) -> None:

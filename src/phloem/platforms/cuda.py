@@ -61,6 +61,8 @@ class Platform:
     default_memory_fraction = 0.9
     default_running_requests = 256
     default_chunk = 8192
+    default_mixed_chunk = 2048
+    worthwhile_chunk = 1024
 
     def __init__(self, threads: int | None) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())

@@ -20,6 +20,8 @@ class Platform:
     default_memory_fraction = 0.9
     default_running_requests = 128
     default_chunk = 4096
+    default_mixed_chunk = 1024
+    worthwhile_chunk = 512
     streams = None
 
     def __init__(self, threads: int | None) -> None:

@@ -4,6 +4,10 @@ One budget serves decodes and prefill chunks in one batch, decodes first. Pages 
 with the largest key (the policy's last: lowest priority, youngest); it returns to the queue with all it has generated
 and is computed again. A request whose next page another one computes in this very step waits a step and then finds it
 in the cache: shared prefixes that arrive together are computed once.
+
+A step takes one prompt after the other, not all at once, because many prompts that share steps all end late; only as
+many as a step needs to be worth its while (`Pace.worthwhile`) share one. A prompt that needs several steps leaves a
+part of each to requests that end in that very step, such as those that find nearly all of their prompt cached.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SCAN = 64  # candidates looked at beyond the free slots; those that wait for a shared prefix are passed over
+KEPT = 4  # a prompt that goes on leaves 1 / KEPT of a step to those that wait
 HORIZON = 1024  # output tokens of a running request that admission looks ahead to, at most
 _NOTHING = np.empty(0, dtype=np.int32)
 
@@ -44,6 +49,20 @@ class Headroom:
 
     def relax(self) -> None:
         self.share = max(self.low, self.share - 0.002)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How many prompt tokens a step takes."""
+
+    budget: int  # tokens of a step, decodes included
+    mixed: int  # prompt tokens of a step that also decodes: running requests wait for it
+    worthwhile: int  # prompt tokens from which on another prompt makes a step no more efficient
+
+    @classmethod
+    def even(cls, budget: int) -> Pace:
+        """Every step is filled."""
+        return cls(budget, budget, budget)
 
 
 @dataclass(slots=True)
@@ -74,15 +93,14 @@ class Planner:
         queue: WaitingQueue,
         cache: CacheManager,
         policy: Policy,
-        token_budget: int,
+        pace: Pace,
         eos_ids: tuple[int, ...] = (),
     ) -> None:
         self.slots = slots
         self.queue = queue
         self.cache = cache
         self.policy = policy
-        # With every slot decoding there must be a token for each, or the last ones would starve.
-        self.token_budget = max(token_budget, slots.count)
+        self.pace = pace
         self.eos_ids = eos_ids
         self.headroom = Headroom()
         self.refused: list[Refusal] = []
@@ -93,20 +111,27 @@ class Planner:
 
     def next_batch(self) -> Plan | None:
         """The next step's work, or None. Takes pages and slots, but `computed` advances only in `advance`."""
-        slots, preemptions = self.slots, self.preemptions
+        slots, preemptions, pace = self.slots, self.preemptions, self.pace
         active = slots.active()
         decodes, chunks = _NOTHING, []
+        budget = pace.budget
         if len(active):
             todo = slots.length[active] - slots.computed[active]
             decodes = self._cover_decodes(active[todo == 1])
+            if len(decodes):
+                # With every slot decoding there must be a token for each, or the last ones would starve.
+                budget = min(max(pace.budget - len(decodes), 0), pace.mixed)
             if (todo > 1).any():
-                chunks = self._continue_prefills(active[todo > 1], self.token_budget - len(decodes))
+                kept = budget // KEPT if len(self.queue) and slots.num_free else 0
+                chunks = self._continue_prefills(active[todo > 1], budget - kept)
                 decodes = decodes[[slots.requests[slot] is not None for slot in decodes.tolist()]]
-        budget = self.token_budget - len(decodes) - sum(count for _, count in chunks)
+        budget -= sum(count for _, count in chunks)
         admissions: list[Admission] = []
         # Whoever was preempted just now must not take the pages back in the same breath.
         if len(self.queue) and slots.num_free and budget > 0 and preemptions == self.preemptions:
-            self._admit(budget, chunks, admissions)
+            budget -= self._admit(budget, chunks, admissions)
+        if chunks and budget > 0:
+            self._lengthen(chunks, budget)
         self.headroom.relax()
         if not len(decodes) and not chunks:
             return None
@@ -196,6 +221,17 @@ class Planner:
                 budget -= count
         return chunks
 
+    def _lengthen(self, chunks: list[tuple[Request, int]], budget: int) -> None:
+        """What was kept for others and not wanted goes to the first prompt."""
+        request, count = chunks[0]
+        more = min(int(self.slots.length[request.slot] - self.slots.computed[request.slot]) - count, budget)
+        lease = request.lease
+        assert lease is not None
+        page_size = self.cache.page_size
+        room = (lease.held + self.cache.available_pages) * page_size - int(self.slots.computed[request.slot])
+        if more > 0 and count + more <= room:
+            chunks[0] = (request, self._cover_chunk(request, count + more))
+
     def _cover_chunk(self, request: Request, count: int) -> int:
         """Pages for the request's next `count` tokens, or for fewer; gives how many."""
         slots, cache, lease = self.slots, self.cache, request.lease
@@ -220,23 +256,28 @@ class Planner:
 
     # admission
 
-    def _admit(self, budget: int, chunks: list[tuple[Request, int]], admissions: list[Admission]) -> None:
-        slots, cache, queue = self.slots, self.cache, self.queue
+    def _admit(self, budget: int, chunks: list[tuple[Request, int]], admissions: list[Admission]) -> int:
+        """Put waiting requests into slots, and their first chunks behind `chunks`; gives how many tokens these have."""
+        slots, cache, queue, left = self.slots, self.cache, self.queue, budget
+        enough = max(0, self.pace.worthwhile - sum(count for _, count in chunks))
+        begun = bool(chunks)  # a prompt that goes on; beside it only those enter that end in this step
         computing = {_next_page(request, cache.page_size) for request, _ in chunks} if cache.enabled else set()
         promised = self._promised_pages()
         for request in self.policy.order(queue, slots.num_free + SCAN, cache):
-            if budget <= 0 or not slots.num_free:
-                return
+            if left <= 0 or not slots.num_free or (not begun and budget - left >= enough):
+                break
             if request.inflight:
                 continue  # its last token is not known yet
             try:
                 known = request.all_known()
                 found = cache.probe(request.submit.namespace, known, request.match_limit())
+                if begun and len(known) - found.num_pages * cache.page_size > left:
+                    continue
                 if computing and self._comes_soon(request, known, found, computing):
                     continue
-                count = self._enter(request, known, found, budget, promised)
+                count = self._enter(request, known, found, left, promised)
                 if count == 0:
-                    return  # none may overtake it, or a long prompt would never run
+                    break  # none may overtake it, or a long prompt would never run
                 admission = self._admission(request, known)
             except Exception as error:
                 if request.slot >= 0:
@@ -247,10 +288,11 @@ class Planner:
             queue.take(request)
             admissions.append(admission)
             chunks.append((request, count))
-            budget -= count
+            left -= count
             promised += self._still_needs(request)
             if cache.enabled:
                 computing.add(_next_page(request, cache.page_size))
+        return budget - left
 
     def _comes_soon(
         self, request: Request, known: NDArray[np.int32], found: Found, computing: set[tuple[int, bytes]]

@@ -22,7 +22,7 @@ from phloem.core.messages import Abort, Control, FromEngine, Submit, ToEngine
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.scheduler.control import ABORTED, Controls
 from phloem.scheduler.metrics import Meter
-from phloem.scheduler.planner import Plan, Planner
+from phloem.scheduler.planner import Pace, Plan, Planner
 from phloem.scheduler.policies import POLICIES, WaitingQueue
 from phloem.scheduler.results import Results
 from phloem.scheduler.state import Prepared, Request, Slots
@@ -44,7 +44,9 @@ SHUTTING_DOWN = FinishReason("abort", message="the server is shutting down", sta
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """`chunked_prefill_size` is the token budget of one step, decodes included."""
+    """`chunked_prefill_size` is the token budget of one step, decodes included; `mixed_prefill_size` bounds the prompt
+    tokens of a step that also decodes, and from `worthwhile_prefill` on no further prompt enters a step (both default
+    to the whole budget)."""
 
     max_running_requests: int
     context_length: int
@@ -52,11 +54,18 @@ class ScheduleSettings:
     eos_ids: tuple[int, ...] = ()
     max_queued_requests: int = 4096
     chunked_prefill_size: int = 2048
+    mixed_prefill_size: int | None = None
+    worthwhile_prefill: int | None = None
     schedule_policy: str = "fcfs"
     stream_interval: int = 1
     random_seed: int | None = None
     overlap: bool = True
     debug_invariants: bool = False
+
+    def pace(self, slots: int) -> Pace:
+        # With every slot decoding there must be a token for each, or the last ones would starve.
+        budget = max(self.chunked_prefill_size, slots)
+        return Pace(budget, self.mixed_prefill_size or budget, self.worthwhile_prefill or budget)
 
 
 @dataclass(slots=True)
@@ -103,7 +112,7 @@ class Scheduler:
         self.slots = Slots(slots, -(-self._most_tokens // size), size)
         self._policy = POLICIES[settings.schedule_policy]
         self.planner = Planner(
-            self.slots, self.queue, cache, self._policy, settings.chunked_prefill_size, settings.eos_ids
+            self.slots, self.queue, cache, self._policy, settings.pace(slots), settings.eos_ids
         )
         self.results = Results(self.live, self.slots, self.queue, self.planner.release, settings.stream_interval)
         self.controls = Controls(self)

@@ -28,7 +28,8 @@ void same_bits(const Layer& layer, const std::string& what, bool exact) {
     for (bool gated : {false, true}) {
       if (gated && layer.rows % 32 != 0) continue;
       const float* added = rows % 2 != 0 && !gated ? bias.data() : nullptr;
-      const vector<float> got = multiply(3, layer, x, rows, gated, added), want = multiply(2, layer, x, rows, gated, added);
+      const vector<float> got = multiply(3, layer, x, rows, gated, added);
+      const vector<float> want = multiply(2, layer, x, rows, gated, added);
       close(got, want, exact ? 0.0f : 2e-5f * float(layer.inputs), what);
       if (exact) continue;
       // A row alone, whatever the way its tiles are cut.

@@ -58,7 +58,8 @@ int64_t up64(int64_t n) { return (n + 63) / 64 * 64; }
 vector<float> run_moe(int at, const Sparse& s, const vector<float>& x, const vector<float>& logits, int64_t tokens,
                       int64_t k, int64_t most, bool alone) {
   const int64_t panel = std::min(tokens, most), slots = panel * k, stride = s.paired ? s.inner : 2 * s.inner;
-  const int64_t up_row = prepared_bytes(s.up.forms, s.up.padded), down_row = prepared_bytes(s.down.forms, s.down.padded);
+  const int64_t up_row = prepared_bytes(s.up.forms, s.up.padded);
+  const int64_t down_row = prepared_bytes(s.down.forms, s.down.padded);
   const int64_t table = 4 * up64(4 * slots) + up64(4 * s.experts) + up64((std::min(slots, s.experts) + 1) * 32);
   const int64_t prepared = table + panel * up_row + slots * (down_row + (tokens > 1 ? up_row : 0));
   const int64_t tile = 2 * (std::max(s.up.padded, s.down.padded) / 32 * 768 + 64);

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from phloem.kernels import reference as ref
 from phloem.kernels import reference_extra as extra
-from phloem.kernels.ops import PagedBatch
+from phloem.kernels.ops import PagedBatch, Rotation
 
 LIMITS = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 1.2e-2}
 
@@ -128,8 +128,8 @@ class Kernels:
             ref.rope_(want_q, want_k, positions, cos_sin, interleaved)
             want = [torch.zeros_like(cache, dtype=torch.float32) for cache in caches]
             ref.write_kv(want_k, v.float(), want[0], want[1], slots)
-            together = q.clone()
-            rope.rope_write_kv(together, k, v, positions, cos_sin, interleaved, caches[0], caches[1], slots)
+            turn = Rotation(positions, cos_sin, interleaved)
+            together = rope.rope_write_kv(q.clone(), k, v, turn, caches[0], caches[1], slots)
             pairs += [(together, want_q), (caches[0], want[0]), (caches[1], want[1])]
             rope.rope_(q, k, positions, cos_sin, interleaved)
             again = [torch.zeros_like(cache) for cache in caches]

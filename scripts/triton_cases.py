@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phloem.kernels.ops import PagedBatch
+from phloem.kernels.ops import PagedBatch, Rotation
 from phloem.kernels.triton import (
     activation,
     attention,
@@ -101,7 +101,7 @@ def _rope(interleaved: bool, cache_dtype: torch.dtype, scaled: bool) -> None:
     scales = (t(1, dtype=F32), t(1, dtype=F32)) if scaled else None
     rope.rope_(q, k, positions, cos_sin, interleaved)
     rope.write_kv(k, v, cache, cache, slots, scales)
-    rope.rope_write_kv(q, k, v, positions, cos_sin, interleaved, cache, cache, slots, scales)
+    rope.rope_write_kv(q, k, v, Rotation(positions, cos_sin, interleaved), cache, cache, slots, scales)
 
 
 def _norms(dtype: torch.dtype, features: int) -> None:

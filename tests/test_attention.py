@@ -14,7 +14,7 @@ from phloem.attention import BACKENDS, AttentionNeed, cpu
 from phloem.attention import choose as choose_backend
 from phloem.core.errors import ConfigError
 from phloem.kernels import reference as ref
-from phloem.kernels.ops import Ops, PagedBatch
+from phloem.kernels.ops import Ops, PagedBatch, Rotation
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import AttentionSpec
 
@@ -101,6 +101,48 @@ def test_backend_matches_reference(
     want = expected(case, spec, extra)
     out = backend.begin(case.batch, case.pool)(spec, case.q, case.k, case.v, extra)
     torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKENDS.names())
+@pytest.mark.parametrize("normed", [False, True])
+def test_backend_rotates_before_it_writes(name: str, normed: bool) -> None:
+    torch.manual_seed(6)
+    spec = AttentionSpec(0, 6, 2, 8, 0.3)
+    backend = backend_named(name, spec)
+    case = make_case(ROWS["mixed"], spec)
+    norms = (torch.rand(8) + 0.5, torch.rand(8) + 0.5, 1e-6) if normed else (None, None, 0.0)
+    turn = Rotation(torch.randint(0, 30, (len(case.q),)), torch.randn(30, 2, 3), True, *norms)
+    q, k = case.q.clone(), case.k.clone()
+    if normed:
+        q, k = ref.rms_norm(q, turn.q_norm, 1e-6), ref.rms_norm(k, turn.k_norm, 1e-6)
+    ref.rope_(q, k, turn.positions, turn.cos_sin, True)
+    want = expected(dataclasses.replace(case, q=q, k=k), spec, None)
+    out = backend.begin(case.batch, case.pool)(spec, case.q, case.k, case.v, None, turn)
+    torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [(torch.float32,), (torch.int8,)])
+def test_the_fused_op_serves_where_the_table_keeps_such_a_cache(kept: tuple[torch.dtype, ...]) -> None:
+    calls: list[str] = []
+
+    def rope_write_kv(q, k, v, rotation, k_cache, v_cache, slots):
+        calls.append("fused")
+        ref.rope_(q, k, rotation.positions, rotation.cos_sin, rotation.interleaved)
+        ref.write_kv(k, v, k_cache, v_cache, slots)
+        return q
+
+    spec = AttentionSpec(0, 4, 2, 8, 0.3)
+    case = make_case([(1, 3), (2, 2)], spec)
+    turn = Rotation(torch.arange(3), torch.randn(3, 2, 4))
+    q, k = case.q.clone(), case.k.clone()
+    ref.rope_(q, k, turn.positions, turn.cos_sin, False)
+    want = expected(dataclasses.replace(case, q=q, k=k), spec, None)
+    ops = dataclasses.replace(Ops(), rope_write_kv=rope_write_kv, kv_dtypes=kept)
+    for name in ("reference", "cpu"):
+        step = BACKENDS.module(name).Backend(ops, [spec], CPU, torch.float32).begin(case.batch, case.pool)
+        out = step(spec, case.q.clone(), case.k.clone(), case.v, None, turn)
+        torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+    assert len(calls) == (2 if torch.float32 in kept else 0)
 
 
 @pytest.mark.parametrize("name", BACKENDS.names())

@@ -12,7 +12,7 @@ import torch
 from phloem.attention import AttentionNeed, flash, flashinfer, triton
 from phloem.core.errors import ConfigError
 from phloem.kernels import reference as ref
-from phloem.kernels.ops import Ops, PagedBatch
+from phloem.kernels.ops import Ops, PagedBatch, Rotation
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import AttentionSpec
 from phloem.platforms import cuda, rocm, xpu
@@ -160,6 +160,20 @@ def _step(
     return batch, pool, [torch.randn(shape) for shape in shapes]
 
 
+def _turn(q: torch.Tensor, k: torch.Tensor) -> tuple[Rotation, torch.Tensor, torch.Tensor]:
+    """A rotation of a step's tokens, and what it makes of q and k."""
+    turn = Rotation(torch.arange(len(q)), torch.randn(len(q), 2, 32))
+    turned = q.clone(), k.clone()
+    ref.rope_(*turned, turn.positions, turn.cos_sin, False)
+    return turn, *turned
+
+
+def _has_written(pool: KVPool, batch: PagedBatch, k: torch.Tensor) -> bool:
+    keys = pool.keys[0].clone()
+    ref.write_kv(k, k, keys, keys.clone(), batch.token_slots)
+    return torch.equal(keys, pool.keys[0])
+
+
 class FakeWrapper:
     """FlashInfer's wrappers by their documented arguments, computing with the reference from those alone."""
 
@@ -209,11 +223,13 @@ def test_flashinfer_is_told_the_same_step(
     sinks = torch.randn(spec.heads) if spec.window else None
     backend = flashinfer.Backend(Ops(), [spec], CPU, torch.float32)
     FakeWrapper.made = 0
+    turn, turned_q, turned_k = _turn(q, k)
     for _ in range(2):
         step = backend.begin(batch, pool)
-        got = step(spec, q, k, v, sinks)
         step(spec, q, k, v, sinks)
-    assert FakeWrapper.made == 1
+        got = step(spec, q.clone(), k.clone(), v, sinks, turn)
+    assert FakeWrapper.made == 1 and _has_written(pool, batch, turned_k)
+    q = turned_q
     want = ref.paged_attention(q, pool.keys[0], pool.values[0], batch, spec.scale, spec.window, spec.softcap, sinks)
     torch.testing.assert_close(got, want)
 
@@ -240,7 +256,9 @@ def test_flash_is_told_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     _install(monkeypatch, "flash_attn_interface", flash_attn_with_kvcache=attend)
-    got = flash.Backend(Ops(), [spec], CPU, torch.float32).begin(batch, pool)(spec, q, k, v, None)
+    turn, turned_q, turned_k = _turn(q, k)
+    got = flash.Backend(Ops(), [spec], CPU, torch.float32).begin(batch, pool)(spec, q, k, v, None, turn)
+    assert torch.equal(q, turned_q) and _has_written(pool, batch, turned_k)
     want = ref.paged_attention(q, pool.keys[0], pool.values[0], batch, 0.3, 5, 4.0, None)
     torch.testing.assert_close(got, want)
     with pytest.raises(NotImplementedError, match="sinks"):

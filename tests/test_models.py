@@ -524,8 +524,10 @@ def test_forward_is_ops_and_views(made: Any, variant: str) -> None:
     engine = Engine(made(variant)[0], ops=Ops(**wrapped))
     model = engine.model
 
-    def attention(spec: Any, q: Any, k: Any, v: Any, sinks: Any) -> Any:
+    def attention(spec: Any, q: Any, k: Any, v: Any, sinks: Any, rotation: Any) -> Any:
         watch.inside += 1
+        assert rotation.positions.shape == (4,)
+        assert (rotation.q_norm is not None) == (variant in ("qwen3", "gemma3_text-caps"))
         out = q.contiguous() + k.sum() + v.sum()
         watch.inside -= 1
         return out

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from phloem.attention._store import store
 from phloem.kernels import native
 from phloem.kernels import reference as ref
-from phloem.kernels.ops import Ops
+from phloem.kernels.ops import Ops, Rotation
 
 
 def levels() -> list[str]:
@@ -114,6 +116,50 @@ def test_write_kv(ops: Ops, tokens: int, kv_heads: int, size: int, page_size: in
     for cache, exact in zip(both.unbind(1), wide, strict=True):
         step = exact.abs().amax(-1, keepdim=True) / 127
         assert ((dequantise(cache) - exact).abs() <= step * 0.5001).all()
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    "tokens,heads,kv_heads,size,rotary",
+    [(1, 9, 3, 64, 64), (33, 9, 3, 64, 64), (7, 4, 1, 80, 32), (41, 3, 3, 6, 6), (5, 4, 2, 50, 50)],
+)
+def test_rope_and_write_in_one_gives_the_same_bits(
+    ops: Ops, kind: torch.dtype, normed: bool, interleaved: bool, tokens: int, heads: int, kv_heads: int, size: int,
+    rotary: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(tokens)
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * size + 3)
+    norms = (torch.rand(size) + 0.5, torch.rand(size) + 0.5, 1e-6) if normed else (None, None, 0.0)
+    turn = Rotation(torch.randint(0, 50, (tokens,)), torch.randn(50, 2, rotary // 2), interleaved, *norms)
+    pages = -(-tokens // 4) + 3
+    slots = torch.randperm(pages * 4)[:tokens].to(torch.int32)
+    shape = (pages, kv_heads, 4, size + 4 * (kind == torch.int8))
+    seen = []
+    for table in (ops, dataclasses.replace(ops, rope_write_kv=None)):
+        x = qkv.clone()
+        q, k, v = x[:, :-3].unflatten(-1, (heads + 2 * kv_heads, size)).split((heads, kv_heads, kv_heads), 1)
+        caches = [torch.zeros(shape, dtype=kind) for _ in "kv"]
+        seen.append([store(table, q, k, v, turn, *caches, slots), *caches])
+        assert torch.equal(x[:, -3:], qkv[:, -3:])
+    assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
+    assert not torch.equal(seen[0][0], qkv[:, : heads * size].unflatten(-1, (heads, size)))
+
+
+def test_rope_and_write_refuses_what_does_not_fit(ops: Ops) -> None:
+    q, cache, slots = torch.randn(2, 2, 8), torch.zeros(2, 2, 4, 8, dtype=torch.bfloat16), torch.tensor([0, 1]).int()
+    turn = Rotation(torch.arange(2), torch.ones(4, 2, 4))
+    assert ops.rope_write_kv is not None
+    with pytest.raises(ValueError, match=r"values .* do not fit the keys"):
+        ops.rope_write_kv(q, q, q[:1], turn, cache, cache, slots)
+    with pytest.raises(ValueError, match="do not fit the keys"):
+        ops.rope_write_kv(q, q, q, turn, cache.float(), cache.float(), slots)
+    with pytest.raises(ValueError, match="does not fit heads of 8"):
+        ops.rope_write_kv(q, q, q, dataclasses.replace(turn, cos_sin=torch.ones(4, 2, 5)), cache, cache, slots)
+    with pytest.raises(TypeError, match="norm weight"):
+        norms = {"q_norm": torch.ones(8), "k_norm": torch.ones(7)}
+        ops.rope_write_kv(q, q, q, dataclasses.replace(turn, **norms), cache, cache, slots)
 
 
 def test_wrong_arguments_are_refused(ops: Ops) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from triton_support import DTYPES, assert_close, need_interpreter
 
+from phloem.attention._store import store
 from phloem.kernels import reference as ref
+from phloem.kernels.ops import Rotation
 
 need_interpreter()
 from phloem.kernels.triton import activation, norm, pages, rope, table  # noqa: E402
@@ -100,11 +104,28 @@ def test_rope_and_write_in_one(case: tuple, dtype: torch.dtype) -> None:
     want_q, want_k, unrotated = q.clone(), k.clone(), k.clone()
     ref.rope_(want_q, want_k, positions, cos_sin, interleaved)
     ref.write_kv(want_k, v, caches[0], caches[1], slots)
-    rope.rope_write_kv(q, k, v, positions, cos_sin, interleaved, caches[2], caches[3], slots)
-    assert_close(q, want_q, dtype)
+    turned = rope.rope_write_kv(q, k, v, Rotation(positions, cos_sin, interleaved), caches[2], caches[3], slots)
+    assert_close(turned, want_q, dtype)
     assert_close(caches[2], caches[0], dtype)
     assert torch.equal(caches[3], caches[1])
     assert torch.equal(k, unrotated)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_the_fused_op_gives_the_bits_of_the_separate_ones(case: tuple, normed: bool, dtype: torch.dtype) -> None:
+    *shape, interleaved = case
+    fused, _, _, _, positions, cos_sin = _rope_case(dtype, *shape)
+    heads, kv_heads, size, _ = shape
+    norms = (torch.rand(size) + 0.5, torch.rand(size) + 0.5, 1e-6) if normed else (None, None, 0.0)
+    turn, slots = Rotation(positions, cos_sin, interleaved, *norms), torch.tensor([9, 31, 10, 16, 3]).int()
+    seen = []
+    for ops in (table.table(), replace(table.table(), rope_write_kv=None)):
+        q, k, v = fused.clone().unflatten(1, (heads + 2 * kv_heads, size)).split((heads, kv_heads, kv_heads), 1)
+        caches = [torch.zeros(4, kv_heads, 8, size, dtype=dtype) for _ in "kv"]
+        seen.append([store(ops, q, k, v, turn, *caches, slots), *caches])
+    assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

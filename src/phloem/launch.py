@@ -57,6 +57,9 @@ MALLOC = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
+# Of the KV pool, made resident while nothing else is to do after the start: the first answers do not wait for it.
+WARM_BYTES = 256 << 20
+
 
 class EngineCore:
     """The scheduler on its runner. Built and run by one thread; `send` is called from that thread alone."""
@@ -73,6 +76,7 @@ class EngineCore:
             phases[phase] = seconds
             send(Progress(phase=phase, seconds=seconds))
 
+        self._closing = threading.Event()
         built = worker.build(config, checkpoint, report)
         schedule = config.schedule
         self.runner = built.runner
@@ -118,9 +122,20 @@ class EngineCore:
         """Serve until told to drain."""
         from phloem.scheduler import loop
 
+        threading.Thread(target=self._warm, name="phloem-warm", daemon=True).start()
         loop.run(self.scheduler, _Inbox(poll))
 
+    def _warm(self) -> None:
+        from phloem.utils import memory
+
+        memory.background_thread()
+        begun = perf_counter()
+        done = self.runner.pool.make_resident(WARM_BYTES, self._closing.is_set)
+        if done:
+            _log.debug("%d MiB of the KV pool made resident in %.2f s", done >> 20, perf_counter() - begun)
+
     def close(self) -> None:
+        self._closing.set()
         self._watchdog.close()
         self.runner.close()
         if self._grammars is not None:

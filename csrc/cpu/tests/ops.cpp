@@ -1,4 +1,6 @@
 // Every op at odd sizes; the portable unit is the reference of the others.
+#include <algorithm>
+
 #include "harness.h"
 
 using namespace phl::test;
@@ -81,6 +83,44 @@ PHL_TEST(rope) {
         a.insert(a.end(), b.begin(), b.end());
         return a;
       });
+    }
+  }
+}
+
+// One op instead of three or four: the same bits, at every level.
+PHL_TEST(rope_write_kv) {
+  for (int64_t size : {2, 13, 16, 24, 50, 64}) {
+    for (int64_t variant = 0; variant < 8; ++variant) {
+      const bool int8 = variant & 1, normed = variant & 2;
+      const int64_t interleaved = variant >> 2, half = size / 2 - size / 40;
+      const int64_t tokens = 5, heads = 3, kv_heads = 2, page_size = 3, width = int8 ? size + 4 : 2 * size;
+      const int64_t page = kv_heads * page_size * (int8 ? width : size), row = (heads + 2 * kv_heads) * size;
+      const vector<float> qkv = floats(tokens * row), cos_sin = floats(9 * 2 * half);
+      const vector<float> q_norm = floats(size), k_norm = floats(size);
+      const vector<int64_t> positions{8, 0, 3, 4, 8};
+      const vector<int32_t> slots{5, 0, 2, 8, 7};
+      vector<uint8_t> k_fused(size_t(3 * kv_heads * page_size * width)), v_fused(k_fused.size());
+      vector<uint8_t> k_apart(k_fused.size()), v_apart(k_fused.size());
+      vector<float> fused = qkv, apart = qkv;
+      float *q = fused.data(), *k = q + heads * size, *v = k + kv_heads * size;
+      run(level, int8 ? "rope_write_kv_int8" : "rope_write_kv_bf16", q, k, v, positions.data(), cos_sin.data(),
+          normed ? q_norm.data() : nullptr, normed ? k_norm.data() : nullptr, k_fused.data(), v_fused.data(),
+          slots.data(), 1, tokens, heads, kv_heads, size, half, interleaved, page_size, row, size, row, size, row, size,
+          page, 1e-5);
+      q = apart.data(), k = q + heads * size, v = k + kv_heads * size;
+      for (int64_t token = 0; normed && token < tokens; ++token) {
+        vector<float> heads_of_q(size_t(heads * size)), heads_of_k(size_t(kv_heads * size));
+        run(level, "rms_norm", q + token * row, q_norm.data(), heads_of_q.data(), 1, heads, size, row, size, 1e-5);
+        run(level, "rms_norm", k + token * row, k_norm.data(), heads_of_k.data(), 1, kv_heads, size, row, size, 1e-5);
+        std::copy(heads_of_q.begin(), heads_of_q.end(), q + token * row);
+        std::copy(heads_of_k.begin(), heads_of_k.end(), k + token * row);
+      }
+      run(level, "rope", q, k, positions.data(), cos_sin.data(), 1, tokens, heads, kv_heads, half, interleaved, row,
+          size, row, size);
+      run(level, int8 ? "write_kv_int8" : "write_kv_bf16", k, v, k_apart.data(), v_apart.data(), slots.data(), tokens,
+          kv_heads, size, page_size, row, size, row, size, page);
+      check(std::memcmp(fused.data(), apart.data(), fused.size() * sizeof(float)) == 0, "rope_write_kv: q and k");
+      check(k_fused == k_apart && v_fused == v_apart, "rope_write_kv: caches");
     }
   }
 }

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from phloem.attention._store import store
 from phloem.attention.reference import TableStep, fitting
 from phloem.kernels import reference as ref
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.attention import AttentionNeed
-    from phloem.kernels.ops import Ops, PagedBatch
+    from phloem.kernels.ops import Ops, PagedBatch, Rotation
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, AttentionStep
 
@@ -81,10 +82,16 @@ class GatheredStep:
     plans: dict[int, list[Group]] = field(default_factory=dict)
 
     def __call__(
-        self, spec: AttentionSpec, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
+        self,
+        spec: AttentionSpec,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        sinks_H: Tensor | None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         keys, values = self.pool.keys[spec.layer], self.pool.values[spec.layer]
-        self.ops.write_kv(k_TKD, v_TKD, keys, values, self.batch.token_slots)
+        q_THD = store(self.ops, q_THD, k_TKD, v_TKD, rotation, keys, values, self.batch.token_slots)
         groups = self.plans.get(spec.window)
         if groups is None:
             groups = self.plans[spec.window] = plan(self.batch, keys.shape[2], spec.window)

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from phloem.attention._store import store
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
     from phloem.attention import AttentionNeed
-    from phloem.kernels.ops import Ops, PagedBatch
+    from phloem.kernels.ops import Ops, PagedBatch, Rotation
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec
 
@@ -61,12 +63,18 @@ class Step:
     attend: Any
 
     def __call__(
-        self, spec: AttentionSpec, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
+        self,
+        spec: AttentionSpec,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        sinks_H: Tensor | None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         if sinks_H is not None:
             raise NotImplementedError("the flash backend has no attention sinks; use --attention-backend triton")
         keys, values = self.pool.keys[spec.layer], self.pool.values[spec.layer]
-        self.ops.write_kv(k_TKD, v_TKD, keys, values, self.batch.token_slots)
+        q_THD = store(self.ops, q_THD, k_TKD, v_TKD, rotation, keys, values, self.batch.token_slots)
         return self.attend(
             q_THD,
             # Its pages are [S, K, D]; a view with other strides is all it takes.

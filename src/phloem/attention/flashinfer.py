@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from phloem.attention._store import store
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
     from phloem.attention import AttentionNeed
-    from phloem.kernels.ops import Ops, PagedBatch
+    from phloem.kernels.ops import Ops, PagedBatch, Rotation
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec
 
@@ -101,10 +103,16 @@ class Step:
     planned: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def __call__(
-        self, spec: AttentionSpec, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
+        self,
+        spec: AttentionSpec,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        sinks_H: Tensor | None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         keys, values = self.pool.keys[spec.layer], self.pool.values[spec.layer]
-        self.backend.ops.write_kv(k_TKD, v_TKD, keys, values, self.batch.token_slots)
+        q_THD = store(self.backend.ops, q_THD, k_TKD, v_TKD, rotation, keys, values, self.batch.token_slots)
         key = (spec.heads, spec.kv_heads, spec.head_size, spec.window, spec.softcap, spec.scale)
         wrapper = self.planned.get(key)
         if wrapper is None:

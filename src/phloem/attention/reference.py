@@ -1,10 +1,11 @@
-"""Attention through the op table: `write_kv`, then `paged_attention`, whichever the table has. Runs on any device."""
+"""Attention through the op table: `store`, then `paged_attention`, whichever the table has. Runs on any device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from phloem.attention._store import store
 from phloem.kernels import reference as ref
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.attention import AttentionNeed
-    from phloem.kernels.ops import Ops, PagedBatch
+    from phloem.kernels.ops import Ops, PagedBatch, Rotation
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec
 
@@ -23,7 +24,7 @@ def fitting(ops: Ops, dtype: torch.dtype) -> Ops:
     """The table itself, or with the reference attention where its own keeps no cache of this type."""
     if ops.kv_dtypes is None or dtype in ops.kv_dtypes:
         return ops
-    return replace(ops, write_kv=ref.write_kv, paged_attention=ref.paged_attention)
+    return replace(ops, write_kv=ref.write_kv, rope_write_kv=None, paged_attention=ref.paged_attention)
 
 
 class Backend:
@@ -51,8 +52,14 @@ class TableStep:
     pool: KVPool
 
     def __call__(
-        self, spec: AttentionSpec, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
+        self,
+        spec: AttentionSpec,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        sinks_H: Tensor | None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         keys, values = self.pool.keys[spec.layer], self.pool.values[spec.layer]
-        self.ops.write_kv(k_TKD, v_TKD, keys, values, self.batch.token_slots)
+        q_THD = store(self.ops, q_THD, k_TKD, v_TKD, rotation, keys, values, self.batch.token_slots)
         return self.ops.paged_attention(q_THD, keys, values, self.batch, spec.scale, spec.window, spec.softcap, sinks_H)

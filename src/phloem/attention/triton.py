@@ -7,10 +7,13 @@ by layer, and a layer without any is stored as it is (the write saturates).
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+
+from phloem.attention._store import store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.attention import AttentionNeed
-    from phloem.kernels.ops import Ops, PagedBatch
+    from phloem.kernels.ops import Ops, PagedBatch, Rotation
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec
 
@@ -39,6 +42,7 @@ class Backend:
         self.ops = ops
         self.scales: Scales = {}
         self.invariant = ops.name == "invariant"
+        self._stored: Ops | None = None
 
     def decline(self, need: AttentionNeed) -> str | None:
         if need.device.type not in DEVICES:
@@ -57,13 +61,22 @@ class Backend:
 
         # The batch-invariant table brings its own order of reduction; it knows no scales and needs none in bf16.
         kernel = invariant if self.invariant and not self.scales else attention
-        return Step(batch, pool, kernel, rope, self.scales)
+        if self._stored is None:
+            self._stored = stored_by(rope, self.ops, None)
+        return Step(self._stored, batch, pool, kernel, rope, self.scales)
+
+
+def stored_by(rope: ModuleType, ops: Ops, scales: tuple[Tensor, Tensor] | None) -> Ops:
+    """The table with KV written by the kernels in `rope`, divided by `scales`; fused with the rotation if it was."""
+    fused = None if ops.rope_write_kv is None else partial(rope.rope_write_kv, scales=scales)
+    return replace(ops, write_kv=partial(rope.write_kv, scales=scales), rope_write_kv=fused)
 
 
 @dataclass(slots=True)
 class Step:
     """One step's attention."""
 
+    ops: Ops
     batch: PagedBatch
     pool: KVPool
     kernels: ModuleType
@@ -71,11 +84,18 @@ class Step:
     scales: Scales = field(default_factory=dict)
 
     def __call__(
-        self, spec: AttentionSpec, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
+        self,
+        spec: AttentionSpec,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        sinks_H: Tensor | None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         keys, values = self.pool.keys[spec.layer], self.pool.values[spec.layer]
         scales = self.scales.get(spec.layer)
-        self.rope.write_kv(k_TKD, v_TKD, keys, values, self.batch.token_slots, scales)
+        ops = self.ops if scales is None else stored_by(self.rope, self.ops, scales)
+        q_THD = store(ops, q_THD, k_TKD, v_TKD, rotation, keys, values, self.batch.token_slots)
         arguments = (q_THD, keys, values, self.batch, spec.scale, spec.window, spec.softcap, sinks_H)
         if scales is None:
             return self.kernels.paged_attention(*arguments)

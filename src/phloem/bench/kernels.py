@@ -23,7 +23,7 @@ from phloem.bench._report import context, write_line
 from phloem.core.config import opt
 from phloem.core.errors import PhloemError
 from phloem.kernels import native
-from phloem.kernels.ops import Ops, PagedBatch
+from phloem.kernels.ops import Ops, PagedBatch, Rotation
 from phloem.kernels.reference_extra import route
 
 if TYPE_CHECKING:
@@ -297,6 +297,15 @@ def _rows(ops: Ops, o: Options) -> list[Case]:
                 3.0 * k.nbytes,
             ),
         ]
+        if ops.rope_write_kv is not None:
+            turn, fused = Rotation(positions, cos_sin), ops.rope_write_kv
+            found.append(
+                Case(
+                    f"rope + write_kv bf16 {rows} rows",
+                    lambda q=q, k=k, t=turn, c=cache, s=slots, fused=fused: fused(q, k, k, t, c, c, s),
+                    2.0 * q.nbytes + 4.0 * k.nbytes,
+                )
+            )
     return found
 
 

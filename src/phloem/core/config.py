@@ -71,7 +71,7 @@ class ScheduleConfig:
     max_running_requests: int | None = opt(None, "Most requests in one step; default: from the machine.")
     max_queued_requests: int = opt(4096, "Most waiting requests; beyond, a request is answered 503.")
     chunked_prefill_size: int | None = opt(None, "Token budget of one step: prompts are prefilled in such chunks.")
-    schedule_policy: Policy = opt("fcfs", "Order of waiting requests: arrival, longest cached prefix, or priority.")
+    schedule_policy: Policy = opt("lpm", "Order of waiting requests: longest cached prefix, arrival, or priority.")
     disable_overlap_schedule: bool = opt(False, "Plan a step only after the one before it has ended.")
     stream_interval: int = opt(1, "Send streamed tokens in groups of this many.")
     watchdog_timeout: float = opt(300.0, "Seconds after which a step that hangs is reported with all stacks.")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.kernels._native_runtime import Runtime
+    from phloem.kernels.ops import Rotation
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def is_index64(index: Tensor) -> bool:
 
 
 def ops(rt: Runtime) -> dict[str, Any]:
-    return {**_elementwise(rt), **_norms(rt), **_positions(rt)}
+    return {**_elementwise(rt), **_norms(rt), **_positions(rt), **_fused_positions(rt)}
 
 
 def _elementwise(rt: Runtime) -> dict[str, Any]:
@@ -97,11 +98,6 @@ def _norms(rt: Runtime) -> dict[str, Any]:
     call, empty = rt.call, rt.empty
     RMS, ADD_RMS = rt.op("rms_norm"), rt.op("add_rms_norm")
 
-    def check(weight: Tensor, n: int) -> int:
-        if weight.dtype != torch.float32 or weight.shape != (n,) or not weight.is_contiguous():
-            raise TypeError(f"norm weight must be contiguous float32 [{n}], not {weight.dtype} {list(weight.shape)}")
-        return weight.data_ptr()
-
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dim() == 3:
             outer_stride, inner_stride = heads_of(x)
@@ -110,7 +106,7 @@ def _norms(rt: Runtime) -> dict[str, Any]:
             x = rows_of(x)
             (outer, n), inner, outer_stride, inner_stride = x.shape, 1, x.stride(0), 0
         out, work = empty(x.shape), outer * inner * n // 4
-        w = check(weight, n)
+        w = norm_weight(weight, n)
         call(RMS, work, x.data_ptr(), w, out.data_ptr(), outer, inner, n, outer_stride, inner_stride, eps)
         return out
 
@@ -119,7 +115,7 @@ def _norms(rt: Runtime) -> dict[str, Any]:
         rows, n = x_TN.shape
         if y_TN.shape != x_TN.shape:
             raise ValueError(f"cannot add residual {list(residual.shape)} to {list(x.shape)}")
-        out, total, w = empty(x.shape), empty(x.shape), check(weight, n)
+        out, total, w = empty(x.shape), empty(x.shape), norm_weight(weight, n)
         call(
             ADD_RMS, rows * n // 3, x_TN.data_ptr(), y_TN.data_ptr(), w, out.data_ptr(), total.data_ptr(),
             rows, n, x_TN.stride(0), y_TN.stride(0), eps,
@@ -129,19 +125,41 @@ def _norms(rt: Runtime) -> dict[str, Any]:
     return {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
 
 
+def norm_weight(weight: Tensor, n: int) -> int:
+    """Its address."""
+    if weight.dtype != torch.float32 or weight.shape != (n,) or not weight.is_contiguous():
+        raise TypeError(f"norm weight must be contiguous float32 [{n}], not {weight.dtype} {list(weight.shape)}")
+    return weight.data_ptr()
+
+
+def rotated_half(cos_sin: Tensor, size: int) -> int:
+    """How many pairs of a head of `size` turn."""
+    half = cos_sin.shape[2]
+    if 2 * half > size or cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
+        raise ValueError(f"cos_sin {cos_sin.dtype} {list(cos_sin.shape)} does not fit heads of {size}")
+    return half
+
+
+def writer(handles: dict[torch.dtype, int], k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, slots_T: Tensor) -> int:
+    """The op that writes such keys and values into such a cache."""
+    handle, size = handles.get(k_cache.dtype), k_TKD.shape[2]
+    fits = k_cache.shape[3] == size + 4 * (k_cache.dtype == torch.int8) and slots_T.dtype == torch.int32
+    if handle is None or not fits or v_TKD.shape != k_TKD.shape:
+        raise ValueError(
+            f"cache {k_cache.dtype} {list(k_cache.shape)}, slots {slots_T.dtype} or values {list(v_TKD.shape)} "
+            f"do not fit the keys {list(k_TKD.shape)}"
+        )
+    return handle
+
+
 def _positions(rt: Runtime) -> dict[str, Any]:
     call = rt.call
     ROPE = rt.op("rope")
-    WRITE = {
-        torch.bfloat16: rt.op("write_kv_bf16"),
-        torch.int8: rt.op("write_kv_int8"),
-    }
+    WRITE = {torch.bfloat16: rt.op("write_kv_bf16"), torch.int8: rt.op("write_kv_int8")}
 
     def rope_(q_THD: Tensor, k_TKD: Tensor, positions_T: Tensor, cos_sin: Tensor, interleaved: bool) -> None:
         tokens, heads, size = q_THD.shape
-        kv_heads, half = k_TKD.shape[1], cos_sin.shape[2]
-        if 2 * half > size or cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
-            raise ValueError(f"cos_sin {cos_sin.dtype} {list(cos_sin.shape)} does not fit heads of {size}")
+        kv_heads, half = k_TKD.shape[1], rotated_half(cos_sin, size)
         call(
             ROPE, tokens * (heads + kv_heads) * half // 4,
             q_THD.data_ptr(), k_TKD.data_ptr(), positions_T.data_ptr(), cos_sin.data_ptr(), is_index64(positions_T),
@@ -150,19 +168,47 @@ def _positions(rt: Runtime) -> dict[str, Any]:
 
     def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
         tokens, kv_heads, size = k_TKD.shape
-        page_size, width = k_cache.shape[2:]
-        handle = WRITE.get(k_cache.dtype)
-        if handle is None or slots_T.dtype != torch.int32 or width != size + 4 * (k_cache.dtype == torch.int8):
-            raise ValueError(
-                f"cache {k_cache.dtype} {list(k_cache.shape)} or slots {slots_T.dtype} do not fit the keys"
-            )
+        handle = writer(WRITE, k_TKD, v_TKD, k_cache, slots_T)
         call(
             handle, tokens * kv_heads * size // 2,
             k_TKD.data_ptr(), v_TKD.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slots_T.data_ptr(),
-            tokens, kv_heads, size, page_size, *heads_of(k_TKD), *heads_of(v_TKD), cache_stride(k_cache, v_cache),
+            tokens, kv_heads, size, k_cache.shape[2], *heads_of(k_TKD), *heads_of(v_TKD),
+            cache_stride(k_cache, v_cache),
         )  # fmt: skip
 
     return {"rope_": rope_, "write_kv": write_kv}
+
+
+def _fused_positions(rt: Runtime) -> dict[str, Any]:
+    call = rt.call
+    BOTH = {torch.bfloat16: rt.op("rope_write_kv_bf16"), torch.int8: rt.op("rope_write_kv_int8")}
+
+    def rope_write_kv(
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        rotation: Rotation,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots_T: Tensor,
+    ) -> Tensor:
+        tokens, heads, size = q_THD.shape
+        kv_heads, cos_sin, positions_T = k_TKD.shape[1], rotation.cos_sin, rotation.positions
+        half, handle = rotated_half(cos_sin, size), writer(BOTH, k_TKD, v_TKD, k_cache, slots_T)
+        q_norm = k_norm = None
+        if rotation.q_norm is not None and rotation.k_norm is not None:
+            q_norm, k_norm = norm_weight(rotation.q_norm, size), norm_weight(rotation.k_norm, size)
+        rows, stored = tokens * (heads + kv_heads) * size, tokens * kv_heads * size
+        call(
+            handle, rows // 8 + stored // 2 + (0 if q_norm is None else rows // 4),
+            q_THD.data_ptr(), k_TKD.data_ptr(), v_TKD.data_ptr(), positions_T.data_ptr(), cos_sin.data_ptr(),
+            q_norm, k_norm, k_cache.data_ptr(), v_cache.data_ptr(), slots_T.data_ptr(),
+            is_index64(positions_T), tokens, heads, kv_heads, size, half, rotation.interleaved, k_cache.shape[2],
+            *heads_of(q_THD), *heads_of(k_TKD), *heads_of(v_TKD), cache_stride(k_cache, v_cache), rotation.eps,
+        )  # fmt: skip
+        return q_THD
+
+    return {"rope_write_kv": rope_write_kv}
 
 
 def cache_stride(k_cache: Tensor, v_cache: Tensor) -> int:

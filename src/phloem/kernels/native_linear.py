@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,6 +128,13 @@ class _Plan:
     space: Tensor
 
 
+@lru_cache
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """`value` rounded to a type; outside of what a recorder watches."""
+    with _disable_current_modes():
+        return float(torch.tensor(value, dtype=dtype))
+
+
 def _read(part: WeightSource, dtype: torch.dtype) -> _Part:
     """A part's bytes, as stored where there is a layout for them, else dense in `dtype`."""
     out_features, in_features = part.shape
@@ -234,7 +242,7 @@ class NativeLinear:
         if ids.dtype != torch.int64 or not ids.is_contiguous():
             ids = ids.to(torch.int64).contiguous()
         if scale != 1.0:
-            scale = float(torch.tensor(scale, dtype=weight.dtype))
+            scale = _rounded(scale, weight.dtype)
         out = self.rt.empty((*ids.shape, weight.in_features))
         count, n = ids.numel(), weight.in_features
         self.rt.call(

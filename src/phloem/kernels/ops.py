@@ -2,8 +2,8 @@
 
 Rules for callers: a forward pass consists of these ops and of views (`view`, slicing along the last axis, `unflatten`),
 never of torch arithmetic, so that a table can record the ops into a graph. Inputs may be strided views as long as the
-last axis is contiguous. Ops return new tensors (or views of buffers that a graph owns); `write_kv` and `rope_` alone
-change their inputs.
+last axis is contiguous. Ops return new tensors (or views of buffers that a graph owns); `write_kv`, `rope_` and
+`rope_write_kv` alone change their inputs.
 
 Legend: T tokens, H query heads, K kv heads, D head size, N features, V vocabulary, R rows (requests), P pages per row,
 S page size. Caches are `[pages, K, S, D]`: a head's page is one contiguous block.
@@ -58,6 +58,18 @@ class PagedBatch:
     max_seq_len: int
 
 
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """What a layer wants done to q and k before attention: a norm of each head (weights [D]; None: none), then RoPE."""
+
+    positions: Tensor  # [T] int64 or int32
+    cos_sin: Tensor  # [positions, 2, rotary / 2] float32
+    interleaved: bool = False  # neighbours are paired, not halves
+    q_norm: Tensor | None = None  # both or neither
+    k_norm: Tensor | None = None
+    eps: float = 0.0
+
+
 PrepareLinear = Callable[[Sequence["WeightSource"], "torch.dtype", "torch.device"], Any]
 PrepareExperts = Callable[[Sequence["WeightSource"], "torch.dtype", "torch.device", int], Any]
 
@@ -94,6 +106,9 @@ class Ops:
         ref.rope_
     )  # q, k, positions[T], cos_sin, interleaved
     write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = ref.write_kv  # k, v, k_cache, v_cache, slots
+    # q, k, v, rotation, k_cache, v_cache, slots -> q: `rms_norm` of q and k if asked, `rope_` and `write_kv` in one, to
+    # the same bits, for the same cache types; q and k are used up. None: one op after the other.
+    rope_write_kv: Callable[[Tensor, Tensor, Tensor, Rotation, Tensor, Tensor, Tensor], Tensor] | None = None
     # q[T, H, D], k_cache, v_cache, batch, scale, window (0: full), softcap (0: none), sinks[H] or None -> [T, H, D]
     paged_attention: Callable[[Tensor, Tensor, Tensor, PagedBatch, float, int, float, Tensor | None], Tensor] = (
         ref.paged_attention

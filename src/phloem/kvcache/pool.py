@@ -7,6 +7,7 @@ never hands it out.
 from __future__ import annotations
 
 import math
+import mmap
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from phloem.utils import memory
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -61,6 +62,23 @@ class KVPool:
             shape = (num_pages, spec.kv_heads, page_size, entry_size(spec.head_size, dtype))
             self.keys.append(_zeros(shape, dtype, device))
             self.values.append(_zeros(shape, dtype, device))
+
+    def make_resident(self, limit: int, stopped: Callable[[], bool]) -> int:
+        """Give the first pages their memory before they are wanted: at most `limit` bytes; gives how many.
+
+        The system clears memory when it is first touched, which on a virtual machine can cost more than computing what
+        is then written there. For a thread in the background, on host memory; elsewhere nothing happens.
+        """
+        if self.device.type != "cpu":
+            return 0
+        done, size = 0, min(cache.nbytes for cache in self.keys + self.values)
+        for offset in range(0, size, memory.HUGE):
+            for cache in (*self.keys, *self.values):
+                count = min(memory.HUGE, size - offset) // mmap.PAGESIZE * mmap.PAGESIZE
+                if stopped() or done + count > limit or not memory.populate(cache.data_ptr() + offset, count):
+                    return done
+                done += count
+        return done
 
     @property
     def nbytes(self) -> int:

@@ -54,7 +54,9 @@ class SelfAttention(Layer):
         k_TKD = qkv[:, self.q_end : self.k_end].unflatten(-1, (spec.kv_heads, spec.head_size))
         v_TKD = qkv[:, self.k_end :].unflatten(-1, (spec.kv_heads, spec.head_size))
         if self.q_norm is not None and self.k_norm is not None:
-            q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
-        self.rope(q_THD, k_TKD, step.positions)
-        out_THD = step.attention(spec, q_THD, k_TKD, v_TKD, None)
+            weights = self.q_norm.weight.value, self.k_norm.weight.value
+            rotation = self.rope.at(step.positions, *weights, self.q_norm.eps)
+        else:
+            rotation = self.rope.at(step.positions)
+        out_THD = step.attention(spec, q_THD, k_TKD, v_TKD, None, rotation)
         return out_THD.view(-1, self.q_end)

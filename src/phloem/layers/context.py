@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from phloem.kernels.ops import Ops
+    from phloem.kernels.ops import Ops, Rotation
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,19 @@ class AttentionSpec:
 
 
 class AttentionStep(Protocol):
-    """Attention of one step: writes the new tokens' KV, then attends over each row's pages."""
+    """Attention of one step: rotates q and k, writes the new tokens' KV, then attends over each row's pages.
+
+    `rotation` None: q and k are ready as they are. Otherwise they are used up: the step may change them in place.
+    """
 
     def __call__(
-        self, spec: AttentionSpec, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sinks_H: Tensor | None
+        self,
+        spec: AttentionSpec,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        sinks_H: Tensor | None,
+        rotation: Rotation | None = None,
     ) -> Tensor: ...
 
 

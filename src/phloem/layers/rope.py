@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem.core.errors import ModelLoadError
+from phloem.kernels.ops import Rotation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +110,7 @@ def _yarn(spec: RopeSpec, inverse: Tensor) -> tuple[Tensor, float]:
 
 
 class Rope:
-    """A table of cos and sin for every position, and the op that applies it."""
+    """A table of cos and sin for every position. The step's attention applies it: see `AttentionStep`."""
 
     def __init__(self, ctx: BuildContext, spec: RopeSpec, max_positions: int) -> None:
         inverse, scale = inverse_frequencies(spec)
@@ -117,9 +118,10 @@ class Rope:
         table = torch.empty(max_positions, 2, len(inverse))  # [positions, 2, rotary / 2] float32
         torch.cos(angles, out=table[:, 0])
         torch.sin(angles, out=table[:, 1])
-        self.ops = ctx.ops
         self.cos_sin = (table if scale == 1.0 else table.mul_(scale)).to(ctx.device)
 
-    def __call__(self, q_THD: Tensor, k_TKD: Tensor, positions_T: Tensor) -> None:
-        """Rotate q and k in place, halves paired."""
-        self.ops.rope_(q_THD, k_TKD, positions_T, self.cos_sin, False)
+    def at(
+        self, positions_T: Tensor, q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0
+    ) -> Rotation:
+        """The rotation of a step's tokens, halves paired; with norm weights, heads are normalised first."""
+        return Rotation(positions_T, self.cos_sin, False, q_norm, k_norm, eps)

@@ -111,9 +111,7 @@ class Scheduler:
         slots = min(settings.max_running_requests, runner.max_slots)
         self.slots = Slots(slots, -(-self._most_tokens // size), size)
         self._policy = POLICIES[settings.schedule_policy]
-        self.planner = Planner(
-            self.slots, self.queue, cache, self._policy, settings.pace(slots), settings.eos_ids
-        )
+        self.planner = Planner(self.slots, self.queue, cache, self._policy, settings.pace(slots), settings.eos_ids)
         self.results = Results(self.live, self.slots, self.queue, self.planner.release, settings.stream_interval)
         self.controls = Controls(self)
         self.meter = Meter(clock())

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import mmap
+import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -30,3 +35,26 @@ def zeros(nbytes: int) -> Bytes:
     block = np.frombuffer(mapping, np.uint8)
     start = -block.ctypes.data % HUGE if huge else 0
     return block[start : start + nbytes]
+
+
+POPULATE_WRITE = 23  # Linux 5.14: makes pages resident and writable without changing what they hold
+
+
+def populate(address: int, nbytes: int) -> bool:
+    """Make `nbytes` from a page boundary resident now, so that their first use is no page fault. False where the
+    system cannot. Other threads run meanwhile, and may use the memory."""
+    if not sys.platform.startswith("linux"):
+        return False
+    # Not `mmap.madvise`: that keeps the interpreter lock for as long as it takes.
+    return _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), POPULATE_WRITE) == 0
+
+
+def background_thread() -> None:
+    """Let the calling thread run only where a core would be idle, if the system can."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

@@ -11,11 +11,17 @@ element) or per kv head: what is stored is value / scale.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from phloem.kernels.triton import norm
 from phloem.kernels.triton._base import ceil_div, fp8_limit, power_of_2
+
+if TYPE_CHECKING:
+    from phloem.kernels.ops import Rotation
 
 
 @triton.jit
@@ -210,13 +216,19 @@ def rope_write_kv(
     q_THD: Tensor,
     k_TKD: Tensor,
     v_TKD: Tensor,
-    positions_T: Tensor,
-    cos_sin: Tensor,
-    interleaved: bool,
+    rotation: Rotation,
     k_cache: Tensor,
     v_cache: Tensor,
     slots_T: Tensor,
     scales: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """`rope_` then `write_kv` in one pass: q is rotated in place; k goes rotated to its page, itself unchanged."""
-    _launch(q_THD, k_TKD, v_TKD, positions_T, cos_sin, interleaved, (k_cache, v_cache), slots_T, scales)
+) -> Tensor:
+    """`rope_` then `write_kv` in one pass: q is rotated in place and given back; k goes rotated to its page alone.
+
+    Norms of the heads, if asked for, are launches of their own before it.
+    """
+    if rotation.q_norm is not None and rotation.k_norm is not None:
+        q_THD = norm.rms_norm(q_THD, rotation.q_norm, rotation.eps)
+        k_TKD = norm.rms_norm(k_TKD, rotation.k_norm, rotation.eps)
+    caches, turn = (k_cache, v_cache), (rotation.positions, rotation.cos_sin, rotation.interleaved)
+    _launch(q_THD, k_TKD, v_TKD, *turn, caches, slots_T, scales)
+    return q_THD

@@ -22,6 +22,7 @@ def table() -> Ops:
         select_rows=pages.select_rows,
         rope_=rope.rope_,
         write_kv=rope.write_kv,
+        rope_write_kv=rope.rope_write_kv,
         paged_attention=attention.paged_attention,
         moe=moe.moe,
         argmax=sample.argmax,

@@ -34,16 +34,27 @@ LEVELS = {
     "avx2": ["-DPHL_LEVEL=1", *AVX2],
     "avx512": ["-DPHL_LEVEL=2", *AVX2, *AVX512, "-mprefer-vector-width=512"],
 }
+AMX = ["-mamx-tile", "-mamx-int8", "-mamx-bf16"]
+LEVELS["amx"] = [*LEVELS["avx512"], "-DPHL_AMX=1", *AMX]
 
 
 def units(csrc: Path, machine: str) -> list[tuple[Path, str]]:
     """(source, level) of every object; the x86 levels only where they mean something."""
     x86 = machine.lower() in ("x86_64", "amd64")
     levels = list(LEVELS) if x86 else ["portable"]
+    everywhere = [level for level in levels if level != "amx"]
     found = [(path, "portable") for path in sorted(csrc.glob("*.cpp"))]
-    found += [(path, level) for path in sorted((csrc / "each").glob("*.cpp")) for level in levels]
+    found += [(path, level) for path in sorted((csrc / "each").glob("*.cpp")) for level in everywhere]
     found += [(path, level) for level in levels[1:] for path in sorted((csrc / level).glob("*.cpp"))]
     return found
+
+
+def accepts(compiler: list[str], flags: list[str], folder: Path) -> bool:
+    """Whether a compiler knows these flags."""
+    probe = folder / "probe.cpp"
+    probe.write_text("int main() {}\n")
+    command = [*compiler, *flags, "-c", str(probe), "-o", str(folder / "probe.out")]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 class BuildNative(build_ext):
@@ -65,7 +76,10 @@ class BuildNative(build_ext):
         newest_header = max(path.stat().st_mtime for path in [*CSRC.rglob("*.h"), Path(__file__)])
         todo: list[tuple[Path, list[str]]] = []
         outputs: list[str] = []
+        amx = accepts(compiler, AMX, objects)
         for source, level in units(CSRC, platform.machine()):
+            if level == "amx" and not amx:
+                continue
             target = objects / f"{source.parent.name}.{source.stem}.{level}.o"
             outputs.append(str(target))
             if target.exists() and target.stat().st_mtime > max(newest_header, source.stat().st_mtime):

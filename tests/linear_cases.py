@@ -65,3 +65,13 @@ def make_source(kind: str, rows: int, blocks: int, seed: int) -> Source:
         values = (rng.standard_normal((rows, blocks, 1)) * 0.01).astype(np.float16)
         data[:, :, offset : offset + 2] = values.view(np.uint8)
     return Source("w", (rows, blocks * weights), kind, data.reshape(rows, -1))
+
+
+def as_int8(x: torch.Tensor) -> torch.Tensor:
+    """What the kernels make of activations: 127 steps to the largest of each 32 inputs."""
+    n = x.shape[-1]
+    groups = torch.nn.functional.pad(x, (0, -n % 32)).unflatten(-1, (-1, 32))
+    largest = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
+    rounded = (groups * inverse).round()
+    return (rounded.double() * (largest / 127.0)).flatten(-2)[..., :n]

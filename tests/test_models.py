@@ -230,7 +230,7 @@ def test_bfloat16_runs_and_is_near(made: Any) -> None:
     assert (ours - theirs).abs().max() < 0.15 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2", "gemma3_text-caps"])
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3_moe", "gemma3_text-caps"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_native_table(made: Any, variant: str, dtype: torch.dtype) -> None:
     """Packed weights, float32 activations and a bfloat16 KV cache: near, and its own chunks agree with its whole."""
@@ -256,7 +256,7 @@ def test_native_table(made: Any, variant: str, dtype: torch.dtype) -> None:
 # GGUF
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text"])
 def test_gguf_gives_the_same_logits(family: str, tmp_path: Path) -> None:
     """F32 tensors, so that only names, permutation, norms and the translated configuration are at stake."""
     overrides = {"query_pre_attn_scalar": 16} if family == "gemma3_text" else {}

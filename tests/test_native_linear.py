@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import GGUF_TYPES, Source, levels, make_source, needs_native
+from linear_cases import GGUF_TYPES, Source, as_int8, levels, make_source, needs_native
 
 from phloem.kernels import native
 from phloem.kernels import reference as ref
@@ -34,16 +34,6 @@ def pack(linear: NativeLinear, *sources: Source, dtype: torch.dtype = torch.bflo
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def as_int8(x: torch.Tensor) -> torch.Tensor:
-    """What the kernels make of activations: 127 steps to the largest of each 32 inputs."""
-    n = x.shape[-1]
-    groups = torch.nn.functional.pad(x, (0, -n % 32)).unflatten(-1, (-1, 32))
-    largest = groups.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
-    rounded = (groups * inverse).round()
-    return (rounded.double() * (largest / 127.0)).flatten(-2)[..., :n]
 
 
 def check(got: torch.Tensor, x: torch.Tensor, w: torch.Tensor, tolerance: float = 2e-6) -> None:

@@ -16,7 +16,8 @@ from phloem.utils.machine import cpu_flags
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc" / "cpu"
-KERNELS = ("attention", "elementwise", "norm", "rope", "sample", "linear")
+KERNELS = ("attention", "elementwise", "norm", "rope", "sample", "linear", "moe")
+AMX = ("linear", "moe")  # units that also exist with tiles; they run on emulated ones, whatever the machine has
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")]
@@ -68,13 +69,16 @@ def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> Non
             *(CSRC / "tests").glob("*.cpp"),
         )
     ]
+    flags = {**setup.LEVELS, "emulated": [*setup.LEVELS["avx512"], "-DPHL_AMX=1", "-DPHL_AMX_EMULATED"]}
+    if (2, "avx512") in levels_here():
+        sources += [(CSRC / "amx" / f"{name}.cpp", "emulated") for name in AMX]
     folder = ROOT / "build" / "sanitized"  # kept: compiling takes far longer than running
     folder.mkdir(parents=True, exist_ok=True)
     objects = [folder / f"{path.parent.name}.{path.stem}.{level}.o" for path, level in sources]
     headers = max(path.stat().st_mtime for path in (*CSRC.rglob("*.h"), ROOT / "setup.py", Path(__file__)))
     compile_all(
         [
-            ["g++", *common, *setup.LEVELS[level], "-c", str(path), "-o", str(target)]
+            ["g++", *common, *flags[level], "-c", str(path), "-o", str(target)]
             for (path, level), target in zip(sources, objects, strict=True)
             if not target.exists() or target.stat().st_mtime <= max(headers, path.stat().st_mtime)
         ]
@@ -87,12 +91,21 @@ def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> Non
     assert "tests" in done.stdout
 
 
+def test_amx_is_built_where_the_compiler_knows_it(tmp_path: Path) -> None:
+    setup = build_flags()
+    assert setup.accepts(["g++"], [], tmp_path)
+    assert not setup.accepts(["g++"], ["-mno-such-instructions"], tmp_path)
+    of_amx = [path.parent.name for path, level in setup.units(CSRC, "x86_64") if level == "amx"]
+    assert of_amx == ["amx"] * len(AMX)
+    assert {level for _, level in setup.units(CSRC, "aarch64")} == {"portable"}
+
+
 def test_units_share_no_weak_symbols() -> None:
     """An inline function compiled for AVX-512 must never be the one that the linker keeps for every level."""
     if shutil.which("nm") is None:
         pytest.skip("no nm")
     spec = importlib.util.find_spec("phloem.kernels._cpu")
-    objects = [path for level in ("avx2", "avx512") for path in ROOT.glob(f"build/temp*/*.{level}.o")]
+    objects = [path for level in ("avx2", "avx512", "amx") for path in ROOT.glob(f"build/temp*/*.{level}.o")]
     if spec is None or not objects:
         pytest.skip("the native library was not built in this folder")
     for path in objects:

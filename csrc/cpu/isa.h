@@ -1,9 +1,15 @@
-// The instruction set that a unit is compiled for. setup.py defines PHL_LEVEL for each object.
+// The instruction set that a unit is compiled for. setup.py defines PHL_LEVEL for each object, and PHL_AMX for those
+// that use AMX tiles beside AVX-512: their ops are one level above.
 #pragma once
 #ifndef PHL_LEVEL
 #define PHL_LEVEL 0
 #endif
-#if PHL_LEVEL == 2
+#ifndef PHL_AMX
+#define PHL_AMX 0
+#endif
+#if PHL_AMX
+#define PHL_NS amx
+#elif PHL_LEVEL == 2
 #define PHL_NS avx512
 #elif PHL_LEVEL == 1
 #define PHL_NS avx2

@@ -11,14 +11,14 @@ using OpFunction = void (*)(const void* args, Team& team);
 
 struct OpEntry {
   const char* name;
-  int level;              // PHL_LEVEL of the unit
+  int level;              // of the unit: 0 portable, 1 AVX2, 2 AVX-512, 3 AMX
   const char* signature;  // one of p, i, d for each slot
   int slots;
   OpFunction run;
 };
 
 constexpr int kMaxSlots = 40;
-constexpr int kLevels = 3;
+constexpr int kLevels = 4;
 extern const char* const kLevelNames[kLevels];
 
 void register_op(const OpEntry& entry);
@@ -39,5 +39,5 @@ struct Registered {
     op(*static_cast<const Args*>(args), team);                                           \
   }                                                                                      \
   [[maybe_unused]] static const ::phl::Registered registered_##op {                      \
-    ::phl::OpEntry { #op, PHL_LEVEL, signature, int(sizeof(Args) / 8), run_##op }        \
+    ::phl::OpEntry { #op, PHL_LEVEL + PHL_AMX, signature, int(sizeof(Args) / 8), run_##op } \
   }

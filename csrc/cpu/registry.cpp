@@ -4,9 +4,15 @@
 
 #include "op.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace phl {
 
-const char* const kLevelNames[kLevels] = {"portable", "avx2", "avx512"};
+const char* const kLevelNames[kLevels] = {"portable", "avx2", "avx512", "amx"};
 
 namespace {
 std::vector<OpEntry>& entries() {
@@ -30,6 +36,41 @@ const OpEntry* find_op(const char* name, int highest_level) {
   return best;
 }
 
+namespace {
+
+// AMX needs three things: the processor's tiles with their integer and bfloat16 products, a system that saves them, and
+// the system's permission for this process (tile data are 8 KiB of state, which Linux does not grant unasked).
+bool ask_for_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBfloat16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kSaved = 1u << 27;
+  constexpr unsigned kTileState = 3u << 17;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kSaved) == 0) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if ((d & (kBfloat16 | kTile | kInt8)) != (kBfloat16 | kTile | kInt8)) return false;
+  unsigned saved = 0, high = 0;
+  asm volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  if ((saved & kTileState) != kTileState) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_amx() {
+  static const bool granted = ask_for_amx();
+  static const bool built = [] {
+    for (const OpEntry& entry : entries()) {
+      if (entry.level == 3) return true;
+    }
+    return false;
+  }();
+  return built && granted;
+}
+
+}  // namespace
+
 int best_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -38,7 +79,7 @@ int best_level() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
                       __builtin_cpu_supports("avx512bf16");
-  if (avx2 && avx512) return 2;
+  if (avx2 && avx512) return has_amx() ? 3 : 2;
   if (avx2) return 1;
 #endif
   return 0;

@@ -130,7 +130,7 @@ PHL_INLINE void prepare_row(const Input& in, int64_t row, const Rows& rows, int6
 
 // ---- results -------------------------------------------------------------------------------------------------------
 
-enum Epilogue : int64_t { kStore = 0, kSiluMul = 1, kGeluMul = 2, kBest = 3 };
+enum Epilogue : int64_t { kStore = 0, kSiluMul = 1, kGeluMul = 2, kBest = 3, kAddScaled = 4 };
 
 struct Output {
   float* out;
@@ -139,6 +139,9 @@ struct Output {
   int64_t out_stride, residual_stride, epilogue;
   float* best;          // [rows][16], kBest
   int32_t* best_index;  // [rows][16]
+  // kAddScaled: scale[row] times the result is added to row target[row] of `out`.
+  const int32_t* target = nullptr;
+  const float* scale = nullptr;
 
   PHL_INLINE F biased(const float* y, int64_t column, int64_t valid) const {
     const F v = Vec::loadf(y);
@@ -159,6 +162,19 @@ struct Output {
     float space[kBlock];
     Vec::storef(space, v);
     for (int64_t i = 0; i < valid; ++i) to[i] = add == nullptr ? space[i] : space[i] + add[i];
+  }
+
+  PHL_INLINE void add_scaled(int64_t row, int64_t column, int64_t valid, F v) const {
+    float* to = out + target[row] * out_stride + column;
+    const F factor = Vec::set(scale[row]);
+    if (valid == kBlock) {
+      Vec::storef(to, Vec::fma(v, factor, Vec::loadf(to)));
+      return;
+    }
+    float space[kBlock] = {};
+    for (int64_t i = 0; i < valid; ++i) space[i] = to[i];
+    Vec::storef(space, Vec::fma(v, factor, Vec::loadf(space)));
+    for (int64_t i = 0; i < valid; ++i) to[i] = space[i];
   }
 
   PHL_INLINE void keep(int64_t row, int64_t column, int64_t valid, F v) const {
@@ -192,6 +208,8 @@ struct Output {
         const F v = biased(y + b * kBlock, columns[b], valid[b]);
         if (epilogue == kBest) {
           keep(r, columns[b], valid[b], v);
+        } else if (epilogue == kAddScaled) {
+          add_scaled(r, columns[b], valid[b], v);
         } else {
           store(r, columns[b], valid[b], v);
         }
@@ -335,10 +353,23 @@ void run_dense(const Segment& s, int64_t first, int64_t last, const Rows& rows, 
   }
 }
 
+#if PHL_AMX
+}  // namespace
+}  // namespace PHL_NS
+}  // namespace phl
+#include "amx.h"
+namespace phl {
+namespace PHL_NS {
+namespace {
+#endif
+
 // Rows [0, count) of `rows` times blocks [first, last) of a segment, two at a time; results are those of rows first_row
 // and on.
 PHL_INLINE void run_blocks(const Segment& s, int64_t first, int64_t last, const Rows& rows, int64_t count,
                            const Output& out, int64_t first_row, uint8_t* tile) {
+#if PHL_AMX
+  if (amx_blocks(s, first, last, rows, count, out, first_row, tile)) return;
+#endif
   switch (s.layout) {
     case kBF16: return run_dense<DenseBF16>(s, first, last, rows, count, out, first_row);
     case kF16: return run_dense<DenseF16>(s, first, last, rows, count, out, first_row);

@@ -81,6 +81,12 @@ uint64_t slot(T value) {
   }
 }
 
+// The level itself, and AMX beside AVX-512 where its units are linked in.
+inline std::vector<int> with_amx(int level) {
+  const OpEntry* op = find_op("linear", 3);
+  return level == 2 && op != nullptr && op->level == 3 ? std::vector<int>{2, 3} : std::vector<int>{level};
+}
+
 // Runs an op at exactly this level, by all threads of the pool.
 template <class... Args>
 void run(int level, const char* name, Args... args) {

@@ -24,12 +24,13 @@ from phloem.core.config import opt
 from phloem.core.errors import PhloemError
 from phloem.kernels import native
 from phloem.kernels.ops import Ops, PagedBatch, Rotation
+from phloem.kernels.reference_extra import route
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 OPERATIONS = {"float": 2, "bf16": 4, "int8": 8}  # per 32-bit lane of one instruction
-LANES = {"portable": 4, "avx2": 8, "avx512": 16}
+LANES = {"portable": 4, "avx2": 8, "avx512": 16, "amx": 16}
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def show(record: dict[str, Any]) -> None:
 
 
 def cases(ops: Ops, o: Options) -> list[Case]:
-    return [*_linear(ops, o), *_rows(ops, o), *_attention(ops, o), *_sampling(ops, o)]
+    return [*_linear(ops, o), *_sparse(ops, o), *_rows(ops, o), *_attention(ops, o), *_sampling(ops, o)]
 
 
 class _Blocks:
@@ -238,6 +239,36 @@ def _linear(ops: Ops, o: Options) -> list[Case]:
                     "" if rows <= 8 else "bf16" if kind == "dense" else "int8",
                 )
             )
+    return found
+
+
+def _sparse(ops: Ops, o: Options) -> list[Case]:
+    """A sparse layer of 32 experts, 4 a token, each a quarter as wide as the dense layer's MLP."""
+    experts, k, inner = 32, 4, max(32, o.intermediate // 4 // 32 * 32)
+    up = [_Blocks("Q4_1", inner, o.hidden)] * (2 * experts)
+    down = [_Blocks("Q4_1", o.hidden, inner)] * experts
+
+    def pack(parts: list[_Blocks]) -> Any:
+        return ops.prepare_experts(parts, torch.bfloat16, torch.device("cpu"), experts)
+
+    # Copies as for linear layers.
+    copies = max(1, min(16, (96 << 20) // (experts * inner * o.hidden)))
+    layers = [(pack(up), pack(down)) for _ in range(copies)]
+    nbytes = sum(float(getattr(weight, "nbytes", 0)) for weight in layers[0])
+    found: list[Case] = []
+    for rows in (1, 8, 32, 1024):
+        x, logits = torch.randn(rows, o.hidden), torch.randn(rows, experts)
+        chosen = len(route(logits, k, True)[1].unique())
+        turn = itertools.cycle(layers)
+        found.append(
+            Case(
+                f"moe Q4_1 {k} of {experts} experts, {rows} rows",
+                lambda x=x, logits=logits, turn=turn: ops.moe(x, logits, *next(turn), k, True),
+                nbytes * chosen / experts,
+                6.0 * rows * k * inner * o.hidden,
+                "" if rows <= 32 else "int8",
+            )
+        )
     return found
 
 

@@ -12,6 +12,7 @@ import torch
 
 from phloem.kernels import _native_attention as attention
 from phloem.kernels import _native_basic as basic
+from phloem.kernels import _native_moe as moe
 from phloem.kernels import _native_sampling as sampling
 from phloem.kernels import native_linear
 from phloem.kernels._native_recorder import Recorder
@@ -30,7 +31,14 @@ def table(threads: int | None = None, level: str | None = None) -> Ops:
     rt = runtime()
     rt.library.set_level(level)
     rt.library.set_threads(threads or available_cores())
-    made = {**basic.ops(rt), **attention.ops(rt), **sampling.ops(rt), **native_linear.ops(rt)}
+    linear = native_linear.NativeLinear(rt)
+    made = {
+        **basic.ops(rt),
+        **attention.ops(rt),
+        **sampling.ops(rt),
+        **native_linear.ops(linear),
+        **moe.ops(rt, linear),
+    }
     kv = (torch.bfloat16, torch.int8)
     return dataclasses.replace(Ops(), name="native", kv_dtypes=kv, recorder=lambda: Recorder(rt), **made)
 

@@ -365,8 +365,7 @@ def _runs(read: list[_Part], sizes: list[int]) -> list[list[int]]:
     return groups
 
 
-def ops(rt: Runtime) -> dict[str, Any]:
+def ops(native: NativeLinear) -> dict[str, Any]:
     """The table's entries."""
-    native = NativeLinear(rt)
     names = ("prepare_linear", "linear", "embedding", "gated_linear", "linear_argmax")
     return {name: getattr(native, name) for name in names}

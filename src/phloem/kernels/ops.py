@@ -71,6 +71,7 @@ class Rotation:
 
 
 PrepareLinear = Callable[[Sequence["WeightSource"], "torch.dtype", "torch.device"], Any]
+PrepareExperts = Callable[[Sequence["WeightSource"], "torch.dtype", "torch.device", int], Any]
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,9 @@ class Ops:
 
     # Mixture of experts: softmax of router logits[T, E], the best k experts of each token (their weights scaled to sum
     # to 1 if asked), their gated MLPs with SiLU, summed by weight. `prepare_experts` stacks expert after expert along
-    # out_features: each its gate, then its up projection, [E * 2F, N]; or its down projection, [E * N, F].
-    prepare_experts: PrepareLinear = ref.prepare_linear
+    # out_features: each its gate, then its up projection, [E * 2F, N]; or its down projection, [E * N, F]. The last
+    # argument is E.
+    prepare_experts: PrepareExperts = extra.prepare_experts
     # x[T, N], logits[T, E], gate_up, down, k, renormalise -> [T, N]
     moe: Callable[[Tensor, Tensor, Any, Any, int, bool], Tensor] = extra.moe
 

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from phloem.kernels.reference import prepare_linear
+
 if TYPE_CHECKING:
-    from phloem.kernels.ops import PagedBatch
+    from collections.abc import Sequence
+
+    from phloem.kernels.ops import PagedBatch, WeightSource
 
 _MASK64 = (1 << 64) - 1
 
@@ -154,6 +158,12 @@ def experts(x_TN: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, gate_up_EMN: Tenso
             part = F.linear(F.silu(gate) * up, down_ENF[expert])
             total_TN.index_add_(0, token, part.float() * weights_Tk[token, choice].float()[:, None])
     return total_TN.to(x_TN.dtype)
+
+
+def prepare_experts(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device, experts: int) -> Tensor:
+    """All parts stacked along out_features: one dense tensor."""
+    del experts
+    return prepare_linear(parts, dtype, device)
 
 
 def moe(x_TN: Tensor, logits_TE: Tensor, gate_up: Tensor, down: Tensor, top_k: int, renormalise: bool) -> Tensor:

@@ -148,6 +148,7 @@ _GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
@@ -162,15 +163,19 @@ _GGUF_OUTER_NAMES = {
     "lm_head.weight": "output.weight",
 }
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj")
 
 
-def gguf_name(name: str, architecture: str) -> str:
-    """A checkpoint tensor's name in a GGUF file."""
+def gguf_name(name: str, architecture: str) -> tuple[str, int | None]:
+    """A checkpoint tensor's name in a GGUF file, and which expert it is of the stacked tensor of that name."""
     match = _LAYER.fullmatch(name)
     if match is None:
-        return _GGUF_OUTER_NAMES.get(name, name)
+        return _GGUF_OUTER_NAMES.get(name, name), None
+    expert = _EXPERT.fullmatch(match[2])
+    if expert is not None:
+        return f"blk.{match[1]}.ffn_{expert[2]}_exps.{match[3]}", int(expert[1])
     names = {**_GGUF_NAMES, **_GGUF_SANDWICH_NAMES} if architecture.startswith("gemma") else _GGUF_NAMES
-    return f"blk.{match[1]}.{names.get(match[2], match[2])}.{match[3]}"
+    return f"blk.{match[1]}.{names.get(match[2], match[2])}.{match[3]}", None
 
 
 def open_sources(
@@ -196,16 +201,24 @@ def _gguf_sources(checkpoint: Checkpoint, index: WeightIndex) -> tuple[dict[str,
     found: dict[str, Source] = {}
     used = {"rope_freqs.weight"}
     for name, (weight, _) in index.slots.items():
-        stored = gguf_name(name, architecture)
+        stored, expert = gguf_name(name, architecture)
         used.add(stored)
         if stored in tensors:
             turned = swapped.get(name.split(".")[-2], 0) if architecture == "llama" else 0
             # The converter has already added the shift to the norms that have one.
-            tensor = tensors[stored]
+            tensor = tensors[stored] if expert is None else _expert_of(tensors[stored], expert, weight, checkpoint)
             kind = "dense" if tensor.kind in ("F32", "F64") else tensor.kind
             shifted = weight.role == "norm"
             found[name] = GGUFSource(name, tensor.shape, kind, shifted, tensor=tensor, heads=turned)
     return found, sorted(set(tensors) - used)
+
+
+def _expert_of(stacked: GGUFTensor, expert: int, weight: Weight, checkpoint: Checkpoint) -> GGUFTensor:
+    if len(stacked.shape) != 3 or stacked.shape[0] != weight.experts:
+        raise ModelLoadError(
+            f"{checkpoint.path}: {stacked.name} is {list(stacked.shape)}, expected {weight.experts} stacked matrices"
+        )
+    return stacked.part(expert)
 
 
 def _safetensors_sources(
@@ -292,8 +305,11 @@ class WeightIndex:
             if self.ctx.quant is not None:
                 parts = [METHODS.module(self.ctx.quant).wrap(part) for part in parts]
             ops = self.ctx.ops
-            prepare = ops.prepare_experts if weight.experts else ops.prepare_linear
-            weight.value = prepare(parts, self.ctx.dtype, self.ctx.device)
+            dtype, device = self.ctx.dtype, self.ctx.device
+            if weight.experts:
+                weight.value = ops.prepare_experts(parts, dtype, device, weight.experts)
+            else:
+                weight.value = ops.prepare_linear(parts, dtype, device)
             return
         weight.value = torch.cat([self._vector(weight, part) for part in parts]).to(self.ctx.device)
 

@@ -122,6 +122,7 @@ _GGUF_ARCHITECTURES = {
     "mistral": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
     "gemma3_text": "gemma3",
 }
 
@@ -154,13 +155,13 @@ def tiny_gguf(source: Path, target: Path, kind: str = "F32", **metadata: Any) ->
         adders: dict[type, Any] = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
         adders[type(value)](name, value)
     wanted = gguf.GGMLQuantizationType[kind]
-    kinds = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
-    names = gguf.get_tensor_name_map(kinds.get(arch, gguf.MODEL_ARCH.GEMMA3), config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config["num_hidden_layers"])
     for file in sorted(source.glob("*.safetensors")):
-        for name, values in load_file(file).items():
+        for name, values in _stacked(load_file(file)).items():
             rows = _as_converted(name, np.asarray(values, np.float32), config, arch)
             block = gguf.GGML_QUANT_SIZES[wanted][0]
-            fits = rows.ndim > 1 and rows.shape[-1] % block == 0
+            # The router decides by small differences: converters keep it as it is.
+            fits = rows.ndim > 1 and rows.shape[-1] % block == 0 and not name.endswith("mlp.gate.weight")
             raw_dtype = wanted if fits else gguf.GGMLQuantizationType.F32
             stored = rows if raw_dtype == gguf.GGMLQuantizationType.F32 else gguf.quants.quantize(rows, raw_dtype)
             renamed: Any = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -190,6 +191,10 @@ def _write_metadata(writer: Any, config: dict[str, Any], arch: str) -> None:
     writer.add_rope_freq_base(whole.get("rope_theta", 10000.0))
     if arch == "gemma3":
         writer.add_sliding_window(config["sliding_window"])
+    if arch == "qwen3moe":
+        writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
 
 
 def _write_vocabulary(writer: Any, source: Path) -> None:
@@ -207,6 +212,23 @@ def _write_vocabulary(writer: Any, source: Path) -> None:
     writer.add_eos_token_id(3)
     writer.add_pad_token_id(0)
     writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _stacked(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Experts' matrices of one layer and projection as one array [experts, out, in], the rest as it is."""
+    import re
+
+    found: dict[str, Any] = {}
+    experts: dict[str, dict[int, Any]] = {}
+    for name, values in tensors.items():
+        match = re.fullmatch(r"(.*\.experts)\.(\d+)(\..*)", name)
+        if match:
+            experts.setdefault(match[1] + match[3], {})[int(match[2])] = values
+        else:
+            found[name] = values
+    for name, parts in experts.items():
+        found[name] = np.stack([parts[number] for number in range(len(parts))])
+    return found
 
 
 def _as_converted(name: str, values: Any, config: dict[str, Any], arch: str) -> Any:

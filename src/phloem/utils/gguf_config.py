@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "mistral": ("mistral", "MistralForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
 # config.json key -> metadata key under the architecture's prefix
@@ -36,6 +37,12 @@ _KEYS = {
     "rope_theta": "rope.freq_base",
     "final_logit_softcapping": "final_logit_softcapping",
     "attn_logit_softcapping": "attn_logit_softcapping",
+}
+# The same, of sparse families; all are needed.
+_EXPERT_KEYS = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
 }
 _NEEDED = ("num_hidden_layers", "max_position_embeddings", "hidden_size", "intermediate_size", "num_attention_heads")
 
@@ -73,7 +80,21 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
         config["rope_scaling"] = rope
     if arch == "gemma3":
         _gemma3(config, gguf)
+    if arch == "qwen3moe":
+        _experts(config, gguf, arch, path)
     return config
+
+
+def _experts(config: dict[str, Any], gguf: GGUFFile, arch: str, path: Path) -> None:
+    for key, source in _EXPERT_KEYS.items():
+        value = gguf.metadata.get(f"{arch}.{source}")
+        if value is None:
+            raise ModelLoadError(f"{path}: its metadata has no {arch}.{source}")
+        config[key] = int(_plain(value, f"{path}: {arch}.{source}"))
+    # Files say it only where they differ from what the family's checkpoints do.
+    config["norm_topk_prob"] = bool(gguf.metadata.get(f"{arch}.expert_weights_norm", True))
+    layers = range(config["num_hidden_layers"])
+    config["mlp_only_layers"] = [n for n in layers if f"blk.{n}.ffn_gate.weight" in gguf.tensors]
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -86,6 +86,13 @@ class GGUFTensor:
         flat = np.frombuffer(self._map, dtype=np.uint8, count=self.nbytes, offset=self.offset)
         return flat.reshape(rows, self.nbytes // rows if rows else 0)
 
+    def part(self, index: int) -> GGUFTensor:
+        """Entry `index` along the first axis, without reading it: one expert of a stacked tensor."""
+        if len(self.shape) < 2 or not 0 <= index < self.shape[0]:
+            raise IndexError(f"tensor {self.name!r} {list(self.shape)} has no part {index}")
+        size = self.nbytes // self.shape[0]
+        return GGUFTensor(self.name, self.shape[1:], self.kind, self.offset + index * size, size, self._map)
+
 
 @dataclass(frozen=True)
 class GGUFFile:

@@ -1,0 +1,2 @@
+// The linear ops with AMX tiles: `run_blocks` of this unit tries linear/amx.h first.
+#include "../each/linear.cpp"

@@ -1,0 +1,164 @@
+"""Sparse layers over packed weights: one op from router logits to the weighted sum of the experts.
+
+Only the weights of experts that some token chose are read, each once per panel of tokens. A token's result depends
+neither on the tokens beside it nor on the number of threads: experts are added in ascending order.
+
+Legend: T tokens, N inputs, F inner size, E experts, k choices of a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from phloem.core.errors import ModelLoadError
+from phloem.kernels._native_basic import rows_of
+from phloem.kernels.native_linear import ALONE, HALF, INT8, SINGLE, TILE_CHUNK, NativeLinear, PackedLinear
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from phloem.kernels._native_runtime import Runtime
+    from phloem.kernels.ops import WeightSource
+
+PANEL_BYTES = 128 << 20  # what one panel of tokens may take of the workspace
+ACTIVE_BYTES = 32  # a row of the table of experts that have tokens
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class PackedExperts(PackedLinear):
+    """The weights of all experts of one projection, each packed like a linear layer, stacked along out_features.
+
+    Reading rows back sees one matrix `[E * rows of an expert, N]`.
+    """
+
+    experts: int
+    at: Tensor  # int64 [E + 1]: where an expert's segments begin
+    paired_experts: bool  # gate and up of every expert alternate block by block
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    panel: int  # tokens at a time
+    tile: int  # bytes per thread for unpacked weights
+    alone: int
+    total: int  # bytes of workspace
+
+
+class NativeMoe:
+    """`prepare_experts` and `moe` of the native table."""
+
+    def __init__(self, rt: Runtime, linear: NativeLinear) -> None:
+        self.rt = rt
+        self.linear = linear
+        self.MOE = rt.op("moe")
+
+    def prepare_experts(
+        self, parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device, experts: int
+    ) -> PackedExperts:
+        """Packs expert after expert, as their bytes are in the checkpoint. Raises `ModelLoadError`."""
+        each = len(parts) // experts
+        packed = [self.linear.prepare_linear(parts[each * e : each * (e + 1)], dtype, device) for e in range(experts)]
+        first = packed[0]
+        segments: list[Tensor] = []
+        starts = [0]
+        for number, expert in enumerate(packed):
+            if (expert.out_features, expert.in_features) != (first.out_features, first.in_features):
+                raise ModelLoadError(f"{parts[each * number].name}: {expert.shape}, but the first expert {first.shape}")
+            if expert.paired != first.paired or len(expert.segments) != len(first.segments):
+                raise ModelLoadError(f"{parts[each * number].name}: {expert.kinds}, but the first expert {first.kinds}")
+            expert.segments[:, 4] += number * first.out_features
+            segments.append(expert.segments)
+            starts.append(starts[-1] + len(expert.segments))
+        forms, padded = 0, first.padded_inputs
+        for expert in packed:
+            forms |= expert.forms
+            if expert.padded_inputs != padded:
+                raise ModelLoadError(f"{parts[0].name}: experts of types {first.kinds} and {expert.kinds} in one layer")
+        return PackedExperts(
+            first.in_features, experts * first.out_features, padded,
+            tuple(kind for expert in packed for kind in expert.kinds), forms, False,
+            sum(expert.nbytes for expert in packed), dtype, torch.cat(segments),
+            [block for expert in packed for block in expert.memory], self.linear, None,
+            experts=experts, at=torch.tensor(starts), paired_experts=first.paired,
+        )  # fmt: skip
+
+    def moe(
+        self, x: Tensor, logits: Tensor, gate_up: PackedExperts, down: PackedExperts, top_k: int, renormalise: bool
+    ) -> Tensor:
+        """x[T, N], logits[T, E] -> [T, N]: softmax, the best k experts of each token, their gated MLPs with SiLU."""
+        x_TN, logits_TE = rows_of(x), rows_of(logits)
+        (tokens, n), experts = x_TN.shape, logits_TE.shape[1]
+        inner = down.in_features
+        _check(x_TN, logits_TE, gate_up, down, top_k)
+        out = self.rt.empty(x.shape)
+        if tokens == 0:
+            return out
+        stride = inner if gate_up.paired_experts else 2 * inner
+        threads = self.rt.library.threads()
+        sizes = _sizes(tokens, top_k, stride, threads, gate_up, down)
+        space = self.linear.workspace.take(sizes.total, self.rt)
+        slots = tokens * top_k
+        active = min(experts, slots)
+        work = active * (gate_up.nbytes + down.nbytes) // experts // 40 + slots * 3 * n * inner // 400
+        self.rt.call(
+            self.MOE, work,
+            x_TN.data_ptr(), logits_TE.data_ptr(), gate_up.segments.data_ptr(), down.segments.data_ptr(),
+            gate_up.at.data_ptr(), down.at.data_ptr(), out.data_ptr(), space.data_ptr(),
+            tokens, n, inner, experts, top_k, renormalise, x_TN.stride(0), logits_TE.stride(0),
+            gate_up.forms, gate_up.padded_inputs, down.forms, down.padded_inputs,
+            gate_up.paired_experts, stride, sizes.panel, sizes.tile, sizes.alone, threads,
+        )  # fmt: skip
+        return out
+
+
+def _check(x_TN: Tensor, logits_TE: Tensor, gate_up: PackedExperts, down: PackedExperts, top_k: int) -> None:
+    (tokens, n), experts = x_TN.shape, logits_TE.shape[1]
+    if gate_up.experts != experts or down.experts != experts or logits_TE.shape[0] != tokens:
+        raise ValueError(
+            f"logits {list(logits_TE.shape)} for {tokens} tokens and weights of {gate_up.experts} and {down.experts} "
+            "experts"
+        )
+    if gate_up.in_features != n or down.out_features != experts * n:
+        raise ValueError(f"the experts take {gate_up.in_features} inputs, not {n}")
+    if gate_up.out_features != 2 * experts * down.in_features:
+        raise ValueError(f"gate and up give {gate_up.out_features // experts}, down takes {down.in_features}")
+    if not 0 < top_k <= experts:
+        raise ValueError(f"{top_k} experts of {experts}")
+
+
+def _row_bytes(weight: PackedExperts) -> int:
+    """Of one row of prepared activations, as `Rows` of csrc/cpu/linear/job.h."""
+    padded = weight.padded_inputs
+    row = ((padded // 32) | 1) * 64 if weight.forms & INT8 else 0
+    row += padded * 2 + 64 if weight.forms & HALF else 0
+    return row + (padded * 4 + 64 if weight.forms & SINGLE else 0)
+
+
+def _sizes(tokens: int, k: int, stride: int, threads: int, gate_up: PackedExperts, down: PackedExperts) -> _Sizes:
+    """How one call is cut, and its workspace: the sum of what `Sparse` of csrc/cpu/each/moe.cpp lays out."""
+    up_row, down_row = _row_bytes(gate_up), _row_bytes(down)
+    token = up_row + k * (up_row + down_row + 4 * stride)
+    panel = max(1, min(tokens, PANEL_BYTES // token))
+    slots = panel * k
+    table = 4 * _up64(4 * slots) + _up64(4 * gate_up.experts) + (min(slots, gate_up.experts) + 1) * ACTIVE_BYTES
+    prepared = _up64(table) + panel * up_row + slots * (down_row + (up_row if tokens > 1 else 0))
+    few = tokens * gate_up.padded_inputs + tokens * k * down.padded_inputs <= ALONE
+    alone = few and gate_up.paired_experts and panel == tokens
+    tile = 2 * (max(gate_up.padded_inputs, down.padded_inputs) // 32 * TILE_CHUNK + 64)
+    total = threads * tile + _up64(4 * slots * stride) + prepared * (threads if alone else 1)
+    return _Sizes(panel, tile, int(alone), total)
+
+
+def _up64(size: int) -> int:
+    return (size + 63) // 64 * 64
+
+
+def ops(rt: Runtime, linear: NativeLinear) -> dict[str, Any]:
+    """The table's entries."""
+    native = NativeMoe(rt, linear)
+    return {"prepare_experts": native.prepare_experts, "moe": native.moe}

@@ -20,6 +20,7 @@ struct Record {
 struct Graph {
   std::vector<Record> records;
   std::vector<uint64_t> slots;
+  bool runs = true;  // whether calls are carried out while they are recorded
 
   void append(const OpEntry* op, int64_t work, const uint64_t* values);
   void finish();  // decides where barriers are needed

@@ -75,7 +75,10 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const phl::OpEntry& op = phl::op_at(static_cast<int>(handle));
   uint64_t slots[phl::kMaxSlots];
   if (!pack(op, args + 2, count - 2, slots)) return nullptr;
-  if (recording != nullptr) recording->append(&op, work, slots);
+  if (recording != nullptr) {
+    recording->append(&op, work, slots);
+    if (!recording->runs) Py_RETURN_NONE;
+  }
   if (work < kRegionNanoseconds) {
     phl::Team alone;
     op.run(slots, alone);
@@ -164,12 +167,16 @@ void free_graph(PyObject* capsule) {
   delete static_cast<phl::Graph*>(PyCapsule_GetPointer(capsule, kGraphName));
 }
 
-PyObject* record_begin(PyObject*, PyObject*) {
+// record_begin(run): with a false `run`, calls are recorded without being carried out.
+PyObject* record_begin(PyObject*, PyObject* run) {
+  const int runs = PyObject_IsTrue(run);
+  if (runs < 0) return nullptr;
   if (recording != nullptr) {
     PyErr_SetString(PyExc_RuntimeError, "this thread is already recording a step");
     return nullptr;
   }
   recording = new phl::Graph;
+  recording->runs = runs != 0;
   Py_RETURN_NONE;
 }
 
@@ -193,6 +200,46 @@ PyObject* replay(PyObject*, PyObject* capsule) {
   Py_BEGIN_ALLOW_THREADS
   graph->replay();
   Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
+// calls(graph) -> [(op name, signature, arguments as the bytes of 8-byte slots)]
+PyObject* calls(PyObject*, PyObject* capsule) {
+  const phl::Graph* graph = graph_of(capsule);
+  if (graph == nullptr) return nullptr;
+  PyObject* list = PyList_New(0);
+  for (size_t i = 0; list != nullptr && i < graph->records.size(); ++i) {
+    const phl::Record& record = graph->records[i];
+    const auto* first = reinterpret_cast<const char*>(graph->slots.data() + record.first_slot);
+    PyObject* row = Py_BuildValue("(ssy#)", record.op->name, record.op->signature, first, Py_ssize_t{8} * record.op->slots);
+    if (row == nullptr || PyList_Append(list, row) != 0) {
+      Py_XDECREF(row);
+      Py_DECREF(list);
+      return nullptr;
+    }
+    Py_DECREF(row);
+  }
+  return list;
+}
+
+// set_slots(graph, places, value): writes an integer argument into slots; `places` are int32, counted over all calls.
+PyObject* set_slots(PyObject*, PyObject* args) {
+  PyObject* capsule;
+  const char* places;
+  Py_ssize_t bytes;
+  long long value;
+  if (!PyArg_ParseTuple(args, "Oy#L", &capsule, &places, &bytes, &value)) return nullptr;
+  phl::Graph* graph = graph_of(capsule);
+  if (graph == nullptr) return nullptr;
+  for (Py_ssize_t at = 0; at + 4 <= bytes; at += 4) {
+    int32_t place;
+    std::memcpy(&place, places + at, 4);
+    if (place < 0 || static_cast<size_t>(place) >= graph->slots.size()) {
+      PyErr_SetString(PyExc_IndexError, "no such slot");
+      return nullptr;
+    }
+    graph->slots[place] = static_cast<uint64_t>(value);
+  }
   Py_RETURN_NONE;
 }
 
@@ -228,8 +275,10 @@ PyMethodDef methods[] = {
     {"level", level, METH_NOARGS, "the level in use"},
     {"set_threads", set_threads, METH_O, "size of the thread pool, the caller included"},
     {"threads", threads, METH_NOARGS, "size of the thread pool"},
-    {"record_begin", record_begin, METH_NOARGS, "append this thread's calls to a new graph"},
+    {"record_begin", record_begin, METH_O, "append this thread's calls to a new graph; False: without running them"},
     {"record_end", record_end, METH_NOARGS, "the graph recorded since record_begin, or None"},
+    {"calls", calls, METH_O, "a graph's calls: (op name, signature, slots)"},
+    {"set_slots", set_slots, METH_VARARGS, "write an integer into slots of a graph's calls: (graph, int32 places, value)"},
     {"replay", replay, METH_O, "run a graph in one parallel region"},
     {"replay_timed", replay_timed, METH_O, "run a graph and time each op: (name, solo, nanoseconds)"},
     {nullptr, nullptr, 0, nullptr},

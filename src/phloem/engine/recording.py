@@ -11,8 +11,9 @@ import torch
 from phloem.core import resolve
 from phloem.core.resolve import Decision
 from phloem.engine.decode import DecodeGraphs
+from phloem.engine.flexible import FlexibleSteps
 from phloem.engine.pieces import PieceGraphs
-from phloem.kernels.graph import PieceRecorder
+from phloem.kernels.graph import FlexibleRecorder, PieceRecorder
 from phloem.models import CutModel
 from phloem.utils import log
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _log = log.get("engine.recording")
 
+FLEXIBLE_TOKENS = 1024  # a step of more computes far longer than Python takes to call its ops
 BUDGET_SHARE = 4  # pieces take up to this part of what is free; eager steps, which are the longest, need the rest
 
 
@@ -47,13 +49,19 @@ class Place:
 
 def choose(
     runtime: RuntimeConfig, place: Place, running: int, pages: int, chunk: int, decisions: list[Decision]
-) -> tuple[DecodeGraphs | None, PieceGraphs | None]:
-    """Decode steps as graphs, prefill and mixed steps as pieces, where each can be; in one memory pool.
+) -> tuple[DecodeGraphs | None, PieceGraphs | FlexibleSteps | None]:
+    """Decode steps as graphs, prefill and mixed steps in pieces or as one step of variable size, where each can be.
 
     `running`: most rows of a decode step; `pages`: most pages of a row; `chunk`: most tokens of a step.
     """
     recorder = None if runtime.disable_step_graph or place.ops.recorder is None else place.ops.recorder()
     decode = _decode(runtime, recorder, place, running, pages, decisions)
+    if decode is not None and isinstance(recorder, FlexibleRecorder):
+        tokens = min(chunk, FLEXIBLE_TOKENS)
+        why = f"recorded on first use, for up to {tokens} tokens: longer steps gain nothing"
+        decisions.append(Decision("prefill_graph", "on", why))
+        check = runtime.check_step_graph
+        return decode, FlexibleSteps(recorder, place.model, place.backend, place.pool, tokens, running, pages, check)
     return decode, _pieces(runtime, recorder, place, chunk, decisions)
 
 
@@ -112,9 +120,12 @@ def _pieces(
     )
 
 
-def record_all(decode: DecodeGraphs | None, pieces: PieceGraphs | None, decisions: list[Decision]) -> None:
+def record_all(
+    decode: DecodeGraphs | None, prefill: PieceGraphs | FlexibleSteps | None, decisions: list[Decision]
+) -> None:
     """Record everything now; the decisions then say what there is, what memory it takes, and how long it took."""
-    for name, table in (("step_graphs", decode), ("piecewise_graphs", pieces)):
+    other = "prefill_graph" if isinstance(prefill, FlexibleSteps) else "piecewise_graphs"
+    for name, table in (("step_graphs", decode), (other, prefill)):
         if table is None:
             continue
         start = perf_counter()

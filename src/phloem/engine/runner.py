@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from phloem.attention import AttentionBackend
     from phloem.core.batch import Batch
+    from phloem.engine.flexible import FlexibleSteps
     from phloem.engine.pieces import PieceGraphs
     from phloem.kernels.ops import Ops
     from phloem.kvcache.pool import KVPool
@@ -97,7 +98,7 @@ class ModelRunner:
         graphs: DecodeGraphs | None = None,
         streams: Streams | None = None,
         give_back: Callable[[], None] | None = None,
-        pieces: PieceGraphs | None = None,
+        pieces: PieceGraphs | FlexibleSteps | None = None,
     ) -> None:
         self.model = model
         self.pool = pool

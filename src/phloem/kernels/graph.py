@@ -67,6 +67,27 @@ class PieceRecorder(Protocol):
         ...
 
 
+class FlexibleGraph(Protocol):
+    """A recorded step of given largest sizes."""
+
+    bytes: int
+
+    def replay(self, *sizes: int) -> None:
+        """A step of these sizes, each at most what was recorded; none: as last time."""
+        ...
+
+
+@runtime_checkable
+class FlexibleRecorder(Protocol):
+    """A recorder whose steps may be of other sizes in each replay."""
+
+    def record(self, fn: Callable[[], T]) -> tuple[StepGraph, T]: ...
+
+    def record_sizes(self, fn: Callable[[tuple[int, ...]], T], sizes: tuple[int, ...]) -> tuple[FlexibleGraph, T]:
+        """Record `fn(sizes)`, a step of the largest sizes, without running it. Raises `RecordError`."""
+        ...
+
+
 class Pieces:
     """Graphs and eager calls in turn, as one `StepGraph`. `graphs`: how many of the parts are graphs."""
 

@@ -107,7 +107,8 @@ class _Workspace(threading.local):
     """Scratch memory of eager calls, one per calling thread; a recording takes it from its arena."""
 
     def __init__(self) -> None:
-        self.buffer = torch.empty(0, dtype=torch.uint8)
+        with _disable_current_modes():  # a thread's first op may be one that is recorded
+            self.buffer = torch.empty(0, dtype=torch.uint8)
 
     def take(self, size: int, rt: Runtime) -> Tensor:
         if rt.recording:

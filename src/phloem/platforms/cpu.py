@@ -29,7 +29,7 @@ class Platform:
     default_running_requests = 64
     default_chunk = 1024
     default_mixed_chunk = 256
-    worthwhile_chunk = 64
+    worthwhile_chunk = 32
     streams = None
 
     def __init__(self, threads: int | None) -> None:

@@ -110,12 +110,11 @@ def random_weights(device: torch.device, float8: torch.dtype | None, ops: Ops) -
             return dense
         return Fp8Linear(*extra.quantise_fp8(dense, float8))
 
-    def expert_weights(parts: Sequence[WeightSource], dtype: torch.dtype, _: torch.device) -> Any:
+    def expert_weights(parts: Sequence[WeightSource], dtype: torch.dtype, _: torch.device, experts: int) -> Any:
         dense = draw(parts, dtype)
         if float8 is None:
             return dense
-        per_expert = 2 if "gate_proj" in parts[0].name else 1
-        stacked = dense.unflatten(0, (len(parts) // per_expert, -1))
+        stacked = dense.unflatten(0, (experts, -1))
         blocks = [extra.quantise_blocks(one, float8) for one in stacked]
         return Fp8Experts(torch.stack([values for values, _ in blocks]), torch.stack([scale for _, scale in blocks]))
 

@@ -25,6 +25,7 @@ from phloem.core.errors import PhloemError
 from phloem.kernels import native
 from phloem.kernels.ops import Ops, PagedBatch, Rotation
 from phloem.kernels.reference_extra import route
+from phloem.utils import memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,12 +76,17 @@ class Limits:
         return list(self._handles)
 
     def read(self, size: int) -> float:
-        """GB/s of one pass over a buffer of `size` bytes that was read just before."""
-        buffer = self._buffers.setdefault(size, torch.ones(max(size // 4, 4096)))
+        """GB/s of one pass over a buffer of `size` bytes that was read just before. It lies where weights lie."""
+        if size not in self._buffers:
+            block = torch.from_numpy(memory.zeros(max(size // 4, 4096) * 4))
+            self._buffers[size] = block.view(torch.float32).fill_(1)
+        buffer = self._buffers[size]
+        arguments = (self._read, 1 << 30, buffer.data_ptr(), buffer.numel(), self._out.data_ptr())
         repeats = max(1, (8 << 20) // size)
+        self._rt.call(*arguments)  # also wakes the threads
         start = perf_counter()
         for _ in range(repeats):
-            self._rt.call(self._read, 1 << 30, buffer.data_ptr(), buffer.numel(), self._out.data_ptr())
+            self._rt.call(*arguments)
         return buffer.nbytes * repeats / (perf_counter() - start) / 1e9
 
     def peak(self, kind: str, rounds: int = 30_000) -> float:

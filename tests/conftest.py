@@ -10,8 +10,9 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _log_as_found() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
-    """A command that a test runs sets the log up for good; the next test's `caplog` would see nothing."""
+    """A command that a test or a fixture of a whole file runs sets the log up for good; `caplog` would see nothing."""
     logger = logging.getLogger("phloem")
-    before = logger.propagate, logger.level, list(logger.handlers)
+    before = list(logger.handlers)
+    logger.propagate, logger.level = True, logging.NOTSET
     yield
-    logger.propagate, logger.level, logger.handlers[:] = before
+    logger.handlers[:] = before

@@ -348,7 +348,7 @@ def test_everything_is_recorded_before_ready(llama: Path, caplog: pytest.LogCapt
     recorder = TapeRecorder()
     ours = Engine(llama, recorder)
     decisions = [Decision("a", 1, "b"), Decision("piecewise_graphs", LIMIT, "")]
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "phloem"):
         recording.record_all(None, ours.pieces, decisions)
     assert recorder.recorded == 6 and "recording piecewise_graphs: 6 of 6" in caplog.text
     assert decisions[1].reason.startswith("6 of 6") and "before ready, as asked" in decisions[1].reason

@@ -26,7 +26,7 @@ class Desk:
         self.queue = WaitingQueue()
         self.slots = Slots(slots, pages, S)
         self.policy = POLICIES[policy]
-        self.planner = Planner(self.slots, self.queue, self.cache, self.policy, Pace.even(budget), (2,))
+        self.planner = Planner(self.slots, self.queue, self.cache, self.policy, Pace(budget, budget, budget), (2,))
         self.made = 0
 
     def add(

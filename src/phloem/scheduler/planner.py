@@ -61,11 +61,6 @@ class Pace:
     mixed: int  # prompt tokens of a step that also decodes: running requests wait for it
     worthwhile: int  # prompt tokens from which on another prompt makes a step no more efficient
 
-    @classmethod
-    def even(cls, budget: int) -> Pace:
-        """Every step is filled."""
-        return cls(budget, budget, budget)
-
 
 @dataclass(slots=True)
 class Plan:
@@ -286,12 +281,11 @@ class Planner:
     def _admit(self, budget: int, chunks: list[tuple[Request, int]], admissions: list[Admission]) -> int:
         """Put waiting requests into slots, and their first chunks behind `chunks`; gives how many tokens these have."""
         slots, cache, queue, left = self.slots, self.cache, self.queue, budget
-        enough = max(0, self.pace.worthwhile - sum(count for _, count in chunks))
         begun = bool(chunks)  # a prompt that goes on; beside it only those enter that end in this step
         computing = {_next_page(request, cache.page_size) for request, _ in chunks} if cache.enabled else set()
         promised = self._promised_pages()
         for request in self.policy.order(queue, slots.num_free + SCAN, cache):
-            if left <= 0 or not slots.num_free or (not begun and budget - left >= enough):
+            if left <= 0 or not slots.num_free or (not begun and budget - left >= self.pace.worthwhile):
                 break
             if request.inflight:
                 continue  # its last token is not known yet

@@ -18,8 +18,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from phloem.core.errors import ModelLoadError
-from phloem.kernels._native_basic import ops as basic_ops
 from phloem.kernels._native_basic import norm_weight, rows_of
+from phloem.kernels._native_basic import ops as basic_ops
 from phloem.utils.memory import zeros
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ INT8, HALF, SINGLE = 1, 2, 4  # forms of the activations
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2}
 TILE_CHUNK = 768  # workspace of one unpacked block per 32 inputs, at most
 PANEL_BYTES = 384 << 10  # activations of one panel of rows: well within a second-level cache
-ALONE = 16384  # up to this many inputs in all, each thread prepares them for itself
 SLAB = 32 << 20
 
 
@@ -271,16 +270,21 @@ class NativeLinear:
         bias: Tensor | None,
         activation: str,
     ) -> tuple[Tensor, Tensor]:
-        """(linear or gated linear of norm(x + residual), x + residual): rows are normalised where they are quantised."""
+        """(linear or gated linear of norm(x + residual), x + residual): rows are normalised as they are quantised."""
         inside = activation if weight.paired else ""
         out, total = self.fused(x, weight, bias, addend=residual, norm=norm, eps=eps, activation=inside)
         if activation and not inside:
             out = self.gates[activation](out)
         return out, x if total is None else total
 
-    def linear_add(self, x: Tensor, weight: PackedLinear, bias: Tensor | None, residual: Tensor) -> Tensor:
-        """x W^T + bias + residual [T, M]."""
-        return self.fused(x, weight, bias, residual=residual)[0]
+    def linear_add(
+        self, x: Tensor, weight: PackedLinear, bias: Tensor | None, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """(x W^T + bias + residual, None) for one row: each thread adds where it has just written. For more rows
+        (x W^T + bias, residual): adding column by column is slower than by the norm, which reads whole rows."""
+        if x.shape[0] == 1:
+            return self.fused(x, weight, bias, residual=residual)[0], None
+        return self.linear(x, weight, bias), residual
 
     def fused(
         self,
@@ -364,7 +368,7 @@ class NativeLinear:
         row += padded * 4 + 64 if weight.forms & SINGLE else 0
         panel = min(rows, max(48, min(512, PANEL_BYTES // row)))
         tile = 2 * (padded // 32 * TILE_CHUNK + 64)
-        alone = rows * padded <= ALONE
+        alone = rows == 1  # from two on, preparing all of them for itself takes a thread longer than a barrier
         size = threads * (tile + extra) + row * (threads * rows if alone else 2 * panel)
         return _Plan(panel, tile, int(alone), threads, self.workspace.take(size, self.rt))
 

@@ -93,8 +93,9 @@ class Ops:
     norm_linear: (
         Callable[[Tensor, Tensor | None, Tensor, float, Any, Tensor | None, str], tuple[Tensor, Tensor]] | None
     ) = None
-    # x, weight, bias, residual -> linear + residual
-    linear_add: Callable[[Tensor, Any, Tensor | None, Tensor], Tensor] | None = None
+    # x, weight, bias, residual -> (linear + residual, None), or (linear, residual) where the norm behind it adds them
+    # for less.
+    linear_add: Callable[[Tensor, Any, Tensor | None, Tensor], tuple[Tensor, Tensor | None]] | None = None
     embedding: Callable[[Tensor, Any, float], Tensor] = ref.embedding  # ids[T], weight[V, N], scale -> [T, N]
 
     # Elementwise and norms. `rms_norm` works on the last axis of [T, N] or [T, H, D].

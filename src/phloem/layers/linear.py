@@ -62,7 +62,7 @@ class Linear(Layer):
     def add(self, x_TN: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
         """This layer plus the residual: (the sum, None), or both apart, for the norm that follows to add them."""
         if self.ops.linear_add is not None:
-            return self.ops.linear_add(x_TN, self.weight.value, self._bias, residual_TN), None
+            return self.ops.linear_add(x_TN, self.weight.value, self._bias, residual_TN)
         return self(x_TN), residual_TN
 
     @property

@@ -201,8 +201,7 @@ class Decoder(Layer):
         """What `forward` gives, from what `trunk` gave, for the rows `keep_L` alone (None: all)."""
         if keep_L is not None:
             out, residual_TN = self.ops.select_rows(out, keep_L), self.ops.select_rows(residual_TN, keep_L)
-        x_TN, residual_TN = self.layers[-1].feed(out, residual_TN)
-        return self.norm.add(x_TN, residual_TN)[0]
+        return self.norm.add(*self.layers[-1].feed(out, residual_TN))[0]
 
     def greedy(self, hidden_LD: Tensor) -> Tensor:
         """The most likely token of each row, integer [L]."""

@@ -137,6 +137,7 @@ void small_block(const uint8_t* w, int64_t units, const Activation* act, int64_t
       for (int at = first; at < L::chunk_bytes; at += step) prefetch<!Single>(p + ahead + at);
       U op[8];
       unpack<L>(p, op);
+#pragma GCC unroll 2  // else the operands go to the stack
       for (int g = 0; g < CG; ++g) {
         const F d = scale_of<L>(w, c * CG + g);
         F m = d;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "top.h"
 
 namespace phl {
 namespace PHL_NS {
@@ -130,7 +131,7 @@ PHL_INLINE void prepare_row(const Input& in, int64_t row, const Rows& rows, int6
 
 // ---- results -------------------------------------------------------------------------------------------------------
 
-enum Epilogue : int64_t { kStore = 0, kSiluMul = 1, kGeluMul = 2, kBest = 3, kAddScaled = 4 };
+enum Epilogue : int64_t { kStore = 0, kSiluMul = 1, kGeluMul = 2, kBest = 3, kAddScaled = 4, kTop = 5 };
 
 struct Output {
   float* out;
@@ -142,6 +143,7 @@ struct Output {
   // kAddScaled: scale[row] times the result is added to row target[row] of `out`.
   const int32_t* target = nullptr;
   const float* scale = nullptr;
+  const TopRows* top = nullptr;  // kTop
 
   PHL_INLINE F biased(const float* y, int64_t column, int64_t valid) const {
     const F v = Vec::loadf(y);
@@ -208,6 +210,10 @@ struct Output {
         const F v = biased(y + b * kBlock, columns[b], valid[b]);
         if (epilogue == kBest) {
           keep(r, columns[b], valid[b], v);
+        } else if (epilogue == kTop) {
+          float space[kBlock];
+          Vec::storef(space, v);
+          top->take(r, columns[b], valid[b], space);
         } else if (epilogue == kAddScaled) {
           add_scaled(r, columns[b], valid[b], v);
         } else {

@@ -153,7 +153,8 @@ def test_draws_are_those_of_whole_rows(spread: float, table: str) -> None:
     logits = random(count, vocab, seed=3) * spread
     params = [SamplingParams(**SETTINGS[i % len(SETTINGS)]) for i in range(count)]
     rows = SamplingRows.of(params, list(range(count)), [5] * count, vocab)
-    few = Candidates(*top_of_logits(logits, FEW, Candidates.scales(rows), 2))
+    scales = Candidates.scales(rows, logprobs=table == "native")
+    few = Candidates(*top_of_logits(logits, FEW, scales, scales.shape[1]))
     sure = few.sure(rows, vocab)
     assert sure.mean() > (0.9 if spread > 1 else 0.3)
     assert spread > 1 or not sure.all()  # a flat distribution has nuclei of more tokens than there are candidates
@@ -169,9 +170,11 @@ def test_a_tie_at_the_end_is_not_decided_by_candidates() -> None:
     logits[0, :3] = torch.tensor([3.0, 2.0, 1.0])
     params = [SamplingParams(temperature=1.0, top_k=10)] * 2 + [SamplingParams(temperature=0.0)]
     rows = SamplingRows.of(params, [0, 1, 2], [0, 0, 0], 500)
-    few = Candidates(*top_of_logits(logits, FEW, Candidates.scales(rows), 2))
+    scales = Candidates.scales(rows, logprobs=False)
+    assert scales.shape == (3, 0)
+    few = Candidates(*top_of_logits(logits, FEW, scales, scales.shape[1]))
     assert few.sure(rows, 500).tolist() == [False, False, True]
-    short = Candidates(*top_of_logits(logits[:, :FEW], FEW, Candidates.scales(rows), 2))
+    short = Candidates(*top_of_logits(logits[:, :FEW], FEW, scales, scales.shape[1]))
     assert short.sure(rows, FEW).all()
 
 

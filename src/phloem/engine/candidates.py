@@ -60,13 +60,17 @@ class Candidates:
 
     values_LC: Tensor
     ids_LC: Tensor  # int32
-    sums_LJ: Tensor  # log-sum-exp of the logits, then of logits / temperature
+    sums_LJ: Tensor  # log-sum-exp of the logits, then of logits / temperature; each only if asked for
 
     @staticmethod
-    def scales(rows: SamplingRows) -> Tensor:
-        """[L, 2]: what `sums_LJ` are of."""
-        temperature = np.where(rows.greedy, np.float32(1), rows.temperature)
-        return torch.from_numpy(np.stack((np.ones_like(temperature), 1 / temperature), 1).astype(np.float32))
+    def scales(rows: SamplingRows, logprobs: bool) -> Tensor:
+        """[L, J]: what the sums must be of; only those that a row's log probabilities or nucleus need."""
+        found: list[NDArray[np.float32]] = []
+        if logprobs:
+            found.append(np.ones_like(rows.temperature))
+        if (~rows.greedy & (rows.top_p < 1)).any():
+            found.append((1 / np.where(rows.greedy, np.float32(1), rows.temperature)).astype(np.float32))
+        return torch.from_numpy(np.stack(found, 1) if found else np.empty((len(rows.greedy), 0), np.float32))
 
     def sure(self, rows: SamplingRows, vocab: int) -> NDArray[np.bool_]:
         """[L]: whether the whole row would give the same draw."""
@@ -91,7 +95,9 @@ class Candidates:
         temperature_L = np.where(rows.greedy, 1.0, rows.temperature.astype(np.float64))
         with np.errstate(invalid="ignore", over="ignore"):
             weights_LC = np.exp((values_LC - values_LC[:, :1]) / temperature_L[:, None])
-            total_L = np.exp(self.sums_LJ[:, -1].double().numpy() - values_LC[:, 0] / temperature_L)
+            total_L = weights_LC.sum(1)
+            if self.sums_LJ.shape[1]:  # of other rows than nuclei it is not used
+                total_L = np.exp(self.sums_LJ[:, -1].double().numpy() - values_LC[:, 0] / temperature_L)
         return weights_LC, total_L
 
     def draw(

@@ -258,7 +258,9 @@ class ModelRunner:
         if not wanted.all():
             return None
         settings = self._slots.columns.rows(ids, (batch.prefix_lens + batch.query_lens)[rows])
-        best = self.model.best(hidden_LN, min(int(wanted.max()), vocab), Candidates.scales(settings), 2)
+        scale_LJ = Candidates.scales(settings, any(slot.return_logprob for slot in slots))
+        norms = scale_LJ.shape[1]
+        best = self.model.best(hidden_LN, min(int(wanted.max()), vocab), scale_LJ if norms else None, norms)
         if best is None:
             return None
         few = Candidates(*best)
@@ -269,7 +271,7 @@ class ModelRunner:
             index = torch.from_numpy(whole)
             logits_WV = self.model.head(hidden_LN[index])
             tokens_L[index] = sample(logits_WV, settings.of_rows(whole), self._ops, self._up)
-        coming = self._keep(ids, tokens_L, few.sums_LJ[:, 0])
+        coming = self._keep(ids, tokens_L, few.sums_LJ[:, 0] if norms else hidden_LN.sum(-1))
         places = {int(i): place for place, i in enumerate(whole)}
         for i, slot in enumerate(slots):
             if not slot.return_logprob:

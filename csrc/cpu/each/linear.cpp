@@ -123,6 +123,90 @@ void linear_argmax(const LinearArgmaxArgs& a, Team& team) {
 }
 PHL_OP(linear_argmax, LinearArgmaxArgs, "pppp p p p p p iiiii iiiiii ii d");
 
+// The head with what sampling needs: of each row the k largest logits, best first (the lowest id first of equals), and
+// the log-sum-exp of the logits times each of its scales. One segment.
+struct LinearTopkArgs {
+  const float* x;
+  const Segment* segments;
+  const float *bias, *scale;  // scale [rows, norms], or null
+  float* values;              // [rows, k]
+  int32_t* ids;               // [rows, k]
+  float* lse;                 // [rows, norms]
+  uint8_t* workspace;         // tiles, then each thread's candidates, then the sums, then activations
+  int64_t rows, inputs, x_stride, kinds, padded_inputs, panel_rows, tile_bytes, alone, threads;
+  int64_t k, norms, capacity, row_bytes;  // bytes of one thread's candidates of a row
+  double cap;
+};
+
+// The best of all threads' candidates for one row of a panel, in the space of thread 0's.
+PHL_INLINE void merge_top(const LinearTopkArgs& a, const TopRows& first, int threads, int64_t row, int64_t to) {
+  const int64_t step = a.panel_rows * a.row_bytes / 8;
+  uint64_t* keys = first.keys + row * a.capacity;
+  first.shrink(row);
+  int64_t found = first.count[row];
+  for (int t = 1; t < threads; ++t) {
+    const uint64_t* theirs = first.keys + t * step + row * a.capacity;
+    const int64_t count = first.count[t * step + row];
+    for (int64_t i = 0; i < count; ++i) {
+      if (found == a.capacity) found = best_keys(keys, found, a.k, 0.0, false).count;
+      keys[found++] = theirs[i];
+    }
+  }
+  if (found > a.k) found = best_keys(keys, found, a.k, 0.0, false).count;
+  sort_descending(keys, found);
+  for (int64_t i = 0; i < a.k; ++i) {
+    a.ids[to * a.k + i] = i < found ? id_of(keys[i]) : 0;
+    a.values[to * a.k + i] = i < found ? value_of(keys[i]) : -__builtin_inff();
+  }
+  for (int64_t n = 0; n < a.norms; ++n) a.lse[to * a.norms + n] = first.log_sum_exp(n, row);
+}
+
+void linear_topk(const LinearTopkArgs& a, Team& team) {
+  const int size = static_cast<int>(smaller(team.size, a.threads));
+  const Segment& s = a.segments[0];
+  const int64_t chunks = (s.blocks + kTopChunk - 1) / kTopChunk;
+  uint8_t* own = a.workspace + size * a.tile_bytes;
+  uint8_t* states = own + size * a.panel_rows * a.row_bytes;
+  const int64_t state_bytes = a.norms * a.panel_rows * chunks * kTopState * 4;
+  const auto of_thread = [&](int thread) {
+    auto* keys = reinterpret_cast<uint64_t*>(own + thread * a.panel_rows * a.row_bytes);
+    auto* count = reinterpret_cast<int64_t*>(keys + a.panel_rows * a.capacity);
+    return TopRows{keys, count, reinterpret_cast<float*>(count + a.panel_rows), reinterpret_cast<float*>(states),
+                   nullptr, a.capacity, a.k, a.panel_rows, chunks, a.norms, float(a.cap)};
+  };
+  const Input in{a.x, nullptr, nullptr, nullptr, a.inputs, a.x_stride, 0, 0, 0.0f};
+  over_panels(a, team, in, states + state_bytes, [&](const Rows& rows, int64_t first, int64_t count) {
+    if (team.thread < size) {
+      TopRows top = of_thread(team.thread);
+      top.scale = a.scale == nullptr ? nullptr : a.scale + first * a.norms;
+      top.start(count);
+      // Whole chunks, so that a chunk's sums are made by one thread.
+      const int64_t from = chunks * team.thread / size, to = chunks * (team.thread + 1) / size;
+      for (int64_t n = 0; n < a.norms; ++n) {
+        for (int64_t r = 0; r < count; ++r) {
+          for (int64_t c = from; c < to; ++c) {
+            float* state = top.state(n, r, c);
+            for (int i = 0; i < kBlock; ++i) state[i] = 0.0f;
+            state[kBlock] = -__builtin_inff();
+          }
+        }
+      }
+      Output out{nullptr, a.bias, nullptr, 0, 0, kTop, nullptr, nullptr};
+      out.top = &top;
+      run_blocks(s, from * kTopChunk, smaller(to * kTopChunk, s.blocks), rows, count, out, 0,
+                 a.workspace + team.thread * a.tile_bytes);
+      for (int64_t r = 0; r < count; ++r) top.shrink(r);
+    }
+    team.barrier();
+    team.split(count, 4, [&](int64_t begin, int64_t end) {
+      const TopRows all = of_thread(0);
+      for (int64_t r = begin; r < end; ++r) merge_top(a, all, size, r, first + r);
+    });
+    if (first + count < a.rows) team.barrier();
+  });
+}
+PHL_OP(linear_topk, LinearTopkArgs, "pp pp ppp p iiiiiiiii iiii d");
+
 }  // namespace
 }  // namespace PHL_NS
 }  // namespace phl

@@ -97,7 +97,7 @@ Best best_keys(uint64_t* keys, int64_t n, int64_t most, double limit, bool weigh
 }
 
 // The k-th largest of n values (k from 1); reorders them.
-float kth_largest(float* values, int64_t n, int64_t k) {
+[[maybe_unused]] float kth_largest(float* values, int64_t n, int64_t k) {
   int64_t begin = 0, end = n, wanted = k - 1;
   while (end - begin > 1) {
     const float a = values[begin], b = values[(begin + end) / 2], c = values[end - 1];

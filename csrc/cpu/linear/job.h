@@ -3,6 +3,7 @@
 
 #include "../each/norm_row.h"
 #include "kernels.h"
+#include "top.h"
 
 namespace phl {
 namespace PHL_NS {
@@ -124,7 +125,7 @@ PHL_INLINE void prepare_row(const Input& in, int64_t row, const Rows& rows, int6
 
 // ---- results -------------------------------------------------------------------------------------------------------
 
-enum Epilogue : int64_t { kStore = 0, kSiluMul = 1, kGeluMul = 2, kBest = 3, kAddScaled = 4 };
+enum Epilogue : int64_t { kStore = 0, kSiluMul = 1, kGeluMul = 2, kBest = 3, kAddScaled = 4, kTop = 5 };
 
 struct Output {
   float* out;
@@ -136,6 +137,7 @@ struct Output {
   // kAddScaled: scale[row] times the result is added to row target[row] of `out`.
   const int32_t* target = nullptr;
   const float* scale = nullptr;
+  const TopRows* top = nullptr;  // kTop
 
   PHL_INLINE F biased(const float* y, int64_t column, int64_t valid) const {
     const F v = Vec::loadf(y);
@@ -202,6 +204,10 @@ struct Output {
         const F v = biased(y + b * kBlock, columns[b], valid[b]);
         if (epilogue == kBest) {
           keep(r, columns[b], valid[b], v);
+        } else if (epilogue == kTop) {
+          float space[kBlock];
+          Vec::storef(space, v);
+          top->take(r, columns[b], valid[b], space);
         } else if (epilogue == kAddScaled) {
           add_scaled(r, columns[b], valid[b], v);
         } else {
@@ -238,6 +244,7 @@ PHL_INLINE void even_parts(int64_t rows, int64_t most, G&& f) {
   }
 }
 
+constexpr int kBytesARow = 44;
 constexpr int kSmallPasses = 4;  // up to so many passes over packed weights in the first-level cache beat unpacking
 
 // Where a kernel puts `rows` from `row`: `out` itself, or `y`, to be finished.
@@ -259,14 +266,26 @@ void run_small(const Segment& s, int64_t block, int blocks, const Rows& rows, in
   alignas(64) float y[Vec::small_rows * 2 * kBlock];
   const int64_t units = (rows.inputs + L::unit_k - 1) / L::unit_k;
   const int64_t act_step = rows.row_bytes / 64;
+  const int passes = static_cast<int>((count + Vec::small_rows - 1) / Vec::small_rows);
+  // Where the first pass waits for memory, the later ones, whose block is in the first-level cache, fetch the next pair:
+  // that is where a chunk has more bytes than its rows' work takes cycles, times four.
+  const bool fetches = L::unit_bytes / L::chunks > kBytesARow * (count / passes);
+  Fetch fetch{blocks * units * L::unit_bytes, -64, 64 * (passes - 1)};
   even_parts(count, Vec::small_rows, [&](int64_t row, int64_t n_rows) {
     const Place place(out, s, block, blocks, first_row + row, y);
     for (int b = 0; b < blocks; ++b) {
       const uint8_t* w = s.data + (block + b) * units * L::unit_bytes;
       with_count<Vec::small_rows>(n_rows, [&](auto n) {
-        small_block<L, decltype(n)::value>(w, units, rows.int8(row), act_step, place.to + b * kBlock, place.step);
+        constexpr int R = decltype(n)::value;
+        float* to = place.to + b * kBlock;
+        if (R < Vec::small_rows / 2 || row == 0 || !fetches) {
+          small_block<L, R, true>(w, units, rows.int8(row), act_step, to, place.step, fetch);
+        } else {
+          small_block<L, R, false>(w, units, rows.int8(row), act_step, to, place.step, fetch);
+        }
       });
     }
+    fetch.first += 64;
     if (!place.direct) out.finish(s, block, blocks, first_row + row, n_rows, y);
   });
 }

@@ -25,7 +25,10 @@ using F = Vec::F;
 
 constexpr int kPrefetch = 2048;  // bytes ahead of the weight stream
 
-PHL_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
+template <bool Second = false>  // into the second-level cache only
+PHL_INLINE void prefetch(const uint8_t* p) {
+  __builtin_prefetch(p, 0, Second ? 2 : 3);
+}
 
 // ---- weights -------------------------------------------------------------------------------------------------------
 
@@ -111,20 +114,30 @@ PHL_INLINE F accumulate(F total, I sum, F d, F m, const Activation& a, int g) {
   return total;
 }
 
+// What one of several passes over a block fetches meanwhile: `ahead` bytes on, of every header and chunk the lines from
+// `first` on, `step` bytes apart. A single pass fetches the block itself, a little ahead.
+struct Fetch {
+  int64_t ahead;
+  int first, step;
+};
+
 // One block of 16 features times R rows, unpacking in registers. out[r * out_step + lane].
-template <class L, int R>
+template <class L, int R, bool Single>
 void small_block(const uint8_t* w, int64_t units, const Activation* act, int64_t act_step, float* out,
-                 int64_t out_step) {
+                 int64_t out_step, const Fetch& fetch) {
   constexpr int CG = L::chunk_groups, per_group = 8 / CG;
+  const int64_t ahead = Single ? kPrefetch : fetch.ahead;
+  const int first = Single ? 0 : fetch.first, step = Single ? 64 : fetch.step;
   F total[R];
   for (int r = 0; r < R; ++r) total[r] = Vec::zero();
   for (int64_t u = 0; u < units; ++u, w += L::unit_bytes, act += L::chunks) {
-    for (int at = 0; at < L::header; at += 64) prefetch(w + kPrefetch + at);
+    for (int at = first; at < L::header; at += step) prefetch<!Single>(w + ahead + at);
     for (int c = 0; c < L::chunks; ++c) {
       const uint8_t* p = w + L::header + c * L::chunk_bytes;
-      for (int at = 0; at < L::chunk_bytes; at += 64) prefetch(p + kPrefetch + at);
+      for (int at = first; at < L::chunk_bytes; at += step) prefetch<!Single>(p + ahead + at);
       U op[8];
       unpack<L>(p, op);
+#pragma GCC unroll 2  // else the operands go to the stack
       for (int g = 0; g < CG; ++g) {
         const F d = scale_of<L>(w, c * CG + g);
         F m = d;

@@ -138,6 +138,9 @@ struct Vec {
   }
 
   static void keep_best(float* best, int32_t* index, F value, int32_t first) {
+    const __m256 a = _mm256_cmp_ps(value.a, _mm256_loadu_ps(best), _CMP_GT_OQ);
+    const __m256 b = _mm256_cmp_ps(value.b, _mm256_loadu_ps(best + 8), _CMP_GT_OQ);
+    if (_mm256_movemask_ps(_mm256_or_ps(a, b)) == 0) return;  // almost always
     alignas(32) float x[16];
     storef(x, value);
     for (int i = 0; i < 16; ++i) {

@@ -90,10 +90,12 @@ struct Vec {
 
   // value > best per lane (strictly, so that the lowest index wins): keeps value and index.
   static void keep_best(float* best, int32_t* index, F value, int32_t first) {
-    const __mmask16 m = _mm512_cmp_ps_mask(value, _mm512_loadu_ps(best), _CMP_GT_OQ);
-    _mm512_mask_storeu_ps(best, m, value);
+    const F old = _mm512_loadu_ps(best);
+    const __mmask16 m = _mm512_cmp_ps_mask(value, old, _CMP_GT_OQ);
+    if (m == 0) return;  // almost always; and masked stores are microcode on some processors
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    _mm512_mask_storeu_epi32(index, m, _mm512_add_epi32(_mm512_set1_epi32(first), lane));
+    _mm512_storeu_ps(best, _mm512_mask_blend_ps(m, old, value));
+    _mm512_storeu_si512(index, _mm512_mask_add_epi32(_mm512_loadu_si512(index), m, _mm512_set1_epi32(first), lane));
   }
 
   // x * inverse rounded to int8, 32 of them, with the sums of the two halves.

@@ -10,7 +10,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -245,6 +245,14 @@ def _linear(ops: Ops, o: Options) -> list[Case]:
                     "" if rows <= 8 else "bf16" if kind == "dense" else "int8",
                 )
             )
+            if name == "head" and ops.linear_argmax is not None and ops.linear_topk is not None:
+                best, few, scale = ops.linear_argmax, ops.linear_topk, torch.ones(rows, 2)
+                for label, run in (
+                    ("arg-max", lambda x=x, w=weights[0], best=best: best(x, w)),
+                    ("64 best", lambda x=x, w=weights[0], few=few: few(x, w, 64, None, 0, 0.0)),
+                    ("64 best, 2 sums", lambda x=x, w=weights[0], few=few, s=scale: few(x, w, 64, s, 2, 0.0)),
+                ):
+                    found.append(replace(found[-1], name=f"linear head {label} {kind} {rows} rows", run=run))
     return found
 
 

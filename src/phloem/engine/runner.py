@@ -17,6 +17,7 @@ from torch import Tensor
 
 from phloem.core.batch import PositionLogprobs, StepOutput
 from phloem.core.errors import BadRequest, OutOfMemory
+from phloem.engine.candidates import Candidates
 from phloem.engine.decode import DecodeGraphs, run_forward
 from phloem.engine.flight import Flight, Here, Pipeline, plain_up
 from phloem.engine.inputs import device_inputs, prompt_rows
@@ -210,9 +211,13 @@ class ModelRunner:
             output.forward_seconds = perf_counter() - before
             coming = self._keep(ids, tokens_L, hidden_LN[:count].sum(-1))
         elif count:
-            logits_LV = self.model.head(hidden_LN[:count])
-            output.forward_seconds = perf_counter() - before
-            coming = self._sample(batch, sampled, slots, ids, logits_LV, output)
+            coming = self._sample_few(batch, sampled, slots, ids, hidden_LN[:count], output)
+            if coming is None:
+                logits_LV = self.model.head(hidden_LN[:count])
+                output.forward_seconds = perf_counter() - before
+                coming = self._sample(batch, sampled, slots, ids, logits_LV, output)
+            else:
+                output.forward_seconds = perf_counter() - before
         else:
             output.forward_seconds = perf_counter() - before
         for i, slot in enumerate(slots):
@@ -243,6 +248,43 @@ class ModelRunner:
             if hidden_LN is not None:
                 return hidden_LN
         return run_forward(self.model, self._backend, self.pool, inputs, inputs.logit_index)
+
+    def _sample_few(
+        self, batch: Batch, rows: Index, slots: list[Slot], ids: Ids, hidden_LN: Tensor, output: StepOutput
+    ) -> Coming | None:
+        """As `_sample`, from the best tokens of each row, without whole rows; None where some row wants its own."""
+        wanted = self._slots.candidates[ids]
+        vocab = self.model.vocab_size
+        if not wanted.all():
+            return None
+        settings = self._slots.columns.rows(ids, (batch.prefix_lens + batch.query_lens)[rows])
+        scale_LJ = Candidates.scales(settings, any(slot.return_logprob for slot in slots))
+        norms = scale_LJ.shape[1]
+        best = self.model.best(hidden_LN, min(int(wanted.max()), vocab), scale_LJ if norms else None, norms)
+        if best is None:
+            return None
+        few = Candidates(*best)
+        tokens_L = few.draw(settings, vocab, self._ops, self._up)
+        whole = np.flatnonzero(~few.sure(settings, vocab))
+        logits_WV: Tensor | None = None
+        if len(whole):
+            index = torch.from_numpy(whole)
+            logits_WV = self.model.head(hidden_LN[index])
+            tokens_L[index] = sample(logits_WV, settings.of_rows(whole), self._ops, self._up)
+        coming = self._keep(ids, tokens_L, few.sums_LJ[:, 0] if norms else hidden_LN.sum(-1))
+        places = {int(i): place for place, i in enumerate(whole)}
+        for i, slot in enumerate(slots):
+            if not slot.return_logprob:
+                continue
+            place = places.get(i)
+            if place is None or logits_WV is None:
+                output.logprobs[int(rows[i])] = few.logprobs(i, int(tokens_L[i]), slot)
+            else:
+                one = slice(place, place + 1)
+                output.logprobs[int(rows[i])] = position_logprobs(
+                    logits_WV[one], tokens_L[i : i + 1], slot.top_logprobs, (), self._ops
+                )[0]
+        return coming
 
     def _sample(
         self, batch: Batch, rows: Index, slots: list[Slot], ids: Ids, logits_LV: Tensor, output: StepOutput

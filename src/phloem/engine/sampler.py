@@ -9,7 +9,7 @@ Legend: L rows, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,6 +88,10 @@ class SamplingRows:
     @property
     def uniform(self) -> NDArray[np.float32]:
         return uniforms(self.seeds, self.positions)
+
+    def of_rows(self, index: NDArray[np.int64]) -> SamplingRows:
+        """What the rows `index` ask for."""
+        return SamplingRows(*(getattr(self, field.name)[index] for field in fields(self)))
 
     @staticmethod
     def of(

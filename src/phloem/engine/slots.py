@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from phloem.engine.candidates import candidates_wanted
 from phloem.engine.penalties import Penalties, bias_tensors
 from phloem.engine.processors import make
 from phloem.engine.sampler import SamplingColumns
@@ -82,6 +83,8 @@ class Slots:
         self.columns = SamplingColumns(count, vocab)
         # A row of which only its most likely token is wanted: no logits need be written for it.
         self.argmax_only = np.zeros(count, np.bool_)
+        # How many of a row's best tokens are enough to choose one; 0: the whole row is wanted.
+        self.candidates = np.zeros(count, np.int32)
 
     def admit(self, admission: Admission) -> None:
         params = admission.params
@@ -105,6 +108,9 @@ class Slots:
             output=admission.tokens[admission.num_prompt :].tolist() if params.processors else [],
         )
         self.argmax_only[admission.slot] = params.greedy and found.plain and not found.return_logprob
+        self.candidates[admission.slot] = candidates_wanted(
+            params, found.plain, admission.top_logprobs, bool(admission.token_ids_logprob), self._vocab
+        )
 
     def clear(self) -> None:
         """Forget every request; each must be admitted again before its next row."""

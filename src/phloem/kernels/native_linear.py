@@ -44,6 +44,8 @@ ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2}
 TILE_CHUNK = 768  # workspace of one unpacked block per 32 inputs, at most
 PANEL_BYTES = 384 << 10  # activations of one panel of rows: well within a second-level cache
 SLAB = 32 << 20
+TOP_ROWS = 64  # rows of a panel of linear_topk: their candidates and sums stay in a second-level cache
+TOP_CHUNK = 512  # columns whose exponentials linear_topk adds together
 
 
 @dataclass(slots=True, eq=False)
@@ -178,6 +180,7 @@ class NativeLinear:
         self.gates = {"silu": basic["silu_and_mul"], "gelu_tanh": basic["gelu_tanh_and_mul"]}
         self.workspace = _Workspace()
         self.LINEAR, self.ARGMAX, self.ROWS = rt.op("linear"), rt.op("linear_argmax"), rt.op("linear_rows")
+        self.TOPK = rt.op("linear_topk")
         self.PACK, self.PACK_DENSE = rt.op("linear_pack"), rt.op("linear_pack_dense")
         geometry = torch.empty(14, 2, dtype=torch.int64)
         rt.call(rt.op("linear_geometry"), 0, geometry.data_ptr())
@@ -346,6 +349,44 @@ class NativeLinear:
         )  # fmt: skip
         return token
 
+    def linear_topk(
+        self,
+        x: Tensor,
+        weight: PackedLinear,
+        k: int,
+        scale: Tensor | None = None,
+        norms: int = 0,
+        cap: float = 0.0,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each row of cap * tanh(x W^T / cap) (cap 0: of x W^T) the k largest, best first and the lowest id first
+        of equals; and the log-sum-exp of the row times each of its scales. The rows themselves are not written.
+
+        `scale` float32 `[T, norms]`; None: 1. Returns values `[T, k]`, ids int32 `[T, k]` and sums `[T, norms]`.
+        A row of fewer than k numbers ends in -inf. Raises `ValueError` for a weight of several formats.
+        """
+        if weight.segments.shape[0] != 1 or weight.paired:
+            raise ValueError("linear_topk takes a weight of one part")
+        x_TN, rows, n = self._input(x, weight)
+        if scale is not None and (scale.shape != (rows, norms) or not scale.is_contiguous()):
+            raise ValueError(f"scale must be contiguous [{rows}, {norms}], not {list(scale.shape)}")
+        values, ids = self.rt.empty((rows, k)), self.rt.empty((rows, k), torch.int32)
+        sums = self.rt.empty((rows, norms))
+        capacity = 2 * k + 64
+        row_bytes = (capacity * 8 + 16 + 63) // 64 * 64
+        chunks = -(-weight.out_features // TOP_CHUNK)
+        panel = min(rows, TOP_ROWS)
+        states = panel * norms * chunks * 128
+        plan = self._plan(rows, weight, panel * row_bytes, states)
+        self.rt.call(
+            self.TOPK, self._work(rows, weight),
+            x_TN.data_ptr(), weight.segments.data_ptr(), self._bias(bias, weight), _pointer(scale),
+            values.data_ptr(), ids.data_ptr(), sums.data_ptr(), plan.space.data_ptr(),
+            rows, n, x_TN.stride(0), weight.forms, weight.padded_inputs, min(panel, plan.panel), plan.tile, plan.alone,
+            plan.threads, k, norms, capacity, row_bytes, cap,
+        )  # fmt: skip
+        return values, ids, sums
+
     def _input(self, x: Tensor, weight: PackedLinear) -> tuple[Tensor, int, int]:
         if x.shape[-1] != weight.in_features:
             raise ValueError(f"the weight takes {weight.in_features} inputs, not {x.shape[-1]}")
@@ -360,8 +401,8 @@ class NativeLinear:
                 weight.bias = (bias, bias.float().contiguous())
         return weight.bias[1].data_ptr()
 
-    def _plan(self, rows: int, weight: PackedLinear, extra: int = 0) -> _Plan:
-        """`extra`: more workspace bytes per thread."""
+    def _plan(self, rows: int, weight: PackedLinear, extra: int = 0, shared: int = 0) -> _Plan:
+        """`extra`: more workspace bytes per thread; `shared`: for all of them together."""
         padded, threads = weight.padded_inputs, self.rt.library.threads()
         row = ((padded // 32) | 1) * 64 if weight.forms & INT8 else 0
         row += padded * 2 + 64 if weight.forms & HALF else 0
@@ -369,7 +410,7 @@ class NativeLinear:
         panel = min(rows, max(48, min(512, PANEL_BYTES // row)))
         tile = 2 * (padded // 32 * TILE_CHUNK + 64)
         alone = rows == 1  # from two on, preparing all of them for itself takes a thread longer than a barrier
-        size = threads * (tile + extra) + row * (threads * rows if alone else 2 * panel)
+        size = threads * (tile + extra) + shared + row * (threads * rows if alone else 2 * panel)
         return _Plan(panel, tile, int(alone), threads, self.workspace.take(size, self.rt))
 
     def _work(self, rows: int, weight: PackedLinear) -> int:
@@ -398,5 +439,7 @@ def _runs(read: list[_Part], sizes: list[int]) -> list[list[int]]:
 
 def ops(native: NativeLinear) -> dict[str, Any]:
     """The table's entries."""
-    names = ("prepare_linear", "linear", "embedding", "gated_linear", "linear_argmax", "norm_linear", "linear_add")
+    names = (
+        "prepare_linear", "linear", "embedding", "gated_linear", "linear_argmax", "norm_linear", "linear_add", "linear_topk",
+    )  # fmt: skip
     return {name: getattr(native, name) for name in names}

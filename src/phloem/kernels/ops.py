@@ -96,6 +96,10 @@ class Ops:
     # x, weight, bias, residual -> (linear + residual, None), or (linear, residual) where the norm behind it adds them
     # for less.
     linear_add: Callable[[Tensor, Any, Tensor | None, Tensor], tuple[Tensor, Tensor | None]] | None = None
+    # x[T, N], weight, k, scale[T, J] float32 (None: 1), J, cap (0: none) -> of each row of x W^T, soft-capped, the k
+    # largest (best first, the lowest id first of equals), values and int32 ids [T, k], and the log-sum-exp of the row
+    # times each of its scales, float32 [T, J]. As `reference_extra.linear_topk`.
+    linear_topk: Callable[[Tensor, Any, int, Tensor | None, int, float], tuple[Tensor, Tensor, Tensor]] | None = None
     embedding: Callable[[Tensor, Any, float], Tensor] = ref.embedding  # ids[T], weight[V, N], scale -> [T, N]
 
     # Elementwise and norms. `rms_norm` works on the last axis of [T, N] or [T, H, D].

@@ -21,6 +21,30 @@ if TYPE_CHECKING:
 _MASK64 = (1 << 64) - 1
 
 
+def linear_topk(
+    x_TN: Tensor, weight_VN: Tensor, k: int, scale_TJ: Tensor | None = None, norms: int = 0, cap: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Ops.linear_topk`: the k largest logits of each row, their ids, and log-sum-exps, from whole rows."""
+    logits_TV = x_TN.float() @ weight_VN.float().T
+    if cap:
+        logits_TV = cap * torch.tanh(logits_TV / cap)
+    return top_of_logits(logits_TV, k, scale_TJ, norms)
+
+
+def top_of_logits(
+    logits_TV: Tensor, k: int, scale_TJ: Tensor | None = None, norms: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of logits that are there. Rows shorter than k end in -inf with id 0."""
+    values_TV, ids_TV = torch.sort(logits_TV, dim=-1, descending=True, stable=True)
+    missing = max(0, k - logits_TV.shape[1])
+    values_Tk = F.pad(values_TV[:, :k], (0, missing), value=float("-inf"))
+    ids_Tk = F.pad(ids_TV[:, :k], (0, missing)).int()
+    if scale_TJ is None:
+        scale_TJ = torch.ones(logits_TV.shape[0], norms)
+    sums_TJ = torch.logsumexp(logits_TV.double().unsqueeze(1) * scale_TJ.double().unsqueeze(2), -1)
+    return values_Tk, ids_Tk, sums_TJ.float()
+
+
 def attention_rows(
     q_THD: Tensor,
     k_cache: Tensor,

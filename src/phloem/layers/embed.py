@@ -50,3 +50,12 @@ class Head(Layer):
         if self.ops.linear_argmax is not None:
             return self.ops.linear_argmax(hidden_LD, self.weight.value)
         return self.ops.argmax(self.ops.linear(hidden_LD, self.weight.value, None))
+
+    def best(
+        self, hidden_LD: Tensor, k: int, scale_LJ: Tensor | None, norms: int
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Of each row the k largest logits, their ids, and log-sum-exps of the logits times each scale, without the
+        rows (`Ops.linear_topk`). None where the table cannot."""
+        if self.ops.linear_topk is None:
+            return None
+        return self.ops.linear_topk(hidden_LD, self.weight.value, k, scale_LJ, norms, self.softcap)

@@ -44,6 +44,13 @@ class Model(Protocol):
         """The most likely token of each row, integer [L]; no logits are kept."""
         ...
 
+    def best(
+        self, hidden_LD: Tensor, k: int, scale_LJ: Tensor | None, norms: int, /
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The k largest logits of each row [L, k], their ids int32, and the log-sum-exp of the row times each scale
+        [L, norms], without the rows; None where the device's ops cannot."""
+        ...
+
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool: ...
 
     def weight_names(self) -> list[str]: ...

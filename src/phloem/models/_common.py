@@ -207,6 +207,12 @@ class Decoder(Layer):
         """The most likely token of each row, integer [L]."""
         return self.head.argmax(hidden_LD)
 
+    def best(
+        self, hidden_LD: Tensor, k: int, scale_LJ: Tensor | None, norms: int
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The k largest logits of each row, their ids and log-sum-exps; see `Head.best`."""
+        return self.head.best(hidden_LD, k, scale_LJ, norms)
+
     @property
     def weight_bytes(self) -> int:
         return self.index.nbytes

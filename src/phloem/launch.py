@@ -37,7 +37,7 @@ from phloem.core.messages import (
     encode,
 )
 from phloem.utils import log
-from phloem.utils.ipc import DoorPipe, Endpoints, EnginePipe
+from phloem.utils.ipc import DoorPipe, EnginePipe
 from phloem.utils.processes import die_with_parent
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
+
+EXIT_SECONDS, EXIT_LOOKS = 1.0, 50  # how long, and how often, an engine that has hung up is asked for its exit status
 
 # Of the KV pool, made resident while nothing else is to do after the start: the first answers do not wait for it.
 WARM_BYTES = 256 << 20
@@ -242,20 +244,17 @@ class EngineProcess(EngineLink):
 
     def __init__(self, config: Config) -> None:
         self.started = perf_counter()
-        self._endpoints = Endpoints()
-        self._pipe = DoorPipe(self._endpoints)
-        self._exit: str | None = None
-        self._receiving: asyncio.Future[bytes] | None = None
-        self._watch: asyncio.Task[None] | None = None
-        order = {
-            "config": config.flat(),
-            "to": self._endpoints.to_engine,
-            "from": self._endpoints.from_engine,
-            "parent": os.getpid(),
-        }
+        self._pipe = DoorPipe()
+        self._connected = False
+        theirs = self._pipe.theirs.fileno()
+        order = {"config": config.flat(), "pipe": theirs, "parent": os.getpid()}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "phloem.launch"], stdin=subprocess.PIPE, env=child_environment(MALLOC)
+            [sys.executable, "-m", "phloem.launch"],
+            stdin=subprocess.PIPE,
+            env=child_environment(MALLOC),
+            pass_fds=[theirs],
         )
+        self._pipe.theirs.close()  # its only other end is the engine's: its end is ours to see
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(order) + b"\n")
         self._process.stdin.flush()
@@ -266,7 +265,7 @@ class EngineProcess(EngineLink):
 
     @property
     def alive(self) -> bool:
-        return self._exit is None and self._process.poll() is None
+        return self._process.poll() is None
 
     def send(self, message: ToEngine) -> None:
         if not self.alive:
@@ -274,43 +273,31 @@ class EngineProcess(EngineLink):
         self._pipe.send(encode(message))
 
     async def receive(self) -> FromEngine:
-        if self._watch is None:
-            self._watch = asyncio.create_task(self._watch_exit())
-        if self._exit is not None and self._receiving is None:
-            raise EngineDead(self._reason())
-        self._receiving = asyncio.ensure_future(self._pipe.receive())
+        if not self._connected:
+            self._connected = True
+            await self._pipe.connect()
         try:
-            return decode_from_engine(await self._receiving)
-        except asyncio.CancelledError:
-            if self._exit is not None:
-                raise EngineDead(self._reason()) from None
-            raise
-        finally:
-            self._receiving = None
-
-    async def _watch_exit(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(None, self._process.wait)
-        # What the process said last is still on its way through the socket.
-        await asyncio.sleep(0.2)
-        self._exit = _describe_exit(self._process.returncode)
-        if self._receiving is not None:
-            self._receiving.cancel()
+            return decode_from_engine(await self._pipe.receive())
+        except EOFError:
+            # The socket closes a moment before the process has ended and its status can be had.
+            for _ in range(EXIT_LOOKS):
+                if self._process.poll() is not None:
+                    break
+                await asyncio.sleep(EXIT_SECONDS / EXIT_LOOKS)
+            raise EngineDead(self._reason()) from None
 
     def _reason(self) -> str:
-        return f"the engine process {self._exit or _describe_exit(self._process.poll())}"
+        return f"the engine process {_describe_exit(self._process.poll())}"
 
     def close(self) -> None:
         """End the process, by force if it has not ended by itself."""
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        if self._watch is not None:
-            self._watch.cancel()
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
         self._pipe.close()
-        self._endpoints.close()
 
 
 def _describe_exit(code: int | None) -> str:
@@ -331,14 +318,20 @@ def engine_main() -> int:
     start = perf_counter()
     config = Config.from_flat(order["config"])
     log.configure(config.server.log_level, "engine")
-    pipe = EnginePipe(order["to"], order["from"])
+    pipe = EnginePipe(order["pipe"])
 
     def send(message: FromEngine) -> None:
         pipe.send(encode(message))
 
     def poll(timeout: float | None) -> list[ToEngine]:
         found: list[ToEngine] = []
-        for data in pipe.poll(timeout):
+        try:
+            frames = pipe.poll(timeout)
+        except EOFError:
+            from phloem.scheduler.loop import InboxClosed
+
+            raise InboxClosed from None
+        for data in frames:
             try:
                 found.append(decode_to_engine(data))
             except msgspec.ValidationError:

@@ -85,7 +85,8 @@ class Launched:
 class ModelRunner:
     """One model on one device, with its KV pool (`core.batch.Runner`).
 
-    `give_back` frees what the device's allocator keeps without using it, after a step ran out of memory.
+    `give_back` frees what the device's allocator keeps without using it, after a step ran out of memory. `begin` is
+    called once in the thread that runs the steps.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class ModelRunner:
         streams: Streams | None = None,
         give_back: Callable[[], None] | None = None,
         pieces: PieceGraphs | FlexibleSteps | None = None,
+        begin: Callable[[], None] | None = None,
     ) -> None:
         self.model = model
         self.pool = pool
@@ -119,7 +121,7 @@ class ModelRunner:
         self._slots = Slots(max_slots, model.vocab_size, pool.device)
         self._masks = Masks(max_slots, model.vocab_size, pool.device, ops)
         self._queue: queue.SimpleQueue[tuple[Batch, Launched] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="phloem-runner", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(begin,), name="phloem-runner", daemon=True)
         self._thread.start()
 
     def launch(self, batch: Batch) -> Launched:
@@ -156,7 +158,9 @@ class ModelRunner:
             return True
         return self._pieces is not None and self._pieces.graphs.idle()
 
-    def _work(self) -> None:
+    def _work(self, begin: Callable[[], None] | None) -> None:
+        if begin is not None:
+            begin()
         with torch.inference_mode():
             self._pipeline.run(self._queue)
 

@@ -13,6 +13,7 @@ import select
 import socket
 from collections import deque
 from time import monotonic
+from typing import cast
 
 HEADER = 4
 READ_BYTES = 1 << 18
@@ -92,9 +93,8 @@ class DoorPipe(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
-        transport.writelines(self._early)
+        self._transport = cast("asyncio.WriteTransport", transport)  # those of uvloop do not inherit from it
+        self._transport.writelines(self._early)
         self._early = []
 
     def data_received(self, data: bytes) -> None:

@@ -117,8 +117,8 @@ class EnginePipe:
         self._socket = socket.socket(fileno=descriptor)
         self._socket.setblocking(False)
         self._socket.set_inheritable(False)
-        self._poll = select.poll()
-        self._poll.register(self._socket, select.POLLIN)
+        self._ready = select.poll()
+        self._ready.register(self._socket, select.POLLIN)
         self._frames = Frames()
         self._unsent = bytearray()
 
@@ -133,7 +133,8 @@ class EnginePipe:
         Raises:
             EOFError: when the other end has gone.
         """
-        self._flush()
+        if self._unsent:
+            self._flush()
         found = self._read()
         if found or timeout == 0:
             return found
@@ -142,8 +143,9 @@ class EnginePipe:
             left = None if until is None else until - monotonic()
             if left is not None and left <= 0:
                 break
-            self._poll.modify(self._socket, select.POLLIN | (select.POLLOUT if self._unsent else 0))
-            self._poll.poll(None if left is None else left * 1000)
+            waits = select.poll()
+            waits.register(self._socket, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+            waits.poll(None if left is None else left * 1000)
             self._flush()
             found = self._read()
         return found
@@ -157,11 +159,9 @@ class EnginePipe:
 
     def _read(self) -> list[bytes]:
         found: list[bytes] = []
-        while True:
+        while self._ready.poll(0):  # asked first: an exception for "nothing" costs more than the question
             try:
                 data = self._socket.recv(READ_BYTES)
-            except BlockingIOError:
-                return found
             except ConnectionResetError:
                 data = b""
             if not data:
@@ -169,8 +169,7 @@ class EnginePipe:
                     return found  # its end is told next time
                 raise EOFError("the other end of the pipe has gone")
             found += self._frames.cut(data)
-            if len(data) < READ_BYTES:
-                return found
+        return found
 
     def _flush(self) -> None:
         while self._unsent:

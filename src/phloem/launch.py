@@ -245,7 +245,6 @@ class EngineProcess(EngineLink):
     def __init__(self, config: Config) -> None:
         self.started = perf_counter()
         self._pipe = DoorPipe()
-        self._connected = False
         theirs = self._pipe.theirs.fileno()
         order = {"config": config.flat(), "pipe": theirs, "parent": os.getpid()}
         self._process = subprocess.Popen(
@@ -272,12 +271,9 @@ class EngineProcess(EngineLink):
             raise EngineDead(self._reason())
         self._pipe.send(encode(message))
 
-    async def receive(self) -> FromEngine:
-        if not self._connected:
-            self._connected = True
-            await self._pipe.connect()
+    async def deliver(self, take: Callable[[FromEngine], bool]) -> None:
         try:
-            return decode_from_engine(await self._pipe.receive())
+            await self._pipe.deliver(lambda data: take(decode_from_engine(data)))
         except EOFError:
             # The socket closes a moment before the process has ended and its status can be had.
             for _ in range(EXIT_LOOKS):

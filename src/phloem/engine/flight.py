@@ -1,9 +1,9 @@
 """The order of begin and land: on a device, step n + 1 is begun before the host reads what step n gave.
 
 A step's tokens stay on the device, where the next step takes them; their values travel to the host beside the
-computation. On a CPU a step has its values as soon as it was begun. If the next one is there already, it lands when that
-one is about to compute (`Pipeline.settle`): whoever waits for the values would else take the interpreter's lock, and the
-cores would wait until it is done with them.
+computation. On a CPU a step has its values as soon as it was begun. If the next one is there already, it lands when
+that one is about to compute (`Pipeline.settle`): whoever waits for the values would else take the interpreter's lock,
+and the cores would wait until it is done with them.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from phloem.core.errors import BodyTooLarge, PhloemError, Unauthorized
 from phloem.server import page
 from phloem.server.errors import error_response
 from phloem.server.request import new_id
-from phloem.server.stream import BODY_SEND
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -45,7 +44,6 @@ class RequestIds:
         given = _header(scope, b"x-request-id")
         key = given if given is not None and _plain(given) else new_id().encode()
         scope["request_id"] = key.decode()
-        scope[BODY_SEND] = send
         started = False
 
         async def send_with_id(message: Message) -> None:

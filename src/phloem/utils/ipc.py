@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import select
 import socket
-from collections import deque
+from collections.abc import Callable
 from time import monotonic
 from typing import cast
 
@@ -56,15 +56,10 @@ class DoorPipe(asyncio.Protocol):
     def __init__(self) -> None:
         self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._frames = Frames()
-        self._found: deque[bytes] = deque()
         self._early: list[bytes] = []
         self._transport: asyncio.WriteTransport | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._closed = False
-
-    async def connect(self) -> None:
-        """Begin to receive, in the running event loop."""
-        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=self._ours)
+        self._take: Callable[[bytes], bool] | None = None
+        self._ended: asyncio.Future[None] | None = None
 
     def send(self, data: bytes) -> None:
         """What is sent after the other end has gone is lost."""
@@ -73,17 +68,19 @@ class DoorPipe(asyncio.Protocol):
         else:
             self._transport.write(frame(data))
 
-    async def receive(self) -> bytes:
-        """The next message. Raises EOFError when the other end has gone and everything has been received."""
-        while not self._found:
-            if self._closed:
-                raise EOFError("the other end of the pipe has gone")
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        return self._found.popleft()
+    async def deliver(self, take: Callable[[bytes], bool]) -> None:
+        """Give `take` every message as it comes, in the running event loop, until it answers False. Once only.
+
+        Raises:
+            EOFError: when the other end has gone and everything has been delivered.
+            Exception: what `take` raises; nothing more is delivered then.
+        """
+        loop = asyncio.get_running_loop()
+        self._take, self._ended = take, loop.create_future()
+        await loop.create_unix_connection(lambda: self, sock=self._ours)
+        await self._ended
 
     def close(self) -> None:
-        self._closed = True
         if self._transport is not None:
             self._transport.close()
         else:
@@ -98,16 +95,20 @@ class DoorPipe(asyncio.Protocol):
         self._early = []
 
     def data_received(self, data: bytes) -> None:
-        self._found += self._frames.cut(data)
-        self._wake()
+        ended, take = self._ended, self._take
+        assert ended is not None and take is not None
+        try:
+            for message in self._frames.cut(data):
+                if ended.done():
+                    return
+                if not take(message):
+                    ended.set_result(None)
+        except Exception as error:
+            ended.set_exception(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._closed = True
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_exception(EOFError("the other end of the pipe has gone"))
 
 
 class EnginePipe:

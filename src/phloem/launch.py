@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import queue
 import signal
@@ -221,13 +222,19 @@ class _Inbox:
 
 
 def _serve_core(
-    config: Config, checkpoint: Checkpoint, send: Send, poll: Callable[[float | None], list[ToEngine]]
+    config: Config,
+    checkpoint: Checkpoint,
+    send: Send,
+    poll: Callable[[float | None], list[ToEngine]],
+    built: Callable[[], None] | None = None,
 ) -> None:
     """Build, run and close an engine; whatever ends it is told to the door."""
     try:
         core = EngineCore(config, checkpoint, send)
         try:
             send(Ready(info=core.info))
+            if built is not None:
+                built()
             core.run(poll)
         finally:
             core.close()
@@ -339,7 +346,8 @@ def engine_main() -> int:
 
         send(Progress(phase="imports", seconds=perf_counter() - start))
         _log.debug("torch %s", torch.__version__)
-        _serve_core(config, _describe(config), send, poll)
+        # A full collection looks through all that torch has made: a tenth of a second between two tokens.
+        _serve_core(config, _describe(config), send, poll, gc.freeze)
     except Exception as error:
         if not isinstance(error, _expected_errors()):
             _log.exception("the engine stops")

@@ -1,4 +1,4 @@
-"""The contract between door and scheduler: tagged msgspec structs, as msgpack over ZMQ or handed over in process."""
+"""The contract between door and scheduler: tagged msgspec structs, as msgpack between processes or handed over in one."""
 
 from __future__ import annotations
 

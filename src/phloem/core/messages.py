@@ -1,4 +1,4 @@
-"""The contract between door and scheduler: tagged msgspec structs, as msgpack between processes or handed over in one."""
+"""The contract between door and scheduler: tagged msgspec structs, as msgpack between processes or handed over."""
 
 from __future__ import annotations
 

@@ -197,6 +197,85 @@ async def test_an_error_within_the_stream_and_a_stream_of_rubbish() -> None:
     assert "lost" in told[0].error and "JSONDecodeError" in rubbish[0].error
 
 
+async def _answering(*parts: bytes, pause: float = 0.0) -> asyncio.Server:
+    """A server that reads a request, writes these bytes one after the other, and closes."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(pause)
+        writer.close()
+
+    return await asyncio.start_server(serve, "127.0.0.1", 0)
+
+
+async def _asked(server: asyncio.Server, **options: Any) -> Result:
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        client = Client(Target(f"http://127.0.0.1:{port}", "m", **options), fresh=True)
+        (result,) = await run(client, load_of(Session([Turn("x", 1)])))
+        return result
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n" % len(data) + data + b"\r\n"
+
+
+async def test_an_event_counts_when_it_is_complete_however_it_was_cut() -> None:
+    one, two = (b'data: {"choices": [{"text": "%s"}]}\n\n' % text for text in ("ä".encode(), b"b"))
+    role = b'data: {"choices": [{"text": ""}]}\r\n\r\n: a comment\n\n'
+    usage = b'data: {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}\n\ndata: [DONE]\n\n'
+    parts = [CHUNKED, chunk(role), chunk(one[:33]), chunk(one[33:]), chunk(two + usage), b"0\r\n\r\n"]
+    began = asyncio.get_running_loop().time()
+    found = await _asked(await _answering(*parts, pause=0.02))
+    assert (found.error, found.text, found.input_tokens, found.output_tokens) == ("", "äb", 5, 2)
+    assert found.ttft >= 0.06 and len(found.gaps) == 1 and found.gaps[0] >= 0.015
+    assert found.end - found.first == pytest.approx(found.gaps[0])
+    assert asyncio.get_running_loop().time() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("parts", "error"),
+    [
+        ([CHUNKED, chunk(b'data: {"choices": [{"text": "a"}]}\n\n')], "ended before the answer"),
+        ([HEAD + b"Content-Length: 100\r\n\r\ndata: {}"], "ended before the answer"),
+        ([], "ended before the answer"),
+        ([b"SSH-2.0-x\r\n\r\n"], "no valid HTTP"),
+        ([b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nfull"], "HTTP 503: full"),
+    ],
+)
+async def test_what_is_no_whole_answer_is_an_error(parts: list[bytes], error: str) -> None:
+    found = await _asked(await _answering(*parts))
+    assert error in found.error
+
+
+async def test_an_answer_may_end_with_its_connection_or_follow_an_interim_one() -> None:
+    event = b'data: {"choices": [{"text": "a"}]}\n\n'
+    closed = await _asked(await _answering(HEAD + b"\r\n", event))
+    assert (closed.error, closed.text) == ("", "a")
+    interim = await _asked(await _answering(b"HTTP/1.1 100 Continue\r\n\r\n", CHUNKED, chunk(event), b"0\r\n\r\n"))
+    assert (interim.error, interim.text) == ("", "a")
+
+
+async def test_connections_are_used_again_unless_fresh() -> None:
+    with served() as server:
+        client = Client(Target(server.url, "tiny"))
+        for _ in range(3):
+            assert not (await client.ask("x", 2, True)).error
+            assert len(client._http._idle) == 1
+        assert (await client.get("/v1/models"))["data"] and await client.get("/nowhere") is None
+        assert await client.post("/flush_cache") == 200
+        await client.close()
+        fresh = Client(Target(server.url, "tiny"), fresh=True)
+        assert not (await fresh.ask("x", 2, True)).error and not fresh._http._idle
+
+
 async def test_concurrency_is_a_limit_and_rate_spreads_arrivals() -> None:
     class Slow(Client):
         now = most = 0

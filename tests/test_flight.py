@@ -85,6 +85,52 @@ def test_a_step_that_needs_the_tokens_waits_for_them() -> None:
     assert log[4:6] == ["begin 3", "land 2"]
 
 
+def settling(broken: str = "") -> list[str]:
+    """As on a CPU: `begin` computes, and answers for the step before it just before that."""
+    log: list[str] = []
+    source: Any = queue.SimpleQueue()
+
+    def begin(batch: Any) -> Flight:
+        log.append(f"prepare {batch}")
+        if broken == f"prepare {batch}":
+            raise ValueError("no")
+        pipeline.settle()
+        assert pipeline.busy_since > 0
+        if broken == f"compute {batch}":
+            raise ValueError("no")
+        log.append(f"compute {batch}")
+        if batch == 2:  # only now does another one come, and then no more
+            source.put((3, Answer(log, 3)))
+        return Flight(lambda: batch, lambda: True)
+
+    pipeline = Pipeline(begin, lambda batch: False, settles=True)
+    for batch in (1, 2):
+        source.put((batch, Answer(log, batch)))
+    thread = threading.Thread(target=pipeline.run, args=(source,))
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not (log and log[-1].endswith("3")) and len(log) < 9 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert pipeline.busy_since == 0
+    source.put(None)
+    thread.join(20)
+    return log
+
+
+def test_a_step_that_has_ended_is_answered_when_the_next_one_computes() -> None:
+    assert settling() == [
+        *("prepare 1", "compute 1", "prepare 2", "answer 1", "compute 2"),
+        *("prepare 3", "answer 2", "compute 3", "answer 3"),
+    ]
+
+
+@pytest.mark.parametrize("broken", ["prepare 2", "compute 2"])
+def test_a_step_that_fails_before_it_computes_leaves_the_one_before_it_whole(broken: str) -> None:
+    lines = [line for line in settling(broken) if line.startswith(("answer", "fail"))]
+    assert lines == ["answer 1", "fail 2: no"]
+
+
 @pytest.mark.parametrize("broken", ["begin 2", "land 2"])
 def test_one_failing_step_fails_alone_and_in_order(broken: str) -> None:
     log = fly([1, 2, 3], ready=False, broken=broken)

@@ -86,6 +86,7 @@ def test_small_file_as_the_package_reads_it(small: Path) -> None:
     same_as_package(small)
 
 
+@pytest.mark.slow
 def test_default_model_as_the_package_reads_it(demo_path: Path) -> None:
     same_as_package(demo_path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ from door import Served, on_loop, open_door, served
 
 from phloem.core.errors import ConfigError
 from phloem.server.serve import bind
+from phloem.server.stream import TextEvent, event
 from phloem.testing.fake_engine import FakeEngine
 
 HI = [{"role": "user", "content": "hi"}]
@@ -288,3 +290,50 @@ def test_a_body_over_the_limit_on_a_real_socket() -> None:
 
         assert httpx.post(server.url + "/generate", content=pieces(), timeout=20).status_code == 413
         assert httpx.post(server.url + CHAT, json={"messages": HI, "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("more", [{}, {"stream_options": {"include_usage": True}}, {"n": 2}, {"stop": ["zz"]}])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": HI}),
+        ("/v1/completions", {"prompt": "hé"}),
+        ("/v1/completions", {"prompt": "hé", "echo": True}),
+    ],
+)
+def test_events_from_a_frame_are_those_encoded_whole(
+    path: str, body: dict[str, Any], more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written around a text once is byte for byte what encoding each event gives."""
+
+    def answer(server: Served) -> list[str]:
+        asked = {**body, **more, "max_tokens": 30, "temperature": 1.0, "seed": 3, "rid": "same", "stream": True}
+        text = httpx.post(server.url + path, json=asked).text
+        return sorted(re.sub(r'"created":\d+', '"created":0', text).split("\n\n"))
+
+    with served() as server:
+        framed = answer(server)
+        made: list[int] = []
+        monkeypatch.setattr("phloem.server.usage._text_event", lambda *_: made.append(1) or _Whole(*_))
+        whole = answer(server)
+    assert made and framed == whole and len(framed) > 25
+
+
+class _Whole:
+    """A `TextEvent` that encodes everything each time."""
+
+    def __init__(self, plain: Any, output: Any, final: bool) -> None:
+        self.made = lambda text: plain(output, text)
+        self.final = final
+
+    def __call__(self, text: str) -> bytes:
+        chunk = self.made(text)
+        if self.final:
+            chunk.usage = None
+        return event(chunk)
+
+
+def test_a_frame_writes_any_text() -> None:
+    write = TextEvent(lambda text: {"a": 'b"\\', "text": text, "z": [None]})
+    for text in ('"', "\\", "\n\t\x00\x1f\x7f", "é\u2028😀", "data: x\n\n", ""):
+        assert write(text) == event({"a": 'b"\\', "text": text, "z": [None]})

@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from phloem.utils import machine
-from phloem.utils.cores import available_cores, cgroup_quota
+from phloem.utils import cores, machine
+from phloem.utils.cores import available_cores, bind_threads, cgroup_quota, core_groups
 
 
 def test_the_quota_of_a_control_group_cuts_the_cores(tmp_path: Path) -> None:
@@ -24,6 +25,43 @@ def test_the_quota_of_a_control_group_cuts_the_cores(tmp_path: Path) -> None:
     (tmp_path / "a" / "b" / "cpu.max").write_text("max 100000\n")
     assert cgroup_quota(membership, tmp_path) == 1.5
     assert 1 <= available_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux")
+def test_a_team_that_has_every_core_is_bound_and_no_other() -> None:
+    mine = os.sched_getaffinity(0)
+    groups = core_groups()
+    assert set().union(*groups) == mine and sum(map(len, groups)) == len(mine)
+    end, ids = threading.Event(), list[int]()
+
+    def wait() -> None:
+        ids.append(threading.get_native_id())
+        end.wait(20)
+
+    threads = [threading.Thread(target=wait) for _ in groups]
+    for thread in threads:
+        thread.start()
+    try:
+        while len(ids) < len(threads):
+            time.sleep(0.001)
+        assert not bind_threads(ids[:-1]) and not bind_threads([*ids, ids[0]])
+        assert all(os.sched_getaffinity(thread) == mine for thread in ids)
+        if len(groups) > 1:
+            assert bind_threads(ids)
+            assert [os.sched_getaffinity(thread) for thread in ids] == groups
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join()
+    assert os.sched_getaffinity(0) == mine
+    assert not bind_threads([2**22 + 1 for _ in groups])  # no such threads
+
+
+def test_hyperthreads_of_a_core_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "_siblings", lambda cpu: str(cpu // 2))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 5}, raising=False)
+    assert core_groups() == [{0, 1}, {2}, {5}]
+    assert not bind_threads([1, 2])
 
 
 def test_the_limit_of_a_control_group_cuts_the_memory(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from phloem.kernels import native
 from phloem.kernels.graph import RecordError, check_replay
 from phloem.kernels.ops import Ops
+from phloem.platforms.cpu import Platform
 from phloem.utils.cores import available_cores, cgroup_quota
 
 
@@ -132,6 +133,33 @@ def test_the_pool_changes_size_and_sleeps_when_idle() -> None:
     assert time.process_time() - before < 0.02
     with pytest.raises(ValueError, match="threads"):
         native.runtime().library.set_threads(0)
+
+
+def test_the_workers_are_known_to_the_system() -> None:
+    for threads in (1, 3, 2):
+        native.table(threads)
+        ids = native.worker_ids()
+        assert len(set(ids)) == threads - 1 and threading.get_native_id() not in ids
+        assert all(Path(f"/proc/self/task/{thread}").exists() for thread in ids)
+
+
+@pytest.mark.skipif(available_cores() < 2 or not hasattr(os, "sched_getaffinity"), reason="one core")
+def test_the_thread_that_runs_the_steps_and_its_workers_share_no_core() -> None:
+    platform = Platform(available_cores())
+    platform.table("native")
+    mine = os.sched_getaffinity(0)
+    found: list[set[int]] = []
+
+    def steps() -> None:
+        platform.begin_steps()
+        found.extend(os.sched_getaffinity(thread) for thread in (0, *native.worker_ids()))
+
+    thread = threading.Thread(target=steps)
+    thread.start()
+    thread.join(20)
+    native.table(1)  # ends the bound workers
+    assert len(found) == available_cores() and sum(map(len, found)) == len(set().union(*found))
+    assert os.sched_getaffinity(0) == mine
 
 
 def test_a_forked_child_has_a_pool_of_its_own() -> None:

@@ -58,6 +58,45 @@ def test_chunked_prefill_gives_the_same_tokens(overlap: bool, cache: bool) -> No
     assert driver.runner.max_tokens == 8
 
 
+@both
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_that_go_on_from_the_last_are_those_that_would_be_planned(
+    overlap: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def batches(shortcut: bool) -> tuple[list[tuple[Any, ...]], int, dict[str, list[int]]]:
+        driver = Driver(num_pages=24, page_size=16, overlap=overlap, chunked_prefill_size=16)
+        planner, launched, taken = driver.scheduler.planner, list[tuple[Any, ...]](), [0]
+        launch, one_more = driver.runner.launch, planner._one_more
+
+        def record(batch: Any) -> Any:
+            arrays = (batch.slots, batch.query_lens, batch.prefix_lens, batch.input_ids, batch.page_table, batch.sample)
+            launched.append((batch.step, batch.epoch, *((array.tolist(), array.dtype) for array in arrays)))
+            return launch(batch)
+
+        def count(steady: Any) -> Any:
+            taken[0] += 1
+            return one_more(steady)
+
+        monkeypatch.setattr(driver.runner, "launch", record)
+        monkeypatch.setattr(planner, "_one_more", count)
+        if not shortcut:
+            monkeypatch.setattr(planner, "_goes_on", lambda *_: False)
+        rng = random.Random(seed)
+        for turn in range(250):
+            if turn % 25 == 0:
+                driver.submit(f"r{turn}", random_tokens(rng, rng.randrange(1, 40)), rng.randrange(1, 120), turn)
+            if rng.random() < 0.01:
+                driver.abort(str(rng.choice([*driver.scheduler.live, "none"])))
+            driver.step()
+        driver.run()
+        return launched, taken[0], driver.tokens
+
+    quick, steps, answers = batches(True)
+    planned, none, same = batches(False)
+    assert steps > 20 and none == 0
+    assert quick == planned and answers == same
+
+
 def test_overlap_launches_before_the_token_is_known() -> None:
     driver = Driver(overlap=True)
     driver.submit("a", [11, 12], 5)

@@ -127,14 +127,12 @@ async def _client(
         "stream": True,
     }
     last: dict[str, Any] = {}
-    seen = 0
     async with http.stream("POST", f"{url}/generate", json=body) as response:
         assert response.status_code == 200, await response.aread()
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 last = json.loads(line[6:])
-                seen += 1
-                if leaves and seen == 2:
+                if leaves:  # at the first event: a busy server may send all the others as one
                     return None
     assert last["meta_info"]["finish_reason"] == {"type": "length", "length": wanted}
     assert len(last["output_ids"]) == wanted

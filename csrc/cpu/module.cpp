@@ -159,6 +159,15 @@ PyObject* set_threads(PyObject*, PyObject* count) {
   Py_RETURN_NONE;
 }
 
+PyObject* worker_ids(PyObject*, PyObject*) {
+  const std::vector<int64_t> ids = phl::worker_ids();
+  PyObject* list = PyList_New(static_cast<Py_ssize_t>(ids.size()));
+  for (size_t i = 0; list != nullptr && i < ids.size(); ++i) {
+    PyList_SetItem(list, static_cast<Py_ssize_t>(i), PyLong_FromLongLong(ids[i]));
+  }
+  return list;
+}
+
 PyObject* threads(PyObject*, PyObject*) { return PyLong_FromLong(phl::num_threads()); }
 
 constexpr const char* kGraphName = "phloem.graph";
@@ -273,6 +282,7 @@ PyMethodDef methods[] = {
     {"levels", levels, METH_NOARGS, "instruction-set levels that this CPU can run"},
     {"set_level", set_level, METH_O, "use no level above this one in later op() calls; None: the best"},
     {"level", level, METH_NOARGS, "the level in use"},
+    {"worker_ids", worker_ids, METH_NOARGS, "thread ids of the pool's workers, for binding them to cores"},
     {"set_threads", set_threads, METH_O, "size of the thread pool, the caller included"},
     {"threads", threads, METH_NOARGS, "size of the thread pool"},
     {"record_begin", record_begin, METH_O, "append this thread's calls to a new graph; False: without running them"},

@@ -119,6 +119,7 @@ struct Worker {
   pthread_t handle;
   Team team;
   uint32_t epoch;  // the last region this worker knows of
+  std::atomic<int64_t> id{0};  // as the system knows the thread; 0: it has not begun
 };
 
 struct Pool {
@@ -130,9 +131,18 @@ struct Pool {
 
 Pool* pool = new Pool;  // never destroyed: workers may sleep in it until the process ends
 
+int64_t own_thread_id() {
+#if defined(__linux__)
+  return syscall(SYS_gettid);
+#else
+  return -1;
+#endif
+}
+
 void* work_loop(void* argument) {
   Worker& self = *static_cast<Worker*>(argument);
   Crew& crew = *self.team.crew;
+  self.id.store(own_thread_id(), std::memory_order_release);
   while (true) {
     crew.epoch.wait_while(self.epoch);
     ++self.epoch;
@@ -159,7 +169,7 @@ void start_workers(int threads) {
   pool->crew->size = threads;
   pool->caller = Team{0, threads, 0, pool->crew};
   for (int i = 1; i < threads; ++i) {
-    auto* worker = new Worker{{}, Team{i, threads, 0, pool->crew}, 0};
+    auto* worker = new Worker{{}, Team{i, threads, 0, pool->crew}, 0, {}};
     if (pthread_create(&worker->handle, nullptr, work_loop, worker) != 0) {
       // Fewer threads than asked for: stop those that started and make a smaller team.
       delete worker;
@@ -193,6 +203,17 @@ void set_threads(int threads) {
 }
 
 int num_threads() { return pool->caller.size; }
+
+std::vector<int64_t> worker_ids() {
+  std::lock_guard lock(pool->busy);
+  std::vector<int64_t> found;
+  for (Worker* worker : pool->workers) {
+    int64_t id;
+    while ((id = worker->id.load(std::memory_order_acquire)) == 0) pause_core();
+    if (id > 0) found.push_back(id);
+  }
+  return found;
+}
 
 void run_region(void (*f)(void*, Team&), void* context) {
   std::unique_lock lock(pool->busy, std::try_to_lock);

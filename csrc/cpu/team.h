@@ -1,6 +1,7 @@
 // A team: the threads that run one op together, and how they share its work. See README.md.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "isa.h"
 
@@ -48,5 +49,6 @@ struct Team {
 void run_region(void (*f)(void* context, Team& team), void* context);
 void set_threads(int threads);  // including the caller; at least 1
 int num_threads();
+std::vector<int64_t> worker_ids();  // the system's ids of the pool's own threads; empty where it has none
 
 }  // namespace phl

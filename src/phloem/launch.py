@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import queue
 import signal
@@ -37,7 +38,7 @@ from phloem.core.messages import (
     encode,
 )
 from phloem.utils import log
-from phloem.utils.ipc import DoorPipe, Endpoints, EnginePipe
+from phloem.utils.ipc import DoorPipe, EnginePipe
 from phloem.utils.processes import die_with_parent
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
+
+EXIT_SECONDS, EXIT_LOOKS = 1.0, 50  # how long, and how often, an engine that has hung up is asked for its exit status
 
 # Of the KV pool, made resident while nothing else is to do after the start: the first answers do not wait for it.
 WARM_BYTES = 256 << 20
@@ -219,13 +222,19 @@ class _Inbox:
 
 
 def _serve_core(
-    config: Config, checkpoint: Checkpoint, send: Send, poll: Callable[[float | None], list[ToEngine]]
+    config: Config,
+    checkpoint: Checkpoint,
+    send: Send,
+    poll: Callable[[float | None], list[ToEngine]],
+    built: Callable[[], None] | None = None,
 ) -> None:
     """Build, run and close an engine; whatever ends it is told to the door."""
     try:
         core = EngineCore(config, checkpoint, send)
         try:
             send(Ready(info=core.info))
+            if built is not None:
+                built()
             core.run(poll)
         finally:
             core.close()
@@ -242,20 +251,16 @@ class EngineProcess(EngineLink):
 
     def __init__(self, config: Config) -> None:
         self.started = perf_counter()
-        self._endpoints = Endpoints()
-        self._pipe = DoorPipe(self._endpoints)
-        self._exit: str | None = None
-        self._receiving: asyncio.Future[bytes] | None = None
-        self._watch: asyncio.Task[None] | None = None
-        order = {
-            "config": config.flat(),
-            "to": self._endpoints.to_engine,
-            "from": self._endpoints.from_engine,
-            "parent": os.getpid(),
-        }
+        self._pipe = DoorPipe()
+        theirs = self._pipe.theirs.fileno()
+        order = {"config": config.flat(), "pipe": theirs, "parent": os.getpid()}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "phloem.launch"], stdin=subprocess.PIPE, env=child_environment(MALLOC)
+            [sys.executable, "-m", "phloem.launch"],
+            stdin=subprocess.PIPE,
+            env=child_environment(MALLOC),
+            pass_fds=[theirs],
         )
+        self._pipe.theirs.close()  # its only other end is the engine's: its end is ours to see
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(order) + b"\n")
         self._process.stdin.flush()
@@ -266,51 +271,36 @@ class EngineProcess(EngineLink):
 
     @property
     def alive(self) -> bool:
-        return self._exit is None and self._process.poll() is None
+        return self._process.poll() is None
 
     def send(self, message: ToEngine) -> None:
         if not self.alive:
             raise EngineDead(self._reason())
         self._pipe.send(encode(message))
 
-    async def receive(self) -> FromEngine:
-        if self._watch is None:
-            self._watch = asyncio.create_task(self._watch_exit())
-        if self._exit is not None and self._receiving is None:
-            raise EngineDead(self._reason())
-        self._receiving = asyncio.ensure_future(self._pipe.receive())
+    async def deliver(self, take: Callable[[FromEngine], bool]) -> None:
         try:
-            return decode_from_engine(await self._receiving)
-        except asyncio.CancelledError:
-            if self._exit is not None:
-                raise EngineDead(self._reason()) from None
-            raise
-        finally:
-            self._receiving = None
-
-    async def _watch_exit(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(None, self._process.wait)
-        # What the process said last is still on its way through the socket.
-        await asyncio.sleep(0.2)
-        self._exit = _describe_exit(self._process.returncode)
-        if self._receiving is not None:
-            self._receiving.cancel()
+            await self._pipe.deliver(lambda data: take(decode_from_engine(data)))
+        except EOFError:
+            # The socket closes a moment before the process has ended and its status can be had.
+            for _ in range(EXIT_LOOKS):
+                if self._process.poll() is not None:
+                    break
+                await asyncio.sleep(EXIT_SECONDS / EXIT_LOOKS)
+            raise EngineDead(self._reason()) from None
 
     def _reason(self) -> str:
-        return f"the engine process {self._exit or _describe_exit(self._process.poll())}"
+        return f"the engine process {_describe_exit(self._process.poll())}"
 
     def close(self) -> None:
         """End the process, by force if it has not ended by itself."""
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        if self._watch is not None:
-            self._watch.cancel()
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
         self._pipe.close()
-        self._endpoints.close()
 
 
 def _describe_exit(code: int | None) -> str:
@@ -331,14 +321,20 @@ def engine_main() -> int:
     start = perf_counter()
     config = Config.from_flat(order["config"])
     log.configure(config.server.log_level, "engine")
-    pipe = EnginePipe(order["to"], order["from"])
+    pipe = EnginePipe(order["pipe"])
 
     def send(message: FromEngine) -> None:
         pipe.send(encode(message))
 
     def poll(timeout: float | None) -> list[ToEngine]:
         found: list[ToEngine] = []
-        for data in pipe.poll(timeout):
+        try:
+            frames = pipe.poll(timeout)
+        except EOFError:
+            from phloem.scheduler.loop import InboxClosed
+
+            raise InboxClosed from None
+        for data in frames:
             try:
                 found.append(decode_to_engine(data))
             except msgspec.ValidationError:
@@ -350,7 +346,8 @@ def engine_main() -> int:
 
         send(Progress(phase="imports", seconds=perf_counter() - start))
         _log.debug("torch %s", torch.__version__)
-        _serve_core(config, _describe(config), send, poll)
+        # A full collection looks through all that torch has made: a tenth of a second between two tokens.
+        _serve_core(config, _describe(config), send, poll, gc.freeze)
     except Exception as error:
         if not isinstance(error, _expected_errors()):
             _log.exception("the engine stops")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
+from phloem.bench._http import Answer, Http
 from phloem.bench._workloads import Session, Workload
-from phloem.core.errors import PhloemError
 
 
 @dataclass
@@ -87,67 +87,60 @@ def _absorb(result: Result, event: dict[str, Any]) -> bool:
     return bool(text)
 
 
-async def _events(response: Any) -> AsyncIterator[dict[str, Any]]:
-    async for raw in response.content:
-        line = raw.strip()
-        if line.startswith(b"data:") and line != b"data: [DONE]":
-            yield json.loads(line[5:])
-
-
 class Client:
-    """One connection pool to a target; `fresh` opens a connection per request.
+    """Requests to a target; `fresh` opens a connection per request.
 
     Some servers close a connection after a few requests or seconds: one that is used again at that moment fails.
+    While an answer arrives, only its bytes and their times are kept (see `_http.py`): events are read when it is there.
     """
 
     def __init__(self, target: Target, fresh: bool = False) -> None:
-        try:
-            import aiohttp
-        except ImportError:
-            raise PhloemError("this benchmark needs aiohttp: pip install 'phloem[bench]'") from None
         self.target = target
         headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
-        self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=fresh),
-            timeout=aiohttp.ClientTimeout(total=3600),
-            headers=headers,
-        )
-        self._failures = (aiohttp.ClientError, TimeoutError, ValueError, KeyError)
+        self._http = Http(target.url, headers, fresh)
 
     async def close(self) -> None:
-        await self._http.close()
+        self._http.close()
 
     async def get(self, path: str) -> Any:
-        async with self._http.get(self.target.url + path) as response:
-            return await response.json(content_type=None) if response.status == 200 else None
+        answer = await self._http.exchange("GET", path)
+        return json.loads(answer.body) if answer.status == 200 else None
 
     async def post(self, path: str) -> int:
-        async with self._http.post(self.target.url + path) as response:
-            return response.status
+        return (await self._http.exchange("POST", path)).status
 
     async def ask(self, prompt: str, output_tokens: int, greedy: bool) -> Result:
         """Send one request and read its stream to the end. Never raises: a failure is a result with an error."""
         path, body = self.target.body(prompt, output_tokens, greedy)
         result = Result(start=perf_counter())
-        last = 0.0
         try:
-            async with self._http.post(self.target.url + path, json=body) as response:
-                if response.status != 200:
-                    result.error = f"HTTP {response.status}: {(await response.text())[:300]}"
-                else:
-                    async for event in _events(response):
-                        now = perf_counter()
-                        if _absorb(result, event):
-                            if last:
-                                result.gaps.append(now - last)
-                            else:
-                                result.first = now
-                            last = now
-        except self._failures as error:
+            answer = await self._http.exchange("POST", path, body)
+            if answer.status != 200:
+                result.error = f"HTTP {answer.status}: {answer.body.decode(errors='replace')[:300]}"
+            else:
+                _read(result, answer)
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+        ) as error:  # a broken connection, no HTTP or JSON, a field that is missing
             result.error = f"{type(error).__name__}: {error}"
-        result.end = last or perf_counter()
+        result.end = result.end or perf_counter()
         result.first = result.first or result.end
         return result
+
+
+def _read(result: Result, answer: Answer) -> None:
+    """Take the events of an answer, each as of the time when it was complete."""
+    for now, line in answer.lines():
+        if not line.startswith(b"data:") or line.strip() == b"data: [DONE]":
+            continue
+        if _absorb(result, json.loads(line[5:])):
+            if result.end:
+                result.gaps.append(now - result.end)
+            else:
+                result.first = now
+            result.end = now
 
 
 async def run_workload(client: Client, load: Workload, tick: Callable[[Result], None]) -> tuple[list[Result], float]:

@@ -6,7 +6,6 @@ starts the server anew. Prints the medians over the turns and Phloem's ratio to 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from phloem.bench._client import Client, Result, Target
+from phloem.bench._http import run
 from phloem.bench._peers import Peer, found_program, llama_cpp, openvino, other, phloem, running, vllm
 from phloem.bench._peers_report import WORKLOAD_NAMES, draw, print_summary, summary
 from phloem.bench._report import write_line
@@ -224,7 +224,7 @@ def _glance(records: list[dict[str, Any]]) -> str:
 
 def _turn(peer: Peer, loads: list[Workload], warm: str, log: Path, patience: float) -> list[dict[str, Any]]:
     with running(peer, log, patience) as server:
-        records = asyncio.run(_measure(peer, server.url, loads, warm))
+        records = run(_measure(peer, server.url, loads, warm))
     for record in records:
         record |= {"ready_s": server.ready_s, "peak_bytes": server.peak_bytes}
     return records

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phloem.bench._client import Client, Result, Target, run_workload
+from phloem.bench._http import run
 from phloem.bench._own_server import own_server
 from phloem.bench._report import context, plot, print_table, summarise, write_line
 from phloem.bench._text import Encoder, Texts
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
             url, ready = stack.enter_context(own_server(arguments))
             print(f"own server ready after {ready:.2f} s at {url}")
         target = Target(url.rstrip("/"), options.model, options.api, options.api_key)
-        records = asyncio.run(_measure(options, names, target, encoder))
+        records = run(_measure(options, names, target, encoder))
     print_table(records, f"{target.url}, {options.model}")
     for record in records:
         print(json.dumps(record))
@@ -102,7 +102,9 @@ async def measure(client: Client, load: Workload) -> tuple[list[Result], dict[st
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[rate]}"), transient=True) as bar:
+    # It is drawn seldom: drawing takes milliseconds, from the cores that are measured.
+    shown = Progress(*columns, TextColumn("{task.fields[rate]}"), transient=True, refresh_per_second=1)
+    with shown as bar:
         total = sum(len(session.turns) for session in load.sessions)
         task = bar.add_task(load.name, total=total, rate="")
         done = 0

@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any
 
 from phloem.bench._client import Client, Result, Target
+from phloem.bench._http import run
 from phloem.bench._own_server import own_server
 from phloem.bench._report import context, write_line
 from phloem.bench._text import Texts
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> int:
             arguments = [options.model, "--log-level", "warning", *options.server_args.split()]
             url, _ = stack.enter_context(own_server(arguments))
             plain, _ = stack.enter_context(own_server([*arguments, "--disable-jump-forward"]))
-        records = asyncio.run(_measure(options, texts, url, plain))
+        records = run(_measure(options, texts, url, plain))
     for record in records:
         print(_line(record))
         print(json.dumps(record))

@@ -26,7 +26,7 @@ _LIBRARIES = (
     "fastapi",
     "uvicorn",
     "uvloop",
-    "pyzmq",
+    "httptools",
     "msgspec",
     "llguidance",
     "xgrammar",

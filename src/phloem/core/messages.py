@@ -1,7 +1,8 @@
-"""The contract between door and scheduler: tagged msgspec structs, as msgpack over ZMQ or handed over in process."""
+"""The contract between door and scheduler: tagged msgspec structs, as msgpack between processes or handed over."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -179,7 +180,8 @@ def decode_from_engine(data: bytes) -> FromEngine:
 class EngineLink:
     """What the door holds of an engine, in this process or another (`launch.py` makes one; tests fake one).
 
-    `send` never blocks. `receive` is awaited by exactly one task. `alive` turns False for good when the engine ends.
+    `send` never blocks. `deliver` is awaited by exactly one task; a link has it, or `receive`, which it then uses.
+    `alive` turns False for good when the engine ends.
     """
 
     def send(self, message: ToEngine) -> None:
@@ -187,6 +189,11 @@ class EngineLink:
 
     async def receive(self) -> FromEngine:
         raise NotImplementedError
+
+    async def deliver(self, take: Callable[[FromEngine], bool]) -> None:
+        """Give `take` every message as it comes, until it answers False. Raises `EngineDead` when the engine ends."""
+        while take(await self.receive()):
+            pass
 
     @property
     def alive(self) -> bool:

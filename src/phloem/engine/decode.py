@@ -69,8 +69,12 @@ class DecodeGraphs:
         batch: Batch,
         last_tokens: Tensor,
         up: Callable[[Sequence[NDArray[Any]]], list[Tensor]] | None = None,
+        ready: Callable[[], None] | None = None,
     ) -> Tensor | None:
-        """Hidden states [R, N] of a decode step, valid until the next one; None: run it eagerly."""
+        """Hidden states [R, N] of a decode step, valid until the next one; None: run it eagerly.
+
+        `ready` is called when only the replay is left to do.
+        """
         rows = batch.num_rows
         if batch.page_table.shape[1] > self._max_pages:
             return None
@@ -82,6 +86,8 @@ class DecodeGraphs:
             host.fill(batch, last_tokens.numpy(), self._pool.page_size)
         else:
             _fill(found.inputs, device_inputs(batch, self._pool.page_size, last_tokens, up), rows)
+        if ready is not None:
+            ready()
         hidden_BN = found.replay()
         if self._check:
             check_replay(found.graph, [hidden_BN], lambda: [self._eager(found.inputs)])

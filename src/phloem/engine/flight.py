@@ -1,7 +1,9 @@
 """The order of begin and land: on a device, step n + 1 is begun before the host reads what step n gave.
 
 A step's tokens stay on the device, where the next step takes them; their values travel to the host beside the
-computation. On a CPU a step has its values as soon as it was begun, and is landed at once.
+computation. On a CPU a step has its values as soon as it was begun. If the next one is there already, it lands when
+that one is about to compute (`Pipeline.settle`): whoever waits for the values would else take the interpreter's lock,
+and the cores would wait until it is done with them.
 """
 
 from __future__ import annotations
@@ -53,6 +55,19 @@ class Here:
         return [tensor.cpu().numpy() for tensor in self.tensors]
 
 
+@dataclass(slots=True)
+class Known:
+    """Values that the host has."""
+
+    values: list[NDArray[Any]]
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> list[NDArray[Any]]:
+        return self.values
+
+
 def plain_up(device: torch.device) -> Callable[[Sequence[NDArray[Any]]], list[Tensor]]:
     """Host arrays to the device one by one: the counterpart of `Streams.up` without streams."""
     import numpy as np
@@ -72,6 +87,7 @@ class Pipeline:
         needs_values: whether a batch can only be begun when the step before it has landed (a grammar's mask follows
             from the token sampled last).
         idle: called while nothing is asked for; False when it has nothing more to do.
+        settles: `begin` computes, and calls `settle` just before.
     """
 
     def __init__(
@@ -79,11 +95,14 @@ class Pipeline:
         begin: Callable[[Batch], Flight],
         needs_values: Callable[[Batch], bool],
         idle: Callable[[], bool] | None = None,
+        settles: bool = False,
     ) -> None:
         self.busy_since = 0.0  # perf_counter at which the oldest step in flight began; 0 when there is none
         self._begin = begin
         self._needs_values = needs_values
         self._idle = idle
+        self._settles = settles
+        self._beginning = 0.0  # perf_counter at which the step that is being begun was; 0 between two
         self._flying: tuple[Answer, Flight] | None = None
 
     def run(self, source: queue.SimpleQueue[tuple[Batch, Any] | None]) -> None:
@@ -92,18 +111,25 @@ class Pipeline:
             batch, answer = item
             if self._flying is not None and self._asks(batch):
                 self._land()
-            began = perf_counter()
+            began = self._beginning = perf_counter()
             self.busy_since = self.busy_since or began
             try:
                 flight = self._begin(batch)
             except BaseException as error:  # the scheduler fails the step's requests; the thread must live on
+                self._beginning = 0.0
                 self._land()
                 self.busy_since = 0.0
                 answer.fail(error)
                 continue
+            self._beginning = 0.0
             self._land()
             self._flying, self.busy_since = (answer, flight), began
         self._land()
+
+    def settle(self) -> None:
+        """The step that is being begun will now compute: answer for the one before it."""
+        if self._settles:
+            self._land()
 
     def _asks(self, batch: Batch) -> bool:
         try:
@@ -115,6 +141,11 @@ class Pipeline:
         """The next step; whatever is in flight is landed when it has ended before that one comes."""
         while self._flying is not None:
             if self._flying[1].ready():
+                if self._settles:
+                    try:
+                        return source.get_nowait()
+                    except queue.Empty:
+                        pass
                 self._land()
                 break
             try:
@@ -140,4 +171,4 @@ class Pipeline:
         else:
             answer.set(output)
         finally:
-            self.busy_since = 0.0
+            self.busy_since = self._beginning

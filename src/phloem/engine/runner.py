@@ -19,7 +19,7 @@ from phloem.core.batch import PositionLogprobs, StepOutput
 from phloem.core.errors import BadRequest, OutOfMemory
 from phloem.engine.candidates import Candidates
 from phloem.engine.decode import DecodeGraphs, run_forward
-from phloem.engine.flight import Flight, Here, Pipeline, plain_up
+from phloem.engine.flight import Flight, Here, Known, Pipeline, plain_up
 from phloem.engine.inputs import device_inputs, prompt_rows
 from phloem.engine.logprobs import position_logprobs
 from phloem.engine.masks import Masks
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from phloem.models import Model
     from phloem.platforms._streams import Arriving, Streams
 
-    Coming = Arriving | Here
+    Coming = Arriving | Here | Known
 
 _log = log.get("engine.runner")
 
@@ -86,7 +86,8 @@ class Launched:
 class ModelRunner:
     """One model on one device, with its KV pool (`core.batch.Runner`).
 
-    `give_back` frees what the device's allocator keeps without using it, after a step ran out of memory.
+    `give_back` frees what the device's allocator keeps without using it, after a step ran out of memory. `begin` is
+    called once in the thread that runs the steps.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class ModelRunner:
         streams: Streams | None = None,
         give_back: Callable[[], None] | None = None,
         pieces: PieceGraphs | FlexibleSteps | None = None,
+        begin: Callable[[], None] | None = None,
     ) -> None:
         self.model = model
         self.pool = pool
@@ -116,11 +118,13 @@ class ModelRunner:
         self._down = streams.down if streams is not None else Here
         # On a CPU a recording costs as much as a step, and would take the cores of whatever else runs here.
         idle = self._record_idle if (graphs or pieces) is not None and streams is not None else None
-        self._pipeline = Pipeline(self._begin, self._needs_values, idle)
+        on_host = streams is None and pool.device.type == "cpu"
+        self._pipeline = Pipeline(self._begin, self._needs_values, idle, settles=on_host)
         self._slots = Slots(max_slots, model.vocab_size, pool.device)
+        self._host_tokens: Index | None = self._slots.last_tokens.numpy() if on_host else None
         self._masks = Masks(max_slots, model.vocab_size, pool.device, ops)
         self._queue: queue.SimpleQueue[tuple[Batch, Launched] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="phloem-runner", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(begin,), name="phloem-runner", daemon=True)
         self._thread.start()
 
     def launch(self, batch: Batch) -> Launched:
@@ -157,7 +161,9 @@ class ModelRunner:
             return True
         return self._pieces is not None and self._pieces.graphs.idle()
 
-    def _work(self) -> None:
+    def _work(self, begin: Callable[[], None] | None) -> None:
+        if begin is not None:
+            begin()
         with torch.inference_mode():
             self._pipeline.run(self._queue)
 
@@ -207,7 +213,7 @@ class ModelRunner:
         count = len(slots)
         coming: Coming | None = None
         if count and self._slots.argmax_only[ids].all():
-            tokens_L = self.model.greedy(hidden_LN[:count]).long()
+            tokens_L = self.model.greedy(hidden_LN[:count])
             output.forward_seconds = perf_counter() - before
             coming = self._keep(ids, tokens_L, hidden_LN[:count].sum(-1))
         elif count:
@@ -238,10 +244,11 @@ class ModelRunner:
         """Hidden states of the wanted positions: by a recorded step or its pieces where they serve, else eagerly."""
         last_tokens = self._slots.last_tokens
         if self._graphs is not None and batch.is_decode and not batch.prompt_targets:
-            hidden_RN = self._graphs.run(batch, last_tokens, self._up)
+            hidden_RN = self._graphs.run(batch, last_tokens, self._up, self._pipeline.settle)
             if hidden_RN is not None:
                 return hidden_RN
         inputs = device_inputs(batch, self.page_size, last_tokens, self._up)
+        self._pipeline.settle()
         # A decode step without a graph of its own will have one soon, unless none are made.
         if self._pieces is not None and (self._graphs is None or not batch.is_decode):
             hidden_LN = self._pieces.run(inputs)
@@ -311,8 +318,12 @@ class ModelRunner:
 
     def _keep(self, ids: Ids, tokens_L: Tensor, sound_L: Tensor) -> Coming:
         """Keep the tokens for the next step, and send them and whether each row is sound on their way to the host."""
+        if self._host_tokens is not None:
+            values = tokens_L.numpy()
+            self._host_tokens[ids] = values
+            return Known([values, torch.isnan(sound_L).numpy()])
         (index,) = self._up([ids.astype(np.int64)])
-        self._slots.last_tokens[index] = tokens_L
+        self._slots.last_tokens[index] = tokens_L.long()
         return self._down([tokens_L.to(torch.int32), torch.isnan(sound_L)])
 
     def _adjust_(

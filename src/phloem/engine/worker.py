@@ -109,10 +109,10 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     if config.runtime.record_graphs_before_ready:
         recording.record_all(graphs, pieces, decisions)
         phase.end("graphs")
-    streams, give_back = platform.streams, platform.empty_cache
     runner = ModelRunner(
-        model, backend, pool, ops, running, graphs, streams=streams, give_back=give_back, pieces=pieces
-    )
+        model, backend, pool, ops, running, graphs,
+        streams=platform.streams, give_back=platform.empty_cache, pieces=pieces, begin=platform.begin_steps,
+    )  # fmt: skip
     info = {
         "weight_bytes": model.weight_bytes,
         "kv_bytes_per_token": sizing.facts.bytes_per_token,

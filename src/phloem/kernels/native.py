@@ -20,7 +20,7 @@ from phloem.kernels._native_runtime import Unavailable, runtime
 from phloem.kernels.ops import Ops
 from phloem.utils.cores import available_cores
 
-__all__ = ["Recorder", "Unavailable", "describe", "runtime", "table"]
+__all__ = ["Recorder", "Unavailable", "describe", "runtime", "table", "worker_ids"]
 
 
 def table(threads: int | None = None, level: str | None = None) -> Ops:
@@ -41,6 +41,14 @@ def table(threads: int | None = None, level: str | None = None) -> Ops:
     }
     kv = (torch.bfloat16, torch.int8)
     return dataclasses.replace(Ops(), name="native", kv_dtypes=kv, recorder=lambda: Recorder(rt), **made)
+
+
+def worker_ids() -> list[int]:
+    """The system's ids of the pool's threads beside the caller's; none where the library is missing."""
+    try:
+        return runtime().library.worker_ids()
+    except Unavailable:
+        return []
 
 
 def describe() -> str:

@@ -58,6 +58,10 @@ class Platform(Protocol):
         """Give back what the allocator keeps without using it, so that it can be cut anew."""
         ...
 
+    def begin_steps(self) -> None:
+        """Called once in the thread that will run every step, before the first."""
+        ...
+
     def table(self, requested: str | None) -> tuple[Ops, str]:
         """The op table, and why this one. `requested` names one; a named one that cannot serve is a ConfigError."""
         ...

@@ -10,11 +10,13 @@ import torch
 from phloem.core.errors import ConfigError
 from phloem.kernels.ops import Ops
 from phloem.utils import machine
-from phloem.utils.cores import available_cores
+from phloem.utils.cores import available_cores, bind_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
+
+_PARALLEL = 1 << 16  # elements per thread with which torch surely uses all its threads
 
 
 def is_available() -> tuple[bool, str]:
@@ -48,6 +50,18 @@ class Platform:
 
     def empty_cache(self) -> None:
         """Nothing: the system's allocator keeps little, and gives out again what it keeps."""
+
+    def begin_steps(self) -> None:
+        """Give each thread of the native pool a core of its own, this one included.
+
+        Where one waits for the other at a barrier, the system likes to wake both on one core, and there they stay.
+        """
+        native = _native_module()
+        workers = native.worker_ids() if native is not None else []
+        if workers:
+            # Torch's own threads inherit this thread's cores when they begin: before these are narrowed.
+            torch.zeros(_PARALLEL * self.threads).neg_()
+            bind_threads([0, *workers])
 
     def table(self, requested: str | None) -> tuple[Ops, str]:
         if requested == "reference":

@@ -88,6 +88,9 @@ class Platform:
     def empty_cache(self) -> None:
         torch.cuda.empty_cache()
 
+    def begin_steps(self) -> None:
+        """Nothing: this thread hardly computes."""
+
     def table(self, requested: str | None) -> tuple[Ops, str]:
         ops, why = triton_table(requested)
         return replace(ops, recorder=self.recorder), why

@@ -47,6 +47,9 @@ class Platform:
     def empty_cache(self) -> None:
         torch.xpu.empty_cache()
 
+    def begin_steps(self) -> None:
+        """Nothing: this thread hardly computes."""
+
     def table(self, requested: str | None) -> tuple[Ops, str]:
         return triton_table(requested)
 

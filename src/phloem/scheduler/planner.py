@@ -75,6 +75,19 @@ class Plan:
 
 
 @dataclass(slots=True)
+class _Steady:
+    """The rows of a step that only decoded. While nobody comes or goes the next ones have the same, one token on."""
+
+    active: NDArray[np.int32]  # the slots; another array (`Slots.active`) means other rows
+    rows: list[Request]
+    query_lens: NDArray[np.int32]
+    sample: NDArray[np.bool_]
+    page_table: NDArray[np.int32]
+    longest: int  # tokens of the longest row, with the one that is computed next
+    left: int  # steps until a row needs a page or comes to its end
+
+
+@dataclass(slots=True)
 class Refusal:
     """A request that planning found impossible, or that failed while it was planned."""
 
@@ -109,12 +122,17 @@ class Planner:
         self.prompt_tokens = 0  # of all first admissions
         self.cached_tokens = 0
         self._step = 0
+        self._steady: _Steady | None = None
 
     def next_batch(self) -> Plan | None:
         """The next step's work, or None. Takes pages and slots, but `computed` advances only in `advance`."""
         slots, preemptions, pace = self.slots, self.preemptions, self.pace
         most = self.throttle.budget
         active = slots.active()
+        if self._steady is not None:
+            if self._goes_on(self._steady, active):
+                return self._one_more(self._steady)
+            self._steady = None
         decodes, chunks = _NOTHING, []
         budget = min(pace.budget, most)
         if len(active):
@@ -148,6 +166,13 @@ class Planner:
         slots, batch = self.slots, plan.batch
         at = batch.slots
         plan.mark = self.cache.mark()
+        if self._steady is not None:  # planned by `_one_more`: nothing ends, nothing enters the tree
+            slots.computed[at] += 1
+            slots.length[at] += 1
+            slots.next_token[at] = FROM_DEVICE
+            for request in plan.rows:
+                request.inflight += 1
+            return
         slots.computed[at] += batch.query_lens
         slots.length[at] += batch.sample
         slots.next_token[at[batch.sample]] = FROM_DEVICE
@@ -158,6 +183,9 @@ class Planner:
             for request, sampled in zip(plan.rows, batch.sample.tolist(), strict=True):
                 request.inflight += sampled
         ends = (slots.length[at] >= slots.limit[at]) & (batch.sample | (slots.computed[at] >= slots.length[at]))
+        if not plan.prefills and not ends.any() and batch.sample.all():
+            self._steady = self._steadily(plan)
+            return
         for row in np.flatnonzero(ends).tolist():
             slots.retire(plan.rows[row].slot)
             if not batch.sample[row]:
@@ -197,6 +225,55 @@ class Planner:
         computed = int(self.slots.computed[request.slot])
         self.slots.leave(request)
         self.cache.release(lease, request.all_known() if keep else _NOTHING, computed, keep)
+
+    # decodes alone
+
+    def _steadily(self, plan: Plan) -> _Steady | None:
+        """What goes on from a step that only decoded and has been launched; None where the next one is not alike."""
+        slots, batch = self.slots, plan.batch
+        active, at = slots.active(), batch.slots
+        if len(at) != len(active):
+            return None
+        computed = slots.computed[at]
+        pages, limits = slots.covered[at] - computed, slots.limit[at] - slots.length[at] - 1
+        longest = int(computed.max()) + 1
+        return _Steady(
+            active,
+            plan.rows,
+            batch.query_lens,
+            batch.sample,
+            batch.page_table,
+            longest,
+            int(min(pages.min(), limits.min())),
+        )
+
+    def _goes_on(self, steady: _Steady, active: NDArray[np.int32]) -> bool:
+        slots = self.slots
+        if steady.active is not active or steady.left <= 0 or len(active) > self.throttle.budget:
+            return False
+        return not (len(self.queue) and slots.num_free) and not slots.readmit
+
+    def _one_more(self, steady: _Steady) -> Plan:
+        slots = self.slots
+        at = steady.active
+        self.headroom.relax()
+        pages = -(-steady.longest // slots.page_size)
+        if pages != steady.page_table.shape[1]:
+            steady.page_table = slots.tables[at, :pages]
+        steady.longest += 1
+        steady.left -= 1
+        self._step += 1
+        batch = Batch(
+            step=self._step,
+            slots=at,
+            query_lens=steady.query_lens,
+            prefix_lens=slots.computed[at],
+            input_ids=slots.next_token[at],
+            page_table=steady.page_table,
+            sample=steady.sample,
+            epoch=self.epoch,
+        )
+        return Plan(batch, steady.rows, [])
 
     # decodes and running prefills
 

@@ -264,7 +264,8 @@ class Slots:
         request.known = request.all_known()
         self.length[slot] += count
         self.next_token[slot] = request.known[-1]
-        self.resume(slot)
+        self._held.discard(slot)
+        self._active_array = None
 
     def restore(self, request: Request, computed: int) -> None:
         """Nothing of the request is in flight any more, and of its tokens `computed` have KV, or less: see its lease.

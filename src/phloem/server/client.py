@@ -157,8 +157,7 @@ class EngineClient:
 
     async def _receive(self, link: EngineLink) -> None:
         try:
-            while self.dead is None:
-                self._handle(await link.receive())
+            await link.deliver(self._take)
         except asyncio.CancelledError:
             raise
         except EngineDead as error:
@@ -173,6 +172,10 @@ class EngineClient:
         # A reason in the engine's own words is worth a moment.
         await asyncio.sleep(LAST_WORDS)
         self._die("the engine process has ended")
+
+    def _take(self, message: FromEngine) -> bool:
+        self._handle(message)
+        return self.dead is None
 
     def _handle(self, message: FromEngine) -> None:
         self.heard_at = time.monotonic()

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from phloem.core.errors import ConfigError
+from phloem.server.stream import BODY_SEND
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 BACKLOG = 2048
 LAST_BYTES_SECONDS = 3  # after the drain: for answers that are still being written
@@ -85,7 +87,7 @@ async def serve(
     bound = sock if sock is not None else bind(host, port)
     real_port: int = bound.getsockname()[1]
     config = uvicorn.Config(
-        app,
+        _with_body_send(app),
         access_log=False,
         log_config=None,
         lifespan="off",
@@ -104,6 +106,16 @@ async def serve(
     finally:
         stopper.cancel()
         bound.close()
+
+
+def _with_body_send(app: ASGIApp) -> ASGIApp:
+    """The app, told of the server's own `send`: a stream's events need not pass through every layer."""
+
+    async def outermost(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[BODY_SEND] = send
+        await app(scope, receive, send)
+
+    return outermost
 
 
 async def _stop(app: FastAPI, server: uvicorn.Server, stop: asyncio.Event) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,12 +25,28 @@ if TYPE_CHECKING:
 log = logging.getLogger("phloem.server")
 
 DONE = b"data: [DONE]\n\n"
+BODY_SEND = "phloem.body_send"  # in the scope: a `send` for what follows `http.response.start`, past the middle layers
 encode = msgspec.json.Encoder().encode
 
 
 def event(data: Any) -> bytes:
     """One event of anything msgspec encodes."""
     return b"data: " + encode(data) + b"\n\n"
+
+
+class TextEvent:
+    """An event of which only one text changes: encoded once around it, so that each takes the text's encoding alone.
+
+    Args:
+        make: builds the event's data with a text in its place.
+    """
+
+    def __init__(self, make: Callable[[str], Any]) -> None:
+        mark = uuid.uuid4().hex
+        self._before, _, self._after = event(make(mark)).partition(encode(mark))
+
+    def __call__(self, text: str) -> bytes:
+        return self._before + encode(text) + self._after
 
 
 class Ends(Protocol):
@@ -118,10 +135,12 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._send(send, self._first)
+            # The answer has begun: what the layers on the way would do to it is done.
+            body = scope.get(BODY_SEND, send)
+            await self._send(body, self._first)
             try:
                 async for data in self._events:
-                    await self._send(send, data)
+                    await self._send(body, data)
                 tail = self._ending.done
             except PhloemError as error:
                 tail = self._ending.error(error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import time
@@ -135,6 +136,7 @@ class _Supervisor:
             raise PhloemError(error.message) from None
         app = create_app(client, self._config, self._info)
         minder = asyncio.create_task(self._mind())
+        gc.freeze()  # what lives as long as the server need not be looked through between two tokens
 
         def announce(host: str, port: int) -> None:
             self._announce(ready, host, port)

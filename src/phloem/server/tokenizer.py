@@ -180,11 +180,18 @@ class _Utf8:
     def __init__(self, tokenizer: Tokenizer, skip_special: bool, strip: int) -> None:
         self._read = tokenizer.token_bytes if skip_special else tokenizer.raw_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._settled = True  # no character has begun that is not complete
         self._strip = strip  # leading spaces still to be dropped
 
     def push(self, token: int) -> str:
-        text = self._decoder.decode(self._read(token))
+        data = self._read(token)
+        text = data.decode() if self._settled and data.isascii() else self._decode(data)
         return self._stripped(text) if self._strip and text else text
+
+    def _decode(self, data: bytes) -> str:
+        text = self._decoder.decode(data)
+        self._settled = not self._decoder.getstate()[0]
+        return text
 
     def finish(self) -> str:
         text = self._decoder.decode(b"", True)

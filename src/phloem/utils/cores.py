@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 
 def available_cores() -> int:
     """At least 1. Hyperthreads of one core count once: two share its vector units."""
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    cores = {_siblings(cpu) for cpu in cpus}
-    quota = cgroup_quota()
+    cores, quota = core_groups(), cgroup_quota()
     return max(1, len(cores) if quota is None else min(len(cores), math.ceil(quota)))
+
+
+def core_groups() -> list[set[int]]:
+    """The CPUs that this process may use, those of one physical core together."""
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    groups: dict[str, set[int]] = {}
+    for cpu in cpus:
+        groups.setdefault(_siblings(cpu), set()).add(cpu)
+    return list(groups.values())
+
+
+def bind_threads(threads: Sequence[int]) -> bool:
+    """Give each of these threads (0: the calling one) a core of its own; False, and nothing done, where that is not so.
+
+    Only a team that has every core of the process is bound. A smaller one finds free cores by itself, and bound to the
+    first ones it would meet whoever else was bound to them.
+    """
+    groups = core_groups()
+    if len(groups) != len(threads) or len(threads) < 2 or not hasattr(os, "sched_setaffinity"):
+        return False
+    try:
+        for thread, cpus in zip(threads, groups, strict=True):
+            os.sched_setaffinity(thread, cpus)
+    except OSError:  # not allowed here: threads that float are slower, not wrong
+        return False
+    return True
 
 
 def _siblings(cpu: int) -> str:

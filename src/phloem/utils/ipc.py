@@ -1,90 +1,184 @@
-"""Two one-way ZMQ pipes between a server's processes; every message is one frame of bytes.
+"""Messages between a server's two processes: frames of bytes over one pair of connected Unix sockets.
 
-Endpoints are Unix sockets in a private directory, so that nobody else on the machine can connect.
+A frame is its length (four bytes, little-endian) and its bytes. There is no address that anybody else could connect to,
+and no thread in between: a frame is one system call on each side, for a token of a stream the larger part of its cost.
+Neither side waits for the other: what its socket does not take at once is kept and sent later.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from pathlib import Path
+import asyncio
+import contextlib
+import select
+import socket
+from collections.abc import Callable
+from time import monotonic
+from typing import cast
 
-import zmq
-import zmq.asyncio
-
-# A slow reader must not lose messages: the number in flight is bounded by the requests in flight, not here.
-_UNBOUNDED = 0
+HEADER = 4
+READ_BYTES = 1 << 18
+LAST_SECONDS = 2.0  # how long the engine's last messages may take to leave
 
 
-class Endpoints:
-    """A private directory with one address per direction; removed by `close`."""
+class Frames:
+    """Cuts what arrives into frames."""
 
     def __init__(self) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="phloem-"))
-        self.to_engine = f"ipc://{self._directory}/to"
-        self.from_engine = f"ipc://{self._directory}/from"
+        self._rest = bytearray()
 
-    def close(self) -> None:
-        shutil.rmtree(self._directory, ignore_errors=True)
+    def cut(self, data: bytes) -> list[bytes]:
+        """The frames that are complete with this piece."""
+        if not self._rest and len(data) >= HEADER and int.from_bytes(data[:HEADER], "little") == len(data) - HEADER:
+            return [data[HEADER:]]  # one whole frame: nearly always
+        self._rest += data
+        found: list[bytes] = []
+        at, rest = 0, self._rest
+        while len(rest) - at >= HEADER:
+            end = at + HEADER + int.from_bytes(rest[at : at + HEADER], "little")
+            if end > len(rest):
+                break
+            found.append(bytes(rest[at + HEADER : end]))
+            at = end
+        del rest[:at]
+        return found
 
 
-def _prepare(socket: zmq.Socket[bytes] | zmq.asyncio.Socket) -> None:
-    socket.set_hwm(_UNBOUNDED)
-    socket.setsockopt(zmq.LINGER, 0)
+def frame(data: bytes) -> bytes:
+    return len(data).to_bytes(HEADER, "little") + data
 
 
-class DoorPipe:
-    """The API process's ends: binds both, sends without blocking, receives as a coroutine."""
+class DoorPipe(asyncio.Protocol):
+    """The API process's end. `theirs` is the engine's: hand it over and close it here.
 
-    def __init__(self, endpoints: Endpoints) -> None:
-        self._context = zmq.asyncio.Context()
-        self._out = zmq.Context.instance().socket(zmq.PUSH)
-        self._in = self._context.socket(zmq.PULL)
-        _prepare(self._out)
-        _prepare(self._in)
-        self._out.bind(endpoints.to_engine)
-        self._in.bind(endpoints.from_engine)
+    `send` never waits, and may be called before the event loop runs; everything else belongs to that loop.
+    """
+
+    def __init__(self) -> None:
+        self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._frames = Frames()
+        self._early: list[bytes] = []
+        self._transport: asyncio.WriteTransport | None = None
+        self._take: Callable[[bytes], bool] | None = None
+        self._ended: asyncio.Future[None] | None = None
 
     def send(self, data: bytes) -> None:
-        self._out.send(data, zmq.DONTWAIT)
+        """What is sent after the other end has gone is lost."""
+        if self._transport is None:
+            self._early.append(frame(data))
+        else:
+            self._transport.write(frame(data))
 
-    async def receive(self) -> bytes:
-        return await self._in.recv()
+    async def deliver(self, take: Callable[[bytes], bool]) -> None:
+        """Give `take` every message as it comes, in the running event loop, until it answers False. Once only.
+
+        Raises:
+            EOFError: when the other end has gone and everything has been delivered.
+            Exception: what `take` raises; nothing more is delivered then.
+        """
+        loop = asyncio.get_running_loop()
+        self._take, self._ended = take, loop.create_future()
+        await loop.create_unix_connection(lambda: self, sock=self._ours)
+        await self._ended
 
     def close(self) -> None:
-        self._out.close()
-        self._in.close()
-        self._context.term()
+        if self._transport is not None:
+            self._transport.close()
+        else:
+            self._ours.close()
+        self.theirs.close()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.WriteTransport", transport)  # those of uvloop do not inherit from it
+        self._transport.writelines(self._early)
+        self._early = []
+
+    def data_received(self, data: bytes) -> None:
+        ended, take = self._ended, self._take
+        assert ended is not None and take is not None
+        try:
+            for message in self._frames.cut(data):
+                if ended.done():
+                    return
+                if not take(message):
+                    ended.set_result(None)
+        except Exception as error:
+            ended.set_exception(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_exception(EOFError("the other end of the pipe has gone"))
 
 
 class EnginePipe:
-    """The engine process's ends: connects both; receives in the loop's thread, sends from the same thread."""
+    """The engine process's end, from the number of the socket that it was given; used by the loop's thread alone."""
 
-    def __init__(self, to_engine: str, from_engine: str) -> None:
-        context = zmq.Context.instance()
-        self._in = context.socket(zmq.PULL)
-        self._out = context.socket(zmq.PUSH)
-        _prepare(self._in)
-        _prepare(self._out)
-        # The last messages (`Stopped`, `Failed`) must leave before the process does.
-        self._out.setsockopt(zmq.LINGER, 2000)
-        self._in.connect(to_engine)
-        self._out.connect(from_engine)
+    def __init__(self, descriptor: int) -> None:
+        self._socket = socket.socket(fileno=descriptor)
+        self._socket.setblocking(False)
+        self._socket.set_inheritable(False)
+        self._ready = select.poll()
+        self._ready.register(self._socket, select.POLLIN)
+        self._frames = Frames()
+        self._unsent = bytearray()
 
     def send(self, data: bytes) -> None:
-        self._out.send(data)
+        """What is sent after the other end has gone is lost."""
+        self._unsent += frame(data)
+        self._flush()
 
     def poll(self, timeout: float | None) -> list[bytes]:
-        """Every message that is there; waits up to `timeout` seconds (None: without end) for the first."""
-        if not self._in.poll(None if timeout is None else max(0, int(timeout * 1000 + 0.999))):
-            return []
-        found: list[bytes] = []
-        while True:
-            try:
-                found.append(self._in.recv(zmq.DONTWAIT))
-            except zmq.Again:
-                return found
+        """Every message that is there; waits up to `timeout` seconds (None: without end) for the first.
+
+        Raises:
+            EOFError: when the other end has gone.
+        """
+        if self._unsent:
+            self._flush()
+        found = self._read()
+        if found or timeout == 0:
+            return found
+        until = None if timeout is None else monotonic() + timeout
+        while not found:
+            left = None if until is None else until - monotonic()
+            if left is not None and left <= 0:
+                break
+            waits = select.poll()
+            waits.register(self._socket, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+            waits.poll(None if left is None else left * 1000)
+            self._flush()
+            found = self._read()
+        return found
 
     def close(self) -> None:
-        self._in.close()
-        self._out.close()
+        """Send what is left, for as long as `LAST_SECONDS`, and close."""
+        with contextlib.suppress(OSError):
+            self._socket.settimeout(LAST_SECONDS)
+            self._socket.sendall(self._unsent)
+        self._socket.close()
+
+    def _read(self) -> list[bytes]:
+        found: list[bytes] = []
+        while self._ready.poll(0):  # asked first: an exception for "nothing" costs more than the question
+            try:
+                data = self._socket.recv(READ_BYTES)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                if found:
+                    return found  # its end is told next time
+                raise EOFError("the other end of the pipe has gone")
+            found += self._frames.cut(data)
+        return found
+
+    def _flush(self) -> None:
+        while self._unsent:
+            try:
+                sent = self._socket.send(self._unsent)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._unsent.clear()
+                return
+            del self._unsent[:sent]

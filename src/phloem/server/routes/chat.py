@@ -22,6 +22,7 @@ from phloem.server.chat import to_request
 from phloem.server.door import door_of, json_response
 from phloem.server.logprobs import chat_logprobs
 from phloem.server.openapi import NEEDS_ENGINE, describe
+from phloem.server.parsing import PlainText
 from phloem.server.protocol import ChatBody
 from phloem.server.request import new_id
 from phloem.server.stream import collect, stream
@@ -112,7 +113,11 @@ class _Writer:
         def chunks(output: Output) -> list[ChatChunk]:
             return [self._chunk([choice]) for choice in self._choices(output, began, called)]
 
-        return stream_chunks(self.body, call, chunks, lambda: self._chunk([]))
+        def plain(output: Output, text: str) -> ChatChunk:
+            return self._chunk([ChatChunkChoice(index=output.choice, delta=ChatDelta(content=text))])
+
+        simple = all(isinstance(parser, PlainText) for parser in self.parsers) and not self.body.logprobs
+        return stream_chunks(self.body, call, chunks, lambda: self._chunk([]), plain if simple else None)
 
     def _choices(self, output: Output, began: set[int], called: set[int]) -> list[ChatChunkChoice]:
         index, out = output.choice, list[ChatChunkChoice]()

@@ -156,7 +156,12 @@ class _Writer:
             choice = self._choice(output, numbers[output.id], offsets)
             return [] if choice is None else [self._chunk([choice])]
 
-        return stream_chunks(self.body, call, chunks, lambda: self._chunk([]))
+        def plain(output: Output, text: str) -> Completion:
+            choice = CompletionChoice(index=numbers[output.id], text=text, logprobs=None, finish_reason=None)
+            return self._chunk([choice])
+
+        simple = plain if self.body.logprobs is None else None
+        return stream_chunks(self.body, call, chunks, lambda: self._chunk([]), simple)
 
     def _choice(self, output: Output, index: int, offsets: dict[str, TextOffsets]) -> CompletionChoice | None:
         first = output.id not in offsets

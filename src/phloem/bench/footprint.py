@@ -1,9 +1,9 @@
 """What a server costs in memory, and in processor time while nobody asks.
 
 Starts `phloem serve` and looks at its processes just after it is ready, after the workload W3, and when the whole KV
-pool has been written: resident memory (RSS), summed, and the proportional set (PSS), in which pages that several
-processes map count in shares; and what the resident pages belong to. In between it leaves the server alone and counts
-its processor time.
+pool has been written: resident memory (RSS) summed; `resident`, in which a file that several of its processes map
+counts once; the proportional set (PSS), in which such pages count in shares, also with processes that are not the
+server's; and what the pages belong to. In between it leaves the server alone and counts its processor time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Options:
     kv_cache_dtype: str = opt("auto", "Type of the KV cache.")
     server_args: str = opt("", "Further arguments for the server, as one string.")
     idle: float = opt(20.0, "Seconds for which the server is left alone, each time.")
-    limit_gb: float = opt(0.0, "Exit with status 1 when the summed RSS is ever more (10^9 bytes); 0: no limit.")
+    limit_gb: float = opt(0.0, "Exit with status 1 when more is ever resident (10^9 bytes); 0: no limit.")
     limit_idle: float = opt(0.0, "Exit with status 1 when an idle server takes more percent of a core; 0: no limit.")
     seed: int = opt(1, "Seed of the prompts.")
     output: str | None = opt(None, "File to append JSON lines to, one for each moment.")
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
             write_line(Path(options.output), {**about, **record})
         print(json.dumps({**about, **record}))
     _show(records)
-    heavy = 0 < options.limit_gb * 1e9 < max(record["rss"] for record in records)
+    heavy = 0 < options.limit_gb * 1e9 < max(record["resident"] for record in records)
     busy = 0 < options.limit_idle < max(record.get("idle_percent", 0.0) for record in records)
     return int(heavy or busy)
 
@@ -126,9 +126,11 @@ def processor_seconds(pids: Iterable[int]) -> float:
 
 
 def memory_of(pids: Iterable[int]) -> dict[str, Any]:
-    """Bytes: `rss` and `pss` summed, `parts` by what the pages belong to (PSS), `processes` with each one's own."""
-    total: dict[str, Any] = {"rss": 0, "pss": 0}
-    parts: Counter[str] = Counter()
+    """Bytes: `rss` and `pss` summed, `resident` with every file once (as much of it as the process has that has most),
+    `parts`: that by what the pages belong to, `processes` with each one's own."""
+    total = {"rss": 0, "pss": 0}
+    private: Counter[str] = Counter()
+    files: Counter[str] = Counter()
     processes: list[dict[str, Any]] = []
     for pid in pids:
         found = mappings(Path(f"/proc/{pid}/smaps").read_text())
@@ -136,27 +138,33 @@ def memory_of(pids: Iterable[int]) -> dict[str, Any]:
         processes.append({"name": _name(pid), "rss": rss, "pss": pss})
         total["rss"] += rss
         total["pss"] += pss
-        for kind, (_, share) in found.items():
-            parts[kind] += share
-    return {**total, "parts": dict(parts.most_common()), "processes": processes}
+        for path, (size, _) in found.items():
+            if path.startswith("/"):
+                files[path] = max(files[path], size)
+            else:
+                private[path] += size
+    parts: Counter[str] = Counter()
+    for path, size in (private + files).items():
+        parts[_kind(path)] += size
+    return {**total, "resident": parts.total(), "parts": dict(parts.most_common()), "processes": processes}
 
 
 _HEAD = re.compile(r"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \S+ *(.*)$")
 
 
 def mappings(smaps: str) -> dict[str, tuple[int, int]]:
-    """(RSS, PSS) in bytes by kind of mapping, from a process's `/proc/PID/smaps`."""
+    """(RSS, PSS) in bytes by the path that is mapped, from a process's `/proc/PID/smaps`."""
     sums: dict[str, tuple[int, int]] = {}
-    kind, rss = "", 0
+    path, rss = "", 0
     for line in smaps.splitlines():
         head = _HEAD.match(line)
         if head:
-            kind = _kind(head[1])
+            path = head[1]
         elif line.startswith("Rss:"):
             rss = int(line.split()[1]) * 1024
         elif line.startswith("Pss:"):
-            before = sums.get(kind, (0, 0))
-            sums[kind] = (before[0] + rss, before[1] + int(line.split()[1]) * 1024)
+            before = sums.get(path, (0, 0))
+            sums[path] = (before[0] + rss, before[1] + int(line.split()[1]) * 1024)
     return sums
 
 
@@ -184,7 +192,7 @@ def _show(records: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="resident memory in MB, parts in PSS")
+    table = Table(title="memory in MB")
     table.add_column("")
     for record in records:
         table.add_column(record["moment"], justify="right")
@@ -193,6 +201,7 @@ def _show(records: list[dict[str, Any]]) -> None:
         table.add_row(name, *("-" if value is None else format(value, form) for value in values))
 
     row("RSS, all processes", (record["rss"] / 1e6 for record in records))
+    row("resident, shared files once", (record["resident"] / 1e6 for record in records))
     row("PSS, all processes", (record["pss"] / 1e6 for record in records))
     for name in dict.fromkeys(process["name"] for record in records for process in record["processes"]):
         row(f"RSS of {name}", (sum(p["rss"] for p in r["processes"] if p["name"] == name) / 1e6 for r in records))

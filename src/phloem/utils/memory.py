@@ -49,6 +49,13 @@ def populate(address: int, nbytes: int) -> bool:
     return _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), POPULATE_WRITE) == 0
 
 
+def trim() -> None:
+    """Give free memory of the C library's allocator back to the system, where it can."""
+    release = getattr(_libc(), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if release is not None:
+        release(0)
+
+
 def background_thread() -> None:
     """Let the calling thread run only where a core would be idle, if the system can."""
     with contextlib.suppress(AttributeError, OSError):

@@ -2,6 +2,7 @@
 // order), longer ones into blocks of query tokens; both are shared out dynamically. No plan is stored: every thread
 // derives the same list of tasks from the lengths, so a recorded step follows them.
 #include "attention_block.h"
+#include "attention_int8.h"
 #include "attention_stream.h"
 
 namespace phl {
@@ -35,18 +36,16 @@ PHL_INLINE RowPlan plan_row(const AttentionArgs& a, int64_t row) {
   return plan;
 }
 
-template <bool kInt8>
 PHL_INLINE void run_stream(const AttentionArgs& a, StreamJob& job) {
   switch (a.heads / a.kv_heads) {
-    case 1: return stream<1, kInt8>(a, job);
-    case 2: return stream<2, kInt8>(a, job);
-    case 3: return stream<3, kInt8>(a, job);
-    default: return stream<4, kInt8>(a, job);
+    case 1: return stream<1>(a, job);
+    case 2: return stream<2>(a, job);
+    case 3: return stream<3>(a, job);
+    default: return stream<4>(a, job);
   }
 }
 
 // One token's heads of `count` kv heads over one split, by the streaming path.
-template <bool kInt8>
 void stream_task(const AttentionArgs& a, const RowPlan& plan, const Stretch& own, const Stretch& guess, int64_t count,
                  int64_t split, float* scratch) {
   const int64_t group = a.heads / a.kv_heads, first = own.kv_head * group, row = own.row;
@@ -58,7 +57,7 @@ void stream_task(const AttentionArgs& a, const RowPlan& plan, const Stretch& own
     job.q[h] = a.q + plan.token * a.q_token + (first + h) * a.q_head;
     job.values[h] = plan.splits == 1 ? scratch + h * a.head_size : partial_of(a, row, first + h, split);
   }
-  run_stream<kInt8>(a, job);
+  run_stream(a, job);
   for (int64_t h = 0; h < count * group; ++h) {
     if (plan.splits == 1) {
       float* out = a.out + (plan.token * a.heads + first + h) * a.head_size;
@@ -70,34 +69,55 @@ void stream_task(const AttentionArgs& a, const RowPlan& plan, const Stretch& own
   }
 }
 
-template <bool kInt8>
-void block_task(const AttentionArgs& a, const RowPlan& plan, int64_t row, int64_t kv_head, int64_t part, float* scratch) {
-  const int64_t group = a.heads / a.kv_heads;
-  BlockJob job;
+// Which query tokens of its row a part is, and what they see.
+template <class Job>
+PHL_INLINE void place(const AttentionArgs& a, const RowPlan& plan, const Stretch& at, int64_t part, Job& job) {
   const bool single = plan.tokens == 1;
   const int64_t first = single ? 0 : part * plan.block_tokens;
-  job.row = row;
-  job.kv_head = kv_head;
+  job.row = at.row;
+  job.kv_head = at.kv_head;
   job.token = plan.token + first;
   job.tokens = plan.tokens - first < plan.block_tokens ? plan.tokens - first : plan.block_tokens;
   job.position = plan.length - plan.tokens + first;
   job.range = single ? split_range(plan.range, plan.splits, part) : visible(a, job.position, job.position + job.tokens - 1);
-  job.m = job.tokens * group;
-  lay_out(a, job, scratch, kBlockRows > group ? kBlockRows : group);
-  block<kInt8>(a, job);
-  for (int64_t i = 0; i < job.m; ++i) {
-    const int64_t head = kv_head * group + i % group;
-    const float* values = job.results + i * job.wide;
-    const float total = sum(load(job.sums + i * W));
-    if (plan.splits == 1) {
-      finish_head(a, head, values, job.tops[i], total, a.out + ((job.token + i / group) * a.heads + head) * a.head_size);
-    } else {
-      float* partial = partial_of(a, row, head, part);
-      std::memcpy(partial, values, a.head_size * sizeof(float));
-      partial[a.head_size] = job.tops[i];
-      partial[a.head_size + 1] = total;
-    }
+  job.m = job.tokens * (a.heads / a.kv_heads);
+}
+
+// Query row i of kv head `kv_head`, whose results are row `at` of the job's: into the output, or beside the other splits'.
+template <class Job>
+PHL_INLINE void put(const AttentionArgs& a, const RowPlan& plan, const Job& job, int64_t kv_head, int64_t i, int64_t at,
+                    int64_t part) {
+  const int64_t group = a.heads / a.kv_heads, head = kv_head * group + i % group;
+  const float* values = job.results + at * job.wide;
+  const float total = sum(load(job.sums + at * W));
+  if (plan.splits == 1) {
+    finish_head(a, head, values, job.tops[at], total, a.out + ((job.token + i / group) * a.heads + head) * a.head_size);
+  } else {
+    float* partial = partial_of(a, job.row, head, part);
+    std::memcpy(partial, values, a.head_size * sizeof(float));
+    partial[a.head_size] = job.tops[at];
+    partial[a.head_size + 1] = total;
   }
+}
+
+void block_task(const AttentionArgs& a, const RowPlan& plan, const Stretch& at, int64_t part, float* scratch) {
+  const int64_t group = a.heads / a.kv_heads;
+  BlockJob job;
+  place(a, plan, at, part, job);
+  lay_out(a, job, scratch, kBlockRows > group ? kBlockRows : group);
+  block(a, job);
+  for (int64_t i = 0; i < job.m; ++i) put(a, plan, job, job.kv_head, i, i, part);
+}
+
+void int8_task(const AttentionArgs& a, const RowPlan& plan, const Stretch& at, const Stretch& guess, int64_t kv_heads,
+               int64_t part, float* scratch) {
+  Int8Job job;
+  place(a, plan, at, part, job);
+  job.kv_heads = kv_heads;
+  job.guess = guess;
+  lay_out(a, job, scratch);
+  attend_int8(a, job);
+  for (int64_t i = 0; i < job.m * kv_heads; ++i) put(a, plan, job, job.kv_head + i / job.m, i % job.m, i, part);
 }
 
 // Puts the splits of one head together, in their order.
@@ -162,20 +182,25 @@ void attend(const AttentionArgs& a, Team& team) {
     single &= plan.tokens <= 1;
   }
   float* scratch = a.scratch + team.thread * a.scratch_stride;
-  const bool can_stream = a.heads / a.kv_heads <= kMaxStreamGroup && a.head_size % W == 0;
+  const bool can_stream = kInt8 || (a.heads / a.kv_heads <= kMaxStreamGroup && a.head_size % W == 0);
   const int64_t heads = single && can_stream ? heads_of_task(a, parts, team.size) : 1, sets = a.kv_heads / heads;
   TaskCursor cursor(a, sets), guess(a, sets);
   team.tasks(parts * sets, [&](int64_t task) {
     cursor.seek(task);
     const RowPlan& plan = cursor.plan;
-    const int64_t kv_head = cursor.set * heads;
-    if (plan.tokens != 1 || !can_stream) return block_task<kInt8>(a, plan, cursor.row, kv_head, cursor.part, scratch);
+    const Stretch own = cursor.stretch(heads);
     Stretch next{};
-    if (single && task + team.size < parts * sets) {
+    if (single && can_stream && task + team.size < parts * sets) {
       guess.seek(task + team.size);
       next = guess.stretch(heads);
     }
-    stream_task<kInt8>(a, plan, cursor.stretch(heads), next, heads, cursor.part, scratch);
+    if constexpr (kInt8) {
+      int8_task(a, plan, own, next, heads, cursor.part, scratch);
+    } else if (plan.tokens == 1 && can_stream) {
+      stream_task(a, plan, own, next, heads, cursor.part, scratch);
+    } else {
+      block_task(a, plan, own, cursor.part, scratch);
+    }
   });
   if (!merge) return;
   team.barrier();

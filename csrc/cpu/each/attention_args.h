@@ -2,8 +2,6 @@
 // Legend: R rows, T query tokens, H heads, K kv heads, G = H / K, D head size, S page size, M = tokens x G query rows.
 // Scores live in base 2: score * scale * log2(e).
 #pragma once
-#include <type_traits>
-
 #include "../op.h"
 #include "../simd.h"
 
@@ -35,21 +33,10 @@ struct Range {
   int64_t begin, end;
 };
 
-// A cached token's row of bfloat16 or int8 values.
-template <bool kInt8>
-struct Cache {
-  using Value = std::conditional_t<kInt8, int8_t, uint16_t>;
-  static constexpr int64_t kExtra = kInt8 ? 4 : 0;
-
-  PHL_INLINE static vf read(const Value* p) {
-    if constexpr (kInt8) return from_int8(load_as<vb>(p));
-    else return load_bf16(p);
-  }
-  PHL_INLINE static float scale(const Value* row, int64_t size) {
-    float scale = 1.0f;
-    if constexpr (kInt8) __builtin_memcpy(&scale, row + size, 4);
-    return scale;
-  }
+// Cached tokens of a row, from a kv head on.
+struct Stretch {
+  int64_t row, kv_head;
+  Range range;
 };
 
 // Positions that the tokens at `first` to `last` of a row can see.
@@ -71,9 +58,9 @@ PHL_INLINE Range split_range(Range range, int64_t splits, int64_t split) {
   return {begin, end > begin ? end : begin};
 }
 
-// Element offsets of the tokens of `range` (at most `kMax`) in a cache, for one kv head.
-PHL_INLINE void token_offsets(const AttentionArgs& a, int64_t row, int64_t kv_head, int64_t width, Range range,
-                              int64_t* offsets) {
+// Element offsets of the tokens of `range` in a bfloat16 cache, for one kv head.
+PHL_INLINE void token_offsets(const AttentionArgs& a, int64_t row, int64_t kv_head, Range range, int64_t* offsets) {
+  const int64_t width = a.head_size;
   const int32_t* pages = a.page_table + row * a.pages_per_row;
   int64_t page = range.begin / a.page_size, slot = range.begin % a.page_size;
   int64_t at = pages[page] * a.page_stride + (kv_head * a.page_size + slot) * width;

@@ -1,4 +1,4 @@
-// Many query rows against the cache: blocks of cached tokens are packed once and multiplied with tiles of query rows,
+// Many query rows against the bfloat16 cache: blocks of cached tokens are packed once and multiplied with tiles of query rows,
 // softmax in between (FlashAttention, Dao et al. 2022). With AVX-512 the products are bfloat16 pairs (vdpbf16ps) with
 // float32 sums; elsewhere everything is float32. A Cell is one step of a dot product: two bfloat16, or one float.
 #pragma once
@@ -51,8 +51,6 @@ struct BlockJob {
   int64_t steps, wide;
   Cell *q, *keys, *values;
   float *results, *sums, *tops;
-  uint16_t* rows;  // an int8 block as bfloat16 [64, D], or floats where kPair is 1
-  float key_scale[kBlockTokens], value_scale[kBlockTokens];
 };
 
 PHL_INLINE void lay_out(const AttentionArgs& a, BlockJob& job, float* scratch, int64_t most_rows) {
@@ -69,7 +67,6 @@ PHL_INLINE void lay_out(const AttentionArgs& a, BlockJob& job, float* scratch, i
   job.results = take(most_rows * job.wide);
   job.sums = take(most_rows * W);
   job.tops = take(most_rows);
-  job.rows = reinterpret_cast<uint16_t*>(take(kBlockTokens * job.wide / 2 + 16));
 }
 
 PHL_INLINE void pack_queries(const AttentionArgs& a, const BlockJob& job) {
@@ -146,51 +143,24 @@ PHL_INLINE void pack_values(const AttentionArgs& a, const BlockJob& job, const u
   }
 }
 
-// Rows of the block as bfloat16: those of the cache, or int8 values widened (exactly) into job.rows.
-template <bool kInt8>
-PHL_INLINE void block_rows(const AttentionArgs& a, BlockJob& job, const void* cache, const int64_t* offsets,
-                           const uint16_t** rows, float* scales) {
-  for (int64_t t = 0; t < kBlockTokens; ++t) {
-    if constexpr (kInt8) {
-      const int8_t* from = static_cast<const int8_t*>(cache) + offsets[t];
-      uint16_t* to = job.rows + t * a.head_size;
-      int64_t d = 0;
-      for (; d + W <= a.head_size; d += W) store_as(to + d, narrow((vu)from_int8(load_as<vb>(from + d)) >> 16));
-      for (; d < a.head_size; ++d) to[d] = float_to_bf16(from[d]);
-      __builtin_memcpy(scales + t, from + a.head_size, 4);
-      rows[t] = to;
-    } else {
-      rows[t] = static_cast<const uint16_t*>(cache) + offsets[t];
-    }
-  }
-}
-
-template <bool kInt8>
 PHL_INLINE void pack_block(const AttentionArgs& a, BlockJob& job, const int64_t* offsets) {
-  const uint16_t* rows[kBlockTokens];
-  block_rows<kInt8>(a, job, a.k_cache, offsets, rows, job.key_scale);
-  pack_keys(a, job, rows);
-  block_rows<kInt8>(a, job, a.v_cache, offsets, rows, job.value_scale);
-  pack_values(a, job, rows);
+  const uint16_t *keys[kBlockTokens], *values[kBlockTokens];
+  for (int64_t t = 0; t < kBlockTokens; ++t) {
+    keys[t] = static_cast<const uint16_t*>(a.k_cache) + offsets[t];
+    values[t] = static_cast<const uint16_t*>(a.v_cache) + offsets[t];
+  }
+  pack_keys(a, job, keys);
+  pack_values(a, job, values);
 }
 
 #else
 
-template <bool kInt8>
 PHL_INLINE void pack_block(const AttentionArgs& a, BlockJob& job, const int64_t* offsets) {
-  using Rows = Cache<kInt8>;
-  using Value = typename Rows::Value;
-  const auto one = [](Value x) {
-    if constexpr (kInt8) return float(x);
-    else return bf16_to_float(x);
-  };
   for (int64_t t = 0; t < kBlockTokens; ++t) {
-    const Value* key = static_cast<const Value*>(a.k_cache) + offsets[t];
-    const Value* value = static_cast<const Value*>(a.v_cache) + offsets[t];
-    for (int64_t d = 0; d < a.head_size; ++d) job.keys[d * kBlockTokens + t] = one(key[d]);
-    for (int64_t d = 0; d < job.wide; ++d) job.values[t * job.wide + d] = d < a.head_size ? one(value[d]) : 0.0f;
-    job.key_scale[t] = Rows::scale(key, a.head_size);
-    job.value_scale[t] = Rows::scale(value, a.head_size);
+    const uint16_t* key = static_cast<const uint16_t*>(a.k_cache) + offsets[t];
+    const uint16_t* value = static_cast<const uint16_t*>(a.v_cache) + offsets[t];
+    for (int64_t d = 0; d < a.head_size; ++d) job.keys[d * kBlockTokens + t] = bf16_to_float(key[d]);
+    for (int64_t d = 0; d < job.wide; ++d) job.values[t * job.wide + d] = d < a.head_size ? bf16_to_float(value[d]) : 0.0f;
   }
 }
 
@@ -204,16 +174,11 @@ struct BlockSpan {
 };
 
 // Scores of one query row: scale, cap, mask. Gives the row's maximum.
-template <bool kInt8>
-PHL_INLINE float shape_scores(const AttentionArgs& a, const BlockJob& job, const BlockSpan& span, int64_t position,
-                              float* scores) {
+PHL_INLINE float shape_scores(const AttentionArgs& a, const BlockSpan& span, int64_t position, float* scores) {
   constexpr int kVectors = int(kBlockTokens / W);
   vf s[kVectors];
   const float scale = float(a.scale) * kLog2e;
-  for (int c = 0; c < kVectors; ++c) {
-    s[c] = load(scores + c * W);
-    if constexpr (kInt8) s[c] = s[c] * load(job.key_scale + c * W);
-  }
+  for (int c = 0; c < kVectors; ++c) s[c] = load(scores + c * W);
   if (a.softcap > 0) {
     for (int c = 0; c < kVectors; ++c) s[c] = tanh(s[c] * float(a.scale / a.softcap)) * float(a.softcap * double(kLog2e));
   } else {
@@ -235,24 +200,18 @@ PHL_INLINE float shape_scores(const AttentionArgs& a, const BlockJob& job, const
 }
 
 // Weights of one query row as cells; adds them up in `sums`, lane by lane.
-template <bool kInt8>
-PHL_INLINE void weigh(const BlockJob& job, const float* scores, float top, float factor, float* sums, Cell* cells) {
+PHL_INLINE void weigh(const float* scores, float top, float factor, float* sums, Cell* cells) {
   vf total = load(sums) * factor;
 #if PHL_LEVEL == 2
   for (int c = 0; c < int(kBlockTokens / W); c += 2) {
-    vf p0 = exp2<4>(load(scores + c * W) - top), p1 = exp2<4>(load(scores + (c + 1) * W) - top);
+    const vf p0 = exp2<4>(load(scores + c * W) - top), p1 = exp2<4>(load(scores + (c + 1) * W) - top);
     total += p0 + p1;
-    if constexpr (kInt8) {
-      p0 = p0 * load(job.value_scale + c * W);
-      p1 = p1 * load(job.value_scale + (c + 1) * W);
-    }
     _mm512_storeu_si512(cells + c * W / 2, (__m512i)_mm512_cvtne2ps_pbh((__m512)p1, (__m512)p0));
   }
 #else
   for (int c = 0; c < int(kBlockTokens / W); ++c) {
-    vf p = exp2<6>(load(scores + c * W) - top);
+    const vf p = exp2<6>(load(scores + c * W) - top);
     total += p;
-    if constexpr (kInt8) p = p * load(job.value_scale + c * W);
     store(cells + c * W, p);
   }
 #endif
@@ -260,7 +219,7 @@ PHL_INLINE void weigh(const BlockJob& job, const float* scores, float top, float
 }
 
 // R query rows from `first` against the packed block.
-template <int R, bool kInt8>
+template <int R>
 PHL_INLINE void tile(const AttentionArgs& a, BlockJob& job, const BlockSpan& span, int64_t first) {
   const int64_t group = a.heads / a.kv_heads;
   // How many of the block's tokens the last of these rows sees; none of them needs more.
@@ -280,14 +239,14 @@ PHL_INLINE void tile(const AttentionArgs& a, BlockJob& job, const BlockSpan& spa
   alignas(64) float tops[W > R ? W : R];
   static_assert(R <= W || W == 4);
   for (int r = 0; r < R; ++r) {
-    const float highest = shape_scores<kInt8>(a, job, span, job.position + (first + r) / group, scores[r]);
+    const float highest = shape_scores(a, span, job.position + (first + r) / group, scores[r]);
     const float before = job.tops[first + r];
     tops[r] = highest > before ? highest : before;
     factor[r] = before - tops[r];
     job.tops[first + r] = tops[r];
   }
   for (int r = 0; r < R; r += W) store(factor + r, exp2<6>(load(factor + r)));
-  for (int r = 0; r < R; ++r) weigh<kInt8>(job, scores[r], tops[r], factor[r], job.sums + (first + r) * W, cells[r]);
+  for (int r = 0; r < R; ++r) weigh(scores[r], tops[r], factor[r], job.sums + (first + r) * W, cells[r]);
   const auto columns = [&]<int C>(int64_t column) {
     vf acc[R][C];
     for (int r = 0; r < R; ++r)
@@ -301,17 +260,15 @@ PHL_INLINE void tile(const AttentionArgs& a, BlockJob& job, const BlockSpan& spa
   for (; column < job.wide; column += W) columns.template operator()<1>(column);
 }
 
-template <int R, bool kInt8>
+template <int R>
 PHL_INLINE void last_tile(const AttentionArgs& a, BlockJob& job, const BlockSpan& span, int64_t first, int64_t count) {
   if constexpr (R > 0) {
-    if (count == R) tile<R, kInt8>(a, job, span, first);
-    else last_tile<R - 1, kInt8>(a, job, span, first, count);
+    if (count == R) tile<R>(a, job, span, first);
+    else last_tile<R - 1>(a, job, span, first, count);
   }
 }
 
-template <bool kInt8>
 void block(const AttentionArgs& a, BlockJob& job) {
-  const int64_t width = a.head_size + Cache<kInt8>::kExtra;
   pack_queries(a, job);
   for (int64_t i = 0; i < job.m * job.wide; i += W) store(job.results + i, vf{});
   for (int64_t i = 0; i < job.m; ++i) {
@@ -322,15 +279,15 @@ void block(const AttentionArgs& a, BlockJob& job) {
   for (int64_t begin = job.range.begin; begin < job.range.end; begin += kBlockTokens) {
     const int64_t end = begin + kBlockTokens < job.range.end ? begin + kBlockTokens : job.range.end;
     int64_t offsets[kBlockTokens];
-    token_offsets(a, job.row, job.kv_head, width, {begin, end}, offsets);
+    token_offsets(a, job.row, job.kv_head, {begin, end}, offsets);
     // Lanes past the end repeat a valid token; the mask hides them.
     for (int64_t t = end - begin; t < kBlockTokens; ++t) offsets[t] = offsets[0];
-    pack_block<kInt8>(a, job, offsets);
+    pack_block(a, job, offsets);
     const bool masked = end - begin < kBlockTokens || end - 1 > job.position || (a.window > 0 && last - a.window + 1 > begin);
     const BlockSpan span{begin, end - begin, masked};
     int64_t i = 0;
-    for (; i + kTileRows <= job.m; i += kTileRows) tile<kTileRows, kInt8>(a, job, span, i);
-    last_tile<kTileRows - 1, kInt8>(a, job, span, i, job.m - i);
+    for (; i + kTileRows <= job.m; i += kTileRows) tile<kTileRows>(a, job, span, i);
+    last_tile<kTileRows - 1>(a, job, span, i, job.m - i);
   }
 }
 

@@ -1,8 +1,7 @@
-// One query token: its heads against a stretch of the cache, which is read once, in units of a tile of tokens and the G
+// One query token: its heads against a stretch of the bfloat16 cache, which is read once, in units of a tile of tokens and the G
 // heads of a kv head, in the order of memory. While one unit is computed the next one's keys, then its values, are asked
-// for, so that memory is busy all the time. In float32, except with AVX-512 where the head size allows pairs: on a
-// bfloat16 cache queries and weights are bfloat16, as in the blocked path; on an int8 cache both are 16-bit integers
-// (vpdpwssd).
+// for, so that memory is busy all the time. In float32, except with AVX-512 where the head size allows pairs: there
+// queries and weights are bfloat16, as in the blocked path.
 #pragma once
 #include "attention_args.h"
 
@@ -32,12 +31,6 @@ PHL_INLINE void sum4(vf a, vf b, vf c, vf d, float* out) {
 #endif
 }
 
-// Cached tokens of a row, from a kv head on.
-struct Stretch {
-  int64_t row, kv_head;
-  Range range;
-};
-
 struct StreamJob {
   Stretch own, guess;  // `guess`: what this thread probably computes next
   int64_t kv_heads;
@@ -50,23 +43,23 @@ struct StreamJob {
 struct Ahead {
   const char *keys, *values;
   const int64_t* offsets;
-  int64_t count, item, bytes;
+  int64_t count, bytes;
 
   // Into the second-level cache: its queue of outstanding lines is longer than the first level's.
   PHL_INLINE static void fetch(const char* row, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
   }
   PHL_INLINE void key_rows(int64_t begin, int64_t end) const {
-    for (int64_t t = begin; t < end && t < count; ++t) fetch(keys + offsets[t] * item, bytes);
+    for (int64_t t = begin; t < end && t < count; ++t) fetch(keys + offsets[t] * int64_t(sizeof(uint16_t)), bytes);
   }
   PHL_INLINE void value_rows(int64_t begin, int64_t end) const {
-    for (int64_t t = begin; t < end && t < count; ++t) fetch(values + offsets[t] * item, bytes);
+    for (int64_t t = begin; t < end && t < count; ++t) fetch(values + offsets[t] * int64_t(sizeof(uint16_t)), bytes);
   }
 };
 
 // The unit at hand: one kv head's keys and values of up to kTile tokens.
 struct Unit {
-  const void *keys, *values;
+  const uint16_t *keys, *values;
   const int64_t* offsets;  // padded with the last token's to a multiple of 4
   int64_t count;
   const float* const* q;  // [G]
@@ -75,31 +68,22 @@ struct Unit {
 };
 
 // scores[g][t] = q_g . k_t for the tile's tokens, in fours; the tile is padded with its last token.
-template <int G, bool kInt8>
+template <int G>
 PHL_INLINE void tile_scores(const AttentionArgs& a, const Unit& u, float (*scores)[kTile]) {
-  using Rows = Cache<kInt8>;
-  using Value = typename Rows::Value;
-  const Value* keys = static_cast<const Value*>(u.keys);
   for (int64_t t = 0; t < u.count; t += 4) {
-    const Value* k[4];
-    for (int i = 0; i < 4; ++i) k[i] = keys + u.offsets[t + i];
+    const uint16_t* k[4];
+    for (int i = 0; i < 4; ++i) k[i] = u.keys + u.offsets[t + i];
     u.ahead.key_rows(t, t + 4);
     vf acc[G][4] = {};
     for (int64_t d = 0; d < a.head_size; d += W) {
       vf key[4];
-      for (int i = 0; i < 4; ++i) key[i] = Rows::read(k[i] + d);
+      for (int i = 0; i < 4; ++i) key[i] = load_bf16(k[i] + d);
       for (int g = 0; g < G; ++g) {
         const vf q = load(u.q[g] + d);
         for (int i = 0; i < 4; ++i) acc[g][i] += q * key[i];
       }
     }
     for (int g = 0; g < G; ++g) sum4(acc[g][0], acc[g][1], acc[g][2], acc[g][3], scores[g] + t);
-    if constexpr (kInt8) {
-      for (int i = 0; i < 4; ++i) {
-        const float scale = Rows::scale(k[i], a.head_size);
-        for (int g = 0; g < G; ++g) scores[g][t + i] *= scale;
-      }
-    }
   }
 }
 
@@ -131,11 +115,8 @@ PHL_INLINE float tile_weights(const AttentionArgs& a, float* scores, int64_t cou
   return factor;
 }
 
-template <int G, bool kInt8>
+template <int G>
 PHL_INLINE void tile_values(const AttentionArgs& a, const Unit& u, const float (*weights)[kTile], const float* factor) {
-  using Rows = Cache<kInt8>;
-  using Value = typename Rows::Value;
-  const Value* values = static_cast<const Value*>(u.values);
   const auto columns = [&]<int C>(int64_t d) {
     vf acc[G][C];
     for (int g = 0; g < G; ++g)
@@ -143,7 +124,7 @@ PHL_INLINE void tile_values(const AttentionArgs& a, const Unit& u, const float (
     for (int64_t t = 0; t < u.count; ++t) {
       if (d == 0) u.ahead.value_rows(t, t + 1);
       vf v[C];
-      for (int c = 0; c < C; ++c) v[c] = Rows::read(values + u.offsets[t] + d + c * W);
+      for (int c = 0; c < C; ++c) v[c] = load_bf16(u.values + u.offsets[t] + d + c * W);
       for (int g = 0; g < G; ++g)
         for (int c = 0; c < C; ++c) acc[g][c] += v[c] * weights[g][t];
     }
@@ -161,7 +142,6 @@ using Halves = uint16_t[kMaxPairedHead];  // a query in bfloat16
 
 template <int G>
 PHL_INLINE void paired_scores(const AttentionArgs& a, const Unit& u, const Halves* halves, float (*scores)[kTile]) {
-  const uint16_t* keys = static_cast<const uint16_t*>(u.keys);
   for (int64_t t = 0; t < u.count; t += 4) {
     u.ahead.key_rows(t, t + 4);
     __m512 acc[G][4];
@@ -169,7 +149,7 @@ PHL_INLINE void paired_scores(const AttentionArgs& a, const Unit& u, const Halve
       for (int i = 0; i < 4; ++i) acc[g][i] = _mm512_setzero_ps();
     for (int64_t d = 0; d < a.head_size; d += 2 * W) {
       __m512bh key[4];
-      for (int i = 0; i < 4; ++i) key[i] = (__m512bh)_mm512_loadu_si512(keys + u.offsets[t + i] + d);
+      for (int i = 0; i < 4; ++i) key[i] = (__m512bh)_mm512_loadu_si512(u.keys + u.offsets[t + i] + d);
       for (int g = 0; g < G; ++g) {
         const auto q = (__m512bh)_mm512_loadu_si512(halves[g] + d);
         for (int i = 0; i < 4; ++i) acc[g][i] = _mm512_dpbf16_ps(acc[g][i], q, key[i]);
@@ -182,7 +162,6 @@ PHL_INLINE void paired_scores(const AttentionArgs& a, const Unit& u, const Halve
 template <int G>
 PHL_INLINE void paired_values(const AttentionArgs& a, const Unit& u, const float (*weights)[kTile],
                               const float* factor) {
-  const uint16_t* values = static_cast<const uint16_t*>(u.values);
   alignas(64) uint32_t cells[G][kTile / 2];
   for (int g = 0; g < G; ++g) {
     for (int64_t t = 0; t < u.count; t += 2 * W) {
@@ -197,7 +176,7 @@ PHL_INLINE void paired_values(const AttentionArgs& a, const Unit& u, const float
       for (int c = 0; c < C; ++c) acc[g][c] = (__m512)(load(u.to[g] + d + c * W) * factor[g]);
     for (int64_t t = 0; t < u.count; t += 2) {
       if (d == 0) u.ahead.value_rows(t, t + 2);
-      const uint16_t *even = values + u.offsets[t] + d, *odd = values + u.offsets[t + 1] + d;
+      const uint16_t *even = u.values + u.offsets[t] + d, *odd = u.values + u.offsets[t + 1] + d;
       __m512bh v[C];
       for (int c = 0; c < C; c += 2) {
         const __m512i x = _mm512_loadu_si512(even + c * W), y = _mm512_loadu_si512(odd + c * W);
@@ -217,128 +196,26 @@ PHL_INLINE void paired_values(const AttentionArgs& a, const Unit& u, const float
   for (; d < a.head_size; d += 2 * W) columns.template operator()<2>(d);
 }
 
-using Words = int16_t[kMaxPairedHead];
-
-// A query as 16-bit integers; gives what one of them stands for.
-PHL_INLINE float query_words(const float* q, int64_t size, int16_t* words) {
-  vf top{};
-  for (int64_t d = 0; d < size; d += W) top = max(max(load(q + d), -load(q + d)), top);
-  const float scale = largest(top) / 32767.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-  for (int64_t d = 0; d < size; d += W) {
-    const __m512i whole = _mm512_cvtps_epi32((__m512)(load(q + d) * inverse));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + d), _mm512_cvtepi32_epi16(whole));
-  }
-  return scale;
-}
-
-// As the float sum4. 16 bits times 7 bits, 256 times, fit an int32.
-PHL_INLINE __m128 sum4(__m512i a, __m512i b, __m512i c, __m512i d) {
-  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-  const __m512i lanes = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(lanes), _mm512_extracti64x4_epi64(lanes, 1));
-  return _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
-}
-
-template <int G>
-PHL_INLINE void word_scores(const AttentionArgs& a, const Unit& u, const Words* words, const float* word_scale,
-                            float (*scores)[kTile]) {
-  const int8_t* keys = static_cast<const int8_t*>(u.keys);
-  for (int64_t t = 0; t < u.count; t += 4) {
-    u.ahead.key_rows(t, t + 4);
-    __m512i acc[G][4];
-    for (int g = 0; g < G; ++g)
-      for (int i = 0; i < 4; ++i) acc[g][i] = _mm512_setzero_si512();
-    for (int64_t d = 0; d < a.head_size; d += 2 * W) {
-      __m512i key[4];
-      for (int i = 0; i < 4; ++i) {
-        const int8_t* row = keys + u.offsets[t + i] + d;
-        key[i] = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
-      }
-      for (int g = 0; g < G; ++g) {
-        const __m512i q = _mm512_loadu_si512(words[g] + d);
-        for (int i = 0; i < 4; ++i) acc[g][i] = _mm512_dpwssd_epi32(acc[g][i], q, key[i]);
-      }
-    }
-    float scale[4];
-    for (int i = 0; i < 4; ++i) scale[i] = Cache<true>::scale(keys + u.offsets[t + i], a.head_size);
-    const __m128 key_scale = _mm_loadu_ps(scale);
-    for (int g = 0; g < G; ++g) {
-      const __m128 dots = sum4(acc[g][0], acc[g][1], acc[g][2], acc[g][3]);
-      _mm_storeu_ps(scores[g] + t, _mm_mul_ps(_mm_mul_ps(dots, key_scale), _mm_set1_ps(word_scale[g])));
-    }
-  }
-}
-
-// The tile's weights, which hold the values' scales already, become 16-bit integers with a scale for each head. A tile's
-// 64 products of 15 and 7 bits fit an int32.
-template <int G>
-PHL_INLINE void word_values(const AttentionArgs& a, const Unit& u, const float (*weights)[kTile], const float* factor) {
-  const int8_t* values = static_cast<const int8_t*>(u.values);
-  alignas(64) int16_t cells[G][kTile];
-  float unit[G];
-  for (int g = 0; g < G; ++g) {
-    vf top{};
-    for (int64_t t = 0; t < u.count; t += W) top = max(load(weights[g] + t), top);
-    unit[g] = largest(top) / 32767.0f;
-    const float inverse = unit[g] > 0.0f ? 1.0f / unit[g] : 0.0f;
-    for (int64_t t = 0; t < u.count; t += W) {
-      const __m512i whole = _mm512_cvtps_epi32((__m512)(load(weights[g] + t) * inverse));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(cells[g] + t), _mm512_cvtepi32_epi16(whole));
-    }
-  }
-  for (int64_t d = 0; d < a.head_size; d += 2 * W) {
-    __m512i low[G], high[G];
-    for (int g = 0; g < G; ++g) low[g] = high[g] = _mm512_setzero_si512();
-    for (int64_t t = 0; t < u.count; t += 2) {
-      if (d == 0) u.ahead.value_rows(t, t + 2);
-      const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + u.offsets[t] + d));
-      const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + u.offsets[t + 1] + d));
-      const __m512i v_low = _mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(x, y));    // columns 0 to 7, 16 to 23
-      const __m512i v_high = _mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(x, y));  // columns 8 to 15, 24 to 31
-      for (int g = 0; g < G; ++g) {
-        int32_t pair;
-        __builtin_memcpy(&pair, cells[g] + t, 4);
-        const __m512i p = _mm512_set1_epi32(pair);
-        low[g] = _mm512_dpwssd_epi32(low[g], p, v_low);
-        high[g] = _mm512_dpwssd_epi32(high[g], p, v_high);
-      }
-    }
-    for (int g = 0; g < G; ++g) {
-      const __m512i first = _mm512_shuffle_i64x2(low[g], high[g], 0x44), second = _mm512_shuffle_i64x2(low[g], high[g], 0xEE);
-      float* to = u.to[g] + d;
-      store(to, load(to) * factor[g] + (vf)_mm512_cvtepi32_ps(first) * unit[g]);
-      store(to + W, load(to + W) * factor[g] + (vf)_mm512_cvtepi32_ps(second) * unit[g]);
-    }
-  }
-}
-
 #endif
 
 // Offsets of a tile's tokens in the first kv head's part of the pages, padded to a multiple of 4; gives their number.
-PHL_INLINE int64_t tile_offsets(const AttentionArgs& a, const Stretch& of, int64_t width, int64_t begin,
-                                int64_t* offsets) {
+PHL_INLINE int64_t tile_offsets(const AttentionArgs& a, const Stretch& of, int64_t begin, int64_t* offsets) {
   const int64_t left = of.range.end - begin;
   const int64_t count = left < kTile ? left : kTile;
   if (count <= 0) return 0;
-  token_offsets(a, of.row, of.kv_head, width, {begin, begin + count}, offsets);
+  token_offsets(a, of.row, of.kv_head, {begin, begin + count}, offsets);
   for (int64_t t = count; t % 4 != 0; ++t) offsets[t] = offsets[count - 1];
   return count;
 }
 
-template <int G, bool kInt8>
+template <int G>
 struct Stream {
-  using Rows = Cache<kInt8>;
-  using Value = typename Rows::Value;
-
   const AttentionArgs& a;
   StreamJob& job;
   alignas(64) float scores[G][kTile];
-  alignas(64) float value_scale[kTile];
 #if PHL_LEVEL == 2
   const bool paired;
-  alignas(64) Halves halves[kMaxStreamHeads];  // or, for int8, words
-  float word_scale[kMaxStreamHeads];
+  alignas(64) Halves halves[kMaxStreamHeads];
 #endif
 
   PHL_INLINE Stream(const AttentionArgs& a, StreamJob& job)
@@ -352,36 +229,14 @@ struct Stream {
       job.top[h] = kNoScore;
       job.total[h] = 0.0f;
       for (int64_t d = 0; d < a.head_size; d += W) store(job.values[h] + d, vf{});
-    }
 #if PHL_LEVEL == 2
-    for (int64_t h = 0; paired && h < job.kv_heads * G; h += G) {
-      if constexpr (kInt8) {
-        for (int g = 0; g < G; ++g) word_scale[h + g] = query_words(job.q[h + g], a.head_size, words()[h + g]);
-      } else {
-        for (int g = 0; g < G; ++g) {
-          for (int64_t d = 0; d < a.head_size; d += W) store_bf16(halves[h + g] + d, load(job.q[h + g] + d));
-        }
-      }
-    }
+      for (int64_t d = 0; paired && d < a.head_size; d += W) store_bf16(halves[h] + d, load(job.q[h] + d));
 #endif
+    }
   }
-
-#if PHL_LEVEL == 2
-  PHL_INLINE Words* words() { return reinterpret_cast<Words*>(halves); }
-#endif
 
   PHL_INLINE void weigh(const Unit& u, int64_t h, float* factor) {
     for (int g = 0; g < G; ++g) factor[g] = tile_weights(a, scores[g], u.count, job.top[h + g], job.total[h + g]);
-    if constexpr (kInt8) {
-      const auto* values = static_cast<const int8_t*>(u.values);
-      const int64_t padded = (u.count + W - 1) / W * W;
-      for (int64_t t = 0; t < padded; ++t) {
-        value_scale[t] = t < u.count ? Rows::scale(values + u.offsets[t], a.head_size) : 0;
-      }
-      for (int g = 0; g < G; ++g) {
-        for (int64_t t = 0; t < padded; t += W) store(scores[g] + t, load(scores[g] + t) * load(value_scale + t));
-      }
-    }
   }
 
   // Query heads h to h + G - 1 against their unit.
@@ -389,41 +244,34 @@ struct Stream {
     float factor[G];
 #if PHL_LEVEL == 2
     if (paired) {
-      if constexpr (kInt8) {
-        word_scores<G>(a, u, words() + h, word_scale + h, scores);
-        weigh(u, h, factor);
-        word_values<G>(a, u, scores, factor);
-      } else {
-        paired_scores<G>(a, u, halves + h, scores);
-        weigh(u, h, factor);
-        paired_values<G>(a, u, scores, factor);
-      }
+      paired_scores<G>(a, u, halves + h, scores);
+      weigh(u, h, factor);
+      paired_values<G>(a, u, scores, factor);
       return;
     }
 #endif
-    tile_scores<G, kInt8>(a, u, scores);
+    tile_scores<G>(a, u, scores);
     weigh(u, h, factor);
-    tile_values<G, kInt8>(a, u, scores, factor);
+    tile_values<G>(a, u, scores, factor);
   }
 };
 
-template <int G, bool kInt8>
+template <int G>
 void stream(const AttentionArgs& a, StreamJob& job) {
-  using Value = typename Cache<kInt8>::Value;
-  const int64_t width = a.head_size + Cache<kInt8>::kExtra, step = a.page_size * width;
-  const auto* keys = static_cast<const Value*>(a.k_cache);
-  const auto* values = static_cast<const Value*>(a.v_cache);
-  Stream<G, kInt8> work(a, job);
+  const int64_t step = a.page_size * a.head_size;
+  const auto* keys = static_cast<const uint16_t*>(a.k_cache);
+  const auto* values = static_cast<const uint16_t*>(a.v_cache);
+  Stream<G> work(a, job);
   int64_t space[2][kTile];
   int64_t *offsets = space[0], *next_offsets = space[1];
-  int64_t count = tile_offsets(a, job.own, width, job.own.range.begin, offsets);
+  int64_t count = tile_offsets(a, job.own, job.own.range.begin, offsets);
   Ahead ahead{reinterpret_cast<const char*>(keys), reinterpret_cast<const char*>(values), offsets, count,
-              int64_t(sizeof(Value)), width * int64_t(sizeof(Value))};
+              a.head_size * int64_t(sizeof(uint16_t))};
   ahead.key_rows(0, count);
   ahead.value_rows(0, count);
   for (int64_t begin = job.own.range.begin; begin < job.own.range.end; begin += kTile) {
-    int64_t next = tile_offsets(a, job.own, width, begin + kTile, next_offsets);
-    if (next == 0) next = tile_offsets(a, job.guess, width, job.guess.range.begin, next_offsets);
+    int64_t next = tile_offsets(a, job.own, begin + kTile, next_offsets);
+    if (next == 0) next = tile_offsets(a, job.guess, job.guess.range.begin, next_offsets);
     for (int64_t h = 0; h < job.kv_heads; ++h) {
       const bool last = h + 1 == job.kv_heads;
       const int64_t after = last ? 0 : (h + 1) * step;

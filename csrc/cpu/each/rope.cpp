@@ -1,6 +1,7 @@
 // Rotary position embedding (Su et al. 2021) in place, the writing of new tokens' K and V into the paged cache, and both
 // in one op with the heads' norms before them.
-// Caches are [pages, K, S, D] bfloat16, or [pages, K, S, D + 4] int8: D values, then the float32 scale.
+// Caches are [pages, K, S, D] bfloat16, or [pages, K, S, D + 4] int8, laid out as int8_page.h says.
+#include "../int8_page.h"
 #include "../op.h"
 #include "norm_row.h"
 
@@ -80,36 +81,74 @@ PHL_INLINE void store_bf16_row(uint16_t* to, const float* from, int64_t n) {
   for (; i < n; ++i) to[i] = float_to_bf16(from[i]);
 }
 
-// scale = max |x| / 127; a row of zeros has scale 0.
-PHL_INLINE void store_int8_row(int8_t* to, const float* from, int64_t n) {
-  vf top{};
-  int64_t i = 0;
-  for (; i < n; i += W) {
-    const vf x = load_n(from + i, n - i < W ? n - i : W);
-    top = max(top, max(x, -x));
+// scale = max |x| / 127; a row of zeros has scale 0. A NaN is the maximum, so that it is not lost.
+PHL_INLINE float int8_scale(const float* from, int64_t n) {
+  vi top{};
+  for (int64_t i = 0; i < n; i += W) {
+    const vi bits = (vi)load_n(from + i, n - i < W ? n - i : W) & 0x7FFFFFFF;
+    top = bits > top ? bits : top;
   }
-  const float scale = largest(top) / 127.0f;
-  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-  for (i = 0; i < n; ++i) {
-    // Adding 1.5 * 2^23 rounds to nearest even; the product is at most 127 plus a rounding error.
-    const float shifted = from[i] * inverse + 12582912.0f;
-    int32_t bits;
-    __builtin_memcpy(&bits, &shifted, 4);
-    to[i] = int8_t(bits - 0x4B400000);
-  }
-  __builtin_memcpy(to + n, &scale, 4);
+  int32_t most = 0;
+  for (int i = 0; i < W; ++i) most = top[i] > most ? top[i] : most;
+  return __builtin_bit_cast(float, most) / 127.0f;
 }
 
-// The types of cache: elements of a row of n values, and how it is stored.
+// 32 values at most as integers.
+PHL_INLINE void int8_values(const float* from, int64_t n, float inverse, int8_t* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    // Adding 1.5 * 2^23 rounds to nearest even; the product is at most 127 plus a rounding error.
+    to[i] = int8_t(__builtin_bit_cast(int32_t, from[i] * inverse + 12582912.0f) - 0x4B400000);
+  }
+}
+
+// The types of cache: the size of a row of n values, how a token's key and value are stored at `slot` of a page (of one
+// head), and which lines that touches.
 struct Bf16Rows {
   using Value = uint16_t;
   static int64_t width(int64_t n) { return n; }
-  PHL_INLINE static void store(Value* to, const float* from, int64_t n) { store_bf16_row(to, from, n); }
+  PHL_INLINE static void key(Value* page, int64_t, int64_t slot, const float* from, int64_t n) {
+    store_bf16_row(page + slot * n, from, n);
+  }
+  PHL_INLINE static void value(Value* page, int64_t, int64_t slot, const float* from, int64_t n) {
+    store_bf16_row(page + slot * n, from, n);
+  }
+  PHL_INLINE static void fetch(const Value* page, int64_t, int64_t slot, int64_t n) {
+    for (int64_t i = 0; i < n; i += 32) __builtin_prefetch(page + slot * n + i, 1);
+  }
 };
 struct Int8Rows {
   using Value = int8_t;
+  static constexpr int64_t kStep = 32;
   static int64_t width(int64_t n) { return n + 4; }
-  PHL_INLINE static void store(Value* to, const float* from, int64_t n) { store_int8_row(to, from, n); }
+  PHL_INLINE static void key(Value* page, int64_t page_size, int64_t slot, const float* from, int64_t n) {
+    const Int8Slot to(page, page_size, n, slot);
+    const float scale = int8_scale(from, n), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    int8_t row[kStep];
+    for (int64_t d = 0; d < n; d += kStep) {
+      const int64_t count = n - d < kStep ? n - d : kStep;
+      int8_values(from + d, count, inverse, row);
+      for (int i = 0; i < kStep; ++i) row[i] = int8_t(row[i] ^ 0x80);  // + 128
+      for (int64_t i = 0; i < count; i += 4) __builtin_memcpy(to.key(d + i), row + i, 4);
+    }
+    __builtin_memcpy(to.scale(n), &scale, 4);
+  }
+  PHL_INLINE static void value(Value* page, int64_t page_size, int64_t slot, const float* from, int64_t n) {
+    const Int8Slot to(page, page_size, n, slot);
+    const float scale = int8_scale(from, n), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    int8_t row[kStep];
+    for (int64_t d = 0; d < n; d += kStep) {
+      const int64_t count = n - d < kStep ? n - d : kStep;
+      int8_values(from + d, count, inverse, row);
+      // Single bytes: another thread may be writing the other tokens of the four.
+      for (int64_t i = 0; i < count; ++i) *to.value(d + i, n) = row[i];
+    }
+    __builtin_memcpy(to.scale(n), &scale, 4);
+  }
+  PHL_INLINE static void fetch(const Value* page, int64_t page_size, int64_t slot, int64_t n) {
+    const int64_t tokens = block_tokens(page_size);
+    const Value* block = page + slot / tokens * tokens * (n + 4);
+    for (int64_t i = 0; i < tokens * (n + 4); i += 64) __builtin_prefetch(block + i, 1);
+  }
 };
 
 template <class Rows>
@@ -120,9 +159,10 @@ PHL_INLINE void write_tokens(const WriteKvArgs& a, Team& team) {
     for (int64_t token = begin; token < end; ++token) {
       const int64_t page = a.slots[token] / a.page_size, offset = a.slots[token] % a.page_size;
       for (int64_t head = 0; head < a.kv_heads; ++head) {
-        const int64_t at = page * a.page_stride + (head * a.page_size + offset) * Rows::width(a.head_size);
-        Rows::store(static_cast<Value*>(a.k_cache) + at, a.k + token * a.k_token + head * a.k_head, a.head_size);
-        Rows::store(static_cast<Value*>(a.v_cache) + at, a.v + token * a.v_token + head * a.v_head, a.head_size);
+        const int64_t at = page * a.page_stride + head * a.page_size * Rows::width(a.head_size);
+        const float *k = a.k + token * a.k_token + head * a.k_head, *v = a.v + token * a.v_token + head * a.v_head;
+        Rows::key(static_cast<Value*>(a.k_cache) + at, a.page_size, offset, k, a.head_size);
+        Rows::value(static_cast<Value*>(a.v_cache) + at, a.page_size, offset, v, a.head_size);
       }
     }
   });
@@ -154,12 +194,6 @@ PHL_INLINE void norm_and_turn(float* x, const float* weight, int64_t size, float
   else turn_halves(x, cos, cos + half, half);
 }
 
-template <class Value>
-PHL_INLINE void prefetch_row(const void* cache, int64_t at, int64_t width) {
-  const Value* row = static_cast<const Value*>(cache) + at;
-  for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(Value))) __builtin_prefetch(row + i, 1);
-}
-
 // `a` is a copy: its fields stay in registers, whatever the stores might point to.
 template <class Rows, bool kNorm, bool kInterleaved>
 PHL_INLINE void rope_and_write(const RopeWriteKvArgs a, Team& team) {
@@ -168,20 +202,21 @@ PHL_INLINE void rope_and_write(const RopeWriteKvArgs a, Team& team) {
   const int64_t per_token = (a.heads + 3 * a.kv_heads) * size;
   const float eps = float(a.eps);
   team.split(a.tokens, (kGrain + per_token - 1) / per_token, [=](int64_t begin, int64_t end) {
-    // Where the token's first row goes; its rows in the caches are cold, so they are fetched one token ahead.
-    const auto place = [=](int64_t token) {
-      const int64_t page = a.slots[token] / a.page_size, offset = a.slots[token] % a.page_size;
-      const int64_t first = page * a.page_stride + offset * width;
-      for (int64_t head = 0; head < a.kv_heads; ++head) {
-        prefetch_row<Value>(a.k_cache, first + head * a.page_size * width, width);
-        prefetch_row<Value>(a.v_cache, first + head * a.page_size * width, width);
+    // A token's rows in the caches are cold, so they are fetched one token ahead.
+    const int64_t page_bytes = a.page_size * width;
+    const auto place = [=](int64_t token) { return a.slots[token] / a.page_size * a.page_stride; };
+    const auto fetch = [=](int64_t token) {
+      int64_t at = place(token);
+      for (int64_t head = 0; head < a.kv_heads; ++head, at += page_bytes) {
+        Rows::fetch(static_cast<const Value*>(a.k_cache) + at, a.page_size, a.slots[token] % a.page_size, size);
+        Rows::fetch(static_cast<const Value*>(a.v_cache) + at, a.page_size, a.slots[token] % a.page_size, size);
       }
-      return first;
     };
-    int64_t next = place(begin);
+    fetch(begin);
     for (int64_t token = begin; token < end; ++token) {
-      int64_t at = next;
-      if (token + 1 < end) next = place(token + 1);
+      if (token + 1 < end) fetch(token + 1);
+      int64_t at = place(token);
+      const int64_t slot = a.slots[token] % a.page_size;
       const float* cos = a.cos_sin + position_of(a.positions, a.position64, token) * 2 * half;
       float* q = a.q + token * a.q_token;
       for (int64_t head = 0; head < a.heads; ++head, q += a.q_head) {
@@ -189,10 +224,10 @@ PHL_INLINE void rope_and_write(const RopeWriteKvArgs a, Team& team) {
       }
       float* k = a.k + token * a.k_token;
       const float* v = a.v + token * a.v_token;
-      for (int64_t head = 0; head < a.kv_heads; ++head, k += a.k_head, v += a.v_head, at += a.page_size * width) {
+      for (int64_t head = 0; head < a.kv_heads; ++head, k += a.k_head, v += a.v_head, at += page_bytes) {
         norm_and_turn<kNorm, kInterleaved>(k, a.k_norm, size, eps, cos, half);
-        Rows::store(static_cast<Value*>(a.k_cache) + at, k, size);
-        Rows::store(static_cast<Value*>(a.v_cache) + at, v, size);
+        Rows::key(static_cast<Value*>(a.k_cache) + at, a.page_size, slot, k, size);
+        Rows::value(static_cast<Value*>(a.v_cache) + at, a.page_size, slot, v, size);
       }
     }
   });

@@ -1,6 +1,7 @@
 // One linear layer over a panel of rows: where activations go, which blocks a thread takes, what happens to results.
 #pragma once
 
+#include "../each/norm_row.h"
 #include "kernels.h"
 
 namespace phl {
@@ -51,7 +52,7 @@ struct Rows {
   }
 };
 
-// The input of a layer: x, or x + addend, or the RMS norm of either. `sum` receives x + addend.
+// The input of a layer: x, or x + addend, or the RMS norm of either. `sum` receives x + addend, if there is an addend.
 struct Input {
   const float *x, *addend, *norm;
   float* sum;
@@ -75,17 +76,10 @@ struct Input {
 
   // 1 / root mean square of a row. Also writes the sum.
   PHL_INLINE float inverse_rms(int64_t row, bool write_sum) const {
-    F squares = Vec::zero();
-    float space[kChunk];
-    for (int64_t at = 0; at < n; at += kChunk) {
-      const float* v = chunk(row, at, space);
-      squares = Vec::fma(Vec::loadf(v), Vec::loadf(v), squares);
-      squares = Vec::fma(Vec::loadf(v + 16), Vec::loadf(v + 16), squares);
-      if (write_sum && sum != nullptr) {
-        std::memcpy(sum + row * sum_stride + at, v, 4 * (n - at < kChunk ? n - at : kChunk));
-      }
-    }
-    return 1.0f / __builtin_sqrtf(Vec::sum(squares) / static_cast<float>(n) + eps);
+    const float* p = x + row * x_stride;
+    if (addend == nullptr) return row_scale<false>(p, nullptr, nullptr, n, eps);
+    float* total = write_sum && sum != nullptr ? sum + row * sum_stride : nullptr;
+    return row_scale<true>(p, addend + row * addend_stride, total, n, eps);
   }
 };
 

@@ -45,8 +45,13 @@ class Backend:
             return f"runs on CPU tensors, not on {need.device.type}"
         if need.kv_dtype.itemsize == 1 and need.kv_dtype.is_floating_point:
             return f"keeps no KV cache of type {need.kv_dtype}"
-        if not need.kv_dtype.is_floating_point and not self.native:
+        if need.kv_dtype.is_floating_point:
+            return None
+        if not self.native:
             return f"the op table {self.ops.name!r} keeps no KV cache of type {need.kv_dtype}"
+        odd = [size for size in {spec.head_size for spec in need.specs} if size % 4]
+        if odd or (need.page_size or self.page_size) % 4:
+            return f"a KV cache of type {need.kv_dtype} takes head sizes and page sizes that are multiples of 4"
         return None
 
     def begin(self, batch: PagedBatch, pool: KVPool) -> AttentionStep:

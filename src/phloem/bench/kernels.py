@@ -335,10 +335,9 @@ def _attention(ops: Ops, o: Options) -> list[Case]:
         batch, pages = _paged(lengths, queries)
         q = torch.randn(sum(queries), o.heads, size)
         shape = (pages, o.kv_heads, 16, size + 4 * (kind == torch.int8))
-        caches = [torch.randint(0, 50, shape).to(kind) for _ in "kv"]
-        if kind == torch.int8:
-            for cache in caches:
-                cache[..., -4:] = torch.tensor([0.01]).view(torch.int8)
+        caches = [torch.zeros(shape, dtype=kind) for _ in "kv"]
+        slots = torch.arange(pages * 16, dtype=torch.int32)
+        ops.write_kv(*(torch.randn(len(slots), o.kv_heads, size) for _ in "kv"), *caches, slots)
         pairs = sum(n * length - n * (n - 1) / 2 for n, length in zip(queries, lengths, strict=True))
         read = sum(lengths) * 2 * o.kv_heads * shape[3] * kind.itemsize
         decode = max(queries) == 1
@@ -348,7 +347,7 @@ def _attention(ops: Ops, o: Options) -> list[Case]:
                 partial(ops.paged_attention, q, caches[0], caches[1], batch, scale, 0, 0.0, None),
                 float(read),
                 4.0 * o.heads * size * pairs,
-                "" if decode else "bf16",
+                "" if decode else "int8" if kind == torch.int8 else "bf16",
             )
         )
 

@@ -88,7 +88,7 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     model = models.load_model(checkpoint, built_in, _progress(checkpoint.name))
     phase.end("weights")
 
-    kv_dtype = _kv_dtype(config, dtype)
+    kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _kv_dtype(config, dtype)
     scales = _kv_scales(config, checkpoint, model, kv_dtype, decisions)
     backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
     page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
@@ -136,12 +136,15 @@ def _backend(
     """The attention backend: the named one, or the platform's first that accepts."""
     width = max((len(k) for k, _ in scales.values()), default=0)
     need = AttentionNeed(model.attention_specs, kv_dtype, platform.device, config.cache.page_size, width)
-    known = attention.BACKENDS.names()
-    names = [name for name in platform.attention_backends() if name in known]
-    choice = attention.choose(names, need, ops, named=config.runtime.attention_backend)
+    choice = attention.choose(_backend_names(platform), need, ops, named=config.runtime.attention_backend)
     why = "; ".join([choice.reason, *(f"not {name}: {reason}" for name, reason in choice.declined.items())])
     decisions.append(Decision("attention_backend", choice.backend.name, why))
     return choice.backend
+
+
+def _backend_names(platform: Platform) -> list[str]:
+    known = attention.BACKENDS.names()
+    return [name for name in platform.attention_backends() if name in known]
 
 
 def _take(decisions: list[Decision], decision: Decision) -> Any:
@@ -179,13 +182,32 @@ def _kv_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
     return _KV_DTYPES[name]
 
 
+def _eight_bits(
+    config: Config, checkpoint: Checkpoint, model: Model, platform: Platform, ops: Ops
+) -> torch.dtype | None:
+    """The type that keeps keys and values in 8 bits unasked: where the weights have about as few, nobody has named a
+    type, and the platform's attention computes on such a cache, faster and in half the memory."""
+    few = config.model.quantization is not None or checkpoint.quantised
+    asked = config.cache.kv_cache_dtype != "auto" or config.model.dtype != "auto"
+    kind = platform.quantised_kv_dtype
+    if kind is None or asked or not few:
+        return None
+    need = AttentionNeed(model.attention_specs, kind, platform.device, config.cache.page_size)
+    try:
+        attention.choose(_backend_names(platform), need, ops, named=config.runtime.attention_backend)
+    except ConfigError:
+        return None
+    return kind
+
+
 def _kv_scales(
     config: Config, checkpoint: Checkpoint, model: Model, kv_dtype: torch.dtype, decisions: list[Decision]
 ) -> dict[int, LayerScales]:
     """The checkpoint's scales where the KV cache is float8; layers without any keep their values as they are."""
     name, asked = str(kv_dtype).removeprefix("torch."), config.cache.kv_cache_dtype
     if asked != FP8:
-        why = "the type of the model" if asked == "auto" else "as asked"
+        eight = kv_dtype.itemsize == 1 and asked == "auto"
+        why = "as the weights are quantised" if eight else "the type of the model" if asked == "auto" else "as asked"
         if checkpoint.kv_scheme == FP8:
             why += f"; the checkpoint brings scales for {FP8}, which --kv-cache-dtype {FP8} uses"
         decisions.append(Decision("kv_cache_dtype", name, why))

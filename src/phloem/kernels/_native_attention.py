@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phloem.kernels._native_basic import cache_stride, heads_of
+from phloem.kernels._native_basic import cache_stride, check_fours, heads_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,8 @@ def ops(rt: Runtime) -> dict[str, Any]:
         _, kv_heads, page_size, width = k_cache.shape
         rows, pages = batch.page_table.shape
         handle = HANDLES.get(k_cache.dtype)
+        if k_cache.dtype == torch.int8:
+            check_fours(size, page_size)
         if handle is None or width != size + 4 * (k_cache.dtype == torch.int8) or heads % kv_heads:
             raise ValueError(f"cache {k_cache.dtype} {list(k_cache.shape)} does not fit queries {list(q_THD.shape)}")
         _check(batch, rows)

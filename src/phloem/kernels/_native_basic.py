@@ -140,9 +140,17 @@ def rotated_half(cos_sin: Tensor, size: int) -> int:
     return half
 
 
+def check_fours(size: int, page_size: int) -> None:
+    """An int8 cache keeps four values, or four tokens, beside each other."""
+    if size % 4 or page_size % 4:
+        raise ValueError(f"int8 caches take head sizes and page sizes that are multiples of 4, not {size}, {page_size}")
+
+
 def writer(handles: dict[torch.dtype, int], k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, slots_T: Tensor) -> int:
     """The op that writes such keys and values into such a cache."""
     handle, size = handles.get(k_cache.dtype), k_TKD.shape[2]
+    if k_cache.dtype == torch.int8:
+        check_fours(size, k_cache.shape[2])
     fits = k_cache.shape[3] == size + 4 * (k_cache.dtype == torch.int8) and slots_T.dtype == torch.int32
     if handle is None or not fits or v_TKD.shape != k_TKD.shape:
         raise ValueError(

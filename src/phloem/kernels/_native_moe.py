@@ -15,7 +15,7 @@ import torch
 
 from phloem.core.errors import ModelLoadError
 from phloem.kernels._native_basic import rows_of
-from phloem.kernels.native_linear import ALONE, HALF, INT8, SINGLE, TILE_CHUNK, NativeLinear, PackedLinear
+from phloem.kernels.native_linear import HALF, INT8, SINGLE, TILE_CHUNK, NativeLinear, PackedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from phloem.kernels._native_runtime import Runtime
     from phloem.kernels.ops import WeightSource
 
+ALONE = 16384  # up to this many inputs in all, each thread prepares them for itself
 PANEL_BYTES = 128 << 20  # what one panel of tokens may take of the workspace
 ACTIVE_BYTES = 32  # a row of the table of experts that have tokens
 

@@ -18,8 +18,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from phloem.core.errors import ModelLoadError
+from phloem.kernels._native_basic import norm_weight, rows_of
 from phloem.kernels._native_basic import ops as basic_ops
-from phloem.kernels._native_basic import rows_of
 from phloem.utils.memory import zeros
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ INT8, HALF, SINGLE = 1, 2, 4  # forms of the activations
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2}
 TILE_CHUNK = 768  # workspace of one unpacked block per 32 inputs, at most
 PANEL_BYTES = 384 << 10  # activations of one panel of rows: well within a second-level cache
-ALONE = 16384  # up to this many inputs in all, each thread prepares them for itself
 SLAB = 32 << 20
 
 
@@ -261,6 +260,32 @@ class NativeLinear:
             return self.fused(x, weight, bias, activation=activation)[0]
         return self.gates[activation](self.linear(x, weight, bias))
 
+    def norm_linear(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm: Tensor,
+        eps: float,
+        weight: PackedLinear,
+        bias: Tensor | None,
+        activation: str,
+    ) -> tuple[Tensor, Tensor]:
+        """(linear or gated linear of norm(x + residual), x + residual): rows are normalised as they are quantised."""
+        inside = activation if weight.paired else ""
+        out, total = self.fused(x, weight, bias, addend=residual, norm=norm, eps=eps, activation=inside)
+        if activation and not inside:
+            out = self.gates[activation](out)
+        return out, x if total is None else total
+
+    def linear_add(
+        self, x: Tensor, weight: PackedLinear, bias: Tensor | None, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """(x W^T + bias + residual, None) for one row: each thread adds where it has just written. For more rows
+        (x W^T + bias, residual): adding column by column is slower than by the norm, which reads whole rows."""
+        if x.shape[0] == 1:
+            return self.fused(x, weight, bias, residual=residual)[0], None
+        return self.linear(x, weight, bias), residual
+
     def fused(
         self,
         x: Tensor,
@@ -284,6 +309,11 @@ class NativeLinear:
             if not weight.paired:
                 raise ValueError("a gated activation needs a weight of two equal parts")
             columns //= 2
+        norm_data = None if norm is None else norm_weight(norm, n)
+        if addend is not None and addend.shape != x.shape:
+            raise ValueError(f"cannot add {list(addend.shape)} to {list(x.shape)}")
+        if residual is not None and residual.shape != (*x.shape[:-1], columns):
+            raise ValueError(f"cannot add residual {list(residual.shape)} to {[*x.shape[:-1], columns]}")
         add_TN = None if addend is None else rows_of(addend)
         total = None if addend is None else self.rt.empty(x.shape)
         res_TM = None if residual is None else rows_of(residual)
@@ -291,7 +321,7 @@ class NativeLinear:
         plan = self._plan(rows, weight)
         self.rt.call(
             self.LINEAR, self._work(rows, weight),
-            x_TN.data_ptr(), _pointer(add_TN), _pointer(norm), _pointer(total),
+            x_TN.data_ptr(), _pointer(add_TN), norm_data, _pointer(total),
             weight.segments.data_ptr(), self._bias(bias, weight), _pointer(res_TM),
             out.data_ptr(), plan.space.data_ptr(),
             rows, n, x_TN.stride(0), _stride(add_TN), n, columns, _stride(res_TM),
@@ -338,7 +368,7 @@ class NativeLinear:
         row += padded * 4 + 64 if weight.forms & SINGLE else 0
         panel = min(rows, max(48, min(512, PANEL_BYTES // row)))
         tile = 2 * (padded // 32 * TILE_CHUNK + 64)
-        alone = rows * padded <= ALONE
+        alone = rows == 1  # from two on, preparing all of them for itself takes a thread longer than a barrier
         size = threads * (tile + extra) + row * (threads * rows if alone else 2 * panel)
         return _Plan(panel, tile, int(alone), threads, self.workspace.take(size, self.rt))
 
@@ -368,5 +398,5 @@ def _runs(read: list[_Part], sizes: list[int]) -> list[list[int]]:
 
 def ops(native: NativeLinear) -> dict[str, Any]:
     """The table's entries."""
-    names = ("prepare_linear", "linear", "embedding", "gated_linear", "linear_argmax")
+    names = ("prepare_linear", "linear", "embedding", "gated_linear", "linear_argmax", "norm_linear", "linear_add")
     return {name: getattr(native, name) for name in names}

@@ -88,6 +88,14 @@ class Ops:
     # -> activation(gate) * up [T, M]. linear_argmax: the first largest of each row of x W^T, int32 [T].
     gated_linear: Callable[[Tensor, Any, Tensor | None, str], Tensor] | None = None
     linear_argmax: Callable[[Tensor, Any], Tensor] | None = None
+    # x, residual (None: none), norm weight, eps, weight, bias, activation ("": none, else as in gated_linear) ->
+    # (linear or gated_linear of norm(x + residual), x + residual).
+    norm_linear: (
+        Callable[[Tensor, Tensor | None, Tensor, float, Any, Tensor | None, str], tuple[Tensor, Tensor]] | None
+    ) = None
+    # x, weight, bias, residual -> (linear + residual, None), or (linear, residual) where the norm behind it adds them
+    # for less.
+    linear_add: Callable[[Tensor, Any, Tensor | None, Tensor], tuple[Tensor, Tensor | None]] | None = None
     embedding: Callable[[Tensor, Any, float], Tensor] = ref.embedding  # ids[T], weight[V, N], scale -> [T, N]
 
     # Elementwise and norms. `rms_norm` works on the last axis of [T, N] or [T, H, D].

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from phloem.layers.context import AttentionSpec
 
-SCALE_BYTES = 4  # an int8 entry is followed by its float32 scale
+SCALE_BYTES = 4  # an int8 entry has a float32 scale
 
 
 def entry_size(head_size: int, dtype: torch.dtype) -> int:
@@ -51,7 +51,8 @@ class KVScales:
 
 
 class KVPool:
-    """`keys[layer]` and `values[layer]`: `[pages, K, S, D]`; with int8, D + 4 (the values, then their scale).
+    """`keys[layer]` and `values[layer]`: `[pages, K, S, D]`; with int8, `[pages, K, S, D + 4]`: values and scales of a
+    page, in the order that csrc/cpu/int8_page.h describes.
 
     `scales[layer]`, where there are any: what a backend divides by when it writes, and multiplies with when it reads.
 

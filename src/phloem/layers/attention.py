@@ -46,10 +46,12 @@ class SelfAttention(Layer):
         self.q_norm = RMSNorm(ctx.child("q_norm"), size, qk_eps, norm_shift) if normed else None
         self.k_norm = RMSNorm(ctx.child("k_norm"), size, qk_eps, norm_shift) if normed else None
 
-    def attend(self, x_TN: Tensor, step: ForwardBatch) -> Tensor:
-        """Everything before the output projection: [T, hidden_size] -> [T, heads * head_size]."""
+    def attend(
+        self, norm: RMSNorm, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        """Everything before the output projection, of norm(x + residual): ([T, heads * head_size], x + residual)."""
         spec = self.spec
-        qkv = self.qkv(x_TN)
+        qkv, total_TN = self.qkv.normed(norm, x_TN, residual_TN)
         q_THD = qkv[:, : self.q_end].unflatten(-1, (spec.heads, spec.head_size))
         k_TKD = qkv[:, self.q_end : self.k_end].unflatten(-1, (spec.kv_heads, spec.head_size))
         v_TKD = qkv[:, self.k_end :].unflatten(-1, (spec.kv_heads, spec.head_size))
@@ -59,4 +61,4 @@ class SelfAttention(Layer):
         else:
             rotation = self.rope.at(step.positions)
         out_THD = step.attention(spec, q_THD, k_TKD, v_TKD, None, rotation)
-        return out_THD.view(-1, self.q_end)
+        return out_THD.view(-1, self.q_end), total_TN

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.layers.context import BuildContext
+    from phloem.layers.norm import RMSNorm
 
 
 class GatedMLP(Layer):
@@ -24,13 +25,12 @@ class GatedMLP(Layer):
         if activation not in acts:
             raise ModelLoadError(f"unknown activation {activation!r} (hidden_act); known: {', '.join(sorted(acts))}")
         self.activation = acts[activation]
-        self.act = ctx.ops.silu_and_mul if self.activation == "silu" else ctx.ops.gelu_tanh_and_mul
-        self.gated_linear = ctx.ops.gated_linear
         self.gate_up = Linear(ctx, hidden_size, {"gate_proj": inner_size, "up_proj": inner_size}, bias=bias)
         self.down = Linear(ctx, inner_size, {"down_proj": hidden_size}, bias=bias)
 
-    def __call__(self, x_TN: Tensor) -> Tensor:
-        if self.gated_linear is None:
-            return self.down(self.act(self.gate_up(x_TN)))
-        bias = None if self.gate_up.bias is None else self.gate_up.bias.value
-        return self.down(self.gated_linear(x_TN, self.gate_up.weight.value, bias, self.activation))
+    def __call__(
+        self, norm: RMSNorm, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block of norm(x + residual), and x + residual; with `add` perhaps already summed: (sum, None)."""
+        hidden, total_TN = self.gate_up.normed(norm, x_TN, residual_TN, self.activation)
+        return self.down.add(hidden, total_TN) if add else (self.down(hidden), total_TN)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.layers.context import BuildContext
+    from phloem.layers.norm import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,17 @@ class SparseMLP(Layer):
         self.gate_up = _stack(gate_up, (inner, hidden_size), config.count)
         self.down = _stack([expert.child("down_proj").name for expert in experts], (hidden_size, inner), config.count)
 
-    def __call__(self, x_TN: Tensor) -> Tensor:
+    def __call__(
+        self, norm: RMSNorm, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `GatedMLP`, and never summed: router and experts both read the normed input, the sum is not theirs."""
+        del add
         config = self.config
-        return self.ops.moe(
+        x_TN, residual_TN = norm.add(x_TN, residual_TN)
+        out = self.ops.moe(
             x_TN, self.router(x_TN), self.gate_up.value, self.down.value, config.per_token, config.renormalise
         )
+        return out, residual_TN
 
 
 def _stack(names: list[str], shape: tuple[int, int], experts: int) -> Weight:

@@ -23,6 +23,8 @@ class RMSNorm(Layer):
     def __call__(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight.value, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual)."""
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual); without residual (norm(x), x)."""
+        if residual is None:
+            return self(x), x
         return self.ops.add_rms_norm(x, residual, self.weight.value, self.eps)

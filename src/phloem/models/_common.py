@@ -103,7 +103,8 @@ def layer_types(config: dict[str, Any], sliding: list[bool]) -> list[bool]:
 
 
 class DecoderLayer(Layer):
-    """Attention and MLP, each behind a norm. Takes and gives (what the last block computed, residual)."""
+    """Attention and MLP, each behind a norm. Takes and gives (what the last block computed, residual), or their sum
+    and None."""
 
     def __init__(
         self, ctx: BuildContext, config: DecoderConfig, spec: AttentionSpec, rope: Rope, experts: ExpertsConfig | None
@@ -131,27 +132,21 @@ class DecoderLayer(Layer):
         else:
             self.mlp = GatedMLP(ctx.child("mlp"), size, config.inner_size, config.activation, bias=config.mlp_bias)
 
-    def __call__(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor | None]:
         return self.feed(*self.attend(x_TN, residual_TN, step))
 
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         """Up to and with attention: (its output [T, heads * head_size], residual)."""
-        if residual_TN is None:
-            normed, residual_TN = self.input_norm(x_TN), x_TN
-        else:
-            normed, residual_TN = self.input_norm.add(x_TN, residual_TN)
-        return self.attention.attend(normed, step), residual_TN
+        return self.attention.attend(self.input_norm, x_TN, residual_TN, step)
 
-    def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor]:
+    def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
         """From attention's output on, row by row."""
-        out = self.attention.out(out)
-        if self.attention_norm is not None:
-            out = self.attention_norm(out)
-        normed, residual_TN = self.mlp_norm.add(out, residual_TN)
-        out = self.mlp(normed)
-        if self.output_norm is not None:
-            out = self.output_norm(out)
-        return out, residual_TN
+        if self.attention_norm is not None and self.output_norm is not None:
+            out = self.attention_norm(self.attention.out(out))
+            out, total_TN = self.mlp(self.mlp_norm, out, residual_TN, add=False)
+            return self.output_norm(out), total_TN
+        out, rest_TN = self.attention.out.add(out, residual_TN)
+        return self.mlp(self.mlp_norm, out, rest_TN, add=True)
 
 
 class Decoder(Layer):
@@ -206,8 +201,7 @@ class Decoder(Layer):
         """What `forward` gives, from what `trunk` gave, for the rows `keep_L` alone (None: all)."""
         if keep_L is not None:
             out, residual_TN = self.ops.select_rows(out, keep_L), self.ops.select_rows(residual_TN, keep_L)
-        x_TN, residual_TN = self.layers[-1].feed(out, residual_TN)
-        return self.norm.add(x_TN, residual_TN)[0]
+        return self.norm.add(*self.layers[-1].feed(out, residual_TN))[0]
 
     def greedy(self, hidden_LD: Tensor) -> Tensor:
         """The most likely token of each row, integer [L]."""

@@ -30,6 +30,7 @@ class Platform:
     default_chunk = 1024
     default_mixed_chunk = 256
     worthwhile_chunk = 32
+    quantised_kv_dtype = torch.int8  # of the KV cache beside quantised weights
     streams = None
 
     def __init__(self, threads: int | None) -> None:

@@ -68,6 +68,7 @@ class Platform:
     default_chunk = 8192
     default_mixed_chunk = 2048
     worthwhile_chunk = 1024
+    quantised_kv_dtype = None
 
     def __init__(self, threads: int | None) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())

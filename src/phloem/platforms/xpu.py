@@ -28,6 +28,7 @@ class Platform:
     default_chunk = 4096
     default_mixed_chunk = 1024
     worthwhile_chunk = 512
+    quantised_kv_dtype = None
     streams = None
 
     def __init__(self, threads: int | None) -> None:

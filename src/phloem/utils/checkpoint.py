@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import struct
 from dataclasses import dataclass, field, replace
@@ -66,6 +67,16 @@ class Checkpoint:
     architectures: tuple[str, ...]
     files: tuple[Path, ...] = field(default=())  # the safetensors files, all of them present and well-formed
     kv_scheme: str | None = None  # the type of KV cache that it brings scales for
+
+    @property
+    def quantised(self) -> bool:
+        """Whether its matrices, or most of them, are stored in 8 bits or fewer."""
+        if self.gguf is None:
+            return False
+        sizes = [
+            (info.kind not in ("F32", "F16", "BF16"), math.prod(info.shape)) for info in self.gguf.tensors.values()
+        ]
+        return 2 * sum(size for few, size in sizes if few) > sum(size for _, size in sizes)
 
 
 def describe(

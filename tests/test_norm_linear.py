@@ -1,0 +1,176 @@
+"""A norm inside the linear layer behind it, and a residual inside the one before it: the bits of the separate ops."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from linear_cases import levels, make_source, needs_native
+from test_models import PROMPT, VARIANTS, Engine
+
+from phloem.kernels import native
+from phloem.kernels import reference as ref
+from phloem.kernels.ops import Ops
+from phloem.layers.context import BuildContext
+from phloem.layers.linear import Linear
+from phloem.layers.norm import RMSNorm
+from phloem.testing.checkpoints import tiny_checkpoint
+
+pytestmark = needs_native
+CPU = torch.device("cpu")
+EPS = 1e-5
+FAMILIES = ["llama-tied", "llama-bias", "qwen2", "qwen3-bias", "mistral", "qwen3_moe-dense-layer", "gemma3_text-caps"]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=[(level, threads) for level in levels() for threads in (1, 2)], ids=str)
+def ops(request: Any) -> Iterator[Ops]:
+    level, threads = request.param
+    yield native.table(threads, level)
+    native.runtime().library.set_level(None)
+
+
+def apart(table: Ops) -> Ops:
+    """The same kernels without the fused ops."""
+    return dataclasses.replace(table, norm_linear=None, linear_add=None)
+
+
+@pytest.mark.parametrize("kinds", [("Q4_1", "Q4_1"), ("Q4_K", "Q6_K"), ("dense", "dense")])
+@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+@pytest.mark.parametrize("activation", ["", "silu", "gelu_tanh"])
+def test_norm_inside_gives_the_bits_of_one_before(ops: Ops, kinds: tuple[str, str], rows: int, activation: str) -> None:
+    blocks = 2 if kinds[0] == "Q4_K" else 5
+    weight = ops.prepare_linear([make_source(kind, 32, blocks, i) for i, kind in enumerate(kinds)], torch.bfloat16, CPU)
+    n = weight.in_features
+    x, norm = random(rows, n + 3)[:, :n], random(n, seed=1)
+    bias = random(64, seed=2) if rows != 2 else None
+    assert ops.norm_linear is not None and ops.gated_linear is not None
+    for residual in (None, random(rows, n, seed=3)):
+        got, total = ops.norm_linear(x, residual, norm, EPS, weight, bias, activation)
+        want_total = x if residual is None else x + residual
+        normed = ops.rms_norm(want_total, norm, EPS)
+        if residual is not None:
+            assert torch.equal(ops.add_rms_norm(x, residual, norm, EPS)[0], normed)
+        want = ops.gated_linear(normed, weight, bias, activation) if activation else ops.linear(normed, weight, bias)
+        assert torch.equal(got, want) and torch.equal(total, want_total)
+        torch.testing.assert_close(normed, ref.rms_norm(want_total, norm, EPS), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 15, 33, 70, 111, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_widths_that_fill_no_vector(ops: Ops, columns: int, dtype: torch.dtype) -> None:
+    source = dataclasses.replace(make_source("dense", 20, 4, 1), shape=(20, columns))
+    source.values = random(20, columns, seed=9)
+    weight = ops.prepare_linear([source], dtype, CPU)
+    x, residual, norm = random(3, columns), random(3, columns, seed=1), random(columns, seed=2)
+    assert ops.norm_linear is not None
+    got, total = ops.norm_linear(x, residual, norm, EPS, weight, None, "")
+    normed, want_total = ops.add_rms_norm(x, residual, norm, EPS)
+    assert torch.equal(got, ops.linear(normed, weight, None)) and torch.equal(total, want_total)
+    one = ops.norm_linear(x[1:2], residual[1:2], norm, EPS, weight, None, "")
+    assert torch.equal(one[0], got[1:2]) and torch.equal(one[1], total[1:2])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_residual_after(ops: Ops, rows: int) -> None:
+    weight = ops.prepare_linear([make_source("Q4_0", 40, 3, 1)], torch.bfloat16, CPU)
+    x, residual, bias = random(rows, 96), random(rows, 40, seed=1), random(40, seed=2)
+    assert ops.linear_add is not None
+    for added in (None, bias):
+        got, rest = ops.linear_add(x, weight, added, residual)
+        assert (rest is None) == (rows == 1)
+        assert torch.equal(got if rest is None else got + rest, ops.linear(x, weight, added) + residual)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    ops = native.table(1)
+    weight = ops.prepare_linear([make_source("Q4_0", 40, 3, 1)], torch.bfloat16, CPU)
+    x = random(1, 96)
+    assert ops.norm_linear is not None and ops.linear_add is not None
+    with pytest.raises(ValueError, match=r"cannot add \[2, 96\]"):
+        ops.norm_linear(x, random(2, 96), random(96), EPS, weight, None, "")
+    with pytest.raises(TypeError, match="norm weight"):
+        ops.norm_linear(x, None, random(95), EPS, weight, None, "")
+    with pytest.raises(ValueError, match=r"residual \[1, 96\] to \[1, 40\]"):
+        ops.linear_add(x, weight, None, x)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_layers_decide_in_one_place(fused: bool) -> None:
+    """A table with the fused ops is asked for them, any other for one op after the other."""
+    calls: list[str] = []
+
+    def noted(name: str, op: Any) -> Any:
+        return lambda *args: (calls.append(name), op(*args))[1]
+
+    def norm_linear(x: Any, residual: Any, norm: Any, eps: float, weight: Any, bias: Any, activation: str) -> Any:
+        total = x if residual is None else x + residual
+        return ref.linear(ref.rms_norm(total, norm, eps), weight, bias), total
+
+    plain = ("rms_norm", "add_rms_norm", "linear")
+    table = Ops(**{name: noted(name, getattr(ref, name)) for name in plain})
+    if fused:
+        table = dataclasses.replace(
+            table,
+            norm_linear=noted("norm_linear", norm_linear),
+            linear_add=noted("linear_add", lambda x, weight, bias, residual: (x @ weight.T + residual, None)),
+        )
+    ctx = BuildContext(table, torch.float32, CPU)
+    norm, linear = RMSNorm(ctx.child("norm"), 6, EPS), Linear(ctx, 6, {"out": 6})
+    norm.weight.value, linear.weight.value = random(6), random(6, 6, seed=1)
+    x, residual = random(2, 6, seed=2), random(2, 6, seed=3)
+    outs = [*linear.normed(norm, x, residual), *linear.normed(norm, x, None)]
+    want, total = ref.add_rms_norm(x, residual, norm.weight.value, EPS)
+    torch.testing.assert_close(outs[0], want @ linear.weight.value.T)
+    torch.testing.assert_close(outs[2], ref.rms_norm(x, norm.weight.value, EPS) @ linear.weight.value.T)
+    assert torch.equal(outs[1], total) and outs[3] is x
+    y, rest = linear.add(x, residual)
+    torch.testing.assert_close(y if rest is None else y + rest, x @ linear.weight.value.T + residual)
+    separate = ["add_rms_norm", "linear", "rms_norm", "linear", "linear"]
+    assert calls == (["norm_linear", "norm_linear", "linear_add"] if fused else separate)
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_models_give_the_same_bits(variant: str, threads: int, tmp_path: Path) -> None:
+    """Prompts, single rows and batches of every family."""
+    family, overrides = VARIANTS[variant]
+    path = tiny_checkpoint(family, tmp_path, **overrides)
+    table = native.table(threads)
+    norms: list[bool] = []
+    assert table.norm_linear is not None
+    fused_op = table.norm_linear
+
+    def norm_linear(*args: Any) -> Any:
+        norms.append(True)
+        return fused_op(*args)
+
+    results: list[list[torch.Tensor]] = []
+    for ops in (dataclasses.replace(table, norm_linear=norm_linear), apart(table)):
+        engine = Engine(path, torch.bfloat16, ops=ops, kv_dtype=torch.bfloat16)
+        pages, more = engine.pages(len(PROMPT)), engine.pages(len(PROMPT))
+        steps = [engine.step([(PROMPT[:9], pages, 0)], every=True), engine.step([(PROMPT[9:10], pages, 9)])]
+        steps.append(engine.step([(PROMPT[10:11], pages, 10), (PROMPT[:4], more, 0)]))
+        results.append(steps)
+        if not norms:
+            raise AssertionError("the fused op was not asked for")
+        model: Any = engine.model
+        layers = model.layers
+        dense = sum(not hasattr(layer.mlp, "router") for layer in layers)
+        assert len(norms) == 3 * (len(layers) + dense)
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+    # One row beside others and alone: the sum is made in other places, to the same bits.
+    engine = Engine(path, torch.bfloat16, ops=table, kv_dtype=torch.bfloat16)
+    pages, more = engine.pages(len(PROMPT)), engine.pages(len(PROMPT))
+    engine.step([(PROMPT[:9], pages, 0)])
+    engine.step([(PROMPT[:9], more, 0)])
+    alone = engine.step([(PROMPT[9:10], pages, 9)])
+    assert torch.equal(engine.step([(PROMPT[9:10], more, 9), (PROMPT[9:10], more, 9)])[:1], alone)

@@ -42,8 +42,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def scored(settings: dict[str, Any], options: accuracy.Options, name: str = "") -> dict[str, Any]:
         made.append(settings)
-        value = {"auto": 20.1, "int8": 20.5}[settings["kv_cache_dtype"]]
-        return {"perplexity": 20.0 if settings.get("ops") == "reference" else value, "tokens": 1, "seconds": 1.0}
+        kind = {"auto": "bfloat16"}.get(settings["kv_cache_dtype"], settings["kv_cache_dtype"])
+        value = {"bfloat16": 20.1, "int8": 20.5, "float32": 20.0}[kind]
+        return {"perplexity": value, "tokens": 1, "seconds": 1.0, "kv_cache_dtype": kind}
 
     monkeypatch.setattr(accuracy, "perplexity", scored)
     return made
@@ -58,11 +59,12 @@ def test_each_kv_type_against_one_run_of_the_reference(
     assert accuracy.main([*flags, "--limit", "3"]) == 0
     kinds = [(run["model_path"], run.get("ops"), run["dtype"], run["kv_cache_dtype"]) for run in runs]
     for model, place in (("demo", 0), (str(tiny), 3)):
-        assert kinds[place] == (model, "reference", "float32", "auto")
+        assert kinds[place] == (model, "reference", "float32", "float32")
         assert [kind[1:] for kind in kinds[place + 1 : place + 3]] == [(None, "auto", "auto"), (None, "auto", "int8")]
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert [record["model"] for record in records] == ["demo", "demo", "tiny", "tiny"]  # no folders
     assert [round(record["difference_percent"], 6) for record in records] == [0.5, 2.5, 0.5, 2.5]
+    assert [record["kv_cache_dtype"] for record in records] == ["bfloat16", "int8"] * 2  # what auto is
     assert records[0]["weights"]["Q4_1"] > 0 and records[2]["weights"] == {}
     text = capsys.readouterr().out
     assert "+0.500" in text and "+2.500" in text

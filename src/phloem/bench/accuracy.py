@@ -61,14 +61,14 @@ def compare(settings: dict[str, Any], kinds: Sequence[str], options: Options) ->
     plain: dict[str, Any] | None = None
     if options.against != "none":
         # The KV cache too: a float32 model has a float32 cache.
-        other = {**settings, "ops": options.against, "dtype": "float32", "kv_cache_dtype": "auto"}
+        other = {**settings, "ops": options.against, "dtype": "float32", "kv_cache_dtype": "float32"}
         plain = perplexity(other, options, f"{name}, {options.against}")
     found: list[dict[str, Any]] = []
     for kind in kinds:
         served = perplexity({**settings, "kv_cache_dtype": kind}, options, f"{name}, KV {kind}")
         record: dict[str, Any] = {
             "quantization": settings.get("quantization"),
-            "kv_cache_dtype": kind,
+            "kv_cache_dtype": served["kv_cache_dtype"],
             "window": options.window,
             "served": served,
         }
@@ -90,7 +90,13 @@ def perplexity(settings: dict[str, Any], options: Options, name: str = "") -> di
         start = perf_counter()
         found = _score(engine, windows, name)
         seconds = perf_counter() - start
-    result = {"perplexity": math.exp(-sum(found) / len(found)), "tokens": len(found), "seconds": seconds}
+        kind = engine.get_server_info()["kv_cache_dtype"]  # what 'auto' has become
+    result: dict[str, Any] = {
+        "perplexity": math.exp(-sum(found) / len(found)),
+        "tokens": len(found),
+        "seconds": seconds,
+    }
+    result["kv_cache_dtype"] = kind
     print(f"{name}: perplexity {result['perplexity']:.4f} over {result['tokens']} tokens ({seconds:.1f} s)")
     return result
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from phloem.core.messages import Heartbeat
@@ -47,3 +50,32 @@ def test_trimming_leaves_what_is_in_use() -> None:
     del blocks[::2]
     memory.trim()
     assert all(block == b"x" * 200_000 for block in blocks)
+
+
+@pytest.mark.parametrize("nbytes", [1, 4096, memory.HUGE - 1, memory.HUGE, memory.HUGE + 1, 5 * memory.HUGE + 12345])
+def test_zeros_are_whole_and_writable(nbytes: int) -> None:
+    block = memory.zeros(nbytes)
+    assert block.nbytes == nbytes and not block.any() and block.ctypes.data % 64 == 0
+    block[-1] = block[0] = 7
+    assert block[-1] == block[0] == 7
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads /proc")
+def test_the_rest_behind_whole_huge_pages_costs_what_it_is() -> None:
+    block = memory.zeros(3 * memory.HUGE + 100_000)
+    before = resident(block)
+    block[:] = 1
+    assert 3 * memory.HUGE < resident(block) - before < 3 * memory.HUGE + 2 * 100_000
+
+
+def resident(block: memory.Bytes) -> int:
+    """Bytes with memory of the mappings that hold a block (which may hold more)."""
+    start, end = block.ctypes.data, block.ctypes.data + block.nbytes
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if head:
+            inside = int(head[1], 16) < end and int(head[2], 16) > start
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total

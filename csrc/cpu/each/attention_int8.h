@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kGroups = kBlockTokens / kGroup;
 constexpr int64_t kGroupVectors = kGroup / W;
+constexpr int64_t kLinesPerStep = 3;
 constexpr int kInt8Rows = PHL_LEVEL == 2 ? 6 : 3;
 
 // Where the groups of a tile are.
@@ -94,9 +95,30 @@ PHL_INLINE Int8Tile find_tile(const AttentionArgs& a, int64_t row, int64_t kv_he
   return tile;
 }
 
+// Asks for a tile's bytes line by line, spread over the computation of another: a burst would only wait in the queues.
+// Into the second-level cache, whose queue of outstanding lines is longer than the first level's.
+struct Ahead8 {
+  const int8_t* groups[2 * kGroups];
+  int64_t bytes, group, at;  // of a group; the next line
+
+  PHL_INLINE Ahead8() : group(2 * kGroups), at(0) {}
+  PHL_INLINE Ahead8(const Int8Tile& tile, int64_t size) : bytes(kGroup * (size + 4)), group(0), at(0) {
+    for (int64_t g = 0; g < kGroups; ++g) groups[g] = tile.keys[g], groups[kGroups + g] = tile.values[g];
+  }
+  PHL_INLINE bool any() const { return group < 2 * kGroups; }
+  PHL_INLINE void lines(int64_t count) {
+    for (; count > 0 && any(); --count) {
+      __builtin_prefetch(groups[group] + at, 0, 2);
+      at += 64;
+      if (at >= bytes) at = 0, ++group;
+    }
+  }
+};
+
 // What a tile's rows have in common.
 struct Int8Span {
-  Int8Tile tile, ahead;  // `ahead`: the tile to ask for; its pointers are null where there is none
+  Int8Tile tile;
+  Ahead8 ahead;  // what is asked for meanwhile
   int64_t begin, end;    // positions: the first token's, and that behind the last valid one
   float* weights;        // [64] of the values: 255 * scale / largest scale (elsewhere: scale)
   float unit;            // largest scale / 255 (elsewhere: 1)
@@ -172,25 +194,20 @@ PHL_INLINE void pack_query(const AttentionArgs& a, const Int8Job& job, const flo
 
 // scores[r][t] = q_r . k_t / the row's scale, for the first C groups; `ahead`'s keys are asked for.
 template <int R, int C>
-PHL_INLINE void dots(const AttentionArgs& a, const Int8Job& job, const Int8Span& span, int64_t first, float (*scores)[kBlockTokens]) {
+PHL_INLINE void dots(const AttentionArgs& a, const Int8Job& job, Int8Span& span, int64_t first, float (*scores)[kBlockTokens]) {
   const int64_t size = a.head_size;
   const int32_t* q = query_words(job, size, first);
   __m512i acc[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) acc[r][c] = _mm512_set1_epi32(job.start[first + r]);
-  const bool fetch = span.ahead.keys[0] != nullptr;
+  const bool fetch = span.ahead.any();
   for (int64_t d = 0; d < size; d += 4, q += kInt8Rows) {
     __m512i key[C];
     for (int c = 0; c < C; ++c) key[c] = _mm512_loadu_si512(span.tile.keys[c] + d * kGroup);
-    if (fetch) {
-      for (int64_t g = 0; g < kGroups; ++g) __builtin_prefetch(span.ahead.keys[g] + d * kGroup, 0, 2);
-    }
+    if (fetch) span.ahead.lines(kLinesPerStep);
     for (int r = 0; r < R; ++r) {
       for (int c = 0; c < C; ++c) add_dot(acc[r][c], key[c], q[r]);
     }
-  }
-  if (fetch) {
-    for (int64_t g = 0; g < kGroups; ++g) __builtin_prefetch(span.ahead.keys[g] + size * kGroup, 0, 2);
   }
   for (int c = 0; c < C; ++c) {
     const vf scale = load(scales_of(span.tile.keys[c], size));
@@ -216,20 +233,18 @@ PHL_INLINE void store_weights(Weight* to, vf weights) {
 
 // results[r] = results[r] * factor[r] + unit[r] * the tile's weighted values, of its first `quads` times four tokens.
 template <int R, int C>
-PHL_INLINE void add_columns(const AttentionArgs& a, const Int8Job& job, const Int8Span& span, int64_t first, int64_t quads,
+PHL_INLINE void add_columns(const AttentionArgs& a, const Int8Job& job, Int8Span& span, int64_t first, int64_t quads,
                             const Weight (*weights)[kBlockTokens], const float* factor, const float* unit, int64_t column) {
   __m512i acc[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) acc[r][c] = _mm512_setzero_si512();
-  const bool fetch = span.ahead.values[0] != nullptr;
+  const bool fetch = span.ahead.any();
   for (int64_t quad = 0; quad < quads; ++quad) {
     const int64_t at = quad % 4 * 4 * a.head_size + 4 * column;
     const int8_t* from = span.tile.values[quad / 4] + at;
     __m512i value[C];
     for (int c = 0; c < C; ++c) value[c] = _mm512_loadu_si512(from + 64 * c);
-    if (fetch) {
-      for (int c = 0; c < C; ++c) __builtin_prefetch(span.ahead.values[quad / 4] + at + 64 * c, 0, 2);
-    }
+    if (fetch) span.ahead.lines(kLinesPerStep);
     for (int r = 0; r < R; ++r) {
       int32_t word;
       __builtin_memcpy(&word, weights[r] + 4 * quad, 4);
@@ -252,7 +267,7 @@ PHL_INLINE void pack_query(const AttentionArgs& a, const Int8Job& job, const flo
 }
 
 template <int R, int C>
-PHL_INLINE void dots(const AttentionArgs& a, const Int8Job& job, const Int8Span& span, int64_t first, float (*scores)[kBlockTokens]) {
+PHL_INLINE void dots(const AttentionArgs& a, const Int8Job& job, Int8Span& span, int64_t first, float (*scores)[kBlockTokens]) {
   const float* q = job.q + first * a.head_size;
   for (int64_t t = 0; t < C * kGroup; t += W) {
     const int8_t* keys = span.tile.keys[t / kGroup] + t % kGroup * 4;
@@ -276,7 +291,7 @@ PHL_INLINE vf power(vf x) { return exp2<6>(x); }
 PHL_INLINE void store_weights(Weight* to, vf weights) { store(to, weights); }
 
 template <int R, int C>
-PHL_INLINE void add_columns(const AttentionArgs& a, const Int8Job& job, const Int8Span& span, int64_t first, int64_t quads,
+PHL_INLINE void add_columns(const AttentionArgs& a, const Int8Job& job, Int8Span& span, int64_t first, int64_t quads,
                             const Weight (*weights)[kBlockTokens], const float* factor, const float* unit, int64_t column) {
   for (int c = 0; c < C; ++c, column += W) {
     vf acc[R] = {};
@@ -321,7 +336,7 @@ PHL_INLINE float shape(const AttentionArgs& a, float* scores, float scale, int64
 
 // R query rows from `first` of a kv head against the first C groups of a tile, of which the last row sees `seen` tokens.
 template <int R, int C>
-PHL_INLINE void tile(const AttentionArgs& a, const Int8Job& job, const Int8Span& span, int64_t first, int64_t seen) {
+PHL_INLINE void tile(const AttentionArgs& a, const Int8Job& job, Int8Span& span, int64_t first, int64_t seen) {
   alignas(64) float scores[R][kBlockTokens];
   alignas(64) Weight weights[R][kBlockTokens];
   dots<R, C>(a, job, span, first, scores);
@@ -346,6 +361,7 @@ PHL_INLINE void tile(const AttentionArgs& a, const Int8Job& job, const Int8Span&
   }
   for (int r = 0; r < R; ++r) {
     vf total{};
+    if (span.ahead.any()) span.ahead.lines(4 * kLinesPerStep);
     for (int64_t t = 0; t < C * kGroup; t += W) {
       const vf p = power(load(scores[r] + t) * scale[r] - base[r]);
       total += p;
@@ -367,7 +383,7 @@ PHL_INLINE void tile(const AttentionArgs& a, const Int8Job& job, const Int8Span&
 
 // Count rows, at most R, of one kv head.
 template <int R>
-PHL_INLINE void rows_of_tile(const AttentionArgs& a, const Int8Job& job, const Int8Span& span, int64_t first, int64_t count) {
+PHL_INLINE void rows_of_tile(const AttentionArgs& a, const Int8Job& job, Int8Span& span, int64_t first, int64_t count) {
   if constexpr (R > 1) {
     if (count < R) return rows_of_tile<R - 1>(a, job, span, first, count);
   }
@@ -395,22 +411,22 @@ void attend_int8(const AttentionArgs& a, Int8Job& job) {
   for (int64_t begin = tile_begin(job.range); begin < job.range.end; begin += kBlockTokens) {
     const int64_t end = begin + kBlockTokens < job.range.end ? begin + kBlockTokens : job.range.end;
     for (int64_t h = 0; h < job.kv_heads; ++h) {
-      Int8Span span{find_tile(a, job.row, job.kv_head + h, begin, end, job.copies), {}, begin, end, weights, 0.0f};
+      Int8Span span{find_tile(a, job.row, job.kv_head + h, begin, end, job.copies), Ahead8(), begin, end, weights, 0.0f};
       weigh_values(a, job.range.begin, span);
       if (direct) {
         const Range& next = job.guess.range;
         if (h + 1 < job.kv_heads) {
-          span.ahead = find_tile(a, job.row, job.kv_head + h + 1, begin, end, nullptr);
+          span.ahead = Ahead8(find_tile(a, job.row, job.kv_head + h + 1, begin, end, nullptr), a.head_size);
         } else if (end < job.range.end) {
-          span.ahead = find_tile(a, job.row, job.kv_head, end, job.range.end, nullptr);
+          span.ahead = Ahead8(find_tile(a, job.row, job.kv_head, end, job.range.end, nullptr), a.head_size);
         } else if (next.begin < next.end) {
-          span.ahead = find_tile(a, job.guess.row, job.guess.kv_head, tile_begin(next), next.end, nullptr);
+          span.ahead = Ahead8(find_tile(a, job.guess.row, job.guess.kv_head, tile_begin(next), next.end, nullptr), a.head_size);
         }
       }
       for (int64_t i = 0; i < job.m; i += kInt8Rows) {
         rows_of_tile<kInt8Rows>(a, job, span, h * job.m + i, job.m - i);
-        span.ahead = {};
       }
+      span.ahead.lines(2 * kBlockTokens);
     }
   }
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -74,6 +75,20 @@ def test_this_process() -> None:
         pass
     assert 0.05 < footprint.processor_seconds([os.getpid()]) - before < 5
     assert footprint.family(os.getpid())[0] == os.getpid()
+
+
+@linux
+def test_threads_that_ended_keep_their_time() -> None:
+    def work() -> None:
+        begun = time.thread_time()
+        while time.thread_time() - begun < 0.1:
+            pass
+
+    thread = threading.Thread(target=work)
+    before = footprint.processor_seconds([os.getpid()])
+    thread.start()
+    thread.join()
+    assert footprint.processor_seconds([os.getpid()]) - before >= 0.07
 
 
 def test_filling_prompts_are_together_more_than_the_pool() -> None:

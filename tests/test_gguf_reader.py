@@ -187,3 +187,11 @@ def test_bytes_that_are_no_utf8_survive(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text(b"k") + words)
     first, second = GGUFFile.open(path).metadata["k"]
     assert first.encode("utf-8", "surrogateescape") == b"\xff\xfe" and second == "ok"
+
+
+def test_released_pages_can_be_read_again(small: Path) -> None:
+    file = GGUFFile.open(small)
+    before = {name: tensor.raw().tobytes() for name, tensor in file.tensors.items()}
+    file.release()
+    assert {name: tensor.raw().tobytes() for name, tensor in file.tensors.items()} == before
+    GGUFFile(small, 3, {}, {}).release()  # one that was made by hand has nothing to release

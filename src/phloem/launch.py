@@ -28,6 +28,7 @@ from phloem.core.messages import (
     EngineLink,
     Failed,
     FromEngine,
+    Heartbeat,
     Progress,
     Ready,
     Stats,
@@ -60,6 +61,8 @@ MALLOC = {
 }
 
 EXIT_SECONDS, EXIT_LOOKS = 1.0, 50  # how long, and how often, an engine that has hung up is asked for its exit status
+# Seconds without a step after which what the allocator has kept is given back all the same.
+REST = 3.0
 
 # Of the KV pool, made resident while nothing else is to do after the start: the first answers do not wait for it.
 WARM_BYTES = 256 << 20
@@ -128,12 +131,12 @@ class EngineCore:
             message.grammar_seconds = self._grammars.take_compile_seconds()
         self._sends(message)
 
-    def run(self, poll: Callable[[float | None], list[ToEngine]]) -> None:
-        """Serve until told to drain."""
+    def run(self, poll: Callable[[float | None], list[ToEngine]], rest: Callable[[], None] | None = None) -> None:
+        """Serve until told to drain. `rest` is called once whenever there was nothing to do for some seconds."""
         from phloem.scheduler import loop
 
         threading.Thread(target=self._warm, name="phloem-warm", daemon=True).start()
-        loop.run(self.scheduler, _Inbox(poll))
+        loop.run(self.scheduler, _Inbox(poll), Resting(rest) if rest is not None else None)
 
     def _warm(self) -> None:
         from phloem.utils import memory
@@ -150,6 +153,22 @@ class EngineCore:
         self.runner.close()
         if self._grammars is not None:
             self._grammars.close()
+
+
+class Resting:
+    """Told of every heartbeat: calls `rest` once when no step has run for REST seconds, and again only after work."""
+
+    def __init__(self, rest: Callable[[], None], clock: Callable[[], float] = monotonic) -> None:
+        self._rest, self._clock = rest, clock
+        self._step, self._since = -1, clock()
+        self._rested = False
+
+    def __call__(self, beat: Heartbeat) -> None:
+        if beat.step != self._step:
+            self._step, self._since, self._rested = beat.step, self._clock(), False
+        elif not self._rested and beat.busy_seconds == 0 and self._clock() - self._since >= REST:
+            self._rested = True
+            self._rest()
 
 
 def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
@@ -227,6 +246,7 @@ def _serve_core(
     send: Send,
     poll: Callable[[float | None], list[ToEngine]],
     built: Callable[[], None] | None = None,
+    rest: Callable[[], None] | None = None,
 ) -> None:
     """Build, run and close an engine; whatever ends it is told to the door."""
     try:
@@ -235,7 +255,7 @@ def _serve_core(
             send(Ready(info=core.info))
             if built is not None:
                 built()
-            core.run(poll)
+            core.run(poll, rest)
         finally:
             core.close()
     except Exception as error:
@@ -344,10 +364,12 @@ def engine_main() -> int:
     try:
         import torch
 
+        from phloem.utils import memory
+
         send(Progress(phase="imports", seconds=perf_counter() - start))
         _log.debug("torch %s", torch.__version__)
         # A full collection looks through all that torch has made: a tenth of a second between two tokens.
-        _serve_core(config, _describe(config), send, poll, gc.freeze)
+        _serve_core(config, _describe(config), send, poll, gc.freeze, memory.trim)
     except Exception as error:
         if not isinstance(error, _expected_errors()):
             _log.exception("the engine stops")

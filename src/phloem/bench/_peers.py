@@ -51,7 +51,8 @@ class Running:
     """A started server. `peak_bytes` is valid after it ended."""
 
     url: str
-    ready_s: float
+    pid: int
+    ready_s: float = 0.0
     peak_bytes: int = 0
 
 
@@ -186,7 +187,7 @@ def running(peer: Peer, log: Path, patience: float = 600.0) -> Generator[Running
         except OSError as error:
             raise PhloemError(f"{peer.name} could not be started: {error}") from None
     memory = _Memory(process.pid)
-    server = Running(f"http://127.0.0.1:{port}", 0.0)
+    server = Running(f"http://127.0.0.1:{port}", process.pid)
     try:
         _wait(process, server.url + peer.health, peer, log, start + patience)
         server.ready_s = perf_counter() - start

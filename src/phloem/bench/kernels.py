@@ -89,7 +89,7 @@ class Limits:
             self._rt.call(*arguments)
         return buffer.nbytes * repeats / (perf_counter() - start) / 1e9
 
-    def peak(self, kind: str, rounds: int = 30_000) -> float:
+    def peak(self, kind: str, rounds: int = 300_000) -> float:
         """Gop/s of multiply-adds in registers, a multiply-add counted as two."""
         start = perf_counter()
         self._rt.call(self._handles[kind], 1 << 30, rounds, self._out.data_ptr())
@@ -99,7 +99,8 @@ class Limits:
     def bound(self, case: Case) -> float:
         if not case.peak:
             return self.read(max(1 << 16, int(case.bytes)))
-        return self.peak(case.peak if case.peak in self._handles else "float")
+        kind = case.peak if case.peak in self._handles else "float"
+        return max(self.peak(kind) for _ in range(3))  # the first one may find threads asleep
 
 
 def main(argv: list[str]) -> int:

@@ -1,4 +1,7 @@
-"""Trace single steps of a model: where a decode step's time goes, and how long the device waits for the host."""
+"""Trace single steps of a model: where a decode step's time goes, and how long the device waits for the host.
+
+With --limits, on a CPU, steps run in turns with the machine's own limits, and their share of those is printed.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from phloem.core.request import SamplingParams
 if TYPE_CHECKING:
     from phloem.core.batch import Runner, StepOutput
     from phloem.core.config import Config
+    from phloem.engine.runner import ModelRunner
 
 WARM = 8  # decode steps before those that count: graphs are recorded and kernels compiled in them
 PREFILLS = 3
@@ -39,15 +43,18 @@ class Options:
         None, "File for the trace of the decode steps, to be opened in Perfetto (.json or .json.gz)."
     )
     top: int = opt(8, "Kernels to name.")
+    limits: bool = opt(False, "Compare with what this CPU can read and compute, measured in turns with the steps.")
+    turns: int = opt(5, "Turns of --limits.")
     output: str | None = opt(None, "File to append a JSON line to.")
 
 
 def main(argv: list[str]) -> int:
     config, options = parse("bench step", argv, Options, skip=("server",), description=__doc__ or "")
-    if min(options.batch, options.steps, options.context) < 1 or options.prefill < 0:
-        raise BadRequest("batch, steps and context must be at least 1, prefill at least 0")
-    record = {**machine_context(), "model": config.model.model_path, **measure(config, options)}
-    _show(record)
+    if min(options.batch, options.steps, options.context, options.turns) < 1 or options.prefill < 0:
+        raise BadRequest("batch, steps, context and turns must be at least 1, prefill at least 0")
+    record = {**machine_context(), "model": Path(config.model.model_path).name, **measure(config, options)}
+    if not options.limits:
+        _show(record)
     print(json.dumps({key: value for key, value in record.items() if key != "top"}))
     if options.output:
         write_line(Path(options.output), record)
@@ -75,12 +82,34 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     built = worker.build(config, checkpoint, lambda phase, seconds: None)
     try:
         record: dict[str, Any] = {"batch": options.batch, "context": options.context, "steps": options.steps}
+        record["quantization"] = config.model.quantization
         record |= {key: built.info[key] for key in ("device", "dtype", "kv_cache_dtype")}
+        decode = _Decode(built.runner, options)
+        if options.limits:
+            return record | {"prefill": options.prefill} | _against_limits(built.runner, decode, options)
         if options.prefill:
             record |= _prefill(built.runner, options.prefill)
-        return record | _decode(built.runner, options)
+        return record | _traced(decode, options)
     finally:
         built.runner.close()
+
+
+def _against_limits(runner: ModelRunner, decode: _Decode, options: Options) -> dict[str, Any]:
+    from phloem.bench import _floors
+
+    work = _floors.work_of(runner.model, runner.pool)
+
+    def prefill() -> None:
+        _prefill_once(runner, options.prefill, 0)
+
+    decode.run(0, WARM)
+    if options.prefill:
+        prefill()
+    # The steps that are timed begin behind the warm ones, and each is longer by a token.
+    context = options.context + WARM + options.steps // 2
+    found = _floors.shares(work, options.batch, context, options.prefill, options.turns, decode.seconds, prefill)
+    _floors.show(found, options.batch, options.prefill)
+    return found
 
 
 def _table(runner: Runner, rows: int, length: int) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -88,60 +117,76 @@ def _table(runner: Runner, rows: int, length: int) -> np.ndarray[Any, np.dtype[n
     return (np.arange(rows * width) % (runner.num_pages - 1) + 1).reshape(rows, width).astype(np.int32)
 
 
-def _prefill(runner: Runner, tokens: int) -> dict[str, Any]:
-    """The fastest of a few; the first one compiles."""
+def _prefill_once(runner: Runner, tokens: int, number: int) -> float:
+    """Seconds of one prefill step of one request."""
     ids = np.ones(tokens, np.int32)
     one, yes = np.zeros(1, np.int32), np.ones(1, np.bool_)
     entry = Admission(0, "prefill", SamplingParams(temperature=0.0), 1, ids, tokens)
-    times: list[float] = []
-    for number in range(PREFILLS):
-        batch = Batch(number, one, one + tokens, one, ids, _table(runner, 1, tokens), yes, [entry])
-        begun = perf_counter()
-        runner.launch(batch).result()
-        times.append(perf_counter() - begun)
-    return {"prefill": tokens, "prefill_ms": min(times) * 1e3, "prefill_tok_per_s": tokens / min(times)}
+    batch = Batch(number, one, one + tokens, one, ids, _table(runner, 1, tokens), yes, [entry])
+    begun = perf_counter()
+    runner.launch(batch).result()
+    return perf_counter() - begun
 
 
-def _decode(runner: Runner, options: Options) -> dict[str, Any]:
-    from phloem.bench._trace import traced
+def _prefill(runner: Runner, tokens: int) -> dict[str, Any]:
+    """The fastest of a few; the first one compiles."""
+    best = min(_prefill_once(runner, tokens, number) for number in range(PREFILLS))
+    return {"prefill": tokens, "prefill_ms": best * 1e3, "prefill_tok_per_s": tokens / best}
 
-    rows, start = options.batch, options.context
-    table = _table(runner, rows, start + WARM + options.steps + 1)
-    slots, ones = np.arange(rows, dtype=np.int32), np.ones(rows, np.int32)
-    greedy = SamplingParams(temperature=0.0)
-    known = np.ones(start + 1, np.int32)
-    entries = [Admission(int(slot), f"row {slot}", greedy, 1, known, start) for slot in slots]
 
-    def batch(number: int) -> Batch:
-        first = number == 0
+class _Decode:
+    """Decode steps of all rows, each launched while the one before it runs."""
+
+    def __init__(self, runner: Runner, options: Options) -> None:
+        self._runner, self._start, self._steps = runner, options.context, options.steps
+        rows = options.batch
+        self._table = _table(runner, rows, options.context + WARM + options.steps + 1)
+        self._slots, self._ones = np.arange(rows, dtype=np.int32), np.ones(rows, np.int32)
+        greedy, known = SamplingParams(temperature=0.0), np.ones(options.context + 1, np.int32)
+        self._entries = [Admission(int(slot), f"row {slot}", greedy, 1, known, options.context) for slot in self._slots]
+
+    def _batch(self, number: int) -> Batch:
+        rows, ones, first = len(self._slots), self._ones, number == 0
         ids = np.full(rows, 1 if first else FROM_DEVICE, np.int32)
-        lens = np.full(rows, start + number, np.int32)
-        return Batch(number, slots, ones, lens, ids, table, ones.astype(np.bool_), entries if first else [])
+        lens = np.full(rows, self._start + number, np.int32)
+        entries = self._entries if first else []
+        return Batch(number, self._slots, ones, lens, ids, self._table, ones.astype(np.bool_), entries)
 
-    def run(begin: int, count: int) -> list[StepOutput]:
+    def run(self, begin: int, count: int) -> list[StepOutput]:
         outputs: list[StepOutput] = []
-        pending = runner.launch(batch(begin))
+        pending = self._runner.launch(self._batch(begin))
         for number in range(begin + 1, begin + count):
-            following = runner.launch(batch(number))
+            following = self._runner.launch(self._batch(number))
             outputs.append(pending.result())
             pending = following
         return [*outputs, pending.result()]
 
-    run(0, WARM)
+    def seconds(self) -> float:
+        """Of one step, over as many as are asked for; the first ones are not counted."""
+        self.run(0, WARM)
+        begun = perf_counter()
+        self.run(WARM, self._steps)
+        return (perf_counter() - begun) / self._steps
+
+
+def _traced(decode: _Decode, options: Options) -> dict[str, Any]:
+    from phloem.bench._trace import traced
+
+    decode.run(0, WARM)
     begun = perf_counter()
-    untraced = run(WARM, options.steps)
+    untraced = decode.run(WARM, options.steps)
     wall = perf_counter() - begun
     replays: list[tuple[float, float]] = []
     window: list[float] = []
 
     def work() -> None:
         window.append(perf_counter())
-        run(WARM, options.steps)
+        decode.run(WARM, options.steps)
         window.append(perf_counter())
 
     with _replays_into(replays):
         trace = traced(work, Path(options.trace) if options.trace else None)
-    found: dict[str, Any] = {"wall_ms": wall / options.steps * 1e3, "tok_per_s": rows * options.steps / wall}
+    found: dict[str, Any] = {"wall_ms": wall / options.steps * 1e3, "tok_per_s": options.batch * options.steps / wall}
     device = device_figures(trace, options.steps, options.top)
     found |= device or {}
     if device is None:

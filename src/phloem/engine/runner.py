@@ -51,6 +51,10 @@ Ids = np.ndarray[Any, np.dtype[np.int32]]
 # Logits of prompt positions are made in pieces of this many, so that a long prompt's do not all exist at once.
 HEAD_ROWS = 256
 
+# Up to so many rows are sampled from the head's best tokens alone. With more, writing whole rows and looking through
+# them costs less than picking the candidates while they are made: `phloem bench kernels` shows both.
+FEW_ROWS = 4
+
 
 class Launched:
     """A step in the runner's queue or on the device (`core.batch.Pending`)."""
@@ -262,7 +266,7 @@ class ModelRunner:
         """As `_sample`, from the best tokens of each row, without whole rows; None where some row wants its own."""
         wanted = self._slots.candidates[ids]
         vocab = self.model.vocab_size
-        if not wanted.all():
+        if len(wanted) > FEW_ROWS or not wanted.all():
             return None
         settings = self._slots.columns.rows(ids, (batch.prefix_lens + batch.query_lens)[rows])
         scale_LJ = Candidates.scales(settings, any(slot.return_logprob for slot in slots))

@@ -248,3 +248,5 @@ class Decoder(Layer):
         if unused:
             LOG.warning("%s: %d tensors are not used: %s", checkpoint.path, len(unused), some(unused))
         self.index.pull(sources, str(checkpoint.path), progress)
+        if checkpoint.gguf is not None:
+            checkpoint.gguf.release()  # the weights are packed: a second copy of them would stay resident

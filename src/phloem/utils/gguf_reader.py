@@ -102,6 +102,7 @@ class GGUFFile:
     version: int
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+    _map: mmap.mmap | None = None
 
     @staticmethod
     def open(path: str | Path) -> GGUFFile:
@@ -126,7 +127,13 @@ class GGUFFile:
         except (struct.error, OverflowError):
             message = f"{path}: truncated GGUF file: its header goes on past the end ({len(data)} bytes)"
             raise ModelLoadError(message) from None
-        return GGUFFile(path, version, metadata, tensors)
+        return GGUFFile(path, version, metadata, tensors, data)
+
+    def release(self) -> None:
+        """Let the system take back the pages that were read: they no longer count as this process's memory. What is
+        read again comes from the file again."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def get(self, key: str, default: Any = None) -> Any:
         """A metadata value, or `default`."""

@@ -22,7 +22,8 @@ def zeros(nbytes: int) -> Bytes:
 
     A block of a huge page or more lies on huge pages where the system has them: streaming through memory is then up to
     twice as fast on virtual machines, whose address translation is expensive. The mapping must be private for that:
-    what Python's `mmap` makes by default is shared memory, which most systems keep on small pages.
+    what Python's `mmap` makes by default is shared memory, which most systems keep on small pages. What is left behind
+    the last whole huge page lies on small ones: a huge page for it would be resident whole.
     """
     huge = nbytes >= HUGE and hasattr(mmap, "MADV_HUGEPAGE")
     size = max(nbytes, 1) + (HUGE if huge else 0)
@@ -30,10 +31,12 @@ def zeros(nbytes: int) -> Bytes:
         mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     else:
         mapping = mmap.mmap(-1, size)
-    if huge:
-        mapping.madvise(mmap.MADV_HUGEPAGE)
     block = np.frombuffer(mapping, np.uint8)
     start = -block.ctypes.data % HUGE if huge else 0
+    if huge:
+        whole = nbytes // HUGE * HUGE
+        mapping.madvise(mmap.MADV_HUGEPAGE, start, whole)
+        mapping.madvise(mmap.MADV_NOHUGEPAGE, start + whole, size - start - whole)
     return block[start : start + nbytes]
 
 
@@ -47,6 +50,13 @@ def populate(address: int, nbytes: int) -> bool:
         return False
     # Not `mmap.madvise`: that keeps the interpreter lock for as long as it takes.
     return _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), POPULATE_WRITE) == 0
+
+
+def trim() -> None:
+    """Give free memory of the C library's allocator back to the system, where it can."""
+    release = getattr(_libc(), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if release is not None:
+        release(0)
 
 
 def background_thread() -> None:

@@ -1,0 +1,81 @@
+"""Memory given back to the system: the allocator's, and when an engine that has nothing to do asks for it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from phloem.core.messages import Heartbeat
+from phloem.launch import REST, Resting
+from phloem.utils import memory
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def test_rests_once_for_each_time_without_work(clock: Clock) -> None:
+    calls: list[float] = []
+    resting = Resting(lambda: calls.append(clock.now), clock)
+
+    def pass_time(seconds: int, step: int, busy: float = 0.0) -> int:
+        for _ in range(seconds):
+            clock.now += 1.0
+            resting(Heartbeat(step=step, busy_seconds=busy))
+        return len(calls)
+
+    assert pass_time(2, 0) == 0
+    assert pass_time(20, 0) == 1 and calls[0] - 100 <= REST + 2
+    assert pass_time(1, 7) == 1  # work, and then not yet long enough without
+    assert pass_time(2, 7) == 1
+    assert pass_time(20, 7) == 2
+    assert pass_time(1, 8) == 2
+    assert pass_time(20, 8, busy=1.0) == 2  # one long step is no rest
+    for step in range(9, 40):
+        assert pass_time(1, step) == 2
+
+
+def test_trimming_leaves_what_is_in_use() -> None:
+    blocks = [bytearray(b"x" * 200_000) for _ in range(50)]
+    del blocks[::2]
+    memory.trim()
+    assert all(block == b"x" * 200_000 for block in blocks)
+
+
+@pytest.mark.parametrize("nbytes", [1, 4096, memory.HUGE - 1, memory.HUGE, memory.HUGE + 1, 5 * memory.HUGE + 12345])
+def test_zeros_are_whole_and_writable(nbytes: int) -> None:
+    block = memory.zeros(nbytes)
+    assert block.nbytes == nbytes and not block.any() and block.ctypes.data % 64 == 0
+    block[-1] = block[0] = 7
+    assert block[-1] == block[0] == 7
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads /proc")
+def test_the_rest_behind_whole_huge_pages_costs_what_it_is() -> None:
+    block = memory.zeros(3 * memory.HUGE + 100_000)
+    before = resident(block)
+    block[:] = 1
+    assert 3 * memory.HUGE < resident(block) - before < 3 * memory.HUGE + 2 * 100_000
+
+
+def resident(block: memory.Bytes) -> int:
+    """Bytes with memory of the mappings that hold a block (which may hold more)."""
+    start, end = block.ctypes.data, block.ctypes.data + block.nbytes
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if head:
+            inside = int(head[1], 16) < end and int(head[2], 16) > start
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total

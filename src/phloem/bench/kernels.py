@@ -346,7 +346,8 @@ def _attention(ops: Ops, o: Options) -> list[Case]:
         shape = (pages, o.kv_heads, 16, size + 4 * (kind == torch.int8))
         caches = [torch.zeros(shape, dtype=kind) for _ in "kv"]
         slots = torch.arange(pages * 16, dtype=torch.int32)
-        ops.write_kv(*(torch.randn(len(slots), o.kv_heads, size) for _ in "kv"), *caches, slots)
+        k, v = (torch.randn(len(slots), o.kv_heads, size) for _ in "kv")
+        ops.write_kv(k, v, caches[0], caches[1], slots)
         pairs = sum(n * length - n * (n - 1) / 2 for n, length in zip(queries, lengths, strict=True))
         read = sum(lengths) * 2 * o.kv_heads * shape[3] * kind.itemsize
         decode = max(queries) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import gguf
 import numpy as np
@@ -25,6 +26,20 @@ def levels() -> list[str]:
         return list(native.runtime().library.levels())
     except native.Unavailable:
         return []
+
+
+def cases(*threads: int) -> list[Any]:
+    """(level, threads) to test kernels at. The fast tier has the machine's own level, and AVX2 with several threads."""
+    own = native.runtime().library.level() if levels() else ""
+    return [
+        pytest.param(
+            (level, count),
+            id=f"{level}-{count}",
+            marks=() if level == own or (level == "avx2" and count == threads[-1]) else pytest.mark.slow,
+        )
+        for level in levels()
+        for count in threads
+    ]
 
 
 needs_native = pytest.mark.skipif(not levels(), reason="the native library is not built (no C++ compiler?)")

@@ -8,24 +8,17 @@ from typing import Any
 import int8_pages
 import pytest
 import torch
+from linear_cases import cases, needs_native
 
 from phloem.kernels import native
 from phloem.kernels import reference as ref
 from phloem.kernels.graph import check_replay
 from phloem.kernels.ops import Ops, PagedBatch
 
-
-def levels() -> list[str]:
-    try:
-        return list(native.runtime().library.levels())
-    except native.Unavailable:
-        return []
+pytestmark = needs_native
 
 
-pytestmark = pytest.mark.skipif(not levels(), reason="the native library is not built (no C++ compiler?)")
-
-
-@pytest.fixture(params=[(level, threads) for level in levels() for threads in (1, 2)], ids=str)
+@pytest.fixture(params=cases(1, 2))
 def ops(request: Any) -> Iterator[Ops]:
     level, threads = request.param
     yield native.table(threads, level)

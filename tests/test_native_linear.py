@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import GGUF_TYPES, Source, as_int8, levels, make_source, needs_native
+from linear_cases import GGUF_TYPES, Source, as_int8, cases, levels, make_source, needs_native
 
 from phloem.kernels import native
 from phloem.kernels import reference as ref
@@ -17,10 +17,10 @@ from phloem.kernels.native_linear import NativeLinear, PackedLinear
 
 pytestmark = needs_native
 CPU = torch.device("cpu")
-CASES = [(level, threads) for level in levels() for threads in (1, 2)]
+CASES = cases(1, 2)
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.fixture(params=CASES)
 def linear(request: Any) -> Iterator[NativeLinear]:
     level, threads = request.param
     native.table(threads, level)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import GGUF_TYPES, Source, as_int8, levels, make_source, needs_native
+from linear_cases import GGUF_TYPES, Source, as_int8, cases, levels, make_source, needs_native
 
 from phloem.core.errors import ModelLoadError
 from phloem.kernels import native
@@ -18,11 +18,11 @@ from phloem.quant import int4, int8
 
 pytestmark = needs_native
 CPU = torch.device("cpu")
-CASES = [(level, threads) for level in levels() for threads in (1, 3)]
+CASES = cases(1, 3)
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.fixture(params=CASES)
 def table(request: Any) -> Any:
     level, threads = request.param
     yield native.table(threads, level)

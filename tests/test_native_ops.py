@@ -9,25 +9,18 @@ from typing import Any
 import int8_pages
 import pytest
 import torch
+from linear_cases import cases, needs_native
 
 from phloem.attention._store import store
 from phloem.kernels import native
 from phloem.kernels import reference as ref
 from phloem.kernels.ops import Ops, Rotation
 
-
-def levels() -> list[str]:
-    try:
-        return list(native.runtime().library.levels())
-    except native.Unavailable:
-        return []
+pytestmark = needs_native
+CASES = cases(1, 2)
 
 
-pytestmark = pytest.mark.skipif(not levels(), reason="the native library is not built (no C++ compiler?)")
-CASES = [(level, threads) for level in levels() for threads in (1, 2)]
-
-
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.fixture(params=CASES)
 def ops(request: Any) -> Iterator[Ops]:
     level, threads = request.param
     yield native.table(threads, level)

@@ -439,5 +439,5 @@ def _runs(read: list[_Part], sizes: list[int]) -> list[list[int]]:
 
 def ops(native: NativeLinear) -> dict[str, Any]:
     """The table's entries."""
-    names = "prepare_linear linear embedding gated_linear linear_argmax norm_linear linear_add linear_topk".split()
-    return {name: getattr(native, name) for name in names}
+    names = ["prepare_linear", "linear", "embedding", "gated_linear", "linear_argmax", "linear_topk"]
+    return {name: getattr(native, name) for name in [*names, "norm_linear", "linear_add"]}

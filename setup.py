@@ -57,6 +57,16 @@ def accepts(compiler: list[str], flags: list[str], folder: Path) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
+def fresh(target: Path) -> bool:
+    """Whether an object is newer than all it was made of, which the compiler wrote beside it, and than this file."""
+    made_of = target.with_suffix(".d")
+    if not target.exists() or not made_of.exists():
+        return False
+    names = made_of.read_text().replace("\\\n", " ").split(": ", 1)[1].split()
+    sources = [Path(__file__), *map(Path, names)]
+    return all(path.exists() and path.stat().st_mtime < target.stat().st_mtime for path in sources)
+
+
 class BuildNative(build_ext):
     """`build_ext` that compiles `units`; a failure is a warning, never the end of the installation."""
 
@@ -73,7 +83,6 @@ class BuildNative(build_ext):
         compiler = [part for part in self.compiler.compiler_cxx if not part.startswith(("-W", "-O", "-g"))]
         objects = Path(self.build_temp).absolute()
         objects.mkdir(parents=True, exist_ok=True)
-        newest_header = max(path.stat().st_mtime for path in [*CSRC.rglob("*.h"), Path(__file__)])
         todo: list[tuple[Path, list[str]]] = []
         outputs: list[str] = []
         amx = accepts(compiler, AMX, objects)
@@ -82,9 +91,9 @@ class BuildNative(build_ext):
                 continue
             target = objects / f"{source.parent.name}.{source.stem}.{level}.o"
             outputs.append(str(target))
-            if target.exists() and target.stat().st_mtime > max(newest_header, source.stat().st_mtime):
+            if fresh(target):
                 continue
-            flags = [*COMMON, *LEVELS[level], *(f"-I{path}" for path in self.include_dirs)]
+            flags = ["-MMD", *COMMON, *LEVELS[level], *(f"-I{path}" for path in self.include_dirs)]
             todo.append((source, [*compiler, *flags, "-c", str(source), "-o", str(target)]))
         with ThreadPoolExecutor(self.parallel or 2) as workers:
             list(workers.map(self._compile, todo))

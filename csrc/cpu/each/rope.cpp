@@ -93,7 +93,7 @@ PHL_INLINE float int8_scale(const float* from, int64_t n) {
   return __builtin_bit_cast(float, most) / 127.0f;
 }
 
-// 32 values at most as integers.
+// Values as integers.
 PHL_INLINE void int8_values(const float* from, int64_t n, float inverse, int8_t* to) {
   for (int64_t i = 0; i < n; ++i) {
     // Adding 1.5 * 2^23 rounds to nearest even; the product is at most 127 plus a rounding error.
@@ -120,29 +120,31 @@ struct Int8Rows {
   using Value = int8_t;
   static constexpr int64_t kStep = 32;
   static int64_t width(int64_t n) { return n + 4; }
-  PHL_INLINE static void key(Value* page, int64_t page_size, int64_t slot, const float* from, int64_t n) {
-    const Int8Slot to(page, page_size, n, slot);
+  // put(d, values, count) for the integers of a row, kStep at a time; then the scale.
+  template <class Put>
+  PHL_INLINE static void store(const Int8Slot& to, const float* from, int64_t n, Put&& put) {
     const float scale = int8_scale(from, n), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-    int8_t row[kStep];
+    int8_t row[kStep] = {};
     for (int64_t d = 0; d < n; d += kStep) {
       const int64_t count = n - d < kStep ? n - d : kStep;
       int8_values(from + d, count, inverse, row);
-      for (int i = 0; i < kStep; ++i) row[i] = int8_t(row[i] ^ 0x80);  // + 128
-      for (int64_t i = 0; i < count; i += 4) __builtin_memcpy(to.key(d + i), row + i, 4);
+      put(d, row, count);
     }
     __builtin_memcpy(to.scale(n), &scale, 4);
   }
+  PHL_INLINE static void key(Value* page, int64_t page_size, int64_t slot, const float* from, int64_t n) {
+    const Int8Slot to(page, page_size, n, slot);
+    store(to, from, n, [&](int64_t d, int8_t* row, int64_t count) {
+      for (int i = 0; i < kStep; ++i) row[i] = int8_t(row[i] ^ 0x80);  // + 128
+      for (int64_t i = 0; i < count; i += 4) __builtin_memcpy(to.key(d + i), row + i, 4);
+    });
+  }
   PHL_INLINE static void value(Value* page, int64_t page_size, int64_t slot, const float* from, int64_t n) {
     const Int8Slot to(page, page_size, n, slot);
-    const float scale = int8_scale(from, n), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-    int8_t row[kStep];
-    for (int64_t d = 0; d < n; d += kStep) {
-      const int64_t count = n - d < kStep ? n - d : kStep;
-      int8_values(from + d, count, inverse, row);
+    store(to, from, n, [&](int64_t d, const int8_t* row, int64_t count) {
       // Single bytes: another thread may be writing the other tokens of the four.
       for (int64_t i = 0; i < count; ++i) *to.value(d + i, n) = row[i];
-    }
-    __builtin_memcpy(to.scale(n), &scale, 4);
+    });
   }
   PHL_INLINE static void fetch(const Value* page, int64_t page_size, int64_t slot, int64_t n) {
     const int64_t tokens = block_tokens(page_size);

@@ -24,7 +24,6 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
-typedef int8_t vb __attribute__((vector_size(W)));
 
 // Lane numbers: load_as<vi>(kLane).
 constexpr int32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -191,15 +190,6 @@ PHL_INLINE vu widen(vh v) {
   return __builtin_convertvector(v, vu);
 #endif
 }
-PHL_INLINE vi widen(vb v) {
-#if PHL_LEVEL == 2
-  return (vi)_mm512_cvtepi8_epi32((__m128i)v);
-#elif PHL_LEVEL == 1
-  return (vi)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)v));
-#else
-  return __builtin_convertvector(v, vi);
-#endif
-}
 PHL_INLINE vh narrow(vu v) {
 #if PHL_LEVEL == 2
   return (vh)_mm512_cvtepi32_epi16((__m512i)v);
@@ -236,9 +226,6 @@ PHL_INLINE uint16_t float_to_bf16(float x) {
   if (x != x) return uint16_t(bits >> 16 | 64);
   return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
-
-// int8 lanes as floats.
-PHL_INLINE vf from_int8(vb v) { return to_float(widen(v)); }
 
 }  // namespace PHL_NS
 }  // namespace phl

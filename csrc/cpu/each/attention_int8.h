@@ -97,12 +97,12 @@ PHL_INLINE Int8Tile find_tile(const AttentionArgs& a, int64_t row, int64_t kv_he
 
 // Asks for a tile's bytes line by line, spread over the computation of another: a burst would only wait in the queues.
 // Into the second-level cache, whose queue of outstanding lines is longer than the first level's.
-struct Ahead8 {
+struct TileAhead {
   const int8_t* groups[2 * kGroups];
   int64_t bytes, group, at;  // of a group; the next line
 
-  PHL_INLINE Ahead8() : group(2 * kGroups), at(0) {}
-  PHL_INLINE Ahead8(const Int8Tile& tile, int64_t size) : bytes(kGroup * (size + 4)), group(0), at(0) {
+  PHL_INLINE TileAhead() : group(2 * kGroups), at(0) {}
+  PHL_INLINE TileAhead(const Int8Tile& tile, int64_t size) : bytes(kGroup * (size + 4)), group(0), at(0) {
     for (int64_t g = 0; g < kGroups; ++g) groups[g] = tile.keys[g], groups[kGroups + g] = tile.values[g];
   }
   PHL_INLINE bool any() const { return group < 2 * kGroups; }
@@ -118,7 +118,7 @@ struct Ahead8 {
 // What a tile's rows have in common.
 struct Int8Span {
   Int8Tile tile;
-  Ahead8 ahead;  // what is asked for meanwhile
+  TileAhead ahead;  // what is asked for meanwhile
   int64_t begin, end;    // positions: the first token's, and that behind the last valid one
   float* weights;        // [64] of the values: 255 * scale / largest scale (elsewhere: scale)
   float unit;            // largest scale / 255 (elsewhere: 1)
@@ -411,16 +411,16 @@ void attend_int8(const AttentionArgs& a, Int8Job& job) {
   for (int64_t begin = tile_begin(job.range); begin < job.range.end; begin += kBlockTokens) {
     const int64_t end = begin + kBlockTokens < job.range.end ? begin + kBlockTokens : job.range.end;
     for (int64_t h = 0; h < job.kv_heads; ++h) {
-      Int8Span span{find_tile(a, job.row, job.kv_head + h, begin, end, job.copies), Ahead8(), begin, end, weights, 0.0f};
+      Int8Span span{find_tile(a, job.row, job.kv_head + h, begin, end, job.copies), TileAhead(), begin, end, weights, 0.0f};
       weigh_values(a, job.range.begin, span);
       if (direct) {
         const Range& next = job.guess.range;
         if (h + 1 < job.kv_heads) {
-          span.ahead = Ahead8(find_tile(a, job.row, job.kv_head + h + 1, begin, end, nullptr), a.head_size);
+          span.ahead = TileAhead(find_tile(a, job.row, job.kv_head + h + 1, begin, end, nullptr), a.head_size);
         } else if (end < job.range.end) {
-          span.ahead = Ahead8(find_tile(a, job.row, job.kv_head, end, job.range.end, nullptr), a.head_size);
+          span.ahead = TileAhead(find_tile(a, job.row, job.kv_head, end, job.range.end, nullptr), a.head_size);
         } else if (next.begin < next.end) {
-          span.ahead = Ahead8(find_tile(a, job.guess.row, job.guess.kv_head, tile_begin(next), next.end, nullptr), a.head_size);
+          span.ahead = TileAhead(find_tile(a, job.guess.row, job.guess.kv_head, tile_begin(next), next.end, nullptr), a.head_size);
         }
       }
       for (int64_t i = 0; i < job.m; i += kInt8Rows) {

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from phloem.attention._store import store
-from phloem.attention.reference import TableStep, fitting
+from phloem.attention.reference import TableStep, fitting, fours
 from phloem.kernels import reference as ref
 
 if TYPE_CHECKING:
@@ -45,14 +45,9 @@ class Backend:
             return f"runs on CPU tensors, not on {need.device.type}"
         if need.kv_dtype.itemsize == 1 and need.kv_dtype.is_floating_point:
             return f"keeps no KV cache of type {need.kv_dtype}"
-        if need.kv_dtype.is_floating_point:
-            return None
-        if not self.native:
+        if not need.kv_dtype.is_floating_point and not self.native:
             return f"the op table {self.ops.name!r} keeps no KV cache of type {need.kv_dtype}"
-        odd = [size for size in {spec.head_size for spec in need.specs} if size % 4]
-        if odd or (need.page_size or self.page_size) % 4:
-            return f"a KV cache of type {need.kv_dtype} takes head sizes and page sizes that are multiples of 4"
-        return None
+        return fours(need, self.page_size)
 
     def begin(self, batch: PagedBatch, pool: KVPool) -> AttentionStep:
         return TableStep(self.ops, batch, pool) if self.native else GatheredStep(self.ops, batch, pool)

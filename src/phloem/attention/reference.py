@@ -28,6 +28,15 @@ def fitting(ops: Ops, dtype: torch.dtype) -> Ops:
     return replace(ops, write_kv=ref.write_kv, rope_write_kv=None, paged_attention=ref.paged_attention)
 
 
+def fours(need: AttentionNeed, page_size: int) -> str | None:
+    """Why an 8-bit integer cache, which keeps four values and four tokens side by side, does not fit; or None."""
+    if need.kv_dtype.is_floating_point:
+        return None
+    if any(spec.head_size % 4 for spec in need.specs) or (need.page_size or page_size) % 4:
+        return f"a KV cache of type {need.kv_dtype} takes head sizes and page sizes that are multiples of 4"
+    return None
+
+
 def scaled(ops: Ops, scales: KVScales | None, dtype: torch.dtype) -> Ops:
     """The table with a `write_kv` that divides by the scales and cuts off what a float8 cannot hold."""
     limit = torch.finfo(dtype).max
@@ -56,7 +65,7 @@ class Backend:
     def decline(self, need: AttentionNeed) -> str | None:
         if not need.kv_dtype.is_floating_point and self.ops.paged_attention is ref.paged_attention:
             return f"the reference ops keep no KV cache of type {need.kv_dtype}"
-        return None
+        return fours(need, self.page_size)
 
     def begin(self, batch: PagedBatch, pool: KVPool) -> TableStep:
         return TableStep(self.ops, batch, pool)

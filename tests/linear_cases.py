@@ -82,11 +82,16 @@ def make_source(kind: str, rows: int, blocks: int, seed: int) -> Source:
     return Source("w", (rows, blocks * weights), kind, data.reshape(rows, -1))
 
 
-def as_int8(x: torch.Tensor) -> torch.Tensor:
-    """What the kernels make of activations: 127 steps to the largest of each 32 inputs."""
+def as_int8(x: torch.Tensor, group: int = 32) -> torch.Tensor:
+    """What the kernels make of activations: 127 steps to the largest of each `group` inputs."""
     n = x.shape[-1]
-    groups = torch.nn.functional.pad(x, (0, -n % 32)).unflatten(-1, (-1, 32))
+    groups = torch.nn.functional.pad(x, (0, -n % group)).unflatten(-1, (-1, group))
     largest = groups.abs().amax(-1, keepdim=True)
     inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
     rounded = (groups * inverse).round()
     return (rounded.double() * (largest / 127.0)).flatten(-2)[..., :n]
+
+
+def meets_bytes(rows: int, exact: bool) -> bool:
+    """Whether so many rows meet integer weights as bytes: then 64 activations have one scale."""
+    return native.runtime().library.level() in ("avx512", "amx") and rows > 24 and not exact

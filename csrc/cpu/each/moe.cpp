@@ -50,6 +50,8 @@ struct Sparse {
       : a(a), first(first), count(count), slots(count * a.choices), tile(a.workspace + thread * a.tile_bytes),
         tables(nullptr, 0, 0), tokens(nullptr, a.up_padded, a.up_kinds), rows(tokens),
         inner(nullptr, a.down_padded, a.down_kinds) {
+    // How activations are scaled; which form an expert's weights take depends on how many rows it has.
+    tokens.many = rows.many = inner.many = a.tokens > kFewForBytes;
     const int64_t most = smaller(a.tokens, a.panel_tokens), most_slots = most * a.choices;
     const int64_t table_bytes = Tables::bytes(most_slots, a.experts);
     const int64_t token_bytes = most * tokens.row_bytes, row_bytes = a.tokens == 1 ? 0 : most_slots * rows.row_bytes;
@@ -110,7 +112,7 @@ struct Sparse {
     const Segment* segments = a.gate_up + a.gate_up_at[e.id];
     even_parts(e.count, panel_rows(rows), [&](int64_t at, int64_t n) {
       Rows from = inputs_from(e.first + at);
-      from.many = e.count > kFewRows;
+      from.many = e.count > kFewForBytes;
       own_blocks(segments, a.gate_up_at[e.id + 1] - a.gate_up_at[e.id], static_cast<int>(part),
                  static_cast<int>(parts), [&](const Segment& s, int64_t begin, int64_t end) {
                    Segment local = s;
@@ -153,7 +155,7 @@ struct Sparse {
       local.first_column = 0;
       even_parts(e->count, panel_rows(inner), [&](int64_t at, int64_t n) {
         Rows from = inner;
-        from.many = e->count > kFewRows;
+        from.many = e->count > kFewForBytes;
         from.base += (e->first + at) * inner.row_bytes;
         run_blocks(local, begin, end, from, n, out, e->first + at, tile);
       });

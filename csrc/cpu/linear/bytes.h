@@ -2,7 +2,7 @@
 //
 // Per 32 inputs and row a packed layout costs two or three float instructions beside its eight integer ones (four to six
 // with a scale per 16 inputs): scale, minimum, activation scale. Here a weight is (byte - 128) * scale[feature], so that
-// one is left: sums times the activations' scale. Rounding to 255 steps over a whole row of weights adds noise of about
+// one per 64 is left: sums times the activations' scale, which two chunks share. Rounding to 255 steps over a whole row of weights adds noise of about
 // a tenth of that of a type of 4 bits; making the bytes takes as long as multiplying some seven rows.
 #pragma once
 
@@ -75,17 +75,18 @@ void byte_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const A
   for (int r = 0; r < R; ++r) {
     for (int b = 0; b < B; ++b) total[r][b] = Vec::zero();
   }
-  for (int64_t c = 0; c < chunks; ++c, tile += kByteChunk, ++act) {
+  for (int64_t c = 0; c < chunks; c += 2, tile += 2 * kByteChunk, act += 2) {
     I sum[R][B];
     for (int r = 0; r < R; ++r) {
       const I start = Vec::set_i(act[r * act_step].minus_zero);
       for (int b = 0; b < B; ++b) sum[r][b] = start;
     }
-    for (int j = 0; j < 8; ++j) {
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) {
       U w[B];
       for (int b = 0; b < B; ++b) w[b] = Vec::load(tile + b * tile_step + 64 * j);
       for (int r = 0; r < R; ++r) {
-        const Vec::A a = Vec::spread4(act[r * act_step].q + 4 * j);
+        const Vec::A a = Vec::spread4(act[r * act_step + j / 8].q + j % 8 * 4);
         for (int b = 0; b < B; ++b) sum[r][b] = Vec::dot<true>(sum[r][b], w[b], a);
       }
     }
@@ -104,7 +105,7 @@ void byte_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const A
 template <class L>
 struct AsBytes {
   static constexpr int chunk_bytes = kByteChunk;
-  static constexpr bool whole_chunks = true;
+  static constexpr bool whole_chunks = true, pairs = true;  // of chunks, with one activation scale
   static void unpack(const uint8_t* w, int64_t units, uint8_t* tile) { bytes_of_block<L>(w, units, tile); }
   template <int R, int B>
   static constexpr auto kernel = byte_kernel<R, B>;

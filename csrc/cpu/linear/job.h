@@ -39,7 +39,7 @@ struct Rows {
   uint8_t* base;
   int64_t inputs;  // padded to a multiple of 64 (256 with super scales)
   int64_t kinds;
-  bool many = false;  // more than kFewRows belong together, of which these may be a panel
+  bool many = false;  // more than kFewForBytes belong together, of which these may be a panel
   int64_t int8_bytes, half_bytes, single_bytes, row_bytes;
 
   Rows(uint8_t* base, int64_t inputs, int64_t kinds) : base(base), inputs(inputs), kinds(kinds) {
@@ -49,6 +49,8 @@ struct Rows {
     single_bytes = kinds & kSingle ? inputs * 4 + 64 : 0;
     row_bytes = int8_bytes + half_bytes + single_bytes;
   }
+  // Whether integer weights meet these rows as bytes (bytes.h).
+  PHL_INLINE bool bytes() const { return PHL_LEVEL == 2 && many && (kinds & kExact) == 0; }
   PHL_INLINE Activation* int8(int64_t row) const { return reinterpret_cast<Activation*>(base + row * row_bytes); }
   PHL_INLINE uint16_t* half(int64_t row) const {
     return reinterpret_cast<uint16_t*>(base + row * row_bytes + int8_bytes);
@@ -120,7 +122,7 @@ PHL_INLINE void prepare_row(const Input& in, int64_t row, const Rows& rows, int6
   for (int64_t at = 0; at < rows.inputs; at += kStep) {
     const int chunks = rows.inputs - at >= kStep ? 4 : static_cast<int>((rows.inputs - at) / kChunk);
     const float* v = input_step(in, row, at, chunks, inverse, space);
-    if (rows.kinds & kInt8) quantise_chunks(v, rows.int8(to) + at / kChunk, chunks);
+    if (rows.kinds & kInt8) quantise_chunks(v, rows.int8(to) + at / kChunk, chunks, rows.bytes());
     if (rows.kinds & kHalf) {
       for (int i = 0; i < chunks * kChunk; i += kBlock) Vec::to_bf16(v + i, rows.half(to) + at + i);
     }
@@ -250,8 +252,8 @@ PHL_INLINE void even_parts(int64_t rows, int64_t most, G&& f) {
 }
 
 constexpr int kBytesARow = 44;
-// Up to so many rows, several passes over packed weights in the first-level cache beat unpacking.
-constexpr int64_t kFewRows = 4 * Vec::small_rows;
+// Up to so many rows, several passes over packed weights in the first-level cache beat unpacking; and making bytes.
+constexpr int64_t kFewRows = 4 * Vec::small_rows, kFewForBytes = 3 * Vec::small_rows;
 
 // Where a kernel puts `rows` from `row`: `out` itself, or `y`, to be finished.
 struct Place {
@@ -401,7 +403,7 @@ PHL_INLINE void run_blocks(const Segment& s, int64_t first, int64_t last, const 
     for (int64_t block = first; block < last; block += 2) {
       const int blocks = last - block > 1 ? 2 : 1;
 #if PHL_LEVEL == 2
-      if (rows.many && (rows.kinds & kExact) == 0) {
+      if (rows.bytes()) {
         run_tile<L, AsBytes<L>>(s, block, blocks, rows, count, out, first_row, tile);
         continue;
       }

@@ -222,7 +222,7 @@ void tile_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const A
 template <class L>
 struct AsPacked {
   static constexpr int chunk_bytes = kTileChunk<L>;
-  static constexpr bool whole_chunks = L::chunk_groups == 1;
+  static constexpr bool whole_chunks = L::chunk_groups == 1, pairs = false;
   static void unpack(const uint8_t* w, int64_t units, uint8_t* tile) { unpack_block<L>(w, units, tile); }
   template <int R, int B>
   static constexpr auto kernel = tile_kernel<L, R, B>;

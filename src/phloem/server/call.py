@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from phloem.core.errors import BadRequest, OutOfMemory, PhloemError, QueueFull
@@ -45,7 +46,23 @@ class Call:
         self._open = len(outputs)
         self._dirty: dict[Output, None] = {}
         self._waiter: asyncio.Future[None] | None = None
+        self._sleeps = False  # the reader waits, and there is nothing that it has not been given
         self._error: PhloemError | None = None
+        self._render: Callable[[Output], bytes] | None = None
+        self._sink: Callable[[bytes], None] | None = None
+
+    # --- past the reader
+
+    def render_by(self, render: Callable[[Output], bytes]) -> None:
+        """From now on `render` alone makes what is written of news, unless they are an output's last.
+
+        So nobody need wake the reader for them, which is most of what a token of a stream costs: see `pass_to`.
+        """
+        self._render = render if len(self.outputs) == 1 else None  # several write what they have together
+
+    def pass_to(self, sink: Callable[[bytes], None] | None) -> None:
+        """While the reader waits, give `sink` at once what `render_by` makes; None: all goes to the reader."""
+        self._sink = sink
 
     # --- the receiving side
 
@@ -58,6 +75,9 @@ class Call:
             if not (self.stream or _stops(output)):
                 return
             if output.ids and output.pending_tokens < output.item.stream_interval:
+                return
+            if self._sleeps and self._render is not None and self._sink is not None:
+                self._pass(output, self._render, self._sink)
                 return
         self._dirty[output] = None
         self._wake()
@@ -77,8 +97,24 @@ class Call:
             self.fail(ClientGone("the client has disconnected"))
 
     def _wake(self) -> None:
+        self._sleeps = False
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def _pass(self, output: Output, render: Callable[[Output], bytes], sink: Callable[[bytes], None]) -> None:
+        """Do the reader's part of some news. What ends the stream is still the reader's to tell."""
+        try:
+            self._absorb(output)
+            data = render(output) if output.finish is None else b""
+        except Exception as error:
+            self.fail(_failure(output, error))
+            self.cancel()
+            return
+        if output.finish is not None:  # by a stop string
+            self._dirty[output] = None
+            self._wake()
+        elif data:
+            sink(data)
 
     # --- the reading side
 
@@ -102,22 +138,24 @@ class Call:
             if not self._open:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
+            self._sleeps = True
             try:
                 await self._waiter
             except asyncio.CancelledError:
                 self.cancel()
                 raise
+            finally:
+                self._sleeps = False
 
     def _absorb_guarded(self, output: Output) -> None:
         try:
             self._absorb(output)
-        except PhloemError:
-            self.cancel()
-            raise
         except Exception as error:
-            log.exception("request %s failed in the door", output.id)
             self.cancel()
-            raise PhloemError(f"request {output.id} failed: {type(error).__name__}") from error
+            failure = _failure(output, error)
+            if failure is error:
+                raise
+            raise failure from error
 
     def _absorb(self, output: Output) -> None:
         """Detokenise what is pending; settles `delta`, `new_from` and `finish`."""
@@ -145,6 +183,14 @@ class Call:
             output.finish = finish
             self._open -= 1
             self._client.finished(output)
+
+
+def _failure(output: Output, error: Exception) -> PhloemError:
+    """What the client is told of an error in the handling of an output."""
+    if isinstance(error, PhloemError):
+        return error
+    log.error("request %s failed in the door", output.id, exc_info=error)
+    return PhloemError(f"request {output.id} failed: {type(error).__name__}")
 
 
 def _stops(output: Output) -> bool:

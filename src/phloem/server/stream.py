@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,13 +13,13 @@ import msgspec
 from starlette.responses import Response
 
 from phloem.core.errors import PhloemError
+from phloem.server.call import Call
 from phloem.server.errors import error_body
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
-    from phloem.server.call import Call
     from phloem.server.request import Output
 
 log = logging.getLogger("phloem.server")
@@ -110,8 +110,28 @@ async def stream(
     return EventStream(call, first, events, watch, ending)
 
 
+@dataclass
+class _Rest:
+    """The rest of a `send` that was begun outside a task and waits for its client."""
+
+    waits: Any  # what it gave up its turn for
+    steps: Iterator[Any]
+
+    def __await__(self) -> Generator[Any]:
+        yield self.waits
+        yield from self.steps
+
+
+async def _finish(rest: _Rest) -> None:
+    await rest
+
+
 class EventStream(Response):
-    """Sends events as they come; an error on the way becomes the last event. Ends the call whatever happens."""
+    """Sends events as they come; an error on the way becomes the last event. Ends the call whatever happens.
+
+    Where the server's own `send` is known, the events of a `Call` that need no thought go past the task that runs this
+    response, straight from the engine's message to the socket (`_pass`).
+    """
 
     media_type = "text/event-stream"
 
@@ -131,6 +151,8 @@ class EventStream(Response):
         self._call, self._first, self._events, self._watch = call, first, events, watch
         self._ending = ending
         self._gone = False
+        self._direct: Send | None = None
+        self._stuck: asyncio.Task[None] | None = None  # an event that waits for a client which reads too slowly
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -138,9 +160,14 @@ class EventStream(Response):
             # The answer has begun: what the layers on the way would do to it is done.
             body = scope.get(BODY_SEND, send)
             await self._send(body, self._first)
+            if BODY_SEND in scope:
+                self._direct = body
+                self._pass_on(True)
             try:
                 async for data in self._events:
+                    await self._unstick()
                     await self._send(body, data)
+                await self._unstick()
                 tail = self._ending.done
             except PhloemError as error:
                 tail = self._ending.error(error)
@@ -150,10 +177,14 @@ class EventStream(Response):
                 log.exception("request %s: a stream broke", scope.get("request_id", "?"))
                 hidden = PhloemError(f"internal error; request id {scope.get('request_id', '?')}")
                 tail = self._ending.error(hidden)
+            await self._unstick()
             if not self._gone:
                 await send({"type": "http.response.body", "body": tail, "more_body": False})
         finally:
             self._watch.cancel()
+            self._pass_on(False)
+            if self._stuck is not None:
+                self._stuck.cancel()
             self._call.cancel()
             await self._events.aclose()
 
@@ -165,3 +196,43 @@ class EventStream(Response):
                 if not self._call.background:
                     raise
                 self._gone = True  # what goes on is made for nobody to read
+
+    def _pass_on(self, directly: bool) -> None:
+        if isinstance(self._call, Call):
+            self._call.pass_to(self._pass if directly and self._direct is not None else None)
+
+    def _pass(self, data: bytes) -> None:
+        """Send an event while the response's task sleeps. A `send` that cannot end at once goes on in a task, and what
+        follows waits for it as usual."""
+        if self._gone:
+            return
+        assert self._direct is not None
+        steps = self._direct({"type": "http.response.body", "body": data, "more_body": True}).__await__()
+        try:
+            waits = next(steps)
+        except StopIteration:
+            return
+        except OSError:
+            self._lost()
+        except Exception:
+            log.exception("a stream broke")
+            self._lost()
+        else:
+            self._pass_on(False)
+            self._stuck = asyncio.ensure_future(_finish(_Rest(waits, steps)))
+
+    async def _unstick(self) -> None:
+        if self._stuck is None:
+            return
+        stuck, self._stuck = self._stuck, None
+        try:
+            await stuck
+        except OSError:
+            self._lost()
+        self._pass_on(True)
+
+    def _lost(self) -> None:
+        """The socket has gone: nobody reads this any more."""
+        self._gone = True
+        if not self._call.background:
+            self._call.cancel()

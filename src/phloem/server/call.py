@@ -82,6 +82,25 @@ class Call:
         self._dirty[output] = None
         self._wake()
 
+    def take(self, output: Output, token: int) -> None:
+        """As `push` of one token and nothing else: the least work for what comes most often."""
+        render, sink, decoder = self._render, self._sink, output.decoder
+        follow = decoder.follow if decoder is not None else None
+        if not self._sleeps or render is None or sink is None or follow is None or output.item.stream_interval > 1:
+            self.push(output, Chunk(id=output.id, tokens=[token]))
+            return
+        output.new_from = len(output.ids)
+        output.ids.append(token)
+        try:
+            output.delta = follow(token)
+            output.text += output.delta
+            data = render(output)
+        except Exception as error:
+            self._break(output, error)
+            return
+        if data:
+            sink(data)
+
     def fail(self, error: PhloemError) -> None:
         """End the call with this error, behind what has already arrived."""
         if self._error is None:
@@ -107,14 +126,17 @@ class Call:
             self._absorb(output)
             data = render(output) if output.finish is None else b""
         except Exception as error:
-            self.fail(_failure(output, error))
-            self.cancel()
+            self._break(output, error)
             return
         if output.finish is not None:  # by a stop string
             self._dirty[output] = None
             self._wake()
         elif data:
             sink(data)
+
+    def _break(self, output: Output, error: Exception) -> None:
+        self.fail(_failure(output, error))
+        self.cancel()
 
     # --- the reading side
 

@@ -78,6 +78,7 @@ class EngineClient:
         self.on_death: list[Callable[[str], None]] = []
         self._link: EngineLink | None = None
         self._active: dict[str, tuple[Call, Output]] = {}
+        self._rows: list[str] = []  # of the last `Tokens` that had some
         self._replies: dict[str, asyncio.Future[ControlReply]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._changed: asyncio.Event | None = None  # readiness or death: whoever waits looks again
@@ -92,6 +93,7 @@ class EngineClient:
         self._release()
         self._link, self.dead, self.engine = link, None, ready
         self.stats, self.heartbeat, self.heard_at = Stats(), Heartbeat(), time.monotonic()
+        self._rows = []
         if self._started:
             self._spawn(link)
 
@@ -181,7 +183,7 @@ class EngineClient:
         self.heard_at = time.monotonic()
         match message:
             case Tokens():
-                self._on_tokens(message.chunks, self.heard_at)
+                self._on_tokens(message, self.heard_at)
             case Heartbeat():
                 self.heartbeat = message
             case Stats():
@@ -201,8 +203,21 @@ class EngineClient:
             case Stopped():
                 self._die("the engine has stopped")
 
-    def _on_tokens(self, chunks: list[Chunk], now: float) -> None:
-        for chunk in chunks:
+    def _on_tokens(self, message: Tokens, now: float) -> None:
+        if message.rows is not None:
+            self._rows = message.rows
+        gaps: dict[float, int] = {}  # requests that had their last token at the same time, as most have
+        for key, token in zip(self._rows, message.plain, strict=True) if message.plain else ():
+            entry = self._active.get(key)
+            if entry is None:
+                continue  # aborted meanwhile
+            call, output = entry
+            gaps[output.last_at] = gaps.get(output.last_at, 0) + 1
+            output.last_at = now
+            call.take(output, token)
+        for last_at, count in gaps.items():
+            self.counters.on_tokens(count, now - last_at)
+        for chunk in message.chunks:
             entry = self._active.get(chunk.id)
             if entry is None:
                 continue  # aborted meanwhile

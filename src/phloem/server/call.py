@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("phloem.server")
 
 
+Sink = Callable[[bytes], None]  # takes an event that is to be written; never raises
+
+
 class ClientGone(PhloemError):
     """The client has hung up: nobody reads this answer."""
 
@@ -49,7 +52,7 @@ class Call:
         self._sleeps = False  # the reader waits, and there is nothing that it has not been given
         self._error: PhloemError | None = None
         self._render: Callable[[Output], bytes] | None = None
-        self._sink: Callable[[bytes], None] | None = None
+        self._sink: Sink | None = None
 
     # --- past the reader
 
@@ -60,7 +63,7 @@ class Call:
         """
         self._render = render if len(self.outputs) == 1 else None  # several write what they have together
 
-    def pass_to(self, sink: Callable[[bytes], None] | None) -> None:
+    def pass_to(self, sink: Sink | None) -> None:
         """While the reader waits, give `sink` at once what `render_by` makes; None: all goes to the reader."""
         self._sink = sink
 
@@ -82,8 +85,11 @@ class Call:
         self._dirty[output] = None
         self._wake()
 
-    def take(self, output: Output, token: int) -> None:
-        """As `push` of one token and nothing else: the least work for what comes most often."""
+    def take(self, output: Output, token: int, events: list[tuple[Sink, bytes]]) -> None:
+        """As `push` of one token and nothing else: the least work for what comes most often.
+
+        What is to be written is added to `events`, for the caller to do so at once.
+        """
         render, sink, decoder = self._render, self._sink, output.decoder
         follow = decoder.follow if decoder is not None else None
         if not self._sleeps or render is None or sink is None or follow is None or output.item.stream_interval > 1:
@@ -99,7 +105,7 @@ class Call:
             self._break(output, error)
             return
         if data:
-            sink(data)
+            events.append((sink, data))
 
     def fail(self, error: PhloemError) -> None:
         """End the call with this error, behind what has already arrived."""
@@ -120,7 +126,7 @@ class Call:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _pass(self, output: Output, render: Callable[[Output], bytes], sink: Callable[[bytes], None]) -> None:
+    def _pass(self, output: Output, render: Callable[[Output], bytes], sink: Sink) -> None:
         """Do the reader's part of some news. What ends the stream is still the reader's to tell."""
         try:
             self._absorb(output)

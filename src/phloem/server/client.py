@@ -36,7 +36,7 @@ from phloem.core.messages import (
 )
 from phloem.core.request import FinishReason, SamplingParams
 from phloem.server.admission import Admission
-from phloem.server.call import Call
+from phloem.server.call import Call, Sink
 from phloem.server.counters import Counters
 from phloem.server.detokenizer import StreamDecoder
 from phloem.server.request import GenerateRequest, Item, Output, new_id
@@ -207,6 +207,9 @@ class EngineClient:
         if message.rows is not None:
             self._rows = message.rows
         gaps: dict[float, int] = {}  # requests that had their last token at the same time, as most have
+        # Every event is made before the first is written: each write wakes a client, and who runs in between leaves
+        # cold caches behind.
+        events: list[tuple[Sink, bytes]] = []
         for key, token in zip(self._rows, message.plain, strict=True) if message.plain else ():
             entry = self._active.get(key)
             if entry is None:
@@ -214,7 +217,9 @@ class EngineClient:
             call, output = entry
             gaps[output.last_at] = gaps.get(output.last_at, 0) + 1
             output.last_at = now
-            call.take(output, token)
+            call.take(output, token, events)
+        for sink, data in events:
+            sink(data)
         for last_at, count in gaps.items():
             self.counters.on_tokens(count, now - last_at)
         for chunk in message.chunks:

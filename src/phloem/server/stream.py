@@ -153,6 +153,7 @@ class EventStream(Response):
         self._gone = False
         self._direct: Send | None = None
         self._stuck: asyncio.Task[None] | None = None  # an event that waits for a client which reads too slowly
+        self._behind: list[bytes] = []  # events of the same message as that one
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -206,6 +207,9 @@ class EventStream(Response):
         follows waits for it as usual."""
         if self._gone:
             return
+        if self._stuck is not None:
+            self._behind.append(data)
+            return
         assert self._direct is not None
         steps = self._direct({"type": "http.response.body", "body": data, "more_body": True}).__await__()
         try:
@@ -224,11 +228,14 @@ class EventStream(Response):
     async def _unstick(self) -> None:
         if self._stuck is None:
             return
-        stuck, self._stuck = self._stuck, None
+        assert self._direct is not None
         try:
-            await stuck
+            await self._stuck
         except OSError:
             self._lost()
+        behind, self._behind, self._stuck = self._behind, [], None
+        for data in behind:
+            await self._send(self._direct, data)
         self._pass_on(True)
 
     def _lost(self) -> None:

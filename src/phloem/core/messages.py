@@ -97,7 +97,8 @@ class Tokens(Message):
     """One step's news for every request concerned: a single message a step.
 
     Most requests have one new token and nothing else to tell: `plain[i]` is that of request `rows[i]`. Where these are
-    the requests of the last message that had any, `rows` is left out. They come before what `chunks` has of the same.
+    the requests of the message before, and that one had no chunks, `rows` is left out. They come before what `chunks`
+    has of the same requests.
     """
 
     chunks: list[Chunk] = []

@@ -222,12 +222,11 @@ class Results:
         """Send what has collected, as one message."""
         if not self._chunks and not self._rows:
             return
-        message = Tokens(chunks=self._chunks)
-        self._chunks = []
+        message = Tokens(chunks=self._chunks, plain=self._plain)
+        if self._rows != self._told:
+            message.rows = self._rows
+        # Behind a chunk the same ids may mean other requests: one has begun, or ended.
+        self._told = [] if self._chunks else self._rows
+        self._chunks, self._rows, self._plain = [], [], []
         self._message += 1
-        if self._rows:
-            if self._rows != self._told:
-                self._told = message.rows = self._rows
-            message.plain = self._plain
-            self._rows, self._plain = [], []
         send(message)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from phloem.core.errors import BadRequest, OutOfMemory, PhloemError, QueueFull
@@ -13,12 +12,9 @@ from phloem.core.request import FinishReason
 
 if TYPE_CHECKING:
     from phloem.server.counters import Counters
-    from phloem.server.request import Output
+    from phloem.server.request import Output, Render, Sink
 
 log = logging.getLogger("phloem.server")
-
-
-Sink = Callable[[bytes], None]  # takes an event that is to be written; never raises
 
 
 class ClientGone(PhloemError):
@@ -51,12 +47,12 @@ class Call:
         self._waiter: asyncio.Future[None] | None = None
         self._sleeps = False  # the reader waits, and there is nothing that it has not been given
         self._error: PhloemError | None = None
-        self._render: Callable[[Output], bytes] | None = None
+        self._render: Render | None = None
         self._sink: Sink | None = None
 
     # --- past the reader
 
-    def render_by(self, render: Callable[[Output], bytes]) -> None:
+    def render_by(self, render: Render) -> None:
         """From now on `render` alone makes what is written of news, unless they are an output's last.
 
         So nobody need wake the reader for them, which is most of what a token of a stream costs: see `pass_to`.
@@ -66,6 +62,17 @@ class Call:
     def pass_to(self, sink: Sink | None) -> None:
         """While the reader waits, give `sink` at once what `render_by` makes; None: all goes to the reader."""
         self._sink = sink
+        if sink is None:
+            self._sleep(False)
+
+    def _sleep(self, sleeps: bool) -> None:
+        self._sleeps = sleeps
+        output = self.outputs[0]
+        output.feed = None
+        if sleeps and self._render is not None and self._sink is not None and output.item.stream_interval == 1:
+            follow = output.decoder.follow if output.decoder is not None else None
+            if follow is not None:
+                output.feed = (follow, self._render, self._sink)
 
     # --- the receiving side
 
@@ -85,28 +92,6 @@ class Call:
         self._dirty[output] = None
         self._wake()
 
-    def take(self, output: Output, token: int, events: list[tuple[Sink, bytes]]) -> None:
-        """As `push` of one token and nothing else: the least work for what comes most often.
-
-        What is to be written is added to `events`, for the caller to do so at once.
-        """
-        render, sink, decoder = self._render, self._sink, output.decoder
-        follow = decoder.follow if decoder is not None else None
-        if not self._sleeps or render is None or sink is None or follow is None or output.item.stream_interval > 1:
-            self.push(output, Chunk(id=output.id, tokens=[token]))
-            return
-        output.new_from = len(output.ids)
-        output.ids.append(token)
-        try:
-            output.delta = follow(token)
-            output.text += output.delta
-            data = render(output)
-        except Exception as error:
-            self._break(output, error)
-            return
-        if data:
-            events.append((sink, data))
-
     def fail(self, error: PhloemError) -> None:
         """End the call with this error, behind what has already arrived."""
         if self._error is None:
@@ -122,17 +107,18 @@ class Call:
             self.fail(ClientGone("the client has disconnected"))
 
     def _wake(self) -> None:
-        self._sleeps = False
+        if self._sleeps:
+            self._sleep(False)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _pass(self, output: Output, render: Callable[[Output], bytes], sink: Sink) -> None:
+    def _pass(self, output: Output, render: Render, sink: Sink) -> None:
         """Do the reader's part of some news. What ends the stream is still the reader's to tell."""
         try:
             self._absorb(output)
-            data = render(output) if output.finish is None else b""
+            data = render(output, output.delta) if output.finish is None else b""
         except Exception as error:
-            self._break(output, error)
+            self.broke(output, error)
             return
         if output.finish is not None:  # by a stop string
             self._dirty[output] = None
@@ -140,7 +126,8 @@ class Call:
         elif data:
             sink(data)
 
-    def _break(self, output: Output, error: Exception) -> None:
+    def broke(self, output: Output, error: Exception) -> None:
+        """The handling of an output has failed: the call ends with that."""
         self.fail(_failure(output, error))
         self.cancel()
 
@@ -166,14 +153,14 @@ class Call:
             if not self._open:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
-            self._sleeps = True
+            self._sleep(True)
             try:
                 await self._waiter
             except asyncio.CancelledError:
                 self.cancel()
                 raise
             finally:
-                self._sleeps = False
+                self._sleep(False)
 
     def _absorb_guarded(self, output: Output) -> None:
         try:
@@ -202,7 +189,7 @@ class Call:
             visible = new[:-1] if _trims_stop_token(output, finish, new) else new
             piece = output.decoder.push(visible, finish is not None)
             output.delta = piece.text
-            output.text += piece.text
+            output.parts.append(piece.text)
             if piece.stop is not None:
                 _truncate(output, output.new_from + piece.keep)
                 output.finish = finish = FinishReason(type="stop", matched=piece.stop)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +27,8 @@ log = logging.getLogger("phloem.server")
 
 DONE = b"data: [DONE]\n\n"
 BODY_SEND = "phloem.body_send"  # in the scope: a `send` for what follows `http.response.start`, past the middle layers
+BODY_WRITE = "phloem.body_write"  # in the scope: a `BodyWrite`, where the server has one
+BodyWrite = Callable[[bytes], bool]  # writes a part of the body at once; False: it cannot now, `send` must
 encode = msgspec.json.Encoder().encode
 
 
@@ -110,26 +113,10 @@ async def stream(
     return EventStream(call, first, events, watch, ending)
 
 
-@dataclass
-class _Rest:
-    """The rest of a `send` that was begun outside a task and waits for its client."""
-
-    waits: Any  # what it gave up its turn for
-    steps: Iterator[Any]
-
-    def __await__(self) -> Generator[Any]:
-        yield self.waits
-        yield from self.steps
-
-
-async def _finish(rest: _Rest) -> None:
-    await rest
-
-
 class EventStream(Response):
     """Sends events as they come; an error on the way becomes the last event. Ends the call whatever happens.
 
-    Where the server's own `send` is known, the events of a `Call` that need no thought go past the task that runs this
+    Where the server lends a `BODY_WRITE`, the events of a `Call` that need no thought go past the task that runs this
     response, straight from the engine's message to the socket (`_pass`).
     """
 
@@ -151,19 +138,19 @@ class EventStream(Response):
         self._call, self._first, self._events, self._watch = call, first, events, watch
         self._ending = ending
         self._gone = False
-        self._direct: Send | None = None
-        self._stuck: asyncio.Task[None] | None = None  # an event that waits for a client which reads too slowly
-        self._behind: list[bytes] = []  # events of the same message as that one
+        self._body: Send | None = None
+        self._write: BodyWrite | None = None
+        self._stuck: asyncio.Task[None] | None = None  # sends what waits for a client that reads too slowly:
+        self._behind: list[bytes] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             # The answer has begun: what the layers on the way would do to it is done.
-            body = scope.get(BODY_SEND, send)
+            body = self._body = scope.get(BODY_SEND, send)
             await self._send(body, self._first)
-            if BODY_SEND in scope:
-                self._direct = body
-                self._pass_on(True)
+            self._write = scope.get(BODY_WRITE)
+            self._pass_on(True)
             try:
                 async for data in self._events:
                     await self._unstick()
@@ -178,7 +165,8 @@ class EventStream(Response):
                 log.exception("request %s: a stream broke", scope.get("request_id", "?"))
                 hidden = PhloemError(f"internal error; request id {scope.get('request_id', '?')}")
                 tail = self._ending.error(hidden)
-            await self._unstick()
+            with contextlib.suppress(OSError):
+                await self._unstick()
             if not self._gone:
                 await send({"type": "http.response.body", "body": tail, "more_body": False})
         finally:
@@ -200,46 +188,27 @@ class EventStream(Response):
 
     def _pass_on(self, directly: bool) -> None:
         if isinstance(self._call, Call):
-            self._call.pass_to(self._pass if directly and self._direct is not None else None)
+            self._call.pass_to(self._pass if directly and self._write is not None else None)
 
     def _pass(self, data: bytes) -> None:
-        """Send an event while the response's task sleeps. A `send` that cannot end at once goes on in a task, and what
-        follows waits for it as usual."""
-        if self._gone:
+        """Write an event while the response's task sleeps. When the client reads too slowly, this and what follows wait
+        for it in a task, and news go to the reader again."""
+        assert self._write is not None
+        if self._stuck is None and self._write(data):
             return
-        if self._stuck is not None:
-            self._behind.append(data)
-            return
-        assert self._direct is not None
-        steps = self._direct({"type": "http.response.body", "body": data, "more_body": True}).__await__()
-        try:
-            waits = next(steps)
-        except StopIteration:
-            return
-        except OSError:
-            self._lost()
-        except Exception:
-            log.exception("a stream broke")
-            self._lost()
-        else:
+        self._behind.append(data)
+        if self._stuck is None:
             self._pass_on(False)
-            self._stuck = asyncio.ensure_future(_finish(_Rest(waits, steps)))
+            self._stuck = asyncio.ensure_future(self._send_behind())
+
+    async def _send_behind(self) -> None:
+        assert self._body is not None
+        while self._behind:
+            await self._send(self._body, self._behind.pop(0))
 
     async def _unstick(self) -> None:
-        if self._stuck is None:
-            return
-        assert self._direct is not None
-        try:
+        """What waits for the client goes out before anything else does."""
+        if self._stuck is not None:
             await self._stuck
-        except OSError:
-            self._lost()
-        behind, self._behind, self._stuck = self._behind, [], None
-        for data in behind:
-            await self._send(self._direct, data)
-        self._pass_on(True)
-
-    def _lost(self) -> None:
-        """The socket has gone: nobody reads this any more."""
-        self._gone = True
-        if not self._call.background:
-            self._call.cancel()
+            self._stuck = None
+            self._pass_on(True)

@@ -69,7 +69,7 @@ async def stream_chunks(
                 data.append(event(chunk))
             if plain is not None and not always:
                 write = texts[output.id] = _text_event(plain, output, final)
-                call.render_by(lambda output, write=write: write(output.delta) if output.delta else b"")
+                call.render_by(lambda _, text, write=write: write(text) if text else b"")
         if data:
             yield data[0] if len(data) == 1 else b"".join(data)
     extensions = extensions_of(body, call.outputs)

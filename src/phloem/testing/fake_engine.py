@@ -185,10 +185,10 @@ class FakeEngine(EngineLink):
         """As the real loop sends them: of most requests only a token."""
         only = [chunk for chunk in chunks if chunk == Chunk(id=chunk.id, tokens=chunk.tokens[:1]) and chunk.tokens]
         message = Tokens(chunks=[chunk for chunk in chunks if chunk not in only])
-        if only:
-            rows, message.plain = [chunk.id for chunk in only], [chunk.tokens[0] for chunk in only]
-            if rows != self._told:
-                self._told = message.rows = rows
+        rows, message.plain = [chunk.id for chunk in only], [chunk.tokens[0] for chunk in only]
+        if rows != self._told:
+            message.rows = rows
+        self._told = [] if message.chunks else rows
         return message
 
     def _advance(self, running: _Running) -> Chunk:

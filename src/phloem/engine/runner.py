@@ -172,8 +172,9 @@ class ModelRunner:
             self._pipeline.run(self._queue)
 
     def _needs_values(self, batch: Batch) -> bool:
+        ids = batch.slots[self._slots.follows[batch.slots]]
         fresh = {admission.slot for admission in batch.admissions}
-        return any(slot not in fresh and self._slots[slot].follows for slot in batch.slots.tolist())
+        return any(slot not in fresh and self._slots[slot].follows for slot in ids.tolist())
 
     def _begin(self, batch: Batch) -> Flight:
         """Give a step to the device; what it gives is read when the flight lands.
@@ -209,14 +210,15 @@ class ModelRunner:
             self._slots.admit(admission)
         sampled = np.flatnonzero(batch.sample)
         ids = batch.slots[sampled]
-        slots = [self._slots[slot] for slot in ids.tolist()]
+        easy = bool(self._slots.easy[ids].all())
+        slots = [] if easy else [self._slots[slot] for slot in ids.tolist()]
         self._masks.begin(slots)
         output = StepOutput(batch.step, np.full(batch.num_rows, -1, np.int32))
         before = perf_counter()
         hidden_LN = self._forward(batch)
-        count = len(slots)
+        count = len(ids)
         coming: Coming | None = None
-        if count and self._slots.argmax_only[ids].all():
+        if count and (easy or self._slots.argmax_only[ids].all()):
             tokens_L = self.model.greedy(hidden_LN[:count])
             output.forward_seconds = perf_counter() - before
             coming = self._keep(ids, tokens_L, hidden_LN[:count].sum(-1))

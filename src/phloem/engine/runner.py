@@ -57,30 +57,38 @@ FEW_ROWS = 4
 
 
 class Launched:
-    """A step in the runner's queue or on the device (`core.batch.Pending`)."""
+    """A step in the runner's queue or on the device (`core.batch.Pending`).
+
+    Whoever waits takes a lock that its end lets go: an event would make such a lock for each wait, in Python.
+    """
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._running = threading.Lock()
+        self._running.acquire()
         self._output: StepOutput | None = None
         self._error: BaseException | None = None
 
     def set(self, output: StepOutput) -> None:
         self._output = output
-        self._event.set()
+        self._running.release()
 
     def fail(self, error: BaseException) -> None:
         self._error = error
-        self._event.set()
+        self._running.release()
 
     def done(self) -> bool:
-        return self._event.is_set()
+        return self._output is not None or self._error is not None
 
     def wait(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds; True when the step has ended."""
-        return self._event.wait(timeout)
+        ended = self._running.acquire(timeout=timeout)
+        if ended:
+            self._running.release()
+        return ended
 
     def result(self) -> StepOutput:
-        self._event.wait()
+        with self._running:
+            pass
         if self._error is not None:
             raise self._error
         assert self._output is not None

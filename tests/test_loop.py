@@ -13,6 +13,7 @@ from phloem.core.request import SamplingParams
 from phloem.kvcache.manager import CacheManager
 from phloem.scheduler import loop
 from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
+from phloem.testing.driver import Unfold
 from phloem.testing.fake_runner import FakeRunner, oracle
 
 
@@ -43,6 +44,7 @@ class Running:
     def __init__(self, overlap: bool = True, delay: float = 0.0) -> None:
         self.box, self.sent, self.beats = Box(), queue.Queue[FromEngine](), list[Heartbeat]()
         self.runner = FakeRunner(200, 4, 8, delay=delay)
+        self.unfold = Unfold()
         settings = ScheduleSettings(8, 1000, 1000, overlap=overlap, debug_invariants=True)
         self.scheduler = Scheduler(self.runner, settings, CacheManager(200, 4), self.sent.put)
         self.thread = threading.Thread(target=loop.run, args=(self.scheduler, self.box, self.beats.append), daemon=True)
@@ -58,7 +60,7 @@ class Running:
             message = self.sent.get(timeout=10)
             if not isinstance(message, Tokens):
                 continue
-            for chunk in message.chunks:
+            for chunk in self.unfold.chunks(message):
                 if chunk.id == name:
                     tokens += chunk.tokens
                     if chunk.finish is not None:
@@ -79,7 +81,7 @@ def test_serves_and_drains(overlap: bool) -> None:
     engine.submit("b", 20)
     rest = engine.drain()
     assert isinstance(rest[-1], Stopped)
-    chunks = [chunk for message in rest if isinstance(message, Tokens) for chunk in message.chunks]
+    chunks = [chunk for message in rest if isinstance(message, Tokens) for chunk in engine.unfold.chunks(message)]
     made = [token for chunk in chunks if chunk.id == "b" for token in chunk.tokens]
     assert made == oracle([11, 12, 13], 0, 20, 1000)
 

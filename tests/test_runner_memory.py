@@ -31,6 +31,7 @@ from phloem.models import Model, load_model
 from phloem.platforms._streams import Arriving
 from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
 from phloem.testing.checkpoints import VOCAB, tiny_checkpoint
+from phloem.testing.driver import Unfold
 from phloem.utils.checkpoint import describe
 
 CPU = torch.device("cpu")
@@ -116,8 +117,10 @@ def serve(model: Model, streams: Any = None, chunk: int = 12, runner: Any = None
     made = ModelRunner(model, backend, pool, Ops(), 8, streams=streams, give_back=lambda: freed.append(1))
     got: dict[str, Any] = {"freed": freed}
 
+    unfold = Unfold()
+
     def take(message: Any) -> None:
-        for one in message.chunks if isinstance(message, Tokens) else []:
+        for one in unfold.chunks(message) if isinstance(message, Tokens) else []:
             entry = got.setdefault(one.id, ([], [], []))
             entry[0].extend(one.tokens)
             entry[1].extend(one.logprobs.values if one.logprobs else [])

@@ -16,7 +16,7 @@ from phloem.core.messages import Abort, Tokens
 from phloem.core.request import FinishReason
 from phloem.scheduler.metrics import Meter
 from phloem.testing.driver import EOS, Driver, random_tokens, storm
-from phloem.testing.fake_runner import logprob
+from phloem.testing.fake_runner import logprob, oracle
 
 both = pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlapped"])
 
@@ -281,6 +281,25 @@ def test_one_message_a_step_and_news_on_first_and_last_chunk() -> None:
     first, middle, last = driver.chunks["0"]
     assert first.queue_seconds == last.queue_seconds == pytest.approx(0.01) and middle.queue_seconds == 0
     assert last.finish is not None and first.finish is None
+
+
+def test_a_token_alone_needs_no_chunk_and_known_rows_no_names() -> None:
+    driver = Driver(overlap=False)
+    for name in ("a", "b", "c"):
+        driver.submit(name, [11, 12, ord(name)], 6, return_logprob=name == "c", ignore_eos=True)
+    driver.step(3)
+    news = [message for message in driver.sent if isinstance(message, Tokens)]
+    assert [len(message.chunks) for message in news] == [3, 1, 1]  # all begin; then the one with logprobs
+    assert [message.rows for message in news] == [None, ["a", "b"], ["a", "b"]]  # told again behind a chunk
+    driver.abort("c")
+    driver.step(3)
+    more = [message for message in driver.sent if isinstance(message, Tokens)][3:]
+    assert [(message.rows, len(message.plain), len(message.chunks)) for message in more] == [
+        (["a", "b"], 2, 0),
+        (None, 2, 0),
+        ([], 0, 2),
+    ]
+    assert all(driver.tokens[name] == oracle([11, 12, ord(name)], 0, 6, driver.runner.vocab_size) for name in "ab")
 
 
 def test_stream_interval_groups_tokens() -> None:

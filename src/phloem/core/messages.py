@@ -94,9 +94,16 @@ class Chunk(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Tokens(Message):
-    """One step's news for every request concerned: a single message a step."""
+    """One step's news for every request concerned: a single message a step.
 
-    chunks: list[Chunk]
+    Most requests have one new token and nothing else to tell: `plain[i]` is that of request `rows[i]`. Where these are
+    the requests of the message before, and that one had no chunks, `rows` is left out. They come before what `chunks`
+    has of the same requests.
+    """
+
+    chunks: list[Chunk] = []
+    rows: list[str] | None = None
+    plain: list[int] = []
 
 
 class Stats(Message):

@@ -130,6 +130,7 @@ class HostBuffers:
     seq_lens: NDArray[np.int32]
     page_table: NDArray[np.int32]
     token_slots: NDArray[np.int32]
+    rows: NDArray[np.int64]  # 0, 1, 2, ...
 
     @staticmethod
     def of(inputs: StepInputs) -> HostBuffers:
@@ -140,6 +141,7 @@ class HostBuffers:
             paged.seq_lens.numpy(),
             paged.page_table.numpy(),
             paged.token_slots.numpy(),
+            np.arange(len(inputs.input_ids)),
         )
 
     def fill(self, batch: Batch, last_tokens: NDArray[np.int64], page_size: int) -> None:
@@ -150,8 +152,8 @@ class HostBuffers:
         self.positions[:rows] = positions
         self.seq_lens[:rows] = positions + 1
         self.page_table[:rows, :pages] = batch.page_table
-        page = batch.page_table[np.arange(rows), positions // page_size]
-        self.token_slots[:rows] = page * page_size + positions % page_size
+        page, place = np.divmod(positions, page_size)
+        self.token_slots[:rows] = batch.page_table[self.rows[:rows], page] * page_size + place
         if rows < len(self.input_ids):
             self.positions[rows:] = 0
             self.seq_lens[rows:] = 1

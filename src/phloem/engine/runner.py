@@ -57,30 +57,38 @@ FEW_ROWS = 4
 
 
 class Launched:
-    """A step in the runner's queue or on the device (`core.batch.Pending`)."""
+    """A step in the runner's queue or on the device (`core.batch.Pending`).
+
+    Whoever waits takes a lock that its end lets go: an event would make such a lock for each wait, in Python.
+    """
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._running = threading.Lock()
+        self._running.acquire()
         self._output: StepOutput | None = None
         self._error: BaseException | None = None
 
     def set(self, output: StepOutput) -> None:
         self._output = output
-        self._event.set()
+        self._running.release()
 
     def fail(self, error: BaseException) -> None:
         self._error = error
-        self._event.set()
+        self._running.release()
 
     def done(self) -> bool:
-        return self._event.is_set()
+        return self._output is not None or self._error is not None
 
     def wait(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds; True when the step has ended."""
-        return self._event.wait(timeout)
+        ended = self._running.acquire(timeout=timeout)
+        if ended:
+            self._running.release()
+        return ended
 
     def result(self) -> StepOutput:
-        self._event.wait()
+        with self._running:
+            pass
         if self._error is not None:
             raise self._error
         assert self._output is not None
@@ -172,8 +180,9 @@ class ModelRunner:
             self._pipeline.run(self._queue)
 
     def _needs_values(self, batch: Batch) -> bool:
+        ids = batch.slots[self._slots.follows[batch.slots]]
         fresh = {admission.slot for admission in batch.admissions}
-        return any(slot not in fresh and self._slots[slot].follows for slot in batch.slots.tolist())
+        return any(slot not in fresh and self._slots[slot].follows for slot in ids.tolist())
 
     def _begin(self, batch: Batch) -> Flight:
         """Give a step to the device; what it gives is read when the flight lands.
@@ -209,14 +218,15 @@ class ModelRunner:
             self._slots.admit(admission)
         sampled = np.flatnonzero(batch.sample)
         ids = batch.slots[sampled]
-        slots = [self._slots[slot] for slot in ids.tolist()]
+        easy = bool(self._slots.easy[ids].all())
+        slots = [] if easy else [self._slots[slot] for slot in ids.tolist()]
         self._masks.begin(slots)
         output = StepOutput(batch.step, np.full(batch.num_rows, -1, np.int32))
         before = perf_counter()
         hidden_LN = self._forward(batch)
-        count = len(slots)
+        count = len(ids)
         coming: Coming | None = None
-        if count and self._slots.argmax_only[ids].all():
+        if count and (easy or self._slots.argmax_only[ids].all()):
             tokens_L = self.model.greedy(hidden_LN[:count])
             output.forward_seconds = perf_counter() - before
             coming = self._keep(ids, tokens_L, hidden_LN[:count].sum(-1))

@@ -83,6 +83,9 @@ class Slots:
         self.columns = SamplingColumns(count, vocab)
         # A row of which only its most likely token is wanted: no logits need be written for it.
         self.argmax_only = np.zeros(count, np.bool_)
+        # Of those, the rows with nothing else to be looked at on the host.
+        self.easy = np.zeros(count, np.bool_)
+        self.follows = np.zeros(count, np.bool_)
         # How many of a row's best tokens are enough to choose one; 0: the whole row is wanted.
         self.candidates = np.zeros(count, np.int32)
 
@@ -108,6 +111,8 @@ class Slots:
             output=admission.tokens[admission.num_prompt :].tolist() if params.processors else [],
         )
         self.argmax_only[admission.slot] = params.greedy and found.plain and not found.return_logprob
+        self.easy[admission.slot] = self.argmax_only[admission.slot] and not found.return_hidden
+        self.follows[admission.slot] = found.follows
         self.candidates[admission.slot] = candidates_wanted(
             params, found.plain, admission.top_logprobs, bool(admission.token_ids_logprob), self._vocab
         )
@@ -115,6 +120,7 @@ class Slots:
     def clear(self) -> None:
         """Forget every request; each must be admitted again before its next row."""
         self._slots = [None] * len(self._slots)
+        self.easy[:] = False
 
     def __getitem__(self, slot: int) -> Slot:
         found = self._slots[slot]

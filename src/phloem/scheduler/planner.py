@@ -83,8 +83,9 @@ class _Steady:
     query_lens: NDArray[np.int32]
     sample: NDArray[np.bool_]
     page_table: NDArray[np.int32]
+    covered: NDArray[np.int32]  # positions that each row has pages for
     longest: int  # tokens of the longest row, with the one that is computed next
-    left: int  # steps until a row needs a page or comes to its end
+    left: int  # steps until a row comes to its end
 
 
 @dataclass(slots=True)
@@ -130,8 +131,9 @@ class Planner:
         most = self.throttle.budget
         active = slots.active()
         if self._steady is not None:
-            if self._goes_on(self._steady, active):
-                return self._one_more(self._steady)
+            plan = self._one_more(self._steady) if self._goes_on(self._steady, active) else None
+            if plan is not None:
+                return plan
             self._steady = None
         decodes, chunks = _NOTHING, []
         budget = min(pace.budget, most)
@@ -234,17 +236,16 @@ class Planner:
         active, at = slots.active(), batch.slots
         if len(at) != len(active):
             return None
-        computed = slots.computed[at]
-        pages, limits = slots.covered[at] - computed, slots.limit[at] - slots.length[at] - 1
-        longest = int(computed.max()) + 1
+        longest, left = int(slots.computed[at].max()) + 1, int((slots.limit[at] - slots.length[at]).min()) - 1
         return _Steady(
             active,
             plan.rows,
             batch.query_lens,
             batch.sample,
             batch.page_table,
+            slots.covered[at],
             longest,
-            int(min(pages.min(), limits.min())),
+            left,
         )
 
     def _goes_on(self, steady: _Steady, active: NDArray[np.int32]) -> bool:
@@ -253,12 +254,20 @@ class Planner:
             return False
         return not (len(self.queue) and slots.num_free) and not slots.readmit
 
-    def _one_more(self, steady: _Steady) -> Plan:
-        slots = self.slots
-        at = steady.active
+    def _one_more(self, steady: _Steady) -> Plan | None:
+        """The next step of these rows; None, and nothing is changed, where pages for it must be taken from others."""
+        slots, at = self.slots, steady.active
+        computed = slots.computed[at]
+        needy = np.flatnonzero(computed >= steady.covered)
+        if len(needy):
+            leases = [lease for row in needy.tolist() if (lease := steady.rows[row].lease) is not None]
+            if not self.cache.reserve_one_each(leases):
+                return None
+            slots.covered[at[needy]] += slots.page_size
+            steady.covered = slots.covered[at]
         self.headroom.relax()
         pages = -(-steady.longest // slots.page_size)
-        if pages != steady.page_table.shape[1]:
+        if len(needy) or pages != steady.page_table.shape[1]:
             steady.page_table = slots.tables[at, :pages]
         steady.longest += 1
         steady.left -= 1
@@ -267,7 +276,7 @@ class Planner:
             step=self._step,
             slots=at,
             query_lens=steady.query_lens,
-            prefix_lens=slots.computed[at],
+            prefix_lens=computed,
             input_ids=slots.next_token[at],
             page_table=steady.page_table,
             sample=steady.sample,

@@ -49,13 +49,20 @@ class Results:
         self.output_tokens = 0
         self.jumped_tokens = 0  # of these, those that a grammar forced: they took no decode step
         self._chunks: list[Chunk] = []
+        self._rows: list[str] = []  # requests of which only a token is told, and those tokens
+        self._plain: list[int] = []
+        self._told: list[str] = []  # the rows that the other side knows
+        self._message = 0
 
     def commit(self, plan: Plan, output: StepOutput) -> None:
         """Take in a step. Rows whose request has ended since the launch are dropped."""
         tokens: list[int] = output.tokens.tolist()
         sampled: list[bool] = plan.batch.sample.tolist()
+        easy = not output.failed and self.stream_interval == 1
         for row, request in enumerate(plan.rows):
             if request.status is RequestStatus.FINISHED:
+                continue
+            if easy and request.plain and sampled[row] and self._one_token(request, tokens[row]):
                 continue
             if row in output.failed:
                 self.fail(request, output.failed[row], 400 if row in output.refused else 500)
@@ -72,6 +79,22 @@ class Results:
             except Exception as error:
                 log.exception("request %s: its result could not be taken", request.id)
                 self.fail(request, f"{type(error).__name__}: {error}", 500)
+
+    def _one_token(self, request: Request, token: int) -> bool:
+        """As `_token` where the token is all there is to do or tell; False, and nothing is changed, where it is not."""
+        output = request.output
+        if token < 0 or token in request.stops or request.num_prompt + len(output) + 1 >= request.limit:
+            return False
+        if request.fresh or request.message == self._message or not request.sent:
+            return False
+        request.inflight -= 1
+        output.append(token)
+        self.output_tokens += 1
+        if not request.inflight and request.slot >= 0:
+            self.slots.next_token[request.slot] = token
+        self._rows.append(request.id)
+        self._plain.append(token)
+        return True
 
     def _token(
         self, request: Request, token: int, logprobs: PositionLogprobs | None, hidden: NDArray[np.float32] | None
@@ -192,11 +215,18 @@ class Results:
                 chunk.prompt_logprobs = pack_logprobs(request.prompt_logprobs, submit)
         chunk.hidden, request.fresh_hidden = request.fresh_hidden, []
         request.fresh = []
-        request.sent = True
+        request.sent, request.message = True, self._message
         return chunk
 
     def flush(self, send: Callable[[FromEngine], None]) -> None:
         """Send what has collected, as one message."""
-        if self._chunks:
-            chunks, self._chunks = self._chunks, []
-            send(Tokens(chunks=chunks))
+        if not self._chunks and not self._rows:
+            return
+        message = Tokens(chunks=self._chunks, plain=self._plain)
+        if self._rows != self._told:
+            message.rows = self._rows
+        # Behind a chunk the same ids may mean other requests: one has begun, or ended.
+        self._told = [] if self._chunks else self._rows
+        self._chunks, self._rows, self._plain = [], [], []
+        self._message += 1
+        send(message)

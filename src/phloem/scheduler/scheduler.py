@@ -221,6 +221,7 @@ class Scheduler:
         self._sequence += 1
         request.seq, request.key = self._sequence, self._policy.key(request)
         request.prepared = self.prepare(submit, request.prompt) if self.prepare is not None else None
+        request.plain = request.plain and request.prepared is None
         self.live[request.id] = request
         if request.prepared is None:
             self.queue.add(request)

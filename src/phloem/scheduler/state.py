@@ -76,10 +76,12 @@ class Request:
         "limit",
         "match_pages",
         "match_version",
+        "message",
         "num_prompt",
         "output",
         "params",
         "passed_mark",
+        "plain",
         "prepared",
         "prompt",
         "prompt_logprobs",
@@ -124,6 +126,9 @@ class Request:
         self.fresh_logprobs: list[PositionLogprobs] = []
         self.fresh_hidden: list[bytes] = []
         self.sent = False
+        self.message = -1  # the message that its last chunk is in
+        # Nothing but its token is to be told of a step, and nothing to be done with it.
+        self.plain = not (submit.return_logprob or submit.return_hidden)
 
     @property
     def scores_only(self) -> bool:

@@ -12,7 +12,7 @@ from phloem.core.request import FinishReason
 
 if TYPE_CHECKING:
     from phloem.server.counters import Counters
-    from phloem.server.request import Output
+    from phloem.server.request import Output, Render, Sink
 
 log = logging.getLogger("phloem.server")
 
@@ -45,7 +45,34 @@ class Call:
         self._open = len(outputs)
         self._dirty: dict[Output, None] = {}
         self._waiter: asyncio.Future[None] | None = None
+        self._sleeps = False  # the reader waits, and there is nothing that it has not been given
         self._error: PhloemError | None = None
+        self._render: Render | None = None
+        self._sink: Sink | None = None
+
+    # --- past the reader
+
+    def render_by(self, render: Render) -> None:
+        """From now on `render` alone makes what is written of news, unless they are an output's last.
+
+        So nobody need wake the reader for them, which is most of what a token of a stream costs: see `pass_to`.
+        """
+        self._render = render if len(self.outputs) == 1 else None  # several write what they have together
+
+    def pass_to(self, sink: Sink | None) -> None:
+        """While the reader waits, give `sink` at once what `render_by` makes; None: all goes to the reader."""
+        self._sink = sink
+        if sink is None:
+            self._sleep(False)
+
+    def _sleep(self, sleeps: bool) -> None:
+        self._sleeps = sleeps
+        output = self.outputs[0]
+        output.feed = None
+        if sleeps and self._render is not None and self._sink is not None and output.item.stream_interval == 1:
+            follow = output.decoder.follow if output.decoder is not None else None
+            if follow is not None:
+                output.feed = (follow, self._render, self._sink)
 
     # --- the receiving side
 
@@ -58,6 +85,9 @@ class Call:
             if not (self.stream or _stops(output)):
                 return
             if output.ids and output.pending_tokens < output.item.stream_interval:
+                return
+            if self._sleeps and self._render is not None and self._sink is not None:
+                self._pass(output, self._render, self._sink)
                 return
         self._dirty[output] = None
         self._wake()
@@ -77,8 +107,29 @@ class Call:
             self.fail(ClientGone("the client has disconnected"))
 
     def _wake(self) -> None:
+        if self._sleeps:
+            self._sleep(False)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def _pass(self, output: Output, render: Render, sink: Sink) -> None:
+        """Do the reader's part of some news. What ends the stream is still the reader's to tell."""
+        try:
+            self._absorb(output)
+            data = render(output, output.delta) if output.finish is None else b""
+        except Exception as error:
+            self.broke(output, error)
+            return
+        if output.finish is not None:  # by a stop string
+            self._dirty[output] = None
+            self._wake()
+        elif data:
+            sink(data)
+
+    def broke(self, output: Output, error: Exception) -> None:
+        """The handling of an output has failed: the call ends with that."""
+        self.fail(_failure(output, error))
+        self.cancel()
 
     # --- the reading side
 
@@ -102,22 +153,24 @@ class Call:
             if not self._open:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
+            self._sleep(True)
             try:
                 await self._waiter
             except asyncio.CancelledError:
                 self.cancel()
                 raise
+            finally:
+                self._sleep(False)
 
     def _absorb_guarded(self, output: Output) -> None:
         try:
             self._absorb(output)
-        except PhloemError:
-            self.cancel()
-            raise
         except Exception as error:
-            log.exception("request %s failed in the door", output.id)
             self.cancel()
-            raise PhloemError(f"request {output.id} failed: {type(error).__name__}") from error
+            failure = _failure(output, error)
+            if failure is error:
+                raise
+            raise failure from error
 
     def _absorb(self, output: Output) -> None:
         """Detokenise what is pending; settles `delta`, `new_from` and `finish`."""
@@ -136,7 +189,7 @@ class Call:
             visible = new[:-1] if _trims_stop_token(output, finish, new) else new
             piece = output.decoder.push(visible, finish is not None)
             output.delta = piece.text
-            output.text += piece.text
+            output.parts.append(piece.text)
             if piece.stop is not None:
                 _truncate(output, output.new_from + piece.keep)
                 output.finish = finish = FinishReason(type="stop", matched=piece.stop)
@@ -145,6 +198,14 @@ class Call:
             output.finish = finish
             self._open -= 1
             self._client.finished(output)
+
+
+def _failure(output: Output, error: Exception) -> PhloemError:
+    """What the client is told of an error in the handling of an output."""
+    if isinstance(error, PhloemError):
+        return error
+    log.error("request %s failed in the door", output.id, exc_info=error)
+    return PhloemError(f"request {output.id} failed: {type(error).__name__}")
 
 
 def _stops(output: Output) -> bool:

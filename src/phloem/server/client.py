@@ -43,6 +43,7 @@ from phloem.server.request import GenerateRequest, Item, Output, new_id
 
 if TYPE_CHECKING:
     from phloem.server.info import ModelInfo
+    from phloem.server.request import Sink
     from phloem.server.sessions import Sessions
     from phloem.server.template import ChatTemplate
     from phloem.server.tokenizer import Tokenizer
@@ -78,6 +79,7 @@ class EngineClient:
         self.on_death: list[Callable[[str], None]] = []
         self._link: EngineLink | None = None
         self._active: dict[str, tuple[Call, Output]] = {}
+        self._rows: list[tuple[Call, Output] | None] = []  # of the last `Tokens` that had some; None: aborted
         self._replies: dict[str, asyncio.Future[ControlReply]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._changed: asyncio.Event | None = None  # readiness or death: whoever waits looks again
@@ -92,6 +94,7 @@ class EngineClient:
         self._release()
         self._link, self.dead, self.engine = link, None, ready
         self.stats, self.heartbeat, self.heard_at = Stats(), Heartbeat(), time.monotonic()
+        self._rows = []
         if self._started:
             self._spawn(link)
 
@@ -181,7 +184,7 @@ class EngineClient:
         self.heard_at = time.monotonic()
         match message:
             case Tokens():
-                self._on_tokens(message.chunks, self.heard_at)
+                self._on_tokens(message, self.heard_at)
             case Heartbeat():
                 self.heartbeat = message
             case Stats():
@@ -201,8 +204,12 @@ class EngineClient:
             case Stopped():
                 self._die("the engine has stopped")
 
-    def _on_tokens(self, chunks: list[Chunk], now: float) -> None:
-        for chunk in chunks:
+    def _on_tokens(self, message: Tokens, now: float) -> None:
+        if message.rows is not None:
+            self._rows = [self._active.get(key) for key in message.rows]
+        if message.plain:
+            self._on_plain(message.plain, now)
+        for chunk in message.chunks:
             entry = self._active.get(chunk.id)
             if entry is None:
                 continue  # aborted meanwhile
@@ -211,6 +218,40 @@ class EngineClient:
             if chunk.finish is not None:
                 del self._active[chunk.id]
             call.push(output, chunk)
+
+    def _on_plain(self, tokens: list[int], now: float) -> None:
+        """One token for each of the rows. What their streams write is all made before the first of it is written: each
+        write wakes a client, and whoever runs in between leaves cold caches behind."""
+        gaps: dict[float, int] = {}  # requests that had their last token at the same time, as most have
+        events: list[tuple[Sink, bytes]] = []
+        for entry, token in zip(self._rows, tokens, strict=True):
+            if entry is None:
+                continue
+            call, output = entry
+            feed = output.feed
+            if feed is None and self._active.get(output.id) is not entry:
+                continue  # aborted meanwhile
+            gaps[output.last_at] = gaps.get(output.last_at, 0) + 1
+            output.last_at = now
+            if feed is None:
+                call.push(output, Chunk(id=output.id, tokens=[token]))
+                continue
+            follow, render, sink = feed
+            output.new_from = len(output.ids)
+            output.ids.append(token)
+            try:
+                text = follow(token)
+                output.parts.append(text)
+                data = render(output, text)
+            except Exception as error:
+                call.broke(output, error)
+                continue
+            if data:
+                events.append((sink, data))
+        for sink, data in events:
+            sink(data)
+        for last_at, count in gaps.items():
+            self.counters.on_tokens(count, now - last_at)
 
     def _die(self, reason: str, expected: bool = False) -> None:
         if self.dead is not None:
@@ -312,6 +353,7 @@ class EngineClient:
         if entry is None or entry[1] is not output:
             return False
         del self._active[output.id]
+        output.feed = None
         if output.finish is None:
             self._end_in_session(output, None)
         with contextlib.suppress(EngineDead):

@@ -63,6 +63,11 @@ class Counters:
             self.ttft.observe(now - output.arrival)
         output.last_at = now
 
+    def on_tokens(self, count: int, gap: float) -> None:
+        """`count` requests have one more token each, `gap` seconds after the one before."""
+        self.generation_tokens += count
+        self.itl.observe(gap, count)
+
     def on_stats(self, stats: Stats) -> None:
         for seconds in stats.grammar_seconds:
             self.grammar.observe(seconds)

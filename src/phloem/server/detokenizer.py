@@ -8,8 +8,7 @@ are held back until that is settled. The work per token is bounded, whatever the
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phloem.core.errors import BadRequest
 
@@ -26,8 +25,7 @@ REGEX_SECONDS = 0.2  # for one search
 REGEX_SECONDS_TOTAL = 1.0  # processor time of one answer
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What a push brought: new text, the stop that was met (if any), and how many of the pushed ids count."""
 
     text: str
@@ -50,6 +48,8 @@ class StreamDecoder:
         self._stops = _StopStrings(params.stop) if params.stop else None
         self._regexes = _StopRegexes(params.stop_regex) if params.stop_regex else None
         self._trim = not params.no_stop_trim
+        # The text of the next token, which is not the last, where nothing can stop the answer at it; else None.
+        self.follow = None if self._stops is not None or self._regexes is not None else self._decoder.push
         self._held = ""  # decoded, not yet given out
         self._stopped: str | None = None
         self._finished = False
@@ -62,7 +62,9 @@ class StreamDecoder:
         if self._stopped is not None or self._finished:
             return Piece("", self._stopped, 0)
         if self._stops is None and self._regexes is None:
-            text = "".join([self._decoder.push(token) for token in ids])
+            text = (
+                self._decoder.push(ids[0]) if len(ids) == 1 else "".join([self._decoder.push(token) for token in ids])
+            )
             return Piece(text + self._end() if last else text, None, len(ids))
         out: list[str] = []
         for number, token in enumerate(ids, 1):

@@ -6,6 +6,7 @@ The in-process engine answers in the same shape through the same functions.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +142,7 @@ class Renderer:
 
     def answer(self, output: Output) -> dict[str, Any]:
         """The whole of an output so far."""
-        meta = self._meta(output)
+        meta = self.meta(output)
         if output.item.return_logprob:
             meta |= self._logprobs(output, 0)
             meta |= native_prompt(output, self._text)
@@ -151,7 +152,7 @@ class Renderer:
 
     def news(self, output: Output, first: bool) -> dict[str, Any]:
         """Only what the last iteration added. Prompt logprobs come with the first news."""
-        meta = self._meta(output)
+        meta = self.meta(output)
         if output.item.return_logprob:
             meta |= self._logprobs(output, output.new_from)
             if first:
@@ -160,7 +161,8 @@ class Renderer:
             meta["hidden_states"] = hidden_lists(output.hidden[output.new_from :])
         return {"text": output.delta, "output_ids": output.ids[output.new_from :], "meta_info": meta}
 
-    def _meta(self, output: Output) -> dict[str, Any]:
+    def meta(self, output: Output) -> dict[str, Any]:
+        """Of `meta_info` what every answer has."""
         meta: dict[str, Any] = {
             "id": output.id,
             "finish_reason": output.finish,
@@ -202,18 +204,65 @@ class Cumulative:
     def render(self, output: Output) -> dict[str, Any]:
         news = self._renderer.news(output, self._first)
         self._first = False
-        self._text += _encode(news["text"])[1:-1]
-        _extend(self._ids, news["output_ids"])
+        text, ids = self.grow(news["text"], news["output_ids"])
         meta = news["meta_info"]
         for name in [key for key in meta if key.startswith(("output_", "input_", "hidden_"))]:
             _extend(self._lists.setdefault(name, bytearray(b"[")), meta[name])
         for name, data in self._lists.items():
             meta[name] = msgspec.Raw(data + b"]")
         return {
-            "text": msgspec.Raw(self._text + b'"'),
-            "output_ids": msgspec.Raw(self._ids + b"]"),
+            "text": msgspec.Raw(text),
+            "output_ids": msgspec.Raw(ids),
             "meta_info": meta,
         }
+
+    def grow(self, text: str, ids: list[int]) -> tuple[bytes, bytes]:
+        """All of the text and of the ids, encoded, with these at their ends."""
+        self._text += _encode(text)[1:-1]
+        _extend(self._ids, ids)
+        return bytes(self._text) + b'"', bytes(self._ids) + b"]"
+
+
+class PlainEvents:
+    """The events of an output between its first and its last: encoded once around what changes from one to the next.
+
+    Args:
+        renderer: writes whole events, for an output without logprobs and hidden states.
+        kept: what has been written of a stream of cumulative events; None: each event brings only what is new.
+        index: of the output in the answer, where the answer has several.
+    """
+
+    def __init__(self, renderer: Renderer, kept: Cumulative | None, index: int | None) -> None:
+        self._renderer, self._kept, self._index = renderer, kept, index
+        self._parts: list[bytes] = []
+        self._of: tuple[int, float] | None = None  # what the parts were made for
+
+    def __call__(self, output: Output, text: str) -> bytes:
+        if self._of != (output.cached_tokens, output.queue_seconds):
+            self._prepare(output)
+        fresh = output.ids[output.new_from :]
+        if self._kept is None:
+            said, ids = _encode(text), _encode(fresh)
+        else:
+            said, ids = self._kept.grow(text, fresh)
+        begin, between, meta, latency, end = self._parts
+        seconds = _encode(time.monotonic() - output.arrival)
+        count = _encode(output.completion_tokens)
+        return b"".join((begin, said, between, ids, meta, count, latency, seconds, end))
+
+    def _prepare(self, output: Output) -> None:
+        marks = [uuid.uuid4().hex.encode() for _ in range(4)]
+        said, ids, count, seconds = map(msgspec.Raw, marks)
+        meta = self._renderer.meta(output) | {"completion_tokens": count, "e2e_latency": seconds}
+        data: dict[str, Any] = {"text": said, "output_ids": ids, "meta_info": meta}
+        if self._index is not None:
+            data["index"] = self._index
+        rest, self._parts = b"data: " + _encode(data) + b"\n\n", []
+        for mark in marks:
+            part, _, rest = rest.partition(mark)
+            self._parts.append(part)
+        self._parts.append(rest)
+        self._of = (output.cached_tokens, output.queue_seconds)
 
 
 def _extend(data: bytearray, items: list[Any]) -> None:

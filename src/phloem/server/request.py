@@ -10,6 +10,8 @@ from phloem.core.messages import Chunk, Logprobs
 from phloem.core.request import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from phloem.server.detokenizer import StreamDecoder
     from phloem.server.sessions import SessionStep
 
@@ -56,6 +58,13 @@ class GenerateRequest:
     background: bool = False
 
 
+if TYPE_CHECKING:
+    Follow = Callable[[int], str]  # a token's text
+    Render = Callable[["Output", str], bytes]  # the event of an output that has grown by this text; empty: none
+    Sink = Callable[[bytes], None]  # takes an event that is to be written; never raises
+    Feed = tuple[Follow, Render, Sink]
+
+
 @dataclass(slots=True, eq=False)
 class Output:
     """One continuation of one prompt, growing. `delta`, `new_from` describe what the last iteration added.
@@ -71,15 +80,17 @@ class Output:
     prompt_ids: list[int]
     params: SamplingParams
     arrival: float
-    text: str = ""
-    delta: str = ""
+    # What every token touches comes first, and together: between two tokens the caches hold other things.
+    feed: Feed | None = None  # while set, how the client handles a plain token (`Call.pass_to`)
+    last_at: float = 0.0
     ids: list[int] = field(default_factory=list)
     new_from: int = 0
+    parts: list[str] = field(default_factory=list)  # of `text`
+    delta: str = ""
     finish: FinishReason | None = None
     cached_tokens: int = 0
     queue_seconds: float = 0.0
     first_at: float = 0.0
-    last_at: float = 0.0
     logprobs: Logprobs = field(default_factory=Logprobs)
     prompt_logprobs: Logprobs | None = None
     hidden: list[bytes] = field(default_factory=list)  # per output token, float32
@@ -87,6 +98,12 @@ class Output:
     pending: list[Chunk] = field(default_factory=list)
     pending_tokens: int = 0
     decoder: StreamDecoder | None = None
+
+    @property
+    def text(self) -> str:
+        if len(self.parts) > 1:
+            self.parts = ["".join(self.parts)]
+        return self.parts[0] if self.parts else ""
 
     @property
     def prompt_tokens(self) -> int:

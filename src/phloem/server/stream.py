@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable
@@ -13,19 +14,21 @@ import msgspec
 from starlette.responses import Response
 
 from phloem.core.errors import PhloemError
+from phloem.server.call import Call
 from phloem.server.errors import error_body
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
-    from phloem.server.call import Call
     from phloem.server.request import Output
 
 log = logging.getLogger("phloem.server")
 
 DONE = b"data: [DONE]\n\n"
 BODY_SEND = "phloem.body_send"  # in the scope: a `send` for what follows `http.response.start`, past the middle layers
+BODY_WRITE = "phloem.body_write"  # in the scope: a `BodyWrite`, where the server has one
+BodyWrite = Callable[[bytes], bool]  # writes a part of the body at once; False: it cannot now, `send` must
 encode = msgspec.json.Encoder().encode
 
 
@@ -111,7 +114,11 @@ async def stream(
 
 
 class EventStream(Response):
-    """Sends events as they come; an error on the way becomes the last event. Ends the call whatever happens."""
+    """Sends events as they come; an error on the way becomes the last event. Ends the call whatever happens.
+
+    Where the server lends a `BODY_WRITE`, the events of a `Call` that need no thought go past the task that runs this
+    response, straight from the engine's message to the socket (`_pass`).
+    """
 
     media_type = "text/event-stream"
 
@@ -131,16 +138,24 @@ class EventStream(Response):
         self._call, self._first, self._events, self._watch = call, first, events, watch
         self._ending = ending
         self._gone = False
+        self._body: Send | None = None
+        self._write: BodyWrite | None = None
+        self._stuck: asyncio.Task[None] | None = None  # sends what waits for a client that reads too slowly:
+        self._behind: list[bytes] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             # The answer has begun: what the layers on the way would do to it is done.
-            body = scope.get(BODY_SEND, send)
+            body = self._body = scope.get(BODY_SEND, send)
             await self._send(body, self._first)
+            self._write = scope.get(BODY_WRITE)
+            self._pass_on(True)
             try:
                 async for data in self._events:
+                    await self._unstick()
                     await self._send(body, data)
+                await self._unstick()
                 tail = self._ending.done
             except PhloemError as error:
                 tail = self._ending.error(error)
@@ -150,10 +165,15 @@ class EventStream(Response):
                 log.exception("request %s: a stream broke", scope.get("request_id", "?"))
                 hidden = PhloemError(f"internal error; request id {scope.get('request_id', '?')}")
                 tail = self._ending.error(hidden)
+            with contextlib.suppress(OSError):
+                await self._unstick()
             if not self._gone:
                 await send({"type": "http.response.body", "body": tail, "more_body": False})
         finally:
             self._watch.cancel()
+            self._pass_on(False)
+            if self._stuck is not None:
+                self._stuck.cancel()
             self._call.cancel()
             await self._events.aclose()
 
@@ -165,3 +185,30 @@ class EventStream(Response):
                 if not self._call.background:
                     raise
                 self._gone = True  # what goes on is made for nobody to read
+
+    def _pass_on(self, directly: bool) -> None:
+        if isinstance(self._call, Call):
+            self._call.pass_to(self._pass if directly and self._write is not None else None)
+
+    def _pass(self, data: bytes) -> None:
+        """Write an event while the response's task sleeps. When the client reads too slowly, this and what follows wait
+        for it in a task, and news go to the reader again."""
+        assert self._write is not None
+        if self._stuck is None and self._write(data):
+            return
+        self._behind.append(data)
+        if self._stuck is None:
+            self._pass_on(False)
+            self._stuck = asyncio.ensure_future(self._send_behind())
+
+    async def _send_behind(self) -> None:
+        assert self._body is not None
+        while self._behind:
+            await self._send(self._body, self._behind.pop(0))
+
+    async def _unstick(self) -> None:
+        """What waits for the client goes out before anything else does."""
+        if self._stuck is not None:
+            await self._stuck
+            self._stuck = None
+            self._pass_on(True)

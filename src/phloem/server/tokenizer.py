@@ -64,6 +64,8 @@ class Tokenizer:
         self._special_ids = frozenset(token for token, added in self._added.items() if added.special)
         self._style = _Style.of(backend)
         self._bytes: dict[int, bytes] = {}
+        # Of tokens whose bytes are whole characters, met so far: with special ones as nothing, and by their name.
+        self.whole: tuple[dict[int, str], dict[int, str]] = ({}, {})
 
     def _id_of(self, role: str) -> int | None:
         text = self.special.get(role)
@@ -72,7 +74,8 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Special tokens written in the text are taken as such."""
         try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # The fast one leaves out where in the text each token stands.
+            return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (UnicodeEncodeError, TypeError):
             raise BadRequest("the text is not valid Unicode: it has lone surrogates") from None
 
@@ -179,18 +182,24 @@ class _Style:
 class _Utf8:
     def __init__(self, tokenizer: Tokenizer, skip_special: bool, strip: int) -> None:
         self._read = tokenizer.token_bytes if skip_special else tokenizer.raw_bytes
+        self._whole = tokenizer.whole[0 if skip_special else 1]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._settled = True  # no character has begun that is not complete
         self._strip = strip  # leading spaces still to be dropped
 
     def push(self, token: int) -> str:
-        data = self._read(token)
-        text = data.decode() if self._settled and data.isascii() else self._decode(data)
+        text = self._whole.get(token) if self._settled else None
+        if text is None:
+            text = self._decode(token)
         return self._stripped(text) if self._strip and text else text
 
-    def _decode(self, data: bytes) -> str:
+    def _decode(self, token: int) -> str:
+        began, data = self._settled, self._read(token)
         text = self._decoder.decode(data)
         self._settled = not self._decoder.getstate()[0]
+        # What encodes back to the same bytes had nothing replaced in it; kept, it is the same between any other tokens.
+        if began and self._settled and text.encode() == data:
+            self._whole[token] = text
         return text
 
     def finish(self) -> str:

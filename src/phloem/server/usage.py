@@ -68,7 +68,8 @@ async def stream_chunks(
                 _set_usage(chunk, output, final, always)
                 data.append(event(chunk))
             if plain is not None and not always:
-                texts[output.id] = _text_event(plain, output, final)
+                write = texts[output.id] = _text_event(plain, output, final)
+                call.render_by(lambda _, text, write=write: write(text) if text else b"")
         if data:
             yield data[0] if len(data) == 1 else b"".join(data)
     extensions = extensions_of(body, call.outputs)

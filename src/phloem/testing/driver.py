@@ -47,6 +47,19 @@ class ManualClock:
         return self.now
 
 
+class Unfold:
+    """Reads one engine's `Tokens` as if all were chunks."""
+
+    def __init__(self) -> None:
+        self._rows: list[str] = []
+
+    def chunks(self, message: Tokens) -> list[Chunk]:
+        if message.rows is not None:
+            self._rows = message.rows
+        pairs = zip(self._rows, message.plain, strict=True) if message.plain else ()
+        return [*(Chunk(id=key, tokens=[token]) for key, token in pairs), *message.chunks]
+
+
 class Driver:
     """`scheduler`, `runner` and `cache` are open to the test. Page accounting is checked after every step."""
 
@@ -82,6 +95,7 @@ class Driver:
         self.replies: dict[str, ControlReply] = {}
         self.stats: list[Stats] = []
         self.sent: list[FromEngine] = []
+        self._unfold = Unfold()
         self.scheduler = Scheduler(
             self.runner, ScheduleSettings(**values), self.cache, self._take, self.clock, prepare=prepare
         )
@@ -95,7 +109,7 @@ class Driver:
         elif isinstance(message, Stats):
             self.stats.append(message)
         elif isinstance(message, Tokens):
-            for chunk in message.chunks:
+            for chunk in self._unfold.chunks(message):
                 assert chunk.id not in self.finish, f"{chunk.id}: a chunk after its last"
                 self.tokens.setdefault(chunk.id, []).extend(chunk.tokens)
                 self.chunks.setdefault(chunk.id, []).append(chunk)

@@ -77,6 +77,7 @@ class FakeEngine(EngineLink):
 
     def __post_init__(self) -> None:
         self._running: dict[str, _Running] = {}
+        self._told: list[str] = []
         self._outbox: deque[bytes] = deque()
         self._alive = True
         self._reason: str | None = None
@@ -175,10 +176,20 @@ class FakeEngine(EngineLink):
     def _step(self) -> None:
         self.step += 1
         chunks = [self._advance(running) for running in list(self._running.values())]
-        self.say(Tokens(chunks=chunks))
+        self.say(self._folded(chunks))
         self.say(Heartbeat(step=self.step))
         used = sum(len(item.prompt) + len(item.out) for item in self._running.values())
         self.say(Stats(running=len(self._running), used_tokens=used, total_tokens=self.capacity, step=self.step))
+
+    def _folded(self, chunks: list[Chunk]) -> Tokens:
+        """As the real loop sends them: of most requests only a token."""
+        only = [chunk for chunk in chunks if chunk == Chunk(id=chunk.id, tokens=chunk.tokens[:1]) and chunk.tokens]
+        message = Tokens(chunks=[chunk for chunk in chunks if chunk not in only])
+        rows, message.plain = [chunk.id for chunk in only], [chunk.tokens[0] for chunk in only]
+        if rows != self._told:
+            message.rows = rows
+        self._told = [] if message.chunks else rows
+        return message
 
     def _advance(self, running: _Running) -> Chunk:
         submit, params = running.submit, running.submit.sampling
@@ -202,9 +213,9 @@ class FakeEngine(EngineLink):
                 finish = FinishReason(type="length", length=len(running.out))
         if finish is not None:
             del self._running[submit.id]
-        chunk = Chunk(id=submit.id, tokens=tokens, finish=finish, queue_seconds=0.001)
+        chunk = Chunk(id=submit.id, tokens=tokens, finish=finish)
         if first or finish is not None:
-            chunk.cached_tokens = len(running.prompt) // 2
+            chunk.cached_tokens, chunk.queue_seconds = len(running.prompt) // 2, 0.001
         if submit.return_hidden:
             chunk.hidden = [np.array([token, 0.5], dtype="<f4").tobytes() for token in tokens]
         if submit.return_logprob:

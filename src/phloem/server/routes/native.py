@@ -11,7 +11,7 @@ from starlette.responses import Response
 from phloem.server.answers import GenerateAnswer
 from phloem.server.body import Parser
 from phloem.server.door import door_of, json_response
-from phloem.server.native import Cumulative, Renderer, is_batch, strip, to_request
+from phloem.server.native import Cumulative, PlainEvents, Renderer, is_batch, strip, to_request
 from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.protocol import GenerateBody
 from phloem.server.stream import collect, event, stream
@@ -57,4 +57,7 @@ async def _events(call: Call, renderer: Renderer, single: bool, incremental: boo
             if not single:
                 data["index"] = numbers[output.id]
             events.append(event(data))
+            if not output.item.return_logprob and not output.item.return_hidden:
+                kept = None if incremental else streams[output.id]
+                call.render_by(PlainEvents(renderer, kept, None if single else numbers[output.id]))
         yield b"".join(events)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import linecache
 import os
 import queue
 import signal
@@ -368,8 +369,14 @@ def engine_main() -> int:
 
         send(Progress(phase="imports", seconds=perf_counter() - start))
         _log.debug("torch %s", torch.__version__)
-        # A full collection looks through all that torch has made: a tenth of a second between two tokens.
-        _serve_core(config, _describe(config), send, poll, gc.freeze, memory.trim)
+
+        def settle() -> None:
+            # A full collection looks through all that torch has made: a tenth of a second between two tokens.
+            gc.freeze()
+            linecache.clearcache()  # sources that torch looks through while it is imported
+            _log.debug("%d MiB of libraries were for the start alone", memory.release_libraries() >> 20)
+
+        _serve_core(config, _describe(config), send, poll, settle, memory.trim)
     except Exception as error:
         if not isinstance(error, _expected_errors()):
             _log.exception("the engine stops")

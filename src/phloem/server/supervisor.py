@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.messages import Drain, EngineLink
 from phloem.server.greet import greet
-from phloem.utils import log
+from phloem.utils import log, memory
 
 if TYPE_CHECKING:
     from phloem.core.config import Config
@@ -140,6 +140,7 @@ class _Supervisor:
 
         def announce(host: str, port: int) -> None:
             self._announce(ready, host, port)
+            memory.release_libraries()
 
         try:
             await serve(app, server.host, server.port, announce, self._stop, sock)

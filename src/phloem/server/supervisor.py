@@ -82,6 +82,8 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
     tokenizer = load_tokenizer(checkpoint)
     override = Path(model.chat_template) if model.chat_template else None
     template = load_template(checkpoint, override, tokenizer)
+    if checkpoint.gguf is not None:
+        checkpoint.gguf.release()
     info = with_formats(info, template.source, model.tool_call_parser, model.reasoning_parser)
     return EngineClient(tokenizer, template, info), info, checkpoint
 

@@ -193,7 +193,7 @@ def test_texts_are_read_when_they_are_wanted(small: Path) -> None:
     words = GGUFFile.open(small).metadata["a.words"]
     assert len(words) == 4 and words[2] == words[-2] == "naïve" and words[1:3] == ["x", "naïve"]
     assert words == ("", "x", "naïve", "🙂") and words != ["", "x"] and words != 4
-    assert list(reversed(words))[0] == "🙂" and "x" in words and "y" not in words and "4" in repr(words)
+    assert next(reversed(words)) == "🙂" and "x" in words and "y" not in words and "4" in repr(words)
     with pytest.raises(IndexError):
         words[4]
 

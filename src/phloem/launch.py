@@ -199,12 +199,21 @@ def _thinking(config: Config, checkpoint: Checkpoint) -> ThinkingMarkers | None:
     """What stands around a reasoning block; None for a model that writes none."""
     from phloem.grammar._thinking import Channel, ThinkingMarkers
     from phloem.server.parsers import THINKING, thinking_choice
+    from phloem.server.template_sources import find_sources
+
+    override, asked = (
+        Path(config.model.chat_template) if config.model.chat_template else None,
+        config.model.reasoning_parser,
+    )
+    if override is None and all(
+        thinking_choice(source, asked).name is None for source in [None, *find_sources(checkpoint).values()]
+    ):
+        return None  # most models: this process then needs neither a tokenizer nor Jinja
     from phloem.server.template import load_template
     from phloem.server.tokenizer import load_tokenizer
 
-    override = Path(config.model.chat_template) if config.model.chat_template else None
     source = load_template(checkpoint, override, None).source
-    name = thinking_choice(source, config.model.reasoning_parser).name
+    name = thinking_choice(source, asked).name
     if name is None:
         return None
     kind = THINKING.module(name).Parser

@@ -24,7 +24,7 @@ CASES = cases(1, 2)
 def linear(request: Any) -> Iterator[NativeLinear]:
     level, threads = request.param
     native.table(threads, level)
-    yield NativeLinear(native.runtime())
+    yield NativeLinear(native.runtime(), exact=True)
     native.runtime().library.set_level(None)
 
 
@@ -42,6 +42,46 @@ def check(got: torch.Tensor, x: torch.Tensor, w: torch.Tensor, tolerance: float 
     assert got.dtype == torch.float32 and got.shape == want.shape
     error = (got.double() - want).abs() / size.clamp_min(1e-9)
     assert error.max() < tolerance, f"relative error {error.max():.2e}"
+
+
+def multiplied_by(linear: NativeLinear, weight: PackedLinear, rows: int) -> torch.Tensor:
+    """The values `[M, N]` that so many rows are multiplied by. Powers of two are quantised without an error."""
+    n = weight.in_features
+    ones = torch.eye(n).repeat(-(-(n + rows) // n), 1)
+    return torch.cat([linear.linear(ones[at : at + rows], weight, None) for at in range(0, n, rows)])[:n].T
+
+
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+@pytest.mark.parametrize("rows", [33, 50, 131])
+def test_many_rows_meet_bytes(kind: str, rows: int) -> None:
+    """Weights of many rows are whole multiples of a step of each output feature, within half a step of the true ones."""
+    table = native.table(2)
+    linear = NativeLinear(native.runtime())
+    source = make_source(kind, 40, 2 if kind.endswith("_K") else 11, seed=rows)
+    weight = pack(linear, source)
+    want, got = source.dense(torch.float32), multiplied_by(linear, weight, rows)
+    if native.runtime().library.level() not in ("avx512", "amx"):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+        return
+    assert table.name == "native"
+    # Half a step of what the scales allow for, which these random numbers may not quite reach.
+    step = want.abs().amax(1, keepdim=True) / 127
+    assert ((got - want).abs() < (0.8 if kind.endswith("_K") else 0.62) * step).all()
+    for row, least in zip(got.double().abs(), step * 0.5, strict=True):
+        levels = row.unique()
+        whole = levels / (apart := levels.diff())[apart > least].min()
+        assert whole[-1] < 127.5 and (whole - whole.round()).abs().max() < 1e-2
+    x = random(rows, source.shape[1], seed=rows)
+    check(linear.linear(x, weight, None), as_int8(x), got, 3e-6)
+
+
+def test_a_feature_of_zeros_stays_zero() -> None:
+    native.table(2)
+    linear = NativeLinear(native.runtime())
+    source = make_source("Q8_0", 20, 2, seed=1)
+    source.data[3] = 0
+    got = linear.linear(random(40, 64), pack(linear, source), None)
+    assert (got[:, 3] == 0).all() and got.isfinite().all() and (got[:, 4] != 0).any()
 
 
 @pytest.mark.parametrize("kind", GGUF_TYPES)
@@ -74,15 +114,18 @@ def test_dense(linear: NativeLinear, dtype: torch.dtype, tolerance: float, rows:
     kind=st.sampled_from(["Q4_1", "Q8_0", "Q5_0", "dense"]),
     level=st.sampled_from(levels() or [None]),
     threads=st.integers(1, 3),
+    exact=st.booleans(),
 )
-def test_any_shape(rows: int, outputs: int, blocks: int, kind: str, level: str, threads: int) -> None:
+def test_any_shape(rows: int, outputs: int, blocks: int, kind: str, level: str, threads: int, exact: bool) -> None:
     native.table(threads, level)
     try:
-        linear = NativeLinear(native.runtime())
+        linear = NativeLinear(native.runtime(), exact=exact)
         source = make_source(kind, outputs, blocks, seed=outputs)
         x, bias = random(rows, 32 * blocks, seed=rows), random(outputs)
-        got = linear.linear(x, pack(linear, source), bias)
-        check(got - bias, x.bfloat16() if kind == "dense" else as_int8(x), source.dense(torch.float32), 1e-4)
+        weight = pack(linear, source)
+        got = linear.linear(x, weight, bias)
+        values = source.dense(torch.float32) if exact else multiplied_by(linear, weight, rows)
+        check(got - bias, x.bfloat16() if kind == "dense" else as_int8(x), values, 1e-4)
     finally:
         native.table(2, None)
 
@@ -96,7 +139,7 @@ def test_a_row_does_not_depend_on_its_company(kind: str) -> None:
     results = []
     for threads in (1, 2):
         native.table(threads)
-        linear = NativeLinear(native.runtime())
+        linear = NativeLinear(native.runtime(), exact=True)
         weight = pack(linear, source)
         results += [linear.linear(x[:rows], weight, None) for rows in (1, 4, 8, 9, 40, 300, 600)]
         results.append(torch.cat([linear.linear(row[None], weight, None) for row in x[:50]]))
@@ -112,7 +155,7 @@ def test_levels_agree(level: str) -> None:
     results = []
     for name in (level, None):
         native.table(2, name)
-        linear = NativeLinear(native.runtime())
+        linear = NativeLinear(native.runtime(), exact=True)
         results.append(linear.linear(x, pack(linear, source), None))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-4)
 

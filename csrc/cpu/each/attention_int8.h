@@ -415,12 +415,10 @@ void attend_int8(const AttentionArgs& a, Int8Job& job) {
       weigh_values(a, job.range.begin, span);
       if (direct) {
         const Range& next = job.guess.range;
-        if (h + 1 < job.kv_heads) {
-          span.ahead = TileAhead(find_tile(a, job.row, job.kv_head + h + 1, begin, end, nullptr), a.head_size);
-        } else if (end < job.range.end) {
-          span.ahead = TileAhead(find_tile(a, job.row, job.kv_head, end, job.range.end, nullptr), a.head_size);
+        if (end < job.range.end) {
+          span.ahead = TileAhead(find_tile(a, job.row, job.kv_head + h, end, job.range.end, nullptr), a.head_size);
         } else if (next.begin < next.end) {
-          span.ahead = TileAhead(find_tile(a, job.guess.row, job.guess.kv_head, tile_begin(next), next.end, nullptr), a.head_size);
+          span.ahead = TileAhead(find_tile(a, job.guess.row, job.guess.kv_head + h, tile_begin(next), next.end, nullptr), a.head_size);
         }
       }
       for (int64_t i = 0; i < job.m; i += kInt8Rows) {

@@ -28,6 +28,7 @@ PHL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class A, class G>
 PHL_INLINE void over_panels(const A& a, Team& team, const Input& in, uint8_t* space, G&& f) {
   Rows rows(space, a.padded_inputs, a.kinds);
+  rows.many = a.rows > kFewRows;
   if (a.alone) {
     rows.base += team.thread * a.rows * rows.row_bytes;
     if (team.thread < a.threads) {

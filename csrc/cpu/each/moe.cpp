@@ -27,7 +27,7 @@ struct MoeArgs {
   int64_t threads;  // that the workspace has room for; more of them wait
 };
 
-constexpr int64_t kPanelBytes = 384 << 10;  // activations that a tile of weights meets: within a second-level cache
+constexpr int64_t kPanelBytes = 768 << 10;  // activations that a tile of weights meets: within a second-level cache
 constexpr int64_t kTasks = 16;              // for each thread
 
 PHL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -109,7 +109,8 @@ struct Sparse {
     const Output out{hidden, nullptr, nullptr, a.hidden_stride, 0, a.paired ? kSiluMul : kStore, nullptr, nullptr};
     const Segment* segments = a.gate_up + a.gate_up_at[e.id];
     even_parts(e.count, panel_rows(rows), [&](int64_t at, int64_t n) {
-      const Rows from = inputs_from(e.first + at);
+      Rows from = inputs_from(e.first + at);
+      from.many = e.count > kFewRows;
       own_blocks(segments, a.gate_up_at[e.id + 1] - a.gate_up_at[e.id], static_cast<int>(part),
                  static_cast<int>(parts), [&](const Segment& s, int64_t begin, int64_t end) {
                    Segment local = s;
@@ -152,6 +153,7 @@ struct Sparse {
       local.first_column = 0;
       even_parts(e->count, panel_rows(inner), [&](int64_t at, int64_t n) {
         Rows from = inner;
+        from.many = e->count > kFewRows;
         from.base += (e->first + at) * inner.row_bytes;
         run_blocks(local, begin, end, from, n, out, e->first + at, tile);
       });

@@ -2,8 +2,11 @@
 #pragma once
 
 #include "../each/norm_row.h"
-#include "kernels.h"
+#include "quantise.h"
 #include "top.h"
+#if PHL_LEVEL == 2
+#include "bytes.h"
+#endif
 
 namespace phl {
 namespace PHL_NS {
@@ -24,7 +27,8 @@ struct Segment {
   }
 };
 
-enum Kinds : int64_t { kInt8 = 1, kHalf = 2, kSingle = 4 };  // forms of the activations that a layer's segments need
+// Forms of the activations that a layer's segments need; kExact: weights keep their form however many rows there are.
+enum Kinds : int64_t { kInt8 = 1, kHalf = 2, kSingle = 4, kExact = 8 };
 
 PHL_INLINE int64_t kind_of(int64_t layout) {
   return layout == kBF16 ? kHalf : is_dense(static_cast<int>(layout)) ? kSingle : kInt8;
@@ -35,6 +39,7 @@ struct Rows {
   uint8_t* base;
   int64_t inputs;  // padded to a multiple of 64 (256 with super scales)
   int64_t kinds;
+  bool many = false;  // more than kFewRows belong together, of which these may be a panel
   int64_t int8_bytes, half_bytes, single_bytes, row_bytes;
 
   Rows(uint8_t* base, int64_t inputs, int64_t kinds) : base(base), inputs(inputs), kinds(kinds) {
@@ -245,7 +250,8 @@ PHL_INLINE void even_parts(int64_t rows, int64_t most, G&& f) {
 }
 
 constexpr int kBytesARow = 44;
-constexpr int kSmallPasses = 4;  // up to so many passes over packed weights in the first-level cache beat unpacking
+// Up to so many rows, several passes over packed weights in the first-level cache beat unpacking.
+constexpr int64_t kFewRows = 4 * Vec::small_rows;
 
 // Where a kernel puts `rows` from `row`: `out` itself, or `y`, to be finished.
 struct Place {
@@ -290,37 +296,38 @@ void run_small(const Segment& s, int64_t block, int blocks, const Rows& rows, in
   });
 }
 
-template <class L>
+template <class L, class Form>
 void run_tile(const Segment& s, int64_t block, int blocks, const Rows& rows, int64_t count, const Output& out,
               int64_t first_row, uint8_t* tile) {
   constexpr int MaxR = Vec::tile_rows, MaxB = Vec::tile_blocks;
   alignas(64) float y[MaxR * 2 * kBlock];
   const int64_t units = (rows.inputs + L::unit_k - 1) / L::unit_k, chunks = units * L::chunks;
-  const int64_t act_step = rows.row_bytes / 64, tile_step = chunks * kTileChunk<L> + 64;
+  const int64_t act_step = rows.row_bytes / 64;
+  const int64_t tile_step = chunks * Form::chunk_bytes + 64;
   for (int b = 0; b < blocks; ++b) {
-    unpack_block<L>(s.data + (block + b) * units * L::unit_bytes, units, tile + b * tile_step);
+    Form::unpack(s.data + (block + b) * units * L::unit_bytes, units, tile + b * tile_step);
   }
+  const auto run = [&](auto n, auto b, int64_t at, int64_t row, const Place& place) {
+    const auto kernel = Form::template kernel<decltype(n)::value, decltype(b)::value>;
+    kernel(tile + at * tile_step, tile_step, chunks, rows.int8(row), act_step, place.to + at * kBlock, place.step);
+  };
   // The next pair's bytes come from memory while this pair is computed.
   const uint8_t* next = s.data + (block + blocks) * units * L::unit_bytes;
-  const int64_t next_bytes = blocks * units * L::unit_bytes;
-  int64_t fetched = 0;
-  even_parts(count, MaxR, [&](int64_t row, int64_t n_rows) {
-    const int64_t until = next_bytes * (row + n_rows) / count;
-    for (; fetched < until; fetched += 64) __builtin_prefetch(next + fetched, 0, 2);
+  const uint8_t* const end = next + blocks * units * L::unit_bytes;
+  const int64_t lines = (end - next) / 64 * MaxR / count + 1;  // for each group of rows
+  const auto pass = [&](auto n, int64_t row) {
+    for (const uint8_t* stop = next + 64 * lines; next < stop; next += 64) __builtin_prefetch(next, 0, 2);
     const Place place(out, s, block, blocks, first_row + row, y);
-    with_count<MaxR>(n_rows, [&](auto n) {
-      constexpr int R = decltype(n)::value;
-      if (MaxB == 2 && blocks == 2) {
-        tile_kernel<L, R, MaxB>(tile, tile_step, chunks, rows.int8(row), act_step, place.to, place.step);
-      } else {
-        for (int b = 0; b < blocks; ++b) {
-          tile_kernel<L, R, 1>(tile + b * tile_step, tile_step, chunks, rows.int8(row), act_step,
-                               place.to + b * kBlock, place.step);
-        }
-      }
-    });
-    if (!place.direct) out.finish(s, block, blocks, first_row + row, n_rows, y);
-  });
+    if (MaxB == 2 && blocks == 2) {
+      run(n, Count<MaxB>{}, 0, row, place);
+    } else {
+      for (int b = 0; b < blocks; ++b) run(n, Count<1>{}, b, row, place);
+    }
+    if (!place.direct) out.finish(s, block, blocks, first_row + row, decltype(n)::value, y);
+  };
+  int64_t row = 0;
+  for (; row + MaxR <= count; row += MaxR) pass(Count<MaxR>{}, row);
+  if (row < count) with_count<MaxR>(count - row, [&](auto n) { pass(n, row); });
 }
 
 // Dense weights are read as they are. Rows outside, blocks inside: a tile of activations stays in the first-level cache
@@ -393,10 +400,16 @@ PHL_INLINE void run_blocks(const Segment& s, int64_t first, int64_t last, const 
     using L = decltype(l);
     for (int64_t block = first; block < last; block += 2) {
       const int blocks = last - block > 1 ? 2 : 1;
-      if (count <= kSmallPasses * Vec::small_rows) {
+#if PHL_LEVEL == 2
+      if (rows.many && (rows.kinds & kExact) == 0) {
+        run_tile<L, AsBytes<L>>(s, block, blocks, rows, count, out, first_row, tile);
+        continue;
+      }
+#endif
+      if (count <= kFewRows) {
         run_small<L>(s, block, blocks, rows, count, out, first_row);
       } else {
-        run_tile<L>(s, block, blocks, rows, count, out, first_row, tile);
+        run_tile<L, AsPacked<L>>(s, block, blocks, rows, count, out, first_row, tile);
       }
     }
   });

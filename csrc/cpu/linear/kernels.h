@@ -1,6 +1,5 @@
-// The inner loops: unpacking, the in-register kernel for few rows, the tile kernel for many, dense kernels, and the
-// quantisation of activations. Every path adds the same numbers in the same order, so that a row's result depends
-// neither on how many rows it is computed with nor on the number of threads.
+// The inner loops: unpacking, the in-register kernel for few rows, the tile kernel for many, dense kernels. Each adds the
+// same numbers in the same order, so that a row's result depends neither on the rows beside it nor on the threads.
 #pragma once
 
 #include <cstdint>
@@ -218,6 +217,30 @@ void tile_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const A
   }
 }
 
+// The two forms that the weights of many rows take are this one and AsBytes (bytes.h). Of tiles of AMX, which give a
+// chunk's integer sums, `add` and `finish` make the results that the kernels give.
+template <class L>
+struct AsPacked {
+  static constexpr int chunk_bytes = kTileChunk<L>;
+  static constexpr bool whole_chunks = L::chunk_groups == 1;
+  static void unpack(const uint8_t* w, int64_t units, uint8_t* tile) { unpack_block<L>(w, units, tile); }
+  template <int R, int B>
+  static constexpr auto kernel = tile_kernel<L, R, B>;
+
+  struct Scales {
+    F d, m;
+  };
+  PHL_INLINE static Scales scales(const uint8_t* chunk) {
+    const auto* at = reinterpret_cast<const float*>(chunk + 512);
+    return {Vec::loadf(at), Vec::loadf(L::min ? at + 16 : at)};
+  }
+  PHL_INLINE static I start(const Activation& a) { return start_sum<L::zero_log, L::wide, false>(a, 0); }
+  PHL_INLINE static F add(F total, I sum, const Scales& s, const Activation& a) {
+    return accumulate<L::min, false>(total, sum, s.d, s.m, a, 0);
+  }
+  PHL_INLINE static F finish(F total, const uint8_t*) { return total; }
+};
+
 // ---- dense kernels -------------------------------------------------------------------------------------------------
 
 struct DenseBF16 {
@@ -259,65 +282,32 @@ void dense_kernel(const uint8_t* w, int64_t block_bytes, int64_t steps, const ty
   }
 }
 
-// ---- activations ---------------------------------------------------------------------------------------------------
-
-// Scale and sums of a chunk whose integers are there.
-PHL_INLINE void describe_chunk(float largest, Activation& a) {
-  const float scale = largest / 127.0f;
-  a.scale = scale;
-  a.sum = a.half_sum[0] + a.half_sum[1];
-  a.scaled_sum = static_cast<float>(a.sum) * scale;
-  a.half_scaled_sum[0] = static_cast<float>(a.half_sum[0]) * scale;
-  a.half_scaled_sum[1] = static_cast<float>(a.half_sum[1]) * scale;
-  a.unused = 0.0f;
-}
-
-// Quantises chunks of 32 inputs: int8 with one scale, and the sums that zeros and minima need.
-PHL_INLINE void quantise_chunks(const float* x, Activation* a, int chunks) {
-#if PHL_LEVEL == 2
-  if (chunks == 4) {
-    float largest[4];
-    Vec::quantise4(x, largest, a[0].q, a[1].q, a[2].q, a[3].q, a[0].half_sum, a[1].half_sum, a[2].half_sum,
-                   a[3].half_sum);
-    for (int c = 0; c < 4; ++c) describe_chunk(largest[c], a[c]);
-    return;
-  }
-#endif
-  for (int c = 0; c < chunks; ++c, x += kChunk) {
-    const float largest = Vec::largest(Vec::larger(Vec::loadf(x), Vec::loadf(x + 16)));
-    Vec::quantise32(x, largest > 0.0f ? 127.0f / largest : 0.0f, a[c].q, a[c].half_sum);
-    describe_chunk(largest, a[c]);
-  }
-}
-
 // ---- small functions of 16 lanes -----------------------------------------------------------------------------------
 
-// e^x to 2e-7: powers of two and the degree-6 polynomial of Cephes' expf.
+// e^x to 2e-7, from -87 to 88: 2^n times a polynomial of the rest, of the least relative error (1e-7) that begins 1 + x.
 PHL_INLINE F exponential(F x) {
   x = Vec::min(Vec::max(x, Vec::set(-87.0f)), Vec::set(88.0f));
   const F n = Vec::round(Vec::mul(x, Vec::set(1.44269504088896341f)));
   F r = Vec::fma(n, Vec::set(-0.693359375f), x);
   r = Vec::fma(n, Vec::set(2.12194440e-4f), r);
-  F p = Vec::set(1.9875691500e-4f);
-  p = Vec::fma(p, r, Vec::set(1.3981999507e-3f));
-  p = Vec::fma(p, r, Vec::set(8.3334519073e-3f));
-  p = Vec::fma(p, r, Vec::set(4.1665795894e-2f));
-  p = Vec::fma(p, r, Vec::set(1.6666665459e-1f));
-  p = Vec::fma(p, r, Vec::set(5.0000001201e-1f));
-  p = Vec::add(Vec::fma(p, Vec::mul(r, r), r), Vec::set(1.0f));
-  return Vec::mul(p, Vec::power2(n));
+  F p = Vec::fma(Vec::set(8.312525228e-3f), r, Vec::set(4.189011455e-2f));
+  p = Vec::fma(p, r, Vec::set(1.666711420e-1f));
+  p = Vec::fma(p, r, Vec::set(4.999923110e-1f));
+  p = Vec::fma(p, r, Vec::set(1.0f));
+  p = Vec::fma(p, r, Vec::set(1.0f));
+  return Vec::scale2(p, n);
 }
 
 // x * sigmoid(x)
 PHL_INLINE F silu(F x) {
-  return Vec::div(x, Vec::add(Vec::set(1.0f), exponential(Vec::sub(Vec::zero(), x))));
+  return Vec::mul(x, Vec::reciprocal(Vec::add(Vec::set(1.0f), exponential(Vec::sub(Vec::zero(), x)))));
 }
 
 // The tanh form of GELU is x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 x^3)).
 PHL_INLINE F gelu_tanh(F x) {
   const F cube = Vec::mul(Vec::mul(x, x), x);
   const F inner = Vec::mul(Vec::fma(cube, Vec::set(0.044715f), x), Vec::set(-1.5957691216057308f));
-  return Vec::div(x, Vec::add(Vec::set(1.0f), exponential(inner)));
+  return Vec::mul(x, Vec::reciprocal(Vec::add(Vec::set(1.0f), exponential(inner))));
 }
 
 }  // namespace

@@ -124,7 +124,7 @@ struct alignas(64) Activation {
   float scaled_sum;  // sum * scale
   int32_t half_sum[2];
   float half_scaled_sum[2];
-  float unused;
+  int32_t minus_zero;  // -128 * sum: what bytes with a zero of 128 add
 };
 static_assert(sizeof(Activation) == 64);
 

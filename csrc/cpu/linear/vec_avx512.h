@@ -41,7 +41,26 @@ struct Vec {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), x);
   }
 
+  // 16 numbers as int16, each in both halves of its lane.
+  static U twice16(F x) {
+    const __m512i y = _mm512_and_si512(_mm512_cvtps_epi32(x), _mm512_set1_epi32(0xffff));
+    return _mm512_or_si512(y, _mm512_slli_epi32(y, 16));
+  }
+  // Bytes below 2^Bits times factor / 2^Bits plus offset, both of the byte's lane, / 64.
+  template <int Bits>
+  static U rescale(U x, U factor, U offset) {
+    const U low = _mm512_and_si512(x, _mm512_set1_epi16(0xff)), high = _mm512_srli_epi16(x, 8);
+    const U even = _mm512_mulhrs_epi16(_mm512_slli_epi16(low, 15 - Bits), factor);
+    const U odd = _mm512_mulhrs_epi16(_mm512_slli_epi16(high, 15 - Bits), factor);
+    return _mm512_mask_mov_epi8(_mm512_srli_epi16(_mm512_add_epi16(even, offset), 6), 0xaaaaaaaaaaaaaaaaull,
+                                _mm512_slli_epi16(_mm512_add_epi16(odd, offset), 2));
+  }
+  static F inverse(F x) {  // 0 of 0
+    return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ), _mm512_set1_ps(1.0f), x);
+  }
+
   static I zero_i() { return _mm512_setzero_si512(); }
+  static I set_i(int32_t x) { return _mm512_set1_epi32(x); }
   template <int Log>
   static I minus_shifted(int32_t x) {  // -(x << Log) in every lane
     return _mm512_slli_epi32(_mm512_set1_epi32(-x), Log);
@@ -69,13 +88,16 @@ struct Vec {
   static F add(F x, F y) { return _mm512_add_ps(x, y); }
   static F sub(F x, F y) { return _mm512_sub_ps(x, y); }
   static F mul(F x, F y) { return _mm512_mul_ps(x, y); }
-  static F div(F x, F y) { return _mm512_div_ps(x, y); }
+  static F reciprocal(F x) {  // to 2^-23: an estimate of 14 bits and a step of Newton's
+    const F r = _mm512_rcp14_ps(x);
+    return _mm512_mul_ps(r, _mm512_fnmadd_ps(x, r, _mm512_set1_ps(2.0f)));
+  }
   static F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
   static F max(F x, F y) { return _mm512_max_ps(x, y); }
   static F min(F x, F y) { return _mm512_min_ps(x, y); }
   static F abs(F x) { return _mm512_abs_ps(x); }
   static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static F power2(F n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
+  static F scale2(F x, F n) { return _mm512_scalef_ps(x, n); }  // x 2^n
   static float sum(F x) { return _mm512_reduce_add_ps(x); }
   // The larger magnitude, as integers: a NaN is larger than anything and is not lost.
   static F larger(F x, F y) {
@@ -107,39 +129,6 @@ struct Vec {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16), _mm512_cvtsepi32_epi8(hi));
     half_sum[0] = _mm512_reduce_add_epi32(lo);
     half_sum[1] = _mm512_reduce_add_epi32(hi);
-  }
-
-  // Four chunks at once: their reductions share the shuffles.
-  static void quantise4(const float* x, float* largest, int8_t* q0, int8_t* q1, int8_t* q2, int8_t* q3, int32_t* s0,
-                        int32_t* s1, int32_t* s2, int32_t* s3) {
-    F v[8], m[4];
-    for (int i = 0; i < 8; ++i) v[i] = loadf(x + 16 * i);
-    for (int c = 0; c < 4; ++c) m[c] = larger(v[2 * c], v[2 * c + 1]);
-    const F m01 = larger(_mm512_unpacklo_ps(m[0], m[1]), _mm512_unpackhi_ps(m[0], m[1]));
-    const F m23 = larger(_mm512_unpacklo_ps(m[2], m[3]), _mm512_unpackhi_ps(m[2], m[3]));
-    const __m512d d01 = _mm512_castps_pd(m01), d23 = _mm512_castps_pd(m23);
-    F all = larger(_mm512_castpd_ps(_mm512_unpacklo_pd(d01, d23)), _mm512_castpd_ps(_mm512_unpackhi_pd(d01, d23)));
-    all = larger(all, _mm512_shuffle_f32x4(all, all, 0x4e));
-    all = larger(all, _mm512_shuffle_f32x4(all, all, 0xb1));  // every 128 bits: the four largest
-    _mm_storeu_ps(largest, _mm512_castps512_ps128(all));
-    const __mmask16 some = _mm512_cmp_ps_mask(all, zero(), _CMP_GT_OQ);
-    const F inverse = _mm512_maskz_div_ps(some, set(127.0f), all);
-    const F s[4] = {_mm512_permute_ps(inverse, 0x00), _mm512_permute_ps(inverse, 0x55),
-                    _mm512_permute_ps(inverse, 0xaa), _mm512_permute_ps(inverse, 0xff)};
-    __m128i half[8];
-    for (int i = 0; i < 8; ++i) half[i] = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(mul(v[i], s[i / 2])));
-    int8_t* q[4] = {q0, q1, q2, q3};
-    int32_t* sums[4] = {s0, s1, s2, s3};
-    const __m256i ones = _mm256_set1_epi8(1);
-    for (int c = 0; c < 4; ++c) {
-      const __m256i chunk = _mm256_inserti128_si256(_mm256_castsi128_si256(half[2 * c]), half[2 * c + 1], 1);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q[c]), chunk);
-      __m256i t = _mm256_dpbusd_epi32(_mm256_setzero_si256(), ones, chunk);
-      t = _mm256_add_epi32(t, _mm256_shuffle_epi32(t, 0x4e));
-      t = _mm256_add_epi32(t, _mm256_shuffle_epi32(t, 0xb1));
-      sums[c][0] = _mm256_cvtsi256_si32(t);
-      sums[c][1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(t, 1));
-    }
   }
 
   // Two neighbouring inputs of 16 features in bfloat16 times a pair of inputs.

@@ -104,8 +104,8 @@ struct Vec {
   static F mul(F x, F y) {
     return each([&](int i) { return x.x[i] * y.x[i]; });
   }
-  static F div(F x, F y) {
-    return each([&](int i) { return x.x[i] / y.x[i]; });
+  static F reciprocal(F x) {
+    return each([&](int i) { return 1.0f / x.x[i]; });
   }
   static F fma(F x, F y, F z) {
     return each([&](int i) { return x.x[i] * y.x[i] + z.x[i]; });
@@ -122,8 +122,8 @@ struct Vec {
   static F round(F x) {
     return each([&](int i) { return std::nearbyintf(x.x[i]); });
   }
-  static F power2(F n) {
-    return each([&](int i) { return std::ldexp(1.0f, static_cast<int>(n.x[i])); });
+  static F scale2(F x, F n) {
+    return each([&](int i) { return std::ldexp(x.x[i], static_cast<int>(n.x[i])); });
   }
   static float sum(F x) {
     float s[8];

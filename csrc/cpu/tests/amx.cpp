@@ -48,7 +48,10 @@ PHL_TEST(amx) {
   if (with_amx(level).size() < 2) return;
   for (const Kind& kind : kKinds) {
     for (int64_t rows : {1, 37, 64}) {
-      same_bits(pack(kind, rows, kind.weights == 256 ? 2 : 7), "amx of layout " + std::to_string(kind.layout), true);
+      Layer layer = pack(kind, rows, kind.weights == 256 ? 2 : 7);
+      same_bits(layer, "amx of layout " + std::to_string(kind.layout), true);
+      layer.forms |= 8;
+      same_bits(layer, "amx of exact layout " + std::to_string(kind.layout), true);
     }
   }
   for (int64_t inputs : {1, 64, 190}) {

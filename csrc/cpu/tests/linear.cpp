@@ -44,7 +44,7 @@ void try_layer(int level, const Layer& layer, const std::string& what) {
     }
     if (level == 0) results[1] = results[0], sums[1] = sums[0], tokens[1] = tokens[0];
     // Inputs that the norm rounds otherwise may fall to the next of 127 steps.
-    close(results[1], results[0], layer.forms == 1 ? 0.05f : 1e-2f, what);
+    close(results[1], results[0], layer.forms & 1 ? 0.05f : 1e-2f, what);
     close(sums[1], sums[0], 1e-6f, what + " sum");
     for (int32_t token : tokens[1]) check(token >= 0 && token < layer.rows, what + " token");
   }
@@ -56,7 +56,12 @@ PHL_TEST(linear_quantised) {
   for (const Kind& kind : kKinds) {
     for (int64_t rows : {1, 37}) {
       const Layer layer = pack(kind, rows, kind.weights == 256 ? 1 : 3);
-      for (int at : with_amx(level)) try_layer(at, layer, "layout " + std::to_string(kind.layout));
+      Layer exact = layer;
+      exact.forms |= 8;
+      for (int at : with_amx(level)) {
+        try_layer(at, layer, "layout " + std::to_string(kind.layout));
+        try_layer(at, exact, "exact layout " + std::to_string(kind.layout));
+      }
       vector<int64_t> ids{0, rows - 1, rows};
       vector<float> out(ids.size() * size_t(layer.inputs));
       run(0, "linear_rows", ids.data(), layer.segment.data(), out.data(), 3, layer.inputs, layer.padded, 1,

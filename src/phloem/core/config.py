@@ -83,7 +83,11 @@ class RuntimeConfig:
 
     device: str = opt("auto", "Platform to run on; auto takes the best one available.")
     attention_backend: str | None = opt(None, "Attention backend; default: the platform's first that accepts.")
-    ops: str | None = opt(None, "Op table: 'reference' forces plain torch; default: the platform's fastest.")
+    ops: str | None = opt(
+        None,
+        "Op table: 'reference' forces plain torch, 'invariant' gives a token the same bits whatever else is in the "
+        "batch; default: the platform's fastest.",
+    )
     threads: int | None = opt(None, "Compute threads; default: one per core that the process may use.")
     disable_step_graph: bool = opt(False, "Run every step eagerly, through Python.")
     disable_piecewise_cuda_graph: bool = opt(False, "Run prefill and mixed steps eagerly; decode steps stay recorded.")

@@ -23,15 +23,16 @@ from phloem.utils.cores import available_cores
 __all__ = ["Recorder", "Unavailable", "describe", "runtime", "table", "worker_ids"]
 
 
-def table(threads: int | None = None, level: str | None = None) -> Ops:
+def table(threads: int | None = None, level: str | None = None, *, invariant: bool = False) -> Ops:
     """The op table. `threads`: default the cores that the process may use. `level` (tests) lowers the instruction set.
+    `invariant`: a token's result has the same bits whatever else is in the batch, at the price of slower prefill.
 
     Raises `Unavailable` where the library is missing.
     """
     rt = runtime()
     rt.library.set_level(level)
     rt.library.set_threads(threads or available_cores())
-    linear = native_linear.NativeLinear(rt)
+    linear = native_linear.NativeLinear(rt, exact=invariant)
     made = {
         **basic.ops(rt),
         **attention.ops(rt),
@@ -40,7 +41,8 @@ def table(threads: int | None = None, level: str | None = None) -> Ops:
         **moe.ops(rt, linear),
     }
     kv = (torch.bfloat16, torch.int8)
-    return dataclasses.replace(Ops(), name="native", kv_dtypes=kv, recorder=lambda: Recorder(rt), **made)
+    name = "invariant" if invariant else "native"
+    return dataclasses.replace(Ops(), name=name, kv_dtypes=kv, recorder=lambda: Recorder(rt), **made)
 
 
 def worker_ids() -> list[int]:

@@ -2,7 +2,9 @@
 csrc/cpu/linear/layout.h.
 
 Activations are quantised as they come: int8 with one scale per 32 inputs for integer weights, bfloat16 for bfloat16
-weights, float32 for the rest. A row's result depends neither on the rows beside it nor on the number of threads.
+weights, float32 for the rest. Where more than 32 rows are multiplied at once, integer weights are taken as bytes with
+one scale per output feature (csrc/cpu/linear/bytes.h), unless `exact`: then a row's result does not depend on the rows
+beside it. It never depends on the number of threads.
 
 Legend: T rows, N inputs, M outputs.
 """
@@ -40,9 +42,10 @@ FLOATS = {"BF16": (11, torch.bfloat16), "F16": (12, torch.float16), "F32": (13, 
 LAYOUT_OF = {dtype: (layout, name) for name, (layout, dtype) in FLOATS.items()}
 BLOCK = 16  # output features per packed block
 INT8, HALF, SINGLE = 1, 2, 4  # forms of the activations
+EXACT = 8  # beside them: weights keep their own form however many rows there are
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2}
 TILE_CHUNK = 768  # workspace of one unpacked block per 32 inputs, at most
-PANEL_BYTES = 384 << 10  # activations of one panel of rows: well within a second-level cache
+PANEL_BYTES = 768 << 10  # activations of one panel of rows: within a second-level cache
 SLAB = 32 << 20
 TOP_ROWS = 64  # rows of a panel of linear_topk: their candidates and sums stay in a second-level cache
 TOP_CHUNK = 512  # columns whose exponentials linear_topk adds together
@@ -56,7 +59,7 @@ class PackedLinear:
     out_features: int
     padded_inputs: int
     kinds: tuple[str, ...]  # format of each part, as the checkpoint has it: "Q4_1", "BF16", ...
-    forms: int  # bits: INT8, HALF, SINGLE
+    forms: int  # bits: INT8, HALF, SINGLE, EXACT
     paired: bool  # gate and up interleaved: `gated` can combine them
     nbytes: int
     dtype: torch.dtype  # the type that the model computes in
@@ -173,8 +176,9 @@ class NativeLinear:
     """The linear ops over one runtime. `prepare_linear`, `linear` and `embedding` are the table's; the others are
     fused forms of what the table does in several ops."""
 
-    def __init__(self, rt: Runtime) -> None:
+    def __init__(self, rt: Runtime, *, exact: bool = False) -> None:
         self.rt = rt
+        self.exact = exact
         self.store = _Store()
         basic = basic_ops(rt)
         self.gates = {"silu": basic["silu_and_mul"], "gelu_tanh": basic["gelu_tanh_and_mul"]}
@@ -215,7 +219,7 @@ class NativeLinear:
             segments.append([data.data_ptr(), read[group[0]].layout, blocks, features, column, half])
             memory.append(data)
             column += features
-        forms = 0
+        forms = EXACT if self.exact else 0
         for part in read:
             forms |= part.form
         return PackedLinear(

@@ -71,13 +71,15 @@ class Platform:
             reason = "the native kernels are not part of this installation"
         else:
             try:
+                if requested == "invariant":
+                    return native.table(self.threads, invariant=True), "batch-invariant native kernels, as asked"
                 return native.table(self.threads), "native kernels, " + ("as asked" if requested else native.describe())
             except native.Unavailable as error:
                 reason = str(error)
-        if requested == "native":
-            raise ConfigError(f"ops 'native' cannot be used: {reason}", param="ops")
+        if requested in ("native", "invariant"):
+            raise ConfigError(f"ops {requested!r} cannot be used: {reason}", param="ops")
         if requested is not None:
-            raise ConfigError(f"ops {requested!r} is not one of reference, native", param="ops")
+            raise ConfigError(f"ops {requested!r} is not one of reference, native, invariant", param="ops")
         return Ops(), f"plain torch: {reason}"
 
     def attention_backends(self) -> list[str]:

@@ -1,0 +1,97 @@
+// Activations as int8: one scale per chunk of 32 inputs, and the sums that zeros and minima need.
+#pragma once
+
+#include "kernels.h"
+
+namespace phl {
+namespace PHL_NS {
+namespace {
+
+#if PHL_LEVEL == 2
+
+// One number of each of four chunks.
+struct Four {
+  __m128i scale, sum, scaled_sum, half_sum[2], half_scaled_sum[2], minus_zero;
+};
+
+// The numbers of a chunk follow its integers.
+static_assert(offsetof(Activation, scale) == 32 && offsetof(Activation, minus_zero) == 60);
+
+PHL_INLINE __m256i beside(__m128i low, __m128i high) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+
+PHL_INLINE void store_numbers(const Four& of, Activation* a) {
+  // Rows of numbers become columns: four and four of them, in the halves of a register.
+  const __m256i r0 = beside(of.scale, of.half_sum[1]), r1 = beside(of.sum, of.half_scaled_sum[0]);
+  const __m256i r2 = beside(of.scaled_sum, of.half_scaled_sum[1]), r3 = beside(of.half_sum[0], of.minus_zero);
+  const __m256i low01 = _mm256_unpacklo_epi32(r0, r1), high01 = _mm256_unpackhi_epi32(r0, r1);
+  const __m256i low23 = _mm256_unpacklo_epi32(r2, r3), high23 = _mm256_unpackhi_epi32(r2, r3);
+  const __m256i columns[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
+                              _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
+  for (int c = 0; c < 4; ++c) _mm256_store_si256(reinterpret_cast<__m256i*>(&a[c].scale), columns[c]);
+}
+
+// The largest magnitudes of four chunks, in every 128 bits; as integers, see Vec::larger.
+PHL_INLINE F largest_of_four(const F (&v)[8]) {
+  I m[4];
+  for (int c = 0; c < 4; ++c) m[c] = _mm512_castps_si512(Vec::larger(v[2 * c], v[2 * c + 1]));
+  const I m01 = _mm512_max_epi32(_mm512_unpacklo_epi32(m[0], m[1]), _mm512_unpackhi_epi32(m[0], m[1]));
+  const I m23 = _mm512_max_epi32(_mm512_unpacklo_epi32(m[2], m[3]), _mm512_unpackhi_epi32(m[2], m[3]));
+  I all = _mm512_max_epi32(_mm512_unpacklo_epi64(m01, m23), _mm512_unpackhi_epi64(m01, m23));
+  all = _mm512_max_epi32(all, _mm512_shuffle_i32x4(all, all, 0x4e));
+  return _mm512_castsi512_ps(_mm512_max_epi32(all, _mm512_shuffle_i32x4(all, all, 0xb1)));
+}
+
+PHL_INLINE void quantise_four(const float* x, Activation* a) {
+  F v[8];
+  for (int i = 0; i < 8; ++i) v[i] = Vec::loadf(x + 16 * i);
+  const F all = largest_of_four(v);
+  const F inverse = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(all, Vec::zero(), _CMP_GT_OQ), Vec::set(127.0f), all);
+  const F s[4] = {_mm512_permute_ps(inverse, 0x00), _mm512_permute_ps(inverse, 0x55),
+                  _mm512_permute_ps(inverse, 0xaa), _mm512_permute_ps(inverse, 0xff)};
+  __m256i part[4];  // sums of fours; those of the chunk's first half are in the lower 128 bits
+  for (int c = 0; c < 4; ++c) {
+    const __m128i low = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(Vec::mul(v[2 * c], s[c])));
+    const __m128i high = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(Vec::mul(v[2 * c + 1], s[c])));
+    const __m256i q = beside(low, high);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(a[c].q), q);
+    part[c] = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), q);
+  }
+  const __m256i half = _mm256_hadd_epi32(_mm256_hadd_epi32(part[0], part[1]), _mm256_hadd_epi32(part[2], part[3]));
+  const __m128 scale = _mm_div_ps(_mm512_castps512_ps128(all), _mm_set1_ps(127.0f));
+  const auto scaled = [&](__m128i sum) { return _mm_castps_si128(_mm_mul_ps(_mm_cvtepi32_ps(sum), scale)); };
+  Four of;
+  of.scale = _mm_castps_si128(scale);
+  of.half_sum[0] = _mm256_castsi256_si128(half);
+  of.half_sum[1] = _mm256_extracti128_si256(half, 1);
+  of.sum = _mm_add_epi32(of.half_sum[0], of.half_sum[1]);
+  of.scaled_sum = scaled(of.sum);
+  for (int h = 0; h < 2; ++h) of.half_scaled_sum[h] = scaled(of.half_sum[h]);
+  of.minus_zero = _mm_slli_epi32(_mm_sub_epi32(_mm_setzero_si128(), of.sum), 7);
+  store_numbers(of, a);
+}
+
+#endif
+
+PHL_INLINE void quantise_chunk(const float* x, Activation& a) {
+  const float largest = Vec::largest(Vec::larger(Vec::loadf(x), Vec::loadf(x + 16)));
+  Vec::quantise32(x, largest > 0.0f ? 127.0f / largest : 0.0f, a.q, a.half_sum);
+  const float scale = largest / 127.0f;
+  a.scale = scale;
+  a.sum = a.half_sum[0] + a.half_sum[1];
+  a.scaled_sum = static_cast<float>(a.sum) * scale;
+  for (int h = 0; h < 2; ++h) a.half_scaled_sum[h] = static_cast<float>(a.half_sum[h]) * scale;
+  a.minus_zero = -128 * a.sum;
+}
+
+PHL_INLINE void quantise_chunks(const float* x, Activation* a, int chunks) {
+#if PHL_LEVEL == 2
+  if (chunks == 4) return quantise_four(x, a);
+#endif
+  for (int c = 0; c < chunks; ++c) quantise_chunk(x + c * kChunk, a[c]);
+}
+
+}  // namespace
+}  // namespace PHL_NS
+}  // namespace phl

@@ -189,6 +189,15 @@ def test_bytes_that_are_no_utf8_survive(tmp_path: Path) -> None:
     assert first.encode("utf-8", "surrogateescape") == b"\xff\xfe" and second == "ok"
 
 
+def test_texts_are_read_when_they_are_wanted(small: Path) -> None:
+    words = GGUFFile.open(small).metadata["a.words"]
+    assert len(words) == 4 and words[2] == words[-2] == "naïve" and words[1:3] == ["x", "naïve"]
+    assert words == ("", "x", "naïve", "🙂") and words != ["", "x"] and words != 4
+    assert next(reversed(words)) == "🙂" and "x" in words and "y" not in words and "4" in repr(words)
+    with pytest.raises(IndexError):
+        words[4]
+
+
 def test_released_pages_can_be_read_again(small: Path) -> None:
     file = GGUFFile.open(small)
     before = {name: tensor.raw().tobytes() for name, tensor in file.tensors.items()}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +70,66 @@ def test_the_rest_behind_whole_huge_pages_costs_what_it_is() -> None:
     before = resident(block)
     block[:] = 1
     assert 3 * memory.HUGE < resident(block) - before < 3 * memory.HUGE + 2 * 100_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads /proc")
+def test_libraries_are_released_and_work_as_before() -> None:
+    # In a process of its own: where this one has not loaded everything yet is no matter then.
+    code = """
+import pathlib, re, sqlite3, ssl, threading
+import numpy as np
+from phloem.utils import memory
+
+def clean(pattern):
+    found = re.findall(r"r-[-x]p .*" + pattern + r".*\\n(?:\\w+: .*\\n)*?Rss: +(\\d+)", SMAPS.read_text())
+    return sum(map(int, found))
+
+SMAPS = pathlib.Path("/proc/self/smaps")
+started = threading.Event()
+threading.Thread(target=lambda: (started.set(), threading.Event().wait()), daemon=True).start()
+started.wait()
+x = np.arange(64.0).reshape(8, 8)
+want, before = np.linalg.eigvals(x @ x), clean("multiarray")
+released = memory.release_libraries()
+after = clean("multiarray")
+assert released > 4 << 20 and 0 <= after < before / 2, (released, before, after)
+assert np.array_equal(np.linalg.eigvals(x @ x), want)
+assert sqlite3.connect(":memory:").execute("select 6 * 7").fetchone() == (42,)
+ssl.create_default_context()
+assert memory.release_libraries() < released
+print("as before")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "as before\n", done.stderr
+
+
+def test_what_a_process_has_written_to_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, given = "", []
+    cases = [
+        ("r-xp", "/usr/lib/libx.so.6", 40, 0, 0),
+        ("r--p", "/usr/lib/libx.so.6", 8, 4, 0),  # relocated
+        ("r--p", "/usr/lib/liby.so", 8, 0, 4),  # relocated and swapped out
+        ("rw-p", "/usr/lib/libx.so.6", 8, 0, 0),
+        ("r--p", "/models/model.gguf", 8, 0, 0),
+        ("r--s", "/usr/lib/libz.so", 8, 0, 0),
+        ("r-xp", "/usr/lib/libz.so", 0, 0, 0),
+        ("r-xp", "", 8, 0, 0),
+        ("r--p", "/usr/bin/python3.12", 16, 0, 0),
+    ]
+    for number, (rights, path, rss, anonymous, swap) in enumerate(cases, 1):
+        text += f"{number}000-{number}800 {rights} 00000000 fd:00 77 {path:>40}\n"
+        text += f"Rss: {rss:12} kB\nPss: 1 kB\nAnonymous: {anonymous:6} kB\nSwap: {swap:11} kB\nVmFlags: rd mr\n"
+    (tmp_path / "smaps").write_text(text)
+
+    class Library:
+        def madvise(self, start: ctypes.c_void_p, size: ctypes.c_size_t, advice: int) -> int:
+            given.append((start.value, size.value, advice))
+            return 0
+
+    monkeypatch.setattr(memory, "_libc", Library)
+    assert memory.release_libraries(tmp_path / "smaps") == 56 << 10
+    assert given == [(0x1000, 0x800, mmap.MADV_DONTNEED), (0x9000, 0x800, mmap.MADV_DONTNEED)]
+    assert memory.release_libraries(tmp_path / "none") == 0
 
 
 def resident(block: memory.Bytes) -> int:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from phloem.kernels import native
+from phloem.kernels._native_recorder import ALIGN, SLAB, Arena, Space
 from phloem.kernels.graph import RecordError, check_replay
 from phloem.kernels.ops import Ops
 from phloem.platforms.cpu import Platform
@@ -58,6 +59,43 @@ def test_replay_equals_eager_bit_for_bit(ops: Ops, rows: int) -> None:
     assert graph.bytes <= 9 * rows * 640 * 4
     timed = graph.replay_timed()  # pyright: ignore[reportAttributeAccessIssue]
     assert len(timed) == 30 and timed[0][0] == "add_rms_norm" and timed[0][1] == (rows == 1)
+
+
+def test_steps_of_one_recorder_share_their_buffers(ops: Ops) -> None:
+    assert ops.recorder is not None
+    recorder, weight = ops.recorder(), torch.rand(640)
+    x = {rows: torch.randn(rows, 640) for rows in (40, 8, 60)}
+    made = {rows: recorder.record(lambda rows=rows: step(ops, x[rows], weight)) for rows in x}
+    large, small, larger = (made[rows][0].bytes for rows in x)
+    assert small == 0 and 0 < larger < large  # only what is beyond the largest before it
+    for rows in (40, 60, 8, 40):
+        check_replay(*made[rows], lambda rows=rows: step(ops, x[rows], weight))
+    other, results = ops.recorder().record(lambda: step(ops, x[8], weight))
+    made[8][0].replay()
+    check_replay(other, results, lambda: step(ops, x[8], weight))
+
+
+def test_buffers_that_died_join_to_larger_ones() -> None:
+    space = Space()
+    arena = Arena(space)
+
+    def take(kib: int) -> torch.Tensor:
+        return arena.empty((kib, 256), torch.float32)
+
+    a, b, c, d = (take(kib) for kib in (4, 2, 8, 1))
+    first, last = a.data_ptr(), d.data_ptr()
+    assert first % ALIGN == 0 and arena.bytes == 15 << 10
+    del a, c
+    assert take(8).data_ptr() == first + (6 << 10) and take(3).data_ptr() == first
+    del b
+    assert take(6).data_ptr() == first  # what lies before and behind the gap was free
+    del d
+    assert take(9).data_ptr() == first and arena.bytes == 15 << 10
+    e = take(20)
+    assert e.data_ptr() == first and arena.bytes == 20 << 10 and last > first
+    whole = arena.empty((SLAB + 1,), torch.uint8)  # larger than a slab: one of its own
+    assert len(space.slabs) == 2 and whole.numel() == SLAB + 1
+    assert Arena(space).empty((8,), torch.float32).data_ptr() == first  # another recording begins anew
 
 
 def test_check_replay_sees_a_difference(ops: Ops) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import weakref
 from collections.abc import Callable
@@ -262,6 +263,8 @@ def test_other_errors_stay_what_they_are(model: Model, monkeypatch: pytest.Monke
         (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
         (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
         (RuntimeError("shape mismatch"), False),
         (ValueError("out of memory of what came before"), False),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import linecache
 import os
 import queue
 import signal
@@ -198,12 +199,21 @@ def _thinking(config: Config, checkpoint: Checkpoint) -> ThinkingMarkers | None:
     """What stands around a reasoning block; None for a model that writes none."""
     from phloem.grammar._thinking import Channel, ThinkingMarkers
     from phloem.server.parsers import THINKING, thinking_choice
+    from phloem.server.template_sources import find_sources
+
+    override, asked = (
+        Path(config.model.chat_template) if config.model.chat_template else None,
+        config.model.reasoning_parser,
+    )
+    if override is None and all(
+        thinking_choice(source, asked).name is None for source in [None, *find_sources(checkpoint).values()]
+    ):
+        return None  # most models: this process then needs neither a tokenizer nor Jinja
     from phloem.server.template import load_template
     from phloem.server.tokenizer import load_tokenizer
 
-    override = Path(config.model.chat_template) if config.model.chat_template else None
     source = load_template(checkpoint, override, None).source
-    name = thinking_choice(source, config.model.reasoning_parser).name
+    name = thinking_choice(source, asked).name
     if name is None:
         return None
     kind = THINKING.module(name).Parser
@@ -368,8 +378,14 @@ def engine_main() -> int:
 
         send(Progress(phase="imports", seconds=perf_counter() - start))
         _log.debug("torch %s", torch.__version__)
-        # A full collection looks through all that torch has made: a tenth of a second between two tokens.
-        _serve_core(config, _describe(config), send, poll, gc.freeze, memory.trim)
+
+        def settle() -> None:
+            # A full collection looks through all that torch has made: a tenth of a second between two tokens.
+            gc.freeze()
+            linecache.clearcache()  # sources that torch looks through while it is imported
+            _log.debug("%d MiB of libraries were for the start alone", memory.release_libraries() >> 20)
+
+        _serve_core(config, _describe(config), send, poll, settle, memory.trim)
     except Exception as error:
         if not isinstance(error, _expected_errors()):
             _log.exception("the engine stops")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
-import yaml
 
 from phloem.core.config import SECTIONS, Config, read_environment
 from phloem.core.errors import ConfigError
@@ -113,6 +112,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if the file cannot be read or is not a mapping.
     """
+    import yaml  # few commands read one, and every start would wait for it
+
     try:
         values: Any = yaml.safe_load(path.read_text())
     except OSError as error:

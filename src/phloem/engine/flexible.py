@@ -62,7 +62,7 @@ class FlexibleSteps:
         """Hidden states [L, N] of the wanted positions, valid until the next step; None: run it eagerly."""
         tokens, (rows, pages) = inputs.input_ids.shape[0], inputs.paged.page_table.shape
         wanted = inputs.logit_index.shape[0]
-        if not 0 < wanted <= self._rows or rows > self._rows or pages > self._max_pages:
+        if wanted > self._rows or rows > self._rows or pages > self._max_pages:
             return None
         found = self.graphs.get(tokens)
         if found is None:
@@ -75,12 +75,13 @@ class FlexibleSteps:
         paged.seq_lens[:rows] = step.seq_lens
         paged.page_table[:rows, :pages] = step.page_table
         paged.token_slots[:tokens] = step.token_slots
-        sizes = (tokens, rows, wanted)
+        if not wanted:  # a part of a prompt: one position stands for none, as sizes are above 0
+            fixed.logit_index[0] = 0
+        sizes = (tokens, rows, max(1, wanted))
         found.graph.replay(*sizes)  # pyright: ignore[reportCallIssue] - as recorded by `_Sized`
-        hidden_LN = found.outputs[:wanted]
         if self._check:
-            check_replay(found.graph, [hidden_LN], lambda: [self._eager(fixed, sizes)])
-        return hidden_LN
+            check_replay(found.graph, [found.outputs[: sizes[2]]], lambda: [self._eager(fixed, sizes)])
+        return found.outputs[:wanted]
 
     def drop(self) -> None:
         """Forget the recording, because weights moved in memory."""

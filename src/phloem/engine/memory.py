@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import torch
 
 # Libraries that torch calls raise a plain RuntimeError; so does torch's own allocator of host memory.
@@ -12,6 +14,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an operation failed because the device or the host had no memory left for it."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM  # no address space for a mapping
     return isinstance(error, RuntimeError) and any(saying in str(error).lower() for saying in _SAYINGS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import threading
 import weakref
@@ -12,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from phloem.kernels.graph import RecordError
+from phloem.utils import memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,39 +24,75 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ALIGN = 64
+SLAB = 64 << 20  # bytes of address space that are taken at a time
+
+
+class Space:
+    """Memory for the buffers of all recordings of one recorder: they lie over one another.
+
+    That is safe because steps run one after another, and what one gives is used up before the next one runs.
+    """
+
+    def __init__(self) -> None:
+        self.slabs: list[memory.Bytes] = []
+        self.used: list[int] = []  # of each slab, by the recording that needs most
+
+    def add(self, size: int) -> None:
+        """One more slab, of `size` bytes at least. What no step writes to is never resident."""
+        self.slabs.append(memory.zeros(max(SLAB, size)))
+        self.used.append(0)
 
 
 class Arena:
-    """Output buffers of one recording. A buffer whose last tensor dies while recording serves a later op again.
+    """Output buffers of one recording. A buffer whose last tensor dies while recording serves later ops again.
 
     That is safe because a replay runs the same calls in the same order: nothing reads the buffer in between.
     """
 
-    def __init__(self) -> None:
-        self.bytes = 0
+    def __init__(self, space: Space) -> None:
+        self.bytes = 0  # that this recording needs beyond those before it
         self.thread = threading.get_ident()  # other threads' ops meanwhile run as ever
-        self._free: dict[int, list[np.ndarray[Any, Any]]] = {}
-        self._blocks: list[np.ndarray[Any, Any]] = []
+        self._space = space
+        self._gaps = [[(0, slab.nbytes)] for slab in space.slabs]  # of each slab what is free: (from, to), in order
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         with _disable_current_modes():
             size = math.prod(shape) * dtype.itemsize
-            block = self._take(max(ALIGN, -(-size // ALIGN) * ALIGN))
-            # torch keeps this view alive as long as any tensor shares its storage; then the block is free again.
-            view = block[:size]
-            weakref.finalize(view, self._free[block.nbytes].append, block).atexit = False
+            whole = max(ALIGN, -(-size // ALIGN) * ALIGN)
+            slab, start = self._take(whole)
+            # torch keeps this view alive as long as any tensor shares its storage; then the memory is free again.
+            view = self._space.slabs[slab][start : start + size]
+            weakref.finalize(view, self._give, slab, start, start + whole).atexit = False
             return torch.from_numpy(view).view(dtype).view(tuple(shape))
 
-    def _take(self, size: int) -> np.ndarray[Any, Any]:
-        free = self._free.setdefault(size, [])
-        if free:
-            return free.pop()
-        whole = np.empty(size + ALIGN, np.uint8)
-        start = -whole.ctypes.data % ALIGN
-        block = whole[start : start + size]
-        self._blocks.append(block)
-        self.bytes += size
-        return block
+    def _take(self, size: int) -> tuple[int, int]:
+        """(slab, offset) of the first gap that is large enough."""
+        for slab, gaps in enumerate(self._gaps):
+            for place, (start, end) in enumerate(gaps):
+                if end - start >= size:
+                    gaps[place : place + 1] = [(start + size, end)] if end - start > size else []
+                    self._note(slab, start + size)
+                    return slab, start
+        self._space.add(size)
+        slab = len(self._gaps)
+        self._gaps.append([(0, self._space.slabs[slab].nbytes)])
+        return self._take(size)
+
+    def _note(self, slab: int, end: int) -> None:
+        more = end - self._space.used[slab]
+        if more > 0:
+            self._space.used[slab] = end
+            self.bytes += more
+
+    def _give(self, slab: int, start: int, end: int) -> None:
+        gaps = self._gaps[slab]
+        place = bisect.bisect(gaps, (start, end))
+        if place < len(gaps) and gaps[place][0] == end:
+            end = gaps.pop(place)[1]
+        if place and gaps[place - 1][1] == start:
+            place -= 1
+            start = gaps.pop(place)[0]
+        gaps.insert(place, (start, end))
 
 
 class _OnlyNative(TorchDispatchMode):
@@ -134,10 +172,11 @@ def _places(
 
 
 class Recorder:
-    """`GraphRecorder` of the native table."""
+    """`GraphRecorder` of the native table. Its steps share their buffers: see `Space`."""
 
     def __init__(self, rt: Runtime) -> None:
         self._rt = rt
+        self._space = Space()
 
     def record(self, fn: Callable[[], T]) -> tuple[RecordedStep, T]:
         """Run `fn` once and keep its native calls.
@@ -166,7 +205,7 @@ class Recorder:
         return FlexibleStep(self._rt, step, _places(step.calls(), other.calls(), sizes, smaller)), result
 
     def _record(self, fn: Callable[[], T], run: bool) -> tuple[RecordedStep, T]:
-        rt, arena = self._rt, Arena()
+        rt, arena = self._rt, Arena(self._space)
         if rt.arena is not None:
             raise RecordError("a step is already being recorded")
         rt.library.record_begin(run)

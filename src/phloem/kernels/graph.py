@@ -28,13 +28,16 @@ class RecordError(RuntimeError):
 class StepGraph(Protocol):
     """A recorded step."""
 
-    bytes: int  # memory that the graph's own buffers take
+    bytes: int  # memory that the graph's buffers take beyond those that it shares with graphs recorded before it
 
     def replay(self) -> None: ...
 
 
 class GraphRecorder(Protocol):
-    """Makes step graphs. One recording at a time in a thread."""
+    """Makes step graphs. One recording at a time in a thread.
+
+    Graphs of one recorder may share memory: what a replay gave stands until another of them is replayed or recorded.
+    """
 
     def record(self, fn: Callable[[], T]) -> tuple[StepGraph, T]:
         """Run `fn` once, recorded, and give the graph with what `fn` returned. Raises `RecordError`."""

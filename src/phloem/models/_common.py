@@ -132,9 +132,6 @@ class DecoderLayer(Layer):
         else:
             self.mlp = GatedMLP(ctx.child("mlp"), size, config.inner_size, config.activation, bias=config.mlp_bias)
 
-    def __call__(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor | None]:
-        return self.feed(*self.attend(x_TN, residual_TN, step))
-
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         """Up to and with attention: (its output [T, heads * head_size], residual)."""
         return self.attention.attend(self.input_norm, x_TN, residual_TN, step)
@@ -194,7 +191,9 @@ class Decoder(Layer):
         """Up to and with the last layer's attention: (its output [T, heads * head_size], residual [T, N])."""
         x_TN, residual_TN = self.embed(step.input_ids), None
         for layer in self.layers[:-1]:
-            x_TN, residual_TN = layer(x_TN, residual_TN, step)
+            # In two calls under the same names: what a layer was given is not kept through its MLP, the largest part.
+            x_TN, residual_TN = layer.attend(x_TN, residual_TN, step)
+            x_TN, residual_TN = layer.feed(x_TN, residual_TN)
         return self.layers[-1].attend(x_TN, residual_TN, step)
 
     def finish(self, out: Tensor, residual_TN: Tensor, keep_L: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ merges follow from the vocabulary. Cuts are those of the original `tokenizer.jso
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,8 +115,9 @@ def build_backend(metadata: dict[str, Any], name: str) -> Tokenizer:
         ModelLoadError: if the vocabulary is missing, inconsistent, or of a kind that is not known.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
+    stored = metadata.get("tokenizer.ggml.tokens")
+    tokens: list[str] = list(stored) if isinstance(stored, Sequence) and not isinstance(stored, str) else []
+    if not tokens:
         raise ModelLoadError(f"{name}: it carries no tokenizer (tokenizer.ggml.tokens); name one with --tokenizer-path")
     build = _BUILDERS.get(str(kind))
     if build is None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import urllib.error
-import urllib.request
 from time import perf_counter
 from typing import Any
 
@@ -39,6 +37,9 @@ async def greet(address: str, model: str, api_key: str | None) -> None:
 
 
 def _post(url: str, body: dict[str, Any], api_key: str | None) -> Any:
+    import urllib.error
+    import urllib.request
+
     headers = {"Content-Type": "application/json"}
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.messages import Drain, EngineLink
 from phloem.server.greet import greet
-from phloem.utils import log
+from phloem.utils import log, memory
 
 if TYPE_CHECKING:
     from phloem.core.config import Config
@@ -82,6 +82,8 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
     tokenizer = load_tokenizer(checkpoint)
     override = Path(model.chat_template) if model.chat_template else None
     template = load_template(checkpoint, override, tokenizer)
+    if checkpoint.gguf is not None:
+        checkpoint.gguf.release()
     info = with_formats(info, template.source, model.tool_call_parser, model.reasoning_parser)
     return EngineClient(tokenizer, template, info), info, checkpoint
 
@@ -140,6 +142,7 @@ class _Supervisor:
 
         def announce(host: str, port: int) -> None:
             self._announce(ready, host, port)
+            memory.release_libraries()
 
         try:
             await serve(app, server.host, server.port, announce, self._stop, sock)

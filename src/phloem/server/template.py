@@ -20,8 +20,7 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from phloem.core.errors import BadRequest, ConfigError
-from phloem.server.tokenizer import read_json
-from phloem.utils.gguf_reader import GGUFFile
+from phloem.server.template_sources import find_sources
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -316,7 +315,7 @@ def load_template(checkpoint: Checkpoint, override: Path | None, tokenizer: Toke
         except (OSError, ValueError, RecursionError, jinja2.TemplateError) as error:
             raise ConfigError(f"chat_template: {override}: {_describe(error)}", param="chat_template") from None
     found = ChatTemplate({}, special)
-    for name, source in _find_sources(checkpoint).items():
+    for name, source in find_sources(checkpoint).items():
         try:
             found.programs[name] = _compile(source)
         except (jinja2.TemplateError, RecursionError) as error:
@@ -356,44 +355,3 @@ def _mentions_content(node: jinja2.nodes.Node, names: set[str]) -> bool:
     if isinstance(node, jinja2.nodes.Getitem):
         return isinstance(node.arg, jinja2.nodes.Const) and node.arg.value == "content"
     return isinstance(node, jinja2.nodes.Name) and node.name in names
-
-
-def _find_sources(checkpoint: Checkpoint) -> dict[str, str]:
-    path = checkpoint.tokenizer_path
-    if path.suffix == ".gguf":
-        same = checkpoint.gguf is not None and checkpoint.gguf.path == path
-        file = checkpoint.gguf if same and checkpoint.gguf is not None else GGUFFile.open(path)
-        return _gguf_sources(file.metadata)
-    directory = path if path.is_dir() else path.parent
-    found: dict[str, str] = {}
-    for config in (read_json(directory / "chat_template.json"), read_json(directory / "tokenizer_config.json")):
-        found = _named(config.get("chat_template")) | found
-    files: list[tuple[str, Path]] = [("default", directory / "chat_template.jinja")]
-    files += [(file.stem, file) for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))]
-    for name, file in files:
-        if file.is_file():
-            found[name] = file.read_text(encoding="utf-8", errors="replace")
-    if not found and checkpoint.gguf is not None:
-        return _gguf_sources(checkpoint.gguf.metadata)
-    return found
-
-
-def _named(value: Any) -> dict[str, str]:
-    """`chat_template` of a tokenizer configuration: one text, or a list of {name, template}."""
-    if isinstance(value, str):
-        return {"default": value}
-    entries = value if isinstance(value, list) else []
-    return {
-        str(entry["name"]): entry["template"]
-        for entry in entries
-        if isinstance(entry, dict) and "name" in entry and isinstance(entry.get("template"), str)
-    }
-
-
-def _gguf_sources(metadata: dict[str, Any]) -> dict[str, str]:
-    key = "tokenizer.chat_template"
-    found = {"default": metadata[key]} if isinstance(metadata.get(key), str) else {}
-    for name, value in metadata.items():
-        if name.startswith(key + ".") and isinstance(value, str):
-            found[name[len(key) + 1 :]] = value
-    return found

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer as Backend
 from phloem.core.errors import BadRequest, ModelLoadError
 from phloem.server import sentencepiece_tokenizer
 from phloem.server.gguf_tokenizer import build_backend, set_ends, special_ids
+from phloem.server.template_sources import read_json
 from phloem.utils.gguf_reader import GGUFFile
 
 if TYPE_CHECKING:
@@ -264,19 +265,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     else:
         backend, special = _from_directory(path)
     return Tokenizer(backend, special, checkpoint.eos_ids)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that may be absent ({} then)."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ModelLoadError(f"{path}: a JSON object is expected, not {type(found).__name__}")
-    return found
 
 
 def _from_directory(path: Path) -> tuple[Backend, dict[str, str]]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -94,9 +94,50 @@ class GGUFTensor:
         return GGUFTensor(self.name, self.shape[1:], self.kind, self.offset + index * size, size, self._map)
 
 
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        # Some writers cut a token's bytes in the middle of a character.
+        return raw.decode("utf-8", "surrogateescape")
+
+
+class Texts(Sequence[str]):
+    """An array of strings, left in the file until it is read: a vocabulary is needed to build a tokenizer alone. Each
+    pass over it makes the strings anew; who wants some of them in no order takes a list of it first."""
+
+    def __init__(self, data: mmap.mmap, at: int, number: int) -> None:
+        self._data, self._at, self._number = data, at, number
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __iter__(self) -> Iterator[str]:
+        data, at, read = self._data, self._at, _U64.unpack_from
+        for _ in range(self._number):
+            start = at + 8
+            at = start + read(data, at)[0]
+            yield _text(data[start:at])
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        return list(self)[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType] - equal to lists, which have none
+
+    def __repr__(self) -> str:
+        return f"<{self._number} texts>"
+
+
 @dataclass(frozen=True)
 class GGUFFile:
-    """An open GGUF file. Arrays in `metadata` are lists (strings, nested) or numpy arrays (numbers)."""
+    """An open GGUF file. Arrays in `metadata` are `Texts` (strings), lists (nested) or numpy arrays (numbers)."""
 
     path: Path
     version: int
@@ -168,11 +209,7 @@ class _Reader:
         length = self.count("bytes of text", 1)
         raw = self.data[self.at : self.at + length]
         self.at += length
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            # Some writers cut a token's bytes in the middle of a character.
-            return raw.decode("utf-8", "surrogateescape")
+        return _text(raw)
 
     def header(self) -> tuple[int, int, int]:
         if self.data[:4] != MAGIC:
@@ -222,21 +259,14 @@ class _Reader:
         number = self.count("arrays", 12)
         return [self.value(kind, depth + 1) for _ in range(number)]
 
-    def strings(self, number: int) -> list[str]:
+    def strings(self, number: int) -> Texts:
         """The hot loop: vocabulary and merges are some hundred thousand texts."""
         data, at, read = self.data, self.at, _U64.unpack_from
-        found: list[str] = []
-        add: Callable[[str], None] = found.append
         for _ in range(number):
-            start = at + 8
-            at = start + read(data, at)[0]
-            raw = data[start:at]
-            try:
-                add(raw.decode())
-            except UnicodeDecodeError:
-                add(raw.decode("utf-8", "surrogateescape"))
+            at += 8 + read(data, at)[0]
         if at > self.size:
             raise _Damaged("a text goes on past the end of the file")
+        found = Texts(data, self.at, number)
         self.at = at
         return found
 

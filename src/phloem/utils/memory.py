@@ -7,7 +7,9 @@ import ctypes
 import functools
 import mmap
 import os
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,34 @@ def trim() -> None:
     release = getattr(_libc(), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if release is not None:
         release(0)
+
+
+_MAPPED = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-[-x]p \S+ \S+ \d+ +/.*(?:\.so[0-9.]*|/python[0-9.]*)")
+
+
+def release_libraries(smaps: Path = Path("/proc/self/smaps")) -> int:
+    """Let go of the pages of libraries that nobody has written to: bytes that were resident.
+
+    They stay in the system's cache, and what is used again is mapped again when it is touched. Most of what a start
+    maps it touches once, for relocations and constructors, with the pages around it that the system adds. To be called
+    while no other thread loads a library: the loader writes to pages that are not to be written to later.
+    """
+    if not smaps.exists() or not hasattr(mmap, "MADV_DONTNEED"):
+        return 0
+    released = 0
+    for entry in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", smaps.read_text()):
+        head, _, rest = entry.partition("\n")
+        found = _MAPPED.fullmatch(head)
+        if found is None:
+            continue
+        sizes = dict(re.findall(r"^(Rss|Anonymous|Swap): +(\d+) kB$", rest, re.MULTILINE))
+        # A page of this process's own would be lost: relocated tables, breakpoints.
+        if sizes.get("Anonymous") != "0" or sizes.get("Swap") != "0" or sizes.get("Rss", "0") == "0":
+            continue
+        start, end = (int(found[i], 16) for i in (1, 2))
+        if _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED) == 0:
+            released += int(sizes["Rss"]) << 10
+    return released
 
 
 def background_thread() -> None:

@@ -22,7 +22,7 @@ using U = Vec::U;
 using I = Vec::I;
 using F = Vec::F;
 
-constexpr int kPrefetch = 2048;  // bytes ahead of the weight stream
+constexpr int kPrefetch = 4096;  // bytes ahead of the weight stream
 
 template <bool Second = false>  // into the second-level cache only
 PHL_INLINE void prefetch(const uint8_t* p) {

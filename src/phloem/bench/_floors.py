@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 ROUNDS = 1_000_000  # of multiply-adds in registers: some milliseconds
+READING = 0.5  # seconds of reading before the first steps
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,17 @@ def shares(
     def note(name: str, value: float) -> None:
         found.setdefault(name, []).append(value)
 
+    lasted = READING
     for _ in range(turns):
-        peaks = _peaks(limits, size)
+        _read_for(limits, size, lasted)  # decode finds the memory as it leaves it
+        begun = perf_counter()
+        step = decode()
+        lasted = perf_counter() - begun
+        peaks = _peaks(limits, size, lasted)
         for name in ("read", "int8", "bf16"):
             note(f"limit_{name}", getattr(peaks, name) / 1e9)
-        _note_step(note, "decode", decode(), work.decode(rows, context, peaks))
+        _note_step(note, "decode", step, work.decode(rows, context, peaks))
         if tokens:
-            peaks = _peaks(limits, size)
             begun = perf_counter()
             prefill()
             _note_step(note, "prefill", perf_counter() - begun, work.prefill(tokens, peaks))
@@ -144,19 +149,25 @@ def shares(
     return {"weight_bytes": work.weight_bytes, "step_bytes": size, "turns": turns, **record}
 
 
-def _peaks(limits: Limits, size: int) -> Peaks:
-    """The best of a few: a limit is what the machine can do, and the first call finds threads asleep."""
+def _peaks(limits: Limits, size: int, seconds: float) -> Peaks:
+    """What the cores can do: the best of a few, as the first call finds threads asleep. What memory gives for as long
+    as the steps took: some machines give more for a moment."""
     plain = limits.peaks[0]
 
-    def best(measure: Callable[[], float]) -> float:
-        return max(measure() for _ in range(3)) * 1e9
+    def best(kind: str) -> float:
+        return max(limits.peak(kind, ROUNDS) for _ in range(3)) * 1e9
 
     int8, bf16 = (kind if kind in limits.peaks else plain for kind in ("int8", "bf16"))
-    return Peaks(
-        read=best(lambda: limits.read(size)),
-        int8=best(lambda: limits.peak(int8, ROUNDS)),
-        bf16=best(lambda: limits.peak(bf16, ROUNDS)),
-    )
+    return Peaks(read=_read_for(limits, size, seconds), int8=best(int8), bf16=best(bf16))
+
+
+def _read_for(limits: Limits, size: int, seconds: float) -> float:
+    """Bytes a second of reading for so long: the median of the passes."""
+    rates: list[float] = []
+    begun = perf_counter()
+    while not rates or perf_counter() - begun < seconds:
+        rates.append(limits.read(size))
+    return statistics.median(rates) * 1e9
 
 
 def _note_step(note: Callable[[str, float], None], name: str, seconds: float, floors: tuple[float, float]) -> None:

@@ -199,3 +199,42 @@ def test_wrong_arguments_are_refused() -> None:
     batch.seq_lens = batch.seq_lens.long()
     with pytest.raises(TypeError, match="int32"):
         ops.paged_attention(q, cache, cache, batch, 1.0, 0, 0.0, None)
+
+
+SHARED = {
+    # Query tokens, cached tokens, heads, kv heads; for a row another, and how many tokens they have in common.
+    "groups": ([1] * 6, [600, 1300, 700, 1310, 90, 1300], 9, 3, {2: (0, 512), 3: (1, 1040), 4: (0, 80), 5: (1, 300)}),
+    "a lone part": ([1, 1], [1024, 1024], 4, 2, {1: (0, 1024)}),
+    "beside a prompt": ([40, 1, 1, 3], [900, 901, 905, 800], 6, 2, {1: (0, 880), 2: (1, 896), 3: (1, 640)}),
+    "more than fit": ([1] * 30, [540 + i for i in range(30)], 8, 1, {i: (0, 528) for i in range(1, 30)}),
+    "longer splits": ([1, 1, 1], [9000, 9100, 4200], 2, 2, {1: (0, 8960), 2: (0, 4096)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+def test_rows_that_share_pages(ops: Ops, case: str, kind: torch.dtype) -> None:
+    """To the bits that each row has alone, and near the reference."""
+    torch.manual_seed(len(case))
+    queries, lengths, heads, kv_heads, same = SHARED[case]
+    batch, pages = make_batch(queries, lengths, 16)
+    for row, (leader, tokens) in same.items():
+        batch.page_table[row, : tokens // 16] = batch.page_table[leader, : tokens // 16]
+    q, k, v = torch.randn(sum(queries), heads, 32), *(torch.randn(pages, kv_heads, 16, 32) for _ in "kv")
+    caches = [k.bfloat16(), v.bfloat16()]
+    if kind is torch.int8:
+        (k8, k), (v8, v) = quantise(k, True), quantise(v, False)
+        caches = [k8, v8]
+    got = ops.paged_attention(q, *caches, batch, 32**-0.5, 0, 0.0, None)
+    exact = [k, v] if kind is torch.int8 else [cache.float() for cache in caches]
+    torch.testing.assert_close(got, ref.paged_attention(q, *exact, batch, 32**-0.5, 0, 0.0, None), rtol=4e-2, atol=4e-2)
+    at = 0
+    for row, count in enumerate(queries):
+        part = slice(row, row + 1)
+        alone = PagedBatch(
+            torch.tensor([0, count], dtype=torch.int32), batch.seq_lens[part], batch.page_table[part],
+            batch.token_slots[at : at + count], count, lengths[row],
+        )  # fmt: skip
+        want = ops.paged_attention(q[at : at + count], *caches, alone, 32**-0.5, 0, 0.0, None)
+        assert torch.equal(got[at : at + count], want), row
+        at += count

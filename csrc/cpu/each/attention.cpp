@@ -79,21 +79,21 @@ PHL_INLINE void place(const AttentionArgs& a, const RowPlan& plan, const Stretch
   job.token = plan.token + first;
   job.tokens = plan.tokens - first < plan.block_tokens ? plan.tokens - first : plan.block_tokens;
   job.position = plan.length - plan.tokens + first;
-  job.range = single ? split_range(plan.range, plan.splits, part) : visible(a, job.position, job.position + job.tokens - 1);
+  job.range = single ? split_range(a, plan.range, plan.splits, part) : visible(a, job.position, job.position + job.tokens - 1);
   job.m = job.tokens * (a.heads / a.kv_heads);
 }
 
 // Query row i of kv head `kv_head`, whose results are row `at` of the job's: into the output, or beside the other splits'.
 template <class Job>
-PHL_INLINE void put(const AttentionArgs& a, const RowPlan& plan, const Job& job, int64_t kv_head, int64_t i, int64_t at,
-                    int64_t part) {
+PHL_INLINE void put(const AttentionArgs& a, const RowPlan& plan, const Job& job, int64_t row, int64_t kv_head, int64_t i,
+                    int64_t at, int64_t part) {
   const int64_t group = a.heads / a.kv_heads, head = kv_head * group + i % group;
   const float* values = job.results + at * job.wide;
   const float total = sum(load(job.sums + at * W));
   if (plan.splits == 1) {
     finish_head(a, head, values, job.tops[at], total, a.out + ((job.token + i / group) * a.heads + head) * a.head_size);
   } else {
-    float* partial = partial_of(a, job.row, head, part);
+    float* partial = partial_of(a, row, head, part);
     std::memcpy(partial, values, a.head_size * sizeof(float));
     partial[a.head_size] = job.tops[at];
     partial[a.head_size + 1] = total;
@@ -106,18 +106,33 @@ void block_task(const AttentionArgs& a, const RowPlan& plan, const Stretch& at, 
   place(a, plan, at, part, job);
   lay_out(a, job, scratch, kBlockRows > group ? kBlockRows : group);
   block(a, job);
-  for (int64_t i = 0; i < job.m; ++i) put(a, plan, job, job.kv_head, i, i, part);
+  for (int64_t i = 0; i < job.m; ++i) put(a, plan, job, job.row, job.kv_head, i, i, part);
 }
 
+// The rows from `first` on whose tokens in a split are one row's.
+struct Sharers {
+  const int32_t* rows;
+  int64_t count;
+};
+
 void int8_task(const AttentionArgs& a, const RowPlan& plan, const Stretch& at, const Stretch& guess, int64_t kv_heads,
-               int64_t part, float* scratch) {
+               int64_t part, const Sharers& sharers, float* scratch) {
+  const int64_t group = a.heads / a.kv_heads;
   Int8Job job;
   place(a, plan, at, part, job);
+  job.sharers = nullptr;
+  if (sharers.count > 1) {
+    job.sharers = sharers.rows;
+    job.m = sharers.count * group;
+  }
   job.kv_heads = kv_heads;
   job.guess = guess;
   lay_out(a, job, scratch);
   attend_int8(a, job);
-  for (int64_t i = 0; i < job.m * kv_heads; ++i) put(a, plan, job, job.kv_head + i / job.m, i % job.m, i, part);
+  for (int64_t i = 0; i < job.m * kv_heads; ++i) {
+    const int64_t row = job.sharers == nullptr ? job.row : job.sharers[i % job.m / group];
+    put(a, plan, job, row, job.kv_head + i / job.m, i % job.m, i, part);
+  }
 }
 
 // Puts the splits of one head together, in their order.
@@ -138,28 +153,103 @@ PHL_INLINE void merge_head(const AttentionArgs& a, const RowPlan& plan, int64_t 
   finish_head(a, head, into, top, total, a.out + (plan.token * a.heads + head) * size);
 }
 
+// Rows of one query token that begin with the same pages: a split of them all is one task, for which its keys and values
+// are read once. A row's result is the same, as every row is cut at the same places whether it shares them or not.
+struct Sharing {
+  static constexpr int64_t kMost = 256;  // rows among which is looked
+  int32_t leader[kMost], parts[kMost];   // the first row of those pages; how many splits are in them
+  int64_t rows = 0;
+
+  PHL_INLINE static bool cut(const RowPlan& plan) { return plan.tokens == 1 && plan.splits > 1; }
+
+  PHL_INLINE void look(const AttentionArgs& a) {
+    if (a.window > 0 || a.rows > kMost || a.max_splits < 2) return;
+    rows = a.rows;
+    for (int64_t row = 0; row < rows; ++row) {
+      leader[row] = int32_t(row);
+      parts[row] = 0;
+      const RowPlan plan = plan_row(a, row);
+      if (!cut(plan)) continue;
+      const int32_t* pages = a.page_table + row * a.pages_per_row;
+      for (int64_t other = 0; other < row; ++other) {
+        const int32_t* theirs = a.page_table + other * a.pages_per_row;
+        if (theirs[0] != pages[0] || leader[other] != other) continue;
+        const RowPlan first = plan_row(a, other);
+        if (!cut(first) || split_tokens(a, first.range) != split_tokens(a, plan.range)) continue;
+        parts[row] = int32_t(whole_splits(a, pages, theirs, plan.range, first.range));
+        if (parts[row] > 0) leader[row] = int32_t(other);
+        break;
+      }
+    }
+  }
+
+  // Splits that are whole in both ranges and whose pages are the same.
+  PHL_INLINE int64_t whole_splits(const AttentionArgs& a, const int32_t* x, const int32_t* y, Range one, Range two) const {
+    const int64_t part = split_tokens(a, one), end = one.end < two.end ? one.end : two.end;
+    int64_t page = 0;
+    while (page * a.page_size < end && x[page] == y[page]) ++page;
+    const int64_t same = page * a.page_size < end ? page * a.page_size : end;
+    return same / part;
+  }
+
+  PHL_INLINE int64_t of(int64_t row) const { return row < rows ? parts[row] : 0; }
+
+  // Those that share split `part` of `row`, itself the first of them.
+  PHL_INLINE int64_t sharers(int64_t row, int64_t part, int32_t* found) const {
+    int64_t count = 0;
+    found[count++] = int32_t(row);
+    for (int64_t other = row + 1; other < rows; ++other) {
+      if (leader[other] == row && parts[other] > part) found[count++] = int32_t(other);
+    }
+    return count;
+  }
+};
+
 // From a task to its row: tasks come to a thread in rising order.
 struct TaskCursor {
   const AttentionArgs& a;
+  const Sharing& sharing;
   int64_t sets;  // of kv heads
   int64_t row = 0, before = 0, set = 0, part = 0;
   RowPlan plan;
 
-  PHL_INLINE TaskCursor(const AttentionArgs& a, int64_t sets)
-      : a(a), sets(sets), plan(a.rows > 0 ? plan_row(a, 0) : RowPlan{}) {}
+  PHL_INLINE TaskCursor(const AttentionArgs& a, const Sharing& sharing, int64_t sets)
+      : a(a), sharing(sharing), sets(sets), plan(a.rows > 0 ? plan_row(a, 0) : RowPlan{}) {}
 
   PHL_INLINE void seek(int64_t task) {
-    while (task - before >= plan.blocks * sets) {
-      before += plan.blocks * sets;
+    while (task - before >= (plan.blocks - sharing.of(row)) * sets) {
+      before += (plan.blocks - sharing.of(row)) * sets;
       plan = plan_row(a, ++row);
     }
     set = (task - before) % sets;
-    part = plan.blocks - 1 - (task - before) / sets;  // the longest blocks of a prompt first
+    const int64_t at = (task - before) / sets;
+    // The longest first: the last block of a prompt, the first split of a row.
+    part = plan.tokens == 1 ? sharing.of(row) + at : plan.blocks - 1 - at;
   }
   PHL_INLINE Stretch stretch(int64_t heads) const {
-    return {row, set * heads, split_range(plan.range, plan.splits, part)};
+    return {row, set * heads, split_range(a, plan.range, plan.splits, part)};
   }
 };
+
+// A split of a row, with all who share it: as many at a time as the scratch memory has room for.
+PHL_INLINE void share_task(const AttentionArgs& a, const Sharing& sharing, const RowPlan& plan, const Stretch& own,
+                           const Stretch& guess, int64_t heads, int64_t part, float* scratch) {
+  int32_t rows[Sharing::kMost];
+  const bool shared = own.row < sharing.rows && plan.splits > 1;
+  const int64_t count = shared ? sharing.sharers(own.row, part, rows) : 1;
+  const int64_t room = kBlockRows / (a.heads / a.kv_heads * heads), most = room > 1 ? room : 1;
+  for (int64_t from = 0; from < count; from += most) {
+    const int64_t left = count - from < most ? count - from : most;
+    const bool last = from + left == count;
+    if (left == 1 && shared) {  // a row alone reads where it lies
+      Stretch alone = own;
+      alone.row = rows[from];
+      int8_task(a, plan_row(a, alone.row), alone, last ? guess : Stretch{}, heads, part, {nullptr, 1}, scratch);
+    } else {
+      int8_task(a, plan, own, last ? guess : Stretch{}, heads, part, {rows + from, left}, scratch);
+    }
+  }
+}
 
 // How many kv heads one streaming task takes: several where there are tasks enough, since they lie side by side.
 PHL_INLINE int64_t heads_of_task(const AttentionArgs& a, int64_t tasks, int size) {
@@ -175,16 +265,18 @@ template <bool kInt8>
 void attend(const AttentionArgs& a, Team& team) {
   int64_t parts = 0;
   bool merge = false, single = true;
+  Sharing sharing;
+  if constexpr (kInt8) sharing.look(a);
   for (int64_t row = 0; row < a.rows; ++row) {
     const RowPlan plan = plan_row(a, row);
-    parts += plan.blocks;
+    parts += plan.blocks - sharing.of(row);
     merge |= plan.splits > 1;
     single &= plan.tokens <= 1;
   }
   float* scratch = a.scratch + team.thread * a.scratch_stride;
   const bool can_stream = kInt8 || (a.heads / a.kv_heads <= kMaxStreamGroup && a.head_size % W == 0);
   const int64_t heads = single && can_stream ? heads_of_task(a, parts, team.size) : 1, sets = a.kv_heads / heads;
-  TaskCursor cursor(a, sets), guess(a, sets);
+  TaskCursor cursor(a, sharing, sets), guess(a, sharing, sets);
   team.tasks(parts * sets, [&](int64_t task) {
     cursor.seek(task);
     const RowPlan& plan = cursor.plan;
@@ -195,7 +287,7 @@ void attend(const AttentionArgs& a, Team& team) {
       next = guess.stretch(heads);
     }
     if constexpr (kInt8) {
-      int8_task(a, plan, own, next, heads, cursor.part, scratch);
+      share_task(a, sharing, plan, own, next, heads, cursor.part, scratch);
     } else if (plan.tokens == 1 && can_stream) {
       stream_task(a, plan, own, next, heads, cursor.part, scratch);
     } else {

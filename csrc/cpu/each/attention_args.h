@@ -45,17 +45,23 @@ PHL_INLINE Range visible(const AttentionArgs& a, int64_t first, int64_t last) {
   return {begin, last + 1};
 }
 
-PHL_INLINE int64_t splits_of(const AttentionArgs& a, Range range) {
-  const int64_t wanted = (range.end - range.begin + kSplitTokens - 1) / kSplitTokens;
-  const int64_t capped = wanted < a.max_splits ? wanted : a.max_splits;
-  return capped > 1 ? capped : 1;
+// Cached tokens of each split of a row, a multiple of 256: rows of about the same length, which may share their first
+// tokens, are cut at the same places.
+PHL_INLINE int64_t split_tokens(const AttentionArgs& a, Range range) {
+  const int64_t most = kSplitTokens * (a.max_splits > 1 ? a.max_splits : 1);
+  const int64_t times = (range.end - range.begin + most - 1) / most;
+  return kSplitTokens * (times > 1 ? times : 1);
 }
 
-PHL_INLINE Range split_range(Range range, int64_t splits, int64_t split) {
-  const int64_t part = ((range.end - range.begin + splits - 1) / splits + 15) / 16 * 16;
-  const int64_t begin = range.begin + split * part;
-  const int64_t end = begin + part < range.end ? begin + part : range.end;
-  return {begin, end > begin ? end : begin};
+PHL_INLINE int64_t splits_of(const AttentionArgs& a, Range range) {
+  const int64_t part = split_tokens(a, range), splits = (range.end - range.begin + part - 1) / part;
+  return a.max_splits > 1 && splits > 1 ? splits : 1;
+}
+
+PHL_INLINE Range split_range(const AttentionArgs& a, Range range, int64_t splits, int64_t split) {
+  if (splits == 1) return range;
+  const int64_t part = split_tokens(a, range), begin = range.begin + split * part;
+  return {begin, begin + part < range.end ? begin + part : range.end};
 }
 
 // Element offsets of the tokens of `range` in a bfloat16 cache, for one kv head.

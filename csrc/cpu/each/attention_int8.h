@@ -23,6 +23,7 @@ struct Int8Tile {
 struct Int8Job {
   int64_t row, kv_head, kv_heads;  // heads of the cache: `kv_heads` from `kv_head` on
   int64_t token, tokens;           // query tokens [token, token + tokens) of the packed T
+  const int32_t* sharers;          // or the single tokens of so many rows, which all see all of the range; null: no
   int64_t position;                // of the first of them
   Range range;                     // of the cache
   Stretch guess;                   // what this thread probably computes next; empty: nobody knows
@@ -399,11 +400,12 @@ PHL_INLINE int64_t tile_begin(Range range) { return range.begin / kGroup * kGrou
 void attend_int8(const AttentionArgs& a, Int8Job& job) {
   const int64_t group = a.heads / a.kv_heads, rows = job.m * job.kv_heads;
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t head = (job.kv_head + i / job.m) * group + i % job.m % group;
-    pack_query(a, job, a.q + (job.token + i % job.m / group) * a.q_token + head * a.q_head, i);
+    const int64_t head = (job.kv_head + i / job.m) * group + i % job.m % group, at = i % job.m / group;
+    const int64_t token = job.sharers == nullptr ? job.token + at : a.query_start[job.sharers[at]];
+    pack_query(a, job, a.q + token * a.q_token + head * a.q_head, i);
     store(job.sums + i * W, vf{});
     job.tops[i] = kNoScore;
-    job.sees[i] = int32_t(job.position + i % job.m / group + 1);
+    job.sees[i] = int32_t(job.sharers == nullptr ? job.position + at + 1 : job.range.end);
   }
   for (int64_t i = 0; i < rows * job.wide; i += W) store(job.results + i, vf{});
   alignas(64) float weights[kBlockTokens];

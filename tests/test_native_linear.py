@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import GGUF_TYPES, Source, as_int8, cases, levels, make_source, meets_bytes, needs_native
 
+from phloem.core.errors import ConfigError
 from phloem.kernels import native
 from phloem.kernels import reference as ref
 from phloem.kernels.native_linear import NativeLinear, PackedLinear
+from phloem.platforms.cpu import Platform
 
 pytestmark = needs_native
 CPU = torch.device("cpu")
@@ -257,3 +259,13 @@ def test_recorded_step_repeats(linear: NativeLinear) -> None:
     graph.replay()
     want, want_token = step()
     assert torch.equal(out, want) and torch.equal(token, want_token)
+
+
+def test_the_invariant_table_by_name() -> None:
+    table, reason = Platform(2).table("invariant")
+    assert table.name == "invariant" and "batch-invariant" in reason
+    weight = table.prepare_linear([make_source("Q4_0", 48, 3, seed=1)], torch.bfloat16, CPU)
+    x = random(70, 96)
+    assert torch.equal(table.linear(x, weight, None)[:1], table.linear(x[:1], weight, None))
+    with pytest.raises(ConfigError, match="not one of reference, native, invariant"):
+        Platform(2).table("fastest")

@@ -73,9 +73,10 @@ vector<float> run_moe(int at, const Sparse& s, const vector<float>& x, const vec
   return out;
 }
 
-void try_sparse(int level, int64_t layout, int64_t inputs, int64_t inner, bool paired) {
+void try_sparse(int level, int64_t layout, int64_t inputs, int64_t inner, bool paired, bool exact) {
   const int64_t experts = 5, k = 2;
-  const Sparse s = sparse(layout, experts, inputs, inner, paired);
+  Sparse s = sparse(layout, experts, inputs, inner, paired);
+  if (exact) s.up.forms |= 8, s.down.forms |= 8;
   const std::string what = "moe of layout " + std::to_string(layout);
   vector<float> lone;
   for (int64_t tokens : {1, 3, 90}) {
@@ -90,11 +91,11 @@ void try_sparse(int level, int64_t layout, int64_t inputs, int64_t inner, bool p
       check(!std::isnan(got[i]), what + ": NaN");
       size += want[i] * want[i], error += (got[i] - want[i]) * (got[i] - want[i]);
     }
-    // A hidden value may round to the next of 127 steps.
-    // With many tokens some experts' weights are bytes, whatever float16 their scales are.
-    check(error <= (tokens > 24 && level >= 2 ? 1e-2f : 1e-4f) * size, what + ": error " + std::to_string(error / size));
+    // A hidden value may round to the next of 127 steps. Weights that are bytes are other numbers.
+    const bool bytes = !exact && tokens > 24 && level >= 2;
+    check(error <= (bytes ? 1e-2f : 1e-4f) * size, what + ": error " + std::to_string(error / size));
     if (tokens == 1) lone = got;
-    check(std::equal(lone.begin(), lone.end(), got.begin()), what + ": a token depends on others");
+    if (!bytes) check(std::equal(lone.begin(), lone.end(), got.begin()), what + ": a token depends on others");
   }
 }
 
@@ -102,13 +103,15 @@ void try_sparse(int level, int64_t layout, int64_t inputs, int64_t inner, bool p
 
 PHL_TEST(moe) {
   for (int at : with_amx(level)) {
-    for (int64_t layout : {0, 1, 4, 10}) try_sparse(at, layout, 96, 64, true);
-    for (int64_t layout : {5, 7, 9}) try_sparse(at, layout, 256, 256, true);
-    for (int64_t layout : {11, 12, 13}) {
-      try_sparse(at, layout, 33, 32, true);
-      try_sparse(at, layout, 40, 21, false);
+    for (bool exact : {true, false}) {
+      for (int64_t layout : {0, 1, 4, 10}) try_sparse(at, layout, 96, 64, true, exact);
+      for (int64_t layout : {5, 7, 9}) try_sparse(at, layout, 256, 256, true, exact);
     }
-    try_sparse(at, 1, 32, 32, false);
+    for (int64_t layout : {11, 12, 13}) {
+      try_sparse(at, layout, 33, 32, true, false);
+      try_sparse(at, layout, 40, 21, false, false);
+    }
+    try_sparse(at, 1, 32, 32, false, true);
   }
 }
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
+_TABLES = ("reference", "native", "invariant")
 _PARALLEL = 1 << 16  # elements per thread with which torch surely uses all its threads
 
 
@@ -64,6 +65,8 @@ class Platform:
             bind_threads([0, *workers])
 
     def table(self, requested: str | None) -> tuple[Ops, str]:
+        if requested not in (None, *_TABLES):
+            raise ConfigError(f"ops {requested!r} is not one of {', '.join(_TABLES)}", param="ops")
         if requested == "reference":
             return Ops(), "as asked"
         native = _native_module()
@@ -76,10 +79,8 @@ class Platform:
                 return native.table(self.threads), "native kernels, " + ("as asked" if requested else native.describe())
             except native.Unavailable as error:
                 reason = str(error)
-        if requested in ("native", "invariant"):
-            raise ConfigError(f"ops {requested!r} cannot be used: {reason}", param="ops")
         if requested is not None:
-            raise ConfigError(f"ops {requested!r} is not one of reference, native, invariant", param="ops")
+            raise ConfigError(f"ops {requested!r} cannot be used: {reason}", param="ops")
         return Ops(), f"plain torch: {reason}"
 
     def attention_backends(self) -> list[str]:

@@ -314,9 +314,34 @@ PHL_INLINE void add_columns(const AttentionArgs& a, const Int8Job& job, Int8Span
 
 constexpr float kHidden = -1e30f;
 
-// Cap and mask of one row's scores in the first C groups: their maximum. Lanes outside of [low, high) are hidden.
+// The maximum of each row's lanes, in the row's lane; R lanes count.
+template <int R>
+PHL_INLINE vf maxima(const vf (&rows)[R]) {
+  static_assert(R <= W && R <= 8);
+#if PHL_LEVEL == 2
+  // Two rows in one register after the first step, four after the second, eight after the third.
+  const auto row = [&](int r) { return (__m512)rows[r < R ? r : R - 1]; };
+  const auto four = [&](int r) {
+    const __m512 x = _mm512_max_ps(_mm512_unpacklo_ps(row(r), row(r + 1)), _mm512_unpackhi_ps(row(r), row(r + 1)));
+    const __m512 y = _mm512_max_ps(_mm512_unpacklo_ps(row(r + 2), row(r + 3)), _mm512_unpackhi_ps(row(r + 2), row(r + 3)));
+    const __m512d a = _mm512_castps_pd(x), b = _mm512_castps_pd(y);
+    return _mm512_max_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  };
+  const __m512 low = four(0), high = R > 4 ? four(4) : low;
+  const __m512 both = _mm512_max_ps(_mm512_shuffle_f32x4(low, high, 0x44), _mm512_shuffle_f32x4(low, high, 0xee));
+  const __m512 whole = _mm512_max_ps(both, _mm512_shuffle_f32x4(both, both, 0xb1));
+  return (vf)_mm512_shuffle_f32x4(whole, whole, 0x08);
+#else
+  alignas(64) float found[W] = {};
+  for (int r = 0; r < R; ++r) found[r] = largest(rows[r]);
+  return load(found);
+#endif
+}
+
+// Cap and mask of one row's scores in the first C groups: of each lane the maximum. Tokens outside of [low, high) are
+// hidden.
 template <int C>
-PHL_INLINE float shape(const AttentionArgs& a, float* scores, float scale, int64_t low, int64_t high) {
+PHL_INLINE vf shape(const AttentionArgs& a, float* scores, float scale, int64_t low, int64_t high) {
   constexpr int64_t kTokens = C * kGroup;
   if (a.softcap > 0) {
     for (int64_t t = 0; t < kTokens; t += W) {
@@ -332,7 +357,7 @@ PHL_INLINE float shape(const AttentionArgs& a, float* scores, float scale, int64
   }
   vf highest = load(scores);
   for (int64_t t = W; t < kTokens; t += W) highest = max(highest, load(scores + t));
-  return largest(highest);
+  return highest;
 }
 
 // R query rows from `first` of a kv head against the first C groups of a tile, of which the last row sees `seen` tokens.
@@ -341,25 +366,27 @@ PHL_INLINE void tile(const AttentionArgs& a, const Int8Job& job, Int8Span& span,
   alignas(64) float scores[R][kBlockTokens];
   alignas(64) Weight weights[R][kBlockTokens];
   dots<R, C>(a, job, span, first, scores);
-  // A row's weights are 2^(score * scale - base). What was added before shrinks, what is added now is a share.
-  alignas(64) float base[R], scale[R], shrink[W > R ? W : 2 * W] = {}, share[W > R ? W : 2 * W] = {}, unit[R];
+  vf highest[R];
   for (int r = 0; r < R; ++r) {
     const int64_t sees = job.sees[first + r], window = a.window > 0 ? sees - a.window : 0;
     const int64_t high = (sees < span.end ? sees : span.end) - span.begin;
     const int64_t low = (window > job.range.begin ? window : job.range.begin) - span.begin;
-    const float highest = shape<C>(a, scores[r], job.scale[first + r], low, high);
-    scale[r] = a.softcap > 0 ? 1.0f : job.scale[first + r];
-    const bool none = highest <= kHidden;
-    base[r] = none ? 0.0f : highest * scale[r];
-    const float before = job.tops[first + r], top = none || before > base[r] ? before : base[r];
-    shrink[r] = before - top;
-    share[r] = none ? 0.0f : base[r] - top;
-    job.tops[first + r] = top;
+    highest[r] = shape<C>(a, scores[r], job.scale[first + r], low, high);
   }
-  for (int r = 0; r < R; r += W) {
-    store(shrink + r, exp2<6>(load(shrink + r)));
-    store(share + r, exp2<6>(load(share + r)));
-  }
+  // A row's weights are 2^(score * scale - base). What was added before shrinks, what is added now is a share. All rows
+  // at once, a lane each; what the other lanes hold is not used.
+  alignas(64) float base[W], scale[W], shrink[W], share[W], unit[W];
+  const vf peak = maxima<R>(highest), factor = a.softcap > 0 ? splat(1.0f) : load(job.scale + first);
+  const vf before = load(job.tops + first);
+  const vi none = peak <= splat(kHidden);
+  const vf from = select(none, vf{}, peak * factor), top = select(none | (before > from), before, from);
+  const vf part = exp2<6>(select(none, vf{}, from - top));
+  store(scale, factor);
+  store(base, from);
+  store(shrink, exp2<6>(before - top));
+  store(share, part);
+  store(unit, part * span.unit);
+  store_n(job.tops + first, top, R);
   for (int r = 0; r < R; ++r) {
     vf total{};
     if (span.ahead.any()) span.ahead.lines(4 * kLinesPerStep);
@@ -370,7 +397,6 @@ PHL_INLINE void tile(const AttentionArgs& a, const Int8Job& job, Int8Span& span,
     }
     float* const sums = job.sums + (first + r) * W;
     store(sums, load(sums) * shrink[r] + total * share[r]);
-    unit[r] = share[r] * span.unit;
   }
   const int64_t quads = (seen + 3) / 4;
   int64_t column = 0;

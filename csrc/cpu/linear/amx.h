@@ -68,7 +68,6 @@ PHL_INLINE void add_chunk(F (&total)[kTileRows], const int32_t (&sums)[kTileRows
 template <class Form>
 void amx_integer_kernel(const uint8_t* tile, int64_t chunks, const Activation* act, int64_t act_step, float* out,
                         int64_t out_step) {
-  constexpr int second = Form::pairs ? 0 : 1;  // the tile of its sums
   alignas(64) int32_t sums[2][kTileRows][kBlock];
   F total[kTileRows];
 #pragma GCC unroll 16
@@ -81,12 +80,17 @@ void amx_integer_kernel(const uint8_t* tile, int64_t chunks, const Activation* a
     _tile_loadd(2, act, a_step);
     _tile_loadd(4, tile, 64);
     _tile_dpbsud(0, 2, 4);
-    if constexpr (!Form::pairs) _tile_zero(1);
     _tile_loadd(3, act + 1, a_step);
     _tile_loadd(5, tile + Form::chunk_bytes, 64);
-    _tile_dpbsud(second, 3, 5);
-    _tile_stored(0, sums[0], 64);
-    if constexpr (!Form::pairs) _tile_stored(1, sums[1], 64);
+    if constexpr (Form::pairs) {
+      _tile_dpbsud(0, 3, 5);
+      _tile_stored(0, sums[0], 64);
+    } else {
+      _tile_zero(1);
+      _tile_dpbsud(1, 3, 5);
+      _tile_stored(0, sums[0], 64);
+      _tile_stored(1, sums[1], 64);
+    }
     add_chunk<Form>(total, sums[0], tile, act, act_step);
     if constexpr (!Form::pairs) add_chunk<Form>(total, sums[1], tile + Form::chunk_bytes, act + 1, act_step);
   }

@@ -1,9 +1,10 @@
 // Many rows: weights of every integer layout as bytes with one scale per output feature.
 //
-// Per 32 inputs and row a packed layout costs two or three float instructions beside its eight integer ones (four to six
-// with a scale per 16 inputs): scale, minimum, activation scale. Here a weight is (byte - 128) * scale[feature], so that
-// one per 64 is left: sums times the activations' scale, which two chunks share. Rounding to 255 steps over a whole row of weights adds noise of about
-// a tenth of that of a type of 4 bits; making the bytes takes as long as multiplying some seven rows.
+// Per 32 inputs and row a packed layout costs two or three float instructions beside its eight integer ones (four to
+// six with a scale per 16 inputs): scale, minimum, activation scale. Here a weight is (byte - 128) * scale[feature], so
+// that one per 64 is left: sums times the activations' scale, which two chunks share. Rounding to 255 steps over a whole
+// row of weights adds noise of about a tenth of that of a type of 4 bits; making the bytes takes as long as multiplying
+// some seven rows.
 #pragma once
 
 #include "kernels.h"

@@ -1,5 +1,5 @@
-// The inner loops: unpacking, the in-register kernel for few rows, the tile kernel for many, dense kernels. Each adds the
-// same numbers in the same order, so that a row's result depends neither on the rows beside it nor on the threads.
+// The inner loops: unpacking, the in-register kernel for few rows, the tile kernel for many, dense kernels. Each adds
+// the same numbers in the same order, so that a row's result depends neither on the rows beside it nor on the threads.
 #pragma once
 
 #include <cstdint>

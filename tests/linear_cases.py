@@ -82,10 +82,10 @@ def make_source(kind: str, rows: int, blocks: int, seed: int) -> Source:
     return Source("w", (rows, blocks * weights), kind, data.reshape(rows, -1))
 
 
-def as_int8(x: torch.Tensor, group: int = 32) -> torch.Tensor:
-    """What the kernels make of activations: 127 steps to the largest of each `group` inputs."""
+def as_int8(x: torch.Tensor) -> torch.Tensor:
+    """What the kernels make of activations: 127 steps to the largest of each 32 inputs."""
     n = x.shape[-1]
-    groups = torch.nn.functional.pad(x, (0, -n % group)).unflatten(-1, (-1, group))
+    groups = torch.nn.functional.pad(x, (0, -n % 32)).unflatten(-1, (-1, 32))
     largest = groups.abs().amax(-1, keepdim=True)
     inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
     rounded = (groups * inverse).round()
@@ -93,5 +93,5 @@ def as_int8(x: torch.Tensor, group: int = 32) -> torch.Tensor:
 
 
 def meets_bytes(rows: int, exact: bool) -> bool:
-    """Whether so many rows meet integer weights as bytes: then 64 activations have one scale."""
-    return native.runtime().library.level() in ("avx512", "amx") and rows > 24 and not exact
+    """Whether so many rows meet integer weights as bytes."""
+    return native.runtime().library.level() == "avx512" and rows > 24 and not exact

@@ -56,7 +56,7 @@ def multiplied_by(linear: NativeLinear, weight: PackedLinear, rows: int) -> torc
 @pytest.mark.parametrize("kind", GGUF_TYPES)
 @pytest.mark.parametrize("rows", [25, 50, 131])
 def test_many_rows_meet_bytes(kind: str, rows: int) -> None:
-    """Weights of many rows are multiples of a step of each output feature, within half a step of the true ones."""
+    """Weights of many rows are within half a step of the true ones."""
     table = native.table(2)
     linear = NativeLinear(native.runtime())
     source = make_source(kind, 40, 2 if kind.endswith("_K") else 11, seed=rows)
@@ -66,15 +66,13 @@ def test_many_rows_meet_bytes(kind: str, rows: int) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
         return
     assert table.name == "native"
-    # Half a step of what the scales allow for, which these random numbers may not quite reach.
-    step = want.abs().amax(1, keepdim=True) / 127
-    assert ((got - want).abs() < (0.8 if kind.endswith("_K") else 0.7) * step).all()
-    for row, least in zip(got.double().abs(), step * 0.5, strict=True):
-        levels = row.unique()
-        whole = levels / (apart := levels.diff())[apart > least].min()
-        assert whole[-1] < 127.5 and (whole - whole.round()).abs().max() < 1e-2
+    # Of each feature and 64 inputs. Half a step of what the scales allow for, which these random numbers may not reach.
+    pad = (0, -want.shape[1] % 64)
+    want_BN, got_BN = (torch.nn.functional.pad(w, pad).reshape(-1, 64) for w in (want, got))
+    step = want_BN.abs().amax(1, keepdim=True) / 127
+    assert ((got_BN - want_BN).abs() < (1.1 if kind.endswith("_K") else 0.75) * step).all()
     x = random(rows, source.shape[1], seed=rows + 1)  # nothing so near to a half that it rounds either way
-    check(linear.linear(x, weight, None), as_int8(x, 64), got, 3e-6)
+    check(linear.linear(x, weight, None), as_int8(x), got, 3e-6)
 
 
 def test_a_feature_of_zeros_stays_zero() -> None:
@@ -127,7 +125,7 @@ def test_any_shape(rows: int, outputs: int, blocks: int, kind: str, level: str, 
         weight = pack(linear, source)
         got = linear.linear(x, weight, bias)
         values = source.dense(torch.float32) if exact else multiplied_by(linear, weight, rows)
-        taken = x.bfloat16() if kind == "dense" else as_int8(x, 64 if meets_bytes(rows, exact) else 32)
+        taken = x.bfloat16() if kind == "dense" else as_int8(x)
         check(got - bias, taken, values, 1e-4)
     finally:
         native.table(2, None)

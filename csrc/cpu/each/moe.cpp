@@ -50,8 +50,6 @@ struct Sparse {
       : a(a), first(first), count(count), slots(count * a.choices), tile(a.workspace + thread * a.tile_bytes),
         tables(nullptr, 0, 0), tokens(nullptr, a.up_padded, a.up_kinds), rows(tokens),
         inner(nullptr, a.down_padded, a.down_kinds) {
-    // How activations are scaled; which form an expert's weights take depends on how many rows it has.
-    tokens.many = rows.many = inner.many = a.tokens > kFewForBytes;
     const int64_t most = smaller(a.tokens, a.panel_tokens), most_slots = most * a.choices;
     const int64_t table_bytes = Tables::bytes(most_slots, a.experts);
     const int64_t token_bytes = most * tokens.row_bytes, row_bytes = a.tokens == 1 ? 0 : most_slots * rows.row_bytes;

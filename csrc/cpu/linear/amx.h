@@ -2,9 +2,9 @@
 // integers or a pair of bfloat16 each) is a row of a tile's second factor, prepared activations are the first.
 //
 // Integers: the sums of a chunk of 32 inputs are exact, and scales are applied in the order of the other kernels, so
-// that results are theirs bit for bit; tiles take whole sixteens of rows where there are many, of bytes (bytes.h) or of
-// layouts with one scale per 32. bfloat16: tiles round otherwise than vdpbf16ps, so that every number of rows goes
-// through tiles, and a row's result does not depend on its company.
+// that results are theirs bit for bit; tiles take whole sixteens of rows where there are many, and layouts with one
+// scale per 32. bfloat16: tiles round otherwise than vdpbf16ps, so that every number of rows goes through tiles, and a
+// row's result does not depend on its company.
 #pragma once
 
 #ifdef PHL_AMX_EMULATED
@@ -52,20 +52,23 @@ PHL_INLINE void configure_integers() {
 }
 
 // Scales the sums of one chunk and adds them. Unrolled early, so that gcc keeps the totals in registers.
-template <class Form>
+template <class L>
 PHL_INLINE void add_chunk(F (&total)[kTileRows], const int32_t (&sums)[kTileRows][kBlock], const uint8_t* chunk,
                           const Activation* act, int64_t act_step) {
-  const auto scales = Form::scales(chunk);
+  const auto* scales = reinterpret_cast<const float*>(chunk + 512);
+  const F d = Vec::loadf(scales);
+  F m = d;
+  if constexpr (L::min) m = Vec::loadf(scales + 16);
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) {
     const Activation& a = act[r * act_step];
-    total[r] = Form::add(total[r], _mm512_add_epi32(Vec::load(sums[r]), Form::start(a)), scales, a);
+    const I exact = _mm512_add_epi32(Vec::load(sums[r]), start_sum<L::zero_log, L::wide, false>(a, 0));
+    total[r] = accumulate<L::min, false>(total[r], exact, d, m, a, 0);
   }
 }
 
-// One unpacked block times 16 rows, two chunks at a time: where they have a scale each, scaling one overlaps multiplying
-// the other.
-template <class Form>
+// One unpacked block times 16 rows. Two chunks are in flight, so that scaling one overlaps multiplying the other.
+template <class L>
 void amx_integer_kernel(const uint8_t* tile, int64_t chunks, const Activation* act, int64_t act_step, float* out,
                         int64_t out_step) {
   alignas(64) int32_t sums[2][kTileRows][kBlock];
@@ -75,44 +78,39 @@ void amx_integer_kernel(const uint8_t* tile, int64_t chunks, const Activation* a
   const int64_t a_step = act_step * int64_t{sizeof(Activation)};
   memory_is_read();
   // Rows are padded to 64 inputs: chunks come in pairs.
-  for (int64_t c = 0; c < chunks; c += 2, tile += 2 * Form::chunk_bytes, act += 2) {
+  for (int64_t c = 0; c < chunks; c += 2, tile += 2 * kTileChunk<L>, act += 2) {
     _tile_zero(0);
     _tile_loadd(2, act, a_step);
     _tile_loadd(4, tile, 64);
     _tile_dpbsud(0, 2, 4);
+    _tile_zero(1);
     _tile_loadd(3, act + 1, a_step);
-    _tile_loadd(5, tile + Form::chunk_bytes, 64);
-    if constexpr (Form::pairs) {
-      _tile_dpbsud(0, 3, 5);
-      _tile_stored(0, sums[0], 64);
-    } else {
-      _tile_zero(1);
-      _tile_dpbsud(1, 3, 5);
-      _tile_stored(0, sums[0], 64);
-      _tile_stored(1, sums[1], 64);
-    }
-    add_chunk<Form>(total, sums[0], tile, act, act_step);
-    if constexpr (!Form::pairs) add_chunk<Form>(total, sums[1], tile + Form::chunk_bytes, act + 1, act_step);
+    _tile_loadd(5, tile + kTileChunk<L>, 64);
+    _tile_dpbsud(1, 3, 5);
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    add_chunk<L>(total, sums[0], tile, act, act_step);
+    add_chunk<L>(total, sums[1], tile + kTileChunk<L>, act + 1, act_step);
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < kTileRows; ++r) Vec::storef(out + r * out_step, Form::finish(total[r], tile));
+  for (int r = 0; r < kTileRows; ++r) Vec::storef(out + r * out_step, total[r]);
 }
 
 // As `run_tile`: whole sixteens of rows in tiles, the others as ever.
-template <class L, class Form>
+template <class L>
 void amx_integers(const Segment& s, int64_t block, int blocks, const Rows& rows, int64_t count, const Output& out,
                   int64_t first_row, uint8_t* tile) {
   alignas(64) float y[kTileRows * 2 * kBlock];
   const int64_t units = (rows.inputs + L::unit_k - 1) / L::unit_k, chunks = units * L::chunks;
-  const int64_t act_step = rows.row_bytes / 64, tile_step = chunks * Form::chunk_bytes + 64;
+  const int64_t act_step = rows.row_bytes / 64, tile_step = chunks * kTileChunk<L> + 64;
   for (int b = 0; b < blocks; ++b) {
-    Form::unpack(s.data + (block + b) * units * L::unit_bytes, units, tile + b * tile_step);
+    unpack_block<L>(s.data + (block + b) * units * L::unit_bytes, units, tile + b * tile_step);
   }
   const int64_t whole = chunks % 2 == 0 ? count / kTileRows * kTileRows : 0;
   for (int64_t row = 0; row < whole; row += kTileRows) {
     const Place place(out, s, block, blocks, first_row + row, y);
     for (int b = 0; b < blocks; ++b) {
-      amx_integer_kernel<Form>(tile + b * tile_step, chunks, rows.int8(row), act_step, place.to + b * kBlock, place.step);
+      amx_integer_kernel<L>(tile + b * tile_step, chunks, rows.int8(row), act_step, place.to + b * kBlock, place.step);
     }
     if (!place.direct) out.finish(s, block, blocks, first_row + row, kTileRows, y);
   }
@@ -121,8 +119,8 @@ void amx_integers(const Segment& s, int64_t block, int blocks, const Rows& rows,
     const Place place(out, s, block, blocks, first_row + row, y);
     for (int b = 0; b < blocks; ++b) {
       with_count<Vec::tile_rows>(n_rows, [&](auto n) {
-        const auto kernel = Form::template kernel<decltype(n)::value, 1>;
-        kernel(tile + b * tile_step, tile_step, chunks, rows.int8(row), act_step, place.to + b * kBlock, place.step);
+        tile_kernel<L, decltype(n)::value, 1>(tile + b * tile_step, tile_step, chunks, rows.int8(row), act_step,
+                                              place.to + b * kBlock, place.step);
       });
     }
     if (!place.direct) out.finish(s, block, blocks, first_row + row, n_rows, y);
@@ -214,23 +212,19 @@ PHL_INLINE bool amx_blocks(const Segment& s, int64_t first, int64_t last, const 
     _tile_release();
     return true;
   }
-  if (is_dense(static_cast<int>(s.layout)) || (rows.kinds & kExact ? count <= kFewRows : !rows.many)) return false;
+  if (is_dense(static_cast<int>(s.layout)) || count <= kFewRows) return false;
   return with_quantised(static_cast<int>(s.layout), [&](auto l) {
     using L = decltype(l);
-    const auto run = [&](auto form) {
-      using Form = decltype(form);
-      if constexpr (!Form::whole_chunks) {
-        return false;  // two scales a chunk: tiles would be half empty, and scaling is most of the work
-      } else {
-        configure_integers();
-        for (int64_t block = first; block < last; block += 2) {
-          amx_integers<L, Form>(s, block, last - block > 1 ? 2 : 1, rows, count, out, first_row, tile);
-        }
-        _tile_release();
-        return true;
+    if constexpr (L::chunk_groups != 1) {
+      return false;  // two scales a chunk: tiles would be half empty, and scaling is most of the work
+    } else {
+      configure_integers();
+      for (int64_t block = first; block < last; block += 2) {
+        amx_integers<L>(s, block, last - block > 1 ? 2 : 1, rows, count, out, first_row, tile);
       }
-    };
-    return rows.kinds & kExact ? run(AsPacked<L>{}) : run(AsBytes<L>{});
+      _tile_release();
+      return true;
+    }
   });
 }
 

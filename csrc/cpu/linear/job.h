@@ -4,7 +4,7 @@
 #include "../each/norm_row.h"
 #include "quantise.h"
 #include "top.h"
-#if PHL_LEVEL == 2
+#if PHL_LEVEL == 2 && !PHL_AMX
 #include "bytes.h"
 #endif
 
@@ -402,10 +402,12 @@ PHL_INLINE void run_blocks(const Segment& s, int64_t first, int64_t last, const 
     using L = decltype(l);
     for (int64_t block = first; block < last; block += 2) {
       const int blocks = last - block > 1 ? 2 : 1;
-#if PHL_LEVEL == 2
-      if (rows.bytes()) {
-        run_tile<L, AsBytes<L>>(s, block, blocks, rows, count, out, first_row, tile);
-        continue;
+#if PHL_LEVEL == 2 && !PHL_AMX
+      if constexpr (L::bits != 8) {  // those are bytes, with a scale per 32
+        if (rows.bytes()) {
+          run_tile<L, AsBytes<L>>(s, block, blocks, rows, count, out, first_row, tile);
+          continue;
+        }
       }
 #endif
       if (count <= kFewRows) {

@@ -95,6 +95,8 @@ struct Vec {
   static F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
   static F max(F x, F y) { return _mm512_max_ps(x, y); }
   static F min(F x, F y) { return _mm512_min_ps(x, y); }
+  static F sqrt(F x) { return _mm512_sqrt_ps(x); }
+  static float top(F x) { return _mm512_reduce_max_ps(x); }  // the largest
   static F abs(F x) { return _mm512_abs_ps(x); }
   static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F scale2(F x, F n) { return _mm512_scalef_ps(x, n); }  // x 2^n

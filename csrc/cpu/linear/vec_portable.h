@@ -116,6 +116,14 @@ struct Vec {
   static F min(F x, F y) {
     return each([&](int i) { return x.x[i] < y.x[i] ? x.x[i] : y.x[i]; });
   }
+  static F sqrt(F x) {
+    return each([&](int i) { return std::sqrt(x.x[i]); });
+  }
+  static float top(F x) {  // the largest
+    float m = x.x[0];
+    for (float v : x.x) m = v > m ? v : m;
+    return m;
+  }
   static F abs(F x) {
     return each([&](int i) { return std::fabs(x.x[i]); });
   }

@@ -52,7 +52,44 @@ void try_layer(int level, const Layer& layer, const std::string& what) {
   }
 }
 
+// The token of a screened arg-max is that of the arg-max.
+void try_screen(int level, const Layer& layer, const std::string& what) {
+  const int64_t blocks = (layer.rows + 15) / 16, forms = layer.forms | 1;
+  Buffer screen(blocks * layer.padded / 64 * 576);
+  int64_t unfit = 0;
+  run(level, "linear_screen", layer.segment.data(), screen.data.get(), &unfit, layer.padded);
+  check(unfit == 0, what + " fits");
+  for (int64_t rows : {1, 3, 8}) {
+    const vector<float> x = floats(rows * layer.inputs);
+    const Plan p = plan(layer, rows);
+    vector<int32_t> want(static_cast<size_t>(rows)), got(want.size());
+    Buffer space(p.space);
+    run(level, "linear_argmax", x.data(), nullptr, nullptr, nullptr, layer.segment.data(), nullptr, want.data(),
+        nullptr, space.data.get(), rows, layer.inputs, layer.inputs, 0, 0, 1, layer.forms, layer.padded, p.panel,
+        p.tile, p.best, p.alone, kThreads, 0.0);
+    const int64_t best = rows * 128 + 64 + (rows * layer.padded / 32 * 4 + 63) / 64 * 64;
+    const int64_t row = prepared_bytes(forms, layer.padded);
+    Buffer other(kThreads * (p.tile + best) + (rows * blocks * 4 + 63) / 64 * 64 +
+                 row * (p.alone ? kThreads * rows : 2 * p.panel));
+    run(level, "linear_argmax_screened", x.data(), layer.segment.data(), screen.data.get(), got.data(),
+        other.data.get(), rows, layer.inputs, layer.inputs, forms, layer.padded, p.panel, p.tile, best, p.alone,
+        kThreads);
+    check(got == want, what + " screened token");
+  }
+}
+
 }  // namespace
+
+PHL_TEST(linear_screen) {
+  for (const Kind& kind : kKinds) {
+    const Layer layer = pack(kind, 517, kind.weights == 256 ? 1 : 3);
+    for (int at : with_amx(level)) try_screen(at, layer, "layout " + std::to_string(kind.layout));
+  }
+  for (int64_t layout : {11, 12, 13}) {
+    const Layer layer = dense(layout, 517, 33);
+    for (int at : with_amx(level)) try_screen(at, layer, "dense " + std::to_string(layout));
+  }
+}
 
 PHL_TEST(linear_quantised) {
   for (const Kind& kind : kKinds) {

@@ -2,9 +2,10 @@
 csrc/cpu/linear/layout.h.
 
 Activations are quantised as they come: int8 with one scale per 32 inputs for integer weights, bfloat16 for bfloat16
-weights, float32 for the rest. Where more than 24 rows are multiplied at once (with AVX-512), integer weights are taken
-as bytes with one scale per output feature and 64 inputs (csrc/cpu/linear/bytes.h), unless
-`exact`: then a row's result does not depend on the rows beside it. It never depends on the number of threads.
+weights, float32 for the rest. Where more than 24 rows are multiplied at once (with AVX-512), integer weights of fewer
+than 8 bits are taken as bytes with one scale per output feature and 64 inputs (csrc/cpu/linear/bytes.h), unless `exact`:
+then a row's result does not depend on the rows beside it. It never depends on the number of threads. `exact` also reads
+heads whole, of which `linear_argmax` otherwise reads most in four bits (_native_screen.py).
 
 Legend: T rows, N inputs, M outputs.
 """
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from phloem.core.errors import ModelLoadError
 from phloem.kernels._native_basic import norm_weight, rows_of
 from phloem.kernels._native_basic import ops as basic_ops
+from phloem.kernels._native_screen import Screens
 from phloem.utils.memory import zeros
 
 if TYPE_CHECKING:
@@ -67,6 +69,8 @@ class PackedLinear:
     memory: list[Tensor]
     native: NativeLinear
     bias: tuple[Tensor, Tensor] | None = field(default=None)  # the last bias seen, and it in float32
+    screen: Tensor | None = field(default=None)  # see `Screens.of`
+    screenless: bool = False  # it has been found that there is none
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -184,7 +188,8 @@ class NativeLinear:
         self.gates = {"silu": basic["silu_and_mul"], "gelu_tanh": basic["gelu_tanh_and_mul"]}
         self.workspace = _Workspace()
         self.LINEAR, self.ARGMAX, self.ROWS = rt.op("linear"), rt.op("linear_argmax"), rt.op("linear_rows")
-        self.TOPK = rt.op("linear_topk")
+        self.TOPK, self.SCREENED = rt.op("linear_topk"), rt.op("linear_argmax_screened")
+        self.screens = Screens(rt)
         self.PACK, self.PACK_DENSE = rt.op("linear_pack"), rt.op("linear_pack_dense")
         geometry = torch.empty(14, 2, dtype=torch.int64)
         rt.call(rt.op("linear_geometry"), 0, geometry.data_ptr())
@@ -341,6 +346,10 @@ class NativeLinear:
         """The first largest of each row of x W^T, int32 [T], without the row."""
         x_TN, rows, n = self._input(x, weight)
         token = self.rt.empty((rows,), torch.int32)
+        screen = None if self.exact or bias is not None else self.screens.of(weight, rows)
+        if screen is not None:
+            self._screened(x_TN, weight, screen, token)
+            return token
         best = min(rows, 512) * BLOCK * 8
         plan = self._plan(rows, weight, best)
         self.rt.call(
@@ -352,6 +361,18 @@ class NativeLinear:
             plan.threads, 0.0,
         )  # fmt: skip
         return token
+
+    def _screened(self, x_TN: Tensor, weight: PackedLinear, screen: Tensor, token: Tensor) -> None:
+        rows, n = x_TN.shape
+        padded, blocks = weight.padded_inputs, -(-weight.out_features // BLOCK)
+        forms = weight.forms | INT8
+        best = rows * BLOCK * 8 + 64 + (rows * padded // 32 * 4 + 63) // 64 * 64
+        plan = self._plan(rows, weight, best, (rows * blocks * 4 + 63) // 64 * 64, forms)
+        self.rt.call(
+            self.SCREENED, screen.numel() // 40,
+            x_TN.data_ptr(), weight.segments.data_ptr(), screen.data_ptr(), token.data_ptr(), plan.space.data_ptr(),
+            rows, n, x_TN.stride(0), forms, padded, plan.panel, plan.tile, best, plan.alone, plan.threads,
+        )  # fmt: skip
 
     def linear_topk(
         self,
@@ -405,12 +426,12 @@ class NativeLinear:
                 weight.bias = (bias, bias.float().contiguous())
         return weight.bias[1].data_ptr()
 
-    def _plan(self, rows: int, weight: PackedLinear, extra: int = 0, shared: int = 0) -> _Plan:
+    def _plan(self, rows: int, weight: PackedLinear, extra: int = 0, shared: int = 0, forms: int = 0) -> _Plan:
         """`extra`: more workspace bytes per thread; `shared`: for all of them together."""
-        padded, threads = weight.padded_inputs, self.rt.library.threads()
-        row = ((padded // 32) | 1) * 64 if weight.forms & INT8 else 0
-        row += padded * 2 + 64 if weight.forms & HALF else 0
-        row += padded * 4 + 64 if weight.forms & SINGLE else 0
+        padded, threads, forms = weight.padded_inputs, self.rt.library.threads(), forms or weight.forms
+        row = ((padded // 32) | 1) * 64 if forms & INT8 else 0
+        row += padded * 2 + 64 if forms & HALF else 0
+        row += padded * 4 + 64 if forms & SINGLE else 0
         panel = min(rows, max(48, min(512, PANEL_BYTES // row)))
         tile = 2 * (padded // 32 * TILE_CHUNK + 64)
         alone = rows == 1  # from two on, preparing all of them for itself takes a thread longer than a barrier

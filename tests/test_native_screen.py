@@ -10,7 +10,7 @@ import torch
 from linear_cases import Source, cases, make_source, needs_native
 
 from phloem.kernels import native
-from phloem.kernels.native_linear import NativeLinear, PackedLinear
+from phloem.kernels.native_linear import TALL, NativeLinear, PackedLinear
 
 pytestmark = needs_native
 CPU = torch.device("cpu")
@@ -30,17 +30,17 @@ def head(linear: NativeLinear, source: Source, dtype: torch.dtype = torch.bfloat
     return linear.prepare_linear([source], dtype, CPU)
 
 
-def normal(kind: str, seed: int) -> Source:
+def normal(kind: str, seed: int, vocab: int = VOCAB) -> Source:
     """Weights such as models have, in the type: `make_source` has every bit pattern instead."""
-    values = torch.randn(VOCAB, 32 * KINDS[kind], generator=torch.Generator().manual_seed(seed)) * 0.05
+    values = torch.randn(vocab, 32 * KINDS[kind], generator=torch.Generator().manual_seed(seed)) * 0.05
     if kind == "dense":
         return Source.dense_of(values.bfloat16())
     assert kind == "Q8_0"
-    groups = values.view(VOCAB, -1, 32)
+    groups = values.view(vocab, -1, 32)
     scale = (groups.abs().amax(-1, keepdim=True) / 127).half()
     q = (groups / scale.float()).round().clamp(-127, 127).to(torch.int8)
-    data = torch.cat([scale.view(torch.uint8), q.view(torch.uint8)], -1).reshape(VOCAB, -1).numpy()
-    return Source("w", (VOCAB, 32 * KINDS[kind]), kind, data)
+    data = torch.cat([scale.view(torch.uint8), q.view(torch.uint8)], -1).reshape(vocab, -1).numpy()
+    return Source("w", (vocab, 32 * KINDS[kind]), kind, data)
 
 
 def whole(linear: NativeLinear, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
@@ -58,6 +58,42 @@ def test_the_token_is_that_of_whole_rows(linear: NativeLinear, kind: str, rows: 
         x[:, seed] *= 30  # an outlier, as hidden states have them
         assert torch.equal(linear.linear_argmax(x, weight), whole(linear, x, weight))
     assert isinstance(weight.screen, torch.Tensor)
+
+
+@pytest.mark.parametrize("random_bits", [True, False])
+def test_a_tall_head_of_bytes_is_split(linear: NativeLinear, random_bits: bool) -> None:
+    """Its halves lie apart, and every op gives the bits that it gives of one that is whole."""
+    vocab = TALL + 7
+    source = make_source("Q8_0", vocab, 5, seed=1) if random_bits else normal("Q8_0", 1, vocab)
+    weight, other = head(linear, source), NativeLinear(native.runtime(), exact=True)
+    same = head(other, source)
+    assert weight.split and not same.split and weight.nbytes == same.nbytes
+    ids = torch.tensor([0, 17, vocab - 1])
+    assert torch.equal(linear.embedding(ids, weight, 1.0), source.dense(torch.float32)[ids])
+    for rows in (1, 5, 8, 9, 40):
+        x = torch.randn(rows, 160, generator=torch.Generator().manual_seed(rows))
+        x[:, rows] *= 20
+        want = other.linear(x, same, None)
+        assert torch.equal(linear.linear(x, weight, None), want)
+        assert torch.equal(linear.linear_argmax(x, weight), want.argmax(-1).int())
+        values, tokens, sums = linear.linear_topk(x, weight, 3, None, 1)
+        assert torch.equal(values[:, 0], want.amax(1)) and torch.equal(tokens[:, 0], want.argmax(-1).int())
+        torch.testing.assert_close(sums[:, 0], want.logsumexp(-1))
+    assert weight.screen is None
+
+
+def test_lower_halves_that_are_ruled_out_are_not_read(linear: NativeLinear) -> None:
+    """Those of blocks that are far below the best are set to please the input, which no rounding does."""
+    weight = head(linear, normal("Q8_0", 6, TALL))
+    x = torch.randn(1, 160, generator=torch.Generator().manual_seed(7))
+    token = int(whole(linear, x, weight))
+    x_COTK = torch.nn.functional.pad(x[0], (0, 32)).view(-1, 2, 4, 4)  # chunk, half, vector, input of an operand
+    nibbles_CTK = ((x_COTK[:, 0] > 0) * 15 + (x_COTK[:, 1] > 0) * 240).to(torch.uint8)
+    lower_BCTFK = weight.memory[0][TALL // 16 * 3 * 576 :].view(TALL // 16, 6, 4, 16, 4)
+    best_B = linear.linear(x, weight, None)[0].view(-1, 16).amax(1)
+    lower_BCTFK[best_B < 0.65 * best_B.max()] = nibbles_CTK[:, :, None]
+    assert int(whole(linear, x, weight)) != token
+    assert int(linear.linear_argmax(x, weight)) == token
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

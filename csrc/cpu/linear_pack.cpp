@@ -27,11 +27,19 @@ void store32(uint8_t* p, uint32_t x) { std::memcpy(p, &x, 4); }
 constexpr uint32_t bytes_of(uint32_t b) { return b * 0x01010101u; }
 
 // Writes 32 unsigned integers of feature f into a cleared chunk.
-template <int Bits>
-void put(uint8_t* chunk, int f, const uint8_t* q) {
+template <class L>
+void put(uint8_t* chunk, [[maybe_unused]] uint8_t* lower, int f, const uint8_t* q) {
+  constexpr int Bits = L::bits;
   uint8_t* lane = chunk + 4 * f;
   uint32_t v[8];
   for (int j = 0; j < 8; ++j) v[j] = load32(q + 4 * j);
+  if constexpr (L::split) {
+    for (int t = 0; t < 4; ++t) {
+      store32(lane + 64 * t, (v[t] >> 4 & bytes_of(15)) | (v[t + 4] & bytes_of(240)));
+      store32(lower + 4 * f + 64 * t, (v[t] & bytes_of(15)) | (v[t + 4] & bytes_of(15)) << 4);
+    }
+    return;
+  }
   if constexpr (Bits == 8) {
     for (int j = 0; j < 8; ++j) store32(lane + 64 * j, v[j]);
     return;
@@ -62,12 +70,16 @@ void put(uint8_t* chunk, int f, const uint8_t* q) {
 }
 
 // Reads what `put` wrote.
-template <int Bits>
-void get(const uint8_t* chunk, int f, uint8_t* q) {
+template <class L>
+void get(const uint8_t* chunk, [[maybe_unused]] const uint8_t* lower, int f, uint8_t* q) {
+  constexpr int Bits = L::bits;
   const uint8_t* lane = chunk + 4 * f;
   for (int j = 0; j < 8; ++j) {
     uint32_t v;
-    if constexpr (Bits == 8) {
+    if constexpr (L::split) {
+      const int shift = 4 * (j >> 2), at = 64 * (j & 3);
+      v = (load32(lane + at) >> shift & bytes_of(15)) << 4 | (load32(lower + 4 * f + at) >> shift & bytes_of(15));
+    } else if constexpr (Bits == 8) {
       v = load32(lane + 64 * j);
     } else if constexpr (Bits >= 4) {
       v = load32(lane + 64 * (j & 3)) >> 4 * (j >> 2) & bytes_of(15);
@@ -136,6 +148,9 @@ struct FromQ8_0 {
     *d = load16(p);
     for (int i = 0; i < 32; ++i) q[i] = p[2 + i] ^ 0x80;
   }
+};
+struct FromQ8_0Split : FromQ8_0 {
+  using Layout = Q8P;
 };
 struct FromIQ4_NL {
   using Layout = Q4N;
@@ -228,7 +243,7 @@ struct PackArgs {
 
 // One unit of one feature. `left` is how many source blocks the row still has.
 template <class From>
-void pack_unit(const uint8_t* p, int64_t left, uint8_t* unit, int f) {
+void pack_unit(const uint8_t* p, int64_t left, uint8_t* unit, [[maybe_unused]] uint8_t* lower, int f) {
   using L = typename From::Layout;
   uint8_t q[256];
   if constexpr (L::super) {
@@ -242,14 +257,14 @@ void pack_unit(const uint8_t* p, int64_t left, uint8_t* unit, int f) {
       unit[L::factor_bytes + g * 16 + f] = static_cast<uint8_t>(scale[g]);
       if constexpr (L::min) unit[L::minimum_offset + g * 16 + f] = static_cast<uint8_t>(minimum[g]);
     }
-    for (int c = 0; c < L::chunks; ++c) put<L::bits>(unit + L::header + c * L::chunk_bytes, f, q + 32 * c);
+    for (int c = 0; c < L::chunks; ++c) put<L>(unit + L::header + c * L::chunk_bytes, nullptr, f, q + 32 * c);
   } else {
     for (int c = 0; c < L::chunks && c < left; ++c) {
       uint16_t d = 0, m = 0;
       From::decode(p + c * From::bytes, q, &d, &m);
       store16(unit + c * L::scale_step + 2 * f, d);
       if constexpr (L::min) store16(unit + c * L::scale_step + L::minimum_offset + 2 * f, m);
-      put<L::bits>(unit + L::header + c * L::chunk_bytes, f, q);
+      put<L>(unit + L::header + c * L::chunk_bytes, lower + c * L::chunk_bytes, f, q);
     }
   }
 }
@@ -260,16 +275,20 @@ void pack_block(const PackArgs& a, int64_t block) {
   constexpr int per_unit = L::super ? 1 : L::chunks;
   uint8_t* target = a.target + (a.first_block + block * a.block_step) * a.units * L::unit_bytes;
   std::memset(target, 0, a.units * L::unit_bytes);
+  // A matrix that is split has one part.
+  uint8_t* lower = a.target + L::lower((a.rows + kBlock - 1) / kBlock, block, a.units);
+  if (L::split) std::memset(lower, 0, a.units * L::lower_bytes);
   const int64_t blocks = a.row_bytes / From::bytes;
   for (int f = 0; f < kBlock && block * kBlock + f < a.rows; ++f) {
     const uint8_t* p = a.source + (block * kBlock + f) * a.row_bytes;
     for (int64_t u = 0; u < a.units; ++u) {
-      pack_unit<From>(p + u * per_unit * From::bytes, blocks - u * per_unit, target + u * L::unit_bytes, f);
+      pack_unit<From>(p + u * per_unit * From::bytes, blocks - u * per_unit, target + u * L::unit_bytes,
+                      lower + u * L::lower_bytes, f);
     }
   }
 }
 
-// `kind` is the layout: each GGUF type has one of its own.
+// `kind` is the layout: each GGUF type has one of its own, and Q8_0 the split one too.
 void linear_pack(const PackArgs& a, Team& team) {
   team.tasks((a.rows + kBlock - 1) / kBlock, [&](int64_t block) {
     switch (a.kind) {
@@ -278,6 +297,7 @@ void linear_pack(const PackArgs& a, Team& team) {
       case kQ5S: return pack_block<FromQ5_0>(a, block);
       case kQ5M: return pack_block<FromQ5_1>(a, block);
       case kQ8S: return pack_block<FromQ8_0>(a, block);
+      case kQ8P: return pack_block<FromQ8_0Split>(a, block);
       case kQ2K: return pack_block<FromQ2_K>(a, block);
       case kQ3K: return pack_block<FromQ3_K>(a, block);
       case kQ4K: return pack_block<FromQ4_K>(a, block);
@@ -319,9 +339,9 @@ PHL_OP(linear_pack_dense, PackArgs, "pp iiiiii");
 
 // 32 weights of one feature: (q - zero) * scale + minimum, rounded as GGUF's reference does.
 template <class L>
-void unpack_chunk(const uint8_t* unit, int c, int f, float* out) {
+void unpack_chunk(const uint8_t* unit, const uint8_t* lower, int c, int f, float* out) {
   uint8_t q[32];
-  get<L::bits>(unit + L::header + c * L::chunk_bytes, f, q);
+  get<L>(unit + L::header + c * L::chunk_bytes, lower + (L::split ? c * L::chunk_bytes : 0), f, q);
   for (int g = 0; g < L::chunk_groups; ++g) {
     const int at = c * L::chunk_groups + g;
     float d, m = 0.0f;
@@ -376,15 +396,18 @@ void packed_row(const Part& part, int64_t block, int f, const RowsArgs& a, float
   }
   with_quantised(static_cast<int>(part.layout), [&](auto l) {
     using L = decltype(l);
-    const uint8_t* p = part.data + block * (a.padded_inputs / L::unit_k) * L::unit_bytes;
+    const int64_t units = a.padded_inputs / L::unit_k;
+    const uint8_t* p = part.data + block * units * L::unit_bytes;
+    const uint8_t* lower = part.data + L::lower(part.blocks, block, units);
     for (int64_t at = 0; at < a.inputs; at += kChunk) {
       const uint8_t* unit = p + at / L::unit_k * L::unit_bytes;
+      const uint8_t* rest = lower + at / L::unit_k * L::lower_bytes;
       const int c = static_cast<int>(at % L::unit_k / kChunk);
       if (at + kChunk <= a.inputs) {
-        unpack_chunk<L>(unit, c, f, out + at);
+        unpack_chunk<L>(unit, rest, c, f, out + at);
       } else {
         float space[kChunk];
-        unpack_chunk<L>(unit, c, f, space);
+        unpack_chunk<L>(unit, rest, c, f, space);
         std::memcpy(out + at, space, 4 * (a.inputs - at));
       }
     }

@@ -128,7 +128,7 @@ PHL_OP(linear_argmax, LinearArgmaxArgs, "pppp p p p p p iiiii iiiiii ii d");
 struct LinearScreenedArgs {
   const float* x;
   const Segment* segments;
-  const uint8_t* screen;  // by linear_screen
+  const uint8_t* screen;  // by linear_screen; of a split head, its own data
   int32_t* token;
   uint8_t* workspace;
   int64_t rows, inputs, x_stride, kinds, padded_inputs, panel_rows, tile_bytes, best_bytes, alone, threads;
@@ -138,7 +138,8 @@ void linear_argmax_screened(const LinearScreenedArgs& a, Team& team) {
   const int size = static_cast<int>(smaller(team.size, a.threads));
   const Segment& s = a.segments[0];
   uint8_t* best = a.workspace + size * a.tile_bytes;
-  const Screen screen{a.screen, reinterpret_cast<float*>(best + size * a.best_bytes), s.blocks};
+  const Screen screen{a.screen, reinterpret_cast<float*>(best + size * a.best_bytes), s.blocks,
+                      s.layout == kQ8P};
   // Of each thread: the best logits by lane and their columns, the best of its first blocks, energies.
   const auto values_of = [&](int thread) { return reinterpret_cast<float*>(best + thread * a.best_bytes); };
   float* values = values_of(team.thread);

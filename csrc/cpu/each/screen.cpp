@@ -15,7 +15,7 @@ struct Part {  // as `Segment` of linear/job.h
 };
 
 struct ScreenArgs {
-  const Part* parts;  // one
+  const Part* parts;  // one, of a layout that is not split
   uint8_t* target;    // as kQ4S, in as many blocks
   int64_t* unfit;     // how many groups of weights do not fit: not finite, or too large
   int64_t inputs;     // padded to whole units
@@ -31,7 +31,7 @@ void floats_of(const uint8_t* p, int64_t chunk, Floats& out) {
   const uint8_t* unit = p + chunk / L::chunks * L::unit_bytes;
   const int c = static_cast<int>(chunk % L::chunks);
   U op[8];
-  unpack<L>(unit + L::header + c * L::chunk_bytes, op);
+  unpack<L>(unit + L::header + c * L::chunk_bytes, nullptr, op);
   uint32_t words[8][kBlock];
   for (int j = 0; j < 8; ++j) Vec::store(words[j], op[j]);
   for (int g = 0; g < L::chunk_groups; ++g) {
@@ -109,7 +109,9 @@ void linear_screen(const ScreenArgs& a, Team& team) {
       if (is_dense(layout)) {
         dense_floats(from, layout, chunk, space);
       } else {
-        with_quantised(layout, [&](auto l) { floats_of<decltype(l)>(from, chunk, space); });
+        with_quantised(layout, [&](auto l) {
+          if constexpr (!decltype(l)::split) floats_of<decltype(l)>(from, chunk, space);
+        });
       }
       uint8_t* unit = to + chunk / To::chunks * To::unit_bytes;
       const int64_t c = chunk % To::chunks;

@@ -104,7 +104,8 @@ void amx_integers(const Segment& s, int64_t block, int blocks, const Rows& rows,
   const int64_t units = (rows.inputs + L::unit_k - 1) / L::unit_k, chunks = units * L::chunks;
   const int64_t act_step = rows.row_bytes / 64, tile_step = chunks * kTileChunk<L> + 64;
   for (int b = 0; b < blocks; ++b) {
-    unpack_block<L>(s.data + (block + b) * units * L::unit_bytes, units, tile + b * tile_step);
+    unpack_block<L>(s.data + (block + b) * units * L::unit_bytes, s.data + L::lower(s.blocks, block + b, units), units,
+                    tile + b * tile_step);
   }
   const int64_t whole = chunks % 2 == 0 ? count / kTileRows * kTileRows : 0;
   for (int64_t row = 0; row < whole; row += kTileRows) {

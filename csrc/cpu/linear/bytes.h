@@ -54,7 +54,7 @@ void bytes_of_block(const uint8_t* w, int64_t units, uint8_t* tile) {
       const uint8_t* unit = w + c / L::chunks * L::unit_bytes;
       const int at = static_cast<int>(c % L::chunks);
       U op[8];
-      unpack<L>(unit + L::header + at * L::chunk_bytes, op);
+      unpack<L>(unit + L::header + at * L::chunk_bytes, nullptr, op);
 #pragma GCC unroll 2
       for (int g = 0; g < CG; ++g) {
         const F d = scale_of<L>(unit, at * CG + g);
@@ -124,7 +124,9 @@ struct AsBytes {
   static constexpr int64_t tile_bytes(int64_t chunks) {
     return chunks * kByteChunk + (chunks + kScaled - 1) / kScaled * 64;
   }
-  static void unpack(const uint8_t* w, int64_t units, uint8_t* tile) { bytes_of_block<L>(w, units, tile); }
+  static void unpack(const uint8_t* w, const uint8_t*, int64_t units, uint8_t* tile) {
+    bytes_of_block<L>(w, units, tile);
+  }
   template <int R, int B>
   static constexpr auto kernel = byte_kernel<R, B>;
 };

@@ -277,19 +277,20 @@ void run_small(const Segment& s, int64_t block, int blocks, const Rows& rows, in
   const int passes = static_cast<int>((count + Vec::small_rows - 1) / Vec::small_rows);
   // Where the first pass waits for memory, the later ones, whose block is in the first-level cache, fetch the next pair:
   // that is where a chunk has more bytes than its rows' work takes cycles, times four.
-  const bool fetches = L::unit_bytes / L::chunks > kBytesARow * (count / passes);
+  const bool fetches = (L::unit_bytes + L::lower_bytes) / L::chunks > kBytesARow * (count / passes);
   Fetch fetch{blocks * units * L::unit_bytes, -64, 64 * (passes - 1)};
   even_parts(count, Vec::small_rows, [&](int64_t row, int64_t n_rows) {
     const Place place(out, s, block, blocks, first_row + row, y);
     for (int b = 0; b < blocks; ++b) {
       const uint8_t* w = s.data + (block + b) * units * L::unit_bytes;
+      const uint8_t* lower = s.data + L::lower(s.blocks, block + b, units);
       with_count<Vec::small_rows>(n_rows, [&](auto n) {
         constexpr int R = decltype(n)::value;
         float* to = place.to + b * kBlock;
         if (R < Vec::small_rows / 2 || row == 0 || !fetches) {
-          small_block<L, R, true>(w, units, rows.int8(row), act_step, to, place.step, fetch);
+          small_block<L, R, true>(w, lower, units, rows.int8(row), act_step, to, place.step, fetch);
         } else {
-          small_block<L, R, false>(w, units, rows.int8(row), act_step, to, place.step, fetch);
+          small_block<L, R, false>(w, lower, units, rows.int8(row), act_step, to, place.step, fetch);
         }
       });
     }
@@ -307,7 +308,8 @@ void run_tile(const Segment& s, int64_t block, int blocks, const Rows& rows, int
   const int64_t act_step = rows.row_bytes / 64;
   const int64_t tile_step = Form::tile_bytes(chunks) + 64;
   for (int b = 0; b < blocks; ++b) {
-    Form::unpack(s.data + (block + b) * units * L::unit_bytes, units, tile + b * tile_step);
+    Form::unpack(s.data + (block + b) * units * L::unit_bytes, s.data + L::lower(s.blocks, block + b, units), units,
+                 tile + b * tile_step);
   }
   const auto run = [&](auto n, auto b, int64_t at, int64_t row, const Place& place) {
     const auto kernel = Form::template kernel<decltype(n)::value, decltype(b)::value>;
@@ -316,9 +318,13 @@ void run_tile(const Segment& s, int64_t block, int blocks, const Rows& rows, int
   // The next pair's bytes come from memory while this pair is computed.
   const uint8_t* next = s.data + (block + blocks) * units * L::unit_bytes;
   const uint8_t* const end = next + blocks * units * L::unit_bytes;
+  [[maybe_unused]] const uint8_t* lower = s.data + L::lower(s.blocks, block + blocks, units);
   const int64_t lines = (end - next) / 64 * MaxR / count + 1;  // for each group of rows
   const auto pass = [&](auto n, int64_t row) {
     for (const uint8_t* stop = next + 64 * lines; next < stop; next += 64) __builtin_prefetch(next, 0, 2);
+    if constexpr (L::split) {
+      for (const uint8_t* stop = lower + 64 * lines; lower < stop; lower += 64) __builtin_prefetch(lower, 0, 2);
+    }
     const Place place(out, s, block, blocks, first_row + row, y);
     if (MaxB == 2 && blocks == 2) {
       run(n, Count<MaxB>{}, 0, row, place);

@@ -31,10 +31,16 @@ PHL_INLINE void prefetch(const uint8_t* p) {
 
 // ---- weights -------------------------------------------------------------------------------------------------------
 
-// A chunk's planes to its eight operands.
+// A chunk's planes to its eight operands. `lower`: its second part, where the layout has one.
 template <class L>
-PHL_INLINE void unpack(const uint8_t* p, U* w) {
-  if constexpr (L::bits == 8) {
+PHL_INLINE void unpack(const uint8_t* p, [[maybe_unused]] const uint8_t* lower, U* w) {
+  if constexpr (L::split) {
+    for (int t = 0; t < 4; ++t) {
+      const U x = Vec::load(p + 64 * t), y = Vec::load(lower + 64 * t);
+      w[t] = Vec::either(Vec::pick<0, 4>(x, 240), Vec::pick<0, 0>(y, 15));
+      w[t + 4] = Vec::either(Vec::pick<0, 0>(x, 240), Vec::pick<4, 0>(y, 15));
+    }
+  } else if constexpr (L::bits == 8) {
     for (int j = 0; j < 8; ++j) w[j] = Vec::load(p + 64 * j);
   } else if constexpr (L::bits >= 4) {
     for (int t = 0; t < 4; ++t) {
@@ -122,7 +128,7 @@ struct Fetch {
 
 // One block of 16 features times R rows, unpacking in registers. out[r * out_step + lane].
 template <class L, int R, bool Single>
-void small_block(const uint8_t* w, int64_t units, const Activation* act, int64_t act_step, float* out,
+void small_block(const uint8_t* w, const uint8_t* lower, int64_t units, const Activation* act, int64_t act_step, float* out,
                  int64_t out_step, const Fetch& fetch) {
   constexpr int CG = L::chunk_groups, per_group = 8 / CG;
   const int64_t ahead = Single ? kPrefetch : fetch.ahead;
@@ -134,8 +140,13 @@ void small_block(const uint8_t* w, int64_t units, const Activation* act, int64_t
     for (int c = 0; c < L::chunks; ++c) {
       const uint8_t* p = w + L::header + c * L::chunk_bytes;
       for (int at = first; at < L::chunk_bytes; at += step) prefetch<!Single>(p + ahead + at);
+      if constexpr (L::split) {
+        const int64_t further = ahead / L::unit_bytes * L::lower_bytes;
+        for (int at = first; at < L::chunk_bytes; at += step) prefetch<!Single>(lower + further + at);
+      }
       U op[8];
-      unpack<L>(p, op);
+      unpack<L>(p, lower, op);
+      lower += L::split ? L::chunk_bytes : 0;
 #pragma GCC unroll 2  // else the operands go to the stack
       for (int g = 0; g < CG; ++g) {
         const F d = scale_of<L>(w, c * CG + g);
@@ -160,12 +171,13 @@ template <class L>
 constexpr int kTileChunk = 512 + 64 * L::chunk_groups * (L::min ? 2 : 1);
 
 template <class L>
-void unpack_block(const uint8_t* w, int64_t units, uint8_t* tile) {
+void unpack_block(const uint8_t* w, const uint8_t* lower, int64_t units, uint8_t* tile) {
   constexpr int CG = L::chunk_groups;
   for (int64_t u = 0; u < units; ++u, w += L::unit_bytes) {
     for (int c = 0; c < L::chunks; ++c, tile += kTileChunk<L>) {
       U op[8];
-      unpack<L>(w + L::header + c * L::chunk_bytes, op);
+      unpack<L>(w + L::header + c * L::chunk_bytes, lower, op);
+      lower += L::split ? L::chunk_bytes : 0;
       for (int j = 0; j < 8; ++j) Vec::store(tile + 64 * j, op[j]);
       for (int g = 0; g < CG; ++g) {
         auto* scales = reinterpret_cast<float*>(tile + 512) + 16 * g * (L::min ? 2 : 1);
@@ -221,7 +233,9 @@ void tile_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const A
 template <class L>
 struct AsPacked {
   static constexpr int64_t tile_bytes(int64_t chunks) { return chunks * kTileChunk<L>; }
-  static void unpack(const uint8_t* w, int64_t units, uint8_t* tile) { unpack_block<L>(w, units, tile); }
+  static void unpack(const uint8_t* w, const uint8_t* lower, int64_t units, uint8_t* tile) {
+    unpack_block<L>(w, lower, units, tile);
+  }
   template <int R, int B>
   static constexpr auto kernel = tile_kernel<L, R, B>;
 };

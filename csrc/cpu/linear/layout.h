@@ -10,7 +10,9 @@
 //   bit plane     1 vector    bit j: operand j
 //   byte plane    8 vectors   operand j
 //
-// Bits 2: pairs. 3: pairs, bits (value bit 2). 4: nibbles. 5: nibbles, bits (value bit 4). 6: nibbles, pairs. 8: bytes.
+// Bits 2: pairs. 3: pairs, bits (value bit 2). 4: nibbles. 5: nibbles, bits (value bit 4). 6: nibbles, pairs. 8: bytes,
+// or "split": nibbles of the upper halves here and, behind all blocks of the matrix, those of the lower halves, in the
+// order of the blocks. The first part of such a matrix is one of 4 bits by itself, which screen.h reads.
 // The weight is (q - zero) * scale + minimum. Scales are float16 as GGUF stores them, or ("super") a signed byte per
 // group times a float16 per 256, exactly as in GGUF's K types; the minimum likewise (its factor stored negated).
 #pragma once
@@ -38,13 +40,14 @@ enum Layout : int32_t {
   kBF16 = 11,
   kF16 = 12,
   kF32 = 13,
-  kLayoutCount = 14,
+  kQ8P = 14,  // as Q8S, split
+  kLayoutCount = 15,
 };
 
 constexpr int kBlock = 16;  // output features per block
 constexpr int kChunk = 32;  // inputs per chunk
 
-template <int Bits_, int Group_, bool Super_, bool Min_, int ZeroLog_, bool Table_ = false>
+template <int Bits_, int Group_, bool Super_, bool Min_, int ZeroLog_, bool Table_ = false, bool Split_ = false>
 struct Quantised {
   static constexpr int bits = Bits_;          // stored bits per weight
   static constexpr int group = Group_;        // inputs per scale: 16 or 32
@@ -52,19 +55,27 @@ struct Quantised {
   static constexpr bool min = Min_;           // has a minimum (then zero is 0)
   static constexpr int zero_log = ZeroLog_;   // zero = 1 << zero_log; -1: none
   static constexpr bool table = Table_;
+  static constexpr bool split = Split_;
   static constexpr bool wide = Bits_ == 8 || Table_;  // operands use all eight bits
   static constexpr int zero = ZeroLog_ < 0 ? 0 : 1 << (ZeroLog_ < 0 ? 0 : ZeroLog_);
   static constexpr int unit_k = Super_ ? 256 : (Min_ ? 32 : 64);
   static constexpr int chunks = unit_k / kChunk;
   static constexpr int groups = unit_k / Group_;
   static constexpr int chunk_groups = kChunk / Group_;
-  static constexpr int chunk_bytes = Bits_ * 64;
+  static constexpr int chunk_bytes = (Split_ ? Bits_ / 2 : Bits_) * 64;
   static constexpr int factor_bytes = Super_ ? (Min_ ? 64 : 32) : 0;
   static constexpr int scale_step = Super_ ? 16 : (Min_ ? 64 : 32);  // from one group's scales to the next
   static constexpr int minimum_offset = Super_ ? factor_bytes + groups * 16 : 32;
   static constexpr int header_raw = Super_ ? factor_bytes + groups * (Min_ ? 32 : 16) : groups * (Min_ ? 64 : 32);
   static constexpr int header = (header_raw + 63) / 64 * 64;
   static constexpr int unit_bytes = header + chunks * chunk_bytes;
+  static constexpr int lower_bytes = Split_ ? chunks * chunk_bytes : 0;  // of a unit, in the second part
+
+  // Where the lower halves of a block are, in a matrix of so many blocks; the block's units are at block * units *
+  // unit_bytes.
+  static constexpr int64_t lower(int64_t blocks, int64_t block, int64_t units) {
+    return (blocks * unit_bytes + block * lower_bytes) * units;
+  }
 };
 
 using Q4S = Quantised<4, 32, false, false, 3>;
@@ -78,6 +89,7 @@ using Q4K = Quantised<4, 32, true, true, -1>;
 using Q5K = Quantised<5, 32, true, true, -1>;
 using Q6K = Quantised<6, 16, true, false, 5>;
 using Q4N = Quantised<4, 32, false, false, 7, true>;
+using Q8P = Quantised<8, 32, false, false, 7, false, true>;
 
 // IQ4_NL's sixteen values, plus 128 so that they are unsigned operands.
 constexpr uint8_t kTable4[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
@@ -100,11 +112,12 @@ inline auto with_quantised(int layout, F&& f) {
     case kQ4K: return f(Q4K{});
     case kQ5K: return f(Q5K{});
     case kQ6K: return f(Q6K{});
+    case kQ8P: return f(Q8P{});
     default: return f(Q4N{});
   }
 }
 
-inline bool is_dense(int layout) { return layout >= kBF16; }
+inline bool is_dense(int layout) { return layout >= kBF16 && layout <= kF32; }
 
 // Inputs per unit and bytes per unit of 16 features: a block of K inputs takes ceil(K / unit_k) * unit_bytes.
 inline int64_t unit_inputs(int layout) {
@@ -113,7 +126,7 @@ inline int64_t unit_inputs(int layout) {
 }
 inline int64_t unit_size(int layout) {
   if (is_dense(layout)) return int64_t{2} * kBlock * dense_bytes(layout);
-  return with_quantised(layout, [](auto l) { return int64_t{decltype(l)::unit_bytes}; });
+  return with_quantised(layout, [](auto l) { return int64_t{decltype(l)::unit_bytes + decltype(l)::lower_bytes}; });
 }
 
 // One row of quantised activations is a line of these, one per chunk: everything a kernel needs of 32 inputs.

@@ -1,9 +1,9 @@
 // The arg-max of a large head for a few rows, where reading the weights is what takes the time.
 //
-// A copy of the head in four bits, the screen, tells about what each logit is and how far off that can be. Only blocks
+// A copy of the head in four bits, the screen, or the upper halves of a split head tell about what each logit is and how far off that can be. Only blocks
 // of features that may hold the largest logit are read whole, by the kernels that serve without a screen: the token is
-// the one that those find. Every weight of the screen is at most half a step off (`linear_screen`), so that
-// `kDeviations` times the root of the sum of (half a step times an input)^2 bounds a logit's error as long as the
+// the one that those find. Every weight of the screen is at most half a step off (`linear_screen`; 7.5 of a split
+// head's 16), so that `kDeviations` times the root of the sum of (half a step times an input)^2 bounds a logit's error as long as the
 // roundings of a row do not conspire with the input: for evenly spread roundings these are 8.7 standard deviations.
 #pragma once
 
@@ -28,11 +28,13 @@ PHL_INLINE void energies(const Activation* a, int64_t chunks, float* out) {
   }
 }
 
-// Upper bounds of the logits of one block of the screen for R rows. energy[r * chunks + c].
-template <int R>
+// Upper bounds of the logits of one block of the screen for R rows. energy[r * chunks + c]. Split: a weight is
+// 16 (n - 8) + 7.5 +- 7.5 for the n that is read.
+template <int R, bool Split>
 void screen_block(const uint8_t* w, int64_t units, const Activation* act, int64_t act_step, const float* energy,
                   F* upper) {
   using L = Q4S;
+  static_assert(L::unit_bytes == Q8P::unit_bytes && L::header == Q8P::header && L::unit_k == Q8P::unit_k);
   const int64_t chunks = units * L::chunks;
   F total[R], spread[R];
   for (int r = 0; r < R; ++r) total[r] = spread[r] = Vec::zero();
@@ -40,13 +42,16 @@ void screen_block(const uint8_t* w, int64_t units, const Activation* act, int64_
     for (int at = 0; at < L::unit_bytes; at += 64) prefetch(w + kPrefetch + at);
     for (int c = 0; c < L::chunks; ++c) {
       U op[8];
-      unpack<L>(w + L::header + c * L::chunk_bytes, op);
-      const F d = scale_of<L>(w, c), square = Vec::mul(d, d);
+      unpack<L>(w + L::header + c * L::chunk_bytes, nullptr, op);
+      F d = scale_of<L>(w, c);
+      const F middle = Vec::mul(d, Vec::set(7.5f));
+      if constexpr (Split) d = Vec::mul(d, Vec::set(16.0f));
+      const F step = Split ? Vec::add(middle, middle) : d, square = Vec::mul(step, step);
       for (int r = 0; r < R; ++r) {
         const Activation& a = act[r * act_step + c];
         I sum = start_sum<L::zero_log, false, false>(a, 0);
         for (int j = 0; j < 8; ++j) sum = Vec::dot<false>(sum, op[j], Vec::spread4(a.q + 4 * j));
-        total[r] = accumulate<false, false>(total[r], sum, d, d, a, 0);
+        total[r] = accumulate<Split, false>(total[r], sum, d, middle, a, 0);
         spread[r] = Vec::fma(square, Vec::set(energy[r * chunks + c]), spread[r]);
       }
     }
@@ -59,6 +64,7 @@ struct Screen {
   const uint8_t* data;
   float* bound;
   int64_t blocks;
+  bool split;
 
   // Bounds of blocks [first, last); of each row the block with the largest.
   void pass(int64_t first, int64_t last, const Rows& rows, int64_t count, float* energy, int64_t* best) const {
@@ -71,8 +77,8 @@ struct Screen {
       constexpr int R = decltype(n)::value;
       for (int64_t block = first; block < last; ++block) {
         F upper[R];
-        screen_block<R>(data + block * units * Q4S::unit_bytes, units, rows.int8(0), rows.row_bytes / 64, energy,
-                        upper);
+        const auto bounds = split ? screen_block<R, true> : screen_block<R, false>;
+        bounds(data + block * units * Q4S::unit_bytes, units, rows.int8(0), rows.row_bytes / 64, energy, upper);
         for (int r = 0; r < R; ++r) {
           float* own = bound + r * blocks;
           own[block] = Vec::top(upper[r]);

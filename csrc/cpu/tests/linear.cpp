@@ -56,8 +56,13 @@ void try_layer(int level, const Layer& layer, const std::string& what) {
 void try_screen(int level, const Layer& layer, const std::string& what) {
   const int64_t blocks = (layer.rows + 15) / 16, forms = layer.forms | 1;
   Buffer screen(blocks * layer.padded / 64 * 576);
+  const uint8_t* data = screen.data.get();
   int64_t unfit = 0;
-  run(level, "linear_screen", layer.segment.data(), screen.data.get(), &unfit, layer.padded);
+  if (layer.segment[1] == 14) {  // split: its own screen
+    data = layer.packed.data.get();
+  } else {
+    run(level > 2 ? 2 : level, "linear_screen", layer.segment.data(), screen.data.get(), &unfit, layer.padded);
+  }
   check(unfit == 0, what + " fits");
   for (int64_t rows : {1, 3, 8}) {
     const vector<float> x = floats(rows * layer.inputs);
@@ -71,7 +76,7 @@ void try_screen(int level, const Layer& layer, const std::string& what) {
     const int64_t row = prepared_bytes(forms, layer.padded);
     Buffer other(kThreads * (p.tile + best) + (rows * blocks * 4 + 63) / 64 * 64 +
                  row * (p.alone ? kThreads * rows : 2 * p.panel));
-    run(level, "linear_argmax_screened", x.data(), layer.segment.data(), screen.data.get(), got.data(),
+    run(level, "linear_argmax_screened", x.data(), layer.segment.data(), data, got.data(),
         other.data.get(), rows, layer.inputs, layer.inputs, forms, layer.padded, p.panel, p.tile, best, p.alone,
         kThreads);
     check(got == want, what + " screened token");

@@ -25,7 +25,8 @@ struct Kind {
 
 inline const Kind kKinds[] = {{0, 18, 32, {0}},       {1, 20, 32, {0, 2}},     {2, 22, 32, {0}},        {3, 24, 32, {0, 2}},
                        {4, 34, 32, {0}},       {5, 84, 256, {80, 82}},  {6, 110, 256, {108}},    {7, 144, 256, {0, 2}},
-                       {8, 176, 256, {0, 2}},  {9, 210, 256, {208}},    {10, 18, 32, {0}}};
+                       {8, 176, 256, {0, 2}},  {9, 210, 256, {208}},    {10, 18, 32, {0}},
+                       {14, 34, 32, {0}}};
 
 struct Layer {
   int64_t rows, inputs, padded, forms;
@@ -34,7 +35,7 @@ struct Layer {
 };
 
 inline Layer pack(const Kind& kind, int64_t rows, int64_t blocks) {
-  int64_t geometry[14][2];
+  int64_t geometry[15][2];
   run(0, "linear_geometry", geometry);
   const int64_t inputs = blocks * kind.weights, unit = kind.weights == 256 ? 256 : 64;
   const int64_t padded = (inputs + unit - 1) / unit * unit, units = padded / geometry[kind.layout][0];

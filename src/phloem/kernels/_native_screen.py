@@ -2,7 +2,8 @@
 
 A head of 8 bits and more a weight is what one stream waits for: for every token all of it comes from memory. A copy in
 4.5 bits a weight rules out all but a few blocks of the vocabulary, which are then read whole; the token is the one that
-the head itself gives. The copy is made when it is first of use and costs that memory beside the head.
+the head itself gives. The copy is made when it is first of use and costs that memory beside the head. A Q8_0 head needs
+none: the upper halves of its bytes lie together (`PackedLinear.split`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Screens:
         """
         if rows > ROWS:
             return None
+        if weight.split:
+            return weight.memory[0]
         if weight.screen is None and not weight.screenless and not self.rt.recording:
             weight.screen = self._make(weight) if self._pays(weight) else None
             weight.screenless = weight.screen is None

@@ -3,9 +3,9 @@ csrc/cpu/linear/layout.h.
 
 Activations are quantised as they come: int8 with one scale per 32 inputs for integer weights, bfloat16 for bfloat16
 weights, float32 for the rest. Where more than 24 rows are multiplied at once (with AVX-512), integer weights of fewer
-than 8 bits are taken as bytes with one scale per output feature and 64 inputs (csrc/cpu/linear/bytes.h), unless `exact`:
-then a row's result does not depend on the rows beside it. It never depends on the number of threads. `exact` also reads
-heads whole, of which `linear_argmax` otherwise reads most in four bits (_native_screen.py).
+than 8 bits are taken as bytes with one scale per output feature and 64 inputs (csrc/cpu/linear/bytes.h), unless
+`exact`: then a row's result does not depend on the rows beside it. It never depends on the number of threads. `exact`
+also reads heads whole, of which `linear_argmax` otherwise reads most in four bits (_native_screen.py).
 
 Legend: T rows, N inputs, M outputs.
 """
@@ -44,6 +44,8 @@ FLOATS = {"BF16": (11, torch.bfloat16), "F16": (12, torch.float16), "F32": (13, 
 LAYOUT_OF = {dtype: (layout, name) for name, (layout, dtype) in FLOATS.items()}
 BLOCK = 16  # output features per packed block
 INT8, HALF, SINGLE = 1, 2, 4  # forms of the activations
+SPLIT = 14  # Q8_0 whose upper and lower halves of bytes lie apart, for weights as tall as a vocabulary
+TALL = 16384
 EXACT = 8  # beside them: weights keep their own form however many rows there are
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2}
 TILE_CHUNK = 768  # workspace of one unpacked block per 32 inputs, at most
@@ -71,6 +73,7 @@ class PackedLinear:
     bias: tuple[Tensor, Tensor] | None = field(default=None)  # the last bias seen, and it in float32
     screen: Tensor | None = field(default=None)  # see `Screens.of`
     screenless: bool = False  # it has been found that there is none
+    split: bool = False  # its layout is SPLIT
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -191,7 +194,7 @@ class NativeLinear:
         self.TOPK, self.SCREENED = rt.op("linear_topk"), rt.op("linear_argmax_screened")
         self.screens = Screens(rt)
         self.PACK, self.PACK_DENSE = rt.op("linear_pack"), rt.op("linear_pack_dense")
-        geometry = torch.empty(14, 2, dtype=torch.int64)
+        geometry = torch.empty(15, 2, dtype=torch.int64)
         rt.call(rt.op("linear_geometry"), 0, geometry.data_ptr())
         self.geometry: list[list[int]] = geometry.tolist()  # per layout: inputs and bytes of a unit
 
@@ -201,11 +204,13 @@ class NativeLinear:
         """Packs the parts of one fused layer, stacked along out_features. Raises `ModelLoadError` for data that do
         not fit their shape."""
         read = [_read(part, dtype) for part in parts]
+        if len(parts) == 1 and parts[0].shape[0] >= TALL and read[0].kind == "Q8_0" and not self.exact:
+            read[0].layout = SPLIT
         in_features = parts[0].shape[1]
         for part in parts:
             if part.shape[1] != in_features:
                 raise ModelLoadError(f"{part.name}: {part.shape[1]} inputs, but {parts[0].name} has {in_features}")
-        unit = 256 if any(5 <= part.layout <= 9 for part in read) else 64
+        unit = 256 if any(part.kind.endswith("_K") for part in read) else 64
         padded = -(-in_features // unit) * unit
         sizes = [part.shape[0] for part in parts]
         paired = len(read) == 2 and read[0].layout == read[1].layout and sizes[0] == sizes[1] and sizes[0] % BLOCK == 0
@@ -230,6 +235,7 @@ class NativeLinear:
         return PackedLinear(
             in_features, column, padded, tuple(part.kind for part in read), forms, paired,
             sum(data.numel() for data in memory), dtype, torch.tensor(segments), memory, self,
+            split=read[0].layout == SPLIT,
         )  # fmt: skip
 
     def _block_bytes(self, layout: int, padded: int) -> int:
@@ -238,7 +244,7 @@ class NativeLinear:
 
     def _pack(self, part: _Part, rows: int, target: Tensor, padded: int, first: int, step: int) -> None:
         self.rt.call(
-            self.PACK if part.layout < 11 else self.PACK_DENSE, part.data.numel(),
+            self.PACK_DENSE if part.kind in FLOATS else self.PACK, part.data.numel(),
             part.data.data_ptr(), target.data_ptr(), rows, part.data.shape[1], part.layout,
             padded // self.geometry[part.layout][0], first, step,
         )  # fmt: skip

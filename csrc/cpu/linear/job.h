@@ -253,7 +253,8 @@ PHL_INLINE void even_parts(int64_t rows, int64_t most, G&& f) {
 
 constexpr int kBytesARow = 44;
 // Up to so many rows, several passes over packed weights in the first-level cache beat unpacking; and making bytes.
-constexpr int64_t kFewRows = 4 * Vec::small_rows, kFewForBytes = 3 * Vec::small_rows;
+// Bytes that are split take longer to unpack.
+constexpr int64_t kFewRows = 4 * Vec::small_rows, kFewForBytes = 3 * Vec::small_rows, kFewOfSplit = 2 * Vec::small_rows;
 
 // Where a kernel puts `rows` from `row`: `out` itself, or `y`, to be finished.
 struct Place {
@@ -416,7 +417,7 @@ PHL_INLINE void run_blocks(const Segment& s, int64_t first, int64_t last, const 
         }
       }
 #endif
-      if (count <= kFewRows) {
+      if (count <= (L::split ? kFewOfSplit : kFewRows)) {
         run_small<L>(s, block, blocks, rows, count, out, first_row);
       } else {
         run_tile<L, AsPacked<L>>(s, block, blocks, rows, count, out, first_row, tile);

@@ -15,9 +15,16 @@
 #include <sys/syscall.h>
 #endif
 
+#include "next_cache.h"
 #include "team.h"
 
 namespace phl {
+
+NextCache& next_cache() {
+  static thread_local NextCache own;
+  return own;
+}
+
 namespace {
 
 constexpr int64_t kSpinNanoseconds = 40'000;

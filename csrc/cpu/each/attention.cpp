@@ -1,6 +1,7 @@
 // Paged attention over ragged rows in one op: rows of one query token are split over the cache (and merged in a fixed
 // order), longer ones into blocks of query tokens; both are shared out dynamically. No plan is stored: every thread
 // derives the same list of tasks from the lengths, so a recorded step follows them.
+#include "../next_cache.h"
 #include "attention_block.h"
 #include "attention_int8.h"
 #include "attention_stream.h"
@@ -192,7 +193,12 @@ struct Sharing {
     return same / part;
   }
 
-  PHL_INLINE int64_t of(int64_t row) const { return row < rows ? parts[row] : 0; }
+  PHL_INLINE int64_t of(int64_t row) const { return uint64_t(row) < uint64_t(rows) ? parts[row] : 0; }
+
+  // The first of a row's tokens that no row before it has as well.
+  PHL_INLINE int64_t own_from(const AttentionArgs& a, int64_t row, const RowPlan& plan) const {
+    return of(row) > 0 ? of(row) * split_tokens(a, plan.range) : 0;
+  }
 
   // Those that share split `part` of `row`, itself the first of them.
   PHL_INLINE int64_t sharers(int64_t row, int64_t part, int32_t* found) const {
@@ -261,6 +267,21 @@ PHL_INLINE int64_t heads_of_task(const AttentionArgs& a, int64_t tasks, int size
   return heads;
 }
 
+// Lists what this thread's share of the rows will read in the next layer's cache.
+void look_ahead(const AttentionArgs& a, const Sharing& sharing, const Team& team, int64_t page_bytes) {
+  NextCache& next = next_cache();
+  next.done(a.k_cache, a.v_cache, page_bytes);
+  for (int64_t row = team.thread; row < a.rows; row += team.size) {
+    const RowPlan plan = plan_row(a, row);
+    const int64_t first = plan.range.begin > sharing.own_from(a, row, plan) ? plan.range.begin
+                                                                          : sharing.own_from(a, row, plan);
+    const int32_t* pages = a.page_table + row * a.pages_per_row;
+    for (int64_t page = first / a.page_size; page * a.page_size < plan.range.end; ++page) {
+      if (!next.add(pages[page], team.size)) return;
+    }
+  }
+}
+
 template <bool kInt8>
 void attend(const AttentionArgs& a, Team& team) {
   int64_t parts = 0;
@@ -294,6 +315,7 @@ void attend(const AttentionArgs& a, Team& team) {
       block_task(a, plan, own, cursor.part, scratch);
     }
   });
+  if (single && a.rows > 1) look_ahead(a, sharing, team, a.page_stride * (kInt8 ? 1 : 2));
   if (!merge) return;
   team.barrier();
   team.split(a.rows * a.heads, 8, [&](int64_t begin, int64_t end) {

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kByteChunk = 512;  // 32 inputs of 16 features
 constexpr int kScaled = 2;       // chunks with one scale of a feature
+constexpr int64_t kFetches = 3;  // lines of the next cache that are asked for in a chunk
 
 // Steps of the bytes of chunks [first, last): 1 / 127 of the largest magnitude that each feature's scales allow.
 template <class L>
@@ -76,10 +77,11 @@ void bytes_of_block(const uint8_t* w, int64_t units, uint8_t* tile) {
   }
 }
 
-// B blocks of bytes, `tile_step` bytes apart, times R rows. out[r * out_step + 16 * b + lane].
-template <int R, int B>
+// B blocks of bytes, `tile_step` bytes apart, times R rows. out[r * out_step + 16 * b + lane]. Fetch: asks for `lines`
+// meanwhile.
+template <int R, int B, bool Fetch>
 void byte_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const Activation* act, int64_t act_step,
-                 float* out, int64_t out_step) {
+                 float* out, int64_t out_step, [[maybe_unused]] Lines lines) {
   F total[R][B];
   for (int r = 0; r < R; ++r) {
     for (int b = 0; b < B; ++b) total[r][b] = Vec::zero();
@@ -90,6 +92,10 @@ void byte_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const A
       for (int b = 0; b < B; ++b) part[r][b] = Vec::zero();
     }
     for (const int64_t last = c + kScaled < chunks ? c + kScaled : chunks; c < last; ++c, tile += kByteChunk, ++act) {
+      if (Fetch && lines.at < lines.end) {
+        for (int64_t i = 0; i < kFetches; ++i) __builtin_prefetch(reinterpret_cast<const void*>(lines.at + 64 * i), 0, 2);
+        lines.at += 64 * kFetches;
+      }
       I sum[R][B];
       for (int r = 0; r < R; ++r) {
         const I start = Vec::set_i(act[r * act_step].minus_zero);
@@ -121,6 +127,7 @@ void byte_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const A
 // As AsPacked.
 template <class L>
 struct AsBytes {
+  static constexpr int64_t fetches = kFetches;
   static constexpr int64_t tile_bytes(int64_t chunks) {
     return chunks * kByteChunk + (chunks + kScaled - 1) / kScaled * 64;
   }
@@ -128,7 +135,11 @@ struct AsBytes {
     bytes_of_block<L>(w, units, tile);
   }
   template <int R, int B>
-  static constexpr auto kernel = byte_kernel<R, B>;
+  static void multiply(const uint8_t* tile, int64_t tile_step, int64_t chunks, const Activation* act, int64_t act_step,
+                       float* out, int64_t out_step, Lines lines) {
+    const auto kernel = lines.at < lines.end ? byte_kernel<R, B, true> : byte_kernel<R, B, false>;
+    kernel(tile, tile_step, chunks, act, act_step, out, out_step, lines);
+  }
 };
 
 }  // namespace

@@ -312,9 +312,11 @@ void run_tile(const Segment& s, int64_t block, int blocks, const Rows& rows, int
     Form::unpack(s.data + (block + b) * units * L::unit_bytes, s.data + L::lower(s.blocks, block + b, units), units,
                  tile + b * tile_step);
   }
+  NextCache& cache = next_cache();
+  Lines wanted{};
   const auto run = [&](auto n, auto b, int64_t at, int64_t row, const Place& place) {
-    const auto kernel = Form::template kernel<decltype(n)::value, decltype(b)::value>;
-    kernel(tile + at * tile_step, tile_step, chunks, rows.int8(row), act_step, place.to + at * kBlock, place.step);
+    Form::template multiply<decltype(n)::value, decltype(b)::value>(
+        tile + at * tile_step, tile_step, chunks, rows.int8(row), act_step, place.to + at * kBlock, place.step, wanted);
   };
   // The next pair's bytes come from memory while this pair is computed.
   const uint8_t* next = s.data + (block + blocks) * units * L::unit_bytes;
@@ -322,6 +324,7 @@ void run_tile(const Segment& s, int64_t block, int blocks, const Rows& rows, int
   [[maybe_unused]] const uint8_t* lower = s.data + L::lower(s.blocks, block + blocks, units);
   const int64_t lines = (end - next) / 64 * MaxR / count + 1;  // for each group of rows
   const auto pass = [&](auto n, int64_t row) {
+    if constexpr (Form::fetches > 0) wanted = cache.take(Form::fetches * chunks);
     for (const uint8_t* stop = next + 64 * lines; next < stop; next += 64) __builtin_prefetch(next, 0, 2);
     if constexpr (L::split) {
       for (const uint8_t* stop = lower + 64 * lines; lower < stop; lower += 64) __builtin_prefetch(lower, 0, 2);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../next_cache.h"
 #include "layout.h"
 #if PHL_LEVEL == 2
 #include "vec_avx512.h"
@@ -232,12 +233,16 @@ void tile_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const A
 // The two forms that the weights of many rows take are this one and AsBytes (bytes.h).
 template <class L>
 struct AsPacked {
+  static constexpr int64_t fetches = 0;  // lines of the next cache that a kernel asks for in a chunk
   static constexpr int64_t tile_bytes(int64_t chunks) { return chunks * kTileChunk<L>; }
   static void unpack(const uint8_t* w, const uint8_t* lower, int64_t units, uint8_t* tile) {
     unpack_block<L>(w, lower, units, tile);
   }
   template <int R, int B>
-  static constexpr auto kernel = tile_kernel<L, R, B>;
+  static void multiply(const uint8_t* tile, int64_t tile_step, int64_t chunks, const Activation* act, int64_t act_step,
+                       float* out, int64_t out_step, Lines) {
+    tile_kernel<L, R, B>(tile, tile_step, chunks, act, act_step, out, out_step);
+  }
 };
 
 // ---- dense kernels -------------------------------------------------------------------------------------------------

@@ -32,6 +32,12 @@ def test_decode_reads_weights_once_and_each_rows_cache() -> None:
     assert work().decode(3, 7, PEAKS) == ((500 + 3 * 70) / 100, 0.0)
 
 
+def test_few_rows_leave_out_a_part_of_the_head() -> None:
+    assert work(head_rest=100).decode(8, 7, PEAKS)[0] == (400 + 8 * 70) / 100
+    assert work(head_rest=100).decode(9, 7, PEAKS)[0] == (500 + 9 * 70) / 100
+    assert work(head_rest=100).prefill(20, PEAKS)[0] == (400 + 20 * 10) / 100
+
+
 def test_arithmetic_counts_at_the_peak_that_serves_it() -> None:
     parts = work(int8=100, bf16=20, head_int8=7, head_bf16=3)
     assert parts.decode(2, 1, PEAKS)[1] == pytest.approx(2 * 107 / 1000 + 2 * 23 / 10)

@@ -80,6 +80,8 @@ def test_a_tall_head_of_bytes_is_split(linear: NativeLinear, random_bits: bool) 
         assert torch.equal(values[:, 0], want.amax(1)) and torch.equal(tokens[:, 0], want.argmax(-1).int())
         torch.testing.assert_close(sums[:, 0], want.logsumexp(-1))
     assert weight.screen is None
+    assert linear.screens.bytes_read(weight) == weight.nbytes * 576 // 1088
+    assert other.screens.bytes_read(same) == same.nbytes
 
 
 def test_lower_halves_that_are_ruled_out_are_not_read(linear: NativeLinear) -> None:

@@ -1,8 +1,9 @@
 """The least time that a step can take on this machine's CPU: what it must read, and what it must compute.
 
-Decode reads every weight once, whatever the batch, and each row's keys and values; prefill multiplies every token with
-every weight but the head's. The arithmetic counts at the peak of the instructions that serve it: int8 for quantised
-weights, bfloat16 for others and for attention. Norms, rotation and sampling count for nothing.
+Decode reads every weight once, whatever the batch (a few rows a part of the head: `Screens`), and each row's keys and
+values; prefill multiplies every token with every weight but the head's. The arithmetic counts at the peak of the
+instructions that serve it: int8 for quantised weights, bfloat16 for others and for attention. Norms, rotation and
+sampling count for nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from phloem.bench.kernels import Limits
 from phloem.core.errors import BadRequest
 from phloem.kernels import native
+from phloem.kernels._native_screen import ROWS as SCREEN_ROWS
 from phloem.kernels.native_linear import INT8
 from phloem.kvcache.pool import KVPool
 
@@ -48,9 +50,13 @@ class Work:
     head_int8: int
     head_bf16: int
     specs: Sequence[AttentionSpec]
+    head_rest: int = 0  # bytes of the head that a step of a few rows leaves out
 
     def decode_bytes(self, rows: int, context: int) -> int:
-        return self.weight_bytes + rows * self.kv_bytes * context
+        return self._weights(rows) + rows * self.kv_bytes * context
+
+    def _weights(self, rows: int) -> int:
+        return self.weight_bytes - (self.head_rest if rows <= SCREEN_ROWS else 0)
 
     def _pairs(self, queries: int, before: int) -> int:
         """Attention's operations of `queries` new tokens behind `before` others, in all layers."""
@@ -71,7 +77,7 @@ class Work:
         """The same for a prompt of `tokens`; the head sees its last one alone."""
         int8, bf16 = tokens * self.int8 + self.head_int8, tokens * self.bf16 + self.head_bf16
         computing = int8 / peaks.int8 + (bf16 + self._pairs(tokens, 0)) / peaks.bf16
-        return (self.weight_bytes + tokens * self.kv_bytes) / peaks.read, computing
+        return (self._weights(1) + tokens * self.kv_bytes) / peaks.read, computing
 
 
 def work_of(model: Any, pool: KVPool) -> Work:
@@ -97,7 +103,9 @@ def work_of(model: Any, pool: KVPool) -> Work:
         kind = "int8" if weight.value.forms == INT8 else "bf16"
         counts[f"head_{kind}" if weight is head else kind] += 2 * sum(prod(shape) for shape in weight.shapes)
     specs = model.attention_specs
-    return Work(read, KVPool.bytes_per_token(specs, pool.dtype), **counts, specs=specs)
+    packed = head.value
+    rest = packed.nbytes - packed.native.screens.bytes_read(packed)
+    return Work(read, KVPool.bytes_per_token(specs, pool.dtype), **counts, specs=specs, head_rest=rest)
 
 
 def shares(

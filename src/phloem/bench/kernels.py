@@ -23,6 +23,7 @@ from phloem.bench._report import context, write_line
 from phloem.core.config import opt
 from phloem.core.errors import PhloemError
 from phloem.kernels import native
+from phloem.kernels._native_screen import ROWS as SCREEN_ROWS
 from phloem.kernels.ops import Ops, PagedBatch, Rotation
 from phloem.kernels.reference_extra import route
 from phloem.utils import memory
@@ -248,13 +249,22 @@ def _linear(ops: Ops, o: Options) -> list[Case]:
             )
             if name == "head" and ops.linear_argmax is not None and ops.linear_topk is not None:
                 best, few, scale = ops.linear_argmax, ops.linear_topk, torch.ones(rows, 2)
+                more: list[Case] = []
                 for label, run in (
                     ("arg-max", lambda x=x, w=weights[0], best=best: best(x, w)),
                     ("64 best", lambda x=x, w=weights[0], few=few: few(x, w, 64, None, 0, 0.0)),
                     ("64 best, 2 sums", lambda x=x, w=weights[0], few=few, s=scale: few(x, w, 64, s, 2, 0.0)),
                 ):
-                    found.append(replace(found[-1], name=f"linear head {label} {kind} {rows} rows", run=run))
+                    reads = found[-1].bytes if label != "arg-max" or rows > SCREEN_ROWS else _screened(weights[0])
+                    case = replace(found[-1], name=f"linear head {label} {kind} {rows} rows", run=run)
+                    more.append(replace(case, bytes=reads))
+                found += more
     return found
+
+
+def _screened(head: Any) -> float:
+    """Bytes of a head that the arg-max of a few rows reads."""
+    return float(head.native.screens.bytes_read(head) if hasattr(head, "native") else head.nbytes)
 
 
 def _sparse(ops: Ops, o: Options) -> list[Case]:

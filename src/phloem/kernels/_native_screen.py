@@ -43,6 +43,12 @@ class Screens:
             weight.screenless = weight.screen is None
         return weight.screen
 
+    def bytes_read(self, weight: PackedLinear) -> int:
+        """About what the arg-max of a few rows reads of a weight."""
+        if weight.native.exact or not (weight.split or self._pays(weight)):
+            return weight.nbytes
+        return self._bytes(weight)
+
     def _pays(self, weight: PackedLinear) -> bool:
         return (
             weight.segments.shape[0] == 1

@@ -1,6 +1,10 @@
 // The list of what is asked for ahead: each line of the noted pages once, of the cache that follows.
 #include "../next_cache.h"
 
+#include <memory>
+#include <utility>
+#include <vector>
+
 #include "harness.h"
 
 using namespace phl;

@@ -7,6 +7,8 @@
 #pragma once
 #include <cstdint>
 
+#include "isa.h"
+
 namespace phl {
 
 struct Lines {  // side by side, of 64 bytes
@@ -20,7 +22,7 @@ class NextCache {
 
   // Attention over this cache is done: forgets what is left of the list, and points at the cache that came after this
   // one the last time.
-  void done(const void* keys, const void* values, int64_t page_bytes) {
+  PHL_INLINE void done(const void* keys, const void* values, int64_t page_bytes) {
     count_ = page_ = 0;
     at_ = 0;
     in_values_ = false;
@@ -34,14 +36,14 @@ class NextCache {
   }
 
   // One more page of the next cache; false: there is no room. `threads` share what may be asked for.
-  bool add(int32_t page, int threads) {
+  PHL_INLINE bool add(int32_t page, int threads) {
     if (count_ == kPages || (count_ + 1) * 2 * page_bytes_ * threads > kBytes) return false;
     pages_[count_++] = page;
     return true;
   }
 
   // The next lines of the list, at most so many; none: it is at its end.
-  Lines take(int64_t most) {
+  PHL_INLINE Lines take(int64_t most) {
     if (page_ >= count_) return {0, 0};
     const uintptr_t from = base_[in_values_] + static_cast<uintptr_t>(pages_[page_] * page_bytes_ + at_);
     const int64_t left = page_bytes_ - at_, bytes = left < 64 * most ? left : 64 * most;
@@ -59,7 +61,7 @@ class NextCache {
     const void *keys, *values;
   };
 
-  int find(const void* keys, const void* values) {
+  PHL_INLINE int find(const void* keys, const void* values) {
     for (int i = 0; i < caches_; ++i) {
       if (order_[i].keys == keys && order_[i].values == values) return i;
     }

@@ -1,9 +1,9 @@
-// Many rows: weights of fewer than eight bits as bytes with one scale per output feature and 64 inputs. Those of eight
+// Many rows: weights of fewer than eight bits as bytes with one scale per output feature and kScaled * 32 inputs. Those of eight
 // bits keep their scale per 32: they have as many instructions already, and rounding them again costs what it costs.
 //
 // Per 32 inputs and row a packed layout costs two or three float instructions beside its eight integer ones (four to
 // six with a scale per 16 inputs): scale, minimum, activation scale. Here a weight is (byte - 128) * scale, so that one
-// is left, and one more per 64 inputs. Making the bytes takes as long as multiplying some eight rows. One scale for a
+// is left, and one more per scale. Making the bytes takes as long as multiplying some eight rows. One scale for a
 // whole feature took a perplexity more than 1 % from float32 (docs/benchmarks.md).
 #pragma once
 
@@ -14,8 +14,11 @@ namespace PHL_NS {
 namespace {
 
 constexpr int kByteChunk = 512;  // 32 inputs of 16 features
-constexpr int kScaled = 2;       // chunks with one scale of a feature
 constexpr int64_t kFetches = 3;  // lines of the next cache that are asked for in a chunk
+
+// Chunks with one scale of a feature. Weights of two or three bits lose too much precision by more than two.
+template <class L>
+constexpr int kScaled = L::bits >= 4 ? 4 : 2;
 
 // Steps of the bytes of chunks [first, last): 1 / 127 of the largest magnitude that each feature's scales allow.
 template <class L>
@@ -40,14 +43,14 @@ F byte_scale(const uint8_t* w, int64_t first, int64_t last) {
   return Vec::mul(largest, Vec::set(1.0f / 127.0f));
 }
 
-// A block as bytes, behind every `kScaled` chunks their scales. Exact to 1/64 of a step.
+// A block as bytes, behind every kScaled<L> chunks their scales. Exact to 1/64 of a step.
 template <class L>
 void bytes_of_block(const uint8_t* w, int64_t units, uint8_t* tile) {
   constexpr int CG = L::chunk_groups, per_group = 8 / CG, bits = L::wide ? 8 : L::bits;
   const F middle = Vec::set(128.5f * 64.0f), zero = Vec::set(static_cast<float>(-L::zero) * 64.0f);
   const int64_t chunks = units * L::chunks;
-  for (int64_t first = 0; first < chunks; first += kScaled) {
-    const int64_t last = first + kScaled < chunks ? first + kScaled : chunks;
+  for (int64_t first = 0; first < chunks; first += kScaled<L>) {
+    const int64_t last = first + kScaled<L> < chunks ? first + kScaled<L> : chunks;
     const F scale = byte_scale<L>(w, first, last), inverse = Vec::inverse(scale);
     const F step = Vec::mul(inverse, Vec::set(static_cast<float>(1 << (bits + 6))));
     const F base = Vec::mul(inverse, Vec::set(64.0f));
@@ -79,7 +82,7 @@ void bytes_of_block(const uint8_t* w, int64_t units, uint8_t* tile) {
 
 // B blocks of bytes, `tile_step` bytes apart, times R rows. out[r * out_step + 16 * b + lane]. Fetch: asks for `lines`
 // meanwhile.
-template <int R, int B, bool Fetch>
+template <int R, int B, int Scaled, bool Fetch>
 void byte_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const Activation* act, int64_t act_step,
                  float* out, int64_t out_step, [[maybe_unused]] Lines lines) {
   F total[R][B];
@@ -91,7 +94,7 @@ void byte_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const A
     for (int r = 0; r < R; ++r) {
       for (int b = 0; b < B; ++b) part[r][b] = Vec::zero();
     }
-    for (const int64_t last = c + kScaled < chunks ? c + kScaled : chunks; c < last; ++c, tile += kByteChunk, ++act) {
+    for (const int64_t last = c + Scaled < chunks ? c + Scaled : chunks; c < last; ++c, tile += kByteChunk, ++act) {
       if (Fetch && lines.at < lines.end) {
         for (int64_t i = 0; i < kFetches; ++i) __builtin_prefetch(reinterpret_cast<const void*>(lines.at + 64 * i), 0, 2);
         lines.at += 64 * kFetches;
@@ -129,7 +132,7 @@ template <class L>
 struct AsBytes {
   static constexpr int64_t fetches = kFetches;
   static constexpr int64_t tile_bytes(int64_t chunks) {
-    return chunks * kByteChunk + (chunks + kScaled - 1) / kScaled * 64;
+    return chunks * kByteChunk + (chunks + kScaled<L> - 1) / kScaled<L> * 64;
   }
   static void unpack(const uint8_t* w, const uint8_t*, int64_t units, uint8_t* tile) {
     bytes_of_block<L>(w, units, tile);
@@ -137,7 +140,7 @@ struct AsBytes {
   template <int R, int B>
   static void multiply(const uint8_t* tile, int64_t tile_step, int64_t chunks, const Activation* act, int64_t act_step,
                        float* out, int64_t out_step, Lines lines) {
-    const auto kernel = lines.at < lines.end ? byte_kernel<R, B, true> : byte_kernel<R, B, false>;
+    const auto kernel = lines.at < lines.end ? byte_kernel<R, B, kScaled<L>, true> : byte_kernel<R, B, kScaled<L>, false>;
     kernel(tile, tile_step, chunks, act, act_step, out, out_step, lines);
   }
 };

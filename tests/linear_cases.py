@@ -82,14 +82,19 @@ def make_source(kind: str, rows: int, blocks: int, seed: int) -> Source:
     return Source("w", (rows, blocks * weights), kind, data.reshape(rows, -1))
 
 
-def as_int8(x: torch.Tensor) -> torch.Tensor:
-    """What the kernels make of activations: 127 steps to the largest of each 32 inputs."""
+def as_int8(x: torch.Tensor, shared: int = 32) -> torch.Tensor:
+    """What the kernels make of activations: 127 steps to the largest of each `shared` inputs."""
     n = x.shape[-1]
-    groups = torch.nn.functional.pad(x, (0, -n % 32)).unflatten(-1, (-1, 32))
+    groups = torch.nn.functional.pad(x, (0, -n % shared)).unflatten(-1, (-1, shared))
     largest = groups.abs().amax(-1, keepdim=True)
     inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
     rounded = (groups * inverse).round()
     return (rounded.double() * (largest / 127.0)).flatten(-2)[..., :n]
+
+
+def shared_inputs(kind: str, rows: int, exact: bool) -> int:
+    """How many inputs of a row have one scale."""
+    return 64 if meets_bytes(rows, exact) and kind not in ("Q2_K", "Q3_K", "Q8_0") else 32
 
 
 def meets_bytes(rows: int, exact: bool) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import GGUF_TYPES, Source, as_int8, cases, levels, make_source, meets_bytes, needs_native
+from linear_cases import GGUF_TYPES, Source, as_int8, cases, levels, make_source, meets_bytes, needs_native, shared_inputs
 
 from phloem.core.errors import ConfigError
 from phloem.kernels import native
@@ -73,7 +73,7 @@ def test_many_rows_meet_bytes(kind: str, rows: int) -> None:
     step = want_BN.abs().amax(1, keepdim=True) / 127
     assert ((got_BN - want_BN).abs() < (1.1 if kind.endswith("_K") else 0.75) * step).all()
     x = random(rows, source.shape[1], seed=rows + 1)  # nothing so near to a half that it rounds either way
-    check(linear.linear(x, weight, None), as_int8(x), got, 3e-6)
+    check(linear.linear(x, weight, None), as_int8(x, shared_inputs(kind, rows, exact=False)), got, 3e-6)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
@@ -127,7 +127,7 @@ def test_any_shape(rows: int, outputs: int, blocks: int, kind: str, level: str, 
         weight = pack(linear, source)
         got = linear.linear(x, weight, bias)
         values = source.dense(torch.float32) if exact else multiplied_by(linear, weight, rows)
-        taken = x.bfloat16() if kind == "dense" else as_int8(x)
+        taken = x.bfloat16() if kind == "dense" else as_int8(x, shared_inputs(kind, rows, exact))
         check(got - bias, taken, values, 1e-4)
     finally:
         native.table(2, None)

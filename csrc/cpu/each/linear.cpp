@@ -29,6 +29,7 @@ template <class A, class G>
 PHL_INLINE void over_panels(const A& a, Team& team, const Input& in, uint8_t* space, G&& f) {
   Rows rows(space, a.padded_inputs, a.kinds);
   rows.many = a.rows > kFewForBytes;
+  rows.pairs = rows.bytes() && (a.kinds & kPairs) != 0;
   if (a.alone) {
     rows.base += team.thread * a.rows * rows.row_bytes;
     if (team.thread < a.threads) {

@@ -31,47 +31,57 @@ F byte_scale(const uint8_t* w, int64_t first, int64_t last) {
     for (int g = 0; g < L::chunk_groups; ++g) {
       const int group = static_cast<int>(c % L::chunks) * L::chunk_groups + g;
       const F d = scale_of<L>(unit, group);
-      F one = Vec::mul(d, Vec::set(low)), two = Vec::mul(d, Vec::set(high));
       if constexpr (L::min) {
-        const F m = minimum_of<L>(unit, group);
-        one = Vec::add(one, m);
-        two = Vec::add(two, m);
+        const F m = minimum_of<L>(unit, group);  // what 0 stands for
+        largest = Vec::larger(largest, Vec::larger(m, Vec::fma(d, Vec::set(high), m)));
+      } else {
+        largest = Vec::larger(largest, Vec::mul(d, Vec::set(high > -low ? high : low)));
       }
-      largest = Vec::larger(largest, Vec::larger(one, two));
     }
   }
   return Vec::mul(largest, Vec::set(1.0f / 127.0f));
 }
 
-// A block as bytes, behind every kScaled<L> chunks their scales. Exact to 1/64 of a step.
+// A block as bytes, behind every kScaled<L> chunks their scales: (q * factor + offset) / one, rounded down. Exact to an
+// eighth of a step.
 template <class L>
 void bytes_of_block(const uint8_t* w, int64_t units, uint8_t* tile) {
-  constexpr int CG = L::chunk_groups, per_group = 8 / CG, bits = L::wide ? 8 : L::bits;
-  const F middle = Vec::set(128.5f * 64.0f), zero = Vec::set(static_cast<float>(-L::zero) * 64.0f);
+  constexpr int CG = L::chunk_groups, per_group = 8 / CG;
+  constexpr float one = L::wide ? 64 : 256;
+  const F middle = Vec::set(128.5f * one), zero = Vec::set(-L::zero * one);
   const int64_t chunks = units * L::chunks;
   for (int64_t first = 0; first < chunks; first += kScaled<L>) {
     const int64_t last = first + kScaled<L> < chunks ? first + kScaled<L> : chunks;
     const F scale = byte_scale<L>(w, first, last), inverse = Vec::inverse(scale);
-    const F step = Vec::mul(inverse, Vec::set(static_cast<float>(1 << (bits + 6))));
-    const F base = Vec::mul(inverse, Vec::set(64.0f));
+    const F base = Vec::mul(inverse, Vec::set(one)), step = L::wide ? Vec::mul(base, Vec::set(256.0f)) : base;
     for (int64_t c = first; c < last; ++c, tile += kByteChunk) {
       const uint8_t* unit = w + c / L::chunks * L::unit_bytes;
       const int at = static_cast<int>(c % L::chunks);
-      U op[8];
-      unpack<L>(unit + L::header + at * L::chunk_bytes, nullptr, op);
-#pragma GCC unroll 2
+      const uint8_t* planes = unit + L::header + at * L::chunk_bytes;
+      U factor[CG], add[CG];
       for (int g = 0; g < CG; ++g) {
         const F d = scale_of<L>(unit, at * CG + g);
-        F offset = middle;
+        factor[g] = Vec::twice16(Vec::mul(d, step));
         if constexpr (L::min) {
-          offset = Vec::fma(minimum_of<L>(unit, at * CG + g), base, offset);
+          add[g] = Vec::twice16(Vec::fma(minimum_of<L>(unit, at * CG + g), base, middle));
         } else {
-          offset = Vec::fma(Vec::mul(d, inverse), zero, offset);
+          add[g] = Vec::twice16(Vec::fma(Vec::mul(d, inverse), zero, middle));
         }
-        const U factor = Vec::twice16(Vec::mul(d, step)), add = Vec::twice16(offset);
+      }
+      if constexpr (L::bits == 4 && !L::table) {
+        for (int t = 0; t < 4; ++t) {
+          const U x = Vec::load(planes + 64 * t);
+          Vec::store(tile + 64 * t, Vec::rescale_low(x, factor[0], add[0]));
+          Vec::store(tile + 64 * (t + 4), Vec::rescale_high(x, factor[0], add[0]));
+        }
+      } else {
+        U op[8];
+        unpack<L>(planes, nullptr, op);
 #pragma GCC unroll 8
-        for (int j = g * per_group; j < (g + 1) * per_group; ++j) {
-          Vec::store(tile + 64 * j, Vec::rescale<bits>(op[j], factor, add));
+        for (int j = 0; j < 8; ++j) {
+          const int g = j / per_group;
+          Vec::store(tile + 64 * j, L::wide ? Vec::rescale_wide(op[j], factor[g], add[g])
+                                            : Vec::rescale(op[j], factor[g], add[g]));
         }
       }
     }
@@ -80,9 +90,9 @@ void bytes_of_block(const uint8_t* w, int64_t units, uint8_t* tile) {
   }
 }
 
-// B blocks of bytes, `tile_step` bytes apart, times R rows. out[r * out_step + 16 * b + lane]. Fetch: asks for `lines`
-// meanwhile.
-template <int R, int B, int Scaled, bool Fetch>
+// B blocks of bytes, `tile_step` bytes apart, times R rows. out[r * out_step + 16 * b + lane]. Joint: so many chunks of
+// activations have one scale (1 or 2). Fetch: asks for `lines` meanwhile.
+template <int R, int B, int Scaled, int Joint, bool Fetch>
 void byte_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const Activation* act, int64_t act_step,
                  float* out, int64_t out_step, [[maybe_unused]] Lines lines) {
   F total[R][B];
@@ -94,21 +104,25 @@ void byte_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const A
     for (int r = 0; r < R; ++r) {
       for (int b = 0; b < B; ++b) part[r][b] = Vec::zero();
     }
-    for (const int64_t last = c + Scaled < chunks ? c + Scaled : chunks; c < last; ++c, tile += kByteChunk, ++act) {
+    const int64_t last = c + Scaled < chunks ? c + Scaled : chunks;
+    for (; c < last; c += Joint, tile += Joint * kByteChunk, act += Joint) {
       if (Fetch && lines.at < lines.end) {
-        for (int64_t i = 0; i < kFetches; ++i) __builtin_prefetch(reinterpret_cast<const void*>(lines.at + 64 * i), 0, 2);
-        lines.at += 64 * kFetches;
+        for (int64_t i = 0; i < Joint * kFetches; ++i) {
+          __builtin_prefetch(reinterpret_cast<const void*>(lines.at + 64 * i), 0, 2);
+        }
+        lines.at += 64 * Joint * kFetches;
       }
       I sum[R][B];
       for (int r = 0; r < R; ++r) {
         const I start = Vec::set_i(act[r * act_step].minus_zero);
         for (int b = 0; b < B; ++b) sum[r][b] = start;
       }
-      for (int j = 0; j < 8; ++j) {
+#pragma GCC unroll 16
+      for (int j = 0; j < 8 * Joint; ++j) {
         U w[B];
         for (int b = 0; b < B; ++b) w[b] = Vec::load(tile + b * tile_step + 64 * j);
         for (int r = 0; r < R; ++r) {
-          const Vec::A a = Vec::spread4(act[r * act_step].q + 4 * j);
+          const Vec::A a = Vec::spread4(act[r * act_step + j / 8].q + j % 8 * 4);
           for (int b = 0; b < B; ++b) sum[r][b] = Vec::dot<true>(sum[r][b], w[b], a);
         }
       }
@@ -128,7 +142,7 @@ void byte_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const A
 }
 
 // As AsPacked.
-template <class L>
+template <class L, int Joint>
 struct AsBytes {
   static constexpr int64_t fetches = kFetches;
   static constexpr int64_t tile_bytes(int64_t chunks) {
@@ -140,7 +154,8 @@ struct AsBytes {
   template <int R, int B>
   static void multiply(const uint8_t* tile, int64_t tile_step, int64_t chunks, const Activation* act, int64_t act_step,
                        float* out, int64_t out_step, Lines lines) {
-    const auto kernel = lines.at < lines.end ? byte_kernel<R, B, kScaled<L>, true> : byte_kernel<R, B, kScaled<L>, false>;
+    const auto kernel = lines.at < lines.end ? byte_kernel<R, B, kScaled<L>, Joint, true>
+                                             : byte_kernel<R, B, kScaled<L>, Joint, false>;
     kernel(tile, tile_step, chunks, act, act_step, out, out_step, lines);
   }
 };

@@ -27,8 +27,10 @@ struct Segment {
   }
 };
 
-// Forms of the activations that a layer's segments need; kExact: weights keep their form however many rows there are.
-enum Kinds : int64_t { kInt8 = 1, kHalf = 2, kSingle = 4, kExact = 8 };
+// Forms of the activations that a layer's segments need. kExact: weights keep their form however many rows there are.
+// kPairs: where they are bytes, chunks of activations have one scale by twos, which weights of two and three bits, whose
+// noise is large already, and those of eight, which are not rounded again, do not bear.
+enum Kinds : int64_t { kInt8 = 1, kHalf = 2, kSingle = 4, kExact = 8, kPairs = 16 };
 
 PHL_INLINE int64_t kind_of(int64_t layout) {
   return layout == kBF16 ? kHalf : is_dense(static_cast<int>(layout)) ? kSingle : kInt8;
@@ -39,7 +41,8 @@ struct Rows {
   uint8_t* base;
   int64_t inputs;  // padded to a multiple of 64 (256 with super scales)
   int64_t kinds;
-  bool many = false;  // more than kFewForBytes belong together, of which these may be a panel
+  bool many = false;   // more than kFewForBytes belong together, of which these may be a panel
+  bool pairs = false;  // two chunks have one scale, and the first of them the `minus_zero` of both
   int64_t int8_bytes, half_bytes, single_bytes, row_bytes;
 
   Rows(uint8_t* base, int64_t inputs, int64_t kinds) : base(base), inputs(inputs), kinds(kinds) {
@@ -116,13 +119,40 @@ PHL_INLINE const float* input_step(const Input& in, int64_t row, int64_t at, int
   return space;
 }
 
+#if PHL_LEVEL == 2
+// Four whole chunks of a row from `at`, in registers. `q`: an addend, or null.
+PHL_INLINE void input_four(const float* p, const float* q, const float* norm, int64_t at, F scale, F (&v)[8]) {
+  for (int i = 0; i < 8; ++i) v[i] = Vec::loadf(p + at + 16 * i);
+  if (q != nullptr) {
+    for (int i = 0; i < 8; ++i) v[i] = Vec::add(v[i], Vec::loadf(q + at + 16 * i));
+  }
+  if (norm != nullptr) {
+    for (int i = 0; i < 8; ++i) v[i] = Vec::mul(Vec::mul(v[i], scale), Vec::loadf(norm + at + 16 * i));
+  }
+}
+#endif
+
 PHL_INLINE void prepare_row(const Input& in, int64_t row, const Rows& rows, int64_t to, bool write_sum) {
   const float inverse = in.norm != nullptr || in.sum != nullptr ? in.inverse_rms(row, write_sum) : 0.0f;
+  int64_t at = 0;
+#if PHL_LEVEL == 2
+  if ((rows.kinds & (kHalf | kSingle)) == 0) {
+    const bool summed = in.addend != nullptr && in.sum != nullptr && write_sum;
+    const float* p = summed ? in.sum + row * in.sum_stride : in.x + row * in.x_stride;
+    const float* q = summed || in.addend == nullptr ? nullptr : in.addend + row * in.addend_stride;
+    Activation* a = rows.int8(to);
+    for (; at + kStep <= in.n; at += kStep, a += 4) {
+      F v[8];
+      input_four(p, q, in.norm, at, Vec::set(inverse), v);
+      rows.pairs ? quantise_two_pairs(v, a) : quantise_four(v, a);
+    }
+  }
+#endif
   alignas(64) float space[kStep];
-  for (int64_t at = 0; at < rows.inputs; at += kStep) {
+  for (; at < rows.inputs; at += kStep) {
     const int chunks = rows.inputs - at >= kStep ? 4 : static_cast<int>((rows.inputs - at) / kChunk);
     const float* v = input_step(in, row, at, chunks, inverse, space);
-    if (rows.kinds & kInt8) quantise_chunks(v, rows.int8(to) + at / kChunk, chunks);
+    if (rows.kinds & kInt8) quantise_chunks(v, rows.int8(to) + at / kChunk, chunks, rows.pairs ? 2 : 1);
     if (rows.kinds & kHalf) {
       for (int i = 0; i < chunks * kChunk; i += kBlock) Vec::to_bf16(v + i, rows.half(to) + at + i);
     }
@@ -415,7 +445,11 @@ PHL_INLINE void run_blocks(const Segment& s, int64_t first, int64_t last, const 
 #if PHL_LEVEL == 2 && !PHL_AMX
       if constexpr (L::bits != 8) {  // those are bytes, with a scale per 32
         if (rows.bytes()) {
-          run_tile<L, AsBytes<L>>(s, block, blocks, rows, count, out, first_row, tile);
+          if (L::bits >= 4 && rows.pairs) {
+            run_tile<L, AsBytes<L, L::bits >= 4 ? 2 : 1>>(s, block, blocks, rows, count, out, first_row, tile);
+          } else {
+            run_tile<L, AsBytes<L, 1>>(s, block, blocks, rows, count, out, first_row, tile);
+          }
           continue;
         }
       }

@@ -43,9 +43,7 @@ PHL_INLINE F largest_of_four(const F (&v)[8]) {
   return _mm512_castsi512_ps(_mm512_max_epi32(all, _mm512_shuffle_i32x4(all, all, 0xb1)));
 }
 
-PHL_INLINE void quantise_four(const float* x, Activation* a) {
-  F v[8];
-  for (int i = 0; i < 8; ++i) v[i] = Vec::loadf(x + 16 * i);
+PHL_INLINE void quantise_four(const F (&v)[8], Activation* a) {
   const F all = largest_of_four(v);
   const F inverse = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(all, Vec::zero(), _CMP_GT_OQ), Vec::set(127.0f), all);
   const F s[4] = {_mm512_permute_ps(inverse, 0x00), _mm512_permute_ps(inverse, 0x55),
@@ -72,10 +70,45 @@ PHL_INLINE void quantise_four(const float* x, Activation* a) {
   store_numbers(of, a);
 }
 
+// Four chunks in two pairs: the integers, and in the first chunk of each pair what byte_kernel reads beside them.
+PHL_INLINE void quantise_two_pairs(const F (&v)[8], Activation* a) {
+  I m[2];
+  for (int p = 0; p < 2; ++p) {
+    m[p] = _mm512_castps_si512(Vec::larger(Vec::larger(v[4 * p], v[4 * p + 1]), Vec::larger(v[4 * p + 2], v[4 * p + 3])));
+  }
+  I all = _mm512_max_epi32(_mm512_unpacklo_epi32(m[0], m[1]), _mm512_unpackhi_epi32(m[0], m[1]));
+  __m256i half = _mm256_max_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  __m128i few = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  few = _mm_max_epi32(few, _mm_shuffle_epi32(few, 0x4e));  // first, second, first, second
+  const __m128 largest = _mm_castsi128_ps(few), scale = _mm_div_ps(largest, _mm_set1_ps(127.0f));
+  const __m128 inverse =
+      _mm_maskz_div_ps(_mm_cmp_ps_mask(largest, _mm_setzero_ps(), _CMP_GT_OQ), _mm_set1_ps(127.0f), largest);
+  I sum[2];
+  for (int p = 0; p < 2; ++p) {
+    const F s = _mm512_broadcastss_ps(p == 0 ? inverse : _mm_movehdup_ps(inverse));
+    I n[4];
+    for (int i = 0; i < 4; ++i) n[i] = _mm512_cvtps_epi32(Vec::mul(v[4 * p + i], s));
+    // Both packs work within 128 bits: fours of inputs come out as 0, 4, 8, 12, 1, 5, ...
+    const I q = _mm512_permutexvar_epi32(
+        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15),
+        _mm512_packs_epi16(_mm512_packs_epi32(n[0], n[1]), _mm512_packs_epi32(n[2], n[3])));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(a[2 * p].q), _mm512_castsi512_si256(q));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(a[2 * p + 1].q), _mm512_extracti64x4_epi64(q, 1));
+    sum[p] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(-128), q);  // unsigned: 128
+  }
+  all = _mm512_add_epi32(_mm512_unpacklo_epi32(sum[0], sum[1]), _mm512_unpackhi_epi32(sum[0], sum[1]));
+  half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  few = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  few = _mm_sub_epi32(_mm_setzero_si128(), _mm_add_epi32(few, _mm_shuffle_epi32(few, 0x4e)));
+  a[0].scale = _mm_cvtss_f32(scale);
+  a[2].scale = _mm_cvtss_f32(_mm_movehdup_ps(scale));
+  a[0].minus_zero = _mm_cvtsi128_si32(few);
+  a[2].minus_zero = _mm_extract_epi32(few, 1);
+}
+
 #endif
 
-PHL_INLINE void quantise_chunk(const float* x, Activation& a) {
-  const float largest = Vec::largest(Vec::larger(Vec::loadf(x), Vec::loadf(x + 16)));
+PHL_INLINE void quantise_chunk(const float* x, float largest, Activation& a) {
   Vec::quantise32(x, largest > 0.0f ? 127.0f / largest : 0.0f, a.q, a.half_sum);
   const float scale = largest / 127.0f;
   a.scale = scale;
@@ -85,11 +118,17 @@ PHL_INLINE void quantise_chunk(const float* x, Activation& a) {
   a.minus_zero = -128 * a.sum;
 }
 
-PHL_INLINE void quantise_chunks(const float* x, Activation* a, int chunks) {
-#if PHL_LEVEL == 2
-  if (chunks == 4) return quantise_four(x, a);
-#endif
-  for (int c = 0; c < chunks; ++c) quantise_chunk(x + c * kChunk, a[c]);
+// `joint` chunks (1 or 2, of which `chunks` is a multiple) have one scale; the `minus_zero` of all is in the first.
+PHL_INLINE void quantise_chunks(const float* x, Activation* a, int chunks, int joint) {
+  for (int c = 0; c < chunks; c += joint, x += joint * kChunk) {
+    F all = Vec::zero();
+    for (int i = 0; i < joint * kChunk; i += 16) all = Vec::larger(all, Vec::loadf(x + i));
+    const float largest = Vec::largest(all);
+    for (int i = 0; i < joint; ++i) {
+      quantise_chunk(x + i * kChunk, largest, a[c + i]);
+      if (i > 0) a[c].minus_zero += a[c + i].minus_zero;
+    }
+  }
 }
 
 }  // namespace

@@ -41,17 +41,34 @@ struct Vec {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), x);
   }
 
-  // 16 numbers as int16, each in both halves of its lane.
+  // 16 numbers modulo 2^16, each in both halves of its lane.
   static U twice16(F x) {
-    const __m512i y = _mm512_and_si512(_mm512_cvtps_epi32(x), _mm512_set1_epi32(0xffff));
-    return _mm512_or_si512(y, _mm512_slli_epi32(y, 16));
+    const __m128i both = _mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13);
+    return _mm512_shuffle_epi8(_mm512_cvtps_epi32(x), _mm512_broadcast_i32x4(both));
   }
-  // Bytes below 2^Bits times factor / 2^Bits plus offset, both of the byte's lane, / 64.
-  template <int Bits>
+  // (x * factor + offset) / 256 of bytes x, modulo 2^16 before the division; those of two registers' even bytes, and odd.
+  static U rescaled(U even, U odd, U factor, U offset) {
+    const U low = _mm512_add_epi16(_mm512_mullo_epi16(even, factor), offset);
+    const U high = _mm512_add_epi16(_mm512_mullo_epi16(odd, factor), offset);
+    return _mm512_mask_mov_epi8(_mm512_srli_epi16(low, 8), 0xaaaaaaaaaaaaaaaaull, high);
+  }
   static U rescale(U x, U factor, U offset) {
+    return rescaled(_mm512_and_si512(x, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(x, 8), factor, offset);
+  }
+  // The same of nibbles: the lower ones, or the upper ones.
+  static U rescale_low(U x, U factor, U offset) {
+    const U mask = _mm512_set1_epi16(15);
+    return rescaled(_mm512_and_si512(x, mask), _mm512_and_si512(_mm512_srli_epi16(x, 8), mask), factor, offset);
+  }
+  static U rescale_high(U x, U factor, U offset) {
+    const U mask = _mm512_set1_epi16(15);
+    return rescaled(_mm512_and_si512(_mm512_srli_epi16(x, 4), mask), _mm512_srli_epi16(x, 12), factor, offset);
+  }
+  // Bytes that use all eight bits times factor / 2^8 plus offset, both of the byte's lane, / 64.
+  static U rescale_wide(U x, U factor, U offset) {
     const U low = _mm512_and_si512(x, _mm512_set1_epi16(0xff)), high = _mm512_srli_epi16(x, 8);
-    const U even = _mm512_mulhrs_epi16(_mm512_slli_epi16(low, 15 - Bits), factor);
-    const U odd = _mm512_mulhrs_epi16(_mm512_slli_epi16(high, 15 - Bits), factor);
+    const U even = _mm512_mulhrs_epi16(_mm512_slli_epi16(low, 7), factor);
+    const U odd = _mm512_mulhrs_epi16(_mm512_slli_epi16(high, 7), factor);
     return _mm512_mask_mov_epi8(_mm512_srli_epi16(_mm512_add_epi16(even, offset), 6), 0xaaaaaaaaaaaaaaaaull,
                                 _mm512_slli_epi16(_mm512_add_epi16(odd, offset), 2));
   }

@@ -47,6 +47,8 @@ INT8, HALF, SINGLE = 1, 2, 4  # forms of the activations
 SPLIT = 14  # Q8_0 whose upper and lower halves of bytes lie apart, for weights as tall as a vocabulary
 TALL = 16384
 EXACT = 8  # beside them: weights keep their own form however many rows there are
+PAIRS = 16  # 64 inputs of a row have one scale where weights are bytes: with 4 to 6 bits in every part
+NOT_IN_PAIRS = {"Q2_K", "Q3_K", "Q8_0"}
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2}
 TILE_CHUNK = 768  # workspace of one unpacked block per 32 inputs, at most
 PANEL_BYTES = 768 << 10  # activations of one panel of rows: within a second-level cache
@@ -63,7 +65,7 @@ class PackedLinear:
     out_features: int
     padded_inputs: int
     kinds: tuple[str, ...]  # format of each part, as the checkpoint has it: "Q4_1", "BF16", ...
-    forms: int  # bits: INT8, HALF, SINGLE, EXACT
+    forms: int  # bits: INT8, HALF, SINGLE, EXACT, PAIRS
     paired: bool  # gate and up interleaved: `gated` can combine them
     nbytes: int
     dtype: torch.dtype  # the type that the model computes in
@@ -232,6 +234,8 @@ class NativeLinear:
         forms = EXACT if self.exact else 0
         for part in read:
             forms |= part.form
+        if not NOT_IN_PAIRS.intersection(part.kind for part in read):
+            forms |= PAIRS
         return PackedLinear(
             in_features, column, padded, tuple(part.kind for part in read), forms, paired,
             sum(data.numel() for data in memory), dtype, torch.tensor(segments), memory, self,

@@ -23,7 +23,8 @@ struct LinearArgs {
 
 PHL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Panels of rows: prepare (quantise), then multiply. Two panels alternate, so that one barrier a panel is enough.
+// Panels of rows, of one size: prepare (quantise), then multiply. Two panels alternate, so that one barrier a panel is
+// enough.
 // f(rows of the panel, first row, count) multiplies a thread's share.
 template <class A, class G>
 PHL_INLINE void over_panels(const A& a, Team& team, const Input& in, uint8_t* space, G&& f) {
@@ -38,15 +39,16 @@ PHL_INLINE void over_panels(const A& a, Team& team, const Input& in, uint8_t* sp
     f(rows, 0, a.rows);
     return;
   }
-  for (int64_t first = 0, turn = 0; first < a.rows; first += a.panel_rows, turn ^= 1) {
-    const int64_t count = smaller(a.panel_rows, a.rows - first);
+  int64_t turn = 0;
+  even_parts(a.rows, a.panel_rows, [&](int64_t first, int64_t count) {
     rows.base = space + turn * a.panel_rows * rows.row_bytes;
+    turn ^= 1;
     team.split(count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) prepare_row(in, first + row, rows, row, true);
     });
     team.barrier();
     f(rows, first, count);
-  }
+  });
 }
 
 // Multiplies this thread's blocks; threads without workspace have none.

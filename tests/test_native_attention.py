@@ -55,6 +55,7 @@ CASES = {
     "tiny odd head": ([1, 3], [5, 70], 2, 2, 5, 3),
     "extend": ([70, 1, 33, 2], [70, 200, 97, 300], 9, 3, 64, 16),
     "extend, odd everything": ([67, 13], [131, 13], 6, 2, 80, 1),
+    "mixed step": ([1] * 9 + [50] + [1] * 8, [*range(90, 99), 60, *range(280, 288)], 9, 3, 64, 16),
     "no grouping": ([1, 20], [130, 20], 5, 5, 32, 7),
 }
 
@@ -112,7 +113,7 @@ def test_streamed_decode_is_precise(ops: Ops) -> None:
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
 def test_results_do_not_depend_on_threads_or_neighbours(kind: torch.dtype) -> None:
     torch.manual_seed(1)
-    queries, lengths = [1, 40, 1, 7], [900, 60, 3, 300]
+    queries, lengths = [1, 40, 1, 7, *[1] * 16], [900, 60, 3, 300, *range(70, 86)]
     batch, pages = make_batch(queries, lengths, 16)
     q = torch.randn(sum(queries), 6, 64)
     k, v = (torch.randn(pages, 2, 16, 64) for _ in "kv")

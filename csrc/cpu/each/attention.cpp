@@ -215,25 +215,28 @@ struct Sharing {
 struct TaskCursor {
   const AttentionArgs& a;
   const Sharing& sharing;
-  int64_t sets;  // of kv heads
+  int64_t heads;  // kv heads of a task for a single token; of a block's, one
   int64_t row = 0, before = 0, set = 0, part = 0;
   RowPlan plan;
 
-  PHL_INLINE TaskCursor(const AttentionArgs& a, const Sharing& sharing, int64_t sets)
-      : a(a), sharing(sharing), sets(sets), plan(a.rows > 0 ? plan_row(a, 0) : RowPlan{}) {}
+  PHL_INLINE TaskCursor(const AttentionArgs& a, const Sharing& sharing, int64_t heads)
+      : a(a), sharing(sharing), heads(heads), plan(a.rows > 0 ? plan_row(a, 0) : RowPlan{}) {}
+
+  PHL_INLINE int64_t heads_of_task() const { return plan.tokens == 1 ? heads : 1; }
+  PHL_INLINE int64_t tasks() const { return (plan.blocks - sharing.of(row)) * (a.kv_heads / heads_of_task()); }
 
   PHL_INLINE void seek(int64_t task) {
-    while (task - before >= (plan.blocks - sharing.of(row)) * sets) {
-      before += (plan.blocks - sharing.of(row)) * sets;
+    while (task - before >= tasks()) {
+      before += tasks();
       plan = plan_row(a, ++row);
     }
+    const int64_t sets = a.kv_heads / heads_of_task(), at = (task - before) / sets;
     set = (task - before) % sets;
-    const int64_t at = (task - before) / sets;
     // The longest first: the last block of a prompt, the first split of a row.
     part = plan.tokens == 1 ? sharing.of(row) + at : plan.blocks - 1 - at;
   }
-  PHL_INLINE Stretch stretch(int64_t heads) const {
-    return {row, set * heads, split_range(a, plan.range, plan.splits, part)};
+  PHL_INLINE Stretch stretch() const {
+    return {row, set * heads_of_task(), split_range(a, plan.range, plan.splits, part)};
   }
 };
 
@@ -267,14 +270,15 @@ PHL_INLINE int64_t heads_of_task(const AttentionArgs& a, int64_t tasks, int size
   return heads;
 }
 
-constexpr int64_t kLookAheadRows = 24;
+constexpr int64_t kLookAheadTokens = 24;
 
-// Lists what this thread's share of the rows will read in the next layer's cache.
+// Lists what this thread's share of the rows of one token, which compute little, will read in the next layer's cache.
 void look_ahead(const AttentionArgs& a, const Sharing& sharing, const Team& team, int64_t page_bytes) {
   NextCache& next = next_cache();
   next.done(a.k_cache, a.v_cache, page_bytes);
   for (int64_t row = team.thread; row < a.rows; row += team.size) {
     const RowPlan plan = plan_row(a, row);
+    if (plan.tokens != 1) continue;
     const int64_t first = plan.range.begin > sharing.own_from(a, row, plan) ? plan.range.begin
                                                                           : sharing.own_from(a, row, plan);
     const int32_t* pages = a.page_table + row * a.pages_per_row;
@@ -286,31 +290,32 @@ void look_ahead(const AttentionArgs& a, const Sharing& sharing, const Team& team
 
 template <bool kInt8>
 void attend(const AttentionArgs& a, Team& team) {
-  int64_t parts = 0;
-  bool merge = false, single = true;
+  int64_t parts = 0, blocks = 0, tokens = 0;  // parts of rows of one token, blocks of others
+  bool merge = false;
   Sharing sharing;
   if constexpr (kInt8) sharing.look(a);
   for (int64_t row = 0; row < a.rows; ++row) {
     const RowPlan plan = plan_row(a, row);
-    parts += plan.blocks - sharing.of(row);
+    (plan.tokens == 1 ? parts : blocks) += plan.blocks - sharing.of(row);
     merge |= plan.splits > 1;
-    single &= plan.tokens <= 1;
+    tokens += plan.tokens;
   }
   float* scratch = a.scratch + team.thread * a.scratch_stride;
   const bool can_stream = kInt8 || (a.heads / a.kv_heads <= kMaxStreamGroup && a.head_size % W == 0);
-  const int64_t heads = single && can_stream ? heads_of_task(a, parts, team.size) : 1, sets = a.kv_heads / heads;
-  TaskCursor cursor(a, sharing, sets), guess(a, sharing, sets);
-  team.tasks(parts * sets, [&](int64_t task) {
+  const int64_t heads = can_stream ? heads_of_task(a, parts, team.size) : 1;
+  const int64_t tasks = parts * (a.kv_heads / heads) + blocks * a.kv_heads;
+  TaskCursor cursor(a, sharing, heads), guess(a, sharing, heads);
+  team.tasks(tasks, [&](int64_t task) {
     cursor.seek(task);
     const RowPlan& plan = cursor.plan;
-    const Stretch own = cursor.stretch(heads);
+    const Stretch own = cursor.stretch();
     Stretch next{};
-    if (single && can_stream && task + team.size < parts * sets) {
+    if (plan.tokens == 1 && can_stream && task + team.size < tasks) {
       guess.seek(task + team.size);
-      next = guess.stretch(heads);
+      if (guess.plan.tokens == 1) next = guess.stretch();
     }
     if constexpr (kInt8) {
-      share_task(a, sharing, plan, own, next, heads, cursor.part, scratch);
+      share_task(a, sharing, plan, own, next, cursor.heads_of_task(), cursor.part, scratch);
     } else if (plan.tokens == 1 && can_stream) {
       stream_task(a, plan, own, next, heads, cursor.part, scratch);
     } else {
@@ -318,7 +323,7 @@ void attend(const AttentionArgs& a, Team& team) {
     }
   });
   // Only kernels for more rows than kFewForBytes (linear/job.h) ask for the list, and those of this level alone.
-  if (PHL_LEVEL == 2 && single && a.rows > kLookAheadRows) look_ahead(a, sharing, team, a.page_stride * (kInt8 ? 1 : 2));
+  if (PHL_LEVEL == 2 && tokens > kLookAheadTokens) look_ahead(a, sharing, team, a.page_stride * (kInt8 ? 1 : 2));
   if (!merge) return;
   team.barrier();
   team.split(a.rows * a.heads, 8, [&](int64_t begin, int64_t end) {

@@ -363,14 +363,9 @@ void unpack_chunk(const uint8_t* unit, const uint8_t* lower, int c, int f, float
   }
 }
 
-struct Part {  // as `Segment` of linear/job.h
-  const uint8_t* data;
-  int64_t layout, blocks, features, first_column, half;
-};
-
 struct RowsArgs {
   const int64_t* ids;
-  const Part* parts;
+  const Segment* parts;
   float* out;
   int64_t count, inputs, padded_inputs, part_count, out_stride;
   double scale;
@@ -389,7 +384,7 @@ void dense_row(const uint8_t* p, int64_t layout, int f, int64_t inputs, float* o
   }
 }
 
-void packed_row(const Part& part, int64_t block, int f, const RowsArgs& a, float* out) {
+void packed_row(const Segment& part, int64_t block, int f, const RowsArgs& a, float* out) {
   if (is_dense(static_cast<int>(part.layout))) {
     const int64_t bytes = a.padded_inputs * kBlock * dense_bytes(static_cast<int>(part.layout));
     return dense_row(part.data + block * bytes, part.layout, f, a.inputs, out);
@@ -417,7 +412,7 @@ void packed_row(const Part& part, int64_t block, int f, const RowsArgs& a, float
 // Row `id` of the fused matrix; false: there is no such row.
 bool find_row(const RowsArgs& a, int64_t id, float* out) {
   for (int64_t i = 0; i < a.part_count; ++i) {
-    const Part& part = a.parts[i];
+    const Segment& part = a.parts[i];
     const int64_t at = id - part.first_column, n = part.half ? 2 * part.half : part.features;
     if (at < 0 || at >= n) continue;
     const int64_t block = part.half ? at % part.half / kBlock * 2 + at / part.half : at / kBlock;

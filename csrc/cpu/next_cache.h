@@ -19,6 +19,7 @@ class NextCache {
  public:
   static constexpr int64_t kBytes = 8 << 20;  // of all threads together: what a third-level cache holds beside weights
   static constexpr int kPages = 4096, kCaches = 256;
+  static constexpr int64_t kFewRows = 24;  // with so many or fewer, no kernel asks (linear/job.h)
 
   // Attention over this cache is done: forgets what is left of the list, and points at the cache that came after this
   // one the last time.

@@ -270,8 +270,6 @@ PHL_INLINE int64_t heads_of_task(const AttentionArgs& a, int64_t tasks, int size
   return heads;
 }
 
-constexpr int64_t kLookAheadTokens = 24;
-
 // Lists what this thread's share of the rows of one token, which compute little, will read in the next layer's cache.
 void look_ahead(const AttentionArgs& a, const Sharing& sharing, const Team& team, int64_t page_bytes) {
   NextCache& next = next_cache();
@@ -322,8 +320,8 @@ void attend(const AttentionArgs& a, Team& team) {
       block_task(a, plan, own, cursor.part, scratch);
     }
   });
-  // Only kernels for more rows than kFewForBytes (linear/job.h) ask for the list, and those of this level alone.
-  if (PHL_LEVEL == 2 && tokens > kLookAheadTokens) look_ahead(a, sharing, team, a.page_stride * (kInt8 ? 1 : 2));
+  // Kernels of other levels do not ask for the list.
+  if (PHL_LEVEL == 2 && tokens > NextCache::kFewRows) look_ahead(a, sharing, team, a.page_stride * (kInt8 ? 1 : 2));
   if (!merge) return;
   team.barrier();
   team.split(a.rows * a.heads, 8, [&](int64_t begin, int64_t end) {

@@ -9,13 +9,8 @@ namespace phl {
 namespace PHL_NS {
 namespace {
 
-struct Part {  // as `Segment` of linear/job.h
-  const uint8_t* data;
-  int64_t layout, blocks, features, first_column, half;
-};
-
 struct ScreenArgs {
-  const Part* parts;  // one, of a layout that is not split
+  const Segment* parts;  // one, of a layout that is not split
   uint8_t* target;    // as kQ4S, in as many blocks
   int64_t* unfit;     // how many groups of weights do not fit: not finite, or too large
   int64_t inputs;     // padded to whole units
@@ -97,7 +92,7 @@ int64_t screen_chunk(const Floats& in, uint8_t* scales, uint8_t* chunk) {
 
 void linear_screen(const ScreenArgs& a, Team& team) {
   using To = Q4S;
-  const Part& part = a.parts[0];
+  const Segment& part = a.parts[0];
   const int layout = static_cast<int>(part.layout);
   const int64_t units = a.inputs / To::unit_k, bytes = a.inputs / unit_inputs(layout) * unit_size(layout);
   team.tasks(part.blocks, [&](int64_t block) {

@@ -12,21 +12,6 @@ namespace phl {
 namespace PHL_NS {
 namespace {
 
-// A part of a fused layer: blocks of one layout whose features are consecutive output columns. With `half`, blocks
-// alternate between the first and the second `half` columns (gate and up), so that a pair can be combined.
-struct Segment {
-  const uint8_t* data;
-  int64_t layout, blocks, features, first_column, half;
-
-  PHL_INLINE int64_t column(int64_t block) const {
-    return half ? first_column + (block & 1) * half + (block >> 1) * kBlock : first_column + block * kBlock;
-  }
-  PHL_INLINE int64_t valid(int64_t block) const {
-    const int64_t left = features - block * kBlock;
-    return left < kBlock ? left : kBlock;
-  }
-};
-
 // Forms of the activations that a layer's segments need. kExact: weights keep their form however many rows there are.
 // kPairs: where they are bytes, chunks of activations have one scale by twos, which weights of two and three bits, whose
 // noise is large already, and those of eight, which are not rounded again, do not bear.
@@ -285,6 +270,7 @@ constexpr int kBytesARow = 44;
 // Up to so many rows, several passes over packed weights in the first-level cache beat unpacking; and making bytes.
 // Bytes that are split take longer to unpack.
 constexpr int64_t kFewRows = 4 * Vec::small_rows, kFewForBytes = 3 * Vec::small_rows, kFewOfSplit = 2 * Vec::small_rows;
+static_assert(PHL_LEVEL != 2 || kFewForBytes == NextCache::kFewRows);
 
 // Where a kernel puts `rows` from `row`: `out` itself, or `y`, to be finished.
 struct Place {

@@ -129,6 +129,21 @@ inline int64_t unit_size(int layout) {
   return with_quantised(layout, [](auto l) { return int64_t{decltype(l)::unit_bytes + decltype(l)::lower_bytes}; });
 }
 
+// A part of a fused layer: blocks of one layout whose features are consecutive output columns. With `half`, blocks
+// alternate between the first and the second `half` columns (gate and up), so that a pair can be combined.
+struct Segment {
+  const uint8_t* data;
+  int64_t layout, blocks, features, first_column, half;
+
+  PHL_INLINE int64_t column(int64_t block) const {
+    return half ? first_column + (block & 1) * half + (block >> 1) * kBlock : first_column + block * kBlock;
+  }
+  PHL_INLINE int64_t valid(int64_t block) const {
+    const int64_t left = features - block * kBlock;
+    return left < kBlock ? left : kBlock;
+  }
+};
+
 // One row of quantised activations is a line of these, one per chunk: everything a kernel needs of 32 inputs.
 struct alignas(64) Activation {
   int8_t q[32];

@@ -87,8 +87,9 @@ def test_experts_have_no_limits(tmp_path: Path) -> None:
         run(tiny_checkpoint("qwen3_moe", tmp_path / "moe"))
 
 
-def test_counted_off_a_model(tiny: Path) -> None:
-    """Against the sizes in the tiny model's configuration; a weight in int8 takes a byte at least."""
+@pytest.mark.parametrize("bits", [4, 8])
+def test_counted_off_a_model(tiny: Path, bits: int) -> None:
+    """Against the sizes in the tiny model's configuration; a weight takes its bits at least, and is computed in int8."""
     from phloem.core.config import Config
     from phloem.engine import worker
     from phloem.utils.checkpoint import describe
@@ -97,7 +98,7 @@ def test_counted_off_a_model(tiny: Path) -> None:
         native.runtime()
     except native.Unavailable:
         pytest.skip("the native library is not built here")
-    settings = {"quantization": "int8", "dtype": "bfloat16", "max_total_tokens": 256, "threads": 1}
+    settings = {"quantization": f"int{bits}", "dtype": "bfloat16", "max_total_tokens": 256, "threads": 1}
     config = Config.from_flat({"model_path": str(tiny), **settings})
     checkpoint = describe(str(tiny))
     built = worker.build(config, checkpoint, lambda phase, seconds: None)
@@ -110,6 +111,6 @@ def test_counted_off_a_model(tiny: Path) -> None:
     layer = 2 * c["hidden_size"] * size * (c["num_attention_heads"] + c["num_key_value_heads"])
     layer += 3 * c["hidden_size"] * c["intermediate_size"]
     assert found.int8 == 2 * c["num_hidden_layers"] * layer and found.bf16 == 0
-    assert found.head_int8 == 2 * c["vocab_size"] * c["hidden_size"]
-    assert found.weight_bytes >= (found.int8 + found.head_int8) // 2
+    assert found.head_int8 + found.head_bf16 == 2 * c["vocab_size"] * c["hidden_size"]
+    assert found.weight_bytes >= (found.int8 + found.head_int8) // 2 * bits // 8
     assert found.kv_bytes == 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * size * 2

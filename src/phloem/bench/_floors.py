@@ -19,7 +19,7 @@ from phloem.bench.kernels import Limits
 from phloem.core.errors import BadRequest
 from phloem.kernels import native
 from phloem.kernels._native_screen import ROWS as SCREEN_ROWS
-from phloem.kernels.native_linear import INT8
+from phloem.kernels.native_linear import HALF, SINGLE
 from phloem.kvcache.pool import KVPool
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def work_of(model: Any, pool: KVPool) -> Work:
         if weight is embedding and head is not embedding:
             continue  # of which a step reads a row for each token
         read += weight.value.nbytes
-        kind = "int8" if weight.value.forms == INT8 else "bf16"
+        kind = "bf16" if weight.value.forms & (HALF | SINGLE) else "int8"
         counts[f"head_{kind}" if weight is head else kind] += 2 * sum(prod(shape) for shape in weight.shapes)
     specs = model.attention_specs
     packed = head.value

@@ -234,7 +234,7 @@ class NativeLinear:
         forms = EXACT if self.exact else 0
         for part in read:
             forms |= part.form
-        if not NOT_IN_PAIRS.intersection(part.kind for part in read):
+        if forms & INT8 and not NOT_IN_PAIRS.intersection(part.kind for part in read):
             forms |= PAIRS
         return PackedLinear(
             in_features, column, padded, tuple(part.kind for part in read), forms, paired,

@@ -89,7 +89,7 @@ def test_experts_have_no_limits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_counted_off_a_model(tiny: Path, bits: int) -> None:
-    """Against the sizes in the tiny model's configuration; a weight takes its bits at least, and is computed in int8."""
+    """Against the sizes in the tiny model's configuration; weights take their bits at least, and compute in int8."""
     from phloem.core.config import Config
     from phloem.engine import worker
     from phloem.utils.checkpoint import describe

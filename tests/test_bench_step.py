@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from phloem.bench import step
-from phloem.bench._timeline import covered, device_figures, device_spans, idle_share, launch_count
+from phloem.bench._timeline import covered, device_figures, device_spans, host_ops, idle_share, launch_count
 from phloem.core.errors import BadRequest
 from phloem.testing.checkpoints import tiny_checkpoint
 
@@ -110,6 +110,9 @@ def test_on_a_cpu_it_tells_what_is_outside_the_replay(
         assert record["replayed_steps"] == 6 and 0 < record["outside_replay"] < 1
         assert "outside the native step replay" in text
         assert sum(item.get("name") == "replay of a step of 2 rows" for item in events) == 6
+        layers = json.loads((tiny / "config.json").read_text())["num_hidden_layers"]
+        assert [op["count"] for op in json.loads(output.read_text())["top"] if op["name"] == "linear"] == [4 * layers]
+        assert " linear\n" in text
 
 
 def test_eager_steps_and_dummy_weights(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +123,20 @@ def test_eager_steps_and_dummy_weights(tiny: Path, tmp_path: Path, capsys: pytes
     with gzip.open(trace, "rt") as file:
         names = {item.get("name") for item in json.load(file)["traceEvents"]}
     assert "aten::mm" in names or "aten::linear" in names  # of the runner's own thread
+    assert "aten::" in text
+
+
+def test_an_operators_own_time() -> None:
+    def op(name: str, ts: float, dur: float, tid: int = 1) -> dict[str, Any]:
+        return {"ph": "X", "cat": "cpu_op", "name": name, "ts": ts, "dur": dur, "tid": tid}
+
+    events = [op("linear", 0, 100), op("t", 1, 9), op("mm", 10, 80), op("add", 100, 30), op("mm", 50, 40, tid=2)]
+    found = host_ops({"traceEvents": events}, steps=2, top=3)
+    assert found == [
+        {"name": "mm", "ms": pytest.approx(0.06), "count": 1.0},
+        {"name": "add", "ms": pytest.approx(0.015), "count": 0.5},
+        {"name": "linear", "ms": pytest.approx(0.0055), "count": 0.5},
+    ]
 
 
 def test_figures_of_a_device_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

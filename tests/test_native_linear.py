@@ -9,7 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import GGUF_TYPES, Source, as_int8, cases, levels, make_source, meets_bytes, needs_native, shared_inputs
+from linear_cases import (
+    GGUF_TYPES,
+    Source,
+    as_int8,
+    cases,
+    levels,
+    make_source,
+    meets_bytes,
+    needs_native,
+    shared_inputs,
+)
 
 from phloem.core.errors import ConfigError
 from phloem.kernels import native

@@ -96,3 +96,26 @@ def device_figures(trace: dict[str, Any], steps: int, top: int = 8) -> dict[str,
         "kernels": len(spans) / steps,
         "top": [{"name": name, "ms": sum(times) / steps / 1e3, "count": len(times) / steps} for name, times in largest],
     }
+
+
+def host_ops(trace: dict[str, Any], steps: int, top: int = 8) -> list[dict[str, Any]]:
+    """The `top` of torch's operators on the host by their own time, what they call not counted: milliseconds and calls
+    per step, on average."""
+    own: dict[str, float] = defaultdict(float)
+    calls: dict[str, int] = defaultdict(int)
+    threads: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for event in _events(trace):
+        if event.get("cat") == "cpu_op":
+            threads[event.get("tid")].append(event)
+    for events in threads.values():
+        around: list[dict[str, Any]] = []
+        for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
+            while around and around[-1]["ts"] + around[-1]["dur"] <= event["ts"]:
+                around.pop()
+            if around:
+                own[around[-1]["name"]] -= event["dur"]
+            own[event["name"]] += event["dur"]
+            calls[event["name"]] += 1
+            around.append(event)
+    largest = sorted(own.items(), key=lambda item: -item[1])[:top]
+    return [{"name": name, "ms": time / steps / 1e3, "count": calls[name] / steps} for name, time in largest]

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ import numpy as np
 
 from phloem.bench._report import context as machine_context
 from phloem.bench._report import write_line
-from phloem.bench._timeline import device_figures, idle_share
+from phloem.bench._timeline import device_figures, host_ops, idle_share
 from phloem.cli._options import parse
 from phloem.core.batch import FROM_DEVICE, Admission, Batch
 from phloem.core.config import opt
@@ -25,12 +27,16 @@ from phloem.core.errors import BadRequest
 from phloem.core.request import SamplingParams
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from phloem.core.batch import Runner, StepOutput
     from phloem.core.config import Config
+    from phloem.engine.graphs import RecordedStep
     from phloem.engine.runner import ModelRunner
 
-WARM = 8  # decode steps before those that count: graphs are recorded and kernels compiled in them
+WARM = 16  # decode steps before those that count: graphs are recorded and kernels compiled in them
 PREFILLS = 3
+REPLAYS = 9  # over which a recorded step's ops are timed
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Options:
     trace: str | None = opt(
         None, "File for the trace of the decode steps, to be opened in Perfetto (.json or .json.gz)."
     )
-    top: int = opt(8, "Kernels to name.")
+    top: int = opt(8, "Kernels or ops to name.")
     limits: bool = opt(False, "Compare with what this CPU can read and compute, measured in turns with the steps.")
     turns: int = opt(5, "Turns of --limits.")
     output: str | None = opt(None, "File to append a JSON line to.")
@@ -184,7 +190,8 @@ def _traced(decode: _Decode, options: Options) -> dict[str, Any]:
         decode.run(WARM, options.steps)
         window.append(perf_counter())
 
-    with _replays_into(replays):
+    recorded: list[RecordedStep[Any, Any]] = []
+    with _replays_into(replays, recorded):
         trace = traced(work, Path(options.trace) if options.trace else None)
     found: dict[str, Any] = {"wall_ms": wall / options.steps * 1e3, "tok_per_s": options.batch * options.steps / wall}
     device = device_figures(trace, options.steps, options.top)
@@ -194,12 +201,29 @@ def _traced(decode: _Decode, options: Options) -> dict[str, Any]:
         found["outside_forward"] = max(0.0, 1.0 - forward / wall)
         found["outside_replay"] = idle_share(replays, (window[0], window[1])) if replays else None
         found["replayed_steps"] = len(replays)
+        timed = getattr(recorded[-1].graph, "replay_timed", None) if recorded else None
+        found["top"] = _timed_ops(timed, options.top) if timed else host_ops(trace, options.steps, options.top)
     return found
 
 
+def _timed_ops(replay_timed: Callable[[], list[tuple[str, bool, int]]], top: int) -> list[dict[str, Any]]:
+    """A recorded step's largest ops: milliseconds (medians over replays) and calls of a step."""
+    runs: list[dict[str, int]] = []
+    calls: Counter[str] = Counter()
+    for _ in range(REPLAYS):
+        times: Counter[str] = Counter()
+        calls.clear()
+        for name, _alone, nanoseconds in replay_timed():
+            times[name] += nanoseconds
+            calls[name] += 1
+        runs.append(times)
+    ops = [{"name": name, "ms": median(run[name] for run in runs) / 1e6, "count": calls[name]} for name in calls]
+    return sorted(ops, key=lambda op: -op["ms"])[:top]
+
+
 @contextlib.contextmanager
-def _replays_into(found: list[tuple[float, float]]) -> Generator[None]:
-    """Note when recorded steps are replayed, and mark them in the trace."""
+def _replays_into(found: list[tuple[float, float]], steps: list[RecordedStep[Any, Any]]) -> Generator[None]:
+    """Note when recorded steps are replayed, and which, and mark them in the trace."""
     from torch.profiler import record_function
 
     from phloem.engine.graphs import RecordedStep
@@ -211,6 +235,7 @@ def _replays_into(found: list[tuple[float, float]]) -> Generator[None]:
         with record_function(f"replay of a step of {step.rows} rows"):
             given = replay(step)
         found.append((begun, perf_counter()))
+        steps.append(step)
         return given
 
     RecordedStep.replay = noted  # pyright: ignore[reportAttributeAccessIssue]
@@ -232,10 +257,15 @@ def _show(record: dict[str, Any]) -> None:
         else:
             where += "; the steps ran eagerly, none was replayed"
         print(f"{head}, {where}")
+        _show_top(record)
         return
     print(
         f"{head}; traced: device busy {record['device_busy_ms']:.3f} of {record['device_wall_ms']:.3f} ms, "
         f"idle {record['device_idle']:.1%}, {record['launches']:.1f} launches, {record['kernels']:.1f} kernels a step"
     )
+    _show_top(record)
+
+
+def _show_top(record: dict[str, Any]) -> None:
     for kernel in record["top"]:
         print(f"  {kernel['ms']:8.4f} ms  {kernel['count']:6.1f} times  {kernel['name'][:100]}")

@@ -217,8 +217,9 @@ def _timed_ops(replay_timed: Callable[[], list[tuple[str, bool, int]]], top: int
             times[name] += nanoseconds
             calls[name] += 1
         runs.append(times)
-    ops = [{"name": name, "ms": median(run[name] for run in runs) / 1e6, "count": calls[name]} for name in calls]
-    return sorted(ops, key=lambda op: -op["ms"])[:top]
+    found = {name: median(run[name] for run in runs) / 1e6 for name in calls}
+    largest = sorted(found, key=lambda name: -found[name])[:top]
+    return [{"name": name, "ms": found[name], "count": calls[name]} for name in largest]
 
 
 @contextlib.contextmanager

@@ -86,6 +86,15 @@ def test_many_rows_meet_bytes(kind: str, rows: int) -> None:
     check(linear.linear(x, weight, None), as_int8(x, shared_inputs(kind, rows, exact=False)), got, 3e-6)
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "dense"])
+def test_no_rows(linear: NativeLinear, kind: str) -> None:
+    weight = pack(linear, Source.dense_of(random(20, 64)) if kind == "dense" else make_source(kind, 20, 2, seed=1))
+    nothing = torch.empty(0, 64)
+    out, total = linear.fused(nothing, weight, addend=nothing, norm=torch.ones(64), eps=1e-6)
+    assert out.shape == (0, 20) and total is not None and total.shape == (0, 64)
+    assert linear.linear_argmax(nothing, weight).shape == (0,)
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_a_feature_of_zeros_stays_zero(kind: str) -> None:
     native.table(2)

@@ -256,9 +256,10 @@ PHL_INLINE void with_count(int64_t n, G&& f) {
   f(Count<Max>{});
 }
 
-// Calls f(first, count) over `rows` in as equal parts as can be, of at most `most`.
+// Calls f(first, count) over `rows` in as equal parts as can be, of at most `most`; not at all over none.
 template <class G>
 PHL_INLINE void even_parts(int64_t rows, int64_t most, G&& f) {
+  if (rows == 0) return;
   const int64_t parts = (rows + most - 1) / most;
   for (int64_t i = 0; i < parts; ++i) {
     const int64_t begin = rows * i / parts;

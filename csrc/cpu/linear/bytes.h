@@ -2,9 +2,10 @@
 // bits keep their scale per 32: they have as many instructions already, and rounding them again costs what it costs.
 //
 // Per 32 inputs and row a packed layout costs two or three float instructions beside its eight integer ones (four to
-// six with a scale per 16 inputs): scale, minimum, activation scale. Here a weight is (byte - 128) * scale, so that one
-// is left, and one more per scale. Making the bytes takes as long as multiplying some eight rows. One scale for a
-// whole feature took a perplexity more than 1 % from float32 (docs/benchmarks.md).
+// six with a scale per 16 inputs): scale, minimum, activation scale. Here a weight is (byte - 128) * scale, so that one is
+// left (half of one where activations come in pairs), and one more per scale. Making the bytes takes as long as
+// multiplying some six rows. One scale for a whole feature took a perplexity more than 1 % from float32
+// (docs/benchmarks.md).
 #pragma once
 
 #include "kernels.h"

@@ -13,6 +13,7 @@ import pytest
 from phloem.bench import step
 from phloem.bench._timeline import covered, device_figures, device_spans, host_ops, idle_share, launch_count
 from phloem.core.errors import BadRequest
+from phloem.engine.decode import PATIENCE, PATIENCE_ON_CPU
 from phloem.testing.checkpoints import tiny_checkpoint
 
 
@@ -124,6 +125,10 @@ def test_eager_steps_and_dummy_weights(tiny: Path, tmp_path: Path, capsys: pytes
         names = {item.get("name") for item in json.load(file)["traceEvents"]}
     assert "aten::mm" in names or "aten::linear" in names  # of the runner's own thread
     assert "aten::" in text
+
+
+def test_steps_are_recorded_before_they_are_timed() -> None:
+    assert max(PATIENCE, PATIENCE_ON_CPU) < step.WARM
 
 
 def test_an_operators_own_time() -> None:

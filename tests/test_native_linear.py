@@ -86,6 +86,24 @@ def test_many_rows_meet_bytes(kind: str, rows: int) -> None:
     check(linear.linear(x, weight, None), as_int8(x, shared_inputs(kind, rows, exact=False)), got, 3e-6)
 
 
+@pytest.mark.parametrize("other", ["Q3_K", "Q8_0", "Q6_K", "dense"])
+def test_parts_of_one_layer_share_their_activations(other: str) -> None:
+    """A part that does not bear a scale for 64 inputs keeps the whole layer from it."""
+    native.table(2)
+    linear = NativeLinear(native.runtime())
+    rows, columns = 40, 512
+    lone = make_source("Q4_0", 32, columns // 32, seed=1)
+    blocks = columns // (256 if other.endswith("_K") else 32)
+    beside = (
+        Source.dense_of(random(32, columns, seed=2)) if other == "dense" else make_source(other, 32, blocks, seed=2)
+    )
+    x = random(rows, columns, seed=3)
+    weight = pack(linear, lone, beside)
+    values = multiplied_by(linear, weight, rows)[:32]
+    kind = other if other in ("Q3_K", "Q8_0") else "Q4_0"
+    check(linear.linear(x, weight, None)[:, :32], as_int8(x, shared_inputs(kind, rows, exact=False)), values, 3e-6)
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "dense"])
 def test_no_rows(linear: NativeLinear, kind: str) -> None:
     weight = pack(linear, Source.dense_of(random(20, 64)) if kind == "dense" else make_source(kind, 20, 2, seed=1))

@@ -27,10 +27,10 @@ PHL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // enough.
 // f(rows of the panel, first row, count) multiplies a thread's share.
 template <class A, class G>
-PHL_INLINE void over_panels(const A& a, Team& team, const Input& in, uint8_t* space, G&& f) {
+PHL_INLINE void over_panels(const A& a, int64_t segments, Team& team, const Input& in, uint8_t* space, G&& f) {
   Rows rows(space, a.padded_inputs, a.kinds);
   rows.many = a.rows > kFewForBytes;
-  rows.pairs = rows.bytes() && (a.kinds & kPairs) != 0;
+  rows.pairs = rows.bytes() && in_pairs(a.segments, segments);
   if (a.alone) {
     rows.base += team.thread * a.rows * rows.row_bytes;
     if (team.thread < a.threads) {
@@ -66,7 +66,7 @@ void linear(const LinearArgs& a, Team& team) {
   const int size = static_cast<int>(smaller(team.size, a.threads));
   const Input in{a.x, a.addend, a.norm, a.sum, a.inputs, a.x_stride, a.addend_stride, a.sum_stride, float(a.eps)};
   const Output out{a.out, a.bias, a.residual, a.out_stride, a.residual_stride, a.epilogue, nullptr, nullptr};
-  over_panels(a, team, in, a.workspace + size * a.tile_bytes, [&](const Rows& rows, int64_t first, int64_t count) {
+  over_panels(a, a.segment_count, team, in, a.workspace + size * a.tile_bytes, [&](const Rows& rows, int64_t first, int64_t count) {
     multiply(a, team, size, rows, count, out, first);
   });
 }
@@ -110,7 +110,7 @@ void linear_argmax(const LinearArgmaxArgs& a, Team& team) {
   auto* values = reinterpret_cast<float*>(best + team.thread * a.best_bytes);
   auto* indices = reinterpret_cast<int32_t*>(values + a.panel_rows * kBlock);
   const Output out{nullptr, a.bias, nullptr, 0, 0, kBest, values, indices};
-  over_panels(a, team, in, best + size * a.best_bytes, [&](const Rows& rows, int64_t first, int64_t count) {
+  over_panels(a, a.segment_count, team, in, best + size * a.best_bytes, [&](const Rows& rows, int64_t first, int64_t count) {
     if (team.thread < size) {
       for (int64_t i = 0; i < count * kBlock; ++i) values[i] = -__builtin_inff(), indices[i] = INT32_MAX;
     }
@@ -151,7 +151,7 @@ void linear_argmax_screened(const LinearScreenedArgs& a, Team& team) {
   const Output out{nullptr, nullptr, nullptr, 0, 0, kBest, values, indices};
   const Input in{a.x, nullptr, nullptr, nullptr, a.inputs, a.x_stride, 0, 0, 0.0f};
   uint8_t* space = best + size * a.best_bytes + (a.rows * s.blocks * 4 + 63) / 64 * 64;
-  over_panels(a, team, in, space, [&](const Rows& rows, int64_t, int64_t count) {
+  over_panels(a, 1, team, in, space, [&](const Rows& rows, int64_t, int64_t count) {
     const auto whole = [&](int64_t block) {
       run_blocks(s, block, block + 1, rows, count, out, 0, a.workspace + team.thread * a.tile_bytes);
     };
@@ -240,7 +240,7 @@ void linear_topk(const LinearTopkArgs& a, Team& team) {
                    nullptr, a.capacity, a.k, a.panel_rows, chunks, a.norms, float(a.cap)};
   };
   const Input in{a.x, nullptr, nullptr, nullptr, a.inputs, a.x_stride, 0, 0, 0.0f};
-  over_panels(a, team, in, states + state_bytes, [&](const Rows& rows, int64_t first, int64_t count) {
+  over_panels(a, 1, team, in, states + state_bytes, [&](const Rows& rows, int64_t first, int64_t count) {
     if (team.thread < size) {
       TopRows top = of_thread(team.thread);
       top.scale = a.scale == nullptr ? nullptr : a.scale + first * a.norms;

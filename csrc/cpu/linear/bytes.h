@@ -21,6 +21,11 @@ constexpr int64_t kFetches = 3;  // lines of the next cache that are asked for i
 template <class L>
 constexpr int kScaled = L::bits >= 4 ? 4 : 2;
 
+// Chunks of activations with one scale. Weights of two and three bits do not bear it, nor do those of eight, which are not
+// rounded again.
+template <class L>
+constexpr int kJoint = L::bits >= 4 && L::bits < 8 ? 2 : 1;
+
 // Steps of the bytes of chunks [first, last): 1 / 127 of the largest magnitude that each feature's scales allow.
 template <class L>
 F byte_scale(const uint8_t* w, int64_t first, int64_t last) {

@@ -12,10 +12,8 @@ namespace phl {
 namespace PHL_NS {
 namespace {
 
-// Forms of the activations that a layer's segments need. kExact: weights keep their form however many rows there are.
-// kPairs: where they are bytes, chunks of activations have one scale by twos, which weights of two and three bits, whose
-// noise is large already, and those of eight, which are not rounded again, do not bear.
-enum Kinds : int64_t { kInt8 = 1, kHalf = 2, kSingle = 4, kExact = 8, kPairs = 16 };
+// Forms of the activations that a layer's segments need; kExact: weights keep their form however many rows there are.
+enum Kinds : int64_t { kInt8 = 1, kHalf = 2, kSingle = 4, kExact = 8 };
 
 PHL_INLINE int64_t kind_of(int64_t layout) {
   return layout == kBF16 ? kHalf : is_dense(static_cast<int>(layout)) ? kSingle : kInt8;
@@ -47,6 +45,20 @@ struct Rows {
     return reinterpret_cast<float*>(base + row * row_bytes + int8_bytes + half_bytes);
   }
 };
+
+// Whether rows that meet bytes are quantised in pairs of chunks: where every integer segment bears it (bytes.h).
+PHL_INLINE bool in_pairs(const Segment* segments, int64_t count) {
+#if PHL_LEVEL == 2 && !PHL_AMX
+  bool all = true;
+  for (int64_t i = 0; i < count; ++i) {
+    if (is_dense(static_cast<int>(segments[i].layout))) continue;
+    all &= with_quantised(static_cast<int>(segments[i].layout), [](auto l) { return kJoint<decltype(l)> == 2; });
+  }
+  return all;
+#else
+  return false;
+#endif
+}
 
 // The input of a layer: x, or x + addend, or the RMS norm of either. `sum` receives x + addend, if there is an addend.
 struct Input {
@@ -432,11 +444,8 @@ PHL_INLINE void run_blocks(const Segment& s, int64_t first, int64_t last, const 
 #if PHL_LEVEL == 2 && !PHL_AMX
       if constexpr (L::bits != 8) {  // those are bytes, with a scale per 32
         if (rows.bytes()) {
-          if (L::bits >= 4 && rows.pairs) {
-            run_tile<L, AsBytes<L, L::bits >= 4 ? 2 : 1>>(s, block, blocks, rows, count, out, first_row, tile);
-          } else {
-            run_tile<L, AsBytes<L, 1>>(s, block, blocks, rows, count, out, first_row, tile);
-          }
+          const auto run = rows.pairs ? run_tile<L, AsBytes<L, kJoint<L>>> : run_tile<L, AsBytes<L, 1>>;
+          run(s, block, blocks, rows, count, out, first_row, tile);
           continue;
         }
       }

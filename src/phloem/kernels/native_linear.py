@@ -3,9 +3,10 @@ csrc/cpu/linear/layout.h.
 
 Activations are quantised as they come: int8 with one scale per 32 inputs for integer weights, bfloat16 for bfloat16
 weights, float32 for the rest. Where more than 24 rows are multiplied at once (with AVX-512), integer weights of fewer
-than 8 bits are taken as bytes with one scale per output feature and 128 or 64 inputs (csrc/cpu/linear/bytes.h), unless
-`exact`: then a row's result does not depend on the rows beside it. It never depends on the number of threads. `exact`
-also reads heads whole, of which `linear_argmax` otherwise reads most in four bits (_native_screen.py).
+than 8 bits are taken as bytes with one scale per output feature and 128 or 64 inputs, and 64 inputs of a row may have one
+scale (csrc/cpu/linear/bytes.h), unless `exact`: then a row's result does not depend on the rows beside it. It never
+depends on the number of threads. `exact` also reads heads whole, of which `linear_argmax` otherwise reads most in four
+bits (_native_screen.py).
 
 Legend: T rows, N inputs, M outputs.
 """
@@ -47,8 +48,6 @@ INT8, HALF, SINGLE = 1, 2, 4  # forms of the activations
 SPLIT = 14  # Q8_0 whose upper and lower halves of bytes lie apart, for weights as tall as a vocabulary
 TALL = 16384
 EXACT = 8  # beside them: weights keep their own form however many rows there are
-PAIRS = 16  # 64 inputs of a row have one scale where weights are bytes: with 4 to 6 bits in every part
-NOT_IN_PAIRS = {"Q2_K", "Q3_K", "Q8_0"}
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2}
 TILE_CHUNK = 768  # workspace of one unpacked block per 32 inputs, at most
 PANEL_BYTES = 1 << 20  # activations of one panel of rows, at most: about a second-level cache
@@ -65,7 +64,7 @@ class PackedLinear:
     out_features: int
     padded_inputs: int
     kinds: tuple[str, ...]  # format of each part, as the checkpoint has it: "Q4_1", "BF16", ...
-    forms: int  # bits: INT8, HALF, SINGLE, EXACT, PAIRS
+    forms: int  # bits: INT8, HALF, SINGLE, EXACT
     paired: bool  # gate and up interleaved: `gated` can combine them
     nbytes: int
     dtype: torch.dtype  # the type that the model computes in
@@ -234,8 +233,6 @@ class NativeLinear:
         forms = EXACT if self.exact else 0
         for part in read:
             forms |= part.form
-        if forms & INT8 and not NOT_IN_PAIRS.intersection(part.kind for part in read):
-            forms |= PAIRS
         return PackedLinear(
             in_features, column, padded, tuple(part.kind for part in read), forms, paired,
             sum(data.numel() for data in memory), dtype, torch.tensor(segments), memory, self,

@@ -3,8 +3,8 @@ csrc/cpu/linear/layout.h.
 
 Activations are quantised as they come: int8 with one scale per 32 inputs for integer weights, bfloat16 for bfloat16
 weights, float32 for the rest. Where more than 24 rows are multiplied at once (with AVX-512), integer weights of fewer
-than 8 bits are taken as bytes with one scale per output feature and 128 or 64 inputs, and 64 inputs of a row may have one
-scale (csrc/cpu/linear/bytes.h), unless `exact`: then a row's result does not depend on the rows beside it. It never
+than 8 bits are taken as bytes with one scale per output feature and 128 or 64 inputs, and 64 inputs of a row may have
+one scale (csrc/cpu/linear/bytes.h), unless `exact`: then a row's result does not depend on the rows beside it. It never
 depends on the number of threads. `exact` also reads heads whole, of which `linear_argmax` otherwise reads most in four
 bits (_native_screen.py).
 

@@ -15,6 +15,7 @@ import torch
 from gpu_kernels import Outcome, distance
 from torch import Tensor
 
+from phloem.attention import begin
 from phloem.attention.reference import Backend as TableBackend
 from phloem.attention.triton import Backend as TritonBackend
 from phloem.core.batch import Batch
@@ -214,8 +215,8 @@ class Dummy:
         return PieceGraphs(self.recorder(), self.model, self.backend, self.pool, limit)
 
     def forward(self, inputs: StepInputs) -> Tensor:
-        attention = self.backend.begin(inputs.paged, self.pool)
-        step = ForwardBatch(inputs.input_ids, inputs.positions, attention, inputs.logit_index)
+        memory = begin(self.backend, inputs.paged, self.pool)
+        step = ForwardBatch(inputs.input_ids, inputs.positions, memory, inputs.logit_index)
         return self.model.forward(step)
 
     def batch(self, queries: list[int], lengths: list[int]) -> Batch:
@@ -236,7 +237,7 @@ class Dummy:
 
 
 def _checkpoint(config: dict[str, Any]) -> Any:
-    from phloem.utils.checkpoint import Checkpoint
+    from phloem.checkpoint.describe import Checkpoint
 
     nowhere = Path("dummy")
     return Checkpoint(

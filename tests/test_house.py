@@ -12,11 +12,12 @@ FILES = sorted(SRC.rglob("*.py"))
 
 FLOOR_ROOMS: list[list[str]] = [
     ["core", "utils"],
-    ["platforms", "kernels", "distributed"],
-    ["kvcache", "attention", "layers", "quant", "grammar", "multimodal"],
+    ["checkpoint", "platforms", "kernels", "distributed"],
+    ["kvcache", "attention", "layers", "quant", "grammar", "text", "multimodal"],
     ["models", "lora"],
     ["speculative", "engine", "rl", "diffusion"],
     ["scheduler", "disagg"],
+    ["client"],
     ["server", "lang", "router", "bench", "training", "llm", "launch", "cli", "testing", "__main__", "__init__"],
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOOR_ROOMS) for room in rooms}
@@ -26,6 +27,7 @@ ARROWS = {
     "distributed": {"kernels"},
     "attention": {"kvcache", "layers"},
     "layers": {"quant"},
+    "text": {"grammar"},
     "lora": {"models"},
     "speculative": {"engine"},
     "rl": {"engine"},

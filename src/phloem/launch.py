@@ -44,9 +44,9 @@ from phloem.utils.ipc import DoorPipe, EnginePipe
 from phloem.utils.processes import die_with_parent
 
 if TYPE_CHECKING:
+    from phloem.checkpoint.describe import Checkpoint
     from phloem.grammar._manager import GrammarManager
     from phloem.grammar._thinking import ThinkingMarkers
-    from phloem.utils.checkpoint import Checkpoint
 
 _log = log.get("launch")
 
@@ -178,7 +178,7 @@ def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
     from phloem.grammar._manager import GrammarManager, GrammarSettings
 
     def vocabulary() -> Vocabulary:
-        from phloem.server.tokenizer import load_tokenizer
+        from phloem.text.tokenizer import load_tokenizer
 
         return Vocabulary.of(load_tokenizer(checkpoint), checkpoint.vocab_size, checkpoint.eos_ids)
 
@@ -198,8 +198,8 @@ def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
 def _thinking(config: Config, checkpoint: Checkpoint) -> ThinkingMarkers | None:
     """What stands around a reasoning block; None for a model that writes none."""
     from phloem.grammar._thinking import Channel, ThinkingMarkers
-    from phloem.server.parsers import THINKING, thinking_choice
-    from phloem.server.template_sources import find_sources
+    from phloem.text.formats import THINKING, thinking_choice
+    from phloem.text.template_sources import find_sources
 
     override, asked = (
         Path(config.model.chat_template) if config.model.chat_template else None,
@@ -209,8 +209,8 @@ def _thinking(config: Config, checkpoint: Checkpoint) -> ThinkingMarkers | None:
         thinking_choice(source, asked).name is None for source in [None, *find_sources(checkpoint).values()]
     ):
         return None  # most models: this process then needs neither a tokenizer nor Jinja
-    from phloem.server.template import load_template
-    from phloem.server.tokenizer import load_tokenizer
+    from phloem.text.template import load_template
+    from phloem.text.tokenizer import load_tokenizer
 
     source = load_template(checkpoint, override, None).source
     name = thinking_choice(source, asked).name
@@ -396,7 +396,7 @@ def engine_main() -> int:
 
 
 def _describe(config: Config) -> Checkpoint:
-    from phloem.utils.checkpoint import describe
+    from phloem.checkpoint.describe import describe
 
     model = config.model
     return describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)

@@ -18,7 +18,7 @@ from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.messages import Drain
 
 if TYPE_CHECKING:
-    from phloem.server.call import Call
+    from phloem.client.call import Call
     from phloem.server.protocol import GenerateBody
 
 T = TypeVar("T")
@@ -155,7 +155,7 @@ class Engine:
         return Parser(GenerateBody).convert(values, self.info.features)
 
     async def _collect(self, body: GenerateBody) -> Answer | list[Answer]:
-        from phloem.server.native import Renderer, is_batch, strip, to_request
+        from phloem.server.generate.convert import Renderer, is_batch, strip, to_request
 
         request = to_request(body)
         single = not is_batch(body) and request.items[0].sampling.n == 1
@@ -169,7 +169,7 @@ class Engine:
         return strip([_plain(renderer.answer(output)) for output in call.outputs], single)
 
     async def _events(self, body: GenerateBody) -> AsyncGenerator[Answer]:
-        from phloem.server.native import Renderer, is_batch, to_request
+        from phloem.server.generate.convert import Renderer, is_batch, to_request
 
         request = to_request(body)
         single = not is_batch(body) and request.items[0].sampling.n == 1
@@ -240,8 +240,8 @@ class Engine:
     ) -> list[list[float]]:
         """Probabilities of the label tokens behind query and item, a list for each item; as `/v1/score`."""
         from phloem.server.body import Parser
-        from phloem.server.protocol_responses import ScoreBody
-        from phloem.server.scoring import scores, to_request
+        from phloem.server.responses.body import ScoreBody
+        from phloem.server.score.convert import scores, to_request
 
         values = {
             "query": query,

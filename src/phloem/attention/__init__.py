@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
+    from torch import Tensor
 
     from phloem.kernels.ops import Ops, PagedBatch
     from phloem.kvcache.pool import KVPool
-    from phloem.layers.context import AttentionSpec, AttentionStep
+    from phloem.layers.context import AttentionSpec, AttentionStep, Heads
 
 BACKENDS = Registry("phloem.attention", "attention backend")
 
@@ -51,6 +52,21 @@ class AttentionBackend(Protocol):
     def begin(self, batch: PagedBatch, pool: KVPool) -> AttentionStep:
         """Plan one step; the result is called once per attention layer."""
         ...
+
+
+@dataclass(slots=True)
+class Memory:
+    """One step's memory (`layers.context.StepMemory`)."""
+
+    attention: AttentionStep
+
+    def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
+        return self.attention(spec, heads)
+
+
+def begin(backend: AttentionBackend, batch: PagedBatch, pool: KVPool) -> Memory:
+    """Plan one step of a model."""
+    return Memory(backend.begin(batch, pool))
 
 
 @dataclass(frozen=True)

@@ -7,24 +7,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from phloem.kernels.ops import Ops, Rotation
+    from phloem.kernels.ops import Ops
+    from phloem.layers.context import Heads
 
 
-def store(
-    ops: Ops,
-    q_THD: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    rotation: Rotation | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots_T: Tensor,
-) -> Tensor:
+def store(ops: Ops, heads: Heads, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> Tensor:
     """Write k and v at `slots_T`; gives q, ready for attention. With a rotation, q and k are used up.
 
     The one place that decides between the table's fused op and its separate ones. A backend whose cache type the table
     does not keep has put another `write_kv` into its table, and taken the fused op out (`reference.fitting`).
     """
+    q_THD, k_TKD, v_TKD, rotation = heads.q, heads.k, heads.v, heads.rotation
     if rotation is None:
         ops.write_kv(k_TKD, v_TKD, k_cache, v_cache, slots_T)
         return q_THD

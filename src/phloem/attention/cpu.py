@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.attention import AttentionNeed
-    from phloem.kernels.ops import Ops, PagedBatch, Rotation
+    from phloem.kernels.ops import Ops, PagedBatch
     from phloem.kvcache.pool import KVPool
-    from phloem.layers.context import AttentionSpec, AttentionStep
+    from phloem.layers.context import AttentionSpec, AttentionStep, Heads
 
 QUERY_BLOCK = 256  # queries of one row in one call: half of a causal square is then never computed
 GROUP_CELLS = 1 << 22  # queries x keys of one call: bounds the mask and the gathered pages
@@ -83,17 +83,9 @@ class GatheredStep:
     pool: KVPool
     plans: dict[int, list[Group]] = field(default_factory=dict)
 
-    def __call__(
-        self,
-        spec: AttentionSpec,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        sinks_H: Tensor | None,
-        rotation: Rotation | None = None,
-    ) -> Tensor:
-        keys, values = self.pool.keys[spec.layer], self.pool.values[spec.layer]
-        q_THD = store(self.ops, q_THD, k_TKD, v_TKD, rotation, keys, values, self.batch.token_slots)
+    def __call__(self, spec: AttentionSpec, heads: Heads) -> Tensor:
+        keys, values = self.pool.keys[spec.pool], self.pool.values[spec.pool]
+        q_THD = store(self.ops, heads, keys, values, self.batch.token_slots)
         groups = self.plans.get(spec.window)
         if groups is None:
             groups = self.plans[spec.window] = plan(self.batch, keys.shape[2], spec.window)
@@ -101,7 +93,7 @@ class GatheredStep:
         for group in groups:
             k_nKLD = gather(keys, group, q_THD.dtype)
             v_nKLD = gather(values, group, q_THD.dtype)
-            _attend(group, spec, q_THD, k_nKLD, v_nKLD, sinks_H, out_THD)
+            _attend(group, spec, q_THD, k_nKLD, v_nKLD, heads.sinks, out_THD)
         return out_THD
 
 

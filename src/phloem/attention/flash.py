@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.attention import AttentionNeed
-    from phloem.kernels.ops import Ops, PagedBatch, Rotation
+    from phloem.kernels.ops import Ops, PagedBatch
     from phloem.kvcache.pool import KVPool
-    from phloem.layers.context import AttentionSpec
+    from phloem.layers.context import AttentionSpec, Heads
 
 LARGEST_HEAD = 256
 HOPPER = (9, 0)
@@ -64,18 +64,10 @@ class Step:
     pool: KVPool
     attend: Any
 
-    def __call__(
-        self,
-        spec: AttentionSpec,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        sinks_H: Tensor | None,
-        rotation: Rotation | None = None,
-    ) -> Tensor:
-        assert sinks_H is None, "a layer whose spec says no sinks hands some over"
-        keys, values = self.pool.keys[spec.layer], self.pool.values[spec.layer]
-        q_THD = store(self.ops, q_THD, k_TKD, v_TKD, rotation, keys, values, self.batch.token_slots)
+    def __call__(self, spec: AttentionSpec, heads: Heads) -> Tensor:
+        assert heads.sinks is None, "a layer whose spec says no sinks hands some over"
+        keys, values = self.pool.keys[spec.pool], self.pool.values[spec.pool]
+        q_THD = store(self.ops, heads, keys, values, self.batch.token_slots)
         return self.attend(
             q_THD,
             # Its pages are [S, K, D]; a view with other strides is all it takes.

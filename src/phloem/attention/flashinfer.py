@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.attention import AttentionNeed
-    from phloem.kernels.ops import Ops, PagedBatch, Rotation
+    from phloem.kernels.ops import Ops, PagedBatch
     from phloem.kvcache.pool import KVPool
-    from phloem.layers.context import AttentionSpec
+    from phloem.layers.context import AttentionSpec, Heads
 
 WORKSPACE_BYTES = 128 * 2**20
 HEAD_SIZES = (64, 128, 256)
@@ -114,24 +114,16 @@ class Step:
     pages: Pages | None = None
     planned: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
-    def __call__(
-        self,
-        spec: AttentionSpec,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        sinks_H: Tensor | None,
-        rotation: Rotation | None = None,
-    ) -> Tensor:
-        keys, values = self.pool.keys[spec.layer], self.pool.values[spec.layer]
-        ops = self.backend.writing(self.pool, spec.layer)
-        q_THD = store(ops, q_THD, k_TKD, v_TKD, rotation, keys, values, self.batch.token_slots)
+    def __call__(self, spec: AttentionSpec, heads: Heads) -> Tensor:
+        keys, values = self.pool.keys[spec.pool], self.pool.values[spec.pool]
+        ops = self.backend.writing(self.pool, spec.pool)
+        q_THD = store(ops, heads, keys, values, self.batch.token_slots)
         key = (spec.heads, spec.kv_heads, spec.head_size, spec.window, spec.softcap, spec.scale)
         wrapper = self.planned.get(key)
         if wrapper is None:
             wrapper = self.planned[key] = self._plan(spec, key, q_THD.dtype)
-        extra: dict[str, Any] = {} if sinks_H is None else {"sinks": sinks_H.float()}
-        scales = self.pool.scales.get(spec.layer)
+        extra: dict[str, Any] = {} if heads.sinks is None else {"sinks": heads.sinks.float()}
+        scales = self.pool.scales.get(spec.pool)
         if scales is not None:
             extra |= {"k_scale": scales.k_values[0], "v_scale": scales.v_values[0]}
         return wrapper.run(q_THD.contiguous(), (keys, values), **extra)

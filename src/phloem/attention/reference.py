@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.attention import AttentionNeed
-    from phloem.kernels.ops import Ops, PagedBatch, Rotation
+    from phloem.kernels.ops import Ops, PagedBatch
     from phloem.kvcache.pool import KVPool, KVScales
-    from phloem.layers.context import AttentionSpec
+    from phloem.layers.context import AttentionSpec, Heads
 
 
 def fitting(ops: Ops, dtype: torch.dtype) -> Ops:
@@ -79,24 +79,16 @@ class TableStep:
     batch: PagedBatch
     pool: KVPool
 
-    def __call__(
-        self,
-        spec: AttentionSpec,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        sinks_H: Tensor | None,
-        rotation: Rotation | None = None,
-    ) -> Tensor:
-        keys, values = self.pool.keys[spec.layer], self.pool.values[spec.layer]
-        scales, ops = self.pool.scales.get(spec.layer), self.ops
+    def __call__(self, spec: AttentionSpec, heads: Heads) -> Tensor:
+        keys, values = self.pool.keys[spec.pool], self.pool.values[spec.pool]
+        scales, ops = self.pool.scales.get(spec.pool), self.ops
         if keys.dtype.itemsize == 1 and keys.dtype.is_floating_point:
             ops = scaled(ops, scales, keys.dtype)
-        q_THD = store(ops, q_THD, k_TKD, v_TKD, rotation, keys, values, self.batch.token_slots)
+        q_THD = store(ops, heads, keys, values, self.batch.token_slots)
         if scales is not None:
             # Logits are products of q and k: the keys' scale may stand on the queries.
             q_THD = (q_THD.float() * per_head(scales.k, spec.heads)).to(q_THD.dtype)
-        args = (self.batch, spec.scale, spec.window, spec.softcap, sinks_H)
+        args = (self.batch, spec.scale, spec.window, spec.softcap, heads.sinks)
         out_THD = self.ops.paged_attention(q_THD, keys, values, *args)
         if scales is not None:
             out_THD = (out_THD.float() * per_head(scales.v, spec.heads)).to(out_THD.dtype)

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.attention import AttentionNeed
-    from phloem.kernels.ops import Ops, PagedBatch, Rotation
+    from phloem.kernels.ops import Ops, PagedBatch
     from phloem.kvcache.pool import KVPool, KVScales
-    from phloem.layers.context import AttentionSpec
+    from phloem.layers.context import AttentionSpec, Heads
 
 DEVICES = ("cuda", "xpu")
 LARGEST_HEAD = 256  # beyond it a tile does not fit the shared memory
@@ -84,20 +84,12 @@ class Step:
     kernels: ModuleType
     rope: ModuleType
 
-    def __call__(
-        self,
-        spec: AttentionSpec,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        sinks_H: Tensor | None,
-        rotation: Rotation | None = None,
-    ) -> Tensor:
-        keys, values = self.pool.keys[spec.layer], self.pool.values[spec.layer]
-        scales = self.pool.scales.get(spec.layer)
-        ops = self.backend.writing(self.rope, spec.layer, scales)
-        q_THD = store(ops, q_THD, k_TKD, v_TKD, rotation, keys, values, self.batch.token_slots)
-        arguments = (q_THD, keys, values, self.batch, spec.scale, spec.window, spec.softcap, sinks_H)
+    def __call__(self, spec: AttentionSpec, heads: Heads) -> Tensor:
+        keys, values = self.pool.keys[spec.pool], self.pool.values[spec.pool]
+        scales = self.pool.scales.get(spec.pool)
+        ops = self.backend.writing(self.rope, spec.pool, scales)
+        q_THD = store(ops, heads, keys, values, self.batch.token_slots)
+        arguments = (q_THD, keys, values, self.batch, spec.scale, spec.window, spec.softcap, heads.sinks)
         if scales is None:
             return self.kernels.paged_attention(*arguments)
         run = self.kernels.decode_attention if self.batch.max_query_len == 1 else self.kernels.extend_attention

@@ -17,10 +17,10 @@ from typing import Any
 
 from phloem.bench._report import context, write_line
 from phloem.bench._text import sentences
+from phloem.checkpoint.describe import describe
 from phloem.cli._options import parse
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest
-from phloem.utils.checkpoint import describe
 
 AT_ONCE = 4  # windows that are scored by one call: how often the progress moves
 

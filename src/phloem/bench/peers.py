@@ -103,7 +103,7 @@ def _leave(number: int, frame: Any) -> None:
 
 def find_peers(options: Options) -> tuple[list[Peer], list[str]]:
     """Phloem first, then every peer that is there; and why the others are not."""
-    from phloem.utils.checkpoint import describe
+    from phloem.checkpoint.describe import describe
 
     checkpoint = describe(options.model)
     model = str(checkpoint.path)

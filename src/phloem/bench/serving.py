@@ -65,8 +65,8 @@ def main(argv: list[str]) -> int:
 
 def load_encoder(model_path: str) -> Encoder:
     """The tokenizer of a model path."""
-    from phloem.server.tokenizer import load_tokenizer
-    from phloem.utils.checkpoint import describe
+    from phloem.checkpoint.describe import describe
+    from phloem.text.tokenizer import load_tokenizer
 
     return load_tokenizer(describe(model_path))
 

@@ -69,8 +69,8 @@ def main(argv: list[str]) -> int:
 
 def measure(config: Config, options: Options) -> dict[str, Any]:
     """Build the engine's runner (no scheduler, no HTTP) and run steps through it, each launched while one runs."""
+    from phloem.checkpoint.describe import describe
     from phloem.engine import worker
-    from phloem.utils.checkpoint import describe
 
     length = max(options.context + WARM + options.steps + 1, options.prefill)
     size = config.cache.page_size or 64

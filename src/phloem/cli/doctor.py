@@ -71,8 +71,8 @@ def _libraries() -> None:
 def _model(config: Config) -> bool:
     """What would be chosen for this configuration, as far as it can be known without loading weights."""
     from phloem import attention, platforms
+    from phloem.checkpoint.describe import describe
     from phloem.core import resolve
-    from phloem.utils.checkpoint import describe
 
     print("\nModel")
     model = config.model

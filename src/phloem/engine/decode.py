@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from phloem.attention import begin
 from phloem.engine.graphs import StepGraphs
 from phloem.engine.inputs import StepInputs, device_inputs
 from phloem.kernels.graph import check_replay
@@ -42,8 +43,8 @@ def run_forward(
     model: Model, backend: AttentionBackend, pool: KVPool, inputs: StepInputs, index: Tensor | None
 ) -> Tensor:
     """One forward pass, eagerly: hidden states of the rows `index` (None: of all tokens)."""
-    attention = backend.begin(inputs.paged, pool)
-    return model.forward(ForwardBatch(inputs.input_ids, inputs.positions, attention, index))
+    memory = begin(backend, inputs.paged, pool)
+    return model.forward(ForwardBatch(inputs.input_ids, inputs.positions, memory, index))
 
 
 class DecodeGraphs:

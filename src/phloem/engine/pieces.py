@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from phloem.attention import begin
 from phloem.engine.graphs import StepGraphs
 from phloem.kernels.graph import check_replay
 from phloem.layers.context import ForwardBatch
@@ -26,9 +27,8 @@ if TYPE_CHECKING:
     from phloem.attention import AttentionBackend
     from phloem.engine.inputs import StepInputs
     from phloem.kernels.graph import Cut, PieceRecorder, StepGraph
-    from phloem.kernels.ops import Rotation
     from phloem.kvcache.pool import KVPool
-    from phloem.layers.context import AttentionSpec, AttentionStep
+    from phloem.layers.context import AttentionSpec, Heads, StepMemory
     from phloem.models import CutModel
 
 DENSE = 256  # tokens up to which a step mostly waits for the weights, so that padding costs little
@@ -99,7 +99,7 @@ class PieceGraphs:
             into[:tokens] = source
             into[tokens:] = 0
         attention = self._attention
-        attention.begin(self._backend.begin(inputs.paged, self._pool), tokens)
+        attention.begin(begin(self._backend, inputs.paged, self._pool), tokens)
         try:
             out, residual_BN = found.replay()
             if self._check:
@@ -151,11 +151,11 @@ class _Between:
         self.cut: Cut = _AtOnce()
         self.left = 0  # attention calls of the forward pass that have not come yet
         self._limit = limit
-        self._step: AttentionStep | None = None
+        self._step: StepMemory | None = None
         self._tokens = 0
         self._outs: dict[tuple[Any, ...], Tensor] = {}
 
-    def begin(self, step: AttentionStep, tokens: int) -> None:
+    def begin(self, step: StepMemory, tokens: int) -> None:
         self._step, self._tokens = step, tokens
         for out_BHD in self._outs.values():
             # What is left of a longer step need not be finite, and a router must not see that.
@@ -171,35 +171,22 @@ class _Between:
     def nbytes(self) -> int:
         return sum(out_BHD.nbytes for out_BHD in list(self._outs.values()))
 
-    def __call__(
-        self,
-        spec: AttentionSpec,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        sinks_H: Tensor | None,
-        rotation: Rotation | None = None,
-    ) -> Tensor:
-        out_BHD = self._out(q_THD)
-        held = [self.cut.hold(x) for x in (q_THD, k_TKD, v_TKD)]
+    def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
+        out_BHD = self._out(heads.q)
+        hold = self.cut.hold
+        held = replace(heads, q=hold(heads.q), k=hold(heads.k), v=hold(heads.v))
         self.left -= 1
-        self.cut(lambda: self._attend(spec, held, sinks_H, rotation, out_BHD), more=self.left > 0)
+        self.cut(lambda: self._attend(spec, held, out_BHD), more=self.left > 0)
         return out_BHD
 
-    def _attend(
-        self,
-        spec: AttentionSpec,
-        held: list[Tensor],
-        sinks_H: Tensor | None,
-        rotation: Rotation | None,
-        out_BHD: Tensor,
-    ) -> None:
+    def _attend(self, spec: AttentionSpec, held: Heads, out_BHD: Tensor) -> None:
         step, tokens = self._step, self._tokens
         assert step is not None, "pieces are replayed within a step"
-        q_THD, k_TKD, v_TKD = (x[:tokens] for x in held)
-        if rotation is not None:
-            rotation = replace(rotation, positions=rotation.positions[:tokens])
-        out_BHD[:tokens] = step(spec, q_THD, k_TKD, v_TKD, sinks_H, rotation)
+        turn = held.rotation
+        if turn is not None:
+            turn = replace(turn, positions=turn.positions[:tokens])
+        true = replace(held, q=held.q[:tokens], k=held.k[:tokens], v=held.v[:tokens], rotation=turn)
+        out_BHD[:tokens] = step.attend(spec, true)
 
     def _out(self, q_BHD: Tensor) -> Tensor:
         key = (q_BHD.shape[1:], q_BHD.dtype)

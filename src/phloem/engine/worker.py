@@ -11,6 +11,7 @@ import torch
 
 from phloem import attention, models, platforms
 from phloem.attention import AttentionBackend, AttentionNeed
+from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import resolve
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
@@ -21,17 +22,16 @@ from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
 from phloem.utils import log
 from phloem.utils.cores import available_cores
-from phloem.utils.kv_scheme import FP8
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
     from phloem.kernels.ops import Ops
     from phloem.models import Model
     from phloem.models._scales import LayerScales
     from phloem.platforms import Platform
-    from phloem.utils.checkpoint import Checkpoint
 
 _log = log.get("engine")
 

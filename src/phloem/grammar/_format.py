@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import BadRequest
 from phloem.grammar import _nodes
-from phloem.grammar._schema import read_json
+from phloem.grammar.schema.names import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phloem.core.errors import BadRequest, PhloemError
-from phloem.grammar import _base, _keywords, _lark, _oneof, _schema
+from phloem.grammar import _base
+from phloem.grammar.schema import keywords as _keywords
+from phloem.grammar.schema import lark as _lark
+from phloem.grammar.schema import names as _schema
+from phloem.grammar.schema import oneof as _oneof
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phloem.core.errors import BadRequest
-from phloem.grammar import _base, _nodes, _schema
+from phloem.grammar import _base, _nodes
 from phloem.grammar._worker import CompilerProcess
+from phloem.grammar.schema import names as _schema
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -70,14 +70,14 @@ class KVPool:
     ) -> None:
         if num_pages < 2 or page_size < 1:
             raise ValueError(f"a pool needs 2 pages of 1 token at least, not {num_pages} of {page_size}")
-        if sorted(spec.layer for spec in specs) != list(range(len(specs))):
+        if sorted(spec.pool for spec in specs) != list(range(len(specs))):
             raise ValueError(f"attention layers must be numbered 0 to {len(specs) - 1}")
         self.num_pages, self.page_size = num_pages, page_size
         self.dtype, self.device = dtype, device
         self.scales = {layer: KVScales(k, v, device) for layer, (k, v) in (scales or {}).items()}
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        for spec in sorted(specs, key=lambda spec: spec.layer):
+        for spec in sorted(specs, key=lambda spec: spec.pool):
             shape = (num_pages, spec.kv_heads, page_size, entry_size(spec.head_size, dtype))
             self.keys.append(_zeros(shape, dtype, device))
             self.values.append(_zeros(shape, dtype, device))

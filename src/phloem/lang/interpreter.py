@@ -35,7 +35,7 @@ from phloem.lang.ir import (
     names_in,
     parts_of,
 )
-from phloem.server import parsers
+from phloem.text import formats as parsers
 
 COMMIT_CHARACTERS = 256  # a fork's prefix is computed first when at least this much of it may not be cached
 SPECULATION_TRIES = 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phloem.layers.context import Heads
 from phloem.layers.linear import Linear
 from phloem.layers.norm import RMSNorm
 from phloem.layers.weight import Layer
@@ -60,5 +61,5 @@ class SelfAttention(Layer):
             rotation = self.rope.at(step.positions, *weights, self.q_norm.eps)
         else:
             rotation = self.rope.at(step.positions)
-        out_THD = step.attention(spec, q_THD, k_TKD, v_TKD, None, rotation)
+        out_THD = step.memory.attend(spec, Heads(q_THD, k_TKD, v_TKD, None, rotation))
         return out_THD.view(-1, self.q_end), total_TN

@@ -1,7 +1,7 @@
 """What a layer is given beside its sizes, and the one face of attention that models know.
 
-A model's `forward(step)` receives a `ForwardBatch`; its attention layers hand q, k and v to `step.attention`, which an
-attention backend made for this step. Models never see pages; backends never see models.
+A model's `forward(step)` receives a `ForwardBatch`; its attention layers hand q, k and v to `step.memory`, which
+attention backends made for this step. Models never see pages; backends never see models.
 """
 
 from __future__ import annotations
@@ -21,33 +21,63 @@ class AttentionSpec:
     """One attention layer's constants. `window` 0 is full attention; `softcap` 0 is none.
 
     `sinks`: the layer hands one logit per head to attention, which takes part in the softmax and adds nothing.
+    `pool`: where its keys and values are kept. Layers number their pools from 0 without gaps; those that read what
+    another layer wrote name that layer's pool and do not write.
     """
 
-    layer: int  # index into the KV pool
+    pool: int
     heads: int
     kv_heads: int
-    head_size: int
+    head_size: int  # of queries and keys
     scale: float
     window: int = 0
     softcap: float = 0.0
     sinks: bool = False
+    value_size: int = 0  # 0: as `head_size`
+    writes: bool = True
+    causal: bool = True
+    chunk: int = 0  # attends only inside its own chunk of this many positions; 0: no chunks
+    block: int = 0  # sees to the end of its own block of this many positions (diffusion); 0: up to itself
+
+    @property
+    def values(self) -> int:
+        """Size of a value head."""
+        return self.value_size or self.head_size
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but grouped heads of one size, causal, with what `window`, `softcap` and `sinks` say."""
+        same = self.values == self.head_size
+        return same and self.writes and self.causal and not self.chunk and not self.block
 
 
-class AttentionStep(Protocol):
-    """Attention of one step: rotates q and k, writes the new tokens' KV, then attends over each row's pages.
+@dataclass(slots=True)
+class Heads:
+    """What a layer hands to attention. T packed tokens, H query heads, K kv heads, D head size.
 
     `rotation` None: q and k are ready as they are. Otherwise they are used up: the step may change them in place.
     """
 
-    def __call__(
-        self,
-        spec: AttentionSpec,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        sinks_H: Tensor | None,
-        rotation: Rotation | None = None,
-    ) -> Tensor: ...
+    q: Tensor  # [T, H, D]
+    k: Tensor  # [T, K, D]
+    v: Tensor  # [T, K, value size]
+    sinks: Tensor | None = None  # [H]
+    rotation: Rotation | None = None
+
+
+class AttentionStep(Protocol):
+    """Attention of one step over one group of memory: rotates q and k, writes the new tokens' keys and values, then
+    attends over each row's pages; [T, H, value size]."""
+
+    def __call__(self, spec: AttentionSpec, heads: Heads) -> Tensor: ...
+
+
+class StepMemory(Protocol):
+    """What a model's layers keep of earlier tokens, for the rows of one step."""
+
+    def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
+        """As `AttentionStep`, over the pages of `spec.pool`."""
+        ...
 
 
 @dataclass(slots=True)
@@ -56,7 +86,7 @@ class ForwardBatch:
 
     input_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
-    attention: AttentionStep
+    memory: StepMemory
     logit_index: Tensor | None  # [L] int64: which of the T tokens need logits; None: all, in order
 
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from phloem.checkpoint.describe import Checkpoint
     from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
     from phloem.models._scales import LayerScales
-    from phloem.utils.checkpoint import Checkpoint
 
 FAMILIES = Registry("phloem.models", "model type")
 
@@ -76,7 +76,7 @@ def kv_scales(model: Model, checkpoint: Checkpoint) -> dict[int, LayerScales]:
     """The checkpoint's scales for a float8 KV cache, by layer. Raises ModelLoadError for one that cannot be."""
     from phloem.models._scales import read_kv_scales
 
-    heads = {spec.layer: spec.kv_heads for spec in model.attention_specs}
+    heads = {spec.pool: spec.kv_heads for spec in model.attention_specs}
     return read_kv_scales(checkpoint, heads, getattr(model, "checkpoint_name", lambda name: name))
 
 

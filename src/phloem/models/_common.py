@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from phloem.checkpoint.describe import Checkpoint
     from phloem.layers.context import BuildContext, ForwardBatch
     from phloem.layers.moe import ExpertsConfig
     from phloem.models._weights import Progress
-    from phloem.utils.checkpoint import Checkpoint
 
 LOG = logging.getLogger("phloem.models")
 
@@ -170,7 +170,7 @@ class Decoder(Layer):
         body = ctx.child("model")
         self.embed = Embedding(body.child("embed_tokens"), config.vocab_size, config.hidden_size, config.embed_scale)
         self.layers = [
-            DecoderLayer(body.child("layers").child(spec.layer), config, spec, ropes[kind.rope], kind.experts)
+            DecoderLayer(body.child("layers").child(spec.pool), config, spec, ropes[kind.rope], kind.experts)
             for spec, kind in zip(self.attention_specs, config.layers, strict=True)
         ]
         self.norm = RMSNorm(body.child("norm"), config.hidden_size, config.eps, config.norm_shift)

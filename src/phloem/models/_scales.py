@@ -15,7 +15,7 @@ from phloem.core.errors import ModelLoadError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from phloem.utils.checkpoint import Checkpoint
+    from phloem.checkpoint.describe import Checkpoint
 
 LayerScales = tuple[tuple[float, ...], tuple[float, ...]]  # of keys, of values: one number, or one per kv head
 

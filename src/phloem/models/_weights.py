@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.checkpoint.gguf_reader import GGUFTensor
     from phloem.layers.context import BuildContext
     from phloem.layers.weight import Weight
-    from phloem.utils.checkpoint import Checkpoint
-    from phloem.utils.gguf_reader import GGUFTensor
 
     Progress = Callable[[str, float], None]
 

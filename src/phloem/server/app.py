@@ -1,28 +1,41 @@
-"""The HTTP app: routes from `routes/`, middleware, error shapes, the OpenAPI document."""
+"""The HTTP app: the routers of `routes/` and of each API's folder, middleware, error shapes, the OpenAPI document."""
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from phloem.client.info import ModelInfo, version
 from phloem.core.errors import PhloemError
 from phloem.server import openapi
 from phloem.server.door import Door
 from phloem.server.errors import on_http_error, on_invalid_query, on_phloem_error
 from phloem.server.health import Health
-from phloem.server.info import ModelInfo, version
 from phloem.server.metrics import Metrics
 from phloem.server.middleware import ApiKey, BodyLimit, RequestIds
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
+    from fastapi import APIRouter
+
+    from phloem.client.client import EngineClient
     from phloem.core.config import Config
-    from phloem.server.client import EngineClient
 
 ROUTES = Registry("phloem.server.routes", "group of routes")
+
+
+def routers() -> list[APIRouter]:
+    """Of every file in `routes/`, and of `route.py` in each folder that has one: an API with more than its route."""
+    home = Path(__file__).parent
+    apis = sorted(path.parent.name for path in home.glob("*/route.py"))
+    modules = [ROUTES.module(name) for name in ROUTES.names()]
+    modules += [importlib.import_module(f"phloem.server.{api}.route") for api in apis]
+    return [module.router for module in modules]
 
 
 def create_app(client: EngineClient, config: Config, info: ModelInfo) -> FastAPI:
@@ -42,8 +55,8 @@ def create_app(client: EngineClient, config: Config, info: ModelInfo) -> FastAPI
         health=Health(client, config.schedule.watchdog_timeout),
         metrics=Metrics(client, info.served_model_name, prefixes),
     )
-    for name in ROUTES.names():
-        app.include_router(ROUTES.module(name).router)
+    for router in routers():
+        app.include_router(router)
     app.add_exception_handler(PhloemError, on_phloem_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid_query)

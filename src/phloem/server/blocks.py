@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from phloem.server.request import new_id
+from phloem.client.request import new_id
 
 if TYPE_CHECKING:
-    from phloem.server.parsing import ParsedDelta
+    from phloem.server.chat.deltas import ParsedDelta
 
 Kind = Literal["reasoning", "text", "call"]
 

@@ -10,18 +10,18 @@ from starlette.responses import Response
 from phloem.core.errors import BadRequest, NotFound
 from phloem.server.answers import Answer
 from phloem.server.body import Body, Parser
-from phloem.server.response_store import ResponseStore
+from phloem.server.responses.store import ResponseStore
 from phloem.server.stream import encode
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+    from phloem.client.client import EngineClient
+    from phloem.client.info import ModelInfo
+    from phloem.client.request import GenerateRequest
     from phloem.core.config import Config
-    from phloem.server.client import EngineClient
     from phloem.server.health import Health
-    from phloem.server.info import ModelInfo
     from phloem.server.metrics import Metrics
-    from phloem.server.request import GenerateRequest
 
 T = TypeVar("T", bound=Body)
 

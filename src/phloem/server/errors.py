@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from phloem.core.errors import BadRequest, NotFound, PhloemError
 from phloem.server.answers import Error, ErrorAnswer
-from phloem.server.protocol_messages import MessagesError, MessagesErrorAnswer
+from phloem.server.messages.body import MessagesError, MessagesErrorAnswer
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from phloem.server.client import EngineClient
+    from phloem.client.client import EngineClient
 
 IDLE_SILENCE = 20.0  # seconds: an idle engine beats every second; a machine under load may be late
 GRACE = 2.0  # beyond the watchdog's limit: a beat may be on its way

@@ -10,8 +10,8 @@ from phloem.server.answers import ChatLogprobs, CompletionLogprobs, TokenLogprob
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from phloem.server.request import Output
-    from phloem.server.tokenizer import Tokenizer
+    from phloem.client.request import Output
+    from phloem.text.tokenizer import Tokenizer
 
 Triple = tuple[float | None, int, str | None]  # logprob, token id, text
 NativeTops = list[list[Triple] | None]

@@ -9,10 +9,10 @@ import re
 import time
 from typing import TYPE_CHECKING
 
+from phloem.client.request import new_id
 from phloem.core.errors import BodyTooLarge, PhloemError, Unauthorized
 from phloem.server import page
 from phloem.server.errors import error_response
-from phloem.server.request import new_id
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from fastapi.openapi.utils import get_openapi
 
-from phloem.server import answers, protocol, protocol_messages, protocol_responses
+from phloem.server import answers, protocol
 from phloem.server.body import Body
+from phloem.server.messages import body as protocol_messages
+from phloem.server.responses import body as protocol_responses
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

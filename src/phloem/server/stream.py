@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 from starlette.responses import Response
 
+from phloem.client.call import Call
 from phloem.core.errors import PhloemError
-from phloem.server.call import Call
 from phloem.server.errors import error_body
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
-    from phloem.server.request import Output
+    from phloem.client.request import Output
 
 log = logging.getLogger("phloem.server")
 

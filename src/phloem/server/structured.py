@@ -12,7 +12,8 @@ from typing import Any
 
 from phloem.core.errors import BadRequest
 from phloem.core.request import SamplingParams
-from phloem.grammar import _base, _schema
+from phloem.grammar import _base
+from phloem.grammar.schema import names as _schema
 
 FIELDS = ("json_schema", "regex", "ebnf", "structural_tag")
 EARLY_CHECK = 32_768  # characters: longer schemas are checked off the event loop, by the engine

@@ -21,10 +21,10 @@ from phloem.server.greet import greet
 from phloem.utils import log, memory
 
 if TYPE_CHECKING:
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.client.client import EngineClient
+    from phloem.client.info import ModelInfo
     from phloem.core.config import Config
-    from phloem.server.client import EngineClient
-    from phloem.server.info import ModelInfo
-    from phloem.utils.checkpoint import Checkpoint
 
 _log = log.get("server")
 
@@ -63,12 +63,11 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
     """The door's own half: checkpoint description, tokenizer, chat template. Neither torch nor weights are touched."""
     from pathlib import Path
 
-    from phloem.server.client import EngineClient
-    from phloem.server.info import ModelInfo
-    from phloem.server.parsers import with_formats
-    from phloem.server.template import load_template
-    from phloem.server.tokenizer import load_tokenizer
-    from phloem.utils.checkpoint import describe
+    from phloem.checkpoint.describe import describe
+    from phloem.client.client import EngineClient
+    from phloem.client.info import ModelInfo, with_formats
+    from phloem.text.template import load_template
+    from phloem.text.tokenizer import load_tokenizer
 
     model = config.model
     checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)

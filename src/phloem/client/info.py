@@ -1,0 +1,93 @@
+"""What the door knows about the model it serves, before and beside the engine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from phloem.text.formats import OFF, thinking_choice, tool_choice
+
+if TYPE_CHECKING:
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.core.config import Config
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Facts for validation and for the information routes.
+
+    `features` names what exists beyond plain generation (`grammar`, `tools`, `reasoning`, ...): request fields of a
+    feature that is not listed answer 400 `not supported yet`.
+    """
+
+    model_path: str
+    served_model_name: str
+    vocab_size: int
+    context_length: int
+    tokenizer_path: str = ""
+    eos_ids: tuple[int, ...] = ()
+    model_type: str = ""
+    architectures: tuple[str, ...] = ()
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    weight_version: str = "default"
+    features: frozenset[str] = frozenset()
+    tool_parser: str | None = None  # file in text/tools
+    explain_tools: bool = False  # the chat template shows no tools: the prompt tells of them
+    spell_calls: bool = False  # it knows no calls and results either: those of earlier turns become text
+    reasoning_parser: str | None = None  # file in text/thinking
+    decisions: tuple[tuple[str, Any, str], ...] = ()  # name, value, reason: the door's own choices
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @staticmethod
+    def of(checkpoint: Checkpoint, config: Config, features: frozenset[str] = frozenset()) -> ModelInfo:
+        """From a described checkpoint and a resolved configuration."""
+        return ModelInfo(
+            model_path=config.model.model_path,
+            served_model_name=config.model.served_model_name or config.model.model_path,
+            vocab_size=checkpoint.vocab_size,
+            context_length=config.model.context_length or checkpoint.context_length,
+            tokenizer_path=str(config.model.tokenizer_path or checkpoint.tokenizer_path),
+            eos_ids=checkpoint.eos_ids,
+            model_type=checkpoint.model_type,
+            architectures=checkpoint.architectures,
+            generation_config=dict(checkpoint.generation_config),
+            features=features,
+        )
+
+    def answers_to(self, name: str | None) -> bool:
+        """Whether a request for this model name is for us; unset, empty and `default` always are."""
+        return not name or name in (self.served_model_name, self.model_path, "default")
+
+
+def with_formats(info: ModelInfo, template: str | None, tools: str | None, reasoning: str | None) -> ModelInfo:
+    """The model's facts with the formats that its answers are read by.
+
+    Raises:
+        ConfigError: as `tool_choice`.
+    """
+    tool, thinking = tool_choice(template, tools), thinking_choice(template, reasoning)
+    decisions = (
+        ("tool_call_parser", tool.name or OFF, tool.reason),
+        ("reasoning_parser", thinking.name or OFF, thinking.reason),
+    )
+    # Only with a known format can be told where the reasoning ends and a constraint begins.
+    known = frozenset({"require_reasoning"}) if thinking.name is not None else frozenset[str]()
+    return replace(
+        info,
+        features=info.features | {"tools", "reasoning"} | known,
+        tool_parser=tool.name,
+        explain_tools=tool.explained,
+        spell_calls=tool.spelled,
+        reasoning_parser=thinking.name,
+        decisions=(*info.decisions, *decisions),
+    )
+
+
+def version() -> str:
+    """The installed version of Phloem."""
+    try:
+        return metadata.version("phloem")
+    except metadata.PackageNotFoundError:
+        return "unknown"

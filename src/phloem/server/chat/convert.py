@@ -1,0 +1,184 @@
+"""Conversations without HTTP: from a chat body to a request, and parsers for what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from phloem.client.request import GenerateRequest, Item, new_id
+from phloem.core.errors import BadRequest
+from phloem.server.chat import toolplan
+from phloem.server.chat.deltas import DeltaParser, answer_parsers, needs_special_tokens
+from phloem.server.protocol import ChatBody, Message
+from phloem.server.sampling import namespace, openai_params
+from phloem.text.tools._explain import explain, spell
+
+if TYPE_CHECKING:
+    from phloem.client.client import EngineClient
+    from phloem.client.info import ModelInfo
+    from phloem.core.request import SamplingParams
+    from phloem.server.chat.toolplan import ToolPlan
+    from phloem.text.template import ChatTemplate
+
+PROMPT_TAIL = 16  # tokens
+LONG_CONVERSATION = 20_000  # characters: rendered in a thread, off the event loop
+_RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A chat request, ready to be submitted, and what is needed to read its answer."""
+
+    request: GenerateRequest
+    tools: ToolPlan
+    reasoning: str | None
+    stream_reasoning: bool
+    prompt: str  # with `input_ids` its end alone
+    continued: str | None
+
+    def parsers(self) -> list[DeltaParser]:
+        """One parser for each continuation."""
+        item = self.request.items[0]
+        return answer_parsers(
+            item.sampling.n, self.tools, self.reasoning, self.prompt, self.stream_reasoning, self.continued
+        )
+
+
+async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> Conversation:
+    """Render the conversation and set the sampling parameters.
+
+    Raises:
+        BadRequest: content that is not text, a template that refuses, or fields that do not fit together.
+    """
+    if body.add_generation_prompt and body.continue_final_message:
+        raise BadRequest(
+            "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
+        )
+    if (body.top_logprobs or 0) > 0 and not body.logprobs:
+        raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+    if not body.messages and body.input_ids is None:
+        raise BadRequest("messages: at least one is needed", param="messages")
+    tools = toolplan.plan(body.tools, body.tool_choice, body.parallel_tool_calls, info.tool_parser)
+    reasoning = info.reasoning_parser if body.separate_reasoning is not False else None
+    messages = [plain_message(message, at) for at, message in enumerate(body.messages or [])]
+    text = (
+        _tail(body.input_ids, client)
+        if body.input_ids is not None
+        else await render(
+            client.template,
+            with_tools(messages, tools, info),
+            tools=None if info.explain_tools else tools.tools or None,
+            add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
+            continue_final_message=bool(body.continue_final_message),
+            **template_kwargs(body.chat_template_kwargs, body.reasoning_effort),
+        )
+    )
+    limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    sampling = openai_params(body, limit, info.generation_config)
+    constrain(sampling, tools, info)
+    if needs_special_tokens(client.tokenizer, tools, reasoning):
+        sampling.skip_special_tokens = False
+    item = Item(
+        sampling=sampling,
+        text=text if body.input_ids is None else None,
+        ids=body.input_ids,
+        id=body.rid or new_id(),
+        add_special_tokens=False,  # the template writes them
+        return_logprob=bool(body.logprobs),
+        top_logprobs=body.top_logprobs or 0,
+        priority=body.priority or 0,
+        namespace=namespace(body.cache_salt, body.extra_key),
+        reasons=(reasoning is not None or bool(body.require_reasoning)) and not tools.at_once,
+        session=body.session_params.step() if body.session_params is not None else None,
+        return_hidden=bool(body.return_hidden_states),
+        thinking_budget=body.max_thinking_tokens,
+    )
+    return Conversation(
+        GenerateRequest([item], bool(body.stream)),
+        tools,
+        reasoning,
+        body.stream_reasoning is not False,
+        text,
+        str(messages[-1]["content"] or "") if body.continue_final_message and messages else None,
+    )
+
+
+def _tail(ids: list[int], client: EngineClient) -> str:
+    """The end of a prompt of ids as text: it says whether a reasoning block is open."""
+    if client.tokenizer is None or any(not 0 <= token < client.info.vocab_size for token in ids[-PROMPT_TAIL:]):
+        return ""
+    return client.tokenizer.decode(ids[-PROMPT_TAIL:], skip_special_tokens=False)
+
+
+def constrain(sampling: SamplingParams, tools: ToolPlan, info: ModelInfo) -> None:
+    """Enforce what the tool fields ask for.
+
+    Raises:
+        BadRequest: if the request brings a constraint of its own as well, or there is no grammar engine.
+    """
+    if tools.constraint is None:
+        return
+    if "grammar" not in info.features:
+        raise BadRequest("not supported yet: tool_choice", param="tool_choice", code="not_supported")
+    for name in ("json_schema", "regex", "ebnf", "structural_tag"):
+        if getattr(sampling, name):
+            raise BadRequest(f"tool_choice and {name} exclude each other", param="tool_choice")
+    setattr(sampling, *tools.constraint)
+
+
+def with_tools(messages: list[dict[str, Any]], tools: ToolPlan, info: ModelInfo) -> list[dict[str, Any]]:
+    """The messages as the template takes them: one that knows no tools gets them, and earlier calls, as text."""
+    if info.spell_calls:
+        messages = spell(messages)
+    return explain(messages, tools.tools, tools.parser()) if info.explain_tools else messages
+
+
+def template_kwargs(given: dict[str, Any] | None, effort: str | None = None) -> dict[str, Any]:
+    """`chat_template_kwargs`, checked, with what `reasoning_effort` means to templates."""
+    extra = dict(given or {})
+    for name in sorted(_RESERVED & set(extra)):
+        raise BadRequest(f"chat_template_kwargs cannot set {name!r}", param="chat_template_kwargs")
+    if effort is not None:
+        extra.setdefault("reasoning_effort", effort)
+        if effort == "none":
+            extra.setdefault("enable_thinking", False)
+            extra.setdefault("thinking", False)
+    return extra
+
+
+async def render(template: ChatTemplate | None, messages: list[dict[str, Any]], **options: Any) -> str:
+    """The prompt text of a conversation. Long ones are rendered in a thread."""
+    if template is None:
+        raise BadRequest("this model has no chat template: use /v1/completions or /generate", param="messages")
+    size = sum(len(message["content"] or "") for message in messages)
+    try:
+        if size > LONG_CONVERSATION:
+            return await asyncio.to_thread(template.render, messages, **options)
+        return template.render(messages, **options)
+    except UnicodeError:
+        raise BadRequest("messages hold lone surrogates: no valid Unicode", param="messages") from None
+
+
+def plain_message(message: Message, at: int) -> dict[str, Any]:
+    """A message as templates read it: unset fields left out, text parts joined by newlines."""
+    content = message.content
+    if isinstance(content, list):
+        texts: list[str] = []
+        for number, part in enumerate(content):
+            where = f"messages[{at}].content[{number}]"
+            if part.type != "text":
+                raise BadRequest(
+                    f"not supported yet: {where} of type {part.type!r:.100}", param=where, code="not_supported"
+                )
+            if part.text is None:
+                raise BadRequest(f"{where}: text is missing", param=where)
+            texts.append(part.text)
+        content = "\n".join(texts)
+    plain = {name: value for name, value in msgspec.structs.asdict(message).items() if value is not None}
+    for name in Message.ignored:
+        plain.pop(name, None)
+    plain["content"] = content
+    return plain

@@ -1,0 +1,157 @@
+"""What a request's tool fields ask for: what the template shows, which parser reads the answer, what is enforced."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from phloem.core.errors import BadRequest
+from phloem.text.formats import TOOLS
+from phloem.text.tools._base import function_of
+from phloem.text.tools._grammar import Shape, Unspeakable
+from phloem.text.tools.json_array import forced_schema
+
+if TYPE_CHECKING:
+    from phloem.text.tools._base import ToolParser
+
+MAX_TOOLS = 256
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
+
+
+@dataclass(frozen=True)
+class ToolPlan:
+    """`constraint`: a field of `SamplingParams` and its value."""
+
+    tools: list[dict[str, Any]]
+    format: str | None
+    parallel: bool = True
+    constraint: tuple[str, str] | None = None
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the constraint is of the whole answer, its reasoning included."""
+        return self.constraint is not None and self.format is not None and TOOLS.module(self.format).Parser.whole
+
+    def parser(self) -> ToolParser | None:
+        """A fresh parser for one answer."""
+        return TOOLS.module(self.format).Parser(self.tools) if self.format is not None and self.tools else None
+
+
+NO_TOOLS = ToolPlan([], None)
+
+
+def plan(
+    tools: list[dict[str, Any]] | None,
+    choice: str | dict[str, Any] | None,
+    parallel: bool | None,
+    format_name: str | None,
+) -> ToolPlan:
+    """Check and combine `tools`, `tool_choice` and `parallel_tool_calls` for a model that writes `format_name`.
+
+    Raises:
+        BadRequest: naming the field that is wrong.
+    """
+    checked = check_tools(tools or [])
+    mode, wanted = _read_choice(choice, checked)
+    if mode == "none" or not checked:
+        return NO_TOOLS
+    several = parallel is not False and wanted is None
+    if wanted is not None:
+        checked = [tool for tool in checked if function_of(tool)["name"] == wanted]
+    if mode == "auto":
+        strict = any(function_of(tool).get("strict") for tool in checked)
+        return ToolPlan(checked, format_name, several, _strict(checked, format_name, several) if strict else None)
+    return _forced(checked, format_name, several)
+
+
+def check_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tools in OpenAI's nested shape; the bare one is taken too.
+
+    Raises:
+        BadRequest: naming the tool and field.
+    """
+    if len(tools) > MAX_TOOLS:
+        raise BadRequest(f"tools: {len(tools)} of them, at most {MAX_TOOLS}", param="tools")
+    found: list[dict[str, Any]] = []
+    names = set[str]()
+    for number, tool in enumerate(tools):
+        where = f"tools[{number}]"
+        if tool.get("type", "function") != "function":
+            raise BadRequest(f"not supported: {where}.type {tool.get('type')!r:.100}", param=f"{where}.type")
+        function = function_of(tool)
+        name = function.get("name")
+        if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+            what = "is missing" if name is None else f"{name!r:.100} is not of letters, digits, '_', '-' and '.'"
+            raise BadRequest(f"{where}.function.name {what}", param=f"{where}.function.name")
+        if name in names:
+            raise BadRequest(f"{where}.function.name {name!r} stands twice", param=f"{where}.function.name")
+        names.add(name)
+        parameters = function.get("parameters")
+        if parameters is not None and not isinstance(parameters, dict):
+            message = f"{where}.function.parameters must be a JSON schema (an object)"
+            raise BadRequest(message, param=f"{where}.function.parameters")
+        clean = {key: value for key, value in function.items() if value is not None and key != "type"}
+        found.append({"type": "function", "function": clean})
+    return found
+
+
+def _read_choice(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]]) -> tuple[str, str | None]:
+    """Mode (none, auto or required) and the function that is asked for by name."""
+    if choice is None:
+        return "auto", None
+    if isinstance(choice, str):
+        if choice not in ("none", "auto", "required"):
+            message = f"tool_choice {choice!r:.100} is not none, auto, required or a function"
+            raise BadRequest(message, param="tool_choice")
+        if choice == "required" and not tools:
+            raise BadRequest("tool_choice 'required' needs tools", param="tool_choice")
+        return choice, None
+    name = function_of(choice).get("name")
+    if choice.get("type", "function") != "function" or not isinstance(name, str):
+        message = 'tool_choice: expected {"type": "function", "function": {"name": ...}}'
+        raise BadRequest(message, param="tool_choice")
+    if all(function_of(tool)["name"] != name for tool in tools):
+        raise BadRequest(f"tool_choice names {name!r:.100}, which is not among the tools", param="tool_choice")
+    return "required", name
+
+
+def _strict(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> tuple[str, str]:
+    """A call may come, and keeps to its schema then.
+
+    Raises:
+        BadRequest: naming the tool whose schema the format cannot keep to.
+    """
+    if name is None:
+        raise BadRequest("strict tools need a tool-call format, and this server reads none", param="tools")
+    kind = TOOLS.module(name).Parser
+    for number, tool in enumerate(tools):
+        try:
+            kind([tool]).structure(required=False, parallel=parallel)
+        except Unspeakable as error:
+            which = function_of(tool)["name"]
+            raise BadRequest(
+                f"tools[{number}]: the calls of {which!r} cannot be enforced in the format {name!r}: {error}",
+                param=f"tools[{number}].function.parameters",
+            ) from None
+    return "structural_tag", structural_tag(kind(tools).structure(required=False, parallel=parallel))
+
+
+def _forced(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> ToolPlan:
+    """A call must come: in the model's own format, or as a JSON array of calls where that cannot keep to a schema."""
+    if name is not None:
+        try:
+            structure = TOOLS.module(name).Parser(tools).structure(required=True, parallel=parallel)
+        except Unspeakable:
+            pass
+        else:
+            return ToolPlan(tools, name, parallel, ("structural_tag", structural_tag(structure)))
+    schemas = {function_of(tool)["name"]: function_of(tool).get("parameters") or {"type": "object"} for tool in tools}
+    schema = json.dumps(forced_schema(schemas, parallel), ensure_ascii=False)
+    return ToolPlan(tools, "json_array", parallel, ("json_schema", schema))
+
+
+def structural_tag(structure: Shape) -> str:
+    """A structure in the notation of `SamplingParams.structural_tag`."""
+    return json.dumps({"type": "structural_tag", "format": structure}, ensure_ascii=False)

@@ -1,9 +1,0 @@
-"""DeepSeek R1: an answer begins inside the block, whether or not `<think>` is written."""
-
-from __future__ import annotations
-
-from phloem.server.thinking._base import ThinkingParser
-
-
-class Parser(ThinkingParser):
-    always = True

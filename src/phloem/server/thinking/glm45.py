@@ -1,9 +1,0 @@
-"""GLM 4.5 and later: `<think>...</think>`; a tool call may begin inside it."""
-
-from __future__ import annotations
-
-from phloem.server.thinking._base import ThinkingParser
-
-
-class Parser(ThinkingParser):
-    jumps = ("<tool_call>",)

@@ -1,9 +1,0 @@
-"""Nemotron 3: `<think>...</think>`; a tool call may begin inside it."""
-
-from __future__ import annotations
-
-from phloem.server.thinking._base import ThinkingParser
-
-
-class Parser(ThinkingParser):
-    jumps = ("<tool_call>",)

@@ -1,9 +1,0 @@
-"""Qwen 3 thinking models: the block is opened by the prompt."""
-
-from __future__ import annotations
-
-from phloem.server.thinking.qwen3 import Parser as Qwen3
-
-
-class Parser(Qwen3):
-    always = True

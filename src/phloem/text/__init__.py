@@ -1,0 +1,1 @@
+"""Between text and tokens, on both sides of a request: tokenizers, templates, formats of calls and reasoning."""

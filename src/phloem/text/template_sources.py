@@ -1,0 +1,69 @@
+"""The chat templates of a checkpoint as texts: where they may stand. `template.py` compiles them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from phloem.checkpoint.gguf_reader import GGUFFile
+from phloem.core.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from phloem.checkpoint.describe import Checkpoint
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that may be absent ({} then)."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ModelLoadError(f"{path}: a JSON object is expected, not {type(found).__name__}")
+    return found
+
+
+def find_sources(checkpoint: Checkpoint) -> dict[str, str]:
+    """The texts by name; "default" is the usual one. Raises `ModelLoadError` for a file that cannot be read."""
+    path = checkpoint.tokenizer_path
+    if path.suffix == ".gguf":
+        same = checkpoint.gguf is not None and checkpoint.gguf.path == path
+        file = checkpoint.gguf if same and checkpoint.gguf is not None else GGUFFile.open(path)
+        return _gguf_sources(file.metadata)
+    directory = path if path.is_dir() else path.parent
+    found: dict[str, str] = {}
+    for config in (read_json(directory / "chat_template.json"), read_json(directory / "tokenizer_config.json")):
+        found = _named(config.get("chat_template")) | found
+    files: list[tuple[str, Path]] = [("default", directory / "chat_template.jinja")]
+    files += [(file.stem, file) for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))]
+    for name, file in files:
+        if file.is_file():
+            found[name] = file.read_text(encoding="utf-8", errors="replace")
+    if not found and checkpoint.gguf is not None:
+        return _gguf_sources(checkpoint.gguf.metadata)
+    return found
+
+
+def _named(value: Any) -> dict[str, str]:
+    """`chat_template` of a tokenizer configuration: one text, or a list of {name, template}."""
+    if isinstance(value, str):
+        return {"default": value}
+    entries = value if isinstance(value, list) else []
+    return {
+        str(entry["name"]): entry["template"]
+        for entry in entries
+        if isinstance(entry, dict) and "name" in entry and isinstance(entry.get("template"), str)
+    }
+
+
+def _gguf_sources(metadata: dict[str, Any]) -> dict[str, str]:
+    key = "tokenizer.chat_template"
+    found = {"default": metadata[key]} if isinstance(metadata.get(key), str) else {}
+    for name, value in metadata.items():
+        if name.startswith(key + ".") and isinstance(value, str):
+            found[name[len(key) + 1 :]] = value
+    return found

@@ -1,0 +1,10 @@
+"""Kimi (k1.5, VL): a block between markers of its own."""
+
+from __future__ import annotations
+
+from phloem.text.thinking._base import ThinkingParser
+
+
+class Parser(ThinkingParser):
+    start = "◁think▷"
+    end = "◁/think▷"

@@ -1,0 +1,9 @@
+"""Qwen 3 thinking models: the block is opened by the prompt."""
+
+from __future__ import annotations
+
+from phloem.text.thinking.qwen3 import Parser as Qwen3
+
+
+class Parser(Qwen3):
+    always = True

@@ -1,0 +1,61 @@
+"""Qwen3-Coder: `<tool_call><function=f><parameter=k>v</parameter></function></tool_call>`.
+
+The outer tag is left out at times.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from phloem.text.tools._base import MAX_NAME
+from phloem.text.tools._grammar import Shape, either, literal, sequence, tag, triggered
+from phloem.text.tools._xml import XmlReader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from phloem.text.tools._base import Steps
+
+BEGIN, END = "<tool_call>", "</tool_call>"
+FUNCTION, FUNCTION_END = "<function=", "</function>"
+PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
+
+
+class Parser(XmlReader):
+    begins = (BEGIN, FUNCTION)
+    trigger = BEGIN
+    style = "qwen_xml"
+    newlines = True
+    pad = "\n"
+    closing = PARAMETER_END
+
+    def section(self, marker: str) -> Steps[None]:
+        if marker == BEGIN:
+            yield from self.spaces()
+            yield from self.skip(FUNCTION)
+        name, _ = yield from self.until(">", limit=MAX_NAME)
+        call = self.begin(name.strip())
+        while True:
+            yield from self.spaces()
+            if (yield from self.accept(FUNCTION_END)):
+                break
+            yield from self.skip(PARAMETER)
+            key, _ = yield from self.until(">", limit=MAX_NAME)
+            yield from self.parameter(call, key.strip(), PARAMETER_END)
+        self.complete(call)
+        yield from self.optional(END)
+
+    def opening(self, key: str, is_string: bool, line: str) -> str:
+        return f"{PARAMETER}{key}>"
+
+    def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
+        made = [
+            sequence(literal(f"{name}>\n"), *self.elements(name), literal(FUNCTION_END)) for name in self.chosen(names)
+        ]
+        tags = [tag(f"{BEGIN}\n{FUNCTION}", either(made), f"\n{END}")]
+        if not required:
+            tags.append(tag(FUNCTION, either(made), ""))
+        return triggered((BEGIN,) if required else (BEGIN, FUNCTION), tags, required, not parallel)
+
+    def tag(self, name: str) -> tuple[str, str]:
+        return f"{BEGIN}\n{FUNCTION}{name}>\n", f"\n{FUNCTION_END}\n{END}"

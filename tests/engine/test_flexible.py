@@ -1,0 +1,145 @@
+"""Prefill and mixed steps by one recorded step of variable size equal eager ones, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_native_graph import built
+from test_pieces import decide, same, steps
+
+from phloem.attention import BACKENDS
+from phloem.checkpoint.describe import describe
+from phloem.core.batch import Batch, StepOutput
+from phloem.engine.flexible import FlexibleSteps
+from phloem.engine.runner import ModelRunner
+from phloem.kernels import native
+from phloem.kernels.graph import FlexibleRecorder, RecordError
+from phloem.kvcache.pool import KVPool
+from phloem.layers.context import BuildContext
+from phloem.models import load_model
+from phloem.testing.checkpoints import tiny_checkpoint
+
+pytestmark = pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
+
+CPU = torch.device("cpu")
+LIMIT = 24
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3", "qwen3", "qwen3_moe"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+
+
+class Engine:
+    def __init__(
+        self, path: Path, flexible: bool, threads: int = 2, kv: torch.dtype = torch.bfloat16, **options: Any
+    ) -> None:
+        ops = native.table(threads)
+        quant = options.pop("quant", None)
+        rows, pages = options.pop("rows", 4), options.pop("pages", 20)
+        model: Any = load_model(describe(str(path)), BuildContext(ops, torch.float32, CPU, quant=quant))
+        specs = model.attention_specs
+        self.pool = KVPool(specs, 64, 4, kv, CPU)
+        backend = BACKENDS.module("cpu").Backend(ops, specs, CPU, kv)
+        self.steps: FlexibleSteps | None = None
+        if flexible:
+            assert ops.recorder is not None
+            recorder = ops.recorder()
+            assert isinstance(recorder, FlexibleRecorder)
+            self.steps = FlexibleSteps(recorder, model, backend, self.pool, LIMIT, rows, pages, **options)
+        self.runner = ModelRunner(model, backend, self.pool, ops, 4, pieces=self.steps)
+
+    def run(self, batches: list[Batch]) -> list[StepOutput]:
+        return [pending.result() for pending in [self.runner.launch(batch) for batch in batches]]
+
+
+@pytest.mark.parametrize("quant", [None, "int8"])
+@pytest.mark.parametrize(("threads", "kv"), [(1, torch.bfloat16), (2, torch.int8)])
+def test_replays_equal_eager_steps_bit_for_bit(
+    family: Path, quant: str | None, threads: int, kv: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager = Engine(family, False, threads, kv, quant=quant)
+    ours = Engine(family, True, threads, kv, quant=quant)
+    assert ours.steps is not None
+    served: list[bool] = []
+    run = ours.steps.run
+
+    def counted(inputs: Any) -> Any:
+        found = run(inputs)
+        served.append(found is not None)
+        return found
+
+    monkeypatch.setattr(ours.steps, "run", counted)
+    want = eager.run(steps())
+    same(ours.run(steps()), want)
+    assert ours.steps.graphs.refused is None
+    # By hand: no wanted position; prompt logprobs want more positions than rows; two steps of the recorded kind; one
+    # above the limit that wants nothing; one more; and a decode step, which has no graph of its own here.
+    assert served == [True, False, True, True, False, True, True]
+    for a, b in zip([*ours.pool.keys, *ours.pool.values], [*eager.pool.keys, *eager.pool.values], strict=True):
+        assert torch.equal(a, b)
+    same(ours.run(steps()), eager.run(steps()))  # over what the first run left in every buffer
+
+
+def test_the_debug_mode_compares_every_replay(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Engine(llama, True, check=True)
+    assert ours.steps is not None
+    ours.run(steps())
+    monkeypatch.setattr(ours.steps, "_eager", lambda fixed, sizes: torch.zeros(sizes[2], 64))
+    batch = steps()[2]
+    with pytest.raises(RecordError, match="result 0"):
+        ours.run([batch])
+
+
+def test_larger_steps_run_eagerly(llama: Path) -> None:
+    want = Engine(llama, False).run(steps())
+    for options in ({"rows": 1}, {"pages": 2}):
+        ours = Engine(llama, True, **options)
+        assert ours.steps is not None
+        same(ours.run(steps()), want)
+
+
+def test_recording_computes_nothing_and_tells_sizes_apart() -> None:
+    ops = native.table(2)
+    assert ops.recorder is not None
+    recorder = ops.recorder()
+    x, y = torch.randn(50, 8), torch.randn(50, 8)
+    graph, out = recorder.record_sizes(lambda sizes: ops.add(x[: sizes[0]], y[: sizes[0]]), (50,))  # pyright: ignore
+    for rows in (50, 1, 17):
+        out.fill_(7)
+        graph.replay(rows)
+        assert torch.equal(out[:rows], x[:rows] + y[:rows]) and (out[rows:] == 7).all()
+    with pytest.raises(ValueError, match="too close"):
+        recorder.record_sizes(lambda sizes: ops.add(x, y), (50, 49))  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(RecordError, match="no call of the step"):
+        recorder.record_sizes(lambda sizes: ops.add(x, y), (40,))  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(RecordError, match="other calls"):
+        many = lambda sizes: [ops.add(x, y) for _ in range(sizes[0])]  # noqa: E731
+        recorder.record_sizes(many, (5,))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_conversion_is_no_view_in_inference_mode() -> None:
+    ops = native.table(1)
+    assert ops.recorder is not None
+    x = torch.randn(3, 8)
+    with torch.inference_mode(), pytest.raises(RecordError, match="torch's aten"):
+        ops.recorder().record(lambda: ops.add(x, x).to(torch.bfloat16))
+
+
+def test_the_decision_says_so() -> None:
+    class Flexible:
+        def record(self, fn: Any) -> Any: ...
+        def record_sizes(self, fn: Any, sizes: Any) -> Any: ...
+
+    decode, steps_, decisions = decide(Flexible(), chunk=512)
+    assert decode is not None and isinstance(steps_, FlexibleSteps)
+    assert decisions["prefill_graph"].value == "on" and "512 tokens" in decisions["prefill_graph"].reason
+    assert decide(Flexible(), disable_step_graph=True)[1] is None

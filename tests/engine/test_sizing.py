@@ -1,0 +1,158 @@
+"""The KV pool by a measured step: a platform with memory of its own, pretended over the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from phloem import platforms
+from phloem.checkpoint.describe import describe
+from phloem.core.config import Config
+from phloem.core.errors import ConfigError
+from phloem.core.resolve import GIB, Decision
+from phloem.engine import sizing, worker
+from phloem.engine.sizing import step_shapes
+from phloem.kernels.ops import Ops
+from phloem.platforms import _measure, cpu
+from phloem.testing.checkpoints import tiny_checkpoint
+
+MIB = 2**20
+
+
+class Board(cpu.Platform):
+    """A device of 1 GiB; the largest step takes 100 MiB of it."""
+
+    name = "board"
+    default_chunk, default_running_requests = 96, 5
+
+    def __init__(self, total: int = GIB, peak: int = 100 * MIB) -> None:
+        super().__init__(1)
+        self.total, self.peak = total, peak
+        self.free = total - 200 * MIB  # somebody else has something
+        self.measured = 0
+
+    def memory(self) -> tuple[int, int]:
+        return self.free, self.total
+
+    def reserve(self) -> int:
+        return 50 * MIB
+
+    def table(self, requested: str | None) -> tuple[Ops, str]:
+        return Ops(), "plain"
+
+    def attention_backends(self) -> list[str]:
+        return ["reference"]
+
+    def measure(self, work: Callable[[], None]) -> int:  # type: ignore[override]
+        self.measured += 1
+        work()
+        return self.peak
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+
+
+def build(tiny: Path, board: Any, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> worker.Built:
+    monkeypatch.setattr(platforms, "choose", lambda device, threads: (board, Decision("device", "board", "a test")))
+    config = Config.from_flat({"model_path": str(tiny), "dtype": "float32", **settings})
+    built = worker.build(config, describe(str(tiny)), lambda phase, seconds: None)
+    built.runner.close()
+    return built
+
+
+def decision(built: worker.Built, name: str) -> Decision:
+    return next(item for item in built.decisions if item.name == name)
+
+
+def test_the_pool_gets_what_the_measured_step_leaves(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[int, int]] = []
+    forward = sizing.run_forward
+
+    def spy(model: Any, backend: Any, pool: Any, inputs: Any, index: Any) -> Any:
+        assert int(inputs.paged.page_table.max()) == 0 and pool.num_pages == 2
+        steps.append((len(inputs.input_ids), len(inputs.sampled_rows)))
+        return forward(model, backend, pool, inputs, index)
+
+    monkeypatch.setattr(sizing, "run_forward", spy)
+    board = Board()
+    built = build(tiny, board, monkeypatch)
+    each = built.info["kv_bytes_per_token"]
+    assert steps == [(96, 5), (96, 1)] and board.measured == 1
+    rest = board.free - 100 * MIB - 50 * MIB
+    assert built.max_total_tokens == (rest // each - 16) // 16 * 16
+    assert built.runner.num_pages == built.max_total_tokens // 16 + 1
+    assert built.runner.pool.nbytes <= rest
+    memory = decision(built, "memory")
+    assert memory.value == "1.0 GiB"
+    for part in ("weights", "activations 0.10 GiB (steps of 96 tokens, 5 rows)", "graphs up to 0.00", "reserve 0.05"):
+        assert part in memory.reason
+    assert f"({built.max_total_tokens} tokens of {each} bytes)" in memory.reason
+
+
+def test_a_limit_of_the_user_wins(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build(tiny, Board(), monkeypatch, max_total_tokens=320).max_total_tokens == 320
+
+
+def test_too_little_for_one_request_is_a_clear_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    board = Board()
+    board.free = 150 * MIB + 100_000
+    with pytest.raises(ConfigError, match=r"one request of context_length 512 needs .* set context_length to at most"):
+        build(tiny, board, monkeypatch)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("tried 3 GiB\nadvice"), MemoryError()])
+def test_a_largest_step_that_does_not_fit_is_a_clear_error(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(sizing, "run_forward", fail)
+    with pytest.raises(ConfigError, match=r"steps of 96 tokens, 5 rows do not fit .*: lower chunked_prefill_size"):
+        build(tiny, Board(), monkeypatch)
+
+
+def test_on_a_cpu_nothing_is_run_and_the_form_is_the_same(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "run_forward", lambda *args: pytest.fail("a step was run"))
+    built = build(tiny, cpu.Platform(1), monkeypatch, kv_memory="8MiB")
+    told = decision(built, "memory").reason
+    assert told.startswith("weights 0.00 GiB, KV 0.01 GiB (") and "not measured" in told
+
+
+@pytest.mark.parametrize(
+    ("chunk", "running", "context", "expected"),
+    [
+        (10, 4, 100, [[3, 3, 2, 2], [10]]),
+        (3, 8, 100, [[1, 1, 1], [3]]),
+        (100, 2, 30, [[30, 30], [30]]),
+    ],
+)
+def test_step_shapes(chunk: int, running: int, context: int, expected: list[list[int]]) -> None:
+    assert step_shapes(chunk, running, context) == expected
+
+
+def test_the_peak_is_read_between_two_empty_caches() -> None:
+    class Api:
+        calls: list[str] = []
+        reserved, peak = 1000, 5000
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *device: self.calls.append(name)
+
+        def memory_reserved(self, device: Any) -> int:
+            return self.reserved
+
+        def max_memory_reserved(self, device: Any) -> int:
+            return self.peak
+
+    api = Api()
+    assert _measure.peak_of(api, torch.device("cpu"), lambda: api.calls.append("work")) == 4000
+    assert api.calls == [
+        *("synchronize", "empty_cache", "reset_peak_memory_stats", "work", "synchronize", "empty_cache"),
+    ]

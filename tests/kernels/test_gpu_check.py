@@ -1,0 +1,96 @@
+"""The GPU check runs where there is no GPU as far as it can, and claims nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+]
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPTS / "gpu_check.py"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    done = _run()
+    assert done.returncode == 2 and "no GPU" in done.stdout
+
+
+def test_a_dry_run_never_writes_among_the_results() -> None:
+    done = _run("--dry-run")
+    assert done.returncode == 2 and "needs --out" in done.stderr
+
+
+def test_dry_run_measures_and_reports(tmp_path: Path) -> None:
+    done = _run("--dry-run", "--only", "floors,llama,qwen,transformers", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    (file,) = tmp_path.glob("*.json")
+    report = json.loads(file.read_text())
+    assert report["dry_run"] and not report["errors"]
+    for name in ("llama", "llama-fp8", "qwen", "qwen-fp8"):
+        assert [row["rows"] for row in report[name]["decode"]] == [1, 2]
+        assert all(row["floor_ms"] > 0 for row in report[name]["decode"])
+    for name in ("llama", "qwen"):
+        assert [row["tokens"] for row in report[name]["pieces"]] == [16, 40]
+    assert all(row["pieces_ms"] > 0 for row in report["llama"]["pieces"])
+    assert report["llama"]["serving"]["failed"] == 0 and report["llama"]["serving"]["output_tok_per_s"] > 0
+    assert report["transformers"][0]["rows"] == 2
+    page = next(tmp_path.glob("*.md")).read_text()
+    assert page.startswith("# Dry run on a CPU: the numbers mean nothing") and "## qwen-fp8" in page
+    assert "| prefill tokens | eager ms | in pieces ms |" in page
+
+
+def test_kernel_checks_notice_errors(tmp_path: Path) -> None:
+    """A kernel that is wrong, raises, or leaves its output unwritten is reported, and the exit status is 1."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+import os; os.environ["TRITON_INTERPRET"] = "1"
+import gpu_check, torch
+from phloem.kernels.triton import activation, pages
+activation.silu_and_mul = lambda x: torch.empty(x.shape[0], x.shape[1] // 2)
+pages.select_rows = lambda x, index: 1 / 0
+some = ["--only", "kernels", "--checks", "activations,pages,lora"]
+sys.exit(gpu_check.main(["--dry-run", "--out", {str(tmp_path)!r}, *some]))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent / "src"), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    (file,) = tmp_path.glob("*.json")
+    rows = {row["name"].split()[0]: row for row in json.loads(file.read_text())["kernels"]}
+    assert not rows["activations"]["ok"] and "#0: inf" in rows["activations"]["message"]
+    assert not rows["pages"]["ok"] and "ZeroDivisionError" in rows["pages"]["message"]
+    assert rows["lora"]["ok"]
+
+
+def test_floors_are_counted_right() -> None:
+    """Llama-3.1-8B: 7.5 G parameters are read a step besides the embedding, 131,072 bytes of KV a token."""
+    code = """
+import sys
+from gpu_models import LLAMA_8B, QWEN3_30B_A3B, decode_work, prefill_flops
+work = decode_work(LLAMA_8B, 1, 1024, 2, 2)
+assert abs(work.weight_bytes / 2 - 7.504e9) < 2e6, work
+assert work.kv_bytes == 1024 * 131072
+assert abs(work.flops - (2 * 7.504e9 + 4 * 32 * 32 * 128 * 1024)) < 4e6
+few, many = (decode_work(QWEN3_30B_A3B, rows, 1, 2, 2).weight_bytes / 2 for rows in (1, 10000))
+assert abs(few - 3.04e9) < 5e7 and abs(many - 30.2e9) < 2e8, (few, many)
+assert abs(prefill_flops(LLAMA_8B, 4096) / 4096 / (2 * 6.98e9) - 1) < 0.08
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{SCRIPTS}{os.pathsep}{SCRIPTS.parent / 'src'}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr

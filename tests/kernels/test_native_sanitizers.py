@@ -1,0 +1,114 @@
+"""Kernels under AddressSanitizer and UBSan, by a C++ driver with buffers of exact size; and what the linker sees."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from phloem.utils.machine import cpu_flags
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc" / "cpu"
+KERNELS = ("attention", "elementwise", "norm", "rope", "sample", "linear", "screen", "moe")
+AMX = ("linear", "moe")  # units that also exist with tiles; they run on emulated ones, whatever the machine has
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")]
+
+
+def build_flags() -> ModuleType:
+    """`setup.py` as a module: its flags and units, without running it."""
+    source = (ROOT / "setup.py").read_text().rsplit("\nsetup(", 1)[0]
+    module = ModuleType("phloem_setup")
+    module.__file__ = str(ROOT / "setup.py")
+    exec(compile(source, "setup.py", "exec"), module.__dict__)
+    return module
+
+
+def levels_here() -> list[tuple[int, str]]:
+    """The portable unit and the best that this machine runs."""
+    flags = cpu_flags()
+    if {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_vnni", "avx512_bf16"} <= flags:
+        return [(0, "portable"), (2, "avx512")]
+    return [(0, "portable"), (1, "avx2")] if {"avx2", "fma"} <= flags else [(0, "portable")]
+
+
+def compile_all(jobs: list[list[str]]) -> None:
+    def one(command: list[str]) -> None:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    with ThreadPoolExecutor(2) as workers:
+        list(workers.map(one, jobs))
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="the sanitizers are set up for Linux")
+def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+    probe = subprocess.run(
+        ["g++", "-fsanitize=address,undefined", "-x", "c++", "-", "-o", str(tmp_path / "probe")],
+        input="int main() {}", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if probe.returncode:
+        pytest.skip("this compiler has no sanitizer libraries")
+    setup = build_flags()
+    common = [flag for flag in setup.COMMON if flag not in ("-O3", "-fvisibility=hidden")] + ["-O0", *SANITIZE]
+    sources = [(CSRC / "each" / f"{name}.cpp", level) for name in KERNELS for _, level in levels_here()]
+    sources += [
+        (path, "portable")
+        for path in (
+            CSRC / "pool.cpp",
+            CSRC / "registry.cpp",
+            CSRC / "linear_pack.cpp",
+            *(CSRC / "tests").glob("*.cpp"),
+        )
+    ]
+    flags = {**setup.LEVELS, "emulated": [*setup.LEVELS["avx512"], "-DPHL_AMX=1", "-DPHL_AMX_EMULATED"]}
+    if (2, "avx512") in levels_here():
+        sources += [(CSRC / "amx" / f"{name}.cpp", "emulated") for name in AMX]
+    folder = ROOT / "build" / "sanitized"  # kept: compiling takes far longer than running
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = [folder / f"{path.parent.name}.{path.stem}.{level}.o" for path, level in sources]
+    headers = max(path.stat().st_mtime for path in (*CSRC.rglob("*.h"), ROOT / "setup.py", Path(__file__)))
+    compile_all(
+        [
+            ["g++", *common, *flags[level], "-c", str(path), "-o", str(target)]
+            for (path, level), target in zip(sources, objects, strict=True)
+            if not target.exists() or target.stat().st_mtime <= max(headers, path.stat().st_mtime)
+        ]
+    )
+    program = tmp_path / "driver"
+    compile_all([["g++", *SANITIZE, *map(str, objects), "-pthread", "-o", str(program)]])
+    levels = [str(number) for number, _ in levels_here()]
+    done = subprocess.run([str(program), *levels], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "tests" in done.stdout
+
+
+def test_amx_is_built_where_the_compiler_knows_it(tmp_path: Path) -> None:
+    setup = build_flags()
+    assert setup.accepts(["g++"], [], tmp_path)
+    assert not setup.accepts(["g++"], ["-mno-such-instructions"], tmp_path)
+    of_amx = [path.parent.name for path, level in setup.units(CSRC, "x86_64") if level == "amx"]
+    assert of_amx == ["amx"] * len(AMX)
+    assert {level for _, level in setup.units(CSRC, "aarch64")} == {"portable"}
+
+
+def test_units_share_no_weak_symbols() -> None:
+    """An inline function compiled for AVX-512 must never be the one that the linker keeps for every level."""
+    if shutil.which("nm") is None:
+        pytest.skip("no nm")
+    spec = importlib.util.find_spec("phloem.kernels._cpu")
+    objects = [path for level in ("avx2", "avx512", "amx") for path in ROOT.glob(f"build/temp*/*.{level}.o")]
+    if spec is None or not objects:
+        pytest.skip("the native library was not built in this folder")
+    for path in objects:
+        listed = subprocess.run(["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True, check=True)
+        weak = [line for line in listed.stdout.splitlines() if line[17:18] in "WVu"]
+        assert not weak, f"{path.name}: {weak[:5]}"

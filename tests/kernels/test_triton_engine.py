@@ -1,0 +1,133 @@
+"""The Triton table and backend under whole models, beneath the interpreter: the same logits as the reference table."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from triton_support import need_interpreter
+
+from phloem.attention import Memory, begin
+from phloem.attention import reference as reference_backend
+from phloem.attention.reference import TableStep
+from phloem.checkpoint.describe import Checkpoint
+from phloem.kernels.ops import Ops, PagedBatch
+from phloem.kvcache.pool import KVPool
+from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch, Heads
+from phloem.models import llama
+
+need_interpreter()
+from phloem.attention import triton as backend_file  # noqa: E402
+from phloem.kernels.triton import table  # noqa: E402
+
+SPEC = AttentionSpec(0, 4, 2, 16, 0.25)
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_hidden_layers": 2,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 64,
+}
+
+
+def build(ops: Ops, tmp_path: object) -> llama.Decoder:
+    ctx = BuildContext(ops=ops, dtype=torch.float32, device=torch.device("cpu"))
+    model = llama.build(CONFIG, ctx, 64)
+    checkpoint = Checkpoint(
+        path=tmp_path,  # type: ignore[arg-type]
+        format="dummy",
+        model_type="llama",
+        config=CONFIG,
+        generation_config={},
+        eos_ids=(),
+        context_length=64,
+        vocab_size=67,
+        tokenizer_path=tmp_path,  # type: ignore[arg-type]
+        gguf=None,
+        name="tiny",
+        architectures=(),
+    )
+    model.load(checkpoint, None)
+    return model
+
+
+def steps() -> list[tuple[PagedBatch, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """A ragged prefill, then two decode steps of both rows."""
+    pages = torch.tensor([[3, 1], [2, 4]]).int()
+    made = []
+    done = [0, 0]
+    for new in ([5, 9], [1, 1], [1, 1]):
+        positions = torch.cat([torch.arange(done[r], done[r] + new[r]) for r in range(2)])
+        rows = torch.repeat_interleave(torch.arange(2), torch.tensor(new))
+        slots = pages[rows, positions // 8] * 8 + positions % 8
+        done = [done[r] + new[r] for r in range(2)]
+        start = torch.tensor([0, *new]).cumsum(0).int()
+        batch = PagedBatch(start, torch.tensor(done).int(), pages, slots.int(), max(new), max(done))
+        made.append((batch, torch.randint(0, 67, (sum(new),)), positions, start[1:].long() - 1))
+    return made
+
+
+@pytest.mark.parametrize("name", ["triton", "invariant"])
+def test_model_on_the_triton_table(name: str, tmp_path: object) -> None:
+    torch.manual_seed(0)
+    ops = table.table() if name == "triton" else table.invariant_table()
+    want_model, got_model = build(Ops(), tmp_path), build(ops, tmp_path)
+    specs = want_model.attention_specs
+    want_pool, got_pool = (KVPool(specs, 6, 8, torch.float32, torch.device("cpu")) for _ in range(2))
+    backend = backend_file.Backend(ops, specs, torch.device("cpu"), torch.float32)
+    for batch, ids, positions, last in steps():
+        want_step = ForwardBatch(ids, positions, Memory(TableStep(Ops(), batch, want_pool)), last)
+        got_step = ForwardBatch(ids, positions, begin(backend, batch, got_pool), last)
+        want = want_model.head(want_model.forward(want_step))
+        got = got_model.head(got_model.forward(got_step))
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_float8_cache_with_scales(name: str, dtype: torch.dtype, heads: int) -> None:
+    """Keys and values far beyond what a float8 holds, through prefill and decode: right with their scales only.
+
+    The pages are written by the backend; so that the interpreter's rounding to float8 does not count, the expected
+    result is computed in float32 from what the pages hold.
+    """
+    torch.manual_seed(1)
+    scales = ([20.0, 8.0][:heads], [3.0, 12.0][:heads])
+    device = torch.device("cpu")
+    pool = KVPool([SPEC], 4, 8, torch.float8_e4m3fn, device, {0: scales})
+    bare = KVPool([SPEC], 4, 8, torch.float8_e4m3fn, device)
+    ops = table.table() if name == "triton" else Ops()
+    module = backend_file if name == "triton" else reference_backend
+    backend = module.Backend(ops, [SPEC], device, torch.float8_e4m3fn)
+    pages, done = torch.tensor([[2, 3]]).int(), 0
+    k, v = torch.randn(11, 2, 16) * 900, torch.randn(11, 2, 16) * 600  # up to several thousand
+    q = torch.randn(11, 4, 16) / 900
+    for new in (9, 1, 1):
+        slots = pages[0, torch.arange(done, done + new) // 8] * 8 + torch.arange(done, done + new) % 8
+        here = slice(done, done + new)
+        done += new
+        batch = PagedBatch(torch.tensor([0, new]).int(), torch.tensor([done]).int(), pages, slots.int(), new, done)
+        inputs = [part[here].to(dtype) for part in (q, k, v)]
+        got = backend.begin(batch, pool)(SPEC, Heads(*inputs))
+        factors = [torch.tensor(scale).float().view(1, -1, 1, 1) for scale in scales]
+        read = [(cache.float() * by) for cache, by in zip((pool.keys[0], pool.values[0]), factors, strict=True)]
+        want = Ops().paged_attention(q[here], *read, batch, SPEC.scale, 0, 0.0, None)
+        assert (got.float() - want).norm() / want.norm() < 0.02
+        # And what the pages hold is what was given, within float8's three bits of mantissa.
+        for cache, given in zip(read, (k, v), strict=True):
+            held = cache[2:4].transpose(1, 2).flatten(0, 1)[:done]
+            assert (held - given[:done]).norm() / given[:done].norm() < 0.12
+        cut = backend_of(module, ops).begin(batch, bare)(SPEC, Heads(*inputs))
+        assert (cut.float() - want).norm() / want.norm() > 0.2 and not cut.isnan().any()
+
+
+def backend_of(module: ModuleType, ops: Ops) -> Any:
+    return module.Backend(ops, [SPEC], torch.device("cpu"), torch.float8_e4m3fn)

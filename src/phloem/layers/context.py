@@ -9,7 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from phloem.core.memory import MemorySpec, Paged
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from torch import Tensor
 
@@ -49,6 +53,18 @@ class AttentionSpec:
         """Nothing but grouped heads of one size, causal, with what `window`, `softcap` and `sinks` say."""
         same = self.values == self.head_size
         return same and self.writes and self.causal and not self.chunk and not self.block
+
+
+def memory_of(specs: Sequence[AttentionSpec]) -> list[MemorySpec]:
+    """What attention layers keep, by pool index, for a model that has nothing else to keep.
+
+    Raises:
+        ValueError: if the pools of the layers that write are not numbered from 0 without gaps.
+    """
+    writers = sorted((spec for spec in specs if spec.writes), key=lambda spec: spec.pool)
+    if [spec.pool for spec in writers] != list(range(len(writers))):
+        raise ValueError(f"pools of attention layers must be numbered 0 to {len(writers) - 1}")
+    return [Paged(spec.kv_heads, spec.head_size, spec.values, spec.window) for spec in writers]
 
 
 @dataclass(slots=True)

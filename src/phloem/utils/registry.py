@@ -31,8 +31,8 @@ class Registry:
         found = (item for item in pkgutil.iter_modules(path) if not item.ispkg)
         return sorted(item.name for item in found if not item.name.startswith("_"))
 
-    def module(self, name: str) -> ModuleType:
-        """Import the module of that name.
+    def check(self, name: str) -> None:
+        """Whether there is a module of that name.
 
         Raises:
             ConfigError: if there is none; the message lists the right names and the nearest spelling.
@@ -42,4 +42,8 @@ class Registry:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ConfigError(f"unknown {self.what} {name!r}{hint}; known: {', '.join(names)}")
+
+    def module(self, name: str) -> ModuleType:
+        """Import the module of that name. Raises ConfigError as `check`."""
+        self.check(name)
         return importlib.import_module(f"{self.package}.{name}")

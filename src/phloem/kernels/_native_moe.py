@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.kernels._native_runtime import Runtime
-    from phloem.kernels.ops import WeightSource
+    from phloem.kernels.calls import WeightSource
 
 ALONE = 16384  # up to this many inputs in all, each thread prepares them for itself
 PANEL_BYTES = 128 << 20  # what one panel of tokens may take of the workspace

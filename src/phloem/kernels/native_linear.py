@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.kernels._native_runtime import Runtime
-    from phloem.kernels.ops import WeightSource
+    from phloem.kernels.calls import WeightSource
 
 # Layout numbers of csrc/cpu/linear/layout.h, with the bytes and weights of a GGUF block.
 BLOCKS = {

@@ -151,14 +151,16 @@ class BuildNative(build_ext):
     def _stamp(self, objects: Path) -> Path:
         """A source that says what the library was built from."""
         stamp = objects / "stamp.cpp"
-        text = f'namespace phl {{ extern const char* const kBuiltFrom; const char* const kBuiltFrom = "{_digest()}"; }}\n'
+        text = (
+            f'namespace phl {{ extern const char* const kBuiltFrom; const char* const kBuiltFrom = "{_digest()}"; }}\n'
+        )
         if not stamp.exists() or stamp.read_text() != text:
             stamp.write_text(text)
         return stamp
 
     def _compile(self, job: tuple[Path, Path, list[str]]) -> str | None:
         """None, or what went wrong."""
-        source, target, command = job
+        _, target, command = job
         target.with_suffix(".sum").unlink(missing_ok=True)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.stderr:

@@ -32,9 +32,7 @@ def fitting(ops: Ops, dtype: torch.dtype) -> Ops:
 
 def plainly(ops: Ops) -> Ops:
     """The table with the reference's keeping and reading of keys and values."""
-    return replace(
-        ops, write_kv=ref.write_kv, rope_write_kv=None, paged_attention=reference_attention.paged_attention
-    )
+    return replace(ops, write_kv=ref.write_kv, rope_write_kv=None, paged_attention=reference_attention.paged_attention)
 
 
 def fours(need: AttentionNeed, page_size: int) -> str | None:

@@ -118,9 +118,7 @@ class NativeMoe:
         )  # fmt: skip
         return out
 
-    def _cut(
-        self, tokens: int, k: int, stride: int, threads: int, gate_up: PackedExperts, down: PackedExperts
-    ) -> _Cut:
+    def _cut(self, tokens: int, k: int, stride: int, threads: int, gate_up: PackedExperts, down: PackedExperts) -> _Cut:
         """How one call is cut, and its workspace: the sum of what `Sparse` of csrc/cpu/each/moe.cpp lays out."""
         sizes: Sizes = self.linear.sizes
         up_row = sizes.row_bytes(gate_up.padded_inputs, gate_up.forms)

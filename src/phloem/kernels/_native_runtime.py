@@ -35,7 +35,9 @@ class Runtime:
             old = stale(library.built_from())
             self.constants = _agreed(library.constants())
         except AttributeError:
-            raise Unavailable("the native CPU kernels are of an older build: install again (pip install -e .)") from None
+            raise Unavailable(
+                "the native CPU kernels are of an older build: install again (pip install -e .)"
+            ) from None
         if old:
             warnings.warn(f"the native CPU kernels were {old}", stacklevel=2)
         self.library = library

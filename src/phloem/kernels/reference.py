@@ -1,8 +1,8 @@
-"""Linear layers, norms, positions and scans in plain torch: the specification that native and Triton kernels meet.
+"""Products, norms, positions and scans in plain torch: the specification that native and Triton kernels meet.
 
-Beside it `reference_attention`, `reference_experts`, `reference_sampling` and `reference_formats`; how a linear layer is
-made of its parts is in `compose.py`. Legend as in `ops.py`. Reductions are done in float32 whatever the input type;
-results have the input's type.
+Beside it `reference_attention`, `reference_experts`, `reference_sampling` and `reference_formats`; `compose.py` makes a
+linear layer of its parts. Legend as in `ops.py`. Reductions are done in float32 whatever the input type; results have
+the input's type.
 """
 
 from __future__ import annotations

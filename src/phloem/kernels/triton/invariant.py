@@ -23,7 +23,7 @@ from phloem.kernels.triton._base import ceil_div, stages
 from phloem.kernels.triton.attention import decode_attention, extend_attention
 
 if TYPE_CHECKING:
-    from phloem.kernels.ops import PagedBatch
+    from phloem.kernels.calls import AttentionCall, Cache, PagedBatch
 
 SPLIT_TOKENS = 1024  # length of the parts that decode attention cuts a row's KV into
 BLOCK_T, BLOCK_M = 64, 64
@@ -63,7 +63,7 @@ def _matmul(
     tl.store(at, acc.to(out.dtype.element_ty), mask=rows[:, None] & cols[None, :])
 
 
-def linear(x_TN: Tensor, weight_MN: Tensor, bias_M: Tensor | None) -> Tensor:
+def product(x_TN: Tensor, weight_MN: Tensor, bias_M: Tensor | None) -> Tensor:
     """x wT + bias, with one tile shape for every number of tokens."""
     tokens, features = x_TN.shape
     outputs = weight_MN.shape[0]
@@ -89,17 +89,8 @@ def linear(x_TN: Tensor, weight_MN: Tensor, bias_M: Tensor | None) -> Tensor:
     return out
 
 
-def paged_attention(
-    q_THD: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    batch: PagedBatch,
-    scale: float,
-    window: int,
-    cap: float,
-    sinks_H: Tensor | None,
-) -> Tensor:
+def paged_attention(q_THD: Tensor, cache: Cache, batch: PagedBatch, call: AttentionCall) -> Tensor:
     """Decode with KV parts of fixed length, else extend, whose order of KV blocks is a row's own already."""
     if batch.max_query_len == 1:
-        return decode_attention(q_THD, k_cache, v_cache, batch, scale, window, cap, sinks_H, split_size=SPLIT_TOKENS)
-    return extend_attention(q_THD, k_cache, v_cache, batch, scale, window, cap, sinks_H)
+        return decode_attention(q_THD, cache, batch, call, split_size=SPLIT_TOKENS)
+    return extend_attention(q_THD, cache, batch, call)

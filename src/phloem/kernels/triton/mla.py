@@ -24,7 +24,7 @@ from phloem.kernels.triton._base import find_row, multiprocessors, power_of_2
 from phloem.kernels.triton.attention import decode_splits, join_splits, split_buffers
 
 if TYPE_CHECKING:
-    from phloem.kernels.ops import PagedBatch
+    from phloem.kernels.calls import LatentCall, PagedBatch
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def _mla(
         tl.store(lse + at_lse, tl.where(mass == 0.0, float("-inf"), top + tl.log2(mass)), mask=valid)
 
 
-def latent_attention(
+def absorbed_attention(
     q_latent_THL: Tensor, q_rope_THP: Tensor, cache: Tensor, batch: PagedBatch, scale: float, splits: int | None = None
 ) -> Tensor:
     """Attention in latent space: queries [T, H, L] and [T, H, P] over `[pages, 1, S, L + P]` -> [T, H, L]."""
@@ -186,17 +186,15 @@ def latent_attention(
     return out
 
 
-def mla_attention(
+def latent_attention(
     q_nope_THN: Tensor,
     q_rope_THP: Tensor,
     cache: Tensor,
     batch: PagedBatch,
-    w_uk_HNL: Tensor,
-    w_uv_HLD: Tensor,
-    scale: float,
+    call: LatentCall,
     splits: int | None = None,
 ) -> Tensor:
     """Decode and extend of one MLA layer -> [T, H, D]; the new tokens' latents are already in the cache."""
-    q_latent_HTL = torch.bmm(q_nope_THN.transpose(0, 1), w_uk_HNL)
-    out_THL = latent_attention(q_latent_HTL.transpose(0, 1), q_rope_THP, cache, batch, scale, splits)
-    return torch.bmm(out_THL.transpose(0, 1), w_uv_HLD).transpose(0, 1)
+    q_latent_HTL = torch.bmm(q_nope_THN.transpose(0, 1), call.w_uk)
+    out_THL = absorbed_attention(q_latent_HTL.transpose(0, 1), q_rope_THP, cache, batch, call.scale, splits)
+    return torch.bmm(out_THL.transpose(0, 1), call.w_uv).transpose(0, 1)

@@ -22,7 +22,10 @@ FP8 = torch.float8_e4m3fn
 
 
 def forms() -> dict[str, tuple[Weight, torch.Tensor, float]]:
-    """Of a weight each form, what it stands for, and how far activations of 8 bits may lead away."""
+    """Of a weight each form, what it stands for, and how far activations of 8 bits may lead away.
+
+    The interpreter cuts off where a GPU rounds to float8, which doubles the error.
+    """
     wide = random(M, 256, seed=1) / 16
     int8, scale8 = formats.quantise_int8(wide)
     rows, row_scale = formats.quantise_fp8(wide, FP8)
@@ -37,8 +40,8 @@ def forms() -> dict[str, tuple[Weight, torch.Tensor, float]]:
             (nibbles - 8) * step.repeat_interleave(64, 1),
             0.0,
         ),
-        "float8 rows": (Float8Rows(rows, row_scale), rows.float() * row_scale[:, None], 0.06),
-        "float8 blocks": (Float8Blocks(blocks, block_scale), formats.spread_blocks(blocks, block_scale), 0.06),
+        "float8 rows": (Float8Rows(rows, row_scale), rows.float() * row_scale[:, None], 0.12),
+        "float8 blocks": (Float8Blocks(blocks, block_scale), formats.spread_blocks(blocks, block_scale), 0.12),
     }
 
 

@@ -74,6 +74,6 @@ def _scaled_rows(x_TN: Tensor, weight: Float8Rows, bias_M: Tensor | None) -> Ten
     if x_TN.device.type == "cpu":  # where only tests run, and there is no scaled product
         wide = values.float() @ weight.values.float().T * scale[:, None] * weight.scale
         return wide.to(x_TN.dtype) if bias_M is None else wide.to(x_TN.dtype) + bias_M
-    return torch._scaled_mm(
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         values, weight.values.t(), scale[:, None], weight.scale[None, :], bias=bias_M, out_dtype=x_TN.dtype
     )

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import ceil_div, find_row, multiprocessors, power_of_2, stages, tanh
+from phloem.kernels.triton._base import ceil_div, find_row, multiprocessors, power_of_2, soften, stages, tanh
 
 if TYPE_CHECKING:
     from phloem.kernels.calls import AttentionCall, Cache, PagedBatch
@@ -85,12 +85,7 @@ def _attend_block(
         if WINDOW:
             seen = seen & (n[None, :] > position[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    # A row may have seen nothing yet: subtracting minus infinity from itself would give NaN.
-    finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores - finite[:, None])
-    shrink = tl.exp2(top - finite)
-    mass = mass * shrink + tl.sum(weights, axis=1)
+    weights, shrink, new_top, mass = soften(scores, top, mass)
     v = tl.load(v_base + at_v[:, None] + dv[None, :], mask=inside[:, None] & (dv < HEAD_V)[None, :], other=0.0)
     acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
     return acc, new_top, mass

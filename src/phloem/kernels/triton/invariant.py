@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import ceil_div, stages
+from phloem.kernels.triton._base import ceil_div, multiply, stages
 from phloem.kernels.triton.attention import decode_attention, extend_attention
 
 if TYPE_CHECKING:
@@ -52,11 +52,7 @@ def _matmul(
     at_x = x + token.to(tl.int64)[:, None] * stride_x + k[None, :]
     at_w = weight + col.to(tl.int64)[None, :] * stride_w + k[:, None]
     acc = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
-    for start in range(0, features_in, BLOCK_K):
-        some = start + k < features_in
-        a = tl.load(at_x + start, mask=rows[:, None] & some[None, :], other=0.0)
-        b = tl.load(at_w + start, mask=some[:, None] & cols[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+    acc = multiply(at_x, at_w, k, rows, cols, 0, features_in, acc, BLOCK_K)
     if HAS_BIAS:
         acc += tl.load(bias + col, mask=cols, other=0.0).to(tl.float32)[None, :]
     at = out + token.to(tl.int64)[:, None] * features_out + col[None, :]

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import find_row, multiprocessors, power_of_2
+from phloem.kernels.triton._base import find_row, multiprocessors, power_of_2, soften
 from phloem.kernels.triton.attention import decode_splits, join_splits, split_buffers
 
 if TYPE_CHECKING:
@@ -116,13 +116,8 @@ def _mla(
         scores = tl.dot(query, tl.trans(shared), input_precision="ieee")
         scores = tl.dot(turned, tl.trans(key.to(query.dtype)), scores, input_precision="ieee") * factor
         scores = tl.where(inside[None, :] & (n[None, :] <= position[:, None]), scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - finite[:, None])
-        shrink = tl.exp2(top - finite)
-        mass = mass * shrink + tl.sum(weights, axis=1)
+        weights, shrink, top, mass = soften(scores, top, mass)
         acc = tl.dot(weights.to(query.dtype), shared, acc * shrink[:, None], input_precision="ieee")
-        top = new_top
     acc = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
     at_out = packed[:, None] * stride_ot + head[:, None] * stride_oh + split * stride_os + latent[None, :]
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=valid[:, None] & (latent < LATENT)[None, :])

@@ -92,6 +92,7 @@ def random_weights(device: torch.device, float8: torch.dtype | None, ops: Ops) -
         rows, width = sum(part.shape[0] for part in parts), parts[0].shape[1]
         return torch.empty((rows, width), dtype=dtype, device=device).normal_(0, width**-0.5)
 
+    from phloem.kernels.triton import table
     from phloem.kernels.triton.weights import Float8Rows
 
     def linear_weight(parts: Sequence[WeightSource], dtype: torch.dtype, _: torch.device) -> Any:
@@ -110,7 +111,7 @@ def random_weights(device: torch.device, float8: torch.dtype | None, ops: Ops) -
         return Fp8Experts(torch.stack([values for values, _ in blocks]), torch.stack([scale for _, scale in blocks]))
 
     drawn = replace(ops, prepare_linear=linear_weight, prepare_experts=expert_weights)
-    return drawn if float8 is None else replace(drawn, moe=_fp8_moe(ops))
+    return drawn if float8 is None else replace(drawn, linear=table.table().linear, moe=_fp8_moe(ops))
 
 
 def _fp8_moe(ops: Ops) -> Any:

@@ -31,6 +31,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _LARGEST_HEADER = 100 << 20
 
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose files are there and whose configuration makes sense. `config` has config.json's keys."""

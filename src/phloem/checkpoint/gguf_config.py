@@ -117,4 +117,3 @@ def _rope(gguf: GGUFFile, arch: str) -> dict[str, Any]:
         "beta_slow": get(f"{arch}.rope.scaling.yarn_beta_slow"),
     }
     return {key: value for key, value in rope.items() if value is not None}
-

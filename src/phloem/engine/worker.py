@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phloem import attention, models, platforms
+from phloem import attention, models, platforms, quant
 from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import resolve
@@ -84,7 +84,7 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     phase.end("device")
 
     free, _ = platform.memory()
-    built_in = BuildContext(ops=ops, dtype=dtype, device=platform.device, quant=config.model.quantization)
+    built_in = BuildContext(ops=ops, dtype=dtype, device=platform.device, quant=quant.method(config.model.quantization))
     model = models.load_model(checkpoint, built_in, _progress(checkpoint.name))
     phase.end("weights")
 

@@ -63,7 +63,9 @@ def experts(
     alike.
     """
     up_EMN, down_ENF = gate_up.unflatten(0, (spec.experts, -1)), down.unflatten(0, (spec.experts, -1))
-    up_bias, down_bias = (None, None) if biases is None else (b.to(gate_up.dtype) for b in biases)
+    up_bias, down_bias = (
+        (None, None) if biases is None else (bias.to(gate_up.dtype).view(spec.experts, -1) for bias in biases)
+    )
     x_wide, total_TN = x_TN.to(gate_up.dtype), torch.zeros(x_TN.shape, dtype=torch.float32, device=x_TN.device)
     for expert in range(spec.experts):
         token, choice = (ids_Tk == expert + spec.first).nonzero(as_tuple=True)
@@ -71,9 +73,9 @@ def experts(
             continue
         weight = weights_Tk[token, choice].float()[:, None]
         read = x_wide[token] * weight.to(x_wide.dtype) if spec.scale_input else x_wide[token]
-        inner = F.linear(read, up_EMN[expert], None if up_bias is None else up_bias.view(spec.experts, -1)[expert])
+        inner = F.linear(read, up_EMN[expert], None if up_bias is None else up_bias[expert])
         inner = activate(inner, spec)
-        part = F.linear(inner, down_ENF[expert], None if down_bias is None else down_bias.view(spec.experts, -1)[expert])
+        part = F.linear(inner, down_ENF[expert], None if down_bias is None else down_bias[expert])
         total_TN.index_add_(0, token, part.float() if spec.scale_input else part.float() * weight)
     return total_TN.to(x_TN.dtype)
 
@@ -170,7 +172,7 @@ def mrope_table(
 
 
 def index_scores(q_THD: Tensor, k_LD: Tensor, weights_TH: Tensor) -> Tensor:
-    """A sparse attention's indexer: score of key l for token t, sum over heads of weight * relu(q . k); float32 [T, L]."""
+    """Of a sparse attention's indexer: sum over heads of weight * relu(q . k), float32 [T, L]."""
     dots_THL = torch.einsum("thd,ld->thl", q_THD.float(), k_LD.float())
     return torch.einsum("thl,th->tl", dots_THL.relu(), weights_TH.float())
 

@@ -113,9 +113,10 @@ class SelfAttention(Layer):
         spec, options = self.spec, self.options
         if norm is None:
             total_TN = x_TN if residual_TN is None else self.ops.add(x_TN, residual_TN)
-            qkv = self.qkv(total_TN)
+            qkv, _ = self.qkv(total_TN)
         else:
-            qkv, total_TN = self.qkv.normed(norm, x_TN, residual_TN)
+            qkv, total_TN = self.qkv(x_TN, norm=norm, residual=residual_TN)
+            assert total_TN is not None  # a layer with a norm gives it
         heads = self._heads(qkv, step)
         gate_THD = None
         if options.gate:

@@ -117,7 +117,7 @@ class BuildContext:
     device: torch.device
     name: str = ""
     quant: Method | None = None  # None: weights as the checkpoint has them
-    mesh: Mesh = Mesh()  # noqa: RUF009 - frozen
+    mesh: Mesh = Mesh()
 
     def child(self, name: str | int) -> BuildContext:
         return replace(self, name=f"{self.name}.{name}" if self.name else str(name))

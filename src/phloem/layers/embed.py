@@ -53,7 +53,7 @@ class Head(Layer):
 
     def __call__(self, hidden_LD: Tensor) -> Tensor:
         """[L, hidden_size] -> float32 logits [L, vocab_size]."""
-        logits_LV = self.ops.linear(hidden_LD, self.weight.value, None)
+        logits_LV, _ = self.ops.linear(hidden_LD, self.weight.value)
         if logits_LV.dtype != torch.float32:
             logits_LV = logits_LV.float()
         if self.scale != 1.0:
@@ -64,7 +64,7 @@ class Head(Layer):
         """The most likely token of each row, integer [L]. Scale and soft cap keep the order: they are left out."""
         if self.ops.linear_argmax is not None:
             return self.ops.linear_argmax(hidden_LD, self.weight.value)
-        return self.ops.argmax(self.ops.linear(hidden_LD, self.weight.value, None))
+        return self.ops.argmax(self.ops.linear(hidden_LD, self.weight.value)[0])
 
     def best(
         self, hidden_LD: Tensor, k: int, scale_LJ: Tensor | None, norms: int

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class GatedMLP(Layer):
-    """down(act(gate(x)) * up(x)), gate and up fused. `fused`: the tensor that a checkpoint keeps both in, gate first."""
+    """down(act(gate(x)) * up(x)), gate and up fused. `fused`: the tensor in which a checkpoint keeps both."""
 
     def __init__(
         self,
@@ -43,8 +43,10 @@ class GatedMLP(Layer):
         self.down = Linear(ctx, inner_size, {"down_proj": hidden_size}, bias=bias, cut=cut_of(tp, 1))
 
     def __call__(
-        self, norm: RMSNorm, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
+        self, norm: RMSNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The block of norm(x + residual), and x + residual; with `add` perhaps already summed: (sum, None)."""
-        hidden, total_TN = self.gate_up.normed(norm, x_TN, residual_TN, self.activation)
-        return self.down.add(hidden, total_TN) if add else (self.down(hidden), total_TN)
+        """The block of norm(x + residual), and x + residual; with `add` perhaps already summed: (sum, None). Without
+        norm (and residual) the block of x, and x."""
+        hidden, total_TN = self.gate_up(x_TN, norm=norm, residual=residual_TN, gate=self.activation)
+        total_TN = x_TN if norm is None else total_TN
+        return self.down(hidden, add=total_TN) if add else (self.down(hidden)[0], total_TN)

@@ -103,13 +103,8 @@ class SparseMLP(Layer):
     ) -> tuple[Tensor, Tensor | None]:
         """As `GatedMLP`, and never summed: router and experts both read the normed input, the sum is not theirs."""
         del add
-        if norm is not None:
-            x_TN, residual_TN = norm.add(x_TN, residual_TN)
-        elif residual_TN is None:
-            residual_TN = x_TN
-        else:
-            x_TN = residual_TN = self.ops.add(x_TN, residual_TN)
-        logits_TE, spec = self.router(x_TN), self.config.router
+        x_TN, residual_TN = (x_TN, x_TN) if norm is None else norm.add(x_TN, residual_TN)
+        (logits_TE, _), spec = self.router(x_TN), self.config.router
         if self.fused:
             weights = self.gate_up.value, self.down.value
             return self.ops.moe(x_TN, logits_TE, *weights, spec.top_k, spec.renormalise), residual_TN

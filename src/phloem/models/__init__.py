@@ -1,6 +1,7 @@
 """Model families: the file name is the `model_type`.
 
-A family's file has `build(config, ctx, max_positions) -> Model`. Importing this package imports no torch.
+A family's file has `build(config, ctx, max_positions) -> Model` and facts as literals (`checkpoint/families.py`).
+Importing this package imports no torch.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from phloem.utils.registry import Registry
+from phloem.checkpoint.families import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -16,16 +17,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.checkpoint.describe import Checkpoint
+    from phloem.core.memory import MemorySpec
     from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
     from phloem.models._scales import LayerScales
 
-FAMILIES = Registry("phloem.models", "model type")
+__all__ = ["FAMILIES", "CutModel", "Model", "kv_scales", "load_model"]
 
 
 class Model(Protocol):
     """What the engine knows of a model."""
 
     attention_specs: list[AttentionSpec]
+    memory: list[MemorySpec]  # by pool index
     vocab_size: int
     hidden_size: int
 

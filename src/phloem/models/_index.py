@@ -235,9 +235,7 @@ class WeightIndex:
             assert part is not None
             experts.setdefault(part.expert, []).append(self._stored(weight, number))
             strided, transposed = part.step > 1, part.transposed
-        found = [
-            torch.stack(pieces, 1).flatten(0, 1) if strided else torch.cat(pieces) for pieces in experts.values()
-        ]
+        found = [torch.stack(pieces, 1).flatten(0, 1) if strided else torch.cat(pieces) for pieces in experts.values()]
         found = [values.T if transposed and values.ndim > 1 else values for values in found]
         return (found[0] if parts[0][2].expert is None else torch.stack(found)).contiguous()
 
@@ -278,7 +276,7 @@ class WeightIndex:
         kept = {name: self.get(name) for name in weight.names if name not in sources}
         lacking = [name for name in kept if tuple(kept[name].shape) != self.stored_shape(name)]
         if lacking:
-            raise ModelLoadError(f"{some(lacking)}: shares of tensors; push them in one call with {some(list(sources))}")
+            raise ModelLoadError(f"{some(lacking)}: only shares are here; push them with {some(list(sources))}")
         sources.update({name: TensorSource(name, tuple(v.shape), tensor=v) for name, v in kept.items()})
         new = self._made(weight, sources)
         refill = self.ctx.ops.refill

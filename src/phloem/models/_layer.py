@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from phloem.layers.context import BuildContext, ForwardBatch
     from phloem.layers.moe import ExpertsConfig
-    from phloem.layers.weight import Weight
 
 
 @dataclass
@@ -46,11 +45,9 @@ class Place:
 
 
 class Output(Protocol):
-    """The projection behind a mixer."""
+    """The projection behind a mixer: x W^T, with `add` plus the residual, as `Linear` gives it."""
 
-    def __call__(self, x_TN: Tensor, /) -> Tensor: ...
-
-    def add(self, x_TN: Tensor, residual_TN: Tensor, /) -> tuple[Tensor, Tensor | None]: ...
+    def __call__(self, x_TN: Tensor, /, *, add: Tensor | None = None) -> tuple[Tensor, Tensor | None]: ...
 
 
 class Mixer(Protocol):
@@ -70,9 +67,10 @@ class Feed(Protocol):
     """A feed-forward block, row by row."""
 
     def __call__(
-        self, norm: RMSNorm, x_TN: Tensor, residual_TN: Tensor | None, /, *, add: bool
+        self, norm: RMSNorm | None, x_TN: Tensor, residual_TN: Tensor | None, /, *, add: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The block of norm(x + residual), and x + residual; with `add` perhaps already summed: (sum, None)."""
+        """The block of norm(x + residual), and x + residual; with `add` perhaps already summed: (sum, None). Without
+        norm there is no residual either: the block of x, and x."""
         ...
 
 
@@ -192,27 +190,24 @@ class DecoderLayer(Layer):
 class PreNorms(DecoderLayer):
     def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.residual_scale == 1.0:
-            out, rest_TN = self.mixer.out.add(out, residual_TN)
+            out, rest_TN = self.mixer.out(out, add=residual_TN)
             return self.mlp(self.norms[1], out, rest_TN, add=True)
-        out, rest_TN = self.mlp(self.norms[1], self.scaled(self.mixer.out(out)), residual_TN, add=False)
+        out, rest_TN = self.mlp(self.norms[1], self.scaled(self.mixer.out(out)[0]), residual_TN, add=False)
         return self.scaled(out), rest_TN
 
 
 class PostNorms(DecoderLayer):
     def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
         after, last = self.norms
-        total_TN = self.ops.add(self.scaled(after(self.mixer.out(out))), residual_TN)
-        return self.scaled(last(self._plain(total_TN))), total_TN
-
-    def _plain(self, x_TN: Tensor) -> Tensor:
-        """The feed-forward block of x itself."""
-        return self.mlp(self.unit, x_TN, None, add=False)[0]
+        total_TN = self.ops.add(self.scaled(after(self.mixer.out(out)[0])), residual_TN)
+        out, _ = self.mlp(None, total_TN, None, add=False)
+        return self.scaled(last(out)), total_TN
 
 
 class SandwichNorms(DecoderLayer):
     def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
         _, after, before, last = self.norms
-        out = self.scaled(after(self.mixer.out(out)))
+        out = self.scaled(after(self.mixer.out(out)[0]))
         out, total_TN = self.mlp(before, out, residual_TN, add=False)
         return self.scaled(last(out)), total_TN
 
@@ -221,7 +216,7 @@ class ParallelNorm(DecoderLayer):
     def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
         # The norm is computed once more: the rows that stay are few where it matters, behind the last layer's mixer.
         fed, total_TN = self.mlp(self.norms[0], residual_TN, None, add=False)
-        return self.scaled(self.ops.add(self.mixer.out(out), fed)), total_TN
+        return self.scaled(self.ops.add(self.mixer.out(out)[0], fed)), total_TN
 
 
 _LAYERS: dict[Norms, type[DecoderLayer]] = {

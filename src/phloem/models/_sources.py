@@ -167,4 +167,3 @@ def halves_from_neighbours(rows: int, heads: int) -> np.ndarray[Any, np.dtype[np
     """
     half = rows // heads // 2
     return np.arange(rows).reshape(heads, half, 2).swapaxes(1, 2).reshape(-1)
-

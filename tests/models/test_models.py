@@ -141,7 +141,9 @@ class Watch(TorchDispatchMode):
         return inside
 
 
-@pytest.mark.parametrize("variant", ["llama-bias", "qwen2", "qwen3", "mistral", "gemma3_text-caps", "phi3", "olmo2", "granite", "gpt_oss"])
+@pytest.mark.parametrize(
+    "variant", ["llama-bias", "qwen2", "qwen3", "mistral", "gemma3_text-caps", "phi3", "olmo2", "granite", "gpt_oss"]
+)
 def test_forward_is_ops_and_views(made: Any, variant: str) -> None:
     watch = Watch()
     plain = Ops()

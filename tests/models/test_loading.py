@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from linear_cases import needs_native
 from model_support import CPU, PROMPT, Engine, close
 
 from phloem.checkpoint.describe import describe
 from phloem.core.errors import ModelLoadError
+from phloem.distributed.mesh import Mesh
+from phloem.kernels import native
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
 from phloem.models import load_model
+from phloem.quant import Method
+from phloem.quant._source import Source
 from phloem.testing.checkpoints import tiny_checkpoint
 
 
@@ -129,3 +134,75 @@ def test_push_refuses(made: Any) -> None:
         engine.model.update_weights([("model.nothing", torch.ones(1))])
     with pytest.raises(ModelLoadError, match=r"model.norm.weight is \[3\], expected \[32\]"):
         engine.model.update_weights([("model.norm.weight", torch.ones(3))])
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_packed_weights_are_refilled_where_they_lie(made: Any, tmp_path: Path, name: str) -> None:
+    from safetensors.torch import load_file
+
+    other = tiny_checkpoint(name, tmp_path, seed=9)
+    ops = native.table(1)
+    engine, expected = (Engine(path, ops=ops, kv_dtype=torch.bfloat16) for path in (made(name)[0], other))
+    places = [weight.value.segments.tolist() for weight in packed_weights(engine)]
+    assert not engine.model.update_weights(load_file(other / "model.safetensors").items())
+    assert [weight.value.segments.tolist() for weight in packed_weights(engine)] == places
+    assert torch.equal(engine.whole(PROMPT), expected.whole(PROMPT))
+
+
+def packed_weights(engine: Engine) -> list[Any]:
+    return [weight for weight in engine.model.weights() if not isinstance(weight.value, torch.Tensor)]
+
+
+def test_a_matrix_in_several_tensors_is_read_by_its_method(made: Any, tmp_path: Path) -> None:
+    """A method names the companions of a matrix; what the file holds decides which matrices are stored so."""
+    from safetensors.torch import load_file
+
+    path, _ = made("phi3")
+    small = ("self_attn.qkv_proj.weight", "mlp.down_proj.weight")
+
+    def quantised(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        out: dict[str, torch.Tensor] = {}
+        for name, tensor in stored.items():
+            if not name.endswith(small):
+                out[name] = tensor
+                continue
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            out[name] = (tensor / scale).round().to(torch.int8)
+            out[name + "_scale"] = scale
+        return out
+
+    packed = edited(path, tmp_path / "packed", quantised)
+    dense = edited(path, tmp_path / "dense", lambda stored: dequantised(quantised(stored)))
+    method = Method("by-row", companions=lambda name: {"weight": name, "scale": name + "_scale"}, join=ByRow.join)
+    for rank in range(2):
+        ctx = BuildContext(Ops(), torch.float32, CPU, mesh=Mesh.of(rank, tp=2))
+        ours = load_model(describe(str(packed)), dataclasses.replace(ctx, quant=method))
+        theirs = load_model(describe(str(dense)), ctx)
+        for mine, other in zip(ours.weights(), theirs.weights(), strict=True):
+            torch.testing.assert_close(mine.value, other.value, atol=0, rtol=0)
+    stored = load_file(dense / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    assert torch.equal(theirs.get_weight("model.layers.1.mlp.down_proj.weight"), stored[:, 32:])
+
+
+def dequantised(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    scaled = {n: t.float() * stored[n + "_scale"] for n, t in stored.items() if n + "_scale" in stored}
+    return {n: scaled.get(n, t) for n, t in stored.items() if not n.endswith("_scale")}
+
+
+@dataclasses.dataclass
+class ByRow(Source):
+    """Integers with a scale for each row."""
+
+    weight: Source | None = None
+    scale: Source | None = None
+
+    @staticmethod
+    def join(name: str, parts: Any) -> Source:
+        return ByRow(name, parts["weight"].shape, weight=parts["weight"], scale=parts["scale"])
+
+    def take(self, index: Any, dtype: torch.dtype) -> torch.Tensor:
+        assert self.weight is not None
+        assert self.scale is not None
+        rows = None if index is None else (index[0], slice(0, 1, 1))
+        return (self.weight.take(index, torch.float32) * self.scale.take(rows, torch.float32)).to(dtype)

@@ -40,7 +40,7 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
     Raises:
         ModelLoadError: if the architecture is unknown or a needed key or tensor is absent.
     """
-    arch = gguf.metadata.get("general.architecture")
+    arch = str(gguf.metadata.get("general.architecture"))
     families = gguf_families()
     facts = families[arch].gguf if arch in families else None
     if facts is None:

@@ -177,8 +177,8 @@ class WeightIndex:
         part, spans, shape = weight.part(number), weight.spans(number), weight.local(number)
         name = weight.names[number]
         if part is None:
-            index = None if shape == source.shape else tuple(slice(first, last, 1) for first, last in spans)
-            return View(name, shape, source, index)
+            share = None if shape == source.shape else tuple(slice(first, last, 1) for first, last in spans)
+            return View(name, shape, source, share)
         first, last = spans[0]
         stop = part.start + part.step * (last - 1) + 1
         rows = slice(part.start + part.step * first, stop, part.step)

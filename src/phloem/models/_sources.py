@@ -113,22 +113,25 @@ class GGUFSource(Source):
         return stored[halves_from_neighbours(self.shape[0], self.heads)[rows]]
 
     def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
-        assert self.tensor is not None
-        index = everything(self.shape) if index is None else index
-        if len(self.shape) > 2 or not all(isinstance(at, slice) for at in index):
+        slices = everything(self.shape) if index is None else index
+        if len(slices) == 1 and isinstance(slices[0], slice):
+            return self._vector(slices[0], dtype)
+        if len(slices) != 2 or not isinstance(slices[0], slice) or not isinstance(slices[1], slice):
             raise ModelLoadError(f"{self.name}: {list(self.shape)} in a GGUF file has no parts")
-        rows, cols = (index[0], index[-1]) if len(index) == 2 else (slice(0, 1, 1), index[0])
-        assert isinstance(rows, slice)
-        assert isinstance(cols, slice)
-        turned = len(index) == 1 and self.heads > 0  # a bias, whose one row is all its elements
-        stored = self.tensor.raw() if len(index) == 1 else self._rows(rows)
-        if self.tensor.kind in _DENSE_KINDS:
-            values = self._floats(stored, slice(0, self.shape[-1], 1) if turned else cols, dtype)
-        else:
-            values = self._dequantise(stored, cols, dtype)
-        if turned:
-            values = values[..., torch.from_numpy(halves_from_neighbours(self.shape[0], self.heads)[cols])]
-        return values[0].contiguous() if len(index) == 1 else values.contiguous()
+        return self._values(self._rows(slices[0]), slices[1], dtype).contiguous()
+
+    def _vector(self, span: slice, dtype: torch.dtype) -> Tensor:
+        assert self.tensor is not None
+        if not self.heads:
+            return self._values(self.tensor.raw(), span, dtype)[0].contiguous()
+        # A bias of q or k: its one row is all its elements, turned like the rows of the matrix.
+        values = self._values(self.tensor.raw(), slice(0, self.shape[0], 1), dtype)[0]
+        return values[torch.from_numpy(halves_from_neighbours(self.shape[0], self.heads)[span])]
+
+    def _values(self, stored: np.ndarray[Any, np.dtype[np.uint8]], cols: slice, dtype: torch.dtype) -> Tensor:
+        """Some columns of stored rows."""
+        dense = self.tensor is not None and self.tensor.kind in _DENSE_KINDS
+        return self._floats(stored, cols, dtype) if dense else self._dequantise(stored, cols, dtype)
 
     def _floats(self, stored: np.ndarray[Any, np.dtype[np.uint8]], cols: slice, dtype: torch.dtype) -> Tensor:
         # A copy, because torch wants memory that may be written.

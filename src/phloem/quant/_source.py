@@ -60,11 +60,11 @@ class View:
     source: Source
     index: Index | None = None
     transposed: bool = False
+    kind: str = field(default="dense", init=False)  # as the source's, where its bytes can be had
 
-    @property
-    def kind(self) -> str:
-        """As the source's, where its bytes can be had."""
-        return self.source.kind if self._matrix() is not None else "dense"
+    def __post_init__(self) -> None:
+        if self._matrix() is not None:
+            self.kind = self.source.kind
 
     @property
     def shifted(self) -> bool:

@@ -117,10 +117,7 @@ class SelfAttention(Layer):
         else:
             qkv, total_TN = self.qkv(x_TN, norm=norm, residual=residual_TN)
             assert total_TN is not None  # a layer with a norm gives it
-        heads = self._heads(qkv, step)
-        gate_THD = None
-        if options.gate:
-            heads.q, gate_THD = heads.q[..., : spec.head_size], heads.q[..., spec.head_size :]
+        heads, gate_THD = self._heads(qkv, step)
         if options.qk_norm == "after":
             self._turn_then_norm(heads)
         out_THD = step.memory.attend(spec, heads)
@@ -128,14 +125,16 @@ class SelfAttention(Layer):
             out_THD = self.ops.sigmoid_mul(out_THD, gate_THD)
         return out_THD.view(-1, spec.heads * spec.values), total_TN
 
-    def _heads(self, qkv: Tensor, step: ForwardBatch) -> Heads:
-        """q, k and v by head, and what is still to be done to q and k."""
+    def _heads(self, qkv: Tensor, step: ForwardBatch) -> tuple[Heads, Tensor | None]:
+        """q, k and v by head, with what is still to be done to q and k; and the gate of the output."""
         spec, options = self.spec, self.options
         q, k, v = qkv[:, : self.q_end], qkv[:, self.q_end : self.k_end], qkv[:, self.k_end :]
         fused = self.q_norm is not None and self.k_norm is not None and options.qk_norm == "head"
         if self.q_norm is not None and self.k_norm is not None and options.qk_norm == "whole":
             q, k = self.q_norm(q), self.k_norm(k)
-        q_THD = q.unflatten(-1, (spec.heads, -1))
+        q_THD, gate_THD = q.unflatten(-1, (spec.heads, -1)), None
+        if options.gate:
+            q_THD, gate_THD = q_THD[..., : spec.head_size], q_THD[..., spec.head_size :]
         k_TKD, v_TKD = k.unflatten(-1, (spec.kv_heads, -1)), v.unflatten(-1, (spec.kv_heads, -1))
         if self.ones is not None:
             v_TKD = self.ops.rms_norm(v_TKD, self.ones, options.eps)
@@ -144,9 +143,10 @@ class SelfAttention(Layer):
             weights = self.q_norm.weight.value, self.k_norm.weight.value
             if self.rope is not None:
                 rotation = self.rope.at(step.positions, *weights, self.q_norm.eps)
-                return Heads(q_THD, k_TKD, v_TKD, sinks, rotation)
-            return Heads(self.q_norm(q_THD), self.k_norm(k_TKD), v_TKD, sinks, None)
-        return Heads(q_THD, k_TKD, v_TKD, sinks, None if self.rope is None else self.rope.at(step.positions))
+                return Heads(q_THD, k_TKD, v_TKD, sinks, rotation), gate_THD
+            return Heads(self.q_norm(q_THD), self.k_norm(k_TKD), v_TKD, sinks, None), gate_THD
+        rotation = None if self.rope is None else self.rope.at(step.positions)
+        return Heads(q_THD, k_TKD, v_TKD, sinks, rotation), gate_THD
 
     def _turn_then_norm(self, heads: Heads) -> None:
         """Rotation and norm as ops of their own, where the norm stands behind the rotation."""

@@ -181,7 +181,7 @@ def test_pieces_and_attention_alternate_and_end_at_the_last_attention(llama: Pat
         step = ours.pieces.graphs._record(16)
     layers = len(ours.model.attention_specs)
     assert step is not None and step.graph.graphs == layers and len(step.graph.parts) == 2 * layers  # type: ignore[attr-defined]
-    heads, size = ours.model.config.heads, ours.model.config.head_size
+    heads, size = ours.model.attention_specs[0].heads, ours.model.attention_specs[0].head_size
     # One buffer between pieces, of the largest bucket, for all layers.
     assert ours.pieces.nbytes == 1000 + LIMIT * heads * size * 4 == ours.runner.graph_bytes
 

@@ -9,7 +9,6 @@ Legend: R rows, T packed new tokens, P pages per row, L positions whose hidden s
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,11 +110,19 @@ class FixedInputs:
         self.inputs = StepInputs(tensors, pool.groups, longest, pages * pool.page_size)
         # On the host a step is written in place, as arrays: cheaper than one tensor after the other.
         self._targets: list[Any] = [tensor.numpy() for tensor in tensors] if on_host else list(tensors)
+        if longest == 1:  # rows of one token each, all of them wanted: always the same
+            self._targets[2] = self._targets[4] = None
 
     def write(self, arrays: Sequence[Any]) -> None:
         """Copy a step into the first tokens, rows and wanted positions; what lies behind them stays."""
         for target, source in zip(self._targets, arrays, strict=True):
-            target[tuple(map(slice, source.shape))] = source
+            if target is None:
+                continue
+            if source.ndim == 1:
+                target[: len(source)] = source
+            else:
+                rows, pages = source.shape
+                target[:rows, :pages] = source
 
 
 class Step:
@@ -125,6 +132,8 @@ class Step:
         self.batch = batch
         self.wanted = wanted
         self._pool, self._last = pool, last
+        self._arrays: Sequence[Any] | None = None
+        self._inputs: StepInputs | None = None
 
     @property
     def recordable(self) -> bool:
@@ -136,10 +145,9 @@ class Step:
     @property
     def pages(self) -> int:
         """The most pages of a row's table."""
-        tables = zip(self._pool.groups, self.batch.tables, strict=True)
-        return max((table.shape[1] for group, table in tables if group.kind == "pages"), default=0)
+        return max(table.shape[1] for table in self.batch.tables)  # of states: 2
 
-    @cached_property
+    @property
     def logit_index(self) -> NDArray[np.int64]:
         """[L]: which tokens' hidden states are wanted: those that yield, then those for prompt logprobs."""
         if not self.batch.prompt_targets:
@@ -148,20 +156,25 @@ class Step:
 
     def arrays(self, rows: int) -> Sequence[Any]:
         """The step padded to so many rows of one token: arrays on a host, tensors on a device."""
-        if rows == self.batch.num_rows:
-            return self._arrays
-        padded = _padded(self.batch, rows)
-        index = np.arange(rows)
-        return self._moved(padded, index)
+        if rows != self.batch.num_rows:
+            return self._moved(_padded(self.batch, rows), np.arange(rows))
+        if self._arrays is None:
+            self._arrays = self._moved(self.batch, self.logit_index)
+        return self._arrays
 
-    @cached_property
+    @property
     def inputs(self) -> StepInputs:
         """Its tensors."""
+        if self._inputs is None:
+            self._inputs = self._tensors()
+        return self._inputs
+
+    def _tensors(self) -> StepInputs:
         batch, up = self.batch, self._last.up
-        arrays = self._arrays
+        arrays = self.arrays(batch.num_rows)
         tensors = up(arrays) if self._last.host is not None else list(arrays)
-        longest = int(batch.query_lens.max())
-        inputs = StepInputs(tensors, self._pool.groups, longest, int((batch.prefix_lens + batch.query_lens).max()))
+        longest, most = int(batch.query_lens.max()), int((batch.prefix_lens + batch.query_lens).max())
+        inputs = StepInputs(tensors, self._pool.groups, longest, most)
         if batch.adapters is not None:
             (inputs.adapters,) = up([np.repeat(batch.adapters, batch.query_lens).astype(np.int32)])
         if batch.embeds:
@@ -170,56 +183,48 @@ class Step:
             inputs.embeds = rows, values
         return inputs
 
-    @cached_property
-    def _arrays(self) -> Sequence[Any]:
-        return self._moved(self.batch, self.logit_index)
-
     def _moved(self, batch: Batch, index: NDArray[np.int64]) -> Sequence[Any]:
         last, pool = self._last, self._pool
-        rows = _token_rows(batch)
+        single = batch.num_tokens == batch.num_rows
+        rows = np.arange(batch.num_rows)
+        rows = rows if single else np.repeat(rows, batch.query_lens)  # of each token
         arrays = host_arrays(batch, rows, index, pool.page_size, pool.groups)
+        slots = batch.slots if single else batch.slots[rows]
         if last.host is not None:
-            ids = arrays[0]
-            arrays[0] = np.where(ids < 0, last.host[batch.slots[rows]], ids)
+            arrays[0] = np.where(batch.input_ids < 0, last.host[slots], batch.input_ids)
             return arrays
+        arrays[0] = batch.input_ids.astype(np.int64)
         late = np.flatnonzero(batch.input_ids < 0)
-        *tensors, places, slots = last.up([*arrays, late, batch.slots[rows[late]].astype(np.int64)])
+        *tensors, places, late_slots = last.up([*arrays, late, slots[late].astype(np.int64)])
         if len(late):
-            tensors[0][places] = last.values[slots]
+            tensors[0][places] = last.values[late_slots]
         return tensors
-
-
-def _token_rows(batch: Batch) -> NDArray[np.int64]:
-    """[T]: the row of each token."""
-    rows = np.arange(batch.num_rows)
-    return rows if batch.num_tokens == batch.num_rows else np.repeat(rows, batch.query_lens)
 
 
 def host_arrays(
     batch: Batch, rows: NDArray[np.int64], index: NDArray[np.int64], page_size: int, groups: tuple[Group, ...]
 ) -> list[NDArray[Any]]:
-    """What `StepInputs.tensors` holds, before it goes to the device; tokens that only the device knows are below 0.
+    """What `StepInputs.tensors` holds, before it goes to the device, with token ids as the batch has them.
 
     `rows`: of each token; `index`: the wanted positions.
     """
-    count = batch.num_rows
+    count, prefix = batch.num_rows, batch.prefix_lens
     if batch.num_tokens == count:
         starts = np.arange(count + 1, dtype=np.int32)
-        places = batch.prefix_lens.astype(np.int64)
+        places = prefix
     else:
         starts = np.zeros(count + 1, np.int32)
         np.cumsum(batch.query_lens, out=starts[1:])
-        places = np.arange(batch.num_tokens) - np.repeat(starts[:-1] - batch.prefix_lens, batch.query_lens)
-    positions = places if batch.positions is None else batch.positions
-    ids, lens = batch.input_ids.astype(np.int64), batch.prefix_lens + batch.query_lens
-    arrays: list[NDArray[Any]] = [ids, positions, starts, lens, index]
-    pages, offsets = np.divmod(places, page_size)
+        places = np.arange(batch.num_tokens, dtype=np.int32) - np.repeat(starts[:-1] - prefix, batch.query_lens)
+    positions = places.astype(np.int64) if batch.positions is None else batch.positions
+    arrays: list[NDArray[Any]] = [batch.input_ids, positions, starts, prefix + batch.query_lens, index]
+    pages, offsets = np.divmod(places, np.int32(page_size))
     for group, table in zip(groups, batch.tables, strict=True):
         if group.kind == "state":
             reads, writes = table.T.astype(np.int64)
-            arrays += [reads, writes, batch.prefix_lens == 0, batch.prefix_lens]
+            arrays += [reads, writes, prefix == 0, prefix]
         else:
-            arrays += [table, (table[rows, pages] * page_size + offsets).astype(np.int32)]
+            arrays += [table, table[rows, pages] * np.int32(page_size) + offsets]
     return arrays
 
 

@@ -43,7 +43,7 @@ class Wanted:
     @staticmethod
     def of(batch: Batch) -> Wanted:
         outputs = batch.outputs
-        rows = np.flatnonzero(outputs)
+        rows = outputs.nonzero()[0]
         ends = batch.prefix_lens + batch.query_lens
         single = batch.num_tokens == batch.num_rows
         if single or (outputs <= 1).all():

@@ -1,8 +1,9 @@
 """Which steps are recorded, when, and which graph serves a step; the same policy for every kind and device.
 
-A graph holds a step of a fixed size (a bucket), of rows or of tokens; a smaller step is padded to it, or the graph is
-one that can run smaller ones. Nothing is recorded before the engine can answer: a bucket is recorded when it has been wanted often enough, or while
-the engine is idle, the likely ones first. Until then, and wherever recording fails, steps run eagerly.
+A graph holds a step of a fixed size (a bucket), of rows or of tokens; a smaller step is padded to it, unless the graph
+is one that runs smaller ones. Nothing is recorded before the engine can answer: a bucket is recorded when it has been
+wanted often enough, or while the engine is idle, the likely ones first. Until then, and wherever recording fails, steps
+run eagerly.
 """
 
 from __future__ import annotations

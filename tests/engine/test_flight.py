@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from phloem.engine.flight import Flight, Pipeline
 
 from phloem.attention import BACKENDS
 from phloem.checkpoint.describe import describe
 from phloem.core.batch import FROM_DEVICE, Admission, Batch, StepOutput
 from phloem.core.request import SamplingParams
 from phloem.engine import flight
-from phloem.engine.flight import Flight, Pipeline
 from phloem.engine.runner import ModelRunner
 from phloem.kernels.ops import Ops
 from phloem.kvcache.pool import KVPool

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from phloem.engine.decode import DecodeGraphs
 
 from phloem.attention import BACKENDS
 from phloem.checkpoint.describe import describe
@@ -20,7 +21,6 @@ from phloem.core.errors import OutOfMemory
 from phloem.core.messages import Submit, Tokens, pack_ids
 from phloem.core.request import SamplingParams
 from phloem.engine import runner as runner_file
-from phloem.engine.decode import DecodeGraphs
 from phloem.engine.masks import Masks
 from phloem.engine.memory import first_line, is_out_of_memory
 from phloem.engine.penalties import Penalties

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from phloem.core.errors import ConfigError
+from phloem.layers.context import StateStep
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class AttentionNeed:
 class AttentionBackend(Protocol):
     name: str
     page_size: int
+    recordable: bool  # a step of one token a row waits for nothing on the host, so that a recorded step can hold it
 
     def decline(self, need: AttentionNeed) -> str | None:
         """Why this backend cannot serve the need, or None."""
@@ -55,18 +57,49 @@ class AttentionBackend(Protocol):
 
 
 @dataclass(slots=True)
-class Memory:
-    """One step's memory (`layers.context.StepMemory`)."""
+class StateRows:
+    """Which states a step's rows read and write, for all layers of the group (`layers.context.StateStep`)."""
 
-    attention: AttentionStep
+    reads: Tensor  # [R] int64
+    writes: Tensor  # [R] int64
+    fresh: Tensor  # [R] bool
+    query_start: Tensor  # [R + 1] int32
+    prefix_lens: Tensor  # [R] int32
+    max_query_len: int
+
+
+@dataclass(slots=True)
+class Memory:
+    """One step's memory (`layers.context.StepMemory`): what was planned for each group of the pool, in its order."""
+
+    pool: KVPool
+    steps: Sequence[AttentionStep | StateRows]
 
     def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
-        return self.attention(spec, heads)
+        step = self.steps[self.pool.group_of[spec.pool]]
+        assert not isinstance(step, StateRows), "an attention layer names a pool of states"
+        return step(spec, heads)
+
+    def state(self, pool: int) -> StateStep:
+        rows = self.steps[self.pool.group_of[pool]]
+        assert isinstance(rows, StateRows), "a recurrent layer names a pool of pages"
+        return StateStep(
+            self.pool.states[pool],
+            rows.reads,
+            rows.writes,
+            rows.fresh,
+            rows.query_start,
+            rows.prefix_lens,
+            rows.max_query_len,
+        )
 
 
-def begin(backend: AttentionBackend, batch: PagedBatch, pool: KVPool) -> Memory:
-    """Plan one step of a model."""
-    return Memory(backend.begin(batch, pool))
+def begin(backend: AttentionBackend, batches: Sequence[PagedBatch | StateRows], pool: KVPool) -> Memory:
+    """Plan one step of a model. `batches`: its rows in each of the pool's groups.
+
+    A page of a window's table that lies wholly behind the window may be 0: no backend lets what is there count.
+    """
+    return Memory(pool, [batch if isinstance(batch, StateRows) else backend.begin(batch, pool) for batch in batches])
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import resolve
 from phloem.core.errors import ConfigError
+from phloem.core.memory import groups_of
 from phloem.core.resolve import Decision
-from phloem.engine import recording
+from phloem.engine.recorded import choice
 from phloem.engine.runner import ModelRunner
 from phloem.engine.sizing import Need, size_pool
 from phloem.kvcache.pool import KVPool
-from phloem.layers.context import BuildContext
+from phloem.layers.context import BuildContext, memory_of
 from phloem.utils import log
 from phloem.utils.cores import available_cores
 
@@ -101,17 +102,20 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales)
     sizing = size_pool(config.cache, platform, need, min(model.weight_bytes, free))
     decisions += sizing.decisions
-    pool = KVPool(model.attention_specs, sizing.tokens // page + 1, page, kv_dtype, platform.device, scales)
-    place = recording.Place(model, backend, pool, ops, platform.memory()[0], sizing.graph_bytes)
+    memory = memory_of(model.attention_specs)
+    counts = [sizing.tokens // page + 1] * len(groups_of(memory))
+    pool = KVPool(memory, counts, page, kv_dtype, platform.device, scales)
+    facts = platform.facts
+    place = choice.Place(model, backend, pool, ops, facts, platform.memory()[0], sizing.graph_bytes)
     pages = -(-min(context, sizing.tokens) // page) + 1
-    graphs, pieces = recording.choose(config.runtime, place, running, pages, chunk, decisions)
+    recorded = choice.choose(config.runtime, place, running, pages, chunk, decisions)
     phase.end("memory")
     if config.runtime.record_graphs_before_ready:
-        recording.record_all(graphs, pieces, decisions)
+        choice.record_all(recorded, decisions)
         phase.end("graphs")
     runner = ModelRunner(
-        model, backend, pool, ops, running, graphs,
-        streams=platform.streams, give_back=platform.empty_cache, pieces=pieces, begin=platform.begin_steps,
+        model, backend, pool, ops, running, facts=facts, recorded=recorded,
+        streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps,
     )  # fmt: skip
     info = {
         "weight_bytes": model.weight_bytes,

@@ -125,6 +125,10 @@ def _attend_row(
     group = heads // k_cache.shape[1]
     k_HLD = k_cache[used].transpose(0, 1).flatten(1, 2)[:, :length].float().repeat_interleave(group, 0)
     v_HLD = v_cache[used].transpose(0, 1).flatten(1, 2)[:, :length].float().repeat_interleave(group, 0)
+    if window:
+        # Behind the window the table may name the scratch page, and a weight of 0 takes no NaN away.
+        behind = max(0, length - tokens - window + 1)
+        k_HLD[:, :behind], v_HLD[:, :behind] = 0, 0
     scores_HTL = torch.einsum("thd,hld->htl", q_THD.float(), k_HLD) * scale
     if cap:
         scores_HTL = softcap(scores_HTL, cap)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from phloem.core.memory import Paged, State, groups_of
 from phloem.utils import memory
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from phloem.layers.context import AttentionSpec
+    from phloem.core.memory import MemorySpec
 
 SCALE_BYTES = 4  # an int8 entry has a float32 scale
 
@@ -61,26 +62,35 @@ class KVPool:
 
     def __init__(
         self,
-        specs: Sequence[AttentionSpec],
-        num_pages: int,
+        memory: Sequence[MemorySpec],
+        num_pages: Sequence[int],
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
         scales: Mapping[int, tuple[Sequence[float], Sequence[float]]] | None = None,
     ) -> None:
-        if num_pages < 2 or page_size < 1:
-            raise ValueError(f"a pool needs 2 pages of 1 token at least, not {num_pages} of {page_size}")
-        if sorted(spec.pool for spec in specs) != list(range(len(specs))):
-            raise ValueError(f"attention layers must be numbered 0 to {len(specs) - 1}")
-        self.num_pages, self.page_size = num_pages, page_size
+        self.groups = groups_of(memory)
+        if len(num_pages) != len(self.groups) or min(num_pages) < 2 or page_size < 1:
+            raise ValueError(
+                f"{len(self.groups)} groups need 2 pages of 1 token at least, not {num_pages} of {page_size}"
+            )
+        self.num_pages, self.page_size = tuple(num_pages), page_size
         self.dtype, self.device = dtype, device
+        self.group_of = {layer: place for place, group in enumerate(self.groups) for layer in group.layers}
         self.scales = {layer: KVScales(k, v, device) for layer, (k, v) in (scales or {}).items()}
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        for spec in sorted(specs, key=lambda spec: spec.pool):
-            shape = (num_pages, spec.kv_heads, page_size, entry_size(spec.head_size, dtype))
-            self.keys.append(_zeros(shape, dtype, device))
-            self.values.append(_zeros(shape, dtype, device))
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self.states: dict[int, tuple[Tensor, ...]] = {}
+        for layer, spec in enumerate(memory):
+            count = num_pages[self.group_of[layer]]
+            if isinstance(spec, State):
+                made = [_zeros((count, *shape), getattr(torch, name), device) for shape, name in spec.tensors]
+                self.states[layer] = tuple(made)
+            elif isinstance(spec, Paged):
+                for caches, size in ((self.keys, spec.key_size), (self.values, spec.value_size)):
+                    caches[layer] = _zeros((count, spec.kv_heads, page_size, entry_size(size, dtype)), dtype, device)
+            else:
+                raise NotImplementedError("compressed vectors have no storage yet")
 
     def make_resident(self, limit: int, stopped: Callable[[], bool]) -> int:
         """Give the first pages their memory before they are wanted: at most `limit` bytes; gives how many.
@@ -90,9 +100,9 @@ class KVPool:
         """
         if self.device.type != "cpu":
             return 0
-        done, size = 0, min(cache.nbytes for cache in self.keys + self.values)
+        done, size = 0, min(cache.nbytes for cache in self._caches)
         for offset in range(0, size, memory.HUGE):
-            for cache in (*self.keys, *self.values):
+            for cache in self._caches:
                 count = min(memory.HUGE, size - offset) // mmap.PAGESIZE * mmap.PAGESIZE
                 if stopped() or done + count > limit or not memory.populate(cache.data_ptr() + offset, count):
                     return done
@@ -100,10 +110,18 @@ class KVPool:
         return done
 
     @property
+    def _caches(self) -> list[Tensor]:
+        return [*self.keys.values(), *self.values.values()]
+
+    @property
     def nbytes(self) -> int:
-        return sum(cache.nbytes for cache in (*self.keys, *self.values))
+        return sum(cache.nbytes for cache in self._caches)
 
     @staticmethod
-    def bytes_per_token(specs: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
+    def bytes_per_token(memory: Sequence[MemorySpec], dtype: torch.dtype) -> int:
         """Bytes that one token's keys and values take over all layers."""
-        return sum(2 * spec.kv_heads * entry_size(spec.head_size, dtype) * dtype.itemsize for spec in specs)
+        paged = [spec for spec in memory if isinstance(spec, Paged)]
+        entries = sum(
+            spec.kv_heads * (entry_size(spec.key_size, dtype) + entry_size(spec.value_size, dtype)) for spec in paged
+        )
+        return entries * dtype.itemsize

@@ -63,6 +63,8 @@ class CutModel(Protocol):
     """A model whose forward pass is `finish(*trunk(step), step.logit_index)`, so that the part whose rows differ from
     step to step, behind the last layer's attention, stands alone."""
 
+    attention_specs: list[AttentionSpec]  # one of each attention in `trunk`
+
     def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         """(The last attention's output [T, features], residual [T, hidden_size])."""
         ...

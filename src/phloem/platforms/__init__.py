@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from phloem.kernels.ops import Ops
+    from phloem.platforms._facts import StepFacts
     from phloem.platforms._streams import Streams
 
 PREFERENCE = ("cuda", "rocm", "xpu", "npu", "tpu", "cpu")
@@ -32,6 +33,7 @@ class Platform(Protocol):
     default_chunk: int  # tokens of one step
     default_mixed_chunk: int  # prompt tokens of a step that also decodes
     worthwhile_chunk: int  # prompt tokens from which on more make a step no more efficient
+    facts: StepFacts
     quantised_kv_dtype: torch.dtype | None  # of the KV cache beside quantised weights; None: the model's
 
     @property

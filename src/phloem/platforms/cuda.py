@@ -11,6 +11,7 @@ import torch
 
 from phloem.core.errors import ConfigError
 from phloem.kernels.ops import Ops
+from phloem.platforms._facts import StepFacts
 from phloem.platforms._measure import peak_of
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Platform:
     default_mixed_chunk = 2048
     worthwhile_chunk = 1024
     quantised_kv_dtype = None
+    facts = StepFacts(records_idle=True)
 
     def __init__(self, threads: int | None) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())

@@ -11,25 +11,23 @@ from __future__ import annotations
 import queue
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    import torch
-    from numpy.typing import NDArray
-    from torch import Tensor
+    from phloem.core.batch import StepOutput
 
-    from phloem.core.batch import Batch, StepOutput
+J = TypeVar("J")  # what a step is begun from
 
 IDLE_SECONDS = 0.2  # nothing has come for so long: time to prepare for what may come
 POLL_SECONDS = 0.0001  # how often a step in flight is asked whether it has ended, while no other one comes
 
 
 class Answer(Protocol):
-    """Where a step's result goes."""
+    """Where a result goes."""
 
-    def set(self, output: StepOutput) -> None: ...
+    def set(self, output: Any, /) -> None: ...
 
     def fail(self, error: BaseException) -> None: ...
 
@@ -43,43 +41,14 @@ class Flight:
 
 
 @dataclass(slots=True)
-class Here:
-    """Values that are waited for where they are read: the counterpart of `Streams.down` without streams."""
+class Between:
+    """What is run between two steps, with none in flight; an error of it goes to its answer alone."""
 
-    tensors: Sequence[Tensor]
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> list[NDArray[Any]]:
-        return [tensor.cpu().numpy() for tensor in self.tensors]
+    work: Callable[[], Any]
+    answer: Answer
 
 
-@dataclass(slots=True)
-class Known:
-    """Values that the host has."""
-
-    values: list[NDArray[Any]]
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> list[NDArray[Any]]:
-        return self.values
-
-
-def plain_up(device: torch.device) -> Callable[[Sequence[NDArray[Any]]], list[Tensor]]:
-    """Host arrays to the device one by one: the counterpart of `Streams.up` without streams."""
-    import numpy as np
-    import torch
-
-    def up(arrays: Sequence[NDArray[Any]]) -> list[Tensor]:
-        return [torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True) for array in arrays]
-
-    return up
-
-
-class Pipeline:
+class Pipeline(Generic[J]):
     """Begins and lands steps in their order, with at most one in flight while another is begun.
 
     Args:
@@ -92,8 +61,8 @@ class Pipeline:
 
     def __init__(
         self,
-        begin: Callable[[Batch], Flight],
-        needs_values: Callable[[Batch], bool],
+        begin: Callable[[J], Flight],
+        needs_values: Callable[[J], bool],
         idle: Callable[[], bool] | None = None,
         settles: bool = False,
     ) -> None:
@@ -105,9 +74,13 @@ class Pipeline:
         self._beginning = 0.0  # perf_counter at which the step that is being begun was; 0 between two
         self._flying: tuple[Answer, Flight] | None = None
 
-    def run(self, source: queue.SimpleQueue[tuple[Batch, Any] | None]) -> None:
+    def run(self, source: queue.SimpleQueue[tuple[J, Any] | Between | None]) -> None:
         """Serve until None comes; a step that fails is answered and the next one runs."""
         while (item := self._next(source)) is not None:
+            if isinstance(item, Between):
+                self._land()
+                self._between(item)
+                continue
             batch, answer = item
             if self._flying is not None and self._asks(batch):
                 self._land()
@@ -131,13 +104,22 @@ class Pipeline:
         if self._settles:
             self._land()
 
-    def _asks(self, batch: Batch) -> bool:
+    @staticmethod
+    def _between(item: Between) -> None:
+        try:
+            found = item.work()
+        except BaseException as error:
+            item.answer.fail(error)
+        else:
+            item.answer.set(found)
+
+    def _asks(self, batch: J) -> bool:
         try:
             return self._needs_values(batch)
         except Exception:  # `begin` will meet the same and answer for it
             return True
 
-    def _next(self, source: queue.SimpleQueue[tuple[Batch, Any] | None]) -> tuple[Batch, Any] | None:
+    def _next(self, source: queue.SimpleQueue[tuple[J, Any] | Between | None]) -> tuple[J, Any] | Between | None:
         """The next step; whatever is in flight is landed when it has ended before that one comes."""
         while self._flying is not None:
             if self._flying[1].ready():

@@ -1,8 +1,9 @@
-"""Which decode steps are recorded, when, and which graph serves a batch; the same policy on every device.
+"""Which steps are recorded, when, and which graph serves a step; the same policy for every kind and device.
 
-A graph holds a step of a fixed number of rows (a bucket); a smaller batch is padded to it with rows that use page 0.
-Nothing is recorded before the engine can answer: a bucket is recorded when it has been wanted often enough, or while
-the engine is idle, the likely ones first. Until then, and wherever recording fails, steps run eagerly.
+A graph holds a step of a fixed size (a bucket), of rows or of tokens; a smaller step is padded to it, unless the graph
+is one that runs smaller ones. Nothing is recorded before the engine can answer: a bucket is recorded when it has been
+wanted often enough, or while the engine is idle, the likely ones first. Until then, and wherever recording fails, steps
+run eagerly.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from phloem.utils import log
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from phloem.kernels.graph import GraphRecorder, StepGraph
+    from phloem.kernels.graph import StepGraph
 
-_log = log.get("engine.graphs")
+_log = log.get("engine.recorded")
 
 I = TypeVar("I")  # noqa: E741 - the step's inputs
 O = TypeVar("O")  # noqa: E741 - what the step gives
@@ -44,13 +45,13 @@ def bucket_sizes(limit: int) -> list[int]:
 class RecordedStep(Generic[I, O]):
     """A bucket's graph with its fixed buffers: write `inputs`, `replay`, read `outputs`."""
 
-    rows: int
+    size: int
     inputs: I
     outputs: O
     graph: StepGraph
 
-    def replay(self) -> O:
-        self.graph.replay()
+    def replay(self, *sizes: int) -> O:
+        self.graph.replay(*sizes)
         return self.outputs
 
 
@@ -58,10 +59,9 @@ class StepGraphs(Generic[I, O]):
     """The graphs of one runner. Used by the runner's thread alone.
 
     Args:
-        recorder: makes graphs.
-        limit: most rows of a step.
-        build: makes the fixed inputs of a bucket and the function over them that is recorded. The inputs must be valid
-            as they come (every row on page 0), because recording runs the function.
+        limit: the largest size of a step.
+        make: records the step of a bucket, over fixed inputs that must be valid as they come (every row on page 0),
+            because recording may run it. Gives the inputs, the graph and its outputs. Raises `RecordError`.
         patience: record a bucket when it has been wanted this many times.
         budget: bytes that all graphs together may take; None for no bound.
         sizes: the buckets; default `bucket_sizes(limit)`.
@@ -70,9 +70,8 @@ class StepGraphs(Generic[I, O]):
 
     def __init__(
         self,
-        recorder: GraphRecorder,
         limit: int,
-        build: Callable[[int], tuple[I, Callable[[], O]]],
+        make: Callable[[int], tuple[I, StepGraph, O]],
         *,
         patience: int = 2,
         budget: int | None = None,
@@ -81,8 +80,7 @@ class StepGraphs(Generic[I, O]):
     ) -> None:
         self.sizes = sizes if sizes is not None else bucket_sizes(limit)
         self.refused: str | None = None  # why nothing more is recorded
-        self._recorder = recorder
-        self._build = build
+        self._make = make
         self._patience = patience
         self._budget = budget
         self._unit = unit
@@ -148,8 +146,7 @@ class StepGraphs(Generic[I, O]):
         if self._budget is not None and self.nbytes >= self._budget:
             return self._refuse(f"their memory budget of {self._budget / 2**20:.0f} MiB is used up")
         try:
-            inputs, function = self._build(size)
-            graph, outputs = self._recorder.record(function)
+            inputs, graph, outputs = self._make(size)
         except RecordError as error:
             return self._refuse(str(error))
         except Exception as error:

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from phloem.attention import begin
-from phloem.engine.graphs import StepGraphs
-from phloem.kernels.graph import check_replay
+from phloem.engine.recorded.graphs import StepGraphs
+from phloem.kernels.graph import RecordError, check_replay
 from phloem.layers.context import ForwardBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from phloem.attention import AttentionBackend
-    from phloem.engine.inputs import StepInputs
-    from phloem.kernels.graph import Cut, PieceRecorder, StepGraph
+    from phloem.engine.inputs import Step
+    from phloem.kernels.graph import Cut, GraphRecorder, StepGraph
     from phloem.kvcache.pool import KVPool
-    from phloem.layers.context import AttentionSpec, Heads, StepMemory
+    from phloem.layers.context import AttentionSpec, Heads, StateStep, StepMemory
     from phloem.models import CutModel
 
 DENSE = 256  # tokens up to which a step mostly waits for the weights, so that padding costs little
@@ -57,49 +57,53 @@ class TokenInputs:
 
 
 class PieceGraphs:
-    """Recorded pieces of one runner's prefill and mixed steps, used by its thread alone.
+    """Recorded pieces of one runner's prefill and mixed steps, used by its thread alone
+    (`recorded.choice.RecordedWay`).
 
     Args:
         limit: most tokens of a step that runs in pieces.
+        decodes: decode steps run in pieces too; not where each will have a graph of its own soon.
         budget: bytes that all pieces together may take; None for no bound.
         check: compare the pieces of each step with the same pieces run eagerly.
     """
 
+    decision = "piecewise_graphs"
+
     def __init__(
         self,
-        recorder: PieceRecorder,
+        recorder: GraphRecorder,
         model: CutModel,
         backend: AttentionBackend,
         pool: KVPool,
         limit: int,
         *,
+        decodes: bool = True,
         budget: int | None = None,
         check: bool = False,
     ) -> None:
-        self._model, self._backend, self._pool = model, backend, pool
+        self._recorder, self._model, self._backend, self._pool = recorder, model, backend, pool
+        self._decodes = decodes
         self._check = check
         self._attention = _Between(limit)
         self.graphs: StepGraphs[TokenInputs, tuple[Tensor, Tensor]] = StepGraphs(
-            _AsWhole(recorder, self._attention),
-            limit,
-            self._build,
-            budget=budget,
-            sizes=token_buckets(limit),
-            unit="tokens",
+            limit, self._make, budget=budget, sizes=token_buckets(limit), unit="tokens"
         )
 
-    def run(self, inputs: StepInputs) -> Tensor | None:
-        """Hidden states [L, N] of the wanted rows; None: run the step eagerly."""
-        tokens = len(inputs.input_ids)
+    def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:
+        """Hidden states [L, N] of the wanted rows; None: another way runs the step."""
+        tokens = step.batch.num_tokens
+        if not step.recordable or (step.batch.is_decode and not self._decodes):
+            return None
         found = self.graphs.get(tokens)
         if found is None:
             return None
-        fixed = found.inputs
+        fixed, inputs = found.inputs, step.inputs
         for into, source in ((fixed.input_ids, inputs.input_ids), (fixed.positions, inputs.positions)):
             into[:tokens] = source
             into[tokens:] = 0
+        ready()
         attention = self._attention
-        attention.begin(begin(self._backend, inputs.paged, self._pool), tokens)
+        attention.begin(begin(self._backend, inputs.rows(), self._pool), tokens)
         try:
             out, residual_BN = found.replay()
             if self._check:
@@ -113,14 +117,22 @@ class PieceGraphs:
         self.graphs.drop()
         self._attention.drop()
 
-    def _build(self, tokens: int) -> tuple[TokenInputs, Callable[[], tuple[Tensor, Tensor]]]:
+    def _make(self, tokens: int) -> tuple[TokenInputs, StepGraph, tuple[Tensor, Tensor]]:
         ids, positions = (torch.zeros(tokens, dtype=torch.int64, device=self._pool.device) for _ in range(2))
-        inputs = TokenInputs(ids, positions)
-        return inputs, lambda: self._trunk(inputs)
+        fixed = TokenInputs(ids, positions)
+
+        def in_pieces(cut: Cut) -> tuple[Tensor, Tensor]:
+            self._attention.cut = cut
+            return self._trunk(fixed)
+
+        try:
+            return fixed, *self._recorder.record_pieces(in_pieces)
+        finally:
+            self._attention.cut = _AtOnce()
 
     def _trunk(self, inputs: TokenInputs) -> tuple[Tensor, Tensor]:
         attention = self._attention
-        attention.left = len(self._pool.keys)
+        attention.left = len(self._model.attention_specs)
         out, residual_BN = self._model.trunk(ForwardBatch(inputs.input_ids, inputs.positions, attention, None))
         return out, attention.cut.hold(residual_BN)
 
@@ -188,26 +200,11 @@ class _Between:
         true = replace(held, q=held.q[:tokens], k=held.k[:tokens], v=held.v[:tokens], rotation=turn)
         out_BHD[:tokens] = step.attend(spec, true)
 
+    def state(self, pool: int) -> StateStep:
+        raise RecordError("a recurrent layer does not run between pieces")
+
     def _out(self, q_BHD: Tensor) -> Tensor:
         key = (q_BHD.shape[1:], q_BHD.dtype)
         if key not in self._outs:
             self._outs[key] = torch.zeros((self._limit, *q_BHD.shape[1:]), dtype=q_BHD.dtype, device=q_BHD.device)
         return self._outs[key][: len(q_BHD)]
-
-
-class _AsWhole:
-    """A piece recorder with the face that `StepGraphs` records whole steps by."""
-
-    def __init__(self, recorder: PieceRecorder, attention: _Between) -> None:
-        self._recorder = recorder
-        self._attention = attention
-
-    def record(self, fn: Callable[[], Any]) -> tuple[StepGraph, Any]:
-        def in_pieces(cut: Cut) -> Any:
-            self._attention.cut = cut
-            return fn()
-
-        try:
-            return self._recorder.record_pieces(in_pieces)
-        finally:
-            self._attention.cut = _AtOnce()

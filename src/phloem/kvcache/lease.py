@@ -61,7 +61,7 @@ class Lease:
         self.node = DETACHED
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Given:
     """Pages that a lease held just before a commit: `pages[g][i]` was its page number `start + i` in group g."""
 
@@ -70,7 +70,7 @@ class Given:
     pages: tuple[NDArray[np.int32], ...]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Hold:
     """A lock for somebody who is no request: a copy under way. All that is left at the end of a node, and before it."""
 

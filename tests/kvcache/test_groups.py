@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from phloem.core.memory import Group
 from phloem.kvcache.manager import CacheManager, Given, Lease
-from phloem.kvcache.namespaces import namespace
-from phloem.kvcache.node import hashes, path_to
+from phloem.kvcache.node import path_to
 
 FULL, STATE = Group("pages", 0, (0,)), Group("state", 0, (9,))
 NOTHING = np.empty(0, np.int32)

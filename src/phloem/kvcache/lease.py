@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DETACHED = Node(0, None, b"", 0, NO_PAGES, 0)  # what a lease holds while the tree is switched off
+SLOTS = 2  # of state, for each running request
 TURNS = 64  # steps of a request that can be undone at most; far more than are ever in flight
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pools import pool_of
 from test_native_graph import built
 from test_pieces import HOST, decide, same, steps
 
@@ -48,8 +49,7 @@ class Engine:
         rows, pages = options.pop("rows", 4), options.pop("pages", 20)
         model: Any = load_model(describe(str(path)), BuildContext(ops, torch.float32, CPU, quant=quant))
         specs = model.attention_specs
-        memory = memory_of(specs)
-        self.pool = KVPool(memory, [64] * len(groups_of(memory)), 4, kv, CPU)
+        self.pool = pool_of(specs, 64, 4, kv, CPU)
         backend = BACKENDS.module("cpu").Backend(ops, specs, CPU, kv)
         self.steps: FlexibleSteps | None = None
         if flexible:

@@ -75,7 +75,7 @@ def test_the_pool_gets_what_the_measured_step_leaves(tiny: Path, monkeypatch: py
     forward = sizing.run_forward
 
     def spy(model: Any, backend: Any, pool: Any, inputs: Any, index: Any) -> Any:
-        assert int(inputs.paged.page_table.max()) == 0 and pool.num_pages == 2
+        assert int(inputs.paged.page_table.max()) == 0 and pool.num_pages == (2,)
         steps.append((len(inputs.input_ids), len(inputs.sampled_rows)))
         return forward(model, backend, pool, inputs, index)
 
@@ -86,7 +86,7 @@ def test_the_pool_gets_what_the_measured_step_leaves(tiny: Path, monkeypatch: py
     assert steps == [(96, 5), (96, 1)] and board.measured == 1
     rest = board.free - 100 * MIB - 50 * MIB
     assert built.max_total_tokens == (rest // each - 16) // 16 * 16
-    assert built.runner.num_pages == built.max_total_tokens // 16 + 1
+    assert built.runner.num_pages == (built.max_total_tokens // 16 + 1,)
     assert built.runner.pool.nbytes <= rest
     memory = decision(built, "memory")
     assert memory.value == "1.0 GiB"

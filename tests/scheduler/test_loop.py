@@ -7,10 +7,10 @@ import threading
 import time
 
 import pytest
+from pools import cache_of
 
 from phloem.core.messages import Drain, FromEngine, Heartbeat, Stopped, Submit, ToEngine, Tokens, pack_ids
 from phloem.core.request import SamplingParams
-from phloem.kvcache.manager import CacheManager
 from phloem.scheduler import loop
 from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
 from phloem.testing.driver import Unfold
@@ -46,7 +46,7 @@ class Running:
         self.runner = FakeRunner(200, 4, 8, delay=delay)
         self.unfold = Unfold()
         settings = ScheduleSettings(8, 1000, 1000, overlap=overlap, debug_invariants=True)
-        self.scheduler = Scheduler(self.runner, settings, CacheManager(200, 4), self.sent.put)
+        self.scheduler = Scheduler(self.runner, settings, cache_of(200, 4), self.sent.put)
         self.thread = threading.Thread(target=loop.run, args=(self.scheduler, self.box, self.beats.append), daemon=True)
         self.thread.start()
 

@@ -6,11 +6,11 @@ import random
 
 import numpy as np
 import pytest
+from pools import cache_of
 
 from phloem.core.batch import FROM_DEVICE
 from phloem.core.messages import Submit, pack_ids
 from phloem.core.request import RequestStatus, SamplingParams
-from phloem.kvcache.manager import CacheManager
 from phloem.scheduler.planner import Pace, Plan, Planner
 from phloem.scheduler.policies import MAX_PRIORITY, PATIENCE, POLICIES, PRIORITY_SECONDS, WINDOW, WaitingQueue
 from phloem.scheduler.state import Request, Slots
@@ -22,7 +22,7 @@ class Desk:
     """A planner with everything it needs; `launch` plans and advances, `land` gives every row its token."""
 
     def __init__(self, pages: int = 100, slots: int = 8, budget: int = 16, policy: str = "fcfs") -> None:
-        self.cache = CacheManager(pages, S)
+        self.cache = cache_of(pages, S)
         self.queue = WaitingQueue()
         self.slots = Slots(slots, pages, S)
         self.policy = POLICIES[policy]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phloem.core.batch import Batch, StepOutput
+from phloem.core.memory import Group
 from phloem.core.messages import Submit
 from phloem.core.request import SamplingParams
 from phloem.kvcache.manager import CacheManager
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 PAGE_SIZE = 16
 VOCAB_SIZE = 32_000
 PREFIX_TOKENS = 4 * PAGE_SIZE
+FULL = Group("pages", 0, (0,))
 GROUPS = 64  # waiting prompts share one of so many first halves
 SIZES = (10, 1_000, 10_000, 100_000)
 
@@ -102,7 +104,7 @@ def bench_steps(waiting: int, policy: str, running: int, turnover: bool, steps: 
         schedule_policy=policy,
         random_seed=1,
     )
-    cache = CacheManager(runner.num_pages, PAGE_SIZE)
+    cache = CacheManager([FULL], [runner.num_pages], PAGE_SIZE)
     scheduler = Scheduler(runner, settings, cache, lambda message: None)
     length = 8 if turnover else 32 * 1024
     if not turnover:
@@ -129,12 +131,12 @@ def bench_steps(waiting: int, policy: str, running: int, turnover: bool, steps: 
 def bench_tree(cached: int, lookups: int) -> list[dict[str, Any]]:
     """Look up, insert and evict with `cached` prefixes of 4 pages in the tree."""
     pages = cached * 4 + 4096
-    cache = CacheManager(pages, PAGE_SIZE)
+    cache = CacheManager([FULL], [pages], PAGE_SIZE)
     table = np.zeros(64, dtype=np.int32)
     prompts = _prompts(cached + lookups, PREFIX_TOKENS, seed=3)
 
     def insert(prompt: np.ndarray[Any, np.dtype[np.int32]]) -> None:
-        lease = cache.match("", prompt, PREFIX_TOKENS, table)
+        lease = cache.match("", prompt, PREFIX_TOKENS, (table,))
         cache.reserve(lease, PREFIX_TOKENS)
         cache.release(lease, prompt, PREFIX_TOKENS)
 
@@ -145,7 +147,7 @@ def bench_tree(cached: int, lookups: int) -> list[dict[str, Any]]:
     found = _timed(lambda: cache.probe("", next(hits), PREFIX_TOKENS), lookups)
     news = iter(prompts[cached:])
     inserted = _timed(lambda: insert(next(news)), lookups)
-    evicted = _timed(lambda: cache.allocator.free(cache.tree.evict(1)), min(lookups, cached))
+    evicted = _timed(lambda: cache.allocators[0].free(cache.tree.evict(1)), min(lookups, cached))
     cache.check([])
     return [
         _row("tree: look up a prompt", cached, found),

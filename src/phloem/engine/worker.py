@@ -102,9 +102,7 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales)
     sizing = size_pool(config.cache, platform, need, min(model.weight_bytes, free))
     decisions += sizing.decisions
-    memory = memory_of(model.attention_specs)
-    counts = [sizing.tokens // page + 1] * len(groups_of(memory))
-    pool = KVPool(memory, counts, page, kv_dtype, platform.device, scales)
+    pool = KVPool(memory_of(model.attention_specs), sizing.num_pages, page, kv_dtype, platform.device, scales)
     facts = platform.facts
     place = choice.Place(model, backend, pool, ops, facts, platform.memory()[0], sizing.graph_bytes)
     pages = -(-min(context, sizing.tokens) // page) + 1

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DETACHED = Node(0, None, b"", 0, NO_PAGES, 0)  # what a lease holds while the tree is switched off
+SLOTS = 2  # of state, for each running request
 TURNS = 64  # steps of a request that can be undone at most; far more than are ever in flight
 
 
@@ -61,7 +62,7 @@ class Lease:
         self.node = DETACHED
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Given:
     """Pages that a lease held just before a commit: `pages[g][i]` was its page number `start + i` in group g."""
 
@@ -70,7 +71,7 @@ class Given:
     pages: tuple[NDArray[np.int32], ...]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Hold:
     """A lock for somebody who is no request: a copy under way. All that is left at the end of a node, and before it."""
 

@@ -57,7 +57,8 @@ import numpy as np
 
 from phloem.kvcache import audit, undo
 from phloem.kvcache.allocator import PageAllocator
-from phloem.kvcache.lease import Given, Hold, Lease, Turn
+from phloem.kvcache.lease import SLOTS, Given, Hold, Lease, Turn
+from phloem.kvcache.namespaces import namespace
 from phloem.kvcache.node import NO_PAGES, Node, ends_between, path_to
 from phloem.kvcache.radix import Found, RadixCache
 from phloem.kvcache.report import view_of
@@ -72,10 +73,9 @@ if TYPE_CHECKING:
     from phloem.core.memory import Group
     from phloem.kvcache.radix import Listener
 
-__all__ = ["CacheManager", "Found", "Given", "Hold", "Lease"]
+__all__ = ["CacheManager", "Found", "Given", "Hold", "Lease", "namespace"]
 
 STATE_INTERVAL = 2048  # tokens of a long prompt between two snapshots
-SLOTS = 2  # of state, for each running request
 
 
 class CacheManager:
@@ -119,6 +119,7 @@ class CacheManager:
         self.states = Snapshots(self.paged, num_pages[self.paged]) if self.paged < len(groups) else None
         self.tree = RadixCache(page_size, eviction, self.windows, self.states, whole)
         self.gives_back = bool(self.windows) or self.states is not None  # whether `behind` has anything to do
+        self.has_states = self.states is not None  # whether `turn` and `cut` have anything to do
         self.evicted = [0] * len(groups)
         self.own = [0] * len(groups)  # pages held by requests, of each group
         self.holds: list[Hold] = []

@@ -20,13 +20,12 @@ import numpy as np
 
 from phloem.core.batch import FROM_DEVICE, Admission, Batch
 from phloem.core.request import RequestStatus
-from phloem.kvcache.manager import Given
 from phloem.scheduler.recovery import Throttle
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from phloem.kvcache.manager import CacheManager
+    from phloem.kvcache.manager import CacheManager, Given
     from phloem.kvcache.radix import Found
     from phloem.scheduler.policies import Policy, WaitingQueue
     from phloem.scheduler.state import Request, Slots
@@ -197,7 +196,7 @@ class Planner:
             request.targets_from = max(request.targets_from, computed + 1)
             lease = request.lease
             assert lease is not None
-            plan.given.append(Given(lease, lease.shared, lease.table[lease.shared : lease.held].copy()))
+            plan.given.append(self.cache.given(lease))
             try:
                 self.cache.commit(lease, request.known, computed)
             except Exception as error:
@@ -417,7 +416,7 @@ class Planner:
         alone = slots.num_running == 0
         if not alone and self._pages_for(len(known)) - found.num_pages > cache.available_pages - promised:
             return 0  # not even with all that is evictable; the usual case while the pool is full
-        table = slots.tables[slots.next_free()]
+        table = (slots.tables[slots.next_free()],)
         lease = cache.match(request.submit.namespace, known, request.match_limit(), table)
         needed = -(-len(known) // cache.page_size) - lease.held
         if needed > cache.available_pages - (0 if alone else promised):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
+from phloem.core.memory import Group
 from phloem.core.messages import (
     Abort,
     Chunk,
@@ -78,7 +79,7 @@ class Driver:
     ) -> None:
         self.clock = ManualClock()
         self.runner = FakeRunner(num_pages, page_size, max_slots, fail_row=fail_row, starve=starve)
-        self.cache = CacheManager(num_pages, page_size, cache, eviction)
+        self.cache = CacheManager([Group("pages", 0, (0,))], [num_pages], page_size, cache, eviction)
         values: dict[str, Any] = {
             "max_running_requests": max_slots,
             "context_length": 10_000,

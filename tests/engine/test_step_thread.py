@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from phloem.engine.flight import Flight, Pipeline
-from pools import pool_of
+from stepping import HOST, bits, runner_of
 
-from phloem.attention import BACKENDS
 from phloem.checkpoint.describe import describe
 from phloem.core.batch import FROM_DEVICE, Admission, Batch, StepOutput
 from phloem.core.request import SamplingParams
-from phloem.engine import flight
-from phloem.engine.runner import ModelRunner
+from phloem.engine import pipeline as pipeline_file
+from phloem.engine.pipeline import Between, Flight, Pipeline
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
 from phloem.models import Model, load_model
+from phloem.platforms._facts import StepFacts
 from phloem.platforms._streams import Arriving
 from phloem.testing.checkpoints import tiny_checkpoint
 
@@ -188,24 +187,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return load_model(describe(str(path)), BuildContext(Ops(), torch.float32, CPU))
 
 
-def generate(model: Model, params: list[SamplingParams], steps: int, streams: Any, mask: Any = None) -> list[list[int]]:
+def generate(
+    model: Model, params: list[SamplingParams], steps: int, streams: Any, follow: Any = None
+) -> list[list[int]]:
     """Prefill all rows in one step, then decode `steps` times with tokens that only the device knows."""
-    rows, page = len(params), 8
-    pool = pool_of(model.attention_specs, rows * 8 + 1, page, torch.float32, CPU)
-    backend = BACKENDS.module("reference").Backend(Ops(), model.attention_specs, CPU, torch.float32)
-    runner = ModelRunner(model, backend, pool, Ops(), rows, streams=streams)
+    rows = len(params)
+    runner = runner_of(model, rows, streams=streams, facts=HOST if streams is None else StepFacts())
     table = (np.arange(rows * 8) + 1).reshape(rows, 8).astype(np.int32)
     prompts = [np.arange(5 + row, dtype=np.int32) + 10 for row in range(rows)]
     admissions = [
-        Admission(row, f"r{row}", params[row], 7 + row, prompts[row], len(prompts[row]), mask=mask and mask(row))
+        Admission(row, f"r{row}", params[row], 7 + row, prompts[row], len(prompts[row]), constrained=follow is not None)
         for row in range(rows)
     ]
+    for row in range(rows if follow is not None else 0):
+        runner.constrain(row, follow(row))
     lens = np.array([len(prompt) for prompt in prompts], np.int32)
-    slots, every = np.arange(rows, dtype=np.int32), np.ones(rows, np.bool_)
-    pending = [runner.launch(Batch(0, slots, lens, lens * 0, np.concatenate(prompts), table, every, admissions))]
+    slots, every = np.arange(rows, dtype=np.int32), np.ones(rows, np.int32)
+    pending = [runner.launch(Batch(0, slots, lens, lens * 0, np.concatenate(prompts), (table,), every, admissions))]
     for step in range(steps):
         ids = np.full(rows, FROM_DEVICE, np.int32)
-        pending.append(runner.launch(Batch(step + 1, slots, lens * 0 + 1, lens + step, ids, table, every)))
+        pending.append(runner.launch(Batch(step + 1, slots, lens * 0 + 1, lens + step, ids, (table,), every)))
     outputs: list[StepOutput] = [one.result() for one in pending]
     runner.close()
     assert [output.step for output in outputs] == list(range(steps + 1)) and not any(o.failed for o in outputs)
@@ -230,25 +231,22 @@ def test_late_values_change_no_token(model: Model, params: list[SamplingParams])
 def test_grammar_masks_see_every_token_in_time(model: Model) -> None:
     """Each row may only continue with the successor of its last token: a mask one step late would break the chain."""
 
-    def successor(row: int) -> Any:
-        chain = [100 + row]
+    class Successor:
+        def __init__(self, row: int) -> None:
+            self.last = 100 + row
 
-        def mask(sampled: list[int]) -> Any:
-            chain.extend(sampled)
-            words = np.zeros(12, np.int32)
-            words[(chain[-1] + 1) // 32] = np.int32(np.uint32(1 << ((chain[-1] + 1) % 32)).view(np.int32))
-            return words
-
-        return mask
+        def masks(self, sampled: Any, drafts: Any) -> Any:
+            self.last = [self.last, *sampled][-1]
+            return [bits(self.last + 1, words=12)]
 
     late = LateStreams(7)
-    got = generate(model, [PARAMS[0], PARAMS[1]], 6, late, successor)
+    got = generate(model, [PARAMS[0], PARAMS[1]], 6, late, Successor)
     assert got == [list(range(101, 108)), list(range(102, 109))]
     assert set(late.ahead) == {0}
 
 
 def test_idle_time_is_used_until_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flight, "IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(pipeline_file, "IDLE_SECONDS", 0.01)
     log: list[str] = []
     source: Any = queue.SimpleQueue()
     done = threading.Event()
@@ -268,3 +266,80 @@ def test_idle_time_is_used_until_there_is_nothing_to_do(monkeypatch: pytest.Monk
     source.put(None)
     thread.join(20)
     assert log == ["idle", "idle", "idle", "answer 1"]
+
+
+def test_work_between_steps_runs_with_none_in_flight_and_fails_alone() -> None:
+    log: list[str] = []
+    source: Any = queue.SimpleQueue()
+
+    def begin(batch: Any) -> Flight:
+        log.append(f"begin {batch}")
+        return Flight(lambda: log.append(f"land {batch}"), lambda: False)  # type: ignore[arg-type, return-value]
+
+    def fails() -> None:
+        log.append("work")
+        raise MemoryError("no")
+
+    source.put((1, Answer(log, 1)))
+    source.put((2, Answer(log, 2)))
+    source.put(Between(fails, Answer(log, "work")))
+    source.put(Between(lambda: log.append("more"), Answer(log, "more")))
+    source.put((3, Answer(log, 3)))
+    source.put(None)
+    Pipeline(begin, lambda batch: False).run(source)
+    assert log == [
+        *("begin 1", "begin 2", "land 1", "answer 1", "land 2", "answer 2"),
+        *("work", "fail work: no", "more", "answer more", "begin 3", "land 3", "answer 3"),
+    ]
+
+
+def test_the_runner_gives_what_the_work_gave_in_its_own_thread(model: Model) -> None:
+    runner = runner_of(model, 2)
+    assert runner.between(lambda: threading.current_thread().name).result() == "phloem-runner"
+    assert runner.between(lambda: None).result() is None
+    with pytest.raises(ZeroDivisionError):
+        runner.between(lambda: 1 // 0).result()
+    pending = runner.between(lambda: torch.is_inference_mode_enabled())
+    assert pending.result() and pending.done()
+    runner.close()
+
+
+def test_who_follows_a_slot_is_not_seen_by_an_earlier_step(model: Model) -> None:
+    """The next request of a slot is handed over while steps of the one before it wait in the queue."""
+
+    class Only:
+        def __init__(self, token: int) -> None:
+            self.token, self.heard = token, list[int]()
+
+        def masks(self, sampled: Any, drafts: Any) -> Any:
+            self.heard += sampled
+            return [bits(self.token, words=12)]
+
+    runner = runner_of(model, 2)
+    gate = threading.Event()
+    held = runner.between(lambda: gate.wait(20))
+    ones, prompt = np.ones(1, np.int32), np.array([5, 6, 7], np.int32)
+    table = np.arange(1, 9, dtype=np.int32)[None]
+
+    def batch(step: int, admit: bool, constrained: bool = True) -> Batch:
+        entry = Admission(0, "a", SamplingParams(temperature=0.0), 1, prompt, 3, constrained=constrained)
+        start = 0 if admit else 2 + step % 10
+        ids = prompt if admit else np.array([FROM_DEVICE], np.int32)
+        return Batch(step, ones * 0, ones * len(ids), ones * start, ids, (table,), ones, [entry] if admit else [])
+
+    first, second = Only(40), Only(50)
+    runner.constrain(0, first)
+    pending = [runner.launch(batch(0, True)), runner.launch(batch(1, False))]
+    runner.constrain(0, second)
+    pending.append(runner.launch(batch(2, False)))  # does not admit: still the first one's
+    pending += [runner.launch(batch(10, True)), runner.launch(batch(11, False))]
+    runner.constrain(0, None)
+    pending.append(runner.launch(batch(12, False)))
+    gate.set()
+    tokens = [one.result().tokens.tolist() for one in pending]
+    assert held.result() and tokens[:5] == [[40], [40], [40], [50], [50]] and tokens[5] != [50]
+    assert first.heard == [40, 40] and second.heard == [50]
+    with pytest.raises(ValueError, match="nothing was given that follows"):
+        runner.launch(batch(20, True)).result()
+    assert runner.launch(batch(30, True, constrained=False)).result().counts.tolist() == [1]
+    runner.close()

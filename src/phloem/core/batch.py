@@ -178,6 +178,11 @@ class Runner(Protocol):
     page_size: int
     max_slots: int
 
+    @property
+    def graph_bytes(self) -> int:
+        """Device memory that recorded steps take; 0 where none are recorded."""
+        ...
+
     def launch(self, batch: Batch) -> Pending[StepOutput]: ...
 
     def constrain(self, slot: int, follower: Follower | None) -> None:

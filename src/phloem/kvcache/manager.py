@@ -43,20 +43,31 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from phloem.core.memory import Group
+
 _DETACHED = Node(0, None, b"", NO_PAGES, 0)  # what a lease holds while the tree is switched off
 
 
 class Lease:
-    """The pages of one running request. `table` int32 [pages it can ever need]; see the module's docstring."""
+    """The pages of one running request. `tables`: int32 [pages it can ever need]; see the module's docstring."""
 
-    __slots__ = ("held", "namespace", "node", "shared", "table")
+    __slots__ = ("held", "namespace", "node", "shared", "tables")
 
-    def __init__(self, namespace: str, table: NDArray[np.int32]) -> None:
+    def __init__(self, namespace: str, tables: Sequence[NDArray[np.int32]]) -> None:
         self.namespace = namespace
-        self.table = table
+        self.tables = tuple(tables)
         self.node = _DETACHED
         self.shared = 0
         self.held = 0
+
+    @property
+    def table(self) -> NDArray[np.int32]:
+        return self.tables[0]
+
+
+def namespace(salt: str, adapter: str = "", weight_version: str = "") -> str:
+    """Requests share a prefix only where all three are the same."""
+    return "\x1f".join((salt, adapter, weight_version)) if adapter or weight_version else salt
 
 
 @dataclass(slots=True)
@@ -71,10 +82,21 @@ class Given:
 class CacheManager:
     """Pages 1..num_pages-1 of `page_size` tokens each, shared through a radix tree unless `enabled` is False."""
 
-    def __init__(self, num_pages: int, page_size: int, enabled: bool = True, eviction: str = "lru") -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        num_pages: Sequence[int],
+        page_size: int,
+        enabled: bool = True,
+        eviction: str = "lru",
+    ) -> None:
+        if len(groups) != 1 or groups[0].kind != "pages" or groups[0].window:
+            raise ValueError(f"one group of full pages is all that can be kept, not {groups}")
+        self.groups = tuple(groups)
         self.page_size = page_size
         self.enabled = enabled
-        self.allocator = PageAllocator(num_pages)
+        self.gives_back = self.has_states = False
+        self.allocator = PageAllocator(num_pages[0])
         self.tree = RadixCache(page_size, eviction)
         self.evicted_pages = 0
         self._held = 0
@@ -101,6 +123,24 @@ class CacheManager:
         """Changes whenever a `probe` may give another answer."""
         return self.tree.version
 
+    def pages_for(self, tokens: int) -> int:
+        """The most pages of the first group that a request of so many tokens holds at once."""
+        return -(-tokens // self.page_size)
+
+    def given(self, lease: Lease) -> Given:
+        """What the lease holds now, for `roll_back`: taken before what a launch does to it."""
+        return Given(lease, lease.shared, lease.table[lease.shared : lease.held].copy())
+
+    def behind(self, lease: Lease, computed: int) -> None:
+        """Give back what no token after `computed` ones reads."""
+
+    def turn(self, lease: Lease) -> None:
+        """A step of the lease was launched: the state that it writes is read next."""
+
+    def cut(self, lease: Lease, known: NDArray[np.int32], start: int, count: int) -> int:
+        """How many of `count` new tokens from `start` on a chunk had better have."""
+        return count
+
     def probe(self, namespace: str, tokens: NDArray[np.int32], limit: int) -> Found:
         """How much of `tokens` is cached, looking at no more than `limit` tokens. Changes and locks nothing."""
         pages = self._match_pages(tokens, limit)
@@ -108,15 +148,15 @@ class CacheManager:
             return Found(0, None)
         return self.tree.find(namespace, tokens[: pages * self.page_size].tobytes(), pages)
 
-    def match(self, namespace: str, tokens: NDArray[np.int32], limit: int, table: NDArray[np.int32]) -> Lease:
-        """Lock the longest cached prefix of `tokens`, at most `limit` tokens, and put its pages into `table`."""
-        lease = Lease(namespace, table)
+    def match(self, namespace: str, tokens: NDArray[np.int32], limit: int, tables: Sequence[NDArray[np.int32]]) -> Lease:
+        """Lock the longest cached prefix of `tokens`, at most `limit` tokens, and put its pages into `tables`."""
+        lease = Lease(namespace, tables)
         if self.enabled:
             pages = self._match_pages(tokens, limit)
             data = tokens[: pages * self.page_size].tobytes()
             lease.node, found = self.tree.take(namespace, data, pages)
             lease.shared = lease.held = len(found)
-            table[: len(found)] = found
+            lease.table[: len(found)] = found
         return lease
 
     def reserve(self, lease: Lease, tokens: int) -> bool:

@@ -178,6 +178,11 @@ class Runner(Protocol):
     page_size: int
     max_slots: int
 
+    @property
+    def graph_bytes(self) -> int:
+        """Device memory that recorded steps take; 0 where none are recorded."""
+        ...
+
     def launch(self, batch: Batch) -> Pending[StepOutput]: ...
 
     def constrain(self, slot: int, follower: Follower | None) -> None:
@@ -194,3 +199,5 @@ class Runner(Protocol):
 def sure(outputs: NDArray[np.int32]) -> NDArray[np.bool_]:
     """[R]: rows that are sure to yield exactly one token: those advance when they are launched."""
     return outputs == 1
+
+

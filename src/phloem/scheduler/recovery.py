@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from phloem.kvcache.manager import CacheManager
-    from phloem.scheduler.planner import Plan
+    from phloem.scheduler.plan import Plan
     from phloem.scheduler.state import Request, Slots
 
 
@@ -53,11 +53,12 @@ class Throttle:
             self.failed_at = 0
 
 
-def roll_back(slots: Slots, cache: CacheManager, plans: Sequence[Plan]) -> None:
+def roll_back(slots: Slots, cache: CacheManager, plans: Sequence[Plan]) -> list[Request]:
     """Undo launched steps: `plans` are all that are not committed, the failed one first.
 
     Every running request is left as if it had never been in them, still in its slot; requests that lost theirs
-    meanwhile only forget what was in flight.
+    meanwhile only forget what was in flight. Given are those that have lost memory which computed tokens are read
+    from (a window, a state): they must leave their slots.
     """
     before: dict[Request, int] = {}
     for plan in plans:
@@ -73,6 +74,11 @@ def roll_back(slots: Slots, cache: CacheManager, plans: Sequence[Plan]) -> None:
     running = slots.running()
     leases = [(request.lease, request.match_limit() // cache.page_size) for request in running if request.lease]
     cache.roll_back(plans[0].mark, leases, [item for plan in plans for item in plan.given])
+    slots.moved = True
+    cut: list[Request] = []
     for request in running:
         computed = before.get(request, int(slots.computed[request.slot]))
         slots.restore(request, computed)
+        if (cache.has_states or cache.gives_back) and int(slots.computed[request.slot]) < computed:
+            cut.append(request)
+    return cut

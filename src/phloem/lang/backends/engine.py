@@ -62,3 +62,6 @@ class EngineBackend(NativeBackend):
 def make(model_path: str = "demo", **settings: Any) -> EngineBackend:
     """Start an engine for programs; keywords are the settings of `phloem serve`. End it with `shutdown()`."""
     return EngineBackend(phloem.Engine(model_path=model_path, **settings), owned=True)
+
+
+BACKEND = EngineBackend

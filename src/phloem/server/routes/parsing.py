@@ -31,7 +31,7 @@ async def parse_function_call(request: Request) -> Response:
         raise BadRequest(error.message, param="tool_call_parser") from None
     if form is None:
         raise BadRequest("tool_call_parser is needed: the model has no format of its own", param="tool_call_parser")
-    found = parsers.TOOLS.module(form).Parser(check_tools(body.tools or [])).parse(body.text)
+    found = parsers.TOOLS.get(form)(check_tools(body.tools or [])).parse(body.text)
     calls = [
         {"tool_index": index, "name": call.name, "parameters": call.arguments} for index, call in enumerate(found.calls)
     ]
@@ -50,5 +50,5 @@ async def separate_reasoning(request: Request) -> Response:
         raise BadRequest(error.message, param="reasoning_parser") from None
     if form is None:
         raise BadRequest("reasoning_parser is needed: the model has no format of its own", param="reasoning_parser")
-    reasoning, text = parsers.THINKING.module(form).Parser(None).parse(body.text)
+    reasoning, text = parsers.THINKING.get(form)(None).parse(body.text)
     return json_response(SeparatedReasoning(reasoning_text=reasoning, text=text))

@@ -96,7 +96,7 @@ def _pieces(
     runtime: RuntimeConfig, recorder: GraphRecorder | None, place: Place, chunk: int, decisions: list[Decision]
 ) -> PieceGraphs | None:
     model, refusal = place.model, None
-    if runtime.disable_piecewise_cuda_graph:
+    if runtime.disable_piecewise_graph:
         refusal = "as asked"
     elif recorder is None:
         refusal = _no_recorder(runtime, place.ops)
@@ -105,7 +105,7 @@ def _pieces(
         refusal = f"the op table {place.ops.name!r} records whole decode steps; {why}"
     elif not isinstance(model, CutModel):
         refusal = "the model does not say where its last attention ends"
-    decision = resolve.piecewise_tokens(refusal, runtime.piecewise_cuda_graph_max_tokens, chunk)
+    decision = resolve.piecewise_tokens(refusal, runtime.piecewise_graph_max_tokens, chunk)
     decisions.append(decision)
     if refusal is not None or not isinstance(recorder, PieceRecorder) or not isinstance(model, CutModel):
         return None

@@ -10,8 +10,8 @@ import pytest
 from door import CONTEXT, MODEL, make_info, on_loop, open_door, until
 
 from phloem.core.messages import ControlReply, Stats
-from phloem.server import protocol
-from phloem.server.body import Body
+from phloem.protocol import bodies, score
+from phloem.protocol.body import Body
 from phloem.server.messages import body as protocol_messages
 from phloem.server.responses import body as protocol_responses
 from phloem.testing.fake_engine import FakeEngine
@@ -253,8 +253,8 @@ async def test_the_document_describes_every_route() -> None:
         assert "text/event-stream" in chat["responses"]["200"]["content"]
 
 
-def bodies() -> list[type[Body]]:
-    modules = (protocol, protocol_messages, protocol_responses)
+def all_bodies() -> list[type[Body]]:
+    modules = (bodies, score, protocol_messages, protocol_responses)
     return [
         item
         for module in modules
@@ -265,7 +265,7 @@ def bodies() -> list[type[Body]]:
 
 def test_every_ignored_field_stands_in_the_documentation() -> None:
     text = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
-    kinds = bodies()
+    kinds = all_bodies()
     ignored = {(name, reason) for kind in kinds for name, reason in kind.ignored.items()}
     assert len(ignored) > 15
     for name, reason in ignored:
@@ -273,7 +273,7 @@ def test_every_ignored_field_stands_in_the_documentation() -> None:
 
 
 def test_ignored_and_later_fields_are_fields() -> None:
-    kinds = bodies()
+    kinds = all_bodies()
     for kind in kinds:
         assert set(kind.ignored) <= set(kind.__struct_fields__), kind
         assert set(kind.later) <= set(kind.__struct_fields__), kind

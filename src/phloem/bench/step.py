@@ -17,21 +17,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from phloem.bench import _floors
 from phloem.bench._report import context as machine_context
 from phloem.bench._report import write_line
 from phloem.bench._timeline import device_figures, host_ops, idle_share
+from phloem.bench._trace import traced
+from phloem.checkpoint.describe import describe
 from phloem.cli._options import parse
 from phloem.core.batch import FROM_DEVICE, Admission, Batch
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest
 from phloem.core.request import SamplingParams
+from phloem.engine import worker
+from phloem.engine.recorded.graphs import RecordedStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from phloem.core.batch import Runner, StepOutput
     from phloem.core.config import Config
-    from phloem.engine.recorded.graphs import RecordedStep
     from phloem.engine.runner import ModelRunner
 
 WARM = 16  # decode steps before those that count: graphs are recorded and kernels compiled in them
@@ -69,9 +73,6 @@ def main(argv: list[str]) -> int:
 
 def measure(config: Config, options: Options) -> dict[str, Any]:
     """Build the engine's runner (no scheduler, no HTTP) and run steps through it, each launched while one runs."""
-    from phloem.checkpoint.describe import describe
-    from phloem.engine import worker
-
     length = max(options.context + WARM + options.steps + 1, options.prefill)
     size = config.cache.page_size or 64
     wanted = {
@@ -101,8 +102,6 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
 
 
 def _against_limits(runner: ModelRunner, decode: _Decode, options: Options) -> dict[str, Any]:
-    from phloem.bench import _floors
-
     work = _floors.work_of(runner.model, runner.pool)
 
     def prefill() -> None:
@@ -181,8 +180,6 @@ class _Decode:
 
 
 def _traced(decode: _Decode, options: Options) -> dict[str, Any]:
-    from phloem.bench._trace import traced
-
     decode.run(0, WARM)
     begun = perf_counter()
     untraced = decode.run(WARM, options.steps)
@@ -231,8 +228,6 @@ def _timed_ops(replay_timed: Callable[[], list[tuple[str, bool, int]]], top: int
 def _replays_into(found: list[tuple[float, float]], steps: list[RecordedStep[Any, Any]]) -> Generator[None]:
     """Note when recorded steps are replayed, and which, and mark them in the trace."""
     from torch.profiler import record_function
-
-    from phloem.engine.recorded.graphs import RecordedStep
 
     replay = RecordedStep.replay
 

@@ -8,7 +8,10 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
+from phloem import attention, platforms
+from phloem.checkpoint.describe import describe
 from phloem.cli._options import parse
+from phloem.core import resolve
 from phloem.core.errors import PhloemError
 from phloem.utils import machine
 from phloem.utils.cores import available_cores
@@ -70,10 +73,6 @@ def _libraries() -> None:
 
 def _model(config: Config) -> bool:
     """What would be chosen for this configuration, as far as it can be known without loading weights."""
-    from phloem import attention, platforms
-    from phloem.checkpoint.describe import describe
-    from phloem.core import resolve
-
     print("\nModel")
     model = config.model
     try:

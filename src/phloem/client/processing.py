@@ -47,7 +47,7 @@ def thinking_budget(
         raise BadRequest(f"{where} must be at least 0, got {limit}", param=where)
     if info.reasoning_parser is None or tokenizer is None:
         raise BadRequest(f"{where}: this model has no known reasoning format", param=where)
-    kind = THINKING.module(info.reasoning_parser).Parser
+    kind = THINKING.get(info.reasoning_parser)
     start, end = (tokenizer.encode(text, add_special_tokens=False) for text in (kind.start, kind.end))
     if not start or not end:
         raise BadRequest(f"{where}: the format {info.reasoning_parser!r} has no markers", param=where)

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem.core.errors import ConfigError
+from phloem.kernels.graph_cuda import Recorder
 from phloem.kernels.ops import Ops
 from phloem.platforms._facts import StepFacts
 from phloem.platforms._measure import peak_of
+from phloem.platforms._streams import Streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from phloem.kernels.graph import GraphRecorder
-    from phloem.platforms._streams import Streams
 
 LEAST_RESERVE = 512 * 2**20  # bytes: libraries make workspaces when a shape first asks for them
 RESERVE_SHARE = 32  # of the device's memory
@@ -99,15 +100,11 @@ class Platform:
 
     def recorder(self) -> GraphRecorder:
         """Makes step graphs; all that one recorder made share a memory pool."""
-        from phloem.kernels.graph_cuda import Recorder
-
         return Recorder(self.device)
 
     @cached_property
     def streams(self) -> Streams:
         """The streams beside the computing one, made at first use."""
-        from phloem.platforms._streams import Streams
-
         return Streams(self.device)
 
     def attention_backends(self) -> list[str]:

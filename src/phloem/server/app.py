@@ -26,16 +26,15 @@ if TYPE_CHECKING:
     from phloem.client.client import EngineClient
     from phloem.core.config import Config
 
-ROUTES = Registry("phloem.server.routes", "group of routes")
+ROUTES: Registry[APIRouter] = Registry("phloem.server.routes", "group of routes", "router")
 
 
 def routers() -> list[APIRouter]:
     """Of every file in `routes/`, and of `route.py` in each folder that has one: an API with more than its route."""
     home = Path(__file__).parent
     apis = sorted(path.parent.name for path in home.glob("*/route.py"))
-    modules = [ROUTES.module(name) for name in ROUTES.names()]
-    modules += [importlib.import_module(f"phloem.server.{api}.route") for api in apis]
-    return [module.router for module in modules]
+    found = [ROUTES.get(name) for name in ROUTES.names()]
+    return found + [importlib.import_module(f"phloem.server.{api}.route").router for api in apis]
 
 
 def create_app(client: EngineClient, config: Config, info: ModelInfo) -> FastAPI:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.responses import Response
 
 from phloem.core.errors import BadRequest, NotFound
-from phloem.server.answers import Answer
-from phloem.server.body import Body, Parser
+from phloem.protocol.answers import Answer
+from phloem.protocol.body import Body, Parser
 from phloem.server.responses.store import ResponseStore
 from phloem.server.stream import encode
 

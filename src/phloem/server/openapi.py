@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from fastapi.openapi.utils import get_openapi
 
-from phloem.server import answers, protocol
-from phloem.server.body import Body
+from phloem.protocol import answers, bodies, score
+from phloem.protocol.body import Body
 from phloem.server.messages import body as protocol_messages
 from phloem.server.responses import body as protocol_responses
 
@@ -72,7 +72,7 @@ def describe(
 def _schemas() -> dict[str, Any]:
     kinds: list[type] = [
         item
-        for module in (protocol, protocol_responses, protocol_messages, answers)
+        for module in (bodies, score, protocol_responses, protocol_messages, answers)
         for item in vars(module).values()
         if isinstance(item, type) and issubclass(item, msgspec.Struct) and item.__module__ == module.__name__
     ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec import UNSET, UnsetType
 
-from phloem.server.answers import CachedTokensDetails, Extensions, PromptTokensDetails, Usage
+from phloem.protocol.answers import CachedTokensDetails, Extensions, PromptTokensDetails, Usage
 from phloem.server.stream import TextEvent, event
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from phloem.client.call import Call
     from phloem.client.request import Output
     from phloem.core.request import FinishReason
-    from phloem.server.answers import ChatChunk, Completion
-    from phloem.server.protocol import OpenAIBody
+    from phloem.protocol.answers import ChatChunk, Completion
+    from phloem.protocol.bodies import OpenAIBody
 
     Chunks = Callable[[Output], list[ChatChunk] | list[Completion]]
     Blank = Callable[[], ChatChunk | Completion]

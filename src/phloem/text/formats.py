@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import ConfigError
 from phloem.utils.registry import Registry
 
-TOOLS = Registry("phloem.text.tools", "tool-call parser")
-THINKING = Registry("phloem.text.thinking", "reasoning parser")
+if TYPE_CHECKING:
+    from phloem.text.thinking._base import ThinkingParser
+    from phloem.text.tools._base import ToolParser
+
+TOOLS: Registry[type[ToolParser]] = Registry("phloem.text.tools", "tool-call parser", "Parser")
+THINKING: Registry[type[ThinkingParser]] = Registry("phloem.text.thinking", "reasoning parser", "Parser")
 OFF = "none"
 
 # Other names that are in use for the same formats; `-` and `_` are the same in all names.
@@ -133,7 +138,7 @@ def thinking_choice(template: str | None, asked: str | None = None) -> Choice:
     return Choice(*found) if found is not None else Choice(None, "the chat template shows no reasoning block")
 
 
-def canonical(registry: Registry, aliases: dict[str, str], name: str, param: str) -> str:
+def canonical(registry: Registry[Any], aliases: dict[str, str], name: str, param: str) -> str:
     """The file that serves a name."""
     key = name.strip().lower().replace("-", "_")
     key = aliases.get(key, key)

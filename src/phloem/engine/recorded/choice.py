@@ -127,7 +127,7 @@ def _pieces(
     decisions: list[Decision],
 ) -> PieceGraphs | None:
     model, refusal = place.model, None
-    if runtime.disable_piecewise_cuda_graph:
+    if runtime.disable_piecewise_graph:
         refusal = "as asked"
     elif recorder is None:
         refusal = _no_recorder(runtime, place.ops)
@@ -138,7 +138,7 @@ def _pieces(
         refusal = "the model does not say where its last attention ends"
     elif any(group.kind == "state" for group in place.pool.groups):
         refusal = "recurrent layers do not run between pieces"
-    decision = resolve.piecewise_tokens(refusal, runtime.piecewise_cuda_graph_max_tokens, chunk)
+    decision = resolve.piecewise_tokens(refusal, runtime.piecewise_graph_max_tokens, chunk)
     decisions.append(decision)
     if refusal is not None or recorder is None or not isinstance(model, CutModel):
         return None

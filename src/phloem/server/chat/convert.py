@@ -10,10 +10,10 @@ import msgspec
 
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
+from phloem.protocol.bodies import ChatBody, Message
+from phloem.protocol.sampling import namespace, openai_params
 from phloem.server.chat import toolplan
 from phloem.server.chat.deltas import DeltaParser, answer_parsers, needs_special_tokens
-from phloem.server.protocol import ChatBody, Message
-from phloem.server.sampling import namespace, openai_params
 from phloem.text.tools._explain import explain, spell
 
 if TYPE_CHECKING:

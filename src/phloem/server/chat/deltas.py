@@ -129,7 +129,7 @@ def thinking_parser(name: str | None, prompt: str, continued: str | None = None)
     """A reasoning parser that knows whether the prompt ends inside a block."""
     if name is None:
         return None
-    kind = THINKING.module(name).Parser
+    kind = THINKING.get(name)
     state = continued_state(continued, kind.start, kind.end) if continued is not None else None
     return kind(state if state is not None else block_state(prompt, kind.start, kind.end))
 
@@ -161,7 +161,7 @@ def needs_special_tokens(tokenizer: Tokenizer | None, plan: ToolPlan, reasoning:
     if parser is not None:
         markers.update(parser.begins)
     if reasoning is not None:
-        kind = THINKING.module(reasoning).Parser
+        kind = THINKING.get(reasoning)
         markers.update((kind.start, kind.end, *kind.jumps))
     return any(_is_special(tokenizer, marker) for marker in markers)
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from phloem.client.request import new_id
-from phloem.server.answers import (
+from phloem.protocol.answers import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -18,20 +18,20 @@ from phloem.server.answers import (
     ChatDelta,
     ChatMessage,
 )
-from phloem.server.body import Parser
+from phloem.protocol.bodies import ChatBody
+from phloem.protocol.body import Parser
+from phloem.protocol.logprobs import chat_logprobs
 from phloem.server.chat.convert import to_request
 from phloem.server.chat.deltas import PlainText
 from phloem.server.door import door_of, json_response
-from phloem.server.logprobs import chat_logprobs
 from phloem.server.openapi import NEEDS_ENGINE, describe
-from phloem.server.protocol import ChatBody
 from phloem.server.stream import collect, stream
 from phloem.server.usage import extensions_of, last_hidden, matched_stop, stream_chunks, usage_of
 
 if TYPE_CHECKING:
     from phloem.client.call import Call
     from phloem.client.request import Output
-    from phloem.server.answers import ChatLogprobs
+    from phloem.protocol.answers import ChatLogprobs
     from phloem.server.chat.deltas import DeltaParser
     from phloem.text.tokenizer import Tokenizer
 

@@ -32,11 +32,11 @@ class ToolPlan:
     @property
     def at_once(self) -> bool:
         """Whether the constraint is of the whole answer, its reasoning included."""
-        return self.constraint is not None and self.format is not None and TOOLS.module(self.format).Parser.whole
+        return self.constraint is not None and self.format is not None and TOOLS.get(self.format).whole
 
     def parser(self) -> ToolParser | None:
         """A fresh parser for one answer."""
-        return TOOLS.module(self.format).Parser(self.tools) if self.format is not None and self.tools else None
+        return TOOLS.get(self.format)(self.tools) if self.format is not None and self.tools else None
 
 
 NO_TOOLS = ToolPlan([], None)
@@ -125,7 +125,7 @@ def _strict(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> tu
     """
     if name is None:
         raise BadRequest("strict tools need a tool-call format, and this server reads none", param="tools")
-    kind = TOOLS.module(name).Parser
+    kind = TOOLS.get(name)
     for number, tool in enumerate(tools):
         try:
             kind([tool]).structure(required=False, parallel=parallel)
@@ -142,7 +142,7 @@ def _forced(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> To
     """A call must come: in the model's own format, or as a JSON array of calls where that cannot keep to a schema."""
     if name is not None:
         try:
-            structure = TOOLS.module(name).Parser(tools).structure(required=True, parallel=parallel)
+            structure = TOOLS.get(name)(tools).structure(required=True, parallel=parallel)
         except Unspeakable:
             pass
         else:

@@ -11,14 +11,14 @@ from starlette.responses import Response
 
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
-from phloem.server.answers import Completion, CompletionChoice, CompletionLogprobs
-from phloem.server.body import Parser
+from phloem.protocol.answers import Completion, CompletionChoice, CompletionLogprobs
+from phloem.protocol.bodies import CompletionBody
+from phloem.protocol.body import Parser
+from phloem.protocol.generate import split_ids
+from phloem.protocol.logprobs import TextOffsets, completion_logprobs
+from phloem.protocol.sampling import namespace, openai_params
 from phloem.server.door import door_of, json_response
-from phloem.server.generate.convert import split_ids
-from phloem.server.logprobs import TextOffsets, completion_logprobs
 from phloem.server.openapi import NEEDS_ENGINE, describe
-from phloem.server.protocol import CompletionBody
-from phloem.server.sampling import namespace, openai_params
 from phloem.server.stream import collect, stream
 from phloem.server.usage import extensions_of, last_hidden, matched_stop, stream_chunks, usage_of
 from phloem.text import infill

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from phloem.server.answers import GenerateAnswer
-from phloem.server.body import Parser
+from phloem.protocol.answers import GenerateAnswer
+from phloem.protocol.bodies import GenerateBody
+from phloem.protocol.body import Parser
+from phloem.protocol.generate import Cumulative, PlainEvents, Renderer, is_batch, strip, to_request
 from phloem.server.door import door_of, json_response
-from phloem.server.generate.convert import Cumulative, PlainEvents, Renderer, is_batch, strip, to_request
 from phloem.server.openapi import NEEDS_ENGINE, describe
-from phloem.server.protocol import GenerateBody
 from phloem.server.stream import collect, event, stream
 
 if TYPE_CHECKING:

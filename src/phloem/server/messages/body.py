@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
-from phloem.server.answers import Answer
-from phloem.server.body import Body, Later
-from phloem.server.protocol import HINT, Int32, Seed
+from phloem.protocol.answers import Answer
+from phloem.protocol.bodies import HINT, Int32, Seed
+from phloem.protocol.body import Body, Later
 
 # Fields that mean the same as in chat completions, and are handed on by name.
 AS_IN_CHAT = (

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from phloem.client.request import new_id
-from phloem.server.body import Parser
+from phloem.protocol.body import Parser
 from phloem.server.chat.convert import Conversation, to_request
 from phloem.server.door import Door, door_of, json_response
 from phloem.server.messages.body import (

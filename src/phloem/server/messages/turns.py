@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import BadRequest, PhloemError
+from phloem.protocol.bodies import ChatBody, Message
 from phloem.server.blocks import Block, Blocks, Change
 from phloem.server.errors import messages_error
 from phloem.server.messages.body import (
@@ -19,7 +20,6 @@ from phloem.server.messages.body import (
     ToolChoiceBody,
     TurnBody,
 )
-from phloem.server.protocol import ChatBody, Message
 from phloem.server.stream import Ending, encode, named_event
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
-from phloem.server.body import Body, Later
-from phloem.server.protocol import HINT, Count, Int32, Seed, StreamOptions, Strings
+from phloem.protocol.bodies import HINT, Count, Int32, Seed, StreamOptions, Strings
+from phloem.protocol.body import Body, Later
 
 # Fields that mean the same as in chat completions, and are handed on by name.
 AS_IN_CHAT = (
@@ -133,19 +133,3 @@ class ResponsesBody(Body, kw_only=True):
         "context_management": Later("context_management", ([],)),
         "moderation": Later("moderation"),
     }
-
-
-class ScoreBody(Body, kw_only=True):
-    """`POST /v1/score`: how likely each label token is behind query and item."""
-
-    query: str | list[Int32] | None = None
-    items: str | list[str | Int32 | list[Int32]] | None = None
-    label_token_ids: list[Int32] | None = None
-    apply_softmax: bool | None = None
-    item_first: bool | None = None
-    model: str | None = None
-    user: str | None = None
-    rid: str | None = None
-    priority: Int32 | None = None
-
-    ignored: ClassVar[dict[str, str]] = {"user": HINT}

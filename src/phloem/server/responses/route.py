@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 from phloem.client.request import new_id
 from phloem.core.errors import BadRequest, PhloemError
-from phloem.server.answers import DeletedResponse, ItemList, ResponseAnswer
-from phloem.server.body import Parser
+from phloem.protocol.answers import DeletedResponse, ItemList, ResponseAnswer
+from phloem.protocol.body import Parser
 from phloem.server.chat.convert import to_request
 from phloem.server.door import Door, door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe

@@ -12,8 +12,8 @@ from phloem.server.responses.items import size_of
 if TYPE_CHECKING:
     import asyncio
 
-    from phloem.server.answers import ResponseAnswer
-    from phloem.server.protocol import Message
+    from phloem.protocol.answers import ResponseAnswer
+    from phloem.protocol.bodies import Message
     from phloem.server.responses.log import EventLog
 
 MAX_RESPONSES = 4096

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from phloem.core.errors import PhloemError
-from phloem.server.answers import InputTokensDetails, OutputTokensDetails, ResponseAnswer, ResponseUsage
+from phloem.protocol.answers import InputTokensDetails, OutputTokensDetails, ResponseAnswer, ResponseUsage
+from phloem.protocol.logprobs import chat_logprobs
 from phloem.server.blocks import Block, Blocks, Change
-from phloem.server.logprobs import chat_logprobs
 from phloem.server.responses.items import answer_message
 from phloem.server.stream import Ending, named_event
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from phloem.client.call import Call
     from phloem.client.request import Output
     from phloem.core.request import FinishReason
+    from phloem.protocol.bodies import Message
     from phloem.server.chat.convert import Conversation
-    from phloem.server.protocol import Message
     from phloem.server.responses.body import ResponsesBody
     from phloem.text.tokenizer import Tokenizer
 

@@ -9,11 +9,11 @@ from starlette.responses import Response
 
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.core.messages import ControlReply
-from phloem.server.answers import ControlAnswer
-from phloem.server.body import Parser
+from phloem.protocol.answers import ControlAnswer
+from phloem.protocol.bodies import AbortBody, EmptyBody, PauseBody
+from phloem.protocol.body import Parser
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
-from phloem.server.protocol import AbortBody, EmptyBody, PauseBody
 
 router = APIRouter(tags=["control"])
 _abort = Parser(AbortBody)

@@ -14,7 +14,7 @@ from phloem.client.info import version
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.request import SamplingParams
-from phloem.server.answers import Status
+from phloem.protocol.answers import Status
 from phloem.server.door import Door, door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.stream import collect

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from phloem.server.answers import ModelCard, ModelList
+from phloem.protocol.answers import ModelCard, ModelList
 from phloem.server.door import Door, door_of, json_response
 from phloem.server.openapi import describe
 

@@ -6,12 +6,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from phloem.core.errors import BadRequest, ConfigError
-from phloem.server.answers import ParsedCalls, SeparatedReasoning
-from phloem.server.body import Parser
+from phloem.protocol.answers import ParsedCalls, SeparatedReasoning
+from phloem.protocol.bodies import ParseCallsBody, SeparateReasoningBody
+from phloem.protocol.body import Parser
 from phloem.server.chat.toolplan import check_tools
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import describe
-from phloem.server.protocol import ParseCallsBody, SeparateReasoningBody
 from phloem.text import formats as parsers
 
 router = APIRouter(tags=["tokens"])
@@ -31,7 +31,7 @@ async def parse_function_call(request: Request) -> Response:
         raise BadRequest(error.message, param="tool_call_parser") from None
     if form is None:
         raise BadRequest("tool_call_parser is needed: the model has no format of its own", param="tool_call_parser")
-    found = parsers.TOOLS.module(form).Parser(check_tools(body.tools or [])).parse(body.text)
+    found = parsers.TOOLS.get(form)(check_tools(body.tools or [])).parse(body.text)
     calls = [
         {"tool_index": index, "name": call.name, "parameters": call.arguments} for index, call in enumerate(found.calls)
     ]
@@ -50,5 +50,5 @@ async def separate_reasoning(request: Request) -> Response:
         raise BadRequest(error.message, param="reasoning_parser") from None
     if form is None:
         raise BadRequest("reasoning_parser is needed: the model has no format of its own", param="reasoning_parser")
-    reasoning, text = parsers.THINKING.module(form).Parser(None).parse(body.text)
+    reasoning, text = parsers.THINKING.get(form)(None).parse(body.text)
     return json_response(SeparatedReasoning(reasoning_text=reasoning, text=text))

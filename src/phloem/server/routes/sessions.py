@@ -6,11 +6,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from phloem.core.errors import BadRequest
-from phloem.server.answers import ControlAnswer
-from phloem.server.body import Parser
+from phloem.protocol.answers import ControlAnswer
+from phloem.protocol.bodies import CloseSessionBody, OpenSessionBody
+from phloem.protocol.body import Parser
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import describe
-from phloem.server.protocol import CloseSessionBody, OpenSessionBody
 
 router = APIRouter(tags=["control"])
 _open = Parser(OpenSessionBody)

@@ -9,13 +9,13 @@ from starlette.responses import Response
 
 from phloem.client.admission import THREAD_CHARACTERS
 from phloem.core.errors import BadRequest
-from phloem.server.answers import DetokenizeAnswer, TokenizeAnswer
-from phloem.server.body import Parser
+from phloem.protocol.answers import DetokenizeAnswer, TokenizeAnswer
+from phloem.protocol.bodies import DetokenizeBody, TokenizeBody
+from phloem.protocol.body import Parser
+from phloem.protocol.generate import split_ids
 from phloem.server.chat.convert import plain_message, render, template_kwargs, toolplan, with_tools
 from phloem.server.door import Door, door_of, json_response
-from phloem.server.generate.convert import split_ids
 from phloem.server.openapi import describe
-from phloem.server.protocol import DetokenizeBody, TokenizeBody
 
 router = APIRouter(tags=["tokens"])
 _tokenize = Parser(TokenizeBody)

@@ -7,8 +7,8 @@ from typing import Any
 
 from phloem.client.processing import named
 from phloem.core.request import SamplingParams
-from phloem.server.protocol import OpenAIBody, SamplingBody
-from phloem.server.structured import check, constraint_fields
+from phloem.protocol.bodies import OpenAIBody, SamplingBody
+from phloem.protocol.structured import check, constraint_fields
 
 _SAME = (
     "min_new_tokens",

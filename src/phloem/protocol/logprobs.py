@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from phloem.core.messages import Logprobs
-from phloem.server.answers import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from phloem.protocol.answers import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,11 +15,11 @@ import numpy as np
 
 from phloem.client.request import GenerateRequest, Item, Output, new_id
 from phloem.core.errors import BadRequest
-from phloem.server.logprobs import native_pairs, native_prompt, native_triples
-from phloem.server.sampling import namespace, native_params
+from phloem.protocol.logprobs import native_pairs, native_prompt, native_triples
+from phloem.protocol.sampling import namespace, native_params
 
 if TYPE_CHECKING:
-    from phloem.server.protocol import GenerateBody
+    from phloem.protocol.bodies import GenerateBody
     from phloem.text.tokenizer import Tokenizer
 
 _encode = msgspec.json.Encoder().encode

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from msgspec import Meta
 
 from phloem.client.sessions import SessionStep
-from phloem.server.body import Body, Later
+from phloem.protocol.body import Body, Later
 
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
 from phloem.core.request import SamplingParams
+from phloem.protocol.bodies import HINT, Int32
+from phloem.protocol.body import Body
 
 if TYPE_CHECKING:
     from phloem.client.request import Output
-    from phloem.server.responses.body import ScoreBody
+
+
+class ScoreBody(Body, kw_only=True):
+    """`POST /v1/score`: how likely each label token is behind query and item."""
+
+    query: str | list[Int32] | None = None
+    items: str | list[str | Int32 | list[Int32]] | None = None
+    label_token_ids: list[Int32] | None = None
+    apply_softmax: bool | None = None
+    item_first: bool | None = None
+    model: str | None = None
+    user: str | None = None
+    rid: str | None = None
+    priority: Int32 | None = None
+
+    ignored: ClassVar[dict[str, str]] = {"user": HINT}
 
 
 def to_request(body: ScoreBody) -> GenerateRequest:

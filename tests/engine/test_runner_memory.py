@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from phloem.engine.decode import DecodeGraphs
+from phloem.engine.recorded.decode import DecodeGraphs
 from pools import cache_of, pool_of
 
 from phloem.attention import BACKENDS

@@ -49,7 +49,7 @@ class Ready:
 
     def __call__(self, submit: Any, prompt: Any) -> Any:
         prepared = self.manager.prepare(submit, prompt)
-        while prepared is not None and not prepared.ready():
+        while prepared is not None and not prepared.waits[0].ready():
             time.sleep(0.0005)
         return prepared
 

@@ -78,10 +78,11 @@ class Following:
     not forbid those tokens itself (`Admission.eos_ids` is empty).
     """
 
-    def __init__(self, matcher: Callable[[], Matcher], vocabulary: Vocabulary, min_new_tokens: int) -> None:
+    def __init__(self, matcher: Callable[[], Matcher], vocabulary: Vocabulary, params: SamplingParams) -> None:
         self._make = matcher
         self._vocabulary = vocabulary
-        self._min_new_tokens = min_new_tokens
+        self._field = _base.field_of(params)
+        self._min_new_tokens = params.min_new_tokens
         self._cursor: Cursor | None = None
         self._moved: list[int] | None = None
         self._buffers: list[NDArray[np.int32]] = []
@@ -99,6 +100,12 @@ class Following:
             BadRequest: if the grammar gets stuck or goes over a limit: fails this request alone.
             PhloemError: if a sampled token does not fit.
         """
+        try:
+            return self._found(sampled, drafts)
+        except BadRequest as error:
+            raise BadRequest(f"{self._field}: {error.message}", param=self._field) from None
+
+    def _found(self, sampled: Sequence[int], drafts: Sequence[int]) -> list[NDArray[np.int32] | None]:
         if self._cursor is None:
             self._cursor = Cursor(self._make(), self._vocabulary.eos_ids)
         cursor = self._cursor
@@ -124,10 +131,11 @@ class Following:
                     break
                 cursor.extend([token])
                 found.append(self._mask(cursor, place + 1))
-        except PhloemError:
-            pass  # beyond this draft nothing can be said: should it be chosen, the next call will raise
-        finally:
             cursor.back(len(cursor.taken) - here)
+        except PhloemError:
+            # Should that draft be chosen, the next call will raise. A matcher that is stuck cannot go back.
+            self._cursor = Cursor(self._make(), self._vocabulary.eos_ids)
+            self._cursor.extend(cursor.taken[:here])
         self._count((time.thread_time() - start) / len(drafts))
 
     def _mask(self, cursor: Cursor, place: int) -> NDArray[np.int32]:
@@ -151,20 +159,6 @@ class Following:
         slow = self._masks >= _ENOUGH and self._seconds / self._masks > _SLOW_MEAN
         if seconds > _SLOW_MASK or slow:
             raise BadRequest("the grammar is too slow to follow: simplify it")
-
-
-class _Named:
-    """A follower whose refusals name the field that holds the constraint."""
-
-    def __init__(self, inner: Following, name: str | None) -> None:
-        self._inner = inner
-        self._field = name
-
-    def masks(self, sampled: Sequence[int], drafts: Sequence[int]) -> list[NDArray[np.int32] | None]:
-        try:
-            return self._inner.masks(sampled, drafts)
-        except BadRequest as error:
-            raise BadRequest(f"{self._field}: {error.message}", param=self._field) from None
 
 
 class Constrained:
@@ -191,12 +185,12 @@ class Constrained:
         self._jumper: Cursor | None = None
         self._following: Following | None = None
 
-    def follower(self, output: Sequence[int]) -> _Named:
+    def follower(self, output: Sequence[int]) -> Following:
         """For the runner: the request enters a slot, for the first time or again, with this output."""
         if self._following is None:
-            self._following = Following(self._matcher, self._vocabulary(), self._params.min_new_tokens)
+            self._following = Following(self._matcher, self._vocabulary(), self._params)
         self._following.move_to(output)
-        return _Named(self._following, self._field)
+        return self._following
 
     def advance(self, output: Sequence[int]) -> None:
         """The output is now this, forced tokens included, and no launched step of the request is uncommitted."""

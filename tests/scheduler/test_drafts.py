@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from byte_grammars import Ready
 
 from phloem.core.batch import Admission, Batch, StepOutput
 from phloem.core.memory import Paged, State
@@ -195,8 +196,6 @@ def test_under_a_grammar(overlap: bool, jump: bool, constrained: Callable[[bool]
 @pytest.fixture(scope="module")
 def constrained() -> Any:
     pytest.importorskip("llguidance")
-    from test_jump_forward import Ready
-
     made = {jump: Ready(jump) for jump in (True, False)}
     yield lambda jump: made[jump]
     for ready in made.values():

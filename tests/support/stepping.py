@@ -18,6 +18,7 @@ from phloem.engine.runner import ModelRunner
 from phloem.kernels.ops import Ops
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import memory_of
+from phloem.platforms._streams import Arriving
 from phloem.platforms.cpu import Platform
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def pool_of(model: Any, rows: int, page: int = PAGE, dtype: torch.dtype = torch.
 def runner_of(model: Any, rows: int, ops: Ops | None = None, backend: str = "reference", **options: Any) -> ModelRunner:
     ops = ops or Ops()
     pool = options.pop("pool", None) or pool_of(model, rows)
-    made = BACKENDS.module(backend).Backend(ops, model.attention_specs, CPU, torch.float32)
+    made = BACKENDS.module(backend).Backend(ops, model.attention_specs, CPU, pool.dtype)
     options.setdefault("facts", HOST)
     return ModelRunner(model, made, pool, ops, rows, **options)
 
@@ -145,3 +146,23 @@ class Stepper:
             assert len(logprobs) in (0, count) and len(hidden) in (0, count)
             row.logprobs += logprobs
             row.hidden += list(hidden)
+
+
+class LateCopies:
+    """Streams whose copies have not ended the first times that somebody asks: a next step, if there is one, begins
+    before."""
+
+    def up(self, arrays: Any) -> list[torch.Tensor]:
+        return [torch.from_numpy(np.array(array)) for array in arrays]
+
+    def down(self, tensors: Any) -> Arriving:
+        asked: list[int] = []
+
+        class Event:
+            def query(self) -> bool:
+                asked.append(1)
+                return len(asked) > 3
+
+            def synchronize(self) -> None: ...
+
+        return Arriving([tensor.clone() for tensor in tensors], Event())

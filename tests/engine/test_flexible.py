@@ -14,13 +14,11 @@ from test_pieces import HOST, decide, same, steps
 from phloem.attention import BACKENDS
 from phloem.checkpoint.describe import describe
 from phloem.core.batch import Batch, StepOutput
-from phloem.core.memory import groups_of
 from phloem.engine.recorded.flexible import FlexibleSteps
 from phloem.engine.runner import ModelRunner
 from phloem.kernels import native
 from phloem.kernels.graph import RecordError
-from phloem.kvcache.pool import KVPool
-from phloem.layers.context import BuildContext, memory_of
+from phloem.layers.context import BuildContext
 from phloem.models import load_model
 from phloem.testing.checkpoints import tiny_checkpoint
 

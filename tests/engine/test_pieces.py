@@ -19,7 +19,6 @@ from phloem.attention import BACKENDS, Memory
 from phloem.checkpoint.describe import describe
 from phloem.core.batch import FROM_DEVICE, Admission, Batch, StepOutput
 from phloem.core.config import Config
-from phloem.core.memory import groups_of
 from phloem.core.request import SamplingParams
 from phloem.core.resolve import Decision
 from phloem.engine.recorded import choice
@@ -29,7 +28,7 @@ from phloem.kernels import reference as ref
 from phloem.kernels import reference_extra as extra
 from phloem.kernels.ops import Ops, Rotation
 from phloem.kvcache.pool import KVPool
-from phloem.layers.context import AttentionSpec, BuildContext, Heads, memory_of
+from phloem.layers.context import AttentionSpec, BuildContext, Heads
 from phloem.models import load_model
 from phloem.platforms._facts import StepFacts
 from phloem.platforms.cpu import Platform

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from phloem.engine.recorded.decode import DecodeGraphs
 from pools import cache_of, pool_of
 
 from phloem.attention import BACKENDS
@@ -25,6 +24,7 @@ from phloem.engine import runner as runner_file
 from phloem.engine.masks import Masks
 from phloem.engine.memory import first_line, is_out_of_memory
 from phloem.engine.penalties import Penalties
+from phloem.engine.recorded.decode import DecodeGraphs
 from phloem.engine.runner import ModelRunner
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext

@@ -209,7 +209,11 @@ def test_weights_change_between_two_steps_under_load(overlap: bool) -> None:
     for index, (name, prompt) in enumerate(prompts.items()):
         tokens = [*prompt, *driver.tokens[name]]
         by = [
-            {weights for weights in (0, 1000) if token == draw([np.array(tokens[:at], np.int32)], index + weights, 1000)}
+            {
+                weights
+                for weights in (0, 1000)
+                if token == draw([np.array(tokens[:at], np.int32)], index + weights, 1000)
+            }
             for at, token in enumerate(tokens[len(prompt) :], start=len(prompt))
         ]
         assert all(by), "a token of neither"

@@ -23,6 +23,7 @@ from phloem.engine.inputs import Step
 from phloem.engine.logprobs import position_logprobs
 from phloem.engine.memory import first_line, is_out_of_memory
 from phloem.engine.sampler import SamplingRows, sample
+from phloem.engine.shares import Load, shares
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
 from phloem.kvcache.pool import KVPool

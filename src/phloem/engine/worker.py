@@ -14,7 +14,6 @@ from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import resolve
 from phloem.core.errors import ConfigError
-from phloem.core.memory import groups_of
 from phloem.core.resolve import Decision
 from phloem.engine.recorded import choice
 from phloem.engine.runner import ModelRunner

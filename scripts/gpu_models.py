@@ -23,7 +23,7 @@ from phloem.core.memory import groups_of
 from phloem.engine.recorded.decode import DecodeGraphs
 from phloem.engine.inputs import StepInputs, device_inputs
 from phloem.engine.recorded.pieces import PieceGraphs
-from phloem.kernels import reference_extra as extra
+from phloem.kernels import reference_formats as formats
 from phloem.kernels.graph_cuda import Recorder
 from phloem.kernels.ops import Ops, WeightSource
 from phloem.kvcache.pool import KVPool
@@ -72,18 +72,6 @@ TINY_MOE = {**QWEN3_30B_A3B, **_TINY, "num_experts": 4, "num_experts_per_tok": 2
 
 
 @dataclass
-class Fp8Linear:
-    """A dense weight in float8 with a scale per output."""
-
-    values: Tensor
-    scale: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.scale.nbytes
-
-
-@dataclass
 class Fp8Experts:
     """Stacked experts in float8 with a scale per 128 x 128 block, [E, M, N] and [E, M / 128, N / 128]."""
 
@@ -105,40 +93,26 @@ def random_weights(device: torch.device, float8: torch.dtype | None, ops: Ops) -
         rows, width = sum(part.shape[0] for part in parts), parts[0].shape[1]
         return torch.empty((rows, width), dtype=dtype, device=device).normal_(0, width**-0.5)
 
+    from phloem.kernels.triton import table
+    from phloem.kernels.triton.weights import Float8Rows
+
     def linear_weight(parts: Sequence[WeightSource], dtype: torch.dtype, _: torch.device) -> Any:
         dense = draw(parts, dtype)
         kept = any(name in parts[0].name for name in ("embed_tokens", "lm_head", ".gate.weight"))
         if float8 is None or kept:
             return dense
-        return Fp8Linear(*extra.quantise_fp8(dense, float8))
+        return Float8Rows(*formats.quantise_fp8(dense, float8))
 
     def expert_weights(parts: Sequence[WeightSource], dtype: torch.dtype, _: torch.device, experts: int) -> Any:
         dense = draw(parts, dtype)
         if float8 is None:
             return dense
         stacked = dense.unflatten(0, (experts, -1))
-        blocks = [extra.quantise_blocks(one, float8) for one in stacked]
+        blocks = [formats.quantise_blocks(one, float8) for one in stacked]
         return Fp8Experts(torch.stack([values for values, _ in blocks]), torch.stack([scale for _, scale in blocks]))
 
     drawn = replace(ops, prepare_linear=linear_weight, prepare_experts=expert_weights)
-    return drawn if float8 is None else replace(drawn, linear=_fp8_linear(ops), moe=_fp8_moe(ops))
-
-
-def _fp8_linear(ops: Ops) -> Any:
-    from phloem.kernels.triton.quantise import per_token_fp8
-
-    def linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-        if not isinstance(weight, Fp8Linear):
-            return ops.linear(x, weight, bias)
-        x8, scale = per_token_fp8(x, weight.values.dtype)
-        if x.device.type == "cpu":  # a dry run: the CPU has no scaled product
-            y = (x8.float() @ weight.values.float().T * scale[:, None] * weight.scale).to(x.dtype)
-            return y if bias is None else y + bias
-        return torch._scaled_mm(
-            x8, weight.values.t(), scale[:, None], weight.scale[None, :], bias=bias, out_dtype=x.dtype
-        )
-
-    return linear
+    return drawn if float8 is None else replace(drawn, linear=table.table().linear, moe=_fp8_moe(ops))
 
 
 def _fp8_moe(ops: Ops) -> Any:

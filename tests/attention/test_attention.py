@@ -15,7 +15,8 @@ from phloem.attention import BACKENDS, AttentionNeed, cpu
 from phloem.attention import choose as choose_backend
 from phloem.core.errors import ConfigError
 from phloem.kernels import reference as ref
-from phloem.kernels.ops import Ops, PagedBatch, Rotation
+from phloem.kernels import reference_attention
+from phloem.kernels.ops import AttentionCall, Ops, PagedBatch, Rotation
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import AttentionSpec, Heads
 
@@ -67,7 +68,9 @@ def make_case(rows: list[tuple[int, int]], spec: AttentionSpec, dtype: torch.dty
 def expected(case: Case, spec: AttentionSpec, sinks: torch.Tensor | None) -> torch.Tensor:
     keys, values = case.pool.keys[0].clone(), case.pool.values[0].clone()
     ref.write_kv(case.k, case.v, keys, values, case.batch.token_slots)
-    return ref.paged_attention(case.q, keys, values, case.batch, spec.scale, spec.window, spec.softcap, sinks)
+    return reference_attention.paged_attention(
+        case.q, (keys, values), case.batch, AttentionCall(spec.scale, spec.window, spec.softcap, sinks)
+    )
 
 
 def backend_named(name: str, spec: AttentionSpec, dtype: torch.dtype = torch.float32):
@@ -220,7 +223,7 @@ def test_cpu_uses_the_tables_own_kernel() -> None:
 
     def attend(*args: torch.Tensor) -> torch.Tensor:
         calls.append(1)
-        return ref.paged_attention(*args)
+        return reference_attention.paged_attention(*args)
 
     spec = AttentionSpec(0, 4, 2, 8, 0.3)
     ops = dataclasses.replace(Ops(), paged_attention=attend)

@@ -25,7 +25,8 @@ from phloem.engine.recorded import choice
 from phloem.engine.recorded.pieces import PieceGraphs, _Between, token_buckets
 from phloem.engine.runner import ModelRunner
 from phloem.kernels import reference as ref
-from phloem.kernels import reference_extra as extra
+from phloem.kernels import reference_experts
+from phloem.kernels.compose import linear_of
 from phloem.kernels.ops import Ops, Rotation
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import AttentionSpec, BuildContext, Heads
@@ -42,15 +43,15 @@ LIMIT = 24  # buckets 1, 2, 4, 8, 16, 24
 
 def by_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """A matrix library may add in another order for another number of rows; row by row it cannot."""
-    rows = [ref.linear(x[row : row + 1], weight, bias) for row in range(len(x))]
-    return torch.cat(rows) if rows else ref.linear(x, weight, bias)
+    rows = [ref.product(x[row : row + 1], weight, bias) for row in range(len(x))]
+    return torch.cat(rows) if rows else ref.product(x, weight, bias)
 
 
 def dense_moe(
     x: torch.Tensor, logits: torch.Tensor, gate_up: Any, down: Any, top_k: int, renormalise: bool
 ) -> torch.Tensor:
     """Every expert for every token, weighted: waits for no value, which a captured step must not."""
-    weights, ids = extra.route(logits, top_k, renormalise)
+    weights, ids = reference_experts.route(logits, top_k, renormalise)
     experts = logits.shape[1]
     share = torch.zeros_like(logits, dtype=torch.float32).scatter(1, ids.long(), weights)
     total = torch.zeros_like(x)
@@ -60,7 +61,7 @@ def dense_moe(
     return total
 
 
-OPS = replace(Ops(), linear=by_rows, moe=dense_moe)
+OPS = replace(Ops(), linear=linear_of(by_rows), moe=dense_moe)
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3", "qwen3_moe"])

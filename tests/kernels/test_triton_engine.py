@@ -14,7 +14,7 @@ from phloem.attention import Memory, begin
 from phloem.attention import reference as reference_backend
 from phloem.attention.reference import TableStep
 from phloem.checkpoint.describe import Checkpoint
-from phloem.kernels.ops import Ops, PagedBatch
+from phloem.kernels.ops import AttentionCall, Ops, PagedBatch
 from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch, Heads
 from phloem.models import llama
 
@@ -119,7 +119,7 @@ def test_float8_cache_with_scales(name: str, dtype: torch.dtype, heads: int) -> 
         got = backend.begin(batch, pool)(SPEC, Heads(*inputs))
         factors = [torch.tensor(scale).float().view(1, -1, 1, 1) for scale in scales]
         read = [(cache.float() * by) for cache, by in zip((pool.keys[0], pool.values[0]), factors, strict=True)]
-        want = Ops().paged_attention(q[here], *read, batch, SPEC.scale, 0, 0.0, None)
+        want = Ops().paged_attention(q[here], tuple(read), batch, AttentionCall(SPEC.scale))
         assert (got.float() - want).norm() / want.norm() < 0.02
         # And what the pages hold is what was given, within float8's three bits of mantissa.
         for cache, given in zip(read, (k, v), strict=True):

@@ -467,7 +467,7 @@ def test_push_into_packed_weights(made: Any, tmp_path: Path) -> None:
     ops = dataclasses.replace(
         Ops(),
         prepare_linear=lambda parts, dtype, device: Packed(Ops().prepare_linear(parts, dtype, device)),
-        linear=lambda x, weight, bias: Ops().linear(x, weight.tensor, bias),
+        linear=lambda x, weight, bias=None, **options: Ops().linear(x, weight.tensor, bias, **options),
         embedding=lambda ids, weight, scale: Ops().embedding(ids, weight.tensor, scale),
     )
     path, theirs = made("qwen2")

@@ -139,10 +139,10 @@ class DecoderLayer(Layer):
     def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
         """From attention's output on, row by row."""
         if self.attention_norm is not None and self.output_norm is not None:
-            out = self.attention_norm(self.attention.out(out))
+            out = self.attention_norm(self.attention.out(out)[0])
             out, total_TN = self.mlp(self.mlp_norm, out, residual_TN, add=False)
             return self.output_norm(out), total_TN
-        out, rest_TN = self.attention.out.add(out, residual_TN)
+        out, rest_TN = self.attention.out(out, add=residual_TN)
         return self.mlp(self.mlp_norm, out, rest_TN, add=True)
 
 

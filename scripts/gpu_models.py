@@ -20,8 +20,8 @@ from phloem.attention.reference import Backend as TableBackend
 from phloem.attention.triton import Backend as TritonBackend
 from phloem.core.batch import Batch
 from phloem.core.memory import groups_of
-from phloem.engine.recorded.decode import DecodeGraphs
 from phloem.engine.inputs import StepInputs, device_inputs
+from phloem.engine.recorded.decode import DecodeGraphs
 from phloem.engine.recorded.pieces import PieceGraphs
 from phloem.kernels import reference_formats as formats
 from phloem.kernels.graph_cuda import Recorder

@@ -118,7 +118,7 @@ async def test_server_info_does_not_wait_for_a_hung_engine(monkeypatch: pytest.M
 async def test_load_routes() -> None:
     async with open_door() as door:
         door.engine.say(Stats(running=3, waiting=2, used_tokens=50, total_tokens=100))
-        await until(lambda: door.client.stats.running == 3)
+        await until(lambda: door.client.connection.stats.running == 3)
         (load,) = (await door.http.get("/get_load")).json()
         assert (load["num_reqs"], load["num_waiting_reqs"], load["dp_rank"]) == (5, 2, 0)
         loads = (await door.http.get("/v1/loads?include=core,queues")).json()
@@ -220,7 +220,7 @@ async def test_metrics_carry_the_names_that_dashboards_scrape() -> None:
     async with open_door(sglang_metric_names=True) as door:
         await door.post("/generate", {"text": "abc", "sampling_params": {"max_new_tokens": 5}})
         door.engine.say(Stats(grammar_seconds=[0.25, 0.5]))
-        await until(lambda: door.client.stats.grammar_seconds)
+        await until(lambda: door.client.connection.stats.grammar_seconds)
         response = await door.http.get("/metrics")
         assert response.headers["content-type"].startswith("text/plain")
         lines = response.text.splitlines()

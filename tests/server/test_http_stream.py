@@ -178,7 +178,7 @@ def test_engine_death_on_the_way_is_an_error_event_and_then_the_end(slow: Served
     assert error["retryable"] is True
     assert httpx.get(slow.url + "/health").status_code == 503
     slow.call(slow.client.attach, FakeEngine())
-    wait_for(lambda: slow.client.engine is not None)
+    wait_for(lambda: slow.client.connection.ready is not None)
     assert httpx.get(slow.url + "/health").status_code == 200
     assert httpx.post(slow.url + CHAT, json={"messages": HI, "max_tokens": 2}).status_code == 200
 

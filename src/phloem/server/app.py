@@ -46,7 +46,7 @@ def create_app(client: EngineClient, config: Config, info: ModelInfo) -> FastAPI
         description="A serving engine for LLMs. Null means unset, in every field of every body.",
         redoc_url=None,
     )
-    client.log_requests = config.server.log_requests
+    client.flow.log_requests = config.server.log_requests
     prefixes = ("phloem:", "sglang:") if config.server.sglang_metric_names else ("phloem:",)
     app.state.door = Door(
         client=client,

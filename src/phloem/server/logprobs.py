@@ -10,14 +10,14 @@ from phloem.server.answers import ChatLogprobs, CompletionLogprobs, TokenLogprob
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from phloem.client.request import Output
+    from phloem.client.continuation import Continuation
     from phloem.text.tokenizer import Tokenizer
 
 Triple = tuple[float | None, int, str | None]  # logprob, token id, text
 NativeTops = list[list[Triple] | None]
 
 
-def prompt_start(output: Output) -> int:
+def prompt_start(output: Continuation) -> int:
     """The first prompt position that `prompt_logprobs.values` speaks of: they always reach to the prompt's end."""
     known = output.prompt_logprobs
     return output.prompt_tokens - (len(known.values) if known is not None else 0)
@@ -36,7 +36,7 @@ def native_pairs(rows: list[list[tuple[float, int]]], text: Callable[[int], str]
     return [[(value, token, text(token) if text is not None else None) for value, token in row] for row in rows]
 
 
-def native_prompt(output: Output, text: Callable[[int], str] | None) -> dict[str, list[Triple] | NativeTops]:
+def native_prompt(output: Continuation, text: Callable[[int], str] | None) -> dict[str, list[Triple] | NativeTops]:
     """`input_*` lists, from `logprob_start` on. The prompt's first token has no logprob: null."""
     known = output.prompt_logprobs or Logprobs()
     wanted = max(output.item.logprob_start, 0)
@@ -67,7 +67,7 @@ def _text_and_bytes(tokenizer: Tokenizer | None, token: int) -> tuple[str, list[
     return tokenizer.token_text(token), list(tokenizer.token_bytes(token)) or None
 
 
-def chat_logprobs(output: Output, begin: int, end: int, tokenizer: Tokenizer | None) -> ChatLogprobs:
+def chat_logprobs(output: Continuation, begin: int, end: int, tokenizer: Tokenizer | None) -> ChatLogprobs:
     """For output tokens `begin` to `end`."""
     content: list[TokenLogprob] = []
     known = output.logprobs
@@ -118,7 +118,7 @@ class TextOffsets:
 
 
 def completion_logprobs(
-    output: Output, begin: int, end: int, echo: bool, offsets: TextOffsets, tokenizer: Tokenizer | None
+    output: Continuation, begin: int, end: int, echo: bool, offsets: TextOffsets, tokenizer: Tokenizer | None
 ) -> CompletionLogprobs:
     """For output tokens `begin` to `end`, behind those of the whole prompt with `echo`."""
     ids, values = output.ids[begin:end], list[float | None](output.logprobs.values[begin:end])

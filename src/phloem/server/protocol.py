@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
-from phloem.client.sessions import SessionStep
+from phloem.client.request import SessionStep
 from phloem.server.body import Body, Later
 
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]

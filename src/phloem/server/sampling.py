@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from phloem.client.processing import named
+from phloem.client.processors import named
 from phloem.core.request import SamplingParams
 from phloem.server.protocol import OpenAIBody, SamplingBody
 from phloem.server.structured import check, constraint_fields

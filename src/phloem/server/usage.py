@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from phloem.client.call import Call
-    from phloem.client.request import Output
+    from phloem.client.continuation import Continuation
     from phloem.core.request import FinishReason
     from phloem.server.answers import ChatChunk, Completion
     from phloem.server.protocol import OpenAIBody
 
-    Chunks = Callable[[Output], list[ChatChunk] | list[Completion]]
+    Chunks = Callable[[Continuation], list[ChatChunk] | list[Completion]]
     Blank = Callable[[], ChatChunk | Completion]
-    Plain = Callable[[Output, str], ChatChunk | Completion]
+    Plain = Callable[[Continuation, str], ChatChunk | Completion]
 
 
-def usage_of(outputs: list[Output]) -> Usage:
+def usage_of(outputs: list[Continuation]) -> Usage:
     """Each prompt counts once, whatever its number of continuations."""
     prompts = {output.index: output for output in reversed(outputs)}.values()
     prompt = sum(output.prompt_tokens for output in prompts)
@@ -37,7 +37,7 @@ def usage_of(outputs: list[Output]) -> Usage:
     )
 
 
-def extensions_of(body: OpenAIBody, outputs: list[Output]) -> Extensions | UnsetType:
+def extensions_of(body: OpenAIBody, outputs: list[Continuation]) -> Extensions | UnsetType:
     """`sglext`, where the request asks for what stands there."""
     if not body.return_cached_tokens_details:
         return UNSET
@@ -69,8 +69,8 @@ async def stream_chunks(
                 data.append(event(chunk))
             if plain is not None and not always:
                 write = texts[output.id] = _text_event(plain, output, final)
-                call.render_by(lambda _, text, write=write: write(text) if text else b"")
-        if data:
+                call.frame = lambda _, text, write=write: write(text) if text else b""
+        if data or not outputs:
             yield data[0] if len(data) == 1 else b"".join(data)
     extensions = extensions_of(body, call.outputs)
     if extensions is not UNSET:
@@ -83,14 +83,14 @@ async def stream_chunks(
         yield event(chunk)
 
 
-def _set_usage(chunk: ChatChunk | Completion, output: Output, final: bool, always: bool) -> None:
+def _set_usage(chunk: ChatChunk | Completion, output: Continuation, final: bool, always: bool) -> None:
     if always:
         chunk.usage = usage_of([output])
     elif final:
         chunk.usage = None
 
 
-def _text_event(plain: Plain, output: Output, final: bool) -> TextEvent:
+def _text_event(plain: Plain, output: Continuation, final: bool) -> TextEvent:
     def make(text: str) -> ChatChunk | Completion:
         chunk = plain(output, text)
         _set_usage(chunk, output, final, False)
@@ -103,7 +103,7 @@ def matched_stop(finish: FinishReason | None) -> int | str | None:
     return None if finish is None else finish.matched
 
 
-def last_hidden(output: Output) -> list[float] | UnsetType:
+def last_hidden(output: Continuation) -> list[float] | UnsetType:
     """The state that the last output token was chosen from, where that was asked for."""
     if not output.item.return_hidden or not output.hidden:
         return UNSET

@@ -30,7 +30,7 @@ from phloem.server.usage import extensions_of, last_hidden, matched_stop, stream
 
 if TYPE_CHECKING:
     from phloem.client.call import Call
-    from phloem.client.request import Output
+    from phloem.client.continuation import Continuation
     from phloem.server.answers import ChatLogprobs
     from phloem.server.chat.deltas import DeltaParser
     from phloem.text.tokenizer import Tokenizer
@@ -76,7 +76,7 @@ class _Writer:
         self.parsers = parsers
         self.created = int(time.time())
 
-    def answer(self, outputs: list[Output]) -> ChatCompletion:
+    def answer(self, outputs: list[Continuation]) -> ChatCompletion:
         choices: list[ChatChoice] = []
         for output in outputs:
             delta = self.parsers[output.choice].push(output.text, True)
@@ -110,16 +110,16 @@ class _Writer:
         began: set[int] = set()
         called: set[int] = set()
 
-        def chunks(output: Output) -> list[ChatChunk]:
+        def chunks(output: Continuation) -> list[ChatChunk]:
             return [self._chunk([choice]) for choice in self._choices(output, began, called)]
 
-        def plain(output: Output, text: str) -> ChatChunk:
+        def plain(output: Continuation, text: str) -> ChatChunk:
             return self._chunk([ChatChunkChoice(index=output.choice, delta=ChatDelta(content=text))])
 
         simple = all(isinstance(parser, PlainText) for parser in self.parsers) and not self.body.logprobs
         return stream_chunks(self.body, call, chunks, lambda: self._chunk([]), plain if simple else None)
 
-    def _choices(self, output: Output, began: set[int], called: set[int]) -> list[ChatChunkChoice]:
+    def _choices(self, output: Continuation, began: set[int], called: set[int]) -> list[ChatChunkChoice]:
         index, out = output.choice, list[ChatChunkChoice]()
         if index not in began:
             began.add(index)
@@ -149,7 +149,7 @@ class _Writer:
             )
         return out
 
-    def _logprobs(self, output: Output, begin: int) -> ChatLogprobs | None:
+    def _logprobs(self, output: Continuation, begin: int) -> ChatLogprobs | None:
         if not output.item.return_logprob:
             return None
         return chat_logprobs(output, begin, len(output.ids), self.tokenizer)

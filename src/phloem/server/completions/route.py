@@ -25,7 +25,7 @@ from phloem.text import infill
 
 if TYPE_CHECKING:
     from phloem.client.call import Call
-    from phloem.client.request import Output
+    from phloem.client.continuation import Continuation
     from phloem.text.tokenizer import Tokenizer
 
 router = APIRouter(tags=["openai"])
@@ -94,9 +94,9 @@ def _shown(body: CompletionBody) -> int:
     return shown
 
 
-def _best(outputs: list[Output], shown: int) -> list[Output]:
+def _best(outputs: list[Continuation], shown: int) -> list[Continuation]:
     """Of each prompt the continuations with the highest logprob per token, best first."""
-    found: list[Output] = []
+    found: list[Continuation] = []
     for index in sorted({output.index for output in outputs}):
         several = [output for output in outputs if output.index == index]
         several.sort(key=lambda output: -sum(output.logprobs.values) / max(1, len(output.logprobs.values)))
@@ -127,7 +127,7 @@ class _Writer:
         self.tokenizer = tokenizer
         self.created = int(time.time())
 
-    def answer(self, outputs: list[Output]) -> Completion:
+    def answer(self, outputs: list[Continuation]) -> Completion:
         choices: list[CompletionChoice] = []
         shown = _shown(self.body)
         best = outputs if (self.body.best_of or 0) <= shown else _best(outputs, shown)
@@ -152,18 +152,18 @@ class _Writer:
         numbers = {output.id: at for at, output in enumerate(call.outputs)}
         offsets: dict[str, TextOffsets] = {}
 
-        def chunks(output: Output) -> list[Completion]:
+        def chunks(output: Continuation) -> list[Completion]:
             choice = self._choice(output, numbers[output.id], offsets)
             return [] if choice is None else [self._chunk([choice])]
 
-        def plain(output: Output, text: str) -> Completion:
+        def plain(output: Continuation, text: str) -> Completion:
             choice = CompletionChoice(index=numbers[output.id], text=text, logprobs=None, finish_reason=None)
             return self._chunk([choice])
 
         simple = plain if self.body.logprobs is None else None
         return stream_chunks(self.body, call, chunks, lambda: self._chunk([]), simple)
 
-    def _choice(self, output: Output, index: int, offsets: dict[str, TextOffsets]) -> CompletionChoice | None:
+    def _choice(self, output: Continuation, index: int, offsets: dict[str, TextOffsets]) -> CompletionChoice | None:
         first = output.id not in offsets
         prompt = self._prompt_text(output) if first else ""
         if first:
@@ -179,17 +179,17 @@ class _Writer:
             choice.hidden_states = last_hidden(output)
         return choice
 
-    def _prompt_text(self, output: Output) -> str:
+    def _prompt_text(self, output: Continuation) -> str:
         if not self.body.echo:
             return ""
         if output.item.text is not None and output.item.session is None:
             return output.item.text
         return self.tokenizer.decode(output.prompt_ids) if self.tokenizer is not None else ""
 
-    def _offsets(self, output: Output, prompt: str) -> TextOffsets:
+    def _offsets(self, output: Continuation, prompt: str) -> TextOffsets:
         return TextOffsets(self.tokenizer, prompt, output.params.skip_special_tokens)
 
-    def _logprobs(self, output: Output, begin: int, first: bool, offsets: TextOffsets) -> CompletionLogprobs | None:
+    def _logprobs(self, output: Continuation, begin: int, first: bool, offsets: TextOffsets) -> CompletionLogprobs | None:
         if self.body.logprobs is None:
             return None
         echo = first and bool(self.body.echo)

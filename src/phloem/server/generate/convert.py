@@ -1,4 +1,4 @@
-"""`/generate` without HTTP: from its body to a `GenerateRequest`, from an `Output` to its answer.
+"""`/generate` without HTTP: from its body to a `GenerateRequest`, from an `Continuation` to its answer.
 
 The in-process engine answers in the same shape through the same functions.
 """
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from phloem.client.request import GenerateRequest, Item, Output, new_id
+from phloem.client.continuation import Continuation
+from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
 from phloem.server.logprobs import native_pairs, native_prompt, native_triples
 from phloem.server.sampling import namespace, native_params
@@ -140,7 +141,7 @@ class Renderer:
         wants_text = bool(body.return_text_in_logprobs) and tokenizer is not None
         self._text: Callable[[int], str] | None = tokenizer.token_text if wants_text and tokenizer is not None else None
 
-    def answer(self, output: Output) -> dict[str, Any]:
+    def answer(self, output: Continuation) -> dict[str, Any]:
         """The whole of an output so far."""
         meta = self.meta(output)
         if output.item.return_logprob:
@@ -150,7 +151,7 @@ class Renderer:
             meta["hidden_states"] = hidden_lists(output.hidden)
         return {"text": output.text, "output_ids": output.ids, "meta_info": meta}
 
-    def news(self, output: Output, first: bool) -> dict[str, Any]:
+    def news(self, output: Continuation, first: bool) -> dict[str, Any]:
         """Only what the last iteration added. Prompt logprobs come with the first news."""
         meta = self.meta(output)
         if output.item.return_logprob:
@@ -161,7 +162,7 @@ class Renderer:
             meta["hidden_states"] = hidden_lists(output.hidden[output.new_from :])
         return {"text": output.delta, "output_ids": output.ids[output.new_from :], "meta_info": meta}
 
-    def meta(self, output: Output) -> dict[str, Any]:
+    def meta(self, output: Continuation) -> dict[str, Any]:
         """Of `meta_info` what every answer has."""
         meta: dict[str, Any] = {
             "id": output.id,
@@ -179,7 +180,7 @@ class Renderer:
             meta["prompt_token_ids"] = output.prompt_ids
         return meta
 
-    def _logprobs(self, output: Output, begin: int) -> dict[str, Any]:
+    def _logprobs(self, output: Continuation, begin: int) -> dict[str, Any]:
         known, text = output.logprobs, self._text
         found: dict[str, Any] = {
             "output_token_logprobs": native_triples(known.values[begin:], output.ids[begin:], text)
@@ -201,7 +202,7 @@ class Cumulative:
         self._lists: dict[str, bytearray] = {}
         self._first = True
 
-    def render(self, output: Output) -> dict[str, Any]:
+    def render(self, output: Continuation) -> dict[str, Any]:
         news = self._renderer.news(output, self._first)
         self._first = False
         text, ids = self.grow(news["text"], news["output_ids"])
@@ -237,7 +238,7 @@ class PlainEvents:
         self._parts: list[bytes] = []
         self._of: tuple[int, float] | None = None  # what the parts were made for
 
-    def __call__(self, output: Output, text: str) -> bytes:
+    def __call__(self, output: Continuation, text: str) -> bytes:
         if self._of != (output.cached_tokens, output.queue_seconds):
             self._prepare(output)
         fresh = output.ids[output.new_from :]
@@ -250,7 +251,7 @@ class PlainEvents:
         count = _encode(output.completion_tokens)
         return b"".join((begin, said, between, ids, meta, count, latency, seconds, end))
 
-    def _prepare(self, output: Output) -> None:
+    def _prepare(self, output: Continuation) -> None:
         marks = [uuid.uuid4().hex.encode() for _ in range(4)]
         said, ids, count, seconds = map(msgspec.Raw, marks)
         meta = self._renderer.meta(output) | {"completion_tokens": count, "e2e_latency": seconds}

@@ -59,5 +59,5 @@ async def _events(call: Call, renderer: Renderer, single: bool, incremental: boo
             events.append(event(data))
             if not output.item.return_logprob and not output.item.return_hidden:
                 kept = None if incremental else streams[output.id]
-                call.render_by(PlainEvents(renderer, kept, None if single else numbers[output.id]))
+                call.frame = PlainEvents(renderer, kept, None if single else numbers[output.id])
         yield b"".join(events)

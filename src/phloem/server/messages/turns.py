@@ -24,7 +24,7 @@ from phloem.server.stream import Ending, encode, named_event
 
 if TYPE_CHECKING:
     from phloem.client.call import Call
-    from phloem.client.request import Output
+    from phloem.client.continuation import Continuation
     from phloem.server.chat.convert import Conversation
 
 # Keys of content blocks, as clients send them or send back what they got.
@@ -205,13 +205,13 @@ class TurnWriter:
         self.blocks = Blocks()
         self._parser = asked.parsers()[0]
 
-    def whole(self, output: Output) -> MessagesAnswer:
+    def whole(self, output: Continuation) -> MessagesAnswer:
         blocks = self.blocks.whole(self._parser.push(output.text, True))
         self.answer.content = [_block(block) for block in blocks]
         self._settle(output)
         return self.answer
 
-    def _settle(self, output: Output) -> None:
+    def _settle(self, output: Continuation) -> None:
         self.answer.usage = _usage(output)
         finish = output.finish
         if finish is not None and finish.type == "length":
@@ -241,13 +241,13 @@ class TurnWriter:
             if data:
                 yield b"".join(data)
 
-    def _last(self, output: Output) -> list[bytes]:
+    def _last(self, output: Continuation) -> list[bytes]:
         self._settle(output)
         delta = {"stop_reason": self.answer.stop_reason, "stop_sequence": self.answer.stop_sequence}
         return [_event("message_delta", delta=delta, usage=self.answer.usage), _event("message_stop")]
 
 
-def _usage(output: Output) -> MessagesUsage:
+def _usage(output: Continuation) -> MessagesUsage:
     return MessagesUsage(
         input_tokens=output.prompt_tokens - output.cached_tokens,
         output_tokens=output.completion_tokens,

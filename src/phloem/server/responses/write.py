@@ -17,7 +17,7 @@ from phloem.server.stream import Ending, named_event
 
 if TYPE_CHECKING:
     from phloem.client.call import Call
-    from phloem.client.request import Output
+    from phloem.client.continuation import Continuation
     from phloem.core.request import FinishReason
     from phloem.server.chat.convert import Conversation
     from phloem.server.protocol import Message
@@ -77,7 +77,7 @@ class ResponseWriter:
 
     # --- whole
 
-    def finish(self, output: Output) -> None:
+    def finish(self, output: Continuation) -> None:
         """Take the whole of an output."""
         for change in self.blocks.push(self._parser.push(output.text, True)):
             self._note_logprobs(change, output, 0)
@@ -93,7 +93,7 @@ class ResponseWriter:
         ]
         return answer_message(text["text"], text["reasoning"], calls)
 
-    def _end(self, output: Output) -> list[Change]:
+    def _end(self, output: Continuation) -> list[Change]:
         changes = self.blocks.finish(at_least_text=True)
         self._settle(output.finish)
         status = "completed" if self.answer.status == "completed" else "incomplete"
@@ -115,7 +115,7 @@ class ResponseWriter:
             case _:
                 self.answer.status = "cancelled"
 
-    def _usage(self, output: Output) -> ResponseUsage:
+    def _usage(self, output: Continuation) -> ResponseUsage:
         thoughts = "".join(block.text for block in self.blocks.blocks if block.kind == "reasoning")
         count = 0
         if thoughts and self.tokenizer is not None:
@@ -152,7 +152,7 @@ class ResponseWriter:
         logprobs = [] if empty else self._logprobs.get(block.id, [])
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
-    def _note_logprobs(self, change: Change, output: Output, begin_at: int) -> list[Any]:
+    def _note_logprobs(self, change: Change, output: Continuation, begin_at: int) -> list[Any]:
         """The logprobs of the tokens that brought this text. Those of reasoning and calls are left out."""
         if not output.item.return_logprob or change.what != "more" or change.block.kind != "text":
             return []
@@ -185,7 +185,7 @@ class ResponseWriter:
             yield self._event("error", code="server_error", message=error.message, param=None)
             yield self._whole("response.failed")
 
-    def _news(self, output: Output) -> list[bytes]:
+    def _news(self, output: Continuation) -> list[bytes]:
         data: list[bytes] = []
         for change in self.blocks.push(self._parser.push(output.delta, output.finish is not None)):
             logprobs = self._note_logprobs(change, output, output.new_from)

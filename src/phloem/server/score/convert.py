@@ -10,7 +10,7 @@ from phloem.core.errors import BadRequest
 from phloem.core.request import SamplingParams
 
 if TYPE_CHECKING:
-    from phloem.client.request import Output
+    from phloem.client.continuation import Continuation
     from phloem.server.responses.body import ScoreBody
 
 
@@ -39,7 +39,7 @@ def to_request(body: ScoreBody) -> GenerateRequest:
     return GenerateRequest(items)
 
 
-def scores(body: ScoreBody, outputs: list[Output]) -> list[list[float]]:
+def scores(body: ScoreBody, outputs: list[Continuation]) -> list[list[float]]:
     """A score per label token, for each item."""
     return [_scores(output, body.label_token_ids or [], bool(body.apply_softmax)) for output in outputs]
 
@@ -65,7 +65,7 @@ def _prompts(body: ScoreBody) -> list[str | list[int]]:
     return found
 
 
-def _scores(output: Output, labels: list[int], softmax: bool) -> list[float]:
+def _scores(output: Continuation, labels: list[int], softmax: bool) -> list[float]:
     """Probabilities in the order of the labels: over all tokens, or with `softmax` among the labels."""
     known = {token: value for value, token in output.logprobs.chosen[0]} if output.logprobs.chosen else {}
     values = [known.get(token, -math.inf) for token in labels]

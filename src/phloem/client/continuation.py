@@ -106,7 +106,7 @@ class Continuation:
             PhloemError: the engine refused or failed the request, or a stop regex takes too long.
         """
         if self.was_read:
-            self.was_read, self.new_from = False, len(self.ids)
+            self.was_read, self.new_from = False, 0 if self.whole else len(self.ids)
         begin = 0 if self.whole else len(self.ids)
         self._gather(chunk)
         finish = chunk.finish

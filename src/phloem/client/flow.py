@@ -70,6 +70,9 @@ class Flow:
                 continue  # aborted meanwhile
             gaps[continuation.last_at] = gaps.get(continuation.last_at, 0) + 1
             continuation.last_at = now
+            if continuation.whole:
+                continuation.ids.append(token)  # nobody looks before the end
+                continue
             consumer = continuation.consumer
             if (follow := consumer.follow) is None:
                 self._give(continuation, Chunk(id=continuation.id, tokens=[token]))

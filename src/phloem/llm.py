@@ -19,7 +19,7 @@ from phloem.core.messages import Drain
 
 if TYPE_CHECKING:
     from phloem.client.call import Call
-    from phloem.server.protocol import GenerateBody
+    from phloem.server.generate.body import GenerateBody
 
 T = TypeVar("T")
 Answer = dict[str, Any]
@@ -141,7 +141,7 @@ class Engine:
         fields: dict[str, Any],
     ) -> GenerateBody:
         from phloem.server.body import Parser
-        from phloem.server.protocol import GenerateBody
+        from phloem.server.generate.body import GenerateBody
 
         if self._closed:
             raise EngineDead("the engine was shut down")
@@ -155,7 +155,8 @@ class Engine:
         return Parser(GenerateBody).convert(values, self.info.features)
 
     async def _collect(self, body: GenerateBody) -> Answer | list[Answer]:
-        from phloem.server.generate.convert import Renderer, is_batch, strip, to_request
+        from phloem.server.generate.convert import is_batch, to_request
+        from phloem.server.generate.write import Renderer, strip
 
         request = to_request(body)
         single = not is_batch(body) and request.items[0].sampling.n == 1
@@ -169,7 +170,8 @@ class Engine:
         return strip([_plain(renderer.answer(output)) for output in call.outputs], single)
 
     async def _events(self, body: GenerateBody) -> AsyncGenerator[Answer]:
-        from phloem.server.generate.convert import Renderer, is_batch, to_request
+        from phloem.server.generate.convert import is_batch, to_request
+        from phloem.server.generate.write import Renderer
 
         request = to_request(body)
         single = not is_batch(body) and request.items[0].sampling.n == 1
@@ -240,8 +242,9 @@ class Engine:
     ) -> list[list[float]]:
         """Probabilities of the label tokens behind query and item, a list for each item; as `/v1/score`."""
         from phloem.server.body import Parser
-        from phloem.server.responses.body import ScoreBody
-        from phloem.server.score.convert import scores, to_request
+        from phloem.server.score.body import ScoreBody
+        from phloem.server.score.convert import to_request
+        from phloem.server.score.write import scores
 
         values = {
             "query": query,

@@ -11,7 +11,9 @@ import pytest
 from phloem.core.errors import BadRequest
 from phloem.core.request import SamplingParams
 from phloem.server.body import Parser
-from phloem.server.protocol import ChatBody, CompletionBody, GenerateBody
+from phloem.server.chat.body import ChatBody
+from phloem.server.completions.body import CompletionBody
+from phloem.server.generate.body import GenerateBody
 from phloem.server.sampling import native_params, openai_params
 from phloem.server.structured import check
 

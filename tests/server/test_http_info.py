@@ -10,10 +10,7 @@ import pytest
 from door import CONTEXT, MODEL, make_info, on_loop, open_door, until
 
 from phloem.core.messages import ControlReply, Stats
-from phloem.server import protocol
 from phloem.server.body import Body
-from phloem.server.messages import body as protocol_messages
-from phloem.server.responses import body as protocol_responses
 from phloem.testing.fake_engine import FakeEngine
 
 
@@ -253,14 +250,10 @@ async def test_the_document_describes_every_route() -> None:
         assert "text/event-stream" in chat["responses"]["200"]["content"]
 
 
-def bodies() -> list[type[Body]]:
-    modules = (protocol, protocol_messages, protocol_responses)
-    return [
-        item
-        for module in modules
-        for item in vars(module).values()
-        if isinstance(item, type) and issubclass(item, Body)
-    ]
+def bodies(base: type[Body] = Body) -> list[type[Body]]:
+    """Of every route, and what they are built on."""
+    below = [kind for kind in base.__subclasses__() if kind.__module__.startswith("phloem.")]
+    return [item for kind in below for item in (kind, *bodies(kind))]
 
 
 def test_every_ignored_field_stands_in_the_documentation() -> None:

@@ -10,9 +10,9 @@ import pytest
 from door import MODEL, Door, make_info, on_loop, open_door, until
 
 from phloem.core.messages import unpack_ids
-from phloem.server.answers import ResponseAnswer
-from phloem.server.protocol import Message
+from phloem.server.chat.body import Message
 from phloem.server.responses.store import ResponseStore, Stored
+from phloem.server.responses.write import ResponseAnswer
 from phloem.testing.byte_tokenizer import ByteTokenizer
 from phloem.testing.fake_engine import FakeEngine
 

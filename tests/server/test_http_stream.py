@@ -314,7 +314,7 @@ def test_events_from_a_frame_are_those_encoded_whole(
     with served() as server:
         framed = answer(server)
         made: list[int] = []
-        monkeypatch.setattr("phloem.server.usage._text_event", lambda *_: made.append(1) or _Whole(*_))
+        monkeypatch.setattr("phloem.server.chunks._text_event", lambda *_: made.append(1) or _Whole(*_))
         whole = answer(server)
     assert made and framed == whole and len(framed) > 25
 

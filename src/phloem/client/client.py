@@ -155,9 +155,7 @@ class EngineClient:
         """
         return await self.connection.control(name, deadline, args)
 
-    def _continuations(
-        self, request: GenerateRequest, prompts: list[list[int]]
-    ) -> tuple[list[Continuation], Reader]:
+    def _continuations(self, request: GenerateRequest, prompts: list[list[int]]) -> tuple[list[Continuation], Reader]:
         now = time.monotonic()
         reader = Reader(sum(item.sampling.n for item in request.items), request.stream)
         outputs: list[Continuation] = []

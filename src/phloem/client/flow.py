@@ -172,7 +172,8 @@ class Flow:
 def _log_end(continuation: Continuation) -> None:
     now = time.monotonic()
     log.info(
-        "request %s: %d prompt tokens (%d cached), %d output tokens, %s; queued %.3f s, first token %.3f s, whole %.3f s",
+        "request %s: %d prompt tokens (%d cached), %d output tokens, %s; queued %.3f s, first token %.3f s, "
+        "whole %.3f s",
         continuation.id,
         continuation.prompt_tokens,
         continuation.cached_tokens,

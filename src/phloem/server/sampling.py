@@ -7,7 +7,8 @@ from typing import Any
 
 from phloem.client.processors import named
 from phloem.core.request import SamplingParams
-from phloem.server.protocol import OpenAIBody, SamplingBody
+from phloem.server.fields import OpenAIBody
+from phloem.server.generate.body import SamplingBody
 from phloem.server.structured import check, constraint_fields
 
 _SAME = (

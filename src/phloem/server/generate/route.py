@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from phloem.server.answers import GenerateAnswer
 from phloem.server.body import Parser
 from phloem.server.door import door_of, json_response
-from phloem.server.generate.convert import Cumulative, PlainEvents, Renderer, is_batch, strip, to_request
+from phloem.server.generate.body import GenerateBody
+from phloem.server.generate.convert import is_batch, to_request
+from phloem.server.generate.write import Cumulative, GenerateAnswer, PlainEvents, Renderer, strip
 from phloem.server.openapi import NEEDS_ENGINE, describe
-from phloem.server.protocol import GenerateBody
 from phloem.server.stream import collect, event, stream
 
 if TYPE_CHECKING:

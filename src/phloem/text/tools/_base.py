@@ -81,10 +81,6 @@ def function_of(tool: dict[str, Any]) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else tool
 
 
-def names_of(tools: Iterable[dict[str, Any]]) -> list[str]:
-    return [str(function_of(tool).get("name", "")) for tool in tools]
-
-
 def new_call_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
 

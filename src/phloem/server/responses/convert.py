@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from phloem.core.errors import BadRequest
-from phloem.server.protocol import ChatBody, ContentPart, Message
+from phloem.server.chat.body import ChatBody, ContentPart, Message
 from phloem.server.responses.body import AS_IN_CHAT, ResponsesBody
 
 LOGPROBS = "message.output_text.logprobs"

@@ -105,6 +105,8 @@ class RequestFields(StoppingFields, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    client_metadata: dict[str, Any] | None = None
+    thread: Any = None
 
     ignored: ClassVar[dict[str, str]] = {
         "user": HINT,
@@ -112,6 +114,8 @@ class RequestFields(StoppingFields, kw_only=True):
         "safety_identifier": HINT,
         "prompt_cache_key": "prefixes are found by their tokens; use cache_salt to keep them apart",
         "prompt_cache_retention": HINT,
+        "client_metadata": HINT,
+        "thread": HINT,
     }
 
 

@@ -70,8 +70,14 @@ def completion_logprobs(
     tokens = [text_and_bytes(tokenizer, token)[0] for token in ids]
     named: list[dict[str, float] | None] | None = None
     if output.item.top_logprobs:
-        named = [
-            None if row is None else {text_and_bytes(tokenizer, token)[0]: value for value, token in row}
-            for row in tops
-        ]
+        named = [None if row is None else _best_by_text(row, tokenizer) for row in tops]
     return CompletionLogprobs(tokens=tokens, token_logprobs=values, top_logprobs=named, text_offset=places)
+
+
+def _best_by_text(row: list[tuple[float, int]], tokenizer: Tokenizer | None) -> dict[str, float]:
+    """Tokens of equal text (bytes of unfinished characters) share a key: the likeliest has it."""
+    found: dict[str, float] = {}
+    for value, token in row:
+        text = text_and_bytes(tokenizer, token)[0]
+        found[text] = max(value, found.get(text, value))
+    return found

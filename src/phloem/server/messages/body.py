@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
+from phloem.core.errors import BadRequest
 from phloem.server.body import Body, Later
 from phloem.server.fields import HINT, Int32, Seed
 
@@ -28,6 +29,7 @@ AS_IN_CHAT = (
     "extra_key",
     "chat_template_kwargs",
 )
+_REMOVES = "clear_"  # edits that only take away what the model would read
 Content = str | list[dict[str, Any]]
 
 
@@ -73,11 +75,23 @@ class CountTokensBody(Body, kw_only=True):
     context_management: dict[str, Any] | None = None
     speed: str | None = None
 
-    ignored: ClassVar[dict[str, str]] = {"cache_control": HINT, "speed": HINT}
+    ignored: ClassVar[dict[str, str]] = {
+        "cache_control": HINT,
+        "speed": HINT,
+        "context_management": "edits that clear old context are left undone: the whole conversation is read",
+    }
     later: ClassVar[dict[str, Later]] = {
         "mcp_servers": Later("mcp", ([],)),
-        "context_management": Later("context_management", ({},)),
     }
+
+    def refuse_later(self, features: frozenset[str], where: str = "") -> None:
+        super().refuse_later(features, where)
+        edits = (self.context_management or {}).get("edits") or []
+        for at, edit in enumerate(edits if isinstance(edits, list) else [edits]):
+            kind = edit.get("type") if isinstance(edit, dict) else edit
+            if not str(kind).startswith(_REMOVES):
+                place = f"context_management.edits[{at}]"
+                raise BadRequest(f"not supported yet: {place} {kind!r:.100}", param=place, code="not_supported")
 
 
 class MessagesBody(CountTokensBody, kw_only=True):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import BadRequest
 from phloem.server.chat.body import ChatBody, Message
+from phloem.server.chat.toolplan import without_foreign
 from phloem.server.messages.body import (
     AS_IN_CHAT,
     Content,
@@ -49,7 +50,7 @@ def to_chat(body: CountTokensBody, reasons: bool) -> ChatBody:
     last = messages[-1]
     chat = ChatBody(
         messages=messages,
-        tools=[_tool(tool, at) for at, tool in enumerate(body.tools or [])] or None,
+        tools=[_tool(tool, at) for at, tool in without_foreign(body.tools or [], ("custom", "function"))] or None,
         continue_final_message=True if last.role == "assistant" and not last.tool_calls else None,
     )
     for name in AS_IN_CHAT:

@@ -46,5 +46,7 @@ async def models(request: Request) -> Response:
 async def model(request: Request, name: str) -> Response:
     """One model."""
     door = door_of(request)
+    if not name:  # of a client that joins paths with a slash
+        return await models(request)
     door.check_model(name)
     return json_response(_card(door))

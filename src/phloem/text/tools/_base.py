@@ -81,6 +81,14 @@ def function_of(tool: dict[str, Any]) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else tool
 
 
+def schema_of(function: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a function's arguments. Without parameters it takes none; an empty schema allows any."""
+    found = function.get("parameters")
+    if found is None:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    return found if isinstance(found, dict) and found else {"type": "object"}
+
+
 def new_call_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
 
@@ -152,8 +160,7 @@ class ToolParser(ABC):
 
     def schema(self, name: str) -> dict[str, Any]:
         """The JSON schema of a tool's arguments."""
-        found = self.tools.get(name, {}).get("parameters")
-        return found if isinstance(found, dict) and found else {"type": "object"}
+        return schema_of(self.tools.get(name, {}))
 
     @abstractmethod
     def section(self, marker: str) -> Steps[None]:

@@ -56,7 +56,7 @@ def members(protocol: type) -> set[str]:
 
 def test_every_registry_of_the_house_has_its_contract_here() -> None:
     packages: set[str] = set()
-    for path in FILES:
+    for path in (path for path in FILES if "= Registry(" in path.read_text()):
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "Registry":
                 packages.add(ast.literal_eval(node.args[0]))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import pool_of
 
+from phloem import attention
 from phloem.attention import BACKENDS, AttentionNeed, cpu
 from phloem.attention import choose as choose_backend
 from phloem.core.errors import ConfigError
@@ -240,6 +241,11 @@ def test_choose_takes_the_first_that_accepts_and_says_why() -> None:
     assert choice.backend.name == "reference"
     assert choice.declined == {"cpu": "runs on CPU tensors, not on meta"}
     assert choose_backend(["cpu", "reference"], AttentionNeed([spec], torch.float32, CPU), Ops()).backend.name == "cpu"
+
+
+def test_backends_that_no_platform_names_are_asked_before_the_last_resort() -> None:
+    assert attention.with_others(["cpu", "reference"]) == ["cpu", "flash", "flashinfer", "triton", "reference"]
+    assert attention.with_others(["reference"])[-1] == "reference"
 
 
 def test_choose_refuses() -> None:

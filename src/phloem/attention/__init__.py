@@ -62,6 +62,7 @@ class BackendKind(Protocol):
     ) -> AttentionBackend: ...
 
 
+PLAIN = ("reference",)  # takes everything, so nobody behind it is asked
 BACKENDS: Registry[BackendKind] = Registry("phloem.attention", "attention backend", "Backend")
 
 
@@ -118,6 +119,12 @@ class Choice:
     backend: AttentionBackend
     reason: str
     declined: dict[str, str] = field(default_factory=dict)
+
+
+def with_others(names: Sequence[str]) -> list[str]:
+    """A platform's preference, with the backends that it does not name before its last resort: a new file is asked."""
+    others = [name for name in BACKENDS.names() if name not in names and name not in PLAIN]
+    return [*names[:-1], *others, *names[-1:]]
 
 
 def choose(names: Sequence[str], need: AttentionNeed, ops: Ops, *, named: str | None = None) -> Choice:

@@ -145,7 +145,7 @@ def _backend(
 
 def _backend_names(platform: Platform) -> list[str]:
     known = attention.BACKENDS.names()
-    return [name for name in platform.attention_backends() if name in known]
+    return attention.with_others([name for name in platform.attention_backends() if name in known])
 
 
 def _take(decisions: list[Decision], decision: Decision) -> Any:

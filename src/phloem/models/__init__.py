@@ -59,7 +59,7 @@ class Model(Protocol):
 class Loadable(Model, Protocol):
     """A model that reads its weights."""
 
-    def load(self, checkpoint: Checkpoint, progress: Callable[[str, float], None] | None = None) -> None: ...
+    def load(self, checkpoint: Checkpoint, progress: Callable[[str, float], None] | None, /) -> None: ...
 
 
 class Family(Protocol):

@@ -34,7 +34,11 @@ class Platform(Protocol):
     default_mixed_chunk: int  # prompt tokens of a step that also decodes
     worthwhile_chunk: int  # prompt tokens from which on more make a step no more efficient
     facts: StepFacts
-    quantised_kv_dtype: torch.dtype | None  # of the KV cache beside quantised weights; None: the model's
+
+    @property
+    def quantised_kv_dtype(self) -> torch.dtype | None:
+        """The type of the KV cache beside quantised weights; None: the model's."""
+        ...
 
     @property
     def streams(self) -> Streams | None:

@@ -103,9 +103,13 @@ class Platform:
         return Recorder(self.device)
 
     @cached_property
+    def _beside(self) -> Streams:
+        return Streams(self.device)
+
+    @property
     def streams(self) -> Streams:
         """The streams beside the computing one, made at first use."""
-        return Streams(self.device)
+        return self._beside
 
     def attention_backends(self) -> list[str]:
         return ["triton", "flashinfer", "flash", "reference"]

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from phloem.core.errors import ConfigError
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 T = TypeVar("T")
+
+
+@cache
+def _names(package: str) -> tuple[str, ...]:
+    path = importlib.import_module(package).__path__
+    found = (item for item in pkgutil.iter_modules(path) if not item.ispkg)
+    return tuple(sorted(item.name for item in found if not item.name.startswith("_")))
 
 
 @dataclass(frozen=True)
@@ -34,9 +42,7 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """Every choice, sorted; read from the folder, so a new file is found by itself."""
-        path = importlib.import_module(self.package).__path__
-        found = (item for item in pkgutil.iter_modules(path) if not item.ispkg)
-        return sorted(item.name for item in found if not item.name.startswith("_"))
+        return list(_names(self.package))
 
     def get(self, name: str) -> T:
         """The plug-in of that name.
@@ -56,7 +62,7 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: if there is none; the message lists the right names and the nearest spelling.
         """
-        names = self.names()
+        names = _names(self.package)
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""

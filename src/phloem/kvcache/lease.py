@@ -53,13 +53,14 @@ class Lease:
         """It has nothing any more."""
         for table in self.tables:
             table[: self.held] = 0
+        self.held = self.shared = 0
+        self.node = DETACHED
+        if self.first:
+            self.first = [0] * len(self.first)
         if self.turns is not None:
             self.tables[-1][:] = 0
             self.turns.clear()
-        self.held = self.shared = 0
-        self.first = [0] * len(self.first)
-        self.own, self.snapshots = [], []
-        self.node = DETACHED
+            self.own, self.snapshots = [], []
 
 
 @dataclass(slots=True, eq=False)

@@ -294,21 +294,32 @@ class CacheManager:
     def _give(self, lease: Lease, tokens: NDArray[np.int32], full: int) -> None:
         start = lease.shared
         data = tokens[start * self.page_size : full * self.page_size].tobytes()
+        if self.tree.plain:
+            own = lease.tables[0][start:full]
+            lease.node, kept, _ = self.tree.extend(lease.node, data, own)
+            self.own[0] -= full - start
+            self._keep(own, kept)
+            lease.shared = full
+            return
         own = lease.tables[0][start:full] if self.tree.whole else NO_PAGES
         windows = [lease.tables[account.group][start:full] for account in self.windows]
         mine = [int((pages != 0).sum()) for pages in windows]
         lease.node, kept, freed = self.tree.extend(lease.node, data, own, windows)
         if self.tree.whole:
             self.own[0] -= full - start
-            twice = own != kept
-            if twice.any():
-                self.allocators[0].free(own[twice])
-                own[:] = kept
+            self._keep(own, kept)
         for account, count, back in zip(self.windows, mine, freed, strict=True):
             self.own[account.group] -= count
             self.allocators[account.group].free(back)
             account.lock(lease.tables[account.group][max(start, lease.first[account.index]) : full])
         lease.shared = full
+
+    def _keep(self, own: NDArray[np.int32], kept: NDArray[np.int32]) -> None:
+        """Where the tree had a page already the own one is freed; `own`, a part of a table, becomes `kept`."""
+        twice = own != kept
+        if twice.any():
+            self.allocators[0].free(own[twice])
+            own[:] = kept
 
     def _give_state(self, lease: Lease, full: int) -> None:
         """The state that the lease reads next becomes its node's snapshot, where that has none and a slot is left."""
@@ -357,12 +368,16 @@ class CacheManager:
         if keep:
             self.commit(lease, tokens, computed)
         self.free_own(lease)
-        self.free_slots(lease, lease.own)
+        if lease.own:
+            self.free_slots(lease, lease.own)
         if self.enabled:
             node = lease.node
-            self.unlock(lease)
+            if self.gives_back:
+                self.unlock_others(lease)
+            self.tree.unlock(node)
             if keep:
-                self.tree.prune(node)
+                if not self.tree.whole:
+                    self.tree.prune(node)
             else:
                 self.allocators[0].free(self.tree.forget(node))
                 self.collect()
@@ -370,6 +385,11 @@ class CacheManager:
 
     def free_own(self, lease: Lease) -> None:
         """Free the pages of its own that a lease has."""
+        if self.tree.plain:
+            own = lease.tables[0][lease.shared : lease.held]
+            self.own[0] -= len(own)
+            self.allocators[0].free(own)
+            return
         for number in range(self.paged):
             first = lease.first[number - self.paged] if self.groups[number].window else 0
             own = lease.tables[number][max(lease.shared, first) : lease.held]
@@ -382,14 +402,13 @@ class CacheManager:
             self.own[-1] -= len(slots)
             self.allocators[-1].free(np.array(slots, dtype=np.int32))
 
-    def unlock(self, lease: Lease) -> None:
-        """Give up every lock that a lease has in the tree; its table still says what they were for."""
+    def unlock_others(self, lease: Lease) -> None:
+        """Give up every lock of a lease but that on its node; its table still says what they were for."""
         for account in self.windows:
             self.unlock_window(lease, account, lease.first[account.index], lease.shared)
         for _, slot in lease.snapshots:
             assert self.states is not None
             self.states.unlock(slot)
-        self.tree.unlock(lease.node)
 
     def cut(self, lease: Lease, known: NDArray[np.int32], start: int, count: int) -> int:
         """How many tokens the chunk that begins at `start` should have, `count` at most.

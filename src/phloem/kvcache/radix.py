@@ -285,21 +285,29 @@ class RadixCache:
         while done < count:
             child = at.children.get(data[done * size : (done + 1) * size])
             if child is None:
-                at = self._add(at, data[done * size :], kept[done:].copy(), [own[done:].copy() for own in windows])
+                own = [pages[done:].copy() for pages in windows] if windows else NO_WINDOWS
+                at = self._add(at, data[done * size :], kept[done:].copy(), own)
                 break
             same = self._common(child, data, done, count)
             at = child if same == child.count else self._split(child, same)
             at.stamp = self._clock
             if self.whole:
                 kept[done : done + same] = at.pages
-            for account, own, freed in zip(self.windows, windows, twice, strict=True):
-                freed.append(account.merge(at, own[done : done + same], self._clock))
-                self.version += 1
+            if windows:
+                self._merge(at, [pages[done : done + same] for pages in windows], twice)
             done += same
         if at is not node:
             self.lock(at)
             node.lock -= 1  # still locked through its child
         return at, kept, [np.concatenate([NO_PAGES, *freed]) for freed in twice]
+
+    def _merge(
+        self, node: Node, windows: Sequence[NDArray[np.int32]], twice: Sequence[list[NDArray[np.int32]]]
+    ) -> None:
+        """Give a node what its windows lack; what it had already is added to `twice`."""
+        self.version += 1
+        for account, own, freed in zip(self.windows, windows, twice, strict=True):
+            freed.append(account.merge(node, own, self._clock))
 
     def put_state(self, node: Node, slot: int) -> None:
         """The end of the node, which has none yet, has this state."""
@@ -337,14 +345,16 @@ class RadixCache:
         parent = node.parent
         assert parent is not None and 0 < count < node.count
         size = self._page_bytes
-        above = [pages[:count] for pages in node.windows]
+        above = [pages[:count] for pages in node.windows] if self.windows else NO_WINDOWS
         upper = self._new(parent, node.data[: count * size], count, node.pages[:count], above)
         upper.stamp, upper.hits, upper.created = node.stamp, node.hits, node.created
         upper.lock = 1 if node.lock else 0
         upper.chain, node.chain = node.chain[:count], node.chain[count:]
         parent.children[upper.data[:size]] = upper
         node.data, node.pages, node.parent = node.data[count * size :], node.pages[count:], upper
-        node.windows, node.count = [pages[count:] for pages in node.windows], node.count - count
+        node.count -= count
+        if self.windows:
+            node.windows = [pages[count:] for pages in node.windows]
         upper.children[node.data[:size]] = node
         self.num_nodes += 1
         for account in self.windows:

@@ -118,6 +118,7 @@ class CacheManager:
         )
         self.states = Snapshots(self.paged, num_pages[self.paged]) if self.paged < len(groups) else None
         self.tree = RadixCache(page_size, eviction, self.windows, self.states, whole)
+        self._plain = self.tree.plain
         self.gives_back = bool(self.windows) or self.states is not None  # whether `behind` has anything to do
         self.has_states = self.states is not None  # whether `turn` and `cut` have anything to do
         self.evicted = [0] * len(groups)
@@ -189,12 +190,12 @@ class CacheManager:
 
         `tables`: a row for each group, all 0, which the lease fills from now on.
         """
-        lease = Lease(namespace, tuple(tables), len(self.windows), self.states is not None)
+        lease = Lease(namespace, tuple(tables), len(self.windows), self.has_states)
         if self.enabled:
             pages = self._match_pages(tokens, limit)
             data = tokens[: pages * self.page_size].tobytes()
             lease.node, found = self.tree.take(namespace, data, pages)
-            if self.tree.plain:
+            if self._plain:
                 lease.shared = lease.held = len(found)
                 lease.tables[0][: len(found)] = found
             else:
@@ -220,14 +221,17 @@ class CacheManager:
 
     def reserve(self, lease: Lease, tokens: int) -> bool:
         """Let the lease cover `tokens` positions. False, and nothing changes, when a group has not enough."""
-        missing = max(0, -(-tokens // self.page_size) - lease.held)
-        if self.tree.plain:
-            pages = self._allocate_plain(missing) if missing else NO_PAGES
+        missing = -(-tokens // self.page_size) - lease.held
+        if self._plain:
+            if missing <= 0:
+                return True
+            pages = self._allocate_plain(missing)
             if pages is None:
                 return False
             lease.tables[0][lease.held : lease.held + missing] = pages
             lease.held += missing
             return True
+        missing = max(0, missing)
         slots = SLOTS - len(lease.own) if self.states is not None else 0
         if missing == 0 and slots == 0:
             return True
@@ -246,7 +250,7 @@ class CacheManager:
     def reserve_one_each(self, leases: list[Lease]) -> bool:
         """One more page for each of these: a decode step's rows at a page border. All or nothing."""
         count = len(leases)
-        if self.tree.plain:
+        if self._plain:
             pages = self._allocate_plain(count)
             if pages is None:
                 return False
@@ -294,11 +298,14 @@ class CacheManager:
     def _give(self, lease: Lease, tokens: NDArray[np.int32], full: int) -> None:
         start = lease.shared
         data = tokens[start * self.page_size : full * self.page_size].tobytes()
-        if self.tree.plain:
+        if self._plain:
             own = lease.tables[0][start:full]
             lease.node, kept, _ = self.tree.extend(lease.node, data, own)
             self.own[0] -= full - start
-            self._keep(own, kept)
+            twice = own != kept
+            if twice.any():
+                self.allocators[0].free(own[twice])
+                own[:] = kept
             lease.shared = full
             return
         own = lease.tables[0][start:full] if self.tree.whole else NO_PAGES
@@ -307,19 +314,14 @@ class CacheManager:
         lease.node, kept, freed = self.tree.extend(lease.node, data, own, windows)
         if self.tree.whole:
             self.own[0] -= full - start
-            self._keep(own, kept)
+            twice = own != kept
+            self.allocators[0].free(own[twice])
+            own[:] = kept
         for account, count, back in zip(self.windows, mine, freed, strict=True):
             self.own[account.group] -= count
             self.allocators[account.group].free(back)
             account.lock(lease.tables[account.group][max(start, lease.first[account.index]) : full])
         lease.shared = full
-
-    def _keep(self, own: NDArray[np.int32], kept: NDArray[np.int32]) -> None:
-        """Where the tree had a page already the own one is freed; `own`, a part of a table, becomes `kept`."""
-        twice = own != kept
-        if twice.any():
-            self.allocators[0].free(own[twice])
-            own[:] = kept
 
     def _give_state(self, lease: Lease, full: int) -> None:
         """The state that the lease reads next becomes its node's snapshot, where that has none and a slot is left."""
@@ -385,7 +387,7 @@ class CacheManager:
 
     def free_own(self, lease: Lease) -> None:
         """Free the pages of its own that a lease has."""
-        if self.tree.plain:
+        if self._plain:
             own = lease.tables[0][lease.shared : lease.held]
             self.own[0] -= len(own)
             self.allocators[0].free(own)

@@ -280,7 +280,7 @@ class RadixCache:
         self._clock += 1
         size, done, count = self._page_bytes, 0, len(data) // self._page_bytes
         kept = pages.copy()
-        twice: list[list[NDArray[np.int32]]] = [[] for _ in windows]
+        twice: list[list[NDArray[np.int32]]] = [[] for _ in windows] if windows else []
         at = node
         while done < count:
             child = at.children.get(data[done * size : (done + 1) * size])
@@ -299,7 +299,7 @@ class RadixCache:
         if at is not node:
             self.lock(at)
             node.lock -= 1  # still locked through its child
-        return at, kept, [np.concatenate([NO_PAGES, *freed]) for freed in twice]
+        return at, kept, [np.concatenate([NO_PAGES, *freed]) for freed in twice] if twice else []
 
     def _merge(
         self, node: Node, windows: Sequence[NDArray[np.int32]], twice: Sequence[list[NDArray[np.int32]]]
@@ -323,10 +323,11 @@ class RadixCache:
         self.evictable_pages += count
         self.num_nodes += 1
         self.version += 1
-        for account, own in zip(self.windows, windows, strict=True):
-            account.enter(own, self._clock)
-            account.reshaped(node)
-            account.reshaped(parent)
+        if windows:
+            for account, own in zip(self.windows, windows, strict=True):
+                account.enter(own, self._clock)
+                account.reshaped(node)
+                account.reshaped(parent)
         return node
 
     def _new(
@@ -349,7 +350,8 @@ class RadixCache:
         upper = self._new(parent, node.data[: count * size], count, node.pages[:count], above)
         upper.stamp, upper.hits, upper.created = node.stamp, node.hits, node.created
         upper.lock = 1 if node.lock else 0
-        upper.chain, node.chain = node.chain[:count], node.chain[count:]
+        if node.chain:
+            upper.chain, node.chain = node.chain[:count], node.chain[count:]
         parent.children[upper.data[:size]] = upper
         node.data, node.pages, node.parent = node.data[count * size :], node.pages[count:], upper
         node.count -= count
@@ -440,11 +442,13 @@ class RadixCache:
         self.pages -= count
         self.evictable_pages -= count
         self.version += 1
-        if not self.plain:
+        plain = self.plain
+        if not plain:
             self._let_go(node, left)
         if left:
             node.data, node.pages, node.count = node.data[: left * self._page_bytes], node.pages[:left].copy(), left
-            node.chain = node.chain[:left]
+            if node.chain:
+                node.chain = node.chain[:left]
             for account in self.windows:
                 account.reshaped(node)
             self._offer(node)
@@ -454,8 +458,9 @@ class RadixCache:
         del parent.children[node.data[: self._page_bytes]]
         node.parent = None
         self.num_nodes -= 1
-        for account in self.windows:
-            account.reshaped(parent)
+        if not plain:
+            for account in self.windows:
+                account.reshaped(parent)
         if not parent.children and not parent.lock:
             self._offer(parent)
         return freed

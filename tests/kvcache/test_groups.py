@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from phloem.core.memory import Group
 from phloem.kvcache.manager import CacheManager, Given, Lease
-from phloem.kvcache.node import path_to
+from phloem.kvcache.namespaces import namespace
+from phloem.kvcache.node import hashes, path_to
 
 FULL, STATE = Group("pages", 0, (0,)), Group("state", 0, (9,))
 NOTHING = np.empty(0, np.int32)
@@ -293,6 +295,299 @@ class Lives(RuleBasedStateMachine):
 
 
 Lives.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestLives = Lives.TestCase
+
+
+def run(cache: CacheManager, tokens: list[int], chunk: int = 1 << 20) -> tuple[int, int]:
+    """A whole life of a request: pages reused, and steps taken."""
+    lease = cache.match("", ids(tokens), len(tokens) - 1, rows_for(cache, len(tokens)))
+    reused, computed, steps = lease.shared, lease.shared * cache.page_size, 0
+    while computed < len(tokens):
+        count = cache.cut(lease, ids(tokens), computed, min(chunk, len(tokens) - computed))
+        assert 0 < count <= chunk
+        computed, steps = computed + count, steps + 1
+        assert cache.reserve(lease, computed)
+        cache.turn(lease)
+        cache.commit(lease, ids(tokens), computed)
+        cache.behind(lease, computed)
+    cache.check([lease])
+    cache.release(lease, ids(tokens), computed)
+    return reused, steps
+
+
+def rows_for(cache: CacheManager, tokens: int) -> tuple[np.ndarray, ...]:
+    width = -(-tokens // cache.page_size) + 1
+    return tuple(np.zeros(2 if group.kind == "state" else width, dtype=np.int32) for group in cache.groups)
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+@pytest.mark.parametrize("kind", ["full", "full and window", "full and states", "all", "states alone"])
+def test_a_prompt_of_any_length_is_reused_up_to_its_last_page_but_one_token(kind: str, size: int) -> None:
+    for length in range(1, 201):
+        cache = CacheManager(KINDS[kind], [230 for _ in KINDS[kind]], size)
+        tokens = list(range(length))
+        assert run(cache, tokens)[0] == 0
+        assert run(cache, tokens)[0] == (length - 1) // size
+        cache.check([])
+
+
+@pytest.mark.parametrize("chunk", [5, 8, 64])
+def test_chunks_do_not_change_what_a_repeat_reuses(chunk: int) -> None:
+    for length in range(1, 120, 7):
+        cache = CacheManager(KINDS["all"], [130, 130, 90], 4)
+        run(cache, list(range(length)), chunk)
+        assert run(cache, list(range(length)), chunk)[0] == (length - 1) // 4
+
+
+def test_where_prompts_part_a_snapshot_is_taken() -> None:
+    cache = manager(KINDS["full and states"], 60, 4)
+    shared = list(range(17))
+    run(cache, shared + [100] * 13)
+    # The second leaves the first at 16: nothing to reuse there yet, except the snapshots of the interval (12).
+    assert run(cache, shared + [101] * 13)[0] == 3
+    assert run(cache, shared + [102] * 13)[0] == 4
+
+
+def test_one_snapshot_per_interval_and_none_for_what_has_one() -> None:
+    cache = CacheManager(KINDS["full and states"], [80, 40], 4, state_interval=16)
+    run(cache, list(range(70)))
+    ends = sorted(sum(at.count for at in path_to(node)) for node in cache.tree.nodes() if node.state)
+    assert ends == [4, 8, 12, 16, 17]
+    held = cache.group_accounts()[1]
+    run(cache, list(range(70)))
+    assert cache.group_accounts()[1] == held
+
+
+def test_without_a_free_slot_a_request_runs_on_and_leaves_no_snapshot() -> None:
+    cache = CacheManager(KINDS["full and states"], [40, 3], 4)
+    assert run(cache, list(range(30)))[0] == 0
+    assert run(cache, list(range(30)))[0] == 0 and cache.group_accounts()[1]["free"] == 2
+
+
+def test_a_state_is_read_where_it_was_written_and_never_written_by_who_reads_it() -> None:
+    cache = manager(KINDS["full and states"], 40, 4)
+    tokens = list(range(20))
+    run(cache, tokens)
+    lease = cache.match("", ids(tokens), 19, rows(cache))
+    read, write = lease.tables[1].tolist()
+    assert lease.shared == 4 and read > 0 and write == 0
+    assert cache.reserve(lease, 20)
+    read, write = lease.tables[1].tolist()
+    assert write > 0 and write != read
+    cache.turn(lease)
+    assert lease.tables[1][0] == write and lease.tables[1][1] not in (0, write, read)
+    cache.check([lease])
+
+
+def test_states_go_by_their_own_last_use_and_the_used_one_stays() -> None:
+    cache = manager(KINDS["full and states"], 60, 4, slots=6)
+    first, second = list(range(9)), list(range(100, 109))
+    run(cache, first)
+    run(cache, second)
+    run(cache, first)  # read again: the other one is now the older
+    run(cache, list(range(200, 209)))
+    run(cache, list(range(300, 309)))
+    assert cache.probe("", ids(first), 8).num_pages == 2
+    assert cache.probe("", ids(second), 8).num_pages == 0
+
+
+def test_a_lease_gives_back_what_lies_behind_its_window() -> None:
+    cache = CacheManager([FULL, window(6)], [60, 12], 2)
+    tokens = list(range(80))
+    lease = cache.match("", ids(tokens), 79, rows(cache))
+    for computed in range(4, 81, 4):
+        assert cache.reserve(lease, computed)
+        assert int((lease.tables[1] != 0).sum()) * 2 <= 5 + 4 + 2 * 2
+        cache.commit(lease, ids(tokens), computed)
+        cache.behind(lease, computed)
+        assert int((lease.tables[1] != 0).sum()) * 2 <= 5 + 2 * 2
+        cache.check([lease])
+    assert lease.held == 40 and int((lease.tables[0] != 0).sum()) == 40
+
+
+def test_a_long_hit_locks_only_the_end_of_the_window() -> None:
+    cache = CacheManager([FULL, window(6)], [60, 60], 2)
+    tokens = list(range(41))
+    run(cache, tokens)
+    lease = cache.match("", ids(tokens), 40, rows(cache))
+    assert lease.shared == 20 and np.flatnonzero(lease.tables[1]).tolist() == [17, 18, 19]
+    assert cache.group_accounts()[1]["evictable"] == 17 and cache.group_accounts()[0]["evictable"] == 0
+    cache.check([lease])
+
+
+def test_windows_inside_a_branch_go_first_and_its_end_last() -> None:
+    cache = CacheManager([FULL, window(6)], [60, 33], 2)
+    turns = [list(range(20)), list(range(40))]
+    for turn in turns:
+        run(cache, turn)
+    taken = cache.group_accounts()[1]["cached"]
+    assert taken == 20
+    other = cache.match("x", ids([0]), 0, rows(cache))
+    seen: list[int] = []
+    for pages in range(12, 33):
+        assert cache.reserve(other, pages * 2)
+        seen.append(cache.probe("", ids(list(range(60))), 60).num_pages)
+        assert cache.probe("", ids(turns[0]), 20).num_pages in (10, 0)
+        cache.check([other])
+        # Where the first turn ended is lost before the end of the second, not after it.
+        assert seen[-1] == 20 or cache.probe("", ids(turns[0]), 20).num_pages == 0
+    assert seen[:18] == [20] * 18  # 3 pages are all that the end needs
+    assert seen[-1] == 0
+
+
+def test_reuse_falls_back_to_an_earlier_end_when_the_last_is_gone() -> None:
+    cache = CacheManager([FULL, window(4)], [31, 40], 2)
+    for end in (20, 40, 60):
+        run(cache, list(range(end)))
+    assert cache.probe("", ids(list(range(70))), 70).num_pages == 30
+    other = cache.match("x", ids([0]), 0, rows(cache))
+    assert cache.reserve(other, 6)  # three pages of the longest branch go, and with them what its end needs
+    assert cache.probe("", ids(list(range(70))), 70).num_pages == 27
+    cache.tree.evict_from(cache.tree.windows[0], 21)  # all that no end of a turn needs
+    cache.collect()
+    assert cache.probe("", ids(list(range(70))), 70).num_pages == 27
+    assert cache.reserve(other, 8)
+    assert cache.probe("", ids(list(range(70))), 70).num_pages == 20
+    cache.check([other])
+
+
+def test_a_window_page_that_was_lost_is_healed_by_who_computes_it_again() -> None:
+    cache = CacheManager([FULL, window(6)], [60, 40], 2)
+    tokens = list(range(30))
+    run(cache, tokens)
+    cache.tree.evict_from(cache.tree.windows[0], 15)
+    cache.collect()
+    assert cache.probe("", ids(tokens), 30).num_pages == 0
+    before = cache.group_accounts()[0]["cached"]
+    run(cache, tokens)
+    assert cache.probe("", ids(tokens), 30).num_pages == 15 and cache.group_accounts()[0]["cached"] == before
+    cache.check([])
+
+
+def test_all_groups_or_nothing() -> None:
+    cache = CacheManager([FULL, window(6), STATE], [20, 5, 8], 2)
+    lease = cache.match("", ids([1]), 0, rows(cache))
+    assert not cache.reserve(lease, 20)
+    assert not any(table.any() for table in lease.tables) and cache.held_pages == 0 and lease.held == 0
+    assert cache.reserve(lease, 8)
+    others = [cache.match("", ids([2]), 0, rows(cache)) for _ in range(2)]
+    assert not cache.reserve_one_each(others) and cache.held_pages == 4
+    cache.check([lease, *others])
+
+
+def test_what_is_evicted_is_told_with_the_hash_of_its_prefix_before_it_is_free() -> None:
+    cache = CacheManager([FULL, window(4), STATE], [20, 20, 20], 2)
+    told: list[tuple[int, bytes, int]] = []
+
+    def listen(group: int, items: list[tuple[bytes, int]]) -> None:
+        for chain, page in items:
+            assert page not in cache.allocators[group].free_pages()
+            told.append((group, chain, page))
+
+    run(cache, list(range(9)))
+    chain = [each for node in cache.tree.nodes() for each in hashes(node)]
+    assert len(set(chain)) == 4 and all(len(each) == 16 for each in chain)
+    cache.on_evict = listen
+    lease = cache.match("x", ids([0]), 0, rows(cache))
+    assert cache.reserve(lease, 36)
+    assert {each for group, each, _ in told if group == 0} == set(chain[1:])
+    assert {each for group, each, _ in told if group == 1} >= set(chain[1:])
+    assert [each for group, each, _ in told if group == 2] == [chain[-1]]
+    cache.check([lease])
+
+
+def test_a_hash_stands_for_the_whole_prefix_and_its_namespace() -> None:
+    def chain(name: str, tokens: list[int], cut: int = 0) -> list[bytes]:
+        cache = CacheManager([FULL], [20], 2)
+        lease = cache.match(name, ids(tokens), 0, rows(cache))
+        assert cache.reserve(lease, len(tokens))
+        cache.commit(lease, ids(tokens), cut)
+        cache.release(lease, ids(tokens), len(tokens))
+        return [each for node in cache.tree.nodes() for each in hashes(node)]
+
+    whole = chain("", [1, 2, 3, 4, 5, 6])
+    assert whole == chain("", [1, 2, 3, 4, 5, 6], cut=4) and whole[:2] == chain("", [1, 2, 3, 4])
+    assert not set(whole) & set(chain("a", [1, 2, 3, 4, 5, 6]))
+    assert chain("", [9, 2, 3, 4])[1] != whole[1]
+
+
+def test_namespaces_never_run_together() -> None:
+    parts = ["", "a", "1:", "a1", "1:1:a", "\x1f"]
+    made = {namespace(a, b, c) for a in parts for b in parts for c in parts}
+    assert len(made) == len(parts) ** 3 and namespace() == ""
+
+
+def test_a_held_node_keeps_all_that_hangs_on_it() -> None:
+    cache = CacheManager([FULL, window(4), STATE], [12, 12, 5], 2)
+    run(cache, list(range(9)))
+    (node,) = [node for node in cache.tree.nodes() if node.state]
+    hold = cache.hold(node)
+    lease = cache.match("x", ids([0]), 0, rows(cache))
+    assert not cache.reserve(lease, 22)
+    assert cache.probe("", ids(list(range(9))), 8).num_pages == 4
+    cache.check([lease])
+    cache.drop(hold)
+    assert cache.reserve(lease, 22) and cache.probe("", ids(list(range(9))), 8).num_pages == 0
+    cache.check([lease])
+
+
+def test_check_notices_a_lost_window_lock_and_a_lost_snapshot_lock() -> None:
+    for spoil in ("window", "state"):
+        cache = CacheManager(KINDS["all"], [40, 40, 10], 4)
+        run(cache, list(range(30)))
+        lease = cache.match("", ids(list(range(30))), 29, rows(cache))
+        cache.check([lease])
+        if spoil == "window":
+            cache.tree.windows[0].locks[lease.tables[1][lease.shared - 1]] = 0
+        else:
+            lease.snapshots.clear()
+        with pytest.raises(AssertionError, match="lock"):
+            cache.check([lease])
+
+
+def test_a_failed_step_gives_window_pages_and_slots_back_as_they_were() -> None:
+    cache = manager(KINDS["all"], 40, 4)
+    tokens = list(range(40))
+    lease = cache.match("", ids(tokens), 39, rows(cache))
+    for end in (8, 12):
+        assert cache.reserve(lease, end)
+        cache.turn(lease)
+        cache.commit(lease, ids(tokens), end)
+        cache.behind(lease, end)
+    assert cache.reserve(lease, 24)
+    before = [table.copy() for table in lease.tables]
+    shared, mark = lease.shared, cache.mark()
+    cache.turn(lease)
+    given = [cache.given(lease)]
+    cache.commit(lease, ids(tokens), 16)
+    cache.turn(lease)
+    given.append(cache.given(lease))
+    cache.commit(lease, ids(tokens), 24)
+    assert cache.probe("", ids(tokens), 24).num_pages == 6
+    cache.roll_back(mark, [(lease, 9)], given)
+    assert lease.shared == shared and all((a == b).all() for a, b in zip(lease.tables, before, strict=True))
+    assert cache.probe("", ids(tokens), 24).num_pages == shared
+    cache.check([lease])
+
+
+def test_who_read_what_was_never_computed_goes_on_from_what_was() -> None:
+    cache = manager(KINDS["all"], 60, 4, slots=20)
+    tokens = list(range(40))
+    writer = cache.match("", ids(tokens), 39, rows(cache))
+    given: list[Given] = []
+    marks: list[int] = []
+    for end in (12, 28):
+        marks.append(cache.mark())
+        assert cache.reserve(writer, end)
+        cache.turn(writer)
+        given.append(cache.given(writer))
+        cache.commit(writer, ids(tokens), end)
+    reader = cache.match("", ids(tokens), 39, rows(cache))
+    assert reader.shared == 7 and cache.reserve(reader, 32)
+    cache.roll_back(marks[1], [(writer, 9), (reader, 9)], given[1:])
+    cache.check([writer, reader])
+    assert (writer.shared, writer.held) == (3, 7) and (reader.shared, reader.held) == (3, 3)
+    assert reader.tables[2][0] == writer.tables[2][0] != 0  # both read the snapshot at 12
+    assert reader.tables[2][1] not in writer.tables[2]

@@ -16,6 +16,11 @@ DETACHED = Node(0, None, b"", 0, NO_PAGES, 0)  # what a lease holds while the tr
 SLOTS = 2  # of state, for each running request
 TURNS = 64  # steps of a request that can be undone at most; far more than are ever in flight
 
+# Of leases that have no such group: nobody changes these, and a lease is made for every request.
+_NO_WINDOWS: list[int] = []
+_NO_SLOTS: list[int] = []
+_NO_SNAPSHOTS: list[tuple[int, int]] = []
+
 
 class Turn(NamedTuple):
     """The slots of state before a step was launched."""
@@ -44,22 +49,23 @@ class Lease:
         self.node = DETACHED
         self.shared = 0
         self.held = 0
-        self.first = [0] * windows
-        self.own: list[int] = []
-        self.snapshots: list[tuple[int, int]] = []
+        self.first = [0] * windows if windows else _NO_WINDOWS
+        self.own: list[int] = [] if states else _NO_SLOTS
+        self.snapshots: list[tuple[int, int]] = [] if states else _NO_SNAPSHOTS
         self.turns: deque[Turn] | None = deque(maxlen=TURNS) if states else None
 
     def empty(self) -> None:
         """It has nothing any more."""
         for table in self.tables:
             table[: self.held] = 0
+        self.held = self.shared = 0
+        self.node = DETACHED
+        if self.first:
+            self.first = [0] * len(self.first)
         if self.turns is not None:
             self.tables[-1][:] = 0
             self.turns.clear()
-        self.held = self.shared = 0
-        self.first = [0] * len(self.first)
-        self.own, self.snapshots = [], []
-        self.node = DETACHED
+            self.own, self.snapshots = [], []
 
 
 @dataclass(slots=True, eq=False)

@@ -118,6 +118,7 @@ class CacheManager:
         )
         self.states = Snapshots(self.paged, num_pages[self.paged]) if self.paged < len(groups) else None
         self.tree = RadixCache(page_size, eviction, self.windows, self.states, whole)
+        self._plain = self.tree.plain
         self.gives_back = bool(self.windows) or self.states is not None  # whether `behind` has anything to do
         self.has_states = self.states is not None  # whether `turn` and `cut` have anything to do
         self.evicted = [0] * len(groups)
@@ -189,12 +190,12 @@ class CacheManager:
 
         `tables`: a row for each group, all 0, which the lease fills from now on.
         """
-        lease = Lease(namespace, tuple(tables), len(self.windows), self.states is not None)
+        lease = Lease(namespace, tuple(tables), len(self.windows), self.has_states)
         if self.enabled:
             pages = self._match_pages(tokens, limit)
             data = tokens[: pages * self.page_size].tobytes()
             lease.node, found = self.tree.take(namespace, data, pages)
-            if self.tree.plain:
+            if self._plain:
                 lease.shared = lease.held = len(found)
                 lease.tables[0][: len(found)] = found
             else:
@@ -220,14 +221,17 @@ class CacheManager:
 
     def reserve(self, lease: Lease, tokens: int) -> bool:
         """Let the lease cover `tokens` positions. False, and nothing changes, when a group has not enough."""
-        missing = max(0, -(-tokens // self.page_size) - lease.held)
-        if self.tree.plain:
-            pages = self._allocate_plain(missing) if missing else NO_PAGES
+        missing = -(-tokens // self.page_size) - lease.held
+        if self._plain:
+            if missing <= 0:
+                return True
+            pages = self._allocate_plain(missing)
             if pages is None:
                 return False
             lease.tables[0][lease.held : lease.held + missing] = pages
             lease.held += missing
             return True
+        missing = max(0, missing)
         slots = SLOTS - len(lease.own) if self.states is not None else 0
         if missing == 0 and slots == 0:
             return True
@@ -246,7 +250,7 @@ class CacheManager:
     def reserve_one_each(self, leases: list[Lease]) -> bool:
         """One more page for each of these: a decode step's rows at a page border. All or nothing."""
         count = len(leases)
-        if self.tree.plain:
+        if self._plain:
             pages = self._allocate_plain(count)
             if pages is None:
                 return False
@@ -294,6 +298,16 @@ class CacheManager:
     def _give(self, lease: Lease, tokens: NDArray[np.int32], full: int) -> None:
         start = lease.shared
         data = tokens[start * self.page_size : full * self.page_size].tobytes()
+        if self._plain:
+            own = lease.tables[0][start:full]
+            lease.node, kept, _ = self.tree.extend(lease.node, data, own)
+            self.own[0] -= full - start
+            twice = own != kept
+            if twice.any():
+                self.allocators[0].free(own[twice])
+                own[:] = kept
+            lease.shared = full
+            return
         own = lease.tables[0][start:full] if self.tree.whole else NO_PAGES
         windows = [lease.tables[account.group][start:full] for account in self.windows]
         mine = [int((pages != 0).sum()) for pages in windows]
@@ -301,9 +315,8 @@ class CacheManager:
         if self.tree.whole:
             self.own[0] -= full - start
             twice = own != kept
-            if twice.any():
-                self.allocators[0].free(own[twice])
-                own[:] = kept
+            self.allocators[0].free(own[twice])
+            own[:] = kept
         for account, count, back in zip(self.windows, mine, freed, strict=True):
             self.own[account.group] -= count
             self.allocators[account.group].free(back)
@@ -357,12 +370,16 @@ class CacheManager:
         if keep:
             self.commit(lease, tokens, computed)
         self.free_own(lease)
-        self.free_slots(lease, lease.own)
+        if lease.own:
+            self.free_slots(lease, lease.own)
         if self.enabled:
             node = lease.node
-            self.unlock(lease)
+            if self.gives_back:
+                self.unlock_others(lease)
+            self.tree.unlock(node)
             if keep:
-                self.tree.prune(node)
+                if not self.tree.whole:
+                    self.tree.prune(node)
             else:
                 self.allocators[0].free(self.tree.forget(node))
                 self.collect()
@@ -370,6 +387,11 @@ class CacheManager:
 
     def free_own(self, lease: Lease) -> None:
         """Free the pages of its own that a lease has."""
+        if self._plain:
+            own = lease.tables[0][lease.shared : lease.held]
+            self.own[0] -= len(own)
+            self.allocators[0].free(own)
+            return
         for number in range(self.paged):
             first = lease.first[number - self.paged] if self.groups[number].window else 0
             own = lease.tables[number][max(lease.shared, first) : lease.held]
@@ -382,14 +404,13 @@ class CacheManager:
             self.own[-1] -= len(slots)
             self.allocators[-1].free(np.array(slots, dtype=np.int32))
 
-    def unlock(self, lease: Lease) -> None:
-        """Give up every lock that a lease has in the tree; its table still says what they were for."""
+    def unlock_others(self, lease: Lease) -> None:
+        """Give up every lock of a lease but that on its node; its table still says what they were for."""
         for account in self.windows:
             self.unlock_window(lease, account, lease.first[account.index], lease.shared)
         for _, slot in lease.snapshots:
             assert self.states is not None
             self.states.unlock(slot)
-        self.tree.unlock(lease.node)
 
     def cut(self, lease: Lease, known: NDArray[np.int32], start: int, count: int) -> int:
         """How many tokens the chunk that begins at `start` should have, `count` at most.

@@ -67,7 +67,7 @@ class Node:
         self.created = stamp
         self.name = ""  # the namespace, on a root
         self.queued = False  # an entry for this node is in the eviction heap
-        self.chain: list[bytes] = []  # `hashes`, once somebody has asked
+        self.chain: list[bytes] | None = None  # `hashes`, once somebody has asked
 
     @property
     def bare(self) -> bool:
@@ -78,21 +78,21 @@ class Node:
 def path_to(node: Node) -> list[Node]:
     """The nodes from below the root to `node`, itself included."""
     path: list[Node] = []
-    at: Node | None = node
-    while at is not None and at.parent is not None:
-        path.append(at)
-        at = at.parent
+    while node.parent is not None:
+        path.append(node)
+        node = node.parent
     path.reverse()
     return path
 
 
 def ends_between(node: Node, depth: int, start: int, end: int) -> Iterator[Node]:
     """Nodes on the path to `node`, which ends at page `depth`, that have pages in [start, end), deepest first."""
-    while node.parent is not None and depth > start:
-        first = depth - node.count
+    at: Node | None = node
+    while at is not None and depth > start:
+        first = depth - at.count
         if first < end:
-            yield node
-        depth, node = first, node.parent
+            yield at
+        depth, at = first, at.parent
 
 
 def hashes(node: Node) -> list[bytes]:
@@ -103,18 +103,20 @@ def hashes(node: Node) -> list[bytes]:
     """
     missing: list[Node] = []
     at = node
-    while at.parent is not None and not at.chain:
+    while at.parent is not None and at.chain is None:
         missing.append(at)
         at = at.parent
     for found in reversed(missing):
         parent = found.parent
         assert parent is not None
-        above = parent.chain[-1] if parent.parent is not None else _hash(parent.name.encode())
+        above = parent.chain[-1] if parent.chain else _hash(parent.name.encode())
         size = len(found.data) // found.count
+        chain: list[bytes] = []
         for start in range(0, len(found.data), size):
             above = _hash(above + found.data[start : start + size])
-            found.chain.append(above)
-    return node.chain
+            chain.append(above)
+        found.chain = chain
+    return node.chain or []
 
 
 def _hash(data: bytes) -> bytes:

@@ -280,26 +280,34 @@ class RadixCache:
         self._clock += 1
         size, done, count = self._page_bytes, 0, len(data) // self._page_bytes
         kept = pages.copy()
-        twice: list[list[NDArray[np.int32]]] = [[] for _ in windows]
+        twice: list[list[NDArray[np.int32]]] = [[] for _ in windows] if windows else []
         at = node
         while done < count:
             child = at.children.get(data[done * size : (done + 1) * size])
             if child is None:
-                at = self._add(at, data[done * size :], kept[done:].copy(), [own[done:].copy() for own in windows])
+                own = [pages[done:].copy() for pages in windows] if windows else NO_WINDOWS
+                at = self._add(at, data[done * size :], kept[done:].copy(), own)
                 break
             same = self._common(child, data, done, count)
             at = child if same == child.count else self._split(child, same)
             at.stamp = self._clock
             if self.whole:
                 kept[done : done + same] = at.pages
-            for account, own, freed in zip(self.windows, windows, twice, strict=True):
-                freed.append(account.merge(at, own[done : done + same], self._clock))
-                self.version += 1
+            if windows:
+                self._merge(at, [pages[done : done + same] for pages in windows], twice)
             done += same
         if at is not node:
             self.lock(at)
             node.lock -= 1  # still locked through its child
-        return at, kept, [np.concatenate([NO_PAGES, *freed]) for freed in twice]
+        return at, kept, [np.concatenate([NO_PAGES, *freed]) for freed in twice] if twice else []
+
+    def _merge(
+        self, node: Node, windows: Sequence[NDArray[np.int32]], twice: Sequence[list[NDArray[np.int32]]]
+    ) -> None:
+        """Give a node what its windows lack; what it had already is added to `twice`."""
+        self.version += 1
+        for account, own, freed in zip(self.windows, windows, twice, strict=True):
+            freed.append(account.merge(node, own, self._clock))
 
     def put_state(self, node: Node, slot: int) -> None:
         """The end of the node, which has none yet, has this state."""
@@ -315,10 +323,11 @@ class RadixCache:
         self.evictable_pages += count
         self.num_nodes += 1
         self.version += 1
-        for account, own in zip(self.windows, windows, strict=True):
-            account.enter(own, self._clock)
-            account.reshaped(node)
-            account.reshaped(parent)
+        if windows:
+            for account, own in zip(self.windows, windows, strict=True):
+                account.enter(own, self._clock)
+                account.reshaped(node)
+                account.reshaped(parent)
         return node
 
     def _new(
@@ -337,14 +346,17 @@ class RadixCache:
         parent = node.parent
         assert parent is not None and 0 < count < node.count
         size = self._page_bytes
-        above = [pages[:count] for pages in node.windows]
+        above = [pages[:count] for pages in node.windows] if self.windows else NO_WINDOWS
         upper = self._new(parent, node.data[: count * size], count, node.pages[:count], above)
         upper.stamp, upper.hits, upper.created = node.stamp, node.hits, node.created
         upper.lock = 1 if node.lock else 0
-        upper.chain, node.chain = node.chain[:count], node.chain[count:]
+        if node.chain:
+            upper.chain, node.chain = node.chain[:count], node.chain[count:]
         parent.children[upper.data[:size]] = upper
         node.data, node.pages, node.parent = node.data[count * size :], node.pages[count:], upper
-        node.windows, node.count = [pages[count:] for pages in node.windows], node.count - count
+        node.count -= count
+        if self.windows:
+            node.windows = [pages[count:] for pages in node.windows]
         upper.children[node.data[:size]] = node
         self.num_nodes += 1
         for account in self.windows:
@@ -430,11 +442,13 @@ class RadixCache:
         self.pages -= count
         self.evictable_pages -= count
         self.version += 1
-        if not self.plain:
+        plain = self.plain
+        if not plain:
             self._let_go(node, left)
         if left:
             node.data, node.pages, node.count = node.data[: left * self._page_bytes], node.pages[:left].copy(), left
-            node.chain = node.chain[:left]
+            if node.chain:
+                node.chain = node.chain[:left]
             for account in self.windows:
                 account.reshaped(node)
             self._offer(node)
@@ -444,8 +458,9 @@ class RadixCache:
         del parent.children[node.data[: self._page_bytes]]
         node.parent = None
         self.num_nodes -= 1
-        for account in self.windows:
-            account.reshaped(parent)
+        if not plain:
+            for account in self.windows:
+                account.reshaped(parent)
         if not parent.children and not parent.lock:
             self._offer(parent)
         return freed

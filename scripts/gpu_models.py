@@ -191,7 +191,7 @@ class Dummy:
         return PieceGraphs(self.recorder(), self.model, self.backend, self.pool, limit)
 
     def forward(self, inputs: StepInputs) -> Tensor:
-        memory = begin(self.backend, inputs.paged, self.pool)
+        memory = begin(self.backend, inputs.rows(), self.pool)
         step = ForwardBatch(inputs.input_ids, inputs.positions, memory, inputs.logit_index)
         return self.model.forward(step)
 

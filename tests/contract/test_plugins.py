@@ -21,10 +21,12 @@ from phloem.attention import BACKENDS, AttentionNeed
 from phloem.cli import COMMANDS
 from phloem.cli.bench import BENCHMARKS
 from phloem.core.errors import BadRequest
+from phloem.core.memory import Latent, Paged, State
 from phloem.engine.processors import PROCESSORS, Processor
 from phloem.grammar._base import EngineOptions, Regex, Vocabulary
 from phloem.grammar._manager import ENGINES
 from phloem.kernels.ops import Ops
+from phloem.kvcache.layouts import LAYOUTS, layout_of
 from phloem.lang.backends import BACKENDS as LANG_BACKENDS
 from phloem.lang.backends._base import Backend
 from phloem.layers.context import AttentionSpec, BuildContext
@@ -39,7 +41,7 @@ from phloem.text.tools._base import Text, ToolParser, Unspeakable
 
 CPU = torch.device("cpu")
 REGISTRIES: list[Any] = [
-    BACKENDS, BENCHMARKS, COMMANDS, ENGINES, FAMILIES, LANG_BACKENDS, METHODS, PLATFORMS, PROCESSORS, ROUTES, THINKING,
+    BACKENDS, BENCHMARKS, COMMANDS, ENGINES, FAMILIES, LANG_BACKENDS, LAYOUTS, METHODS, PLATFORMS, PROCESSORS, ROUTES, THINKING,
     TOOLS,
 ]  # fmt: skip
 
@@ -202,3 +204,14 @@ def test_groups_of_routes_lead_somewhere() -> None:
     paths = [route.path for router in routers() for route in router.routes]  # pyright: ignore[reportAttributeAccessIssue]
     assert all(router.routes for router in routers())
     assert "/v1/chat/completions" in paths and "/generate" in paths
+
+
+@each(LAYOUTS)
+def test_a_memory_layout_makes_what_it_counts(name: str) -> None:
+    specs = [Paged(2, 8, 8), Latent(16, 4), State((((2, 3), "float32"), ((4,), "float32")))]
+    of = {layout_of(spec, torch.float32).__class__.__module__.split(".")[-1]: spec for spec in specs}
+    layout = layout_of(of[name], torch.float32)
+    made = layout.make(3, 4, CPU)
+    entries = 3 if isinstance(of[name], State) else 3 * 4
+    assert layout.bytes * entries == sum(tensor.nbytes for tensor in made.stored)
+    assert (made.keys is None) == isinstance(of[name], State) and bool(made.states) == isinstance(of[name], State)

@@ -24,6 +24,7 @@ from phloem.engine.recorded.flexible import FlexibleSteps
 from phloem.engine.wanted import Wanted
 from phloem.kernels import native
 from phloem.kernels import reference as ref
+from phloem.kernels.compose import linear_of
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
 from phloem.models import load_model
@@ -81,10 +82,10 @@ def rows() -> list[Row]:
 
 def by_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """A matrix library may add in another order for another number of rows; row by row it cannot."""
-    return torch.cat([ref.linear(x[row : row + 1], weight, bias) for row in range(len(x))])
+    return torch.cat([ref.product(x[row : row + 1], weight, bias) for row in range(len(x))])
 
 
-OPS = replace(Ops(), linear=by_rows)
+OPS = replace(Ops(), linear=linear_of(by_rows))
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])

@@ -83,7 +83,9 @@ class Engine:
             max_seq_len=max(lengths),
         )
         index = None if every else torch.tensor(starts[1:]) - 1
-        step = ForwardBatch(torch.tensor(ids), torch.tensor(positions), begin(self.attention, batch, self.pool), index)
+        step = ForwardBatch(
+            torch.tensor(ids), torch.tensor(positions), begin(self.attention, [batch], self.pool), index
+        )
         with torch.inference_mode():
             return self.model.head(self.model.forward(step))
 

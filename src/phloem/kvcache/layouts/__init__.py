@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from phloem.core.memory import MemorySpec
     from phloem.kvcache.layouts._storage import Tensors
 
-LAYOUTS = Registry("phloem.kvcache.layouts", "memory layout")
+LAYOUTS = Registry[type["Layout"]]("phloem.kvcache.layouts", "memory layout", "Layout")
 
 
 class Layout(Protocol):

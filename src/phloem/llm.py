@@ -18,9 +18,13 @@ from phloem.core.config import Config
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.messages import Drain
 from phloem.launch.thread import EngineThread
-from phloem.protocol import generate, score
-from phloem.protocol.bodies import GenerateBody
 from phloem.protocol.body import Parser
+from phloem.protocol.generate.body import GenerateBody
+from phloem.protocol.generate.convert import is_batch, to_request
+from phloem.protocol.generate.write import Renderer, strip
+from phloem.protocol.score.body import ScoreBody
+from phloem.protocol.score.convert import to_request as score_request
+from phloem.protocol.score.write import scores
 from phloem.utils import log
 
 if TYPE_CHECKING:
@@ -153,21 +157,21 @@ class Engine:
         return Parser(GenerateBody).convert(values, self.info.features)
 
     async def _collect(self, body: GenerateBody) -> Answer | list[Answer]:
-        request = generate.to_request(body)
-        single = not generate.is_batch(body) and request.items[0].sampling.n == 1
-        renderer = generate.Renderer(body, self._client.tokenizer, self.info.weight_version)
+        request = to_request(body)
+        single = not is_batch(body) and request.items[0].sampling.n == 1
+        renderer = Renderer(body, self._client.tokenizer, self.info.weight_version)
         call = await self._client.submit(request)
         try:
             async for _ in call:
                 pass
         finally:
             call.cancel()
-        return generate.strip([_plain(renderer.answer(output)) for output in call.outputs], single)
+        return strip([_plain(renderer.answer(output)) for output in call.outputs], single)
 
     async def _events(self, body: GenerateBody) -> AsyncGenerator[Answer]:
-        request = generate.to_request(body)
-        single = not generate.is_batch(body) and request.items[0].sampling.n == 1
-        renderer = generate.Renderer(body, self._client.tokenizer, self.info.weight_version)
+        request = to_request(body)
+        single = not is_batch(body) and request.items[0].sampling.n == 1
+        renderer = Renderer(body, self._client.tokenizer, self.info.weight_version)
         call: Call = await self._client.submit(request)
         numbers = {output.id: at for at, output in enumerate(call.outputs)}
         try:
@@ -240,16 +244,16 @@ class Engine:
             "apply_softmax": apply_softmax,
             "item_first": item_first,
         }
-        body = Parser(score.ScoreBody).convert(values)
+        body = Parser(ScoreBody).convert(values)
 
         async def run() -> list[list[float]]:
-            call = await self._client.submit(score.to_request(body))
+            call = await self._client.submit(score_request(body))
             try:
                 async for _ in call:
                     pass
             finally:
                 call.cancel()
-            return score.scores(body, call.outputs)
+            return scores(body, call.outputs)
 
         return self._door.run(run())
 

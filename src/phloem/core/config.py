@@ -118,6 +118,7 @@ class ServerConfig:
     host: str = opt("127.0.0.1", "Address to listen on.")
     port: int = opt(30000, "Port to listen on; 0 takes a free one.")
     api_key: str | None = opt(None, "Key that clients must send as a bearer token; PHLOEM_API_KEY sets it too.")
+    cors_origins: str = opt("", "Origins, separated by commas, whose pages may call this server; * for all.")
     max_body_bytes: int = opt(32 * 1024 * 1024, "Largest request body.")
     max_prompts_per_request: int = opt(1024, "Most prompts in one batch request.")
     incremental_streaming_output: bool = opt(False, "/generate streams only what is new in each event.")

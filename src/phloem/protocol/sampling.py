@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from phloem.client.processing import named
+from phloem.client.processors import named
 from phloem.core.request import SamplingParams
-from phloem.protocol.bodies import OpenAIBody, SamplingBody
+from phloem.protocol.fields import OpenAIBody
+from phloem.protocol.generate.body import SamplingBody
 from phloem.protocol.structured import check, constraint_fields
 
 _SAME = (

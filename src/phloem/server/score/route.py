@@ -5,9 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from phloem.protocol.answers import ScoreAnswer
 from phloem.protocol.body import Parser
-from phloem.protocol.score import ScoreBody, scores, to_request
+from phloem.protocol.score.body import ScoreBody
+from phloem.protocol.score.convert import to_request
+from phloem.protocol.score.write import ScoreAnswer, scores
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.stream import collect

@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 
 from phloem.core.errors import BadRequest
-from phloem.protocol.bodies import ChatBody, ContentPart, Message
+from phloem.server.chat.body import ChatBody, ContentPart, Message
+from phloem.server.chat.toolplan import without_foreign
 from phloem.server.responses.body import AS_IN_CHAT, ResponsesBody
 
 LOGPROBS = "message.output_text.logprobs"
@@ -40,7 +41,7 @@ def to_chat(body: ResponsesBody, before: list[Message]) -> ChatBody:
         messages=with_instructions(body.instructions, before + messages_of(body.input)),
         max_completion_tokens=body.max_output_tokens,
         stream=body.stream,
-        tools=[_tool(tool, at) for at, tool in enumerate(body.tools or [])] or None,
+        tools=[_tool(tool, at) for at, tool in without_foreign(body.tools or [], ("function",))] or None,
         tool_choice=chosen,
         response_format=text,
         logprobs=True if wants_logprobs else None,

@@ -1,34 +1,15 @@
-"""`/v1/score` without HTTP: from its body to a request, from outputs to scores."""
+"""From a `/v1/score` body to a request."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
 from phloem.core.request import SamplingParams
-from phloem.protocol.bodies import HINT, Int32
-from phloem.protocol.body import Body
 
 if TYPE_CHECKING:
-    from phloem.client.request import Output
-
-
-class ScoreBody(Body, kw_only=True):
-    """`POST /v1/score`: how likely each label token is behind query and item."""
-
-    query: str | list[Int32] | None = None
-    items: str | list[str | Int32 | list[Int32]] | None = None
-    label_token_ids: list[Int32] | None = None
-    apply_softmax: bool | None = None
-    item_first: bool | None = None
-    model: str | None = None
-    user: str | None = None
-    rid: str | None = None
-    priority: Int32 | None = None
-
-    ignored: ClassVar[dict[str, str]] = {"user": HINT}
+    from phloem.protocol.score.body import ScoreBody
 
 
 def to_request(body: ScoreBody) -> GenerateRequest:
@@ -56,11 +37,6 @@ def to_request(body: ScoreBody) -> GenerateRequest:
     return GenerateRequest(items)
 
 
-def scores(body: ScoreBody, outputs: list[Output]) -> list[list[float]]:
-    """A score per label token, for each item."""
-    return [_scores(output, body.label_token_ids or [], bool(body.apply_softmax)) for output in outputs]
-
-
 def _prompts(body: ScoreBody) -> list[str | list[int]]:
     """Query and item in one, for each item; both texts, or both token ids."""
     query, items = body.query, body.items
@@ -80,15 +56,3 @@ def _prompts(body: ScoreBody) -> list[str | list[int]]:
     if not found:
         raise BadRequest("items: at least one is needed", param="items")
     return found
-
-
-def _scores(output: Output, labels: list[int], softmax: bool) -> list[float]:
-    """Probabilities in the order of the labels: over all tokens, or with `softmax` among the labels."""
-    known = {token: value for value, token in output.logprobs.chosen[0]} if output.logprobs.chosen else {}
-    values = [known.get(token, -math.inf) for token in labels]
-    best = max(values) if softmax else 0.0
-    if math.isinf(best):
-        return [0.0] * len(values)
-    weights = [math.exp(value - best) for value in values]
-    total = sum(weights) if softmax else 1.0
-    return [weight / total for weight in weights]

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from phloem.core.errors import BadRequest, ConfigError
-from phloem.protocol.answers import ParsedCalls, SeparatedReasoning
-from phloem.protocol.bodies import ParseCallsBody, SeparateReasoningBody
-from phloem.protocol.body import Parser
+from phloem.protocol.answers import Answer
+from phloem.protocol.body import Body, Parser
 from phloem.server.chat.toolplan import check_tools
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import describe
-from phloem.text import formats as parsers
+from phloem.text import formats
+
+
+class ParseCallsBody(Body, kw_only=True):
+    """`POST /parse_function_call`: the tool calls in a model's text."""
+
+    text: str
+    tools: list[dict[str, Any]] | None = None
+    tool_call_parser: str | None = None
+
+
+class SeparateReasoningBody(Body, kw_only=True):
+    """`POST /separate_reasoning`: the reasoning in a model's text."""
+
+    text: str
+    reasoning_parser: str | None = None
+
+
+class ParsedCalls(Answer, kw_only=True):
+    """`calls`: tool_index, name and parameters (a JSON text)."""
+
+    normal_text: str
+    calls: list[dict[str, Any]]
+
+
+class SeparatedReasoning(Answer, kw_only=True):
+    reasoning_text: str
+    text: str
+
 
 router = APIRouter(tags=["tokens"])
 _calls = Parser(ParseCallsBody)
@@ -26,12 +55,12 @@ async def parse_function_call(request: Request) -> Response:
     body = await door.read(request, _calls)
     name = body.tool_call_parser
     try:
-        form = parsers.tool_format(name) if name is not None else door.info.tool_parser
+        form = formats.tool_format(name) if name is not None else door.info.tool_parser
     except ConfigError as error:
         raise BadRequest(error.message, param="tool_call_parser") from None
     if form is None:
         raise BadRequest("tool_call_parser is needed: the model has no format of its own", param="tool_call_parser")
-    found = parsers.TOOLS.get(form)(check_tools(body.tools or [])).parse(body.text)
+    found = formats.TOOLS.get(form)(check_tools(body.tools or [])).parse(body.text)
     calls = [
         {"tool_index": index, "name": call.name, "parameters": call.arguments} for index, call in enumerate(found.calls)
     ]
@@ -45,10 +74,10 @@ async def separate_reasoning(request: Request) -> Response:
     body = await door.read(request, _reasoning)
     name = body.reasoning_parser
     try:
-        form = parsers.thinking_format(name) if name is not None else door.info.reasoning_parser
+        form = formats.thinking_format(name) if name is not None else door.info.reasoning_parser
     except ConfigError as error:
         raise BadRequest(error.message, param="reasoning_parser") from None
     if form is None:
         raise BadRequest("reasoning_parser is needed: the model has no format of its own", param="reasoning_parser")
-    reasoning, text = parsers.THINKING.get(form)(None).parse(body.text)
+    reasoning, text = formats.THINKING.get(form)(None).parse(body.text)
     return json_response(SeparatedReasoning(reasoning_text=reasoning, text=text))

@@ -1,44 +1,44 @@
-"""What a model's text means: reasoning, content and tool calls, in OpenAI's delta shape."""
+"""What a model's text means: its reasoning, plain text and tool calls, as a row of events."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from phloem.text.formats import THINKING
 from phloem.text.tools._base import Arguments, CallStart, Text
 
 if TYPE_CHECKING:
-    from phloem.server.chat.toolplan import ToolPlan
     from phloem.text.thinking._base import ThinkingParser
     from phloem.text.tokenizer import Tokenizer
     from phloem.text.tools._base import Event, ToolParser
 
 
-@dataclass(slots=True)
-class ParsedDelta:
-    """What a stretch of output text means: plain content, reasoning, tool calls (in OpenAI's delta shape)."""
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """Text of a reasoning block."""
 
-    content: str = ""
-    reasoning_content: str = ""
-    tool_calls: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    text: str
 
 
-class DeltaParser(Protocol):
+AnswerEvent = Reasoning | Text | CallStart | Arguments
+
+
+class AnswerParser(Protocol):
     """One continuation's parser. `push` gets each text delta once, in order; `last` with the final one."""
 
-    def push(self, text: str, last: bool) -> ParsedDelta: ...
+    def push(self, text: str, last: bool) -> list[AnswerEvent]: ...
 
 
-class PlainText:
+class PlainAnswer:
     """All of the text is content."""
 
-    def push(self, text: str, last: bool) -> ParsedDelta:
-        return ParsedDelta(content=text)
+    def push(self, text: str, last: bool) -> list[AnswerEvent]:
+        return [Text(text)] if text else []
 
 
-class AnswerParser:
+class FormattedAnswer:
     """Reasoning first, tool calls in what is left.
 
     Args:
@@ -59,7 +59,8 @@ class AnswerParser:
         self._parallel = parallel
         self._reasoning = ""
 
-    def push(self, text: str, last: bool) -> ParsedDelta:
+    def push(self, text: str, last: bool) -> list[AnswerEvent]:
+        found: list[AnswerEvent] = []
         reasoning, content = "", text
         if self._thinking is not None:
             reasoning, content = self._thinking.push(text)
@@ -68,14 +69,14 @@ class AnswerParser:
                 reasoning, content = reasoning + more[0], content + more[1]
             if not self._stream_reasoning:
                 reasoning = self._gathered(reasoning, last)
-        delta = ParsedDelta(reasoning_content=reasoning)
+        if reasoning:
+            found.append(Reasoning(reasoning))
         if self._tools is None:
-            delta.content = content
-            return delta
-        self._add(delta, self._tools.push(content))
+            return [*found, Text(content)] if content else found
+        found += self._shown(self._tools.push(content))
         if last:
-            self._add(delta, self._tools.finish())
-        return delta
+            found += self._shown(self._tools.finish())
+        return found
 
     def _gathered(self, reasoning: str, last: bool) -> str:
         self._reasoning += reasoning
@@ -84,49 +85,15 @@ class AnswerParser:
         whole, self._reasoning = self._reasoning, ""
         return whole
 
-    def _add(self, delta: ParsedDelta, events: Iterable[Event]) -> None:
-        for event in events:
-            if isinstance(event, Text):
-                delta.content += event.text
-            elif not self._parallel and event.index > 0:
-                continue
-            elif isinstance(event, CallStart):
-                function: dict[str, Any] = {"name": event.name, "arguments": ""}
-                delta.tool_calls.append(
-                    {"index": event.index, "id": event.id, "type": "function", "function": function}
-                )
-            else:
-                _append(delta.tool_calls, event)
-
-
-def _append(calls: list[dict[str, Any]], event: Arguments) -> None:
-    if not calls or calls[-1]["index"] != event.index:
-        calls.append({"index": event.index, "function": {"arguments": ""}})
-    calls[-1]["function"]["arguments"] += event.text
-
-
-def answer_parsers(
-    count: int,
-    plan: ToolPlan,
-    reasoning: str | None,
-    prompt: str,
-    stream_reasoning: bool = True,
-    continued: str | None = None,
-) -> list[DeltaParser]:
-    """One parser for each continuation of this prompt.
-
-    `reasoning` is the format's name (None: not parted); `continued` is the answer as the prompt begins it.
-    """
-    if reasoning is None and not plan.tools:
-        return [PlainText() for _ in range(count)]
-    return [
-        AnswerParser(thinking_parser(reasoning, prompt, continued), plan.parser(), stream_reasoning, plan.parallel)
-        for _ in range(count)
-    ]
+    def _shown(self, events: Iterable[Event]) -> list[Event]:
+        return [event for event in events if isinstance(event, Text) or self._parallel or event.index == 0]
 
 
 def thinking_parser(name: str | None, prompt: str, continued: str | None = None) -> ThinkingParser | None:
-    """A reasoning parser that knows whether the prompt ends inside a block."""
+    """A reasoning parser that knows whether the prompt ends inside a block.
+
+    `name` is the format's (None: not parted); `continued` is the answer as the prompt begins it.
+    """
     if name is None:
         return None
     kind = THINKING.get(name)
@@ -152,14 +119,13 @@ def continued_state(text: str, start: str, end: str) -> bool | None:
     return opened > closed
 
 
-def needs_special_tokens(tokenizer: Tokenizer | None, plan: ToolPlan, reasoning: str | None) -> bool:
+def needs_special_tokens(tokenizer: Tokenizer | None, tools: ToolParser | None, reasoning: str | None) -> bool:
     """Whether the formats are marked by special tokens, which must then not be left out of the text."""
     if tokenizer is None:
         return False
     markers: set[str] = set()
-    parser = plan.parser()
-    if parser is not None:
-        markers.update(parser.begins)
+    if tools is not None:
+        markers.update(tools.begins)
     if reasoning is not None:
         kind = THINKING.get(reasoning)
         markers.update((kind.start, kind.end, *kind.jumps))

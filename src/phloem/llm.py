@@ -247,7 +247,7 @@ class Engine:
         body = Parser(ScoreBody).convert(values)
 
         async def run() -> list[list[float]]:
-            call = await self._client.submit(score.to_request(body))
+            call = await self._client.submit(score_request(body))
             try:
                 async for _ in call:
                     pass

@@ -47,7 +47,9 @@ REGISTRIES: list[Any] = [
 
 
 def each(registry: Any) -> Any:
-    return pytest.mark.parametrize("name", registry.names())
+    # Its library takes seconds to import.
+    marks = {"xgrammar": pytest.mark.slow}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks.get(name, ())) for name in registry.names()])
 
 
 def members(protocol: type) -> set[str]:

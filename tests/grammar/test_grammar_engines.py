@@ -315,7 +315,9 @@ HOSTILE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "wide count" else ()) for kind in HOSTILE]
+)
 def test_hostile_grammars_end_in_a_grammar_or_a_clear_error(name: str, kind: str) -> None:
     constraint = HOSTILE[kind]
     if engine(name).decline(constraint):

@@ -330,6 +330,7 @@ def test_litellm_tools_and_schemas(litellm: Any, server: Served) -> None:
     assert schema_of(server)["required"] == ["name", "people"]
 
 
+@pytest.mark.slow
 def test_litellm_text_completion(litellm: Any, server: Served) -> None:
     server.engine.text = "Hello."
     answer = litellm.text_completion(

@@ -1,4 +1,1 @@
-"""What clients may ask and what they are answered, as data and without HTTP: bodies, their checks, conversions.
-
-The routes of `server` and the engine in this process (`llm.py`) speak it alike.
-"""
+"""What HTTP and the engine in this process (`llm.py`) share: bodies and their checks, and the native API as data."""

@@ -71,7 +71,7 @@ def _below(kind: type) -> list[type]:
     """Every body or answer of a route: the structs that no other one builds on."""
     found: list[type] = []
     for sub in kind.__subclasses__():
-        if sub.__module__.startswith(__package__ or ""):
+        if sub.__module__.startswith(("phloem.server.", "phloem.protocol.")):
             found += [sub, *_below(sub)]
     return found
 

@@ -61,15 +61,17 @@ LAZY = {
     "server/start.py -> phloem.server.supervisor": "half a second, while the engine process imports torch",
     "text/vocabulary.py -> phloem.text.template": "the engine process needs Jinja for few models alone",
     "text/vocabulary.py -> phloem.text.tokenizer": "and a tokenizer once a request is constrained",
+    "cli/doctor.py -> phloem.kernels._native_build": "the doctor tells of what cannot be imported",
+    "cli/doctor.py -> phloem.kernels.native": "the doctor tells of what cannot be imported",
     "models/__init__.py -> phloem.models._scales": "to be moved to the top (models)",
 }
 
 # Imports for type checkers that run against the floors -> the room that owes the repair.
-KNOWN_ARROWS = {"kvcache/pool.py -> phloem.layers.context": "kvcache"}
+KNOWN_ARROWS: dict[str, str] = {}
 # Files that know each other's types -> the room that owes the repair.
 KNOWN_CIRCLES = {
     ("phloem.server.chat.write", "phloem.server.chunks", "phloem.server.completions.write"): "server",
-    ("phloem.kernels.ops", "phloem.kernels.reference", "phloem.kernels.reference_extra"): "kernels",
+    ("phloem.kvcache.audit", "phloem.kvcache.manager", "phloem.kvcache.undo"): "kvcache",
     ("phloem.kernels._native_screen", "phloem.kernels.native_linear"): "kernels",
     ("phloem.engine.candidates", "phloem.engine.slots"): "engine",
     ("phloem.scheduler.planner", "phloem.scheduler.recovery"): "scheduler",
@@ -126,7 +128,7 @@ VENDORS = ("nvidia", "cuda", "rocm", "hip")
 VENDOR_ROOMS = {"platforms", "kernels", "attention"}
 KNOWN_VENDOR_WORDS = {"engine/worker.py hip": "engine"}
 # Files that ask what kind of device this is: how often -> the room that owes a fact of the platform instead.
-DEVICE_TYPE = {"engine/decode.py": 2, "engine/masks.py": 1, "engine/runner.py": 1, "kvcache/pool.py": 2}
+DEVICE_TYPE = {"kvcache/layouts/_storage.py": 1, "kvcache/pool.py": 1}
 
 
 def compare(found: set[str], known: set[str], what: str) -> None:

@@ -16,7 +16,7 @@ from phloem.core.errors import ConfigError
 from phloem.kernels import reference as ref
 from phloem.kernels.ops import Ops, PagedBatch, Rotation
 from phloem.kvcache.pool import KVPool
-from phloem.layers.context import AttentionSpec, Heads
+from phloem.layers.context import AttentionSpec, Heads, memory_of
 
 CPU = torch.device("cpu")
 PAGE = 4
@@ -54,7 +54,7 @@ def paged_batch(rows: list[tuple[int, int]], page_size: int, num_pages: int) -> 
 
 def make_case(rows: list[tuple[int, int]], spec: AttentionSpec, dtype: torch.dtype = torch.float32) -> Case:
     pages = sum(-(-length // PAGE) for _, length in rows) + 3
-    pool = KVPool([dataclasses.replace(spec, pool=0)], pages, PAGE, dtype, CPU)
+    pool = KVPool(memory_of([dataclasses.replace(spec, pool=0)]), [pages], PAGE, dtype, CPU)
     pool.keys[0].normal_()
     pool.values[0].normal_()
     tokens = sum(queries for queries, _ in rows)

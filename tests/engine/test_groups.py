@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class Recurrent:
         (sums,) = state.tensors
         before = torch.where(state.fresh[:, None], 0.0, sums[state.reads])
         out, bounds = torch.zeros(len(step.input_ids), 4), state.query_start.tolist()
-        for row, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for row, (start, end) in enumerate(pairwise(bounds)):
             now = before[row]
             for token in range(start, end):
                 now = out[token] = (now * 3 + step.input_ids[token]) % 97

@@ -16,7 +16,7 @@ from phloem.core.errors import ConfigError
 from phloem.kernels import reference as ref
 from phloem.kernels.ops import Ops, PagedBatch, Rotation
 from phloem.kvcache.pool import KVPool
-from phloem.layers.context import AttentionSpec, Heads
+from phloem.layers.context import AttentionSpec, Heads, memory_of
 from phloem.platforms import cuda, rocm, xpu
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -149,7 +149,7 @@ def _step(
 ) -> tuple[PagedBatch, KVPool, list[torch.Tensor]]:
     torch.manual_seed(0)
     rows, width = len(seq_lens), -(-max(seq_lens) // 4)
-    pool = KVPool([spec], rows * width + 1, 4, torch.float32, CPU)
+    pool = KVPool(memory_of([spec]), [rows * width + 1], 4, torch.float32, CPU)
     pool.keys[0].normal_(), pool.values[0].normal_()
     table = (torch.randperm(rows * width) + 1).view(rows, width).int()
     slots = [

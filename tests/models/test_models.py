@@ -7,18 +7,20 @@ import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from phloem.attention import BACKENDS, Memory, begin
+from phloem.attention import BACKENDS, begin
 from phloem.checkpoint.describe import demo_path, describe
 from phloem.core.errors import ModelLoadError
+from phloem.core.memory import groups_of
 from phloem.kernels.ops import Ops, PagedBatch
 from phloem.kvcache.pool import KVPool
-from phloem.layers.context import BuildContext, ForwardBatch
+from phloem.layers.context import BuildContext, ForwardBatch, memory_of
 from phloem.models import FAMILIES, load_model
 from phloem.testing import checkpoints
 from phloem.testing.checkpoints import tiny_checkpoint, tiny_gguf
@@ -55,7 +57,8 @@ class Engine:
         self.checkpoint = describe(str(path), **options)
         self.model = load_model(self.checkpoint, BuildContext(self.ops, dtype, CPU))
         kept = kv_dtype or dtype
-        self.pool = KVPool(self.model.attention_specs, 256, PAGE, kept, CPU)
+        memory = memory_of(self.model.attention_specs)
+        self.pool = KVPool(memory, [256] * len(groups_of(memory)), PAGE, kept, CPU)
         self.attention = BACKENDS.module("cpu").Backend(self.ops, self.model.attention_specs, CPU, kept)
         self.free = list(range(1, 256))
 
@@ -83,7 +86,8 @@ class Engine:
             max_seq_len=max(lengths),
         )
         index = None if every else torch.tensor(starts[1:]) - 1
-        step = ForwardBatch(torch.tensor(ids), torch.tensor(positions), begin(self.attention, batch, self.pool), index)
+        memory = begin(self.attention, [batch] * len(self.pool.groups), self.pool)
+        step = ForwardBatch(torch.tensor(ids), torch.tensor(positions), memory, index)
         with torch.inference_mode():
             return self.model.head(self.model.forward(step))
 
@@ -532,8 +536,9 @@ def test_forward_is_ops_and_views(made: Any, variant: str) -> None:
         watch.inside -= 1
         return out
 
+    memory: Any = SimpleNamespace(attend=attention)
     for index in (None, torch.tensor([2, 0])):
-        step = ForwardBatch(torch.tensor(PROMPT[:4]), torch.arange(4), Memory(attention), index)
+        step = ForwardBatch(torch.tensor(PROMPT[:4]), torch.arange(4), memory, index)
         with torch.no_grad(), watch:
             logits = model.head(model.forward(step))
         assert logits.shape == (4 if index is None else 2, model.vocab_size)

@@ -165,7 +165,7 @@ def test_what_earlier_owners_left_is_never_seen(name: str) -> None:
     backend = backend_named(name, spec)
     rows = [(1, 6), (5, 5), (1, 23)]
     case = make_case(rows, spec)
-    seen = torch.zeros(case.pool.num_pages, PAGE, dtype=torch.bool)
+    seen = torch.zeros(case.pool.num_pages[0], PAGE, dtype=torch.bool)
     for row, (_, length) in enumerate(rows):
         for position in range(length):
             seen[case.batch.page_table[row, position // PAGE], position % PAGE] = True

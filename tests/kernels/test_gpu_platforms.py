@@ -228,8 +228,8 @@ def test_flashinfer_is_told_the_scales_of_a_float8_cache(monkeypatch: pytest.Mon
     )
     batch, pool, (q, k, v) = _step(queries, [9, 4, 13], SPEC)
     pools = [
-        KVPool([SPEC], pool.num_pages, 4, torch.float8_e4m3fn, CPU, {0: ([15.0], [30.0])}),
-        KVPool([SPEC], pool.num_pages, 4, torch.float32, CPU),
+        KVPool(memory_of([SPEC]), pool.num_pages, 4, torch.float8_e4m3fn, CPU, {0: ([15.0], [30.0])}),
+        KVPool(memory_of([SPEC]), pool.num_pages, 4, torch.float32, CPU),
     ]
     for made in pools:
         by = (15.0, 30.0) if made.scales else (1.0, 1.0)

@@ -22,7 +22,6 @@ from phloem.protocol.body import Parser
 from phloem.protocol.generate.body import GenerateBody
 from phloem.protocol.generate.convert import is_batch, to_request
 from phloem.protocol.generate.write import Renderer, strip
-from phloem.protocol.score import convert as score
 from phloem.protocol.score.body import ScoreBody
 from phloem.protocol.score.write import scores
 from phloem.utils import log

@@ -66,7 +66,7 @@ def test_pages_that_a_window_gave_back_are_never_read(gemma: Path, backend: str,
         if given_back:
             tables = stepper._tables
 
-            def without(table: Any, stepper: Any = stepper, tables: Any = tables) -> Any:
+            def without(table: Any, stepper: Any = stepper, tables: Any = tables, runner: Any = runner) -> Any:
                 full, part = (one.copy() for one in tables(table))
                 for place, row in enumerate(stepper.rows):
                     first = runner.groups[1].first_needed(row.computed)

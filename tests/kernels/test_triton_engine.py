@@ -83,8 +83,8 @@ def test_model_on_the_triton_table(name: str, tmp_path: object) -> None:
     want_pool, got_pool = (pool_of(specs, 6, 8, torch.float32, torch.device("cpu")) for _ in range(2))
     backend = backend_file.Backend(ops, specs, torch.device("cpu"), torch.float32)
     for batch, ids, positions, last in steps():
-        want_step = ForwardBatch(ids, positions, Memory(TableStep(Ops(), batch, want_pool)), last)
-        got_step = ForwardBatch(ids, positions, begin(backend, batch, got_pool), last)
+        want_step = ForwardBatch(ids, positions, Memory(want_pool, [TableStep(Ops(), batch, want_pool)]), last)
+        got_step = ForwardBatch(ids, positions, begin(backend, [batch], got_pool), last)
         want = want_model.head(want_model.forward(want_step))
         got = got_model.head(got_model.forward(got_step))
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)

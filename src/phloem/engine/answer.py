@@ -58,9 +58,10 @@ def give_out(output: StepOutput, wanted: Wanted, slots: Sequence[Slot], coming: 
         kept.append(tokens_L[start : start + count].astype(np.int32))
         if slots:
             _follow(slots[start], kept[-1].tolist())
-        for found in (output.logprobs, output.hidden):
-            if row in found:
-                found[row] = found[row][:count]
+        if row in output.logprobs:
+            output.logprobs[row] = output.logprobs[row][:count]
+        if row in output.hidden:
+            output.hidden[row] = output.hidden[row][:count]
     output.tokens = np.concatenate(kept)
 
 

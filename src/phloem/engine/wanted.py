@@ -47,7 +47,7 @@ class Wanted:
         ends = batch.prefix_lens + batch.query_lens
         single = batch.num_tokens == batch.num_rows
         if single or (outputs <= 1).all():
-            at = rows if single else (np.cumsum(batch.query_lens) - 1)[rows]
+            at = rows if single else (np.cumsum(batch.query_lens, dtype=np.int64) - 1)[rows]
             return Wanted(rows, batch.slots[rows], ends[rows], at)
         counts = outputs[rows]
         starts = np.cumsum(counts) - counts

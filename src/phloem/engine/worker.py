@@ -102,16 +102,15 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     sizing = size_pool(config.cache, platform, need, min(model.weight_bytes, free))
     decisions += sizing.decisions
     pool = KVPool(memory_of(model.attention_specs), sizing.num_pages, page, kv_dtype, platform.device, scales)
-    facts = platform.facts
-    place = choice.Place(model, backend, pool, ops, facts, platform.memory()[0], sizing.graph_bytes)
+    place = choice.Place(model, backend, pool, ops, platform.facts, platform.memory()[0], sizing.graph_bytes)
     pages = -(-min(context, sizing.tokens) // page) + 1
-    recorded = choice.choose(config.runtime, place, running, pages, chunk, decisions)
+    ways = choice.choose(config.runtime, place, running, pages, chunk, decisions)
     phase.end("memory")
     if config.runtime.record_graphs_before_ready:
-        choice.record_all(recorded, decisions)
+        choice.record_all(ways, decisions)
         phase.end("graphs")
     runner = ModelRunner(
-        model, backend, pool, ops, running, facts=facts, recorded=recorded,
+        model, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps,
     )  # fmt: skip
     info = {

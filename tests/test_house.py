@@ -61,8 +61,6 @@ LAZY = {
     "server/start.py -> phloem.server.supervisor": "half a second, while the engine process imports torch",
     "text/vocabulary.py -> phloem.text.template": "the engine process needs Jinja for few models alone",
     "text/vocabulary.py -> phloem.text.tokenizer": "and a tokenizer once a request is constrained",
-    "cli/doctor.py -> phloem.kernels._native_build": "the doctor tells of what cannot be imported",
-    "cli/doctor.py -> phloem.kernels.native": "the doctor tells of what cannot be imported",
     "models/__init__.py -> phloem.models._scales": "to be moved to the top (models)",
 }
 
@@ -74,17 +72,13 @@ KNOWN_CIRCLES = {
     ("phloem.kvcache.audit", "phloem.kvcache.manager", "phloem.kvcache.undo"): "kvcache",
     ("phloem.kernels._native_screen", "phloem.kernels.native_linear"): "kernels",
     ("phloem.engine.candidates", "phloem.engine.slots"): "engine",
-    ("phloem.scheduler.planner", "phloem.scheduler.recovery"): "scheduler",
-    ("phloem.scheduler.control", "phloem.scheduler.scheduler"): "scheduler",
 }
 
 # `getattr` with a default and `hasattr` on our own objects are holes in a protocol: file, attribute -> room.
 HOLES = {
-    "engine/recording.py 'recordable'": "attention",
     "models/__init__.py 'checkpoint_name'": "models",
     "models/_weights.py 'nbytes'": "kernels",
     "quant/_groups.py 'workers'": "quant",
-    "scheduler/scheduler.py 'graph_bytes'": "scheduler",
     "bench/_floors.py 'forms'": "kernels",
     "bench/kernels.py 'native'": "kernels",
     "bench/kernels.py 'nbytes'": "kernels",

@@ -23,6 +23,7 @@ from phloem.protocol.generate.body import GenerateBody
 from phloem.protocol.generate.convert import is_batch, to_request
 from phloem.protocol.generate.write import Renderer, strip
 from phloem.protocol.score.body import ScoreBody
+from phloem.protocol.score.convert import to_request as score_request
 from phloem.protocol.score.write import scores
 from phloem.utils import log
 

@@ -55,13 +55,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from phloem.kvcache import audit, undo
+from phloem.kvcache import audit, report, undo
 from phloem.kvcache.allocator import PageAllocator
 from phloem.kvcache.lease import SLOTS, Given, Hold, Lease, Turn
 from phloem.kvcache.namespaces import namespace
 from phloem.kvcache.node import NO_PAGES, Node, ends_between, path_to
 from phloem.kvcache.radix import Found, RadixCache
-from phloem.kvcache.report import view_of
 from phloem.kvcache.snapshots import Snapshots
 from phloem.kvcache.windows import WindowPages
 
@@ -146,7 +145,7 @@ class CacheManager:
     @property
     def available_pages(self) -> int:
         """What `reserve` can get at most of the first group: free pages and those that eviction would free."""
-        return self.allocators[0].available + self._evictable(0)
+        return self.allocators[0].available + self.evictable(0)
 
     def pages_for(self, tokens: int) -> int:
         """Most pages of the first group that a request of so many tokens holds at once."""
@@ -496,37 +495,11 @@ class CacheManager:
 
     def snapshot(self, max_nodes: int = 512) -> dict[str, Any]:
         """The tree for a live view: totals in tokens of the first group; at most `max_nodes` nodes, parents first."""
-        size = self.page_size
-        return {
-            "enabled": self.enabled,
-            "page_size": size,
-            "total_tokens": self.total_pages * size,
-            "free_tokens": self.free_pages * size,
-            "held_tokens": self.held_pages * size,
-            "cached_tokens": self.cached(0) * size,
-            "evictable_tokens": self._evictable(0) * size,
-            "evicted_tokens": self.evicted_pages * size,
-            "num_nodes": self.tree.num_nodes,
-            "nodes": view_of(self.tree, max_nodes),
-            "groups": self.group_accounts(),
-        }
+        return report.snapshot(self, max_nodes)
 
     def group_accounts(self) -> list[dict[str, Any]]:
         """Each group's pages, or slots of state: where they are."""
-        return [
-            {
-                "kind": group.kind,
-                "window": group.window,
-                "layers": len(group.layers),
-                "total": self.allocators[number].usable,
-                "free": self.allocators[number].available,
-                "held": self.own[number],
-                "cached": self.cached(number),
-                "evictable": self._evictable(number),
-                "evicted": self.evicted[number],
-            }
-            for number, group in enumerate(self.groups)
-        ]
+        return report.group_accounts(self)
 
     def cached(self, number: int) -> int:
         """Pages, or snapshots, that a group has in the tree."""
@@ -549,7 +522,8 @@ class CacheManager:
             return self.states
         return self.windows[number - self.paged] if self.groups[number].window else None
 
-    def _evictable(self, number: int) -> int:
+    def evictable(self, number: int) -> int:
+        """Pages, or snapshots, of a group that eviction would free."""
         account = self._account(number)
         return self.tree.evictable_pages if account is None else account.evictable
 
@@ -573,7 +547,7 @@ class CacheManager:
         """So many pages of each group, evicting where too few are free; None, and nothing changes, where that fails."""
         short = [count - allocator.available for count, allocator in zip(need, self.allocators, strict=True)]
         for number, count in enumerate(short):
-            if count > 0 and count > self._evictable(number):
+            if count > 0 and count > self.evictable(number):
                 return None
         for number, count in enumerate(need):
             self._evict(number, count - self.allocators[number].available)

@@ -1,4 +1,4 @@
-"""The prefix tree for people: a bounded view of it."""
+"""Groups and prefix tree for people: accounts, and a bounded view of the nodes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,45 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from phloem.kvcache.manager import CacheManager
     from phloem.kvcache.node import Node
     from phloem.kvcache.radix import RadixCache
+
+
+def snapshot(cache: CacheManager, max_nodes: int) -> dict[str, Any]:
+    """See `CacheManager.snapshot`."""
+    size = cache.page_size
+    return {
+        "enabled": cache.enabled,
+        "page_size": size,
+        "total_tokens": cache.total_pages * size,
+        "free_tokens": cache.free_pages * size,
+        "held_tokens": cache.held_pages * size,
+        "cached_tokens": cache.cached(0) * size,
+        "evictable_tokens": cache.evictable(0) * size,
+        "evicted_tokens": cache.evicted_pages * size,
+        "num_nodes": cache.tree.num_nodes,
+        "nodes": view_of(cache.tree, max_nodes),
+        "groups": group_accounts(cache),
+    }
+
+
+def group_accounts(cache: CacheManager) -> list[dict[str, Any]]:
+    """See `CacheManager.group_accounts`."""
+    return [
+        {
+            "kind": group.kind,
+            "window": group.window,
+            "layers": len(group.layers),
+            "total": cache.allocators[number].usable,
+            "free": cache.allocators[number].available,
+            "held": cache.own[number],
+            "cached": cache.cached(number),
+            "evictable": cache.evictable(number),
+            "evicted": cache.evicted[number],
+        }
+        for number, group in enumerate(cache.groups)
+    ]
 
 
 def view_of(tree: RadixCache, max_nodes: int = 512, preview: int = 16) -> list[dict[str, Any]]:

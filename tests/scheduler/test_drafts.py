@@ -360,4 +360,3 @@ def test_the_toy_runner_reads_every_group_of_memory() -> None:
         assert len(output.tokens) == output.counts[0] == (1 if first else 3)
         first, read, write = False, write, read
     assert tokens[:12] == answer
-

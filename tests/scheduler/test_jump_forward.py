@@ -25,6 +25,8 @@ SCHEMA = {
     "required": ["a_rather_long_property_name", "another_long_property_name", "the_last_property"],
     "additionalProperties": False,
 }
+
+
 @pytest.fixture(scope="module")
 def jumping() -> Any:
     made = Ready(True)

@@ -47,7 +47,9 @@ class Running:
         self.runner = FakeRunner(200, 4, 8, delay=delay)
         self.unfold = Unfold()
         settings = ScheduleSettings(8, 1000, 1000, overlap=overlap, debug_invariants=True)
-        self.scheduler = Scheduler(self.runner, settings, CacheManager(self.runner.groups, self.runner.num_pages, 4), self.sent.put)
+        self.scheduler = Scheduler(
+            self.runner, settings, CacheManager(self.runner.groups, self.runner.num_pages, 4), self.sent.put
+        )
         self.thread = threading.Thread(target=loop.run, args=(self.scheduler, self.box, self.beats.append), daemon=True)
         self.thread.start()
 

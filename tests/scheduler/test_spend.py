@@ -118,7 +118,8 @@ def request(name: str, known: list[int], key: float, room: int) -> Request:
     return made
 
 
-tokens = st.lists(st.sampled_from([11, 12]), min_size=1, max_size=30)
+# Two prompts, and beginnings of them: many share pages.
+tokens = st.builds(lambda kind, count: [11] * 6 + [kind] * count, st.sampled_from([11, 12]), st.integers(1, 40))
 
 
 @st.composite
@@ -127,7 +128,7 @@ def tables(draw: Any) -> tuple[Slots, list[Want], Means]:
     for index in range(draw(st.integers(0, 5))):
         known = draw(tokens)
         made = request(f"r{index}", known, draw(st.integers(0, 3)), draw(st.integers(1, 40)))
-        computed = len(known) - 1 if draw(st.booleans()) else draw(st.integers(0, len(known) - 1))
+        computed = draw(st.sampled_from([len(known) - 1, len(known) - 1, 0, 4, (len(known) - 1) // 2]))
         held = math.ceil(computed / S) + draw(st.integers(0, 2))
         lease: Any = SimpleNamespace(shared=0, held=held)
         slots.enter(made, lease, made.prompt)
@@ -139,19 +140,19 @@ def tables(draw: Any) -> tuple[Slots, list[Want], Means]:
     for index in range(draw(st.integers(0, 8))):
         known = draw(tokens)
         made = request(f"w{index}", known, 0.0, draw(st.integers(1, 40)))
-        cached = draw(st.integers(0, (len(known) - 1) // S))
+        cached = draw(st.sampled_from([0, 0, 1, (len(known) - 1) // S]))
         pages = math.ceil(len(known) / S) - cached
         sharable = (cached + 1) * S <= len(known) - 1
         wants.append(Want(made, made.prompt, cached * S, pages, min(made.limit - len(known), HORIZON), sharable))
-    budget = draw(st.integers(1, 60))
+    budget = draw(st.sampled_from([1, 7, 30, 60, 100]))
     means = Means(
-        pace=Pace(budget, draw(st.integers(1, budget)), draw(st.integers(1, budget))),
-        most=draw(st.sampled_from([1, 2, 5, 20, 100])),
-        pages=draw(st.integers(0, 30)),
-        entries=draw(st.integers(0, slots.num_free)),
+        pace=Pace(budget, draw(st.sampled_from([1, budget])), draw(st.sampled_from([budget // 2 + 1, budget]))),
+        most=draw(st.sampled_from([2, 20, 100, 100])),
+        pages=draw(st.integers(0, 40)),
+        entries=draw(st.sampled_from([0, 1, slots.num_free, slots.num_free])),
         queued=bool(wants),
         share=draw(st.sampled_from([0.0, 0.3, 1.0])),
-        resting=set(draw(st.lists(st.integers(0, 5), max_size=2))),
+        resting=set(draw(st.lists(st.integers(0, 5), max_size=1))),
     )
     return slots, wants, means
 

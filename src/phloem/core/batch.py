@@ -199,5 +199,3 @@ class Runner(Protocol):
 def sure(outputs: NDArray[np.int32]) -> NDArray[np.bool_]:
     """[R]: rows that are sure to yield exactly one token: those advance when they are launched."""
     return outputs == 1
-
-

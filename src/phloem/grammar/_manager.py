@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from phloem.core.messages import Submit
     from phloem.core.request import SamplingParams
-    from phloem.grammar._base import Compiled, Constraint, Engine, Matcher, Vocabulary, Whitespace
+    from phloem.grammar._base import Compiled, Constraint, Engine, Vocabulary, Whitespace
 
 ENGINES = Registry("phloem.grammar", "grammar engine")
 

@@ -148,7 +148,9 @@ class CacheManager:
             return Found(0, None)
         return self.tree.find(namespace, tokens[: pages * self.page_size].tobytes(), pages)
 
-    def match(self, namespace: str, tokens: NDArray[np.int32], limit: int, tables: Sequence[NDArray[np.int32]]) -> Lease:
+    def match(
+        self, namespace: str, tokens: NDArray[np.int32], limit: int, tables: Sequence[NDArray[np.int32]]
+    ) -> Lease:
         """Lock the longest cached prefix of `tokens`, at most `limit` tokens, and put its pages into `tables`."""
         lease = Lease(namespace, tables)
         if self.enabled:

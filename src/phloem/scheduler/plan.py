@@ -31,6 +31,29 @@ class Pace:
 
 
 @dataclass(slots=True)
+class Headroom:
+    """Which share of the tokens still to come must fit before one more request is admitted. Preemptions raise it."""
+
+    share: float = 0.3
+    low: float = 0.1
+
+    def preempted(self) -> None:
+        self.share = min(1.0, self.share + 0.15)
+
+    def relax(self) -> None:
+        self.share = max(self.low, self.share - 0.002)
+
+
+@dataclass(slots=True)
+class Refusal:
+    """A request that planning found impossible, or that failed while it was planned."""
+
+    request: Request
+    message: str
+    status_code: int
+
+
+@dataclass(slots=True)
 class Plan:
     """A batch and what the scheduler must know of it."""
 

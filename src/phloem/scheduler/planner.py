@@ -16,71 +16,33 @@ are none, somebody gives up theirs and it is decided anew.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phloem.core.batch import FROM_DEVICE, Admission, Batch, sure
+from phloem.core.batch import FROM_DEVICE, sure
 from phloem.core.request import RequestStatus
-from phloem.scheduler.plan import HORIZON, Means, Pace, Plan, Spent, Want, spend
+from phloem.scheduler.batches import Steady, assemble, entry
+from phloem.scheduler.plan import HORIZON, Headroom, Means, Refusal, Want, spend
 from phloem.scheduler.recovery import Throttle
 from phloem.scheduler.state import STEP
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from typing import Any
 
     from numpy.typing import NDArray
 
-    from phloem.core.batch import Follower, StepOutput
+    from phloem.core.batch import StepOutput
     from phloem.kvcache.manager import CacheManager, Lease
-    from phloem.scheduler.plan import Chunk
+    from phloem.scheduler.plan import Chunk, Pace, Plan, Spent
     from phloem.scheduler.policies import Policy, WaitingQueue
-    from phloem.scheduler.state import Request, Slots
+    from phloem.scheduler.state import Entry, Request, Slots
 
 log = logging.getLogger(__name__)
 
 SCAN = 64  # candidates looked at beyond the free slots; those that wait for a shared prefix are passed over
 _NOTHING = np.empty(0, dtype=np.int32)
-
-
-@dataclass(slots=True)
-class Headroom:
-    """Which share of the tokens still to come must fit before one more request is admitted. Preemptions raise it."""
-
-    share: float = 0.3
-    low: float = 0.1
-
-    def preempted(self) -> None:
-        self.share = min(1.0, self.share + 0.15)
-
-    def relax(self) -> None:
-        self.share = max(self.low, self.share - 0.002)
-
-
-@dataclass(slots=True)
-class _Steady:
-    """The rows of a launched step that only decoded. While nobody comes or goes the next has the same, one token on."""
-
-    active: NDArray[np.int32]  # the slots; another array (`Slots.active`) means other rows
-    rows: list[Request]
-    query_lens: NDArray[np.int32]
-    outputs: NDArray[np.int32]
-    tables: tuple[NDArray[np.int32], ...]
-    pages: int  # that these tables are wide
-    covered: NDArray[np.int32]  # positions that each row has pages for
-    longest: int  # tokens of the longest row, with the one that is computed next
-    left: int  # steps until a row comes to its end
-
-
-@dataclass(slots=True)
-class Refusal:
-    """A request that planning found impossible, or that failed while it was planned."""
-
-    request: Request
-    message: str
-    status_code: int
 
 
 class Planner:
@@ -109,14 +71,13 @@ class Planner:
         self.prompt_tokens = 0  # of all first admissions
         self.cached_tokens = 0
         self._step = 0
-        self._steady: _Steady | None = None
+        self._steady: Steady | None = None  # says what comes next if nothing changes: an answer, no state
 
     def next_batch(self) -> Plan | None:
         """The next step's work, or None. Takes pages and slots, but `computed` advances only in `advance`."""
-        steady = self._one_more()
-        if steady is not None:
-            self.headroom.relax()
-            return steady
+        plan = self._one_more()
+        if plan is not None:
+            return self._counted(plan)
         if self.pace.draft_room and self._out_of_step():
             return None
         preemptions, resting = self.preemptions, set[int]()
@@ -128,11 +89,25 @@ class Planner:
             if not lacking:
                 break
             self._make_room(lacking, resting)
-        entered = self._enter_all(spent) if spent.entries else []
-        self.headroom.relax()
+        entered = self._enter_all(spent)
         if not len(spent.decodes) and not spent.chunks and not entered:
+            self.headroom.relax()
             return None
-        return self._assemble(spent, entered)
+        return self._counted(assemble(self.slots, spent, entered, self._step + 1, self.epoch))
+
+    def _counted(self, plan: Plan) -> Plan:
+        self.headroom.relax()
+        self._step = plan.batch.step
+        return plan
+
+    def _one_more(self) -> Plan | None:
+        """The next step of the rows that have just been launched, if these are all that may run."""
+        slots, steady, active = self.slots, self._steady, self.slots.active()
+        if steady is None or steady.active is not active or steady.left <= 0 or len(active) > self.throttle.budget:
+            return None
+        if slots.readmit or (len(self.queue) and slots.num_free):
+            return None
+        return steady.next(slots, self.cache, self._step + 1, self.epoch)
 
     def advance(self, plan: Plan) -> None:
         """The plan's batch is launched: requests advance, and whole pages of known tokens enter the tree.
@@ -145,10 +120,7 @@ class Planner:
         if self.cache.has_states:
             plan.given += [self.cache.given(slots.lease(slot)) for slot in at.tolist()]
         if plan.steady and steady is not None:
-            slots.computed[at] += 1
-            slots.length[at] += 1
-            slots.next_token[at] = FROM_DEVICE
-            steady.longest, steady.left = steady.longest + 1, steady.left - 1
+            steady.launched(slots)
         else:
             slots.computed[at] += batch.query_lens
             slots.length[at] += batch.outputs
@@ -189,7 +161,7 @@ class Planner:
         self.epoch += 1
         for request in self.slots.running():
             try:
-                self.slots.readmit[request.slot] = self._admission(request, request.known)
+                self.slots.readmit[request.slot] = entry(request, request.known, self.eos_ids)
             except Exception as error:
                 self._failed(request, error)
 
@@ -335,16 +307,16 @@ class Planner:
         self.preempt(victim)
         self.headroom.preempted()
 
-    def _enter_all(self, spent: Spent) -> list[tuple[Chunk, Admission, Follower | None]]:
+    def _enter_all(self, spent: Spent) -> list[tuple[Chunk, Entry]]:
         """Put waiting requests into slots, with pages for their first chunks; behind one that finds none all wait."""
-        entered: list[tuple[Chunk, Admission, Follower | None]] = []
+        entered: list[tuple[Chunk, Entry]] = []
         promised = spent.promised
         for chunk in spent.entries:
             request = chunk.request
             try:
                 if not self._enter(chunk, promised):
                     break
-                admission, follower = self._admission(request, chunk.known)
+                entered.append((chunk, entry(request, chunk.known, self.eos_ids)))
             except Exception as error:
                 if request.slot >= 0:
                     self.release(request, keep=False)
@@ -352,7 +324,6 @@ class Planner:
                 self._failed(request, error)
                 continue
             self.queue.take(request)
-            entered.append((chunk, admission, follower))
             missing = len(chunk.known) - int(self.slots.covered[request.slot])
             growth = int(self._growth(request, len(chunk.known)) * self.headroom.share)
             promised += self._pages(max(0, missing)) + self._pages(growth)
@@ -386,103 +357,10 @@ class Planner:
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.slots.page_size)
 
-    def _admission(self, request: Request, known: NDArray[np.int32]) -> tuple[Admission, Follower | None]:
-        submit, params, constraint = request.submit, request.params, request.constraint
-        ends = (() if params.ignore_eos else self.eos_ids) + tuple(params.stop_token_ids)
-        follower = None if constraint is None else constraint.follower(request.output)
-        admission = Admission(
-            slot=request.slot,
-            request_id=request.id,
-            params=params,
-            seed=request.seed,
-            tokens=known,
-            num_prompt=request.num_prompt,
-            eos_ids=ends if follower is None else (),  # masks keep `min_new_tokens`, where the constraint allows
-            return_logprob=submit.return_logprob,
-            top_logprobs=submit.top_logprobs,
-            token_ids_logprob=tuple(submit.token_ids_logprob),
-            return_hidden=submit.return_hidden,
-            constrained=follower is not None,
-        )
-        return admission, follower
-
     def _failed(self, request: Request, error: Exception) -> None:
         """One request's planning raised: it ends, alone."""
         log.error("request %s failed while it was planned", request.id, exc_info=error)
         self.refused.append(Refusal(request, f"{type(error).__name__}: {error}", 500))
-
-    # the batch
-
-    def _assemble(self, spent: Spent, entered: Sequence[tuple[Chunk, Admission, Follower | None]]) -> Plan:
-        slots, decodes = self.slots, spent.decodes
-        chunks = [*spent.chunks, *(chunk for chunk, _, _ in entered)]
-        prefills = [chunk.request for chunk in chunks]
-        rows = [slots.at(slot) for slot in decodes.tolist()] + prefills
-        at = np.concatenate([decodes, np.array([request.slot for request in prefills], dtype=np.int32)])
-        query_lens = np.ones(len(rows), dtype=np.int32)
-        query_lens[len(decodes) :] = [chunk.count for chunk in chunks]
-        prefix_lens = slots.computed[at]
-        ends = prefix_lens + query_lens
-        longest = int(ends.max())
-        drafts = None
-        if spent.room is not None and spent.room.any():
-            drafts = np.zeros(len(rows), dtype=np.int32)
-            drafts[: len(decodes)] = spent.room
-            longest = int((ends + drafts).max())
-        ids = [slots.next_token[decodes]] + [chunk.known[chunk.start : chunk.start + chunk.count] for chunk in chunks]
-        targets: dict[int, NDArray[np.int32]] = {}
-        for row, chunk in enumerate(chunks, start=len(decodes)):
-            found = _targets(chunk.request, chunk.start, chunk.count)
-            if found is not None:
-                targets[row] = found
-        told = [slots.readmit.pop(slot) for slot in at.tolist() if slot in slots.readmit] if slots.readmit else []
-        told += [(admission, follower) for _, admission, follower in entered]
-        self._step += 1
-        batch = Batch(
-            step=self._step,
-            slots=at,
-            query_lens=query_lens,
-            prefix_lens=prefix_lens,
-            input_ids=np.concatenate(ids),
-            tables=slots.gather(at, longest),
-            outputs=((ends == slots.length[at]) & slots.samples[at]).astype(np.int32),
-            admissions=[admission for admission, _ in told],
-            prompt_targets=targets,
-            drafts=drafts,
-            epoch=self.epoch,
-        )
-        followers = [(admission.slot, follower) for admission, follower in told if follower is not None]
-        return Plan(batch, rows, prefills, [chunk.request for chunk, _, _ in entered], followers)
-
-    def _one_more(self) -> Plan | None:
-        """The next step of the rows that have just been launched, if they are all; None where pages must be taken."""
-        slots, steady, active = self.slots, self._steady, self.slots.active()
-        if steady is None or steady.active is not active or steady.left <= 0 or len(active) > self.throttle.budget:
-            return None
-        if slots.readmit or (len(self.queue) and slots.num_free):
-            return None
-        computed = slots.computed[active]
-        needy = np.flatnonzero(computed >= steady.covered)
-        if len(needy):
-            if not self.cache.reserve_one_each([slots.lease(slot) for slot in active[needy].tolist()]):
-                return None
-            slots.covered[active[needy]] += slots.page_size
-            steady.covered = slots.covered[active]
-        pages = -(-steady.longest // slots.page_size)
-        if len(needy) or pages != steady.pages or slots.moved:
-            steady.tables, steady.pages = slots.gather(active, steady.longest), pages
-        self._step += 1
-        batch = Batch(
-            step=self._step,
-            slots=active,
-            query_lens=steady.query_lens,
-            prefix_lens=computed,
-            input_ids=slots.next_token[active],
-            tables=steady.tables,
-            outputs=steady.outputs,
-            epoch=self.epoch,
-        )
-        return Plan(batch, steady.rows, steady=True)
 
     # after the launch
 
@@ -492,7 +370,7 @@ class Planner:
         ends = (slots.length[at] >= slots.limit[at]) & (yields | (slots.computed[at] >= slots.length[at]))
         self._steady = None
         if not plan.prefills and not ends.any() and yields.all() and not self.pace.draft_room:
-            self._steady = self._steadily(plan)
+            self._steady = Steady.after(plan, slots)
             return
         for row in np.flatnonzero(ends).tolist():
             slots.retire(plan.rows[row].slot)
@@ -501,25 +379,6 @@ class Planner:
         if self.pace.draft_room:
             for row in np.flatnonzero(yields).tolist():
                 slots.hold(plan.rows[row].slot, STEP)
-
-    def _steadily(self, plan: Plan) -> _Steady | None:
-        """What goes on from a step that only decoded and has been launched; None where the next one is not alike."""
-        slots, batch = self.slots, plan.batch
-        active, at = slots.active(), batch.slots
-        if len(at) != len(active):
-            return None
-        longest = int(slots.computed[at].max()) + 1
-        return _Steady(
-            active=active,
-            rows=plan.rows,
-            query_lens=batch.query_lens,
-            outputs=batch.outputs,
-            tables=batch.tables,
-            pages=-(-(longest - 1) // slots.page_size),
-            covered=slots.covered[at],
-            longest=longest,
-            left=int((slots.limit[at] - slots.length[at]).min()) - 1,
-        )
 
     def _commit(self, plan: Plan) -> None:
         for request in plan.prefills:
@@ -551,15 +410,3 @@ class Planner:
 
 def _place(request: Request) -> tuple[float, int]:
     return request.place
-
-
-def _targets(request: Request, start: int, count: int) -> NDArray[np.int32] | None:
-    """For new positions start..start+count: the prompt token after each, or -1 where its logprob is not wanted."""
-    if not request.wants_prompt or start + count < request.targets_from or start + 1 >= request.num_prompt:
-        return None
-    targets = np.full(count, -1, dtype=np.int32)
-    first = max(start + 1, request.targets_from)
-    last = min(start + count + 1, request.num_prompt)
-    if first < last:
-        targets[first - start - 1 : last - start - 1] = request.prompt[first:last]
-    return targets

@@ -9,7 +9,7 @@ chunk, the return after a preemption and a decode (difference 1) are all this on
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -128,6 +128,13 @@ def pack_logprobs(items: list[PositionLogprobs], submit: Submit) -> Logprobs:
     )
 
 
+class Entry(NamedTuple):
+    """A request that the runner is told of."""
+
+    admission: Admission
+    follower: Follower | None
+
+
 class Slots:
     """The running requests by slot. Tables are rows of one array a group, so that a batch gathers them in one call.
 
@@ -154,7 +161,7 @@ class Slots:
         self.next_token = np.full(count, FROM_DEVICE, dtype=np.int32)
         self.samples = np.zeros(count, dtype=np.bool_)
         # Active slots that the runner must be told of again.
-        self.readmit: dict[int, tuple[Admission, Follower | None]] = {}
+        self.readmit: dict[int, Entry] = {}
         self._free = list(range(count - 1, -1, -1))
         self._active: dict[int, Request] = {}
         self._held: dict[int, int] = {}  # slot -> why, as bits

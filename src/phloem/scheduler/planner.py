@@ -23,7 +23,7 @@ import numpy as np
 from phloem.core.batch import FROM_DEVICE, sure
 from phloem.core.request import RequestStatus
 from phloem.scheduler.batches import Steady, assemble, entry
-from phloem.scheduler.plan import HORIZON, Headroom, Means, Refusal, Want, spend
+from phloem.scheduler.plan import HORIZON, Chunk, Headroom, Means, Refusal, spend
 from phloem.scheduler.recovery import Throttle
 from phloem.scheduler.state import STEP
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from phloem.core.batch import StepOutput
     from phloem.kvcache.manager import CacheManager, Lease
-    from phloem.scheduler.plan import Chunk, Pace, Plan, Spent
+    from phloem.scheduler.plan import Pace, Plan, Spent
     from phloem.scheduler.policies import Policy, WaitingQueue
     from phloem.scheduler.state import Entry, Request, Slots
 
@@ -80,7 +80,8 @@ class Planner:
             return self._counted(plan)
         if self.pace.draft_room and self._out_of_step():
             return None
-        preemptions, resting = self.preemptions, set[int]()
+        resting: set[int] = set()
+        preemptions = self.preemptions
         while True:
             # Whoever was preempted just now must not take the pages back in the same breath.
             entries = self.slots.num_free if preemptions == self.preemptions else 0
@@ -114,27 +115,17 @@ class Planner:
 
         A row advances by what is sure: its new tokens, and one that they yield. Accepted drafts come with `committed`.
         """
-        slots, batch, steady = self.slots, plan.batch, self._steady
-        at, yields = batch.slots, sure(batch.outputs)
+        slots, batch, steady, states = self.slots, plan.batch, self._steady, self.cache.has_states
         plan.mark = self.cache.mark()
-        if self.cache.has_states:
-            plan.given += [self.cache.given(slots.lease(slot)) for slot in at.tolist()]
+        if states:
+            plan.given += [self.cache.given(slots.lease(slot)) for slot in batch.slots.tolist()]
         if plan.steady and steady is not None:
             steady.launched(slots)
-        else:
-            slots.computed[at] += batch.query_lens
-            slots.length[at] += batch.outputs
-            slots.next_token[at[yields]] = FROM_DEVICE
-        if plan.steady or yields.all():
             for request in plan.rows:
                 request.inflight += 1
         else:
-            for request, output in zip(plan.rows, yields.tolist(), strict=True):
-                request.inflight += output
-        if not plan.steady:
-            self._retire(plan, yields)
-            self._commit(plan)
-        if self.cache.has_states:
+            self._advance(plan)
+        if states:
             for request in plan.rows:
                 if request.lease is not None:
                     self.cache.turn(request.lease)
@@ -215,7 +206,7 @@ class Planner:
             resting=resting,
         )
 
-    def _waiting(self) -> Iterator[Want]:
+    def _waiting(self) -> Iterator[Chunk]:
         """Who may enter, in the policy's order; looked up in the cache when their turn comes."""
         cache, size = self.cache, self.cache.page_size
         for request in self.policy.order(self.queue, self.slots.num_free + SCAN, cache):
@@ -227,24 +218,22 @@ class Planner:
             except Exception as error:
                 self._failed(request, error)
                 continue
-            yield Want(
+            length = len(known)
+            yield Chunk(
                 request=request,
                 known=known,
-                cached=cached * size,
-                pages=min(cache.pages_for(len(known)), -(-len(known) // size) - cached),
-                growth=self._growth(request, len(known)),
+                start=cached * size,
+                pages=min(cache.pages_for(length), -(-length // size) - cached),
+                growth=max(0, min(request.limit - length, self.slots.growing - length, HORIZON)),
                 sharable=cache.enabled and (cached + 1) * size <= limit,
             )
-
-    def _growth(self, request: Request, length: int) -> int:
-        return max(0, min(min(request.limit, self.slots.growing) - length, HORIZON))
 
     # taking it
 
     def _take(self, spent: Spent) -> list[Request]:
         """Pages for what running requests compute. Some may be taken already where it gives who lacks theirs."""
         slots, cache, at = self.slots, self.cache, spent.decodes
-        needy = at[slots.computed[at] >= slots.covered[at]]
+        needy = spent.needy
         if len(needy):
             if not cache.reserve_one_each([slots.lease(slot) for slot in needy.tolist()]):
                 return [max((slots.at(slot) for slot in needy.tolist()), key=_place)]
@@ -325,8 +314,7 @@ class Planner:
                 continue
             self.queue.take(request)
             missing = len(chunk.known) - int(self.slots.covered[request.slot])
-            growth = int(self._growth(request, len(chunk.known)) * self.headroom.share)
-            promised += self._pages(max(0, missing)) + self._pages(growth)
+            promised += self._pages(max(0, missing)) + self._pages(int(chunk.growth * self.headroom.share))
         return entered
 
     def _enter(self, chunk: Chunk, promised: int) -> bool:
@@ -335,7 +323,7 @@ class Planner:
         alone = slots.num_running == 0
         lease = cache.match(request.namespace, known, request.match_limit(), slots.next_free())
         cached = lease.shared * cache.page_size
-        needed = min(cache.pages_for(len(known)), self._pages(len(known)) - lease.held)
+        needed = chunk.pages + (chunk.start - cached) // cache.page_size
         chunk.start, chunk.count = cached, min(len(known) - cached, chunk.count)
         fits = needed <= cache.available_pages - (0 if alone else promised)
         if fits:
@@ -364,9 +352,15 @@ class Planner:
 
     # after the launch
 
-    def _retire(self, plan: Plan, yields: NDArray[np.bool_]) -> None:
+    def _advance(self, plan: Plan) -> None:
         """Rows that surely end are not launched again, those with drafts not before their commit; or all go on."""
-        slots, at = self.slots, plan.batch.slots
+        slots, batch = self.slots, plan.batch
+        at, yields = batch.slots, sure(batch.outputs)
+        slots.computed[at] += batch.query_lens
+        slots.length[at] += batch.outputs
+        slots.next_token[at[yields]] = FROM_DEVICE
+        for request, output in zip(plan.rows, batch.outputs.tolist(), strict=True):
+            request.inflight += output
         ends = (slots.length[at] >= slots.limit[at]) & (yields | (slots.computed[at] >= slots.length[at]))
         self._steady = None
         if not plan.prefills and not ends.any() and yields.all() and not self.pace.draft_room:
@@ -379,6 +373,7 @@ class Planner:
         if self.pace.draft_room:
             for row in np.flatnonzero(yields).tolist():
                 slots.hold(plan.rows[row].slot, STEP)
+        self._commit(plan)
 
     def _commit(self, plan: Plan) -> None:
         for request in plan.prefills:

@@ -109,7 +109,7 @@ class _Slot:
     admission: Admission
     follower: Follower | None
     last: int = FROM_DEVICE
-    unfed: list[int] = field(default_factory=list[int])
+    unfed: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -59,9 +59,9 @@ class Plan:
 
     batch: Batch
     rows: list[Request]
-    prefills: list[Request] = field(default_factory=list)  # the rows after the decodes
-    entered: list[Request] = field(default_factory=list)  # of these, those that take a slot with this step
-    followers: list[tuple[int, Follower]] = field(default_factory=list)  # by slot, for launch
+    prefills: Sequence[Request] = ()  # the rows after the decodes
+    entered: Sequence[Request] = ()  # of these, those that take a slot with this step
+    followers: Sequence[tuple[int, Follower]] = ()  # by slot, for launch
     steady: bool = False  # the rows of the step before it, one token on: nothing ends, nothing enters the tree
     scored: set[int] = field(default_factory=set)  # rows that end a request without sampling
     mark: int = 0  # of the cache, at launch

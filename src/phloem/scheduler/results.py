@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from phloem.core.errors import BadRequest
 from phloem.core.messages import Chunk, Tokens
 from phloem.core.request import FinishReason, RequestStatus
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from phloem.core.batch import PositionLogprobs, StepOutput
@@ -58,20 +59,19 @@ class Results:
     def commit(self, plan: Plan, output: StepOutput) -> None:
         """Take in a step. Rows whose request has ended since the launch are dropped."""
         tokens: list[int] = output.tokens.tolist()
-        counts: list[int] = output.counts.tolist()
-        begin, quick = 0, self.stream_interval == 1
-        for row, (request, count) in enumerate(zip(plan.rows, counts, strict=True)):
-            begin += count
+        rest = range(len(plan.rows))
+        if len(tokens) == len(rest) and plan.batch.drafts is None and self.stream_interval == 1:  # one each
+            rest = [row for row, token in enumerate(tokens) if not self._only_token(plan.rows[row], token)]
+        ends: list[int] = np.cumsum(output.counts).tolist() if rest else []
+        for row in rest:
+            request, begin = plan.rows[row], ends[row - 1] if row else 0
             if request.status is RequestStatus.FINISHED:
                 continue
-            one = count == 1 and request.plain
-            if one and quick and self._only_token(request, tokens[begin - 1]):
-                continue
             try:
-                if one:
-                    self._tokens(request, tokens[begin - 1 : begin])
+                if request.plain and ends[row] - begin == 1:
+                    self._tokens(request, tokens[begin : ends[row]])
                 else:
-                    self._row(plan, output, row, tokens[begin - count : begin])
+                    self._row(plan, output, row, tokens[begin : ends[row]])
             except BadRequest as error:  # its grammar
                 self.fail(request, error.message, error.status)
             except Exception as error:
@@ -135,9 +135,11 @@ class Results:
         Most rows of most steps go this way: it saves a chunk, and calls.
         """
         out = request.output
-        if token in request.stops or request.num_prompt + len(out) + 1 >= request.limit or not request.sent:
+        if token in request.stops or request.num_prompt + len(out) + 1 >= request.limit or not request.plain:
             return False
-        if request.fresh or request.message == self._message:
+        if request.fresh or request.message == self._message or not request.sent:
+            return False
+        if request.status is RequestStatus.FINISHED:
             return False
         request.inflight -= 1
         out.append(token)

@@ -125,10 +125,11 @@ def spend(slots: Slots, waiting: Iterable[Chunk], means: Means) -> Spent:
         decodes = np.array(sorted(_by_place(slots, decodes)[: means.most]), dtype=np.int32)
     needy = decodes[slots.computed[decodes] >= slots.covered[decodes]]
     spent = Spent(decodes, needy)
-    if len(needy) > means.pages:
+    if slots.paged[0] and len(needy) > means.pages:
         spent.lacking = [slots.at(slot) for slot in reversed(_by_place(slots, needy)[means.pages :])]
         return spent
-    purse = _Purse(min(means.pace.budget, means.most), means.pages - len(needy), slots.page_size)
+    pages = means.pages - len(needy) if slots.paged[0] else means.pages
+    purse = _Purse(min(means.pace.budget, means.most), pages, slots.page_size, slots.paged[0])
     if len(decodes):
         # With every slot decoding there must be a token for each, or the last ones would starve.
         purse.left = min(max(purse.left - len(decodes), 0), means.pace.mixed)
@@ -157,13 +158,15 @@ class _Purse:
     left: int  # tokens
     pages: int
     size: int
+    paged: bool  # else these are states, of which a request takes all it ever needs when it enters
 
     def chunk(self, start: int, todo: int, covered: int) -> int:
         """Of `todo` tokens from `start` on, those that can be paid; they are."""
-        count = min(todo, self.left, max(covered, covered + self.pages * self.size) - start)
-        if count > 0:
-            self.left -= count
+        count = min(todo, self.left)
+        if self.paged:
+            count = min(count, covered + max(0, self.pages) * self.size - start)
             self.pages -= max(0, -(-(start + count - covered) // self.size))
+        self.left -= max(0, count)
         return count
 
 
@@ -226,11 +229,10 @@ def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Chunk], means: Means, 
 def _promised(slots: Slots, means: Means) -> int:
     """Pages that running requests will want: the rest of their prompts, and a share of the output to come."""
     staying = slots.staying()
-    if not len(staying):
+    if not len(staying) or not slots.paged[0]:
         return 0
     length = slots.length[staying]
-    # Not `length - covered`: that overflows where nothing bounds what is covered.
-    missing = -(-(np.maximum(length, slots.covered[staying]) - slots.covered[staying]) // slots.page_size)
+    missing = np.maximum(0, -(-(length - slots.covered[staying]) // slots.page_size))
     still = np.minimum(np.minimum(slots.limit[staying], slots.growing) - length, HORIZON)
     growth = int(np.maximum(still, 0).sum() * means.share)
     return int(missing.sum()) + -(-growth // slots.page_size)
@@ -251,7 +253,7 @@ def _give_room(spent: Spent, slots: Slots, means: Means, purse: _Purse) -> None:
     ends = slots.computed[at] + 1
     covered = np.where(ends > slots.covered[at], slots.covered[at] + slots.page_size, slots.covered[at])
     more = -(-np.maximum(ends + room - covered, 0) // slots.page_size)
-    if more.sum() > purse.pages - spent.promised:
+    if slots.paged[0] and more.sum() > purse.pages - spent.promised:
         room = np.minimum(room, covered - ends)
     if room.any():
         spent.room = room.astype(np.int32)

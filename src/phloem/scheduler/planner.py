@@ -115,21 +115,18 @@ class Planner:
 
         A row advances by what is sure: its new tokens, and one that they yield. Accepted drafts come with `committed`.
         """
-        slots, batch, steady, states = self.slots, plan.batch, self._steady, self.cache.has_states
+        slots, steady = self.slots, self._steady
         plan.mark = self.cache.mark()
-        if states:
-            plan.given += [self.cache.given(slots.lease(slot)) for slot in batch.slots.tolist()]
+        if self.cache.has_states:
+            for slot in plan.batch.slots.tolist():
+                self.cache.turn(slots.lease(slot))
+            slots.moved = True
         if plan.steady and steady is not None:
             steady.launched(slots)
             for request in plan.rows:
                 request.inflight += 1
         else:
             self._advance(plan)
-        if states:
-            for request in plan.rows:
-                if request.lease is not None:
-                    self.cache.turn(request.lease)
-            slots.moved = True
 
     def committed(self, plan: Plan, output: StepOutput) -> None:
         """What the step gave is known, and about to be told: accepted drafts count, and windows give back pages."""
@@ -208,7 +205,7 @@ class Planner:
 
     def _waiting(self) -> Iterator[Chunk]:
         """Who may enter, in the policy's order; looked up in the cache when their turn comes."""
-        cache, size = self.cache, self.cache.page_size
+        cache, size, paged = self.cache, self.cache.page_size, self.slots.paged[0]
         for request in self.policy.order(self.queue, self.slots.num_free + SCAN, cache):
             if request.inflight:
                 continue  # its last token is not known yet
@@ -223,7 +220,7 @@ class Planner:
                 request=request,
                 known=known,
                 start=cached * size,
-                pages=min(cache.pages_for(length), -(-length // size) - cached),
+                pages=min(cache.pages_for(length), -(-length // size) - cached) if paged else cache.pages_for(length),
                 growth=max(0, min(request.limit - length, self.slots.growing - length, HORIZON)),
                 sharable=cache.enabled and (cached + 1) * size <= limit,
             )
@@ -314,7 +311,8 @@ class Planner:
                 continue
             self.queue.take(request)
             missing = len(chunk.known) - int(self.slots.covered[request.slot])
-            promised += self._pages(max(0, missing)) + self._pages(int(chunk.growth * self.headroom.share))
+            promised += self._pages(max(0, missing)) if self.slots.paged[0] else 0
+            promised += self._pages(int(chunk.growth * self.headroom.share))
         return entered
 
     def _enter(self, chunk: Chunk, promised: int) -> bool:
@@ -323,7 +321,7 @@ class Planner:
         alone = slots.num_running == 0
         lease = cache.match(request.namespace, known, request.match_limit(), slots.next_free())
         cached = lease.shared * cache.page_size
-        needed = chunk.pages + (chunk.start - cached) // cache.page_size
+        needed = chunk.pages + ((chunk.start - cached) // cache.page_size if slots.paged[0] else 0)
         chunk.start, chunk.count = cached, min(len(known) - cached, chunk.count)
         fits = needed <= cache.available_pages - (0 if alone else promised)
         if fits:
@@ -380,8 +378,7 @@ class Planner:
             computed = int(self.slots.computed[request.slot])
             request.targets_from = max(request.targets_from, computed + 1)
             lease = self.slots.lease(request.slot)
-            if not self.cache.has_states:
-                plan.given.append(self.cache.given(lease))
+            plan.given.append(self.cache.given(lease))
             try:
                 self.cache.commit(lease, request.known, computed)
             except Exception as error:
@@ -392,7 +389,8 @@ class Planner:
         slots, batch = self.slots, plan.batch
         before = batch.prefix_lens
         after = before + batch.query_lens + np.maximum(output.counts - 1, 0)
-        due = np.zeros(len(before), dtype=np.bool_)
+        # A snapshot that a state began from was taken where whole pages end.
+        due = before % slots.page_size == 0 if self.cache.has_states else np.zeros(len(before), dtype=np.bool_)
         for window in slots.windows:
             first = [np.maximum(0, computed - window + 1) // slots.page_size for computed in (before, after)]
             due |= first[0] != first[1]

@@ -153,7 +153,7 @@ class Slots:
         self.tables = tuple(np.zeros((count, width), dtype=np.int32) for width in widths)
         self._rows = [tuple(table[slot] for table in self.tables) for slot in range(count)]
         # Beyond so many tokens a request holds no more pages of the first group: it has a window, or needs none.
-        self.growing = _ALL if not groups[0].window and self.paged[0] else groups[0].window + page_size
+        self.growing = groups[0].window + page_size if groups[0].window else _ALL if self.paged[0] else 0
         self.moved = False  # whether tables of launched rows have changed since `gather`, other than by growing
         self.computed = np.zeros(count, dtype=np.int32)
         self.length = np.zeros(count, dtype=np.int32)
@@ -228,8 +228,8 @@ class Slots:
         return tuple([table[slots, :pages] if paged else table[slots] for table, paged in groups])
 
     def cover(self, slot: int, lease: Lease) -> None:
-        """The lease has grown: what a state takes in needs no pages."""
-        self.covered[slot] = lease.held * self.page_size if self.paged[0] else _ALL
+        """The lease has grown, or shrunk."""
+        self.covered[slot] = lease.held * self.page_size
 
     def enter(self, request: Request, lease: Lease, known: NDArray[np.int32]) -> int:
         slot = self._free.pop()

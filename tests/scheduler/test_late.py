@@ -13,7 +13,7 @@ from phloem.core.late import Prepared
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.scheduler.state import LATE
 from phloem.testing.driver import Driver, random_tokens, storm
-from phloem.testing.fake_runner import FIRST_TOKEN, draw
+from phloem.testing.fake_runner import draw
 
 both = pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlapped"])
 
@@ -252,7 +252,7 @@ def test_a_call_is_answered_when_its_work_between_steps_has_ended() -> None:
         raise ValueError("no such tensor")
 
     controls = driver.scheduler.controls
-    controls.between("good", lambda: FIRST_TOKEN, lambda result: f"{result} tensors")
+    controls.between("good", lambda: 8, lambda result: f"{result} tensors")
     controls.between("bad", fail, str)
     assert driver.scheduler.busy and controls.waiting and not driver.replies
     driver.step()

@@ -474,3 +474,25 @@ def test_any_configuration_gives_right_answers(
     driver.run()
     assert driver.tokens == want
     assert driver.runner.max_tokens <= max(budget, slots)
+
+
+@both
+def test_the_quick_way_of_a_token_says_what_the_long_way_says(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(quick: bool) -> tuple[Any, ...]:
+        driver = Driver(num_pages=40, overlap=overlap, chunked_prefill_size=16)
+        taken = [0]
+        only_token = driver.scheduler.results._only_token
+
+        def count(*args: Any) -> bool:
+            found = quick and only_token(*args)
+            taken[0] += found
+            return found
+
+        monkeypatch.setattr(driver.scheduler.results, "_only_token", count)
+        storm(driver, 30, random.Random(4))
+        driver.submit("scored", [11, 12, 13], 20, return_logprob=True)
+        driver.run()
+        assert (taken[0] > 100) is quick
+        return driver.tokens, driver.finish, driver.scheduler.results.output_tokens, driver.runner.steps
+
+    assert told(True) == told(False)

@@ -84,8 +84,9 @@ class Meter:
         self._since, self._tokens_then = now, tokens
         self._busy = self._forward = 0.0
         self._quiet = not busy
+        fields: dict[str, Any] = {**counts}
         return Stats(
-            **counts,
+            **fields,
             gen_throughput=self.last_throughput,
             cache_hit_rate=planner["cache_hit_rate"],
             preemptions=planner["preemptions"],

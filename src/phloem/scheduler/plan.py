@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -31,43 +31,60 @@ class Pace:
 
 
 @dataclass(slots=True)
+class Headroom:
+    """Which share of the tokens still to come must fit before one more request is admitted. Preemptions raise it."""
+
+    share: float = 0.3
+    low: float = 0.1
+
+    def preempted(self) -> None:
+        self.share = min(1.0, self.share + 0.15)
+
+    def relax(self) -> None:
+        self.share = max(self.low, self.share - 0.002)
+
+
+@dataclass(slots=True)
+class Refusal:
+    """A request that planning found impossible, or that failed while it was planned."""
+
+    request: Request
+    message: str
+    status_code: int
+
+
+@dataclass(slots=True)
 class Plan:
     """A batch and what the scheduler must know of it."""
 
     batch: Batch
     rows: list[Request]
-    prefills: list[Request] = field(default_factory=list["Request"])  # the rows after the decodes
-    entered: list[Request] = field(default_factory=list["Request"])  # of these, those that take a slot with this step
-    followers: list[tuple[int, Follower]] = field(default_factory=list[tuple[int, "Follower"]])  # by slot, for launch
+    prefills: Sequence[Request] = ()  # the rows after the decodes
+    entered: Sequence[Request] = ()  # of these, those that take a slot with this step
+    followers: Sequence[tuple[int, Follower]] = ()  # by slot, for launch
     steady: bool = False  # the rows of the step before it, one token on: nothing ends, nothing enters the tree
-    scored: set[int] = field(default_factory=set[int])  # rows that end a request without sampling
+    scored: set[int] = field(default_factory=set)  # rows that end a request without sampling
     mark: int = 0  # of the cache, at launch
-    given: list[Given] = field(default_factory=list["Given"])  # pages that the launch gave to the tree
+    given: list[Given] = field(default_factory=list)  # pages that the launch gave to the tree
 
 
 @dataclass(slots=True)
 class Chunk:
-    """New tokens of a request: `count` of its known ones from `start` on."""
+    """New tokens of a request: `count` of its known ones from `start` on.
+
+    A waiting request is one without a count, behind the tokens that the cache has in whole pages.
+    """
 
     request: Request
     known: NDArray[np.int32]
     start: int
-    count: int
+    count: int = 0
+    pages: int = 0  # that a waiting request needs for its known tokens, beside those in the cache
+    growth: int = 0  # output tokens to come, of a waiting request
+    sharable: bool = False  # whether the page after the cached ones could come from the cache
 
 
-@dataclass(frozen=True, slots=True)
-class Want:
-    """A waiting request."""
-
-    request: Request
-    known: NDArray[np.int32]
-    cached: int  # leading tokens that the cache has, in whole pages
-    pages: int  # that the others need
-    growth: int  # output tokens to come
-    sharable: bool  # whether the page after the cached ones could come from the cache
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Means:
     """What a step may spend. `resting`: slots that sit it out. `share`: of the output to come, what must fit."""
 
@@ -88,15 +105,17 @@ class Spent:
     """
 
     decodes: NDArray[np.int32]  # slots
+    needy: NDArray[np.int32]  # of these, the slots that lack a page
     room: NDArray[np.int32] | None = None  # [decodes] drafts that each may have
-    chunks: list[Chunk] = field(default_factory=list[Chunk])
-    entries: list[Chunk] = field(default_factory=list[Chunk])
+    chunks: list[Chunk] = field(default_factory=list)
+    entries: list[Chunk] = field(default_factory=list)
     promised: int = 0  # pages that running requests will want beyond this step
-    lacking: list[Request] = field(default_factory=list["Request"])
+    lacking: list[Request] = field(default_factory=list)
 
 
-def spend(slots: Slots, waiting: Iterable[Want], means: Means) -> Spent:
-    """Decide what the next step computes. Changes nothing; takes from `waiting` only as many as it must look at."""
+def spend(slots: Slots, waiting: Iterable[Chunk], means: Means) -> Spent:
+    """Decide what the next step computes. Takes from `waiting` only as many as it must look at, and gives those that
+    enter a count; changes nothing else."""
     active = slots.active()
     if means.resting:
         active = active[[slot not in means.resting for slot in active.tolist()]]
@@ -105,15 +124,16 @@ def spend(slots: Slots, waiting: Iterable[Want], means: Means) -> Spent:
     if len(decodes) > means.most:  # while memory is short: the others sit out with their pages
         decodes = np.array(sorted(_by_place(slots, decodes)[: means.most]), dtype=np.int32)
     needy = decodes[slots.computed[decodes] >= slots.covered[decodes]]
-    spent = Spent(decodes)
-    if len(needy) > means.pages:
+    spent = Spent(decodes, needy)
+    if slots.paged[0] and len(needy) > means.pages:
         spent.lacking = [slots.at(slot) for slot in reversed(_by_place(slots, needy)[means.pages :])]
         return spent
-    purse = _Purse(min(means.pace.budget, means.most), means.pages - len(needy), slots.page_size)
+    pages = means.pages - len(needy) if slots.paged[0] else means.pages
+    purse = _Purse(min(means.pace.budget, means.most), pages, slots.page_size, slots.paged[0])
     if len(decodes):
         # With every slot decoding there must be a token for each, or the last ones would starve.
         purse.left = min(max(purse.left - len(decodes), 0), means.pace.mixed)
-    prefills = _by_place(slots, active[todo > 1])
+    prefills = _by_place(slots, active[todo > 1]) if len(decodes) < len(active) else []
     kept = purse.left // KEPT if prefills and means.entries and means.queued else 0
     purse.left -= kept
     if not _go_on(spent, slots, prefills, purse):
@@ -138,13 +158,15 @@ class _Purse:
     left: int  # tokens
     pages: int
     size: int
+    paged: bool  # else these are states, of which a request takes all it ever needs when it enters
 
     def chunk(self, start: int, todo: int, covered: int) -> int:
         """Of `todo` tokens from `start` on, those that can be paid; they are."""
-        count = min(todo, self.left, max(covered, covered + self.pages * self.size) - start)
-        if count > 0:
-            self.left -= count
+        count = min(todo, self.left)
+        if self.paged:
+            count = min(count, covered + max(0, self.pages) * self.size - start)
             self.pages -= max(0, -(-(start + count - covered) // self.size))
+        self.left -= max(0, count)
         return count
 
 
@@ -167,7 +189,7 @@ def _go_on(spent: Spent, slots: Slots, prefills: list[int], purse: _Purse) -> bo
     return True
 
 
-def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Want], means: Means, purse: _Purse) -> None:
+def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Chunk], means: Means, purse: _Purse) -> None:
     """Waiting requests whose prompts, and a share of whose output, have pages beside what the running ones will want.
 
     Beside a prompt that goes on only those enter that end in this step. One whose next page is computed in this very
@@ -180,22 +202,24 @@ def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Want], means: Means, p
     for chunk in spent.chunks:
         shared = slots.lease(chunk.request.slot).shared * size
         computing[page_after(chunk.known, shared, size, chunk.request.namespace)] = chunk.known
-    for want in waiting:
-        if purse.left <= 0 or not entries or (not begun and budget - purse.left >= means.pace.worthwhile):
+    waiting = iter(waiting)
+    while purse.left > 0 and entries and (begun or budget - purse.left < means.pace.worthwhile):
+        want = next(waiting, None)
+        if want is None:
             break
-        rest = len(want.known) - want.cached
+        rest = len(want.known) - want.start
         if begun and rest > purse.left:
             continue
-        page = page_after(want.known, want.cached, size, want.request.namespace)
+        page = page_after(want.known, want.start, size, want.request.namespace)
         if want.sharable and page in computing:
-            same = want.cached + size
+            same = want.start + size
             if np.array_equal(computing[page][:same], want.known[:same]):
                 continue
         if not alone and want.pages > purse.pages - promised:
             break
-        count = min(rest, purse.left)
-        spent.entries.append(Chunk(want.request, want.known, want.cached, count))
-        purse.left -= count
+        want.count = min(rest, purse.left)
+        spent.entries.append(want)
+        purse.left -= want.count
         purse.pages -= want.pages
         promised += -(-int(want.growth * means.share) // size)
         computing[page] = want.known
@@ -205,11 +229,10 @@ def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Want], means: Means, p
 def _promised(slots: Slots, means: Means) -> int:
     """Pages that running requests will want: the rest of their prompts, and a share of the output to come."""
     staying = slots.staying()
-    if not len(staying):
+    if not len(staying) or not slots.paged[0]:
         return 0
     length = slots.length[staying]
-    # Not `length - covered`: that overflows where nothing bounds what is covered.
-    missing = -(-(np.maximum(length, slots.covered[staying]) - slots.covered[staying]) // slots.page_size)
+    missing = np.maximum(0, -(-(length - slots.covered[staying]) // slots.page_size))
     still = np.minimum(np.minimum(slots.limit[staying], slots.growing) - length, HORIZON)
     growth = int(np.maximum(still, 0).sum() * means.share)
     return int(missing.sum()) + -(-growth // slots.page_size)
@@ -230,7 +253,7 @@ def _give_room(spent: Spent, slots: Slots, means: Means, purse: _Purse) -> None:
     ends = slots.computed[at] + 1
     covered = np.where(ends > slots.covered[at], slots.covered[at] + slots.page_size, slots.covered[at])
     more = -(-np.maximum(ends + room - covered, 0) // slots.page_size)
-    if more.sum() > purse.pages - spent.promised:
+    if slots.paged[0] and more.sum() > purse.pages - spent.promised:
         room = np.minimum(room, covered - ends)
     if room.any():
         spent.room = room.astype(np.int32)

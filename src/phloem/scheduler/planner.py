@@ -16,71 +16,33 @@ are none, somebody gives up theirs and it is decided anew.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phloem.core.batch import FROM_DEVICE, Admission, Batch, sure
+from phloem.core.batch import FROM_DEVICE, sure
 from phloem.core.request import RequestStatus
-from phloem.scheduler.plan import HORIZON, Means, Pace, Plan, Spent, Want, spend
+from phloem.scheduler.batches import Steady, assemble, entry
+from phloem.scheduler.plan import HORIZON, Chunk, Headroom, Means, Refusal, spend
 from phloem.scheduler.recovery import Throttle
 from phloem.scheduler.state import STEP
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from typing import Any
 
     from numpy.typing import NDArray
 
-    from phloem.core.batch import Follower, StepOutput
+    from phloem.core.batch import StepOutput
     from phloem.kvcache.manager import CacheManager, Lease
-    from phloem.scheduler.plan import Chunk
+    from phloem.scheduler.plan import Pace, Plan, Spent
     from phloem.scheduler.policies import Policy, WaitingQueue
-    from phloem.scheduler.state import Request, Slots
+    from phloem.scheduler.state import Entry, Request, Slots
 
 log = logging.getLogger(__name__)
 
 SCAN = 64  # candidates looked at beyond the free slots; those that wait for a shared prefix are passed over
 _NOTHING = np.empty(0, dtype=np.int32)
-
-
-@dataclass(slots=True)
-class Headroom:
-    """Which share of the tokens still to come must fit before one more request is admitted. Preemptions raise it."""
-
-    share: float = 0.3
-    low: float = 0.1
-
-    def preempted(self) -> None:
-        self.share = min(1.0, self.share + 0.15)
-
-    def relax(self) -> None:
-        self.share = max(self.low, self.share - 0.002)
-
-
-@dataclass(slots=True)
-class _Steady:
-    """The rows of a launched step that only decoded. While nobody comes or goes the next has the same, one token on."""
-
-    active: NDArray[np.int32]  # the slots; another array (`Slots.active`) means other rows
-    rows: list[Request]
-    query_lens: NDArray[np.int32]
-    outputs: NDArray[np.int32]
-    tables: tuple[NDArray[np.int32], ...]
-    pages: int  # that these tables are wide
-    covered: NDArray[np.int32]  # positions that each row has pages for
-    longest: int  # tokens of the longest row, with the one that is computed next
-    left: int  # steps until a row comes to its end
-
-
-@dataclass(slots=True)
-class Refusal:
-    """A request that planning found impossible, or that failed while it was planned."""
-
-    request: Request
-    message: str
-    status_code: int
 
 
 class Planner:
@@ -109,17 +71,17 @@ class Planner:
         self.prompt_tokens = 0  # of all first admissions
         self.cached_tokens = 0
         self._step = 0
-        self._steady: _Steady | None = None
+        self._steady: Steady | None = None  # says what comes next if nothing changes: an answer, no state
 
     def next_batch(self) -> Plan | None:
         """The next step's work, or None. Takes pages and slots, but `computed` advances only in `advance`."""
-        steady = self._one_more()
-        if steady is not None:
-            self.headroom.relax()
-            return steady
+        plan = self._one_more()
+        if plan is not None:
+            return self._counted(plan)
         if self.pace.draft_room and self._out_of_step():
             return None
-        preemptions, resting = self.preemptions, set[int]()
+        resting: set[int] = set()
+        preemptions = self.preemptions
         while True:
             # Whoever was preempted just now must not take the pages back in the same breath.
             entries = self.slots.num_free if preemptions == self.preemptions else 0
@@ -128,45 +90,43 @@ class Planner:
             if not lacking:
                 break
             self._make_room(lacking, resting)
-        entered = self._enter_all(spent) if spent.entries else []
-        self.headroom.relax()
+        entered = self._enter_all(spent)
         if not len(spent.decodes) and not spent.chunks and not entered:
+            self.headroom.relax()
             return None
-        return self._assemble(spent, entered)
+        return self._counted(assemble(self.slots, spent, entered, self._step + 1, self.epoch))
+
+    def _counted(self, plan: Plan) -> Plan:
+        self.headroom.relax()
+        self._step = plan.batch.step
+        return plan
+
+    def _one_more(self) -> Plan | None:
+        """The next step of the rows that have just been launched, if these are all that may run."""
+        slots, steady, active = self.slots, self._steady, self.slots.active()
+        if steady is None or steady.active is not active or steady.left <= 0 or len(active) > self.throttle.budget:
+            return None
+        if slots.readmit or (len(self.queue) and slots.num_free):
+            return None
+        return steady.next(slots, self.cache, self._step + 1, self.epoch)
 
     def advance(self, plan: Plan) -> None:
         """The plan's batch is launched: requests advance, and whole pages of known tokens enter the tree.
 
         A row advances by what is sure: its new tokens, and one that they yield. Accepted drafts come with `committed`.
         """
-        slots, batch, steady = self.slots, plan.batch, self._steady
-        at, yields = batch.slots, sure(batch.outputs)
+        slots, steady = self.slots, self._steady
         plan.mark = self.cache.mark()
         if self.cache.has_states:
-            plan.given += [self.cache.given(slots.lease(slot)) for slot in at.tolist()]
+            for slot in plan.batch.slots.tolist():
+                self.cache.turn(slots.lease(slot))
+            slots.moved = True
         if plan.steady and steady is not None:
-            slots.computed[at] += 1
-            slots.length[at] += 1
-            slots.next_token[at] = FROM_DEVICE
-            steady.longest, steady.left = steady.longest + 1, steady.left - 1
-        else:
-            slots.computed[at] += batch.query_lens
-            slots.length[at] += batch.outputs
-            slots.next_token[at[yields]] = FROM_DEVICE
-        if plan.steady or yields.all():
+            steady.launched(slots)
             for request in plan.rows:
                 request.inflight += 1
         else:
-            for request, output in zip(plan.rows, yields.tolist(), strict=True):
-                request.inflight += output
-        if not plan.steady:
-            self._retire(plan, yields)
-            self._commit(plan)
-        if self.cache.has_states:
-            for request in plan.rows:
-                if request.lease is not None:
-                    self.cache.turn(request.lease)
-            slots.moved = True
+            self._advance(plan)
 
     def committed(self, plan: Plan, output: StepOutput) -> None:
         """What the step gave is known, and about to be told: accepted drafts count, and windows give back pages."""
@@ -189,7 +149,7 @@ class Planner:
         self.epoch += 1
         for request in self.slots.running():
             try:
-                self.slots.readmit[request.slot] = self._admission(request, request.known)
+                self.slots.readmit[request.slot] = entry(request, request.known, self.eos_ids)
             except Exception as error:
                 self._failed(request, error)
 
@@ -243,9 +203,9 @@ class Planner:
             resting=resting,
         )
 
-    def _waiting(self) -> Iterator[Want]:
+    def _waiting(self) -> Iterator[Chunk]:
         """Who may enter, in the policy's order; looked up in the cache when their turn comes."""
-        cache, size = self.cache, self.cache.page_size
+        cache, size, paged = self.cache, self.cache.page_size, self.slots.paged[0]
         for request in self.policy.order(self.queue, self.slots.num_free + SCAN, cache):
             if request.inflight:
                 continue  # its last token is not known yet
@@ -255,24 +215,22 @@ class Planner:
             except Exception as error:
                 self._failed(request, error)
                 continue
-            yield Want(
+            length = len(known)
+            yield Chunk(
                 request=request,
                 known=known,
-                cached=cached * size,
-                pages=min(cache.pages_for(len(known)), -(-len(known) // size) - cached),
-                growth=self._growth(request, len(known)),
+                start=cached * size,
+                pages=min(cache.pages_for(length), -(-length // size) - cached) if paged else cache.pages_for(length),
+                growth=max(0, min(request.limit - length, self.slots.growing - length, HORIZON)),
                 sharable=cache.enabled and (cached + 1) * size <= limit,
             )
-
-    def _growth(self, request: Request, length: int) -> int:
-        return max(0, min(min(request.limit, self.slots.growing) - length, HORIZON))
 
     # taking it
 
     def _take(self, spent: Spent) -> list[Request]:
         """Pages for what running requests compute. Some may be taken already where it gives who lacks theirs."""
         slots, cache, at = self.slots, self.cache, spent.decodes
-        needy = at[slots.computed[at] >= slots.covered[at]]
+        needy = spent.needy
         if len(needy):
             if not cache.reserve_one_each([slots.lease(slot) for slot in needy.tolist()]):
                 return [max((slots.at(slot) for slot in needy.tolist()), key=_place)]
@@ -335,16 +293,16 @@ class Planner:
         self.preempt(victim)
         self.headroom.preempted()
 
-    def _enter_all(self, spent: Spent) -> list[tuple[Chunk, Admission, Follower | None]]:
+    def _enter_all(self, spent: Spent) -> list[tuple[Chunk, Entry]]:
         """Put waiting requests into slots, with pages for their first chunks; behind one that finds none all wait."""
-        entered: list[tuple[Chunk, Admission, Follower | None]] = []
+        entered: list[tuple[Chunk, Entry]] = []
         promised = spent.promised
         for chunk in spent.entries:
             request = chunk.request
             try:
                 if not self._enter(chunk, promised):
                     break
-                admission, follower = self._admission(request, chunk.known)
+                entered.append((chunk, entry(request, chunk.known, self.eos_ids)))
             except Exception as error:
                 if request.slot >= 0:
                     self.release(request, keep=False)
@@ -352,10 +310,9 @@ class Planner:
                 self._failed(request, error)
                 continue
             self.queue.take(request)
-            entered.append((chunk, admission, follower))
             missing = len(chunk.known) - int(self.slots.covered[request.slot])
-            growth = int(self._growth(request, len(chunk.known)) * self.headroom.share)
-            promised += self._pages(max(0, missing)) + self._pages(growth)
+            promised += self._pages(max(0, missing)) if self.slots.paged[0] else 0
+            promised += self._pages(int(chunk.growth * self.headroom.share))
         return entered
 
     def _enter(self, chunk: Chunk, promised: int) -> bool:
@@ -364,7 +321,7 @@ class Planner:
         alone = slots.num_running == 0
         lease = cache.match(request.namespace, known, request.match_limit(), slots.next_free())
         cached = lease.shared * cache.page_size
-        needed = min(cache.pages_for(len(known)), self._pages(len(known)) - lease.held)
+        needed = chunk.pages + ((chunk.start - cached) // cache.page_size if slots.paged[0] else 0)
         chunk.start, chunk.count = cached, min(len(known) - cached, chunk.count)
         fits = needed <= cache.available_pages - (0 if alone else promised)
         if fits:
@@ -386,113 +343,26 @@ class Planner:
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.slots.page_size)
 
-    def _admission(self, request: Request, known: NDArray[np.int32]) -> tuple[Admission, Follower | None]:
-        submit, params, constraint = request.submit, request.params, request.constraint
-        ends = (() if params.ignore_eos else self.eos_ids) + tuple(params.stop_token_ids)
-        follower = None if constraint is None else constraint.follower(request.output)
-        admission = Admission(
-            slot=request.slot,
-            request_id=request.id,
-            params=params,
-            seed=request.seed,
-            tokens=known,
-            num_prompt=request.num_prompt,
-            eos_ids=ends if follower is None else (),  # masks keep `min_new_tokens`, where the constraint allows
-            return_logprob=submit.return_logprob,
-            top_logprobs=submit.top_logprobs,
-            token_ids_logprob=tuple(submit.token_ids_logprob),
-            return_hidden=submit.return_hidden,
-            constrained=follower is not None,
-        )
-        return admission, follower
-
     def _failed(self, request: Request, error: Exception) -> None:
         """One request's planning raised: it ends, alone."""
         log.error("request %s failed while it was planned", request.id, exc_info=error)
         self.refused.append(Refusal(request, f"{type(error).__name__}: {error}", 500))
 
-    # the batch
-
-    def _assemble(self, spent: Spent, entered: Sequence[tuple[Chunk, Admission, Follower | None]]) -> Plan:
-        slots, decodes = self.slots, spent.decodes
-        chunks = [*spent.chunks, *(chunk for chunk, _, _ in entered)]
-        prefills = [chunk.request for chunk in chunks]
-        rows = [slots.at(slot) for slot in decodes.tolist()] + prefills
-        at = np.concatenate([decodes, np.array([request.slot for request in prefills], dtype=np.int32)])
-        query_lens = np.ones(len(rows), dtype=np.int32)
-        query_lens[len(decodes) :] = [chunk.count for chunk in chunks]
-        prefix_lens = slots.computed[at]
-        ends = prefix_lens + query_lens
-        longest = int(ends.max())
-        drafts = None
-        if spent.room is not None and spent.room.any():
-            drafts = np.zeros(len(rows), dtype=np.int32)
-            drafts[: len(decodes)] = spent.room
-            longest = int((ends + drafts).max())
-        ids = [slots.next_token[decodes]] + [chunk.known[chunk.start : chunk.start + chunk.count] for chunk in chunks]
-        targets: dict[int, NDArray[np.int32]] = {}
-        for row, chunk in enumerate(chunks, start=len(decodes)):
-            found = _targets(chunk.request, chunk.start, chunk.count)
-            if found is not None:
-                targets[row] = found
-        told = [slots.readmit.pop(slot) for slot in at.tolist() if slot in slots.readmit] if slots.readmit else []
-        told += [(admission, follower) for _, admission, follower in entered]
-        self._step += 1
-        batch = Batch(
-            step=self._step,
-            slots=at,
-            query_lens=query_lens,
-            prefix_lens=prefix_lens,
-            input_ids=np.concatenate(ids),
-            tables=slots.gather(at, longest),
-            outputs=((ends == slots.length[at]) & slots.samples[at]).astype(np.int32),
-            admissions=[admission for admission, _ in told],
-            prompt_targets=targets,
-            drafts=drafts,
-            epoch=self.epoch,
-        )
-        followers = [(admission.slot, follower) for admission, follower in told if follower is not None]
-        return Plan(batch, rows, prefills, [chunk.request for chunk, _, _ in entered], followers)
-
-    def _one_more(self) -> Plan | None:
-        """The next step of the rows that have just been launched, if they are all; None where pages must be taken."""
-        slots, steady, active = self.slots, self._steady, self.slots.active()
-        if steady is None or steady.active is not active or steady.left <= 0 or len(active) > self.throttle.budget:
-            return None
-        if slots.readmit or (len(self.queue) and slots.num_free):
-            return None
-        computed = slots.computed[active]
-        needy = np.flatnonzero(computed >= steady.covered)
-        if len(needy):
-            if not self.cache.reserve_one_each([slots.lease(slot) for slot in active[needy].tolist()]):
-                return None
-            slots.covered[active[needy]] += slots.page_size
-            steady.covered = slots.covered[active]
-        pages = -(-steady.longest // slots.page_size)
-        if len(needy) or pages != steady.pages or slots.moved:
-            steady.tables, steady.pages = slots.gather(active, steady.longest), pages
-        self._step += 1
-        batch = Batch(
-            step=self._step,
-            slots=active,
-            query_lens=steady.query_lens,
-            prefix_lens=computed,
-            input_ids=slots.next_token[active],
-            tables=steady.tables,
-            outputs=steady.outputs,
-            epoch=self.epoch,
-        )
-        return Plan(batch, steady.rows, steady=True)
-
     # after the launch
 
-    def _retire(self, plan: Plan, yields: NDArray[np.bool_]) -> None:
+    def _advance(self, plan: Plan) -> None:
         """Rows that surely end are not launched again, those with drafts not before their commit; or all go on."""
-        slots, at = self.slots, plan.batch.slots
+        slots, batch = self.slots, plan.batch
+        at, yields = batch.slots, sure(batch.outputs)
+        slots.computed[at] += batch.query_lens
+        slots.length[at] += batch.outputs
+        slots.next_token[at[yields]] = FROM_DEVICE
+        for request, output in zip(plan.rows, batch.outputs.tolist(), strict=True):
+            request.inflight += output
         ends = (slots.length[at] >= slots.limit[at]) & (yields | (slots.computed[at] >= slots.length[at]))
         self._steady = None
         if not plan.prefills and not ends.any() and yields.all() and not self.pace.draft_room:
-            self._steady = self._steadily(plan)
+            self._steady = Steady.after(plan, slots)
             return
         for row in np.flatnonzero(ends).tolist():
             slots.retire(plan.rows[row].slot)
@@ -501,33 +371,14 @@ class Planner:
         if self.pace.draft_room:
             for row in np.flatnonzero(yields).tolist():
                 slots.hold(plan.rows[row].slot, STEP)
-
-    def _steadily(self, plan: Plan) -> _Steady | None:
-        """What goes on from a step that only decoded and has been launched; None where the next one is not alike."""
-        slots, batch = self.slots, plan.batch
-        active, at = slots.active(), batch.slots
-        if len(at) != len(active):
-            return None
-        longest = int(slots.computed[at].max()) + 1
-        return _Steady(
-            active=active,
-            rows=plan.rows,
-            query_lens=batch.query_lens,
-            outputs=batch.outputs,
-            tables=batch.tables,
-            pages=-(-(longest - 1) // slots.page_size),
-            covered=slots.covered[at],
-            longest=longest,
-            left=int((slots.limit[at] - slots.length[at]).min()) - 1,
-        )
+        self._commit(plan)
 
     def _commit(self, plan: Plan) -> None:
         for request in plan.prefills:
             computed = int(self.slots.computed[request.slot])
             request.targets_from = max(request.targets_from, computed + 1)
             lease = self.slots.lease(request.slot)
-            if not self.cache.has_states:
-                plan.given.append(self.cache.given(lease))
+            plan.given.append(self.cache.given(lease))
             try:
                 self.cache.commit(lease, request.known, computed)
             except Exception as error:
@@ -538,7 +389,8 @@ class Planner:
         slots, batch = self.slots, plan.batch
         before = batch.prefix_lens
         after = before + batch.query_lens + np.maximum(output.counts - 1, 0)
-        due = np.zeros(len(before), dtype=np.bool_)
+        # A snapshot that a state began from was taken where whole pages end.
+        due = before % slots.page_size == 0 if self.cache.has_states else np.zeros(len(before), dtype=np.bool_)
         for window in slots.windows:
             first = [np.maximum(0, computed - window + 1) // slots.page_size for computed in (before, after)]
             due |= first[0] != first[1]
@@ -551,15 +403,3 @@ class Planner:
 
 def _place(request: Request) -> tuple[float, int]:
     return request.place
-
-
-def _targets(request: Request, start: int, count: int) -> NDArray[np.int32] | None:
-    """For new positions start..start+count: the prompt token after each, or -1 where its logprob is not wanted."""
-    if not request.wants_prompt or start + count < request.targets_from or start + 1 >= request.num_prompt:
-        return None
-    targets = np.full(count, -1, dtype=np.int32)
-    first = max(start + 1, request.targets_from)
-    last = min(start + count + 1, request.num_prompt)
-    if first < last:
-        targets[first - start - 1 : last - start - 1] = request.prompt[first:last]
-    return targets

@@ -53,12 +53,12 @@ class Throttle:
             self.failed_at = 0
 
 
-def roll_back(slots: Slots, cache: CacheManager, plans: Sequence[Plan]) -> list[Request]:
+def roll_back(slots: Slots, cache: CacheManager, plans: Sequence[Plan]) -> None:
     """Undo launched steps: `plans` are all that are not committed, the failed one first.
 
     Every running request is left as if it had never been in them, still in its slot; requests that lost theirs
-    meanwhile only forget what was in flight. Given are those that have lost memory which computed tokens are read
-    from (a window, a state): they must leave their slots.
+    meanwhile only forget what was in flight. One that has lost pages, or read what was never computed, goes on from
+    where its lease ends.
     """
     before: dict[Request, int] = {}
     for plan in plans:
@@ -75,10 +75,6 @@ def roll_back(slots: Slots, cache: CacheManager, plans: Sequence[Plan]) -> list[
     leases = [(request.lease, request.match_limit() // cache.page_size) for request in running if request.lease]
     cache.roll_back(plans[0].mark, leases, [item for plan in plans for item in plan.given])
     slots.moved = True
-    cut: list[Request] = []
     for request in running:
         computed = before.get(request, int(slots.computed[request.slot]))
         slots.restore(request, computed)
-        if (cache.has_states or cache.gives_back) and int(slots.computed[request.slot]) < computed:
-            cut.append(request)
-    return cut

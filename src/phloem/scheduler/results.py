@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from phloem.core.errors import BadRequest
 from phloem.core.messages import Chunk, Tokens
 from phloem.core.request import FinishReason, RequestStatus
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from phloem.core.batch import PositionLogprobs, StepOutput
@@ -58,17 +59,19 @@ class Results:
     def commit(self, plan: Plan, output: StepOutput) -> None:
         """Take in a step. Rows whose request has ended since the launch are dropped."""
         tokens: list[int] = output.tokens.tolist()
-        counts: list[int] = output.counts.tolist()
-        begin = end = 0
-        for row, request in enumerate(plan.rows):
-            begin, end = end, end + counts[row]
+        rest = range(len(plan.rows))
+        if len(tokens) == len(rest) and plan.batch.drafts is None and self.stream_interval == 1:  # one each
+            rest = [row for row, token in enumerate(tokens) if not self._only_token(plan.rows[row], token)]
+        ends: list[int] = np.cumsum(output.counts).tolist() if rest else []
+        for row in rest:
+            request, begin = plan.rows[row], ends[row - 1] if row else 0
             if request.status is RequestStatus.FINISHED:
                 continue
             try:
-                if counts[row] == 1 and request.plain:
-                    self._tokens(request, (tokens[begin],))
+                if request.plain and ends[row] - begin == 1:
+                    self._tokens(request, tokens[begin : ends[row]])
                 else:
-                    self._row(plan, output, row, tokens[begin:end])
+                    self._row(plan, output, row, tokens[begin : ends[row]])
             except BadRequest as error:  # its grammar
                 self.fail(request, error.message, error.status)
             except Exception as error:
@@ -104,24 +107,20 @@ class Results:
         hidden: Sequence[NDArray[np.float32]] | NDArray[np.float32] = (),
     ) -> None:
         """What a step has chosen for a request: taken up to where it ends, and told."""
-        out, stops, last = request.output, request.stops, request.limit - request.num_prompt
-        before, reason = len(out), None
+        before, reason = len(request.output), None
         request.inflight -= 1
         for token in tokens:
-            out.append(token)
-            if token in stops or len(out) >= last:
-                reason = self._reason(request)
-                if reason is not None:
-                    break
-        count = len(out) - before
+            request.output.append(token)
+            reason = self._reason(request)
+            if reason is not None:
+                break
+        request.fresh += request.output[before:]
+        count = len(request.output) - before
         self.output_tokens += count
-        if not request.inflight and request.slot >= 0:
-            self.slots.next_token[request.slot] = out[-1]
-        if request.plain and count == 1 and reason is None and self._only_token(request):
-            return
-        request.fresh += out[before:]
         if not request.plain:
             self._extras(request, logprobs[:count], hidden[:count])
+        if not request.inflight and request.slot >= 0:
+            self.slots.next_token[request.slot] = request.output[-1]
         if reason is not None:
             self.finish(request, reason)
             return
@@ -130,12 +129,25 @@ class Results:
         if not request.sent or len(request.fresh) >= self.stream_interval:
             self._chunks.append(self._chunk(request, None))
 
-    def _only_token(self, request: Request) -> bool:
-        """Tell its last token without a chunk. False where there is more to tell, or a chunk in the same message."""
-        if request.fresh or request.message == self._message or not request.sent or self.stream_interval > 1:
+    def _only_token(self, request: Request, token: int) -> bool:
+        """As `_tokens` where a token is all there is to do and tell; False, and nothing is changed, where it is not.
+
+        Most rows of most steps go this way: it saves a chunk, and calls.
+        """
+        out = request.output
+        if token in request.stops or request.num_prompt + len(out) + 1 >= request.limit or not request.plain:
             return False
+        if request.fresh or request.message == self._message or not request.sent:
+            return False
+        if request.status is RequestStatus.FINISHED:
+            return False
+        request.inflight -= 1
+        out.append(token)
+        self.output_tokens += 1
+        if not request.inflight and request.slot >= 0:
+            self.slots.next_token[request.slot] = token
         self._rows.append(request.id)
-        self._plain.append(request.output[-1])
+        self._plain.append(token)
         return True
 
     def _extras(

@@ -437,8 +437,7 @@ class Scheduler:
         """
         batch, alone = failed.plan.batch, None
         self.meter.out_of_memory += 1
-        for request in roll_back(self.slots, self.cache, [failed.plan, *self._drop_inflight()]):
-            self.planner.preempt(request)
+        roll_back(self.slots, self.cache, [failed.plan, *self._drop_inflight()])
         self.planner.throttle.failed(batch.num_tokens)
         self.planner.undone()
         self._step_began = self.clock()

@@ -9,7 +9,7 @@ chunk, the return after a preemption and a decode (difference 1) are all this on
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class Request:
     targets_from: int = field(init=False)  # first prompt position whose logprob is not launched yet
     plain: bool = field(init=False)  # nothing but its tokens is told of a step, and nothing is done with them
     namespace: str = ""  # of the cache
-    output: list[int] = field(default_factory=list[int])
+    output: list[int] = field(default_factory=list)
     status: RequestStatus = RequestStatus.WAITING
     key: float = 0.0  # place in the queue; smaller runs earlier and is preempted later
     seq: int = 0
@@ -57,17 +57,17 @@ class Request:
     slot: int = -1
     lease: Lease | None = None
     inflight: int = 0  # launched steps that yield tokens whose values are not known yet
-    waits: list[Late] = field(default_factory=list["Late"])  # while there are any, it is not launched
+    waits: list[Late] = field(default_factory=list)  # while there are any, it is not launched
     constraint: Constraint | None = None
     admitted: float = -1.0
     cached_tokens: int = 0
     match_pages: int = 0
     match_version: int = -1
     passed_mark: int = -1  # admissions seen when it came into the policy's window
-    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list[PositionLogprobs])
-    fresh: list[int] = field(default_factory=list[int])  # tokens not sent yet
-    fresh_logprobs: list[PositionLogprobs] = field(default_factory=list[PositionLogprobs])
-    fresh_hidden: list[bytes] = field(default_factory=list[bytes])
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    fresh: list[int] = field(default_factory=list)  # tokens not sent yet
+    fresh_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    fresh_hidden: list[bytes] = field(default_factory=list)
     sent: bool = False
     message: int = -1  # the message that its last chunk is in
 
@@ -128,6 +128,13 @@ def pack_logprobs(items: list[PositionLogprobs], submit: Submit) -> Logprobs:
     )
 
 
+class Entry(NamedTuple):
+    """A request that the runner is told of."""
+
+    admission: Admission
+    follower: Follower | None
+
+
 class Slots:
     """The running requests by slot. Tables are rows of one array a group, so that a batch gathers them in one call.
 
@@ -144,8 +151,9 @@ class Slots:
         self.windows = tuple(group.window for group in groups if group.window)
         widths = [-(-most_tokens // page_size) if paged else 2 for paged in self.paged]
         self.tables = tuple(np.zeros((count, width), dtype=np.int32) for width in widths)
+        self._rows = [tuple(table[slot] for table in self.tables) for slot in range(count)]
         # Beyond so many tokens a request holds no more pages of the first group: it has a window, or needs none.
-        self.growing = _ALL if not groups[0].window and self.paged[0] else groups[0].window + page_size
+        self.growing = groups[0].window + page_size if groups[0].window else _ALL if self.paged[0] else 0
         self.moved = False  # whether tables of launched rows have changed since `gather`, other than by growing
         self.computed = np.zeros(count, dtype=np.int32)
         self.length = np.zeros(count, dtype=np.int32)
@@ -154,7 +162,7 @@ class Slots:
         self.next_token = np.full(count, FROM_DEVICE, dtype=np.int32)
         self.samples = np.zeros(count, dtype=np.bool_)
         # Active slots that the runner must be told of again.
-        self.readmit: dict[int, tuple[Admission, Follower | None]] = {}
+        self.readmit: dict[int, Entry] = {}
         self._free = list(range(count - 1, -1, -1))
         self._active: dict[int, Request] = {}
         self._held: dict[int, int] = {}  # slot -> why, as bits
@@ -178,11 +186,11 @@ class Slots:
         return bool(self._held)
 
     def num_held(self, why: int) -> int:
-        return sum(1 for bits in self._held.values() if bits & why)
+        return sum(1 for bits in self._held.values() if bits & why) if self._held else 0
 
     def next_free(self) -> tuple[NDArray[np.int32], ...]:
         """The tables of the slot that `enter` will take."""
-        return tuple(table[self._free[-1]] for table in self.tables)
+        return self._rows[self._free[-1]]
 
     def active(self) -> NDArray[np.int32]:
         """Slots that may be launched now, in order of admission, int32."""
@@ -216,14 +224,12 @@ class Slots:
         """For a batch: the tables of these rows, the longest of which has so many tokens with its new ones."""
         self.moved = False
         pages = -(-tokens // self.page_size)
-        return tuple(
-            table[slots, :pages] if paged else table[slots]
-            for table, paged in zip(self.tables, self.paged, strict=True)
-        )
+        groups = zip(self.tables, self.paged, strict=True)
+        return tuple([table[slots, :pages] if paged else table[slots] for table, paged in groups])
 
     def cover(self, slot: int, lease: Lease) -> None:
-        """The lease has grown: what a state takes in needs no pages."""
-        self.covered[slot] = lease.held * self.page_size if self.paged[0] else _ALL
+        """The lease has grown, or shrunk."""
+        self.covered[slot] = lease.held * self.page_size
 
     def enter(self, request: Request, lease: Lease, known: NDArray[np.int32]) -> int:
         slot = self._free.pop()

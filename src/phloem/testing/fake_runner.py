@@ -109,7 +109,7 @@ class _Slot:
     admission: Admission
     follower: Follower | None
     last: int = FROM_DEVICE
-    unfed: list[int] = field(default_factory=list[int])
+    unfed: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -171,9 +171,7 @@ class FakeRunner:
         self.fail_launches: set[int] = set()
         # Of each group: the tokens in its pages, or what each slot of state has taken in, and of how many tokens.
         self.stores = [
-            np.full((pages, page_size), GARBAGE, np.int32)
-            if group.kind == "pages"
-            else np.full((pages, 2), GARBAGE, np.int64)
+            np.full((pages, page_size if group.kind == "pages" else 2), GARBAGE, np.int64)
             for group, pages in zip(self.groups, self.num_pages, strict=True)
         ]
         self.computed: dict[str, int] = {}  # request id -> new tokens computed for it, drafts left out
@@ -305,7 +303,7 @@ class FakeRunner:
                 continue
             positions = np.arange(max(0, end - group.window) if group.window else 0, end)
             pages = table[row, positions // self.page_size]
-            seen.append(self.stores[index][pages, positions % self.page_size])
+            seen.append(self.stores[index][pages, positions % self.page_size].astype(np.int32))
         return seen
 
     def _choose(self, batch: Batch, row: int, work: _Row, output: StepOutput) -> list[int]:

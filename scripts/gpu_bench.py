@@ -179,7 +179,7 @@ def bench_runner(dummy: Dummy, rows: int, context: int, steps: int, device_ms: f
 
     runner = _runner(dummy, rows, context + steps + 64)
     width = -(-(context + steps + 8) // dummy.page_size)
-    table = (np.arange(rows * width) % (dummy.pool.num_pages - 1) + 1).reshape(rows, width).astype(np.int32)
+    table = (np.arange(rows * width) % (dummy.pool.num_pages[0] - 1) + 1).reshape(rows, width).astype(np.int32)
     slots, ones = np.arange(rows, dtype=np.int32), np.ones(rows, np.int32)
     greedy = SamplingParams(temperature=0.0, max_new_tokens=steps + 8)
     prompt = np.ones(context, np.int32)
@@ -245,7 +245,9 @@ def bench_serving(dummy: Dummy, rate: float, seconds: float, prompt: int, output
                     failures.append(str(chunk.finish.message))
 
     settings = ScheduleSettings(running, context, vocab, chunked_prefill_size=max(2048, running))
-    scheduler = Scheduler(runner, settings, CacheManager(dummy.pool.num_pages, dummy.page_size), send)
+    scheduler = Scheduler(
+        runner, settings, CacheManager(dummy.pool.groups, dummy.pool.num_pages, dummy.page_size), send
+    )
     random = np.random.default_rng(1)
     arrivals = np.cumsum(random.exponential(1 / rate, max(1, int(rate * seconds))))
     params = SamplingParams(temperature=0.0, max_new_tokens=output, ignore_eos=True)

@@ -19,6 +19,7 @@ from phloem.attention import begin
 from phloem.attention.reference import Backend as TableBackend
 from phloem.attention.triton import Backend as TritonBackend
 from phloem.core.batch import Batch
+from phloem.core.memory import groups_of
 from phloem.engine.decode import DecodeGraphs
 from phloem.engine.inputs import StepInputs, device_inputs
 from phloem.engine.pieces import PieceGraphs
@@ -26,7 +27,7 @@ from phloem.kernels import reference_extra as extra
 from phloem.kernels.graph_cuda import Recorder
 from phloem.kernels.ops import Ops, WeightSource
 from phloem.kvcache.pool import KVPool
-from phloem.layers.context import BuildContext, ForwardBatch
+from phloem.layers.context import BuildContext, ForwardBatch, memory_of
 from phloem.models import FAMILIES
 
 _COMMON = {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192, "hidden_act": "silu"}
@@ -197,7 +198,8 @@ class Dummy:
         specs = self.model.attention_specs
         self.backend = (TritonBackend if triton else TableBackend)(self.ops, specs, device, dtype)
         self.page_size = self.backend.page_size
-        self.pool = KVPool(specs, pages + 1, self.page_size, dtype, device)
+        memory = memory_of(specs)
+        self.pool = KVPool(memory, [pages + 1] * len(groups_of(memory)), self.page_size, dtype, device)
 
     def fill_cache(self) -> None:
         """Random KV: zeros would be too easy, for the numbers and for the clocks."""
@@ -222,7 +224,7 @@ class Dummy:
     def batch(self, queries: list[int], lengths: list[int]) -> Batch:
         """A step of rows on scattered pages, with random tokens; each row's pages follow from its number alone."""
         width = -(-max(lengths) // self.page_size)
-        order = np.random.default_rng(0).permutation(self.pool.num_pages - 1) + 1
+        order = np.random.default_rng(0).permutation(self.pool.num_pages[0] - 1) + 1
         table = order[: len(lengths) * width].reshape(len(lengths), width).astype(np.int32)
         ids = np.random.default_rng(1).integers(0, self.config["vocab_size"], sum(queries)).astype(np.int32)
         new, rows = np.array(queries, np.int32), len(lengths)

@@ -90,6 +90,7 @@ class EngineCore:
         self.runner = built.runner
         self._watchdog = Watchdog(built.runner, schedule.watchdog_timeout)
         cache = CacheManager(
+            built.runner.groups,
             built.runner.num_pages,
             built.runner.page_size,
             enabled=not config.cache.disable_radix_cache,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pools import pool_of
 
 from phloem.attention import BACKENDS, AttentionNeed, cpu
 from phloem.attention import choose as choose_backend
@@ -54,7 +55,7 @@ def paged_batch(rows: list[tuple[int, int]], page_size: int, num_pages: int) -> 
 
 def make_case(rows: list[tuple[int, int]], spec: AttentionSpec, dtype: torch.dtype = torch.float32) -> Case:
     pages = sum(-(-length // PAGE) for _, length in rows) + 3
-    pool = KVPool([dataclasses.replace(spec, pool=0)], pages, PAGE, dtype, CPU)
+    pool = pool_of([dataclasses.replace(spec, pool=0)], pages, PAGE, dtype, CPU)
     pool.keys[0].normal_()
     pool.values[0].normal_()
     tokens = sum(queries for queries, _ in rows)
@@ -165,7 +166,7 @@ def test_what_earlier_owners_left_is_never_seen(name: str) -> None:
     backend = backend_named(name, spec)
     rows = [(1, 6), (5, 5), (1, 23)]
     case = make_case(rows, spec)
-    seen = torch.zeros(case.pool.num_pages, PAGE, dtype=torch.bool)
+    seen = torch.zeros(case.pool.num_pages[0], PAGE, dtype=torch.bool)
     for row, (_, length) in enumerate(rows):
         for position in range(length):
             seen[case.batch.page_table[row, position // PAGE], position % PAGE] = True

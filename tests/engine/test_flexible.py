@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pools import pool_of
 from test_native_graph import built
 from test_pieces import decide, same, steps
 
@@ -17,7 +18,6 @@ from phloem.engine.flexible import FlexibleSteps
 from phloem.engine.runner import ModelRunner
 from phloem.kernels import native
 from phloem.kernels.graph import FlexibleRecorder, RecordError
-from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
 from phloem.models import load_model
 from phloem.testing.checkpoints import tiny_checkpoint
@@ -47,7 +47,7 @@ class Engine:
         rows, pages = options.pop("rows", 4), options.pop("pages", 20)
         model: Any = load_model(describe(str(path)), BuildContext(ops, torch.float32, CPU, quant=quant))
         specs = model.attention_specs
-        self.pool = KVPool(specs, 64, 4, kv, CPU)
+        self.pool = pool_of(specs, 64, 4, kv, CPU)
         backend = BACKENDS.module("cpu").Backend(ops, specs, CPU, kv)
         self.steps: FlexibleSteps | None = None
         if flexible:

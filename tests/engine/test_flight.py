@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pools import pool_of
 
 from phloem.attention import BACKENDS
 from phloem.checkpoint.describe import describe
@@ -20,7 +21,6 @@ from phloem.engine import flight
 from phloem.engine.flight import Flight, Pipeline
 from phloem.engine.runner import ModelRunner
 from phloem.kernels.ops import Ops
-from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
 from phloem.models import Model, load_model
 from phloem.platforms._streams import Arriving
@@ -191,7 +191,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def generate(model: Model, params: list[SamplingParams], steps: int, streams: Any, mask: Any = None) -> list[list[int]]:
     """Prefill all rows in one step, then decode `steps` times with tokens that only the device knows."""
     rows, page = len(params), 8
-    pool = KVPool(model.attention_specs, rows * 8 + 1, page, torch.float32, CPU)
+    pool = pool_of(model.attention_specs, rows * 8 + 1, page, torch.float32, CPU)
     backend = BACKENDS.module("reference").Backend(Ops(), model.attention_specs, CPU, torch.float32)
     runner = ModelRunner(model, backend, pool, Ops(), rows, streams=streams)
     table = (np.arange(rows * 8) + 1).reshape(rows, 8).astype(np.int32)

@@ -229,7 +229,7 @@ def test_pages_go_back_to_their_writer_and_a_reader_of_them_loses_its_own() -> N
     writer = cache.match("", tokens, 39, (np.zeros(10, np.int32),))
     cache.reserve(writer, 10)
     cache.commit(writer, tokens, 6)  # page 0 is computed, half of page 1
-    mark, first = cache.mark(), writer.table[:5].copy()
+    mark, first = cache.mark(), writer.tables[0][:5].copy()
     cache.reserve(writer, 18)
     given = [cache.given(writer)]
     cache.commit(writer, tokens, 18)
@@ -239,8 +239,8 @@ def test_pages_go_back_to_their_writer_and_a_reader_of_them_loses_its_own() -> N
     cache.check([writer, reader])
     cache.roll_back(mark, [(writer, 9), (reader, 9)], given)
     cache.check([writer, reader])
-    assert (writer.shared, writer.held) == (1, 5) and (writer.table[:3] == first[:3]).all()
-    assert (reader.shared, reader.held) == (1, 1) and reader.table[0] == first[0]
+    assert (writer.shared, writer.held) == (1, 5) and (writer.tables[0][:3] == first[:3]).all()
+    assert (reader.shared, reader.held) == (1, 1) and reader.tables[0][0] == first[0]
     assert cache.probe("", tokens, 40).num_pages == 1
 
 

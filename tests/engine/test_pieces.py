@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pools import pool_of
 from tape import TapeRecorder
 
 from phloem import Engine as Llm
@@ -75,7 +76,7 @@ class Engine:
     def __init__(self, path: Path, recorder: TapeRecorder | None, ops: Ops = OPS, **options: Any) -> None:
         self.model: Any = load_model(describe(str(path)), BuildContext(ops, torch.float32, CPU))
         specs = self.model.attention_specs
-        self.pool = KVPool(specs, 64, PAGE, torch.float32, CPU)
+        self.pool = pool_of(specs, 64, PAGE, torch.float32, CPU)
         backend = BACKENDS.module("reference").Backend(ops, specs, CPU, torch.float32)
         self.pieces: PieceGraphs | None = None
         if recorder is not None:

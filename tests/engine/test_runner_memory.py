@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pools import cache_of, pool_of
 
 from phloem.attention import BACKENDS
 from phloem.checkpoint.describe import describe
@@ -26,8 +27,6 @@ from phloem.engine.memory import first_line, is_out_of_memory
 from phloem.engine.penalties import Penalties
 from phloem.engine.runner import ModelRunner
 from phloem.kernels.ops import Ops
-from phloem.kvcache.manager import CacheManager
-from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
 from phloem.models import Model, load_model
 from phloem.platforms._streams import Arriving
@@ -112,7 +111,7 @@ class Bomb:
 
 def serve(model: Model, streams: Any = None, chunk: int = 12, runner: Any = None) -> dict[str, Any]:
     """All REQUESTS at once through scheduler and runner; gives tokens and logprobs by request."""
-    pool = KVPool(model.attention_specs, 40, PAGE, torch.float32, CPU)
+    pool = pool_of(model.attention_specs, 40, PAGE, torch.float32, CPU)
     backend = BACKENDS.module("reference").Backend(Ops(), model.attention_specs, CPU, torch.float32)
     freed: list[int] = []
     made = ModelRunner(model, backend, pool, Ops(), 8, streams=streams, give_back=lambda: freed.append(1))
@@ -129,7 +128,7 @@ def serve(model: Model, streams: Any = None, chunk: int = 12, runner: Any = None
                 entry[2].append(one.finish.type)
 
     settings = ScheduleSettings(8, 256, VOCAB, chunked_prefill_size=chunk, debug_invariants=True)
-    cache = CacheManager(pool.num_pages, PAGE)
+    cache = cache_of(pool.num_pages[0], PAGE)
     prepare: Any = lambda submit, prompt: Successor() if submit.id.endswith("mask") else None  # noqa: E731
     scheduler = Scheduler(made, settings, cache, take, prepare=prepare)
     for index, request in enumerate(REQUESTS):
@@ -196,7 +195,7 @@ def test_no_memory_at_some_steps_changes_no_token(
 
 
 def runner_of(model: Model, **options: Any) -> ModelRunner:
-    pool = KVPool(model.attention_specs, 9, PAGE, torch.float32, CPU)
+    pool = pool_of(model.attention_specs, 9, PAGE, torch.float32, CPU)
     backend = BACKENDS.module("reference").Backend(Ops(), model.attention_specs, CPU, torch.float32)
     return ModelRunner(model, backend, pool, Ops(), 2, **options)
 
@@ -285,7 +284,7 @@ def test_a_graph_that_finds_no_memory_leaves_the_step_to_the_eager_path(model: M
         def record(self, fn: Any) -> Any:
             raise torch.OutOfMemoryError("no")
 
-    pool = KVPool(model.attention_specs, 9, PAGE, torch.float32, CPU)
+    pool = pool_of(model.attention_specs, 9, PAGE, torch.float32, CPU)
     backend = BACKENDS.module("reference").Backend(Ops(), model.attention_specs, CPU, torch.float32)
     graphs = DecodeGraphs(Recorder(), model, backend, pool, 2, 4)
     assert not graphs.graphs.idle() and "out of memory" in str(graphs.graphs.refused)

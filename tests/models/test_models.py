@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from pools import pool_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phloem.attention import BACKENDS, Memory, begin
 from phloem.checkpoint.describe import demo_path, describe
 from phloem.core.errors import ModelLoadError
 from phloem.kernels.ops import Ops, PagedBatch
-from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext, ForwardBatch
 from phloem.models import FAMILIES, load_model
 from phloem.testing import checkpoints
@@ -55,7 +55,7 @@ class Engine:
         self.checkpoint = describe(str(path), **options)
         self.model = load_model(self.checkpoint, BuildContext(self.ops, dtype, CPU))
         kept = kv_dtype or dtype
-        self.pool = KVPool(self.model.attention_specs, 256, PAGE, kept, CPU)
+        self.pool = pool_of(self.model.attention_specs, 256, PAGE, kept, CPU)
         self.attention = BACKENDS.module("cpu").Backend(self.ops, self.model.attention_specs, CPU, kept)
         self.free = list(range(1, 256))
 

@@ -120,7 +120,7 @@ def _against_limits(runner: ModelRunner, decode: _Decode, options: Options) -> d
 
 def _table(runner: Runner, rows: int, length: int) -> np.ndarray[Any, np.dtype[np.int32]]:
     width = -(-length // runner.page_size)
-    return (np.arange(rows * width) % (runner.num_pages - 1) + 1).reshape(rows, width).astype(np.int32)
+    return (np.arange(rows * width) % (runner.num_pages[0] - 1) + 1).reshape(rows, width).astype(np.int32)
 
 
 def _prefill_once(runner: Runner, tokens: int, number: int) -> float:

@@ -117,7 +117,7 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.pool = pool
-        self.num_pages = pool.num_pages
+        self.groups, self.num_pages = pool.groups, pool.num_pages
         self.page_size = pool.page_size
         self.max_slots = max_slots
         self._backend = backend

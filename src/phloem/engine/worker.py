@@ -19,7 +19,7 @@ from phloem.engine import recording
 from phloem.engine.runner import ModelRunner
 from phloem.engine.sizing import Need, size_pool
 from phloem.kvcache.pool import KVPool
-from phloem.layers.context import BuildContext
+from phloem.layers.context import BuildContext, memory_of
 from phloem.utils import log
 from phloem.utils.cores import available_cores
 
@@ -101,7 +101,7 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales)
     sizing = size_pool(config.cache, platform, need, min(model.weight_bytes, free))
     decisions += sizing.decisions
-    pool = KVPool(model.attention_specs, sizing.tokens // page + 1, page, kv_dtype, platform.device, scales)
+    pool = KVPool(memory_of(model.attention_specs), sizing.num_pages, page, kv_dtype, platform.device, scales)
     place = recording.Place(model, backend, pool, ops, platform.memory()[0], sizing.graph_bytes)
     pages = -(-min(context, sizing.tokens) // page) + 1
     graphs, pieces = recording.choose(config.runtime, place, running, pages, chunk, decisions)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pools import pool_of
 
+from phloem import attention
 from phloem.attention import BACKENDS, AttentionNeed, cpu
 from phloem.attention import choose as choose_backend
 from phloem.core.errors import ConfigError
@@ -55,7 +57,7 @@ def paged_batch(rows: list[tuple[int, int]], page_size: int, num_pages: int) -> 
 
 def make_case(rows: list[tuple[int, int]], spec: AttentionSpec, dtype: torch.dtype = torch.float32) -> Case:
     pages = sum(-(-length // PAGE) for _, length in rows) + 3
-    pool = KVPool([dataclasses.replace(spec, pool=0)], pages, PAGE, dtype, CPU)
+    pool = pool_of([dataclasses.replace(spec, pool=0)], pages, PAGE, dtype, CPU)
     pool.keys[0].normal_()
     pool.values[0].normal_()
     tokens = sum(queries for queries, _ in rows)
@@ -168,7 +170,7 @@ def test_what_earlier_owners_left_is_never_seen(name: str) -> None:
     backend = backend_named(name, spec)
     rows = [(1, 6), (5, 5), (1, 23)]
     case = make_case(rows, spec)
-    seen = torch.zeros(case.pool.num_pages, PAGE, dtype=torch.bool)
+    seen = torch.zeros(case.pool.num_pages[0], PAGE, dtype=torch.bool)
     for row, (_, length) in enumerate(rows):
         for position in range(length):
             seen[case.batch.page_table[row, position // PAGE], position % PAGE] = True
@@ -239,6 +241,11 @@ def test_choose_takes_the_first_that_accepts_and_says_why() -> None:
     assert choice.backend.name == "reference"
     assert choice.declined == {"cpu": "runs on CPU tensors, not on meta"}
     assert choose_backend(["cpu", "reference"], AttentionNeed([spec], torch.float32, CPU), Ops()).backend.name == "cpu"
+
+
+def test_backends_that_no_platform_names_are_asked_before_the_last_resort() -> None:
+    assert attention.with_others(["cpu", "reference"]) == ["cpu", "flash", "flashinfer", "triton", "reference"]
+    assert attention.with_others(["reference"])[-1] == "reference"
 
 
 def test_choose_refuses() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phloem.client.call import _raise_refusal
+from phloem.client.continuation import _raise_refusal
 from phloem.core.batch import Batch
 from phloem.core.errors import OutOfMemory
+from phloem.core.late import Prepared
+from phloem.core.memory import Paged, groups_of
 from phloem.core.request import FinishReason
-from phloem.kvcache.manager import CacheManager, Given, Lease
+from phloem.kvcache.manager import CacheManager, Lease
 from phloem.scheduler.recovery import Throttle
 from phloem.server.errors import error_body
 from phloem.testing.driver import Driver, random_tokens, storm
@@ -158,26 +160,23 @@ def test_masks_follow_every_token_once(overlap: bool, step: int) -> None:
     """A mask that allows one token: the successor of the last. The starved step's token must not be counted."""
 
     class Chain:
-        can_jump, error = False, None
+        can_jump = False
 
         def __init__(self) -> None:
             self.known: list[int] = []
-            self.moved = False
 
-        def ready(self) -> bool:
-            return True
-
-        def admit(self, output: Any) -> None:
+        def follower(self, output: Any) -> Any:
             self.known = list(output)
+            return self
 
-        def mask(self, sampled: list[int]) -> Any:
+        def masks(self, sampled: list[int], drafts: list[int]) -> Any:
             self.known += sampled
             words = np.zeros(32, np.int32)
             token = 100 + len(self.known)
             words[token // 32] = np.uint32(1 << token % 32).view(np.int32)
-            return words
+            return [words]
 
-    driver = Driver(overlap=overlap, prepare=lambda submit, prompt: Chain(), starve=starving({step}))
+    driver = Driver(overlap=overlap, prepare=lambda submit, prompt: Prepared((), Chain()), starve=starving({step}))
     driver.submit("a", [11, 12, 13], 8)
     driver.submit("b", [11, 12, 13, 14, 15], 8)
     driver.run()
@@ -225,31 +224,31 @@ def test_the_budget_halves_and_returns() -> None:
 
 
 def test_pages_go_back_to_their_writer_and_a_reader_of_them_loses_its_own() -> None:
-    cache = CacheManager(20, 4)
+    cache = CacheManager(groups_of((Paged(1, 1, 1),)), (20,), 4)
     tokens = np.arange(40, dtype=np.int32)
-    writer = cache.match("", tokens, 39, np.zeros(10, np.int32))
+    writer = cache.match("", tokens, 39, (np.zeros(10, np.int32),))
     cache.reserve(writer, 10)
     cache.commit(writer, tokens, 6)  # page 0 is computed, half of page 1
-    mark, first = cache.mark(), writer.table[:5].copy()
+    mark, first = cache.mark(), writer.tables[0][:5].copy()
     cache.reserve(writer, 18)
-    given = [Given(writer, writer.shared, writer.table[writer.shared : writer.held].copy())]
+    given = [cache.given(writer)]
     cache.commit(writer, tokens, 18)
-    reader = cache.match("", tokens, 30, np.zeros(10, np.int32))
+    reader = cache.match("", tokens, 30, (np.zeros(10, np.int32),))
     assert reader.shared == 4
     cache.reserve(reader, 24)
     cache.check([writer, reader])
     cache.roll_back(mark, [(writer, 9), (reader, 9)], given)
     cache.check([writer, reader])
-    assert (writer.shared, writer.held) == (1, 5) and (writer.table[:3] == first[:3]).all()
-    assert (reader.shared, reader.held) == (1, 1) and reader.table[0] == first[0]
+    assert (writer.shared, writer.held) == (1, 5) and (writer.tables[0][:3] == first[:3]).all()
+    assert (reader.shared, reader.held) == (1, 1) and reader.tables[0][0] == first[0]
     assert cache.probe("", tokens, 40).num_pages == 1
 
 
 def test_what_a_finished_request_left_behind_the_mark_is_forgotten() -> None:
-    cache = CacheManager(20, 4)
+    cache = CacheManager(groups_of((Paged(1, 1, 1),)), (20,), 4)
     tokens = np.arange(16, dtype=np.int32)
     mark = cache.mark()
-    lease: Lease = cache.match("", tokens, 15, np.zeros(10, np.int32))
+    lease: Lease = cache.match("", tokens, 15, (np.zeros(10, np.int32),))
     cache.reserve(lease, 16)
     cache.release(lease, tokens, 16)
     assert cache.tree.pages == 4

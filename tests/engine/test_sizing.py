@@ -13,10 +13,13 @@ from phloem import platforms
 from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError
+from phloem.core.memory import Group, MemorySpec, Paged, State, groups_of
 from phloem.core.resolve import GIB, Decision
 from phloem.engine import sizing, worker
+from phloem.engine.shares import Load, Shares, running_pages, shares
 from phloem.engine.sizing import step_shapes
 from phloem.kernels.ops import Ops
+from phloem.kvcache.pool import KVPool
 from phloem.platforms import _measure, cpu
 from phloem.testing.checkpoints import tiny_checkpoint
 
@@ -75,8 +78,8 @@ def test_the_pool_gets_what_the_measured_step_leaves(tiny: Path, monkeypatch: py
     forward = sizing.run_forward
 
     def spy(model: Any, backend: Any, pool: Any, inputs: Any, index: Any) -> Any:
-        assert int(inputs.paged.page_table.max()) == 0 and pool.num_pages == 2
-        steps.append((len(inputs.input_ids), len(inputs.sampled_rows)))
+        assert int(inputs.rows()[0].page_table.max()) == 0 and pool.num_pages == (2,)
+        steps.append((len(inputs.input_ids), len(inputs.logit_index)))
         return forward(model, backend, pool, inputs, index)
 
     monkeypatch.setattr(sizing, "run_forward", spy)
@@ -86,7 +89,7 @@ def test_the_pool_gets_what_the_measured_step_leaves(tiny: Path, monkeypatch: py
     assert steps == [(96, 5), (96, 1)] and board.measured == 1
     rest = board.free - 100 * MIB - 50 * MIB
     assert built.max_total_tokens == (rest // each - 16) // 16 * 16
-    assert built.runner.num_pages == built.max_total_tokens // 16 + 1
+    assert built.runner.num_pages == (built.max_total_tokens // 16 + 1,)
     assert built.runner.pool.nbytes <= rest
     memory = decision(built, "memory")
     assert memory.value == "1.0 GiB"
@@ -156,3 +159,69 @@ def test_the_peak_is_read_between_two_empty_caches() -> None:
     assert api.calls == [
         *("synchronize", "empty_cache", "reset_peak_memory_stats", "work", "synchronize", "empty_cache"),
     ]
+
+
+LOAD = Load(running=4, chunk=64, context=4096)
+HYBRID: list[MemorySpec] = [
+    Paged(2, 16, 16),
+    Paged(2, 16, 16, window=128),
+    Paged(2, 16, 16, window=128),
+    State((((4, 8, 8), "float32"),)),
+]
+
+
+def ways(memory: list[MemorySpec], load: Load = LOAD) -> list[Shares]:
+    return shares(memory, groups_of(memory), torch.bfloat16, 16, load)
+
+
+def test_one_group_is_divided_as_it_ever_was() -> None:
+    (way,) = ways([Paged(2, 16, 16), Paged(1, 8, 8)])
+    assert way.fixed_bytes == 0 and way.bytes_per_token == (2 * 32 + 16) * 2
+    assert way.num_pages(1600) == (101,) and not way.decisions(1600)
+
+
+@pytest.mark.parametrize("tokens", [1600, 16_000, 160_000])
+def test_no_division_takes_more_bytes_than_it_says(tokens: int) -> None:
+    for way in ways(HYBRID):
+        counts = way.num_pages(tokens)
+        pool = KVPool(HYBRID, counts, 16, torch.bfloat16, torch.device("cpu"))
+        scratch = sum(way.unit_bytes)
+        assert pool.nbytes - scratch <= way.fixed_bytes + tokens * way.bytes_per_token
+
+
+def test_windows_and_states_suffice_for_all_that_runs() -> None:
+    capped, whole = ways(HYBRID)[1], ways(HYBRID)[0]
+    full, window, states = whole.num_pages(160_000)
+    assert full == 10_001 and states - 1 >= 3 * 4
+    # Each row has its window and the chunk of a step; two steps may be in flight.
+    assert window - 1 >= running_pages(Group("pages", 128, ()), 16, LOAD) + 10_000 // 4
+    assert running_pages(Group("pages", 128, ()), 16, LOAD) * 16 >= 4 * (127 + 16) + 2 * 64
+    assert capped.num_pages(160_000)[1] == full
+    assert whole.num_pages(320)[1] <= whole.num_pages(320)[0]
+
+
+def test_every_group_says_what_it_got_and_why() -> None:
+    told = {decision.name: decision for decision in ways(HYBRID)[0].decisions(160_000)}
+    assert set(told) == {"window_128", "states"}
+    assert "2 layers" in told["window_128"].reason and "1 cached for each 4" in told["window_128"].reason
+    # 4 x 8 x 8 float32 numbers are as much as 8 tokens of the layer that keeps all.
+    assert "8 that requests write" in told["states"].reason and "memory of 8 tokens" in told["states"].reason
+    assert "as many as of the rest" in ways(HYBRID)[1].decisions(1600)[0].reason
+
+
+def test_a_model_of_states_alone_gets_slots_for_all_that_runs_and_as_many_snapshots() -> None:
+    (way,) = ways([HYBRID[3]])
+    assert way.num_pages(10_000) == (17,) and way.bytes_per_token == 1
+    assert way.decisions(10_000)[0].reason.startswith("slots")
+
+
+def test_windows_make_room_for_more_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gemma = tiny_checkpoint("gemma3", tmp_path / "gemma3")
+    board = Board()
+    settings = {"max_running_requests": 2, "chunked_prefill_size": 32, "page_size": 4}
+    built = build(gemma, board, monkeypatch, **settings)
+    pool = built.runner.pool
+    full, window = pool.num_pages
+    assert built.max_total_tokens == (full - 1) * 4 and window < full / 2
+    assert pool.nbytes <= board.free - 150 * MIB + sum(pool.nbytes // count for count in pool.num_pages)
+    assert "for what runs" in next(item for item in built.decisions if item.name.startswith("window_")).reason

@@ -13,10 +13,11 @@ import pytest
 from grammar_support import vocabulary
 
 from phloem.core.errors import BadRequest, ConfigError, PhloemError
+from phloem.core.late import Prepared
 from phloem.core.messages import Submit, pack_ids
 from phloem.core.request import SamplingParams
 from phloem.grammar import _base
-from phloem.grammar._manager import GrammarManager, GrammarSettings, Prepared
+from phloem.grammar._manager import Compiling, GrammarManager, GrammarSettings
 from phloem.grammar._thinking import Channel, ThinkingMarkers
 
 pytest.importorskip("llguidance")
@@ -41,24 +42,62 @@ def submit(**params: Any) -> Submit:
     return Submit(id="r", input_ids=pack_ids([1]), sampling=SamplingParams(**params), return_logprob=logprob)
 
 
-def prepared(manager: GrammarManager, prompt: tuple[int, ...] = (1,), **params: Any) -> Prepared:
-    made = manager.prepare(submit(**params), list(prompt))
-    assert made is not None
+class Held:
+    """A constrained request as scheduler and runner hold it."""
+
+    def __init__(self, made: Prepared | None) -> None:
+        assert made is not None
+        (late,) = made.waits
+        assert isinstance(late, Compiling)
+        self.late, self.made = late, made.constraint
+        self.ready = late.ready
+        self._follower: Any = None
+
+    @property
+    def error(self) -> PhloemError | None:
+        return self.late.error
+
+    @property
+    def constraint(self) -> Any:
+        assert self.made is not None
+        return self.made
+
+    def admit(self, output: list[int]) -> None:
+        self._follower = self.constraint.follower(output)
+
+    def masks(self, sampled: list[int], drafts: list[int]) -> list[Any]:
+        if self._follower is None:
+            self.admit([])
+        return self._follower.masks(sampled, drafts)
+
+    def mask(self, sampled: list[int]) -> Any:
+        (mask,) = self.masks(sampled, [])
+        return mask
+
+    def jump(self, output: list[int]) -> list[int]:
+        return self.constraint.jump(output)
+
+
+def prepared(manager: GrammarManager, prompt: tuple[int, ...] = (1,), **params: Any) -> Held:
+    made = Held(manager.prepare(submit(**params), list(prompt)))
     wait(made)
     return made
 
 
-def wait(made: Prepared) -> None:
+def wait(made: Held) -> None:
     end = time.monotonic() + 20
     while not made.ready():
         assert time.monotonic() < end
         time.sleep(0.001)
 
 
-def allowed(made: Prepared, sampled: list[int]) -> set[int]:
-    mask = made.mask(sampled)
-    assert mask is not None and mask.dtype == np.int32 and len(mask) == vocabulary().mask_words
+def bits(mask: np.ndarray) -> set[int]:
+    assert mask.dtype == np.int32 and len(mask) == vocabulary().mask_words
     return set(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist())
+
+
+def allowed(made: Held, sampled: list[int]) -> set[int]:
+    return bits(made.mask(sampled))
 
 
 def encode(text: str) -> list[int]:
@@ -72,7 +111,7 @@ def test_unconstrained_requests_have_nothing(manager: GrammarManager) -> None:
 def test_a_request_is_followed_token_by_token(manager: GrammarManager) -> None:
     made = prepared(manager, regex="(abc|abd)+x?")
     made.admit([])
-    assert made.error is None and made.engine == "llguidance"
+    assert made.error is None and made.late.engine == "llguidance"
     first = allowed(made, [])
     assert encode("a")[0] in first and encode("b")[0] not in first and 2 not in first
     for token in encode("ab"):
@@ -93,8 +132,8 @@ def test_padding_of_the_logits_is_never_allowed(backend: str) -> None:
     made = prepared(manager, regex=".*")
     mask = made.mask([])
     assert mask is not None and len(mask) == padded.mask_words
-    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
-    assert bits[: words.size].any() and not bits[words.size :].any()
+    found = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    assert found[: words.size].any() and not found[words.size :].any()
     manager.close()
 
 
@@ -164,7 +203,7 @@ def test_masks_go_on_after_a_jump(manager: GrammarManager) -> None:
     made.admit([])
     first = next(iter(allowed(made, []) & set(encode('{"'))))
     forced = made.jump([first])
-    made.advance([first, *forced])
+    made.constraint.advance([first, *forced])
     after = allowed(made, [first])
     assert after == allowed_after(manager, [first, *forced])
 
@@ -173,7 +212,7 @@ def test_jump_keeps_to_the_length_limit_and_to_its_switch(manager: GrammarManage
     short = prepared(manager, json_schema=json.dumps(LONG_KEYS), max_new_tokens=5)
     assert len(short.jump([])) == 5
     scored = prepared(manager, json_schema=json.dumps(LONG_KEYS), return_logprob=True)
-    assert not scored.can_jump and scored.jump([]) == []
+    assert not scored.constraint.can_jump and scored.jump([]) == []
     off = GrammarManager(vocabulary(), GrammarSettings(jump_forward=False))
     assert prepared(off, json_schema=json.dumps(LONG_KEYS)).jump([]) == []
     off.close()
@@ -196,7 +235,6 @@ def test_jump_keeps_to_the_length_limit_and_to_its_switch(manager: GrammarManage
 def test_errors_are_the_requests_own(manager: GrammarManager, params: dict[str, str], word: str) -> None:
     made = prepared(manager, **params)
     assert made.error is not None and word in made.error.message and made.error.status == 400
-    assert made.jump([]) == []
 
 
 def test_times_of_compilations_are_told_once(manager: GrammarManager) -> None:
@@ -211,9 +249,7 @@ def test_equal_constraints_compile_once(manager: GrammarManager, monkeypatch: py
     calls: list[Any] = []
     compile = engine.compile
     monkeypatch.setattr(engine, "compile", lambda constraint: calls.append(constraint) or compile(constraint))
-    many = [manager.prepare(submit(regex="ab*"), [1]) for _ in range(5)]
-    for made in many:
-        assert made is not None
+    for made in [Held(manager.prepare(submit(regex="ab*"), [1])) for _ in range(5)]:
         wait(made)
     assert len(calls) == 1
     prepared(manager, regex="ab+")
@@ -254,10 +290,9 @@ def test_time_limit_and_bounded_queue() -> None:
     manager = GrammarManager(vocabulary(), GrammarSettings(compile_timeout=0.01, workers=1, max_pending=2))
     slow = SlowEngine()
     manager._engines["llguidance"] = slow
-    first = manager.prepare(submit(regex="a"), [1])
-    second = manager.prepare(submit(regex="b"), [1])
-    third = manager.prepare(submit(regex="c"), [1])
-    assert first is not None and second is not None and third is not None
+    first = Held(manager.prepare(submit(regex="a"), [1]))
+    second = Held(manager.prepare(submit(regex="b"), [1]))
+    third = Held(manager.prepare(submit(regex="c"), [1]))
     assert not first.ready() and first.error is None
     assert third.ready() and third.error is not None and third.error.status == 503
     end = time.monotonic() + 5
@@ -291,7 +326,7 @@ def test_a_grammar_that_becomes_too_slow_ends_its_request(
     manager: GrammarManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = prepared(manager, regex="[a-z]+")
-    monkeypatch.setattr("phloem.grammar._manager._SLOW_MASK", -1.0)
+    monkeypatch.setattr("phloem.grammar._follow._SLOW_MASK", -1.0)
     with pytest.raises(BadRequest, match="too slow"):
         made.mask([])
 
@@ -369,8 +404,7 @@ def test_thinking_survives_preemption() -> None:
 def test_a_request_may_ask_for_its_grammar_at_once() -> None:
     manager = thinking_manager()
     submit = Submit(id="r", input_ids=b"", sampling=SamplingParams(regex="[0-9]+"), grammar_at_once=True)
-    made = manager.prepare(submit, (1, START))
-    assert made is not None
+    made = Held(manager.prepare(submit, (1, START)))
     while not made.ready():
         time.sleep(0.01)
     assert {vocabulary().tokens[token][:1] for token in allowed(made, [])} <= {bytes([48 + n]) for n in range(10)}
@@ -381,7 +415,7 @@ MESSAGE, OVER, BEGIN = 5, 6, 7
 HARMONY = ThinkingMarkers((), (OVER,), channel=Channel(START, "final", MESSAGE, frozenset((OVER, BEGIN))))
 
 
-def follow(made: Prepared, ids: list[int]) -> set[int]:
+def follow(made: Held, ids: list[int]) -> set[int]:
     found = allowed(made, [])
     for token in ids:
         assert token in found
@@ -440,4 +474,47 @@ def test_a_block_may_end_with_the_marker_of_a_call() -> None:
     other = prepared(manager, prompt=(1, START), regex="[0-9]+")
     assert encode("x")[0] in follow(other, [*encode("Hm."), *jump])
     assert encode("x")[0] not in allowed(other, [END])
+    manager.close()
+
+
+def test_masks_behind_drafts_are_those_that_would_come_and_are_taken_back(manager: GrammarManager) -> None:
+    ids = encode('{"the_first_long_property":12,"another_long_property":true}')
+    made, alone = (prepared(manager, json_schema=json.dumps(LONG_KEYS)) for _ in range(2))
+    want = [allowed(alone, [])] + [allowed(alone, [token]) for token in ids]
+    at, sampled = 0, list[int]()
+    for count in (3, 0, 5, 1, 40, 2, 40):
+        drafts = ids[at : at + count]
+        assert [bits(mask) for mask in made.masks(sampled, drafts)] == want[at : at + len(drafts) + 1]
+        taken = len(drafts) // 2 + 1  # half of them are accepted, and a token of its own
+        sampled, at = ids[at : at + taken], at + taken
+    assert at >= len(ids) - 1
+
+
+def test_masks_end_behind_a_draft_that_is_not_allowed(manager: GrammarManager) -> None:
+    made = prepared(manager, regex="(abc|abd)+x?", min_new_tokens=4)
+    a, b, c, x = (encode(letter)[0] for letter in "abcx")
+    assert len(made.masks([], [a, b, x, a])) == 3
+    assert len(made.masks([], [x])) == 1
+    after = made.masks([a], [b, c, a])
+    assert len(after) == 4 and 2 not in bits(after[2]), "three tokens: fewer than the least"
+    ended = made.masks([b, c], [x, 2, 2, 2])
+    assert [2 in bits(mask) for mask in ended] == [False, True, True, True, True]
+    assert b in bits(made.mask([a]))
+
+
+def test_a_draft_into_a_dead_end_fails_nobody(manager: GrammarManager) -> None:
+    made = prepared(manager, ebnf="start: A X\nA: /[a-d]/\nX: /c+/ & /d+/\n")
+    assert len(made.masks([], encode("a"))) == 1
+    with pytest.raises(BadRequest, match="ebnf: the grammar admits no text"):
+        made.masks(encode("a"), [])
+
+
+def test_drafts_may_end_a_block_of_reasoning() -> None:
+    manager = thinking_manager()
+    made, alone = (prepared(manager, prompt=(1, START), regex="[0-9]+") for _ in range(2))
+    ids = [*encode("hm"), END, *encode("1"), *encode("2"), 2]
+    want = [allowed(alone, [])] + [allowed(alone, [token]) for token in ids]
+    for place in range(len(ids) + 1):
+        masks = made.masks(ids[place - 1 : place] if place else [], ids[place:])
+        assert [bits(mask) for mask in masks] == want[place:]
     manager.close()

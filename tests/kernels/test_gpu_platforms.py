@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pools import pool_of
 
 from phloem.attention import AttentionNeed, flash, flashinfer, reference, triton
 from phloem.attention import cpu as cpu_attention
@@ -150,7 +151,7 @@ def _step(
 ) -> tuple[PagedBatch, KVPool, list[torch.Tensor]]:
     torch.manual_seed(0)
     rows, width = len(seq_lens), -(-max(seq_lens) // 4)
-    pool = KVPool([spec], rows * width + 1, 4, torch.float32, CPU)
+    pool = pool_of([spec], rows * width + 1, 4, torch.float32, CPU)
     pool.keys[0].normal_(), pool.values[0].normal_()
     table = (torch.randperm(rows * width) + 1).view(rows, width).int()
     slots = [
@@ -229,8 +230,8 @@ def test_flashinfer_is_told_the_scales_of_a_float8_cache(monkeypatch: pytest.Mon
     )
     batch, pool, (q, k, v) = _step(queries, [9, 4, 13], SPEC)
     pools = [
-        KVPool([SPEC], pool.num_pages, 4, torch.float8_e4m3fn, CPU, {0: ([15.0], [30.0])}),
-        KVPool([SPEC], pool.num_pages, 4, torch.float32, CPU),
+        pool_of([SPEC], pool.num_pages[0], 4, torch.float8_e4m3fn, CPU, {0: ([15.0], [30.0])}),
+        pool_of([SPEC], pool.num_pages[0], 4, torch.float32, CPU),
     ]
     for made in pools:
         by = (15.0, 30.0) if made.scales else (1.0, 1.0)

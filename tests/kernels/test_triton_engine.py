@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pools import pool_of
 from triton_support import need_interpreter
 
 from phloem.attention import Memory, begin
@@ -14,7 +15,6 @@ from phloem.attention import reference as reference_backend
 from phloem.attention.reference import TableStep
 from phloem.checkpoint.describe import Checkpoint
 from phloem.kernels.ops import AttentionCall, Ops, PagedBatch
-from phloem.kvcache.pool import KVPool
 from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch, Heads
 from phloem.models import llama
 
@@ -80,11 +80,11 @@ def test_model_on_the_triton_table(name: str, tmp_path: object) -> None:
     ops = table.table() if name == "triton" else table.invariant_table()
     want_model, got_model = build(Ops(), tmp_path), build(ops, tmp_path)
     specs = want_model.attention_specs
-    want_pool, got_pool = (KVPool(specs, 6, 8, torch.float32, torch.device("cpu")) for _ in range(2))
+    want_pool, got_pool = (pool_of(specs, 6, 8, torch.float32, torch.device("cpu")) for _ in range(2))
     backend = backend_file.Backend(ops, specs, torch.device("cpu"), torch.float32)
     for batch, ids, positions, last in steps():
-        want_step = ForwardBatch(ids, positions, Memory(TableStep(Ops(), batch, want_pool)), last)
-        got_step = ForwardBatch(ids, positions, begin(backend, batch, got_pool), last)
+        want_step = ForwardBatch(ids, positions, Memory(want_pool, [TableStep(Ops(), batch, want_pool)]), last)
+        got_step = ForwardBatch(ids, positions, begin(backend, [batch], got_pool), last)
         want = want_model.head(want_model.forward(want_step))
         got = got_model.head(got_model.forward(got_step))
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
@@ -102,8 +102,8 @@ def test_float8_cache_with_scales(name: str, dtype: torch.dtype, heads: int) -> 
     torch.manual_seed(1)
     scales = ([20.0, 8.0][:heads], [3.0, 12.0][:heads])
     device = torch.device("cpu")
-    pool = KVPool([SPEC], 4, 8, torch.float8_e4m3fn, device, {0: scales})
-    bare = KVPool([SPEC], 4, 8, torch.float8_e4m3fn, device)
+    pool = pool_of([SPEC], 4, 8, torch.float8_e4m3fn, device, {0: scales})
+    bare = pool_of([SPEC], 4, 8, torch.float8_e4m3fn, device)
     ops = table.table() if name == "triton" else Ops()
     module = backend_file if name == "triton" else reference_backend
     backend = module.Backend(ops, [SPEC], device, torch.float8_e4m3fn)

@@ -8,9 +8,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from phloem.core.memory import Group
 from phloem.kvcache.manager import CacheManager, Lease
 
 S = 2
+FULL = [Group("pages", 0, (0,))]
 
 
 def ids(*tokens: int) -> np.ndarray:
@@ -19,11 +21,11 @@ def ids(*tokens: int) -> np.ndarray:
 
 def lease_of(cache: CacheManager, tokens: np.ndarray, limit: int | None = None, namespace: str = "") -> Lease:
     limit = len(tokens) - 1 if limit is None else limit
-    return cache.match(namespace, tokens, limit, np.zeros(32, dtype=np.int32))
+    return cache.match(namespace, tokens, limit, (np.zeros(32, dtype=np.int32),))
 
 
 def test_a_second_turn_hits_prompt_and_output() -> None:
-    cache = CacheManager(20, S)
+    cache = CacheManager(FULL, [20], S)
     prompt, whole = ids(1, 2, 3), ids(1, 2, 3, 4, 5)
     lease = lease_of(cache, prompt)
     assert cache.reserve(lease, 3) and lease.held == 2 and lease.shared == 0
@@ -40,7 +42,7 @@ def test_a_second_turn_hits_prompt_and_output() -> None:
 
 
 def test_equal_pages_computed_twice_are_merged() -> None:
-    cache = CacheManager(20, S)
+    cache = CacheManager(FULL, [20], S)
     tokens = ids(1, 2, 3, 4, 5)
     one, two = lease_of(cache, tokens), lease_of(cache, tokens)
     assert cache.reserve(one, 5) and cache.reserve(two, 5)
@@ -48,12 +50,12 @@ def test_equal_pages_computed_twice_are_merged() -> None:
     cache.commit(one, tokens, 5)
     cache.commit(two, tokens, 5)
     assert cache.free_pages == free + 2
-    assert one.table[:2].tolist() == two.table[:2].tolist() and one.table[2] != two.table[2]
+    assert one.tables[0][:2].tolist() == two.tables[0][:2].tolist() and one.tables[0][2] != two.tables[0][2]
     cache.check([one, two])
 
 
 def test_reserve_evicts_but_only_what_nobody_uses() -> None:
-    cache = CacheManager(5, S)
+    cache = CacheManager(FULL, [5], S)
     old = lease_of(cache, ids(1, 2, 3, 4))
     assert cache.reserve(old, 4)
     cache.release(old, ids(1, 2, 3, 4), 4)
@@ -66,7 +68,7 @@ def test_reserve_evicts_but_only_what_nobody_uses() -> None:
 
 
 def test_a_failed_request_leaves_nothing_behind_that_only_it_had() -> None:
-    cache = CacheManager(20, S)
+    cache = CacheManager(FULL, [20], S)
     good = lease_of(cache, ids(1, 2, 3))
     assert cache.reserve(good, 2)
     cache.release(good, ids(1, 2), 2)
@@ -80,7 +82,7 @@ def test_a_failed_request_leaves_nothing_behind_that_only_it_had() -> None:
 
 
 def test_disabled_shares_nothing() -> None:
-    cache = CacheManager(20, S, enabled=False)
+    cache = CacheManager(FULL, [20], S, enabled=False)
     tokens = ids(1, 2, 3, 4)
     lease = lease_of(cache, tokens)
     assert cache.reserve(lease, 4)
@@ -91,30 +93,30 @@ def test_disabled_shares_nothing() -> None:
 
 
 def test_unlimited_locks_on_an_empty_tree_and_reset() -> None:
-    cache = CacheManager(20, S)
+    cache = CacheManager(FULL, [20], S)
     lease = lease_of(cache, ids(1, 2, 3, 4, 5))
     assert cache.reserve(lease, 5)
     cache.commit(lease, ids(1, 2, 3, 4, 5), 5)
     cache.reset([lease])
     cache.check([lease])
-    assert cache.free_pages == 19 and lease.held == 0 and not lease.table.any()
+    assert cache.free_pages == 19 and lease.held == 0 and not lease.tables[0].any()
 
 
 def test_check_notices_a_page_in_two_places() -> None:
-    cache = CacheManager(20, S)
+    cache = CacheManager(FULL, [20], S)
     one, two = lease_of(cache, ids(1, 2)), lease_of(cache, ids(3, 4))
     assert cache.reserve(one, 2) and cache.reserve(two, 2)
     cache.check([one, two])
-    two.table[0] = one.table[0]
+    two.tables[0][0] = one.tables[0][0]
     with pytest.raises(AssertionError, match="several"):
         cache.check([one, two])
-    cache._held += 1
+    cache.own[0] += 1
     with pytest.raises(AssertionError, match="total"):
         cache.check([one, two])
 
 
 def test_check_notices_a_lost_lock() -> None:
-    cache = CacheManager(20, S)
+    cache = CacheManager(FULL, [20], S)
     lease = lease_of(cache, ids(1, 2, 3))
     assert cache.reserve(lease, 3)
     cache.commit(lease, ids(1, 2, 3), 3)
@@ -123,7 +125,7 @@ def test_check_notices_a_lost_lock() -> None:
 
 
 def test_snapshot_counts_in_tokens() -> None:
-    cache = CacheManager(20, S)
+    cache = CacheManager(FULL, [20], S)
     lease = lease_of(cache, ids(1, 2, 3, 4, 5))
     assert cache.reserve(lease, 5)
     cache.commit(lease, ids(1, 2, 3, 4, 5), 5)
@@ -137,7 +139,7 @@ class Requests(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = CacheManager(18, S, eviction="lru")
+        self.cache = CacheManager(FULL, [18], S, eviction="lru")
         self.running: list[tuple[Lease, list[int], int]] = []  # lease, tokens, computed
         self.store = np.full((18, S), -1, dtype=np.int64)
 
@@ -162,7 +164,7 @@ class Requests(RuleBasedStateMachine):
             assert -(-end // S) - lease.held > self.cache.available_pages
             return
         for position in range(computed, end):
-            self.store[lease.table[position // S], position % S] = tokens[position]
+            self.store[lease.tables[0][position // S], position % S] = tokens[position]
         self.cache.commit(lease, np.array(tokens, dtype=np.int32), end)
         self.running[at] = (lease, tokens, end)
 
@@ -183,11 +185,11 @@ class Requests(RuleBasedStateMachine):
     def pages_add_up_and_hold_what_they_should(self) -> None:
         self.cache.check([lease for lease, _, _ in self.running])
         for lease, tokens, computed in self.running:
-            held = [int(self.store[lease.table[at // S], at % S]) for at in range(computed)]
+            held = [int(self.store[lease.tables[0][at // S], at % S]) for at in range(computed)]
             assert held == tokens[:computed]
 
 
 Requests.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestRequests = Requests.TestCase

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from phloem.kvcache.radix import Node, RadixCache
+from phloem.kvcache.node import Node
+from phloem.kvcache.radix import RadixCache
+from phloem.kvcache.report import view_of
 
 S = 2  # tokens a page
 
@@ -23,7 +25,7 @@ def put(tree: RadixCache, tokens: tuple[int, ...], ids: tuple[int, ...], namespa
     count = len(tokens) // S
     node, found = tree.take(namespace, data(*tokens), count)
     have = len(found)
-    node, kept = tree.extend(node, data(*tokens[have * S :]), pages(*ids[have:]))
+    node, kept, _ = tree.extend(node, data(*tokens[have * S :]), pages(*ids[have:]))
     tree.unlock(node)
     return [*found.tolist(), *kept.tolist()]
 
@@ -60,7 +62,7 @@ def test_a_held_node_survives_its_split() -> None:
     assert tree.evictable_pages == 0
     tree.unlock(other)
     assert tree.evictable_pages == 0
-    grown, _ = tree.extend(held, data(7, 8), pages(4))
+    grown, _, _ = tree.extend(held, data(7, 8), pages(4))
     assert found(tree, 1, 2, 3, 4, 5, 6, 7, 8) == 4
     tree.unlock(grown)
     assert tree.evictable_pages == 4
@@ -81,9 +83,9 @@ def test_extend_reports_what_the_tree_had_already() -> None:
     tree = RadixCache(S)
     one, _ = tree.take("", b"", 0)
     two, _ = tree.take("", b"", 0)
-    one, kept = tree.extend(one, data(1, 2, 3, 4), pages(1, 2))
+    one, kept, _ = tree.extend(one, data(1, 2, 3, 4), pages(1, 2))
     assert kept.tolist() == [1, 2]
-    two, kept = tree.extend(two, data(1, 2, 3, 4, 5, 6), pages(3, 4, 5))
+    two, kept, _ = tree.extend(two, data(1, 2, 3, 4, 5, 6), pages(3, 4, 5))
     assert kept.tolist() == [1, 2, 5]
     tree.unlock(one)
     assert tree.evictable_pages == 0
@@ -177,11 +179,11 @@ def test_snapshot_is_bounded_and_speaks_of_parents() -> None:
     tree = RadixCache(S)
     put(tree, (1, 2, 3, 4), (1, 2), namespace="x")
     put(tree, (1, 2, 5, 6), (9, 3), namespace="x")
-    nodes = tree.snapshot()
+    nodes = view_of(tree)
     assert [(node["tokens"], node["children"], node["start"]) for node in nodes] == [(2, 2, 0), (2, 0, 2), (2, 0, 2)]
     assert nodes[0]["parent"] == 0 and nodes[1]["parent"] == nodes[0]["id"]
     assert nodes[1]["first_ids"] == [3, 4] and nodes[0]["namespace"] == "x" and nodes[0]["hits"] == 1
-    assert len(tree.snapshot(max_nodes=2)) == 2
+    assert len(view_of(tree, max_nodes=2)) == 2
 
 
 def test_the_eviction_heap_stays_as_small_as_the_tree() -> None:

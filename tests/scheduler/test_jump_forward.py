@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from typing import Any
 
 import pytest
+from byte_grammars import FIRST, Ready, text_of
 
 from phloem.core.request import RequestStatus
-from phloem.grammar._base import Vocabulary
-from phloem.grammar._manager import GrammarManager, GrammarSettings
 from phloem.testing.driver import EOS, Driver, random_tokens
 from phloem.testing.fake_runner import oracle
 
@@ -27,31 +25,6 @@ SCHEMA = {
     "required": ["a_rather_long_property_name", "another_long_property_name", "the_last_property"],
     "additionalProperties": False,
 }
-FIRST = 8  # token id of the byte 0
-
-
-def byte_vocabulary() -> Vocabulary:
-    """256 one-byte tokens from id 8 on, so that every text has one tokenisation."""
-    tokens = [b"<special>"] * FIRST + [bytes([byte]) for byte in range(256)]
-    special = frozenset(range(FIRST))
-    return Vocabulary(tokens, special, (EOS,), 1000, lambda text: [FIRST + byte for byte in text.encode()])
-
-
-def text_of(tokens: list[int]) -> str:
-    return bytes(token - FIRST for token in tokens if token >= FIRST).decode()
-
-
-class Ready:
-    """A `prepare` whose grammars are ready when it returns: a test counts steps."""
-
-    def __init__(self, jump: bool) -> None:
-        self.manager = GrammarManager(byte_vocabulary(), GrammarSettings(jump_forward=jump))
-
-    def __call__(self, submit: Any, prompt: Any) -> Any:
-        prepared = self.manager.prepare(submit, prompt)
-        while prepared is not None and not prepared.ready():
-            time.sleep(0.0005)
-        return prepared
 
 
 @pytest.fixture(scope="module")

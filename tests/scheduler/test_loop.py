@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from phloem.core.late import Prepared
 from phloem.core.messages import Drain, FromEngine, Heartbeat, Stopped, Submit, ToEngine, Tokens, pack_ids
 from phloem.core.request import SamplingParams
 from phloem.kvcache.manager import CacheManager
@@ -46,7 +47,9 @@ class Running:
         self.runner = FakeRunner(200, 4, 8, delay=delay)
         self.unfold = Unfold()
         settings = ScheduleSettings(8, 1000, 1000, overlap=overlap, debug_invariants=True)
-        self.scheduler = Scheduler(self.runner, settings, CacheManager(200, 4), self.sent.put)
+        self.scheduler = Scheduler(
+            self.runner, settings, CacheManager(self.runner.groups, self.runner.num_pages, 4), self.sent.put
+        )
         self.thread = threading.Thread(target=loop.run, args=(self.scheduler, self.box, self.beats.append), daemon=True)
         self.thread.start()
 
@@ -144,8 +147,6 @@ def test_when_the_door_has_gone_the_loop_ends() -> None:
 def test_a_late_request_does_not_need_a_message_to_start() -> None:
     class Soon:
         error = None
-        mask = None
-        can_jump = False
 
         def __init__(self) -> None:
             self.at = time.monotonic() + 0.05
@@ -153,11 +154,8 @@ def test_a_late_request_does_not_need_a_message_to_start() -> None:
         def ready(self) -> bool:
             return time.monotonic() >= self.at
 
-        def admit(self, output: list[int]) -> None:
-            pass
-
     engine = Running()
-    engine.scheduler.prepare = lambda submit, prompt: Soon()
+    engine.scheduler.prepare = lambda submit, prompt: Prepared((Soon(),))
     engine.submit("a", 3)
     assert engine.answer("a") == oracle([11, 12, 13], 0, 3, 1000)
     engine.drain()

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from phloem.core.batch import FROM_DEVICE
+from phloem.core.memory import Paged, groups_of
 from phloem.core.messages import Submit, pack_ids
 from phloem.core.request import RequestStatus, SamplingParams
 from phloem.kvcache.manager import CacheManager
-from phloem.scheduler.planner import Pace, Plan, Planner
+from phloem.scheduler.plan import Pace, Plan
+from phloem.scheduler.planner import Planner
 from phloem.scheduler.policies import MAX_PRIORITY, PATIENCE, POLICIES, PRIORITY_SECONDS, WINDOW, WaitingQueue
 from phloem.scheduler.state import Request, Slots
 
@@ -22,9 +24,10 @@ class Desk:
     """A planner with everything it needs; `launch` plans and advances, `land` gives every row its token."""
 
     def __init__(self, pages: int = 100, slots: int = 8, budget: int = 16, policy: str = "fcfs") -> None:
-        self.cache = CacheManager(pages, S)
+        groups = groups_of((Paged(1, 1, 1),))
+        self.cache = CacheManager(groups, (pages,), S)
         self.queue = WaitingQueue()
-        self.slots = Slots(slots, pages, S)
+        self.slots = Slots(slots, pages * S, S, groups)
         self.policy = POLICIES[policy]
         self.planner = Planner(self.slots, self.queue, self.cache, self.policy, Pace(budget, budget, budget), (2,))
         self.made = 0
@@ -65,7 +68,7 @@ class Desk:
 
     def land(self, plan: Plan) -> None:
         for row, request in enumerate(plan.rows):
-            if plan.batch.sample[row]:
+            if plan.batch.outputs[row]:
                 request.inflight -= 1
                 request.output.append(7)
                 if request.slot >= 0 and not request.inflight:
@@ -74,8 +77,8 @@ class Desk:
 
 def shape(plan: Plan) -> list[tuple[str, int, int, bool]]:
     batch = plan.batch
-    rows = zip(plan.rows, batch.prefix_lens.tolist(), batch.query_lens.tolist(), batch.sample.tolist(), strict=True)
-    return [(request.id, prefix, count, sample) for request, prefix, count, sample in rows]
+    rows = zip(plan.rows, batch.prefix_lens.tolist(), batch.query_lens.tolist(), batch.outputs.tolist(), strict=True)
+    return [(request.id, prefix, count, bool(outputs)) for request, prefix, count, outputs in rows]
 
 
 def test_a_prompt_is_prefilled_in_chunks_within_the_budget() -> None:
@@ -85,7 +88,7 @@ def test_a_prompt_is_prefilled_in_chunks_within_the_budget() -> None:
     assert shape(desk.launch()) == [("r0", 16, 16, False)]
     last = desk.launch()
     assert shape(last) == [("r0", 32, 8, True)]
-    assert last.batch.input_ids.tolist() == list(range(42, 50)) and last.batch.page_table.shape == (1, 10)
+    assert last.batch.input_ids.tolist() == list(range(42, 50)) and last.batch.tables[0].shape == (1, 10)
 
 
 def test_decodes_come_first_and_chunks_fill_the_rest() -> None:

@@ -66,21 +66,22 @@ def test_steps_that_go_on_from_the_last_are_those_that_would_be_planned(
     def batches(shortcut: bool) -> tuple[list[tuple[Any, ...]], int, dict[str, list[int]]]:
         driver = Driver(num_pages=24, page_size=16, overlap=overlap, chunked_prefill_size=16)
         planner, launched, taken = driver.scheduler.planner, list[tuple[Any, ...]](), [0]
-        launch, one_more = driver.runner.launch, planner._one_more
+        launch, next_batch = driver.runner.launch, planner.next_batch
 
         def record(batch: Any) -> Any:
-            arrays = (batch.slots, batch.query_lens, batch.prefix_lens, batch.input_ids, batch.page_table, batch.sample)
+            arrays = (batch.slots, batch.query_lens, batch.prefix_lens, batch.input_ids, *batch.tables, batch.outputs)
             launched.append((batch.step, batch.epoch, *((array.tolist(), array.dtype) for array in arrays)))
             return launch(batch)
 
-        def count(steady: Any) -> Any:
-            taken[0] += 1
-            return one_more(steady)
+        def count() -> Any:
+            plan = next_batch()
+            taken[0] += plan is not None and plan.steady
+            return plan
 
         monkeypatch.setattr(driver.runner, "launch", record)
-        monkeypatch.setattr(planner, "_one_more", count)
+        monkeypatch.setattr(planner, "next_batch", count)
         if not shortcut:
-            monkeypatch.setattr(planner, "_goes_on", lambda *_: False)
+            monkeypatch.setattr(planner, "_one_more", lambda: None)
         rng = random.Random(seed)
         for turn in range(250):
             if turn % 25 == 0:
@@ -323,18 +324,18 @@ def test_stats_come_while_busy_and_once_when_idle() -> None:
 
 
 def test_the_share_of_time_outside_the_forward_pass() -> None:
-    driver = Driver()
+    planner = Driver().scheduler.planner.state()
     meter = Meter(0.0)
     for begin in (0.0, 1.0):
-        meter.step_done(StepOutput(1, np.zeros(1, dtype=np.int32), forward_seconds=0.6))
+        meter.step_done(StepOutput(1, np.ones(1, np.int32), np.zeros(1, np.int32), forward_seconds=0.6))
         meter.turn(begin, begin + 0.7, worked=True)
     assert not meter.due(0.5, busy=True) and meter.due(1.7, busy=True)
     # 1.7 s busy (the wait for messages between two working turns counts), 1.2 s of it in the model.
-    assert meter.stats(1.7, True, 1, 0, 34, driver.scheduler.planner).outside_forward == pytest.approx(0.5 / 1.7)
+    assert meter.stats(1.7, True, 34, {}, planner).outside_forward == pytest.approx(0.5 / 1.7)
     assert meter.last_throughput == pytest.approx(20)
     meter.turn(1.7, 1.8, worked=False)
     assert meter.due(1.8, busy=False)
-    meter.stats(1.8, False, 0, 0, 34, driver.scheduler.planner)
+    meter.stats(1.8, False, 34, {}, planner)
     assert not meter.due(5.0, busy=False)
 
 
@@ -473,3 +474,25 @@ def test_any_configuration_gives_right_answers(
     driver.run()
     assert driver.tokens == want
     assert driver.runner.max_tokens <= max(budget, slots)
+
+
+@both
+def test_the_quick_way_of_a_token_says_what_the_long_way_says(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(quick: bool) -> tuple[Any, ...]:
+        driver = Driver(num_pages=40, overlap=overlap, chunked_prefill_size=16)
+        taken = [0]
+        only_token = driver.scheduler.results._only_token
+
+        def count(*args: Any) -> bool:
+            found = quick and only_token(*args)
+            taken[0] += found
+            return found
+
+        monkeypatch.setattr(driver.scheduler.results, "_only_token", count)
+        storm(driver, 30, random.Random(4))
+        driver.submit("scored", [11, 12, 13], 20, return_logprob=True)
+        driver.run()
+        assert (taken[0] > 100) is quick
+        return driver.tokens, driver.finish, driver.scheduler.results.output_tokens, driver.runner.steps
+
+    assert told(True) == told(False)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from phloem.core.errors import BadRequest, QueueFull
+from phloem.core.late import Prepared
 from phloem.core.messages import Drain
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.testing.driver import Driver, random_tokens, storm
@@ -100,12 +101,8 @@ def test_a_result_that_cannot_be_taken_fails_alone() -> None:
 
 
 class Late:
-    can_jump = False
-
     def __init__(self, turns: int = 3, error: Exception | None = None, broken: bool = False) -> None:
         self.turns, self.error, self.broken = turns, error, broken
-        self.mask = None
-        self.admitted: list[list[int]] = []
 
     def ready(self) -> bool:
         if self.broken:
@@ -113,14 +110,35 @@ class Late:
         self.turns -= 1
         return self.turns < 0
 
-    def admit(self, output: Sequence[int]) -> None:
+
+class Masked:
+    """Allows tokens 34 and 35, or fails at the third token; counts admissions and what it is told."""
+
+    can_jump = False
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+        self.seen: list[int] = []
+        self.admitted: list[list[int]] = []
+
+    def follower(self, output: Sequence[int]) -> Masked:
         self.admitted.append(list(output))
+        return self
+
+    def masks(self, sampled: Sequence[int], drafts: Sequence[int]) -> list[np.ndarray | None]:
+        assert not drafts
+        self.seen.extend(sampled)
+        if self.fails and len(self.seen) == 2:
+            raise ValueError("grammar is stuck")
+        words = np.zeros(32, dtype=np.int32)
+        words[1] = 0b1100
+        return [words]
 
 
 def test_late_requests_wait_without_holding_anything() -> None:
     late = {"slow": Late(), "bad": Late(error=BadRequest("no such grammar")), "broken": Late(broken=True)}
     late["full"] = Late(turns=0, error=QueueFull("too many grammars"))
-    driver = Driver(prepare=lambda submit, prompt: late.get(submit.id))
+    driver = Driver(prepare=lambda submit, prompt: Prepared((late[submit.id],)) if submit.id in late else None)
     for name in ("slow", "bad", "broken", "full", "plain", "gone"):
         late["gone"] = Late(turns=10**9)
         driver.submit(name, [11, 12, 13], 3)
@@ -150,24 +168,8 @@ def test_a_prepare_that_raises_refuses_the_request() -> None:
 
 @both
 def test_masks_reach_the_runner_and_their_failures_are_alone(overlap: bool) -> None:
-    class Masked(Late):
-        def __init__(self, fails: bool) -> None:
-            super().__init__(turns=0)
-            seen: list[int] = []
-            self.seen = seen
-
-            def mask(sampled: list[int]) -> np.ndarray:
-                seen.extend(sampled)
-                if fails and len(seen) == 2:
-                    raise ValueError("grammar is stuck")
-                words = np.zeros(32, dtype=np.int32)
-                words[1] = 0b1100
-                return words
-
-            self.mask = mask  # type: ignore[assignment]
-
     made = {"a": Masked(False), "b": Masked(True)}
-    driver = Driver(overlap=overlap, prepare=lambda submit, prompt: made.get(submit.id))
+    driver = Driver(overlap=overlap, prepare=lambda submit, prompt: Prepared((), made.get(submit.id)))
     for name in "abc":
         driver.submit(name, [11, 12], 6)
     driver.run()
@@ -176,15 +178,15 @@ def test_masks_reach_the_runner_and_their_failures_are_alone(overlap: bool) -> N
     assert driver.tokens["c"] == driver.expected([11, 12], 6)
 
 
-def test_whoever_prepared_is_told_of_every_admission() -> None:
-    late = Late(turns=0)
-    driver = Driver(prepare=lambda submit, prompt: late)
+def test_a_constraint_is_told_of_every_admission() -> None:
+    made = Masked()
+    driver = Driver(prepare=lambda submit, prompt: Prepared((Late(turns=0),), made))
     driver.submit("a", [11, 12, 13], 12)
     driver.step(6)
     driver.scheduler.retract_all()
     driver.run()
-    assert len(late.admitted) == 2 and late.admitted[0] == []
-    assert late.admitted[1] == driver.tokens["a"][: len(late.admitted[1])] and len(late.admitted[1]) >= 4
+    assert len(made.admitted) == 2 and made.admitted[0] == []
+    assert made.admitted[1] == driver.tokens["a"][: len(made.admitted[1])] and len(made.admitted[1]) >= 4
 
 
 # control

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pools import pool_of
 
 from phloem.attention import BACKENDS, begin
 from phloem.checkpoint.describe import describe
+from phloem.core.memory import Group
 from phloem.kernels.ops import Ops, PagedBatch
-from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext, ForwardBatch
 from phloem.models import load_model
 
@@ -36,7 +37,7 @@ class Engine:
         self.checkpoint = describe(str(path), **options)
         self.model = load_model(self.checkpoint, BuildContext(self.ops, dtype, CPU))
         kept = kv_dtype or dtype
-        self.pool = KVPool(self.model.attention_specs, 256, PAGE, kept, CPU)
+        self.pool = pool_of(self.model.attention_specs, 256, PAGE, kept, CPU)
         self.attention = BACKENDS.module("cpu").Backend(self.ops, self.model.attention_specs, CPU, kept)
         self.free = list(range(1, 256))
 
@@ -53,20 +54,32 @@ class Engine:
             positions += span
             slots += [pages[p // PAGE] * PAGE + p % PAGE for p in span]
             starts.append(len(ids))
-        width = max(len(pages) for _, pages, _ in rows)
         lengths = [prefix + len(tokens) for tokens, _, prefix in rows]
-        batch = PagedBatch(
-            query_start=torch.tensor(starts, dtype=torch.int32),
-            seq_lens=torch.tensor(lengths, dtype=torch.int32),
-            page_table=torch.tensor([pages + [0] * (width - len(pages)) for _, pages, _ in rows], dtype=torch.int32),
-            token_slots=torch.tensor(slots, dtype=torch.int32),
-            max_query_len=max(len(tokens) for tokens, _, _ in rows),
-            max_seq_len=max(lengths),
-        )
+        batches = [
+            PagedBatch(
+                query_start=torch.tensor(starts, dtype=torch.int32),
+                seq_lens=torch.tensor(lengths, dtype=torch.int32),
+                page_table=self.table(rows, group),
+                token_slots=torch.tensor(slots, dtype=torch.int32),
+                max_query_len=max(len(tokens) for tokens, _, _ in rows),
+                max_seq_len=max(lengths),
+            )
+            for group in self.pool.groups
+        ]
         index = None if every else torch.tensor(starts[1:]) - 1
-        step = ForwardBatch(torch.tensor(ids), torch.tensor(positions), begin(self.attention, batch, self.pool), index)
+        step = ForwardBatch(
+            torch.tensor(ids), torch.tensor(positions), begin(self.attention, batches, self.pool), index
+        )
         with torch.inference_mode():
             return self.model.head(self.model.forward(step))
+
+    def table(self, rows: list[tuple[list[int], list[int], int]], group: Group) -> torch.Tensor:
+        """A group's page table: pages that lie wholly behind its window have been given back."""
+        table = torch.zeros(len(rows), max(len(pages) for _, pages, _ in rows), dtype=torch.int32)
+        for row, (_, pages, prefix) in enumerate(rows):
+            first = group.first_needed(prefix) // PAGE
+            table[row, first : len(pages)] = torch.tensor(pages[first:], dtype=torch.int32)
+        return table
 
     def whole(self, tokens: list[int]) -> torch.Tensor:
         return self.step([(tokens, self.pages(len(tokens)), 0)], every=True)

@@ -35,6 +35,7 @@ SLACK = 1.3  # how much padding a group may bring
 class Backend:
     name = "cpu"
     page_size = 16
+    recordable = True
 
     def __init__(self, ops: Ops, specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype) -> None:
         self.ops = fitting(ops, dtype)

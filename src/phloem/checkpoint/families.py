@@ -15,7 +15,7 @@ from typing import Any
 
 from phloem.utils.registry import Registry
 
-FAMILIES = Registry("phloem.models", "model type")
+FAMILIES: Registry[Any] = Registry("phloem.models", "model type", "build")
 FACTS = ("DEFAULTS", "GGUF", "TINY", "VARIANTS")
 _FOLDER = Path(__file__).parents[1] / "models"
 
@@ -58,10 +58,11 @@ def facts_of(name: str) -> dict[str, Any]:
                 other = facts_of(node.module.rpartition(".")[2])
                 found.update({alias.asname or alias.name: other[alias.name] for alias in wanted})
             continue
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
-        if isinstance(target, ast.Name) and target.id in FACTS and value is not None:
-            found[target.id] = ast.literal_eval(value)
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        if isinstance(target, ast.Name) and target.id in FACTS:
+            found[target.id] = ast.literal_eval(node.value)
     return found
 
 

@@ -8,8 +8,12 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
+from phloem import attention, platforms
+from phloem.checkpoint.describe import describe
 from phloem.cli._options import parse
+from phloem.core import resolve
 from phloem.core.errors import PhloemError
+from phloem.kernels import _native_build, native
 from phloem.utils import machine
 from phloem.utils.cores import available_cores
 
@@ -62,8 +66,6 @@ def _machine() -> None:
 
 def native_state() -> str:
     """Whether the native CPU kernels are there, of which sources, and what went wrong with their last build."""
-    from phloem.kernels import _native_build, native
-
     failed = _native_build.failure()
     if failed is not None:
         return f"NOT BUILT: {' '.join(failed.split())}"
@@ -86,10 +88,6 @@ def _libraries() -> None:
 
 def _model(config: Config) -> bool:
     """What would be chosen for this configuration, as far as it can be known without loading weights."""
-    from phloem import attention, platforms
-    from phloem.checkpoint.describe import describe
-    from phloem.core import resolve
-
     print("\nModel")
     model = config.model
     try:

@@ -1,23 +1,30 @@
 """The contract between scheduler and engine: one step's work, and what comes back.
 
-Legend: R rows (requests in the step), T packed new tokens of all rows, P pages per row.
+Legend: R rows (requests in the step), T packed new tokens of all rows, P pages per row, G groups of memory.
 A *slot* is the small integer that a running request keeps from admission to release; the engine holds a request's
 sampling state and its last sampled token by slot, so that a step may be launched before the host knows that token.
+
+A `Batch` is plain data: it could be sent to another process. What follows a grammar is handed to the runner beside it
+(`Runner.constrain`), and what must run between two steps too (`Runner.between`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
+    from phloem.core.memory import Group
     from phloem.core.request import SamplingParams
+
+T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
 
 FROM_DEVICE = -1  # in `Batch.input_ids`: take the slot's last sampled token, which only the device knows yet
 
@@ -37,25 +44,44 @@ class Admission:
     top_logprobs: int = 0
     token_ids_logprob: tuple[int, ...] = ()
     return_hidden: bool = False
-    # Called in the runner's thread between forward and sample: (tokens sampled since the last call) -> allowed tokens
-    # as a bit mask, 32 tokens a word, or None for no restriction. Raising fails this request alone.
-    mask: Callable[[list[int]], NDArray[np.int32] | None] | None = None
+    constrained: bool = False  # a follower was given for this slot (`Runner.constrain`) before the launch
+
+
+@dataclass(slots=True)
+class Embeds:
+    """Rows that stand in for token embeddings: of a picture, say."""
+
+    start: int  # among the step's T tokens
+    values: NDArray[np.float32]  # [n, hidden_size]
 
 
 @dataclass(slots=True)
 class Batch:
-    """One step. Arrays are owned by the batch: nothing changes them after `launch`."""
+    """One step. Arrays are owned by the batch: nothing changes them after `launch`.
+
+    A row's new tokens are the last of its known tokens and, in a step that verifies, drafts behind them: the last
+    `outputs - 1` of the row's `input_ids` are then drafts, and each of the last `outputs` positions yields a token.
+    """
 
     step: int
     slots: NDArray[np.int32]  # [R]
     query_lens: NDArray[np.int32]  # [R] new tokens of each row, at least 1
-    prefix_lens: NDArray[np.int32]  # [R] tokens whose KV is already in the row's pages
+    prefix_lens: NDArray[np.int32]  # [R] tokens that are already in the row's memory
     input_ids: NDArray[np.int32]  # [T] token ids or FROM_DEVICE
-    page_table: NDArray[np.int32]  # [R, P] page ids; page j holds positions [j * page_size, (j + 1) * page_size)
-    sample: NDArray[np.bool_]  # [R] whether a token is sampled after the row's last new token
+    # A table for each of the runner's groups, in their order. Pages: [R, P], page j holds positions
+    # [j * page_size, (j + 1) * page_size), 0 where the window has left it behind. States: [R, 2], the slot that a
+    # row's state is read from and the one it is written to; a row without a prefix begins from nothing.
+    tables: tuple[NDArray[np.int32], ...]
+    outputs: NDArray[np.int32]  # [R] how many of the row's last positions yield a token: 0, 1, or drafts + 1
     admissions: list[Admission] = field(default_factory=list)
     # Row -> prompt token at each new position + 1 (or -1: not wanted), for prompt logprobs. int32 [query_len of row]
     prompt_targets: dict[int, NDArray[np.int32]] = field(default_factory=dict)
+    # [R] how many drafts a runner that speculates may put behind each row's token: pages for them are reserved, and the
+    # row is not launched again before its step is committed. None: no row may have any.
+    drafts: NDArray[np.int32] | None = None
+    adapters: NDArray[np.int32] | None = None  # [R] the adapter of each row, 0: none. None: no row has one
+    embeds: list[Embeds] = field(default_factory=list)
+    positions: NDArray[np.int64] | None = None  # [T] or [3, T]; None: those that follow from `prefix_lens`
     # Raised by the scheduler when a step failed for lack of memory: no batch of an older epoch counts any more.
     epoch: int = 0
 
@@ -69,8 +95,8 @@ class Batch:
 
     @property
     def is_decode(self) -> bool:
-        """True when every row has exactly one new token and samples: the step a graph can serve."""
-        return self.num_tokens == self.num_rows and bool(self.sample.all())
+        """True when every row has exactly one new token and yields one: the step a graph can serve."""
+        return self.num_tokens == self.num_rows and bool((self.outputs == 1).all())
 
 
 @dataclass(slots=True)
@@ -84,32 +110,58 @@ class PositionLogprobs:
 
 @dataclass(slots=True)
 class StepOutput:
-    """What a step gave. `tokens[r]` is -1 where row r did not sample or failed."""
+    """What a step gave.
+
+    Row r yields `counts[r]` tokens: none, one, or the accepted drafts and one more. They lie one row behind the other
+    in `tokens`. A row that failed, or whose position yields nothing, has the count 0.
+    """
 
     step: int
-    tokens: NDArray[np.int32]  # [R]
-    logprobs: dict[int, PositionLogprobs] = field(default_factory=dict)  # row -> of its sampled token
-    prompt_logprobs: dict[int, list[PositionLogprobs]] = field(
-        default_factory=dict
-    )  # row -> wanted positions, in order
-    hidden: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # row -> [hidden] its token was chosen from
+    counts: NDArray[np.int32]  # [R]
+    tokens: NDArray[np.int32]  # [sum of counts]
+    # Row -> one for each of its tokens.
+    logprobs: dict[int, list[PositionLogprobs]] = field(default_factory=dict)
+    # Row -> wanted prompt positions, in order.
+    prompt_logprobs: dict[int, list[PositionLogprobs]] = field(default_factory=dict)
+    # Row -> [its tokens, hidden]: the states that its tokens were chosen from.
+    hidden: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)  # row -> why this row alone failed
     refused: set[int] = field(default_factory=set)  # of these, the rows whose own request is at fault
+    drafted: int = 0  # drafts that were verified, over all rows
     forward_seconds: float = 0.0
     total_seconds: float = 0.0
 
 
-class Pending(Protocol):
-    """A launched step."""
+class Pending(Protocol[T_co]):
+    """Work that the runner has been given: a step, or what was asked for between two."""
 
     def done(self) -> bool: ...
 
-    def result(self) -> StepOutput:
-        """Wait for the step. Raises what the step raised: then the whole batch has failed.
+    def result(self) -> T_co:
+        """Wait for it. Raises what it raised: of a step, then the whole batch has failed.
 
-        `core.errors.OutOfMemory` alone leaves everything as it was before the step, but for two things: what the rows'
-        new positions hold in the cache, and the slots, all of which the runner has emptied. Batches of the same epoch
-        that were launched behind the step raise it too, unexecuted.
+        `core.errors.OutOfMemory` of a step alone leaves everything as it was before it, but for two things: what the
+        rows' new positions hold in memory, and the slots, all of which the runner has emptied. Batches of the same
+        epoch that were launched behind the step raise it too, unexecuted.
+        """
+        ...
+
+
+class Follower(Protocol):
+    """Follows one request's output by its constraint. Called in the runner's threads alone."""
+
+    def masks(self, sampled: Sequence[int], drafts: Sequence[int]) -> list[NDArray[np.int32] | None]:
+        """The tokens allowed next, and next after each of the drafts, as bit masks, 32 tokens a word.
+
+        Args:
+            sampled: tokens of this request chosen since the last call; they are taken for good.
+            drafts: tokens that may follow; taken back before this returns.
+
+        Returns:
+            1 + len(drafts) masks or fewer: it ends behind a draft that is not allowed. None allows every token.
+
+        Raises:
+            Exception: this request alone fails; `BadRequest` puts the fault on the request.
         """
         ...
 
@@ -121,10 +173,29 @@ class Runner(Protocol):
     KV that a launched step writes may be matched by the next batch.
     """
 
-    num_pages: int
+    groups: tuple[Group, ...]  # of the model's memory; tables of a batch are in this order
+    num_pages: tuple[int, ...]  # of each group: pages, or slots of state; number 0 is scratch
     page_size: int
     max_slots: int
 
-    def launch(self, batch: Batch) -> Pending: ...
+    @property
+    def graph_bytes(self) -> int:
+        """Device memory that recorded steps take; 0 where none are recorded."""
+        ...
+
+    def launch(self, batch: Batch) -> Pending[StepOutput]: ...
+
+    def constrain(self, slot: int, follower: Follower | None) -> None:
+        """What follows the request that the next launched batch admits to this slot; None: nothing any more."""
+        ...
+
+    def between(self, work: Callable[[], T]) -> Pending[T]:
+        """Run `work` in the thread that runs the steps, behind every launched step and with none in flight."""
+        ...
 
     def close(self) -> None: ...
+
+
+def sure(outputs: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """[R]: rows that are sure to yield exactly one token: those advance when they are launched."""
+    return outputs == 1

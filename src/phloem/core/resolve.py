@@ -103,11 +103,12 @@ class MemoryFacts:
     graphs: int = 0  # what step graphs may take
     reserve: int = 0  # for what no measurement has seen: fragments, libraries, other steps' odd shapes
     largest_step: str = ""  # what was measured, for people
+    fixed: int = 0  # windows and states of running requests, which no token of the pool adds to
 
     @property
     def rest(self) -> int:
         """What is left for the pool."""
-        return self.free - (self.activations or 0) - self.graphs - self.reserve
+        return self.free - (self.activations or 0) - self.graphs - self.reserve - self.fixed
 
 
 GRAPH_SHARE = 32  # a device's memory over this is what step graphs may take
@@ -129,14 +130,15 @@ def pool_tokens(cache: CacheConfig, facts: MemoryFacts, page: int, context: int,
     """
     if cache.max_total_tokens is not None:
         tokens, reason = cache.max_total_tokens, "as asked"
-        if tokens * facts.bytes_per_token > facts.free:
+        needed = tokens * facts.bytes_per_token + facts.fixed
+        if needed > facts.free:
             raise ConfigError(
-                f"max_total_tokens: {tokens} tokens need {tokens * facts.bytes_per_token / GIB:.2f} GiB, "
-                f"{facts.free / GIB:.2f} GiB are free",
+                f"max_total_tokens: {tokens} tokens need {needed / GIB:.2f} GiB, {facts.free / GIB:.2f} GiB are free",
                 param="max_total_tokens",
             )
     elif cache.kv_memory is not None:
-        tokens, reason = parse_bytes(cache.kv_memory) // facts.bytes_per_token, f"{cache.kv_memory} of KV memory"
+        left = max(0, parse_bytes(cache.kv_memory) - facts.fixed)
+        tokens, reason = left // facts.bytes_per_token, f"{cache.kv_memory} of KV memory"
         if parse_bytes(cache.kv_memory) > facts.free:
             raise ConfigError(f"kv_memory: {cache.kv_memory} is more than is free", param="kv_memory")
     elif cache.mem_fraction_static is not None or facts.activations is None:
@@ -156,7 +158,7 @@ def pool_tokens(cache: CacheConfig, facts: MemoryFacts, page: int, context: int,
 def _from_fraction(requested: float | None, facts: MemoryFacts, context: int, running: int) -> tuple[int, str]:
     fraction = requested if requested is not None else facts.default_fraction
     before = min(facts.total, facts.free + facts.weights)
-    budget = int(before * fraction) - facts.weights
+    budget = int(before * fraction) - facts.weights - facts.fixed
     tokens = budget // facts.bytes_per_token
     useful = running * context
     if requested is None and tokens > useful:
@@ -188,6 +190,8 @@ def _parts(facts: MemoryFacts) -> str:
         parts.append(f"activations {facts.activations / GIB:.2f} GiB ({facts.largest_step})")
         parts.append(f"graphs up to {facts.graphs / GIB:.2f} GiB")
         parts.append(f"reserve {facts.reserve / GIB:.2f} GiB")
+    if facts.fixed:
+        parts.append(f"windows and states of what runs {facts.fixed / GIB:.2f} GiB")
     return ", ".join(parts)
 
 
@@ -196,6 +200,6 @@ def memory_parts(facts: MemoryFacts, tokens: int) -> Decision:
     pool = tokens * facts.bytes_per_token
     text = f"{_parts(facts)}, KV {pool / GIB:.2f} GiB ({tokens} tokens of {facts.bytes_per_token} bytes)"
     if facts.activations is None:
-        left = max(0, facts.free - pool)
+        left = max(0, facts.free - pool - facts.fixed)
         text += f"; activations, not measured, come from the other {left / GIB:.2f} GiB that are free"
     return Decision("memory", f"{facts.total / GIB:.1f} GiB", text)

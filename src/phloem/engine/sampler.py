@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phloem.engine.flight import plain_up
+from phloem.engine.transfer import plain_up
 from phloem.kernels.calls import Draw
 
 if TYPE_CHECKING:

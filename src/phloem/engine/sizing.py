@@ -15,13 +15,17 @@ import torch
 from phloem.core import resolve
 from phloem.core.batch import Batch
 from phloem.core.errors import ConfigError
+from phloem.core.memory import groups_of
 from phloem.core.request import SamplingParams
 from phloem.core.resolve import GIB, Decision, MemoryFacts
-from phloem.engine.decode import run_forward
-from phloem.engine.inputs import device_inputs
+from phloem.engine.forward import run_forward
+from phloem.engine.inputs import Step
 from phloem.engine.logprobs import position_logprobs
 from phloem.engine.memory import first_line, is_out_of_memory
 from phloem.engine.sampler import SamplingRows, sample
+from phloem.engine.shares import Load, shares
+from phloem.engine.transfer import LastTokens
+from phloem.engine.wanted import Wanted
 from phloem.kvcache.pool import KVPool
 
 if TYPE_CHECKING:
@@ -53,12 +57,16 @@ class Need:
 
 @dataclass(frozen=True)
 class Sizing:
-    """`graph_bytes` is what step graphs may take; None: no bound."""
+    """`tokens` of the first group; `num_pages` of each group, with its scratch page, for the pool.
+
+    `graph_bytes` is what step graphs may take; None: no bound.
+    """
 
     tokens: int
+    num_pages: tuple[int, ...]
     facts: MemoryFacts
     graph_bytes: int | None
-    decisions: tuple[Decision, Decision]
+    decisions: tuple[Decision, ...]
 
 
 def size_pool(cache: CacheConfig, platform: Platform, need: Need, weights: int) -> Sizing:
@@ -80,19 +88,38 @@ def size_pool(cache: CacheConfig, platform: Platform, need: Need, weights: int) 
             f"are free; {why}): lower chunked_prefill_size or max_running_requests",
             param="chunked_prefill_size",
         ) from None
+    free, total = platform.memory()
     facts = MemoryFacts(
-        *platform.memory(),
-        weights=weights,
-        bytes_per_token=KVPool.bytes_per_token(need.model.attention_specs, need.kv_dtype),
-        default_fraction=platform.default_memory_fraction,
+        free, total, weights=weights, bytes_per_token=1, default_fraction=platform.default_memory_fraction
     )
     graph_bytes: int | None = None
     if measured is not None:
         graph_bytes = resolve.graph_budget(facts.total) if need.graphs else 0
         reserve = platform.reserve()
         facts = replace(facts, activations=measured, graphs=graph_bytes, reserve=reserve, largest_step=step)
-    pool = resolve.pool_tokens(cache, facts, need.page_size, need.context, need.running)
-    return Sizing(pool.value, facts, graph_bytes, (pool, resolve.memory_parts(facts, pool.value)))
+    return _divide(cache, need, facts, graph_bytes)
+
+
+def _divide(cache: CacheConfig, need: Need, facts: MemoryFacts, graph_bytes: int | None) -> Sizing:
+    """The memory that is left, among the groups."""
+    memory = need.model.memory
+    load = Load(need.running, need.chunk, need.context)
+    best: Sizing | None = None
+    refused: ConfigError | None = None
+    for share in shares(memory, groups_of(memory), need.kv_dtype, need.page_size, load):
+        own = replace(facts, bytes_per_token=share.bytes_per_token, fixed=share.fixed_bytes)
+        try:
+            pool = resolve.pool_tokens(cache, own, need.page_size, need.context, need.running)
+        except ConfigError as error:
+            refused = error
+            continue
+        if best is None or pool.value > best.tokens:
+            decisions = (pool, resolve.memory_parts(own, pool.value), *share.decisions(pool.value))
+            best = Sizing(pool.value, share.num_pages(pool.value), own, graph_bytes, decisions)
+    if best is None:
+        assert refused is not None
+        raise refused
+    return best
 
 
 def step_shapes(chunk: int, running: int, context: int) -> list[list[int]]:
@@ -103,9 +130,11 @@ def step_shapes(chunk: int, running: int, context: int) -> list[list[int]]:
 
 
 def run_largest_steps(need: Need, device: torch.device) -> None:
-    """Run them, with a pool of two pages that is gone afterwards."""
+    """Run them, with a pool of two pages in each group that is gone afterwards."""
     with torch.inference_mode():
-        pool = KVPool(need.model.attention_specs, 2, need.page_size, need.kv_dtype, device, need.kv_scales)
+        memory = need.model.memory
+        pages = [2] * len(groups_of(memory))
+        pool = KVPool(memory, pages, need.page_size, need.kv_dtype, device, need.kv_scales)
         for lengths in step_shapes(need.chunk, need.running, need.context):
             _run(need, pool, lengths)
 
@@ -113,17 +142,18 @@ def run_largest_steps(need: Need, device: torch.device) -> None:
 def _run(need: Need, pool: KVPool, lengths: list[int]) -> None:
     rows = len(lengths)
     query_lens = np.array(lengths, np.int32)
+    width = -(-max(lengths) // need.page_size)
     batch = Batch(
         step=0,
         slots=np.zeros(rows, np.int32),
         query_lens=query_lens,
         prefix_lens=np.zeros(rows, np.int32),
         input_ids=np.zeros(int(query_lens.sum()), np.int32),
-        page_table=np.zeros((rows, -(-max(lengths) // need.page_size)), np.int32),
-        sample=np.ones(rows, np.bool_),
+        tables=tuple(np.zeros((rows, width if group.kind == "pages" else 2), np.int32) for group in pool.groups),
+        outputs=np.ones(rows, np.int32),
     )
-    last_tokens = torch.zeros(rows, dtype=torch.int64, device=pool.device)
-    inputs = device_inputs(batch, need.page_size, last_tokens)
+    last = LastTokens(1, pool.device, False, None)
+    inputs = Step(batch, Wanted.of(batch), pool, last).inputs
     hidden_RN = run_forward(need.model, need.backend, pool, inputs, inputs.logit_index)
     logits_RV = need.model.head(hidden_RN)
     raw_RV = logits_RV.clone()  # what a step keeps beside penalised logits where logprobs are wanted

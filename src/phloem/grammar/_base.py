@@ -83,6 +83,11 @@ _READERS: dict[str, Callable[[str], Constraint]] = {
 # Vocabulary
 
 
+def allows(mask: NDArray[np.int32], token: int) -> bool:
+    """Whether the token's bit is set in a mask."""
+    return bool(mask.view(np.uint32)[token >> 5] >> (token & 31) & 1)
+
+
 class TokenizerFace(Protocol):
     """What is read from a tokenizer, once."""
 
@@ -265,12 +270,19 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+class EngineKind(Protocol):
+    """What an engine's file has: how an engine is made."""
+
+    def __call__(self, vocabulary: Vocabulary, options: EngineOptions) -> Engine: ...
+
+
 __all__ = [
     "Choice",
     "Compiled",
     "Constraint",
     "Ebnf",
     "Engine",
+    "EngineKind",
     "EngineOptions",
     "JsonObject",
     "JsonSchema",

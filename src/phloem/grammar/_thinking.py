@@ -96,6 +96,27 @@ def _last(ids: Sequence[int], marker: tuple[int, ...]) -> int:
     return -1
 
 
+@dataclass(frozen=True)
+class Thinking:
+    """Where a prompt ends with regard to reasoning: whether a grammar must wait for the end of a block."""
+
+    markers: ThinkingMarkers
+    state: str
+    header: tuple[int, ...] = ()  # of the message that the prompt ends in, where answers are messages
+
+    @staticmethod
+    def of(prompt: Sequence[int], markers: ThinkingMarkers) -> Thinking:
+        header = last_header(prompt, markers.channel) if markers.channel is not None else []
+        return Thinking(markers, state_after(prompt, markers), tuple(header))
+
+    def around(self, matcher: Matcher, vocabulary: Vocabulary) -> Matcher:
+        """The matcher, behind one that waits where it must be waited."""
+        state, channel = self.state, self.markers.channel
+        if channel is not None:
+            state = CLOSED if is_content(self.header, channel, vocabulary) else OPEN
+        return matcher if state == CLOSED else ThinkingMatcher(matcher, self.markers, state, vocabulary)
+
+
 class ThinkingMatcher:
     """A matcher around a matcher (see `_base.Matcher`)."""
 

@@ -41,6 +41,8 @@ def paged_attention(
         if scales is not None:
             k_KLD, v_KLD = k_KLD * scales[0].reshape(-1, 1, 1), v_KLD * scales[1].reshape(-1, 1, 1)
         seen_TL = visible(end - begin, length, call, q_THD.device)
+        # What nobody sees may be a page that was given back: a weight of 0 takes no NaN away.
+        v_KLD = v_KLD.masked_fill(~seen_TL.any(0)[:, None], 0.0)
         if tree_mask is not None:
             seen_TL[:, length - (end - begin) :] &= tree_mask[begin:end, : end - begin].bool()
         weights_HTL = _weights(q_THD[begin:end], k_KLD.repeat_interleave(group, 0), seen_TL, call)

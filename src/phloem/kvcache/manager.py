@@ -1,105 +1,177 @@
-"""The only face of KV memory that the scheduler sees: match, reserve, commit, release, check.
+"""The only face of KV memory that the scheduler sees: match, reserve, commit, behind, release, check.
+
+A model's layers fall into *groups* whose memory lives alike (`core.memory`): one that keeps every token, one for each
+window, one of states. Each has page ids (or slots of state) and a free list of its own; a radix tree over whole pages
+of tokens says what is cached, and a page of the tree may be there in some groups and lost in others.
 
 Who owns which pages, when
 --------------------------
-Every page except page 0 (scratch of the pool) is at each moment in exactly one of three places:
+In each group every page except page 0 (scratch of the pool) is at each moment in exactly one of three places:
 
-* **free**: on the allocator's stack. Its content means nothing.
-* **in the tree**: in one node of the radix tree, computed, whole, and never written again. Requests that read it hold
-  a lock on the deepest node they use; while a node or anything below it is locked it cannot be evicted.
+* **free**: on the group's stack. Its content means nothing.
+* **in the tree**: in one node of the radix tree, computed, whole, and never written again.
 * **held**: by exactly one running request, which alone reads and writes it.
 
-A running request's `Lease` lists its pages in order of position. `table[:shared]` are pages in the tree, protected by
-the lock on `node`; `table[shared:held]` are its own.
+A running request's `Lease` has a table row for each group, its pages in order of position. `table[:shared]` are pages
+in the tree, `table[shared:held]` are its own. What keeps pages in the tree from being evicted differs:
 
-    admission   match    locks a path; table[:shared] are the tree's pages                  free  ->  -
-    each step   reserve  takes free pages (evicting unlocked ones first)                    free  ->  held
-    at launch   commit   gives whole pages whose tokens are known to the tree, keeps a lock held  ->  in tree
-                         (where the tree has an equal page already, the own copy is freed)  held  ->  free
+* The group that keeps everything: the lock on `lease.node` protects all pages up to there.
+* Groups with a window: a lease locks page by page what it may still read, from `lease.first` on. Before `first` the
+  table has 0: own pages there are free again, those of the tree can be evicted there although their node is locked.
+* States: the row is [slot to read, slot to write]. A lease has two slots of its own, written in turn, so that a step
+  never overwrites what it has read and can be undone. A slot in the tree is a snapshot of the state at a node's end;
+  whoever reads it has it locked, and writes into a slot of its own: nothing is ever copied.
+
+    admission   match    locks a path up to a border that every group can give: pages to    free  ->  -
+                         there, of windows those that are read from there, and a state
+    each step   reserve  takes free pages of every group (evicting unlocked ones first),    free  ->  held
+                         at first two slots of state; all groups or nothing
+    at launch   turn     what the step writes is what the next one reads                    held  ->  held
+                commit   gives whole pages whose tokens are known to the tree, keeps them   held  ->  in tree
+                         locked; where the tree has an equal page the own copy is freed,    held  ->  free
+                         where it has lost the page it gets it back; at a page border the
+                         state just written becomes the node's, for another slot            free  ->  held
+    at commit   behind   what no later token reads: own pages of windows are freed,         held  ->  free
+    of a step            those of the tree, and snapshots read before, are unlocked
     at the end  release  commits what is known and computed, unlocks, frees the rest        held  ->  free
-    eviction    reserve  takes the pages of unlocked leaves                                 tree  ->  free
+    eviction    reserve  pages of unlocked leaves, with all that hangs on them; unlocked    tree  ->  free
+                         pages of windows; unlocked snapshots
     a step that did not happen (no memory for it)
                 roll_back  takes back what entered the tree since its launch                tree  ->  held or free
 
 The runner executes steps in launch order, as a device stream does. Therefore pages change owner on the *launch* of
 their last user, not on its end: a later launch that writes them runs after every earlier one that reads them; and a
-page that a launched step will fill may be matched by the next plan already.
+page that a launched step will fill may be matched by the next plan already. Only `behind` waits for the end of a step:
+what a request can no longer read it could still need if the step had to be undone.
 
-`free + in tree + held == total` holds between any two calls; `check` verifies it.
+Somebody who copies pages outside of that order holds them (`hold`, `drop`).
+
+`free + in tree + held == total` holds in each group between any two calls; `check` verifies it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from phloem.kvcache import audit, report, undo
 from phloem.kvcache.allocator import PageAllocator
-from phloem.kvcache.radix import NO_PAGES, Found, Node, RadixCache
+from phloem.kvcache.lease import SLOTS, Given, Hold, Lease, Turn
+from phloem.kvcache.namespaces import namespace
+from phloem.kvcache.node import NO_PAGES, Node, ends_between, path_to
+from phloem.kvcache.radix import Found, RadixCache
+from phloem.kvcache.snapshots import Snapshots
+from phloem.kvcache.windows import WindowPages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
-_DETACHED = Node(0, None, b"", NO_PAGES, 0)  # what a lease holds while the tree is switched off
+    from phloem.core.memory import Group
+    from phloem.kvcache.radix import Listener
 
+__all__ = ["CacheManager", "Found", "Given", "Hold", "Lease", "namespace"]
 
-class Lease:
-    """The pages of one running request. `table` int32 [pages it can ever need]; see the module's docstring."""
-
-    __slots__ = ("held", "namespace", "node", "shared", "table")
-
-    def __init__(self, namespace: str, table: NDArray[np.int32]) -> None:
-        self.namespace = namespace
-        self.table = table
-        self.node = _DETACHED
-        self.shared = 0
-        self.held = 0
-
-
-@dataclass(slots=True)
-class Given:
-    """Pages that a lease held just before a commit: `pages[i]` was its page number `start + i`."""
-
-    lease: Lease
-    start: int
-    pages: NDArray[np.int32]
+STATE_INTERVAL = 2048  # tokens of a long prompt between two snapshots
 
 
 class CacheManager:
-    """Pages 1..num_pages-1 of `page_size` tokens each, shared through a radix tree unless `enabled` is False."""
+    """Pages of `page_size` tokens in each group, shared through a radix tree unless `enabled` is False.
 
-    def __init__(self, num_pages: int, page_size: int, enabled: bool = True, eviction: str = "lru") -> None:
+    Args:
+        groups: from `core.memory.groups_of`.
+        num_pages: of each group, the scratch page (or slot) 0 included.
+        page_size: tokens of a page.
+        enabled: whether computed prefixes are kept for others.
+        eviction: which unlocked leaf goes first: lru, lfu, fifo.
+        state_interval: tokens between two snapshots of states within a long prompt; rounded to whole pages.
+        chunk: most tokens of a step, where known: bounds what a request holds in a group with a window.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        num_pages: Sequence[int],
+        page_size: int,
+        enabled: bool = True,
+        eviction: str = "lru",
+        *,
+        state_interval: int = STATE_INTERVAL,
+        chunk: int = 0,
+    ) -> None:
+        if not groups or len(groups) != len(num_pages):
+            raise ValueError(f"{len(groups)} groups of memory, but pages for {len(num_pages)}")
+        self.groups = tuple(groups)
         self.page_size = page_size
         self.enabled = enabled
-        self.allocator = PageAllocator(num_pages)
-        self.tree = RadixCache(page_size, eviction)
-        self.evicted_pages = 0
-        self._held = 0
+        self.allocators = tuple(PageAllocator(count) for count in num_pages)
+        self.paged = sum(group.kind == "pages" for group in groups)  # so many come first, then states, if any
+        whole = self.paged > 0 and not groups[0].window
+        self.windows = tuple(
+            WindowPages(index, number, groups[number].window, num_pages[number], page_size)
+            for index, number in enumerate(range(int(whole), self.paged))
+        )
+        self.states = Snapshots(self.paged, num_pages[self.paged]) if self.paged < len(groups) else None
+        self.tree = RadixCache(page_size, eviction, self.windows, self.states, whole)
+        self._plain = self.tree.plain
+        self.gives_back = bool(self.windows) or self.states is not None  # whether `behind` has anything to do
+        self.has_states = self.states is not None  # whether `turn` and `cut` have anything to do
+        self.evicted = [0] * len(groups)
+        self.own = [0] * len(groups)  # pages held by requests, of each group
+        self.holds: list[Hold] = []
+        self._chunk = chunk
+        self._interval = max(1, state_interval // page_size) * page_size
+
+    # what there is; pages of the first group
 
     @property
     def total_pages(self) -> int:
-        return self.allocator.usable
+        return self.allocators[0].usable
 
     @property
     def free_pages(self) -> int:
-        return self.allocator.available
+        return self.allocators[0].available
 
     @property
     def held_pages(self) -> int:
-        return self._held
+        return self.own[0]
+
+    @property
+    def evicted_pages(self) -> int:
+        return self.evicted[0]
 
     @property
     def available_pages(self) -> int:
-        """What `reserve` can get at most: free pages and those that eviction would free."""
-        return self.allocator.available + self.tree.evictable_pages
+        """What `reserve` can get at most of the first group: free pages and those that eviction would free."""
+        return self.allocators[0].available + self.evictable(0)
+
+    def pages_for(self, tokens: int) -> int:
+        """Most pages of the first group that a request of so many tokens holds at once."""
+        group = self.groups[0]
+        if group.kind == "state":
+            return SLOTS
+        pages = -(-tokens // self.page_size)
+        if not group.window or not self._chunk:
+            return pages
+        return min(pages, -(-(group.window + 2 * self._chunk) // self.page_size) + 1)
 
     @property
     def version(self) -> int:
         """Changes whenever a `probe` may give another answer."""
         return self.tree.version
+
+    @property
+    def on_evict(self) -> Listener | None:
+        """Hears (group, [(hash of all tokens up to the page's end, page)]) of what is evicted, before it is free."""
+        return self.tree.on_evict
+
+    @on_evict.setter
+    def on_evict(self, listener: Listener | None) -> None:
+        self.tree.on_evict = listener
+
+    # a request's life
 
     def probe(self, namespace: str, tokens: NDArray[np.int32], limit: int) -> Found:
         """How much of `tokens` is cached, looking at no more than `limit` tokens. Changes and locks nothing."""
@@ -108,54 +180,184 @@ class CacheManager:
             return Found(0, None)
         return self.tree.find(namespace, tokens[: pages * self.page_size].tobytes(), pages)
 
-    def match(self, namespace: str, tokens: NDArray[np.int32], limit: int, table: NDArray[np.int32]) -> Lease:
-        """Lock the longest cached prefix of `tokens`, at most `limit` tokens, and put its pages into `table`."""
-        lease = Lease(namespace, table)
+    def match(
+        self, namespace: str, tokens: NDArray[np.int32], limit: int, tables: Sequence[NDArray[np.int32]]
+    ) -> Lease:
+        """Lock the longest cached prefix of `tokens` that all groups can give, at most `limit` tokens.
+
+        `tables`: a row for each group, all 0, which the lease fills from now on.
+        """
+        lease = Lease(namespace, tuple(tables), len(self.windows), self.has_states)
         if self.enabled:
             pages = self._match_pages(tokens, limit)
             data = tokens[: pages * self.page_size].tobytes()
             lease.node, found = self.tree.take(namespace, data, pages)
-            lease.shared = lease.held = len(found)
-            table[: len(found)] = found
+            if self._plain:
+                lease.shared = lease.held = len(found)
+                lease.tables[0][: len(found)] = found
+            else:
+                self.seat(lease, lease.node, sum(node.count for node in path_to(lease.node)))
         return lease
 
+    def seat(self, lease: Lease, node: Node, depth: int) -> None:
+        """Let a lease that has no pages go on from the end of `node`, which is locked for it, at page `depth`."""
+        path = path_to(node)
+        lease.node, lease.shared, lease.held = node, depth, depth
+        if self.tree.whole:
+            lease.tables[0][:depth] = np.concatenate([NO_PAGES, *(at.pages for at in path)])
+        for account in self.windows:
+            first = lease.first[account.index] = max(0, depth - account.reach)
+            pages = np.concatenate([NO_PAGES, *(at.windows[account.index] for at in path)])[first:]
+            account.lock(pages)
+            lease.tables[account.group][first:depth] = pages
+        if self.states is not None:
+            lease.tables[-1][0] = node.state
+            if node.state:
+                self.states.lock(node.state)
+                lease.snapshots.append((depth, node.state))
+
     def reserve(self, lease: Lease, tokens: int) -> bool:
-        """Let the lease cover `tokens` positions. False, and nothing changes, when there are not enough pages."""
+        """Let the lease cover `tokens` positions. False, and nothing changes, when a group has not enough."""
         missing = -(-tokens // self.page_size) - lease.held
-        if missing <= 0:
+        if self._plain:
+            if missing <= 0:
+                return True
+            pages = self._allocate_plain(missing)
+            if pages is None:
+                return False
+            lease.tables[0][lease.held : lease.held + missing] = pages
+            lease.held += missing
             return True
-        pages = self._allocate(missing)
-        if pages is None:
+        missing = max(0, missing)
+        slots = SLOTS - len(lease.own) if self.states is not None else 0
+        if missing == 0 and slots == 0:
+            return True
+        need = [missing] * self.paged + ([slots] if self.states is not None else [])
+        taken = self._allocate(need)
+        if taken is None:
             return False
-        lease.table[lease.held : lease.held + missing] = pages
+        for number in range(self.paged):
+            lease.tables[number][lease.held : lease.held + missing] = taken[number]
         lease.held += missing
+        if slots:
+            lease.own += taken[-1].tolist()
+            lease.tables[-1][1] = next(slot for slot in lease.own if slot != lease.tables[-1][0])
         return True
 
     def reserve_one_each(self, leases: list[Lease]) -> bool:
         """One more page for each of these: a decode step's rows at a page border. All or nothing."""
-        pages = self._allocate(len(leases))
-        if pages is None:
+        count = len(leases)
+        if self._plain:
+            pages = self._allocate_plain(count)
+            if pages is None:
+                return False
+            for lease, page in zip(leases, pages.tolist(), strict=True):
+                lease.tables[0][lease.held] = page
+                lease.held += 1
+            return True
+        taken = self._allocate([count] * self.paged + ([0] if self.states is not None else []))
+        if taken is None:
             return False
-        for lease, page in zip(leases, pages.tolist(), strict=True):
-            lease.table[lease.held] = page
+        for number in range(self.paged):
+            for lease, page in zip(leases, taken[number].tolist(), strict=True):
+                lease.tables[number][lease.held] = page
+        for lease in leases:
             lease.held += 1
         return True
 
-    def commit(self, lease: Lease, tokens: NDArray[np.int32], computed: int) -> None:
-        """Give the tree every whole page among the first `computed` positions; `tokens` are the known ids."""
-        full = min(computed, len(tokens)) // self.page_size
-        if not self.enabled or full <= lease.shared:
+    def turn(self, lease: Lease) -> None:
+        """The step that writes the lease's state is launched: the next one reads what it wrote. Before any `commit`."""
+        if lease.turns is None:
             return
+        row = lease.tables[-1]
+        read, write = row.tolist()
+        lease.turns.append(Turn(self.tree.tick(), read, write, tuple(lease.own)))
+        row[0], row[1] = write, next(slot for slot in lease.own if slot != write)
+
+    def given(self, lease: Lease) -> Given:
+        """What `roll_back` must know of a commit: taken just before it."""
+        start, held = lease.shared, lease.held
+        return Given(lease, start, tuple(table[start:held].copy() for table in lease.tables[: self.paged]))
+
+    def commit(self, lease: Lease, tokens: NDArray[np.int32], computed: int) -> None:
+        """Give the tree every whole page among the first `computed` positions; `tokens` are the known ids.
+
+        Where `computed` is a page border, and all tokens before it are known, the state there goes too.
+        """
+        full = min(computed, len(tokens)) // self.page_size
+        if not self.enabled:
+            return
+        if full > lease.shared:
+            self._give(lease, tokens, full)
+        if self.states is not None and full * self.page_size == computed and full == lease.shared:
+            self._give_state(lease, full)
+
+    def _give(self, lease: Lease, tokens: NDArray[np.int32], full: int) -> None:
         start = lease.shared
-        own = lease.table[start:full]
         data = tokens[start * self.page_size : full * self.page_size].tobytes()
-        lease.node, kept = self.tree.extend(lease.node, data, own)
-        self._held -= full - start
-        twice = own != kept
-        if twice.any():
-            self.allocator.free(own[twice])
-            lease.table[start:full] = kept
+        if self._plain:
+            own = lease.tables[0][start:full]
+            lease.node, kept, _ = self.tree.extend(lease.node, data, own)
+            self.own[0] -= full - start
+            twice = own != kept
+            if twice.any():
+                self.allocators[0].free(own[twice])
+                own[:] = kept
+            lease.shared = full
+            return
+        own = lease.tables[0][start:full] if self.tree.whole else NO_PAGES
+        windows = [lease.tables[account.group][start:full] for account in self.windows]
+        mine = [int((pages != 0).sum()) for pages in windows]
+        lease.node, kept, freed = self.tree.extend(lease.node, data, own, windows)
+        if self.tree.whole:
+            self.own[0] -= full - start
+            twice = own != kept
+            self.allocators[0].free(own[twice])
+            own[:] = kept
+        for account, count, back in zip(self.windows, mine, freed, strict=True):
+            self.own[account.group] -= count
+            self.allocators[account.group].free(back)
+            account.lock(lease.tables[account.group][max(start, lease.first[account.index]) : full])
         lease.shared = full
+
+    def _give_state(self, lease: Lease, full: int) -> None:
+        """The state that the lease reads next becomes its node's snapshot, where that has none and a slot is left."""
+        assert self.states is not None
+        slot, node = int(lease.tables[-1][0]), lease.node
+        if slot not in lease.own or node.state or node.parent is None:
+            return
+        spare = self._allocate([0] * self.paged + [1])
+        if spare is None:
+            return
+        lease.own = [int(spare[-1][0]) if own == slot else own for own in lease.own]
+        self.own[-1] -= 1
+        self.tree.put_state(node, slot)
+        self.states.lock(slot)
+        lease.snapshots.append((full, slot))
+
+    def behind(self, lease: Lease, computed: int) -> None:
+        """A step is committed: no token before `computed` is computed again, and what only those read is given back."""
+        for account in self.windows:
+            number, old = account.group, lease.first[account.index]
+            first = min(self.groups[number].first_needed(computed) // self.page_size, lease.held)
+            if first <= old:
+                continue
+            row = lease.tables[number]
+            self.unlock_window(lease, account, old, min(first, lease.shared))
+            own = row[max(old, lease.shared) : first]
+            self.own[number] -= len(own)
+            self.allocators[number].free(own)
+            row[old:first] = 0
+            lease.first[account.index] = first
+        if self.states is not None:
+            while lease.snapshots and lease.snapshots[0][0] * self.page_size < computed:
+                self.states.unlock(lease.snapshots.pop(0)[1])
+
+    def unlock_window(self, lease: Lease, account: WindowPages, start: int, end: int) -> None:
+        """Unlock pages [start, end) of a lease's pages in the tree, in one group with a window."""
+        if start < end:
+            nodes = ends_between(lease.node, lease.shared, start, end)
+            account.unlock(lease.tables[account.group][start:end], nodes)
 
     def release(self, lease: Lease, tokens: NDArray[np.int32], computed: int, keep: bool = True) -> None:
         """End a lease. With `keep` its whole known pages go to the tree; without, its branch is dropped as well.
@@ -164,20 +366,70 @@ class CacheManager:
         """
         if keep:
             self.commit(lease, tokens, computed)
-        own = lease.table[lease.shared : lease.held]
-        self._held -= len(own)
-        self.allocator.free(own)
+        self.free_own(lease)
+        if lease.own:
+            self.free_slots(lease, lease.own)
         if self.enabled:
-            self.tree.unlock(lease.node)
-            if not keep:
-                self.allocator.free(self.tree.forget(lease.node))
-        lease.table[: lease.held] = 0
-        lease.held = lease.shared = 0
-        lease.node = _DETACHED
+            node = lease.node
+            if self.gives_back:
+                self.unlock_others(lease)
+            self.tree.unlock(node)
+            if keep:
+                if not self.tree.whole:
+                    self.tree.prune(node)
+            else:
+                self.allocators[0].free(self.tree.forget(node))
+                self.collect()
+        lease.empty()
+
+    def free_own(self, lease: Lease) -> None:
+        """Free the pages of its own that a lease has."""
+        if self._plain:
+            own = lease.tables[0][lease.shared : lease.held]
+            self.own[0] -= len(own)
+            self.allocators[0].free(own)
+            return
+        for number in range(self.paged):
+            first = lease.first[number - self.paged] if self.groups[number].window else 0
+            own = lease.tables[number][max(lease.shared, first) : lease.held]
+            self.own[number] -= len(own)
+            self.allocators[number].free(own)
+
+    def free_slots(self, lease: Lease, slots: Sequence[int]) -> None:
+        """Free slots of state that are a lease's own."""
+        if slots:
+            self.own[-1] -= len(slots)
+            self.allocators[-1].free(np.array(slots, dtype=np.int32))
+
+    def unlock_others(self, lease: Lease) -> None:
+        """Give up every lock of a lease but that on its node; its table still says what they were for."""
+        for account in self.windows:
+            self.unlock_window(lease, account, lease.first[account.index], lease.shared)
+        for _, slot in lease.snapshots:
+            assert self.states is not None
+            self.states.unlock(slot)
+
+    def cut(self, lease: Lease, known: NDArray[np.int32], start: int, count: int) -> int:
+        """How many tokens the chunk that begins at `start` should have, `count` at most.
+
+        A state can be reused only where a snapshot was taken, so a chunk ends where one will be wanted: where the same
+        tokens once more would be matched, where `known` leaves what the tree has, and every `state_interval` tokens.
+        """
+        if self.states is None or not self.enabled:
+            return count
+        size = self.page_size
+        last = (len(known) - 1) // size * size
+        places = [last, (start // self._interval + 1) * self._interval]
+        if start % size == 0 and start // size == lease.shared and start < last:
+            data = known[start:last].tobytes()
+            places.append(start + self.tree.walk(lease.node, data, (last - start) // size)[1] * size)
+        return min((place - start for place in places if start < place < start + count), default=count)
+
+    # steps that did not happen
 
     def mark(self) -> int:
-        """A moment to which `roll_back` can return. Taken before the commits of a launched step."""
-        return self.tree.mark()
+        """A moment to which `roll_back` can return. Taken before the turns and commits of a launched step."""
+        return self.tree.clock
 
     def roll_back(self, mark: int, leases: Sequence[tuple[Lease, int]], given: Sequence[Given]) -> None:
         """Take everything out of the tree that entered it after the mark: its content was never computed.
@@ -185,106 +437,138 @@ class CacheManager:
         Args:
             mark: from `mark`.
             leases: every lease there is, with the number of leading pages that it may share with the tree afterwards.
-            given: what leases held before each commit since the mark, in order. A lease gets its own pages back where
-                they are still there; at the first one that is not, it ends (`Lease.held` says where).
+            given: what leases held before each commit since the mark, in order. A lease is again what it was at the
+                mark where all of that is still there; else it goes on from the last border that the tree can give, and
+                has no page of its own (`Lease.held` says where).
         """
-        moved: list[tuple[Lease, int]] = []
-        for lease, limit in leases:
-            node, depth = self.tree.ancestor_before(lease.node, mark, limit)
-            if node is not lease.node:
-                moved.append((lease, lease.shared))
-                self.tree.lock(node)
-                self.tree.unlock(lease.node)
-                lease.node, lease.shared = node, depth
-        dropped = set(self.tree.forget_since(mark).tolist())
-        for lease, was in moved:
-            mine = {item.start + i: page for item in given if item.lease is lease for i, page in enumerate(item.pages)}
-            at = lease.shared
-            while at < was and (page := int(mine.get(at, 0))) in dropped:
-                dropped.remove(page)
-                lease.table[at] = page
-                at += 1
-            self._held += at - lease.shared
-            if at < was:
-                own = lease.table[was : lease.held].copy()
-                self._held -= len(own)
-                self.allocator.free(own)
-                lease.table[at : lease.held] = 0
-                lease.held = at
-        self.allocator.free(np.array(sorted(dropped), dtype=np.int32))
+        undo.roll_back(self, mark, leases, given)
+
+    # locks of others
+
+    def hold(self, node: Node) -> Hold:
+        """Lock what the tree has up to the end of `node`, for a copy that does not run in launch order."""
+        self.tree.lock(node)
+        depth = sum(at.count for at in path_to(node))
+        windows: list[NDArray[np.int32]] = []
+        for account in self.windows:
+            pages = [at.windows[account.index] for at in path_to(node)]
+            found = np.concatenate([NO_PAGES, *pages])[max(0, depth - account.reach) :]
+            windows.append(found[found != 0])
+            account.lock(windows[-1])
+        if self.states is not None and node.state:
+            self.states.lock(node.state)
+        hold = Hold(node, windows, node.state)
+        self.holds.append(hold)
+        return hold
+
+    def drop(self, hold: Hold) -> None:
+        """The copy has ended."""
+        self.holds.remove(hold)
+        depth = sum(at.count for at in path_to(hold.node))
+        for account, pages in zip(self.windows, hold.windows, strict=True):
+            nodes = ends_between(hold.node, depth, max(0, depth - account.reach), depth)
+            account.unlock(pages, nodes)
+        if hold.state and self.states is not None:
+            self.states.unlock(hold.state)
+        self.tree.unlock(hold.node)
+        self.tree.prune(hold.node)
+
+    # the whole
 
     def reset(self, leases: Iterable[Lease] = ()) -> None:
-        """Forget every page and every lease (pass those in use: they are emptied)."""
+        """Forget every page and every lease (pass those in use: they are emptied). Holds are forgotten too."""
         for lease in leases:
-            lease.table[: lease.held] = 0
-            lease.held = lease.shared = 0
-            lease.node = _DETACHED
+            lease.empty()
+        self.holds.clear()
         self.tree.clear()
-        self.allocator.reset()
-        self._held = 0
+        for number, allocator in enumerate(self.allocators):
+            allocator.reset()
+            self.own[number] = 0
 
     def check(self, leases: Iterable[Lease]) -> None:
-        """Verify that each page is in exactly one place.
+        """Verify that in each group each page is in exactly one place, and that each lock is somebody's.
 
         Raises:
             AssertionError: saying which account does not add up.
         """
-        free, in_tree, total = self.allocator.available, self.tree.pages, self.allocator.usable
-        if free + in_tree + self._held != total:
-            raise AssertionError(f"free {free} + in tree {in_tree} + held {self._held} != total {total}")
-        leases = list(leases)
-        own = [lease.table[lease.shared : lease.held] for lease in leases]
-        nodes = list(self.tree.nodes())
-        places = [self.allocator.free_pages(), *own, *(node.pages for node in nodes)]
-        count = np.bincount(np.concatenate(places), minlength=self.allocator.num_pages)
-        if count[0] or (count[1:] != 1).any():
-            wrong = np.flatnonzero(count != 1)[:8].tolist()
-            raise AssertionError(f"pages in no place or in several: {wrong} (page 0 must be in none)")
-        held = sum(len(pages) for pages in own)
-        evictable = sum(len(node.pages) for node in nodes if not node.lock)
-        if held != self._held or evictable != self.tree.evictable_pages:
-            raise AssertionError(
-                f"held {self._held}, counted {held}; evictable {self.tree.evictable_pages}, counted {evictable}"
-            )
-        self._check_locks(nodes, leases)
-
-    def _check_locks(self, nodes: list[Node], leases: list[Lease]) -> None:
-        direct: dict[int, int] = {}
-        for lease in leases:
-            direct[lease.node.uid] = direct.get(lease.node.uid, 0) + 1
-        for node in nodes:
-            locks = direct.get(node.uid, 0) + sum(child.lock > 0 for child in node.children.values())
-            if node.lock != locks:
-                raise AssertionError(f"node {node.uid} has lock {node.lock}, but {locks} hold it")
+        audit.check(self, list(leases))
 
     def snapshot(self, max_nodes: int = 512) -> dict[str, Any]:
-        """The tree for a live view: totals in tokens and at most `max_nodes` nodes, parents first."""
-        size = self.page_size
-        return {
-            "enabled": self.enabled,
-            "page_size": size,
-            "total_tokens": self.total_pages * size,
-            "free_tokens": self.free_pages * size,
-            "held_tokens": self._held * size,
-            "cached_tokens": self.tree.pages * size,
-            "evictable_tokens": self.tree.evictable_pages * size,
-            "evicted_tokens": self.evicted_pages * size,
-            "num_nodes": self.tree.num_nodes,
-            "nodes": self.tree.snapshot(max_nodes),
-        }
+        """The tree for a live view: totals in tokens of the first group; at most `max_nodes` nodes, parents first."""
+        return report.snapshot(self, max_nodes)
+
+    def group_accounts(self) -> list[dict[str, Any]]:
+        """Each group's pages, or slots of state: where they are."""
+        return report.group_accounts(self)
+
+    def cached(self, number: int) -> int:
+        """Pages, or snapshots, that a group has in the tree."""
+        account = self._account(number)
+        return self.tree.pages if account is None else account.live
+
+    def collect(self) -> None:
+        """Free what has left the tree in groups whose pages can go before their node."""
+        for account in self.windows:
+            if account.loose:
+                self.allocators[account.group].free(np.concatenate(account.loose))
+                account.loose.clear()
+        if self.states is not None and self.states.loose:
+            self.allocators[-1].free(np.array(self.states.loose, dtype=np.int32))
+            self.states.loose.clear()
+
+    def _account(self, number: int) -> WindowPages | Snapshots | None:
+        """Who accounts for a group's pages in the tree; None: the tree itself."""
+        if number == self.paged:
+            return self.states
+        return self.windows[number - self.paged] if self.groups[number].window else None
+
+    def evictable(self, number: int) -> int:
+        """Pages, or snapshots, of a group that eviction would free."""
+        account = self._account(number)
+        return self.tree.evictable_pages if account is None else account.evictable
 
     def _match_pages(self, tokens: NDArray[np.int32], limit: int) -> int:
         return max(0, min(limit, len(tokens))) // self.page_size
 
-    def _allocate(self, count: int) -> NDArray[np.int32] | None:
-        short = count - self.allocator.available
+    def _allocate_plain(self, count: int) -> NDArray[np.int32] | None:
+        """As `_allocate`, where there is but one group, which keeps everything."""
+        allocator, tree = self.allocators[0], self.tree
+        short = count - allocator.available
         if short > 0:
-            if short > self.tree.evictable_pages:
+            if short > tree.evictable_pages:
                 return None
-            evicted = self.tree.evict(short)
-            self.evicted_pages += len(evicted)
-            self.allocator.free(evicted)
-        pages = self.allocator.allocate(count)
-        if pages is not None:
-            self._held += count
-        return pages
+            evicted = tree.evict(short)
+            self.evicted[0] += len(evicted)
+            allocator.free(evicted)
+        self.own[0] += count
+        return allocator.allocate(count)
+
+    def _allocate(self, need: Sequence[int]) -> list[NDArray[np.int32]] | None:
+        """So many pages of each group, evicting where too few are free; None, and nothing changes, where that fails."""
+        short = [count - allocator.available for count, allocator in zip(need, self.allocators, strict=True)]
+        for number, count in enumerate(short):
+            if count > 0 and count > self.evictable(number):
+                return None
+        for number, count in enumerate(need):
+            self._evict(number, count - self.allocators[number].available)
+        taken: list[NDArray[np.int32]] = []
+        for number, allocator in enumerate(self.allocators):
+            pages = allocator.allocate(need[number])
+            assert pages is not None, f"group {number} has fewer pages than were counted"
+            self.own[number] += need[number]
+            taken.append(pages)
+        return taken
+
+    def _evict(self, number: int, count: int) -> None:
+        """Evict so many pages of a group; with those of leaves goes what other groups keep of them."""
+        if count <= 0:
+            return
+        before = [account.available for account in self.allocators]
+        account = self._account(number)
+        if account is None:
+            self.allocators[number].free(self.tree.evict(count))
+        else:
+            self.tree.evict_from(account, count)
+        self.collect()
+        for at, allocator in enumerate(self.allocators):
+            self.evicted[at] += allocator.available - before[at]

@@ -1,39 +1,26 @@
-"""Storage of keys and values, by page. Who owns which page is the cache manager's business, not the pool's.
+"""Storage of what a model keeps of its tokens. Who owns which page or slot is the cache manager's business.
 
-Legend: K kv heads, S page size, D head size. Page 0 is scratch: padding rows of a step write there, and the allocator
-never hands it out.
+Legend: K kv heads, S page size, D head size. Page 0, and slot 0, of every group is scratch: padding rows of a step
+write there, and the allocators never hand it out.
 """
 
 from __future__ import annotations
 
-import math
 import mmap
 from typing import TYPE_CHECKING
 
 import torch
 
-from phloem.utils import memory
+from phloem.core.memory import groups_of
+from phloem.kvcache.layouts import layout_of
+from phloem.utils import memory as system
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
-    from phloem.layers.context import AttentionSpec
-
-SCALE_BYTES = 4  # an int8 entry has a float32 scale
-
-
-def entry_size(head_size: int, dtype: torch.dtype) -> int:
-    """Elements that one head's key or value takes in a cache of this type."""
-    return head_size + SCALE_BYTES if dtype == torch.int8 else head_size
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; in host memory straight from the system, so that a page costs nothing before it is used."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(memory.zeros(math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)
+    from phloem.core.memory import MemorySpec
 
 
 class KVScales:
@@ -51,36 +38,42 @@ class KVScales:
 
 
 class KVPool:
-    """`keys[layer]` and `values[layer]`: `[pages, K, S, D]`; with int8, `[pages, K, S, D + 4]`: values and scales of a
-    page, in the order that csrc/cpu/int8_page.h describes.
+    """The memory of all layers, by pool index: `memory[i]` lies in `keys[i]` and `values[i]`, or in `states[i]`.
 
-    `scales[layer]`, where there are any: what a backend divides by when it writes, and multiplies with when it reads.
-
-    Starts as zeros, because a gathered page may be read where it is masked, and 0 times NaN is NaN.
+    `keys[i]`, `values[i]`: `[pages, K, S, D]`, see `layouts/`; for a state an empty tensor. `states[i]`: tensors
+    `[slots, *shape]`; for pages none. Pages are those of the layer's group: `groups[group_of[i]]`, of which there are
+    `num_pages[group_of[i]]`. `scales[i]`, where there are any: what a backend divides by when it writes, and
+    multiplies with when it reads.
     """
 
     def __init__(
         self,
-        specs: Sequence[AttentionSpec],
-        num_pages: int,
+        memory: Sequence[MemorySpec],
+        num_pages: Sequence[int],
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
         scales: Mapping[int, tuple[Sequence[float], Sequence[float]]] | None = None,
     ) -> None:
-        if num_pages < 2 or page_size < 1:
-            raise ValueError(f"a pool needs 2 pages of 1 token at least, not {num_pages} of {page_size}")
-        if sorted(spec.pool for spec in specs) != list(range(len(specs))):
-            raise ValueError(f"attention layers must be numbered 0 to {len(specs) - 1}")
-        self.num_pages, self.page_size = num_pages, page_size
+        self.memory = tuple(memory)
+        self.groups = groups_of(memory)
+        if len(num_pages) != len(self.groups):
+            raise ValueError(f"{len(self.groups)} groups of memory, but pages for {len(num_pages)}")
+        if any(count < 2 for count in num_pages) or page_size < 1:
+            raise ValueError(f"a pool needs 2 pages of 1 token at least, not {list(num_pages)} of {page_size}")
+        self.num_pages, self.page_size = tuple(num_pages), page_size
         self.dtype, self.device = dtype, device
+        self.group_of = {layer: number for number, group in enumerate(self.groups) for layer in group.layers}
         self.scales = {layer: KVScales(k, v, device) for layer, (k, v) in (scales or {}).items()}
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        for spec in sorted(specs, key=lambda spec: spec.pool):
-            shape = (num_pages, spec.kv_heads, page_size, entry_size(spec.head_size, dtype))
-            self.keys.append(_zeros(shape, dtype, device))
-            self.values.append(_zeros(shape, dtype, device))
+        none = torch.empty(0, dtype=dtype, device=device)
+        made = [
+            layout_of(spec, dtype).make(num_pages[self.group_of[layer]], page_size, device)
+            for layer, spec in enumerate(memory)
+        ]
+        self._stored: list[Tensor] = [tensor for layer in made for tensor in layer.stored]
+        self.keys: list[Tensor] = [layer.keys if layer.keys is not None else none for layer in made]
+        self.values: list[Tensor] = [layer.values if layer.values is not None else none for layer in made]
+        self.states: list[tuple[Tensor, ...]] = [layer.states for layer in made]
 
     def make_resident(self, limit: int, stopped: Callable[[], bool]) -> int:
         """Give the first pages their memory before they are wanted: at most `limit` bytes; gives how many.
@@ -90,20 +83,24 @@ class KVPool:
         """
         if self.device.type != "cpu":
             return 0
-        done, size = 0, min(cache.nbytes for cache in self.keys + self.values)
-        for offset in range(0, size, memory.HUGE):
-            for cache in (*self.keys, *self.values):
-                count = min(memory.HUGE, size - offset) // mmap.PAGESIZE * mmap.PAGESIZE
-                if stopped() or done + count > limit or not memory.populate(cache.data_ptr() + offset, count):
+        done = 0
+        for offset in range(0, max(tensor.nbytes for tensor in self._stored), system.HUGE):
+            for tensor in self._stored:
+                count = min(system.HUGE, tensor.nbytes - offset) // mmap.PAGESIZE * mmap.PAGESIZE
+                if count <= 0:
+                    continue
+                if stopped() or done + count > limit or not system.populate(tensor.data_ptr() + offset, count):
                     return done
                 done += count
         return done
 
     @property
     def nbytes(self) -> int:
-        return sum(cache.nbytes for cache in (*self.keys, *self.values))
+        return sum(tensor.nbytes for tensor in self._stored)
 
     @staticmethod
-    def bytes_per_token(specs: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
-        """Bytes that one token's keys and values take over all layers."""
-        return sum(2 * spec.kv_heads * entry_size(spec.head_size, dtype) * dtype.itemsize for spec in specs)
+    def bytes_per_token(memory: Sequence[MemorySpec], dtype: torch.dtype) -> tuple[int, ...]:
+        """For each group what one token's pages take over its layers, or of states one slot."""
+        return tuple(
+            sum(layout_of(memory[layer], dtype).bytes for layer in group.layers) for group in groups_of(memory)
+        )

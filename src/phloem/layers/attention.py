@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from phloem.core.errors import ModelLoadError
+from phloem.core.memory import Paged
 from phloem.distributed.mesh import some_sizes
 from phloem.layers.context import Heads
 from phloem.layers.linear import Linear
@@ -17,6 +18,7 @@ from phloem.layers.weight import Cut, Layer, Part, Projection, Weight, cut_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from phloem.core.memory import MemorySpec
     from phloem.distributed.mesh import Axis
     from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
     from phloem.layers.rope import Rope
@@ -104,6 +106,12 @@ class SelfAttention(Layer):
         if options.qk_norm == "whole" and cut is not None:
             norm.weight.cuts = ((cut,),)
         return norm
+
+    @property
+    def memory(self) -> MemorySpec | None:
+        """Keys and values of every token; None where another layer writes them."""
+        spec = self.spec
+        return Paged(spec.kv_heads, spec.head_size, spec.values, spec.window) if spec.writes else None
 
     def attend(
         self, norm: RMSNorm | None, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch

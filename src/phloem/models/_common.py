@@ -17,7 +17,7 @@ from phloem.layers.norm import RMSNorm
 from phloem.layers.rope import rope_spec
 from phloem.layers.weight import Layer
 from phloem.models._index import WeightIndex, open_sources, some
-from phloem.models._layer import MLP, Attention, LayerKind, Place, attention_spec, memory_spec
+from phloem.models._layer import MLP, Attention, LayerKind, Place, attention_spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -122,8 +122,7 @@ class Decoder(Layer):
         for number, kind in enumerate(config.layers):
             place.pool = len(self.memory)
             layer = kind.make(body.child("layers").child(number), place)
-            kept = memory_spec(layer.mixer)
-            self.memory += [] if kept is None else [kept]
+            self.memory += [] if layer.mixer.memory is None else [layer.mixer.memory]
             self.layers.append(layer)
         specs = [attention_spec(layer.mixer) for layer in self.layers]
         self.attention_specs: list[AttentionSpec] = [spec for spec in specs if spec is not None]
@@ -145,6 +144,9 @@ class Decoder(Layer):
     def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         """Up to and with the last layer's mixer: (its output [T, features], residual [T, N])."""
         x_TN, residual_TN = self.embed(step.input_ids), None
+        if step.embeds is not None:  # torch arithmetic: such a step is never recorded
+            index, rows = step.embeds
+            x_TN.index_copy_(0, index, rows.to(x_TN.dtype))
         for layer in self.layers[:-1]:
             # In two calls under the same names: what a layer was given is not kept through its MLP, the largest part.
             x_TN, residual_TN = layer.attend(x_TN, residual_TN, step)

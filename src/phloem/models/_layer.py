@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from phloem.core.memory import MemorySpec, Paged
 from phloem.layers.attention import AttentionOptions, SelfAttention
 from phloem.layers.context import AttentionSpec
 from phloem.layers.mlp import GatedMLP
@@ -22,6 +21,7 @@ from phloem.layers.weight import Layer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from phloem.core.memory import MemorySpec
     from phloem.layers.context import BuildContext, ForwardBatch
     from phloem.layers.moe import ExpertsConfig
 
@@ -55,6 +55,11 @@ class Mixer(Protocol):
 
     @property
     def out(self) -> Output: ...
+
+    @property
+    def memory(self) -> MemorySpec | None:
+        """What it keeps of its tokens; None: nothing, or it reads what another layer keeps."""
+        ...
 
     def attend(
         self, norm: RMSNorm | None, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch, /
@@ -222,14 +227,6 @@ class ParallelNorm(DecoderLayer):
 _LAYERS: dict[Norms, type[DecoderLayer]] = {
     "pre": PreNorms, "post": PostNorms, "sandwich": SandwichNorms, "parallel": ParallelNorm
 }  # fmt: skip
-
-
-def memory_spec(mixer: Mixer) -> MemorySpec | None:
-    """What a mixer keeps of its tokens; None: nothing, or what another layer keeps."""
-    spec = attention_spec(mixer)
-    if spec is None:
-        return getattr(mixer, "memory", None)
-    return Paged(spec.kv_heads, spec.head_size, spec.values, spec.window) if spec.writes else None
 
 
 def attention_spec(mixer: Mixer) -> AttentionSpec | None:

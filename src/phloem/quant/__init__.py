@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from phloem.kernels.ops import WeightSource
     from phloem.quant._source import Source
 
-METHODS = Registry("phloem.quant", "quantisation method")
-
 
 def _nothing(name: str) -> dict[str, str]:
     del name
@@ -44,13 +42,13 @@ class Method:
     join: Callable[[str, Mapping[str, Source]], Source] | None = None
 
 
+METHODS: Registry[Method] = Registry("phloem.quant", "quantisation method", "METHOD")
+
+
 def method(name: str | None) -> Method | None:
     """The method of that name; None for none.
 
     Raises:
         ConfigError: for an unknown name, with the known ones.
     """
-    if name is None:
-        return None
-    found: Method = METHODS.module(name).METHOD
-    return found
+    return None if name is None else METHODS.get(name)

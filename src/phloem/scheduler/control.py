@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from phloem.core.messages import Control, ControlReply
 from phloem.core.request import FinishReason
 
 if TYPE_CHECKING:
-    from phloem.scheduler.scheduler import Scheduler
+    from collections.abc import Callable
+
+    from phloem.core.batch import Pending
+    from phloem.core.messages import FromEngine
+    from phloem.kvcache.manager import CacheManager
+    from phloem.scheduler.state import Slots
 
 log = logging.getLogger(__name__)
 
@@ -17,16 +22,39 @@ PAUSE_MODES = ("abort", "retract", "in_place")
 ABORTED = FinishReason("abort", message="aborted by an administrative call")
 
 
+class Governed(Protocol):
+    """What the calls act on: the scheduler."""
+
+    cache: CacheManager
+    slots: Slots
+    paused: bool
+    clock: Callable[[], float]
+    send: Callable[[FromEngine], None]
+
+    @property
+    def nothing_held(self) -> bool: ...
+    def state(self) -> dict[str, Any]: ...
+    def abort_all(self, reason: FinishReason) -> int: ...
+    def retract_all(self) -> None: ...
+    def flush_results(self) -> None: ...
+    def between(self, work: Callable[[], Any]) -> Pending[Any]: ...
+
+
 class Controls:
     """Answers each `Control` by one `ControlReply`; those that must wait for a quiet engine wait here."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Governed) -> None:
         self.scheduler = scheduler
         self._flushes: list[tuple[str, float]] = []  # (id, deadline)
+        self._works: list[tuple[str, Pending[Any], Callable[[Any], str]]] = []  # (id, work, result -> message)
 
     @property
     def waiting(self) -> bool:
-        return bool(self._flushes)
+        return bool(self._flushes or self._works)
+
+    def between(self, call_id: str, work: Callable[[], Any], told: Callable[[Any], str]) -> None:
+        """Run `work` between two steps; the call is answered by `told(its result)` once it has ended."""
+        self._works.append((call_id, self.scheduler.between(work), told))
 
     def handle(self, call: Control) -> None:
         """Never raises: what goes wrong is the reply."""
@@ -42,7 +70,13 @@ class Controls:
             self._reply(call.id, False, f"{type(error).__name__}: {error}")
 
     def poll(self) -> None:
-        """Flush once nothing holds pages, or give up at the deadline."""
+        """Flush once nothing holds pages, or give up at the deadline; answer for work that has ended."""
+        works, self._works = self._works, []
+        for call_id, pending, told in works:
+            if pending.done():
+                self._answer(call_id, pending, told)
+            else:
+                self._works.append((call_id, pending, told))
         still: list[tuple[str, float]] = []
         for call_id, deadline in self._flushes:
             if self.scheduler.nothing_held:
@@ -56,7 +90,10 @@ class Controls:
         self._flushes = still
 
     def give_up(self) -> None:
-        """The engine stops: whoever still waits gets an answer."""
+        """The engine stops: whoever still waits gets an answer. Work between steps has its turn before."""
+        works, self._works = self._works, []
+        for call_id, pending, told in works:
+            self._answer(call_id, pending, told)
         for call_id, _ in self._flushes:
             self._reply(call_id, False, "not flushed: the engine stops")
         self._flushes = []
@@ -91,6 +128,13 @@ class Controls:
     def _do_abort_all(self, call_id: str, args: dict[str, Any]) -> None:
         count = self.scheduler.abort_all(ABORTED)
         self._reply(call_id, True, f"{count} requests aborted", {"aborted": count})
+
+    def _answer(self, call_id: str, pending: Pending[Any], told: Callable[[Any], str]) -> None:
+        try:
+            self._reply(call_id, True, told(pending.result()))
+        except Exception as error:
+            log.exception("what was to run between two steps failed")
+            self._reply(call_id, False, f"{type(error).__name__}: {error}")
 
     def _reply(self, call_id: str, ok: bool, message: str = "", data: dict[str, Any] | None = None) -> None:
         self.scheduler.flush_results()  # what a call ended is told before its reply

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phloem.core.messages import Stats
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from phloem.core.batch import StepOutput
     from phloem.kvcache.manager import CacheManager
-    from phloem.scheduler.planner import Planner
 
 INTERVAL = 1.0  # seconds between two Stats while anything runs
+
+
+def usage(cache: CacheManager) -> dict[str, int]:
+    """What the first group of the memory holds, in tokens."""
+    size = cache.page_size
+    return {
+        "total_tokens": cache.total_pages * size,
+        "used_tokens": (cache.total_pages - cache.available_pages) * size,
+        "available_tokens": cache.available_pages * size,
+        "evictable_tokens": (cache.available_pages - cache.free_pages) * size,
+        "evicted_tokens": cache.evicted_pages * size,
+    }
 
 
 class Meter:
@@ -52,25 +65,31 @@ class Meter:
             return False
         return not busy or now - self._since >= INTERVAL
 
-    def stats(self, now: float, busy: bool, running: int, waiting: int, tokens: int, planner: Planner) -> Stats:
-        cache: CacheManager = planner.cache
-        size, elapsed = cache.page_size, max(now - self._since, 1e-9)
+    def state(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "busy_seconds": self.busy_total,
+            "forward_seconds": self.forward_total,
+            "gen_throughput": self.last_throughput,
+            "out_of_memory": self.out_of_memory,
+        }
+
+    def stats(
+        self, now: float, busy: bool, tokens: int, counts: Mapping[str, int], planner: Mapping[str, Any]
+    ) -> Stats:
+        """`tokens`: put out since the start; `counts`: fields of the message; `planner`: see `Planner.state`."""
+        elapsed = max(now - self._since, 1e-9)
         self.last_throughput = (tokens - self._tokens_then) / elapsed
         outside = 1.0 - min(1.0, self._forward / self._busy) if self._busy > 0 else 0.0
         self._since, self._tokens_then = now, tokens
         self._busy = self._forward = 0.0
         self._quiet = not busy
+        fields: dict[str, Any] = {**counts}
         return Stats(
-            running=running,
-            waiting=waiting,
-            used_tokens=(cache.total_pages - cache.available_pages) * size,
-            evictable_tokens=cache.tree.evictable_pages * size,
-            available_tokens=cache.available_pages * size,
-            total_tokens=cache.total_pages * size,
+            **fields,
             gen_throughput=self.last_throughput,
-            cache_hit_rate=planner.cached_tokens / planner.prompt_tokens if planner.prompt_tokens else 0.0,
-            evicted_tokens=cache.evicted_pages * size,
-            preemptions=planner.preemptions,
+            cache_hit_rate=planner["cache_hit_rate"],
+            preemptions=planner["preemptions"],
             out_of_memory=self.out_of_memory,
             step=self.steps,
             outside_forward=outside,

@@ -1,4 +1,4 @@
-"""From queues, a token budget and the cache's face to a `Batch`: pure decisions, no device, no messages.
+"""From queues, a token budget and the cache's face to a `Batch`: no device, no messages.
 
 One budget serves decodes and prefill chunks in one batch, decodes first. Pages that run out are taken from the request
 with the largest key (the policy's last: lowest priority, youngest); it returns to the queue with all it has generated
@@ -8,93 +8,41 @@ in the cache: shared prefixes that arrive together are computed once.
 A step takes one prompt after the other, not all at once, because many prompts that share steps all end late; only as
 many as a step needs to be worth its while (`Pace.worthwhile`) share one. A prompt that needs several steps leaves a
 part of each to requests that end in that very step, such as those that find nearly all of their prompt cached.
+
+`plan.spend` decides all this and changes nothing; here its decision is carried out: pages are taken, or, where there
+are none, somebody gives up theirs and it is decided anew.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phloem.core.batch import FROM_DEVICE, Admission, Batch
+from phloem.core.batch import FROM_DEVICE, sure
 from phloem.core.request import RequestStatus
-from phloem.kvcache.manager import Given
+from phloem.scheduler.batches import Steady, assemble, entry
+from phloem.scheduler.plan import HORIZON, Chunk, Headroom, Means, Refusal, spend
 from phloem.scheduler.recovery import Throttle
+from phloem.scheduler.state import STEP
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
     from numpy.typing import NDArray
 
-    from phloem.kvcache.manager import CacheManager
-    from phloem.kvcache.radix import Found
+    from phloem.core.batch import StepOutput
+    from phloem.kvcache.manager import CacheManager, Lease
+    from phloem.scheduler.plan import Pace, Plan, Spent
     from phloem.scheduler.policies import Policy, WaitingQueue
-    from phloem.scheduler.state import Request, Slots
+    from phloem.scheduler.state import Entry, Request, Slots
 
 log = logging.getLogger(__name__)
 
 SCAN = 64  # candidates looked at beyond the free slots; those that wait for a shared prefix are passed over
-KEPT = 4  # a prompt that goes on leaves 1 / KEPT of a step to those that wait
-HORIZON = 1024  # output tokens of a running request that admission looks ahead to, at most
 _NOTHING = np.empty(0, dtype=np.int32)
-
-
-@dataclass(slots=True)
-class Headroom:
-    """Which share of the tokens still to come must fit before one more request is admitted. Preemptions raise it."""
-
-    share: float = 0.3
-    low: float = 0.1
-
-    def preempted(self) -> None:
-        self.share = min(1.0, self.share + 0.15)
-
-    def relax(self) -> None:
-        self.share = max(self.low, self.share - 0.002)
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How many prompt tokens a step takes."""
-
-    budget: int  # tokens of a step, decodes included
-    mixed: int  # prompt tokens of a step that also decodes: running requests wait for it
-    worthwhile: int  # prompt tokens from which on another prompt makes a step no more efficient
-
-
-@dataclass(slots=True)
-class Plan:
-    """A batch and what the scheduler must know of it."""
-
-    batch: Batch
-    rows: list[Request]
-    prefills: list[Request]  # the rows after the decodes
-    scored: set[int] = field(default_factory=set)  # rows that end a request without sampling
-    mark: int = 0  # of the cache, at launch
-    given: list[Given] = field(default_factory=list)  # pages that the launch gave to the tree
-
-
-@dataclass(slots=True)
-class _Steady:
-    """The rows of a step that only decoded. While nobody comes or goes the next ones have the same, one token on."""
-
-    active: NDArray[np.int32]  # the slots; another array (`Slots.active`) means other rows
-    rows: list[Request]
-    query_lens: NDArray[np.int32]
-    sample: NDArray[np.bool_]
-    page_table: NDArray[np.int32]
-    covered: NDArray[np.int32]  # positions that each row has pages for
-    longest: int  # tokens of the longest row, with the one that is computed next
-    left: int  # steps until a row comes to its end
-
-
-@dataclass(slots=True)
-class Refusal:
-    """A request that planning found impossible, or that failed while it was planned."""
-
-    request: Request
-    message: str
-    status_code: int
 
 
 class Planner:
@@ -123,238 +71,221 @@ class Planner:
         self.prompt_tokens = 0  # of all first admissions
         self.cached_tokens = 0
         self._step = 0
-        self._steady: _Steady | None = None
+        self._steady: Steady | None = None  # says what comes next if nothing changes: an answer, no state
 
     def next_batch(self) -> Plan | None:
         """The next step's work, or None. Takes pages and slots, but `computed` advances only in `advance`."""
-        slots, preemptions, pace = self.slots, self.preemptions, self.pace
-        most = self.throttle.budget
-        active = slots.active()
-        if self._steady is not None:
-            plan = self._one_more(self._steady) if self._goes_on(self._steady, active) else None
-            if plan is not None:
-                return plan
-            self._steady = None
-        decodes, chunks = _NOTHING, []
-        budget = min(pace.budget, most)
-        if len(active):
-            todo = slots.length[active] - slots.computed[active]
-            decodes = active[todo == 1]
-            if len(decodes) > most:  # while memory is short: the others sit out with their pages
-                decodes = self._first(decodes, most)
-            decodes = self._cover_decodes(decodes)
-            if len(decodes):
-                # With every slot decoding there must be a token for each, or the last ones would starve.
-                budget = min(max(budget - len(decodes), 0), pace.mixed)
-            if (todo > 1).any():
-                kept = budget // KEPT if len(self.queue) and slots.num_free else 0
-                chunks = self._continue_prefills(active[todo > 1], budget - kept)
-                decodes = decodes[[slots.requests[slot] is not None for slot in decodes.tolist()]]
-        budget -= sum(count for _, count in chunks)
-        admissions: list[Admission] = []
-        # Whoever was preempted just now must not take the pages back in the same breath.
-        if len(self.queue) and slots.num_free and budget > 0 and preemptions == self.preemptions:
-            budget -= self._admit(budget, chunks, admissions)
-        if chunks and budget > 0:
-            self._lengthen(chunks, budget)
-        self.headroom.relax()
-        if not len(decodes) and not chunks:
+        plan = self._one_more()
+        if plan is not None:
+            return self._counted(plan)
+        if self.pace.draft_room and self._out_of_step():
             return None
-        self._step += 1
-        return self._assemble(decodes, chunks, admissions)
+        resting: set[int] = set()
+        preemptions = self.preemptions
+        while True:
+            # Whoever was preempted just now must not take the pages back in the same breath.
+            entries = self.slots.num_free if preemptions == self.preemptions else 0
+            spent = spend(self.slots, self._waiting(), self._means(entries, resting))
+            lacking = spent.lacking or self._take(spent)
+            if not lacking:
+                break
+            self._make_room(lacking, resting)
+        entered = self._enter_all(spent)
+        if not len(spent.decodes) and not spent.chunks and not entered:
+            self.headroom.relax()
+            return None
+        return self._counted(assemble(self.slots, spent, entered, self._step + 1, self.epoch))
+
+    def _counted(self, plan: Plan) -> Plan:
+        self.headroom.relax()
+        self._step = plan.batch.step
+        return plan
+
+    def _one_more(self) -> Plan | None:
+        """The next step of the rows that have just been launched, if these are all that may run."""
+        slots, steady, active = self.slots, self._steady, self.slots.active()
+        if steady is None or steady.active is not active or steady.left <= 0 or len(active) > self.throttle.budget:
+            return None
+        if slots.readmit or (len(self.queue) and slots.num_free):
+            return None
+        return steady.next(slots, self.cache, self._step + 1, self.epoch)
 
     def advance(self, plan: Plan) -> None:
-        """The plan's batch is launched: requests advance, and whole pages of known tokens enter the tree."""
-        slots, batch = self.slots, plan.batch
-        at = batch.slots
+        """The plan's batch is launched: requests advance, and whole pages of known tokens enter the tree.
+
+        A row advances by what is sure: its new tokens, and one that they yield. Accepted drafts come with `committed`.
+        """
+        slots, steady = self.slots, self._steady
         plan.mark = self.cache.mark()
-        if self._steady is not None:  # planned by `_one_more`: nothing ends, nothing enters the tree
-            slots.computed[at] += 1
-            slots.length[at] += 1
-            slots.next_token[at] = FROM_DEVICE
-            for request in plan.rows:
-                request.inflight += 1
-            return
-        slots.computed[at] += batch.query_lens
-        slots.length[at] += batch.sample
-        slots.next_token[at[batch.sample]] = FROM_DEVICE
-        if batch.sample.all():
+        if self.cache.has_states:
+            for slot in plan.batch.slots.tolist():
+                self.cache.turn(slots.lease(slot))
+            slots.moved = True
+        if plan.steady and steady is not None:
+            steady.launched(slots)
             for request in plan.rows:
                 request.inflight += 1
         else:
-            for request, sampled in zip(plan.rows, batch.sample.tolist(), strict=True):
-                request.inflight += sampled
-        ends = (slots.length[at] >= slots.limit[at]) & (batch.sample | (slots.computed[at] >= slots.length[at]))
-        if not plan.prefills and not ends.any() and batch.sample.all():
-            self._steady = self._steadily(plan)
-            return
-        for row in np.flatnonzero(ends).tolist():
-            slots.retire(plan.rows[row].slot)
-            if not batch.sample[row]:
-                plan.scored.add(row)
-        for request in plan.prefills:
-            computed = int(slots.computed[request.slot])
-            request.targets_from = max(request.targets_from, computed + 1)
-            lease = request.lease
-            assert lease is not None
-            plan.given.append(Given(lease, lease.shared, lease.table[lease.shared : lease.held].copy()))
-            try:
-                self.cache.commit(lease, request.known, computed)
-            except Exception as error:
-                self._failed(request, error)
+            self._advance(plan)
+
+    def committed(self, plan: Plan, output: StepOutput) -> None:
+        """What the step gave is known, and about to be told: accepted drafts count, and windows give back pages."""
+        slots, batch = self.slots, plan.batch
+        if slots.any_held:
+            for request in plan.rows:
+                if request.inflight <= 1 and request.slot >= 0:
+                    slots.resume(request.slot, STEP)
+        if batch.drafts is not None:
+            for row in np.flatnonzero(output.counts > 1).tolist():
+                slot, more = plan.rows[row].slot, min(int(output.counts[row]) - 1, int(batch.drafts[row]))
+                if slot >= 0:
+                    slots.computed[slot] += more
+                    slots.length[slot] += more
+        if self.cache.gives_back:
+            self._give_back(plan, output)
 
     def undone(self) -> None:
         """Launched steps were undone and the runner has forgotten its slots: who runs is admitted once more."""
         self.epoch += 1
         for request in self.slots.running():
             try:
-                self.slots.readmit[request.slot] = self._admission(request, request.known)
+                self.slots.readmit[request.slot] = entry(request, request.known, self.eos_ids)
             except Exception as error:
                 self._failed(request, error)
 
     def preempt(self, request: Request) -> None:
         """Back to the queue; its pages are free at once, what they held stays in the tree while there is room."""
         self.release(request)
-        request.status = RequestStatus.WAITING
-        request.match_version = -1
-        self.queue.add(request)
+        self.wait_again(request)
         self.preemptions += 1
+
+    def wait_again(self, request: Request) -> None:
+        """A request without a slot waits for one, or first for what it waits for anyway."""
+        request.match_version = -1
+        request.status = RequestStatus.WAITING_ON if request.waits else RequestStatus.WAITING
+        if not request.waits:
+            self.queue.add(request)
 
     def release(self, request: Request, keep: bool = True) -> None:
         """Take slot and pages from a request; with `keep`, whole computed pages of known tokens stay in the tree."""
-        lease = request.lease
-        assert lease is not None
+        lease = self.slots.lease(request.slot)
         computed = int(self.slots.computed[request.slot])
         self.slots.leave(request)
         self.cache.release(lease, request.all_known() if keep else _NOTHING, computed, keep)
 
-    # decodes alone
+    def state(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "cache_hit_rate": self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0,
+            "preemptions": self.preemptions,
+            "step_tokens": self.throttle.budget,
+            "schedule_policy": self.policy.name,
+        }
 
-    def _steadily(self, plan: Plan) -> _Steady | None:
-        """What goes on from a step that only decoded and has been launched; None where the next one is not alike."""
-        slots, batch = self.slots, plan.batch
-        active, at = slots.active(), batch.slots
-        if len(at) != len(active):
-            return None
-        longest, left = int(slots.computed[at].max()) + 1, int((slots.limit[at] - slots.length[at]).min()) - 1
-        return _Steady(
-            active,
-            plan.rows,
-            batch.query_lens,
-            batch.sample,
-            batch.page_table,
-            slots.covered[at],
-            longest,
-            left,
+    # what a step may spend
+
+    def _out_of_step(self) -> bool:
+        """Whether some rows that decode wait for their step while others could go on: all are to share the next one."""
+        slots = self.slots
+        active = slots.active()
+        decodes = slots.length[active] - slots.computed[active] == 1
+        return bool(decodes.any()) and slots.num_held(STEP) > 0
+
+    def _means(self, entries: int, resting: set[int]) -> Means:
+        return Means(
+            pace=self.pace,
+            most=self.throttle.budget,
+            pages=self.cache.available_pages,
+            entries=entries,
+            queued=bool(len(self.queue)),
+            share=self.headroom.share,
+            resting=resting,
         )
 
-    def _goes_on(self, steady: _Steady, active: NDArray[np.int32]) -> bool:
-        slots = self.slots
-        if steady.active is not active or steady.left <= 0 or len(active) > self.throttle.budget:
-            return False
-        return not (len(self.queue) and slots.num_free) and not slots.readmit
-
-    def _one_more(self, steady: _Steady) -> Plan | None:
-        """The next step of these rows; None, and nothing is changed, where pages for it must be taken from others."""
-        slots, at = self.slots, steady.active
-        computed = slots.computed[at]
-        needy = np.flatnonzero(computed >= steady.covered)
-        if len(needy):
-            leases = [lease for row in needy.tolist() if (lease := steady.rows[row].lease) is not None]
-            if not self.cache.reserve_one_each(leases):
-                return None
-            slots.covered[at[needy]] += slots.page_size
-            steady.covered = slots.covered[at]
-        self.headroom.relax()
-        pages = -(-steady.longest // slots.page_size)
-        if len(needy) or pages != steady.page_table.shape[1]:
-            steady.page_table = slots.tables[at, :pages]
-        steady.longest += 1
-        steady.left -= 1
-        self._step += 1
-        batch = Batch(
-            step=self._step,
-            slots=at,
-            query_lens=steady.query_lens,
-            prefix_lens=computed,
-            input_ids=slots.next_token[at],
-            page_table=steady.page_table,
-            sample=steady.sample,
-            epoch=self.epoch,
-        )
-        return Plan(batch, steady.rows, [])
-
-    # decodes and running prefills
-
-    def _cover_decodes(self, decodes: NDArray[np.int32]) -> NDArray[np.int32]:
-        """See that every decoding row has a page for its new token; gives the rows that have."""
-        slots = self.slots
-        needy = decodes[slots.computed[decodes] + 1 > slots.covered[decodes]]
-        while len(needy):
-            leases = [lease for slot in needy.tolist() if (lease := slots.at(slot).lease) is not None]
-            if self.cache.reserve_one_each(leases):
-                slots.covered[needy] += self.cache.page_size
-                break
-            if slots.num_ending:
-                # Pages come free when the step in flight is committed: better to sit out a step than to recompute.
-                last = max((slots.at(slot) for slot in needy.tolist()), key=_place)
-                decodes, needy = decodes[decodes != last.slot], needy[needy != last.slot]
-                continue
-            victim = max(slots.active_requests(), key=_place)
-            decodes, needy = decodes[decodes != victim.slot], needy[needy != victim.slot]
-            self._evict_request(victim)
-        return decodes
-
-    def _first(self, slots: NDArray[np.int32], count: int) -> NDArray[np.int32]:
-        """The `count` slots whose requests come first."""
-        order = sorted(slots.tolist(), key=lambda slot: _place(self.slots.at(slot)))
-        return np.array(sorted(order[:count]), dtype=np.int32)
-
-    def _continue_prefills(self, prefills: NDArray[np.int32], budget: int) -> list[tuple[Request, int]]:
-        chunks: list[tuple[Request, int]] = []
-        still = [request for slot in prefills.tolist() if (request := self.slots.requests[slot]) is not None]
-        for request in sorted(still, key=_place):
-            if budget <= 0:
-                break
-            if request.slot < 0:
-                continue  # preempted for a request before it
-            todo = int(self.slots.length[request.slot] - self.slots.computed[request.slot])
+    def _waiting(self) -> Iterator[Chunk]:
+        """Who may enter, in the policy's order; looked up in the cache when their turn comes."""
+        cache, size, paged = self.cache, self.cache.page_size, self.slots.paged[0]
+        for request in self.policy.order(self.queue, self.slots.num_free + SCAN, cache):
+            if request.inflight:
+                continue  # its last token is not known yet
             try:
-                count = self._cover_chunk(request, min(todo, budget))
+                known, limit = request.all_known(), request.match_limit()
+                cached = cache.probe(request.namespace, known, limit).num_pages
             except Exception as error:
                 self._failed(request, error)
                 continue
-            if count:
-                chunks.append((request, count))
-                budget -= count
-        return chunks
+            length = len(known)
+            yield Chunk(
+                request=request,
+                known=known,
+                start=cached * size,
+                pages=min(cache.pages_for(length), -(-length // size) - cached) if paged else cache.pages_for(length),
+                growth=max(0, min(request.limit - length, self.slots.growing - length, HORIZON)),
+                sharable=cache.enabled and (cached + 1) * size <= limit,
+            )
 
-    def _lengthen(self, chunks: list[tuple[Request, int]], budget: int) -> None:
-        """What was kept for others and not wanted goes to the first prompt."""
-        request, count = chunks[0]
-        more = min(int(self.slots.length[request.slot] - self.slots.computed[request.slot]) - count, budget)
-        lease = request.lease
-        assert lease is not None
-        page_size = self.cache.page_size
-        room = (lease.held + self.cache.available_pages) * page_size - int(self.slots.computed[request.slot])
-        if more > 0 and count + more <= room:
-            chunks[0] = (request, self._cover_chunk(request, count + more))
+    # taking it
 
-    def _cover_chunk(self, request: Request, count: int) -> int:
-        """Pages for the request's next `count` tokens, or for fewer; gives how many."""
-        slots, cache, lease = self.slots, self.cache, request.lease
-        assert lease is not None
-        computed = int(slots.computed[request.slot])
-        while True:
-            room = (lease.held + cache.available_pages) * cache.page_size - computed
-            if room > 0:
-                count = min(count, room)
-                cache.reserve(lease, computed + count)
-                slots.covered[request.slot] = lease.held * cache.page_size
-                return count
-            victim = max(slots.active_requests(), key=_place)
-            if slots.num_ending or victim is request:
-                return 0
+    def _take(self, spent: Spent) -> list[Request]:
+        """Pages for what running requests compute. Some may be taken already where it gives who lacks theirs."""
+        slots, cache, at = self.slots, self.cache, spent.decodes
+        needy = spent.needy
+        if len(needy):
+            if not cache.reserve_one_each([slots.lease(slot) for slot in needy.tolist()]):
+                return [max((slots.at(slot) for slot in needy.tolist()), key=_place)]
+            slots.covered[needy] += slots.page_size
+        for chunk in spent.chunks:
+            lease = slots.lease(chunk.request.slot)
+            try:
+                self._cover(chunk, lease)
+            except Exception as error:
+                self._failed(chunk.request, error)
+                chunk.count = 0
+                continue
+            if not chunk.count:
+                return [chunk.request]
+            slots.cover(chunk.request.slot, lease)
+        spent.chunks = [chunk for chunk in spent.chunks if chunk.count]
+        if spent.room is not None:
+            self._cover_drafts(at, spent.room)
+        return []
+
+    def _cover(self, chunk: Chunk, lease: Lease) -> None:
+        """Pages for the chunk, or for less of it: then it is shortened, to nothing at worst."""
+        if self.cache.has_states:
+            chunk.count = self.cache.cut(lease, chunk.known, chunk.start, chunk.count)
+        while chunk.count and not self.cache.reserve(lease, chunk.start + chunk.count):
+            chunk.count //= 2
+
+    def _cover_drafts(self, at: NDArray[np.int32], room: NDArray[np.int32]) -> None:
+        slots = self.slots
+        ends = slots.computed[at] + 1 + room
+        for row in np.flatnonzero(ends > slots.covered[at]).tolist():
+            slot = int(at[row])
+            lease = slots.lease(slot)
+            if self.cache.reserve(lease, int(ends[row])):
+                slots.cover(slot, lease)
+            else:
+                room[row] = max(0, int(slots.covered[slot] - slots.computed[slot]) - 1)
+
+    def _make_room(self, lacking: list[Request], resting: set[int]) -> None:
+        """These have no pages: they sit out the step, or the last of all gives up its own."""
+        slots, first = self.slots, lacking[0]
+        if slots.num_ending:
+            # Pages come free when the step in flight is committed: better to sit out a step than to recompute.
+            resting.update(request.slot for request in lacking)
+            return
+        victim = max(slots.active_requests(), key=_place)
+        if victim is not first:
+            self._evict_request(victim)
+        elif slots.num_running == 1:
+            known = int(slots.length[first.slot])
+            self.refused.append(Refusal(first, f"{known} tokens do not fit the memory for them", 400))
+            resting.add(first.slot)
+        elif slots.length[first.slot] - slots.computed[first.slot] > 1:
+            resting.add(first.slot)  # others run; its prompt goes on when one of them has ended
+        else:
             self._evict_request(victim)
 
     def _evict_request(self, victim: Request) -> None:
@@ -362,184 +293,113 @@ class Planner:
         self.preempt(victim)
         self.headroom.preempted()
 
-    # admission
-
-    def _admit(self, budget: int, chunks: list[tuple[Request, int]], admissions: list[Admission]) -> int:
-        """Put waiting requests into slots, and their first chunks behind `chunks`; gives how many tokens these have."""
-        slots, cache, queue, left = self.slots, self.cache, self.queue, budget
-        begun = bool(chunks)  # a prompt that goes on; beside it only those enter that end in this step
-        computing = {_next_page(request, cache.page_size) for request, _ in chunks} if cache.enabled else set()
-        promised = self._promised_pages()
-        for request in self.policy.order(queue, slots.num_free + SCAN, cache):
-            if left <= 0 or not slots.num_free or (not begun and budget - left >= self.pace.worthwhile):
-                break
-            if request.inflight:
-                continue  # its last token is not known yet
+    def _enter_all(self, spent: Spent) -> list[tuple[Chunk, Entry]]:
+        """Put waiting requests into slots, with pages for their first chunks; behind one that finds none all wait."""
+        entered: list[tuple[Chunk, Entry]] = []
+        promised = spent.promised
+        for chunk in spent.entries:
+            request = chunk.request
             try:
-                known = request.all_known()
-                found = cache.probe(request.submit.namespace, known, request.match_limit())
-                if begun and len(known) - found.num_pages * cache.page_size > left:
-                    continue
-                if computing and self._comes_soon(request, known, found, computing):
-                    continue
-                count = self._enter(request, known, found, left, promised)
-                if count == 0:
-                    break  # none may overtake it, or a long prompt would never run
-                admission = self._admission(request, known)
+                if not self._enter(chunk, promised):
+                    break
+                entered.append((chunk, entry(request, chunk.known, self.eos_ids)))
             except Exception as error:
                 if request.slot >= 0:
                     self.release(request, keep=False)
                     request.status = RequestStatus.WAITING
                 self._failed(request, error)
                 continue
-            queue.take(request)
-            admissions.append(admission)
-            chunks.append((request, count))
-            left -= count
-            promised += self._still_needs(request)
-            if cache.enabled:
-                computing.add(_next_page(request, cache.page_size))
-        return budget - left
+            self.queue.take(request)
+            missing = len(chunk.known) - int(self.slots.covered[request.slot])
+            promised += self._pages(max(0, missing)) if self.slots.paged[0] else 0
+            promised += self._pages(int(chunk.growth * self.headroom.share))
+        return entered
 
-    def _comes_soon(
-        self, request: Request, known: NDArray[np.int32], found: Found, computing: set[tuple[int, bytes]]
-    ) -> bool:
-        """Whether the first page that this request lacks is being computed in the step that is planned."""
-        size = self.cache.page_size
-        if found.node is None or (found.num_pages + 1) * size > request.match_limit():
-            return False
-        page = known[found.num_pages * size : (found.num_pages + 1) * size].tobytes()
-        return (found.node.uid, page) in computing
-
-    def _enter(self, request: Request, known: NDArray[np.int32], found: Found, budget: int, promised: int) -> int:
-        """Put a waiting request into a slot with pages for its first chunk: the chunk's length, or 0 for no room."""
-        slots, cache = self.slots, self.cache
+    def _enter(self, chunk: Chunk, promised: int) -> bool:
+        """Into a slot, with what the cache has of its tokens; False for no room, when these pages cannot be evicted."""
+        slots, cache, request, known = self.slots, self.cache, chunk.request, chunk.known
         alone = slots.num_running == 0
-        if not alone and self._pages_for(len(known)) - found.num_pages > cache.available_pages - promised:
-            return 0  # not even with all that is evictable; the usual case while the pool is full
-        table = slots.tables[slots.next_free()]
-        lease = cache.match(request.submit.namespace, known, request.match_limit(), table)
-        needed = -(-len(known) // cache.page_size) - lease.held
-        if needed > cache.available_pages - (0 if alone else promised):
+        lease = cache.match(request.namespace, known, request.match_limit(), slots.next_free())
+        cached = lease.shared * cache.page_size
+        needed = chunk.pages + ((chunk.start - cached) // cache.page_size if slots.paged[0] else 0)
+        chunk.start, chunk.count = cached, min(len(known) - cached, chunk.count)
+        fits = needed <= cache.available_pages - (0 if alone else promised)
+        if fits:
+            self._cover(chunk, lease)
+        if not fits or not chunk.count:
             cache.release(lease, _NOTHING, 0)
-            if alone and needed > cache.available_pages:
+            if alone:
                 most = cache.total_pages * cache.page_size
                 message = f"{len(known)} tokens do not fit the KV cache of {most} tokens"
                 self.refused.append(Refusal(request, message, 400))
-            return 0
-        cached = lease.shared * cache.page_size
-        count = min(len(known) - cached, budget)
-        cache.reserve(lease, cached + count)
+            return False
         slots.enter(request, lease, known)
         if request.admitted < 0:
             request.cached_tokens = cached
             self.prompt_tokens += request.num_prompt
             self.cached_tokens += cached
-        return count
+        return True
 
-    def _promised_pages(self) -> int:
-        """Pages that running requests will want: the rest of their prompts, and a share of the output to come."""
-        slots = self.slots
-        active = slots.active()
-        if not len(active):
-            return 0
-        length = slots.length[active]
-        prompts = np.maximum(0, -(-(length - slots.covered[active]) // slots.page_size)).sum()
-        growth = np.minimum(slots.limit[active] - length, HORIZON).sum() * self.headroom.share
-        return int(prompts) + self._pages_for(int(growth))
-
-    def _still_needs(self, request: Request) -> int:
-        slot = request.slot
-        growth = min(int(self.slots.limit[slot] - self.slots.length[slot]), HORIZON) * self.headroom.share
-        missing = int(self.slots.length[slot] - self.slots.covered[slot])
-        return self._pages_for(max(0, missing)) + self._pages_for(int(growth))
-
-    def _pages_for(self, tokens: int) -> int:
+    def _pages(self, tokens: int) -> int:
         return -(-tokens // self.slots.page_size)
-
-    def _admission(self, request: Request, known: NDArray[np.int32]) -> Admission:
-        submit, params = request.submit, request.params
-        ends = (() if params.ignore_eos else self.eos_ids) + tuple(params.stop_token_ids)
-        mask = None
-        if request.prepared is not None:
-            request.prepared.admit(request.output)
-            mask = request.prepared.mask
-        return Admission(
-            slot=request.slot,
-            request_id=request.id,
-            params=params,
-            seed=request.seed,
-            tokens=known,
-            num_prompt=request.num_prompt,
-            eos_ids=ends if mask is None else (),  # a mask keeps `min_new_tokens` itself, where the grammar allows
-            return_logprob=submit.return_logprob,
-            top_logprobs=submit.top_logprobs,
-            token_ids_logprob=tuple(submit.token_ids_logprob),
-            return_hidden=submit.return_hidden,
-            mask=mask,
-        )
 
     def _failed(self, request: Request, error: Exception) -> None:
         """One request's planning raised: it ends, alone."""
         log.error("request %s failed while it was planned", request.id, exc_info=error)
         self.refused.append(Refusal(request, f"{type(error).__name__}: {error}", 500))
 
-    # the batch
+    # after the launch
 
-    def _assemble(
-        self, decodes: NDArray[np.int32], chunks: list[tuple[Request, int]], admissions: list[Admission]
-    ) -> Plan:
-        slots = self.slots
-        prefills = [request for request, _ in chunks]
-        rows = [slots.at(slot) for slot in decodes.tolist()] + prefills
-        at = np.concatenate([decodes, np.array([request.slot for request in prefills], dtype=np.int32)])
-        query_lens = np.ones(len(rows), dtype=np.int32)
-        query_lens[len(decodes) :] = [count for _, count in chunks]
-        prefix_lens = slots.computed[at]
-        ends = prefix_lens + query_lens
-        ids = [slots.next_token[decodes]]
-        targets: dict[int, NDArray[np.int32]] = {}
-        for row, (request, count) in enumerate(chunks, start=len(decodes)):
-            start = int(prefix_lens[row])
-            ids.append(request.known[start : start + count])
-            if request.wants_prompt and start + count >= request.targets_from and start + 1 < request.num_prompt:
-                targets[row] = _targets(request, start, count)
-        pages = -(-int(ends.max()) // slots.page_size)
-        if slots.readmit:
-            again = [slots.readmit.pop(slot) for slot in at.tolist() if slot in slots.readmit]
-            admissions = again + admissions
-        batch = Batch(
-            step=self._step,
-            slots=at,
-            query_lens=query_lens,
-            prefix_lens=prefix_lens,
-            input_ids=np.concatenate(ids),
-            page_table=slots.tables[at, :pages],
-            sample=(ends == slots.length[at]) & slots.samples[at],
-            admissions=admissions,
-            epoch=self.epoch,
-            prompt_targets=targets,
-        )
-        return Plan(batch, rows, prefills)
+    def _advance(self, plan: Plan) -> None:
+        """Rows that surely end are not launched again, those with drafts not before their commit; or all go on."""
+        slots, batch = self.slots, plan.batch
+        at, yields = batch.slots, sure(batch.outputs)
+        slots.computed[at] += batch.query_lens
+        slots.length[at] += batch.outputs
+        slots.next_token[at[yields]] = FROM_DEVICE
+        for request, output in zip(plan.rows, batch.outputs.tolist(), strict=True):
+            request.inflight += output
+        ends = (slots.length[at] >= slots.limit[at]) & (yields | (slots.computed[at] >= slots.length[at]))
+        self._steady = None
+        if not plan.prefills and not ends.any() and yields.all() and not self.pace.draft_room:
+            self._steady = Steady.after(plan, slots)
+            return
+        for row in np.flatnonzero(ends).tolist():
+            slots.retire(plan.rows[row].slot)
+            if not yields[row]:
+                plan.scored.add(row)
+        if self.pace.draft_room:
+            for row in np.flatnonzero(yields).tolist():
+                slots.hold(plan.rows[row].slot, STEP)
+        self._commit(plan)
+
+    def _commit(self, plan: Plan) -> None:
+        for request in plan.prefills:
+            computed = int(self.slots.computed[request.slot])
+            request.targets_from = max(request.targets_from, computed + 1)
+            lease = self.slots.lease(request.slot)
+            plan.given.append(self.cache.given(lease))
+            try:
+                self.cache.commit(lease, request.known, computed)
+            except Exception as error:
+                self._failed(request, error)
+
+    def _give_back(self, plan: Plan, output: StepOutput) -> None:
+        """Pages that no later token of these rows reads. Launched steps that have not run yet read on from there."""
+        slots, batch = self.slots, plan.batch
+        before = batch.prefix_lens
+        after = before + batch.query_lens + np.maximum(output.counts - 1, 0)
+        # A snapshot that a state began from was taken where whole pages end.
+        due = before % slots.page_size == 0 if self.cache.has_states else np.zeros(len(before), dtype=np.bool_)
+        for window in slots.windows:
+            first = [np.maximum(0, computed - window + 1) // slots.page_size for computed in (before, after)]
+            due |= first[0] != first[1]
+        for row in np.flatnonzero(due).tolist():
+            request = plan.rows[row]
+            if request.lease is not None and request.slot == batch.slots[row]:
+                self.cache.behind(request.lease, int(after[row]))
+                slots.moved = True
 
 
 def _place(request: Request) -> tuple[float, int]:
-    return request.key, request.seq
-
-
-def _next_page(request: Request, page_size: int) -> tuple[int, bytes]:
-    """What this row computes next, as the tree will know it: below which node, which tokens."""
-    lease = request.lease
-    assert lease is not None
-    start = lease.shared * page_size
-    return lease.node.uid, request.known[start : start + page_size].tobytes()
-
-
-def _targets(request: Request, start: int, count: int) -> NDArray[np.int32]:
-    """For new positions start..start+count: the prompt token after each, or -1 where its logprob is not wanted."""
-    targets = np.full(count, -1, dtype=np.int32)
-    first = max(start + 1, request.targets_from)
-    last = min(start + count + 1, request.num_prompt)
-    if first < last:
-        targets[first - start - 1 : last - start - 1] = request.prompt[first:last]
-    return targets
+    return request.place

@@ -107,7 +107,7 @@ def _longest_prefix(queue: WaitingQueue, count: int, cache: CacheManager) -> lis
             request.passed_mark = queue.taken
     stale = [request for request in window if request.match_version != cache.version]
     for request in sorted(stale, key=_match_version)[:PROBES]:
-        found = cache.probe(request.submit.namespace, request.prompt, request.match_limit())
+        found = cache.probe(request.namespace, request.prompt, request.match_limit())
         request.match_pages, request.match_version = found.num_pages, cache.version
     overdue = queue.taken - PATIENCE
     # Sorting is stable: the overdue, and those with equal prefixes, keep the order of arrival.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from phloem.kvcache.manager import CacheManager
-    from phloem.scheduler.planner import Plan
+    from phloem.scheduler.plan import Plan
     from phloem.scheduler.state import Request, Slots
 
 
@@ -57,7 +57,8 @@ def roll_back(slots: Slots, cache: CacheManager, plans: Sequence[Plan]) -> None:
     """Undo launched steps: `plans` are all that are not committed, the failed one first.
 
     Every running request is left as if it had never been in them, still in its slot; requests that lost theirs
-    meanwhile only forget what was in flight.
+    meanwhile only forget what was in flight. One that has lost pages, or read what was never computed, goes on from
+    where its lease ends.
     """
     before: dict[Request, int] = {}
     for plan in plans:
@@ -73,6 +74,7 @@ def roll_back(slots: Slots, cache: CacheManager, plans: Sequence[Plan]) -> None:
     running = slots.running()
     leases = [(request.lease, request.match_limit() // cache.page_size) for request in running if request.lease]
     cache.roll_back(plans[0].mark, leases, [item for plan in plans for item in plan.given])
+    slots.moved = True
     for request in running:
         computed = before.get(request, int(slots.computed[request.slot]))
         slots.restore(request, computed)

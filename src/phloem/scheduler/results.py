@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from phloem.core.errors import BadRequest
 from phloem.core.messages import Chunk, Tokens
 from phloem.core.request import FinishReason, RequestStatus
-from phloem.scheduler.state import pack_logprobs
+from phloem.scheduler.state import STEP, pack_logprobs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from typing import Any
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from phloem.core.batch import PositionLogprobs, StepOutput
     from phloem.core.messages import FromEngine
-    from phloem.scheduler.planner import Plan
+    from phloem.scheduler.plan import Plan
     from phloem.scheduler.policies import WaitingQueue
     from phloem.scheduler.state import Request, Slots
 
@@ -57,38 +59,90 @@ class Results:
     def commit(self, plan: Plan, output: StepOutput) -> None:
         """Take in a step. Rows whose request has ended since the launch are dropped."""
         tokens: list[int] = output.tokens.tolist()
-        sampled: list[bool] = plan.batch.sample.tolist()
-        easy = not output.failed and self.stream_interval == 1
-        for row, request in enumerate(plan.rows):
+        rest = range(len(plan.rows))
+        if len(tokens) == len(rest) and plan.batch.drafts is None and self.stream_interval == 1:  # one each
+            rest = [row for row, token in enumerate(tokens) if not self._only_token(plan.rows[row], token)]
+        ends: list[int] = np.cumsum(output.counts).tolist() if rest else []
+        for row in rest:
+            request, begin = plan.rows[row], ends[row - 1] if row else 0
             if request.status is RequestStatus.FINISHED:
                 continue
-            if easy and request.plain and sampled[row] and self._one_token(request, tokens[row]):
-                continue
-            if row in output.failed:
-                self.fail(request, output.failed[row], 400 if row in output.refused else 500)
-                continue
             try:
-                if row in output.prompt_logprobs:
-                    request.prompt_logprobs += output.prompt_logprobs[row]
-                if sampled[row]:
-                    self._token(request, tokens[row], output.logprobs.get(row), output.hidden.get(row))
-                elif row in plan.scored:
-                    self.finish(request, FinishReason("length", length=0))
+                if request.plain and ends[row] - begin == 1:
+                    self._tokens(request, tokens[begin : ends[row]])
+                else:
+                    self._row(plan, output, row, tokens[begin : ends[row]])
             except BadRequest as error:  # its grammar
                 self.fail(request, error.message, error.status)
             except Exception as error:
                 log.exception("request %s: its result could not be taken", request.id)
                 self.fail(request, f"{type(error).__name__}: {error}", 500)
 
-    def _one_token(self, request: Request, token: int) -> bool:
-        """As `_token` where the token is all there is to do or tell; False, and nothing is changed, where it is not."""
-        output = request.output
-        if token < 0 or token in request.stops or request.num_prompt + len(output) + 1 >= request.limit:
+    def _row(self, plan: Plan, output: StepOutput, row: int, tokens: Sequence[int]) -> None:
+        """A row of which there may be more to take than one token."""
+        request, batch = plan.rows[row], plan.batch
+        if row in output.failed:
+            self.fail(request, output.failed[row], 400 if row in output.refused else 500)
+            return
+        request.prompt_logprobs += output.prompt_logprobs.get(row, ())
+        if not batch.outputs[row]:
+            if row in plan.scored:
+                self.finish(request, FinishReason("length", length=0))
+            return
+        room = 0 if batch.drafts is None else int(batch.drafts[row])
+        if not 1 <= len(tokens) <= 1 + room:
+            raise ValueError(f"the step gave {len(tokens) or 'no'} tokens, with room for {room} drafts")
+        logprobs, hidden = output.logprobs.get(row, ()), output.hidden.get(row, ())
+        if request.submit.return_logprob and len(logprobs) != len(tokens):
+            raise ValueError(f"the step gave {len(logprobs) or 'no'} logprobs for {len(tokens)} tokens")
+        if request.submit.return_hidden and len(hidden) != len(tokens):
+            raise ValueError(f"the step gave {len(hidden) or 'no'} hidden states for {len(tokens)} tokens")
+        self._tokens(request, tokens, logprobs, hidden)
+
+    def _tokens(
+        self,
+        request: Request,
+        tokens: Sequence[int],
+        logprobs: Sequence[PositionLogprobs] = (),
+        hidden: Sequence[NDArray[np.float32]] | NDArray[np.float32] = (),
+    ) -> None:
+        """What a step has chosen for a request: taken up to where it ends, and told."""
+        before, reason = len(request.output), None
+        request.inflight -= 1
+        for token in tokens:
+            request.output.append(token)
+            reason = self._reason(request)
+            if reason is not None:
+                break
+        request.fresh += request.output[before:]
+        count = len(request.output) - before
+        self.output_tokens += count
+        if not request.plain:
+            self._extras(request, logprobs[:count], hidden[:count])
+        if not request.inflight and request.slot >= 0:
+            self.slots.next_token[request.slot] = request.output[-1]
+        if reason is not None:
+            self.finish(request, reason)
+            return
+        if request.constraint is not None and request.constraint.can_jump and self.jump(request):
+            return
+        if not request.sent or len(request.fresh) >= self.stream_interval:
+            self._chunks.append(self._chunk(request, None))
+
+    def _only_token(self, request: Request, token: int) -> bool:
+        """As `_tokens` where a token is all there is to do and tell; False, and nothing is changed, where it is not.
+
+        Most rows of most steps go this way: it saves a chunk, and calls.
+        """
+        out = request.output
+        if token in request.stops or request.num_prompt + len(out) + 1 >= request.limit or not request.plain:
             return False
         if request.fresh or request.message == self._message or not request.sent:
             return False
+        if request.status is RequestStatus.FINISHED:
+            return False
         request.inflight -= 1
-        output.append(token)
+        out.append(token)
         self.output_tokens += 1
         if not request.inflight and request.slot >= 0:
             self.slots.next_token[request.slot] = token
@@ -96,38 +150,32 @@ class Results:
         self._plain.append(token)
         return True
 
-    def _token(
-        self, request: Request, token: int, logprobs: PositionLogprobs | None, hidden: NDArray[np.float32] | None
+    def _extras(
+        self,
+        request: Request,
+        logprobs: Sequence[PositionLogprobs],
+        hidden: Sequence[NDArray[np.float32]] | NDArray[np.float32],
     ) -> None:
-        request.inflight -= 1
-        if token < 0:
-            raise ValueError("the step gave no token")
         if request.submit.return_logprob:
-            if logprobs is None:
-                raise ValueError("the step gave no logprobs")
-            request.fresh_logprobs.append(logprobs)
+            request.fresh_logprobs += logprobs
         if request.submit.return_hidden:
-            if hidden is None:
-                raise ValueError("the step gave no hidden state")
-            request.fresh_hidden.append(hidden.astype("<f4", copy=False).tobytes())
-        self._append(request, token)
-        if request.slot >= 0 and not request.inflight:
-            self.slots.next_token[request.slot] = token
-        if self._ends(request):
-            return
-        if request.prepared is not None and request.prepared.can_jump and self.jump(request):
-            return
-        if not request.sent or len(request.fresh) >= self.stream_interval:
-            self._chunks.append(self._chunk(request, None))
+            request.fresh_hidden += [state.astype("<f4", copy=False).tobytes() for state in hidden]
+
+    def _reason(self, request: Request) -> FinishReason | None:
+        """Why the request ends with its last token; None where it goes on."""
+        token, count = request.output[-1], len(request.output)
+        if token in request.stops and count >= request.params.min_new_tokens:
+            return FinishReason("stop", matched=token)
+        if request.num_prompt + count >= request.limit:
+            return FinishReason("length", length=count)
+        return None
 
     def _ends(self, request: Request) -> bool:
         """End the request if its last token says so."""
-        token, count = request.output[-1], len(request.output)
-        if token in request.stops and count >= request.params.min_new_tokens:
-            self.finish(request, FinishReason("stop", matched=token))
-        elif request.num_prompt + count >= request.limit:
-            self.finish(request, FinishReason("length", length=count))
-        return request.finished
+        reason = self._reason(request)
+        if reason is not None:
+            self.finish(request, reason)
+        return reason is not None
 
     def jump(self, request: Request) -> bool:
         """Append the tokens that the grammar forces: the next step computes them as one chunk. True if that ends it.
@@ -135,25 +183,22 @@ class Results:
         With a step of the request in flight nothing can be appended, as that step samples after the known output. A
         long forced text is then worth sitting out the next one (`Slots.hold`); its rest is appended after this one.
         """
-        prepared = request.prepared
-        assert prepared is not None
-        forced = prepared.jump(request.output)
+        constraint = request.constraint
+        forced = [] if constraint is None else constraint.jump(request.output)
         if request.inflight:
             if len(forced) == 1 and forced[0] in request.stops:
                 self._append(request, forced[0])  # the text is complete: what is in flight can only say so too
                 return self._ends(request)
             if len(forced) >= MIN_HOLD and request.slot >= 0:
-                self.slots.hold(request.slot)
+                self.slots.hold(request.slot, STEP)
             return False
-        if request.slot >= 0:
-            self.slots.resume(request.slot)
         for token in forced:
             self._append(request, token)
             self.jumped_tokens += 1
             if self._ends(request):
                 return True
-        if forced:
-            prepared.advance(request.output)
+        if forced and constraint is not None:
+            constraint.advance(request.output)
             if request.slot >= 0:
                 self.slots.extend(request, len(forced))
         return False
@@ -217,6 +262,9 @@ class Results:
         request.fresh = []
         request.sent, request.message = True, self._message
         return chunk
+
+    def state(self) -> dict[str, Any]:
+        return {"output_tokens": self.output_tokens, "jumped_tokens": self.jumped_tokens}
 
     def flush(self, send: Callable[[FromEngine], None]) -> None:
         """Send what has collected, as one message."""

@@ -13,20 +13,22 @@ import random
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from phloem.core.errors import BadRequest, OutOfMemory, PhloemError
 from phloem.core.messages import Abort, Control, FromEngine, Submit, ToEngine
 from phloem.core.request import FinishReason, RequestStatus
+from phloem.kvcache.manager import namespace
 from phloem.scheduler.control import ABORTED, Controls
-from phloem.scheduler.metrics import Meter
-from phloem.scheduler.planner import Pace, Plan, Planner
+from phloem.scheduler.metrics import Meter, usage
+from phloem.scheduler.plan import Pace, Plan
+from phloem.scheduler.planner import Planner
 from phloem.scheduler.policies import POLICIES, WaitingQueue
 from phloem.scheduler.recovery import roll_back
 from phloem.scheduler.results import Results
-from phloem.scheduler.state import Prepared, Request, Slots
+from phloem.scheduler.state import LATE, Request, Slots
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,8 +36,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from phloem.core.batch import Pending, Runner, StepOutput
+    from phloem.core.late import Late, Prepared
     from phloem.kvcache.manager import CacheManager
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 SEED_MASK = 2**63 - 1
@@ -47,7 +51,7 @@ SHUTTING_DOWN = FinishReason("abort", message="the server is shutting down", sta
 class ScheduleSettings:
     """`chunked_prefill_size` is the token budget of one step, decodes included; `mixed_prefill_size` bounds the prompt
     tokens of a step that also decodes, and from `worthwhile_prefill` on no further prompt enters a step (both default
-    to the whole budget)."""
+    to the whole budget). `draft_room`: drafts that a decoding row may have, for a runner that speculates."""
 
     max_running_requests: int
     context_length: int
@@ -57,6 +61,7 @@ class ScheduleSettings:
     chunked_prefill_size: int = 2048
     mixed_prefill_size: int | None = None
     worthwhile_prefill: int | None = None
+    draft_room: int = 0
     schedule_policy: str = "fcfs"
     stream_interval: int = 1
     random_seed: int | None = None
@@ -66,7 +71,8 @@ class ScheduleSettings:
     def pace(self, slots: int) -> Pace:
         # With every slot decoding there must be a token for each, or the last ones would starve.
         budget = max(self.chunked_prefill_size, slots)
-        return Pace(budget, self.mixed_prefill_size or budget, self.worthwhile_prefill or budget)
+        mixed, worthwhile = self.mixed_prefill_size or budget, self.worthwhile_prefill or budget
+        return Pace(budget, mixed, worthwhile, self.draft_room)
 
 
 @dataclass(slots=True)
@@ -74,14 +80,14 @@ class Launched:
     """A step between launch and commit."""
 
     plan: Plan
-    pending: Pending
+    pending: Pending[StepOutput]
 
 
 class Scheduler:
     """Owns every request from `Submit` to its last chunk. One thread calls it.
 
-    `prepare(submit, prompt)` may give something that a request must wait for; None: nothing. A `PhloemError` that it
-    raises answers the request.
+    `prepare(submit, prompt)` gives what a request must wait for and what its output keeps to; None: nothing. A
+    `PhloemError` that it raises answers the request. `wait_for` adds to the former at any time.
     """
 
     def __init__(
@@ -101,16 +107,17 @@ class Scheduler:
         self.prepare = prepare
         self.live: dict[str, Request] = {}
         self.queue = WaitingQueue()
-        self.late: deque[Request] = deque()  # WAITING_ON
+        self.late: deque[Request] = deque()  # those that wait for something, with or without a slot
         self.inflight: deque[Launched] = deque()
         self.paused = False
         self.stopped = False
         self._drain_until: float | None = None
-        size = cache.page_size
+        self._weight_version = ""
         # The last token of a request never needs a page: nothing attends to it.
-        self._most_tokens = min(settings.context_length, cache.total_pages * size + 1)
+        fits = cache.pages_for(settings.context_length - 1) <= cache.total_pages
+        self._most_tokens = settings.context_length if fits else cache.total_pages * cache.page_size + 1
         slots = min(settings.max_running_requests, runner.max_slots)
-        self.slots = Slots(slots, -(-self._most_tokens // size), size)
+        self.slots = Slots(slots, self._most_tokens, cache.page_size, runner.groups)
         self._policy = POLICIES[settings.schedule_policy]
         self.planner = Planner(self.slots, self.queue, cache, self._policy, settings.pace(slots), settings.eos_ids)
         self.results = Results(self.live, self.slots, self.queue, self.planner.release, settings.stream_interval)
@@ -126,7 +133,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.queue) + len(self.late)
+        return len(self.queue) + len(self.late) - self.slots.num_held(LATE)
 
     @property
     def busy(self) -> bool:
@@ -147,33 +154,40 @@ class Scheduler:
 
     def state(self) -> dict[str, Any]:
         """For the server-info endpoint."""
-        cache, size = self.cache, self.cache.page_size
-        prompt_tokens = self.planner.prompt_tokens
         return {
             "running": self.slots.num_running,
             "waiting": self.num_waiting,
             "paused": self.paused,
-            "steps": self.meter.steps,
-            "busy_seconds": self.meter.busy_total,
-            "forward_seconds": self.meter.forward_total,
-            "total_tokens": cache.total_pages * size,
-            "used_tokens": (cache.total_pages - cache.available_pages) * size,
-            "evictable_tokens": cache.tree.evictable_pages * size,
-            "available_tokens": cache.available_pages * size,
-            "evicted_tokens": cache.evicted_pages * size,
-            "gen_throughput": self.meter.last_throughput,
-            "prompt_tokens": prompt_tokens,
-            "cached_tokens": self.planner.cached_tokens,
-            "cache_hit_rate": self.planner.cached_tokens / prompt_tokens if prompt_tokens else 0.0,
-            "output_tokens": self.results.output_tokens,
-            "jumped_tokens": self.results.jumped_tokens,
-            "preemptions": self.planner.preemptions,
-            "out_of_memory": self.meter.out_of_memory,
-            "step_tokens": self.planner.throttle.budget,
-            "graph_bytes": getattr(self.runner, "graph_bytes", 0),  # not every runner records steps
             "max_running_requests": self.slots.count,
-            "schedule_policy": self._policy.name,
+            "graph_bytes": self.runner.graph_bytes,
+            **self.meter.state(),
+            **usage(self.cache),
+            **self.planner.state(),
+            **self.results.state(),
         }
+
+    @property
+    def weight_version(self) -> str:
+        """Which weights compute: prefixes are shared only among requests of one version."""
+        return self._weight_version
+
+    @weight_version.setter
+    def weight_version(self, version: str) -> None:
+        self._weight_version = version
+        for request in self.live.values():
+            self._place(request)
+
+    def _place(self, request: Request) -> None:
+        """Where its prefixes are looked for, from its next admission on."""
+        request.namespace = namespace(request.submit.namespace, "", self._weight_version)
+        request.match_version = -1
+
+    def between(self, work: Callable[[], T]) -> Pending[T]:
+        """Run `work` behind every step launched so far and before every later one, with none in flight.
+
+        Called in the scheduler's thread, which goes on meanwhile; `Controls.between` answers a call by it.
+        """
+        return self.runner.between(work)
 
     # receive
 
@@ -220,13 +234,16 @@ class Scheduler:
         request.seed = self._random.getrandbits(63) if seed is None else seed & SEED_MASK
         self._sequence += 1
         request.seq, request.key = self._sequence, self._policy.key(request)
-        request.prepared = self.prepare(submit, request.prompt) if self.prepare is not None else None
-        request.plain = request.plain and request.prepared is None
+        self._place(request)
+        prepared = self.prepare(submit, request.prompt) if self.prepare is not None else None
+        if prepared is not None:
+            request.waits, request.constraint = list(prepared.waits), prepared.constraint
+            request.plain = request.plain and request.constraint is None
         self.live[request.id] = request
-        if request.prepared is None:
-            self.queue.add(request)
-        else:
-            request.status = RequestStatus.WAITING_ON
+        if not request.waits and not self._begin(request):
+            return
+        self.planner.wait_again(request)
+        if request.waits:
             self.late.append(request)
 
     def _check(self, request: Request) -> None:
@@ -243,7 +260,7 @@ class Scheduler:
         if needed > self.settings.context_length:
             most = self.settings.context_length
             raise BadRequest(f"the prompt of {count} tokens leaves no room in the context of {most}", param="input_ids")
-        if count > self.cache.total_pages * self.cache.page_size:
+        if self.cache.pages_for(count) > self.cache.total_pages:
             most = self.cache.total_pages * self.cache.page_size
             raise BadRequest(f"the prompt of {count} tokens exceeds the KV cache of {most} tokens", param="input_ids")
 
@@ -302,21 +319,35 @@ class Scheduler:
         self.results.flush(self.send)
 
     def _stats(self, now: float, busy: bool) -> FromEngine:
-        running, tokens = self.slots.num_running, self.results.output_tokens
-        return self.meter.stats(now, busy, running, self.num_waiting, tokens, self.planner)
+        counts = {"running": self.slots.num_running, "waiting": self.num_waiting}
+        return self.meter.stats(now, busy, self.results.output_tokens, counts | usage(self.cache), self.planner.state())
+
+    def wait_for(self, request_id: str, late: Late) -> None:
+        """Launch nothing more of a live request until this is ready; a running one keeps slot and pages meanwhile.
+
+        Raises:
+            KeyError: if the request has ended.
+        """
+        request = self.live[request_id]
+        if not request.waits:
+            self.late.append(request)
+        request.waits.append(late)
+        if request.slot >= 0:
+            self.slots.hold(request.slot, LATE)
+        elif request.status is RequestStatus.WAITING:
+            self.queue.remove(request)
+            request.status = RequestStatus.WAITING_ON
 
     def _poll_late(self) -> None:
         for _ in range(min(len(self.late), READY_CHECKS)):
             request = self.late.popleft()
-            if request.status is not RequestStatus.WAITING_ON:
-                continue  # aborted meanwhile
-            prepared = request.prepared
-            assert prepared is not None
+            if request.finished:
+                continue
+            error: Exception | None = None
             try:
-                if not prepared.ready():
-                    self.late.append(request)
-                    continue
-                error = prepared.error
+                for late in [late for late in request.waits if late.ready()]:
+                    request.waits.remove(late)
+                    error = error or late.error
             except Exception as raised:
                 log.exception("request %s: what it waited for failed", request.id)
                 error = raised
@@ -324,19 +355,26 @@ class Scheduler:
                 if not isinstance(error, PhloemError):
                     error = BadRequest(f"{type(error).__name__}: {error}")
                 self.results.fail(request, error.message, error.status)
-                continue
-            try:
-                if prepared.can_jump and self.results.jump(request):
-                    continue
-            except BadRequest as refused:  # its grammar
-                self.results.fail(request, refused.message, refused.status)
-                continue
-            except Exception as raised:
-                log.exception("request %s: what is forced at its beginning could not be found", request.id)
-                self.results.fail(request, f"{type(raised).__name__}: {raised}", 500)
-                continue
-            request.status = RequestStatus.WAITING
-            self.queue.add(request)
+            elif request.waits:
+                self.late.append(request)
+            elif request.slot >= 0:
+                self.slots.resume(request.slot, LATE)
+            elif self._begin(request):
+                self.planner.wait_again(request)
+
+    def _begin(self, request: Request) -> bool:
+        """Append what is forced at the beginning of an output; False where the request has ended by it."""
+        constraint = request.constraint
+        if constraint is None or not constraint.can_jump or request.admitted >= 0:
+            return True
+        try:
+            return not self.results.jump(request)
+        except BadRequest as refused:  # its grammar
+            self.results.fail(request, refused.message, refused.status)
+        except Exception as raised:
+            log.exception("request %s: what is forced at its beginning could not be found", request.id)
+            self.results.fail(request, f"{type(raised).__name__}: {raised}", 500)
+        return False
 
     def _launch_next(self) -> bool:
         if self.paused:
@@ -351,11 +389,12 @@ class Scheduler:
         if plan is None:
             return False
         now = self.clock()
-        for row in range(len(plan.rows) - len(plan.batch.admissions), len(plan.rows)):
-            request = plan.rows[row]
+        for request in plan.entered:
             if request.admitted < 0:
                 request.admitted = now
         try:
+            for slot, follower in plan.followers:
+                self.runner.constrain(slot, follower)
             pending = self.runner.launch(plan.batch)
         except Exception as error:
             log.exception("step %d could not be launched", plan.batch.step)
@@ -388,6 +427,7 @@ class Scheduler:
         self.meter.step_done(output)
         self.planner.throttle.passed()
         self._cornered = None
+        self.planner.committed(launched.plan, output)
         self.results.commit(launched.plan, output)
 
     def _run_again(self, failed: Launched, error: OutOfMemory) -> None:
@@ -426,9 +466,7 @@ class Scheduler:
         for request in running:
             self.slots.leave(request)
             request.forget_inflight()
-            request.match_version = -1
-            request.status = RequestStatus.WAITING
-            self.queue.add(request)
+            self.planner.wait_again(request)
         self.cache.reset(leases)
         for request in victims:
             self.results.fail(request, f"the step failed: {type(error).__name__}: {error}", 500)

@@ -8,127 +8,82 @@ chunk, the return after a preemption and a decode (difference 1) are all this on
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from phloem.core.batch import FROM_DEVICE, PositionLogprobs
 from phloem.core.messages import Logprobs, Submit, unpack_ids
-from phloem.core.request import RequestStatus
+from phloem.core.request import RequestStatus, SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from phloem.core.batch import Admission
-    from phloem.core.errors import PhloemError
+    from phloem.core.batch import Admission, Follower
+    from phloem.core.late import Constraint, Late
+    from phloem.core.memory import Group
     from phloem.kvcache.manager import Lease
 
-
-class Prepared(Protocol):
-    """Something that a request waits for before it may run: a grammar that compiles, pages that are fetched."""
-
-    @property
-    def error(self) -> PhloemError | None:
-        """Why the request cannot be served; looked at once `ready` is True."""
-        ...
-
-    @property
-    def mask(self) -> Callable[[list[int]], NDArray[np.int32] | None] | None:
-        """For `Admission.mask`; looked at once `ready` is True."""
-        ...
-
-    @property
-    def can_jump(self) -> bool:
-        """Whether `jump` may ever give tokens."""
-        ...
-
-    def ready(self) -> bool: ...
-
-    def admit(self, output: Sequence[int]) -> None:
-        """The request enters a slot, for the first time or again after a preemption, with this output so far."""
-        ...
-
-    def jump(self, output: Sequence[int]) -> list[int]:
-        """Tokens that are sure to follow the output."""
-        ...
-
-    def advance(self, output: Sequence[int]) -> None:
-        """The output is now this, with forced tokens in it; no launched step of the request is uncommitted."""
-        ...
+# Why a slot sits out: the step in flight decides what comes next; or something late has not come.
+STEP, LATE = 1, 2
+_ALL = np.iinfo(np.int32).max
 
 
+@dataclass(slots=True, eq=False)
 class Request:
     """One request, from `Submit` to its last chunk."""
 
-    __slots__ = (
-        "admitted",
-        "cached_tokens",
-        "fresh",
-        "fresh_hidden",
-        "fresh_logprobs",
-        "id",
-        "inflight",
-        "key",
-        "known",
-        "lease",
-        "limit",
-        "match_pages",
-        "match_version",
-        "message",
-        "num_prompt",
-        "output",
-        "params",
-        "passed_mark",
-        "plain",
-        "prepared",
-        "prompt",
-        "prompt_logprobs",
-        "received",
-        "seed",
-        "sent",
-        "seq",
-        "slot",
-        "status",
-        "stops",
-        "submit",
-        "targets_from",
-        "wants_prompt",
-    )
+    submit: Submit
+    received: float
+    id: str = field(init=False)
+    params: SamplingParams = field(init=False)
+    prompt: NDArray[np.int32] = field(init=False)
+    num_prompt: int = field(init=False)
+    known: NDArray[np.int32] = field(init=False)  # what was known when it last entered a slot
+    wants_prompt: bool = field(init=False)
+    targets_from: int = field(init=False)  # first prompt position whose logprob is not launched yet
+    plain: bool = field(init=False)  # nothing but its tokens is told of a step, and nothing is done with them
+    namespace: str = ""  # of the cache
+    output: list[int] = field(default_factory=list)
+    status: RequestStatus = RequestStatus.WAITING
+    key: float = 0.0  # place in the queue; smaller runs earlier and is preempted later
+    seq: int = 0
+    limit: int = 0  # length at which it surely ends
+    stops: frozenset[int] = frozenset()
+    seed: int = 0
+    slot: int = -1
+    lease: Lease | None = None
+    inflight: int = 0  # launched steps that yield tokens whose values are not known yet
+    waits: list[Late] = field(default_factory=list)  # while there are any, it is not launched
+    constraint: Constraint | None = None
+    admitted: float = -1.0
+    cached_tokens: int = 0
+    match_pages: int = 0
+    match_version: int = -1
+    passed_mark: int = -1  # admissions seen when it came into the policy's window
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    fresh: list[int] = field(default_factory=list)  # tokens not sent yet
+    fresh_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    fresh_hidden: list[bytes] = field(default_factory=list)
+    sent: bool = False
+    message: int = -1  # the message that its last chunk is in
 
-    def __init__(self, submit: Submit, now: float) -> None:
-        self.id = submit.id
-        self.submit = submit
-        self.params = submit.sampling
-        self.prompt = unpack_ids(submit.input_ids)
+    def __post_init__(self) -> None:
+        submit, start = self.submit, self.submit.logprob_start
+        self.id, self.params, self.namespace = submit.id, submit.sampling, submit.namespace
+        self.prompt = self.known = unpack_ids(submit.input_ids)
         self.num_prompt = len(self.prompt)
-        self.output: list[int] = []
-        self.known = self.prompt  # what was known when it last entered a slot
-        self.status = RequestStatus.WAITING
-        self.key, self.seq = 0.0, 0  # place in the queue; smaller runs earlier and is preempted later
-        self.limit = 0  # length at which it surely ends
-        self.stops: frozenset[int] = frozenset()
-        self.seed = 0
-        self.slot = -1
-        self.lease: Lease | None = None
-        self.inflight = 0  # sampled tokens whose value is not known yet
-        self.prepared: Prepared | None = None
-        self.received, self.admitted = now, -1.0
-        self.cached_tokens = 0
-        self.match_pages, self.match_version = 0, -1
-        self.passed_mark = -1  # admissions seen when it came into the policy's window
-        start = submit.logprob_start
         self.wants_prompt = submit.return_logprob and start >= 0
-        self.targets_from = max(start, 1)  # first prompt position whose logprob is not launched yet
-        self.prompt_logprobs: list[PositionLogprobs] = []
-        self.fresh: list[int] = []  # tokens not sent yet
-        self.fresh_logprobs: list[PositionLogprobs] = []
-        self.fresh_hidden: list[bytes] = []
-        self.sent = False
-        self.message = -1  # the message that its last chunk is in
-        # Nothing but its token is to be told of a step, and nothing to be done with it.
+        self.targets_from = max(start, 1)
         self.plain = not (submit.return_logprob or submit.return_hidden)
+
+    @property
+    def place(self) -> tuple[float, int]:
+        """Who has a smaller one runs earlier and is preempted later."""
+        return self.key, self.seq
 
     @property
     def scores_only(self) -> bool:
@@ -173,28 +128,44 @@ def pack_logprobs(items: list[PositionLogprobs], submit: Submit) -> Logprobs:
     )
 
 
+class Entry(NamedTuple):
+    """A request that the runner is told of."""
+
+    admission: Admission
+    follower: Follower | None
+
+
 class Slots:
-    """The running requests by slot. Page tables are rows of one array, so that a batch gathers them in one call.
+    """The running requests by slot. Tables are rows of one array a group, so that a batch gathers them in one call.
 
     A slot is *active* while its request may be launched. One that will surely end with a launched step has left
-    `active` but keeps slot and pages until that step is committed.
+    `active` but keeps slot and pages until that step is committed; one that is *held* sits out and comes back.
+    `most_tokens`: of a request, those that are ever in memory.
     """
 
-    def __init__(self, count: int, table_width: int, page_size: int) -> None:
+    def __init__(self, count: int, most_tokens: int, page_size: int, groups: Sequence[Group]) -> None:
         self.count = count
         self.page_size = page_size
         self.requests: list[Request | None] = [None] * count
-        self.tables = np.zeros((count, table_width), dtype=np.int32)
+        self.paged = tuple(group.kind == "pages" for group in groups)
+        self.windows = tuple(group.window for group in groups if group.window)
+        widths = [-(-most_tokens // page_size) if paged else 2 for paged in self.paged]
+        self.tables = tuple(np.zeros((count, width), dtype=np.int32) for width in widths)
+        self._rows = [tuple(table[slot] for table in self.tables) for slot in range(count)]
+        # Beyond so many tokens a request holds no more pages of the first group: it has a window, or needs none.
+        self.growing = groups[0].window + page_size if groups[0].window else _ALL if self.paged[0] else 0
+        self.moved = False  # whether tables of launched rows have changed since `gather`, other than by growing
         self.computed = np.zeros(count, dtype=np.int32)
         self.length = np.zeros(count, dtype=np.int32)
         self.limit = np.zeros(count, dtype=np.int32)
         self.covered = np.zeros(count, dtype=np.int32)  # positions that the lease has pages for
         self.next_token = np.full(count, FROM_DEVICE, dtype=np.int32)
         self.samples = np.zeros(count, dtype=np.bool_)
-        self.readmit: dict[int, Admission] = {}  # active slots that the runner must be told of again
+        # Active slots that the runner must be told of again.
+        self.readmit: dict[int, Entry] = {}
         self._free = list(range(count - 1, -1, -1))
         self._active: dict[int, Request] = {}
-        self._held: set[int] = set()  # active, but not to be launched before their last token is known
+        self._held: dict[int, int] = {}  # slot -> why, as bits
         self._active_array: NDArray[np.int32] | None = None
 
     @property
@@ -210,8 +181,16 @@ class Slots:
         """Slots that are only kept until their last step is committed."""
         return self.num_running - len(self._active)
 
-    def next_free(self) -> int:
-        return self._free[-1]
+    @property
+    def any_held(self) -> bool:
+        return bool(self._held)
+
+    def num_held(self, why: int) -> int:
+        return sum(1 for bits in self._held.values() if bits & why) if self._held else 0
+
+    def next_free(self) -> tuple[NDArray[np.int32], ...]:
+        """The tables of the slot that `enter` will take."""
+        return self._rows[self._free[-1]]
 
     def active(self) -> NDArray[np.int32]:
         """Slots that may be launched now, in order of admission, int32."""
@@ -220,7 +199,12 @@ class Slots:
             self._active_array = np.array(slots, dtype=np.int32)
         return self._active_array
 
+    def staying(self) -> NDArray[np.int32]:
+        """Slots that will be launched again, now or later, int32."""
+        return np.array(list(self._active), dtype=np.int32) if self._held else self.active()
+
     def active_requests(self) -> list[Request]:
+        """Of those that will be launched again."""
         return list(self._active.values())
 
     def running(self) -> list[Request]:
@@ -231,6 +215,22 @@ class Slots:
         assert request is not None, f"slot {slot} is empty"
         return request
 
+    def lease(self, slot: int) -> Lease:
+        lease = self.at(slot).lease
+        assert lease is not None, f"slot {slot} has no lease"
+        return lease
+
+    def gather(self, slots: NDArray[np.int32], tokens: int) -> tuple[NDArray[np.int32], ...]:
+        """For a batch: the tables of these rows, the longest of which has so many tokens with its new ones."""
+        self.moved = False
+        pages = -(-tokens // self.page_size)
+        groups = zip(self.tables, self.paged, strict=True)
+        return tuple([table[slots, :pages] if paged else table[slots] for table, paged in groups])
+
+    def cover(self, slot: int, lease: Lease) -> None:
+        """The lease has grown, or shrunk."""
+        self.covered[slot] = lease.held * self.page_size
+
     def enter(self, request: Request, lease: Lease, known: NDArray[np.int32]) -> int:
         slot = self._free.pop()
         request.slot, request.lease, request.known = slot, lease, known
@@ -239,7 +239,7 @@ class Slots:
         self.computed[slot] = lease.shared * self.page_size
         self.length[slot] = len(known)
         self.limit[slot] = request.limit
-        self.covered[slot] = lease.held * self.page_size
+        self.cover(slot, lease)
         self.next_token[slot] = known[-1]
         self.samples[slot] = not request.scores_only
         self._active[slot] = request
@@ -248,19 +248,25 @@ class Slots:
 
     def retire(self, slot: int) -> None:
         """Not launched again; slot and pages stay until `leave`."""
-        self._held.discard(slot)
+        self._held.pop(slot, None)
         if self._active.pop(slot, None) is not None:
             self._active_array = None
 
-    def hold(self, slot: int) -> None:
-        """Sit out until `extend` or `resume`: what the step in flight gives decides what comes next."""
+    def hold(self, slot: int, why: int) -> None:
+        """Sit out until `resume`: `STEP`, what the step in flight gives is known; `LATE`, what is waited for is there.
+
+        A slot that is held for several reasons waits for all of them.
+        """
         if slot in self._active:
-            self._held.add(slot)
+            self._held[slot] = self._held.get(slot, 0) | why
             self._active_array = None
 
-    def resume(self, slot: int) -> None:
-        if slot in self._held:
-            self._held.discard(slot)
+    def resume(self, slot: int, why: int) -> None:
+        bits = self._held.get(slot, 0)
+        if bits & why:
+            self._held[slot] = bits & ~why
+            if bits == why:
+                del self._held[slot]
             self._active_array = None
 
     def extend(self, request: Request, count: int) -> None:
@@ -269,7 +275,6 @@ class Slots:
         request.known = request.all_known()
         self.length[slot] += count
         self.next_token[slot] = request.known[-1]
-        self._held.discard(slot)
         self._active_array = None
 
     def restore(self, request: Request, computed: int) -> None:
@@ -277,16 +282,18 @@ class Slots:
 
         Its known tokens are the prompt and the output so far; it may be launched again.
         """
-        slot, lease = request.slot, request.lease
-        assert lease is not None
+        slot = request.slot
+        lease = self.lease(slot)
         request.known = request.all_known()
-        self.computed[slot] = max(lease.shared * self.page_size, min(computed, lease.held * self.page_size))
+        self.cover(slot, lease)
+        self.computed[slot] = max(lease.shared * self.page_size, min(computed, int(self.covered[slot])))
         self.length[slot] = len(request.known)
-        self.covered[slot] = lease.held * self.page_size
         self.next_token[slot] = request.known[-1]
-        self._held.discard(slot)
         self._active.setdefault(slot, request)
         self._active_array = None
+        self.resume(slot, STEP)
+        if request.waits:
+            self.hold(slot, LATE)
 
     def leave(self, request: Request) -> None:
         slot = request.slot

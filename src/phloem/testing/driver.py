@@ -22,12 +22,13 @@ from phloem.core.messages import (
 from phloem.core.request import FinishReason, SamplingParams
 from phloem.kvcache.manager import CacheManager
 from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
-from phloem.testing.fake_runner import FIRST_TOKEN, FakeRunner, oracle
+from phloem.testing.fake_runner import FIRST_TOKEN, FULL, FakeRunner, oracle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from phloem.core.batch import Batch
+    from phloem.core.memory import MemorySpec
 
 EOS = 2
 
@@ -65,7 +66,7 @@ class Driver:
 
     def __init__(
         self,
-        num_pages: int = 200,
+        num_pages: int | Sequence[int] = 200,
         page_size: int = 4,
         max_slots: int = 8,
         *,
@@ -74,11 +75,16 @@ class Driver:
         prepare: Callable[..., Any] | None = None,
         fail_row: Callable[[str, int], str | None] | None = None,
         starve: Callable[[Batch], bool] | None = None,
+        memory: Sequence[MemorySpec] = FULL,
+        drafter: Callable[[str, int, int], list[int]] | None = None,
         **settings: Any,
     ) -> None:
         self.clock = ManualClock()
-        self.runner = FakeRunner(num_pages, page_size, max_slots, fail_row=fail_row, starve=starve)
-        self.cache = CacheManager(num_pages, page_size, cache, eviction)
+        self.memory = memory
+        self.runner = FakeRunner(
+            num_pages, page_size, max_slots, fail_row=fail_row, starve=starve, memory=memory, drafter=drafter
+        )
+        self.cache = CacheManager(self.runner.groups, self.runner.num_pages, page_size, cache, eviction)
         values: dict[str, Any] = {
             "max_running_requests": max_slots,
             "context_length": 10_000,
@@ -160,7 +166,7 @@ class Driver:
 
     def expected(self, prompt: list[int], count: int, seed: int = 0, forced: dict[int, int] | None = None) -> list[int]:
         """What the oracle says, cut after the first end-of-sequence token."""
-        found = oracle(prompt, seed, count, self.runner.vocab_size, forced)
+        found = oracle(prompt, seed, count, self.runner.vocab_size, forced, self.memory)
         return found[: found.index(EOS) + 1] if EOS in found else found
 
     def joined(self, name: str) -> Logprobs:

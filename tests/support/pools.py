@@ -1,0 +1,28 @@
+"""KV pools and cache managers of tests that care for neither groups nor layouts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from phloem.core.memory import Group, groups_of
+from phloem.kvcache.manager import CacheManager
+from phloem.kvcache.pool import KVPool
+from phloem.layers.context import memory_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from phloem.layers.context import AttentionSpec
+
+WHOLE = Group("pages", 0, (0,))  # keeps every token
+
+
+def pool_of(specs: Sequence[AttentionSpec], pages: int, *rest: Any) -> KVPool:
+    """A pool with so many pages in each group, so that one page table serves all of them."""
+    memory = memory_of(specs)
+    return KVPool(memory, [pages] * len(groups_of(memory)), *rest)
+
+
+def cache_of(pages: int, page_size: int) -> CacheManager:
+    """Of one group that keeps every token."""
+    return CacheManager([WHOLE], [pages], page_size)

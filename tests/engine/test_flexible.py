@@ -20,6 +20,7 @@ from phloem.kernels import native
 from phloem.kernels.graph import RecordError
 from phloem.layers.context import BuildContext
 from phloem.models import load_model
+from phloem.quant import method
 from phloem.testing.checkpoints import tiny_checkpoint
 
 pytestmark = pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
@@ -45,7 +46,7 @@ class Engine:
         ops = native.table(threads)
         quant = options.pop("quant", None)
         rows, pages = options.pop("rows", 4), options.pop("pages", 20)
-        model: Any = load_model(describe(str(path)), BuildContext(ops, torch.float32, CPU, quant=quant))
+        model: Any = load_model(describe(str(path)), BuildContext(ops, torch.float32, CPU, quant=method(quant)))
         specs = model.attention_specs
         self.pool = pool_of(specs, 64, 4, kv, CPU)
         backend = BACKENDS.module("cpu").Backend(ops, specs, CPU, kv)

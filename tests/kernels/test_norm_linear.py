@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from linear_cases import levels, make_source, needs_native
-from test_models import PROMPT, VARIANTS, Engine
+from model_support import PROMPT, Engine
 
+from phloem.checkpoint.families import family
 from phloem.kernels import native
 from phloem.kernels import reference as ref
 from phloem.kernels.ops import Norm, Ops
@@ -120,8 +121,8 @@ def test_a_layer_passes_its_options_to_the_table() -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_models_give_the_same_bits(variant: str, threads: int, tmp_path: Path) -> None:
     """Prompts, single rows and batches of every family."""
-    family, overrides = VARIANTS[variant]
-    path = tiny_checkpoint(family, tmp_path, **overrides)
+    name, _, differs = variant.partition("-")
+    path = tiny_checkpoint(name, tmp_path, **(family(name).variants[differs] if differs else {}))
     table = native.table(threads)
     norms: list[bool] = []
 

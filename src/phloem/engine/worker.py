@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phloem import attention, models, platforms
+from phloem import attention, models, platforms, quant
 from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import resolve
@@ -19,7 +19,7 @@ from phloem.engine.recorded import choice
 from phloem.engine.runner import ModelRunner
 from phloem.engine.sizing import Need, size_pool
 from phloem.kvcache.pool import KVPool
-from phloem.layers.context import BuildContext, memory_of
+from phloem.layers.context import BuildContext
 from phloem.utils import log
 from phloem.utils.cores import available_cores
 
@@ -84,7 +84,7 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     phase.end("device")
 
     free, _ = platform.memory()
-    built_in = BuildContext(ops=ops, dtype=dtype, device=platform.device, quant=config.model.quantization)
+    built_in = BuildContext(ops=ops, dtype=dtype, device=platform.device, quant=quant.method(config.model.quantization))
     model = models.load_model(checkpoint, built_in, _progress(checkpoint.name))
     phase.end("weights")
 
@@ -101,7 +101,7 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales)
     sizing = size_pool(config.cache, platform, need, min(model.weight_bytes, free))
     decisions += sizing.decisions
-    pool = KVPool(memory_of(model.attention_specs), sizing.num_pages, page, kv_dtype, platform.device, scales)
+    pool = KVPool(model.memory, sizing.num_pages, page, kv_dtype, platform.device, scales)
     place = choice.Place(model, backend, pool, ops, platform.facts, platform.memory()[0], sizing.graph_bytes)
     pages = -(-min(context, sizing.tokens) // page) + 1
     ways = choice.choose(config.runtime, place, running, pages, chunk, decisions)

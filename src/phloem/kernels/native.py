@@ -16,6 +16,7 @@ from phloem.kernels import _native_moe as moe
 from phloem.kernels import _native_sampling as sampling
 from phloem.kernels import native_linear
 from phloem.kernels._native_recorder import Recorder
+from phloem.kernels._native_refill import refill
 from phloem.kernels._native_runtime import Unavailable, runtime
 from phloem.kernels.ops import Ops
 from phloem.utils.cores import available_cores
@@ -42,7 +43,7 @@ def table(threads: int | None = None, level: str | None = None, *, invariant: bo
     }
     kv = (torch.bfloat16, torch.int8)
     name = "invariant" if invariant else "native"
-    return dataclasses.replace(Ops(), name=name, kv_dtypes=kv, recorder=lambda: Recorder(rt), **made)
+    return dataclasses.replace(Ops(), name=name, kv_dtypes=kv, recorder=lambda: Recorder(rt), refill=refill, **made)
 
 
 def worker_ids() -> list[int]:

@@ -19,6 +19,8 @@ from phloem.kernels import compose
 from phloem.kernels import reference as ref
 from phloem.kernels import reference_attention as attention
 from phloem.kernels import reference_experts as experts
+from phloem.kernels import reference_models as models
+from phloem.kernels import reference_scan as scan
 from phloem.kernels.calls import (
     Adapters,
     AttentionCall,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
     from phloem.kernels.calls import Cache
     from phloem.kernels.graph import GraphRecorder
+    from phloem.kernels.specs import ExpertSpec, RouterSpec
 
 __all__ = ["Adapters", "AttentionCall", "Draw", "LatentCall", "LinearOp", "Norm", "Ops", "PagedBatch", "PrepareExperts"]
 __all__ += ["PrepareLinear", "Rotation", "WeightSource"]
@@ -124,3 +127,42 @@ class Ops:
 
     # Makes step graphs over this table's ops; None: steps run eagerly.
     recorder: Callable[[], GraphRecorder] | None = None
+
+    # Ops that only some families need. Unlike the fused `moe`, any router and any experts, with weights that
+    # `stack_experts` prepares as `prepare_experts` does.
+    # logits[T, E], correction bias[E] float32 or None, spec -> ids int32 [T, k], weights float32 [T, k]
+    route: Callable[[Tensor, Tensor | None, RouterSpec], tuple[Tensor, Tensor]] = models.route
+    stack_experts: PrepareExperts = experts.prepare_experts
+    # x[T, N], ids, weights, gate_up, down, spec, biases of both or None -> [T, N]
+    experts: Callable[[Tensor, Tensor, Tensor, Any, Any, ExpertSpec, tuple[Tensor, Tensor] | None], Tensor] = (
+        models.experts
+    )
+    mul: Callable[[Tensor, Tensor], Tensor] = models.mul
+    sigmoid_mul: Callable[[Tensor, Tensor], Tensor] = models.sigmoid_mul  # x, gate -> x * sigmoid(gate)
+    gelu: Callable[[Tensor], Tensor] = models.gelu
+    gelu_tanh: Callable[[Tensor], Tensor] = models.gelu_tanh
+    relu2: Callable[[Tensor], Tensor] = models.relu2
+    scale: Callable[[Tensor, float], Tensor] = models.scale
+    scale_rows: Callable[[Tensor, Tensor], Tensor] = models.scale_rows  # x[T, ...], a number for each row [T]
+    layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = models.layer_norm  # x, weight, bias, eps
+    # x, gate, weight, eps, group (0: the whole axis), norm before the gate
+    gated_rms_norm: Callable[[Tensor, Tensor, Tensor, float, int, bool], Tensor] = models.gated_rms_norm
+    # positions[3, T], cos_sin, sections, interleaved -> positions[T] and cos_sin[T, 2, rotary / 2] for a `Rotation`
+    mrope_table: Callable[[Tensor, Tensor, tuple[int, ...], bool], tuple[Tensor, Tensor]] = models.mrope_table
+    # Recurrent mixers: see `reference_scan`. Each gives its result and the rows' states after the step.
+    causal_conv: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, bool], tuple[Tensor, Tensor]] = (
+        scan.causal_conv
+    )
+    mamba2_scan: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
+        scan.mamba2_scan
+    )
+    gated_delta: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = (
+        scan.gated_delta
+    )
+    # Sparse attention's indexer: q[T, H, D], keys[L, D], weights[T, H] -> [T, L]; scores, lengths[T], k -> int32 [T, k]
+    index_scores: Callable[[Tensor, Tensor, Tensor], Tensor] = models.index_scores
+    topk_indices: Callable[[Tensor, Tensor, int], Tensor] = models.topk_indices
+
+    # Put a weight that was prepared anew into the memory of the old one: True if it is there now, and every recorded
+    # step sees it. None: weights that are not tensors move when they are updated.
+    refill: Callable[[Any, Any], bool] | None = None

@@ -2,65 +2,164 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
+import torch
+
+from phloem.core.errors import ModelLoadError
+from phloem.distributed.mesh import some_sizes
 from phloem.layers.context import Heads
 from phloem.layers.linear import Linear
 from phloem.layers.norm import RMSNorm
-from phloem.layers.weight import Layer
+from phloem.layers.weight import Cut, Layer, Part, Projection, Weight, cut_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from phloem.distributed.mesh import Axis
     from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
     from phloem.layers.rope import Rope
 
+# head: of each head before the rotation, fused with it where a table can; after: of each head, behind the rotation;
+# whole: of the whole projection before it is split into heads.
+QKNorm = Literal["", "head", "after", "whole"]
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How families differ in what stands around attention."""
+
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: QKNorm = ""
+    eps: float = 1e-6  # of the norms
+    norm_shift: float = 0.0
+    q_norm: str = "q_norm"  # the norms' names
+    k_norm: str = "k_norm"
+    v_norm: bool = False  # each head of v is normalised, without a weight
+    gate: bool = False  # q_proj gives a gate beside each head of q; the output is multiplied by its sigmoid
+    sinks: str = ""  # the name of the weight with one logit per head
+    fused: str = ""  # the tensor that a checkpoint keeps q, k and v in, in this order
+    q_proj: str = "q_proj"
+    k_proj: str = "k_proj"
+    v_proj: str = "v_proj"
+    o_proj: str = "o_proj"
+
+
+def shared_heads(spec: AttentionSpec, tp: Axis) -> tuple[AttentionSpec, Cut | None, Cut | None]:
+    """What one rank attends with, and its share of the rows of q and of k and v.
+
+    Fewer kv heads than ranks: several ranks keep the same one. Raises ModelLoadError with the sizes that would do.
+    """
+    heads, kv_heads = spec.heads, spec.kv_heads
+
+    def fits(size: int) -> bool:
+        return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+
+    if not fits(tp.size):
+        valid = some_sizes(heads, heads, fits)
+        raise ModelLoadError(
+            f"tp_size {tp.size}: {heads} attention heads and {kv_heads} kv heads cannot be shared out; valid: {valid}"
+        )
+    if tp.size == 1:
+        return spec, None, None
+    kv = Cut(0, tp.rank * kv_heads // tp.size, kv_heads) if tp.size > kv_heads else cut_of(tp, 0)
+    own = replace(spec, heads=heads // tp.size, kv_heads=max(1, kv_heads // tp.size))
+    return own, cut_of(tp, 0), kv
+
 
 class SelfAttention(Layer):
-    """Grouped-query attention with q, k and v in one projection.
-
-    `qk_eps` None: no q and k norm; otherwise each head of q and k is normalised before the rotation, with weights
-    shifted by `norm_shift`.
-    """
+    """Grouped-query attention with q, k and v in one projection. `rope` None: no rotation."""
 
     def __init__(
-        self,
-        ctx: BuildContext,
-        spec: AttentionSpec,
-        hidden_size: int,
-        rope: Rope,
-        *,
-        qkv_bias: bool = False,
-        out_bias: bool = False,
-        qk_eps: float | None = None,
-        norm_shift: float = 0.0,
+        self, ctx: BuildContext, spec: AttentionSpec, hidden_size: int, rope: Rope | None, options: AttentionOptions
     ) -> None:
-        size = spec.head_size
-        self.spec = spec
-        self.rope = rope
-        self.q_end = spec.heads * size
-        self.k_end = self.q_end + spec.kv_heads * size
-        widths = {"q_proj": self.q_end, "k_proj": spec.kv_heads * size, "v_proj": spec.kv_heads * size}
-        self.qkv = Linear(ctx, hidden_size, widths, bias=qkv_bias)
-        self.out = Linear(ctx, self.q_end, {"o_proj": hidden_size}, bias=out_bias)
-        normed = qk_eps is not None
-        self.q_norm = RMSNorm(ctx.child("q_norm"), size, qk_eps, norm_shift) if normed else None
-        self.k_norm = RMSNorm(ctx.child("k_norm"), size, qk_eps, norm_shift) if normed else None
+        self.ops, self.rope, self.options = ctx.ops, rope, options
+        self.spec, q_cut, kv_cut = shared_heads(spec, ctx.mesh.tp)
+        q_head = spec.head_size * (2 if options.gate else 1)
+        self.q_end = self.spec.heads * q_head
+        self.k_end = self.q_end + self.spec.kv_heads * spec.head_size
+        sizes = (spec.heads * q_head, spec.kv_heads * spec.head_size, spec.kv_heads * spec.values)
+        names = (options.q_proj, options.k_proj, options.v_proj)
+        parts: dict[str, int | Projection] = {}
+        for place, (name, size) in enumerate(zip(names, sizes, strict=True)):
+            part = Part(sum(sizes[:place])) if options.fused else None
+            parts[name] = Projection(size, options.fused, part, q_cut if place == 0 else kv_cut)
+        self.qkv = Linear(ctx, hidden_size, parts, bias=options.qkv_bias)
+        inner = spec.heads * spec.values
+        cut = cut_of(ctx.mesh.tp, 1)
+        self.out = Linear(ctx, inner, {options.o_proj: hidden_size}, bias=options.out_bias, cut=cut)
+        self.q_norm = self.k_norm = None
+        if options.qk_norm:
+            self.q_norm = self._norm(ctx, options.q_norm, sizes[0], q_cut)
+            self.k_norm = self._norm(ctx, options.k_norm, sizes[1], kv_cut)
+        self.ones = torch.ones(spec.values, device=ctx.device) if options.v_norm else None
+        self.sinks = _vector(ctx, options.sinks, spec.heads, q_cut) if options.sinks else None
+
+    def _norm(self, ctx: BuildContext, name: str, whole: int, cut: Cut | None) -> RMSNorm:
+        options = self.options
+        size = whole if options.qk_norm == "whole" else self.spec.head_size
+        norm = RMSNorm(ctx.child(name), size, options.eps, options.norm_shift)
+        if options.qk_norm == "whole" and cut is not None:
+            norm.weight.cuts = ((cut,),)
+        return norm
 
     def attend(
-        self, norm: RMSNorm, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch
+        self, norm: RMSNorm | None, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch
     ) -> tuple[Tensor, Tensor]:
-        """Everything before the output projection, of norm(x + residual): ([T, heads * head_size], x + residual)."""
-        spec = self.spec
-        qkv, total_TN = self.qkv(x_TN, norm=norm, residual=residual_TN)
-        assert total_TN is not None  # a layer with a norm gives it
-        q_THD = qkv[:, : self.q_end].unflatten(-1, (spec.heads, spec.head_size))
-        k_TKD = qkv[:, self.q_end : self.k_end].unflatten(-1, (spec.kv_heads, spec.head_size))
-        v_TKD = qkv[:, self.k_end :].unflatten(-1, (spec.kv_heads, spec.head_size))
-        if self.q_norm is not None and self.k_norm is not None:
-            weights = self.q_norm.weight.value, self.k_norm.weight.value
-            rotation = self.rope.at(step.positions, *weights, self.q_norm.eps)
+        """Everything before the output projection, of norm(x + residual), or without norm of the sum: ([T, heads *
+        value size], x + residual)."""
+        spec, options = self.spec, self.options
+        if norm is None:
+            total_TN = x_TN if residual_TN is None else self.ops.add(x_TN, residual_TN)
+            qkv, _ = self.qkv(total_TN)
         else:
-            rotation = self.rope.at(step.positions)
-        out_THD = step.memory.attend(spec, Heads(q_THD, k_TKD, v_TKD, None, rotation))
-        return out_THD.view(-1, self.q_end), total_TN
+            qkv, total_TN = self.qkv(x_TN, norm=norm, residual=residual_TN)
+            assert total_TN is not None  # a layer with a norm gives it
+        heads = self._heads(qkv, step)
+        gate_THD = None
+        if options.gate:
+            heads.q, gate_THD = heads.q[..., : spec.head_size], heads.q[..., spec.head_size :]
+        if options.qk_norm == "after":
+            self._turn_then_norm(heads)
+        out_THD = step.memory.attend(spec, heads)
+        if gate_THD is not None:
+            out_THD = self.ops.sigmoid_mul(out_THD, gate_THD)
+        return out_THD.view(-1, spec.heads * spec.values), total_TN
+
+    def _heads(self, qkv: Tensor, step: ForwardBatch) -> Heads:
+        """q, k and v by head, and what is still to be done to q and k."""
+        spec, options = self.spec, self.options
+        q, k, v = qkv[:, : self.q_end], qkv[:, self.q_end : self.k_end], qkv[:, self.k_end :]
+        fused = self.q_norm is not None and self.k_norm is not None and options.qk_norm == "head"
+        if self.q_norm is not None and self.k_norm is not None and options.qk_norm == "whole":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_THD = q.unflatten(-1, (spec.heads, -1))
+        k_TKD, v_TKD = k.unflatten(-1, (spec.kv_heads, -1)), v.unflatten(-1, (spec.kv_heads, -1))
+        if self.ones is not None:
+            v_TKD = self.ops.rms_norm(v_TKD, self.ones, options.eps)
+        sinks = None if self.sinks is None else self.sinks.value
+        if fused and self.q_norm is not None and self.k_norm is not None:
+            weights = self.q_norm.weight.value, self.k_norm.weight.value
+            if self.rope is not None:
+                rotation = self.rope.at(step.positions, *weights, self.q_norm.eps)
+                return Heads(q_THD, k_TKD, v_TKD, sinks, rotation)
+            return Heads(self.q_norm(q_THD), self.k_norm(k_TKD), v_TKD, sinks, None)
+        return Heads(q_THD, k_TKD, v_TKD, sinks, None if self.rope is None else self.rope.at(step.positions))
+
+    def _turn_then_norm(self, heads: Heads) -> None:
+        """Rotation and norm as ops of their own, where the norm stands behind the rotation."""
+        rotation = heads.rotation
+        if rotation is not None:
+            self.ops.rope_(heads.q, heads.k, rotation.positions, rotation.cos_sin, rotation.interleaved)
+            heads.rotation = None
+        if self.q_norm is not None and self.k_norm is not None:
+            heads.q, heads.k = self.q_norm(heads.q), self.k_norm(heads.k)
+
+
+def _vector(ctx: BuildContext, name: str, size: int, cut: Cut | None) -> Weight:
+    """One float32 number per head."""
+    slot = Weight((ctx.child(name).name,), ((size,),), "norm")
+    slot.cuts = () if cut is None else ((cut,),)
+    return slot

@@ -7,9 +7,10 @@ attention backends made for this step. Models never see pages; backends never se
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from phloem.core.memory import MemorySpec, Paged
+from phloem.distributed.mesh import Mesh
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.kernels.ops import Ops, Rotation
+    from phloem.quant import Method
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ class BuildContext:
     dtype: torch.dtype
     device: torch.device
     name: str = ""
-    quant: Any = None  # the quantisation method, or None: weights as the checkpoint has them
+    quant: Method | None = None  # None: weights as the checkpoint has them
+    mesh: Mesh = Mesh()
 
     def child(self, name: str | int) -> BuildContext:
         return replace(self, name=f"{self.name}.{name}" if self.name else str(name))

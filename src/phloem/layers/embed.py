@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from phloem.layers.weight import Layer, Weight
+from phloem.layers.weight import Layer, Weight, cut_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,12 +15,16 @@ if TYPE_CHECKING:
 
 
 class Embedding(Layer):
-    """Rows of `<ctx.name>.weight`, times `scale`. Its output decides the activations' type."""
+    """Rows of `<ctx.name>.weight`, times `scale`. Its output decides the activations' type.
+
+    Ranks share the vocabulary out: this one keeps the ids `[first, first + len(weight))` (`span`).
+    """
 
     def __init__(self, ctx: BuildContext, vocab_size: int, hidden_size: int, scale: float = 1.0) -> None:
         self.ops = ctx.ops
         self.scale = scale
-        self.weight = Weight((f"{ctx.name}.weight",), ((vocab_size, hidden_size),), "matrix")
+        self.span = ctx.mesh.tp.span(vocab_size)
+        self.weight = vocabulary(ctx, vocab_size, hidden_size)
 
     def __call__(self, ids_T: Tensor) -> Tensor:
         """[T] -> [T, hidden_size]."""
@@ -28,25 +32,36 @@ class Embedding(Layer):
 
 
 class Head(Layer):
-    """Logits, from its own matrix or from the embedding's (`tied`)."""
+    """Logits, from its own matrix or from the embedding's (`tied`); times `scale`, then softly capped.
+
+    Ranks share the vocabulary out, as in `Embedding`.
+    """
 
     def __init__(
-        self, ctx: BuildContext, vocab_size: int, hidden_size: int, tied: Embedding | None, softcap: float = 0.0
+        self,
+        ctx: BuildContext,
+        vocab_size: int,
+        hidden_size: int,
+        tied: Embedding | None,
+        softcap: float = 0.0,
+        scale: float = 1.0,
     ) -> None:
         self.ops = ctx.ops
-        self.softcap = softcap
-        own = Weight((f"{ctx.name}.weight",), ((vocab_size, hidden_size),), "matrix")
-        self.weight = own if tied is None else tied.weight
+        self.softcap, self.scale = softcap, scale
+        self.span = ctx.mesh.tp.span(vocab_size)
+        self.weight = vocabulary(ctx, vocab_size, hidden_size) if tied is None else tied.weight
 
     def __call__(self, hidden_LD: Tensor) -> Tensor:
         """[L, hidden_size] -> float32 logits [L, vocab_size]."""
         logits_LV, _ = self.ops.linear(hidden_LD, self.weight.value)
         if logits_LV.dtype != torch.float32:
             logits_LV = logits_LV.float()
+        if self.scale != 1.0:
+            logits_LV = self.ops.scale(logits_LV, self.scale)
         return self.ops.softcap(logits_LV, self.softcap) if self.softcap else logits_LV
 
     def argmax(self, hidden_LD: Tensor) -> Tensor:
-        """The most likely token of each row, integer [L]. A soft cap keeps the order, so it is left out."""
+        """The most likely token of each row, integer [L]. Scale and soft cap keep the order: they are left out."""
         if self.ops.linear_argmax is not None:
             return self.ops.linear_argmax(hidden_LD, self.weight.value)
         return self.ops.argmax(self.ops.linear(hidden_LD, self.weight.value)[0])
@@ -56,6 +71,14 @@ class Head(Layer):
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Of each row the k largest logits, their ids, and log-sum-exps of the logits times each scale, without the
         rows (`Ops.linear_topk`). None where the table cannot."""
-        if self.ops.linear_topk is None:
+        if self.ops.linear_topk is None or self.scale != 1.0:
             return None
         return self.ops.linear_topk(hidden_LD, self.weight.value, k, scale_LJ, norms, self.softcap)
+
+
+def vocabulary(ctx: BuildContext, vocab_size: int, hidden_size: int) -> Weight:
+    """A matrix with a row for each token, of which a rank keeps a run; the last ranks' may be shorter."""
+    cut = cut_of(ctx.mesh.tp, 0)
+    slot = Weight((f"{ctx.name}.weight",), ((vocab_size, hidden_size),), "matrix")
+    slot.cuts = () if cut is None else ((cut,),)
+    return slot

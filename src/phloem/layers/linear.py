@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from phloem.layers.weight import Layer, Weight
+from phloem.layers.weight import Layer, projections
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from phloem.kernels.calls import Adapters
     from phloem.layers.context import BuildContext
     from phloem.layers.norm import RMSNorm
+    from phloem.layers.weight import Cut, Projection
 
 
 class Linear(Layer):
@@ -20,20 +23,23 @@ class Linear(Layer):
     Args:
         ctx: its name is the parent's; the checkpoint tensors are `<ctx.name>.<part>.weight` (and `.bias`).
         in_features: width of the input.
-        parts: projection name -> output width, in the order in which the outputs are stacked.
+        parts: projection name -> output width, in the order in which the outputs are stacked; or a `Projection`, where
+            the checkpoint fuses several into one tensor, or ranks share it out.
         bias: whether the projections have a bias.
+        cut: which of the inputs this rank has.
     """
 
-    def __init__(self, ctx: BuildContext, in_features: int, parts: dict[str, int], *, bias: bool = False) -> None:
-        names = [ctx.child(part).name for part in parts]
-        sizes = list(parts.values())
+    def __init__(
+        self,
+        ctx: BuildContext,
+        in_features: int,
+        parts: Mapping[str, int | Projection],
+        *,
+        bias: bool = False,
+        cut: Cut | None = None,
+    ) -> None:
         self.ops = ctx.ops
-        self.weight = Weight(
-            tuple(f"{name}.weight" for name in names), tuple((size, in_features) for size in sizes), "matrix"
-        )
-        self.bias = (
-            Weight(tuple(f"{name}.bias" for name in names), tuple((size,) for size in sizes), "bias") if bias else None
-        )
+        self.weight, self.bias = projections(ctx, in_features, parts, bias=bias, cut=cut)
 
     def __call__(
         self,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from phloem.core.errors import ModelLoadError
 from phloem.layers.linear import Linear
-from phloem.layers.weight import Layer
+from phloem.layers.weight import Layer, Part, Projection, check_divides, cut_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,21 +16,37 @@ if TYPE_CHECKING:
 
 
 class GatedMLP(Layer):
-    """down(act(gate(x)) * up(x)), gate and up fused."""
+    """down(act(gate(x)) * up(x)), gate and up fused. `fused`: the tensor in which a checkpoint keeps both."""
 
     def __init__(
-        self, ctx: BuildContext, hidden_size: int, inner_size: int, activation: str, *, bias: bool = False
+        self,
+        ctx: BuildContext,
+        hidden_size: int,
+        inner_size: int,
+        activation: str,
+        *,
+        bias: bool = False,
+        fused: str = "",
     ) -> None:
         acts = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
         if activation not in acts:
             raise ModelLoadError(f"unknown activation {activation!r} (hidden_act); known: {', '.join(sorted(acts))}")
         self.activation = acts[activation]
-        self.gate_up = Linear(ctx, hidden_size, {"gate_proj": inner_size, "up_proj": inner_size}, bias=bias)
-        self.down = Linear(ctx, inner_size, {"down_proj": hidden_size}, bias=bias)
+        tp = ctx.mesh.tp
+        check_divides("intermediate_size", inner_size, tp)
+        rows, parts = cut_of(tp, 0), (Part(0), Part(inner_size)) if fused else (None, None)
+        pair = {
+            name: Projection(inner_size, fused, part, rows)
+            for name, part in zip(("gate_proj", "up_proj"), parts, strict=True)
+        }
+        self.gate_up = Linear(ctx, hidden_size, pair, bias=bias)
+        self.down = Linear(ctx, inner_size, {"down_proj": hidden_size}, bias=bias, cut=cut_of(tp, 1))
 
     def __call__(
-        self, norm: RMSNorm, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
+        self, norm: RMSNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The block of norm(x + residual), and x + residual; with `add` perhaps already summed: (sum, None)."""
+        """The block of norm(x + residual), and x + residual; with `add` perhaps already summed: (sum, None). Without
+        norm (and residual) the block of x, and x."""
         hidden, total_TN = self.gate_up(x_TN, norm=norm, residual=residual_TN, gate=self.activation)
+        total_TN = x_TN if norm is None else total_TN
         return self.down(hidden, add=total_TN) if add else (self.down(hidden)[0], total_TN)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from phloem.core.errors import ModelLoadError
+from phloem.kernels.specs import ExpertSpec, RouterSpec
 from phloem.layers.linear import Linear
-from phloem.layers.weight import Layer, Weight
+from phloem.layers.weight import Cut, Layer, Part, Weight, check_divides, cut_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,45 +16,145 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
     from phloem.layers.norm import RMSNorm
 
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Where a checkpoint keeps a sparse block's tensors, below the block. `{}` is an expert's number; without it, the
+    tensor stacks all experts along its first axis.
+
+    One name for gate and up: their rows lie in one tensor, gate first, or alternating.
+    """
+
+    router: str = "gate"
+    correction: str = ""  # the vector that is added to scores to decide who is chosen
+    gate: str = "experts.{}.gate_proj.weight"
+    up: str = "experts.{}.up_proj.weight"
+    down: str = "experts.{}.down_proj.weight"
+    gate_bias: str = ""
+    up_bias: str = ""
+    down_bias: str = ""
+    transposed: bool = False  # matrices are [in_features, out_features]
+    alternating: bool = False
+
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """Sizes of a sparse block. `renormalise`: a token's chosen weights are scaled to sum to 1."""
+    """Sizes of a sparse block, and how it chooses and computes."""
 
     count: int
-    per_token: int
     inner_size: int
-    renormalise: bool
+    router: RouterSpec
+    experts: ExpertSpec | None = None  # None: gated MLPs with SiLU
+    router_bias: bool = False
+    names: ExpertNames = field(default_factory=ExpertNames)
+
+
+def softmax_experts(count: int, per_token: int, inner_size: int, activation: str, renormalise: bool) -> ExpertsConfig:
+    """The plain block: softmax over all experts, the best k of them, gated MLPs.
+
+    Raises:
+        ModelLoadError: for an unknown activation.
+    """
+    if activation not in ACTIVATIONS:
+        raise ModelLoadError(
+            f"experts with activation {activation!r} (hidden_act); known: {', '.join(sorted(ACTIVATIONS))}"
+        )
+    spec = ExpertSpec(count, ACTIVATIONS[activation])  # pyright: ignore[reportArgumentType]
+    return ExpertsConfig(count, inner_size, RouterSpec(per_token, renormalise=renormalise), spec)
 
 
 class SparseMLP(Layer):
-    """Experts are gated MLPs with SiLU; checkpoint names are `<ctx.name>.gate` and `<ctx.name>.experts.<n>.*`."""
+    """Router and experts. With a plain router and plain experts one op does all (`Ops.moe`); otherwise `route` and
+    `experts` do."""
 
-    def __init__(self, ctx: BuildContext, hidden_size: int, config: ExpertsConfig, activation: str) -> None:
-        if activation not in ("silu", "swish"):
-            raise ModelLoadError(f"experts with activation {activation!r} (hidden_act); known: silu")
-        if not 0 < config.per_token <= config.count:
-            raise ModelLoadError(f"num_experts_per_tok: {config.per_token} of {config.count} experts")
-        self.ops = ctx.ops
-        self.config = config
-        self.router = Linear(ctx, hidden_size, {"gate": config.count})
-        inner, experts = config.inner_size, [ctx.child("experts").child(n) for n in range(config.count)]
-        gate_up = [expert.child(part).name for expert in experts for part in ("gate_proj", "up_proj")]
-        self.gate_up = _stack(gate_up, (inner, hidden_size), config.count)
-        self.down = _stack([expert.child("down_proj").name for expert in experts], (hidden_size, inner), config.count)
+    def __init__(self, ctx: BuildContext, hidden_size: int, config: ExpertsConfig) -> None:
+        if not 0 < config.router.top_k <= config.count:
+            raise ModelLoadError(f"num_experts_per_tok: {config.router.top_k} of {config.count} experts")
+        self.ops, self.config, names = ctx.ops, config, config.names
+        mesh = ctx.mesh
+        check_divides("experts", config.count, mesh.ep, "ep_size")
+        check_divides("an expert's inner size", config.inner_size, mesh.expert_tp, "tp_size")
+        own = mesh.ep.span(config.count)
+        spec = config.experts or ExpertSpec(config.count)
+        self.spec = replace(spec, experts=own[1] - own[0], first=own[0])
+        self.router = Linear(ctx, hidden_size, {names.router: config.count}, bias=config.router_bias)
+        self.correction = None
+        if names.correction:
+            self.correction = Weight((ctx.child(names.correction).name,), ((config.count,),), "norm")
+        biased = bool(names.down_bias)
+        self.fused = config.router.plain and self.spec.plain and not biased and self.correction is None
+        rows, cols = cut_of(mesh.expert_tp, 0), cut_of(mesh.expert_tp, 1)
+        pair, pair_bias = (names.gate, names.up), (names.gate_bias, names.up_bias)
+        if not spec.gated:
+            pair, pair_bias = pair[1:], pair_bias[1:]
+        stack = _Stack(ctx, config, own, self.fused)
+        inner = config.inner_size
+        self.gate_up = stack.slot(pair, (inner, hidden_size), "matrix", rows)
+        self.down = stack.slot((names.down,), (hidden_size, inner), "matrix", cols)
+        self.biases: tuple[Weight, Weight] | None = None
+        if biased:
+            up_bias = stack.slot(pair_bias, (inner,), "norm", rows)
+            self.biases = up_bias, stack.slot((names.down_bias,), (hidden_size,), "norm", None)
 
     def __call__(
-        self, norm: RMSNorm, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
+        self, norm: RMSNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
     ) -> tuple[Tensor, Tensor | None]:
         """As `GatedMLP`, and never summed: router and experts both read the normed input, the sum is not theirs."""
         del add
-        config = self.config
-        x_TN, residual_TN = norm.add(x_TN, residual_TN)
-        out = self.ops.moe(
-            x_TN, self.router(x_TN)[0], self.gate_up.value, self.down.value, config.per_token, config.renormalise
-        )
+        x_TN, residual_TN = (x_TN, x_TN) if norm is None else norm.add(x_TN, residual_TN)
+        (logits_TE, _), spec = self.router(x_TN), self.config.router
+        if self.fused:
+            weights = self.gate_up.value, self.down.value
+            return self.ops.moe(x_TN, logits_TE, *weights, spec.top_k, spec.renormalise), residual_TN
+        correction = None if self.correction is None else self.correction.value
+        ids_Tk, weights_Tk = self.ops.route(logits_TE, correction, spec)
+        biases = None if self.biases is None else (self.biases[0].value, self.biases[1].value)
+        out = self.ops.experts(x_TN, ids_Tk, weights_Tk, self.gate_up.value, self.down.value, self.spec, biases)
         return out, residual_TN
 
 
-def _stack(names: list[str], shape: tuple[int, int], experts: int) -> Weight:
-    return Weight(tuple(f"{name}.weight" for name in names), (shape,) * len(names), "matrix", experts=experts)
+@dataclass(frozen=True)
+class _Stack:
+    """Makes the slots of all experts that this rank has: each expert's matrices, one expert after another."""
+
+    ctx: BuildContext
+    config: ExpertsConfig
+    own: tuple[int, int]
+    fused: bool
+
+    def slot(self, patterns: tuple[str, ...], shape: tuple[int, ...], role: str, cut: Cut | None) -> Weight:
+        """`patterns`: names of an expert's tensors; `shape`: of each of them."""
+        experts = range(*self.own)
+        names = [self._name(pattern, e) for e in experts for pattern in patterns]
+        found = Weight(tuple(names), (shape,) * len(names), role, fused=self.fused)  # pyright: ignore[reportArgumentType]
+        found.experts = len(experts) if role == "matrix" else 0
+        places = [self._part(patterns, place, shape) for place in range(len(patterns))]
+        if any(places):
+            found.parts = tuple(self._of_expert(patterns[i], places[i], e) for e in experts for i in range(len(places)))
+        if cut is not None:
+            found.cuts = ((cut,),) * len(names)
+        others = [e for e in range(self.config.count) if e not in experts]
+        elsewhere = (self._name(pattern, e) for e in others for pattern in patterns if "{}" in pattern)
+        found.elsewhere = tuple(elsewhere)
+        return found
+
+    def _name(self, pattern: str, expert: int) -> str:
+        return self.ctx.child(pattern.replace("{}", str(expert))).name
+
+    def _part(self, patterns: tuple[str, ...], place: int, shape: tuple[int, ...]) -> Part | None:
+        """Where an expert's matrix lies in the tensor that holds it."""
+        names = self.config.names
+        shared = len(patterns) == 2 and patterns[0] == patterns[1]
+        if not shared and not names.transposed and "{}" in patterns[place]:
+            return None
+        if not shared:
+            return Part(transposed=names.transposed)
+        start, step = (place, 2) if names.alternating else (place * shape[0], 1)
+        return Part(start, step, names.transposed)
+
+    def _of_expert(self, pattern: str, part: Part | None, expert: int) -> Part | None:
+        if part is None or "{}" in pattern:
+            return part
+        return replace(part, expert=expert, experts=self.config.count)

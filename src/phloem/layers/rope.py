@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,23 +17,35 @@ if TYPE_CHECKING:
 
     from phloem.layers.context import BuildContext
 
-SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "divisors")
+SCALINGS = (
+    "default", "linear", "dynamic", "ntk_alpha", "llama3", "yarn", "longrope", "proportional", "mrope", "divisors"
+)  # fmt: skip
+LOG = logging.getLogger("phloem.layers")
 
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """One kind of rotation. `scaling` holds the checkpoint's own keys; its `rope_type` is one of SCALINGS."""
+    """One kind of rotation. `scaling` holds the checkpoint's own keys; its `rope_type` is one of SCALINGS.
+
+    `sections`: how many pairs turn by time, by height and by width, where positions have all three; see
+    `Ops.mrope_table`.
+    """
 
     rotary_size: int  # how many of a head's leading dimensions turn
     base: float
     scaling: tuple[tuple[str, Any], ...] = ()
+    interleaved: bool = False  # neighbours are paired, not halves
+    sections: tuple[int, ...] = ()
+    sections_interleaved: bool = False
 
     def get(self, key: str, default: Any = None) -> Any:
         value = dict(self.scaling).get(key)
         return default if value is None else value
 
 
-def rope_spec(config: dict[str, Any], head_size: int, layer_type: str | None = None) -> RopeSpec:
+def rope_spec(
+    config: dict[str, Any], head_size: int, layer_type: str | None = None, *, interleaved: bool = False
+) -> RopeSpec:
     """The rotation that a config.json asks for, in the old spelling (`rope_theta`, `rope_scaling`) or the new one
     (`rope_parameters`, perhaps one per layer type).
 
@@ -47,18 +60,37 @@ def rope_spec(config: dict[str, Any], head_size: int, layer_type: str | None = N
     if kind not in SCALINGS:
         raise ModelLoadError(f"unknown rope_type {kind!r}; known: {', '.join(SCALINGS)}")
     share = float(found.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)))
+    size = head_size if kind == "proportional" else int(head_size * share)
+    if kind in ("dynamic", "ntk_alpha") and found.get("alpha"):
+        base, kind = base * float(found["alpha"]) ** (size / (size - 2)), "default"
     scaling = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
     scaling = {**scaling, "rope_type": kind}
     # `dynamic` stretches only beyond the trained length, which is also the longest context that we serve.
-    if kind in ("default", "dynamic"):
+    if kind in ("default", "dynamic", "mrope"):
         scaling = {}
+    elif kind == "longrope":
+        scaling = _longrope_keys(config, scaling)
     elif config.get("max_position_embeddings"):
         scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
-    return RopeSpec(int(head_size * share), base, tuple(sorted(scaling.items())))
+    sections = tuple(found.get("mrope_section") or ())
+    return RopeSpec(
+        size, base, tuple(sorted(scaling.items())), interleaved, sections, bool(found.get("mrope_interleaved", False))
+    )
 
 
-def inverse_frequencies(spec: RopeSpec) -> tuple[Tensor, float]:
-    """(radians per token [rotary / 2] float32, factor on cos and sin)."""
+def _longrope_keys(config: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
+    """Published files keep the original length beside `rope_scaling`, and the factor as a ratio of two lengths."""
+    longest = config.get("max_position_embeddings")
+    original = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
+    original = original or longest
+    scaling["original_max_position_embeddings"] = original
+    if scaling.get("factor") is None and longest and original:
+        scaling["factor"] = longest / original
+    return scaling
+
+
+def inverse_frequencies(spec: RopeSpec, context: int = 0) -> tuple[Tensor, float]:
+    """(radians per token [rotary / 2] float32, factor on cos and sin). `context`: the longest that is served."""
     exponent = torch.arange(0, spec.rotary_size, 2, dtype=torch.int64).float() / spec.rotary_size
     inverse = 1.0 / (spec.base**exponent)
     kind = spec.get("rope_type", "default")
@@ -71,9 +103,32 @@ def inverse_frequencies(spec: RopeSpec) -> tuple[Tensor, float]:
             return _llama3(spec, inverse), 1.0
         if kind == "yarn":
             return _yarn(spec, inverse)
-    except (TypeError, RuntimeError) as error:
+        if kind == "longrope":
+            return _longrope(spec, context)
+        if kind == "proportional":
+            turning = int(spec.get("partial_rotary_factor", 1.0) * spec.rotary_size // 2)
+            inverse[turning:] = 0.0  # the other pairs stand still
+            return inverse / spec.get("factor", 1.0), 1.0
+    except (TypeError, RuntimeError, ValueError) as error:
         raise ModelLoadError(f"rope scaling {kind!r} lacks a number or has a wrong one: {error}") from None
     return inverse, 1.0
+
+
+def longrope_factors(spec: RopeSpec, context: int) -> str:
+    """Which list divides the frequencies, for the whole life of a server: switching by the longest position of a
+    batch, as some do, would make cached keys depend on their neighbours."""
+    return "long_factor" if context > spec.get("original_max_position_embeddings") else "short_factor"
+
+
+def _longrope(spec: RopeSpec, context: int) -> tuple[Tensor, float]:
+    """LongRoPE (Ding et al., 2024)."""
+    factors = torch.tensor(spec.get(longrope_factors(spec, context)), dtype=torch.float32)
+    exponent = torch.arange(0, spec.rotary_size, 2, dtype=torch.int64).float() / spec.rotary_size
+    scale, factor = spec.get("attention_factor"), spec.get("factor", 1.0)
+    if scale is None:
+        original = spec.get("original_max_position_embeddings")
+        scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return 1.0 / (factors * spec.base**exponent), float(scale)
 
 
 def _llama3(spec: RopeSpec, inverse: Tensor) -> Tensor:
@@ -113,15 +168,24 @@ class Rope:
     """A table of cos and sin for every position. The step's attention applies it: see `AttentionStep`."""
 
     def __init__(self, ctx: BuildContext, spec: RopeSpec, max_positions: int) -> None:
-        inverse, scale = inverse_frequencies(spec)
+        inverse, scale = inverse_frequencies(spec, max_positions)
+        if spec.get("rope_type") == "longrope":
+            LOG.info(
+                "longrope: %s for every position, because %d tokens of context are served and the model began with %d",
+                longrope_factors(spec, max_positions), max_positions, spec.get("original_max_position_embeddings"),
+            )  # fmt: skip
         angles = torch.arange(max_positions, dtype=torch.int64).float()[:, None] * inverse
         table = torch.empty(max_positions, 2, len(inverse))  # [positions, 2, rotary / 2] float32
         torch.cos(angles, out=table[:, 0])
         torch.sin(angles, out=table[:, 1])
+        self.ops, self.spec = ctx.ops, spec
         self.cos_sin = (table if scale == 1.0 else table.mul_(scale)).to(ctx.device)
 
     def at(
-        self, positions_T: Tensor, q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0
+        self, positions: Tensor, q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0
     ) -> Rotation:
-        """The rotation of a step's tokens, halves paired; with norm weights, heads are normalised first."""
-        return Rotation(positions_T, self.cos_sin, False, q_norm, k_norm, eps)
+        """The rotation of a step's tokens at positions [T] or [3, T]; with norm weights, heads are normalised first."""
+        cos_sin, spec = self.cos_sin, self.spec
+        if spec.sections and positions.ndim == 2:
+            positions, cos_sin = self.ops.mrope_table(positions, cos_sin, spec.sections, spec.sections_interleaved)
+        return Rotation(positions, cos_sin, spec.interleaved, q_norm, k_norm, eps)

@@ -1,6 +1,7 @@
 """Model families: the file name is the `model_type`.
 
-A family's file has `build(config, ctx, max_positions) -> Model`. Importing this package imports no torch.
+A family's file has `build(config, ctx, max_positions) -> Model` and facts as literals (`checkpoint/families.py`).
+Importing this package imports no torch.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from phloem.utils.registry import Registry
+from phloem.checkpoint.families import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -16,14 +17,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.checkpoint.describe import Checkpoint
+    from phloem.core.memory import MemorySpec
     from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
     from phloem.models._scales import LayerScales
+
+__all__ = ["FAMILIES", "CutModel", "Model", "kv_scales", "load_model"]
 
 
 class Model(Protocol):
     """What the engine knows of a model."""
 
     attention_specs: list[AttentionSpec]
+    memory: list[MemorySpec]  # by pool index
     vocab_size: int
     hidden_size: int
 
@@ -66,9 +71,6 @@ class Family(Protocol):
     """What a family's file has: how its model is made of a checkpoint's `config.json`, without weights."""
 
     def __call__(self, config: dict[str, Any], ctx: BuildContext, max_positions: int, /) -> Loadable: ...
-
-
-FAMILIES: Registry[Family] = Registry("phloem.models", "model type", "build")
 
 
 @runtime_checkable

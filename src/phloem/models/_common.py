@@ -1,4 +1,4 @@
-"""The usual decoder with its named differences. A family's file says which of them it has.
+"""The usual decoder, made of the layers that a family's file says. Defaults are read from config.json by `usual`.
 
 Legend: T packed tokens, N hidden size, L rows whose next token is wanted.
 """
@@ -6,19 +6,18 @@ Legend: T packed tokens, N hidden size, L rows whose next token is wanted.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import ModelLoadError
-from phloem.layers.attention import SelfAttention
-from phloem.layers.context import AttentionSpec
+from phloem.layers.attention import AttentionOptions
 from phloem.layers.embed import Embedding, Head
-from phloem.layers.mlp import GatedMLP
-from phloem.layers.moe import SparseMLP
 from phloem.layers.norm import RMSNorm
-from phloem.layers.rope import Rope, RopeSpec, rope_spec
+from phloem.layers.rope import rope_spec
 from phloem.layers.weight import Layer
-from phloem.models._weights import WeightIndex, open_sources, some
+from phloem.models._index import WeightIndex, open_sources, some
+from phloem.models._layer import MLP, Attention, LayerKind, Place, attention_spec, memory_spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,69 +25,76 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.checkpoint.describe import Checkpoint
-    from phloem.layers.context import BuildContext, ForwardBatch
-    from phloem.layers.moe import ExpertsConfig
-    from phloem.models._weights import Progress
+    from phloem.core.memory import MemorySpec
+    from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
+    from phloem.models._index import Progress
 
 LOG = logging.getLogger("phloem.models")
 
 
 @dataclass(frozen=True)
-class LayerKind:
-    """What may differ from layer to layer."""
-
-    rope: RopeSpec
-    window: int = 0  # 0: full attention
-    experts: ExpertsConfig | None = None  # a sparse block in place of the MLP
-
-
-@dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes, and the differences between families by name."""
+    """What stands around the layers, and the layers."""
 
     vocab_size: int
     hidden_size: int
-    inner_size: int
-    heads: int
-    kv_heads: int
-    head_size: int
     eps: float
     layers: tuple[LayerKind, ...]
-    activation: str = "silu"
-    scale: float = 0.0  # of attention logits; 0: head_size ** -0.5
     tied: bool = False  # the head is the embedding
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    sandwich_norms: bool = False  # a norm also after attention and after the MLP, before the residual is added
     norm_shift: float = 0.0
     embed_scale: float = 1.0
-    attention_softcap: float = 0.0
+    logit_scale: float = 1.0
     logit_softcap: float = 0.0
 
 
 def usual(config: dict[str, Any], **differences: Any) -> DecoderConfig:
-    """A `DecoderConfig` from config.json, with what the family says otherwise."""
-    heads = config["num_attention_heads"]
-    head_size = config.get("head_dim") or config["hidden_size"] // heads
-    bias = bool(config.get("attention_bias", False))
+    """A `DecoderConfig` from config.json, with what the family says otherwise; all layers usual unless it says them."""
     base = DecoderConfig(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
-        inner_size=config["intermediate_size"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_size=head_size,
         eps=float(config.get("rms_norm_eps", 1e-6)),
-        layers=(LayerKind(rope_spec(config, head_size)),) * config["num_hidden_layers"],
-        activation=config.get("hidden_act", "silu"),
+        layers=(),
         tied=bool(config.get("tie_word_embeddings", False)),
+    )
+    if "layers" not in differences:
+        differences["layers"] = (usual_layer(config),) * config["num_hidden_layers"]
+    return replace(base, **differences)
+
+
+def usual_layer(config: dict[str, Any], **differences: Any) -> LayerKind:
+    """Attention and a gated MLP as config.json describes them. `differences` are those of `usual_attention`."""
+    return LayerKind(usual_attention(config, **differences), usual_mlp(config))
+
+
+def usual_attention(config: dict[str, Any], **differences: Any) -> Attention:
+    """An `Attention` from config.json; fields of `Attention` and of `AttentionOptions` say what differs."""
+    heads = config["num_attention_heads"]
+    head_size = config.get("head_dim") or config["hidden_size"] // heads
+    bias = bool(config.get("attention_bias", False))
+    own = {name: differences.pop(name) for name in list(differences) if name in _ATTENTION}
+    options = AttentionOptions(
         qkv_bias=bias,
         out_bias=bool(config.get("attention_out_bias", bias)),
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        eps=float(config.get("rms_norm_eps", 1e-6)),
     )
+    rope = own.pop("rope") if "rope" in own else rope_spec(config, head_size)
+    kv_heads = config.get("num_key_value_heads") or heads
+    base = Attention(heads, kv_heads, head_size, rope, options=replace(options, **differences))
+    return replace(base, **own)
+
+
+def usual_mlp(config: dict[str, Any], **differences: Any) -> MLP:
+    """An `MLP` from config.json."""
+    base = MLP(config["intermediate_size"], config.get("hidden_act", "silu"), bool(config.get("mlp_bias", False)))
     return replace(base, **differences)
+
+
+_ATTENTION = tuple(Attention.__dataclass_fields__)
+
+
+def each_layer(config: dict[str, Any], make: Callable[[int], LayerKind]) -> tuple[LayerKind, ...]:
+    """One kind for each layer's number; equal kinds are made once."""
+    return tuple(make(number) for number in range(config["num_hidden_layers"]))
 
 
 def layer_types(config: dict[str, Any], sliding: list[bool]) -> list[bool]:
@@ -102,50 +108,6 @@ def layer_types(config: dict[str, Any], sliding: list[bool]) -> list[bool]:
     return [kind == "sliding_attention" for kind in named]
 
 
-class DecoderLayer(Layer):
-    """Attention and MLP, each behind a norm. Takes and gives (what the last block computed, residual), or their sum
-    and None."""
-
-    def __init__(
-        self, ctx: BuildContext, config: DecoderConfig, spec: AttentionSpec, rope: Rope, experts: ExpertsConfig | None
-    ) -> None:
-        size, eps, shift = config.hidden_size, config.eps, config.norm_shift
-        self.input_norm = RMSNorm(ctx.child("input_layernorm"), size, eps, shift)
-        self.attention = SelfAttention(
-            ctx.child("self_attn"),
-            spec,
-            size,
-            rope,
-            qkv_bias=config.qkv_bias,
-            out_bias=config.out_bias,
-            qk_eps=eps if config.qk_norm else None,
-            norm_shift=shift,
-        )
-        after = RMSNorm(ctx.child("post_attention_layernorm"), size, eps, shift)
-        self.attention_norm, self.mlp_norm, self.output_norm = None, after, None
-        if config.sandwich_norms:
-            self.attention_norm = after
-            self.mlp_norm = RMSNorm(ctx.child("pre_feedforward_layernorm"), size, eps, shift)
-            self.output_norm = RMSNorm(ctx.child("post_feedforward_layernorm"), size, eps, shift)
-        if experts is not None:
-            self.mlp = SparseMLP(ctx.child("mlp"), size, experts, config.activation)
-        else:
-            self.mlp = GatedMLP(ctx.child("mlp"), size, config.inner_size, config.activation, bias=config.mlp_bias)
-
-    def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
-        """Up to and with attention: (its output [T, heads * head_size], residual)."""
-        return self.attention.attend(self.input_norm, x_TN, residual_TN, step)
-
-    def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
-        """From attention's output on, row by row."""
-        if self.attention_norm is not None and self.output_norm is not None:
-            out = self.attention_norm(self.attention.out(out)[0])
-            out, total_TN = self.mlp(self.mlp_norm, out, residual_TN, add=False)
-            return self.output_norm(out), total_TN
-        out, rest_TN = self.attention.out(out, add=residual_TN)
-        return self.mlp(self.mlp_norm, out, rest_TN, add=True)
-
-
 class Decoder(Layer):
     """A causal language model over the op table of its context."""
 
@@ -153,26 +115,18 @@ class Decoder(Layer):
         self.config = config
         self.ops = ctx.ops
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
-        scale = config.scale or config.head_size**-0.5
-        self.attention_specs = [
-            AttentionSpec(
-                index,
-                config.heads,
-                config.kv_heads,
-                config.head_size,
-                scale,
-                kind.window,
-                config.attention_softcap,
-            )
-            for index, kind in enumerate(config.layers)
-        ]
-        ropes = {spec: Rope(ctx, spec, max_positions) for spec in {kind.rope for kind in config.layers}}
-        body = ctx.child("model")
+        body, place = ctx.child("model"), Place(config.hidden_size, config.eps, config.norm_shift, max_positions)
         self.embed = Embedding(body.child("embed_tokens"), config.vocab_size, config.hidden_size, config.embed_scale)
-        self.layers = [
-            DecoderLayer(body.child("layers").child(spec.pool), config, spec, ropes[kind.rope], kind.experts)
-            for spec, kind in zip(self.attention_specs, config.layers, strict=True)
-        ]
+        self.layers = []
+        self.memory: list[MemorySpec] = []
+        for number, kind in enumerate(config.layers):
+            place.pool = len(self.memory)
+            layer = kind.make(body.child("layers").child(number), place)
+            kept = memory_spec(layer.mixer)
+            self.memory += [] if kept is None else [kept]
+            self.layers.append(layer)
+        specs = [attention_spec(layer.mixer) for layer in self.layers]
+        self.attention_specs: list[AttentionSpec] = [spec for spec in specs if spec is not None]
         self.norm = RMSNorm(body.child("norm"), config.hidden_size, config.eps, config.norm_shift)
         self.head = Head(
             ctx.child("lm_head"),
@@ -180,6 +134,7 @@ class Decoder(Layer):
             config.hidden_size,
             self.embed if config.tied else None,
             config.logit_softcap,
+            config.logit_scale,
         )
         self.index = WeightIndex(self.weights(), ctx, self.embed.weight.names[0])
 
@@ -188,7 +143,7 @@ class Decoder(Layer):
         return self.finish(*self.trunk(step), step.logit_index)
 
     def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
-        """Up to and with the last layer's attention: (its output [T, heads * head_size], residual [T, N])."""
+        """Up to and with the last layer's mixer: (its output [T, features], residual [T, N])."""
         x_TN, residual_TN = self.embed(step.input_ids), None
         if step.embeds is not None:  # torch arithmetic: such a step is never recorded
             index, rows = step.embeds

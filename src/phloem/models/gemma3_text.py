@@ -9,38 +9,85 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import ModelLoadError
 from phloem.layers.rope import rope_spec
-from phloem.models._common import Decoder, DecoderConfig, LayerKind, layer_types, usual
+from phloem.models._common import Decoder, DecoderConfig, each_layer, layer_types, usual, usual_attention, usual_mlp
+from phloem.models._layer import LayerKind
 
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
+# Multimodal checkpoints leave out whatever equals these.
+DEFAULTS = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+    "tie_word_embeddings": True,
+}
+GGUF = {
+    "architecture": "gemma3",
+    "hf_class": "Gemma3ForCausalLM",
+    "keys": {
+        "head_dim": ("attention.key_length", 256),
+        "num_key_value_heads": ("attention.head_count_kv", 4),
+        "rope_local_base_freq": ("rope.freq_base_swa", 10000.0),
+    },
+    "config": {"hidden_act": "gelu_pytorch_tanh"},
+    "names": {
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+    "norm_shift": 1.0,
+}
+TINY = {"num_hidden_layers": 7, "sliding_window": 8, "query_pre_attn_scalar": 24}
+VARIANTS = {"caps": {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}}
+
 _EVERY = 6  # of so many layers the last one is global
+_WIDE = 62  # layers of 27B, which alone scales attention by the width per head; GGUF files do not say it
 
 
 def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     if config.get("use_bidirectional_attention"):
         raise ModelLoadError("use_bidirectional_attention: an encoder cannot be served as a causal language model")
-    base = usual(config)
     every = int(config.get("sliding_window_pattern") or _EVERY)
-    sliding = layer_types(config, [bool((number + 1) % every) for number in range(len(base.layers))])
+    count, head_size = config["num_hidden_layers"], config["head_dim"]
+    sliding = layer_types(config, [bool((number + 1) % every) for number in range(count)])
     # The old spelling names the local base apart and applies `rope_scaling` to the global layers alone.
     old = {**config, "rope_theta": config.get("rope_theta", 1e6)}
     local_base = config.get("rope_local_base_freq", 1e4)
     nested = "sliding_attention" in (config.get("rope_parameters") or {})
     local_source = old if nested else {"rope_theta": local_base}
-    local = LayerKind(rope_spec(local_source, base.head_size, "sliding_attention"), int(config["sliding_window"]))
-    whole = LayerKind(rope_spec(old, base.head_size, "full_attention"))
+    local = rope_spec(local_source, head_size, "sliding_attention")
+    whole = rope_spec(old, head_size, "full_attention")
+    width = config["hidden_size"] // config["num_attention_heads"]
+    scalar = config.get("query_pre_attn_scalar") or (width if count == _WIDE else head_size)
+    activation = config.get("hidden_activation", config.get("hidden_act", "gelu_pytorch_tanh"))
+
+    def layer(n: int) -> LayerKind:
+        attention = usual_attention(
+            config,
+            rope=local if sliding[n] else whole,
+            window=int(config["sliding_window"]) if sliding[n] else 0,
+            scale=float(scalar) ** -0.5,
+            softcap=float(config.get("attn_logit_softcapping") or 0.0),
+            qk_norm="head",
+            norm_shift=1.0,
+        )
+        return LayerKind(attention, usual_mlp(config, activation=activation), norms="sandwich")
+
     return usual(
         config,
-        layers=tuple(local if window else whole for window in sliding),
-        activation=config.get("hidden_activation", config.get("hidden_act", "gelu_pytorch_tanh")),
-        scale=float(config.get("query_pre_attn_scalar", 256)) ** -0.5,
+        layers=each_layer(config, layer),
         tied=bool(config.get("tie_word_embeddings", True)),
-        qk_norm=True,
-        sandwich_norms=True,
         norm_shift=1.0,
-        embed_scale=base.hidden_size**0.5,
-        attention_softcap=float(config.get("attn_logit_softcapping") or 0.0),
+        embed_scale=config["hidden_size"] ** 0.5,
         logit_softcap=float(config.get("final_logit_softcapping") or 0.0),
     )
 

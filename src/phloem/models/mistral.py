@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from phloem.layers.rope import rope_spec
-from phloem.models._common import Decoder, LayerKind, layer_types, usual
+from phloem.models._common import Decoder, each_layer, layer_types, usual, usual_layer
 
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
+GGUF = {"architecture": "mistral", "hf_class": "MistralForCausalLM", "written_as": "llama"}
+TINY = {"sliding_window": 12}
+VARIANTS = {"no-window": {"sliding_window": None}}
+
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
     window = int(config.get("sliding_window") or 0)
-    base = usual(config)
-    rope = rope_spec(config, base.head_size)
-    sliding = layer_types(config, [bool(window)] * len(base.layers))
-    layers = tuple(LayerKind(rope, window if local else 0) for local in sliding)
+    sliding = layer_types(config, [bool(window)] * config["num_hidden_layers"])
+    layers = each_layer(config, lambda n: usual_layer(config, window=window if sliding[n] else 0))
     return Decoder(ctx, usual(config, layers=layers), max_positions)

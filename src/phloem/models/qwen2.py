@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from phloem.layers.rope import rope_spec
-from phloem.models._common import Decoder, LayerKind, layer_types, usual
+from phloem.models._common import Decoder, each_layer, layer_types, usual, usual_layer
 
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
+GGUF = {"architecture": "qwen2", "hf_class": "Qwen2ForCausalLM"}
+TINY = {"head_dim": None}
+VARIANTS = {"window": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}}
 
-def build(config: dict[str, Any], ctx: BuildContext, max_positions: int, **differences: Any) -> Decoder:
-    base = usual(config)
+
+def windows(config: dict[str, Any]) -> list[int]:
+    """The window of each layer; 0: none."""
     window = int(config.get("sliding_window") or 0) if config.get("use_sliding_window") else 0
     first = int(config.get("max_window_layers", 0))
-    sliding = layer_types(config, [bool(window) and number >= first for number in range(len(base.layers))])
-    rope = rope_spec(config, base.head_size)
-    layers = tuple(LayerKind(rope, window if local else 0) for local in sliding)
-    differences = {"qkv_bias": True, "out_bias": False, **differences}
-    return Decoder(ctx, usual(config, layers=layers, **differences), max_positions)
+    upper = [bool(window) and number >= first for number in range(config["num_hidden_layers"])]
+    return [window if local else 0 for local in layer_types(config, upper)]
+
+
+def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+    sizes = windows(config)
+    layers = each_layer(config, lambda n: usual_layer(config, window=sizes[n], qkv_bias=True, out_bias=False))
+    return Decoder(ctx, usual(config, layers=layers), max_positions)

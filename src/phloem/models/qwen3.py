@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from phloem.models import qwen2
+from phloem.models._common import Decoder, each_layer, usual, usual_layer
+from phloem.models.qwen2 import windows
 
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
-    from phloem.models._common import Decoder
+
+GGUF = {"architecture": "qwen3", "hf_class": "Qwen3ForCausalLM"}
+TINY = {}
+VARIANTS = {"bias": {"attention_bias": True}}
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
-    bias = bool(config.get("attention_bias", False))
-    return qwen2.build(config, ctx, max_positions, qk_norm=True, qkv_bias=bias, out_bias=bias)
+    sizes = windows(config)
+    layers = each_layer(config, lambda n: usual_layer(config, window=sizes[n], qk_norm="head"))
+    return Decoder(ctx, usual(config, layers=layers), max_positions)

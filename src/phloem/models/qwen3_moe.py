@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from phloem.layers.moe import ExpertsConfig
-from phloem.layers.rope import rope_spec
-from phloem.models._common import Decoder, LayerKind, layer_types, usual
+from phloem.layers.moe import softmax_experts
+from phloem.models._common import Decoder, each_layer, usual, usual_attention, usual_mlp
+from phloem.models._layer import Experts, LayerKind
+from phloem.models.qwen2 import windows
 
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
+GGUF = {
+    "architecture": "qwen3moe",
+    "hf_class": "Qwen3MoeForCausalLM",
+    "keys": {
+        "num_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+        # Files say it only where they differ from what the family's checkpoints do.
+        "norm_topk_prob": ("expert_weights_norm", True),
+    },
+    "layers_with": {"mlp_only_layers": "ffn_gate.weight"},
+}
+TINY = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+VARIANTS = {
+    "sparse-step": {"decoder_sparse_step": 2, "norm_topk_prob": False},
+    "dense-layer": {"mlp_only_layers": [1], "num_experts_per_tok": 1},
+}
+
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
-    experts = ExpertsConfig(
+    experts = softmax_experts(
         # Newer files have the second name.
         count=config.get("num_experts") or config["num_local_experts"],
         per_token=config["num_experts_per_tok"],
         inner_size=config["moe_intermediate_size"],
+        activation=config.get("hidden_act", "silu"),
         renormalise=bool(config.get("norm_topk_prob", False)),
     )
     step, dense = int(config.get("decoder_sparse_step", 1)), config.get("mlp_only_layers") or []
-    base = usual(config)
-    window = int(config.get("sliding_window") or 0) if config.get("use_sliding_window") else 0
-    first = int(config.get("max_window_layers", 0))
-    sliding = layer_types(config, [bool(window) and number >= first for number in range(len(base.layers))])
-    rope = rope_spec(config, base.head_size)
-    layers = tuple(
-        LayerKind(rope, window if local else 0, experts if (n + 1) % step == 0 and n not in dense else None)
-        for n, local in enumerate(sliding)
-    )
-    return Decoder(ctx, replace(base, layers=layers, qk_norm=True), max_positions)
+    sizes = windows(config)
+
+    def layer(n: int) -> LayerKind:
+        sparse = (n + 1) % step == 0 and n not in dense
+        attention = usual_attention(config, window=sizes[n], qk_norm="head")
+        return LayerKind(attention, Experts(experts) if sparse else usual_mlp(config))
+
+    return Decoder(ctx, usual(config, layers=each_layer(config, layer)), max_positions)

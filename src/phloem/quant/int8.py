@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phloem.quant import Method
 from phloem.quant._groups import quantised
 
 if TYPE_CHECKING:
@@ -12,3 +13,6 @@ if TYPE_CHECKING:
 
 def wrap(source: WeightSource) -> WeightSource:
     return quantised(source, 8)
+
+
+METHOD = Method("int8", wrap=wrap)

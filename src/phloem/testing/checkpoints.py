@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from phloem.checkpoint.families import FAMILIES, GGUFFacts, family, gguf_families
+from phloem.checkpoint.gguf_config import KEYS
+
 VOCAB = 384  # 256 bytes, the special tokens, and merges learned from CORPUS
 SPECIAL = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [
@@ -19,7 +22,6 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "gemma3")
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -33,27 +35,18 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 3,
     "pad_token_id": 0,
 }
-_DIFFERENCES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 12},
-    "qwen2": {"head_dim": None},
-    "qwen3": {},
-    "qwen3_moe": {
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "norm_topk_prob": True,
-    },
-    "gemma3_text": {"num_hidden_layers": 7, "sliding_window": 8, "query_pre_attn_scalar": 24},
-    "gemma3": {"num_hidden_layers": 7, "sliding_window": 8, "query_pre_attn_scalar": 24},
-}
 
 
-def tiny_checkpoint(family: str, path: Path, *, seed: int = 0, shards: int = 1, **overrides: Any) -> Path:
+def families() -> list[str]:
+    """Families of which tiny checkpoints can be made: those whose file says how (`TINY`)."""
+    return [name for name in FAMILIES.names() if family(name).tiny is not None]
+
+
+def tiny_checkpoint(model_type: str, path: Path, *, seed: int = 0, shards: int = 1, **overrides: Any) -> Path:
     """Write a random checkpoint of a family, with a tokenizer and a chat template; the same bytes for the same seed.
 
     Args:
-        family: one of FAMILIES.
+        model_type: one of `families()`.
         path: a directory, made if need be.
         seed: of the weights.
         shards: how many safetensors files, about.
@@ -66,12 +59,13 @@ def tiny_checkpoint(family: str, path: Path, *, seed: int = 0, shards: int = 1, 
 
     torch.manual_seed(seed)
     path.mkdir(parents=True, exist_ok=True)
-    model = _model(family, overrides)
+    model = _model(model_type, overrides)
+    shifted = "gemma" in model_type
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Norms and biases too: a model whose norms are all 1 hides mistakes.
             wide = 1.0 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.2
-            centre = 1.0 if parameter.ndim == 1 and name.endswith("norm.weight") and "gemma" not in family else 0.0
+            centre = 1.0 if parameter.ndim == 1 and name.endswith("norm.weight") and not shifted else 0.0
             parameter.normal_(centre, wide)
     size = sum(parameter.numel() for parameter in model.parameters()) * 4
     model.save_pretrained(path, max_shard_size=f"{max(1, size // shards // 1000 + 1)}KB" if shards > 1 else "5GB")
@@ -79,20 +73,20 @@ def tiny_checkpoint(family: str, path: Path, *, seed: int = 0, shards: int = 1, 
     return path
 
 
-def _model(family: str, overrides: dict[str, Any]) -> Any:
+def _model(model_type: str, overrides: dict[str, Any]) -> Any:
     import transformers
 
-    if family not in FAMILIES:
-        raise ValueError(f"no tiny checkpoint for {family!r}; known: {', '.join(FAMILIES)}")
-    settings = {**_SIZES, **_DIFFERENCES[family], **overrides}
+    tiny = family(model_type).tiny if model_type in FAMILIES.names() else None
+    if tiny is None:
+        raise ValueError(f"no tiny checkpoint for {model_type!r}; known: {', '.join(families())}")
+    around = tiny.get("around")
+    settings = {**_SIZES, **tiny, **overrides, "around": None}
     settings = {key: value for key, value in settings.items() if value is not None}
-    if family == "gemma3":
-        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        vision = {**vision, "image_size": 28, "patch_size": 14}
-        config = transformers.Gemma3Config(text_config=settings, vision_config=vision, mm_tokens_per_image=4)
-        return transformers.Gemma3ForConditionalGeneration(config).eval()
-    config = transformers.AutoConfig.for_model(family, **settings)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    if around is None:
+        config = transformers.AutoConfig.for_model(model_type, **settings)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+    config = transformers.AutoConfig.for_model(model_type, text_config=settings, **around)
+    return transformers.AutoModelForImageTextToText.from_config(config).eval()
 
 
 def write_tokenizer(path: Path, vocab_size: int = VOCAB) -> None:
@@ -117,16 +111,6 @@ def write_tokenizer(path: Path, vocab_size: int = VOCAB) -> None:
     fast.save_pretrained(path)
 
 
-_GGUF_ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3_moe": "qwen3moe",
-    "gemma3_text": "gemma3",
-}
-
-
 def tiny_gguf(source: Path, target: Path, kind: str = "F32", **metadata: Any) -> Path:
     """Convert a `tiny_checkpoint` to GGUF, as llama.cpp's converter lays it out.
 
@@ -145,20 +129,20 @@ def tiny_gguf(source: Path, target: Path, kind: str = "F32", **metadata: Any) ->
     from safetensors.numpy import load_file
 
     config = json.loads((source / "config.json").read_text())
-    family = config["model_type"]
-    arch = _GGUF_ARCHITECTURES[family]
+    facts = written(config["model_type"])
+    arch = facts.architecture
     writer = gguf.GGUFWriter(str(target), arch)
-    _write_metadata(writer, config, arch)
+    _write_metadata(writer, config, facts)
     _write_vocabulary(writer, source)
     for key, value in metadata.items():
         name = key.replace("__", ".")
         adders: dict[type, Any] = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
         adders[type(value)](name, value)
     wanted = gguf.GGMLQuantizationType[kind]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper().replace("-", "_")], config["num_hidden_layers"])
     for file in sorted(source.glob("*.safetensors")):
         for name, values in _stacked(load_file(file)).items():
-            rows = _as_converted(name, np.asarray(values, np.float32), config, arch)
+            rows = _as_converted(name, np.asarray(values, np.float32), config, facts)
             block = gguf.GGML_QUANT_SIZES[wanted][0]
             # The router decides by small differences: converters keep it as it is.
             fits = rows.ndim > 1 and rows.shape[-1] % block == 0 and not name.endswith("mlp.gate.weight")
@@ -173,7 +157,17 @@ def tiny_gguf(source: Path, target: Path, kind: str = "F32", **metadata: Any) ->
     return target
 
 
-def _write_metadata(writer: Any, config: dict[str, Any], arch: str) -> None:
+def written(model_type: str) -> GGUFFacts:
+    """The facts of the architecture that converters write for a family."""
+    facts = family(model_type).gguf
+    other = gguf_families().get(facts.written_as) if facts is not None else None
+    facts = other.gguf if other is not None else facts
+    if facts is None:
+        raise ValueError(f"no GGUF files of {model_type!r} are known")
+    return facts
+
+
+def _write_metadata(writer: Any, config: dict[str, Any], facts: GGUFFacts) -> None:
     rope = config.get("rope_parameters") or {}
     whole = rope.get("full_attention", rope)
     heads = config["num_attention_heads"]
@@ -189,12 +183,14 @@ def _write_metadata(writer: Any, config: dict[str, Any], arch: str) -> None:
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(whole.get("rope_theta", 10000.0))
-    if arch == "gemma3":
+    if config.get("sliding_window") and facts.architecture != "llama":
         writer.add_sliding_window(config["sliding_window"])
-    if arch == "qwen3moe":
-        writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
-        writer.add_expert_used_count(config["num_experts_per_tok"])
-        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    adders: dict[type, Any] = {float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
+    for key, source in facts.keys.items():
+        name = source if isinstance(source, str) else source[0]
+        value = config.get(key, config.get("num_local_experts") if key == "num_experts" else None)
+        if name not in KEYS.values() and isinstance(source, str) and value is not None:
+            adders[type(value)](f"{facts.architecture}.{name}", value)
 
 
 def _write_vocabulary(writer: Any, source: Path) -> None:
@@ -231,12 +227,12 @@ def _stacked(tensors: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _as_converted(name: str, values: Any, config: dict[str, Any], arch: str) -> Any:
-    """What the converter does to a tensor: q and k rows of llama for neighbouring pairs, Gemma's norms with 1 added."""
+def _as_converted(name: str, values: Any, config: dict[str, Any], facts: GGUFFacts) -> Any:
+    """What the converter does to a tensor: rows of q and k for neighbouring pairs, norms with their shift added."""
     part = name.split(".")[-2]
-    if arch == "llama" and part in ("q_proj", "k_proj"):
+    if part in facts.turned:
         heads = config["num_attention_heads"] if part == "q_proj" else config["num_key_value_heads"]
         values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-    if arch == "gemma3" and name.endswith("norm.weight"):
-        values = values + 1
+    if facts.norm_shift and name.endswith("norm.weight"):
+        values = values + facts.norm_shift
     return np.ascontiguousarray(values)

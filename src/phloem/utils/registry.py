@@ -56,8 +56,8 @@ class Registry(Generic[T]):
             raise ConfigError(f"{place}.py has no {self.symbol!r}, which every {self.what} has")
         return cast("T", found)
 
-    def module(self, name: str) -> ModuleType:
-        """Import the module of that name.
+    def check(self, name: str) -> None:
+        """Whether there is a module of that name.
 
         Raises:
             ConfigError: if there is none; the message lists the right names and the nearest spelling.
@@ -67,6 +67,10 @@ class Registry(Generic[T]):
             near = difflib.get_close_matches(name, names, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ConfigError(f"unknown {self.what} {name!r}{hint}; known: {', '.join(names)}")
+
+    def module(self, name: str) -> ModuleType:
+        """Import the module of that name. Raises ConfigError as `check`."""
+        self.check(name)
         return importlib.import_module(f"{self.package}.{name}")
 
     def accept(self, plugin: T) -> T:

@@ -1,0 +1,87 @@
+"""What a family's file in models/ says of its checkpoints, read and not run.
+
+The file has these facts as literals at its top level: `DEFAULTS`, `GGUF`, `TINY`, `VARIANTS`. They are taken from the
+source text, so that the process that checks a model path imports no layer and no torch, and this room none above it.
+A fact may also be imported from another family's file.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from phloem.utils.registry import Registry
+
+FAMILIES: Registry[Any] = Registry("phloem.models", "model type", "build")
+FACTS = ("DEFAULTS", "GGUF", "TINY", "VARIANTS")
+_FOLDER = Path(__file__).parents[1] / "models"
+
+
+@dataclass(frozen=True)
+class GGUFFacts:
+    """How a family's checkpoints look in GGUF files, beyond what all families share (`gguf_config`, `models/_gguf`)."""
+
+    architecture: str  # general.architecture
+    hf_class: str  # the entry of config.json's `architectures`
+    written_as: str = ""  # the architecture that today's converters write for it, if another
+    # config.json key -> metadata key under the architecture's prefix, which must be there; or (that key, a default).
+    keys: dict[str, str | tuple[str, Any]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # what no file says
+    layers_with: dict[str, str] = field(default_factory=dict)  # config.json key -> a tensor: the layers that have it
+    names: dict[str, str] = field(default_factory=dict)  # our tensor name in a layer -> the file's; `{}`: experts
+    turned: tuple[str, ...] = ()  # projections whose rows are stored for a rotation of neighbours
+    norm_shift: float = 0.0  # what the converter adds to norms
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's facts."""
+
+    name: str
+    defaults: dict[str, Any]  # of config.json keys that published checkpoints leave out
+    gguf: GGUFFacts | None
+    tiny: dict[str, Any] | None  # how testing/checkpoints.py builds one
+    variants: dict[str, dict[str, Any]]  # more tiny checkpoints: what differs, by name
+
+
+def facts_of(name: str) -> dict[str, Any]:
+    """The literals of a family's file, by name. Raises ValueError for one that is not a literal."""
+    found: dict[str, Any] = {}
+    path = _FOLDER / f"{name}.py"
+    for node in ast.parse(path.read_text("utf-8"), str(path)).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("phloem.models."):
+            wanted = [alias for alias in node.names if (alias.asname or alias.name) in FACTS]
+            if wanted:
+                other = facts_of(node.module.rpartition(".")[2])
+                found.update({alias.asname or alias.name: other[alias.name] for alias in wanted})
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        if isinstance(target, ast.Name) and target.id in FACTS and value is not None:
+            found[target.id] = ast.literal_eval(value)
+    return found
+
+
+@cache
+def family(name: str) -> Family:
+    """The facts of one family. Raises ConfigError for an unknown name, ValueError for a fact that is none."""
+    FAMILIES.check(name)
+    found = facts_of(name)
+    gguf = found.get("GGUF")
+    return Family(
+        name=name,
+        defaults=found.get("DEFAULTS", {}),
+        gguf=None if gguf is None else GGUFFacts(**gguf),
+        tiny=found.get("TINY"),
+        variants=found.get("VARIANTS", {}),
+    )
+
+
+@cache
+def gguf_families() -> dict[str, Family]:
+    """Families by GGUF architecture."""
+    found = [family(name) for name in FAMILIES.names()]
+    return {item.gguf.architecture: item for item in found if item.gguf is not None}

@@ -1,0 +1,1 @@
+"""Floor 1: where a process stands among the ranks of a model, as values that are passed down."""

@@ -1,0 +1,95 @@
+"""The tensors of a GGUF file by the names that a checkpoint of Hugging Face would give them."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from phloem.checkpoint.families import family
+from phloem.core.errors import ModelLoadError
+from phloem.models._sources import GGUFSource
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.checkpoint.gguf_reader import GGUFTensor
+    from phloem.layers.weight import Weight
+    from phloem.quant._source import Source
+
+# Names in a layer that most families share; a family's GGUF facts (`names`) say what differs. `{}`: an expert's number.
+_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.{}.gate_proj": "ffn_gate_exps",
+    "mlp.experts.{}.up_proj": "ffn_up_exps",
+    "mlp.experts.{}.down_proj": "ffn_down_exps",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_OUTER_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_EXPERT = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def gguf_name(name: str, renamed: Mapping[str, str]) -> tuple[str, int | None]:
+    """A checkpoint tensor's name in a GGUF file, and which expert it is of the stacked tensor of that name."""
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return _OUTER_NAMES.get(name, name), None
+    number, inner, kind = match.groups()
+    names = {**_NAMES, **renamed}
+    expert = _EXPERT.search(inner)
+    if expert is not None and inner[: expert.start()] + "{}" + inner[expert.end() :] in names:
+        stacked = names[inner[: expert.start()] + "{}" + inner[expert.end() :]]
+        return f"blk.{number}.{stacked}.{kind}", int(expert[0])
+    return f"blk.{number}.{names.get(inner, inner)}.{kind}", None
+
+
+def gguf_sources(
+    checkpoint: Checkpoint, slots: Mapping[str, Iterable[tuple[Weight, int]]]
+) -> tuple[dict[str, Source], list[str]]:
+    """Every tensor of a GGUF file by our name, and the names in it that the model does not use."""
+    assert checkpoint.gguf is not None
+    facts = family(checkpoint.model_type).gguf
+    if facts is None:
+        raise ModelLoadError(f"{checkpoint.path}: GGUF files of {checkpoint.model_type} are not known")
+    tensors = checkpoint.gguf.tensors
+    heads = checkpoint.config["num_attention_heads"]
+    kv_heads = checkpoint.config.get("num_key_value_heads") or heads
+    found: dict[str, Source] = {}
+    used = {"rope_freqs.weight"}
+    for name, places in slots.items():
+        stored, expert = gguf_name(name, facts.names)
+        used.add(stored)
+        if stored in tensors:
+            weight, _ = next(iter(places))
+            part = name.split(".")[-2]
+            turned = (heads if part.startswith("q") else kv_heads) if part in facts.turned else 0
+            # The converter has already added the shift to the norms that have one.
+            tensor = tensors[stored] if expert is None else _expert_of(tensors[stored], expert, weight, checkpoint)
+            kind = "dense" if tensor.kind in ("F32", "F64") else tensor.kind
+            shifted = weight.role == "norm"
+            found[name] = GGUFSource(name, tensor.shape, kind, shifted, tensor=tensor, heads=turned)
+    return found, sorted(set(tensors) - used)
+
+
+def _expert_of(stacked: GGUFTensor, expert: int, weight: Weight, checkpoint: Checkpoint) -> GGUFTensor:
+    experts = weight.experts + len(weight.elsewhere) * weight.experts // max(1, len(weight.names))
+    if len(stacked.shape) != 3 or stacked.shape[0] != experts:
+        raise ModelLoadError(
+            f"{checkpoint.path}: {stacked.name} is {list(stacked.shape)}, expected {experts} stacked matrices"
+        )
+    return stacked.part(expert)

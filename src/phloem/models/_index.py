@@ -1,0 +1,291 @@
+"""Weights by name: pulled from a checkpoint or thin air, pushed by live updates, over one index.
+
+One stored tensor may hold several matrices (a fused qkv, stacked experts), one matrix may lie in several tensors (its
+quantisation's companions), and a rank keeps a share of each. Names are always those of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from phloem.core.errors import ModelLoadError
+from phloem.models._gguf import gguf_sources
+from phloem.models._scales import scale_of
+from phloem.models._sources import DummySource, SafetensorsSource, TensorSource
+from phloem.quant._source import View
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
+
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.layers.context import BuildContext
+    from phloem.layers.weight import Weight
+    from phloem.quant._source import Index, Source
+
+    Progress = Callable[[str, float], None]
+
+Place = tuple["Weight", int]  # a slot, and which of its parts
+
+
+def open_sources(
+    checkpoint: Checkpoint, index: WeightIndex, rename: Callable[[str], str | None]
+) -> tuple[dict[str, Source], list[str]]:
+    """Every tensor of a checkpoint by our name, and the names in it that the model does not use."""
+    if checkpoint.format == "dummy":
+        return {
+            name: DummySource(name, index.stored_shape(name), shifted=True, role=places[0][0].role)
+            for name, places in index.slots.items()
+        }, []
+    if checkpoint.gguf is not None:
+        return gguf_sources(checkpoint, index.slots)
+    return _safetensors_sources(checkpoint, index, rename)
+
+
+def _safetensors_sources(
+    checkpoint: Checkpoint, index: WeightIndex, rename: Callable[[str], str | None]
+) -> tuple[dict[str, Source], list[str]]:
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, Source] = {}
+    unused: list[str] = []
+    companions = index.companion_names()
+    for path in checkpoint.files:
+        try:
+            file = safe_open(str(path), framework="pt", device="cpu")
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                name = rename(key)
+                if name is not None and (name in index.slots or name in companions):
+                    shape = tuple(file.get_slice(key).get_shape())
+                    found[name] = SafetensorsSource(name, shape, file=file, key=key)
+                elif name is not None and not index.ignores(name):
+                    unused.append(key)
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(f"{path}: {error}") from None
+    return found, sorted(unused)
+
+
+class WeightIndex:
+    """Every weight slot of a model by the names of its checkpoint tensors."""
+
+    def __init__(self, weights: Iterable[Weight], ctx: BuildContext, embedding: str) -> None:
+        self.ctx = ctx
+        self.weights = list(weights)
+        self.slots: dict[str, list[Place]] = {}
+        for weight in self.weights:
+            for part, name in enumerate(weight.names):
+                self.slots.setdefault(name, []).append((weight, part))
+        self.embedding = embedding
+        self._elsewhere = {name for weight in self.weights for name in weight.elsewhere}
+        self._companions = self._name_companions()
+
+    def _name_companions(self) -> dict[str, dict[str, str]]:
+        method = self.ctx.quant
+        if method is None or method.join is None:
+            return {}
+        matrices = [name for name, places in self.slots.items() if places[0][0].role == "matrix"]
+        return {name: found for name in matrices if (found := method.companions(name))}
+
+    def names(self) -> list[str]:
+        return list(self.slots)
+
+    def companion_names(self) -> set[str]:
+        """Tensors that may hold a matrix instead of the one that is named after it."""
+        return {name for found in self._companions.values() for name in found.values()}
+
+    def ignores(self, name: str) -> bool:
+        """Tensors that checkpoints carry and no layer here needs: rotation tables, a second copy of a tied embedding,
+        other ranks' experts, and scales of the KV cache, which are read where the cache is made.
+        """
+        known = name.endswith(("rotary_emb.inv_freq", "attn.masked_bias")) or name == "lm_head.weight"
+        return known or name in self._elsewhere or scale_of(name) is not None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(getattr(weight.value, "nbytes", 0)) for weight in self.weights)
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """What a checkpoint's tensor of that name must look like, from all the parts that lie in it."""
+        rows, transposed, experts, cols = 0, False, 0, ()
+        for weight, number in self.slots[name]:
+            shape, part = weight.shapes[number], weight.part(number)
+            if part is None:
+                return shape
+            rows = max(rows, part.start + part.step * (shape[0] - 1) + 1)
+            transposed, experts, cols = part.transposed, part.experts, shape[1:]
+        inner = (*cols, rows) if transposed and cols else (rows, *cols)
+        return (experts, *inner) if experts else inner
+
+    def pull(self, sources: dict[str, Source], where: str, progress: Progress | None) -> None:
+        """Fill every slot, one after another: tables need not prepare several weights at a time.
+
+        Raises:
+            ModelLoadError: naming the tensors that are missing or have another shape, before any is read.
+        """
+        self._join(sources)
+        self._check(sources, where)
+        total = sum(prod(weight.local(part)) for weight in self.weights for part in range(len(weight.names)))
+        done = 0
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "phloem-load") as workers:
+            for weight in self.weights:
+                for name in weight.names:
+                    sources[name].workers = workers
+                self._fill(weight, sources)
+                done += sum(prod(weight.local(part)) for part in range(len(weight.names)))
+                if progress is not None:
+                    progress("weights", done / total)
+        self._settle_biases()
+
+    def _join(self, sources: dict[str, Source]) -> None:
+        """Matrices that lie in several tensors become one source each; plain ones stay: what the file holds decides."""
+        method = self.ctx.quant
+        if method is None or method.join is None:
+            return
+        for name, companions in self._companions.items():
+            found = {what: sources[other] for what, other in companions.items() if other in sources}
+            if found and set(found) != {"weight"}:
+                sources[name] = method.join(name, found)
+
+    def _check(self, sources: dict[str, Source], where: str) -> None:
+        missing = [name for name in self.slots if name not in sources]
+        if missing:
+            raise ModelLoadError(f"{where}: {len(missing)} tensors are missing: {some(missing)}")
+        wrong: list[str] = []
+        for name in self.slots:
+            self._lift(name, sources)
+            seen, expected = sources[name].shape, self.stored_shape(name)
+            if seen != expected:
+                wrong.append(f"{name} is {list(seen)}, expected {list(expected)}")
+        if wrong:
+            raise ModelLoadError(f"{where}: {len(wrong)} tensors have another shape: {some(wrong)}")
+
+    def _lift(self, name: str, sources: dict[str, Source]) -> None:
+        """Some families store a vector as a matrix of one row, which only a small tensor may be read whole for."""
+        seen, expected = sources[name].shape, self.stored_shape(name)
+        if len(expected) == 1 and seen == (1, *expected):
+            whole = sources[name].take(None, torch.float32).reshape(expected)
+            sources[name] = TensorSource(name, expected, shifted=sources[name].shifted, tensor=whole)
+
+    def _view(self, weight: Weight, number: int, source: Source) -> View:
+        """What one part of a slot takes of its stored tensor."""
+        part, spans, shape = weight.part(number), weight.spans(number), weight.local(number)
+        name = weight.names[number]
+        if part is None:
+            index = None if shape == source.shape else tuple(slice(first, last, 1) for first, last in spans)
+            return View(name, shape, source, index)
+        first, last = spans[0]
+        stop = part.start + part.step * (last - 1) + 1
+        rows = slice(part.start + part.step * first, stop, part.step)
+        cols = [slice(first, last, 1) for first, last in spans[1:]]
+        index: Index = (*cols, rows) if part.transposed else (rows, *cols)
+        index = index if part.expert is None else (part.expert, *index)
+        return View(name, shape, source, index, part.transposed and bool(cols))
+
+    def _fill(self, weight: Weight, sources: dict[str, Source]) -> None:
+        weight.value = self._made(weight, sources)
+        for name in weight.names:
+            sources[name].done()
+
+    def _made(self, weight: Weight, sources: dict[str, Source]) -> Any:
+        views = [self._view(weight, number, sources[name]) for number, name in enumerate(weight.names)]
+        ops, dtype, device, method = self.ctx.ops, self.ctx.dtype, self.ctx.device, self.ctx.quant
+        if weight.role == "matrix":
+            parts: list[Any] = views if method is None or method.wrap is None else [method.wrap(view) for view in views]
+            if not weight.experts:
+                return ops.prepare_linear(parts, dtype, device)
+            prepare = ops.prepare_experts if weight.fused else ops.stack_experts
+            return prepare(parts, dtype, device, weight.experts)
+        return torch.cat([self._vector(weight, view) for view in views]).to(device)
+
+    def _vector(self, weight: Weight, view: View) -> Tensor:
+        values = view.dense(torch.float32)
+        return values if view.shifted or not weight.shift else values + weight.shift
+
+    def _settle_biases(self) -> None:
+        """Biases take the type of the activations, which the table's `embedding` decides."""
+        biases = [weight for weight in self.weights if weight.role == "bias"]
+        if biases:
+            ids = torch.zeros(1, dtype=torch.int64, device=self.ctx.device)
+            dtype = self.ctx.ops.embedding(ids, self.slots[self.embedding][0][0].value, 1.0).dtype
+            for weight in biases:
+                weight.value = weight.value.to(dtype)
+
+    def _places(self, name: str) -> list[Place]:
+        if name not in self.slots:
+            raise ModelLoadError(f"no weight is called {name!r}; see weight_names()")
+        return self.slots[name]
+
+    def get(self, name: str) -> Tensor:
+        """One tensor as a checkpoint would hold it (a copy); on a rank of several, of the rows and columns it keeps."""
+        places = self._places(name)
+        parts = [(weight, number, weight.part(number)) for weight, number in places]
+        if parts[0][2] is None:
+            return self._stored(*places[0])
+        # The parts of this rank, in the order and the stride in which the file has all of them.
+        parts.sort(key=lambda item: (item[2].expert or 0, item[2].start) if item[2] is not None else (0, 0))
+        experts: dict[int | None, list[Tensor]] = {}
+        strided = transposed = False
+        for weight, number, part in parts:
+            assert part is not None
+            experts.setdefault(part.expert, []).append(self._stored(weight, number))
+            strided, transposed = part.step > 1, part.transposed
+        found = [torch.stack(pieces, 1).flatten(0, 1) if strided else torch.cat(pieces) for pieces in experts.values()]
+        found = [values.T if transposed and values.ndim > 1 else values for values in found]
+        return (found[0] if parts[0][2].expert is None else torch.stack(found)).contiguous()
+
+    def _stored(self, weight: Weight, number: int) -> Tensor:
+        rows = weight.rows(number)
+        if isinstance(weight.value, torch.Tensor):
+            values = weight.value[rows]
+            return (values - weight.shift if weight.shift else values).clone()
+        # Whatever a packed weight is, the table's `embedding` reads its rows.
+        ids = torch.arange(rows.start, rows.stop, device=self.ctx.device)
+        return self.ctx.ops.embedding(ids, weight.value, 1.0).to(self.ctx.dtype).clone()
+
+    def push(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:
+        """Take new values of whole tensors, of which this rank keeps its share.
+
+        Dense weights are overwritten in place. Packed ones are packed anew, once per call, into the old memory where
+        the table can (`Ops.refill`). True if a weight moved, so that recorded steps are stale.
+        """
+        packed: dict[int, tuple[Weight, dict[str, Source]]] = {}
+        for name, tensor in tensors:
+            if name not in self.slots and self.ignores(name):
+                continue
+            places, shape = self._places(name), self.stored_shape(name)
+            if tensor.shape != shape and tensor.shape != (1, *shape):
+                raise ModelLoadError(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
+            source = TensorSource(name, shape, tensor=tensor.reshape(shape))
+            for weight, number in places:
+                if not isinstance(weight.value, torch.Tensor):
+                    packed.setdefault(id(weight), (weight, {}))[1][name] = source
+                    continue
+                view, rows = self._view(weight, number, source), weight.value[weight.rows(number)]
+                rows.copy_(view.dense(tensor.dtype) if weight.role == "matrix" else self._vector(weight, view))
+        return any([self._repack(weight, sources) for weight, sources in packed.values()])
+
+    def _repack(self, weight: Weight, sources: dict[str, Source]) -> bool:
+        """Pack a weight anew, with the parts it has where no new ones came. Whether it moved."""
+        old = weight.value
+        kept = {name: self.get(name) for name in weight.names if name not in sources}
+        lacking = [name for name in kept if tuple(kept[name].shape) != self.stored_shape(name)]
+        if lacking:
+            raise ModelLoadError(f"{some(lacking)}: only shares are here; push them with {some(list(sources))}")
+        sources.update({name: TensorSource(name, tuple(v.shape), tensor=v) for name, v in kept.items()})
+        new = self._made(weight, sources)
+        refill = self.ctx.ops.refill
+        if refill is not None and refill(old, new):
+            return False
+        weight.value = new
+        return True
+
+
+def some(items: list[str], limit: int = 8) -> str:
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

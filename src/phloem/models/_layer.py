@@ -1,0 +1,236 @@
+"""What a decoder's layer is made of: a mixer, a feed-forward block, and where their norms stand.
+
+A `LayerKind` holds makers. The usual ones are here; a family may hand over its own, as long as what they make has the
+two interfaces below. Legend: T packed tokens, N hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from phloem.core.memory import MemorySpec, Paged
+from phloem.layers.attention import AttentionOptions, SelfAttention
+from phloem.layers.context import AttentionSpec
+from phloem.layers.mlp import GatedMLP
+from phloem.layers.moe import SparseMLP
+from phloem.layers.norm import RMSNorm
+from phloem.layers.rope import Rope, RopeSpec
+from phloem.layers.weight import Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from phloem.layers.context import BuildContext, ForwardBatch
+    from phloem.layers.moe import ExpertsConfig
+
+
+@dataclass
+class Place:
+    """What a maker is told of the decoder that its layer stands in."""
+
+    hidden_size: int
+    eps: float  # of norms
+    norm_shift: float
+    max_positions: int
+    pool: int = 0  # the pool index that a layer's memory gets, if it keeps any
+    ropes: dict[RopeSpec, Rope] = field(default_factory=dict)
+
+    def rope(self, ctx: BuildContext, spec: RopeSpec) -> Rope:
+        """The table of a rotation, shared by all layers that turn alike."""
+        if spec not in self.ropes:
+            self.ropes[spec] = Rope(ctx, spec, self.max_positions)
+        return self.ropes[spec]
+
+
+class Output(Protocol):
+    """The projection behind a mixer: x W^T, with `add` plus the residual, as `Linear` gives it."""
+
+    def __call__(self, x_TN: Tensor, /, *, add: Tensor | None = None) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Mixer(Protocol):
+    """What mixes tokens with those before them: attention, or a recurrent layer."""
+
+    @property
+    def out(self) -> Output: ...
+
+    def attend(
+        self, norm: RMSNorm | None, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch, /
+    ) -> tuple[Tensor, Tensor]:
+        """Everything before the output projection, of norm(x + residual): ([T, features], x + residual)."""
+        ...
+
+
+class Feed(Protocol):
+    """A feed-forward block, row by row."""
+
+    def __call__(
+        self, norm: RMSNorm | None, x_TN: Tensor, residual_TN: Tensor | None, /, *, add: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block of norm(x + residual), and x + residual; with `add` perhaps already summed: (sum, None). Without
+        norm there is no residual either: the block of x, and x."""
+        ...
+
+
+MakeMixer = Callable[["BuildContext", Place], Mixer]
+MakeFeed = Callable[["BuildContext", Place], Feed]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Makes a `SelfAttention`. Sizes are the whole model's."""
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    rope: RopeSpec | None
+    window: int = 0  # 0: full attention
+    scale: float = 0.0  # of attention logits; 0: head_size ** -0.5
+    softcap: float = 0.0
+    value_size: int = 0
+    options: AttentionOptions = field(default_factory=AttentionOptions)
+    name: str = "self_attn"
+
+    def __call__(self, ctx: BuildContext, place: Place) -> SelfAttention:
+        spec = AttentionSpec(
+            pool=place.pool,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_size=self.head_size,
+            scale=self.scale or self.head_size**-0.5,
+            window=self.window,
+            softcap=self.softcap,
+            sinks=bool(self.options.sinks),
+            value_size=self.value_size,
+        )
+        rope = None if self.rope is None else place.rope(ctx, self.rope)
+        return SelfAttention(ctx.child(self.name), spec, place.hidden_size, rope, self.options)
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Makes a `GatedMLP`."""
+
+    inner_size: int
+    activation: str = "silu"
+    bias: bool = False
+    fused: str = ""  # the tensor that a checkpoint keeps gate and up in
+    name: str = "mlp"
+
+    def __call__(self, ctx: BuildContext, place: Place) -> GatedMLP:
+        sizes = place.hidden_size, self.inner_size
+        return GatedMLP(ctx.child(self.name), *sizes, self.activation, bias=self.bias, fused=self.fused)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Makes a `SparseMLP`."""
+
+    config: ExpertsConfig
+    name: str = "mlp"
+
+    def __call__(self, ctx: BuildContext, place: Place) -> SparseMLP:
+        return SparseMLP(ctx.child(self.name), place.hidden_size, self.config)
+
+
+# pre: before attention and before the MLP. post: behind both, before the residual is added (OLMo 2). sandwich: before
+# and behind both (Gemma). parallel: one norm, of which attention and MLP both read (Cohere).
+Norms = Literal["pre", "post", "sandwich", "parallel"]
+_NORM_NAMES: dict[Norms, tuple[str, ...]] = {
+    "pre": ("input_layernorm", "post_attention_layernorm"),
+    "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "sandwich": (
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+    ),
+    "parallel": ("input_layernorm",),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What one layer is made of."""
+
+    mixer: MakeMixer
+    feed: MakeFeed
+    norms: Norms = "pre"
+    norm_names: tuple[str, ...] = ()  # where a checkpoint calls them otherwise
+    residual_scale: float = 1.0  # of what mixer and feed-forward add to the residual
+
+    def make(self, ctx: BuildContext, place: Place) -> DecoderLayer:
+        return _LAYERS[self.norms](ctx, self, place)
+
+
+class DecoderLayer(Layer):
+    """Mixer and feed-forward with their norms. Takes and gives (what the last block computed, residual), or their sum
+    and None."""
+
+    def __init__(self, ctx: BuildContext, kind: LayerKind, place: Place) -> None:
+        self.ops, self.residual_scale = ctx.ops, kind.residual_scale
+        names = kind.norm_names or _NORM_NAMES[kind.norms]
+        norms = [RMSNorm(ctx.child(name), place.hidden_size, place.eps, place.norm_shift) for name in names]
+        self.norms = norms
+        self.input_norm: RMSNorm | None = None if kind.norms == "post" else norms[0]
+        self.mixer = kind.mixer(ctx, place)
+        self.mlp = kind.feed(ctx, place)
+
+    def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """Up to and with the mixer: (its output [T, features], residual)."""
+        return self.mixer.attend(self.input_norm, x_TN, residual_TN, step)
+
+    def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
+        """From the mixer's output on, row by row."""
+        raise NotImplementedError
+
+    def scaled(self, x_TN: Tensor) -> Tensor:
+        return x_TN if self.residual_scale == 1.0 else self.ops.scale(x_TN, self.residual_scale)
+
+
+class PreNorms(DecoderLayer):
+    def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.residual_scale == 1.0:
+            out, rest_TN = self.mixer.out(out, add=residual_TN)
+            return self.mlp(self.norms[1], out, rest_TN, add=True)
+        out, rest_TN = self.mlp(self.norms[1], self.scaled(self.mixer.out(out)[0]), residual_TN, add=False)
+        return self.scaled(out), rest_TN
+
+
+class PostNorms(DecoderLayer):
+    def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
+        after, last = self.norms
+        total_TN = self.ops.add(self.scaled(after(self.mixer.out(out)[0])), residual_TN)
+        out, _ = self.mlp(None, total_TN, None, add=False)
+        return self.scaled(last(out)), total_TN
+
+
+class SandwichNorms(DecoderLayer):
+    def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
+        _, after, before, last = self.norms
+        out = self.scaled(after(self.mixer.out(out)[0]))
+        out, total_TN = self.mlp(before, out, residual_TN, add=False)
+        return self.scaled(last(out)), total_TN
+
+
+class ParallelNorm(DecoderLayer):
+    def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
+        # The norm is computed once more: the rows that stay are few where it matters, behind the last layer's mixer.
+        fed, total_TN = self.mlp(self.norms[0], residual_TN, None, add=False)
+        return self.scaled(self.ops.add(self.mixer.out(out)[0], fed)), total_TN
+
+
+_LAYERS: dict[Norms, type[DecoderLayer]] = {
+    "pre": PreNorms, "post": PostNorms, "sandwich": SandwichNorms, "parallel": ParallelNorm
+}  # fmt: skip
+
+
+def memory_spec(mixer: Mixer) -> MemorySpec | None:
+    """What a mixer keeps of its tokens; None: nothing, or what another layer keeps."""
+    spec = attention_spec(mixer)
+    if spec is None:
+        return getattr(mixer, "memory", None)
+    return Paged(spec.kv_heads, spec.head_size, spec.values, spec.window) if spec.writes else None
+
+
+def attention_spec(mixer: Mixer) -> AttentionSpec | None:
+    return mixer.spec if isinstance(mixer, SelfAttention) else None

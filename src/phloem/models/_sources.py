@@ -1,0 +1,169 @@
+"""Stored tensors of safetensors and GGUF files, tensors handed over by live updates, and random ones."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from phloem.checkpoint.gguf_reader import BLOCKS
+from phloem.core.errors import ModelLoadError
+from phloem.quant._source import Index, Source, everything, indexed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from phloem.checkpoint.gguf_reader import GGUFTensor
+
+_DENSE_KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_ELEMENTS_AT_ONCE = 1 << 18  # dequantised at a time by one worker: the intermediates stay in its cache
+DUMMY_STD = 0.02
+
+
+@dataclass
+class SafetensorsSource(Source):
+    """A tensor of an open safetensors file, memory-mapped."""
+
+    file: Any = None  # of safetensors.safe_open
+    key: str = ""
+    _kept: tuple[Index, Tensor] | None = None
+
+    def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
+        values = self.file.get_tensor(self.key) if index is None else self._slice(index)
+        if index is None:
+            self.bytes_read += values.nbytes
+        return values.to(dtype).contiguous()
+
+    def _slice(self, index: Index) -> Tensor:
+        """The file gives runs; of rows that alternate, the run of both is read once and kept for the other."""
+        run = tuple(slice(at, at + 1, 1) if isinstance(at, int) else _run(at) for at in index)
+        if self._kept is not None and self._kept[0] == run:
+            values = self._kept[1]
+        else:
+            values = self.file.get_slice(self.key)[tuple(slice(at.start, at.stop) for at in run)]
+            self.bytes_read += values.nbytes
+            self._kept = (run, values) if any(isinstance(at, slice) and at.step > 1 for at in index) else None
+        pairs = zip(index, run, strict=True)
+        return values[tuple(0 if isinstance(at, int) else slice(at.start - r.start, None, at.step) for at, r in pairs)]
+
+    def done(self) -> None:
+        self._kept = None
+
+
+def _run(at: slice) -> slice:
+    """The contiguous run of whole strides that a slice lies in."""
+    first = at.start // at.step * at.step
+    return slice(first, first + -(-(at.stop - first) // at.step) * at.step, 1)
+
+
+@dataclass
+class TensorSource(Source):
+    """A tensor that somebody handed over."""
+
+    tensor: Tensor | None = None
+
+    def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
+        assert self.tensor is not None
+        return indexed(self.tensor.detach(), index).to("cpu", dtype).contiguous()
+
+
+@dataclass
+class DummySource(Source):
+    """Random values that depend on the name alone, so that they are the same on every machine and in any order."""
+
+    role: str = "matrix"
+
+    def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
+        if self.role != "matrix":
+            return indexed(torch.full(self.shape, 1.0 if self.role == "norm" else 0.0, dtype=dtype), index)
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+        values = torch.empty(self.shape, dtype=torch.float32).normal_(0.0, DUMMY_STD, generator=generator)
+        return indexed(values, index).to(dtype).contiguous()
+
+
+@dataclass
+class GGUFSource(Source):
+    """A tensor of a GGUF file. `heads` > 0: its rows are stored for a rotation of neighbours; they are put back."""
+
+    tensor: GGUFTensor | None = None
+    heads: int = 0
+
+    def has_raw(self, cols: slice) -> bool:
+        block = BLOCKS[self.kind][0]
+        whole = cols.start == 0 and cols.stop == self.shape[-1]
+        return cols.step == 1 and (whole or (cols.start % block == 0 and cols.stop % block == 0))
+
+    def take_raw(self, rows: slice, cols: slice) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        stored = self._rows(rows)
+        if cols.start > 0 or cols.stop < self.shape[-1]:
+            block, size = BLOCKS[self.kind]
+            stored = stored[:, cols.start // block * size : cols.stop // block * size]
+        self.bytes_read += stored.nbytes
+        return stored
+
+    def _rows(self, rows: slice) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Stored rows, as our rows are counted."""
+        assert self.tensor is not None
+        stored = self.tensor.raw()
+        if not self.heads:
+            return stored if rows == slice(0, len(stored), 1) else stored[rows]
+        return stored[halves_from_neighbours(self.shape[0], self.heads)[rows]]
+
+    def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
+        assert self.tensor is not None
+        index = everything(self.shape) if index is None else index
+        if len(self.shape) > 2 or not all(isinstance(at, slice) for at in index):
+            raise ModelLoadError(f"{self.name}: {list(self.shape)} in a GGUF file has no parts")
+        rows, cols = (index[0], index[-1]) if len(index) == 2 else (slice(0, 1, 1), index[0])
+        assert isinstance(rows, slice)
+        assert isinstance(cols, slice)
+        turned = len(index) == 1 and self.heads > 0  # a bias, whose one row is all its elements
+        stored = self.tensor.raw() if len(index) == 1 else self._rows(rows)
+        if self.tensor.kind in _DENSE_KINDS:
+            values = self._floats(stored, slice(0, self.shape[-1], 1) if turned else cols, dtype)
+        else:
+            values = self._dequantise(stored, cols, dtype)
+        if turned:
+            values = values[..., torch.from_numpy(halves_from_neighbours(self.shape[0], self.heads)[cols])]
+        return values[0].contiguous() if len(index) == 1 else values.contiguous()
+
+    def _floats(self, stored: np.ndarray[Any, np.dtype[np.uint8]], cols: slice, dtype: torch.dtype) -> Tensor:
+        # A copy, because torch wants memory that may be written.
+        kind = _DENSE_KINDS[self.tensor.kind] if self.tensor is not None else dtype
+        wanted = stored[:, cols.start * kind.itemsize : cols.stop * kind.itemsize].copy()
+        self.bytes_read += wanted.nbytes
+        return torch.from_numpy(wanted).view(kind)[:, :: cols.step].to(dtype)
+
+    def _dequantise(self, rows: np.ndarray[Any, np.dtype[np.uint8]], cols: slice, dtype: torch.dtype) -> Tensor:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        block, size = BLOCKS[self.kind]
+        first, last = cols.start // block, -(-cols.stop // block)
+        rows = rows[:, first * size : last * size]
+        self.bytes_read += rows.nbytes
+        width = (last - first) * block
+        out = torch.empty((len(rows), width), dtype=dtype)
+        step = max(1, _ELEMENTS_AT_ONCE // width)
+
+        def fill(start: int) -> None:
+            values = dequantize(rows[start : start + step], GGMLQuantizationType[self.kind])
+            out[start : start + step] = torch.from_numpy(np.ascontiguousarray(values))
+
+        try:
+            list((self.workers.map if self.workers else map)(fill, range(0, len(out), step)))
+        except (KeyError, NotImplementedError):
+            raise ModelLoadError(f"{self.name}: no way to dequantise GGUF type {self.kind}") from None
+        return out[:, cols.start - first * block : cols.stop - first * block : cols.step]
+
+
+def halves_from_neighbours(rows: int, heads: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Where each row of a q or k projection lies in a GGUF file whose converter pairs neighbours.
+
+    The file pairs neighbours (row 2j with 2j + 1 of a head) where the checkpoint pairs halves (j with j + size / 2).
+    """
+    half = rows // heads // 2
+    return np.arange(rows).reshape(heads, half, 2).swapaxes(1, 2).reshape(-1)

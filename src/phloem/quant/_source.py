@@ -1,0 +1,104 @@
+"""A tensor of a checkpoint that has not been read, and the part of one that a layer wants.
+
+`Source` is a stored tensor; `take` reads what is asked of it and no more. `View` is one matrix or vector as a layer
+sees it: an expert of a stacked tensor, the k rows of a fused one, this rank's columns. Op tables are given views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from concurrent.futures import Executor
+
+    from torch import Tensor
+
+Index = tuple[int | slice, ...]  # one entry per axis of the stored tensor; slices have start, stop and step
+
+
+@dataclass
+class Source:
+    """One stored tensor. `shifted`: the layer's shift (`Weight.shift`) is in the values already."""
+
+    name: str
+    shape: tuple[int, ...]  # as stored
+    kind: str = "dense"
+    shifted: bool = False
+    workers: Executor | None = None  # to dequantise with
+    bytes_read: int = field(default=0, init=False)  # what `take` and `take_raw` have taken from the file
+
+    def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
+        """The entries `index` (None: all) as a contiguous tensor on the CPU."""
+        raise NotImplementedError
+
+    def take_raw(self, rows: slice, cols: slice) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Stored bytes `[rows, bytes per row]` of a quantised matrix, of columns that `has_raw`."""
+        raise TypeError(f"{self.name} is dense: it has no quantised bytes")
+
+    def has_raw(self, cols: slice) -> bool:
+        """Whether these columns begin and end with blocks of the stored format."""
+        return False
+
+    def done(self) -> None:
+        """What was kept for the next read may go."""
+
+
+@dataclass
+class View:
+    """What a layer wants of a source: a `kernels.ops.WeightSource`.
+
+    `index` None: all of it. Otherwise the stored tensor's entries, to be transposed if it is stored so.
+    """
+
+    name: str
+    shape: tuple[int, ...]  # as the layer has it, on this rank
+    source: Source
+    index: Index | None = None
+    transposed: bool = False
+
+    @property
+    def kind(self) -> str:
+        """As the source's, where its bytes can be had."""
+        return self.source.kind if self._matrix() is not None else "dense"
+
+    @property
+    def shifted(self) -> bool:
+        return self.source.shifted
+
+    @property
+    def workers(self) -> Executor | None:
+        return self.source.workers
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        values = self.source.take(self.index, dtype)
+        return (values.T if self.transposed else values).reshape(self.shape).contiguous()
+
+    def raw(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        matrix = self._matrix()
+        if matrix is None:
+            raise TypeError(f"{self.name} is dense: it has no quantised bytes")
+        return self.source.take_raw(*matrix)
+
+    def _matrix(self) -> tuple[slice, slice] | None:
+        """Rows and columns, where they can be had as stored bytes."""
+        index = everything(self.source.shape) if self.index is None else self.index
+        if self.source.kind == "dense" or self.transposed or len(index) != 2:
+            return None
+        rows, cols = index
+        if not isinstance(rows, slice) or not isinstance(cols, slice) or not self.source.has_raw(cols):
+            return None
+        return rows, cols
+
+
+def indexed(values: Tensor, index: Index | None) -> Tensor:
+    """Entries of a tensor that is there."""
+    return values if index is None else values[index]
+
+
+def everything(shape: Sequence[int]) -> Index:
+    return tuple(slice(0, size, 1) for size in shape)

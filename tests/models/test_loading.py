@@ -1,0 +1,208 @@
+"""What goes wrong while a model is loaded, and live updates of one that is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from linear_cases import needs_native
+from model_support import CPU, PROMPT, Engine, close
+
+from phloem.checkpoint.describe import describe
+from phloem.core.errors import ModelLoadError
+from phloem.distributed.mesh import Mesh
+from phloem.kernels import native
+from phloem.kernels.ops import Ops
+from phloem.layers.context import BuildContext
+from phloem.models import load_model
+from phloem.quant import Method
+from phloem.quant._source import Source
+from phloem.testing.checkpoints import tiny_checkpoint
+
+
+def edited(path: Path, target: Path, tensors: Any = None, **config: Any) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    target.mkdir()
+    stored = load_file(path / "model.safetensors")
+    save_file(tensors(stored) if tensors else stored, target / "model.safetensors")
+    (target / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), **config}))
+    return target
+
+
+def test_missing_tensors_are_named(made: Any, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    path = edited(made("llama")[0], tmp_path / "x", lambda stored: {k: v for k, v in stored.items() if k != name})
+    with pytest.raises(ModelLoadError, match=f"1 tensors are missing: {name}"):
+        Engine(path)
+
+
+def test_wrong_shape_is_named(made: Any, tmp_path: Path) -> None:
+    path = edited(made("llama")[0], tmp_path / "x", intermediate_size=96)
+    with pytest.raises(ModelLoadError, match=r"9 tensors have another shape: .*gate_proj.*\[64, 32\], expected \[96"):
+        Engine(path)
+
+
+def test_unexpected_tensors_are_named(made: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = edited(made("llama")[0], tmp_path / "x", lambda stored: {**stored, "extra.weight": torch.ones(2)})
+    Engine(path)
+    assert "1 tensors are not used: extra.weight" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rope_parameters": {"rope_type": "spiral"}}, "unknown rope_type 'spiral'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope scaling 'llama3' lacks"),
+        ({"hidden_act": "mish"}, "unknown activation 'mish'"),
+    ],
+)
+def test_configuration_that_no_layer_knows(made: Any, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelLoadError, match=said):
+        Engine(edited(made("llama")[0], tmp_path / "x", **change))
+
+
+def test_dummy_weights_are_the_same_every_time(made: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((made("gemma3_text")[0] / "config.json").read_text())
+    first = Engine(tmp_path, load_format="dummy").whole(PROMPT)
+    second = Engine(tmp_path / "config.json", load_format="dummy").whole(PROMPT)
+    assert torch.equal(first, second)
+    assert first.isfinite().all()
+    assert first.std() > 0
+
+
+def test_progress_reaches_the_end(made: Any) -> None:
+    path, _ = made("llama")
+    seen: list[tuple[str, float]] = []
+    load_model(
+        describe(str(path)), BuildContext(Ops(), torch.float32, CPU), lambda what, share: seen.append((what, share))
+    )
+    assert {what for what, _ in seen} == {"weights"}
+    assert [share for _, share in seen] == sorted(share for _, share in seen)
+    assert seen[-1][1] == pytest.approx(1.0)
+
+
+# Live updates
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_pushed_weights_make_it_the_other_model(made: Any, tmp_path: Path, family: str) -> None:
+    from safetensors.torch import load_file
+
+    path, theirs = made(family)
+    other = tiny_checkpoint(family, tmp_path, seed=9)
+    engine = Engine(other)
+    qkv = engine.model.layers[0].mixer.qkv.weight.value
+    assert (engine.whole(PROMPT) - theirs).abs().max() > 0.01
+    moved = engine.model.update_weights(load_file(path / "model.safetensors").items())
+    close(engine.whole(PROMPT), theirs)
+    assert not moved
+    assert engine.model.layers[0].mixer.qkv.weight.value is qkv  # in place: recorded steps stay right
+    for name, tensor in load_file(path / "model.safetensors").items():
+        torch.testing.assert_close(engine.model.get_weight(name), tensor)
+    assert sorted(engine.model.weight_names()) == sorted(load_file(path / "model.safetensors"))
+
+
+def test_push_into_packed_weights(made: Any, tmp_path: Path) -> None:
+    """A table that packs: parts that a call does not bring are kept."""
+    from safetensors.torch import load_file
+
+    @dataclasses.dataclass
+    class Packed:
+        tensor: torch.Tensor
+
+    ops = dataclasses.replace(
+        Ops(),
+        prepare_linear=lambda parts, dtype, device: Packed(Ops().prepare_linear(parts, dtype, device)),
+        linear=lambda x, weight, bias=None, **options: Ops().linear(x, weight.tensor, bias, **options),
+        embedding=lambda ids, weight, scale: Ops().embedding(ids, weight.tensor, scale),
+    )
+    path, theirs = made("qwen2")
+    engine = Engine(tiny_checkpoint("qwen2", tmp_path, seed=9), ops=ops)
+    for name, tensor in load_file(path / "model.safetensors").items():
+        assert engine.model.update_weights([(name, tensor)]) == (tensor.ndim == 2)
+    close(engine.whole(PROMPT), theirs)
+
+
+def test_push_refuses(made: Any) -> None:
+    engine = Engine(made("llama")[0])
+    with pytest.raises(ModelLoadError, match=r"no weight is called 'model.nothing'"):
+        engine.model.update_weights([("model.nothing", torch.ones(1))])
+    with pytest.raises(ModelLoadError, match=r"model.norm.weight is \[3\], expected \[32\]"):
+        engine.model.update_weights([("model.norm.weight", torch.ones(3))])
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_packed_weights_are_refilled_where_they_lie(made: Any, tmp_path: Path, name: str) -> None:
+    from safetensors.torch import load_file
+
+    other = tiny_checkpoint(name, tmp_path, seed=9)
+    ops = native.table(1)
+    engine, expected = (Engine(path, ops=ops, kv_dtype=torch.bfloat16) for path in (made(name)[0], other))
+    places = [weight.value.segments.tolist() for weight in packed_weights(engine)]
+    assert not engine.model.update_weights(load_file(other / "model.safetensors").items())
+    assert [weight.value.segments.tolist() for weight in packed_weights(engine)] == places
+    assert torch.equal(engine.whole(PROMPT), expected.whole(PROMPT))
+
+
+def packed_weights(engine: Engine) -> list[Any]:
+    return [weight for weight in engine.model.weights() if not isinstance(weight.value, torch.Tensor)]
+
+
+def test_a_matrix_in_several_tensors_is_read_by_its_method(made: Any, tmp_path: Path) -> None:
+    """A method names the companions of a matrix; what the file holds decides which matrices are stored so."""
+    from safetensors.torch import load_file
+
+    path, _ = made("phi3")
+    small = ("self_attn.qkv_proj.weight", "mlp.down_proj.weight")
+
+    def quantised(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        out: dict[str, torch.Tensor] = {}
+        for name, tensor in stored.items():
+            if not name.endswith(small):
+                out[name] = tensor
+                continue
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            out[name] = (tensor / scale).round().to(torch.int8)
+            out[name + "_scale"] = scale
+        return out
+
+    packed = edited(path, tmp_path / "packed", quantised)
+    dense = edited(path, tmp_path / "dense", lambda stored: dequantised(quantised(stored)))
+    method = Method("by-row", companions=lambda name: {"weight": name, "scale": name + "_scale"}, join=ByRow.join)
+    for rank in range(2):
+        ctx = BuildContext(Ops(), torch.float32, CPU, mesh=Mesh.of(rank, tp=2))
+        ours = load_model(describe(str(packed)), dataclasses.replace(ctx, quant=method))
+        theirs = load_model(describe(str(dense)), ctx)
+        for mine, other in zip(ours.weights(), theirs.weights(), strict=True):
+            torch.testing.assert_close(mine.value, other.value, atol=0, rtol=0)
+    stored = load_file(dense / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    assert torch.equal(theirs.get_weight("model.layers.1.mlp.down_proj.weight"), stored[:, 32:])
+
+
+def dequantised(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    scaled = {n: t.float() * stored[n + "_scale"] for n, t in stored.items() if n + "_scale" in stored}
+    return {n: scaled.get(n, t) for n, t in stored.items() if not n.endswith("_scale")}
+
+
+@dataclasses.dataclass
+class ByRow(Source):
+    """Integers with a scale for each row."""
+
+    weight: Source | None = None
+    scale: Source | None = None
+
+    @staticmethod
+    def join(name: str, parts: Any) -> Source:
+        return ByRow(name, parts["weight"].shape, weight=parts["weight"], scale=parts["scale"])
+
+    def take(self, index: Any, dtype: torch.dtype) -> torch.Tensor:
+        assert self.weight is not None
+        assert self.scale is not None
+        rows = None if index is None else (index[0], slice(0, 1, 1))
+        return (self.weight.take(index, torch.float32) * self.scale.take(rows, torch.float32)).to(dtype)

@@ -1,0 +1,122 @@
+"""The smallest engine there is, and transformers' answer to compare it with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pools import pool_of
+
+from phloem.attention import BACKENDS, begin
+from phloem.checkpoint.describe import describe
+from phloem.kernels.ops import Ops, PagedBatch
+from phloem.layers.context import BuildContext, ForwardBatch
+from phloem.models import load_model
+
+CPU = torch.device("cpu")
+PAGE = 4
+LIMIT = 1e-4
+PROMPT = [5, 17, 200, 301, 44, 9, 9, 80, 123, 7, 260, 31, 64, 99, 2, 18, 350, 12, 77, 140, 201, 33, 8]
+
+
+class Engine:
+    """The smallest runner there is: steps over rows of (tokens, pages, how many are computed)."""
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: torch.dtype = torch.float32,
+        ops: Ops | None = None,
+        kv_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        self.ops = ops or Ops()
+        self.checkpoint = describe(str(path), **options)
+        self.model = load_model(self.checkpoint, BuildContext(self.ops, dtype, CPU))
+        kept = kv_dtype or dtype
+        self.pool = pool_of(self.model.attention_specs, 256, PAGE, kept, CPU)
+        self.attention = BACKENDS.module("cpu").Backend(self.ops, self.model.attention_specs, CPU, kept)
+        self.free = list(range(1, 256))
+
+    def pages(self, tokens: int) -> list[int]:
+        """In falling order and with holes, so that nobody can mistake a page number for a position."""
+        return [self.free.pop(-1 - (number % 2)) for number in range(-(-tokens // PAGE))]
+
+    def step(self, rows: list[tuple[list[int], list[int], int]], every: bool = False) -> torch.Tensor:
+        """rows: (new tokens, pages, prefix length) -> logits of each row's last token, or of every token."""
+        ids, positions, slots, starts = [], [], [], [0]
+        for tokens, pages, prefix in rows:
+            span = range(prefix, prefix + len(tokens))
+            ids += tokens
+            positions += span
+            slots += [pages[p // PAGE] * PAGE + p % PAGE for p in span]
+            starts.append(len(ids))
+        width = max(len(pages) for _, pages, _ in rows)
+        lengths = [prefix + len(tokens) for tokens, _, prefix in rows]
+        batch = PagedBatch(
+            query_start=torch.tensor(starts, dtype=torch.int32),
+            seq_lens=torch.tensor(lengths, dtype=torch.int32),
+            page_table=torch.tensor([pages + [0] * (width - len(pages)) for _, pages, _ in rows], dtype=torch.int32),
+            token_slots=torch.tensor(slots, dtype=torch.int32),
+            max_query_len=max(len(tokens) for tokens, _, _ in rows),
+            max_seq_len=max(lengths),
+        )
+        index = None if every else torch.tensor(starts[1:]) - 1
+        step = ForwardBatch(
+            torch.tensor(ids), torch.tensor(positions), begin(self.attention, [batch], self.pool), index
+        )
+        with torch.inference_mode():
+            return self.model.head(self.model.forward(step))
+
+    def whole(self, tokens: list[int]) -> torch.Tensor:
+        return self.step([(tokens, self.pages(len(tokens)), 0)], every=True)
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        pages = self.pages(len(prompt) + count)
+        out = [int(self.step([(prompt, pages, 0)]).argmax())]
+        while len(out) < count:
+            out.append(int(self.step([(out[-1:], pages, len(prompt) + len(out) - 1)]).argmax()))
+        return out
+
+
+def reference(path: Path, tokens: list[int]) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = json.loads((path / "config.json").read_text())
+    loader = AutoModelForImageTextToText if "text_config" in config else AutoModelForCausalLM
+    # Its Gemma 3 has this setting and forgets to hand it to its own attention function, which understands it.
+    cap = config.get("attn_logit_softcapping")
+    model = loader.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([tokens]), **({"softcap": cap} if cap else {})).logits[0]
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert ours.shape == theirs.shape
+    assert ours.dtype == torch.float32
+    assert theirs.abs().max() > 0.1  # a comparison of zeros would prove nothing
+    assert (ours - theirs).abs().max().item() <= LIMIT
+
+
+def check_modes(path: Path, theirs: torch.Tensor, **options: Any) -> None:
+    """Whole prompt, prefill in chunks, decode, a prefix hit and a mixed batch, all against the same reference."""
+    engine = Engine(path, **options)
+    count = len(PROMPT)
+    close(engine.whole(PROMPT), theirs)
+
+    pages = engine.pages(count)
+    chunks = [engine.step([(PROMPT[a:b], pages, a)], every=True) for a, b in ((0, 5), (5, 6), (6, 17), (17, 20))]
+    close(torch.cat(chunks), theirs[:20])
+    decoded = [engine.step([(PROMPT[at : at + 1], pages, at)]) for at in range(20, count)]
+    close(torch.cat(decoded), theirs[20:])
+
+    # A second request over the first two pages of the first one, beside rows that decode and prefill.
+    shared = pages[:2] + engine.pages(count - 2 * PAGE)
+    close(engine.step([(PROMPT[2 * PAGE :], shared, 2 * PAGE)], every=True), theirs[2 * PAGE :])
+    fresh = engine.pages(11)
+    mixed = engine.step(
+        [(PROMPT[-1:], shared, count - 1), (PROMPT[:11], fresh, 0), (PROMPT[9:15], pages, 9), (PROMPT[3:4], pages, 3)]
+    )
+    close(mixed, theirs[[count - 1, 10, 14, 3]])

@@ -77,7 +77,8 @@ KNOWN_CIRCLES = {
 # `getattr` with a default and `hasattr` on our own objects are holes in a protocol: file, attribute -> room.
 HOLES = {
     "models/__init__.py 'checkpoint_name'": "models",
-    "models/_weights.py 'nbytes'": "kernels",
+    "models/_layer.py 'memory'": "models",
+    "models/_index.py 'nbytes'": "kernels",
     "quant/_groups.py 'workers'": "quant",
     "bench/_floors.py 'forms'": "kernels",
     "bench/kernels.py 'native'": "kernels",
@@ -86,6 +87,7 @@ HOLES = {
 }
 # The same on what is not ours, or where the name is the point.
 FOREIGN = {
+    "checkpoint/families.py 'target'": "a node of Python's syntax",
     "checkpoint/gguf_config.py '__len__'": "a value of a file: a list or an array",
     "checkpoint/gguf_reader.py 'MADV_DONTNEED'": "Linux",
     "kernels/graph_cuda.py '_construct_storage_from_data_pointer'": "a private part of torch",

@@ -90,7 +90,7 @@ def test_a_live_update_of_one_expert(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.experts.4.down_proj.weight"
     before = engine.whole(PROMPT)
     new = torch.randn(64, 32)
-    assert engine.model.update_weights([(name, new)])
+    engine.model.update_weights([(name, new)])
     assert torch.equal(engine.model.get_weight(name), new)
     other = name.replace("experts.4", "experts.3")
     assert torch.equal(engine.model.get_weight(other), torch.from_numpy(load_file(path / "model.safetensors")[other]))

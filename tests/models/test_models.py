@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ import torch
 from model_support import PROMPT, Engine, check_modes, close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from phloem.attention import Memory
 from phloem.checkpoint.families import FAMILIES, family
 from phloem.kernels.ops import Ops
 from phloem.layers.context import ForwardBatch, memory_of
@@ -164,7 +164,7 @@ def test_forward_is_ops_and_views(made: Any, variant: str) -> None:
         return out
 
     for index in (None, torch.tensor([2, 0])):
-        step = ForwardBatch(torch.tensor(PROMPT[:4]), torch.arange(4), Memory(attention), index)
+        step = ForwardBatch(torch.tensor(PROMPT[:4]), torch.arange(4), SimpleNamespace(attend=attention), index)
         with torch.no_grad(), watch:
             logits = model.head(model.forward(step))
         assert logits.shape == (4 if index is None else 2, model.vocab_size)

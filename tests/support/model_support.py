@@ -65,7 +65,10 @@ class Engine:
         )
         index = None if every else torch.tensor(starts[1:]) - 1
         step = ForwardBatch(
-            torch.tensor(ids), torch.tensor(positions), begin(self.attention, [batch], self.pool), index
+            torch.tensor(ids),
+            torch.tensor(positions),
+            begin(self.attention, [batch] * len(self.pool.groups), self.pool),
+            index,
         )
         with torch.inference_mode():
             return self.model.head(self.model.forward(step))

@@ -22,13 +22,15 @@ serve: .venv/.ready
 	$(BIN)/phloem serve --greet $(ARGS)
 
 test: .venv/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+# The fast tier. Tests of one file stay in one process: many share a server, a model or a tokenizer.
 check: .venv/.test
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
+	$(BIN)/python scripts/plugin_types.py build/plugin_types.py
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python scripts/fast_tier.py $(ARGS)
 
 bench: .venv/.test
 	$(BIN)/phloem bench scheduler

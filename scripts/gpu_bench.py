@@ -15,6 +15,7 @@ from gpu_models import Dummy, decode_work, prefill_flops
 from torch import Tensor
 
 from phloem.core.batch import FROM_DEVICE, Batch
+from phloem.engine.forward import run_forward
 from phloem.engine.inputs import StepInputs
 from phloem.kernels.graph_cuda import Recorder
 
@@ -86,7 +87,8 @@ def decode_step(dummy: Dummy, inputs: StepInputs) -> Callable[[], Tensor]:
     """Forward, head and arg-max of one decode step over fixed inputs; the token feeds the next step."""
 
     def run() -> Tensor:
-        token = dummy.ops.argmax(dummy.model.head(dummy.forward(inputs)))
+        hidden = run_forward(dummy.model, dummy.backend, dummy.pool, inputs, None)  # every row, without a gather
+        token = dummy.ops.argmax(dummy.model.head(hidden))
         inputs.input_ids.copy_(token)
         return token
 
@@ -98,7 +100,6 @@ def bench_decode(
 ) -> dict[str, Any]:
     """Time of a captured decode step on the device against its floor."""
     inputs = dummy.inputs([1] * rows, [context] * rows)
-    inputs.logit_index = None  # type: ignore[assignment] - every row, without a gather
     run = decode_step(dummy, inputs)
     step, replay, capture = run, run, None
     if dummy.device.type == "cuda":
@@ -141,7 +142,8 @@ def bench_pieces(dummy: Dummy, counts: list[int], seconds: float) -> list[dict[s
     """Prefill steps of one prompt, up to the hidden states, eagerly and in recorded pieces: host time included."""
     rows: list[dict[str, Any]] = []
     for tokens in counts:
-        inputs = dummy.inputs([tokens], [tokens])
+        step = dummy.step([tokens], [tokens])
+        inputs = step.inputs
         eager = statistics.median(timed(dummy.device, lambda inputs=inputs: dummy.forward(inputs), 5, seconds))
         pieces = dummy.pieces(tokens)
         pieces.graphs.sizes[:] = [tokens]
@@ -149,7 +151,7 @@ def bench_pieces(dummy: Dummy, counts: list[int], seconds: float) -> list[dict[s
         pieces.graphs.record_all()
         row: dict[str, Any] = {"tokens": tokens, "eager_ms": eager * 1e3, "record_s": time.perf_counter() - begun}
         if pieces.graphs.refused is None:
-            ran = statistics.median(timed(dummy.device, lambda p=pieces, i=inputs: p.run(i), 5, seconds))
+            ran = statistics.median(timed(dummy.device, lambda p=pieces, s=step: p.run(s, lambda: None), 5, seconds))
             row |= {"pieces_ms": ran * 1e3, "memory_mib": pieces.nbytes / 2**20}
         else:
             row |= {"pieces_ms": None, "refused": pieces.graphs.refused}
@@ -159,11 +161,13 @@ def bench_pieces(dummy: Dummy, counts: list[int], seconds: float) -> list[dict[s
 
 def _runner(dummy: Dummy, rows: int, context: int) -> Any:
     from phloem.engine.runner import ModelRunner
+    from phloem.platforms._facts import StepFacts
     from phloem.platforms._streams import Streams
 
     streams = Streams(dummy.device) if dummy.device.type == "cuda" else None
-    graphs = dummy.graphs(rows, context)
-    return ModelRunner(dummy.model, dummy.backend, dummy.pool, dummy.ops, rows, graphs=graphs, streams=streams)
+    facts = StepFacts(records_idle=streams is not None)
+    whole = dummy.model, dummy.backend, dummy.pool, dummy.ops
+    return ModelRunner(*whole, rows, facts=facts, recorded=[dummy.graphs(rows, context)], streams=streams)
 
 
 def bench_runner(dummy: Dummy, rows: int, context: int, steps: int, device_ms: float) -> dict[str, Any]:
@@ -192,8 +196,8 @@ def bench_runner(dummy: Dummy, rows: int, context: int, steps: int, device_ms: f
             query_lens=ones,
             prefix_lens=np.full(rows, context + number, np.int32),
             input_ids=np.full(rows, 1 if first else FROM_DEVICE, np.int32),
-            page_table=table,
-            sample=np.ones(rows, np.bool_),
+            tables=(table,) * len(dummy.pool.groups),
+            outputs=ones,
             admissions=[Admission(int(s), f"r{s}", greedy, 1, prompt, context) for s in slots] if first else [],
         )
 

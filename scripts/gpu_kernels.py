@@ -18,8 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from phloem.kernels import reference as ref
-from phloem.kernels import reference_extra as extra
-from phloem.kernels.ops import PagedBatch, Rotation
+from phloem.kernels import reference_attention as attention_ref
+from phloem.kernels import reference_experts as experts_ref
+from phloem.kernels import reference_formats as formats
+from phloem.kernels import reference_sampling as sampling_ref
+from phloem.kernels.ops import Adapters, AttentionCall, Draw, LatentCall, PagedBatch, Rotation
 
 LIMITS = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 1.2e-2}
 
@@ -141,18 +144,10 @@ class Kernels:
         from phloem.kernels.triton import pages
 
         table, ids = self.randn(50, 130), self.ints(0, 50, 9)
-        cache, chosen = self.randn(20, 2, 16, 24), torch.randperm(20, device=self.device)[:5].int()
-        taken = pages.gather_pages(cache, chosen)
-        back = torch.zeros_like(cache)
-        pages.scatter_pages(back, chosen, taken)
-        want = torch.zeros_like(cache)
-        want[chosen.long()] = cache[chosen.long()]
         return [
             (pages.embedding(ids, table, 1.0), table[ids]),
             (pages.embedding(ids, table, 7.3), ref.embedding(ids, table, 7.3)),
             (pages.select_rows(table, ids), table[ids]),
-            (taken, cache[chosen.long()]),
-            (back, want),
         ]
 
     def _attend(self, queries: list[int], lengths: list[int], head: int, heads: int, kv_heads: int, **how: Any) -> Any:
@@ -168,9 +163,10 @@ class Kernels:
         q = self.randn(sum(queries), heads, head)
         sink = self.randn(heads, dtype=torch.float32) if sinks else None
         run = attention.decode_attention if max(queries) == 1 else attention.extend_attention
-        got = run(q, *caches, batch, head**-0.5, window, cap, sink, **how)
+        call, cache = AttentionCall(head**-0.5, window, cap, sink), (caches[0], caches[1])
+        got = run(q, cache, batch, call, **how)
         kept = {key: how[key] for key in ("scales", "tree_mask") if key in how}
-        return got, extra.attention_rows(q.float(), *caches, batch, head**-0.5, window, cap, sink, **kept)
+        return got, attention_ref.paged_attention(q.float(), cache, batch, call, **kept)
 
     def decode(self) -> list[tuple[Tensor, Tensor]]:
         lengths = [3, 40] if self.tiny else [1, 17, 1024, 3333]
@@ -213,9 +209,10 @@ class Kernels:
             cache = self.randn(batch.page_table.numel() + 1, 1, 16, latent + rope)
             q_nope, q_rope = self.randn(sum(queries), heads, nope), self.randn(sum(queries), heads, rope)
             up, out = self.randn(heads, nope, latent, by=nope**-0.5), self.randn(heads, latent, nope, by=latent**-0.5)
-            got = mla.mla_attention(q_nope, q_rope, cache, batch, up, out, 0.1)
+            got = mla.latent_attention(q_nope, q_rope, cache, batch, LatentCall(up, out, 0.1))
             wide = [x.float() for x in (q_nope, q_rope, cache, up, out)]
-            pairs.append((got, extra.mla_attention(wide[0], wide[1], wide[2], batch, wide[3], wide[4], 0.1)))
+            call = LatentCall(wide[3], wide[4], 0.1)
+            pairs.append((got, attention_ref.latent_attention(wide[0], wide[1], wide[2], batch, call)))
         return pairs
 
     def sampling(self) -> list[tuple[Tensor, Tensor]]:
@@ -223,7 +220,7 @@ class Kernels:
 
         rows, vocab = (4, 900) if self.tiny else (64, 128256)
         logits = self.randn(rows, vocab, dtype=torch.float32, by=3)
-        columns = (
+        draw = Draw(
             torch.rand(rows, device=self.device) * 1.5,
             self.ints(-1, 60, rows).int(),
             torch.rand(rows, device=self.device) * 0.99 + 0.01,
@@ -231,7 +228,7 @@ class Kernels:
             self.ints(0, 2**62, rows),
             self.ints(0, 5000, rows),
         )
-        got, want = sample.sample(logits, *columns), extra.sample(logits, *columns)
+        got, want = sample.sample(logits, draw), sampling_ref.sample(logits, draw)
         # A draw that falls on a boundary between two tokens may go either way: all but one in a hundred must agree.
         close = torch.where((got != want).float().mean() <= 0.01, want, got)
         masked, mask = logits.clone(), self.ints(-(2**31), 2**31, 2, vocab // 32).int()
@@ -245,28 +242,6 @@ class Kernels:
             (masked.nan_to_num(neginf=-1e4), expected.nan_to_num(neginf=-1e4)),
         ]
 
-    def penalties(self) -> list[tuple[Tensor, Tensor]]:
-        from phloem.kernels.triton import sample
-
-        rows, vocab = 3, 5000
-        logits = self.randn(rows, vocab, dtype=torch.float32, by=3)
-        counts, slots = (
-            torch.zeros(8, vocab, dtype=torch.int32, device=self.device),
-            self.tensor([5, 2, 7], torch.int32),
-        )
-        for _ in range(4):
-            tokens = self.ints(0, 30, rows).int()
-            sample.count_tokens_(counts, slots, tokens)
-        again, often, once = (torch.rand(rows, device=self.device) + 0.5 for _ in range(3))
-        ids = torch.stack([torch.randperm(vocab, device=self.device)[:5].int() for _ in range(rows)])
-        values = self.randn(rows, 5, dtype=torch.float32)
-        seen = counts[slots.long()]
-        want = torch.where(logits > 0, logits / again[:, None], logits * again[:, None])
-        want = torch.where(seen > 0, want, logits) - often[:, None] * seen - once[:, None] * (seen > 0)
-        want.scatter_add_(1, ids.long(), values)
-        sample.adjust_(logits, penalties=(again, often, once), counts=counts, slots_L=slots, bias=(ids, values))
-        return [(logits, want)]
-
     def moe(self) -> list[tuple[Tensor, Tensor]]:
         from phloem.kernels.triton import moe
 
@@ -279,24 +254,24 @@ class Kernels:
         for tokens in (1, 9) if self.tiny else (1, 40, 1000):
             x, logits = self.randn(tokens, width), self.randn(tokens, count, by=2)
             weights, ids = moe.route(logits, k, True)
-            want_weights, want_ids = extra.route(logits, k, True)
+            want_weights, want_ids = experts_ref.route(logits, k, True)
             pairs += [(weights, want_weights), (ids, want_ids)]
             wide = (x.float(), want_weights, want_ids, gate_up.float(), down.float())
-            pairs.append((moe.experts(x, want_weights, want_ids, gate_up, down), extra.experts(*wide)))
+            pairs.append((moe.experts(x, want_weights, want_ids, gate_up, down), experts_ref.experts(*wide)))
         return pairs
 
     def moe_fp8(self) -> list[tuple[Tensor, Tensor]]:
         from phloem.kernels.triton import moe
 
         count, width, inner = (4, 256, 128) if self.tiny else (32, 1024, 384)
-        gate_up, gate_scale = extra.quantise_blocks(self.randn(count, 2 * inner, width, by=width**-0.5), self.fp8)
-        down, down_scale = extra.quantise_blocks(self.randn(count, width, inner, by=inner**-0.5), self.fp8)
+        gate_up, gate_scale = formats.quantise_blocks(self.randn(count, 2 * inner, width, by=width**-0.5), self.fp8)
+        down, down_scale = formats.quantise_blocks(self.randn(count, width, inner, by=inner**-0.5), self.fp8)
         x, logits = self.randn(70, width), self.randn(70, count)
-        weights, ids = extra.route(logits, 4, True)
+        weights, ids = experts_ref.route(logits, 4, True)
         got = moe.experts(x, weights, ids, gate_up, down, scales=(gate_scale, down_scale))
-        wide = extra.spread_blocks(gate_up, gate_scale), extra.spread_blocks(down, down_scale)
-        rounded = extra.spread_groups(*extra.quantise_fp8(x, self.fp8, 128))
-        return [(got, extra.experts(rounded, weights, ids, *wide))]
+        wide = formats.spread_blocks(gate_up, gate_scale), formats.spread_blocks(down, down_scale)
+        rounded = formats.spread_groups(*formats.quantise_fp8(x, self.fp8, 128))
+        return [(got, experts_ref.experts(rounded, weights, ids, *wide))]
 
     def quantise(self) -> list[tuple[Tensor, Tensor]]:
         from phloem.kernels.triton import quantise
@@ -304,13 +279,11 @@ class Kernels:
         x = self.randn(9, 300 if self.tiny else 4224)
         token, token_scale = quantise.per_token_fp8(x, self.fp8)
         group, group_scale = quantise.per_group_fp8(x, self.fp8)
-        whole, whole_scale = quantise.per_token_int8(x)
         return [
             (token.float() * token_scale[:, None], x.float()),
-            (extra.spread_groups(group, group_scale), x.float()),
-            (whole.float() * whole_scale[:, None], x.float()),
-            (token_scale, extra.quantise_fp8(x, self.fp8)[1]),
-            (group_scale, extra.quantise_fp8(x, self.fp8, 128)[1]),
+            (formats.spread_groups(group, group_scale), x.float()),
+            (token_scale, formats.quantise_fp8(x, self.fp8)[1]),
+            (group_scale, formats.quantise_fp8(x, self.fp8, 128)[1]),
         ]
 
     def gemm_fp8(self) -> list[tuple[Tensor, Tensor]]:
@@ -318,10 +291,10 @@ class Kernels:
 
         pairs: list[tuple[Tensor, Tensor]] = []
         features, outputs = (256, 130) if self.tiny else (4096, 1500)
-        weight, weight_scale = extra.quantise_blocks(self.randn(outputs, features), self.fp8)
+        weight, weight_scale = formats.quantise_blocks(self.randn(outputs, features), self.fp8)
         for tokens in (1, 20) if self.tiny else (1, 33, 500):
-            x, x_scale = extra.quantise_fp8(self.randn(tokens, features), self.fp8, 128)
-            want = F.linear(extra.spread_groups(x, x_scale), extra.spread_blocks(weight, weight_scale))
+            x, x_scale = formats.quantise_fp8(self.randn(tokens, features), self.fp8, 128)
+            want = F.linear(formats.spread_groups(x, x_scale), formats.spread_blocks(weight, weight_scale))
             pairs.append((gemm_fp8.block_scaled_gemm(x, x_scale, weight, weight_scale, None, self.dtype), want))
         return pairs
 
@@ -330,7 +303,7 @@ class Kernels:
 
         pairs: list[tuple[Tensor, Tensor]] = []
         features, outputs, group = (256, 70, 64) if self.tiny else (4096, 1500, 128)
-        weight, scale = extra.quantise_int8(self.randn(outputs, features))
+        weight, scale = formats.quantise_int8(self.randn(outputs, features))
         nibbles = self.ints(0, 16, outputs, features)
         step, zero = (
             torch.rand(outputs, features // group, device=self.device),
@@ -352,9 +325,9 @@ class Kernels:
         down, up = self.randn(3, rank, features, by=features**-0.5), self.randn(3, outputs, rank)
         scaling = self.tensor([0.5, 2.0, 1.0], torch.float32)
         start, adapter = self.tensor([0, 1, 4, 22, 39, 40], torch.int32), self.tensor([2, -1, 0, 1, -1], torch.int32)
-        want = extra.add_lora(y.float(), x.float(), down, up, scaling, start, adapter)
-        lora.add_lora_(y, x, down, up, scaling, start, adapter)
-        return [(y, want)]
+        adapters = Adapters(down, up, scaling, start, adapter)
+        want = ref.add_adapters(y.float(), x.float(), adapters)
+        return [(lora.add_adapters(y, x, adapters), want)]
 
     def invariant(self) -> list[tuple[Tensor, Tensor]]:
         """Bits that must not depend on the batch."""
@@ -366,27 +339,29 @@ class Kernels:
             self.randn(outputs, features, by=features**-0.5),
             self.randn(outputs),
         )
-        together = invariant.linear(x, weight, bias)
+        together = invariant.product(x, weight, bias)
         pairs = [(together, F.linear(x.float(), weight.float(), bias.float()))]
         for rows in (slice(0, 1), slice(3, 20), slice(64, 70)):
-            pairs.append((invariant.linear(x[rows], weight, bias), together[rows]))
+            pairs.append((invariant.product(x[rows], weight, bias), together[rows]))
             pairs.append((norm.rms_norm(x[rows], weight[0], 1e-6), norm.rms_norm(x, weight[0], 1e-6)[rows]))
             pairs.append((sample.logsumexp(x[rows].float()), sample.logsumexp(x.float())[rows]))
         lengths = [150, 20] if self.tiny else [150, 5000, 2000]
         batch = self.paged([1] * len(lengths), lengths)
         caches = [self.randn(batch.page_table.numel() + 1, 2, 16, 32) for _ in range(2)]
         q = self.randn(len(lengths), 8, 32)
-        whole = invariant.paged_attention(q, *caches, batch, 0.2, 0, 0.0, None)
+        whole = invariant.paged_attention(q, (caches[0], caches[1]), batch, AttentionCall(0.2))
         for row, length in enumerate(lengths):
             one = slice(row, row + 1)
             start = self.tensor([0, 1], torch.int32)
             alone = PagedBatch(start, batch.seq_lens[one], batch.page_table[one], batch.token_slots[one], 1, length)
-            pairs.append((invariant.paged_attention(q[one], *caches, alone, 0.2, 0, 0.0, None), whole[one]))
+            pairs.append(
+                (invariant.paged_attention(q[one], (caches[0], caches[1]), alone, AttentionCall(0.2)), whole[one])
+            )
         return pairs
 
 
 CHECKS = [
-    *("norms", "activations", "rope", "pages", "decode", "extend", "mla", "sampling", "penalties", "moe", "quantise"),
+    *("norms", "activations", "rope", "pages", "decode", "extend", "mla", "sampling", "moe", "quantise"),
     *("gemm_fp8", "moe_fp8", "gemm_int", "lora", "invariant"),
 ]
 # Checks whose result is rounded to float8 or int8 on the way: (limit of the relative norm).

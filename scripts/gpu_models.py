@@ -15,20 +15,23 @@ import torch
 from gpu_kernels import Outcome, distance
 from torch import Tensor
 
-from phloem.attention import begin
 from phloem.attention.reference import Backend as TableBackend
 from phloem.attention.triton import Backend as TritonBackend
 from phloem.core.batch import Batch
 from phloem.core.memory import groups_of
-from phloem.engine.decode import DecodeGraphs
-from phloem.engine.inputs import StepInputs, device_inputs
-from phloem.engine.pieces import PieceGraphs
-from phloem.kernels import reference_extra as extra
+from phloem.engine.forward import run_forward
+from phloem.engine.inputs import Step, StepInputs
+from phloem.engine.recorded.decode import DecodeGraphs
+from phloem.engine.recorded.pieces import PieceGraphs
+from phloem.engine.transfer import LastTokens
+from phloem.engine.wanted import Wanted
+from phloem.kernels import reference_formats as formats
 from phloem.kernels.graph_cuda import Recorder
 from phloem.kernels.ops import Ops, WeightSource
 from phloem.kvcache.pool import KVPool
-from phloem.layers.context import BuildContext, ForwardBatch, memory_of
+from phloem.layers.context import BuildContext, memory_of
 from phloem.models import FAMILIES
+from phloem.platforms._facts import StepFacts
 
 _COMMON = {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192, "hidden_act": "silu"}
 LLAMA_8B = {
@@ -72,18 +75,6 @@ TINY_MOE = {**QWEN3_30B_A3B, **_TINY, "num_experts": 4, "num_experts_per_tok": 2
 
 
 @dataclass
-class Fp8Linear:
-    """A dense weight in float8 with a scale per output."""
-
-    values: Tensor
-    scale: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.scale.nbytes
-
-
-@dataclass
 class Fp8Experts:
     """Stacked experts in float8 with a scale per 128 x 128 block, [E, M, N] and [E, M / 128, N / 128]."""
 
@@ -105,40 +96,26 @@ def random_weights(device: torch.device, float8: torch.dtype | None, ops: Ops) -
         rows, width = sum(part.shape[0] for part in parts), parts[0].shape[1]
         return torch.empty((rows, width), dtype=dtype, device=device).normal_(0, width**-0.5)
 
+    from phloem.kernels.triton import table
+    from phloem.kernels.triton.weights import Float8Rows
+
     def linear_weight(parts: Sequence[WeightSource], dtype: torch.dtype, _: torch.device) -> Any:
         dense = draw(parts, dtype)
         kept = any(name in parts[0].name for name in ("embed_tokens", "lm_head", ".gate.weight"))
         if float8 is None or kept:
             return dense
-        return Fp8Linear(*extra.quantise_fp8(dense, float8))
+        return Float8Rows(*formats.quantise_fp8(dense, float8))
 
     def expert_weights(parts: Sequence[WeightSource], dtype: torch.dtype, _: torch.device, experts: int) -> Any:
         dense = draw(parts, dtype)
         if float8 is None:
             return dense
         stacked = dense.unflatten(0, (experts, -1))
-        blocks = [extra.quantise_blocks(one, float8) for one in stacked]
+        blocks = [formats.quantise_blocks(one, float8) for one in stacked]
         return Fp8Experts(torch.stack([values for values, _ in blocks]), torch.stack([scale for _, scale in blocks]))
 
     drawn = replace(ops, prepare_linear=linear_weight, prepare_experts=expert_weights)
-    return drawn if float8 is None else replace(drawn, linear=_fp8_linear(ops), moe=_fp8_moe(ops))
-
-
-def _fp8_linear(ops: Ops) -> Any:
-    from phloem.kernels.triton.quantise import per_token_fp8
-
-    def linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-        if not isinstance(weight, Fp8Linear):
-            return ops.linear(x, weight, bias)
-        x8, scale = per_token_fp8(x, weight.values.dtype)
-        if x.device.type == "cpu":  # a dry run: the CPU has no scaled product
-            y = (x8.float() @ weight.values.float().T * scale[:, None] * weight.scale).to(x.dtype)
-            return y if bias is None else y + bias
-        return torch._scaled_mm(
-            x8, weight.values.t(), scale[:, None], weight.scale[None, :], bias=bias, out_dtype=x.dtype
-        )
-
-    return linear
+    return drawn if float8 is None else replace(drawn, linear=table.table().linear, moe=_fp8_moe(ops))
 
 
 def _fp8_moe(ops: Ops) -> Any:
@@ -203,23 +180,22 @@ class Dummy:
 
     def fill_cache(self) -> None:
         """Random KV: zeros would be too easy, for the numbers and for the clocks."""
-        for cache in (*self.pool.keys, *self.pool.values):
-            cache.normal_()
+        for spec in self.model.attention_specs:
+            self.pool.keys[spec.pool].normal_()
+            self.pool.values[spec.pool].normal_()
 
     def recorder(self) -> Any:
         return Recorder(self.device) if self.device.type == "cuda" else Again()
 
     def graphs(self, limit: int, context: int) -> DecodeGraphs:
         pages = -(-context // self.page_size)
-        return DecodeGraphs(self.recorder(), self.model, self.backend, self.pool, limit, pages)
+        return DecodeGraphs(self.recorder(), self.model, self.backend, self.pool, StepFacts(), limit, pages)
 
     def pieces(self, limit: int) -> PieceGraphs:
         return PieceGraphs(self.recorder(), self.model, self.backend, self.pool, limit)
 
     def forward(self, inputs: StepInputs) -> Tensor:
-        memory = begin(self.backend, inputs.paged, self.pool)
-        step = ForwardBatch(inputs.input_ids, inputs.positions, memory, inputs.logit_index)
-        return self.model.forward(step)
+        return run_forward(self.model, self.backend, self.pool, inputs, inputs.logit_index)
 
     def batch(self, queries: list[int], lengths: list[int]) -> Batch:
         """A step of rows on scattered pages, with random tokens; each row's pages follow from its number alone."""
@@ -229,13 +205,15 @@ class Dummy:
         ids = np.random.default_rng(1).integers(0, self.config["vocab_size"], sum(queries)).astype(np.int32)
         new, rows = np.array(queries, np.int32), len(lengths)
         slots = np.arange(rows, dtype=np.int32)
-        return Batch(0, slots, new, np.array(lengths, np.int32) - new, ids, table, np.ones(rows, np.bool_))
+        tables = (table,) * len(self.pool.groups)
+        return Batch(0, slots, new, np.array(lengths, np.int32) - new, ids, tables, np.ones(rows, np.int32))
 
     def inputs(self, queries: list[int], lengths: list[int]) -> StepInputs:
-        return device_inputs(self.batch(queries, lengths), self.page_size, self.last_tokens(len(lengths)))
+        return self.step(queries, lengths).inputs
 
-    def last_tokens(self, rows: int) -> Tensor:
-        return torch.zeros(rows, dtype=torch.int64, device=self.device)
+    def step(self, queries: list[int], lengths: list[int]) -> Step:
+        batch = self.batch(queries, lengths)
+        return Step(batch, Wanted.of(batch), self.pool, LastTokens(len(lengths), self.device, False, None))
 
 
 def _checkpoint(config: dict[str, Any]) -> Any:
@@ -328,11 +306,10 @@ def _check_graphs(name: str, ours: Dummy) -> Outcome:
     graphs = ours.graphs(5, 64)
     graphs.graphs.sizes.remove(3)
     for lengths in ([38, 6], [38, 6, 20]):
-        batch = ours.batch([1] * len(lengths), lengths)
         eager = ours.forward(ours.inputs([1] * len(lengths), lengths))
         replayed = None
         for _ in range(8):  # the policy records a bucket only when it is wanted again
-            replayed = graphs.run(batch, ours.last_tokens(len(lengths)))
+            replayed = graphs.run(ours.step([1] * len(lengths), lengths), lambda: None)
         if replayed is None:
             reason = graphs.graphs.refused or "not recorded"
             return Outcome(f"{name}: graph", False, math.inf, 0.0, time.perf_counter() - begin, reason)
@@ -361,13 +338,13 @@ def _check_pieces(name: str, ours: Dummy, limit: float) -> Outcome:
     ):
         if full_only and sum(queries) not in pieces.graphs.sizes:
             continue
-        inputs = ours.inputs(queries, lengths)
-        got = pieces.run(inputs)
+        step = ours.step(queries, lengths)
+        got = pieces.run(step, lambda: None)
         if got is None:
             reason = pieces.graphs.refused or "not recorded"
             return Outcome(f"{name}: pieces", False, math.inf, 0.0, time.perf_counter() - begin, reason)
-        errors.append(distance(got, ours.forward(inputs)))
-    if pieces.run(ours.inputs([49], [49])) is not None:
+        errors.append(distance(got, ours.forward(step.inputs)))
+    if pieces.run(ours.step([49], [49]), lambda: None) is not None:
         errors.append(math.inf)  # there is no such bucket
     worst = max(errors)
     return Outcome(f"{name}: pieces equal eager", worst <= limit, worst, limit, time.perf_counter() - begin)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phloem.kernels.ops import PagedBatch, Rotation
+from phloem.kernels.ops import Adapters, AttentionCall, Draw, LatentCall, PagedBatch, Rotation
 from phloem.kernels.triton import (
     activation,
     attention,
@@ -76,22 +76,14 @@ def _attend(
     run = attention.decode_attention if rows == tokens else attention.extend_attention
     if float8 is not None:
         options["scales"] = (t(kv_heads, dtype=F32), t(kv_heads, dtype=F32))
-    run(
-        t(tokens, heads, head, dtype=dtype),
-        cache,
-        cache,
-        batch(rows, tokens),
-        head**-0.5,
-        window,
-        cap,
-        t(heads) if sinks else None,
-        **options,
-    )
+    call = AttentionCall(head**-0.5, window, cap, t(heads) if sinks else None)
+    run(t(tokens, heads, head, dtype=dtype), (cache, cache), batch(rows, tokens), call, **options)
 
 
 def _mla(rows: int, tokens: int) -> None:
     q_nope, q_rope, cache = t(tokens, 128, 128), t(tokens, 128, 64), t(1000, 1, 16, 576)
-    mla.mla_attention(q_nope, q_rope, cache, batch(rows, tokens), t(128, 128, 512), t(128, 512, 128), 0.1)
+    call = LatentCall(t(128, 128, 512), t(128, 512, 128), 0.1)
+    mla.latent_attention(q_nope, q_rope, cache, batch(rows, tokens), call)
 
 
 def _rope(interleaved: bool, cache_dtype: torch.dtype, scaled: bool) -> None:
@@ -121,25 +113,18 @@ def _elementwise() -> None:
 def _pages() -> None:
     pages.embedding(t(64, dtype=I64), t(128256, 4096), 64.0)
     pages.select_rows(t(64, 4096), t(8, dtype=I64))
-    pages.gather_pages(t(1000, 8, 16, 128), t(20, dtype=I32))
-    pages.scatter_pages(t(1000, 8, 16, 128), t(20, dtype=I32), t(20, 8, 16, 128))
 
 
 def _sample(vocab: int) -> None:
     logits = t(32, vocab, dtype=F32)
     column, number = t(32, dtype=F32), t(32, dtype=I32)
-    sample.sample(logits, column, number, column, column, t(32, dtype=I64), t(32, dtype=I64))
+    sample.sample(logits, Draw(column, number, column, column, t(32, dtype=I64), t(32, dtype=I64)))
 
 
 def _logits(vocab: int) -> None:
     logits = t(32, vocab, dtype=F32)
-    column, slots = t(32, dtype=F32), t(32, dtype=I32)
     sample.logsumexp(logits)
-    counts, words = t(256, vocab, dtype=I32), t(32, -(-vocab // 32), dtype=I32)
-    bias = (t(32, 300, dtype=I32), t(32, 300, dtype=F32))
-    sample.adjust_(logits, penalties=(column,) * 3, counts=counts, slots_L=slots, bias=bias, mask_LW=words)
-    sample.adjust_(logits, penalties=(column,) * 3, counts=counts, slots_L=slots, mask_LW=words)
-    sample.count_tokens_(counts, slots, slots)
+    slots, words = t(32, dtype=I32), t(32, -(-vocab // 32), dtype=I32)
     sample.mask_tokens_(logits, slots, words)
 
 
@@ -170,7 +155,8 @@ def _gemm_int(tokens: int) -> None:
 
 def _lora() -> None:
     scaling, start, adapter = t(8, dtype=F32), t(17, dtype=I32), t(16, dtype=I32)
-    lora.add_lora_(t(64, 6144), t(64, 4096), t(8, 16, 4096), t(8, 6144, 16), scaling, start, adapter)
+    adapters = Adapters(t(8, 16, 4096), t(8, 6144, 16), scaling, start, adapter)
+    lora.add_adapters(t(64, 6144), t(64, 4096), adapters)
 
 
 def _no_float8(run: Callable[..., Any], *args: Any, **options: Any) -> Callable[[torch.dtype], Any]:
@@ -216,11 +202,10 @@ def cases() -> list[Case]:
         Case("MoE, float8, 64 tokens", lambda f: _moe(64, f), float8=True),
         Case("MoE, float8, 4096 tokens", lambda f: _moe(4096, f), float8=True),
         Case("quantise to float8", _quantise, float8=True),
-        Case("quantise to int8", lambda _: quantise.per_token_int8(t(64, 4096))),
         Case("float8 GEMM, 1 token", partial(_gemm_fp8, 1), float8=True),
         Case("float8 GEMM, 128 tokens", partial(_gemm_fp8, 128), float8=True),
         Case("int8 and int4 GEMM, 1 token", plain(_gemm_int, 1)),
         Case("int8 and int4 GEMM, 64 tokens", plain(_gemm_int, 64)),
         Case("LoRA", plain(_lora)),
-        Case("batch-invariant matmul", lambda _: invariant.linear(t(64, 4096), t(6144, 4096), t(6144))),
+        Case("batch-invariant matmul", lambda _: invariant.product(t(64, 4096), t(6144, 4096), t(6144))),
     ]

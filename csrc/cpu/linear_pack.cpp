@@ -288,27 +288,34 @@ void pack_block(const PackArgs& a, int64_t block) {
   }
 }
 
-// `kind` is the layout: each GGUF type has one of its own, and Q8_0 the split one too.
+// Calls f with what reads the GGUF blocks of a layout: each type has a layout of its own, and Q8_0 the split one too.
+template <class F>
+void with_source(int64_t layout, F&& f) {
+  switch (layout) {
+    case kQ4S: return f(FromQ4_0{});
+    case kQ4M: return f(FromQ4_1{});
+    case kQ5S: return f(FromQ5_0{});
+    case kQ5M: return f(FromQ5_1{});
+    case kQ8S: return f(FromQ8_0{});
+    case kQ8P: return f(FromQ8_0Split{});
+    case kQ2K: return f(FromQ2_K{});
+    case kQ3K: return f(FromQ3_K{});
+    case kQ4K: return f(FromQ4_K{});
+    case kQ5K: return f(FromQ5_K{});
+    case kQ6K: return f(FromQ6_K{});
+    case kQ4N: return f(FromIQ4_NL{});
+    default: break;
+  }
+}
+
+// `kind` is the layout.
 void linear_pack(const PackArgs& a, Team& team) {
   team.tasks((a.rows + kBlock - 1) / kBlock, [&](int64_t block) {
-    switch (a.kind) {
-      case kQ4S: return pack_block<FromQ4_0>(a, block);
-      case kQ4M: return pack_block<FromQ4_1>(a, block);
-      case kQ5S: return pack_block<FromQ5_0>(a, block);
-      case kQ5M: return pack_block<FromQ5_1>(a, block);
-      case kQ8S: return pack_block<FromQ8_0>(a, block);
-      case kQ8P: return pack_block<FromQ8_0Split>(a, block);
-      case kQ2K: return pack_block<FromQ2_K>(a, block);
-      case kQ3K: return pack_block<FromQ3_K>(a, block);
-      case kQ4K: return pack_block<FromQ4_K>(a, block);
-      case kQ5K: return pack_block<FromQ5_K>(a, block);
-      case kQ6K: return pack_block<FromQ6_K>(a, block);
-      case kQ4N: return pack_block<FromIQ4_NL>(a, block);
-      default: break;
-    }
+    with_source(a.kind, [&](auto from) { pack_block<decltype(from)>(a, block); });
   });
 }
-PHL_OP(linear_pack, PackArgs, "pp iiiiii");
+PHL_FIELDS(PackArgs, source, target, rows, row_bytes, kind, units, first_block, block_step);
+PHL_OP(linear_pack, PackArgs);
 
 template <class T, int Step>
 void pack_dense_block(const PackArgs& a, int64_t block) {
@@ -333,7 +340,7 @@ void linear_pack_dense(const PackArgs& a, Team& team) {
     }
   });
 }
-PHL_OP(linear_pack_dense, PackArgs, "pp iiiiii");
+PHL_OP(linear_pack_dense, PackArgs);
 
 // ---- rows back -----------------------------------------------------------------------------------------------------
 
@@ -434,20 +441,48 @@ void linear_rows(const RowsArgs& a, Team& team) {
     }
   });
 }
-PHL_OP(linear_rows, RowsArgs, "ppp iiiii d");
+PHL_FIELDS(RowsArgs, ids, parts, out, count, inputs, padded_inputs, part_count, out_stride, scale);
+PHL_OP(linear_rows, RowsArgs);
 
-// [layout's unit inputs, unit bytes] for Python, which lays out the memory.
+// For Python, which lays out the memory: inputs and bytes of a layout's unit, weights and bytes of a GGUF block that
+// becomes one (0: the layout is not made of blocks).
 struct GeometryArgs {
-  int64_t* out;  // [kLayoutCount][2]
+  int64_t* out;  // [kLayoutCount][4]
 };
+template <class From>
+void source_block(int64_t* out) {
+  out[0] = From::Layout::super ? 256 : 32;
+  out[1] = From::bytes;
+}
 void linear_geometry(const GeometryArgs& a, Team& team) {
   if (team.thread != 0) return;
   for (int layout = 0; layout < kLayoutCount; ++layout) {
-    a.out[2 * layout] = unit_inputs(layout);
-    a.out[2 * layout + 1] = unit_size(layout);
+    int64_t* out = a.out + 4 * layout;
+    out[0] = unit_inputs(layout), out[1] = unit_size(layout), out[2] = out[3] = 0;
+    if (!is_dense(layout)) with_source(layout, [&](auto from) { source_block<decltype(from)>(out + 2); });
   }
 }
-PHL_OP(linear_geometry, GeometryArgs, "p");
+PHL_FIELDS(GeometryArgs, out);
+PHL_OP(linear_geometry, GeometryArgs);
+
+PHL_CONSTANT(layout, kQ4S);
+PHL_CONSTANT(layout, kQ4M);
+PHL_CONSTANT(layout, kQ5S);
+PHL_CONSTANT(layout, kQ5M);
+PHL_CONSTANT(layout, kQ8S);
+PHL_CONSTANT(layout, kQ2K);
+PHL_CONSTANT(layout, kQ3K);
+PHL_CONSTANT(layout, kQ4K);
+PHL_CONSTANT(layout, kQ5K);
+PHL_CONSTANT(layout, kQ6K);
+PHL_CONSTANT(layout, kQ4N);
+PHL_CONSTANT(layout, kBF16);
+PHL_CONSTANT(layout, kF16);
+PHL_CONSTANT(layout, kF32);
+PHL_CONSTANT(layout, kQ8P);
+PHL_CONSTANT(layout, kLayoutCount);
+PHL_CONSTANT(layout, kBlock);
+PHL_CONSTANT(layout, kChunk);
 
 }  // namespace
 }  // namespace PHL_NS

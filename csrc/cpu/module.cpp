@@ -1,4 +1,5 @@
-// The Python module `_cpu` (stable ABI): ops by handle, step graphs, threads. Arguments are packed into 8-byte slots.
+// The Python module `_cpu` (stable ABI): ops by handle, step graphs, threads. Arguments come by name and are packed into
+// 8-byte slots.
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
@@ -9,6 +10,10 @@
 
 #include "graph.h"
 #include "op.h"
+
+namespace phl {
+extern const char* const kBuiltFrom;  // written by setup.py
+}
 
 namespace {
 
@@ -46,35 +51,108 @@ bool pack_slot(char kind, PyObject* value, uint64_t* slot) {
   return PyErr_Occurred() == nullptr;
 }
 
-bool pack(const phl::OpEntry& op, PyObject* const* args, Py_ssize_t count, uint64_t* slots) {
-  Py_ssize_t used = 0;
-  for (const char* kind = op.signature; *kind != '\0'; ++kind) {
-    if (*kind == ' ') continue;
-    if (used == count) break;
-    if (!pack_slot(*kind, args[used], slots + used)) return false;
-    ++used;
-  }
-  if (used == op.slots && used == count) return true;
-  PyErr_Format(PyExc_TypeError, "%s takes %d arguments, not %zd", op.name, op.slots, count);
-  return false;
+// Where the arguments of one place in the source go. Python hands over the same tuple of names at every call from there.
+struct Site {
+  PyObject* names;
+  int8_t slot_of[phl::kMaxSlots];
+};
+constexpr size_t kMaxSites = 32;  // of an op that are remembered
+
+std::vector<Site>& sites_of(long handle) {
+  static auto* sites = new std::vector<std::vector<Site>>(static_cast<size_t>(phl::op_count()));
+  return (*sites)[static_cast<size_t>(handle)];
 }
 
-// call(handle, work, *slots)
-PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count < 2) {
-    PyErr_SetString(PyExc_TypeError, "call(handle, work, *arguments)");
-    return nullptr;
+int slot_named(const phl::OpEntry& op, PyObject* name) {
+  for (int slot = 0; slot < op.slots; ++slot) {
+    PyObject* field = PyUnicode_FromString(op.fields[slot].name);
+    const bool same = field != nullptr && PyUnicode_Compare(field, name) == 0;
+    Py_XDECREF(field);
+    if (same) return slot;
   }
-  const long handle = PyLong_AsLong(args[0]);
-  const long long work = PyLong_AsLongLong(args[1]);
+  return -1;
+}
+
+// Finds the slot of each name. As many different names as there are slots: every slot has one.
+bool resolve(const phl::OpEntry& op, PyObject* names, Site* site) {
+  const Py_ssize_t count = names == nullptr ? 0 : PyTuple_Size(names);
+  if (count != op.slots) {
+    PyErr_Format(PyExc_TypeError, "%s takes %d arguments by name, not %zd", op.name, op.slots, count);
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* name = PyTuple_GetItem(names, i);
+    const int slot = slot_named(op, name);
+    if (slot < 0) {
+      if (PyErr_Occurred() == nullptr) PyErr_Format(PyExc_TypeError, "%s has no argument %R", op.name, name);
+      return false;
+    }
+    site->slot_of[i] = static_cast<int8_t>(slot);
+  }
+  site->names = names;
+  return true;
+}
+
+bool pack(const phl::OpEntry& op, long handle, PyObject* const* values, PyObject* names, uint64_t* slots) {
+  std::vector<Site>& sites = sites_of(handle);
+  const Site* site = nullptr;
+  for (const Site& known : sites) {
+    if (known.names == names) site = &known;
+  }
+  Site found;
+  if (site == nullptr) {
+    if (!resolve(op, names, &found)) return false;
+    site = &found;
+    if (sites.size() < kMaxSites) {
+      Py_INCREF(names);  // so that no other tuple comes to stand at its address
+      sites.push_back(found);
+    }
+  }
+  for (int i = 0; i < op.slots; ++i) {
+    const int slot = site->slot_of[i];
+    if (!pack_slot(op.fields[slot].kind, values[i], slots + slot)) return false;
+  }
+  return true;
+}
+
+// The op of a handle, its arguments packed; nullptr: an error is set.
+const phl::OpEntry* prepare(PyObject* number, PyObject* const* values, PyObject* names, uint64_t* slots) {
+  const long handle = PyLong_AsLong(number);
   if (PyErr_Occurred()) return nullptr;
   if (handle < 0 || handle >= phl::op_count()) {
     PyErr_SetString(PyExc_IndexError, "no such op");
     return nullptr;
   }
   const phl::OpEntry& op = phl::op_at(static_cast<int>(handle));
+  return pack(op, handle, values, names, slots) ? &op : nullptr;
+}
+
+// ask(handle, **arguments)
+PyObject* ask(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+  if (count != 1) {
+    PyErr_SetString(PyExc_TypeError, "ask(handle, **arguments): an op takes its arguments by name");
+    return nullptr;
+  }
   uint64_t slots[phl::kMaxSlots];
-  if (!pack(op, args + 2, count - 2, slots)) return nullptr;
+  const phl::OpEntry* op = prepare(args[0], args + 1, names, slots);
+  if (op == nullptr) return nullptr;
+  phl::Team alone;
+  op->run(slots, alone);
+  Py_RETURN_NONE;
+}
+
+// call(handle, work, **arguments)
+PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+  if (count != 2) {
+    PyErr_SetString(PyExc_TypeError, "call(handle, work, **arguments): an op takes its arguments by name");
+    return nullptr;
+  }
+  const long long work = PyLong_AsLongLong(args[1]);
+  if (PyErr_Occurred()) return nullptr;
+  uint64_t slots[phl::kMaxSlots];
+  const phl::OpEntry* found = prepare(args[0], args + 2, names, slots);
+  if (found == nullptr) return nullptr;
+  const phl::OpEntry& op = *found;
   if (recording != nullptr) {
     recording->append(&op, work, slots);
     if (!recording->runs) Py_RETURN_NONE;
@@ -104,20 +182,48 @@ PyObject* op(PyObject*, PyObject* name) {
   return PyLong_FromLong(static_cast<long>(entry - &phl::op_at(0)));
 }
 
-PyObject* ops(PyObject*, PyObject*) {
+// Appends to a list and gives up the reference; false: an error is set.
+bool append(PyObject* list, PyObject* item) {
+  const bool good = item != nullptr && PyList_Append(list, item) == 0;
+  Py_XDECREF(item);
+  return good;
+}
+
+// [make(i) for i in range(count)]
+template <class F>
+PyObject* list_of(int count, F&& make) {
   PyObject* list = PyList_New(0);
-  for (int i = 0; list != nullptr && i < phl::op_count(); ++i) {
-    const phl::OpEntry& entry = phl::op_at(i);
-    PyObject* row = Py_BuildValue("(sss)", entry.name, phl::kLevelNames[entry.level], entry.signature);
-    if (row == nullptr || PyList_Append(list, row) != 0) {
-      Py_XDECREF(row);
-      Py_DECREF(list);
-      return nullptr;
-    }
-    Py_DECREF(row);
+  for (int i = 0; list != nullptr && i < count; ++i) {
+    if (append(list, make(i))) continue;
+    Py_DECREF(list);
+    return nullptr;
   }
   return list;
 }
+
+std::string kinds_of(const phl::OpEntry& op) {
+  std::string kinds;
+  for (int slot = 0; slot < op.slots; ++slot) kinds += op.fields[slot].kind;
+  return kinds;
+}
+
+PyObject* ops(PyObject*, PyObject*) {
+  return list_of(phl::op_count(), [](int i) -> PyObject* {
+    const phl::OpEntry& op = phl::op_at(i);
+    PyObject* fields = list_of(op.slots, [&](int slot) { return PyUnicode_FromString(op.fields[slot].name); });
+    if (fields == nullptr) return nullptr;
+    return Py_BuildValue("(sssN)", op.name, phl::kLevelNames[op.level], kinds_of(op).c_str(), fields);
+  });
+}
+
+PyObject* constants(PyObject*, PyObject*) {
+  return list_of(phl::constant_count(), [](int i) {
+    const phl::ConstantEntry& constant = phl::constant_at(i);
+    return Py_BuildValue("(ssL)", constant.name, phl::kLevelNames[constant.level], static_cast<long long>(constant.value));
+  });
+}
+
+PyObject* built_from(PyObject*, PyObject*) { return PyUnicode_FromString(phl::kBuiltFrom); }
 
 PyObject* levels(PyObject*, PyObject*) {
   PyObject* tuple = PyTuple_New(phl::best_level() + 1);
@@ -212,23 +318,16 @@ PyObject* replay(PyObject*, PyObject* capsule) {
   Py_RETURN_NONE;
 }
 
-// calls(graph) -> [(op name, signature, arguments as the bytes of 8-byte slots)]
+// calls(graph) -> [(op name, kinds of its slots, arguments as the bytes of 8-byte slots)]
 PyObject* calls(PyObject*, PyObject* capsule) {
   const phl::Graph* graph = graph_of(capsule);
   if (graph == nullptr) return nullptr;
-  PyObject* list = PyList_New(0);
-  for (size_t i = 0; list != nullptr && i < graph->records.size(); ++i) {
-    const phl::Record& record = graph->records[i];
+  return list_of(static_cast<int>(graph->records.size()), [&](int i) {
+    const phl::Record& record = graph->records[static_cast<size_t>(i)];
     const auto* first = reinterpret_cast<const char*>(graph->slots.data() + record.first_slot);
-    PyObject* row = Py_BuildValue("(ssy#)", record.op->name, record.op->signature, first, Py_ssize_t{8} * record.op->slots);
-    if (row == nullptr || PyList_Append(list, row) != 0) {
-      Py_XDECREF(row);
-      Py_DECREF(list);
-      return nullptr;
-    }
-    Py_DECREF(row);
-  }
-  return list;
+    const Py_ssize_t bytes = Py_ssize_t{8} * record.op->slots;
+    return Py_BuildValue("(ssy#)", record.op->name, kinds_of(*record.op).c_str(), first, bytes);
+  });
 }
 
 // set_slots(graph, places, value): writes an integer argument into slots; `places` are int32, counted over all calls.
@@ -260,25 +359,21 @@ PyObject* replay_timed(PyObject*, PyObject* capsule) {
   Py_BEGIN_ALLOW_THREADS
   graph->replay_timed(times.data());
   Py_END_ALLOW_THREADS
-  PyObject* list = PyList_New(0);
-  for (size_t i = 0; list != nullptr && i < graph->records.size(); ++i) {
-    const phl::Record& record = graph->records[i];
-    PyObject* row = Py_BuildValue("(siL)", record.op->name, int(record.solo), static_cast<long long>(times[i]));
-    if (row == nullptr || PyList_Append(list, row) != 0) {
-      Py_XDECREF(row);
-      Py_DECREF(list);
-      return nullptr;
-    }
-    Py_DECREF(row);
-  }
-  return list;
+  return list_of(static_cast<int>(graph->records.size()), [&](int i) {
+    const phl::Record& record = graph->records[static_cast<size_t>(i)];
+    return Py_BuildValue("(siL)", record.op->name, int(record.solo), static_cast<long long>(times[static_cast<size_t>(i)]));
+  });
 }
 
 PyMethodDef methods[] = {
-    {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(call)), METH_FASTCALL,
-     "call(handle, work, *arguments): run an op, and record it if this thread records"},
+    {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(call)), METH_FASTCALL | METH_KEYWORDS,
+     "call(handle, work, **arguments): run an op, and record it if this thread records"},
+    {"ask", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(ask)), METH_FASTCALL | METH_KEYWORDS,
+     "ask(handle, **arguments): run an op that tells something, on this thread; never recorded"},
     {"op", op, METH_O, "op(name) -> handle of the best unit at the current level"},
-    {"ops", ops, METH_NOARGS, "every registered op: (name, level, signature)"},
+    {"ops", ops, METH_NOARGS, "every registered op: (name, level, kinds of its arguments, their names)"},
+    {"constants", constants, METH_NOARGS, "what the units export: (name, level, value)"},
+    {"built_from", built_from, METH_NOARGS, "digest of the sources that the library was built from"},
     {"levels", levels, METH_NOARGS, "instruction-set levels that this CPU can run"},
     {"set_level", set_level, METH_O, "use no level above this one in later op() calls; None: the best"},
     {"level", level, METH_NOARGS, "the level in use"},
@@ -287,7 +382,7 @@ PyMethodDef methods[] = {
     {"threads", threads, METH_NOARGS, "size of the thread pool"},
     {"record_begin", record_begin, METH_O, "append this thread's calls to a new graph; False: without running them"},
     {"record_end", record_end, METH_NOARGS, "the graph recorded since record_begin, or None"},
-    {"calls", calls, METH_O, "a graph's calls: (op name, signature, slots)"},
+    {"calls", calls, METH_O, "a graph's calls: (op name, kinds, slots)"},
     {"set_slots", set_slots, METH_VARARGS, "write an integer into slots of a graph's calls: (graph, int32 places, value)"},
     {"replay", replay, METH_O, "run a graph in one parallel region"},
     {"replay_timed", replay_timed, METH_O, "run a graph and time each op: (name, solo, nanoseconds)"},

@@ -21,6 +21,19 @@ std::vector<OpEntry>& entries() {
 }
 }  // namespace
 
+namespace {
+std::vector<ConstantEntry>& constants() {
+  static auto* list = new std::vector<ConstantEntry>;
+  return *list;
+}
+}  // namespace
+
+void register_constant(const ConstantEntry& entry) { constants().push_back(entry); }
+
+int constant_count() { return static_cast<int>(constants().size()); }
+
+const ConstantEntry& constant_at(int index) { return constants()[index]; }
+
 void register_op(const OpEntry& entry) { entries().push_back(entry); }
 
 int op_count() { return static_cast<int>(entries().size()); }

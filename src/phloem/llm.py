@@ -13,13 +13,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from phloem.client.start import make_client
 from phloem.core.config import Config
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.messages import Drain
+from phloem.launch.thread import EngineThread
+from phloem.protocol.body import Parser
+from phloem.protocol.generate.body import GenerateBody
+from phloem.protocol.generate.convert import is_batch, to_request
+from phloem.protocol.generate.write import Renderer, strip
+from phloem.protocol.score.body import ScoreBody
+from phloem.protocol.score.convert import to_request as score_request
+from phloem.protocol.score.write import scores
+from phloem.utils import log
 
 if TYPE_CHECKING:
     from phloem.client.call import Call
-    from phloem.server.protocol import GenerateBody
 
 T = TypeVar("T")
 Answer = dict[str, Any]
@@ -59,10 +68,6 @@ class Engine:
     """
 
     def __init__(self, **settings: Any) -> None:
-        from phloem.launch import EngineThread
-        from phloem.server.supervisor import make_client
-        from phloem.utils import log
-
         if "model" in settings:
             settings["model_path"] = settings.pop("model")
         self.config = Config.from_flat({"log_level": "warning", **settings})
@@ -140,9 +145,6 @@ class Engine:
         stream: bool,
         fields: dict[str, Any],
     ) -> GenerateBody:
-        from phloem.server.body import Parser
-        from phloem.server.protocol import GenerateBody
-
         if self._closed:
             raise EngineDead("the engine was shut down")
         values = {
@@ -155,8 +157,6 @@ class Engine:
         return Parser(GenerateBody).convert(values, self.info.features)
 
     async def _collect(self, body: GenerateBody) -> Answer | list[Answer]:
-        from phloem.server.generate.convert import Renderer, is_batch, strip, to_request
-
         request = to_request(body)
         single = not is_batch(body) and request.items[0].sampling.n == 1
         renderer = Renderer(body, self._client.tokenizer, self.info.weight_version)
@@ -169,8 +169,6 @@ class Engine:
         return strip([_plain(renderer.answer(output)) for output in call.outputs], single)
 
     async def _events(self, body: GenerateBody) -> AsyncGenerator[Answer]:
-        from phloem.server.generate.convert import Renderer, is_batch, to_request
-
         request = to_request(body)
         single = not is_batch(body) and request.items[0].sampling.n == 1
         renderer = Renderer(body, self._client.tokenizer, self.info.weight_version)
@@ -239,10 +237,6 @@ class Engine:
         item_first: bool = False,
     ) -> list[list[float]]:
         """Probabilities of the label tokens behind query and item, a list for each item; as `/v1/score`."""
-        from phloem.server.body import Parser
-        from phloem.server.responses.body import ScoreBody
-        from phloem.server.score.convert import scores, to_request
-
         values = {
             "query": query,
             "items": items,
@@ -253,7 +247,7 @@ class Engine:
         body = Parser(ScoreBody).convert(values)
 
         async def run() -> list[list[float]]:
-            call = await self._client.submit(to_request(body))
+            call = await self._client.submit(score_request(body))
             try:
                 async for _ in call:
                     pass

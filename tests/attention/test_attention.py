@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import pool_of
 
+from phloem import attention
 from phloem.attention import BACKENDS, AttentionNeed, cpu
 from phloem.attention import choose as choose_backend
 from phloem.core.errors import ConfigError
 from phloem.kernels import reference as ref
-from phloem.kernels.ops import Ops, PagedBatch, Rotation
+from phloem.kernels import reference_attention
+from phloem.kernels.ops import AttentionCall, Ops, PagedBatch, Rotation
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import AttentionSpec, Heads
 
@@ -67,7 +69,9 @@ def make_case(rows: list[tuple[int, int]], spec: AttentionSpec, dtype: torch.dty
 def expected(case: Case, spec: AttentionSpec, sinks: torch.Tensor | None) -> torch.Tensor:
     keys, values = case.pool.keys[0].clone(), case.pool.values[0].clone()
     ref.write_kv(case.k, case.v, keys, values, case.batch.token_slots)
-    return ref.paged_attention(case.q, keys, values, case.batch, spec.scale, spec.window, spec.softcap, sinks)
+    return reference_attention.paged_attention(
+        case.q, (keys, values), case.batch, AttentionCall(spec.scale, spec.window, spec.softcap, sinks)
+    )
 
 
 def backend_named(name: str, spec: AttentionSpec, dtype: torch.dtype = torch.float32):
@@ -220,7 +224,7 @@ def test_cpu_uses_the_tables_own_kernel() -> None:
 
     def attend(*args: torch.Tensor) -> torch.Tensor:
         calls.append(1)
-        return ref.paged_attention(*args)
+        return reference_attention.paged_attention(*args)
 
     spec = AttentionSpec(0, 4, 2, 8, 0.3)
     ops = dataclasses.replace(Ops(), paged_attention=attend)
@@ -237,6 +241,11 @@ def test_choose_takes_the_first_that_accepts_and_says_why() -> None:
     assert choice.backend.name == "reference"
     assert choice.declined == {"cpu": "runs on CPU tensors, not on meta"}
     assert choose_backend(["cpu", "reference"], AttentionNeed([spec], torch.float32, CPU), Ops()).backend.name == "cpu"
+
+
+def test_backends_that_no_platform_names_are_asked_before_the_last_resort() -> None:
+    assert attention.with_others(["cpu", "reference"]) == ["cpu", "flash", "flashinfer", "triton", "reference"]
+    assert attention.with_others(["reference"])[-1] == "reference"
 
 
 def test_choose_refuses() -> None:

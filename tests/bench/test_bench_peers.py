@@ -94,6 +94,7 @@ def options(tmp_path: Path, **changes: Any) -> peers.Options:
     return peers.Options(output=str(tmp_path / "out"), quick=True, **{"rounds": 2, "patience": 30.0, **changes})
 
 
+@pytest.mark.slow
 def test_turns_alternate_and_the_slower_peer_shows(script: str, tmp_path: Path) -> None:
     servers = [fake(script, "fast"), fake(script, "slow", pace=0.012)]
     records, broken = peers.compare(servers, ["structured", "single"], Words(), options(tmp_path))
@@ -141,6 +142,7 @@ def test_failed_requests_are_no_part_of_a_median(script: str, tmp_path: Path) ->
     assert (tmp_path / "chart.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_memory_counts_the_family_and_nobody_is_left(script: str, tmp_path: Path) -> None:
     with running(fake(script, "family", "family"), tmp_path / "log.txt", 30) as server:
         deadline = 200

@@ -16,6 +16,7 @@ def test_prints_a_line_per_measurement(capsys: pytest.CaptureFixture[str]) -> No
     assert all(0 < row["p50_us"] <= row["p99_us"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_step_with_a_long_queue_stays_under_a_millisecond() -> None:
     for policy in ("fcfs", "lpm", "priority"):
         row = scheduler.bench_steps(10_000, policy, running=32, turnover=True, steps=60)

@@ -297,6 +297,7 @@ async def test_concurrency_is_a_limit_and_rate_spreads_arrivals() -> None:
     assert seconds > 0.04  # twelve arrivals at a hundred a second, not all at once
 
 
+@pytest.mark.slow
 async def test_a_measured_server_and_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def options(url: str, **changes: Any) -> serving.Options:
         sizes = {"requests": 2, "input_len": 24, "output_len": 4, "turns": 2, "groups": 2}

@@ -13,7 +13,8 @@ import pytest
 from phloem.bench import step
 from phloem.bench._timeline import covered, device_figures, device_spans, host_ops, idle_share, launch_count
 from phloem.core.errors import BadRequest
-from phloem.engine.decode import PATIENCE, PATIENCE_ON_CPU
+from phloem.platforms._facts import StepFacts
+from phloem.platforms.cpu import Platform
 from phloem.testing.checkpoints import tiny_checkpoint
 
 
@@ -128,7 +129,7 @@ def test_eager_steps_and_dummy_weights(tiny: Path, tmp_path: Path, capsys: pytes
 
 
 def test_steps_are_recorded_before_they_are_timed() -> None:
-    assert max(PATIENCE, PATIENCE_ON_CPU) < step.WARM
+    assert max(StepFacts().patience, Platform.facts.patience) < step.WARM
 
 
 def test_an_operators_own_time() -> None:

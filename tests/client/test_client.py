@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phloem.client.client import EngineClient
-from phloem.client.request import GenerateRequest, Item, Output
+from phloem.client.continuation import Continuation
+from phloem.client.request import GenerateRequest, Item
 from phloem.core.errors import BadRequest, EngineDead, PhloemError, QueueFull
 from phloem.core.messages import ControlReply, Heartbeat, Ready, unpack_ids
 from phloem.core.request import SamplingParams
@@ -33,9 +35,19 @@ def item(text: str = "hello", **params: Any) -> Item:
     return Item(sampling=SamplingParams(**{"max_new_tokens": 8, **params}), text=text, **fields)
 
 
-async def whole(client: EngineClient, *items: Item) -> list[Output]:
-    found: list[Output] = []
-    async for outputs in client.generate(GenerateRequest(list(items))):
+async def generate(client: EngineClient, request: GenerateRequest) -> AsyncIterator[list[Continuation]]:
+    """Submit and iterate; leaving early aborts what still runs."""
+    call = await client.submit(request)
+    try:
+        async for outputs in call:
+            yield outputs
+    finally:
+        call.cancel()
+
+
+async def whole(client: EngineClient, *items: Item) -> list[Continuation]:
+    found: list[Continuation] = []
+    async for outputs in generate(client, GenerateRequest(list(items))):
         found = outputs
     return found
 
@@ -59,7 +71,7 @@ async def test_stream_deltas_make_up_the_text() -> None:
     client = client_of(FakeEngine())
     deltas: list[str] = []
     ids: list[int] = []
-    async for outputs in client.generate(GenerateRequest([item(max_new_tokens=20)], stream=True)):
+    async for outputs in generate(client, GenerateRequest([item(max_new_tokens=20)], stream=True)):
         (output,) = outputs
         deltas.append(output.delta)
         ids += output.ids[output.new_from :]
@@ -73,7 +85,7 @@ async def test_stream_deltas_make_up_the_text() -> None:
 async def test_without_stream_the_reader_wakes_once() -> None:
     client = client_of(FakeEngine())
     times = 0
-    async for outputs in client.generate(GenerateRequest([item(), item("other")])):
+    async for outputs in generate(client, GenerateRequest([item(), item("other")])):
         times += 1
         assert all(output.finish is not None for output in outputs)
     assert times == 1
@@ -156,7 +168,7 @@ async def test_logprobs_arrive_for_output_and_prompt() -> None:
 async def test_leaving_early_aborts_exactly_once() -> None:
     engine = FakeEngine(delay=0.002)
     client = client_of(engine)
-    async for _ in client.generate(GenerateRequest([item(max_new_tokens=400)], stream=True)):
+    async for _ in generate(client, GenerateRequest([item(max_new_tokens=400)], stream=True)):
         break
     await until(lambda: not engine.running)
     task = asyncio.create_task(whole(client, item(max_new_tokens=400, n=2)))
@@ -435,7 +447,7 @@ async def test_stream_interval_groups_tokens_but_never_delays_the_first() -> Non
     client = client_of(FakeEngine())
     sizes: list[int] = []
     made = item(max_new_tokens=20, stream_interval=6)
-    async for (output,) in client.generate(GenerateRequest([made], stream=True)):
+    async for (output,) in generate(client, GenerateRequest([made], stream=True)):
         sizes.append(len(output.ids) - output.new_from)
     assert sizes == [1, 6, 6, 6, 1]
     await client.close()
@@ -450,18 +462,18 @@ async def test_health_tells_the_truth_about_the_engine(monkeypatch: pytest.Monke
     engine.say(Ready())
     await client.wait_ready()
     assert health.problem() is None
-    client.heard_at -= IDLE_SILENCE + 1
+    client.connection.heard_at -= IDLE_SILENCE + 1
     assert "silent" in (health.problem() or "")
     engine.say(Heartbeat(step=3, busy_seconds=70.0))
-    await until(lambda: client.heartbeat.step == 3)
+    await until(lambda: client.connection.heartbeat.step == 3)
     assert "step has been running for 70" in (health.problem() or "")
     engine.say(Heartbeat(step=4))
-    await until(lambda: client.heartbeat.step == 4)
+    await until(lambda: client.connection.heartbeat.step == 4)
     assert health.problem() is None
     call = await client.submit(GenerateRequest([item(max_new_tokens=400)]))
-    client.heard_at -= IDLE_SILENCE + 1
+    client.connection.heard_at -= IDLE_SILENCE + 1
     assert health.problem() is None, "a long step holds the heartbeat"
-    client.heard_at -= 60
+    client.connection.heard_at -= 60
     assert "silent" in (health.problem() or "")
     call.cancel()
     client.draining = True
@@ -479,7 +491,7 @@ def test_streaming_equals_the_whole_for_any_text_and_stops(text: str, per_step: 
             client = client_of(FakeEngine(mode="echo", per_step=per_step if stream else 1))
             deltas = ""
             made = item(text, max_new_tokens=400, stop=stops, add_special_tokens=False)
-            async for (output,) in client.generate(GenerateRequest([made], stream=stream)):
+            async for (output,) in generate(client, GenerateRequest([made], stream=stream)):
                 deltas += output.delta
             assert not stream or deltas == output.text
             results.append((output.text, repr(output.finish)))

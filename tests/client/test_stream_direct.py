@@ -17,6 +17,7 @@ from door import make_info, on_loop, served, until
 
 from phloem.client.call import Call
 from phloem.client.client import EngineClient
+from phloem.client.consumers import Direct
 from phloem.client.request import GenerateRequest, Item
 from phloem.core.messages import Chunk, Tokens
 from phloem.core.request import FinishReason, SamplingParams
@@ -70,9 +71,9 @@ class Stream:
         self.output = self.call.outputs[0]
 
         async def events() -> Any:
-            async for (output,) in self.call:
-                self.call.render_by(lambda _, text: f"[{text}]".encode() if text else b"")
-                yield f"<{output.delta}>".encode()
+            async for outputs in self.call:
+                self.call.frame = lambda _, text: f"[{text}]".encode() if text else b""
+                yield "".join(f"<{output.delta}>" for output in outputs).encode()
 
         self.say("a")
         made = events()
@@ -81,15 +82,21 @@ class Stream:
         response = EventStream(self.call, first, made, watch, SimpleNamespace(done=b"!", error=lambda e: b"?"))  # type: ignore[arg-type]
         scope = {BODY_SEND: self.wire.send, BODY_WRITE: self.wire.write}
         self.task = asyncio.create_task(response(scope, self.wire.send, self.wire.send))  # type: ignore[arg-type]
-        await until(lambda: self.output.feed is not None or bool(self.sampling.stop))
+        await until(self.is_direct)
         await asyncio.sleep(0)
 
+    def is_direct(self) -> bool:
+        return isinstance(self.output.consumer, Direct)
+
+    def take(self, message: Tokens) -> None:
+        self.client.connection._deliver(message)
+
     def say(self, text: str, finish: FinishReason | None = None) -> None:
-        self.client._handle(Tokens(chunks=[Chunk(id="a", tokens=[*text.encode()], finish=finish)]))
+        self.take(Tokens(chunks=[Chunk(id="a", tokens=[*text.encode()], finish=finish)]))
 
     def plain(self, text: str) -> None:
         for token in text.encode():
-            self.client._handle(Tokens(rows=["a"], plain=[token]))
+            self.take(Tokens(rows=["a"], plain=[token]))
 
     async def end(self) -> None:
         self.say("z", FinishReason("length", length=1))
@@ -118,14 +125,14 @@ async def test_a_slow_client_gets_all_in_order_and_nothing_twice() -> None:
     await stream.begin()
     stream.plain("b")
     stream.wire.open.clear()
-    stream.client._handle(Tokens(rows=["a", "a", "a"], plain=[*b"cde"]))  # one message: rendered before the first waits
+    stream.take(Tokens(rows=["a", "a", "a"], plain=[*b"cde"]))  # one message: rendered before the first waits
     stream.plain("fg")
     await asyncio.sleep(0.01)
     stream.plain("h")
     assert stream.wire.body == b"<a>[b]"
     stream.wire.open.set()
     await until(lambda: b"h" in stream.wire.body)
-    await until(lambda: stream.output.feed is not None)
+    await until(stream.is_direct)
     stream.plain("i")
     await stream.end()
     assert re.sub(rb"[\[\]<>]", b"", stream.wire.body) == b"abcdefghiz!"
@@ -166,7 +173,7 @@ async def test_a_client_that_goes_while_it_is_slow_ends_the_call() -> None:
 async def test_a_stop_string_is_met_past_the_task_too() -> None:
     stream = Stream(stop=["cd"])
     await stream.begin()
-    await until(lambda: stream.call._sleeps)
+    assert stream.output.consumer.follow is None
     stream.plain("bc")
     assert stream.wire.body == b"<a>[b]"
     stream.plain("d")
@@ -182,8 +189,7 @@ async def test_a_stop_string_is_met_past_the_task_too() -> None:
 async def test_what_cannot_be_rendered_ends_that_stream_with_an_error() -> None:
     stream = Stream()
     await stream.begin()
-    _, _, sink = stream.output.feed or (None, None, None)
-    stream.output.feed = (lambda token: 1 / 0, lambda output, text: b"", sink)  # type: ignore[assignment, return-value]
+    stream.output.consumer.follow = lambda token: 1 / 0  # type: ignore[assignment, return-value]
     stream.plain("b")
     await asyncio.wait_for(stream.task, 5)
     assert stream.wire.body == b"<a>?" and stream.client.in_flight == 0
@@ -195,17 +201,17 @@ async def test_what_cannot_be_rendered_ends_that_stream_with_an_error() -> None:
 async def test_a_row_that_ended_is_not_taken_for_another_of_its_name() -> None:
     stream = Stream()
     await stream.begin()
-    stream.client._handle(Tokens(rows=["a", "b"], plain=[*b"b?"]))
-    stream.client._handle(Tokens(plain=[*b"c?"]))
+    stream.take(Tokens(rows=["a", "b"], plain=[*b"b?"]))
+    stream.take(Tokens(plain=[*b"c?"]))
     assert stream.output.text == "abc"
     old = stream.output
     stream.client.abort("a")
     await asyncio.wait_for(stream.task, 5)
     again = await stream.client.submit(GenerateRequest([Item(sampling=stream.sampling, text="hi", id="a")], True))
-    stream.client._handle(Tokens(plain=[*b"d?"]))  # of the one that ended
-    assert old.text == "abc" and again.outputs[0].pending == []
-    stream.client._handle(Tokens(rows=["a"], plain=[*b"e"]))
-    assert [chunk.tokens for chunk in again.outputs[0].pending] == [[*b"e"]]
+    stream.take(Tokens(plain=[*b"d?"]))  # of the one that ended
+    assert old.text == "abc" and again.outputs[0].ids == []
+    stream.take(Tokens(rows=["a"], plain=[*b"e"]))
+    assert again.outputs[0].ids == [*b"e"]
     await stream.client.close()
 
 
@@ -263,7 +269,7 @@ def test_bytes_are_those_that_the_task_would_write(
     monkeypatch.setattr(ChunkWriter, "__call__", lambda self, data: passed.append(1) or write(self, data))
     with served(config={"incremental_streaming_output": incremental}, delay=0.001) as server:
         direct, quick = answer(server.url)
-        monkeypatch.setattr(Call, "render_by", lambda self, render: None)
+        monkeypatch.setattr(Call, "frame", property(lambda self: None, lambda self, frame: None), raising=False)
         none, slow = answer(server.url)
     assert none == 0 and (direct > 5) == ("return_logprob" not in body)
     assert quick == slow and len(quick) > 9

@@ -2,6 +2,7 @@
 
 import pytest
 
+from phloem.cli._options import parse
 from phloem.core.config import Config, flat_fields, parse_bytes
 from phloem.core.errors import ConfigError
 
@@ -41,3 +42,11 @@ def test_code_of_a_checkpoint_is_refused_rather_than_ignored() -> None:
     with pytest.raises(ConfigError, match="never run"):
         Config.from_flat({"trust_remote_code": True})
     assert Config.from_flat({"trust_remote_code": False}).model.trust_remote_code is False
+
+
+def test_settings_answer_to_the_names_of_other_engines() -> None:
+    config = Config.from_flat({"disable-piecewise-cuda-graph": True, "piecewise_cuda_graph_max_tokens": 64})
+    assert config.runtime.disable_piecewise_graph and config.runtime.piecewise_graph_max_tokens == 64
+    assert "piecewise_cuda_graph_max_tokens" not in config.flat()
+    parsed, _ = parse("serve", ["m", "--disable-piecewise-cuda-graph", "--piecewise-cuda-graph-max-tokens", "7"])
+    assert parsed.runtime.disable_piecewise_graph and parsed.runtime.piecewise_graph_max_tokens == 7

@@ -18,7 +18,7 @@ from phloem.engine.sampler import SamplingRows, sample
 from phloem.kernels import native
 from phloem.kernels.native_linear import NativeLinear
 from phloem.kernels.ops import Ops
-from phloem.kernels.reference_extra import linear_topk, top_of_logits
+from phloem.kernels.reference_sampling import linear_topk, top_of_logits
 from phloem.models import _common as common
 from phloem.testing.checkpoints import tiny_checkpoint
 
@@ -51,7 +51,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_op_against_whole_rows(linear: NativeLinear, kind: str, vocab: int, rows: int, k: int, cap: float) -> None:
     weight = head(linear, kind, vocab)
     x, scale = random(rows, weight.in_features), random(rows, 2, seed=1).abs() + 0.3
-    logits = linear.linear(x, weight, None)
+    logits, _ = linear.linear(x, weight)
     if cap:
         logits = native.table(linear.rt.library.threads(), linear.rt.library.level()).softcap(logits, cap)
     values, ids, sums = linear.linear_topk(x, weight, k, scale, 2, cap)

@@ -9,15 +9,15 @@ import pytest
 import torch
 from pools import pool_of
 from test_native_graph import built
-from test_pieces import decide, same, steps
+from test_pieces import HOST, decide, same, steps
 
 from phloem.attention import BACKENDS
 from phloem.checkpoint.describe import describe
 from phloem.core.batch import Batch, StepOutput
-from phloem.engine.flexible import FlexibleSteps
+from phloem.engine.recorded.flexible import FlexibleSteps
 from phloem.engine.runner import ModelRunner
 from phloem.kernels import native
-from phloem.kernels.graph import FlexibleRecorder, RecordError
+from phloem.kernels.graph import RecordError
 from phloem.layers.context import BuildContext
 from phloem.models import load_model
 from phloem.testing.checkpoints import tiny_checkpoint
@@ -53,9 +53,14 @@ class Engine:
         if flexible:
             assert ops.recorder is not None
             recorder = ops.recorder()
-            assert isinstance(recorder, FlexibleRecorder)
-            self.steps = FlexibleSteps(recorder, model, backend, self.pool, LIMIT, rows, pages, **options)
-        self.runner = ModelRunner(model, backend, self.pool, ops, 4, pieces=self.steps)
+            assert recorder.resizes
+            self.steps = FlexibleSteps(recorder, model, backend, self.pool, HOST, LIMIT, rows, pages, **options)
+        self.runner = ModelRunner(
+            model, backend, self.pool, ops, 4, facts=HOST, recorded=[self.steps] if self.steps else []
+        )
+
+    def batches(self) -> list[Batch]:
+        return steps(len(self.pool.groups))
 
     def run(self, batches: list[Batch]) -> list[StepOutput]:
         return [pending.result() for pending in [self.runner.launch(batch) for batch in batches]]
@@ -72,27 +77,28 @@ def test_replays_equal_eager_steps_bit_for_bit(
     served: list[bool] = []
     run = ours.steps.run
 
-    def counted(inputs: Any) -> Any:
-        found = run(inputs)
+    def counted(step: Any, ready: Any) -> Any:
+        found = run(step, ready)
         served.append(found is not None)
         return found
 
     monkeypatch.setattr(ours.steps, "run", counted)
-    want = eager.run(steps())
-    same(ours.run(steps()), want)
+    want = eager.run(eager.batches())
+    same(ours.run(ours.batches()), want)
     assert ours.steps.graphs.refused is None
     # By hand: no wanted position; prompt logprobs want more positions than rows; two steps of the recorded kind; one
     # above the limit that wants nothing; one more; and a decode step, which has no graph of its own here.
-    assert served == [True, False, True, True, False, True, True]
-    for a, b in zip([*ours.pool.keys, *ours.pool.values], [*eager.pool.keys, *eager.pool.values], strict=True):
-        assert torch.equal(a, b)
-    same(ours.run(steps()), eager.run(steps()))  # over what the first run left in every buffer
+    assert served == [True, True, True, True, False, True, True]
+    for layer in range(len(ours.pool.keys)):
+        assert torch.equal(ours.pool.keys[layer], eager.pool.keys[layer])
+        assert torch.equal(ours.pool.values[layer], eager.pool.values[layer])
+    same(ours.run(ours.batches()), eager.run(eager.batches()))  # over what the first run left in every buffer
 
 
 def test_the_debug_mode_compares_every_replay(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = Engine(llama, True, check=True)
     assert ours.steps is not None
-    ours.run(steps())
+    ours.run(ours.batches())
     monkeypatch.setattr(ours.steps, "_eager", lambda fixed, sizes: torch.zeros(sizes[2], 64))
     batch = steps()[2]
     with pytest.raises(RecordError, match="result 0"):
@@ -104,7 +110,7 @@ def test_larger_steps_run_eagerly(llama: Path) -> None:
     for options in ({"rows": 1}, {"pages": 2}):
         ours = Engine(llama, True, **options)
         assert ours.steps is not None
-        same(ours.run(steps()), want)
+        same(ours.run(ours.batches()), want)
 
 
 def test_recording_computes_nothing_and_tells_sizes_apart() -> None:
@@ -136,8 +142,7 @@ def test_a_conversion_is_no_view_in_inference_mode() -> None:
 
 def test_the_decision_says_so() -> None:
     class Flexible:
-        def record(self, fn: Any) -> Any: ...
-        def record_sizes(self, fn: Any, sizes: Any) -> Any: ...
+        cuts, resizes = False, True
 
     decode, steps_, decisions = decide(Flexible(), chunk=512)
     assert decode is not None and isinstance(steps_, FlexibleSteps)

@@ -12,7 +12,7 @@ import golden_tokens
 import pytest
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden_tokens.json"
-QUICK = ("tiny-llama", "reference float32", "few pages")
+QUICK = ("/ reference float32, few pages /",)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def check(recording: dict[str, Any], got: dict[str, Any]) -> None:
 def test_a_tiny_model_says_what_it_said_with_few_pages(recording: dict[str, Any], folder: Path) -> None:
     """Chunks, shared prefixes, preemption, draws; with the overlapped schedule and without."""
     got = golden_tokens.collect(folder, models=["tiny-llama"], ops="reference", only=QUICK)
-    assert {len(cases) for cases in got["reference"].values()} == {2}
+    assert {len(cases) for cases in got["reference"].values()} == {1}
     check(recording, got)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from phloem.engine.graphs import StepGraphs, bucket_sizes
+from phloem.engine.recorded.graphs import StepGraphs, bucket_sizes
 from phloem.kernels.graph import RecordError
 from phloem.kernels.graph_cuda import Recorder, alias
 from phloem.platforms._streams import Streams
@@ -22,7 +22,7 @@ class FakeGraph:
         self._fn = fn
         self.replays = 0
 
-    def replay(self) -> None:
+    def replay(self, *sizes: int) -> None:
         self.replays += 1
         self._fn()
 
@@ -40,16 +40,16 @@ class FakeRecorder:
 
 
 def graphs(recorder: FakeRecorder, limit: int = 32, **options: Any) -> StepGraphs[list[int], list[int]]:
-    def build(rows: int) -> tuple[list[int], Any]:
+    def make(rows: int) -> tuple[list[int], Any, Any]:
         inputs, outputs = [0] * rows, [0] * rows
 
         def step() -> list[int]:
             outputs[:] = [2 * value for value in inputs]
             return outputs
 
-        return inputs, step
+        return inputs, *recorder.record(step)
 
-    return StepGraphs(recorder, limit, build, **options)
+    return StepGraphs(limit, make, **options)
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3, 4, 7, 33, 200, 256, 1000])
@@ -68,7 +68,7 @@ def test_a_bucket_is_recorded_when_it_has_been_wanted_often_enough() -> None:
     table = graphs(recorder, patience=3)
     assert table.get(9) is None and table.get(10) is None and recorder.recorded == 0
     step = table.get(9)
-    assert step is not None and step.rows == 10 and recorder.recorded == 1
+    assert step is not None and step.size == 10 and recorder.recorded == 1
     step.inputs[:] = range(10)
     assert step.replay() == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
     assert table.get(10) is step and table.get(100) is None
@@ -244,7 +244,8 @@ def test_recorder_says_why_a_step_cannot_be_captured() -> None:
 
 def test_recorder_works_under_step_graphs() -> None:
     cuda = FakeCuda()
-    table = StepGraphs(Recorder(torch.device("cpu"), cuda), 4, lambda rows: (rows, lambda: rows), patience=1)
+    recorder = Recorder(torch.device("cpu"), cuda)
+    table = StepGraphs(4, lambda rows: (rows, *recorder.record(lambda: rows)), patience=1)
     step = table.get(3)
     assert step is not None and step.replay() == 3 and table.nbytes == 64
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phloem.client.call import _raise_refusal
+from phloem.client.continuation import _raise_refusal
 from phloem.core.batch import Batch
 from phloem.core.errors import OutOfMemory
 from phloem.core.late import Prepared

@@ -21,33 +21,37 @@ from phloem.core.batch import FROM_DEVICE, Admission, Batch, StepOutput
 from phloem.core.config import Config
 from phloem.core.request import SamplingParams
 from phloem.core.resolve import Decision
-from phloem.engine import recording
-from phloem.engine.pieces import PieceGraphs, _Between, token_buckets
+from phloem.engine.recorded import choice
+from phloem.engine.recorded.pieces import PieceGraphs, _Between, token_buckets
 from phloem.engine.runner import ModelRunner
 from phloem.kernels import reference as ref
-from phloem.kernels import reference_extra as extra
+from phloem.kernels import reference_experts
+from phloem.kernels.compose import linear_of
 from phloem.kernels.ops import Ops, Rotation
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import AttentionSpec, BuildContext, Heads
 from phloem.models import load_model
+from phloem.platforms._facts import StepFacts
+from phloem.platforms.cpu import Platform
 from phloem.testing.checkpoints import tiny_checkpoint
 
 CPU = torch.device("cpu")
+HOST = Platform.facts
 PAGE = 4
 LIMIT = 24  # buckets 1, 2, 4, 8, 16, 24
 
 
 def by_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """A matrix library may add in another order for another number of rows; row by row it cannot."""
-    rows = [ref.linear(x[row : row + 1], weight, bias) for row in range(len(x))]
-    return torch.cat(rows) if rows else ref.linear(x, weight, bias)
+    rows = [ref.product(x[row : row + 1], weight, bias) for row in range(len(x))]
+    return torch.cat(rows) if rows else ref.product(x, weight, bias)
 
 
 def dense_moe(
     x: torch.Tensor, logits: torch.Tensor, gate_up: Any, down: Any, top_k: int, renormalise: bool
 ) -> torch.Tensor:
     """Every expert for every token, weighted: waits for no value, which a captured step must not."""
-    weights, ids = extra.route(logits, top_k, renormalise)
+    weights, ids = reference_experts.route(logits, top_k, renormalise)
     experts = logits.shape[1]
     share = torch.zeros_like(logits, dtype=torch.float32).scatter(1, ids.long(), weights)
     total = torch.zeros_like(x)
@@ -57,7 +61,7 @@ def dense_moe(
     return total
 
 
-OPS = replace(Ops(), linear=by_rows, moe=dense_moe)
+OPS = replace(Ops(), linear=linear_of(by_rows), moe=dense_moe)
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3", "qwen3_moe"])
@@ -81,7 +85,12 @@ class Engine:
         self.pieces: PieceGraphs | None = None
         if recorder is not None:
             self.pieces = PieceGraphs(recorder, self.model, backend, self.pool, LIMIT, **options)
-        self.runner = ModelRunner(self.model, backend, self.pool, ops, 4, pieces=self.pieces)
+        self.runner = ModelRunner(
+            self.model, backend, self.pool, ops, 4, facts=HOST, recorded=[self.pieces] if self.pieces else []
+        )
+
+    def steps(self) -> list[Batch]:
+        return steps(len(self.pool.groups))
 
     def run(self, batches: list[Batch]) -> list[StepOutput]:
         return [pending.result() for pending in [self.runner.launch(batch) for batch in batches]]
@@ -102,7 +111,7 @@ def admission(row: int, length: int) -> Admission:
     )  # fmt: skip
 
 
-def steps() -> list[Batch]:
+def steps(groups: int = 1) -> list[Batch]:
     """Chunked prefill, prompt logprobs, a prefix hit, mixed steps, decode; T = 16, 17, 15, 24, 25, 23, 3."""
     own = np.arange(1, 61, dtype=np.int32).reshape(3, 20)
     own[2, :3] = own[0, :3]  # row 2 shares the first 12 tokens of row 0
@@ -122,8 +131,8 @@ def steps() -> list[Batch]:
                 np.array(list(rows.values()), np.int32),
                 np.array([known[row] for row in order], np.int32),
                 np.concatenate(ids),
-                own[order],
-                np.array([row in sample for row in order]),
+                (own[order],) * groups,
+                np.array([row in sample for row in order], np.int32),
                 [admission(row, [21, 12, 60][row]) for row in fresh],
                 prompt_targets=targets or {},
             )
@@ -146,13 +155,15 @@ def steps() -> list[Batch]:
 
 def same(got: list[StepOutput], want: list[StepOutput]) -> None:
     for a, b in zip(got, want, strict=True):
-        assert a.tokens.tolist() == b.tokens.tolist() and a.failed == b.failed == {}
+        assert a.tokens.tolist() == b.tokens.tolist() and a.counts.tolist() == b.counts.tolist()
+        assert a.failed == b.failed == {}
         assert a.logprobs == b.logprobs and a.prompt_logprobs == b.prompt_logprobs
         assert {row: x.tolist() for row, x in a.hidden.items()} == {row: x.tolist() for row, x in b.hidden.items()}
 
 
 def same_cache(got: KVPool, want: KVPool) -> None:
-    for a, b in zip([*got.keys, *got.values], [*want.keys, *want.values], strict=True):
+    for layer in range(len(got.keys)):
+        a, b = (torch.stack((pool.keys[layer], pool.values[layer]), 1) for pool in (got, want))
         assert torch.equal(a, b)
         assert not a[0].any()  # padding writes nothing, not even to the scratch page
 
@@ -165,13 +176,13 @@ def test_pieces_equal_eager_steps_bit_for_bit(family: Path, check: bool) -> None
     with torch.inference_mode():
         ours.pieces.graphs.record_all()
     assert recorder.recorded == 6 and ours.pieces.graphs.refused is None
-    want, got = eager.run(steps()), ours.run(steps())
+    want, got = eager.run(eager.steps()), ours.run(ours.steps())
     same(got, want)
     same_cache(ours.pool, eager.pool)
     assert recorder.replays == 6 * (1 + check)  # all but the step of 25 tokens
     assert any(output.prompt_logprobs for output in want) and any(output.hidden for output in want)
     # Again over what the first run left in every buffer.
-    same(ours.run(steps()), eager.run(steps()))
+    same(ours.run(ours.steps()), eager.run(eager.steps()))
 
 
 def test_pieces_and_attention_alternate_and_end_at_the_last_attention(llama: Path) -> None:
@@ -194,7 +205,8 @@ def test_recorded_when_wanted_again_and_not_for_decode_beside_decode_graphs(llam
     assert recorder.recorded == 0  # 16 and 24: each wanted once
     ours.run(batches)
     assert recorder.recorded == 2 and recorder.replays == 2
-    ours.runner._graphs = type("None_", (), {"run": lambda *_: None})()  # type: ignore[assignment]
+    assert ours.pieces is not None
+    ours.pieces._decodes = False
     for _ in range(3):
         ours.run([*batches, decode_step()])
     assert recorder.recorded == 2
@@ -203,7 +215,7 @@ def test_recorded_when_wanted_again_and_not_for_decode_beside_decode_graphs(llam
 def decode_step() -> Batch:
     table = np.arange(1, 41, dtype=np.int32).reshape(2, 20)
     ones = np.ones(2, np.int32)
-    return Batch(9, np.array([0, 1], np.int32), ones, np.array([21, 12], np.int32), ones * -1, table, ones > 0)
+    return Batch(9, np.array([0, 1], np.int32), ones, np.array([21, 12], np.int32), ones * -1, (table,), ones)
 
 
 @pytest.mark.parametrize("at", [0, 2])
@@ -212,7 +224,7 @@ def test_out_of_memory_while_capturing_leaves_the_eager_path(llama: Path, at: in
     ours = Engine(llama, recorder)
     assert ours.pieces is not None
     for _ in range(3):
-        same(ours.run(steps()), Engine(llama, None).run(steps()))
+        same(ours.run(ours.steps()), Engine(llama, None).run(steps()))
     assert recorder.recorded == 0 and "out of memory at 16 tokens" in ours.pieces.graphs.describe()
 
 
@@ -221,7 +233,7 @@ def test_a_step_that_waits_for_a_value_is_refused_with_the_reason(tmp_path: Path
     ours = Engine(path, TapeRecorder(), Ops())  # the reference experts ask which tokens are theirs
     assert ours.pieces is not None
     for _ in range(2):
-        same(ours.run(steps()), Engine(path, None, Ops()).run(steps()))
+        same(ours.run(ours.steps()), Engine(path, None, Ops()).run(steps()))
     assert "nonzero_numpy is not permitted" in ours.pieces.graphs.describe()
 
 
@@ -254,7 +266,7 @@ def test_what_a_failing_step_leaves_is_not_seen_by_the_next(llama: Path) -> None
     (buffer,) = ours.pieces._attention._outs.values()
     with torch.inference_mode():
         buffer.fill_(float("nan"))
-    same(ours.run(steps()), eager.run(steps()))
+    same(ours.run(ours.steps()), eager.run(eager.steps()))
     assert buffer.isfinite().all()
 
 
@@ -276,7 +288,8 @@ def test_attention_gets_the_true_tokens_alone() -> None:
         return heads.q + 1
 
     q, kv, sinks, spec = torch.ones(8, 2, 4), torch.ones(8, 1, 4), torch.ones(2), AttentionSpec(0, 2, 1, 4, 1.0)
-    between.begin(Memory(step), 3)
+    pool: Any = SimpleNamespace(group_of=[0])
+    between.begin(Memory(pool, [step]), 3)
     out = between.attend(spec, Heads(q, kv, kv, sinks, Rotation(torch.arange(8), torch.ones(9, 2, 2), False)))
     assert out.shape == (8, 2, 4) and (out[:3] == 2).all() and not out[3:].any()
     between.attend(spec, Heads(q, kv, kv))
@@ -287,7 +300,12 @@ def test_attention_gets_the_true_tokens_alone() -> None:
 # Settings
 
 
+RECORDABLE: Any = SimpleNamespace(name="some", recordable=True)
+
+
 class Cuttable:
+    attention_specs: list[AttentionSpec] = []
+
     def trunk(self) -> None: ...
 
     def finish(self) -> None: ...
@@ -296,12 +314,16 @@ class Cuttable:
 def decide(
     recorder: Any, chunk: int = 8192, model: Any = None, backend: Any = None, **settings: Any
 ) -> tuple[Any, Any, dict[str, Decision]]:
+    """The decode steps, the other ones, and the decisions."""
     decisions: list[Decision] = []
-    pool: Any = SimpleNamespace(device=CPU, keys=[0], page_size=16)
+    pool: Any = SimpleNamespace(device=CPU, groups=(), page_size=16)
     ops = replace(Ops(name="some"), recorder=recorder and (lambda: recorder))
-    where = recording.Place(model or Cuttable(), backend, pool, ops, 2**30)  # type: ignore[arg-type]
-    found = recording.choose(Config.from_flat(settings).runtime, where, 4, 8, chunk, decisions)
-    return *found, {decision.name: decision for decision in decisions}
+    where = choice.Place(model or Cuttable(), backend or RECORDABLE, pool, ops, StepFacts(), 2**30)  # type: ignore[arg-type]
+    found = choice.choose(Config.from_flat(settings).runtime, where, 4, 8, chunk, decisions)
+    decode = [way for way in found if way.decision == "step_graphs"]
+    other = [way for way in found if way.decision != "step_graphs"]
+    told = {decision.name: decision for decision in decisions}
+    return decode[0] if decode else None, other[0] if other else None, told
 
 
 @pytest.mark.parametrize(
@@ -319,12 +341,12 @@ def test_limit(settings: dict[str, Any], chunk: int, limit: int) -> None:
     assert pieces.graphs.sizes[-1] == limit == decisions["piecewise_graphs"].value
     assert pieces.graphs._budget == 2**28
     # One recorder, so one memory pool.
-    assert decode.graphs._recorder is recorder is pieces.graphs._recorder._recorder
+    assert decode._recorder is recorder is pieces._recorder
 
 
 def test_reasons_to_run_eagerly() -> None:
     class Whole:
-        def record(self, fn: Any) -> Any: ...
+        cuts, resizes = False, False
 
     def off(*args: Any, **settings: Any) -> tuple[bool, str]:
         decode, pieces, decisions = decide(*args, **settings)
@@ -351,10 +373,10 @@ def test_everything_is_recorded_before_ready(llama: Path, caplog: pytest.LogCapt
     ours = Engine(llama, recorder)
     decisions = [Decision("a", 1, "b"), Decision("piecewise_graphs", LIMIT, "")]
     with caplog.at_level("INFO", "phloem"):
-        recording.record_all(None, ours.pieces, decisions)
+        choice.record_all([ours.pieces], decisions)
     assert recorder.recorded == 6 and "recording piecewise_graphs: 6 of 6" in caplog.text
     assert decisions[1].reason.startswith("6 of 6") and "before ready, as asked" in decisions[1].reason
-    same(ours.run(steps()), Engine(llama, None).run(steps()))
+    same(ours.run(ours.steps()), Engine(llama, None).run(steps()))
     assert recorder.replays == 6
 
 

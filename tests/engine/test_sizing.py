@@ -78,8 +78,8 @@ def test_the_pool_gets_what_the_measured_step_leaves(tiny: Path, monkeypatch: py
     forward = sizing.run_forward
 
     def spy(model: Any, backend: Any, pool: Any, inputs: Any, index: Any) -> Any:
-        assert int(inputs.paged.page_table.max()) == 0 and pool.num_pages == (2,)
-        steps.append((len(inputs.input_ids), len(inputs.sampled_rows)))
+        assert int(inputs.rows()[0].page_table.max()) == 0 and pool.num_pages == (2,)
+        steps.append((len(inputs.input_ids), len(inputs.logit_index)))
         return forward(model, backend, pool, inputs, index)
 
     monkeypatch.setattr(sizing, "run_forward", spy)

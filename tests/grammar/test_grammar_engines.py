@@ -48,30 +48,30 @@ BOTH: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", BOTH)
-def test_rollback_law(name: str, kind: str) -> None:
+def test_rollback_law(name: str, kind: str, seed: int) -> None:
     """Accept, roll back by any number, and every answer is what it was."""
     compiled = engine(name).compile(BOTH[kind])
-    rng = random.Random(kind)
-    for seed in range(3):
-        ids, _ = walk(compiled.matcher(), seed, limit=40)
-        matcher = compiled.matcher()
-        seen: list[Any] = []
-        for token in ids:
-            seen.append((allowed(matcher), matcher.jump(), matcher.may_end, matcher.done))
-            matcher.accept([token])
-        place = len(ids)
-        while place > 0:
-            back = rng.randint(1, place)
-            matcher.rollback(back)
-            place -= back
-            mask, jump, may_end, done = seen[place]
-            assert np.array_equal(allowed(matcher), mask)
-            assert (matcher.jump(), matcher.may_end, matcher.done) == (jump, may_end, done)
-            ahead = rng.randint(0, back // 2)
-            assert matcher.accept(ids[place : place + ahead]) == ahead
-            place += ahead
+    rng = random.Random(f"{kind} {seed}")
+    ids, _ = walk(compiled.matcher(), seed, limit=40)
+    matcher = compiled.matcher()
+    seen: list[Any] = []
+    for token in ids:
+        seen.append((allowed(matcher), matcher.jump(), matcher.may_end, matcher.done))
+        matcher.accept([token])
+    place = len(ids)
+    while place > 0:
+        back = rng.randint(1, place)
+        matcher.rollback(back)
+        place -= back
+        mask, jump, may_end, done = seen[place]
+        assert np.array_equal(allowed(matcher), mask)
+        assert (matcher.jump(), matcher.may_end, matcher.done) == (jump, may_end, done)
+        ahead = rng.randint(0, back // 2)
+        assert matcher.accept(ids[place : place + ahead]) == ahead
+        place += ahead
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -315,7 +315,9 @@ HOSTILE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "wide count" else ()) for kind in HOSTILE]
+)
 def test_hostile_grammars_end_in_a_grammar_or_a_clear_error(name: str, kind: str) -> None:
     constraint = HOSTILE[kind]
     if engine(name).decline(constraint):
@@ -379,6 +381,7 @@ def test_fuzzed_regexes_and_schemas(seed: int) -> None:
             assert error.message
 
 
+@pytest.mark.slow
 def test_a_compilation_that_takes_too_long_is_killed_and_the_next_one_works() -> None:
     process = engine("xgrammar")._process
     with pytest.raises(BadRequest, match="within"):

@@ -10,10 +10,12 @@ import pytest
 
 from phloem.core.errors import BadRequest
 from phloem.core.request import SamplingParams
-from phloem.server.body import Parser
-from phloem.server.protocol import ChatBody, CompletionBody, GenerateBody
-from phloem.server.sampling import native_params, openai_params
-from phloem.server.structured import check
+from phloem.protocol.body import Parser
+from phloem.protocol.generate.body import GenerateBody
+from phloem.protocol.sampling import native_params, openai_params
+from phloem.protocol.structured import check
+from phloem.server.chat.body import ChatBody
+from phloem.server.completions.body import CompletionBody
 
 SCHEMA = {"type": "object", "properties": {"ä": {"type": "integer"}}}
 TAG = {"structures": [{"begin": "<f>", "schema": {}, "end": "</f>"}], "triggers": ["<f"]}

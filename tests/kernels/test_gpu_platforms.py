@@ -15,7 +15,8 @@ from phloem.attention import AttentionNeed, flash, flashinfer, reference, triton
 from phloem.attention import cpu as cpu_attention
 from phloem.core.errors import ConfigError
 from phloem.kernels import reference as ref
-from phloem.kernels.ops import Ops, PagedBatch, Rotation
+from phloem.kernels import reference_attention
+from phloem.kernels.ops import AttentionCall, Ops, PagedBatch, Rotation
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import AttentionSpec, Heads
 from phloem.platforms import cuda, rocm, xpu
@@ -216,7 +217,7 @@ class FakeWrapper:
         window = self.common["window_left"] + 1
         scale = self.common["sm_scale"] * (k_scale or 1.0)
         arguments = (scale, window, self.common["logits_soft_cap"], sinks)
-        return ref.paged_attention(q, *cache, self.batch, *arguments) * (v_scale or 1.0)
+        return reference_attention.paged_attention(q, cache, self.batch, AttentionCall(*arguments)) * (v_scale or 1.0)
 
 
 @pytest.mark.parametrize("queries", [[1, 1, 1], [3, 1, 6]])
@@ -277,7 +278,9 @@ def test_flashinfer_is_told_the_same_step(
         got = step(spec, Heads(q.clone(), k.clone(), v, sinks, turn))
     assert FakeWrapper.made == 1 and _has_written(pool, batch, turned_k)
     q = turned_q
-    want = ref.paged_attention(q, pool.keys[0], pool.values[0], batch, spec.scale, spec.window, spec.softcap, sinks)
+    want = reference_attention.paged_attention(
+        q, (pool.keys[0], pool.values[0]), batch, AttentionCall(spec.scale, spec.window, spec.softcap, sinks)
+    )
     torch.testing.assert_close(got, want)
 
 
@@ -291,20 +294,16 @@ def test_flash_is_told_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
             given["cu_seqlens_q"], given["cache_seqlens"], given["page_table"], torch.zeros(0), given["max_seqlen_q"], 9
         )
         window = given["window_size"][0] + 1
-        return ref.paged_attention(
+        return reference_attention.paged_attention(
             q,
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
+            (keys.transpose(1, 2), values.transpose(1, 2)),
             told,
-            given["softmax_scale"],
-            window,
-            given["softcap"],
-            None,
+            AttentionCall(given["softmax_scale"], window, given["softcap"]),
         )
 
     _install(monkeypatch, "flash_attn_interface", flash_attn_with_kvcache=attend)
     turn, turned_q, turned_k = _turn(q, k)
     got = flash.Backend(Ops(), [spec], CPU, torch.float32).begin(batch, pool)(spec, Heads(q, k, v, None, turn))
     assert torch.equal(q, turned_q) and _has_written(pool, batch, turned_k)
-    want = ref.paged_attention(q, pool.keys[0], pool.values[0], batch, 0.3, 5, 4.0, None)
+    want = reference_attention.paged_attention(q, (pool.keys[0], pool.values[0]), batch, AttentionCall(0.3, 5, 4.0))
     torch.testing.assert_close(got, want)

@@ -11,9 +11,9 @@ import torch
 from linear_cases import cases, needs_native
 
 from phloem.kernels import native
-from phloem.kernels import reference as ref
+from phloem.kernels import reference_attention as ref
 from phloem.kernels.graph import check_replay
-from phloem.kernels.ops import Ops, PagedBatch
+from phloem.kernels.ops import AttentionCall, Ops, PagedBatch
 
 pytestmark = needs_native
 
@@ -77,8 +77,8 @@ def run(ops: Ops, case: str, kind: torch.dtype, window: int, cap: float, sinks: 
         caches, exact = [k8, v8], [k, v]
     sink = torch.randn(heads) if sinks else None
     scale = size**-0.5
-    got = ops.paged_attention(q, *caches, batch, scale, window, cap, sink)
-    want = ref.paged_attention(q, *exact, batch, scale, window, cap, sink)
+    got = ops.paged_attention(q, tuple(caches), batch, AttentionCall(scale, window, cap, sink))
+    want = ref.paged_attention(q, tuple(exact), batch, AttentionCall(scale, window, cap, sink))
     assert got.shape == want.shape
     # AVX-512 rounds queries and weights to 8 bits: of a mantissa, or (int8) of what is largest in a row.
     tolerance = (2e-2 if kind is torch.bfloat16 else 4e-2) if native.runtime().library.level() == "avx512" else 2e-5
@@ -104,9 +104,9 @@ def test_streamed_decode_is_precise(ops: Ops) -> None:
     torch.manual_seed(0)
     batch, pages = make_batch([1, 1], [400, 77], 16)
     q, k, v = torch.randn(2, 9, 64), torch.randn(pages, 3, 16, 64).bfloat16(), torch.randn(pages, 3, 16, 64).bfloat16()
-    got = ops.paged_attention(q, k, v, batch, 0.125, 0, 0.0, None)
+    got = ops.paged_attention(q, (k, v), batch, AttentionCall(0.125))
     tolerance = 2e-3 if native.runtime().library.level() == "avx512" else 1e-5
-    want = ref.paged_attention(q, k, v, batch, 0.125, 0, 0.0, None)
+    want = ref.paged_attention(q, (k, v), batch, AttentionCall(0.125))
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
@@ -119,14 +119,14 @@ def test_results_do_not_depend_on_threads_or_neighbours(kind: torch.dtype) -> No
     k, v = (torch.randn(pages, 2, 16, 64) for _ in "kv")
     k, v = (k.bfloat16(), v.bfloat16()) if kind is torch.bfloat16 else (quantise(k, True)[0], quantise(v, False)[0])
     args = (0.125, 0, 0.0, None)
-    one = native.table(1).paged_attention(q, k, v, batch, *args)
+    one = native.table(1).paged_attention(q, (k, v), batch, AttentionCall(*args))
     ops = native.table(3)
-    assert torch.equal(ops.paged_attention(q, k, v, batch, *args), one)
+    assert torch.equal(ops.paged_attention(q, (k, v), batch, AttentionCall(*args)), one)
     native.table(2)
     alone = PagedBatch(
         torch.tensor([0, 1], dtype=torch.int32), batch.seq_lens[:1], batch.page_table[:1], batch.token_slots, 1, 900
     )
-    assert torch.equal(ops.paged_attention(q[:1], k, v, alone, *args), one[:1])
+    assert torch.equal(ops.paged_attention(q[:1], (k, v), alone, AttentionCall(*args)), one[:1])
 
 
 def test_padding_rows_give_zeros_and_a_recorded_step_follows_the_lengths() -> None:
@@ -137,7 +137,7 @@ def test_padding_rows_give_zeros_and_a_recorded_step_follows_the_lengths() -> No
     q = torch.randn(3, 6, 64)
 
     def step() -> torch.Tensor:
-        return ops.paged_attention(q, k, v, batch, 0.125, 0, 0.0, None)
+        return ops.paged_attention(q, (k, v), batch, AttentionCall(0.125))
 
     assert ops.recorder is not None
     graph, result = ops.recorder().record(step)
@@ -154,7 +154,7 @@ def test_not_a_number_is_not_hidden(ops: Ops, kind: torch.dtype) -> None:
     q, k, v = torch.randn(7, 4, 32), torch.randn(pages, 2, 16, 32), torch.randn(pages, 2, 16, 32)
     k, v = (k.bfloat16(), v.bfloat16()) if kind is torch.bfloat16 else (quantise(k, True)[0], quantise(v, False)[0])
     q[0, 1, 5] = q[3, 0, 0] = float("nan")
-    got = ops.paged_attention(q, k, v, batch, 0.2, 0, 0.0, None).isnan().all(-1)
+    got = ops.paged_attention(q, (k, v), batch, AttentionCall(0.2)).isnan().all(-1)
     want = torch.zeros(7, 4, dtype=torch.bool)
     want[0, 1] = want[3, 0] = True
     assert torch.equal(got, want)
@@ -165,14 +165,14 @@ def test_what_an_earlier_owner_left_in_an_int8_page_changes_nothing(ops: Ops) ->
     torch.manual_seed(3)
     batch, pages = make_batch([1, 6], [37, 20], 16)
     q, k, v = torch.randn(7, 4, 32), torch.randn(pages, 2, 16, 32), torch.randn(pages, 2, 16, 32)
-    want = ops.paged_attention(q, quantise(k, True)[0], quantise(v, False)[0], batch, 0.2, 0, 0.0, None)
+    want = ops.paged_attention(q, (quantise(k, True)[0], quantise(v, False)[0]), batch, AttentionCall(0.2))
     for row, (page, slot) in enumerate([(2, 5), (1, 4)]):
         k[batch.page_table[row, page], :, slot:] = float("nan")
         v[batch.page_table[row, page], :, slot:] = float("inf")
     spoilt = [quantise(k, True)[0], quantise(v, False)[0]]
-    assert torch.equal(ops.paged_attention(q, *spoilt, batch, 0.2, 0, 0.0, None), want)
+    assert torch.equal(ops.paged_attention(q, tuple(spoilt), batch, AttentionCall(0.2)), want)
     v[batch.page_table[0, 0], :, 3] = float("nan")
-    got = ops.paged_attention(q, spoilt[0], quantise(v, False)[0], batch, 0.2, 0, 0.0, None)
+    got = ops.paged_attention(q, (spoilt[0], quantise(v, False)[0]), batch, AttentionCall(0.2))
     assert got[0].isnan().all() and torch.equal(got[1:], want[1:])
 
 
@@ -181,7 +181,7 @@ def test_int8_refuses_what_is_no_multiple_of_four(ops: Ops, shape: tuple[int, in
     batch, pages = make_batch([1], [5], shape[1])
     cache, heads = torch.zeros(pages, *shape, dtype=torch.int8), torch.randn(1, 2, shape[2] - 4)
     with pytest.raises(ValueError, match="multiples of 4"):
-        ops.paged_attention(heads, cache, cache, batch, 1.0, 0, 0.0, None)
+        ops.paged_attention(heads, (cache, cache), batch, AttentionCall(1.0))
     with pytest.raises(ValueError, match="multiples of 4"):
         ops.write_kv(heads[:, :1], heads[:, :1], cache, cache, torch.tensor([0], dtype=torch.int32))
 
@@ -191,15 +191,15 @@ def test_wrong_arguments_are_refused() -> None:
     batch, pages = make_batch([1], [5], 4)
     q, cache = torch.randn(1, 2, 8), torch.zeros(pages, 1, 4, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="does not fit"):
-        ops.paged_attention(q, cache.float(), cache.float(), batch, 1.0, 0, 0.0, None)
+        ops.paged_attention(q, (cache.float(), cache.float()), batch, AttentionCall(1.0))
     with pytest.raises(ValueError, match="does not fit"):
-        ops.paged_attention(q[..., :6], cache, cache, batch, 1.0, 0, 0.0, None)
+        ops.paged_attention(q[..., :6], (cache, cache), batch, AttentionCall(1.0))
     with pytest.raises(ValueError, match="contiguous"):
         turned = torch.zeros(pages, 4, 2, 8, dtype=torch.bfloat16).transpose(1, 2)
-        ops.paged_attention(q, turned, turned, batch, 1.0, 0, 0.0, None)
+        ops.paged_attention(q, (turned, turned), batch, AttentionCall(1.0))
     batch.seq_lens = batch.seq_lens.long()
     with pytest.raises(TypeError, match="int32"):
-        ops.paged_attention(q, cache, cache, batch, 1.0, 0, 0.0, None)
+        ops.paged_attention(q, (cache, cache), batch, AttentionCall(1.0))
 
 
 SHARED = {
@@ -226,9 +226,11 @@ def test_rows_that_share_pages(ops: Ops, case: str, kind: torch.dtype) -> None:
     if kind is torch.int8:
         (k8, k), (v8, v) = quantise(k, True), quantise(v, False)
         caches = [k8, v8]
-    got = ops.paged_attention(q, *caches, batch, 32**-0.5, 0, 0.0, None)
+    got = ops.paged_attention(q, tuple(caches), batch, AttentionCall(32**-0.5))
     exact = [k, v] if kind is torch.int8 else [cache.float() for cache in caches]
-    torch.testing.assert_close(got, ref.paged_attention(q, *exact, batch, 32**-0.5, 0, 0.0, None), rtol=4e-2, atol=4e-2)
+    torch.testing.assert_close(
+        got, ref.paged_attention(q, tuple(exact), batch, AttentionCall(32**-0.5)), rtol=4e-2, atol=4e-2
+    )
     at = 0
     for row, count in enumerate(queries):
         part = slice(row, row + 1)
@@ -236,6 +238,6 @@ def test_rows_that_share_pages(ops: Ops, case: str, kind: torch.dtype) -> None:
             torch.tensor([0, count], dtype=torch.int32), batch.seq_lens[part], batch.page_table[part],
             batch.token_slots[at : at + count], count, lengths[row],
         )  # fmt: skip
-        want = ops.paged_attention(q[at : at + count], *caches, alone, 32**-0.5, 0, 0.0, None)
+        want = ops.paged_attention(q[at : at + count], tuple(caches), alone, AttentionCall(32**-0.5))
         assert torch.equal(got[at : at + count], want), row
         at += count

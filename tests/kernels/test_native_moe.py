@@ -1,4 +1,4 @@
-"""The native sparse layer against `reference_extra.moe`: every type, odd shapes, instruction sets and thread counts."""
+"""The native sparse layer against `reference_experts.moe`: every type, odd shapes, every level and thread count."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from linear_cases import GGUF_TYPES, Source, as_int8, cases, levels, make_source
 
 from phloem.core.errors import ModelLoadError
 from phloem.kernels import native
-from phloem.kernels import reference_extra as ref
+from phloem.kernels import reference_experts as ref
 from phloem.kernels.ops import Ops
 from phloem.quant import int4, int8
 
@@ -234,7 +234,7 @@ def test_recorded_step_routes_anew() -> None:
         x = random(tokens, 64)
 
         def step(x: torch.Tensor = x) -> torch.Tensor:
-            return ops.moe(x, ops.linear(x, router, None), up, down, 2, True)
+            return ops.moe(x, ops.linear(x, router)[0], up, down, 2, True)
 
         graph, out = native.Recorder(rt).record(step)
         first = step()

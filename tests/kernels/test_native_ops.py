@@ -15,7 +15,7 @@ from phloem.attention._store import store
 from phloem.kernels import native
 from phloem.kernels import reference as ref
 from phloem.kernels.ops import Ops, Rotation
-from phloem.layers.context import Heads
+from phloem.layers.context import AttentionSpec, Heads
 
 pytestmark = needs_native
 CASES = cases(1, 2)
@@ -131,7 +131,8 @@ def test_rope_and_write_in_one_gives_the_same_bits(
         x = qkv.clone()
         q, k, v = x[:, :-3].unflatten(-1, (heads + 2 * kv_heads, size)).split((heads, kv_heads, kv_heads), 1)
         caches = [torch.zeros(shape, dtype=kind) for _ in "kv"]
-        seen.append([store(table, Heads(q, k, v, None, turn), *caches, slots), *caches])
+        spec = AttentionSpec(0, heads, kv_heads, size, 1.0)
+        seen.append([store(table, spec, Heads(q, k, v, None, turn), (caches[0], caches[1]), slots), *caches])
         assert torch.equal(x[:, -3:], qkv[:, -3:])
     assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
     assert not torch.equal(seen[0][0], qkv[:, : heads * size].unflatten(-1, (heads, size)))

@@ -14,7 +14,7 @@ from phloem.engine.sampler import SamplingRows
 from phloem.engine.sampler import sample as torch_sample
 from phloem.kernels import native
 from phloem.kernels import reference as ref
-from phloem.kernels.ops import Ops
+from phloem.kernels.ops import Draw, Ops
 
 
 def levels() -> list[str]:
@@ -90,7 +90,7 @@ def columns(params: list[SamplingParams], seed: int) -> tuple[torch.Tensor, ...]
 def draw(ops: Ops, logits: torch.Tensor, *params: SamplingParams, seed: int = 0) -> torch.Tensor:
     assert ops.sample is not None
     every = list(params) * (len(logits) // len(params))
-    return ops.sample(logits, *columns(every, seed))
+    return ops.sample(logits, Draw(*columns(every, seed)))
 
 
 FILTERS = [
@@ -108,7 +108,7 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize("vocab", [2, 63, 1000, 49152])
+@pytest.mark.parametrize("vocab", [2, 63, 1000, pytest.param(49152, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("spread", [0.1, 4.0])
 def test_draws_are_those_of_the_specification(ops: Ops, vocab: int, spread: float) -> None:
     torch.manual_seed(vocab)

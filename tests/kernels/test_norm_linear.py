@@ -14,7 +14,7 @@ from test_models import PROMPT, VARIANTS, Engine
 
 from phloem.kernels import native
 from phloem.kernels import reference as ref
-from phloem.kernels.ops import Ops
+from phloem.kernels.ops import Norm, Ops
 from phloem.layers.context import BuildContext
 from phloem.layers.linear import Linear
 from phloem.layers.norm import RMSNorm
@@ -38,8 +38,9 @@ def ops(request: Any) -> Iterator[Ops]:
 
 
 def apart(table: Ops) -> Ops:
-    """The same kernels without the fused ops."""
-    return dataclasses.replace(table, norm_linear=None, linear_add=None)
+    """The same kernels, one op after another."""
+    linear: Any = table.linear
+    return dataclasses.replace(table, linear=linear.__self__.apart)
 
 
 @pytest.mark.parametrize("kinds", [("Q4_1", "Q4_1"), ("Q4_K", "Q6_K"), ("dense", "dense")])
@@ -51,15 +52,14 @@ def test_norm_inside_gives_the_bits_of_one_before(ops: Ops, kinds: tuple[str, st
     n = weight.in_features
     x, norm = random(rows, n + 3)[:, :n], random(n, seed=1)
     bias = random(64, seed=2) if rows != 2 else None
-    assert ops.norm_linear is not None and ops.gated_linear is not None
     for residual in (None, random(rows, n, seed=3)):
-        got, total = ops.norm_linear(x, residual, norm, EPS, weight, bias, activation)
+        got, total = ops.linear(x, weight, bias, norm=Norm(norm, EPS), residual=residual, gate=activation)
         want_total = x if residual is None else x + residual
         normed = ops.rms_norm(want_total, norm, EPS)
         if residual is not None:
             assert torch.equal(ops.add_rms_norm(x, residual, norm, EPS)[0], normed)
-        want = ops.gated_linear(normed, weight, bias, activation) if activation else ops.linear(normed, weight, bias)
-        assert torch.equal(got, want) and torch.equal(total, want_total)
+        want, _ = ops.linear(normed, weight, bias, gate=activation)
+        assert total is not None and torch.equal(got, want) and torch.equal(total, want_total)
         torch.testing.assert_close(normed, ref.rms_norm(want_total, norm, EPS), rtol=1e-5, atol=1e-6)
 
 
@@ -70,71 +70,50 @@ def test_widths_that_fill_no_vector(ops: Ops, columns: int, dtype: torch.dtype) 
     source.values = random(20, columns, seed=9)
     weight = ops.prepare_linear([source], dtype, CPU)
     x, residual, norm = random(3, columns), random(3, columns, seed=1), random(columns, seed=2)
-    assert ops.norm_linear is not None
-    got, total = ops.norm_linear(x, residual, norm, EPS, weight, None, "")
+    got, total = ops.linear(x, weight, norm=Norm(norm, EPS), residual=residual)
     normed, want_total = ops.add_rms_norm(x, residual, norm, EPS)
-    assert torch.equal(got, ops.linear(normed, weight, None)) and torch.equal(total, want_total)
-    one = ops.norm_linear(x[1:2], residual[1:2], norm, EPS, weight, None, "")
-    assert torch.equal(one[0], got[1:2]) and torch.equal(one[1], total[1:2])
+    assert total is not None and torch.equal(got, ops.linear(normed, weight)[0]) and torch.equal(total, want_total)
+    one, its_total = ops.linear(x[1:2], weight, norm=Norm(norm, EPS), residual=residual[1:2])
+    assert its_total is not None and torch.equal(one, got[1:2]) and torch.equal(its_total, total[1:2])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 40])
 def test_residual_after(ops: Ops, rows: int) -> None:
     weight = ops.prepare_linear([make_source("Q4_0", 40, 3, 1)], torch.bfloat16, CPU)
     x, residual, bias = random(rows, 96), random(rows, 40, seed=1), random(40, seed=2)
-    assert ops.linear_add is not None
     for added in (None, bias):
-        got, rest = ops.linear_add(x, weight, added, residual)
+        got, rest = ops.linear(x, weight, added, add=residual)
         assert (rest is None) == (rows == 1)
-        assert torch.equal(got if rest is None else got + rest, ops.linear(x, weight, added) + residual)
+        assert torch.equal(got if rest is None else got + rest, ops.linear(x, weight, added)[0] + residual)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     ops = native.table(1)
     weight = ops.prepare_linear([make_source("Q4_0", 40, 3, 1)], torch.bfloat16, CPU)
     x = random(1, 96)
-    assert ops.norm_linear is not None and ops.linear_add is not None
     with pytest.raises(ValueError, match=r"cannot add \[2, 96\]"):
-        ops.norm_linear(x, random(2, 96), random(96), EPS, weight, None, "")
+        ops.linear(x, weight, norm=Norm(random(96), EPS), residual=random(2, 96))
     with pytest.raises(TypeError, match="norm weight"):
-        ops.norm_linear(x, None, random(95), EPS, weight, None, "")
+        ops.linear(x, weight, norm=Norm(random(95), EPS))
     with pytest.raises(ValueError, match=r"residual \[1, 96\] to \[1, 40\]"):
-        ops.linear_add(x, weight, None, x)
+        ops.linear(x, weight, add=x)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_layers_decide_in_one_place(fused: bool) -> None:
-    """A table with the fused ops is asked for them, any other for one op after the other."""
-    calls: list[str] = []
+def test_a_layer_passes_its_options_to_the_table() -> None:
+    seen: list[dict[str, Any]] = []
 
-    def noted(name: str, op: Any) -> Any:
-        return lambda *args: (calls.append(name), op(*args))[1]
+    def linear(x: Any, weight: Any, bias: Any, **options: Any) -> Any:
+        seen.append({name: value for name, value in options.items() if value is not None and value != ""})
+        return x, options["add"]
 
-    def norm_linear(x: Any, residual: Any, norm: Any, eps: float, weight: Any, bias: Any, activation: str) -> Any:
-        total = x if residual is None else x + residual
-        return ref.linear(ref.rms_norm(total, norm, eps), weight, bias), total
-
-    plain = ("rms_norm", "add_rms_norm", "linear")
-    table = Ops(**{name: noted(name, getattr(ref, name)) for name in plain})
-    if fused:
-        table = dataclasses.replace(
-            table,
-            norm_linear=noted("norm_linear", norm_linear),
-            linear_add=noted("linear_add", lambda x, weight, bias, residual: (x @ weight.T + residual, None)),
-        )
-    ctx = BuildContext(table, torch.float32, CPU)
-    norm, linear = RMSNorm(ctx.child("norm"), 6, EPS), Linear(ctx, 6, {"out": 6})
-    norm.weight.value, linear.weight.value = random(6), random(6, 6, seed=1)
+    ctx = BuildContext(dataclasses.replace(Ops(), linear=linear), torch.float32, CPU)
+    norm, layer = RMSNorm(ctx.child("norm"), 6, EPS), Linear(ctx, 6, {"gate": 6, "up": 6})
+    norm.weight.value, layer.weight.value = random(6), random(12, 6, seed=1)
     x, residual = random(2, 6, seed=2), random(2, 6, seed=3)
-    outs = [*linear.normed(norm, x, residual), *linear.normed(norm, x, None)]
-    want, total = ref.add_rms_norm(x, residual, norm.weight.value, EPS)
-    torch.testing.assert_close(outs[0], want @ linear.weight.value.T)
-    torch.testing.assert_close(outs[2], ref.rms_norm(x, norm.weight.value, EPS) @ linear.weight.value.T)
-    assert torch.equal(outs[1], total) and outs[3] is x
-    y, rest = linear.add(x, residual)
-    torch.testing.assert_close(y if rest is None else y + rest, x @ linear.weight.value.T + residual)
-    separate = ["add_rms_norm", "linear", "rms_norm", "linear", "linear"]
-    assert calls == (["norm_linear", "norm_linear", "linear_add"] if fused else separate)
+    layer(x)
+    layer(x, norm=norm, residual=residual, gate="silu")
+    assert layer(x, add=residual)[1] is residual
+    assert seen == [{}, {"norm": Norm(norm.weight.value, EPS), "residual": residual, "gate": "silu"}, {"add": residual}]
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
@@ -145,15 +124,14 @@ def test_models_give_the_same_bits(variant: str, threads: int, tmp_path: Path) -
     path = tiny_checkpoint(family, tmp_path, **overrides)
     table = native.table(threads)
     norms: list[bool] = []
-    assert table.norm_linear is not None
-    fused_op = table.norm_linear
 
-    def norm_linear(*args: Any) -> Any:
-        norms.append(True)
-        return fused_op(*args)
+    def linear(*args: Any, **options: Any) -> Any:
+        if options.get("norm") is not None:
+            norms.append(True)
+        return table.linear(*args, **options)
 
     results: list[list[torch.Tensor]] = []
-    for ops in (dataclasses.replace(table, norm_linear=norm_linear), apart(table)):
+    for ops in (dataclasses.replace(table, linear=linear), apart(table)):
         engine = Engine(path, torch.bfloat16, ops=ops, kv_dtype=torch.bfloat16)
         pages, more = engine.pages(len(PROMPT)), engine.pages(len(PROMPT))
         steps = [engine.step([(PROMPT[:9], pages, 0)], every=True), engine.step([(PROMPT[9:10], pages, 9)])]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = ["attention", "elementwise", "engine", "gemm", "moe", "sample"]
+FILES = ["attention", "elementwise", "engine", "gemm", "linear", "moe", "sample"]
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ import pytest
 import torch
 from triton_support import DTYPES, assert_close, need_interpreter, paged
 
-from phloem.kernels import reference as ref
-from phloem.kernels import reference_extra as extra
+from phloem.kernels import reference_attention as ref
+from phloem.kernels.calls import AttentionCall, LatentCall
 
 need_interpreter()
 from phloem.kernels.triton import attention, invariant, mla  # noqa: E402
@@ -29,11 +29,8 @@ def test_decode(case: tuple, dtype: torch.dtype) -> None:
     batch, k_cache, v_cache = paged([1] * len(lengths), lengths, page, kv_heads, head, dtype)
     q = torch.randn(len(lengths), heads, head).to(dtype)
     sinks = torch.randn(heads) if sunk else None
-    arguments = (q, k_cache, v_cache, batch, head**-0.5, window, cap, sinks)
-    want = extra.attention_rows(*arguments)
-    assert_close(
-        want, ref.paged_attention(*[x.nan_to_num() if x is k_cache or x is v_cache else x for x in arguments]), dtype
-    )
+    arguments = (q, (k_cache, v_cache), batch, AttentionCall(head**-0.5, window, cap, sinks))
+    want = ref.paged_attention(*arguments)
     assert_close(attention.paged_attention(*arguments), want, dtype)
     assert_close(attention.decode_attention(*arguments, splits=1), want, dtype)
     assert_close(attention.decode_attention(*arguments, splits=3), want, dtype)
@@ -57,16 +54,16 @@ def test_extend(case: tuple, dtype: torch.dtype) -> None:
     batch, k_cache, v_cache = paged(queries, lengths, page, kv_heads, head, dtype)
     q = torch.randn(sum(queries), heads, head).to(dtype)
     sinks = torch.randn(heads) if sunk else None
-    arguments = (q, k_cache, v_cache, batch, head**-0.5, window, cap, sinks)
-    assert_close(attention.paged_attention(*arguments), extra.attention_rows(*arguments), dtype)
+    arguments = (q, (k_cache, v_cache), batch, AttentionCall(head**-0.5, window, cap, sinks))
+    assert_close(attention.paged_attention(*arguments), ref.paged_attention(*arguments), dtype)
 
 
 def test_strided_queries_and_wider_values() -> None:
     batch, k_cache, v_cache = paged([2, 5], [7, 30], 8, 2, 16, torch.float32, head_v=24)
     fused = torch.randn(7, 4 * 16 + 40)
     q = fused[:, : 4 * 16].unflatten(1, (4, 16))
-    want = extra.attention_rows(q, k_cache, v_cache, batch, 0.3)
-    assert_close(attention.extend_attention(q, k_cache, v_cache, batch, 0.3), want, torch.float32)
+    want = ref.paged_attention(q, (k_cache, v_cache), batch, AttentionCall(0.3))
+    assert_close(attention.extend_attention(q, (k_cache, v_cache), batch, AttentionCall(0.3)), want, torch.float32)
 
 
 @pytest.mark.parametrize("window", [0, 12])
@@ -82,10 +79,10 @@ def test_tree_mask(window: int) -> None:
             mask[begin + token, :token] = torch.rand(token) > 0.5
             mask[begin + token, token] = True
         assert batch.query_start[row] == begin
-    want = extra.attention_rows(q, k_cache, v_cache, batch, 0.25, window, tree_mask=mask)
-    got = attention.extend_attention(q, k_cache, v_cache, batch, 0.25, window, tree_mask=mask)
+    want = ref.paged_attention(q, (k_cache, v_cache), batch, AttentionCall(0.25, window), tree_mask=mask)
+    got = attention.extend_attention(q, (k_cache, v_cache), batch, AttentionCall(0.25, window), tree_mask=mask)
     assert_close(got, want, torch.float32)
-    assert (got - extra.attention_rows(q, k_cache, v_cache, batch, 0.25, window)).abs().max() > 0.01
+    assert (got - ref.paged_attention(q, (k_cache, v_cache), batch, AttentionCall(0.25, window))).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -100,16 +97,16 @@ def test_float8_cache(per_head: bool, queries: list[int]) -> None:
         else (torch.tensor([0.7]), torch.tensor([1.5]))
     )
     q = torch.randn(sum(queries), 6, 32)
-    want = extra.attention_rows(q, k8, v8, batch, 0.2, scales=scales)
+    want = ref.paged_attention(q, (k8, v8), batch, AttentionCall(0.2), scales=scales)
     run = attention.decode_attention if max(queries) == 1 else attention.extend_attention
-    assert_close(run(q, k8, v8, batch, 0.2, scales=scales), want, torch.float32)
+    assert_close(run(q, (k8, v8), batch, AttentionCall(0.2), scales=scales), want, torch.float32)
 
 
 def test_invariant_attention_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(invariant, "SPLIT_TOKENS", 64)
     batch, k_cache, v_cache = paged([1, 1, 1], [150, 20, 300], 16, 2, 16, torch.float32)
     q = torch.randn(3, 4, 16)
-    together = invariant.paged_attention(q, k_cache, v_cache, batch, 0.25, 0, 0.0, None)
+    together = invariant.paged_attention(q, (k_cache, v_cache), batch, AttentionCall(0.25))
     for row in range(3):
         alone = type(batch)(
             torch.tensor([0, 1]).int(),
@@ -119,7 +116,7 @@ def test_invariant_attention_does_not_depend_on_the_batch(monkeypatch: pytest.Mo
             1,
             int(batch.seq_lens[row]),
         )
-        one = invariant.paged_attention(q[row : row + 1], k_cache, v_cache, alone, 0.25, 0, 0.0, None)
+        one = invariant.paged_attention(q[row : row + 1], (k_cache, v_cache), alone, AttentionCall(0.25))
         assert torch.equal(one[0], together[row])
 
 
@@ -127,11 +124,11 @@ def test_invariant_extend_does_not_depend_on_the_chunk() -> None:
     """The same tokens computed in one chunk or in two attend alike, bit for bit."""
     batch, k_cache, v_cache = paged([40], [90], 16, 2, 16, torch.float32)
     q = torch.randn(40, 4, 16)
-    whole = invariant.paged_attention(q, k_cache, v_cache, batch, 0.25, 0, 0.0, None)
+    whole = invariant.paged_attention(q, (k_cache, v_cache), batch, AttentionCall(0.25))
     first = type(batch)(
         torch.tensor([0, 23]).int(), torch.tensor([73]).int(), batch.page_table, batch.token_slots[:23], 23, 73
     )
-    part = invariant.paged_attention(q[:23], k_cache, v_cache, first, 0.25, 0, 0.0, None)
+    part = invariant.paged_attention(q[:23], (k_cache, v_cache), first, AttentionCall(0.25))
     assert torch.equal(part, whole[:23])
 
 
@@ -145,6 +142,7 @@ def test_mla(queries: list[int], splits: int | None, dtype: torch.dtype) -> None
     tokens = sum(queries)
     q_nope, q_rope = torch.randn(tokens, heads, nope).to(dtype), torch.randn(tokens, heads, rope).to(dtype)
     w_uk, w_uv = (torch.randn(heads, nope, latent) / 4).to(dtype), (torch.randn(heads, latent, value) / 4).to(dtype)
-    want = extra.mla_attention(q_nope, q_rope, cache, batch, w_uk, w_uv, 0.2)
-    got = mla.mla_attention(q_nope, q_rope, cache, batch, w_uk, w_uv, 0.2, splits)
+    call = LatentCall(w_uk, w_uv, 0.2)
+    want = ref.latent_attention(q_nope, q_rope, cache, batch, call)
+    got = mla.latent_attention(q_nope, q_rope, cache, batch, call, splits)
     torch.testing.assert_close(got.float(), want.float(), atol=1e-4 if dtype == torch.float32 else 2e-2, rtol=2e-2)

@@ -11,7 +11,7 @@ from triton_support import DTYPES, assert_close, need_interpreter
 from phloem.attention._store import store
 from phloem.kernels import reference as ref
 from phloem.kernels.ops import Rotation
-from phloem.layers.context import Heads
+from phloem.layers.context import AttentionSpec, Heads
 
 need_interpreter()
 from phloem.kernels.triton import activation, norm, pages, rope, table  # noqa: E402
@@ -125,7 +125,8 @@ def test_the_fused_op_gives_the_bits_of_the_separate_ones(case: tuple, normed: b
     for ops in (table.table(), replace(table.table(), rope_write_kv=None)):
         q, k, v = fused.clone().unflatten(1, (heads + 2 * kv_heads, size)).split((heads, kv_heads, kv_heads), 1)
         caches = [torch.zeros(4, kv_heads, 8, size, dtype=dtype) for _ in "kv"]
-        seen.append([store(ops, Heads(q, k, v, None, turn), *caches, slots), *caches])
+        spec = AttentionSpec(0, heads, kv_heads, size, 1.0)
+        seen.append([store(ops, spec, Heads(q, k, v, None, turn), (caches[0], caches[1]), slots), *caches])
     assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
 
 
@@ -160,17 +161,6 @@ def test_rows() -> None:
     half = x.half()
     assert torch.equal(pages.embedding(ids, half, 1.0), half[ids])
     assert torch.equal(pages.embedding(ids, half, 7.3), ref.embedding(ids, half, 7.3))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8])
-def test_pages_out_and_back(dtype: torch.dtype) -> None:
-    cache = (torch.randn(7, 2, 3, 5) * 50).to(dtype)
-    chosen = torch.tensor([6, 2, 3]).int()
-    taken = pages.gather_pages(cache, chosen)
-    assert torch.equal(taken, cache[chosen.long()])
-    other = torch.zeros_like(cache)
-    pages.scatter_pages(other, torch.tensor([1, 4, 5]).int(), taken)
-    assert torch.equal(other[[1, 4, 5]], taken) and not other[[0, 2, 3, 6]].any()
 
 
 def test_nothing_to_do() -> None:

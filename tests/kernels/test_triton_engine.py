@@ -14,7 +14,7 @@ from phloem.attention import Memory, begin
 from phloem.attention import reference as reference_backend
 from phloem.attention.reference import TableStep
 from phloem.checkpoint.describe import Checkpoint
-from phloem.kernels.ops import Ops, PagedBatch
+from phloem.kernels.ops import AttentionCall, Ops, PagedBatch
 from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch, Heads
 from phloem.models import llama
 
@@ -83,8 +83,8 @@ def test_model_on_the_triton_table(name: str, tmp_path: object) -> None:
     want_pool, got_pool = (pool_of(specs, 6, 8, torch.float32, torch.device("cpu")) for _ in range(2))
     backend = backend_file.Backend(ops, specs, torch.device("cpu"), torch.float32)
     for batch, ids, positions, last in steps():
-        want_step = ForwardBatch(ids, positions, Memory(TableStep(Ops(), batch, want_pool)), last)
-        got_step = ForwardBatch(ids, positions, begin(backend, batch, got_pool), last)
+        want_step = ForwardBatch(ids, positions, Memory(want_pool, [TableStep(Ops(), batch, want_pool)]), last)
+        got_step = ForwardBatch(ids, positions, begin(backend, [batch], got_pool), last)
         want = want_model.head(want_model.forward(want_step))
         got = got_model.head(got_model.forward(got_step))
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
@@ -119,7 +119,7 @@ def test_float8_cache_with_scales(name: str, dtype: torch.dtype, heads: int) -> 
         got = backend.begin(batch, pool)(SPEC, Heads(*inputs))
         factors = [torch.tensor(scale).float().view(1, -1, 1, 1) for scale in scales]
         read = [(cache.float() * by) for cache, by in zip((pool.keys[0], pool.values[0]), factors, strict=True)]
-        want = Ops().paged_attention(q[here], *read, batch, SPEC.scale, 0, 0.0, None)
+        want = Ops().paged_attention(q[here], tuple(read), batch, AttentionCall(SPEC.scale))
         assert (got.float() - want).norm() / want.norm() < 0.02
         # And what the pages hold is what was given, within float8's three bits of mantissa.
         for cache, given in zip(read, (k, v), strict=True):

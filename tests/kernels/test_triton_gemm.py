@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from triton_support import DTYPES, assert_close, need_interpreter
 
-from phloem.kernels import reference_extra as extra
+from phloem.kernels import reference as ref
+from phloem.kernels import reference_formats as formats
+from phloem.kernels.calls import Adapters
 
 need_interpreter()
 from phloem.kernels.triton import gemm_fp8, gemm_int, invariant, lora, quantise  # noqa: E402
@@ -26,27 +29,21 @@ def _exact(tokens: int, features: int, group: int) -> torch.Tensor:
 def test_quantise_per_token(features: int) -> None:
     x = _exact(3, features, features)
     values, scale = quantise.per_token_fp8(x, FP8)
-    want_values, want_scale = extra.quantise_fp8(x, FP8)
+    want_values, want_scale = formats.quantise_fp8(x, FP8)
     assert torch.equal(scale, want_scale) and torch.equal(values.float(), want_values.float())
-    noise = torch.randn(3, features)
-    values, scale = quantise.per_token_int8(noise)
-    want_values, want_scale = extra.quantise_int8(noise)
-    assert torch.equal(values, want_values)
-    torch.testing.assert_close(scale, want_scale)
 
 
 @pytest.mark.parametrize("features", [128, 300, 1152])
 def test_quantise_per_group(features: int) -> None:
     x = _exact(3, features, 128)
     values, scale = quantise.per_group_fp8(x, FP8)
-    want_values, want_scale = extra.quantise_fp8(x, FP8, 128)
+    want_values, want_scale = formats.quantise_fp8(x, FP8, 128)
     assert torch.equal(scale, want_scale) and torch.equal(values.float(), want_values.float())
 
 
 def test_quantise_zeros() -> None:
     for values, scale in (
         quantise.per_token_fp8(torch.zeros(2, 128)),
-        quantise.per_token_int8(torch.zeros(2, 128)),
         quantise.per_group_fp8(torch.zeros(2, 128)),
     ):
         assert not values.float().any() and (scale > 0).all()
@@ -57,10 +54,10 @@ def test_quantise_zeros() -> None:
     ("tokens", "features", "outputs", "splits"), [(1, 384, 70, 1), (5, 640, 130, 3), (70, 256, 200, None)]
 )
 def test_block_scaled_gemm(tokens: int, features: int, outputs: int, splits: int | None, bias: bool) -> None:
-    x, x_scale = extra.quantise_fp8(torch.randn(tokens, features), FP8, 128)
-    weight, weight_scale = extra.quantise_blocks(torch.randn(outputs, features), FP8)
+    x, x_scale = formats.quantise_fp8(torch.randn(tokens, features), FP8, 128)
+    weight, weight_scale = formats.quantise_blocks(torch.randn(outputs, features), FP8)
     offset = torch.randn(outputs) if bias else None
-    want = F.linear(extra.spread_groups(x, x_scale), extra.spread_blocks(weight, weight_scale), offset)
+    want = F.linear(formats.spread_groups(x, x_scale), formats.spread_blocks(weight, weight_scale), offset)
     got = gemm_fp8.block_scaled_gemm(x, x_scale, weight, weight_scale, offset, torch.float32, splits)
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
 
@@ -69,7 +66,7 @@ def test_block_scaled_gemm(tokens: int, features: int, outputs: int, splits: int
 @pytest.mark.parametrize(("tokens", "features", "outputs", "splits"), [(1, 200, 70, 1), (19, 320, 33, 4)])
 def test_int8_gemm(tokens: int, features: int, outputs: int, splits: int, dtype: torch.dtype) -> None:
     x = torch.randn(tokens, features).to(dtype)
-    weight, scale = extra.quantise_int8(torch.randn(outputs, features) / 15)
+    weight, scale = formats.quantise_int8(torch.randn(outputs, features) / 15)
     want = F.linear(x.float(), weight.float() * scale[:, None])
     assert_close(gemm_int.int8_gemm(x, weight, scale, None, splits), want, dtype)
     bias = torch.randn(outputs).to(dtype)
@@ -100,11 +97,23 @@ def test_int4_refuses_odd_groups() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_invariant_linear(dtype: torch.dtype) -> None:
     x, weight, bias = torch.randn(70, 150).to(dtype), (torch.randn(90, 150) / 12).to(dtype), torch.randn(90).to(dtype)
-    together = invariant.linear(x, weight, bias)
+    together = invariant.product(x, weight, bias)
     assert_close(together, F.linear(x, weight, bias), dtype)
-    assert_close(invariant.linear(x, weight, None), F.linear(x, weight), dtype)
+    assert_close(invariant.product(x, weight, None), F.linear(x, weight), dtype)
     for rows in (slice(0, 1), slice(3, 20), slice(64, 70)):
-        assert torch.equal(invariant.linear(x[rows], weight, bias), together[rows])
+        apart = invariant.product(x[rows], weight, bias)
+        if rows_are_alike():
+            assert torch.equal(apart, together[rows])
+        else:
+            torch.testing.assert_close(apart, together[rows], atol=2e-6, rtol=1e-5)
+
+
+def rows_are_alike() -> bool:
+    """Whether numpy, which the interpreter multiplies with, gives a row the same bits wherever it stands in a block."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((64, 64), np.float32), rng.standard_normal((64, 64), np.float32)
+    whole = a @ b
+    return all(np.array_equal(np.roll(a, step, 0) @ b, np.roll(whole, step, 0)) for step in range(1, 16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,8 +124,9 @@ def test_lora(dtype: torch.dtype) -> None:
     scaling = torch.tensor([0.5, 2.0, 1.0])
     start = torch.tensor([0, 1, 4, 22, 39, 40]).int()
     adapter = torch.tensor([2, -1, 0, 1, -1]).int()
-    want = extra.add_lora(y, x, down, up, scaling, start, adapter)
+    adapters = Adapters(down, up, scaling, start, adapter)
+    want = ref.add_adapters(y, x, adapters)
     before = y.clone()
-    lora.add_lora_(y, x, down, up, scaling, start, adapter)
+    y = lora.add_adapters(y, x, adapters)
     torch.testing.assert_close(y.float(), want.float(), atol=1e-4 if dtype == torch.float32 else 2e-2, rtol=1e-2)
     assert torch.equal(y[1:4], before[1:4]) and torch.equal(y[39], before[39])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from triton_support import DTYPES, assert_close, need_interpreter
 
-from phloem.kernels import reference_extra as extra
+from phloem.kernels import reference_experts as ref
+from phloem.kernels import reference_formats as formats
 
 need_interpreter()
 from phloem.kernels.triton import moe  # noqa: E402
@@ -17,7 +18,7 @@ from phloem.kernels.triton import moe  # noqa: E402
 def test_route(experts: int, top_k: int, renormalise: bool) -> None:
     logits = torch.randn(7, experts) * 2
     weights, ids = moe.route(logits, top_k, renormalise)
-    want_weights, want_ids = extra.route(logits, top_k, renormalise)
+    want_weights, want_ids = ref.route(logits, top_k, renormalise)
     assert torch.equal(ids, want_ids)
     torch.testing.assert_close(weights, want_weights, atol=1e-6, rtol=1e-5)
 
@@ -59,21 +60,21 @@ def test_moe(tokens: int, experts: int, top_k: int, dtype: torch.dtype) -> None:
     gate_up, down = (torch.randn(experts, 48, 40) / 6).to(dtype), (torch.randn(experts, 40, 24) / 5).to(dtype)
     gate_up, down = gate_up.flatten(0, 1), down.flatten(0, 1)
     got = moe.moe(x, logits, gate_up, down, top_k, True)
-    assert_close(got, extra.moe(x, logits, gate_up, down, top_k, True), dtype)
+    assert_close(got, ref.moe(x, logits, gate_up, down, top_k, True), dtype)
 
 
 def test_moe_in_float8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Block-scaled weights; activations are quantised by the reference, as the interpreter rounds float8 wrongly."""
     torch.manual_seed(10)
-    monkeypatch.setattr(moe, "per_group_fp8", lambda x, dtype: extra.quantise_fp8(x, dtype, 128))
+    monkeypatch.setattr(moe, "per_group_fp8", lambda x, dtype: formats.quantise_fp8(x, dtype, 128))
     x, logits = torch.randn(5, 160), torch.randn(5, 4)
-    gate_up, gate_scale = extra.quantise_blocks(torch.randn(4, 2 * 128, 160) / 12, torch.float8_e4m3fn)
-    down, down_scale = extra.quantise_blocks(torch.randn(4, 160, 128) / 11, torch.float8_e4m3fn)
-    weights, ids = extra.route(logits, 2, True)
+    gate_up, gate_scale = formats.quantise_blocks(torch.randn(4, 2 * 128, 160) / 12, torch.float8_e4m3fn)
+    down, down_scale = formats.quantise_blocks(torch.randn(4, 160, 128) / 11, torch.float8_e4m3fn)
+    weights, ids = ref.route(logits, 2, True)
     got = moe.experts(x, weights, ids, gate_up, down, scales=(gate_scale, down_scale))
-    wide = extra.spread_blocks(gate_up, gate_scale), extra.spread_blocks(down, down_scale)
-    want = extra.experts(x, weights, ids, *wide)
+    wide = formats.spread_blocks(gate_up, gate_scale), formats.spread_blocks(down, down_scale)
+    want = ref.experts(x, weights, ids, *wide)
     # What remains is the rounding of activations to three bits of mantissa.
     assert (got - want).norm() / want.norm() < 0.05
-    exact = extra.experts(extra.spread_groups(*extra.quantise_fp8(x, torch.float8_e4m3fn, 128)), weights, ids, *wide)
+    exact = ref.experts(formats.spread_groups(*formats.quantise_fp8(x, torch.float8_e4m3fn, 128)), weights, ids, *wide)
     assert (got - exact).norm() / exact.norm() < 0.05

@@ -8,7 +8,8 @@ import torch
 from triton_support import need_interpreter
 
 from phloem.engine import sampler as engine_sampler
-from phloem.kernels import reference_extra as extra
+from phloem.kernels import reference_sampling as reference
+from phloem.kernels.calls import Draw
 
 need_interpreter()
 from phloem.kernels.triton import sample  # noqa: E402
@@ -45,22 +46,22 @@ def test_sample(name: str) -> None:
     torch.manual_seed(5)
     logits = torch.randn(4, 5001) * 3
     columns = _columns(4, **CASES[name])
-    assert torch.equal(sample.sample(logits, *columns), extra.sample(logits, *columns))
+    assert torch.equal(sample.sample(logits, Draw(*columns)), reference.sample(logits, Draw(*columns)))
 
 
 def test_half_precision_logits() -> None:
     logits = torch.randn(3, 500).half()
     columns = _columns(3, top_k=[-1, 9, 3])
-    assert torch.equal(sample.sample(logits, *columns), extra.sample(logits.float(), *columns))
+    assert torch.equal(sample.sample(logits, Draw(*columns)), reference.sample(logits.float(), Draw(*columns)))
 
 
 def test_many_draws_stay_within_what_is_kept() -> None:
     torch.manual_seed(6)
     logits = (torch.randn(1, 300) * 2).repeat(16, 1)
     columns = _columns(16, top_k=[20] * 16, top_p=[0.8] * 16, seeds=[2**63 - 1 - i * 977 for i in range(16)])
-    got = sample.sample(logits, *columns)
-    assert torch.equal(got, extra.sample(logits, *columns))
-    kept = extra.kept_tokens(logits[0], 1.0, 20, 0.8, 0.0)
+    got = sample.sample(logits, Draw(*columns))
+    assert torch.equal(got, reference.sample(logits, Draw(*columns)))
+    kept = reference.kept_tokens(logits[0], 1.0, 20, 0.8, 0.0)
     assert (kept[got.long()] > 0).all() and len(set(got.tolist())) > 3
 
 
@@ -78,18 +79,18 @@ def test_same_draw_as_the_engines_sampler() -> None:
         positions=columns[5].numpy().astype(np.uint64),
         greedy=np.zeros(4, np.bool_),
     )
-    from phloem.kernels.ops import Ops
+    from phloem.kernels.ops import Draw, Ops
 
-    assert sample.sample(logits, *columns).tolist() == engine_sampler.sample(logits, rows, Ops()).tolist()
+    assert sample.sample(logits, Draw(*columns)).tolist() == engine_sampler.sample(logits, rows, Ops()).tolist()
 
 
 def test_ties_are_taken_in_token_order() -> None:
     """Of ten equal tokens top-k 3 keeps the first three, top-p 0.35 the first four."""
     logits = torch.full((20, 10), 1.5)
     columns = _columns(20, top_k=[3] * 20)
-    assert set(sample.sample(logits, *columns).tolist()) == {0, 1, 2}
+    assert set(sample.sample(logits, Draw(*columns)).tolist()) == {0, 1, 2}
     columns = _columns(20, top_p=[0.35] * 20)
-    assert set(sample.sample(logits, *columns).tolist()) == {0, 1, 2, 3}
+    assert set(sample.sample(logits, Draw(*columns)).tolist()) == {0, 1, 2, 3}
 
 
 def test_forbidden_tokens_are_never_drawn() -> None:
@@ -97,7 +98,7 @@ def test_forbidden_tokens_are_never_drawn() -> None:
     logits[:, 65] = -3.0
     logits[:, 2] = -3.0
     for setting in ({}, {"top_k": [50] * 8}, {"top_p": [0.99] * 8}):
-        assert set(sample.sample(logits, *_columns(8, **setting)).tolist()) == {2, 65}
+        assert set(sample.sample(logits, Draw(*_columns(8, **setting))).tolist()) == {2, 65}
 
 
 @pytest.mark.parametrize("vocab", [1, 33, 2048, 40001])
@@ -108,50 +109,6 @@ def test_argmax_and_logsumexp(vocab: int) -> None:
         logits[2, : vocab // 2] = float("-inf")
     assert torch.equal(sample.argmax(logits), logits.argmax(-1).int())
     torch.testing.assert_close(sample.logsumexp(logits), logits.logsumexp(-1), atol=1e-5, rtol=1e-5)
-
-
-def test_penalties_bias_and_mask() -> None:
-    torch.manual_seed(8)
-    vocab, slots = 2100, torch.tensor([4, 1]).int()
-    logits = torch.randn(2, vocab) * 3
-    prompt, output = [[3, 5, 5, 2099], [7]], [[5, 9, 9], [7, 7, 100]]
-    counts = torch.zeros(6, vocab, dtype=torch.int32)
-    for row, slot in enumerate(slots.tolist()):
-        counts[slot, prompt[row]] = sample.IN_PROMPT
-        for token in output[row]:
-            sample.count_tokens_(counts, torch.tensor([slot]).int(), torch.tensor([token]).int())
-    repetition, frequency, presence = torch.tensor([1.3, 1.0]), torch.tensor([0.5, -0.2]), torch.tensor([0.1, 0.7])
-    ids = torch.tensor([[1, 9, -1], [2000, -1, -1]]).int()
-    values = torch.tensor([[5.0, -2.0, 99.0], [100.0, 99.0, 99.0]])
-    allowed = torch.rand(2, vocab) > 0.3
-    words = np.packbits(np.pad(allowed.numpy(), ((0, 0), (0, -vocab % 32))), axis=1, bitorder="little").view(np.int32)
-
-    want = logits.clone()
-    for row in range(2):
-        seen = torch.zeros(vocab, dtype=torch.bool)
-        seen[prompt[row] + output[row]] = True
-        made = torch.bincount(torch.tensor(output[row]), minlength=vocab)
-        line = torch.where(want[row] > 0, want[row] / repetition[row], want[row] * repetition[row])
-        line = torch.where(seen, line, want[row]) - frequency[row] * made - presence[row] * (made > 0)
-        for token, value in zip(ids[row].tolist(), values[row].tolist(), strict=True):
-            if token >= 0:
-                line[token] += value
-        want[row] = line.masked_fill(~allowed[row], float("-inf"))
-    sample.adjust_(
-        logits,
-        penalties=(repetition, frequency, presence),
-        counts=counts,
-        slots_L=slots,
-        bias=(ids, values),
-        mask_LW=torch.from_numpy(words.copy()),
-    )
-    torch.testing.assert_close(logits, want)
-
-
-def test_mask_alone() -> None:
-    logits = torch.zeros(1, 64)
-    sample.adjust_(logits, mask_LW=torch.tensor([[1, -(2**31)]], dtype=torch.int32))
-    assert logits.isfinite().nonzero()[:, 1].tolist() == [0, 63]
 
 
 @pytest.mark.parametrize("words", [1, 3, 5])

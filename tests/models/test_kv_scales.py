@@ -97,15 +97,15 @@ def logprobs(path: Path, **settings: Any) -> tuple[list[float], worker.Built]:
     built = worker.build(Config.from_flat(values), describe(str(path)), lambda phase, seconds: None)
     tokens = np.arange(40, 70, dtype=np.int32)
     admission = Admission(0, "a", SamplingParams(temperature=0.0), 0, tokens, 30, return_logprob=True)
-    one, yes = np.zeros(1, np.int32), np.ones(1, np.bool_)
-    pages = np.arange(1, 4, dtype=np.int32)[None]
+    one = np.zeros(1, np.int32)
+    pages = (np.arange(1, 4, dtype=np.int32)[None],)
     targets = {0: np.append(tokens[1:], -1).astype(np.int32)}
-    first = Batch(0, one, one + 30, one, tokens, pages, yes, [admission], prompt_targets=targets)
-    second = Batch(1, one, one + 1, one + 30, np.array([7], np.int32), pages, yes)
+    first = Batch(0, one, one + 30, one, tokens, pages, one + 1, [admission], prompt_targets=targets)
+    second = Batch(1, one, one + 1, one + 30, np.array([7], np.int32), pages, one + 1)
     given = [built.runner.launch(batch).result() for batch in (first, second)]
     built.runner.close()
     prompt = [item.token for item in given[0].prompt_logprobs[0]]
-    return [*prompt, given[0].logprobs[0].token, given[1].logprobs[0].token], built
+    return [*prompt, given[0].logprobs[0][0].token, given[1].logprobs[0][0].token], built
 
 
 def distance(a: list[float], b: list[float]) -> float:

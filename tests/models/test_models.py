@@ -83,7 +83,9 @@ class Engine:
             max_seq_len=max(lengths),
         )
         index = None if every else torch.tensor(starts[1:]) - 1
-        step = ForwardBatch(torch.tensor(ids), torch.tensor(positions), begin(self.attention, batch, self.pool), index)
+        step = ForwardBatch(
+            torch.tensor(ids), torch.tensor(positions), begin(self.attention, [batch], self.pool), index
+        )
         with torch.inference_mode():
             return self.model.head(self.model.forward(step))
 
@@ -467,7 +469,7 @@ def test_push_into_packed_weights(made: Any, tmp_path: Path) -> None:
     ops = dataclasses.replace(
         Ops(),
         prepare_linear=lambda parts, dtype, device: Packed(Ops().prepare_linear(parts, dtype, device)),
-        linear=lambda x, weight, bias: Ops().linear(x, weight.tensor, bias),
+        linear=lambda x, weight, bias=None, **options: Ops().linear(x, weight.tensor, bias, **options),
         embedding=lambda ids, weight, scale: Ops().embedding(ids, weight.tensor, scale),
     )
     path, theirs = made("qwen2")

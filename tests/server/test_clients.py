@@ -304,6 +304,7 @@ def litellm(monkeypatch: pytest.MonkeyPatch) -> Any:
     return found
 
 
+@pytest.mark.slow
 def test_litellm_chat(litellm: Any, server: Served) -> None:
     about = {"model": f"openai/{MODEL}", "api_base": server.url + "/v1", "api_key": "key", "messages": PROMPT}
     server.engine.text = "Hello."
@@ -315,6 +316,7 @@ def test_litellm_chat(litellm: Any, server: Served) -> None:
         litellm.completion(**about, temperature=-1)
 
 
+@pytest.mark.slow
 def test_litellm_tools_and_schemas(litellm: Any, server: Served) -> None:
     about = {"model": f"openai/{MODEL}", "api_base": server.url + "/v1", "api_key": "key", "messages": PROMPT}
     server.engine.text = FULL
@@ -328,6 +330,7 @@ def test_litellm_tools_and_schemas(litellm: Any, server: Served) -> None:
     assert schema_of(server)["required"] == ["name", "people"]
 
 
+@pytest.mark.slow
 def test_litellm_text_completion(litellm: Any, server: Served) -> None:
     server.engine.text = "Hello."
     answer = litellm.text_completion(

@@ -47,12 +47,18 @@ HUGE = 'start: "ab" (' + " | ".join(f"x{i}" for i in range(1500)) + ")\n"
 HUGE += "\n".join(f'x{i}: "b" /[a-z]{{{i + 1}}}/ "c{i}"' for i in range(1500))
 
 
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("glm45", "minimax_m2")]
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"), max_position_embeddings=4096)
 
 
-@pytest.fixture(scope="module", params=["qwen3_coder", "glm45", "minimax_m2"])
+@pytest.fixture(
+    scope="module",
+    params=["qwen3_coder", *OTHERS],
+)
 def url(request: pytest.FixtureRequest, model: Path) -> Iterator[str]:
     settings: dict[str, Any] = {"model_path": str(model), "dtype": "float32", "max_total_tokens": 8192}
     with Engine(tool_call_parser=request.param, **settings) as engine, http_door(engine) as found:

@@ -10,10 +10,7 @@ import pytest
 from door import CONTEXT, MODEL, make_info, on_loop, open_door, until
 
 from phloem.core.messages import ControlReply, Stats
-from phloem.server import protocol
-from phloem.server.body import Body
-from phloem.server.messages import body as protocol_messages
-from phloem.server.responses import body as protocol_responses
+from phloem.protocol.body import Body
 from phloem.testing.fake_engine import FakeEngine
 
 
@@ -118,7 +115,7 @@ async def test_server_info_does_not_wait_for_a_hung_engine(monkeypatch: pytest.M
 async def test_load_routes() -> None:
     async with open_door() as door:
         door.engine.say(Stats(running=3, waiting=2, used_tokens=50, total_tokens=100))
-        await until(lambda: door.client.stats.running == 3)
+        await until(lambda: door.client.connection.stats.running == 3)
         (load,) = (await door.http.get("/get_load")).json()
         assert (load["num_reqs"], load["num_waiting_reqs"], load["dp_rank"]) == (5, 2, 0)
         loads = (await door.http.get("/v1/loads?include=core,queues")).json()
@@ -220,7 +217,7 @@ async def test_metrics_carry_the_names_that_dashboards_scrape() -> None:
     async with open_door(sglang_metric_names=True) as door:
         await door.post("/generate", {"text": "abc", "sampling_params": {"max_new_tokens": 5}})
         door.engine.say(Stats(grammar_seconds=[0.25, 0.5]))
-        await until(lambda: door.client.stats.grammar_seconds)
+        await until(lambda: door.client.connection.stats.grammar_seconds)
         response = await door.http.get("/metrics")
         assert response.headers["content-type"].startswith("text/plain")
         lines = response.text.splitlines()
@@ -253,14 +250,10 @@ async def test_the_document_describes_every_route() -> None:
         assert "text/event-stream" in chat["responses"]["200"]["content"]
 
 
-def bodies() -> list[type[Body]]:
-    modules = (protocol, protocol_messages, protocol_responses)
-    return [
-        item
-        for module in modules
-        for item in vars(module).values()
-        if isinstance(item, type) and issubclass(item, Body)
-    ]
+def bodies(base: type[Body] = Body) -> list[type[Body]]:
+    """Of every route, and what they are built on."""
+    below = [kind for kind in base.__subclasses__() if kind.__module__.startswith("phloem.")]
+    return [item for kind in below for item in (kind, *bodies(kind))]
 
 
 def test_every_ignored_field_stands_in_the_documentation() -> None:

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from door import MODEL, THINKS, Door, make_info, on_loop, open_door
+from door import MODEL, THINKS, Door, die_at, make_info, on_loop, open_door
 
 from phloem.core.messages import unpack_ids
 from phloem.testing.byte_tokenizer import SYSTEM, ByteTokenizer
@@ -240,7 +240,8 @@ async def test_errors_have_anthropics_shape_here_and_openais_elsewhere() -> None
 async def test_an_error_inside_a_stream_is_its_last_event() -> None:
     engine = FakeEngine(delay=0.002)
     async with open_door(engine) as door:
-        asyncio.get_running_loop().call_later(0.05, engine.die, "killed by signal 9")
+        dying = asyncio.create_task(die_at(engine, 5, "killed by signal 9"))
         found = await events(door, max_tokens=400)
+        await dying
         assert found[0]["type"] == "message_start" and found[-1]["type"] == "error"
         assert found[-1]["error"]["type"] == "overloaded_error" and "killed" in found[-1]["error"]["message"]

@@ -7,12 +7,12 @@ import json
 from typing import Any
 
 import pytest
-from door import MODEL, Door, make_info, on_loop, open_door, until
+from door import MODEL, Door, die_at, make_info, on_loop, open_door, until
 
 from phloem.core.messages import unpack_ids
-from phloem.server.answers import ResponseAnswer
-from phloem.server.protocol import Message
+from phloem.server.chat.body import Message
 from phloem.server.responses.store import ResponseStore, Stored
+from phloem.server.responses.write import ResponseAnswer
 from phloem.testing.byte_tokenizer import ByteTokenizer
 from phloem.testing.fake_engine import FakeEngine
 
@@ -315,8 +315,9 @@ async def test_errors_before_and_inside_a_stream() -> None:
         assert (await door.post(PATH, {"input": "a"})).status_code == 503
     engine = FakeEngine(delay=0.002)
     async with open_door(engine) as door:
-        asyncio.get_running_loop().call_later(0.05, engine.die, "killed by signal 9")
+        dying = asyncio.create_task(die_at(engine, 5, "killed by signal 9"))
         found = await events(door, max_output_tokens=400)
+        await dying
         assert [name for name, _ in found][-2:] == ["error", "response.failed"]
         assert "killed by signal 9" in found[-2][1]["message"]
         failed = found[-1][1]["response"]

@@ -178,7 +178,7 @@ def test_engine_death_on_the_way_is_an_error_event_and_then_the_end(slow: Served
     assert error["retryable"] is True
     assert httpx.get(slow.url + "/health").status_code == 503
     slow.call(slow.client.attach, FakeEngine())
-    wait_for(lambda: slow.client.engine is not None)
+    wait_for(lambda: slow.client.connection.ready is not None)
     assert httpx.get(slow.url + "/health").status_code == 200
     assert httpx.post(slow.url + CHAT, json={"messages": HI, "max_tokens": 2}).status_code == 200
 
@@ -314,7 +314,7 @@ def test_events_from_a_frame_are_those_encoded_whole(
     with served() as server:
         framed = answer(server)
         made: list[int] = []
-        monkeypatch.setattr("phloem.server.usage._text_event", lambda *_: made.append(1) or _Whole(*_))
+        monkeypatch.setattr("phloem.server.chunks._text_event", lambda *_: made.append(1) or _Whole(*_))
         whole = answer(server)
     assert made and framed == whole and len(framed) > 25
 

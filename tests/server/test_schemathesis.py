@@ -16,7 +16,8 @@ from phloem.client.client import EngineClient
 from phloem.core.config import Config
 from phloem.server.app import create_app
 
-EXAMPLES = 20
+# Requests of each operation: a few in the fast tier, many in the whole suite.
+EXAMPLES = [6, pytest.param(20, marks=pytest.mark.slow)]
 CHECKS = [
     checks.not_a_server_error,
     checks.status_code_conformance,
@@ -50,8 +51,9 @@ def takes_input(operation: Any) -> bool:
     return bool(operation.body) or bool(operation.query) or bool(operation.path_parameters)
 
 
+@pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize("label", OPERATIONS)
-def test_requests_from_the_document(label: str, server: Served) -> None:
+def test_requests_from_the_document(label: str, server: Served, examples: int) -> None:
     operation = OPERATIONS[label]
     modes = [GenerationMode.POSITIVE]
     if takes_input(operation):
@@ -59,7 +61,7 @@ def test_requests_from_the_document(label: str, server: Served) -> None:
     cases = st.one_of([operation.as_strategy(generation_mode=mode) for mode in modes])
 
     @settings(
-        max_examples=EXAMPLES if takes_input(operation) else 2,
+        max_examples=examples if takes_input(operation) else 2,
         deadline=None,
         derandomize=True,
         database=None,

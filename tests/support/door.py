@@ -169,3 +169,9 @@ async def until(condition: Any, seconds: float = 5.0) -> None:
     while not condition():
         assert asyncio.get_running_loop().time() < end, "the condition never held"
         await asyncio.sleep(0.005)
+
+
+async def die_at(engine: FakeEngine, step: int, reason: str) -> None:
+    """The engine dies in the middle of its work, however slow the machine is."""
+    await until(lambda: engine.step >= step)
+    engine.die(reason)

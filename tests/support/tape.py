@@ -57,7 +57,9 @@ def _home(x: torch.Tensor) -> int:
 
 
 class TapeRecorder:
-    """`PieceRecorder` over tapes. `fail`: raised at the n-th piece, as a device without memory would."""
+    """`GraphRecorder` over tapes that can cut. `fail`: raised at the n-th piece, as a device without memory would."""
+
+    cuts, resizes = True, False
 
     def __init__(self, fail: Exception | None = None, fail_at: int = 0) -> None:
         self.recorded = 0
@@ -65,6 +67,9 @@ class TapeRecorder:
         self.fail, self.fail_at = fail, fail_at
 
     def record(self, fn: Callable[[], Any]) -> Any:
+        raise AssertionError("only pieces are asked for")
+
+    def record_sizes(self, fn: Callable[[tuple[int, ...]], Any], sizes: tuple[int, ...]) -> Any:
         raise AssertionError("only pieces are asked for")
 
     def record_pieces(self, fn: Callable[[Any], Any]) -> tuple[Pieces, Any]:
@@ -116,7 +121,7 @@ class Counted(Pieces):
         super().__init__(parts, graphs, 1000)
         self._recorder = recorder
 
-    def replay(self) -> None:
+    def replay(self, *sizes: int) -> None:
         self._recorder.replays += 1
         super().replay()
 

@@ -12,11 +12,18 @@ import pytest
 from phloem.client.info import ModelInfo, with_formats
 from phloem.core.errors import BadRequest, ConfigError
 from phloem.core.request import SamplingParams
-from phloem.server.body import Parser
-from phloem.server.chat.deltas import AnswerParser, ParsedDelta, answer_parsers, needs_special_tokens, thinking_parser
+from phloem.protocol.body import Parser
+from phloem.protocol.generate.body import GenerateBody
+from phloem.protocol.generate.convert import to_request
 from phloem.server.chat.toolplan import NO_TOOLS, ToolPlan, plan
-from phloem.server.generate.convert import to_request
-from phloem.server.protocol import GenerateBody
+from phloem.text.answer import (
+    AnswerEvent,
+    FormattedAnswer,
+    PlainAnswer,
+    Reasoning,
+    needs_special_tokens,
+    thinking_parser,
+)
 from phloem.text.formats import (
     THINKING,
     TOOLS,
@@ -26,6 +33,7 @@ from phloem.text.formats import (
     tool_format,
 )
 from phloem.text.tokenizer import load_tokenizer
+from phloem.text.tools._base import Arguments, CallStart, Text
 from phloem.text.tools._explain import explain, spell
 
 # What tells the formats apart in the models' own templates (all of which show tools but the last), and the formats.
@@ -227,9 +235,13 @@ def test_what_is_wrong_with_tools_is_named(tools: Any, choice: Any, param: str) 
     assert caught.value.param == param
 
 
-def answer(parser: Any, text: str, size: int) -> list[ParsedDelta]:
+def answer(parser: Any, text: str, size: int) -> list[AnswerEvent]:
     pieces = [text[at : at + size] for at in range(0, len(text), size)] or [""]
-    return [parser.push(piece, at == len(pieces) - 1) for at, piece in enumerate(pieces)]
+    return [event for at, piece in enumerate(pieces) for event in parser.push(piece, at == len(pieces) - 1)]
+
+
+def texts(events: list[AnswerEvent], kind: type[Reasoning] | type[Text]) -> list[str]:
+    return [event.text for event in events if isinstance(event, kind)]
 
 
 TEXT = (
@@ -239,36 +251,29 @@ TEXT = (
 PLAN = ToolPlan([tool("f"), tool("g")], "hermes")
 
 
-def fresh(name: str = "qwen3", made: ToolPlan = PLAN, **more: Any) -> AnswerParser:
-    return AnswerParser(thinking_parser(name, ""), made.parser(), **more)
+def fresh(name: str = "qwen3", made: ToolPlan = PLAN, **more: Any) -> FormattedAnswer:
+    return FormattedAnswer(thinking_parser(name, ""), made.parser(), **more)
 
 
 @pytest.mark.parametrize("size", [1, 7, 10_000])
 def test_reasoning_content_and_calls(size: int) -> None:
-    deltas = answer(fresh(), TEXT, size)
-    assert "".join(delta.reasoning_content for delta in deltas) == "Hm."
-    assert "".join(delta.content for delta in deltas) == "Looking."
-    calls = [call for delta in deltas for call in delta.tool_calls]
-    heads = [call for call in calls if "id" in call]
-    assert [(call["index"], call["type"], call["function"]["name"]) for call in heads] == [
-        (0, "function", "f"),
-        (1, "function", "g"),
-    ]
-    joined = ["".join(call["function"]["arguments"] for call in calls if call["index"] == index) for index in (0, 1)]
+    events = answer(fresh(), TEXT, size)
+    assert "".join(texts(events, Reasoning)) == "Hm."
+    assert "".join(texts(events, Text)) == "Looking."
+    heads = [event for event in events if isinstance(event, CallStart)]
+    assert [(head.index, head.name) for head in heads] == [(0, "f"), (1, "g")]
+    pieces = [event for event in events if isinstance(event, Arguments)]
+    joined = ["".join(piece.text for piece in pieces if piece.index == index) for index in (0, 1)]
     assert joined == ['{"x": 1}', "{}"]
 
 
 def test_switches_of_the_answer() -> None:
-    one = [call for delta in answer(fresh(parallel=False), TEXT, 5) for call in delta.tool_calls]
-    assert {call["index"] for call in one} == {0}
-    pieces = [
-        delta.reasoning_content for delta in answer(fresh(stream_reasoning=False), TEXT, 1) if delta.reasoning_content
-    ]
-    assert pieces == ["Hm."]
+    one = answer(fresh(parallel=False), TEXT, 5)
+    assert {event.index for event in one if isinstance(event, CallStart | Arguments)} == {0}
+    assert texts(answer(fresh(stream_reasoning=False), TEXT, 1), Reasoning) == ["Hm."]
     cut = answer(fresh(stream_reasoning=False), "<think>never ends", 1)
-    assert [delta.reasoning_content for delta in cut if delta.reasoning_content] == ["never ends"]
-    plain = answer_parsers(2, NO_TOOLS, None, "")
-    assert len(plain) == 2 and plain[0].push(TEXT, True) == ParsedDelta(content=TEXT)
+    assert texts(cut, Reasoning) == ["never ends"]
+    assert PlainAnswer().push(TEXT, True) == [Text(TEXT)] and PlainAnswer().push("", True) == []
 
 
 @pytest.mark.parametrize(
@@ -284,8 +289,8 @@ def test_switches_of_the_answer() -> None:
 def test_the_prompt_tells_whether_a_block_is_open(
     prompt: str, continued: str | None, text: str, reasoning: str, content: str
 ) -> None:
-    (parser,) = answer_parsers(1, NO_TOOLS, "qwen3", prompt, continued=continued)
-    assert parser.push(text, True) == ParsedDelta(content=content, reasoning_content=reasoning)
+    events = FormattedAnswer(thinking_parser("qwen3", prompt, continued), None).push(text, True)
+    assert events == [*([Reasoning(reasoning)] if reasoning else []), Text(content)]
 
 
 class MarkedTokenizer:
@@ -300,11 +305,11 @@ class MarkedTokenizer:
 
 def test_special_tokens_stay_where_a_format_is_made_of_them() -> None:
     tokenizer: Any = MarkedTokenizer()
-    assert needs_special_tokens(tokenizer, ToolPlan([tool("f")], "kimi_k2"), None)
-    assert needs_special_tokens(tokenizer, NO_TOOLS, "gpt_oss")
-    assert not needs_special_tokens(tokenizer, NO_TOOLS, "qwen3")
-    assert not needs_special_tokens(tokenizer, ToolPlan([], "kimi_k2"), None)
-    assert not needs_special_tokens(None, NO_TOOLS, "gpt_oss")
+    assert needs_special_tokens(tokenizer, ToolPlan([tool("f")], "kimi_k2").parser(), None)
+    assert needs_special_tokens(tokenizer, None, "gpt_oss")
+    assert not needs_special_tokens(tokenizer, None, "qwen3")
+    assert not needs_special_tokens(tokenizer, ToolPlan([], "kimi_k2").parser(), None)
+    assert not needs_special_tokens(None, None, "gpt_oss")
 
 
 def test_tools_are_explained_where_the_template_is_silent() -> None:

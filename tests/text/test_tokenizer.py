@@ -71,6 +71,7 @@ def demo(demo_path: Path) -> Tokenizer:
     return load(demo_path, gguf=GGUFFile.open(demo_path), eos_ids=(2,))
 
 
+@pytest.mark.slow  # transformers takes seconds over the GGUF file
 def test_default_model_as_transformers_reads_it(demo: Tokenizer, demo_path: Path) -> None:
     from transformers import AutoTokenizer
 

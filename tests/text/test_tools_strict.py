@@ -29,6 +29,9 @@ pytest.importorskip("llguidance")
 FORMS = [name for name in FORMATS.names() if name != "json_array"]
 # Markers as plain text, and as special tokens. Harmony's are special in every vocabulary that has them.
 CASES = [(form, special) for form in FORMS for special in (False, True) if special or form != "gpt_oss"]
+# Each case is walked from a few seeds; from many, and with markers as plain text, in the whole suite.
+WALKS = [pytest.param(form, special, 4, marks=() if special else pytest.mark.slow) for form, special in CASES]
+WALKS += [pytest.param(form, special, 12, marks=pytest.mark.slow) for form, special in CASES]
 # Texts of the formats that are special tokens in their models' vocabularies.
 SPECIAL = {
     "hermes": ("<tool_call>", "</tool_call>"),
@@ -218,11 +221,11 @@ BEGIN = {
 }
 
 
-@pytest.mark.parametrize(("form", "special"), CASES)
-def test_strict_calls_are_read_back_and_valid(form: str, special: bool) -> None:
+@pytest.mark.parametrize(("form", "special", "walks"), WALKS)
+def test_strict_calls_are_read_back_and_valid(form: str, special: bool, walks: int) -> None:
     own = words(form if special else None)
     begins = BEGIN.get(form) or (f"Well.\n{FORMATS.module(form).Parser.trigger}",)
-    for tools, seeds in ((TOOLS, 12), (TOOLS[:1], 24)):
+    for tools, seeds in ((TOOLS, walks), (TOOLS[:1], 2 * walks)):
         grammar = compiled(form, special, tools)
         names: list[str] = []
         for seed in range(seeds):
@@ -234,14 +237,14 @@ def test_strict_calls_are_read_back_and_valid(form: str, special: bool) -> None:
         assert len(names) >= seeds // 3, names
 
 
-@pytest.mark.parametrize(("form", "special"), CASES)
-def test_forced_calls_are_read_back_and_valid(form: str, special: bool) -> None:
+@pytest.mark.parametrize(("form", "special", "walks"), WALKS)
+def test_forced_calls_are_read_back_and_valid(form: str, special: bool, walks: int) -> None:
     own = words(form if special else None)
     several = compiled(form, special, TOOLS, "required")
     one = compiled(form, special, TOOLS, "required", parallel=False)
     named = compiled(form, special, TOOLS, {"type": "function", "function": {"name": "book"}})
     ended = 0
-    for seed in range(5):
+    for seed in range(1 + walks // 3):
         for grammar, wanted in ((several, None), (one, None), (named, "book")):
             text = walk(grammar, own, seed)
             if text is None:
@@ -251,7 +254,7 @@ def test_forced_calls_are_read_back_and_valid(form: str, special: bool) -> None:
             assert names, text
             assert grammar is several or len(names) == 1, text
             assert wanted is None or names == [wanted]
-    assert ended >= 8
+    assert ended >= walks // 2
 
 
 GOOD: dict[str, str] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from phloem.core.messages import Heartbeat
-from phloem.launch import REST, Resting
+from phloem.launch.rest import REST, Resting
 from phloem.utils import memory
 
 

@@ -333,10 +333,25 @@ void attend(const AttentionArgs& a, Team& team) {
 }
 
 void attention_bf16(const AttentionArgs& a, Team& team) { attend<false>(a, team); }
-PHL_OP(attention_bf16, AttentionArgs, "pppp pppp pp iiiiiii iiiii dd");
+PHL_FIELDS(AttentionArgs, q, k_cache, v_cache, out, query_start, seq_lens, page_table, sinks, partial, scratch, rows,
+           heads, kv_heads, head_size, page_size, pages_per_row, page_stride, q_token, q_head, max_splits,
+           scratch_stride, window, scale, softcap);
+PHL_OP(attention_bf16, AttentionArgs);
 
 void attention_int8(const AttentionArgs& a, Team& team) { attend<true>(a, team); }
-PHL_OP(attention_int8, AttentionArgs, "pppp pppp pp iiiiiii iiiii dd");
+PHL_OP(attention_int8, AttentionArgs);
+
+// How many floats of scratch memory a thread needs, for Python, which allocates it.
+struct AttentionScratchArgs {
+  int64_t head_size, group;
+  int64_t* floats;
+};
+void attention_scratch(const AttentionScratchArgs& a, Team& team) {
+  if (team.thread == 0) *a.floats = scratch_floats(a.head_size, a.group);
+}
+PHL_FIELDS(AttentionScratchArgs, head_size, group, floats);
+PHL_OP(attention_scratch, AttentionScratchArgs);
+PHL_CONSTANT(attention, kSplitTokens);
 
 }  // namespace
 }  // namespace PHL_NS

@@ -29,6 +29,12 @@ struct AttentionArgs {
   double scale, softcap;
 };
 
+// Floats of scratch memory of a thread: packed queries, keys, values and results; an upper bound for every level.
+PHL_INLINE int64_t scratch_floats(int64_t head_size, int64_t group) {
+  const int64_t wide = (head_size + 15) / 16 * 16, rows = kBlockRows > group ? kBlockRows : group;
+  return (2 * rows + 3 * kBlockTokens) * wide + 18 * rows + 1024;
+}
+
 struct Range {
   int64_t begin, end;
 };

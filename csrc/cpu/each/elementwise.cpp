@@ -42,7 +42,8 @@ void add(const AddArgs& a, Team& team) {
          [](vf x, vf y) { return x + y; });
   });
 }
-PHL_OP(add, AddArgs, "ppp iiiii");
+PHL_FIELDS(AddArgs, x, y, out, rows, n, x_stride, y_stride, out_stride);
+PHL_OP(add, AddArgs);
 
 struct GatedArgs {
   const float* x;  // [rows, 2n]: gate, up
@@ -64,7 +65,8 @@ void silu_and_mul(const GatedArgs& a, Team& team) {
     map2(a.out + row * a.out_stride, x, x + a.n, begin, end, [](vf gate, vf up) { return silu(gate) * up; });
   });
 }
-PHL_OP(silu_and_mul, GatedArgs, "pp iiii");
+PHL_FIELDS(GatedArgs, x, out, rows, n, x_stride, out_stride);
+PHL_OP(silu_and_mul, GatedArgs);
 
 void gelu_tanh_and_mul(const GatedArgs& a, Team& team) {
   over_rows(team, a.rows, a.n, [&](int64_t row, int64_t begin, int64_t end) {
@@ -72,7 +74,7 @@ void gelu_tanh_and_mul(const GatedArgs& a, Team& team) {
     map2(a.out + row * a.out_stride, x, x + a.n, begin, end, [](vf gate, vf up) { return gelu_tanh(gate) * up; });
   });
 }
-PHL_OP(gelu_tanh_and_mul, GatedArgs, "pp iiii");
+PHL_OP(gelu_tanh_and_mul, GatedArgs);
 
 struct SoftcapArgs {
   const float* x;
@@ -88,7 +90,8 @@ void softcap(const SoftcapArgs& a, Team& team) {
     map2(a.out + row * a.out_stride, x, x, begin, end, [&](vf v, vf) { return tanh(v * inverse) * cap; });
   });
 }
-PHL_OP(softcap, SoftcapArgs, "pp iiii d");
+PHL_FIELDS(SoftcapArgs, x, out, rows, n, x_stride, out_stride, cap);
+PHL_OP(softcap, SoftcapArgs);
 
 struct SelectRowsArgs {
   const float* x;     // [T, n]
@@ -103,7 +106,8 @@ void select_rows(const SelectRowsArgs& a, Team& team) {
     std::memcpy(a.out + row * a.n + begin, a.x + from * a.x_stride + begin, (end - begin) * sizeof(float));
   });
 }
-PHL_OP(select_rows, SelectRowsArgs, "ppp iiii");
+PHL_FIELDS(SelectRowsArgs, x, index, out, index64, rows, n, x_stride);
+PHL_OP(select_rows, SelectRowsArgs);
 
 }  // namespace
 }  // namespace PHL_NS

@@ -31,7 +31,8 @@ void limit_read(const ReadArgs& a, Team& team) {
     a.out[team.thread] = sum(sums[0]);
   });
 }
-PHL_OP(limit_read, ReadArgs, "pip");
+PHL_FIELDS(ReadArgs, data, count, out);
+PHL_OP(limit_read, ReadArgs);
 
 struct PeakArgs {
   int64_t rounds;
@@ -60,19 +61,20 @@ PHL_INLINE void chains(const PeakArgs& a, Team& team, V one, F&& step) {
 void limit_float(const PeakArgs& a, Team& team) {
   chains(a, team, splat(1.0f), [](vf sum, vf x) { return sum + x * x; });
 }
-PHL_OP(limit_float, PeakArgs, "ip");
+PHL_FIELDS(PeakArgs, rounds, out);
+PHL_OP(limit_float, PeakArgs);
 
 #if PHL_LEVEL == 2
 void limit_bf16(const PeakArgs& a, Team& team) {
   chains(a, team, _mm512_set1_ps(1.0f),
          [](__m512 sum, __m512 x) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)x); });
 }
-PHL_OP(limit_bf16, PeakArgs, "ip");
+PHL_OP(limit_bf16, PeakArgs);
 
 void limit_int8(const PeakArgs& a, Team& team) {
   chains(a, team, _mm512_set1_epi32(1), [](__m512i sum, __m512i x) { return _mm512_dpbusd_epi32(sum, x, x); });
 }
-PHL_OP(limit_int8, PeakArgs, "ip");
+PHL_OP(limit_int8, PeakArgs);
 #endif
 
 }  // namespace

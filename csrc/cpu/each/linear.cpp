@@ -70,7 +70,29 @@ void linear(const LinearArgs& a, Team& team) {
     multiply(a, team, size, rows, count, out, first);
   });
 }
-PHL_OP(linear, LinearArgs, "pppp p pp p p iiiiiii iiiii ii i d");
+PHL_FIELDS(LinearArgs, x, addend, norm, sum, segments, bias, residual, out, workspace, rows, inputs, x_stride,
+           addend_stride, sum_stride, out_stride, residual_stride, segment_count, kinds, padded_inputs, panel_rows,
+           tile_bytes, alone, threads, epilogue, eps);
+PHL_OP(linear, LinearArgs);
+
+// What the size of the workspace follows from: see native_linear.py.
+constexpr int64_t kMostTileChunk = kTileChunk<Q2K>;  // of an unpacked block, per 32 inputs
+static_assert(kMostTileChunk >= kTileChunk<Q3K> && kMostTileChunk >= kTileChunk<Q6K>);
+static_assert(kMostTileChunk >= kTileChunk<Q4K> && kMostTileChunk >= kTileChunk<Q4M>);
+constexpr int64_t kLine = sizeof(Activation);
+PHL_CONSTANT(linear, kMostTileChunk);
+PHL_CONSTANT(linear, kLine);
+PHL_CONSTANT(linear, kInt8);
+PHL_CONSTANT(linear, kHalf);
+PHL_CONSTANT(linear, kSingle);
+PHL_CONSTANT(linear, kExact);
+PHL_CONSTANT(linear, kStore);
+PHL_CONSTANT(linear, kSiluMul);
+PHL_CONSTANT(linear, kGeluMul);
+PHL_CONSTANT(linear, kScreenRows);
+constexpr int64_t kTopColumns = kTopChunk * kBlock, kTopStateBytes = 4 * kTopState;
+PHL_CONSTANT(linear, kTopColumns);
+PHL_CONSTANT(linear, kTopStateBytes);
 
 // The head with arg-max: the token of the largest logit (the first of equals), and that logit.
 struct LinearArgmaxArgs {
@@ -125,7 +147,10 @@ void linear_argmax(const LinearArgmaxArgs& a, Team& team) {
     if (first + count < a.rows) team.barrier();
   });
 }
-PHL_OP(linear_argmax, LinearArgmaxArgs, "pppp p p p p p iiiii iiiiii ii d");
+PHL_FIELDS(LinearArgmaxArgs, x, addend, norm, sum, segments, bias, token, logit, workspace, rows, inputs, x_stride,
+           addend_stride, sum_stride, segment_count, kinds, padded_inputs, panel_rows, tile_bytes, best_bytes, alone,
+           threads, eps);
+PHL_OP(linear_argmax, LinearArgmaxArgs);
 
 // The same for a few rows of a large head of one segment, most of which a screen of four bits rules out.
 struct LinearScreenedArgs {
@@ -186,7 +211,9 @@ void linear_argmax_screened(const LinearScreenedArgs& a, Team& team) {
     });
   });
 }
-PHL_OP(linear_argmax_screened, LinearScreenedArgs, "ppppp iiiiiiiiii");
+PHL_FIELDS(LinearScreenedArgs, x, segments, screen, token, workspace, rows, inputs, x_stride, kinds, padded_inputs,
+           panel_rows, tile_bytes, best_bytes, alone, threads);
+PHL_OP(linear_argmax_screened, LinearScreenedArgs);
 
 // The head with what sampling needs: of each row the k largest logits, best first (the lowest id first of equals), and
 // the log-sum-exp of the logits times each of its scales. One segment.
@@ -270,7 +297,9 @@ void linear_topk(const LinearTopkArgs& a, Team& team) {
     if (first + count < a.rows) team.barrier();
   });
 }
-PHL_OP(linear_topk, LinearTopkArgs, "pp pp ppp p iiiiiiiii iiii d");
+PHL_FIELDS(LinearTopkArgs, x, segments, bias, scale, values, ids, lse, workspace, rows, inputs, x_stride, kinds,
+           padded_inputs, panel_rows, tile_bytes, alone, threads, k, norms, capacity, row_bytes, cap);
+PHL_OP(linear_topk, LinearTopkArgs);
 
 }  // namespace
 }  // namespace PHL_NS

@@ -215,7 +215,13 @@ void moe(const MoeArgs& a, Team& team) {
     down_tasks(p, team, size, mine);
   }
 }
-PHL_OP(moe, MoeArgs, "pp pp pp p p iiiiiiii iiii i i ii i i");
+PHL_FIELDS(MoeArgs, x, logits, gate_up, down, gate_up_at, down_at, out, workspace, tokens, inputs, inner, experts,
+           choices, renormalise, x_stride, logits_stride, up_kinds, up_padded, down_kinds, down_padded, paired,
+           hidden_stride, panel_tokens, tile_bytes, alone, threads);
+PHL_OP(moe, MoeArgs);
+
+constexpr int64_t kActiveBytes = sizeof(Active);
+PHL_CONSTANT(moe, kActiveBytes);
 
 }  // namespace
 }  // namespace PHL_NS

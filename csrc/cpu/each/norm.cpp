@@ -23,7 +23,8 @@ void rms_norm(const RmsNormArgs& a, Team& team) {
     }
   });
 }
-PHL_OP(rms_norm, RmsNormArgs, "ppp iiiii d");
+PHL_FIELDS(RmsNormArgs, x, weight, out, outer, inner, n, outer_stride, inner_stride, eps);
+PHL_OP(rms_norm, RmsNormArgs);
 
 struct AddRmsNormArgs {
   const float *x, *residual, *weight;
@@ -40,7 +41,8 @@ void add_rms_norm(const AddRmsNormArgs& a, Team& team) {
     }
   });
 }
-PHL_OP(add_rms_norm, AddRmsNormArgs, "ppppp iiii d");
+PHL_FIELDS(AddRmsNormArgs, x, residual, weight, out, total, rows, n, x_stride, residual_stride, eps);
+PHL_OP(add_rms_norm, AddRmsNormArgs);
 
 }  // namespace
 }  // namespace PHL_NS

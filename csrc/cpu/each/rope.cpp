@@ -64,7 +64,9 @@ void rope(const RopeArgs& a, Team& team) {
     }
   });
 }
-PHL_OP(rope, RopeArgs, "pppp iiiiii iiii");
+PHL_FIELDS(RopeArgs, q, k, positions, cos_sin, position64, tokens, heads, kv_heads, half, interleaved, q_token,
+           q_head, k_token, k_head);
+PHL_OP(rope, RopeArgs);
 
 struct WriteKvArgs {
   const float *k, *v;      // [T, K, D]
@@ -171,10 +173,12 @@ PHL_INLINE void write_tokens(const WriteKvArgs& a, Team& team) {
 }
 
 void write_kv_bf16(const WriteKvArgs& a, Team& team) { write_tokens<Bf16Rows>(a, team); }
-PHL_OP(write_kv_bf16, WriteKvArgs, "ppppp iiii iiii i");
+PHL_FIELDS(WriteKvArgs, k, v, k_cache, v_cache, slots, tokens, kv_heads, head_size, page_size, k_token, k_head,
+           v_token, v_head, page_stride);
+PHL_OP(write_kv_bf16, WriteKvArgs);
 
 void write_kv_int8(const WriteKvArgs& a, Team& team) { write_tokens<Int8Rows>(a, team); }
-PHL_OP(write_kv_int8, WriteKvArgs, "ppppp iiii iiii i");
+PHL_OP(write_kv_int8, WriteKvArgs);
 
 struct RopeWriteKvArgs {
   float *q, *k;                  // [T, heads, D], [T, kv_heads, D]: rotated in place
@@ -247,10 +251,13 @@ PHL_INLINE void rope_and_write_any(const RopeWriteKvArgs& a, Team& team) {
 }
 
 void rope_write_kv_bf16(const RopeWriteKvArgs& a, Team& team) { rope_and_write_any<Bf16Rows>(a, team); }
-PHL_OP(rope_write_kv_bf16, RopeWriteKvArgs, "pppppppppp iiiiiiii iiiiiii d");
+PHL_FIELDS(RopeWriteKvArgs, q, k, v, positions, cos_sin, q_norm, k_norm, k_cache, v_cache, slots, position64, tokens,
+           heads, kv_heads, head_size, half, interleaved, page_size, q_token, q_head, k_token, k_head, v_token,
+           v_head, page_stride, eps);
+PHL_OP(rope_write_kv_bf16, RopeWriteKvArgs);
 
 void rope_write_kv_int8(const RopeWriteKvArgs& a, Team& team) { rope_and_write_any<Int8Rows>(a, team); }
-PHL_OP(rope_write_kv_int8, RopeWriteKvArgs, "pppppppppp iiiiiiii iiiiiii d");
+PHL_OP(rope_write_kv_int8, RopeWriteKvArgs);
 
 }  // namespace
 }  // namespace PHL_NS

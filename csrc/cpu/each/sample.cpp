@@ -59,7 +59,8 @@ struct ArgmaxArgs {
 void argmax(const ArgmaxArgs& a, Team& team) {
   team.tasks(a.rows, [&](int64_t row) { a.out[row] = int32_t(find_top(a.logits + row * a.stride, a.vocab).index); });
 }
-PHL_OP(argmax, ArgmaxArgs, "pp iii");
+PHL_FIELDS(ArgmaxArgs, logits, out, rows, vocab, stride);
+PHL_OP(argmax, ArgmaxArgs);
 
 struct LogsumexpArgs {
   const float* logits;
@@ -85,7 +86,8 @@ void logsumexp(const LogsumexpArgs& a, Team& team) {
     a.out[row] = top + float(__builtin_log(total));
   });
 }
-PHL_OP(logsumexp, LogsumexpArgs, "pp iii");
+PHL_FIELDS(LogsumexpArgs, logits, out, rows, vocab, stride);
+PHL_OP(logsumexp, LogsumexpArgs);
 
 struct MaskTokensArgs {
   float* logits;
@@ -111,7 +113,8 @@ void mask_tokens(const MaskTokensArgs& a, Team& team) {
     }
   });
 }
-PHL_OP(mask_tokens, MaskTokensArgs, "ppp iiii");
+PHL_FIELDS(MaskTokensArgs, logits, rows, mask, count, vocab, stride, words);
+PHL_OP(mask_tokens, MaskTokensArgs);
 
 // A lower bound of the k-th largest of x: the k-th largest of the maxima of disjoint groups. -inf where that is no help.
 float bound_of_kth(const float* x, int64_t n, int64_t k, float* maxima) {
@@ -161,7 +164,8 @@ void top_k(const TopKArgs& a, Team& team) {
     }
   });
 }
-PHL_OP(top_k, TopKArgs, "pppp iiii");
+PHL_FIELDS(TopKArgs, logits, values, ids, scratch, rows, vocab, stride, k);
+PHL_OP(top_k, TopKArgs);
 
 struct SampleArgs {
   const float* logits;
@@ -267,7 +271,12 @@ void sample(const SampleArgs& a, Team& team) {
     a.out[row] = int32_t(draw(a, row, a.weights + team.thread * a.vocab, a.keys + team.thread * 2 * a.vocab));
   });
 }
-PHL_OP(sample, SampleArgs, "pppppppppp iii");
+PHL_FIELDS(SampleArgs, logits, temperature, top_k, top_p, min_p, seeds, positions, out, weights, keys, rows, vocab,
+           stride);
+PHL_OP(sample, SampleArgs);
+
+constexpr int64_t kMaxVocab = kDrawBlock * kMaxDrawBlocks;
+PHL_CONSTANT(sample, kMaxVocab);
 
 }  // namespace
 }  // namespace PHL_NS

@@ -115,7 +115,8 @@ void linear_screen(const ScreenArgs& a, Team& team) {
     if (unfit != 0) __atomic_fetch_add(a.unfit, unfit, __ATOMIC_RELAXED);
   });
 }
-PHL_OP(linear_screen, ScreenArgs, "ppp i");
+PHL_FIELDS(ScreenArgs, parts, target, unfit, inputs);
+PHL_OP(linear_screen, ScreenArgs);
 
 }  // namespace
 }  // namespace PHL_NS

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from phloem.core.errors import ConfigError
+from phloem.layers.context import StateStep
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from phloem.kernels.ops import Ops, PagedBatch
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, AttentionStep, Heads
-
-BACKENDS = Registry("phloem.attention", "attention backend")
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class AttentionNeed:
 class AttentionBackend(Protocol):
     name: str
     page_size: int
+    recordable: bool  # a step of one token a row waits for nothing on the host, so that a recorded step can hold it
 
     def decline(self, need: AttentionNeed) -> str | None:
         """Why this backend cannot serve the need, or None."""
@@ -54,19 +54,62 @@ class AttentionBackend(Protocol):
         ...
 
 
+class BackendKind(Protocol):
+    """What a backend's file has: how a backend is made. `dtype` is that of the KV cache."""
+
+    def __call__(
+        self, ops: Ops, specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype
+    ) -> AttentionBackend: ...
+
+
+PLAIN = ("reference",)  # takes everything, so nobody behind it is asked
+BACKENDS: Registry[BackendKind] = Registry("phloem.attention", "attention backend", "Backend")
+
+
+@dataclass(slots=True)
+class StateRows:
+    """Which states a step's rows read and write, for all layers of the group (`layers.context.StateStep`)."""
+
+    reads: Tensor  # [R] int64
+    writes: Tensor  # [R] int64
+    fresh: Tensor  # [R] bool
+    query_start: Tensor  # [R + 1] int32
+    prefix_lens: Tensor  # [R] int32
+    max_query_len: int
+
+
 @dataclass(slots=True)
 class Memory:
-    """One step's memory (`layers.context.StepMemory`)."""
+    """One step's memory (`layers.context.StepMemory`): what was planned for each group of the pool, in its order."""
 
-    attention: AttentionStep
+    pool: KVPool
+    steps: Sequence[AttentionStep | StateRows]
 
     def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
-        return self.attention(spec, heads)
+        step = self.steps[self.pool.group_of[spec.pool]]
+        assert not isinstance(step, StateRows), "an attention layer names a pool of states"
+        return step(spec, heads)
+
+    def state(self, pool: int) -> StateStep:
+        rows = self.steps[self.pool.group_of[pool]]
+        assert isinstance(rows, StateRows), "a recurrent layer names a pool of pages"
+        return StateStep(
+            self.pool.states[pool],
+            rows.reads,
+            rows.writes,
+            rows.fresh,
+            rows.query_start,
+            rows.prefix_lens,
+            rows.max_query_len,
+        )
 
 
-def begin(backend: AttentionBackend, batch: PagedBatch, pool: KVPool) -> Memory:
-    """Plan one step of a model."""
-    return Memory(backend.begin(batch, pool))
+def begin(backend: AttentionBackend, batches: Sequence[PagedBatch | StateRows], pool: KVPool) -> Memory:
+    """Plan one step of a model. `batches`: its rows in each of the pool's groups.
+
+    A page of a window's table that lies wholly behind the window may be 0: no backend lets what is there count.
+    """
+    return Memory(pool, [batch if isinstance(batch, StateRows) else backend.begin(batch, pool) for batch in batches])
 
 
 @dataclass(frozen=True)
@@ -78,6 +121,12 @@ class Choice:
     declined: dict[str, str] = field(default_factory=dict)
 
 
+def with_others(names: Sequence[str]) -> list[str]:
+    """A platform's preference, with the backends that it does not name before its last resort: a new file is asked."""
+    others = [name for name in BACKENDS.names() if name not in names and name not in PLAIN]
+    return [*names[:-1], *others, *names[-1:]]
+
+
 def choose(names: Sequence[str], need: AttentionNeed, ops: Ops, *, named: str | None = None) -> Choice:
     """The first of `names` that does not decline; `named`, if given, is taken or refused.
 
@@ -86,7 +135,7 @@ def choose(names: Sequence[str], need: AttentionNeed, ops: Ops, *, named: str | 
     """
     declined: dict[str, str] = {}
     for name in [named] if named else names:
-        backend: AttentionBackend = BACKENDS.module(name).Backend(ops, need.specs, need.device, need.kv_dtype)
+        backend = BACKENDS.get(name)(ops, need.specs, need.device, need.kv_dtype)
         reason = backend.decline(need)
         if reason is None:
             why = "named in the settings" if named else "the platform's first choice that accepts"

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from phloem.attention._store import store
+from phloem.attention._store import store, unserved
 from phloem.attention.reference import TableStep, fitting, fours
-from phloem.kernels import reference as ref
+from phloem.kernels import reference_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,10 +35,11 @@ SLACK = 1.3  # how much padding a group may bring
 class Backend:
     name = "cpu"
     page_size = 16
+    recordable = True
 
     def __init__(self, ops: Ops, specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype) -> None:
         self.ops = fitting(ops, dtype)
-        self.native = self.ops.paged_attention is not ref.paged_attention
+        self.native = self.ops.paged_attention is not reference_attention.paged_attention
 
     def decline(self, need: AttentionNeed) -> str | None:
         if need.device.type != "cpu":
@@ -47,7 +48,7 @@ class Backend:
             return f"keeps no KV cache of type {need.kv_dtype}"
         if not need.kv_dtype.is_floating_point and not self.native:
             return f"the op table {self.ops.name!r} keeps no KV cache of type {need.kv_dtype}"
-        return fours(need, self.page_size)
+        return unserved(need.specs) or fours(need, self.page_size)
 
     def begin(self, batch: PagedBatch, pool: KVPool) -> AttentionStep:
         return TableStep(self.ops, batch, pool) if self.native else GatheredStep(self.ops, batch, pool)
@@ -85,7 +86,7 @@ class GatheredStep:
 
     def __call__(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         keys, values = self.pool.keys[spec.pool], self.pool.values[spec.pool]
-        q_THD = store(self.ops, heads, keys, values, self.batch.token_slots)
+        q_THD = store(self.ops, spec, heads, (keys, values), self.batch.token_slots)
         groups = self.plans.get(spec.window)
         if groups is None:
             groups = self.plans[spec.window] = plan(self.batch, keys.shape[2], spec.window)

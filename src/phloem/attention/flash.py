@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phloem.attention._store import store
+from phloem.attention._store import store, unserved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,7 +48,7 @@ class Backend:
             return f"heads of {too_large} are larger than {LARGEST_HEAD}"
         if need.sinks:
             return "has no attention sinks"
-        return None
+        return unserved(need.specs)
 
     def begin(self, batch: PagedBatch, pool: KVPool) -> Step:
         attend = importlib.import_module("flash_attn_interface").flash_attn_with_kvcache
@@ -67,7 +67,7 @@ class Step:
     def __call__(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         assert heads.sinks is None, "a layer whose spec says no sinks hands some over"
         keys, values = self.pool.keys[spec.pool], self.pool.values[spec.pool]
-        q_THD = store(self.ops, heads, keys, values, self.batch.token_slots)
+        q_THD = store(self.ops, spec, heads, (keys, values), self.batch.token_slots)
         return self.attend(
             q_THD,
             # Its pages are [S, K, D]; a view with other strides is all it takes.

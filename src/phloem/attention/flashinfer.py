@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phloem.attention._store import store
+from phloem.attention._store import store, unserved
 from phloem.attention.reference import scaled
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Backend:
         odd = sorted({spec.head_size for spec in need.specs} - set(HEAD_SIZES))
         if odd:
             return f"has no kernels for heads of {odd[0]}"
-        return None
+        return unserved(need.specs)
 
     def begin(self, batch: PagedBatch, pool: KVPool) -> Step:
         return Step(self, batch, pool)
@@ -117,7 +117,7 @@ class Step:
     def __call__(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         keys, values = self.pool.keys[spec.pool], self.pool.values[spec.pool]
         ops = self.backend.writing(self.pool, spec.pool)
-        q_THD = store(ops, heads, keys, values, self.batch.token_slots)
+        q_THD = store(ops, spec, heads, (keys, values), self.batch.token_slots)
         key = (spec.heads, spec.kv_heads, spec.head_size, spec.window, spec.softcap, spec.scale)
         wrapper = self.planned.get(key)
         if wrapper is None:

@@ -1,14 +1,16 @@
-"""Attention through the op table: `store`, then `paged_attention`, whichever the table has. Runs on any device."""
+"""Attention through the op table: `store`, then `paged_attention`, whichever the table has; the reference's own for
+layers that ask more than a kernel serves. Runs on any device."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from phloem.attention._store import store
+from phloem.attention._store import call_of, store, unserved
 from phloem.kernels import reference as ref
+from phloem.kernels import reference_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +27,12 @@ def fitting(ops: Ops, dtype: torch.dtype) -> Ops:
     """The table itself, or with the reference attention where its own keeps no cache of this type."""
     if ops.kv_dtypes is None or dtype in ops.kv_dtypes:
         return ops
-    return replace(ops, write_kv=ref.write_kv, rope_write_kv=None, paged_attention=ref.paged_attention)
+    return plainly(ops)
+
+
+def plainly(ops: Ops) -> Ops:
+    """The table with the reference's keeping and reading of keys and values."""
+    return replace(ops, write_kv=ref.write_kv, rope_write_kv=None, paged_attention=reference_attention.paged_attention)
 
 
 def fours(need: AttentionNeed, page_size: int) -> str | None:
@@ -58,38 +65,49 @@ def per_head(scale: Tensor, heads: int) -> Tensor:
 class Backend:
     name = "reference"
     page_size = 16
+    recordable = True
 
     def __init__(self, ops: Ops, specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype) -> None:
         self.ops = fitting(ops, dtype)
 
     def decline(self, need: AttentionNeed) -> str | None:
-        if not need.kv_dtype.is_floating_point and self.ops.paged_attention is ref.paged_attention:
-            return f"the reference ops keep no KV cache of type {need.kv_dtype}"
+        if not need.kv_dtype.is_floating_point:
+            if self.ops.paged_attention is reference_attention.paged_attention:
+                return f"the reference ops keep no KV cache of type {need.kv_dtype}"
+            odd = unserved(need.specs)
+            if odd is not None:
+                return f"with a KV cache of type {need.kv_dtype} it {odd}"
         return fours(need, self.page_size)
 
     def begin(self, batch: PagedBatch, pool: KVPool) -> TableStep:
         return TableStep(self.ops, batch, pool)
 
 
-@dataclass(slots=True)
 class TableStep:
     """One step's attention by the op table."""
 
-    ops: Ops
-    batch: PagedBatch
-    pool: KVPool
+    def __init__(self, ops: Ops, batch: PagedBatch, pool: KVPool) -> None:
+        self.ops, self.batch, self.pool = ops, batch, pool
+        self._plain: Ops | None = None  # for layers that the table's kernels do not serve
+
+    def _table(self, spec: AttentionSpec) -> Ops:
+        if spec.causal and not spec.chunk and not spec.block and spec.values == spec.head_size:
+            return self.ops
+        if self._plain is None:
+            self._plain = plainly(self.ops)
+        return self._plain
 
     def __call__(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         keys, values = self.pool.keys[spec.pool], self.pool.values[spec.pool]
-        scales, ops = self.pool.scales.get(spec.pool), self.ops
+        scales, table = self.pool.scales.get(spec.pool), self._table(spec)
+        ops = table
         if keys.dtype.itemsize == 1 and keys.dtype.is_floating_point:
             ops = scaled(ops, scales, keys.dtype)
-        q_THD = store(ops, heads, keys, values, self.batch.token_slots)
+        q_THD = store(ops, spec, heads, (keys, values), self.batch.token_slots)
         if scales is not None:
             # Logits are products of q and k: the keys' scale may stand on the queries.
             q_THD = (q_THD.float() * per_head(scales.k, spec.heads)).to(q_THD.dtype)
-        args = (self.batch, spec.scale, spec.window, spec.softcap, heads.sinks)
-        out_THD = self.ops.paged_attention(q_THD, keys, values, *args)
+        out_THD = table.paged_attention(q_THD, (keys, values), self.batch, call_of(spec, heads.sinks))
         if scales is not None:
             out_THD = (out_THD.float() * per_head(scales.v, spec.heads)).to(out_THD.dtype)
         return out_THD

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from phloem.attention._store import store
+from phloem.attention._store import call_of, store, unserved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +53,7 @@ class Backend:
         too_large = max((spec.head_size for spec in need.specs), default=0)
         if too_large > LARGEST_HEAD:
             return f"heads of {too_large} are larger than {LARGEST_HEAD}"
-        return None
+        return unserved(need.specs)
 
     def begin(self, batch: PagedBatch, pool: KVPool) -> Step:
         from phloem.kernels.triton import attention, invariant, rope
@@ -88,9 +88,10 @@ class Step:
         keys, values = self.pool.keys[spec.pool], self.pool.values[spec.pool]
         scales = self.pool.scales.get(spec.pool)
         ops = self.backend.writing(self.rope, spec.pool, scales)
-        q_THD = store(ops, heads, keys, values, self.batch.token_slots)
-        arguments = (q_THD, keys, values, self.batch, spec.scale, spec.window, spec.softcap, heads.sinks)
+        cache = keys, values
+        q_THD = store(ops, spec, heads, cache, self.batch.token_slots)
+        call = call_of(spec, heads.sinks)
         if scales is None:
-            return self.kernels.paged_attention(*arguments)
+            return self.kernels.paged_attention(q_THD, cache, self.batch, call)
         run = self.kernels.decode_attention if self.batch.max_query_len == 1 else self.kernels.extend_attention
-        return run(*arguments, scales=(scales.k, scales.v))
+        return run(q_THD, cache, self.batch, call, scales=(scales.k, scales.v))

@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 from phloem.bench.kernels import Limits
 from phloem.core.errors import BadRequest
 from phloem.kernels import native
-from phloem.kernels._native_screen import ROWS as SCREEN_ROWS
-from phloem.kernels.native_linear import HALF, SINGLE
 from phloem.kvcache.pool import KVPool
 
 if TYPE_CHECKING:
@@ -56,7 +54,7 @@ class Work:
         return self._weights(rows) + rows * self.kv_bytes * context
 
     def _weights(self, rows: int) -> int:
-        return self.weight_bytes - (self.head_rest if rows <= SCREEN_ROWS else 0)
+        return self.weight_bytes - (self.head_rest if rows <= native.runtime().constant("linear.kScreenRows") else 0)
 
     def _pairs(self, queries: int, before: int) -> int:
         """Attention's operations of `queries` new tokens behind `before` others, in all layers."""
@@ -100,7 +98,11 @@ def work_of(model: Any, pool: KVPool) -> Work:
         if weight is embedding and head is not embedding:
             continue  # of which a step reads a row for each token
         read += weight.value.nbytes
-        kind = "bf16" if weight.value.forms & (HALF | SINGLE) else "int8"
+        kind = (
+            "bf16"
+            if weight.value.forms & (weight.value.native.sizes.half | weight.value.native.sizes.single)
+            else "int8"
+        )
         counts[f"head_{kind}" if weight is head else kind] += 2 * sum(prod(shape) for shape in weight.shapes)
     specs = model.attention_specs
     packed = head.value

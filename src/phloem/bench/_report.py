@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from phloem.bench._client import Result
+from phloem.core.errors import PhloemError
 from phloem.utils import machine
 from phloem.utils.cores import available_cores
 
@@ -124,8 +125,6 @@ def plot(results: Sequence[Result], record: dict[str, Any], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        from phloem.core.errors import PhloemError
-
         raise PhloemError("the plot needs matplotlib: pip install 'phloem[bench]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -15,6 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import phloem
 from phloem.bench._report import context, write_line
 from phloem.bench._text import sentences
 from phloem.checkpoint.describe import describe
@@ -81,9 +82,7 @@ def compare(settings: dict[str, Any], kinds: Sequence[str], options: Options) ->
 
 def perplexity(settings: dict[str, Any], options: Options, name: str = "") -> dict[str, Any]:
     """Score the text with an engine of these settings; says what it found."""
-    from phloem.llm import Engine
-
-    with Engine(**settings) as engine:
+    with phloem.Engine(**settings) as engine:
         if engine.tokenizer is None:
             raise BadRequest("the text needs a tokenizer: leave --skip-tokenizer-init out")
         windows = cut(engine.tokenizer.encode(" ".join(sentences())), options.tokens, options.window)

@@ -23,9 +23,8 @@ from phloem.bench._report import context, write_line
 from phloem.core.config import opt
 from phloem.core.errors import PhloemError
 from phloem.kernels import native
-from phloem.kernels._native_screen import ROWS as SCREEN_ROWS
-from phloem.kernels.ops import Ops, PagedBatch, Rotation
-from phloem.kernels.reference_extra import route
+from phloem.kernels.ops import AttentionCall, Draw, Ops, PagedBatch, Rotation
+from phloem.kernels.reference_experts import route
 from phloem.utils import memory
 
 if TYPE_CHECKING:
@@ -82,18 +81,21 @@ class Limits:
             block = torch.from_numpy(memory.zeros(max(size // 4, 4096) * 4))
             self._buffers[size] = block.view(torch.float32).fill_(1)
         buffer = self._buffers[size]
-        arguments = (self._read, 1 << 30, buffer.data_ptr(), buffer.numel(), self._out.data_ptr())
+
+        def once() -> None:
+            self._rt.call(self._read, 1 << 30, data=buffer.data_ptr(), count=buffer.numel(), out=self._out.data_ptr())
+
         repeats = max(1, (8 << 20) // size)
-        self._rt.call(*arguments)  # also wakes the threads
+        once()  # also wakes the threads
         start = perf_counter()
         for _ in range(repeats):
-            self._rt.call(*arguments)
+            once()
         return buffer.nbytes * repeats / (perf_counter() - start) / 1e9
 
     def peak(self, kind: str, rounds: int = 300_000) -> float:
         """Gop/s of multiply-adds in registers, a multiply-add counted as two."""
         start = perf_counter()
-        self._rt.call(self._handles[kind], 1 << 30, rounds, self._out.data_ptr())
+        self._rt.call(self._handles[kind], 1 << 30, rounds=rounds, out=self._out.data_ptr())
         seconds = perf_counter() - start
         return rounds * 12 * LANES[self._level] * OPERATIONS[kind] * self._threads / seconds / 1e9
 
@@ -241,13 +243,14 @@ def _linear(ops: Ops, o: Options) -> list[Case]:
             found.append(
                 Case(
                     f"linear {name} {kind} {rows} rows",
-                    lambda x=x, turn=turn: ops.linear(x, next(turn), None),
+                    lambda x=x, turn=turn: ops.linear(x, next(turn)),
                     float(getattr(weights[0], "nbytes", 0)),
                     operations,
                     "" if rows <= 8 else "bf16" if kind == "dense" else "int8",
                 )
             )
             if name == "head" and ops.linear_argmax is not None and ops.linear_topk is not None:
+                few_rows = native.runtime().constant("linear.kScreenRows")
                 best, few, scale = ops.linear_argmax, ops.linear_topk, torch.ones(rows, 2)
                 more: list[Case] = []
                 for label, run in (
@@ -255,7 +258,7 @@ def _linear(ops: Ops, o: Options) -> list[Case]:
                     ("64 best", lambda x=x, w=weights[0], few=few: few(x, w, 64, None, 0, 0.0)),
                     ("64 best, 2 sums", lambda x=x, w=weights[0], few=few, s=scale: few(x, w, 64, s, 2, 0.0)),
                 ):
-                    reads = found[-1].bytes if label != "arg-max" or rows > SCREEN_ROWS else _screened(weights[0])
+                    reads = found[-1].bytes if label != "arg-max" or rows > few_rows else _screened(weights[0])
                     case = replace(found[-1], name=f"linear head {label} {kind} {rows} rows", run=run)
                     more.append(replace(case, bytes=reads))
                 found += more
@@ -364,7 +367,7 @@ def _attention(ops: Ops, o: Options) -> list[Case]:
         found.append(
             Case(
                 f"attention {str(kind)[6:]} {name}",
-                partial(ops.paged_attention, q, caches[0], caches[1], batch, scale, 0, 0.0, None),
+                partial(ops.paged_attention, q, (caches[0], caches[1]), batch, AttentionCall(scale)),
                 float(read),
                 4.0 * o.heads * size * pairs,
                 "" if decode else "int8" if kind == torch.int8 else "bf16",
@@ -394,7 +397,7 @@ def _sampling(ops: Ops, o: Options) -> list[Case]:
             Case(f"top_k 20, {rows} rows", lambda x=logits: ops.top_k(x, 20), float(logits.nbytes)),
         ]
         for name, (top_k, top_p, min_p) in settings.items():
-            columns = (
+            draw = Draw(
                 torch.ones(rows),
                 torch.full((rows,), top_k, dtype=torch.int32),
                 torch.full((rows,), top_p),
@@ -402,7 +405,5 @@ def _sampling(ops: Ops, o: Options) -> list[Case]:
                 torch.arange(rows),
                 torch.arange(rows),
             )
-            found.append(
-                Case(f"sample {name} {rows} rows", partial(ops.sample, logits, *columns), float(logits.nbytes))
-            )
+            found.append(Case(f"sample {name} {rows} rows", partial(ops.sample, logits, draw), float(logits.nbytes)))
     return found

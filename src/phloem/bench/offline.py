@@ -8,6 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import phloem
 from phloem.bench._report import context, write_line
 from phloem.bench._text import Texts
 from phloem.bench._workloads import WORKLOADS, Sizes, Workload
@@ -49,11 +50,9 @@ def main(argv: list[str]) -> int:
 
 
 def _run(options: Options, names: list[str], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    from phloem.llm import Engine
-
     records: list[dict[str, Any]] = []
     begun = perf_counter()
-    with Engine(**settings) as engine:
+    with phloem.Engine(**settings) as engine:
         ready = perf_counter() - begun
         if engine.tokenizer is None:
             raise BadRequest("the prompts need a tokenizer: leave --skip-tokenizer-init out")

@@ -20,6 +20,7 @@ from phloem.bench._report import write_line
 from phloem.bench._text import Encoder, Texts
 from phloem.bench._workloads import WORKLOADS, Session, Sizes, Turn, Workload
 from phloem.bench.serving import load_encoder, measure
+from phloem.checkpoint.describe import describe
 from phloem.cli._options import parse_own
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest, PhloemError
@@ -103,8 +104,6 @@ def _leave(number: int, frame: Any) -> None:
 
 def find_peers(options: Options) -> tuple[list[Peer], list[str]]:
     """Phloem first, then every peer that is there; and why the others are not."""
-    from phloem.checkpoint.describe import describe
-
     checkpoint = describe(options.model)
     model = str(checkpoint.path)
     peers, skipped = [phloem(options.model, options.server_args)], list[str]()

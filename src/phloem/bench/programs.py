@@ -21,6 +21,7 @@ from phloem.core.config import opt
 from phloem.core.errors import BadRequest
 from phloem.lang.backends._base import Answer, Backend, Meta, Prompt
 from phloem.lang.backends.http import RuntimeEndpoint
+from phloem.lang.backends.openai import OpenAI
 from phloem.lang.chat import ChatFormat
 from phloem.lang.choices import ChoicesDecision, ChoicesMethod
 from phloem.lang.ir import Sampling
@@ -168,8 +169,6 @@ def _backends(options: Options, stack: ExitStack) -> Iterator[tuple[str, Backend
             form = backend.format
             yield how, backend
     if options.other_url:
-        from phloem.lang.backends.openai import OpenAI
-
         chat = options.other_api == "chat"
         other = OpenAI(options.other_model, chat, form, api_key=options.other_key, base_url=options.other_url)
         stack.callback(other.shutdown)

@@ -14,9 +14,11 @@ from phloem.bench._own_server import own_server
 from phloem.bench._report import context, plot, print_table, summarise, write_line
 from phloem.bench._text import Encoder, Texts
 from phloem.bench._workloads import WORKLOADS, Sizes, Workload
+from phloem.checkpoint.describe import describe
 from phloem.cli._options import parse_own
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest
+from phloem.text.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,6 @@ def main(argv: list[str]) -> int:
 
 def load_encoder(model_path: str) -> Encoder:
     """The tokenizer of a model path."""
-    from phloem.checkpoint.describe import describe
-    from phloem.text.tokenizer import load_tokenizer
-
     return load_tokenizer(describe(model_path))
 
 

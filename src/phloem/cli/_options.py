@@ -23,9 +23,8 @@ def settings_fields(skip: tuple[str, ...] = ()) -> list[tuple[str, Any, Any]]:
             continue
         hints = get_type_hints(cls)
         for spec in dataclasses.fields(cls):
-            kind = Annotated[
-                hints[spec.name], tyro.conf.arg(help=spec.metadata["help"], aliases=_ALIASES.get(spec.name))
-            ]
+            also = (*_ALIASES.get(spec.name, ()), *(f"--{name.replace('_', '-')}" for name in spec.metadata["also"]))
+            kind = Annotated[hints[spec.name], tyro.conf.arg(help=spec.metadata["help"], aliases=also or None)]
             found.append((spec.name, kind, dataclasses.field(default=spec.default)))
     return found
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+import phloem
 from phloem.cli._options import parse
 from phloem.core.config import opt
 from phloem.core.errors import PhloemError
@@ -34,11 +35,9 @@ def main(argv: list[str]) -> int:
     config, options = parse("chat", argv, Options, skip=("server",), description=DESCRIPTION)
     if options.url:
         return _talk(_Remote(options, config.model.model_path), options)
-    from phloem.llm import Engine
-
     print("loading the model ...", file=sys.stderr)
     settings = {**config.flat(), "log_level": "warning"}
-    with Engine(**settings) as engine:
+    with phloem.Engine(**settings) as engine:
         return _talk(_Local(engine, options), options)
 
 

@@ -8,8 +8,12 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
+from phloem import attention, platforms
+from phloem.checkpoint.describe import describe
 from phloem.cli._options import parse
+from phloem.core import resolve
 from phloem.core.errors import PhloemError
+from phloem.kernels import _native_build, native
 from phloem.utils import machine
 from phloem.utils.cores import available_cores
 
@@ -56,7 +60,21 @@ def _machine() -> None:
     _line("usable cores", available_cores())
     _line("memory", f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
     _line("instruction sets", ", ".join(flag for flag in _INTERESTING if flag in flags) or "nothing of use reported")
+    _line("native kernels", native_state())
     _line("C++ compiler", shutil.which("c++") or shutil.which("g++") or "none (only needed to build the kernels)")
+
+
+def native_state() -> str:
+    """Whether the native CPU kernels are there, of which sources, and what went wrong with their last build."""
+    failed = _native_build.failure()
+    if failed is not None:
+        return f"NOT BUILT: {' '.join(failed.split())}"
+    try:
+        library = native.runtime().library
+    except native.Unavailable as error:
+        return str(error)
+    old = _native_build.stale(library.built_from())
+    return f"STALE: {old}" if old else f"built from {library.built_from()}, best level {library.levels()[-1]}"
 
 
 def _libraries() -> None:
@@ -70,10 +88,6 @@ def _libraries() -> None:
 
 def _model(config: Config) -> bool:
     """What would be chosen for this configuration, as far as it can be known without loading weights."""
-    from phloem import attention, platforms
-    from phloem.checkpoint.describe import describe
-    from phloem.core import resolve
-
     print("\nModel")
     model = config.model
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO
 
+import phloem
 from phloem.cli._options import parse
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest, PhloemError
@@ -45,13 +46,11 @@ def main(argv: list[str]) -> int:
     jobs = list(_jobs(options))
     if not jobs:
         raise BadRequest("there are no prompts: use --prompt, --input FILE, or pipe lines in")
-    from phloem.llm import Engine
-
     settings = {**config.flat(), "log_level": "warning"}
     with ExitStack() as stack:
         # Opened before the model is loaded: a path that cannot be written is told at once.
         out = stack.enter_context(_open(options.output)) if options.output else sys.stdout
-        engine = stack.enter_context(Engine(**settings))
+        engine = stack.enter_context(phloem.Engine(**settings))
         failed = asyncio.run(_answer_all(engine, jobs, options, out))
     return 1 if failed else 0
 

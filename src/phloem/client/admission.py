@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from phloem.client.processing import thinking_budget
+from phloem.client.processors import thinking_budget
 from phloem.client.sessions import Sessions
 from phloem.core.errors import BadRequest
 from phloem.core.request import SamplingParams

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from phloem.client.request import Output
+    from phloem.client.continuation import Continuation
     from phloem.core.messages import Chunk, Stats
 
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30.0, 60.0, 120.0)
@@ -51,7 +51,7 @@ class Counters:
         self.e2e = Histogram(E2E_BUCKETS)
         self.grammar = Histogram(GRAMMAR_BUCKETS)
 
-    def on_chunk(self, output: Output, chunk: Chunk, now: float) -> None:
+    def on_chunk(self, output: Continuation, chunk: Chunk, now: float) -> None:
         count = len(chunk.tokens)
         if not count:
             return
@@ -72,7 +72,7 @@ class Counters:
         for seconds in stats.grammar_seconds:
             self.grammar.observe(seconds)
 
-    def on_finish(self, output: Output) -> None:
+    def on_finish(self, output: Continuation) -> None:
         self.requests += 1
         self.prompt_tokens += output.prompt_tokens
         self.cached_tokens += output.cached_tokens

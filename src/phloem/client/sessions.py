@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from phloem.client.request import new_id
+from phloem.client.request import SessionStep, new_id
 from phloem.core.errors import BadRequest, NotFound
 from phloem.core.messages import pack_ids, unpack_ids
 
@@ -21,21 +21,6 @@ if TYPE_CHECKING:
 MAX_SESSIONS = 4096
 MAX_BYTES = 256 * 1024 * 1024  # of all token ids, 4 bytes each
 MAX_ID = 256  # characters
-
-
-@dataclass(frozen=True, slots=True)
-class SessionStep:
-    """Where a request stands in its session.
-
-    `rid`: the request it goes on from (None: a new beginning). `offset`: how many leading tokens of that one are kept
-    (0: all). `replace`: what went on from there before is forgotten. `drop_previous_output`: only its prompt is kept.
-    """
-
-    id: str
-    rid: str | None = None
-    offset: int = 0
-    replace: bool = False
-    drop_previous_output: bool = False
 
 
 @dataclass(slots=True)

@@ -17,9 +17,9 @@ import msgspec
 from phloem.core.errors import ConfigError
 
 
-def opt(default: Any, text: str) -> Any:
-    """A field with its help."""
-    return field(default=default, metadata={"help": text})
+def opt(default: Any, text: str, *also: str) -> Any:
+    """A field with its help. `also`: names that users of other engines know it by; they are read, and never written."""
+    return field(default=default, metadata={"help": text, "also": also})
 
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
@@ -90,8 +90,12 @@ class RuntimeConfig:
     )
     threads: int | None = opt(None, "Compute threads; default: one per core that the process may use.")
     disable_step_graph: bool = opt(False, "Run every step eagerly, through Python.")
-    disable_piecewise_cuda_graph: bool = opt(False, "Run prefill and mixed steps eagerly; decode steps stay recorded.")
-    piecewise_cuda_graph_max_tokens: int | None = opt(None, "Most tokens of a prefill step in recorded pieces.")
+    disable_piecewise_graph: bool = opt(
+        False, "Run prefill and mixed steps eagerly; decode steps stay recorded.", "disable_piecewise_cuda_graph"
+    )
+    piecewise_graph_max_tokens: int | None = opt(
+        None, "Most tokens of a prefill step in recorded pieces.", "piecewise_cuda_graph_max_tokens"
+    )
     record_graphs_before_ready: bool = opt(False, "Record all steps before answering, instead of on first use or idle.")
     check_step_graph: bool = opt(False, "Debug: run recorded and eager steps side by side and compare.")
     debug_invariants: bool = opt(False, "Debug: check the page accounting after every step.")
@@ -114,6 +118,7 @@ class ServerConfig:
     host: str = opt("127.0.0.1", "Address to listen on.")
     port: int = opt(30000, "Port to listen on; 0 takes a free one.")
     api_key: str | None = opt(None, "Key that clients must send as a bearer token; PHLOEM_API_KEY sets it too.")
+    cors_origins: str = opt("", "Origins, separated by commas, whose pages may call this server; * for all.")
     max_body_bytes: int = opt(32 * 1024 * 1024, "Largest request body.")
     max_prompts_per_request: int = opt(1024, "Most prompts in one batch request.")
     incremental_streaming_output: bool = opt(False, "/generate streams only what is new in each event.")
@@ -155,10 +160,11 @@ class Config:
         Raises:
             ConfigError: naming the field, the value seen, the values allowed and the nearest spelling.
         """
-        known = flat_fields()
+        known, others = flat_fields(), other_names()
         parts: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
             key = name.replace("-", "_")
+            key = others.get(key, key)
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
@@ -193,6 +199,12 @@ def flat_fields() -> dict[str, tuple[str, Any]]:
     return found
 
 
+def other_names() -> dict[str, str]:
+    """Other name -> flat name."""
+    specs = [spec for cls in SECTIONS.values() for spec in dataclasses.fields(cls)]
+    return {other: spec.name for spec in specs for other in spec.metadata["also"]}
+
+
 def _convert(name: str, value: Any, kind: Any) -> Any:
     try:
         return msgspec.convert(value, kind, strict=False)
@@ -216,7 +228,7 @@ _POSITIVE = (
     "watchdog_timeout",
     "grammar_timeout",
     "threads",
-    "piecewise_cuda_graph_max_tokens",
+    "piecewise_graph_max_tokens",
     "max_body_bytes",
     "max_prompts_per_request",
 )

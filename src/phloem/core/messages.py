@@ -185,7 +185,7 @@ def decode_from_engine(data: bytes) -> FromEngine:
 
 
 class EngineLink:
-    """What the door holds of an engine, in this process or another (`launch.py` makes one; tests fake one).
+    """What the door holds of an engine, in this process or another (`launch/` makes one; tests fake one).
 
     `send` never blocks. `deliver` is awaited by exactly one task; a link has it, or `receive`, which it then uses.
     `alive` turns False for good when the engine ends.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,75 +17,100 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from phloem.engine.slots import Slot
+    from phloem.engine.wanted import Wanted
     from phloem.kernels.ops import Ops
 
 _log = log.get("engine.masks")
 
 
+@dataclass(slots=True)
+class Asked:
+    """A row that a grammar follows: its positions among the step's, and the drafts between them."""
+
+    slot: Slot
+    start: int
+    drafts: list[int]
+
+
 class Masks:
     """The masks of one runner; used by its thread alone.
 
-    On a device the host is idle during the forward pass, so a thread fills them then (`ahead`). On a CPU that pass has
-    every core: the same work is done after it.
+    `ahead`: the host is idle during the forward pass, so a thread fills them then. Where that pass has every core, the
+    same work is done after it.
     """
 
-    def __init__(self, max_slots: int, vocab: int, device: torch.device, ops: Ops) -> None:
+    def __init__(self, vocab: int, device: torch.device, ops: Ops, ahead: bool) -> None:
         self._device = device
         self._ops = ops
-        self._buffer = np.zeros((max_slots, (vocab + 31) // 32), dtype=np.int32)
-        self._pool = None if device.type == "cpu" else ThreadPoolExecutor(1, thread_name_prefix="phloem-masks")
+        self._words = (vocab + 31) // 32
+        self._buffer = np.zeros((0, self._words), np.int32)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="phloem-masks") if ahead else None
         self._started: Future[dict[int, Exception]] | None = None
-        self._rows: list[int] = []
+        self._asked: list[Asked] = []
 
-    def begin(self, slots: Sequence[Slot]) -> None:
-        """A step has begun that will sample for these slots, in this order."""
-        self._rows = [row for row, slot in enumerate(slots) if slot.mask is not None]
-        self._started = None
-        if self._rows and self._pool is not None:
-            self._started = self._pool.submit(self._fill, [slots[row] for row in self._rows])
+    def begin(self, slots: Sequence[Slot], wanted: Wanted) -> None:
+        """A step has begun that will choose tokens at these positions, each of the slot in its place."""
+        self._started, self._asked = None, []
+        if not slots or all(slot.follower is None for slot in slots):
+            return
+        for start, end in wanted.spans():
+            if slots[start].follower is not None:
+                self._asked.append(Asked(slots[start], start, wanted.drafts_of(start, end)))
+        count = sum(1 + len(asked.drafts) for asked in self._asked)
+        if count > len(self._buffer):
+            self._buffer = np.zeros((count, self._words), np.int32)
+        if self._pool is not None:
+            self._started = self._pool.submit(self._fill, self._asked)
 
-    def apply_(self, slots: Sequence[Slot], logits_LV: Tensor) -> dict[int, Exception]:
-        """Forbid what the masks do not allow; row -> why that row failed. Row i of the logits is slot i of `begin`."""
-        if not self._rows:
+    def apply_(self, logits_LV: Tensor) -> dict[int, Exception]:
+        """Forbid what the masks do not allow; position -> why no token can be chosen there."""
+        if not self._asked:
             return {}
-        failed = self._started.result() if self._started is not None else self._fill([slots[r] for r in self._rows])
-        kept = [place for place in range(len(self._rows)) if place not in failed]
+        failed = self._started.result() if self._started is not None else self._fill(self._asked)
+        positions = [one.start + place for one in self._asked for place in range(1 + len(one.drafts))]
+        kept = [place for place, position in enumerate(positions) if position not in failed]
         if kept:
-            rows = torch.tensor([self._rows[place] for place in kept], dtype=torch.int32)
+            rows = torch.tensor([positions[place] for place in kept], dtype=torch.int32)
             mask = torch.from_numpy(self._buffer[kept])
             self._ops.mask_tokens_(logits_LV, rows.to(self._device), mask.to(self._device))
-        return {self._rows[place]: error for place, error in failed.items()}
+        return failed
 
     def drop(self) -> None:
         """The step that began last ends here: whoever fills its masks is waited for."""
         if self._started is not None:
             self._started.exception()
             self._started = None
-        self._rows = []
+        self._asked = []
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _fill(self, slots: list[Slot]) -> dict[int, Exception]:
-        """Write each slot's mask into its row of the buffer; place -> why it has none."""
+    def _fill(self, rows: Sequence[Asked]) -> dict[int, Exception]:
+        """Write each position's mask into its row of the buffer; position -> why it has none."""
         failed: dict[int, Exception] = {}
-        for place, slot in enumerate(slots):
-            assert slot.mask is not None
-            sampled, slot.since_mask = slot.since_mask, []
-            row = self._buffer[place]
+        place = 0
+        for row in rows:
+            slot, count = row.slot, 1 + len(row.drafts)
+            buffer = self._buffer[place : place + count]
+            buffer[:] = -1  # of what lies behind a refused draft nothing will count
+            place += count
+            sampled, slot.untold = slot.untold, []
+            assert slot.follower is not None
             try:
-                mask_W = slot.mask(sampled)
-                if mask_W is None:
-                    row[:] = -1
-                    continue
-                if not mask_W.any():
-                    raise ValueError("the grammar allows no token here")
-                row[:] = 0
-                row[: len(mask_W)] = mask_W[: len(row)]
+                masks = slot.follower.masks(sampled, row.drafts)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
                 _log.warning("request %s: no mask: %s", slot.request_id, error)
-                failed[place] = error
+                failed[row.start] = error
+                continue
+            for number, mask_W in enumerate(masks):
+                if mask_W is None:
+                    continue
+                if not mask_W.any():
+                    failed[row.start + number] = ValueError("the grammar allows no token here")
+                    break
+                buffer[number] = 0
+                buffer[number, : len(mask_W)] = mask_W[: self._words]
         return failed

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from phloem.core.request import SamplingParams
@@ -30,26 +32,30 @@ class Penalties:
         self._presence = params.presence_penalty
         self._frequency = params.frequency_penalty
         known = torch.from_numpy(tokens.astype(np.int64)).to(device)
-        self._seen_V = torch.zeros(vocab, dtype=torch.bool, device=device)
-        self._seen_V[known] = True
+        self._prompt_V = torch.zeros(vocab, dtype=torch.bool, device=device)
+        self._prompt_V[known[:num_prompt]] = True
         self._count_V = torch.bincount(known[num_prompt:], minlength=vocab).to(torch.float32)
 
     @staticmethod
     def wanted(params: SamplingParams) -> bool:
         return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
-    def add(self, token: Tensor) -> None:
-        """Count one sampled token; `token` is a device tensor of one element, so that nothing waits for its value."""
-        index = token.reshape(1).long()
-        self._seen_V[index] = True
-        self._count_V.index_add_(0, index, torch.ones(1, device=index.device))
+    def add(self, tokens_L: Tensor, kept_L: Tensor | None = None) -> None:
+        """Count sampled tokens, of which only those in `kept_L` count (None: all); nothing waits for their values."""
+        ones = torch.ones(len(tokens_L), device=tokens_L.device) if kept_L is None else kept_L.float()
+        self._count_V.index_add_(0, tokens_L.long(), ones)
 
-    def apply_(self, logits_V: Tensor) -> None:
+    def apply_(self, logits_V: Tensor, drafts: Sequence[int] = ()) -> None:
+        """Change the logits of the token behind `drafts`, which are taken as output."""
+        count_V = self._count_V
+        if drafts:
+            more = torch.tensor(drafts, dtype=torch.int64, device=count_V.device)
+            count_V = count_V + torch.bincount(more, minlength=len(count_V))
         if self._repetition != 1:
             scaled_V = torch.where(logits_V > 0, logits_V / self._repetition, logits_V * self._repetition)
-            logits_V.copy_(torch.where(self._seen_V, scaled_V, logits_V))
+            logits_V.copy_(torch.where(self._prompt_V | (count_V > 0), scaled_V, logits_V))
         if self._frequency or self._presence:
-            logits_V.sub_(self._frequency * self._count_V + self._presence * (self._count_V > 0))
+            logits_V.sub_(self._frequency * count_V + self._presence * (count_V > 0))
 
 
 def bias_tensors(params: SamplingParams, device: torch.device) -> tuple[Tensor, Tensor] | None:

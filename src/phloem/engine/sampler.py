@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phloem.engine.flight import plain_up
+from phloem.engine.transfer import plain_up
+from phloem.kernels.calls import Draw
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -126,11 +127,12 @@ def sample(
 def _draw_by_table(
     logits_LV: Tensor,
     rows: SamplingRows,
-    draw: Callable[..., Tensor],
+    draw: Callable[[Tensor, Draw], Tensor],
     up: Callable[[Sequence[NDArray[Any]]], list[Tensor]],
 ) -> Tensor:
     """The table's own sampler; a temperature of 0 stands for greedy."""
     temperature = np.where(rows.greedy, np.float32(0), rows.temperature)
+    # In the order of `Draw`.
     columns = (
         temperature,
         rows.top_k,
@@ -139,7 +141,7 @@ def _draw_by_table(
         rows.seeds.view(np.int64),
         rows.positions.view(np.int64),
     )
-    return draw(logits_LV, *up(columns))
+    return draw(logits_LV, Draw(*up(columns)))
 
 
 def _draw(logits_LV: Tensor, rows: SamplingRows, index: NDArray[np.int64]) -> Tensor:

@@ -18,12 +18,14 @@ from phloem.core.errors import ConfigError
 from phloem.core.memory import groups_of
 from phloem.core.request import SamplingParams
 from phloem.core.resolve import GIB, Decision, MemoryFacts
-from phloem.engine.decode import run_forward
-from phloem.engine.inputs import device_inputs
+from phloem.engine.forward import run_forward
+from phloem.engine.inputs import Step
 from phloem.engine.logprobs import position_logprobs
 from phloem.engine.memory import first_line, is_out_of_memory
 from phloem.engine.sampler import SamplingRows, sample
 from phloem.engine.shares import Load, shares
+from phloem.engine.transfer import LastTokens
+from phloem.engine.wanted import Wanted
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import memory_of
 
@@ -141,17 +143,18 @@ def run_largest_steps(need: Need, device: torch.device) -> None:
 def _run(need: Need, pool: KVPool, lengths: list[int]) -> None:
     rows = len(lengths)
     query_lens = np.array(lengths, np.int32)
+    width = -(-max(lengths) // need.page_size)
     batch = Batch(
         step=0,
         slots=np.zeros(rows, np.int32),
         query_lens=query_lens,
         prefix_lens=np.zeros(rows, np.int32),
         input_ids=np.zeros(int(query_lens.sum()), np.int32),
-        page_table=np.zeros((rows, -(-max(lengths) // need.page_size)), np.int32),
-        sample=np.ones(rows, np.bool_),
+        tables=tuple(np.zeros((rows, width if group.kind == "pages" else 2), np.int32) for group in pool.groups),
+        outputs=np.ones(rows, np.int32),
     )
-    last_tokens = torch.zeros(rows, dtype=torch.int64, device=pool.device)
-    inputs = device_inputs(batch, need.page_size, last_tokens)
+    last = LastTokens(1, pool.device, False, None)
+    inputs = Step(batch, Wanted.of(batch), pool, last).inputs
     hidden_RN = run_forward(need.model, need.backend, pool, inputs, inputs.logit_index)
     logits_RV = need.model.head(hidden_RN)
     raw_RV = logits_RV.clone()  # what a step keeps beside penalised logits where logprobs are wanted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,15 +13,14 @@ from phloem.engine.processors import make
 from phloem.engine.sampler import SamplingColumns
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
-    from numpy.typing import NDArray
     from torch import Tensor
 
-    from phloem.core.batch import Admission
+    from phloem.core.batch import Admission, Follower
     from phloem.core.request import SamplingParams
     from phloem.engine.processors import Processor
-
-Mask = Callable[[list[int]], "NDArray[np.int32] | None"]
 
 
 @dataclass(slots=True)
@@ -37,27 +35,27 @@ class Slot:
     top_logprobs: int
     token_ids_logprob: tuple[int, ...]
     return_hidden: bool
-    mask: Mask | None
+    follower: Follower | None
     penalties: Penalties | None
     bias: tuple[Tensor, Tensor] | None
     output: list[int]  # tokens chosen so far, where processors look at them
     vocab: int
     made: list[Processor] | None = None  # the processors, at their first use
-    since_mask: list[int] = field(default_factory=list)  # tokens sampled since `mask` was last called
+    untold: list[int] = field(default_factory=list)  # tokens sampled since the follower was last called
 
     @property
     def plain(self) -> bool:
         """Nothing touches this row's logits before a token is chosen."""
-        free = self.mask is None and self.penalties is None and self.bias is None and not self.params.processors
+        free = self.follower is None and self.penalties is None and self.bias is None and not self.params.processors
         return free and self.params.min_new_tokens == 0
 
     @property
     def follows(self) -> bool:
         """Its next step needs to know, on the host, the token before."""
-        return self.mask is not None or bool(self.params.processors)
+        return self.follower is not None or bool(self.params.processors)
 
-    def process_(self, logits_V: Tensor) -> None:
-        """Let the custom processors change the logits in place.
+    def process_(self, logits_V: Tensor, drafts: Sequence[int] = ()) -> None:
+        """Let the custom processors change the logits of the token behind `drafts` in place.
 
         Raises:
             ValueError: if they leave no token; BadRequest as `processors.make` does.
@@ -65,21 +63,18 @@ class Slot:
         if self.made is None:
             self.made = make(self.params.processors, self.vocab)
         for processor in self.made:
-            processor.apply_(self.output, logits_V)
+            processor.apply_([*self.output, *drafts] if drafts else self.output, logits_V)
         if bool(logits_V.isneginf().all()):
             raise ValueError("the logit processors leave no token to choose")
 
 
 class Slots:
-    """All of them, and the last sampled token of each as one device tensor."""
+    """All of them. What only decides how a token is chosen is kept in arrays by slot."""
 
     def __init__(self, count: int, vocab: int, device: torch.device) -> None:
-        import torch
-
         self._slots: list[Slot | None] = [None] * count
         self._vocab = vocab
         self._device = device
-        self.last_tokens = torch.zeros(count, dtype=torch.int64, device=device)
         self.columns = SamplingColumns(count, vocab)
         # A row of which only its most likely token is wanted: no logits need be written for it.
         self.argmax_only = np.zeros(count, np.bool_)
@@ -89,7 +84,10 @@ class Slots:
         # How many of a row's best tokens are enough to choose one; 0: the whole row is wanted.
         self.candidates = np.zeros(count, np.int32)
 
-    def admit(self, admission: Admission) -> None:
+    def admit(self, admission: Admission, follower: Follower | None = None) -> None:
+        """Give the slot to a request. Raises ValueError if its constraint was not handed over."""
+        if admission.constrained and follower is None:
+            raise ValueError(f"request {admission.request_id}: nothing was given that follows its constraint")
         params = admission.params
         penalised = Penalties.wanted(params)
         self.columns.set(admission.slot, params, admission.seed)
@@ -102,7 +100,7 @@ class Slots:
             top_logprobs=admission.top_logprobs,
             token_ids_logprob=admission.token_ids_logprob,
             return_hidden=admission.return_hidden,
-            mask=admission.mask,
+            follower=follower if admission.constrained else None,
             penalties=Penalties(params, admission.tokens, admission.num_prompt, self._vocab, self._device)
             if penalised
             else None,
@@ -116,6 +114,13 @@ class Slots:
         self.candidates[admission.slot] = candidates_wanted(
             params, found.plain, admission.top_logprobs, bool(admission.token_ids_logprob), self._vocab
         )
+
+    def unfollow(self, slot: int) -> None:
+        """Nothing follows this slot's request any more."""
+        found = self._slots[slot]
+        if found is not None:
+            found.follower, found.untold = None, []
+            self.follows[slot] = found.follows
 
     def clear(self) -> None:
         """Forget every request; each must be admitted again before its next row."""

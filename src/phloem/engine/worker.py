@@ -15,7 +15,7 @@ from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import resolve
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
-from phloem.engine import recording
+from phloem.engine.recorded import choice
 from phloem.engine.runner import ModelRunner
 from phloem.engine.sizing import Need, size_pool
 from phloem.kvcache.pool import KVPool
@@ -102,16 +102,16 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     sizing = size_pool(config.cache, platform, need, min(model.weight_bytes, free))
     decisions += sizing.decisions
     pool = KVPool(memory_of(model.attention_specs), sizing.num_pages, page, kv_dtype, platform.device, scales)
-    place = recording.Place(model, backend, pool, ops, platform.memory()[0], sizing.graph_bytes)
+    place = choice.Place(model, backend, pool, ops, platform.facts, platform.memory()[0], sizing.graph_bytes)
     pages = -(-min(context, sizing.tokens) // page) + 1
-    graphs, pieces = recording.choose(config.runtime, place, running, pages, chunk, decisions)
+    ways = choice.choose(config.runtime, place, running, pages, chunk, decisions)
     phase.end("memory")
     if config.runtime.record_graphs_before_ready:
-        recording.record_all(graphs, pieces, decisions)
+        choice.record_all(ways, decisions)
         phase.end("graphs")
     runner = ModelRunner(
-        model, backend, pool, ops, running, graphs,
-        streams=platform.streams, give_back=platform.empty_cache, pieces=pieces, begin=platform.begin_steps,
+        model, backend, pool, ops, running, facts=platform.facts, recorded=ways,
+        streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps,
     )  # fmt: skip
     info = {
         "weight_bytes": model.weight_bytes,
@@ -144,7 +144,7 @@ def _backend(
 
 def _backend_names(platform: Platform) -> list[str]:
     known = attention.BACKENDS.names()
-    return [name for name in platform.attention_backends() if name in known]
+    return attention.with_others([name for name in platform.attention_backends() if name in known])
 
 
 def _take(decisions: list[Decision], decision: Decision) -> Any:

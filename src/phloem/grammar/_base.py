@@ -270,12 +270,19 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+class EngineKind(Protocol):
+    """What an engine's file has: how an engine is made."""
+
+    def __call__(self, vocabulary: Vocabulary, options: EngineOptions) -> Engine: ...
+
+
 __all__ = [
     "Choice",
     "Compiled",
     "Constraint",
     "Ebnf",
     "Engine",
+    "EngineKind",
     "EngineOptions",
     "JsonObject",
     "JsonSchema",

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
     from phloem.core.messages import Submit
     from phloem.core.request import SamplingParams
-    from phloem.grammar._base import Compiled, Constraint, Engine, Vocabulary, Whitespace
+    from phloem.grammar._base import Compiled, Constraint, Engine, EngineKind, Vocabulary, Whitespace
 
-ENGINES = Registry("phloem.grammar", "grammar engine")
+ENGINES: Registry[EngineKind] = Registry("phloem.grammar", "grammar engine", "Engine")
 
 # Who is asked first. JSON schemas: exactness; EBNF: the engine whose notation it is.
 _EXACT = ("llguidance", "xgrammar")
@@ -239,7 +239,7 @@ class GrammarManager:
                 options = _base.EngineOptions(
                     self.settings.whitespace, self.settings.compile_timeout, self.settings.memory_limit
                 )
-                found = self._engines[name] = ENGINES.module(name).Engine(self.vocabulary, options)
+                found = self._engines[name] = ENGINES.get(name)(self.vocabulary, options)
             return found
 
 

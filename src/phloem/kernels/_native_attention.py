@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,35 +11,31 @@ import torch
 from phloem.kernels._native_basic import cache_stride, check_fours, heads_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from phloem.kernels._native_runtime import Runtime
-    from phloem.kernels.ops import PagedBatch
+    from phloem.kernels.calls import AttentionCall, Cache, PagedBatch
 
-SPLIT_TOKENS = 256  # as in attention_args.h: one decoding row is split over at least so many cached tokens
 MAX_SPLITS = 16
-BLOCK_ROWS = 96  # query rows of a task
 REGION = 1_000_000  # "work" that always shares the op out: how much there is, only seq_lens tells
 
 
 def ops(rt: Runtime) -> dict[str, Any]:
     call, empty = rt.call, rt.empty
     HANDLES = {torch.bfloat16: rt.op("attention_bf16"), torch.int8: rt.op("attention_int8")}
+    SPLIT_TOKENS = rt.constant("attention.kSplitTokens")  # one decoding row is split over at least so many
+    scratch_floats = scratch_of(rt)
 
-    def paged_attention(
-        q_THD: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: PagedBatch,
-        scale: float,
-        window: int,
-        cap: float,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
+    def paged_attention(q_THD: Tensor, cache: Cache, batch: PagedBatch, how: AttentionCall) -> Tensor:
         _, heads, size = q_THD.shape
+        k_cache, v_cache = cache
         _, kv_heads, page_size, width = k_cache.shape
         rows, pages = batch.page_table.shape
-        handle = HANDLES.get(k_cache.dtype)
+        handle, sinks_H = HANDLES.get(k_cache.dtype), how.sinks
+        if not how.plain:
+            raise ValueError("native attention is causal, without chunks and blocks")
         if k_cache.dtype == torch.int8:
             check_fours(size, page_size)
         if handle is None or width != size + 4 * (k_cache.dtype == torch.int8) or heads % kv_heads:
@@ -50,22 +48,33 @@ def ops(rt: Runtime) -> dict[str, Any]:
         out = empty(q_THD.shape)
         partial = empty((rows * heads * splits * (size + 2) if splits > 1 else 1,))
         scratch = empty((rt.library.threads() * stride,))
+        q_token, q_head = heads_of(q_THD)
         call(
-            handle, REGION,
-            q_THD.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), batch.query_start.data_ptr(),
-            batch.seq_lens.data_ptr(), batch.page_table.data_ptr(), None if sinks_H is None else sinks_H.data_ptr(),
-            partial.data_ptr(), scratch.data_ptr(), rows, heads, kv_heads, size, page_size, batch.page_table.stride(0),
-            cache_stride(k_cache, v_cache), *heads_of(q_THD), splits, stride, window, scale, cap,
+            handle, REGION, q=q_THD.data_ptr(), q_token=q_token, q_head=q_head, out=out.data_ptr(),
+            k_cache=k_cache.data_ptr(), v_cache=v_cache.data_ptr(), page_stride=cache_stride(k_cache, v_cache),
+            query_start=batch.query_start.data_ptr(), seq_lens=batch.seq_lens.data_ptr(),
+            page_table=batch.page_table.data_ptr(), pages_per_row=batch.page_table.stride(0),
+            rows=rows, heads=heads, kv_heads=kv_heads, head_size=size, page_size=page_size,
+            partial=partial.data_ptr(), max_splits=splits, scratch=scratch.data_ptr(), scratch_stride=stride,
+            scale=how.scale, window=how.window, softcap=how.softcap,
+            sinks=None if sinks_H is None else sinks_H.data_ptr(),
         )  # fmt: skip
         return out
 
     return {"paged_attention": paged_attention}
 
 
-def scratch_floats(size: int, group: int) -> int:
-    """Floats that a thread needs for packed queries, keys, values and results; an upper bound for every level."""
-    wide, rows = -(-size // 16) * 16, max(BLOCK_ROWS, group)
-    return (2 * rows + 192) * wide + 18 * rows + 1024
+def scratch_of(rt: Runtime) -> Callable[[int, int], int]:
+    """(head size, query heads of a kv head) -> floats that a thread needs for packed queries, keys and values."""
+    handle = rt.op("attention_scratch")
+
+    @cache
+    def floats(size: int, group: int) -> int:
+        found = (ctypes.c_int64 * 1)()
+        rt.library.ask(handle, head_size=size, group=group, floats=ctypes.addressof(found))
+        return found[0]
+
+    return floats
 
 
 def _check(batch: PagedBatch, rows: int) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.kernels._native_runtime import Runtime
-    from phloem.kernels.ops import Rotation
+    from phloem.kernels.calls import Rotation
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -55,8 +55,11 @@ def _elementwise(rt: Runtime) -> dict[str, Any]:
         rows, n = x_TN.shape
         if y_TN.shape != x_TN.shape:
             raise ValueError(f"cannot add {list(y.shape)} to {list(x.shape)}")
-        out, xs, ys = empty(x.shape), x_TN.stride(0), y_TN.stride(0)
-        call(ADD, rows * n // 8, x_TN.data_ptr(), y_TN.data_ptr(), out.data_ptr(), rows, n, xs, ys, n)
+        out = empty(x.shape)
+        call(
+            ADD, rows * n // 8, x=x_TN.data_ptr(), y=y_TN.data_ptr(), out=out.data_ptr(), rows=rows, n=n,
+            x_stride=x_TN.stride(0), y_stride=y_TN.stride(0), out_stride=n,
+        )  # fmt: skip
         return out
 
     def gated(handle: int, x: Tensor) -> Tensor:
@@ -66,7 +69,8 @@ def _elementwise(rt: Runtime) -> dict[str, Any]:
             raise ValueError("gate and up must have the same number of features")
         n = double // 2
         out = empty((*x.shape[:-1], n))
-        call(handle, rows * n // 2, x_TN.data_ptr(), out.data_ptr(), rows, n, x_TN.stride(0), n)
+        work, stride = rows * n // 2, x_TN.stride(0)
+        call(handle, work, x=x_TN.data_ptr(), out=out.data_ptr(), rows=rows, n=n, x_stride=stride, out_stride=n)
         return out
 
     def silu_and_mul(x: Tensor) -> Tensor:
@@ -79,15 +83,18 @@ def _elementwise(rt: Runtime) -> dict[str, Any]:
         x_TN = rows_of(x)
         rows, n = x_TN.shape
         out = empty(x.shape)
-        call(SOFTCAP, rows * n // 2, x_TN.data_ptr(), out.data_ptr(), rows, n, x_TN.stride(0), n, cap)
+        work, x_at, stride = rows * n // 2, x_TN.data_ptr(), x_TN.stride(0)
+        call(SOFTCAP, work, x=x_at, out=out.data_ptr(), rows=rows, n=n, x_stride=stride, out_stride=n, cap=cap)
         return out
 
     def select_rows(x: Tensor, index: Tensor) -> Tensor:
         x_TN = rows_of(x)
         n, rows = x_TN.shape[1], index.shape[0]
         wide, out = is_index64(index), empty((rows, *x.shape[1:]))
-        work = rows * n // 8
-        call(SELECT, work, x_TN.data_ptr(), index.data_ptr(), out.data_ptr(), wide, rows, n, x_TN.stride(0))
+        call(
+            SELECT, rows * n // 8, x=x_TN.data_ptr(), index=index.data_ptr(), out=out.data_ptr(), index64=wide,
+            rows=rows, n=n, x_stride=x_TN.stride(0),
+        )  # fmt: skip
         return out
 
     names = (add, silu_and_mul, gelu_tanh_and_mul, softcap, select_rows)
@@ -106,8 +113,10 @@ def _norms(rt: Runtime) -> dict[str, Any]:
             x = rows_of(x)
             (outer, n), inner, outer_stride, inner_stride = x.shape, 1, x.stride(0), 0
         out, work = empty(x.shape), outer * inner * n // 4
-        w = norm_weight(weight, n)
-        call(RMS, work, x.data_ptr(), w, out.data_ptr(), outer, inner, n, outer_stride, inner_stride, eps)
+        call(
+            RMS, work, x=x.data_ptr(), weight=norm_weight(weight, n), out=out.data_ptr(), outer=outer, inner=inner, n=n,
+            outer_stride=outer_stride, inner_stride=inner_stride, eps=eps,
+        )  # fmt: skip
         return out
 
     def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -115,10 +124,11 @@ def _norms(rt: Runtime) -> dict[str, Any]:
         rows, n = x_TN.shape
         if y_TN.shape != x_TN.shape:
             raise ValueError(f"cannot add residual {list(residual.shape)} to {list(x.shape)}")
-        out, total, w = empty(x.shape), empty(x.shape), norm_weight(weight, n)
+        out, total = empty(x.shape), empty(x.shape)
         call(
-            ADD_RMS, rows * n // 3, x_TN.data_ptr(), y_TN.data_ptr(), w, out.data_ptr(), total.data_ptr(),
-            rows, n, x_TN.stride(0), y_TN.stride(0), eps,
+            ADD_RMS, rows * n // 3, x=x_TN.data_ptr(), residual=y_TN.data_ptr(), weight=norm_weight(weight, n),
+            out=out.data_ptr(), total=total.data_ptr(), rows=rows, n=n,
+            x_stride=x_TN.stride(0), residual_stride=y_TN.stride(0), eps=eps,
         )  # fmt: skip
         return out, total
 
@@ -168,20 +178,23 @@ def _positions(rt: Runtime) -> dict[str, Any]:
     def rope_(q_THD: Tensor, k_TKD: Tensor, positions_T: Tensor, cos_sin: Tensor, interleaved: bool) -> None:
         tokens, heads, size = q_THD.shape
         kv_heads, half = k_TKD.shape[1], rotated_half(cos_sin, size)
+        (q_token, q_head), (k_token, k_head) = heads_of(q_THD), heads_of(k_TKD)
         call(
-            ROPE, tokens * (heads + kv_heads) * half // 4,
-            q_THD.data_ptr(), k_TKD.data_ptr(), positions_T.data_ptr(), cos_sin.data_ptr(), is_index64(positions_T),
-            tokens, heads, kv_heads, half, interleaved, *heads_of(q_THD), *heads_of(k_TKD),
+            ROPE, tokens * (heads + kv_heads) * half // 4, q=q_THD.data_ptr(), k=k_TKD.data_ptr(),
+            positions=positions_T.data_ptr(), position64=is_index64(positions_T), cos_sin=cos_sin.data_ptr(),
+            tokens=tokens, heads=heads, kv_heads=kv_heads, half=half, interleaved=interleaved,
+            q_token=q_token, q_head=q_head, k_token=k_token, k_head=k_head,
         )  # fmt: skip
 
     def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
         tokens, kv_heads, size = k_TKD.shape
         handle = writer(WRITE, k_TKD, v_TKD, k_cache, slots_T)
+        (k_token, k_head), (v_token, v_head) = heads_of(k_TKD), heads_of(v_TKD)
         call(
-            handle, tokens * kv_heads * size // 2,
-            k_TKD.data_ptr(), v_TKD.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slots_T.data_ptr(),
-            tokens, kv_heads, size, k_cache.shape[2], *heads_of(k_TKD), *heads_of(v_TKD),
-            cache_stride(k_cache, v_cache),
+            handle, tokens * kv_heads * size // 2, k=k_TKD.data_ptr(), v=v_TKD.data_ptr(),
+            k_cache=k_cache.data_ptr(), v_cache=v_cache.data_ptr(), slots=slots_T.data_ptr(),
+            tokens=tokens, kv_heads=kv_heads, head_size=size, page_size=k_cache.shape[2],
+            k_token=k_token, k_head=k_head, v_token=v_token, v_head=v_head, page_stride=cache_stride(k_cache, v_cache),
         )  # fmt: skip
 
     return {"rope_": rope_, "write_kv": write_kv}
@@ -207,12 +220,16 @@ def _fused_positions(rt: Runtime) -> dict[str, Any]:
         if rotation.q_norm is not None and rotation.k_norm is not None:
             q_norm, k_norm = norm_weight(rotation.q_norm, size), norm_weight(rotation.k_norm, size)
         rows, stored = tokens * (heads + kv_heads) * size, tokens * kv_heads * size
+        (q_token, q_head), (k_token, k_head), (v_token, v_head) = heads_of(q_THD), heads_of(k_TKD), heads_of(v_TKD)
         call(
             handle, rows // 8 + stored // 2 + (0 if q_norm is None else rows // 4),
-            q_THD.data_ptr(), k_TKD.data_ptr(), v_TKD.data_ptr(), positions_T.data_ptr(), cos_sin.data_ptr(),
-            q_norm, k_norm, k_cache.data_ptr(), v_cache.data_ptr(), slots_T.data_ptr(),
-            is_index64(positions_T), tokens, heads, kv_heads, size, half, rotation.interleaved, k_cache.shape[2],
-            *heads_of(q_THD), *heads_of(k_TKD), *heads_of(v_TKD), cache_stride(k_cache, v_cache), rotation.eps,
+            q=q_THD.data_ptr(), k=k_TKD.data_ptr(), v=v_TKD.data_ptr(), q_norm=q_norm, k_norm=k_norm, eps=rotation.eps,
+            positions=positions_T.data_ptr(), position64=is_index64(positions_T), cos_sin=cos_sin.data_ptr(),
+            interleaved=rotation.interleaved, half=half,
+            k_cache=k_cache.data_ptr(), v_cache=v_cache.data_ptr(), slots=slots_T.data_ptr(),
+            page_size=k_cache.shape[2], page_stride=cache_stride(k_cache, v_cache),
+            tokens=tokens, heads=heads, kv_heads=kv_heads, head_size=size,
+            q_token=q_token, q_head=q_head, k_token=k_token, k_head=k_head, v_token=v_token, v_head=v_head,
         )  # fmt: skip
         return q_THD
 

@@ -15,7 +15,7 @@ import torch
 
 from phloem.core.errors import ModelLoadError
 from phloem.kernels._native_basic import rows_of
-from phloem.kernels.native_linear import HALF, INT8, SINGLE, TILE_CHUNK, NativeLinear, PackedLinear
+from phloem.kernels.native_linear import NativeLinear, PackedLinear, Sizes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,11 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.kernels._native_runtime import Runtime
-    from phloem.kernels.ops import WeightSource
+    from phloem.kernels.calls import WeightSource
 
 ALONE = 16384  # up to this many inputs in all, each thread prepares them for itself
 PANEL_BYTES = 128 << 20  # what one panel of tokens may take of the workspace
-ACTIVE_BYTES = 32  # a row of the table of experts that have tokens
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -43,7 +42,7 @@ class PackedExperts(PackedLinear):
 
 
 @dataclass(frozen=True, slots=True)
-class _Sizes:
+class _Cut:
     panel: int  # tokens at a time
     tile: int  # bytes per thread for unpacked weights
     alone: int
@@ -57,6 +56,7 @@ class NativeMoe:
         self.rt = rt
         self.linear = linear
         self.MOE = rt.op("moe")
+        self.active_bytes = rt.constant("moe.kActiveBytes")  # a row of the table of experts that have tokens
 
     def prepare_experts(
         self, parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device, experts: int
@@ -101,20 +101,39 @@ class NativeMoe:
             return out
         stride = inner if gate_up.paired_experts else 2 * inner
         threads = self.rt.library.threads()
-        sizes = _sizes(tokens, top_k, stride, threads, gate_up, down)
-        space = self.linear.workspace.take(sizes.total, self.rt)
+        cut = self._cut(tokens, top_k, stride, threads, gate_up, down)
+        space = self.linear.workspace.take(cut.total, self.rt)
         slots = tokens * top_k
         active = min(experts, slots)
         work = active * (gate_up.nbytes + down.nbytes) // experts // 40 + slots * 3 * n * inner // 400
         self.rt.call(
-            self.MOE, work,
-            x_TN.data_ptr(), logits_TE.data_ptr(), gate_up.segments.data_ptr(), down.segments.data_ptr(),
-            gate_up.at.data_ptr(), down.at.data_ptr(), out.data_ptr(), space.data_ptr(),
-            tokens, n, inner, experts, top_k, renormalise, x_TN.stride(0), logits_TE.stride(0),
-            gate_up.forms, gate_up.padded_inputs, down.forms, down.padded_inputs,
-            gate_up.paired_experts, stride, sizes.panel, sizes.tile, sizes.alone, threads,
+            self.MOE, work, x=x_TN.data_ptr(), x_stride=x_TN.stride(0), tokens=tokens, inputs=n, inner=inner,
+            logits=logits_TE.data_ptr(), logits_stride=logits_TE.stride(0), experts=experts, choices=top_k,
+            renormalise=renormalise, out=out.data_ptr(), workspace=space.data_ptr(),
+            gate_up=gate_up.segments.data_ptr(), gate_up_at=gate_up.at.data_ptr(), up_kinds=gate_up.forms,
+            up_padded=gate_up.padded_inputs, paired=gate_up.paired_experts,
+            down=down.segments.data_ptr(), down_at=down.at.data_ptr(), down_kinds=down.forms,
+            down_padded=down.padded_inputs, hidden_stride=stride,
+            panel_tokens=cut.panel, tile_bytes=cut.tile, alone=cut.alone, threads=threads,
         )  # fmt: skip
         return out
+
+    def _cut(self, tokens: int, k: int, stride: int, threads: int, gate_up: PackedExperts, down: PackedExperts) -> _Cut:
+        """How one call is cut, and its workspace: the sum of what `Sparse` of csrc/cpu/each/moe.cpp lays out."""
+        sizes: Sizes = self.linear.sizes
+        up_row = sizes.row_bytes(gate_up.padded_inputs, gate_up.forms)
+        down_row = sizes.row_bytes(down.padded_inputs, down.forms)
+        token = up_row + k * (up_row + down_row + 4 * stride)
+        panel = max(1, min(tokens, PANEL_BYTES // token))
+        slots = panel * k
+        table = 4 * _up64(4 * slots) + _up64(4 * gate_up.experts)
+        table += (min(slots, gate_up.experts) + 1) * self.active_bytes
+        prepared = _up64(table) + panel * up_row + slots * (down_row + (up_row if tokens > 1 else 0))
+        few = tokens * gate_up.padded_inputs + tokens * k * down.padded_inputs <= ALONE
+        alone = few and gate_up.paired_experts and panel == tokens
+        tile = sizes.tile_bytes(max(gate_up.padded_inputs, down.padded_inputs))
+        total = threads * tile + _up64(4 * slots * stride) + prepared * (threads if alone else 1)
+        return _Cut(panel, tile, int(alone), total)
 
 
 def _check(x_TN: Tensor, logits_TE: Tensor, gate_up: PackedExperts, down: PackedExperts, top_k: int) -> None:
@@ -130,29 +149,6 @@ def _check(x_TN: Tensor, logits_TE: Tensor, gate_up: PackedExperts, down: Packed
         raise ValueError(f"gate and up give {gate_up.out_features // experts}, down takes {down.in_features}")
     if not 0 < top_k <= experts:
         raise ValueError(f"{top_k} experts of {experts}")
-
-
-def _row_bytes(weight: PackedExperts) -> int:
-    """Of one row of prepared activations, as `Rows` of csrc/cpu/linear/job.h."""
-    padded = weight.padded_inputs
-    row = ((padded // 32) | 1) * 64 if weight.forms & INT8 else 0
-    row += padded * 2 + 64 if weight.forms & HALF else 0
-    return row + (padded * 4 + 64 if weight.forms & SINGLE else 0)
-
-
-def _sizes(tokens: int, k: int, stride: int, threads: int, gate_up: PackedExperts, down: PackedExperts) -> _Sizes:
-    """How one call is cut, and its workspace: the sum of what `Sparse` of csrc/cpu/each/moe.cpp lays out."""
-    up_row, down_row = _row_bytes(gate_up), _row_bytes(down)
-    token = up_row + k * (up_row + down_row + 4 * stride)
-    panel = max(1, min(tokens, PANEL_BYTES // token))
-    slots = panel * k
-    table = 4 * _up64(4 * slots) + _up64(4 * gate_up.experts) + (min(slots, gate_up.experts) + 1) * ACTIVE_BYTES
-    prepared = _up64(table) + panel * up_row + slots * (down_row + (up_row if tokens > 1 else 0))
-    few = tokens * gate_up.padded_inputs + tokens * k * down.padded_inputs <= ALONE
-    alone = few and gate_up.paired_experts and panel == tokens
-    tile = 2 * (max(gate_up.padded_inputs, down.padded_inputs) // 32 * TILE_CHUNK + 64)
-    total = threads * tile + _up64(4 * slots * stride) + prepared * (threads if alone else 1)
-    return _Sizes(panel, tile, int(alone), total)
 
 
 def _up64(size: int) -> int:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.kernels._native_runtime import Runtime
+    from phloem.kernels.graph import Cut
 
 T = TypeVar("T")
 ALIGN = 64
@@ -123,7 +124,7 @@ class RecordedStep:
         self._arena = arena
         self.bytes = arena.bytes
 
-    def replay(self) -> None:
+    def replay(self, *sizes: int) -> None:
         self._replay(self.graph)
 
     def replay_timed(self) -> list[tuple[str, bool, int]]:
@@ -174,6 +175,8 @@ def _places(
 class Recorder:
     """`GraphRecorder` of the native table. Its steps share their buffers: see `Space`."""
 
+    cuts, resizes = False, True
+
     def __init__(self, rt: Runtime) -> None:
         self._rt = rt
         self._space = Space()
@@ -185,6 +188,9 @@ class Recorder:
         when `fn` calls a torch op that computes.
         """
         return self._record(fn, run=True)
+
+    def record_pieces(self, fn: Callable[[Cut], T]) -> tuple[RecordedStep, T]:
+        raise RecordError("native steps are recorded whole")
 
     def record_sizes(self, fn: Callable[[tuple[int, ...]], T], sizes: tuple[int, ...]) -> tuple[FlexibleStep, T]:
         """Record a step whose sizes (of tokens, of rows) may be smaller in a replay.

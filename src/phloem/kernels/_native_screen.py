@@ -14,19 +14,21 @@ import torch
 
 if TYPE_CHECKING:
     from phloem.kernels._native_runtime import Runtime
-    from phloem.kernels.native_linear import PackedLinear
+    from phloem.kernels.native_linear import PackedLinear, Sizes
 
-ROWS = 8  # at most; what screen.h takes at once
 FEATURES = 4096  # fewer do not pay for two more barriers
 GAIN = 1.4  # the least that reading the screen saves
-GROUP = 16 * 64, 576  # weights and bytes of a unit of the screen
 
 
 class Screens:
     """Makes the screens of one runtime."""
 
-    def __init__(self, rt: Runtime) -> None:
+    def __init__(self, rt: Runtime, sizes: Sizes) -> None:
         self.rt = rt
+        self.rows = sizes.screen_rows  # at most; what screen.h takes at once
+        self.block = sizes.block
+        # A screen is laid out as weights of four bits: inputs and bytes of a unit of 16 features.
+        self.unit = sizes.geometry[sizes.numbers["kQ4S"]][:2]
         self.MAKE = rt.op("linear_screen")
 
     def of(self, weight: PackedLinear, rows: int) -> torch.Tensor | None:
@@ -34,7 +36,7 @@ class Screens:
 
         Not while a step is recorded, unless it is there already.
         """
-        if rows > ROWS:
+        if rows > self.rows:
             return None
         if weight.split:
             return weight.memory[0]
@@ -58,13 +60,13 @@ class Screens:
         )
 
     def _bytes(self, weight: PackedLinear) -> int:
-        blocks = -(-weight.out_features // 16)
-        return blocks * 16 * weight.padded_inputs // GROUP[0] * GROUP[1]
+        inputs, size = self.unit
+        return -(-weight.out_features // self.block) * weight.padded_inputs // inputs * size
 
     def _make(self, weight: PackedLinear) -> torch.Tensor | None:
         screen, unfit = weight.native.store.take(self._bytes(weight)), torch.zeros(1, dtype=torch.int64)
         self.rt.call(
-            self.MAKE, weight.nbytes,
-            weight.segments.data_ptr(), screen.data_ptr(), unfit.data_ptr(), weight.padded_inputs,
+            self.MAKE, weight.nbytes, parts=weight.segments.data_ptr(), target=screen.data_ptr(),
+            unfit=unfit.data_ptr(), inputs=weight.padded_inputs,
         )  # fmt: skip
         return None if unfit.item() else screen

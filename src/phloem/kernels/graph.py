@@ -9,7 +9,7 @@ A step that cannot be recorded whole is recorded in pieces: between them stand c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
@@ -30,17 +30,8 @@ class StepGraph(Protocol):
 
     bytes: int  # memory that the graph's buffers take beyond those that it shares with graphs recorded before it
 
-    def replay(self) -> None: ...
-
-
-class GraphRecorder(Protocol):
-    """Makes step graphs. One recording at a time in a thread.
-
-    Graphs of one recorder may share memory: what a replay gave stands until another of them is replayed or recorded.
-    """
-
-    def record(self, fn: Callable[[], T]) -> tuple[StepGraph, T]:
-        """Run `fn` once, recorded, and give the graph with what `fn` returned. Raises `RecordError`."""
+    def replay(self, *sizes: int) -> None:
+        """`sizes`: of this step, each at most what was recorded, where it was recorded by sizes; none: as last time."""
         ...
 
 
@@ -59,34 +50,25 @@ class Cut(Protocol):
         ...
 
 
-@runtime_checkable
-class PieceRecorder(Protocol):
-    """A recorder that can cut a step into pieces. Graphs of pieces and whole steps share the recorder's memory pool."""
+class GraphRecorder(Protocol):
+    """Makes step graphs: whole ones, and one other kind if it says so. One recording at a time in a thread.
 
-    def record(self, fn: Callable[[], T]) -> tuple[StepGraph, T]: ...
+    Graphs of one recorder, of whichever kind, may share memory: what a replay gave stands until another of them is
+    replayed or recorded.
+    """
+
+    cuts: bool  # can record a step in pieces
+    resizes: bool  # can record a step whose sizes are set anew for each replay
+
+    def record(self, fn: Callable[[], T]) -> tuple[StepGraph, T]:
+        """Run `fn` once, recorded, and give the graph with what `fn` returned. Raises `RecordError`."""
+        ...
 
     def record_pieces(self, fn: Callable[[Cut], T]) -> tuple[StepGraph, T]:
         """As `record`, ending a piece wherever `fn` calls what it is given. Raises `RecordError`."""
         ...
 
-
-class FlexibleGraph(Protocol):
-    """A recorded step of given largest sizes."""
-
-    bytes: int
-
-    def replay(self, *sizes: int) -> None:
-        """A step of these sizes, each at most what was recorded; none: as last time."""
-        ...
-
-
-@runtime_checkable
-class FlexibleRecorder(Protocol):
-    """A recorder whose steps may be of other sizes in each replay."""
-
-    def record(self, fn: Callable[[], T]) -> tuple[StepGraph, T]: ...
-
-    def record_sizes(self, fn: Callable[[tuple[int, ...]], T], sizes: tuple[int, ...]) -> tuple[FlexibleGraph, T]:
+    def record_sizes(self, fn: Callable[[tuple[int, ...]], T], sizes: tuple[int, ...]) -> tuple[StepGraph, T]:
         """Record `fn(sizes)`, a step of the largest sizes, without running it. Raises `RecordError`."""
         ...
 
@@ -99,7 +81,7 @@ class Pieces:
         self.graphs = graphs
         self.bytes = taken
 
-    def replay(self) -> None:
+    def replay(self, *sizes: int) -> None:
         for part in self.parts:
             part()
 

@@ -29,7 +29,7 @@ class CapturedGraph:
         self._graph = graph
         self.bytes = taken
 
-    def replay(self) -> None:
+    def replay(self, *sizes: int) -> None:
         self._graph.replay()
 
 
@@ -39,6 +39,8 @@ class Recorder:
     Graphs that share a pool may reuse each other's buffers, so a graph's results hold until the next replay of any.
     `cuda` is torch.cuda, or what stands in for it in a test.
     """
+
+    cuts, resizes = True, False
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         self.device = device
@@ -96,6 +98,9 @@ class Recorder:
                 cut.abandon()
         taken = max(0, before - cuda.mem_get_info(self.device)[0])
         return Pieces(cut.parts, cut.graphs, taken), result
+
+    def record_sizes(self, fn: Callable[[tuple[int, ...]], T], sizes: tuple[int, ...]) -> tuple[CapturedGraph, T]:
+        raise RecordError("a captured step keeps its sizes")
 
     def _warm_up(self, fn: Callable[[], Any]) -> None:
         cuda = self._cuda

@@ -13,6 +13,7 @@ Legend: T rows, N inputs, M outputs.
 
 from __future__ import annotations
 
+import functools
 import threading
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,9 +23,11 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from phloem.core.errors import ModelLoadError
+from phloem.kernels import compose
 from phloem.kernels._native_basic import norm_weight, rows_of
 from phloem.kernels._native_basic import ops as basic_ops
 from phloem.kernels._native_screen import Screens
+from phloem.kernels.compose import check_options
 from phloem.utils.memory import zeros
 
 if TYPE_CHECKING:
@@ -33,27 +36,67 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.kernels._native_runtime import Runtime
-    from phloem.kernels.ops import WeightSource
+    from phloem.kernels.calls import Adapters, Norm, WeightSource
 
-# Layout numbers of csrc/cpu/linear/layout.h, with the bytes and weights of a GGUF block.
-BLOCKS = {
-    "Q4_0": (0, 18, 32), "Q4_1": (1, 20, 32), "Q5_0": (2, 22, 32), "Q5_1": (3, 24, 32), "Q8_0": (4, 34, 32),
-    "Q2_K": (5, 84, 256), "Q3_K": (6, 110, 256), "Q4_K": (7, 144, 256), "Q5_K": (8, 176, 256), "Q6_K": (9, 210, 256),
-    "IQ4_NL": (10, 18, 32),
+# The layout in csrc/cpu/linear/layout.h that each GGUF type is packed in.
+LAYOUTS = {
+    "Q4_0": "kQ4S", "Q4_1": "kQ4M", "Q5_0": "kQ5S", "Q5_1": "kQ5M", "Q8_0": "kQ8S",
+    "Q2_K": "kQ2K", "Q3_K": "kQ3K", "Q4_K": "kQ4K", "Q5_K": "kQ5K", "Q6_K": "kQ6K", "IQ4_NL": "kQ4N",
 }  # fmt: skip
-FLOATS = {"BF16": (11, torch.bfloat16), "F16": (12, torch.float16), "F32": (13, torch.float32)}
-LAYOUT_OF = {dtype: (layout, name) for name, (layout, dtype) in FLOATS.items()}
-BLOCK = 16  # output features per packed block
-INT8, HALF, SINGLE = 1, 2, 4  # forms of the activations
-SPLIT = 14  # Q8_0 whose upper and lower halves of bytes lie apart, for weights as tall as a vocabulary
+FLOATS = {"BF16": ("kBF16", torch.bfloat16), "F16": ("kF16", torch.float16), "F32": ("kF32", torch.float32)}
+NAME_OF = {dtype: name for name, (_, dtype) in FLOATS.items()}
+SPLIT = "kQ8P"  # Q8_0 whose upper and lower halves of bytes lie apart, for weights as tall as a vocabulary
 TALL = 16384
-EXACT = 8  # beside them: weights keep their own form however many rows there are
-ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2}
-TILE_CHUNK = 768  # workspace of one unpacked block per 32 inputs, at most
 PANEL_BYTES = 1 << 20  # activations of one panel of rows, at most: about a second-level cache
 SLAB = 32 << 20
 TOP_ROWS = 64  # rows of a panel of linear_topk: their candidates and sums stay in a second-level cache
-TOP_CHUNK = 512  # columns whose exponentials linear_topk adds together
+
+
+class Sizes:
+    """What the kernels and this file must agree on, read from the library."""
+
+    def __init__(self, rt: Runtime) -> None:
+        layout, linear = (functools.partial(_named, rt, room) for room in ("layout", "linear"))
+        self.block = layout("kBlock")  # output features per packed block
+        self.chunk = layout("kChunk")  # inputs of one scale
+        self.int8, self.half, self.single = linear("kInt8"), linear("kHalf"), linear("kSingle")  # forms of activations
+        self.exact = linear("kExact")  # beside them: weights keep their own form however many rows there are
+        self.epilogues = {"": linear("kStore"), "silu": linear("kSiluMul"), "gelu_tanh": linear("kGeluMul")}
+        self.tile_chunk = linear("kMostTileChunk")  # workspace of one unpacked block per chunk of inputs, at most
+        self.line = linear("kLine")  # bytes of a prepared chunk of int8 activations
+        self.top_columns = linear("kTopColumns")  # columns whose exponentials linear_topk adds together
+        self.top_state = linear("kTopStateBytes")  # and what it keeps of them
+        self.screen_rows = linear("kScreenRows")
+        self.numbers = {name: layout(name) for name in [*LAYOUTS.values(), *(f[0] for f in FLOATS.values()), SPLIT]}
+        self.formats = {number: name for name, number in self.numbers.items()}
+        geometry = torch.empty(layout("kLayoutCount"), 4, dtype=torch.int64)
+        rt.library.ask(rt.op("linear_geometry"), out=geometry.data_ptr())
+        # Of each layout: inputs and bytes of a unit; weights and bytes of the GGUF block that becomes one.
+        self.geometry: list[list[int]] = geometry.tolist()
+
+    def block_of(self, kind: str) -> tuple[int, int]:
+        """Weights and bytes of a block of a GGUF type."""
+        weights, size = self.geometry[self.numbers[LAYOUTS[kind]]][2:]
+        return weights, size
+
+    def form(self, layout: int) -> int:
+        """The form of activations that a layout takes."""
+        name = self.formats[layout]
+        return self.half if name == "kBF16" else self.single if name in ("kF16", "kF32") else self.int8
+
+    def row_bytes(self, padded: int, forms: int) -> int:
+        """Of one row of prepared activations, as `Rows` of csrc/cpu/linear/job.h."""
+        row = ((padded // self.chunk) | 1) * self.line if forms & self.int8 else 0
+        row += padded * 2 + 64 if forms & self.half else 0
+        return row + (padded * 4 + 64 if forms & self.single else 0)
+
+    def tile_bytes(self, padded: int) -> int:
+        """Workspace of a thread for a pair of unpacked blocks."""
+        return 2 * (padded // self.chunk * self.tile_chunk + 64)
+
+
+def _named(rt: Runtime, room: str, name: str) -> int:
+    return rt.constant(f"{room}.{name}")
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +107,7 @@ class PackedLinear:
     out_features: int
     padded_inputs: int
     kinds: tuple[str, ...]  # format of each part, as the checkpoint has it: "Q4_1", "BF16", ...
-    forms: int  # bits: INT8, HALF, SINGLE, EXACT
+    forms: int  # bits: see `Sizes`
     paired: bool  # gate and up interleaved: `gated` can combine them
     nbytes: int
     dtype: torch.dtype  # the type that the model computes in
@@ -91,10 +134,6 @@ class _Part:
     data: Tensor  # uint8 [M, bytes per row]
     layout: int
     kind: str
-
-    @property
-    def form(self) -> int:
-        return {11: HALF, 12: SINGLE, 13: SINGLE}.get(self.layout, INT8)
 
 
 class _Store:
@@ -148,26 +187,27 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
         return float(torch.tensor(value, dtype=dtype))
 
 
-def _read(part: WeightSource, dtype: torch.dtype) -> _Part:
+def _read(part: WeightSource, dtype: torch.dtype, sizes: Sizes) -> _Part:
     """A part's bytes, as stored where there is a layout for them, else dense in `dtype`."""
     out_features, in_features = part.shape
     kind = part.kind
-    if kind not in BLOCKS and kind not in FLOATS:
-        tensor = part.dense(dtype if dtype in LAYOUT_OF else torch.float32).contiguous()
-        layout, kind = LAYOUT_OF[tensor.dtype]
-        return _Part(tensor.view(torch.uint8).reshape(out_features, -1), layout, kind)
+    if kind not in LAYOUTS and kind not in FLOATS:
+        tensor = part.dense(dtype if dtype in NAME_OF else torch.float32).contiguous()
+        kind = NAME_OF[tensor.dtype]
+        data = tensor.view(torch.uint8).reshape(out_features, -1)
+        return _Part(data, sizes.numbers[FLOATS[kind][0]], kind)
     raw = part.raw()
     if kind in FLOATS:
         layout, row_bytes = FLOATS[kind][0], in_features * FLOATS[kind][1].itemsize
     else:
-        layout, block_bytes, block = BLOCKS[kind]
+        layout, (block, block_bytes) = LAYOUTS[kind], sizes.block_of(kind)
         row_bytes = -(-in_features // block) * block_bytes
     if raw.shape != (out_features, row_bytes):
         raise ModelLoadError(
             f"{part.name}: {kind} data of shape {tuple(raw.shape)} do not fit a weight of shape {tuple(part.shape)}, "
             f"which takes [{out_features}, {row_bytes}] bytes"
         )
-    return _Part(_as_tensor(raw), layout, kind)
+    return _Part(_as_tensor(raw), sizes.numbers[layout], kind)
 
 
 def _as_tensor(raw: Any) -> Tensor:
@@ -181,79 +221,104 @@ def _as_tensor(raw: Any) -> Tensor:
 
 
 class NativeLinear:
-    """The linear ops over one runtime. `prepare_linear`, `linear` and `embedding` are the table's; the others are
-    fused forms of what the table does in several ops."""
+    """The linear ops over one runtime: `prepare_linear`, `linear`, the heads and `embedding` are the table's."""
 
     def __init__(self, rt: Runtime, *, exact: bool = False) -> None:
         self.rt = rt
         self.exact = exact
         self.store = _Store()
+        self.sizes = Sizes(rt)
         basic = basic_ops(rt)
         self.gates = {"silu": basic["silu_and_mul"], "gelu_tanh": basic["gelu_tanh_and_mul"]}
+        names = ("rms_norm", "add_rms_norm", "silu_and_mul", "gelu_tanh_and_mul")
+        self.apart = compose.linear_of(self._product, **{name: basic[name] for name in names})
         self.workspace = _Workspace()
         self.LINEAR, self.ARGMAX, self.ROWS = rt.op("linear"), rt.op("linear_argmax"), rt.op("linear_rows")
         self.TOPK, self.SCREENED = rt.op("linear_topk"), rt.op("linear_argmax_screened")
-        self.screens = Screens(rt)
+        self.screens = Screens(rt, self.sizes)
         self.PACK, self.PACK_DENSE = rt.op("linear_pack"), rt.op("linear_pack_dense")
-        geometry = torch.empty(15, 2, dtype=torch.int64)
-        rt.call(rt.op("linear_geometry"), 0, geometry.data_ptr())
-        self.geometry: list[list[int]] = geometry.tolist()  # per layout: inputs and bytes of a unit
 
     # ---- weights ----
 
     def prepare_linear(self, parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device) -> PackedLinear:
         """Packs the parts of one fused layer, stacked along out_features. Raises `ModelLoadError` for data that do
         not fit their shape."""
-        read = [_read(part, dtype) for part in parts]
+        read = [_read(part, dtype, self.sizes) for part in parts]
         if len(parts) == 1 and parts[0].shape[0] >= TALL and read[0].kind == "Q8_0" and not self.exact:
-            read[0].layout = SPLIT
-        in_features = parts[0].shape[1]
+            read[0].layout = self.sizes.numbers[SPLIT]
+        in_features, block = parts[0].shape[1], self.sizes.block
         for part in parts:
             if part.shape[1] != in_features:
                 raise ModelLoadError(f"{part.name}: {part.shape[1]} inputs, but {parts[0].name} has {in_features}")
         unit = 256 if any(part.kind.endswith("_K") for part in read) else 64
         padded = -(-in_features // unit) * unit
         sizes = [part.shape[0] for part in parts]
-        paired = len(read) == 2 and read[0].layout == read[1].layout and sizes[0] == sizes[1] and sizes[0] % BLOCK == 0
+        paired = len(read) == 2 and read[0].layout == read[1].layout and sizes[0] == sizes[1] and sizes[0] % block == 0
         segments: list[list[int]] = []
         memory: list[Tensor] = []
         column = 0
-        for group in [[0, 1]] if paired else _runs(read, sizes):
-            blocks = sum(-(-sizes[i] // BLOCK) for i in group)
+        for group in [[0, 1]] if paired else _runs(read, sizes, block):
+            blocks = sum(-(-sizes[i] // block) for i in group)
             data = self.store.take(blocks * self._block_bytes(read[group[0]].layout, padded))
             first = 0
             for turn, i in enumerate(group):
                 self._pack(read[i], sizes[i], data, padded, turn if paired else first, 2 if paired else 1)
-                first += -(-sizes[i] // BLOCK)
+                first += -(-sizes[i] // block)
             features = sum(sizes[i] for i in group)
             half = sizes[0] if paired else 0
             segments.append([data.data_ptr(), read[group[0]].layout, blocks, features, column, half])
             memory.append(data)
             column += features
-        forms = EXACT if self.exact else 0
+        forms = self.sizes.exact if self.exact else 0
         for part in read:
-            forms |= part.form
+            forms |= self.sizes.form(part.layout)
         return PackedLinear(
             in_features, column, padded, tuple(part.kind for part in read), forms, paired,
             sum(data.numel() for data in memory), dtype, torch.tensor(segments), memory, self,
-            split=read[0].layout == SPLIT,
+            split=read[0].layout == self.sizes.numbers[SPLIT],
         )  # fmt: skip
 
     def _block_bytes(self, layout: int, padded: int) -> int:
-        inputs, size = self.geometry[layout]
+        inputs, size = self.sizes.geometry[layout][:2]
         return padded // inputs * size
 
     def _pack(self, part: _Part, rows: int, target: Tensor, padded: int, first: int, step: int) -> None:
         self.rt.call(
             self.PACK_DENSE if part.kind in FLOATS else self.PACK, part.data.numel(),
-            part.data.data_ptr(), target.data_ptr(), rows, part.data.shape[1], part.layout,
-            padded // self.geometry[part.layout][0], first, step,
+            source=part.data.data_ptr(), target=target.data_ptr(), rows=rows, row_bytes=part.data.shape[1],
+            kind=part.layout, units=padded // self.sizes.geometry[part.layout][0], first_block=first, block_step=step,
         )  # fmt: skip
 
     # ---- the table's ops ----
 
-    def linear(self, x: Tensor, weight: PackedLinear, bias: Tensor | None) -> Tensor:
-        """x[T, N] -> [T, M]."""
+    def linear(
+        self,
+        x: Tensor,
+        weight: PackedLinear,
+        bias: Tensor | None = None,
+        *,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        gate: str = "",
+        add: Tensor | None = None,
+        adapter: Adapters | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`LinearOp` in one native op, but for three things. A gate and an up projection of two formats are combined
+        in another. An adapter takes it all apart. And `add` is included for one row alone, where each thread adds where
+        it has just written: adding column by column is slower than by the norm, which reads whole rows."""
+        check_options(norm, residual, add)
+        if adapter is not None:
+            return self.apart(x, weight, bias, norm=norm, residual=residual, gate=gate, add=add, adapter=adapter)
+        inside = gate if weight.paired else ""
+        added = add if inside == gate and x.shape[0] == 1 else None
+        out, total = self.fused(x, weight, bias, addend=residual, norm=norm, activation=inside, residual=added)
+        if gate and not inside:
+            out = self.gates[gate](out)
+        if norm is not None:
+            return out, x if total is None else total
+        return out, None if added is not None else add
+
+    def _product(self, x: Tensor, weight: PackedLinear, bias: Tensor | None) -> Tensor:
         return self.fused(x, weight, bias)[0]
 
     def embedding(self, ids: Tensor, weight: PackedLinear, scale: float) -> Tensor:
@@ -265,45 +330,11 @@ class NativeLinear:
         out = self.rt.empty((*ids.shape, weight.in_features))
         count, n = ids.numel(), weight.in_features
         self.rt.call(
-            self.ROWS, count * n,
-            ids.data_ptr(), weight.segments.data_ptr(), out.data_ptr(), count, n, weight.padded_inputs,
-            weight.segments.shape[0], n, scale,
+            self.ROWS, count * n, ids=ids.data_ptr(), count=count, scale=scale, out=out.data_ptr(), out_stride=n,
+            parts=weight.segments.data_ptr(), part_count=weight.segments.shape[0], inputs=n,
+            padded_inputs=weight.padded_inputs,
         )  # fmt: skip
         return out
-
-    # ---- fused forms ----
-
-    def gated_linear(self, x: Tensor, weight: PackedLinear, bias: Tensor | None, activation: str) -> Tensor:
-        """x[T, N] -> activation(gate) * up [T, M / 2]: one op where gate and up have one format."""
-        if weight.paired:
-            return self.fused(x, weight, bias, activation=activation)[0]
-        return self.gates[activation](self.linear(x, weight, bias))
-
-    def norm_linear(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        norm: Tensor,
-        eps: float,
-        weight: PackedLinear,
-        bias: Tensor | None,
-        activation: str,
-    ) -> tuple[Tensor, Tensor]:
-        """(linear or gated linear of norm(x + residual), x + residual): rows are normalised as they are quantised."""
-        inside = activation if weight.paired else ""
-        out, total = self.fused(x, weight, bias, addend=residual, norm=norm, eps=eps, activation=inside)
-        if activation and not inside:
-            out = self.gates[activation](out)
-        return out, x if total is None else total
-
-    def linear_add(
-        self, x: Tensor, weight: PackedLinear, bias: Tensor | None, residual: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """(x W^T + bias + residual, None) for one row: each thread adds where it has just written. For more rows
-        (x W^T + bias, residual): adding column by column is slower than by the norm, which reads whole rows."""
-        if x.shape[0] == 1:
-            return self.fused(x, weight, bias, residual=residual)[0], None
-        return self.linear(x, weight, bias), residual
 
     def fused(
         self,
@@ -312,14 +343,13 @@ class NativeLinear:
         bias: Tensor | None = None,
         *,
         addend: Tensor | None = None,
-        norm: Tensor | None = None,
-        eps: float = 0.0,
+        norm: Norm | None = None,
         activation: str = "",
         residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """activation(norm(x + addend) W^T + bias) + residual, and x + addend (None without addend).
 
-        `norm` is the weight of an RMS norm. `activation` "silu" or "gelu_tanh" multiplies the activated first half of
+        `activation` "silu" or "gelu_tanh" multiplies the activated first half of
         the outputs (gate) with the second (up) and needs `weight.paired`.
         """
         x_TN, rows, n = self._input(x, weight)
@@ -328,7 +358,7 @@ class NativeLinear:
             if not weight.paired:
                 raise ValueError("a gated activation needs a weight of two equal parts")
             columns //= 2
-        norm_data = None if norm is None else norm_weight(norm, n)
+        norm_data, eps = (None, 0.0) if norm is None else (norm_weight(norm.weight, n), norm.eps)
         if addend is not None and addend.shape != x.shape:
             raise ValueError(f"cannot add {list(addend.shape)} to {list(x.shape)}")
         if residual is not None and residual.shape != (*x.shape[:-1], columns):
@@ -340,12 +370,13 @@ class NativeLinear:
         plan = self._plan(rows, weight)
         self.rt.call(
             self.LINEAR, self._work(rows, weight),
-            x_TN.data_ptr(), _pointer(add_TN), norm_data, _pointer(total),
-            weight.segments.data_ptr(), self._bias(bias, weight), _pointer(res_TM),
-            out.data_ptr(), plan.space.data_ptr(),
-            rows, n, x_TN.stride(0), _stride(add_TN), n, columns, _stride(res_TM),
-            weight.segments.shape[0], weight.forms, weight.padded_inputs, plan.panel, plan.tile, plan.alone,
-            plan.threads, ACTIVATIONS[activation], eps,
+            x=x_TN.data_ptr(), rows=rows, inputs=n, x_stride=x_TN.stride(0), norm=norm_data, eps=eps,
+            addend=_pointer(add_TN), addend_stride=_stride(add_TN), sum=_pointer(total), sum_stride=n,
+            segments=weight.segments.data_ptr(), segment_count=weight.segments.shape[0], kinds=weight.forms,
+            padded_inputs=weight.padded_inputs, bias=self._bias(bias, weight),
+            epilogue=self.sizes.epilogues[activation], residual=_pointer(res_TM), residual_stride=_stride(res_TM),
+            out=out.data_ptr(), out_stride=columns, workspace=plan.space.data_ptr(),
+            panel_rows=plan.panel, tile_bytes=plan.tile, alone=plan.alone, threads=plan.threads,
         )  # fmt: skip
         return out, total
 
@@ -357,28 +388,30 @@ class NativeLinear:
         if screen is not None:
             self._screened(x_TN, weight, screen, token)
             return token
-        best = min(rows, 512) * BLOCK * 8
+        best = min(rows, 512) * self.sizes.block * 8
         plan = self._plan(rows, weight, best)
         self.rt.call(
             self.ARGMAX, self._work(rows, weight),
-            x_TN.data_ptr(), None, None, None, weight.segments.data_ptr(), self._bias(bias, weight),
-            token.data_ptr(), None, plan.space.data_ptr(),
-            rows, n, x_TN.stride(0), 0, 0,
-            weight.segments.shape[0], weight.forms, weight.padded_inputs, plan.panel, plan.tile, best, plan.alone,
-            plan.threads, 0.0,
+            x=x_TN.data_ptr(), rows=rows, inputs=n, x_stride=x_TN.stride(0), norm=None, eps=0.0,
+            addend=None, addend_stride=0, sum=None, sum_stride=0,
+            segments=weight.segments.data_ptr(), segment_count=weight.segments.shape[0], kinds=weight.forms,
+            padded_inputs=weight.padded_inputs, bias=self._bias(bias, weight), token=token.data_ptr(), logit=None,
+            workspace=plan.space.data_ptr(), panel_rows=plan.panel, tile_bytes=plan.tile, best_bytes=best,
+            alone=plan.alone, threads=plan.threads,
         )  # fmt: skip
         return token
 
     def _screened(self, x_TN: Tensor, weight: PackedLinear, screen: Tensor, token: Tensor) -> None:
-        rows, n = x_TN.shape
-        padded, blocks = weight.padded_inputs, -(-weight.out_features // BLOCK)
-        forms = weight.forms | INT8
-        best = rows * BLOCK * 8 + 64 + (rows * padded // 32 * 4 + 63) // 64 * 64
+        (rows, n), sizes = x_TN.shape, self.sizes
+        padded, blocks = weight.padded_inputs, -(-weight.out_features // sizes.block)
+        forms = weight.forms | sizes.int8
+        best = rows * sizes.block * 8 + 64 + (rows * padded // sizes.chunk * 4 + 63) // 64 * 64
         plan = self._plan(rows, weight, best, (rows * blocks * 4 + 63) // 64 * 64, forms)
         self.rt.call(
-            self.SCREENED, screen.numel() // 40,
-            x_TN.data_ptr(), weight.segments.data_ptr(), screen.data_ptr(), token.data_ptr(), plan.space.data_ptr(),
-            rows, n, x_TN.stride(0), forms, padded, plan.panel, plan.tile, best, plan.alone, plan.threads,
+            self.SCREENED, screen.numel() // 40, x=x_TN.data_ptr(), rows=rows, inputs=n, x_stride=x_TN.stride(0),
+            segments=weight.segments.data_ptr(), kinds=forms, padded_inputs=padded, screen=screen.data_ptr(),
+            token=token.data_ptr(), workspace=plan.space.data_ptr(), panel_rows=plan.panel, tile_bytes=plan.tile,
+            best_bytes=best, alone=plan.alone, threads=plan.threads,
         )  # fmt: skip
 
     def linear_topk(
@@ -406,16 +439,17 @@ class NativeLinear:
         sums = self.rt.empty((rows, norms))
         capacity = 2 * k + 64
         row_bytes = (capacity * 8 + 16 + 63) // 64 * 64
-        chunks = -(-weight.out_features // TOP_CHUNK)
+        chunks = -(-weight.out_features // self.sizes.top_columns)
         panel = min(rows, TOP_ROWS)
-        states = panel * norms * chunks * 128
+        states = panel * norms * chunks * self.sizes.top_state
         plan = self._plan(rows, weight, panel * row_bytes, states)
         self.rt.call(
-            self.TOPK, self._work(rows, weight),
-            x_TN.data_ptr(), weight.segments.data_ptr(), self._bias(bias, weight), _pointer(scale),
-            values.data_ptr(), ids.data_ptr(), sums.data_ptr(), plan.space.data_ptr(),
-            rows, n, x_TN.stride(0), weight.forms, weight.padded_inputs, min(panel, plan.panel), plan.tile, plan.alone,
-            plan.threads, k, norms, capacity, row_bytes, cap,
+            self.TOPK, self._work(rows, weight), x=x_TN.data_ptr(), rows=rows, inputs=n, x_stride=x_TN.stride(0),
+            segments=weight.segments.data_ptr(), kinds=weight.forms, padded_inputs=weight.padded_inputs,
+            bias=self._bias(bias, weight), cap=cap, scale=_pointer(scale), norms=norms, k=k, values=values.data_ptr(),
+            ids=ids.data_ptr(), lse=sums.data_ptr(), capacity=capacity, row_bytes=row_bytes,
+            workspace=plan.space.data_ptr(), panel_rows=min(panel, plan.panel), tile_bytes=plan.tile,
+            alone=plan.alone, threads=plan.threads,
         )  # fmt: skip
         return values, ids, sums
 
@@ -436,11 +470,8 @@ class NativeLinear:
     def _plan(self, rows: int, weight: PackedLinear, extra: int = 0, shared: int = 0, forms: int = 0) -> _Plan:
         """`extra`: more workspace bytes per thread; `shared`: for all of them together."""
         padded, threads, forms = weight.padded_inputs, self.rt.library.threads(), forms or weight.forms
-        row = ((padded // 32) | 1) * 64 if forms & INT8 else 0
-        row += padded * 2 + 64 if forms & HALF else 0
-        row += padded * 4 + 64 if forms & SINGLE else 0
+        row, tile = self.sizes.row_bytes(padded, forms), self.sizes.tile_bytes(padded)
         panel = min(rows, max(48, min(512, PANEL_BYTES // row)))
-        tile = 2 * (padded // 32 * TILE_CHUNK + 64)
         alone = rows == 1  # from two on, preparing all of them for itself takes a thread longer than a barrier
         size = threads * (tile + extra) + shared + row * (threads * rows if alone else 2 * panel)
         return _Plan(panel, tile, int(alone), threads, self.workspace.take(size, self.rt))
@@ -457,11 +488,11 @@ def _stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
 
 
-def _runs(read: list[_Part], sizes: list[int]) -> list[list[int]]:
+def _runs(read: list[_Part], sizes: list[int], block: int) -> list[list[int]]:
     """Consecutive parts that can share one segment: one layout, and whole blocks but for the last."""
     groups: list[list[int]] = []
     for i, part in enumerate(read):
-        joins = groups and read[groups[-1][-1]].layout == part.layout and sizes[groups[-1][-1]] % BLOCK == 0
+        joins = groups and read[groups[-1][-1]].layout == part.layout and sizes[groups[-1][-1]] % block == 0
         if joins:
             groups[-1].append(i)
         else:
@@ -471,5 +502,5 @@ def _runs(read: list[_Part], sizes: list[int]) -> list[list[int]]:
 
 def ops(native: NativeLinear) -> dict[str, Any]:
     """The table's entries."""
-    names = ["prepare_linear", "linear", "embedding", "gated_linear", "linear_argmax", "linear_topk"]
-    return {name: getattr(native, name) for name in [*names, "norm_linear", "linear_add"]}
+    names = ("prepare_linear", "linear", "embedding", "linear_argmax", "linear_topk")
+    return {name: getattr(native, name) for name in names}

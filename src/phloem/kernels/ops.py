@@ -11,67 +11,52 @@ S page size. Caches are `[pages, K, S, D]`: a head's page is one contiguous bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from phloem.kernels import compose
 from phloem.kernels import reference as ref
-from phloem.kernels import reference_extra as extra
+from phloem.kernels import reference_attention as attention
+from phloem.kernels import reference_experts as experts
+from phloem.kernels.calls import (
+    Adapters,
+    AttentionCall,
+    Draw,
+    LatentCall,
+    LinearOp,
+    Norm,
+    PagedBatch,
+    PrepareExperts,
+    PrepareLinear,
+    Rotation,
+    WeightSource,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor
 
+    from phloem.kernels.calls import Cache
     from phloem.kernels.graph import GraphRecorder
 
-
-class WeightSource(Protocol):
-    """One checkpoint tensor that has not been read yet: a slice of a safetensors file, a GGUF tensor, or dummy data."""
-
-    name: str
-    shape: tuple[int, ...]  # logical shape, as torch has it: [out_features, in_features] for a linear weight
-    kind: str  # "dense", or a GGUF type name such as "Q4_1"
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The tensor, dequantised if need be, in `dtype`, contiguous, on the CPU."""
-        ...
-
-    def raw(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The stored bytes `[out_features, bytes per row]` of a quantised tensor, memory-mapped."""
-        ...
+__all__ = ["Adapters", "AttentionCall", "Draw", "LatentCall", "LinearOp", "Norm", "Ops", "PagedBatch", "PrepareExperts"]
+__all__ += ["PrepareLinear", "Rotation", "WeightSource"]
 
 
-@dataclass(slots=True)
-class PagedBatch:
-    """What paged attention must know of a step. All int32, on the device. See `Batch` for the host's side.
+class AttentionOp(Protocol):
+    """q[T, H, D] over the pages of a batch's rows -> [T, H, value size]. Raises `ValueError` for a call that the table
+    does not serve: all but the reference serve `AttentionCall.plain`, and values of the keys' size."""
 
-    Query tokens of row r are `[query_start[r], query_start[r + 1])`; they are the last ones of its
-    `seq_lens[r]` tokens, so the position of token t of row r is `seq_lens[r] - query_len + t - query_start[r]`.
-    """
-
-    query_start: Tensor  # [R + 1]
-    seq_lens: Tensor  # [R] tokens in the cache once this step's are written
-    page_table: Tensor  # [R, P]
-    token_slots: Tensor  # [T] page * S + offset: where each new token's KV goes
-    max_query_len: int
-    max_seq_len: int
+    def __call__(self, q: Tensor, cache: Cache, batch: PagedBatch, call: AttentionCall, /) -> Tensor: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """What a layer wants done to q and k before attention: a norm of each head (weights [D]; None: none), then RoPE."""
+class LatentAttentionOp(Protocol):
+    """Queries [T, H, N] and their rotated part [T, H, P] over a cache of latents -> [T, H, D]."""
 
-    positions: Tensor  # [T] int64 or int32
-    cos_sin: Tensor  # [positions, 2, rotary / 2] float32
-    interleaved: bool = False  # neighbours are paired, not halves
-    q_norm: Tensor | None = None  # both or neither
-    k_norm: Tensor | None = None
-    eps: float = 0.0
-
-
-PrepareLinear = Callable[[Sequence["WeightSource"], "torch.dtype", "torch.device"], Any]
-PrepareExperts = Callable[[Sequence["WeightSource"], "torch.dtype", "torch.device", int], Any]
+    def __call__(
+        self, q_nope: Tensor, q_rope: Tensor, cache: Tensor, batch: PagedBatch, call: LatentCall, /
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -83,22 +68,12 @@ class Ops:
     # Weights. `prepare_linear` turns the parts of one fused linear layer (q, k, v, say), stacked along out_features,
     # into whatever `linear` and `embedding` of the same table understand; the default makes one dense tensor.
     prepare_linear: PrepareLinear = ref.prepare_linear
-    linear: Callable[[Tensor, Any, Tensor | None], Tensor] = ref.linear  # x[T, N], weight, bias[M] -> [T, M]
-    # Fused forms, where a table has them. gated_linear: x[T, N], weight of gate and up, bias[2M], "silu" or "gelu_tanh"
-    # -> activation(gate) * up [T, M]. linear_argmax: the first largest of each row of x W^T, int32 [T].
-    gated_linear: Callable[[Tensor, Any, Tensor | None, str], Tensor] | None = None
+    linear: LinearOp = compose.reference_linear
+    # Heads, where a table has them: the first largest of each row of x W^T, int32 [T], without the row.
     linear_argmax: Callable[[Tensor, Any], Tensor] | None = None
-    # x, residual (None: none), norm weight, eps, weight, bias, activation ("": none, else as in gated_linear) ->
-    # (linear or gated_linear of norm(x + residual), x + residual).
-    norm_linear: (
-        Callable[[Tensor, Tensor | None, Tensor, float, Any, Tensor | None, str], tuple[Tensor, Tensor]] | None
-    ) = None
-    # x, weight, bias, residual -> (linear + residual, None), or (linear, residual) where the norm behind it adds them
-    # for less.
-    linear_add: Callable[[Tensor, Any, Tensor | None, Tensor], tuple[Tensor, Tensor | None]] | None = None
     # x[T, N], weight, k, scale[T, J] float32 (None: 1), J, cap (0: none) -> of each row of x W^T, soft-capped, the k
     # largest (best first, the lowest id first of equals), values and int32 ids [T, k], and the log-sum-exp of the row
-    # times each of its scales, float32 [T, J]. As `reference_extra.linear_topk`.
+    # times each of its scales, float32 [T, J]. As `reference_sampling.linear_topk`.
     linear_topk: Callable[[Tensor, Any, int, Tensor | None, int, float], tuple[Tensor, Tensor, Tensor]] | None = None
     embedding: Callable[[Tensor, Any, float], Tensor] = ref.embedding  # ids[T], weight[V, N], scale -> [T, N]
 
@@ -114,40 +89,38 @@ class Ops:
 
     # Position and attention. `rope_` rotates q[T, H, D] and k[T, K, D] in place, halves paired (NeoX style) or, with
     # `interleaved`, neighbours; cos_sin[positions, 2, rotary / 2] is float32.
-    rope_: Callable[[Tensor, Tensor, Tensor, Tensor, bool], None] = (
-        ref.rope_
-    )  # q, k, positions[T], cos_sin, interleaved
+    # Arguments: q, k, positions[T], cos_sin, interleaved.
+    rope_: Callable[[Tensor, Tensor, Tensor, Tensor, bool], None] = ref.rope_
     write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = ref.write_kv  # k, v, k_cache, v_cache, slots
     # q, k, v, rotation, k_cache, v_cache, slots -> q: `rms_norm` of q and k if asked, `rope_` and `write_kv` in one, to
     # the same bits, for the same cache types; q and k are used up. None: one op after the other.
     rope_write_kv: Callable[[Tensor, Tensor, Tensor, Rotation, Tensor, Tensor, Tensor], Tensor] | None = None
-    # q[T, H, D], k_cache, v_cache, batch, scale, window (0: full), softcap (0: none), sinks[H] or None -> [T, H, D]
-    paged_attention: Callable[[Tensor, Tensor, Tensor, PagedBatch, float, int, float, Tensor | None], Tensor] = (
-        ref.paged_attention
-    )
+    paged_attention: AttentionOp = attention.paged_attention
 
     # Types of KV cache that `write_kv` and `paged_attention` take; None: every floating type.
     kv_dtypes: tuple[torch.dtype, ...] | None = None
+
+    # Latent attention (MLA): a cache of one latent a token, `[pages, 1, S, L + P]`.
+    write_latent: Callable[[Tensor, Tensor, Tensor], None] = attention.write_latent  # latents[T, L + P], cache, slots
+    latent_attention: LatentAttentionOp = attention.latent_attention
 
     # Mixture of experts: softmax of router logits[T, E], the best k experts of each token (their weights scaled to sum
     # to 1 if asked), their gated MLPs with SiLU, summed by weight. `prepare_experts` stacks expert after expert along
     # out_features: each its gate, then its up projection, [E * 2F, N]; or its down projection, [E * N, F]. The last
     # argument is E.
-    prepare_experts: PrepareExperts = extra.prepare_experts
+    prepare_experts: PrepareExperts = experts.prepare_experts
     # x[T, N], logits[T, E], gate_up, down, k, renormalise -> [T, N]
-    moe: Callable[[Tensor, Tensor, Any, Any, int, bool], Tensor] = extra.moe
+    moe: Callable[[Tensor, Tensor, Any, Any, int, bool], Tensor] = experts.moe
 
     # Sampling helpers: logits[L, V] float -> int32/float32.
     argmax: Callable[[Tensor], Tensor] = ref.argmax  # [L]
     logsumexp: Callable[[Tensor], Tensor] = ref.logsumexp  # [L] float32
-    top_k: Callable[[Tensor, int], tuple[Tensor, Tensor]] = (
-        ref.top_k
-    )  # the k best, best first: values, ids int32 [L, k]
+    # The k best, best first: values and int32 ids [L, k].
+    top_k: Callable[[Tensor, int], tuple[Tensor, Tensor]] = ref.top_k
     # logits, rows[M] int32, mask[M, words] int32: in place, -inf where bit i of word w, token 32 w + i, is 0 or missing
     mask_tokens_: Callable[[Tensor, Tensor, Tensor], None] = ref.mask_tokens_
-    # logits, temperature[L], top_k[L] int32, top_p[L], min_p[L], seeds[L] int64, positions[L] int64
-    # -> tokens [L] int32, as `engine/sampler.py` specifies; None: that file's torch code draws.
-    sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+    # Tokens int32 [L], as `engine/sampler.py` specifies; None: that file's torch code draws.
+    sample: Callable[[Tensor, Draw], Tensor] | None = None
 
     # Makes step graphs over this table's ops; None: steps run eagerly.
     recorder: Callable[[], GraphRecorder] | None = None

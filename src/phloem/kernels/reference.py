@@ -1,6 +1,8 @@
-"""Every op in plain torch: the specification that native and Triton kernels are compared with.
+"""Products, norms, positions and scans in plain torch: the specification that native and Triton kernels meet.
 
-Legend as in `ops.py`. Reductions are done in float32 whatever the input type; results have the input's type.
+Beside it `reference_attention`, `reference_experts`, `reference_sampling` and `reference_formats`; `compose.py` makes a
+linear layer of its parts. Legend as in `ops.py`. Reductions are done in float32 whatever the input type; results have
+the input's type.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from phloem.kernels.ops import PagedBatch, WeightSource
+    from phloem.kernels.calls import Adapters, WeightSource
 
 
 def prepare_linear(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -22,8 +24,20 @@ def prepare_linear(parts: Sequence[WeightSource], dtype: torch.dtype, device: to
     return (dense[0] if len(dense) == 1 else torch.cat(dense)).to(device)
 
 
-def linear(x_TN: Tensor, weight_MN: Tensor, bias_M: Tensor | None) -> Tensor:
+def product(x_TN: Tensor, weight_MN: Tensor, bias_M: Tensor | None) -> Tensor:
     return F.linear(x_TN, weight_MN, bias_M)
+
+
+def add_adapters(y_TM: Tensor, x_TN: Tensor, adapters: Adapters) -> Tensor:
+    """y + scale * (x downT) upT, each segment with its own adapter; -1 adds nothing."""
+    out = y_TM.clone()
+    for segment, adapter in enumerate(adapters.index.tolist()):
+        begin, end = int(adapters.start[segment]), int(adapters.start[segment + 1])
+        if adapter >= 0:
+            small = x_TN[begin:end].float() @ adapters.down[adapter].float().T
+            extra = small @ adapters.up[adapter].float().T * float(adapters.scale[adapter])
+            out[begin:end] = (y_TM[begin:end].float() + extra).to(out.dtype)
+    return out
 
 
 def embedding(ids_T: Tensor, weight_VN: Tensor, scale: float) -> Tensor:
@@ -81,66 +95,6 @@ def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slo
     page, offset = slots_T // size, slots_T % size
     k_cache[page, :, offset] = k_TKD.to(k_cache.dtype)
     v_cache[page, :, offset] = v_TKD.to(v_cache.dtype)
-
-
-def paged_attention(
-    q_THD: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    batch: PagedBatch,
-    scale: float,
-    window: int,
-    cap: float,
-    sinks_H: Tensor | None,
-) -> Tensor:
-    """Causal attention of new tokens over their row's pages, one row after another.
-
-    With a window w a token sees itself and the w - 1 before it. A sink is a logit per head that takes part in the
-    softmax and contributes no value.
-    """
-    out = torch.empty_like(q_THD)
-    starts = batch.query_start.tolist()
-    for row, length in enumerate(batch.seq_lens.tolist()):
-        begin, end = starts[row], starts[row + 1]
-        out[begin:end] = _attend_row(
-            q_THD[begin:end], k_cache, v_cache, batch.page_table[row], length, scale, window, cap, sinks_H
-        )
-    return out
-
-
-def _attend_row(
-    q_THD: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    pages: Tensor,
-    length: int,
-    scale: float,
-    window: int,
-    cap: float,
-    sinks_H: Tensor | None,
-) -> Tensor:
-    size = k_cache.shape[2]
-    used = pages[: (length + size - 1) // size].long()
-    tokens, heads = q_THD.shape[:2]
-    group = heads // k_cache.shape[1]
-    k_HLD = k_cache[used].transpose(0, 1).flatten(1, 2)[:, :length].float().repeat_interleave(group, 0)
-    v_HLD = v_cache[used].transpose(0, 1).flatten(1, 2)[:, :length].float().repeat_interleave(group, 0)
-    scores_HTL = torch.einsum("thd,hld->htl", q_THD.float(), k_HLD) * scale
-    if cap:
-        scores_HTL = softcap(scores_HTL, cap)
-    behind_TL = torch.arange(length - tokens, length, device=pages.device)[:, None] - torch.arange(
-        length, device=pages.device
-    )
-    hidden_TL = behind_TL < 0
-    if window:
-        hidden_TL |= behind_TL >= window
-    scores_HTL.masked_fill_(hidden_TL, float("-inf"))
-    if sinks_H is not None:
-        column = sinks_H.float()[:, None, None].expand(-1, tokens, 1)
-        weights = torch.cat((scores_HTL, column), -1).softmax(-1)[..., :-1]
-    else:
-        weights = scores_HTL.softmax(-1)
-    return torch.einsum("htl,hld->thd", weights, v_HLD).to(q_THD.dtype)
 
 
 def argmax(logits_LV: Tensor) -> Tensor:

@@ -107,9 +107,7 @@ class CacheManager:
         self.page_size = page_size
         self.enabled = enabled
         self.allocators = tuple(PageAllocator(count) for count in num_pages)
-        self.paged = sum(
-            group.kind == "pages" for group in groups
-        )  # so many groups come first; then the states, if any
+        self.paged = sum(group.kind == "pages" for group in groups)  # so many come first, then states, if any
         whole = self.paged > 0 and not groups[0].window
         self.windows = tuple(
             WindowPages(index, number, groups[number].window, num_pages[number], page_size)

@@ -277,7 +277,7 @@ class Executor:
             raise PrefixEnd
 
     def _think(self, item: Thinking) -> None:
-        self._thinking = parsers.THINKING.module(parsers.thinking_format(item.parser)).Parser
+        self._thinking = parsers.THINKING.get(parsers.thinking_format(item.parser))
         try:
             for part in item.items:
                 self._execute(part)

@@ -9,14 +9,15 @@ from typing import Any
 
 from phloem.core.errors import BadRequest
 from phloem.lang.interpreter import Executor
-from phloem.lang.ir import RoleBegin, RoleEnd, ScopeBegin, ScopeEnd, Text
+from phloem.lang.ir import Text
+from phloem.lang.turns import Turns
 
 GATHER = "gather_variable"
 CONCATENATE = "concate_and_append"  # as SGLang spells it
 _JOINS = {GATHER: GATHER, CONCATENATE: CONCATENATE, "concatenate_and_append": CONCATENATE}
 
 
-class ProgramState:
+class ProgramState(Turns):
     """What a program appends to and reads from. Appending does not wait for the model; reading does."""
 
     def __init__(self, executor: Executor) -> None:
@@ -48,36 +49,8 @@ class ProgramState:
         if added:
             self.stream_executor.submit(Text(added))
 
-    @contextmanager
-    def _turn(self, role: str) -> Generator[None]:
-        self.stream_executor.submit(RoleBegin(role))
-        yield
-        self.stream_executor.submit(RoleEnd(role))
-
-    def _role(self, role: str, content: Any) -> Any:
-        if content is None:
-            return self._turn(role)
-        self.stream_executor.submit(RoleBegin(role))
-        self.stream_executor.submit(content)
-        self.stream_executor.submit(RoleEnd(role))
-        return None
-
-    def system(self, content: Any = None) -> Any:
-        """`with s.system(): ...`, or `s.system("...")`."""
-        return self._role("system", content)
-
-    def user(self, content: Any = None) -> Any:
-        return self._role("user", content)
-
-    def assistant(self, content: Any = None) -> Any:
-        return self._role("assistant", content)
-
-    @contextmanager
-    def var_scope(self, name: str) -> Generator[None]:
-        """All text that is appended inside is kept under a name."""
-        self.stream_executor.submit(ScopeBegin(name))
-        yield
-        self.stream_executor.submit(ScopeEnd(name))
+    def _append(self, node: Any) -> None:
+        self.stream_executor.submit(node)
 
     # reading
 

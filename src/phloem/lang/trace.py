@@ -12,14 +12,11 @@ from phloem.core.errors import BadRequest, PhloemError
 from phloem.lang.backends._base import Backend
 from phloem.lang.interpreter import Executor, PrefixEnd, Settings
 from phloem.lang.ir import (
-    Concat,
     Expr,
     Gen,
     RoleBegin,
     RoleEnd,
     Sampling,
-    ScopeBegin,
-    ScopeEnd,
     Select,
     Text,
     Variable,
@@ -27,6 +24,7 @@ from phloem.lang.ir import (
     parts_of,
 )
 from phloem.lang.state import ProgramState
+from phloem.lang.turns import Turns
 
 
 @dataclass
@@ -44,7 +42,7 @@ class Join:
     count: int
 
 
-class TraceState:
+class TraceState(Turns):
     """Stands for a program's state; keeps what is appended. Variables read as placeholders."""
 
     def __init__(self, parent: TraceState | None = None) -> None:
@@ -72,32 +70,8 @@ class TraceState:
     get_var = __getitem__
     set_var = __setitem__
 
-    @contextmanager
-    def _turn(self, role: str) -> Generator[None]:
-        self.nodes.append(RoleBegin(role))
-        yield
-        self.nodes.append(RoleEnd(role))
-
-    def _role(self, role: str, content: Any) -> Any:
-        if content is None:
-            return self._turn(role)
-        self.__iadd__(Concat([RoleBegin(role), *parts_of(content), RoleEnd(role)]))
-        return None
-
-    def system(self, content: Any = None) -> Any:
-        return self._role("system", content)
-
-    def user(self, content: Any = None) -> Any:
-        return self._role("user", content)
-
-    def assistant(self, content: Any = None) -> Any:
-        return self._role("assistant", content)
-
-    @contextmanager
-    def var_scope(self, name: str) -> Generator[None]:
-        self.nodes.append(ScopeBegin(name))
-        yield
-        self.__iadd__(ScopeEnd(name))
+    def _append(self, node: Any) -> None:
+        self.__iadd__(node)
 
     def fork(self, size: int = 1, position_ids_offset: list[int] | None = None) -> TraceGroup:
         branches = [TraceState(self) for _ in range(size)]

@@ -52,7 +52,8 @@ class SelfAttention(Layer):
     ) -> tuple[Tensor, Tensor]:
         """Everything before the output projection, of norm(x + residual): ([T, heads * head_size], x + residual)."""
         spec = self.spec
-        qkv, total_TN = self.qkv.normed(norm, x_TN, residual_TN)
+        qkv, total_TN = self.qkv(x_TN, norm=norm, residual=residual_TN)
+        assert total_TN is not None  # a layer with a norm gives it
         q_THD = qkv[:, : self.q_end].unflatten(-1, (spec.heads, spec.head_size))
         k_TKD = qkv[:, self.q_end : self.k_end].unflatten(-1, (spec.kv_heads, spec.head_size))
         v_TKD = qkv[:, self.k_end :].unflatten(-1, (spec.kv_heads, spec.head_size))

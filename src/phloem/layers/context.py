@@ -88,11 +88,29 @@ class AttentionStep(Protocol):
     def __call__(self, spec: AttentionSpec, heads: Heads) -> Tensor: ...
 
 
+@dataclass(slots=True)
+class StateStep:
+    """States of one recurrent layer, for the R rows of a step. Row r's new tokens are [query_start[r],
+    query_start[r + 1]) of the step's T. What is read stays as it is, unless a row reads where it writes."""
+
+    tensors: tuple[Tensor, ...]  # [states, ...] each, as the layer's `core.memory.State` says
+    reads: Tensor  # [R] int64: the state before the first new token, but of fresh rows
+    writes: Tensor  # [R] int64: where the state behind the last new token goes; 0 is scratch
+    fresh: Tensor  # [R] bool: rows that begin from nothing
+    query_start: Tensor  # [R + 1] int32
+    prefix_lens: Tensor  # [R] int32: tokens that the state to be read has taken in
+    max_query_len: int
+
+
 class StepMemory(Protocol):
     """What a model's layers keep of earlier tokens, for the rows of one step."""
 
     def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         """As `AttentionStep`, over the pages of `spec.pool`."""
+        ...
+
+    def state(self, pool: int) -> StateStep:
+        """Where a recurrent layer's state of each row is read and written; `pool`: the layer's pool index."""
         ...
 
 
@@ -101,9 +119,11 @@ class ForwardBatch:
     """A step as a model sees it. T packed new tokens, L rows whose next token is wanted."""
 
     input_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, or [3, T]: time, height and width of each token
     memory: StepMemory
     logit_index: Tensor | None  # [L] int64: which of the T tokens need logits; None: all, in order
+    adapters: Tensor | None = None  # [T] int32: the adapter of each token, 0: none
+    embeds: tuple[Tensor, Tensor] | None = None  # ([n] int64 tokens, [n, N] what stands in for their embeddings)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Head(Layer):
 
     def __call__(self, hidden_LD: Tensor) -> Tensor:
         """[L, hidden_size] -> float32 logits [L, vocab_size]."""
-        logits_LV = self.ops.linear(hidden_LD, self.weight.value, None)
+        logits_LV, _ = self.ops.linear(hidden_LD, self.weight.value)
         if logits_LV.dtype != torch.float32:
             logits_LV = logits_LV.float()
         return self.ops.softcap(logits_LV, self.softcap) if self.softcap else logits_LV
@@ -49,7 +49,7 @@ class Head(Layer):
         """The most likely token of each row, integer [L]. A soft cap keeps the order, so it is left out."""
         if self.ops.linear_argmax is not None:
             return self.ops.linear_argmax(hidden_LD, self.weight.value)
-        return self.ops.argmax(self.ops.linear(hidden_LD, self.weight.value, None))
+        return self.ops.argmax(self.ops.linear(hidden_LD, self.weight.value)[0])
 
     def best(
         self, hidden_LD: Tensor, k: int, scale_LJ: Tensor | None, norms: int

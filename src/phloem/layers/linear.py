@@ -9,6 +9,7 @@ from phloem.layers.weight import Layer, Weight
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from phloem.kernels.calls import Adapters
     from phloem.layers.context import BuildContext
     from phloem.layers.norm import RMSNorm
 
@@ -34,36 +35,25 @@ class Linear(Layer):
             Weight(tuple(f"{name}.bias" for name in names), tuple((size,) for size in sizes), "bias") if bias else None
         )
 
-    def __call__(self, x_TN: Tensor) -> Tensor:
-        """[T, in_features] -> [T, sum of the parts' widths]."""
-        return self.ops.linear(x_TN, self.weight.value, self._bias)
+    def __call__(
+        self,
+        x_TN: Tensor,
+        *,
+        norm: RMSNorm | None = None,
+        residual: Tensor | None = None,
+        gate: str = "",
+        add: Tensor | None = None,
+        adapter: Adapters | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[T, in_features] -> [T, sum of the parts' widths], and the residual stream behind it: see `LinearOp`.
 
-    def gated(self, x_TN: Tensor, activation: str) -> Tensor:
-        """For a gate and an up projection: activation(gate(x)) * up(x). `activation`: "silu" or "gelu_tanh"."""
-        if self.ops.gated_linear is not None:
-            return self.ops.gated_linear(x_TN, self.weight.value, self._bias, activation)
-        act = self.ops.silu_and_mul if activation == "silu" else self.ops.gelu_tanh_and_mul
-        return act(self(x_TN))
-
-    def normed(
-        self, norm: RMSNorm, x_TN: Tensor, residual_TN: Tensor | None, activation: str = ""
-    ) -> tuple[Tensor, Tensor]:
-        """(this layer, or with `activation` its gated form, of norm(x + residual); x + residual).
-
-        Here and in `add` it is decided between a table's fused op and its separate ones.
+        `norm` and `residual` stand before this layer, `gate` ("silu" or "gelu_tanh", for a gate and an up projection),
+        `adapter` and `add` after it. The table fuses of them what it can.
         """
-        if self.ops.norm_linear is not None:
-            return self.ops.norm_linear(
-                x_TN, residual_TN, norm.weight.value, norm.eps, self.weight.value, self._bias, activation
-            )
-        normed_TN, residual_TN = norm.add(x_TN, residual_TN)
-        return self.gated(normed_TN, activation) if activation else self(normed_TN), residual_TN
-
-    def add(self, x_TN: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
-        """This layer plus the residual: (the sum, None), or both apart, for the norm that follows to add them."""
-        if self.ops.linear_add is not None:
-            return self.ops.linear_add(x_TN, self.weight.value, self._bias, residual_TN)
-        return self(x_TN), residual_TN
+        before = None if norm is None else norm.before
+        return self.ops.linear(
+            x_TN, self.weight.value, self._bias, norm=before, residual=residual, gate=gate, add=add, adapter=adapter
+        )
 
     @property
     def _bias(self) -> Tensor | None:

@@ -32,5 +32,5 @@ class GatedMLP(Layer):
         self, norm: RMSNorm, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The block of norm(x + residual), and x + residual; with `add` perhaps already summed: (sum, None)."""
-        hidden, total_TN = self.gate_up.normed(norm, x_TN, residual_TN, self.activation)
-        return self.down.add(hidden, total_TN) if add else (self.down(hidden), total_TN)
+        hidden, total_TN = self.gate_up(x_TN, norm=norm, residual=residual_TN, gate=self.activation)
+        return self.down(hidden, add=total_TN) if add else (self.down(hidden)[0], total_TN)

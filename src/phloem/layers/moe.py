@@ -50,7 +50,7 @@ class SparseMLP(Layer):
         config = self.config
         x_TN, residual_TN = norm.add(x_TN, residual_TN)
         out = self.ops.moe(
-            x_TN, self.router(x_TN), self.gate_up.value, self.down.value, config.per_token, config.renormalise
+            x_TN, self.router(x_TN)[0], self.gate_up.value, self.down.value, config.per_token, config.renormalise
         )
         return out, residual_TN
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phloem.kernels.calls import Norm
 from phloem.layers.weight import Layer, Weight
 
 if TYPE_CHECKING:
@@ -19,6 +20,11 @@ class RMSNorm(Layer):
         self.ops = ctx.ops
         self.eps = eps
         self.weight = Weight((f"{ctx.name}.weight",), ((size,),), "norm", shift)
+
+    @property
+    def before(self) -> Norm:
+        """This norm as a linear layer takes it, to normalise its input."""
+        return Norm(self.weight.value, self.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight.value, self.eps)

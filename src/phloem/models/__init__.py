@@ -6,7 +6,7 @@ A family's file has `build(config, ctx, max_positions) -> Model`. Importing this
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from phloem.utils.registry import Registry
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
     from phloem.models._scales import LayerScales
-
-FAMILIES = Registry("phloem.models", "model type")
 
 
 class Model(Protocol):
@@ -58,10 +56,27 @@ class Model(Protocol):
     def get_weight(self, name: str) -> Tensor: ...
 
 
+class Loadable(Model, Protocol):
+    """A model that reads its weights."""
+
+    def load(self, checkpoint: Checkpoint, progress: Callable[[str, float], None] | None, /) -> None: ...
+
+
+class Family(Protocol):
+    """What a family's file has: how its model is made of a checkpoint's `config.json`, without weights."""
+
+    def __call__(self, config: dict[str, Any], ctx: BuildContext, max_positions: int, /) -> Loadable: ...
+
+
+FAMILIES: Registry[Family] = Registry("phloem.models", "model type", "build")
+
+
 @runtime_checkable
 class CutModel(Protocol):
     """A model whose forward pass is `finish(*trunk(step), step.logit_index)`, so that the part whose rows differ from
     step to step, behind the last layer's attention, stands alone."""
+
+    attention_specs: list[AttentionSpec]  # one of each attention in `trunk`
 
     def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         """(The last attention's output [T, features], residual [T, hidden_size])."""
@@ -93,7 +108,6 @@ def load_model(
     Raises:
         ModelLoadError: naming the file and the tensors that are missing or have another shape.
     """
-    family = FAMILIES.module(checkpoint.model_type)
-    model = family.build(checkpoint.config, replace(ctx, name=""), checkpoint.context_length)
+    model = FAMILIES.get(checkpoint.model_type)(checkpoint.config, replace(ctx, name=""), checkpoint.context_length)
     model.load(checkpoint, progress)
     return model

@@ -139,10 +139,10 @@ class DecoderLayer(Layer):
     def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
         """From attention's output on, row by row."""
         if self.attention_norm is not None and self.output_norm is not None:
-            out = self.attention_norm(self.attention.out(out))
+            out = self.attention_norm(self.attention.out(out)[0])
             out, total_TN = self.mlp(self.mlp_norm, out, residual_TN, add=False)
             return self.output_norm(out), total_TN
-        out, rest_TN = self.attention.out.add(out, residual_TN)
+        out, rest_TN = self.attention.out(out, add=residual_TN)
         return self.mlp(self.mlp_norm, out, rest_TN, add=True)
 
 
@@ -190,6 +190,9 @@ class Decoder(Layer):
     def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         """Up to and with the last layer's attention: (its output [T, heads * head_size], residual [T, N])."""
         x_TN, residual_TN = self.embed(step.input_ids), None
+        if step.embeds is not None:  # torch arithmetic: such a step is never recorded
+            index, rows = step.embeds
+            x_TN.index_copy_(0, index, rows.to(x_TN.dtype))
         for layer in self.layers[:-1]:
             # In two calls under the same names: what a layer was given is not kept through its MLP, the largest part.
             x_TN, residual_TN = layer.attend(x_TN, residual_TN, step)

@@ -303,7 +303,7 @@ class WeightIndex:
         parts: list[Any] = [sources[name] for name in weight.names]
         if weight.role == "matrix":
             if self.ctx.quant is not None:
-                parts = [METHODS.module(self.ctx.quant).wrap(part) for part in parts]
+                parts = [METHODS.get(self.ctx.quant)(part) for part in parts]
             ops = self.ctx.ops
             dtype, device = self.ctx.dtype, self.ctx.device
             if weight.experts:

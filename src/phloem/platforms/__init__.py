@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from phloem.kernels.ops import Ops
+    from phloem.platforms._facts import StepFacts
     from phloem.platforms._streams import Streams
 
 PREFERENCE = ("cuda", "rocm", "xpu", "npu", "tpu", "cpu")
@@ -32,7 +33,12 @@ class Platform(Protocol):
     default_chunk: int  # tokens of one step
     default_mixed_chunk: int  # prompt tokens of a step that also decodes
     worthwhile_chunk: int  # prompt tokens from which on more make a step no more efficient
-    quantised_kv_dtype: torch.dtype | None  # of the KV cache beside quantised weights; None: the model's
+    facts: StepFacts
+
+    @property
+    def quantised_kv_dtype(self) -> torch.dtype | None:
+        """The type of the KV cache beside quantised weights; None: the model's."""
+        ...
 
     @property
     def streams(self) -> Streams | None:
@@ -75,26 +81,27 @@ class Platform(Protocol):
         ...
 
 
+AVAILABLE: Registry[Callable[[], tuple[bool, str]]] = Registry("phloem.platforms", "device", "is_available")
+PLATFORMS: Registry[Callable[[int | None], Platform]] = Registry("phloem.platforms", "device", "Platform")
+
+
 def choose(requested: str, threads: int | None) -> tuple[Platform, Decision]:
     """The platform to run on: the one that is named, or the first in order of preference that is available.
 
     Raises:
         ConfigError: if the named one is unknown or not available, with its reason.
     """
-    registry = Registry("phloem.platforms", "device")
     if requested != "auto":
-        module = registry.module(requested)
-        available, reason = module.is_available()
+        available, reason = AVAILABLE.get(requested)()
         if not available:
             raise ConfigError(f"device {requested!r} is not available: {reason}", param="device")
-        return module.Platform(threads), Decision("device", requested, "as asked")
+        return PLATFORMS.get(requested)(threads), Decision("device", requested, "as asked")
     declined: list[str] = []
-    names = registry.names()
+    names = PLATFORMS.names()
     for name in [*(n for n in PREFERENCE if n in names), *(n for n in names if n not in PREFERENCE)]:
-        module = registry.module(name)
-        available, reason = module.is_available()
+        available, reason = AVAILABLE.get(name)()
         if available:
             why = "; ".join([reason, *declined])
-            return module.Platform(threads), Decision("device", name, why)
+            return PLATFORMS.get(name)(threads), Decision("device", name, why)
         declined.append(f"not {name}: {reason}")
     raise ConfigError("no device is available: " + "; ".join(declined), param="device")

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem.core.errors import ConfigError
+from phloem.kernels.graph_cuda import Recorder
 from phloem.kernels.ops import Ops
+from phloem.platforms._facts import StepFacts
 from phloem.platforms._measure import peak_of
+from phloem.platforms._streams import Streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from phloem.kernels.graph import GraphRecorder
-    from phloem.platforms._streams import Streams
 
 LEAST_RESERVE = 512 * 2**20  # bytes: libraries make workspaces when a shape first asks for them
 RESERVE_SHARE = 32  # of the device's memory
@@ -69,6 +71,7 @@ class Platform:
     default_mixed_chunk = 2048
     worthwhile_chunk = 1024
     quantised_kv_dtype = None
+    facts = StepFacts(records_idle=True)
 
     def __init__(self, threads: int | None) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -97,16 +100,16 @@ class Platform:
 
     def recorder(self) -> GraphRecorder:
         """Makes step graphs; all that one recorder made share a memory pool."""
-        from phloem.kernels.graph_cuda import Recorder
-
         return Recorder(self.device)
 
     @cached_property
+    def _beside(self) -> Streams:
+        return Streams(self.device)
+
+    @property
     def streams(self) -> Streams:
         """The streams beside the computing one, made at first use."""
-        from phloem.platforms._streams import Streams
-
-        return Streams(self.device)
+        return self._beside
 
     def attention_backends(self) -> list[str]:
         return ["triton", "flashinfer", "flash", "reference"]

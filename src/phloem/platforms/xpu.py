@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from phloem.kernels.ops import Ops
+from phloem.platforms._facts import StepFacts
 from phloem.platforms._measure import peak_of
 from phloem.platforms.cuda import LEAST_RESERVE, RESERVE_SHARE, triton_table
 
@@ -30,6 +31,7 @@ class Platform:
     worthwhile_chunk = 512
     quantised_kv_dtype = None
     streams = None
+    facts = StepFacts()
 
     def __init__(self, threads: int | None) -> None:
         self.device = torch.device("xpu", torch.xpu.current_device())

@@ -5,6 +5,13 @@ A method's file has `wrap(source) -> WeightSource`: the source as the op table s
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from phloem.utils.registry import Registry
 
-METHODS = Registry("phloem.quant", "quantisation method")
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from phloem.kernels.ops import WeightSource
+
+METHODS: Registry[Callable[[WeightSource], WeightSource]] = Registry("phloem.quant", "quantisation method", "wrap")

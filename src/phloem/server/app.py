@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from phloem.client.info import ModelInfo, version
 from phloem.core.errors import PhloemError
@@ -17,7 +18,7 @@ from phloem.server.door import Door
 from phloem.server.errors import on_http_error, on_invalid_query, on_phloem_error
 from phloem.server.health import Health
 from phloem.server.metrics import Metrics
-from phloem.server.middleware import ApiKey, BodyLimit, RequestIds
+from phloem.server.middleware import ApiKey, BodyLimit, Head, RequestIds
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -26,16 +27,15 @@ if TYPE_CHECKING:
     from phloem.client.client import EngineClient
     from phloem.core.config import Config
 
-ROUTES = Registry("phloem.server.routes", "group of routes")
+ROUTES: Registry[APIRouter] = Registry("phloem.server.routes", "group of routes", "router")
 
 
 def routers() -> list[APIRouter]:
     """Of every file in `routes/`, and of `route.py` in each folder that has one: an API with more than its route."""
     home = Path(__file__).parent
     apis = sorted(path.parent.name for path in home.glob("*/route.py"))
-    modules = [ROUTES.module(name) for name in ROUTES.names()]
-    modules += [importlib.import_module(f"phloem.server.{api}.route") for api in apis]
-    return [module.router for module in modules]
+    found = [ROUTES.get(name) for name in ROUTES.names()]
+    return found + [importlib.import_module(f"phloem.server.{api}.route").router for api in apis]
 
 
 def create_app(client: EngineClient, config: Config, info: ModelInfo) -> FastAPI:
@@ -46,7 +46,7 @@ def create_app(client: EngineClient, config: Config, info: ModelInfo) -> FastAPI
         description="A serving engine for LLMs. Null means unset, in every field of every body.",
         redoc_url=None,
     )
-    client.log_requests = config.server.log_requests
+    client.flow.log_requests = config.server.log_requests
     prefixes = ("phloem:", "sglang:") if config.server.sglang_metric_names else ("phloem:",)
     app.state.door = Door(
         client=client,
@@ -60,9 +60,13 @@ def create_app(client: EngineClient, config: Config, info: ModelInfo) -> FastAPI
     app.add_exception_handler(PhloemError, on_phloem_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid_query)
+    app.add_middleware(Head)
     app.add_middleware(BodyLimit, limit=config.server.max_body_bytes)
     if config.server.api_key:
         app.add_middleware(ApiKey, key=config.server.api_key)
+    origins = [origin.strip() for origin in config.server.cors_origins.split(",") if origin.strip()]
+    if origins:  # outside the key: browsers ask for leave without one
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(RequestIds)  # added last, so outermost
     app.openapi = lambda: openapi.document(app)
     return app

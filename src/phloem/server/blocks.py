@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from phloem.client.request import new_id
+from phloem.text.answer import Reasoning
+from phloem.text.tools._base import CallStart, Text
 
 if TYPE_CHECKING:
-    from phloem.server.chat.deltas import ParsedDelta
+    from phloem.text.answer import AnswerEvent
 
 Kind = Literal["reasoning", "text", "call"]
 
@@ -41,15 +43,19 @@ class Blocks:
 
     blocks: list[Block] = field(default_factory=list[Block])
 
-    def push(self, delta: ParsedDelta) -> list[Change]:
-        """Take the next parsed delta; what it changes, in order."""
+    def push(self, events: list[AnswerEvent]) -> list[Change]:
+        """Take the next of what the parser found; what it changes, in order."""
         changes: list[Change] = []
-        if delta.reasoning_content:
-            self._more("reasoning", delta.reasoning_content, changes)
-        if delta.content:
-            self._more("text", delta.content, changes)
-        for call in delta.tool_calls:
-            self._call(call, changes)
+        for event in events:
+            if isinstance(event, Reasoning):
+                self._more("reasoning", event.text, changes)
+            elif isinstance(event, Text):
+                self._more("text", event.text, changes)
+            elif isinstance(event, CallStart):
+                self._open("call", changes, event.name, event.id)
+            elif event.text:
+                self.blocks[-1].text += event.text
+                changes.append(Change("more", self.blocks[-1], event.text))
         return changes
 
     def finish(self, at_least_text: bool = False) -> list[Change]:
@@ -60,9 +66,9 @@ class Blocks:
         self._close(changes)
         return changes
 
-    def whole(self, delta: ParsedDelta, at_least_text: bool = False) -> list[Block]:
+    def whole(self, events: list[AnswerEvent], at_least_text: bool = False) -> list[Block]:
         """The blocks of an answer that was parsed in one go."""
-        self.push(delta)
+        self.push(events)
         self.finish(at_least_text)
         return self.blocks
 
@@ -71,15 +77,6 @@ class Blocks:
             self._open(kind, changes)
         self.blocks[-1].text += text
         changes.append(Change("more", self.blocks[-1], text))
-
-    def _call(self, call: dict[str, Any], changes: list[Change]) -> None:
-        function: dict[str, str] = call["function"]
-        starts = "id" in call
-        block = self._open("call", changes, function.get("name", ""), call["id"]) if starts else self.blocks[-1]
-        arguments = function.get("arguments", "")
-        if arguments:
-            block.text += arguments
-            changes.append(Change("more", block, arguments))
 
     def _open(self, kind: Kind, changes: list[Change], name: str = "", call_id: str = "") -> Block:
         self._close(changes)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.responses import Response
 
 from phloem.core.errors import BadRequest, NotFound
-from phloem.server.answers import Answer
-from phloem.server.body import Body, Parser
+from phloem.protocol.answers import Answer
+from phloem.protocol.body import Body, Parser
 from phloem.server.responses.store import ResponseStore
 from phloem.server.stream import encode
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from phloem.server.metrics import Metrics
 
 T = TypeVar("T", bound=Body)
+MAX_N = 128  # continuations of one prompt, as `SamplingParams.validate` has it
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,8 @@ class Door:
             )
 
     def check_batch(self, request: GenerateRequest) -> None:
-        """Each item's parameters, and the number of continuations asked for."""
-        for item in request.items:
-            item.sampling.validate(self.info.vocab_size)
-        count = sum(item.sampling.n for item in request.items)
+        """The number of continuations asked for; an `n` beyond its range is for the client to refuse, by its name."""
+        count = sum(min(item.sampling.n, MAX_N) for item in request.items)
         limit = self.config.server.max_prompts_per_request
         if count > limit:
             raise BadRequest(f"{count} prompts in one request (n counts), at most {limit} are allowed", param="prompt")

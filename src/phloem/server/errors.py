@@ -10,8 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from phloem.core.errors import BadRequest, NotFound, PhloemError
-from phloem.server.answers import Error, ErrorAnswer
-from phloem.server.messages.body import MessagesError, MessagesErrorAnswer
+from phloem.protocol.answers import Error, ErrorAnswer, MessagesError, MessagesErrorAnswer
 
 if TYPE_CHECKING:
     from starlette.requests import Request

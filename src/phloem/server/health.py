@@ -21,15 +21,15 @@ class Health:
 
     def problem(self) -> str | None:
         """Why the server cannot serve now; None when it can."""
-        client = self.client
+        client, link = self.client, self.client.connection
         if client.dead is not None:
             return client.dead
         if client.draining:
             return "the server is shutting down"
-        if client.engine is None:
+        if link.ready is None:
             return "the engine is starting"
-        silence = time.monotonic() - client.heard_at
-        busy = client.heartbeat.busy_seconds
+        silence = time.monotonic() - link.heard_at
+        busy = link.heartbeat.busy_seconds
         if busy + silence > self.watchdog + GRACE and busy > 0:
             return f"a step has been running for {busy + silence:.0f} s"
         # A step holds the loop, and with it the heartbeat: silence means little while requests are in flight.

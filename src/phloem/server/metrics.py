@@ -38,7 +38,7 @@ class Metrics:
             yield from self._times(prefix)
 
     def _gauges(self, prefix: str) -> Iterator[Any]:
-        stats = self.client.stats
+        stats = self.client.connection.stats
         total = stats.total_tokens or 1
         for name, text, value in (
             ("num_running_reqs", "Requests that a step works on.", stats.running),
@@ -46,22 +46,22 @@ class Metrics:
             ("num_used_tokens", "KV tokens held by running requests.", stats.used_tokens),
             ("token_usage", "Share of the KV pool held by running requests.", stats.used_tokens / total),
             ("cache_hit_rate", "Cached prompt tokens over prompt tokens since start.", stats.cache_hit_rate),
-            ("gen_throughput", "Output tokens per second.", stats.gen_throughput),
+            ("gen_throughput", "Continuation tokens per second.", stats.gen_throughput),
             ("kv_available_tokens", "Free KV tokens.", stats.available_tokens),
             ("kv_evictable_tokens", "Cached KV tokens that nobody uses.", stats.evictable_tokens),
             ("kv_used_tokens", "KV tokens held by running requests.", stats.used_tokens),
             ("outside_forward_ratio", "Share of step time outside the forward pass.", stats.outside_forward),
-            ("engine_up", "1 while the engine is ready.", int(self.client.engine is not None)),
+            ("engine_up", "1 while the engine is ready.", int(self.client.connection.ready is not None)),
         ):
             family = GaugeMetricFamily(prefix + name, text, labels=["model_name"])
             family.add_metric(self.labels, value)
             yield family
 
     def _totals(self, prefix: str) -> Iterator[Any]:
-        counters, stats = self.client.counters, self.client.stats
+        counters, stats = self.client.counters, self.client.connection.stats
         for name, text, value in (
             ("prompt_tokens", "Prompt tokens of finished requests.", counters.prompt_tokens),
-            ("generation_tokens", "Output tokens.", counters.generation_tokens),
+            ("generation_tokens", "Continuation tokens.", counters.generation_tokens),
             ("cached_tokens", "Prompt tokens found in the cache.", counters.cached_tokens),
             ("evicted_tokens", "Cached tokens that made room.", stats.evicted_tokens),
             ("num_requests", "Finished requests.", counters.requests),

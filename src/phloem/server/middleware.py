@@ -13,6 +13,7 @@ from phloem.client.request import new_id
 from phloem.core.errors import BodyTooLarge, PhloemError, Unauthorized
 from phloem.server import page
 from phloem.server.errors import error_response
+from phloem.server.stream import BODY_SEND, BODY_WRITE
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -64,6 +65,27 @@ class RequestIds:
 
 def _plain(value: bytes) -> bool:
     return 0 < len(value) <= _MAX_REQUEST_ID and _PLAIN.fullmatch(value) is not None
+
+
+class Head:
+    """HEAD answers as GET does, without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def without_body(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        # What streams must not go past `send` either.
+        past = {name: value for name, value in scope.items() if name not in (BODY_SEND, BODY_WRITE)}
+        await self.app({**past, "method": "GET"}, receive, without_body)
 
 
 class ApiKey:

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from fastapi.openapi.utils import get_openapi
 
-from phloem.server import answers, protocol
-from phloem.server.body import Body
-from phloem.server.messages import body as protocol_messages
-from phloem.server.responses import body as protocol_responses
+from phloem.protocol.answers import Answer, ErrorAnswer
+from phloem.protocol.body import Body
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -45,7 +43,7 @@ def describe(
     text: str | None = None,
     streams: bool = False,
     errors: tuple[int, ...] = (),
-    error: type = answers.ErrorAnswer,
+    error: type = ErrorAnswer,
     summary: str = "",
 ) -> dict[str, Any]:
     """Keywords for a route's decorator. `answer` is a struct or a schema; `text`: the media type of a text answer."""
@@ -69,13 +67,17 @@ def describe(
     return keywords
 
 
+def _below(kind: type) -> list[type]:
+    """Every body or answer of a route: the structs that no other one builds on."""
+    found: list[type] = []
+    for sub in kind.__subclasses__():
+        if sub.__module__.startswith(("phloem.server.", "phloem.protocol.")):
+            found += [sub, *_below(sub)]
+    return found
+
+
 def _schemas() -> dict[str, Any]:
-    kinds: list[type] = [
-        item
-        for module in (protocol, protocol_responses, protocol_messages, answers)
-        for item in vars(module).values()
-        if isinstance(item, type) and issubclass(item, msgspec.Struct) and item.__module__ == module.__name__
-    ]
+    kinds = sorted({*_below(Body), *_below(Answer)}, key=lambda kind: kind.__name__)
     _, components = msgspec.json.schema_components(kinds, ref_template=_REF)
     for kind in kinds:
         if issubclass(kind, Body):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import importlib.util
 import socket
 import time
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from phloem.core.errors import ConfigError
 from phloem.server.stream import BODY_SEND, BODY_WRITE
+from phloem.utils.sockets import bind
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -24,32 +23,6 @@ BACKLOG = 2048
 LAST_BYTES_SECONDS = 3  # after the drain: for answers that are still being written
 KEEP_ALIVE_SECONDS = 75  # longer than the pools of usual clients and gateways keep a connection idle
 POLL = 0.02
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 takes a free one.
-
-    Raises:
-        ConfigError: the address is taken, not ours, or not allowed.
-    """
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise ConfigError(f"host: {host!r} is no address to listen on: {error}", param="host") from None
-    found = socket.socket(family, kind, proto)
-    try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-    except OSError as error:
-        found.close()
-        reasons = {
-            errno.EADDRINUSE: f"port {port} on {host} is in use: choose another with --port, or 0 for a free one",
-            errno.EACCES: f"port {port} needs privileges: choose one above 1023 with --port",
-            errno.EADDRNOTAVAIL: f"{host} is no address of this machine: choose another with --host",
-        }
-        message = reasons.get(error.errno or 0, f"cannot listen on {host}:{port}: {error}")
-        raise ConfigError(message, param="host" if error.errno == errno.EADDRNOTAVAIL else "port") from None
-    return found
 
 
 class _Server(uvicorn.Server):

@@ -21,14 +21,13 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
-    from phloem.client.request import Output
+    from phloem.client.continuation import Continuation
 
 log = logging.getLogger("phloem.server")
 
 DONE = b"data: [DONE]\n\n"
 BODY_SEND = "phloem.body_send"  # in the scope: a `send` for what follows `http.response.start`, past the middle layers
-BODY_WRITE = "phloem.body_write"  # in the scope: a `BodyWrite`, where the server has one
-BodyWrite = Callable[[bytes], bool]  # writes a part of the body at once; False: it cannot now, `send` must
+BODY_WRITE = "phloem.body_write"  # in the scope: a `Write` to the body, where the server has one
 encode = msgspec.json.Encoder().encode
 
 
@@ -68,7 +67,7 @@ async def _watch(receive: Receive, call: Ends) -> None:
         call.cancel()
 
 
-async def collect(request: Request, call: Call) -> list[Output]:
+async def collect(request: Request, call: Call) -> list[Continuation]:
     """All outputs of a call without stream, finished. Raises what the call raises."""
     watch = asyncio.create_task(_watch(request.receive, call))
     try:
@@ -117,7 +116,7 @@ class EventStream(Response):
     """Sends events as they come; an error on the way becomes the last event. Ends the call whatever happens.
 
     Where the server lends a `BODY_WRITE`, the events of a `Call` that need no thought go past the task that runs this
-    response, straight from the engine's message to the socket (`_pass`).
+    response, straight from the engine's message to the socket (`Call.frame`).
     """
 
     media_type = "text/event-stream"
@@ -135,27 +134,22 @@ class EventStream(Response):
         self.body = b""
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._call, self._first, self._events, self._watch = call, first, events, watch
+        self._ends, self._first, self._events, self._watch = call, first, events, watch
+        self._call = call if isinstance(call, Call) else None
         self._ending = ending
         self._gone = False
-        self._body: Send | None = None
-        self._write: BodyWrite | None = None
-        self._stuck: asyncio.Task[None] | None = None  # sends what waits for a client that reads too slowly:
-        self._behind: list[bytes] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             # The answer has begun: what the layers on the way would do to it is done.
-            body = self._body = scope.get(BODY_SEND, send)
+            body: Send = scope.get(BODY_SEND, send)
             await self._send(body, self._first)
-            self._write = scope.get(BODY_WRITE)
-            self._pass_on(True)
+            if self._call is not None:
+                self._call.write = scope.get(BODY_WRITE)
             try:
                 async for data in self._events:
-                    await self._unstick()
                     await self._send(body, data)
-                await self._unstick()
                 tail = self._ending.done
             except PhloemError as error:
                 tail = self._ending.error(error)
@@ -166,49 +160,25 @@ class EventStream(Response):
                 hidden = PhloemError(f"internal error; request id {scope.get('request_id', '?')}")
                 tail = self._ending.error(hidden)
             with contextlib.suppress(OSError):
-                await self._unstick()
+                await self._send(body, b"")
             if not self._gone:
                 await send({"type": "http.response.body", "body": tail, "more_body": False})
         finally:
             self._watch.cancel()
-            self._pass_on(False)
-            if self._stuck is not None:
-                self._stuck.cancel()
-            self._call.cancel()
+            self._ends.cancel()
             await self._events.aclose()
 
     async def _send(self, send: Send, data: bytes) -> None:
-        if not self._gone:
-            try:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-            except OSError:
-                if not self._call.background:
-                    raise
-                self._gone = True  # what goes on is made for nobody to read
-
-    def _pass_on(self, directly: bool) -> None:
-        if isinstance(self._call, Call):
-            self._call.pass_to(self._pass if directly and self._write is not None else None)
-
-    def _pass(self, data: bytes) -> None:
-        """Write an event while the response's task sleeps. When the client reads too slowly, this and what follows wait
-        for it in a task, and news go to the reader again."""
-        assert self._write is not None
-        if self._stuck is None and self._write(data):
+        """What the connection refused of the events that were written to it directly goes out before `data`."""
+        if self._call is not None:
+            data = self._call.held() + data
+        if not data or self._gone:
             return
-        self._behind.append(data)
-        if self._stuck is None:
-            self._pass_on(False)
-            self._stuck = asyncio.ensure_future(self._send_behind())
-
-    async def _send_behind(self) -> None:
-        assert self._body is not None
-        while self._behind:
-            await self._send(self._body, self._behind.pop(0))
-
-    async def _unstick(self) -> None:
-        """What waits for the client goes out before anything else does."""
-        if self._stuck is not None:
-            await self._stuck
-            self._stuck = None
-            self._pass_on(True)
+        try:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        except OSError:
+            if not self._ends.background:
+                raise
+            self._gone = True  # what goes on is made for nobody to read
+            if self._call is not None:
+                self._call.write = None

@@ -1,7 +1,7 @@
 """The life of a server: start an engine, open the port when it can serve, mind it, drain, stop.
 
-Order at start: the engine process is launched first (it imports torch and loads weights), this process meanwhile checks
-the checkpoint and builds the tokenizer; no port is opened before the engine says that it is ready.
+Order at start (`start.py`): the engine process is launched first (it imports torch and loads weights), this process
+meanwhile checks the checkpoint and builds the tokenizer; no port is opened before the engine says that it is ready.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from phloem.client.start import make_client
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.messages import Drain, EngineLink
+from phloem.server.app import create_app
 from phloem.server.greet import greet
+from phloem.server.serve import serve
 from phloem.utils import log, memory
 
 if TYPE_CHECKING:
-    from phloem.checkpoint.describe import Checkpoint
     from phloem.client.client import EngineClient
     from phloem.client.info import ModelInfo
     from phloem.core.config import Config
@@ -33,19 +35,19 @@ ENGINE_LEAVE_SECONDS = 5.0
 StartEngine = Callable[[], EngineLink]
 
 
-def run(config: Config, start_engine: StartEngine) -> int:
-    """Serve until a signal; returns the process's exit status.
+def run(config: Config, engine: EngineLink, sock: socket.socket, start_engine: StartEngine, began: float) -> int:
+    """Serve until a signal; returns the process's exit status. Engine and socket are closed in every case.
+
+    Args:
+        config: resolved.
+        engine: the first one, started a moment ago.
+        sock: bound, and not yet listening.
+        start_engine: makes the next ones.
+        began: when the start began, by `time.perf_counter`.
 
     Raises:
         PhloemError: the configuration or the checkpoint is wrong; no port was opened.
     """
-    began = time.perf_counter()
-    log.configure(config.server.log_level)
-    from phloem.server.serve import bind
-
-    # Bound now, so that a taken port is told at once; nobody can connect before it listens.
-    sock = bind(config.server.host, config.server.port)
-    engine = start_engine()
     try:
         phases = log.Phases()
         with phases.phase("door"):
@@ -57,34 +59,6 @@ def run(config: Config, start_engine: StartEngine) -> int:
         raise
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(supervisor.serve(engine, sock))
-
-
-def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
-    """The door's own half: checkpoint description, tokenizer, chat template. Neither torch nor weights are touched."""
-    from pathlib import Path
-
-    from phloem.checkpoint.describe import describe
-    from phloem.client.client import EngineClient
-    from phloem.client.info import ModelInfo, with_formats
-    from phloem.text.template import load_template
-    from phloem.text.tokenizer import load_tokenizer
-
-    model = config.model
-    checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)
-    # Without a tokenizer nothing can follow a text.
-    features = frozenset[str]() if model.skip_tokenizer_init else frozenset({"grammar"})
-    if config.server.enable_return_hidden_states:
-        features |= {"hidden_states"}
-    info = ModelInfo.of(checkpoint, config, features)
-    if model.skip_tokenizer_init:
-        return EngineClient(None, None, info), info, checkpoint
-    tokenizer = load_tokenizer(checkpoint)
-    override = Path(model.chat_template) if model.chat_template else None
-    template = load_template(checkpoint, override, tokenizer)
-    if checkpoint.gguf is not None:
-        checkpoint.gguf.release()
-    info = with_formats(info, template.source, model.tool_call_parser, model.reasoning_parser)
-    return EngineClient(tokenizer, template, info), info, checkpoint
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -118,9 +92,6 @@ class _Supervisor:
         self._engine: EngineLink | None = None
 
     async def serve(self, engine: EngineLink, sock: socket.socket) -> int:
-        from phloem.server.app import create_app
-        from phloem.server.serve import serve
-
         client, server = self._client, self._config.server
         client.on_death.append(lambda _: self._died.set())
         self._engine = engine

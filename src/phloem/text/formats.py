@@ -1,88 +1,28 @@
 """Which tool-call and reasoning formats a model writes: named by the user, or read off its chat template.
 
-Pure functions of texts: a choice and its reason, as for every automatic choice.
+Pure functions of texts: a choice and its reason, as for every automatic choice. A format's file says all that is
+needed: `NAMES`, by which others know it (`-` and `_` are the same in all names); `SHOWN_BY`, what its models' templates
+have; `BEFORE`, the formats whose marks stand in its templates too, so that it must be looked for first.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
+from graphlib import TopologicalSorter
+from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import ConfigError
 from phloem.utils.registry import Registry
 
-TOOLS = Registry("phloem.text.tools", "tool-call parser")
-THINKING = Registry("phloem.text.thinking", "reasoning parser")
+if TYPE_CHECKING:
+    from phloem.text.thinking._base import ThinkingParser
+    from phloem.text.tools._base import ToolParser
+
+TOOLS: Registry[type[ToolParser]] = Registry("phloem.text.tools", "tool-call parser", "Parser")
+THINKING: Registry[type[ThinkingParser]] = Registry("phloem.text.thinking", "reasoning parser", "Parser")
 OFF = "none"
-
-# Other names that are in use for the same formats; `-` and `_` are the same in all names.
-_TOOL_ALIASES = {
-    **dict.fromkeys(("qwen", "qwen2", "qwen25", "qwen3"), "hermes"),
-    **dict.fromkeys(("glm", "glm47"), "glm45"),
-    **dict.fromkeys(("llama", "llama3_json", "llama32"), "llama3"),
-    **dict.fromkeys(("llama4", "llama4_pythonic"), "pythonic"),
-    **dict.fromkeys(("step3p5", "qwen3coder"), "qwen3_coder"),
-    "deepseek_v3": "deepseekv3",
-    "deepseek_v31": "deepseekv31",
-    "deepseek_v32": "deepseekv32",
-    "gptoss": "gpt_oss",
-    "openai": "gpt_oss",
-    "kimi": "kimi_k2",
-    "minimax": "minimax_m2",
-    "ernie": "ernie45",
-}
-_THINKING_ALIASES = {
-    **dict.fromkeys(("glm", "glm47"), "glm45"),
-    **dict.fromkeys(("interns1", "qwen"), "qwen3"),
-    **dict.fromkeys(("deepseek_v31", "deepseek_v32", "deepseekv3", "deepseekv31", "deepseekv32"), "deepseek_v3"),
-    "deepseekr1": "deepseek_r1",
-    "step3p5": "deepseek_r1",
-    "gptoss": "gpt_oss",
-    "openai_gptoss": "gpt_oss",
-    "minimax_m2": "minimax",
-    "minimax_m2_append_think": "minimax_append_think",
-    "magistral": "mistral",
-    "ernie": "ernie45",
-}
-
-# (format, texts of which every one stands in the template, texts of which none does); the first that fits is taken,
-# so the more particular stand first.
-_Rule = tuple[str, tuple[str, ...], tuple[str, ...]]
-_TOOL_RULES: tuple[_Rule, ...] = (
-    ("deepseekv32", ("｜DSML｜",), ()),
-    ("deepseekv3", ("<｜tool▁calls▁begin｜>", "```json"), ()),
-    ("deepseekv31", ("<｜tool▁calls▁begin｜>",), ()),
-    ("minimax_m2", ("<minimax:tool_call>",), ()),
-    ("kimi_k2", ("<|tool_calls_section_begin|>",), ()),
-    ("gpt_oss", ("<|channel|>commentary",), ()),
-    ("gpt_oss", ("<|channel|>", "to=functions."), ()),
-    ("step3", ("<steptml:invoke",), ()),
-    ("glm45", ("<tool_call>", "<arg_key>"), ()),
-    ("qwen3_coder", ("<function=", "<parameter="), ()),
-    ("ernie45", ("<tool_call>", "<response>"), ()),
-    ("mistral", ("[TOOL_CALLS]",), ()),
-    ("hermes", ("<tool_call>", "arguments"), ()),
-    ("pythonic", ("[func_name1(params_name1=params_value1",), ()),
-    ("llama3", ("<|start_header_id|>", '"parameters": '), ()),
-    ("llama3", ("<|python_tag|>",), ()),
-)
-_THINKING_RULES: tuple[_Rule, ...] = (
-    ("gpt_oss", ("<|channel|>analysis",), ()),
-    ("gpt_oss", ("<|channel|>", "analysis"), ()),
-    ("kimi", ("◁think▷",), ()),
-    ("mistral", ("[THINK]",), ()),
-    ("minimax", ("<minimax:tool_call>", "<think>"), ()),
-    ("kimi_k2", ("<|tool_calls_section_begin|>", "think>"), ()),
-    ("step3", ("<steptml:invoke", "<think>"), ()),
-    ("step3", ("<｜tool_calls_begin｜>", "<think>"), ()),
-    ("glm45", ("[gMASK]", "think>"), ()),
-    ("ernie45", ("<response>", "think>"), ()),
-    ("deepseek_v3", ("<｜Assistant｜>", "think>", "thinking"), ()),
-    ("deepseek_r1", ("<｜Assistant｜>", "think>"), ()),
-    ("qwen3", ("<|im_start|>", "think>", "enable_thinking"), ()),
-    ("qwen3_thinking", ("<|im_start|>", "<think>\\n' }}"), ("enable_thinking",)),
-    ("qwen3", ("think>",), ()),
-)
 
 
 @dataclass(frozen=True)
@@ -108,8 +48,8 @@ def tool_choice(template: str | None, asked: str | None = None) -> Choice:
     if asked is not None:
         if asked == OFF:
             return Choice(None, "as asked")
-        return Choice(canonical(TOOLS, _TOOL_ALIASES, asked, "tool_call_parser"), "as asked", *flags)
-    found = _match(_TOOL_RULES, template)
+        return Choice(canonical(TOOLS, asked, "tool_call_parser"), "as asked", *flags)
+    found = _match(TOOLS, template)
     if found is not None:
         return Choice(*found, *flags)
     if flags[0]:
@@ -128,16 +68,17 @@ def thinking_choice(template: str | None, asked: str | None = None) -> Choice:
     if asked is not None:
         if asked == OFF:
             return Choice(None, "as asked")
-        return Choice(canonical(THINKING, _THINKING_ALIASES, asked, "reasoning_parser"), "as asked")
-    found = _match(_THINKING_RULES, template)
+        return Choice(canonical(THINKING, asked, "reasoning_parser"), "as asked")
+    found = _match(THINKING, template)
     return Choice(*found) if found is not None else Choice(None, "the chat template shows no reasoning block")
 
 
-def canonical(registry: Registry, aliases: dict[str, str], name: str, param: str) -> str:
+def canonical(registry: Registry[Any], name: str, param: str) -> str:
     """The file that serves a name."""
     key = name.strip().lower().replace("-", "_")
-    key = aliases.get(key, key)
     names = registry.names()
+    if key not in names:
+        key = _other_names(registry).get(key, key)
     if key not in names:
         try:
             registry.module(key)
@@ -148,19 +89,40 @@ def canonical(registry: Registry, aliases: dict[str, str], name: str, param: str
 
 def tool_format(name: str) -> str:
     """A tool-call format by any of its names. Raises ConfigError."""
-    return canonical(TOOLS, _TOOL_ALIASES, name, "tool_call_parser")
+    return canonical(TOOLS, name, "tool_call_parser")
 
 
 def thinking_format(name: str) -> str:
     """A reasoning format by any of its names. Raises ConfigError."""
-    return canonical(THINKING, _THINKING_ALIASES, name, "reasoning_parser")
+    return canonical(THINKING, name, "reasoning_parser")
 
 
-def _match(rules: tuple[_Rule, ...], template: str | None) -> tuple[str, str] | None:
+@cache
+def _files(registry: Registry[Any]) -> dict[str, dict[str, Any]]:
+    """What each format's file says of itself (and not of the one that its class is made from)."""
+    return {name: vars(registry.module(name)) for name in registry.names()}
+
+
+@cache
+def _other_names(registry: Registry[Any]) -> dict[str, str]:
+    return {other: name for name, said in _files(registry).items() for other in said.get("NAMES", ())}
+
+
+@cache
+def _in_order(registry: Registry[Any]) -> list[str]:
+    """Formats, each before those that its file names in `BEFORE`."""
+    order = TopologicalSorter[str]({name: () for name in _files(registry)})
+    for name, said in _files(registry).items():
+        for later in said.get("BEFORE", ()):
+            order.add(later, name)
+    return list(order.static_order())
+
+
+def _match(registry: Registry[Any], template: str | None) -> tuple[str, str] | None:
     if template is None:
         return None
-    for name, present, absent in rules:
-        if all(text in template for text in present) and not any(text in template for text in absent):
-            shown = " and ".join(repr(text) for text in present)
-            return name, f"the chat template has {shown}"
+    for name in _in_order(registry):
+        for shown in _files(registry)[name].get("SHOWN_BY", ()):
+            if shown.stands_in(template):
+                return name, f"the chat template has {shown}"
     return None

@@ -20,6 +20,7 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from phloem.core.errors import BadRequest, ConfigError
+from phloem.text.template_roles import shapes, shows_instructions
 from phloem.text.template_sources import find_sources
 
 if TYPE_CHECKING:
@@ -176,6 +177,29 @@ class ChatTemplate:
         for name in kwargs:
             if name in RESERVED or not name.isidentifier() or name.startswith("_"):
                 raise BadRequest(f"chat_template_kwargs: {name!r} cannot be set", param="chat_template_kwargs")
+        tried: list[str] = []
+        refused: BadRequest | None = None
+        for shaped in shapes(messages):
+            try:
+                text = self._render(shaped, tools, add_generation_prompt, continue_final_message, kwargs)
+            except BadRequest as error:
+                refused = refused or error
+                continue
+            if shows_instructions(shaped, text):
+                return text
+            tried.append(text)
+        if not tried and refused is not None:
+            raise refused
+        return tried[0]
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        kwargs: dict[str, Any],
+    ) -> str:
         program = self._pick(tools)
         if continue_final_message:
             messages = _mark_tail(messages)

@@ -15,7 +15,7 @@ from phloem.utils.registry import Registry
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-PROCESSORS = Registry("phloem.engine.processors", "logit processor")
+PROCESSORS: Registry[type[Processor]] = Registry("phloem.engine.processors", "logit processor", "LogitProcessor")
 
 
 def make(wanted: Mapping[str, dict[str, Any]], vocab_size: int) -> list[Processor]:
@@ -27,7 +27,7 @@ def make(wanted: Mapping[str, dict[str, Any]], vocab_size: int) -> list[Processo
     made: list[Processor] = []
     for name, params in wanted.items():
         try:
-            kind = PROCESSORS.module(name).LogitProcessor
+            kind = PROCESSORS.get(name)
         except ConfigError as error:
             raise BadRequest(error.message, param="custom_logit_processor") from None
         made.append(kind(params, vocab_size))

@@ -89,6 +89,29 @@ def activate(x, KIND: tl.constexpr):
 
 
 @triton.jit
+def soften(scores, top, mass):
+    """One block's part of an online softmax in base 2 (FlashAttention-2): (weights, shrink of what was summed so far,
+    maximum, mass), for scores [rows, columns] beside the maximum and the mass of the blocks before."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    # A row may have seen nothing yet: subtracting minus infinity from itself would give NaN.
+    finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - finite[:, None])
+    shrink = tl.exp2(top - finite)
+    return weights, shrink, new_top, mass * shrink + tl.sum(weights, axis=1)
+
+
+@triton.jit
+def multiply(at_x, at_w, k, rows, cols, begin, end, acc, BLOCK_K: tl.constexpr):
+    """acc + x wT over the features from `begin` to `end`; `at_x` and `at_w` point to the tile's first `k`."""
+    for start in range(begin, end, BLOCK_K):
+        some = start + k < end
+        a = tl.load(at_x + start, mask=rows[:, None] & some[None, :], other=0.0)
+        b = tl.load(at_w + start, mask=some[:, None] & cols[None, :], other=0)
+        acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def find_row(query_start, tile, rows, BLOCK_T: tl.constexpr):
     """The row that token tile `tile` belongs to, where row r's tiles begin at query_start[r] // BLOCK_T + r.
 

@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import ceil_div, find_row, multiprocessors, power_of_2, stages, tanh
+from phloem.kernels.triton._base import ceil_div, find_row, multiprocessors, power_of_2, soften, stages, tanh
 
 if TYPE_CHECKING:
-    from phloem.kernels.ops import PagedBatch
+    from phloem.kernels.calls import AttentionCall, Cache, PagedBatch
 
 MAX_SPLITS = 32
 
@@ -85,12 +85,7 @@ def _attend_block(
         if WINDOW:
             seen = seen & (n[None, :] > position[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    # A row may have seen nothing yet: subtracting minus infinity from itself would give NaN.
-    finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores - finite[:, None])
-    shrink = tl.exp2(top - finite)
-    mass = mass * shrink + tl.sum(weights, axis=1)
+    weights, shrink, new_top, mass = soften(scores, top, mass)
     v = tl.load(v_base + at_v[:, None] + dv[None, :], mask=inside[:, None] & (dv < HEAD_V)[None, :], other=0.0)
     acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
     return acc, new_top, mass
@@ -343,13 +338,9 @@ def _tile(decode: bool, group: int, block_d: int, wide: bool, tree: bool) -> tup
 
 def _run(
     q_THD: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: Cache,
     batch: PagedBatch,
-    scale: float,
-    window: int,
-    cap: float,
-    sinks_H: Tensor | None,
+    call: AttentionCall,
     *,
     decode: bool,
     splits: int = 1,
@@ -357,8 +348,12 @@ def _run(
     scales: tuple[Tensor, Tensor] | None = None,
     tree_mask: Tensor | None = None,
 ) -> Tensor:
+    if not call.plain:
+        raise ValueError("attention in Triton is causal, without chunks and blocks")
     tokens, heads, size = q_THD.shape
+    k_cache, v_cache = cache
     kv_heads, page_size, size_v = v_cache.shape[1:]
+    window, cap, sinks_H = call.window, call.softcap, call.sinks
     out = torch.empty((tokens, heads, size_v), dtype=q_THD.dtype, device=q_THD.device)
     if tokens == 0:
         return out
@@ -376,7 +371,7 @@ def _run(
     _attention[(tiles, kv_heads, splits)](
         *(q_THD, k_cache, v_cache, batch.page_table, batch.query_start, batch.seq_lens, k_scale, v_scale),
         *(sinks_H if sinks_H is not None else q_THD, tree, target, lse, rows),
-        *(scale, cap if cap else 1.0, window, split_size),
+        *(call.scale, cap if cap else 1.0, window, split_size),
         *(*q_THD.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3]),
         *(batch.page_table.stride(0), tree.stride(0), *target.stride()[:3]),
         HEADS=heads,
@@ -405,13 +400,9 @@ def _run(
 
 def decode_attention(
     q_THD: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: Cache,
     batch: PagedBatch,
-    scale: float,
-    window: int = 0,
-    cap: float = 0.0,
-    sinks_H: Tensor | None = None,
+    call: AttentionCall,
     *,
     scales: tuple[Tensor, Tensor] | None = None,
     splits: int | None = None,
@@ -421,18 +412,14 @@ def decode_attention(
     `batch.max_seq_len` then bounds the parts); otherwise `splits`, or a number that fills the device.
     """
     if split_size:
-        splits = ceil_div(min(batch.max_seq_len, window or batch.max_seq_len), split_size)
+        splits = ceil_div(min(batch.max_seq_len, call.window or batch.max_seq_len), split_size)
     elif splits is None:
-        splits = decode_splits(q_THD.shape[0], k_cache.shape[1], multiprocessors(q_THD))
+        splits = decode_splits(q_THD.shape[0], cache[0].shape[1], multiprocessors(q_THD))
     return _run(
         q_THD,
-        k_cache,
-        v_cache,
+        cache,
         batch,
-        scale,
-        window,
-        cap,
-        sinks_H,
+        call,
         decode=True,
         splits=max(splits, 1),
         split_size=split_size,
@@ -442,13 +429,9 @@ def decode_attention(
 
 def extend_attention(
     q_THD: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: Cache,
     batch: PagedBatch,
-    scale: float,
-    window: int = 0,
-    cap: float = 0.0,
-    sinks_H: Tensor | None = None,
+    call: AttentionCall,
     *,
     scales: tuple[Tensor, Tensor] | None = None,
     tree_mask: Tensor | None = None,
@@ -461,29 +444,16 @@ def extend_attention(
     """
     return _run(
         q_THD,
-        k_cache,
-        v_cache,
+        cache,
         batch,
-        scale,
-        window,
-        cap,
-        sinks_H,
+        call,
         decode=False,
         scales=scales,
         tree_mask=tree_mask.view(torch.uint8) if tree_mask is not None else None,
     )
 
 
-def paged_attention(
-    q_THD: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    batch: PagedBatch,
-    scale: float,
-    window: int,
-    cap: float,
-    sinks_H: Tensor | None,
-) -> Tensor:
+def paged_attention(q_THD: Tensor, cache: Cache, batch: PagedBatch, call: AttentionCall) -> Tensor:
     """The op table's entry: decode where every row has one new token, else extend."""
     run = decode_attention if batch.max_query_len == 1 else extend_attention
-    return run(q_THD, k_cache, v_cache, batch, scale, window, cap, sinks_H)
+    return run(q_THD, cache, batch, call)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import ceil_div, multiprocessors, power_of_2, stages, sum_splits
+from phloem.kernels.triton._base import ceil_div, multiply, multiprocessors, power_of_2, stages, sum_splits
 
 
 @triton.jit
@@ -47,11 +47,7 @@ def _gemm_int8(
     at_w = weight + col.to(tl.int64)[None, :] * stride_w + k[:, None]
     acc = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
     end = tl.minimum(features_in, (split + 1) * per_split)
-    for start in range(split * per_split, end, BLOCK_K):
-        some = start + k < end
-        a = tl.load(at_x + start, mask=rows[:, None] & some[None, :], other=0.0)
-        b = tl.load(at_w + start, mask=some[:, None] & cols[None, :], other=0)
-        acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
+    acc = multiply(at_x, at_w, k, rows, cols, split * per_split, end, acc, BLOCK_K)
     acc = acc * tl.load(scale + col, mask=cols, other=0.0).to(tl.float32)[None, :]
     at = out + split.to(tl.int64) * stride_os + token.to(tl.int64)[:, None] * stride_ot + col[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=rows[:, None] & cols[None, :])

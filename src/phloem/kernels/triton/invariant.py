@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import ceil_div, stages
+from phloem.kernels.triton._base import ceil_div, multiply, stages
 from phloem.kernels.triton.attention import decode_attention, extend_attention
 
 if TYPE_CHECKING:
-    from phloem.kernels.ops import PagedBatch
+    from phloem.kernels.calls import AttentionCall, Cache, PagedBatch
 
 SPLIT_TOKENS = 1024  # length of the parts that decode attention cuts a row's KV into
 BLOCK_T, BLOCK_M = 64, 64
@@ -52,18 +52,14 @@ def _matmul(
     at_x = x + token.to(tl.int64)[:, None] * stride_x + k[None, :]
     at_w = weight + col.to(tl.int64)[None, :] * stride_w + k[:, None]
     acc = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
-    for start in range(0, features_in, BLOCK_K):
-        some = start + k < features_in
-        a = tl.load(at_x + start, mask=rows[:, None] & some[None, :], other=0.0)
-        b = tl.load(at_w + start, mask=some[:, None] & cols[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+    acc = multiply(at_x, at_w, k, rows, cols, 0, features_in, acc, BLOCK_K)
     if HAS_BIAS:
         acc += tl.load(bias + col, mask=cols, other=0.0).to(tl.float32)[None, :]
     at = out + token.to(tl.int64)[:, None] * features_out + col[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=rows[:, None] & cols[None, :])
 
 
-def linear(x_TN: Tensor, weight_MN: Tensor, bias_M: Tensor | None) -> Tensor:
+def product(x_TN: Tensor, weight_MN: Tensor, bias_M: Tensor | None) -> Tensor:
     """x wT + bias, with one tile shape for every number of tokens."""
     tokens, features = x_TN.shape
     outputs = weight_MN.shape[0]
@@ -89,17 +85,8 @@ def linear(x_TN: Tensor, weight_MN: Tensor, bias_M: Tensor | None) -> Tensor:
     return out
 
 
-def paged_attention(
-    q_THD: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    batch: PagedBatch,
-    scale: float,
-    window: int,
-    cap: float,
-    sinks_H: Tensor | None,
-) -> Tensor:
+def paged_attention(q_THD: Tensor, cache: Cache, batch: PagedBatch, call: AttentionCall) -> Tensor:
     """Decode with KV parts of fixed length, else extend, whose order of KV blocks is a row's own already."""
     if batch.max_query_len == 1:
-        return decode_attention(q_THD, k_cache, v_cache, batch, scale, window, cap, sinks_H, split_size=SPLIT_TOKENS)
-    return extend_attention(q_THD, k_cache, v_cache, batch, scale, window, cap, sinks_H)
+        return decode_attention(q_THD, cache, batch, call, split_size=SPLIT_TOKENS)
+    return extend_attention(q_THD, cache, batch, call)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phloem.kernels.calls import Adapters
 from phloem.kernels.triton._base import ceil_div, find_row, power_of_2
 
 TILE = 16
@@ -111,24 +112,14 @@ def _expand(
     tl.store(at, (tl.load(at, mask=keep, other=0.0).to(tl.float32) + extra).to(y.dtype.element_ty), mask=keep)
 
 
-def add_lora_(
-    y_TM: Tensor,
-    x_TN: Tensor,
-    down_ArN: Tensor,
-    up_AMr: Tensor,
-    scaling_A: Tensor,
-    start_of: Tensor,
-    adapter_of: Tensor,
-) -> None:
-    """y += scaling * (x downT) upT for each segment's adapter, in place.
-
-    `start_of` [segments + 1] int32 bounds the segments; `adapter_of` [segments] int32 is -1 for none.
-    """
+def add_adapters(y_TM: Tensor, x_TN: Tensor, adapters: Adapters) -> Tensor:
+    """y + scale * (x downT) upT for each segment's adapter, in y's memory."""
+    down_ArN, up_AMr, start_of, adapter_of = adapters.down, adapters.up, adapters.start, adapters.index
     tokens, features = x_TN.shape
     outputs, rank = up_AMr.shape[1:]
     segments = adapter_of.shape[0]
     if tokens == 0:
-        return
+        return y_TM
     small = torch.empty((tokens, rank), dtype=torch.float32, device=x_TN.device)
     tiles = tokens // TILE + segments
     block_r = max(16, power_of_2(rank))
@@ -155,7 +146,7 @@ def add_lora_(
         y_TM,
         start_of,
         adapter_of,
-        scaling_A,
+        adapters.scale,
         segments,
         outputs,
         rank,
@@ -166,3 +157,4 @@ def add_lora_(
         BLOCK_R=block_r,
         BLOCK_M=block_m,
     )
+    return y_TM

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import find_row, multiprocessors, power_of_2
+from phloem.kernels.triton._base import find_row, multiprocessors, power_of_2, soften
 from phloem.kernels.triton.attention import decode_splits, join_splits, split_buffers
 
 if TYPE_CHECKING:
-    from phloem.kernels.ops import PagedBatch
+    from phloem.kernels.calls import LatentCall, PagedBatch
 
 
 @triton.jit
@@ -116,13 +116,8 @@ def _mla(
         scores = tl.dot(query, tl.trans(shared), input_precision="ieee")
         scores = tl.dot(turned, tl.trans(key.to(query.dtype)), scores, input_precision="ieee") * factor
         scores = tl.where(inside[None, :] & (n[None, :] <= position[:, None]), scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - finite[:, None])
-        shrink = tl.exp2(top - finite)
-        mass = mass * shrink + tl.sum(weights, axis=1)
+        weights, shrink, top, mass = soften(scores, top, mass)
         acc = tl.dot(weights.to(query.dtype), shared, acc * shrink[:, None], input_precision="ieee")
-        top = new_top
     acc = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
     at_out = packed[:, None] * stride_ot + head[:, None] * stride_oh + split * stride_os + latent[None, :]
     tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=valid[:, None] & (latent < LATENT)[None, :])
@@ -130,7 +125,7 @@ def _mla(
         tl.store(lse + at_lse, tl.where(mass == 0.0, float("-inf"), top + tl.log2(mass)), mask=valid)
 
 
-def latent_attention(
+def absorbed_attention(
     q_latent_THL: Tensor, q_rope_THP: Tensor, cache: Tensor, batch: PagedBatch, scale: float, splits: int | None = None
 ) -> Tensor:
     """Attention in latent space: queries [T, H, L] and [T, H, P] over `[pages, 1, S, L + P]` -> [T, H, L]."""
@@ -186,17 +181,15 @@ def latent_attention(
     return out
 
 
-def mla_attention(
+def latent_attention(
     q_nope_THN: Tensor,
     q_rope_THP: Tensor,
     cache: Tensor,
     batch: PagedBatch,
-    w_uk_HNL: Tensor,
-    w_uv_HLD: Tensor,
-    scale: float,
+    call: LatentCall,
     splits: int | None = None,
 ) -> Tensor:
     """Decode and extend of one MLA layer -> [T, H, D]; the new tokens' latents are already in the cache."""
-    q_latent_HTL = torch.bmm(q_nope_THN.transpose(0, 1), w_uk_HNL)
-    out_THL = latent_attention(q_latent_HTL.transpose(0, 1), q_rope_THP, cache, batch, scale, splits)
-    return torch.bmm(out_THL.transpose(0, 1), w_uv_HLD).transpose(0, 1)
+    q_latent_HTL = torch.bmm(q_nope_THN.transpose(0, 1), call.w_uk)
+    out_THL = absorbed_attention(q_latent_HTL.transpose(0, 1), q_rope_THP, cache, batch, call.scale, splits)
+    return torch.bmm(out_THL.transpose(0, 1), call.w_uv).transpose(0, 1)

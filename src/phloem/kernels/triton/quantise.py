@@ -1,4 +1,4 @@
-"""Activations to float8 and int8, with a scale per token or per token and group of features; one pass each."""
+"""Activations to float8, with a scale per token or per token and group of features; one pass each."""
 
 # What Triton's stubs do not describe: untyped kernel parameters, launches by subscript, constexpr arguments.
 # pyright: reportMissingParameterType=false, reportMissingImports=false, reportIndexIssue=false
@@ -15,17 +15,10 @@ from torch import Tensor
 from phloem.kernels.triton._base import ceil_div, fp8_limit, power_of_2
 
 GROUP = 128
-INT8_LIMIT = 127.0
 
 
 @triton.jit
-def _round_even(x):
-    """To the nearest integer, halves to even: adding 1.5 * 2^23 leaves no fraction bits in a float32."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _quantise_row(x, out, scale, stride_x, features, LIMIT: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise_row(x, out, scale, stride_x, features, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     most = 0.0
     for start in range(0, features, BLOCK):
@@ -38,8 +31,6 @@ def _quantise_row(x, out, scale, stride_x, features, LIMIT: tl.constexpr, ROUND:
     for start in range(0, features, BLOCK):
         col = start + tl.arange(0, BLOCK)
         value = tl.load(x + row * stride_x + col, mask=col < features, other=0.0).to(tl.float32) / step
-        if ROUND:
-            value = _round_even(value)
         value = tl.minimum(tl.maximum(value, -LIMIT), LIMIT)
         tl.store(out + row * features + col, value.to(out.dtype.element_ty), mask=col < features)
 
@@ -59,7 +50,8 @@ def _quantise_groups(
     tl.store(out + row * features + col, value.to(out.dtype.element_ty), mask=keep)
 
 
-def _per_token(x_TN: Tensor, dtype: torch.dtype, limit: float) -> tuple[Tensor, Tensor]:
+def per_token_fp8(x_TN: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
+    """(values, float32 scales [T]): x is about values * scale, the row's largest magnitude at the type's limit."""
     tokens, features = x_TN.shape
     out = torch.empty((tokens, features), dtype=dtype, device=x_TN.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=x_TN.device)
@@ -70,21 +62,10 @@ def _per_token(x_TN: Tensor, dtype: torch.dtype, limit: float) -> tuple[Tensor, 
             scale,
             x_TN.stride(0),
             features,
-            LIMIT=limit,
-            ROUND=dtype == torch.int8,
+            LIMIT=fp8_limit(dtype),
             BLOCK=min(4096, power_of_2(features)),
         )
     return out, scale
-
-
-def per_token_fp8(x_TN: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
-    """(values, float32 scales [T]): x is about values * scale, the row's largest magnitude at the type's limit."""
-    return _per_token(x_TN, dtype, fp8_limit(dtype))
-
-
-def per_token_int8(x_TN: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 values, float32 scales [T]), symmetric, rounded to nearest even."""
-    return _per_token(x_TN, torch.int8, INT8_LIMIT)
 
 
 def per_group_fp8(x_TN: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:

@@ -18,45 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phloem.kernels.calls import Draw
 from phloem.kernels.triton._base import ceil_div, power_of_2, splitmix64
 
 BLOCK = 2048
-IN_PROMPT = 1 << 24  # a token count's flag: the token occurs in the prompt
-
-
-@triton.jit
-def _adjust(
-    logits,
-    rows_slot,
-    counts,
-    repetition,
-    frequency,
-    presence,
-    mask,
-    stride_logits,
-    stride_counts,
-    stride_mask,
-    vocab,
-    COUNTED: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    keep = token < vocab
-    value = tl.load(logits + row * stride_logits + token, mask=keep, other=0.0)
-    if COUNTED:
-        slot = tl.load(rows_slot + row).to(tl.int64)
-        seen = tl.load(counts + slot * stride_counts + token, mask=keep, other=0)
-        generated = (seen & 0xFFFFFF).to(tl.float32)
-        again = tl.load(repetition + row)
-        value = tl.where(seen != 0, tl.where(value > 0.0, value / again, value * again), value)
-        value -= tl.load(frequency + row) * generated
-        value -= tl.where(generated > 0.0, tl.load(presence + row), 0.0)
-    if MASKED:
-        word = tl.load(mask + row * stride_mask + token // 32, mask=keep, other=0)
-        value = tl.where(((word >> (token % 32)) & 1) != 0, value, float("-inf"))
-    tl.store(logits + row * stride_logits + token, value, mask=keep)
 
 
 @triton.jit
@@ -67,27 +32,6 @@ def _mask_rows(logits, rows, mask, stride_logits, stride_mask, vocab, words, BLO
     word = tl.load(mask + at * stride_mask + token // 32, mask=token // 32 < words, other=0)
     forbidden = (token < vocab) & (((word >> (token % 32)) & 1) == 0)
     tl.store(logits + row * stride_logits + token, tl.full([BLOCK], float("-inf"), tl.float32), mask=forbidden)
-
-
-@triton.jit
-def _add_bias(logits, ids, values, stride_logits, stride_bias, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(ids + row * stride_bias + at, mask=at < width, other=-1)
-    keep = token >= 0
-    extra = tl.load(values + row * stride_bias + at, mask=keep, other=0.0)
-    to = logits + row * stride_logits + token
-    tl.store(to, tl.load(to, mask=keep, other=0.0) + extra, mask=keep)
-
-
-@triton.jit
-def _count(counts, slots, tokens, stride_counts, number, BLOCK: tl.constexpr):
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    keep = row < number
-    slot = tl.load(slots + row, mask=keep, other=0).to(tl.int64)
-    token = tl.load(tokens + row, mask=keep, other=0).to(tl.int64)
-    to = counts + slot * stride_counts + token
-    tl.store(to, tl.load(to, mask=keep, other=0) + 1, mask=keep)
 
 
 @triton.jit
@@ -309,61 +253,6 @@ def logsumexp(logits_LV: Tensor) -> Tensor:
     return _reduce(logits_LV)[1]
 
 
-def adjust_(
-    logits_LV: Tensor,
-    *,
-    penalties: tuple[Tensor, Tensor, Tensor] | None = None,
-    counts: Tensor | None = None,
-    slots_L: Tensor | None = None,
-    bias: tuple[Tensor, Tensor] | None = None,
-    mask_LW: Tensor | None = None,
-) -> None:
-    """Penalties, then logit bias, then the grammar's mask, in place on float32 logits.
-
-    `penalties`: repetition, frequency and presence [L] each, with `counts` [slots, V] int32 (times generated, plus
-    `IN_PROMPT` for a token of the prompt) at row `slots_L`. `bias`: ids [L, B] int32 (-1: none) and float32 values.
-    `mask_LW` int32: bit i of word w allows token 32 w + i.
-    """
-    rows, vocab = logits_LV.shape
-    if rows == 0:
-        return
-    dummy = logits_LV
-
-    def adjust(counted: bool, masked: bool) -> None:
-        repetition, frequency, presence = penalties if counted and penalties is not None else (dummy, dummy, dummy)
-        _adjust[(rows, ceil_div(vocab, BLOCK))](
-            logits_LV,
-            slots_L if counted else dummy,
-            counts if counted else dummy,
-            repetition,
-            frequency,
-            presence,
-            mask_LW if masked else dummy,
-            logits_LV.stride(0),
-            counts.stride(0) if counted and counts is not None else 0,
-            mask_LW.stride(0) if masked and mask_LW is not None else 0,
-            vocab,
-            COUNTED=counted,
-            MASKED=masked,
-            BLOCK=BLOCK,
-        )
-
-    counted = penalties is not None
-    if bias is None:
-        if counted or mask_LW is not None:
-            adjust(counted, mask_LW is not None)
-        return
-    if counted:
-        adjust(True, False)
-    ids, values = bias
-    if ids.shape[1]:
-        _add_bias[(rows, ceil_div(ids.shape[1], 256))](
-            logits_LV, ids, values, logits_LV.stride(0), ids.stride(0), ids.shape[1], BLOCK=256
-        )
-    if mask_LW is not None:
-        adjust(False, True)
-
-
 def mask_tokens_(logits_LV: Tensor, rows_M: Tensor, mask_MW: Tensor) -> None:
     """In rows `rows_M` only tokens whose bit is set stay; tokens beyond the mask's words are forbidden."""
     if rows_M.shape[0]:
@@ -380,23 +269,7 @@ def mask_tokens_(logits_LV: Tensor, rows_M: Tensor, mask_MW: Tensor) -> None:
         )
 
 
-def count_tokens_(counts: Tensor, slots_L: Tensor, tokens_L: Tensor) -> None:
-    """counts[slot, token] += 1 for each row; slots must differ."""
-    if slots_L.shape[0]:
-        _count[(ceil_div(slots_L.shape[0], 128),)](
-            counts, slots_L, tokens_L, counts.stride(0), slots_L.shape[0], BLOCK=128
-        )
-
-
-def sample(
-    logits_LV: Tensor,
-    temperature_L: Tensor,
-    top_k_L: Tensor,
-    top_p_L: Tensor,
-    min_p_L: Tensor,
-    seeds_L: Tensor,
-    positions_L: Tensor,
-) -> Tensor:
+def sample(logits_LV: Tensor, draw: Draw) -> Tensor:
     """A token per row, int32 [L]. Temperature 0 or top_k 1 is greedy; top_k outside [1, V) is off.
 
     Filters apply in this order, each to what is left: top-k, top-p (a share of what top-k left), min-p (relative to
@@ -410,12 +283,12 @@ def sample(
     if rows:
         _sample[(rows,)](
             logits_LV,
-            temperature_L,
-            top_k_L,
-            top_p_L,
-            min_p_L,
-            seeds_L,
-            positions_L,
+            draw.temperature,
+            draw.top_k,
+            draw.top_p,
+            draw.min_p,
+            draw.seeds,
+            draw.positions,
             out,
             logits_LV.stride(0),
             vocab,

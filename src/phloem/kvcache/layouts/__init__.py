@@ -10,7 +10,7 @@ Storage starts as zeros, because a gathered page may be read where it is masked,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from phloem.utils.registry import Registry
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from phloem.core.memory import MemorySpec
     from phloem.kvcache.layouts._storage import Tensors
 
-LAYOUTS = Registry("phloem.kvcache.layouts", "memory layout")
+LAYOUTS: Registry[Any] = Registry("phloem.kvcache.layouts", "memory layout", "Layout")
 
 
 class Layout(Protocol):

@@ -30,7 +30,7 @@ class Layout:
 
 def _dtype(name: str) -> torch.dtype:
     """Raises ValueError when torch has no such type."""
-    found = getattr(torch, name, None)
+    found = vars(torch).get(name)
     if not isinstance(found, torch.dtype):
         raise ValueError(f"a state of type {name!r}: torch has no such type")
     return found

@@ -8,7 +8,7 @@ from phloem.core.errors import BadRequest
 from phloem.lang.backends._base import Backend
 from phloem.utils.registry import Registry
 
-BACKENDS = Registry("phloem.lang.backends", "backend")
+BACKENDS: Registry[type[Backend]] = Registry("phloem.lang.backends", "backend", "BACKEND")
 
 
 class _Default:

@@ -125,3 +125,6 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
         else:
             raise BadRequest("Anthropic's API takes no videos")
     return {**message, "content": parts}
+
+
+BACKEND = Anthropic

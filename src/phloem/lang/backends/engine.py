@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import phloem
 from phloem.core.errors import PhloemError
 from phloem.lang.backends._native import NativeBackend
 from phloem.lang.chat import FORMATS, ChatFormat, derive
@@ -60,6 +61,7 @@ class EngineBackend(NativeBackend):
 
 def make(model_path: str = "demo", **settings: Any) -> EngineBackend:
     """Start an engine for programs; keywords are the settings of `phloem serve`. End it with `shutdown()`."""
-    from phloem.llm import Engine
+    return EngineBackend(phloem.Engine(model_path=model_path, **settings), owned=True)
 
-    return EngineBackend(Engine(model_path=model_path, **settings), owned=True)
+
+BACKEND = EngineBackend

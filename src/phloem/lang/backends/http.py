@@ -183,3 +183,6 @@ class Runtime(RuntimeEndpoint):
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+BACKEND = RuntimeEndpoint

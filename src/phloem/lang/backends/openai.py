@@ -231,3 +231,6 @@ def _usage(usage: Any) -> Meta:
 def _logprobs(choice: Any) -> Meta:
     found = getattr(choice, "logprobs", None)
     return {} if found is None else {"logprobs": found.model_dump()}
+
+
+BACKEND = OpenAI

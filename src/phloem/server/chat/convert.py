@@ -10,10 +10,10 @@ import msgspec
 
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
+from phloem.protocol.sampling import namespace, openai_params
 from phloem.server.chat import toolplan
-from phloem.server.chat.deltas import DeltaParser, answer_parsers, needs_special_tokens
-from phloem.server.protocol import ChatBody, Message
-from phloem.server.sampling import namespace, openai_params
+from phloem.server.chat.body import ChatBody, Message
+from phloem.text.answer import AnswerParser, FormattedAnswer, PlainAnswer, needs_special_tokens, thinking_parser
 from phloem.text.tools._explain import explain, spell
 
 if TYPE_CHECKING:
@@ -39,12 +39,15 @@ class Conversation:
     prompt: str  # with `input_ids` its end alone
     continued: str | None
 
-    def parsers(self) -> list[DeltaParser]:
+    def parsers(self) -> list[AnswerParser]:
         """One parser for each continuation."""
-        item = self.request.items[0]
-        return answer_parsers(
-            item.sampling.n, self.tools, self.reasoning, self.prompt, self.stream_reasoning, self.continued
-        )
+        return [self._parser() for _ in range(self.request.items[0].sampling.n)]
+
+    def _parser(self) -> AnswerParser:
+        if self.reasoning is None and not self.tools.tools:
+            return PlainAnswer()
+        thinking = thinking_parser(self.reasoning, self.prompt, self.continued)
+        return FormattedAnswer(thinking, self.tools.parser(), self.stream_reasoning, self.tools.parallel)
 
 
 async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> Conversation:
@@ -79,7 +82,7 @@ async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> C
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     sampling = openai_params(body, limit, info.generation_config)
     constrain(sampling, tools, info)
-    if needs_special_tokens(client.tokenizer, tools, reasoning):
+    if needs_special_tokens(client.tokenizer, tools.parser(), reasoning):
         sampling.skip_special_tokens = False
     item = Item(
         sampling=sampling,

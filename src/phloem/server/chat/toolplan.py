@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import BadRequest
 from phloem.text.formats import TOOLS
-from phloem.text.tools._base import function_of
+from phloem.text.tools._base import function_of, schema_of
 from phloem.text.tools._grammar import Shape, Unspeakable
 from phloem.text.tools.json_array import forced_schema
 
 if TYPE_CHECKING:
     from phloem.text.tools._base import ToolParser
+
+log = logging.getLogger("phloem.server")
 
 MAX_TOOLS = 256
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
@@ -32,11 +35,11 @@ class ToolPlan:
     @property
     def at_once(self) -> bool:
         """Whether the constraint is of the whole answer, its reasoning included."""
-        return self.constraint is not None and self.format is not None and TOOLS.module(self.format).Parser.whole
+        return self.constraint is not None and self.format is not None and TOOLS.get(self.format).whole
 
     def parser(self) -> ToolParser | None:
         """A fresh parser for one answer."""
-        return TOOLS.module(self.format).Parser(self.tools) if self.format is not None and self.tools else None
+        return TOOLS.get(self.format)(self.tools) if self.format is not None and self.tools else None
 
 
 NO_TOOLS = ToolPlan([], None)
@@ -54,6 +57,7 @@ def plan(
         BadRequest: naming the field that is wrong.
     """
     checked = check_tools(tools or [])
+    choice, checked = _allowed(choice, checked)
     mode, wanted = _read_choice(choice, checked)
     if mode == "none" or not checked:
         return NO_TOOLS
@@ -76,7 +80,7 @@ def check_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
         raise BadRequest(f"tools: {len(tools)} of them, at most {MAX_TOOLS}", param="tools")
     found: list[dict[str, Any]] = []
     names = set[str]()
-    for number, tool in enumerate(tools):
+    for number, tool in without_foreign(tools, ("function",)):
         where = f"tools[{number}]"
         if tool.get("type", "function") != "function":
             raise BadRequest(f"not supported: {where}.type {tool.get('type')!r:.100}", param=f"{where}.type")
@@ -95,6 +99,38 @@ def check_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
         clean = {key: value for key, value in function.items() if value is not None and key != "type"}
         found.append({"type": "function", "function": clean})
     return found
+
+
+def without_foreign(tools: list[dict[str, Any]], known: tuple[str, ...]) -> list[tuple[int, dict[str, Any]]]:
+    """Tools with their numbers. Those of kinds that a server would run are left out beside functions; alone they stay,
+    to be refused by name."""
+    ours = [(at, tool) for at, tool in enumerate(tools) if tool.get("type", "function") in known]
+    if not ours:
+        return list(enumerate(tools))
+    foreign = sorted({str(tool.get("type"))[:100] for tool in tools if tool.get("type", "function") not in known})
+    if foreign:
+        log.warning("tools of types that are not served are left out: %s", ", ".join(map(repr, foreign)))
+    return ours
+
+
+def _allowed(
+    choice: str | dict[str, Any] | None, tools: list[dict[str, Any]]
+) -> tuple[str | dict[str, Any] | None, list[dict[str, Any]]]:
+    """OpenAI's `allowed_tools`, nested or flat: its mode, and the tools that it names."""
+    if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
+        return choice, tools
+    inner = choice.get("allowed_tools", choice)
+    listed = inner.get("tools") if isinstance(inner, dict) else None
+    mode = inner.get("mode", "auto") if isinstance(inner, dict) else None
+    if mode not in ("auto", "required") or not isinstance(listed, list) or not listed:
+        message = "tool_choice: allowed_tools needs a mode (auto or required) and a list of tools"
+        raise BadRequest(message, param="tool_choice")
+    names = {function_of(tool).get("name") if isinstance(tool, dict) else None for tool in listed}
+    unknown = names - {function_of(tool)["name"] for tool in tools}
+    if unknown:
+        message = f"tool_choice allows {unknown.pop()!r:.100}, which is not among the tools"
+        raise BadRequest(message, param="tool_choice")
+    return mode, [tool for tool in tools if function_of(tool)["name"] in names]
 
 
 def _read_choice(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]]) -> tuple[str, str | None]:
@@ -125,7 +161,7 @@ def _strict(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> tu
     """
     if name is None:
         raise BadRequest("strict tools need a tool-call format, and this server reads none", param="tools")
-    kind = TOOLS.module(name).Parser
+    kind = TOOLS.get(name)
     for number, tool in enumerate(tools):
         try:
             kind([tool]).structure(required=False, parallel=parallel)
@@ -142,12 +178,12 @@ def _forced(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> To
     """A call must come: in the model's own format, or as a JSON array of calls where that cannot keep to a schema."""
     if name is not None:
         try:
-            structure = TOOLS.module(name).Parser(tools).structure(required=True, parallel=parallel)
+            structure = TOOLS.get(name)(tools).structure(required=True, parallel=parallel)
         except Unspeakable:
             pass
         else:
             return ToolPlan(tools, name, parallel, ("structural_tag", structural_tag(structure)))
-    schemas = {function_of(tool)["name"]: function_of(tool).get("parameters") or {"type": "object"} for tool in tools}
+    schemas = {function_of(tool)["name"]: schema_of(function_of(tool)) for tool in tools}
     schema = json.dumps(forced_schema(schemas, parallel), ensure_ascii=False)
     return ToolPlan(tools, "json_array", parallel, ("json_schema", schema))
 

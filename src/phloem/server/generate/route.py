@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from phloem.server.answers import GenerateAnswer
-from phloem.server.body import Parser
+from phloem.protocol.body import Parser
+from phloem.protocol.generate.body import GenerateBody
+from phloem.protocol.generate.convert import is_batch, to_request
+from phloem.protocol.generate.write import Cumulative, GenerateAnswer, PlainEvents, Renderer, strip
 from phloem.server.door import door_of, json_response
-from phloem.server.generate.convert import Cumulative, PlainEvents, Renderer, is_batch, strip, to_request
 from phloem.server.openapi import NEEDS_ENGINE, describe
-from phloem.server.protocol import GenerateBody
 from phloem.server.stream import collect, event, stream
 
 if TYPE_CHECKING:
@@ -59,5 +59,5 @@ async def _events(call: Call, renderer: Renderer, single: bool, incremental: boo
             events.append(event(data))
             if not output.item.return_logprob and not output.item.return_hidden:
                 kept = None if incremental else streams[output.id]
-                call.render_by(PlainEvents(renderer, kept, None if single else numbers[output.id]))
+                call.frame = PlainEvents(renderer, kept, None if single else numbers[output.id])
         yield b"".join(events)

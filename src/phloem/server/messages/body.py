@@ -1,15 +1,14 @@
-"""Request and answer bodies of `/v1/messages`, the Anthropic Messages API."""
+"""Request bodies of `/v1/messages`, the Anthropic Messages API."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-import msgspec
 from msgspec import Meta
 
-from phloem.server.answers import Answer
-from phloem.server.body import Body, Later
-from phloem.server.protocol import HINT, Int32, Seed
+from phloem.core.errors import BadRequest
+from phloem.protocol.body import Body, Later
+from phloem.protocol.fields import HINT, Int32, Seed
 
 # Fields that mean the same as in chat completions, and are handed on by name.
 AS_IN_CHAT = (
@@ -30,6 +29,7 @@ AS_IN_CHAT = (
     "extra_key",
     "chat_template_kwargs",
 )
+_REMOVES = "clear_"  # edits that only take away what the model would read
 Content = str | list[dict[str, Any]]
 
 
@@ -75,11 +75,23 @@ class CountTokensBody(Body, kw_only=True):
     context_management: dict[str, Any] | None = None
     speed: str | None = None
 
-    ignored: ClassVar[dict[str, str]] = {"cache_control": HINT, "speed": HINT}
+    ignored: ClassVar[dict[str, str]] = {
+        "cache_control": HINT,
+        "speed": HINT,
+        "context_management": "edits that clear old context are left undone: the whole conversation is read",
+    }
     later: ClassVar[dict[str, Later]] = {
         "mcp_servers": Later("mcp", ([],)),
-        "context_management": Later("context_management", ({},)),
     }
+
+    def refuse_later(self, features: frozenset[str], where: str = "") -> None:
+        super().refuse_later(features, where)
+        edits = (self.context_management or {}).get("edits") or []
+        for at, edit in enumerate(edits if isinstance(edits, list) else [edits]):
+            kind = edit.get("type") if isinstance(edit, dict) else edit
+            if not str(kind).startswith(_REMOVES):
+                place = f"context_management.edits[{at}]"
+                raise BadRequest(f"not supported yet: {place} {kind!r:.100}", param=place, code="not_supported")
 
 
 class MessagesBody(CountTokensBody, kw_only=True):
@@ -113,43 +125,3 @@ class MessagesBody(CountTokensBody, kw_only=True):
         "inference_geo": HINT,
     }
     later: ClassVar[dict[str, Later]] = {**CountTokensBody.later, "container": Later("containers")}
-
-
-# --- answers
-
-
-class MessagesUsage(Answer, kw_only=True):
-    """`input_tokens` are those that were computed; cached ones are counted beside them."""
-
-    input_tokens: int
-    output_tokens: int
-    cache_creation_input_tokens: int = 0
-    cache_read_input_tokens: int = 0
-
-
-class MessagesAnswer(Answer, kw_only=True):
-    id: str
-    type: Literal["message"] = "message"
-    role: Literal["assistant"] = "assistant"
-    model: str
-    content: list[dict[str, Any]]
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None = None
-    stop_sequence: str | None = None
-    usage: MessagesUsage
-
-
-class TokenCount(Answer, kw_only=True):
-    input_tokens: int
-
-
-class MessagesError(msgspec.Struct, kw_only=True):
-    type: str
-    message: str
-
-
-class MessagesErrorAnswer(Answer, kw_only=True):
-    """Every error on these routes; in a stream, the data of the event `error`."""
-
-    type: Literal["error"] = "error"
-    error: MessagesError
-    request_id: str | None = None

@@ -6,17 +6,13 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from phloem.client.request import new_id
-from phloem.server.body import Parser
+from phloem.protocol.answers import MessagesErrorAnswer
+from phloem.protocol.body import Parser
 from phloem.server.chat.convert import Conversation, to_request
 from phloem.server.door import Door, door_of, json_response
-from phloem.server.messages.body import (
-    CountTokensBody,
-    MessagesAnswer,
-    MessagesBody,
-    MessagesErrorAnswer,
-    TokenCount,
-)
-from phloem.server.messages.turns import ENDING, TurnWriter, to_chat
+from phloem.server.messages.body import CountTokensBody, MessagesBody
+from phloem.server.messages.convert import to_chat
+from phloem.server.messages.write import ENDING, MessagesAnswer, MessageWriter, TokenCount
 from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.stream import collect, stream
 
@@ -42,7 +38,7 @@ async def create_message(request: Request) -> Response:
     asked = await _asked(door, body)
     door.check_batch(asked.request)
     call = await door.client.submit(asked.request)
-    writer = TurnWriter(new_id("msg_"), door.info.served_model_name, asked)
+    writer = MessageWriter(new_id("msg_"), door.info.served_model_name, asked)
     if asked.request.stream:
         return await stream(request, call, writer.events(call), ENDING)
     return json_response(writer.whole((await collect(request, call))[0]))

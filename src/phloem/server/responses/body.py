@@ -1,4 +1,4 @@
-"""Request bodies of `/v1/responses` and `/v1/score`."""
+"""Request body of `/v1/responses`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
-from phloem.server.body import Body, Later
-from phloem.server.protocol import HINT, Count, Int32, Seed, StreamOptions, Strings
+from phloem.protocol.body import Body, Later
+from phloem.protocol.fields import HINT, Count, Int32, RequestFields
 
 # Fields that mean the same as in chat completions, and are handed on by name.
 AS_IN_CHAT = (
@@ -61,20 +61,14 @@ class TextOptions(Body, kw_only=True):
     ignored: ClassVar[dict[str, str]] = {"verbosity": HINT}
 
 
-class ResponsesBody(Body, kw_only=True):
+class ResponsesBody(RequestFields, kw_only=True):
     """`POST /v1/responses`. The input is a text or a list of items: messages, calls, their outputs, reasoning."""
 
     input: str | Annotated[list[dict[str, Any]], Meta(min_length=1)]
-    model: str | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
-    store: bool | None = None
     background: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     max_output_tokens: Count | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     top_logprobs: Int32 | None = None
     include: list[str] | None = None
     tools: list[dict[str, Any]] | None = None
@@ -82,49 +76,21 @@ class ResponsesBody(Body, kw_only=True):
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    metadata: dict[str, Any] | None = None
     truncation: str | None = None
     conversation: str | dict[str, Any] | None = None
     prompt: dict[str, Any] | None = None
     context_management: list[Any] | None = None
     moderation: dict[str, Any] | None = None
     max_tool_calls: Int32 | None = None
-    user: str | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
-    prompt_cache_retention: str | None = None
-    top_k: Int32 | None = None
-    min_p: float | None = None
-    min_tokens: Count | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    stop: Strings = None
-    stop_token_ids: list[Int32] | None = None
-    stop_regex: Strings = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: Seed | None = None
-    custom_logit_processor: str | None = None
-    custom_params: dict[str, Any] | None = None
     max_thinking_tokens: Int32 | None = None
     separate_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    priority: Int32 | None = None
-    cache_salt: str | None = None
-    extra_key: str | None = None
 
     ignored: ClassVar[dict[str, str]] = {
+        **RequestFields.ignored,
         "max_tool_calls": "it bounds tools that a server runs; here the client runs them",
-        "user": HINT,
-        "service_tier": HINT,
-        "safety_identifier": HINT,
-        "prompt_cache_key": "prefixes are found by their tokens; use cache_salt to keep them apart",
         "prompt_cache_options": "prefixes are found by their tokens",
-        "prompt_cache_retention": HINT,
     }
     later: ClassVar[dict[str, Later]] = {
         "truncation": Later("truncation", ("disabled",)),
@@ -133,19 +99,3 @@ class ResponsesBody(Body, kw_only=True):
         "context_management": Later("context_management", ([],)),
         "moderation": Later("moderation"),
     }
-
-
-class ScoreBody(Body, kw_only=True):
-    """`POST /v1/score`: how likely each label token is behind query and item."""
-
-    query: str | list[Int32] | None = None
-    items: str | list[str | Int32 | list[Int32]] | None = None
-    label_token_ids: list[Int32] | None = None
-    apply_softmax: bool | None = None
-    item_first: bool | None = None
-    model: str | None = None
-    user: str | None = None
-    rid: str | None = None
-    priority: Int32 | None = None
-
-    ignored: ClassVar[dict[str, str]] = {"user": HINT}

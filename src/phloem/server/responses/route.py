@@ -11,16 +11,15 @@ from starlette.responses import Response
 
 from phloem.client.request import new_id
 from phloem.core.errors import BadRequest, PhloemError
-from phloem.server.answers import DeletedResponse, ItemList, ResponseAnswer
-from phloem.server.body import Parser
+from phloem.protocol.body import Parser
 from phloem.server.chat.convert import to_request
 from phloem.server.door import Door, door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.responses.body import ResponsesBody
-from phloem.server.responses.items import messages_of, to_chat
+from phloem.server.responses.convert import messages_of, to_chat
 from phloem.server.responses.log import EventLog, Reader
 from phloem.server.responses.store import Stored
-from phloem.server.responses.write import ENDING, ResponseWriter, begin, fail
+from phloem.server.responses.write import ENDING, DeletedResponse, ItemList, ResponseAnswer, ResponseWriter, begin, fail
 from phloem.server.stream import collect, stream
 
 if TYPE_CHECKING:

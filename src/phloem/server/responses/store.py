@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import NotFound, QueueFull
-from phloem.server.responses.items import size_of
+from phloem.server.responses.convert import size_of
 
 if TYPE_CHECKING:
     import asyncio
 
-    from phloem.server.answers import ResponseAnswer
-    from phloem.server.protocol import Message
+    from phloem.server.chat.body import Message
     from phloem.server.responses.log import EventLog
+    from phloem.server.responses.write import ResponseAnswer
 
 MAX_RESPONSES = 4096
 MAX_BYTES = 128 * 1024 * 1024  # of all conversations, written as JSON, and of the events that are kept

@@ -4,25 +4,94 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from phloem.core.errors import PhloemError
-from phloem.server.answers import InputTokensDetails, OutputTokensDetails, ResponseAnswer, ResponseUsage
+from phloem.protocol.answers import Answer
 from phloem.server.blocks import Block, Blocks, Change
-from phloem.server.logprobs import chat_logprobs
-from phloem.server.responses.items import answer_message
+from phloem.server.chat.logprobs import chat_logprobs
+from phloem.server.responses.convert import answer_message
 from phloem.server.stream import Ending, named_event
 
 if TYPE_CHECKING:
     from phloem.client.call import Call
-    from phloem.client.request import Output
+    from phloem.client.continuation import Continuation
     from phloem.core.request import FinishReason
+    from phloem.server.chat.body import Message
     from phloem.server.chat.convert import Conversation
-    from phloem.server.protocol import Message
     from phloem.server.responses.body import ResponsesBody
     from phloem.text.tokenizer import Tokenizer
+
+
+class InputTokensDetails(Answer, kw_only=True):
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+
+
+class OutputTokensDetails(Answer, kw_only=True):
+    """`reasoning_tokens`: counted by tokenising the reasoning's text."""
+
+    reasoning_tokens: int = 0
+
+
+class ResponseUsage(Answer, kw_only=True):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class ResponseAnswer(Answer, kw_only=True):
+    """`POST /v1/responses`, `GET /v1/responses/{id}`, and inside the events of its stream."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    completed_at: int | None = None
+    status: Literal["queued", "in_progress", "completed", "incomplete", "cancelled", "failed"]
+    background: bool = False
+    error: dict[str, str] | None = None
+    incomplete_details: dict[str, str] | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    max_tool_calls: int | None = None
+    metadata: dict[str, Any]
+    model: str
+    output: list[dict[str, Any]] = []
+    parallel_tool_calls: bool
+    previous_response_id: str | None = None
+    prompt_cache_key: str | None = None
+    reasoning: dict[str, str | None]
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    store: bool
+    temperature: float
+    text: dict[str, Any]
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
+    top_logprobs: int = 0
+    top_p: float
+    truncation: Literal["disabled"] = "disabled"
+    usage: ResponseUsage | None = None
+    user: str | None = None
+
+
+class DeletedResponse(Answer, kw_only=True):
+    id: str
+    object: Literal["response.deleted"] = "response.deleted"
+    deleted: bool = True
+
+
+class ItemList(Answer, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool = False
+
 
 _PREFIX = {"text": "msg_", "call": "fc_", "reasoning": "rs_"}
 
@@ -77,7 +146,7 @@ class ResponseWriter:
 
     # --- whole
 
-    def finish(self, output: Output) -> None:
+    def finish(self, output: Continuation) -> None:
         """Take the whole of an output."""
         for change in self.blocks.push(self._parser.push(output.text, True)):
             self._note_logprobs(change, output, 0)
@@ -93,7 +162,7 @@ class ResponseWriter:
         ]
         return answer_message(text["text"], text["reasoning"], calls)
 
-    def _end(self, output: Output) -> list[Change]:
+    def _end(self, output: Continuation) -> list[Change]:
         changes = self.blocks.finish(at_least_text=True)
         self._settle(output.finish)
         status = "completed" if self.answer.status == "completed" else "incomplete"
@@ -115,7 +184,7 @@ class ResponseWriter:
             case _:
                 self.answer.status = "cancelled"
 
-    def _usage(self, output: Output) -> ResponseUsage:
+    def _usage(self, output: Continuation) -> ResponseUsage:
         thoughts = "".join(block.text for block in self.blocks.blocks if block.kind == "reasoning")
         count = 0
         if thoughts and self.tokenizer is not None:
@@ -152,7 +221,7 @@ class ResponseWriter:
         logprobs = [] if empty else self._logprobs.get(block.id, [])
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
-    def _note_logprobs(self, change: Change, output: Output, begin_at: int) -> list[Any]:
+    def _note_logprobs(self, change: Change, output: Continuation, begin_at: int) -> list[Any]:
         """The logprobs of the tokens that brought this text. Those of reasoning and calls are left out."""
         if not output.item.return_logprob or change.what != "more" or change.block.kind != "text":
             return []
@@ -185,7 +254,7 @@ class ResponseWriter:
             yield self._event("error", code="server_error", message=error.message, param=None)
             yield self._whole("response.failed")
 
-    def _news(self, output: Output) -> list[bytes]:
+    def _news(self, output: Continuation) -> list[bytes]:
         data: list[bytes] = []
         for change in self.blocks.push(self._parser.push(output.delta, output.finish is not None)):
             logprobs = self._note_logprobs(change, output, output.new_from)

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.core.messages import ControlReply
-from phloem.server.answers import ControlAnswer
-from phloem.server.body import Parser
+from phloem.protocol.answers import ControlAnswer
+from phloem.protocol.body import Body, Parser
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
-from phloem.server.protocol import AbortBody, EmptyBody, PauseBody
+
+
+class AbortBody(Body, kw_only=True):
+    """`POST /abort_request`."""
+
+    rid: str | None = None
+    abort_all: bool | None = None
+    abort_message: str | None = None
+    finished_reason: Any = None
+
+    ignored: ClassVar[dict[str, str]] = {
+        "abort_message": "the reason given to the client is fixed",
+        "finished_reason": "the reason given to the client is fixed",
+    }
+
+
+class PauseBody(Body, kw_only=True):
+    """`POST /pause_generation`. `mode`: abort (default), retract or in_place."""
+
+    mode: str | None = None
+
+
+class EmptyBody(Body, kw_only=True):
+    """A body without fields."""
+
 
 router = APIRouter(tags=["control"])
 _abort = Parser(AbortBody)

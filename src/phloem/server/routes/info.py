@@ -14,7 +14,7 @@ from phloem.client.info import version
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.request import SamplingParams
-from phloem.server.answers import Status
+from phloem.protocol.answers import Status
 from phloem.server.door import Door, door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.stream import collect
@@ -94,7 +94,7 @@ async def model_info(request: Request) -> Response:
 async def server_info(request: Request) -> Response:
     """The resolved configuration, the decisions behind it, and the engine's state."""
     door = door_of(request)
-    engine = door.client.engine or {}
+    engine = door.client.connection.ready or {}
     flat = door.config.flat()
     if flat["api_key"] is not None:
         flat["api_key"] = "***"
@@ -120,8 +120,8 @@ async def server_info(request: Request) -> Response:
 
 async def _state(door: Door) -> dict[str, Any]:
     """The engine's own account, or the last it sent when it does not answer in time."""
-    state: dict[str, Any] = msgspec.structs.asdict(door.client.stats)
-    if door.client.dead is None and door.client.engine is not None:
+    state: dict[str, Any] = msgspec.structs.asdict(door.client.connection.stats)
+    if door.client.dead is None and door.client.connection.ready is not None:
         try:
             state |= (await door.client.control("state", deadline=STATE_SECONDS)).data
         except PhloemError as error:
@@ -158,14 +158,14 @@ def _load(stats: Stats) -> dict[str, Any]:
 @router.get("/get_load", **describe(answer=_OBJECTS))
 async def get_load(request: Request) -> Response:
     """Running and waiting requests per rank."""
-    return json_response([_load(door_of(request).client.stats)])
+    return json_response([_load(door_of(request).client.connection.stats)])
 
 
 @router.get("/loads", **describe(answer=_OBJECT))
 @router.get("/v1/loads", **describe(answer=_OBJECT))
 async def loads(request: Request) -> Response:
     """Running and waiting requests per rank, with the sum that gateways balance by."""
-    load = _load(door_of(request).client.stats)
+    load = _load(door_of(request).client.connection.stats)
     names = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens", "token_usage", "gen_throughput")
     return json_response(
         {

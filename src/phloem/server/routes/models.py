@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from phloem.server.answers import ModelCard, ModelList
+from phloem.protocol.answers import Answer
 from phloem.server.door import Door, door_of, json_response
 from phloem.server.openapi import describe
+
+
+class ModelCard(Answer, kw_only=True):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "phloem"
+    root: str
+    max_model_len: int
+
+
+class ModelList(Answer, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
 
 router = APIRouter(tags=["openai"])
 
@@ -29,5 +46,7 @@ async def models(request: Request) -> Response:
 async def model(request: Request, name: str) -> Response:
     """One model."""
     door = door_of(request)
+    if not name:  # of a client that joins paths with a slash
+        return await models(request)
     door.check_model(name)
     return json_response(_card(door))

@@ -35,7 +35,7 @@ async def live(request: Request) -> Response:
     """All that the page's view shows, in one answer. It comes also when the engine is gone: then `status` says why."""
     door = door_of(request)
     client, counters = door.client, door.client.counters
-    stats = msgspec.structs.asdict(client.stats)
+    stats = msgspec.structs.asdict(client.connection.stats)
     status, tree = door.health.problem() or "ready", None
     if status == "ready":
         try:

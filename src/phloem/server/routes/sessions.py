@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from phloem.core.errors import BadRequest
-from phloem.server.answers import ControlAnswer
-from phloem.server.body import Parser
+from phloem.protocol.answers import ControlAnswer
+from phloem.protocol.body import Body, Parser
+from phloem.protocol.fields import Int32
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import describe
-from phloem.server.protocol import CloseSessionBody, OpenSessionBody
+
+
+class OpenSessionBody(Body, kw_only=True):
+    """`POST /open_session`. `timeout`: seconds without a request after which the session closes by itself.
+
+    `streaming`: each request goes on from the last one, one at a time.
+    """
+
+    capacity_of_str_len: Int32 | None = None
+    session_id: str | None = None
+    streaming: bool | None = None
+    timeout: float | None = None
+
+    ignored: ClassVar[dict[str, str]] = {"capacity_of_str_len": "the context length bounds every prompt"}
+
+
+class CloseSessionBody(Body, kw_only=True):
+    """`POST /close_session`."""
+
+    session_id: str
+
 
 router = APIRouter(tags=["control"])
 _open = Parser(OpenSessionBody)

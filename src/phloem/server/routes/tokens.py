@@ -3,19 +3,55 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from phloem.client.admission import THREAD_CHARACTERS
 from phloem.core.errors import BadRequest
-from phloem.server.answers import DetokenizeAnswer, TokenizeAnswer
-from phloem.server.body import Parser
+from phloem.protocol.answers import Answer
+from phloem.protocol.body import Body, Later, Parser
+from phloem.protocol.fields import Int32, Strings
+from phloem.protocol.generate.convert import split_ids
+from phloem.server.chat.body import Message
 from phloem.server.chat.convert import plain_message, render, template_kwargs, toolplan, with_tools
 from phloem.server.door import Door, door_of, json_response
-from phloem.server.generate.convert import split_ids
 from phloem.server.openapi import describe
-from phloem.server.protocol import DetokenizeBody, TokenizeBody
+
+
+class TokenizeBody(Body, kw_only=True):
+    """`POST /tokenize`: a prompt, several, or a conversation."""
+
+    prompt: Strings = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    model: str | None = None
+
+    later: ClassVar[dict[str, Later]] = {"tools": Later("tools", ([],))}
+
+
+class DetokenizeBody(Body, kw_only=True):
+    """`POST /detokenize`: one list of token ids, or several."""
+
+    tokens: list[Int32 | list[Int32]]
+    skip_special_tokens: bool | None = None
+    model: str | None = None
+
+
+class TokenizeAnswer(Answer, kw_only=True):
+    tokens: list[int | list[int]]
+    count: int | list[int]
+    max_model_len: int
+
+
+class DetokenizeAnswer(Answer, kw_only=True):
+    text: str | list[str]
+
 
 router = APIRouter(tags=["tokens"])
 _tokenize = Parser(TokenizeBody)

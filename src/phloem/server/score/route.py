@@ -5,12 +5,12 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from phloem.server.answers import ScoreAnswer
-from phloem.server.body import Parser
+from phloem.protocol.body import Parser
+from phloem.protocol.score.body import ScoreBody
+from phloem.protocol.score.convert import to_request
+from phloem.protocol.score.write import ScoreAnswer, scores
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
-from phloem.server.responses.body import ScoreBody
-from phloem.server.score.convert import scores, to_request
 from phloem.server.stream import collect
 from phloem.server.usage import usage_of
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from phloem.text.shown import Shown
 from phloem.text.thinking._base import ThinkingParser
+
+NAMES = ("deepseek_v31", "deepseek_v32", "deepseekv3", "deepseekv31", "deepseekv32")
+SHOWN_BY = (Shown("<｜Assistant｜>", "think>", "thinking"),)
+BEFORE = ("deepseek_r1", "qwen3")
 
 
 class Parser(ThinkingParser):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from phloem.text.shown import Shown
 from phloem.text.thinking._base import ThinkingParser
 from phloem.text.tools._base import partial_suffix
+
+NAMES = ("ernie",)
+SHOWN_BY = (Shown("<response>", "think>"),)
+BEFORE = ("qwen3",)
 
 RESPONSE, RESPONSE_END = "<response>", "</response>"
 

@@ -7,8 +7,15 @@ from __future__ import annotations
 
 import re
 
+from phloem.text.shown import Shown
 from phloem.text.thinking._base import ThinkingParser
 from phloem.text.tools._base import partial_suffix
+
+NAMES = ("gptoss", "openai_gptoss")
+SHOWN_BY = (
+    Shown("<|channel|>analysis"),
+    Shown("<|channel|>", "analysis"),
+)
 
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 ENDS = ("<|end|>", "<|return|>", "<|call|>")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from phloem.text.shown import Shown
 from phloem.text.thinking._base import ThinkingParser
+
+SHOWN_BY = (Shown("◁think▷"),)
 
 
 class Parser(ThinkingParser):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from phloem.text.shown import Shown
 from phloem.text.thinking._base import ThinkingParser
+
+SHOWN_BY = (Shown("<|tool_calls_section_begin|>", "think>"),)
+BEFORE = ("qwen3",)
 
 
 class Parser(ThinkingParser):

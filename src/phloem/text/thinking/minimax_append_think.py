@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from phloem.text.thinking._base import ThinkingParser
 
+NAMES = ("minimax_m2_append_think",)
+
 
 class Parser(ThinkingParser):
     def __init__(self, opened: bool | None = None) -> None:

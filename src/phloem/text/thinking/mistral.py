@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from phloem.text.shown import Shown
 from phloem.text.thinking._base import ThinkingParser
+
+NAMES = ("magistral",)
+SHOWN_BY = (Shown("[THINK]"),)
 
 
 class Parser(ThinkingParser):

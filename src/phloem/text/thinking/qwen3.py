@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from phloem.text.shown import Shown
 from phloem.text.thinking._base import ThinkingParser
+
+NAMES = ("interns1", "qwen")
+SHOWN_BY = (
+    Shown("<|im_start|>", "think>", "enable_thinking"),
+    Shown("think>"),
+)
 
 
 class Parser(ThinkingParser):

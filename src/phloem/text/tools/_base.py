@@ -81,8 +81,12 @@ def function_of(tool: dict[str, Any]) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else tool
 
 
-def names_of(tools: Iterable[dict[str, Any]]) -> list[str]:
-    return [str(function_of(tool).get("name", "")) for tool in tools]
+def schema_of(function: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a function's arguments. Without parameters it takes none; an empty schema allows any."""
+    found = function.get("parameters")
+    if found is None:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    return found if isinstance(found, dict) and found else {"type": "object"}
 
 
 def new_call_id() -> str:
@@ -156,8 +160,7 @@ class ToolParser(ABC):
 
     def schema(self, name: str) -> dict[str, Any]:
         """The JSON schema of a tool's arguments."""
-        found = self.tools.get(name, {}).get("parameters")
-        return found if isinstance(found, dict) and found else {"type": "object"}
+        return schema_of(self.tools.get(name, {}))
 
     @abstractmethod
     def section(self, marker: str) -> Steps[None]:

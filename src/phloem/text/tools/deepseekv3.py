@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phloem.text.shown import Shown
 from phloem.text.tools._base import MAX_NAME
 from phloem.text.tools._grammar import Shape, calls, json_of, tag, triggered
 from phloem.text.tools._json import JsonReader
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from phloem.text.tools._base import Steps
+
+NAMES = ("deepseek_v3",)
+SHOWN_BY = (Shown("<｜tool▁calls▁begin｜>", "```json"),)
+BEFORE = ("deepseekv31",)
 
 SECTION, SECTION_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, SEPARATOR, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phloem.text.shown import Shown
 from phloem.text.tools._base import MAX_NAME
 from phloem.text.tools._grammar import Shape, json_of, tag
 from phloem.text.tools.deepseekv3 import CALL, CALL_END, SECTION, SECTION_END, SEPARATOR
@@ -11,6 +12,9 @@ from phloem.text.tools.deepseekv3 import Parser as V3
 
 if TYPE_CHECKING:
     from phloem.text.tools._base import Steps
+
+NAMES = ("deepseek_v31",)
+SHOWN_BY = (Shown("<｜tool▁calls▁begin｜>"),)
 
 
 class Parser(V3):

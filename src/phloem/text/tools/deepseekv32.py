@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phloem.text.shown import Shown
 from phloem.text.tools._xml import InvokeReader
 
 if TYPE_CHECKING:
     from phloem.text.tools._base import Steps
+
+NAMES = ("deepseek_v32",)
+SHOWN_BY = (Shown("｜DSML｜"),)
+BEFORE = ("deepseekv3", "deepseekv31")
 
 MARK = "｜DSML｜"
 BEGIN, END = f"<{MARK}function_calls>", f"</{MARK}function_calls>"

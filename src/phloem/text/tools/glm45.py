@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phloem.text.shown import Shown
 from phloem.text.tools._base import MAX_NAME
 from phloem.text.tools._grammar import Shape, either, literal, sequence, tag, triggered
 from phloem.text.tools._xml import XmlReader
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from phloem.text.tools._base import Steps
+
+NAMES = ("glm", "glm47")
+SHOWN_BY = (Shown("<tool_call>", "<arg_key>"),)
+BEFORE = ("hermes",)
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from phloem.text.shown import Shown
 from phloem.text.tools._base import Malformed
 from phloem.text.tools._grammar import Shape, either, json_of, literal, optional, sequence, star, tag, text
 from phloem.text.tools._json import JsonReader
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from phloem.text.tools._base import Steps
+
+NAMES = ("gptoss", "openai")
+SHOWN_BY = (
+    Shown("<|channel|>commentary"),
+    Shown("<|channel|>", "to=functions."),
+)
 
 CHANNEL, START, MESSAGE, CALL = "<|channel|>", "<|start|>assistant", "<|message|>", "<|call|>"
 MESSAGE_END, RECIPIENT = "<|end|>", "to=functions."

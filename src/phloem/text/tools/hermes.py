@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phloem.text.shown import Shown
 from phloem.text.tools._json import JsonReader
 
 if TYPE_CHECKING:
     from phloem.text.tools._base import Steps
+
+NAMES = ("qwen", "qwen2", "qwen25", "qwen3")
+SHOWN_BY = (Shown("<tool_call>", "arguments"),)
+BEFORE = ("pythonic", "llama3")
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from phloem.text.shown import Shown
 from phloem.text.tools._base import MAX_NAME, Malformed
 from phloem.text.tools._grammar import Shape, calls, json_of, sequence, tag, triggered
 from phloem.text.tools._json import JsonReader
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from phloem.text.tools._base import Steps
+
+NAMES = ("kimi",)
+SHOWN_BY = (Shown("<|tool_calls_section_begin|>"),)
+BEFORE = ("hermes",)
 
 SECTION, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 CALL, ARGUMENTS, CALL_END = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"

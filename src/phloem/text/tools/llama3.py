@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phloem.text.shown import Shown
 from phloem.text.tools._base import Ended
 from phloem.text.tools._grammar import Shape, calls, either, json_of, literal, optional, sequence, tag, triggered
 from phloem.text.tools._json import JsonReader
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from phloem.text.tools._base import Steps
+
+NAMES = ("llama", "llama3_json", "llama32")
+SHOWN_BY = (
+    Shown("<|start_header_id|>", '"parameters": '),
+    Shown("<|python_tag|>"),
+)
 
 TAG = "<|python_tag|>"
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phloem.text.shown import Shown
 from phloem.text.tools._xml import InvokeReader
 
 if TYPE_CHECKING:
     from phloem.text.tools._base import Steps
+
+NAMES = ("minimax",)
+SHOWN_BY = (Shown("<minimax:tool_call>"),)
+BEFORE = ("hermes",)
 
 BEGIN, END = "<minimax:tool_call>", "</minimax:tool_call>"
 

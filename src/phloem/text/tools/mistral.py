@@ -9,12 +9,16 @@ import string
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from phloem.text.shown import Shown
 from phloem.text.tools._base import MAX_NAME, Malformed
 from phloem.text.tools._grammar import Shape, calls, json_of, tag, triggered
 from phloem.text.tools._json import JsonReader
 
 if TYPE_CHECKING:
     from phloem.text.tools._base import Steps
+
+SHOWN_BY = (Shown("[TOOL_CALLS]"),)
+BEFORE = ("hermes",)
 
 BEGIN, ID, ARGUMENTS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 

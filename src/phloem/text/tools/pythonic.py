@@ -12,6 +12,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from phloem.text.shown import Shown
 from phloem.text.tools._base import Ended, Malformed, ToolParser
 from phloem.text.tools._grammar import (
     Shape,
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from phloem.text.tools._base import Steps
+
+NAMES = ("llama4", "llama4_pythonic")
+SHOWN_BY = (Shown("[func_name1(params_name1=params_value1"),)
+BEFORE = ("llama3",)
 
 BEGIN, END = "<|python_start|>", "<|python_end|>"
 MAX_LENGTH = 64 * 1024

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phloem.text.shown import Shown
 from phloem.text.tools._base import MAX_NAME
 from phloem.text.tools._grammar import Shape, either, literal, sequence, tag, triggered
 from phloem.text.tools._xml import XmlReader
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from phloem.text.tools._base import Steps
+
+NAMES = ("step3p5", "qwen3coder")
+SHOWN_BY = (Shown("<function=", "<parameter="),)
+BEFORE = ("hermes",)
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 FUNCTION, FUNCTION_END = "<function=", "</function>"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phloem.text.shown import Shown
 from phloem.text.tools._base import Malformed
 from phloem.text.tools._grammar import Shape, tag
 from phloem.text.tools._xml import InvokeReader
 
 if TYPE_CHECKING:
     from phloem.text.tools._base import Steps
+
+SHOWN_BY = (Shown("<steptml:invoke"),)
+BEFORE = ("hermes",)
 
 SECTION, SECTION_END = "<｜tool_calls_begin｜>", "<｜tool_calls_end｜>"
 CALL, SEPARATOR, CALL_END = "<｜tool_call_begin｜>", "<｜tool_sep｜>", "<｜tool_call_end｜>"

@@ -1,0 +1,174 @@
+"""One continuation of one prompt: what has come of it, and how the engine's news become text.
+
+It knows its consumer and nothing above it: the client gives it news, and tells its consumer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from phloem.core.errors import BadRequest, OutOfMemory, PhloemError, QueueFull
+from phloem.core.messages import Logprobs
+from phloem.core.request import FinishReason
+
+if TYPE_CHECKING:
+    from phloem.client.request import Item
+    from phloem.core.messages import Chunk
+    from phloem.core.request import SamplingParams
+    from phloem.text.detokenizer import StreamDecoder
+
+Follow = Callable[[int], str]  # a token's text
+Frame = Callable[["Continuation", str], bytes]  # the event of a continuation that has grown by this text; empty: none
+Write = Callable[[bytes], bool]  # takes an event; False: not now, and it has not been taken
+
+
+class Consumer(ABC):
+    """Who gets a continuation's news (`client/consumers.py`).
+
+    `follow`: where set, a token that brings nothing but its text need not go through `news`: its text is framed by
+    `frame`, and what comes of it given to `write`, or to `hold` where that refuses.
+    """
+
+    __slots__ = ()
+    follow: Follow | None
+    frame: Frame
+    write: Write
+
+    @abstractmethod
+    def news(self, continuation: Continuation) -> None:
+        """It has grown, or ended."""
+
+    @abstractmethod
+    def fail(self, error: PhloemError) -> None:
+        """No more will come, because of this."""
+
+    @abstractmethod
+    def hold(self, data: bytes) -> None:
+        """An event that the connection refused."""
+
+
+@dataclass(slots=True, eq=False)
+class Continuation:
+    """Grows by `take`. `delta` and `ids[new_from:]` are what the consumer was given by its last `read`.
+
+    `ids` are the output tokens that count (a matched stop token included; nothing behind a matched stop string). Times
+    are `time.monotonic()` seconds.
+    """
+
+    id: str  # as the engine knows it
+    item: Item
+    index: int  # of the prompt in the call
+    choice: int  # 0 to n - 1, of this prompt
+    prompt_ids: list[int]
+    params: SamplingParams
+    arrival: float
+    consumer: Consumer
+    # What every token touches comes first, and together: between two tokens the caches hold other things.
+    live: bool = False  # the engine works on it
+    last_at: float = 0.0
+    ids: list[int] = field(default_factory=list)
+    new_from: int = 0  # in `ids`
+    parts: list[str] = field(default_factory=list)  # of `text`
+    delta: str = ""
+    finish: FinishReason | None = None
+    cached_tokens: int = 0
+    queue_seconds: float = 0.0
+    first_at: float = 0.0
+    logprobs: Logprobs = field(default_factory=Logprobs)
+    prompt_logprobs: Logprobs | None = None
+    hidden: list[bytes] = field(default_factory=list)  # per output token, float32
+    decoder: StreamDecoder | None = None
+    whole: bool = False  # nobody looks before the end: its text is made in one go
+    unread: list[str] = field(default_factory=list)  # of the text: what `read` will give
+    was_read: bool = True  # the next token begins a new `delta`
+
+    @property
+    def text(self) -> str:
+        if len(self.parts) > 1:
+            self.parts = ["".join(self.parts)]
+        return self.parts[0] if self.parts else ""
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.ids)
+
+    def take(self, chunk: Chunk) -> None:
+        """More tokens, as text; settles `finish`, by a stop string too.
+
+        Raises:
+            PhloemError: the engine refused or failed the request, or a stop regex takes too long.
+        """
+        if self.was_read:
+            self.was_read, self.new_from = False, 0 if self.whole else len(self.ids)
+        begin = 0 if self.whole else len(self.ids)
+        self._gather(chunk)
+        finish = chunk.finish
+        _raise_refusal(finish)
+        if self.decoder is not None and (finish is not None or not self.whole):
+            new = self.ids[begin:]
+            piece = self.decoder.push(new[:-1] if self._trims(finish, new) else new, finish is not None)
+            if piece.text:
+                self.parts.append(piece.text)
+                self.unread.append(piece.text)
+            if piece.stop is not None:
+                self._truncate(begin + piece.keep)
+                finish = FinishReason(type="stop", matched=piece.stop)
+        self.finish = finish
+
+    def read(self) -> str:
+        """The text that is new since the last time; settles `delta` and `new_from`."""
+        self.delta = "".join(self.unread)
+        self.unread.clear()
+        self.was_read = True
+        return self.delta
+
+    @property
+    def unread_tokens(self) -> int:
+        return 0 if self.was_read else len(self.ids) - self.new_from
+
+    def _gather(self, chunk: Chunk) -> None:
+        self.ids += chunk.tokens
+        self.cached_tokens = chunk.cached_tokens or self.cached_tokens
+        if chunk.queue_seconds:
+            self.queue_seconds = chunk.queue_seconds
+        if chunk.logprobs is not None:
+            self.logprobs.values += chunk.logprobs.values
+            self.logprobs.top += chunk.logprobs.top
+            self.logprobs.chosen += chunk.logprobs.chosen
+        self.hidden += chunk.hidden
+        if chunk.prompt_logprobs is not None:
+            self.prompt_logprobs = chunk.prompt_logprobs
+
+    def _trims(self, finish: FinishReason | None, new: list[int]) -> bool:
+        """A token that ended generation is not part of the text, unless asked for."""
+        return (
+            finish is not None
+            and finish.type == "stop"
+            and isinstance(finish.matched, int)
+            and not self.item.sampling.no_stop_trim
+            and bool(new)
+            and new[-1] == finish.matched
+        )
+
+    def _truncate(self, length: int) -> None:
+        del self.ids[length:], self.hidden[length:]
+        known = self.logprobs
+        del known.values[length:], known.top[length:], known.chosen[length:]
+
+
+def _raise_refusal(finish: FinishReason | None) -> None:
+    """An abort with a status is the engine's refusal or failure of this request."""
+    if finish is None or finish.type != "abort" or finish.status_code is None:
+        return
+    message = finish.message or "the engine refused the request"
+    kind = {400: BadRequest, 503: QueueFull, 507: OutOfMemory}.get(finish.status_code, PhloemError)
+    error = kind(message)
+    error.status = finish.status_code
+    raise error

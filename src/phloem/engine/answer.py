@@ -1,0 +1,107 @@
+"""What a step answers: the tokens that count, and what was asked for beside them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from phloem.core.batch import PositionLogprobs, StepOutput
+from phloem.core.errors import BadRequest
+from phloem.engine.inputs import prompt_rows
+from phloem.engine.logprobs import position_logprobs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from phloem.core.batch import Batch
+    from phloem.engine.slots import Slot, Slots
+    from phloem.engine.transfer import Coming
+    from phloem.engine.wanted import Wanted
+    from phloem.kernels.ops import Ops
+    from phloem.models import Model
+
+# Logits of prompt positions are made in pieces of this many, so that a long prompt's do not all exist at once.
+HEAD_ROWS = 256
+
+
+def empty(batch: Batch) -> StepOutput:
+    """Of a step that yields nothing, or nothing yet."""
+    return StepOutput(batch.step, np.zeros(batch.num_rows, np.int32), np.zeros(0, np.int32))
+
+
+def give_out(output: StepOutput, wanted: Wanted, slots: Sequence[Slot], coming: Coming) -> None:
+    """Wait for the tokens and put those that count into the output, and into what follows them.
+
+    A row that is not sound fails alone: its weights or its cache are damaged.
+    """
+    tokens_L, damaged_L = coming.wait()
+    _note_failures(output, wanted)
+    if wanted.starts is None and not output.failed and not damaged_L.any():
+        output.counts[wanted.rows] = 1
+        output.tokens = tokens_L.astype(np.int32)
+        for slot, token in zip(slots, tokens_L.tolist() if slots else (), strict=bool(slots)):
+            _follow(slot, [token])
+        return
+    last = wanted.last(tokens_L)
+    kept: list[NDArray[np.int32]] = []
+    for (start, _), end in zip(wanted.spans(), (last + 1).tolist(), strict=True):
+        row = int(wanted.rows[start])
+        if damaged_L[start:end].any():
+            output.failed.setdefault(row, "the model's logits are not numbers (NaN)")
+        count = 0 if row in output.failed else end - start
+        output.counts[row] = count
+        kept.append(tokens_L[start : start + count].astype(np.int32))
+        if slots:
+            _follow(slots[start], kept[-1].tolist())
+        if row in output.logprobs:
+            output.logprobs[row] = output.logprobs[row][:count]
+        if row in output.hidden:
+            output.hidden[row] = output.hidden[row][:count]
+    output.tokens = np.concatenate(kept)
+
+
+def _note_failures(output: StepOutput, wanted: Wanted) -> None:
+    for position, error in wanted.errors.items():
+        row = int(wanted.rows[position])
+        if isinstance(error, BadRequest):
+            output.failed[row] = error.message
+            output.refused.add(row)
+        else:
+            output.failed[row] = f"{type(error).__name__}: {error}"
+
+
+def _follow(slot: Slot, tokens: list[int]) -> None:
+    if slot.follower is not None:
+        slot.untold += tokens
+    if slot.params.processors:
+        slot.output += tokens
+
+
+def keep_hidden(output: StepOutput, wanted: Wanted, slots: Sequence[Slot], hidden_LN: Tensor) -> None:
+    """The states that tokens are chosen from, of the rows that want them."""
+    if any(slot.return_hidden for slot in slots):
+        for start, end in wanted.spans():
+            if slots[start].return_hidden:
+                states = hidden_LN[start:end].to("cpu", torch.float32).numpy().copy()
+                output.hidden[int(wanted.rows[start])] = states
+
+
+def prompt_logprobs(output: StepOutput, batch: Batch, slots: Slots, hidden_LN: Tensor, model: Model, ops: Ops) -> None:
+    """Of the prompt positions that the batch wants; `hidden_LN` are theirs, in the order of `prompt_positions`."""
+    start = 0
+    for row in prompt_rows(batch):
+        targets = batch.prompt_targets[row]
+        wanted = torch.from_numpy(targets[targets >= 0]).to(hidden_LN.device)
+        slot = slots[int(batch.slots[row])]
+        found: list[PositionLogprobs] = []
+        for piece in range(0, len(wanted), HEAD_ROWS):
+            tokens_L = wanted[piece : piece + HEAD_ROWS]
+            logits_LV = model.head(hidden_LN[start + piece : start + piece + len(tokens_L)])
+            found += position_logprobs(logits_LV, tokens_L, slot.top_logprobs, slot.token_ids_logprob, ops)
+        output.prompt_logprobs[row] = found
+        start += len(wanted)

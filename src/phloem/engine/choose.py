@@ -1,0 +1,179 @@
+"""Choosing a step's tokens, by the first of several ways that takes the step.
+
+All of them choose the same tokens; they differ in how much of the logits they write. Positions that verify drafts are
+positions like any other: which of their tokens count shows when all are chosen (`wanted`).
+
+Legend: L positions, N hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from phloem.engine.adjust import adjust_
+from phloem.engine.candidates import Candidates
+from phloem.engine.logprobs import position_logprobs
+from phloem.engine.sampler import sample
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from phloem.core.batch import StepOutput
+    from phloem.engine.masks import Masks
+    from phloem.engine.slots import Slot, Slots
+    from phloem.engine.transfer import Coming, LastTokens
+    from phloem.engine.wanted import Wanted
+    from phloem.kernels.ops import Ops
+    from phloem.models import Model
+
+# Up to so many rows are sampled from the head's best tokens alone. With more, writing whole rows and looking through
+# them costs less than picking the candidates while they are made: `phloem bench kernels` shows both.
+FEW_ROWS = 4
+
+
+@dataclass(slots=True)
+class Choice:
+    """The positions of a step whose tokens are to be chosen."""
+
+    wanted: Wanted
+    slots: list[Slot]  # of each position; empty where `easy`
+    easy: bool  # the most likely token of every row, and nothing else
+    hidden_LN: Tensor
+    output: StepOutput
+    began: float  # perf_counter
+
+    def forward_ends(self) -> None:
+        """Hidden states and what was made of them by the model are there: sampling begins."""
+        self.output.forward_seconds = perf_counter() - self.began
+
+
+class Way(Protocol):
+    """One way of choosing tokens."""
+
+    def run(self, choice: Choice) -> Coming | None:
+        """The tokens of all positions, on their way to the host; None: not by this way."""
+        ...
+
+
+class Chooser:
+    """The ways in their order."""
+
+    def __init__(self, model: Model, ops: Ops, slots: Slots, last: LastTokens, masks: Masks) -> None:
+        self._ways: tuple[Way, ...] = (MostLikely(model, slots, last), FewCandidates(model, ops, slots, last))
+        self._whole = WholeRows(model, ops, slots, last, masks)
+
+    def run(self, choice: Choice) -> Coming:
+        for way in self._ways:
+            coming = way.run(choice)
+            if coming is not None:
+                return coming
+        return self._whole.run(choice)
+
+
+class MostLikely:
+    """Every row wants its most likely token alone: no logits are kept."""
+
+    def __init__(self, model: Model, slots: Slots, last: LastTokens) -> None:
+        self._model, self._slots, self._last = model, slots, last
+
+    def run(self, choice: Choice) -> Coming | None:
+        wanted = choice.wanted
+        if not choice.easy and not self._slots.argmax_only[wanted.slots].all():
+            return None
+        tokens_L = self._model.greedy(choice.hidden_LN)
+        choice.forward_ends()
+        return self._last.keep(wanted, tokens_L, choice.hidden_LN.sum(-1))
+
+
+class FewCandidates:
+    """A few rows, each of which can be drawn from its best tokens, without whole rows of logits."""
+
+    def __init__(self, model: Model, ops: Ops, slots: Slots, last: LastTokens) -> None:
+        self._model, self._ops, self._slots, self._last = model, ops, slots, last
+
+    def run(self, choice: Choice) -> Coming | None:
+        wanted, hidden_LN = choice.wanted, choice.hidden_LN
+        many, vocab = self._slots.candidates[wanted.slots], self._model.vocab_size
+        if len(many) > FEW_ROWS or not many.all():
+            return None
+        settings = self._slots.columns.rows(wanted.slots, wanted.known)
+        scale_LJ = Candidates.scales(settings, any(slot.return_logprob for slot in choice.slots))
+        norms = scale_LJ.shape[1]
+        best = self._model.best(hidden_LN, min(int(many.max()), vocab), scale_LJ if norms else None, norms)
+        if best is None:
+            return None
+        few = Candidates(*best)
+        tokens_L = few.draw(settings, vocab, self._ops, self._last.up)
+        whole = np.flatnonzero(~few.sure(settings, vocab))
+        logits_WV: Tensor | None = None
+        if len(whole):
+            index = torch.from_numpy(whole)
+            logits_WV = self._model.head(hidden_LN[index])
+            tokens_L[index] = sample(logits_WV, settings.of_rows(whole), self._ops, self._last.up)
+        choice.forward_ends()
+        coming = self._last.keep(wanted, tokens_L, few.sums_LJ[:, 0] if norms else hidden_LN.sum(-1))
+        self._note_logprobs(choice, few, tokens_L, whole, logits_WV)
+        return coming
+
+    def _note_logprobs(
+        self, choice: Choice, few: Candidates, tokens_L: Tensor, whole: NDArray[Any], logits_WV: Tensor | None
+    ) -> None:
+        places = {int(i): place for place, i in enumerate(whole)}
+        for i, slot in enumerate(choice.slots):
+            if not slot.return_logprob:
+                continue
+            place = places.get(i)
+            if place is None or logits_WV is None:
+                found = few.logprobs(i, int(tokens_L[i]), slot)
+            else:
+                one = logits_WV[place : place + 1]
+                found = position_logprobs(one, tokens_L[i : i + 1], slot.top_logprobs, (), self._ops)[0]
+            choice.output.logprobs.setdefault(int(choice.wanted.rows[i]), []).append(found)
+
+
+class WholeRows:
+    """All logits of every row: serves every step."""
+
+    def __init__(self, model: Model, ops: Ops, slots: Slots, last: LastTokens, masks: Masks) -> None:
+        self._model, self._ops, self._slots, self._last, self._masks = model, ops, slots, last, masks
+
+    def run(self, choice: Choice) -> Coming:
+        """What fails for one row is noted for it alone."""
+        wanted, slots = choice.wanted, choice.slots
+        logits_LV = self._model.head(choice.hidden_LN)
+        choice.forward_ends()
+        raw_LV = logits_LV
+        if not all(slot.plain for slot in slots):
+            raw_LV = logits_LV.clone() if any(slot.return_logprob for slot in slots) else logits_LV
+            adjust_(logits_LV, slots, wanted, self._masks)
+        settings = self._slots.columns.rows(wanted.slots, wanted.known)
+        tokens_L = sample(logits_LV, settings, self._ops, self._last.up)
+        self._count(choice, tokens_L)
+        coming = self._last.keep(wanted, tokens_L, logits_LV.gather(1, tokens_L.unsqueeze(1)).squeeze(1))
+        for start, end in wanted.spans():
+            slot = slots[start]
+            if slot.return_logprob:
+                choice.output.logprobs[int(wanted.rows[start])] = position_logprobs(
+                    raw_LV[start:end], tokens_L[start:end], slot.top_logprobs, slot.token_ids_logprob, self._ops
+                )
+        return coming
+
+    def _count(self, choice: Choice, tokens_L: Tensor) -> None:
+        """What the penalties of later tokens follow from."""
+        wanted, kept_L = choice.wanted, None
+        for start, end in wanted.spans():
+            penalties = choice.slots[start].penalties
+            if penalties is None:
+                continue
+            if end - start == 1:
+                penalties.add(tokens_L[start:end])
+                continue
+            if kept_L is None:
+                kept_L = wanted.last_on_device(tokens_L, self._last.up)[1]
+            penalties.add(tokens_L[start:end], kept_L[start:end])

@@ -1,0 +1,69 @@
+"""The forward pass of a step, by the first of several ways that takes it.
+
+A way may decline a step (None): what is recorded serves some steps, running eagerly serves all.
+
+Legend: L wanted positions, N hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from phloem.attention import begin
+from phloem.layers.context import ForwardBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from phloem.attention import AttentionBackend
+    from phloem.engine.inputs import Step, StepInputs
+    from phloem.kvcache.pool import KVPool
+    from phloem.models import Model
+
+
+class Way(Protocol):
+    """One way of running steps."""
+
+    def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:
+        """Hidden states [L, N] of the wanted positions, valid until the next step; None: not by this way.
+
+        `ready` is called when only the computation is left to do.
+        """
+        ...
+
+
+def run_forward(
+    model: Model, backend: AttentionBackend, pool: KVPool, inputs: StepInputs, index: Tensor | None
+) -> Tensor:
+    """One forward pass, eagerly: hidden states of the rows `index` (None: of all tokens)."""
+    memory = begin(backend, inputs.rows(), pool)
+    step = ForwardBatch(inputs.input_ids, inputs.positions, memory, index, inputs.adapters, inputs.embeds)
+    return model.forward(step)
+
+
+class Eager:
+    """Op by op: serves every step."""
+
+    def __init__(self, model: Model, backend: AttentionBackend, pool: KVPool) -> None:
+        self._model, self._backend, self._pool = model, backend, pool
+
+    def run(self, step: Step, ready: Callable[[], None]) -> Tensor:
+        inputs = step.inputs
+        ready()
+        return run_forward(self._model, self._backend, self._pool, inputs, inputs.logit_index)
+
+
+class Forward:
+    """The ways in their order; the last one takes whatever the others decline."""
+
+    def __init__(self, ways: Sequence[Way], last: Eager) -> None:
+        self._ways, self._last = ways, last
+
+    def run(self, step: Step, ready: Callable[[], None]) -> Tensor:
+        for way in self._ways:
+            hidden_LN = way.run(step, ready)
+            if hidden_LN is not None:
+                return hidden_LN
+        return self._last.run(step, ready)

@@ -1,0 +1,156 @@
+"""The order of begin and land: on a device, step n + 1 is begun before the host reads what step n gave.
+
+A step's tokens stay on the device, where the next step takes them; their values travel to the host beside the
+computation. On a CPU a step has its values as soon as it was begun. If the next one is there already, it lands when
+that one is about to compute (`Pipeline.settle`): whoever waits for the values would else take the interpreter's lock,
+and the cores would wait until it is done with them.
+"""
+
+from __future__ import annotations
+
+import queue
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from phloem.core.batch import StepOutput
+
+J = TypeVar("J")  # what a step is begun from
+
+IDLE_SECONDS = 0.2  # nothing has come for so long: time to prepare for what may come
+POLL_SECONDS = 0.0001  # how often a step in flight is asked whether it has ended, while no other one comes
+
+
+class Answer(Protocol):
+    """Where a result goes."""
+
+    def set(self, output: Any, /) -> None: ...
+
+    def fail(self, error: BaseException) -> None: ...
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step that the device has been given. `land` waits for its values; `ready` tells whether it would wait."""
+
+    land: Callable[[], StepOutput]
+    ready: Callable[[], bool]
+
+
+@dataclass(slots=True)
+class Between:
+    """What is run between two steps, with none in flight; an error of it goes to its answer alone."""
+
+    work: Callable[[], Any]
+    answer: Answer
+
+
+class Pipeline(Generic[J]):
+    """Begins and lands steps in their order, with at most one in flight while another is begun.
+
+    Args:
+        begin: gives a batch to the device. It must not wait for the step in flight.
+        needs_values: whether a batch can only be begun when the step before it has landed (a grammar's mask follows
+            from the token sampled last).
+        idle: called while nothing is asked for; False when it has nothing more to do.
+        settles: `begin` computes, and calls `settle` just before.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[J], Flight],
+        needs_values: Callable[[J], bool],
+        idle: Callable[[], bool] | None = None,
+        settles: bool = False,
+    ) -> None:
+        self.busy_since = 0.0  # perf_counter at which the oldest step in flight began; 0 when there is none
+        self._begin = begin
+        self._needs_values = needs_values
+        self._idle = idle
+        self._settles = settles
+        self._beginning = 0.0  # perf_counter at which the step that is being begun was; 0 between two
+        self._flying: tuple[Answer, Flight] | None = None
+
+    def run(self, source: queue.SimpleQueue[tuple[J, Any] | Between | None]) -> None:
+        """Serve until None comes; a step that fails is answered and the next one runs."""
+        while (item := self._next(source)) is not None:
+            if isinstance(item, Between):
+                self._land()
+                self._between(item)
+                continue
+            batch, answer = item
+            if self._flying is not None and self._asks(batch):
+                self._land()
+            began = self._beginning = perf_counter()
+            self.busy_since = self.busy_since or began
+            try:
+                flight = self._begin(batch)
+            except BaseException as error:  # the scheduler fails the step's requests; the thread must live on
+                self._beginning = 0.0
+                self._land()
+                self.busy_since = 0.0
+                answer.fail(error)
+                continue
+            self._beginning = 0.0
+            self._land()
+            self._flying, self.busy_since = (answer, flight), began
+        self._land()
+
+    def settle(self) -> None:
+        """The step that is being begun will now compute: answer for the one before it."""
+        if self._settles:
+            self._land()
+
+    @staticmethod
+    def _between(item: Between) -> None:
+        try:
+            found = item.work()
+        except BaseException as error:
+            item.answer.fail(error)
+        else:
+            item.answer.set(found)
+
+    def _asks(self, batch: J) -> bool:
+        try:
+            return self._needs_values(batch)
+        except Exception:  # `begin` will meet the same and answer for it
+            return True
+
+    def _next(self, source: queue.SimpleQueue[tuple[J, Any] | Between | None]) -> tuple[J, Any] | Between | None:
+        """The next step; whatever is in flight is landed when it has ended before that one comes."""
+        while self._flying is not None:
+            if self._flying[1].ready():
+                if self._settles:
+                    try:
+                        return source.get_nowait()
+                    except queue.Empty:
+                        pass
+                self._land()
+                break
+            try:
+                return source.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                pass
+        while self._idle is not None:
+            try:
+                return source.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                if not self._idle():
+                    break
+        return source.get()
+
+    def _land(self) -> None:
+        if self._flying is None:
+            return
+        (answer, flight), self._flying = self._flying, None
+        try:
+            output = flight.land()
+        except BaseException as error:
+            answer.fail(error)
+        else:
+            answer.set(output)
+        finally:
+            self.busy_since = self._beginning

@@ -1,0 +1,179 @@
+"""Whether steps are recorded, whole or in pieces, and recording everything before the engine says it is ready."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from phloem.core import resolve
+from phloem.core.resolve import Decision
+from phloem.engine.recorded.decode import DecodeGraphs
+from phloem.engine.recorded.flexible import FlexibleSteps
+from phloem.engine.recorded.pieces import PieceGraphs
+from phloem.models import CutModel
+from phloem.utils import log
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from phloem.attention import AttentionBackend
+    from phloem.core.config import RuntimeConfig
+    from phloem.engine.inputs import Step
+    from phloem.engine.recorded.graphs import StepGraphs
+    from phloem.kernels.graph import GraphRecorder
+    from phloem.kernels.ops import Ops
+    from phloem.kvcache.pool import KVPool
+    from phloem.models import Model
+    from phloem.platforms._facts import StepFacts
+
+_log = log.get("engine.recorded")
+
+FLEXIBLE_TOKENS = 1024  # a step of more computes far longer than Python takes to call its ops
+BUDGET_SHARE = 4  # pieces take up to this part of what is free; eager steps, which are the longest, need the rest
+
+
+class RecordedWay(Protocol):
+    """A way of running steps by recordings. Used by one runner's thread alone."""
+
+    decision: str  # the name of the decision that tells of it
+    graphs: StepGraphs[Any, Any]
+
+    def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:
+        """As `forward.Way.run`."""
+        ...
+
+    def drop(self) -> None:
+        """Forget what is recorded, because weights moved in memory."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """What steps run with. `free`: bytes of device memory left when weights and KV pool are there; `graph_bytes`: how
+    many of them graphs may take (None: nothing was measured, and only pieces have a bound, a part of `free`).
+    """
+
+    model: Model
+    backend: AttentionBackend
+    pool: KVPool
+    ops: Ops
+    facts: StepFacts
+    free: int
+    graph_bytes: int | None = None
+
+
+def choose(
+    runtime: RuntimeConfig, place: Place, running: int, pages: int, chunk: int, decisions: list[Decision]
+) -> list[RecordedWay]:
+    """Decode steps as graphs, prefill and mixed steps in pieces or as one step of variable size, where each can be.
+
+    `running`: most rows of a decode step; `pages`: most pages of a row; `chunk`: most tokens of a step.
+    """
+    recorder = None if runtime.disable_step_graph or place.ops.recorder is None else place.ops.recorder()
+    decode = _decode(runtime, recorder, place, running, pages, decisions)
+    if decode is not None and recorder is not None and recorder.resizes:
+        tokens = min(chunk, FLEXIBLE_TOKENS)
+        why = f"recorded on first use, for up to {tokens} tokens: longer steps gain nothing"
+        decisions.append(Decision("prefill_graph", "on", why))
+        check = runtime.check_step_graph
+        whole = place.model, place.backend, place.pool, place.facts
+        return [decode, FlexibleSteps(recorder, *whole, tokens, running, pages, check)]
+    pieces = _pieces(runtime, recorder, place, chunk, decode is None, decisions)
+    return [way for way in (decode, pieces) if way is not None]
+
+
+def _no_recorder(runtime: RuntimeConfig, ops: Ops) -> str:
+    return "as asked" if runtime.disable_step_graph else f"the op table {ops.name!r} cannot record"
+
+
+def _decode(
+    runtime: RuntimeConfig,
+    recorder: GraphRecorder | None,
+    place: Place,
+    running: int,
+    pages: int,
+    decisions: list[Decision],
+) -> DecodeGraphs | None:
+    backend, refusal = place.backend, None
+    if recorder is None:
+        refusal = _no_recorder(runtime, place.ops)
+    elif not backend.recordable:
+        refusal = f"the attention backend {backend.name!r} plans each step on the host"
+    if recorder is None or refusal is not None:
+        decisions.append(Decision("step_graphs", "off", refusal or ""))
+        return None
+    decisions.append(Decision("step_graphs", "on", "recorded on first use"))
+    budget = None if place.graph_bytes is None else place.graph_bytes // 2
+    whole = place.model, backend, place.pool, place.facts
+    return DecodeGraphs(recorder, *whole, running, pages, check=runtime.check_step_graph, budget=budget)
+
+
+def _pieces(
+    runtime: RuntimeConfig,
+    recorder: GraphRecorder | None,
+    place: Place,
+    chunk: int,
+    decodes: bool,
+    decisions: list[Decision],
+) -> PieceGraphs | None:
+    model, refusal = place.model, None
+    if runtime.disable_piecewise_graph:
+        refusal = "as asked"
+    elif recorder is None:
+        refusal = _no_recorder(runtime, place.ops)
+    elif not recorder.cuts:
+        why = "a prefill here computes far longer than it takes to launch"
+        refusal = f"the op table {place.ops.name!r} records whole decode steps; {why}"
+    elif not isinstance(model, CutModel):
+        refusal = "the model does not say where its last attention ends"
+    elif any(group.kind == "state" for group in place.pool.groups):
+        refusal = "recurrent layers do not run between pieces"
+    decision = resolve.piecewise_tokens(refusal, runtime.piecewise_graph_max_tokens, chunk)
+    decisions.append(decision)
+    if refusal is not None or recorder is None or not isinstance(model, CutModel):
+        return None
+    return PieceGraphs(
+        recorder,
+        model,
+        place.backend,
+        place.pool,
+        decision.value,
+        decodes=decodes,
+        budget=place.free // BUDGET_SHARE if place.graph_bytes is None else place.graph_bytes // 2,
+        check=runtime.check_step_graph,
+    )
+
+
+def record_all(ways: Sequence[RecordedWay], decisions: list[Decision]) -> None:
+    """Record everything now; the decisions then say what there is, what memory it takes, and how long it took."""
+    for way in ways:
+        name, start = way.decision, perf_counter()
+        with torch.inference_mode():
+            way.graphs.record_all(_progress(name, start))
+        number = next(number for number, decision in enumerate(decisions) if decision.name == name)
+        why = f"{way.graphs.describe()}; before ready, as asked, in {perf_counter() - start:.1f} s"
+        decisions[number] = replace(decisions[number], reason=why)
+
+
+def _progress(name: str, start: float) -> Callable[[int, int], None]:
+    """Log how many are recorded, at most every second, and when all are."""
+    last = start
+
+    def note(done: int, total: int) -> None:
+        nonlocal last
+        now = perf_counter()
+        if done == total or now - last > 1:
+            last = now
+            _log.info("recording %s: %d of %d, %.1f s", name, done, total, now - start)
+
+    return note

@@ -1,0 +1,94 @@
+"""Any step as one recorded step whose numbers of tokens, rows and wanted positions are set anew for each replay.
+
+For recorders that can do that (`GraphRecorder.resizes`): the CPU's. Nothing is padded and one recording serves every
+step up to its limits: prefills, mixed steps, steps that verify drafts, and decode steps that have no graph of their own
+yet. What it saves is the time that Python takes to call the ops.
+
+Legend: T tokens, R rows, L wanted positions, N hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from phloem.engine.forward import run_forward
+from phloem.engine.inputs import FixedInputs
+from phloem.engine.recorded.graphs import StepGraphs
+from phloem.kernels.graph import check_replay
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from phloem.attention import AttentionBackend
+    from phloem.engine.inputs import Step
+    from phloem.kernels.graph import GraphRecorder, StepGraph
+    from phloem.kvcache.pool import KVPool
+    from phloem.models import Model
+    from phloem.platforms._facts import StepFacts
+
+
+class FlexibleSteps:
+    """The recorded step of one runner, used by its thread alone (`recorded.choice.RecordedWay`).
+
+    Args:
+        tokens, rows: the most of a step; larger ones run eagerly. Every token may be a wanted position.
+        max_pages: most pages of a row.
+        check: compare each replay with an eager step.
+    """
+
+    decision = "prefill_graph"
+
+    def __init__(
+        self,
+        recorder: GraphRecorder,
+        model: Model,
+        backend: AttentionBackend,
+        pool: KVPool,
+        facts: StepFacts,
+        tokens: int,
+        rows: int,
+        max_pages: int,
+        check: bool = False,
+    ) -> None:
+        self._recorder, self._model, self._backend, self._pool = recorder, model, backend, pool
+        self._on_host = facts.on_host
+        self._rows, self._max_pages = rows, max_pages
+        # The recorder tells sizes apart by their values, and by those of a step that is smaller by 1, 2 and 3.
+        self._most = (tokens + rows + 16, rows + 4, tokens + rows + 8)
+        self._check = check
+        self.graphs: StepGraphs[FixedInputs, Tensor] = StepGraphs(tokens, self._make, patience=1, sizes=[tokens])
+
+    def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:
+        """Hidden states [L, N] of the wanted positions, valid until the next step; None: another way runs it."""
+        batch, wanted = step.batch, len(step.logit_index)
+        if not step.recordable or batch.num_rows > self._rows or step.pages > self._max_pages:
+            return None
+        found = self.graphs.get(batch.num_tokens)
+        if found is None:
+            return None
+        found.inputs.write(step.arrays(batch.num_rows))
+        if not wanted:  # a part of a prompt: one position stands for none, as sizes are above 0
+            found.inputs.inputs.logit_index[0] = 0
+        sizes = (batch.num_tokens, batch.num_rows, max(1, wanted))
+        ready()
+        hidden_LN = found.replay(*sizes)[: sizes[2]]
+        if self._check:
+            check_replay(found.graph, [hidden_LN], lambda: [self._eager(found.inputs, sizes)])
+        return hidden_LN[:wanted]
+
+    def drop(self) -> None:
+        self.graphs.drop()
+
+    @property
+    def nbytes(self) -> int:
+        return self.graphs.nbytes
+
+    def _eager(self, fixed: FixedInputs, sizes: tuple[int, ...]) -> Tensor:
+        inputs = fixed.inputs.part(*sizes)
+        return run_forward(self._model, self._backend, self._pool, inputs, inputs.logit_index)
+
+    def _make(self, size: int) -> tuple[FixedInputs, StepGraph, Tensor]:
+        fixed = FixedInputs(self._pool, *self._most, self._max_pages, on_host=self._on_host)
+        return fixed, *self._recorder.record_sizes(lambda sizes: self._eager(fixed, sizes), self._most)

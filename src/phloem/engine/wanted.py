@@ -1,0 +1,104 @@
+"""Which positions of a step yield a token, and how many of these count when drafts are verified.
+
+Every position is sampled with its own draw, as if its drafts were known tokens. A draft is accepted while the token
+that was chosen before it is the same; the first other one is the last that counts. So a row's tokens are those of
+decoding them one by one, whatever the drafts are.
+
+Legend: L positions that yield, row by row; n rows that yield.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from phloem.core.batch import Batch
+
+    Up = Callable[[Sequence[NDArray[Any]]], list[Tensor]]
+
+NONE = -1  # in `drafts`: nothing follows this position
+
+
+@dataclass(slots=True)
+class Wanted:
+    """The positions of one step that yield a token."""
+
+    rows: NDArray[np.int64]  # [L]
+    slots: NDArray[np.int32]  # [L]
+    known: NDArray[np.int32]  # [L] tokens before the one that is chosen there: its position in its request
+    at: NDArray[np.int64]  # [L] which of the step's T tokens it is
+    drafts: NDArray[np.int32] | None = None  # [L] the draft behind it, or NONE; None: no row verifies
+    starts: NDArray[np.int64] | None = None  # [n] each row's first; None: every row has one
+    errors: dict[int, Exception] = field(default_factory=dict)  # first position of a row -> why the row fails
+
+    @staticmethod
+    def of(batch: Batch) -> Wanted:
+        outputs = batch.outputs
+        rows = outputs.nonzero()[0]
+        ends = batch.prefix_lens + batch.query_lens
+        single = batch.num_tokens == batch.num_rows
+        if single or (outputs <= 1).all():
+            at = rows if single else (np.cumsum(batch.query_lens, dtype=np.int64) - 1)[rows]
+            return Wanted(rows, batch.slots[rows], ends[rows], at)
+        counts = outputs[rows]
+        starts = np.cumsum(counts) - counts
+        places = np.repeat(rows, counts)
+        offsets = np.arange(len(places)) - np.repeat(starts, counts)
+        at = (np.cumsum(batch.query_lens) - outputs)[places] + offsets
+        following = batch.input_ids[np.minimum(at + 1, batch.num_tokens - 1)]
+        drafts = np.where(offsets + 1 < outputs[places], following, np.int32(NONE))
+        known = ((ends - outputs + 1)[places] + offsets).astype(np.int32)
+        return Wanted(places, batch.slots[places], known, at, drafts, starts)
+
+    @property
+    def drafted(self) -> int:
+        """Drafts that are verified."""
+        return 0 if self.starts is None else len(self.rows) - len(self.starts)
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """(First position, end) of each row."""
+        if self.starts is None:
+            return ((i, i + 1) for i in range(len(self.rows)))
+        return zip(self.starts.tolist(), [*self.starts[1:].tolist(), len(self.rows)], strict=True)
+
+    def drafts_of(self, start: int, end: int) -> list[int]:
+        """The drafts of the row whose positions are [start, end)."""
+        return [] if self.drafts is None else self.drafts[start : end - 1].tolist()
+
+    def fail(self, start: int, position: int, error: Exception) -> None:
+        """No token can be chosen at this position of the row that begins at `start`.
+
+        Behind drafts it is as if the last of them were refused: what is wrong shows again, or not, when the token
+        before it is known.
+        """
+        if position == start:
+            self.errors.setdefault(start, error)
+        elif self.drafts is not None:
+            self.drafts[position - 1] = NONE
+
+    def last(self, tokens_L: NDArray[np.integer]) -> NDArray[np.int64]:
+        """[n]: each row's last position that counts."""
+        if self.drafts is None or self.starts is None:
+            return np.arange(len(tokens_L))
+        places = np.arange(len(tokens_L))
+        ends = np.where(tokens_L == self.drafts, len(tokens_L), places)
+        return np.minimum.accumulate(ends[::-1])[::-1][self.starts]
+
+    def last_on_device(self, tokens_L: Tensor, up: Up) -> tuple[Tensor, Tensor]:
+        """(As `last`, [L] whether each position counts), where the tokens are: nothing waits for their values."""
+        assert self.drafts is not None and self.starts is not None
+        drafts_L, starts = up([self.drafts, self.starts])
+        places = torch.arange(len(tokens_L), device=tokens_L.device)
+        ends = torch.where(tokens_L == drafts_L, len(tokens_L), places)
+        last = ends.flip(0).cummin(0).values.flip(0)[starts]
+        first = torch.zeros_like(places).index_fill_(0, starts, 1).cumsum(0) - 1
+        return last, places <= last[first]

@@ -1,0 +1,79 @@
+"""Matrix products by the kind of the weight: a dense tensor, or one of the narrow forms below.
+
+Whoever loads a checkpoint makes the form (a quantisation method, from what the checkpoint stores); the table's `linear`
+then takes it as it takes a tensor. Legend: N input features, M output features, G groups of input features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from phloem.kernels.triton.gemm_fp8 import block_scaled_gemm
+from phloem.kernels.triton.gemm_int import int4_gemm, int8_gemm
+from phloem.kernels.triton.quantise import per_group_fp8, per_token_fp8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Int8Weight:
+    """Weights of 8 bits with a scale per output; activations keep their type."""
+
+    values: Tensor  # int8 [M, N]
+    scale: Tensor  # [M]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Int4Weight:
+    """Weights of 4 bits with a scale, and perhaps a zero point, per output and group."""
+
+    packed: Tensor  # uint8 [M, N / 2], in the order of `gemm_int.pack_int4`
+    scale: Tensor  # [M, G]
+    zero: Tensor | None = None  # [M, G]; None: 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Float8Rows:
+    """float8 weights with a scale per output; activations become float8 with one per token. The vendor's product."""
+
+    values: Tensor  # float8 [M, N]
+    scale: Tensor  # float32 [M]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Float8Blocks:
+    """float8 weights with a scale per 128 x 128 block; activations get one per token and 128 features."""
+
+    values: Tensor  # float8 [M, N]
+    scale: Tensor  # float32 [M / 128, N / 128], rounded up
+
+
+Weight = Tensor | Int8Weight | Int4Weight | Float8Rows | Float8Blocks
+
+
+def product(x_TN: Tensor, weight: Weight, bias_M: Tensor | None) -> Tensor:
+    """x wT + bias, [T, M] in the type of x."""
+    match weight:
+        case Int8Weight():
+            return int8_gemm(x_TN, weight.values, weight.scale, bias_M)
+        case Int4Weight():
+            return int4_gemm(x_TN, weight.packed, weight.scale, weight.zero, bias_M)
+        case Float8Rows():
+            return _scaled_rows(x_TN, weight, bias_M)
+        case Float8Blocks():
+            values, scale = per_group_fp8(x_TN, weight.values.dtype)
+            return block_scaled_gemm(values, scale, weight.values, weight.scale, bias_M, x_TN.dtype)
+        case _:
+            return F.linear(x_TN, weight, bias_M)
+
+
+def _scaled_rows(x_TN: Tensor, weight: Float8Rows, bias_M: Tensor | None) -> Tensor:
+    values, scale = per_token_fp8(x_TN, weight.values.dtype)
+    if x_TN.device.type == "cpu":  # where only tests run, and there is no scaled product
+        wide = values.float() @ weight.values.float().T * scale[:, None] * weight.scale
+        return wide.to(x_TN.dtype) if bias_M is None else wide.to(x_TN.dtype) + bias_M
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        values, weight.values.t(), scale[:, None], weight.scale[None, :], bias=bias_M, out_dtype=x_TN.dtype
+    )

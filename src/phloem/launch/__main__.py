@@ -1,0 +1,80 @@
+"""The engine process: reads its order from standard input, serves, ends with its parent."""
+
+from __future__ import annotations
+
+import gc
+import linecache
+import signal
+import sys
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from phloem.checkpoint.describe import describe
+from phloem.core.config import Config
+from phloem.core.errors import PhloemError
+from phloem.core.messages import Progress, decode_to_engine, encode
+from phloem.utils import log, memory
+from phloem.utils.ipc import EnginePipe
+from phloem.utils.processes import die_with_parent
+
+if TYPE_CHECKING:
+    from phloem.core.messages import FromEngine, ToEngine
+
+_log = log.get("launch")
+
+
+def main() -> int:
+    order: dict[str, Any] = msgspec.json.decode(sys.stdin.buffer.readline())
+    die_with_parent(order["parent"])
+    # Both may reach the whole process group at once; what they mean is the door's to decide, and it ends us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    config = Config.from_flat(order["config"])
+    log.configure(config.server.log_level, "engine")
+    pipe = EnginePipe(order["pipe"])
+    try:
+        _serve(config, pipe)
+    except Exception as error:
+        if not isinstance(error, PhloemError):
+            _log.exception("the engine stops")
+        return 1
+    finally:
+        pipe.close()
+    return 0
+
+
+def _serve(config: Config, pipe: EnginePipe) -> None:
+    def send(message: FromEngine) -> None:
+        pipe.send(encode(message))
+
+    begun = perf_counter()
+    # Seconds of imports (torch): only once this process ends with its parent, leaves signals alone and can be heard.
+    from phloem.launch.core import serve
+
+    send(Progress(phase="imports", seconds=perf_counter() - begun))
+
+    def poll(timeout: float | None) -> list[ToEngine]:
+        found: list[ToEngine] = []
+        for data in pipe.poll(timeout):
+            try:
+                found.append(decode_to_engine(data))
+            except msgspec.ValidationError:
+                _log.exception("a message from the door was not understood and is dropped")
+        return found
+
+    model = config.model
+    checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)
+    serve(config, checkpoint, send, poll, _settle, memory.trim)
+
+
+def _settle() -> None:
+    # A full collection looks through all that torch has made: a tenth of a second between two tokens.
+    gc.freeze()
+    linecache.clearcache()  # sources that torch looks through while it is imported
+    _log.debug("%d MiB of libraries were for the start alone", memory.release_libraries() >> 20)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The engine: the scheduler on its runner, built and run by one thread, in a process of its own or in this one."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from phloem.core.errors import BadRequest
+from phloem.core.messages import Failed, FromEngine, Progress, Ready, Stats, Submit, ToEngine
+from phloem.engine import worker
+from phloem.engine.watchdog import Watchdog
+from phloem.grammar._base import field_of
+from phloem.grammar._manager import GrammarManager, GrammarSettings
+from phloem.kvcache.manager import CacheManager
+from phloem.launch.rest import Resting
+from phloem.scheduler import loop
+from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
+from phloem.text.vocabulary import thinking_markers, vocabulary
+from phloem.utils import log, memory
+
+if TYPE_CHECKING:
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.core.config import Config
+
+_log = log.get("launch")
+
+Send = Callable[[FromEngine], None]
+Poll = Callable[[float | None], list[ToEngine]]  # seconds to wait -> messages; EOFError: the door has gone
+
+# Of the KV pool, made resident while nothing else is to do after the start: the first answers do not wait for it.
+WARM_BYTES = 256 << 20
+
+
+class _Inbox:
+    def __init__(self, poll: Poll) -> None:
+        self._poll = poll
+
+    def poll(self, timeout: float | None) -> list[ToEngine]:
+        try:
+            return self._poll(timeout)
+        except EOFError:
+            raise loop.InboxClosed from None
+
+
+class EngineCore:
+    """The scheduler on its runner. Built and run by one thread; `send` is called from that thread alone."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint, send: Send) -> None:
+        phases: dict[str, float] = {}
+
+        def report(phase: str, seconds: float) -> None:
+            phases[phase] = seconds
+            send(Progress(phase=phase, seconds=seconds))
+
+        self._closing = threading.Event()
+        built = worker.build(config, checkpoint, report)
+        schedule = config.schedule
+        self.runner = built.runner
+        self._watchdog = Watchdog(built.runner, schedule.watchdog_timeout)
+        cache = CacheManager(
+            built.runner.groups,
+            built.runner.num_pages,
+            built.runner.page_size,
+            enabled=not config.cache.disable_radix_cache,
+            eviction=config.cache.radix_eviction_policy,
+            chunk=built.chunked_prefill_size,
+        )
+        settings = ScheduleSettings(
+            max_running_requests=built.max_running_requests,
+            max_queued_requests=schedule.max_queued_requests,
+            chunked_prefill_size=built.chunked_prefill_size,
+            mixed_prefill_size=built.mixed_prefill_size,
+            worthwhile_prefill=built.worthwhile_prefill,
+            schedule_policy=schedule.schedule_policy,
+            context_length=built.context_length,
+            vocab_size=checkpoint.vocab_size,
+            eos_ids=checkpoint.eos_ids,
+            stream_interval=schedule.stream_interval,
+            random_seed=config.model.random_seed,
+            overlap=not schedule.disable_overlap_schedule,
+            debug_invariants=config.runtime.debug_invariants,
+        )
+        self._grammars = _grammars(config, checkpoint)
+        prepare = self._grammars.prepare if self._grammars is not None else _no_grammar
+        self._sends = send
+        self.scheduler = Scheduler(built.runner, settings, cache, self._send, prepare=prepare)
+        self.info: dict[str, Any] = {
+            **built.info,
+            "max_total_num_tokens": built.max_total_tokens,
+            "max_running_requests": built.max_running_requests,
+            "chunked_prefill_size": built.chunked_prefill_size,
+            "page_size": built.runner.page_size,
+            "vocab_size": checkpoint.vocab_size,
+            "context_length": built.context_length,
+            "decisions": [[d.name, d.value, d.reason] for d in built.decisions]
+            + ([] if self._grammars is None else [list(self._grammars.decision())]),
+            "phases": phases,
+        }
+
+    def _send(self, message: FromEngine) -> None:
+        if isinstance(message, Stats) and self._grammars is not None:
+            message.grammar_seconds = self._grammars.take_compile_seconds()
+        self._sends(message)
+
+    def run(self, poll: Poll, rest: Callable[[], None] | None = None) -> None:
+        """Serve until told to drain. `rest` is called once whenever there was nothing to do for some seconds."""
+        threading.Thread(target=self._warm, name="phloem-warm", daemon=True).start()
+        loop.run(self.scheduler, _Inbox(poll), Resting(rest) if rest is not None else None)
+
+    def _warm(self) -> None:
+        memory.background_thread()
+        begun = perf_counter()
+        done = self.runner.pool.make_resident(WARM_BYTES, self._closing.is_set)
+        if done:
+            _log.debug("%d MiB of the KV pool made resident in %.2f s", done >> 20, perf_counter() - begun)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._watchdog.close()
+        self.runner.close()
+        if self._grammars is not None:
+            self._grammars.close()
+
+
+def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
+    """What follows constrained requests; it reads the tokenizer when the first one comes. None without a tokenizer."""
+    if config.model.skip_tokenizer_init:
+        return None
+    model, grammar = config.model, config.grammar
+    template = Path(model.chat_template) if model.chat_template else None
+    settings = GrammarSettings(
+        backend=grammar.grammar_backend,
+        whitespace=grammar.grammar_whitespace,
+        jump_forward=not grammar.disable_jump_forward,
+        compile_timeout=grammar.grammar_timeout,
+        thinking=thinking_markers(checkpoint, template, model.reasoning_parser),
+    )
+    return GrammarManager(lambda: vocabulary(checkpoint), settings)
+
+
+def _no_grammar(submit: Submit, prompt: Any) -> None:
+    field = field_of(submit.sampling)
+    if field is not None:
+        raise BadRequest(f"{field} needs the tokenizer, which skip_tokenizer_init leaves out", param=field)
+
+
+def serve(
+    config: Config,
+    checkpoint: Checkpoint,
+    send: Send,
+    poll: Poll,
+    built: Callable[[], None] | None = None,
+    rest: Callable[[], None] | None = None,
+) -> None:
+    """Build, run and close an engine; whatever ends it is told to the door."""
+    try:
+        core = EngineCore(config, checkpoint, send)
+        try:
+            send(Ready(info=core.info))
+            if built is not None:
+                built()
+            core.run(poll, rest)
+        finally:
+            core.close()
+    except Exception as error:
+        send(Failed(error=str(error), kind=type(error).__name__, trace=traceback.format_exc()))
+        raise

@@ -1,0 +1,99 @@
+"""The engine in a process of its own, as the door sees it: `python -m phloem.launch`, its order on standard input."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from phloem.core.config import child_environment
+from phloem.core.errors import EngineDead
+from phloem.core.messages import EngineLink, FromEngine, ToEngine, decode_from_engine, encode
+from phloem.utils.ipc import DoorPipe
+
+if TYPE_CHECKING:
+    from phloem.core.config import Config
+
+# For glibc's allocator in the engine process: a step's buffers are taken again by the next step instead of being given
+# back to the system, whose fresh pages cost as much as a tenth of a prefill; and they may lie on huge pages.
+MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+
+EXIT_SECONDS, EXIT_LOOKS = 1.0, 50  # how long, and how often, an engine that has hung up is asked for its exit status
+
+
+class EngineProcess(EngineLink):
+    """Starts the engine process at once; it imports torch and loads weights while this process does its own part."""
+
+    def __init__(self, config: Config) -> None:
+        self.started = perf_counter()
+        self._pipe = DoorPipe()
+        theirs = self._pipe.theirs.fileno()
+        order = {"config": config.flat(), "pipe": theirs, "parent": os.getpid()}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "phloem.launch"],
+            stdin=subprocess.PIPE,
+            env=child_environment(MALLOC),
+            pass_fds=[theirs],
+        )
+        self._pipe.theirs.close()  # its only other end is the engine's: its end is ours to see
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(order) + b"\n")
+        self._process.stdin.flush()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def send(self, message: ToEngine) -> None:
+        if not self.alive:
+            raise EngineDead(self._reason())
+        self._pipe.send(encode(message))
+
+    async def deliver(self, take: Callable[[FromEngine], bool]) -> None:
+        try:
+            await self._pipe.deliver(lambda data: take(decode_from_engine(data)))
+        except EOFError:
+            # The socket closes a moment before the process has ended and its status can be had.
+            for _ in range(EXIT_LOOKS):
+                if self._process.poll() is not None:
+                    break
+                await asyncio.sleep(EXIT_SECONDS / EXIT_LOOKS)
+            raise EngineDead(self._reason()) from None
+
+    def _reason(self) -> str:
+        return f"the engine process {_describe_exit(self._process.poll())}"
+
+    def close(self) -> None:
+        """End the process, by force if it has not ended by itself."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        self._pipe.close()
+
+
+def _describe_exit(code: int | None) -> str:
+    if code is None:
+        return "does not answer"
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit status {code}"

@@ -1,0 +1,22 @@
+"""How steps run on a kind of machine, as one value: what differs from device to device outside of the op tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """Facts that the engine's runner asks for. The defaults are those of a device beside the host.
+
+    `on_host`: giving a step to the device computes it, and its values are in the host's memory then. Whoever waits for
+    the step before it is answered just before, and recorded steps' inputs are written in place.
+    `masks_ahead`: the host is idle while a step computes, so that a thread can fill the grammars' masks meanwhile.
+    `patience`: how often a bucket of rows is wanted before it is recorded.
+    `records_idle`: steps are recorded while nothing is asked for.
+    """
+
+    on_host: bool = False
+    masks_ahead: bool = True
+    patience: int = 2
+    records_idle: bool = False

@@ -1,0 +1,163 @@
+"""Fields that many request bodies share, as a chain of structs: msgspec takes one base, and decodes all of it flat.
+
+None (or null) means unset; names are those that existing clients send.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from msgspec import Meta
+
+from phloem.client.request import SessionStep
+from phloem.protocol.body import Body, Later
+
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Strings = str | list[str] | None
+
+HINT = "a hint to hosted services; nothing here depends on it"
+
+# Fields that many bodies share, by the feature they belong to.
+GRAMMAR = {name: Later("grammar", ("", {})) for name in ("regex", "ebnf", "json_schema", "structural_tag")}
+GUIDED = {
+    "response_format": Later("grammar", ({"type": "text"}, {})),
+    **{name: Later("grammar", ("",)) for name in ("guided_json", "guided_regex", "guided_grammar")},
+    "guided_choice": Later("grammar", ([],)),
+    "guided_json_object": Later("grammar", (False,)),
+    "structured_outputs": Later("grammar", ({},)),
+    "extra_body": Later("grammar", ({},)),
+}
+DISAGGREGATION = {name: Later("disaggregation") for name in ("bootstrap_host", "bootstrap_port", "bootstrap_room")}
+COMMON_LATER: dict[str, Later] = {
+    "lora_path": Later("lora", ("", [])),
+    "data_parallel_rank": Later("data_parallel", (0,)),
+    "return_hidden_states": Later("hidden_states", (False,)),
+    **DISAGGREGATION,
+}
+
+
+NEEDS_FORMAT = Later("require_reasoning", (False,), "no reasoning format is known for this model")
+
+
+class SessionBody(Body, kw_only=True):
+    """`session_params`: the session, and the request in it that this one goes on from."""
+
+    id: str
+    rid: str | None = None
+    offset: Int32 | None = None
+    replace: bool | None = None
+    drop_previous_output: bool | None = None
+
+    def step(self) -> SessionStep:
+        return SessionStep(self.id, self.rid, self.offset or 0, bool(self.replace), bool(self.drop_previous_output))
+
+
+class StreamOptions(Body, kw_only=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+    ignored: ClassVar[dict[str, str]] = {"include_obfuscation": "chunks are never padded"}
+
+
+class DrawingFields(Body, kw_only=True):
+    """How tokens are chosen."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int32 | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    ignore_eos: bool | None = None
+
+
+class StoppingFields(DrawingFields, kw_only=True):
+    """And what ends the text."""
+
+    stop: Strings = None
+    stop_token_ids: list[Int32] | None = None
+    stop_regex: Strings = None
+    skip_special_tokens: bool | None = None
+    custom_params: dict[str, Any] | None = None
+
+
+class RequestFields(StoppingFields, kw_only=True):
+    """And what a request to an OpenAI route says of itself: how it is answered, kept apart, and served."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    min_tokens: Count | None = None
+    seed: Seed | None = None
+    custom_logit_processor: str | None = None
+    priority: Int32 | None = None
+    cache_salt: str | None = None
+    extra_key: str | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    client_metadata: dict[str, Any] | None = None
+    thread: Any = None
+
+    ignored: ClassVar[dict[str, str]] = {
+        "user": HINT,
+        "service_tier": HINT,
+        "safety_identifier": HINT,
+        "prompt_cache_key": "prefixes are found by their tokens; use cache_salt to keep them apart",
+        "prompt_cache_retention": HINT,
+        "client_metadata": HINT,
+        "thread": HINT,
+    }
+
+
+class OpenAIBody(RequestFields, kw_only=True):
+    """What chat and text completions have in common."""
+
+    n: Int32 | None = None
+    max_tokens: Count | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    json_schema: str | dict[str, Any] | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_json_object: bool | None = None
+    guided_decoding_backend: str | None = None
+    structured_outputs: dict[str, Any] | None = None
+    extra_body: dict[str, Any] | None = None
+    no_stop_trim: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    lora_path: str | None = None
+    session_params: SessionBody | None = None
+    rid: str | None = None
+    bootstrap_host: str | None = None
+    bootstrap_port: Int32 | None = None
+    bootstrap_room: Seed | None = None
+    data_parallel_rank: Int32 | None = None
+    return_hidden_states: bool | None = None
+    return_cached_tokens_details: bool | None = None
+
+    ignored: ClassVar[dict[str, str]] = {
+        **RequestFields.ignored,
+        "metadata": HINT,
+        "store": "nothing is ever stored",
+        "guided_decoding_backend": "the server's grammar_backend decides",
+    }
+    later: ClassVar[dict[str, Later]] = {
+        **COMMON_LATER,
+        **GRAMMAR,
+        **GUIDED,
+    }

@@ -1,0 +1,107 @@
+"""Request body of `/generate`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from phloem.protocol.body import Body, Later
+from phloem.protocol.fields import (
+    COMMON_LATER,
+    GRAMMAR,
+    NEEDS_FORMAT,
+    Count,
+    Int32,
+    Seed,
+    SessionBody,
+    StoppingFields,
+    Strings,
+)
+
+
+class SamplingBody(StoppingFields, kw_only=True):
+    """`sampling_params` of `/generate`."""
+
+    max_new_tokens: Count | None = None
+    min_new_tokens: Count | None = None
+    spaces_between_special_tokens: bool | None = None
+    no_stop_trim: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    n: Int32 | None = None
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    sampling_seed: Seed | None = None
+    stream_interval: Int32 | None = None
+    beam_width: Int32 | None = None
+
+    later: ClassVar[dict[str, Later]] = {
+        **GRAMMAR,
+        "beam_width": Later("beam_search", (0, 1)),
+    }
+
+
+class GenerateBody(Body, kw_only=True):
+    """`POST /generate`. A list in `text` or `input_ids` (of lists) makes a batch; other fields may then be lists."""
+
+    text: Strings = None
+    input_ids: list[Int32 | list[Int32]] | None = None
+    input_embeds: list[Any] | None = None
+    image_data: Any = None
+    video_data: Any = None
+    audio_data: Any = None
+    sampling_params: SamplingBody | list[SamplingBody] | None = None
+    rid: Strings = None
+    return_logprob: bool | list[bool] | None = None
+    logprob_start_len: Int32 | list[Int32] | None = None
+    top_logprobs_num: Int32 | list[Int32] | None = None
+    token_ids_logprob: list[Int32 | list[Int32] | None] | None = None
+    return_text_in_logprobs: bool | None = None
+    stream: bool | None = None
+    return_hidden_states: bool | list[bool] | None = None
+    return_routed_experts: bool | None = None
+    session_params: SessionBody | list[SessionBody | None] | None = None
+    lora_path: str | list[str | None] | None = None
+    custom_logit_processor: str | list[str | None] | None = None
+    priority: Int32 | None = None
+    extra_key: str | list[str | None] | None = None
+    cache_salt: str | list[str | None] | None = None
+    routing_key: str | None = None
+    conversation_id: str | None = None
+    data_parallel_rank: Int32 | None = None
+    routed_dp_rank: Int32 | None = None
+    bootstrap_host: Strings = None
+    bootstrap_port: Any = None
+    bootstrap_room: Any = None
+    return_prompt_token_ids: bool | None = None
+    require_reasoning: bool | None = None
+    max_thinking_tokens: Int32 | None = None
+    background: bool | None = None
+    no_logs: bool | None = None
+    custom_labels: dict[str, str] | None = None
+    model: str | None = None
+
+    ignored: ClassVar[dict[str, str]] = {
+        "model": "gateways add it; one server serves one model",
+        "routing_key": "read by gateways in front of the server",
+        "conversation_id": "read by gateways; prefixes are found by their tokens",
+        "no_logs": "texts are never logged",
+        "custom_labels": "metrics carry no labels of single requests",
+    }
+    later: ClassVar[dict[str, Later]] = {
+        **COMMON_LATER,
+        "input_embeds": Later("input_embeds", ([],)),
+        "image_data": Later("images", ([], "")),
+        "video_data": Later("video", ([], "")),
+        "audio_data": Later("audio", ([], "")),
+        "return_routed_experts": Later("routed_experts", (False,)),
+        "routed_dp_rank": Later("data_parallel", (0,)),
+        "require_reasoning": NEEDS_FORMAT,
+    }
+
+    def refuse_later(self, features: frozenset[str], where: str = "") -> None:
+        super().refuse_later(features, where)
+        several = self.sampling_params if isinstance(self.sampling_params, list) else [self.sampling_params]
+        for params in several:
+            if params is not None:
+                params.refuse_later(features, "sampling_params.")

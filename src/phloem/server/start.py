@@ -1,0 +1,32 @@
+"""The first moments of a server: the port is taken and the engine started before anything large is imported here."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from phloem.utils import log
+from phloem.utils.sockets import bind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from phloem.core.config import Config
+    from phloem.core.messages import EngineLink
+
+
+def run(config: Config, start_engine: Callable[[], EngineLink]) -> int:
+    """Serve until a signal; returns the process's exit status.
+
+    Raises:
+        PhloemError: the configuration or the checkpoint is wrong; no port was opened.
+    """
+    began = time.perf_counter()
+    log.configure(config.server.log_level)
+    # Bound now, so that a taken port is told at once; nobody can connect before it listens.
+    sock = bind(config.server.host, config.server.port)
+    engine = start_engine()
+    # Half a second of imports, while the engine process imports torch.
+    from phloem.server import supervisor
+
+    return supervisor.run(config, engine, sock, start_engine, began)

@@ -1,0 +1,34 @@
+"""Sockets to listen on."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from phloem.core.errors import ConfigError
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0 takes a free one.
+
+    Raises:
+        ConfigError: the address is taken, not ours, or not allowed.
+    """
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"host: {host!r} is no address to listen on: {error}", param="host") from None
+    found = socket.socket(family, kind, proto)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        reasons = {
+            errno.EADDRINUSE: f"port {port} on {host} is in use: choose another with --port, or 0 for a free one",
+            errno.EACCES: f"port {port} needs privileges: choose one above 1023 with --port",
+            errno.EADDRNOTAVAIL: f"{host} is no address of this machine: choose another with --host",
+        }
+        message = reasons.get(error.errno or 0, f"cannot listen on {host}:{port}: {error}")
+        raise ConfigError(message, param="host" if error.errno == errno.EADDRNOTAVAIL else "port") from None
+    return found

@@ -1,0 +1,219 @@
+"""Every file of every registry keeps its contract. Files are found by reading the folders: a new one is tested as such.
+
+What each does with its inputs is tested in its room; here stands what the house expects of any of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import string
+from typing import Any
+
+import pytest
+import torch
+from fastapi import APIRouter
+from house import FILES, SRC, parse
+from linear_cases import Source
+
+from phloem import attention, models, platforms
+from phloem.attention import BACKENDS, AttentionNeed
+from phloem.cli import COMMANDS
+from phloem.cli.bench import BENCHMARKS
+from phloem.core.errors import BadRequest
+from phloem.core.memory import Latent, Paged, State
+from phloem.engine.processors import PROCESSORS, Processor
+from phloem.grammar._base import EngineOptions, Regex, Vocabulary
+from phloem.grammar._manager import ENGINES
+from phloem.kernels.ops import Ops
+from phloem.kvcache.layouts import LAYOUTS, layout_of
+from phloem.lang.backends import BACKENDS as LANG_BACKENDS
+from phloem.lang.backends._base import Backend
+from phloem.layers.context import AttentionSpec, BuildContext
+from phloem.models import FAMILIES
+from phloem.platforms import AVAILABLE, PLATFORMS
+from phloem.quant import METHODS
+from phloem.server.app import ROUTES, routers
+from phloem.testing.checkpoints import tiny_checkpoint
+from phloem.text.formats import THINKING, TOOLS, thinking_format, tool_format
+from phloem.text.thinking._base import ThinkingParser
+from phloem.text.tools._base import Text, ToolParser, Unspeakable
+
+CPU = torch.device("cpu")
+REGISTRIES: list[Any] = [
+    BACKENDS, BENCHMARKS, COMMANDS, ENGINES, FAMILIES, LANG_BACKENDS, LAYOUTS, METHODS, PLATFORMS, PROCESSORS, ROUTES,
+    THINKING, TOOLS,
+]  # fmt: skip
+
+
+def each(registry: Any) -> Any:
+    # Its library takes seconds to import.
+    marks = {"xgrammar": pytest.mark.slow}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks.get(name, ())) for name in registry.names()])
+
+
+def members(protocol: type) -> set[str]:
+    """Names that a protocol asks for."""
+    methods = {name for name, value in vars(protocol).items() if callable(value) or isinstance(value, property)}
+    return {name for name in methods | set(protocol.__annotations__) if not name.startswith("_")}
+
+
+def test_every_registry_of_the_house_has_its_contract_here() -> None:
+    packages: set[str] = set()
+    for path in (path for path in FILES if "= Registry(" in path.read_text()):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Registry":
+                packages.add(ast.literal_eval(node.args[0]))
+    assert packages == {registry.package for registry in REGISTRIES}
+
+
+@pytest.mark.parametrize(
+    ("registry", "name"), [(found, name) for found in REGISTRIES for name in found.names()], ids=lambda x: str(x)[:40]
+)
+def test_a_file_says_what_it_is_and_has_its_symbol(registry: Any, name: str) -> None:
+    path = SRC.parent / f"{registry.package}.{name}".replace(".", "/")
+    assert ast.get_docstring(parse(path.with_suffix(".py"))), f"{path}.py has no docstring"
+    if registry is not ENGINES or name != "xgrammar" or pytest.importorskip("xgrammar"):
+        assert callable(registry.get(name)) or isinstance(registry.get(name), APIRouter)
+
+
+@each(BACKENDS)
+def test_attention_backends(name: str) -> None:
+    spec = AttentionSpec(heads=4, kv_heads=2, head_size=16, scale=0.25, pool=0)
+    backend = BACKENDS.get(name)(Ops(), [spec], CPU, torch.float32)
+    assert backend.name == name and backend.page_size > 0
+    assert isinstance(backend.decline(AttentionNeed([spec], torch.float32, CPU)), str | None)
+    assert members(attention.AttentionBackend) <= set(dir(backend))
+
+
+@each(FAMILIES)
+def test_models(name: str, tmp_path: Any) -> None:
+    from phloem.checkpoint.describe import describe
+
+    checkpoint = describe(str(tiny_checkpoint(name, tmp_path)))
+    assert checkpoint.model_type == name
+    model = models.load_model(checkpoint, BuildContext(Ops(), torch.float32, CPU))
+    assert members(models.Model) <= set(dir(model)) | set(vars(model))
+    assert model.vocab_size == checkpoint.vocab_size and model.weight_bytes > 0
+    assert all(model.get_weight(slot).numel() for slot in model.weight_names())
+
+
+@each(METHODS)
+def test_quantisation_methods(name: str) -> None:
+    values = torch.randn(48, 96, generator=torch.Generator().manual_seed(1)) * 0.02
+    source = Source.dense_of(values)
+    source.name = "model.layers.0.mlp.up_proj.weight"
+    made = METHODS.get(name)(source)
+    assert made.shape == (48, 96)
+    error = made.dense(torch.float32) - values
+    assert error.norm() < 0.1 * values.norm()
+
+
+@each(TOOLS)
+def test_tool_formats(name: str) -> None:
+    kind = TOOLS.get(name)
+    assert issubclass(kind, ToolParser) and tool_format(name) == name
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    words = "Plain words, and nothing of a call."
+    assert kind(tools).parse(words).text == words
+    parser = kind(tools)
+    events = [event for letter in words for event in parser.push(letter)] + parser.finish()
+    assert "".join(event.text for event in events if isinstance(event, Text)) == words
+    try:
+        assert kind(tools).structure(required=True)
+    except Unspeakable:
+        assert not kind.trigger
+
+
+@each(THINKING)
+def test_thinking_formats(name: str) -> None:
+    kind = THINKING.get(name)
+    assert issubclass(kind, ThinkingParser) and thinking_format(name) == name and kind.start and kind.end
+    answer = f"{kind.start}I think.{kind.end}" + ("" if kind.channel is None else "<|channel|>final<|message|>") + "So."
+    whole = kind().parse(answer)
+    parser = kind()
+    pieces = [parser.push(letter) for letter in answer] + [parser.finish()]
+    assert tuple("".join(parts) for parts in zip(*pieces, strict=True)) == whole
+    assert "I think." in "".join(whole) and whole[1].endswith("So.")
+
+
+@each(PROCESSORS)
+def test_logit_processors(name: str) -> None:
+    kind = PROCESSORS.get(name)
+    assert issubclass(kind, Processor) and kind.__doc__ and kind.apply_ is not Processor.apply_
+    assert kind.keys, "a processor without parameters needs no request to name it"
+    with pytest.raises(BadRequest, match="no_such_key"):
+        kind({"no_such_key": 1}, 100)
+
+
+@each(ENGINES)
+def test_grammar_engines(name: str) -> None:
+    pytest.importorskip(name)
+    tokens = [*(letter.encode() for letter in string.printable), b"<end>"]
+    eos = len(tokens) - 1
+    vocabulary = Vocabulary(
+        tokens, frozenset({eos}), (eos,), len(tokens), lambda text: [*map(string.printable.index, text)]
+    )
+    engine = ENGINES.get(name)(vocabulary, EngineOptions())
+    try:
+        assert engine.name == name and engine.decline(Regex("[ab]c")) is None
+        matcher = engine.compile(Regex("[ab]c")).matcher()
+        mask = vocabulary.new_mask()
+        matcher.fill(mask)
+        allowed = [i for i in range(len(tokens)) if mask[i // 32] >> (i % 32) & 1]
+        assert [tokens[i] for i in allowed] == [b"a", b"b"]
+    finally:
+        engine.close()
+
+
+@each(PLATFORMS)
+def test_platforms(name: str) -> None:
+    available, reason = AVAILABLE.get(name)()
+    assert reason
+    if not available:
+        pytest.skip(reason)
+    platform = PLATFORMS.get(name)(1)
+    assert members(platforms.Platform) <= set(dir(platform)) and platform.name == name
+    free, total = platform.memory()
+    assert 0 < free <= total
+    assert platform.attention_backends()[-1] == "reference", "a model that no other backend takes must be served"
+    assert set(platform.attention_backends()) <= set(BACKENDS.names())
+    ops, why = platform.table(None)
+    assert isinstance(ops, Ops) and why
+
+
+@each(LANG_BACKENDS)
+def test_backends_of_the_language(name: str) -> None:
+    kind = LANG_BACKENDS.get(name)
+    assert issubclass(kind, Backend) and kind.generate is not Backend.generate
+
+
+@pytest.mark.parametrize(
+    ("registry", "name"), [(found, name) for found in (COMMANDS, BENCHMARKS) for name in found.names()]
+)
+def test_commands_tell_their_options(registry: Any, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main = registry.get(name)
+    assert len(inspect.signature(main).parameters) == 1
+    try:
+        status = main(["--help"])
+    except SystemExit as ended:
+        status = ended.code
+    assert status in (0, None) and "usage" in capsys.readouterr().out.lower()
+
+
+def test_groups_of_routes_lead_somewhere() -> None:
+    paths = [route.path for router in routers() for route in router.routes]  # pyright: ignore[reportAttributeAccessIssue]
+    assert all(router.routes for router in routers())
+    assert "/v1/chat/completions" in paths and "/generate" in paths
+
+
+@each(LAYOUTS)
+def test_a_memory_layout_makes_what_it_counts(name: str) -> None:
+    specs = [Paged(2, 8, 8), Latent(16, 4), State((((2, 3), "float32"), ((4,), "float32")))]
+    of = {layout_of(spec, torch.float32).__class__.__module__.split(".")[-1]: spec for spec in specs}
+    layout = layout_of(of[name], torch.float32)
+    made = layout.make(3, 4, CPU)
+    entries = 3 if isinstance(of[name], State) else 3 * 4
+    assert layout.bytes * entries == sum(tensor.nbytes for tensor in made.stored)
+    assert (made.keys is None) == isinstance(of[name], State) and bool(made.states) == isinstance(of[name], State)

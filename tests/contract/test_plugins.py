@@ -32,7 +32,7 @@ from phloem.lang.backends._base import Backend
 from phloem.layers.context import AttentionSpec, BuildContext
 from phloem.models import FAMILIES
 from phloem.platforms import AVAILABLE, PLATFORMS
-from phloem.quant import METHODS
+from phloem.quant import METHODS, Method
 from phloem.server.app import ROUTES, routers
 from phloem.testing.checkpoints import tiny_checkpoint
 from phloem.text.formats import THINKING, TOOLS, thinking_format, tool_format
@@ -74,7 +74,8 @@ def test_a_file_says_what_it_is_and_has_its_symbol(registry: Any, name: str) -> 
     path = SRC.parent / f"{registry.package}.{name}".replace(".", "/")
     assert ast.get_docstring(parse(path.with_suffix(".py"))), f"{path}.py has no docstring"
     if registry is not ENGINES or name != "xgrammar" or pytest.importorskip("xgrammar"):
-        assert callable(registry.get(name)) or isinstance(registry.get(name), APIRouter)
+        found = registry.get(name)
+        assert callable(found) or isinstance(found, APIRouter | Method)
 
 
 @each(BACKENDS)
@@ -103,7 +104,7 @@ def test_quantisation_methods(name: str) -> None:
     values = torch.randn(48, 96, generator=torch.Generator().manual_seed(1)) * 0.02
     source = Source.dense_of(values)
     source.name = "model.layers.0.mlp.up_proj.weight"
-    made = METHODS.get(name)(source)
+    made = METHODS.get(name).wrap(source)
     assert made.shape == (48, 96)
     error = made.dense(torch.float32) - values
     assert error.norm() < 0.1 * values.norm()

@@ -157,7 +157,7 @@ def bench_tree(cached: int, lookups: int) -> list[dict[str, Any]]:
     found = _timed(lambda: cache.probe("", next(hits), PREFIX_TOKENS), lookups)
     news = iter(prompts[cached:])
     inserted = _timed(lambda: insert(next(news)), lookups)
-    evicted = _timed(lambda: cache.allocator.free(cache.tree.evict(1)), min(lookups, cached))
+    evicted = _timed(lambda: cache.allocators[0].free(cache.tree.evict(1)), min(lookups, cached))
     cache.check([])
     return [
         _row("tree: look up a prompt", cached, found),

@@ -59,12 +59,14 @@ class Results:
     def commit(self, plan: Plan, output: StepOutput) -> None:
         """Take in a step. Rows whose request has ended since the launch are dropped."""
         tokens: list[int] = output.tokens.tolist()
-        rest = range(len(plan.rows))
-        if len(tokens) == len(rest) and plan.batch.drafts is None and self.stream_interval == 1:  # one each
-            rest = [row for row, token in enumerate(tokens) if not self._only_token(plan.rows[row], token)]
-        ends: list[int] = np.cumsum(output.counts).tolist() if rest else []
+        rows = plan.rows
+        one_each = len(tokens) == len(rows) and plan.batch.drafts is None
+        ends: Sequence[int] = range(1, len(rows) + 1) if one_each else np.cumsum(output.counts).tolist()
+        rest: Sequence[int] = range(len(rows))
+        if one_each and self.stream_interval == 1:
+            rest = [row for row, token in enumerate(tokens) if not self._only_token(rows[row], token)]
         for row in rest:
-            request, begin = plan.rows[row], ends[row - 1] if row else 0
+            request, begin = rows[row], ends[row - 1] if row else 0
             if request.status is RequestStatus.FINISHED:
                 continue
             try:
@@ -84,7 +86,7 @@ class Results:
         if row in output.failed:
             self.fail(request, output.failed[row], 400 if row in output.refused else 500)
             return
-        request.prompt_logprobs += output.prompt_logprobs.get(row, ())
+        request.prompt_logprobs += tuple(output.prompt_logprobs.get(row, ()))
         if not batch.outputs[row]:
             if row in plan.scored:
                 self.finish(request, FinishReason("length", length=0))
@@ -107,15 +109,15 @@ class Results:
         hidden: Sequence[NDArray[np.float32]] | NDArray[np.float32] = (),
     ) -> None:
         """What a step has chosen for a request: taken up to where it ends, and told."""
-        before, reason = len(request.output), None
+        count, reason = 0, None
         request.inflight -= 1
         for token in tokens:
             request.output.append(token)
+            request.fresh.append(token)
+            count += 1
             reason = self._reason(request)
             if reason is not None:
                 break
-        request.fresh += request.output[before:]
-        count = len(request.output) - before
         self.output_tokens += count
         if not request.plain:
             self._extras(request, logprobs[:count], hidden[:count])
@@ -157,9 +159,9 @@ class Results:
         hidden: Sequence[NDArray[np.float32]] | NDArray[np.float32],
     ) -> None:
         if request.submit.return_logprob:
-            request.fresh_logprobs += logprobs
+            request.fresh_logprobs += tuple(logprobs)
         if request.submit.return_hidden:
-            request.fresh_hidden += [state.astype("<f4", copy=False).tobytes() for state in hidden]
+            request.fresh_hidden += tuple(state.astype("<f4", copy=False).tobytes() for state in hidden)
 
     def _reason(self, request: Request) -> FinishReason | None:
         """Why the request ends with its last token; None where it goes on."""
@@ -255,10 +257,11 @@ class Results:
             chunk.queue_seconds = max(0.0, request.admitted - request.received)
         if submit.return_logprob:
             chunk.logprobs = pack_logprobs(request.fresh_logprobs, submit)
-            request.fresh_logprobs = []
+            request.fresh_logprobs = ()
             if not request.sent and request.wants_prompt:
                 chunk.prompt_logprobs = pack_logprobs(request.prompt_logprobs, submit)
-        chunk.hidden, request.fresh_hidden = request.fresh_hidden, []
+        if request.fresh_hidden:
+            chunk.hidden, request.fresh_hidden = list(request.fresh_hidden), ()
         request.fresh = []
         request.sent, request.message = True, self._message
         return chunk

@@ -237,7 +237,7 @@ class Scheduler:
         self._place(request)
         prepared = self.prepare(submit, request.prompt) if self.prepare is not None else None
         if prepared is not None:
-            request.waits, request.constraint = list(prepared.waits), prepared.constraint
+            request.waits, request.constraint = prepared.waits, prepared.constraint
             request.plain = request.plain and request.constraint is None
         self.live[request.id] = request
         if not request.waits and not self._begin(request):
@@ -331,7 +331,7 @@ class Scheduler:
         request = self.live[request_id]
         if not request.waits:
             self.late.append(request)
-        request.waits.append(late)
+        request.waits += (late,)
         if request.slot >= 0:
             self.slots.hold(request.slot, LATE)
         elif request.status is RequestStatus.WAITING:
@@ -345,9 +345,9 @@ class Scheduler:
                 continue
             error: Exception | None = None
             try:
-                for late in [late for late in request.waits if late.ready()]:
-                    request.waits.remove(late)
-                    error = error or late.error
+                there = [late for late in request.waits if late.ready()]
+                request.waits = tuple(late for late in request.waits if late not in there)
+                error = next((late.error for late in there if late.error is not None), None)
             except Exception as raised:
                 log.exception("request %s: what it waited for failed", request.id)
                 error = raised

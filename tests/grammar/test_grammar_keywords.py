@@ -416,6 +416,15 @@ def test_conjunction_and_difference_are_exact(a: Any, b: Any) -> None:
             assert any(valid(value, one) for one in left) == (first and not second), value
 
 
+def test_false_and_zero_are_two_values_in_a_conjunction() -> None:
+    for key in ("not", "items", "propertyNames"):
+        a = {key: {"not": {"const": False}}} if key == "not" else {key: {"const": False}}
+        b = {key: {"not": {"const": 0}}} if key == "not" else {key: {"const": 0}}
+        together = _algebra.both(a, b)
+        for value in [*VALUES, False, 0, [False], [0], [], {}]:
+            assert valid(value, together) == (valid(value, a) and valid(value, b)), (key, value)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text("ab-]^\\n[", max_size=4), min_size=1, max_size=4), st.text("ab-]^\\n[", max_size=5))
 def test_a_pattern_for_any_text_but_some(barred: list[str], text: str) -> None:

@@ -95,9 +95,9 @@ def _take(out: Schema, key: str, value: Any) -> bool:
     elif key == "allOf":
         out["allOf"] = [*out.get("allOf", []), *value]
     elif key in ("items", "prefixItems") and ("items" in out or "prefixItems" in out):
-        return out.get(key) == value and ("items" in out) != ("prefixItems" in out)
+        return key_of(out.get(key)) == key_of(value) and ("items" in out) != ("prefixItems" in out)
     elif key in out:
-        return out[key] == value
+        return key_of(out[key]) == key_of(value)
     else:
         out[key] = value
     return True

@@ -14,9 +14,12 @@ import numpy as np
 
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.grammar import _base
+from phloem.grammar.schema import formats as _formats
+from phloem.grammar.schema import frames as _frames
 from phloem.grammar.schema import keywords as _keywords
 from phloem.grammar.schema import lark as _lark
 from phloem.grammar.schema import names as _schema
+from phloem.grammar.schema import numbers as _numbers
 from phloem.grammar.schema import oneof as _oneof
 
 if TYPE_CHECKING:
@@ -89,12 +92,12 @@ class Engine:
                 return _lark.unbounded(constraint)
 
     def compile(self, constraint: Constraint) -> Compiled:
-        if isinstance(constraint, _base.JsonSchema | _base.JsonObject):
-            schema = self._schema(constraint)
+        schema = self._schema(constraint) if isinstance(constraint, _base.JsonSchema | _base.JsonObject) else None
+        if isinstance(schema, dict):
             grammar = self._library.LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False))
             matcher = self._build(grammar, schema)
         else:
-            matcher = self._build(self._grammar(constraint), None)
+            matcher = self._build(self._grammar(schema or constraint), None)
         compiled = Compiled(self.vocabulary, matcher, len(repr(constraint)))
         compiled.check_first()
         return compiled
@@ -119,7 +122,8 @@ class Engine:
         error = self._library.LLMatcher.validate_grammar(grammar, limits=self._limits)
         return _plain(error) if error else None
 
-    def _schema(self, constraint: _base.JsonSchema | _base.JsonObject) -> _schema.Schema:
+    def _schema(self, constraint: _base.JsonSchema | _base.JsonObject) -> _schema.Schema | Constraint:
+        """The schema as the library is to read it; where it cannot, what says the same."""
         if isinstance(constraint, _base.JsonObject):
             schema: _schema.Schema = {"type": "object"}
         else:
@@ -128,6 +132,11 @@ class Engine:
             _schema.refuse_unsupported(schema, KEYWORDS, FORMATS, self.name)
             _oneof.close(schema)
             _strip_annotations(schema)
+            _formats.spell_out(list(_schema.reachable(schema)))
+            _numbers.narrow(list(_schema.reachable(schema)))
+            framed = _frames.spelled_out(schema)
+            if framed is not None:
+                return framed
         flexible = self.options.whitespace == "flexible"
         style: dict[str, Any] = {"whitespace_flexible": flexible}
         if flexible:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.layers.context import BuildContext
-    from phloem.layers.norm import RMSNorm
+    from phloem.layers.mlp import GatedMLP
+    from phloem.layers.norm import AnyNorm
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
 
@@ -100,7 +101,7 @@ class SparseMLP(Layer):
             self.biases = up_bias, stack.slot((names.down_bias,), (hidden_size,), "norm", None)
 
     def __call__(
-        self, norm: RMSNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
     ) -> tuple[Tensor, Tensor | None]:
         """As `GatedMLP`, and never summed: router and experts both read the normed input, the sum is not theirs."""
         del add
@@ -114,6 +115,26 @@ class SparseMLP(Layer):
         biases = None if self.biases is None else (self.biases[0].value, self.biases[1].value)
         out = self.ops.experts(x_TN, ids_Tk, weights_Tk, self.gate_up.value, self.down.value, self.spec, biases)
         return out, residual_TN
+
+
+class SharedExperts(Layer):
+    """A sparse block beside a dense one, of which every token's output is part: sparse(x) + dense(x), or with a gate
+    sparse(x) + sigmoid(gate(x)) dense(x). `gate`: the name of its tensor, [1, hidden size]."""
+
+    def __init__(self, ctx: BuildContext, hidden_size: int, sparse: SparseMLP, dense: GatedMLP, gate: str = "") -> None:
+        self.ops, self.sparse, self.dense = ctx.ops, sparse, dense
+        self.gate = Linear(ctx, hidden_size, {gate: 1}) if gate else None
+
+    def __call__(
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `SparseMLP`."""
+        del add
+        x_TN, residual_TN = (x_TN, x_TN) if norm is None else norm.add(x_TN, residual_TN)
+        shared_TN, _ = self.dense(None, x_TN, None, add=False)
+        if self.gate is not None:
+            shared_TN = self.ops.sigmoid_mul(shared_TN, self.gate(x_TN)[0])
+        return self.ops.add(self.sparse(None, x_TN, None, add=False)[0], shared_TN), residual_TN
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,8 @@ def _grouped(spec: AttentionSpec, name: str, q_cut: Cut | None, kv_cut: Cut | No
     kv = range(*(kv_cut.span(spec.kv_heads) if kv_cut else (0, spec.kv_heads)))
     rows = [(h // share) * (share + 2) + h % share for h in q]
     rows += [h * (share + 2) + share + value for value in (0, 1) for h in kv]
-    return {f"{name}.{row}": Projection(size, name, Part(row * size)) for row in rows}
+    total = (spec.heads + 2 * spec.kv_heads) * size
+    return {f"{name}.{row}": Projection(size, name, Part(row * size, total=total)) for row in rows}
 
 
 def _vector(ctx: BuildContext, name: str, size: int, cut: Cut | None) -> Weight:

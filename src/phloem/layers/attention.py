@@ -29,6 +29,20 @@ QKNorm = Literal["", "head", "after", "whole"]
 
 
 @dataclass(frozen=True)
+class QGrowth:
+    """A factor on the query at position p that grows with it: 1 + beta ln(1 + floor((p + first) / length))."""
+
+    beta: float
+    length: int
+    first: int = 0
+
+    def table(self, positions: int) -> torch.Tensor:
+        """The factor of each position, float32 [positions, 1]."""
+        steps = torch.floor((torch.arange(positions, dtype=torch.float32) + self.first) / self.length)
+        return (1 + self.beta * torch.log1p(steps))[:, None]
+
+
+@dataclass(frozen=True)
 class AttentionOptions:
     """How families differ in what stands around attention."""
 
@@ -45,6 +59,7 @@ class AttentionOptions:
     fused: str = ""  # the tensor that a checkpoint keeps q, k and v in, in this order
     grouped: bool = False  # in that tensor each kv head's queries, key and value lie together
     transposed: bool = False  # matrices are stored as [in_features, out_features]
+    q_growth: QGrowth | None = None
     q_proj: str = "q_proj"
     k_proj: str = "k_proj"
     v_proj: str = "v_proj"
@@ -102,6 +117,7 @@ class SelfAttention(Layer):
             self.q_norm = self._norm(ctx, options.q_norm, sizes[0], q_cut)
             self.k_norm = self._norm(ctx, options.k_norm, sizes[1], kv_cut)
         self.ones = torch.ones(spec.values, device=ctx.device) if options.v_norm else None
+        self.growth: Tensor | None = None  # the maker's, who knows how many positions there are
         self.sinks = _vector(ctx, options.sinks, spec.heads, q_cut) if options.sinks else None
 
     def _norm(self, ctx: BuildContext, name: str, whole: int, cut: Cut | None) -> RMSNorm:
@@ -148,6 +164,9 @@ class SelfAttention(Layer):
         q_THD, gate_THD = q.unflatten(-1, (spec.heads, -1)), None
         if options.gate:
             q_THD, gate_THD = q_THD[..., : spec.head_size], q_THD[..., spec.head_size :]
+        if self.growth is not None:
+            factor_T1 = self.ops.embedding(step.positions, self.growth, 1.0)
+            q_THD = self.ops.scale_rows(q_THD, factor_T1.view(-1))
         k_TKD, v_TKD = k.unflatten(-1, (spec.kv_heads, -1)), v.unflatten(-1, (spec.kv_heads, -1))
         if self.ones is not None:
             v_TKD = self.ops.rms_norm(v_TKD, self.ones, options.eps)

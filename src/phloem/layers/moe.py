@@ -30,6 +30,7 @@ class ExpertNames:
 
     router: str = "gate"
     correction: str = ""  # the vector that is added to scores to decide who is chosen
+    correction_row: bool = False  # stored as [1, experts]
     gate: str = "experts.{}.gate_proj.weight"
     up: str = "experts.{}.up_proj.weight"
     down: str = "experts.{}.down_proj.weight"
@@ -83,7 +84,8 @@ class SparseMLP(Layer):
         self.router = Linear(ctx, hidden_size, {names.router: config.count}, bias=config.router_bias)
         self.correction = None
         if names.correction:
-            self.correction = Weight((ctx.child(names.correction).name,), ((config.count,),), "norm")
+            shape = (1, config.count) if names.correction_row else (config.count,)
+            self.correction = Weight((ctx.child(names.correction).name,), (shape,), "norm")
         biased = bool(names.down_bias)
         plain = config.router.plain and self.spec.plain and not biased and self.correction is None
         self.fused = plain and mesh.ep.size == 1  # that op takes as many experts as the router has logits
@@ -110,7 +112,7 @@ class SparseMLP(Layer):
         if self.fused:
             weights = self.gate_up.value, self.down.value
             return self.ops.moe(x_TN, logits_TE, *weights, spec.top_k, spec.renormalise), residual_TN
-        correction = None if self.correction is None else self.correction.value
+        correction = None if self.correction is None else self.correction.value.view(-1)
         ids_Tk, weights_Tk = self.ops.route(logits_TE, correction, spec)
         biases = None if self.biases is None else (self.biases[0].value, self.biases[1].value)
         out = self.ops.experts(x_TN, ids_Tk, weights_Tk, self.gate_up.value, self.down.value, self.spec, biases)

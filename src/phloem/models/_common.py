@@ -112,6 +112,12 @@ def layer_types(config: dict[str, Any], sliding: list[bool]) -> list[bool]:
     return [kind == "sliding_attention" for kind in named]
 
 
+def layer_number(name: str) -> int:
+    """Of which layer a tensor is, by its name in a file; -1: of none."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdigit() else -1
+
+
 class Decoder(Layer):
     """A causal language model over the op table of its context."""
 

@@ -122,7 +122,10 @@ class Attention:
             value_size=self.value_size,
         )
         rope = None if self.rope is None else place.rope(ctx, self.rope)
-        return SelfAttention(ctx.child(self.name), spec, place.hidden_size, rope, self.options)
+        layer = SelfAttention(ctx.child(self.name), spec, place.hidden_size, rope, self.options)
+        if self.options.q_growth is not None:
+            layer.growth = self.options.q_growth.table(place.max_positions).to(ctx.device)
+        return layer
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,6 @@ class CutModel(Protocol):
     step to step, behind the last layer's attention, stands alone."""
 
     attention_specs: list[AttentionSpec]  # one of each attention in `trunk`
-    memory: list[MemorySpec]
 
     def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         """(The last attention's output [T, features], residual [T, hidden_size])."""

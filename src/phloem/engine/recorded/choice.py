@@ -139,7 +139,7 @@ def _pieces(
         refusal = "the model does not say where its last attention ends"
     elif any(group.kind == "state" for group in place.pool.groups):
         refusal = "recurrent layers do not run between pieces"
-    elif any(isinstance(spec, Latent) for spec in model.memory):
+    elif any(isinstance(spec, Latent) for spec in place.pool.memory):
         refusal = "latent attention does not run between pieces"
     decision = resolve.piecewise_tokens(refusal, runtime.piecewise_graph_max_tokens, chunk)
     decisions.append(decision)

@@ -156,8 +156,7 @@ def _dtype(config: Config, checkpoint: Checkpoint, platform: Platform, decisions
     if config.model.dtype != "auto":
         dtype, why = getattr(torch, config.model.dtype), "as asked"
     else:
-        stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-        dtype, why = platform.dtype(stored)
+        dtype, why = platform.dtype(checkpoint.config.get("dtype"))
     decisions.append(Decision("dtype", str(dtype).removeprefix("torch."), why))
     return dtype
 

@@ -137,6 +137,7 @@ def tiny_gguf(source: Path, target: Path, kind: str = "F32", **metadata: Any) ->
     for key, value in metadata.items():
         name = key.replace("__", ".")
         adders: dict[type, Any] = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+        adders |= {bool: writer.add_bool, list: writer.add_array}
         adders[type(value)](name, value)
     wanted = gguf.GGMLQuantizationType[kind]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper().replace("-", "_")], config["num_hidden_layers"])

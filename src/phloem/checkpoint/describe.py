@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from phloem.checkpoint.ends import ids_by_text, tokenizer_end
 from phloem.checkpoint.families import FAMILIES, family
 from phloem.checkpoint.gguf_config import translate_metadata
+from phloem.checkpoint.gguf_parts import first_part, model_name, models_among
 from phloem.checkpoint.gguf_reader import GGUFFile
 from phloem.checkpoint.kv_scheme import kv_scheme, only_kv
 from phloem.checkpoint.spelling import one_spelling, text_part
@@ -78,7 +79,7 @@ def describe(
         ModelLoadError: naming the file and what is wrong with it.
     """
     path, name = _locate(model_path, load_format, revision)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         found = _describe_gguf(path, name, load_format)
     elif load_format == "gguf":
         raise ModelLoadError(f"{path}: load_format is gguf, but this is not a .gguf file")
@@ -103,13 +104,16 @@ def _locate(model_path: str, load_format: str, revision: str | None) -> tuple[Pa
         return path, path.stem.split(".")[0]
     path = Path(model_path).expanduser()
     if path.is_dir():
-        ggufs = sorted(path.glob("*.gguf"))
-        if not (path / "config.json").exists() and len(ggufs) == 1:
-            return ggufs[0], ggufs[0].stem
-        return path, path.resolve().name
+        ggufs = models_among(path.glob("*.gguf"))
+        if (path / "config.json").exists() or not ggufs:
+            return path, path.resolve().name
+        if len(ggufs) > 1:
+            names = ", ".join(file.name for file in ggufs)
+            raise ModelLoadError(f"{path}: several models lie here; name one of {names}", param="model_path")
+        return ggufs[0], model_name(ggufs[0])
     if path.is_file():
         if path.suffix == ".gguf":
-            return path, path.stem
+            return first_part(path), model_name(path)
         if path.name.endswith(".json"):
             return path, path.resolve().parent.name if path.name == "config.json" else path.stem
         raise ModelLoadError(f"{path}: expected a directory, a .gguf file or a config.json", param="model_path")

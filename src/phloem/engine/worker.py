@@ -78,8 +78,10 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     threads = _take(decisions, resolve.threads(config.runtime.threads, available_cores()))
     platform, chosen = platforms.choose(config.runtime.device, threads)
     decisions.append(chosen)
-    ops, why = platform.table(config.runtime.ops)
+    ops, why = platform.table(config.runtime.ops, float32=config.model.dtype == "float32")
     decisions.append(Decision("ops", ops.name, why))
+    if ops.activations is not None:
+        decisions.append(Decision("activations", *ops.activations))
     dtype = _dtype(config, checkpoint, platform, decisions)
     phase.end("device")
 

@@ -12,7 +12,7 @@ from model_support import PROMPT, Engine, close, edited, reference
 from phloem.checkpoint.describe import describe
 from phloem.core.errors import ModelLoadError
 from phloem.models import kv_scales
-from phloem.testing.checkpoints import tiny_checkpoint
+from phloem.testing.checkpoints import families, tiny_checkpoint
 
 
 def base_of(path: Path, target: Path) -> Path:
@@ -42,6 +42,24 @@ def test_names_without_the_prefix_beside_a_head(made: Any, tmp_path: Path) -> No
     engine = Engine(changed)
     close(engine.whole(PROMPT), theirs)
     assert kv_scales(engine.model, describe(str(changed))) == {1: ((0.5,), (1.0,))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in families() if name != "gemma3"])  # that one has another
+def test_every_family_does_without_its_prefix(made: Any, tmp_path: Path, name: str) -> None:
+    path, theirs = made(name)
+    prefixes = ("model.", "transformer.", "gpt_neox.")
+
+    def bare(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for key, values in stored.items():
+            prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
+            found[key.removeprefix(prefix)] = values
+        assert found.keys() != stored.keys()
+        return found
+
+    ours = Engine(edited(path, tmp_path / "x", bare)).whole(PROMPT)
+    assert (ours - theirs).abs().max() <= 1e-4
 
 
 def test_several_files(tmp_path: Path) -> None:

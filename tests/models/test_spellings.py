@@ -11,6 +11,7 @@ import torch
 from model_support import PROMPT, Engine, close, edited, reference
 
 from phloem.checkpoint.describe import describe
+from phloem.testing.checkpoints import families
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"type": "linear", "factor": 4.0}
@@ -30,6 +31,17 @@ def check(made: Any, tmp_path: Path, family: str, change: dict[str, Any], differ
 def test_scaling_added_by_hand(made: Any, tmp_path: Path, family: str, scaling: dict[str, Any]) -> None:
     assert "rope_parameters" in json.loads((made(family)[0] / "config.json").read_text())
     check(made, tmp_path, family, {"rope_scaling": scaling})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in families() if name != "phi3"])  # Phi-3 has LongRoPE alone
+def test_scaling_added_by_hand_to_any_family(made: Any, tmp_path: Path, family: str) -> None:
+    config = json.loads((made(family)[0] / "config.json").read_text())
+    rope = config.get("text_config", config).get("rope_parameters") or {}
+    if rope.get("rope_type") != "default":
+        pytest.skip("no plain rotation to which one adds a scaling")
+    kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    check(made, tmp_path, family, {"rope_scaling": {**LINEAR, **kept}})
 
 
 def test_scaling_added_to_a_model_with_two_rotations(made: Any, tmp_path: Path) -> None:

@@ -262,8 +262,9 @@ def _text_config(whole: dict[str, Any], path: Path) -> dict[str, Any]:
     if not isinstance(model_type, str):
         raise ModelLoadError(f"{path}: no model_type")
     _check_family(model_type, str(path))
-    defaults = family(model_type).defaults
-    return {**defaults, **one_spelling(text_part(whole), defaults, path), "model_type": model_type}
+    facts = family(model_type)
+    config = one_spelling(text_part(whole), facts.defaults, path, facts.spelling)
+    return {**facts.defaults, **config, "model_type": model_type}
 
 
 def _check_family(model_type: str, where: str) -> None:
@@ -273,7 +274,7 @@ def _check_family(model_type: str, where: str) -> None:
 
 
 def _check_numbers(config: dict[str, Any], path: Path) -> None:
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    needed = family(config["model_type"]).needs
     for key in (*needed, "max_position_embeddings", "num_key_value_heads", "head_dim"):
         value = config.get(key)
         if value is None and key not in needed:

@@ -60,7 +60,7 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
     config["tie_word_embeddings"] = "output.weight" not in gguf.tensors
     config["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
     config["attention_out_bias"] = "blk.0.attn_output.bias" in gguf.tensors
-    config["mlp_bias"] = "blk.0.ffn_gate.bias" in gguf.tensors
+    config["mlp_bias"] = "blk.0.ffn_up.bias" in gguf.tensors
     for key in ("bos", "eos", "padding"):
         token = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token is not None:
@@ -77,8 +77,8 @@ def _own(config: dict[str, Any], facts: GGUFFacts, gguf: GGUFFile, path: Path) -
     for key, source in facts.keys.items():
         name, default = (source, None) if isinstance(source, str) else source
         value = gguf.metadata.get(f"{facts.architecture}.{name}")
-        if key == "sliding_window_pattern" and isinstance(value, Sized):
-            config["layer_types"] = ["sliding_attention" if local else "full_attention" for local in value]
+        if key == "layer_types" and value is not None:
+            config[key] = _layer_types(value, config["num_hidden_layers"])
         elif value is not None:
             value = _plain(value, f"{path}: {facts.architecture}.{name}")
             config[key] = value if default is None else type(default)(value)
@@ -89,6 +89,12 @@ def _own(config: dict[str, Any], facts: GGUFFacts, gguf: GGUFFile, path: Path) -
     config.update(facts.config)
     for key, tensor in facts.layers_with.items():
         config[key] = [n for n in range(config["num_hidden_layers"]) if f"blk.{n}.{tensor}" in gguf.tensors]
+
+
+def _layer_types(pattern: Any, count: int) -> list[str]:
+    """Of a flag for each layer, or of n, where every n-th layer sees everything (0: none)."""
+    flags = pattern if isinstance(pattern, Sized) else [not pattern or (n + 1) % pattern != 0 for n in range(count)]
+    return ["sliding_attention" if local else "full_attention" for local in flags]
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from phloem.core.errors import ModelLoadError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 LOG = logging.getLogger("phloem.checkpoint")
@@ -40,13 +41,16 @@ def text_part(whole: dict[str, Any]) -> dict[str, Any]:
     return {**outer, **text}
 
 
-def one_spelling(config: dict[str, Any], defaults: dict[str, Any], path: Path) -> dict[str, Any]:
+def one_spelling(
+    config: dict[str, Any], defaults: dict[str, Any], path: Path, names: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The same settings under one name each: `dtype`, and all of a rotation's scaling in `rope_parameters`.
 
     Args:
         config: keys that the file has, without nulls.
         defaults: what the family's files leave out.
         path: the file, for messages.
+        names: the usual name of a setting -> what this family calls it.
 
     Raises:
         ModelLoadError: for two spellings that contradict each other, with both names.
@@ -56,7 +60,7 @@ def one_spelling(config: dict[str, Any], defaults: dict[str, Any], path: Path) -
     if other is not None:
         found.setdefault("dtype", other)
         _note(path, "torch_dtype", other, "dtype", found["dtype"])
-    for first, second in _SAME:
+    for first, second in (*_SAME, *(names or {}).items()):
         if first in found and second in found and found[first] != found[second]:
             raise ModelLoadError(
                 f"{path}: {first} is {found[first]!r} and {second} is {found[second]!r}, but they are one setting"

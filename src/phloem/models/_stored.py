@@ -24,6 +24,8 @@ _SCALE = re.compile(
 )
 # Scales of queries and probabilities, for attention that computes in 8 bits: ours does not.
 _ATTENTION = re.compile(r".*self_attn\.(attn\.)?(q|prob|prob_output)_scale|.*self_attn\.q_proj\.(q_scale|output_scale)")
+_PREFIXES = ("model.", "transformer.", "gpt_neox.")
+_BESIDE = ("lm_head.", "embed_out.")  # heads
 _GGUF_LAYER = re.compile(r"blk\.\d+\..+\.(scale|bias)|rope_factors_(long|short)\.weight|.*\.scale")
 
 
@@ -44,7 +46,7 @@ def check_pushed(name: str, kind: dtype) -> None:
 
 
 def as_base(rename: Callable[[str], str | None], keys: Iterable[str], embedding: str) -> Callable[[str], str | None]:
-    """`rename` for files whose names may lack the `model.` that stands before a base model's in one with a head.
+    """`rename` for files whose names may lack what stands before a base model's in one with a head: `model.`, mostly.
 
     Args:
         rename: a family's own, of names in a file with the prefix.
@@ -52,8 +54,10 @@ def as_base(rename: Callable[[str], str | None], keys: Iterable[str], embedding:
         embedding: our name of a tensor that every model has, from which the two are told apart.
     """
     names = list(keys)
-    whole = any(rename(name) == embedding for name in names)
-    if whole or not any(rename(f"model.{name}") == embedding for name in names):
+    if any(rename(name) == embedding for name in names):
         return rename
-    # What stands beside the base model has its own name in both.
-    return lambda name: rename(name if name.startswith("lm_head.") else f"model.{name}")
+    for prefix in _PREFIXES:
+        if any(rename(prefix + name) == embedding for name in names):
+            # What stands beside the base model has its own name in both.
+            return lambda name: rename(name if name.startswith(_BESIDE) else prefix + name)
+    return rename

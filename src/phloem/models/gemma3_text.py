@@ -38,7 +38,7 @@ GGUF = {
         "num_key_value_heads": ("attention.head_count_kv", 4),
         "rope_local_base_freq": ("rope.freq_base_swa", 10000.0),
         "sliding_window": ("attention.sliding_window", 0),
-        "sliding_window_pattern": ("attention.sliding_window_pattern", None),
+        "layer_types": ("attention.sliding_window_pattern", None),
         "attn_logit_softcapping": ("attn_logit_softcapping", None),
         "final_logit_softcapping": ("final_logit_softcapping", None),
     },

@@ -5,7 +5,7 @@ Source: the key names of the GGUF specification and the tensors that llama.cpp's
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from phloem.checkpoint.families import gguf_families
@@ -93,13 +93,13 @@ def _own(config: dict[str, Any], facts: GGUFFacts, gguf: GGUFFile, path: Path) -
 
 def _layer_types(pattern: Any, count: int) -> list[str]:
     """Of a flag for each layer, or of n, where every n-th layer sees everything (0: none)."""
-    flags = pattern if isinstance(pattern, Sized) else [not pattern or (n + 1) % pattern != 0 for n in range(count)]
+    flags = pattern if isinstance(pattern, Iterable) else [not pattern or (n + 1) % pattern != 0 for n in range(count)]
     return ["sliding_attention" if local else "full_attention" for local in flags]
 
 
 def _plain(value: Any, where: str) -> Any:
     """A number out of a scalar, or out of an array that has one value for every layer."""
-    if isinstance(value, Sized) and not isinstance(value, str):
+    if isinstance(value, Iterable) and not isinstance(value, str):
         values = {float(item) for item in value}
         if len(values) != 1:
             raise ModelLoadError(f"{where} differs from layer to layer, which is not supported")

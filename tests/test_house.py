@@ -86,7 +86,6 @@ HOLES = {
 }
 # The same on what is not ours, or where the name is the point.
 FOREIGN = {
-    "checkpoint/gguf_config.py '__len__'": "a value of a file: a list or an array",
     "checkpoint/gguf_reader.py 'MADV_DONTNEED'": "Linux",
     "kernels/graph_cuda.py '_construct_storage_from_data_pointer'": "a private part of torch",
     "kernels/triton/_base.py name": "a torch without some float8 type",

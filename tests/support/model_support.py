@@ -92,6 +92,17 @@ class Engine:
         return out
 
 
+def edited(path: Path, target: Path, tensors: Any = None, **config: Any) -> Path:
+    """A copy of a checkpoint with other tensors, or other keys in its config.json."""
+    from safetensors.torch import load_file, save_file
+
+    target.mkdir()
+    stored = load_file(path / "model.safetensors")
+    save_file(tensors(stored) if tensors else stored, target / "model.safetensors")
+    (target / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), **config}))
+    return target
+
+
 def reference(path: Path, tokens: list[int]) -> torch.Tensor:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 

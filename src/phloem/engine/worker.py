@@ -79,8 +79,10 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     threads = _take(decisions, resolve.threads(config.runtime.threads, available_cores()))
     platform, chosen = platforms.choose(config.runtime.device, threads)
     decisions.append(chosen)
-    ops, why = platform.table(config.runtime.ops)
+    ops, why = platform.table(config.runtime.ops, float32=config.model.dtype == "float32")
     decisions.append(Decision("ops", ops.name, why))
+    if ops.activations is not None:
+        decisions.append(Decision("activations", *ops.activations))
     dtype = _dtype(config, checkpoint, platform, decisions)
     phase.end("device")
 
@@ -157,8 +159,7 @@ def _dtype(config: Config, checkpoint: Checkpoint, platform: Platform, decisions
     if config.model.dtype != "auto":
         dtype, why = getattr(torch, config.model.dtype), "as asked"
     else:
-        stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-        dtype, why = platform.dtype(stored)
+        dtype, why = platform.dtype(checkpoint.config.get("dtype"))
     decisions.append(Decision("dtype", str(dtype).removeprefix("torch."), why))
     return dtype
 

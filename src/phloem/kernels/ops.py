@@ -100,6 +100,9 @@ class Ops:
     rope_write_kv: Callable[[Tensor, Tensor, Tensor, Rotation, Tensor, Tensor, Tensor], Tensor] | None = None
     paged_attention: AttentionOp = attention.paged_attention
 
+    # What linear layers make of their inputs, and why; None: they take them in their type.
+    activations: tuple[str, str] | None = None
+
     # Types of KV cache that `write_kv` and `paged_attention` take; None: every floating type.
     kv_dtypes: tuple[torch.dtype, ...] | None = None
 

@@ -17,6 +17,7 @@ from phloem.core.errors import ModelLoadError
 from phloem.models._gguf import gguf_sources
 from phloem.models._scales import scale_of
 from phloem.models._sources import DummySource, SafetensorsSource, TensorSource
+from phloem.models._stored import WHOLE, as_base, check_pushed, unused_parts, unused_scales
 from phloem.quant._source import View
 
 if TYPE_CHECKING:
@@ -44,8 +45,17 @@ def open_sources(
             for name, places in index.slots.items()
         }, []
     if checkpoint.gguf is not None:
-        return gguf_sources(checkpoint, index.slots)
-    return _safetensors_sources(checkpoint, index, rename)
+        found, unused = gguf_sources(checkpoint, index.slots)
+        _refuse(unused_parts(unused), "would change the answers, and no layer uses them", str(checkpoint.path))
+        return found, unused
+    found, unused = _safetensors_sources(checkpoint, index, rename)
+    _refuse(unused_scales(unused), "belong to weights in a format that is not supported", str(checkpoint.path))
+    return found, unused
+
+
+def _refuse(names: list[str], why: str, where: str) -> None:
+    if names:
+        raise ModelLoadError(f"{where}: {len(names)} tensors {why}: {some(names)}")
 
 
 def _safetensors_sources(
@@ -56,18 +66,23 @@ def _safetensors_sources(
     found: dict[str, Source] = {}
     unused: list[str] = []
     companions = index.companion_names()
-    for path in checkpoint.files:
-        try:
+    path = checkpoint.path
+    try:
+        keys: list[tuple[Any, str]] = []
+        for path in checkpoint.files:
             file = safe_open(str(path), framework="pt", device="cpu")
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                name = rename(key)
-                if name is not None and (name in index.slots or name in companions):
-                    shape = tuple(file.get_slice(key).get_shape())
-                    found[name] = SafetensorsSource(name, shape, file=file, key=key)
-                elif name is not None and not index.ignores(name):
-                    unused.append(key)
-        except (SafetensorError, OSError) as error:
-            raise ModelLoadError(f"{path}: {error}") from None
+            keys += [(file, key) for key in file.keys()]  # noqa: SIM118 - not a dict
+        rename = as_base(rename, [key for _, key in keys], index.embedding)
+        for file, key in keys:
+            name = rename(key)
+            if name is not None and (name in index.slots or name in companions):
+                stored = file.get_slice(key)
+                kind = str(stored.get_dtype())
+                found[name] = SafetensorsSource(name, tuple(stored.get_shape()), file=file, key=key, stored=kind)
+            elif name is not None and not index.ignores(name):
+                unused.append(key)
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(f"{path}: {error}") from None
     return found, sorted(unused)
 
 
@@ -155,13 +170,24 @@ class WeightIndex:
     def _check(self, sources: dict[str, Source], where: str) -> None:
         missing = [name for name in self.slots if name not in sources]
         if missing:
-            raise ModelLoadError(f"{where}: {len(missing)} tensors are missing: {some(missing)}")
+            base = missing == ["lm_head.weight"]
+            hint = " (a base model has no output head: this one needs tie_word_embeddings)" if base else ""
+            raise ModelLoadError(f"{where}: {len(missing)} tensors are missing: {some(missing)}{hint}")
         wrong: list[str] = []
+        few: list[str] = []
         for name in self.slots:
+            low = _stored_low(sources[name])
+            if low:
+                few.append(f"{name} is {low}")
             self._lift(name, sources)
             seen, expected = sources[name].shape, self.stored_shape(name)
             if seen != expected:
                 wrong.append(f"{name} is {list(seen)}, expected {list(expected)}")
+        if few:
+            raise ModelLoadError(
+                f"{where}: {len(few)} tensors are in a type that stands for no weights by itself, and nothing in the "
+                f"checkpoint's configuration says how to read them: {some(few)}"
+            )
         if wrong:
             raise ModelLoadError(f"{where}: {len(wrong)} tensors have another shape: {some(wrong)}")
 
@@ -259,6 +285,7 @@ class WeightIndex:
             if name not in self.slots and self.ignores(name):
                 continue
             places, shape = self._places(name), self.stored_shape(name)
+            check_pushed(name, tensor.dtype)
             if tensor.shape != shape and tensor.shape != (1, *shape):
                 raise ModelLoadError(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
             source = TensorSource(name, shape, tensor=tensor.reshape(shape))
@@ -284,6 +311,11 @@ class WeightIndex:
             return False
         weight.value = new
         return True
+
+
+def _stored_low(source: Source) -> str:
+    """The stored type of a tensor whose values are not the weights; a format's `join` has made another source."""
+    return source.stored if isinstance(source, SafetensorsSource) and source.stored not in WHOLE else ""
 
 
 def some(items: list[str], limit: int = 8) -> str:

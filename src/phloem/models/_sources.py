@@ -29,6 +29,7 @@ class SafetensorsSource(Source):
 
     file: Any = None  # of safetensors.safe_open
     key: str = ""
+    stored: str = ""  # the file's name of its type
     _kept: tuple[Index, Tensor] | None = None
 
     def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:

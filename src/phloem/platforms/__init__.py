@@ -68,8 +68,11 @@ class Platform(Protocol):
         """Called once in the thread that will run every step, before the first."""
         ...
 
-    def table(self, requested: str | None) -> tuple[Ops, str]:
-        """The op table, and why this one. `requested` names one; a named one that cannot serve is a ConfigError."""
+    def table(self, requested: str | None, *, float32: bool = False) -> tuple[Ops, str]:
+        """The op table, and why this one. `requested` names one; a named one that cannot serve is a ConfigError.
+
+        `float32`: somebody asked for this type, so that no faster one may stand in for it.
+        """
         ...
 
     def attention_backends(self) -> list[str]:

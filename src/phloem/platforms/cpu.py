@@ -68,7 +68,7 @@ class Platform:
             torch.zeros(_PARALLEL * self.threads).neg_()
             bind_threads([0, *workers])
 
-    def table(self, requested: str | None) -> tuple[Ops, str]:
+    def table(self, requested: str | None, *, float32: bool = False) -> tuple[Ops, str]:
         if requested not in (None, *_TABLES):
             raise ConfigError(f"ops {requested!r} is not one of {', '.join(_TABLES)}", param="ops")
         if requested == "reference":
@@ -79,8 +79,10 @@ class Platform:
         else:
             try:
                 if requested == "invariant":
-                    return native.table(self.threads, invariant=True), "batch-invariant native kernels, as asked"
-                return native.table(self.threads), "native kernels, " + ("as asked" if requested else native.describe())
+                    ops = native.table(self.threads, invariant=True, float32=float32)
+                    return ops, "batch-invariant native kernels, as asked"
+                why = "as asked" if requested else native.describe()
+                return native.table(self.threads, float32=float32), f"native kernels, {why}"
             except native.Unavailable as error:
                 reason = str(error)
         if requested is not None:

@@ -94,7 +94,8 @@ class Platform:
     def begin_steps(self) -> None:
         """Nothing: this thread hardly computes."""
 
-    def table(self, requested: str | None) -> tuple[Ops, str]:
+    def table(self, requested: str | None, *, float32: bool = False) -> tuple[Ops, str]:
+        del float32  # these kernels compute in the type of what they are given
         ops, why = triton_table(requested)
         return replace(ops, recorder=self.recorder), why
 

@@ -52,7 +52,8 @@ class Platform:
     def begin_steps(self) -> None:
         """Nothing: this thread hardly computes."""
 
-    def table(self, requested: str | None) -> tuple[Ops, str]:
+    def table(self, requested: str | None, *, float32: bool = False) -> tuple[Ops, str]:
+        del float32  # these kernels compute in the type of what they are given
         return triton_table(requested)
 
     def attention_backends(self) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import BadRequest
 from phloem.text.formats import TOOLS
-from phloem.text.tools._base import function_of, schema_of
+from phloem.text.tools._base import Place, function_of, schema_of
 from phloem.text.tools._grammar import Shape, Unspeakable
 from phloem.text.tools.json_array import forced_schema
 
@@ -25,12 +25,13 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 
 @dataclass(frozen=True)
 class ToolPlan:
-    """`constraint`: a field of `SamplingParams` and its value."""
+    """`constraint`: a field of `SamplingParams` and its value. `place`: where in an answer calls stand."""
 
     tools: list[dict[str, Any]]
     format: str | None
     parallel: bool = True
     constraint: tuple[str, str] | None = None
+    place: Place = "anywhere"
 
     @property
     def at_once(self) -> bool:
@@ -39,7 +40,11 @@ class ToolPlan:
 
     def parser(self) -> ToolParser | None:
         """A fresh parser for one answer."""
-        return TOOLS.get(self.format)(self.tools) if self.format is not None and self.tools else None
+        if self.format is None or not self.tools:
+            return None
+        parser = TOOLS.get(self.format)(self.tools)
+        parser.place = self.place
+        return parser
 
 
 NO_TOOLS = ToolPlan([], None)
@@ -50,8 +55,11 @@ def plan(
     choice: str | dict[str, Any] | None,
     parallel: bool | None,
     format_name: str | None,
+    answer: Shape | None = None,
 ) -> ToolPlan:
     """Check and combine `tools`, `tool_choice` and `parallel_tool_calls` for a model that writes `format_name`.
+
+    `answer` is what a text answer must be. The constraint is of the whole then: a call, or such a text.
 
     Raises:
         BadRequest: naming the field that is wrong.
@@ -65,8 +73,7 @@ def plan(
     if wanted is not None:
         checked = [tool for tool in checked if function_of(tool)["name"] == wanted]
     if mode == "auto":
-        strict = any(function_of(tool).get("strict") for tool in checked)
-        return ToolPlan(checked, format_name, several, _strict(checked, format_name, several) if strict else None)
+        return _auto(checked, format_name, several, answer)
     return _forced(checked, format_name, several)
 
 
@@ -153,25 +160,50 @@ def _read_choice(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]
     return "required", name
 
 
-def _strict(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> tuple[str, str]:
-    """A call may come, and keeps to its schema then.
+def _auto(tools: list[dict[str, Any]], name: str | None, parallel: bool, answer: Shape | None) -> ToolPlan:
+    """A call may come: in free text, or in place of an answer of this shape.
 
     Raises:
-        BadRequest: naming the tool whose schema the format cannot keep to.
+        BadRequest: naming the strict tool whose schema the format cannot keep to.
     """
-    if name is None:
+    strict = any(function_of(tool).get("strict") for tool in tools)
+    if name is None and strict:
         raise BadRequest("strict tools need a tool-call format, and this server reads none", param="tools")
+    if name is None or not (strict or answer is not None):
+        return ToolPlan(tools, name, parallel)
+    parser, names = _writer(tools, name)
+    if not names:
+        return ToolPlan(tools, name, parallel)
+    if answer is None:
+        return ToolPlan(tools, name, parallel, _constraint(parser.structure(names, False, parallel)))
+    constraint = _constraint(parser.instead(answer, names, parallel))
+    return ToolPlan(tools, name, parallel, constraint, "anywhere" if parser.whole else "instead")
+
+
+def _writer(tools: list[dict[str, Any]], name: str) -> tuple[ToolParser, list[str]]:
+    """The format, and the tools whose calls it can write. One that is not strict is framed and no more where its
+    schema cannot be kept to; one that cannot even be framed is left out.
+    """
     kind = TOOLS.get(name)
+    parser, names = kind(tools), list[str]()
     for number, tool in enumerate(tools):
+        which, alone = function_of(tool)["name"], kind([tool])
         try:
-            kind([tool]).structure(required=False, parallel=parallel)
+            alone.structure()
         except Unspeakable as error:
-            which = function_of(tool)["name"]
-            raise BadRequest(
-                f"tools[{number}]: the calls of {which!r} cannot be enforced in the format {name!r}: {error}",
-                param=f"tools[{number}].function.parameters",
-            ) from None
-    return "structural_tag", structural_tag(kind(tools).structure(required=False, parallel=parallel))
+            if function_of(tool).get("strict"):
+                raise BadRequest(
+                    f"tools[{number}]: the calls of {which!r} cannot be enforced in the format {name!r}: {error}",
+                    param=f"tools[{number}].function.parameters",
+                ) from None
+            alone.loose = frozenset({which})
+            try:
+                alone.structure()
+            except Unspeakable:
+                continue
+        parser.loose |= alone.loose
+        names.append(which)
+    return parser, names
 
 
 def _forced(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> ToolPlan:
@@ -182,12 +214,12 @@ def _forced(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> To
         except Unspeakable:
             pass
         else:
-            return ToolPlan(tools, name, parallel, ("structural_tag", structural_tag(structure)))
+            return ToolPlan(tools, name, parallel, _constraint(structure), "forced")
     schemas = {function_of(tool)["name"]: schema_of(function_of(tool)) for tool in tools}
     schema = json.dumps(forced_schema(schemas, parallel), ensure_ascii=False)
-    return ToolPlan(tools, "json_array", parallel, ("json_schema", schema))
+    return ToolPlan(tools, "json_array", parallel, ("json_schema", schema), "forced")
 
 
-def structural_tag(structure: Shape) -> str:
+def _constraint(structure: Shape) -> tuple[str, str]:
     """A structure in the notation of `SamplingParams.structural_tag`."""
-    return json.dumps({"type": "structural_tag", "format": structure}, ensure_ascii=False)
+    return "structural_tag", json.dumps({"type": "structural_tag", "format": structure}, ensure_ascii=False)

@@ -69,11 +69,13 @@ class CountTokensBody(Body, kw_only=True):
     tool_choice: ToolChoiceBody | None = None
     thinking: ThinkingBody | None = None
     output_config: OutputConfigBody | None = None
+    output_format: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None
     mcp_servers: list[Any] | None = None
     context_management: dict[str, Any] | None = None
     speed: str | None = None
+    thread: dict[str, Any] | None = None
 
     ignored: ClassVar[dict[str, str]] = {
         "cache_control": HINT,
@@ -86,6 +88,13 @@ class CountTokensBody(Body, kw_only=True):
 
     def refuse_later(self, features: frozenset[str], where: str = "") -> None:
         super().refuse_later(features, where)
+        if self.thread is not None:
+            # In these words the official client goes on without threads, and sends the whole conversation.
+            raise BadRequest(
+                "thread: this server holds no conversations; send all messages with each request",
+                param="thread",
+                code="thread_unsupported_request",
+            )
         edits = (self.context_management or {}).get("edits") or []
         for at, edit in enumerate(edits if isinstance(edits, list) else [edits]):
             kind = edit.get("type") if isinstance(edit, dict) else edit

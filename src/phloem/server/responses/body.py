@@ -61,10 +61,9 @@ class TextOptions(Body, kw_only=True):
     ignored: ClassVar[dict[str, str]] = {"verbosity": HINT}
 
 
-class ResponsesBody(RequestFields, kw_only=True):
-    """`POST /v1/responses`. The input is a text or a list of items: messages, calls, their outputs, reasoning."""
+class ResponseFields(RequestFields, kw_only=True):
+    """What is said of a response beside its input."""
 
-    input: str | Annotated[list[dict[str, Any]], Meta(min_length=1)]
     instructions: str | None = None
     previous_response_id: str | None = None
     background: bool | None = None
@@ -87,8 +86,11 @@ class ResponsesBody(RequestFields, kw_only=True):
     separate_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
+    personality: str | None = None
+
     ignored: ClassVar[dict[str, str]] = {
         **RequestFields.ignored,
+        "personality": HINT,
         "max_tool_calls": "it bounds tools that a server runs; here the client runs them",
         "prompt_cache_options": "prefixes are found by their tokens",
     }
@@ -99,3 +101,15 @@ class ResponsesBody(RequestFields, kw_only=True):
         "context_management": Later("context_management", ([],)),
         "moderation": Later("moderation"),
     }
+
+
+class ResponsesBody(ResponseFields, kw_only=True):
+    """`POST /v1/responses`. The input is a text or a list of items: messages, calls, their outputs, reasoning."""
+
+    input: str | Annotated[list[dict[str, Any]], Meta(min_length=1)]
+
+
+class InputTokensBody(ResponseFields, kw_only=True):
+    """`POST /v1/responses/input_tokens`: as for a response. Without input, what it goes on from is counted."""
+
+    input: str | list[dict[str, Any]] | None = None

@@ -132,7 +132,9 @@ def _allowed(
     if mode not in ("auto", "required") or not isinstance(listed, list) or not listed:
         message = "tool_choice: allowed_tools needs a mode (auto or required) and a list of tools"
         raise BadRequest(message, param="tool_choice")
-    names = {function_of(tool).get("name") if isinstance(tool, dict) else None for tool in listed}
+    # Tools that a server would run were left out of the request's list, too.
+    ours = [tool for tool in listed if not isinstance(tool, dict) or tool.get("type", "function") == "function"]
+    names = {function_of(tool).get("name") if isinstance(tool, dict) else None for tool in ours}
     unknown = names - {function_of(tool)["name"] for tool in tools}
     if unknown:
         message = f"tool_choice allows {unknown.pop()!r:.100}, which is not among the tools"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from msgspec import Meta
 
 from phloem.protocol.body import Body, Later
-from phloem.protocol.fields import HINT, Count, Int32, RequestFields
+from phloem.protocol.fields import HINT, Count, Int32, RequestFields, refuse_edits
 
 # Fields that mean the same as in chat completions, and are handed on by name.
 AS_IN_CHAT = (
@@ -91,6 +91,7 @@ class ResponseFields(RequestFields, kw_only=True):
     ignored: ClassVar[dict[str, str]] = {
         **RequestFields.ignored,
         "personality": HINT,
+        "context_management": "edits that clear old context are left undone: the whole conversation is read",
         "max_tool_calls": "it bounds tools that a server runs; here the client runs them",
         "prompt_cache_options": "prefixes are found by their tokens",
     }
@@ -98,9 +99,12 @@ class ResponseFields(RequestFields, kw_only=True):
         "truncation": Later("truncation", ("disabled",)),
         "conversation": Later("conversations"),
         "prompt": Later("prompt_templates"),
-        "context_management": Later("context_management", ([],)),
         "moderation": Later("moderation"),
     }
+
+    def refuse_later(self, features: frozenset[str], where: str = "") -> None:
+        super().refuse_later(features, where)
+        refuse_edits(self.context_management, "context_management")
 
 
 class ResponsesBody(ResponseFields, kw_only=True):

@@ -177,6 +177,22 @@ def test_a_tool_whose_schema_cannot_be_written_is_still_called_where_it_is_not_s
         planned(form, [tool("find", schema), tool("now", NOW)], regex="[a-z]+")
 
 
+@pytest.mark.parametrize(("form", "special"), CASES)
+def test_a_schema_that_no_grammar_keeps_to_costs_a_tool_that_is_not_strict_nothing(form: str, special: bool) -> None:
+    schema = {**SCHEMAS["find"], "unevaluatedProperties": {"type": "string"}, "anyOf": [{"contentSchema": {}}, {}]}
+    own = words(form if special else None)
+    tools = [tool("find", schema, strict=False), tool("now", NOW)]
+    grammar = compiled(form, special, planned(form, tools, json_schema=json.dumps(ANSWER)))
+    assert fits(grammar, own, called(form)) and fits(grammar, own, answered(form, '{"name":"x","list":[]}'))
+    assert not fits(grammar, own, called(form).replace("find", "mind"))
+    constraint = _base.constraint_of(
+        SamplingParams(structural_tag=(plan(tools, "auto", None, form).constraint or ("", ""))[1])
+    )
+    assert constraint is not None
+    grammar = engine(form if special else None).compile(constraint)
+    assert fits(grammar, own, GOOD[form]) and not fits(grammar, own, GOOD[form].replace("find", "mind"))
+
+
 def test_without_a_call_that_can_be_written_the_format_stands_alone() -> None:
     made = planned("pythonic", [tool("write-file", NOW, strict=False)], regex="[a-z]+")
     assert made.constraint is None and made.tools

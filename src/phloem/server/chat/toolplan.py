@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import BadRequest
+from phloem.grammar.llguidance import prepared
 from phloem.text.formats import TOOLS
 from phloem.text.tools._base import Place, function_of, schema_of
 from phloem.text.tools._grammar import Shape, Unspeakable
@@ -189,11 +191,14 @@ def _writer(tools: list[dict[str, Any]], name: str) -> tuple[ToolParser, list[st
     kind = TOOLS.get(name)
     parser, names = kind(tools), list[str]()
     for number, tool in enumerate(tools):
-        which, alone = function_of(tool)["name"], kind([tool])
+        function = function_of(tool)
+        which, alone = function["name"], kind([tool])
+        if not function.get("strict") and not _is_enforced(json.dumps(schema_of(function))):
+            alone.loose = frozenset({which})
         try:
             alone.structure()
         except Unspeakable as error:
-            if function_of(tool).get("strict"):
+            if function.get("strict"):
                 raise BadRequest(
                     f"tools[{number}]: the calls of {which!r} cannot be enforced in the format {name!r}: {error}",
                     param=f"tools[{number}].function.parameters",
@@ -206,6 +211,16 @@ def _writer(tools: list[dict[str, Any]], name: str) -> tuple[ToolParser, list[st
         parser.loose |= alone.loose
         names.append(which)
     return parser, names
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_enforced(schema: str) -> bool:
+    """Whether a grammar can keep to a schema, as far as that is seen at little cost."""
+    try:
+        prepared(schema)
+    except BadRequest:
+        return False
+    return True
 
 
 def _forced(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> ToolPlan:

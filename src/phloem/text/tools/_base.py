@@ -188,7 +188,11 @@ class ToolParser(ABC):
 
     def written(self, name: str) -> Shape:
         """A tool's arguments, where they are JSON."""
-        return json_of({"type": "object"} if name in self.loose else self.schema(name))
+        return json_of(self.bound(name))
+
+    def bound(self, name: str) -> dict[str, Any]:
+        """The JSON schema that a tool's arguments are made to keep to."""
+        return {"type": "object"} if name in self.loose else self.schema(name)
 
     @abstractmethod
     def section(self, marker: str) -> Steps[None]:
@@ -259,7 +263,7 @@ class ToolParser(ABC):
             yield from self.section(marker)
             self._safe = self._at
         except (Malformed, Ended) as error:
-            if isinstance(error, Ended) and self._is_partial():
+            if isinstance(error, Ended) and self._is_partial(marker):
                 self._at = len(self._buffer)
                 return
             self._call = None
@@ -271,9 +275,14 @@ class ToolParser(ABC):
                 self._text(marker)
                 self._at += len(marker)
 
-    def _is_partial(self) -> bool:
+    @property
+    def _only_calls(self) -> bool:
+        """Whether nothing but calls can come from here on."""
+        return self.place == "forced" or (self.place == "instead" and self.calls > 0)
+
+    def _is_partial(self, marker: str) -> bool:
         """Whether what has ended early is a part of a call; one that is not yet announced is, then."""
-        if self.place != "forced" and not (self._cut and self._call is not None):
+        if not (self._only_calls or (self._cut and (marker or self._call is not None))):
             return False
         if self._call is not None:
             self._call.begin()
@@ -287,8 +296,8 @@ class ToolParser(ABC):
                 self._at = found.end()
                 return found.group()
             rest = self._buffer[self._at :]
-            # Of a forced call that was cut inside its marker, nothing is text.
-            free = self._only_text or (self._closed and self.place != "forced")
+            # A call that was cut inside its marker is no text where only calls can come.
+            free = self._only_text or (self._closed and not self._only_calls)
             hold = 0 if free else partial_suffix(rest, self.begins)
             self._text(rest[: len(rest) - hold])
             self._at += len(rest) - hold

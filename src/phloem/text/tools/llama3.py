@@ -76,7 +76,7 @@ class Parser(JsonReader):
         marked = tag(TAG, calls([self._call_of(name) for name in chosen], "; ", parallel), "")
         if not is_json(answer):
             return either([marked, without(answer, self.begins)])
-        schemas = [one_call(name, {} if name in self.loose else self.schema(name)) for name in chosen]
+        schemas = [one_call(name, self.bound(name)) for name in chosen]
         return either([marked, calls([json_of(schema) for schema in schemas], "; ", parallel), answer])
 
     def _call_of(self, name: str) -> Shape:

@@ -42,7 +42,7 @@ class Message(Body, kw_only=True):
 
     ignored: ClassVar[dict[str, str]] = {
         name: "part of answers that clients send back; templates do not read it"
-        for name in ("refusal", "audio", "annotations", "function_call", "parsed")
+        for name in ("refusal", "audio", "annotations", "parsed")
     }
 
 
@@ -82,8 +82,8 @@ class ChatBody(OpenAIBody, kw_only=True):
         **OpenAIBody.later,
         "tools": Later("tools", ([],)),
         "tool_choice": Later("tools", ("none", "auto")),
-        "functions": Later("functions", ([],)),
-        "function_call": Later("functions", ("none", "auto")),
+        "functions": Later("tools", ([],)),
+        "function_call": Later("tools", ("none", "auto")),
         "reasoning_effort": Later("reasoning", ("none",)),
         "separate_reasoning": Later("reasoning", (True,)),
         "stream_reasoning": Later("reasoning", (True,)),

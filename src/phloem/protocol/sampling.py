@@ -49,6 +49,8 @@ def openai_params(body: OpenAIBody, max_tokens: int | None, defaults: dict[str, 
     `defaults`: the model's generation config, for fields that the request leaves unset.
     """
     values: dict[str, Any] = {name: getattr(body, _OPENAI_NAMES.get(name, name)) for name in _SAME}
+    if body.seed is None:
+        values["sampling_seed"] = body.sampling_seed
     for name in _DEFAULTS:
         recommended = (defaults or {}).get(name)
         if values[name] is None and recommended is not None:

@@ -86,6 +86,7 @@ class ResponsesBody(RequestFields, kw_only=True):
     max_thinking_tokens: Int32 | None = None
     separate_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    request_id: str | None = None
 
     ignored: ClassVar[dict[str, str]] = {
         **RequestFields.ignored,
@@ -93,6 +94,8 @@ class ResponsesBody(RequestFields, kw_only=True):
         "prompt_cache_options": "prefixes are found by their tokens",
     }
     later: ClassVar[dict[str, Later]] = {
+        **RequestFields.later,
+        "request_id": Later("request_id", (), "responses have ids of the server's own making"),
         "truncation": Later("truncation", ("disabled",)),
         "conversation": Later("conversations"),
         "prompt": Later("prompt_templates"),

@@ -49,7 +49,7 @@ class Message(Body, kw_only=True):
 
     ignored: ClassVar[dict[str, str]] = {
         name: "part of answers that clients send back; templates do not read it"
-        for name in ("refusal", "audio", "annotations", "function_call", "parsed", "phase", "prefix", "tools")
+        for name in ("refusal", "audio", "annotations", "function_call", "parsed", "phase")
     }
     later: ClassVar[dict[str, Later]] = {
         "prefix": Later("prefix", (False,), "use continue_final_message to go on from the last message"),

@@ -189,7 +189,7 @@ def plain_message(message: Message, at: int) -> dict[str, Any]:
             texts.append(part.text)
         content = "\n".join(texts)
     plain = {name: value for name, value in msgspec.structs.asdict(message).items() if value is not None}
-    for name in Message.ignored:
+    for name in (*Message.ignored, *Message.later):
         plain.pop(name, None)
     plain["content"] = content
     return plain

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 from collections.abc import Iterable
 from typing import Any
+
+from phloem.utils import machine
 
 log = logging.getLogger("phloem.server")
 
@@ -49,12 +50,11 @@ class FreeSockets:
             os.close(os.open(os.devnull, os.O_RDONLY))
         except OSError:
             if not self._told:
-                limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
                 log.error(
-                    "no more connections can be taken: %d are open, and the system allows this process %d files "
+                    "no more connections can be taken: %d are open, and the system allows this process %s files "
                     "(raise it with `ulimit -n`)",
                     connections,
-                    limit,
+                    machine.open_files(),
                 )
             self._told = True
             return

@@ -23,6 +23,7 @@ from phloem.server.greet import greet
 from phloem.server.health import Health
 from phloem.server.serve import serve
 from phloem.utils import log, memory
+from phloem.utils.say import say
 
 if TYPE_CHECKING:
     from phloem.client.client import EngineClient
@@ -221,7 +222,7 @@ class _Supervisor:
         _log.info("start-up: %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items()))
         _log.info("ready after %.2f s", time.perf_counter() - self._began)
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        print(f"Serving {self._info.served_model_name} at {address}", flush=True)
+        say(f"Serving {self._info.served_model_name} at {address}")
         if self._config.server.greet:
             self._greeting = asyncio.create_task(
                 greet(address, self._info.served_model_name, self._config.server.api_key)

@@ -81,18 +81,21 @@ class BodyGate:
             await self.app(scope, receive, send)
             return
         reading = _Reading(self.limits, self.budget)
+        whole: bytes | bytearray | None = None
+        refused: PhloemError | None = None
         try:
             self._check_declared(scope)
             whole = await reading.run(receive)
         except PhloemError as error:
-            reading.let_go()
-            await refuse(error, scope, receive, send)
+            refused = error.with_traceback(None)  # its frames hold what has been read
+            refused.__context__ = None
+        finally:
+            if whole is None:
+                reading.let_go()
+        if refused is not None:
+            await refuse(refused, scope, receive, send)
             return
-        except BaseException:
-            reading.let_go()
-            raise
         if whole is None:
-            reading.let_go()
             key = scope.get("request_id", "?")
             log.info("request %s (%s %s): the client left inside its body", key, scope["method"], scope["path"])
             return

@@ -56,7 +56,9 @@ class Model(Protocol):
 
     def weight_names(self) -> list[str]: ...
 
-    def get_weight(self, name: str) -> Tensor: ...
+    def get_weight(self, name: str, rows: int | None = None, /) -> Tensor:
+        """A tensor as its checkpoint would hold it, or its first rows (a copy)."""
+        ...
 
 
 class Loadable(Model, Protocol):

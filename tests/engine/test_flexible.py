@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from native_support import built
 from pools import pool_of
-from test_native_graph import built
 from test_pieces import HOST, decide, same, steps
 
 from phloem.attention import BACKENDS

@@ -352,6 +352,16 @@ class Engine:
     def continue_generation(self) -> None:
         self._check(self._run(self._client.control("resume")))
 
+    def get_weights_by_name(self, name: str, truncate_size: int = 100) -> list[Any]:
+        """The first rows of the weight that the checkpoint calls `name`, as numbers. Read between two steps.
+
+        Raises:
+            PhloemError: there is no such weight.
+        """
+        reply = self._door.run(self._client.control("get_weights_by_name", name=name, rows=truncate_size))
+        self._check(reply)
+        return reply.data["weight"]
+
     @staticmethod
     def _check(reply: Any) -> None:
         if not reply.ok:

@@ -177,6 +177,7 @@ class Runner(Protocol):
     num_pages: tuple[int, ...]  # of each group: pages, or slots of state; number 0 is scratch
     page_size: int
     max_slots: int
+    draft_room: int  # drafts that it may make for a row in one step, at most; 0 where it does not speculate
 
     @property
     def graph_bytes(self) -> int:
@@ -191,6 +192,14 @@ class Runner(Protocol):
 
     def between(self, work: Callable[[], T]) -> Pending[T]:
         """Run `work` in the thread that runs the steps, behind every launched step and with none in flight."""
+        ...
+
+    def read_weight(self, name: str, rows: int) -> NDArray[np.float32]:
+        """The first rows of a tensor that the checkpoint calls `name`, as its weights now are. For `between`.
+
+        Raises:
+            BadRequest: there is no such tensor, or so much of it is more than an answer should hold.
+        """
         ...
 
     def close(self) -> None: ...

@@ -10,6 +10,7 @@ import threading
 from time import perf_counter
 from typing import TYPE_CHECKING, TypeVar
 
+from phloem.core.errors import BadRequest
 from phloem.engine.answer import empty, give_out, keep_hidden, prompt_logprobs
 from phloem.engine.choose import Choice, Chooser
 from phloem.engine.forward import Eager, Forward
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from phloem.platforms._streams import Streams
 
 T = TypeVar("T")
+MOST_READ = 1 << 22  # numbers of a weight in one answer
 
 
 class ModelRunner:
@@ -67,6 +69,7 @@ class ModelRunner:
         self.model, self.pool = model, pool
         self.groups, self.num_pages, self.page_size = pool.groups, pool.num_pages, pool.page_size
         self.max_slots = max_slots
+        self.draft_room = 0
         self.recorded = recorded
         self._ops = ops
         self._handed: dict[int, Follower | None] = {}
@@ -97,6 +100,15 @@ class ModelRunner:
 
     def between(self, work: Callable[[], T]) -> Launched[T]:
         return self._steps.between(work)
+
+    def read_weight(self, name: str, rows: int) -> NDArray[np.float32]:
+        if name not in self.model.weight_names():
+            raise BadRequest(f"no weight is called {name!r:.200}", param="name")
+        values = self.model.get_weight(name, rows)
+        if values.numel() > MOST_READ:
+            shape = " x ".join(str(size) for size in values.shape)
+            raise BadRequest(f"{shape} numbers of {name} are too many for an answer", param="truncate_size")
+        return values.float().cpu().numpy()
 
     def close(self) -> None:
         """End the thread after the steps that were launched."""

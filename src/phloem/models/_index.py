@@ -247,12 +247,15 @@ class WeightIndex:
             raise ModelLoadError(f"no weight is called {name!r}; see weight_names()")
         return self.slots[name]
 
-    def get(self, name: str) -> Tensor:
-        """One tensor as a checkpoint would hold it (a copy); on a rank of several, of the rows and columns it keeps."""
+    def get(self, name: str, rows: int | None = None) -> Tensor:
+        """One tensor as a checkpoint would hold it (a copy); on a rank of several, of the rows and columns it keeps.
+
+        `rows`: the first so many rows alone.
+        """
         places = self._places(name)
         parts = [(weight, number, weight.part(number)) for weight, number in places]
         if parts[0][2] is None:
-            return self._stored(*places[0])
+            return self._stored(*places[0], rows)
         # The parts of this rank, in the order and the stride in which the file has all of them.
         parts.sort(key=lambda item: (item[2].expert or 0, item[2].start) if item[2] is not None else (0, 0))
         experts: dict[int | None, list[Tensor]] = {}
@@ -263,10 +266,13 @@ class WeightIndex:
             strided, transposed = part.step > 1, part.transposed
         found = [torch.stack(pieces, 1).flatten(0, 1) if strided else torch.cat(pieces) for pieces in experts.values()]
         found = [values.T if transposed and values.ndim > 1 else values for values in found]
-        return (found[0] if parts[0][2].expert is None else torch.stack(found)).contiguous()
+        whole = found[0] if parts[0][2].expert is None else torch.stack(found)
+        return (whole if rows is None else whole[:rows]).contiguous()
 
-    def _stored(self, weight: Weight, number: int) -> Tensor:
+    def _stored(self, weight: Weight, number: int, most: int | None = None) -> Tensor:
         rows = weight.rows(number)
+        if most is not None:
+            rows = slice(rows.start, min(rows.stop, rows.start + most))
         if isinstance(weight.value, torch.Tensor):
             values = weight.value[rows]
             return (values - weight.shift if weight.shift else values).clone()

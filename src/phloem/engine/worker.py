@@ -109,6 +109,9 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     if config.runtime.record_graphs_before_ready:
         choice.record_all(ways, decisions)
         phase.end("graphs")
+    elif platform.facts.records_idle:
+        choice.record_likely(ways, decisions)
+        phase.end("graphs")
     runner = ModelRunner(
         model, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps,

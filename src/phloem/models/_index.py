@@ -39,8 +39,9 @@ def open_sources(
 ) -> tuple[dict[str, Source], list[str]]:
     """Every tensor of a checkpoint by our name, and the names in it that the model does not use."""
     if checkpoint.format == "dummy":
+        device = index.ctx.device
         return {
-            name: DummySource(name, index.stored_shape(name), shifted=True, role=places[0][0].role)
+            name: DummySource(name, index.stored_shape(name), shifted=True, role=places[0][0].role, device=device)
             for name, places in index.slots.items()
         }, []
     if checkpoint.gguf is not None:

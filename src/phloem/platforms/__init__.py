@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from phloem.kernels.ops import Ops
+    from phloem.platforms._compiled import Compiled
     from phloem.platforms._facts import StepFacts
     from phloem.platforms._streams import Streams
 
@@ -43,6 +44,11 @@ class Platform(Protocol):
     @property
     def streams(self) -> Streams | None:
         """Copies beside the computation, or None where there is no such thing."""
+        ...
+
+    @property
+    def compiled(self) -> Compiled | None:
+        """Kernels that are compiled at their first launch; None where there are no such, or they cannot be early."""
         ...
 
     def memory(self) -> tuple[int, int]:

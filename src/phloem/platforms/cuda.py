@@ -12,6 +12,7 @@ import torch
 from phloem.core.errors import ConfigError
 from phloem.kernels.graph_cuda import Recorder
 from phloem.kernels.ops import Ops
+from phloem.platforms._compiled import Compiled
 from phloem.platforms._facts import StepFacts
 from phloem.platforms._measure import peak_of
 from phloem.platforms._streams import Streams
@@ -110,6 +111,19 @@ class Platform:
     def streams(self) -> Streams:
         """The streams beside the computing one, made at first use."""
         return self._beside
+
+    @cached_property
+    def compiled(self) -> Compiled | None:
+        """Triton's kernels for this device; None without Triton."""
+        if importlib.util.find_spec("triton") is None:
+            return None
+        props = torch.cuda.get_device_properties(self.device)
+        return Compiled(self.target(), props.multi_processor_count, f"{props.name} {self.target()}")
+
+    def target(self) -> tuple[str, int | str, int]:
+        """The device as Triton names it."""
+        major, minor = self._capability()
+        return "cuda", 10 * int(major) + int(minor), 32
 
     def attention_backends(self) -> list[str]:
         return ["triton", "flashinfer", "flash", "reference"]

@@ -31,6 +31,7 @@ class Platform:
     worthwhile_chunk = 512
     quantised_kv_dtype = None
     streams = None
+    compiled = None
     facts = StepFacts()
 
     def __init__(self, threads: int | None) -> None:

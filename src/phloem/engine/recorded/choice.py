@@ -161,6 +161,16 @@ def _pieces(
     )
 
 
+def record_first(
+    runtime: RuntimeConfig, ways: Sequence[RecordedWay], facts: StepFacts, decisions: list[Decision]
+) -> None:
+    """What is recorded before the engine is ready: all if asked for, the likely sizes where no step may wait for it."""
+    if runtime.record_graphs_before_ready:
+        record_all(ways, decisions)
+    elif facts.records_idle:
+        record_likely(ways, decisions)
+
+
 def record_all(ways: Sequence[RecordedWay], decisions: list[Decision]) -> None:
     """Record everything now; the decisions then say what there is, what memory it takes, and how long it took."""
     for way in ways:

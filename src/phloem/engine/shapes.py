@@ -1,0 +1,50 @@
+"""The classes of steps: shapes that, among them, launch every kernel in every form that a step of any shape launches.
+
+Which form of a kernel is launched follows from the numbers of tokens and rows, by tile sizes that are powers of two and
+by splits that fall as rows rise. So: every number up to `EACH`, beyond it those at and beside the sizes that have graphs
+of their own, and where a step begins to be large.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from phloem.engine.recorded.graphs import bucket_sizes
+from phloem.engine.recorded.pieces import token_buckets
+from phloem.engine.sampler import sample
+from phloem.engine.sizing import dummy_settings, run_step
+
+if TYPE_CHECKING:
+    from phloem.engine.sizing import Need
+    from phloem.kvcache.pool import KVPool
+
+EACH = 64
+Shape = tuple[int, int]  # tokens, rows
+
+
+def step_shapes(running: int, chunk: int, context: int) -> list[Shape]:
+    """From small to large: decode steps (as many tokens as rows), one prompt, and several rows with prompts."""
+    rows = sorted({*range(1, min(EACH, running) + 1), *bucket_sizes(running), running})
+    prompts = sorted(
+        {*range(2, min(EACH, chunk) + 1), *(size + one for size in token_buckets(chunk) for one in (0, 1)), chunk}
+    )
+    single = [(tokens, 1) for tokens in prompts if 1 < tokens <= min(chunk, context)]
+    mixed = [(chunk, count) for count in (2, 3, min(running, chunk // 2)) if 1 < count < chunk]
+    return [(count, count) for count in rows if count <= chunk] + single + mixed
+
+
+def run_shape(need: Need, pool: KVPool, shape: Shape) -> None:
+    """A step of this shape on dummy inputs, and each way of choosing tokens from it."""
+    tokens, rows = shape
+    hidden_RN, logits_RV = run_step(need, pool, [tokens // rows + (row < tokens % rows) for row in range(rows)])
+    ops, vocab = need.ops, need.model.vocab_size
+    need.model.greedy(hidden_RN)
+    ops.argmax(logits_RV)
+    ops.logsumexp(logits_RV)
+    if ops.sample is not None:
+        sample(logits_RV, dummy_settings(rows, vocab), ops)
+    which = torch.zeros(rows, dtype=torch.int32, device=logits_RV.device)
+    mask = torch.full((rows, -(-vocab // 32)), -1, dtype=torch.int32, device=logits_RV.device)
+    ops.mask_tokens_(logits_RV, which, mask)

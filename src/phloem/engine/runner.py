@@ -59,7 +59,7 @@ class StepWork:
     ) -> None:
         self.model, self.ops = model, ops
         self.slots = Slots(max_slots, model.vocab_size, pool.device)
-        self.last = LastTokens(max_slots, pool.device, facts.on_host, streams)
+        self.last = LastTokens(max_slots, pool.device, facts.on_host, streams, ops)
         self.masks = Masks(model.vocab_size, pool.device, ops, facts.masks_ahead)
         self.gaps = Gaps(recorded) if recorded and facts.records_idle else None
         self._pool = pool

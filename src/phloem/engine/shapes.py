@@ -1,8 +1,8 @@
 """The classes of steps: shapes that, among them, launch every kernel in every form that a step of any shape launches.
 
-Which form of a kernel is launched follows from the numbers of tokens and rows, by tile sizes that are powers of two and
-by splits that fall as rows rise. So: every number up to `EACH`, beyond it those at and beside the sizes that have graphs
-of their own, and where a step begins to be large.
+Which form of a kernel is launched follows from the numbers of tokens and rows, by tile sizes that are powers of two
+and by splits that fall as rows rise. So: every number up to `EACH`, and beyond it those at and just above the sizes
+that have graphs of their own.
 """
 
 from __future__ import annotations
@@ -40,11 +40,17 @@ def run_shape(need: Need, pool: KVPool, shape: Shape) -> None:
     tokens, rows = shape
     hidden_RN, logits_RV = run_step(need, pool, [tokens // rows + (row < tokens % rows) for row in range(rows)])
     ops, vocab = need.ops, need.model.vocab_size
-    need.model.greedy(hidden_RN)
     ops.argmax(logits_RV)
     ops.logsumexp(logits_RV)
     if ops.sample is not None:
         sample(logits_RV, dummy_settings(rows, vocab), ops)
+    if ops.late_tokens_ is not None and ops.keep_tokens_ is not None:
+        last = torch.zeros(1, dtype=torch.int64, device=logits_RV.device)
+        ids_T, slots_T = (torch.zeros(tokens, dtype=torch.int64, device=last.device) for _ in range(2))
+        ops.late_tokens_(ids_T, last, slots_T)
+        for chosen in (need.model.greedy(hidden_RN), ids_T[:rows]):  # the types of arg-max and of sampling
+            for sound in (hidden_RN.sum(-1), logits_RV[:, 0].contiguous()):
+                ops.keep_tokens_(last, slots_T[:rows], chosen, sound)
     which = torch.zeros(rows, dtype=torch.int32, device=logits_RV.device)
     mask = torch.full((rows, -(-vocab // 32)), -1, dtype=torch.int32, device=logits_RV.device)
     ops.mask_tokens_(logits_RV, which, mask)

@@ -126,8 +126,7 @@ def _build(
     platform, ops, dtype = machine.platform, machine.ops, machine.dtype
     running, chunk, context = machine.running, machine.chunk, checkpoint.context_length
     free, _ = platform.memory()
-    built_in = BuildContext(ops=ops, dtype=dtype, device=platform.device, quant=quant.method(config.model.quantization))
-    model = models.load_model(checkpoint, built_in, _progress(checkpoint.name))
+    model = _loaded(config, checkpoint, machine)
     phase.end("weights")
 
     kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _kv_dtype(config, dtype)
@@ -163,6 +162,21 @@ def _build(
     }
     worthwhile = min(chunk, platform.worthwhile_chunk)
     return Built(runner, context, running, chunk, machine.mixed, worthwhile, sizing.tokens, decisions, info)
+
+
+def _loaded(config: Config, checkpoint: Checkpoint, machine: _Machine) -> Model:
+    platform, begun = machine.platform, perf_counter()
+    stager = platform.stager() if checkpoint.format == "safetensors" else None
+    method = quant.method(config.model.quantization)
+    ctx = BuildContext(machine.ops, machine.dtype, platform.device, quant=method, stager=stager)
+    try:
+        model = models.load_model(checkpoint, ctx, _progress(checkpoint.name))
+    finally:
+        if stager is not None:
+            stager.close()
+    seconds, size = perf_counter() - begun, model.weight_bytes / resolve.GIB
+    _log.info("%s: %.2f GiB of weights in %.1f s, %.2f GiB/s", checkpoint.name, size, seconds, size / seconds)
+    return model
 
 
 def _ahead(config: Config, checkpoint: Checkpoint, machine: _Machine) -> tuple[dict[str, Any], str | None]:

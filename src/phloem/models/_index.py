@@ -16,11 +16,11 @@ import torch
 from phloem.core.errors import ModelLoadError
 from phloem.models._gguf import gguf_sources
 from phloem.models._scales import scale_of
-from phloem.models._sources import DummySource, SafetensorsSource, TensorSource
+from phloem.models._sources import DummySource, Read, SafetensorsSource, TensorSource, stored_in
 from phloem.quant._source import View
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from phloem.quant._source import Index, Source
 
     Progress = Callable[[str, float], None]
+
+FEW_ELEMENTS = 8 << 20  # a matrix of more is cut into pieces that are read side by side
 
 Place = tuple["Weight", int]  # a slot, and which of its parts
 
@@ -60,11 +62,12 @@ def _safetensors_sources(
     for path in checkpoint.files:
         try:
             file = safe_open(str(path), framework="pt", device="cpu")
+            places = stored_in(path) if index.ctx.stager is not None else {}
             for key in file.keys():  # noqa: SIM118 - not a dict
                 name = rename(key)
                 if name is not None and (name in index.slots or name in companions):
                     shape = tuple(file.get_slice(key).get_shape())
-                    found[name] = SafetensorsSource(name, shape, file=file, key=key)
+                    found[name] = SafetensorsSource(name, shape, file=file, key=key, place=places.get(key))
                 elif name is not None and not index.ignores(name):
                     unused.append(key)
         except (SafetensorError, OSError) as error:
@@ -131,6 +134,7 @@ class WeightIndex:
         """
         self._join(sources)
         self._check(sources, where)
+        self._stage(sources)
         total = sum(prod(weight.local(part)) for weight in self.weights for part in range(len(weight.names)))
         done = 0
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "phloem-load") as workers:
@@ -152,6 +156,12 @@ class WeightIndex:
             found = {what: sources[other] for what, other in companions.items() if other in sources}
             if found and set(found) != {"weight"}:
                 sources[name] = method.join(name, found)
+
+    def _stage(self, sources: dict[str, Source]) -> None:
+        """Plain tensors go from the file to the device; what a quantisation makes anew is made on the host."""
+        for source in sources.values() if self.ctx.quant is None else ():
+            if isinstance(source, SafetensorsSource):
+                source.stager = self.ctx.stager
 
     def _check(self, sources: dict[str, Source], where: str) -> None:
         missing = [name for name in self.slots if name not in sources]
@@ -197,12 +207,22 @@ class WeightIndex:
         views = [self._view(weight, number, sources[name]) for number, name in enumerate(weight.names)]
         ops, dtype, device, method = self.ctx.ops, self.ctx.dtype, self.ctx.device, self.ctx.quant
         if weight.role == "matrix":
+            views = self._ahead(views, sources)
             parts: list[Any] = views if method is None or method.wrap is None else [method.wrap(view) for view in views]
             if not weight.experts:
                 return ops.prepare_linear(parts, dtype, device)
             prepare = ops.prepare_experts if weight.fused else ops.stack_experts
             return prepare(parts, dtype, device, weight.experts)
         return torch.cat([self._vector(weight, view) for view in views]).to(device)
+
+    def _ahead(self, views: Sequence[View], sources: dict[str, Source]) -> Sequence[Any]:
+        """Of many small matrices (experts) several are read at a time, where they go to the device unchanged."""
+        staged = all(isinstance(source := sources[view.name], SafetensorsSource) and source.stager for view in views)
+        workers = views[0].workers
+        if not staged or workers is None or len(views) == 1 or prod(views[0].shape) > FEW_ELEMENTS:
+            return views
+        values = list(workers.map(lambda view: view.dense(self.ctx.dtype), views))
+        return [Read(view.name, view.shape, tensor) for view, tensor in zip(views, values, strict=True)]
 
     def _vector(self, weight: Weight, view: View) -> Tensor:
         values = view.dense(torch.float32)

@@ -45,6 +45,9 @@ class Platform:
         self.threads = threads or available_cores()
         torch.set_num_threads(self.threads)
 
+    def stager(self) -> None:
+        """Nothing: weights are read where they are used."""
+
     def memory(self) -> tuple[int, int]:
         return machine.memory()
 

@@ -15,6 +15,7 @@ from phloem.kernels.ops import Ops
 from phloem.platforms._compiled import Compiled
 from phloem.platforms._facts import StepFacts
 from phloem.platforms._measure import peak_of
+from phloem.platforms._staging import Stager
 from phloem.platforms._streams import Streams
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ class Platform:
 
     def __init__(self, threads: int | None) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def stager(self) -> Stager:
+        return Stager(self.device)
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes. What torch's allocator holds without using it counts as free."""

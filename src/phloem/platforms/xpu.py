@@ -37,6 +37,9 @@ class Platform:
     def __init__(self, threads: int | None) -> None:
         self.device = torch.device("xpu", torch.xpu.current_device())
 
+    def stager(self) -> None:
+        """Not written for this kind of device."""
+
     def memory(self) -> tuple[int, int]:
         free, total = torch.xpu.mem_get_info(self.device)
         return free, total

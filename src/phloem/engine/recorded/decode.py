@@ -87,7 +87,7 @@ class DecodeGraphs:
         found = self.graphs.get(batch.num_rows)
         if found is None:
             return None
-        found.inputs.write(step.arrays(found.size))
+        step.put(found.inputs, found.size)
         ready()
         hidden_BN = found.replay()
         if self._check:

@@ -56,6 +56,7 @@ class Done(msgspec.Struct, frozen=True):
 
     shapes: list[Shape]
     kernels: int
+    cached: int  # of them, that lay in the cache
     seconds: float
     slowest: tuple[str, float]
     errors: list[str]
@@ -106,7 +107,7 @@ def run(plan: Plan) -> Done:
     compiled = ahead.compile_all(list(notes.found.values()), plan.processes)
     slowest = max(((one.kernel, one.seconds) for one in compiled), key=lambda one: one[1], default=("", 0.0))
     errors = [f"{one.kernel}: {one.error}" for one in compiled if one.error is not None]
-    return Done(shapes, len(compiled), perf_counter() - begun, slowest, errors)
+    return Done(shapes, len(compiled), sum(one.cached for one in compiled), perf_counter() - begun, slowest, errors)
 
 
 def main() -> int:

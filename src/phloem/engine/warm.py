@@ -49,10 +49,10 @@ class Warming:
         waited = perf_counter() - begun
         if found is not None:
             shapes: list[Shape] = [(tokens, rows) for tokens, rows in found["shapes"]]
-            self.facts |= {key: found[key] for key in ("kernels", "seconds", "slowest", "errors")}
-            text = (
-                f"{found['kernels']} compiled beside the loading in {found['seconds']:.1f} s ({waited:.1f} waited for)"
-            )
+            self.facts |= {key: found[key] for key in ("kernels", "cached", "seconds", "slowest", "errors")}
+            new, seconds = found["kernels"] - found["cached"], found["seconds"]
+            text = f"{new} of {found['kernels']} compiled beside the loading in {seconds:.1f} s"
+            text += f", of which {waited:.1f} were waited for"
             for error in found["errors"]:
                 _log.warning("a kernel was not compiled ahead: %s", error)
         else:

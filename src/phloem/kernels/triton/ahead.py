@@ -113,6 +113,7 @@ class Compiled:
 
     kernel: str
     seconds: float
+    cached: bool = False  # it lay in the cache
     error: str | None = None
 
 
@@ -139,8 +140,10 @@ _INHERITED: list[Note] = []
 def _compile(number: int) -> Compiled:
     note = _INHERITED[number]
     begun = perf_counter()
+    hits: list[bool] = []
+    triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
     try:
         note.kernel.warmup(*note.args, grid=(1,), **note.kwargs)
     except Exception as error:
-        return Compiled(note.name, perf_counter() - begun, f"{type(error).__name__}: {error}"[:500])
-    return Compiled(note.name, perf_counter() - begun)
+        return Compiled(note.name, perf_counter() - begun, error=f"{type(error).__name__}: {error}"[:500])
+    return Compiled(note.name, perf_counter() - begun, all(hits))

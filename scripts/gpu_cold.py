@@ -82,8 +82,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "ready_s": ready,
         "phases": info.get("phases"),
-        "kernels": after.get("kernels"),
-        "graphs": info.get("graphs"),
+        "kernels": after["internal_states"][0]["prepared"].get("kernels"),
+        "graphs": info["prepared"]["graphs"],
         "rounds": served,
         "cold_over_warm": rates[0] / max(rates[1:], default=rates[0]),
     }

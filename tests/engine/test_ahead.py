@@ -115,6 +115,17 @@ def test_integers_that_change_from_step_to_step_are_not_specialised_on() -> None
     assert {name for _, name in seen} & {"rows", "pairs", "splits"}
 
 
+def test_layers_that_differ_are_all_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sixth layer of this family sees everything, the others a window: two layers do not stand for all."""
+    extra = {"layer_types": ["sliding_attention"] * 5 + ["full_attention"], "sliding_window": 64}
+    extra |= {"num_hidden_layers": 6, "query_pre_attn_scalar": 64, "hidden_activation": "gelu_pytorch_tanh"}
+    plan = plan_of("gemma3_text", running=4, chunk=32)
+    plan.config.update(extra)
+    notes, _ = ahead.trace(plan)
+    windows = {dict(note.kwargs)["WINDOW"] for note in notes.found.values() if note.name == "_attention"}
+    assert windows == {True, False}
+
+
 def test_shapes_cover_each_small_size_and_the_largest() -> None:
     shapes = step_shapes(256, 8192, 131072)
     assert {(rows, rows) for rows in range(1, 65)} <= set(shapes)
@@ -227,7 +238,8 @@ def test_the_engine_is_ready_after_its_dummy_steps_with_or_without_the_process(t
     decisions: list[Decision] = []
     warming.finish(need_on_host(), torch.device("cpu"), decisions)
     assert not compiled.tally.ready
-    facts = warming.ready()
+    warming.ready()
+    facts = warming.told()
     assert compiled.tally.ready and facts["cache"] == str(tmp_path)
     (decision,) = decisions
     if works:

@@ -11,7 +11,7 @@ A `Batch` is plain data: it could be sent to another process. What follows a gra
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -177,6 +177,11 @@ class Runner(Protocol):
     num_pages: tuple[int, ...]  # of each group: pages, or slots of state; number 0 is scratch
     page_size: int
     max_slots: int
+
+    @property
+    def prepared(self) -> dict[str, Any]:
+        """What has been recorded and compiled so far, for people."""
+        ...
 
     @property
     def graph_bytes(self) -> int:

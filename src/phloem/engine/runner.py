@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from time import perf_counter
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from phloem.engine.answer import empty, give_out, keep_hidden, prompt_logprobs
 from phloem.engine.choose import Choice, Chooser
@@ -128,6 +128,7 @@ class ModelRunner:
         streams: copies beside the computation, where there is such a thing.
         give_back: frees what the device's allocator keeps without using it, after a step ran out of memory.
         begin: called once in the thread that runs the steps.
+        kernels: tells what has been compiled, where kernels are compiled at run time.
     """
 
     def __init__(
@@ -143,11 +144,13 @@ class ModelRunner:
         streams: Streams | None = None,
         give_back: Callable[[], None] | None = None,
         begin: Callable[[], None] | None = None,
+        kernels: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
         self.model, self.pool = model, pool
         self.groups, self.num_pages, self.page_size = pool.groups, pool.num_pages, pool.page_size
         self.max_slots = max_slots
         self.recorded = recorded
+        self._kernels = kernels
         self._handed: dict[int, Follower | None] = {}
         self._handing = threading.Lock()
         self._work = work = StepWork(model, backend, pool, ops, max_slots, facts, recorded, streams)
@@ -193,6 +196,12 @@ class ModelRunner:
     def graph_bytes(self) -> int:
         """Memory that recorded steps take."""
         return sum(way.nbytes for way in self.recorded)
+
+    @property
+    def prepared(self) -> dict[str, Any]:
+        """What has been recorded and compiled so far."""
+        found: dict[str, Any] = {"graphs": {way.decision: way.graphs.facts() for way in self.recorded}}
+        return found if self._kernels is None else {**found, "kernels": self._kernels()}
 
     def drop_graphs(self) -> None:
         """Forget recorded steps because weights moved in memory. For `between`."""

@@ -68,9 +68,12 @@ class Warming:
         _log.info("kernels: %s", text)
         decisions.append(Decision("kernels", str(self.compiled.directory), text))
 
-    def ready(self) -> dict[str, Any]:
-        """Report compilations from now on. For `/server_info`: what was compiled, and how long it took."""
+    def ready(self) -> None:
+        """The engine answers: a compilation from now on is a fault."""
         self.compiled.tally.ready = True
+
+    def told(self) -> dict[str, Any]:
+        """For `/server_info`: what was compiled until now, and how long it took."""
         return self.facts | self.compiled.tally.facts() | {"cache": str(self.compiled.directory)}
 
     def close(self) -> None:

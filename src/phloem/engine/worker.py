@@ -145,11 +145,14 @@ def _build(
     pages = -(-min(context, sizing.tokens) // page) + 1
     ways = choice.choose(config.runtime, place, running, pages, chunk, decisions)
     phase.end("memory")
-    choice.record_first(config.runtime, ways, platform.facts, decisions)
-    phase.end("graphs")
+    if choice.record_first(config.runtime, ways, platform.facts, decisions):
+        phase.end("graphs")
+    if warming is not None:
+        warming.ready()
     runner = ModelRunner(
         model, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps,
+        kernels=warming.told if warming is not None else None,
     )  # fmt: skip
     info = {
         "weight_bytes": model.weight_bytes,
@@ -157,8 +160,7 @@ def _build(
         "kv_cache_dtype": str(kv_dtype).removeprefix("torch."),
         "dtype": str(dtype).removeprefix("torch."),
         "device": platform.name,
-        "graphs": {way.decision: way.graphs.facts() for way in ways},
-        "kernels": warming.ready() if warming is not None else None,
+        "prepared": runner.prepared,
     }
     worthwhile = min(chunk, platform.worthwhile_chunk)
     return Built(runner, context, running, chunk, machine.mixed, worthwhile, sizing.tokens, decisions, info)

@@ -163,12 +163,16 @@ def _pieces(
 
 def record_first(
     runtime: RuntimeConfig, ways: Sequence[RecordedWay], facts: StepFacts, decisions: list[Decision]
-) -> None:
-    """What is recorded before the engine is ready: all if asked for, the likely sizes where no step may wait for it."""
+) -> bool:
+    """What is recorded before the engine is ready: all if asked for, the likely sizes where no step may wait for it.
+    Whether there was anything to do."""
     if runtime.record_graphs_before_ready:
         record_all(ways, decisions)
     elif facts.records_idle:
         record_likely(ways, decisions)
+    else:
+        return False
+    return True
 
 
 def record_all(ways: Sequence[RecordedWay], decisions: list[Decision]) -> None:

@@ -18,6 +18,7 @@ from phloem.core.batch import FROM_DEVICE, Admission, Batch, StepOutput
 from phloem.core.request import SamplingParams
 from phloem.engine import pipeline as pipeline_file
 from phloem.engine.pipeline import Between, Flight, Pipeline
+from phloem.engine.transfer import plain_into
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
 from phloem.models import Model, load_model
@@ -167,6 +168,9 @@ class LateStreams:
 
     def up(self, arrays: Any) -> list[torch.Tensor]:
         return [torch.from_numpy(np.array(array)) for array in arrays]
+
+    def into(self, target: torch.Tensor, parts: Any) -> None:
+        plain_into(target, parts)
 
     def down(self, tensors: Any) -> Arriving:
         self.sent += 1

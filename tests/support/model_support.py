@@ -98,7 +98,7 @@ def reference(path: Path, tokens: list[int]) -> torch.Tensor:
     config = json.loads((path / "config.json").read_text())
     loader = AutoModelForImageTextToText if "text_config" in config else AutoModelForCausalLM
     # Its Gemma 3 has this setting and forgets to hand it to its own attention function, which understands it.
-    cap = config.get("attn_logit_softcapping")
+    cap = config.get("attn_logit_softcapping") if config["model_type"].startswith("gemma3") else None
     model = loader.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.inference_mode():
         return model(input_ids=torch.tensor([tokens]), **({"softcap": cap} if cap else {})).logits[0]

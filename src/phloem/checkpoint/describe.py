@@ -235,6 +235,9 @@ def _text_config(whole: dict[str, Any], path: Path) -> dict[str, Any]:
     text = whole.get("text_config")
     config: dict[str, Any] = {**whole, **text} if isinstance(text, dict) else dict(whole)
     config = {**family(model_type).defaults, **{key: value for key, value in config.items() if value is not None}}
+    for usual, theirs in family(model_type).spelling.items():
+        if usual not in config and theirs in config:
+            config[usual] = config[theirs]
     config["model_type"] = model_type
     dtype = config.get("dtype", config.get("torch_dtype"))
     if dtype is not None:
@@ -249,7 +252,7 @@ def _check_family(model_type: str, where: str) -> None:
 
 
 def _check_numbers(config: dict[str, Any], path: Path) -> None:
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    needed = family(config["model_type"]).needs
     for key in (*needed, "max_position_embeddings", "num_key_value_heads", "head_dim"):
         value = config.get(key)
         if value is None and key not in needed:

@@ -145,9 +145,10 @@ class Ops:
         models.experts
     )
     mul: Callable[[Tensor, Tensor], Tensor] = models.mul
-    sigmoid_mul: Callable[[Tensor, Tensor], Tensor] = models.sigmoid_mul  # x, gate -> x * sigmoid(gate)
+    sigmoid_mul: Callable[[Tensor, Tensor], Tensor] = models.sigmoid_mul  # x, gate[.., 1] or as x -> x * sigmoid(gate)
     gelu: Callable[[Tensor], Tensor] = models.gelu
     gelu_tanh: Callable[[Tensor], Tensor] = models.gelu_tanh
+    relu: Callable[[Tensor], Tensor] = models.relu
     relu2: Callable[[Tensor], Tensor] = models.relu2
     scale: Callable[[Tensor, float], Tensor] = models.scale
     scale_rows: Callable[[Tensor, Tensor], Tensor] = models.scale_rows  # x[T, ...], a number for each row [T]

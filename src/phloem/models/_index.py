@@ -121,7 +121,7 @@ class WeightIndex:
             shape, part = weight.shapes[number], weight.part(number)
             if part is None:
                 return shape
-            rows = max(rows, part.start + part.step * (shape[0] - 1) + 1)
+            rows = max(rows, part.total, part.start + part.step * (shape[0] - 1) + 1)
             transposed, experts, cols = part.transposed, part.experts, shape[1:]
         inner = (*cols, rows) if transposed and cols else (rows, *cols)
         return (experts, *inner) if experts else inner

@@ -67,6 +67,9 @@ def tiny_checkpoint(model_type: str, path: Path, *, seed: int = 0, shards: int =
             wide = 1.0 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.2
             centre = 1.0 if parameter.ndim == 1 and name.endswith("norm.weight") and not shifted else 0.0
             parameter.normal_(centre, wide)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.normal_(0.0, 0.2)
     size = sum(parameter.numel() for parameter in model.parameters()) * 4
     model.save_pretrained(path, max_shard_size=f"{max(1, size // shards // 1000 + 1)}KB" if shards > 1 else "5GB")
     write_tokenizer(path, model.config.get_text_config().vocab_size)

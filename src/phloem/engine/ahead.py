@@ -65,11 +65,18 @@ class Done(msgspec.Struct, frozen=True):
     errors: list[str]
 
 
+def shallow(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """A model's config with so many layers at most; lists that tell of each layer are cut too."""
+    depth = config.get("num_hidden_layers")
+    if not isinstance(depth, int) or depth <= layers:
+        return config
+    cut = {key: value[:layers] for key, value in config.items() if isinstance(value, list) and len(value) == depth}
+    return {**config, **cut, "num_hidden_layers": layers}
+
+
 def need_of(plan: Plan, layers: int = LAYERS[-1]) -> Need:
     """The model without data and with so many layers at most, and what steps need of the engine."""
-    config = dict(plan.config)
-    if isinstance(config.get("num_hidden_layers"), int):
-        config["num_hidden_layers"] = min(config["num_hidden_layers"], layers)
+    config = shallow(plan.config, layers)
     nowhere, device = Path("none"), torch.device("meta")
     checkpoint = Checkpoint(
         path=nowhere, format="dummy", model_type=plan.model_type, config=config, generation_config={}, eos_ids=(),

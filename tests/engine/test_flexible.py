@@ -16,7 +16,7 @@ from phloem.checkpoint.describe import describe
 from phloem.core.batch import Batch, StepOutput
 from phloem.core.config import Config
 from phloem.engine.recorded import choice
-from phloem.engine.recorded.flexible import FlexibleSteps
+from phloem.engine.recorded.flexible import FlexibleStep, FlexibleSteps
 from phloem.engine.runner import ModelRunner
 from phloem.kernels import native
 from phloem.kernels.graph import RecordError
@@ -102,7 +102,7 @@ def test_the_debug_mode_compares_every_replay(llama: Path, monkeypatch: pytest.M
     ours = Engine(llama, True, check=True)
     assert ours.steps is not None
     ours.run(ours.batches())
-    monkeypatch.setattr(ours.steps, "_eager", lambda fixed, sizes: torch.zeros(sizes[2], 64))
+    monkeypatch.setattr(FlexibleStep, "eager", lambda step, fixed, sizes: torch.zeros(sizes[2], 64))
     batch = steps()[2]
     with pytest.raises(RecordError, match="result 0"):
         ours.run([batch])

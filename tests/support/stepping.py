@@ -15,6 +15,7 @@ from phloem.core.errors import OutOfMemory
 from phloem.core.memory import groups_of
 from phloem.core.request import SamplingParams
 from phloem.engine.runner import ModelRunner
+from phloem.engine.transfer import plain_into
 from phloem.kernels.ops import Ops
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import memory_of
@@ -154,6 +155,9 @@ class LateCopies:
 
     def up(self, arrays: Any) -> list[torch.Tensor]:
         return [torch.from_numpy(np.array(array)) for array in arrays]
+
+    def into(self, target: torch.Tensor, parts: Any) -> None:
+        plain_into(target, parts)
 
     def down(self, tensors: Any) -> Arriving:
         asked: list[int] = []

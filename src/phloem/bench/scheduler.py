@@ -60,6 +60,10 @@ class NullRunner:
         self.num_pages = (num_pages,)
         self.max_slots = max_slots
 
+    @property
+    def prepared(self) -> dict[str, Any]:
+        return {}
+
     def launch(self, batch: Batch) -> _Done[StepOutput]:
         return _Done(StepOutput(batch.step, batch.outputs, batch.outputs[batch.outputs == 1]))
 

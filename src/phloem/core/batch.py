@@ -11,7 +11,7 @@ A `Batch` is plain data: it could be sent to another process. What follows a gra
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -178,6 +178,11 @@ class Runner(Protocol):
     page_size: int
     max_slots: int
     draft_room: int  # drafts that it may make for a row in one step, at most; 0 where it does not speculate
+
+    @property
+    def prepared(self) -> dict[str, Any]:
+        """What has been recorded and compiled so far, for people."""
+        ...
 
     @property
     def graph_bytes(self) -> int:

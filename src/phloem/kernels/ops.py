@@ -128,6 +128,13 @@ class Ops:
     # Tokens int32 [L], as `engine/sampler.py` specifies; None: that file's torch code draws.
     sample: Callable[[Tensor, Draw], Tensor] | None = None
 
+    # The tokens that a step begins and ends with; None: torch code (`engine/transfer.py`).
+    # ids[T] int64, last[S] int64, slots[T] int64: in place, ids below 0 become last[slots]
+    late_tokens_: Callable[[Tensor, Tensor, Tensor], None] | None = None
+    # last[S], slots[L], tokens[L], sound[L] float -> int32 [L]: last[slots] = tokens; the token, or -1 - token where
+    # sound is NaN
+    keep_tokens_: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+
     # Makes step graphs over this table's ops; None: steps run eagerly.
     recorder: Callable[[], GraphRecorder] | None = None
 

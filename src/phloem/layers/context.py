@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from phloem.kernels.ops import LatentCall, Ops, Rotation
     from phloem.quant import Method
+    from phloem.quant._source import Stager
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class BuildContext:
     name: str = ""
     quant: Method | None = None  # None: weights as the checkpoint has them
     mesh: Mesh = Mesh()
+    stager: Stager | None = None  # brings tensors from files to the device; None: through the host
 
     def child(self, name: str | int) -> BuildContext:
         return replace(self, name=f"{self.name}.{name}" if self.name else str(name))

@@ -16,12 +16,12 @@ import torch
 from phloem.core.errors import ModelLoadError
 from phloem.models._gguf import gguf_sources
 from phloem.models._scales import scale_of
-from phloem.models._sources import DummySource, SafetensorsSource, TensorSource
+from phloem.models._sources import DummySource, Read, SafetensorsSource, Stored, TensorSource, stored_in
 from phloem.models._stored import WHOLE, as_base, check_pushed, unused_parts, unused_scales
 from phloem.quant._source import View
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str, float], None]
 
+FEW_ELEMENTS = 8 << 20  # a matrix of more is cut into pieces that are read side by side
+
 Place = tuple["Weight", int]  # a slot, and which of its parts
 
 
@@ -40,8 +42,9 @@ def open_sources(
 ) -> tuple[dict[str, Source], list[str]]:
     """Every tensor of a checkpoint by our name, and the names in it that the model does not use."""
     if checkpoint.format == "dummy":
+        device = index.ctx.device
         return {
-            name: DummySource(name, index.stored_shape(name), shifted=True, role=places[0][0].role)
+            name: DummySource(name, index.stored_shape(name), shifted=True, role=places[0][0].role, device=device)
             for name, places in index.slots.items()
         }, []
     if checkpoint.gguf is not None:
@@ -69,16 +72,18 @@ def _safetensors_sources(
     path = checkpoint.path
     try:
         keys: list[tuple[Any, str]] = []
+        places: dict[str, Stored] = {}
         for path in checkpoint.files:
             file = safe_open(str(path), framework="pt", device="cpu")
             keys += [(file, key) for key in file.keys()]  # noqa: SIM118 - not a dict
+            places |= stored_in(path) if index.ctx.stager is not None else {}
         rename = as_base(rename, [key for _, key in keys], index.embedding)
         for file, key in keys:
             name = rename(key)
             if name is not None and (name in index.slots or name in companions):
                 stored = file.get_slice(key)
-                kind = str(stored.get_dtype())
-                found[name] = SafetensorsSource(name, tuple(stored.get_shape()), file=file, key=key, stored=kind)
+                shape, kind = tuple(stored.get_shape()), str(stored.get_dtype())
+                found[name] = SafetensorsSource(name, shape, file=file, key=key, stored=kind, place=places.get(key))
             elif name is not None and not index.ignores(name):
                 unused.append(key)
     except (SafetensorError, OSError) as error:
@@ -145,6 +150,7 @@ class WeightIndex:
         """
         self._join(sources)
         self._check(sources, where)
+        self._stage(sources)
         total = sum(prod(weight.local(part)) for weight in self.weights for part in range(len(weight.names)))
         done = 0
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "phloem-load") as workers:
@@ -166,6 +172,12 @@ class WeightIndex:
             found = {what: sources[other] for what, other in companions.items() if other in sources}
             if found and set(found) != {"weight"}:
                 sources[name] = method.join(name, found)
+
+    def _stage(self, sources: dict[str, Source]) -> None:
+        """Plain tensors go from the file to the device; what a quantisation makes anew is made on the host."""
+        for source in sources.values() if self.ctx.quant is None else ():
+            if isinstance(source, SafetensorsSource):
+                source.stager = self.ctx.stager
 
     def _check(self, sources: dict[str, Source], where: str) -> None:
         missing = [name for name in self.slots if name not in sources]
@@ -222,12 +234,22 @@ class WeightIndex:
         views = [self._view(weight, number, sources[name]) for number, name in enumerate(weight.names)]
         ops, dtype, device, method = self.ctx.ops, self.ctx.dtype, self.ctx.device, self.ctx.quant
         if weight.role == "matrix":
+            views = self._ahead(views, sources)
             parts: list[Any] = views if method is None or method.wrap is None else [method.wrap(view) for view in views]
             if not weight.experts:
                 return ops.prepare_linear(parts, dtype, device)
             prepare = ops.prepare_experts if weight.fused else ops.stack_experts
             return prepare(parts, dtype, device, weight.experts)
         return torch.cat([self._vector(weight, view) for view in views]).to(device)
+
+    def _ahead(self, views: Sequence[View], sources: dict[str, Source]) -> Sequence[Any]:
+        """Of many small matrices (experts) several are read at a time, where they go to the device unchanged."""
+        staged = all(isinstance(source := sources[view.name], SafetensorsSource) and source.stager for view in views)
+        workers = views[0].workers
+        if not staged or workers is None or len(views) == 1 or prod(views[0].shape) > FEW_ELEMENTS:
+            return views
+        values = list(workers.map(lambda view: view.dense(self.ctx.dtype), views))
+        return [Read(view.name, view.shape, tensor) for view, tensor in zip(views, values, strict=True)]
 
     def _vector(self, weight: Weight, view: View) -> Tensor:
         values = view.dense(torch.float32)

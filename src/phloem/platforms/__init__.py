@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import torch
 
     from phloem.kernels.ops import Ops
+    from phloem.platforms._compiled import Compiled
     from phloem.platforms._facts import StepFacts
+    from phloem.platforms._staging import Stager
     from phloem.platforms._streams import Streams
 
 PREFERENCE = ("cuda", "rocm", "xpu", "npu", "tpu", "cpu")
@@ -43,6 +45,15 @@ class Platform(Protocol):
     @property
     def streams(self) -> Streams | None:
         """Copies beside the computation, or None where there is no such thing."""
+        ...
+
+    @property
+    def compiled(self) -> Compiled | None:
+        """Kernels that are compiled at their first launch; None where there are no such, or they cannot be early."""
+        ...
+
+    def stager(self) -> Stager | None:
+        """What brings weights from files to the device, to be closed when they are there; None: nothing special."""
         ...
 
     def memory(self) -> tuple[int, int]:

@@ -36,6 +36,7 @@ class Platform:
     worthwhile_chunk = 32
     quantised_kv_dtype = torch.int8  # of the KV cache beside quantised weights
     streams = None
+    compiled = None
     # An eager step takes 1 or 2 ms longer than a replay, recording takes 35: a bucket that a batch passes through as it
     # empties is not worth it. In idle times recording would take the cores of whatever else runs here.
     facts = StepFacts(on_host=True, masks_ahead=False, patience=12)
@@ -43,6 +44,9 @@ class Platform:
     def __init__(self, threads: int | None) -> None:
         self.threads = threads or available_cores()
         torch.set_num_threads(self.threads)
+
+    def stager(self) -> None:
+        """Nothing: weights are read where they are used."""
 
     def memory(self) -> tuple[int, int]:
         return machine.memory()

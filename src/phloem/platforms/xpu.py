@@ -31,10 +31,14 @@ class Platform:
     worthwhile_chunk = 512
     quantised_kv_dtype = None
     streams = None
+    compiled = None
     facts = StepFacts()
 
     def __init__(self, threads: int | None) -> None:
         self.device = torch.device("xpu", torch.xpu.current_device())
+
+    def stager(self) -> None:
+        """Not written for this kind of device."""
 
     def memory(self) -> tuple[int, int]:
         free, total = torch.xpu.mem_get_info(self.device)

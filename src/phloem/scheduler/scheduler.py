@@ -160,6 +160,7 @@ class Scheduler:
             "paused": self.paused,
             "max_running_requests": self.slots.count,
             "graph_bytes": self.runner.graph_bytes,
+            "prepared": self.runner.prepared,
             **self.meter.state(),
             **usage(self.cache),
             **self.planner.state(),

@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
@@ -184,6 +184,10 @@ class FakeRunner:
         self._followers: dict[int, Follower | None] = {}
         self._busy_until = 0.0
         self._closed_epoch = -1
+
+    @property
+    def prepared(self) -> dict[str, Any]:
+        return {}
 
     @property
     def computed_tokens(self) -> int:

@@ -49,6 +49,22 @@ _LIMITS: dict[str, Any] = {
 }
 
 
+def prepared(text: str) -> _schema.Schema | Constraint:
+    """A schema as the library takes it, or another constraint that says the same.
+
+    Raises:
+        BadRequest: with the path of what is not enforced.
+    """
+    schema = _schema.read_schema(text)
+    _keywords.rewrite(schema, narrow=_oneof.settle(schema))
+    _schema.refuse_unsupported(schema, KEYWORDS, FORMATS, Engine.name)
+    _oneof.close(schema)
+    _strip_annotations(schema)
+    _formats.spell_out(list(_schema.reachable(schema)))
+    _numbers.narrow(list(_schema.reachable(schema)))
+    return _frames.spelled_out(schema) or schema
+
+
 class _Wrapper:
     """The tokenizer in the shape that llguidance reads."""
 
@@ -127,16 +143,10 @@ class Engine:
         if isinstance(constraint, _base.JsonObject):
             schema: _schema.Schema = {"type": "object"}
         else:
-            schema = _schema.read_schema(constraint.schema)
-            _keywords.rewrite(schema, narrow=_oneof.settle(schema))
-            _schema.refuse_unsupported(schema, KEYWORDS, FORMATS, self.name)
-            _oneof.close(schema)
-            _strip_annotations(schema)
-            _formats.spell_out(list(_schema.reachable(schema)))
-            _numbers.narrow(list(_schema.reachable(schema)))
-            framed = _frames.spelled_out(schema)
-            if framed is not None:
-                return framed
+            found = prepared(constraint.schema)
+            if not isinstance(found, dict):
+                return found
+            schema = found
         flexible = self.options.whitespace == "flexible"
         style: dict[str, Any] = {"whitespace_flexible": flexible}
         if flexible:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pools import pool_of
+from pools import pool_for
 
 from phloem.attention import BACKENDS, begin
 from phloem.checkpoint.describe import describe
@@ -37,7 +37,7 @@ class Engine:
         self.checkpoint = describe(str(path), **options)
         self.model = load_model(self.checkpoint, BuildContext(self.ops, dtype, CPU))
         kept = kv_dtype or dtype
-        self.pool = pool_of(self.model.attention_specs, 256, PAGE, kept, CPU)
+        self.pool = pool_for(self.model.memory, 256, PAGE, kept, CPU)
         self.attention = BACKENDS.module("cpu").Backend(self.ops, self.model.attention_specs, CPU, kept)
         self.free = list(range(1, 256))
 

@@ -120,9 +120,15 @@ class ServerConfig:
     api_key: str | None = opt(None, "Key that clients must send as a bearer token; PHLOEM_API_KEY sets it too.")
     cors_origins: str = opt("", "Origins, separated by commas, whose pages may call this server; * for all.")
     max_body_bytes: int = opt(32 * 1024 * 1024, "Largest request body.")
+    max_bodies_bytes: int = opt(256 * 1024 * 1024, "Most bytes of all request bodies that are being read or decoded.")
+    header_timeout: float = opt(30.0, "Seconds that a connection may take for a request's header.")
+    body_timeout: float = opt(30.0, "Seconds for which a request's body may stop; slower than 64 KiB/s is cut too.")
     max_prompts_per_request: int = opt(1024, "Most prompts in one batch request.")
     incremental_streaming_output: bool = opt(False, "/generate streams only what is new in each event.")
     on_engine_death: OnEngineDeath = opt("restart", "What the server does when its engine process dies.")
+    engine_hang_timeout: float = opt(
+        600.0, "Seconds after which an engine that hangs is ended, its requests answered 503; 0: never."
+    )
     max_engine_restarts: int = opt(3, "Restarts within ten minutes before the server gives up and exits.")
     drain_timeout: float = opt(30.0, "Seconds that running requests get to finish after SIGTERM.")
     log_level: LogLevel = opt("info", "How much is logged.")
@@ -230,6 +236,9 @@ _POSITIVE = (
     "threads",
     "piecewise_graph_max_tokens",
     "max_body_bytes",
+    "max_bodies_bytes",
+    "header_timeout",
+    "body_timeout",
     "max_prompts_per_request",
 )
 

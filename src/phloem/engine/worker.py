@@ -14,6 +14,7 @@ from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import resolve
 from phloem.core.errors import ConfigError
+from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
 from phloem.engine.recorded import choice
 from phloem.engine.runner import ModelRunner
@@ -191,7 +192,7 @@ def _eight_bits(
     few = config.model.quantization is not None or checkpoint.quantised
     asked = config.cache.kv_cache_dtype != "auto" or config.model.dtype != "auto"
     kind = platform.quantised_kv_dtype
-    if kind is None or asked or not few:
+    if kind is None or asked or not few or any(isinstance(spec, Latent) for spec in model.memory):
         return None
     need = AttentionNeed(model.attention_specs, kind, platform.device, config.cache.page_size)
     try:

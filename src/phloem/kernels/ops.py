@@ -141,6 +141,7 @@ class Ops:
         models.experts
     )
     mul: Callable[[Tensor, Tensor], Tensor] = models.mul
+    join: Callable[[Tensor, Tensor], Tensor] = models.join  # along the last axis
     sigmoid_mul: Callable[[Tensor, Tensor], Tensor] = models.sigmoid_mul  # x, gate[.., 1] or as x -> x * sigmoid(gate)
     gelu: Callable[[Tensor], Tensor] = models.gelu
     gelu_tanh: Callable[[Tensor], Tensor] = models.gelu_tanh

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from phloem.kernels.ops import Ops, Rotation
+    from phloem.kernels.ops import LatentCall, Ops, Rotation
     from phloem.quant import Method
 
 
@@ -109,6 +109,11 @@ class StepMemory(Protocol):
 
     def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         """As `AttentionStep`, over the pages of `spec.pool`."""
+        ...
+
+    def attend_latent(self, pool: int, q_nope: Tensor, q_rope: Tensor, latent: Tensor, call: LatentCall, /) -> Tensor:
+        """Latent attention: writes the new tokens' latents [T, L + P], rotated part last, into the pages of `pool`,
+        then attends over each row's; q_nope [T, H, N] and rotated q_rope [T, H, P] -> [T, H, value size]."""
         ...
 
     def state(self, pool: int) -> StateStep:

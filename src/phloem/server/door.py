@@ -40,7 +40,9 @@ class Door:
 
     async def read(self, request: Request, parser: Parser[T], empty: bytes = b"") -> T:
         """The request's body; `empty` stands for a body of no bytes where a route allows that."""
-        return parser.parse((await request.body()) or empty, self.info.features)
+        parts = [part async for part in request.stream()]  # not `body()`: that keeps it for as long as the answer takes
+        body = parts.pop() if len(parts) == 1 else b"".join(parts)
+        return parser.parse(body or empty, self.info.features)
 
     def check_model(self, name: str | None) -> None:
         if not self.info.answers_to(name):

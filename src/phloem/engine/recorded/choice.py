@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from phloem.core import resolve
+from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
 from phloem.engine.recorded.decode import DecodeGraphs
 from phloem.engine.recorded.flexible import FlexibleSteps
@@ -138,6 +139,8 @@ def _pieces(
         refusal = "the model does not say where its last attention ends"
     elif any(group.kind == "state" for group in place.pool.groups):
         refusal = "recurrent layers do not run between pieces"
+    elif any(isinstance(spec, Latent) for spec in place.pool.memory):
+        refusal = "latent attention does not run between pieces"
     decision = resolve.piecewise_tokens(refusal, runtime.piecewise_graph_max_tokens, chunk)
     decisions.append(decision)
     if refusal is not None or recorder is None or not isinstance(model, CutModel):

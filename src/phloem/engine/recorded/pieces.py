@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from phloem.attention import AttentionBackend
     from phloem.engine.inputs import Step
+    from phloem.kernels.calls import LatentCall
     from phloem.kernels.graph import Cut, GraphRecorder, StepGraph
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, Heads, StateStep, StepMemory
@@ -182,6 +183,9 @@ class _Between:
     @property
     def nbytes(self) -> int:
         return sum(out_BHD.nbytes for out_BHD in list(self._outs.values()))
+
+    def attend_latent(self, pool: int, q_nope: Tensor, q_rope: Tensor, latent: Tensor, call: LatentCall) -> Tensor:
+        raise NotImplementedError("pieces are not recorded of models with latent attention")
 
     def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         out_BHD = self._out(heads.q)

@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Query, Request
+from msgspec import Meta
 from starlette.responses import Response
 
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.core.messages import ControlReply
 from phloem.protocol.answers import ControlAnswer
 from phloem.protocol.body import Body, Parser
+from phloem.protocol.fields import AddressedBody
+from phloem.protocol.known import INTERNAL
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
+
+MAX_TIMEOUT = 3600.0
 
 
 class AbortBody(Body, kw_only=True):
@@ -22,29 +27,46 @@ class AbortBody(Body, kw_only=True):
     abort_all: bool | None = None
     abort_message: str | None = None
     finished_reason: Any = None
+    http_worker_ipc: str | None = None
+    weight_versions: Any = None
 
     ignored: ClassVar[dict[str, str]] = {
+        "http_worker_ipc": INTERNAL,
+        "weight_versions": INTERNAL,
         "abort_message": "the reason given to the client is fixed",
         "finished_reason": "the reason given to the client is fixed",
     }
 
 
-class PauseBody(Body, kw_only=True):
+class PauseBody(AddressedBody, kw_only=True):
     """`POST /pause_generation`. `mode`: abort (default), retract or in_place."""
 
     mode: str | None = None
 
 
-class EmptyBody(Body, kw_only=True):
-    """A body without fields."""
+class ContinueBody(AddressedBody, kw_only=True):
+    """`POST /continue_generation`."""
+
+    torch_empty_cache: bool | None = None
+
+    ignored: ClassVar[dict[str, str]] = {
+        **AddressedBody.ignored,
+        "torch_empty_cache": "memory is given back when a step needs it",
+    }
+
+
+class FlushBody(AddressedBody, kw_only=True):
+    """`POST /flush_cache`. `timeout_s`: as `timeout` in the address."""
+
+    timeout_s: Annotated[float, Meta(ge=0, le=MAX_TIMEOUT)] | None = None
 
 
 router = APIRouter(tags=["control"])
 _abort = Parser(AbortBody)
 _pause = Parser(PauseBody)
-_nothing = Parser(EmptyBody)
+_continue = Parser(ContinueBody)
+_flush = Parser(FlushBody)
 PAUSE_MODES = ("abort", "retract", "in_place")
-MAX_TIMEOUT = 3600.0
 Timeout = Annotated[float, Query(ge=0, le=MAX_TIMEOUT, description="Seconds to wait for running requests to end.")]
 
 
@@ -57,10 +79,15 @@ def _answer(reply: ControlReply, done: str) -> Response:
 
 
 @router.get("/flush_cache", **describe(answer=ControlAnswer, errors=(400, *NEEDS_ENGINE)))
-@router.post("/flush_cache", **describe(answer=ControlAnswer, errors=(400, *NEEDS_ENGINE)))
+@router.post(
+    "/flush_cache", **describe(body=FlushBody, answer=ControlAnswer, body_required=False, errors=(400, *NEEDS_ENGINE))
+)
 async def flush_cache(request: Request, timeout: Timeout = 0.0) -> Response:
     """Forget every cached prefix. Refused while requests run, unless they end within `timeout` seconds."""
-    reply = await door_of(request).client.control("flush_cache", deadline=timeout + 30.0, timeout=timeout)
+    door = door_of(request)
+    body = await door.read(request, _flush, empty=b"{}")
+    timeout = timeout or body.timeout_s or 0.0
+    reply = await door.client.control("flush_cache", deadline=timeout + 30.0, timeout=timeout)
     return _answer(reply, "the cache is empty")
 
 
@@ -91,10 +118,11 @@ async def pause_generation(request: Request) -> Response:
 
 
 @router.post(
-    "/continue_generation", **describe(body=EmptyBody, answer=ControlAnswer, body_required=False, errors=NEEDS_ENGINE)
+    "/continue_generation",
+    **describe(body=ContinueBody, answer=ControlAnswer, body_required=False, errors=NEEDS_ENGINE),
 )
 async def continue_generation(request: Request) -> Response:
     """Go on after a pause."""
     door = door_of(request)
-    await door.read(request, _nothing, empty=b"{}")
+    await door.read(request, _continue, empty=b"{}")
     return _answer(await door.client.control("resume"), "running")

@@ -13,7 +13,7 @@ import queue
 import threading
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -352,6 +352,16 @@ class Engine:
     def continue_generation(self) -> None:
         self._check(self._run(self._client.control("resume")))
 
+    def get_weights_by_name(self, name: str, truncate_size: int = 100) -> list[Any]:
+        """The first rows of the weight that the checkpoint calls `name`, as numbers. Read between two steps.
+
+        Raises:
+            PhloemError: there is no such weight.
+        """
+        reply = self._door.run(self._client.control("get_weights_by_name", name=name, rows=truncate_size))
+        self._check(reply)
+        return reply.data["weight"]
+
     @staticmethod
     def _check(reply: Any) -> None:
         if not reply.ok:
@@ -391,12 +401,19 @@ def _end_at_exit(held: weakref.ref[Engine]) -> None:
         engine.shutdown()
 
 
+@runtime_checkable
+class _Array(Protocol):
+    """A numpy array or number, a tensor, or another library's."""
+
+    def tolist(self) -> Any: ...
+
+
 def _listed(ids: Any) -> Any:
     """Arrays and tensors of token ids as lists; all else as it is."""
-    if hasattr(ids, "tolist"):
+    if isinstance(ids, _Array):
         return ids.tolist()
     if isinstance(ids, list | tuple):
-        return [one.tolist() if hasattr(one, "tolist") else one for one in ids]
+        return [one.tolist() if isinstance(one, _Array) else one for one in ids]
     return ids
 
 

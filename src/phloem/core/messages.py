@@ -55,7 +55,8 @@ class Control(Message):
     """An administrative call; answered by one `ControlReply` with the same id.
 
     Names: `flush_cache` (args: timeout seconds), `state` (running and waiting counts, memory, throughput, cache),
-    `pause` (args: mode abort | retract | in_place), `resume`, `abort_all`.
+    `pause` (args: mode abort | retract | in_place), `resume`, `abort_all`, `cache_tree` (args: max_nodes),
+    `get_weights_by_name` (args: name, rows; data: weight, nested lists).
     """
 
     id: str

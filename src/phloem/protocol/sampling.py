@@ -50,6 +50,8 @@ def openai_params(body: OpenAIBody, max_tokens: int | None, defaults: dict[str, 
     for name in RECOMMENDED:
         if values[name] is None:
             values[name] = (defaults or {}).get(name)
+    if body.seed is None:
+        values["sampling_seed"] = body.sampling_seed
     values["processors"] = named(body.custom_logit_processor, body.custom_params)
     params = _params({**values, **constraint_fields(body)}, body)
     params.max_new_tokens = max_tokens

@@ -56,6 +56,8 @@ def error_response(error: PhloemError, scope: Scope) -> Response:
     headers: dict[str, str] = {}
     if error.status == 503:
         headers["retry-after"] = RETRY_AFTER
+    if error.status == 408:
+        headers["connection"] = "close"  # what may still come is no request
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     body = error_body(error)

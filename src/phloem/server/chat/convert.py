@@ -83,7 +83,7 @@ async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> C
             tools=None if info.explain_tools else tools.tools or None,
             add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
             continue_final_message=bool(body.continue_final_message),
-            **template_kwargs(body.chat_template_kwargs, body.reasoning_effort),
+            **template_kwargs(body.chat_template_kwargs, body.reasoning_effort, body.thinking),
         )
     )
     if needs_special_tokens(client.tokenizer, tools.parser(), reasoning):
@@ -144,8 +144,10 @@ def with_tools(messages: list[dict[str, Any]], tools: ToolPlan, info: ModelInfo)
     return explain(messages, tools.tools, tools.parser()) if info.explain_tools else messages
 
 
-def template_kwargs(given: dict[str, Any] | None, effort: str | None = None) -> dict[str, Any]:
-    """`chat_template_kwargs`, checked, with what `reasoning_effort` means to templates."""
+def template_kwargs(
+    given: dict[str, Any] | None, effort: str | None = None, thinking: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """`chat_template_kwargs`, checked, with what `reasoning_effort` and `thinking` mean to templates."""
     extra = dict(given or {})
     for name in sorted(_RESERVED & set(extra)):
         raise BadRequest(f"chat_template_kwargs cannot set {name!r}", param="chat_template_kwargs")
@@ -154,6 +156,12 @@ def template_kwargs(given: dict[str, Any] | None, effort: str | None = None) -> 
         if effort == "none":
             extra.setdefault("enable_thinking", False)
             extra.setdefault("thinking", False)
+    kind = (thinking or {}).get("type")
+    if kind in ("enabled", "disabled"):
+        extra.setdefault("enable_thinking", kind == "enabled")
+        extra.setdefault("thinking", kind == "enabled")
+    elif kind not in (None, "adaptive", "auto"):
+        raise BadRequest(f"thinking.type: {kind!r:.100} is none of enabled, disabled, adaptive", param="thinking.type")
     return extra
 
 
@@ -191,7 +199,7 @@ def _plain_message(message: Message, at: int) -> dict[str, Any]:
             texts.append(part.text)
         content = "\n".join(texts)
     plain = {name: value for name, value in msgspec.structs.asdict(message).items() if value is not None}
-    for name in Message.ignored:
+    for name in (*Message.ignored, *Message.later):
         plain.pop(name, None)
     plain["content"] = content
     return plain

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from phloem.core.errors import BadRequest
 from phloem.protocol.body import Body, Later
-from phloem.protocol.fields import HINT, Int32, Seed, refuse_edits
+from phloem.protocol.fields import DISAGGREGATION, HINT, Int32, Seed, refuse_edits
 
 # Fields that mean the same as in chat completions, and are handed on by name.
 AS_IN_CHAT = (
@@ -76,11 +76,13 @@ class CountTokensBody(Body, kw_only=True):
     speed: str | None = None
     thread: dict[str, Any] | None = None
     client_metadata: dict[str, Any] | None = None
+    betas: list[str] | None = None
 
     ignored: ClassVar[dict[str, str]] = {
         "cache_control": HINT,
         "speed": HINT,
         "client_metadata": HINT,
+        "betas": HINT,
         "context_management": "edits that clear old context are left undone: the whole conversation is read",
     }
     later: ClassVar[dict[str, Later]] = {
@@ -122,6 +124,11 @@ class MessagesBody(CountTokensBody, kw_only=True):
     priority: Int32 | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
+    bootstrap_host: Any = None
+    bootstrap_port: Any = None
+    bootstrap_room: Any = None
+    routed_dp_rank: Int32 | None = None
+    disagg_prefill_dp_rank: Int32 | None = None
 
     ignored: ClassVar[dict[str, str]] = {
         **CountTokensBody.ignored,
@@ -129,4 +136,10 @@ class MessagesBody(CountTokensBody, kw_only=True):
         "service_tier": HINT,
         "inference_geo": HINT,
     }
-    later: ClassVar[dict[str, Later]] = {**CountTokensBody.later, "container": Later("containers")}
+    later: ClassVar[dict[str, Later]] = {
+        **CountTokensBody.later,
+        "container": Later("containers"),
+        **DISAGGREGATION,
+        "routed_dp_rank": Later("data_parallel", (0,)),
+        "disagg_prefill_dp_rank": Later("disaggregation"),
+    }

@@ -85,6 +85,7 @@ class ResponseFields(RequestFields, kw_only=True):
     max_thinking_tokens: Int32 | None = None
     separate_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    request_id: str | None = None
 
     personality: str | None = None
 
@@ -96,6 +97,8 @@ class ResponseFields(RequestFields, kw_only=True):
         "prompt_cache_options": "prefixes are found by their tokens",
     }
     later: ClassVar[dict[str, Later]] = {
+        **RequestFields.later,
+        "request_id": Later("request_id", (), "responses have ids of the server's own making"),
         "truncation": Later("truncation", ("disabled",)),
         "conversation": Later("conversations"),
         "prompt": Later("prompt_templates"),

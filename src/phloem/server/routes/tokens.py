@@ -31,7 +31,10 @@ class TokenizeBody(Body, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     model: str | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    reasoning_effort: str | None = None
 
+    ignored: ClassVar[dict[str, str]] = {"tool_choice": "it changes what is answered, not what is asked"}
     later: ClassVar[dict[str, Later]] = {"tools": Later("tools", ([],))}
 
 
@@ -77,7 +80,7 @@ async def tokenize(request: Request) -> Response:
             tools=None if door.info.explain_tools else shown.tools or None,
             add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
             continue_final_message=bool(body.continue_final_message),
-            **template_kwargs(body.chat_template_kwargs),
+            **template_kwargs(body.chat_template_kwargs, body.reasoning_effort),
         )
         special = bool(special)  # the template writes them
     else:

@@ -92,7 +92,7 @@ def test_demo() -> None:
         pytest.skip("the default model is not installed")
     found = describe("demo")
     assert (found.name, found.format, found.model_type) == ("SmolLM2-135M-Instruct", "gguf", "llama")
-    assert (found.context_length, found.vocab_size, found.eos_ids) == (8192, 49152, (2,))
+    assert (found.context_length, found.vocab_size, found.eos_ids) == (8192, 49152, (2, 0))
     assert found.tokenizer_path == found.path
     assert found.config["tie_word_embeddings"] is True
 
@@ -147,7 +147,7 @@ def test_shards_without_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "mamba"}, r"config.json: unknown model type 'mamba'; known: gemma3, gemma3_text, .*llama"),
+        ({"model_type": "mamba"}, r"config.json: unknown model type 'mamba'; known: .*gemma3, gemma3_text, .*llama"),
         ({"model_type": None}, "config.json: no model_type"),
         ({"vocab_size": "many"}, "config.json: vocab_size is 'many', expected a whole number"),
         ({"hidden_size": 0}, "config.json: hidden_size is 0"),
@@ -229,7 +229,7 @@ def test_gguf_of_another_architecture(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    refuse(file, "other.gguf: unknown GGUF architecture 'mamba'; known: gemma3, .*llama")
+    refuse(file, "other.gguf: unknown GGUF architecture 'mamba'; known: .*gemma3, .*llama")
 
 
 def test_gguf_that_lacks_what_a_model_needs(tmp_path: Path) -> None:

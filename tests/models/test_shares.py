@@ -20,13 +20,26 @@ from phloem.models._index import open_sources
 from phloem.testing.checkpoints import families, tiny_checkpoint, tiny_gguf
 
 SIZES: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
-HEADS_OF_EIGHT = ("qwen2", "phi3", "olmo2", "granite")  # they have no head size of their own
+# They have no head size of their own.
+HEADS_OF_EIGHT = (
+    "qwen2", "phi3", "olmo2", "olmo3", "granite", "smollm3", "exaone4", "cohere", "cohere2", "starcoder2", "stablelm",
+    "phi", "gpt_neox", "deepseek_v2", "deepseek_v3", "qwen2_moe", "olmoe", "granitemoe", "opt", "falcon",
+)  # fmt: skip
 
 
 def checkpoint(name: str, path: Path) -> Path:
     sizes = {**SIZES, "head_dim": None, "hidden_size": 64} if name in HEADS_OF_EIGHT else SIZES
+    sizes = {"n_head": 8, "n_embd": 64} if name == "gpt2" else sizes
+    sizes = {**SIZES, "head_dim": 8, "hidden_size": 64} if name == "helium" else sizes
     experts = {"num_experts": 8, "num_local_experts": 8} if "moe" in name else {}
-    experts = {"num_local_experts": 8} if name in ("mixtral", "gpt_oss") else experts
+    experts = {"num_local_experts": 8} if name in ("mixtral", "gpt_oss", "minimax_m2") else experts
+    experts = (
+        {"moe_num_experts": 8}
+        if name == "ernie4_5_moe"
+        else {}
+        if name in ("glm4_moe", "deepseek_v2", "deepseek_v3")
+        else experts
+    )
     return tiny_checkpoint(name, path, **sizes, **experts)
 
 
@@ -146,6 +159,8 @@ def test_each_rank_keeps_its_share_of_what_is_pushed(name: str, tmp_path: Path) 
     path, other = checkpoint(name, tmp_path / "a"), tmp_path / "b"
     model, _ = load(path, Mesh.of(1, tp=2))
     sizes = {**SIZES, "head_dim": None, "hidden_size": 64} if name in HEADS_OF_EIGHT else SIZES
+    sizes = {"n_head": 8, "n_embd": 64} if name == "gpt2" else sizes
+    sizes = {**SIZES, "head_dim": 8, "hidden_size": 64} if name == "helium" else sizes
     experts = {"num_local_experts": 8} if name == "gpt_oss" else {}
     tiny_checkpoint(name, other, seed=5, **sizes, **experts)
     pointers = [weight.value.data_ptr() for weight in model.weights()]

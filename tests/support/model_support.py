@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pools import pool_of
+from pools import pool_for
 
 from phloem.attention import BACKENDS, begin
 from phloem.checkpoint.describe import describe
@@ -37,7 +37,7 @@ class Engine:
         self.checkpoint = describe(str(path), **options)
         self.model = load_model(self.checkpoint, BuildContext(self.ops, dtype, CPU))
         kept = kv_dtype or dtype
-        self.pool = pool_of(self.model.attention_specs, 256, PAGE, kept, CPU)
+        self.pool = pool_for(self.model.memory, 256, PAGE, kept, CPU)
         self.attention = BACKENDS.module("cpu").Backend(self.ops, self.model.attention_specs, CPU, kept)
         self.free = list(range(1, 256))
 
@@ -92,13 +92,24 @@ class Engine:
         return out
 
 
+def edited(path: Path, target: Path, tensors: Any = None, **config: Any) -> Path:
+    """A copy of a checkpoint with other tensors, or other keys in its config.json."""
+    from safetensors.torch import load_file, save_file
+
+    target.mkdir()
+    stored = load_file(path / "model.safetensors")
+    save_file(tensors(stored) if tensors else stored, target / "model.safetensors")
+    (target / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), **config}))
+    return target
+
+
 def reference(path: Path, tokens: list[int]) -> torch.Tensor:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = json.loads((path / "config.json").read_text())
     loader = AutoModelForImageTextToText if "text_config" in config else AutoModelForCausalLM
     # Its Gemma 3 has this setting and forgets to hand it to its own attention function, which understands it.
-    cap = config.get("attn_logit_softcapping")
+    cap = config.get("attn_logit_softcapping") if config["model_type"].startswith("gemma3") else None
     model = loader.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.inference_mode():
         return model(input_ids=torch.tensor([tokens]), **({"softcap": cap} if cap else {})).logits[0]

@@ -1,8 +1,8 @@
 """What a family's file in models/ says of its checkpoints, read and not run.
 
-The file has these facts as literals at its top level: `DEFAULTS`, `GGUF`, `TINY`, `VARIANTS`. They are taken from the
-source text, so that the process that checks a model path imports no layer and no torch, and this room none above it.
-A fact may also be imported from another family's file.
+The file has these facts as literals at its top level: `DEFAULTS`, `SPELLING`, `NEEDS`, `GGUF`, `TINY`, `VARIANTS`. They
+are taken from the source text, so that the process that checks a model path imports no layer and no torch, and this
+room none above it. A fact may also be imported from another family's file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 from phloem.utils.registry import Registry
 
 FAMILIES: Registry[Any] = Registry("phloem.models", "model type", "build")
-FACTS = ("DEFAULTS", "GGUF", "TINY", "VARIANTS")
+FACTS = ("DEFAULTS", "SPELLING", "NEEDS", "GGUF", "TINY", "VARIANTS")
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _FOLDER = Path(__file__).parents[1] / "models"
 
 
@@ -42,6 +43,8 @@ class Family:
 
     name: str
     defaults: dict[str, Any]  # of config.json keys that published checkpoints leave out
+    spelling: dict[str, str]  # the usual key -> what the family's config.json calls it
+    needs: tuple[str, ...]  # sizes that a config.json must have, by their usual keys
     gguf: GGUFFacts | None
     tiny: dict[str, Any] | None  # how testing/checkpoints.py builds one
     variants: dict[str, dict[str, Any]]  # more tiny checkpoints: what differs, by name
@@ -75,6 +78,8 @@ def family(name: str) -> Family:
     return Family(
         name=name,
         defaults=found.get("DEFAULTS", {}),
+        spelling=found.get("SPELLING", {}),
+        needs=found.get("NEEDS", SIZES),
         gguf=None if gguf is None else GGUFFacts(**gguf),
         tiny=found.get("TINY"),
         variants=found.get("VARIANTS", {}),

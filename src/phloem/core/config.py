@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -282,6 +283,16 @@ def read_environment(values: dict[str, Any]) -> dict[str, Any]:
     """Add what only the environment says: the API key, so that it need not stand on a command line."""
     key = os.environ.get("PHLOEM_API_KEY")
     return {**values, "api_key": key} if key and not values.get("api_key") else values
+
+
+def cache_home() -> Path:
+    """Where files that can be made again are kept from one start to the next."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phloem"
+
+
+def environment_of(name: str) -> str | None:
+    """What the user has told another package; None: nothing."""
+    return os.environ.get(name) or None
 
 
 def child_environment(defaults: dict[str, str]) -> dict[str, str]:

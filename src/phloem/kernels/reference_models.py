@@ -103,9 +103,17 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
+def relu(x: Tensor) -> Tensor:
+    return F.relu(x)
+
+
 def relu2(x: Tensor) -> Tensor:
     """The square of what is above 0."""
     return F.relu(x).square()
+
+
+def join(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat((x, y), -1)
 
 
 def mul(x: Tensor, y: Tensor) -> Tensor:
@@ -113,7 +121,7 @@ def mul(x: Tensor, y: Tensor) -> Tensor:
 
 
 def sigmoid_mul(x: Tensor, gate: Tensor) -> Tensor:
-    """x * sigmoid(gate), of one shape."""
+    """x * sigmoid(gate), of one shape, or one number of the gate for each row."""
     return x * torch.sigmoid(gate)
 
 

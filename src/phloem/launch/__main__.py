@@ -14,7 +14,7 @@ import msgspec
 from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
 from phloem.core.errors import PhloemError
-from phloem.core.messages import Failed, Progress, decode_to_engine, encode
+from phloem.core.messages import Failed, Progress, decode_to_engine, encode, refusal
 from phloem.utils import log, machine, memory
 from phloem.utils.ipc import EnginePipe
 from phloem.utils.processes import die_with_parent
@@ -63,8 +63,15 @@ def _serve(config: Config, pipe: EnginePipe) -> None:
         for data in pipe.poll(timeout):
             try:
                 found.append(decode_to_engine(data))
-            except msgspec.ValidationError:
-                _log.exception("a message from the door was not understood and is dropped")
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                answer = refusal(data, str(error))
+                _log.error(
+                    "a message from the door was not understood and is %s: %s",
+                    "refused" if answer else "dropped",
+                    error,
+                )
+                if answer is not None:
+                    send(answer)
         return found
 
     model = config.model

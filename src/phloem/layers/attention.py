@@ -12,7 +12,7 @@ from phloem.core.memory import Paged
 from phloem.distributed.mesh import some_sizes
 from phloem.layers.context import Heads
 from phloem.layers.linear import Linear
-from phloem.layers.norm import RMSNorm
+from phloem.layers.norm import AnyNorm, RMSNorm
 from phloem.layers.weight import Cut, Layer, Part, Projection, Weight, cut_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,20 @@ if TYPE_CHECKING:
 # head: of each head before the rotation, fused with it where a table can; after: of each head, behind the rotation;
 # whole: of the whole projection before it is split into heads.
 QKNorm = Literal["", "head", "after", "whole"]
+
+
+@dataclass(frozen=True)
+class QGrowth:
+    """A factor on the query at position p that grows with it: 1 + beta ln(1 + floor((p + first) / length))."""
+
+    beta: float
+    length: int
+    first: int = 0
+
+    def table(self, positions: int) -> torch.Tensor:
+        """The factor of each position, float32 [positions, 1]."""
+        steps = torch.floor((torch.arange(positions, dtype=torch.float32) + self.first) / self.length)
+        return (1 + self.beta * torch.log1p(steps))[:, None]
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,9 @@ class AttentionOptions:
     gate: bool = False  # q_proj gives a gate beside each head of q; the output is multiplied by its sigmoid
     sinks: str = ""  # the name of the weight with one logit per head
     fused: str = ""  # the tensor that a checkpoint keeps q, k and v in, in this order
+    grouped: bool = False  # in that tensor each kv head's queries, key and value lie together
+    transposed: bool = False  # matrices are stored as [in_features, out_features]
+    q_growth: QGrowth | None = None
     q_proj: str = "q_proj"
     k_proj: str = "k_proj"
     v_proj: str = "v_proj"
@@ -86,17 +103,21 @@ class SelfAttention(Layer):
         names = (options.q_proj, options.k_proj, options.v_proj)
         parts: dict[str, int | Projection] = {}
         for place, (name, size) in enumerate(zip(names, sizes, strict=True)):
-            part = Part(sum(sizes[:place])) if options.fused else None
+            part = Part(sum(sizes[:place]), transposed=options.transposed) if options.fused else None
             parts[name] = Projection(size, options.fused, part, q_cut if place == 0 else kv_cut)
+        if options.grouped:
+            parts = _grouped(spec, options.fused, q_cut, kv_cut)
         self.qkv = Linear(ctx, hidden_size, parts, bias=options.qkv_bias)
         inner = spec.heads * spec.values
+        out = Projection(hidden_size, "", Part(transposed=True) if options.transposed else None)
         cut = cut_of(ctx.mesh.tp, 1)
-        self.out = Linear(ctx, inner, {options.o_proj: hidden_size}, bias=options.out_bias, cut=cut)
+        self.out = Linear(ctx, inner, {options.o_proj: out}, bias=options.out_bias, cut=cut)
         self.q_norm = self.k_norm = None
         if options.qk_norm:
             self.q_norm = self._norm(ctx, options.q_norm, sizes[0], q_cut)
             self.k_norm = self._norm(ctx, options.k_norm, sizes[1], kv_cut)
         self.ones = torch.ones(spec.values, device=ctx.device) if options.v_norm else None
+        self.growth: Tensor | None = None  # the maker's, who knows how many positions there are
         self.sinks = _vector(ctx, options.sinks, spec.heads, q_cut) if options.sinks else None
 
     def _norm(self, ctx: BuildContext, name: str, whole: int, cut: Cut | None) -> RMSNorm:
@@ -114,7 +135,7 @@ class SelfAttention(Layer):
         return Paged(spec.kv_heads, spec.head_size, spec.values, spec.window) if spec.writes else None
 
     def attend(
-        self, norm: RMSNorm | None, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch
     ) -> tuple[Tensor, Tensor]:
         """Everything before the output projection, of norm(x + residual), or without norm of the sum: ([T, heads *
         value size], x + residual)."""
@@ -143,6 +164,9 @@ class SelfAttention(Layer):
         q_THD, gate_THD = q.unflatten(-1, (spec.heads, -1)), None
         if options.gate:
             q_THD, gate_THD = q_THD[..., : spec.head_size], q_THD[..., spec.head_size :]
+        if self.growth is not None:
+            factor_T1 = self.ops.embedding(step.positions, self.growth, 1.0)
+            q_THD = self.ops.scale_rows(q_THD, factor_T1.view(-1))
         k_TKD, v_TKD = k.unflatten(-1, (spec.kv_heads, -1)), v.unflatten(-1, (spec.kv_heads, -1))
         if self.ones is not None:
             v_TKD = self.ops.rms_norm(v_TKD, self.ones, options.eps)
@@ -164,6 +188,17 @@ class SelfAttention(Layer):
             heads.rotation = None
         if self.q_norm is not None and self.k_norm is not None:
             heads.q, heads.k = self.q_norm(heads.q), self.k_norm(heads.k)
+
+
+def _grouped(spec: AttentionSpec, name: str, q_cut: Cut | None, kv_cut: Cut | None) -> dict[str, int | Projection]:
+    """A rank's heads out of a tensor that keeps, of one kv head after another, its queries, its key and its value."""
+    share, size = spec.heads // spec.kv_heads, spec.head_size
+    q = range(*(q_cut.span(spec.heads) if q_cut else (0, spec.heads)))
+    kv = range(*(kv_cut.span(spec.kv_heads) if kv_cut else (0, spec.kv_heads)))
+    rows = [(h // share) * (share + 2) + h % share for h in q]
+    rows += [h * (share + 2) + share + value for value in (0, 1) for h in kv]
+    total = (spec.heads + 2 * spec.kv_heads) * size
+    return {f"{name}.{row}": Projection(size, name, Part(row * size, total=total)) for row in rows}
 
 
 def _vector(ctx: BuildContext, name: str, size: int, cut: Cut | None) -> Weight:

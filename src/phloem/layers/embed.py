@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from phloem.layers.weight import Layer, Weight, cut_of
+from phloem.layers.weight import Layer, Part, Weight, cut_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +31,18 @@ class Embedding(Layer):
         return self.ops.embedding(ids_T, self.weight.value, self.scale)
 
 
+class Positions(Layer):
+    """A learned embedding of each position: of the `rows` of `<ctx.name>.weight` those from `first` on."""
+
+    def __init__(self, ctx: BuildContext, hidden_size: int, rows: int, first: int) -> None:
+        self.ops = ctx.ops
+        self.weight = Weight((f"{ctx.name}.weight",), ((rows - first, hidden_size),), "matrix")
+        self.weight.parts = (Part(first),)
+
+    def add(self, x_TN: Tensor, positions_T: Tensor) -> Tensor:
+        return self.ops.add(x_TN, self.ops.embedding(positions_T, self.weight.value, 1.0))
+
+
 class Head(Layer):
     """Logits, from its own matrix or from the embedding's (`tied`); times `scale`, then softly capped.
 
@@ -45,15 +57,24 @@ class Head(Layer):
         tied: Embedding | None,
         softcap: float = 0.0,
         scale: float = 1.0,
+        *,
+        bias: bool = False,
     ) -> None:
         self.ops = ctx.ops
         self.softcap, self.scale = softcap, scale
         self.span = ctx.mesh.tp.span(vocab_size)
         self.weight = vocabulary(ctx, vocab_size, hidden_size) if tied is None else tied.weight
+        self.bias = Weight((f"{ctx.name}.bias",), ((vocab_size,),), "bias") if bias else None
+        if self.bias is not None:
+            self.bias.cuts = self.weight.cuts
+
+    @property
+    def _bias(self) -> Tensor | None:
+        return None if self.bias is None else self.bias.value
 
     def __call__(self, hidden_LD: Tensor) -> Tensor:
         """[L, hidden_size] -> float32 logits [L, vocab_size]."""
-        logits_LV, _ = self.ops.linear(hidden_LD, self.weight.value)
+        logits_LV, _ = self.ops.linear(hidden_LD, self.weight.value, self._bias)
         if logits_LV.dtype != torch.float32:
             logits_LV = logits_LV.float()
         if self.scale != 1.0:
@@ -62,16 +83,16 @@ class Head(Layer):
 
     def argmax(self, hidden_LD: Tensor) -> Tensor:
         """The most likely token of each row, integer [L]. Scale and soft cap keep the order: they are left out."""
-        if self.ops.linear_argmax is not None:
+        if self.ops.linear_argmax is not None and self.bias is None:
             return self.ops.linear_argmax(hidden_LD, self.weight.value)
-        return self.ops.argmax(self.ops.linear(hidden_LD, self.weight.value)[0])
+        return self.ops.argmax(self.ops.linear(hidden_LD, self.weight.value, self._bias)[0])
 
     def best(
         self, hidden_LD: Tensor, k: int, scale_LJ: Tensor | None, norms: int
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Of each row the k largest logits, their ids, and log-sum-exps of the logits times each scale, without the
         rows (`Ops.linear_topk`). None where the table cannot."""
-        if self.ops.linear_topk is None or self.scale != 1.0:
+        if self.ops.linear_topk is None or self.scale != 1.0 or self.bias is not None:
             return None
         return self.ops.linear_topk(hidden_LD, self.weight.value, k, scale_LJ, norms, self.softcap)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from phloem.kernels.calls import Adapters
     from phloem.layers.context import BuildContext
-    from phloem.layers.norm import RMSNorm
+    from phloem.layers.norm import AnyNorm
     from phloem.layers.weight import Cut, Projection
 
 
@@ -45,7 +45,7 @@ class Linear(Layer):
         self,
         x_TN: Tensor,
         *,
-        norm: RMSNorm | None = None,
+        norm: AnyNorm | None = None,
         residual: Tensor | None = None,
         gate: str = "",
         add: Tensor | None = None,
@@ -57,6 +57,9 @@ class Linear(Layer):
         `adapter` and `add` after it. The table fuses of them what it can.
         """
         before = None if norm is None else norm.before
+        if norm is not None and before is None:
+            x_TN, total_TN = norm.add(x_TN, residual)
+            return self.ops.linear(x_TN, self.weight.value, self._bias, gate=gate, adapter=adapter)[0], total_TN
         return self.ops.linear(
             x_TN, self.weight.value, self._bias, norm=before, residual=residual, gate=gate, add=add, adapter=adapter
         )

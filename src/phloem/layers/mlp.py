@@ -1,4 +1,4 @@
-"""The gated feed-forward block (Shazeer, 2020)."""
+"""Feed-forward blocks: gated (Shazeer, 2020), and the two plain matrices of earlier models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.layers.context import BuildContext
-    from phloem.layers.norm import RMSNorm
+    from phloem.layers.norm import AnyNorm
 
 
 class GatedMLP(Layer):
@@ -43,10 +43,53 @@ class GatedMLP(Layer):
         self.down = Linear(ctx, inner_size, {"down_proj": hidden_size}, bias=bias, cut=cut_of(tp, 1))
 
     def __call__(
-        self, norm: RMSNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The block of norm(x + residual), and x + residual; with `add` perhaps already summed: (sum, None). Without
         norm (and residual) the block of x, and x."""
         hidden, total_TN = self.gate_up(x_TN, norm=norm, residual=residual_TN, gate=self.activation)
         total_TN = x_TN if norm is None else total_TN
+        return self.down(hidden, add=total_TN) if add else (self.down(hidden)[0], total_TN)
+
+
+class PlainMLP(Layer):
+    """down(act(up(x))). `names`: of the two projections; `transposed`: stored as [in_features, out_features]."""
+
+    def __init__(
+        self,
+        ctx: BuildContext,
+        hidden_size: int,
+        inner_size: int,
+        activation: str,
+        *,
+        bias: bool,
+        names: tuple[str, str] = ("up_proj", "down_proj"),
+        transposed: bool = False,
+    ) -> None:
+        ops = ctx.ops
+        acts = {
+            "gelu": ops.gelu,
+            "gelu_new": ops.gelu_tanh,
+            "gelu_fast": ops.gelu_tanh,
+            "gelu_pytorch_tanh": ops.gelu_tanh,
+            "relu": ops.relu,
+            "relu2": ops.relu2,
+        }
+        if activation not in acts:
+            raise ModelLoadError(f"unknown activation {activation!r} (hidden_act); known: {', '.join(sorted(acts))}")
+        self.act = acts[activation]
+        tp, part = ctx.mesh.tp, Part(transposed=True) if transposed else None
+        check_divides("intermediate_size", inner_size, tp)
+        up = Projection(inner_size, "", part, cut_of(tp, 0))
+        self.up = Linear(ctx, hidden_size, {names[0]: up}, bias=bias)
+        down = Projection(hidden_size, "", part)
+        self.down = Linear(ctx, inner_size, {names[1]: down}, bias=bias, cut=cut_of(tp, 1))
+
+    def __call__(
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `GatedMLP`."""
+        hidden, total_TN = self.up(x_TN, norm=norm, residual=residual_TN)
+        total_TN = x_TN if norm is None else total_TN
+        hidden = self.act(hidden)
         return self.down(hidden, add=total_TN) if add else (self.down(hidden)[0], total_TN)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.layers.context import BuildContext
-    from phloem.layers.norm import RMSNorm
+    from phloem.layers.mlp import GatedMLP
+    from phloem.layers.norm import AnyNorm
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
 
@@ -29,6 +30,7 @@ class ExpertNames:
 
     router: str = "gate"
     correction: str = ""  # the vector that is added to scores to decide who is chosen
+    correction_row: bool = False  # stored as [1, experts]
     gate: str = "experts.{}.gate_proj.weight"
     up: str = "experts.{}.up_proj.weight"
     down: str = "experts.{}.down_proj.weight"
@@ -82,7 +84,8 @@ class SparseMLP(Layer):
         self.router = Linear(ctx, hidden_size, {names.router: config.count}, bias=config.router_bias)
         self.correction = None
         if names.correction:
-            self.correction = Weight((ctx.child(names.correction).name,), ((config.count,),), "norm")
+            shape = (1, config.count) if names.correction_row else (config.count,)
+            self.correction = Weight((ctx.child(names.correction).name,), (shape,), "norm")
         biased = bool(names.down_bias)
         plain = config.router.plain and self.spec.plain and not biased and self.correction is None
         self.fused = plain and mesh.ep.size == 1  # that op takes as many experts as the router has logits
@@ -100,7 +103,7 @@ class SparseMLP(Layer):
             self.biases = up_bias, stack.slot((names.down_bias,), (hidden_size,), "norm", None)
 
     def __call__(
-        self, norm: RMSNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
     ) -> tuple[Tensor, Tensor | None]:
         """As `GatedMLP`, and never summed: router and experts both read the normed input, the sum is not theirs."""
         del add
@@ -109,11 +112,31 @@ class SparseMLP(Layer):
         if self.fused:
             weights = self.gate_up.value, self.down.value
             return self.ops.moe(x_TN, logits_TE, *weights, spec.top_k, spec.renormalise), residual_TN
-        correction = None if self.correction is None else self.correction.value
+        correction = None if self.correction is None else self.correction.value.view(-1)
         ids_Tk, weights_Tk = self.ops.route(logits_TE, correction, spec)
         biases = None if self.biases is None else (self.biases[0].value, self.biases[1].value)
         out = self.ops.experts(x_TN, ids_Tk, weights_Tk, self.gate_up.value, self.down.value, self.spec, biases)
         return out, residual_TN
+
+
+class SharedExperts(Layer):
+    """A sparse block beside a dense one, of which every token's output is part: sparse(x) + dense(x), or with a gate
+    sparse(x) + sigmoid(gate(x)) dense(x). `gate`: the name of its tensor, [1, hidden size]."""
+
+    def __init__(self, ctx: BuildContext, hidden_size: int, sparse: SparseMLP, dense: GatedMLP, gate: str = "") -> None:
+        self.ops, self.sparse, self.dense = ctx.ops, sparse, dense
+        self.gate = Linear(ctx, hidden_size, {gate: 1}) if gate else None
+
+    def __call__(
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `SparseMLP`."""
+        del add
+        x_TN, residual_TN = (x_TN, x_TN) if norm is None else norm.add(x_TN, residual_TN)
+        shared_TN, _ = self.dense(None, x_TN, None, add=False)
+        if self.gate is not None:
+            shared_TN = self.ops.sigmoid_mul(shared_TN, self.gate(x_TN)[0])
+        return self.ops.add(self.sparse(None, x_TN, None, add=False)[0], shared_TN), residual_TN
 
 
 @dataclass(frozen=True)

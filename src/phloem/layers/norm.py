@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang and Sennrich, 2019)."""
+"""Norms of the last axis: root mean square (Zhang and Sennrich, 2019) and layer norm (Ba et al., 2016)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class RMSNorm(Layer):
         self.weight = Weight((f"{ctx.name}.weight",), ((size,),), "norm", shift)
 
     @property
-    def before(self) -> Norm:
-        """This norm as a linear layer takes it, to normalise its input."""
+    def before(self) -> Norm | None:
+        """This norm as a linear op takes it, to normalise its input; None: no op fuses it."""
         return Norm(self.weight.value, self.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -34,3 +34,25 @@ class RMSNorm(Layer):
         if residual is None:
             return self(x), x
         return self.ops.add_rms_norm(x, residual, self.weight.value, self.eps)
+
+
+class LayerNorm(Layer):
+    """Normalises the last axis around its mean. `bias`: there is one. `shift` as in `RMSNorm`."""
+
+    before: Norm | None = None
+
+    def __init__(self, ctx: BuildContext, size: int, eps: float, shift: float = 0.0, *, bias: bool = True) -> None:
+        self.ops, self.eps = ctx.ops, eps
+        self.weight = Weight((f"{ctx.name}.weight",), ((size,),), "norm", shift)
+        self.bias = Weight((f"{ctx.name}.bias",), ((size,),), "norm") if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.ops.layer_norm(x, self.weight.value, None if self.bias is None else self.bias.value, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual); without residual (norm(x), x)."""
+        total = x if residual is None else self.ops.add(x, residual)
+        return self(total), total
+
+
+AnyNorm = RMSNorm | LayerNorm

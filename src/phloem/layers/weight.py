@@ -32,6 +32,7 @@ class Part:
     transposed: bool = False  # stored as [in_features, out_features]
     expert: int | None = None  # entry along the stored tensor's first axis
     experts: int = 0  # how many entries that axis has
+    total: int = 0  # rows of the stored tensor, where this rank claims but some of them
 
 
 @dataclass(frozen=True, slots=True)

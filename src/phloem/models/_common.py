@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import ModelLoadError
 from phloem.layers.attention import AttentionOptions
-from phloem.layers.embed import Embedding, Head
-from phloem.layers.norm import RMSNorm
+from phloem.layers.embed import Embedding, Head, Positions
 from phloem.layers.rope import rope_spec
 from phloem.layers.weight import Layer
 from phloem.models._index import WeightIndex, open_sources, some
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from phloem.core.memory import MemorySpec
     from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
     from phloem.models._index import Progress
+    from phloem.models._layer import NormKind
 
 LOG = logging.getLogger("phloem.models")
 
@@ -45,6 +45,10 @@ class DecoderConfig:
     embed_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
+    norms: NormKind = "rms"
+    norm_name: str = "norm"  # of the last one
+    head_bias: bool = False
+    positions: tuple[int, int] | None = None  # a learned table of positions: its rows, and that of position 0
 
 
 def usual(config: dict[str, Any], **differences: Any) -> DecoderConfig:
@@ -108,6 +112,12 @@ def layer_types(config: dict[str, Any], sliding: list[bool]) -> list[bool]:
     return [kind == "sliding_attention" for kind in named]
 
 
+def layer_number(name: str) -> int:
+    """Of which layer a tensor is, by its name in a file; -1: of none."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdigit() else -1
+
+
 class Decoder(Layer):
     """A causal language model over the op table of its context."""
 
@@ -115,8 +125,12 @@ class Decoder(Layer):
         self.config = config
         self.ops = ctx.ops
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
-        body, place = ctx.child("model"), Place(config.hidden_size, config.eps, config.norm_shift, max_positions)
+        sizes = config.hidden_size, config.eps, config.norm_shift, max_positions
+        body, place = ctx.child("model"), Place(*sizes, norms=config.norms)
         self.embed = Embedding(body.child("embed_tokens"), config.vocab_size, config.hidden_size, config.embed_scale)
+        self.positions: Positions | None = None
+        if config.positions is not None:
+            self.positions = Positions(body.child("embed_positions"), config.hidden_size, *config.positions)
         self.layers = []
         self.memory: list[MemorySpec] = []
         for number, kind in enumerate(config.layers):
@@ -126,7 +140,7 @@ class Decoder(Layer):
             self.layers.append(layer)
         specs = [attention_spec(layer.mixer) for layer in self.layers]
         self.attention_specs: list[AttentionSpec] = [spec for spec in specs if spec is not None]
-        self.norm = RMSNorm(body.child("norm"), config.hidden_size, config.eps, config.norm_shift)
+        self.norm = place.norm(body.child(config.norm_name))
         self.head = Head(
             ctx.child("lm_head"),
             config.vocab_size,
@@ -134,6 +148,7 @@ class Decoder(Layer):
             self.embed if config.tied else None,
             config.logit_softcap,
             config.logit_scale,
+            bias=config.head_bias,
         )
         self.index = WeightIndex(self.weights(), ctx, self.embed.weight.names[0])
 
@@ -147,6 +162,8 @@ class Decoder(Layer):
         if step.embeds is not None:  # torch arithmetic: such a step is never recorded
             index, rows = step.embeds
             x_TN.index_copy_(0, index, rows.to(x_TN.dtype))
+        if self.positions is not None:
+            x_TN = self.positions.add(x_TN, step.positions)
         for layer in self.layers[:-1]:
             # In two calls under the same names: what a layer was given is not kept through its MLP, the largest part.
             x_TN, residual_TN = layer.attend(x_TN, residual_TN, step)
@@ -177,13 +194,13 @@ class Decoder(Layer):
         """Checkpoint names of every tensor that `update_weights` takes."""
         return self.index.names()
 
-    def get_weight(self, name: str) -> Tensor:
-        """The tensor as a checkpoint would hold it; out of a packed weight, dequantised.
+    def get_weight(self, name: str, rows: int | None = None) -> Tensor:
+        """The tensor as a checkpoint would hold it, or its first rows; out of a packed weight, dequantised.
 
         Raises:
             ModelLoadError: if there is no tensor of that name.
         """
-        return self.index.get(name)
+        return self.index.get(name, rows)
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:
         """Replace tensors by checkpoint name, between steps. True if a weight moved in memory, so that recorded

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from phloem.layers.attention import AttentionOptions, SelfAttention
 from phloem.layers.context import AttentionSpec
-from phloem.layers.mlp import GatedMLP
-from phloem.layers.moe import SparseMLP
-from phloem.layers.norm import RMSNorm
+from phloem.layers.latent import LatentAttention, LatentSizes
+from phloem.layers.mlp import GatedMLP, PlainMLP
+from phloem.layers.moe import SharedExperts, SparseMLP
+from phloem.layers.norm import AnyNorm, LayerNorm, RMSNorm
 from phloem.layers.rope import Rope, RopeSpec
 from phloem.layers.weight import Layer
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from phloem.layers.moe import ExpertsConfig
 
 
+# rms: root mean square; layer: layer norm with a bias; layer-without-bias.
+NormKind = Literal["rms", "layer", "layer-without-bias"]
+
+
 @dataclass
 class Place:
     """What a maker is told of the decoder that its layer stands in."""
@@ -35,7 +40,14 @@ class Place:
     norm_shift: float
     max_positions: int
     pool: int = 0  # the pool index that a layer's memory gets, if it keeps any
+    norms: NormKind = "rms"
     ropes: dict[RopeSpec, Rope] = field(default_factory=dict)
+
+    def norm(self, ctx: BuildContext) -> AnyNorm:
+        """A norm of hidden states."""
+        if self.norms == "rms":
+            return RMSNorm(ctx, self.hidden_size, self.eps, self.norm_shift)
+        return LayerNorm(ctx, self.hidden_size, self.eps, self.norm_shift, bias=self.norms == "layer")
 
     def rope(self, ctx: BuildContext, spec: RopeSpec) -> Rope:
         """The table of a rotation, shared by all layers that turn alike."""
@@ -62,7 +74,7 @@ class Mixer(Protocol):
         ...
 
     def attend(
-        self, norm: RMSNorm | None, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch, /
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch, /
     ) -> tuple[Tensor, Tensor]:
         """Everything before the output projection, of norm(x + residual): ([T, features], x + residual)."""
         ...
@@ -72,7 +84,7 @@ class Feed(Protocol):
     """A feed-forward block, row by row."""
 
     def __call__(
-        self, norm: RMSNorm | None, x_TN: Tensor, residual_TN: Tensor | None, /, *, add: bool
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, /, *, add: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The block of norm(x + residual), and x + residual; with `add` perhaps already summed: (sum, None). Without
         norm there is no residual either: the block of x, and x."""
@@ -111,7 +123,24 @@ class Attention:
             value_size=self.value_size,
         )
         rope = None if self.rope is None else place.rope(ctx, self.rope)
-        return SelfAttention(ctx.child(self.name), spec, place.hidden_size, rope, self.options)
+        layer = SelfAttention(ctx.child(self.name), spec, place.hidden_size, rope, self.options)
+        if self.options.q_growth is not None:
+            layer.growth = self.options.q_growth.table(place.max_positions).to(ctx.device)
+        return layer
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Makes a `LatentAttention`."""
+
+    sizes: LatentSizes
+    rope: RopeSpec | None
+    scale: float
+    name: str = "self_attn"
+
+    def __call__(self, ctx: BuildContext, place: Place) -> LatentAttention:
+        rope = None if self.rope is None else place.rope(ctx, self.rope)
+        return LatentAttention(ctx.child(self.name), place.hidden_size, self.sizes, place.pool, self.scale, rope)
 
 
 @dataclass(frozen=True)
@@ -130,18 +159,42 @@ class MLP:
 
 
 @dataclass(frozen=True)
+class Plain:
+    """Makes a `PlainMLP`."""
+
+    inner_size: int
+    activation: str
+    bias: bool = False
+    names: tuple[str, str] = ("up_proj", "down_proj")
+    transposed: bool = False
+    name: str = "mlp"
+
+    def __call__(self, ctx: BuildContext, place: Place) -> PlainMLP:
+        sizes = place.hidden_size, self.inner_size
+        own = ctx.child(self.name) if self.name else ctx
+        return PlainMLP(own, *sizes, self.activation, bias=self.bias, names=self.names, transposed=self.transposed)
+
+
+@dataclass(frozen=True)
 class Experts:
-    """Makes a `SparseMLP`."""
+    """Makes a `SparseMLP`, or with `shared` a `SharedExperts`, whose dense part lies below the block's name."""
 
     config: ExpertsConfig
     name: str = "mlp"
+    shared: MLP | None = None
+    shared_gate: str = ""
 
-    def __call__(self, ctx: BuildContext, place: Place) -> SparseMLP:
-        return SparseMLP(ctx.child(self.name), place.hidden_size, self.config)
+    def __call__(self, ctx: BuildContext, place: Place) -> SparseMLP | SharedExperts:
+        ctx = ctx.child(self.name)
+        sparse = SparseMLP(ctx, place.hidden_size, self.config)
+        if self.shared is None:
+            return sparse
+        return SharedExperts(ctx, place.hidden_size, sparse, self.shared(ctx, place), self.shared_gate)
 
 
 # pre: before attention and before the MLP. post: behind both, before the residual is added (OLMo 2). sandwich: before
-# and behind both (Gemma). parallel: one norm, of which attention and MLP both read (Cohere).
+# and behind both (Gemma). parallel: one norm, of which attention and MLP both read (Cohere), or
+# one for each (GPT-NeoX).
 Norms = Literal["pre", "post", "sandwich", "parallel"]
 _NORM_NAMES: dict[Norms, tuple[str, ...]] = {
     "pre": ("input_layernorm", "post_attention_layernorm"),
@@ -174,9 +227,9 @@ class DecoderLayer(Layer):
     def __init__(self, ctx: BuildContext, kind: LayerKind, place: Place) -> None:
         self.ops, self.residual_scale = ctx.ops, kind.residual_scale
         names = kind.norm_names or _NORM_NAMES[kind.norms]
-        norms = [RMSNorm(ctx.child(name), place.hidden_size, place.eps, place.norm_shift) for name in names]
+        norms = [place.norm(ctx.child(name)) for name in names]
         self.norms = norms
-        self.input_norm: RMSNorm | None = None if kind.norms == "post" else norms[0]
+        self.input_norm: AnyNorm | None = None if kind.norms == "post" else norms[0]
         self.mixer = kind.mixer(ctx, place)
         self.mlp = kind.feed(ctx, place)
 
@@ -220,7 +273,7 @@ class SandwichNorms(DecoderLayer):
 class ParallelNorm(DecoderLayer):
     def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
         # The norm is computed once more: the rows that stay are few where it matters, behind the last layer's mixer.
-        fed, total_TN = self.mlp(self.norms[0], residual_TN, None, add=False)
+        fed, total_TN = self.mlp(self.norms[-1], residual_TN, None, add=False)
         return self.scaled(self.ops.add(self.mixer.out(out)[0], fed)), total_TN
 
 

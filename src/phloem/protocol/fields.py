@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 from msgspec import Meta
 
 from phloem.client.request import SessionStep
+from phloem.core.errors import BadRequest
 from phloem.protocol import known
 from phloem.protocol.body import Body, Later
 
@@ -40,6 +41,18 @@ COMMON_LATER: dict[str, Later] = {
 
 
 NEEDS_FORMAT = Later("require_reasoning", (False,), "no reasoning format is known for this model")
+
+
+_REMOVES = "clear_"  # edits that only take away what the model would read
+
+
+def refuse_edits(edits: Any, where: str) -> None:
+    """Refuse edits of the context that do more than to take something away; what those ask for may be left undone."""
+    for at, edit in enumerate(edits if isinstance(edits, list) else [edits] if edits else []):
+        kind = edit.get("type") if isinstance(edit, dict) else edit
+        if not str(kind).startswith(_REMOVES):
+            place = f"{where}[{at}]"
+            raise BadRequest(f"not supported yet: {place} {kind!r:.100}", param=place, code="not_supported")
 
 
 class SessionBody(Body, kw_only=True):

@@ -64,5 +64,5 @@ def door_of(request: Request) -> Door:
     return request.app.state.door
 
 
-def json_response(answer: Answer | dict[str, Any] | list[dict[str, Any]] | str, status: int = 200) -> Response:
+def json_response(answer: Answer | dict[str, Any] | list[Any] | str, status: int = 200) -> Response:
     return Response(encode(answer), status, media_type="application/json")

@@ -8,6 +8,7 @@ Legend: R rows, B rows of the bucket, N hidden size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from phloem.engine.forward import run_forward
@@ -28,6 +29,25 @@ if TYPE_CHECKING:
     from phloem.platforms._facts import StepFacts
 
 PATIENCE_WITH_CHECK = 2  # whoever compares steps wants them recorded soon
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """Makes the graphs; it does not know them, so that they go when the last one who does lets them go."""
+
+    recorder: GraphRecorder
+    model: Model
+    backend: AttentionBackend
+    pool: KVPool
+    on_host: bool
+    max_pages: int
+
+    def eager(self, fixed: FixedInputs) -> Tensor:
+        return run_forward(self.model, self.backend, self.pool, fixed.inputs, None)
+
+    def make(self, rows: int) -> tuple[FixedInputs, StepGraph, Tensor]:
+        fixed = FixedInputs(self.pool, rows, rows, rows, self.max_pages, on_host=self.on_host)
+        return fixed, *self.recorder.record(lambda: self.eager(fixed))
 
 
 class DecodeGraphs:
@@ -51,12 +71,13 @@ class DecodeGraphs:
         check: bool = False,
         budget: int | None = None,
     ) -> None:
-        self._recorder, self._model, self._backend, self._pool = recorder, model, backend, pool
-        self._on_host = facts.on_host
+        self._step = DecodeStep(recorder, model, backend, pool, facts.on_host, max_pages)
         self._max_pages = max_pages
         self._check = check
         patience = PATIENCE_WITH_CHECK if check else facts.patience
-        self.graphs: StepGraphs[FixedInputs, Tensor] = StepGraphs(limit, self._make, patience=patience, budget=budget)
+        self.graphs: StepGraphs[FixedInputs, Tensor] = StepGraphs(
+            limit, self._step.make, patience=patience, budget=budget, inline=not facts.records_idle
+        )
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:
         """Hidden states [R, N] of a decode step, valid until the next one; None: another way runs it."""
@@ -66,12 +87,15 @@ class DecodeGraphs:
         found = self.graphs.get(batch.num_rows)
         if found is None:
             return None
-        found.inputs.write(step.arrays(found.size))
+        step.put(found.inputs, found.size)
         ready()
         hidden_BN = found.replay()
         if self._check:
-            check_replay(found.graph, [hidden_BN], lambda: [self._eager(found.inputs)])
+            check_replay(found.graph, [hidden_BN], lambda: [self._step.eager(found.inputs)])
         return hidden_BN[: batch.num_rows]
+
+    def leave_when(self, waiting: Callable[[], bool]) -> None:
+        """Nothing: a whole step is recorded in less time than a step takes."""
 
     def drop(self) -> None:
         self.graphs.drop()
@@ -79,10 +103,3 @@ class DecodeGraphs:
     @property
     def nbytes(self) -> int:
         return self.graphs.nbytes
-
-    def _eager(self, fixed: FixedInputs) -> Tensor:
-        return run_forward(self._model, self._backend, self._pool, fixed.inputs, None)
-
-    def _make(self, rows: int) -> tuple[FixedInputs, StepGraph, Tensor]:
-        fixed = FixedInputs(self._pool, rows, rows, rows, self._max_pages, on_host=self._on_host)
-        return fixed, *self._recorder.record(lambda: self._eager(fixed))

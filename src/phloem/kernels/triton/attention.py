@@ -91,7 +91,7 @@ def _attend_block(
     return acc, new_top, mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "split_size", "stride_table", "stride_tree"])
 def _attention(
     q,
     k_cache,
@@ -248,7 +248,7 @@ def _attention(
         tl.store(lse + at_lse, tl.where(mass == 0.0, float("-inf"), top + tl.log2(mass)), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _join_splits(
     partial,
     lse,

@@ -21,7 +21,7 @@ from phloem.kernels.triton._base import ceil_div, multiprocessors, power_of_2, s
 GROUP = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "groups_per_split"])
 def _gemm_fp8(
     x,
     weight,

@@ -105,7 +105,7 @@ def route(
     return weights, ids
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _count_expert(ids, counts, pairs, BLOCK: tl.constexpr):
     expert = tl.program_id(0)
     number = 0
@@ -115,7 +115,7 @@ def _count_expert(ids, counts, pairs, BLOCK: tl.constexpr):
     tl.store(counts + expert, number)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _place_expert(
     ids, counts, order, tile_expert, pairs, experts, TILE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -158,7 +158,7 @@ def sort_by_expert(ids_Tk: Tensor, experts: int, tile: int) -> tuple[Tensor, Ten
     return order, tile_expert
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _grouped(
     x,
     weight,

@@ -15,7 +15,7 @@ from torch import Tensor
 from phloem.kernels.triton._base import ceil_div, power_of_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm(
     x,
     residual,

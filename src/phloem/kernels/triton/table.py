@@ -23,6 +23,7 @@ from phloem.kernels.triton import (
     pages,
     rope,
     sample,
+    tokens,
     weights,
 )
 
@@ -61,6 +62,8 @@ def table() -> Ops:
         logsumexp=sample.logsumexp,
         mask_tokens_=sample.mask_tokens_,
         sample=sample.sample,
+        late_tokens_=tokens.late_tokens_,
+        keep_tokens_=tokens.keep_tokens_,
     )
 
 

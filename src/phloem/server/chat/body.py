@@ -49,7 +49,7 @@ class Message(Body, kw_only=True):
 
     ignored: ClassVar[dict[str, str]] = {
         name: "part of answers that clients send back; templates do not read it"
-        for name in ("refusal", "audio", "annotations", "function_call", "parsed", "phase")
+        for name in ("refusal", "audio", "annotations", "parsed", "phase")
     }
     later: ClassVar[dict[str, Later]] = {
         "prefix": Later("prefix", (False,), "use continue_final_message to go on from the last message"),
@@ -108,8 +108,8 @@ class ChatBody(OpenAIBody, kw_only=True):
         **OpenAIBody.later,
         "tools": Later("tools", ([],)),
         "tool_choice": Later("tools", ("none", "auto")),
-        "functions": Later("functions", ([],)),
-        "function_call": Later("functions", ("none", "auto")),
+        "functions": Later("tools", ([],)),
+        "function_call": Later("tools", ("none", "auto")),
         "reasoning_effort": Later("reasoning", ("none",)),
         "separate_reasoning": Later("reasoning", (True,)),
         "stream_reasoning": Later("reasoning", (True,)),

@@ -1,4 +1,4 @@
-"""Calls that change the server's state: flush, abort, pause."""
+"""Calls that change the server's state, flush, abort, pause, or that read its weights between two steps."""
 
 from __future__ import annotations
 
@@ -61,20 +61,36 @@ class FlushBody(AddressedBody, kw_only=True):
     timeout_s: Annotated[float, Meta(ge=0, le=MAX_TIMEOUT)] | None = None
 
 
+class WeightBody(Body, kw_only=True):
+    """`/get_weights_by_name`. `truncate_size`: rows, from the first on."""
+
+    name: str | None = None
+    truncate_size: int | None = None
+
+
 router = APIRouter(tags=["control"])
 _abort = Parser(AbortBody)
 _pause = Parser(PauseBody)
 _continue = Parser(ContinueBody)
 _flush = Parser(FlushBody)
+_weight = Parser(WeightBody)
 PAUSE_MODES = ("abort", "retract", "in_place")
+ROWS = 100  # of a weight, unasked
+MAX_ROWS = 1 << 20
+Rows = Annotated[int, Query(ge=1, le=MAX_ROWS, description="Rows of the weight, from the first on.")]
+_NUMBERS: dict[str, Any] = {"type": "array", "items": {}}
 Timeout = Annotated[float, Query(ge=0, le=MAX_TIMEOUT, description="Seconds to wait for running requests to end.")]
 
 
-def _answer(reply: ControlReply, done: str) -> Response:
+def _refused(reply: ControlReply) -> None:
     if not reply.ok:
         error = PhloemError(reply.message or "the engine refused", code="refused")
         error.status, error.kind = 400, "invalid_request_error"
         raise error
+
+
+def _answer(reply: ControlReply, done: str) -> Response:
+    _refused(reply)
     return json_response(ControlAnswer(success=True, message=reply.message or done))
 
 
@@ -126,3 +142,34 @@ async def continue_generation(request: Request) -> Response:
     door = door_of(request)
     await door.read(request, _continue, empty=b"{}")
     return _answer(await door.client.control("resume"), "running")
+
+
+@router.get("/get_weights_by_name", **describe(answer=_NUMBERS, errors=(400, 413, *NEEDS_ENGINE)))
+async def get_weights_by_name(
+    request: Request, name: Annotated[str, Query(max_length=1000)] = "", truncate_size: Rows = ROWS
+) -> Response:
+    """The first rows of a weight by the name that its checkpoint gives it, read between two steps.
+
+    A body, as the `POST` takes it, stands above the query.
+    """
+    body = await door_of(request).read(request, _weight, empty=b"{}")
+    return await _weights(
+        request, body.name or name, truncate_size if body.truncate_size is None else body.truncate_size
+    )
+
+
+@router.post("/get_weights_by_name", **describe(body=WeightBody, answer=_NUMBERS, errors=NEEDS_ENGINE))
+async def post_weights_by_name(request: Request) -> Response:
+    """The first rows of a weight by the name that its checkpoint gives it, read between two steps."""
+    body = await door_of(request).read(request, _weight)
+    return await _weights(request, body.name or "", ROWS if body.truncate_size is None else body.truncate_size)
+
+
+async def _weights(request: Request, name: str, rows: int) -> Response:
+    if not name:
+        raise BadRequest("name is needed", param="name")
+    if not 1 <= rows <= MAX_ROWS:
+        raise BadRequest(f"truncate_size must be from 1 to {MAX_ROWS}, got {rows}", param="truncate_size")
+    reply = await door_of(request).client.control("get_weights_by_name", name=name, rows=rows)
+    _refused(reply)
+    return json_response(reply.data.get("weight") or [])

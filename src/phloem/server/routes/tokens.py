@@ -15,7 +15,7 @@ from phloem.protocol.body import Body, Later, Parser
 from phloem.protocol.fields import Int32, Strings
 from phloem.protocol.generate.convert import split_ids
 from phloem.server.chat.body import Message
-from phloem.server.chat.convert import plain_message, render, template_kwargs, toolplan, with_tools
+from phloem.server.chat.convert import plain_messages, render, template_kwargs, toolplan, with_tools
 from phloem.server.door import Door, door_of, json_response
 from phloem.server.openapi import describe
 
@@ -72,7 +72,7 @@ async def tokenize(request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise BadRequest("exactly one of prompt and messages is needed", param="prompt")
     if body.messages is not None:
-        messages = [plain_message(message, at) for at, message in enumerate(body.messages)]
+        messages = plain_messages(body.messages)
         shown = toolplan.plan(body.tools, None, None, door.info.tool_parser)
         prompt: str | list[str] = await render(
             door.client.template,

@@ -1,0 +1,67 @@
+"""Falcon: attention and MLP read the same input; q, k and v lie by kv head in one tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from phloem.core.errors import ModelLoadError
+from phloem.models._common import Decoder, each_layer, usual, usual_attention
+from phloem.models._layer import LayerKind, Plain
+
+if TYPE_CHECKING:
+    from phloem.layers.context import BuildContext
+
+DEFAULTS = {
+    "layer_norm_epsilon": 1e-5,
+    "activation": "gelu",
+    "tie_word_embeddings": True,
+    "multi_query": True,
+    "parallel_attn": True,
+}
+NEEDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+TINY = {"head_dim": None, "num_key_value_heads": None, "intermediate_size": None, "alibi": False}
+VARIANTS = {
+    "new": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "new-one-norm": {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    "serial": {"multi_query": False, "parallel_attn": False, "bias": True},
+}
+
+_RENAMED = {"word_embeddings.": "model.embed_tokens.", "ln_f.": "model.norm.", "h.": "model.layers."}
+
+
+class Falcon(Decoder):
+    """A decoder whose files have other names."""
+
+    def checkpoint_name(self, name: str) -> str | None:
+        inner = name.removeprefix("transformer.")
+        for theirs, ours in _RENAMED.items():
+            if inner.startswith(theirs):
+                return ours + inner.removeprefix(theirs)
+        return name
+
+
+def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+    if config.get("alibi"):
+        raise ModelLoadError("alibi: biases by distance (Falcon-RW) are not served")
+    new, bias = bool(config.get("new_decoder_architecture")), bool(config.get("bias", False))
+    heads = config["num_attention_heads"]
+    kv_heads = (config.get("num_kv_heads") or heads) if new else (1 if config["multi_query"] else heads)
+    attention = usual_attention(
+        {**config, "num_key_value_heads": kv_heads},
+        fused="query_key_value", grouped=True, o_proj="dense", qkv_bias=bias, out_bias=bias, name="self_attention",
+    )  # fmt: skip
+    inner = config.get("ffn_hidden_size") or 4 * config["hidden_size"]
+    feed = Plain(inner, config["activation"], bias, ("dense_h_to_4h", "dense_4h_to_h"))
+    both = ("ln_attn", "ln_mlp") if new and config.get("num_ln_in_parallel_attn") != 1 else ("input_layernorm",)
+    if new or config["parallel_attn"]:
+        kind = LayerKind(attention, feed, "parallel", both)
+    else:
+        kind = LayerKind(attention, feed)
+    config_of_all = usual(
+        config,
+        layers=each_layer(config, lambda n: kind),
+        eps=float(config["layer_norm_epsilon"]),
+        tied=bool(config.get("tie_word_embeddings", True)),
+        norms="layer",
+    )
+    return Falcon(ctx, config_of_all, max_positions)

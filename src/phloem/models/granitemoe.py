@@ -1,0 +1,44 @@
+"""Granite MoE: Granite with a sparse block in every layer; the softmax is over the chosen experts alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from phloem.kernels.specs import RouterSpec
+from phloem.layers.moe import ExpertNames, ExpertsConfig
+from phloem.models._common import Decoder, each_layer, usual, usual_attention
+from phloem.models._layer import Experts, LayerKind
+
+if TYPE_CHECKING:
+    from phloem.layers.context import BuildContext
+
+TINY = {
+    "head_dim": None,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 24,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 0.25,
+}
+VARIANTS = {"tied": {"tie_word_embeddings": True, "num_experts_per_tok": 4}}
+
+_NAMES = ExpertNames(
+    router="router.layer", gate="input_linear.weight", up="input_linear.weight", down="output_linear.weight"
+)
+
+
+def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+    router = RouterSpec(config["num_experts_per_tok"], "chosen_softmax")
+    sparse = ExpertsConfig(config["num_local_experts"], config["intermediate_size"], router, names=_NAMES)
+    scale, residual = float(config.get("attention_multiplier", 1.0)), float(config.get("residual_multiplier", 1.0))
+    experts = Experts(sparse, "block_sparse_moe")
+    kind = LayerKind(usual_attention(config, scale=scale), experts, residual_scale=residual)
+    config_of_all = usual(
+        config,
+        layers=each_layer(config, lambda n: kind),
+        embed_scale=float(config.get("embedding_multiplier", 1.0)),
+        logit_scale=1.0 / float(config.get("logits_scaling", 1.0)),
+    )
+    return Decoder(ctx, config_of_all, max_positions)

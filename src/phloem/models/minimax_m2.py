@@ -1,0 +1,45 @@
+"""MiniMax-M2: sigmoid routing with a correction, a norm over the whole projections of q and k."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from phloem.kernels.specs import RouterSpec
+from phloem.layers.moe import ExpertNames, ExpertsConfig
+from phloem.models._common import Decoder, each_layer, layer_number, usual, usual_attention
+from phloem.models._layer import Experts, LayerKind
+
+if TYPE_CHECKING:
+    from phloem.layers.context import BuildContext
+
+DEFAULTS = {"rope_theta": 5e6, "head_dim": 128}
+TINY = {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24}
+VARIANTS = {
+    "half": {
+        "num_experts_per_tok": 3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0, "partial_rotary_factor": 0.5},
+    }
+}
+
+_NAMES = ExpertNames(
+    gate="experts.{}.w1.weight",
+    up="experts.{}.w3.weight",
+    down="experts.{}.w2.weight",
+    correction="e_score_correction_bias",
+)
+
+
+class MiniMaxM2(Decoder):
+    """A decoder whose files may hold further layers, which draft and are not used here."""
+
+    def checkpoint_name(self, name: str) -> str | None:
+        return None if layer_number(name) >= len(self.layers) else name
+
+
+def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+    if config.get("rotary_dim") and not (config.get("rope_parameters") or {}).get("partial_rotary_factor"):
+        config = {**config, "partial_rotary_factor": config["rotary_dim"] / config["head_dim"]}
+    router = RouterSpec(config["num_experts_per_tok"], "sigmoid", renormalise=True)
+    sparse = ExpertsConfig(config["num_local_experts"], config["intermediate_size"], router, names=_NAMES)
+    kind = LayerKind(usual_attention(config, qk_norm="whole"), Experts(sparse, "block_sparse_moe"))
+    return MiniMaxM2(ctx, usual(config, layers=each_layer(config, lambda n: kind)), max_positions)

@@ -1,0 +1,40 @@
+"""Ministral 3: Llama whose queries grow with their position beyond the length that the model began with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from phloem.layers.attention import QGrowth
+from phloem.models._common import Decoder, each_layer, layer_types, usual, usual_layer
+
+if TYPE_CHECKING:
+    from phloem.layers.context import BuildContext
+
+DEFAULTS = {"head_dim": 128}
+TINY = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1000000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 8,
+        "llama_4_scaling_beta": 0.5,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+}
+VARIANTS = {"window": {"sliding_window": 7}}
+
+
+def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
+    growth = QGrowth(float(beta), int(length)) if beta and length else None
+    window = int(config.get("sliding_window") or 0)
+    sliding = layer_types(config, [bool(window)] * config["num_hidden_layers"])
+
+    def layer(n: int) -> Any:
+        return usual_layer(config, window=window if sliding[n] else 0, q_growth=growth)
+
+    return Decoder(ctx, usual(config, layers=each_layer(config, layer)), max_positions)

@@ -18,10 +18,10 @@ PAGE = ROOT / "docs" / "models.md"
 HEAD = """# Models
 
 Written by `python scripts/model_table.py` from the files in `src/phloem/models/`; `config.json`'s `model_type` chooses
-the file. Every family but the aliases is compared with its class in `transformers` on tiny random checkpoints in float32,
-largest difference of logits 1e-4: a whole prompt, prefill in chunks, decode, a request on another one's pages, a mixed
-batch, and each rank's share of a mesh with the slices of the whole (`tests/models`). "Cases" counts the tiny checkpoints.
-GGUF: the architecture that is read from GGUF files; the converted file is compared with the same class.
+the file. Every family but the aliases is compared with its class in `transformers` on tiny random checkpoints in
+float32, largest difference of logits 1e-4: a whole prompt, prefill in chunks, decode, a request on another one's pages,
+a mixed batch; and each rank's share of a mesh with the slices of the whole (`tests/models`). "Cases" counts the tiny
+checkpoints. GGUF: the architecture that is read from GGUF files; a converted file is compared with the same class.
 
 What a step of a family asks for and the CPU's own kernels lack is done by torch, and such a step is not recorded: layer
 norms, plain routers other than softmax, latent attention. The start says so.

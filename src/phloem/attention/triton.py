@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from phloem.attention._cascade import Sharing
 from phloem.attention._store import call_of, store, unserved
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Backend:
     def __init__(self, ops: Ops, specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype) -> None:
         self.ops = ops
         self.invariant = ops.name == "invariant"
+        # Who else is in the batch may not change an invariant result.
+        self.sharing = None if self.invariant or not specs else sharing_of(specs[0], device, dtype)
         self._stored: dict[int, Ops] = {}  # by layer; -1: without scales
 
     def decline(self, need: AttentionNeed) -> str | None:
@@ -66,6 +69,21 @@ class Backend:
         if place not in self._stored:
             self._stored[place] = stored_by(rope, self.ops, (scales.k, scales.v) if scales is not None else None)
         return self._stored[place]
+
+
+def sharing_of(spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> Sharing:
+    """What attending to shared pages once costs, in a layer of this kind."""
+    from phloem.kernels.triton import shared
+    from phloem.kernels.triton._base import multiprocessors, power_of_2
+
+    group = spec.heads // spec.kv_heads
+    return Sharing(
+        tile=shared.tile_rows(group, dtype == torch.float32) // power_of_2(group),
+        programs=max(1, 2 * multiprocessors(torch.empty(0, device=device)) // spec.kv_heads),
+        splits=(shared.DECODE_SPLITS, shared.EXTEND_SPLITS),
+        token_bytes=spec.kv_heads * (spec.head_size + spec.values) * dtype.itemsize,
+        part_bytes=spec.heads * (spec.values + 1) * 4,
+    )
 
 
 def stored_by(rope: ModuleType, ops: Ops, scales: tuple[Tensor, Tensor] | None) -> Ops:

@@ -8,7 +8,7 @@ Legend: R rows, T packed new tokens, P pages per row, L positions whose hidden s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from phloem.attention import StateRows
-from phloem.kernels.ops import PagedBatch
+from phloem.attention._cascade import find, fixed_sizes
+from phloem.kernels.ops import PagedBatch, SharedPages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from phloem.attention import Sharing
+    from phloem.attention._cascade import Shared
     from phloem.core.batch import Batch
     from phloem.core.memory import Group
     from phloem.engine.transfer import LastTokens
@@ -43,6 +46,7 @@ class StepInputs:
     max_seq_len: int
     adapters: Tensor | None = None  # [T] int32
     embeds: tuple[Tensor, Tensor] | None = None
+    shared: dict[int, SharedPages] = field(default_factory=dict)  # by group
 
     @property
     def input_ids(self) -> Tensor:
@@ -60,13 +64,14 @@ class StepInputs:
         """The step's rows in each group."""
         _, _, starts, lens, _, *rest = self.tensors
         found: list[PagedBatch | StateRows] = []
-        for group in self.groups:
+        for number, group in enumerate(self.groups):
             if group.kind == "state":
                 reads, writes, fresh, prefix, *rest = rest
                 found.append(StateRows(reads, writes, fresh, starts, prefix, self.max_query_len))
             else:
                 table, slots, *rest = rest
-                found.append(PagedBatch(starts, lens, table, slots, self.max_query_len, self.max_seq_len))
+                sizes = self.max_query_len, self.max_seq_len
+                found.append(PagedBatch(starts, lens, table, slots, *sizes, self.shared.get(number)))
         return found
 
     def part(self, tokens: int, rows: int, wanted: int) -> StepInputs:
@@ -81,10 +86,13 @@ class StepInputs:
 class FixedInputs:
     """The inputs of a recorded step: tensors that stay where they are, of the largest sizes that it serves.
 
-    As they come every row is on page 0 and has one token, so that recording may run the step.
+    As they come every row is on page 0 and has one token, so that recording may run the step. `shared`: which rows of
+    a decode step share pages is among them, in each group of pages.
     """
 
-    def __init__(self, pool: KVPool, tokens: int, rows: int, wanted: int, pages: int, *, on_host: bool) -> None:
+    def __init__(
+        self, pool: KVPool, tokens: int, rows: int, wanted: int, pages: int, *, on_host: bool, shared: bool = False
+    ) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=pool.device)
 
@@ -108,6 +116,12 @@ class FixedInputs:
                 tensors += [zeros(rows, pages), zeros(tokens)]
         longest = 1 if tokens == rows else tokens
         self.inputs = StepInputs(tensors, pool.groups, longest, pages * pool.page_size)
+        if shared:
+            for number, group in enumerate(pool.groups):
+                if group.kind == "pages":
+                    arrays = [zeros(*shape) for shape in fixed_sizes(rows)]
+                    self.inputs.shared[number] = SharedPages(*arrays)
+                    tensors += arrays
         # On the host a step is written in place, as arrays: cheaper than one tensor after the other.
         self._targets: list[Any] = [tensor.numpy() for tensor in tensors] if on_host else list(tensors)
         if longest == 1:  # rows of one token each, all of them wanted: always the same
@@ -128,9 +142,13 @@ class FixedInputs:
 class Step:
     """A batch on its way through the ways of running it; what they share is made once."""
 
-    def __init__(self, batch: Batch, wanted: Wanted, pool: KVPool, last: LastTokens) -> None:
+    def __init__(
+        self, batch: Batch, wanted: Wanted, pool: KVPool, last: LastTokens, sharing: Sharing | None = None
+    ) -> None:
         self.batch = batch
         self.wanted = wanted
+        self._sharing = sharing
+        self._shared: dict[int, Shared] | None = None
         self._pool, self._last = pool, last
         self._arrays: Sequence[Any] | None = None
         self._inputs: StepInputs | None = None
@@ -154,6 +172,33 @@ class Step:
             return self.wanted.at
         return np.concatenate([self.wanted.at, prompt_positions(self.batch)])
 
+    @property
+    def shared(self) -> dict[int, Shared]:
+        """Group -> which rows share pages there, where attending to those once for all of them saves time."""
+        if self._shared is None:
+            self._shared = {} if self._sharing is None else self._find(self._sharing)
+        return self._shared
+
+    def _find(self, sharing: Sharing) -> dict[int, Shared]:
+        batch, size, found = self.batch, self._pool.page_size, {}
+        for number, (group, table) in enumerate(zip(self._pool.groups, batch.tables, strict=True)):
+            if group.kind == "pages":
+                one = find(table, batch.query_lens, batch.prefix_lens, size, group.window, sharing)
+                if one is not None:
+                    found[number] = one
+        return found
+
+    def shared_arrays(self, rows: int) -> Sequence[Any]:
+        """`arrays`, and behind them for each group of pages which of the rows share some."""
+        nobody = [np.zeros(shape, np.int32) for shape in fixed_sizes(rows)]
+        more: list[Any] = []
+        for number, group in enumerate(self._pool.groups):
+            if group.kind == "pages":
+                one = self.shared.get(number)
+                more += nobody if one is None else one.padded(rows)
+        batch = self.batch if rows == self.batch.num_rows else _padded(self.batch, rows)
+        return self._moved(batch, np.arange(rows), more)
+
     def arrays(self, rows: int) -> Sequence[Any]:
         """The step padded to so many rows of one token: arrays on a host, tensors on a device."""
         if rows != self.batch.num_rows:
@@ -171,10 +216,13 @@ class Step:
 
     def _tensors(self) -> StepInputs:
         batch, up = self.batch, self._last.up
-        arrays = self.arrays(batch.num_rows)
+        more = [array for one in self.shared.values() for array in one.arrays]
+        arrays = self._moved(batch, self.logit_index, more) if more else self.arrays(batch.num_rows)
         tensors = up(arrays) if self._last.host is not None else list(arrays)
+        rest, tensors = iter(tensors[len(tensors) - len(more) :]), tensors[: len(tensors) - len(more)]
+        shared = {number: SharedPages(*(next(rest) for _ in one.arrays)) for number, one in self.shared.items()}
         longest, most = int(batch.query_lens.max()), int((batch.prefix_lens + batch.query_lens).max())
-        inputs = StepInputs(tensors, self._pool.groups, longest, most)
+        inputs = StepInputs(tensors, self._pool.groups, longest, most, shared=shared)
         if batch.adapters is not None:
             (inputs.adapters,) = up([np.repeat(batch.adapters, batch.query_lens).astype(np.int32)])
         if batch.embeds:
@@ -183,12 +231,12 @@ class Step:
             inputs.embeds = rows, values
         return inputs
 
-    def _moved(self, batch: Batch, index: NDArray[np.int64]) -> Sequence[Any]:
+    def _moved(self, batch: Batch, index: NDArray[np.int64], more: Sequence[Any] = ()) -> Sequence[Any]:
         last, pool = self._last, self._pool
         single = batch.num_tokens == batch.num_rows
         rows = np.arange(batch.num_rows)
         rows = rows if single else np.repeat(rows, batch.query_lens)  # of each token
-        arrays = host_arrays(batch, rows, index, pool.page_size, pool.groups)
+        arrays = host_arrays(batch, rows, index, pool.page_size, pool.groups) + list(more)
         slots = batch.slots if single else batch.slots[rows]
         if last.host is not None:
             arrays[0] = np.where(batch.input_ids < 0, last.host[slots], batch.input_ids)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from phloem.attention import AttentionBackend
+    from phloem.attention import AttentionBackend, Sharing
     from phloem.core.batch import Batch, Follower, StepOutput
     from phloem.engine.recorded.choice import RecordedWay
     from phloem.kernels.ops import Ops
@@ -48,6 +48,7 @@ class ModelRunner:
         streams: copies beside the computation, where there is such a thing.
         give_back: frees what the device's allocator keeps without using it, after a step ran out of memory.
         begin: called once in the thread that runs the steps.
+        sharing: what it costs to attend to pages that rows share once for all of them; None: it is not done.
     """
 
     def __init__(
@@ -63,12 +64,13 @@ class ModelRunner:
         streams: Streams | None = None,
         give_back: Callable[[], None] | None = None,
         begin: Callable[[], None] | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         self.model, self.pool = model, pool
         self.groups, self.num_pages, self.page_size = pool.groups, pool.num_pages, pool.page_size
         self.max_slots = max_slots
         self.recorded = recorded
-        self._ops = ops
+        self._ops, self._sharing = ops, sharing
         self._handed: dict[int, Follower | None] = {}
         self._handing = threading.Lock()
         self._slots = Slots(max_slots, model.vocab_size, pool.device)
@@ -158,7 +160,7 @@ class ModelRunner:
         output = empty(batch)
         output.drafted = wanted.drafted
         before = perf_counter()
-        hidden_LN = self._forward.run(Step(batch, wanted, self.pool, self._last), self._steps.settle)
+        hidden_LN = self._forward.run(Step(batch, wanted, self.pool, self._last, self._sharing), self._steps.settle)
         count = len(ids)
         if count:
             choice = Choice(wanted, slots, easy, hidden_LN[:count], output, before)

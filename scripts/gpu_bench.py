@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,6 +20,7 @@ from phloem.engine.inputs import StepInputs
 from phloem.kernels.graph_cuda import Recorder
 
 TRACED_STEPS = 24
+STEP_BYTES = 6 << 30  # for activations, graphs and libraries
 
 
 def timed(device: torch.device, run: Callable[[], Any], least: int, seconds: float) -> list[float]:
@@ -150,11 +151,12 @@ def bench_pieces(dummy: Dummy, counts: list[int], seconds: float) -> list[dict[s
         begun = time.perf_counter()
         pieces.graphs.record_all()
         row: dict[str, Any] = {"tokens": tokens, "eager_ms": eager * 1e3, "record_s": time.perf_counter() - begun}
-        if pieces.graphs.refused is None:
+        refusal = pieces.graphs.refusal(tokens)
+        if refusal is None:
             ran = statistics.median(timed(dummy.device, lambda p=pieces, s=step: p.run(s, lambda: None), 5, seconds))
             row |= {"pieces_ms": ran * 1e3, "memory_mib": pieces.nbytes / 2**20}
         else:
-            row |= {"pieces_ms": None, "refused": pieces.graphs.refused}
+            row |= {"pieces_ms": None, "refused": refusal}
         rows.append(row)
     return rows
 
@@ -227,6 +229,32 @@ def bench_runner(dummy: Dummy, rows: int, context: int, steps: int, device_ms: f
     return {**found, "gpu_idle": seen["device_idle"], "launches": seen["launches"], "top_kernels": seen["top"]}
 
 
+class Plain:
+    """Whose the plain tokens of `Tokens` messages are: the requests are named only where they change."""
+
+    def __init__(self) -> None:
+        self._rows: list[str] = []
+
+    def names(self, message: Any) -> list[str]:
+        """One name for each plain token of the message."""
+        if message.rows is not None:
+            self._rows = message.rows
+        return self._rows[: len(message.plain)]
+
+
+def fitting(
+    config: dict[str, Any], free: int, weight_size: float, batches: Sequence[int], context: int, kv_size: int
+) -> list[int]:
+    """Of the batches those whose KV fits beside the weights in so many free bytes, with room for steps and graphs."""
+    layers, kv_heads, head = config["num_hidden_layers"], config["num_key_value_heads"], config["head_dim"]
+    one = 2 * layers * kv_heads * head * kv_size
+    weights = decode_work(config, 1 << 30, 0, weight_size, kv_size).weight_bytes + config["vocab_size"] * (
+        config["hidden_size"] * 2
+    )
+    left = free - weights - STEP_BYTES
+    return [rows for rows in batches if rows * (context + 192) * one <= left]
+
+
 def bench_serving(dummy: Dummy, rate: float, seconds: float, prompt: int, output: int, running: int) -> dict[str, Any]:
     """Requests arriving at random (Poisson) through scheduler and runner, without HTTP: rates and latencies."""
     from phloem.core.messages import Submit, Tokens, pack_ids
@@ -240,9 +268,13 @@ def bench_serving(dummy: Dummy, rate: float, seconds: float, prompt: int, output
     seen: dict[str, list[float]] = {}
     failures: list[str] = []
 
+    counted = Plain()
+
     def send(message: Any) -> None:
         if isinstance(message, Tokens):
             now = time.perf_counter()
+            for name in counted.names(message):
+                seen.setdefault(name, []).append(now)
             for chunk in message.chunks:
                 seen.setdefault(chunk.id, []).extend([now] * len(chunk.tokens))
                 if chunk.finish is not None and chunk.finish.type == "abort":

@@ -11,10 +11,14 @@ said and left out. Weights are random, nothing is downloaded. Exit status: 0 all
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -23,8 +27,10 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
-SECTIONS = ("kernels", "models", "floors", "llama", "llama-fp8", "qwen", "qwen-fp8", "transformers")
+SECTIONS = ("kernels", "models", "floors", "cold", "llama", "llama-fp8", "qwen", "qwen-fp8", "transformers")
 BATCHES = (1, 8, 32, 128, 256)
+GRACE = 40.0  # seconds that the last section may take beyond the limit
+LEFT_BYTES = 64 << 20  # workspaces of libraries stay
 PIECES = [16, 64, 256, 1024, 2048]  # tokens of a prefill step, eagerly and in recorded pieces
 
 
@@ -43,6 +49,7 @@ class Check:
         self.float8 = own_float8()
         self.begun = time.perf_counter()
         self.report: dict[str, Any] = {"machine": machine(self.tiny), "dry_run": self.tiny, "skipped": {}, "errors": {}}
+        self.report["left_mib"] = {}
 
     @property
     def left(self) -> float:
@@ -71,10 +78,20 @@ class Check:
         else:
             self.report[name] = found
         print(f"  {time.perf_counter() - begin:.1f} s", flush=True)
-        if self.device.type == "cuda":
-            import torch
+        self._leave_nothing(name)
 
-            torch.cuda.empty_cache()
+    def _leave_nothing(self, name: str) -> None:
+        """What a section still holds would be missing from the next one; that it holds something is an error."""
+        gc.collect()
+        if self.device.type != "cuda":
+            return
+        import torch
+
+        torch.cuda.empty_cache()
+        left = torch.cuda.memory_allocated(self.device)
+        self.report["left_mib"][name] = left / 2**20
+        if left > LEFT_BYTES:
+            self.report["errors"][f"{name} left memory behind"] = f"{left / 2**20:.0f} MiB are still allocated"
 
     # sections
 
@@ -130,6 +147,12 @@ class Check:
         floors = self.report.get("_floors") or gpu_bench.measure_floors(self.device, self.tiny, self.float8)
         batches, context, prompt = ((1, 2), 40, 48) if self.tiny else (BATCHES, 1024, 4096)
         seconds = 0.01 if self.tiny else 0.5
+        size = 1 if float8 else self.dtype.itemsize
+        if not self.tiny:
+            free = torch.cuda.mem_get_info(self.device)[0]
+            batches = tuple(gpu_bench.fitting(config, free, size, BATCHES, context, self.dtype.itemsize))
+            if not batches:
+                raise MemoryError(f"{free / 2**30:.0f} GiB are free: not enough for these weights and one row")
         begin = time.perf_counter()
         page = 16
         pages = max(batches) * -(-(context + 192) // page) + prompt // page + 64
@@ -145,7 +168,6 @@ class Check:
                 "decode": [],
                 "runner": [],
             }
-            size = 1 if float8 else self.dtype.itemsize
             for rows in batches:
                 row = gpu_bench.bench_decode(dummy, floors, rows, context, size, float8, seconds)
                 found["decode"].append(row)
@@ -171,12 +193,41 @@ class Check:
                 one = gpu_bench.bench_runner(dummy, row["rows"], context, steps, row["step_ms"])
                 found["runner"].append(one)
                 print(f"  runner {one['rows']:3}: {one['wall_ms']:.2f} ms a step, GPU idle {one['gpu_idle']:.1%}")
-            how = (50.0, 0.1, 20, 4, 4) if self.tiny else (16.0, 12.0, 512, 128, 256)
+            most = max(row["rows"] for row in found["decode"])  # what the card's memory allows
+            how = (50.0, 0.1, 20, 4, 4) if self.tiny else (16.0, 12.0, 512, 128, most)
             found["serving"] = gpu_bench.bench_serving(dummy, *how)
             print(f"  serving: {found['serving']}")
         except ImportError as error:
             self.report["skipped"]["serving"] = f"missing: {error}"
             print(f"  serving skipped: {error}")
+
+    def cold(self) -> dict[str, Any]:
+        """A first start without any cache of kernels, and one with it, each in a process of its own."""
+        import gpu_models
+
+        config = {**(gpu_models.TINY_LLAMA if self.tiny else gpu_models.LLAMA_8B), "architectures": []}
+        less = ["--requests", "6", "--flight", "3", "--prompt", "20", "--output", "4", "--device", "cpu"]
+        found: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "config.json"
+            path.write_text(json.dumps(config))
+            environment = {key: value for key, value in os.environ.items() if key != "TRITON_CACHE_DIR"}
+            environment |= {"XDG_CACHE_HOME": folder}
+            for name in ("first start", "second start"):
+                command = [sys.executable, str(HERE / "gpu_cold.py"), str(path), *(less if self.tiny else [])]
+                done = subprocess.run(
+                    command, env=environment, capture_output=True, text=True, timeout=max(30.0, self.left)
+                )
+                if done.returncode != 0:
+                    raise RuntimeError(f"{name}: {done.stderr.strip()[-800:]}")
+                one = found[name] = json.loads(done.stdout.strip().splitlines()[-1])
+                first, last = one["rounds"][0], one["rounds"][-1]
+                print(
+                    f"  {name}: ready in {one['ready_s']:.1f} s; {first['output_tok_per_s']:.0f} tok/s, then "
+                    f"{last['output_tok_per_s']:.0f}: {one['cold_over_warm']:.2f}; longest TTFT "
+                    f"{first['ttft_ms_max']:.0f} ms, longest gap {first['longest_gap_ms']:.0f} ms"
+                )
+        return found
 
     def transformers(self) -> list[dict[str, Any]]:
         import gpu_bench
@@ -199,6 +250,7 @@ class Check:
         self.section("kernels", 60, self.kernels)
         self.section("models", 30, self.models)
         self.section("floors", 10, self.floors)
+        self.section("cold", 120, self.cold)
         self.section("llama", 60, lambda: self.benchmark(llama, False, True))
         self.section("llama-fp8", 45, lambda: self.benchmark(llama, True, False))
         self.section("qwen", 60, lambda: self.benchmark(qwen, False, True))
@@ -247,6 +299,16 @@ def markdown(report: dict[str, Any]) -> str:
         eight = f", float8 {floors['flops_8'] / 1e12:.0f} TFLOP/s" if floors["flops_8"] else ""
         rate = f"matmul bf16 {floors['flops_16'] / 1e12:.0f} TFLOP/s{eight}"
         lines += [f"Floors: copy {floors['bytes_per_second'] / 1e12:.2f} TB/s, {rate}.", ""]
+    if cold := report.get("cold"):
+        lines += ["## Cold start (Llama-8B shapes, 32 in flight)", ""]
+        lines += ["| | ready s | first round tok/s | later tok/s | ratio | longest TTFT ms | compiled late |"]
+        lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+        for name, one in cold.items():
+            first, last = one["rounds"][0], one["rounds"][-1]
+            late = len((one["kernels"] or {}).get("late", []))
+            rates = f"{first['output_tok_per_s']:.0f} | {last['output_tok_per_s']:.0f} | {one['cold_over_warm']:.2f}"
+            lines.append(f"| {name} | {one['ready_s']:.1f} | {rates} | {first['ttft_ms_max']:.0f} | {late} |")
+        lines.append("")
     baseline = {row["rows"]: row for row in report.get("transformers", [])}
     for name in ("llama", "llama-fp8", "qwen", "qwen-fp8"):
         if found := report.get(name):
@@ -318,16 +380,34 @@ def main(argv: list[str] | None = None) -> int:
         print("Triton is not installed: there are no kernels to check")
         return 2
     check = Check(args)
+    if not args.dry_run:
+        watch = threading.Timer(args.seconds + GRACE, out_of_time, (check,))
+        watch.daemon = True
+        watch.start()
     check.run()
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = "dry-run" if args.dry_run else check.report["machine"]["gpu"].lower().replace(" ", "-")
-    stem = args.out / f"gpu-check-{name}-{time.strftime('%Y%m%d-%H%M', time.gmtime())}"
-    stem.with_suffix(".json").write_text(json.dumps(check.report, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(markdown(check.report))
-    print(markdown(check.report))
     wrong = failures(check.report)
+    stem = write(check)
+    print(markdown(check.report))
     print(f"{stem}.json, .md; " + (f"{len(wrong)} WRONG" if wrong else "all right"))
     return 1 if wrong else 0
+
+
+def write(check: Check) -> Path:
+    """The report, in two files of this name."""
+    args, report = check.args, {key: value for key, value in check.report.items() if not key.startswith("_")}
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = "dry-run" if args.dry_run else report["machine"]["gpu"].lower().replace(" ", "-")
+    stem = args.out / f"gpu-check-{name}-{time.strftime('%Y%m%d-%H%M', time.gmtime())}"
+    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(markdown(report))
+    return stem
+
+
+def out_of_time(check: Check) -> None:
+    """Something hangs: what there is by now is written, and the process ends."""
+    check.report["errors"]["time"] = f"not done {GRACE:.0f} s after the {check.args.seconds:.0f} s it was given"
+    print(f"out of time; {write(check)}.json, .md", flush=True)
+    os._exit(1)
 
 
 if __name__ == "__main__":

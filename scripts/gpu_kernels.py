@@ -150,6 +150,20 @@ class Kernels:
             (pages.select_rows(table, ids), table[ids]),
         ]
 
+    def tokens(self) -> list[tuple[Tensor, Tensor]]:
+        from phloem.engine import transfer
+        from phloem.kernels.triton import tokens
+
+        last, slots = self.ints(0, 900, 300), torch.randperm(300, device=self.device)[:150]
+        ids, chosen, sound = self.ints(0, 900, 150), self.ints(0, 900, 150).int(), self.randn(150)
+        ids[::3], sound[::4] = -1, float("nan")
+        mine, theirs = [ids.clone(), last.clone()], [ids.clone(), last.clone()]
+        tokens.late_tokens_(mine[0], mine[1], slots)
+        transfer.late_tokens_(theirs[0], theirs[1], slots)
+        packed = tokens.keep_tokens_(mine[1], slots, chosen, sound)
+        want = transfer.keep_tokens_(theirs[1], slots, chosen, sound)
+        return [(mine[0], theirs[0]), (packed, want), (mine[1], theirs[1])]
+
     def _attend(self, queries: list[int], lengths: list[int], head: int, heads: int, kv_heads: int, **how: Any) -> Any:
         from phloem.kernels.triton import attention
 
@@ -361,7 +375,7 @@ class Kernels:
 
 
 CHECKS = [
-    *("norms", "activations", "rope", "pages", "decode", "extend", "mla", "sampling", "moe", "quantise"),
+    *("norms", "activations", "rope", "pages", "tokens", "decode", "extend", "mla", "sampling", "moe", "quantise"),
     *("gemm_fp8", "moe_fp8", "gemm_int", "lora", "invariant"),
 ]
 # Checks whose result is rounded to float8 or int8 on the way: (limit of the relative norm).

@@ -311,7 +311,7 @@ def _check_graphs(name: str, ours: Dummy) -> Outcome:
         for _ in range(8):  # the policy records a bucket only when it is wanted again
             replayed = graphs.run(ours.step([1] * len(lengths), lengths), lambda: None)
         if replayed is None:
-            reason = graphs.graphs.refused or "not recorded"
+            reason = graphs.graphs.refusal(len(lengths)) or "not recorded"
             return Outcome(f"{name}: graph", False, math.inf, 0.0, time.perf_counter() - begin, reason)
         errors.append(distance(replayed, eager))
     return Outcome(f"{name}: graph equals eager", max(errors) <= 1e-3, max(errors), 1e-3, time.perf_counter() - begin)
@@ -341,7 +341,7 @@ def _check_pieces(name: str, ours: Dummy, limit: float) -> Outcome:
         step = ours.step(queries, lengths)
         got = pieces.run(step, lambda: None)
         if got is None:
-            reason = pieces.graphs.refused or "not recorded"
+            reason = pieces.graphs.refusal(sum(queries)) or "not recorded"
             return Outcome(f"{name}: pieces", False, math.inf, 0.0, time.perf_counter() - begin, reason)
         errors.append(distance(got, ours.forward(step.inputs)))
     if pieces.run(ours.step([49], [49]), lambda: None) is not None:

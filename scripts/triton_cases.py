@@ -29,6 +29,7 @@ from phloem.kernels.triton import (
     quantise,
     rope,
     sample,
+    tokens,
 )
 
 BF16, F32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
@@ -120,6 +121,12 @@ def _elementwise() -> None:
     activation.gelu_tanh_and_mul(t(64, 28672))
     activation.add(t(64, 4096), t(64, 4096))
     activation.softcap(t(64, 256000, dtype=F32), 30.0)
+
+
+def _tokens() -> None:
+    ids, last = t(64, dtype=I64), t(256, dtype=I64)
+    tokens.late_tokens_(ids, last, ids)
+    tokens.keep_tokens_(last, ids, t(64, dtype=I32), t(64))
 
 
 def _pages() -> None:
@@ -226,6 +233,7 @@ def cases() -> list[Case]:
         Case("RoPE and KV write, neighbours", plain(_rope, True, BF16, False)),
         Case("RoPE and KV write, float8", lambda f: _rope(False, f, True), float8=True),
         Case("rows and pages", plain(_pages)),
+        Case("first and last tokens", plain(_tokens)),
         Case("sample, 128k", plain(_sample, 128256), quick=True),
         Case("penalties, bias, mask, log-sum-exp", plain(_logits, 151936)),
         Case("MoE, 1 token", plain(_moe, 1)),

@@ -116,13 +116,16 @@ def _describe(case: str, kernel: JITFunction[Any], args: tuple[Any, ...], kwargs
     for place, param in enumerate(kernel.params):
         value = bound[param.name]
         kind = _kind(value)
-        # As at a real launch: the integer 1 becomes a constant, multiples of 16 and tensors are known to be aligned.
-        if param.is_constexpr or (isinstance(value, int) and value == 1):
+        # As at a real launch: the integer 1 becomes a constant, multiples of 16 and tensors are known to be aligned,
+        # but for integers that change from step to step.
+        if param.is_constexpr or (isinstance(value, int) and value == 1 and not param.do_not_specialize):
             signature.append((param.name, "constexpr"))
             constants.append((param.name, value))
             continue
         signature.append((param.name, kind))
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (
+            isinstance(value, int) and value % 16 == 0 and not param.do_not_specialize
+        ):
             aligned.append(place)
     return Launch(
         case,

@@ -71,12 +71,10 @@ KNOWN_CIRCLES = {
     ("phloem.server.chat.write", "phloem.server.chunks", "phloem.server.completions.write"): "server",
     ("phloem.kvcache.audit", "phloem.kvcache.manager", "phloem.kvcache.report", "phloem.kvcache.undo"): "kvcache",
     ("phloem.kernels._native_screen", "phloem.kernels.native_linear"): "kernels",
-    ("phloem.engine.candidates", "phloem.engine.slots"): "engine",
 }
 
 # `getattr` with a default and `hasattr` on our own objects are holes in a protocol: file, attribute -> room.
 HOLES = {
-    "models/__init__.py 'checkpoint_name'": "models",
     "models/_index.py 'nbytes'": "kernels",
     "quant/_groups.py 'workers'": "quant",
     "bench/_floors.py 'forms'": "kernels",
@@ -86,7 +84,6 @@ HOLES = {
 }
 # The same on what is not ours, or where the name is the point.
 FOREIGN = {
-    "checkpoint/gguf_config.py '__len__'": "a value of a file: a list or an array",
     "checkpoint/gguf_reader.py 'MADV_DONTNEED'": "Linux",
     "kernels/graph_cuda.py '_construct_storage_from_data_pointer'": "a private part of torch",
     "kernels/triton/_base.py name": "a torch without some float8 type",
@@ -122,7 +119,7 @@ VENDORS = ("nvidia", "cuda", "rocm", "hip")
 VENDOR_ROOMS = {"platforms", "kernels", "attention"}
 KNOWN_VENDOR_WORDS = {"engine/worker.py hip": "engine"}
 # Files that ask what kind of device this is: how often -> the room that owes a fact of the platform instead.
-DEVICE_TYPE = {"kvcache/layouts/_storage.py": 1, "kvcache/pool.py": 1}
+DEVICE_TYPE: dict[str, int] = {}
 
 
 def compare(found: set[str], known: set[str], what: str) -> None:

@@ -6,16 +6,20 @@ Both use the scheduler and runner that the server uses; there is no second path.
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
+import os
 import queue
 import threading
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
 from phloem.client.start import make_client
 from phloem.core.config import Config
-from phloem.core.errors import EngineDead, PhloemError
+from phloem.core.errors import BadRequest, ConfigError, EngineDead, ModelLoadError, PhloemError
 from phloem.core.messages import Drain
 from phloem.launch.thread import EngineThread
 from phloem.protocol.body import Parser
@@ -28,9 +32,12 @@ from phloem.protocol.score.write import scores
 from phloem.utils import log
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from phloem.client.call import Call
 
 T = TypeVar("T")
+_FAILURES = {error.__name__: error for error in (BadRequest, ConfigError, ModelLoadError)}
 Answer = dict[str, Any]
 
 
@@ -50,7 +57,22 @@ class _LoopThread:
             future.cancel()
             raise
 
+    def cancel(self, future: Future[Any]) -> None:
+        """Harmless when the loop has ended."""
+        with contextlib.suppress(RuntimeError):
+            future.cancel()
+
     def stop(self) -> None:
+        """End what still runs, then the loop."""
+
+        async def end_all() -> None:
+            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.loop.shutdown_asyncgens()
+
+        self.run(end_all())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
@@ -75,12 +97,19 @@ class Engine:
         self._client, self.info, checkpoint = make_client(self.config)
         self._link = EngineThread(self.config, checkpoint)
         self._door = _LoopThread()
-        self._closed = False
+        self._pid = os.getpid()
+        self._closed = ""  # why it takes no more calls
         try:
             self.ready: dict[str, Any] = self._door.run(self._start())
-        except BaseException:
-            self._door.stop()
+        except BaseException as error:
+            self._end("the engine did not start")
+            failed = self._client.connection.failed
+            kind = None if failed is None else _FAILURES.get(failed.kind)
+            if isinstance(error, EngineDead) and failed is not None and kind is not None:
+                raise kind(failed.error) from None
             raise
+        # A step that runs while Python tears its threads down would abort the process.
+        atexit.register(_end_at_exit, weakref.ref(self))
 
     async def _start(self) -> dict[str, Any]:
         self._client.attach(self._link)
@@ -97,20 +126,39 @@ class Engine:
         """The model's chat template (`render(messages)`), or None with `skip_tokenizer_init`."""
         return self._client.template
 
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            self._check_open()
+        except EngineDead:
+            work.close()
+            raise
+        return self._door.run(work)
+
+    def _check_open(self) -> None:
+        """Raises EngineDead in a forked child, which has none of the engine's threads, and after `shutdown`."""
+        if os.getpid() != self._pid:
+            raise EngineDead(
+                f"this engine belongs to process {self._pid}: a forked child has none of its threads; "
+                "make an engine of its own, or start processes by spawn"
+            )
+        if self._closed:
+            raise EngineDead(self._closed)
+
     # generation
 
     def generate(
         self,
         prompt: str | list[str] | None = None,
         sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
-        input_ids: list[int] | list[list[int]] | None = None,
+        input_ids: Any = None,
         *,
         stream: bool = False,
         **fields: Any,
     ) -> Answer | list[Answer] | Generator[Answer]:
         """Continue a prompt or several; fields and results have the names and shapes of `/generate`.
 
-        With `stream` an iterator of growing answers (`index` tells the prompt of a batch).
+        `input_ids`: a list of token ids or several, or arrays or tensors of them. With `stream` an iterator of growing
+        answers (`index` tells the prompt of a batch).
 
         Raises:
             BadRequest: a field is unknown, of a wrong type, or asks for what cannot be served.
@@ -119,13 +167,13 @@ class Engine:
         body = self._body(prompt, sampling_params, input_ids, stream, fields)
         if stream:
             return self._stream(body)
-        return self._door.run(self._collect(body))
+        return self._run(self._collect(body))
 
     async def async_generate(
         self,
         prompt: str | list[str] | None = None,
         sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
-        input_ids: list[int] | list[list[int]] | None = None,
+        input_ids: Any = None,
         *,
         stream: bool = False,
         **fields: Any,
@@ -145,12 +193,11 @@ class Engine:
         stream: bool,
         fields: dict[str, Any],
     ) -> GenerateBody:
-        if self._closed:
-            raise EngineDead("the engine was shut down")
+        self._check_open()
         values = {
             "text": prompt,
             "sampling_params": sampling_params,
-            "input_ids": input_ids,
+            "input_ids": _listed(input_ids),
             "stream": stream,
             **fields,
         }
@@ -201,14 +248,15 @@ class Engine:
                     raise item
                 yield item
         finally:
-            future.cancel()
+            self._door.cancel(future)
 
     async def _stream_async(self, body: GenerateBody) -> AsyncGenerator[Answer]:
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[Answer | BaseException | None] = asyncio.Queue()
 
         def tell(item: Answer | BaseException | None) -> None:
-            loop.call_soon_threadsafe(news.put_nowait, item)
+            with contextlib.suppress(RuntimeError):  # the caller's loop has ended: nobody waits
+                loop.call_soon_threadsafe(news.put_nowait, item)
 
         async def pump() -> None:
             try:
@@ -226,7 +274,7 @@ class Engine:
                     raise item
                 yield item
         finally:
-            future.cancel()
+            self._door.cancel(future)
 
     def score(
         self,
@@ -255,7 +303,7 @@ class Engine:
                 call.cancel()
             return scores(body, call.outputs)
 
-        return self._door.run(run())
+        return self._run(run())
 
     def open_session(
         self,
@@ -273,7 +321,7 @@ class Engine:
         async def open_it() -> str:
             return self._client.sessions.open(session_id, timeout, streaming)
 
-        return self._door.run(open_it())
+        return self._run(open_it())
 
     def close_session(self, session_id: str) -> None:
         """Forget a session. Raises NotFound."""
@@ -281,13 +329,13 @@ class Engine:
         async def close_it() -> None:
             self._client.sessions.close(session_id)
 
-        self._door.run(close_it())
+        self._run(close_it())
 
     # administration
 
     def flush_cache(self, timeout: float = 0.0) -> bool:
         """Forget every cached prefix; False while requests run (waits up to `timeout` seconds for them)."""
-        return self._door.run(self._client.control("flush_cache", timeout=timeout)).ok
+        return self._run(self._client.control("flush_cache", timeout=timeout)).ok
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> int:
         """End requests by id; gives how many."""
@@ -295,14 +343,24 @@ class Engine:
         async def abort() -> int:
             return self._client.abort(rid, everything=abort_all)
 
-        return self._door.run(abort())
+        return self._run(abort())
 
     def pause_generation(self, mode: str = "abort") -> None:
         """Stop launching steps. `mode`: abort what runs, retract it into the queue, or freeze it in place."""
-        self._check(self._door.run(self._client.control("pause", mode=mode)))
+        self._check(self._run(self._client.control("pause", mode=mode)))
 
     def continue_generation(self) -> None:
-        self._check(self._door.run(self._client.control("resume")))
+        self._check(self._run(self._client.control("resume")))
+
+    def get_weights_by_name(self, name: str, truncate_size: int = 100) -> list[Any]:
+        """The first rows of the weight that the checkpoint calls `name`, as numbers. Read between two steps.
+
+        Raises:
+            PhloemError: there is no such weight.
+        """
+        reply = self._door.run(self._client.control("get_weights_by_name", name=name, rows=truncate_size))
+        self._check(reply)
+        return reply.data["weight"]
 
     @staticmethod
     def _check(reply: Any) -> None:
@@ -311,17 +369,22 @@ class Engine:
 
     def get_server_info(self) -> dict[str, Any]:
         """The resolved configuration, flat, with the decisions and the state of the engine."""
-        state = self._door.run(self._client.control("state")).data
+        state = self._run(self._client.control("state")).data
         settings = {name: value for name, value in self.config.flat().items() if name != "api_key"}
         return {**settings, **self.ready, "internal_states": [state]}
 
     def shutdown(self) -> None:
-        """End the engine. Harmless when repeated."""
-        if self._closed:
+        """End the engine; what runs is cut. Harmless when repeated, and in a forked child."""
+        if self._closed or os.getpid() != self._pid:
             return
-        self._closed = True
+        self._end("the engine was shut down")
+
+    def _end(self, why: str) -> None:
+        self._closed = why
+        self._client.draining = True  # what its link says from now on is no failure
         if self._link.alive:
-            self._link.send(Drain(timeout=0.0))
+            with contextlib.suppress(EngineDead):
+                self._link.send(Drain(timeout=0.0))
         self._door.run(self._client.close())
         self._door.stop()
 
@@ -330,6 +393,28 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
+
+
+def _end_at_exit(held: weakref.ref[Engine]) -> None:
+    engine = held()
+    if engine is not None:
+        engine.shutdown()
+
+
+@runtime_checkable
+class _Array(Protocol):
+    """A numpy array or number, a tensor, or another library's."""
+
+    def tolist(self) -> Any: ...
+
+
+def _listed(ids: Any) -> Any:
+    """Arrays and tensors of token ids as lists; all else as it is."""
+    if isinstance(ids, _Array):
+        return ids.tolist()
+    if isinstance(ids, list | tuple):
+        return [one.tolist() if isinstance(one, _Array) else one for one in ids]
+    return ids
 
 
 def _plain(answer: Answer) -> Answer:
@@ -346,27 +431,33 @@ class LLM:
     def __init__(self, model: str = "demo", **settings: Any) -> None:
         self.engine = Engine(model_path=model, **settings)
 
-    def generate(self, prompts: str | Sequence[str], sampling_params: dict[str, Any] | None = None) -> list[str]:
-        """One text for each prompt, in order."""
+    def generate(
+        self, prompts: str | Sequence[str], sampling_params: dict[str, Any] | None = None
+    ) -> list[str] | list[list[str]]:
+        """One text for each prompt, in order; with `n` above 1 a list of n texts for each."""
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
         if not asked:
             return []
-        answers: Any = self.engine.generate(asked, sampling_params)
-        return [answer["text"] for answer in answers]
+        return _by_prompt(self.engine.generate(asked, sampling_params), len(asked))
 
     def chat(
         self,
         messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
         sampling_params: dict[str, Any] | None = None,
-    ) -> list[str]:
-        """The assistant's answer to one conversation, or to each of several."""
+    ) -> list[str] | list[list[str]]:
+        """The assistant's answer to one conversation, or to each of several; with `n` above 1 n answers to each.
+
+        Raises:
+            BadRequest: a conversation has no messages.
+        """
         if not messages:
             return []
         several: Any = [messages] if isinstance(messages[0], dict) else messages
+        if not all(several):
+            raise BadRequest("messages: a conversation has no messages", param="messages")
         template, tokenizer = self.engine.chat_template, self.engine.tokenizer
         ids = [tokenizer.encode(template.render(list(talk)), add_special_tokens=False) for talk in several]
-        answers: Any = self.engine.generate(input_ids=ids, sampling_params=sampling_params)
-        return [answer["text"] for answer in answers]
+        return _by_prompt(self.engine.generate(input_ids=ids, sampling_params=sampling_params), len(ids))
 
     def shutdown(self) -> None:
         self.engine.shutdown()
@@ -376,3 +467,10 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
+
+
+def _by_prompt(answers: Any, prompts: int) -> list[str] | list[list[str]]:
+    """Texts in order, in lists of their own where each prompt has several."""
+    texts = [answer["text"] for answer in answers]
+    each = len(texts) // prompts
+    return texts if each == 1 else [texts[at : at + each] for at in range(0, len(texts), each)]

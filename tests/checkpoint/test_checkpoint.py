@@ -92,7 +92,7 @@ def test_demo() -> None:
         pytest.skip("the default model is not installed")
     found = describe("demo")
     assert (found.name, found.format, found.model_type) == ("SmolLM2-135M-Instruct", "gguf", "llama")
-    assert (found.context_length, found.vocab_size, found.eos_ids) == (8192, 49152, (2,))
+    assert (found.context_length, found.vocab_size, found.eos_ids) == (8192, 49152, (2, 0))
     assert found.tokenizer_path == found.path
     assert found.config["tie_word_embeddings"] is True
 

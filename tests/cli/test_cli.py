@@ -101,3 +101,37 @@ def test_doctor_shows_machine_libraries_and_choices(model: Path) -> None:
         assert word in done.stdout
     bad = phloem("doctor", "/nowhere/at/all")
     assert bad.returncode == 1 and "nowhere" in bad.stdout
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["serve", "--help"], ["doctor"]])
+def test_a_full_disk_is_one_line(arguments: list[str]) -> None:
+    with FULL.open("w") as out:
+        command = [sys.executable, "-m", "phloem", *arguments]
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.endswith("output cannot be written: No space left on device\n")
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
+def test_answers_that_cannot_be_written_are_one_line(model: Path) -> None:
+    done = phloem("run", str(model), "--prompt", "a", "--max-new-tokens", "2", "--output", str(FULL))
+    assert done.returncode == 1 and "output cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+@pytest.mark.parametrize(
+    ("limit", "option"), [("-n 20", "ulimit -n"), ("-v 150000", "ulimit -v"), ("-v 500000", "ulimit -v")]
+)
+def test_limits_of_the_system_are_told_with_what_helps(model: Path, limit: str, option: str) -> None:
+    command = f"ulimit {limit}; exec {sys.executable} -m phloem serve {model} --port 0 --max-total-tokens 4096"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("phloem serve: ") and option in last
+    assert "Traceback" not in done.stderr

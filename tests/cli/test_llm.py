@@ -178,7 +178,7 @@ def test_settings_and_checkpoints_that_are_wrong_are_told_at_once(model: Path, t
         Engine(model_path=str(model), page_sise=16)
     with pytest.raises(ModelLoadError, match="nowhere"):
         Engine(model_path=str(tmp_path / "nowhere"))
-    with pytest.raises(EngineDead, match="context_length"):
+    with pytest.raises(ConfigError, match="context_length"):
         Engine(model_path=str(model), context_length=10**7)
 
 

@@ -458,15 +458,15 @@ async def test_health_tells_the_truth_about_the_engine(monkeypatch: pytest.Monke
     engine = FakeEngine(ready=False, beats=False)
     client = client_of(engine)
     health = Health(client, watchdog=60.0)
-    assert health.problem() == "the engine is starting"
+    assert health.problem() == "the engine is starting" and health.hung() == 0
     engine.say(Ready())
     await client.wait_ready()
     assert health.problem() is None
     client.connection.heard_at -= IDLE_SILENCE + 1
-    assert "silent" in (health.problem() or "")
+    assert "silent" in (health.problem() or "") and health.hung() > IDLE_SILENCE
     engine.say(Heartbeat(step=3, busy_seconds=70.0))
     await until(lambda: client.connection.heartbeat.step == 3)
-    assert "step has been running for 70" in (health.problem() or "")
+    assert "step has been running for 70" in (health.problem() or "") and 70 <= health.hung() < 75
     engine.say(Heartbeat(step=4))
     await until(lambda: client.connection.heartbeat.step == 4)
     assert health.problem() is None

@@ -68,7 +68,7 @@ def test_a_recorded_step_takes_sharing_and_its_end() -> None:
     full = fixed.inputs.rows()[0]
     assert isinstance(full, PagedBatch) and full.shared is not None
     for common, lens in ((12, [192, 0, 192, 0]), (0, [0, 0, 0, 0]), (8, [128, 0, 128, 0])):
-        fixed.write(step(common=common).shared_arrays(4))
+        step(common=common).put(fixed, 4)
         assert full.shared.lens.tolist() == lens
         assert full.shared.group_start.tolist() == ([0, 2, 2] if common else [0, 0, 0])
         assert full.seq_lens.tolist() == [201, 201, 201, 1] and full.page_table[0].tolist() == list(range(1, 21))

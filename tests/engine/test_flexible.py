@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from native_support import built
 from pools import pool_of
-from test_native_graph import built
 from test_pieces import HOST, decide, same, steps
 
 from phloem.attention import BACKENDS
 from phloem.checkpoint.describe import describe
 from phloem.core.batch import Batch, StepOutput
-from phloem.engine.recorded.flexible import FlexibleSteps
+from phloem.core.config import Config
+from phloem.engine.recorded import choice
+from phloem.engine.recorded.flexible import FlexibleStep, FlexibleSteps
 from phloem.engine.runner import ModelRunner
 from phloem.kernels import native
 from phloem.kernels.graph import RecordError
@@ -100,7 +102,7 @@ def test_the_debug_mode_compares_every_replay(llama: Path, monkeypatch: pytest.M
     ours = Engine(llama, True, check=True)
     assert ours.steps is not None
     ours.run(ours.batches())
-    monkeypatch.setattr(ours.steps, "_eager", lambda fixed, sizes: torch.zeros(sizes[2], 64))
+    monkeypatch.setattr(FlexibleStep, "eager", lambda step, fixed, sizes: torch.zeros(sizes[2], 64))
     batch = steps()[2]
     with pytest.raises(RecordError, match="result 0"):
         ours.run([batch])
@@ -149,3 +151,22 @@ def test_the_decision_says_so() -> None:
     assert decode is not None and isinstance(steps_, FlexibleSteps)
     assert decisions["prefill_graph"].value == "on" and "512 tokens" in decisions["prefill_graph"].reason
     assert decide(Flexible(), disable_step_graph=True)[1] is None
+
+
+@pytest.mark.parametrize("kv", [torch.bfloat16, torch.int8, torch.float32])
+def test_a_native_table_records_wherever_its_attention_keeps_the_cache(llama: Path, kv: torch.dtype) -> None:
+    """The reference reads lengths on the host: with a cache of another type that is said at once, not step by step."""
+    ops = native.table(2)
+    model: Any = load_model(describe(str(llama)), BuildContext(ops, torch.float32, CPU))
+    pool = pool_of(model.attention_specs, 64, 4, kv, CPU)
+    for name in ("cpu", "reference"):
+        backend = BACKENDS.module(name).Backend(ops, model.attention_specs, CPU, kv)
+        decisions: list[Any] = []
+        ways = choice.choose(Config().runtime, choice.Place(model, backend, pool, ops, HOST, 0), 4, 20, 64, decisions)
+        told = {decision.name: decision for decision in decisions}
+        if kv == torch.float32:
+            assert not ways and told["step_graphs"].value == "off" and "on the host" in told["step_graphs"].reason
+            continue
+        assert [way.decision for way in ways] == ["step_graphs", "prefill_graph"]
+        choice.record_all(ways, decisions)
+        assert all(way.graphs.refused is None and way.nbytes > 0 for way in ways)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
+from time import perf_counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from phloem.engine.recorded.gaps import Gaps
 from phloem.engine.recorded.graphs import StepGraphs, bucket_sizes
-from phloem.kernels.graph import RecordError
+from phloem.kernels.graph import Interrupted, RecordError
 from phloem.kernels.graph_cuda import Recorder, alias
 from phloem.platforms._streams import Streams
 
@@ -99,9 +103,120 @@ def test_record_all_reports_progress() -> None:
 @pytest.mark.parametrize("error", [RecordError("op x is not known"), MemoryError(), torch.OutOfMemoryError("no")])
 def test_what_cannot_be_recorded_runs_eagerly(error: Exception) -> None:
     table = graphs(FakeRecorder(error), patience=1)
-    assert table.get(1) is None and table.refused is not None
+    assert table.get(1) is None and table.given_up[1] in table.describe() and table.refused is None
+    while table.idle():
+        pass
+    # Three sizes failed and none was recorded: the others are not tried.
+    assert len(table.given_up) == 3 and table.refused is not None and table.refused in table.describe()
     assert not table.idle() and table.get(1) is None
-    assert table.refused in table.describe()
+
+
+def test_a_failed_recording_is_tried_once_more_and_then_that_size_alone_is_given_up() -> None:
+    tried: list[int] = []
+
+    def make(rows: int) -> tuple[int, Any, int]:
+        tried.append(rows)
+        if rows == 4 or (rows == 2 and tried.count(2) == 1):
+            raise RecordError("operation failed due to a previous error during capture")
+        return rows, FakeGraph(lambda: None), rows
+
+    table = StepGraphs(8, make)
+    table.record_all()
+    assert tried == [8, 7, 6, 5, 4, 4, 3, 2, 2, 1]
+    assert list(table.given_up) == [4] and table.refused is None and table.get(2) is not None
+    assert table.get(4) is table.get(4) is None and tried.count(4) == 2  # and not a third time
+    assert "not 4 rows: operation failed" in table.describe() and table.refusal(4) == table.given_up[4]
+    facts = table.facts()
+    assert facts["recorded"] == 7 and facts["given_up"] == {"4": table.given_up[4]} and facts["sizes"] == 8
+
+
+def test_an_interrupted_recording_is_no_failure() -> None:
+    waiting = True
+
+    def make(rows: int) -> tuple[int, Any, int]:
+        if waiting:
+            raise Interrupted
+        return rows, FakeGraph(lambda: None), rows
+
+    table = StepGraphs(1, make)
+    assert table.idle() and not table.given_up
+    waiting = False
+    assert table.idle() and not table.idle() and table.get(1) is not None
+
+
+def test_the_likely_sizes_are_recorded_first_and_the_rest_while_time_is_left() -> None:
+    recorder = FakeRecorder()
+    table = graphs(recorder, limit=24)
+    table.record_likely(perf_counter() + 60)
+    assert recorder.recorded == len(table.sizes)
+    order: list[int] = []
+
+    def make(rows: int) -> tuple[int, Any, int]:
+        order.append(rows)
+        return rows, FakeGraph(lambda: None), rows
+
+    table = StepGraphs(24, make)
+    table.record_likely(perf_counter() + 60)
+    assert order[:6] == [24, 16, 8, 4, 2, 1] and order[6:8] == [20, 14] and sorted(order) == table.sizes
+    table = StepGraphs(24, make)
+    order.clear()
+    table.longest = 3.0  # what one takes is known: none begins that would not end in time
+    table.record_likely(perf_counter() + 2.0)
+    assert not order
+
+
+def test_on_a_device_no_step_waits_for_a_recording() -> None:
+    recorder = FakeRecorder()
+    table = graphs(recorder, limit=8, inline=False)
+    assert [table.get(3) for _ in range(5)] == [None] * 5 and recorder.recorded == 0 and table.due()
+    assert table.idle() and table.get(3) is not None and not table.due()
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def decode_of(rows: int, **changes: Any) -> Any:
+    return SimpleNamespace(**{"is_decode": True, "admissions": [], "num_rows": rows, **changes})
+
+
+def test_under_load_what_is_due_is_recorded_rarely_and_never_for_a_step_with_newcomers() -> None:
+    recorder, clock = FakeRecorder(), Clock()
+    table = graphs(recorder, limit=16, inline=False)
+    left: list[Any] = []
+    way: Any = SimpleNamespace(graphs=table, leave_when=left.append)
+    gaps = Gaps([way], clock)
+    for rows in (3, 3, 5, 5, 9, 9):
+        table.get(rows)
+    gaps.begun(decode_of(3))
+    assert recorder.recorded == 0  # how long a recording takes is not known yet
+    table.longest = 0.05
+    gaps.begun(decode_of(3, admissions=["new"]))
+    gaps.begun(decode_of(3, is_decode=False))
+    assert recorder.recorded == 0
+    record = recorder.record
+
+    def slow(fn: Any) -> Any:
+        clock.now += 0.05
+        return record(fn)
+
+    recorder.record = slow  # type: ignore[method-assign]
+    gaps.begun(decode_of(3))
+    gaps.begun(decode_of(3))
+    assert recorder.recorded == 1
+    clock.now += 0.9
+    gaps.begun(decode_of(3))
+    assert recorder.recorded == 1  # twenty times as long as it took
+    clock.now += 0.2
+    gaps.begun(decode_of(3))
+    assert recorder.recorded == 2
+    clock.now += 10
+    table.longest = 0.2
+    gaps.begun(decode_of(3))
+    assert recorder.recorded == 2 and gaps.idle()  # too long for running requests, not for a pause
 
 
 def test_other_errors_are_not_swallowed() -> None:
@@ -240,6 +355,41 @@ def test_recorder_says_why_a_step_cannot_be_captured() -> None:
     recorder = Recorder(torch.device("cpu"), FakeCuda("operation not permitted when stream is capturing\nmore"))
     with pytest.raises(RecordError, match=r"cannot be captured: operation not permitted when stream is capturing$"):
         recorder.record(lambda: 1)
+
+
+class Mortal:
+    """A device object whose end while a capture is open ends that capture."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda, self.me = cuda, self  # in a circle: only the collector frees it
+
+    def __del__(self) -> None:
+        if self.cuda.capturing:
+            self.cuda.fail = "operation failed due to a previous error during capture"
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_no_graph_is_freed_by_the_collector_during_a_capture(pieces: bool) -> None:
+    cuda = FakeCuda()
+    recorder = Recorder(torch.device("cpu"), cuda)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)  # the collector runs at every chance
+    try:
+
+        def step(cut: Any = None) -> list[Any]:
+            Mortal(cuda)
+            made: list[Any] = [[[number]] for number in range(1000)]
+            return made
+
+        Mortal(cuda)
+        assert gc.isenabled()
+        _ = recorder.record_pieces(step) if pieces else recorder.record(step)
+        assert gc.isenabled() and cuda.fail is None
+        with pytest.raises(ZeroDivisionError):
+            recorder.record(lambda: 1 // 0 if cuda.capturing else 1)
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def test_recorder_works_under_step_graphs() -> None:

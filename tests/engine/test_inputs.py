@@ -12,8 +12,9 @@ import torch
 from phloem.attention import StateRows
 from phloem.core.batch import FROM_DEVICE, Batch, Embeds
 from phloem.core.memory import Group
+from phloem.engine import inputs as inputs_file
 from phloem.engine.inputs import FixedInputs, Step, prompt_positions
-from phloem.engine.transfer import LastTokens
+from phloem.engine.transfer import LastTokens, plain_into
 from phloem.engine.wanted import Wanted
 from phloem.kernels.ops import PagedBatch
 
@@ -120,3 +121,35 @@ def test_what_a_recorded_step_cannot_have() -> None:
     moved = step_of(make_batch(positions=np.arange(8) + 3))
     assert moved.recordable and moved.inputs.positions.tolist() == list(range(3, 11))
     assert moved.inputs.rows()[0].token_slots.tolist()[0] == 26  # pages go by the place in the row
+
+
+@pytest.mark.parametrize("direct", [0, 1 << 20])
+@pytest.mark.parametrize("rows", [3, 5])
+def test_one_transfer_fills_the_inputs_of_a_recorded_step(
+    monkeypatch: pytest.MonkeyPatch, direct: int, rows: int
+) -> None:
+    """Tables that are spread on the device, and such that are sent whole; what a longer step left does not show."""
+    monkeypatch.setattr(inputs_file, "DIRECT", direct)
+    sent: list[int] = []
+
+    def into(target: torch.Tensor, parts: Any) -> None:
+        sent.append(len(parts))
+        target[: max(at + array.nbytes for at, array in parts)] = 0xAA  # nothing may count on what lies between
+        plain_into(target, parts)
+
+    fixed = FixedInputs(POOL, rows, rows, rows, 6, on_host=False)
+    before = [tensor.clone() for tensor in fixed.inputs.tensors]
+    fixed.inputs.input_ids.fill_(77)
+    step = step_of(decode_batch(), False)
+    step._last.into = into
+    step.put(fixed, rows)
+    assert sent == [len(before) - 1]  # all but two that never change, and the slots
+    want = FixedInputs(POOL, rows, rows, rows, 6, on_host=True)
+    host = step_of(decode_batch(), True)
+    host.put(want, rows)
+    for number, (a, b) in enumerate(zip(fixed.inputs.tensors, want.inputs.tensors, strict=True)):
+        if a.ndim > 1:
+            a, b = a[:, :3], b[:, :3]
+        assert torch.equal(a, b) and a.dtype == b.dtype and a.data_ptr() % 16 == 0, number
+    assert torch.equal(fixed.inputs.tensors[2], before[2])
+    assert step._last.at is not None and step._last.at.tolist() == decode_batch().slots.tolist()

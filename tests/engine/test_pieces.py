@@ -341,7 +341,7 @@ def test_limit(settings: dict[str, Any], chunk: int, limit: int) -> None:
     assert pieces.graphs.sizes[-1] == limit == decisions["piecewise_graphs"].value
     assert pieces.graphs._budget == 2**28
     # One recorder, so one memory pool.
-    assert decode._recorder is recorder is pieces._recorder
+    assert decode._step.recorder is recorder is pieces._trunk.recorder
 
 
 def test_reasons_to_run_eagerly() -> None:

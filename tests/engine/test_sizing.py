@@ -44,7 +44,7 @@ class Board(cpu.Platform):
     def reserve(self) -> int:
         return 50 * MIB
 
-    def table(self, requested: str | None) -> tuple[Ops, str]:
+    def table(self, requested: str | None, *, float32: bool = False) -> tuple[Ops, str]:
         return Ops(), "plain"
 
     def attention_backends(self) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from native_support import built
 from stepping import HOST, Row, Stepper, pool_of, runner_of
-from test_native_graph import built
 
 from phloem.attention import BACKENDS
 from phloem.checkpoint.describe import describe

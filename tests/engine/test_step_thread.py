@@ -18,6 +18,7 @@ from phloem.core.batch import FROM_DEVICE, Admission, Batch, StepOutput
 from phloem.core.request import SamplingParams
 from phloem.engine import pipeline as pipeline_file
 from phloem.engine.pipeline import Between, Flight, Pipeline
+from phloem.engine.transfer import plain_into
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
 from phloem.models import Model, load_model
@@ -42,7 +43,7 @@ class Answer:
 def fly(batches: list[Any], ready: bool, needs: Any = lambda batch: False, broken: str = "") -> list[str]:
     log: list[str] = []
 
-    def begin(batch: Any) -> Flight:
+    def begin(batch: Any, _: Any = None) -> Flight:
         log.append(f"begin {batch}")
         if broken == f"begin {batch}":
             raise ValueError("no")
@@ -89,7 +90,7 @@ def settling(broken: str = "") -> list[str]:
     log: list[str] = []
     source: Any = queue.SimpleQueue()
 
-    def begin(batch: Any) -> Flight:
+    def begin(batch: Any, _: Any = None) -> Flight:
         log.append(f"prepare {batch}")
         if broken == f"prepare {batch}":
             raise ValueError("no")
@@ -141,7 +142,7 @@ def test_the_last_step_lands_without_a_next_one() -> None:
     ended = threading.Event()
     log: list[str] = []
     source: Any = queue.SimpleQueue()
-    pipeline = Pipeline(lambda batch: Flight(lambda: batch, ended.is_set), lambda batch: False)
+    pipeline = Pipeline(lambda batch, _: Flight(lambda: batch, ended.is_set), lambda batch: False)
     thread = threading.Thread(target=pipeline.run, args=(source,))
     thread.start()
     source.put((1, Answer(log, 1)))
@@ -167,6 +168,9 @@ class LateStreams:
 
     def up(self, arrays: Any) -> list[torch.Tensor]:
         return [torch.from_numpy(np.array(array)) for array in arrays]
+
+    def into(self, target: torch.Tensor, parts: Any) -> None:
+        plain_into(target, parts)
 
     def down(self, tensors: Any) -> Arriving:
         self.sent += 1
@@ -258,7 +262,7 @@ def test_idle_time_is_used_until_there_is_nothing_to_do(monkeypatch: pytest.Monk
             done.set()
         return log.count("idle") < 3
 
-    pipeline = Pipeline(lambda batch: Flight(lambda: batch, lambda: True), lambda batch: False, idle)
+    pipeline = Pipeline(lambda batch, _: Flight(lambda: batch, lambda: True), lambda batch: False, idle)
     thread = threading.Thread(target=pipeline.run, args=(source,))
     thread.start()
     assert done.wait(20)
@@ -273,7 +277,7 @@ def test_work_between_steps_runs_with_none_in_flight_and_fails_alone() -> None:
     log: list[str] = []
     source: Any = queue.SimpleQueue()
 
-    def begin(batch: Any) -> Flight:
+    def begin(batch: Any, _: Any = None) -> Flight:
         log.append(f"begin {batch}")
         return Flight(lambda: log.append(f"land {batch}"), lambda: False)  # type: ignore[arg-type, return-value]
 

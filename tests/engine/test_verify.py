@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from native_support import built
 from stepping import HOST, LateCopies, Row, Stepper, bits, pool_of, runner_of
-from test_native_graph import built
 
 from phloem.attention import BACKENDS
 from phloem.checkpoint.describe import describe
@@ -195,7 +195,7 @@ def test_damaged_hidden_states_fail_their_row_alone(model: Any) -> None:
     stepper = Stepper(runner_of(model, 2, OPS), rows()[:2])
     stepper.step()
     batch = stepper._batch([[1, 2], []])
-    chooser = stepper.runner._chooser
+    chooser = stepper.runner._work.chooser
     run = chooser.run
 
     def damaged(choice: Any) -> Any:

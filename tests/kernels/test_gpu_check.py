@@ -55,6 +55,64 @@ def test_dry_run_measures_and_reports(tmp_path: Path) -> None:
     assert "| prefill tokens | eager ms | in pieces ms |" in page
 
 
+def test_the_cold_start_runs_in_processes_of_its_own(tmp_path: Path) -> None:
+    done = _run("--dry-run", "--only", "cold", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    (file,) = tmp_path.glob("*.json")
+    cold = json.loads(file.read_text())["cold"]
+    assert list(cold) == ["first start", "second start"]
+    for one in cold.values():
+        assert one["ready_s"] > 0 and len(one["rounds"]) == 2 and one["cold_over_warm"] > 0
+        assert all(row["output_tok_per_s"] > 0 and row["ttft_ms_max"] > 0 for row in one["rounds"])
+    assert "## Cold start" in next(tmp_path.glob("*.md")).read_text()
+
+
+def test_every_token_is_counted_and_sizes_follow_the_memory() -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+import gpu_bench, gpu_models
+from types import SimpleNamespace as message
+plain = gpu_bench.Plain()
+assert plain.names(message(rows=["a", "b"], plain=[1, 2])) == ["a", "b"]
+assert plain.names(message(rows=None, plain=[3, 4])) == ["a", "b"]
+assert plain.names(message(rows=["b"], plain=[5])) == ["b"] and plain.names(message(rows=None, plain=[])) == []
+GIB = 2**30
+fits = lambda gib, config: gpu_bench.fitting(config, gib * GIB, 2, (1, 8, 32, 128, 256), 1024, 2)
+assert fits(140, gpu_models.LLAMA_8B) == [1, 8, 32, 128, 256]
+assert fits(79, gpu_models.LLAMA_8B) == [1, 8, 32, 128, 256] and fits(24, gpu_models.LLAMA_8B) == [1, 8]
+assert fits(140, gpu_models.QWEN3_30B_A3B)[-1] == 256 and fits(79, gpu_models.QWEN3_30B_A3B)[-1] == 128
+assert fits(40, gpu_models.QWEN3_30B_A3B) == []
+"""
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_what_a_section_leaves_behind_and_a_run_that_hangs_are_errors(tmp_path: Path) -> None:
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(SCRIPTS)!r})
+import gpu_check, torch
+args = gpu_check.argparse.Namespace(dry_run=True, only="", seconds=5.0, out=gpu_check.Path({str(tmp_path)!r}))
+check = gpu_check.Check(args)
+check.device = torch.device("cuda")
+left = [0]
+torch.cuda.empty_cache = lambda: None
+torch.cuda.memory_allocated = lambda device: left[0]
+check._leave_nothing("first")
+left[0] = 1 << 30
+check._leave_nothing("second")
+assert list(check.report["errors"]) == ["second left memory behind"]
+gpu_check.out_of_time(check)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "out of time" in done.stdout, done.stderr[-2000:]
+    (file,) = tmp_path.glob("*.json")
+    assert "time" in json.loads(file.read_text())["errors"]
+
+
 def test_kernel_checks_notice_errors(tmp_path: Path) -> None:
     """A kernel that is wrong, raises, or leaves its output unwritten is reported, and the exit status is 1."""
     code = f"""

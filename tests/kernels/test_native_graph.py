@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from native_support import built
 
 from phloem.kernels import native
 from phloem.kernels._native_recorder import ALIGN, SLAB, Arena, Space
@@ -17,15 +18,6 @@ from phloem.kernels.graph import RecordError, check_replay
 from phloem.kernels.ops import Ops
 from phloem.platforms.cpu import Platform
 from phloem.utils.cores import available_cores, cgroup_quota
-
-
-def built() -> bool:
-    try:
-        native.runtime()
-    except native.Unavailable:
-        return False
-    return True
-
 
 pytestmark = pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
 

@@ -14,7 +14,8 @@ from phloem.kernels.ops import Rotation
 from phloem.layers.context import AttentionSpec, Heads
 
 need_interpreter()
-from phloem.kernels.triton import activation, norm, pages, rope, table  # noqa: E402
+from phloem.engine import transfer  # noqa: E402
+from phloem.kernels.triton import activation, norm, pages, rope, table, tokens  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -22,6 +23,26 @@ from phloem.kernels.triton import activation, norm, pages, rope, table  # noqa: 
 def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight = torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
     assert_close(norm.rms_norm(x, weight, 1e-6), ref.rms_norm(x, weight, 1e-6), dtype)
+
+
+@pytest.mark.parametrize("count", [1, 5, 128, 300])
+def test_the_tokens_that_a_step_begins_and_ends_with(count: int) -> None:
+    last, slots = torch.arange(1000, 1000 + 512), torch.randperm(512)[:count]
+    ids = torch.randint(0, 500, (count,))
+    ids[::2] = -1
+    got, want = ids.clone(), ids.clone()
+    tokens.late_tokens_(got, last, slots)
+    transfer.late_tokens_(want, last, slots)
+    assert torch.equal(got, want) and int(got[0]) == 1000 + int(slots[0])
+    for kind in (torch.int32, torch.int64):
+        chosen, sound = torch.randint(0, 9000, (count,)).to(kind), torch.randn(count)
+        sound[1::3] = float("nan")
+        mine, theirs = last.clone(), last.clone()
+        packed = tokens.keep_tokens_(mine, slots, chosen, sound)
+        assert packed.dtype == torch.int32
+        assert torch.equal(packed, transfer.keep_tokens_(theirs, slots, chosen, sound))
+        assert torch.equal(mine, theirs) and torch.equal(mine[slots], chosen.long())
+    assert tokens.keep_tokens_(last, slots[:0], ids[:0], torch.zeros(0)).shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

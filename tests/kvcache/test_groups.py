@@ -124,7 +124,7 @@ class World:
         assert lease.shared == lease.held == want
         self.running.append(Running(lease, tokens, want * self.size))
 
-    def launch(self, request: Running, count: int, give: bool) -> bool:
+    def launch(self, request: Running, count: int, give: bool, sure: bool = True) -> bool:
         """One step of a request; False where memory is short, and then too little could be had."""
         cache, lease, start = self.cache, request.lease, request.computed
         count = cache.cut(lease, ids(request.tokens), start, min(count, len(request.tokens) - start))
@@ -132,7 +132,7 @@ class World:
             return False
         end = start + count
         missing, room = max(0, -(-end // self.size) - lease.held), available(cache)
-        need = [2 - len(lease.own) if group.kind == "state" else missing for group in cache.groups]
+        need = [max(0, 2 - len(lease.own)) if group.kind == "state" else missing for group in cache.groups]
         got = cache.reserve(lease, end)
         assert got == all(want <= there for want, there in zip(need, room, strict=True))
         if not got:
@@ -147,7 +147,7 @@ class World:
                 place = int(lease.tables[number][at // self.size]), at % self.size
                 assert place[0] > 0
                 self.write(step, number, place, self.meaning(request, at))
-        cache.turn(lease)
+        cache.turn(lease, end if sure else -1)
         if give:
             step.given.append(cache.given(lease))
             cache.commit(lease, ids(request.tokens), end)
@@ -237,11 +237,11 @@ class Lives(RuleBasedStateMachine):
             self.world.admit(salt, list(tokens))
 
     @precondition(lambda self: self.world.running)
-    @rule(which=st.integers(0, 3), count=st.integers(1, 12), give=st.booleans())
-    def launch(self, which: int, count: int, give: bool) -> None:
+    @rule(which=st.integers(0, 3), count=st.integers(1, 12), give=st.booleans(), sure=st.booleans())
+    def launch(self, which: int, count: int, give: bool, sure: bool) -> None:
         world = self.world
         if len(world.flight) < 3:
-            world.launch(world.running[which % len(world.running)], count, give)
+            world.launch(world.running[which % len(world.running)], count, give, sure)
 
     @precondition(lambda self: self.world.flight)
     @rule()
@@ -309,7 +309,7 @@ def run(cache: CacheManager, tokens: list[int], chunk: int = 1 << 20) -> tuple[i
         assert 0 < count <= chunk
         computed, steps = computed + count, steps + 1
         assert cache.reserve(lease, computed)
-        cache.turn(lease)
+        cache.turn(lease, computed)
         cache.commit(lease, ids(tokens), computed)
         cache.behind(lease, computed)
     cache.check([lease])
@@ -376,9 +376,65 @@ def test_a_state_is_read_where_it_was_written_and_never_written_by_who_reads_it(
     assert cache.reserve(lease, 20)
     read, write = lease.tables[1].tolist()
     assert write > 0 and write != read
-    cache.turn(lease)
+    cache.turn(lease, 20)
     assert lease.tables[1][0] == write and lease.tables[1][1] not in (0, write, read)
     cache.check([lease])
+
+
+@pytest.mark.parametrize("kind", ["full and states", "all", "states alone"])
+def test_the_state_at_the_last_page_border_of_an_answer_is_reused_by_the_next_turn(kind: str) -> None:
+    for prompt in range(1, 14):
+        for answer in range(12):
+            cache = manager(KINDS[kind], 40, 4)
+            tokens = list(range(prompt + answer))
+            lease = cache.match("", ids(tokens), prompt - 1, rows(cache))
+            computed = 0
+            while computed < len(tokens):
+                known = tokens[:prompt]
+                count = cache.cut(lease, ids(known), computed, prompt - computed) if computed < prompt else 1
+                computed += count
+                assert cache.reserve(lease, computed)
+                cache.turn(lease, computed)
+                if computed <= prompt:
+                    cache.commit(lease, ids(known), computed)
+                cache.behind(lease, computed)
+                cache.check([lease])
+            assert lease.border[0] == (len(tokens) // 4 if len(tokens) // 4 > prompt // 4 else 0)
+            cache.release(lease, ids(tokens), computed)
+            cache.check([])
+            assert cache.probe("", ids([*tokens, 99]), len(tokens)).num_pages == len(tokens) // 4
+
+
+def test_where_no_slot_is_left_an_answer_goes_on_without_one_for_the_tree() -> None:
+    cache = CacheManager(KINDS["full and states"], [40, 3], 4)
+    tokens = list(range(30))
+    lease = cache.match("", ids(tokens), 29, rows(cache))
+    for computed in range(1, 31):
+        assert cache.reserve(lease, computed)
+        cache.turn(lease, computed)
+        cache.check([lease])
+    assert len(lease.own) == 2
+    cache.release(lease, ids(tokens), 30)
+    assert cache.probe("", ids(tokens), 29).num_pages == 0
+
+
+def test_a_failed_step_leaves_the_state_that_was_kept_before_it() -> None:
+    cache = manager(KINDS["full and states"], 40, 4)
+    tokens = list(range(30))
+    lease = cache.match("", ids(tokens), 29, rows(cache))
+    seen: list[tuple[int, ...]] = []
+    mark = 0
+    for computed in range(1, 14):
+        assert cache.reserve(lease, computed)
+        seen.append((*lease.border, *sorted(lease.own), *lease.tables[1].tolist()))
+        mark = cache.mark() if computed == 12 else mark
+        cache.turn(lease, computed)
+    assert lease.border[0] == 3
+    cache.roll_back(mark, [(lease, 11)], [])
+    assert (*lease.border, *sorted(lease.own), *lease.tables[1].tolist()) == seen[11] and lease.border[0] == 2
+    cache.check([lease])
+    cache.release(lease, ids(tokens), 11)
+    assert cache.probe("", ids(tokens), 29).num_pages == 2
 
 
 def test_states_go_by_their_own_last_use_and_the_used_one_stays() -> None:
@@ -553,16 +609,16 @@ def test_a_failed_step_gives_window_pages_and_slots_back_as_they_were() -> None:
     lease = cache.match("", ids(tokens), 39, rows(cache))
     for end in (8, 12):
         assert cache.reserve(lease, end)
-        cache.turn(lease)
+        cache.turn(lease, end)
         cache.commit(lease, ids(tokens), end)
         cache.behind(lease, end)
     assert cache.reserve(lease, 24)
     before = [table.copy() for table in lease.tables]
     shared, mark = lease.shared, cache.mark()
-    cache.turn(lease)
+    cache.turn(lease, 16)
     given = [cache.given(lease)]
     cache.commit(lease, ids(tokens), 16)
-    cache.turn(lease)
+    cache.turn(lease, 24)
     given.append(cache.given(lease))
     cache.commit(lease, ids(tokens), 24)
     assert cache.probe("", ids(tokens), 24).num_pages == 6
@@ -581,7 +637,7 @@ def test_who_read_what_was_never_computed_goes_on_from_what_was() -> None:
     for end in (12, 28):
         marks.append(cache.mark())
         assert cache.reserve(writer, end)
-        cache.turn(writer)
+        cache.turn(writer, end)
         given.append(cache.given(writer))
         cache.commit(writer, ids(tokens), end)
     reader = cache.match("", ids(tokens), 39, rows(cache))

@@ -141,3 +141,9 @@ def test_second_real_model_like_transformers(tmp_path: Path) -> None:
     file = package.assemble(tmp_path / "gemma.gguf")
     prompt = [2, 818, 5279, 529, 7001, 563]
     check_greedy(file, prompt, 8)
+
+
+def test_a_model_in_several_parts(made: Any, tmp_path: Path) -> None:
+    path, theirs = made("llama")
+    close(Engine(tiny_gguf(path, tmp_path / "tiny.gguf", part=7)).whole(PROMPT), theirs)
+    close(Engine(tmp_path).whole(PROMPT), theirs)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from linear_cases import needs_native
-from model_support import CPU, PROMPT, Engine, close
+from model_support import CPU, PROMPT, Engine, close, edited
 
 from phloem.checkpoint.describe import describe
 from phloem.core.errors import ModelLoadError
@@ -22,16 +21,6 @@ from phloem.models import load_model
 from phloem.quant import Method
 from phloem.quant._source import Source
 from phloem.testing.checkpoints import tiny_checkpoint
-
-
-def edited(path: Path, target: Path, tensors: Any = None, **config: Any) -> Path:
-    from safetensors.torch import load_file, save_file
-
-    target.mkdir()
-    stored = load_file(path / "model.safetensors")
-    save_file(tensors(stored) if tensors else stored, target / "model.safetensors")
-    (target / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), **config}))
-    return target
 
 
 def test_missing_tensors_are_named(made: Any, tmp_path: Path) -> None:

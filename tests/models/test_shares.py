@@ -23,7 +23,7 @@ SIZES: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 2, "he
 # They have no head size of their own.
 HEADS_OF_EIGHT = (
     "qwen2", "phi3", "olmo2", "olmo3", "granite", "smollm3", "exaone4", "cohere", "cohere2", "starcoder2", "stablelm",
-    "phi", "gpt_neox", "qwen2_moe", "olmoe", "granitemoe", "opt", "falcon",
+    "phi", "gpt_neox", "deepseek_v2", "deepseek_v3", "qwen2_moe", "olmoe", "granitemoe", "opt", "falcon",
 )  # fmt: skip
 
 
@@ -33,7 +33,13 @@ def checkpoint(name: str, path: Path) -> Path:
     sizes = {**SIZES, "head_dim": 8, "hidden_size": 64} if name == "helium" else sizes
     experts = {"num_experts": 8, "num_local_experts": 8} if "moe" in name else {}
     experts = {"num_local_experts": 8} if name in ("mixtral", "gpt_oss", "minimax_m2") else experts
-    experts = {"moe_num_experts": 8} if name == "ernie4_5_moe" else {} if name == "glm4_moe" else experts
+    experts = (
+        {"moe_num_experts": 8}
+        if name == "ernie4_5_moe"
+        else {}
+        if name in ("glm4_moe", "deepseek_v2", "deepseek_v3")
+        else experts
+    )
     return tiny_checkpoint(name, path, **sizes, **experts)
 
 

@@ -127,6 +127,20 @@ def test_all_right_drafts_take_a_fraction_of_the_steps(overlap: bool) -> None:
     assert driver.runner.computed["a"] == 3 + 4 and driver.finish["a"].length == 21
 
 
+@both
+@pytest.mark.parametrize("length", range(30, 36))
+def test_drafts_behind_a_prompt_in_chunks_wait_for_their_own_step(overlap: bool, length: int) -> None:
+    """The last chunk of 33 tokens has one, and drafts already, while the chunk before it is still in flight."""
+    guess = Guess(right=1.0)
+    driver = Driver(overlap=overlap, drafter=guess, draft_room=4, chunked_prefill_size=16)
+    prompt = list(range(11, 11 + length))
+    answer = driver.expected(prompt, 20)
+    guess.know("a", prompt, answer)
+    driver.submit("a", prompt, 20)
+    driver.run()
+    assert driver.tokens["a"] == answer and driver.runner.accepted > 5
+
+
 @pytest.mark.parametrize("stop", [EOS, 3], ids=["eos", "stop id"])
 def test_an_end_among_accepted_tokens_cuts_the_rest(stop: int) -> None:
     for at in range(3, 12):

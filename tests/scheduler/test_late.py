@@ -10,6 +10,7 @@ import pytest
 
 from phloem.core.errors import BadRequest, PhloemError, QueueFull
 from phloem.core.late import Prepared
+from phloem.core.messages import Control
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.scheduler.state import LATE
 from phloem.testing.driver import Driver, random_tokens, storm
@@ -224,6 +225,24 @@ def test_weights_change_between_two_steps_under_load(overlap: bool) -> None:
     assert changed >= 4
 
 
+@both
+def test_a_weight_is_read_with_steps_in_flight_behind_what_changes_it(overlap: bool) -> None:
+    driver = Driver(overlap=overlap)
+    driver.submit("a", [11, 12, 13], 20)
+    driver.step(3)
+    read: dict[str, Any] = {"name": "weights", "rows": 5}
+    driver.scheduler.receive(Control(id="before", name="get_weights_by_name", args=read))
+    driver.scheduler.between(lambda: setattr(driver.runner, "weights", 7))
+    for name, args in (("after", read), ("unknown", {**read, "name": "x"}), ("none", {**read, "rows": 0})):
+        driver.scheduler.receive(Control(id=name, name="get_weights_by_name", args=args))
+    assert driver.scheduler.busy
+    driver.run()
+    assert driver.replies["before"].data == {"weight": [[0.0]]} and driver.replies["after"].data == {"weight": [[7.0]]}
+    assert not driver.replies["unknown"].ok and driver.replies["unknown"].message == "no weight is called 'x'"
+    assert not driver.replies["none"].ok and "above 0" in driver.replies["none"].message
+    assert len(driver.tokens["a"]) == 20
+
+
 def test_prefixes_of_other_weights_are_not_shared() -> None:
     driver = Driver()
     prompt = random_tokens(random.Random(3), 20)
@@ -252,11 +271,12 @@ def test_a_call_is_answered_when_its_work_between_steps_has_ended() -> None:
         raise ValueError("no such tensor")
 
     controls = driver.scheduler.controls
-    controls.between("good", lambda: 8, lambda result: f"{result} tensors")
-    controls.between("bad", fail, str)
+    controls.between("good", lambda: 8, lambda result: (f"{result} tensors", {"count": result}))
+    controls.between("bad", fail, lambda result: ("", {}))
     assert driver.scheduler.busy and controls.waiting and not driver.replies
     driver.step()
     assert (driver.replies["good"].ok, driver.replies["good"].message) == (True, "8 tensors")
+    assert driver.replies["good"].data == {"count": 8}
     assert (driver.replies["bad"].ok, driver.replies["bad"].message) == (False, "ValueError: no such tensor")
     driver.run()
     assert driver.tokens["a"] == driver.expected([11, 12, 13], 20)

@@ -106,10 +106,36 @@ def test_several_forced_calls_only_where_they_are_allowed(url: str) -> None:
     body = {**BODY, "tool_choice": "required", "temperature": 1.0}
     for seed in range(4):
         response = post(url, "/v1/chat/completions", {**body, "seed": seed, "max_tokens": 300})
-        calls = response.json()["choices"][0]["message"]["tool_calls"]
-        assert calls
+        (choice,) = response.json()["choices"]
+        calls = choice["message"]["tool_calls"]
+        assert calls and choice["message"]["content"] is None, "nothing but calls comes, however many"
+        assert choice["finish_reason"] in ("tool_calls", "length")
+        for call in calls[: -1 if choice["finish_reason"] == "length" else None]:
+            valid(call["function"]["name"], call["function"]["arguments"])
+
+
+def test_a_format_beside_tools_makes_answers_calls_or_texts_of_that_format(url: str) -> None:
+    schema = {**SCHEMA["properties"]["where"], "properties": {"near": {"type": "boolean"}, "n": {"type": "integer"}}}
+    shape = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    flat = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    seen = set[str]()
+    for seed in range(8):
+        body = {**BODY, "response_format": shape, "temperature": 1.0, "seed": seed, "max_tokens": 300}
+        (choice,) = post(url, "/v1/chat/completions", body).json()["choices"]
+        message, calls = choice["message"], choice["message"]["tool_calls"] or []
+        assert bool(message["content"]) != bool(calls), message
+        seen.add("calls" if calls else "text")
+        if choice["finish_reason"] == "length":
+            continue
         for call in calls:
             valid(call["function"]["name"], call["function"]["arguments"])
+        if not calls:
+            jsonschema.validate(json.loads(message["content"]), schema)
+    assert "text" in seen
+    form = {"type": "json_schema", "name": "s", "schema": schema}
+    asked = {"input": "?", "tools": flat, "text": {"format": form}, "max_output_tokens": 300}
+    response = post(url, "/v1/responses", {**asked, "tool_choice": {"type": "function", "name": "weather"}}).json()
+    assert [item["type"] for item in response["output"]] == ["function_call"], "a forced call wins"
 
 
 def test_what_cannot_be_enforced_is_refused(url: str) -> None:

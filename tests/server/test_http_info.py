@@ -169,6 +169,30 @@ async def test_flush_cache() -> None:
 
 
 @on_loop
+async def test_get_weights_by_name() -> None:
+    async with open_door() as door:
+        path, name = "/get_weights_by_name", "model.norm.weight"
+        door.engine.control_reply = ControlReply(id="", data={"weight": [[1.0, 2.0], [3.0, float("nan")]]})
+        answers = [
+            await door.post(path, {"name": name}),
+            await door.http.get(f"{path}?name={name}&truncate_size=3"),
+            await door.http.request("GET", path, json={"name": name, "truncate_size": 2}),
+        ]
+        assert all(answer.json() == [[1.0, 2.0], [3.0, None]] for answer in answers)
+        assert [control.args["rows"] for control in door.engine.controls] == [100, 3, 2]
+        assert {control.args["name"] for control in door.engine.controls} == {name}
+        for response, param in (
+            (await door.http.get(path), "name"),
+            (await door.http.get(f"{path}?name=a&truncate_size=x"), "truncate_size"),
+            (await door.post(path, {"name": "a", "truncate_size": 0}), "truncate_size"),
+        ):
+            assert response.status_code == 400 and response.json()["error"]["param"] == param
+        door.engine.control_reply = ControlReply(id="", ok=False, message="no weight is called 'a'")
+        response = await door.http.get(f"{path}?name=a")
+        assert response.status_code == 400 and response.json()["error"]["message"] == "no weight is called 'a'"
+
+
+@on_loop
 async def test_abort_request() -> None:
     async with open_door(FakeEngine(delay=0.002)) as door:
         body = {"text": "a", "rid": "mine", "sampling_params": {"max_new_tokens": 400}}

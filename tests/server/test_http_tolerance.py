@@ -32,6 +32,10 @@ async def test_edits_that_only_clear_context_are_accepted() -> None:
             assert answer.status_code == 200, answer.text
         answer = await door.post(MESSAGES, {**body, "context_management": {"edits": [{"type": "compact_20260112"}]}})
         assert answer.status_code == 400 and "compact" in answer.json()["error"]["message"]
+        for path, wanted in ((RESPONSES, {"max_output_tokens": 3}), ("/v1/responses/input_tokens", {})):
+            for edits, status in (([], 200), ([{"type": "clear_tool_uses"}], 200), ([{"type": "compaction"}], 400)):
+                answer = await door.post(path, {"input": "a", "context_management": edits, **wanted})
+                assert answer.status_code == status, answer.text
 
 
 @on_loop
@@ -40,6 +44,9 @@ async def test_metadata_of_clients_is_accepted() -> None:
         more = {"client_metadata": {"a": "b"}, "thread": "t"}
         assert (await door.post(RESPONSES, {"input": "a", "max_output_tokens": 3, **more})).status_code == 200
         assert (await door.post(CHAT, {"messages": HI, "max_tokens": 3, **more})).status_code == 200
+        for path, wanted in ((MESSAGES, {"max_tokens": 3}), (MESSAGES + "/count_tokens", {})):
+            body = {"messages": HI, "client_metadata": {"a": "b"}, **wanted}
+            assert (await door.post(path, body)).status_code == 200
 
 
 @on_loop
@@ -68,7 +75,10 @@ def test_allowed_tools_narrow_the_choice() -> None:
     flat = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]}
     made = plan(tools, flat, None, "hermes")
     assert [tool["function"]["name"] for tool in made.tools] == ["f"] and made.constraint is not None
-    for wrong in ({**flat, "tools": [{"name": "h"}]}, {**flat, "mode": "maybe"}, {"type": "allowed_tools"}):
+    beside = {**flat, "tools": [*flat["tools"], {"type": "mcp", "server_label": "x"}]}
+    assert plan(tools, beside, None, "hermes") == made
+    alone = {**flat, "tools": [{"type": "mcp", "server_label": "x"}]}
+    for wrong in (alone, {**flat, "tools": [{"name": "h"}]}, {**flat, "mode": "maybe"}, {"type": "allowed_tools"}):
         with pytest.raises(BadRequest) as caught:
             plan(tools, wrong, None, "hermes")
         assert caught.value.param == "tool_choice"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import queue
@@ -214,6 +215,79 @@ def test_a_dead_engine_is_told_and_started_again(model: Path) -> None:
         assert server.generate("hello").status_code == 200
     finally:
         server.close()
+
+
+def test_a_hung_engine_is_ended_and_started_again(model: Path) -> None:
+    options = ("--watchdog-timeout", "1", "--engine-hang-timeout", "6")
+    server = Server(model, "--dtype", "float32", "--max-total-tokens", "8192", *options).wait_ready()
+    try:
+        assert server.generate("hello").status_code == 200
+        answers: queue.SimpleQueue[httpx.Response] = queue.SimpleQueue()
+        askers = [threading.Thread(target=lambda: answers.put(server.generate("a story", 1500))) for _ in range(3)]
+        for asker in askers:
+            asker.start()
+        eventually(lambda: server.state()["running"] == 3)
+        first, stopped = server.engine_pid(), time.monotonic()
+        os.kill(first, signal.SIGSTOP)
+        late = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "stream": True}, timeout=60)
+        assert late.status_code == 503, "one that came while it hung is answered too"
+        for asker in askers:
+            asker.join(60)
+            answer = answers.get(timeout=1)
+            assert answer.status_code == 503 and "hung" in answer.json()["error"]["message"]
+            assert answer.headers["retry-after"]
+        assert 5 < time.monotonic() - stopped < 20
+        eventually(lambda: server.get("/health").status_code == 200, 60)
+        assert server.engine_pid() != first and gone(first)
+        assert server.generate("hello").status_code == 200
+        (line,) = [line for line in server.lines if "has been hanging" in line]
+        assert "ERROR" in line
+    finally:
+        server.close()
+
+
+def test_a_door_that_slept_with_its_engine_ends_nothing(model: Path) -> None:
+    """Ctrl-Z and fg: both stop, both go on."""
+    server = Server(
+        model, "--dtype", "float32", "--max-total-tokens", "8192", "--engine-hang-timeout", "2"
+    ).wait_ready()
+    try:
+        both = (server.engine_pid(), server.process.pid)
+        for pid in both:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(4)
+        for pid in reversed(both):  # the door first
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(3)
+        assert server.engine_pid() == both[0] and server.generate("hello").status_code == 200
+        assert not any("hanging" in line for line in server.lines)
+    finally:
+        server.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_behind_standard_output_stops_no_server(model: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "phloem", "serve", str(model), "--port", str(port), "--max-total-tokens", "4096"]
+    with Path("/dev/full").open("w") as out:
+        process = subprocess.Popen([*command, "--greet"], stdout=out, stderr=subprocess.PIPE, text=True)
+    try:
+
+        def answers() -> bool:
+            with contextlib.suppress(httpx.HTTPError):
+                return httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+            return False
+
+        eventually(answers, 120)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert errors.count("standard output cannot be written to") == 1
+    assert "Traceback" not in errors and "Exception ignored" not in errors
 
 
 def test_a_dead_engine_ends_the_server_where_that_is_wanted(model: Path) -> None:

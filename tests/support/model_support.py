@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pools import pool_of
+from pools import pool_for
 
 from phloem.attention import BACKENDS, begin
 from phloem.checkpoint.describe import describe
@@ -37,7 +37,7 @@ class Engine:
         self.checkpoint = describe(str(path), **options)
         self.model = load_model(self.checkpoint, BuildContext(self.ops, dtype, CPU))
         kept = kv_dtype or dtype
-        self.pool = pool_of(self.model.attention_specs, 256, PAGE, kept, CPU)
+        self.pool = pool_for(self.model.memory, 256, PAGE, kept, CPU)
         self.attention = BACKENDS.module("cpu").Backend(self.ops, self.model.attention_specs, CPU, kept)
         self.free = list(range(1, 256))
 
@@ -90,6 +90,17 @@ class Engine:
         while len(out) < count:
             out.append(int(self.step([(out[-1:], pages, len(prompt) + len(out) - 1)]).argmax()))
         return out
+
+
+def edited(path: Path, target: Path, tensors: Any = None, **config: Any) -> Path:
+    """A copy of a checkpoint with other tensors, or other keys in its config.json."""
+    from safetensors.torch import load_file, save_file
+
+    target.mkdir()
+    stored = load_file(path / "model.safetensors")
+    save_file(tensors(stored) if tensors else stored, target / "model.safetensors")
+    (target / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), **config}))
+    return target
 
 
 def reference(path: Path, tokens: list[int]) -> torch.Tensor:

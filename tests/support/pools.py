@@ -12,6 +12,7 @@ from phloem.layers.context import memory_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from phloem.core.memory import MemorySpec
     from phloem.layers.context import AttentionSpec
 
 WHOLE = Group("pages", 0, (0,))  # keeps every token
@@ -19,7 +20,11 @@ WHOLE = Group("pages", 0, (0,))  # keeps every token
 
 def pool_of(specs: Sequence[AttentionSpec], pages: int, *rest: Any) -> KVPool:
     """A pool with so many pages in each group, so that one page table serves all of them."""
-    memory = memory_of(specs)
+    return pool_for(memory_of(specs), pages, *rest)
+
+
+def pool_for(memory: Sequence[MemorySpec], pages: int, *rest: Any) -> KVPool:
+    """The same of what a model keeps."""
     return KVPool(memory, [pages] * len(groups_of(memory)), *rest)
 
 

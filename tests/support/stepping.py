@@ -15,6 +15,7 @@ from phloem.core.errors import OutOfMemory
 from phloem.core.memory import groups_of
 from phloem.core.request import SamplingParams
 from phloem.engine.runner import ModelRunner
+from phloem.engine.transfer import plain_into
 from phloem.kernels.ops import Ops
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import memory_of
@@ -155,6 +156,9 @@ class LateCopies:
     def up(self, arrays: Any) -> list[torch.Tensor]:
         return [torch.from_numpy(np.array(array)) for array in arrays]
 
+    def into(self, target: torch.Tensor, parts: Any) -> None:
+        plain_into(target, parts)
+
     def down(self, tensors: Any) -> Arriving:
         asked: list[int] = []
 
@@ -166,3 +170,20 @@ class LateCopies:
             def synchronize(self) -> None: ...
 
         return Arriving([tensor.clone() for tensor in tensors], Event())
+
+
+class Bomb:
+    """Finds no memory on these calls of what it wraps."""
+
+    def __init__(self, calls: set[int], error: Callable[[], BaseException]) -> None:
+        self.calls, self.error, self.count, self.thrown = calls, error, 0, 0
+
+    def __call__(self, function: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            if self.count in self.calls:
+                self.thrown += 1
+                raise self.error()
+            return function(*args, **kwargs)
+
+        return wrapped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -109,3 +110,29 @@ def test_a_child_does_not_outlive_a_parent_that_is_killed() -> None:
         time.sleep(0.05)
     os.kill(child, signal.SIGKILL)
     pytest.fail("the child lives on")
+
+
+def test_what_is_exhausted_is_named_with_what_helps() -> None:
+    files = machine.exhausted(OSError(errno.EMFILE, "Too many open files"))
+    assert files is not None and "ulimit -n" in files and str(machine.open_files()) in files
+    for error in (MemoryError(), OSError(errno.ENOMEM, "no"), ImportError("x.so: failed to map segment from object")):
+        found = machine.exhausted(error)
+        assert found is not None and "--max-total-tokens" in found
+    assert "written" in (machine.exhausted(OSError(errno.ENOSPC, "No space left on device")) or "")
+    for error in (OSError(errno.ENOENT, "no such file"), RuntimeError("shapes differ"), ValueError("can")):
+        assert machine.exhausted(error) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+def test_a_limit_of_address_space_cuts_the_memory() -> None:
+    code = (
+        "import resource\nfrom phloem.utils import machine\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
+        "free, total = machine.memory()\n"
+        "assert total <= 2**30 and 0 < free < 2**30, (free, total)\n"
+        "soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (70, min(hard, 200)))\n"
+        "machine.allow_open_files()\n"
+        "assert machine.open_files() == 200, machine.open_files()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,7 +1,7 @@
 """Attention backends: the file name is the backend's name.
 
-Each file has `class Backend(ops, specs, device, dtype)` with `name`, `page_size` (preferred), `decline(need)` and
-`begin(batch, pool)`; `dtype` is that of the KV cache. The first of an ordered list that does not decline is taken.
+Each file has `class Backend(ops, specs, device, dtype)` with `name`, `ops`, `page_size` (preferred), `decline(need)`
+and `begin(batch, pool)`; `dtype` is that of the KV cache. The first of an ordered list that does not decline is taken.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from phloem.kernels.ops import Ops, PagedBatch
+    from phloem.kernels.ops import LatentCall, Ops, PagedBatch
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, AttentionStep, Heads
 
@@ -43,6 +43,7 @@ class AttentionNeed:
 
 class AttentionBackend(Protocol):
     name: str
+    ops: Ops
     page_size: int
     recordable: bool  # a step of one token a row waits for nothing on the host, so that a recorded step can hold it
 
@@ -99,6 +100,15 @@ class Memory:
 
     pool: KVPool
     steps: Sequence[AttentionStep | StateRows]
+    ops: Ops | None = None  # of latent attention
+    batches: Sequence[PagedBatch | StateRows] = ()
+
+    def attend_latent(self, pool: int, q_nope: Tensor, q_rope: Tensor, latent: Tensor, call: LatentCall) -> Tensor:
+        batch, cache = self.batches[self.pool.group_of[pool]], self.pool.keys[pool]
+        assert self.ops is not None, "no op table for latent attention"
+        assert not isinstance(batch, StateRows), "a latent layer names a pool of states"
+        self.ops.write_latent(latent, cache, batch.token_slots)
+        return self.ops.latent_attention(q_nope, q_rope, cache, batch, call)
 
     def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         step = self.steps[self.pool.group_of[spec.pool]]
@@ -124,7 +134,8 @@ def begin(backend: AttentionBackend, batches: Sequence[PagedBatch | StateRows], 
 
     A page of a window's table that lies wholly behind the window may be 0: no backend lets what is there count.
     """
-    return Memory(pool, [batch if isinstance(batch, StateRows) else backend.begin(batch, pool) for batch in batches])
+    steps = [batch if isinstance(batch, StateRows) else backend.begin(batch, pool) for batch in batches]
+    return Memory(pool, steps, backend.ops, batches)
 
 
 @dataclass(frozen=True)

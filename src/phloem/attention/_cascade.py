@@ -59,7 +59,8 @@ class Shared:
         """The arrays of a decode step of so many rows, with room for `most_groups(rows)` groups."""
         more = most_groups(rows) - len(self.groups)
         start = np.concatenate([self.group_start, np.full(more, self.group_start[-1], np.int32)])
-        return [_longer(self.lens, rows), start, *(array for array in self.arrays[2:5]), _longer(self.places, rows)]
+        groups = np.concatenate([self.groups, np.zeros((more, 3), np.int32)])
+        return [_longer(self.lens, rows), start, groups, *(_longer(array, rows) for array in self.arrays[3:])]
 
 
 def most_groups(rows: int) -> int:

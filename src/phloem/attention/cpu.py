@@ -35,11 +35,11 @@ SLACK = 1.3  # how much padding a group may bring
 class Backend:
     name = "cpu"
     page_size = 16
-    recordable = True
 
     def __init__(self, ops: Ops, specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype) -> None:
         self.ops = fitting(ops, dtype)
         self.native = self.ops.paged_attention is not reference_attention.paged_attention
+        self.recordable = self.native  # gathered pages are planned on the host
 
     def decline(self, need: AttentionNeed) -> str | None:
         if need.device.type != "cpu":

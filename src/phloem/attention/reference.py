@@ -65,10 +65,12 @@ def per_head(scale: Tensor, heads: int) -> Tensor:
 class Backend:
     name = "reference"
     page_size = 16
-    recordable = True
 
     def __init__(self, ops: Ops, specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype) -> None:
         self.ops = fitting(ops, dtype)
+        # The reference reads each row's length on the host, for all layers or for those that a kernel does not serve.
+        kernel = self.ops.paged_attention is not reference_attention.paged_attention
+        self.recordable = kernel and unserved(specs) is None
 
     def decline(self, need: AttentionNeed) -> str | None:
         if not need.kv_dtype.is_floating_point:

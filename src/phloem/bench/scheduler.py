@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from phloem.core.batch import Batch, StepOutput
+from phloem.core.errors import BadRequest
 from phloem.core.memory import Paged, groups_of
 from phloem.core.messages import Submit
 from phloem.core.request import SamplingParams
@@ -24,6 +25,8 @@ from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
 
     from phloem.core.batch import Follower
 
@@ -50,12 +53,16 @@ class NullRunner:
     """Samples token 1 for whoever samples, in no time."""
 
     page_size = PAGE_SIZE
-    graph_bytes = 0
+    graph_bytes = draft_room = 0
     groups = groups_of((Paged(1, 1, 1),))
 
     def __init__(self, num_pages: int, max_slots: int) -> None:
         self.num_pages = (num_pages,)
         self.max_slots = max_slots
+
+    @property
+    def prepared(self) -> dict[str, Any]:
+        return {}
 
     def launch(self, batch: Batch) -> _Done[StepOutput]:
         return _Done(StepOutput(batch.step, batch.outputs, batch.outputs[batch.outputs == 1]))
@@ -65,6 +72,9 @@ class NullRunner:
 
     def between(self, work: Callable[[], T]) -> _Done[T]:
         return _Done(work())
+
+    def read_weight(self, name: str, rows: int) -> NDArray[np.float32]:
+        raise BadRequest(f"no weight is called {name!r}", param="name")
 
     def close(self) -> None:
         pass

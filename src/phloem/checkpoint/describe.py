@@ -16,10 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from phloem.checkpoint.ends import ids_by_text, tokenizer_end
 from phloem.checkpoint.families import FAMILIES, family
 from phloem.checkpoint.gguf_config import translate_metadata
+from phloem.checkpoint.gguf_parts import first_part, model_name, models_among
 from phloem.checkpoint.gguf_reader import GGUFFile
 from phloem.checkpoint.kv_scheme import kv_scheme, only_kv
+from phloem.checkpoint.spelling import one_spelling, text_part
 from phloem.core.errors import ModelLoadError
 
 if TYPE_CHECKING:
@@ -76,7 +79,7 @@ def describe(
         ModelLoadError: naming the file and what is wrong with it.
     """
     path, name = _locate(model_path, load_format, revision)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         found = _describe_gguf(path, name, load_format)
     elif load_format == "gguf":
         raise ModelLoadError(f"{path}: load_format is gguf, but this is not a .gguf file")
@@ -87,7 +90,11 @@ def describe(
     tokenizer = Path(tokenizer_path).expanduser()
     if not tokenizer.exists():
         raise ModelLoadError(f"{tokenizer}: no such tokenizer directory or file", param="tokenizer_path")
-    return replace(found, tokenizer_path=tokenizer)
+    return replace(found, tokenizer_path=tokenizer, eos_ids=_with_ends(found, tokenizer_end(tokenizer)))
+
+
+def _with_ends(found: Checkpoint, more: list[int]) -> tuple[int, ...]:
+    return _ids([list(found.eos_ids), [token for token in more if token < found.vocab_size]])
 
 
 def _locate(model_path: str, load_format: str, revision: str | None) -> tuple[Path, str]:
@@ -97,13 +104,16 @@ def _locate(model_path: str, load_format: str, revision: str | None) -> tuple[Pa
         return path, path.stem.split(".")[0]
     path = Path(model_path).expanduser()
     if path.is_dir():
-        ggufs = sorted(path.glob("*.gguf"))
-        if not (path / "config.json").exists() and len(ggufs) == 1:
-            return ggufs[0], ggufs[0].stem
-        return path, path.resolve().name
+        ggufs = models_among(path.glob("*.gguf"))
+        if (path / "config.json").exists() or not ggufs:
+            return path, path.resolve().name
+        if len(ggufs) > 1:
+            names = ", ".join(file.name for file in ggufs)
+            raise ModelLoadError(f"{path}: several models lie here; name one of {names}", param="model_path")
+        return ggufs[0], model_name(ggufs[0])
     if path.is_file():
         if path.suffix == ".gguf":
-            return path, path.stem
+            return first_part(path), model_name(path)
         if path.name.endswith(".json"):
             return path, path.resolve().parent.name if path.name == "config.json" else path.stem
         raise ModelLoadError(f"{path}: expected a directory, a .gguf file or a config.json", param="model_path")
@@ -171,7 +181,7 @@ def _describe_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
     _check_family(model_type, str(path))
     _check_numbers(config, path)
     eos = [gguf.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-    return Checkpoint(
+    found = Checkpoint(
         path=path,
         format="dummy" if load_format == "dummy" else "gguf",
         model_type=model_type,
@@ -185,6 +195,8 @@ def _describe_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
         name=name,
         architectures=tuple(config["architectures"]),
     )
+    # Many files name one end alone, often that of a text, where their chat template ends turns with another.
+    return replace(found, eos_ids=_with_ends(found, ids_by_text(gguf.metadata.get("tokenizer.ggml.tokens", ()))))
 
 
 def _describe_directory(path: Path, name: str, load_format: str) -> Checkpoint:
@@ -196,19 +208,12 @@ def _describe_directory(path: Path, name: str, load_format: str) -> Checkpoint:
     config = _text_config(whole, config_path)
     model_type = config["model_type"]
     _check_numbers(config, config_path)
-    if whole.get("quantization_config") and load_format != "dummy":
-        method = whole["quantization_config"].get("quant_method", "unknown")
-        if not only_kv(whole["quantization_config"]):
-            raise ModelLoadError(f"{config_path}: quantization_config {method!r} is not supported")
-    modelopt = folder / "hf_quant_config.json"
-    quantization = whole.get("quantization_config")
-    if not quantization and modelopt.exists():
-        quantization = _read_json(modelopt).get("quantization")
+    quantization = _quantization(whole, config_path, load_format)
     generation_path = folder / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.exists() else {}
     files = () if load_format == "dummy" else tuple(_weight_files(folder))
     eos = _ids([generation.get("eos_token_id"), config.get("eos_token_id"), whole.get("eos_token_id")])
-    return Checkpoint(
+    found = Checkpoint(
         path=folder,
         format="dummy" if load_format == "dummy" else "safetensors",
         model_type=model_type,
@@ -224,6 +229,31 @@ def _describe_directory(path: Path, name: str, load_format: str) -> Checkpoint:
         architectures=tuple(whole.get("architectures") or ()),
         files=files,
     )
+    return replace(found, eos_ids=_with_ends(found, tokenizer_end(folder)))
+
+
+def _quantization(whole: dict[str, Any], path: Path, load_format: str) -> dict[str, Any] | None:
+    """What is said of the weights' format, wherever it is said. Raises ModelLoadError for a format that no layer here
+    reads."""
+    text = whole.get("text_config")
+    inner = cast("dict[str, Any]", text) if isinstance(text, dict) else {}
+    for source in (whole, inner):
+        for key in ("quantization_config", "compression_config"):
+            if source.get(key):
+                _check_quantization(source[key], f"{path}: {key}", load_format)
+                return source[key]
+    modelopt = path.parent / "hf_quant_config.json"
+    quantization = _read_json(modelopt).get("quantization") if modelopt.exists() else None
+    if quantization:
+        _check_quantization({**quantization, "quant_method": "modelopt"}, f"{modelopt}: quantization", load_format)
+    return quantization
+
+
+def _check_quantization(quantization: dict[str, Any], where: str, load_format: str) -> None:
+    method, algo = quantization.get("quant_method", "unknown"), quantization.get("quant_algo")
+    plain = method == "modelopt" and not algo and not quantization.get("quantized_layers")
+    if load_format != "dummy" and not plain and not only_kv(quantization):
+        raise ModelLoadError(f"{where} {f'{method} {algo}' if algo else method!r} is not supported")
 
 
 def _text_config(whole: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -232,17 +262,9 @@ def _text_config(whole: dict[str, Any], path: Path) -> dict[str, Any]:
     if not isinstance(model_type, str):
         raise ModelLoadError(f"{path}: no model_type")
     _check_family(model_type, str(path))
-    text = whole.get("text_config")
-    config: dict[str, Any] = {**whole, **text} if isinstance(text, dict) else dict(whole)
-    config = {**family(model_type).defaults, **{key: value for key, value in config.items() if value is not None}}
-    for usual, theirs in family(model_type).spelling.items():
-        if usual not in config and theirs in config:
-            config[usual] = config[theirs]
-    config["model_type"] = model_type
-    dtype = config.get("dtype", config.get("torch_dtype"))
-    if dtype is not None:
-        config["dtype"] = dtype
-    return config
+    facts = family(model_type)
+    config = one_spelling(text_part(whole), facts.defaults, path, facts.spelling)
+    return {**facts.defaults, **config, "model_type": model_type}
 
 
 def _check_family(model_type: str, where: str) -> None:
@@ -270,10 +292,12 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
 
 def _context_length(config: dict[str, Any]) -> int:
     limit = int(config.get("max_position_embeddings") or 2048)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
     # Only YaRN's config keeps the original length in max_position_embeddings; others state the stretched one.
-    if rope.get("rope_type", rope.get("type")) == "yarn" and rope.get("original_max_position_embeddings"):
-        limit = max(limit, int(rope["original_max_position_embeddings"] * rope.get("factor", 1.0)))
+    if rope.get("rope_type") == "yarn":
+        original = rope.get("original_max_position_embeddings", config.get("max_position_embeddings") or 0)
+        limit = max(limit, int(original * rope.get("factor", 1.0)))
     return limit
 
 

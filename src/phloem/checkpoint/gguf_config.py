@@ -5,9 +5,12 @@ Source: the key names of the GGUF specification and the tensors that llama.cpp's
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from phloem.checkpoint.families import gguf_families
+from phloem.checkpoint.gguf_keys import check_unread
+from phloem.checkpoint.gguf_rope import READ, read_rope
 from phloem.core.errors import ModelLoadError
 
 if TYPE_CHECKING:
@@ -26,10 +29,7 @@ KEYS = {
     "num_key_value_heads": "attention.head_count_kv",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "head_dim": "attention.key_length",
-    "sliding_window": "attention.sliding_window",
     "rope_theta": "rope.freq_base",
-    "final_logit_softcapping": "final_logit_softcapping",
-    "attn_logit_softcapping": "attn_logit_softcapping",
 }
 _NEEDED = ("num_hidden_layers", "max_position_embeddings", "hidden_size", "intermediate_size", "num_attention_heads")
 
@@ -60,14 +60,15 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
     config["tie_word_embeddings"] = "output.weight" not in gguf.tensors
     config["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
     config["attention_out_bias"] = "blk.0.attn_output.bias" in gguf.tensors
+    config["mlp_bias"] = "blk.0.ffn_up.bias" in gguf.tensors
     for key in ("bos", "eos", "padding"):
         token = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token is not None:
             config[f"{key.replace('padding', 'pad')}_token_id"] = int(token)
-    rope = _rope(gguf, arch)
-    if rope:
-        config["rope_scaling"] = rope
     _own(config, facts, gguf, path)
+    config.update(read_rope(gguf, config, facts, path))
+    read = {*KEYS.values(), *READ, *(item if isinstance(item, str) else item[0] for item in facts.keys.values())}
+    check_unread(gguf.metadata, arch, read, config, path)
     return config
 
 
@@ -76,7 +77,9 @@ def _own(config: dict[str, Any], facts: GGUFFacts, gguf: GGUFFile, path: Path) -
     for key, source in facts.keys.items():
         name, default = (source, None) if isinstance(source, str) else source
         value = gguf.metadata.get(f"{facts.architecture}.{name}")
-        if value is not None:
+        if key == "layer_types" and value is not None:
+            config[key] = _layer_types(value, config["num_hidden_layers"])
+        elif value is not None:
             value = _plain(value, f"{path}: {facts.architecture}.{name}")
             config[key] = value if default is None else type(default)(value)
         elif isinstance(source, str):
@@ -88,32 +91,18 @@ def _own(config: dict[str, Any], facts: GGUFFacts, gguf: GGUFFile, path: Path) -
         config[key] = [n for n in range(config["num_hidden_layers"]) if f"blk.{n}.{tensor}" in gguf.tensors]
 
 
+def _layer_types(pattern: Any, count: int) -> list[str]:
+    """Of a flag for each layer, or of n, where every n-th layer sees everything (0: none)."""
+    flags = pattern if isinstance(pattern, Iterable) else [not pattern or (n + 1) % pattern != 0 for n in range(count)]
+    return ["sliding_attention" if local else "full_attention" for local in flags]
+
+
 def _plain(value: Any, where: str) -> Any:
     """A number out of a scalar, or out of an array that has one value for every layer."""
-    if hasattr(value, "__len__") and not isinstance(value, str):
+    if isinstance(value, Iterable) and not isinstance(value, str):
         values = {float(item) for item in value}
         if len(values) != 1:
             raise ModelLoadError(f"{where} differs from layer to layer, which is not supported")
         value = values.pop()
         return int(value) if value.is_integer() else value
     return value
-
-
-def _rope(gguf: GGUFFile, arch: str) -> dict[str, Any]:
-    """Scaling of rotary positions. Llama 3's is stored as a tensor of divisors, one per frequency."""
-    get = gguf.metadata.get
-    divisors = gguf.tensors.get("rope_freqs.weight")
-    if divisors is not None:
-        return {"rope_type": "divisors", "divisors": [float(item) for item in divisors.raw().view("<f4").reshape(-1)]}
-    kind = get(f"{arch}.rope.scaling.type")
-    if kind in (None, "none"):
-        return {}
-    rope = {
-        "rope_type": kind,
-        "factor": get(f"{arch}.rope.scaling.factor"),
-        "original_max_position_embeddings": get(f"{arch}.rope.scaling.original_context_length"),
-        "attention_factor": get(f"{arch}.rope.scaling.attn_factor"),
-        "beta_fast": get(f"{arch}.rope.scaling.yarn_beta_fast"),
-        "beta_slow": get(f"{arch}.rope.scaling.yarn_beta_slow"),
-    }
-    return {key: value for key, value in rope.items() if value is not None}

@@ -15,6 +15,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from phloem.checkpoint.gguf_parts import first_part, parts_of
 from phloem.core.errors import ModelLoadError
 
 MAGIC = b"GGUF"
@@ -138,22 +139,58 @@ class Texts(Sequence[str]):
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """An open GGUF file. Arrays in `metadata` are `Texts` (strings), lists (nested) or numpy arrays (numbers)."""
+    """An open GGUF file, or all the parts of one: `path` and `metadata` are the first's, `tensors` those of all.
+
+    Arrays in `metadata` are `Texts` (strings), lists (nested) or numpy arrays (numbers).
+    """
 
     path: Path
     version: int
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
-    _map: mmap.mmap | None = None
+    _maps: tuple[mmap.mmap, ...] = ()
 
     @staticmethod
     def open(path: str | Path) -> GGUFFile:
-        """Map the file and read its header.
+        """Map the file, and the others where it is one of several parts, and read their headers.
 
         Raises:
-            ModelLoadError: naming the file and what is wrong with it.
+            ModelLoadError: naming the file and what is wrong with it, or the part that is not there.
         """
-        path = Path(path)
+        first = GGUFFile._open_one(first_part(Path(path)))
+        count = first.metadata.get("split.count", 0)
+        return first._joined(int(count)) if isinstance(count, int) and count > 1 else first
+
+    def _joined(self, count: int) -> GGUFFile:
+        """With the tensors of the other parts, of which this is the first."""
+        names = parts_of(self.path, count)
+        if not names:
+            raise ModelLoadError(
+                f"{self.path}: one of {count} parts, whose names must end in -00001-of-{count:05d}.gguf and so on"
+            )
+        lost = [str(name) for name in names if not name.exists()]
+        if lost:
+            raise ModelLoadError(f"{', '.join(lost)}: missing ({count} parts make up this model)")
+        parts = [self, *(GGUFFile._open_one(name) for name in names[1:])]
+        tensors: dict[str, GGUFTensor] = {}
+        for number, part in enumerate(parts):
+            place = part.metadata.get("split.no"), part.metadata.get("split.count")
+            if place != (number, count):
+                raise ModelLoadError(
+                    f"{part.path}: says that it is part {place[0]} of {place[1]}, not {number} of {count}"
+                )
+            twice = sorted(tensors.keys() & part.tensors.keys())
+            if twice:
+                raise ModelLoadError(f"{part.path}: tensor {twice[0]!r} stands in another part too")
+            tensors |= part.tensors
+        total = self.metadata.get("split.tensors.count")
+        if total is not None and total != len(tensors):
+            raise ModelLoadError(f"{self.path}: its parts have {len(tensors)} tensors, not {total}")
+        maps = tuple(data for part in parts for data in part._maps)
+        return GGUFFile(self.path, self.version, self.metadata, tensors, maps)
+
+    @staticmethod
+    def _open_one(path: Path) -> GGUFFile:
         try:
             with path.open("rb") as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -169,13 +206,14 @@ class GGUFFile:
         except (struct.error, OverflowError):
             message = f"{path}: truncated GGUF file: its header goes on past the end ({len(data)} bytes)"
             raise ModelLoadError(message) from None
-        return GGUFFile(path, version, metadata, tensors, data)
+        return GGUFFile(path, version, metadata, tensors, (data,))
 
     def release(self) -> None:
         """Let the system take back the pages that were read: they no longer count as this process's memory. What is
         read again comes from the file again."""
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        for data in self._maps:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                data.madvise(mmap.MADV_DONTNEED)
 
     def get(self, key: str, default: Any = None) -> Any:
         """A metadata value, or `default`."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phloem.core.errors import PhloemError
+from phloem.utils import machine
 from phloem.utils.registry import Registry
+from phloem.utils.say import mute
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,26 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Expected errors end with one line and status 1 (2 for a wrong command), never with a trace."""
     args = sys.argv[1:] if argv is None else argv
+    command = f"phloem {args[0]}" if args else "phloem"
+    try:
+        status = _run(args)
+        sys.stdout.flush()
+        return status
+    except PhloemError as error:
+        return _fail(command, error.message, 2 if args[0] not in COMMANDS.names() else 1)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        mute()  # whoever read our output has enough of it; nothing more may be flushed there at exit
+        return 141
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        reason = machine.exhausted(error)
+        if reason is None:
+            raise
+        return _fail(command, reason, 1)
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if args else 2
@@ -55,14 +76,13 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"phloem {version('phloem')}")
         return 0
+    return COMMANDS.get(args[0])(args[1:])
+
+
+def _fail(command: str, reason: str, status: int) -> int:
     try:
-        return COMMANDS.get(args[0])(args[1:])
-    except PhloemError as error:
-        print(f"phloem {args[0]}: {error.message}", file=sys.stderr)
-        return 2 if args[0] not in COMMANDS.names() else 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # Whoever read our output has enough of it; nothing more may be flushed there at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        sys.stdout.flush()
+    except OSError:
+        mute()
+    print(f"{command}: {reason}", file=sys.stderr)
+    return status

@@ -102,12 +102,13 @@ def _model(config: Config) -> bool:
     try:
         threads = resolve.threads(config.runtime.threads, available_cores())
         platform, device = platforms.choose(config.runtime.device, threads.value)
-        ops, why = platform.table(config.runtime.ops)
+        ops, why = platform.table(config.runtime.ops, float32=config.model.dtype == "float32")
         decisions = [
             resolve.context_length(model.context_length, checkpoint.context_length),
             threads,
             device,
             resolve.Decision("ops", ops.name, why),
+            *([] if ops.activations is None else [resolve.Decision("activations", *ops.activations)]),
         ]
         for decision in decisions:
             _line(decision.name, f"{decision.value}  ({decision.reason})")

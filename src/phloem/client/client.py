@@ -108,7 +108,8 @@ class EngineClient:
             self.counters.on_stats(message)
 
     def _end(self, error: EngineDead, expected: bool) -> None:
-        level = logging.INFO if (expected or self.draining) and not self.in_flight else logging.ERROR
+        meant = expected or self.draining
+        level = logging.ERROR if not meant else logging.WARNING if self.in_flight else logging.INFO
         log.log(level, "engine gone: %s (%d requests in flight)", error.message, self.in_flight)
         self.flow.fail_all(error)
         for callback in self.on_death:

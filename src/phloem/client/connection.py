@@ -45,6 +45,7 @@ class Connection:
     def __init__(self, take: Take, end: End) -> None:
         self.dead: str | None = "no engine has been started"
         self.ready: dict[str, Any] | None = None  # `Ready.info`; None until the engine is ready
+        self.failed: Failed | None = None  # how the engine of this link failed, in its own words
         self.stats = Stats()
         self.heartbeat = Heartbeat()
         self.heard_at = time.monotonic()  # of the last message from the engine
@@ -61,7 +62,7 @@ class Connection:
         if self._link is not None and self.dead is None:
             self.die("the engine was replaced", expected=True)
         self._release()
-        self._link, self.dead, self.ready = link, None, ready
+        self._link, self.dead, self.ready, self.failed = link, None, ready, None
         self.stats, self.heartbeat, self.heard_at = Stats(), Heartbeat(), time.monotonic()
         if self._started:
             self._spawn(link)
@@ -167,6 +168,7 @@ class Connection:
             case Progress():
                 log.info("engine: %s took %.2f s", message.phase, message.seconds)
             case Failed():
+                self.failed = message
                 self.die(f"the engine failed: {message.kind or 'error'}: {message.error}")
             case Stopped():
                 self.die("the engine has stopped")

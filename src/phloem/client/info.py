@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from phloem.core.request import recommended
 from phloem.text.formats import OFF, thinking_choice, tool_choice
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class ModelInfo:
     eos_ids: tuple[int, ...] = ()
     model_type: str = ""
     architectures: tuple[str, ...] = ()
-    generation_config: dict[str, Any] = field(default_factory=dict)
+    generation_config: dict[str, Any] = field(default_factory=dict)  # what it recommends, checked
     weight_version: str = "default"
     features: frozenset[str] = frozenset()
     tool_parser: str | None = None  # file in text/tools
@@ -52,7 +53,9 @@ class ModelInfo:
             eos_ids=checkpoint.eos_ids,
             model_type=checkpoint.model_type,
             architectures=checkpoint.architectures,
-            generation_config=dict(checkpoint.generation_config),
+            generation_config=recommended(
+                checkpoint.generation_config, checkpoint.vocab_size, f"{checkpoint.path}/generation_config.json"
+            ),
             features=features,
         )
 

@@ -11,7 +11,7 @@ A `Batch` is plain data: it could be sent to another process. What follows a gra
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -177,6 +177,12 @@ class Runner(Protocol):
     num_pages: tuple[int, ...]  # of each group: pages, or slots of state; number 0 is scratch
     page_size: int
     max_slots: int
+    draft_room: int  # drafts that it may make for a row in one step, at most; 0 where it does not speculate
+
+    @property
+    def prepared(self) -> dict[str, Any]:
+        """What has been recorded and compiled so far, for people."""
+        ...
 
     @property
     def graph_bytes(self) -> int:
@@ -191,6 +197,14 @@ class Runner(Protocol):
 
     def between(self, work: Callable[[], T]) -> Pending[T]:
         """Run `work` in the thread that runs the steps, behind every launched step and with none in flight."""
+        ...
+
+    def read_weight(self, name: str, rows: int) -> NDArray[np.float32]:
+        """The first rows of a tensor that the checkpoint calls `name`, as its weights now are. For `between`.
+
+        Raises:
+            BadRequest: there is no such tensor, or so much of it is more than an answer should hold.
+        """
         ...
 
     def close(self) -> None: ...

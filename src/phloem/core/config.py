@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -125,9 +126,15 @@ class ServerConfig:
     api_key: str | None = opt(None, "Key that clients must send as a bearer token; PHLOEM_API_KEY sets it too.")
     cors_origins: str = opt("", "Origins, separated by commas, whose pages may call this server; * for all.")
     max_body_bytes: int = opt(32 * 1024 * 1024, "Largest request body.")
+    max_bodies_bytes: int = opt(256 * 1024 * 1024, "Most bytes of all request bodies that are being read or decoded.")
+    header_timeout: float = opt(30.0, "Seconds that a connection may take for a request's header.")
+    body_timeout: float = opt(30.0, "Seconds for which a request's body may stop; slower than 64 KiB/s is cut too.")
     max_prompts_per_request: int = opt(1024, "Most prompts in one batch request.")
     incremental_streaming_output: bool = opt(False, "/generate streams only what is new in each event.")
     on_engine_death: OnEngineDeath = opt("restart", "What the server does when its engine process dies.")
+    engine_hang_timeout: float = opt(
+        600.0, "Seconds after which an engine that hangs is ended, its requests answered 503; 0: never."
+    )
     max_engine_restarts: int = opt(3, "Restarts within ten minutes before the server gives up and exits.")
     drain_timeout: float = opt(30.0, "Seconds that running requests get to finish after SIGTERM.")
     log_level: LogLevel = opt("info", "How much is logged.")
@@ -235,6 +242,9 @@ _POSITIVE = (
     "threads",
     "piecewise_graph_max_tokens",
     "max_body_bytes",
+    "max_bodies_bytes",
+    "header_timeout",
+    "body_timeout",
     "max_prompts_per_request",
 )
 
@@ -278,6 +288,16 @@ def read_environment(values: dict[str, Any]) -> dict[str, Any]:
     """Add what only the environment says: the API key, so that it need not stand on a command line."""
     key = os.environ.get("PHLOEM_API_KEY")
     return {**values, "api_key": key} if key and not values.get("api_key") else values
+
+
+def cache_home() -> Path:
+    """Where files that can be made again are kept from one start to the next."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phloem"
+
+
+def environment_of(name: str) -> str | None:
+    """What the user has told another package; None: nothing."""
+    return os.environ.get(name) or None
 
 
 def child_environment(defaults: dict[str, str]) -> dict[str, str]:

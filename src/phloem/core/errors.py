@@ -39,6 +39,13 @@ class BodyTooLarge(PhloemError):
     kind = "invalid_request_error"
 
 
+class SlowBody(PhloemError):
+    """The rest of a request's body did not come in time."""
+
+    status = 408
+    kind = "invalid_request_error"
+
+
 class QueueFull(PhloemError):
     """The waiting queue is at its limit; the client should try again."""
 

@@ -55,7 +55,8 @@ class Control(Message):
     """An administrative call; answered by one `ControlReply` with the same id.
 
     Names: `flush_cache` (args: timeout seconds), `state` (running and waiting counts, memory, throughput, cache),
-    `pause` (args: mode abort | retract | in_place), `resume`, `abort_all`.
+    `pause` (args: mode abort | retract | in_place), `resume`, `abort_all`, `cache_tree` (args: max_nodes),
+    `get_weights_by_name` (args: name, rows; data: weight, nested lists).
     """
 
     id: str
@@ -178,6 +179,26 @@ def encode(message: Message) -> bytes:
 
 def decode_to_engine(data: bytes) -> ToEngine:
     return _to_engine.decode(data)
+
+
+def refusal(data: bytes, why: str) -> FromEngine | None:
+    """The answer to a message that `decode_to_engine` does not understand, so that nobody waits for ever.
+
+    None where it has no id to answer to.
+    """
+    try:
+        found = msgspec.msgpack.decode(data)
+    except msgspec.DecodeError:
+        return None
+    name, kind = (found.get("id"), found.get("type")) if isinstance(found, dict) else (None, None)
+    if not isinstance(name, str) or not name:
+        return None
+    text = f"the engine does not understand this request: {why}"
+    if kind == "Control":
+        return ControlReply(id=name, ok=False, message=text)
+    if kind == "Submit":
+        return Tokens(chunks=[Chunk(id=name, finish=FinishReason("abort", message=text, status_code=400))])
+    return None
 
 
 def decode_from_engine(data: bytes) -> FromEngine:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from phloem.core.errors import BadRequest
+from phloem.core.errors import BadRequest, ModelLoadError
 
 MAX_STOP_STRINGS = 64
 MAX_LOGIT_BIAS = 4096
@@ -99,6 +99,36 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_un
                 raise BadRequest(f"logit_bias keys are token ids, got {key!r}", param="logit_bias")
             _check_ids("logit_bias", [int(key)], vocab_size)
             _check_range("logit_bias", value, -100.0, 100.0, False)
+
+
+# What a model's generation_config.json may recommend, and chat takes for unset fields.
+RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def recommended(values: dict[str, Any], vocab_size: int, where: str = "generation_config.json") -> dict[str, Any]:
+    """The sampling values of a `generation_config.json`, checked as a client's are, with their exact types.
+
+    Raises:
+        ModelLoadError: for a value of another type or out of its range; it names the file and the key.
+    """
+    found: dict[str, Any] = {}
+    for name in RECOMMENDED:
+        value = values.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ModelLoadError(f"{where}: {name} must be a number, got {value!r}")
+        if name == "top_k":
+            if value != int(value):
+                raise ModelLoadError(f"{where}: top_k must be a whole number, got {value!r}")
+            found[name] = int(value) or -1  # transformers writes 0 for "off"
+        else:
+            found[name] = float(value)
+    try:
+        SamplingParams(**found).validate(vocab_size)
+    except BadRequest as error:
+        raise ModelLoadError(f"{where}: {error.message}") from None
+    return found
 
 
 _RANGES: tuple[tuple[str, float, float, bool], ...] = (

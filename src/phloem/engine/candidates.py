@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from phloem.core.request import SamplingParams
     from phloem.engine.sampler import SamplingRows
-    from phloem.engine.slots import Slot
     from phloem.kernels.ops import Ops
 
 FEW = 64  # candidates of a row; more than most nuclei have
@@ -121,12 +120,12 @@ class Candidates:
         index_L = sample(self.values_LC.gather(1, order_LC), few, ops, up)
         return ids_LC.gather(1, index_L.unsqueeze(1)).squeeze(1)
 
-    def logprobs(self, row: int, token: int, slot: Slot) -> PositionLogprobs:
-        """Of the token, which is one of the candidates, and of the best ones, as `position_logprobs` gives them."""
+    def logprobs(self, row: int, token: int, most: int) -> PositionLogprobs:
+        """Of the token, which is one of the candidates, and of the `most` best ones, as `position_logprobs`."""
         norm = self.sums_LJ[row, 0]
         place = int((self.ids_LC[row] == token).nonzero()[0])
         found = PositionLogprobs(float(self.values_LC[row, place] - norm))
-        top = min(slot.top_logprobs, self.values_LC.shape[1], slot.vocab)
+        top = min(most, self.values_LC.shape[1])
         if top > 0:
             values = (self.values_LC[row, :top] - norm).tolist()
             found.top = list(zip(values, self.ids_LC[row, :top].tolist(), strict=True))

@@ -130,7 +130,7 @@ class FewCandidates:
                 continue
             place = places.get(i)
             if place is None or logits_WV is None:
-                found = few.logprobs(i, int(tokens_L[i]), slot)
+                found = few.logprobs(i, int(tokens_L[i]), min(slot.top_logprobs, slot.vocab))
             else:
                 one = logits_WV[place : place + 1]
                 found = position_logprobs(one, tokens_L[i : i + 1], slot.top_logprobs, (), self._ops)[0]

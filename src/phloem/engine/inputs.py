@@ -20,7 +20,7 @@ from phloem.attention._cascade import find, fixed_sizes
 from phloem.kernels.ops import PagedBatch, SharedPages
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from phloem.engine.transfer import LastTokens
     from phloem.engine.wanted import Wanted
     from phloem.kvcache.pool import KVPool
+
+ALIGNMENT = 16  # bytes: kernels load aligned vectors
+DIRECT = 64 << 10  # bytes of a page table up to which all of it is sent, used or not
 
 
 @dataclass(slots=True)
@@ -86,45 +89,40 @@ class StepInputs:
 class FixedInputs:
     """The inputs of a recorded step: tensors that stay where they are, of the largest sizes that it serves.
 
-    As they come every row is on page 0 and has one token, so that recording may run the step. `shared`: which rows of
-    a decode step share pages is among them, in each group of pages.
+    As they come every row is on page 0 and has one token, so that recording may run the step. On a device they lie in
+    one buffer, which one transfer fills (`fill`). `shared`: which rows of a decode step share pages is among them, in
+    each group of pages.
     """
 
     def __init__(
         self, pool: KVPool, tokens: int, rows: int, wanted: int, pages: int, *, on_host: bool, shared: bool = False
     ) -> None:
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=pool.device)
-
-        long = torch.int64
-        tensors = [
-            zeros(tokens, dtype=long),
-            zeros(tokens, dtype=long),
-            torch.arange(rows + 1, dtype=torch.int32, device=pool.device),
-            torch.ones(rows, dtype=torch.int32, device=pool.device),
-            zeros(wanted, dtype=long),
-        ]
+        long, short = torch.int64, torch.int32
+        single = tokens == rows  # rows of one token each, all of them wanted: which those are is always the same
+        wants: list[tuple[tuple[int, ...], torch.dtype]] = [
+            ((tokens,), long), ((tokens,), long), ((rows + 1,), short), ((rows,), short), ((wanted,), long)
+        ]  # fmt: skip
         for group in pool.groups:
             if group.kind == "state":
-                tensors += [
-                    zeros(rows, dtype=long),
-                    zeros(rows, dtype=long),
-                    zeros(rows, dtype=torch.bool),
-                    zeros(rows),
-                ]
+                wants += [((rows,), long), ((rows,), long), ((rows,), torch.bool), ((rows,), short)]
             else:
-                tensors += [zeros(rows, pages), zeros(tokens)]
-        longest = 1 if tokens == rows else tokens
-        self.inputs = StepInputs(tensors, pool.groups, longest, pages * pool.page_size)
-        if shared:
-            for number, group in enumerate(pool.groups):
-                if group.kind == "pages":
-                    arrays = [zeros(*shape) for shape in fixed_sizes(rows)]
-                    self.inputs.shared[number] = SharedPages(*arrays)
-                    tensors += arrays
+                wants += [((rows, pages), short), ((tokens,), short)]
+        told = [number for number, group in enumerate(pool.groups) if shared and group.kind == "pages"]
+        sharing = [(shape, short) for shape in fixed_sizes(rows)] if told else []
+        wants += sharing * len(told)
+        constant = {2, 4} if single else set[int]()
+        self._layout = _Layout(wants if on_host or not single else [*wants, ((rows,), long)], constant, pool.device)
+        tensors = self._layout.tensors[: len(wants)]
+        tensors[2].copy_(torch.arange(rows + 1))
+        tensors[3].fill_(1)
+        self.slots: Tensor | None = None if on_host or not single else self._layout.tensors[-1]
+        rest = iter(tensors[len(tensors) - len(sharing) * len(told) :])
+        pages_of = {number: SharedPages(*(next(rest) for _ in sharing)) for number in told}
+        longest = 1 if single else tokens
+        self.inputs = StepInputs(tensors, pool.groups, longest, pages * pool.page_size, shared=pages_of)
         # On the host a step is written in place, as arrays: cheaper than one tensor after the other.
         self._targets: list[Any] = [tensor.numpy() for tensor in tensors] if on_host else list(tensors)
-        if longest == 1:  # rows of one token each, all of them wanted: always the same
+        if single:
             self._targets[2] = self._targets[4] = None
 
     def write(self, arrays: Sequence[Any]) -> None:
@@ -137,6 +135,64 @@ class FixedInputs:
             else:
                 rows, pages = source.shape
                 target[:rows, :pages] = source
+
+    def fill(self, arrays: Sequence[NDArray[Any]], slots: NDArray[np.int64], last: LastTokens) -> None:
+        """Put a step of as many rows as this has, of one token each, here by one transfer; tokens that only the
+        device knows are taken from `last`."""
+        assert self.slots is not None
+        parts = [(number, a) for number, a in enumerate(arrays) if self._targets[number] is not None]
+        self._layout.fill([*parts, (len(arrays), slots)], last.into)
+        if (arrays[0] < 0).any():
+            last.resolve_(self.inputs.input_ids, self.slots)
+
+
+class _Layout:
+    """Tensors in one buffer; those that are `constant` stand apart, as nothing is sent to them. A large table is sent
+    as narrow as it is, behind the others, and spread on the device."""
+
+    def __init__(
+        self, wants: Sequence[tuple[tuple[int, ...], torch.dtype]], constant: set[int], device: torch.device
+    ) -> None:
+        sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in wants]
+        wide = [len(shape) > 1 and size > DIRECT for (shape, _), size in zip(wants, sizes, strict=True)]
+        apart = [wide[number] or number in constant for number in range(len(wants))]
+        starts = np.cumsum([0, *(0 if alone else _aligned(size) for size, alone in zip(sizes, apart, strict=True))])
+        room = sum(_aligned(size) for size, table in zip(sizes, wide, strict=True) if table)
+        self._end = int(starts[-1])
+        self._flat = torch.zeros(self._end + room, dtype=torch.uint8, device=device)
+        self._places = [None if alone else int(start) for start, alone in zip(starts[:-1], apart, strict=True)]
+        self.tensors: list[Tensor] = [
+            torch.zeros(shape, dtype=dtype, device=device)
+            if place is None
+            else self._flat[place : place + size].view(dtype).view(shape)
+            for (shape, dtype), size, place in zip(wants, sizes, self._places, strict=True)
+        ]
+
+    def fill(self, arrays: Sequence[tuple[int, NDArray[Any]]], into: Callable[..., None]) -> None:
+        """Arrays of whole tensors by their numbers; tables may be narrower."""
+        parts: list[tuple[int, NDArray[Any]]] = []
+        spread: list[tuple[Tensor, int, NDArray[Any]]] = []
+        end = self._end
+        for number, array in arrays:
+            target, place = self.tensors[number], self._places[number]
+            if place is None:
+                parts.append((end, array))
+                spread.append((target, end, array))
+                end += _aligned(array.nbytes)
+            elif array.ndim > 1 and array.shape[1] < target.shape[1]:
+                whole = np.zeros(target.shape, array.dtype)
+                whole[:, : array.shape[1]] = array
+                parts.append((place, whole))
+            else:
+                parts.append((place, array))
+        into(self._flat, parts)
+        for target, start, array in spread:
+            source = self._flat[start : start + array.nbytes].view(target.dtype).view(array.shape)
+            target[:, : array.shape[1]] = source
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class Step:
@@ -188,16 +244,15 @@ class Step:
                     found[number] = one
         return found
 
-    def shared_arrays(self, rows: int) -> Sequence[Any]:
-        """`arrays`, and behind them for each group of pages which of the rows share some."""
+    def _sharing_arrays(self, rows: int) -> list[NDArray[np.int32]]:
+        """For each group of pages which of the rows share some, in the sizes of a recorded step."""
         nobody = [np.zeros(shape, np.int32) for shape in fixed_sizes(rows)]
-        more: list[Any] = []
+        more: list[NDArray[np.int32]] = []
         for number, group in enumerate(self._pool.groups):
             if group.kind == "pages":
                 one = self.shared.get(number)
                 more += nobody if one is None else one.padded(rows)
-        batch = self.batch if rows == self.batch.num_rows else _padded(self.batch, rows)
-        return self._moved(batch, np.arange(rows), more)
+        return more
 
     def arrays(self, rows: int) -> Sequence[Any]:
         """The step padded to so many rows of one token: arrays on a host, tensors on a device."""
@@ -206,6 +261,20 @@ class Step:
         if self._arrays is None:
             self._arrays = self._moved(self.batch, self.logit_index)
         return self._arrays
+
+    def put(self, fixed: FixedInputs, rows: int) -> None:
+        """Into the inputs of a recorded step of so many rows of one token."""
+        more = self._sharing_arrays(rows) if fixed.inputs.shared else []
+        if fixed.slots is None:
+            fixed.write([*self.arrays(rows), *more])
+            return
+        batch, pool, count = self.batch, self._pool, self.batch.num_rows
+        padded = batch if rows == count else _padded(batch, rows)
+        each = np.arange(rows)
+        arrays = host_arrays(padded, each, each, pool.page_size, pool.groups)
+        arrays[0] = arrays[0].astype(np.int64)
+        fixed.fill([*arrays, *more], padded.slots.astype(np.int64), self._last)
+        self._last.at = fixed.slots[:count] if (batch.outputs == 1).all() else None
 
     @property
     def inputs(self) -> StepInputs:
@@ -242,10 +311,12 @@ class Step:
             arrays[0] = np.where(batch.input_ids < 0, last.host[slots], batch.input_ids)
             return arrays
         arrays[0] = batch.input_ids.astype(np.int64)
-        late = np.flatnonzero(batch.input_ids < 0)
-        *tensors, places, late_slots = last.up([*arrays, late, slots[late].astype(np.int64)])
-        if len(late):
-            tensors[0][places] = last.values[late_slots]
+        late = bool((batch.input_ids < 0).any())
+        own = slots.astype(np.int64) if late else np.zeros(0, np.int64)
+        *tensors, slots_T, at = last.up([*arrays, own, self.wanted.slots.astype(np.int64)])
+        if late:
+            last.resolve_(tensors[0], slots_T)
+        last.at = at if self.wanted.starts is None else None
         return tensors
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 J = TypeVar("J")  # what a step is begun from
 
 IDLE_SECONDS = 0.2  # nothing has come for so long: time to prepare for what may come
+NEXT_SECONDS = 0.002  # between two preparations
 POLL_SECONDS = 0.0001  # how often a step in flight is asked whether it has ended, while no other one comes
 
 
@@ -52,16 +53,17 @@ class Pipeline(Generic[J]):
     """Begins and lands steps in their order, with at most one in flight while another is begun.
 
     Args:
-        begin: gives a batch to the device. It must not wait for the step in flight.
+        begin: gives a batch to the device. It must not wait for the step in flight. Where `settles`, it computes, and
+            calls what it is given beside the batch just before.
         needs_values: whether a batch can only be begun when the step before it has landed (a grammar's mask follows
             from the token sampled last).
         idle: called while nothing is asked for; False when it has nothing more to do.
-        settles: `begin` computes, and calls `settle` just before.
+        settles: see `begin`.
     """
 
     def __init__(
         self,
-        begin: Callable[[J], Flight],
+        begin: Callable[[J, Callable[[], None]], Flight],
         needs_values: Callable[[J], bool],
         idle: Callable[[], bool] | None = None,
         settles: bool = False,
@@ -87,7 +89,7 @@ class Pipeline(Generic[J]):
             began = self._beginning = perf_counter()
             self.busy_since = self.busy_since or began
             try:
-                flight = self._begin(batch)
+                flight = self._begin(batch, self.settle)
             except BaseException as error:  # the scheduler fails the step's requests; the thread must live on
                 self._beginning = 0.0
                 self._land()
@@ -134,12 +136,14 @@ class Pipeline(Generic[J]):
                 return source.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 pass
+        wait = IDLE_SECONDS
         while self._idle is not None:
             try:
-                return source.get(timeout=IDLE_SECONDS)
+                return source.get(timeout=wait)
             except queue.Empty:
                 if not self._idle():
                     break
+                wait = NEXT_SECONDS
         return source.get()
 
     def _land(self) -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import threading
 from time import perf_counter
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from phloem.core.errors import BadRequest
 from phloem.engine.answer import empty, give_out, keep_hidden, prompt_logprobs
 from phloem.engine.choose import Choice, Chooser
 from phloem.engine.forward import Eager, Forward
 from phloem.engine.inputs import Step
 from phloem.engine.masks import Masks
 from phloem.engine.pipeline import Flight
+from phloem.engine.recorded.gaps import Gaps
 from phloem.engine.slots import Slots
 from phloem.engine.thread import Launched, Order, StepThread
 from phloem.engine.transfer import LastTokens
@@ -37,6 +39,87 @@ if TYPE_CHECKING:
     from phloem.platforms._streams import Streams
 
 T = TypeVar("T")
+MOST_READ = 1 << 22  # numbers of a weight in one answer
+
+
+class StepWork:
+    """How one step is computed: all that steps share, used by the thread that runs them alone.
+
+    It knows neither that thread nor the runner, so that closing the runner and letting it go frees all of this.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        backend: AttentionBackend,
+        pool: KVPool,
+        ops: Ops,
+        max_slots: int,
+        facts: StepFacts,
+        recorded: Sequence[RecordedWay],
+        streams: Streams | None,
+        sharing: Sharing | None = None,
+    ) -> None:
+        self.model, self.ops, self._sharing = model, ops, sharing
+        self.slots = Slots(max_slots, model.vocab_size, pool.device)
+        self.last = LastTokens(max_slots, pool.device, facts.on_host, streams, ops)
+        self.masks = Masks(model.vocab_size, pool.device, ops, facts.masks_ahead)
+        self.gaps = Gaps(recorded) if recorded and facts.records_idle else None
+        self._pool = pool
+        self._forward = Forward(recorded, Eager(model, backend, pool))
+        self.chooser = Chooser(model, ops, self.slots, self.last, self.masks)
+
+    def needs_values(self, batch: Batch) -> bool:
+        ids = batch.slots[self.slots.follows[batch.slots]]
+        fresh = {admission.slot for admission in batch.admissions}
+        return any(slot not in fresh and self.slots[slot].follows for slot in ids.tolist())
+
+    def forget(self) -> None:
+        self.masks.drop()
+        self.slots.clear()
+
+    def _admit(self, order: Order) -> None:
+        followers = order.followers
+        for slot, follower in followers.items():
+            if follower is None:
+                self.slots.unfollow(slot)
+        for admission in order.batch.admissions:
+            self.slots.admit(admission, followers.get(admission.slot))
+
+    def begin(self, order: Order, settle: Callable[[], None]) -> Flight:
+        """Give a step to the device; `settle` is called when only the computation is left to do."""
+        start = perf_counter()
+        batch = order.batch
+        self._admit(order)
+        wanted = Wanted.of(batch)
+        ids: NDArray[np.int32] = wanted.slots
+        easy = bool(self.slots.easy[ids].all())
+        slots = [] if easy else [self.slots[slot] for slot in ids.tolist()]
+        self.masks.begin(slots, wanted)
+        output = empty(batch)
+        output.drafted = wanted.drafted
+        before = perf_counter()
+        hidden_LN = self._forward.run(Step(batch, wanted, self._pool, self.last, self._sharing), settle)
+        count = len(ids)
+        if count:
+            choice = Choice(wanted, slots, easy, hidden_LN[:count], output, before)
+            coming = self.chooser.run(choice)
+            keep_hidden(output, wanted, slots, hidden_LN)
+        else:
+            output.forward_seconds = perf_counter() - before
+            coming = None
+        if batch.prompt_targets:
+            prompt_logprobs(output, batch, self.slots, hidden_LN[count:], self.model, self.ops)
+
+        def land() -> StepOutput:
+            if coming is not None:
+                give_out(output, wanted, slots, coming)
+            output.total_seconds = perf_counter() - start
+            return output
+
+        if self.gaps is not None:
+            self.gaps.begun(batch)
+        return Flight(land, coming.done if coming is not None else lambda: True)
 
 
 class ModelRunner:
@@ -49,6 +132,7 @@ class ModelRunner:
         give_back: frees what the device's allocator keeps without using it, after a step ran out of memory.
         begin: called once in the thread that runs the steps.
         sharing: what it costs to attend to pages that rows share once for all of them; None: it is not done.
+        kernels: tells what has been compiled, where kernels are compiled at run time.
     """
 
     def __init__(
@@ -65,23 +149,27 @@ class ModelRunner:
         give_back: Callable[[], None] | None = None,
         begin: Callable[[], None] | None = None,
         sharing: Sharing | None = None,
+        kernels: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
         self.model, self.pool = model, pool
         self.groups, self.num_pages, self.page_size = pool.groups, pool.num_pages, pool.page_size
         self.max_slots = max_slots
+        self.draft_room = 0
         self.recorded = recorded
-        self._ops, self._sharing = ops, sharing
+        self._kernels = kernels
         self._handed: dict[int, Follower | None] = {}
         self._handing = threading.Lock()
-        self._slots = Slots(max_slots, model.vocab_size, pool.device)
-        self._last = LastTokens(max_slots, pool.device, facts.on_host, streams)
-        self._masks = Masks(model.vocab_size, pool.device, ops, facts.masks_ahead)
-        self._forward = Forward(recorded, Eager(model, backend, pool))
-        self._chooser = Chooser(model, ops, self._slots, self._last, self._masks)
-        idle = self._record_idle if recorded and facts.records_idle else None
+        self._work = work = StepWork(model, backend, pool, ops, max_slots, facts, recorded, streams, sharing)
         self._steps = StepThread(
-            self._begin, self._needs_values, self._forget, give_back=give_back, idle=idle, settles=facts.on_host
+            work.begin,
+            work.needs_values,
+            work.forget,
+            give_back=give_back,
+            idle=work.gaps.idle if work.gaps is not None else None,
+            settles=facts.on_host,
         )
+        if work.gaps is not None:
+            work.gaps.leave_when(self._steps.waiting)
         self._steps.start(begin)
 
     def launch(self, batch: Batch) -> Launched[StepOutput]:
@@ -100,10 +188,19 @@ class ModelRunner:
     def between(self, work: Callable[[], T]) -> Launched[T]:
         return self._steps.between(work)
 
+    def read_weight(self, name: str, rows: int) -> NDArray[np.float32]:
+        if name not in self.model.weight_names():
+            raise BadRequest(f"no weight is called {name!r:.200}", param="name")
+        values = self.model.get_weight(name, rows)
+        if values.numel() > MOST_READ:
+            shape = " x ".join(str(size) for size in values.shape)
+            raise BadRequest(f"{shape} numbers of {name} are too many for an answer", param="truncate_size")
+        return values.float().cpu().numpy()
+
     def close(self) -> None:
         """End the thread after the steps that were launched."""
         self._steps.close()
-        self._masks.close()
+        self._work.masks.close()
 
     @property
     def busy_since(self) -> float:
@@ -114,6 +211,12 @@ class ModelRunner:
     def graph_bytes(self) -> int:
         """Memory that recorded steps take."""
         return sum(way.nbytes for way in self.recorded)
+
+    @property
+    def prepared(self) -> dict[str, Any]:
+        """What has been recorded and compiled so far."""
+        found: dict[str, Any] = {"graphs": {way.decision: way.graphs.facts() for way in self.recorded}}
+        return found if self._kernels is None else {**found, "kernels": self._kernels()}
 
     def drop_graphs(self) -> None:
         """Forget recorded steps because weights moved in memory. For `between`."""
@@ -126,56 +229,3 @@ class ModelRunner:
         with self._handing:
             due = [slot for slot, follower in self._handed.items() if slot in admitted or follower is None]
             return {slot: self._handed.pop(slot) for slot in due}
-
-    def _record_idle(self) -> bool:
-        """Record one more step; decode steps first. False when there is nothing to record."""
-        return any(way.graphs.idle() for way in self.recorded)
-
-    def _needs_values(self, batch: Batch) -> bool:
-        ids = batch.slots[self._slots.follows[batch.slots]]
-        fresh = {admission.slot for admission in batch.admissions}
-        return any(slot not in fresh and self._slots[slot].follows for slot in ids.tolist())
-
-    def _forget(self) -> None:
-        self._masks.drop()
-        self._slots.clear()
-
-    def _admit(self, order: Order) -> None:
-        followers = order.followers
-        for slot, follower in followers.items():
-            if follower is None:
-                self._slots.unfollow(slot)
-        for admission in order.batch.admissions:
-            self._slots.admit(admission, followers.get(admission.slot))
-
-    def _begin(self, order: Order) -> Flight:
-        start = perf_counter()
-        batch = order.batch
-        self._admit(order)
-        wanted = Wanted.of(batch)
-        ids: NDArray[np.int32] = wanted.slots
-        easy = bool(self._slots.easy[ids].all())
-        slots = [] if easy else [self._slots[slot] for slot in ids.tolist()]
-        self._masks.begin(slots, wanted)
-        output = empty(batch)
-        output.drafted = wanted.drafted
-        before = perf_counter()
-        hidden_LN = self._forward.run(Step(batch, wanted, self.pool, self._last, self._sharing), self._steps.settle)
-        count = len(ids)
-        if count:
-            choice = Choice(wanted, slots, easy, hidden_LN[:count], output, before)
-            coming = self._chooser.run(choice)
-            keep_hidden(output, wanted, slots, hidden_LN)
-        else:
-            output.forward_seconds = perf_counter() - before
-            coming = None
-        if batch.prompt_targets:
-            prompt_logprobs(output, batch, self._slots, hidden_LN[count:], self.model, self._ops)
-
-        def land() -> StepOutput:
-            if coming is not None:
-                give_out(output, wanted, slots, coming)
-            output.total_seconds = perf_counter() - start
-            return output
-
-        return Flight(land, coming.done if coming is not None else lambda: True)

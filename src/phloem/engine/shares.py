@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CACHED_WINDOWS = 4  # a cached window page for so many pages of the first group
 SNAPSHOT_SHARE = 4  # snapshots beyond those that running requests read take one part of so many of the other memory
-READ_STATES = SLOTS + 1  # of each running request: those that it writes in turn, and the snapshot that it reads
+READ_STATES = SLOTS + 1  # of each running request: those that it writes in turn, and the one that it reads or keeps
 
 
 @dataclass(frozen=True, slots=True)

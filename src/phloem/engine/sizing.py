@@ -139,7 +139,8 @@ def run_largest_steps(need: Need, device: torch.device) -> None:
             _run(need, pool, lengths)
 
 
-def _run(need: Need, pool: KVPool, lengths: list[int]) -> None:
+def run_step(need: Need, pool: KVPool, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step on dummy inputs, every row on page 0: (hidden states, logits) of the rows' last tokens."""
     rows = len(lengths)
     query_lens = np.array(lengths, np.int32)
     width = -(-max(lengths) // need.page_size)
@@ -155,9 +156,18 @@ def _run(need: Need, pool: KVPool, lengths: list[int]) -> None:
     last = LastTokens(1, pool.device, False, None)
     inputs = Step(batch, Wanted.of(batch), pool, last).inputs
     hidden_RN = run_forward(need.model, need.backend, pool, inputs, inputs.logit_index)
-    logits_RV = need.model.head(hidden_RN)
-    raw_RV = logits_RV.clone()  # what a step keeps beside penalised logits where logprobs are wanted
+    return hidden_RN, need.model.head(hidden_RN)
+
+
+def dummy_settings(rows: int, vocab: int) -> SamplingRows:
+    """Sampling with every filter."""
     params = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01)
-    columns = SamplingRows.of([params] * rows, [0] * rows, [0] * rows, need.model.vocab_size)
-    tokens_R = sample(logits_RV, columns, need.ops)
+    return SamplingRows.of([params] * rows, [0] * rows, [0] * rows, vocab)
+
+
+def _run(need: Need, pool: KVPool, lengths: list[int]) -> None:
+    rows = len(lengths)
+    _, logits_RV = run_step(need, pool, lengths)
+    raw_RV = logits_RV.clone()  # what a step keeps beside penalised logits where logprobs are wanted
+    tokens_R = sample(logits_RV, dummy_settings(rows, need.model.vocab_size), need.ops)
     position_logprobs(raw_RV[:1], tokens_R[:1], 1, (), need.ops)

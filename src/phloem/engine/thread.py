@@ -78,7 +78,7 @@ class StepThread:
     """Runs what is launched, in that order.
 
     Args:
-        begin: gives a step to the device (`pipeline.Flight`).
+        begin: gives a step to the device (`pipeline.Flight`); it gets `Pipeline.settle` too.
         needs_values: whether a step can only be begun when the one before it has landed.
         forget: drops what a step that ran out of memory has left, and every request.
         give_back: frees what the device's allocator keeps without using it; called after `forget`.
@@ -88,7 +88,7 @@ class StepThread:
 
     def __init__(
         self,
-        begin: Callable[[Order], Flight],
+        begin: Callable[[Order, Callable[[], None]], Flight],
         needs_values: Callable[[Batch], bool],
         forget: Callable[[], None],
         *,
@@ -96,16 +96,15 @@ class StepThread:
         idle: Callable[[], bool] | None,
         settles: bool,
     ) -> None:
-        self._start_step, self._forget, self._give_back = begin, forget, give_back
-        self._closed_epoch = -1  # batches up to this one's epoch were launched before a failure was known
-        self._pipeline = Pipeline[Order](self._begin, lambda order: needs_values(order.batch), idle, settles=settles)
-        self.settle = self._pipeline.settle
+        saved = _Saved(begin, forget, give_back)
+        self._pipeline = Pipeline[Order](saved.begin, lambda order: needs_values(order.batch), idle, settles=settles)
         self._queue: queue.SimpleQueue[tuple[Order, Any] | Between | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def start(self, first: Callable[[], None] | None) -> None:
         """`first` is called once in the thread, before any step."""
-        self._thread = threading.Thread(target=self._work, args=(first,), name="phloem-runner", daemon=True)
+        work = _run, (self._pipeline, self._queue, first)
+        self._thread = threading.Thread(target=work[0], args=work[1], name="phloem-runner", daemon=True)
         self._thread.start()
 
     def launch(self, order: Order) -> Launched[StepOutput]:
@@ -126,17 +125,39 @@ class StepThread:
             self._thread.join(timeout=30)
 
     @property
+    def waiting(self) -> Callable[[], bool]:
+        """Tells whether something was launched that has not been begun."""
+        source = self._queue
+        return lambda: not source.empty()
+
+    @property
     def busy_since(self) -> float:
         """perf_counter at which the oldest step in progress began; 0 when idle."""
         return self._pipeline.busy_since
 
-    def _work(self, first: Callable[[], None] | None) -> None:
-        if first is not None:
-            first()
-        with torch.inference_mode():
-            self._pipeline.run(self._queue)
 
-    def _begin(self, order: Order) -> Flight:
+def _run(pipeline: Pipeline[Order], source: queue.SimpleQueue[Any], first: Callable[[], None] | None) -> None:
+    if first is not None:
+        first()
+    with torch.inference_mode():
+        pipeline.run(source)
+
+
+class _Saved:
+    """Steps that find no memory never happened. It does not know the thread: nothing here points in a circle, so that
+    what a closed runner held is freed with the last reference to it.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[Order, Callable[[], None]], Flight],
+        forget: Callable[[], None],
+        give_back: Callable[[], None] | None,
+    ) -> None:
+        self._start_step, self._forget, self._give_back = begin, forget, give_back
+        self._closed_epoch = -1  # batches up to this one's epoch were launched before a failure was known
+
+    def begin(self, order: Order, settle: Callable[[], None]) -> Flight:
         """Give a step to the device; what it gives is read when the flight lands.
 
         Raises:
@@ -145,7 +166,7 @@ class StepThread:
         epoch = order.batch.epoch
         if epoch <= self._closed_epoch:
             raise OutOfMemory("launched behind a step that ran out of memory")
-        flight = self._saved(epoch, lambda: self._start_step(order))
+        flight = self._saved(epoch, lambda: self._start_step(order, settle))
         return Flight(lambda: self._saved(epoch, flight.land), flight.ready)
 
     def _saved(self, epoch: int, work: Callable[[], T]) -> T:

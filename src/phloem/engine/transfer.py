@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.engine.wanted import Wanted
+    from phloem.kernels.ops import Ops
     from phloem.platforms._streams import Streams
 
 
@@ -64,22 +65,70 @@ def plain_up(device: torch.device) -> Callable[[Sequence[NDArray[Any]]], list[Te
     return up
 
 
-class LastTokens:
-    """The last sampled token of each slot. `host`: the same memory as an array, where the device is the host."""
+def plain_into(target: Tensor, parts: Sequence[tuple[int, NDArray[Any]]]) -> None:
+    """The counterpart of `Streams.into` without streams."""
+    for at, array in parts:
+        flat = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        target[at : at + array.nbytes].copy_(flat)
 
-    def __init__(self, slots: int, device: torch.device, on_host: bool, streams: Streams | None) -> None:
+
+def late_tokens_(ids_T: Tensor, last_S: Tensor, slots_T: Tensor) -> None:
+    """`Ops.late_tokens_` in torch code."""
+    ids_T.copy_(torch.where(ids_T < 0, last_S[slots_T], ids_T))
+
+
+def keep_tokens_(last_S: Tensor, slots_L: Tensor, tokens_L: Tensor, sound_L: Tensor) -> Tensor:
+    """`Ops.keep_tokens_` in torch code."""
+    last_S[slots_L] = tokens_L.long()
+    tokens_L = tokens_L.to(torch.int32)
+    return torch.where(torch.isnan(sound_L), -1 - tokens_L, tokens_L)
+
+
+@dataclass(slots=True)
+class Packed:
+    """Tokens with a mark on the damaged ones (`Ops.keep_tokens_`), as (tokens, whether each is damaged)."""
+
+    coming: Coming
+
+    def done(self) -> bool:
+        return self.coming.done()
+
+    def wait(self) -> list[NDArray[Any]]:
+        (packed,) = self.coming.wait()
+        return [np.maximum(packed, -1 - packed), packed < 0]
+
+
+class LastTokens:
+    """The last sampled token of each slot. `host`: the same memory as an array, where the device is the host.
+
+    `at`: the slots of the positions that yield in the step that was given to the device last, where its inputs
+    brought them along.
+    """
+
+    def __init__(
+        self, slots: int, device: torch.device, on_host: bool, streams: Streams | None, ops: Ops | None = None
+    ) -> None:
         self.values = torch.zeros(slots, dtype=torch.int64, device=device)
         self.host: NDArray[np.int64] | None = self.values.numpy() if on_host else None
+        self.at: Tensor | None = None
         self.up = streams.up if streams is not None else plain_up(device)
+        self.into = streams.into if streams is not None else plain_into
         self._down: Callable[[Sequence[Tensor]], Coming] = streams.down if streams is not None else Here
+        fused = None if ops is None or ops.late_tokens_ is None or ops.keep_tokens_ is None else ops
+        self._late = late_tokens_ if fused is None or fused.late_tokens_ is None else fused.late_tokens_
+        self._keep = keep_tokens_ if fused is None or fused.keep_tokens_ is None else fused.keep_tokens_
+
+    def resolve_(self, ids_T: Tensor, slots_T: Tensor) -> None:
+        """In place: ids below 0 become the last tokens of their slots."""
+        self._late(ids_T, self.values, slots_T)
 
     def keep(self, wanted: Wanted, tokens_L: Tensor, sound_L: Tensor) -> Coming:
         """Keep what the next step begins with, and send all tokens and whether each is damaged on their way.
 
         `sound_L`: a number of each position that is NaN where its logits are.
         """
-        damaged_L = torch.isnan(sound_L)
         if self.host is not None:
+            damaged_L = torch.isnan(sound_L)
             values = tokens_L.numpy()
             if wanted.drafts is None:
                 self.host[wanted.slots] = values
@@ -88,9 +137,10 @@ class LastTokens:
                 self.host[wanted.slots[last]] = values[last]
             return Known([values, damaged_L.numpy()])
         if wanted.starts is None:
-            (index,) = self.up([wanted.slots.astype(np.int64)])
-            self.values[index] = tokens_L.long()
-        else:
-            (index,) = self.up([wanted.slots[wanted.starts].astype(np.int64)])
-            self.values[index] = tokens_L[wanted.last_on_device(tokens_L, self.up)[0]].long()
-        return self._down([tokens_L.to(torch.int32), damaged_L])
+            at, self.at = self.at, None
+            if at is None or len(at) != len(wanted.slots):
+                (at,) = self.up([wanted.slots.astype(np.int64)])
+            return Packed(self._down([self._keep(self.values, at, tokens_L, sound_L)]))
+        (index,) = self.up([wanted.slots[wanted.starts].astype(np.int64)])
+        self.values[index] = tokens_L[wanted.last_on_device(tokens_L, self.up)[0]].long()
+        return self._down([tokens_L.to(torch.int32), torch.isnan(sound_L)])

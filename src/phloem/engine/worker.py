@@ -14,7 +14,9 @@ from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import resolve
 from phloem.core.errors import ConfigError
+from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
+from phloem.engine import warm
 from phloem.engine.recorded import choice
 from phloem.engine.runner import ModelRunner
 from phloem.engine.sizing import Need, size_pool
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
+    from phloem.engine.warm import Warming
     from phloem.kernels.ops import Ops
     from phloem.models import Model
     from phloem.models._scales import LayerScales
@@ -65,6 +68,18 @@ class _Phase:
         self._start = now
 
 
+@dataclass(frozen=True)
+class _Machine:
+    """What runs the steps, and how large they may be."""
+
+    platform: Platform
+    ops: Ops
+    dtype: torch.dtype
+    running: int
+    chunk: int
+    mixed: int
+
+
 def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     """Load the model and size its memory.
 
@@ -76,30 +91,57 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     decisions: list[Decision] = []
     context = _take(decisions, resolve.context_length(config.model.context_length, checkpoint.context_length))
     checkpoint = replace(checkpoint, context_length=context)  # tables of positions need not be longer
+    machine = _machine(config, checkpoint, decisions)
+    warming = warm.start(machine.platform, *_ahead(config, checkpoint, machine))
+    phase.end("device")
+    try:
+        return _build(config, checkpoint, machine, warming, decisions, phase)
+    except BaseException:
+        if warming is not None:
+            warming.close()
+        raise
+
+
+def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) -> _Machine:
     threads = _take(decisions, resolve.threads(config.runtime.threads, available_cores()))
     platform, chosen = platforms.choose(config.runtime.device, threads)
     decisions.append(chosen)
-    ops, why = platform.table(config.runtime.ops)
+    ops, why = platform.table(config.runtime.ops, float32=config.model.dtype == "float32")
     decisions.append(Decision("ops", ops.name, why))
+    if ops.activations is not None:
+        decisions.append(Decision("activations", *ops.activations))
     dtype = _dtype(config, checkpoint, platform, decisions)
-    phase.end("device")
+    schedule = config.schedule
+    asked, usual = schedule.max_running_requests, platform.default_running_requests
+    running = _take(decisions, resolve.running_requests(asked, usual, platform.name))
+    chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
+    mixed = _take(decisions, resolve.mixed_chunk(platform.default_mixed_chunk, chunk))
+    return _Machine(platform, ops, dtype, running, chunk, mixed)
 
+
+def _build(
+    config: Config,
+    checkpoint: Checkpoint,
+    machine: _Machine,
+    warming: Warming | None,
+    decisions: list[Decision],
+    phase: _Phase,
+) -> Built:
+    platform, ops, dtype = machine.platform, machine.ops, machine.dtype
+    running, chunk, context = machine.running, machine.chunk, checkpoint.context_length
     free, _ = platform.memory()
-    built_in = BuildContext(ops=ops, dtype=dtype, device=platform.device, quant=quant.method(config.model.quantization))
-    model = models.load_model(checkpoint, built_in, _progress(checkpoint.name))
+    model = _loaded(config, checkpoint, machine)
     phase.end("weights")
 
     kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _kv_dtype(config, dtype)
     scales = _kv_scales(config, checkpoint, model, kv_dtype, decisions)
     backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
     page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
-    schedule = config.schedule
-    asked, usual = schedule.max_running_requests, platform.default_running_requests
-    running = _take(decisions, resolve.running_requests(asked, usual, platform.name))
-    chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
-    mixed = _take(decisions, resolve.mixed_chunk(platform.default_mixed_chunk, chunk))
     recorded = ops.recorder is not None and not config.runtime.disable_step_graph
     need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales)
+    if warming is not None:
+        warming.finish(need, platform.device, decisions)
+        phase.end("kernels")
     sizing = size_pool(config.cache, platform, need, min(model.weight_bytes, free))
     decisions += sizing.decisions
     pool = KVPool(model.memory, sizing.num_pages, page, kv_dtype, platform.device, scales)
@@ -112,12 +154,14 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     pages = -(-min(context, sizing.tokens) // page) + 1
     ways = choice.choose(config.runtime, place, running, pages, chunk, decisions)
     phase.end("memory")
-    if config.runtime.record_graphs_before_ready:
-        choice.record_all(ways, decisions)
+    if choice.record_first(config.runtime, ways, platform.facts, decisions):
         phase.end("graphs")
+    if warming is not None:
+        warming.ready()
     runner = ModelRunner(
         model, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
+        kernels=warming.told if warming is not None else None,
     )  # fmt: skip
     info = {
         "weight_bytes": model.weight_bytes,
@@ -125,9 +169,52 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
         "kv_cache_dtype": str(kv_dtype).removeprefix("torch."),
         "dtype": str(dtype).removeprefix("torch."),
         "device": platform.name,
+        "prepared": runner.prepared,
     }
     worthwhile = min(chunk, platform.worthwhile_chunk)
-    return Built(runner, context, running, chunk, mixed, worthwhile, sizing.tokens, decisions, info)
+    return Built(runner, context, running, chunk, machine.mixed, worthwhile, sizing.tokens, decisions, info)
+
+
+def _loaded(config: Config, checkpoint: Checkpoint, machine: _Machine) -> Model:
+    platform, begun = machine.platform, perf_counter()
+    stager = platform.stager() if checkpoint.format == "safetensors" else None
+    method = quant.method(config.model.quantization)
+    ctx = BuildContext(machine.ops, machine.dtype, platform.device, quant=method, stager=stager)
+    try:
+        model = models.load_model(checkpoint, ctx, _progress(checkpoint.name))
+    finally:
+        if stager is not None:
+            stager.close()
+    seconds, size = perf_counter() - begun, model.weight_bytes / resolve.GIB
+    _log.info("%s: %.2f GiB of weights in %.1f s, %.2f GiB/s", checkpoint.name, size, seconds, size / seconds)
+    return model
+
+
+def _ahead(config: Config, checkpoint: Checkpoint, machine: _Machine) -> tuple[dict[str, Any], str | None]:
+    """What the process that compiles beside the loading is told, or why there is none."""
+    backend = config.runtime.attention_backend or _backend_names(machine.platform)[0]
+    kept, name = config.cache.kv_cache_dtype, str(machine.dtype).removeprefix("torch.")
+    refusal = None
+    if checkpoint.quantised or config.model.quantization is not None:
+        refusal = "which form quantised weights take shows when they are loaded"
+    elif machine.ops.name not in warm.TABLES:
+        refusal = f"the op table {machine.ops.name!r} has no such kernels"
+    elif backend not in warm.BACKENDS:
+        refusal = f"the attention backend {backend!r} brings its own kernels"
+    plan = {
+        "model_type": checkpoint.model_type,
+        "config": checkpoint.config,
+        "context": checkpoint.context_length,
+        "vocab": checkpoint.vocab_size,
+        "ops": machine.ops.name,
+        "dtype": name,
+        "kv_dtype": name if kept == "auto" else str(_kv_dtype(config, machine.dtype)).removeprefix("torch."),
+        "page": config.cache.page_size,
+        "running": machine.running,
+        "chunk": machine.chunk,
+        "processes": available_cores(),
+    }
+    return plan, refusal
 
 
 def _backend(
@@ -162,8 +249,7 @@ def _dtype(config: Config, checkpoint: Checkpoint, platform: Platform, decisions
     if config.model.dtype != "auto":
         dtype, why = getattr(torch, config.model.dtype), "as asked"
     else:
-        stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-        dtype, why = platform.dtype(stored)
+        dtype, why = platform.dtype(checkpoint.config.get("dtype"))
     decisions.append(Decision("dtype", str(dtype).removeprefix("torch."), why))
     return dtype
 
@@ -197,7 +283,7 @@ def _eight_bits(
     few = config.model.quantization is not None or checkpoint.quantised
     asked = config.cache.kv_cache_dtype != "auto" or config.model.dtype != "auto"
     kind = platform.quantised_kv_dtype
-    if kind is None or asked or not few:
+    if kind is None or asked or not few or any(isinstance(spec, Latent) for spec in model.memory):
         return None
     need = AttentionNeed(model.attention_specs, kind, platform.device, config.cache.page_size)
     try:

@@ -1,10 +1,10 @@
 """Reading constraints that are written as text: patterns, grammars, structural tags.
 
 Structural tags come in two spellings, `{"structures": [...], "triggers": [...]}` and `{"type": "structural_tag",
-"format": {...}}`. The second is xgrammar's notation. What is read here, `_nodes` describes; three things are added to
-the notation: `separator` of `plus` and `star`, `not_first` of `triggered_tags`, the shape `members`, and `any_text` may
-bring `patterns`, `min_chars` and `max_chars`. A tag with another shape in it is left as a whole to an engine that reads
-the notation itself.
+"format": {...}}`. The second is xgrammar's notation. What is read here, `_nodes` describes; some things are added to
+the notation: `separator` of `plus` and `star`, `not_first` of `triggered_tags`, the shapes `members` and `ebnf`, a
+schema as its text, and `any_text` may bring `patterns`, `min_chars` and `max_chars`. A tag with another shape in it is
+left as a whole to an engine that reads the notation itself.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def _schema(shape: dict[str, Any], path: str, depth: int) -> Constraint:
     if shape.get("style", "json") != "json":
         raise _Foreign
     _only(shape, "json_schema", "style")
-    return _nodes.JsonSchema(json.dumps(shape.get("json_schema", {}), ensure_ascii=False))
+    schema = shape.get("json_schema", {})
+    return _nodes.JsonSchema(schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False))
 
 
 def _regex(shape: dict[str, Any], path: str, depth: int) -> Constraint:
@@ -121,6 +122,13 @@ def _regex(shape: dict[str, Any], path: str, depth: int) -> Constraint:
     if not isinstance(shape.get("pattern"), str):
         raise BadRequest(f"{path}/pattern: expected a text")
     return check_regex(shape["pattern"])
+
+
+def _ebnf(shape: dict[str, Any], path: str, depth: int) -> Constraint:
+    _only(shape, "grammar")
+    if not isinstance(shape.get("grammar"), str):
+        raise BadRequest(f"{path}/grammar: expected a text")
+    return read_ebnf(shape["grammar"])
 
 
 def _text(shape: dict[str, Any], path: str, depth: int) -> Constraint:
@@ -231,6 +239,7 @@ _SHAPES: dict[str, Callable[[dict[str, Any], str, int], Constraint]] = {
     "const_string": _fixed,
     "json_schema": _schema,
     "regex": _regex,
+    "ebnf": _ebnf,
     "any_text": _text,
     "sequence": lambda shape, path, depth: _nodes.Sequence(_parts(shape, path, depth)),
     "or": lambda shape, path, depth: _nodes.Union(_parts(shape, path, depth)),

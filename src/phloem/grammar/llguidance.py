@@ -46,6 +46,20 @@ _LIMITS: dict[str, Any] = {
 }
 
 
+def prepared(text: str) -> _schema.Schema:
+    """A schema as the library takes it.
+
+    Raises:
+        BadRequest: with the path of what is not enforced.
+    """
+    schema = _schema.read_schema(text)
+    _keywords.rewrite(schema, narrow=_oneof.settle(schema))
+    _schema.refuse_unsupported(schema, KEYWORDS, FORMATS, Engine.name)
+    _oneof.close(schema)
+    _strip_annotations(schema)
+    return schema
+
+
 class _Wrapper:
     """The tokenizer in the shape that llguidance reads."""
 
@@ -123,11 +137,7 @@ class Engine:
         if isinstance(constraint, _base.JsonObject):
             schema: _schema.Schema = {"type": "object"}
         else:
-            schema = _schema.read_schema(constraint.schema)
-            _keywords.rewrite(schema, narrow=_oneof.settle(schema))
-            _schema.refuse_unsupported(schema, KEYWORDS, FORMATS, self.name)
-            _oneof.close(schema)
-            _strip_annotations(schema)
+            schema = prepared(constraint.schema)
         flexible = self.options.whitespace == "flexible"
         style: dict[str, Any] = {"whitespace_flexible": flexible}
         if flexible:

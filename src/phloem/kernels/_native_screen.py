@@ -47,7 +47,7 @@ class Screens:
 
     def bytes_read(self, weight: PackedLinear) -> int:
         """About what the arg-max of a few rows reads of a weight."""
-        if weight.native.exact or not (weight.split or self._pays(weight)):
+        if not weight.native.screened or not (weight.split or self._pays(weight)):
             return weight.nbytes
         return self._bytes(weight)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from phloem.kernels.graph import Pieces, RecordError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -45,6 +46,7 @@ class Recorder:
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         self.device = device
         self._cuda = cuda
+        self._collected = False
         self._pool = cuda.graph_pool_handle()
         self._stream = cuda.Stream(device)
 
@@ -61,8 +63,9 @@ class Recorder:
         before = cuda.mem_get_info(self.device)[0]
         graph = cuda.CUDAGraph()
         try:
-            # The outer context restores the stream: torch's own does not where the capture ends in an error.
+            # `stream` restores the stream: torch's own context does not where the capture ends in an error.
             with (
+                self._nothing_dies(),
                 cuda.stream(cuda.current_stream(self.device)),
                 cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=ERROR_MODE),
             ):
@@ -85,7 +88,7 @@ class Recorder:
         cuda.empty_cache()
         before = cuda.mem_get_info(self.device)[0]
         cut = _Capture(cuda, self._pool)
-        with cuda.stream(self._stream):
+        with self._nothing_dies(), cuda.stream(self._stream):
             try:
                 cut.begin()
                 result = fn(cut)
@@ -101,6 +104,22 @@ class Recorder:
 
     def record_sizes(self, fn: Callable[[tuple[int, ...]], T], sizes: tuple[int, ...]) -> tuple[CapturedGraph, T]:
         raise RecordError("a captured step keeps its sizes")
+
+    @contextlib.contextmanager
+    def _nothing_dies(self) -> Iterator[None]:
+        """Keep Python's collector from running: a graph, stream or event that it frees ends a capture in progress.
+
+        What was garbage before the first capture is freed now, with the memory that it held.
+        """
+        gc.collect(1 if self._collected else 2)  # all of it takes half a second in a large process
+        self._collected = True
+        on = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if on:
+                gc.enable()
 
     def _warm_up(self, fn: Callable[[], Any]) -> None:
         cuda = self._cuda

@@ -23,17 +23,31 @@ from phloem.utils.cores import available_cores
 
 __all__ = ["Recorder", "Unavailable", "describe", "runtime", "table", "worker_ids"]
 
+# What linear layers multiply, and why, for whoever asks what was chosen.
+_FLOAT32 = (
+    "float32",
+    "as the type that was asked for; weights of fewer than 16 bits are unpacked to float32, in up to eight times their "
+    "memory",
+)
+_ROUNDED = (
+    "by weight",
+    "bytes beside integer weights, bfloat16 beside bfloat16 ones, the fastest here; --dtype float32 leaves them whole",
+)
 
-def table(threads: int | None = None, level: str | None = None, *, invariant: bool = False) -> Ops:
+
+def table(
+    threads: int | None = None, level: str | None = None, *, invariant: bool = False, float32: bool = False
+) -> Ops:
     """The op table. `threads`: default the cores that the process may use. `level` (tests) lowers the instruction set.
     `invariant`: a token's result has the same bits whatever else is in the batch, at the price of slower prefill.
+    `float32`: linear layers multiply activations as they are, with weights unpacked as far as that needs.
 
     Raises `Unavailable` where the library is missing.
     """
     rt = runtime()
     rt.library.set_level(level)
     rt.library.set_threads(threads or available_cores())
-    linear = native_linear.NativeLinear(rt, exact=invariant)
+    linear = native_linear.NativeLinear(rt, exact=invariant, float32=float32)
     made = {
         **basic.ops(rt),
         **attention.ops(rt),
@@ -43,7 +57,8 @@ def table(threads: int | None = None, level: str | None = None, *, invariant: bo
     }
     kv = (torch.bfloat16, torch.int8)
     name = "invariant" if invariant else "native"
-    return dataclasses.replace(Ops(), name=name, kv_dtypes=kv, recorder=lambda: Recorder(rt), refill=refill, **made)
+    whole = dataclasses.replace(Ops(), name=name, kv_dtypes=kv, recorder=lambda: Recorder(rt), refill=refill, **made)
+    return dataclasses.replace(whole, activations=_FLOAT32 if float32 else _ROUNDED)
 
 
 def worker_ids() -> list[int]:

@@ -8,6 +8,9 @@ one scale (csrc/cpu/linear/bytes.h), unless `exact`: then a row's result does no
 depends on the number of threads. `exact` also reads heads whole, of which `linear_argmax` otherwise reads most in four
 bits (_native_screen.py).
 
+With `float32`, activations stay as they are: weights of fewer than 16 bits, and bfloat16 ones, whose kernels round what
+they multiply, are unpacked to float32 when they are prepared. That takes up to eight times their memory.
+
 Legend: T rows, N inputs, M outputs.
 """
 
@@ -187,10 +190,12 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
         return float(torch.tensor(value, dtype=dtype))
 
 
-def _read(part: WeightSource, dtype: torch.dtype, sizes: Sizes) -> _Part:
-    """A part's bytes, as stored where there is a layout for them, else dense in `dtype`."""
+def _read(part: WeightSource, dtype: torch.dtype, sizes: Sizes, unpack: bool) -> _Part:
+    """A part's bytes, as stored where there is a layout for them, else dense in `dtype`; `unpack`: dense in float32."""
     out_features, in_features = part.shape
     kind = part.kind
+    if unpack and kind not in ("F16", "F32"):
+        kind, dtype = "dense", torch.float32
     if kind not in LAYOUTS and kind not in FLOATS:
         tensor = part.dense(dtype if dtype in NAME_OF else torch.float32).contiguous()
         kind = NAME_OF[tensor.dtype]
@@ -223,9 +228,11 @@ def _as_tensor(raw: Any) -> Tensor:
 class NativeLinear:
     """The linear ops over one runtime: `prepare_linear`, `linear`, the heads and `embedding` are the table's."""
 
-    def __init__(self, rt: Runtime, *, exact: bool = False) -> None:
+    def __init__(self, rt: Runtime, *, exact: bool = False, float32: bool = False) -> None:
         self.rt = rt
         self.exact = exact
+        self.float32 = float32
+        self.screened = not (exact or float32)  # a screen rounds what it multiplies
         self.store = _Store()
         self.sizes = Sizes(rt)
         basic = basic_ops(rt)
@@ -243,8 +250,8 @@ class NativeLinear:
     def prepare_linear(self, parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device) -> PackedLinear:
         """Packs the parts of one fused layer, stacked along out_features. Raises `ModelLoadError` for data that do
         not fit their shape."""
-        read = [_read(part, dtype, self.sizes) for part in parts]
-        if len(parts) == 1 and parts[0].shape[0] >= TALL and read[0].kind == "Q8_0" and not self.exact:
+        read = [_read(part, dtype, self.sizes, self.float32) for part in parts]
+        if len(parts) == 1 and parts[0].shape[0] >= TALL and read[0].kind == "Q8_0" and self.screened:
             read[0].layout = self.sizes.numbers[SPLIT]
         in_features, block = parts[0].shape[1], self.sizes.block
         for part in parts:
@@ -384,7 +391,7 @@ class NativeLinear:
         """The first largest of each row of x W^T, int32 [T], without the row."""
         x_TN, rows, n = self._input(x, weight)
         token = self.rt.empty((rows,), torch.int32)
-        screen = None if self.exact or bias is not None else self.screens.of(weight, rows)
+        screen = None if not self.screened or bias is not None else self.screens.of(weight, rows)
         if screen is not None:
             self._screened(x_TN, weight, screen, token)
             return token

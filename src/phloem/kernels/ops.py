@@ -101,6 +101,9 @@ class Ops:
     rope_write_kv: Callable[[Tensor, Tensor, Tensor, Rotation, Tensor, Tensor, Tensor], Tensor] | None = None
     paged_attention: AttentionOp = attention.paged_attention
 
+    # What linear layers make of their inputs, and why; None: they take them in their type.
+    activations: tuple[str, str] | None = None
+
     # Types of KV cache that `write_kv` and `paged_attention` take; None: every floating type.
     kv_dtypes: tuple[torch.dtype, ...] | None = None
 
@@ -126,6 +129,13 @@ class Ops:
     # Tokens int32 [L], as `engine/sampler.py` specifies; None: that file's torch code draws.
     sample: Callable[[Tensor, Draw], Tensor] | None = None
 
+    # The tokens that a step begins and ends with; None: torch code (`engine/transfer.py`).
+    # ids[T] int64, last[S] int64, slots[T] int64: in place, ids below 0 become last[slots]
+    late_tokens_: Callable[[Tensor, Tensor, Tensor], None] | None = None
+    # last[S], slots[L], tokens[L], sound[L] float -> int32 [L]: last[slots] = tokens; the token, or -1 - token where
+    # sound is NaN
+    keep_tokens_: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+
     # Makes step graphs over this table's ops; None: steps run eagerly.
     recorder: Callable[[], GraphRecorder] | None = None
 
@@ -139,6 +149,7 @@ class Ops:
         models.experts
     )
     mul: Callable[[Tensor, Tensor], Tensor] = models.mul
+    join: Callable[[Tensor, Tensor], Tensor] = models.join  # along the last axis
     sigmoid_mul: Callable[[Tensor, Tensor], Tensor] = models.sigmoid_mul  # x, gate[.., 1] or as x -> x * sigmoid(gate)
     gelu: Callable[[Tensor], Tensor] = models.gelu
     gelu_tanh: Callable[[Tensor], Tensor] = models.gelu_tanh

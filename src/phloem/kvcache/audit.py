@@ -50,6 +50,10 @@ def _check_group(cache: CacheManager, number: int, leases: list[Lease], nodes: l
         raise AssertionError(f"{name}: free {free} + in tree {in_tree} + held {held} != total {total}")
     if number == cache.paged:
         own = [np.array(lease.own, dtype=np.int32) for lease in leases]
+        for lease in leases:
+            slot = lease.border[1]
+            if slot and (slot not in lease.own or slot == lease.tables[-1][1]):
+                raise AssertionError(f"{name}: slot {slot} is kept for the tree, but is written or not the lease's own")
         kept = [np.array([node.state for node in nodes if node.state], dtype=np.int32)]
     else:
         own = [_own_pages(cache, number, lease) for lease in leases]

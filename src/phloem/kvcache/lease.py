@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DETACHED = Node(0, None, b"", 0, NO_PAGES, 0)  # what a lease holds while the tree is switched off
-SLOTS = 2  # of state, for each running request
+SLOTS = 2  # of state, that each running request writes in turn
+NO_BORDER: tuple[int, int] = (0, 0)
 TURNS = 64  # steps of a request that can be undone at most; far more than are ever in flight
 
 # Of leases that have no such group: nobody changes these, and a lease is made for every request.
@@ -29,6 +30,7 @@ class Turn(NamedTuple):
     read: int
     write: int
     own: tuple[int, ...]
+    border: tuple[int, int]
 
 
 class Lease:
@@ -38,10 +40,11 @@ class Lease:
     `shared` and `held` count pages of positions, alike for all groups of pages: the first `shared` are in the tree,
     the others up to `held` are the request's own. `first`: for each group with a window the first page that it still
     has; entries before it are 0. `own`: its own slots of state. `snapshots`: (page where it ends, slot) of those in
-    the tree that it has locked.
+    the tree that it has locked. `border`: (page where it ends, slot) of its own state at the last page border that a
+    step ended at, in a third slot, for the tree.
     """
 
-    __slots__ = ("first", "held", "namespace", "node", "own", "shared", "snapshots", "tables", "turns")
+    __slots__ = ("border", "first", "held", "namespace", "node", "own", "shared", "snapshots", "tables", "turns")
 
     def __init__(self, namespace: str, tables: tuple[NDArray[np.int32], ...], windows: int, states: bool) -> None:
         self.namespace = namespace
@@ -52,6 +55,7 @@ class Lease:
         self.first = [0] * windows if windows else _NO_WINDOWS
         self.own: list[int] = [] if states else _NO_SLOTS
         self.snapshots: list[tuple[int, int]] = [] if states else _NO_SNAPSHOTS
+        self.border: tuple[int, int] = NO_BORDER
         self.turns: deque[Turn] | None = deque(maxlen=TURNS) if states else None
 
     def empty(self) -> None:
@@ -65,7 +69,7 @@ class Lease:
         if self.turns is not None:
             self.tables[-1][:] = 0
             self.turns.clear()
-            self.own, self.snapshots = [], []
+            self.own, self.snapshots, self.border = [], [], NO_BORDER
 
 
 @dataclass(slots=True, eq=False)

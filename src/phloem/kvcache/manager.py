@@ -20,17 +20,19 @@ in the tree, `table[shared:held]` are its own. What keeps pages in the tree from
   table has 0: own pages there are free again, those of the tree can be evicted there although their node is locked.
 * States: the row is [slot to read, slot to write]. A lease has two slots of its own, written in turn, so that a step
   never overwrites what it has read and can be undone. A slot in the tree is a snapshot of the state at a node's end;
-  whoever reads it has it locked, and writes into a slot of its own: nothing is ever copied.
+  whoever reads it has it locked, and writes into a slot of its own: nothing is ever copied. A step that ends at a page
+  border leaves the state there in a third slot until the next border, for the tree: a conversation goes on from it.
 
     admission   match    locks a path up to a border that every group can give: pages to    free  ->  -
                          there, of windows those that are read from there, and a state
     each step   reserve  takes free pages of every group (evicting unlocked ones first),    free  ->  held
                          at first two slots of state; all groups or nothing
-    at launch   turn     what the step writes is what the next one reads                    held  ->  held
+    at launch   turn     what the step writes is what the next one reads; at a page border  held  ->  held
+                         another slot to write, so that the state there stays, if possible  free  ->  held
                 commit   gives whole pages whose tokens are known to the tree, keeps them   held  ->  in tree
                          locked; where the tree has an equal page the own copy is freed,    held  ->  free
-                         where it has lost the page it gets it back; at a page border the
-                         state just written becomes the node's, for another slot            free  ->  held
+                         where it has lost the page it gets it back; a state that was kept
+                         at this border becomes the node's                                  held  ->  in tree
     at commit   behind   what no later token reads: own pages of windows are freed,         held  ->  free
     of a step            those of the tree, and snapshots read before, are unlocked
     at the end  release  commits what is known and computed, unlocks, frees the rest        held  ->  free
@@ -57,7 +59,7 @@ import numpy as np
 
 from phloem.kvcache import audit, report, undo
 from phloem.kvcache.allocator import PageAllocator
-from phloem.kvcache.lease import SLOTS, Given, Hold, Lease, Turn
+from phloem.kvcache.lease import NO_BORDER, SLOTS, Given, Hold, Lease, Turn
 from phloem.kvcache.namespaces import namespace
 from phloem.kvcache.node import NO_PAGES, Node, ends_between, path_to
 from phloem.kvcache.radix import Found, RadixCache
@@ -155,7 +157,7 @@ class CacheManager:
         pages = -(-tokens // self.page_size)
         if not group.window or not self._chunk:
             return pages
-        return min(pages, -(-(group.window + 2 * self._chunk) // self.page_size) + 1)
+        return min(pages, -(-(group.window + 2 * self._chunk) // self.page_size) + 2)
 
     @property
     def version(self) -> int:
@@ -229,7 +231,7 @@ class CacheManager:
             lease.held += missing
             return True
         missing = max(0, missing)
-        slots = SLOTS - len(lease.own) if self.states is not None else 0
+        slots = max(0, SLOTS - len(lease.own)) if self.states is not None else 0
         if missing == 0 and slots == 0:
             return True
         need = [missing] * self.paged + ([slots] if self.states is not None else [])
@@ -265,14 +267,29 @@ class CacheManager:
             lease.held += 1
         return True
 
-    def turn(self, lease: Lease) -> None:
-        """The step that writes the lease's state is launched: the next one reads what it wrote. Before any `commit`."""
+    def turn(self, lease: Lease, end: int) -> None:
+        """The step that writes the lease's state is launched: the next one reads what it wrote. Before any `commit`.
+
+        `end`: the tokens that the state has taken in then; -1 where that is known only at the step's commit.
+        """
         if lease.turns is None:
             return
         row = lease.tables[-1]
         read, write = row.tolist()
-        lease.turns.append(Turn(self.tree.tick(), read, write, tuple(lease.own)))
-        row[0], row[1] = write, next(slot for slot in lease.own if slot != write)
+        lease.turns.append(Turn(self.tree.tick(), read, write, tuple(lease.own), lease.border))
+        if end > 0 and end % self.page_size == 0 and self.enabled:
+            self._stay(lease, end // self.page_size, write)
+        kept = lease.border[1]
+        row[0], row[1] = write, next(slot for slot in lease.own if slot not in (write, kept))
+
+    def _stay(self, lease: Lease, border: int, slot: int) -> None:
+        """Steps write into others than this slot until the next border; the lease needs a third one for that."""
+        if len(lease.own) <= SLOTS:
+            spare = self._allocate([0] * self.paged + [1])
+            if spare is None:
+                return
+            lease.own.append(int(spare[-1][0]))
+        lease.border = border, slot
 
     def given(self, lease: Lease) -> Given:
         """What `roll_back` must know of a commit: taken just before it."""
@@ -282,14 +299,14 @@ class CacheManager:
     def commit(self, lease: Lease, tokens: NDArray[np.int32], computed: int) -> None:
         """Give the tree every whole page among the first `computed` positions; `tokens` are the known ids.
 
-        Where `computed` is a page border, and all tokens before it are known, the state there goes too.
+        The state at the border behind them goes too, where the lease has it.
         """
         full = min(computed, len(tokens)) // self.page_size
         if not self.enabled:
             return
         if full > lease.shared:
             self._give(lease, tokens, full)
-        if self.states is not None and full * self.page_size == computed and full == lease.shared:
+        if lease.border[0] == full == lease.shared:
             self._give_state(lease, full)
 
     def _give(self, lease: Lease, tokens: NDArray[np.int32], full: int) -> None:
@@ -321,25 +338,26 @@ class CacheManager:
         lease.shared = full
 
     def _give_state(self, lease: Lease, full: int) -> None:
-        """The state that the lease reads next becomes its node's snapshot, where that has none and a slot is left."""
-        assert self.states is not None
-        slot, node = int(lease.tables[-1][0]), lease.node
-        if slot not in lease.own or node.state or node.parent is None:
+        """The state that was kept at the node's end becomes its snapshot, where it has none."""
+        slot, node = lease.border[1], lease.node
+        if self.states is None or node.state or node.parent is None:
             return
-        spare = self._allocate([0] * self.paged + [1])
-        if spare is None:
-            return
-        lease.own = [int(spare[-1][0]) if own == slot else own for own in lease.own]
+        lease.own.remove(slot)
+        lease.border = NO_BORDER
         self.own[-1] -= 1
         self.tree.put_state(node, slot)
         self.states.lock(slot)
         lease.snapshots.append((full, slot))
 
     def behind(self, lease: Lease, computed: int) -> None:
-        """A step is committed: no token before `computed` is computed again, and what only those read is given back."""
+        """A step is committed: no token before `computed` is computed again, and what only those read is given back.
+
+        Windows go back from the last page border, from where others may go on.
+        """
+        border = computed // self.page_size * self.page_size
         for account in self.windows:
             number, old = account.group, lease.first[account.index]
-            first = min(self.groups[number].first_needed(computed) // self.page_size, lease.held)
+            first = min(self.groups[number].first_needed(border) // self.page_size, lease.held)
             if first <= old:
                 continue
             row = lease.tables[number]

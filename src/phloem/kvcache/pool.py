@@ -13,6 +13,7 @@ import torch
 
 from phloem.core.memory import groups_of
 from phloem.kvcache.layouts import layout_of
+from phloem.platforms._facts import in_host_memory
 from phloem.utils import memory as system
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class KVPool:
         The system clears memory when it is first touched, which on a virtual machine can cost more than computing what
         is then written there. For a thread in the background, on host memory; elsewhere nothing happens.
         """
-        if self.device.type != "cpu":
+        if not in_host_memory(self.device):
             return 0
         done = 0
         for offset in range(0, max(tensor.nbytes for tensor in self._stored), system.HUGE):

@@ -160,7 +160,7 @@ def _undo_turn(cache: CacheManager, mark: int | None, lease: Lease) -> None:
     if cache.states is not None:
         cache.states.loose = [slot for slot in cache.states.loose if slot not in back]
     cache.own[-1] += len(back)
-    lease.own = list(turn.own)
+    lease.own, lease.border = list(turn.own), turn.border
     lease.tables[-1][:] = turn.read, turn.write
     while lease.turns and lease.turns[-1].at >= turn.at:
         lease.turns.pop()

@@ -14,8 +14,8 @@ import msgspec
 from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
 from phloem.core.errors import PhloemError
-from phloem.core.messages import Progress, decode_to_engine, encode
-from phloem.utils import log, memory
+from phloem.core.messages import Failed, Progress, decode_to_engine, encode, refusal
+from phloem.utils import log, machine, memory
 from phloem.utils.ipc import EnginePipe
 from phloem.utils.processes import die_with_parent
 
@@ -37,7 +37,10 @@ def main() -> int:
     try:
         _serve(config, pipe)
     except Exception as error:
-        if not isinstance(error, PhloemError):
+        reason = machine.exhausted(error)
+        if reason is not None:
+            pipe.send(encode(Failed(error=reason, kind=type(error).__name__)))
+        elif not isinstance(error, PhloemError):
             _log.exception("the engine stops")
         return 1
     finally:
@@ -60,8 +63,15 @@ def _serve(config: Config, pipe: EnginePipe) -> None:
         for data in pipe.poll(timeout):
             try:
                 found.append(decode_to_engine(data))
-            except msgspec.ValidationError:
-                _log.exception("a message from the door was not understood and is dropped")
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                answer = refusal(data, str(error))
+                _log.error(
+                    "a message from the door was not understood and is %s: %s",
+                    "refused" if answer else "dropped",
+                    error,
+                )
+                if answer is not None:
+                    send(answer)
         return found
 
     model = config.model

@@ -20,7 +20,7 @@ from phloem.launch.rest import Resting
 from phloem.scheduler import loop
 from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
 from phloem.text.vocabulary import thinking_markers, vocabulary
-from phloem.utils import log, memory
+from phloem.utils import log, machine, memory
 
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
@@ -167,5 +167,9 @@ def serve(
         finally:
             core.close()
     except Exception as error:
-        send(Failed(error=str(error), kind=type(error).__name__, trace=traceback.format_exc()))
+        send(
+            Failed(
+                error=machine.exhausted(error) or str(error), kind=type(error).__name__, trace=traceback.format_exc()
+            )
+        )
         raise

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from phloem.kernels.ops import Ops, Rotation
+    from phloem.kernels.ops import LatentCall, Ops, Rotation
     from phloem.quant import Method
+    from phloem.quant._source import Stager
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,11 @@ class StepMemory(Protocol):
         """As `AttentionStep`, over the pages of `spec.pool`."""
         ...
 
+    def attend_latent(self, pool: int, q_nope: Tensor, q_rope: Tensor, latent: Tensor, call: LatentCall, /) -> Tensor:
+        """Latent attention: writes the new tokens' latents [T, L + P], rotated part last, into the pages of `pool`,
+        then attends over each row's; q_nope [T, H, N] and rotated q_rope [T, H, P] -> [T, H, value size]."""
+        ...
+
     def state(self, pool: int) -> StateStep:
         """Where a recurrent layer's state of each row is read and written; `pool`: the layer's pool index."""
         ...
@@ -138,6 +144,7 @@ class BuildContext:
     name: str = ""
     quant: Method | None = None  # None: weights as the checkpoint has them
     mesh: Mesh = Mesh()
+    stager: Stager | None = None  # brings tensors from files to the device; None: through the host
 
     def child(self, name: str | int) -> BuildContext:
         return replace(self, name=f"{self.name}.{name}" if self.name else str(name))

@@ -52,7 +52,7 @@ def rope_spec(
     Raises:
         ModelLoadError: for a scaling that is not in SCALINGS.
     """
-    found: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found: dict[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if layer_type is not None and isinstance(found.get(layer_type), dict):
         found = found[layer_type]
     base = float(found.get("rope_theta", config.get("rope_theta", 10000.0)))
@@ -72,6 +72,8 @@ def rope_spec(
         scaling = _longrope_keys(config, scaling)
     elif config.get("max_position_embeddings"):
         scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+        if kind == "yarn" and scaling.get("factor") is None:
+            scaling["factor"] = config["max_position_embeddings"] / scaling["original_max_position_embeddings"]
     sections = tuple(found.get("mrope_section") or ())
     return RopeSpec(
         size, base, tuple(sorted(scaling.items())), interleaved, sections, bool(found.get("mrope_interleaved", False))

@@ -54,9 +54,15 @@ class Model(Protocol):
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool: ...
 
+    def checkpoint_name(self, name: str, /) -> str | None:
+        """Our name of a tensor in a safetensors file; None: knowingly left out."""
+        ...
+
     def weight_names(self) -> list[str]: ...
 
-    def get_weight(self, name: str) -> Tensor: ...
+    def get_weight(self, name: str, rows: int | None = None, /) -> Tensor:
+        """A tensor as its checkpoint would hold it, or its first rows (a copy)."""
+        ...
 
 
 class Loadable(Model, Protocol):
@@ -95,7 +101,7 @@ def kv_scales(model: Model, checkpoint: Checkpoint) -> dict[int, LayerScales]:
     from phloem.models._scales import read_kv_scales
 
     heads = {spec.pool: spec.kv_heads for spec in model.attention_specs}
-    return read_kv_scales(checkpoint, heads, getattr(model, "checkpoint_name", lambda name: name))
+    return read_kv_scales(checkpoint, heads, model.checkpoint_name)
 
 
 def load_model(

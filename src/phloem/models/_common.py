@@ -194,13 +194,13 @@ class Decoder(Layer):
         """Checkpoint names of every tensor that `update_weights` takes."""
         return self.index.names()
 
-    def get_weight(self, name: str) -> Tensor:
-        """The tensor as a checkpoint would hold it; out of a packed weight, dequantised.
+    def get_weight(self, name: str, rows: int | None = None) -> Tensor:
+        """The tensor as a checkpoint would hold it, or its first rows; out of a packed weight, dequantised.
 
         Raises:
             ModelLoadError: if there is no tensor of that name.
         """
-        return self.index.get(name)
+        return self.index.get(name, rows)
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:
         """Replace tensors by checkpoint name, between steps. True if a weight moved in memory, so that recorded

@@ -16,11 +16,12 @@ import torch
 from phloem.core.errors import ModelLoadError
 from phloem.models._gguf import gguf_sources
 from phloem.models._scales import scale_of
-from phloem.models._sources import DummySource, SafetensorsSource, TensorSource
+from phloem.models._sources import DummySource, Read, SafetensorsSource, Stored, TensorSource, stored_in
+from phloem.models._stored import WHOLE, as_base, check_pushed, unused_parts, unused_scales
 from phloem.quant._source import View
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str, float], None]
 
+FEW_ELEMENTS = 8 << 20  # a matrix of more is cut into pieces that are read side by side
+
 Place = tuple["Weight", int]  # a slot, and which of its parts
 
 
@@ -39,13 +42,23 @@ def open_sources(
 ) -> tuple[dict[str, Source], list[str]]:
     """Every tensor of a checkpoint by our name, and the names in it that the model does not use."""
     if checkpoint.format == "dummy":
+        device = index.ctx.device
         return {
-            name: DummySource(name, index.stored_shape(name), shifted=True, role=places[0][0].role)
+            name: DummySource(name, index.stored_shape(name), shifted=True, role=places[0][0].role, device=device)
             for name, places in index.slots.items()
         }, []
     if checkpoint.gguf is not None:
-        return gguf_sources(checkpoint, index.slots)
-    return _safetensors_sources(checkpoint, index, rename)
+        found, unused = gguf_sources(checkpoint, index.slots)
+        _refuse(unused_parts(unused), "would change the answers, and no layer uses them", str(checkpoint.path))
+        return found, unused
+    found, unused = _safetensors_sources(checkpoint, index, rename)
+    _refuse(unused_scales(unused), "belong to weights in a format that is not supported", str(checkpoint.path))
+    return found, unused
+
+
+def _refuse(names: list[str], why: str, where: str) -> None:
+    if names:
+        raise ModelLoadError(f"{where}: {len(names)} tensors {why}: {some(names)}")
 
 
 def _safetensors_sources(
@@ -56,18 +69,25 @@ def _safetensors_sources(
     found: dict[str, Source] = {}
     unused: list[str] = []
     companions = index.companion_names()
-    for path in checkpoint.files:
-        try:
+    path = checkpoint.path
+    try:
+        keys: list[tuple[Any, str]] = []
+        places: dict[str, Stored] = {}
+        for path in checkpoint.files:
             file = safe_open(str(path), framework="pt", device="cpu")
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                name = rename(key)
-                if name is not None and (name in index.slots or name in companions):
-                    shape = tuple(file.get_slice(key).get_shape())
-                    found[name] = SafetensorsSource(name, shape, file=file, key=key)
-                elif name is not None and not index.ignores(name):
-                    unused.append(key)
-        except (SafetensorError, OSError) as error:
-            raise ModelLoadError(f"{path}: {error}") from None
+            keys += [(file, key) for key in file.keys()]  # noqa: SIM118 - not a dict
+            places |= stored_in(path) if index.ctx.stager is not None else {}
+        rename = as_base(rename, [key for _, key in keys], index.embedding)
+        for file, key in keys:
+            name = rename(key)
+            if name is not None and (name in index.slots or name in companions):
+                stored = file.get_slice(key)
+                shape, kind = tuple(stored.get_shape()), str(stored.get_dtype())
+                found[name] = SafetensorsSource(name, shape, file=file, key=key, stored=kind, place=places.get(key))
+            elif name is not None and not index.ignores(name):
+                unused.append(key)
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(f"{path}: {error}") from None
     return found, sorted(unused)
 
 
@@ -130,6 +150,7 @@ class WeightIndex:
         """
         self._join(sources)
         self._check(sources, where)
+        self._stage(sources)
         total = sum(prod(weight.local(part)) for weight in self.weights for part in range(len(weight.names)))
         done = 0
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "phloem-load") as workers:
@@ -152,16 +173,33 @@ class WeightIndex:
             if found and set(found) != {"weight"}:
                 sources[name] = method.join(name, found)
 
+    def _stage(self, sources: dict[str, Source]) -> None:
+        """Plain tensors go from the file to the device; what a quantisation makes anew is made on the host."""
+        for source in sources.values() if self.ctx.quant is None else ():
+            if isinstance(source, SafetensorsSource):
+                source.stager = self.ctx.stager
+
     def _check(self, sources: dict[str, Source], where: str) -> None:
         missing = [name for name in self.slots if name not in sources]
         if missing:
-            raise ModelLoadError(f"{where}: {len(missing)} tensors are missing: {some(missing)}")
+            base = missing == ["lm_head.weight"]
+            hint = " (a base model has no output head: this one needs tie_word_embeddings)" if base else ""
+            raise ModelLoadError(f"{where}: {len(missing)} tensors are missing: {some(missing)}{hint}")
         wrong: list[str] = []
+        few: list[str] = []
         for name in self.slots:
+            low = _stored_low(sources[name])
+            if low:
+                few.append(f"{name} is {low}")
             self._lift(name, sources)
             seen, expected = sources[name].shape, self.stored_shape(name)
             if seen != expected:
                 wrong.append(f"{name} is {list(seen)}, expected {list(expected)}")
+        if few:
+            raise ModelLoadError(
+                f"{where}: {len(few)} tensors are in a type that stands for no weights by itself, and nothing in the "
+                f"checkpoint's configuration says how to read them: {some(few)}"
+            )
         if wrong:
             raise ModelLoadError(f"{where}: {len(wrong)} tensors have another shape: {some(wrong)}")
 
@@ -196,12 +234,22 @@ class WeightIndex:
         views = [self._view(weight, number, sources[name]) for number, name in enumerate(weight.names)]
         ops, dtype, device, method = self.ctx.ops, self.ctx.dtype, self.ctx.device, self.ctx.quant
         if weight.role == "matrix":
+            views = self._ahead(views, sources)
             parts: list[Any] = views if method is None or method.wrap is None else [method.wrap(view) for view in views]
             if not weight.experts:
                 return ops.prepare_linear(parts, dtype, device)
             prepare = ops.prepare_experts if weight.fused else ops.stack_experts
             return prepare(parts, dtype, device, weight.experts)
         return torch.cat([self._vector(weight, view) for view in views]).to(device)
+
+    def _ahead(self, views: Sequence[View], sources: dict[str, Source]) -> Sequence[Any]:
+        """Of many small matrices (experts) several are read at a time, where they go to the device unchanged."""
+        staged = all(isinstance(source := sources[view.name], SafetensorsSource) and source.stager for view in views)
+        workers = views[0].workers
+        if not staged or workers is None or len(views) == 1 or prod(views[0].shape) > FEW_ELEMENTS:
+            return views
+        values = list(workers.map(lambda view: view.dense(self.ctx.dtype), views))
+        return [Read(view.name, view.shape, tensor) for view, tensor in zip(views, values, strict=True)]
 
     def _vector(self, weight: Weight, view: View) -> Tensor:
         values = view.dense(torch.float32)
@@ -221,12 +269,15 @@ class WeightIndex:
             raise ModelLoadError(f"no weight is called {name!r}; see weight_names()")
         return self.slots[name]
 
-    def get(self, name: str) -> Tensor:
-        """One tensor as a checkpoint would hold it (a copy); on a rank of several, of the rows and columns it keeps."""
+    def get(self, name: str, rows: int | None = None) -> Tensor:
+        """One tensor as a checkpoint would hold it (a copy); on a rank of several, of the rows and columns it keeps.
+
+        `rows`: the first so many rows alone.
+        """
         places = self._places(name)
         parts = [(weight, number, weight.part(number)) for weight, number in places]
         if parts[0][2] is None:
-            return self._stored(*places[0])
+            return self._stored(*places[0], rows)
         # The parts of this rank, in the order and the stride in which the file has all of them.
         parts.sort(key=lambda item: (item[2].expert or 0, item[2].start) if item[2] is not None else (0, 0))
         experts: dict[int | None, list[Tensor]] = {}
@@ -237,10 +288,13 @@ class WeightIndex:
             strided, transposed = part.step > 1, part.transposed
         found = [torch.stack(pieces, 1).flatten(0, 1) if strided else torch.cat(pieces) for pieces in experts.values()]
         found = [values.T if transposed and values.ndim > 1 else values for values in found]
-        return (found[0] if parts[0][2].expert is None else torch.stack(found)).contiguous()
+        whole = found[0] if parts[0][2].expert is None else torch.stack(found)
+        return (whole if rows is None else whole[:rows]).contiguous()
 
-    def _stored(self, weight: Weight, number: int) -> Tensor:
+    def _stored(self, weight: Weight, number: int, most: int | None = None) -> Tensor:
         rows = weight.rows(number)
+        if most is not None:
+            rows = slice(rows.start, min(rows.stop, rows.start + most))
         if isinstance(weight.value, torch.Tensor):
             values = weight.value[rows]
             return (values - weight.shift if weight.shift else values).clone()
@@ -259,6 +313,7 @@ class WeightIndex:
             if name not in self.slots and self.ignores(name):
                 continue
             places, shape = self._places(name), self.stored_shape(name)
+            check_pushed(name, tensor.dtype)
             if tensor.shape != shape and tensor.shape != (1, *shape):
                 raise ModelLoadError(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
             source = TensorSource(name, shape, tensor=tensor.reshape(shape))
@@ -284,6 +339,11 @@ class WeightIndex:
             return False
         weight.value = new
         return True
+
+
+def _stored_low(source: Source) -> str:
+    """The stored type of a tensor whose values are not the weights; a format's `join` has made another source."""
+    return source.stored if isinstance(source, SafetensorsSource) and source.stored not in WHOLE else ""
 
 
 def some(items: list[str], limit: int = 8) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from phloem.layers.attention import AttentionOptions, SelfAttention
 from phloem.layers.context import AttentionSpec
+from phloem.layers.latent import LatentAttention, LatentSizes
 from phloem.layers.mlp import GatedMLP, PlainMLP
 from phloem.layers.moe import SharedExperts, SparseMLP
 from phloem.layers.norm import AnyNorm, LayerNorm, RMSNorm
@@ -126,6 +127,20 @@ class Attention:
         if self.options.q_growth is not None:
             layer.growth = self.options.q_growth.table(place.max_positions).to(ctx.device)
         return layer
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Makes a `LatentAttention`."""
+
+    sizes: LatentSizes
+    rope: RopeSpec | None
+    scale: float
+    name: str = "self_attn"
+
+    def __call__(self, ctx: BuildContext, place: Place) -> LatentAttention:
+        rope = None if self.rope is None else place.rope(ctx, self.rope)
+        return LatentAttention(ctx.child(self.name), place.hidden_size, self.sizes, place.pool, self.scale, rope)
 
 
 @dataclass(frozen=True)

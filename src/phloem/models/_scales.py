@@ -51,7 +51,8 @@ def read_kv_scales(
     for path in checkpoint.files:
         file = safe_open(str(path), framework="pt", device="cpu")
         for key in file.keys():  # noqa: SIM118 - not a dict
-            place = scale_of(rename(key) or "")
+            # A base model's names lack the prefix.
+            place = scale_of(rename(key) or "") or scale_of(rename(f"model.{key}") or "")
             if place is None or place[0] not in kv_heads:
                 continue
             values = tuple(float(value) for value in file.get_tensor(key).float().reshape(-1).tolist())

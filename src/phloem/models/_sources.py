@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,31 +12,76 @@ import torch
 
 from phloem.checkpoint.gguf_reader import BLOCKS
 from phloem.core.errors import ModelLoadError
-from phloem.quant._source import Index, Source, everything, indexed
+from phloem.quant._source import Index, Source, Stager, everything, indexed
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from phloem.checkpoint.gguf_reader import GGUFTensor
 
 _DENSE_KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_STORED_KINDS = {
+    **_DENSE_KINDS,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 _ELEMENTS_AT_ONCE = 1 << 18  # dequantised at a time by one worker: the intermediates stay in its cache
 DUMMY_STD = 0.02
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor lies in a file, and its type there."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+
+
+def stored_in(path: Path) -> dict[str, Stored]:
+    """Every tensor of a safetensors file whose type torch has; the file's header says where (`safetensors` format)."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {
+        name: Stored(path, 8 + size + entry["data_offsets"][0], _STORED_KINDS[entry["dtype"]])
+        for name, entry in header.items()
+        if name != "__metadata__" and entry["dtype"] in _STORED_KINDS
+    }
+
+
 @dataclass
 class SafetensorsSource(Source):
-    """A tensor of an open safetensors file, memory-mapped."""
+    """A tensor of an open safetensors file, memory-mapped, or read by a stager where it has one."""
 
     file: Any = None  # of safetensors.safe_open
     key: str = ""
+    stored: str = ""  # the file's name of its type
+    place: Stored | None = None
+    stager: Stager | None = None
     _kept: tuple[Index, Tensor] | None = None
 
     def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
+        if self.stager is not None and self.place is not None:
+            return self._staged(self.stager, self.place, index, dtype)
         values = self.file.get_tensor(self.key) if index is None else self._slice(index)
         if index is None:
             self.bytes_read += values.nbytes
         return values.to(dtype).contiguous()
+
+    def _staged(self, stager: Stager, place: Stored, index: Index | None, dtype: torch.dtype) -> Tensor:
+        try:
+            values = stager.load(place.path, place.offset, self.shape, place.dtype, index, dtype)
+        except OSError as error:
+            raise ModelLoadError(f"{place.path}: {self.key}: {error}") from None
+        self.bytes_read += values.numel() * place.dtype.itemsize
+        return values
 
     def _slice(self, index: Index) -> Tensor:
         """The file gives runs; of rows that alternate, the run of both is read once and kept for the other."""
@@ -59,6 +105,22 @@ def _run(at: slice) -> slice:
     return slice(first, first + -(-(at.stop - first) // at.step) * at.step, 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A matrix that has been read (`kernels.ops.WeightSource`)."""
+
+    name: str
+    shape: tuple[int, ...]
+    values: Tensor
+    kind: str = "dense"
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.values.to(dtype)
+
+    def raw(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        raise TypeError(f"{self.name} is dense: it has no quantised bytes")
+
+
 @dataclass
 class TensorSource(Source):
     """A tensor that somebody handed over."""
@@ -72,15 +134,24 @@ class TensorSource(Source):
 
 @dataclass
 class DummySource(Source):
-    """Random values that depend on the name alone, so that they are the same on every machine and in any order."""
+    """Random values that depend on the name and the kind of device alone, so that they are the same in any order.
+
+    They are drawn where they are used: a GPU takes a fifth of a second for what takes a processor a minute.
+    """
 
     role: str = "matrix"
+    device: torch.device = torch.device("cpu")
 
     def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
         if self.role != "matrix":
-            return indexed(torch.full(self.shape, 1.0 if self.role == "norm" else 0.0, dtype=dtype), index)
-        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
-        values = torch.empty(self.shape, dtype=torch.float32).normal_(0.0, DUMMY_STD, generator=generator)
+            value = 1.0 if self.role == "norm" else 0.0
+            return indexed(torch.full(self.shape, value, dtype=dtype, device=self.device), index)
+        if self.device == torch.device("meta"):
+            return indexed(torch.empty(self.shape, dtype=dtype, device=self.device), index).contiguous()
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(self.name.encode()))
+        # In float32 only on the host, whose values were always drawn so; elsewhere memory may be short.
+        kind = torch.float32 if self.device == torch.device("cpu") else dtype
+        values = torch.empty(self.shape, dtype=kind, device=self.device).normal_(0.0, DUMMY_STD, generator=generator)
         return indexed(values, index).to(dtype).contiguous()
 
 

@@ -12,7 +12,7 @@ from phloem.models._layer import LayerKind
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
-DEFAULTS = {"logit_scale": 0.0625, "tie_word_embeddings": True, "layer_norm_eps": 1e-5}
+DEFAULTS = {"rope_theta": 500000.0, "logit_scale": 0.0625, "tie_word_embeddings": True, "layer_norm_eps": 1e-5}
 TINY = {"head_dim": None, "logit_scale": 0.5}
 VARIANTS = {"bias": {"attention_bias": True}}
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from phloem.layers.rope import rope_spec
 from phloem.models._common import Decoder, each_layer, layer_types, usual, usual_attention, usual_mlp
 from phloem.models._layer import LayerKind
-from phloem.models.cohere import DEFAULTS as DEFAULTS
 
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
+DEFAULTS = {"logit_scale": 0.0625, "tie_word_embeddings": True, "layer_norm_eps": 1e-5}
 TINY = {"head_dim": None, "logit_scale": 0.5, "num_hidden_layers": 4, "sliding_window": 6}
 VARIANTS = {"bias": {"attention_bias": True}}
 

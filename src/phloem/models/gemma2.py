@@ -23,10 +23,12 @@ GGUF = {
     "hf_class": "Gemma2ForCausalLM",
     "keys": {
         "head_dim": ("attention.key_length", 256),
+        "sliding_window": ("attention.sliding_window", 4096),
+        "layer_types": ("attention.sliding_window_pattern", None),
         "attn_logit_softcapping": ("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": ("final_logit_softcapping", 30.0),
     },
-    "config": {"hidden_act": "gelu_pytorch_tanh"},
+    "config": {"hidden_activation": "gelu_pytorch_tanh"},
     "names": {
         "post_attention_layernorm": "post_attention_norm",
         "pre_feedforward_layernorm": "ffn_norm",
@@ -49,7 +51,7 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
     sliding = layer_types(config, [number % 2 == 0 for number in range(count)])
     width = config["hidden_size"] // config["num_attention_heads"]
     scalar = config.get("query_pre_attn_scalar") or (width if count == _LARGE else config["head_dim"])
-    activation = config.get("hidden_activation") or config.get("hidden_act") or "gelu_pytorch_tanh"
+    activation = config.get("hidden_activation", "gelu_pytorch_tanh")
 
     def layer(n: int) -> LayerKind:
         attention = usual_attention(

@@ -37,8 +37,12 @@ GGUF = {
         "head_dim": ("attention.key_length", 256),
         "num_key_value_heads": ("attention.head_count_kv", 4),
         "rope_local_base_freq": ("rope.freq_base_swa", 10000.0),
+        "sliding_window": ("attention.sliding_window", 0),
+        "layer_types": ("attention.sliding_window_pattern", None),
+        "attn_logit_softcapping": ("attn_logit_softcapping", None),
+        "final_logit_softcapping": ("final_logit_softcapping", None),
     },
-    "config": {"hidden_act": "gelu_pytorch_tanh"},
+    "config": {"hidden_activation": "gelu_pytorch_tanh"},
     "names": {
         "post_attention_layernorm": "post_attention_norm",
         "pre_feedforward_layernorm": "ffn_norm",
@@ -68,7 +72,7 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     whole = rope_spec(old, head_size, "full_attention")
     width = config["hidden_size"] // config["num_attention_heads"]
     scalar = config.get("query_pre_attn_scalar") or (width if count == _WIDE else head_size)
-    activation = config.get("hidden_activation", config.get("hidden_act", "gelu_pytorch_tanh"))
+    activation = config.get("hidden_activation", "gelu_pytorch_tanh")
 
     def layer(n: int) -> LayerKind:
         attention = usual_attention(

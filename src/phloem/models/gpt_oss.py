@@ -16,6 +16,7 @@ from phloem.models._layer import Experts, LayerKind
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
+DEFAULTS = {"rope_theta": 150000.0}
 TINY = {
     "num_local_experts": 6,
     "num_experts_per_tok": 2,
@@ -57,7 +58,7 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
         limit=float(config.get("swiglu_limit") or 7.0),
         alpha=float(config.get("swiglu_alpha") or 1.702),
     )
-    router = RouterSpec(config.get("num_experts_per_tok") or config["experts_per_token"], "chosen_softmax")
+    router = RouterSpec(config["num_experts_per_tok"], "chosen_softmax")
     experts = Experts(ExpertsConfig(count, config["intermediate_size"], router, clamped, True, _NAMES))
 
     def layer(n: int) -> LayerKind:

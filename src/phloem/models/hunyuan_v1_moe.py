@@ -29,10 +29,10 @@ _NAMES = ExpertNames(router="gate.wg")
 def _same(config: dict[str, Any], key: str) -> int:
     """A number that may be listed for each layer. Raises ModelLoadError unless all are the same."""
     value = config.get(key)
-    values = set(value) if isinstance(value, list) else {value}
+    values: set[Any] = set(value) if isinstance(value, list) else {value}
     if len(values) != 1:
         raise ModelLoadError(f"{key}: layers that differ ({value}) are not served")
-    return int(values.pop())
+    return int(values.pop() or 0)
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:

@@ -12,7 +12,7 @@ from phloem.models._layer import Experts, LayerKind
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
-DEFAULTS = {"head_dim": 128}
+DEFAULTS = {"rope_theta": 5e6, "head_dim": 128}
 TINY = {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24}
 VARIANTS = {
     "half": {

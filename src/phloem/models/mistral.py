@@ -9,7 +9,12 @@ from phloem.models._common import Decoder, each_layer, layer_types, usual, usual
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
-GGUF = {"architecture": "mistral", "hf_class": "MistralForCausalLM", "written_as": "llama"}
+GGUF = {
+    "architecture": "mistral",
+    "hf_class": "MistralForCausalLM",
+    "written_as": "llama",
+    "keys": {"sliding_window": ("attention.sliding_window", None)},
+}
 TINY = {"sliding_window": 12}
 VARIANTS = {"no-window": {"sliding_window": None}}
 

@@ -12,6 +12,7 @@ from phloem.models._layer import Experts, LayerKind
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
+DEFAULTS = {"rope_theta": 1e6}
 TINY = {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24, "sliding_window": 9}
 VARIANTS = {"no-window": {"sliding_window": None, "num_experts_per_tok": 3}}
 

@@ -11,6 +11,7 @@ from phloem.models._layer import LayerKind
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
+DEFAULTS = {"rope_theta": 500000.0}
 TINY = {"head_dim": None, "num_hidden_layers": 4, "sliding_window": 6}
 VARIANTS = {
     "yarn": {

@@ -41,6 +41,9 @@ VARIANTS = {
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
     window = int(config.get("sliding_window") or 0)
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") in ("su", "yarn"):  # what the first files call it
+        config = {**config, "rope_parameters": {**rope, "rope_type": "longrope"}}
     attention = usual_attention(config, window=window, fused="qkv_proj")
     kind = LayerKind(attention, usual_mlp(config, fused="gate_up_proj"))
     return Decoder(ctx, usual(config, layers=each_layer(config, lambda n: kind)), max_positions)

@@ -33,8 +33,7 @@ VARIANTS = {
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
     experts = softmax_experts(
-        # Newer files have the second name.
-        count=config.get("num_experts") or config["num_local_experts"],
+        count=config["num_experts"],
         per_token=config["num_experts_per_tok"],
         inner_size=config["moe_intermediate_size"],
         activation=config.get("hidden_act", "silu"),

@@ -9,7 +9,7 @@ from phloem.models._common import Decoder, each_layer, layer_types, usual, usual
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
-DEFAULTS = {"tie_word_embeddings": True}
+DEFAULTS = {"rope_theta": 2e6, "tie_word_embeddings": True}
 GGUF = {
     "architecture": "smollm3",
     "hf_class": "SmolLM3ForCausalLM",

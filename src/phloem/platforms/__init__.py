@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import torch
 
     from phloem.kernels.ops import Ops
+    from phloem.platforms._compiled import Compiled
     from phloem.platforms._facts import StepFacts
+    from phloem.platforms._staging import Stager
     from phloem.platforms._streams import Streams
 
 PREFERENCE = ("cuda", "rocm", "xpu", "npu", "tpu", "cpu")
@@ -45,6 +47,15 @@ class Platform(Protocol):
         """Copies beside the computation, or None where there is no such thing."""
         ...
 
+    @property
+    def compiled(self) -> Compiled | None:
+        """Kernels that are compiled at their first launch; None where there are no such, or they cannot be early."""
+        ...
+
+    def stager(self) -> Stager | None:
+        """What brings weights from files to the device, to be closed when they are there; None: nothing special."""
+        ...
+
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes of the device."""
         ...
@@ -68,8 +79,11 @@ class Platform(Protocol):
         """Called once in the thread that will run every step, before the first."""
         ...
 
-    def table(self, requested: str | None) -> tuple[Ops, str]:
-        """The op table, and why this one. `requested` names one; a named one that cannot serve is a ConfigError."""
+    def table(self, requested: str | None, *, float32: bool = False) -> tuple[Ops, str]:
+        """The op table, and why this one. `requested` names one; a named one that cannot serve is a ConfigError.
+
+        `float32`: somebody asked for this type, so that no faster one may stand in for it.
+        """
         ...
 
     def attention_backends(self) -> list[str]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 import torch
 
@@ -38,3 +42,8 @@ class StepFacts:
     masks_ahead: bool = True
     patience: int = 2
     records_idle: bool = False
+
+
+def in_host_memory(device: torch.device) -> bool:
+    """Whether tensors of this device lie in the process's own memory."""
+    return device.type == "cpu"

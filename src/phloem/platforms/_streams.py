@@ -67,14 +67,22 @@ class Streams:
         for array, start in zip(arrays, starts, strict=True):
             flat[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         moved = buffer[: max(size, ALIGNMENT)].to(self.device, non_blocking=True)
-        event = self._cuda.Event()
-        event.record()
-        self._used[self._next] = event
-        self._next = (self._next + 1) % len(self._buffers)
+        self._sent()
         return [
             moved[start : start + array.nbytes].view(torch.from_numpy(array[:0].copy()).dtype).view(array.shape)
             for array, start in zip(arrays, starts, strict=True)
         ]
+
+    def into(self, target: Tensor, parts: Sequence[tuple[int, NDArray[Any]]]) -> None:
+        """Host arrays to byte places of one device buffer (uint8), by one transfer on the computing stream; what lies
+        between the places is undefined afterwards. Waits as `up`."""
+        size = max(at + array.nbytes for at, array in parts)
+        buffer = self._buffer(size)
+        flat = buffer.numpy()
+        for at, array in parts:
+            flat[at : at + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        target[:size].copy_(buffer[:size], non_blocking=True)
+        self._sent()
 
     def down(self, tensors: Sequence[Tensor]) -> Arriving:
         """Start to copy device tensors to the host, behind what the computing stream has been given so far."""
@@ -92,6 +100,13 @@ class Streams:
             event = self._cuda.Event()
             event.record(self._copy)
         return Arriving(host, event)
+
+    def _sent(self) -> None:
+        """The buffer is used up to here; the next step takes the next one."""
+        event = self._cuda.Event()
+        event.record()
+        self._used[self._next] = event
+        self._next = (self._next + 1) % len(self._buffers)
 
     def _buffer(self, size: int) -> Tensor:
         if self._used[self._next] is not None:

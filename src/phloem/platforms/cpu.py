@@ -36,6 +36,7 @@ class Platform:
     worthwhile_chunk = 32
     quantised_kv_dtype = torch.int8  # of the KV cache beside quantised weights
     streams = None
+    compiled = None
     # An eager step takes 1 or 2 ms longer than a replay, recording takes 35: a bucket that a batch passes through as it
     # empties is not worth it. In idle times recording would take the cores of whatever else runs here.
     facts = StepFacts(on_host=True, masks_ahead=False, patience=12)
@@ -43,6 +44,9 @@ class Platform:
     def __init__(self, threads: int | None) -> None:
         self.threads = threads or available_cores()
         torch.set_num_threads(self.threads)
+
+    def stager(self) -> None:
+        """Nothing: weights are read where they are used."""
 
     def memory(self) -> tuple[int, int]:
         return machine.memory()
@@ -68,7 +72,7 @@ class Platform:
             torch.zeros(_PARALLEL * self.threads).neg_()
             bind_threads([0, *workers])
 
-    def table(self, requested: str | None) -> tuple[Ops, str]:
+    def table(self, requested: str | None, *, float32: bool = False) -> tuple[Ops, str]:
         if requested not in (None, *_TABLES):
             raise ConfigError(f"ops {requested!r} is not one of {', '.join(_TABLES)}", param="ops")
         if requested == "reference":
@@ -79,8 +83,10 @@ class Platform:
         else:
             try:
                 if requested == "invariant":
-                    return native.table(self.threads, invariant=True), "batch-invariant native kernels, as asked"
-                return native.table(self.threads), "native kernels, " + ("as asked" if requested else native.describe())
+                    ops = native.table(self.threads, invariant=True, float32=float32)
+                    return ops, "batch-invariant native kernels, as asked"
+                why = "as asked" if requested else native.describe()
+                return native.table(self.threads, float32=float32), f"native kernels, {why}"
             except native.Unavailable as error:
                 reason = str(error)
         if requested is not None:

@@ -12,8 +12,10 @@ import torch
 from phloem.core.errors import ConfigError
 from phloem.kernels.graph_cuda import Recorder
 from phloem.kernels.ops import Ops
+from phloem.platforms._compiled import Compiled
 from phloem.platforms._facts import StepFacts
 from phloem.platforms._measure import peak_of
+from phloem.platforms._staging import Stager
 from phloem.platforms._streams import Streams
 
 if TYPE_CHECKING:
@@ -76,6 +78,9 @@ class Platform:
     def __init__(self, threads: int | None) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
 
+    def stager(self) -> Stager:
+        return Stager(self.device)
+
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes. What torch's allocator holds without using it counts as free."""
         free, total = torch.cuda.mem_get_info(self.device)
@@ -94,7 +99,8 @@ class Platform:
     def begin_steps(self) -> None:
         """Nothing: this thread hardly computes."""
 
-    def table(self, requested: str | None) -> tuple[Ops, str]:
+    def table(self, requested: str | None, *, float32: bool = False) -> tuple[Ops, str]:
+        del float32  # these kernels compute in the type of what they are given
         ops, why = triton_table(requested)
         return replace(ops, recorder=self.recorder), why
 
@@ -110,6 +116,19 @@ class Platform:
     def streams(self) -> Streams:
         """The streams beside the computing one, made at first use."""
         return self._beside
+
+    @cached_property
+    def compiled(self) -> Compiled | None:
+        """Triton's kernels for this device; None without Triton."""
+        if importlib.util.find_spec("triton") is None:
+            return None
+        props = torch.cuda.get_device_properties(self.device)
+        return Compiled(self.target(), props.multi_processor_count, f"{props.name} {self.target()}")
+
+    def target(self) -> tuple[str, int | str, int]:
+        """The device as Triton names it."""
+        major, minor = self._capability()
+        return "cuda", 10 * int(major) + int(minor), 32
 
     def attention_backends(self) -> list[str]:
         return ["triton", "flashinfer", "flash", "reference"]

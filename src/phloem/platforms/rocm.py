@@ -19,6 +19,10 @@ def is_available() -> tuple[bool, str]:
 class Platform(cuda.Platform):
     name = "rocm"
 
+    def target(self) -> tuple[str, int | str, int]:
+        props = torch.cuda.get_device_properties(self.device)
+        return "hip", str(props.gcnArchName).split(":")[0], int(props.warp_size)
+
     def attention_backends(self) -> list[str]:
         return ["triton", "reference"]
 

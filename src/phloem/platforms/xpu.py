@@ -31,10 +31,14 @@ class Platform:
     worthwhile_chunk = 512
     quantised_kv_dtype = None
     streams = None
+    compiled = None
     facts = StepFacts()
 
     def __init__(self, threads: int | None) -> None:
         self.device = torch.device("xpu", torch.xpu.current_device())
+
+    def stager(self) -> None:
+        """Not written for this kind of device."""
 
     def memory(self) -> tuple[int, int]:
         free, total = torch.xpu.mem_get_info(self.device)
@@ -52,7 +56,8 @@ class Platform:
     def begin_steps(self) -> None:
         """Nothing: this thread hardly computes."""
 
-    def table(self, requested: str | None) -> tuple[Ops, str]:
+    def table(self, requested: str | None, *, float32: bool = False) -> tuple[Ops, str]:
+        del float32  # these kernels compute in the type of what they are given
         return triton_table(requested)
 
     def attention_backends(self) -> list[str]:

@@ -5,9 +5,10 @@ UNSET fields are left out; None is sent as null where clients expect the key. Th
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 
 class Answer(msgspec.Struct, kw_only=True):
@@ -32,6 +33,7 @@ class ErrorAnswer(Answer, kw_only=True):
 class MessagesError(Answer, kw_only=True):
     type: str
     message: str
+    details: dict[str, Any] | UnsetType = UNSET
 
 
 class MessagesErrorAnswer(Answer, kw_only=True):

@@ -37,10 +37,17 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         """Raise `BadRequest` for the first field that asks for what does not exist yet."""
         for name, rule in self.later.items():
             value = getattr(self, name)
-            if value is None or rule.feature in features or any(value == harmless for harmless in rule.harmless):
+            if rule.feature in features or not _asks(value, rule):
                 continue
             text = f"{where}{name}: {rule.reason}" if rule.reason else f"not supported yet: {where}{name}"
             raise BadRequest(text, param=where + name, code="not_supported")
+
+
+def _asks(value: Any, rule: Later) -> bool:
+    """Whether a value wants anything; a list does where one of its entries does."""
+    if value is None or any(value == harmless for harmless in rule.harmless):
+        return False
+    return any(_asks(item, rule) for item in value) if isinstance(value, list) else True
 
 
 T = TypeVar("T", bound=Body)

@@ -10,6 +10,8 @@ from typing import Annotated, Any, ClassVar
 from msgspec import Meta
 
 from phloem.client.request import SessionStep
+from phloem.core.errors import BadRequest
+from phloem.protocol import known
 from phloem.protocol.body import Body, Later
 
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
@@ -41,6 +43,18 @@ COMMON_LATER: dict[str, Later] = {
 NEEDS_FORMAT = Later("require_reasoning", (False,), "no reasoning format is known for this model")
 
 
+_REMOVES = "clear_"  # edits that only take away what the model would read
+
+
+def refuse_edits(edits: Any, where: str) -> None:
+    """Refuse edits of the context that do more than to take something away; what those ask for may be left undone."""
+    for at, edit in enumerate(edits if isinstance(edits, list) else [edits] if edits else []):
+        kind = edit.get("type") if isinstance(edit, dict) else edit
+        if not str(kind).startswith(_REMOVES):
+            place = f"{where}[{at}]"
+            raise BadRequest(f"not supported yet: {place} {kind!r:.100}", param=place, code="not_supported")
+
+
 class SessionBody(Body, kw_only=True):
     """`session_params`: the session, and the request in it that this one goes on from."""
 
@@ -52,6 +66,15 @@ class SessionBody(Body, kw_only=True):
 
     def step(self) -> SessionStep:
         return SessionStep(self.id, self.rid, self.offset or 0, bool(self.replace), bool(self.drop_previous_output))
+
+
+class AddressedBody(Body, kw_only=True):
+    """Base of bodies that SGLang's own processes address to one another."""
+
+    rid: str | None = None
+    http_worker_ipc: str | None = None
+
+    ignored: ClassVar[dict[str, str]] = {"rid": known.INTERNAL, "http_worker_ipc": known.INTERNAL}
 
 
 class StreamOptions(Body, kw_only=True):
@@ -107,6 +130,19 @@ class RequestFields(StoppingFields, kw_only=True):
     prompt_cache_retention: str | None = None
     client_metadata: dict[str, Any] | None = None
     thread: Any = None
+    session_id: str | None = None
+    custom_labels: dict[str, str] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    images_config: dict[str, Any] | None = None
+    watermark: Any = None
+    bootstrap_host: Any = None
+    bootstrap_port: Any = None
+    bootstrap_room: Any = None
+    data_parallel_rank: Int32 | None = None
+    routed_dp_rank: Int32 | None = None
+    disagg_prefill_dp_rank: Int32 | None = None
+    return_routed_experts: bool | None = None
+    routed_experts_start_len: Int32 | None = None
 
     ignored: ClassVar[dict[str, str]] = {
         "user": HINT,
@@ -116,6 +152,12 @@ class RequestFields(StoppingFields, kw_only=True):
         "prompt_cache_retention": HINT,
         "client_metadata": HINT,
         "thread": HINT,
+        **known.IGNORED,
+    }
+    later: ClassVar[dict[str, Later]] = {
+        "data_parallel_rank": Later("data_parallel", (0,)),
+        **DISAGGREGATION,
+        **known.LATER,
     }
 
 
@@ -143,12 +185,11 @@ class OpenAIBody(RequestFields, kw_only=True):
     lora_path: str | None = None
     session_params: SessionBody | None = None
     rid: str | None = None
-    bootstrap_host: str | None = None
-    bootstrap_port: Int32 | None = None
-    bootstrap_room: Seed | None = None
-    data_parallel_rank: Int32 | None = None
     return_hidden_states: bool | None = None
     return_cached_tokens_details: bool | None = None
+    sampling_seed: Seed | None = None
+    return_token_ids: bool | None = None
+    return_spec_tokens_details: bool | None = None
 
     ignored: ClassVar[dict[str, str]] = {
         **RequestFields.ignored,
@@ -157,6 +198,8 @@ class OpenAIBody(RequestFields, kw_only=True):
         "guided_decoding_backend": "the server's grammar_backend decides",
     }
     later: ClassVar[dict[str, Later]] = {
+        **RequestFields.later,
+        **known.OPENAI_LATER,
         **COMMON_LATER,
         **GRAMMAR,
         **GUIDED,

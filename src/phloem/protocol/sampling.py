@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from phloem.client.processors import named
-from phloem.core.request import SamplingParams
+from phloem.core.request import RECOMMENDED, SamplingParams
 from phloem.protocol.fields import OpenAIBody
 from phloem.protocol.generate.body import SamplingBody
 from phloem.protocol.structured import check, constraint_fields
@@ -30,8 +30,6 @@ _SAME = (
     "sampling_seed",
 )
 _OPENAI_NAMES = {"min_new_tokens": "min_tokens", "sampling_seed": "seed"}
-# What a model's generation_config.json may recommend, and chat takes for unset fields.
-_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def native_params(body: SamplingBody | None, processor: str | None = None) -> SamplingParams:
@@ -46,14 +44,14 @@ def native_params(body: SamplingBody | None, processor: str | None = None) -> Sa
 def openai_params(body: OpenAIBody, max_tokens: int | None, defaults: dict[str, Any] | None = None) -> SamplingParams:
     """Sampling fields of the OpenAI routes. `max_tokens` None: as much as the context holds.
 
-    `defaults`: the model's generation config, for fields that the request leaves unset.
+    `defaults`: what the model recommends (`core.request.recommended`), for fields that the request leaves unset.
     """
     values: dict[str, Any] = {name: getattr(body, _OPENAI_NAMES.get(name, name)) for name in _SAME}
-    for name in _DEFAULTS:
-        recommended = (defaults or {}).get(name)
-        if values[name] is None and recommended is not None:
-            # transformers writes top_k 0 for "off"
-            values[name] = -1 if name == "top_k" and recommended == 0 else recommended
+    for name in RECOMMENDED:
+        if values[name] is None:
+            values[name] = (defaults or {}).get(name)
+    if body.seed is None:
+        values["sampling_seed"] = body.sampling_seed
     values["processors"] = named(body.custom_logit_processor, body.custom_params)
     params = _params({**values, **constraint_fields(body)}, body)
     params.max_new_tokens = max_tokens

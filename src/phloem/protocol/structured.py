@@ -74,6 +74,18 @@ def constraint_fields(body: Any) -> dict[str, str]:
 _TOP = ("response_format", *FIELDS, "structured_outputs", *(name for name in _GUIDED if name not in FIELDS))
 
 
+def answer_shape(params: SamplingParams) -> dict[str, Any] | None:
+    """The constraint as a part of a structural tag; None without one, and for structural tags: they may be of calls.
+
+    Schemas go in as their text, so that no number in them is read and written again.
+    """
+    if params.json_schema is not None:
+        return {"type": "json_schema", "json_schema": params.json_schema}
+    if params.regex is not None:
+        return {"type": "regex", "pattern": params.regex}
+    return {"type": "ebnf", "grammar": params.ebnf} if params.ebnf is not None else None
+
+
 def check(params: SamplingParams) -> None:
     """Refuse before submission what can be seen to be wrong at little cost; the engine finds the rest.
 

@@ -7,7 +7,7 @@ sees it: an expert of a stacked tensor, the k rows of a fused one, this rank's c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -15,10 +15,19 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from concurrent.futures import Executor
+    from pathlib import Path
 
     from torch import Tensor
 
 Index = tuple[int | slice, ...]  # one entry per axis of the stored tensor; slices have start, stop and step
+
+
+class Stager(Protocol):
+    """Brings a part of a file onto a device (`platforms._staging`)."""
+
+    def load(
+        self, path: Path, offset: int, shape: tuple[int, ...], stored: torch.dtype, index: Index | None, to: torch.dtype
+    ) -> Tensor: ...
 
 
 @dataclass
@@ -33,7 +42,7 @@ class Source:
     bytes_read: int = field(default=0, init=False)  # what `take` and `take_raw` have taken from the file
 
     def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
-        """The entries `index` (None: all) as a contiguous tensor on the CPU."""
+        """The entries `index` (None: all) as a contiguous tensor on the CPU, or where the model is."""
         raise NotImplementedError
 
     def take_raw(self, rows: slice, cols: slice) -> np.ndarray[Any, np.dtype[np.uint8]]:

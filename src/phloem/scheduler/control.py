@@ -1,22 +1,25 @@
-"""Administrative calls: flush_cache, state, cache_tree, pause, resume, abort_all."""
+"""Administrative calls: flush_cache, state, cache_tree, pause, resume, abort_all, get_weights_by_name."""
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
+from phloem.core.errors import BadRequest, PhloemError
 from phloem.core.messages import Control, ControlReply
 from phloem.core.request import FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from phloem.core.batch import Pending
+    from phloem.core.batch import Pending, Runner
     from phloem.core.messages import FromEngine
     from phloem.kvcache.manager import CacheManager
     from phloem.scheduler.state import Slots
 
 log = logging.getLogger(__name__)
+
+Told = tuple[str, dict[str, Any]]  # a reply's message and data
 
 PAUSE_MODES = ("abort", "retract", "in_place")
 ABORTED = FinishReason("abort", message="aborted by an administrative call")
@@ -25,6 +28,7 @@ ABORTED = FinishReason("abort", message="aborted by an administrative call")
 class Governed(Protocol):
     """What the calls act on: the scheduler."""
 
+    runner: Runner
     cache: CacheManager
     slots: Slots
     paused: bool
@@ -46,13 +50,13 @@ class Controls:
     def __init__(self, scheduler: Governed) -> None:
         self.scheduler = scheduler
         self._flushes: list[tuple[str, float]] = []  # (id, deadline)
-        self._works: list[tuple[str, Pending[Any], Callable[[Any], str]]] = []  # (id, work, result -> message)
+        self._works: list[tuple[str, Pending[Any], Callable[[Any], Told]]] = []  # (id, work, result -> reply)
 
     @property
     def waiting(self) -> bool:
         return bool(self._flushes or self._works)
 
-    def between(self, call_id: str, work: Callable[[], Any], told: Callable[[Any], str]) -> None:
+    def between(self, call_id: str, work: Callable[[], Any], told: Callable[[Any], Told]) -> None:
         """Run `work` between two steps; the call is answered by `told(its result)` once it has ended."""
         self._works.append((call_id, self.scheduler.between(work), told))
 
@@ -129,9 +133,19 @@ class Controls:
         count = self.scheduler.abort_all(ABORTED)
         self._reply(call_id, True, f"{count} requests aborted", {"aborted": count})
 
-    def _answer(self, call_id: str, pending: Pending[Any], told: Callable[[Any], str]) -> None:
+    def _do_get_weights_by_name(self, call_id: str, args: dict[str, Any]) -> None:
+        """Read between two steps: no update of weights is half done then, and no step runs beside it."""
+        name, rows = str(args.get("name") or ""), int(args.get("rows") or 0)
+        if rows < 1:
+            raise BadRequest(f"rows must be above 0, got {rows}", param="rows")
+        runner = self.scheduler.runner
+        self.between(call_id, lambda: runner.read_weight(name, rows), lambda found: ("", {"weight": found.tolist()}))
+
+    def _answer(self, call_id: str, pending: Pending[Any], told: Callable[[Any], Told]) -> None:
         try:
-            self._reply(call_id, True, told(pending.result()))
+            self._reply(call_id, True, *told(pending.result()))
+        except PhloemError as error:
+            self._reply(call_id, False, error.message)
         except Exception as error:
             log.exception("what was to run between two steps failed")
             self._reply(call_id, False, f"{type(error).__name__}: {error}")

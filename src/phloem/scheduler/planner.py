@@ -118,9 +118,7 @@ class Planner:
         slots, steady = self.slots, self._steady
         plan.mark = self.cache.mark()
         if self.cache.has_states:
-            for slot in plan.batch.slots.tolist():
-                self.cache.turn(slots.lease(slot))
-            slots.moved = True
+            self._turn(plan)
         if plan.steady and steady is not None:
             steady.launched(slots)
             for request in plan.rows:
@@ -132,8 +130,9 @@ class Planner:
         """What the step gave is known, and about to be told: accepted drafts count, and windows give back pages."""
         slots, batch = self.slots, plan.batch
         if slots.any_held:
-            for request in plan.rows:
-                if request.inflight <= 1 and request.slot >= 0:
+            # A row whose later step is in flight waits for that one: this one may be a chunk of its prompt.
+            for request, yields in zip(plan.rows, batch.outputs.tolist(), strict=True):
+                if request.inflight <= yields and request.slot >= 0:
                     slots.resume(request.slot, STEP)
         if batch.drafts is not None:
             for row in np.flatnonzero(output.counts > 1).tolist():
@@ -350,6 +349,16 @@ class Planner:
 
     # after the launch
 
+    def _turn(self, plan: Plan) -> None:
+        """The next step reads the states that this one writes."""
+        slots, batch = self.slots, plan.batch
+        ends = batch.prefix_lens + batch.query_lens
+        if batch.drafts is not None:
+            ends[batch.drafts > 0] = -1
+        for slot, end in zip(batch.slots.tolist(), ends.tolist(), strict=True):
+            self.cache.turn(slots.lease(slot), end)
+        slots.moved = True
+
     def _advance(self, plan: Plan) -> None:
         """Rows that surely end are not launched again, those with drafts not before their commit; or all go on."""
         slots, batch = self.slots, plan.batch
@@ -392,7 +401,8 @@ class Planner:
         # A snapshot that a state began from was taken where whole pages end.
         due = before % slots.page_size == 0 if self.cache.has_states else np.zeros(len(before), dtype=np.bool_)
         for window in slots.windows:
-            first = [np.maximum(0, computed - window + 1) // slots.page_size for computed in (before, after)]
+            borders = [computed // slots.page_size * slots.page_size for computed in (before, after)]
+            first = [np.maximum(0, border - window + 1) // slots.page_size for border in borders]
             due |= first[0] != first[1]
         for row in np.flatnonzero(due).tolist():
             request = plan.rows[row]

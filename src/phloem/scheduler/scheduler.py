@@ -51,7 +51,7 @@ SHUTTING_DOWN = FinishReason("abort", message="the server is shutting down", sta
 class ScheduleSettings:
     """`chunked_prefill_size` is the token budget of one step, decodes included; `mixed_prefill_size` bounds the prompt
     tokens of a step that also decodes, and from `worthwhile_prefill` on no further prompt enters a step (both default
-    to the whole budget). `draft_room`: drafts that a decoding row may have, for a runner that speculates."""
+    to the whole budget)."""
 
     max_running_requests: int
     context_length: int
@@ -61,18 +61,17 @@ class ScheduleSettings:
     chunked_prefill_size: int = 2048
     mixed_prefill_size: int | None = None
     worthwhile_prefill: int | None = None
-    draft_room: int = 0
     schedule_policy: str = "fcfs"
     stream_interval: int = 1
     random_seed: int | None = None
     overlap: bool = True
     debug_invariants: bool = False
 
-    def pace(self, slots: int) -> Pace:
+    def pace(self, slots: int, draft_room: int) -> Pace:
         # With every slot decoding there must be a token for each, or the last ones would starve.
         budget = max(self.chunked_prefill_size, slots)
         mixed, worthwhile = self.mixed_prefill_size or budget, self.worthwhile_prefill or budget
-        return Pace(budget, mixed, worthwhile, self.draft_room)
+        return Pace(budget, mixed, worthwhile, draft_room)
 
 
 @dataclass(slots=True)
@@ -119,7 +118,8 @@ class Scheduler:
         slots = min(settings.max_running_requests, runner.max_slots)
         self.slots = Slots(slots, self._most_tokens, cache.page_size, runner.groups)
         self._policy = POLICIES[settings.schedule_policy]
-        self.planner = Planner(self.slots, self.queue, cache, self._policy, settings.pace(slots), settings.eos_ids)
+        pace = settings.pace(slots, runner.draft_room)
+        self.planner = Planner(self.slots, self.queue, cache, self._policy, pace, settings.eos_ids)
         self.results = Results(self.live, self.slots, self.queue, self.planner.release, settings.stream_interval)
         self.controls = Controls(self)
         self.meter = Meter(clock())
@@ -160,6 +160,7 @@ class Scheduler:
             "paused": self.paused,
             "max_running_requests": self.slots.count,
             "graph_bytes": self.runner.graph_bytes,
+            "prepared": self.runner.prepared,
             **self.meter.state(),
             **usage(self.cache),
             **self.planner.state(),

@@ -14,11 +14,12 @@ from starlette.middleware.cors import CORSMiddleware
 from phloem.client.info import ModelInfo, version
 from phloem.core.errors import PhloemError
 from phloem.server import openapi
+from phloem.server.bodies import BodyGate, BodyLimits
 from phloem.server.door import Door
 from phloem.server.errors import on_http_error, on_invalid_query, on_phloem_error
 from phloem.server.health import Health
 from phloem.server.metrics import Metrics
-from phloem.server.middleware import ApiKey, BodyLimit, Head, RequestIds
+from phloem.server.middleware import ApiKey, Head, RequestIds
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -61,12 +62,14 @@ def create_app(client: EngineClient, config: Config, info: ModelInfo) -> FastAPI
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid_query)
     app.add_middleware(Head)
-    app.add_middleware(BodyLimit, limit=config.server.max_body_bytes)
+    server = config.server
+    app.add_middleware(BodyGate, limits=BodyLimits(server.max_body_bytes, server.max_bodies_bytes, server.body_timeout))
     if config.server.api_key:
         app.add_middleware(ApiKey, key=config.server.api_key)
     origins = [origin.strip() for origin in config.server.cors_origins.split(",") if origin.strip()]
     if origins:  # outside the key: browsers ask for leave without one
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+        open_to = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"]}
+        app.add_middleware(CORSMiddleware, **open_to, expose_headers=["x-request-id", "retry-after"])
     app.add_middleware(RequestIds)  # added last, so outermost
     app.openapi = lambda: openapi.document(app)
     return app

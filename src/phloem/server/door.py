@@ -40,7 +40,9 @@ class Door:
 
     async def read(self, request: Request, parser: Parser[T], empty: bytes = b"") -> T:
         """The request's body; `empty` stands for a body of no bytes where a route allows that."""
-        return parser.parse((await request.body()) or empty, self.info.features)
+        parts = [part async for part in request.stream()]  # not `body()`: that keeps it for as long as the answer takes
+        body = parts.pop() if len(parts) == 1 else b"".join(parts)
+        return parser.parse(body or empty, self.info.features)
 
     def check_model(self, name: str | None) -> None:
         if not self.info.answers_to(name):
@@ -62,5 +64,5 @@ def door_of(request: Request) -> Door:
     return request.app.state.door
 
 
-def json_response(answer: Answer | dict[str, Any] | list[dict[str, Any]] | str, status: int = 200) -> Response:
+def json_response(answer: Answer | dict[str, Any] | list[Any] | str, status: int = 200) -> Response:
     return Response(encode(answer), status, media_type="application/json")

@@ -20,6 +20,7 @@ log = logging.getLogger("phloem.server")
 
 RETRY_AFTER = "1"  # seconds; queues move in steps of milliseconds
 MESSAGES_PATH = "/v1/messages"
+THREADS = "thread_unsupported_request"  # the code that clients know
 _MESSAGES_KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -44,7 +45,10 @@ def error_body(error: PhloemError) -> bytes:
 def messages_error(error: PhloemError, request_id: str | None) -> MessagesErrorAnswer:
     """The shape of the routes under `/v1/messages`."""
     kind = _MESSAGES_KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return MessagesErrorAnswer(error=MessagesError(type=kind, message=error.message), request_id=request_id)
+    told = MessagesError(type=kind, message=error.message)
+    if error.code == THREADS:
+        told.details = {"error_code": error.code, "unsupported": [error.param or ""]}
+    return MessagesErrorAnswer(error=told, request_id=request_id)
 
 
 def error_response(error: PhloemError, scope: Scope) -> Response:
@@ -52,6 +56,8 @@ def error_response(error: PhloemError, scope: Scope) -> Response:
     headers: dict[str, str] = {}
     if error.status == 503:
         headers["retry-after"] = RETRY_AFTER
+    if error.status == 408:
+        headers["connection"] = "close"  # what may still come is no request
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     body = error_body(error)

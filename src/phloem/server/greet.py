@@ -7,6 +7,8 @@ import json
 from time import perf_counter
 from typing import Any
 
+from phloem.utils.say import say
+
 QUESTION = "In one sentence, what does a plant's phloem do?"
 
 
@@ -24,15 +26,14 @@ async def greet(address: str, model: str, api_key: str | None) -> None:
         seconds = perf_counter() - start
         count = answer["usage"]["completion_tokens"]
         text = answer["choices"][0]["message"]["content"].strip()
-        print(f"\n> {QUESTION}\n{text}\n({count} tokens in {seconds:.2f} s, {count / seconds:.0f} tok/s)", flush=True)
+        say(f"\n> {QUESTION}\n{text}\n({count} tokens in {seconds:.2f} s, {count / seconds:.0f} tok/s)")
     except (OSError, KeyError, ValueError) as error:
-        print(f"\nThe model gave no first answer: {error}", flush=True)
+        say(f"\nThe model gave no first answer: {error}")
     secret = " -H 'Authorization: Bearer YOUR_KEY'" if api_key else ""
     message = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
-    print(
+    say(
         f"\nTry it:\n  curl {address}/v1/chat/completions -H 'Content-Type: application/json'{secret} \\\n"
         f"    -d '{message}'\n\nCtrl-C stops the server.",
-        flush=True,
     )
 
 

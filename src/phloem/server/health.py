@@ -19,6 +19,13 @@ class Health:
         self.client = client
         self.watchdog = watchdog
 
+    def hung(self) -> float:
+        """For how many seconds a ready engine has given no sign of life, or its loop has been in one step."""
+        link = self.client.connection
+        if self.client.dead is not None or link.ready is None:
+            return 0.0
+        return time.monotonic() - link.heard_at + max(link.heartbeat.busy_seconds, 0.0)
+
     def problem(self) -> str | None:
         """Why the server cannot serve now; None when it can."""
         client, link = self.client, self.client.connection

@@ -1,4 +1,4 @@
-"""Pure ASGI: request ids, the last resort for exceptions, the API key, the limit on bodies."""
+"""Pure ASGI: request ids, the last resort for exceptions, HEAD, the API key."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import hashlib
 import hmac
 import logging
 import re
-import time
 from typing import TYPE_CHECKING
 
 from phloem.client.request import new_id
-from phloem.core.errors import BodyTooLarge, PhloemError, Unauthorized
+from phloem.core.errors import PhloemError, Unauthorized
 from phloem.server import page
+from phloem.server.bodies import header, refuse
 from phloem.server.errors import error_response
 from phloem.server.stream import BODY_SEND, BODY_WRITE
 
@@ -21,14 +21,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("phloem.server")
 
 OPEN_PATHS = page.PATHS | {"/health", "/ready", "/ping"}  # the latter are asked by supervisors that hold no key
-DISCARD_BYTES = 256 * 1024 * 1024  # of a body that is too long: read and dropped, so that the client reads our answer
-DISCARD_SECONDS = 30.0
 _MAX_REQUEST_ID = 128
 _PLAIN = re.compile(rb"[A-Za-z0-9._:-]+")
-
-
-def _header(scope: Scope, name: bytes) -> bytes | None:
-    return next((value for key, value in scope["headers"] if key == name), None)
 
 
 class RequestIds:
@@ -42,7 +36,7 @@ class RequestIds:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = _header(scope, b"x-request-id")
+        given = header(scope, b"x-request-id")
         key = given if given is not None and _plain(given) else new_id().encode()
         scope["request_id"] = key.decode()
         started = False
@@ -97,57 +91,11 @@ class ApiKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            scheme, _, token = (_header(scope, b"authorization") or b"").partition(b" ")
+            scheme, _, token = (header(scope, b"authorization") or b"").partition(b" ")
             bearer = token.strip() if scheme.lower() == b"bearer" else b""
-            given = hashlib.sha256(bearer or _header(scope, b"x-api-key") or b"").digest()
+            given = hashlib.sha256(bearer or header(scope, b"x-api-key") or b"").digest()
             if not hmac.compare_digest(given, self._digest):
                 error = Unauthorized("the API key is missing or wrong: send Authorization: Bearer <key>")
-                await error_response(error, scope)(scope, receive, send)
+                await refuse(error, scope, receive, send)
                 return
         await self.app(scope, receive, send)
-
-
-class BodyLimit:
-    """413 as soon as a body is known to be too long; at most `limit` bytes of it are ever kept."""
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app = app
-        self.limit = limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        declared = _header(scope, b"content-length")
-        if declared is not None and declared.isdigit() and int(declared) > self.limit:
-            waits = (_header(scope, b"expect") or b"").lower() == b"100-continue"
-            if not waits:
-                await _discard(receive)
-            await error_response(self._error(f"of {int(declared)} bytes "), scope)(scope, receive, send)
-            return
-        seen = 0
-
-        async def limited() -> Message:
-            nonlocal seen
-            message = await receive()
-            if message["type"] == "http.request":
-                seen += len(message.get("body", b""))
-                if seen > self.limit:
-                    if message.get("more_body", False):
-                        await _discard(receive)
-                    raise self._error("")
-            return message
-
-        await self.app(scope, limited, send)
-
-    def _error(self, size: str) -> BodyTooLarge:
-        return BodyTooLarge(f"a body {size}is over the limit of {self.limit} bytes", code="body_too_large")
-
-
-async def _discard(receive: Receive) -> None:
-    seen, deadline = 0, time.monotonic() + DISCARD_SECONDS
-    while seen < DISCARD_BYTES and time.monotonic() < deadline:
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if message["type"] == "http.disconnect" or not message.get("more_body", False):
-            return

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from phloem.server.connections import FreeSockets, SilentConnections
 from phloem.server.stream import BODY_SEND, BODY_WRITE
 from phloem.utils.sockets import bind
 
@@ -23,14 +24,17 @@ BACKLOG = 2048
 LAST_BYTES_SECONDS = 3  # after the drain: for answers that are still being written
 KEEP_ALIVE_SECONDS = 75  # longer than the pools of usual clients and gateways keep a connection idle
 POLL = 0.02
+TICKS_A_SECOND = 10  # of uvicorn's main loop
 
 
 class _Server(uvicorn.Server):
     """Leaves signals to the caller and tells when it listens."""
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None], header_timeout: float) -> None:
         super().__init__(config)
         self._on_ready = on_ready
+        self._silent = SilentConnections(header_timeout)
+        self._sockets = FreeSockets()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -39,6 +43,13 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % TICKS_A_SECOND == 0:
+            connections = self.server_state.connections
+            self._silent.close(connections, time.monotonic())
+            self._sockets.look(len(connections))
+        return await super().on_tick(counter)
 
 
 async def serve(
@@ -72,7 +83,7 @@ async def serve(
         server_header=False,
         timeout_graceful_shutdown=LAST_BYTES_SECONDS,
     )
-    server = _Server(config, lambda: on_ready(host, real_port))
+    server = _Server(config, lambda: on_ready(host, real_port), app.state.door.config.server.header_timeout)
     stopper = asyncio.create_task(_stop(app, server, stop))
     try:
         await server.serve(sockets=[bound])

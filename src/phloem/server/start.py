@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from phloem.utils import log
+from phloem.core.errors import ConfigError
+from phloem.utils import log, machine
 from phloem.utils.sockets import bind
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
     from phloem.core.config import Config
     from phloem.core.messages import EngineLink
+
+
+MIN_FILES = 64  # what a server opens for itself, and a few connections
 
 
 def run(config: Config, start_engine: Callable[[], EngineLink]) -> int:
@@ -23,6 +27,10 @@ def run(config: Config, start_engine: Callable[[], EngineLink]) -> int:
     """
     began = time.perf_counter()
     log.configure(config.server.log_level)
+    machine.allow_open_files()
+    files = machine.open_files()
+    if files is not None and files < MIN_FILES:
+        raise ConfigError(f"the system allows this process {files} open files, {MIN_FILES} are the least: `ulimit -n`")
     # Bound now, so that a taken port is told at once; nobody can connect before it listens.
     sock = bind(config.server.host, config.server.port)
     engine = start_engine()

@@ -20,8 +20,10 @@ from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.messages import Drain, EngineLink
 from phloem.server.app import create_app
 from phloem.server.greet import greet
+from phloem.server.health import Health
 from phloem.server.serve import serve
 from phloem.utils import log, memory
+from phloem.utils.say import say
 
 if TYPE_CHECKING:
     from phloem.client.client import EngineClient
@@ -32,6 +34,7 @@ _log = log.get("server")
 
 RESTART_WINDOW = 600.0  # seconds in which `max_engine_restarts` are counted
 ENGINE_LEAVE_SECONDS = 5.0
+HANG_POLL = 1.0  # seconds between looks at an engine that may hang
 StartEngine = Callable[[], EngineLink]
 
 
@@ -107,7 +110,7 @@ class _Supervisor:
                 return 130
             raise PhloemError(error.message) from None
         app = create_app(client, self._config, self._info)
-        minder = asyncio.create_task(self._mind())
+        minders = [asyncio.create_task(self._mind()), asyncio.create_task(self._end_hung())]
         gc.freeze()  # what lives as long as the server need not be looked through between two tokens
 
         def announce(host: str, port: int) -> None:
@@ -118,7 +121,8 @@ class _Supervisor:
             await serve(app, server.host, server.port, announce, self._stop, sock)
             await self._end_engine()
         finally:
-            minder.cancel()
+            for minder in minders:
+                minder.cancel()
             await client.close()
         return self._status
 
@@ -169,6 +173,25 @@ class _Supervisor:
                 self._stop.set()
                 return
 
+    async def _end_hung(self) -> None:
+        """An engine that hangs is declared dead: its requests are answered, and `_mind` starts the next one."""
+        limit = self._config.server.engine_hang_timeout
+        if limit <= 0:
+            return
+        health = Health(self._client, self._config.schedule.watchdog_timeout)
+        poll = min(HANG_POLL, limit / 4)
+        looked = since = time.monotonic()
+        while True:
+            await asyncio.sleep(poll)
+            now = time.monotonic()
+            if now - looked > poll + limit / 2:
+                since = now  # this process slept too (Ctrl-Z): the engine may be about to speak
+            looked = now
+            hung = min(health.hung(), now - since)
+            if hung > limit:
+                _log.error("the engine has been hanging for %.0f s: it is ended", hung)
+                self._client.connection.die(f"the engine hung for {hung:.0f} s and was ended")
+
     async def _restart(self) -> bool:
         server = self._config.server
         if server.on_engine_death == "exit":
@@ -199,7 +222,7 @@ class _Supervisor:
         _log.info("start-up: %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items()))
         _log.info("ready after %.2f s", time.perf_counter() - self._began)
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        print(f"Serving {self._info.served_model_name} at {address}", flush=True)
+        say(f"Serving {self._info.served_model_name} at {address}")
         if self._config.server.greet:
             self._greeting = asyncio.create_task(
                 greet(address, self._info.served_model_name, self._config.server.api_key)

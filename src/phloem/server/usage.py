@@ -40,6 +40,11 @@ def matched_stop(finish: FinishReason | None) -> int | str | None:
     return None if finish is None else finish.matched
 
 
+def is_cut(output: Continuation) -> bool:
+    """Whether the answer has ended otherwise than by the model's own word."""
+    return output.finish is not None and output.finish.type != "stop"
+
+
 def last_hidden(output: Continuation) -> list[float] | UnsetType:
     """The state that the last output token was chosen from, where that was asked for."""
     if not output.item.return_hidden or not output.hidden:

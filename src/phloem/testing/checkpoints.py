@@ -114,17 +114,18 @@ def write_tokenizer(path: Path, vocab_size: int = VOCAB) -> None:
     fast.save_pretrained(path)
 
 
-def tiny_gguf(source: Path, target: Path, kind: str = "F32", **metadata: Any) -> Path:
+def tiny_gguf(source: Path, target: Path, kind: str = "F32", part: int = 0, **metadata: Any) -> Path:
     """Convert a `tiny_checkpoint` to GGUF, as llama.cpp's converter lays it out.
 
     Args:
         source: the checkpoint's directory.
         target: the file to write.
         kind: GGUF type of the matrices; a matrix whose rows do not fill its blocks is stored as F32.
+        part: tensors of a part; 0: all in one file.
         metadata: further keys, with `__` for `.`.
 
     Returns:
-        `target`. Needs `gguf` and `transformers`.
+        `target`, or the first of its parts. Needs `gguf` and `transformers`.
     """
     import json
 
@@ -134,12 +135,13 @@ def tiny_gguf(source: Path, target: Path, kind: str = "F32", **metadata: Any) ->
     config = json.loads((source / "config.json").read_text())
     facts = written(config["model_type"])
     arch = facts.architecture
-    writer = gguf.GGUFWriter(str(target), arch)
+    writer = gguf.GGUFWriter(str(target), arch, split_max_tensors=part)
     _write_metadata(writer, config, facts)
     _write_vocabulary(writer, source)
     for key, value in metadata.items():
         name = key.replace("__", ".")
         adders: dict[type, Any] = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+        adders |= {bool: writer.add_bool, list: writer.add_array}
         adders[type(value)](name, value)
     wanted = gguf.GGMLQuantizationType[kind]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper().replace("-", "_")], config["num_hidden_layers"])
@@ -157,7 +159,7 @@ def tiny_gguf(source: Path, target: Path, kind: str = "F32", **metadata: Any) ->
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return target
+    return sorted(target.parent.glob(f"{target.stem}-00001-of-*.gguf"))[0] if part else target
 
 
 def written(model_type: str) -> GGUFFacts:

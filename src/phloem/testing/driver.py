@@ -77,13 +77,15 @@ class Driver:
         starve: Callable[[Batch], bool] | None = None,
         memory: Sequence[MemorySpec] = FULL,
         drafter: Callable[[str, int, int], list[int]] | None = None,
+        draft_room: int = 0,
         **settings: Any,
     ) -> None:
         self.clock = ManualClock()
         self.memory = memory
         self.runner = FakeRunner(
-            num_pages, page_size, max_slots, fail_row=fail_row, starve=starve, memory=memory, drafter=drafter
-        )
+            num_pages, page_size, max_slots, fail_row=fail_row, starve=starve, memory=memory, drafter=drafter,
+            draft_room=draft_room,
+        )  # fmt: skip
         self.cache = CacheManager(self.runner.groups, self.runner.num_pages, page_size, cache, eviction)
         values: dict[str, Any] = {
             "max_running_requests": max_slots,

@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
@@ -129,6 +129,7 @@ class FakeRunner:
     memory: what the model keeps (`core.memory`). num_pages: of each of its groups, or of all alike.
     force: request id -> {position: token sampled there}, for end-of-sequence where a test wants it.
     drafter(request_id, position, room): the drafts for the tokens at `position` and behind; none without one.
+    `draft_room`: what it asks the scheduler to leave room for.
     fail_row(request_id, position): a message fails that row alone. `fail_steps`: step numbers whose `result` raises;
     `fail_launches`: step numbers whose `launch` raises. `delay`: seconds that a step takes.
     starve(batch): whether there is no memory for that step. It runs all the same and then loses what it wrote.
@@ -149,6 +150,7 @@ class FakeRunner:
         starve: Callable[[Batch], bool] | None = None,
         memory: Sequence[MemorySpec] = FULL,
         drafter: Callable[[str, int, int], list[int]] | None = None,
+        draft_room: int = 0,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -161,7 +163,7 @@ class FakeRunner:
         self.force = force or {}
         self.fail_row = fail_row
         self.starve = starve
-        self.drafter = drafter
+        self.drafter, self.draft_room = drafter, draft_room
         self.clock = clock
         self.sleep = sleep
         self.weights = 0
@@ -182,6 +184,10 @@ class FakeRunner:
         self._followers: dict[int, Follower | None] = {}
         self._busy_until = 0.0
         self._closed_epoch = -1
+
+    @property
+    def prepared(self) -> dict[str, Any]:
+        return {}
 
     @property
     def computed_tokens(self) -> int:
@@ -217,6 +223,12 @@ class FakeRunner:
         except Exception as error:
             result = error
         return FakePending(result, self._busy_until, lambda: None, self)
+
+    def read_weight(self, name: str, rows: int) -> NDArray[np.float32]:
+        """Its only one, `weights`."""
+        if name != "weights":
+            raise BadRequest(f"no weight is called {name!r}", param="name")
+        return np.full((1, 1), self.weights, np.float32)[:rows]
 
     def close(self) -> None:
         self.closed = True

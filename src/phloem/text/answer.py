@@ -26,15 +26,18 @@ AnswerEvent = Reasoning | Text | CallStart | Arguments
 
 
 class AnswerParser(Protocol):
-    """One continuation's parser. `push` gets each text delta once, in order; `last` with the final one."""
+    """One continuation's parser. `push` gets each text delta once, in order; `last` with the final one.
 
-    def push(self, text: str, last: bool) -> list[AnswerEvent]: ...
+    `cut`: the answer has ended, and not because the model ended it.
+    """
+
+    def push(self, text: str, last: bool, cut: bool = False) -> list[AnswerEvent]: ...
 
 
 class PlainAnswer:
     """All of the text is content."""
 
-    def push(self, text: str, last: bool) -> list[AnswerEvent]:
+    def push(self, text: str, last: bool, cut: bool = False) -> list[AnswerEvent]:
         return [Text(text)] if text else []
 
 
@@ -59,31 +62,28 @@ class FormattedAnswer:
         self._parallel = parallel
         self._reasoning = ""
 
-    def push(self, text: str, last: bool) -> list[AnswerEvent]:
+    def push(self, text: str, last: bool, cut: bool = False) -> list[AnswerEvent]:
+        pieces = self._thinking.pieces(text, last) if self._thinking is not None else [(False, text)]
         found: list[AnswerEvent] = []
-        reasoning, content = "", text
-        if self._thinking is not None:
-            reasoning, content = self._thinking.push(text)
-            if last:
-                more = self._thinking.finish()
-                reasoning, content = reasoning + more[0], content + more[1]
-            if not self._stream_reasoning:
-                reasoning = self._gathered(reasoning, last)
-        if reasoning:
-            found.append(Reasoning(reasoning))
-        if self._tools is None:
-            return [*found, Text(content)] if content else found
-        found += self._shown(self._tools.push(content))
-        if last:
-            found += self._shown(self._tools.finish())
+        for known, piece in pieces:
+            if known and self._stream_reasoning:
+                found.append(Reasoning(piece))
+            elif known:
+                self._reasoning += piece
+            elif self._tools is not None:
+                found += [*self._gathered(), *self._shown(self._tools.push(piece))]
+            elif piece:
+                found += [*self._gathered(), Text(piece)]
+        if last or (self._thinking is not None and not self._thinking.inside):
+            found += self._gathered()
+        if last and self._tools is not None:
+            found += self._shown(self._tools.finish(cut))
         return found
 
-    def _gathered(self, reasoning: str, last: bool) -> str:
-        self._reasoning += reasoning
-        if self._thinking is not None and self._thinking.inside and not last:
-            return ""
+    def _gathered(self) -> list[AnswerEvent]:
+        """Reasoning that was kept back."""
         whole, self._reasoning = self._reasoning, ""
-        return whole
+        return [Reasoning(whole)] if whole else []
 
     def _shown(self, events: Iterable[Event]) -> list[Event]:
         return [event for event in events if isinstance(event, Text) or self._parallel or event.index == 0]

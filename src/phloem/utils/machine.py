@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import sys
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -20,7 +24,64 @@ def memory(root: Path = _CGROUP) -> tuple[int, int]:
         reclaimable = int(inactive[0].split()[1]) if inactive else 0
         total = min(total, int(limit))
         free = min(free, max(0, int(limit) - int(used) + reclaimable))
+    space = address_space()
+    if space is not None:
+        total, free = min(total, space), min(free, max(0, space - _mapped()))
     return free, total
+
+
+def address_space() -> int | None:
+    """Bytes that this process may map (`ulimit -v`); None where there is no limit."""
+    return _limit("RLIMIT_AS")
+
+
+def open_files() -> int | None:
+    """Files that this process may have open at a time (`ulimit -n`)."""
+    return _limit("RLIMIT_NOFILE")
+
+
+def allow_open_files(most: int = 65536) -> None:
+    """Raise the limit of open files as far as the system lets us, to `most`: each connection is one."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _limit(name: str) -> int | None:
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    found = resource.getrlimit(getattr(resource, name))[0]
+    return None if found == resource.RLIM_INFINITY else found
+
+
+def _mapped() -> int:
+    pages = _read(Path("/proc/self/statm")).split()
+    return int(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
+
+
+_MEMORY_SIGNS = ("can't start new thread", "can't allocate memory", "failed to map segment", "Cannot allocate memory")
+
+
+def exhausted(error: BaseException) -> str | None:
+    """What the system had too little of, and what helps, where that is why something failed."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EMFILE, errno.ENFILE):
+        return f"no more files can be opened, the system allows this process {open_files()}: raise it with `ulimit -n`"
+    if number == errno.ENOSPC:
+        return f"output cannot be written: {os.strerror(errno.ENOSPC)}"
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or any(sign in str(error) for sign in _MEMORY_SIGNS):
+        space = address_space()
+        limit = f", the system allows this process {space >> 20} MiB: raise it with `ulimit -v`, or" if space else ":"
+        return f"memory cannot be had{limit} make the KV pool smaller with --max-total-tokens or --kv-memory"
+    return None
 
 
 def _memory_elsewhere() -> tuple[int, int]:

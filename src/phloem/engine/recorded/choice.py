@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from phloem.core import resolve
+from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
 from phloem.engine.recorded.decode import DecodeGraphs
 from phloem.engine.recorded.flexible import FlexibleSteps
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _log = log.get("engine.recorded")
 
 FLEXIBLE_TOKENS = 1024  # a step of more computes far longer than Python takes to call its ops
+READY_SECONDS = 8.0  # for recording before the engine is ready
 BUDGET_SHARE = 4  # pieces take up to this part of what is free; eager steps, which are the longest, need the rest
 
 
@@ -45,6 +47,10 @@ class RecordedWay(Protocol):
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:
         """As `forward.Way.run`."""
+        ...
+
+    def leave_when(self, waiting: Callable[[], bool]) -> None:
+        """Leave recordings, where that is possible, when `waiting` says that a step waits."""
         ...
 
     def drop(self) -> None:
@@ -127,7 +133,8 @@ def _decode(
     if recorder is None or refusal is not None:
         decisions.append(Decision("step_graphs", "off", refusal or ""))
         return None
-    decisions.append(Decision("step_graphs", "on", "recorded on first use"))
+    when = "the likely sizes before ready, the others in pauses" if place.facts.records_idle else "on first use"
+    decisions.append(Decision("step_graphs", "on", f"recorded {when}"))
     return _decode_graphs(runtime, recorder, place, running, pages, shared=False)
 
 
@@ -151,6 +158,8 @@ def _pieces(
         refusal = "the model does not say where its last attention ends"
     elif any(group.kind == "state" for group in place.pool.groups):
         refusal = "recurrent layers do not run between pieces"
+    elif any(isinstance(spec, Latent) for spec in place.pool.memory):
+        refusal = "latent attention does not run between pieces"
     decision = resolve.piecewise_tokens(refusal, runtime.piecewise_graph_max_tokens, chunk)
     decisions.append(decision)
     if refusal is not None or recorder is None or not isinstance(model, CutModel):
@@ -164,18 +173,50 @@ def _pieces(
         decodes=decodes,
         budget=place.free // BUDGET_SHARE if place.graph_bytes is None else place.graph_bytes // 2,
         check=runtime.check_step_graph,
+        inline=not place.facts.records_idle,
     )
+
+
+def record_first(
+    runtime: RuntimeConfig, ways: Sequence[RecordedWay], facts: StepFacts, decisions: list[Decision]
+) -> bool:
+    """What is recorded before the engine is ready: all if asked for, the likely sizes where no step may wait for it.
+    Whether there was anything to do."""
+    if runtime.record_graphs_before_ready:
+        record_all(ways, decisions)
+    elif facts.records_idle:
+        record_likely(ways, decisions)
+    else:
+        return False
+    return True
 
 
 def record_all(ways: Sequence[RecordedWay], decisions: list[Decision]) -> None:
     """Record everything now; the decisions then say what there is, what memory it takes, and how long it took."""
     for way in ways:
-        name, start = way.decision, perf_counter()
+        start = perf_counter()
         with torch.inference_mode():
-            way.graphs.record_all(_progress(name, start))
-        number = next(number for number, decision in enumerate(decisions) if decision.name == name)
-        why = f"{way.graphs.describe()}; before ready, as asked, in {perf_counter() - start:.1f} s"
-        decisions[number] = replace(decisions[number], reason=why)
+            way.graphs.record_all(_progress(way.decision, start))
+        _tell(way, decisions, f"before ready, as asked, in {perf_counter() - start:.1f} s")
+
+
+def record_likely(ways: Sequence[RecordedWay], decisions: list[Decision], seconds: float = READY_SECONDS) -> None:
+    """Record the likely sizes now, and of the others as many as these seconds allow; half of them for each way, and
+    what one leaves for the next."""
+    end = perf_counter() + seconds
+    for number, way in enumerate(ways):
+        start = perf_counter()
+        with torch.inference_mode():
+            way.graphs.record_likely(start + (end - start) / (len(ways) - number))
+        took = perf_counter() - start
+        _log.info("%s: %s, in %.1f s", way.decision, way.graphs.describe(), took)
+        _tell(way, decisions, f"before ready, in {took:.1f} s; the others in pauses")
+
+
+def _tell(way: RecordedWay, decisions: list[Decision], when: str) -> None:
+    for number, decision in enumerate(decisions):
+        if decision.name == way.decision:
+            decisions[number] = replace(decision, reason=f"{way.graphs.describe()}; {when}")
 
 
 def _progress(name: str, start: float) -> Callable[[int, int], None]:

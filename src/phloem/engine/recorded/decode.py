@@ -8,6 +8,7 @@ Legend: R rows, B rows of the bucket, N hidden size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from phloem.engine.forward import run_forward
@@ -37,6 +38,26 @@ class OnDemand(StepGraphs[FixedInputs, "Tensor"]):
         return [size for size in super()._left() if self._wanted[size]]
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """Makes the graphs; it does not know them, so that they go when the last one who does lets them go."""
+
+    recorder: GraphRecorder
+    model: Model
+    backend: AttentionBackend
+    pool: KVPool
+    on_host: bool
+    max_pages: int
+    shared: bool = False
+
+    def eager(self, fixed: FixedInputs) -> Tensor:
+        return run_forward(self.model, self.backend, self.pool, fixed.inputs, None)
+
+    def make(self, rows: int) -> tuple[FixedInputs, StepGraph, Tensor]:
+        fixed = FixedInputs(self.pool, rows, rows, rows, self.max_pages, on_host=self.on_host, shared=self.shared)
+        return fixed, *self.recorder.record(lambda: self.eager(fixed))
+
+
 class DecodeGraphs:
     """Recorded decode steps of one runner, used by its thread alone (`recorded.choice.RecordedWay`).
 
@@ -59,13 +80,13 @@ class DecodeGraphs:
     ) -> None:
         self.decision = "shared_step_graphs" if shared else "step_graphs"
         self._shared = shared
-        self._recorder, self._model, self._backend, self._pool = recorder, model, backend, pool
-        self._on_host = facts.on_host
+        self._step = DecodeStep(recorder, model, backend, pool, facts.on_host, max_pages, shared)
         self._max_pages = max_pages
         self._check = check
         patience = PATIENCE_WITH_CHECK if check else facts.patience
-        kind = OnDemand if shared else StepGraphs
-        self.graphs: StepGraphs[FixedInputs, Tensor] = kind(limit, self._make, patience=patience, budget=budget)
+        self.graphs: StepGraphs[FixedInputs, Tensor] = (OnDemand if shared else StepGraphs)(
+            limit, self._step.make, patience=patience, budget=budget, inline=not facts.records_idle
+        )
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:
         """Hidden states [R, N] of a decode step, valid until the next one; None: another way runs it."""
@@ -77,12 +98,15 @@ class DecodeGraphs:
         found = self.graphs.get(batch.num_rows)
         if found is None:
             return None
-        found.inputs.write(step.shared_arrays(found.size) if self._shared else step.arrays(found.size))
+        step.put(found.inputs, found.size)
         ready()
         hidden_BN = found.replay()
         if self._check:
-            check_replay(found.graph, [hidden_BN], lambda: [self._eager(found.inputs)])
+            check_replay(found.graph, [hidden_BN], lambda: [self._step.eager(found.inputs)])
         return hidden_BN[: batch.num_rows]
+
+    def leave_when(self, waiting: Callable[[], bool]) -> None:
+        """Nothing: a whole step is recorded in less time than a step takes."""
 
     def drop(self) -> None:
         self.graphs.drop()
@@ -90,10 +114,3 @@ class DecodeGraphs:
     @property
     def nbytes(self) -> int:
         return self.graphs.nbytes
-
-    def _eager(self, fixed: FixedInputs) -> Tensor:
-        return run_forward(self._model, self._backend, self._pool, fixed.inputs, None)
-
-    def _make(self, rows: int) -> tuple[FixedInputs, StepGraph, Tensor]:
-        fixed = FixedInputs(self._pool, rows, rows, rows, self._max_pages, on_host=self._on_host, shared=self._shared)
-        return fixed, *self._recorder.record(lambda: self._eager(fixed))

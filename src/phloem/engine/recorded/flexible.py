@@ -9,6 +9,7 @@ Legend: T tokens, R rows, L wanted positions, N hidden size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from phloem.engine.forward import run_forward
@@ -27,6 +28,27 @@ if TYPE_CHECKING:
     from phloem.kvcache.pool import KVPool
     from phloem.models import Model
     from phloem.platforms._facts import StepFacts
+
+
+@dataclass(frozen=True, slots=True)
+class FlexibleStep:
+    """Makes the recorded step, of `most` tokens, rows and wanted positions."""
+
+    recorder: GraphRecorder
+    model: Model
+    backend: AttentionBackend
+    pool: KVPool
+    on_host: bool
+    most: tuple[int, int, int]
+    max_pages: int
+
+    def eager(self, fixed: FixedInputs, sizes: tuple[int, ...]) -> Tensor:
+        inputs = fixed.inputs.part(*sizes)
+        return run_forward(self.model, self.backend, self.pool, inputs, inputs.logit_index)
+
+    def make(self, size: int) -> tuple[FixedInputs, StepGraph, Tensor]:
+        fixed = FixedInputs(self.pool, *self.most, self.max_pages, on_host=self.on_host)
+        return fixed, *self.recorder.record_sizes(lambda sizes: self.eager(fixed, sizes), self.most)
 
 
 class FlexibleSteps:
@@ -52,13 +74,12 @@ class FlexibleSteps:
         max_pages: int,
         check: bool = False,
     ) -> None:
-        self._recorder, self._model, self._backend, self._pool = recorder, model, backend, pool
-        self._on_host = facts.on_host
-        self._rows, self._max_pages = rows, max_pages
         # The recorder tells sizes apart by their values, and by those of a step that is smaller by 1, 2 and 3.
-        self._most = (tokens + rows + 16, rows + 4, tokens + rows + 8)
+        most = (tokens + rows + 16, rows + 4, tokens + rows + 8)
+        self._step = FlexibleStep(recorder, model, backend, pool, facts.on_host, most, max_pages)
+        self._rows, self._max_pages = rows, max_pages
         self._check = check
-        self.graphs: StepGraphs[FixedInputs, Tensor] = StepGraphs(tokens, self._make, patience=1, sizes=[tokens])
+        self.graphs: StepGraphs[FixedInputs, Tensor] = StepGraphs(tokens, self._step.make, patience=1, sizes=[tokens])
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:
         """Hidden states [L, N] of the wanted positions, valid until the next step; None: another way runs it."""
@@ -75,8 +96,11 @@ class FlexibleSteps:
         ready()
         hidden_LN = found.replay(*sizes)[: sizes[2]]
         if self._check:
-            check_replay(found.graph, [hidden_LN], lambda: [self._eager(found.inputs, sizes)])
+            check_replay(found.graph, [hidden_LN], lambda: [self._step.eager(found.inputs, sizes)])
         return hidden_LN[:wanted]
+
+    def leave_when(self, waiting: Callable[[], bool]) -> None:
+        """Nothing: a whole step is recorded in less time than a step takes."""
 
     def drop(self) -> None:
         self.graphs.drop()
@@ -84,11 +108,3 @@ class FlexibleSteps:
     @property
     def nbytes(self) -> int:
         return self.graphs.nbytes
-
-    def _eager(self, fixed: FixedInputs, sizes: tuple[int, ...]) -> Tensor:
-        inputs = fixed.inputs.part(*sizes)
-        return run_forward(self._model, self._backend, self._pool, inputs, inputs.logit_index)
-
-    def _make(self, size: int) -> tuple[FixedInputs, StepGraph, Tensor]:
-        fixed = FixedInputs(self._pool, *self._most, self._max_pages, on_host=self._on_host)
-        return fixed, *self._recorder.record_sizes(lambda sizes: self._eager(fixed, sizes), self._most)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from phloem.attention import begin
 from phloem.engine.recorded.graphs import StepGraphs
-from phloem.kernels.graph import RecordError, check_replay
+from phloem.kernels.graph import Interrupted, RecordError, check_replay
 from phloem.layers.context import ForwardBatch
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from phloem.attention import AttentionBackend
     from phloem.engine.inputs import Step
+    from phloem.kernels.calls import LatentCall
     from phloem.kernels.graph import Cut, GraphRecorder, StepGraph
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, Heads, StateStep, StepMemory
@@ -65,6 +66,7 @@ class PieceGraphs:
         decodes: decode steps run in pieces too; not where each will have a graph of its own soon.
         budget: bytes that all pieces together may take; None for no bound.
         check: compare the pieces of each step with the same pieces run eagerly.
+        inline: as in `StepGraphs`.
     """
 
     decision = "piecewise_graphs"
@@ -80,13 +82,15 @@ class PieceGraphs:
         decodes: bool = True,
         budget: int | None = None,
         check: bool = False,
+        inline: bool = True,
     ) -> None:
-        self._recorder, self._model, self._backend, self._pool = recorder, model, backend, pool
+        self._model, self._backend, self._pool = model, backend, pool
         self._decodes = decodes
         self._check = check
         self._attention = _Between(limit)
+        self._trunk = Trunk(recorder, model, pool.device, self._attention)
         self.graphs: StepGraphs[TokenInputs, tuple[Tensor, Tensor]] = StepGraphs(
-            limit, self._make, budget=budget, sizes=token_buckets(limit), unit="tokens"
+            limit, self._trunk.make, budget=budget, sizes=token_buckets(limit), unit="tokens", inline=inline
         )
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:
@@ -107,7 +111,7 @@ class PieceGraphs:
         try:
             out, residual_BN = found.replay()
             if self._check:
-                check_replay(found.graph, [out, residual_BN], lambda: self._trunk(fixed))
+                check_replay(found.graph, [out, residual_BN], lambda: self._trunk.run(fixed))
         finally:
             attention.end()
         return self._model.finish(out[:tokens], residual_BN[:tokens], inputs.logit_index)
@@ -117,29 +121,45 @@ class PieceGraphs:
         self.graphs.drop()
         self._attention.drop()
 
-    def _make(self, tokens: int) -> tuple[TokenInputs, StepGraph, tuple[Tensor, Tensor]]:
-        ids, positions = (torch.zeros(tokens, dtype=torch.int64, device=self._pool.device) for _ in range(2))
-        fixed = TokenInputs(ids, positions)
-
-        def in_pieces(cut: Cut) -> tuple[Tensor, Tensor]:
-            self._attention.cut = cut
-            return self._trunk(fixed)
-
-        try:
-            return fixed, *self._recorder.record_pieces(in_pieces)
-        finally:
-            self._attention.cut = _AtOnce()
-
-    def _trunk(self, inputs: TokenInputs) -> tuple[Tensor, Tensor]:
-        attention = self._attention
-        attention.left = len(self._model.attention_specs)
-        out, residual_BN = self._model.trunk(ForwardBatch(inputs.input_ids, inputs.positions, attention, None))
-        return out, attention.cut.hold(residual_BN)
+    def leave_when(self, waiting: Callable[[], bool]) -> None:
+        """A recording is left between two layers when `waiting` says that a step waits."""
+        self._attention.waiting = waiting
 
     @property
     def nbytes(self) -> int:
         """Memory that the pieces and the buffers between them take."""
         return self.graphs.nbytes + self._attention.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Trunk:
+    """What is recorded: the model up to its last attention. It knows no graphs (`StepGraphs`)."""
+
+    recorder: GraphRecorder
+    model: CutModel
+    device: torch.device
+    attention: _Between
+
+    def make(self, tokens: int) -> tuple[TokenInputs, StepGraph, tuple[Tensor, Tensor]]:
+        ids, positions = (torch.zeros(tokens, dtype=torch.int64, device=self.device) for _ in range(2))
+        fixed = TokenInputs(ids, positions)
+
+        def in_pieces(cut: Cut) -> tuple[Tensor, Tensor]:
+            self.attention.cut = cut
+            return self.run(fixed)
+
+        self.attention.recording = True
+        try:
+            return fixed, *self.recorder.record_pieces(in_pieces)
+        finally:
+            self.attention.recording = False
+            self.attention.cut = _AtOnce()
+
+    def run(self, inputs: TokenInputs) -> tuple[Tensor, Tensor]:
+        attention = self.attention
+        attention.left = len(self.model.attention_specs)
+        out, residual_BN = self.model.trunk(ForwardBatch(inputs.input_ids, inputs.positions, attention, None))
+        return out, attention.cut.hold(residual_BN)
 
 
 class _AtOnce:
@@ -162,6 +182,8 @@ class _Between:
     def __init__(self, limit: int) -> None:
         self.cut: Cut = _AtOnce()
         self.left = 0  # attention calls of the forward pass that have not come yet
+        self.recording = False
+        self.waiting: Callable[[], bool] = lambda: False
         self._limit = limit
         self._step: StepMemory | None = None
         self._tokens = 0
@@ -183,7 +205,12 @@ class _Between:
     def nbytes(self) -> int:
         return sum(out_BHD.nbytes for out_BHD in list(self._outs.values()))
 
+    def attend_latent(self, pool: int, q_nope: Tensor, q_rope: Tensor, latent: Tensor, call: LatentCall) -> Tensor:
+        raise NotImplementedError("pieces are not recorded of models with latent attention")
+
     def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
+        if self.recording and self.waiting():
+            raise Interrupted
         out_BHD = self._out(heads.q)
         hold = self.cut.hold
         held = replace(heads, q=hold(heads.q), k=hold(heads.k), v=hold(heads.v))

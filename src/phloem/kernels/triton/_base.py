@@ -3,6 +3,9 @@
 Legend of all kernel files: T tokens, R rows (requests), H query heads, K kv heads, D head size, S page size, N input
 features, M output features, E experts, V vocabulary. Arithmetic is float32 right after each load; only `tl.dot` takes
 its operands in the tensors' own type. The last axis of every tensor is contiguous; other axes may be strided.
+
+Triton compiles a kernel anew where an integer argument becomes 1 or a multiple of 16, or ceases to be: what changes
+from step to step (tokens, rows, pairs, splits, the width of the page table) is `do_not_specialize` in every kernel.
 """
 
 # What Triton's stubs do not describe: untyped kernel parameters, launches by subscript, constexpr arguments.
@@ -12,6 +15,7 @@ its operands in the tensors' own type. The last axis of every tensor is contiguo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -44,14 +48,24 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+@dataclass
+class Ahead:
+    """The device that is compiled for while there is none: Hopper's multiprocessors, or what `ahead.py` is told."""
+
+    processors: int = 132
+
+
+AHEAD = Ahead()
+
+
 def multiprocessors(tensor: Tensor) -> int:
-    """Multiprocessors of the tensor's device; 132 (Hopper) where there is no device to ask, as when compiling ahead."""
+    """Multiprocessors of the tensor's device; those of `AHEAD` for tensors without data."""
     if tensor.device.type == "cuda":
         return _multiprocessors(tensor.device.index or 0)
     if tensor.device.type == "xpu":
         props = torch.xpu.get_device_properties(tensor.device)
         return int(getattr(props, "gpu_subslice_count", 0) or 32)
-    return 132 if tensor.device.type == "meta" else 2
+    return AHEAD.processors if tensor.device.type == "meta" else 2
 
 
 def stages(wanted: int) -> int:
@@ -137,7 +151,7 @@ def splitmix64(x):
     return z ^ (z >> 31)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _sum_splits(partial, bias, out, stride_s, stride_t, splits, features, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

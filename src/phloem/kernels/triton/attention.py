@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MAX_SPLITS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "split_size", "stride_table", "stride_tree"])
 def _attention(
     q,
     k_cache,
@@ -216,7 +216,7 @@ def _attention(
         tl.store(lse + at_lse, tl.where(mass == 0.0, float("-inf"), top + tl.log2(mass)), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _join_splits(
     partial,
     lse,

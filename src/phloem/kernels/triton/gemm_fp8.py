@@ -23,7 +23,7 @@ GROUP = 128
 FEW_ROWS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "groups_per_split"])
 def _gemm_fp8(
     x,
     weight,
@@ -67,7 +67,7 @@ def _gemm_fp8(
     tl.store(at, acc.to(out.dtype.element_ty), mask=rows[:, None] & cols[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _gemm_few(
     x,
     weight,

@@ -20,7 +20,7 @@ from torch import Tensor
 from phloem.kernels.triton._base import ceil_div, multiply, multiprocessors, power_of_2, stages, sum_splits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _gemm_int8(
     x,
     weight,
@@ -53,7 +53,7 @@ def _gemm_int8(
     tl.store(at, acc.to(out.dtype.element_ty), mask=rows[:, None] & cols[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "per_split"])
 def _gemm_int4(
     x,
     packed,

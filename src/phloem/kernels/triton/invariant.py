@@ -29,7 +29,7 @@ SPLIT_TOKENS = 1024  # length of the parts that decode attention cuts a row's KV
 BLOCK_T, BLOCK_M = 64, 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _matmul(
     x,
     weight,

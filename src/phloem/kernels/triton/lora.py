@@ -22,7 +22,7 @@ from phloem.kernels.triton._base import ceil_div, find_row, power_of_2
 TILE = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def _shrink(
     x,
     down,
@@ -68,7 +68,7 @@ def _shrink(
     tl.store(out + token.to(tl.int64)[:, None] * rank + r[None, :], acc, mask=rows[:, None] & (r < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def _expand(
     small,
     up,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from phloem.kernels.calls import LatentCall, PagedBatch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "stride_table"])
 def _mla(
     q_latent,
     q_rope,

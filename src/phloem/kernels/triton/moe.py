@@ -31,7 +31,7 @@ GROUP_K = 128  # features that share one scale in block-scaled float8
 FEW_TOKENS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _grouped(
     x,
     weight,

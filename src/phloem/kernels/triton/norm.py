@@ -20,7 +20,7 @@ from phloem.kernels.triton._base import ceil_div, fp8_limit, power_of_2
 GROUP = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm(
     x,
     residual,

@@ -100,7 +100,7 @@ def route(
     return weights, ids
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "tiles"])
 def _route_and_sort(
     logits,
     weights,
@@ -197,7 +197,7 @@ def route_and_sort(
     return weights, ids, (order, tile_expert)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _count_expert(ids, counts, pairs, BLOCK: tl.constexpr):
     expert = tl.program_id(0)
     number = 0
@@ -207,7 +207,7 @@ def _count_expert(ids, counts, pairs, BLOCK: tl.constexpr):
     tl.store(counts + expert, number)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "tiles"])
 def _place_expert(
     ids,
     counts,

@@ -24,7 +24,7 @@ from phloem.kernels.triton._base import ceil_div, power_of_2, splitmix64
 BLOCK = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words", "stride_mask"])
 def _mask_rows(logits, rows, mask, stride_logits, stride_mask, vocab, words, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + at).to(tl.int64)

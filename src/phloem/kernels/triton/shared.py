@@ -48,7 +48,7 @@ def part_buffers(out_THD: Tensor, tokens: int, parts: int) -> tuple[Tensor, Tens
     return part, torch.empty((tokens, heads, parts), dtype=torch.float32, device=out_THD.device)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "stride_table"])
 def _attend_shared(
     q,
     k_cache,

@@ -22,6 +22,7 @@ from phloem.kernels.triton import (
     pages,
     rope,
     sample,
+    tokens,
     weights,
 )
 from phloem.kernels.triton import norm as norms
@@ -87,6 +88,8 @@ def table() -> Ops:
         logsumexp=sample.logsumexp,
         mask_tokens_=sample.mask_tokens_,
         sample=sample.sample,
+        late_tokens_=tokens.late_tokens_,
+        keep_tokens_=tokens.keep_tokens_,
     )
 
 

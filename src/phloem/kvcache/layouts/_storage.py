@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from phloem.platforms._facts import in_host_memory
 from phloem.utils import memory
 
 if TYPE_CHECKING:
@@ -33,6 +34,6 @@ def entry_size(head_size: int, dtype: torch.dtype) -> int:
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros; in host memory straight from the system, so that a page costs nothing before it is used."""
-    if device.type != "cpu":
+    if not in_host_memory(device):
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(memory.zeros(math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)

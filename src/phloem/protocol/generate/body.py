@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from phloem.protocol import known
 from phloem.protocol.body import Body, Later
 from phloem.protocol.fields import (
     COMMON_LATER,
@@ -34,8 +35,10 @@ class SamplingBody(StoppingFields, kw_only=True):
     sampling_seed: Seed | None = None
     stream_interval: Int32 | None = None
     beam_width: Int32 | None = None
+    watermark: Any = None
 
     later: ClassVar[dict[str, Later]] = {
+        "watermark": known.LATER["watermark"],
         **GRAMMAR,
         "beam_width": Later("beam_search", (0, 1)),
     }
@@ -59,7 +62,6 @@ class GenerateBody(Body, kw_only=True):
     return_text_in_logprobs: bool | None = None
     stream: bool | None = None
     return_hidden_states: bool | list[bool] | None = None
-    return_routed_experts: bool | None = None
     session_params: SessionBody | list[SessionBody | None] | None = None
     lora_path: str | list[str | None] | None = None
     custom_logit_processor: str | list[str | None] | None = None
@@ -80,13 +82,51 @@ class GenerateBody(Body, kw_only=True):
     no_logs: bool | None = None
     custom_labels: dict[str, str] | None = None
     model: str | None = None
+    session_id: str | None = None
+    log_metrics: bool | None = None
+    http_worker_ipc: str | None = None
+    external_trace_header: dict[str, Any] | None = None
+    received_time: float | None = None
+    kv_hints: dict[str, Any] | list[Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    images_config: dict[str, Any] | None = None
+    video_config: dict[str, Any] | None = None
+    max_dynamic_patch: Int32 | None = None
+    min_dynamic_patch: Int32 | None = None
+    image_max_dynamic_patch: Int32 | None = None
+    video_max_dynamic_patch: Int32 | None = None
+    use_audio_in_video: bool | None = None
+    watermark: Any = None
+    return_bytes: bool | None = None
+    return_entropy: bool | None = None
+    return_indexer_topk: bool | None = None
+    return_routed_experts: bool | None = None
+    routed_experts_start_len: Int32 | None = None
+    return_sampling_mask: bool | list[bool] | None = None
+    sampling_logprobs_mode: Any = None
+    return_flat_raw_top_logprobs: bool | None = None
+    return_flat_raw_output_top_logprobs: bool | None = None
+    return_flat_raw_top_logprobs_b64: bool | None = None
+    mm_hashes: Any = None
+    mm_content_hashes: Any = None
+    modalities: list[str] | None = None
+    lora_id: str | list[str | None] | None = None
+    positional_embed_overrides: Any = None
+    bootstrap_pair_key: Any = None
+    decode_tp_size: Any = None
+    disagg_prefill_dp_rank: Int32 | None = None
+    need_wait_for_mm_inputs: bool | None = None
+    num_items_assigned: dict[str, Any] | None = None
+    encoder_urls: list[str] | None = None
+    multi_item_delimiter_indices: Any = None
+    token_indices_to_pool: Any = None
 
     ignored: ClassVar[dict[str, str]] = {
         "model": "gateways add it; one server serves one model",
         "routing_key": "read by gateways in front of the server",
         "conversation_id": "read by gateways; prefixes are found by their tokens",
         "no_logs": "texts are never logged",
-        "custom_labels": "metrics carry no labels of single requests",
+        **known.GENERATE_IGNORED,
     }
     later: ClassVar[dict[str, Later]] = {
         **COMMON_LATER,
@@ -94,9 +134,8 @@ class GenerateBody(Body, kw_only=True):
         "image_data": Later("images", ([], "")),
         "video_data": Later("video", ([], "")),
         "audio_data": Later("audio", ([], "")),
-        "return_routed_experts": Later("routed_experts", (False,)),
-        "routed_dp_rank": Later("data_parallel", (0,)),
         "require_reasoning": NEEDS_FORMAT,
+        **known.GENERATE_LATER,
     }
 
     def refuse_later(self, features: frozenset[str], where: str = "") -> None:

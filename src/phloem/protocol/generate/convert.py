@@ -28,7 +28,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
     params = each("sampling_params", None)
     ids = each("rid", None)
     wants = each("return_logprob", False)
-    starts = each("logprob_start_len", -1)
+    starts = each("logprob_start_len", None)
     tops = each("top_logprobs_num", 0)
     processors, steps = each("custom_logit_processor", None), each("session_params", None)
     hidden = each("return_hidden_states", False)
@@ -37,14 +37,17 @@ def to_request(body: GenerateBody) -> GenerateRequest:
     items: list[Item] = []
     for at, prompt in enumerate(prompts):
         sampling = params[at]
+        drawn = native_params(sampling, processors[at])
+        # Logprobs of a request that generates nothing can only be meant of its prompt.
+        start = 0 if drawn.max_new_tokens == 0 and wants[at] else -1
         items.append(
             Item(
-                sampling=native_params(sampling, processors[at]),
+                sampling=drawn,
                 text=prompt if isinstance(prompt, str) else None,
                 ids=prompt if isinstance(prompt, list) else None,
                 id=_rid(ids, at, body.rid, count),
                 return_logprob=bool(wants[at]),
-                logprob_start=starts[at],
+                logprob_start=start if starts[at] is None else starts[at],
                 top_logprobs=tops[at] if wants[at] else 0,
                 token_ids_logprob=chosen[at] if wants[at] else [],
                 priority=body.priority or 0,

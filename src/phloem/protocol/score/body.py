@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from phloem.protocol.body import Body
+from phloem.protocol.body import Body, Later
 from phloem.protocol.fields import HINT, Int32
 
 
@@ -20,5 +20,21 @@ class ScoreBody(Body, kw_only=True):
     user: str | None = None
     rid: str | None = None
     priority: Int32 | None = None
+    temperature: float | None = None
+    return_token_logprobs: bool | None = None
+    return_pooled_hidden_states: bool | None = None
+    score_extraction_token: str | None = None
+    embed_override_token_id: Int32 | None = None
+    query_embed_overrides: Any = None
+    item_embed_overrides: Any = None
 
     ignored: ClassVar[dict[str, str]] = {"user": HINT}
+    later: ClassVar[dict[str, Later]] = {
+        "temperature": Later("score_temperature", (1,)),
+        "return_token_logprobs": Later("score_logprobs", (False,)),
+        "return_pooled_hidden_states": Later("pooling", (False,)),
+        "score_extraction_token": Later("extraction_token", ("",)),
+        "embed_override_token_id": Later("input_embeds"),
+        "query_embed_overrides": Later("input_embeds"),
+        "item_embed_overrides": Later("input_embeds"),
+    }

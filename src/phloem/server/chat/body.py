@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from phloem.protocol import known
 from phloem.protocol.body import Body, Later
 from phloem.protocol.fields import HINT, NEEDS_FORMAT, Count, Int32, OpenAIBody
 
@@ -20,6 +21,9 @@ class ContentPart(Body, kw_only=True):
     file: Any = None
     refusal: str | None = None
     cache_control: Any = None
+    thinking: str | None = None
+    name: str | None = None
+    modalities: str | None = None
 
     ignored: ClassVar[dict[str, str]] = {"cache_control": HINT}
 
@@ -39,10 +43,17 @@ class Message(Body, kw_only=True):
     annotations: Any = None
     function_call: Any = None
     parsed: Any = None
+    phase: str | None = None
+    prefix: bool | None = None
+    tools: list[dict[str, Any]] | None = None
 
     ignored: ClassVar[dict[str, str]] = {
         name: "part of answers that clients send back; templates do not read it"
-        for name in ("refusal", "audio", "annotations", "function_call", "parsed")
+        for name in ("refusal", "audio", "annotations", "parsed", "phase")
+    }
+    later: ClassVar[dict[str, Later]] = {
+        "prefix": Later("prefix", (False,), "use continue_final_message to go on from the last message"),
+        "tools": Later("tools_of_messages"),
     }
 
 
@@ -72,9 +83,24 @@ class ChatBody(OpenAIBody, kw_only=True):
     prediction: dict[str, Any] | None = None
     verbosity: str | None = None
     web_search_options: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    task: str | None = None
+    return_meta_info: bool | None = None
+    return_prompt_token_ids: bool | None = None
+    return_input_ids_in_sglext: bool | None = None
+    return_output_ids_in_sglext: bool | None = None
+    return_sampling_mask: bool | None = None
+    sampling_logprobs_mode: str | None = None
+    return_flat_raw_output_top_logprobs: bool | None = None
+    return_flat_raw_top_logprobs_b64: bool | None = None
+    use_audio_in_video: bool | None = None
+    video_config: dict[str, Any] | None = None
+    max_dynamic_patch: Int32 | None = None
+    min_dynamic_patch: Int32 | None = None
 
     ignored: ClassVar[dict[str, str]] = {
         **OpenAIBody.ignored,
+        **known.MEDIA_IGNORED,
         "prediction": "a hint for speed; the answer is the same without",
         "verbosity": HINT,
     }
@@ -82,8 +108,8 @@ class ChatBody(OpenAIBody, kw_only=True):
         **OpenAIBody.later,
         "tools": Later("tools", ([],)),
         "tool_choice": Later("tools", ("none", "auto")),
-        "functions": Later("functions", ([],)),
-        "function_call": Later("functions", ("none", "auto")),
+        "functions": Later("tools", ([],)),
+        "function_call": Later("tools", ("none", "auto")),
         "reasoning_effort": Later("reasoning", ("none",)),
         "separate_reasoning": Later("reasoning", (True,)),
         "stream_reasoning": Later("reasoning", (True,)),
@@ -91,4 +117,10 @@ class ChatBody(OpenAIBody, kw_only=True):
         "modalities": Later("modalities", (["text"], [])),
         "audio": Later("audio"),
         "web_search_options": Later("web_search", ({},)),
+        **known.CHAT_LATER,
     }
+
+    def refuse_later(self, features: frozenset[str], where: str = "") -> None:
+        super().refuse_later(features, where)
+        for at, message in enumerate(self.messages or []):
+            message.refuse_later(features, f"{where}messages[{at}].")

@@ -11,8 +11,10 @@ import msgspec
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
 from phloem.protocol.sampling import namespace, openai_params
+from phloem.protocol.structured import FIELDS, answer_shape
 from phloem.server.chat import toolplan
 from phloem.server.chat.body import ChatBody, Message
+from phloem.server.chat.functions import renewed, renewed_messages
 from phloem.text.answer import AnswerParser, FormattedAnswer, PlainAnswer, needs_special_tokens, thinking_parser
 from phloem.text.tools._explain import explain, spell
 
@@ -64,9 +66,14 @@ async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> C
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     if not body.messages and body.input_ids is None:
         raise BadRequest("messages: at least one is needed", param="messages")
-    tools = toolplan.plan(body.tools, body.tool_choice, body.parallel_tool_calls, info.tool_parser)
+    body = renewed(body)
+    limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    sampling = openai_params(body, limit, info.generation_config)
+    answer = answer_shape(sampling)
+    tools = toolplan.plan(body.tools, body.tool_choice, body.parallel_tool_calls, info.tool_parser, answer)
+    constrain(sampling, tools, info)
     reasoning = info.reasoning_parser if body.separate_reasoning is not False else None
-    messages = [plain_message(message, at) for at, message in enumerate(body.messages or [])]
+    messages = plain_messages(body.messages or [])
     text = (
         _tail(body.input_ids, client)
         if body.input_ids is not None
@@ -76,12 +83,9 @@ async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> C
             tools=None if info.explain_tools else tools.tools or None,
             add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
             continue_final_message=bool(body.continue_final_message),
-            **template_kwargs(body.chat_template_kwargs, body.reasoning_effort),
+            **template_kwargs(body.chat_template_kwargs, body.reasoning_effort, body.thinking),
         )
     )
-    limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    sampling = openai_params(body, limit, info.generation_config)
-    constrain(sampling, tools, info)
     if needs_special_tokens(client.tokenizer, tools.parser(), reasoning):
         sampling.skip_special_tokens = False
     item = Item(
@@ -117,18 +121,19 @@ def _tail(ids: list[int], client: EngineClient) -> str:
 
 
 def constrain(sampling: SamplingParams, tools: ToolPlan, info: ModelInfo) -> None:
-    """Enforce what the tool fields ask for.
+    """Enforce what the tool fields ask for; it holds what the request asks of a text answer, or makes that void.
 
     Raises:
-        BadRequest: if the request brings a constraint of its own as well, or there is no grammar engine.
+        BadRequest: if calls that are strict meet a structural tag, which could be of calls; or without grammar engine.
     """
     if tools.constraint is None:
         return
     if "grammar" not in info.features:
         raise BadRequest("not supported yet: tool_choice", param="tool_choice", code="not_supported")
-    for name in ("json_schema", "regex", "ebnf", "structural_tag"):
-        if getattr(sampling, name):
-            raise BadRequest(f"tool_choice and {name} exclude each other", param="tool_choice")
+    if sampling.structural_tag is not None and tools.place == "anywhere":
+        raise BadRequest("strict tools and structural_tag exclude each other", param="tools")
+    for name in FIELDS:
+        setattr(sampling, name, None)
     setattr(sampling, *tools.constraint)
 
 
@@ -139,8 +144,10 @@ def with_tools(messages: list[dict[str, Any]], tools: ToolPlan, info: ModelInfo)
     return explain(messages, tools.tools, tools.parser()) if info.explain_tools else messages
 
 
-def template_kwargs(given: dict[str, Any] | None, effort: str | None = None) -> dict[str, Any]:
-    """`chat_template_kwargs`, checked, with what `reasoning_effort` means to templates."""
+def template_kwargs(
+    given: dict[str, Any] | None, effort: str | None = None, thinking: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """`chat_template_kwargs`, checked, with what `reasoning_effort` and `thinking` mean to templates."""
     extra = dict(given or {})
     for name in sorted(_RESERVED & set(extra)):
         raise BadRequest(f"chat_template_kwargs cannot set {name!r}", param="chat_template_kwargs")
@@ -149,6 +156,12 @@ def template_kwargs(given: dict[str, Any] | None, effort: str | None = None) -> 
         if effort == "none":
             extra.setdefault("enable_thinking", False)
             extra.setdefault("thinking", False)
+    kind = (thinking or {}).get("type")
+    if kind in ("enabled", "disabled"):
+        extra.setdefault("enable_thinking", kind == "enabled")
+        extra.setdefault("thinking", kind == "enabled")
+    elif kind not in (None, "adaptive", "auto"):
+        raise BadRequest(f"thinking.type: {kind!r:.100} is none of enabled, disabled, adaptive", param="thinking.type")
     return extra
 
 
@@ -165,7 +178,12 @@ async def render(template: ChatTemplate | None, messages: list[dict[str, Any]], 
         raise BadRequest("messages hold lone surrogates: no valid Unicode", param="messages") from None
 
 
-def plain_message(message: Message, at: int) -> dict[str, Any]:
+def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
+    """Messages as templates read them."""
+    return [_plain_message(message, at) for at, message in enumerate(renewed_messages(messages))]
+
+
+def _plain_message(message: Message, at: int) -> dict[str, Any]:
     """A message as templates read it: unset fields left out, text parts joined by newlines."""
     content = message.content
     if isinstance(content, list):
@@ -181,7 +199,7 @@ def plain_message(message: Message, at: int) -> dict[str, Any]:
             texts.append(part.text)
         content = "\n".join(texts)
     plain = {name: value for name, value in msgspec.structs.asdict(message).items() if value is not None}
-    for name in Message.ignored:
+    for name in (*Message.ignored, *Message.later):
         plain.pop(name, None)
     plain["content"] = content
     return plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import BadRequest
+from phloem.grammar.llguidance import prepared
 from phloem.text.formats import TOOLS
-from phloem.text.tools._base import function_of, schema_of
+from phloem.text.tools._base import Place, function_of, schema_of
 from phloem.text.tools._grammar import Shape, Unspeakable
 from phloem.text.tools.json_array import forced_schema
 
@@ -25,12 +27,13 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 
 @dataclass(frozen=True)
 class ToolPlan:
-    """`constraint`: a field of `SamplingParams` and its value."""
+    """`constraint`: a field of `SamplingParams` and its value. `place`: where in an answer calls stand."""
 
     tools: list[dict[str, Any]]
     format: str | None
     parallel: bool = True
     constraint: tuple[str, str] | None = None
+    place: Place = "anywhere"
 
     @property
     def at_once(self) -> bool:
@@ -39,7 +42,11 @@ class ToolPlan:
 
     def parser(self) -> ToolParser | None:
         """A fresh parser for one answer."""
-        return TOOLS.get(self.format)(self.tools) if self.format is not None and self.tools else None
+        if self.format is None or not self.tools:
+            return None
+        parser = TOOLS.get(self.format)(self.tools)
+        parser.place = self.place
+        return parser
 
 
 NO_TOOLS = ToolPlan([], None)
@@ -50,8 +57,11 @@ def plan(
     choice: str | dict[str, Any] | None,
     parallel: bool | None,
     format_name: str | None,
+    answer: Shape | None = None,
 ) -> ToolPlan:
     """Check and combine `tools`, `tool_choice` and `parallel_tool_calls` for a model that writes `format_name`.
+
+    `answer` is what a text answer must be. The constraint is of the whole then: a call, or such a text.
 
     Raises:
         BadRequest: naming the field that is wrong.
@@ -65,8 +75,7 @@ def plan(
     if wanted is not None:
         checked = [tool for tool in checked if function_of(tool)["name"] == wanted]
     if mode == "auto":
-        strict = any(function_of(tool).get("strict") for tool in checked)
-        return ToolPlan(checked, format_name, several, _strict(checked, format_name, several) if strict else None)
+        return _auto(checked, format_name, several, answer)
     return _forced(checked, format_name, several)
 
 
@@ -125,7 +134,9 @@ def _allowed(
     if mode not in ("auto", "required") or not isinstance(listed, list) or not listed:
         message = "tool_choice: allowed_tools needs a mode (auto or required) and a list of tools"
         raise BadRequest(message, param="tool_choice")
-    names = {function_of(tool).get("name") if isinstance(tool, dict) else None for tool in listed}
+    # Tools that a server would run were left out of the request's list, too.
+    ours = [tool for tool in listed if not isinstance(tool, dict) or tool.get("type", "function") == "function"]
+    names = {function_of(tool).get("name") if isinstance(tool, dict) else None for tool in ours}
     unknown = names - {function_of(tool)["name"] for tool in tools}
     if unknown:
         message = f"tool_choice allows {unknown.pop()!r:.100}, which is not among the tools"
@@ -153,25 +164,63 @@ def _read_choice(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]
     return "required", name
 
 
-def _strict(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> tuple[str, str]:
-    """A call may come, and keeps to its schema then.
+def _auto(tools: list[dict[str, Any]], name: str | None, parallel: bool, answer: Shape | None) -> ToolPlan:
+    """A call may come: in free text, or in place of an answer of this shape.
 
     Raises:
-        BadRequest: naming the tool whose schema the format cannot keep to.
+        BadRequest: naming the strict tool whose schema the format cannot keep to.
     """
-    if name is None:
+    strict = any(function_of(tool).get("strict") for tool in tools)
+    if name is None and strict:
         raise BadRequest("strict tools need a tool-call format, and this server reads none", param="tools")
+    if name is None or not (strict or answer is not None):
+        return ToolPlan(tools, name, parallel)
+    parser, names = _writer(tools, name)
+    if not names:
+        return ToolPlan(tools, name, parallel)
+    if answer is None:
+        return ToolPlan(tools, name, parallel, _constraint(parser.structure(names, False, parallel)))
+    constraint = _constraint(parser.instead(answer, names, parallel))
+    return ToolPlan(tools, name, parallel, constraint, "anywhere" if parser.whole else "instead")
+
+
+def _writer(tools: list[dict[str, Any]], name: str) -> tuple[ToolParser, list[str]]:
+    """The format, and the tools whose calls it can write. One that is not strict is framed and no more where its
+    schema cannot be kept to; one that cannot even be framed is left out.
+    """
     kind = TOOLS.get(name)
+    parser, names = kind(tools), list[str]()
     for number, tool in enumerate(tools):
+        function = function_of(tool)
+        which, alone = function["name"], kind([tool])
+        if not function.get("strict") and not _is_enforced(json.dumps(schema_of(function))):
+            alone.loose = frozenset({which})
         try:
-            kind([tool]).structure(required=False, parallel=parallel)
+            alone.structure()
         except Unspeakable as error:
-            which = function_of(tool)["name"]
-            raise BadRequest(
-                f"tools[{number}]: the calls of {which!r} cannot be enforced in the format {name!r}: {error}",
-                param=f"tools[{number}].function.parameters",
-            ) from None
-    return "structural_tag", structural_tag(kind(tools).structure(required=False, parallel=parallel))
+            if function.get("strict"):
+                raise BadRequest(
+                    f"tools[{number}]: the calls of {which!r} cannot be enforced in the format {name!r}: {error}",
+                    param=f"tools[{number}].function.parameters",
+                ) from None
+            alone.loose = frozenset({which})
+            try:
+                alone.structure()
+            except Unspeakable:
+                continue
+        parser.loose |= alone.loose
+        names.append(which)
+    return parser, names
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_enforced(schema: str) -> bool:
+    """Whether a grammar can keep to a schema, as far as that is seen at little cost."""
+    try:
+        prepared(schema)
+    except BadRequest:
+        return False
+    return True
 
 
 def _forced(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> ToolPlan:
@@ -182,12 +231,12 @@ def _forced(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> To
         except Unspeakable:
             pass
         else:
-            return ToolPlan(tools, name, parallel, ("structural_tag", structural_tag(structure)))
+            return ToolPlan(tools, name, parallel, _constraint(structure), "forced")
     schemas = {function_of(tool)["name"]: schema_of(function_of(tool)) for tool in tools}
     schema = json.dumps(forced_schema(schemas, parallel), ensure_ascii=False)
-    return ToolPlan(tools, "json_array", parallel, ("json_schema", schema))
+    return ToolPlan(tools, "json_array", parallel, ("json_schema", schema), "forced")
 
 
-def structural_tag(structure: Shape) -> str:
+def _constraint(structure: Shape) -> tuple[str, str]:
     """A structure in the notation of `SamplingParams.structural_tag`."""
-    return json.dumps({"type": "structural_tag", "format": structure}, ensure_ascii=False)
+    return "structural_tag", json.dumps({"type": "structural_tag", "format": structure}, ensure_ascii=False)

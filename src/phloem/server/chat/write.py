@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from msgspec import UNSET, UnsetType
 
 from phloem.protocol.answers import Answer, Extensions, Usage
+from phloem.server.chat.functions import is_old
 from phloem.server.chat.logprobs import ChatLogprobs, chat_logprobs
 from phloem.server.chunks import stream_chunks
-from phloem.server.usage import extensions_of, last_hidden, matched_stop, usage_of
+from phloem.server.usage import extensions_of, is_cut, last_hidden, matched_stop, usage_of
 from phloem.text.answer import PlainAnswer, Reasoning
 from phloem.text.tools._base import CallStart, Text
 
@@ -29,6 +30,7 @@ class ChatMessage(Answer, kw_only=True):
     content: str | None
     reasoning_content: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+    function_call: dict[str, str] | UnsetType = UNSET  # where the request has `functions`
 
 
 class ChatChoice(Answer, kw_only=True):
@@ -55,6 +57,7 @@ class ChatDelta(Answer, kw_only=True):
     content: str | UnsetType | None = UNSET
     reasoning_content: str | UnsetType | None = UNSET
     tool_calls: list[dict[str, Any]] | UnsetType = UNSET
+    function_call: dict[str, str] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Answer, kw_only=True):
@@ -119,11 +122,12 @@ class ChatWriter:
         self.tokenizer = tokenizer
         self.parsers = parsers
         self.created = int(time.time())
+        self._old = is_old(body)
 
     def answer(self, outputs: list[Continuation]) -> ChatCompletion:
         choices: list[ChatChoice] = []
         for output in outputs:
-            told = _told(self.parsers[output.choice].push(output.text, True))
+            told = _told(self.parsers[output.choice].push(output.text, True, is_cut(output)))
             reason = output.finish.type if output.finish is not None else None
             message = ChatMessage(
                 role="assistant",
@@ -131,12 +135,14 @@ class ChatWriter:
                 reasoning_content=told.reasoning or None,
                 tool_calls=[_whole(call) for call in told.calls] or None,
             )
+            if self._old and told.calls:
+                message.tool_calls, message.function_call = None, told.calls[0]["function"]
             choices.append(
                 ChatChoice(
                     index=output.choice,
                     message=message,
                     logprobs=self._logprobs(output, 0),
-                    finish_reason="tool_calls" if told.calls and reason == "stop" else reason,
+                    finish_reason=self._reason(bool(told.calls), reason),
                     matched_stop=matched_stop(output.finish),
                     hidden_states=last_hidden(output),
                 )
@@ -168,14 +174,17 @@ class ChatWriter:
         if index not in began:
             began.add(index)
             out.append(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
-        told = _told(self.parsers[index].push(output.delta, output.finish is not None))
+        told = _told(self.parsers[index].push(output.delta, output.finish is not None, is_cut(output)))
         logprobs = self._logprobs(output, output.new_from)
         delta = ChatDelta()
         if told.reasoning:
             delta.reasoning_content = told.reasoning
         if told.calls:
             called.add(index)
-            delta.tool_calls = told.calls
+            if self._old:
+                delta.function_call = told.calls[0]["function"]
+            else:
+                delta.tool_calls = told.calls
         if told.content or (logprobs is not None and logprobs.content):
             delta.content = told.content
         if told.content or told.reasoning or told.calls or (logprobs and logprobs.content):
@@ -186,12 +195,17 @@ class ChatWriter:
                 ChatChunkChoice(
                     index=index,
                     delta=ChatDelta(),
-                    finish_reason="tool_calls" if index in called and reason == "stop" else reason,
+                    finish_reason=self._reason(index in called, reason),
                     matched_stop=matched_stop(output.finish),
                     hidden_states=last_hidden(output),
                 )
             )
         return out
+
+    def _reason(self, called: bool, reason: str | None) -> str | None:
+        if not called or reason != "stop":
+            return reason
+        return "function_call" if self._old else "tool_calls"
 
     def _logprobs(self, output: Continuation, begin: int) -> ChatLogprobs | None:
         if not output.item.return_logprob:

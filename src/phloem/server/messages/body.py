@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from phloem.core.errors import BadRequest
 from phloem.protocol.body import Body, Later
-from phloem.protocol.fields import HINT, Int32, Seed
+from phloem.protocol.fields import DISAGGREGATION, HINT, Int32, Seed, refuse_edits
 
 # Fields that mean the same as in chat completions, and are handed on by name.
 AS_IN_CHAT = (
@@ -29,7 +29,6 @@ AS_IN_CHAT = (
     "extra_key",
     "chat_template_kwargs",
 )
-_REMOVES = "clear_"  # edits that only take away what the model would read
 Content = str | list[dict[str, Any]]
 
 
@@ -69,15 +68,21 @@ class CountTokensBody(Body, kw_only=True):
     tool_choice: ToolChoiceBody | None = None
     thinking: ThinkingBody | None = None
     output_config: OutputConfigBody | None = None
+    output_format: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None
     mcp_servers: list[Any] | None = None
     context_management: dict[str, Any] | None = None
     speed: str | None = None
+    thread: dict[str, Any] | None = None
+    client_metadata: dict[str, Any] | None = None
+    betas: list[str] | None = None
 
     ignored: ClassVar[dict[str, str]] = {
         "cache_control": HINT,
         "speed": HINT,
+        "client_metadata": HINT,
+        "betas": HINT,
         "context_management": "edits that clear old context are left undone: the whole conversation is read",
     }
     later: ClassVar[dict[str, Later]] = {
@@ -86,12 +91,14 @@ class CountTokensBody(Body, kw_only=True):
 
     def refuse_later(self, features: frozenset[str], where: str = "") -> None:
         super().refuse_later(features, where)
-        edits = (self.context_management or {}).get("edits") or []
-        for at, edit in enumerate(edits if isinstance(edits, list) else [edits]):
-            kind = edit.get("type") if isinstance(edit, dict) else edit
-            if not str(kind).startswith(_REMOVES):
-                place = f"context_management.edits[{at}]"
-                raise BadRequest(f"not supported yet: {place} {kind!r:.100}", param=place, code="not_supported")
+        if self.thread is not None:
+            # In these words the official client goes on without threads, and sends the whole conversation.
+            raise BadRequest(
+                "thread: this server holds no conversations; send all messages with each request",
+                param="thread",
+                code="thread_unsupported_request",
+            )
+        refuse_edits((self.context_management or {}).get("edits"), "context_management.edits")
 
 
 class MessagesBody(CountTokensBody, kw_only=True):
@@ -117,6 +124,11 @@ class MessagesBody(CountTokensBody, kw_only=True):
     priority: Int32 | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
+    bootstrap_host: Any = None
+    bootstrap_port: Any = None
+    bootstrap_room: Any = None
+    routed_dp_rank: Int32 | None = None
+    disagg_prefill_dp_rank: Int32 | None = None
 
     ignored: ClassVar[dict[str, str]] = {
         **CountTokensBody.ignored,
@@ -124,4 +136,10 @@ class MessagesBody(CountTokensBody, kw_only=True):
         "service_tier": HINT,
         "inference_geo": HINT,
     }
-    later: ClassVar[dict[str, Later]] = {**CountTokensBody.later, "container": Later("containers")}
+    later: ClassVar[dict[str, Later]] = {
+        **CountTokensBody.later,
+        "container": Later("containers"),
+        **DISAGGREGATION,
+        "routed_dp_rank": Later("data_parallel", (0,)),
+        "disagg_prefill_dp_rank": Later("disaggregation"),
+    }

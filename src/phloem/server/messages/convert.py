@@ -67,14 +67,15 @@ def to_chat(body: CountTokensBody, reasons: bool) -> ChatBody:
 
 def _output_config(chat: ChatBody, body: CountTokensBody) -> None:
     config = body.output_config
-    if config is None:
-        return
-    chat.reasoning_effort = config.effort
-    if config.format is not None:
-        if config.format.get("type") != "json_schema" or "schema" not in config.format:
-            where = "output_config.format"
+    chat.reasoning_effort = config.effort if config is not None else None
+    asked = {"output_config.format": config.format if config is not None else None, "output_format": body.output_format}
+    given = {where: shape for where, shape in asked.items() if shape is not None}
+    if len(given) > 1:
+        raise BadRequest("output_format and output_config.format exclude each other", param="output_format")
+    for where, shape in given.items():
+        if shape.get("type") != "json_schema" or "schema" not in shape:
             raise BadRequest(f"{where}: expected a `schema` and the type json_schema", param=where)
-        chat.response_format = config.format
+        chat.response_format = shape
 
 
 def _thinking(chat: ChatBody, body: CountTokensBody, reasons: bool) -> None:

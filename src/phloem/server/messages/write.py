@@ -10,6 +10,7 @@ from phloem.protocol.answers import Answer
 from phloem.server.blocks import Block, Blocks, Change
 from phloem.server.errors import messages_error
 from phloem.server.stream import Ending, encode, named_event
+from phloem.server.usage import is_cut
 
 if TYPE_CHECKING:
     from phloem.client.call import Call
@@ -53,7 +54,7 @@ class MessageWriter:
         self._parser = asked.parsers()[0]
 
     def whole(self, output: Continuation) -> MessagesAnswer:
-        blocks = self.blocks.whole(self._parser.push(output.text, True))
+        blocks = self.blocks.whole(self._parser.push(output.text, True, is_cut(output)))
         self.answer.content = [_block(block) for block in blocks]
         self._settle(output)
         return self.answer
@@ -79,7 +80,8 @@ class MessageWriter:
                     begun = True
                     self.answer.usage = _usage(output)
                     data.append(_event("message_start", message=self.answer))
-                changes = self.blocks.push(self._parser.push(output.delta, output.finish is not None))
+                events = self._parser.push(output.delta, output.finish is not None, is_cut(output))
+                changes = self.blocks.push(events)
                 if output.finish is not None:
                     changes += self.blocks.finish()
                 data += [_change(change) for change in changes]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from msgspec import Meta
 
 from phloem.protocol.body import Body, Later
-from phloem.protocol.fields import HINT, Count, Int32, RequestFields
+from phloem.protocol.fields import HINT, Count, Int32, RequestFields, refuse_edits
 
 # Fields that mean the same as in chat completions, and are handed on by name.
 AS_IN_CHAT = (
@@ -61,10 +61,9 @@ class TextOptions(Body, kw_only=True):
     ignored: ClassVar[dict[str, str]] = {"verbosity": HINT}
 
 
-class ResponsesBody(RequestFields, kw_only=True):
-    """`POST /v1/responses`. The input is a text or a list of items: messages, calls, their outputs, reasoning."""
+class ResponseFields(RequestFields, kw_only=True):
+    """What is said of a response beside its input."""
 
-    input: str | Annotated[list[dict[str, Any]], Meta(min_length=1)]
     instructions: str | None = None
     previous_response_id: str | None = None
     background: bool | None = None
@@ -86,16 +85,38 @@ class ResponsesBody(RequestFields, kw_only=True):
     max_thinking_tokens: Int32 | None = None
     separate_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    request_id: str | None = None
+
+    personality: str | None = None
 
     ignored: ClassVar[dict[str, str]] = {
         **RequestFields.ignored,
+        "personality": HINT,
+        "context_management": "edits that clear old context are left undone: the whole conversation is read",
         "max_tool_calls": "it bounds tools that a server runs; here the client runs them",
         "prompt_cache_options": "prefixes are found by their tokens",
     }
     later: ClassVar[dict[str, Later]] = {
+        **RequestFields.later,
+        "request_id": Later("request_id", (), "responses have ids of the server's own making"),
         "truncation": Later("truncation", ("disabled",)),
         "conversation": Later("conversations"),
         "prompt": Later("prompt_templates"),
-        "context_management": Later("context_management", ([],)),
         "moderation": Later("moderation"),
     }
+
+    def refuse_later(self, features: frozenset[str], where: str = "") -> None:
+        super().refuse_later(features, where)
+        refuse_edits(self.context_management, "context_management")
+
+
+class ResponsesBody(ResponseFields, kw_only=True):
+    """`POST /v1/responses`. The input is a text or a list of items: messages, calls, their outputs, reasoning."""
+
+    input: str | Annotated[list[dict[str, Any]], Meta(min_length=1)]
+
+
+class InputTokensBody(ResponseFields, kw_only=True):
+    """`POST /v1/responses/input_tokens`: as for a response. Without input, what it goes on from is counted."""
+
+    input: str | list[dict[str, Any]] | None = None

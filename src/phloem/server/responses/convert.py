@@ -9,7 +9,7 @@ import msgspec
 from phloem.core.errors import BadRequest
 from phloem.server.chat.body import ChatBody, ContentPart, Message
 from phloem.server.chat.toolplan import without_foreign
-from phloem.server.responses.body import AS_IN_CHAT, ResponsesBody
+from phloem.server.responses.body import AS_IN_CHAT, ResponseFields
 
 LOGPROBS = "message.output_text.logprobs"
 # What `include` may name besides: nothing of it exists here, or it is given anyway.
@@ -25,8 +25,8 @@ _KEYS: dict[str, frozenset[str]] = {
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
-def to_chat(body: ResponsesBody, before: list[Message]) -> ChatBody:
-    """The chat request that a response is made by. `before`: the conversation that it goes on from.
+def to_chat(body: ResponseFields, messages: list[Message]) -> ChatBody:
+    """The chat request that a response is made by. `messages`: the conversation, its input included.
 
     Raises:
         BadRequest: naming the item or field.
@@ -38,7 +38,7 @@ def to_chat(body: ResponsesBody, before: list[Message]) -> ChatBody:
             raise BadRequest(f"not supported yet: include {name!r:.100}", param="include", code="not_supported")
     wants_logprobs = LOGPROBS in (body.include or []) or bool(body.top_logprobs)
     return ChatBody(
-        messages=with_instructions(body.instructions, before + messages_of(body.input)),
+        messages=with_instructions(body.instructions, messages),
         max_completion_tokens=body.max_output_tokens,
         stream=body.stream,
         tools=[_tool(tool, at) for at, tool in without_foreign(body.tools or [], ("function",))] or None,

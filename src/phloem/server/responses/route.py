@@ -15,21 +15,33 @@ from phloem.protocol.body import Parser
 from phloem.server.chat.convert import to_request
 from phloem.server.door import Door, door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
-from phloem.server.responses.body import ResponsesBody
+from phloem.server.responses.body import InputTokensBody, ResponseFields, ResponsesBody
 from phloem.server.responses.convert import messages_of, to_chat
 from phloem.server.responses.log import EventLog, Reader
 from phloem.server.responses.store import Stored
-from phloem.server.responses.write import ENDING, DeletedResponse, ItemList, ResponseAnswer, ResponseWriter, begin, fail
+from phloem.server.responses.write import (
+    ENDING,
+    DeletedResponse,
+    InputTokens,
+    ItemList,
+    ResponseAnswer,
+    ResponseWriter,
+    begin,
+    fail,
+)
 from phloem.server.stream import collect, stream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from phloem.client.call import Call
+    from phloem.server.chat.body import Message
+    from phloem.server.chat.convert import Conversation
 
 router = APIRouter(tags=["openai"])
 log = logging.getLogger("phloem.server")
 _parser = Parser(ResponsesBody)
+_count = Parser(InputTokensBody)
 _PATH = "/v1/responses/{response_id}"
 
 
@@ -44,21 +56,13 @@ async def create_response(request: Request) -> Response:
     store = body.store is not False
     if body.background and not store:
         raise BadRequest("background responses are stored", param="background")
-    before = []
-    if body.previous_response_id:
-        earlier = door.responses.get(body.previous_response_id)
-        if earlier.answer.status not in ("completed", "incomplete"):
-            message = f"response {body.previous_response_id!r} is {earlier.answer.status}: nothing goes on from it"
-            raise BadRequest(message, param="previous_response_id")
-        before = earlier.messages
-    chat = to_chat(body, before)
-    chat.refuse_later(door.info.features)
-    asked = await to_request(chat, door.client, door.info)
+    messages = _before(door, body) + messages_of(body.input)
+    asked = await _asked(door, body, messages)
     door.check_batch(asked.request)
     key = new_id("resp_")
     asked.request.items[0].id = key
     answer = begin(body, key, door.info.served_model_name, asked, store)
-    entry = Stored(answer, before + messages_of(body.input), _shown(body))
+    entry = Stored(answer, messages, _shown(body))
     writer = ResponseWriter(answer, asked, door.client.tokenizer)
     call = await door.client.submit(asked.request)
     try:
@@ -83,6 +87,34 @@ async def create_response(request: Request) -> Response:
     finally:
         _keep(door, entry, writer)
     return json_response(answer)
+
+
+def _before(door: Door, body: ResponseFields) -> list[Message]:
+    """The conversation that a response goes on from."""
+    if not body.previous_response_id:
+        return []
+    earlier = door.responses.get(body.previous_response_id)
+    if earlier.answer.status not in ("completed", "incomplete"):
+        message = f"response {body.previous_response_id!r} is {earlier.answer.status}: nothing goes on from it"
+        raise BadRequest(message, param="previous_response_id")
+    return list(earlier.messages)
+
+
+async def _asked(door: Door, body: ResponseFields, messages: list[Message]) -> Conversation:
+    chat = to_chat(body, messages)
+    chat.refuse_later(door.info.features)
+    return await to_request(chat, door.client, door.info)
+
+
+@router.post("/v1/responses/input_tokens", **describe(body=InputTokensBody, answer=InputTokens, errors=(400, 404)))
+async def count_input_tokens(request: Request) -> Response:
+    """How many tokens the prompt of a response has."""
+    door = door_of(request)
+    body = await door.read(request, _count)
+    door.check_model(body.model)
+    messages = _before(door, body) + (messages_of(body.input) if body.input else [])
+    item = (await _asked(door, body, messages)).request.items[0]
+    return json_response(InputTokens(input_tokens=len(door.client.admission.encode(item.text or "", False))))
 
 
 async def _kept(door: Door, entry: Stored, writer: ResponseWriter, call: Call) -> AsyncGenerator[bytes, None]:

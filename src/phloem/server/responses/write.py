@@ -14,6 +14,7 @@ from phloem.server.blocks import Block, Blocks, Change
 from phloem.server.chat.logprobs import chat_logprobs
 from phloem.server.responses.convert import answer_message
 from phloem.server.stream import Ending, named_event
+from phloem.server.usage import is_cut
 
 if TYPE_CHECKING:
     from phloem.client.call import Call
@@ -77,6 +78,11 @@ class ResponseAnswer(Answer, kw_only=True):
     truncation: Literal["disabled"] = "disabled"
     usage: ResponseUsage | None = None
     user: str | None = None
+
+
+class InputTokens(Answer, kw_only=True):
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
 
 
 class DeletedResponse(Answer, kw_only=True):
@@ -148,7 +154,7 @@ class ResponseWriter:
 
     def finish(self, output: Continuation) -> None:
         """Take the whole of an output."""
-        for change in self.blocks.push(self._parser.push(output.text, True)):
+        for change in self.blocks.push(self._parser.push(output.text, True, is_cut(output))):
             self._note_logprobs(change, output, 0)
         self._end(output)
 
@@ -256,7 +262,8 @@ class ResponseWriter:
 
     def _news(self, output: Continuation) -> list[bytes]:
         data: list[bytes] = []
-        for change in self.blocks.push(self._parser.push(output.delta, output.finish is not None)):
+        events = self._parser.push(output.delta, output.finish is not None, is_cut(output))
+        for change in self.blocks.push(events):
             logprobs = self._note_logprobs(change, output, output.new_from)
             data += self._change(change, logprobs)
         if output.finish is not None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from phloem.core.errors import BadRequest, ConfigError
 from phloem.protocol.answers import Answer
-from phloem.protocol.body import Body, Parser
+from phloem.protocol.body import Later, Parser
+from phloem.protocol.fields import AddressedBody
 from phloem.server.chat.toolplan import check_tools
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import describe
 from phloem.text import formats
 
 
-class ParseCallsBody(Body, kw_only=True):
+class ParseCallsBody(AddressedBody, kw_only=True):
     """`POST /parse_function_call`: the tool calls in a model's text."""
 
     text: str
@@ -24,11 +25,14 @@ class ParseCallsBody(Body, kw_only=True):
     tool_call_parser: str | None = None
 
 
-class SeparateReasoningBody(Body, kw_only=True):
+class SeparateReasoningBody(AddressedBody, kw_only=True):
     """`POST /separate_reasoning`: the reasoning in a model's text."""
 
     text: str
     reasoning_parser: str | None = None
+    return_blocks: bool | None = None
+
+    later: ClassVar[dict[str, Later]] = {"return_blocks": Later("reasoning_blocks", (False,))}
 
 
 class ParsedCalls(Answer, kw_only=True):

@@ -9,13 +9,13 @@ from starlette.responses import Response
 
 from phloem.core.errors import BadRequest
 from phloem.protocol.answers import ControlAnswer
-from phloem.protocol.body import Body, Parser
-from phloem.protocol.fields import Int32
+from phloem.protocol.body import Parser
+from phloem.protocol.fields import AddressedBody, Int32
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import describe
 
 
-class OpenSessionBody(Body, kw_only=True):
+class OpenSessionBody(AddressedBody, kw_only=True):
     """`POST /open_session`. `timeout`: seconds without a request after which the session closes by itself.
 
     `streaming`: each request goes on from the last one, one at a time.
@@ -26,10 +26,13 @@ class OpenSessionBody(Body, kw_only=True):
     streaming: bool | None = None
     timeout: float | None = None
 
-    ignored: ClassVar[dict[str, str]] = {"capacity_of_str_len": "the context length bounds every prompt"}
+    ignored: ClassVar[dict[str, str]] = {
+        **AddressedBody.ignored,
+        "capacity_of_str_len": "the context length bounds every prompt",
+    }
 
 
-class CloseSessionBody(Body, kw_only=True):
+class CloseSessionBody(AddressedBody, kw_only=True):
     """`POST /close_session`."""
 
     session_id: str

@@ -15,7 +15,7 @@ from phloem.protocol.body import Body, Later, Parser
 from phloem.protocol.fields import Int32, Strings
 from phloem.protocol.generate.convert import split_ids
 from phloem.server.chat.body import Message
-from phloem.server.chat.convert import plain_message, render, template_kwargs, toolplan, with_tools
+from phloem.server.chat.convert import plain_messages, render, template_kwargs, toolplan, with_tools
 from phloem.server.door import Door, door_of, json_response
 from phloem.server.openapi import describe
 
@@ -31,7 +31,10 @@ class TokenizeBody(Body, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     model: str | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    reasoning_effort: str | None = None
 
+    ignored: ClassVar[dict[str, str]] = {"tool_choice": "it changes what is answered, not what is asked"}
     later: ClassVar[dict[str, Later]] = {"tools": Later("tools", ([],))}
 
 
@@ -69,7 +72,7 @@ async def tokenize(request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise BadRequest("exactly one of prompt and messages is needed", param="prompt")
     if body.messages is not None:
-        messages = [plain_message(message, at) for at, message in enumerate(body.messages)]
+        messages = plain_messages(body.messages)
         shown = toolplan.plan(body.tools, None, None, door.info.tool_parser)
         prompt: str | list[str] = await render(
             door.client.template,
@@ -77,7 +80,7 @@ async def tokenize(request: Request) -> Response:
             tools=None if door.info.explain_tools else shown.tools or None,
             add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
             continue_final_message=bool(body.continue_final_message),
-            **template_kwargs(body.chat_template_kwargs),
+            **template_kwargs(body.chat_template_kwargs, body.reasoning_effort),
         )
         special = bool(special)  # the template writes them
     else:

@@ -42,12 +42,17 @@ class ThinkingParser:
 
     def push(self, text: str) -> tuple[str, str]:
         """Take the next piece; returns new reasoning and new content."""
-        self._buffer += text
-        return self._read(False)
+        return apart(self.pieces(text, False))
 
     def finish(self) -> tuple[str, str]:
         """The answer has ended: what was held back."""
-        return self._read(True)
+        return apart(self.pieces("", True))
+
+    def pieces(self, text: str, last: bool) -> list[tuple[bool, str]]:
+        """Take the next piece, which may be the last; returns new (whether it is reasoning, text) in their order."""
+        self._buffer += text
+        reasoning, content = self._read(last)
+        return [(known, piece) for known, piece in ((True, reasoning), (False, content)) if piece]
 
     def parse(self, text: str) -> tuple[str, str]:
         """Reasoning and content of a whole answer (for a fresh parser)."""
@@ -115,3 +120,8 @@ class ThinkingParser:
         """Content from the buffer; formats that wrap it override this."""
         text, self._buffer = self._buffer, ""
         return text
+
+
+def apart(pieces: list[tuple[bool, str]]) -> tuple[str, str]:
+    """The reasoning and the content of pieces."""
+    return "".join(text for known, text in pieces if known), "".join(text for known, text in pieces if not known)

@@ -37,18 +37,17 @@ class Parser(ThinkingParser):
     def inside(self) -> bool:
         return self._part == "reasoning"
 
-    def _read(self, last: bool) -> tuple[str, str]:
-        reasoning = content = ""
+    def pieces(self, text: str, last: bool) -> list[tuple[bool, str]]:
+        self._buffer += text
+        found: list[tuple[bool, str]] = []
         while True:
             before = self._part, len(self._buffer)
-            if self._part == "between":
-                content += self._between(last)
-            elif self._part == "reasoning":
-                reasoning += self._body(last)
-            else:
-                content += self._body(last)
+            known = self._part == "reasoning"
+            piece = self._between(last) if self._part == "between" else self._body(last)
+            if piece:
+                found.append((known, piece))
             if (self._part, len(self._buffer)) == before or not self._buffer:
-                return reasoning, content
+                return found
 
     def _between(self, last: bool) -> str:
         """Outside of a message: a header, or text without any."""

@@ -2,8 +2,9 @@
 
 A parser is written as straight-line reading (generators that wait where the text ends), so how the text arrives in
 chunks cannot matter. A call is announced when its arguments are complete, or already when they are longer than `HOLD`
-characters and in order so far; what turns out to be no call before that comes back as the plain text it was. White
-space between calls, and between text and a call, belongs to neither and is dropped.
+characters and in order so far; what turns out to be no call before that comes back as the plain text it was. A forced
+call is announced by its name, and one that the length limit cuts is as much of a call as there is. White space between
+calls, and between text and a call, belongs to neither and is dropped.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-from phloem.text.tools._grammar import Shape, Unspeakable, json_of, tag, triggered
+from phloem.text.tools._grammar import Shape, Unspeakable, either, json_of, row, tag, triggered, without
 from phloem.text.tools._parameters import kinds
 
 HOLD = 256  # characters of arguments
@@ -50,6 +51,8 @@ class Arguments:
 
 
 Event = Text | CallStart | Arguments
+# Where calls stand: anywhere in the text; instead of it, so that the answer's beginning decides; or they are forced.
+Place = Literal["anywhere", "instead", "forced"]
 
 
 @dataclass(slots=True)
@@ -99,18 +102,25 @@ class ToolParser(ABC):
     begins: ClassVar[tuple[str, ...]]
     lead: ClassVar[str] = ""  # a character that begins a call when it is the first of the answer
     trigger: ClassVar[str] = ""  # what a model writes only to begin a call; "" where there is no such thing
+    between: ClassVar[str] = "\n"  # what may part calls
+    sections: ClassVar[bool] = False  # whether a frame holds all calls of the answer
     style: ClassVar[str] = "json"  # how arguments stand in the frame; else the name of a spelling as tags
     whole: ClassVar[bool] = False  # whether `structure` is of an answer with its reasoning
 
     def __init__(self, tools: Iterable[dict[str, Any]] = (), make_id: Callable[[], str] = new_call_id) -> None:
         self.tools = {str(function_of(tool).get("name", "")): function_of(tool) for tool in tools}
         self.calls = 0
+        self.place: Place = "anywhere"
+        self.loose: frozenset[str] = frozenset()  # tools whose calls are framed, but keep to no schema
         self._make_id = make_id
         self._ids = set[str]()
         self._buffer = ""
         self._at = 0  # how far the buffer is read
         self._safe = 0  # what lies before has become events
         self._closed = False
+        self._cut = False
+        self._said = False  # whether there was text
+        self._only_text = False  # whether no call can come any longer
         self._events: list[Event] = []
         self._space = ""  # white space that may stand between text and a call
         self._after_call = False
@@ -126,9 +136,9 @@ class ToolParser(ABC):
         self._buffer += text
         return self._resume()
 
-    def finish(self) -> list[Event]:
-        """The answer has ended: nothing is held back any longer."""
-        self._closed = True
+    def finish(self, cut: bool = False) -> list[Event]:
+        """The answer has ended: nothing is held back any longer. `cut`: not by the model, maybe inside a call."""
+        self._closed, self._cut = True, cut
         return self._resume()
 
     def parse(self, text: str) -> Parsed:
@@ -138,7 +148,7 @@ class ToolParser(ABC):
     def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
         """What an answer may be when calls of these tools (None: all) keep to their schemas, as a structural tag.
 
-        `required`: there must be a call; not `parallel`: only one.
+        `required`: there must be a call, and nothing but calls; not `parallel`: only one.
 
         Raises:
             Unspeakable: if the format cannot write a tool's calls so.
@@ -148,8 +158,22 @@ class ToolParser(ABC):
             frame = self.tag(name)
             if frame is None or not self.trigger:
                 raise Unspeakable("this format of calls has no frame that could be enforced")
-            made.append(tag(frame[0], json_of(self.schema(name)), frame[1]))
-        return triggered((self.trigger,), made, required, not parallel)
+            made.append(tag(frame[0], self.written(name), frame[1]))
+        return self.framed(made, required, parallel)
+
+    def framed(self, tags: list[Shape], required: bool, parallel: bool) -> Shape:
+        """These calls, in free text or (`required`) alone."""
+        if required:
+            return row(tags, parallel and not self.sections, self.between)
+        return triggered((self.trigger,), tags, not parallel)
+
+    def instead(self, answer: Shape, names: Iterable[str] | None = None, parallel: bool = True) -> Shape:
+        """Calls of these tools, or an answer of this shape.
+
+        Raises:
+            Unspeakable: as `structure`.
+        """
+        return either([self.structure(names, True, parallel), without(answer, self.begins)])
 
     def chosen(self, names: Iterable[str] | None) -> list[str]:
         return list(self.tools) if names is None else list(names)
@@ -161,6 +185,14 @@ class ToolParser(ABC):
     def schema(self, name: str) -> dict[str, Any]:
         """The JSON schema of a tool's arguments."""
         return schema_of(self.tools.get(name, {}))
+
+    def written(self, name: str) -> Shape:
+        """A tool's arguments, where they are JSON."""
+        return json_of(self.bound(name))
+
+    def bound(self, name: str) -> dict[str, Any]:
+        """The JSON schema that a tool's arguments are made to keep to."""
+        return {"type": "object"} if name in self.loose else self.schema(name)
 
     @abstractmethod
     def section(self, marker: str) -> Steps[None]:
@@ -178,8 +210,11 @@ class ToolParser(ABC):
         return events
 
     def _run(self) -> Steps[None]:
-        if self.lead and (yield from self._leads()):
+        leads = bool(self.lead) and (yield from self._leads())
+        if leads:
             yield from self._attempt("")
+        if self.place == "instead" and not self.calls:
+            self._only_text = leads or not (yield from self._is_marked())
         while True:
             if self._at > 1 << 16:
                 self._buffer, self._at = self._buffer[self._at :], 0
@@ -187,8 +222,26 @@ class ToolParser(ABC):
             if marker is None:
                 break
             yield from self._attempt(marker)
+        if self._is_nameless():
+            self.begin_call(*self.tools)
         if not self._after_call:
             self._emit(self._space)
+
+    def _is_nameless(self) -> bool:
+        """Whether a forced call was cut before its name, which can only be one."""
+        cut = self.place == "forced" and self._cut and not self.calls and not self._said
+        return cut and len(self.tools) == 1 and bool(self._buffer.strip())
+
+    def _is_marked(self) -> Steps[bool]:
+        """Whether the answer begins with a marker."""
+        while not self._closed:
+            text = self._buffer.lstrip()
+            if not any(marker.startswith(text[: len(marker)]) for marker in self.begins):
+                return False
+            if text.startswith(self.begins):
+                return True
+            yield
+        return self._buffer.lstrip().startswith(self.begins)
 
     def _leads(self) -> Steps[bool]:
         try:
@@ -209,7 +262,10 @@ class ToolParser(ABC):
         try:
             yield from self.section(marker)
             self._safe = self._at
-        except (Malformed, Ended):
+        except (Malformed, Ended) as error:
+            if isinstance(error, Ended) and self._is_partial(marker):
+                self._at = len(self._buffer)
+                return
             self._call = None
             self._at = self._safe
             if self.calls == calls:
@@ -219,15 +275,30 @@ class ToolParser(ABC):
                 self._text(marker)
                 self._at += len(marker)
 
+    @property
+    def _only_calls(self) -> bool:
+        """Whether nothing but calls can come from here on."""
+        return self.place == "forced" or (self.place == "instead" and self.calls > 0)
+
+    def _is_partial(self, marker: str) -> bool:
+        """Whether what has ended early is a part of a call; one that is not yet announced is, then."""
+        if not (self._only_calls or (self._cut and (marker or self._call is not None))):
+            return False
+        if self._call is not None:
+            self._call.begin()
+        return True
+
     def _read_text(self) -> Steps[str | None]:
         while True:
-            found = self._marker.search(self._buffer, self._at)
+            found = None if self._only_text else self._marker.search(self._buffer, self._at)
             if found is not None:
                 self._text(self._buffer[self._at : found.start()])
                 self._at = found.end()
                 return found.group()
             rest = self._buffer[self._at :]
-            hold = 0 if self._closed else partial_suffix(rest, self.begins)
+            # A call that was cut inside its marker is no text where only calls can come.
+            free = self._only_text or (self._closed and not self._only_calls)
+            hold = 0 if free else partial_suffix(rest, self.begins)
             self._text(rest[: len(rest) - hold])
             self._at += len(rest) - hold
             if self._closed:
@@ -244,6 +315,7 @@ class ToolParser(ABC):
 
     def _emit(self, text: str) -> None:
         if text:
+            self._said = True
             self._events.append(Text(text))
 
     # What sections are written with
@@ -322,6 +394,8 @@ class ToolParser(ABC):
             call_id = self._make_id()
         self._ids.add(call_id)
         self._call = _Call(self, name, call_id)
+        if self.place == "forced":
+            self._call.begin()
         return self._call
 
     def kinds(self, name: str, parameter: str) -> set[str]:
@@ -352,17 +426,19 @@ class _Call:
             return
         self._held.append(text)
         if self._size > HOLD:
-            self._announce()
+            self.begin()
 
     def end(self) -> None:
         """The call is complete."""
-        if self._index < 0:
-            self._announce()
+        self.begin()
         self.parser._safe = self.parser._at
         self.parser._call = None
         self.parser._after_call = True
 
-    def _announce(self) -> None:
+    def begin(self) -> None:
+        """Announce the call, if that has not been done."""
+        if self._index >= 0:
+            return
         parser = self.parser
         self._index = parser.calls
         parser.calls += 1

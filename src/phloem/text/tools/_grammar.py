@@ -65,11 +65,30 @@ def tag(begin: str, content: Shape, end: str) -> Shape:
     return {"type": "tag", "begin": begin, "content": content, "end": end}
 
 
-def triggered(triggers: Iterable[str], tags: list[Shape], required: bool, once: bool, not_first: str = "") -> Shape:
-    """Free text in which a trigger goes on as one of its tags. `required`: a tag comes at once; `once`: it ends there.
+def triggered(triggers: Iterable[str], tags: list[Shape], once: bool, not_first: str = "") -> Shape:
+    """Free text in which a trigger goes on as one of its tags. `once`: it ends there.
 
     `not_first`: what free text does not begin with.
     """
     made: Shape = {"type": "triggered_tags", "triggers": list(triggers), "tags": tags}
-    made.update(at_least_one=required, stop_after_first=once)
+    made.update(at_least_one=False, stop_after_first=once)
     return made | ({"not_first": not_first} if not_first else {})
+
+
+def row(tags: list[Shape], parallel: bool, between: str = "") -> Shape:
+    """One of these tags, or several where that is allowed, and nothing else; `between` may part them."""
+    one = either(tags)
+    if not parallel:
+        return one
+    return sequence(one, star(sequence(optional(literal(between)), one) if between else one))
+
+
+def is_json(shape: Shape) -> bool:
+    return shape["type"] == "json_schema"
+
+
+def without(shape: Shape, markers: Iterable[str]) -> Shape:
+    """A pattern that text with one of these in it does not match; other shapes as they are."""
+    if shape["type"] != "regex":
+        return shape
+    return {"type": "any_text", "patterns": [shape["pattern"]], "excludes": list(markers)}

@@ -114,6 +114,17 @@ def parameters(schema: dict[str, Any]) -> Iterator[tuple[str, Any, bool]]:
             yield key, others, True
 
 
+def listed(schema: dict[str, Any]) -> list[str]:
+    """The names of the parameters that a schema lists, whatever else it says."""
+    while isinstance(schema.get("$ref"), str) and "properties" not in schema:
+        target = _follow(schema, schema["$ref"])
+        if not isinstance(target, dict) or "$ref" in target:
+            return []
+        schema = target
+    found = schema.get("properties")
+    return list(found) if isinstance(found, dict) else []
+
+
 def _constraining(spec: dict[str, Any]) -> set[str]:
     return {key for key in spec if key in _schema.CONSTRAINING}
 

@@ -20,9 +20,18 @@ from phloem.text.tools._grammar import (
     sequence,
     tag,
     text,
-    triggered,
 )
-from phloem.text.tools._parameters import admits_null, constants, dumps, is_open, kinds, not_text, parameters, texts
+from phloem.text.tools._parameters import (
+    admits_null,
+    constants,
+    dumps,
+    is_open,
+    kinds,
+    listed,
+    not_text,
+    parameters,
+    texts,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -59,9 +68,11 @@ class XmlReader(ToolParser):
         Raises:
             Unspeakable: if one cannot be written so that it keeps to its schema.
         """
+        if name in self.loose:
+            return self._loose_elements(name, line)
         made: list[Shape] = []
         for key, spec, must in parameters(self.schema(name)):
-            if _KEY.fullmatch(key) is None or len(key) > MAX_NAME or key.strip() != key:
+            if not _is_key(key):
                 raise Unspeakable(f"the name {key!r:.80} cannot stand in a tag")
             try:
                 shapes = [
@@ -75,6 +86,17 @@ class XmlReader(ToolParser):
                 made.append(either(shapes) if must else optional(either(shapes)))
             elif must:
                 raise Unspeakable(f"the parameter {key!r} has no value that can be written")
+        return made
+
+    def _loose_elements(self, name: str, line: str) -> list[Shape]:
+        """The parameters of a tool, each with any value, or not there."""
+        made: list[Shape] = []
+        for key in listed(self.schema(name)):
+            if _is_key(key):
+                said = (True, False) if self.tells_strings else (False,)
+                end = self.pad + self.closing + line
+                shapes = [tag(self.opening(key, is_string, line) + self.pad, text(), end) for is_string in said]
+                made.append(optional(either(shapes)))
         return made
 
     def _values(self, root: dict[str, Any], spec: Any) -> list[tuple[bool, list[Shape]]]:
@@ -161,6 +183,10 @@ class XmlReader(ToolParser):
             yield from self.more()
 
 
+def _is_key(key: str) -> bool:
+    return _KEY.fullmatch(key) is not None and len(key) <= MAX_NAME and key.strip() == key
+
+
 def _open_string(text: str) -> bool:
     """Whether a piece of JSON ends inside a string, if it does not begin in one."""
     return _ESCAPED.sub("", text).count('"') % 2 == 1
@@ -202,6 +228,7 @@ def _refuse(text: str) -> Any:
 class InvokeReader(XmlReader):
     """`<PREFIXinvoke name="f"><PREFIXparameter name="k">v</PREFIXparameter></PREFIXinvoke>`."""
 
+    sections = True
     prefix: ClassVar[str] = ""
     frame: ClassVar[tuple[str, str]] = ("", "")  # around all calls of a section
 
@@ -217,7 +244,7 @@ class InvokeReader(XmlReader):
     def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
         made = calls([self.invocation(name) for name in self.chosen(names)], "\n", parallel)
         begin, end = self.frame
-        return triggered((begin,), [tag(f"{begin}\n", made, f"\n{end}")], required, not parallel)
+        return self.framed([tag(f"{begin}\n", made, f"\n{end}")], required, parallel)
 
     def header(self) -> Steps[tuple[str, bool | None]]:
         """The rest of an opening tag: its name, and what it says of the value being a string."""

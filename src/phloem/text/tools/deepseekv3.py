@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from phloem.text.shown import Shown
 from phloem.text.tools._base import MAX_NAME
-from phloem.text.tools._grammar import Shape, calls, json_of, tag, triggered
+from phloem.text.tools._grammar import Shape, calls, tag
 from phloem.text.tools._json import JsonReader
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ CALL, SEPARATOR, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>",
 class Parser(JsonReader):
     begins = (SECTION,)
     trigger = SECTION
-    between = "\n"  # calls
+    sections = True
 
     def section(self, marker: str) -> Steps[None]:
         yield from self.spaces()
@@ -50,11 +50,11 @@ class Parser(JsonReader):
         yield from self.optional("```")
 
     def call(self, name: str) -> Shape:
-        return tag(f"{CALL}function{SEPARATOR}{name}\n```json\n", json_of(self.schema(name)), f"\n```{CALL_END}")
+        return tag(f"{CALL}function{SEPARATOR}{name}\n```json\n", self.written(name), f"\n```{CALL_END}")
 
     def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
         made = calls([self.call(name) for name in self.chosen(names)], self.between, parallel)
-        return triggered((SECTION,), [tag(SECTION, made, SECTION_END)], required, not parallel)
+        return self.framed([tag(SECTION, made, SECTION_END)], required, parallel)
 
     def tag(self, name: str) -> tuple[str, str]:
         begin = f"{SECTION}{CALL}function{SEPARATOR}{name}\n```json\n"

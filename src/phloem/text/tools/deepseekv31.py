@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from phloem.text.shown import Shown
 from phloem.text.tools._base import MAX_NAME
-from phloem.text.tools._grammar import Shape, json_of, tag
+from phloem.text.tools._grammar import Shape, tag
 from phloem.text.tools.deepseekv3 import CALL, CALL_END, SECTION, SECTION_END, SEPARATOR
 from phloem.text.tools.deepseekv3 import Parser as V3
 
@@ -28,7 +28,7 @@ class Parser(V3):
         call.end()
 
     def call(self, name: str) -> Shape:
-        return tag(f"{CALL}{name}{SEPARATOR}", json_of(self.schema(name)), CALL_END)
+        return tag(f"{CALL}{name}{SEPARATOR}", self.written(name), CALL_END)
 
     def tag(self, name: str) -> tuple[str, str]:
         return f"{SECTION}{CALL}{name}{SEPARATOR}", f"{CALL_END}{SECTION_END}"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from phloem.text.shown import Shown
 from phloem.text.tools._base import MAX_NAME
-from phloem.text.tools._grammar import Shape, either, literal, sequence, tag, triggered
+from phloem.text.tools._grammar import Shape, either, literal, sequence, tag
 from phloem.text.tools._xml import XmlReader
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Parser(XmlReader):
         for name in self.chosen(names):
             split = sequence(literal("\n"), *self.elements(name, "\n"), literal(END))
             made.append(sequence(literal(name), either([split, sequence(*self.elements(name, ""), literal(END))])))
-        return triggered((BEGIN,), [tag(BEGIN, either(made), "")], required, not parallel)
+        return self.framed([tag(BEGIN, either(made), "")], required, parallel)
 
     def tag(self, name: str) -> tuple[str, str]:
         return f"{BEGIN}{name}\n", f"\n{END}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from phloem.text.shown import Shown
 from phloem.text.tools._base import Malformed
-from phloem.text.tools._grammar import Shape, either, json_of, literal, optional, sequence, star, tag, text
+from phloem.text.tools._grammar import Shape, either, literal, optional, sequence, star, tag, text
 from phloem.text.tools._json import JsonReader
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ SHOWN_BY = (
 )
 
 CHANNEL, START, MESSAGE, CALL = "<|channel|>", "<|start|>assistant", "<|message|>", "<|call|>"
-MESSAGE_END, RECIPIENT = "<|end|>", "to=functions."
+MESSAGE_END, RECIPIENT, FINAL = "<|end|>", "to=functions.", "final"
 _HEADER = re.compile(
     r"(?:\s*to=functions\.(?P<role>[\w.\-]+)\s*<\|channel\|>|(?:<\|channel\|>)?)\s*(?:commentary|analysis)"
     r"(?:\s+to=functions\.(?P<channel>[\w.\-]+))?\s*(?:<\|constrain\|>)?\s*(?:json|code)?\s*"
@@ -53,11 +53,7 @@ class Parser(JsonReader):
 
     def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
         """Messages up to a call, which ends the answer. Where none must come, a message may end it, too."""
-        made: list[Shape] = []
-        for name in self.chosen(names):
-            begin, end = self.tag(name)
-            made.append(tag(begin, json_of(self.schema(name)), end))
-        again = tag("", text(), f"{MESSAGE_END}{START}")
+        made, again = self._calls_of(names), tag("", text(), f"{MESSAGE_END}{START}")
         header = literal(f"{CHANNEL}final <|constrain|>json{MESSAGE}")
         if required:
             channels = either(literal(f"{CHANNEL}{name}{MESSAGE}") for name in ("analysis", "commentary"))
@@ -67,6 +63,18 @@ class Parser(JsonReader):
         continued = optional(again)  # the prompt may end inside a message
         last = [sequence(channels, text()), text([RECIPIENT])]
         return sequence(continued, star(sequence(channels, again)), either([*made, *last]))
+
+    def instead(self, answer: Shape, names: Iterable[str] | None = None, parallel: bool = True) -> Shape:
+        """Messages up to a call, or to one on the final channel, which is the answer."""
+        again = tag("", text(), f"{MESSAGE_END}{START}")
+        channels = tag(CHANNEL, text([RECIPIENT, FINAL]), MESSAGE)
+        header = sequence(literal(f"{CHANNEL}{FINAL}"), optional(literal(" <|constrain|>json")), literal(MESSAGE))
+        last = [*self._calls_of(names), sequence(header, answer)]
+        return sequence(optional(again), star(sequence(channels, again)), either(last))
+
+    def _calls_of(self, names: Iterable[str] | None) -> list[Shape]:
+        frames = [(self.tag(name), self.written(name)) for name in self.chosen(names)]
+        return [tag(begin, arguments, end) for (begin, end), arguments in frames]
 
     def tag(self, name: str) -> tuple[str, str]:
         return f"<|channel|>commentary to=functions.{name} <|constrain|>json{MESSAGE}", CALL

@@ -39,25 +39,33 @@ def forced_schema(tools: dict[str, dict[str, Any]], parallel: bool) -> dict[str,
     A schema with references stands under `$defs` as a whole, its references pointing there.
     """
     shared: dict[str, Any] = {}
-    items: list[dict[str, Any]] = []
-    for name, parameters in tools.items():
-        own = parameters
-        if _has_references(parameters, 0):
-            shared[name] = _moved(parameters, f"#/$defs/{name}")
-            own = {"$ref": f"#/$defs/{name}"}
-        items.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": name}, "parameters": own},
-                "required": ["name", "parameters"],
-                "additionalProperties": False,
-            }
-        )
+    items = [_item(name, parameters, shared) for name, parameters in tools.items()]
     item = items[0] if len(items) == 1 else {"anyOf": items}
     made: dict[str, Any] = {"type": "array", "minItems": 1, "items": item}
     if not parallel:
         made["maxItems"] = 1
     return made | ({"$defs": shared} if shared else {})
+
+
+def one_call(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of one such object, standing alone."""
+    shared: dict[str, Any] = {}
+    item = _item(name, parameters, shared)
+    return item | ({"$defs": shared} if shared else {})
+
+
+def _item(name: str, parameters: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    """`shared` gets what the object refers to."""
+    own = parameters
+    if _has_references(parameters, 0):
+        shared[name] = _moved(parameters, f"#/$defs/{name}")
+        own = {"$ref": f"#/$defs/{name}"}
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, "parameters": own},
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
+    }
 
 
 def _has_references(schema: Any, depth: int) -> bool:

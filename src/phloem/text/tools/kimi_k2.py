@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from phloem.text.shown import Shown
 from phloem.text.tools._base import MAX_NAME, Malformed
-from phloem.text.tools._grammar import Shape, calls, json_of, sequence, tag, triggered
+from phloem.text.tools._grammar import Shape, calls, sequence, tag
 from phloem.text.tools._json import JsonReader
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ _ID = re.compile(r"(?:functions\.)?(?P<name>[\w.\-]+):\d+")
 class Parser(JsonReader):
     begins = (SECTION,)
     trigger = SECTION
+    sections = True
 
     def section(self, marker: str) -> Steps[None]:
         yield from self.spaces()
@@ -49,11 +50,11 @@ class Parser(JsonReader):
     def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
         number = {"type": "regex", "pattern": "[0-9]{1,4}"}
         made = [
-            sequence(tag(f"{CALL}functions.{name}:", number, ARGUMENTS), tag("", json_of(self.schema(name)), CALL_END))
+            sequence(tag(f"{CALL}functions.{name}:", number, ARGUMENTS), tag("", self.written(name), CALL_END))
             for name in self.chosen(names)
         ]
         section = tag(SECTION, calls(made, "", parallel), SECTION_END)
-        return triggered((SECTION,), [section], required, not parallel)
+        return self.framed([section], required, parallel)
 
     def tag(self, name: str) -> tuple[str, str]:
         return f"{SECTION}{CALL}functions.{name}:0{ARGUMENTS}", f"{CALL_END}{SECTION_END}"

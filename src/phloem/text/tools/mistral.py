@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.text.shown import Shown
 from phloem.text.tools._base import MAX_NAME, Malformed
-from phloem.text.tools._grammar import Shape, calls, json_of, tag, triggered
+from phloem.text.tools._grammar import Shape, calls, tag
 from phloem.text.tools._json import JsonReader
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def short_id() -> str:
 class Parser(JsonReader):
     begins = (BEGIN,)
     trigger = BEGIN
+    between = ""
 
     def __init__(self, tools: Iterable[dict[str, Any]] = (), make_id: Callable[[], str] = short_id) -> None:
         super().__init__(tools, make_id)
@@ -66,10 +67,10 @@ class Parser(JsonReader):
 
     def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
         chosen = self.chosen(names)
-        listed = [tag(f'{{"name": "{name}", "arguments": ', json_of(self.schema(name)), "}") for name in chosen]
+        listed = [tag(f'{{"name": "{name}", "arguments": ', self.written(name), "}") for name in chosen]
         tags = [tag(f"{BEGIN}[", calls(listed, ", ", parallel), "]")]
-        tags += [tag(f"{BEGIN}{name}{ARGUMENTS}", json_of(self.schema(name)), "") for name in chosen]
-        return triggered((BEGIN,), tags, required, not parallel)
+        tags += [tag(f"{BEGIN}{name}{ARGUMENTS}", self.written(name), "") for name in chosen]
+        return self.framed(tags, required, parallel)
 
     def tag(self, name: str) -> tuple[str, str]:
         return f'{BEGIN}[{{"name": "{name}", "arguments": ', "}]"

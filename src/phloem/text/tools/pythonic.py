@@ -13,19 +13,22 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from phloem.text.shown import Shown
-from phloem.text.tools._base import Ended, Malformed, ToolParser
+from phloem.text.tools._base import MAX_NAME, Ended, Malformed
 from phloem.text.tools._grammar import (
     Shape,
     Unspeakable,
     calls,
     either,
+    is_json,
     literal,
     members,
     sequence,
     tag,
     triggered,
+    without,
 )
-from phloem.text.tools._parameters import as_json, parameters
+from phloem.text.tools._json import JsonReader
+from phloem.text.tools._parameters import as_json, listed, parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,19 +46,64 @@ _HEAD_PART = re.compile(r"\[\s*(?:[A-Za-z_][\w.]*\s*\(?)?")
 _STRING = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\"""", re.DOTALL)
 
 
-class Parser(ToolParser):
+class Parser(JsonReader):
     begins = (BEGIN,)
     lead = "["
 
     def section(self, marker: str) -> Steps[None]:
         yield from self.spaces()
-        text = yield from self._brackets()
+        if self.place == "forced":
+            yield from self._with_json()
+        else:
+            yield from self._list()
+        if marker:
+            yield from self.optional(END)
+
+    def _list(self) -> Steps[None]:
+        start = self._at
+        try:
+            text = yield from self._brackets()
+        except Ended:
+            if self._cut:
+                self._begun(self._buffer[start:])
+            raise
         for name, arguments in _read(text):
             call = self.begin_call(name)
             call.add(arguments)
             call.end()
-        if marker:
-            yield from self.optional(END)
+
+    def _begun(self, text: str) -> None:
+        """What there is of a list that was cut: its calls, of the last one the arguments that are whole."""
+        whole, inside = _up_to_cut(text)
+        found = _read(whole)
+        for number, (name, arguments) in enumerate(found):
+            call = self.begin_call(name)
+            partial = inside and number == len(found) - 1
+            call.add(arguments.removesuffix("}").removesuffix("{") if partial else arguments)
+            if not partial:
+                call.end()
+
+    def _with_json(self) -> Steps[None]:
+        """Calls as a grammar has them written: their values are JSON, and go on as they come."""
+        yield from self.skip("[")
+        while True:
+            name, _ = yield from self.until("(", limit=MAX_NAME)
+            call = self.begin_call(name.strip())
+            first = True
+            while not (yield from self.accept(")")):
+                if not first:
+                    yield from self.skip(",")
+                key, _ = yield from self.until("=", limit=MAX_NAME)
+                call.add(("{" if first else ", ") + json.dumps(key.strip(), ensure_ascii=False) + ": ")
+                yield from self.json_value(call.add)
+                yield from self.spaces()
+                first = False
+            call.add("{}" if first else "}")
+            call.end()
+            if not (yield from self.optional(",")):
+                break
+            yield from self.spaces()
+        yield from self.optional("]")
 
     def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
         answer = sequence(
@@ -64,7 +112,12 @@ class Parser(ToolParser):
         framed = tag(BEGIN, answer, END)
         if required:
             return either([answer, framed])
-        return either([answer, triggered((BEGIN,), [framed], False, True, not_first=self.lead)])
+        return either([answer, triggered((BEGIN,), [framed], True, not_first=self.lead)])
+
+    def instead(self, answer: Shape, names: Iterable[str] | None = None, parallel: bool = True) -> Shape:
+        """An answer in another form than JSON could begin as calls do: they have their markers then."""
+        calls_of = self.structure(names, True, parallel)
+        return either([calls_of if is_json(answer) else calls_of["elements"][1], without(answer, self.begins)])
 
     def _written(self, name: str) -> Shape:
         """One call; its arguments are JSON, which the reader of Python's literals understands."""
@@ -72,12 +125,18 @@ class Parser(ToolParser):
             raise Unspeakable(f"{name!r:.80} is no name in Python")
         schema = self.schema(name)
         found: list[tuple[Shape, bool]] = []
-        for key, spec, must in parameters(schema):
+        for key, spec, must in self._parameters(name):
             if not _is_name(key):
                 raise Unspeakable(f"the parameter {key!r:.80} is no name in Python")
             found.append((sequence(literal(f"{key}="), as_json(schema, spec)), must))
         inside = [members(found, ", ")] if found else []
         return sequence(literal(f"{name}("), *inside, literal(")"))
+
+    def _parameters(self, name: str) -> Iterable[tuple[str, Any, bool]]:
+        schema = self.schema(name)
+        if name not in self.loose:
+            return parameters(schema)
+        return [(key, {}, False) for key in listed(schema) if _is_name(key)]
 
     def _brackets(self) -> Steps[str]:
         """From `[name(` to the bracket that closes it."""
@@ -110,6 +169,26 @@ class Parser(ToolParser):
                 raise Malformed
             yield from self.more()
         self._at = found.end()
+
+
+def _up_to_cut(text: str) -> tuple[str, bool]:
+    """A list of calls that was cut, closed behind what is whole of it; whether that is inside a call."""
+    whole, depth, at = "[", 0, 0
+    inside = False
+    while at < len(text):
+        string = _STRING.match(text, at)
+        if string is None and text[at] in "'\"":
+            break
+        char = text[at]
+        at = at + 1 if string is None else string.end()
+        depth += (string is None) * ((char in "([{") - (char in ")]}"))
+        if char == "(" and depth == 2:
+            whole, inside = text[:at], True
+        elif char == "," and depth == 2:
+            whole = text[: at - 1]
+        elif char == ")" and depth == 1:
+            whole, inside = text[:at], False
+    return whole + (")]" if inside else "]"), inside
 
 
 def _is_name(text: str) -> bool:

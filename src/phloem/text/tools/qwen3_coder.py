@@ -57,10 +57,10 @@ class Parser(XmlReader):
         made = [
             sequence(literal(f"{name}>\n"), *self.elements(name), literal(FUNCTION_END)) for name in self.chosen(names)
         ]
-        tags = [tag(f"{BEGIN}\n{FUNCTION}", either(made), f"\n{END}")]
-        if not required:
-            tags.append(tag(FUNCTION, either(made), ""))
-        return triggered((BEGIN,) if required else (BEGIN, FUNCTION), tags, required, not parallel)
+        framed = tag(f"{BEGIN}\n{FUNCTION}", either(made), f"\n{END}")
+        if required:
+            return self.framed([framed], True, parallel)
+        return triggered((BEGIN, FUNCTION), [framed, tag(FUNCTION, either(made), "")], not parallel)
 
     def tag(self, name: str) -> tuple[str, str]:
         return f"{BEGIN}\n{FUNCTION}{name}>\n", f"\n{FUNCTION_END}\n{END}"

@@ -1,0 +1,113 @@
+"""Kernels are compiled before an engine is ready: by a process beside the loading, then loaded by a few dummy steps.
+
+The dummy steps are the guarantee, the process makes them fast. Without it (`Warming.reason`) they are run over the
+shapes of `FEW`, and what those do not launch is compiled when a request first needs it, with a warning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from phloem.core.memory import groups_of
+from phloem.core.resolve import Decision
+from phloem.engine.shapes import run_shape
+from phloem.kvcache.pool import KVPool
+from phloem.utils import log
+
+if TYPE_CHECKING:
+    from phloem.engine.shapes import Shape
+    from phloem.engine.sizing import Need
+    from phloem.platforms import Platform
+    from phloem.platforms._compiled import Compiled, Service
+
+_log = log.get("engine.warm")
+
+TABLES = ("triton", "invariant")  # op tables, and attention backends, whose kernels are compiled at run time
+BACKENDS = ("triton",)
+MODULE = "phloem.engine.ahead"
+WAIT_SECONDS = 120.0  # for the process, when all else is done
+FEW = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 128, 256)
+
+
+@dataclass
+class Warming:
+    """Kernels on their way. `reason`: why no process compiles them."""
+
+    compiled: Compiled
+    service: Service | None
+    reason: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def finish(self, need: Need, device: torch.device, decisions: list[Decision]) -> None:
+        """Wait for the process, and launch every kernel once."""
+        begun = perf_counter()
+        found, why = self.service.wait(WAIT_SECONDS) if self.service is not None else (None, self.reason)
+        waited = perf_counter() - begun
+        if found is not None:
+            shapes: list[Shape] = [(tokens, rows) for tokens, rows in found["shapes"]]
+            self.facts |= {key: found[key] for key in ("kernels", "cached", "seconds", "slowest", "errors")}
+            new, seconds = found["kernels"] - found["cached"], found["seconds"]
+            text = f"{new} of {found['kernels']} compiled beside the loading in {seconds:.1f} s"
+            text += f", of which {waited:.1f} were waited for"
+            for error in found["errors"]:
+                _log.warning("a kernel was not compiled ahead: %s", error)
+        else:
+            shapes = few_shapes(need)
+            text = f"not compiled beside the loading: {why}"
+        begun = perf_counter()
+        run_all(need, device, shapes)
+        took = perf_counter() - begun
+        tally = self.compiled.tally.facts()
+        self.facts |= {"waited": round(waited, 3), "steps": len(shapes), "steps_seconds": round(took, 3), **tally}
+        text += f"; {len(shapes)} dummy steps in {took:.1f} s took {tally['loaded']} of the cache and compiled "
+        text += f"{tally['compiled']}"
+        _log.info("kernels: %s", text)
+        decisions.append(Decision("kernels", str(self.compiled.directory), text))
+
+    def ready(self) -> None:
+        """The engine answers: a compilation from now on is a fault."""
+        self.compiled.tally.ready = True
+
+    def told(self) -> dict[str, Any]:
+        """For `/server_info`: what was compiled until now, and how long it took."""
+        return self.facts | self.compiled.tally.facts() | {"cache": str(self.compiled.directory)}
+
+    def close(self) -> None:
+        """End the process, where the start has failed."""
+        if self.service is not None:
+            self.service.close()
+
+
+def start(platform: Platform, plan: dict[str, Any], refusal: str | None) -> Warming | None:
+    """Begin to compile; `refusal`: why not beside the loading. None where nothing is compiled at run time."""
+    compiled = platform.compiled
+    if compiled is None:
+        return None
+    compiled.begin()
+    if refusal is not None:
+        return Warming(compiled, None, refusal)
+    try:
+        return Warming(compiled, compiled.start(MODULE, plan))
+    except OSError as error:
+        return Warming(compiled, None, str(error))
+
+
+def few_shapes(need: Need) -> list[Shape]:
+    """Shapes that launch most of what steps launch, where nobody has found out which launch all."""
+    decode = [(rows, rows) for rows in FEW if rows <= min(need.running, need.chunk)]
+    most = min(need.chunk, need.context)
+    prompts = sorted({*(tokens for tokens in FEW if 1 < tokens <= most), most})
+    return decode + [(tokens, 1) for tokens in prompts if tokens > 1]
+
+
+def run_all(need: Need, device: torch.device, shapes: list[Shape]) -> None:
+    """Run them over two pages of memory."""
+    with torch.inference_mode():
+        memory = need.model.memory
+        pool = KVPool(memory, [2] * len(groups_of(memory)), need.page_size, need.kv_dtype, device, need.kv_scales)
+        for shape in shapes:
+            run_shape(need, pool, shape)

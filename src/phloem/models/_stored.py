@@ -1,0 +1,63 @@
+"""What a checkpoint's tensors are stored as, and under which names: numbers that no layer here understands are refused.
+
+A matrix of 8 or 4 bits is wrong without its scales, and a scale that nobody uses belongs to such a matrix: neither may
+be taken for a dense weight, or left out with a warning.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from phloem.core.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import dtype
+
+WHOLE = ("F64", "F32", "F16", "BF16")  # stored types whose values are the weights
+_SCALE = re.compile(
+    r".*[._](scales?|scale_inv|scale_2|scb|absmax|quant_map|quant_state\..+|qzeros|zero_point|g_idx|qweight|packed|"
+    r"weight_shape|blocks|qscale_weight|qscale_act|weight_format)",
+    re.IGNORECASE,
+)
+# Scales of queries and probabilities, for attention that computes in 8 bits: ours does not.
+_ATTENTION = re.compile(r".*self_attn\.(attn\.)?(q|prob|prob_output)_scale|.*self_attn\.q_proj\.(q_scale|output_scale)")
+_PREFIXES = ("model.", "transformer.", "gpt_neox.")
+_BESIDE = ("lm_head.", "embed_out.")  # heads
+_GGUF_LAYER = re.compile(r"blk\.\d+\..+\.(scale|bias)|rope_factors_(long|short)\.weight|.*\.scale")
+
+
+def unused_scales(names: Iterable[str]) -> list[str]:
+    """Of a safetensors checkpoint's unused tensors, those without which others cannot be read."""
+    return [name for name in names if _SCALE.fullmatch(name) and not _ATTENTION.fullmatch(name)]
+
+
+def unused_parts(names: Iterable[str]) -> list[str]:
+    """Of a GGUF file's unused tensors, those that would be multiplied with, or added to, what is used."""
+    return [name for name in names if _GGUF_LAYER.fullmatch(name)]
+
+
+def check_pushed(name: str, kind: dtype) -> None:
+    """Refuse a live update whose numbers are not weights yet. Raises ModelLoadError."""
+    if not kind.is_floating_point or kind.itemsize < 2:
+        raise ModelLoadError(f"{name} is {str(kind).removeprefix('torch.')}: push its values in 16 or 32 bits")
+
+
+def as_base(rename: Callable[[str], str | None], keys: Iterable[str], embedding: str) -> Callable[[str], str | None]:
+    """`rename` for files whose names may lack what stands before a base model's in one with a head: `model.`, mostly.
+
+    Args:
+        rename: a family's own, of names in a file with the prefix.
+        keys: all names in the files.
+        embedding: our name of a tensor that every model has, from which the two are told apart.
+    """
+    names = list(keys)
+    if any(rename(name) == embedding for name in names):
+        return rename
+    for prefix in _PREFIXES:
+        if any(rename(prefix + name) == embedding for name in names):
+            # What stands beside the base model has its own name in both.
+            return lambda name: rename(name if name.startswith(_BESIDE) else prefix + name)
+    return rename

@@ -1,0 +1,116 @@
+"""DeepSeek V3 and R1, Kimi K2: latent attention, sigmoid routing in groups with a correction, a dense block beside.
+
+The scale of attention grows with a stretched rotation (`mscale_all_dim`), and neighbours are paired.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from phloem.kernels.specs import RouterSpec
+from phloem.layers.latent import LatentSizes
+from phloem.layers.moe import ExpertNames, ExpertsConfig
+from phloem.layers.rope import rope_spec
+from phloem.models._common import Decoder, each_layer, layer_number, usual, usual_mlp
+from phloem.models._layer import Experts, Latents, LayerKind
+
+if TYPE_CHECKING:
+    from phloem.layers.context import BuildContext
+
+DEFAULTS = {
+    "norm_topk_prob": True,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 3,
+    "moe_layer_freq": 1,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.0,
+    "rope_interleave": True,
+}
+TINY = {
+    "head_dim": None,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+}
+VARIANTS = {
+    "plain": {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "attention_bias": True, "rope_interleave": False},
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 40.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16,
+        }
+    },
+}
+
+_NAMES = ExpertNames(correction="gate.e_score_correction_bias")
+
+
+class DeepseekV3(Decoder):
+    """A decoder whose files hold further layers, which draft and are not used here."""
+
+    def checkpoint_name(self, name: str) -> str | None:
+        return None if layer_number(name) >= len(self.layers) else name
+
+
+def latent_attention(config: dict[str, Any], *, interleaved: bool = True) -> Latents:
+    """The mixer that config.json describes."""
+    sizes = LatentSizes(
+        heads=config["num_attention_heads"],
+        rank=config["kv_lora_rank"],
+        rope=config["qk_rope_head_dim"],
+        nope=config["qk_nope_head_dim"],
+        value=config["v_head_dim"],
+        q_rank=config.get("q_lora_rank") or 0,
+        bias=bool(config.get("attention_bias", False)),
+    )
+    rope = rope_spec(config, sizes.rope, interleaved=interleaved)
+    scale, grown = (sizes.nope + sizes.rope) ** -0.5, rope.get("mscale_all_dim", 0.0)
+    if grown and rope.get("factor", 1.0) > 1:
+        scale *= (0.1 * grown * math.log(rope.get("factor")) + 1.0) ** 2
+    return Latents(sizes, rope, scale)
+
+
+def sparse_layers(config: dict[str, Any], experts: Experts) -> tuple[LayerKind, ...]:
+    """Dense layers first, then sparse ones, perhaps not every one."""
+    attention = latent_attention(config, interleaved=bool(config["rope_interleave"]))
+
+    def layer(n: int) -> LayerKind:
+        sparse = n >= config["first_k_dense_replace"] and n % (config.get("moe_layer_freq") or 1) == 0
+        return LayerKind(attention, experts if sparse else usual_mlp(config))
+
+    return each_layer(config, layer)
+
+
+def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+    router = RouterSpec(
+        config["num_experts_per_tok"],
+        "sigmoid",
+        renormalise=bool(config["norm_topk_prob"]),
+        eps=1e-20,
+        scale=float(config["routed_scaling_factor"]),
+        groups=config["n_group"],
+        keep=config["topk_group"],
+    )
+    inner = config["moe_intermediate_size"]
+    sparse = ExpertsConfig(config["n_routed_experts"], inner, router, names=_NAMES)
+    shared = usual_mlp(config, inner_size=inner * int(config["n_shared_experts"] or 1), name="shared_experts")
+    layers = sparse_layers(config, Experts(sparse, shared=shared))
+    return DeepseekV3(ctx, usual(config, layers=layers), max_positions)

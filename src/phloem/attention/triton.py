@@ -15,6 +15,7 @@ import torch
 
 from phloem.attention._cascade import Sharing
 from phloem.attention._store import call_of, store, unserved
+from phloem.kernels.specs import SHARED_SPLITS, shared_tile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from phloem.layers.context import AttentionSpec, Heads
 
 DEVICES = ("cuda", "xpu")
+LARGE = 132  # multiprocessors
 LARGEST_HEAD = 256  # beyond it a tile does not fit the shared memory
 KV_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 
@@ -73,17 +75,21 @@ class Backend:
 
 def sharing_of(spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> Sharing:
     """What attending to shared pages once costs, in a layer of this kind."""
-    from phloem.kernels.triton import shared
-    from phloem.kernels.triton._base import multiprocessors, power_of_2
-
-    group = spec.heads // spec.kv_heads
+    wide = dtype == torch.float32
     return Sharing(
-        tile=shared.tile_rows(group, dtype == torch.float32) // power_of_2(group),
-        programs=max(1, 2 * multiprocessors(torch.empty(0, device=device)) // spec.kv_heads),
-        splits=(shared.DECODE_SPLITS, shared.EXTEND_SPLITS),
+        tile=shared_tile(spec.heads // spec.kv_heads, wide)[0],
+        programs=max(1, 2 * processors(device) // spec.kv_heads),
+        splits=SHARED_SPLITS,
         token_bytes=spec.kv_heads * (spec.head_size + spec.values) * dtype.itemsize,
         part_bytes=spec.heads * (spec.values + 1) * 4,
     )
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; those of a large one where there is none to ask."""
+    if device.type != "cuda":
+        return LARGE
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def stored_by(rope: ModuleType, ops: Ops, scales: tuple[Tensor, Tensor] | None) -> Ops:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from phloem.attention import StateRows
-from phloem.attention._cascade import find, fixed_sizes
+from phloem.attention._cascade import MOST_TOKENS, find, fixed_sizes
 from phloem.kernels.ops import PagedBatch, SharedPages
 
 if TYPE_CHECKING:
@@ -84,6 +84,15 @@ class StepInputs:
             sizes += [rows] * 4 if group.kind == "state" else [rows, tokens]
         parts = [tensor[:size] for tensor, size in zip(self.tensors, sizes, strict=True)]
         return replace(self, tensors=parts, max_query_len=min(self.max_query_len, tokens))
+
+
+def no_shared_pages(pool: KVPool, tokens: int, rows: int) -> dict[int, SharedPages]:
+    """Of a step of dummy rows that share nothing, for each group of pages."""
+    sizes = [*fixed_sizes(rows)[:3], (min(tokens, MOST_TOKENS),), (min(tokens, MOST_TOKENS),), (tokens,)]
+    numbers = [number for number, group in enumerate(pool.groups) if group.kind == "pages"]
+    none = [torch.zeros(size, dtype=torch.int32, device=pool.device) for size in sizes]
+    none[-1].sub_(1)
+    return {number: SharedPages(*none) for number in numbers}
 
 
 class FixedInputs:

@@ -216,7 +216,7 @@ def _attention(
         tl.store(lse + at_lse, tl.where(mass == 0.0, float("-inf"), top + tl.log2(mass)), mask=valid)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "own"])
 def _join_splits(
     partial,
     lse,
@@ -362,6 +362,9 @@ def _run(
     wide = q_THD.dtype == torch.float32
     block_m, block_n, warps, depth = _tile(decode, group, max(block_d, block_dv), wide, tree_mask is not None)
     pages = None if tree_mask is not None or split_size else batch.shared
+    if pages is not None and decode:
+        # Short as they are behind shared pages, rows' own parts come in few numbers: each is a kernel of its own.
+        splits = shared.own_splits(splits)
     # Parts of each token: its own, then those of what its row shares.
     parts = splits + (shared.splits_of(decode) if pages is not None else 0)
     partial = parts > 1 and (decode or pages is None)

@@ -21,24 +21,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phloem.kernels.specs import SHARED_SPLITS, shared_tile
 from phloem.kernels.triton._base import find_row, power_of_2, stages
 from phloem.kernels.triton._block import attend_block
 
 if TYPE_CHECKING:
     from phloem.kernels.calls import AttentionCall, Cache, PagedBatch, SharedPages
 
-# Most parts that a group's pages are cut into; a step with long rows, which has more tokens, keeps fewer of them.
-DECODE_SPLITS, EXTEND_SPLITS = 16, 8
-
 
 def splits_of(decode: bool) -> int:
     """Parts that are kept for the shared pages of each token."""
-    return DECODE_SPLITS if decode else EXTEND_SPLITS
+    return SHARED_SPLITS[0 if decode else 1]
 
 
-def tile_rows(group: int, wide: bool) -> int:
-    """Rows of a tile: tokens times the query heads of a kv head, `group`, rounded up. `wide`: float32 tensors."""
-    return max(16 if wide else 64, power_of_2(group))
+def own_splits(wanted: int) -> int:
+    """Parts of what a row has for itself, in a decode step: 1, 2 or 4."""
+    return 4 if wanted >= 4 else 2 if wanted >= 2 else 1
 
 
 def part_buffers(out_THD: Tensor, tokens: int, parts: int) -> tuple[Tensor, Tensor]:
@@ -191,7 +189,7 @@ def attend(
     group, count = heads // kv_heads, pages.groups.shape[0]
     wide = q_THD.dtype == torch.float32
     block_d, block_dv = power_of_2(size), power_of_2(size_v)
-    block_m = tile_rows(group, wide)
+    block_m = shared_tile(group, wide)[1]
     target, lse = parts
     tiles = pages.members.shape[0] // (block_m // power_of_2(group)) + count
     k_scale, v_scale = scales if scales is not None else (q_THD, q_THD)

@@ -40,11 +40,13 @@ class Check:
     def __init__(self, args: argparse.Namespace) -> None:
         import torch
 
+        from phloem.platforms._facts import own_float8
+
         self.args = args
         self.tiny: bool = args.dry_run
         self.device = torch.device("cpu" if self.tiny else "cuda")
         self.dtype = torch.float32 if self.tiny else torch.bfloat16
-        self.float8 = torch.float8_e4m3fnuz if torch.version.hip else torch.float8_e4m3fn
+        self.float8 = own_float8()
         self.begun = time.perf_counter()
         self.report: dict[str, Any] = {"machine": machine(self.tiny), "dry_run": self.tiny, "skipped": {}, "errors": {}}
         self.report["left_mib"] = {}

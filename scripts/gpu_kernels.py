@@ -23,6 +23,7 @@ from phloem.kernels import reference_experts as experts_ref
 from phloem.kernels import reference_formats as formats
 from phloem.kernels import reference_sampling as sampling_ref
 from phloem.kernels.ops import Adapters, AttentionCall, Draw, LatentCall, PagedBatch, Rotation
+from phloem.platforms._facts import own_float8
 
 LIMITS = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 1.2e-2}
 
@@ -58,8 +59,7 @@ class Kernels:
     def __init__(self, device: torch.device, dtype: torch.dtype, tiny: bool) -> None:
         self.device, self.dtype, self.tiny = device, dtype, tiny
         self.generator = torch.Generator(device).manual_seed(int(time.time()))
-        hip = torch.version.hip is not None
-        self.fp8 = torch.float8_e4m3fnuz if hip else torch.float8_e4m3fn
+        self.fp8 = own_float8()
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None, by: float = 1.0) -> Tensor:
         drawn = torch.randn(shape, generator=self.generator, device=self.device) * by

@@ -32,8 +32,8 @@ PATIENCE_WITH_CHECK = 2  # whoever compares steps wants them recorded soon
 
 
 def sharing_sizes(limit: int) -> list[int]:
-    """Row counts of steps whose rows share pages: 4, then two to an octave, and `limit` itself. Such steps come with many
-    rows, and their graphs stand beside those of other steps, so there are fewer of them."""
+    """Row counts of steps whose rows share pages: 4, then two to an octave, and `limit` itself. Such steps come with
+    many rows, and their graphs stand beside those of other steps, so there are fewer of them."""
     sizes = [size for power in range(2, limit.bit_length()) for size in (1 << power, 3 << (power - 1))]
     return [*(size for size in sizes if size < limit), limit] if limit > 1 else []
 

@@ -1,4 +1,4 @@
-"""Refusals name what the client sent, on each route; tools without parameters take none; nothing of our grammars shows."""
+"""Refusals name what the client sent, on each route; tools without parameters take none; no grammar of ours shows."""
 
 from __future__ import annotations
 
@@ -51,19 +51,22 @@ def ask(url: str, route: str, tools: list[dict[str, Any]], choice: str | None = 
     if route == "chat":
         body = {"messages": USER, "max_tokens": 300, "tools": [{"type": "function", "function": one} for one in tools]}
         body["tool_choice"] = {"type": "function", "function": {"name": choice}} if named else choice
+        body["parallel_tool_calls"] = False
         if shape is not None:
             body["response_format"] = {"type": "json_schema", "json_schema": {"name": "a", "schema": shape}}
         return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
     if route == "responses":
         body = {"input": "Hi", "max_output_tokens": 300, "tools": [{"type": "function", **one} for one in tools]}
         body["tool_choice"] = {"type": "function", "name": choice} if named else choice
+        body["parallel_tool_calls"] = False
         if shape is not None:
             body["text"] = {"format": {"type": "json_schema", "name": "a", "schema": shape}}
         return httpx.post(f"{url}/v1/responses", json=body, timeout=120)
+    choices: dict[str, Any] = {"type": "tool", "name": choice} if named else {"type": "any"}
     renamed = [{"input_schema" if key == "parameters" else key: one[key] for key in one} for one in tools]
     body = {"messages": USER, "max_tokens": 300, "tools": renamed}
     if choice is not None:
-        body["tool_choice"] = {"type": "tool", "name": choice} if named else {"type": "any"}
+        body["tool_choice"] = {**choices, "disable_parallel_tool_use": True}
     if shape is not None:
         body["output_config"] = {"format": {"type": "json_schema", "schema": shape}}
     return httpx.post(f"{url}/v1/messages", json=body, timeout=120)
@@ -165,3 +168,18 @@ def test_a_tool_without_parameters_is_called_without_any(url: str, route: str) -
         for choice in ("now", "required"):
             found = calls_of(ask(url, route, [tool("now", schema)], choice), route)
             assert found and all(call == ("now", {}) for call in found), (schema, found)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_arguments_and_answers_have_the_numbers_of_the_schema(url: str, route: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"id": {"const": 2**53 + 1}, "n": {"enum": [1234567890123456789]}},
+        "required": ["id", "n"],
+        "additionalProperties": False,
+    }
+    want = {"id": 2**53 + 1, "n": 1234567890123456789}
+    for strict in (True, None):
+        assert calls_of(ask(url, route, [tool("f", schema, strict)], "f"), route) == [("f", want)]
+    answer = ask(url, route, [], shape=schema)
+    assert answer.status_code == 200 and json.dumps(json.dumps(want, separators=(",", ":"))) in answer.text, answer.text

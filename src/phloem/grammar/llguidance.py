@@ -81,16 +81,17 @@ def complaint(schema: _schema.Schema) -> str | None:
 
 
 def refusal(text: str) -> str | None:
-    """Why a schema cannot be enforced, with the place in it, as far as that is seen without a vocabulary and at once."""
+    """Why a schema cannot be enforced, with the place in it, as far as is seen at once, without a vocabulary."""
     try:
         schema = prepared(text)
-        quick = isinstance(schema, dict) and '"multipleOf"' not in text
-        said = complaint(schema) if quick else None
+        if not isinstance(schema, dict) or '"multipleOf"' in text:
+            return None
+        said = complaint(schema)
+        return None if said is None else _placed(schema, said)
     except BadRequest as error:
         return error.message
     except ImportError:
         return None
-    return None if said is None or not isinstance(schema, dict) else _placed(schema, said)
 
 
 def _placed(schema: _schema.Schema, message: str) -> str:
@@ -174,8 +175,7 @@ class Engine:
                 raise
             for part in _nodes.schemas_in(constraint):
                 schema = self._schema(part)
-                said = complaint(schema) if isinstance(schema, dict) else None
-                if said is not None:
+                if isinstance(schema, dict) and (said := complaint(schema)) is not None:
                     raise BadRequest(_placed(schema, said)) from None
             raise BadRequest(_without_source(error.message)) from None
 

@@ -82,7 +82,8 @@ def plan(
         made = _auto(checked, places, format_name, several, answer)
     else:
         made = _forced(checked, places, format_name, several)
-    return replace(made, blamed=places[0]) if len(places) == 1 and answer is None else made
+    alone = len(places) == 1 and (answer is None or mode != "auto")
+    return replace(made, blamed=places[0]) if alone else made
 
 
 def check_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -207,9 +208,8 @@ def _writer(tools: list[dict[str, Any]], places: list[str], name: str) -> tuple[
             alone.structure()
         except Unspeakable as error:
             if function.get("strict"):
-                raise BadRequest(
-                    f"{place}: the calls of {which!r} cannot be enforced in the format {name!r}: {error}", param=place
-                ) from None
+                message = f"{place}: the calls of {which!r} cannot be enforced in the format {name!r}: {error}"
+                raise BadRequest(message, param=place) from None
             alone.loose = frozenset({which})
             try:
                 alone.structure()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phloem.kernels.ops import Adapters, AttentionCall, Draw, LatentCall, PagedBatch, Rotation
+from phloem.kernels.ops import Adapters, AttentionCall, Draw, LatentCall, PagedBatch, Rotation, SharedPages
 from phloem.kernels.triton import (
     activation,
     attention,
@@ -71,6 +71,7 @@ def _attend(
     window: int = 0,
     cap: float = 0.0,
     sinks: bool = False,
+    shared: bool = False,
     **options: Any,
 ) -> None:
     cache = t(1000, kv_heads, 16, head, dtype=float8 or dtype)
@@ -78,7 +79,16 @@ def _attend(
     if float8 is not None:
         options["scales"] = (t(kv_heads, dtype=F32), t(kv_heads, dtype=F32))
     call = AttentionCall(head**-0.5, window, cap, t(heads) if sinks else None)
-    run(t(tokens, heads, head, dtype=dtype), (cache, cache), batch(rows, tokens), call, **options)
+    rows_of = batch(rows, tokens)
+    if shared:
+        rows_of.shared = _shared(rows, tokens)
+    run(t(tokens, heads, head, dtype=dtype), (cache, cache), rows_of, call, **options)
+
+
+def _shared(rows: int, tokens: int) -> SharedPages:
+    groups, members = rows // 2, min(tokens, 512)
+    numbers = t(groups + 1, dtype=I32), t(groups, 3, dtype=I32), t(members, dtype=I32), t(members, dtype=I32)
+    return SharedPages(t(rows, dtype=I32), *numbers, t(tokens, dtype=I32))
 
 
 def _mla(rows: int, tokens: int) -> None:
@@ -95,6 +105,8 @@ def _rope(interleaved: bool, cache_dtype: torch.dtype, scaled: bool) -> None:
     rope.rope_(q, k, positions, cos_sin, interleaved)
     rope.write_kv(k, v, cache, cache, slots, scales)
     rope.rope_write_kv(q, k, v, Rotation(positions, cos_sin, interleaved), cache, cache, slots, scales)
+    norms = Rotation(positions, cos_sin, interleaved, t(128), t(128), 1e-6)
+    rope.rope_write_kv(q, k, v, norms, cache, cache, slots, scales)
 
 
 def _norms(dtype: torch.dtype, features: int) -> None:
@@ -138,10 +150,10 @@ def _logits(vocab: int) -> None:
 def _moe(tokens: int, float8: torch.dtype | None = None) -> None:
     """Qwen3-30B-A3B: 128 experts, 8 a token."""
     dtype = float8 or BF16
-    weights, ids = moe.route(t(tokens, 128), 8, True)
+    weights, ids, lists = moe.route_and_sort(t(tokens, 128), 8, True, moe.tile_size(tokens * 8, 128))
     gate_up, down = t(128, 1536, 2048, dtype=dtype), t(128, 2048, 768, dtype=dtype)
     scales = (t(128, 12, 16, dtype=F32), t(128, 16, 6, dtype=F32)) if float8 else None
-    moe.experts(t(tokens, 2048), weights, ids, gate_up, down, scales=scales)
+    moe.experts(t(tokens, 2048), weights, ids, gate_up, down, scales=scales, lists=lists)
 
 
 def _quantise(float8: torch.dtype) -> None:
@@ -152,6 +164,18 @@ def _quantise(float8: torch.dtype) -> None:
 def _gemm_fp8(tokens: int, float8: torch.dtype) -> None:
     x, weight = t(tokens, 4096, dtype=float8), t(6144, 4096, dtype=float8)
     gemm_fp8.block_scaled_gemm(x, t(tokens, 32, dtype=F32), weight, t(48, 32, dtype=F32), None, BF16)
+
+
+def _few_rows(dtype: torch.dtype, float8: torch.dtype) -> None:
+    x, weight = t(4, 4096, dtype=dtype), t(6144, 4096, dtype=float8)
+    gemm_fp8.few_rows_gemm(x, weight, t(48, 32, dtype=F32), None)
+    gemm_fp8.few_rows_gemm(x, weight, t(6144, dtype=F32), None)
+
+
+def _norm_fp8(float8: torch.dtype) -> None:
+    x, weight = t(64, 4096), t(4096)
+    norm.rms_norm_fp8(x, x, weight, 1e-6, float8, grouped=True)
+    norm.rms_norm_fp8(x, None, weight, 1e-6, float8, grouped=False)
 
 
 def _gemm_int(tokens: int) -> None:
@@ -192,6 +216,14 @@ def cases() -> list[Case]:
         ),
         Case("extend, float32", plain(_attend, 4, 4096, 32, 8, 128, dtype=F32)),
         Case("extend, float8 cache", lambda f: _attend(4, 4096, 32, 8, 128, float8=f), float8=True),
+        Case("decode, shared pages, 64 rows", plain(_attend, 64, 64, 32, 8, 128, shared=True), quick=True),
+        Case("decode, shared pages, float8", lambda f: _attend(64, 64, 32, 4, 128, float8=f, shared=True), float8=True),
+        Case(
+            "decode, shared pages, sinks, D 64", plain(_attend, 64, 64, 64, 8, 64, window=128, sinks=True, shared=True)
+        ),
+        Case("decode, shared pages, cap, D 256", plain(_attend, 64, 64, 8, 4, 256, cap=50.0, shared=True)),
+        Case("decode, shared pages, float32", plain(_attend, 8, 8, 32, 8, 128, dtype=F32, shared=True)),
+        Case("extend, shared pages", plain(_attend, 64, 4096, 32, 8, 128, shared=True)),
         Case("MLA decode, DeepSeek-V3", plain(_mla, 32, 32)),
         Case("MLA extend, DeepSeek-V3", plain(_mla, 4, 2048)),
         Case("norms, bf16, 4096", plain(_norms, BF16, 4096), quick=True),
@@ -207,9 +239,13 @@ def cases() -> list[Case]:
         Case("MoE, 1 token", plain(_moe, 1)),
         Case("MoE, 64 tokens", plain(_moe, 64), quick=True),
         Case("MoE, 4096 tokens", plain(_moe, 4096)),
+        Case("MoE, float8, 1 token", lambda f: _moe(1, f), float8=True),
         Case("MoE, float8, 64 tokens", lambda f: _moe(64, f), float8=True),
         Case("MoE, float8, 4096 tokens", lambda f: _moe(4096, f), float8=True),
         Case("quantise to float8", _quantise, float8=True),
+        Case("norm that writes float8", _norm_fp8, float8=True),
+        Case("few rows on float8 weights", partial(_few_rows, BF16), float8=True),
+        Case("few rows on float8 weights, float32", partial(_few_rows, F32), float8=True),
         Case("float8 GEMM, 1 token", partial(_gemm_fp8, 1), float8=True),
         Case("float8 GEMM, 128 tokens", partial(_gemm_fp8, 128), float8=True),
         Case("int8 and int4 GEMM, 1 token", plain(_gemm_int, 1)),

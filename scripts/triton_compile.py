@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, without a GPU, and report what each takes.
 
-    python scripts/triton_compile.py [--targets sm_80,sm_90,sm_100,gfx942] [--quick] [--only TEXT] [--json FILE]
+    python scripts/triton_compile.py [--targets sm_90,gfx942] [--quick] [--only TEXT] [--json FILE]
 
 For each distinct launch of `triton_cases.py`: registers, stack (spills) and shared memory on each target. It fails on
 any compile error, and where a kernel needs more shared memory than the target has.
@@ -31,12 +31,16 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from phloem.platforms._facts import float8_of  # noqa: E402
+
 # backend, architecture, warp size, shared memory per block in bytes, float8 type (None: has none)
 TARGETS: dict[str, tuple[GPUTarget, int, torch.dtype | None]] = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024, None),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024, torch.float8_e4m3fn),
     "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024, torch.float8_e4m3fn),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024, torch.float8_e4m3fnuz),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024, float8_of("gfx942")),
+    "gfx950": (GPUTarget("hip", "gfx950", 64), 160 * 1024, float8_of("gfx950")),
+    "gfx1100": (GPUTarget("hip", "gfx1100", 32), 64 * 1024, None),
 }
 _TYPES = {
     torch.bfloat16: "bf16",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = ["attention", "elementwise", "engine", "gemm", "linear", "moe", "sample"]
+FILES = ["attention", "elementwise", "engine", "gemm", "linear", "moe", "sample", "shared"]
 
 
 @pytest.mark.slow

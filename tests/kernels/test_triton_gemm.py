@@ -13,7 +13,7 @@ from phloem.kernels import reference_formats as formats
 from phloem.kernels.calls import Adapters
 
 need_interpreter()
-from phloem.kernels.triton import gemm_fp8, gemm_int, invariant, lora, quantise  # noqa: E402
+from phloem.kernels.triton import gemm_fp8, gemm_int, invariant, lora, norm, quantise  # noqa: E402
 
 FP8 = torch.float8_e4m3fn
 
@@ -60,6 +60,44 @@ def test_block_scaled_gemm(tokens: int, features: int, outputs: int, splits: int
     want = F.linear(formats.spread_groups(x, x_scale), formats.spread_blocks(weight, weight_scale), offset)
     got = gemm_fp8.block_scaled_gemm(x, x_scale, weight, weight_scale, offset, torch.float32, splits)
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "features", "outputs", "splits"), [(1, 384, 70, 1), (5, 640, 130, 3), (16, 200, 90, None)]
+)
+def test_few_rows_meet_float8_weights_as_they_are(
+    tokens: int, features: int, outputs: int, splits: int | None, blocks: bool, dtype: torch.dtype
+) -> None:
+    x = (torch.randn(tokens, features) / 8).to(dtype)
+    quantise = formats.quantise_blocks if blocks else formats.quantise_fp8
+    weight, scale = quantise(torch.randn(outputs, features), FP8)
+    wide = formats.spread_blocks(weight, scale) if blocks else weight.float() * scale[:, None]
+    for bias in (None, torch.randn(outputs).to(dtype)):
+        want = F.linear(x.float(), wide, None if bias is None else bias.float())
+        torch.testing.assert_close(
+            gemm_fp8.few_rows_gemm(x, weight, scale, bias, splits).float(), want, atol=8e-3, rtol=8e-3
+        )
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("features", [128, 300, 1152])
+def test_a_norm_that_writes_float8_is_the_norm_and_then_float8(features: int, grouped: bool) -> None:
+    x, residual = torch.randn(3, features), torch.randn(3, features)
+    weight = torch.rand(features) + 0.5
+    quantised = quantise.per_group_fp8 if grouped else quantise.per_token_fp8
+    for other in (None, residual):
+        values, scale, total = norm.rms_norm_fp8(x, other, weight, 1e-6, FP8, grouped=grouped)
+        if other is None:
+            want, summed = norm.rms_norm(x, weight, 1e-6), x
+        else:
+            want, summed = norm.add_rms_norm(x, other, weight, 1e-6)
+        want_values, want_scale = quantised(want, FP8)
+        assert torch.equal(total, summed)
+        torch.testing.assert_close(scale, want_scale, atol=0, rtol=1e-6)
+        # A sum in another order may move a number over the edge between two of float8's.
+        assert (values.float() != want_values.float()).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

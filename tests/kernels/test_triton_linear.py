@@ -58,6 +58,11 @@ def test_every_kind_of_weight_under_every_option(kind: str, tokens: int) -> None
     out, total = linear(x, weight, bias, norm=norm, gate="silu")
     want = ref.silu_and_mul(F.linear(ref.rms_norm(x, norm.weight, norm.eps), wide, bias))
     assert total is x and (out - want).norm() <= (2 * error + 1e-4) * want.norm()
+    before = random(tokens, 256, seed=7)
+    out, total = linear(x, weight, norm=norm, residual=before)
+    want = F.linear(ref.rms_norm(x + before, norm.weight, norm.eps), wide)
+    assert total is not None and torch.equal(total, x + before)
+    assert (out - want).norm() <= (error + 1e-4) * want.norm()
 
 
 def test_adapters_are_added_to_narrow_weights() -> None:

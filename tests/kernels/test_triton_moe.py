@@ -52,8 +52,41 @@ def test_sorting(tokens: int, top_k: int, experts: int) -> None:
     assert sum(-(-int((ids == e).sum()) // 16) for e in range(experts)) == int(used.sum())
 
 
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "tile"), [(5, 2, 8, 16), (33, 3, 6, 16), (64, 8, 128, 16), (7, 4, 60, 32)]
+)
+def test_one_launch_routes_and_sorts_as_three_do(
+    tokens: int, top_k: int, experts: int, tile: int, renormalise: bool
+) -> None:
+    logits = torch.randn(tokens, experts) * 2
+    logits[1] = 0.0  # equal scores
+    weights, ids, lists = moe.route_and_sort(logits, top_k, renormalise, tile)
+    want_weights, want_ids = moe.route(logits, top_k, renormalise)
+    assert torch.equal(ids, want_ids)
+    torch.testing.assert_close(weights, want_weights, atol=1e-6, rtol=1e-5)
+    order, tile_expert = moe.sort_by_expert(want_ids, experts, tile)
+    used = tile_expert >= 0
+    assert torch.equal(lists[1], tile_expert)
+    assert torch.equal(lists[0].view(-1, tile)[used], order.view(-1, tile)[used])
+
+
+def test_damaged_logits_name_experts_that_exist() -> None:
+    logits = torch.full((5, 6), float("nan"))
+    _, ids, (_, tile_expert) = moe.route_and_sort(logits, 2, True, 16)
+    assert int(ids.min()) >= 0 and int(ids.max()) < 6 and int(tile_expert.max()) < 6
+    assert int(moe.route(logits, 2, True)[1].max()) < 6
+
+
+def test_many_tokens_are_routed_and_sorted_in_launches_of_their_own() -> None:
+    logits = torch.randn(65, 8)
+    _, ids, lists = moe.route_and_sort(logits, 2, True, 16)
+    assert torch.equal(ids, ref.route(logits, 2, True)[1])
+    assert torch.equal(lists[1], moe.sort_by_expert(ids, 8, 16)[1])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 8, 2), (5, 4, 2), (70, 3, 1)])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 8, 2), (4, 6, 3), (5, 4, 2), (70, 3, 1)])
 def test_moe(tokens: int, experts: int, top_k: int, dtype: torch.dtype) -> None:
     torch.manual_seed(9)
     x, logits = torch.randn(tokens, 40).to(dtype), torch.randn(tokens, experts).to(dtype)
@@ -74,7 +107,19 @@ def test_moe_in_float8(monkeypatch: pytest.MonkeyPatch) -> None:
     got = moe.experts(x, weights, ids, gate_up, down, scales=(gate_scale, down_scale))
     wide = formats.spread_blocks(gate_up, gate_scale), formats.spread_blocks(down, down_scale)
     want = ref.experts(x, weights, ids, *wide)
-    # What remains is the rounding of activations to three bits of mantissa.
-    assert (got - want).norm() / want.norm() < 0.05
+    # What remains is the rounding of activations to three bits of mantissa; between the products the kernel rounds
+    # itself, and the interpreter cuts off where a GPU rounds to nearest.
+    assert (got - want).norm() / want.norm() < 0.12
     exact = ref.experts(formats.spread_groups(*formats.quantise_fp8(x, torch.float8_e4m3fn, 128)), weights, ids, *wide)
-    assert (got - exact).norm() / exact.norm() < 0.05
+    assert (got - exact).norm() / exact.norm() < 0.12
+
+
+def test_few_tokens_meet_float8_experts_unquantised() -> None:
+    torch.manual_seed(11)
+    x, logits = torch.randn(3, 160), torch.randn(3, 4)
+    gate_up, gate_scale = formats.quantise_blocks(torch.randn(4, 2 * 128, 160) / 12, torch.float8_e4m3fn)
+    down, down_scale = formats.quantise_blocks(torch.randn(4, 160, 128) / 11, torch.float8_e4m3fn)
+    weights, ids = ref.route(logits, 2, True)
+    got = moe.experts(x, weights, ids, gate_up, down, scales=(gate_scale, down_scale))
+    wide = formats.spread_blocks(gate_up, gate_scale), formats.spread_blocks(down, down_scale)
+    assert_close(got, ref.experts(x, weights, ids, *wide), torch.float32)

@@ -141,3 +141,9 @@ def test_what_stands_around_attention(options: AttentionOptions, turned: bool) -
     expected = Dense().attend(layer.spec, Heads(q, k, v))
     expected = expected * torch.sigmoid(gate) if options.gate else expected
     torch.testing.assert_close(ours, expected.reshape(tokens, -1), atol=1e-5, rtol=1e-4)
+
+
+def test_the_page_of_models_is_what_its_script_writes() -> None:
+    import model_table
+
+    assert model_table.main(["--check"]) == 0

@@ -155,7 +155,11 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "variant", ["llama-bias", "qwen2", "qwen3", "mistral", "gemma3_text-caps", "phi3", "olmo2", "granite", "gpt_oss"]
+    "variant",
+    [
+        *("llama-bias", "qwen2", "qwen3", "mistral", "gemma3_text-caps", "phi3", "olmo2", "granite", "gpt_oss"),
+        *("starcoder2", "falcon", "phi", "qwen2_moe", "ministral3", "glm4"),
+    ],
 )
 def test_forward_is_ops_and_views(made: Any, variant: str) -> None:
     watch = Watch()

@@ -99,6 +99,29 @@ def test_what_is_forced_is_in_the_cache(jumping: Any) -> None:
     assert driver.runner.computed_tokens - computed <= computed - beginning
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("pages", [200, 45], ids=["room", "pressure"])
+def test_what_is_forced_before_admission_is_no_part_of_the_prompt(jumping: Any, overlap: bool, pages: int) -> None:
+    driver = Driver(prepare=jumping, overlap=overlap, num_pages=pages)
+    prompts = {f"r{index}": [11, 12, 13, 14, 15][: 1 + index % 5] for index in range(20)}
+    for name, prompt in prompts.items():
+        driver.submit(name, prompt, 200, json_schema=json.dumps(SCHEMA))
+        driver.step(3)
+    driver.step(9)
+    if pages == 45:
+        assert driver.scheduler.planner.preemptions > 0
+    driver.control("pause", mode="retract")
+    driver.step(3)
+    driver.control("resume")
+    driver.run()
+    cached = {name: driver.chunks[name][-1].cached_tokens for name in prompts}
+    assert all(0 <= cached[name] <= len(prompt) for name, prompt in prompts.items()), cached
+    state = driver.scheduler.planner.state()
+    assert state["prompt_tokens"] == sum(map(len, prompts.values()))
+    assert state["cached_tokens"] == sum(cached.values()) > 0
+    assert 0 < state["cache_hit_rate"] <= 1
+
+
 def test_a_text_that_is_forced_whole_needs_no_step(jumping: Any) -> None:
     driver = Driver(prepare=jumping)
     driver.submit("a", [11], 50, regex="yes")

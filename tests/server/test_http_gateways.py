@@ -30,7 +30,7 @@ FILLED: list[tuple[str, dict[str, Any]]] = [
     (
         "/generate",
         {
-            "model": None,
+            "model": "unknown",
             "return_text_in_logprobs": False,
             "stream": False,
             "log_metrics": True,

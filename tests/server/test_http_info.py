@@ -121,6 +121,9 @@ async def test_load_routes() -> None:
         loads = (await door.http.get("/v1/loads?include=core,queues")).json()
         assert loads["loads"][0]["token_usage"] == 0.5 and loads["dp_rank_count"] == 1
         assert loads["aggregate"]["total_running_reqs"] == 3
+        # Fields and forms without which smg takes no load of a worker.
+        assert isinstance(loads["timestamp"], str) and loads["loads"][0]["num_total_reqs"] == 5
+        assert {"utilization", "max_running_requests", "active_token_usage"} <= loads["loads"][0].keys()
         assert (await door.http.get("/loads")).status_code == 200
         assert (await door.http.get("/version")).json()["version"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from phloem.attention._cascade import Sharing
 from phloem.core.errors import ConfigError
 from phloem.layers.context import StateStep
 from phloem.utils.registry import Registry
@@ -53,6 +54,20 @@ class AttentionBackend(Protocol):
     def begin(self, batch: PagedBatch, pool: KVPool) -> AttentionStep:
         """Plan one step; the result is called once per attention layer."""
         ...
+
+
+class SharingBackend(Protocol):
+    """A backend that attends to pages that rows share once for all of them (`PagedBatch.shared`)."""
+
+    sharing: Sharing | None  # what that costs; None: it does not
+
+
+def sharing_of(backend: AttentionBackend) -> tuple[Sharing | None, str]:
+    """What attending to shared pages once costs on this backend, or None; and why."""
+    found = getattr(backend, "sharing", None)
+    if isinstance(found, Sharing):
+        return found, "pages that rows share are read once a step, where that saves more than it costs"
+    return None, f"the attention backend {backend.name!r} reads every row's pages for itself"
 
 
 class BackendKind(Protocol):

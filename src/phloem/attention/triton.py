@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from phloem.attention._cascade import Sharing
 from phloem.attention._store import call_of, store, unserved
+from phloem.kernels.specs import SHARED_SPLITS, shared_tile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from phloem.layers.context import AttentionSpec, Heads
 
 DEVICES = ("cuda", "xpu")
+LARGE = 132  # multiprocessors
 LARGEST_HEAD = 256  # beyond it a tile does not fit the shared memory
 KV_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 
@@ -39,6 +42,8 @@ class Backend:
     def __init__(self, ops: Ops, specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype) -> None:
         self.ops = ops
         self.invariant = ops.name == "invariant"
+        # Who else is in the batch may not change an invariant result.
+        self.sharing = None if self.invariant or not specs else sharing_of(specs[0], device, dtype)
         self._stored: dict[int, Ops] = {}  # by layer; -1: without scales
 
     def decline(self, need: AttentionNeed) -> str | None:
@@ -66,6 +71,25 @@ class Backend:
         if place not in self._stored:
             self._stored[place] = stored_by(rope, self.ops, (scales.k, scales.v) if scales is not None else None)
         return self._stored[place]
+
+
+def sharing_of(spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> Sharing:
+    """What attending to shared pages once costs, in a layer of this kind."""
+    wide = dtype == torch.float32
+    return Sharing(
+        tile=shared_tile(spec.heads // spec.kv_heads, wide)[0],
+        programs=max(1, 2 * processors(device) // spec.kv_heads),
+        splits=SHARED_SPLITS,
+        token_bytes=spec.kv_heads * (spec.head_size + spec.values) * dtype.itemsize,
+        part_bytes=spec.heads * (spec.values + 1) * 4,
+    )
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; those of a large one where there is none to ask."""
+    if device.type != "cuda":
+        return LARGE
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def stored_by(rope: ModuleType, ops: Ops, scales: tuple[Tensor, Tensor] | None) -> Ops:

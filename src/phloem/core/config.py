@@ -98,6 +98,11 @@ class RuntimeConfig:
         None, "Most tokens of a prefill step in recorded pieces.", "piecewise_cuda_graph_max_tokens"
     )
     record_graphs_before_ready: bool = opt(False, "Record all steps before answering, instead of on first use or idle.")
+    disable_cascade_attention: bool = opt(
+        False,
+        "Read pages that requests share once for each of them, not once a step.",
+        "disable_cascade_attn",
+    )
     check_step_graph: bool = opt(False, "Debug: run recorded and eager steps side by side and compare.")
     debug_invariants: bool = opt(False, "Debug: check the page accounting after every step.")
 

@@ -28,7 +28,7 @@ class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
     """Why a request ended, in the shape of `meta_info.finish_reason`.
 
     `type` is `stop` (with `matched`: a token id or a string), `length` (with `length`: tokens generated)
-    or `abort` (with `message` and `status_code`).
+    or `abort` (with `message` and `status_code`, and `param`: the field that is at fault).
     """
 
     type: str
@@ -36,6 +36,7 @@ class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
     length: int | None = None
     message: str | None = None
     status_code: int | None = None
+    param: str | None = None
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -62,6 +63,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_un
     regex: str | None = None
     ebnf: str | None = None
     structural_tag: str | None = None
+    constraint_name: str | None = None  # what the client called the one of these that is set, where it has another name
     logit_bias: dict[str, float] = {}
     processors: dict[str, dict[str, Any]] = {}  # name in engine/processors -> its parameters
     sampling_seed: int | None = None

@@ -66,5 +66,5 @@ def _adjust_row_(slot: Slot, generated: int, drafts: Sequence[int], logits_V: Te
         slot.penalties.apply_(logits_V, drafts)
     if slot.bias is not None:
         logits_V.index_add_(0, *slot.bias)
-    if generated < slot.params.min_new_tokens and slot.eos_ids:
-        logits_V[list(slot.eos_ids)] = float("-inf")
+    if generated < slot.params.min_new_tokens and slot.eos is not None:
+        logits_V.index_fill_(0, slot.eos, float("-inf"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,20 +10,22 @@ import torch
 from phloem.core.batch import PositionLogprobs, StepOutput
 from phloem.core.errors import BadRequest
 from phloem.engine.inputs import prompt_rows
-from phloem.engine.logprobs import position_logprobs
+from phloem.engine.logprobs import Later, logprob_tensors, read
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
     from phloem.core.batch import Batch
     from phloem.engine.slots import Slot, Slots
-    from phloem.engine.transfer import Coming
+    from phloem.engine.transfer import Coming, LastTokens
     from phloem.engine.wanted import Wanted
     from phloem.kernels.ops import Ops
     from phloem.models import Model
+
+    Down = Callable[[Sequence[Tensor]], Coming]
 
 # Logits of prompt positions are made in pieces of this many, so that a long prompt's do not all exist at once.
 HEAD_ROWS = 256
@@ -82,26 +84,49 @@ def _follow(slot: Slot, tokens: list[int]) -> None:
         slot.output += tokens
 
 
-def keep_hidden(output: StepOutput, wanted: Wanted, slots: Sequence[Slot], hidden_LN: Tensor) -> None:
-    """The states that tokens are chosen from, of the rows that want them."""
-    if any(slot.return_hidden for slot in slots):
-        for start, end in wanted.spans():
-            if slots[start].return_hidden:
-                states = hidden_LN[start:end].to("cpu", torch.float32).numpy().copy()
-                output.hidden[int(wanted.rows[start])] = states
+def keep_hidden(
+    output: StepOutput, wanted: Wanted, slots: Sequence[Slot], hidden_LN: Tensor, down: Down
+) -> list[Later]:
+    """The states that tokens are chosen from, of the rows that want them, on their way to the host."""
+    if not any(slot.return_hidden for slot in slots):
+        return []
+    spans = [(start, end) for start, end in wanted.spans() if slots[start].return_hidden]
+
+    def fill(arrays: list[NDArray[Any]]) -> None:
+        for (start, _), states in zip(spans, arrays, strict=True):
+            output.hidden[int(wanted.rows[start])] = states
+
+    # Copies: the next step writes its states where these are.
+    kept = [hidden_LN[start:end].to(torch.float32, copy=True) for start, end in spans]
+    return [Later(down(kept), fill)]
 
 
-def prompt_logprobs(output: StepOutput, batch: Batch, slots: Slots, hidden_LN: Tensor, model: Model, ops: Ops) -> None:
-    """Of the prompt positions that the batch wants; `hidden_LN` are theirs, in the order of `prompt_positions`."""
+def prompt_logprobs(
+    output: StepOutput, batch: Batch, slots: Slots, hidden_LN: Tensor, model: Model, ops: Ops, last: LastTokens
+) -> list[Later]:
+    """Of the prompt positions that the batch wants, on their way to the host; `hidden_LN` are theirs, in the order of
+    `prompt_positions`."""
     start = 0
+    coming: list[Later] = []
     for row in prompt_rows(batch):
         targets = batch.prompt_targets[row]
-        wanted = torch.from_numpy(targets[targets >= 0]).to(hidden_LN.device)
         slot = slots[int(batch.slots[row])]
+        ids = slot.token_ids_logprob
+        (wanted, *chosen) = last.up([targets[targets >= 0], *([np.array([ids], np.int64)] if ids else [])])
         found: list[PositionLogprobs] = []
         for piece in range(0, len(wanted), HEAD_ROWS):
             tokens_L = wanted[piece : piece + HEAD_ROWS]
             logits_LV = model.head(hidden_LN[start + piece : start + piece + len(tokens_L)])
-            found += position_logprobs(logits_LV, tokens_L, slot.top_logprobs, slot.token_ids_logprob, ops)
+            top = min(slot.top_logprobs, logits_LV.shape[1])
+            ids_LC = chosen[0].expand(len(tokens_L), -1) if chosen else None
+            tensors = logprob_tensors(logits_LV, tokens_L, top, ids_LC, ops)
+            coming.append(Later(last.down(tensors), _appended(found, len(tokens_L), top, ids)))
         output.prompt_logprobs[row] = found
         start += len(wanted)
+    return coming
+
+
+def _appended(
+    found: list[PositionLogprobs], count: int, top: int, chosen: Sequence[int]
+) -> Callable[[list[NDArray[Any]]], None]:
+    return lambda arrays: found.extend(read(arrays, [top] * count, [chosen] * count))

@@ -8,7 +8,7 @@ Legend: L positions, N hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,10 +17,12 @@ import torch
 
 from phloem.engine.adjust import adjust_
 from phloem.engine.candidates import Candidates
-from phloem.engine.logprobs import position_logprobs
+from phloem.engine.logprobs import Later, logprob_tensors, position_logprobs, read
 from phloem.engine.sampler import sample
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -47,10 +49,23 @@ class Choice:
     hidden_LN: Tensor
     output: StepOutput
     began: float  # perf_counter
+    late: list[Later] = field(default_factory=list)  # what comes beside the tokens
 
     def forward_ends(self) -> None:
         """Hidden states and what was made of them by the model are there: sampling begins."""
         self.output.forward_seconds = perf_counter() - self.began
+
+
+@dataclass(slots=True)
+class Asked:
+    """Positions whose log probabilities are wanted."""
+
+    places: list[int]  # among the step's L
+    index: Tensor  # the same on the device
+    logits_LV: Tensor
+    tops: list[int]
+    chosen: list[tuple[int, ...]]
+    ids_LC: Tensor | None  # `chosen`, padded
 
 
 class Way(Protocol):
@@ -148,21 +163,42 @@ class WholeRows:
         wanted, slots = choice.wanted, choice.slots
         logits_LV = self._model.head(choice.hidden_LN)
         choice.forward_ends()
-        raw_LV = logits_LV
+        asked = self._asked(slots, logits_LV)
         if not all(slot.plain for slot in slots):
-            raw_LV = logits_LV.clone() if any(slot.return_logprob for slot in slots) else logits_LV
             adjust_(logits_LV, slots, wanted, self._masks)
         settings = self._slots.columns.rows(wanted.slots, wanted.known)
         tokens_L = sample(logits_LV, settings, self._ops, self._last.up)
         self._count(choice, tokens_L)
         coming = self._last.keep(wanted, tokens_L, logits_LV.gather(1, tokens_L.unsqueeze(1)).squeeze(1))
-        for start, end in wanted.spans():
-            slot = slots[start]
-            if slot.return_logprob:
-                choice.output.logprobs[int(wanted.rows[start])] = position_logprobs(
-                    raw_LV[start:end], tokens_L[start:end], slot.top_logprobs, slot.token_ids_logprob, self._ops
-                )
+        if asked is not None:
+            choice.late.append(self._logprobs(choice, asked, tokens_L))
         return coming
+
+    def _asked(self, slots: Sequence[Slot], logits_LV: Tensor) -> Asked | None:
+        """The positions whose log probabilities are wanted, with their logits before anything changes them."""
+        places = [i for i, slot in enumerate(slots) if slot.return_logprob]
+        if not places:
+            return None
+        chosen = [slots[i].token_ids_logprob for i in places]
+        width = max(map(len, chosen))
+        ids = np.zeros((len(places), width), np.int64)
+        for row, of_row in zip(ids, chosen, strict=True):
+            row[: len(of_row)] = of_row
+        index, *ids_LC = self._last.up([np.array(places, np.int64), *([ids] if width else [])])
+        tops = [min(slots[i].top_logprobs, self._model.vocab_size) for i in places]
+        return Asked(places, index, logits_LV[index], tops, chosen, ids_LC[0] if ids_LC else None)
+
+    def _logprobs(self, choice: Choice, asked: Asked, tokens_L: Tensor) -> Later:
+        """All of them at once, on their way to the host: no request waits for another one's."""
+        most = max(asked.tops)
+        found = logprob_tensors(asked.logits_LV, tokens_L[asked.index], most, asked.ids_LC, self._ops)
+        rows, logprobs = choice.wanted.rows, choice.output.logprobs
+
+        def fill(arrays: list[NDArray[Any]]) -> None:
+            for place, item in zip(asked.places, read(arrays, asked.tops, asked.chosen), strict=True):
+                logprobs.setdefault(int(rows[place]), []).append(item)
+
+        return Later(self._last.down(found), fill)
 
     def _count(self, choice: Choice, tokens_L: Tensor) -> None:
         """What the penalties of later tokens follow from."""

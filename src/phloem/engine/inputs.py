@@ -8,7 +8,7 @@ Legend: R rows, T packed new tokens, P pages per row, L positions whose hidden s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from phloem.attention import StateRows
-from phloem.kernels.ops import PagedBatch
+from phloem.attention._cascade import MOST_TOKENS, find, fixed_sizes
+from phloem.kernels.ops import PagedBatch, SharedPages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
+    from phloem.attention import Sharing
+    from phloem.attention._cascade import Shared
     from phloem.core.batch import Batch
     from phloem.core.memory import Group
     from phloem.engine.transfer import LastTokens
@@ -46,6 +49,7 @@ class StepInputs:
     max_seq_len: int
     adapters: Tensor | None = None  # [T] int32
     embeds: tuple[Tensor, Tensor] | None = None
+    shared: dict[int, SharedPages] = field(default_factory=dict)  # by group
 
     @property
     def input_ids(self) -> Tensor:
@@ -63,13 +67,14 @@ class StepInputs:
         """The step's rows in each group."""
         _, _, starts, lens, _, *rest = self.tensors
         found: list[PagedBatch | StateRows] = []
-        for group in self.groups:
+        for number, group in enumerate(self.groups):
             if group.kind == "state":
                 reads, writes, fresh, prefix, *rest = rest
                 found.append(StateRows(reads, writes, fresh, starts, prefix, self.max_query_len))
             else:
                 table, slots, *rest = rest
-                found.append(PagedBatch(starts, lens, table, slots, self.max_query_len, self.max_seq_len))
+                sizes = self.max_query_len, self.max_seq_len
+                found.append(PagedBatch(starts, lens, table, slots, *sizes, self.shared.get(number)))
         return found
 
     def part(self, tokens: int, rows: int, wanted: int) -> StepInputs:
@@ -81,14 +86,26 @@ class StepInputs:
         return replace(self, tensors=parts, max_query_len=min(self.max_query_len, tokens))
 
 
+def no_shared_pages(pool: KVPool, tokens: int, rows: int) -> dict[int, SharedPages]:
+    """Of a step of dummy rows that share nothing, for each group of pages."""
+    sizes = [*fixed_sizes(rows)[:3], (min(tokens, MOST_TOKENS),), (min(tokens, MOST_TOKENS),), (tokens,)]
+    numbers = [number for number, group in enumerate(pool.groups) if group.kind == "pages"]
+    none = [torch.zeros(size, dtype=torch.int32, device=pool.device) for size in sizes]
+    none[-1].sub_(1)
+    return {number: SharedPages(*none) for number in numbers}
+
+
 class FixedInputs:
     """The inputs of a recorded step: tensors that stay where they are, of the largest sizes that it serves.
 
     As they come every row is on page 0 and has one token, so that recording may run the step. On a device they lie in
-    one buffer, which one transfer fills (`fill`).
+    one buffer, which one transfer fills (`fill`). `shared`: which rows of a decode step share pages is among them, in
+    each group of pages.
     """
 
-    def __init__(self, pool: KVPool, tokens: int, rows: int, wanted: int, pages: int, *, on_host: bool) -> None:
+    def __init__(
+        self, pool: KVPool, tokens: int, rows: int, wanted: int, pages: int, *, on_host: bool, shared: bool = False
+    ) -> None:
         long, short = torch.int64, torch.int32
         single = tokens == rows  # rows of one token each, all of them wanted: which those are is always the same
         wants: list[tuple[tuple[int, ...], torch.dtype]] = [
@@ -99,13 +116,19 @@ class FixedInputs:
                 wants += [((rows,), long), ((rows,), long), ((rows,), torch.bool), ((rows,), short)]
             else:
                 wants += [((rows, pages), short), ((tokens,), short)]
+        told = [number for number, group in enumerate(pool.groups) if shared and group.kind == "pages"]
+        sharing = [(shape, short) for shape in fixed_sizes(rows)] if told else []
+        wants += sharing * len(told)
         constant = {2, 4} if single else set[int]()
         self._layout = _Layout(wants if on_host or not single else [*wants, ((rows,), long)], constant, pool.device)
         tensors = self._layout.tensors[: len(wants)]
         tensors[2].copy_(torch.arange(rows + 1))
         tensors[3].fill_(1)
         self.slots: Tensor | None = None if on_host or not single else self._layout.tensors[-1]
-        self.inputs = StepInputs(tensors, pool.groups, 1 if single else tokens, pages * pool.page_size)
+        rest = iter(tensors[len(tensors) - len(sharing) * len(told) :])
+        pages_of = {number: SharedPages(*(next(rest) for _ in sharing)) for number in told}
+        longest = 1 if single else tokens
+        self.inputs = StepInputs(tensors, pool.groups, longest, pages * pool.page_size, shared=pages_of)
         # On the host a step is written in place, as arrays: cheaper than one tensor after the other.
         self._targets: list[Any] = [tensor.numpy() for tensor in tensors] if on_host else list(tensors)
         if single:
@@ -184,9 +207,13 @@ def _aligned(size: int) -> int:
 class Step:
     """A batch on its way through the ways of running it; what they share is made once."""
 
-    def __init__(self, batch: Batch, wanted: Wanted, pool: KVPool, last: LastTokens) -> None:
+    def __init__(
+        self, batch: Batch, wanted: Wanted, pool: KVPool, last: LastTokens, sharing: Sharing | None = None
+    ) -> None:
         self.batch = batch
         self.wanted = wanted
+        self._sharing = sharing
+        self._shared: dict[int, Shared] | None = None
         self._pool, self._last = pool, last
         self._arrays: Sequence[Any] | None = None
         self._inputs: StepInputs | None = None
@@ -210,6 +237,32 @@ class Step:
             return self.wanted.at
         return np.concatenate([self.wanted.at, prompt_positions(self.batch)])
 
+    @property
+    def shared(self) -> dict[int, Shared]:
+        """Group -> which rows share pages there, where attending to those once for all of them saves time."""
+        if self._shared is None:
+            self._shared = {} if self._sharing is None else self._find(self._sharing)
+        return self._shared
+
+    def _find(self, sharing: Sharing) -> dict[int, Shared]:
+        batch, size, found = self.batch, self._pool.page_size, {}
+        for number, (group, table) in enumerate(zip(self._pool.groups, batch.tables, strict=True)):
+            if group.kind == "pages":
+                one = find(table, batch.query_lens, batch.prefix_lens, size, group.window, sharing)
+                if one is not None:
+                    found[number] = one
+        return found
+
+    def _sharing_arrays(self, rows: int) -> list[NDArray[np.int32]]:
+        """For each group of pages which of the rows share some, in the sizes of a recorded step."""
+        nobody = [np.zeros(shape, np.int32) for shape in fixed_sizes(rows)]
+        more: list[NDArray[np.int32]] = []
+        for number, group in enumerate(self._pool.groups):
+            if group.kind == "pages":
+                one = self.shared.get(number)
+                more += nobody if one is None else one.padded(rows)
+        return more
+
     def arrays(self, rows: int) -> Sequence[Any]:
         """The step padded to so many rows of one token: arrays on a host, tensors on a device."""
         if rows != self.batch.num_rows:
@@ -220,15 +273,16 @@ class Step:
 
     def put(self, fixed: FixedInputs, rows: int) -> None:
         """Into the inputs of a recorded step of so many rows of one token."""
+        more = self._sharing_arrays(rows) if fixed.inputs.shared else []
         if fixed.slots is None:
-            fixed.write(self.arrays(rows))
+            fixed.write([*self.arrays(rows), *more])
             return
         batch, pool, count = self.batch, self._pool, self.batch.num_rows
         padded = batch if rows == count else _padded(batch, rows)
         each = np.arange(rows)
         arrays = host_arrays(padded, each, each, pool.page_size, pool.groups)
         arrays[0] = arrays[0].astype(np.int64)
-        fixed.fill(arrays, padded.slots.astype(np.int64), self._last)
+        fixed.fill([*arrays, *more], padded.slots.astype(np.int64), self._last)
         self._last.at = fixed.slots[:count] if (batch.outputs == 1).all() else None
 
     @property
@@ -240,10 +294,13 @@ class Step:
 
     def _tensors(self) -> StepInputs:
         batch, up = self.batch, self._last.up
-        arrays = self.arrays(batch.num_rows)
+        more = [array for one in self.shared.values() for array in one.arrays]
+        arrays = self._moved(batch, self.logit_index, more) if more else self.arrays(batch.num_rows)
         tensors = up(arrays) if self._last.host is not None else list(arrays)
+        rest, tensors = iter(tensors[len(tensors) - len(more) :]), tensors[: len(tensors) - len(more)]
+        shared = {number: SharedPages(*(next(rest) for _ in one.arrays)) for number, one in self.shared.items()}
         longest, most = int(batch.query_lens.max()), int((batch.prefix_lens + batch.query_lens).max())
-        inputs = StepInputs(tensors, self._pool.groups, longest, most)
+        inputs = StepInputs(tensors, self._pool.groups, longest, most, shared=shared)
         if batch.adapters is not None:
             (inputs.adapters,) = up([np.repeat(batch.adapters, batch.query_lens).astype(np.int32)])
         if batch.embeds:
@@ -252,12 +309,12 @@ class Step:
             inputs.embeds = rows, values
         return inputs
 
-    def _moved(self, batch: Batch, index: NDArray[np.int64]) -> Sequence[Any]:
+    def _moved(self, batch: Batch, index: NDArray[np.int64], more: Sequence[Any] = ()) -> Sequence[Any]:
         last, pool = self._last, self._pool
         single = batch.num_tokens == batch.num_rows
         rows = np.arange(batch.num_rows)
         rows = rows if single else np.repeat(rows, batch.query_lens)  # of each token
-        arrays = host_arrays(batch, rows, index, pool.page_size, pool.groups)
+        arrays = host_arrays(batch, rows, index, pool.page_size, pool.groups) + list(more)
         slots = batch.slots if single else batch.slots[rows]
         if last.host is not None:
             arrays[0] = np.where(batch.input_ids < 0, last.host[slots], batch.input_ids)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from phloem.engine.memory import is_out_of_memory
+from phloem.engine.transfer import plain_up
 from phloem.utils import log
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from phloem.engine.slots import Slot
-    from phloem.engine.wanted import Wanted
+    from phloem.engine.wanted import Up, Wanted
     from phloem.kernels.ops import Ops
 
 _log = log.get("engine.masks")
@@ -35,12 +36,12 @@ class Asked:
 class Masks:
     """The masks of one runner; used by its thread alone.
 
-    `ahead`: the host is idle during the forward pass, so a thread fills them then. Where that pass has every core, the
-    same work is done after it.
+    `up` brings a step's masks to the device. `ahead`: the host is idle during the forward pass, so a thread fills them
+    then. Where that pass has every core, the same work is done after it.
     """
 
-    def __init__(self, vocab: int, device: torch.device, ops: Ops, ahead: bool) -> None:
-        self._device = device
+    def __init__(self, vocab: int, device: torch.device, ops: Ops, ahead: bool, up: Up | None = None) -> None:
+        self._up = up or plain_up(device)
         self._ops = ops
         self._words = (vocab + 31) // 32
         self._buffer = np.zeros((0, self._words), np.int32)
@@ -70,9 +71,8 @@ class Masks:
         positions = [one.start + place for one in self._asked for place in range(1 + len(one.drafts))]
         kept = [place for place, position in enumerate(positions) if position not in failed]
         if kept:
-            rows = torch.tensor([positions[place] for place in kept], dtype=torch.int32)
-            mask = torch.from_numpy(self._buffer[kept])
-            self._ops.mask_tokens_(logits_LV, rows.to(self._device), mask.to(self._device))
+            rows = np.array([positions[place] for place in kept], np.int32)
+            self._ops.mask_tokens_(logits_LV, *self._up([rows, self._buffer[kept]]))
         return failed
 
     def drop(self) -> None:

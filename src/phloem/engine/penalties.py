@@ -34,7 +34,9 @@ class Penalties:
         known = torch.from_numpy(tokens.astype(np.int64)).to(device)
         self._prompt_V = torch.zeros(vocab, dtype=torch.bool, device=device)
         self._prompt_V[known[:num_prompt]] = True
-        self._count_V = torch.bincount(known[num_prompt:], minlength=vocab).to(torch.float32)
+        # Counted without `bincount`, which would wait for the device to learn the largest id.
+        self._count_V = torch.zeros(vocab, dtype=torch.float32, device=device)
+        self.add(known[num_prompt:])
 
     @staticmethod
     def wanted(params: SamplingParams) -> bool:
@@ -49,13 +51,18 @@ class Penalties:
         """Change the logits of the token behind `drafts`, which are taken as output."""
         count_V = self._count_V
         if drafts:
-            more = torch.tensor(drafts, dtype=torch.int64, device=count_V.device)
-            count_V = count_V + torch.bincount(more, minlength=len(count_V))
+            more = index_tensor(drafts, count_V.device)
+            count_V = count_V.index_add(0, more, torch.ones(len(drafts), device=count_V.device))
         if self._repetition != 1:
             scaled_V = torch.where(logits_V > 0, logits_V / self._repetition, logits_V * self._repetition)
             logits_V.copy_(torch.where(self._prompt_V | (count_V > 0), scaled_V, logits_V))
         if self._frequency or self._presence:
             logits_V.sub_(self._frequency * count_V + self._presence * (count_V > 0))
+
+
+def index_tensor(ids: Sequence[int], device: torch.device) -> Tensor:
+    """Token ids on the device, int64."""
+    return torch.tensor(list(ids), dtype=torch.int64).to(device, non_blocking=True)
 
 
 def bias_tensors(params: SamplingParams, device: torch.device) -> tuple[Tensor, Tensor] | None:

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 
     from phloem.core.batch import StepOutput
 
+
+class Settle(Protocol):
+    """What `begin` calls when only the computation of its step is left to do, where the pipeline `settles`; with
+    `values`, anywhere, when it needs what the step before has given."""
+
+    def __call__(self, values: bool = False) -> None: ...
+
+
 J = TypeVar("J")  # what a step is begun from
 
 IDLE_SECONDS = 0.2  # nothing has come for so long: time to prepare for what may come
@@ -53,7 +61,8 @@ class Pipeline(Generic[J]):
     """Begins and lands steps in their order, with at most one in flight while another is begun.
 
     Args:
-        begin: gives a batch to the device. It must not wait for the step in flight. Where `settles`, it computes, and
+        begin: gives a batch to the device. It must not wait for the step in flight, but for what it gives it to do
+            before it calls `settle` for its values. Where `settles`, it computes, and
             calls what it is given beside the batch just before.
         needs_values: whether a batch can only be begun when the step before it has landed (a grammar's mask follows
             from the token sampled last).
@@ -63,7 +72,7 @@ class Pipeline(Generic[J]):
 
     def __init__(
         self,
-        begin: Callable[[J, Callable[[], None]], Flight],
+        begin: Callable[[J, Settle], Flight],
         needs_values: Callable[[J], bool],
         idle: Callable[[], bool] | None = None,
         settles: bool = False,
@@ -101,9 +110,9 @@ class Pipeline(Generic[J]):
             self._flying, self.busy_since = (answer, flight), began
         self._land()
 
-    def settle(self) -> None:
-        """The step that is being begun will now compute: answer for the one before it."""
-        if self._settles:
+    def settle(self, values: bool = False) -> None:
+        """The step that is being begun will now compute, or needs `values`: answer for the one before it."""
+        if self._settles or values:
             self._land()
 
     @staticmethod

@@ -10,11 +10,12 @@ import threading
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from phloem.core.errors import BadRequest
+from phloem.core.errors import BadRequest, OutOfMemory
 from phloem.engine.answer import empty, give_out, keep_hidden, prompt_logprobs
 from phloem.engine.choose import Choice, Chooser
 from phloem.engine.forward import Eager, Forward
 from phloem.engine.inputs import Step
+from phloem.engine.logprobs import Later
 from phloem.engine.masks import Masks
 from phloem.engine.pipeline import Flight
 from phloem.engine.recorded.gaps import Gaps
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from phloem.attention import AttentionBackend
+    from phloem.attention import AttentionBackend, Sharing
     from phloem.core.batch import Batch, Follower, StepOutput
+    from phloem.engine.pipeline import Settle
     from phloem.engine.recorded.choice import RecordedWay
     from phloem.kernels.ops import Ops
     from phloem.kvcache.pool import KVPool
@@ -58,22 +60,30 @@ class StepWork:
         facts: StepFacts,
         recorded: Sequence[RecordedWay],
         streams: Streams | None,
+        sharing: Sharing | None = None,
     ) -> None:
-        self.model, self.ops = model, ops
+        self.model, self.ops, self._sharing = model, ops, sharing
         self.slots = Slots(max_slots, model.vocab_size, pool.device)
         self.last = LastTokens(max_slots, pool.device, facts.on_host, streams, ops)
-        self.masks = Masks(model.vocab_size, pool.device, ops, facts.masks_ahead)
+        self.masks = Masks(model.vocab_size, pool.device, ops, facts.masks_ahead, self.last.up)
+        self._on_host, self._forgotten = facts.on_host, 0
         self.gaps = Gaps(recorded) if recorded and facts.records_idle else None
         self._pool = pool
         self._forward = Forward(recorded, Eager(model, backend, pool))
         self.chooser = Chooser(model, ops, self.slots, self.last, self.masks)
 
     def needs_values(self, batch: Batch) -> bool:
+        """Whether the step can only be begun when the one before has landed. Beside the host it waits for those values
+        only where they are looked at: the device is computing then."""
+        return self._on_host and self._follows(batch)
+
+    def _follows(self, batch: Batch) -> bool:
         ids = batch.slots[self.slots.follows[batch.slots]]
         fresh = {admission.slot for admission in batch.admissions}
         return any(slot not in fresh and self.slots[slot].follows for slot in ids.tolist())
 
     def forget(self) -> None:
+        self._forgotten += 1
         self.masks.drop()
         self.slots.clear()
 
@@ -85,7 +95,7 @@ class StepWork:
         for admission in order.batch.admissions:
             self.slots.admit(admission, followers.get(admission.slot))
 
-    def begin(self, order: Order, settle: Callable[[], None]) -> Flight:
+    def begin(self, order: Order, settle: Settle) -> Flight:
         """Give a step to the device; `settle` is called when only the computation is left to do."""
         start = perf_counter()
         batch = order.batch
@@ -94,23 +104,30 @@ class StepWork:
         ids: NDArray[np.int32] = wanted.slots
         easy = bool(self.slots.easy[ids].all())
         slots = [] if easy else [self.slots[slot] for slot in ids.tolist()]
-        self.masks.begin(slots, wanted)
+        late = not self._on_host and self._follows(batch)
+        if not late:
+            self.masks.begin(slots, wanted)
         output = empty(batch)
         output.drafted = wanted.drafted
         before = perf_counter()
-        hidden_LN = self._forward.run(Step(batch, wanted, self._pool, self.last), settle)
-        count = len(ids)
+        hidden_LN = self._forward.run(Step(batch, wanted, self._pool, self.last, self._sharing), settle)
+        if late:
+            self._values(settle)
+            self.masks.begin(slots, wanted)
+        count, beside = len(ids), list[Later]()
         if count:
             choice = Choice(wanted, slots, easy, hidden_LN[:count], output, before)
             coming = self.chooser.run(choice)
-            keep_hidden(output, wanted, slots, hidden_LN)
+            beside = [*choice.late, *keep_hidden(output, wanted, slots, hidden_LN, self.last.down)]
         else:
             output.forward_seconds = perf_counter() - before
             coming = None
         if batch.prompt_targets:
-            prompt_logprobs(output, batch, self.slots, hidden_LN[count:], self.model, self.ops)
+            beside += prompt_logprobs(output, batch, self.slots, hidden_LN[count:], self.model, self.ops, self.last)
 
         def land() -> StepOutput:
+            for one in beside:
+                one.land()
             if coming is not None:
                 give_out(output, wanted, slots, coming)
             output.total_seconds = perf_counter() - start
@@ -118,7 +135,15 @@ class StepWork:
 
         if self.gaps is not None:
             self.gaps.begun(batch)
-        return Flight(land, coming.done if coming is not None else lambda: True)
+        awaited = [one.coming for one in beside] + ([coming] if coming is not None else [])
+        return Flight(land, lambda: all(one.done() for one in awaited))
+
+    def _values(self, settle: Settle) -> None:
+        """Wait for what the step before gave. Raises `OutOfMemory` if it gave nothing for lack of memory."""
+        before = self._forgotten
+        settle(values=True)
+        if self._forgotten != before:
+            raise OutOfMemory("launched behind a step that ran out of memory")
 
 
 class ModelRunner:
@@ -130,6 +155,7 @@ class ModelRunner:
         streams: copies beside the computation, where there is such a thing.
         give_back: frees what the device's allocator keeps without using it, after a step ran out of memory.
         begin: called once in the thread that runs the steps.
+        sharing: what it costs to attend to pages that rows share once for all of them; None: it is not done.
         kernels: tells what has been compiled, where kernels are compiled at run time.
     """
 
@@ -146,6 +172,7 @@ class ModelRunner:
         streams: Streams | None = None,
         give_back: Callable[[], None] | None = None,
         begin: Callable[[], None] | None = None,
+        sharing: Sharing | None = None,
         kernels: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
         self.model, self.pool = model, pool
@@ -156,7 +183,7 @@ class ModelRunner:
         self._kernels = kernels
         self._handed: dict[int, Follower | None] = {}
         self._handing = threading.Lock()
-        self._work = work = StepWork(model, backend, pool, ops, max_slots, facts, recorded, streams)
+        self._work = work = StepWork(model, backend, pool, ops, max_slots, facts, recorded, streams, sharing)
         self._steps = StepThread(
             work.begin,
             work.needs_values,

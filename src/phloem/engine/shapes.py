@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from phloem.attention import sharing_of
 from phloem.engine.recorded.graphs import bucket_sizes
 from phloem.engine.recorded.pieces import token_buckets
 from phloem.engine.sampler import sample
@@ -38,7 +39,10 @@ def step_shapes(running: int, chunk: int, context: int) -> list[Shape]:
 def run_shape(need: Need, pool: KVPool, shape: Shape) -> None:
     """A step of this shape on dummy inputs, and each way of choosing tokens from it."""
     tokens, rows = shape
-    hidden_RN, logits_RV = run_step(need, pool, [tokens // rows + (row < tokens % rows) for row in range(rows)])
+    lengths = [tokens // rows + (row < tokens % rows) for row in range(rows)]
+    hidden_RN, logits_RV = run_step(need, pool, lengths)
+    if rows > 1 and sharing_of(need.backend)[0] is not None:
+        run_step(need, pool, lengths, shared=True)
     ops, vocab = need.ops, need.model.vocab_size
     ops.argmax(logits_RV)
     ops.logsumexp(logits_RV)

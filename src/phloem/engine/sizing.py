@@ -19,7 +19,7 @@ from phloem.core.memory import groups_of
 from phloem.core.request import SamplingParams
 from phloem.core.resolve import GIB, Decision, MemoryFacts
 from phloem.engine.forward import run_forward
-from phloem.engine.inputs import Step
+from phloem.engine.inputs import Step, no_shared_pages
 from phloem.engine.logprobs import position_logprobs
 from phloem.engine.memory import first_line, is_out_of_memory
 from phloem.engine.sampler import SamplingRows, sample
@@ -139,8 +139,13 @@ def run_largest_steps(need: Need, device: torch.device) -> None:
             _run(need, pool, lengths)
 
 
-def run_step(need: Need, pool: KVPool, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step on dummy inputs, every row on page 0: (hidden states, logits) of the rows' last tokens."""
+def run_step(
+    need: Need, pool: KVPool, lengths: list[int], *, shared: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step on dummy inputs, every row on page 0: (hidden states, logits) of the rows' last tokens.
+
+    `shared`: by the kernels of rows that share pages, though none do.
+    """
     rows = len(lengths)
     query_lens = np.array(lengths, np.int32)
     width = -(-max(lengths) // need.page_size)
@@ -155,6 +160,8 @@ def run_step(need: Need, pool: KVPool, lengths: list[int]) -> tuple[torch.Tensor
     )
     last = LastTokens(1, pool.device, False, None)
     inputs = Step(batch, Wanted.of(batch), pool, last).inputs
+    if shared:
+        inputs.shared = no_shared_pages(pool, batch.num_tokens, rows)
     hidden_RN = run_forward(need.model, need.backend, pool, inputs, inputs.logit_index)
     return hidden_RN, need.model.head(hidden_RN)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phloem.engine.candidates import candidates_wanted
-from phloem.engine.penalties import Penalties, bias_tensors
+from phloem.engine.penalties import Penalties, bias_tensors, index_tensor
 from phloem.engine.processors import make
 from phloem.engine.sampler import SamplingColumns
 
@@ -40,6 +40,7 @@ class Slot:
     bias: tuple[Tensor, Tensor] | None
     output: list[int]  # tokens chosen so far, where processors look at them
     vocab: int
+    eos: Tensor | None = None  # `eos_ids` int64 on the device, where `min_new_tokens` forbids them for now
     made: list[Processor] | None = None  # the processors, at their first use
     untold: list[int] = field(default_factory=list)  # tokens sampled since the follower was last called
 
@@ -106,6 +107,7 @@ class Slots:
             else None,
             bias=bias_tensors(params, self._device),
             vocab=self._vocab,
+            eos=index_tensor(admission.eos_ids, self._device) if params.min_new_tokens else None,
             output=admission.tokens[admission.num_prompt :].tolist() if params.processors else [],
         )
         self.argmax_only[admission.slot] = params.greedy and found.plain and not found.return_logprob

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from phloem.core.batch import Batch, Follower, StepOutput
+    from phloem.engine.pipeline import Settle
 
 T = TypeVar("T")
 
@@ -88,7 +89,7 @@ class StepThread:
 
     def __init__(
         self,
-        begin: Callable[[Order, Callable[[], None]], Flight],
+        begin: Callable[[Order, Settle], Flight],
         needs_values: Callable[[Batch], bool],
         forget: Callable[[], None],
         *,
@@ -150,14 +151,14 @@ class _Saved:
 
     def __init__(
         self,
-        begin: Callable[[Order, Callable[[], None]], Flight],
+        begin: Callable[[Order, Settle], Flight],
         forget: Callable[[], None],
         give_back: Callable[[], None] | None,
     ) -> None:
         self._start_step, self._forget, self._give_back = begin, forget, give_back
         self._closed_epoch = -1  # batches up to this one's epoch were launched before a failure was known
 
-    def begin(self, order: Order, settle: Callable[[], None]) -> Flight:
+    def begin(self, order: Order, settle: Settle) -> Flight:
         """Give a step to the device; what it gives is read when the flight lands.
 
         Raises:

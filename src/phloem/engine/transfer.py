@@ -113,7 +113,7 @@ class LastTokens:
         self.at: Tensor | None = None
         self.up = streams.up if streams is not None else plain_up(device)
         self.into = streams.into if streams is not None else plain_into
-        self._down: Callable[[Sequence[Tensor]], Coming] = streams.down if streams is not None else Here
+        self.down: Callable[[Sequence[Tensor]], Coming] = streams.down if streams is not None else Here
         fused = None if ops is None or ops.late_tokens_ is None or ops.keep_tokens_ is None else ops
         self._late = late_tokens_ if fused is None or fused.late_tokens_ is None else fused.late_tokens_
         self._keep = keep_tokens_ if fused is None or fused.keep_tokens_ is None else fused.keep_tokens_
@@ -140,7 +140,7 @@ class LastTokens:
             at, self.at = self.at, None
             if at is None or len(at) != len(wanted.slots):
                 (at,) = self.up([wanted.slots.astype(np.int64)])
-            return Packed(self._down([self._keep(self.values, at, tokens_L, sound_L)]))
+            return Packed(self.down([self._keep(self.values, at, tokens_L, sound_L)]))
         (index,) = self.up([wanted.slots[wanted.starts].astype(np.int64)])
         self.values[index] = tokens_L[wanted.last_on_device(tokens_L, self.up)[0]].long()
-        return self._down([tokens_L.to(torch.int32), torch.isnan(sound_L)])
+        return self.down([tokens_L.to(torch.int32), torch.isnan(sound_L)])

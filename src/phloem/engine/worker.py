@@ -22,6 +22,7 @@ from phloem.engine.runner import ModelRunner
 from phloem.engine.sizing import Need, size_pool
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
+from phloem.platforms._facts import own_float8
 from phloem.utils import log
 from phloem.utils.cores import available_cores
 
@@ -144,7 +145,12 @@ def _build(
     sizing = size_pool(config.cache, platform, need, min(model.weight_bytes, free))
     decisions += sizing.decisions
     pool = KVPool(model.memory, sizing.num_pages, page, kv_dtype, platform.device, scales)
-    place = choice.Place(model, backend, pool, ops, platform.facts, platform.memory()[0], sizing.graph_bytes)
+    sharing, why = attention.sharing_of(backend)
+    if config.runtime.disable_cascade_attention:
+        sharing, why = None, "as asked"
+    decisions.append(Decision("cascade_attention", "off" if sharing is None else "on", why))
+    left, shares = platform.memory()[0], sharing is not None
+    place = choice.Place(model, backend, pool, ops, platform.facts, left, sizing.graph_bytes, shares)
     pages = -(-min(context, sizing.tokens) // page) + 1
     ways = choice.choose(config.runtime, place, running, pages, chunk, decisions)
     phase.end("memory")
@@ -154,7 +160,7 @@ def _build(
         warming.ready()
     runner = ModelRunner(
         model, backend, pool, ops, running, facts=platform.facts, recorded=ways,
-        streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps,
+        streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
         kernels=warming.told if warming is not None else None,
     )  # fmt: skip
     info = {
@@ -253,7 +259,7 @@ _KV_DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
     "int8": torch.int8,
-    "fp8_e4m3": torch.float8_e4m3fnuz if torch.version.hip else torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
 }
 
 
@@ -265,7 +271,8 @@ def _kv_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
         raise ConfigError(
             f"kv_cache_dtype: {name!r} is not one of auto, {', '.join(_KV_DTYPES)}", param="kv_cache_dtype"
         )
-    return _KV_DTYPES[name]
+    # The device's own kind of float8.
+    return own_float8() if name == FP8 else _KV_DTYPES[name]
 
 
 def _eight_bits(

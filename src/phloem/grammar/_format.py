@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import BadRequest
 from phloem.grammar import _nodes
-from phloem.grammar.schema.names import read_json
+from phloem.grammar.schema.names import read_json, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -98,7 +98,8 @@ def _read(shape: Any, path: str, depth: int) -> Constraint:
 
 def _only(shape: dict[str, Any], *names: str) -> None:
     """Fields that are not known here may change the meaning."""
-    if any(value not in (None, [], False) and name not in ("type", *names) for name, value in shape.items()):
+    unset = [name for name, value in shape.items() if value is None or value is False or value == []]
+    if any(name not in ("type", *unset, *names) for name in shape):
         raise _Foreign
 
 
@@ -114,7 +115,7 @@ def _schema(shape: dict[str, Any], path: str, depth: int) -> Constraint:
         raise _Foreign
     _only(shape, "json_schema", "style")
     schema = shape.get("json_schema", {})
-    return _nodes.JsonSchema(schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False))
+    return _nodes.JsonSchema(schema if isinstance(schema, str) else write_json(schema, f"{path}/json_schema"))
 
 
 def _regex(shape: dict[str, Any], path: str, depth: int) -> Constraint:
@@ -231,7 +232,7 @@ def _legacy_tag(item: Any, path: str) -> _nodes.Tag:
     if not isinstance(item, dict) or not isinstance(item.get("begin"), str) or not isinstance(item.get("end"), str):
         raise BadRequest(f"{path}: expected `begin`, `schema` and `end`")
     schema = item.get("schema", {})
-    text = schema if isinstance(schema, str) else json.dumps(schema)
+    text = schema if isinstance(schema, str) else write_json(schema, f"{path}/schema")
     return _nodes.Tag(item["begin"], _nodes.JsonSchema(text), item["end"])
 
 

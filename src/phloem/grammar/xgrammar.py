@@ -17,6 +17,7 @@ from phloem.core.errors import BadRequest
 from phloem.grammar import _base, _nodes
 from phloem.grammar._worker import CompilerProcess
 from phloem.grammar.schema import names as _schema
+from phloem.grammar.schema import numbers as _numbers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,7 +78,7 @@ class Engine:
 
     def compile(self, constraint: Constraint) -> Compiled:
         if isinstance(constraint, _base.TagFormat):
-            _refuse_inexact_tags(read := _schema.read_json(constraint.source), "#", self.name)
+            _settle_tags(read := _schema.read_json(constraint.source), "#", self.name)
             job = ("structural_tag", json.dumps(read, ensure_ascii=False))
         elif isinstance(constraint, _base.Ebnf):
             job = ("ebnf", constraint.grammar)
@@ -101,7 +102,7 @@ class Engine:
             case _base.JsonObject():
                 return self._json({"type": "object"})
             case _base.JsonSchema(schema):
-                return self._json(_schema.read_schema(schema))
+                return self._json(_exact(schema, self.name))
             case _base.Regex(pattern):
                 return {"type": "regex", "pattern": pattern}
             case _base.Ebnf(grammar):
@@ -156,26 +157,39 @@ def _inside(constraint: Constraint) -> Sequence[Constraint]:
 
 def _not_exact(schema: str, name: str) -> str | None:
     try:
-        body = _schema.read_schema(schema)
-        _schema.refuse_unsupported(body, KEYWORDS, frozenset(), name)
+        _exact(schema, name)
     except BadRequest as error:
         return error.message
     return None
 
 
-def _refuse_inexact_tags(node: Any, path: str, name: str) -> None:
-    """Schemas inside a format that only this engine reads must use what it enforces."""
+def _exact(schema: str, name: str) -> _schema.Schema:
+    """The schema as the library is to read it. Raises BadRequest: what it does not enforce, or would change."""
+    body = _schema.read_schema(schema)
+    _schema.refuse_unsupported(body, KEYWORDS, frozenset(), name)
+    nodes = list(_schema.reachable(body))
+    for path, node in nodes:
+        found = _numbers.big_in(node, path, _numbers.is_64_bits) if isinstance(node, dict) else None
+        if found is not None:
+            _schema.fail(found[0], f"{found[1][:60]} cannot be held exactly")
+    _numbers.narrow(nodes)
+    return body
+
+
+def _settle_tags(node: Any, path: str, name: str) -> None:
+    """Schemas inside a format that only this engine reads must use what it enforces; they are settled in place."""
     if isinstance(node, dict):
         if node.get("type") == "json_schema" and isinstance(node.get("json_schema"), dict):
-            reason = _not_exact(json.dumps(node["json_schema"]), name)
-            if reason:
-                raise BadRequest(f"{path}/json_schema: {reason}")
+            try:
+                node["json_schema"] = _exact(_schema.write_json(node["json_schema"], f"{path}/json_schema"), name)
+            except BadRequest as error:
+                raise BadRequest(f"{path}/json_schema: {error.message}") from None
             return
         for key, value in node.items():
-            _refuse_inexact_tags(value, f"{path}/{_schema.escape(key)}", name)
+            _settle_tags(value, f"{path}/{_schema.escape(key)}", name)
     elif isinstance(node, list):
         for index, value in enumerate(node):
-            _refuse_inexact_tags(value, f"{path}/{index}", name)
+            _settle_tags(value, f"{path}/{index}", name)
 
 
 class Compiled:

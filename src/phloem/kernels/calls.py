@@ -96,6 +96,22 @@ class LinearOp(Protocol):
 
 
 @dataclass(slots=True)
+class SharedPages:
+    """Which rows of a step begin with the same pages, all int32 on the device. A kernel may ignore it.
+
+    Group g's new tokens are `members[group_start[g] : group_start[g + 1]]`; a row is in one group or in none, with all
+    its new tokens. Groups behind the last one are empty. Legend: G groups, M places for their tokens.
+    """
+
+    lens: Tensor  # [R] tokens at its start that a row shares, all in the cache before the step; 0: none
+    group_start: Tensor  # [G + 1]
+    groups: Tensor  # [G, 3] a row with the shared pages, how many tokens they hold, how many of them a part has
+    members: Tensor  # [M] packed tokens
+    positions: Tensor  # [M] each one's position in its row
+    places: Tensor  # [T] where a token stands in `members`; -1: nowhere. Not looked at in a decode step
+
+
+@dataclass(slots=True)
 class PagedBatch:
     """What paged attention must know of a step. All int32, on the device. See `Batch` for the host's side.
 
@@ -109,6 +125,7 @@ class PagedBatch:
     token_slots: Tensor  # [T] page * S + offset: where each new token's KV goes
     max_query_len: int
     max_seq_len: int
+    shared: SharedPages | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from phloem.kernels.graph import Pieces, RecordError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
 
     from torch import Tensor
 
@@ -106,7 +106,7 @@ class Recorder:
         raise RecordError("a captured step keeps its sizes")
 
     @contextlib.contextmanager
-    def _nothing_dies(self) -> Iterator[None]:
+    def _nothing_dies(self) -> Generator[None]:
         """Keep Python's collector from running: a graph, stream or event that it frees ends a capture in progress.
 
         What was garbage before the first capture is freed now, with the memory that it held.

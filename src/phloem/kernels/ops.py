@@ -32,6 +32,7 @@ from phloem.kernels.calls import (
     PrepareExperts,
     PrepareLinear,
     Rotation,
+    SharedPages,
     WeightSource,
 )
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from phloem.kernels.specs import ExpertSpec, RouterSpec
 
 __all__ = ["Adapters", "AttentionCall", "Draw", "LatentCall", "LinearOp", "Norm", "Ops", "PagedBatch", "PrepareExperts"]
-__all__ += ["PrepareLinear", "Rotation", "WeightSource"]
+__all__ += ["PrepareLinear", "Rotation", "SharedPages", "WeightSource"]
 
 
 class AttentionOp(Protocol):

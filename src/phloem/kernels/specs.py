@@ -10,6 +10,19 @@ Score = Literal["softmax", "sigmoid", "chosen_softmax", "chosen_sigmoid"]
 Activation = Literal["silu", "gelu_tanh", "swiglu_clamp", "relu2"]
 
 
+# Attention to pages that rows share, in Triton: most parts that a group's pages are cut into, in a decode step and in
+# others. A step with long rows has more tokens, and keeps fewer parts of each.
+SHARED_SPLITS = (16, 8)
+
+
+def shared_tile(group: int, wide: bool) -> tuple[int, int]:
+    """(Tokens of a tile, rows that they fill): `group` query heads of a kv head, rounded up to a power of two, stand
+    beside each other. `wide`: float32 tensors."""
+    heads = 1 << max(group - 1, 0).bit_length()
+    rows = max(16 if wide else 64, heads)
+    return rows // heads, rows
+
+
 @dataclass(frozen=True, slots=True)
 class RouterSpec:
     """How a sparse layer chooses experts. Legend: E experts, k chosen.

@@ -7,6 +7,7 @@ the versions of the compiler and of torch, and the kernels' source.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -108,19 +109,18 @@ class Compiled:
         """Keep what is compiled from now on, and count it. Without the compiler nothing happens."""
         if importlib.util.find_spec("triton") is None:
             return
-        import triton  # pyright: ignore[reportMissingImports]
-
+        knobs: Any = importlib.import_module("triton").knobs
         self.directory.mkdir(parents=True, exist_ok=True)
         if environment_of(USERS_CACHE) is None:
             self.directory.touch()
             _drop_old(self.directory)
-            triton.knobs.cache.dir = str(self.directory)
+            knobs.cache.dir = str(self.directory)
         note = self.tally.note
 
         def listener(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
             note(str(src.name), cache_hit, times.total / 1e6)
 
-        triton.knobs.compilation.listener = listener
+        knobs.compilation.listener = listener
 
     def start(self, module: str, plan: dict[str, Any]) -> Service:
         """Start `module` with a plan, to which this adds the target, its processors and the cache."""

@@ -8,6 +8,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+import torch
+
+
+def float8_of(architecture: str) -> torch.dtype:
+    """The e4m3 that a GPU computes in, by its architecture's name (`gcnArchName` on AMD GPUs, "" elsewhere).
+
+    MI300 (gfx940 to gfx942) has a kind of its own, without zeros of either sign and with 240 as its largest value;
+    every other GPU, AMD's later ones among them (gfx950, gfx12), has the Open Compute Project's, which ends at 448.
+    """
+    return torch.float8_e4m3fnuz if architecture.startswith("gfx94") else torch.float8_e4m3fn
+
+
+def own_float8() -> torch.dtype:
+    """That of the current GPU; the common kind where there is none."""
+    if torch.version.hip is None or not torch.cuda.is_available():
+        return float8_of("")
+    return float8_of(torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName)
+
 
 @dataclass(frozen=True, slots=True)
 class StepFacts:

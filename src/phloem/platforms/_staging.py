@@ -173,7 +173,7 @@ def _read(file: int, piece: _Piece, into: NDArray[Any]) -> None:
         return
     done = 0
     while done < len(into):
-        got = os.preadv(file, [memoryview(into)[done:]], piece.at + done)
+        got = os.preadv(file, [into[done:].data], piece.at + done)
         if got == 0:
             raise OSError("the file is too short")
         done += got

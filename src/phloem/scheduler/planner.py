@@ -334,9 +334,10 @@ class Planner:
             return False
         slots.enter(request, lease, known)
         if request.admitted < 0:
-            request.cached_tokens = cached
+            # What a grammar forced before is output, wherever its KV comes from.
+            request.cached_tokens = min(cached, request.num_prompt)
             self.prompt_tokens += request.num_prompt
-            self.cached_tokens += cached
+            self.cached_tokens += request.cached_tokens
         return True
 
     def _pages(self, tokens: int) -> int:

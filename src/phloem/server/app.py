@@ -68,8 +68,13 @@ def create_app(client: EngineClient, config: Config, info: ModelInfo) -> FastAPI
         app.add_middleware(ApiKey, key=config.server.api_key)
     origins = [origin.strip() for origin in config.server.cors_origins.split(",") if origin.strip()]
     if origins:  # outside the key: browsers ask for leave without one
-        open_to = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"]}
-        app.add_middleware(CORSMiddleware, **open_to, expose_headers=["x-request-id", "retry-after"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     app.add_middleware(RequestIds)  # added last, so outermost
     app.openapi = lambda: openapi.document(app)
     return app

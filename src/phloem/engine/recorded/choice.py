@@ -66,7 +66,8 @@ class RecordedWay(Protocol):
 @dataclass(frozen=True)
 class Place:
     """What steps run with. `free`: bytes of device memory left when weights and KV pool are there; `graph_bytes`: how
-    many of them graphs may take (None: nothing was measured, and only pieces have a bound, a part of `free`).
+    many of them graphs may take (None: nothing was measured, and only pieces have a bound, a part of `free`); `shares`:
+    attention to pages that rows share is done once for all of them.
     """
 
     model: Model
@@ -76,6 +77,7 @@ class Place:
     facts: StepFacts
     free: int
     graph_bytes: int | None = None
+    shares: bool = False
 
 
 def choose(
@@ -95,7 +97,24 @@ def choose(
         whole = place.model, place.backend, place.pool, place.facts
         return [decode, FlexibleSteps(recorder, *whole, tokens, running, pages, check)]
     pieces = _pieces(runtime, recorder, place, chunk, decode is None, decisions)
-    return [way for way in (decode, pieces) if way is not None]
+    shared = None
+    if decode is not None and place.shares:
+        decisions.append(Decision("shared_step_graphs", "on", f"recorded {_when(place)}"))
+        shared = _decode_graphs(runtime, recorder, place, running, pages, shared=True)
+    return [way for way in (shared, decode, pieces) if way is not None]
+
+
+def _when(place: Place) -> str:
+    return "the likely sizes before ready, the others in pauses" if place.facts.records_idle else "on first use"
+
+
+def _decode_graphs(
+    runtime: RuntimeConfig, recorder: GraphRecorder | None, place: Place, running: int, pages: int, *, shared: bool
+) -> DecodeGraphs:
+    assert recorder is not None
+    budget = None if place.graph_bytes is None else place.graph_bytes // (4 if place.shares else 2)
+    whole, check = (place.model, place.backend, place.pool, place.facts), runtime.check_step_graph
+    return DecodeGraphs(recorder, *whole, running, pages, check=check, budget=budget, shared=shared)
 
 
 def _no_recorder(runtime: RuntimeConfig, ops: Ops) -> str:
@@ -118,11 +137,8 @@ def _decode(
     if recorder is None or refusal is not None:
         decisions.append(Decision("step_graphs", "off", refusal or ""))
         return None
-    when = "the likely sizes before ready, the others in pauses" if place.facts.records_idle else "on first use"
-    decisions.append(Decision("step_graphs", "on", f"recorded {when}"))
-    budget = None if place.graph_bytes is None else place.graph_bytes // 2
-    whole = place.model, backend, place.pool, place.facts
-    return DecodeGraphs(recorder, *whole, running, pages, check=runtime.check_step_graph, budget=budget)
+    decisions.append(Decision("step_graphs", "on", f"recorded {_when(place)}"))
+    return _decode_graphs(runtime, recorder, place, running, pages, shared=False)
 
 
 def _pieces(

@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 PATIENCE_WITH_CHECK = 2  # whoever compares steps wants them recorded soon
 
 
+def sharing_sizes(limit: int) -> list[int]:
+    """Row counts of steps whose rows share pages: 4, then two to an octave, and `limit` itself. Such steps come with
+    many rows, and their graphs stand beside those of other steps, so there are fewer of them."""
+    sizes = [size for power in range(2, limit.bit_length()) for size in (1 << power, 3 << (power - 1))]
+    return [*(size for size in sizes if size < limit), limit] if limit > 1 else []
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
     """Makes the graphs; it does not know them, so that they go when the last one who does lets them go."""
@@ -41,12 +48,13 @@ class DecodeStep:
     pool: KVPool
     on_host: bool
     max_pages: int
+    shared: bool = False
 
     def eager(self, fixed: FixedInputs) -> Tensor:
         return run_forward(self.model, self.backend, self.pool, fixed.inputs, None)
 
     def make(self, rows: int) -> tuple[FixedInputs, StepGraph, Tensor]:
-        fixed = FixedInputs(self.pool, rows, rows, rows, self.max_pages, on_host=self.on_host)
+        fixed = FixedInputs(self.pool, rows, rows, rows, self.max_pages, on_host=self.on_host, shared=self.shared)
         return fixed, *self.recorder.record(lambda: self.eager(fixed))
 
 
@@ -54,10 +62,8 @@ class DecodeGraphs:
     """Recorded decode steps of one runner, used by its thread alone (`recorded.choice.RecordedWay`).
 
     `limit`: most rows; `max_pages`: most pages of a row; `check`: compare each with an eager step; `budget`: bytes that
-    they may take.
+    they may take; `shared`: they are of steps whose rows share pages.
     """
-
-    decision = "step_graphs"
 
     def __init__(
         self,
@@ -70,19 +76,29 @@ class DecodeGraphs:
         max_pages: int,
         check: bool = False,
         budget: int | None = None,
+        shared: bool = False,
     ) -> None:
-        self._step = DecodeStep(recorder, model, backend, pool, facts.on_host, max_pages)
+        self.decision = "shared_step_graphs" if shared else "step_graphs"
+        self._shared = shared
+        self._step = DecodeStep(recorder, model, backend, pool, facts.on_host, max_pages, shared)
         self._max_pages = max_pages
         self._check = check
         patience = PATIENCE_WITH_CHECK if check else facts.patience
         self.graphs: StepGraphs[FixedInputs, Tensor] = StepGraphs(
-            limit, self._step.make, patience=patience, budget=budget, inline=not facts.records_idle
+            limit,
+            self._step.make,
+            patience=patience,
+            budget=budget,
+            sizes=sharing_sizes(limit) if shared else None,
+            inline=not facts.records_idle,
         )
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:
         """Hidden states [R, N] of a decode step, valid until the next one; None: another way runs it."""
         batch = step.batch
         if not batch.is_decode or batch.prompt_targets or not step.recordable or step.pages > self._max_pages:
+            return None
+        if self._shared and not step.shared:
             return None
         found = self.graphs.get(batch.num_rows)
         if found is None:

@@ -60,14 +60,15 @@ def _unbounded_content(content: Constraint, end: str) -> str | None:
 class Writer:
     """Collects rules; equal constraints share one. Grammars that stand on their own are referred to by name.
 
-    `terminal` turns a pattern into a terminal, `schema` a constraint into a checked schema, `lark` GBNF into Lark.
+    `terminal` turns a pattern into a terminal, `schema` a constraint into a checked schema (or another constraint that
+    says the same), `lark` GBNF into Lark.
     """
 
     def __init__(
         self,
         vocabulary: Vocabulary,
         terminal: Callable[[str], str],
-        schema: Callable[[_nodes.JsonSchema | _nodes.JsonObject], Schema],
+        schema: Callable[[_nodes.JsonSchema | _nodes.JsonObject], Schema | Constraint],
         lark: Callable[[_nodes.Ebnf], str],
     ) -> None:
         self.vocabulary = vocabulary
@@ -110,7 +111,10 @@ class Writer:
     def _body(self, name: str, constraint: Constraint) -> str:
         match constraint:
             case _nodes.JsonSchema() | _nodes.JsonObject():
-                return f"%json {json.dumps(self._schema(constraint), ensure_ascii=False)}"
+                schema = self._schema(constraint)
+                if not isinstance(schema, dict):
+                    return self._rule(schema)
+                return f"%json {json.dumps(schema, ensure_ascii=False)}"
             case _nodes.Regex() | _nodes.Text():
                 return self._lexeme(constraint)
             case _nodes.Choice(options):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import unquote
 
 from phloem.core.errors import BadRequest
+from phloem.grammar.schema.numbers import Rounded, read_number, rounded_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ CONSTRAINING = (
 _TYPES = ("null", "boolean", "object", "array", "number", "string", "integer")
 _COUNTS = tuple(f"{end}{what}" for end in ("min", "max") for what in ("Length", "Items", "Contains", "Properties"))
 _NUMBERS = ("multipleOf", "maximum", "minimum")
+_VALUED = frozenset((*_COUNTS, *_NUMBERS, "exclusiveMinimum", "exclusiveMaximum", "const", "enum"))
 
 # Formats of OpenAPI and pydantic that say how a value is meant, not how it is written.
 ANNOTATION_FORMATS = frozenset(
@@ -58,17 +60,32 @@ def _not_json(token: str) -> NoReturn:
 
 
 def read_json(text: str) -> Any:
-    """Parse JSON, without NaN and Infinity.
+    """Parse JSON, without NaN and Infinity. What means an integer is one; see `numbers.Rounded` for long fractions.
 
     Raises:
         BadRequest: with line and column.
     """
     try:
-        return json.loads(text, parse_constant=_not_json)
+        return json.loads(text, parse_constant=_not_json, parse_float=read_number)
     except json.JSONDecodeError as error:
         raise BadRequest(f"not valid JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
     except (RecursionError, ValueError) as error:
         raise BadRequest(f"not usable JSON: {error}") from None
+
+
+def write_json(schema: Any, path: str) -> str:
+    """A schema that was read as a part of something else, as its text.
+
+    Raises:
+        BadRequest: for a number that was rounded when it was read, where it restricts values.
+    """
+    if isinstance(schema, dict) and rounded_at(schema, path) is not None:
+        for place, node in reachable(schema):
+            for key in node if isinstance(node, dict) else ():
+                found = rounded_at(node[key], f"{path}{place[1:]}/{key}") if key in _VALUED else None
+                if found is not None:
+                    fail(found[0], f"{found[1][:60]} cannot be held exactly as a number")
+    return json.dumps(schema, ensure_ascii=False)
 
 
 def read_schema(text: str) -> Schema:
@@ -234,15 +251,22 @@ def _ordered_bounds(node: Schema, path: str) -> None:
 
 def _count(value: Any, path: str) -> None:
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if isinstance(value, bool) or not whole or value < 0:
+    if isinstance(value, (bool, Rounded)) or not whole or value < 0:
         fail(path, f"expected a whole number of at least 0, got {json.dumps(value)[:60]}")
 
 
 def _number(value: Any, path: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(path, f"expected a number, got {json.dumps(value)[:60]}")
+    _exact(value, path)
     if path.endswith("/multipleOf") and value <= 0:
         fail(path, "must be above 0")
+
+
+def _exact(value: Any, path: str) -> None:
+    found = rounded_at(value, path)
+    if found is not None:
+        fail(found[0], f"{found[1][:60]} cannot be held exactly as a number")
 
 
 def _bound(value: Any, path: str) -> None:
@@ -287,6 +311,7 @@ def _subschema(value: Any, path: str) -> None:
 def _enum(value: Any, path: str) -> None:
     if not isinstance(value, list) or not value:
         fail(path, "expected a list with at least one value")
+    _exact(value, path)
 
 
 _SHAPES: dict[str, Callable[[Any, str], None]] = {
@@ -300,6 +325,7 @@ _SHAPES: dict[str, Callable[[Any, str], None]] = {
     "type": _type,
     "required": _strings,
     "enum": _enum,
+    "const": _exact,
 }
 
 

@@ -7,6 +7,7 @@ options as at the launch, so the launch finds the result in Triton's cache on di
 
 # What Triton's stubs do not describe.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from triton.runtime.jit import JITFunction
 from phloem.kernels.triton._base import AHEAD
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Sequence
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -53,7 +54,7 @@ class Notes:
             self.found[key] = Note(kernel, args, kwargs)
 
     @contextlib.contextmanager
-    def taken(self) -> Iterator[Notes]:
+    def taken(self) -> Generator[Notes]:
         """In this context launches are noted and not done."""
         before = JITFunction.run
 

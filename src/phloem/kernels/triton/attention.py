@@ -4,6 +4,10 @@ The query heads that share a kv head are packed into the rows of one tile (row =
 element is loaded once per group. Softmax runs online in base 2 (FlashAttention-2, Dao 2023); with several splits of
 the KV range, each leaves its own normalised part and a second kernel joins them (Flash-Decoding, Dao et al. 2023).
 A decode tile is one token; extend tiles are found by `find_row`, so neither needs a schedule from the host.
+
+Where rows share leading pages (`batch.shared`), `shared.py` attends to those once for all rows, this kernel to what
+lies behind them, and `_join_splits` merges both. A decode step keeps parts for every row, so that a recorded step holds
+any sharing; other steps keep parts for the sharing tokens alone, and the other rows' results go straight to the output.
 """
 
 # What Triton's stubs do not describe: untyped kernel parameters, launches by subscript, constexpr arguments.
@@ -20,75 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import ceil_div, find_row, multiprocessors, power_of_2, soften, stages, tanh
+from phloem.kernels.triton import shared
+from phloem.kernels.triton._base import ceil_div, find_row, multiprocessors, power_of_2, stages
+from phloem.kernels.triton._block import attend_block
 
 if TYPE_CHECKING:
     from phloem.kernels.calls import AttentionCall, Cache, PagedBatch
 
 MAX_SPLITS = 32
-
-
-@triton.jit
-def _attend_block(
-    q,
-    acc,
-    top,
-    mass,
-    k_base,
-    v_base,
-    pages,
-    tree_row,
-    start,
-    end,
-    position,
-    prefix,
-    stride_kp,
-    stride_ks,
-    stride_vp,
-    stride_vs,
-    factor,
-    softcap,
-    window,
-    HEAD: tl.constexpr,
-    HEAD_V: tl.constexpr,
-    PAGE: tl.constexpr,
-    MASKED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    TREE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """One KV block's part of the online softmax. `factor` holds scale * log2(e), or the plain scale when CAPPED."""
-    n = start + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_DV)
-    inside = n < end
-    page = tl.load(pages + n // PAGE, mask=inside, other=0).to(tl.int64)
-    at_k = page * stride_kp + (n % PAGE) * stride_ks
-    at_v = page * stride_vp + (n % PAGE) * stride_vs
-    k = tl.load(k_base + at_k[None, :] + d[:, None], mask=inside[None, :] & (d < HEAD)[:, None], other=0.0)
-    scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * factor
-    if CAPPED:
-        scores = tanh(scores / softcap) * (softcap * 1.4426950408889634)
-    if MASKED:
-        seen = inside[None, :]
-        if TREE:
-            within = n - prefix
-            drafted = tl.load(
-                tree_row[:, None] + within[None, :], mask=inside[None, :] & (within >= 0)[None, :], other=1
-            )
-            seen = seen & (drafted != 0)
-        else:
-            seen = seen & (n[None, :] <= position[:, None])
-        if WINDOW:
-            seen = seen & (n[None, :] > position[:, None] - window)
-        scores = tl.where(seen, scores, float("-inf"))
-    weights, shrink, new_top, mass = soften(scores, top, mass)
-    v = tl.load(v_base + at_v[:, None] + dv[None, :], mask=inside[:, None] & (dv < HEAD_V)[None, :], other=0.0)
-    acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
-    return acc, new_top, mass
 
 
 @triton.jit(do_not_specialize=["rows", "split_size", "stride_table", "stride_tree"])
@@ -105,6 +48,9 @@ def _attention(
     tree,
     out,
     lse,
+    shared_lens,
+    places,
+    whole,
     rows,
     scale,
     softcap,
@@ -138,11 +84,15 @@ def _attention(
     SINKS: tl.constexpr,
     TREE: tl.constexpr,
     SCALED: tl.constexpr,
+    PARTS: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
+    """PARTS: results that are joined, of which the first SPLITS are this kernel's. With SHARED and without DECODE only
+    rows that share leave parts, at their tokens' `places`; those of the others are written to `whole`."""
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -173,12 +123,19 @@ def _attention(
     low = 0
     if WINDOW:
         low = tl.maximum(prefix + first - window + 1, 0)
+    apart = 0
+    if SHARED:
+        apart = tl.load(shared_lens + row)  # tokens at its start that are attended to for all rows that share them
+        low = tl.maximum(low, apart)
     high = length if TREE else tl.minimum(length, prefix + first + BLOCK_T)
     if SPLITS > 1:
         size = split_size if FIXED else tl.cdiv(tl.cdiv(high - low, SPLITS), BLOCK_N) * BLOCK_N
         low = low + split * size
         high = tl.minimum(high, low + size)
-    at_lse = (packed * HEADS + head) * SPLITS + split
+    part = packed
+    if SHARED and not DECODE:
+        part = tl.load(places + packed, mask=valid, other=0).to(tl.int64)
+    at_lse = (part * HEADS + head) * PARTS + split
     if PARTIAL and low >= high:
         tl.store(lse + at_lse, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=valid)
         return
@@ -204,6 +161,9 @@ def _attention(
         # A sink is one more logit whose value is zero. With several splits it is joined in the second kernel.
         top = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
         mass += 1.0
+        if SHARED:  # nor is it seen by the own part of a row that shares
+            top = tl.where(apart > 0, float("-inf"), top)
+            mass = tl.where(apart > 0, 0.0, mass)
     pages = page_table + row.to(tl.int64) * stride_table
     k_base = k_cache + kv_head.to(tl.int64) * stride_kk
     v_base = v_cache + kv_head.to(tl.int64) * stride_vk
@@ -219,19 +179,19 @@ def _attention(
     plain_end = plain_begin + tl.maximum(seen_by_all - plain_begin, 0) // BLOCK_N * BLOCK_N
     if WINDOW:
         for start in tl.range(low, plain_begin, BLOCK_N):
-            acc, top, mass = _attend_block(
+            acc, top, mass = attend_block(
                 query, acc, top, mass, k_base, v_base, pages, tree_row, start, high, position, prefix,
                 stride_kp, stride_ks, stride_vp, stride_vs, factor, softcap, window,
                 HEAD, HEAD_V, PAGE, True, CAPPED, WINDOW, TREE, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     for start in tl.range(plain_begin, plain_end, BLOCK_N):
-        acc, top, mass = _attend_block(
+        acc, top, mass = attend_block(
             query, acc, top, mass, k_base, v_base, pages, tree_row, start, high, position, prefix,
             stride_kp, stride_ks, stride_vp, stride_vs, factor, softcap, window,
             HEAD, HEAD_V, PAGE, False, CAPPED, WINDOW, TREE, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     for start in tl.range(plain_end, high, BLOCK_N):
-        acc, top, mass = _attend_block(
+        acc, top, mass = attend_block(
             query, acc, top, mass, k_base, v_base, pages, tree_row, start, high, position, prefix,
             stride_kp, stride_ks, stride_vp, stride_vs, factor, softcap, window,
             HEAD, HEAD_V, PAGE, True, CAPPED, WINDOW, TREE, BLOCK_N, BLOCK_D, BLOCK_DV,
@@ -242,30 +202,51 @@ def _attention(
         acc = acc * tl.load(v_scale)
     if SCALED == 2:
         acc = acc * tl.load(v_scale + kv_head)
-    at_out = packed[:, None] * stride_ot + head[:, None] * stride_oh + split * stride_os + dv[None, :]
-    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=valid[:, None] & (dv < HEAD_V)[None, :])
+    at_out = part[:, None] * stride_ot + head[:, None] * stride_oh + split * stride_os + dv[None, :]
+    keep = valid[:, None] & (dv < HEAD_V)[None, :]
+    if SHARED and not DECODE:
+        alone = valid & (tl.where(valid, apart, 1) == 0)
+        sharing = tl.where(valid, apart, 0) > 0
+        at_whole = (packed * HEADS + head)[:, None] * HEAD_V + dv[None, :]
+        tl.store(whole + at_whole, acc.to(whole.dtype.element_ty), mask=keep & alone[:, None])
+        keep = keep & sharing[:, None]
+        tl.store(lse + at_lse, tl.where(mass == 0.0, float("-inf"), top + tl.log2(mass)), mask=sharing)
+    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=keep)
     if PARTIAL:
         tl.store(lse + at_lse, tl.where(mass == 0.0, float("-inf"), top + tl.log2(mass)), mask=valid)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "own"])
 def _join_splits(
     partial,
     lse,
     sinks,
     out,
+    shared_lens,
+    members,
     stride_ot,
     stride_oh,
     splits,
+    own,
     HEADS: tl.constexpr,
     HEAD_V: tl.constexpr,
     SINKS: tl.constexpr,
+    SHARED: tl.constexpr,
+    MEMBERS: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """out = sum over splits of 2^(lse - top) * partial, normalised; one split after another, so the order is fixed."""
-    token = tl.program_id(0).to(tl.int64)
+    """out = sum over splits of 2^(lse - top) * partial, normalised; one split after another, so the order is fixed.
+
+    SHARED: a row that shares nothing has but its `own` parts. MEMBERS: parts are kept for the tokens listed there."""
+    place = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    at = (token * HEADS + head) * splits
+    at = (place * HEADS + head) * splits
+    token = place
+    if MEMBERS:
+        token = tl.load(members + place).to(tl.int64)
+    parts = splits
+    if SHARED:
+        parts = tl.where(tl.load(shared_lens + place) > 0, splits, own)
     dv = tl.arange(0, BLOCK_DV)
     top = float("-inf")
     mass = 0.0
@@ -273,7 +254,7 @@ def _join_splits(
         top = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
         mass = 1.0
     acc = tl.zeros([BLOCK_DV], tl.float32)
-    for split in range(splits):
+    for split in range(parts):
         part_lse = tl.load(lse + at + split)
         if part_lse > float("-inf"):
             part = tl.load(partial + (at + split) * HEAD_V + dv, mask=dv < HEAD_V, other=0.0)
@@ -287,20 +268,40 @@ def _join_splits(
     tl.store(out + token * stride_ot + head * stride_oh + dv, acc.to(out.dtype.element_ty), mask=dv < HEAD_V)
 
 
-def join_splits(partial: Tensor, lse: Tensor, sinks_H: Tensor | None, out_THD: Tensor) -> None:
-    """partial [T, H, splits, D] float32 with lse [T, H, splits] in base 2 -> out [T, H, D]."""
-    tokens, heads, splits, size = partial.shape
-    _join_splits[(tokens, heads)](
+def join_splits(
+    partial: Tensor,
+    lse: Tensor,
+    sinks_H: Tensor | None,
+    out_THD: Tensor,
+    *,
+    shared_lens: Tensor | None = None,
+    own: int = 0,
+    members: Tensor | None = None,
+) -> None:
+    """partial [T, H, splits, D] float32 with lse [T, H, splits] in base 2 -> out [T, H, D].
+
+    With `shared_lens` [T] a token whose number is 0 has but its first `own` parts. With `members` [M] parts are kept
+    for these tokens alone, [M, H, splits, D], and only they are written.
+    """
+    places, heads, splits, size = partial.shape
+    if places == 0:
+        return
+    _join_splits[(places, heads)](
         partial,
         lse,
         sinks_H if sinks_H is not None else lse,
         out_THD,
+        shared_lens if shared_lens is not None else lse,
+        members if members is not None else lse,
         out_THD.stride(0),
         out_THD.stride(1),
         splits,
+        own,
         HEADS=heads,
         HEAD_V=size,
         SINKS=sinks_H is not None,
+        SHARED=shared_lens is not None,
+        MEMBERS=members is not None,
         BLOCK_DV=power_of_2(size),
     )
 
@@ -309,9 +310,7 @@ def split_buffers(out_THD: Tensor, splits: int) -> tuple[Tensor, Tensor]:
     """Where a kernel of `splits` parts writes: (parts [T, H, splits, D], lse [T, H, splits]); one part is `out`."""
     if splits == 1:
         return out_THD.unsqueeze(2), out_THD
-    tokens, heads, size = out_THD.shape
-    part = torch.empty((tokens, heads, splits, size), dtype=torch.float32, device=out_THD.device)
-    return part, torch.empty((tokens, heads, splits), dtype=torch.float32, device=out_THD.device)
+    return shared.part_buffers(out_THD, out_THD.shape[0], splits)
 
 
 def decode_splits(rows: int, kv_heads: int, processors: int) -> int:
@@ -362,15 +361,25 @@ def _run(
     block_d, block_dv = power_of_2(size), power_of_2(size_v)
     wide = q_THD.dtype == torch.float32
     block_m, block_n, warps, depth = _tile(decode, group, max(block_d, block_dv), wide, tree_mask is not None)
-    partial = splits > 1
-    target, lse = split_buffers(out, splits)
+    pages = None if tree_mask is not None or split_size else batch.shared
+    if pages is not None and decode:
+        # Short as they are behind shared pages, rows' own parts come in few numbers: each is a kernel of its own.
+        splits = shared.own_splits(splits)
+    # Parts of each token: its own, then those of what its row shares.
+    parts = splits + (shared.splits_of(decode) if pages is not None else 0)
+    partial = parts > 1 and (decode or pages is None)
+    if pages is None or decode:
+        target, lse = split_buffers(out, parts)
+    else:
+        target, lse = shared.part_buffers(out, pages.members.shape[0], parts)
     tiles = rows if decode else tokens // (block_m // power_of_2(group)) + rows
     k_scale, v_scale = scales if scales is not None else (q_THD, q_THD)
     features = {"CAPPED": cap != 0.0, "WINDOW": window > 0, "SINKS": sinks_H is not None, "TREE": tree_mask is not None}
     tree = tree_mask if tree_mask is not None else q_THD
+    lens, places = (q_THD, q_THD) if pages is None else (pages.lens, pages.members if decode else pages.places)
     _attention[(tiles, kv_heads, splits)](
         *(q_THD, k_cache, v_cache, batch.page_table, batch.query_start, batch.seq_lens, k_scale, v_scale),
-        *(sinks_H if sinks_H is not None else q_THD, tree, target, lse, rows),
+        *(sinks_H if sinks_H is not None else q_THD, tree, target, lse, lens, places, out, rows),
         *(call.scale, cap if cap else 1.0, window, split_size),
         *(*q_THD.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3]),
         *(batch.page_table.stride(0), tree.stride(0), *target.stride()[:3]),
@@ -386,6 +395,8 @@ def _run(
         PARTIAL=partial,
         **features,
         SCALED=0 if scales is None else (1 if scales[0].numel() == 1 else 2),
+        PARTS=parts,
+        SHARED=pages is not None,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
@@ -393,7 +404,11 @@ def _run(
         num_warps=warps,
         num_stages=depth,
     )
-    if partial:
+    if pages is not None:
+        shared.attend(q_THD, cache, batch, call, pages, (target, lse), splits, decode=decode, scales=scales)
+        some = {"shared_lens": pages.lens, "own": splits} if decode else {"members": pages.members}
+        join_splits(target, lse, sinks_H, out, **some)
+    elif partial:
         join_splits(target, lse, sinks_H, out)
     return out
 

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton import norm
 from phloem.kernels.triton._base import ceil_div, fp8_limit, power_of_2
 
 if TYPE_CHECKING:
@@ -37,6 +36,22 @@ def _store_kv(cache, at, value, scale, head, keep, SCALED: tl.constexpr, LIMIT: 
 
 
 @triton.jit
+def _inverse_rms(at, size, eps, rows, BLOCK_D: tl.constexpr):
+    """1 / RMS of each head of a tile, [heads, 1], summed as `norm.rms_norm` sums."""
+    col = tl.arange(0, BLOCK_D)[None, :]
+    wide = tl.load(at + col, mask=rows & (col < size), other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(wide * wide, axis=1) / size + eps)[:, None]
+
+
+@triton.jit
+def _normed(at, offset, weight, inverse, keep):
+    """Elements of heads as their norm gives them, rounded to the tensor's type, in float32."""
+    value = tl.load(at + offset, mask=keep, other=0.0)
+    scale = tl.load(weight + offset, mask=keep, other=0.0).to(tl.float32)
+    return (value.to(tl.float32) * inverse * scale).to(value.dtype).to(tl.float32)
+
+
+@triton.jit
 def _rope_kv(
     q,
     k,
@@ -48,6 +63,9 @@ def _rope_kv(
     slots,
     k_scale,
     v_scale,
+    q_norm,
+    k_norm,
+    eps,
     stride_qt,
     stride_qh,
     stride_kt,
@@ -73,13 +91,15 @@ def _rope_kv(
     WRITE: tl.constexpr,
     SCALED: tl.constexpr,
     LIMIT: tl.constexpr,
+    NORM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Grid (T, blocks of heads): first those of q (rotated in place), then of k, then of v (written to its page).
 
-    Without WRITE, k is rotated in place as well; without ROTATE only the write happens.
+    Without WRITE, k is rotated in place as well; without ROTATE only the write happens. NORM (with both): q and k are
+    normalised by head before.
     """
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -104,14 +124,28 @@ def _rope_kv(
             keep = (head < heads) & (pair < half)
             if is_q:
                 at = q + token * stride_qt + head * stride_qh
-                a = tl.load(at + first, mask=keep, other=0.0).to(tl.float32)
-                b = tl.load(at + second, mask=keep, other=0.0).to(tl.float32)
+                if NORM:
+                    inverse = _inverse_rms(at, k_size, eps, head < heads, BLOCK_D)
+                    a = _normed(at, first, q_norm, inverse, keep)
+                    b = _normed(at, second, q_norm, inverse, keep)
+                    rest = tl.arange(0, BLOCK_D)[None, :]
+                    behind = (head < heads) & (rest >= 2 * half) & (rest < k_size)
+                    tail = _normed(at, rest, q_norm, inverse, behind)
+                    tl.store(at + rest, tail.to(q.dtype.element_ty), mask=behind)
+                else:
+                    a = tl.load(at + first, mask=keep, other=0.0).to(tl.float32)
+                    b = tl.load(at + second, mask=keep, other=0.0).to(tl.float32)
                 tl.store(at + first, (a * cos - b * sin).to(q.dtype.element_ty), mask=keep)
                 tl.store(at + second, (b * cos + a * sin).to(q.dtype.element_ty), mask=keep)
             else:
                 at = k + token * stride_kt + head * stride_kh
-                a = tl.load(at + first, mask=keep, other=0.0).to(tl.float32)
-                b = tl.load(at + second, mask=keep, other=0.0).to(tl.float32)
+                if NORM:
+                    inverse = _inverse_rms(at, k_size, eps, head < heads, BLOCK_D)
+                    a = _normed(at, first, k_norm, inverse, keep)
+                    b = _normed(at, second, k_norm, inverse, keep)
+                else:
+                    a = tl.load(at + first, mask=keep, other=0.0).to(tl.float32)
+                    b = tl.load(at + second, mask=keep, other=0.0).to(tl.float32)
                 low = (a * cos - b * sin).to(k.dtype.element_ty)
                 high = (b * cos + a * sin).to(k.dtype.element_ty)
                 if WRITE:
@@ -127,7 +161,11 @@ def _rope_kv(
             # What rotation leaves alone: all of k when there is none, else the tail behind the rotary part.
             start = 2 * half if ROTATE else 0
             keep = (head < kv_heads) & (col >= start) & (col < k_size)
-            value = tl.load(k + token * stride_kt + head * stride_kh + col, mask=keep, other=0.0).to(tl.float32)
+            at_k = k + token * stride_kt + head * stride_kh
+            if NORM:
+                value = _normed(at_k, col, k_norm, _inverse_rms(at_k, k_size, eps, head < kv_heads, BLOCK_D), keep)
+            else:
+                value = tl.load(at_k + col, mask=keep, other=0.0).to(tl.float32)
             to = page * stride_kp + head * stride_kk + offset * stride_ks + col
             _store_kv(k_cache, to, value, k_scale, head, keep, SCALED, LIMIT)
         if block >= q_blocks + k_blocks:
@@ -147,6 +185,7 @@ def _launch(
     caches: tuple[Tensor, Tensor] | None,
     slots: Tensor | None,
     scales: tuple[Tensor, Tensor] | None,
+    norms: tuple[Tensor, Tensor, float] | None = None,
 ) -> None:
     tokens, kv_heads, k_size = k.shape
     if tokens == 0:
@@ -161,6 +200,7 @@ def _launch(
     blocks = q_blocks + k_blocks * (2 if caches is not None else 1)
     paged = k_cache.dim() == 4
     k_scale, v_scale = scales if scales is not None else (k, k)
+    q_norm, k_norm, eps = norms if norms is not None else (k, k, 0.0)
     _rope_kv[(tokens, blocks)](
         query,
         k,
@@ -172,6 +212,9 @@ def _launch(
         slots if slots is not None else positions,
         k_scale,
         v_scale,
+        q_norm,
+        k_norm,
+        eps,
         *(*query.stride()[:2], *k.stride()[:2], *value.stride()[:2]),
         *(k_cache.stride()[:3] if paged else (0, 0, 0)),
         *(v_cache.stride()[:3] if paged else (0, 0, 0)),
@@ -188,6 +231,7 @@ def _launch(
         WRITE=caches is not None,
         SCALED=0 if scales is None else (1 if scales[0].numel() == 1 else 2),
         LIMIT=fp8_limit(k_cache.dtype),
+        NORM=norms is not None,
         BLOCK_H=block_h,
         BLOCK_HALF=power_of_2(half),
         BLOCK_D=power_of_2(max(k_size, v_size)),
@@ -222,13 +266,12 @@ def rope_write_kv(
     slots_T: Tensor,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`rope_` then `write_kv` in one pass: q is rotated in place and given back; k goes rotated to its page alone.
-
-    Norms of the heads, if asked for, are launches of their own before it.
+    """`rms_norm` of the heads if asked for, `rope_`, then `write_kv`, in one pass: q is changed in place and given
+    back; k goes normalised and rotated to its page alone.
     """
+    norms = None
     if rotation.q_norm is not None and rotation.k_norm is not None:
-        q_THD = norm.rms_norm(q_THD, rotation.q_norm, rotation.eps)
-        k_TKD = norm.rms_norm(k_TKD, rotation.k_norm, rotation.eps)
+        norms = rotation.q_norm, rotation.k_norm, rotation.eps
     caches, turn = (k_cache, v_cache), (rotation.positions, rotation.cos_sin, rotation.interleaved)
-    _launch(q_THD, k_TKD, v_TKD, *turn, caches, slots_T, scales)
+    _launch(q_THD, k_TKD, v_TKD, *turn, caches, slots_T, scales, norms)
     return q_THD

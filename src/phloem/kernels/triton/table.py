@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from phloem.kernels.calls import LinearOp
+from phloem.kernels.calls import Adapters, LinearOp, Norm
 from phloem.kernels.compose import linear_of
 from phloem.kernels.ops import Ops
 from phloem.kernels.triton import (
@@ -19,34 +19,60 @@ from phloem.kernels.triton import (
     lora,
     mla,
     moe,
-    norm,
     pages,
     rope,
     sample,
     tokens,
     weights,
 )
+from phloem.kernels.triton import norm as norms
 
 
 def _linear(product: Callable[[Tensor, Any, Tensor | None], Tensor]) -> LinearOp:
     return linear_of(
         product,
-        rms_norm=norm.rms_norm,
-        add_rms_norm=norm.add_rms_norm,
+        rms_norm=norms.rms_norm,
+        add_rms_norm=norms.add_rms_norm,
         silu_and_mul=activation.silu_and_mul,
         gelu_tanh_and_mul=activation.gelu_tanh_and_mul,
         add_adapters=lora.add_adapters,
     )
 
 
+def _with_float8(linear: LinearOp) -> LinearOp:
+    """The op, with a norm that writes float8 itself where the product behind it reads that."""
+    gates = {"silu": activation.silu_and_mul, "gelu_tanh": activation.gelu_tanh_and_mul}
+
+    def fused(
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None = None,
+        *,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        gate: str = "",
+        add: Tensor | None = None,
+        adapter: Adapters | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if norm is None or adapter is not None or add is not None or not weights.takes_float8(weight, x):
+            return linear(x, weight, bias, norm=norm, residual=residual, gate=gate, add=add, adapter=adapter)
+        grouped = isinstance(weight, weights.Float8Blocks)
+        kind = weight.values.dtype
+        values, scale, total = norms.rms_norm_fp8(x, residual, norm.weight, norm.eps, kind, grouped=grouped)
+        out = weights.scaled(values, scale, weight, bias, x.dtype)
+        return gates[gate](out) if gate else out, total
+
+    return fused
+
+
 def table() -> Ops:
     """The fast table."""
     return Ops(
         name="triton",
-        linear=_linear(weights.product),
+        linear=_with_float8(_linear(weights.product)),
         embedding=pages.embedding,
-        rms_norm=norm.rms_norm,
-        add_rms_norm=norm.add_rms_norm,
+        rms_norm=norms.rms_norm,
+        add_rms_norm=norms.add_rms_norm,
         add=activation.add,
         silu_and_mul=activation.silu_and_mul,
         gelu_tanh_and_mul=activation.gelu_tanh_and_mul,

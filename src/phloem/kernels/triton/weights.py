@@ -7,12 +7,14 @@ then takes it as it takes a tensor. Legend: N input features, M output features,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phloem.kernels.triton.gemm_fp8 import block_scaled_gemm
+from phloem.kernels.triton import vendor
+from phloem.kernels.triton.gemm_fp8 import FEW_ROWS, block_scaled_gemm, few_rows_gemm
 from phloem.kernels.triton.gemm_int import int4_gemm, int8_gemm
 from phloem.kernels.triton.quantise import per_group_fp8, per_token_fp8
 
@@ -36,7 +38,8 @@ class Int4Weight:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Float8Rows:
-    """float8 weights with a scale per output; activations become float8 with one per token. The vendor's product."""
+    """float8 weights with a scale per output; activations become float8 with one per token, for the vendor's product;
+    those of up to `gemm_fp8.FEW_ROWS` tokens keep their type."""
 
     values: Tensor  # float8 [M, N]
     scale: Tensor  # float32 [M]
@@ -44,7 +47,8 @@ class Float8Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Float8Blocks:
-    """float8 weights with a scale per 128 x 128 block; activations get one per token and 128 features."""
+    """float8 weights with a scale per 128 x 128 block; activations get one per token and 128 features, but for those of
+    up to `gemm_fp8.FEW_ROWS` tokens, which keep their type."""
 
     values: Tensor  # float8 [M, N]
     scale: Tensor  # float32 [M / 128, N / 128], rounded up
@@ -60,20 +64,33 @@ def product(x_TN: Tensor, weight: Weight, bias_M: Tensor | None) -> Tensor:
             return int8_gemm(x_TN, weight.values, weight.scale, bias_M)
         case Int4Weight():
             return int4_gemm(x_TN, weight.packed, weight.scale, weight.zero, bias_M)
-        case Float8Rows():
-            return _scaled_rows(x_TN, weight, bias_M)
-        case Float8Blocks():
-            values, scale = per_group_fp8(x_TN, weight.values.dtype)
-            return block_scaled_gemm(values, scale, weight.values, weight.scale, bias_M, x_TN.dtype)
+        case Float8Rows() | Float8Blocks():
+            if x_TN.shape[0] <= FEW_ROWS:
+                return few_rows_gemm(x_TN, weight.values, weight.scale, bias_M)
+            quantise = per_token_fp8 if isinstance(weight, Float8Rows) else per_group_fp8
+            return scaled(*quantise(x_TN, weight.values.dtype), weight, bias_M, x_TN.dtype)
         case _:
             return F.linear(x_TN, weight, bias_M)
 
 
-def _scaled_rows(x_TN: Tensor, weight: Float8Rows, bias_M: Tensor | None) -> Tensor:
-    values, scale = per_token_fp8(x_TN, weight.values.dtype)
-    if x_TN.device.type == "cpu":  # where only tests run, and there is no scaled product
+def takes_float8(weight: Any, x_TN: Tensor) -> TypeGuard[Float8Rows | Float8Blocks]:
+    """Whether the product of this weight with so many tokens is `scaled`, of activations in float8."""
+    return isinstance(weight, Float8Rows | Float8Blocks) and x_TN.shape[0] > FEW_ROWS
+
+
+def scaled(
+    values: Tensor, scale: Tensor, weight: Float8Rows | Float8Blocks, bias_M: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """[T, M] of float8 activations [T, N] with their scales: [T], or [T, N / 128] for blocks."""
+    if isinstance(weight, Float8Blocks):
+        device = values.device
+        if dtype == torch.bfloat16 and vendor.fits(len(values), weight.values):  # noqa: SIM102 - the second asks the GPU
+            if vendor.serves_blocks(device, weight.values.dtype):
+                return vendor.block_product(values, scale, weight.values, weight.scale, bias_M)
+        return block_scaled_gemm(values, scale, weight.values, weight.scale, bias_M, dtype)
+    if values.device.type == "cpu":  # where only tests run, and there is no scaled product
         wide = values.float() @ weight.values.float().T * scale[:, None] * weight.scale
-        return wide.to(x_TN.dtype) if bias_M is None else wide.to(x_TN.dtype) + bias_M
+        return wide.to(dtype) if bias_M is None else wide.to(dtype) + bias_M
     return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-        values, weight.values.t(), scale[:, None], weight.scale[None, :], bias=bias_M, out_dtype=x_TN.dtype
+        values, weight.values.t(), scale[:, None], weight.scale[None, :], bias=bias_M, out_dtype=dtype
     )

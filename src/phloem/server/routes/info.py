@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,7 +20,7 @@ from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.stream import collect
 
 if TYPE_CHECKING:
-    from phloem.core.messages import Stats
+    pass
 
 router = APIRouter(tags=["information"])
 STATE_SECONDS = 2.0  # how long an information route waits for the engine's own words
@@ -140,36 +140,43 @@ async def _state(door: Door) -> dict[str, Any]:
     }
 
 
-def _load(stats: Stats) -> dict[str, Any]:
+def _load(door: Door) -> dict[str, Any]:
+    link = door.client.connection
+    stats, most = link.stats, (link.ready or {}).get("max_running_requests", 0)
+    usage = stats.used_tokens / stats.total_tokens if stats.total_tokens else 0.0
     return {
         "dp_rank": 0,
         "num_reqs": stats.running + stats.waiting,
         "num_running_reqs": stats.running,
         "num_waiting_reqs": stats.waiting,
+        "num_total_reqs": stats.running + stats.waiting,
         "num_tokens": stats.used_tokens,
         "num_used_tokens": stats.used_tokens,
         "max_total_num_tokens": stats.total_tokens,
-        "token_usage": stats.used_tokens / stats.total_tokens if stats.total_tokens else 0.0,
+        "token_usage": usage,
+        "active_token_usage": usage,
         "gen_throughput": stats.gen_throughput,
         "cache_hit_rate": stats.cache_hit_rate,
+        "utilization": stats.running / most if most else usage,
+        "max_running_requests": most,
     }
 
 
 @router.get("/get_load", **describe(answer=_OBJECTS))
 async def get_load(request: Request) -> Response:
     """Running and waiting requests per rank."""
-    return json_response([_load(door_of(request).client.connection.stats)])
+    return json_response([_load(door_of(request))])
 
 
 @router.get("/loads", **describe(answer=_OBJECT))
 @router.get("/v1/loads", **describe(answer=_OBJECT))
 async def loads(request: Request) -> Response:
     """Running and waiting requests per rank, with the sum that gateways balance by."""
-    load = _load(door_of(request).client.connection.stats)
+    load = _load(door_of(request))
     names = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens", "token_usage", "gen_throughput")
     return json_response(
         {
-            "timestamp": time.time(),
+            "timestamp": datetime.now(UTC).isoformat(),
             "version": version(),
             "dp_rank_count": 1,
             "loads": [load],

@@ -14,6 +14,7 @@ from typing import Any
 
 from phloem.core.errors import BadRequest
 from phloem.grammar.schema import names as _schema
+from phloem.grammar.schema.formats import PATTERNS
 from phloem.text.tools._grammar import Shape, Unspeakable, json_of, literal, text
 
 MAX_FOLLOWED = 8  # references, one behind the other
@@ -34,15 +35,11 @@ _OF_OTHERS = frozenset(
 _PARAMETERS_KEYS = frozenset(
     {"type", "properties", "required", "additionalProperties", "unevaluatedProperties", "$ref"}
 )
-_DATE = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])"
-_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 _LABEL = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 # Formats of texts: these patterns admit valid ones alone, though not every valid one.
 FORMATS = {
-    "date": _DATE,
-    "time": _TIME,
-    "date-time": f"{_DATE}T{_TIME}",
+    **PATTERNS,
     "uuid": "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
     "ipv4": rf"({_BYTE}\.){{3}}{_BYTE}",
     "ipv6": "([0-9a-f]{1,4}:){7}[0-9a-f]{1,4}",

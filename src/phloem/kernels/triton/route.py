@@ -1,0 +1,268 @@
+"""Which experts serve which tokens: routing, and listing the (token, choice) pairs expert by expert.
+
+Few tokens are routed and sorted in one launch by one program; many in three. Legend: E experts, k choices.
+"""
+
+# What Triton's stubs do not describe: untyped kernel parameters, launches by subscript, constexpr arguments.
+# pyright: reportMissingParameterType=false, reportMissingImports=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from phloem.kernels.triton._base import power_of_2
+
+SORTED_TOKENS = 64  # up to which one program can route and sort all tokens
+SORTED_CELLS = 8192  # tokens times experts that such a program can hold
+
+
+@triton.jit
+def _route(
+    logits,
+    bias,
+    weights,
+    ids,
+    stride_logits,
+    experts,
+    scaling,
+    TOP_K: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, BLOCK)
+    keep = expert < experts
+    x = tl.load(logits + token * stride_logits + expert, mask=keep, other=float("-inf")).to(tl.float32)
+    if SIGMOID:
+        score = tl.where(keep, tl.sigmoid(x), 0.0)
+    else:
+        score = tl.exp(x - tl.max(x, axis=0))
+        score = score / tl.sum(score, axis=0)
+    ranked = tl.where(keep, score, float("-inf"))
+    if HAS_BIAS:
+        # The bias decides who is chosen, not how much it counts (DeepSeek-V3's load balancing).
+        ranked = tl.where(keep, score + tl.load(bias + expert, mask=keep, other=0.0), float("-inf"))
+    choice = tl.arange(0, BLOCK_K)
+    chosen = tl.zeros([BLOCK_K], tl.int32)
+    value = tl.zeros([BLOCK_K], tl.float32)
+    for turn in range(TOP_K):
+        high = tl.max(ranked, axis=0)
+        # Where logits are NaN nothing equals the largest: any expert will do, but there must be such a one.
+        place = tl.minimum(tl.min(tl.where(ranked == high, expert, BLOCK - 1), axis=0), experts - 1)
+        mine = tl.sum(tl.where(expert == place, score, 0.0), axis=0)
+        chosen = tl.where(choice == turn, place, chosen)
+        value = tl.where(choice == turn, mine, value)
+        ranked = tl.where(expert == place, float("-inf"), ranked)
+    if RENORMALISE:
+        value = value / tl.sum(value, axis=0)
+    at = token * TOP_K + choice
+    tl.store(weights + at, value * scaling, mask=choice < TOP_K)
+    tl.store(ids + at, chosen, mask=choice < TOP_K)
+
+
+def route(
+    logits_TE: Tensor,
+    top_k: int,
+    renormalise: bool,
+    *,
+    sigmoid: bool = False,
+    bias_E: Tensor | None = None,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Router logits -> weights float32 [T, k] and expert ids int32 [T, k], best first, ties to the lower id."""
+    tokens, experts = logits_TE.shape
+    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits_TE.device)
+    ids = torch.empty((tokens, top_k), dtype=torch.int32, device=logits_TE.device)
+    if tokens:
+        _route[(tokens,)](
+            logits_TE,
+            bias_E if bias_E is not None else logits_TE,
+            weights,
+            ids,
+            logits_TE.stride(0),
+            experts,
+            scaling,
+            TOP_K=top_k,
+            SIGMOID=sigmoid,
+            RENORMALISE=renormalise,
+            HAS_BIAS=bias_E is not None,
+            BLOCK=power_of_2(experts),
+            BLOCK_K=power_of_2(top_k),
+            num_warps=1 if experts <= 128 else 4,
+        )
+    return weights, ids
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles"])
+def _route_and_sort(
+    logits,
+    weights,
+    ids,
+    order,
+    tile_expert,
+    stride_logits,
+    tokens,
+    experts,
+    tiles,
+    TOP_K: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    """`_route` (softmax), `_count_expert` and `_place_expert` of a few tokens, in one program."""
+    token = tl.arange(0, BLOCK_T)
+    expert = tl.arange(0, BLOCK_E)
+    real = token < tokens
+    keep = real[:, None] & (expert < experts)[None, :]
+    x = tl.load(logits + token[:, None] * stride_logits + expert[None, :], mask=keep, other=float("-inf"))
+    x = tl.where(real[:, None], x.to(tl.float32), 0.0)
+    score = tl.exp(x - tl.max(x, axis=1)[:, None])
+    score = score / tl.sum(score, axis=1)[:, None]
+    ranked = tl.where(keep, score, float("-inf"))
+    turn_of = tl.full([BLOCK_T, BLOCK_E], -1, tl.int32)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    for turn in range(TOP_K):
+        high = tl.max(ranked, axis=1)
+        place = tl.min(tl.where(ranked == high[:, None], expert[None, :], BLOCK_E - 1), axis=1)
+        place = tl.minimum(place, experts - 1)
+        here = (expert[None, :] == place[:, None]) & real[:, None]
+        total += high
+        turn_of = tl.where(here, turn, turn_of)
+        ranked = tl.where(here, float("-inf"), ranked)
+        tl.store(ids + token * TOP_K + turn, place, mask=real)
+    chosen = turn_of >= 0
+    value = score
+    if RENORMALISE:
+        value = score / total[:, None]
+    pair = token[:, None] * TOP_K + turn_of
+    tl.store(weights + pair, value, mask=chosen)
+    # An expert's pairs stand in the order of their tokens; each token has it once at most.
+    one = chosen.to(tl.int32)
+    number = tl.sum(one, axis=0)
+    count = (number + TILE - 1) // TILE
+    begin = tl.cumsum(count, axis=0) - count
+    at = (begin * TILE)[None, :] + tl.cumsum(one, axis=0) - one
+    tl.store(order + at, pair, mask=chosen)
+    pad = tl.arange(0, TILE)
+    free = (begin * TILE + number)[None, :] + pad[:, None]
+    tl.store(order + free, tl.full([TILE, BLOCK_E], 0, tl.int32) + tokens * TOP_K,
+             mask=free < ((begin + count) * TILE)[None, :])  # fmt: skip
+    used = tl.sum(count, axis=0)
+    for tile in range(0, tl.max(count, axis=0)):
+        tl.store(tile_expert + begin + tile, expert, mask=tile < count)
+    every = tl.arange(0, BLOCK_TILES)
+    tl.store(tile_expert + every, tl.full([BLOCK_TILES], -1, tl.int32), mask=(every >= used) & (every < tiles))
+
+
+def route_and_sort(
+    logits_TE: Tensor, top_k: int, renormalise: bool, tile: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """`route`, then `sort_by_expert`, in one launch where the tokens are few: (weights, ids, (order, tile_expert))."""
+    tokens, experts = logits_TE.shape
+    block_t, block_e = power_of_2(tokens), power_of_2(experts)
+    if not 0 < tokens <= SORTED_TOKENS or block_t * block_e > SORTED_CELLS:
+        weights, ids = route(logits_TE, top_k, renormalise)
+        return weights, ids, sort_by_expert(ids, experts, tile)
+    device, tiles = logits_TE.device, most_tiles(tokens * top_k, experts, tile)
+    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=device)
+    ids, order, tile_expert = (
+        torch.empty(shape, dtype=torch.int32, device=device) for shape in ((tokens, top_k), (tiles * tile,), (tiles,))
+    )
+    _route_and_sort[(1,)](
+        logits_TE,
+        weights,
+        ids,
+        order,
+        tile_expert,
+        logits_TE.stride(0),
+        tokens,
+        experts,
+        tiles,
+        TOP_K=top_k,
+        RENORMALISE=renormalise,
+        TILE=tile,
+        BLOCK_T=block_t,
+        BLOCK_E=block_e,
+        BLOCK_TILES=power_of_2(tiles),
+        num_warps=8 if block_t * block_e > 1024 else 4,
+    )
+    return weights, ids, (order, tile_expert)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def _count_expert(ids, counts, pairs, BLOCK: tl.constexpr):
+    expert = tl.program_id(0)
+    number = 0
+    for start in range(0, pairs, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        number += tl.sum((tl.load(ids + at, mask=at < pairs, other=-1) == expert).to(tl.int32), axis=0)
+    tl.store(counts + expert, number)
+
+
+@triton.jit(do_not_specialize=["pairs", "tiles"])
+def _place_expert(
+    ids,
+    counts,
+    order,
+    tile_expert,
+    pairs,
+    experts,
+    tiles,
+    TILE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per expert writes its list into `order` (padding: `pairs`) and its name on its tiles."""
+    expert = tl.program_id(0)
+    other = tl.arange(0, BLOCK_E)
+    number = tl.load(counts + other, mask=other < experts, other=0)
+    needed = (number + TILE - 1) // TILE
+    begin = tl.sum(tl.where(other < expert, needed, 0), axis=0)
+    mine = tl.sum(tl.where(other == expert, needed, 0), axis=0)
+    placed = begin * TILE
+    for start in range(0, pairs, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        hit = (tl.load(ids + at, mask=at < pairs, other=-1) == expert).to(tl.int32)
+        to = placed + tl.cumsum(hit, axis=0) - hit
+        tl.store(order + to, at, mask=hit != 0)
+        placed += tl.sum(hit, axis=0)
+    end = (begin + mine) * TILE
+    pad = tl.arange(0, TILE)
+    tl.store(order + placed + pad, tl.full([TILE], 0, tl.int32) + pairs, mask=placed + pad < end)
+    for tile in range(begin, begin + mine):
+        tl.store(tile_expert + tile, expert)
+    if expert == experts - 1:
+        for tile in range(begin + mine, tiles):
+            tl.store(tile_expert + tile, -1)
+
+
+def sort_by_expert(ids_Tk: Tensor, experts: int, tile: int) -> tuple[Tensor, Tensor]:
+    """(order, tile_expert): pair numbers (token * k + choice) by expert, padded to tiles with T * k; each tile's
+    expert, -1 for a tile past the end. Sized for the worst case, so that shapes depend on T alone.
+    """
+    pairs = ids_Tk.numel()
+    tiles, device = most_tiles(pairs, experts, tile), ids_Tk.device
+    counts = torch.empty(experts, dtype=torch.int32, device=device)
+    order = torch.empty(tiles * tile, dtype=torch.int32, device=device)
+    tile_expert = torch.empty(tiles, dtype=torch.int32, device=device)
+    block = min(1024, power_of_2(pairs))
+    _count_expert[(experts,)](ids_Tk, counts, pairs, BLOCK=block)
+    _place_expert[(experts,)](
+        ids_Tk, counts, order, tile_expert, pairs, experts, tiles, TILE=tile, BLOCK_E=power_of_2(experts), BLOCK=block
+    )
+    return order, tile_expert
+
+
+def most_tiles(pairs: int, experts: int, tile: int) -> int:
+    """Tiles that so many pairs take at most, however they fall; at least one."""
+    return max(1, min(pairs, experts + pairs // tile))

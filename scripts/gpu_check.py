@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -27,7 +28,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
-SECTIONS = ("kernels", "models", "floors", "cold", "llama", "llama-fp8", "qwen", "qwen-fp8", "transformers")
+SECTIONS = ("kernels", "models", "floors", "cold", "shared", "llama", "llama-fp8", "qwen", "qwen-fp8", "transformers")
+SECTIONS += ("peers",)
 BATCHES = (1, 8, 32, 128, 256)
 GRACE = 40.0  # seconds that the last section may take beyond the limit
 LEFT_BYTES = 64 << 20  # workspaces of libraries stay
@@ -229,6 +231,34 @@ class Check:
                 )
         return found
 
+    def shared(self) -> dict[str, Any]:
+        """Requests that share a prefix: pages read once a step, and for every row."""
+        return self._servers("shared", ("phloem", "phloem-apart"), ("shared",))
+
+    def peers(self) -> dict[str, Any]:
+        """This engine and those that are installed beside it, under the same requests."""
+        import gpu_peers
+
+        there = [name for name in ("vllm", "sglang") if importlib.util.find_spec(name) is not None]
+        if not there and not self.tiny:
+            raise ImportError("neither vllm nor sglang is installed")
+        return self._servers("peers", ("phloem", *there), tuple(gpu_peers.LOADS))
+
+    def _servers(self, name: str, engines: tuple[str, ...], workloads: tuple[str, ...]) -> dict[str, Any]:
+        import gpu_models
+        import gpu_peers
+
+        shape = gpu_models.TINY_LLAMA if self.tiny else gpu_models.LLAMA_8B
+        config = {**shape, "architectures": ["LlamaForCausalLM"]}
+        loads = gpu_peers.TINY if self.tiny else gpu_peers.LOADS
+        seconds = 120.0 if self.tiny else max(30.0, self.left)
+        device = "cpu" if self.tiny else ""
+        found = gpu_peers.compare(config, engines, [loads[one] for one in workloads], seconds, device)
+        print("\n".join(f"  {line}" for line in gpu_peers.table(found)))
+        if mine := [why for engine, why in found["skipped"].items() if engine.startswith("phloem")]:
+            self.report["errors"][name] = mine[0]
+        return found
+
     def transformers(self) -> list[dict[str, Any]]:
         import gpu_bench
         import gpu_models
@@ -251,11 +281,13 @@ class Check:
         self.section("models", 30, self.models)
         self.section("floors", 10, self.floors)
         self.section("cold", 120, self.cold)
+        self.section("shared", 120, self.shared)
         self.section("llama", 60, lambda: self.benchmark(llama, False, True))
         self.section("llama-fp8", 45, lambda: self.benchmark(llama, True, False))
         self.section("qwen", 60, lambda: self.benchmark(qwen, False, True))
         self.section("qwen-fp8", 60, lambda: self.benchmark(qwen, True, False))
         self.section("transformers", 90, self.transformers)
+        self.section("peers", 240, self.peers)
         self.report.pop("_floors", None)
         self.report["seconds"] = time.perf_counter() - self.begun
 
@@ -309,6 +341,11 @@ def markdown(report: dict[str, Any]) -> str:
             rates = f"{first['output_tok_per_s']:.0f} | {last['output_tok_per_s']:.0f} | {one['cold_over_warm']:.2f}"
             lines.append(f"| {name} | {one['ready_s']:.1f} | {rates} | {first['ttft_ms_max']:.0f} | {late} |")
         lines.append("")
+    for name, title in (("shared", "A shared prefix of 2,048 tokens"), ("peers", "Beside other engines")):
+        if found := report.get(name):
+            import gpu_peers
+
+            lines += [f"## {title} (Llama-8B shapes)", "", *gpu_peers.table(found), ""]
     baseline = {row["rows"]: row for row in report.get("transformers", [])}
     for name in ("llama", "llama-fp8", "qwen", "qwen-fp8"):
         if found := report.get(name):

@@ -10,7 +10,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from phloem.kernels import reference_attention as attention_ref
 from phloem.kernels import reference_experts as experts_ref
 from phloem.kernels import reference_formats as formats
 from phloem.kernels import reference_sampling as sampling_ref
-from phloem.kernels.ops import Adapters, AttentionCall, Draw, LatentCall, PagedBatch, Rotation
+from phloem.kernels.ops import Adapters, AttentionCall, Draw, LatentCall, PagedBatch, Rotation, SharedPages
 from phloem.platforms._facts import own_float8
 
 LIMITS = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 1.2e-2}
@@ -51,6 +51,10 @@ def poisoned() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def wide(cache: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    return cache[0].float(), cache[1].float()
 
 
 class Kernels:
@@ -99,6 +103,58 @@ class Kernels:
             (got_norm, ref.rms_norm(total, weight, 1e-6)),
             (got_total, total),
         ]
+
+    def float8_norm(self) -> list[tuple[Tensor, Tensor]]:
+        from phloem.kernels.triton import norm
+
+        x, residual, weight = self.randn(7, 1152), self.randn(7, 1152), self.randn(1152).abs() + 0.5
+        want = ref.rms_norm((x + residual).float(), weight, 1e-6)
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for grouped in (False, True):
+            values, scale, total = norm.rms_norm_fp8(x, residual, weight, 1e-6, self.fp8, grouped=grouped)
+            spread = formats.spread_groups(values, scale) if grouped else values.float() * scale[:, None]
+            pairs += [(spread, want), (total, (x + residual).float())]
+        return pairs
+
+    def few_rows(self) -> list[tuple[Tensor, Tensor]]:
+        from phloem.kernels.triton import gemm_fp8
+
+        x, bias = self.randn(5, 640, by=0.1), self.randn(200)
+        blocks, by_block = formats.quantise_blocks(self.randn(200, 640).float(), self.fp8)
+        rows, by_row = formats.quantise_fp8(self.randn(200, 640).float(), self.fp8)
+        return [
+            (
+                gemm_fp8.few_rows_gemm(x, blocks, by_block, bias),
+                F.linear(x.float(), formats.spread_blocks(blocks, by_block), bias.float()),
+            ),
+            (
+                gemm_fp8.few_rows_gemm(x, rows, by_row, None),
+                F.linear(x.float(), rows.float() * by_row[:, None]),
+            ),
+        ]
+
+    def shared_pages(self) -> list[tuple[Tensor, Tensor]]:
+        """Rows 0, 1 and 3 begin with the same 256 tokens: in a decode step and in one with longer rows."""
+        from phloem.attention._cascade import Sharing, find
+        from phloem.kernels.triton import attention
+
+        cheap = Sharing(tile=16, programs=264, splits=(16, 8), token_bytes=1 << 30, part_bytes=1)
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for queries in ([1] * 4, [1, 3, 40, 2]):
+            lengths = [300, 500, 310, 270]
+            batch = self.paged(queries, lengths)
+            batch.page_table[1, :16] = batch.page_table[3, :16] = batch.page_table[0, :16]
+            prefix = torch.tensor(lengths) - torch.tensor(queries)
+            table, count = batch.page_table.cpu().numpy(), torch.tensor(queries).int().numpy()
+            found = find(table, count, prefix.int().numpy(), 16, 0, cheap)
+            assert found is not None
+            pages = SharedPages(*(torch.from_numpy(array).to(self.device) for array in found.arrays))
+            cache = tuple(self.randn(int(batch.page_table.max()) + 1, 2, 16, 64) for _ in "kv")
+            q, sinks = self.randn(sum(queries), 8, 64), self.randn(8)
+            for call in (AttentionCall(0.125), AttentionCall(0.125, 200, 0.0, sinks)):
+                got = attention.paged_attention(q, cache, replace(batch, shared=pages), call)
+                pairs.append((got, attention_ref.paged_attention(q.float(), wide(cache), batch, call)))
+        return pairs
 
     def activations(self) -> list[tuple[Tensor, Tensor]]:
         from phloem.kernels.triton import activation
@@ -376,10 +432,10 @@ class Kernels:
 
 CHECKS = [
     *("norms", "activations", "rope", "pages", "tokens", "decode", "extend", "mla", "sampling", "moe", "quantise"),
-    *("gemm_fp8", "moe_fp8", "gemm_int", "lora", "invariant"),
+    *("gemm_fp8", "moe_fp8", "gemm_int", "lora", "invariant", "float8_norm", "few_rows", "shared_pages"),
 ]
 # Checks whose result is rounded to float8 or int8 on the way: (limit of the relative norm).
-ROUNDED = {"quantise": 0.04, "moe_fp8": 0.04}
+ROUNDED = {"quantise": 0.04, "moe_fp8": 0.04, "float8_norm": 0.04}
 # The interpreter loses a carry when it rounds to float8, which costs a factor of two here and there.
 ROUNDED_TINY = {name: 0.15 for name in ROUNDED}
 

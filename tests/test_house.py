@@ -87,6 +87,7 @@ FOREIGN = {
     "checkpoint/gguf_reader.py 'MADV_DONTNEED'": "Linux",
     "kernels/graph_cuda.py '_construct_storage_from_data_pointer'": "a private part of torch",
     "kernels/triton/_base.py name": "a torch without some float8 type",
+    "kernels/triton/vendor.py 'scaled_mm'": "a torch without it",
     "kernels/triton/_base.py 'gpu_subslice_count'": "Intel's torch",
     "lang/backends/__init__.py '_lang_backend'": "kept at the caller's engine",
     "lang/backends/__init__.py 'generate'": "anything that answers",
@@ -117,7 +118,7 @@ FOREIGN = {
 
 VENDORS = ("nvidia", "cuda", "rocm", "hip")
 VENDOR_ROOMS = {"platforms", "kernels", "attention"}
-KNOWN_VENDOR_WORDS = {"engine/worker.py hip": "engine"}
+KNOWN_VENDOR_WORDS: dict[str, str] = {}
 # Files that ask what kind of device this is: how often -> the room that owes a fact of the platform instead.
 DEVICE_TYPE: dict[str, int] = {}
 

@@ -18,7 +18,7 @@ from phloem.attention.triton import Backend as TritonBackend
 from phloem.core.batch import Batch
 from phloem.core.memory import Group
 from phloem.engine.inputs import FixedInputs, Step
-from phloem.engine.recorded.decode import DecodeGraphs
+from phloem.engine.recorded.decode import DecodeGraphs, sharing_sizes
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
 from phloem.kernels.ops import Ops, PagedBatch
@@ -74,16 +74,14 @@ def test_a_recorded_step_takes_sharing_and_its_end() -> None:
         assert full.seq_lens.tolist() == [201, 201, 201, 1] and full.page_table[0].tolist() == list(range(1, 21))
 
 
-def test_graphs_of_sharing_steps_are_recorded_when_such_steps_came() -> None:
+def test_steps_that_share_have_graphs_of_their_own() -> None:
     recorder: Any = FakeRecorder()
     spec = AttentionSpec(0, 4, 2, 16, 0.25)
     model: Any = SimpleNamespace(forward=lambda batch: batch.input_ids.unsqueeze(1))
     pool: Any = SimpleNamespace(**{**vars(POOL), "groups": POOL.groups[:1]})
     backend = Backend(Ops(), [spec], CPU, torch.float32)
     graphs = DecodeGraphs(recorder, model, backend, pool, StepFacts(), 8, 20, shared=True)
-    assert not graphs.graphs.idle() and recorder.recorded == 0
-    graphs.graphs.record_all()
-    assert recorder.recorded == 0
+    assert graphs.graphs.sizes == [4, 6, 8] and graphs.decision == "shared_step_graphs"
 
     def run(common: int) -> torch.Tensor | None:
         made = step(common=common)
@@ -94,6 +92,11 @@ def test_graphs_of_sharing_steps_are_recorded_when_such_steps_came() -> None:
     hidden = run(12)
     assert hidden is not None and hidden.flatten().tolist() == [0, 1, 2] and recorder.recorded == 1
     assert run(0) is None  # a plain graph serves that
+
+
+def test_sizes_of_sharing_steps() -> None:
+    assert sharing_sizes(256) == [4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+    assert sharing_sizes(100)[-2:] == [96, 100] and sharing_sizes(2) == [2] and sharing_sizes(1) == []
 
 
 def test_backends_say_whether_they_share_and_why() -> None:

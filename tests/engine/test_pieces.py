@@ -316,7 +316,7 @@ def decide(
 ) -> tuple[Any, Any, dict[str, Decision]]:
     """The decode steps, the other ones, and the decisions."""
     decisions: list[Decision] = []
-    pool: Any = SimpleNamespace(device=CPU, groups=(), page_size=16)
+    pool: Any = SimpleNamespace(device=CPU, groups=(), memory=(), page_size=16)
     ops = replace(Ops(name="some"), recorder=recorder and (lambda: recorder))
     where = choice.Place(model or Cuttable(), backend or RECORDABLE, pool, ops, StepFacts(), 2**30)  # type: ignore[arg-type]
     found = choice.choose(Config.from_flat(settings).runtime, where, 4, 8, chunk, decisions)

@@ -114,7 +114,7 @@ def test_choices_become_a_pattern_that_means_them() -> None:
         ({"extra_body": {"temperature": 1}}, "extra_body.temperature", "unknown field"),
         ({"json_schema": "{"}, "json_schema", "line 1"),
         ({"json_schema": {"properties": {"a": {"type": "wat"}}}}, "json_schema", "#/properties/a/type"),
-        ({"guided_json": {"items": {"$ref": "#/no"}}}, "json_schema", "#/items/$ref"),
+        ({"guided_json": {"items": {"$ref": "#/no"}}}, "guided_json", "#/items/$ref"),
         ({"structural_tag": {"structures": []}}, "structural_tag", "triggers"),
         ({"regex": "a{99999}"}, "regex", "repetition"),
     ],

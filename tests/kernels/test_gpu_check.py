@@ -67,6 +67,19 @@ def test_the_cold_start_runs_in_processes_of_its_own(tmp_path: Path) -> None:
     assert "## Cold start" in next(tmp_path.glob("*.md")).read_text()
 
 
+def test_servers_are_compared_under_the_same_requests(tmp_path: Path) -> None:
+    done = _run("--dry-run", "--only", "shared,peers", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    (file,) = tmp_path.glob("*.json")
+    report = json.loads(file.read_text())
+    assert list(report["shared"]["engines"]) == ["phloem", "phloem-apart"] and not report["shared"]["skipped"]
+    rounds = report["peers"]["engines"]["phloem"]["rounds"]
+    assert {name: len(rows) for name, rows in rounds.items()} == {"one": 2, "32": 2, "128": 2, "shared": 2}
+    assert all(row["output_tok_per_s"] > 0 and row["ttft_ms_max"] > 0 for rows in rounds.values() for row in rows)
+    page = next(tmp_path.glob("*.md")).read_text()
+    assert "## A shared prefix of 2,048 tokens" in page and "| shared | phloem-apart |" in page
+
+
 def test_every_token_is_counted_and_sizes_follow_the_memory() -> None:
     code = f"""
 import sys

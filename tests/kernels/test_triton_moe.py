@@ -71,6 +71,13 @@ def test_one_launch_routes_and_sorts_as_three_do(
     assert torch.equal(lists[0].view(-1, tile)[used], order.view(-1, tile)[used])
 
 
+def test_damaged_logits_name_experts_that_exist() -> None:
+    logits = torch.full((5, 6), float("nan"))
+    _, ids, (_, tile_expert) = moe.route_and_sort(logits, 2, True, 16)
+    assert int(ids.min()) >= 0 and int(ids.max()) < 6 and int(tile_expert.max()) < 6
+    assert int(moe.route(logits, 2, True)[1].max()) < 6
+
+
 def test_many_tokens_are_routed_and_sorted_in_launches_of_their_own() -> None:
     logits = torch.randn(65, 8)
     _, ids, lists = moe.route_and_sort(logits, 2, True, 16)

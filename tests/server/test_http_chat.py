@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from door import CONTEXT, MODEL, make_info, on_loop, open_door
 
+from phloem.core import request
 from phloem.core.messages import unpack_ids
 from phloem.testing.byte_tokenizer import ByteTokenizer
 from phloem.testing.fake_engine import FakeEngine, logprob_of
@@ -132,7 +133,8 @@ async def test_sampling_fields_reach_the_engine() -> None:
 @on_loop
 async def test_unset_fields_take_the_models_own_defaults() -> None:
     recommended = {"temperature": 0.6, "top_p": 0.95, "top_k": 0, "eos_token_id": 2, "do_sample": True}
-    async with open_door(info=make_info(generation_config=recommended)) as door:
+    checked = request.recommended(recommended, 100)
+    async with open_door(info=make_info(generation_config=checked)) as door:
         await door.post(PATH, {"messages": HI, "max_tokens": 1})
         await door.post(PATH, {"messages": HI, "max_tokens": 1, "temperature": 0, "top_p": 1.0})
         first, second = (submit.sampling for submit in door.engine.submits)

@@ -7,7 +7,7 @@ and `begin(batch, pool)`; `dtype` is that of the KV cache. The first of an order
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from phloem.attention._cascade import Sharing
 from phloem.core.errors import ConfigError
@@ -56,6 +56,7 @@ class AttentionBackend(Protocol):
         ...
 
 
+@runtime_checkable
 class SharingBackend(Protocol):
     """A backend that attends to pages that rows share once for all of them (`PagedBatch.shared`)."""
 
@@ -64,9 +65,8 @@ class SharingBackend(Protocol):
 
 def sharing_of(backend: AttentionBackend) -> tuple[Sharing | None, str]:
     """What attending to shared pages once costs on this backend, or None; and why."""
-    found = getattr(backend, "sharing", None)
-    if isinstance(found, Sharing):
-        return found, "pages that rows share are read once a step, where that saves more than it costs"
+    if isinstance(backend, SharingBackend) and backend.sharing is not None:
+        return backend.sharing, "pages that rows share are read once a step, where that saves more than it costs"
     return None, f"the attention backend {backend.name!r} reads every row's pages for itself"
 
 

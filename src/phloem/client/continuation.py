@@ -169,6 +169,6 @@ def _raise_refusal(finish: FinishReason | None) -> None:
         return
     message = finish.message or "the engine refused the request"
     kind = {400: BadRequest, 503: QueueFull, 507: OutOfMemory}.get(finish.status_code, PhloemError)
-    error = kind(message)
+    error = kind(message, param=finish.param)
     error.status = finish.status_code
     raise error

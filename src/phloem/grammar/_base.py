@@ -53,6 +53,11 @@ def field_of(params: SamplingParams) -> str | None:
     return next((name for name in _READERS if getattr(params, name) is not None), None)
 
 
+def name_of(params: SamplingParams) -> str | None:
+    """What the client called the constraint."""
+    return params.constraint_name or field_of(params)
+
+
 def constraint_of(params: SamplingParams) -> Constraint | None:
     """The constraint that a request brings.
 
@@ -61,14 +66,14 @@ def constraint_of(params: SamplingParams) -> Constraint | None:
     """
     name = field_of(params)
     if name is not None:
-        text = getattr(params, name)
+        text, shown = getattr(params, name), name_of(params)
         limit = MAX_TAG_BYTES if name == "structural_tag" else MAX_CONSTRAINT_BYTES
         if len(text) > limit:
-            raise BadRequest(f"{name} has {len(text)} characters; at most {limit}", param=name)
+            raise BadRequest(f"{shown} has {len(text)} characters; at most {limit}", param=shown)
         try:
             return _READERS[name](text)
         except BadRequest as error:
-            raise BadRequest(f"{name}: {error.message}", param=name) from None
+            raise BadRequest(f"{shown}: {error.message}", param=shown) from None
     return None
 
 
@@ -298,5 +303,6 @@ __all__ = [
     "constraint_of",
     "field_of",
     "fingerprint",
+    "name_of",
     "read_structural_tag",
 ]

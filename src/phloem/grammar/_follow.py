@@ -81,7 +81,7 @@ class Following:
     def __init__(self, matcher: Callable[[], Matcher], vocabulary: Vocabulary, params: SamplingParams) -> None:
         self._make = matcher
         self._vocabulary = vocabulary
-        self._field = _base.field_of(params)
+        self._field = _base.name_of(params)
         self._min_new_tokens = params.min_new_tokens
         self._cursor: Cursor | None = None
         self._moved: list[int] | None = None
@@ -179,7 +179,7 @@ class Constrained:
         self._compiled = compiled
         self._vocabulary = vocabulary
         self._params = params
-        self._field = _base.field_of(params)
+        self._field = _base.name_of(params)
         self._thinking = thinking
         self.can_jump = jump
         self._jumper: Cursor | None = None

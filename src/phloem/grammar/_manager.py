@@ -134,7 +134,7 @@ class GrammarManager:
         return Prepared((self._compiling(entry, params),), constrained)
 
     def _compiling(self, entry: _Entry, params: SamplingParams) -> Compiling:
-        return Compiling(entry, _base.field_of(params), self.settings.compile_timeout, self._clock)
+        return Compiling(entry, _base.name_of(params), self.settings.compile_timeout, self._clock)
 
     def compile(self, constraint: Constraint) -> Compiled:
         """Compile here and now (or take from the cache), for callers that may wait.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -172,3 +173,15 @@ def open_ended(constraint: Constraint) -> bool:
             return not end and open_ended(content)
         case _:
             return False
+
+
+def schemas_in(constraint: Constraint) -> Iterator[JsonSchema]:
+    """Every JSON schema in a constraint, in order."""
+    if isinstance(constraint, JsonSchema):
+        yield constraint
+    for field in fields(constraint):
+        value = getattr(constraint, field.name)
+        for item in value if isinstance(value, tuple) else (value,):
+            part = item[0] if isinstance(item, tuple) else item
+            if isinstance(part, Constraint):
+                yield from schemas_in(part)

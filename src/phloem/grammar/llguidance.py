@@ -6,14 +6,16 @@ each mask is bounded by the limits below (fuel, states, items), past which the r
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from phloem.core.errors import BadRequest, PhloemError
-from phloem.grammar import _base
+from phloem.grammar import _base, _nodes
 from phloem.grammar.schema import formats as _formats
 from phloem.grammar.schema import frames as _frames
 from phloem.grammar.schema import keywords as _keywords
@@ -65,6 +67,40 @@ def prepared(text: str) -> _schema.Schema | Constraint:
     return _frames.spelled_out(schema) or schema
 
 
+@functools.cache
+def limits() -> Any:
+    return importlib.import_module("llguidance").LLParserLimits(**_LIMITS)
+
+
+def complaint(schema: _schema.Schema) -> str | None:
+    """What the library has against a schema that is prepared."""
+    matcher = importlib.import_module("llguidance").LLMatcher
+    grammar = matcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False))
+    error = matcher.validate_grammar(grammar, limits=limits())
+    return _plain(error) if error else None
+
+
+def refusal(text: str) -> str | None:
+    """Why a schema cannot be enforced, with the place in it, as far as is seen at once, without a vocabulary."""
+    try:
+        schema = prepared(text)
+        if not isinstance(schema, dict) or '"multipleOf"' in text:
+            return None
+        said = complaint(schema)
+        return None if said is None else _placed(schema, said)
+    except BadRequest as error:
+        return error.message
+    except ImportError:
+        return None
+
+
+def _placed(schema: _schema.Schema, message: str) -> str:
+    path = _schema.locate(schema, complaint, message)
+    if "oneOf" in message:
+        message = "the branches of oneOf are not provably exclusive; use anyOf, or tell them apart by a constant"
+    return f"{path}: {message}"
+
+
 class _Wrapper:
     """The tokenizer in the shape that llguidance reads."""
 
@@ -98,7 +134,7 @@ class Engine:
             n_vocab=vocabulary.size,
             eos_token=list(vocabulary.eos_ids),
         )
-        self._limits = self._library.LLParserLimits(**_LIMITS)
+        self._limits = limits()
 
     def decline(self, constraint: Constraint) -> str | None:
         match constraint:
@@ -113,7 +149,7 @@ class Engine:
             grammar = self._library.LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False))
             matcher = self._build(grammar, schema)
         else:
-            matcher = self._build(self._grammar(schema or constraint), None)
+            matcher = self._whole(schema or constraint)
         compiled = Compiled(self.vocabulary, matcher, len(repr(constraint)))
         compiled.check_first()
         return compiled
@@ -125,18 +161,23 @@ class Engine:
         matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         if not matcher.is_error():
             return matcher
-        message = _plain(matcher.get_error())
         if schema is None:
-            raise BadRequest(f"the grammar is not valid: {message}")
-        path = _schema.locate(schema, self._complaint, message)
-        if "oneOf" in message:
-            message = "the branches of oneOf are not provably exclusive; use anyOf, or tell them apart by a constant"
-        raise BadRequest(f"{path}: {message}")
+            raise BadRequest(f"the grammar is not valid: {_plain(matcher.get_error())}")
+        raise BadRequest(_placed(schema, _plain(matcher.get_error())))
 
-    def _complaint(self, schema: _schema.Schema) -> str | None:
-        grammar = self._library.LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False))
-        error = self._library.LLMatcher.validate_grammar(grammar, limits=self._limits)
-        return _plain(error) if error else None
+    def _whole(self, constraint: Constraint) -> Any:
+        """A matcher of what is no schema alone. What the library says of a grammar written here shows nothing of it."""
+        grammar = self._grammar(constraint)
+        try:
+            return self._build(grammar, None)
+        except BadRequest as error:
+            if isinstance(constraint, _base.Lark):
+                raise
+            for part in _nodes.schemas_in(constraint):
+                schema = self._schema(part)
+                if isinstance(schema, dict) and (said := complaint(schema)) is not None:
+                    raise BadRequest(_placed(schema, said)) from None
+            raise BadRequest(_without_source(error.message)) from None
 
     def _schema(self, constraint: _base.JsonSchema | _base.JsonObject) -> _schema.Schema | Constraint:
         """The schema as the library is to read it; where it cannot, what says the same."""
@@ -188,6 +229,12 @@ def _plain(message: str) -> str:
     """The library's message without its dump of the parser."""
     head = message.split("<state>")[0].split("while processing json-schema:")[0]
     return " ".join(head.replace("<non-verbose/>", "").split()) or "unknown reason"
+
+
+def _without_source(message: str) -> str:
+    """A message, already in one line, without the place in a grammar that the client never wrote."""
+    said = re.split(r"\s\d+ \| ", message, maxsplit=1)[0]
+    return re.sub(r"\bat \d+\(\d+\): ", "", said).strip()
 
 
 def _strip_annotations(schema: _schema.Schema) -> None:

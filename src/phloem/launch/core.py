@@ -13,7 +13,7 @@ from phloem.core.errors import BadRequest
 from phloem.core.messages import Failed, FromEngine, Progress, Ready, Stats, Submit, ToEngine
 from phloem.engine import worker
 from phloem.engine.watchdog import Watchdog
-from phloem.grammar._base import field_of
+from phloem.grammar._base import name_of
 from phloem.grammar._manager import GrammarManager, GrammarSettings
 from phloem.kvcache.manager import CacheManager
 from phloem.launch.rest import Resting
@@ -143,7 +143,7 @@ def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
 
 
 def _no_grammar(submit: Submit, prompt: Any) -> None:
-    field = field_of(submit.sampling)
+    field = name_of(submit.sampling)
     if field is not None:
         raise BadRequest(f"{field} needs the tokenizer, which skip_tokenizer_init leaves out", param=field)
 

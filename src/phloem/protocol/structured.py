@@ -37,7 +37,8 @@ _OBJECT = '{"type":"object"}'
 
 
 def constraint_fields(body: Any) -> dict[str, str]:
-    """The constraint that a request body asks for, as at most one field of `SamplingParams`.
+    """The constraint that a request body asks for, as at most one field of `SamplingParams`, and `constraint_name`
+    where the body calls it otherwise.
 
     Reads those of the attributes named above that the body has; None, and an empty text, are unset.
 
@@ -68,7 +69,12 @@ def constraint_fields(body: Any) -> dict[str, str]:
     if len(found) > 1:
         names = " and ".join(spelling for _, _, spelling in found)
         raise BadRequest(f"only one constraint at a time, got {names}", param=found[1][2])
-    return {field: text for field, text, _ in found}
+    return {
+        name: value
+        for field, text, spelling in found
+        for name, value in ((field, text), ("constraint_name", spelling))
+        if name == field or spelling != field
+    }
 
 
 _TOP = ("response_format", *FIELDS, "structured_outputs", *(name for name in _GUIDED if name not in FIELDS))
@@ -97,7 +103,8 @@ def check(params: SamplingParams) -> None:
         try:
             _schema.read_schema(constraint.schema)
         except BadRequest as error:
-            raise BadRequest(f"json_schema: {error.message}", param="json_schema") from None
+            shown = _base.name_of(params)
+            raise BadRequest(f"{shown}: {error.message}", param=shown) from None
 
 
 def _response_format(value: Any) -> list[tuple[str, str, str]]:
@@ -137,7 +144,7 @@ def _structured_outputs(value: Any) -> list[tuple[str, str, str]]:
         if item is None or name.startswith("_"):
             continue
         if name in _HINTS:
-            if item not in _HINTS[name]:
+            if not any(item is harmless for harmless in _HINTS[name]):
                 raise BadRequest(f"not supported yet: {where}.{name}", param=f"{where}.{name}", code="not_supported")
             continue
         if name not in _GUIDED.values():

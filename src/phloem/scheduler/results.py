@@ -223,11 +223,11 @@ class Results:
         if answer:
             self._chunks.append(self._chunk(request, reason))
 
-    def fail(self, request: Request, message: str, status_code: int) -> None:
+    def fail(self, request: Request, message: str, status_code: int, param: str | None = None) -> None:
         """End a request that went wrong, alone. What only it computed is not kept for others."""
         level = logging.ERROR if status_code >= 500 else logging.WARNING
         log.log(level, "request %s failed (%d): %s", request.id, status_code, message)
-        reason = FinishReason("abort", message=message, status_code=status_code)
+        reason = FinishReason("abort", message=message, status_code=status_code, param=param)
         self.finish(request, reason, answer=False, keep=False)
         try:
             chunk = self._chunk(request, reason)
@@ -236,7 +236,7 @@ class Results:
             chunk = Chunk(id=request.id, finish=reason)
         self._chunks.append(chunk)
 
-    def refuse(self, request_id: str, message: str, status_code: int) -> None:
+    def refuse(self, request_id: str, message: str, status_code: int, param: str | None = None) -> None:
         """Answer a request that never came in."""
         log.log(
             logging.WARNING if status_code < 500 or status_code == 503 else logging.ERROR,
@@ -246,7 +246,7 @@ class Results:
             message,
         )
         self._chunks.append(
-            Chunk(id=request_id, finish=FinishReason("abort", message=message, status_code=status_code))
+            Chunk(id=request_id, finish=FinishReason("abort", message=message, status_code=status_code, param=param))
         )
 
     def _chunk(self, request: Request, finish: FinishReason | None) -> Chunk:

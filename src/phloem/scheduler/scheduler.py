@@ -217,7 +217,7 @@ class Scheduler:
                 return
             self._accept(submit)
         except PhloemError as error:
-            self.results.refuse(submit.id, error.message, error.status)
+            self.results.refuse(submit.id, error.message, error.status, error.param)
         except Exception as error:
             log.exception("request %s could not be taken in", submit.id)
             self.results.refuse(submit.id, f"{type(error).__name__}: {error}", 500)
@@ -355,7 +355,7 @@ class Scheduler:
             if error is not None:
                 if not isinstance(error, PhloemError):
                     error = BadRequest(f"{type(error).__name__}: {error}")
-                self.results.fail(request, error.message, error.status)
+                self.results.fail(request, error.message, error.status, error.param)
             elif request.waits:
                 self.late.append(request)
             elif request.slot >= 0:
@@ -371,7 +371,7 @@ class Scheduler:
         try:
             return not self.results.jump(request)
         except BadRequest as refused:  # its grammar
-            self.results.fail(request, refused.message, refused.status)
+            self.results.fail(request, refused.message, refused.status, refused.param)
         except Exception as raised:
             log.exception("request %s: what is forced at its beginning could not be found", request.id)
             self.results.fail(request, f"{type(raised).__name__}: {raised}", 500)

@@ -99,9 +99,13 @@ def choose(
     pieces = _pieces(runtime, recorder, place, chunk, decode is None, decisions)
     shared = None
     if decode is not None and place.shares:
-        decisions.append(Decision("shared_step_graphs", "on", "recorded when rows that share pages come"))
+        decisions.append(Decision("shared_step_graphs", "on", f"recorded {_when(place)}"))
         shared = _decode_graphs(runtime, recorder, place, running, pages, shared=True)
     return [way for way in (shared, decode, pieces) if way is not None]
+
+
+def _when(place: Place) -> str:
+    return "the likely sizes before ready, the others in pauses" if place.facts.records_idle else "on first use"
 
 
 def _decode_graphs(
@@ -133,8 +137,7 @@ def _decode(
     if recorder is None or refusal is not None:
         decisions.append(Decision("step_graphs", "off", refusal or ""))
         return None
-    when = "the likely sizes before ready, the others in pauses" if place.facts.records_idle else "on first use"
-    decisions.append(Decision("step_graphs", "on", f"recorded {when}"))
+    decisions.append(Decision("step_graphs", "on", f"recorded {_when(place)}"))
     return _decode_graphs(runtime, recorder, place, running, pages, shared=False)
 
 

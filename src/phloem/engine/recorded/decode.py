@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 PATIENCE_WITH_CHECK = 2  # whoever compares steps wants them recorded soon
 
 
-class OnDemand(StepGraphs[FixedInputs, "Tensor"]):
-    """Records a size only when a step has asked for it, and nothing before."""
-
-    def _left(self) -> list[int]:
-        return [size for size in super()._left() if self._wanted[size]]
+def sharing_sizes(limit: int) -> list[int]:
+    """Row counts of steps whose rows share pages: 4, then two to an octave, and `limit` itself. Such steps come with
+    many rows, and their graphs stand beside those of other steps, so there are fewer of them."""
+    sizes = [size for power in range(2, limit.bit_length()) for size in (1 << power, 3 << (power - 1))]
+    return [*(size for size in sizes if size < limit), limit] if limit > 1 else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class DecodeGraphs:
     """Recorded decode steps of one runner, used by its thread alone (`recorded.choice.RecordedWay`).
 
     `limit`: most rows; `max_pages`: most pages of a row; `check`: compare each with an eager step; `budget`: bytes that
-    they may take; `shared`: they are of steps whose rows share pages, and are recorded only once such steps came.
+    they may take; `shared`: they are of steps whose rows share pages.
     """
 
     def __init__(
@@ -84,8 +84,13 @@ class DecodeGraphs:
         self._max_pages = max_pages
         self._check = check
         patience = PATIENCE_WITH_CHECK if check else facts.patience
-        self.graphs: StepGraphs[FixedInputs, Tensor] = (OnDemand if shared else StepGraphs)(
-            limit, self._step.make, patience=patience, budget=budget, inline=not facts.records_idle
+        self.graphs: StepGraphs[FixedInputs, Tensor] = StepGraphs(
+            limit,
+            self._step.make,
+            patience=patience,
+            budget=budget,
+            sizes=sharing_sizes(limit) if shared else None,
+            inline=not facts.records_idle,
         )
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:

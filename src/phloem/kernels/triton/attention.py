@@ -29,7 +29,7 @@ from phloem.kernels.triton._base import ceil_div, find_row, multiprocessors, pow
 from phloem.kernels.triton._block import attend_block
 
 if TYPE_CHECKING:
-    from phloem.kernels.calls import AttentionCall, Cache, PagedBatch
+    from phloem.kernels.calls import AttentionCall, Cache, PagedBatch, SharedPages
 
 MAX_SPLITS = 32
 
@@ -335,43 +335,28 @@ def _tile(decode: bool, group: int, block_d: int, wide: bool, tree: bool) -> tup
     return block_m, 32 if tree or block_d > 128 else 64, 4 if tree else 8, 2
 
 
-def _run(
+def _launch(
     q_THD: Tensor,
     cache: Cache,
     batch: PagedBatch,
     call: AttentionCall,
-    *,
+    outs: tuple[Tensor, Tensor, Tensor],
+    pages: SharedPages | None,
+    tile: tuple[int, int, int, int],
+    parting: tuple[int, int, int, bool],
     decode: bool,
-    splits: int = 1,
-    split_size: int = 0,
-    scales: tuple[Tensor, Tensor] | None = None,
-    tree_mask: Tensor | None = None,
-) -> Tensor:
-    if not call.plain:
-        raise ValueError("attention in Triton is causal, without chunks and blocks")
-    tokens, heads, size = q_THD.shape
-    k_cache, v_cache = cache
+    scales: tuple[Tensor, Tensor] | None,
+    tree_mask: Tensor | None,
+) -> None:
+    """`outs`: result, parts, their log-sum-exps. `tile`: rows, keys, warps, stages. `parting`: splits, split size, a
+    token's parts in all, whether parts are written."""
+    (out, target, lse), (block_m, block_n, warps, depth) = outs, tile
+    splits, split_size, parts, partial = parting
+    (tokens, heads, size), (k_cache, v_cache) = q_THD.shape, cache
     kv_heads, page_size, size_v = v_cache.shape[1:]
+    rows, group = batch.seq_lens.shape[0], heads // kv_heads
     window, cap, sinks_H = call.window, call.softcap, call.sinks
-    out = torch.empty((tokens, heads, size_v), dtype=q_THD.dtype, device=q_THD.device)
-    if tokens == 0:
-        return out
-    rows = batch.seq_lens.shape[0]
-    group = heads // kv_heads
     block_d, block_dv = power_of_2(size), power_of_2(size_v)
-    wide = q_THD.dtype == torch.float32
-    block_m, block_n, warps, depth = _tile(decode, group, max(block_d, block_dv), wide, tree_mask is not None)
-    pages = None if tree_mask is not None or split_size else batch.shared
-    if pages is not None and decode:
-        # Short as they are behind shared pages, rows' own parts come in few numbers: each is a kernel of its own.
-        splits = shared.own_splits(splits)
-    # Parts of each token: its own, then those of what its row shares.
-    parts = splits + (shared.splits_of(decode) if pages is not None else 0)
-    partial = parts > 1 and (decode or pages is None)
-    if pages is None or decode:
-        target, lse = split_buffers(out, parts)
-    else:
-        target, lse = shared.part_buffers(out, pages.members.shape[0], parts)
     tiles = rows if decode else tokens // (block_m // power_of_2(group)) + rows
     k_scale, v_scale = scales if scales is not None else (q_THD, q_THD)
     features = {"CAPPED": cap != 0.0, "WINDOW": window > 0, "SINKS": sinks_H is not None, "TREE": tree_mask is not None}
@@ -404,12 +389,48 @@ def _run(
         num_warps=warps,
         num_stages=depth,
     )
+
+
+def _run(
+    q_THD: Tensor,
+    cache: Cache,
+    batch: PagedBatch,
+    call: AttentionCall,
+    *,
+    decode: bool,
+    splits: int = 1,
+    split_size: int = 0,
+    scales: tuple[Tensor, Tensor] | None = None,
+    tree_mask: Tensor | None = None,
+) -> Tensor:
+    if not call.plain:
+        raise ValueError("attention in Triton is causal, without chunks and blocks")
+    tokens, heads, size = q_THD.shape
+    kv_heads, _, size_v = cache[1].shape[1:]
+    out = torch.empty((tokens, heads, size_v), dtype=q_THD.dtype, device=q_THD.device)
+    if tokens == 0:
+        return out
+    wide, block_d = q_THD.dtype == torch.float32, power_of_2(max(size, size_v))
+    tile = _tile(decode, heads // kv_heads, block_d, wide, tree_mask is not None)
+    pages = None if tree_mask is not None or split_size else batch.shared
+    if pages is not None and decode:
+        # Short as they are behind shared pages, rows' own parts come in few numbers: each is a kernel of its own.
+        splits = shared.own_splits(splits)
+    # Parts of each token: its own, then those of what its row shares.
+    parts = splits + (shared.splits_of(decode) if pages is not None else 0)
+    partial = parts > 1 and (decode or pages is None)
+    if pages is None or decode:
+        target, lse = split_buffers(out, parts)
+    else:
+        target, lse = shared.part_buffers(out, pages.members.shape[0], parts)
+    parting = splits, split_size, parts, partial
+    _launch(q_THD, cache, batch, call, (out, target, lse), pages, tile, parting, decode, scales, tree_mask)
     if pages is not None:
         shared.attend(q_THD, cache, batch, call, pages, (target, lse), splits, decode=decode, scales=scales)
         some = {"shared_lens": pages.lens, "own": splits} if decode else {"members": pages.members}
-        join_splits(target, lse, sinks_H, out, **some)
+        join_splits(target, lse, call.sinks, out, **some)
     elif partial:
-        join_splits(target, lse, sinks_H, out)
+        join_splits(target, lse, call.sinks, out)
     return out
 
 

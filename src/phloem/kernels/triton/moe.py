@@ -345,9 +345,9 @@ def experts(
     pairs = tokens * choices
     tile = tile_size(pairs, count)
     lists = lists if lists is not None else sort_by_expert(ids_Tk, count, tile)
-    hidden = torch.empty((pairs, between), dtype=x_TN.dtype, device=x_TN.device)
     parts = torch.empty((pairs, features), dtype=x_TN.dtype, device=x_TN.device)
     if scales is None:
+        hidden = torch.empty((pairs, between), dtype=x_TN.dtype, device=x_TN.device)
         _gemm(x_TN, gate_up_EMN, hidden, lists, tile, None, choices, True, kind, None)
         _gemm(hidden, down_ENF, parts, lists, tile, weights_Tk, 1, False, kind, None)
     else:
@@ -359,6 +359,7 @@ def experts(
             both = x_scale, scales[0]
             _gemm(x8, gate_up_EMN, hidden8, lists, tile, None, choices, True, kind, both, hidden_scale)
         else:
+            hidden = torch.empty((pairs, between), dtype=x_TN.dtype, device=x_TN.device)
             _gemm(x8, gate_up_EMN, hidden, lists, tile, None, choices, True, kind, (x_scale, scales[0]))
             hidden8, hidden_scale = per_group_fp8(hidden, down_ENF.dtype)
         _gemm(hidden8, down_ENF, parts, lists, tile, weights_Tk, 1, False, kind, (hidden_scale, scales[1]))

@@ -55,7 +55,8 @@ def _route(
     value = tl.zeros([BLOCK_K], tl.float32)
     for turn in range(TOP_K):
         high = tl.max(ranked, axis=0)
-        place = tl.min(tl.where(ranked == high, expert, BLOCK - 1), axis=0)
+        # Where logits are NaN nothing equals the largest: any expert will do, but there must be such a one.
+        place = tl.minimum(tl.min(tl.where(ranked == high, expert, BLOCK - 1), axis=0), experts - 1)
         mine = tl.sum(tl.where(expert == place, score, 0.0), axis=0)
         chosen = tl.where(choice == turn, place, chosen)
         value = tl.where(choice == turn, mine, value)
@@ -133,6 +134,7 @@ def _route_and_sort(
     for turn in range(TOP_K):
         high = tl.max(ranked, axis=1)
         place = tl.min(tl.where(ranked == high[:, None], expert[None, :], BLOCK_E - 1), axis=1)
+        place = tl.minimum(place, experts - 1)
         here = (expert[None, :] == place[:, None]) & real[:, None]
         total += high
         turn_of = tl.where(here, turn, turn_of)

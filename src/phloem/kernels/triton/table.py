@@ -54,7 +54,7 @@ def _with_float8(linear: LinearOp) -> LinearOp:
         add: Tensor | None = None,
         adapter: Adapters | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        if norm is None or adapter is not None or add is not None or not weights.takes_float8(x, weight):
+        if norm is None or adapter is not None or add is not None or not weights.takes_float8(weight, x):
             return linear(x, weight, bias, norm=norm, residual=residual, gate=gate, add=add, adapter=adapter)
         grouped = isinstance(weight, weights.Float8Blocks)
         kind = weight.values.dtype

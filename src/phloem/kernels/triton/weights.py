@@ -73,7 +73,7 @@ def product(x_TN: Tensor, weight: Weight, bias_M: Tensor | None) -> Tensor:
             return F.linear(x_TN, weight, bias_M)
 
 
-def takes_float8(x_TN: Tensor, weight: Any) -> TypeGuard[Float8Rows | Float8Blocks]:
+def takes_float8(weight: Any, x_TN: Tensor) -> TypeGuard[Float8Rows | Float8Blocks]:
     """Whether the product of this weight with so many tokens is `scaled`, of activations in float8."""
     return isinstance(weight, Float8Rows | Float8Blocks) and x_TN.shape[0] > FEW_ROWS
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from phloem.text.answer import AnswerParser, FormattedAnswer, PlainAnswer, needs
 from phloem.text.tools._explain import explain, spell
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from phloem.client.client import EngineClient
     from phloem.client.info import ModelInfo
     from phloem.core.request import SamplingParams
@@ -52,12 +55,31 @@ class Conversation:
         return FormattedAnswer(thinking, self.tools.parser(), self.stream_reasoning, self.tools.parallel)
 
 
-async def to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> Conversation:
+async def to_request(
+    body: ChatBody, client: EngineClient, info: ModelInfo, names: Sequence[tuple[str, str]] = ()
+) -> Conversation:
     """Render the conversation and set the sampling parameters.
+
+    `names`: what a route's client calls what chat calls otherwise, for errors: pairs of chat's and the other.
 
     Raises:
         BadRequest: content that is not text, a template that refuses, or fields that do not fit together.
     """
+    try:
+        asked = await _to_request(body, client, info)
+    except BadRequest as error:
+        message, param = (_called(text, names) for text in (error.message, error.param or ""))
+        raise BadRequest(message, param=param or None, code=error.code) from None
+    for item in asked.request.items:
+        item.sampling.constraint_name = _called(item.sampling.constraint_name or "", names) or None
+    return asked
+
+
+def _called(text: str, names: Sequence[tuple[str, str]]) -> str:
+    return functools.reduce(lambda said, pair: said.replace(*pair), names, text)
+
+
+async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> Conversation:
     if body.add_generation_prompt and body.continue_final_message:
         raise BadRequest(
             "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
@@ -135,6 +157,7 @@ def constrain(sampling: SamplingParams, tools: ToolPlan, info: ModelInfo) -> Non
     for name in FIELDS:
         setattr(sampling, name, None)
     setattr(sampling, *tools.constraint)
+    sampling.constraint_name = tools.blamed
 
 
 def with_tools(messages: list[dict[str, Any]], tools: ToolPlan, info: ModelInfo) -> list[dict[str, Any]]:

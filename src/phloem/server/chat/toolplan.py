@@ -6,11 +6,12 @@ import functools
 import json
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import BadRequest
-from phloem.grammar.llguidance import prepared
+from phloem.grammar.llguidance import refusal
+from phloem.protocol.structured import EARLY_CHECK
 from phloem.text.formats import TOOLS
 from phloem.text.tools._base import Place, function_of, schema_of
 from phloem.text.tools._grammar import Shape, Unspeakable
@@ -34,6 +35,7 @@ class ToolPlan:
     parallel: bool = True
     constraint: tuple[str, str] | None = None
     place: Place = "anywhere"
+    blamed: str = "tools"  # the field that a constraint is made from
 
     @property
     def at_once(self) -> bool:
@@ -74,9 +76,14 @@ def plan(
     several = parallel is not False and wanted is None
     if wanted is not None:
         checked = [tool for tool in checked if function_of(tool)["name"] == wanted]
+    numbers = {function_of(tool).get("name"): number for number, tool in enumerate(tools or [])}
+    places = [f"tools[{numbers[function_of(tool)['name']]}].function.parameters" for tool in checked]
     if mode == "auto":
-        return _auto(checked, format_name, several, answer)
-    return _forced(checked, format_name, several)
+        made = _auto(checked, places, format_name, several, answer)
+    else:
+        made = _forced(checked, places, format_name, several)
+    alone = len(places) == 1 and (answer is None or mode != "auto")
+    return replace(made, blamed=places[0]) if alone else made
 
 
 def check_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -164,8 +171,10 @@ def _read_choice(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]
     return "required", name
 
 
-def _auto(tools: list[dict[str, Any]], name: str | None, parallel: bool, answer: Shape | None) -> ToolPlan:
-    """A call may come: in free text, or in place of an answer of this shape.
+def _auto(
+    tools: list[dict[str, Any]], places: list[str], name: str | None, parallel: bool, answer: Shape | None
+) -> ToolPlan:
+    """A call may come: in free text, or in place of an answer of this shape. `places`: what a schema's client calls it.
 
     Raises:
         BadRequest: naming the strict tool whose schema the format cannot keep to.
@@ -175,7 +184,7 @@ def _auto(tools: list[dict[str, Any]], name: str | None, parallel: bool, answer:
         raise BadRequest("strict tools need a tool-call format, and this server reads none", param="tools")
     if name is None or not (strict or answer is not None):
         return ToolPlan(tools, name, parallel)
-    parser, names = _writer(tools, name)
+    parser, names = _writer(tools, places, name)
     if not names:
         return ToolPlan(tools, name, parallel)
     if answer is None:
@@ -184,25 +193,23 @@ def _auto(tools: list[dict[str, Any]], name: str | None, parallel: bool, answer:
     return ToolPlan(tools, name, parallel, constraint, "anywhere" if parser.whole else "instead")
 
 
-def _writer(tools: list[dict[str, Any]], name: str) -> tuple[ToolParser, list[str]]:
+def _writer(tools: list[dict[str, Any]], places: list[str], name: str) -> tuple[ToolParser, list[str]]:
     """The format, and the tools whose calls it can write. One that is not strict is framed and no more where its
     schema cannot be kept to; one that cannot even be framed is left out.
     """
     kind = TOOLS.get(name)
     parser, names = kind(tools), list[str]()
-    for number, tool in enumerate(tools):
+    loose = _loose(tools, places)
+    for place, tool in zip(places, tools, strict=True):
         function = function_of(tool)
         which, alone = function["name"], kind([tool])
-        if not function.get("strict") and not _is_enforced(json.dumps(schema_of(function))):
-            alone.loose = frozenset({which})
+        alone.loose = loose & {which}
         try:
             alone.structure()
         except Unspeakable as error:
             if function.get("strict"):
-                raise BadRequest(
-                    f"tools[{number}]: the calls of {which!r} cannot be enforced in the format {name!r}: {error}",
-                    param=f"tools[{number}].function.parameters",
-                ) from None
+                message = f"{place}: the calls of {which!r} cannot be enforced in the format {name!r}: {error}"
+                raise BadRequest(message, param=place) from None
             alone.loose = frozenset({which})
             try:
                 alone.structure()
@@ -213,26 +220,47 @@ def _writer(tools: list[dict[str, Any]], name: str) -> tuple[ToolParser, list[st
     return parser, names
 
 
+def _loose(tools: list[dict[str, Any]], places: list[str]) -> frozenset[str]:
+    """The names of tools whose schemas no grammar keeps to.
+
+    Raises:
+        BadRequest: naming such a tool, and the place in its schema, if it is strict.
+    """
+    found = set[str]()
+    for where, tool in zip(places, tools, strict=True):
+        function = function_of(tool)
+        reason = _refusal(json.dumps(schema_of(function)))
+        if reason is None:
+            continue
+        if function.get("strict"):
+            raise BadRequest(f"{where} of {function['name']!r}: {reason}", param=where)
+        log.warning("the calls of the tool %r keep to no schema: %s", function["name"], reason)
+        found.add(function["name"])
+    return frozenset(found)
+
+
 @functools.lru_cache(maxsize=1024)
-def _is_enforced(schema: str) -> bool:
-    """Whether a grammar can keep to a schema, as far as that is seen at little cost."""
-    try:
-        prepared(schema)
-    except BadRequest:
-        return False
-    return True
+def _refusal(schema: str) -> str | None:
+    """Why a grammar cannot keep to a schema, as far as that is seen at little cost."""
+    return refusal(schema) if len(schema) <= EARLY_CHECK else None
 
 
-def _forced(tools: list[dict[str, Any]], name: str | None, parallel: bool) -> ToolPlan:
+def _forced(tools: list[dict[str, Any]], places: list[str], name: str | None, parallel: bool) -> ToolPlan:
     """A call must come: in the model's own format, or as a JSON array of calls where that cannot keep to a schema."""
+    loose = _loose(tools, places)
     if name is not None:
         try:
-            structure = TOOLS.get(name)(tools).structure(required=True, parallel=parallel)
+            parser = TOOLS.get(name)(tools)
+            parser.loose = loose
+            structure = parser.structure(required=True, parallel=parallel)
         except Unspeakable:
             pass
         else:
             return ToolPlan(tools, name, parallel, _constraint(structure), "forced")
-    schemas = {function_of(tool)["name"]: schema_of(function_of(tool)) for tool in tools}
+    schemas = {
+        function["name"]: {"type": "object"} if function["name"] in loose else schema_of(function)
+        for function in map(function_of, tools)
+    }
     schema = json.dumps(forced_schema(schemas, parallel), ensure_ascii=False)
     return ToolPlan(tools, "json_array", parallel, ("json_schema", schema), "forced")
 

@@ -57,8 +57,17 @@ async def count_tokens(request: Request) -> Response:
     return json_response(TokenCount(input_tokens=len(ids)))
 
 
+# What chat calls it, and what it is called here.
+NAMES = (
+    ("response_format.json_schema", "output_config.format"),
+    ("response_format", "output_config.format"),
+    (".function.parameters", ".input_schema"),
+    (".function.", "."),
+)
+
+
 async def _asked(door: Door, body: CountTokensBody) -> Conversation:
     door.check_model(body.model)
     chat = to_chat(body, door.info.reasoning_parser is not None)
     chat.refuse_later(door.info.features)
-    return await to_request(chat, door.client, door.info)
+    return await to_request(chat, door.client, door.info, NAMES)

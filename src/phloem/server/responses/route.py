@@ -100,10 +100,18 @@ def _before(door: Door, body: ResponseFields) -> list[Message]:
     return list(earlier.messages)
 
 
+# What chat calls it, and what it is called here.
+NAMES = (
+    ("response_format.json_schema", "text.format"),
+    ("response_format", "text.format"),
+    (".function.", "."),
+)
+
+
 async def _asked(door: Door, body: ResponseFields, messages: list[Message]) -> Conversation:
     chat = to_chat(body, messages)
     chat.refuse_later(door.info.features)
-    return await to_request(chat, door.client, door.info)
+    return await to_request(chat, door.client, door.info, NAMES)
 
 
 @router.post("/v1/responses/input_tokens", **describe(body=InputTokensBody, answer=InputTokens, errors=(400, 404)))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
+from phloem.grammar.schema.names import CONSTRAINING
 from phloem.text.tools._grammar import Shape, Unspeakable, either, json_of, row, tag, triggered, without
 from phloem.text.tools._parameters import kinds
 
@@ -85,11 +86,19 @@ def function_of(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def schema_of(function: dict[str, Any]) -> dict[str, Any]:
-    """The JSON schema of a function's arguments. Without parameters it takes none; an empty schema allows any."""
+    """The JSON schema of a function's arguments. Without parameters, or with an empty list of properties and nothing
+    else said, it takes none; an empty schema allows any.
+    """
     found = function.get("parameters")
-    if found is None:
+    if found is None or (isinstance(found, dict) and found.get("properties") == {} and not _asks(found)):
         return {"type": "object", "properties": {}, "additionalProperties": False}
     return found if isinstance(found, dict) and found else {"type": "object"}
+
+
+def _asks(schema: dict[str, Any]) -> bool:
+    """Whether a schema says more than its type, and which properties there are."""
+    empty = {"required"} if schema.get("required") == [] else set[str]()
+    return bool((CONSTRAINING & set(schema)) - {"type", "properties"} - empty)
 
 
 def new_call_id() -> str:

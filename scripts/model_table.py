@@ -26,6 +26,10 @@ checkpoints. GGUF: the architecture that is read from GGUF files; a converted fi
 What a step of a family asks for and the CPU's own kernels lack is done by torch, and such a step is not recorded: layer
 norms, plain routers other than softmax, latent attention. The start says so.
 
+Families marked "no text" do not generate: see [embeddings](embeddings.md). Hidden states and labels are compared with
+`AutoModel`, `AutoModelForSequenceClassification` and `...ForTokenClassification`, texts of mixed lengths in a batch.
+Every decoder whose layers keep keys and values serves for embeddings and labels too.
+
 | `model_type` | | GGUF | cases |
 | --- | --- | --- | --- |
 """
@@ -41,7 +45,8 @@ def about(name: str) -> str:
 def row(name: str) -> str:
     facts = family(name)
     cases = "alias" if facts.tiny is None else str(1 + len(facts.variants))
-    return f"| `{name}` | {about(name)} | {f'`{facts.gguf.architecture}`' if facts.gguf else ''} | {cases} |"
+    what = about(name) if facts.encoder is None else f"{about(name)}; no text"
+    return f"| `{name}` | {what} | {f'`{facts.gguf.architecture}`' if facts.gguf else ''} | {cases} |"
 
 
 def page() -> str:

@@ -22,6 +22,7 @@ from phloem.checkpoint.gguf_config import translate_metadata
 from phloem.checkpoint.gguf_parts import first_part, model_name, models_among
 from phloem.checkpoint.gguf_reader import GGUFFile
 from phloem.checkpoint.kv_scheme import kv_scheme, only_kv
+from phloem.checkpoint.pooling import Pooling, pooling_of
 from phloem.checkpoint.spelling import one_spelling, text_part
 from phloem.core.errors import ModelLoadError
 from phloem.utils import log
@@ -52,6 +53,7 @@ class Checkpoint:
     architectures: tuple[str, ...]
     files: tuple[Path, ...] = field(default=())  # the safetensors files, all of them present and well-formed
     kv_scheme: str | None = None  # the type of KV cache that it brings scales for
+    pooling: Pooling | None = None  # of a model that does not generate
 
     @property
     def quantised(self) -> bool:
@@ -65,7 +67,11 @@ class Checkpoint:
 
 
 def describe(
-    model_path: str, load_format: str = "auto", revision: str | None = None, tokenizer_path: str | None = None
+    model_path: str,
+    load_format: str = "auto",
+    revision: str | None = None,
+    tokenizer_path: str | None = None,
+    task: str = "auto",
 ) -> Checkpoint:
     """Find and check a checkpoint; no tensor data is read.
 
@@ -74,8 +80,10 @@ def describe(
         load_format: "auto", "safetensors", "gguf" or "dummy".
         revision: branch, tag or commit of a hub id.
         tokenizer_path: a directory or file with the tokenizer; default: the checkpoint's own.
+        task: what the model is for; "auto": what its architecture and its folder say.
 
     Raises:
+        ConfigError: the model cannot serve the task.
         ModelLoadError: naming the file and what is wrong with it.
     """
     path, name = _locate(model_path, load_format, revision)
@@ -85,6 +93,8 @@ def describe(
         raise ModelLoadError(f"{path}: load_format is gguf, but this is not a .gguf file")
     else:
         found = _describe_directory(path, name, load_format)
+    pooling, most = pooling_of(found, task)
+    found = replace(found, pooling=pooling, context_length=most)
     if tokenizer_path is None:
         return found
     tokenizer = Path(tokenizer_path).expanduser()
@@ -268,6 +278,7 @@ def _text_config(whole: dict[str, Any], path: Path) -> dict[str, Any]:
     model_type = whole.get("model_type")
     if not isinstance(model_type, str):
         raise ModelLoadError(f"{path}: no model_type")
+    model_type = model_type.replace("-", "_")
     _check_family(model_type, str(path))
     facts = family(model_type)
     config = one_spelling(text_part(whole), facts.defaults, path, facts.spelling)
@@ -299,6 +310,8 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
 
 def _context_length(config: dict[str, Any]) -> int:
     limit = int(config.get("max_position_embeddings") or 2048)
+    if (family(config["model_type"]).encoder or {}).get("padded_positions"):
+        limit -= config["pad_token_id"] + 1
     rope = config.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)
     # Only YaRN's config keeps the original length in max_position_embeddings; others state the stretched one.

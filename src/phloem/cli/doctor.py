@@ -91,7 +91,7 @@ def _model(config: Config) -> bool:
     print("\nModel")
     model = config.model
     try:
-        checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)
+        checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path, model.task)
     except PhloemError as error:
         _line("problem", error.message)
         return False

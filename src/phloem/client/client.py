@@ -126,6 +126,7 @@ class EngineClient:
             EngineDead: there is no engine.
         """
         self._check_open()
+        self.info.check_pooled(any(item.pooled for item in request.items))
         prompts = await self.admission.prompts(request.items)
         outputs, reader = self._continuations(request, prompts)
         self._check_open()  # again: tokenising may have taken a while
@@ -177,7 +178,7 @@ class EngineClient:
                     consumer=reader,
                     whole=not (request.stream or params.stop or params.stop_regex),
                 )
-                if self.tokenizer is not None:
+                if self.tokenizer is not None and not item.pooled:
                     output.decoder = StreamDecoder(self.tokenizer, params)
                 outputs.append(output)
         return outputs, reader
@@ -210,6 +211,8 @@ def _submit_message(output: Continuation) -> Submit:
         top_logprobs=item.top_logprobs,
         token_ids_logprob=item.token_ids_logprob,
         return_hidden=item.return_hidden,
+        pooled=item.pooled,
+        second=item.second,
         arrival=time.time(),
         grammar_at_once=not item.reasons,
     )

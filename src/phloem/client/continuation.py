@@ -80,6 +80,7 @@ class Continuation:
     logprobs: Logprobs = field(default_factory=Logprobs)
     prompt_logprobs: Logprobs | None = None
     hidden: list[bytes] = field(default_factory=list)  # per output token, float32
+    pooled: bytes = b""  # float32: what a model that does not generate has made of the text
     decoder: StreamDecoder | None = None
     whole: bool = False  # nobody looks before the end: its text is made in one go
     unread: list[str] = field(default_factory=list)  # of the text: what `read` will give
@@ -143,6 +144,7 @@ class Continuation:
             self.logprobs.top += chunk.logprobs.top
             self.logprobs.chosen += chunk.logprobs.chosen
         self.hidden += chunk.hidden
+        self.pooled = chunk.pooled or self.pooled
         if chunk.prompt_logprobs is not None:
             self.prompt_logprobs = chunk.prompt_logprobs
 

@@ -52,6 +52,8 @@ class Item:
     reasons: bool = False  # a reasoning block may come first, and no constraint holds in it
     session: SessionStep | None = None
     thinking_budget: int | None = None  # tokens of reasoning
+    pooled: bool = False  # for a model that does not generate
+    second: int = 0  # token at which the second text of a pair begins
 
 
 @dataclass(slots=True)

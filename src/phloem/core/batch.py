@@ -44,6 +44,7 @@ class Admission:
     top_logprobs: int = 0
     token_ids_logprob: tuple[int, ...] = ()
     return_hidden: bool = False
+    second: int = 0  # token at which the second segment of a pair of texts begins; 0: there is none
     constrained: bool = False  # a follower was given for this slot (`Runner.constrain`) before the launch
 
 
@@ -125,6 +126,8 @@ class StepOutput:
     prompt_logprobs: dict[int, list[PositionLogprobs]] = field(default_factory=dict)
     # Row -> [its tokens, hidden]: the states that its tokens were chosen from.
     hidden: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    # Row -> what a model that does not generate makes of its text: [numbers], or [tokens, numbers].
+    pooled: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)  # row -> why this row alone failed
     refused: set[int] = field(default_factory=set)  # of these, the rows whose own request is at fault
     drafted: int = 0  # drafts that were verified, over all rows

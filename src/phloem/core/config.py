@@ -30,6 +30,7 @@ Whitespace = Literal["compact", "flexible"]
 Eviction = Literal["lru", "lfu", "fifo"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 OnEngineDeath = Literal["restart", "exit"]
+Task = Literal["auto", "generate", "embed", "classify", "score", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class ModelConfig:
     tokenizer_path: str | None = opt(None, "Tokenizer directory or file; default: the model's own.")
     served_model_name: str | None = opt(None, "Name under which clients ask for the model; default: the model path.")
     revision: str | None = opt(None, "Branch, tag or commit of a hub id.")
+    task: Task = opt("auto", "What the model is for; auto reads it off the architecture and the folder.")
     load_format: LoadFormat = opt("auto", "How weights are read; 'dummy' draws random ones from the config alone.")
     dtype: DType = opt("auto", "Type of weights and KV cache; auto follows the checkpoint and the machine.")
     quantization: str | None = opt(None, "Weight quantisation method; default: what the checkpoint says.")

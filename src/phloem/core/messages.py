@@ -40,6 +40,8 @@ class Submit(Message):
     top_logprobs: int = 0
     token_ids_logprob: list[int] = []
     return_hidden: bool = False
+    pooled: bool = False  # for a model that does not generate: `max_new_tokens` is 0, `Chunk.pooled` the answer
+    second: int = 0  # token at which the second text of a pair begins; 0: there is one text
     arrival: float = 0.0  # time.time() at the door
     grammar_at_once: bool = False  # a constraint holds from the first token, also where the model could reason before
 
@@ -91,6 +93,7 @@ class Chunk(msgspec.Struct, omit_defaults=True, kw_only=True):
     queue_seconds: float = 0.0
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None  # once, with the first chunk
+    pooled: bytes = b""  # with the last chunk: little-endian float32, of all tokens where each has its own
     hidden: list[bytes] = []  # per token, little-endian float32: the last layer's state that it was chosen from
 
 

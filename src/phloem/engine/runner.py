@@ -221,6 +221,10 @@ class ModelRunner:
             raise BadRequest(f"{shape} numbers of {name} are too many for an answer", param="truncate_size")
         return values.float().cpu().numpy()
 
+    def make_resident(self, limit: int, stopped: Callable[[], bool]) -> int:
+        """As `KVPool.make_resident`."""
+        return self.pool.make_resident(limit, stopped)
+
     def close(self) -> None:
         """End the thread after the steps that were launched."""
         self._steps.close()

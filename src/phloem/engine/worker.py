@@ -11,17 +11,21 @@ import torch
 
 from phloem import attention, models, platforms, quant
 from phloem.attention import AttentionBackend, AttentionNeed
+from phloem.attention._packed import refusal
 from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import resolve
 from phloem.core.errors import ConfigError
 from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
 from phloem.engine import warm
+from phloem.engine.pooled import PooledRunner
 from phloem.engine.recorded import choice
 from phloem.engine.runner import ModelRunner
 from phloem.engine.sizing import Need, size_pool
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
+from phloem.models._common import Decoder
+from phloem.models._pooled import load_pooled
 from phloem.platforms._facts import own_float8
 from phloem.utils import log
 from phloem.utils.cores import available_cores
@@ -39,6 +43,10 @@ if TYPE_CHECKING:
 
 _log = log.get("engine")
 
+# Of a model that does not generate: texts and tokens of a step, where nobody says otherwise.
+POOLED_ROWS = 256
+POOLED_TOKENS = 2048
+
 Report = Callable[[str, float], None]  # a phase of start-up ended: its name, its seconds
 
 
@@ -46,7 +54,7 @@ Report = Callable[[str, float], None]  # a phase of start-up ended: its name, it
 class Built:
     """What `build` made."""
 
-    runner: ModelRunner
+    runner: ModelRunner | PooledRunner
     context_length: int
     max_running_requests: int
     chunked_prefill_size: int
@@ -92,6 +100,9 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     context = _take(decisions, resolve.context_length(config.model.context_length, checkpoint.context_length))
     checkpoint = replace(checkpoint, context_length=context)  # tables of positions need not be longer
     machine = _machine(config, checkpoint, decisions)
+    if checkpoint.pooling is not None:
+        phase.end("device")
+        return _build_pooled(config, checkpoint, machine, decisions, phase)
     warming = warm.start(machine.platform, *_ahead(config, checkpoint, machine))
     phase.end("device")
     try:
@@ -173,6 +184,42 @@ def _build(
     }
     worthwhile = min(chunk, platform.worthwhile_chunk)
     return Built(runner, context, running, chunk, machine.mixed, worthwhile, sizing.tokens, decisions, info)
+
+
+def _build_pooled(
+    config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision], phase: _Phase
+) -> Built:
+    """A model that does not generate: no pages, no sampling, whole texts."""
+    platform, ops, pooling = machine.platform, machine.ops, checkpoint.pooling
+    assert pooling is not None
+    ctx = BuildContext(ops, machine.dtype, platform.device, quant=quant.method(config.model.quantization))
+    model = load_pooled(checkpoint, ctx, _progress(checkpoint.name))
+    if isinstance(model.body, Decoder) and (why := refusal(model.body.memory, model.body.attention_specs)) is not None:
+        raise ConfigError(f"task {pooling.task}: {checkpoint.model_type} cannot be served so: {why}", param="task")
+    phase.end("weights")
+    schedule = config.schedule
+    running = schedule.max_running_requests or max(machine.running, POOLED_ROWS)
+    chunk = schedule.chunked_prefill_size or max(machine.chunk, POOLED_TOKENS)
+    decisions[:] = [
+        d for d in decisions if d.name not in ("max_running_requests", "chunked_prefill_size", "mixed_prefill_size")
+    ]
+    decisions += [
+        Decision("task", pooling.task, f"{pooling.reason}: {pooling.about}"),
+        Decision("max_running_requests", running, "texts that are computed or waited for at a time"),
+        Decision("chunked_prefill_size", chunk, "tokens of a step; a longer text has one of its own"),
+        Decision("kv_cache", "none", "every text is read once, whole"),
+    ]
+    runner = PooledRunner(
+        model, ops, running, facts=platform.facts, give_back=platform.empty_cache, begin=platform.begin_steps
+    )
+    info = {
+        "weight_bytes": model.weight_bytes,
+        "kv_bytes_per_token": 0,
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "device": platform.name,
+        "prepared": runner.prepared,
+    }
+    return Built(runner, checkpoint.context_length, running, chunk, chunk, chunk, 0, decisions, info)
 
 
 def _loaded(config: Config, checkpoint: Checkpoint, machine: _Machine) -> Model:

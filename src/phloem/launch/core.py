@@ -65,7 +65,7 @@ class EngineCore:
             built.runner.groups,
             built.runner.num_pages,
             built.runner.page_size,
-            enabled=not config.cache.disable_radix_cache,
+            enabled=not config.cache.disable_radix_cache and checkpoint.pooling is None,
             eviction=config.cache.radix_eviction_policy,
             chunk=built.chunked_prefill_size,
         )
@@ -83,6 +83,7 @@ class EngineCore:
             random_seed=config.model.random_seed,
             overlap=not schedule.disable_overlap_schedule,
             debug_invariants=config.runtime.debug_invariants,
+            whole_prompts=checkpoint.pooling is not None,
         )
         self._grammars = _grammars(config, checkpoint)
         prepare = self._grammars.prepare if self._grammars is not None else _no_grammar
@@ -114,7 +115,7 @@ class EngineCore:
     def _warm(self) -> None:
         memory.background_thread()
         begun = perf_counter()
-        done = self.runner.pool.make_resident(WARM_BYTES, self._closing.is_set)
+        done = self.runner.make_resident(WARM_BYTES, self._closing.is_set)
         if done:
             _log.debug("%d MiB of the KV pool made resident in %.2f s", done >> 20, perf_counter() - begun)
 
@@ -128,7 +129,7 @@ class EngineCore:
 
 def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
     """What follows constrained requests; it reads the tokenizer when the first one comes. None without a tokenizer."""
-    if config.model.skip_tokenizer_init:
+    if config.model.skip_tokenizer_init or checkpoint.pooling is not None:
         return None
     model, grammar = config.model, config.grammar
     template = Path(model.chat_template) if model.chat_template else None

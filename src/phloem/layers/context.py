@@ -82,6 +82,8 @@ class Heads:
     v: Tensor  # [T, K, value size]
     sinks: Tensor | None = None  # [H]
     rotation: Rotation | None = None
+    # [H, 2 M - 1]: added to the logits of each distance (key behind query), -(M - 1) to M - 1
+    distances: Tensor | None = None
 
 
 class AttentionStep(Protocol):
@@ -132,6 +134,8 @@ class ForwardBatch:
     logit_index: Tensor | None  # [L] int64: which of the T tokens need logits; None: all, in order
     adapters: Tensor | None = None  # [T] int32: the adapter of each token, 0: none
     embeds: tuple[Tensor, Tensor] | None = None  # ([n] int64 tokens, [n, N] what stands in for their embeddings)
+    types: Tensor | None = None  # [T] int64: which segment of its text a token is in; None: the first
+    distances: Tensor | None = None  # for `Heads`
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from phloem.core.errors import ModelLoadError
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ def load_model(
     Raises:
         ModelLoadError: naming the file and the tensors that are missing or have another shape.
     """
+    if checkpoint.pooling is not None:
+        raise ModelLoadError(f"{checkpoint.path}: a model for {checkpoint.pooling.task} does not generate")
     model = FAMILIES.get(checkpoint.model_type)(checkpoint.config, replace(ctx, name=""), checkpoint.context_length)
     model.load(checkpoint, progress)
     return model

@@ -109,6 +109,7 @@ class Attention:
     value_size: int = 0
     options: AttentionOptions = field(default_factory=AttentionOptions)
     name: str = "self_attn"
+    causal: bool = True
 
     def __call__(self, ctx: BuildContext, place: Place) -> SelfAttention:
         spec = AttentionSpec(
@@ -121,9 +122,11 @@ class Attention:
             softcap=self.softcap,
             sinks=bool(self.options.sinks),
             value_size=self.value_size,
+            causal=self.causal,
         )
         rope = None if self.rope is None else place.rope(ctx, self.rope)
-        layer = SelfAttention(ctx.child(self.name), spec, place.hidden_size, rope, self.options)
+        own = ctx.child(self.name) if self.name else ctx
+        layer = SelfAttention(own, spec, place.hidden_size, rope, self.options)
         if self.options.q_growth is not None:
             layer.growth = self.options.q_growth.table(place.max_positions).to(ctx.device)
         return layer
@@ -152,10 +155,11 @@ class MLP:
     bias: bool = False
     fused: str = ""  # the tensor that a checkpoint keeps gate and up in
     name: str = "mlp"
+    down: str = "down_proj"
 
     def __call__(self, ctx: BuildContext, place: Place) -> GatedMLP:
         sizes = place.hidden_size, self.inner_size
-        return GatedMLP(ctx.child(self.name), *sizes, self.activation, bias=self.bias, fused=self.fused)
+        return GatedMLP(ctx.child(self.name), *sizes, self.activation, bias=self.bias, fused=self.fused, down=self.down)
 
 
 @dataclass(frozen=True)
@@ -193,15 +197,16 @@ class Experts:
 
 
 # pre: before attention and before the MLP. post: behind both, before the residual is added (OLMo 2). sandwich: before
-# and behind both (Gemma). parallel: one norm, of which attention and MLP both read (Cohere), or
-# one for each (GPT-NeoX).
-Norms = Literal["pre", "post", "sandwich", "parallel"]
+# and behind both (Gemma). sum: of the sums with the residual, which go on normalised (BERT). parallel: one norm, of
+# which attention and MLP both read (Cohere), or one for each (GPT-NeoX).
+Norms = Literal["pre", "post", "sandwich", "sum", "parallel"]
 _NORM_NAMES: dict[Norms, tuple[str, ...]] = {
     "pre": ("input_layernorm", "post_attention_layernorm"),
     "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
     "sandwich": (
         "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
     ),
+    "sum": ("attention_norm", "output_norm"),
     "parallel": ("input_layernorm",),
 }  # fmt: skip
 
@@ -213,7 +218,7 @@ class LayerKind:
     mixer: MakeMixer
     feed: MakeFeed
     norms: Norms = "pre"
-    norm_names: tuple[str, ...] = ()  # where a checkpoint calls them otherwise
+    norm_names: tuple[str, ...] = ()  # where a checkpoint calls them otherwise; the first "": there is none
     residual_scale: float = 1.0  # of what mixer and feed-forward add to the residual
 
     def make(self, ctx: BuildContext, place: Place) -> DecoderLayer:
@@ -227,9 +232,10 @@ class DecoderLayer(Layer):
     def __init__(self, ctx: BuildContext, kind: LayerKind, place: Place) -> None:
         self.ops, self.residual_scale = ctx.ops, kind.residual_scale
         names = kind.norm_names or _NORM_NAMES[kind.norms]
-        norms = [place.norm(ctx.child(name)) for name in names]
+        norms = [place.norm(ctx.child(name)) for name in names if name]
         self.norms = norms
-        self.input_norm: AnyNorm | None = None if kind.norms == "post" else norms[0]
+        bare = kind.norms in ("post", "sum") or not names[0]
+        self.input_norm: AnyNorm | None = None if bare else norms[0]
         self.mixer = kind.mixer(ctx, place)
         self.mlp = kind.feed(ctx, place)
 
@@ -249,8 +255,8 @@ class PreNorms(DecoderLayer):
     def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.residual_scale == 1.0:
             out, rest_TN = self.mixer.out(out, add=residual_TN)
-            return self.mlp(self.norms[1], out, rest_TN, add=True)
-        out, rest_TN = self.mlp(self.norms[1], self.scaled(self.mixer.out(out)[0]), residual_TN, add=False)
+            return self.mlp(self.norms[-1], out, rest_TN, add=True)
+        out, rest_TN = self.mlp(self.norms[-1], self.scaled(self.mixer.out(out)[0]), residual_TN, add=False)
         return self.scaled(out), rest_TN
 
 
@@ -260,6 +266,13 @@ class PostNorms(DecoderLayer):
         total_TN = self.ops.add(self.scaled(after(self.mixer.out(out)[0])), residual_TN)
         out, _ = self.mlp(None, total_TN, None, add=False)
         return self.scaled(last(out)), total_TN
+
+
+class SumNorms(DecoderLayer):
+    def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
+        attended, last = self.norms
+        x_TN, _ = attended.add(*self.mixer.out(out, add=residual_TN))
+        return last.add(*self.mlp(None, x_TN, None, add=True))[0], None
 
 
 class SandwichNorms(DecoderLayer):
@@ -278,7 +291,7 @@ class ParallelNorm(DecoderLayer):
 
 
 _LAYERS: dict[Norms, type[DecoderLayer]] = {
-    "pre": PreNorms, "post": PostNorms, "sandwich": SandwichNorms, "parallel": ParallelNorm
+    "pre": PreNorms, "post": PostNorms, "sandwich": SandwichNorms, "sum": SumNorms, "parallel": ParallelNorm
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ class Pace:
     mixed: int  # prompt tokens of a step that also decodes: running requests wait for it
     worthwhile: int  # prompt tokens from which on another prompt makes a step no more efficient
     draft_room: int = 0
+    whole: bool = False  # prompts are not divided: each is computed in one step
 
 
 @dataclass(slots=True)
@@ -129,19 +130,20 @@ def spend(slots: Slots, waiting: Iterable[Chunk], means: Means) -> Spent:
         spent.lacking = [slots.at(slot) for slot in reversed(_by_place(slots, needy)[means.pages :])]
         return spent
     pages = means.pages - len(needy) if slots.paged[0] else means.pages
-    purse = _Purse(min(means.pace.budget, means.most), pages, slots.page_size, slots.paged[0])
+    purse = _Purse(min(means.pace.budget, means.most), pages, slots.page_size, slots.paged[0], means.pace.whole)
     if len(decodes):
         # With every slot decoding there must be a token for each, or the last ones would starve.
         purse.left = min(max(purse.left - len(decodes), 0), means.pace.mixed)
     prefills = _by_place(slots, active[todo > 1]) if len(decodes) < len(active) else []
-    kept = purse.left // KEPT if prefills and means.entries and means.queued else 0
+    kept = purse.left // KEPT if prefills and means.entries and means.queued and not means.pace.whole else 0
     purse.left -= kept
     if not _go_on(spent, slots, prefills, purse):
         return spent
     purse.left += kept
     if means.entries and means.queued and purse.left > 0:
         _let_in(spent, slots, waiting, means, purse)
-    if spent.chunks and purse.left > 0:  # what was kept for others and not wanted goes to the first prompt
+    # What was kept for others and not wanted goes to the first prompt.
+    if spent.chunks and purse.left > 0 and not purse.whole:
         _lengthen(spent.chunks[0], slots, purse)
     if means.pace.draft_room and len(decodes):
         _give_room(spent, slots, means, purse)
@@ -159,10 +161,17 @@ class _Purse:
     pages: int
     size: int
     paged: bool  # else these are states, of which a request takes all it ever needs when it enters
+    whole: bool = False  # see `Pace`; the first of a step may be longer than what there is
+    used: bool = False
 
     def chunk(self, start: int, todo: int, covered: int) -> int:
         """Of `todo` tokens from `start` on, those that can be paid; they are."""
         count = min(todo, self.left)
+        if self.whole and count < todo:
+            if self.used:
+                return 0
+            count = todo
+        self.used = True
         if self.paged:
             count = min(count, covered + max(0, self.pages) * self.size - start)
             self.pages -= max(0, -(-(start + count - covered) // self.size))
@@ -182,6 +191,8 @@ def _go_on(spent: Spent, slots: Slots, prefills: list[int], purse: _Purse) -> bo
             break
         request, start = slots.at(slot), int(slots.computed[slot])
         count = purse.chunk(start, int(slots.length[slot]) - start, int(slots.covered[slot]))
+        if count <= 0 and purse.whole:
+            continue  # one of the next steps has room for it
         if count <= 0:
             spent.lacking = [request]
             return False
@@ -208,7 +219,7 @@ def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Chunk], means: Means, 
         if want is None:
             break
         rest = len(want.known) - want.start
-        if begun and rest > purse.left:
+        if rest > purse.left and (begun or (purse.whole and purse.used)):
             continue
         page = page_after(want.known, want.start, size, want.request.namespace)
         if want.sharable and page in computing:
@@ -217,7 +228,8 @@ def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Chunk], means: Means, 
                 continue
         if not alone and want.pages > purse.pages - promised:
             break
-        want.count = min(rest, purse.left)
+        want.count = rest if purse.whole else min(rest, purse.left)
+        purse.used = True
         spent.entries.append(want)
         purse.left -= want.count
         purse.pages -= want.pages

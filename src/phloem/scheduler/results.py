@@ -89,6 +89,8 @@ class Results:
         request.prompt_logprobs += tuple(output.prompt_logprobs.get(row, ()))
         if not batch.outputs[row]:
             if row in plan.scored:
+                if request.submit.pooled:
+                    request.pooled = output.pooled[row].astype("<f4", copy=False).tobytes()
                 self.finish(request, FinishReason("length", length=0))
             return
         room = 0 if batch.drafts is None else int(batch.drafts[row])
@@ -262,6 +264,7 @@ class Results:
                 chunk.prompt_logprobs = pack_logprobs(request.prompt_logprobs, submit)
         if request.fresh_hidden:
             chunk.hidden, request.fresh_hidden = list(request.fresh_hidden), ()
+        chunk.pooled = request.pooled
         request.fresh = []
         request.sent, request.message = True, self._message
         return chunk

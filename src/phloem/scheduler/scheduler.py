@@ -66,12 +66,13 @@ class ScheduleSettings:
     random_seed: int | None = None
     overlap: bool = True
     debug_invariants: bool = False
+    whole_prompts: bool = False  # every prompt is computed in one step
 
     def pace(self, slots: int, draft_room: int) -> Pace:
         # With every slot decoding there must be a token for each, or the last ones would starve.
         budget = max(self.chunked_prefill_size, slots)
         mixed, worthwhile = self.mixed_prefill_size or budget, self.worthwhile_prefill or budget
-        return Pace(budget, mixed, worthwhile, draft_room)
+        return Pace(budget, mixed, worthwhile, draft_room, self.whole_prompts)
 
 
 @dataclass(slots=True)
@@ -443,7 +444,7 @@ class Scheduler:
         self.planner.undone()
         self._step_began = self.clock()
         size = f"step {batch.step} ({batch.num_rows} rows, {batch.num_tokens} tokens)"
-        if batch.num_tokens == 1:
+        if batch.num_tokens == 1 or (self.settings.whole_prompts and batch.num_rows == 1):
             alone = failed.plan.rows[0]
         if alone is None or alone is not self._cornered:
             most = self.planner.throttle.budget
@@ -452,7 +453,8 @@ class Scheduler:
             return
         log.error("out of memory in %s: %s; no smaller step is possible", size, error.message)
         if not alone.finished:
-            message = f"out of memory: not even a step of this request alone, with one token, fits ({error.message})"
+            least = "its tokens" if batch.num_tokens > 1 else "one token"
+            message = f"out of memory: not even a step of this request alone, with {least}, fits ({error.message})"
             self.results.fail(alone, message, error.status)
 
     def _start_over(self, victims: list[Request], error: Exception) -> None:

@@ -69,6 +69,7 @@ class Request:
     fresh: list[int] = field(default_factory=list)  # tokens not sent yet
     fresh_logprobs: tuple[PositionLogprobs, ...] = ()
     fresh_hidden: tuple[bytes, ...] = ()
+    pooled: bytes = b""
     sent: bool = False
     message: int = -1  # the message that its last chunk is in
 
@@ -79,7 +80,7 @@ class Request:
         self.num_prompt = len(self.prompt)
         self.wants_prompt = submit.return_logprob and start >= 0
         self.targets_from = max(start, 1)
-        self.plain = not (submit.return_logprob or submit.return_hidden)
+        self.plain = not (submit.return_logprob or submit.return_hidden or submit.pooled)
 
     @property
     def place(self) -> tuple[float, int]:

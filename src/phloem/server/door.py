@@ -11,12 +11,15 @@ from phloem.core.errors import BadRequest, NotFound
 from phloem.protocol.answers import Answer
 from phloem.protocol.body import Body, Parser
 from phloem.server.responses.store import ResponseStore
-from phloem.server.stream import encode
+from phloem.server.stream import collect, encode
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from starlette.requests import Request
 
     from phloem.client.client import EngineClient
+    from phloem.client.continuation import Continuation
     from phloem.client.info import ModelInfo
     from phloem.client.request import GenerateRequest
     from phloem.core.config import Config
@@ -41,6 +44,8 @@ class Door:
     async def read(self, request: Request, parser: Parser[T], empty: bytes = b"") -> T:
         """The request's body; `empty` stands for a body of no bytes where a route allows that."""
         parts = [part async for part in request.stream()]  # not `body()`: that keeps it for as long as the answer takes
+        if parser.kind.pooled is not None:
+            self.info.check_pooled(parser.kind.pooled)
         body = parts.pop() if len(parts) == 1 else b"".join(parts)
         return parser.parse(body or empty, self.info.features)
 
@@ -51,6 +56,15 @@ class Door:
                 param="model",
                 code="model_not_found",
             )
+
+    def collector(self, request: Request) -> Callable[[GenerateRequest], Awaitable[list[Continuation]]]:
+        """Submits what is asked for and waits for its end, or for the client's."""
+
+        async def run(asked: GenerateRequest) -> list[Continuation]:
+            self.check_batch(asked)
+            return await collect(request, await self.client.submit(asked))
+
+        return run
 
     def check_batch(self, request: GenerateRequest) -> None:
         """The number of continuations asked for; an `n` beyond its range is for the client to refuse, by its name."""

@@ -42,11 +42,12 @@ async def health(request: Request) -> Response:
 
 @router.get("/health_generate", **describe(answer=Status, errors=NEEDS_ENGINE))
 async def health_generate(request: Request) -> Response:
-    """Generate one token for real."""
+    """Generate one token for real; or compute one text, where the model does not generate."""
     door = door_of(request)
     bos = door.client.tokenizer.bos_id if door.client.tokenizer is not None else None
-    params = SamplingParams(max_new_tokens=1, temperature=0.0)
-    item = Item(sampling=params, ids=[bos if bos is not None else 0], id=new_id("health-"))
+    pooled = door.info.pooling is not None
+    params = SamplingParams(max_new_tokens=0 if pooled else 1, temperature=0.0)
+    item = Item(sampling=params, ids=[bos if bos is not None else 0], id=new_id("health-"), pooled=pooled)
     call = await door.client.submit(GenerateRequest([item]))
     late = EngineDead(f"no token within {PROBE_SECONDS:g} s")
     timer = asyncio.get_running_loop().call_later(PROBE_SECONDS, call.fail, late)
@@ -73,7 +74,8 @@ async def model_info(request: Request) -> Response:
             "model_path": info.model_path,
             "served_model_name": info.served_model_name,
             "tokenizer_path": info.tokenizer_path,
-            "is_generation": True,
+            "is_generation": info.pooling is None,
+            "task": info.task,
             "preferred_sampling_params": None,
             "weight_version": info.weight_version,
             "reasoning_parser": info.reasoning_parser,

@@ -19,6 +19,7 @@ class ModelCard(Answer, kw_only=True):
     owned_by: str = "phloem"
     root: str
     max_model_len: int
+    task: str
 
 
 class ModelList(Answer, kw_only=True):
@@ -32,7 +33,11 @@ router = APIRouter(tags=["openai"])
 def _card(door: Door) -> ModelCard:
     info = door.info
     return ModelCard(
-        id=info.served_model_name, created=info.created, root=info.model_path, max_model_len=info.context_length
+        id=info.served_model_name,
+        created=info.created,
+        root=info.model_path,
+        max_model_len=info.context_length,
+        task=info.task,
     )
 
 

@@ -94,6 +94,7 @@ class Engine:
         Raises:
             BadRequest: there are no messages, something else stands in their place, or the template refuses them.
         """
+        self.info.check_pooled(False)
         if self.tokenizer is None or self.chat_template is None:
             raise BadRequest("messages: a chat needs the tokenizer, which skip_tokenizer_init leaves out")
         found: list[Any] = list(messages) if isinstance(messages, list | tuple) else [messages]

@@ -31,6 +31,7 @@ from phloem.lang.backends import BACKENDS as LANG_BACKENDS
 from phloem.lang.backends._base import Backend
 from phloem.layers.context import AttentionSpec, BuildContext
 from phloem.models import FAMILIES
+from phloem.models._pooled import load_pooled
 from phloem.platforms import AVAILABLE, PLATFORMS
 from phloem.quant import METHODS, Method
 from phloem.server.app import ROUTES, routers
@@ -97,6 +98,11 @@ def test_models(name: str, tmp_path: Any) -> None:
         return
     checkpoint = describe(str(tiny_checkpoint(name, tmp_path)))
     assert checkpoint.model_type == name
+    if checkpoint.pooling is not None:
+        pooled = load_pooled(checkpoint, BuildContext(Ops(), torch.float32, CPU))
+        assert members(models.Body) <= set(dir(pooled.body)) | set(vars(pooled.body))
+        assert pooled.body.vocab_size == checkpoint.vocab_size and pooled.weight_bytes > 0
+        return
     model = models.load_model(checkpoint, BuildContext(Ops(), torch.float32, CPU))
     assert members(models.Model) <= set(dir(model)) | set(vars(model))
     assert model.vocab_size == checkpoint.vocab_size and model.weight_bytes > 0

@@ -98,6 +98,8 @@ def _model(config: Config) -> bool:
     _line("path", checkpoint.path)
     _line("format, family", f"{checkpoint.format}, {checkpoint.model_type}")
     _line("context, vocabulary", f"{checkpoint.context_length}, {checkpoint.vocab_size}")
+    if checkpoint.pooling is not None:
+        _line("task", f"{checkpoint.pooling.task}  ({checkpoint.pooling.reason}: {checkpoint.pooling.about})")
     print("\nChoices")
     try:
         threads = resolve.threads(config.runtime.threads, available_cores())

@@ -32,7 +32,7 @@ class Reading:
     truncate: int | None = None
     special: bool = True
     priority: int = 0
-    rid: str | None = None
+    rid: str | list[str] | None = None  # of the request, or of each text
     param: str = "input"  # the field that the texts stand in
     cut: int | None = None  # most tokens of a pair's second text, before all else
 
@@ -73,18 +73,21 @@ class _Maker:
         self._most = context if asked is None or asked == -1 else min(asked, context)
 
     def items(self, texts: Sequence[Text]) -> list[Item]:
-        rid = self._reading.rid or new_id("pool-")
-        found = self._tokens(texts)
+        rid, found = self._reading.rid or new_id("pool-"), self._tokens(texts)
+        if isinstance(rid, list) and len(rid) != len(found):
+            raise BadRequest(f"rid: {len(rid)} ids for {len(found)} texts", param="rid")
+        several = [rid] if len(found) == 1 else [f"{rid}-{at}" for at in range(len(found))]
+        rids = rid if isinstance(rid, list) else several
         return [
             Item(
                 sampling=SamplingParams(max_new_tokens=0),
                 ids=ids,
-                id=rid if len(found) == 1 else f"{rid}-{at}",
+                id=own,
                 priority=self._reading.priority,
                 pooled=True,
                 second=second,
             )
-            for at, (ids, second) in enumerate(found)
+            for own, (ids, second) in zip(rids, found, strict=True)
         ]
 
     def _tokens(self, texts: Sequence[Text]) -> list[tuple[list[int], int]]:

@@ -50,12 +50,11 @@ def texts_of(given: Any, param: str) -> list[Text]:
 
 def reading_of(body: PooledBody, param: str, cut: int | None = None) -> Reading:
     """How the body's texts become tokens."""
-    rid = body.rid[0] if isinstance(body.rid, list) and body.rid else body.rid
     return Reading(
         truncate=body.truncate_prompt_tokens,
         special=body.add_special_tokens is not False,
         priority=body.priority or 0,
-        rid=rid if isinstance(rid, str) else None,
+        rid=body.rid,
         param=param,
         cut=cut,
     )

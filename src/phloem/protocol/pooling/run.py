@@ -70,6 +70,8 @@ class Pool:
     ) -> Results:
         """A score for each pair: of a cross-encoder what it says, of vectors the cosine. `firsts`: one, or as many."""
         self.must_be("embed", "score", "classify")
+        if not seconds:
+            raise BadRequest(f"{reading.param}: at least one text is needed", param=reading.param)
         if len(firsts) not in (1, len(seconds)):
             raise BadRequest(
                 f"{reading.param}: {len(firsts)} texts on one side and {len(seconds)} on the other", param=reading.param

@@ -79,7 +79,8 @@ def ranker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[phloem.En
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[phloem.Engine, str]]:
     path = tmp_path_factory.mktemp("classifier")
     named = {"id2label": {0: "bad", 1: "good", 2: "odd"}, "label2id": {"bad": 0, "good": 1, "odd": 2}}
-    pair_tokenizer(tiny_checkpoint("roberta", path, head="ForSequenceClassification", **named))
+    ids = {"pad_token_id": 0, "bos_token_id": 1}  # as the tokenizer has them
+    pair_tokenizer(tiny_checkpoint("roberta", path, head="ForSequenceClassification", **named, **ids))
     with phloem.Engine(model_path=str(path)) as engine, http_door(engine) as found:
         yield engine, found
 
@@ -361,3 +362,31 @@ def test_requests_from_many_clients_share_steps(embedder: phloem.Engine, url: st
 
     wanted = expected(embedder, "dog")
     assert all(np.allclose(found, wanted, atol=1e-5) for found in asyncio.run(run()))
+
+
+@torch.inference_mode()
+def test_a_decoder_is_asked_for_yes_or_no(tmp_path: Path) -> None:
+    import transformers
+    from tokenizers import Tokenizer
+
+    path = tiny_checkpoint("qwen3", tmp_path, tie_word_embeddings=False, vocab_size=400, max_position_embeddings=600)
+    tokenizer: Any = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_tokens(["yes", "no"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    yes, no = tokenizer.token_to_id("yes"), tokenizer.token_to_id("no")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with phloem.LLM(str(path), task="score") as llm:
+        judge = llm.engine.info.pooling.judge
+        assert judge is not None and (judge.yes, judge.no) == (yes, no)
+        found = {item["index"]: item["relevance_score"] for item in llm.rerank("fox", ["jumps", "over the lazy dog"])}
+        for at, document in enumerate(["jumps", "over the lazy dog"]):
+            parts = (judge.question("fox", None), document, judge.after)
+            ids = [token for part in parts for token in tokenizer.encode(part).ids]
+            last = model(torch.tensor([ids])).logits[0, -1]
+            assert abs(found[at] - float(last[[no, yes]].softmax(-1)[1])) < 1e-4
+        with pytest.raises(BadRequest, match="600"):
+            llm.rerank("fox", ["over the lazy dog " * 200])
+        with pytest.raises(BadRequest, match="pairs of texts"):
+            llm.engine.encode("fox")
+        cut = llm.engine.score_pairs("fox", "over the lazy dog " * 200, truncate_prompt_tokens=-1)
+        assert 0 < cut[0] < 1

@@ -51,6 +51,25 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """A decoder that is asked whether a document answers a query: its score is how much likelier yes is than no."""
+
+    yes: int  # token ids
+    no: int
+    # The format that Qwen3-Reranker was trained with; other decoders are asked in the same words.
+    instruction: str = "Given a web search query, retrieve relevant passages that answer the query"
+    before: str = (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+        'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    )
+    after: str = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+    def question(self, query: str, instruction: str | None) -> str:
+        """What stands before the document."""
+        return f"{self.before}<Instruct>: {instruction or self.instruction}\n<Query>: {query}\n<Document>: "
+
+
+@dataclass(frozen=True)
 class Pooling:
     """What becomes of a text's hidden states, and what is known of the result. `kinds`: see KINDS; joined in order."""
 
@@ -65,6 +84,7 @@ class Pooling:
     default_prompt: str = ""  # the name of one of them
     dimensions: tuple[int, ...] | None = None  # shorter vectors: which; (): any; None: none
     lower: bool = False  # texts are made lower-case
+    judge: Judge | None = None
     reason: str = ""
 
     @property
@@ -91,6 +111,8 @@ def pooling_of(found: Checkpoint, task: str) -> tuple[Pooling | None, int]:
         return None, found.context_length
     folder = found.path if found.path.is_dir() else found.path.parent
     config = found.config
+    if chosen == "score" and found.architectures and found.architectures[0].endswith("ForCausalLM"):
+        return _judge(found, folder, reason), _limit(folder, found.context_length)
     if chosen != "embed":
         return _classifier(found, cast("PooledTask", chosen), reason), _limit(folder, found.context_length)
     modules = _modules(folder)
@@ -121,6 +143,8 @@ def _task(found: Checkpoint, task: str) -> tuple[str, str]:
     if head == "classify" and len(_labels(found.config)) == 1:
         head = "score"
     if task != "auto":
+        if task == "score" and architecture.endswith("ForCausalLM"):
+            return task, "as asked: the model is asked whether a document answers a query"
         if task in ("classify", "score", "tokens") and not head:
             raise ConfigError(f"task {task}: {architecture or 'the model'} has no classification head", param="task")
         if task not in ("generate", "embed") and task != head:
@@ -148,6 +172,17 @@ def _classifier(found: Checkpoint, task: PooledTask, reason: str) -> Pooling:
         activation=_activation(config, len(labels), encoder is not None),
         reason=reason,
     )
+
+
+def _judge(found: Checkpoint, folder: Path, reason: str) -> Pooling:
+    vocabulary = _json(folder / "tokenizer.json")
+    words: dict[str, Any] = (vocabulary.get("model") or {}).get("vocab") or {}
+    added = {str(token.get("content")): token.get("id") for token in vocabulary.get("added_tokens") or []}
+    ids = [{**words, **added}.get(word) if isinstance(words, dict) else None for word in ("yes", "no")]
+    if not all(isinstance(one, int) for one in ids):
+        raise ConfigError(f"task score: the tokenizer of {folder} has no tokens 'yes' and 'no'", param="task")
+    judge = Judge(int(ids[0] or 0), int(ids[1] or 0))
+    return Pooling("score", ("last",), size=1, labels=("yes",), activation="sigmoid", judge=judge, reason=reason)
 
 
 def _labels(config: dict[str, Any]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from phloem.checkpoint.pooling import Judge
     from phloem.client.client import EngineClient
     from phloem.client.continuation import Continuation
 
@@ -35,6 +36,7 @@ class Reading:
     rid: str | list[str] | None = None  # of the request, or of each text
     param: str = "input"  # the field that the texts stand in
     cut: int | None = None  # most tokens of a pair's second text, before all else
+    instruction: str | None = None  # to a model that is asked in words
 
 
 async def pooled_request(client: EngineClient, texts: Sequence[Text], reading: Reading) -> GenerateRequest:
@@ -91,6 +93,9 @@ class _Maker:
         ]
 
     def _tokens(self, texts: Sequence[Text]) -> list[tuple[list[int], int]]:
+        judge = self._info.pooling.judge if self._info.pooling is not None else None
+        if judge is not None:
+            return [self._asked(judge, text, at) for at, text in enumerate(texts)]
         plain = [text for text in texts if not isinstance(text, list)]
         if plain and self._tokenizer is None:
             raise BadRequest("no tokenizer is loaded: send token ids", param=self._reading.param)
@@ -111,6 +116,22 @@ class _Maker:
                 ids, second = self._tokenizer.encode_cut(own, self._most, special)
             found.append((ids or self._nothing(), second))
         return found
+
+    def _asked(self, judge: Judge, text: Text, at: int) -> tuple[list[int], int]:
+        """A pair in the words that the model is asked in; of too long a one the document is cut."""
+        param, tokenizer = self._reading.param, self._tokenizer
+        if not isinstance(text, tuple) or tokenizer is None:
+            raise BadRequest(f"{param}[{at}]: this model is asked for pairs of texts: use /v1/rerank", param=param)
+        question = judge.question(text[0], self._reading.instruction)
+        before, document, after = tokenizer.encode_batch([question, text[1], judge.after], add_special_tokens=False)
+        document = document[: self._reading.cut]
+        room, whole = self._most - len(before) - len(after), len(before) + len(document) + len(after)
+        if len(document) > room:
+            self._refuse(whole, at)
+            if room < 1:
+                raise BadRequest(f"{param}[{at}]: {self._most} tokens have no room for both texts", param=param)
+            document = document[:room]
+        return [*before, *document, *after], 0
 
     def _shortened(self, text: str | tuple[str, str]) -> str | tuple[str, str]:
         """A pair whose second text has no more tokens than asked; its text is cut where the next one begins."""

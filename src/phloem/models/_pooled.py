@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.checkpoint.describe import Checkpoint
-    from phloem.checkpoint.pooling import Dense, Pooling
+    from phloem.checkpoint.pooling import Dense, Judge, Pooling
     from phloem.layers.context import BuildContext, ForwardBatch
     from phloem.models._encoder import HeadKind
     from phloem.models._index import Progress
@@ -99,12 +99,13 @@ class PooledModel(Layer):
         self.body, self.pooling, self.device = body, pooling, ctx.device
         kind = body.config.head if isinstance(body, Encoder) else None
         self.head: SequenceHead | TokenHead | None = None
-        if pooling.task != "embed":
+        self.verdict: Tensor | None = None  # [1, N]: how the head's row of "yes" differs from that of "no"
+        if pooling.task != "embed" and pooling.judge is None:
             make = TokenHead if pooling.task == "tokens" else SequenceHead
             self.head = make(ctx, body.hidden_size, len(pooling.labels), kind, config)
         self.dense: list[tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]] = []
         unused = {id(slot) for slot in body.head.weights()} if isinstance(body, Decoder) else set[int]()
-        unused.discard(id(body.embed.weight))
+        unused = unused - {id(body.embed.weight)} if pooling.judge is None else set[int]()
         slots = [slot for slot in self.weights() if id(slot) not in unused]
         self.index = WeightIndex(slots, ctx, body.embed.weight.names[0])
 
@@ -120,8 +121,17 @@ class PooledModel(Layer):
         self.index.pull(sources, str(checkpoint.path), progress)
         if checkpoint.gguf is not None:
             checkpoint.gguf.release()
+        if self.pooling.judge is not None:
+            self.verdict = self._verdict(self.pooling.judge)
         dummy = checkpoint.format == "dummy"
         self.dense = [_read_dense(dense, self.device, dummy) for dense in self.pooling.dense]
+
+    def _verdict(self, judge: Judge) -> Tensor:
+        body = self.body
+        assert isinstance(body, Decoder)
+        ids = torch.tensor([judge.yes, judge.no], device=self.device)
+        yes, no = body.ops.embedding(ids, body.head.weight.value, 1.0).float()
+        return (yes - no)[None] * body.head.scale
 
     def _name(self, name: str) -> str | None:
         ours = self.body.checkpoint_name(name)
@@ -144,6 +154,8 @@ class PooledModel(Layer):
         if self.head is not None:
             return self.head(x_RN.to(self._dtype(x_RN)))
         x_RN = x_RN.float()
+        if self.verdict is not None:
+            return x_RN @ self.verdict.T
         for weight, bias, act in self.dense:
             x_RN = act(F.linear(x_RN, weight, bias))
         return x_RN
@@ -205,6 +217,8 @@ def load_pooled(checkpoint: Checkpoint, ctx: BuildContext, progress: Progress | 
     body: Any = FAMILIES.get(checkpoint.model_type)(checkpoint.config, ctx, checkpoint.context_length)
     if not isinstance(body, Decoder | Encoder):
         raise ConfigError(f"task {checkpoint.pooling.task}: {checkpoint.model_type} is served for generation alone")
+    if checkpoint.pooling.judge is not None and isinstance(body, Decoder) and (body.head.softcap or body.head.bias):
+        raise ConfigError("task score: a head with a soft cap or a bias is not read for yes and no", param="task")
     model = PooledModel(body, checkpoint.pooling, ctx, checkpoint.config)
     model.load(checkpoint, progress)
     return model

@@ -48,6 +48,7 @@ class RerankBody(PooledBody, kw_only=True):
     max_tokens_per_doc: Int32 | None = None
     use_activation: bool | None = None
     rank_fields: list[str] | None = None
+    instruct: str | None = None
 
 
 class ClassifyBody(PooledBody, kw_only=True):

@@ -48,7 +48,7 @@ def texts_of(given: Any, param: str) -> list[Text]:
     return items
 
 
-def reading_of(body: PooledBody, param: str, cut: int | None = None) -> Reading:
+def reading_of(body: PooledBody, param: str, cut: int | None = None, instruction: str | None = None) -> Reading:
     """How the body's texts become tokens."""
     return Reading(
         truncate=body.truncate_prompt_tokens,
@@ -57,6 +57,7 @@ def reading_of(body: PooledBody, param: str, cut: int | None = None) -> Reading:
         rid=body.rid,
         param=param,
         cut=cut,
+        instruction=instruction,
     )
 
 

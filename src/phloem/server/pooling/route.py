@@ -56,7 +56,9 @@ async def rerank(request: Request) -> Response:
     if body.max_tokens_per_doc is not None and body.max_tokens_per_doc < 1:
         raise BadRequest("max_tokens_per_doc must be at least 1", param="max_tokens_per_doc")
     texts = [document_text(document, at, body.rank_fields) for at, document in enumerate(body.documents)]
-    reading = reading_of(body, "documents", body.max_tokens_per_doc)
+    if body.instruct is not None and (door.info.pooling is None or door.info.pooling.judge is None):
+        raise BadRequest("instruct: this model is not asked in words", param="instruct")
+    reading = reading_of(body, "documents", body.max_tokens_per_doc, body.instruct)
     pool = Pool(door.client, door.collector(request))
     found = await pool.pairs([body.query], texts, reading, body.use_activation)
     shows = body.return_documents if body.return_documents is not None else "/v2/" not in request.url.path

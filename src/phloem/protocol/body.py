@@ -99,6 +99,8 @@ class Parser(Generic[T]):
             body = msgspec.convert(values, self.kind)
         except msgspec.ValidationError as error:
             raise self._explain(str(error)) from None
+        except UnicodeError:
+            raise BadRequest("a field holds lone surrogates: it is no valid Unicode") from None
         body.refuse_later(features)
         return body
 

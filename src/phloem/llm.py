@@ -6,13 +6,10 @@ Both use the scheduler and runner that the server uses; there is no second path.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
-import os
 import queue
-import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
@@ -20,7 +17,7 @@ import msgspec
 from phloem.client.start import make_client
 from phloem.core.config import Config
 from phloem.core.errors import BadRequest, ConfigError, EngineDead, ModelLoadError, PhloemError
-from phloem.core.messages import Drain
+from phloem.launch.door import EngineDoor
 from phloem.launch.thread import EngineThread
 from phloem.protocol.body import Parser
 from phloem.protocol.generate.body import GenerateBody
@@ -32,50 +29,11 @@ from phloem.protocol.score.write import scores
 from phloem.utils import log
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from phloem.client.call import Call
 
 T = TypeVar("T")
 _FAILURES = {error.__name__: error for error in (BadRequest, ConfigError, ModelLoadError)}
 Answer = dict[str, Any]
-
-
-class _LoopThread:
-    """An event loop in a thread of its own, for callers that have none."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name="phloem-door", daemon=True)
-        self._thread.start()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def cancel(self, future: Future[Any]) -> None:
-        """Harmless when the loop has ended."""
-        with contextlib.suppress(RuntimeError):
-            future.cancel()
-
-    def stop(self) -> None:
-        """End what still runs, then the loop."""
-
-        async def end_all() -> None:
-            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self.loop.shutdown_asyncgens()
-
-        self.run(end_all())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self.loop.close()
 
 
 class Engine:
@@ -96,20 +54,17 @@ class Engine:
         log.configure(self.config.server.log_level)
         self._client, self.info, checkpoint = make_client(self.config)
         self._link = EngineThread(self.config, checkpoint)
-        self._door = _LoopThread()
-        self._pid = os.getpid()
-        self._closed = ""  # why it takes no more calls
+        self._door = EngineDoor(self._client, self._link)
+        weakref.finalize(self, self._door.end_soon).atexit = False  # the door ends with Python by itself
         try:
             self.ready: dict[str, Any] = self._door.run(self._start())
         except BaseException as error:
-            self._end("the engine did not start")
+            self._door.end("the engine did not start")
             failed = self._client.connection.failed
             kind = None if failed is None else _FAILURES.get(failed.kind)
             if isinstance(error, EngineDead) and failed is not None and kind is not None:
                 raise kind(failed.error) from None
             raise
-        # A step that runs while Python tears its threads down would abort the process.
-        atexit.register(_end_at_exit, weakref.ref(self))
 
     async def _start(self) -> dict[str, Any]:
         self._client.attach(self._link)
@@ -126,23 +81,20 @@ class Engine:
         """The model's chat template (`render(messages)`), or None with `skip_tokenizer_init`."""
         return self._client.template
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        try:
-            self._check_open()
-        except EngineDead:
-            work.close()
-            raise
-        return self._door.run(work)
+    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """A conversation's token ids, by the model's chat template and ready for its answer: `input_ids` of `generate`.
 
-    def _check_open(self) -> None:
-        """Raises EngineDead in a forked child, which has none of the engine's threads, and after `shutdown`."""
-        if os.getpid() != self._pid:
-            raise EngineDead(
-                f"this engine belongs to process {self._pid}: a forked child has none of its threads; "
-                "make an engine of its own, or start processes by spawn"
-            )
-        if self._closed:
-            raise EngineDead(self._closed)
+        Raises:
+            BadRequest: there are no messages, something else stands in their place, or the template refuses them.
+        """
+        if self.tokenizer is None or self.chat_template is None:
+            raise BadRequest("messages: a chat needs the tokenizer, which skip_tokenizer_init leaves out")
+        found: list[Any] = list(messages) if isinstance(messages, list | tuple) else [messages]
+        if not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in found):
+            raise BadRequest("messages: expected a list of objects with a role each", param="messages")
+        if not found:
+            raise BadRequest("messages: at least one is needed", param="messages")
+        return self.tokenizer.encode(self.chat_template.render(found), add_special_tokens=False)
 
     # generation
 
@@ -167,7 +119,7 @@ class Engine:
         body = self._body(prompt, sampling_params, input_ids, stream, fields)
         if stream:
             return self._stream(body)
-        return self._run(self._collect(body))
+        return self._door.run(self._collect(body))
 
     async def async_generate(
         self,
@@ -182,8 +134,14 @@ class Engine:
         body = self._body(prompt, sampling_params, input_ids, stream, fields)
         if stream:
             return self._stream_async(body)
-        future = asyncio.run_coroutine_threadsafe(self._collect(body), self._door.loop)
-        return await asyncio.wrap_future(future)
+        future = self._door.start(self._collect(body))
+        try:
+            return await asyncio.wrap_future(future)
+        except BaseException as error:
+            task, told = asyncio.current_task(), self._door.told(error)
+            if told is error or (task is not None and task.cancelling()):
+                raise
+            raise told from None
 
     def _body(
         self,
@@ -193,15 +151,15 @@ class Engine:
         stream: bool,
         fields: dict[str, Any],
     ) -> GenerateBody:
-        self._check_open()
+        self._door.check()
         values = {
             "text": prompt,
             "sampling_params": sampling_params,
-            "input_ids": _listed(input_ids),
+            "input_ids": input_ids,
             "stream": stream,
             **fields,
         }
-        return Parser(GenerateBody).convert(values, self.info.features)
+        return Parser(GenerateBody).convert(_listed(values), self.info.features)
 
     async def _collect(self, body: GenerateBody) -> Answer | list[Answer]:
         request = to_request(body)
@@ -241,12 +199,14 @@ class Engine:
                 news.put(error)
                 raise
 
-        future = asyncio.run_coroutine_threadsafe(pump(), self._door.loop)
+        future = self._door.start(pump())
         try:
             while (item := news.get()) is not None:
                 if isinstance(item, BaseException):
-                    raise item
+                    raise self._door.told(item)
                 yield item
+                if self._door.foreign:
+                    self._door.check()  # nothing would ever come
         finally:
             self._door.cancel(future)
 
@@ -267,12 +227,14 @@ class Engine:
                 tell(error)
                 raise
 
-        future = asyncio.run_coroutine_threadsafe(pump(), self._door.loop)
+        future = self._door.start(pump())
         try:
             while (item := await news.get()) is not None:
                 if isinstance(item, BaseException):
-                    raise item
+                    raise self._door.told(item)
                 yield item
+                if self._door.foreign:
+                    self._door.check()
         finally:
             self._door.cancel(future)
 
@@ -292,7 +254,8 @@ class Engine:
             "apply_softmax": apply_softmax,
             "item_first": item_first,
         }
-        body = Parser(ScoreBody).convert(values)
+        self._door.check()
+        body = Parser(ScoreBody).convert(_listed(values))
 
         async def run() -> list[list[float]]:
             call = await self._client.submit(score_request(body))
@@ -303,7 +266,7 @@ class Engine:
                 call.cancel()
             return scores(body, call.outputs)
 
-        return self._run(run())
+        return self._door.run(run())
 
     def open_session(
         self,
@@ -321,7 +284,7 @@ class Engine:
         async def open_it() -> str:
             return self._client.sessions.open(session_id, timeout, streaming)
 
-        return self._run(open_it())
+        return self._door.run(open_it())
 
     def close_session(self, session_id: str) -> None:
         """Forget a session. Raises NotFound."""
@@ -329,13 +292,13 @@ class Engine:
         async def close_it() -> None:
             self._client.sessions.close(session_id)
 
-        self._run(close_it())
+        self._door.run(close_it())
 
     # administration
 
     def flush_cache(self, timeout: float = 0.0) -> bool:
         """Forget every cached prefix; False while requests run (waits up to `timeout` seconds for them)."""
-        return self._run(self._client.control("flush_cache", timeout=timeout)).ok
+        return self._door.run(self._client.control("flush_cache", deadline=timeout + 60.0, timeout=timeout)).ok
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> int:
         """End requests by id; gives how many."""
@@ -343,14 +306,14 @@ class Engine:
         async def abort() -> int:
             return self._client.abort(rid, everything=abort_all)
 
-        return self._run(abort())
+        return self._door.run(abort())
 
     def pause_generation(self, mode: str = "abort") -> None:
         """Stop launching steps. `mode`: abort what runs, retract it into the queue, or freeze it in place."""
-        self._check(self._run(self._client.control("pause", mode=mode)))
+        self._check(self._door.run(self._client.control("pause", mode=mode)))
 
     def continue_generation(self) -> None:
-        self._check(self._run(self._client.control("resume")))
+        self._check(self._door.run(self._client.control("resume")))
 
     def get_weights_by_name(self, name: str, truncate_size: int = 100) -> list[Any]:
         """The first rows of the weight that the checkpoint calls `name`, as numbers. Read between two steps.
@@ -369,36 +332,19 @@ class Engine:
 
     def get_server_info(self) -> dict[str, Any]:
         """The resolved configuration, flat, with the decisions and the state of the engine."""
-        state = self._run(self._client.control("state")).data
+        state = self._door.run(self._client.control("state")).data
         settings = {name: value for name, value in self.config.flat().items() if name != "api_key"}
         return {**settings, **self.ready, "internal_states": [state]}
 
     def shutdown(self) -> None:
         """End the engine; what runs is cut. Harmless when repeated, and in a forked child."""
-        if self._closed or os.getpid() != self._pid:
-            return
-        self._end("the engine was shut down")
-
-    def _end(self, why: str) -> None:
-        self._closed = why
-        self._client.draining = True  # what its link says from now on is no failure
-        if self._link.alive:
-            with contextlib.suppress(EngineDead):
-                self._link.send(Drain(timeout=0.0))
-        self._door.run(self._client.close())
-        self._door.stop()
+        self._door.end("the engine was shut down")
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
-
-
-def _end_at_exit(held: weakref.ref[Engine]) -> None:
-    engine = held()
-    if engine is not None:
-        engine.shutdown()
 
 
 @runtime_checkable
@@ -408,13 +354,16 @@ class _Array(Protocol):
     def tolist(self) -> Any: ...
 
 
-def _listed(ids: Any) -> Any:
-    """Arrays and tensors of token ids as lists; all else as it is."""
-    if isinstance(ids, _Array):
-        return ids.tolist()
-    if isinstance(ids, list | tuple):
-        return [one.tolist() if isinstance(one, _Array) else one for one in ids]
-    return ids
+def _listed(values: Any) -> Any:
+    """Arrays and tensors as lists and their single values as Python's, wherever they stand; all else as it is."""
+    if isinstance(values, dict):
+        return {key: _listed(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        # Token ids by the thousand are nearly always plain.
+        return [one if type(one) is int else _listed(one) for one in values]
+    if values is None or isinstance(values, str | int | float):
+        return values
+    return values.tolist() if isinstance(values, _Array) else values
 
 
 def _plain(answer: Answer) -> Answer:
@@ -448,15 +397,12 @@ class LLM:
         """The assistant's answer to one conversation, or to each of several; with `n` above 1 n answers to each.
 
         Raises:
-            BadRequest: a conversation has no messages.
+            BadRequest: a conversation has no messages, or something else in their place.
         """
         if not messages:
             return []
         several: Any = [messages] if isinstance(messages[0], dict) else messages
-        if not all(several):
-            raise BadRequest("messages: a conversation has no messages", param="messages")
-        template, tokenizer = self.engine.chat_template, self.engine.tokenizer
-        ids = [tokenizer.encode(template.render(list(talk)), add_special_tokens=False) for talk in several]
+        ids = [self.engine.encode_chat(talk) for talk in several]
         return _by_prompt(self.engine.generate(input_ids=ids, sampling_params=sampling_params), len(ids))
 
     def shutdown(self) -> None:

@@ -75,11 +75,13 @@ def test_run_answers_in_order_and_keeps_going_past_a_bad_prompt(model: Path, tmp
         {"input_ids": [999999]},
         {"messages": [{"role": "user", "content": "hi"}], "sampling_params": {"max_new_tokens": 3, "ignore_eos": True}},
     ]
+    lines += [{"messages": []}, {"messages": "hi"}]
     source.write_text("\n".join(json.dumps(line) for line in lines) + "\nplain text\n")
     done = phloem("run", str(model), "--input", str(source), "--output", str(target), "--max-new-tokens", "5",
                   "--dtype", "float32", "--max-total-tokens", "2048")  # fmt: skip
     answers = [json.loads(line) for line in target.read_text().splitlines()]
-    assert len(answers) == 4 and done.returncode == 1
+    assert len(answers) == 6 and done.returncode == 1
+    assert "at least one" in answers[3]["error"] and "a role each" in answers[4]["error"]
     assert "token id" in answers[1]["error"]
     assert answers[2]["meta_info"]["completion_tokens"] == 3
     assert "tok/s" in done.stderr

@@ -47,8 +47,7 @@ class _Local:
         self._options = options
 
     def answer(self, messages: Messages) -> Iterator[str]:
-        text = self._engine.chat_template.render(messages)
-        ids = self._engine.tokenizer.encode(text, add_special_tokens=False)
+        ids = self._engine.encode_chat(messages)
         params = {
             "max_new_tokens": self._options.max_new_tokens,
             "temperature": self._options.temperature,

@@ -131,8 +131,7 @@ async def _answer(engine: Engine, job: dict[str, Any], params: dict[str, Any]) -
     messages = job.pop("messages", None)
     merged = {**params, **job.pop("sampling_params", {})}
     if messages is not None:
-        text = engine.chat_template.render(messages)
-        job["input_ids"] = engine.tokenizer.encode(text, add_special_tokens=False)
+        job["input_ids"] = engine.encode_chat(messages)
     text = job.pop("text", None)
     answer: Any = await engine.async_generate(text, merged, **job)
     return answer

@@ -286,15 +286,18 @@ def agents_responses(url: str, model: str) -> None:
 # --- evaluation and load
 
 
-@check("lm-eval", "local-completions: log-likelihood and generation")
+@check("lm-eval", "local-completions")
 def lm_eval(url: str, model: str) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    lm = LocalCompletionsAPI(base_url=url + "/v1/completions", model=model, tokenizer_backend="remote", max_length=512)
-    asked = Instance("loglikelihood", {}, ("The sky is", " blue"), 0)
-    ((value, greedy),) = lm.loglikelihood([asked])
-    assert value < 0 and isinstance(greedy, bool)
+    lm = LocalCompletionsAPI(
+        base_url=url + "/v1/completions", model=model, tokenizer_backend=None, tokenized_requests=False
+    )
+    (text,) = lm.generate_until(
+        [Instance("generate_until", {}, ("The sky is", {"max_gen_toks": 8, "until": ["."]}), 0)]
+    )
+    assert isinstance(text, str)
 
 
 @check("lm-eval", "local-chat-completions")
@@ -315,15 +318,19 @@ def guidellm(url: str, model: str) -> None:
         data = Path(folder) / "prompts.jsonl"
         data.write_text("".join(json.dumps({"prompt": f"Say {at}."}) + "\n" for at in range(6)))
         command = [str(Path(sys.executable).parent / "guidellm"), "benchmark", "run", "--target", url, "--model", model]
-        command += ["--data", str(data), "--profile", "synchronous", "--max-requests", "3"]
-        _run([*command, "--output-dir", folder, "--outputs", "json"], folder)
-        (report,) = Path(folder).glob("*.json")
+        command += ["--data", str(data), "--rate-type", "synchronous", "--max-requests", "3", "--disable-progress"]
+        command += ["--processor", sys.argv[5]]
+        report = Path(folder) / "out.json"
+        _run([*command, "--output-path", str(report)], folder)
         done = json.loads(report.read_text())["benchmarks"][0]["requests"]["successful"]
         assert len(done) == 3, len(done)
 
 
 def _run(command: list[str], folder: str) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=150)
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=150)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError("no end within 150 s") from None
     if done.returncode != 0:
         raise RuntimeError((done.stderr or done.stdout).strip()[-600:])
 

@@ -18,6 +18,7 @@ import re
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -30,16 +31,19 @@ CHECKS = Path(__file__).with_name("client_checks.py")
 MODEL = "demo"
 SECONDS = 200  # of one check
 START_SECONDS = 180
+MISSING = "No module named"  # what a client's own imports say
 
 
 @dataclass(frozen=True)
 class Client:
-    """`packages` are installed with what they depend on, `bare` without; `launch`: a gateway's arguments."""
+    """`packages` are installed with what they depend on, `bare` without; `launch`: a gateway's arguments; `shares`: it
+    sees the packages of the environment that runs this script, torch among them."""
 
     name: str
     packages: tuple[str, ...] = ()
     bare: tuple[str, ...] = ()
     launch: tuple[str, ...] = ()
+    shares: bool = False
 
     @property
     def package(self) -> str:
@@ -60,13 +64,33 @@ CLIENTS = [
     Client("guidellm", ("guidellm",)),
     Client(
         "sglang",
-        ("numpy", "requests", "aiohttp", "tqdm", "pydantic", "transformers", "msgspec", "orjson", "pillow", "ipython"),
+        (
+            "numpy",
+            "requests",
+            "aiohttp",
+            "tqdm",
+            "pydantic",
+            "transformers",
+            "msgspec",
+            "orjson",
+            "pillow",
+            "ipython",
+            "pyzmq",
+            "datasets",
+            "psutil",
+            "pybase64",
+        ),
         bare=("sglang==0.5.23",),
+        shares=True,
     ),
     Client("sglang-router", ("sglang-router==0.3.2",), launch=("-m", "sglang_router.launch_router")),
     Client("smg", ("smg==1.13.0",), launch=("-m", "smg", "launch")),
-    Client("trl", ("trl",)),
 ]
+UNTRIED = {
+    "trl": "its `VLLMClient` imports torch and vLLM; it asks for `return_token_ids` and `return_tokens_as_token_ids`, "
+    "which are not here",
+    "guidellm of today": "it needs torch, which is not installed for it: the version above is the newest without",
+}
 
 
 def main() -> int:
@@ -158,6 +182,9 @@ def install(client: Client, home: Path) -> str:
                 return "it needs torch, which this script does not install"
             lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
             return shorten((lines or done.stderr.splitlines() or ["pip failed"])[-1])
+    if client.shares:
+        (site,) = home.glob("lib/python*/site-packages")
+        (site / "zz_shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
     (home / "ready").touch()
     return ""
 
@@ -210,18 +237,19 @@ def page(results: dict[str, Any]) -> str:
         "each client unchanged into an environment of its own, and asks with it. The checks are in",
         "`scripts/client_checks.py`; only what ran stands here as working.",
         "",
-        "| client | version | works | does not |",
-        "| --- | --- | --- | --- |",
+        "| client | version | works | does not | not tried: the client misses a package |",
+        "| --- | --- | --- | --- | --- |",
     ]
     tried = [client.name for client in CLIENTS if results.get(client.name, {}).get("checks")]
     for name in tried:
         checks = results[name]["checks"]
         works = "; ".join(check for check, error in checks.items() if not error) or "nothing"
-        fails = "; ".join(f"{check}: `{error}`" for check, error in checks.items() if error)
-        lines.append(f"| {name} | {results[name]['version']} | {works} | {fails} |")
+        missing = {check for check, error in checks.items() if MISSING in error}
+        fails = "; ".join(f"{check}: `{error}`" for check, error in checks.items() if error and check not in missing)
+        left = "; ".join(f"{check}: `{checks[check]}`" for check in checks if check in missing)
+        lines.append(f"| {name} | {results[name]['version']} | {works} | {fails} | {left} |")
     skipped = [(c.name, results[c.name]["skipped"]) for c in CLIENTS if results.get(c.name, {}).get("skipped")]
-    if skipped:
-        lines += ["", "Skipped, and why:", "", *(f"- {name}: {why}" for name, why in skipped)]
+    lines += ["", "Not tried, and why:", "", *(f"- {name}: {why}" for name, why in [*skipped, *UNTRIED.items()])]
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,7 @@ from phloem.bench import footprint
 from phloem.bench._text import Texts
 from phloem.core.errors import BadRequest
 from phloem.testing.byte_tokenizer import ByteTokenizer
+from phloem.testing.checkpoints import tiny_checkpoint
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -106,7 +107,8 @@ def test_refuses_senseless_sizes() -> None:
 @linux
 @pytest.mark.slow
 def test_a_server_from_start_to_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--kv-tokens", "12288", "--idle", "1", "--output", str(tmp_path / "footprint.jsonl")]
-    assert footprint.main([*flags, "--limit-gb", "0.01"]) == 1
+    model = tiny_checkpoint("llama", tmp_path / "model", max_position_embeddings=4096)
+    flags = ["--model", str(model), "--kv-tokens", "12288", "--idle", "1"]
+    assert footprint.main([*flags, "--limit-gb", "0.01", "--output", str(tmp_path / "footprint.jsonl")]) == 1
     assert "KV pool full" in capsys.readouterr().out
     assert len((tmp_path / "footprint.jsonl").read_text().splitlines()) == 5

@@ -134,7 +134,7 @@ def serve(model: Model, late: bool = False, overlap: bool = True) -> Serving:
 PLACES = {
     "forward": (forward_file, "run_forward"),
     "sampling": (choose_file, "sample"),
-    "logprobs": (choose_file, "position_logprobs"),
+    "logprobs": (choose_file, "logprob_tensors"),
     "mask": (Masks, "_fill"),
     "masking": (Masks, "apply_"),
     "penalties": (Penalties, "apply_"),

@@ -51,31 +51,33 @@ def main(argv: list[str]) -> int:
     if settings["model_path"] == "demo":
         settings["model_path"] = str(packaged())
     path, threads = Path(settings["model_path"]), settings["threads"] or available_cores()
-    records: list[dict[str, Any]] = []
     with phloem.Engine(**settings) as engine:
         if engine.tokenizer is None or engine.info.pooling is None:
             raise BadRequest("a model for embeddings with its tokenizer is needed")
         texts = make_texts(engine.tokenizer, options.texts, options.length)
         ids: list[list[int]] = [list(text) for text in engine.tokenizer.encode_batch(texts)]
-        ours = np.array(engine.embed(texts), np.float32)
-        records.append(_record("phloem", ours, ours, *_fastest(lambda: _ours(engine, texts), options.rounds), ids))
+        ours = _ours(engine, texts)
+        first = _record("phloem", ours, ours, _seconds(lambda: _ours(engine, texts), options.rounds), ids)
         pooling = engine.info.pooling
+    _tell({**first, "threads": threads}, first, options)
     if pooling.kinds != ("mean",) or not pooling.normalize:
         print("the others are run with mean pooling and vectors of length 1 alone: skipped")
-        options = Options(against="")
+        return 0
     for name in filter(None, options.against.split(",")):
         run = _other(name, path, texts, ids, options, threads)
         if isinstance(run, str):
             print(f"{name}: skipped: {run}")
             continue
-        records.append(_record(name, run(), ours, *_fastest(run, options.rounds), ids))
-    for record in records:
-        record |= {**context(), "threads": threads}
-        record["faster"] = records[0]["texts_per_s"] / record["texts_per_s"]
-        _show(record)
-        if options.output:
-            write_line(Path(options.output), record)
+        record = _record(name, run(), ours, _seconds(run, options.rounds), ids)
+        _tell({**record, "threads": threads}, first, options)
     return 0
+
+
+def _tell(record: dict[str, Any], first: dict[str, Any], options: Options) -> None:
+    record |= {**context(), "faster": first["texts_per_s"] / record["texts_per_s"]}
+    _show(record)
+    if options.output:
+        write_line(Path(options.output), record)
 
 
 def packaged() -> Path:
@@ -166,18 +168,17 @@ def _units(vectors: Vectors) -> Vectors:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def _fastest(run: Run, rounds: int) -> tuple[float, list[float]]:
-    seconds: list[float] = []
+def _seconds(run: Run, rounds: int) -> list[float]:
+    found: list[float] = []
     for _ in range(rounds):
         start = perf_counter()
         run()
-        seconds.append(perf_counter() - start)
-    return min(seconds), seconds
+        found.append(perf_counter() - start)
+    return found
 
 
-def _record(
-    name: str, vectors: Vectors, ours: Vectors, best: float, seconds: list[float], ids: list[list[int]]
-) -> dict[str, Any]:
+def _record(name: str, vectors: Vectors, ours: Vectors, seconds: list[float], ids: list[list[int]]) -> dict[str, Any]:
+    best = min(seconds)
     return {
         "engine": name,
         "texts": len(ids),
@@ -195,4 +196,4 @@ def _show(record: dict[str, Any]) -> None:
         f"{record['engine']:<22} {record['texts_per_s']:8.1f} texts/s, {record['tokens_per_s']:10,.0f} tokens/s, "
         f"cosine with ours at least {record['least_cosine']:.6f}{beside}"
     )
-    print(json.dumps(record))
+    print(json.dumps(record), flush=True)

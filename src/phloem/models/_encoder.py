@@ -15,7 +15,7 @@ from phloem.core.errors import ModelLoadError
 from phloem.layers.attention import AttentionOptions
 from phloem.layers.embed import Embedding, Positions
 from phloem.layers.weight import Layer
-from phloem.models._layer import Attention, LayerKind, Place, Plain, attention_spec
+from phloem.models._layer import Attention, LayerKind, Place, Plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +130,7 @@ class Encoder(Layer):
             kind.make(ctx.child(config.layer).child(number), place) for number, kind in enumerate(config.layers)
         ]
         self.norm = place.norm(ctx.child(config.final_norm)) if config.final_norm else None
-        specs = [attention_spec(layer.mixer) for layer in self.layers]
+        specs = [layer.attention for layer in self.layers]
         self.attention_specs: list[AttentionSpec] = [spec for spec in specs if spec is not None]
 
     def forward(self, step: ForwardBatch) -> Tensor:

@@ -78,7 +78,7 @@ class Class(Answer, kw_only=True):
 
     index: int
     label: str | list[str]
-    probs: list[float] | list[list[float]]
+    probs: list[float | list[float]]
     num_classes: int
 
 
@@ -92,7 +92,7 @@ class ClassifyAnswer(Answer, kw_only=True):
 
 
 class Encoded(Answer, kw_only=True):
-    embedding: list[float] | list[list[float]]
+    embedding: list[float | list[float]]
     meta_info: dict[str, Any]
 
 

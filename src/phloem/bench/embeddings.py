@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     settings = {**config.flat(), "log_level": "warning"}
     if settings["model_path"] == "demo":
         settings["model_path"] = str(packaged())
-    path, threads = Path(settings["model_path"]), settings["threads"] or available_cores()
+    path, threads = Path(str(settings["model_path"])), config.runtime.threads or available_cores()
     with phloem.Engine(**settings) as engine:
         if engine.tokenizer is None or engine.info.pooling is None:
             raise BadRequest("a model for embeddings with its tokenizer is needed")
@@ -118,7 +118,7 @@ def _other(name: str, path: Path, texts: list[str], ids: list[list[int]], option
 
 
 def _onnxruntime(path: Path, texts: list[str], ids: list[list[int]], options: Options, threads: int) -> Run | str:
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports] - perhaps not installed
 
     file = options.onnx
     if file is None:
@@ -141,7 +141,7 @@ def _onnxruntime(path: Path, texts: list[str], ids: list[list[int]], options: Op
 
 
 def _sentence(path: Path, texts: list[str], ids: list[list[int]], options: Options, threads: int) -> Run:
-    import sentence_transformers
+    import sentence_transformers  # pyright: ignore[reportMissingImports] - perhaps not installed
     import torch
 
     torch.set_num_threads(threads)

@@ -48,7 +48,7 @@ async def pooled_request(client: EngineClient, texts: Sequence[Text], reading: R
     client.info.check_pooled(True)
     if not texts:
         raise BadRequest(f"{reading.param}: at least one text is needed", param=reading.param)
-    size = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts if not _ids(text))
+    size = sum(map(_characters, texts))
     make = _Maker(client, reading)
     found = await asyncio.to_thread(make.items, texts) if size > THREAD_CHARACTERS else make.items(texts)
     return GenerateRequest(found)
@@ -59,8 +59,10 @@ def vectors(outputs: Sequence[Continuation]) -> list[NDArray[np.float32]]:
     return [np.frombuffer(output.pooled, dtype="<f4") for output in outputs]
 
 
-def _ids(text: Text) -> bool:
-    return isinstance(text, list)
+def _characters(text: Text) -> int:
+    if isinstance(text, str):
+        return len(text)
+    return 0 if isinstance(text, list) else len(text[0]) + len(text[1])
 
 
 class _Maker:
@@ -78,8 +80,8 @@ class _Maker:
         rid, found = self._reading.rid or new_id("pool-"), self._tokens(texts)
         if isinstance(rid, list) and len(rid) != len(found):
             raise BadRequest(f"rid: {len(rid)} ids for {len(found)} texts", param="rid")
-        several = [rid] if len(found) == 1 else [f"{rid}-{at}" for at in range(len(found))]
-        rids = rid if isinstance(rid, list) else several
+        if isinstance(rid, str):
+            rid = [rid] if len(found) == 1 else [f"{rid}-{at}" for at in range(len(found))]
         return [
             Item(
                 sampling=SamplingParams(max_new_tokens=0),
@@ -89,7 +91,7 @@ class _Maker:
                 pooled=True,
                 second=second,
             )
-            for own, (ids, second) in zip(rids, found, strict=True)
+            for own, (ids, second) in zip(rid, found, strict=True)
         ]
 
     def _tokens(self, texts: Sequence[Text]) -> list[tuple[list[int], int]]:

@@ -123,10 +123,9 @@ def ranked(scores: Sequence[Vector], texts: Sequence[str] | None, top: int | Non
 
 def classes(index: int, scores: Vector, labels: Sequence[str]) -> Class:
     """The best label and every label's score; of a matrix, those of each token."""
+    best: str | list[str] = labels[int(scores.argmax(-1))] if scores.ndim == 1 else []
     if scores.ndim > 1:
-        best: str | list[str] = [labels[at] for at in scores.argmax(-1).tolist()]
-    else:
-        best = labels[int(scores.argmax())]
+        best = [str(labels[int(at)]) for at in scores.argmax(-1)]
     return Class(index=index, label=best, probs=scores.tolist(), num_classes=len(labels))
 
 

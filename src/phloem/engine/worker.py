@@ -22,6 +22,7 @@ from phloem.engine.pooled import PooledRunner
 from phloem.engine.recorded import choice
 from phloem.engine.runner import ModelRunner
 from phloem.engine.sizing import Need, size_pool
+from phloem.kernels.ops import Ops
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
 from phloem.models._common import Decoder
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
     from phloem.engine.warm import Warming
-    from phloem.kernels.ops import Ops
     from phloem.models import Model
     from phloem.models._scales import LayerScales
     from phloem.platforms import Platform
@@ -190,8 +190,9 @@ def _build_pooled(
     config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision], phase: _Phase
 ) -> Built:
     """A model that does not generate: no pages, no sampling, whole texts."""
-    platform, ops, pooling = machine.platform, machine.ops, checkpoint.pooling
+    platform, pooling = machine.platform, checkpoint.pooling
     assert pooling is not None
+    ops = _products(config, checkpoint, machine, decisions)
     ctx = BuildContext(ops, machine.dtype, platform.device, quant=quant.method(config.model.quantization))
     model = load_pooled(checkpoint, ctx, _progress(checkpoint.name))
     if isinstance(model.body, Decoder) and (why := refusal(model.body.memory, model.body.attention_specs)) is not None:
@@ -220,6 +221,23 @@ def _build_pooled(
         "prepared": runner.prepared,
     }
     return Built(runner, checkpoint.context_length, running, chunk, chunk, chunk, 0, decisions, info)
+
+
+def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision]) -> Ops:
+    """The table for whole texts: on a host with torch's products of float32, which are faster for many rows."""
+    stored = checkpoint.gguf is not None or config.model.quantization is not None
+    wide = machine.dtype == torch.float32 and not stored
+    if not (machine.platform.facts.on_host and wide and config.runtime.ops is None):
+        return machine.ops
+    decisions.append(Decision("products", "torch", "faster than this table's for float32 weights and many rows"))
+    plain = Ops()
+    return replace(
+        machine.ops,
+        prepare_linear=plain.prepare_linear,
+        linear=plain.linear,
+        embedding=plain.embedding,
+        activations=None,
+    )
 
 
 def _loaded(config: Config, checkpoint: Checkpoint, machine: _Machine) -> Model:

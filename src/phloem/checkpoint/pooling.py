@@ -8,15 +8,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from phloem.checkpoint.families import family
 from phloem.core.errors import ConfigError, ModelLoadError
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from phloem.checkpoint.describe import Checkpoint
 
 # embed: a vector. score: one number (a reranker, a reward model). classify: a number for each label. tokens: that for
 # each token.
@@ -37,6 +35,28 @@ _HEADS = {"ForSequenceClassification": "classify", "ForTokenClassification": "to
 _ACTIVATIONS: dict[str, Activation] = {"identity": "none", "sigmoid": "sigmoid", "softmax": "softmax"}
 _UNBOUNDED = 10**9  # what tokenizers say that know no limit
 _MATRYOSHKA = re.compile(r"matryoshka|\bMRL\b", re.IGNORECASE)
+
+
+class Described(Protocol):
+    """What is read here of a checkpoint (`describe.Checkpoint`)."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def model_type(self) -> str: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def architectures(self) -> tuple[str, ...]: ...
+
+    @property
+    def context_length(self) -> int: ...
+
+    @property
+    def gguf(self) -> object | None: ...
 
 
 @dataclass(frozen=True)
@@ -96,7 +116,7 @@ class Pooling:
         return f"{labels}{' for each token' if self.task == 'tokens' else ''}, activation {self.activation}"
 
 
-def pooling_of(found: Checkpoint, task: str) -> tuple[Pooling | None, int]:
+def pooling_of(found: Described, task: str) -> tuple[Pooling | None, int]:
     """How a checkpoint pools, or None for one that generates; and the most tokens that a text of it may have.
 
     Args:
@@ -134,7 +154,7 @@ def pooling_of(found: Checkpoint, task: str) -> tuple[Pooling | None, int]:
     return pooling, _limit(folder, found.context_length)
 
 
-def _task(found: Checkpoint, task: str) -> tuple[str, str]:
+def _task(found: Described, task: str) -> tuple[str, str]:
     architecture = found.architectures[0] if found.architectures else ""
     encoder = family(found.model_type).encoder is not None
     if task == "generate" and encoder:
@@ -160,7 +180,7 @@ def _task(found: Checkpoint, task: str) -> tuple[str, str]:
     return "generate", ""
 
 
-def _classifier(found: Checkpoint, task: PooledTask, reason: str) -> Pooling:
+def _classifier(found: Described, task: PooledTask, reason: str) -> Pooling:
     config, labels = found.config, _labels(found.config)
     encoder = family(found.model_type).encoder
     kind = "last" if encoder is None else str(config.get(str(encoder.get("pooling_key")), "cls"))
@@ -174,7 +194,7 @@ def _classifier(found: Checkpoint, task: PooledTask, reason: str) -> Pooling:
     )
 
 
-def _judge(found: Checkpoint, folder: Path, reason: str) -> Pooling:
+def _judge(found: Described, folder: Path, reason: str) -> Pooling:
     vocabulary = _json(folder / "tokenizer.json")
     words: dict[str, Any] = (vocabulary.get("model") or {}).get("vocab") or {}
     added = {str(token.get("content")): token.get("id") for token in vocabulary.get("added_tokens") or []}
@@ -268,7 +288,7 @@ def _dense(folder: Path) -> Dense:
         raise ModelLoadError(f"{folder / 'config.json'}: no {error.args[0]}") from None
 
 
-def _alone(found: Checkpoint, folder: Path) -> tuple[tuple[str, ...], tuple[Dense, ...], bool]:
+def _alone(found: Described, folder: Path) -> tuple[tuple[str, ...], tuple[Dense, ...], bool]:
     """Without files that say it: decoders by their last token, normalised; encoders by their first."""
     del folder
     decoder = family(found.model_type).encoder is None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from phloem.quant import method_for
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -111,12 +112,15 @@ def load_model(
 
     Args:
         checkpoint: from `utils.checkpoint.describe`; its `context_length` sizes the tables of positions.
-        ctx: the op table, the type of the weights and the device.
+        ctx: the op table, the type of the weights, the device, and how quantised weights are read (None: as the
+            checkpoint says).
         progress: called with ("weights", share read so far), from the calling thread.
 
     Raises:
         ModelLoadError: naming the file and the tensors that are missing or have another shape.
     """
+    if ctx.quant is None:
+        ctx = replace(ctx, quant=method_for(None, checkpoint.stored))
     model = FAMILIES.get(checkpoint.model_type)(checkpoint.config, replace(ctx, name=""), checkpoint.context_length)
     model.load(checkpoint, progress)
     return model

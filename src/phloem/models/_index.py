@@ -104,12 +104,15 @@ class WeightIndex:
         self.embedding = embedding
         self._elsewhere = {name for weight in self.weights for name in weight.elsewhere}
         self._companions = self._name_companions()
+        if ctx.quant is not None:
+            self._elsewhere |= {other for name in self._elsewhere for other in ctx.quant.companions(name).values()}
 
     def _name_companions(self) -> dict[str, dict[str, str]]:
         method = self.ctx.quant
         if method is None or method.join is None:
             return {}
-        matrices = [name for name, places in self.slots.items() if places[0][0].role == "matrix"]
+        # By shape: latent attention keeps one of its matrices as a plain tensor.
+        matrices = [name for name, places in self.slots.items() if len(places[0][0].shapes[places[0][1]]) == 2]
         return {name: found for name in matrices if (found := method.companions(name))}
 
     def names(self) -> list[str]:
@@ -170,13 +173,21 @@ class WeightIndex:
             return
         for name, companions in self._companions.items():
             found = {what: sources[other] for what, other in companions.items() if other in sources}
-            if found and set(found) != {"weight"}:
-                sources[name] = method.join(name, found)
+            if not found or set(found) == {"weight"}:
+                continue
+            places = [weight.part(number) for weight, number in self.slots[name]]
+            if any(part is not None and part.transposed and not part.experts for part in places):
+                raise ModelLoadError(f"{name}: quantised matrices of layers that are stored transposed are not read")
+            sources[name] = method.join(name, found, self.stored_shape(name))
 
     def _stage(self, sources: dict[str, Source]) -> None:
-        """Plain tensors go from the file to the device; what a quantisation makes anew is made on the host."""
-        for source in sources.values() if self.ctx.quant is None else ():
-            if isinstance(source, SafetensorsSource):
+        """Plain tensors go from the file to the device; what a quantisation makes or unpacks is made on the host."""
+        if self.ctx.quant is not None and self.ctx.quant.wrap is not None:
+            return
+        for weight in self.weights:
+            found = [sources[name] for name in weight.names]
+            plain = [source for source in found if isinstance(source, SafetensorsSource)]
+            for source in plain if len(plain) == len(found) else ():
                 source.stager = self.ctx.stager
 
     def _check(self, sources: dict[str, Source], where: str) -> None:

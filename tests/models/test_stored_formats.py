@@ -274,7 +274,9 @@ def test_a_part_of_another_shape_is_named(pairs: Any, tmp_path: Path, case: str,
     def cut(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{UP}.{part}"] = tensors[f"{UP}.{part}"][:-1].contiguous()
 
-    with pytest.raises(ModelLoadError, match=rf"{UP}.{part}"):
+    # Where scales give the number of groups, it is the other part, or the matrix, that does not fit to them.
+    named = rf"{UP}\.(qzeros|weight)" if part == "scales" else rf"{UP}\.{part}"
+    with pytest.raises(ModelLoadError, match=named):
         Engine(changed(pairs, tmp_path, case, cut))
 
 
@@ -398,3 +400,78 @@ def test_floats_that_the_format_s_own_library_packs_are_read() -> None:
 
     values = torch.tensor(packers.E2M1).repeat(3, 2)
     assert torch.equal(twice_e2m1(helpers.pack_fp4_to_uint8(values)).float() / 2, values)
+
+
+LIBRARY = {
+    "int4": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}, True),
+    "int4-zeros": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}, False),
+    "int8": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}, True),
+    "int8-zeros": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}, False),
+    "fp8": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}, True),
+    "mxfp4": ("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}, True),
+}
+
+
+@pytest.mark.parametrize("case", LIBRARY)
+def test_values_are_those_of_the_format_s_own_library(case: str) -> None:
+    base = pytest.importorskip("compressed_tensors.compressors.base", reason="compressed-tensors is not installed")
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    from phloem.models._sources import TensorSource
+    from phloem.quant import METHODS, Report
+
+    layout, args, symmetric = LIBRARY[case]
+    draw = torch.Generator().manual_seed(1)
+    weight, groups = torch.randn(64, 128, generator=draw) * 0.05, 128 // args.get("group_size", 128)
+    state = {"weight": weight, "weight_scale": torch.rand(64, groups, generator=draw) * 0.01 + 0.01}
+    if case == "mxfp4":
+        args = {**args, "scale_dtype": torch.uint8}
+        state["weight_scale"] = torch.exp2(torch.randint(-8, -3, (64, groups), generator=draw).float())
+    if not symmetric:
+        state["weight_zero_point"] = torch.randint(-8, 8, (64, groups), dtype=torch.int8, generator=draw)
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(symmetric=symmetric, **args))
+    library = base.BaseCompressor.get_value_from_registry(layout)
+    stored = library.compress(state, scheme)
+    wanted = library.decompress(dict(stored), scheme)["weight"]
+    method = METHODS.module("compressed_tensors").configure({}, Report("compressed-tensors"))
+    companions = {what: name.removeprefix("x.") for what, name in method.companions("x.weight").items()}
+    found = {
+        what: TensorSource(name, tuple(stored[name].shape), tensor=stored[name])
+        for what, name in companions.items()
+        if name in stored
+    }
+    assert len(found) == len(stored)
+    assert torch.equal(method.join("x.weight", found, (64, 128)).take(None, torch.float32), wanted.float())
+
+
+def test_nvfp4_is_the_library_s_but_for_the_bfloat16_that_it_computes_in() -> None:
+    helpers = pytest.importorskip("compressed_tensors.quantization", reason="compressed-tensors is not installed")
+    from compressed_tensors.compressors.base import BaseCompressor
+
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(2)) * 0.05
+    tensors, values = packers.nvfp4(weight, modelopt=False)
+    args = helpers.QuantizationArgs(num_bits=4, type="float", strategy="tensor_group", group_size=16, symmetric=True)
+    scheme = helpers.QuantizationScheme(targets=["Linear"], weights=args)
+    library = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    theirs = library.decompress(dict(tensors), scheme)["weight"].float()
+    assert ((theirs - values).abs() <= 2**-7 * values.abs()).all()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_tables_of_4_bits_are_read_as_their_own_library_reads_them(kind: str, nested: bool) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+    from phloem.models._sources import TensorSource
+    from phloem.quant import METHODS, Report
+
+    weight = torch.randn(96, 80, generator=torch.Generator().manual_seed(1)) * 0.05  # blocks of 64 cross its rows
+    packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type=kind)
+    stored = {"weight": packed, **{f"weight.{name}": part for name, part in state.as_dict(packed=True).items()}}
+    method = METHODS.module("bitsandbytes").configure({}, Report("bitsandbytes"))
+    found = {
+        what: TensorSource(name, tuple(stored[name[2:]].shape), tensor=stored[name[2:]])
+        for what, name in method.companions("x.weight").items()
+        if name[2:] in stored
+    }
+    ours = method.join("x.weight", found, (96, 80)).take(None, torch.float32)
+    assert torch.equal(ours, functional.dequantize_4bit(packed, state))

@@ -7,6 +7,7 @@ every table that reads those keeps the matrix as small as it is. Legend: R rows,
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,10 +38,21 @@ class Opened:
 
     def values(self, piece: slice) -> Tensor:
         """float32 [n, C]."""
-        codes = self.codes(piece).float()
-        if self.zero_RG is not None:
-            codes = codes - _rows(self.zero_RG, piece)[:, self.group_C]
-        return codes * _rows(self.scale_RG, piece)[:, self.group_C]
+        codes = self.codes(piece).to(torch.float32, copy=True)
+        scale, zero = _rows(self.scale_RG, piece), None if self.zero_RG is None else _rows(self.zero_RG, piece)
+        width = codes.shape[1] // scale.shape[1]
+        if width * scale.shape[1] == codes.shape[1] and self.even:  # whole groups: many times faster than a gather
+            codes = codes.unflatten(1, (-1, width))
+            codes = codes if zero is None else codes.sub_(zero.unsqueeze(-1))
+            return codes.mul_(scale.unsqueeze(-1)).flatten(1)
+        codes = codes if zero is None else codes - zero[:, self.group_C]
+        return codes * scale[:, self.group_C]
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether the columns are whole groups, in order."""
+        width = max(1, len(self.group_C) // self.scale_RG.shape[1])
+        return torch.equal(self.group_C, torch.arange(len(self.group_C)) // width)
 
     def blocks(self, piece: slice, kind: str) -> Tensor:
         """The bytes of a GGUF type, uint8 [n, bytes]."""

@@ -11,7 +11,6 @@ import torch
 
 from phloem.core.errors import ModelLoadError
 from phloem.quant import Method, Report, beside
-from phloem.quant._bits import unpack
 from phloem.quant._ints import Ints
 from phloem.quant._stored import check_shape, need, plain, read, width_of
 
@@ -60,14 +59,14 @@ def matrix(name: str, found: Mapping[str, Source], shape: tuple[int, int], repor
             first = skip + piece.start
             last = min(skip + piece.stop, skip + rows.stop - rows.start)
             span = slice(first // _WORD, -(-last // _WORD))
-            return _ordered(words_CW[:, span])[:, first - span.start * _WORD : last - span.start * _WORD].T
+            return _outputs(words_CW[:, span])[first - span.start * _WORD : last - span.start * _WORD]
 
         return some
 
     def zeros(rows: slice, groups: slice) -> Tensor:
         first = rows.start // _WORD * _WORD
-        found_GR = _ordered(read(qzeros, groups, _words(rows)))
-        return found_GR[:, rows.start - first : rows.stop - first].T.float()
+        found_RG = _outputs(read(qzeros, groups, _words(rows)))
+        return found_RG[rows.start - first : rows.stop - first].float()
 
     def scale(rows: slice, groups: slice) -> Tensor:
         return read(scales, groups, rows).T.float()
@@ -79,10 +78,10 @@ def _words(rows: slice) -> slice:
     return slice(rows.start // _WORD, -(-rows.stop // _WORD), 1)
 
 
-def _ordered(words_RW: Tensor) -> Tensor:
-    """uint8 [R, 8 W], in the order of outputs."""
-    found = unpack(words_RW, 4, words_RW.shape[1] * _WORD).unflatten(1, (-1, _WORD))
-    return found[..., torch.tensor(_COLUMNS)].flatten(1)
+def _outputs(words_CW: Tensor) -> Tensor:
+    """uint8 [8 W, C], in the order of outputs."""
+    words_WC = words_CW.T.contiguous()
+    return torch.stack([(words_WC >> 4 * at & 15).to(torch.uint8) for at in _COLUMNS], 1).flatten(0, 1)
 
 
 METHOD = Method("awq", configure=configure)

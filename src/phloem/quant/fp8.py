@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from phloem.core.errors import ModelLoadError
 from phloem.quant import Method, Report, beside
 from phloem.quant._online import float8_rows
-from phloem.quant._stored import float_matrix, need, plain
+from phloem.quant._stored import check_shape, float_matrix, need, plain
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,6 +35,9 @@ def configure(config: Mapping[str, Any], report: Report) -> Method:
         if whole is not None:
             return whole
         scale = found["scale_inv"] if "scale_inv" in found else need(name, found, "scale")[0]
+        if "scale_inv" in found and config.get("weight_block_size"):
+            tiles = -(-shape[0] // block[0]), -(-shape[1] // block[1])
+            check_shape(scale, tiles, of=f"{name} {list(shape)} in blocks of {block[0]} x {block[1]}")
         return float_matrix(name, found, scale, (shape[0], shape[1]), block, report)
 
     return Method("fp8", companions=lambda name: beside(name, _PARTS, weight=True), join=join, report=report)

@@ -189,6 +189,11 @@ def test_experts_of_gpt_oss_are_read_from_their_blocks(made: Any, tmp_path: Path
     _, method = loaded(packed)
     assert "24 matrices" not in method.report.decision("float32")[1]
     assert "8 are unpacked to float32: experts in one stack" in method.report.decision("float32")[1]
+    for rank in range(2):
+        mesh = Mesh.of(rank, tp=2)
+        (ours, _), (theirs, _) = loaded(packed, mesh=mesh), loaded(plain, mesh=mesh)
+        for one, other in zip(ours.weights(), theirs.weights(), strict=True):
+            assert torch.equal(one.value, other.value), one.names
 
 
 def gpt_oss(made: Any, target: Path) -> tuple[Path, Path]:
@@ -356,6 +361,18 @@ def test_old_files_beside_config_json_say_the_format(pairs: Any, tmp_path: Path)
         (folder / "config.json").write_text(json.dumps(config))
         (folder / file).write_text(json.dumps({key: value for key, value in said.items() if key != "quant_method"}))
         close(Engine(folder).whole(PROMPT), Engine(plain).whole(PROMPT))
+
+
+def test_the_page_of_models_lists_every_format() -> None:
+    import model_table
+
+    from phloem.checkpoint.quant_config import _REMEDIES, readers
+    from phloem.quant import METHODS
+
+    page = model_table.PAGE.read_text()
+    assert page == model_table.page(), "docs/models.md is out of date: python scripts/model_table.py"
+    made = {name for name in METHODS.names() if METHODS.get(name).wrap is not None}
+    assert not {name for name in {*readers(), *_REMEDIES, *made} if f"`{name}`" not in page}
 
 
 def test_a_format_that_is_only_read_cannot_be_asked_for(made: Any) -> None:

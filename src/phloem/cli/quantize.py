@@ -99,7 +99,8 @@ class _Writer:
         self.checkpoint, self.out, self.options = checkpoint, out, options
         self.headers = {file: read_safetensors_header(file) for file in checkpoint.files}
         self.chosen = self._choose()
-        self.bar = _Bar(sum(file.stat().st_size for file in checkpoint.files))
+        spans = [entry["data_offsets"] for header in self.headers.values() for entry in header.values()]
+        self.bar = _Bar(sum(stop - start for start, stop in spans))
         self.wrong = self.whole = 0.0  # squares of errors and of values
 
     def _choose(self) -> set[str]:

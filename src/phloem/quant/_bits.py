@@ -14,7 +14,8 @@ TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 def unpack(words_RW: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` numbers of each row, uint8 [R, C]: a stream of bits, lowest first, over words of any size."""
     if bits in (2, 4, 8):
-        octets = words_RW.contiguous().view(torch.uint8)
+        # Copied: a row of one word may claim to be contiguous with strides that no view of its bytes takes.
+        octets = torch.empty(words_RW.shape, dtype=words_RW.dtype).copy_(words_RW).view(torch.uint8)
         if bits < 8:
             places = range(0, 8, bits)
             octets = torch.stack([octets >> at & (1 << bits) - 1 for at in places], -1).flatten(1)

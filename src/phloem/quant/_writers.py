@@ -61,8 +61,9 @@ def _int4_rows(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tens
 
 def _words(q: Tensor) -> Tensor:
     """int32, eight numbers of 4 bits a word along the last axis, lowest first."""
-    eight = pad(q, (0, -q.shape[1] % 8)).contiguous()
-    return (eight[:, 0::2] | eight[:, 1::2] << 4).contiguous().view(torch.int32)
+    eight = pad(q, (0, -q.shape[1] % 8))
+    octets = torch.empty((q.shape[0], eight.shape[1] // 2), dtype=torch.uint8)
+    return torch.add(eight[:, 0::2], eight[:, 1::2] << 4, out=octets).view(torch.int32)
 
 
 def int8(weight_MN: Tensor, group: int) -> Written:

@@ -301,6 +301,18 @@ def test_a_group_beyond_the_last_is_refused(pairs: Any, tmp_path: Path) -> None:
         Engine(changed(pairs, tmp_path, "gptq-act-order", beyond))
 
 
+def test_biases_of_layers_that_have_none_must_be_zeros(pairs: Any, tmp_path: Path) -> None:
+    def bias(value: float) -> Any:
+        return lambda tensors: tensors.update({f"{UP}.bias": torch.full((192,), value)})
+
+    for folder in ("zeros", "ones"):
+        (tmp_path / folder).mkdir()
+    path = changed(pairs, tmp_path / "zeros", "gptq", bias(0.0))
+    close(Engine(path).whole(PROMPT), Engine(pairs("gptq")[1]).whole(PROMPT))
+    with pytest.raises(ModelLoadError, match=f"{UP}.bias: this family has no bias there, and it is not of zeros"):
+        Engine(changed(pairs, tmp_path / "ones", "gptq", bias(1.0)))
+
+
 def test_plain_values_beside_scales_are_a_contradiction(pairs: Any, tmp_path: Path) -> None:
     def plain(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{UP}.weight"] = tensors[f"{UP}.weight"].float()

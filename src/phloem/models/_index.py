@@ -84,11 +84,25 @@ def _safetensors_sources(
                 stored = file.get_slice(key)
                 shape, kind = tuple(stored.get_shape()), str(stored.get_dtype())
                 found[name] = SafetensorsSource(name, shape, file=file, key=key, stored=kind, place=places.get(key))
-            elif name is not None and not index.ignores(name):
+            elif name is not None and not index.ignores(name) and not _no_bias(name, key, file, index):
                 unused.append(key)
     except (SafetensorError, OSError) as error:
         raise ModelLoadError(f"{path}: {error}") from None
     return found, sorted(unused)
+
+
+def _no_bias(name: str, key: str, file: Any, index: WeightIndex) -> bool:
+    """Whether a tensor is the bias of zeros that quantisers write beside each matrix of layers that have none.
+
+    Raises:
+        ModelLoadError: if it is not of zeros: it would be left out, and would change the answers.
+    """
+    matrix = name.removesuffix(".bias") + ".weight"
+    if index.ctx.quant is None or index.ctx.quant.join is None or matrix not in index.slots or matrix == name:
+        return False
+    if name.endswith(".bias") and bool(file.get_tensor(key).any()):
+        raise ModelLoadError(f"{key}: this family has no bias there, and it is not of zeros")
+    return name.endswith(".bias")
 
 
 class WeightIndex:

@@ -112,6 +112,14 @@ def layer_types(config: dict[str, Any], sliding: list[bool]) -> list[bool]:
     return [kind == "sliding_attention" for kind in named]
 
 
+def renamed(name: str, prefixes: dict[str, str]) -> str | None:
+    """`name` with the first of `prefixes` that it begins with replaced; None: it begins with none of them."""
+    for theirs, ours in prefixes.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return None
+
+
 def layer_number(name: str) -> int:
     """Of which layer a tensor is, by its name in a file; -1: of none."""
     parts = name.split(".")
@@ -223,3 +231,10 @@ class Decoder(Layer):
         self.index.pull(sources, str(checkpoint.path), progress)
         if checkpoint.gguf is not None:
             checkpoint.gguf.release()  # the weights are packed: a second copy of them would stay resident
+
+
+class Trunk(Decoder):
+    """A decoder whose files may hold layers behind its last one, which draft and are not used here."""
+
+    def checkpoint_name(self, name: str) -> str | None:
+        return None if layer_number(name) >= len(self.layers) else name

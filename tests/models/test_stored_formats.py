@@ -431,7 +431,7 @@ def test_floats_that_the_format_s_own_library_packs_are_read() -> None:
     assert torch.equal(twice_e2m1(helpers.pack_fp4_to_uint8(values)).float() / 2, values)
 
 
-LIBRARY = {
+LIBRARY: dict[str, tuple[str, dict[str, Any], bool]] = {
     "int4": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}, True),
     "int4-zeros": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}, False),
     "int8": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}, True),

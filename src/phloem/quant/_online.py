@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -25,21 +24,19 @@ _LARGEST_E2M1 = 6.0
 _EVERYTHING = slice(None)
 
 
-@dataclass
 class Rounded:
-    """A `WeightSource` whose values are those that a format of fewer bits can hold."""
+    """A `WeightSource` whose values are those that a format of fewer bits can hold.
 
-    source: WeightSource
-    kind: str
-    opened: Callable[[Tensor], Opened]  # of float32 [M, N]
+    Args:
+        opened: codes and scales of float32 weights [M, N].
+    """
 
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.source.shape)
+    def __init__(self, source: WeightSource, kind: str, opened: Callable[[Tensor], Opened]) -> None:
+        self.source = source
+        self.name = source.name
+        self.shape = tuple(source.shape)
+        self.kind = kind
+        self.opened = opened
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.opened(self.source.dense(torch.float32)).values(_EVERYTHING).to(dtype)

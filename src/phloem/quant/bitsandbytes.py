@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 
 QUANT_METHODS = ("bitsandbytes",)
 _TABLES = ("nf4", "fp4")
-_PARTS = {what: f"weight.{what}" for what in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")}
-_PARTS |= {table: f"weight.quant_state.bitsandbytes__{table}" for table in _TABLES}
-_PARTS |= {"SCB": "SCB", "weight_format": "weight_format"}
+_PARTS = {
+    **{what: f"weight.{what}" for what in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")},
+    **{table: f"weight.quant_state.bitsandbytes__{table}" for table in _TABLES},
+    "SCB": "SCB",
+    "weight_format": "weight_format",
+}
 _NESTED = 256  # scales that share one of their own
 _WHY = "the values of 4-bit tables are no steps of one size (--quantization int4 makes some)"
 

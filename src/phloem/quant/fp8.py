@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from phloem.quant._source import Source
 
 QUANT_METHODS = ("fp8", "fbgemm_fp8")
-_PARTS = {"scale_inv": "weight_scale_inv", "scale": "weight_scale", "input_scale": "input_scale"}
-_PARTS |= {"input_scale_ub": "input_scale_ub"}
+_PARTS = {
+    "scale_inv": "weight_scale_inv",
+    "scale": "weight_scale",
+    "input_scale": "input_scale",
+    "input_scale_ub": "input_scale_ub",
+}
 
 
 def configure(config: Mapping[str, Any], report: Report) -> Method:

@@ -138,3 +138,23 @@ def test_numbers_that_are_none_are_refused(made: Path, tmp_path: Path, capsys: p
     assert quantize(path, tmp_path / "out") == 1
     assert "model.layers.1.mlp.up_proj.weight has numbers that are none" in capsys.readouterr().err
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_of_zeros_and_small_ones_stay_numbers(made: Path, tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    from model_support import edited
+
+    def few(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        stored["model.layers.1.mlp.up_proj.weight"][:8] = 0
+        stored["model.layers.1.mlp.up_proj.weight"][8:16] *= 1e-3
+        return {name: tensor.to(dtype) for name, tensor in stored.items()}
+
+    assert quantize(edited(made, tmp_path / "few", few), tmp_path / "out", "--to", kind) == 0
+    checkpoint = describe(str(tmp_path / "out"))
+    method = method_for(None, checkpoint.stored)
+    assert method is not None and method.report is not None
+    model = load_model(checkpoint, BuildContext(Ops(), torch.float32, CPU, quant=method))
+    got = model.get_weight("model.layers.1.mlp.up_proj.weight")
+    assert not got[:8].any() and got.isfinite().all() and got[8:16].any()
+    assert kind == "fp8" or "do not fit" not in method.report.decision("float32")[1]

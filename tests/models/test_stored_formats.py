@@ -167,6 +167,23 @@ def test_the_native_table_keeps_what_it_can(pairs: Any, case: str) -> None:
             assert (got - wanted).abs().max() <= limit * wanted.abs().max()
 
 
+@pytest.mark.parametrize("case", ["awq", "gptq", "pack-quantized"])
+def test_the_native_table_keeps_experts_packed(pairs: Any, case: str) -> None:
+    try:
+        ops = native.table(1)
+    except native.Unavailable as reason:
+        pytest.skip(str(reason))
+    packed, plain = pairs(case, "mixtral")
+    ours, method = loaded(packed, ops, torch.bfloat16)
+    experts = [weight for weight in ours.weights() if weight.experts]
+    assert experts and all(set(weight.value.kinds) == {CASES[case][2]} for weight in experts)
+    assert "unpacked" not in method.report.decision("bfloat16")[1]
+    logits = Engine(packed, ops=ops, kv_dtype=torch.bfloat16).whole(PROMPT)
+    wanted = Engine(plain).whole(PROMPT)
+    # A router may choose otherwise where two experts are close: most tokens are near.
+    assert (logits - wanted).abs().amax(-1).median() < 0.05 * wanted.abs().max()
+
+
 def test_mixed_formats_and_plain_matrices_lie_in_one_file(made: Any, tmp_path: Path) -> None:
     """What the file holds decides, also between the parts of one fused layer."""
     kinds: dict[str, Any] = {

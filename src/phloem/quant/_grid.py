@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BLOCK = 32  # columns of a block of the GGUF types below
 _ELEMENTS_AT_ONCE = 1 << 18  # of a piece: its intermediates stay in a core's cache
-_SMALLEST, _LARGEST = 2.0**-14, 65504.0  # scales that float16 holds with all its digits
+_ERROR = 2.0**-8  # of a scale in float16, beside the scale itself or, of small ones, beside the mean
 
 
 @dataclass
@@ -160,7 +160,7 @@ def kind_of(bits: int, constant: bool, scales: Iterable[Tensor], width: int, col
 
     Args:
         constant: codes are signed, and count from zero.
-        scales: all of them.
+        scales: all of them, float32.
         width: columns of a group; 0: all of them.
     """
     if columns % BLOCK or width % BLOCK:
@@ -168,7 +168,7 @@ def kind_of(bits: int, constant: bool, scales: Iterable[Tensor], width: int, col
     if bits > 4 and not constant:
         return "dense", f"{bits} bits with zero points have no packed rows"
     for scale in scales:
-        size = scale.float().abs()
-        if not bool(((size == 0) | (size >= _SMALLEST) & (size <= _LARGEST)).all()):
+        error, size = (scale.half().float() - scale).abs(), scale.abs()
+        if not bool((error <= _ERROR * size.clamp_min(size.mean())).all()):
             return "dense", "its scales do not fit into float16"
     return ("Q4_0" if constant else "Q4_1") if bits <= 4 else "Q8_0", ""

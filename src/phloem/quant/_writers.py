@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     Written = tuple[dict[str, Tensor], Tensor]  # tensors by their names behind the module's; the values they stand for
 
 FLOAT8_LIMIT = 448.0  # of e4m3
+_SMALLEST = 2.0**-20  # scale of rows of zeros: float16 holds it
 # How much of a group's range the steps cover: cutting off its ends can make them fit the rest better.
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
 _ELEMENTS_AT_ONCE = 1 << 22
@@ -42,7 +43,7 @@ def _int4_rows(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tens
     best: tuple[Tensor, ...] | None = None
     for shrink in _SHRINK:
         # Rounded as it is stored, before the integers are chosen.
-        scale = ((high - low) * (shrink / 15)).clamp_min(1e-4 / 15).to(weight.dtype).float()
+        scale = ((high - low) * (shrink / 15)).clamp_min(_SMALLEST).to(weight.dtype).float()
         zero = (-low * shrink / scale).round().clamp(0, 15)
         q = (x_MGK / scale + zero).round().clamp(0, 15)
         values = (q - zero) * scale
@@ -70,7 +71,7 @@ def int8(weight_MN: Tensor, group: int) -> Written:
     """A scale per output."""
     del group
     wide = weight_MN.float()
-    scale = (wide.abs().amax(1, keepdim=True) / 127).clamp_min(1e-10).to(weight_MN.dtype)
+    scale = (wide.abs().amax(1, keepdim=True) / 127).clamp_min(_SMALLEST).to(weight_MN.dtype)
     q = (wide / scale.float()).round().clamp(-127, 127)
     return {"weight": q.to(torch.int8), "weight_scale": scale}, q * scale.float()
 
@@ -79,7 +80,7 @@ def fp8(weight_MN: Tensor, group: int) -> Written:
     """e4m3 with a scale per output."""
     del group
     wide = weight_MN.float()
-    scale = (wide.abs().amax(1, keepdim=True) / FLOAT8_LIMIT).clamp_min(1e-10).to(weight_MN.dtype)
+    scale = (wide.abs().amax(1, keepdim=True) / FLOAT8_LIMIT).clamp_min(_SMALLEST).to(weight_MN.dtype)
     codes = (wide / scale.float()).clamp(-FLOAT8_LIMIT, FLOAT8_LIMIT).to(torch.float8_e4m3fn)
     return {"weight": codes, "weight_scale": scale}, codes.float() * scale.float()
 

@@ -218,7 +218,7 @@ def quantised(
     packed: dict[str, torch.Tensor] = {}
     anything: Any = pack
     for name, tensor in load_file(path / "model.safetensors").items():
-        taken = named or "_proj.weight" in name
+        taken = named or name.endswith(("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight"))
         made = (anything(name, tensor) if named else anything(tensor)) if taken else None
         plain[name] = tensor if made is None else made[1]
         if made is None:

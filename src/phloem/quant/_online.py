@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FLOAT8_LIMIT = 448.0  # of e4m3
 _LARGEST_E2M1 = 6.0
 _EVERYTHING = slice(None)
+_ELEMENTS_AT_ONCE = 1 << 20
 
 
 class Rounded:
@@ -39,12 +40,17 @@ class Rounded:
         self.opened = opened
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return self.opened(self.source.dense(torch.float32)).values(_EVERYTHING).to(dtype)
+        return self._of_rows(lambda opened: opened.values(_EVERYTHING).to(dtype))
 
     def raw(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         if self.kind == "dense":
             raise TypeError(f"{self.name} is dense: it has no quantised bytes")
-        return self.opened(self.source.dense(torch.float32)).blocks(_EVERYTHING, self.kind).numpy()
+        return self._of_rows(lambda opened: opened.blocks(_EVERYTHING, self.kind)).numpy()
+
+    def _of_rows(self, give: Callable[[Opened], Tensor]) -> Tensor:
+        """What `give` makes of some rows at a time, for all of them: intermediates are several times their size."""
+        parts = self.source.dense(torch.float32).split(max(1, _ELEMENTS_AT_ONCE // self.shape[1]))
+        return torch.cat([give(self.opened(part)) for part in parts])
 
 
 def _stays(source: WeightSource) -> bool:

@@ -16,7 +16,7 @@ from phloem.layers.embed import Embedding, Head, Positions
 from phloem.layers.rope import rope_spec
 from phloem.layers.weight import Layer
 from phloem.models._index import WeightIndex, open_sources, some
-from phloem.models._layer import MLP, Attention, LayerKind, Place, attention_spec
+from phloem.models._layer import MLP, Attention, LayerKind, Place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -144,9 +144,9 @@ class Decoder(Layer):
         for number, kind in enumerate(config.layers):
             place.pool = len(self.memory)
             layer = kind.make(body.child("layers").child(number), place)
-            self.memory += [] if layer.mixer.memory is None else [layer.mixer.memory]
+            self.memory += [] if layer.memory is None else [layer.memory]
             self.layers.append(layer)
-        specs = [attention_spec(layer.mixer) for layer in self.layers]
+        specs = [layer.attention for layer in self.layers]
         self.attention_specs: list[AttentionSpec] = [spec for spec in specs if spec is not None]
         self.norm = place.norm(body.child(config.norm_name))
         self.head = Head(

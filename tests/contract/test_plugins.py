@@ -18,6 +18,7 @@ from linear_cases import Source
 
 from phloem import attention, models, platforms
 from phloem.attention import BACKENDS, AttentionNeed
+from phloem.checkpoint.quant_config import readers
 from phloem.cli import COMMANDS
 from phloem.cli.bench import BENCHMARKS
 from phloem.core.errors import BadRequest
@@ -111,13 +112,19 @@ def test_models(name: str, tmp_path: Any) -> None:
 
 @each(METHODS)
 def test_quantisation_methods(name: str) -> None:
+    found = METHODS.get(name)
+    assert found.name == name and (found.wrap is not None or found.configure is not None)
+    reads = {method for method, file in readers().items() if file == name}
+    assert bool(reads) == (found.configure is not None), "QUANT_METHODS and `configure` go together"
+    if found.wrap is None:
+        return
     values = torch.randn(48, 96, generator=torch.Generator().manual_seed(1)) * 0.02
     source = Source.dense_of(values)
     source.name = "model.layers.0.mlp.up_proj.weight"
-    made = METHODS.get(name).wrap(source)
+    made = found.wrap(source)
     assert made.shape == (48, 96)
     error = made.dense(torch.float32) - values
-    assert error.norm() < 0.1 * values.norm()
+    assert error.norm() < (0.12 if name == "mxfp4" else 0.1) * values.norm()  # powers of two are coarse scales
 
 
 @each(TOOLS)

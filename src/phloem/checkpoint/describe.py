@@ -21,8 +21,9 @@ from phloem.checkpoint.families import FAMILIES, family
 from phloem.checkpoint.gguf_config import translate_metadata
 from phloem.checkpoint.gguf_parts import first_part, model_name, models_among
 from phloem.checkpoint.gguf_reader import GGUFFile
-from phloem.checkpoint.kv_scheme import kv_scheme, only_kv
+from phloem.checkpoint.kv_scheme import kv_scheme
 from phloem.checkpoint.pooling import Pooling, pooling_of
+from phloem.checkpoint.quant_config import StoredFormat, quantization_said, stored_format
 from phloem.checkpoint.spelling import one_spelling, text_part
 from phloem.core.errors import ModelLoadError
 from phloem.utils import log
@@ -54,12 +55,13 @@ class Checkpoint:
     files: tuple[Path, ...] = field(default=())  # the safetensors files, all of them present and well-formed
     kv_scheme: str | None = None  # the type of KV cache that it brings scales for
     pooling: Pooling | None = None  # of a model that does not generate
+    stored: StoredFormat | None = None  # the quantised format of its matrices; None: plain, or GGUF's own
 
     @property
     def quantised(self) -> bool:
         """Whether its matrices, or most of them, are stored in 8 bits or fewer."""
         if self.gguf is None:
-            return False
+            return self.stored is not None
         sizes = [
             (info.kind not in ("F32", "F16", "BF16"), math.prod(info.shape)) for info in self.gguf.tensors.values()
         ]
@@ -219,17 +221,18 @@ def _describe_directory(path: Path, name: str, load_format: str) -> Checkpoint:
     config = _text_config(whole, config_path)
     model_type = config["model_type"]
     _check_numbers(config, config_path)
-    quantization = _quantization(whole, config_path, load_format)
+    said = quantization_said(whole, config_path)
+    stored = stored_format(said) if load_format != "dummy" else None
     generation_path = folder / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.exists() else {}
     files = () if load_format == "dummy" else tuple(_weight_files(folder))
     inner = "text_config." if isinstance(whole.get("text_config"), dict) else ""
-    said = {
+    ends = {
         f"{generation_path}: eos_token_id": generation.get("eos_token_id"),
         f"{config_path}: {inner}eos_token_id": config.get("eos_token_id"),
     }
-    said.setdefault(f"{config_path}: eos_token_id", whole.get("eos_token_id"))
-    eos = _ends(said, config["vocab_size"])
+    ends.setdefault(f"{config_path}: eos_token_id", whole.get("eos_token_id"))
+    eos = _ends(ends, config["vocab_size"])
     found = Checkpoint(
         path=folder,
         format="dummy" if load_format == "dummy" else "safetensors",
@@ -241,36 +244,13 @@ def _describe_directory(path: Path, name: str, load_format: str) -> Checkpoint:
         vocab_size=config["vocab_size"],
         tokenizer_path=folder,
         gguf=None,
-        kv_scheme=kv_scheme(quantization),
+        kv_scheme=kv_scheme(said[0] if said else None),
+        stored=stored,
         name=name,
         architectures=tuple(whole.get("architectures") or ()),
         files=files,
     )
     return replace(found, eos_ids=_with_ends(found, tokenizer_end(folder)))
-
-
-def _quantization(whole: dict[str, Any], path: Path, load_format: str) -> dict[str, Any] | None:
-    """What is said of the weights' format, wherever it is said. Raises ModelLoadError for a format that no layer here
-    reads."""
-    text = whole.get("text_config")
-    inner = cast("dict[str, Any]", text) if isinstance(text, dict) else {}
-    for source in (whole, inner):
-        for key in ("quantization_config", "compression_config"):
-            if source.get(key):
-                _check_quantization(source[key], f"{path}: {key}", load_format)
-                return source[key]
-    modelopt = path.parent / "hf_quant_config.json"
-    quantization = _read_json(modelopt).get("quantization") if modelopt.exists() else None
-    if quantization:
-        _check_quantization({**quantization, "quant_method": "modelopt"}, f"{modelopt}: quantization", load_format)
-    return quantization
-
-
-def _check_quantization(quantization: dict[str, Any], where: str, load_format: str) -> None:
-    method, algo = quantization.get("quant_method", "unknown"), quantization.get("quant_algo")
-    plain = method == "modelopt" and not algo and not quantization.get("quantized_layers")
-    if load_format != "dummy" and not plain and not only_kv(quantization):
-        raise ModelLoadError(f"{where} {f'{method} {algo}' if algo else method!r} is not supported")
 
 
 def _text_config(whole: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class ModelConfig:
     task: Task = opt("auto", "What the model is for; auto reads it off the architecture and the folder.")
     load_format: LoadFormat = opt("auto", "How weights are read; 'dummy' draws random ones from the config alone.")
     dtype: DType = opt("auto", "Type of weights and KV cache; auto follows the checkpoint and the machine.")
-    quantization: str | None = opt(None, "Weight quantisation method; default: what the checkpoint says.")
+    quantization: str | None = opt(None, "Quantise weights at load: int4, int8, fp8, mxfp4; default: as they are.")
     context_length: int | None = opt(None, "Longest prompt plus output in tokens; default: the model's own limit.")
     chat_template: str | None = opt(None, "File with a Jinja chat template; default: the model's own.")
     tool_call_parser: str | None = opt(None, "Format of tool calls; default: read off the chat template; 'none': off.")

@@ -141,7 +141,7 @@ def _build(
     platform, ops, dtype = machine.platform, machine.ops, machine.dtype
     running, chunk, context = machine.running, machine.chunk, checkpoint.context_length
     free, _ = platform.memory()
-    model = _loaded(config, checkpoint, machine)
+    model = _loaded(config, checkpoint, machine, decisions)
     phase.end("weights")
 
     kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _kv_dtype(config, dtype)
@@ -193,7 +193,9 @@ def _build_pooled(
     platform, pooling = machine.platform, checkpoint.pooling
     assert pooling is not None
     ops = _products(config, checkpoint, machine, decisions)
-    ctx = BuildContext(ops, machine.dtype, platform.device, quant=quant.method(config.model.quantization))
+    ctx = BuildContext(
+        ops, machine.dtype, platform.device, quant=quant.method_for(config.model.quantization, checkpoint.stored)
+    )
     model = load_pooled(checkpoint, ctx, _progress(checkpoint.name))
     if isinstance(model.body, Decoder) and (why := refusal(model.body.memory, model.body.attention_specs)) is not None:
         raise ConfigError(f"task {pooling.task}: {checkpoint.model_type} cannot be served so: {why}", param="task")
@@ -240,16 +242,18 @@ def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisio
     )
 
 
-def _loaded(config: Config, checkpoint: Checkpoint, machine: _Machine) -> Model:
+def _loaded(config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision]) -> Model:
     platform, begun = machine.platform, perf_counter()
     stager = platform.stager() if checkpoint.format == "safetensors" else None
-    method = quant.method(config.model.quantization)
+    method = quant.method_for(config.model.quantization, checkpoint.stored)
     ctx = BuildContext(machine.ops, machine.dtype, platform.device, quant=method, stager=stager)
     try:
         model = models.load_model(checkpoint, ctx, _progress(checkpoint.name))
     finally:
         if stager is not None:
             stager.close()
+    if method is not None and method.report is not None:
+        decisions.append(Decision("weights", *method.report.decision(str(machine.dtype).removeprefix("torch."))))
     seconds, size = perf_counter() - begun, model.weight_bytes / resolve.GIB
     _log.info("%s: %.2f GiB of weights in %.1f s, %.2f GiB/s", checkpoint.name, size, seconds, size / seconds)
     return model

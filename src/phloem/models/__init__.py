@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from phloem.core.errors import ModelLoadError
+from phloem.quant import method_for
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -134,7 +135,8 @@ def load_model(
 
     Args:
         checkpoint: from `utils.checkpoint.describe`; its `context_length` sizes the tables of positions.
-        ctx: the op table, the type of the weights and the device.
+        ctx: the op table, the type of the weights, the device, and how quantised weights are read (None: as the
+            checkpoint says).
         progress: called with ("weights", share read so far), from the calling thread.
 
     Raises:
@@ -142,6 +144,8 @@ def load_model(
     """
     if checkpoint.pooling is not None:
         raise ModelLoadError(f"{checkpoint.path}: a model for {checkpoint.pooling.task} does not generate")
+    if ctx.quant is None:
+        ctx = replace(ctx, quant=method_for(None, checkpoint.stored))
     model = build_model(checkpoint.model_type, checkpoint.config, replace(ctx, name=""), checkpoint.context_length)
     model.load(checkpoint, progress)
     return model

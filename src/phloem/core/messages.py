@@ -41,6 +41,7 @@ class Submit(Message):
     token_ids_logprob: list[int] = []
     return_hidden: bool = False
     arrival: float = 0.0  # time.time() at the door
+    adapter: str = ""  # the name of the one that it is computed with; "": none
     grammar_at_once: bool = False  # a constraint holds from the first token, also where the model could reason before
 
 
@@ -56,7 +57,8 @@ class Control(Message):
 
     Names: `flush_cache` (args: timeout seconds), `state` (running and waiting counts, memory, throughput, cache),
     `pause` (args: mode abort | retract | in_place), `resume`, `abort_all`, `cache_tree` (args: max_nodes),
-    `get_weights_by_name` (args: name, rows; data: weight, nested lists).
+    `get_weights_by_name` (args: name, rows; data: weight, nested lists), `load_lora_adapter` (args: name, path,
+    pinned; data: loaded, path by name), `unload_lora_adapter` (args: name; data: loaded, users).
     """
 
     id: str

@@ -168,7 +168,7 @@ def _kind(key: str) -> tuple[str | None, str]:
     name = key.removeprefix("base_model.model.")
     for kind, pattern in _KINDS:
         match = pattern.search(name)
-        if match:
+        if match and ".lora_" not in name[: match.start()]:
             return kind, name[: match.start()].removesuffix(".base_layer")
     return None, name
 

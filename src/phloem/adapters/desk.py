@@ -259,7 +259,11 @@ class Desk(Lender):
                 f"adapter {version.path} takes {version.nbytes} bytes, all may take {self._memory} (lora_memory)",
                 param="lora_path",
             )
-        going = sorted((v for v in held if not v.pinned and v.idle), key=lambda v: v.used)
+        # Whoever has waited takes the place of one that is only waited for, too: each would wait for the other.
+        going = sorted(
+            (v for v in held if not v.pinned and (v.idle or (not v.users and v.entry and version.crowded_since))),
+            key=lambda v: v.used,
+        )
         taken, free = sum(v.nbytes for v in held), len(self._held) - 1 - len(held)
         victims: list[Version] = []
         while not free or (self._memory is not None and taken + version.nbytes > self._memory):

@@ -6,7 +6,7 @@ Legend: A entries, P parts of a fused layer, r rank of the stacks, N inputs, M o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -121,6 +121,8 @@ class Sites:
         self.places: dict[str, list[Place]] = {}
         for number, (layer, site) in enumerate(zip(layers, self.sites, strict=True)):
             layer.additions = site
+            if ops.apart is not None:
+                layer.ops = replace(layer.ops, linear=ops.apart)
             start = 0
             for part, (name, size) in enumerate(zip(layer.weight.names, site.sizes, strict=True)):
                 module = name.removesuffix(".weight")

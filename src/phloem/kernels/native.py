@@ -61,7 +61,9 @@ def table(
     name = "invariant" if invariant else "native"
     whole = dataclasses.replace(Ops(), name=name, kv_dtypes=kv, recorder=lambda: Recorder(rt), refill=refill, **made)
     activations, adapters = (_FLOAT32, torch.float32) if float32 else (_ROUNDED, torch.bfloat16)
-    return dataclasses.replace(whole, activations=activations, adapter_dtype=adapters)
+    return dataclasses.replace(
+        whole, activations=activations, adapter_dtype=adapters, apart=linear.apart if invariant else None
+    )
 
 
 def worker_ids() -> list[int]:

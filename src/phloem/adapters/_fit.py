@@ -7,12 +7,12 @@ rows, and b' is b, or what the adapter has in its place. Legend as in `_sites`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from phloem.adapters._peft import refuse, some
+from phloem.adapters._sites import Fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,21 +23,6 @@ if TYPE_CHECKING:
     from phloem.adapters._sites import Place, Site, Sites
 
     Base = Callable[[str], Tensor]  # a tensor of the base by the name that its checkpoint gives it
-
-
-@dataclass(slots=True)
-class Fit:
-    """What one site keeps of an adapter."""
-
-    rank: int
-    down: Tensor  # [P, r, N]
-    up: Tensor  # [r, M]
-    factor: Tensor | None = None  # [M] float32, both or neither
-    shift: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.down, self.up, self.factor, self.shift) if t is not None)
 
 
 def fit(file: AdapterFile, sites: Sites, base: Base) -> dict[int, Fit]:

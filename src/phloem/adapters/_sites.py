@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from phloem.adapters._fit import Fit
     from phloem.kernels.ops import Ops
     from phloem.layers.weight import Part
 
@@ -50,6 +49,21 @@ class Place:
     start: int  # its first column
     size: int
     rows: Part | None  # which of the module's outputs they are; None: all, in order
+
+
+@dataclass(slots=True)
+class Fit:
+    """What one site keeps of an adapter."""
+
+    rank: int
+    down: Tensor  # [P, r, N]
+    up: Tensor  # [r, M]
+    factor: Tensor | None = None  # [M] float32, both or neither
+    shift: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.down, self.up, self.factor, self.shift) if t is not None)
 
 
 class Site:

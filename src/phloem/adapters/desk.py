@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from phloem.adapters._fit import Fit
-    from phloem.adapters._sites import Sites
+    from phloem.adapters._sites import Fit, Sites
     from phloem.core.adapters import Lent
     from phloem.core.batch import Pending
 

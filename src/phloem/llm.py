@@ -399,6 +399,27 @@ class Engine:
     def continue_generation(self) -> None:
         self._check(self._door.run(self._client.control("resume")))
 
+    def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> dict[str, str]:
+        """Load an adapter from a PEFT folder, or a new version of one: `lora_path=lora_name` of `generate`. Gives the
+        folders of all by name.
+
+        Raises:
+            PhloemError: the folder holds no adapter for this model; the text names what is wrong.
+        """
+        reply = self._door.run(self._client.load_adapter(lora_name, lora_path, pinned))
+        self._check(reply)
+        return reply.data["loaded"]
+
+    def unload_lora_adapter(self, lora_name: str) -> dict[str, str]:
+        """Forget an adapter; requests that have begun with it end with it. Gives the folders of the rest by name.
+
+        Raises:
+            PhloemError: there is no such adapter.
+        """
+        reply = self._door.run(self._client.unload_adapter(lora_name))
+        self._check(reply)
+        return reply.data["loaded"]
+
     def get_weights_by_name(self, name: str, truncate_size: int = 100) -> list[Any]:
         """The first rows of the weight that the checkpoint calls `name`, as numbers. Read between two steps.
 

@@ -47,6 +47,7 @@ class Item:
     token_ids_logprob: list[int] = field(default_factory=list)
     priority: int = 0
     namespace: str = ""
+    adapter: str = ""  # its name
     return_hidden: bool = False
     stream_interval: int = 1
     reasons: bool = False  # a reasoning block may come first, and no constraint holds in it

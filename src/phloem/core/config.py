@@ -120,6 +120,25 @@ class GrammarConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside the model."""
+
+    enable_lora: bool = opt(False, "Serve adapters (LoRA); implied by --lora-paths.")
+    lora_paths: list[str] | None = opt(
+        None, "Adapters to start with: NAME=PATH, PATH, or JSON with lora_name, lora_path, pinned.", "lora_modules"
+    )
+    max_lora_rank: int | None = opt(None, "Largest rank of an adapter; default: from those given and the machine.")
+    max_loras_per_batch: int | None = opt(
+        None, "Most different adapters in one step; default: as many as are loaded.", "max_loras"
+    )
+    max_loaded_loras: int | None = opt(
+        None, "Most adapters in memory; beyond, the one unused for longest gives way until it is asked for.",
+        "max_cpu_loras",
+    )  # fmt: skip
+    lora_memory: str | None = opt(None, "Most memory of all loaded adapters, such as '2GiB'.")
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """The HTTP door."""
 
@@ -152,6 +171,7 @@ SECTIONS: dict[str, Any] = {
     "schedule": ScheduleConfig,
     "runtime": RuntimeConfig,
     "grammar": GrammarConfig,
+    "lora": LoraConfig,
     "server": ServerConfig,
 }
 
@@ -165,6 +185,7 @@ class Config:
     schedule: ScheduleConfig = ScheduleConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     grammar: GrammarConfig = GrammarConfig()
+    lora: LoraConfig = LoraConfig()
     server: ServerConfig = ServerConfig()
 
     @staticmethod
@@ -248,6 +269,9 @@ _POSITIVE = (
     "header_timeout",
     "body_timeout",
     "max_prompts_per_request",
+    "max_lora_rank",
+    "max_loras_per_batch",
+    "max_loaded_loras",
 )
 
 
@@ -267,12 +291,14 @@ def _check_ranges(config: Config) -> None:
         raise ConfigError(f"mem_fraction_static: {fraction} is not in (0, 1]", param="mem_fraction_static")
     if config.cache.kv_memory is not None:
         parse_bytes(config.cache.kv_memory)
+    if config.lora.lora_memory is not None:
+        parse_bytes(config.lora.lora_memory, "lora_memory")
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, name: str = "kv_memory") -> int:
     """'2GiB' -> 2147483648.
 
     Raises:
@@ -283,7 +309,7 @@ def parse_bytes(text: str) -> int:
     try:
         return int(float(digits) * _UNITS[body[len(digits) :].strip()])
     except (ValueError, KeyError):
-        raise ConfigError(f"kv_memory: {text!r} is not a size such as 512MiB or 2GB", param="kv_memory") from None
+        raise ConfigError(f"{name}: {text!r} is not a size such as 512MiB or 2GB", param=name) from None
 
 
 def read_environment(values: dict[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class Submit(Message):
     pooled: bool = False  # for a model that does not generate: `max_new_tokens` is 0, `Chunk.pooled` the answer
     second: int = 0  # token at which the second text of a pair begins; 0: there is one text
     arrival: float = 0.0  # time.time() at the door
+    adapter: str = ""  # the name of the one that it is computed with; "": none
     grammar_at_once: bool = False  # a constraint holds from the first token, also where the model could reason before
 
 
@@ -58,7 +59,8 @@ class Control(Message):
 
     Names: `flush_cache` (args: timeout seconds), `state` (running and waiting counts, memory, throughput, cache),
     `pause` (args: mode abort | retract | in_place), `resume`, `abort_all`, `cache_tree` (args: max_nodes),
-    `get_weights_by_name` (args: name, rows; data: weight, nested lists).
+    `get_weights_by_name` (args: name, rows; data: weight, nested lists), `load_lora_adapter` (args: name, path,
+    pinned; data: loaded, path by name), `unload_lora_adapter` (args: name; data: loaded, users).
     """
 
     id: str

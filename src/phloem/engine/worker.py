@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem import attention, models, platforms, quant
+from phloem.adapters import served
 from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.attention._packed import refusal
 from phloem.checkpoint.kv_scheme import FP8
@@ -34,6 +35,7 @@ from phloem.utils.cores import available_cores
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from phloem.adapters._sites import Sites
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
     from phloem.engine.warm import Warming
@@ -61,6 +63,7 @@ class Built:
     mixed_prefill_size: int
     worthwhile_prefill: int
     max_total_tokens: int
+    sites: Sites | None = None  # where adapters go, if any are served
     decisions: list[Decision] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -142,6 +145,7 @@ def _build(
     running, chunk, context = machine.running, machine.chunk, checkpoint.context_length
     free, _ = platform.memory()
     model = _loaded(config, checkpoint, machine, decisions)
+    sites = served.sites(config.lora, model, ops, dtype, platform.facts.on_host, decisions)
     phase.end("weights")
 
     kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _kv_dtype(config, dtype)
@@ -153,7 +157,7 @@ def _build(
     if warming is not None:
         warming.finish(need, platform.device, decisions)
         phase.end("kernels")
-    sizing = size_pool(config.cache, platform, need, min(model.weight_bytes, free))
+    sizing = size_pool(config.cache, platform, need, min(_taken(model, sites, platform), free))
     decisions += sizing.decisions
     pool = KVPool(model.memory, sizing.num_pages, page, kv_dtype, platform.device, scales)
     sharing, why = attention.sharing_of(backend)
@@ -161,7 +165,7 @@ def _build(
         sharing, why = None, "as asked"
     decisions.append(Decision("cascade_attention", "off" if sharing is None else "on", why))
     left, shares = platform.memory()[0], sharing is not None
-    place = choice.Place(model, backend, pool, ops, platform.facts, left, sizing.graph_bytes, shares)
+    place = choice.Place(model, backend, pool, ops, platform.facts, left, sizing.graph_bytes, shares, sites is not None)
     pages = -(-min(context, sizing.tokens) // page) + 1
     ways = choice.choose(config.runtime, place, running, pages, chunk, decisions)
     phase.end("memory")
@@ -183,7 +187,13 @@ def _build(
         "prepared": runner.prepared,
     }
     worthwhile = min(chunk, platform.worthwhile_chunk)
-    return Built(runner, context, running, chunk, machine.mixed, worthwhile, sizing.tokens, decisions, info)
+    sizes = running, chunk, machine.mixed, worthwhile, sizing.tokens
+    return Built(runner, context, *sizes, sites, decisions, info)
+
+
+def _taken(model: Model, sites: Sites | None, platform: Platform) -> int:
+    """Bytes of weights; a host takes those of adapters when they come."""
+    return model.weight_bytes + (0 if sites is None or platform.facts.on_host else sites.nbytes)
 
 
 def _build_pooled(
@@ -222,7 +232,7 @@ def _build_pooled(
         "device": platform.name,
         "prepared": runner.prepared,
     }
-    return Built(runner, checkpoint.context_length, running, chunk, chunk, chunk, 0, decisions, info)
+    return Built(runner, checkpoint.context_length, running, chunk, chunk, chunk, 0, None, decisions, info)
 
 
 def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision]) -> Ops:

@@ -60,7 +60,10 @@ def table(
     kv = (torch.bfloat16, torch.int8)
     name = "invariant" if invariant else "native"
     whole = dataclasses.replace(Ops(), name=name, kv_dtypes=kv, recorder=lambda: Recorder(rt), refill=refill, **made)
-    return dataclasses.replace(whole, activations=_FLOAT32 if float32 else _ROUNDED)
+    activations, adapters = (_FLOAT32, torch.float32) if float32 else (_ROUNDED, torch.bfloat16)
+    return dataclasses.replace(
+        whole, activations=activations, adapter_dtype=adapters, apart=linear.apart if invariant else None
+    )
 
 
 def worker_ids() -> list[int]:

@@ -104,6 +104,12 @@ class Ops:
     # What linear layers make of their inputs, and why; None: they take them in their type.
     activations: tuple[str, str] | None = None
 
+    # The type that stacks of adapters are kept in (`Adapters.down`, `up`); None: the model's.
+    adapter_dtype: torch.dtype | None = None
+    # `linear` as it computes beside an adapter, where a row without one would have other bits alone; a model whose rows
+    # may have adapters takes it for all of them. None: `linear` itself.
+    apart: LinearOp | None = None
+
     # Types of KV cache that `write_kv` and `paged_attention` take; None: every floating type.
     kv_dtypes: tuple[torch.dtype, ...] | None = None
 

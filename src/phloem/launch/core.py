@@ -9,7 +9,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from phloem.core.errors import BadRequest
+from phloem.adapters import served
+from phloem.adapters.desk import Desk
+from phloem.core.config import parse_bytes
+from phloem.core.errors import BadRequest, ConfigError
 from phloem.core.messages import Failed, FromEngine, Progress, Ready, Stats, Submit, ToEngine
 from phloem.engine import worker
 from phloem.engine.watchdog import Watchdog
@@ -23,8 +26,11 @@ from phloem.text.vocabulary import thinking_markers, vocabulary
 from phloem.utils import log, machine, memory
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
+    from phloem.engine.worker import Built
 
 _log = log.get("launch")
 
@@ -88,7 +94,8 @@ class EngineCore:
         self._grammars = _grammars(config, checkpoint)
         prepare = self._grammars.prepare if self._grammars is not None else _no_grammar
         self._sends = send
-        self.scheduler = Scheduler(built.runner, settings, cache, self._send, prepare=prepare)
+        self._desk = _desk(config, built, report)
+        self.scheduler = Scheduler(built.runner, settings, cache, self._send, prepare=prepare, lender=self._desk)
         self.info: dict[str, Any] = {
             **built.info,
             "max_total_num_tokens": built.max_total_tokens,
@@ -100,6 +107,7 @@ class EngineCore:
             "decisions": [[d.name, d.value, d.reason] for d in built.decisions]
             + ([] if self._grammars is None else [list(self._grammars.decision())]),
             "phases": phases,
+            "lora_adapters": None if self._desk is None else self._desk.loaded(),
         }
 
     def _send(self, message: FromEngine) -> None:
@@ -122,6 +130,8 @@ class EngineCore:
     def close(self) -> None:
         self._closing.set()
         self._watchdog.close()
+        if self._desk is not None:
+            self._desk.close()
         self.runner.close()
         if self._grammars is not None:
             self._grammars.close()
@@ -141,6 +151,29 @@ def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
         thinking=thinking_markers(checkpoint, template, model.reasoning_parser),
     )
     return GrammarManager(lambda: vocabulary(checkpoint), settings)
+
+
+def _desk(config: Config, built: Built, report: worker.Report) -> Desk | None:
+    """What lends adapters, with those that are given; None where none are served."""
+    if built.sites is None:
+        return None
+    begun, runner, model = perf_counter(), built.runner, built.runner.model
+    names = set(model.weight_names())
+
+    def base(name: str) -> Tensor:
+        if name not in names:
+            raise KeyError(name)
+        return model.get_weight(name)
+
+    memory = None if config.lora.lora_memory is None else parse_bytes(config.lora.lora_memory, "lora_memory")
+    desk = Desk(built.sites, runner.between, base, config.lora.max_loras_per_batch, memory)
+    try:
+        for spec in served.specs(config.lora):
+            desk.load(spec.name, spec.path, spec.pinned).result()
+    except BadRequest as error:
+        raise ConfigError(error.message, param="lora_paths") from None
+    report("adapters", perf_counter() - begun)
+    return desk
 
 
 def _no_grammar(submit: Submit, prompt: Any) -> None:

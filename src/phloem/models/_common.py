@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.memory import MemorySpec
-    from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
+    from phloem.layers.context import Adapted, AttentionSpec, BuildContext, ForwardBatch
     from phloem.models._index import Progress
     from phloem.models._layer import NormKind
 
@@ -129,6 +129,8 @@ def layer_number(name: str) -> int:
 class Decoder(Layer):
     """A causal language model over the op table of its context."""
 
+    adapted: Adapted | None = None  # what layers with adapters look at; None: none are served
+
     def __init__(self, ctx: BuildContext, config: DecoderConfig, max_positions: int) -> None:
         self.config = config
         self.ops = ctx.ops
@@ -162,10 +164,15 @@ class Decoder(Layer):
 
     def forward(self, step: ForwardBatch) -> Tensor:
         """Hidden states [L, hidden_size] of the rows `step.logit_index`, final norm applied; `head` takes them."""
-        return self.finish(*self.trunk(step), step.logit_index)
+        out, residual_TN = self.trunk(step)
+        if self.adapted is not None:
+            self.adapted.index = None if step.adapters is None else step.adapters[1]
+        return self.finish(out, residual_TN, step.logit_index)
 
     def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         """Up to and with the last layer's mixer: (its output [T, features], residual [T, N])."""
+        if self.adapted is not None:
+            self.adapted.index = None if step.adapters is None else step.adapters[0]
         x_TN, residual_TN = self.embed(step.input_ids), None
         if step.embeds is not None:  # torch arithmetic: such a step is never recorded
             index, rows = step.embeds

@@ -80,6 +80,7 @@ def assemble(slots: Slots, spent: Spent, entered: Sequence[tuple[Chunk, Entry]],
         admissions=[item.admission for item in told],
         prompt_targets=targets,
         drafts=drafts,
+        adapters=slots.adapters(at),
         epoch=epoch,
     )
     followers = [(item.admission.slot, item.follower) for item in told if item.follower is not None]
@@ -106,6 +107,7 @@ class Steady:
     rows: list[Request]
     query_lens: NDArray[np.int32]
     outputs: NDArray[np.int32]
+    adapters: NDArray[np.int32] | None
     tables: tuple[NDArray[np.int32], ...]
     pages: int  # that these tables are wide
     covered: NDArray[np.int32]  # positions that each row has pages for
@@ -125,6 +127,7 @@ class Steady:
             rows=plan.rows,
             query_lens=batch.query_lens,
             outputs=batch.outputs,
+            adapters=batch.adapters,
             tables=batch.tables,
             pages=-(-(longest - 1) // slots.page_size),
             covered=slots.covered[at],
@@ -153,6 +156,7 @@ class Steady:
             input_ids=slots.next_token[active],
             tables=self.tables,
             outputs=self.outputs,
+            adapters=self.adapters,
             epoch=epoch,
         )
         return Plan(batch, self.rows, steady=True)

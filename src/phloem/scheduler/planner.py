@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from phloem.core.batch import StepOutput
     from phloem.kvcache.manager import CacheManager, Lease
+    from phloem.scheduler.mixture import Mixture
     from phloem.scheduler.plan import Pace, Plan, Spent
     from phloem.scheduler.policies import Policy, WaitingQueue
     from phloem.scheduler.state import Entry, Request, Slots
@@ -56,6 +57,7 @@ class Planner:
         policy: Policy,
         pace: Pace,
         eos_ids: tuple[int, ...] = (),
+        mixture: Mixture | None = None,
     ) -> None:
         self.slots = slots
         self.queue = queue
@@ -65,6 +67,7 @@ class Planner:
         self.throttle = Throttle.of(max(pace.budget, slots.count))
         self.epoch = 0
         self.eos_ids = eos_ids
+        self.mixture = mixture
         self.headroom = Headroom()
         self.refused: list[Refusal] = []
         self.preemptions = 0
@@ -204,10 +207,16 @@ class Planner:
 
     def _waiting(self) -> Iterator[Chunk]:
         """Who may enter, in the policy's order; looked up in the cache when their turn comes."""
-        cache, size, paged = self.cache, self.cache.page_size, self.slots.paged[0]
+        cache, size, paged, mixture = self.cache, self.cache.page_size, self.slots.paged[0], self.mixture
+        if mixture is not None:
+            mixture.begin()
         for request in self.policy.order(self.queue, self.slots.num_free + SCAN, cache):
             if request.inflight:
                 continue  # its last token is not known yet
+            if mixture is not None and mixture.full_for(request):
+                if mixture.out_of_patience(request):
+                    return
+                continue
             try:
                 known, limit = request.all_known(), request.match_limit()
                 cached = cache.probe(request.namespace, known, limit).num_pages

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from phloem.core.adapters import Lender
     from phloem.core.batch import PositionLogprobs, StepOutput
     from phloem.core.messages import FromEngine
     from phloem.scheduler.plan import Plan
@@ -32,7 +33,7 @@ MIN_HOLD = 3  # forced tokens from which sitting out one step is repaid
 class Results:
     """Ends requests and collects their chunks. `live` is the scheduler's table of requests by id.
 
-    `release(request, keep)` takes slot and pages from a running request.
+    `release(request, keep)` takes slot and pages from a running request; `lender` gets its adapter back.
     """
 
     def __init__(
@@ -42,11 +43,13 @@ class Results:
         queue: WaitingQueue,
         release: Callable[[Request, bool], None],
         stream_interval: int,
+        lender: Lender | None = None,
     ) -> None:
         self.live = live
         self.slots = slots
         self.queue = queue
         self.release = release
+        self.lender = lender
         self.stream_interval = max(1, stream_interval)
         self.output_tokens = 0
         self.jumped_tokens = 0  # of these, those that a grammar forced: they took no decode step
@@ -222,6 +225,8 @@ class Results:
             self.queue.remove(request)
         request.status = RequestStatus.FINISHED
         self.live.pop(request.id, None)
+        if request.adapter is not None and self.lender is not None:
+            self.lender.give_back(request.adapter)
         if answer:
             self._chunks.append(self._chunk(request, reason))
 

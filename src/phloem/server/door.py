@@ -49,13 +49,45 @@ class Door:
         body = parts.pop() if len(parts) == 1 else b"".join(parts)
         return parser.parse(body or empty, self.info.features)
 
-    def check_model(self, name: str | None) -> None:
-        if not self.info.answers_to(name):
-            raise NotFound(
-                f"there is no model {name!r:.200}; this server serves {self.info.served_model_name!r}",
-                param="model",
-                code="model_not_found",
-            )
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Path by name, as the engine said last."""
+        return self.client.adapters
+
+    def check_model(self, name: str | None) -> str:
+        """The adapter that a model's name asks for: its own name, or behind the base's and a colon; "": the base alone.
+
+        Raises:
+            NotFound: there is no such model.
+        """
+        if self.info.answers_to(name) or name is None:
+            return ""
+        if name in self.adapters:
+            return name
+        for base in (self.info.served_model_name, self.info.model_path, "default"):
+            if name.startswith(f"{base}:") and name[len(base) + 1 :] in self.adapters:
+                return name[len(base) + 1 :]
+        known = "".join(f", {adapter!r}" for adapter in list(self.adapters)[:20])
+        raise NotFound(
+            f"there is no model {name!r:.200}; this server serves {self.info.served_model_name!r}{known}",
+            param="model",
+            code="model_not_found",
+        )
+
+    def adapt(self, request: GenerateRequest, model: str | None, lora_path: str | None = None) -> str:
+        """Give every item the adapter that its model's name or `lora_path` asks for; gives the model's name to answer
+        with.
+
+        Raises:
+            NotFound: there is no such model.
+            BadRequest: the two ask for different ones.
+        """
+        adapter = self.check_model(model)
+        if adapter and lora_path and adapter != lora_path:
+            raise BadRequest(f"model asks for adapter {adapter!r}, lora_path for {lora_path!r:.200}", param="lora_path")
+        for item in request.items:
+            item.adapter = adapter or lora_path or ""
+        return model if adapter and model is not None else self.info.served_model_name
 
     def collector(self, request: Request) -> Callable[[GenerateRequest], Awaitable[list[Continuation]]]:
         """Submits what is asked for and waits for its end, or for the client's."""

@@ -31,18 +31,19 @@ async def score(request: Request) -> Response:
     """Probabilities of the label tokens as the next token behind query and item, for each item."""
     door = door_of(request)
     body = await door.read(request, _parser)
-    door.check_model(body.model)
     pairs = body.text_1 is not None or body.text_2 is not None
     if not pairs and door.info.pooling is not None:
         raise BadRequest("this model does not generate: send text_1 and text_2", param="text_1", code="wrong_task")
     if pairs:
+        door.check_model(body.model)
         return await _pairs(request, door, body)
     asked = to_request(body)
+    model = door.adapt(asked, body.model)
     door.check_batch(asked)
     outputs = await collect(request, await door.client.submit(asked))
     usage = usage_of(outputs)
     usage.completion_tokens, usage.total_tokens = 0, usage.prompt_tokens  # nothing is answered with but scores
-    return json_response(ScoreAnswer(scores=scores(body, outputs), model=door.info.served_model_name, usage=usage))
+    return json_response(ScoreAnswer(scores=scores(body, outputs), model=model, usage=usage))
 
 
 async def _pairs(request: Request, door: Door, body: ScoreBody) -> Response:

@@ -20,7 +20,7 @@ FLOOR_ROOMS: list[list[str]] = [
     ["checkpoint", "platforms", "kernels", "distributed"],
     ["kvcache", "attention", "layers", "quant", "grammar", "text", "multimodal"],
     ["models", "lora"],
-    ["speculative", "engine", "rl", "diffusion"],
+    ["speculation", "engine", "rl", "diffusion"],
     ["scheduler", "disagg"],
     ["launch", "client"],
     ["protocol"],
@@ -35,7 +35,7 @@ ARROWS = {
     "layers": {"quant"},
     "text": {"grammar"},
     "lora": {"models"},
-    "speculative": {"engine"},
+    "speculation": {"engine"},
     "rl": {"engine"},
     "scheduler": {"disagg"},
 }

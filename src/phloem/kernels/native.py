@@ -57,7 +57,9 @@ def table(
     }
     kv = (torch.bfloat16, torch.int8)
     name = "invariant" if invariant else "native"
-    whole = dataclasses.replace(Ops(), name=name, kv_dtypes=kv, recorder=lambda: Recorder(rt), refill=refill, **made)
+    whole = dataclasses.replace(
+        Ops(), name=name, kv_dtypes=kv, row_bits=True, recorder=lambda: Recorder(rt), refill=refill, **made
+    )
     return dataclasses.replace(whole, activations=_FLOAT32 if float32 else _ROUNDED)
 
 

@@ -104,6 +104,9 @@ class Ops:
     # What linear layers make of their inputs, and why; None: they take them in their type.
     activations: tuple[str, str] | None = None
 
+    # Whether a row's results have the same bits in steps of 1 to 24 rows.
+    row_bits: bool = False
+
     # Types of KV cache that `write_kv` and `paged_attention` take; None: every floating type.
     kv_dtypes: tuple[torch.dtype, ...] | None = None
 

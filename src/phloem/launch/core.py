@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from phloem.core import speculation
 from phloem.core.errors import BadRequest
 from phloem.core.messages import Failed, FromEngine, Progress, Ready, Stats, Submit, ToEngine
 from phloem.engine import worker
@@ -19,6 +20,7 @@ from phloem.kvcache.manager import CacheManager
 from phloem.launch.rest import Resting
 from phloem.scheduler import loop
 from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
+from phloem.speculation import assemble
 from phloem.text.vocabulary import thinking_markers, vocabulary
 from phloem.utils import log, machine, memory
 
@@ -57,9 +59,13 @@ class EngineCore:
             send(Progress(phase=phase, seconds=seconds))
 
         self._closing = threading.Event()
+        drafts = speculation.wanted(config)
+        assemble.check(drafts)
         built = worker.build(config, checkpoint, report)
         schedule = config.schedule
         self.runner = built.runner
+        drafter, decided = assemble.decide(drafts, built.runner)
+        built.decisions.append(decided)
         self._watchdog = Watchdog(built.runner, schedule.watchdog_timeout)
         cache = CacheManager(
             built.runner.groups,
@@ -83,11 +89,13 @@ class EngineCore:
             random_seed=config.model.random_seed,
             overlap=not schedule.disable_overlap_schedule,
             debug_invariants=config.runtime.debug_invariants,
+            speculates=drafter != speculation.NONE,
         )
         self._grammars = _grammars(config, checkpoint)
         prepare = self._grammars.prepare if self._grammars is not None else _no_grammar
         self._sends = send
-        self.scheduler = Scheduler(built.runner, settings, cache, self._send, prepare=prepare)
+        runner = assemble.around(drafts, built.runner, drafter)
+        self.scheduler = Scheduler(runner, settings, cache, self._send, prepare=prepare)
         self.info: dict[str, Any] = {
             **built.info,
             "max_total_num_tokens": built.max_total_tokens,

@@ -16,6 +16,7 @@ are none, somebody gives up theirs and it is decided anew.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -109,6 +110,17 @@ class Planner:
         if slots.readmit or (len(self.queue) and slots.num_free):
             return None
         return steady.next(slots, self.cache, self._step + 1, self.epoch)
+
+    def give_room(self, drafts: int) -> None:
+        """From the next step on each row may have so many drafts. With none, a step is planned while one runs."""
+        if drafts == self.pace.draft_room:
+            return
+        self.pace = replace(self.pace, draft_room=drafts)
+        if drafts:
+            self._steady = None
+            for request in self.slots.active_requests():
+                if request.inflight:
+                    self.slots.hold(request.slot, STEP)  # what it is to be drafted behind is not known yet
 
     def advance(self, plan: Plan) -> None:
         """The plan's batch is launched: requests advance, and whole pages of known tokens enter the tree.

@@ -91,8 +91,8 @@ class Chunk(msgspec.Struct, omit_defaults=True, kw_only=True):
     queue_seconds: float = 0.0
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None  # once, with the first chunk
-    # Where drafts are verified, on the first chunk and the last: forced tokens, drafts, and of how many steps none, one,
-    # two, ... of them were accepted.
+    # Where drafts are verified, on the first chunk and the last: forced tokens, drafts, and of how many steps none,
+    # one, two, ... of them were accepted.
     drafts: list[int] = []
     hidden: list[bytes] = []  # per token, little-endian float32: the last layer's state that it was chosen from
 

@@ -90,7 +90,7 @@ def _lossless(flags: SpeculativeConfig) -> None:
             )
     if flags.speculative_eagle_topk not in (None, 1):
         raise ConfigError(
-            f"speculative_eagle_topk: {flags.speculative_eagle_topk} asks for a tree of drafts; chains (1) are verified",
+            f"speculative_eagle_topk: {flags.speculative_eagle_topk} asks for a tree of drafts; only chains (1) are",
             param="speculative_eagle_topk",
         )
 

@@ -1,8 +1,8 @@
 """Drafts from the request's own text, from its siblings' and from past answers of the same namespace.
 
-After suffix decoding (Oliaro et al. 2024, arXiv 2411.04975): a text's own places first, and those of other answers where
-they agree for longer. The store of answers is bounded by tokens; whole answers leave it, the oldest first. Requests see
-only answers of their namespace, within which prefixes are shared too.
+After suffix decoding (Oliaro et al. 2024, arXiv 2411.04975): a text's own places first, and those of other answers
+where they agree for longer. The store of answers is bounded by tokens; whole answers leave it, the oldest first.
+Requests see only answers of their namespace, within which prefixes are shared too.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def speculating(checkpoint: str, request: pytest.FixtureRequest) -> Iterator[phl
 
 PARAMS = st.fixed_dictionaries(
     {
-        "max_new_tokens": st.integers(1, 40),
+        "max_new_tokens": st.integers(8, 40),
         "temperature": st.sampled_from([0.0, 0.0, 0.4, 1.0]),
         "sampling_seed": st.integers(0, 3),
         "ignore_eos": st.booleans(),

@@ -99,6 +99,8 @@ def test_verifying_rows_stand_apart_and_others_stay() -> None:
         prompt_targets={1: np.array([6, 7, 8, -1], np.int32)},
     )
     found = apart(batch)
+    forced = replace(batch, outputs=np.array([2, 0, 1], np.int32))
+    assert apart(forced).query_lens.tolist() == [2, 1, 4, 1] and apart(forced).prefix_lens.tolist() == [10, 12, 0, 6]
     assert found.slots.tolist() == [4, 4, 4, 2, 7] and found.query_lens.tolist() == [1, 1, 1, 4, 1]
     assert found.prefix_lens.tolist() == [10, 11, 12, 0, 6] and found.outputs.tolist() == [1, 1, 1, 0, 1]
     assert found.tables[0].tolist() == [[1, 2]] * 3 + [[3, 4], [5, 6]] and list(found.prompt_targets) == [3]

@@ -122,6 +122,8 @@ def _measure(
                 sides = (plain, drafting) if number % 2 == 0 else (drafting, plain)
                 turns = {id(engine): _turn(engine, asked, size) for engine in sides}
                 found[name, size].append((turns[id(plain)], turns[id(drafting)]))
+                one = _record(name, size, found[name, size][-1:])
+                print(f"round {number + 1}, {name}, {size}: {one['speed_up']:.2f}x", flush=True)
     return [_record(name, size, turns) for (name, size), turns in found.items()]
 
 

@@ -17,21 +17,22 @@ if TYPE_CHECKING:
 
 
 def apart(batch: Batch) -> Batch:
-    """The same tokens in the same order; a row keeps its tokens together where some of them are not wanted."""
-    split = (batch.outputs > 1) & (batch.query_lens == batch.outputs)
-    if not split.any():
+    """The same tokens in the same order: each draft is a row, what is known before the drafts stays together."""
+    if not (batch.outputs > 1).any():
         return batch
-    counts = np.where(split, batch.outputs, 1)
+    counts = np.maximum(batch.outputs, 1)
     first = np.cumsum(counts) - counts
     rows = np.repeat(np.arange(batch.num_rows), counts)
-    alone = split[rows]
+    place = (np.arange(len(rows)) - first[rows]).astype(np.int32)
+    known = (batch.query_lens - counts + 1)[rows].astype(np.int32)
+    draft = place > 0
     return replace(
         batch,
         slots=batch.slots[rows],
-        query_lens=np.where(alone, np.int32(1), batch.query_lens[rows]),
-        prefix_lens=batch.prefix_lens[rows] + (np.arange(len(rows)) - first[rows]).astype(np.int32),
+        query_lens=np.where(draft, np.int32(1), known),
+        prefix_lens=batch.prefix_lens[rows] + np.where(draft, known + place - 1, np.int32(0)),
         tables=tuple(table[rows] for table in batch.tables),
-        outputs=np.where(alone, np.int32(1), batch.outputs[rows]),
+        outputs=np.minimum(batch.outputs, 1)[rows],
         prompt_targets={int(first[row]): targets for row, targets in batch.prompt_targets.items()},
         adapters=None if batch.adapters is None else batch.adapters[rows],
     )

@@ -258,6 +258,9 @@ class Planner:
                 return [chunk.request]
             slots.cover(chunk.request.slot, lease)
         spent.chunks = [chunk for chunk in spent.chunks if chunk.count]
+        for chunk in spent.chunks:
+            if chunk.room:
+                self._cover_room(chunk)
         if spent.room is not None:
             self._cover_drafts(at, spent.room)
         return []
@@ -268,6 +271,14 @@ class Planner:
             chunk.count = self.cache.cut(lease, chunk.known, chunk.start, chunk.count)
         while chunk.count and not self.cache.reserve(lease, chunk.start + chunk.count):
             chunk.count //= 2
+
+    def _cover_room(self, chunk: Chunk) -> None:
+        slot, end = chunk.request.slot, chunk.start + chunk.count
+        lease = self.slots.lease(slot)
+        if end == self.slots.length[slot] and self.cache.reserve(lease, end + chunk.room):
+            self.slots.cover(slot, lease)
+        else:
+            chunk.room = 0
 
     def _cover_drafts(self, at: NDArray[np.int32], room: NDArray[np.int32]) -> None:
         slots = self.slots

@@ -33,6 +33,7 @@ PROBE = 64  # steps after which drafts that do not seem to pay are verified once
 FEW = 4  # rows whose texts are looked at after every plain step; of more, at every eighth
 STRIDE = 8
 LIKELIEST = 0.98
+BESIDE = 16  # tokens that a grammar forced are rows like others; more are a prompt's chunk
 
 # T(n) / T(1) of a step that reads quantised weights once, before it is measured.
 _SHAPE = ((1, 1.0), (2, 1.1), (4, 1.25), (8, 1.5), (16, 2.9), (32, 5.7), (64, 11.3))
@@ -233,12 +234,12 @@ class Controller:
             self._begin(True)
 
     def lengths(self, chains: Sequence[Chain | None], easy: bool, beside: int = 0) -> list[int]:
-        """How many drafts of each decoding row are verified in this step; `beside`: prompt tokens in it."""
+        """How many drafts of each decoding row are verified in this step; `beside`: the step's other tokens."""
         if not self._adaptive:
             return self._all(chains)
-        if beside:
+        if beside > BESIDE:
             return self._beside(chains, easy)
-        found = self._best(chains, len(chains), easy, 0.0 if self._probing else MARGIN)
+        found = self._best(chains, len(chains), easy, 0.0 if self._probing else MARGIN, beside)
         self._quiet = 0 if any(found) else self._quiet + 1
         if self._quiet >= QUIET:
             self._off(0)
@@ -292,16 +293,16 @@ class Controller:
         plain = kind.plain.at(rows)
         return plain if plain is None else 1.05 * plain
 
-    def _best(self, chains: Sequence[Chain | None], rows: int, easy: bool, margin: float) -> list[int]:
+    def _best(self, chains: Sequence[Chain | None], rows: int, easy: bool, margin: float, beside: int = 0) -> list[int]:
         none = [0] * len(chains)
-        plain = self.times[easy].plain.at(rows)
+        plain = self.times[easy].plain.at(rows + beside)
         if plain is None or not rows:
             return none
         survival = [self._survival(chain) for chain in chains]
         heap = [(-shares[0], row) for row, shares in enumerate(survival) if shares]
         heapq.heapify(heap)
         found, count, tokens = none, list(none), float(rows)
-        best, total = rows / plain * margin, rows
+        best, total = rows / plain * margin, rows + beside
         while heap and total < self._rows:
             share, row = heapq.heappop(heap)
             tokens, total = tokens - share, total + 1

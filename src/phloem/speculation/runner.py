@@ -121,9 +121,9 @@ class SpeculativeRunner:
         verified = np.zeros(batch.num_rows, np.int32)
         rows, found = list[int](), list["Draft | None"]()
         for row, room in enumerate(() if batch.embeds or batch.drafts is None else batch.drafts.tolist()):
-            if batch.query_lens[row] == 1 and batch.outputs[row] == 1:
+            if batch.outputs[row] == 1 and (room or batch.query_lens[row] == 1):
                 rows.append(row)
-                known = len(texts[row].tokens) == batch.prefix_lens[row] + 1
+                known = len(texts[row].tokens) == batch.prefix_lens[row] + batch.query_lens[row]
                 found.append(self.drafter.draft(texts[row], room) if room and known else None)
         if not rows:
             return {}, verified

@@ -288,6 +288,8 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise ModelLoadError(f"{path}: {key} is {value!r}, expected a whole number above 0")
+    if "num_attention_heads" not in config:  # no layer attends: the family needs none
+        return
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
     if kv_heads and heads % kv_heads:
         raise ModelLoadError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")

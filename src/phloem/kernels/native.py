@@ -13,6 +13,7 @@ import torch
 from phloem.kernels import _native_attention as attention
 from phloem.kernels import _native_basic as basic
 from phloem.kernels import _native_moe as moe
+from phloem.kernels import _native_recurrent as recurrent
 from phloem.kernels import _native_sampling as sampling
 from phloem.kernels import native_linear
 from phloem.kernels._native_recorder import Recorder
@@ -52,6 +53,7 @@ def table(
         **basic.ops(rt),
         **attention.ops(rt),
         **sampling.ops(rt),
+        **recurrent.ops(rt),
         **native_linear.ops(linear),
         **moe.ops(rt, linear),
     }

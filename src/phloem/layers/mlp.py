@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from phloem.core.errors import ModelLoadError
 from phloem.layers.linear import Linear
 from phloem.layers.weight import Layer, Part, Projection, check_divides, cut_of
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.layers.context import BuildContext
     from phloem.layers.norm import AnyNorm
+
+
+def _picked(activations: dict[str, T], name: str) -> T:
+    if name not in activations:
+        raise ModelLoadError(f"unknown activation {name!r} (hidden_act); known: {', '.join(sorted(activations))}")
+    return activations[name]
 
 
 class GatedMLP(Layer):
@@ -29,9 +37,7 @@ class GatedMLP(Layer):
         fused: str = "",
     ) -> None:
         acts = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-        if activation not in acts:
-            raise ModelLoadError(f"unknown activation {activation!r} (hidden_act); known: {', '.join(sorted(acts))}")
-        self.activation = acts[activation]
+        self.activation = _picked(acts, activation)
         tp = ctx.mesh.tp
         check_divides("intermediate_size", inner_size, tp)
         rows, parts = cut_of(tp, 0), (Part(0), Part(inner_size)) if fused else (None, None)
@@ -75,9 +81,7 @@ class PlainMLP(Layer):
             "relu": ops.relu,
             "relu2": ops.relu2,
         }
-        if activation not in acts:
-            raise ModelLoadError(f"unknown activation {activation!r} (hidden_act); known: {', '.join(sorted(acts))}")
-        self.act = acts[activation]
+        self.act = _picked(acts, activation)
         tp, part = ctx.mesh.tp, Part(transposed=True) if transposed else None
         check_divides("intermediate_size", inner_size, tp)
         up = Projection(inner_size, "", part, cut_of(tp, 0))

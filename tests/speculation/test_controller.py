@@ -60,7 +60,7 @@ def test_acceptance_is_learned_by_source_and_match() -> None:
     for _ in range(200):
         found.note("own", True, 3, False)
         found.note("own", True, 20, True)
-    assert before > 0.4 and found.of("own", True, 4) < 0.1 and found.of("own", True, 30) > 0.9
+    assert before > 0.3 and found.of("own", True, 4) < 0.1 and found.of("own", True, 30) > 0.9
     assert found.of("shared", True, 3) == before > found.of("own", False, 3) > 0
 
 
@@ -125,9 +125,11 @@ def test_what_does_not_pay_is_stopped_for_longer_each_time() -> None:
     for _ in range(3):
         found.look([chain()], True)
         assert found.on
-        for _ in range(LEDGER):
+        lost = 0
+        while found.on:
             found.verified(1, 8, True, 1, seconds(8))
-        assert not found.on
+            lost += 1
+        assert lost <= 6
         rest = 0
         while not found.looks(1, True):
             found.plain(1, True, seconds(1))
@@ -151,7 +153,7 @@ def test_drafts_that_seem_not_to_pay_are_tried_now_and_then() -> None:
 
 def test_many_rows_are_not_looked_at() -> None:
     found = measured()
-    assert found.looks(4, True) and not found.looks(16, True) and not found.looks(13, True)
+    assert found.looks(4, True) and not found.looks(16, True) and not found.looks(9, True)
     assert any(found.looks(8, True) or found.plain(8, True, seconds(8)) for _ in range(9))
 
 

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
     from phloem.speculation.texts import Tally
 
-MARGIN = 1.03  # times plain decoding: less is not worth the risk
+MARGIN = 1.08  # times plain decoding: less is not worth the risk
 QUIET = 2  # steps without a draft after which plain steps are planned ahead again
 ENOUGH = 3  # plain steps that are measured before anything is verified
-LEDGER = 12  # steps over which verified ones must pay
+LEDGER = 12  # steps after which a gain is written off, so that it pays for no later loss
+LOSS = 1.5  # plain steps that verified ones may lose before they are stopped
 BACKOFF, MOST_BACKOFF = 64, 2048  # steps
 PROBE = 64  # steps after which drafts that do not seem to pay are verified once
 FEW = 4  # rows whose texts are looked at after every plain step; of more, at every eighth
@@ -38,7 +39,7 @@ BESIDE = 16  # tokens that a grammar forced are rows like others; more are a pro
 # T(n) / T(1) of a step that reads quantised weights once, before it is measured.
 _SHAPE = ((1, 1.0), (2, 1.1), (4, 1.25), (8, 1.5), (16, 2.9), (32, 5.7), (64, 11.3))
 _MATCHES = (3, 5, 9, 17)  # borders between the classes of how many tokens agree
-_PRIORS = (0.35, 0.5, 0.7, 0.85, 0.92)  # acceptance in each, before it is measured
+_PRIORS = (0.15, 0.35, 0.6, 0.8, 0.9)  # acceptance in each, before it is measured
 _WEIGHT = 4.0  # drafts that a prior counts as
 _DECAY = 0.98  # of what was seen, with each draft
 
@@ -196,11 +197,11 @@ class Controller:
         ledger.spent += seconds
         ledger.saved += plain * tokens / rows
         ledger.steps += 1
-        if ledger.steps >= LEDGER:
-            if ledger.saved < ledger.spent:
-                self._stop()
-            else:
-                self._backoff = BACKOFF
+        if ledger.spent - ledger.saved > LOSS * plain:
+            self._stop()
+            self._ledger = Ledger()
+        elif ledger.steps >= LEDGER and ledger.saved > ledger.spent:
+            self._backoff = BACKOFF
             self._ledger = Ledger()
         if self._probing:
             self._off(0)
@@ -219,7 +220,7 @@ class Controller:
 
     def looks(self, rows: int, easy: bool) -> bool:
         """Whether texts are to be looked at after a plain step: drafts might pay."""
-        if self.on or self._since < self._rest or 2 * rows > self._rows:
+        if self.on or self._since < self._rest or 3 * rows > self._rows:
             return False
         if self.times[easy].plain.count < ENOUGH:
             return False

@@ -20,7 +20,7 @@ FLOOR_ROOMS: list[list[str]] = [
     ["checkpoint", "platforms", "kernels", "distributed"],
     ["kvcache", "attention", "layers", "quant", "grammar", "text", "multimodal"],
     ["models", "adapters"],
-    ["speculative", "engine", "rl", "diffusion"],
+    ["speculation", "engine", "rl", "diffusion"],
     ["scheduler", "disagg"],
     ["launch", "client"],
     ["protocol"],
@@ -34,7 +34,7 @@ ARROWS = {
     "attention": {"kvcache", "layers"},
     "layers": {"quant"},
     "text": {"grammar"},
-    "speculative": {"engine"},
+    "speculation": {"engine"},
     "rl": {"engine"},
     "scheduler": {"disagg"},
 }

@@ -23,6 +23,7 @@ from phloem.cli import COMMANDS
 from phloem.cli.bench import BENCHMARKS
 from phloem.core.errors import BadRequest
 from phloem.core.memory import Latent, Paged, State
+from phloem.core.speculation import Wanted
 from phloem.engine.processors import PROCESSORS, Processor
 from phloem.grammar._base import EngineOptions, Regex, Vocabulary
 from phloem.grammar._manager import ENGINES
@@ -36,6 +37,8 @@ from phloem.models._pooled import load_pooled
 from phloem.platforms import AVAILABLE, PLATFORMS
 from phloem.quant import METHODS, Method
 from phloem.server.app import ROUTES, routers
+from phloem.speculation import texts
+from phloem.speculation.drafters import DRAFTERS, Draft
 from phloem.testing.checkpoints import tiny_checkpoint
 from phloem.text.formats import THINKING, TOOLS, thinking_format, tool_format
 from phloem.text.thinking._base import ThinkingParser
@@ -43,8 +46,8 @@ from phloem.text.tools._base import Text, ToolParser, Unspeakable
 
 CPU = torch.device("cpu")
 REGISTRIES: list[Any] = [
-    BACKENDS, BENCHMARKS, COMMANDS, ENGINES, FAMILIES, LANG_BACKENDS, LAYOUTS, METHODS, PLATFORMS, PROCESSORS, ROUTES,
-    THINKING, TOOLS,
+    BACKENDS, BENCHMARKS, COMMANDS, DRAFTERS, ENGINES, FAMILIES, LANG_BACKENDS, LAYOUTS, METHODS, PLATFORMS, PROCESSORS,
+    ROUTES, THINKING, TOOLS,
 ]  # fmt: skip
 
 
@@ -78,6 +81,21 @@ def test_a_file_says_what_it_is_and_has_its_symbol(registry: Any, name: str) -> 
     if registry is not ENGINES or name != "xgrammar" or pytest.importorskip("xgrammar"):
         found = registry.get(name)
         assert callable(found) or isinstance(found, APIRouter | Method)
+
+
+@each(DRAFTERS)
+def test_drafters(name: str) -> None:
+    """Silent where nothing is known, no more tokens than asked for, and the text is left as it is."""
+    drafter = DRAFTERS.get(name)(Wanted())
+    assert drafter.draft(texts.Text("a", "", [], 0, easy=True), 7) is None
+    known = [5, 6, 7, 8, 9] * 4
+    text = texts.Text("b", "", list(known), 5, easy=True)
+    for room in (1, 7):
+        draft = drafter.draft(text, room)
+        assert isinstance(draft, Draft) and 1 <= len(draft.tokens) <= room and draft.source and draft.matched >= 1
+    assert text.tokens == known
+    drafter.ended(text)
+    assert all(isinstance(value, int) for value in drafter.facts().values())
 
 
 @each(BACKENDS)

@@ -76,6 +76,7 @@ class Continuation:
     finish: FinishReason | None = None
     cached_tokens: int = 0
     queue_seconds: float = 0.0
+    drafts: list[int] = field(default_factory=list)  # as `Chunk.drafts`
     first_at: float = 0.0
     logprobs: Logprobs = field(default_factory=Logprobs)
     prompt_logprobs: Logprobs | None = None
@@ -137,6 +138,7 @@ class Continuation:
     def _gather(self, chunk: Chunk) -> None:
         self.ids += chunk.tokens
         self.cached_tokens = chunk.cached_tokens or self.cached_tokens
+        self.drafts = chunk.drafts or self.drafts
         if chunk.queue_seconds:
             self.queue_seconds = chunk.queue_seconds
         if chunk.logprobs is not None:

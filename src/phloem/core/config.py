@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +140,27 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class SpeculativeConfig:
+    """Drafts that are verified (`docs/speculation.md`). Answers are the same with and without."""
+
+    speculative_algorithm: str | None = opt(
+        None, "Where drafts come from: auto (default), none, suffix, ngram or standalone."
+    )
+    speculative_num_steps: int | None = opt(None, "Drafts behind one token in one step, at most; default 7.")
+    speculative_num_draft_tokens: int | None = opt(None, "The same with the token before them: one more.")
+    speculative_eagle_topk: int | None = opt(None, "Only 1: drafts are chains, not trees.")
+    speculative_draft_model_path: str | None = opt(
+        None, "The model that drafts, with the same vocabulary.", "speculative_draft_model"
+    )
+    speculative_ngram_max_trie_depth: int | None = opt(None, "Tokens that are compared with earlier text; default 32.")
+    speculative_ngram_capacity: int | None = opt(None, "Tokens of past answers to draft from; default 131072.")
+    speculative_accept_threshold_single: float = opt(1.0, "Only 1.0: whatever is less changes the answers.")
+    speculative_accept_threshold_acc: float = opt(1.0, "Only 1.0: whatever is less changes the answers.")
+    disable_speculative_adaptive: bool = opt(False, "Verify all drafts always, whether that pays or not.")
+    speculative_config: str | None = opt(None, 'The same as JSON: {"method": "suffix", "num_speculative_tokens": 7}.')
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """The HTTP door."""
 
@@ -172,6 +194,7 @@ SECTIONS: dict[str, Any] = {
     "runtime": RuntimeConfig,
     "grammar": GrammarConfig,
     "lora": LoraConfig,
+    "speculative": SpeculativeConfig,
     "server": ServerConfig,
 }
 
@@ -186,6 +209,7 @@ class Config:
     runtime: RuntimeConfig = RuntimeConfig()
     grammar: GrammarConfig = GrammarConfig()
     lora: LoraConfig = LoraConfig()
+    speculative: SpeculativeConfig = SpeculativeConfig()
     server: ServerConfig = ServerConfig()
 
     @staticmethod
@@ -205,6 +229,8 @@ class Config:
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
                 raise ConfigError(f"unknown setting {name!r}{hint}", param=name)
             section, kind = known[key]
+            if key == "speculative_config" and isinstance(value, dict):
+                value = json.dumps(value)
             parts.setdefault(section, {})[key] = _convert(key, value, kind)
         sections = {name: cls(**parts.get(name, {})) for name, cls in SECTIONS.items()}
         config = Config(**sections)

@@ -96,6 +96,9 @@ class Chunk(msgspec.Struct, omit_defaults=True, kw_only=True):
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None  # once, with the first chunk
     pooled: bytes = b""  # with the last chunk: little-endian float32, of all tokens where each has its own
+    # Where drafts are verified, on the first chunk and the last: forced tokens, drafts, and of how many steps none,
+    # one, two, ... of them were accepted.
+    drafts: list[int] = []
     hidden: list[bytes] = []  # per token, little-endian float32: the last layer's state that it was chosen from
 
 
@@ -128,6 +131,11 @@ class Stats(Message):
     out_of_memory: int = 0  # steps that failed for lack of memory and were run again, since start
     step: int = 0
     outside_forward: float = 0.0  # share of step time outside the model's forward pass, since the last Stats
+    spec_verify_calls: int = 0  # since start: rows with drafts, drafts, and those that were accepted
+    spec_drafted: int = 0
+    spec_accepted: int = 0
+    spec_accept_length: float = 0.0  # tokens a decode step of a request has given, since start
+    spec_accept_rate: float = 0.0  # accepted drafts over drafts, since start
     grammar_seconds: list[float] = []  # of each grammar that was compiled since the last Stats
 
 

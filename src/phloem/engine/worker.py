@@ -14,7 +14,7 @@ from phloem.adapters import served
 from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.attention._packed import refusal
 from phloem.checkpoint.kv_scheme import FP8
-from phloem.core import resolve
+from phloem.core import resolve, speculation
 from phloem.core.errors import ConfigError
 from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
@@ -167,7 +167,8 @@ def _build(
     left, shares = platform.memory()[0], sharing is not None
     place = choice.Place(model, backend, pool, ops, platform.facts, left, sizing.graph_bytes, shares, sites is not None)
     pages = -(-min(context, sizing.tokens) // page) + 1
-    ways = choice.choose(config.runtime, place, running, pages, chunk, decisions)
+    rows = max(running, speculation.wanted(config).rows) if platform.facts.on_host else running
+    ways = choice.choose(config.runtime, place, rows, pages, chunk, decisions)
     phase.end("memory")
     if choice.record_first(config.runtime, ways, platform.facts, decisions):
         phase.end("graphs")

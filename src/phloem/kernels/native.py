@@ -59,7 +59,9 @@ def table(
     }
     kv = (torch.bfloat16, torch.int8)
     name = "invariant" if invariant else "native"
-    whole = dataclasses.replace(Ops(), name=name, kv_dtypes=kv, recorder=lambda: Recorder(rt), refill=refill, **made)
+    whole = dataclasses.replace(
+        Ops(), name=name, kv_dtypes=kv, row_bits=True, recorder=lambda: Recorder(rt), refill=refill, **made
+    )
     activations, adapters = (_FLOAT32, torch.float32) if float32 else (_ROUNDED, torch.bfloat16)
     return dataclasses.replace(
         whole, activations=activations, adapter_dtype=adapters, apart=linear.apart if invariant else None

@@ -109,6 +109,8 @@ class Ops:
     # `linear` as it computes beside an adapter, where a row without one would have other bits alone; a model whose rows
     # may have adapters takes it for all of them. None: `linear` itself.
     apart: LinearOp | None = None
+    # Whether a row's results have the same bits in steps of 1 to 24 rows.
+    row_bits: bool = False
 
     # Types of KV cache that `write_kv` and `paged_attention` take; None: every floating type.
     kv_dtypes: tuple[torch.dtype, ...] | None = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.adapters import served
 from phloem.adapters.desk import Desk
+from phloem.core import speculation
 from phloem.core.config import parse_bytes
 from phloem.core.errors import BadRequest, ConfigError
 from phloem.core.messages import Failed, FromEngine, Progress, Ready, Stats, Submit, ToEngine
@@ -22,6 +23,7 @@ from phloem.kvcache.manager import CacheManager
 from phloem.launch.rest import Resting
 from phloem.scheduler import loop
 from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
+from phloem.speculation import assemble
 from phloem.text.vocabulary import thinking_markers, vocabulary
 from phloem.utils import log, machine, memory
 
@@ -63,9 +65,13 @@ class EngineCore:
             send(Progress(phase=phase, seconds=seconds))
 
         self._closing = threading.Event()
+        drafts = speculation.wanted(config)
+        assemble.check(drafts)
         built = worker.build(config, checkpoint, report)
         schedule = config.schedule
         self.runner = built.runner
+        drafter, decided = assemble.decide(drafts, built.runner, _undraftable(checkpoint, built))
+        built.decisions.append(decided)
         self._watchdog = Watchdog(built.runner, schedule.watchdog_timeout)
         cache = CacheManager(
             built.runner.groups,
@@ -90,12 +96,14 @@ class EngineCore:
             overlap=not schedule.disable_overlap_schedule,
             debug_invariants=config.runtime.debug_invariants,
             whole_prompts=checkpoint.pooling is not None,
+            speculates=drafter != speculation.NONE,
         )
         self._grammars = _grammars(config, checkpoint)
         prepare = self._grammars.prepare if self._grammars is not None else _no_grammar
         self._sends = send
         self._desk = _desk(config, built, report)
-        self.scheduler = Scheduler(built.runner, settings, cache, self._send, prepare=prepare, lender=self._desk)
+        runner = assemble.around(drafts, built.runner, drafter)
+        self.scheduler = Scheduler(runner, settings, cache, self._send, prepare=prepare, lender=self._desk)
         self.info: dict[str, Any] = {
             **built.info,
             "max_total_num_tokens": built.max_total_tokens,
@@ -135,6 +143,13 @@ class EngineCore:
         self.runner.close()
         if self._grammars is not None:
             self._grammars.close()
+
+
+def _undraftable(checkpoint: Checkpoint, built: worker.Built) -> str:
+    """Why nothing can be drafted, whatever the drafter."""
+    if checkpoint.pooling is not None:
+        return "a model that does not generate"
+    return "" if built.sites is None else "beside adapters, drafts have not been shown to change no bit"
 
 
 def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:

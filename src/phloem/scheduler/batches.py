@@ -39,6 +39,7 @@ def entry(request: Request, known: NDArray[np.int32], eos_ids: tuple[int, ...]) 
         token_ids_logprob=tuple(submit.token_ids_logprob),
         return_hidden=submit.return_hidden,
         second=submit.second,
+        namespace=request.namespace,
         constrained=follower is not None,
     )
     return Entry(admission, follower)
@@ -57,9 +58,11 @@ def assemble(slots: Slots, spent: Spent, entered: Sequence[tuple[Chunk, Entry]],
     ends = prefix_lens + query_lens
     longest = int(ends.max())
     drafts = None
-    if spent.room is not None and spent.room.any():
+    behind = [chunk.room for chunk in chunks]
+    if (spent.room is not None and spent.room.any()) or any(behind):
         drafts = np.zeros(len(rows), dtype=np.int32)
-        drafts[: len(decodes)] = spent.room
+        drafts[: len(decodes)] = 0 if spent.room is None else spent.room
+        drafts[len(decodes) :] = behind
         longest = int((ends + drafts).max())
     ids = [slots.next_token[decodes]] + [chunk.known[chunk.start : chunk.start + chunk.count] for chunk in chunks]
     targets: dict[int, NDArray[np.int32]] = {}

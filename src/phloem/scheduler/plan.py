@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from phloem.scheduler.state import Request, Slots
 
 KEPT = 4  # a prompt that goes on leaves 1 / KEPT of a step to those that wait
+FORCED = 32  # tokens of a chunk behind which drafts stand, at most
 HORIZON = 1024  # output tokens of a running request that admission looks ahead to, at most
 
 
@@ -82,6 +83,7 @@ class Chunk:
     count: int = 0
     pages: int = 0  # that a waiting request needs for its known tokens, beside those in the cache
     growth: int = 0  # output tokens to come, of a waiting request
+    room: int = 0  # drafts that may stand behind it, where it is what a grammar forced
     sharable: bool = False  # whether the page after the cached ones could come from the cache
 
 
@@ -145,7 +147,7 @@ def spend(slots: Slots, waiting: Iterable[Chunk], means: Means) -> Spent:
     # What was kept for others and not wanted goes to the first prompt.
     if spent.chunks and purse.left > 0 and not purse.whole:
         _lengthen(spent.chunks[0], slots, purse)
-    if means.pace.draft_room and len(decodes):
+    if means.pace.draft_room:
         _give_room(spent, slots, means, purse)
     return spent
 
@@ -256,11 +258,24 @@ def _lengthen(chunk: Chunk, slots: Slots, purse: _Purse) -> None:
     chunk.count += max(0, purse.chunk(at, int(slots.length[slot]) - at, covered))
 
 
+def _forced(chunk: Chunk, slots: Slots) -> bool:
+    """Whether the chunk ends with the last known token of an answer that has begun: a grammar forced the last ones."""
+    slot = chunk.request.slot
+    ends = chunk.start + chunk.count == slots.length[slot]
+    return bool(ends and slots.samples[slot]) and chunk.start >= chunk.request.num_prompt and chunk.count <= FORCED
+
+
 def _give_room(spent: Spent, slots: Slots, means: Means, purse: _Purse) -> None:
     """Drafts take what prompts leave: tokens in equal parts, and pages that nobody has to give up."""
     at = spent.decodes
     used = len(at) + sum(chunk.count for chunk in (*spent.chunks, *spent.entries))
-    each = min(means.pace.draft_room, (min(means.pace.budget, means.most) - used) // len(at))
+    forced = [chunk for chunk in spent.chunks if _forced(chunk, slots)]
+    if not len(at) and not forced:
+        return
+    each = min(means.pace.draft_room, (min(means.pace.budget, means.most) - used) // (len(at) + len(forced)))
+    for chunk in forced:
+        slot = chunk.request.slot
+        chunk.room = max(0, min(each, int(slots.limit[slot] - slots.length[slot]) - 1))
     room = np.clip(slots.limit[at] - slots.length[at] - 1, 0, max(each, 0))
     ends = slots.computed[at] + 1
     covered = np.where(ends > slots.covered[at], slots.covered[at] + slots.page_size, slots.covered[at])

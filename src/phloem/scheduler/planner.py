@@ -16,6 +16,7 @@ are none, somebody gives up theirs and it is decided anew.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -112,6 +113,17 @@ class Planner:
         if slots.readmit or (len(self.queue) and slots.num_free):
             return None
         return steady.next(slots, self.cache, self._step + 1, self.epoch)
+
+    def give_room(self, drafts: int) -> None:
+        """From the next step on each row may have so many drafts. With none, a step is planned while one runs."""
+        if drafts == self.pace.draft_room:
+            return
+        self.pace = replace(self.pace, draft_room=drafts)
+        if drafts:
+            self._steady = None
+            for request in self.slots.active_requests():
+                if request.inflight:
+                    self.slots.hold(request.slot, STEP)  # what it is to be drafted behind is not known yet
 
     def advance(self, plan: Plan) -> None:
         """The plan's batch is launched: requests advance, and whole pages of known tokens enter the tree.
@@ -255,6 +267,9 @@ class Planner:
                 return [chunk.request]
             slots.cover(chunk.request.slot, lease)
         spent.chunks = [chunk for chunk in spent.chunks if chunk.count]
+        for chunk in spent.chunks:
+            if chunk.room:
+                self._cover_room(chunk)
         if spent.room is not None:
             self._cover_drafts(at, spent.room)
         return []
@@ -265,6 +280,14 @@ class Planner:
             chunk.count = self.cache.cut(lease, chunk.known, chunk.start, chunk.count)
         while chunk.count and not self.cache.reserve(lease, chunk.start + chunk.count):
             chunk.count //= 2
+
+    def _cover_room(self, chunk: Chunk) -> None:
+        slot, end = chunk.request.slot, chunk.start + chunk.count
+        lease = self.slots.lease(slot)
+        if end == self.slots.length[slot] and self.cache.reserve(lease, end + chunk.room):
+            self.slots.cover(slot, lease)
+        else:
+            chunk.room = 0
 
     def _cover_drafts(self, at: NDArray[np.int32], room: NDArray[np.int32]) -> None:
         slots = self.slots

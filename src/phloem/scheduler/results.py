@@ -53,6 +53,8 @@ class Results:
         self.stream_interval = max(1, stream_interval)
         self.output_tokens = 0
         self.jumped_tokens = 0  # of these, those that a grammar forced: they took no decode step
+        self.speculates = False
+        self.drafted = self.accepted = self.verify_calls = 0  # drafts verified, those that were right, rows with drafts
         self._chunks: list[Chunk] = []
         self._rows: list[str] = []  # requests of which only a token is told, and those tokens
         self._plain: list[int] = []
@@ -82,6 +84,31 @@ class Results:
             except Exception as error:
                 log.exception("request %s: its result could not be taken", request.id)
                 self.fail(request, f"{type(error).__name__}: {error}", 500)
+
+    def verified(self, plan: Plan, output: StepOutput) -> None:
+        """Count the drafts that a step verified, before its tokens are taken in."""
+        assert output.verified is not None
+        for row in np.flatnonzero(output.verified).tolist():
+            count, right, request = int(output.verified[row]), max(0, int(output.counts[row]) - 1), plan.rows[row]
+            self.verify_calls += 1
+            self.drafted += count
+            self.accepted += right
+            request.drafted += count
+            request.right += [0] * (right + 1 - len(request.right))
+            request.right[right] += 1
+
+    def drafts(self) -> dict[str, float]:
+        """Fields of `Stats`."""
+        if not self.speculates:
+            return {}
+        steps = self.output_tokens - self.jumped_tokens - self.accepted
+        return {
+            "spec_verify_calls": self.verify_calls,
+            "spec_drafted": self.drafted,
+            "spec_accepted": self.accepted,
+            "spec_accept_length": (steps + self.accepted) / steps if steps > 0 else 0.0,
+            "spec_accept_rate": self.accepted / self.drafted if self.drafted else 0.0,
+        }
 
     def _row(self, plan: Plan, output: StepOutput, row: int, tokens: Sequence[int]) -> None:
         """A row of which there may be more to take than one token."""
@@ -201,7 +228,6 @@ class Results:
             return False
         for token in forced:
             self._append(request, token)
-            self.jumped_tokens += 1
             if self._ends(request):
                 return True
         if forced and constraint is not None:
@@ -213,7 +239,9 @@ class Results:
     def _append(self, request: Request, token: int) -> None:
         request.output.append(token)
         request.fresh.append(token)
+        request.jumped += 1
         self.output_tokens += 1
+        self.jumped_tokens += 1
 
     def finish(self, request: Request, reason: FinishReason, answer: bool = True, keep: bool = True) -> None:
         """End a request wherever it stands; its pages are free afterwards. `answer` sends its last chunk."""
@@ -262,6 +290,8 @@ class Results:
         if not request.sent or finish is not None:
             chunk.cached_tokens = request.cached_tokens
             chunk.queue_seconds = max(0.0, request.admitted - request.received)
+            if self.speculates:
+                chunk.drafts = [request.jumped, request.drafted, *request.right]
         if submit.return_logprob:
             chunk.logprobs = pack_logprobs(request.fresh_logprobs, submit)
             request.fresh_logprobs = ()
@@ -275,7 +305,7 @@ class Results:
         return chunk
 
     def state(self) -> dict[str, Any]:
-        return {"output_tokens": self.output_tokens, "jumped_tokens": self.jumped_tokens}
+        return {"output_tokens": self.output_tokens, "jumped_tokens": self.jumped_tokens, **self.drafts()}
 
     def flush(self, send: Callable[[FromEngine], None]) -> None:
         """Send what has collected, as one message."""

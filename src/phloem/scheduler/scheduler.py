@@ -69,6 +69,7 @@ class ScheduleSettings:
     overlap: bool = True
     debug_invariants: bool = False
     whole_prompts: bool = False  # every prompt is computed in one step
+    speculates: bool = False  # answers tell how many drafts were accepted
 
     def pace(self, slots: int, draft_room: int) -> Pace:
         # With every slot decoding there must be a token for each, or the last ones would starve.
@@ -129,6 +130,7 @@ class Scheduler:
         self.planner = Planner(self.slots, self.queue, cache, self._policy, pace, settings.eos_ids, mixture)
         interval = settings.stream_interval
         self.results = Results(self.live, self.slots, self.queue, self.planner.release, interval, lender)
+        self.results.speculates = settings.speculates
         self.controls = Controls(self)
         self.meter = Meter(clock())
         self._random = random.Random(settings.random_seed)
@@ -340,7 +342,7 @@ class Scheduler:
         self.results.flush(self.send)
 
     def _stats(self, now: float, busy: bool) -> FromEngine:
-        counts = {"running": self.slots.num_running, "waiting": self.num_waiting}
+        counts = {"running": self.slots.num_running, "waiting": self.num_waiting, **self.results.drafts()}
         return self.meter.stats(now, busy, self.results.output_tokens, counts | usage(self.cache), self.planner.state())
 
     def wait_for(self, request_id: str, late: Late) -> None:
@@ -402,6 +404,7 @@ class Scheduler:
             return False
         plan: Plan | None = None
         try:
+            self.planner.give_room(self.runner.draft_room)
             plan = self.planner.next_batch()
         except Exception as error:
             log.exception("planning failed")
@@ -449,6 +452,8 @@ class Scheduler:
         self.planner.throttle.passed()
         self._cornered = None
         self.planner.committed(launched.plan, output)
+        if output.verified is not None:
+            self.results.verified(launched.plan, output)
         self.results.commit(launched.plan, output)
 
     def _run_again(self, failed: Launched, error: OutOfMemory) -> None:

@@ -75,6 +75,9 @@ class Request:
     pooled: bytes = b""
     sent: bool = False
     message: int = -1  # the message that its last chunk is in
+    jumped: int = 0  # tokens of the output that a grammar forced
+    drafted: int = 0  # drafts that were verified
+    right: list[int] = field(default_factory=list)  # [n]: steps of which n drafts were accepted
 
     def __post_init__(self) -> None:
         submit, start = self.submit, self.submit.logprob_start

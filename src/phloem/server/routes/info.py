@@ -20,6 +20,8 @@ from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.stream import collect
 
 if TYPE_CHECKING:
+    from phloem.core.messages import Stats
+
     pass
 
 router = APIRouter(tags=["information"])
@@ -135,7 +137,7 @@ async def _state(door: Door) -> dict[str, Any]:
             "used_tokens": state["used_tokens"],
             "graph": state.get("graph_bytes", 0) / 2**30,  # GiB
         },
-        "avg_spec_accept_length": None,
+        "avg_spec_accept_length": state["spec_accept_length"] or None,
         "num_running_reqs": state["running"],
         "num_waiting_reqs": state["waiting"],
         **state,
@@ -161,7 +163,16 @@ def _load(door: Door) -> dict[str, Any]:
         "cache_hit_rate": stats.cache_hit_rate,
         "utilization": stats.running / most if most else usage,
         "max_running_requests": most,
+        **_drafts(stats),
     }
+
+
+def _drafts(stats: Stats) -> dict[str, Any]:
+    """The section of drafts; nothing where none were verified."""
+    if not stats.spec_verify_calls:
+        return {}
+    found = {"accept_length": stats.spec_accept_length, "accept_rate": stats.spec_accept_rate}
+    return {"speculative": {**found, "verify_calls": stats.spec_verify_calls}}
 
 
 @router.get("/get_load", **describe(answer=_OBJECTS))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import string
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,8 +42,10 @@ from phloem.speculation import texts
 from phloem.speculation.drafters import DRAFTERS, Draft
 from phloem.testing.checkpoints import tiny_checkpoint
 from phloem.text.formats import THINKING, TOOLS, thinking_format, tool_format
+from phloem.text.shown import Shown
 from phloem.text.thinking._base import ThinkingParser
 from phloem.text.tools._base import Text, ToolParser, Unspeakable
+from phloem.text.tools._json import JsonReader
 
 CPU = torch.device("cpu")
 REGISTRIES: list[Any] = [
@@ -253,3 +256,33 @@ def test_a_memory_layout_makes_what_it_counts(name: str) -> None:
     entries = 3 if isinstance(of[name], State) else 3 * 4
     assert layout.bytes * entries == sum(tensor.nbytes for tensor in made.stored)
     assert (made.keys is None) == isinstance(of[name], State) and bool(made.states) == isinstance(of[name], State)
+
+
+PAGES = {
+    "adding-a-model": ("models", "build"),
+    "adding-a-backend": ("attention", BACKENDS.symbol),
+    "adding-a-quantisation": ("quant", METHODS.symbol),
+    "adding-a-tool-format": ("text/tools", TOOLS.symbol),
+    "adding-a-platform": ("platforms", PLATFORMS.symbol),
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_page_shows_a_file_that_the_registry_would_take(page: str) -> None:
+    room, symbol = PAGES[page]
+    text = (SRC.parents[1] / "docs" / f"{page}.md").read_text()
+    shown = ast.parse(text.split("```python\n", 1)[1].split("```", 1)[0])
+    assert ast.get_docstring(shown)
+    names = {getattr(node, "name", "") for node in shown.body}
+    for node in shown.body:
+        names |= {ast.unparse(target) for target in node.targets} if isinstance(node, ast.Assign) else set()
+    assert symbol in names and f"`src/phloem/{room}/" in text
+
+
+def test_the_format_that_its_page_shows_reads_the_call_that_it_describes() -> None:
+    text = (SRC.parents[1] / "docs" / "adding-a-tool-format.md").read_text()
+    code = text.split("```python\n", 1)[1].split("```", 1)[0]
+    found: dict[str, Any] = {"JsonReader": JsonReader, "Shown": Shown, "Steps": Iterator}
+    exec(code, found)
+    parsed = found["Parser"]([]).parse(found["__doc__"].split("`")[1])
+    assert [(call.name, call.arguments) for call in parsed.calls] == [("f", '{"a": 1}')] and not parsed.text.strip()

@@ -298,7 +298,8 @@ def test_time_limit_and_bounded_queue() -> None:
     end = time.monotonic() + 5
     while not first.ready() and time.monotonic() < end:
         time.sleep(0.01)
-    assert first.error is not None and "within" in first.error.message
+    assert isinstance(first.error, BadRequest) and "within" in first.error.message
+    assert first.error.param and first.error.message.startswith(f"{first.error.param}: ")
     assert not second.ready(), "its own time has not begun"
     manager.close()
 

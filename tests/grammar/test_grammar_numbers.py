@@ -18,8 +18,12 @@ from phloem.grammar._base import JsonSchema, read_structural_tag
 from phloem.grammar.schema import numbers as _numbers
 from phloem.grammar.schema import oneof as _oneof
 from phloem.grammar.schema.names import read_json, read_schema
+from phloem.protocol.body import Parser
+from phloem.protocol.structured import constraint_fields
+from phloem.server.chat.body import ChatBody
 
 TOP = 2**63
+GRAMMAR = frozenset({"grammar"})
 NAMES = ["llguidance", "xgrammar"]
 
 
@@ -257,3 +261,41 @@ def test_walks_through_dates_end_in_dates() -> None:
     assert len(ended) > 10
     for text in ended:
         datetime.datetime.fromisoformat(json.loads(text))
+
+
+def test_a_fraction_beyond_a_double_is_refused_also_inside_an_http_body() -> None:
+    schema = '{"type":"object","properties":{"a":{"const":0.12345678901234567890123}}}'
+    for field in (
+        '"json_schema":%s',
+        '"response_format":{"type":"json_schema","json_schema":{"name":"x","schema":%s}}',
+    ):
+        body = Parser(ChatBody).parse(f'{{"messages":[],{field % schema}}}'.encode(), GRAMMAR)
+        sent = constraint_fields(body)["json_schema"]
+        assert "0.12345678901234567890123" in sent
+        with pytest.raises(BadRequest, match=r"#/properties/a/const: 0\.12345678901234567890123 cannot be held"):
+            engine("llguidance").compile(JsonSchema(sent))
+    body = Parser(ChatBody).parse(
+        b'{"messages":[],"json_schema":{"enum":[9007199254740993.0,0.1,1e2],"maximum":1e400}}', GRAMMAR
+    )
+    assert constraint_fields(body)["json_schema"] == '{"enum": [9007199254740993.0, 0.1, 100.0], "maximum": 1e400}'
+
+
+def test_a_refusal_names_the_schema_as_it_was_sent() -> None:
+    top = 2**53
+    schema = {"type": "integer", "minimum": top, "maximum": top + 1, "not": {"const": top}}
+    wrapped = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    with pytest.raises(BadRequest, match=r"^#/properties/a: ") as refused:
+        engine("llguidance").compile(JsonSchema(json.dumps(wrapped)))
+    assert "anyOf" not in refused.value.message
+
+
+def test_a_refusal_shows_no_pattern_that_was_written_here() -> None:
+    schema = {"allOf": [{"type": "string", "format": "date"}, {"type": "string", "pattern": "^2023-02-29$"}]}
+    with pytest.raises(BadRequest, match="no text fits") as refused:
+        engine("llguidance").compile(JsonSchema(json.dumps(schema)))
+    assert len(refused.value.message) < 80
+
+
+@pytest.mark.parametrize("form", ["uint", "int", "uint128", "int128"])
+def test_integer_formats_of_code_generators_are_annotations(form: str) -> None:
+    assert admits({"type": "integer", "format": form, "minimum": 0})("7")

@@ -75,6 +75,34 @@ def test_half_a_header_behind_a_request_is_closed_too(server: Served) -> None:
         assert 0.9 < time.monotonic() - start < 6
 
 
+FLOODS = {
+    "one field without end": (b"GET /health HTTP/1.1\r\nhost: a\r\nx: ", b"x" * 50_000),
+    "fields without end": (b"GET /health HTTP/1.1\r\nhost: a\r\n", b"x: " + b"y" * 500 + b"\r\n"),
+    "a path without end": (b"GET /", b"x" * 50_000),
+    "trailers": (b"POST /generate HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n0\r\n", b"x: y\r\n"),
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_a_header_without_end_is_cut_before_it_takes_memory(server: Served, flood: str) -> None:
+    begun, more = FLOODS[flood]
+    made = connect(server, begun)
+    sent = 0
+    with contextlib.suppress(ConnectionError):
+        while sent < 16 * MIB:
+            made.sendall(more * (1 + 100_000 // len(more)))
+            sent += len(more)
+            time.sleep(0.001)
+    assert sent < 16 * MIB
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("size", [40_000, 70_000])
+def test_a_header_over_64_kib_is_answered_431(server: Served, size: int) -> None:
+    made = connect(server, b"GET /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\nx: " + b"x" * size + b"\r\n\r\n")
+    assert answer(made).startswith(b"HTTP/1.1 200" if size < 65_536 else b"HTTP/1.1 431")
+
+
 def test_connections_that_work_are_left_alone(server: Served) -> None:
     with httpx.Client(base_url=server.url) as http:
         for _ in range(4):

@@ -141,19 +141,27 @@ ONE_SYSTEM = (
 NO_DEVELOPER = (
     "{% for m in messages %}{% if m.role in ('system', 'user') %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"
 )
+KNOWS_DEVELOPER = "{# roles: developer, user #}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+SYSTEM_ONLY_AS_DEVELOPER = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}{% endfor %}"
+)
 ANY = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 
 
 @pytest.mark.parametrize(
     ("source", "roles", "prompt"),
     [
-        (ANY, ("developer", "user"), "[developer]a[user]b"),
+        (ANY, ("developer", "user"), "[system]a[user]b"),
+        (ANY, ("user", "developer", "user"), "[user]a[system]b[user]c"),
+        (KNOWS_DEVELOPER, ("developer", "user"), "[developer]a[user]b"),
+        (SYSTEM_ONLY_AS_DEVELOPER, ("developer", "user"), "[developer]a[user]b"),
         (ANY, ("system", "user", "system"), "[system]a[user]b[system]c"),
         (NO_DEVELOPER, ("developer", "user"), "[system]a[user]b"),
         (NO_DEVELOPER, ("user", "developer", "user"), "[user]a[system]b[user]c"),
         (ONE_SYSTEM, ("system", "user", "system"), "[system]a\n\nc[user]b"),
         (ONE_SYSTEM, ("user", "system"), "[system]b[user]a"),
-        (ONE_SYSTEM, ("system", "developer", "user"), "[system]a[developer]b[user]c"),
+        (ONE_SYSTEM, ("system", "developer", "user"), "[system]a\n\nb[user]c"),
     ],
 )
 def test_instructions_come_in_a_shape_that_the_template_takes(source: str, roles: tuple[str, ...], prompt: str) -> None:

@@ -273,13 +273,16 @@ class Compiling:
         if self._entry.future.done():
             error = self._entry.future.exception()
             if isinstance(error, BadRequest) and error.param is None:
-                return BadRequest(f"{self._field}: {error.message}", param=self._field)
+                return self._refused(error.message)
             if error is None or isinstance(error, PhloemError):
                 return error
-            return BadRequest(f"the grammar could not be compiled: {error}")
+            return self._refused(f"the grammar could not be compiled: {error}")
         if self._overdue():
-            return BadRequest(f"the grammar could not be compiled within {self._timeout:g} s")
+            return self._refused(f"the grammar could not be compiled within {self._timeout:g} s")
         return None
+
+    def _refused(self, reason: str) -> BadRequest:
+        return BadRequest(f"{self._field}: {reason}", param=self._field)
 
     @property
     def engine(self) -> str:

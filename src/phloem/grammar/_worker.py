@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import re
 import resource
 import struct
 import subprocess
@@ -172,4 +173,5 @@ def _plain(message: str) -> str:
     """The library's message without its source place."""
     text = " ".join(message.split())
     marker = text.find("] ")
-    return text[marker + 2 :].split(": ", 1)[-1] if text.startswith("[") and marker > 0 else text
+    text = text[marker + 2 :].split(": ", 1)[-1] if text.startswith("[") and marker > 0 else text
+    return re.sub(r"^Check failed: \(.*?\) is (false|true): ", "", text)

@@ -57,6 +57,13 @@ def prepared(text: str) -> _schema.Schema | Constraint:
     Raises:
         BadRequest: with the path of what is not enforced.
     """
+    try:
+        return _prepared(text)
+    except BadRequest as error:
+        raise BadRequest(_schema.as_sent(text, error.message)) from None
+
+
+def _prepared(text: str) -> _schema.Schema | Constraint:
     schema = _schema.read_schema(text)
     _keywords.rewrite(schema, narrow=_oneof.settle(schema))
     _schema.refuse_unsupported(schema, KEYWORDS, FORMATS, Engine.name)
@@ -87,7 +94,7 @@ def refusal(text: str) -> str | None:
         if not isinstance(schema, dict) or '"multipleOf"' in text:
             return None
         said = complaint(schema)
-        return None if said is None else _placed(schema, said)
+        return None if said is None else _schema.as_sent(text, _placed(schema, said))
     except BadRequest as error:
         return error.message
     except ImportError:
@@ -147,7 +154,7 @@ class Engine:
         schema = self._schema(constraint) if isinstance(constraint, _base.JsonSchema | _base.JsonObject) else None
         if isinstance(schema, dict):
             grammar = self._library.LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False))
-            matcher = self._build(grammar, schema)
+            matcher = self._build(grammar, schema, constraint)
         else:
             matcher = self._whole(schema or constraint)
         compiled = Compiled(self.vocabulary, matcher, len(repr(constraint)))
@@ -157,13 +164,14 @@ class Engine:
     def close(self) -> None:
         return None
 
-    def _build(self, grammar: str, schema: _schema.Schema | None) -> Any:
+    def _build(self, grammar: str, schema: _schema.Schema | None, sent: Constraint | None = None) -> Any:
         matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         if not matcher.is_error():
             return matcher
         if schema is None:
             raise BadRequest(f"the grammar is not valid: {_plain(matcher.get_error())}")
-        raise BadRequest(_placed(schema, _plain(matcher.get_error())))
+        message = _placed(schema, _plain(matcher.get_error()))
+        raise BadRequest(_schema.as_sent(sent.schema, message) if isinstance(sent, _base.JsonSchema) else message)
 
     def _whole(self, constraint: Constraint) -> Any:
         """A matcher of what is no schema alone. What the library says of a grammar written here shows nothing of it."""
@@ -176,7 +184,9 @@ class Engine:
             for part in _nodes.schemas_in(constraint):
                 schema = self._schema(part)
                 if isinstance(schema, dict) and (said := complaint(schema)) is not None:
-                    raise BadRequest(_placed(schema, said)) from None
+                    message = _placed(schema, said)
+                    sent = part.schema if isinstance(part, _base.JsonSchema) else None
+                    raise BadRequest(_schema.as_sent(sent, message) if sent else message) from None
             raise BadRequest(_without_source(error.message)) from None
 
     def _schema(self, constraint: _base.JsonSchema | _base.JsonObject) -> _schema.Schema | Constraint:
@@ -228,6 +238,7 @@ def _whole(pattern: str) -> str:
 def _plain(message: str) -> str:
     """The library's message without its dump of the parser."""
     head = message.split("<state>")[0].split("while processing json-schema:")[0]
+    head = re.sub(r"Regex is empty:\s*\(.*", "no text fits", head, flags=re.DOTALL)
     return " ".join(head.replace("<non-verbose/>", "").split()) or "unknown reason"
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Generic, TypeVar, Union, get_args, 
 import msgspec
 
 from phloem.core.errors import BadRequest
+from phloem.grammar.schema.numbers import read_float
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ T = TypeVar("T", bound=Body)
 
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*?)`(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$(?P<path>.*)`)?$", re.DOTALL)
+_ANY = msgspec.json.Decoder(float_hook=read_float)
 MAX_ECHO = 200  # characters of a client's own text that an error repeats
 
 
@@ -63,7 +65,7 @@ class Parser(Generic[T]):
 
     def __init__(self, kind: type[T]) -> None:
         self.kind = kind
-        self._decoder = msgspec.json.Decoder(kind)
+        self._decoder = msgspec.json.Decoder(kind, float_hook=read_float)
         self._top = set(kind.__struct_fields__)
         self._all = {name for struct in structs_of(kind) for name in struct.__struct_fields__}
 
@@ -90,7 +92,7 @@ class Parser(Generic[T]):
         if "got `float`" not in problem:
             raise self._explain(problem)
         try:
-            return msgspec.convert(_whole_floats(msgspec.json.decode(data)), self.kind)
+            return msgspec.convert(_whole_floats(_ANY.decode(data)), self.kind)
         except msgspec.ValidationError as error:
             raise self._explain(str(error)) from None
 

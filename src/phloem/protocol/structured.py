@@ -7,13 +7,13 @@ true, false and absent mean the same here. JSON schemas travel as their text; ch
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from phloem.core.errors import BadRequest
 from phloem.core.request import SamplingParams
 from phloem.grammar import _base
 from phloem.grammar.schema import names as _schema
+from phloem.grammar.schema.numbers import write_exact
 
 FIELDS = ("json_schema", "regex", "ebnf", "structural_tag")
 EARLY_CHECK = 32_768  # characters: longer schemas are checked off the event loop, by the engine
@@ -127,7 +127,7 @@ def _response_format(value: Any) -> list[tuple[str, str, str]]:
         return [("json_schema", _text("json_schema", schema, f"{where}.json_schema.schema"), where)]
     if kind == "structural_tag":
         body = {name: item for name, item in value.items() if item is not None}
-        return [("structural_tag", json.dumps(body, ensure_ascii=False), where)]
+        return [("structural_tag", write_exact(body), where)]
     if kind in ("regex", "grammar", "ebnf"):
         text = value.get("pattern", value.get(kind, value.get("grammar")))
         return [("regex" if kind == "regex" else "ebnf", _text("regex", text, where), where)]
@@ -189,6 +189,6 @@ def _text(field: str, value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
     if field in ("json_schema", "structural_tag") and isinstance(value, (dict, bool)):
-        return json.dumps(value, ensure_ascii=False)
+        return write_exact(value)
     shape = "an object or its text" if field in ("json_schema", "structural_tag") else "a text"
     raise BadRequest(f"{where}: expected {shape}, got {type(value).__name__}", param=where)

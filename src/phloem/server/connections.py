@@ -11,6 +11,66 @@ from phloem.utils import machine
 
 log = logging.getLogger("phloem.server")
 
+MAX_HEADER_BYTES = 65_536  # of one request: its first line and all its fields, trailers too
+
+
+def bounded_protocol() -> Any:
+    """What uvicorn speaks HTTP with; a request whose header is too long is answered 431 and its connection closed."""
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    except ImportError:
+        return "h11"  # bounds headers itself
+
+    class Bounded(HttpToolsProtocol):
+        _held = 0  # bytes since something came of them: the parser keeps what it has of a field
+        _named = 0  # bytes of this message's fields
+
+        def data_received(self, data: bytes) -> None:
+            self._held += len(data)
+            super().data_received(data)
+            if self._held > MAX_HEADER_BYTES and not self.transport.is_closing():
+                self._named = self._held
+                self.send_400_response("")
+
+        def on_message_begin(self) -> None:
+            self._named = 0
+            super().on_message_begin()
+
+        def on_url(self, url: bytes) -> None:
+            self._count(len(url))
+            super().on_url(url)
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            self._count(len(name) + len(value) + 4)
+            super().on_header(name, value)
+
+        def on_headers_complete(self) -> None:
+            self._held = 0
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self._held = 0
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._held = 0
+            super().on_message_complete()
+
+        def send_400_response(self, msg: str) -> None:
+            if self._named <= MAX_HEADER_BYTES:
+                return super().send_400_response(msg)
+            text = b"the header of a request has at most %d bytes\n" % MAX_HEADER_BYTES
+            head = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain\r\nconnection: close\r\n"
+            self.transport.write(head + b"content-length: %d\r\n\r\n" % len(text) + text)
+            self.transport.close()
+
+        def _count(self, size: int) -> None:
+            self._named += size
+            if self._named > MAX_HEADER_BYTES:
+                raise ValueError("the header is too long")  # the parser ends here, and `send_400_response` is called
+
+    return Bounded
+
 
 class SilentConnections:
     """Closes connections on which no whole header comes in time. Bodies have a limit of their own, and a connection

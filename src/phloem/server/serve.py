@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from phloem.server.connections import FreeSockets, SilentConnections
+from phloem.server.connections import FreeSockets, SilentConnections, bounded_protocol
 from phloem.server.stream import BODY_SEND, BODY_WRITE
 from phloem.utils.sockets import bind
 
@@ -78,7 +78,7 @@ async def serve(
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         loop="none",  # the caller's loop is running already
-        http="httptools" if importlib.util.find_spec("httptools") else "h11",
+        http=bounded_protocol(),
         ws="none",
         server_header=False,
         timeout_graceful_shutdown=LAST_BYTES_SECONDS,

@@ -179,7 +179,7 @@ class ChatTemplate:
                 raise BadRequest(f"chat_template_kwargs: {name!r} cannot be set", param="chat_template_kwargs")
         tried: list[str] = []
         refused: BadRequest | None = None
-        for shaped in shapes(messages):
+        for shaped in shapes(messages, self._pick(tools).source):
             try:
                 text = self._render(shaped, tools, add_generation_prompt, continue_final_message, kwargs)
             except BadRequest as error:

@@ -8,9 +8,16 @@ from typing import Any
 _INSTRUCTIONS = ("system", "developer")
 
 
-def shapes(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """As sent; then with developers called system; then with all instructions as one system message in front."""
-    yield messages
+def shapes(messages: list[dict[str, Any]], source: str) -> Iterator[list[dict[str, Any]]]:
+    """As sent; then with developers called system; then with all instructions as one system message in front.
+
+    A template (`source`) that never says "developer" was trained on no such role: it is called system at once, and
+    stands as it was sent only where nothing else does.
+    """
+    named = any(message.get("role") == "developer" for message in messages)
+    unknown = named and "developer" not in source
+    if not unknown:
+        yield messages
     if all(message.get("role") not in _INSTRUCTIONS for message in messages[1:]) and (
         not messages or messages[0].get("role") != "developer"
     ):
@@ -23,6 +30,8 @@ def shapes(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     rest = [message for message in renamed if message.get("role") != "system"]
     if rest:
         yield [{"role": "system", "content": text}, *rest]
+    if unknown:
+        yield messages
 
 
 def shows_instructions(messages: list[dict[str, Any]], prompt: str) -> bool:

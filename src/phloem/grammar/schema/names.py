@@ -46,6 +46,7 @@ _VALUED = frozenset((*_COUNTS, *_NUMBERS, "exclusiveMinimum", "exclusiveMaximum"
 # Formats of OpenAPI and pydantic that say how a value is meant, not how it is written.
 ANNOTATION_FORMATS = frozenset(
     {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float", "double", "decimal"}
+    | {"int", "uint", "int128", "uint128", "char"}
     | {"password", "binary", "byte", "path", "file-path", "directory-path", "json-string", "base64", "base64url"}
     | {"textarea", "color", "markdown", "html", "multi-line"}
 )
@@ -359,6 +360,24 @@ def locate(root: Schema, complain: Callable[[Schema], str | None], message: str)
         if isinstance(node, dict) and path.count("/") > best.count("/") and complain(_alone(root, path)) == message:
             best = path
     return best
+
+
+def as_sent(text: str, message: str) -> str:
+    """A complaint about a schema that was rewritten: its path, as far as the schema that the client sent has it."""
+    path, colon, reason = message.partition(": ")
+    if not colon or not path.startswith("#/") or " " in path:
+        return message
+    node, known = read_json(text), "#"
+    for step in path[2:].split("/"):
+        key = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(node, list) and key.isdecimal() and int(key) < len(node):
+            node = node[int(key)]
+        elif isinstance(node, dict) and key in node:
+            node = node[key]
+        else:
+            break
+        known += f"/{step}"
+    return f"{known}: {reason}"
 
 
 def _alone(root: Schema, path: str) -> Schema:

@@ -7,7 +7,10 @@ is, or as the shortest decimal that means it: a bound is safe only where both li
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import uuid
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +56,45 @@ def read_number(text: str) -> Number:
         return int(exact)
     value = float(text)
     return value if Decimal(repr(value)) == exact else Rounded(value, text)
+
+
+def read_float(text: str) -> float:
+    """A JSON literal of a request body: a float also where it means an integer, with its text where it was rounded."""
+    exact = read_number(text)
+    if isinstance(exact, Rounded):
+        return exact
+    value = float(text)
+    return value if value == exact else Rounded(value, text)
+
+
+def write_exact(value: Any) -> str:
+    """A value as JSON, numbers that were rounded when they were read as they were written."""
+    texts: dict[str, str] = {}
+    mark = uuid.uuid4().hex
+
+    def marked(item: Any) -> Any:
+        if isinstance(item, Rounded):
+            texts[f"{mark}{len(texts)}"] = item.text
+            return f"{mark}{len(texts) - 1}"
+        if isinstance(item, dict):
+            return {key: marked(part) for key, part in item.items()}
+        return [marked(part) for part in item] if isinstance(item, list) else item
+
+    if not _has_rounded(value):
+        return json.dumps(value, ensure_ascii=False)
+    written = json.dumps(marked(value), ensure_ascii=False)
+    return re.sub(f'"({mark}[0-9]+)"', lambda found: texts[found[1]], written)
+
+
+def _has_rounded(value: Any) -> bool:
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Rounded):
+            return True
+        if isinstance(item, (dict, list)):
+            stack.extend(item.values() if isinstance(item, dict) else item)
+    return False
 
 
 def rounded_at(value: Any, path: str) -> tuple[str, str] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import re
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import BadRequest
 from phloem.grammar.llguidance import refusal
+from phloem.grammar.schema.numbers import write_exact
 from phloem.protocol.structured import EARLY_CHECK
 from phloem.text.formats import TOOLS
 from phloem.text.tools._base import Place, function_of, schema_of
@@ -229,7 +229,7 @@ def _loose(tools: list[dict[str, Any]], places: list[str]) -> frozenset[str]:
     found = set[str]()
     for where, tool in zip(places, tools, strict=True):
         function = function_of(tool)
-        reason = _refusal(json.dumps(schema_of(function)))
+        reason = _refusal(write_exact(schema_of(function)))
         if reason is None:
             continue
         if function.get("strict"):
@@ -261,10 +261,10 @@ def _forced(tools: list[dict[str, Any]], places: list[str], name: str | None, pa
         function["name"]: {"type": "object"} if function["name"] in loose else schema_of(function)
         for function in map(function_of, tools)
     }
-    schema = json.dumps(forced_schema(schemas, parallel), ensure_ascii=False)
+    schema = write_exact(forced_schema(schemas, parallel))
     return ToolPlan(tools, "json_array", parallel, ("json_schema", schema), "forced")
 
 
 def _constraint(structure: Shape) -> tuple[str, str]:
     """A structure in the notation of `SamplingParams.structural_tag`."""
-    return "structural_tag", json.dumps({"type": "structural_tag", "format": structure}, ensure_ascii=False)
+    return "structural_tag", write_exact({"type": "structural_tag", "format": structure})

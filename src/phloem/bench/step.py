@@ -30,13 +30,13 @@ from phloem.core.errors import BadRequest
 from phloem.core.request import SamplingParams
 from phloem.engine import worker
 from phloem.engine.recorded.graphs import RecordedStep
+from phloem.engine.runner import ModelRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from phloem.core.batch import Runner, StepOutput
     from phloem.core.config import Config
-    from phloem.engine.runner import ModelRunner
 
 WARM = 16  # decode steps before those that count: graphs are recorded and kernels compiled in them
 PREFILLS = 3
@@ -91,6 +91,8 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
         record: dict[str, Any] = {"batch": options.batch, "context": options.context, "steps": options.steps}
         record["quantization"] = config.model.quantization
         record |= {key: built.info[key] for key in ("device", "dtype", "kv_cache_dtype")}
+        if not isinstance(built.runner, ModelRunner):
+            raise BadRequest("steps are measured of models that generate")
         decode = _Decode(built.runner, options)
         if options.limits:
             return record | {"prefill": options.prefill} | _against_limits(built.runner, decode, options)

@@ -203,6 +203,8 @@ def _build_pooled(
     """A model that does not generate: no pages, no sampling, whole texts."""
     platform, pooling = machine.platform, checkpoint.pooling
     assert pooling is not None
+    if config.lora.enable_lora or config.lora.lora_paths:
+        raise ConfigError("adapters are served beside models that generate alone", param="enable_lora")
     ops = _products(config, checkpoint, machine, decisions)
     ctx = BuildContext(
         ops, machine.dtype, platform.device, quant=quant.method_for(config.model.quantization, checkpoint.stored)

@@ -16,6 +16,7 @@ from phloem.core.config import parse_bytes
 from phloem.core.errors import BadRequest, ConfigError
 from phloem.core.messages import Failed, FromEngine, Progress, Ready, Stats, Submit, ToEngine
 from phloem.engine import worker
+from phloem.engine.runner import ModelRunner
 from phloem.engine.watchdog import Watchdog
 from phloem.grammar._base import name_of
 from phloem.grammar._manager import GrammarManager, GrammarSettings
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.checkpoint.describe import Checkpoint
+    from phloem.core.batch import Runner
     from phloem.core.config import Config
     from phloem.engine.worker import Built
 
@@ -70,8 +72,7 @@ class EngineCore:
         built = worker.build(config, checkpoint, report)
         schedule = config.schedule
         self.runner = built.runner
-        drafter, decided = assemble.decide(drafts, built.runner, _undraftable(checkpoint, built))
-        built.decisions.append(decided)
+        runner, speculates = _drafting(drafts, built)
         self._watchdog = Watchdog(built.runner, schedule.watchdog_timeout)
         cache = CacheManager(
             built.runner.groups,
@@ -96,13 +97,12 @@ class EngineCore:
             overlap=not schedule.disable_overlap_schedule,
             debug_invariants=config.runtime.debug_invariants,
             whole_prompts=checkpoint.pooling is not None,
-            speculates=drafter != speculation.NONE,
+            speculates=speculates,
         )
         self._grammars = _grammars(config, checkpoint)
         prepare = self._grammars.prepare if self._grammars is not None else _no_grammar
         self._sends = send
         self._desk = _desk(config, built, report)
-        runner = assemble.around(drafts, built.runner, drafter)
         self.scheduler = Scheduler(runner, settings, cache, self._send, prepare=prepare, lender=self._desk)
         self.info: dict[str, Any] = {
             **built.info,
@@ -145,11 +145,16 @@ class EngineCore:
             self._grammars.close()
 
 
-def _undraftable(checkpoint: Checkpoint, built: worker.Built) -> str:
-    """Why nothing can be drafted, whatever the drafter."""
-    if checkpoint.pooling is not None:
-        return "a model that does not generate"
-    return "" if built.sites is None else "beside adapters, drafts have not been shown to change no bit"
+def _drafting(drafts: speculation.Wanted, built: Built) -> tuple[Runner, bool]:
+    """The runner, perhaps with drafts, and whether it has them. Raises ConfigError for a drafter that cannot serve."""
+    runner = built.runner
+    if not isinstance(runner, ModelRunner):
+        built.decisions.append(assemble.without(drafts, "the model does not generate"))
+        return runner, False
+    why = "" if built.sites is None else "beside adapters, drafts have not been shown to change no bit"
+    drafter, decided = assemble.decide(drafts, runner, why)
+    built.decisions.append(decided)
+    return assemble.around(drafts, runner, drafter), drafter != speculation.NONE
 
 
 def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
@@ -170,7 +175,7 @@ def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
 
 def _desk(config: Config, built: Built, report: worker.Report) -> Desk | None:
     """What lends adapters, with those that are given; None where none are served."""
-    if built.sites is None:
+    if built.sites is None or not isinstance(built.runner, ModelRunner):
         return None
     begun, runner, model = perf_counter(), built.runner, built.runner.model
     names = set(model.weight_names())

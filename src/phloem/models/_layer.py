@@ -267,23 +267,13 @@ class LayerKind:
 class DecoderLayer(Layer):
     """Blocks with their norms. Takes and gives (what the last block computed, residual), or their sum and None."""
 
-    mixer: Mixer | None
+    memory: MemorySpec | None = None  # what it keeps of its tokens; None: nothing of its own
+    attention: AttentionSpec | None = None  # None: it does not attend over keys and values
 
     def __init__(self, ctx: BuildContext, kind: LayerKind, place: Place) -> None:
         self.ops, self.residual_scale = ctx.ops, kind.residual_scale
         names = kind.norm_names or _NORM_NAMES[kind.norms]
         self.norms = [place.norm(ctx.child(name)) for name in names if name]
-        self.mixer = None if kind.mixer is None else kind.mixer(ctx, place)
-
-    @property
-    def memory(self) -> MemorySpec | None:
-        """What it keeps of its tokens; None: nothing of its own."""
-        return None if self.mixer is None else self.mixer.memory
-
-    @property
-    def attention(self) -> AttentionSpec | None:
-        """None: it does not attend over keys and values."""
-        return self.mixer.spec if isinstance(self.mixer, SelfAttention) else None
 
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         """Up to and with the mixer: (its output [T, features], residual)."""
@@ -300,7 +290,12 @@ class DecoderLayer(Layer):
 class MixerAlone(DecoderLayer):
     """A mixer behind a norm."""
 
-    mixer: Mixer
+    def __init__(self, ctx: BuildContext, kind: LayerKind, place: Place) -> None:
+        super().__init__(ctx, kind, place)
+        assert kind.mixer is not None
+        self.mixer = kind.mixer(ctx, place)
+        self.memory = self.mixer.memory
+        self.attention = self.mixer.spec if isinstance(self.mixer, SelfAttention) else None
 
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         return self.mixer.attend(self.norms[0], x_TN, residual_TN, step)
@@ -325,10 +320,8 @@ class FeedAlone(DecoderLayer):
         return self.mlp(self.norms[0], residual_TN, None, add=True)
 
 
-class BlockPair(DecoderLayer):
+class BlockPair(MixerAlone):
     """Mixer and feed-forward."""
-
-    mixer: Mixer
 
     def __init__(self, ctx: BuildContext, kind: LayerKind, place: Place) -> None:
         super().__init__(ctx, kind, place)

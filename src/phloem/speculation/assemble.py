@@ -46,15 +46,20 @@ def decide(wanted: Wanted, runner: ModelRunner, why: str = "") -> tuple[str, Dec
     if any(group.kind == "state" for group in runner.groups):
         why = "recurrent state cannot be cut back to the tokens that were accepted"
     if why:
-        if asked != AUTO:
-            raise ConfigError(f"{NAME}: {asked} cannot serve this model: {why}", param=NAME)
-        return NONE, Decision(NAME, NONE, why)
+        return NONE, without(wanted, why)
     if asked != AUTO:
         return asked, Decision(NAME, asked, f"as asked, up to {wanted.drafts} drafts; {_how(wanted, runner)}")
     if not in_host_memory(runner.pool.device):
         return NONE, Decision(NAME, NONE, "not measured to pay on a device of its own; --speculative-algorithm suffix")
     why = f"repeated text is drafted at no cost, up to {wanted.drafts} tokens where that pays; {_how(wanted, runner)}"
     return USUAL, Decision(NAME, USUAL, why)
+
+
+def without(wanted: Wanted, why: str) -> Decision:
+    """That nothing is drafted. Raises ConfigError where a drafter was asked for."""
+    if wanted.algorithm not in (AUTO, NONE):
+        raise ConfigError(f"{NAME}: {wanted.algorithm} cannot serve this model: {why}", param=NAME)
+    return Decision(NAME, NONE, why)
 
 
 def _how(wanted: Wanted, runner: ModelRunner) -> str:

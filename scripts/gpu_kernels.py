@@ -392,10 +392,11 @@ class Kernels:
 
         features, outputs, rank = (96, 70, 8) if self.tiny else (4096, 1500, 16)
         x, y = self.randn(40, features), self.randn(40, outputs)
-        down, up = self.randn(3, rank, features, by=features**-0.5), self.randn(3, outputs, rank)
-        scaling = self.tensor([0.5, 2.0, 1.0], torch.float32)
-        start, adapter = self.tensor([0, 1, 4, 22, 39, 40], torch.int32), self.tensor([2, -1, 0, 1, -1], torch.int32)
-        adapters = Adapters(down, up, scaling, start, adapter)
+        down, up = self.randn(4, 2, rank, features, by=features**-0.5), self.randn(4, rank, outputs)
+        index = self.tensor([3, *[0] * 3, *[1, 2] * 9, *[2] * 17, 0], torch.int32)
+        facts = self.tensor([[0, 0], [rank, 0], [rank, 1], [rank, 0]], torch.int32)
+        factor, shift = self.randn(4, outputs).float(), self.randn(4, outputs).float()
+        adapters = Adapters(index, facts, down, up, factor, shift, torch.tensor([outputs // 3, outputs]))
         want = ref.add_adapters(y.float(), x.float(), adapters)
         return [(lora.add_adapters(y, x, adapters), want)]
 

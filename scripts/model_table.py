@@ -15,6 +15,41 @@ from phloem.checkpoint.families import FAMILIES, family
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
+FORMATS = """
+## Weight formats
+
+What `config.json` (`quantization_config`, `compression_config`), `hf_quant_config.json`, `quantize_config.json` or
+`quant_config.json` may name, and what the CPU's kernels make of it. Kept: rows stay packed, as the GGUF type named;
+the rest is unpacked to the model's type while it is loaded, and `--quantization int8` or `int4` packs it anew. The
+start counts both, with the reason (decision `weights`). The reference ops and GPUs unpack all. Activations stay in 16
+bits (the native kernels' own bytes beside integers), so scales of activations are not used. What the file holds
+decides: plain matrices beside quantised ones, and several formats in one file, are served.
+
+Every row is compared bit for bit with values packed by an independent packer, whole and by tensor-parallel shares;
+compressed-tensors with its own library, bitsandbytes with its own where it is installed; logits and greedy tokens with
+the dequantised model (`tests/models/test_stored_formats.py`, `tests/models/test_quantised_served.py`).
+
+| `quant_method` | what is read | kept on CPU | refused |
+| --- | --- | --- | --- |
+| `fp8`, `fbgemm_fp8` | e4m3, e5m2; one scale, per output, per block | no | |
+| `compressed-tensors` | pack-quantized, 2 to 4 bits | `Q4_0`, with zero points `Q4_1` | sparse-24, transforms |
+| | pack-quantized, 5 to 8 bits | `Q8_0`, without zero points | |
+| | int-quantized | `Q8_0`, without zero points | |
+| | float-quantized, mxfp8, nvfp4-pack-quantized | no | |
+| | mxfp4-pack-quantized | `Q5_0`, exactly | |
+| `awq` | gemm, 4 bits | `Q4_1` | gemv, marlin |
+| `gptq` | v1, v2, 2 to 8 bits, act-order | as pack-quantized; act-order: no | marlin |
+| `auto-round`, `intel/auto-round` | packed as GPTQ, AWQ, compressed-tensors | as those | |
+| `bitsandbytes` | nf4, fp4, nested scales | no | |
+| | int8 (`SCB`) | `Q8_0` | orders other than by row |
+| `mxfp4` | gpt-oss's stacked experts | no | |
+| `modelopt`, `modelopt_fp4`, `modelopt_mixed` | FP8, FP8 by channel or block, NVFP4, mixed | no | AWQ kinds, INT8 |
+| `hqq`, `torchao`, `quark`, `w4afp8`, `aqlm`, `eetq`, `quanto` | | | all, with a remedy |
+
+Made while a 16-bit checkpoint is loaded (`--quantization`): `int4` (`Q4_1`), `int8` (`Q8_0`), `mxfp4` (`Q5_0`), `fp8`
+(values of e4m3 with a scale per output, in the model's type). Written by `phloem quantize`: int4 with zero points, int8
+and FP8 with a scale per output, all in compressed-tensors' layout.
+"""
 HEAD = """# Models
 
 Written by `python scripts/model_table.py` from the files in `src/phloem/models/`; `config.json`'s `model_type` chooses
@@ -25,6 +60,10 @@ checkpoints. GGUF: the architecture that is read from GGUF files; a converted fi
 
 What a step of a family asks for and the CPU's own kernels lack is done by torch, and such a step is not recorded: layer
 norms, plain routers other than softmax, latent attention. The start says so.
+
+Families marked "no text" do not generate: see [embeddings](embeddings.md). Hidden states and labels are compared with
+`AutoModel`, `AutoModelForSequenceClassification` and `...ForTokenClassification`, texts of mixed lengths in a batch.
+Every decoder whose layers keep keys and values serves for embeddings and labels too.
 
 | `model_type` | | GGUF | cases |
 | --- | --- | --- | --- |
@@ -41,11 +80,12 @@ def about(name: str) -> str:
 def row(name: str) -> str:
     facts = family(name)
     cases = "alias" if facts.tiny is None else str(1 + len(facts.variants))
-    return f"| `{name}` | {about(name)} | {f'`{facts.gguf.architecture}`' if facts.gguf else ''} | {cases} |"
+    what = about(name) if facts.encoder is None else f"{about(name)}; no text"
+    return f"| `{name}` | {what} | {f'`{facts.gguf.architecture}`' if facts.gguf else ''} | {cases} |"
 
 
 def page() -> str:
-    return HEAD + "\n".join(row(name) for name in FAMILIES.names()) + "\n"
+    return HEAD + "\n".join(row(name) for name in FAMILIES.names()) + "\n" + FORMATS
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -185,8 +185,9 @@ def _gemm_int(tokens: int) -> None:
 
 
 def _lora() -> None:
-    scaling, start, adapter = t(8, dtype=F32), t(17, dtype=I32), t(16, dtype=I32)
-    adapters = Adapters(t(8, 16, 4096), t(8, 6144, 16), scaling, start, adapter)
+    index, facts, ends = t(64, dtype=I32), t(8, 2, dtype=I32), torch.tensor([4096, 5120, 6144])
+    factor, shift = t(8, 6144, dtype=F32), t(8, 6144, dtype=F32)
+    adapters = Adapters(index, facts, t(8, 3, 16, 4096), t(8, 16, 6144), factor, shift, ends)
     lora.add_adapters(t(64, 6144), t(64, 4096), adapters)
 
 

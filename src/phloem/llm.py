@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
+from phloem.client.pooled import Reading
 from phloem.client.start import make_client
 from phloem.core.config import Config
 from phloem.core.errors import BadRequest, ConfigError, EngineDead, ModelLoadError, PhloemError
@@ -23,6 +24,10 @@ from phloem.protocol.body import Parser
 from phloem.protocol.generate.body import GenerateBody
 from phloem.protocol.generate.convert import is_batch, to_request
 from phloem.protocol.generate.write import Renderer, strip
+from phloem.protocol.pooling import write
+from phloem.protocol.pooling.body import EmbeddingsBody, EncodeBody
+from phloem.protocol.pooling.convert import activated, finished, reading_of, texts_of
+from phloem.protocol.pooling.run import Pool
 from phloem.protocol.score.body import ScoreBody
 from phloem.protocol.score.convert import to_request as score_request
 from phloem.protocol.score.write import scores
@@ -30,6 +35,8 @@ from phloem.utils import log
 
 if TYPE_CHECKING:
     from phloem.client.call import Call
+    from phloem.client.continuation import Continuation
+    from phloem.client.request import GenerateRequest
 
 T = TypeVar("T")
 _FAILURES = {error.__name__: error for error in (BadRequest, ConfigError, ModelLoadError)}
@@ -87,6 +94,7 @@ class Engine:
         Raises:
             BadRequest: there are no messages, something else stands in their place, or the template refuses them.
         """
+        self.info.check_pooled(False)
         if self.tokenizer is None or self.chat_template is None:
             raise BadRequest("messages: a chat needs the tokenizer, which skip_tokenizer_init leaves out")
         found: list[Any] = list(messages) if isinstance(messages, list | tuple) else [messages]
@@ -258,13 +266,89 @@ class Engine:
         body = Parser(ScoreBody).convert(_listed(values))
 
         async def run() -> list[list[float]]:
-            call = await self._client.submit(score_request(body))
-            try:
-                async for _ in call:
-                    pass
-            finally:
-                call.cancel()
-            return scores(body, call.outputs)
+            return scores(body, await self._outputs(score_request(body)))
+
+        return self._door.run(run())
+
+    async def _outputs(self, request: GenerateRequest) -> list[Continuation]:
+        call = await self._client.submit(request)
+        try:
+            async for _ in call:
+                pass
+        finally:
+            call.cancel()
+        return call.outputs
+
+    # models that do not generate
+
+    def encode(
+        self, prompt: str | list[str] | None = None, input_ids: Any = None, **fields: Any
+    ) -> Answer | list[Answer]:
+        """What the model makes of a text, or of each of several: a vector, or raw scores; as `/encode`.
+
+        Gives `embedding` and `meta_info`. Fields: `dimensions`, `normalize`, `truncate_prompt_tokens`.
+
+        Raises:
+            BadRequest: the model generates, a text is too long, or a field is wrong.
+        """
+        self._door.check()
+        body = Parser(EncodeBody).convert(_listed({"text": prompt, "input_ids": input_ids, **fields}))
+        if (body.text is None) == (body.input_ids is None):
+            raise BadRequest("either a prompt or input_ids is needed", param="text")
+        given = body.text if body.text is not None else body.input_ids
+
+        async def run() -> list[Answer]:
+            pool = Pool(self._client, self._outputs)
+            found = await pool.raw(texts_of(given, "text"), reading_of(body, "text"))
+            values = found.values
+            if pool.pooling.task == "embed":
+                values = finished(values, pool.pooling, body.dimensions, body.normalize)
+            answers = [write.encoded(one, output) for one, output in zip(values, found.outputs, strict=True)]
+            return [msgspec.to_builtins(answer) for answer in answers]
+
+        answers = self._door.run(run())
+        single = isinstance(given, str) or (isinstance(given, list) and bool(given) and isinstance(given[0], int))
+        return answers[0] if single else answers
+
+    def embed(self, texts: str | Sequence[str], **fields: Any) -> list[list[float]]:
+        """A vector for each text, as `/v1/embeddings`; fields as there: `dimensions`, `prompt_name`, ..."""
+        self._door.check()
+        body = Parser(EmbeddingsBody).convert(_listed({"input": texts, **fields}))
+
+        async def run() -> list[list[float]]:
+            found = await Pool(self._client, self._outputs).embeddings(texts_of(body.input, "input"), body)
+            return [vector.tolist() for vector in found.values]
+
+        return self._door.run(run())
+
+    def score_pairs(
+        self, text_1: str | Sequence[str], text_2: str | Sequence[str], truncate_prompt_tokens: int | None = None
+    ) -> list[float]:
+        """How well texts fit together: one with each of several, or one by one; as `/v1/score` with the same fields."""
+        self._door.check()
+        first, second = ([text] if isinstance(text, str) else list(text) for text in (text_1, text_2))
+
+        async def run() -> list[float]:
+            reading = Reading(truncate_prompt_tokens, param="text_2")
+            found = await Pool(self._client, self._outputs).pairs(first, second, reading)
+            return [float(value[0]) for value in found.values]
+
+        return self._door.run(run())
+
+    def classify(self, texts: str | Sequence[str], use_activation: bool | None = None) -> list[Answer]:
+        """`label` and `probs` of each text, as `/classify`."""
+        self._door.check()
+
+        async def run() -> list[Answer]:
+            pool = Pool(self._client, self._outputs)
+            pool.must_be("classify", "score", "tokens")
+            asked = [texts] if isinstance(texts, str) else list(texts)
+            found = await pool.raw(asked, Reading())
+            labels, many = pool.pooling.labels, found.values
+            return [
+                msgspec.to_builtins(write.classes(at, activated(one, pool.pooling, use_activation), labels))
+                for at, one in enumerate(many)
+            ]
 
         return self._door.run(run())
 
@@ -314,6 +398,27 @@ class Engine:
 
     def continue_generation(self) -> None:
         self._check(self._door.run(self._client.control("resume")))
+
+    def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> dict[str, str]:
+        """Load an adapter from a PEFT folder, or a new version of one: `lora_path=lora_name` of `generate`. Gives the
+        folders of all by name.
+
+        Raises:
+            PhloemError: the folder holds no adapter for this model; the text names what is wrong.
+        """
+        reply = self._door.run(self._client.load_adapter(lora_name, lora_path, pinned))
+        self._check(reply)
+        return reply.data["loaded"]
+
+    def unload_lora_adapter(self, lora_name: str) -> dict[str, str]:
+        """Forget an adapter; requests that have begun with it end with it. Gives the folders of the rest by name.
+
+        Raises:
+            PhloemError: there is no such adapter.
+        """
+        reply = self._door.run(self._client.unload_adapter(lora_name))
+        self._check(reply)
+        return reply.data["loaded"]
 
     def get_weights_by_name(self, name: str, truncate_size: int = 100) -> list[Any]:
         """The first rows of the weight that the checkpoint calls `name`, as numbers. Read between two steps.
@@ -404,6 +509,24 @@ class LLM:
         several: Any = [messages] if isinstance(messages[0], dict) else messages
         ids = [self.engine.encode_chat(talk) for talk in several]
         return _by_prompt(self.engine.generate(input_ids=ids, sampling_params=sampling_params), len(ids))
+
+    def embed(self, texts: str | Sequence[str], **fields: Any) -> list[list[float]]:
+        """A vector for each text. Fields are those of `/v1/embeddings`."""
+        return self.engine.embed(texts, **fields)
+
+    def score(self, text_1: str | Sequence[str], text_2: str | Sequence[str]) -> list[float]:
+        """A score for each pair: one text with each of several, or as many with as many."""
+        return self.engine.score_pairs(text_1, text_2)
+
+    def rerank(self, query: str, documents: Sequence[str], top_n: int | None = None) -> list[dict[str, Any]]:
+        """`index`, `relevance_score` and `document` of the documents, the best first; `top_n`: so many of them."""
+        scores = self.engine.score_pairs(query, list(documents))
+        order = sorted(range(len(scores)), key=lambda at: -scores[at])[: top_n or None]
+        return [{"index": at, "relevance_score": scores[at], "document": documents[at]} for at in order]
+
+    def classify(self, texts: str | Sequence[str]) -> list[dict[str, Any]]:
+        """`label` and `probs` of each text."""
+        return self.engine.classify(texts)
 
     def shutdown(self) -> None:
         self.engine.shutdown()

@@ -154,7 +154,7 @@ def test_shards_without_index(tmp_path: Path) -> None:
         ({"num_hidden_layers": None}, "config.json: num_hidden_layers is None"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"num_attention_heads": 6, "num_key_value_heads": 6}, "hidden_size 32 is not a multiple"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config 'awq' is not supported"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config 'hqq' is not supported"),
     ],
 )
 def test_bad_config(tmp_path: Path, config: dict[str, Any], said: str) -> None:

@@ -139,7 +139,7 @@ def test_a_second_turn_hits_what_the_first_generated(engine: Engine) -> None:
         ({"prompt": None, "input_ids": [10**6]}, "token id"),
         ({"prompt": None, "input_ids": [-3]}, "token id"),
         ({"prompt": None, "input_ids": [5] * 5000}, "context"),
-        ({"lora_path": "x"}, "not supported yet: lora_path"),
+        ({"lora_path": "x"}, "lora_path: adapters are served with --enable-lora"),
     ],
 )
 def test_bad_input_names_the_field_and_harms_nobody(engine: Engine, fields: dict[str, Any], text: str) -> None:

@@ -133,6 +133,7 @@ def test_shapes_cover_each_small_size_and_the_largest() -> None:
     assert step_shapes(1, 1, 10) == [(1, 1)] and max(tokens for tokens, _ in step_shapes(4, 64, 20)) <= 64
 
 
+@pytest.mark.slow  # ten kernels and more, compiled
 def test_the_process_compiles_for_a_device_that_is_not_here_and_the_cache_outlives_it(tmp_path: Path) -> None:
     small = plan_of(cache=tmp_path, running=2, chunk=16)
     service = Service("phloem.engine.ahead", ahead.msgspec.to_builtins(small))

@@ -115,7 +115,9 @@ def test_what_a_recorded_step_cannot_have() -> None:
     assert not seen.recordable
     assert seen.inputs.embeds is not None and seen.inputs.embeds[0].tolist() == [2, 3, 6]
     assert seen.inputs.embeds[1].tolist() == [[1.0] * 8, [1.0] * 8, [0.0] * 8]
-    assert seen.inputs.adapters is not None and seen.inputs.adapters.tolist() == [2, 0, 0, 0, 0, 0, 1, 1]
+    assert seen.inputs.adapters is not None
+    each, kept = seen.inputs.adapters
+    assert each.tolist() == [2, 0, 0, 0, 0, 0, 1, 1] and kept.tolist() == each[seen.inputs.logit_index].tolist()
     turned = step_of(make_batch(positions=np.arange(24).reshape(3, 8)))
     assert not turned.recordable and turned.inputs.positions.shape == (3, 8)
     moved = step_of(make_batch(positions=np.arange(8) + 3))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stepping import HOST, Bomb, LateCopies, bits
+from stepping import HOST, PLACES, Bomb, LateCopies, bits
 from stepping import pool_of as memory_for
 
 from phloem.attention import BACKENDS
@@ -17,11 +17,7 @@ from phloem.checkpoint.describe import describe
 from phloem.core.late import Prepared
 from phloem.core.messages import Submit, Tokens, pack_ids
 from phloem.core.request import SamplingParams
-from phloem.engine import choose as choose_file
 from phloem.engine import forward as forward_file
-from phloem.engine import runner as runner_file
-from phloem.engine.masks import Masks
-from phloem.engine.penalties import Penalties
 from phloem.engine.runner import ModelRunner
 from phloem.kernels.ops import Ops
 from phloem.kvcache.manager import CacheManager
@@ -129,18 +125,6 @@ def serve(model: Model, late: bool = False, overlap: bool = True) -> Serving:
     for index, request in enumerate(REQUESTS):
         serving.submit(index, request)
     return serving.run()
-
-
-PLACES = {
-    "forward": (forward_file, "run_forward"),
-    "sampling": (choose_file, "sample"),
-    "logprobs": (choose_file, "position_logprobs"),
-    "mask": (Masks, "_fill"),
-    "masking": (Masks, "apply_"),
-    "penalties": (Penalties, "apply_"),
-    "admission": (Penalties, "__init__"),
-    "landing": (runner_file, "give_out"),
-}
 
 
 @pytest.fixture(scope="module")

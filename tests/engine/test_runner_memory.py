@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stepping import HOST, Bomb, LateCopies, Row, Stepper, bits, pool_of, runner_of
+from stepping import HOST, PLACES, Bomb, LateCopies, Row, Stepper, bits, pool_of, runner_of
 
 from phloem.attention import BACKENDS
 from phloem.checkpoint.describe import describe
@@ -20,10 +20,7 @@ from phloem.core.errors import OutOfMemory
 from phloem.core.request import SamplingParams
 from phloem.engine import choose as choose_file
 from phloem.engine import forward as forward_file
-from phloem.engine import runner as runner_file
-from phloem.engine.masks import Masks
 from phloem.engine.memory import first_line, is_out_of_memory
-from phloem.engine.penalties import Penalties
 from phloem.engine.recorded.decode import DecodeGraphs
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
@@ -82,18 +79,6 @@ def serve(model: Model, streams: Any = None, verify: bool = False) -> dict[str, 
     runner.close()
     found: dict[str, Any] = {f"r{index}": row.tokens[:12] for index, row in enumerate(rows)}
     return found | {"freed": freed, "oom": stepper.starved, "logprobs": [one.token for one in rows[3].logprobs[:12]]}
-
-
-PLACES = {
-    "forward": (forward_file, "run_forward"),
-    "sampling": (choose_file, "sample"),
-    "logprobs": (choose_file, "logprob_tensors"),
-    "mask": (Masks, "_fill"),
-    "masking": (Masks, "apply_"),
-    "penalties": (Penalties, "apply_"),
-    "admission": (Penalties, "__init__"),
-    "landing": (runner_file, "give_out"),
-}
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,9 @@ def test_choosing_a_gpu_that_is_not_here_is_a_clear_error() -> None:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.cuda as on a Hopper machine, as far as the platform asks."""
-    props = types.SimpleNamespace(name="NVIDIA H200", total_memory=141 * 2**30, major=9, minor=0)
+    props = types.SimpleNamespace(
+        name="NVIDIA H200", total_memory=141 * 2**30, major=9, minor=0, multi_processor_count=132
+    )
     for name, value in {
         "is_available": lambda: True,
         "current_device": lambda: 0,

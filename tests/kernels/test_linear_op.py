@@ -51,10 +51,14 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def adapters(rows: int) -> Adapters:
-    """Two adapters of rank 4: the first row has the second, the next none, and the others the first."""
-    start = torch.tensor([0, 1, min(2, rows), rows]).int()
-    index = torch.tensor([1, -1, 0]).int()
-    return Adapters(random(2, 4, N, seed=7) / 7, random(2, M, 4, seed=8), torch.tensor([0.5, 2.0]), start, index)
+    """Adapters of a layer of two parts: the first row has the second, of rank 6, with a factor and a shift; the next
+    none; and the others the first, of rank 4."""
+    index = torch.tensor([2, 0, *[1] * rows][:rows]).int()
+    facts = torch.tensor([[0, 0], [4, 0], [6, 1]]).int()
+    down, up = random(3, 2, 8, N, seed=7) / 7, random(3, 8, M, seed=8)
+    down[1, :, 4:], up[1, 4:], down[2, :, 6:], up[2, 6:] = 0, 0, 0, 0
+    factor, shift = random(3, M, seed=9).abs() + 0.5, random(3, M, seed=10)
+    return Adapters(index, facts, down, up, factor, shift, torch.tensor([M // 2, M]))
 
 
 def plainly(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **given: Any) -> torch.Tensor:
@@ -65,11 +69,13 @@ def plainly(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **
     out = F.linear(x, weight, bias)
     if given["adapter"] is not None:
         low = given["adapter"]
-        for row in range(len(x)):
-            segment = int((low.start[1:] <= row).sum())
-            which = int(low.index[segment])
-            if which >= 0:
-                out[row] += low.scale[which] * (low.up[which] @ (low.down[which] @ x[row]))
+        for row, which in enumerate(low.index.tolist()):
+            if which:
+                first, second = (low.down[which, part] @ x[row] for part in (0, 1))
+                out[row, : M // 2] += first @ low.up[which, :, : M // 2]
+                out[row, M // 2 :] += second @ low.up[which, :, M // 2 :]
+            if which == 2:
+                out[row] = low.factor[which] * out[row] + low.shift[which]
     if given["gate"]:
         gate, up = out.chunk(2, -1)
         out = (F.silu(gate) if given["gate"] == "silu" else F.gelu(gate, approximate="tanh")) * up

@@ -159,7 +159,7 @@ def test_scales_for_another_type_are_not_used(tmp_path: Path, caplog: pytest.Log
     assert not built.runner.pool.scales and "type int8" in caplog.records[0].getMessage()
 
 
-def test_quantised_weights_are_still_refused(tmp_path: Path) -> None:
-    scheme = {**PACKED, "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}
-    with pytest.raises(ModelLoadError, match="'compressed-tensors' is not supported"):
+def test_weights_in_a_format_that_is_not_read_are_still_refused(tmp_path: Path) -> None:
+    scheme = {**PACKED, "quant_method": "quark", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}
+    with pytest.raises(ModelLoadError, match="'quark' is not supported"):
         describe(str(with_scales(tmp_path, "?_scale", scheme=scheme)))

@@ -188,7 +188,7 @@ class ByRow(Source):
     scale: Source | None = None
 
     @staticmethod
-    def join(name: str, parts: Any) -> Source:
+    def join(name: str, parts: Any, shape: tuple[int, ...]) -> Source:
         return ByRow(name, parts["weight"].shape, weight=parts["weight"], scale=parts["scale"])
 
     def take(self, index: Any, dtype: torch.dtype) -> torch.Tensor:

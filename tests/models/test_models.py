@@ -14,10 +14,10 @@ from model_support import PROMPT, Engine, check_modes, close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phloem.checkpoint.families import FAMILIES, family
-from phloem.core.memory import Latent
+from phloem.core.memory import Latent, Paged, State
 from phloem.kernels.ops import Ops
 from phloem.layers.context import ForwardBatch, memory_of
-from phloem.testing.checkpoints import families, tiny_checkpoint
+from phloem.testing.checkpoints import encoders, families, tiny_checkpoint
 
 LLAMA_NAMES = [f"llama-{name}" for name in family("llama").variants]
 VARIANTS = [f"{name}-{variant}" for name in families() for variant in family(name).variants]
@@ -38,7 +38,7 @@ ROPES = {
 def test_every_family_says_how_a_tiny_one_is_made() -> None:
     """But for those that are another one under a new name."""
     aliases = {name for name in FAMILIES.names() if FAMILIES.get(name).__module__ != f"phloem.models.{name}"}
-    assert set(families()) | aliases == set(FAMILIES.names())
+    assert set(families()) | set(encoders()) | aliases == set(FAMILIES.names())
     assert not aliases & set(families())
 
 
@@ -65,6 +65,10 @@ def test_memory_is_what_attention_layers_keep(made: Any, name: str) -> None:
     if isinstance(model.memory[0], Latent):
         assert model.memory == [layer.mixer.memory for layer in model.layers]
         assert not model.attention_specs
+    elif any(isinstance(spec, State) for spec in model.memory):
+        paged = [spec for spec in model.memory if isinstance(spec, Paged)]
+        assert len(paged) == len(model.attention_specs)
+        assert [model.memory[spec.pool] for spec in model.attention_specs] == paged
     else:
         assert model.memory == memory_of(model.attention_specs)
 

@@ -66,3 +66,29 @@ def test_native_layer_of_odd_width() -> None:
     want = x @ source.dense(torch.float32).T
     assert (table.linear(x, packed)[0] - want).norm() < 1e-2 * want.norm()
     assert torch.equal(packed.dense(), source.dense(torch.float32))
+
+
+def test_float8_has_a_scale_for_each_output() -> None:
+    source = weight(48, 100)
+    source.values[7] *= 1000
+    got = METHODS.get("fp8").wrap(source)
+    error = (got.dense(torch.float32) - source.values).norm(dim=1) / source.values.norm(dim=1)
+    assert got.kind == "dense" and (error < 0.04).all() and (error > 0.005).all()
+
+
+@pytest.mark.parametrize("columns", [64, 100])
+def test_mxfp4_is_kept_in_five_bits_exactly(columns: int) -> None:
+    got = METHODS.get("mxfp4").wrap(weight(48, columns))
+    dense = got.dense(torch.float32)
+    if columns % 32:
+        assert got.kind == "dense"
+    else:
+        read = gguf.quants.dequantize(got.raw(), gguf.GGMLQuantizationType["Q5_0"])
+        assert got.kind == "Q5_0" and np.array_equal(read, dense.numpy())
+
+
+def test_mxfp4_leaves_small_numbers_and_zeros_alone() -> None:
+    values = torch.zeros(2, 64)
+    values[0, :4] = torch.tensor([6.0, -3.0, 0.5, 0.24])
+    got = METHODS.get("mxfp4").wrap(Source.dense_of(values)).dense(torch.float32)
+    assert got[0, :4].tolist() == [6.0, -3.0, 0.5, 0.0] and not got[1].any()

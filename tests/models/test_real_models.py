@@ -48,7 +48,7 @@ class Real:
         ids = torch.tensor([prompt + output[:-1]])
         with torch.inference_mode():
             logits_TV = self.theirs(input_ids=ids, logits_to_keep=len(output)).logits[0]
-        logits_TV[:, list(never)] = float("-inf")
+            logits_TV[:, list(never)] = float("-inf")
         return logits_TV.argmax(-1).tolist()
 
 
@@ -70,12 +70,6 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         path.parent, gguf_file=path.name, quantization_config=quant, dtype=torch.float32
     )
     yield Real(path, theirs.eval())
-
-
-@pytest.fixture(autouse=True)
-def two_threads(one_thread: None) -> None:
-    """These tensors are not tiny."""
-    torch.set_num_threads(2)
 
 
 def test_greedy_output_equals_that_of_transformers(real: Real) -> None:

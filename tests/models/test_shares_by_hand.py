@@ -93,7 +93,7 @@ class Joined(Source):
         return (values * indexed(self.parts["scales"].take(rows, torch.float32), None)[:, None]).to(dtype)
 
 
-def join(name: str, parts: Any) -> Source:
+def join(name: str, parts: Any, shape: tuple[int, ...]) -> Source:
     made = Joined(name, parts["integers"].shape)
     made.parts = dict(parts)
     return made

@@ -12,9 +12,6 @@ import pytest
 from door import MODEL, Served, make_info, served
 from pydantic import BaseModel
 
-from phloem.core.messages import unpack_ids
-from phloem.testing.byte_tokenizer import ByteTokenizer
-
 INFO = make_info(
     features=frozenset({"tools", "reasoning", "grammar"}),
     tool_parser="hermes",
@@ -51,11 +48,6 @@ def server() -> Iterator[Served]:
 def client(server: Served) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=server.url + "/v1", api_key="key", max_retries=0) as made:
         yield made
-
-
-def prompt_of(server: Served) -> str:
-    ids = unpack_ids(server.engine.submits[-1].input_ids).tolist()
-    return ByteTokenizer().decode(ids, skip_special_tokens=False)
 
 
 def schema_of(server: Served) -> dict[str, Any]:
@@ -100,7 +92,7 @@ def test_openai_tools_in_a_stream_and_back(client: openai.OpenAI, server: Served
     turns: Any = [*PROMPT, message, {"role": "tool", "tool_call_id": call.id, "content": "sun"}]
     answer = client.chat.completions.create(model=MODEL, messages=turns, tools=[tool])
     assert answer.choices[0].message.content == "Sunny."
-    assert prompt_of(server).endswith("<assistant>Looking.<end><tool>sun<end><assistant>")
+    assert server.prompt().endswith("<assistant>Looking.<end><tool>sun<end><assistant>")
 
 
 def test_openai_responses(client: openai.OpenAI, server: Served) -> None:
@@ -115,7 +107,7 @@ def test_openai_responses(client: openai.OpenAI, server: Served) -> None:
     given: Any = [{"type": "function_call_output", "call_id": call.call_id, "output": "sun"}]
     second = client.responses.create(model=MODEL, input=given, previous_response_id=first.id, tools=[tool])
     assert second.output_text == "Sunny."
-    assert prompt_of(server).endswith("<user>hi<end><assistant>Looking.<end><tool>sun<end><assistant>")
+    assert server.prompt().endswith("<user>hi<end><assistant>Looking.<end><tool>sun<end><assistant>")
     everything: Any = [*PROMPT, *first.output, *given]
     echoed = client.responses.create(model=MODEL, input=everything, tools=[tool])
     assert echoed.output_text == "Sunny."
@@ -209,7 +201,7 @@ def test_anthropic_tools_there_and_back(anthropic_client: Any, server: Served) -
     turns = [*PROMPT, {"role": "assistant", "content": first.content}, {"role": "user", "content": [result]}]
     second = anthropic_client.messages.create(model=MODEL, max_tokens=300, messages=turns, tools=tools)
     assert second.content[0].text == "Sunny."
-    assert prompt_of(server).endswith("<assistant>Looking.<end><tool>sun<end><assistant>")
+    assert server.prompt().endswith("<assistant>Looking.<end><tool>sun<end><assistant>")
 
 
 def test_anthropic_streams(anthropic_client: Any, server: Served) -> None:
@@ -252,7 +244,7 @@ def test_langchain_chat_and_streams(server: Served) -> None:
     server.engine.text = "Hello."
     answer = model.invoke([("system", "Be short."), ("human", "hi")])
     assert answer.content == "Hello." and answer.usage_metadata["output_tokens"] == 7
-    assert prompt_of(server) == "<bos><system>Be short.<end><user>hi<end><assistant>"
+    assert server.prompt() == "<bos><system>Be short.<end><user>hi<end><assistant>"
     chunks = list(model.stream("hi"))
     assert "".join(chunk.content for chunk in chunks) == "Hello."
     assert [chunk for chunk in chunks if chunk.usage_metadata][-1].usage_metadata["output_tokens"] == 7

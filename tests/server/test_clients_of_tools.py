@@ -12,9 +12,6 @@ import pytest
 from door import MODEL, Served, make_info, served
 from pydantic import BaseModel
 
-from phloem.core.messages import unpack_ids
-from phloem.testing.byte_tokenizer import ByteTokenizer
-
 INFO = make_info(
     features=frozenset({"tools", "reasoning", "grammar"}),
     tool_parser="hermes",
@@ -46,11 +43,6 @@ def server() -> Iterator[Served]:
 def client(server: Served) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=server.url + "/v1", api_key="key", max_retries=0) as made:
         yield made
-
-
-def prompt_of(server: Served) -> str:
-    ids = unpack_ids(server.engine.submits[-1].input_ids).tolist()
-    return ByteTokenizer().decode(ids, skip_special_tokens=False)
 
 
 @pytest.mark.parametrize("calls", [False, True])
@@ -94,7 +86,7 @@ def test_openai_functions_there_and_back(client: openai.OpenAI, server: Served) 
     server.engine.text = "Sunny."
     turns: Any = [*PROMPT, first.choices[0].message, {"role": "function", "name": "weather", "content": "sun"}]
     second = client.chat.completions.create(model=MODEL, messages=turns, functions=functions)
-    assert second.choices[0].message.content == "Sunny." and "sun" in prompt_of(server)
+    assert second.choices[0].message.content == "Sunny." and "sun" in server.prompt()
 
 
 def test_openai_counts_input_tokens(client: openai.OpenAI, server: Served) -> None:
@@ -124,7 +116,7 @@ def test_anthropics_runner_of_tools(server: Served, stream: bool) -> None:
         answers = [answer.get_final_message() if stream else answer for answer in runner]
     assert asked == ["Rom"] and [answer.stop_reason for answer in answers] == ["tool_use", "end_turn"]
     assert answers[-1].content[0].text == "Sunny."
-    prompt = prompt_of(server)
+    prompt = server.prompt()
     assert all(part in prompt for part in ("Be short.", "hi", "<tool_response>\nsun", "Tells the weather"))
 
 

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from phloem.client.client import EngineClient
 from phloem.client.info import ModelInfo
 from phloem.core.config import Config
+from phloem.core.messages import unpack_ids
 from phloem.server.app import create_app
 from phloem.server.serve import run, serve
 from phloem.testing.byte_tokenizer import ByteTemplate, ByteTokenizer
@@ -104,6 +105,11 @@ class Served:
     client: EngineClient
     loop: asyncio.AbstractEventLoop
     end: asyncio.Event
+
+    def prompt(self) -> str:
+        """What the last request asked the model."""
+        ids = unpack_ids(self.engine.submits[-1].input_ids).tolist()
+        return ByteTokenizer().decode(ids, skip_special_tokens=False)
 
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self.end.set)

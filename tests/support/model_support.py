@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pools import pool_for
 
-from phloem.attention import BACKENDS, begin
+from phloem.attention import BACKENDS, StateRows, begin
 from phloem.checkpoint.describe import describe
 from phloem.core.memory import Group
 from phloem.kernels.ops import Ops, PagedBatch
@@ -40,6 +40,7 @@ class Engine:
         self.pool = pool_for(self.model.memory, 256, PAGE, kept, CPU)
         self.attention = BACKENDS.module("cpu").Backend(self.ops, self.model.attention_specs, CPU, kept)
         self.free = list(range(1, 256))
+        self.states: dict[tuple[int, int], int] = {}  # by a text's first page and its length; 0 is scratch
 
     def pages(self, tokens: int) -> list[int]:
         """In falling order and with holes, so that nobody can mistake a page number for a position."""
@@ -64,6 +65,8 @@ class Engine:
                 max_query_len=max(len(tokens) for tokens, _, _ in rows),
                 max_seq_len=max(lengths),
             )
+            if group.kind == "pages"
+            else self.state_rows(rows, starts)
             for group in self.pool.groups
         ]
         index = None if every else torch.tensor(starts[1:]) - 1
@@ -72,6 +75,23 @@ class Engine:
         )
         with torch.inference_mode():
             return self.model.head(self.model.forward(step))
+
+    def state_rows(self, rows: list[tuple[list[int], list[int], int]], starts: list[int]) -> StateRows:
+        """States stay as they are, one for each length that a text has had."""
+        begins = [(pages[0], prefix) for _, pages, prefix in rows]
+        ends = [(pages[0], prefix + len(tokens)) for tokens, pages, prefix in rows]
+        reads = [self.states[begin] if begin[1] else 0 for begin in begins]
+        for end in ends:
+            self.states.setdefault(end, len(self.states) + 1)
+        prefixes = [prefix for _, _, prefix in rows]
+        return StateRows(
+            reads=torch.tensor(reads),
+            writes=torch.tensor([self.states[end] for end in ends]),
+            fresh=torch.tensor([prefix == 0 for prefix in prefixes]),
+            query_start=torch.tensor(starts, dtype=torch.int32),
+            prefix_lens=torch.tensor(prefixes, dtype=torch.int32),
+            max_query_len=max(len(tokens) for tokens, _, _ in rows),
+        )
 
     def table(self, rows: list[tuple[list[int], list[int], int]], group: Group) -> torch.Tensor:
         """A group's page table: pages that lie wholly behind its window have been given back."""
@@ -112,7 +132,8 @@ def reference(path: Path, tokens: list[int]) -> torch.Tensor:
     cap = config.get("attn_logit_softcapping") if config["model_type"].startswith("gemma3") else None
     model = loader.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.inference_mode():
-        return model(input_ids=torch.tensor([tokens]), **({"softcap": cap} if cap else {})).logits[0]
+        options = {"softcap": cap} if cap else {}
+        return model(input_ids=torch.tensor([tokens]), use_cache=False, **options).logits[0]
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -129,7 +150,9 @@ def check_modes(path: Path, theirs: torch.Tensor, **options: Any) -> None:
     close(engine.whole(PROMPT), theirs)
 
     pages = engine.pages(count)
-    chunks = [engine.step([(PROMPT[a:b], pages, a)], every=True) for a, b in ((0, 5), (5, 6), (6, 17), (17, 20))]
+    chunks = [
+        engine.step([(PROMPT[a:b], pages, a)], every=True) for a, b in ((0, 3), (3, 8), (8, 9), (9, 17), (17, 20))
+    ]
     close(torch.cat(chunks), theirs[:20])
     decoded = [engine.step([(PROMPT[at : at + 1], pages, at)]) for at in range(20, count)]
     close(torch.cat(decoded), theirs[20:])

@@ -14,6 +14,11 @@ from phloem.core.batch import Admission, Batch, Follower, PositionLogprobs, Step
 from phloem.core.errors import OutOfMemory
 from phloem.core.memory import groups_of
 from phloem.core.request import SamplingParams
+from phloem.engine import choose as choose_file
+from phloem.engine import forward as forward_file
+from phloem.engine import runner as runner_file
+from phloem.engine.masks import Masks
+from phloem.engine.penalties import Penalties
 from phloem.engine.runner import ModelRunner
 from phloem.engine.transfer import plain_into
 from phloem.kernels.ops import Ops
@@ -170,6 +175,19 @@ class LateCopies:
             def synchronize(self) -> None: ...
 
         return Arriving([tensor.clone() for tensor in tensors], Event())
+
+
+# Where a step may find no memory: the owner of a function, and the function's name.
+PLACES = {
+    "forward": (forward_file, "run_forward"),
+    "sampling": (choose_file, "sample"),
+    "logprobs": (choose_file, "logprob_tensors"),
+    "mask": (Masks, "_fill"),
+    "masking": (Masks, "apply_"),
+    "penalties": (Penalties, "apply_"),
+    "admission": (Penalties, "__init__"),
+    "landing": (runner_file, "give_out"),
+}
 
 
 class Bomb:

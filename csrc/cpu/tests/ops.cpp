@@ -50,6 +50,36 @@ PHL_TEST(elementwise) {
   }
 }
 
+PHL_TEST(adapters) {
+  // Three parts, an adapter of rank 5 of at most 6, one with a factor, runs of tokens that share one.
+  const vector<int32_t> index{1, 1, 1, 1, 1, 0, 2, 1, 2, 2, 2}, facts{0, 0, 5, 0, 6, 1};
+  for (int64_t n : kSizes) {
+    for (int64_t half : {0, 1}) {
+      const int64_t rows = int64_t(index.size()), parts = 3, most = 6, m = 2 * n + 5;
+      const vector<int64_t> ends{n, n + 2, m};
+      const vector<float> x = floats(rows * n), y = floats(rows * m), factor = floats(3 * m), shift = floats(3 * m);
+      const vector<float> down = floats(3 * parts * most * n), up = floats(3 * most * m);
+      vector<uint16_t> down16(down.size()), up16(up.size());
+      const auto round = [](const vector<float>& from, vector<uint16_t>& to) {
+        for (size_t i = 0; i < from.size(); ++i) {
+          uint32_t bits;
+          std::memcpy(&bits, &from[i], 4);
+          to[i] = uint16_t(bits >> 16);
+        }
+      };
+      round(down, down16), round(up, up16);
+      compare(level, 1e-4f, "add_adapters", [&](int at) {
+        vector<float> out = y, small(size_t(rows * parts * most));
+        const void* d = half ? static_cast<const void*>(down16.data()) : down.data();
+        const void* u = half ? static_cast<const void*>(up16.data()) : up.data();
+        run(at, "add_adapters", x.data(), index.data(), facts.data(), d, u, factor.data(), shift.data(), ends.data(),
+            small.data(), out.data(), rows, n, m, parts, most, n, m, half);
+        return out;
+      });
+    }
+  }
+}
+
 PHL_TEST(norms) {
   for (int64_t rows : {1, 5, 50}) {
     for (int64_t n : kSizes) {

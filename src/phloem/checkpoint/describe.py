@@ -21,7 +21,9 @@ from phloem.checkpoint.families import FAMILIES, family
 from phloem.checkpoint.gguf_config import translate_metadata
 from phloem.checkpoint.gguf_parts import first_part, model_name, models_among
 from phloem.checkpoint.gguf_reader import GGUFFile
-from phloem.checkpoint.kv_scheme import kv_scheme, only_kv
+from phloem.checkpoint.kv_scheme import kv_scheme
+from phloem.checkpoint.pooling import Pooling, pooling_of
+from phloem.checkpoint.quant_config import StoredFormat, quantization_said, stored_format
 from phloem.checkpoint.spelling import one_spelling, text_part
 from phloem.core.errors import ModelLoadError
 from phloem.utils import log
@@ -52,12 +54,14 @@ class Checkpoint:
     architectures: tuple[str, ...]
     files: tuple[Path, ...] = field(default=())  # the safetensors files, all of them present and well-formed
     kv_scheme: str | None = None  # the type of KV cache that it brings scales for
+    pooling: Pooling | None = None  # of a model that does not generate
+    stored: StoredFormat | None = None  # the quantised format of its matrices; None: plain, or GGUF's own
 
     @property
     def quantised(self) -> bool:
         """Whether its matrices, or most of them, are stored in 8 bits or fewer."""
         if self.gguf is None:
-            return False
+            return self.stored is not None
         sizes = [
             (info.kind not in ("F32", "F16", "BF16"), math.prod(info.shape)) for info in self.gguf.tensors.values()
         ]
@@ -65,7 +69,11 @@ class Checkpoint:
 
 
 def describe(
-    model_path: str, load_format: str = "auto", revision: str | None = None, tokenizer_path: str | None = None
+    model_path: str,
+    load_format: str = "auto",
+    revision: str | None = None,
+    tokenizer_path: str | None = None,
+    task: str = "auto",
 ) -> Checkpoint:
     """Find and check a checkpoint; no tensor data is read.
 
@@ -74,8 +82,10 @@ def describe(
         load_format: "auto", "safetensors", "gguf" or "dummy".
         revision: branch, tag or commit of a hub id.
         tokenizer_path: a directory or file with the tokenizer; default: the checkpoint's own.
+        task: what the model is for; "auto": what its architecture and its folder say.
 
     Raises:
+        ConfigError: the model cannot serve the task.
         ModelLoadError: naming the file and what is wrong with it.
     """
     path, name = _locate(model_path, load_format, revision)
@@ -85,6 +95,8 @@ def describe(
         raise ModelLoadError(f"{path}: load_format is gguf, but this is not a .gguf file")
     else:
         found = _describe_directory(path, name, load_format)
+    pooling, most = pooling_of(found, task)
+    found = replace(found, pooling=pooling, context_length=most)
     if tokenizer_path is None:
         return found
     tokenizer = Path(tokenizer_path).expanduser()
@@ -209,17 +221,18 @@ def _describe_directory(path: Path, name: str, load_format: str) -> Checkpoint:
     config = _text_config(whole, config_path)
     model_type = config["model_type"]
     _check_numbers(config, config_path)
-    quantization = _quantization(whole, config_path, load_format)
+    said = quantization_said(whole, config_path)
+    stored = stored_format(said) if load_format != "dummy" else None
     generation_path = folder / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.exists() else {}
     files = () if load_format == "dummy" else tuple(_weight_files(folder))
     inner = "text_config." if isinstance(whole.get("text_config"), dict) else ""
-    said = {
+    ends = {
         f"{generation_path}: eos_token_id": generation.get("eos_token_id"),
         f"{config_path}: {inner}eos_token_id": config.get("eos_token_id"),
     }
-    said.setdefault(f"{config_path}: eos_token_id", whole.get("eos_token_id"))
-    eos = _ends(said, config["vocab_size"])
+    ends.setdefault(f"{config_path}: eos_token_id", whole.get("eos_token_id"))
+    eos = _ends(ends, config["vocab_size"])
     found = Checkpoint(
         path=folder,
         format="dummy" if load_format == "dummy" else "safetensors",
@@ -231,7 +244,8 @@ def _describe_directory(path: Path, name: str, load_format: str) -> Checkpoint:
         vocab_size=config["vocab_size"],
         tokenizer_path=folder,
         gguf=None,
-        kv_scheme=kv_scheme(quantization),
+        kv_scheme=kv_scheme(said[0] if said else None),
+        stored=stored,
         name=name,
         architectures=tuple(whole.get("architectures") or ()),
         files=files,
@@ -239,35 +253,12 @@ def _describe_directory(path: Path, name: str, load_format: str) -> Checkpoint:
     return replace(found, eos_ids=_with_ends(found, tokenizer_end(folder)))
 
 
-def _quantization(whole: dict[str, Any], path: Path, load_format: str) -> dict[str, Any] | None:
-    """What is said of the weights' format, wherever it is said. Raises ModelLoadError for a format that no layer here
-    reads."""
-    text = whole.get("text_config")
-    inner = cast("dict[str, Any]", text) if isinstance(text, dict) else {}
-    for source in (whole, inner):
-        for key in ("quantization_config", "compression_config"):
-            if source.get(key):
-                _check_quantization(source[key], f"{path}: {key}", load_format)
-                return source[key]
-    modelopt = path.parent / "hf_quant_config.json"
-    quantization = _read_json(modelopt).get("quantization") if modelopt.exists() else None
-    if quantization:
-        _check_quantization({**quantization, "quant_method": "modelopt"}, f"{modelopt}: quantization", load_format)
-    return quantization
-
-
-def _check_quantization(quantization: dict[str, Any], where: str, load_format: str) -> None:
-    method, algo = quantization.get("quant_method", "unknown"), quantization.get("quant_algo")
-    plain = method == "modelopt" and not algo and not quantization.get("quantized_layers")
-    if load_format != "dummy" and not plain and not only_kv(quantization):
-        raise ModelLoadError(f"{where} {f'{method} {algo}' if algo else method!r} is not supported")
-
-
 def _text_config(whole: dict[str, Any], path: Path) -> dict[str, Any]:
     """The language model's part of a config.json, with the family's defaults filled in."""
     model_type = whole.get("model_type")
     if not isinstance(model_type, str):
         raise ModelLoadError(f"{path}: no model_type")
+    model_type = model_type.replace("-", "_")
     _check_family(model_type, str(path))
     facts = family(model_type)
     config = one_spelling(text_part(whole), facts.defaults, path, facts.spelling)
@@ -288,6 +279,8 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise ModelLoadError(f"{path}: {key} is {value!r}, expected a whole number above 0")
+    if "num_attention_heads" not in config:  # no layer attends: the family needs none
+        return
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
     if kv_heads and heads % kv_heads:
         raise ModelLoadError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
@@ -299,6 +292,8 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
 
 def _context_length(config: dict[str, Any]) -> int:
     limit = int(config.get("max_position_embeddings") or 2048)
+    if (family(config["model_type"]).encoder or {}).get("padded_positions"):
+        limit -= config["pad_token_id"] + 1
     rope = config.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)
     # Only YaRN's config keeps the original length in max_position_embeddings; others state the stretched one.

@@ -8,7 +8,7 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
-from phloem import attention, platforms
+from phloem import attention, platforms, quant
 from phloem.checkpoint.describe import describe
 from phloem.cli._options import parse
 from phloem.core import resolve
@@ -91,23 +91,29 @@ def _model(config: Config) -> bool:
     print("\nModel")
     model = config.model
     try:
-        checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)
+        checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path, model.task)
     except PhloemError as error:
         _line("problem", error.message)
         return False
     _line("path", checkpoint.path)
     _line("format, family", f"{checkpoint.format}, {checkpoint.model_type}")
     _line("context, vocabulary", f"{checkpoint.context_length}, {checkpoint.vocab_size}")
+    if checkpoint.pooling is not None:
+        _line("task", f"{checkpoint.pooling.task}  ({checkpoint.pooling.reason}: {checkpoint.pooling.about})")
     print("\nChoices")
     try:
         threads = resolve.threads(config.runtime.threads, available_cores())
         platform, device = platforms.choose(config.runtime.device, threads.value)
         ops, why = platform.table(config.runtime.ops, float32=config.model.dtype == "float32")
+        reader = quant.method_for(model.quantization, checkpoint.stored)
+        form = "plain" if reader is None else reader.name
+        form = reader.report.method if reader is not None and reader.report is not None else form
         decisions = [
             resolve.context_length(model.context_length, checkpoint.context_length),
             threads,
             device,
             resolve.Decision("ops", ops.name, why),
+            resolve.Decision("weights", form, "what stays packed shows when they are loaded"),
             *([] if ops.activations is None else [resolve.Decision("activations", *ops.activations)]),
         ]
         for decision in decisions:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("phloem.server")
 
+LOAD_SECONDS = 300.0  # for an adapter to be read and placed
 _SEED_STEP = 0x9E3779B97F4A7C15  # the odd constant of splitmix64: spreads the seeds of n continuations
 _SEED_MASK = (1 << 63) - 1
 
@@ -126,6 +127,7 @@ class EngineClient:
             EngineDead: there is no engine.
         """
         self._check_open()
+        self.info.check_pooled(any(item.pooled for item in request.items))
         prompts = await self.admission.prompts(request.items)
         outputs, reader = self._continuations(request, prompts)
         self._check_open()  # again: tokenising may have taken a while
@@ -150,6 +152,25 @@ class EngineClient:
     def abort(self, rid: str = "", everything: bool = False) -> int:
         """End requests by id (that of the request or of one continuation); they finish with reason `abort`."""
         return self.flow.abort(rid, everything)
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Path by name, as the engine said last; none where none are served."""
+        return (self.connection.ready or {}).get("lora_adapters") or {}
+
+    async def load_adapter(self, name: str, path: str, pinned: bool = False) -> ControlReply:
+        """Load an adapter, or a new version of one. Raises EngineDead."""
+        values = {"name": name, "path": path, "pinned": pinned}
+        return self._told(await self.connection.control("load_lora_adapter", LOAD_SECONDS, values))
+
+    async def unload_adapter(self, name: str) -> ControlReply:
+        """Forget an adapter; requests that have begun with it end with it. Raises EngineDead."""
+        return self._told(await self.connection.control("unload_lora_adapter", LOAD_SECONDS, {"name": name}))
+
+    def _told(self, reply: ControlReply) -> ControlReply:
+        if reply.ok and self.connection.ready is not None:
+            self.connection.ready["lora_adapters"] = reply.data["loaded"]
+        return reply
 
     async def control(self, name: str, /, deadline: float | None = 60.0, **args: Any) -> ControlReply:
         """An administrative call (names in `core/messages.py:Control`).
@@ -177,7 +198,7 @@ class EngineClient:
                     consumer=reader,
                     whole=not (request.stream or params.stop or params.stop_regex),
                 )
-                if self.tokenizer is not None:
+                if self.tokenizer is not None and not item.pooled:
                     output.decoder = StreamDecoder(self.tokenizer, params)
                 outputs.append(output)
         return outputs, reader
@@ -205,11 +226,14 @@ def _submit_message(output: Continuation) -> Submit:
         sampling=output.params,
         priority=item.priority,
         namespace=item.namespace,
+        adapter=item.adapter,
         return_logprob=item.return_logprob,
         logprob_start=item.logprob_start if item.return_logprob else -1,
         top_logprobs=item.top_logprobs,
         token_ids_logprob=item.token_ids_logprob,
         return_hidden=item.return_hidden,
+        pooled=item.pooled,
+        second=item.second,
         arrival=time.time(),
         grammar_at_once=not item.reasons,
     )

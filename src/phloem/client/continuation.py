@@ -76,10 +76,12 @@ class Continuation:
     finish: FinishReason | None = None
     cached_tokens: int = 0
     queue_seconds: float = 0.0
+    drafts: list[int] = field(default_factory=list)  # as `Chunk.drafts`
     first_at: float = 0.0
     logprobs: Logprobs = field(default_factory=Logprobs)
     prompt_logprobs: Logprobs | None = None
     hidden: list[bytes] = field(default_factory=list)  # per output token, float32
+    pooled: bytes = b""  # float32: what a model that does not generate has made of the text
     decoder: StreamDecoder | None = None
     whole: bool = False  # nobody looks before the end: its text is made in one go
     unread: list[str] = field(default_factory=list)  # of the text: what `read` will give
@@ -136,6 +138,7 @@ class Continuation:
     def _gather(self, chunk: Chunk) -> None:
         self.ids += chunk.tokens
         self.cached_tokens = chunk.cached_tokens or self.cached_tokens
+        self.drafts = chunk.drafts or self.drafts
         if chunk.queue_seconds:
             self.queue_seconds = chunk.queue_seconds
         if chunk.logprobs is not None:
@@ -143,6 +146,7 @@ class Continuation:
             self.logprobs.top += chunk.logprobs.top
             self.logprobs.chosen += chunk.logprobs.chosen
         self.hidden += chunk.hidden
+        self.pooled = chunk.pooled or self.pooled
         if chunk.prompt_logprobs is not None:
             self.prompt_logprobs = chunk.prompt_logprobs
 

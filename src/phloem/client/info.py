@@ -7,12 +7,24 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from phloem.core.errors import BadRequest
 from phloem.core.request import recommended
 from phloem.text.formats import OFF, thinking_choice, tool_choice
 
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
+    from phloem.checkpoint.pooling import Pooling
     from phloem.core.config import Config
+
+
+# Where a client finds what a model is for.
+ROUTES = {
+    "generate": "/v1/chat/completions, /v1/completions or /generate",
+    "embed": "/v1/embeddings, /v1/rerank, /v1/score or /encode",
+    "score": "/v1/rerank, /v1/score, /classify or /encode",
+    "classify": "/classify, /v1/score or /encode",
+    "tokens": "/classify or /encode",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,7 @@ class ModelInfo:
     explain_tools: bool = False  # the chat template shows no tools: the prompt tells of them
     spell_calls: bool = False  # it knows no calls and results either: those of earlier turns become text
     reasoning_parser: str | None = None  # file in text/thinking
+    pooling: Pooling | None = None  # of a model that does not generate
     decisions: tuple[tuple[str, Any, str], ...] = ()  # name, value, reason: the door's own choices
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -57,6 +70,24 @@ class ModelInfo:
                 checkpoint.generation_config, checkpoint.vocab_size, f"{checkpoint.path}/generation_config.json"
             ),
             features=features,
+            pooling=checkpoint.pooling,
+        )
+
+    @property
+    def task(self) -> str:
+        return "generate" if self.pooling is None else self.pooling.task
+
+    def check_pooled(self, pooled: bool) -> None:
+        """Whether such requests are for this model. Raises BadRequest, with the routes that are."""
+        if pooled != (self.pooling is not None):
+            raise self.wrong_task()
+
+    def wrong_task(self) -> BadRequest:
+        """What a client is told that asks for what the model is not for."""
+        what = "generates text" if self.pooling is None else f"does not generate: its task is {self.task}"
+        what = f"{what}, and not this" if self.pooling is not None and self.task != "embed" else what
+        return BadRequest(
+            f"{self.served_model_name!r:.200} {what}: use {ROUTES[self.task]}", param="model", code="wrong_task"
         )
 
     def answers_to(self, name: str | None) -> bool:

@@ -47,11 +47,14 @@ class Item:
     token_ids_logprob: list[int] = field(default_factory=list)
     priority: int = 0
     namespace: str = ""
+    adapter: str = ""  # its name
     return_hidden: bool = False
     stream_interval: int = 1
     reasons: bool = False  # a reasoning block may come first, and no constraint holds in it
     session: SessionStep | None = None
     thinking_budget: int | None = None  # tokens of reasoning
+    pooled: bool = False  # for a model that does not generate
+    second: int = 0  # token at which the second text of a pair begins
 
 
 @dataclass(slots=True)

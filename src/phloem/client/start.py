@@ -23,15 +23,19 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
         PhloemError: the configuration or the checkpoint is wrong.
     """
     model = config.model
-    checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)
+    checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path, model.task)
     # Without a tokenizer nothing can follow a text.
     features = frozenset[str]() if model.skip_tokenizer_init else frozenset({"grammar"})
     if config.server.enable_return_hidden_states:
         features |= {"hidden_states"}
+    if config.lora.enable_lora or config.lora.lora_paths:
+        features |= {"lora"}
     info = ModelInfo.of(checkpoint, config, features)
     if model.skip_tokenizer_init:
         return EngineClient(None, None, info), info, checkpoint
     tokenizer = load_tokenizer(checkpoint)
+    if info.pooling is not None:
+        return EngineClient(tokenizer, None, info), info, checkpoint
     override = Path(model.chat_template) if model.chat_template else None
     template = load_template(checkpoint, override, tokenizer)
     if checkpoint.gguf is not None:

@@ -44,6 +44,8 @@ class Admission:
     top_logprobs: int = 0
     token_ids_logprob: tuple[int, ...] = ()
     return_hidden: bool = False
+    second: int = 0  # token at which the second segment of a pair of texts begins; 0: there is none
+    namespace: str = ""  # of the cache: who shares prefixes with it
     constrained: bool = False  # a follower was given for this slot (`Runner.constrain`) before the launch
 
 
@@ -125,9 +127,12 @@ class StepOutput:
     prompt_logprobs: dict[int, list[PositionLogprobs]] = field(default_factory=dict)
     # Row -> [its tokens, hidden]: the states that its tokens were chosen from.
     hidden: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    # Row -> what a model that does not generate makes of its text: [numbers], or [tokens, numbers].
+    pooled: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)  # row -> why this row alone failed
     refused: set[int] = field(default_factory=set)  # of these, the rows whose own request is at fault
     drafted: int = 0  # drafts that were verified, over all rows
+    verified: NDArray[np.int32] | None = None  # [R] of them, each row's; None: the runner put no drafts behind any
     forward_seconds: float = 0.0
     total_seconds: float = 0.0
 
@@ -177,7 +182,11 @@ class Runner(Protocol):
     num_pages: tuple[int, ...]  # of each group: pages, or slots of state; number 0 is scratch
     page_size: int
     max_slots: int
-    draft_room: int  # drafts that it may make for a row in one step, at most; 0 where it does not speculate
+
+    @property
+    def draft_room(self) -> int:
+        """Drafts that it may make for a row in one step, at most; 0 where it does not speculate, or not for now."""
+        ...
 
     @property
     def prepared(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ Whitespace = Literal["compact", "flexible"]
 Eviction = Literal["lru", "lfu", "fifo"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 OnEngineDeath = Literal["restart", "exit"]
+Task = Literal["auto", "generate", "embed", "classify", "score", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,10 @@ class ModelConfig:
     tokenizer_path: str | None = opt(None, "Tokenizer directory or file; default: the model's own.")
     served_model_name: str | None = opt(None, "Name under which clients ask for the model; default: the model path.")
     revision: str | None = opt(None, "Branch, tag or commit of a hub id.")
+    task: Task = opt("auto", "What the model is for; auto reads it off the architecture and the folder.")
     load_format: LoadFormat = opt("auto", "How weights are read; 'dummy' draws random ones from the config alone.")
     dtype: DType = opt("auto", "Type of weights and KV cache; auto follows the checkpoint and the machine.")
-    quantization: str | None = opt(None, "Weight quantisation method; default: what the checkpoint says.")
+    quantization: str | None = opt(None, "Quantise weights at load: int4, int8, fp8, mxfp4; default: as they are.")
     context_length: int | None = opt(None, "Longest prompt plus output in tokens; default: the model's own limit.")
     chat_template: str | None = opt(None, "File with a Jinja chat template; default: the model's own.")
     tool_call_parser: str | None = opt(None, "Format of tool calls; default: read off the chat template; 'none': off.")
@@ -118,6 +121,46 @@ class GrammarConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside the model."""
+
+    enable_lora: bool = opt(False, "Serve adapters (LoRA); implied by --lora-paths.")
+    lora_paths: list[str] | None = opt(
+        None, "Adapters to start with: NAME=PATH, PATH, or JSON with lora_name, lora_path, pinned.", "lora_modules"
+    )
+    max_lora_rank: int | None = opt(None, "Largest rank of an adapter; default: from those given and the machine.")
+    max_loras_per_batch: int | None = opt(
+        None, "Most different adapters in one step; default: as many as are loaded.", "max_loras"
+    )
+    max_loaded_loras: int | None = opt(
+        None, "Most adapters in memory; beyond, the one unused for longest gives way until it is asked for.",
+        "max_cpu_loras",
+    )  # fmt: skip
+    lora_memory: str | None = opt(None, "Most memory of all loaded adapters, such as '2GiB'.")
+
+
+@dataclass(frozen=True)
+class SpeculativeConfig:
+    """Drafts that are verified (`docs/speculation.md`). Answers are the same with and without."""
+
+    speculative_algorithm: str | None = opt(
+        None, "Where drafts come from: auto (default), none, suffix, ngram or standalone."
+    )
+    speculative_num_steps: int | None = opt(None, "Drafts behind one token in one step, at most; default 7.")
+    speculative_num_draft_tokens: int | None = opt(None, "The same with the token before them: one more.")
+    speculative_eagle_topk: int | None = opt(None, "Only 1: drafts are chains, not trees.")
+    speculative_draft_model_path: str | None = opt(
+        None, "The model that drafts, with the same vocabulary.", "speculative_draft_model"
+    )
+    speculative_ngram_max_trie_depth: int | None = opt(None, "Tokens that are compared with earlier text; default 32.")
+    speculative_ngram_capacity: int | None = opt(None, "Tokens of past answers to draft from; default 131072.")
+    speculative_accept_threshold_single: float = opt(1.0, "Only 1.0: whatever is less changes the answers.")
+    speculative_accept_threshold_acc: float = opt(1.0, "Only 1.0: whatever is less changes the answers.")
+    disable_speculative_adaptive: bool = opt(False, "Verify all drafts always, whether that pays or not.")
+    speculative_config: str | None = opt(None, 'The same as JSON: {"method": "suffix", "num_speculative_tokens": 7}.')
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """The HTTP door."""
 
@@ -150,6 +193,8 @@ SECTIONS: dict[str, Any] = {
     "schedule": ScheduleConfig,
     "runtime": RuntimeConfig,
     "grammar": GrammarConfig,
+    "lora": LoraConfig,
+    "speculative": SpeculativeConfig,
     "server": ServerConfig,
 }
 
@@ -163,6 +208,8 @@ class Config:
     schedule: ScheduleConfig = ScheduleConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     grammar: GrammarConfig = GrammarConfig()
+    lora: LoraConfig = LoraConfig()
+    speculative: SpeculativeConfig = SpeculativeConfig()
     server: ServerConfig = ServerConfig()
 
     @staticmethod
@@ -182,6 +229,8 @@ class Config:
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
                 raise ConfigError(f"unknown setting {name!r}{hint}", param=name)
             section, kind = known[key]
+            if key == "speculative_config" and isinstance(value, dict):
+                value = json.dumps(value)
             parts.setdefault(section, {})[key] = _convert(key, value, kind)
         sections = {name: cls(**parts.get(name, {})) for name, cls in SECTIONS.items()}
         config = Config(**sections)
@@ -246,6 +295,9 @@ _POSITIVE = (
     "header_timeout",
     "body_timeout",
     "max_prompts_per_request",
+    "max_lora_rank",
+    "max_loras_per_batch",
+    "max_loaded_loras",
 )
 
 
@@ -265,12 +317,14 @@ def _check_ranges(config: Config) -> None:
         raise ConfigError(f"mem_fraction_static: {fraction} is not in (0, 1]", param="mem_fraction_static")
     if config.cache.kv_memory is not None:
         parse_bytes(config.cache.kv_memory)
+    if config.lora.lora_memory is not None:
+        parse_bytes(config.lora.lora_memory, "lora_memory")
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, name: str = "kv_memory") -> int:
     """'2GiB' -> 2147483648.
 
     Raises:
@@ -281,7 +335,7 @@ def parse_bytes(text: str) -> int:
     try:
         return int(float(digits) * _UNITS[body[len(digits) :].strip()])
     except (ValueError, KeyError):
-        raise ConfigError(f"kv_memory: {text!r} is not a size such as 512MiB or 2GB", param="kv_memory") from None
+        raise ConfigError(f"{name}: {text!r} is not a size such as 512MiB or 2GB", param=name) from None
 
 
 def read_environment(values: dict[str, Any]) -> dict[str, Any]:

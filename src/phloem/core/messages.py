@@ -40,7 +40,10 @@ class Submit(Message):
     top_logprobs: int = 0
     token_ids_logprob: list[int] = []
     return_hidden: bool = False
+    pooled: bool = False  # for a model that does not generate: `max_new_tokens` is 0, `Chunk.pooled` the answer
+    second: int = 0  # token at which the second text of a pair begins; 0: there is one text
     arrival: float = 0.0  # time.time() at the door
+    adapter: str = ""  # the name of the one that it is computed with; "": none
     grammar_at_once: bool = False  # a constraint holds from the first token, also where the model could reason before
 
 
@@ -56,7 +59,8 @@ class Control(Message):
 
     Names: `flush_cache` (args: timeout seconds), `state` (running and waiting counts, memory, throughput, cache),
     `pause` (args: mode abort | retract | in_place), `resume`, `abort_all`, `cache_tree` (args: max_nodes),
-    `get_weights_by_name` (args: name, rows; data: weight, nested lists).
+    `get_weights_by_name` (args: name, rows; data: weight, nested lists), `load_lora_adapter` (args: name, path,
+    pinned; data: loaded, path by name), `unload_lora_adapter` (args: name; data: loaded, users).
     """
 
     id: str
@@ -91,6 +95,10 @@ class Chunk(msgspec.Struct, omit_defaults=True, kw_only=True):
     queue_seconds: float = 0.0
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None  # once, with the first chunk
+    pooled: bytes = b""  # with the last chunk: little-endian float32, of all tokens where each has its own
+    # Where drafts are verified, on the first chunk and the last: forced tokens, drafts, and of how many steps none,
+    # one, two, ... of them were accepted.
+    drafts: list[int] = []
     hidden: list[bytes] = []  # per token, little-endian float32: the last layer's state that it was chosen from
 
 
@@ -123,6 +131,11 @@ class Stats(Message):
     out_of_memory: int = 0  # steps that failed for lack of memory and were run again, since start
     step: int = 0
     outside_forward: float = 0.0  # share of step time outside the model's forward pass, since the last Stats
+    spec_verify_calls: int = 0  # since start: rows with drafts, drafts, and those that were accepted
+    spec_drafted: int = 0
+    spec_accepted: int = 0
+    spec_accept_length: float = 0.0  # tokens a decode step of a request has given, since start
+    spec_accept_rate: float = 0.0  # accepted drafts over drafts, since start
     grammar_seconds: list[float] = []  # of each grammar that was compiled since the last Stats
 
 

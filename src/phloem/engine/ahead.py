@@ -27,7 +27,7 @@ from phloem.engine.sizing import Need
 from phloem.kernels.triton import ahead, table
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
-from phloem.models import FAMILIES
+from phloem.models import build_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,7 +85,7 @@ def need_of(plan: Plan, layers: int = LAYERS[-1]) -> Need:
     )  # fmt: skip
     ops = table.invariant_table() if plan.ops == "invariant" else table.table()
     dtype = getattr(torch, plan.dtype)
-    model = FAMILIES.get(plan.model_type)(config, BuildContext(ops, dtype, device), plan.context)
+    model = build_model(plan.model_type, config, BuildContext(ops, dtype, device), plan.context)
     model.load(checkpoint, None)
     backend = Backend(ops, model.attention_specs, device, dtype)
     page = plan.page or backend.page_size

@@ -47,7 +47,7 @@ class StepInputs:
     groups: tuple[Group, ...]
     max_query_len: int
     max_seq_len: int
-    adapters: Tensor | None = None  # [T] int32
+    adapters: tuple[Tensor, Tensor] | None = None  # of the tokens [T] and of the wanted positions [L], int32
     embeds: tuple[Tensor, Tensor] | None = None
     shared: dict[int, SharedPages] = field(default_factory=dict)  # by group
 
@@ -82,8 +82,10 @@ class StepInputs:
         sizes = [tokens, tokens, rows + 1, rows, wanted]
         for group in self.groups:
             sizes += [rows] * 4 if group.kind == "state" else [rows, tokens]
+        sizes += [tokens, wanted] if self.adapters is not None else []
         parts = [tensor[:size] for tensor, size in zip(self.tensors, sizes, strict=True)]
-        return replace(self, tensors=parts, max_query_len=min(self.max_query_len, tokens))
+        adapters = None if self.adapters is None else (parts[-2], parts[-1])
+        return replace(self, tensors=parts, adapters=adapters, max_query_len=min(self.max_query_len, tokens))
 
 
 def no_shared_pages(pool: KVPool, tokens: int, rows: int) -> dict[int, SharedPages]:
@@ -100,11 +102,20 @@ class FixedInputs:
 
     As they come every row is on page 0 and has one token, so that recording may run the step. On a device they lie in
     one buffer, which one transfer fills (`fill`). `shared`: which rows of a decode step share pages is among them, in
-    each group of pages.
+    each group of pages; `adapted`: so are the adapters, of a step on the host.
     """
 
     def __init__(
-        self, pool: KVPool, tokens: int, rows: int, wanted: int, pages: int, *, on_host: bool, shared: bool = False
+        self,
+        pool: KVPool,
+        tokens: int,
+        rows: int,
+        wanted: int,
+        pages: int,
+        *,
+        on_host: bool,
+        shared: bool = False,
+        adapted: bool = False,
     ) -> None:
         long, short = torch.int64, torch.int32
         single = tokens == rows  # rows of one token each, all of them wanted: which those are is always the same
@@ -119,6 +130,7 @@ class FixedInputs:
         told = [number for number, group in enumerate(pool.groups) if shared and group.kind == "pages"]
         sharing = [(shape, short) for shape in fixed_sizes(rows)] if told else []
         wants += sharing * len(told)
+        wants += [((tokens,), short), ((wanted,), short)] if adapted else []
         constant = {2, 4} if single else set[int]()
         self._layout = _Layout(wants if on_host or not single else [*wants, ((rows,), long)], constant, pool.device)
         tensors = self._layout.tensors[: len(wants)]
@@ -128,7 +140,8 @@ class FixedInputs:
         rest = iter(tensors[len(tensors) - len(sharing) * len(told) :])
         pages_of = {number: SharedPages(*(next(rest) for _ in sharing)) for number in told}
         longest = 1 if single else tokens
-        self.inputs = StepInputs(tensors, pool.groups, longest, pages * pool.page_size, shared=pages_of)
+        adapters = (tensors[-2], tensors[-1]) if adapted else None
+        self.inputs = StepInputs(tensors, pool.groups, longest, pages * pool.page_size, adapters, shared=pages_of)
         # On the host a step is written in place, as arrays: cheaper than one tensor after the other.
         self._targets: list[Any] = [tensor.numpy() for tensor in tensors] if on_host else list(tensors)
         if single:
@@ -220,10 +233,25 @@ class Step:
 
     @property
     def recordable(self) -> bool:
-        """Nothing in it but what the fixed inputs of a recorded step have."""
+        """Nothing in it but what the fixed inputs of a recorded step have, without adapters."""
+        return self.batch.adapters is None and self.flat
+
+    @property
+    def flat(self) -> bool:
+        """Its tokens are all of the vocabulary, at one position each."""
         batch = self.batch
         turned = batch.positions is not None and batch.positions.ndim > 1
-        return not batch.embeds and batch.adapters is None and not turned
+        return not batch.embeds and not turned
+
+    def adapter_arrays(self) -> list[NDArray[np.int32]]:
+        """The adapters of its tokens [T] and of its wanted positions [L], where it has any."""
+        batch = self.batch
+        if batch.adapters is None:
+            return []
+        each = batch.adapters
+        if batch.num_tokens != batch.num_rows:
+            each = np.repeat(each, batch.query_lens)
+        return [each, each[self.logit_index]]
 
     @property
     def pages(self) -> int:
@@ -302,7 +330,8 @@ class Step:
         longest, most = int(batch.query_lens.max()), int((batch.prefix_lens + batch.query_lens).max())
         inputs = StepInputs(tensors, self._pool.groups, longest, most, shared=shared)
         if batch.adapters is not None:
-            (inputs.adapters,) = up([np.repeat(batch.adapters, batch.query_lens).astype(np.int32)])
+            each, kept = up(self.adapter_arrays())
+            inputs.adapters = each, kept
         if batch.embeds:
             index = [np.arange(one.start, one.start + len(one.values)) for one in batch.embeds]
             rows, values = up([np.concatenate(index), np.concatenate([one.values for one in batch.embeds])])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from phloem.core.errors import BadRequest, OutOfMemory
 from phloem.engine.answer import empty, give_out, keep_hidden, prompt_logprobs
+from phloem.engine.apart import apart
 from phloem.engine.choose import Choice, Chooser
 from phloem.engine.forward import Eager, Forward
 from phloem.engine.inputs import Step
@@ -67,6 +68,7 @@ class StepWork:
         self.last = LastTokens(max_slots, pool.device, facts.on_host, streams, ops)
         self.masks = Masks(model.vocab_size, pool.device, ops, facts.masks_ahead, self.last.up)
         self._on_host, self._forgotten = facts.on_host, 0
+        self._apart = facts.on_host and all(group.kind == "pages" for group in pool.groups)
         self.gaps = Gaps(recorded) if recorded and facts.records_idle else None
         self._pool = pool
         self._forward = Forward(recorded, Eager(model, backend, pool))
@@ -110,7 +112,8 @@ class StepWork:
         output = empty(batch)
         output.drafted = wanted.drafted
         before = perf_counter()
-        hidden_LN = self._forward.run(Step(batch, wanted, self._pool, self.last, self._sharing), settle)
+        rows = apart(batch) if self._apart and wanted.starts is not None else batch
+        hidden_LN = self._forward.run(Step(rows, wanted, self._pool, self.last, self._sharing), settle)
         if late:
             self._values(settle)
             self.masks.begin(slots, wanted)
@@ -179,6 +182,7 @@ class ModelRunner:
         self.groups, self.num_pages, self.page_size = pool.groups, pool.num_pages, pool.page_size
         self.max_slots = max_slots
         self.draft_room = 0
+        self.row_bits = ops.row_bits and facts.on_host  # a token has the same bits in a step that verifies drafts
         self.recorded = recorded
         self._kernels = kernels
         self._handed: dict[int, Follower | None] = {}
@@ -220,6 +224,10 @@ class ModelRunner:
             shape = " x ".join(str(size) for size in values.shape)
             raise BadRequest(f"{shape} numbers of {name} are too many for an answer", param="truncate_size")
         return values.float().cpu().numpy()
+
+    def make_resident(self, limit: int, stopped: Callable[[], bool]) -> int:
+        """As `KVPool.make_resident`."""
+        return self.pool.make_resident(limit, stopped)
 
     def close(self) -> None:
         """End the thread after the steps that were launched."""

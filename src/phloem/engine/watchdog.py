@@ -6,20 +6,24 @@ import faulthandler
 import sys
 import threading
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from phloem.utils import log
 
-if TYPE_CHECKING:
-    from phloem.engine.runner import ModelRunner
-
 _log = log.get("engine.watchdog")
+
+
+class Busy(Protocol):
+    """A runner."""
+
+    @property
+    def busy_since(self) -> float: ...
 
 
 class Watchdog:
     """Looks at the runner every second or so; reports each hanging step once."""
 
-    def __init__(self, runner: ModelRunner, timeout: float) -> None:
+    def __init__(self, runner: Busy, timeout: float) -> None:
         self._runner = runner
         self._timeout = timeout
         self._stop = threading.Event()

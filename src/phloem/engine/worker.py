@@ -10,18 +10,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem import attention, models, platforms, quant
+from phloem.adapters import served
 from phloem.attention import AttentionBackend, AttentionNeed
+from phloem.attention._packed import refusal
 from phloem.checkpoint.kv_scheme import FP8
-from phloem.core import resolve
+from phloem.core import resolve, speculation
 from phloem.core.errors import ConfigError
 from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
 from phloem.engine import warm
+from phloem.engine.pooled import PooledRunner
 from phloem.engine.recorded import choice
 from phloem.engine.runner import ModelRunner
 from phloem.engine.sizing import Need, size_pool
+from phloem.kernels.ops import Ops
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
+from phloem.models._common import Decoder
+from phloem.models._pooled import load_pooled
 from phloem.platforms._facts import own_float8
 from phloem.utils import log
 from phloem.utils.cores import available_cores
@@ -29,15 +35,19 @@ from phloem.utils.cores import available_cores
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from phloem.adapters._sites import Sites
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
     from phloem.engine.warm import Warming
-    from phloem.kernels.ops import Ops
     from phloem.models import Model
     from phloem.models._scales import LayerScales
     from phloem.platforms import Platform
 
 _log = log.get("engine")
+
+# Of a model that does not generate: texts and tokens of a step, where nobody says otherwise.
+POOLED_ROWS = 256
+POOLED_TOKENS = 2048
 
 Report = Callable[[str, float], None]  # a phase of start-up ended: its name, its seconds
 
@@ -46,13 +56,14 @@ Report = Callable[[str, float], None]  # a phase of start-up ended: its name, it
 class Built:
     """What `build` made."""
 
-    runner: ModelRunner
+    runner: ModelRunner | PooledRunner
     context_length: int
     max_running_requests: int
     chunked_prefill_size: int
     mixed_prefill_size: int
     worthwhile_prefill: int
     max_total_tokens: int
+    sites: Sites | None = None  # where adapters go, if any are served
     decisions: list[Decision] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -92,6 +103,9 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     context = _take(decisions, resolve.context_length(config.model.context_length, checkpoint.context_length))
     checkpoint = replace(checkpoint, context_length=context)  # tables of positions need not be longer
     machine = _machine(config, checkpoint, decisions)
+    if checkpoint.pooling is not None:
+        phase.end("device")
+        return _build_pooled(config, checkpoint, machine, decisions, phase)
     warming = warm.start(machine.platform, *_ahead(config, checkpoint, machine))
     phase.end("device")
     try:
@@ -130,7 +144,8 @@ def _build(
     platform, ops, dtype = machine.platform, machine.ops, machine.dtype
     running, chunk, context = machine.running, machine.chunk, checkpoint.context_length
     free, _ = platform.memory()
-    model = _loaded(config, checkpoint, machine)
+    model = _loaded(config, checkpoint, machine, decisions)
+    sites = served.sites(config.lora, model, ops, dtype, platform.facts.on_host, decisions)
     phase.end("weights")
 
     kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _kv_dtype(config, dtype)
@@ -142,7 +157,7 @@ def _build(
     if warming is not None:
         warming.finish(need, platform.device, decisions)
         phase.end("kernels")
-    sizing = size_pool(config.cache, platform, need, min(model.weight_bytes, free))
+    sizing = size_pool(config.cache, platform, need, min(_taken(model, sites, platform), free))
     decisions += sizing.decisions
     pool = KVPool(model.memory, sizing.num_pages, page, kv_dtype, platform.device, scales)
     sharing, why = attention.sharing_of(backend)
@@ -150,9 +165,10 @@ def _build(
         sharing, why = None, "as asked"
     decisions.append(Decision("cascade_attention", "off" if sharing is None else "on", why))
     left, shares = platform.memory()[0], sharing is not None
-    place = choice.Place(model, backend, pool, ops, platform.facts, left, sizing.graph_bytes, shares)
+    place = choice.Place(model, backend, pool, ops, platform.facts, left, sizing.graph_bytes, shares, sites is not None)
     pages = -(-min(context, sizing.tokens) // page) + 1
-    ways = choice.choose(config.runtime, place, running, pages, chunk, decisions)
+    rows = max(running, speculation.wanted(config).rows) if platform.facts.on_host else running
+    ways = choice.choose(config.runtime, place, rows, pages, chunk, decisions)
     phase.end("memory")
     if choice.record_first(config.runtime, ways, platform.facts, decisions):
         phase.end("graphs")
@@ -172,19 +188,83 @@ def _build(
         "prepared": runner.prepared,
     }
     worthwhile = min(chunk, platform.worthwhile_chunk)
-    return Built(runner, context, running, chunk, machine.mixed, worthwhile, sizing.tokens, decisions, info)
+    sizes = running, chunk, machine.mixed, worthwhile, sizing.tokens
+    return Built(runner, context, *sizes, sites, decisions, info)
 
 
-def _loaded(config: Config, checkpoint: Checkpoint, machine: _Machine) -> Model:
+def _taken(model: Model, sites: Sites | None, platform: Platform) -> int:
+    """Bytes of weights; a host takes those of adapters when they come."""
+    return model.weight_bytes + (0 if sites is None or platform.facts.on_host else sites.nbytes)
+
+
+def _build_pooled(
+    config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision], phase: _Phase
+) -> Built:
+    """A model that does not generate: no pages, no sampling, whole texts."""
+    platform, pooling = machine.platform, checkpoint.pooling
+    assert pooling is not None
+    ops = _products(config, checkpoint, machine, decisions)
+    ctx = BuildContext(
+        ops, machine.dtype, platform.device, quant=quant.method_for(config.model.quantization, checkpoint.stored)
+    )
+    model = load_pooled(checkpoint, ctx, _progress(checkpoint.name))
+    if isinstance(model.body, Decoder) and (why := refusal(model.body.memory, model.body.attention_specs)) is not None:
+        raise ConfigError(f"task {pooling.task}: {checkpoint.model_type} cannot be served so: {why}", param="task")
+    phase.end("weights")
+    schedule = config.schedule
+    running = schedule.max_running_requests or max(machine.running, POOLED_ROWS)
+    chunk = schedule.chunked_prefill_size or max(machine.chunk, POOLED_TOKENS)
+    decisions[:] = [
+        d for d in decisions if d.name not in ("max_running_requests", "chunked_prefill_size", "mixed_prefill_size")
+    ]
+    decisions += [
+        Decision("task", pooling.task, f"{pooling.reason}: {pooling.about}"),
+        Decision("max_running_requests", running, "texts that are computed or waited for at a time"),
+        Decision("chunked_prefill_size", chunk, "tokens of a step; a longer text has one of its own"),
+        Decision("kv_cache", "none", "every text is read once, whole"),
+    ]
+    runner = PooledRunner(
+        model, ops, running, facts=platform.facts, give_back=platform.empty_cache, begin=platform.begin_steps
+    )
+    info = {
+        "weight_bytes": model.weight_bytes,
+        "kv_bytes_per_token": 0,
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "device": platform.name,
+        "prepared": runner.prepared,
+    }
+    return Built(runner, checkpoint.context_length, running, chunk, chunk, chunk, 0, None, decisions, info)
+
+
+def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision]) -> Ops:
+    """The table for whole texts: on a host with torch's products of float32, which are faster for many rows."""
+    stored = checkpoint.gguf is not None or config.model.quantization is not None
+    wide = machine.dtype == torch.float32 and not stored
+    if not (machine.platform.facts.on_host and wide and config.runtime.ops is None):
+        return machine.ops
+    decisions.append(Decision("products", "torch", "faster than this table's for float32 weights and many rows"))
+    plain = Ops()
+    return replace(
+        machine.ops,
+        prepare_linear=plain.prepare_linear,
+        linear=plain.linear,
+        embedding=plain.embedding,
+        activations=None,
+    )
+
+
+def _loaded(config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision]) -> Model:
     platform, begun = machine.platform, perf_counter()
     stager = platform.stager() if checkpoint.format == "safetensors" else None
-    method = quant.method(config.model.quantization)
+    method = quant.method_for(config.model.quantization, checkpoint.stored)
     ctx = BuildContext(machine.ops, machine.dtype, platform.device, quant=method, stager=stager)
     try:
         model = models.load_model(checkpoint, ctx, _progress(checkpoint.name))
     finally:
         if stager is not None:
             stager.close()
+    if method is not None and method.report is not None:
+        decisions.append(Decision("weights", *method.report.decision(str(machine.dtype).removeprefix("torch."))))
     seconds, size = perf_counter() - begun, model.weight_bytes / resolve.GIB
     _log.info("%s: %.2f GiB of weights in %.1f s, %.2f GiB/s", checkpoint.name, size, seconds, size / seconds)
     return model

@@ -103,7 +103,7 @@ def _elementwise(rt: Runtime) -> dict[str, Any]:
 
 def _norms(rt: Runtime) -> dict[str, Any]:
     call, empty = rt.call, rt.empty
-    RMS, ADD_RMS = rt.op("rms_norm"), rt.op("add_rms_norm")
+    RMS, ADD_RMS, LAYER = rt.op("rms_norm"), rt.op("add_rms_norm"), rt.op("layer_norm")
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dim() == 3:
@@ -132,7 +132,18 @@ def _norms(rt: Runtime) -> dict[str, Any]:
         )  # fmt: skip
         return out, total
 
-    return {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        x_TN = rows_of(x.flatten(0, -2))
+        rows, n = x_TN.shape
+        out = empty(x.shape)
+        call(
+            LAYER, rows * n // 3, x=x_TN.data_ptr(), weight=norm_weight(weight, n),
+            bias=0 if bias is None else norm_weight(bias, n), out=out.data_ptr(), rows=rows, n=n,
+            x_stride=x_TN.stride(0), eps=eps,
+        )  # fmt: skip
+        return out
+
+    return {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "layer_norm": layer_norm}
 
 
 def norm_weight(weight: Tensor, n: int) -> int:

@@ -1,7 +1,7 @@
 """What ops are called with: the shapes of a step, the constants of a layer, weights that are still to be read.
 
 Nothing here computes. Reference ops, tables and kernels all import this file, and it imports none of them. Legend as in
-`ops.py`; A adapters, r rank, L latent size, P rotated part of a latent.
+`ops.py`; A adapters, r rank, P parts of a fused layer; L latent size, P rotated part of a latent.
 """
 
 from __future__ import annotations
@@ -54,17 +54,21 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """Low-rank additions to a linear layer (LoRA): each segment of a step's tokens has an adapter, or none.
+    """Low-rank additions to a linear layer (LoRA): each of a step's tokens has an adapter, or none.
 
-    Tokens of segment i are `[start[i], start[i + 1])`, as rows of a step are; adapters of a smaller rank than the
-    stack's are padded with zeros.
+    The outputs of a token with adapter a become factor * (y + (x downT) up) + shift, where the columns of part p use
+    `down[a, p]`. Entry 0 of the stacks is nobody's. Adapters of a smaller rank than the stack's are padded with zeros,
+    and an entry of rank 0 changes nothing. Scales are in `up` already. Whatever adapters come and go, all tensors but
+    `index` stay where they are, and so may that.
     """
 
-    down: Tensor  # [A, r, N]
-    up: Tensor  # [A, M, r]
-    scale: Tensor  # [A] float32
-    start: Tensor  # [segments + 1] int32
-    index: Tensor  # [segments] int32; -1: none
+    index: Tensor  # [T] int32: the entry of each token; 0: none
+    facts: Tensor  # [A, 2] int32: rank, and whether factor and shift count (1) or are as good as 1 and 0 (0)
+    down: Tensor  # [A, P, r, N]
+    up: Tensor  # [A, r, M]
+    factor: Tensor  # [A, M] float32
+    shift: Tensor  # [A, M] float32
+    ends: Tensor  # [P] int64, on the host: the column behind each part
 
 
 class LinearOp(Protocol):

@@ -13,6 +13,7 @@ import torch
 from phloem.kernels import _native_attention as attention
 from phloem.kernels import _native_basic as basic
 from phloem.kernels import _native_moe as moe
+from phloem.kernels import _native_recurrent as recurrent
 from phloem.kernels import _native_sampling as sampling
 from phloem.kernels import native_linear
 from phloem.kernels._native_recorder import Recorder
@@ -52,13 +53,19 @@ def table(
         **basic.ops(rt),
         **attention.ops(rt),
         **sampling.ops(rt),
+        **recurrent.ops(rt),
         **native_linear.ops(linear),
         **moe.ops(rt, linear),
     }
     kv = (torch.bfloat16, torch.int8)
     name = "invariant" if invariant else "native"
-    whole = dataclasses.replace(Ops(), name=name, kv_dtypes=kv, recorder=lambda: Recorder(rt), refill=refill, **made)
-    return dataclasses.replace(whole, activations=_FLOAT32 if float32 else _ROUNDED)
+    whole = dataclasses.replace(
+        Ops(), name=name, kv_dtypes=kv, row_bits=True, recorder=lambda: Recorder(rt), refill=refill, **made
+    )
+    activations, adapters = (_FLOAT32, torch.float32) if float32 else (_ROUNDED, torch.bfloat16)
+    return dataclasses.replace(
+        whole, activations=activations, adapter_dtype=adapters, apart=linear.apart if invariant else None
+    )
 
 
 def worker_ids() -> list[int]:

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from phloem.core.errors import ModelLoadError
 from phloem.kernels import compose
+from phloem.kernels._native_adapters import adder
 from phloem.kernels._native_basic import norm_weight, rows_of
 from phloem.kernels._native_basic import ops as basic_ops
 from phloem.kernels._native_screen import Screens
@@ -238,7 +239,8 @@ class NativeLinear:
         basic = basic_ops(rt)
         self.gates = {"silu": basic["silu_and_mul"], "gelu_tanh": basic["gelu_tanh_and_mul"]}
         names = ("rms_norm", "add_rms_norm", "silu_and_mul", "gelu_tanh_and_mul")
-        self.apart = compose.linear_of(self._product, **{name: basic[name] for name in names})
+        ops = {name: basic[name] for name in names}
+        self.apart = compose.linear_of(self._product, **ops, add_adapters=adder(rt))
         self.workspace = _Workspace()
         self.LINEAR, self.ARGMAX, self.ROWS = rt.op("linear"), rt.op("linear_argmax"), rt.op("linear_rows")
         self.TOPK, self.SCREENED = rt.op("linear_topk"), rt.op("linear_argmax_screened")

@@ -104,6 +104,14 @@ class Ops:
     # What linear layers make of their inputs, and why; None: they take them in their type.
     activations: tuple[str, str] | None = None
 
+    # The type that stacks of adapters are kept in (`Adapters.down`, `up`); None: the model's.
+    adapter_dtype: torch.dtype | None = None
+    # `linear` as it computes beside an adapter, where a row without one would have other bits alone; a model whose rows
+    # may have adapters takes it for all of them. None: `linear` itself.
+    apart: LinearOp | None = None
+    # Whether a row's results have the same bits in steps of 1 to 24 rows.
+    row_bits: bool = False
+
     # Types of KV cache that `write_kv` and `paged_attention` take; None: every floating type.
     kv_dtypes: tuple[torch.dtype, ...] | None = None
 
@@ -166,6 +174,8 @@ class Ops:
     causal_conv: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, bool], tuple[Tensor, Tensor]] = (
         scan.causal_conv
     )
+    step_sizes: Callable[[Tensor, Tensor, float, float], Tensor] = scan.step_sizes
+    delta_gates: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = scan.delta_gates
     mamba2_scan: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
         scan.mamba2_scan
     )

@@ -29,14 +29,20 @@ def product(x_TN: Tensor, weight_MN: Tensor, bias_M: Tensor | None) -> Tensor:
 
 
 def add_adapters(y_TM: Tensor, x_TN: Tensor, adapters: Adapters) -> Tensor:
-    """y + scale * (x downT) upT, each segment with its own adapter; -1 adds nothing."""
-    out = y_TM.clone()
-    for segment, adapter in enumerate(adapters.index.tolist()):
-        begin, end = int(adapters.start[segment]), int(adapters.start[segment + 1])
-        if adapter >= 0:
-            small = x_TN[begin:end].float() @ adapters.down[adapter].float().T
-            extra = small @ adapters.up[adapter].float().T * float(adapters.scale[adapter])
-            out[begin:end] = (y_TM[begin:end].float() + extra).to(out.dtype)
+    """factor * (y + (x downT) up) + shift by each token's own adapter; 0 changes nothing."""
+    out, ends = y_TM.clone(), adapters.ends.tolist()
+    for entry in sorted(set(adapters.index.tolist()) - {0}):
+        rank, more = adapters.facts[entry].tolist()
+        if not rank and not more:
+            continue
+        rows = (adapters.index == entry).nonzero().squeeze(1)
+        x, y = x_TN[rows].float(), y_TM[rows].float()
+        for part, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            small = x @ adapters.down[entry, part, :rank].float().T
+            y[:, begin:end] += small @ adapters.up[entry, :rank, begin:end].float()
+        if more:
+            y = adapters.factor[entry] * y + adapters.shift[entry]
+        out[rows] = y.to(out.dtype)
     return out
 
 

@@ -41,6 +41,17 @@ def causal_conv(
     return out, states
 
 
+def step_sizes(dt_TH: Tensor, bias_H: Tensor, lowest: float, highest: float) -> Tensor:
+    """How far each token moves each head's state: softplus(dt + bias) within bounds, float32 [T, H]."""
+    return F.softplus(dt_TH.float() + bias_H.float()).clamp(lowest, highest)
+
+
+def delta_gates(a_TH: Tensor, b_TH: Tensor, bias_H: Tensor, log_H: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a gated delta net, float32 [T, H]: the logarithm of what a token keeps of the state, and how much of its own
+    it writes; (-exp(log) softplus(a + bias), sigmoid(b))."""
+    return -log_H.float().exp() * F.softplus(a_TH.float() + bias_H.float()), torch.sigmoid(b_TH.float())
+
+
 def mamba2_scan(
     x_THD: Tensor,
     dt_TH: Tensor,

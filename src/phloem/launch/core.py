@@ -9,7 +9,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from phloem.core.errors import BadRequest
+from phloem.adapters import served
+from phloem.adapters.desk import Desk
+from phloem.core import speculation
+from phloem.core.config import parse_bytes
+from phloem.core.errors import BadRequest, ConfigError
 from phloem.core.messages import Failed, FromEngine, Progress, Ready, Stats, Submit, ToEngine
 from phloem.engine import worker
 from phloem.engine.watchdog import Watchdog
@@ -19,12 +23,16 @@ from phloem.kvcache.manager import CacheManager
 from phloem.launch.rest import Resting
 from phloem.scheduler import loop
 from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
+from phloem.speculation import assemble
 from phloem.text.vocabulary import thinking_markers, vocabulary
 from phloem.utils import log, machine, memory
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
+    from phloem.engine.worker import Built
 
 _log = log.get("launch")
 
@@ -57,15 +65,19 @@ class EngineCore:
             send(Progress(phase=phase, seconds=seconds))
 
         self._closing = threading.Event()
+        drafts = speculation.wanted(config)
+        assemble.check(drafts)
         built = worker.build(config, checkpoint, report)
         schedule = config.schedule
         self.runner = built.runner
+        drafter, decided = assemble.decide(drafts, built.runner, _undraftable(checkpoint, built))
+        built.decisions.append(decided)
         self._watchdog = Watchdog(built.runner, schedule.watchdog_timeout)
         cache = CacheManager(
             built.runner.groups,
             built.runner.num_pages,
             built.runner.page_size,
-            enabled=not config.cache.disable_radix_cache,
+            enabled=not config.cache.disable_radix_cache and checkpoint.pooling is None,
             eviction=config.cache.radix_eviction_policy,
             chunk=built.chunked_prefill_size,
         )
@@ -83,11 +95,15 @@ class EngineCore:
             random_seed=config.model.random_seed,
             overlap=not schedule.disable_overlap_schedule,
             debug_invariants=config.runtime.debug_invariants,
+            whole_prompts=checkpoint.pooling is not None,
+            speculates=drafter != speculation.NONE,
         )
         self._grammars = _grammars(config, checkpoint)
         prepare = self._grammars.prepare if self._grammars is not None else _no_grammar
         self._sends = send
-        self.scheduler = Scheduler(built.runner, settings, cache, self._send, prepare=prepare)
+        self._desk = _desk(config, built, report)
+        runner = assemble.around(drafts, built.runner, drafter)
+        self.scheduler = Scheduler(runner, settings, cache, self._send, prepare=prepare, lender=self._desk)
         self.info: dict[str, Any] = {
             **built.info,
             "max_total_num_tokens": built.max_total_tokens,
@@ -99,6 +115,7 @@ class EngineCore:
             "decisions": [[d.name, d.value, d.reason] for d in built.decisions]
             + ([] if self._grammars is None else [list(self._grammars.decision())]),
             "phases": phases,
+            "lora_adapters": None if self._desk is None else self._desk.loaded(),
         }
 
     def _send(self, message: FromEngine) -> None:
@@ -114,21 +131,30 @@ class EngineCore:
     def _warm(self) -> None:
         memory.background_thread()
         begun = perf_counter()
-        done = self.runner.pool.make_resident(WARM_BYTES, self._closing.is_set)
+        done = self.runner.make_resident(WARM_BYTES, self._closing.is_set)
         if done:
             _log.debug("%d MiB of the KV pool made resident in %.2f s", done >> 20, perf_counter() - begun)
 
     def close(self) -> None:
         self._closing.set()
         self._watchdog.close()
+        if self._desk is not None:
+            self._desk.close()
         self.runner.close()
         if self._grammars is not None:
             self._grammars.close()
 
 
+def _undraftable(checkpoint: Checkpoint, built: worker.Built) -> str:
+    """Why nothing can be drafted, whatever the drafter."""
+    if checkpoint.pooling is not None:
+        return "a model that does not generate"
+    return "" if built.sites is None else "beside adapters, drafts have not been shown to change no bit"
+
+
 def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
     """What follows constrained requests; it reads the tokenizer when the first one comes. None without a tokenizer."""
-    if config.model.skip_tokenizer_init:
+    if config.model.skip_tokenizer_init or checkpoint.pooling is not None:
         return None
     model, grammar = config.model, config.grammar
     template = Path(model.chat_template) if model.chat_template else None
@@ -140,6 +166,29 @@ def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
         thinking=thinking_markers(checkpoint, template, model.reasoning_parser),
     )
     return GrammarManager(lambda: vocabulary(checkpoint), settings)
+
+
+def _desk(config: Config, built: Built, report: worker.Report) -> Desk | None:
+    """What lends adapters, with those that are given; None where none are served."""
+    if built.sites is None:
+        return None
+    begun, runner, model = perf_counter(), built.runner, built.runner.model
+    names = set(model.weight_names())
+
+    def base(name: str) -> Tensor:
+        if name not in names:
+            raise KeyError(name)
+        return model.get_weight(name)
+
+    memory = None if config.lora.lora_memory is None else parse_bytes(config.lora.lora_memory, "lora_memory")
+    desk = Desk(built.sites, runner.between, base, config.lora.max_loras_per_batch, memory)
+    try:
+        for spec in served.specs(config.lora):
+            desk.load(spec.name, spec.path, spec.pinned).result()
+    except BadRequest as error:
+        raise ConfigError(error.message, param="lora_paths") from None
+    report("adapters", perf_counter() - begun)
+    return desk
 
 
 def _no_grammar(submit: Submit, prompt: Any) -> None:

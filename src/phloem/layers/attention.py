@@ -149,6 +149,7 @@ class SelfAttention(Layer):
         heads, gate_THD = self._heads(qkv, step)
         if options.qk_norm == "after":
             self._turn_then_norm(heads)
+        heads.distances = step.distances
         out_THD = step.memory.attend(spec, heads)
         if gate_THD is not None:
             out_THD = self.ops.sigmoid_mul(out_THD, gate_THD)

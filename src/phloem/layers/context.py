@@ -82,6 +82,8 @@ class Heads:
     v: Tensor  # [T, K, value size]
     sinks: Tensor | None = None  # [H]
     rotation: Rotation | None = None
+    # [H, 2 M - 1]: added to the logits of each distance (key behind query), -(M - 1) to M - 1
+    distances: Tensor | None = None
 
 
 class AttentionStep(Protocol):
@@ -123,6 +125,16 @@ class StepMemory(Protocol):
 
 
 @dataclass(slots=True)
+class Adapted:
+    """Which adapter each token of the rows has that are computed now: int32, 0: none; None: no row has one.
+
+    The model says so, and its layers' `Linear.additions` look here: a layer is told nothing of the step.
+    """
+
+    index: Tensor | None = None
+
+
+@dataclass(slots=True)
 class ForwardBatch:
     """A step as a model sees it. T packed new tokens, L rows whose next token is wanted."""
 
@@ -130,8 +142,11 @@ class ForwardBatch:
     positions: Tensor  # [T] int64, or [3, T]: time, height and width of each token
     memory: StepMemory
     logit_index: Tensor | None  # [L] int64: which of the T tokens need logits; None: all, in order
-    adapters: Tensor | None = None  # [T] int32: the adapter of each token, 0: none
+    # int32, 0: none: the adapter of each token [T], and of each row of `logit_index` [L]
+    adapters: tuple[Tensor, Tensor] | None = None
     embeds: tuple[Tensor, Tensor] | None = None  # ([n] int64 tokens, [n, N] what stands in for their embeddings)
+    types: Tensor | None = None  # [T] int64: which segment of its text a token is in; None: the first
+    distances: Tensor | None = None  # for `Heads`
 
 
 @dataclass(frozen=True)

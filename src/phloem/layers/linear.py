@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from phloem.layers.weight import Layer, projections
 
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from phloem.layers.weight import Cut, Projection
 
 
+class Additions(Protocol):
+    """What adapters add to one layer."""
+
+    def now(self) -> Adapters | None:
+        """For the tokens that are computed now; None: none of them has an adapter."""
+        ...
+
+
 class Linear(Layer):
     """One matrix product for one or more projections of the same input.
 
@@ -28,6 +36,8 @@ class Linear(Layer):
         bias: whether the projections have a bias.
         cut: which of the inputs this rank has.
     """
+
+    additions: Additions | None = None  # set from outside, where adapters are served
 
     def __init__(
         self,
@@ -49,13 +59,13 @@ class Linear(Layer):
         residual: Tensor | None = None,
         gate: str = "",
         add: Tensor | None = None,
-        adapter: Adapters | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """[T, in_features] -> [T, sum of the parts' widths], and the residual stream behind it: see `LinearOp`.
 
-        `norm` and `residual` stand before this layer, `gate` ("silu" or "gelu_tanh", for a gate and an up projection),
-        `adapter` and `add` after it. The table fuses of them what it can.
+        `norm` and `residual` stand before this layer, `gate` ("silu" or "gelu_tanh", for a gate and an up projection)
+        and `add` after it, what adapters add between them. The table fuses of them what it can.
         """
+        adapter = None if self.additions is None else self.additions.now()
         before = None if norm is None else norm.before
         if norm is not None and before is None:
             x_TN, total_TN = norm.add(x_TN, residual)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from phloem.core.errors import ModelLoadError
 from phloem.layers.linear import Linear
 from phloem.layers.weight import Layer, Part, Projection, check_divides, cut_of
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.layers.context import BuildContext
     from phloem.layers.norm import AnyNorm
+
+
+def _picked(activations: dict[str, T], name: str) -> T:
+    if name not in activations:
+        raise ModelLoadError(f"unknown activation {name!r} (hidden_act); known: {', '.join(sorted(activations))}")
+    return activations[name]
 
 
 class GatedMLP(Layer):
@@ -27,11 +35,11 @@ class GatedMLP(Layer):
         *,
         bias: bool = False,
         fused: str = "",
+        down: str = "down_proj",
     ) -> None:
-        acts = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-        if activation not in acts:
-            raise ModelLoadError(f"unknown activation {activation!r} (hidden_act); known: {', '.join(sorted(acts))}")
-        self.activation = acts[activation]
+        acts = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": ""}
+        # "": the exact GELU, which no linear op fuses.
+        self.activation, self.ops = _picked(acts, activation), ctx.ops
         tp = ctx.mesh.tp
         check_divides("intermediate_size", inner_size, tp)
         rows, parts = cut_of(tp, 0), (Part(0), Part(inner_size)) if fused else (None, None)
@@ -40,7 +48,7 @@ class GatedMLP(Layer):
             for name, part in zip(("gate_proj", "up_proj"), parts, strict=True)
         }
         self.gate_up = Linear(ctx, hidden_size, pair, bias=bias)
-        self.down = Linear(ctx, inner_size, {"down_proj": hidden_size}, bias=bias, cut=cut_of(tp, 1))
+        self.down = Linear(ctx, inner_size, {down: hidden_size}, bias=bias, cut=cut_of(tp, 1))
 
     def __call__(
         self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
@@ -48,6 +56,9 @@ class GatedMLP(Layer):
         """The block of norm(x + residual), and x + residual; with `add` perhaps already summed: (sum, None). Without
         norm (and residual) the block of x, and x."""
         hidden, total_TN = self.gate_up(x_TN, norm=norm, residual=residual_TN, gate=self.activation)
+        if not self.activation:
+            gate, up = hidden.chunk(2, -1)
+            hidden = self.ops.mul(self.ops.gelu(gate), up)
         total_TN = x_TN if norm is None else total_TN
         return self.down(hidden, add=total_TN) if add else (self.down(hidden)[0], total_TN)
 
@@ -75,9 +86,7 @@ class PlainMLP(Layer):
             "relu": ops.relu,
             "relu2": ops.relu2,
         }
-        if activation not in acts:
-            raise ModelLoadError(f"unknown activation {activation!r} (hidden_act); known: {', '.join(sorted(acts))}")
-        self.act = acts[activation]
+        self.act = _picked(acts, activation)
         tp, part = ctx.mesh.tp, Part(transposed=True) if transposed else None
         check_divides("intermediate_size", inner_size, tp)
         up = Projection(inner_size, "", part, cut_of(tp, 0))

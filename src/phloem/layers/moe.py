@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.layers.context import BuildContext
-    from phloem.layers.mlp import GatedMLP
+    from phloem.layers.mlp import GatedMLP, PlainMLP
     from phloem.layers.norm import AnyNorm
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
@@ -123,7 +123,9 @@ class SharedExperts(Layer):
     """A sparse block beside a dense one, of which every token's output is part: sparse(x) + dense(x), or with a gate
     sparse(x) + sigmoid(gate(x)) dense(x). `gate`: the name of its tensor, [1, hidden size]."""
 
-    def __init__(self, ctx: BuildContext, hidden_size: int, sparse: SparseMLP, dense: GatedMLP, gate: str = "") -> None:
+    def __init__(
+        self, ctx: BuildContext, hidden_size: int, sparse: SparseMLP, dense: GatedMLP | PlainMLP, gate: str = ""
+    ) -> None:
         self.ops, self.sparse, self.dense = ctx.ops, sparse, dense
         self.gate = Linear(ctx, hidden_size, {gate: 1}) if gate else None
 

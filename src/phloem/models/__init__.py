@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from phloem.core.errors import ModelLoadError
+from phloem.quant import method_for
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -22,8 +24,24 @@ if TYPE_CHECKING:
     from phloem.models._scales import LayerScales
 
 
+class Body(Protocol):
+    """What all families make: hidden states of tokens."""
+
+    attention_specs: list[AttentionSpec]
+    vocab_size: int
+    hidden_size: int
+
+    def forward(self, step: ForwardBatch) -> Tensor:
+        """Hidden states [L, hidden_size] of the rows `step.logit_index` (None: all), final norm applied."""
+        ...
+
+    def checkpoint_name(self, name: str, /) -> str | None:
+        """Our name of a tensor in a safetensors file; None: knowingly left out."""
+        ...
+
+
 class Model(Protocol):
-    """What the engine knows of a model."""
+    """What the engine knows of a model that generates."""
 
     attention_specs: list[AttentionSpec]
     memory: list[MemorySpec]  # by pool index
@@ -74,7 +92,7 @@ class Loadable(Model, Protocol):
 class Family(Protocol):
     """What a family's file has: how its model is made of a checkpoint's `config.json`, without weights."""
 
-    def __call__(self, config: dict[str, Any], ctx: BuildContext, max_positions: int, /) -> Loadable: ...
+    def __call__(self, config: dict[str, Any], ctx: BuildContext, max_positions: int, /) -> Body: ...
 
 
 FAMILIES: Registry[Family] = Registry("phloem.models", "model type", "build")
@@ -104,6 +122,12 @@ def kv_scales(model: Model, checkpoint: Checkpoint) -> dict[int, LayerScales]:
     return read_kv_scales(checkpoint, heads, model.checkpoint_name)
 
 
+def build_model(model_type: str, config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Loadable:
+    """A family's model without its weights; of one that generates."""
+    built: Any = FAMILIES.get(model_type)(config, ctx, max_positions)
+    return built
+
+
 def load_model(
     checkpoint: Checkpoint, ctx: BuildContext, progress: Callable[[str, float], None] | None = None
 ) -> Model:
@@ -111,12 +135,17 @@ def load_model(
 
     Args:
         checkpoint: from `utils.checkpoint.describe`; its `context_length` sizes the tables of positions.
-        ctx: the op table, the type of the weights and the device.
+        ctx: the op table, the type of the weights, the device, and how quantised weights are read (None: as the
+            checkpoint says).
         progress: called with ("weights", share read so far), from the calling thread.
 
     Raises:
         ModelLoadError: naming the file and the tensors that are missing or have another shape.
     """
-    model = FAMILIES.get(checkpoint.model_type)(checkpoint.config, replace(ctx, name=""), checkpoint.context_length)
+    if checkpoint.pooling is not None:
+        raise ModelLoadError(f"{checkpoint.path}: a model for {checkpoint.pooling.task} does not generate")
+    if ctx.quant is None:
+        ctx = replace(ctx, quant=method_for(None, checkpoint.stored))
+    model = build_model(checkpoint.model_type, checkpoint.config, replace(ctx, name=""), checkpoint.context_length)
     model.load(checkpoint, progress)
     return model

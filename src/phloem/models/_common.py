@@ -16,7 +16,7 @@ from phloem.layers.embed import Embedding, Head, Positions
 from phloem.layers.rope import rope_spec
 from phloem.layers.weight import Layer
 from phloem.models._index import WeightIndex, open_sources, some
-from phloem.models._layer import MLP, Attention, LayerKind, Place, attention_spec
+from phloem.models._layer import MLP, Attention, LayerKind, Place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.memory import MemorySpec
-    from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
+    from phloem.layers.context import Adapted, AttentionSpec, BuildContext, ForwardBatch
     from phloem.models._index import Progress
     from phloem.models._layer import NormKind
 
@@ -112,6 +112,14 @@ def layer_types(config: dict[str, Any], sliding: list[bool]) -> list[bool]:
     return [kind == "sliding_attention" for kind in named]
 
 
+def renamed(name: str, prefixes: dict[str, str]) -> str | None:
+    """`name` with the first of `prefixes` that it begins with replaced; None: it begins with none of them."""
+    for theirs, ours in prefixes.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return None
+
+
 def layer_number(name: str) -> int:
     """Of which layer a tensor is, by its name in a file; -1: of none."""
     parts = name.split(".")
@@ -120,6 +128,8 @@ def layer_number(name: str) -> int:
 
 class Decoder(Layer):
     """A causal language model over the op table of its context."""
+
+    adapted: Adapted | None = None  # what layers with adapters look at; None: none are served
 
     def __init__(self, ctx: BuildContext, config: DecoderConfig, max_positions: int) -> None:
         self.config = config
@@ -136,9 +146,9 @@ class Decoder(Layer):
         for number, kind in enumerate(config.layers):
             place.pool = len(self.memory)
             layer = kind.make(body.child("layers").child(number), place)
-            self.memory += [] if layer.mixer.memory is None else [layer.mixer.memory]
+            self.memory += [] if layer.memory is None else [layer.memory]
             self.layers.append(layer)
-        specs = [attention_spec(layer.mixer) for layer in self.layers]
+        specs = [layer.attention for layer in self.layers]
         self.attention_specs: list[AttentionSpec] = [spec for spec in specs if spec is not None]
         self.norm = place.norm(body.child(config.norm_name))
         self.head = Head(
@@ -154,10 +164,15 @@ class Decoder(Layer):
 
     def forward(self, step: ForwardBatch) -> Tensor:
         """Hidden states [L, hidden_size] of the rows `step.logit_index`, final norm applied; `head` takes them."""
-        return self.finish(*self.trunk(step), step.logit_index)
+        out, residual_TN = self.trunk(step)
+        if self.adapted is not None:
+            self.adapted.index = None if step.adapters is None else step.adapters[1]
+        return self.finish(out, residual_TN, step.logit_index)
 
     def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         """Up to and with the last layer's mixer: (its output [T, features], residual [T, N])."""
+        if self.adapted is not None:
+            self.adapted.index = None if step.adapters is None else step.adapters[0]
         x_TN, residual_TN = self.embed(step.input_ids), None
         if step.embeds is not None:  # torch arithmetic: such a step is never recorded
             index, rows = step.embeds
@@ -223,3 +238,10 @@ class Decoder(Layer):
         self.index.pull(sources, str(checkpoint.path), progress)
         if checkpoint.gguf is not None:
             checkpoint.gguf.release()  # the weights are packed: a second copy of them would stay resident
+
+
+class Trunk(Decoder):
+    """A decoder whose files may hold layers behind its last one, which draft and are not used here."""
+
+    def checkpoint_name(self, name: str) -> str | None:
+        return None if layer_number(name) >= len(self.layers) else name

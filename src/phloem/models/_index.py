@@ -84,11 +84,25 @@ def _safetensors_sources(
                 stored = file.get_slice(key)
                 shape, kind = tuple(stored.get_shape()), str(stored.get_dtype())
                 found[name] = SafetensorsSource(name, shape, file=file, key=key, stored=kind, place=places.get(key))
-            elif name is not None and not index.ignores(name):
+            elif name is not None and not index.ignores(name) and not _no_bias(name, key, file, index):
                 unused.append(key)
     except (SafetensorError, OSError) as error:
         raise ModelLoadError(f"{path}: {error}") from None
     return found, sorted(unused)
+
+
+def _no_bias(name: str, key: str, file: Any, index: WeightIndex) -> bool:
+    """Whether a tensor is the bias of zeros that quantisers write beside each matrix of layers that have none.
+
+    Raises:
+        ModelLoadError: if it is not of zeros: it would be left out, and would change the answers.
+    """
+    matrix = name.removesuffix(".bias") + ".weight"
+    if index.ctx.quant is None or index.ctx.quant.join is None or matrix not in index.slots or matrix == name:
+        return False
+    if name.endswith(".bias") and bool(file.get_tensor(key).any()):
+        raise ModelLoadError(f"{key}: this family has no bias there, and it is not of zeros")
+    return name.endswith(".bias")
 
 
 class WeightIndex:
@@ -104,12 +118,15 @@ class WeightIndex:
         self.embedding = embedding
         self._elsewhere = {name for weight in self.weights for name in weight.elsewhere}
         self._companions = self._name_companions()
+        if ctx.quant is not None:
+            self._elsewhere |= {other for name in self._elsewhere for other in ctx.quant.companions(name).values()}
 
     def _name_companions(self) -> dict[str, dict[str, str]]:
         method = self.ctx.quant
         if method is None or method.join is None:
             return {}
-        matrices = [name for name, places in self.slots.items() if places[0][0].role == "matrix"]
+        # By shape: latent attention keeps one of its matrices as a plain tensor.
+        matrices = [name for name, places in self.slots.items() if len(places[0][0].shapes[places[0][1]]) == 2]
         return {name: found for name in matrices if (found := method.companions(name))}
 
     def names(self) -> list[str]:
@@ -170,13 +187,21 @@ class WeightIndex:
             return
         for name, companions in self._companions.items():
             found = {what: sources[other] for what, other in companions.items() if other in sources}
-            if found and set(found) != {"weight"}:
-                sources[name] = method.join(name, found)
+            if not found or set(found) == {"weight"}:
+                continue
+            places = [weight.part(number) for weight, number in self.slots[name]]
+            if any(part is not None and part.transposed and not part.experts for part in places):
+                raise ModelLoadError(f"{name}: quantised matrices of layers that are stored transposed are not read")
+            sources[name] = method.join(name, found, self.stored_shape(name))
 
     def _stage(self, sources: dict[str, Source]) -> None:
-        """Plain tensors go from the file to the device; what a quantisation makes anew is made on the host."""
-        for source in sources.values() if self.ctx.quant is None else ():
-            if isinstance(source, SafetensorsSource):
+        """Plain tensors go from the file to the device; what a quantisation makes or unpacks is made on the host."""
+        if self.ctx.quant is not None and self.ctx.quant.wrap is not None:
+            return
+        for weight in self.weights:
+            found = [sources[name] for name in weight.names]
+            plain = [source for source in found if isinstance(source, SafetensorsSource)]
+            for source in plain if len(plain) == len(found) else ():
                 source.stager = self.ctx.stager
 
     def _check(self, sources: dict[str, Source], where: str) -> None:

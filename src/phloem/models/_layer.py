@@ -16,6 +16,7 @@ from phloem.layers.latent import LatentAttention, LatentSizes
 from phloem.layers.mlp import GatedMLP, PlainMLP
 from phloem.layers.moe import SharedExperts, SparseMLP
 from phloem.layers.norm import AnyNorm, LayerNorm, RMSNorm
+from phloem.layers.recurrent import DeltaSizes, GatedDelta, Mamba2, MambaSizes, ShortConv
 from phloem.layers.rope import Rope, RopeSpec
 from phloem.layers.weight import Layer
 
@@ -109,6 +110,7 @@ class Attention:
     value_size: int = 0
     options: AttentionOptions = field(default_factory=AttentionOptions)
     name: str = "self_attn"
+    causal: bool = True
 
     def __call__(self, ctx: BuildContext, place: Place) -> SelfAttention:
         spec = AttentionSpec(
@@ -121,9 +123,11 @@ class Attention:
             softcap=self.softcap,
             sinks=bool(self.options.sinks),
             value_size=self.value_size,
+            causal=self.causal,
         )
         rope = None if self.rope is None else place.rope(ctx, self.rope)
-        layer = SelfAttention(ctx.child(self.name), spec, place.hidden_size, rope, self.options)
+        own = ctx.child(self.name) if self.name else ctx
+        layer = SelfAttention(own, spec, place.hidden_size, rope, self.options)
         if self.options.q_growth is not None:
             layer.growth = self.options.q_growth.table(place.max_positions).to(ctx.device)
         return layer
@@ -144,6 +148,40 @@ class Latents:
 
 
 @dataclass(frozen=True)
+class Conv:
+    """Makes a `ShortConv`."""
+
+    taps: int
+    bias: bool = False
+    name: str = "conv"
+
+    def __call__(self, ctx: BuildContext, place: Place) -> ShortConv:
+        return ShortConv(ctx.child(self.name), place.hidden_size, place.pool, self.taps, bias=self.bias)
+
+
+@dataclass(frozen=True)
+class Mamba:
+    """Makes a `Mamba2`."""
+
+    sizes: MambaSizes
+    name: str = "mixer"
+
+    def __call__(self, ctx: BuildContext, place: Place) -> Mamba2:
+        return Mamba2(ctx.child(self.name), place.hidden_size, place.pool, self.sizes)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Makes a `GatedDelta`."""
+
+    sizes: DeltaSizes
+    name: str = "linear_attn"
+
+    def __call__(self, ctx: BuildContext, place: Place) -> GatedDelta:
+        return GatedDelta(ctx.child(self.name), place.hidden_size, place.pool, self.sizes)
+
+
+@dataclass(frozen=True)
 class MLP:
     """Makes a `GatedMLP`."""
 
@@ -152,10 +190,11 @@ class MLP:
     bias: bool = False
     fused: str = ""  # the tensor that a checkpoint keeps gate and up in
     name: str = "mlp"
+    down: str = "down_proj"
 
     def __call__(self, ctx: BuildContext, place: Place) -> GatedMLP:
         sizes = place.hidden_size, self.inner_size
-        return GatedMLP(ctx.child(self.name), *sizes, self.activation, bias=self.bias, fused=self.fused)
+        return GatedMLP(ctx.child(self.name), *sizes, self.activation, bias=self.bias, fused=self.fused, down=self.down)
 
 
 @dataclass(frozen=True)
@@ -181,7 +220,7 @@ class Experts:
 
     config: ExpertsConfig
     name: str = "mlp"
-    shared: MLP | None = None
+    shared: MLP | Plain | None = None
     shared_gate: str = ""
 
     def __call__(self, ctx: BuildContext, place: Place) -> SparseMLP | SharedExperts:
@@ -193,49 +232,62 @@ class Experts:
 
 
 # pre: before attention and before the MLP. post: behind both, before the residual is added (OLMo 2). sandwich: before
-# and behind both (Gemma). parallel: one norm, of which attention and MLP both read (Cohere), or
-# one for each (GPT-NeoX).
-Norms = Literal["pre", "post", "sandwich", "parallel"]
+# and behind both (Gemma). sum: of the sums with the residual, which go on normalised (BERT). parallel: one norm, of
+# which attention and MLP both read (Cohere), or one for each (GPT-NeoX). alone: a layer is a mixer or a feed-forward
+# block, behind one norm (Mamba, Nemotron H).
+Norms = Literal["pre", "post", "sandwich", "sum", "parallel", "alone"]
 _NORM_NAMES: dict[Norms, tuple[str, ...]] = {
     "pre": ("input_layernorm", "post_attention_layernorm"),
     "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
     "sandwich": (
         "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
     ),
+    "sum": ("attention_norm", "output_norm"),
     "parallel": ("input_layernorm",),
+    "alone": ("norm",),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What one layer is made of."""
+    """What one layer is made of; where its norms are `alone`, of a mixer or of a feed-forward block."""
 
-    mixer: MakeMixer
-    feed: MakeFeed
+    mixer: MakeMixer | None
+    feed: MakeFeed | None
     norms: Norms = "pre"
-    norm_names: tuple[str, ...] = ()  # where a checkpoint calls them otherwise
+    norm_names: tuple[str, ...] = ()  # where a checkpoint calls them otherwise; the first "": there is none
     residual_scale: float = 1.0  # of what mixer and feed-forward add to the residual
 
     def make(self, ctx: BuildContext, place: Place) -> DecoderLayer:
-        return _LAYERS[self.norms](ctx, self, place)
+        if self.mixer is None:
+            return FeedAlone(ctx, self, place)
+        return MixerAlone(ctx, self, place) if self.feed is None else _LAYERS[self.norms](ctx, self, place)
 
 
 class DecoderLayer(Layer):
-    """Mixer and feed-forward with their norms. Takes and gives (what the last block computed, residual), or their sum
-    and None."""
+    """Blocks with their norms. Takes and gives (what the last block computed, residual), or their sum and None."""
+
+    mixer: Mixer | None
 
     def __init__(self, ctx: BuildContext, kind: LayerKind, place: Place) -> None:
         self.ops, self.residual_scale = ctx.ops, kind.residual_scale
         names = kind.norm_names or _NORM_NAMES[kind.norms]
-        norms = [place.norm(ctx.child(name)) for name in names]
-        self.norms = norms
-        self.input_norm: AnyNorm | None = None if kind.norms == "post" else norms[0]
-        self.mixer = kind.mixer(ctx, place)
-        self.mlp = kind.feed(ctx, place)
+        self.norms = [place.norm(ctx.child(name)) for name in names if name]
+        self.mixer = None if kind.mixer is None else kind.mixer(ctx, place)
+
+    @property
+    def memory(self) -> MemorySpec | None:
+        """What it keeps of its tokens; None: nothing of its own."""
+        return None if self.mixer is None else self.mixer.memory
+
+    @property
+    def attention(self) -> AttentionSpec | None:
+        """None: it does not attend over keys and values."""
+        return self.mixer.spec if isinstance(self.mixer, SelfAttention) else None
 
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         """Up to and with the mixer: (its output [T, features], residual)."""
-        return self.mixer.attend(self.input_norm, x_TN, residual_TN, step)
+        raise NotImplementedError
 
     def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
         """From the mixer's output on, row by row."""
@@ -245,16 +297,60 @@ class DecoderLayer(Layer):
         return x_TN if self.residual_scale == 1.0 else self.ops.scale(x_TN, self.residual_scale)
 
 
-class PreNorms(DecoderLayer):
+class MixerAlone(DecoderLayer):
+    """A mixer behind a norm."""
+
+    mixer: Mixer
+
+    def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
+        return self.mixer.attend(self.norms[0], x_TN, residual_TN, step)
+
+    def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.mixer.out(out, add=residual_TN)
+
+
+class FeedAlone(DecoderLayer):
+    """A feed-forward block behind a norm."""
+
+    def __init__(self, ctx: BuildContext, kind: LayerKind, place: Place) -> None:
+        super().__init__(ctx, kind, place)
+        assert kind.feed is not None
+        self.mlp = kind.feed(ctx, place)
+
+    def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
+        total_TN = x_TN if residual_TN is None else self.ops.add(x_TN, residual_TN)
+        return total_TN, total_TN
+
+    def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.mlp(self.norms[0], residual_TN, None, add=True)
+
+
+class BlockPair(DecoderLayer):
+    """Mixer and feed-forward."""
+
+    mixer: Mixer
+
+    def __init__(self, ctx: BuildContext, kind: LayerKind, place: Place) -> None:
+        super().__init__(ctx, kind, place)
+        assert kind.feed is not None
+        bare = kind.norms in ("post", "sum") or kind.norm_names[:1] == ("",)
+        self.input_norm: AnyNorm | None = None if bare else self.norms[0]
+        self.mlp = kind.feed(ctx, place)
+
+    def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
+        return self.mixer.attend(self.input_norm, x_TN, residual_TN, step)
+
+
+class PreNorms(BlockPair):
     def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.residual_scale == 1.0:
             out, rest_TN = self.mixer.out(out, add=residual_TN)
-            return self.mlp(self.norms[1], out, rest_TN, add=True)
-        out, rest_TN = self.mlp(self.norms[1], self.scaled(self.mixer.out(out)[0]), residual_TN, add=False)
+            return self.mlp(self.norms[-1], out, rest_TN, add=True)
+        out, rest_TN = self.mlp(self.norms[-1], self.scaled(self.mixer.out(out)[0]), residual_TN, add=False)
         return self.scaled(out), rest_TN
 
 
-class PostNorms(DecoderLayer):
+class PostNorms(BlockPair):
     def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
         after, last = self.norms
         total_TN = self.ops.add(self.scaled(after(self.mixer.out(out)[0])), residual_TN)
@@ -262,7 +358,14 @@ class PostNorms(DecoderLayer):
         return self.scaled(last(out)), total_TN
 
 
-class SandwichNorms(DecoderLayer):
+class SumNorms(BlockPair):
+    def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
+        attended, last = self.norms
+        x_TN, _ = attended.add(*self.mixer.out(out, add=residual_TN))
+        return last.add(*self.mlp(None, x_TN, None, add=True))[0], None
+
+
+class SandwichNorms(BlockPair):
     def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
         _, after, before, last = self.norms
         out = self.scaled(after(self.mixer.out(out)[0]))
@@ -270,17 +373,13 @@ class SandwichNorms(DecoderLayer):
         return self.scaled(last(out)), total_TN
 
 
-class ParallelNorm(DecoderLayer):
+class ParallelNorm(BlockPair):
     def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
         # The norm is computed once more: the rows that stay are few where it matters, behind the last layer's mixer.
         fed, total_TN = self.mlp(self.norms[-1], residual_TN, None, add=False)
         return self.scaled(self.ops.add(self.mixer.out(out)[0], fed)), total_TN
 
 
-_LAYERS: dict[Norms, type[DecoderLayer]] = {
-    "pre": PreNorms, "post": PostNorms, "sandwich": SandwichNorms, "parallel": ParallelNorm
+_LAYERS: dict[Norms, type[BlockPair]] = {
+    "pre": PreNorms, "post": PostNorms, "sandwich": SandwichNorms, "sum": SumNorms, "parallel": ParallelNorm
 }  # fmt: skip
-
-
-def attention_spec(mixer: Mixer) -> AttentionSpec | None:
-    return mixer.spec if isinstance(mixer, SelfAttention) else None

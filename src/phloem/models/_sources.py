@@ -26,6 +26,7 @@ _STORED_KINDS = {
     **_DENSE_KINDS,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I8": torch.int8,
     "U8": torch.uint8,
     "I32": torch.int32,
@@ -66,6 +67,12 @@ class SafetensorsSource(Source):
     place: Stored | None = None
     stager: Stager | None = None
     _kept: tuple[Index, Tensor] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if self.stored not in _STORED_KINDS:
+            raise ModelLoadError(f"{self.key} is {self.stored}: a type that nothing here reads")
+        return _STORED_KINDS[self.stored]
 
     def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
         if self.stager is not None and self.place is not None:
@@ -126,6 +133,11 @@ class TensorSource(Source):
     """A tensor that somebody handed over."""
 
     tensor: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        assert self.tensor is not None
+        return self.tensor.dtype
 
     def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
         assert self.tensor is not None

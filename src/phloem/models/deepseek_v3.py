@@ -12,7 +12,7 @@ from phloem.kernels.specs import RouterSpec
 from phloem.layers.latent import LatentSizes
 from phloem.layers.moe import ExpertNames, ExpertsConfig
 from phloem.layers.rope import rope_spec
-from phloem.models._common import Decoder, each_layer, layer_number, usual, usual_mlp
+from phloem.models._common import Decoder, Trunk, each_layer, usual, usual_mlp
 from phloem.models._layer import Experts, Latents, LayerKind
 
 if TYPE_CHECKING:
@@ -63,13 +63,6 @@ VARIANTS = {
 _NAMES = ExpertNames(correction="gate.e_score_correction_bias")
 
 
-class DeepseekV3(Decoder):
-    """A decoder whose files hold further layers, which draft and are not used here."""
-
-    def checkpoint_name(self, name: str) -> str | None:
-        return None if layer_number(name) >= len(self.layers) else name
-
-
 def latent_attention(config: dict[str, Any], *, interleaved: bool = True) -> Latents:
     """The mixer that config.json describes."""
     sizes = LatentSizes(
@@ -99,7 +92,8 @@ def sparse_layers(config: dict[str, Any], experts: Experts) -> tuple[LayerKind, 
     return each_layer(config, layer)
 
 
-def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+def grouped_experts(config: dict[str, Any]) -> Experts:
+    """Sigmoid scores with a correction, the best groups first, and a dense block beside; also GLM-4.5's."""
     router = RouterSpec(
         config["num_experts_per_tok"],
         "sigmoid",
@@ -112,5 +106,8 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
     inner = config["moe_intermediate_size"]
     sparse = ExpertsConfig(config["n_routed_experts"], inner, router, names=_NAMES)
     shared = usual_mlp(config, inner_size=inner * int(config["n_shared_experts"] or 1), name="shared_experts")
-    layers = sparse_layers(config, Experts(sparse, shared=shared))
-    return DeepseekV3(ctx, usual(config, layers=layers), max_positions)
+    return Experts(sparse, shared=shared)
+
+
+def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+    return Trunk(ctx, usual(config, layers=sparse_layers(config, grouped_experts(config))), max_positions)

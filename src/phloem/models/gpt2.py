@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import ModelLoadError
-from phloem.models._common import Decoder, each_layer, usual, usual_attention
+from phloem.models._common import Decoder, each_layer, renamed, usual, usual_attention
 from phloem.models._layer import LayerKind, Plain
 
 if TYPE_CHECKING:
@@ -51,11 +51,7 @@ class GPT2(Decoder):
     def checkpoint_name(self, name: str) -> str | None:
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             return None  # buffers that old files keep
-        inner = name.removeprefix("transformer.")
-        for theirs, ours in _RENAMED.items():
-            if inner.startswith(theirs):
-                return ours + inner.removeprefix(theirs)
-        return name
+        return renamed(name.removeprefix("transformer."), _RENAMED) or name
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:

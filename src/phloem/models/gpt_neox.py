@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from phloem.models._common import Decoder, each_layer, usual, usual_attention
+from phloem.models._common import Decoder, each_layer, renamed, usual, usual_attention
 from phloem.models._layer import LayerKind, Plain
 
 if TYPE_CHECKING:
@@ -33,10 +33,7 @@ class GPTNeoX(Decoder):
     def checkpoint_name(self, name: str) -> str | None:
         if name.endswith((".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")):
             return None  # buffers that old files keep
-        for theirs, ours in _RENAMED.items():
-            if name.startswith(theirs):
-                return ours + name.removeprefix(theirs)
-        return name.replace("gpt_neox.", "model.", 1)
+        return renamed(name, _RENAMED) or name.replace("gpt_neox.", "model.", 1)
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:

@@ -9,6 +9,7 @@ from phloem.models._layer import LayerKind
 
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
+    from phloem.models._layer import MLP, Experts
 
 GGUF = {
     "architecture": "granite",
@@ -31,9 +32,10 @@ TINY = {
 VARIANTS = {"tied": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}}
 
 
-def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+def multiplied(config: dict[str, Any], ctx: BuildContext, max_positions: int, feed: MLP | Experts) -> Decoder:
+    """The decoder with Granite's multipliers and `feed` in every layer."""
     scale, residual = float(config.get("attention_multiplier", 1.0)), float(config.get("residual_multiplier", 1.0))
-    kind = LayerKind(usual_attention(config, scale=scale), usual_mlp(config), residual_scale=residual)
+    kind = LayerKind(usual_attention(config, scale=scale), feed, residual_scale=residual)
     config_of_all = usual(
         config,
         layers=each_layer(config, lambda n: kind),
@@ -41,3 +43,7 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
         logit_scale=1.0 / float(config.get("logits_scaling", 1.0)),
     )
     return Decoder(ctx, config_of_all, max_positions)
+
+
+def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+    return multiplied(config, ctx, max_positions, usual_mlp(config))

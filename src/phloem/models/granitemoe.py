@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.kernels.specs import RouterSpec
 from phloem.layers.moe import ExpertNames, ExpertsConfig
-from phloem.models._common import Decoder, each_layer, usual, usual_attention
-from phloem.models._layer import Experts, LayerKind
+from phloem.models._layer import Experts
+from phloem.models.granite import multiplied
 
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
+    from phloem.models._common import Decoder
 
 TINY = {
     "head_dim": None,
@@ -32,13 +33,4 @@ _NAMES = ExpertNames(
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
     router = RouterSpec(config["num_experts_per_tok"], "chosen_softmax")
     sparse = ExpertsConfig(config["num_local_experts"], config["intermediate_size"], router, names=_NAMES)
-    scale, residual = float(config.get("attention_multiplier", 1.0)), float(config.get("residual_multiplier", 1.0))
-    experts = Experts(sparse, "block_sparse_moe")
-    kind = LayerKind(usual_attention(config, scale=scale), experts, residual_scale=residual)
-    config_of_all = usual(
-        config,
-        layers=each_layer(config, lambda n: kind),
-        embed_scale=float(config.get("embedding_multiplier", 1.0)),
-        logit_scale=1.0 / float(config.get("logits_scaling", 1.0)),
-    )
-    return Decoder(ctx, config_of_all, max_positions)
+    return multiplied(config, ctx, max_positions, Experts(sparse, "block_sparse_moe"))

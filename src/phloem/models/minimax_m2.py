@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.kernels.specs import RouterSpec
 from phloem.layers.moe import ExpertNames, ExpertsConfig
-from phloem.models._common import Decoder, each_layer, layer_number, usual, usual_attention
+from phloem.models._common import Decoder, Trunk, each_layer, usual, usual_attention
 from phloem.models._layer import Experts, LayerKind
 
 if TYPE_CHECKING:
@@ -29,17 +29,10 @@ _NAMES = ExpertNames(
 )
 
 
-class MiniMaxM2(Decoder):
-    """A decoder whose files may hold further layers, which draft and are not used here."""
-
-    def checkpoint_name(self, name: str) -> str | None:
-        return None if layer_number(name) >= len(self.layers) else name
-
-
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
     if config.get("rotary_dim") and not (config.get("rope_parameters") or {}).get("partial_rotary_factor"):
         config = {**config, "partial_rotary_factor": config["rotary_dim"] / config["head_dim"]}
     router = RouterSpec(config["num_experts_per_tok"], "sigmoid", renormalise=True)
     sparse = ExpertsConfig(config["num_local_experts"], config["intermediate_size"], router, names=_NAMES)
     kind = LayerKind(usual_attention(config, qk_norm="whole"), Experts(sparse, "block_sparse_moe"))
-    return MiniMaxM2(ctx, usual(config, layers=each_layer(config, lambda n: kind)), max_positions)
+    return Trunk(ctx, usual(config, layers=each_layer(config, lambda n: kind)), max_positions)

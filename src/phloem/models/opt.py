@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import ModelLoadError
-from phloem.models._common import Decoder, each_layer, usual, usual_attention
+from phloem.models._common import Decoder, each_layer, renamed, usual, usual_attention
 from phloem.models._layer import LayerKind, Plain
 
 if TYPE_CHECKING:
@@ -38,10 +38,7 @@ class OPT(Decoder):
         inner = name.removeprefix("model.").removeprefix("decoder.")
         if inner == name:
             return name
-        for theirs, ours in _RENAMED.items():
-            if inner.startswith(theirs):
-                return "model." + ours + inner.removeprefix(theirs)
-        return "model." + inner
+        return "model." + (renamed(inner, _RENAMED) or inner)
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:

@@ -33,6 +33,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     ignored: ClassVar[dict[str, str]] = {}
     later: ClassVar[dict[str, Later]] = {}
+    pooled: ClassVar[bool | None] = None  # for models that do not generate, for those that do, or for both
 
     def refuse_later(self, features: frozenset[str], where: str = "") -> None:
         """Raise `BadRequest` for the first field that asks for what does not exist yet."""

@@ -33,7 +33,7 @@ GUIDED = {
 }
 DISAGGREGATION = {name: Later("disaggregation") for name in ("bootstrap_host", "bootstrap_port", "bootstrap_room")}
 COMMON_LATER: dict[str, Later] = {
-    "lora_path": Later("lora", ("", [])),
+    "lora_path": Later("lora", ("", []), "adapters are served with --enable-lora"),
     "data_parallel_rank": Later("data_parallel", (0,)),
     "return_hidden_states": Later("hidden_states", (False,)),
     **DISAGGREGATION,

@@ -61,7 +61,7 @@ GENERATE_LATER: dict[str, Later] = {
     "mm_hashes": Later("images"),
     "mm_content_hashes": Later("images"),
     "modalities": Later("modalities", ("text",)),
-    "lora_id": Later("lora", ("",)),
+    "lora_id": Later("lora_id", ("",)),
     "positional_embed_overrides": Later("input_embeds"),
     "bootstrap_pair_key": Later("disaggregation"),
     "decode_tp_size": Later("disaggregation"),

@@ -41,6 +41,11 @@ class Source:
     workers: Executor | None = None  # to dequantise with
     bytes_read: int = field(default=0, init=False)  # what `take` and `take_raw` have taken from the file
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that it is stored in, where that is one of torch's."""
+        raise NotImplementedError
+
     def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
         """The entries `index` (None: all) as a contiguous tensor on the CPU, or where the model is."""
         raise NotImplementedError

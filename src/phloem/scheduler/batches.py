@@ -38,6 +38,8 @@ def entry(request: Request, known: NDArray[np.int32], eos_ids: tuple[int, ...]) 
         top_logprobs=submit.top_logprobs,
         token_ids_logprob=tuple(submit.token_ids_logprob),
         return_hidden=submit.return_hidden,
+        second=submit.second,
+        namespace=request.namespace,
         constrained=follower is not None,
     )
     return Entry(admission, follower)
@@ -56,9 +58,11 @@ def assemble(slots: Slots, spent: Spent, entered: Sequence[tuple[Chunk, Entry]],
     ends = prefix_lens + query_lens
     longest = int(ends.max())
     drafts = None
-    if spent.room is not None and spent.room.any():
+    behind = [chunk.room for chunk in chunks]
+    if (spent.room is not None and spent.room.any()) or any(behind):
         drafts = np.zeros(len(rows), dtype=np.int32)
-        drafts[: len(decodes)] = spent.room
+        drafts[: len(decodes)] = 0 if spent.room is None else spent.room
+        drafts[len(decodes) :] = behind
         longest = int((ends + drafts).max())
     ids = [slots.next_token[decodes]] + [chunk.known[chunk.start : chunk.start + chunk.count] for chunk in chunks]
     targets: dict[int, NDArray[np.int32]] = {}
@@ -79,6 +83,7 @@ def assemble(slots: Slots, spent: Spent, entered: Sequence[tuple[Chunk, Entry]],
         admissions=[item.admission for item in told],
         prompt_targets=targets,
         drafts=drafts,
+        adapters=slots.adapters(at),
         epoch=epoch,
     )
     followers = [(item.admission.slot, item.follower) for item in told if item.follower is not None]
@@ -105,6 +110,7 @@ class Steady:
     rows: list[Request]
     query_lens: NDArray[np.int32]
     outputs: NDArray[np.int32]
+    adapters: NDArray[np.int32] | None
     tables: tuple[NDArray[np.int32], ...]
     pages: int  # that these tables are wide
     covered: NDArray[np.int32]  # positions that each row has pages for
@@ -124,6 +130,7 @@ class Steady:
             rows=plan.rows,
             query_lens=batch.query_lens,
             outputs=batch.outputs,
+            adapters=batch.adapters,
             tables=batch.tables,
             pages=-(-(longest - 1) // slots.page_size),
             covered=slots.covered[at],
@@ -152,6 +159,7 @@ class Steady:
             input_ids=slots.next_token[active],
             tables=self.tables,
             outputs=self.outputs,
+            adapters=self.adapters,
             epoch=epoch,
         )
         return Plan(batch, self.rows, steady=True)

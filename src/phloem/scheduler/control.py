@@ -1,4 +1,4 @@
-"""Administrative calls: flush_cache, state, cache_tree, pause, resume, abort_all, get_weights_by_name."""
+"""Administrative calls: flush_cache, state, cache_tree, pause, resume, abort_all, get_weights_by_name, adapters."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from phloem.core.request import FinishReason
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from phloem.core.adapters import Lender
     from phloem.core.batch import Pending, Runner
     from phloem.core.messages import FromEngine
     from phloem.kvcache.manager import CacheManager
@@ -31,6 +32,7 @@ class Governed(Protocol):
     runner: Runner
     cache: CacheManager
     slots: Slots
+    lender: Lender | None
     paused: bool
     clock: Callable[[], float]
     send: Callable[[FromEngine], None]
@@ -69,6 +71,8 @@ class Controls:
             return
         try:
             handler(call.id, call.args)
+        except PhloemError as error:
+            self._reply(call.id, False, error.message)
         except Exception as error:
             log.exception("control call %s failed", call.name)
             self._reply(call.id, False, f"{type(error).__name__}: {error}")
@@ -140,6 +144,22 @@ class Controls:
             raise BadRequest(f"rows must be above 0, got {rows}", param="rows")
         runner = self.scheduler.runner
         self.between(call_id, lambda: runner.read_weight(name, rows), lambda found: ("", {"weight": found.tolist()}))
+
+    def _do_load_lora_adapter(self, call_id: str, args: dict[str, Any]) -> None:
+        """The file is read beside the steps, and placed between two of them."""
+        name, path = str(args.get("name") or ""), str(args.get("path") or "")
+        work = self._lender().load(name, path, bool(args.get("pinned")))
+        self._works.append((call_id, work, lambda loaded: (f"adapter {name} is loaded", {"loaded": loaded})))
+
+    def _do_unload_lora_adapter(self, call_id: str, args: dict[str, Any]) -> None:
+        users, loaded = self._lender().unload(str(args.get("name") or ""))
+        still = f"; {users} requests that have begun with it end with it" if users else ""
+        self._reply(call_id, True, f"unloaded{still}", {"loaded": loaded, "users": users})
+
+    def _lender(self) -> Lender:
+        if self.scheduler.lender is None:
+            raise BadRequest("adapters are served with --enable-lora")
+        return self.scheduler.lender
 
     def _answer(self, call_id: str, pending: Pending[Any], told: Callable[[Any], Told]) -> None:
         try:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from phloem.scheduler.state import Request, Slots
 
 KEPT = 4  # a prompt that goes on leaves 1 / KEPT of a step to those that wait
+FORCED = 32  # tokens of a chunk behind which drafts stand, at most
 HORIZON = 1024  # output tokens of a running request that admission looks ahead to, at most
 
 
@@ -28,6 +29,7 @@ class Pace:
     mixed: int  # prompt tokens of a step that also decodes: running requests wait for it
     worthwhile: int  # prompt tokens from which on another prompt makes a step no more efficient
     draft_room: int = 0
+    whole: bool = False  # prompts are not divided: each is computed in one step
 
 
 @dataclass(slots=True)
@@ -81,6 +83,7 @@ class Chunk:
     count: int = 0
     pages: int = 0  # that a waiting request needs for its known tokens, beside those in the cache
     growth: int = 0  # output tokens to come, of a waiting request
+    room: int = 0  # drafts that may stand behind it, where it is what a grammar forced
     sharable: bool = False  # whether the page after the cached ones could come from the cache
 
 
@@ -129,21 +132,22 @@ def spend(slots: Slots, waiting: Iterable[Chunk], means: Means) -> Spent:
         spent.lacking = [slots.at(slot) for slot in reversed(_by_place(slots, needy)[means.pages :])]
         return spent
     pages = means.pages - len(needy) if slots.paged[0] else means.pages
-    purse = _Purse(min(means.pace.budget, means.most), pages, slots.page_size, slots.paged[0])
+    purse = _Purse(min(means.pace.budget, means.most), pages, slots.page_size, slots.paged[0], means.pace.whole)
     if len(decodes):
         # With every slot decoding there must be a token for each, or the last ones would starve.
         purse.left = min(max(purse.left - len(decodes), 0), means.pace.mixed)
     prefills = _by_place(slots, active[todo > 1]) if len(decodes) < len(active) else []
-    kept = purse.left // KEPT if prefills and means.entries and means.queued else 0
+    kept = purse.left // KEPT if prefills and means.entries and means.queued and not means.pace.whole else 0
     purse.left -= kept
     if not _go_on(spent, slots, prefills, purse):
         return spent
     purse.left += kept
     if means.entries and means.queued and purse.left > 0:
         _let_in(spent, slots, waiting, means, purse)
-    if spent.chunks and purse.left > 0:  # what was kept for others and not wanted goes to the first prompt
+    # What was kept for others and not wanted goes to the first prompt.
+    if spent.chunks and purse.left > 0 and not purse.whole:
         _lengthen(spent.chunks[0], slots, purse)
-    if means.pace.draft_room and len(decodes):
+    if means.pace.draft_room:
         _give_room(spent, slots, means, purse)
     return spent
 
@@ -159,10 +163,17 @@ class _Purse:
     pages: int
     size: int
     paged: bool  # else these are states, of which a request takes all it ever needs when it enters
+    whole: bool = False  # see `Pace`; the first of a step may be longer than what there is
+    used: bool = False
 
     def chunk(self, start: int, todo: int, covered: int) -> int:
         """Of `todo` tokens from `start` on, those that can be paid; they are."""
         count = min(todo, self.left)
+        if self.whole and count < todo:
+            if self.used:
+                return 0
+            count = todo
+        self.used = True
         if self.paged:
             count = min(count, covered + max(0, self.pages) * self.size - start)
             self.pages -= max(0, -(-(start + count - covered) // self.size))
@@ -182,6 +193,8 @@ def _go_on(spent: Spent, slots: Slots, prefills: list[int], purse: _Purse) -> bo
             break
         request, start = slots.at(slot), int(slots.computed[slot])
         count = purse.chunk(start, int(slots.length[slot]) - start, int(slots.covered[slot]))
+        if count <= 0 and purse.whole:
+            continue  # one of the next steps has room for it
         if count <= 0:
             spent.lacking = [request]
             return False
@@ -208,7 +221,7 @@ def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Chunk], means: Means, 
         if want is None:
             break
         rest = len(want.known) - want.start
-        if begun and rest > purse.left:
+        if rest > purse.left and (begun or (purse.whole and purse.used)):
             continue
         page = page_after(want.known, want.start, size, want.request.namespace)
         if want.sharable and page in computing:
@@ -217,7 +230,8 @@ def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Chunk], means: Means, 
                 continue
         if not alone and want.pages > purse.pages - promised:
             break
-        want.count = min(rest, purse.left)
+        want.count = rest if purse.whole else min(rest, purse.left)
+        purse.used = True
         spent.entries.append(want)
         purse.left -= want.count
         purse.pages -= want.pages
@@ -244,11 +258,24 @@ def _lengthen(chunk: Chunk, slots: Slots, purse: _Purse) -> None:
     chunk.count += max(0, purse.chunk(at, int(slots.length[slot]) - at, covered))
 
 
+def _forced(chunk: Chunk, slots: Slots) -> bool:
+    """Whether the chunk ends with the last known token of an answer that has begun: a grammar forced the last ones."""
+    slot = chunk.request.slot
+    ends = chunk.start + chunk.count == slots.length[slot]
+    return bool(ends and slots.samples[slot]) and chunk.start >= chunk.request.num_prompt and chunk.count <= FORCED
+
+
 def _give_room(spent: Spent, slots: Slots, means: Means, purse: _Purse) -> None:
     """Drafts take what prompts leave: tokens in equal parts, and pages that nobody has to give up."""
     at = spent.decodes
     used = len(at) + sum(chunk.count for chunk in (*spent.chunks, *spent.entries))
-    each = min(means.pace.draft_room, (min(means.pace.budget, means.most) - used) // len(at))
+    forced = [chunk for chunk in spent.chunks if _forced(chunk, slots)]
+    if not len(at) and not forced:
+        return
+    each = min(means.pace.draft_room, (min(means.pace.budget, means.most) - used) // (len(at) + len(forced)))
+    for chunk in forced:
+        slot = chunk.request.slot
+        chunk.room = max(0, min(each, int(slots.limit[slot] - slots.length[slot]) - 1))
     room = np.clip(slots.limit[at] - slots.length[at] - 1, 0, max(each, 0))
     ends = slots.computed[at] + 1
     covered = np.where(ends > slots.covered[at], slots.covered[at] + slots.page_size, slots.covered[at])

@@ -16,6 +16,7 @@ are none, somebody gives up theirs and it is decided anew.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from phloem.core.batch import StepOutput
     from phloem.kvcache.manager import CacheManager, Lease
+    from phloem.scheduler.mixture import Mixture
     from phloem.scheduler.plan import Pace, Plan, Spent
     from phloem.scheduler.policies import Policy, WaitingQueue
     from phloem.scheduler.state import Entry, Request, Slots
@@ -56,6 +58,7 @@ class Planner:
         policy: Policy,
         pace: Pace,
         eos_ids: tuple[int, ...] = (),
+        mixture: Mixture | None = None,
     ) -> None:
         self.slots = slots
         self.queue = queue
@@ -65,6 +68,7 @@ class Planner:
         self.throttle = Throttle.of(max(pace.budget, slots.count))
         self.epoch = 0
         self.eos_ids = eos_ids
+        self.mixture = mixture
         self.headroom = Headroom()
         self.refused: list[Refusal] = []
         self.preemptions = 0
@@ -109,6 +113,17 @@ class Planner:
         if slots.readmit or (len(self.queue) and slots.num_free):
             return None
         return steady.next(slots, self.cache, self._step + 1, self.epoch)
+
+    def give_room(self, drafts: int) -> None:
+        """From the next step on each row may have so many drafts. With none, a step is planned while one runs."""
+        if drafts == self.pace.draft_room:
+            return
+        self.pace = replace(self.pace, draft_room=drafts)
+        if drafts:
+            self._steady = None
+            for request in self.slots.active_requests():
+                if request.inflight:
+                    self.slots.hold(request.slot, STEP)  # what it is to be drafted behind is not known yet
 
     def advance(self, plan: Plan) -> None:
         """The plan's batch is launched: requests advance, and whole pages of known tokens enter the tree.
@@ -204,10 +219,16 @@ class Planner:
 
     def _waiting(self) -> Iterator[Chunk]:
         """Who may enter, in the policy's order; looked up in the cache when their turn comes."""
-        cache, size, paged = self.cache, self.cache.page_size, self.slots.paged[0]
+        cache, size, paged, mixture = self.cache, self.cache.page_size, self.slots.paged[0], self.mixture
+        if mixture is not None:
+            mixture.begin()
         for request in self.policy.order(self.queue, self.slots.num_free + SCAN, cache):
             if request.inflight:
                 continue  # its last token is not known yet
+            if mixture is not None and mixture.full_for(request):
+                if mixture.out_of_patience(request):
+                    return
+                continue
             try:
                 known, limit = request.all_known(), request.match_limit()
                 cached = cache.probe(request.namespace, known, limit).num_pages
@@ -246,6 +267,9 @@ class Planner:
                 return [chunk.request]
             slots.cover(chunk.request.slot, lease)
         spent.chunks = [chunk for chunk in spent.chunks if chunk.count]
+        for chunk in spent.chunks:
+            if chunk.room:
+                self._cover_room(chunk)
         if spent.room is not None:
             self._cover_drafts(at, spent.room)
         return []
@@ -256,6 +280,14 @@ class Planner:
             chunk.count = self.cache.cut(lease, chunk.known, chunk.start, chunk.count)
         while chunk.count and not self.cache.reserve(lease, chunk.start + chunk.count):
             chunk.count //= 2
+
+    def _cover_room(self, chunk: Chunk) -> None:
+        slot, end = chunk.request.slot, chunk.start + chunk.count
+        lease = self.slots.lease(slot)
+        if end == self.slots.length[slot] and self.cache.reserve(lease, end + chunk.room):
+            self.slots.cover(slot, lease)
+        else:
+            chunk.room = 0
 
     def _cover_drafts(self, at: NDArray[np.int32], room: NDArray[np.int32]) -> None:
         slots = self.slots

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from phloem.core.adapters import Lender
     from phloem.core.batch import PositionLogprobs, StepOutput
     from phloem.core.messages import FromEngine
     from phloem.scheduler.plan import Plan
@@ -32,7 +33,7 @@ MIN_HOLD = 3  # forced tokens from which sitting out one step is repaid
 class Results:
     """Ends requests and collects their chunks. `live` is the scheduler's table of requests by id.
 
-    `release(request, keep)` takes slot and pages from a running request.
+    `release(request, keep)` takes slot and pages from a running request; `lender` gets its adapter back.
     """
 
     def __init__(
@@ -42,14 +43,18 @@ class Results:
         queue: WaitingQueue,
         release: Callable[[Request, bool], None],
         stream_interval: int,
+        lender: Lender | None = None,
     ) -> None:
         self.live = live
         self.slots = slots
         self.queue = queue
         self.release = release
+        self.lender = lender
         self.stream_interval = max(1, stream_interval)
         self.output_tokens = 0
         self.jumped_tokens = 0  # of these, those that a grammar forced: they took no decode step
+        self.speculates = False
+        self.drafted = self.accepted = self.verify_calls = 0  # drafts verified, those that were right, rows with drafts
         self._chunks: list[Chunk] = []
         self._rows: list[str] = []  # requests of which only a token is told, and those tokens
         self._plain: list[int] = []
@@ -80,6 +85,31 @@ class Results:
                 log.exception("request %s: its result could not be taken", request.id)
                 self.fail(request, f"{type(error).__name__}: {error}", 500)
 
+    def verified(self, plan: Plan, output: StepOutput) -> None:
+        """Count the drafts that a step verified, before its tokens are taken in."""
+        assert output.verified is not None
+        for row in np.flatnonzero(output.verified).tolist():
+            count, right, request = int(output.verified[row]), max(0, int(output.counts[row]) - 1), plan.rows[row]
+            self.verify_calls += 1
+            self.drafted += count
+            self.accepted += right
+            request.drafted += count
+            request.right += [0] * (right + 1 - len(request.right))
+            request.right[right] += 1
+
+    def drafts(self) -> dict[str, float]:
+        """Fields of `Stats`."""
+        if not self.speculates:
+            return {}
+        steps = self.output_tokens - self.jumped_tokens - self.accepted
+        return {
+            "spec_verify_calls": self.verify_calls,
+            "spec_drafted": self.drafted,
+            "spec_accepted": self.accepted,
+            "spec_accept_length": (steps + self.accepted) / steps if steps > 0 else 0.0,
+            "spec_accept_rate": self.accepted / self.drafted if self.drafted else 0.0,
+        }
+
     def _row(self, plan: Plan, output: StepOutput, row: int, tokens: Sequence[int]) -> None:
         """A row of which there may be more to take than one token."""
         request, batch = plan.rows[row], plan.batch
@@ -89,6 +119,8 @@ class Results:
         request.prompt_logprobs += tuple(output.prompt_logprobs.get(row, ()))
         if not batch.outputs[row]:
             if row in plan.scored:
+                if request.submit.pooled:
+                    request.pooled = output.pooled[row].astype("<f4", copy=False).tobytes()
                 self.finish(request, FinishReason("length", length=0))
             return
         room = 0 if batch.drafts is None else int(batch.drafts[row])
@@ -196,7 +228,6 @@ class Results:
             return False
         for token in forced:
             self._append(request, token)
-            self.jumped_tokens += 1
             if self._ends(request):
                 return True
         if forced and constraint is not None:
@@ -208,7 +239,9 @@ class Results:
     def _append(self, request: Request, token: int) -> None:
         request.output.append(token)
         request.fresh.append(token)
+        request.jumped += 1
         self.output_tokens += 1
+        self.jumped_tokens += 1
 
     def finish(self, request: Request, reason: FinishReason, answer: bool = True, keep: bool = True) -> None:
         """End a request wherever it stands; its pages are free afterwards. `answer` sends its last chunk."""
@@ -220,6 +253,8 @@ class Results:
             self.queue.remove(request)
         request.status = RequestStatus.FINISHED
         self.live.pop(request.id, None)
+        if request.adapter is not None and self.lender is not None:
+            self.lender.give_back(request.adapter)
         if answer:
             self._chunks.append(self._chunk(request, reason))
 
@@ -255,6 +290,8 @@ class Results:
         if not request.sent or finish is not None:
             chunk.cached_tokens = request.cached_tokens
             chunk.queue_seconds = max(0.0, request.admitted - request.received)
+            if self.speculates:
+                chunk.drafts = [request.jumped, request.drafted, *request.right]
         if submit.return_logprob:
             chunk.logprobs = pack_logprobs(request.fresh_logprobs, submit)
             request.fresh_logprobs = ()
@@ -262,12 +299,13 @@ class Results:
                 chunk.prompt_logprobs = pack_logprobs(request.prompt_logprobs, submit)
         if request.fresh_hidden:
             chunk.hidden, request.fresh_hidden = list(request.fresh_hidden), ()
+        chunk.pooled = request.pooled
         request.fresh = []
         request.sent, request.message = True, self._message
         return chunk
 
     def state(self) -> dict[str, Any]:
-        return {"output_tokens": self.output_tokens, "jumped_tokens": self.jumped_tokens}
+        return {"output_tokens": self.output_tokens, "jumped_tokens": self.jumped_tokens, **self.drafts()}
 
     def flush(self, send: Callable[[FromEngine], None]) -> None:
         """Send what has collected, as one message."""

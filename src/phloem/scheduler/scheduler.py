@@ -23,6 +23,7 @@ from phloem.core.request import FinishReason, RequestStatus
 from phloem.kvcache.manager import namespace
 from phloem.scheduler.control import ABORTED, Controls
 from phloem.scheduler.metrics import Meter, usage
+from phloem.scheduler.mixture import Mixture
 from phloem.scheduler.plan import Pace, Plan
 from phloem.scheduler.planner import Planner
 from phloem.scheduler.policies import POLICIES, WaitingQueue
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from phloem.core.adapters import Lender
     from phloem.core.batch import Pending, Runner, StepOutput
     from phloem.core.late import Late, Prepared
     from phloem.kvcache.manager import CacheManager
@@ -66,12 +68,14 @@ class ScheduleSettings:
     random_seed: int | None = None
     overlap: bool = True
     debug_invariants: bool = False
+    whole_prompts: bool = False  # every prompt is computed in one step
+    speculates: bool = False  # answers tell how many drafts were accepted
 
     def pace(self, slots: int, draft_room: int) -> Pace:
         # With every slot decoding there must be a token for each, or the last ones would starve.
         budget = max(self.chunked_prefill_size, slots)
         mixed, worthwhile = self.mixed_prefill_size or budget, self.worthwhile_prefill or budget
-        return Pace(budget, mixed, worthwhile, draft_room)
+        return Pace(budget, mixed, worthwhile, draft_room, self.whole_prompts)
 
 
 @dataclass(slots=True)
@@ -86,7 +90,8 @@ class Scheduler:
     """Owns every request from `Submit` to its last chunk. One thread calls it.
 
     `prepare(submit, prompt)` gives what a request must wait for and what its output keeps to; None: nothing. A
-    `PhloemError` that it raises answers the request. `wait_for` adds to the former at any time.
+    `PhloemError` that it raises answers the request. `wait_for` adds to the former at any time. `lender` has the
+    adapters, where any are served.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class Scheduler:
         send: Callable[[FromEngine], None],
         clock: Callable[[], float] = time.monotonic,
         prepare: Callable[[Submit, NDArray[np.int32]], Prepared | None] | None = None,
+        lender: Lender | None = None,
     ) -> None:
         self.runner = runner
         self.settings = settings
@@ -104,6 +110,7 @@ class Scheduler:
         self.send = send
         self.clock = clock
         self.prepare = prepare
+        self.lender = lender
         self.live: dict[str, Request] = {}
         self.queue = WaitingQueue()
         self.late: deque[Request] = deque()  # those that wait for something, with or without a slot
@@ -119,8 +126,11 @@ class Scheduler:
         self.slots = Slots(slots, self._most_tokens, cache.page_size, runner.groups)
         self._policy = POLICIES[settings.schedule_policy]
         pace = settings.pace(slots, runner.draft_room)
-        self.planner = Planner(self.slots, self.queue, cache, self._policy, pace, settings.eos_ids)
-        self.results = Results(self.live, self.slots, self.queue, self.planner.release, settings.stream_interval)
+        mixture = Mixture(self.slots, lender.most) if lender is not None and lender.most < slots else None
+        self.planner = Planner(self.slots, self.queue, cache, self._policy, pace, settings.eos_ids, mixture)
+        interval = settings.stream_interval
+        self.results = Results(self.live, self.slots, self.queue, self.planner.release, interval, lender)
+        self.results.speculates = settings.speculates
         self.controls = Controls(self)
         self.meter = Meter(clock())
         self._random = random.Random(settings.random_seed)
@@ -165,6 +175,7 @@ class Scheduler:
             **usage(self.cache),
             **self.planner.state(),
             **self.results.state(),
+            **({} if self.lender is None else self.lender.state()),
         }
 
     @property
@@ -180,7 +191,8 @@ class Scheduler:
 
     def _place(self, request: Request) -> None:
         """Where its prefixes are looked for, from its next admission on."""
-        request.namespace = namespace(request.submit.namespace, "", self._weight_version)
+        adapter = "" if request.adapter is None else request.adapter.uid
+        request.namespace = namespace(request.submit.namespace, adapter, self._weight_version)
         request.match_version = -1
 
     def between(self, work: Callable[[], T]) -> Pending[T]:
@@ -235,17 +247,27 @@ class Scheduler:
         request.seed = self._random.getrandbits(63) if seed is None else seed & SEED_MASK
         self._sequence += 1
         request.seq, request.key = self._sequence, self._policy.key(request)
-        self._place(request)
         prepared = self.prepare(submit, request.prompt) if self.prepare is not None else None
         if prepared is not None:
             request.waits, request.constraint = prepared.waits, prepared.constraint
             request.plain = request.plain and request.constraint is None
+        if submit.adapter:
+            self._lend(request)
+        self._place(request)
         self.live[request.id] = request
         if not request.waits and not self._begin(request):
             return
         self.planner.wait_again(request)
         if request.waits:
             self.late.append(request)
+
+    def _lend(self, request: Request) -> None:
+        """The adapter that it asks for, which it has until it ends. Raises BadRequest: there is none of this name."""
+        if self.lender is None:
+            raise BadRequest("adapters are served with --enable-lora", param="lora_path", code="not_supported")
+        request.adapter = adapter = self.lender.lend(request.submit.adapter)
+        if not adapter.ready() or adapter.error is not None:
+            request.waits += (adapter,)
 
     def _check(self, request: Request) -> None:
         """Raise BadRequest for what can never be served."""
@@ -320,7 +342,7 @@ class Scheduler:
         self.results.flush(self.send)
 
     def _stats(self, now: float, busy: bool) -> FromEngine:
-        counts = {"running": self.slots.num_running, "waiting": self.num_waiting}
+        counts = {"running": self.slots.num_running, "waiting": self.num_waiting, **self.results.drafts()}
         return self.meter.stats(now, busy, self.results.output_tokens, counts | usage(self.cache), self.planner.state())
 
     def wait_for(self, request_id: str, late: Late) -> None:
@@ -382,6 +404,7 @@ class Scheduler:
             return False
         plan: Plan | None = None
         try:
+            self.planner.give_room(self.runner.draft_room)
             plan = self.planner.next_batch()
         except Exception as error:
             log.exception("planning failed")
@@ -429,6 +452,8 @@ class Scheduler:
         self.planner.throttle.passed()
         self._cornered = None
         self.planner.committed(launched.plan, output)
+        if output.verified is not None:
+            self.results.verified(launched.plan, output)
         self.results.commit(launched.plan, output)
 
     def _run_again(self, failed: Launched, error: OutOfMemory) -> None:
@@ -443,7 +468,7 @@ class Scheduler:
         self.planner.undone()
         self._step_began = self.clock()
         size = f"step {batch.step} ({batch.num_rows} rows, {batch.num_tokens} tokens)"
-        if batch.num_tokens == 1:
+        if batch.num_tokens == 1 or (self.settings.whole_prompts and batch.num_rows == 1):
             alone = failed.plan.rows[0]
         if alone is None or alone is not self._cornered:
             most = self.planner.throttle.budget
@@ -452,7 +477,8 @@ class Scheduler:
             return
         log.error("out of memory in %s: %s; no smaller step is possible", size, error.message)
         if not alone.finished:
-            message = f"out of memory: not even a step of this request alone, with one token, fits ({error.message})"
+            least = "its tokens" if batch.num_tokens > 1 else "one token"
+            message = f"out of memory: not even a step of this request alone, with {least}, fits ({error.message})"
             self.results.fail(alone, message, error.status)
 
     def _start_over(self, victims: list[Request], error: Exception) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from phloem.core.adapters import Lent
     from phloem.core.batch import Admission, Follower
     from phloem.core.late import Constraint, Late
     from phloem.core.memory import Group
@@ -59,6 +60,8 @@ class Request:
     inflight: int = 0  # launched steps that yield tokens whose values are not known yet
     waits: tuple[Late, ...] = ()  # while there are any, it is not launched
     constraint: Constraint | None = None
+    adapter: Lent | None = None
+    held_back: int = 0  # times that it was passed over because of its adapter
     admitted: float = -1.0
     cached_tokens: int = 0
     match_pages: int = 0
@@ -69,8 +72,12 @@ class Request:
     fresh: list[int] = field(default_factory=list)  # tokens not sent yet
     fresh_logprobs: tuple[PositionLogprobs, ...] = ()
     fresh_hidden: tuple[bytes, ...] = ()
+    pooled: bytes = b""
     sent: bool = False
     message: int = -1  # the message that its last chunk is in
+    jumped: int = 0  # tokens of the output that a grammar forced
+    drafted: int = 0  # drafts that were verified
+    right: list[int] = field(default_factory=list)  # [n]: steps of which n drafts were accepted
 
     def __post_init__(self) -> None:
         submit, start = self.submit, self.submit.logprob_start
@@ -79,7 +86,7 @@ class Request:
         self.num_prompt = len(self.prompt)
         self.wants_prompt = submit.return_logprob and start >= 0
         self.targets_from = max(start, 1)
-        self.plain = not (submit.return_logprob or submit.return_hidden)
+        self.plain = not (submit.return_logprob or submit.return_hidden or submit.pooled)
 
     @property
     def place(self) -> tuple[float, int]:
@@ -162,6 +169,8 @@ class Slots:
         self.covered = np.zeros(count, dtype=np.int32)  # positions that the lease has pages for
         self.next_token = np.full(count, FROM_DEVICE, dtype=np.int32)
         self.samples = np.zeros(count, dtype=np.bool_)
+        self.adapter = np.zeros(count, dtype=np.int32)  # the entry of each slot's adapter; 0: none
+        self.num_adapted = 0  # slots with one
         # Active slots that the runner must be told of again.
         self.readmit: dict[int, Entry] = {}
         self._free = list(range(count - 1, -1, -1))
@@ -228,6 +237,13 @@ class Slots:
         groups = zip(self.tables, self.paged, strict=True)
         return tuple([table[slots, :pages] if paged else table[slots] for table, paged in groups])
 
+    def adapters(self, slots: NDArray[np.int32]) -> NDArray[np.int32] | None:
+        """For a batch: the adapters of these rows; None: no row has one."""
+        if not self.num_adapted:
+            return None
+        found = self.adapter[slots]
+        return found if found.any() else None
+
     def cover(self, slot: int, lease: Lease) -> None:
         """The lease has grown, or shrunk."""
         self.covered[slot] = lease.held * self.page_size
@@ -243,6 +259,9 @@ class Slots:
         self.cover(slot, lease)
         self.next_token[slot] = known[-1]
         self.samples[slot] = not request.scores_only
+        if request.adapter is not None:
+            self.adapter[slot] = request.adapter.entry
+            self.num_adapted += 1
         self._active[slot] = request
         self._active_array = None
         return slot
@@ -301,5 +320,8 @@ class Slots:
         self.retire(slot)
         self.readmit.pop(slot, None)
         self.requests[slot] = None
+        if request.adapter is not None:
+            self.adapter[slot] = 0
+            self.num_adapted -= 1
         self._free.append(slot)
         request.slot, request.lease = -1, None

@@ -51,6 +51,8 @@ class Metrics:
             ("kv_evictable_tokens", "Cached KV tokens that nobody uses.", stats.evictable_tokens),
             ("kv_used_tokens", "KV tokens held by running requests.", stats.used_tokens),
             ("outside_forward_ratio", "Share of step time outside the forward pass.", stats.outside_forward),
+            ("spec_accept_length", "Tokens of a decode step of a request.", stats.spec_accept_length),
+            ("spec_accept_rate", "Accepted drafts over drafts.", stats.spec_accept_rate),
             ("engine_up", "1 while the engine is ready.", int(self.client.connection.ready is not None)),
         ):
             family = GaugeMetricFamily(prefix + name, text, labels=["model_name"])
@@ -67,6 +69,9 @@ class Metrics:
             ("num_requests", "Finished requests.", counters.requests),
             ("num_aborted_requests", "Requests that clients ended or left.", counters.aborted),
             ("num_preemptions", "Requests that lost their pages and were computed again.", stats.preemptions),
+            ("spec_verify_calls", "Steps of a request that verified drafts.", stats.spec_verify_calls),
+            ("spec_draft_tokens", "Drafts that were verified.", stats.spec_drafted),
+            ("spec_accepted_tokens", "Drafts that were accepted.", stats.spec_accepted),
             ("num_out_of_memory", "Steps that failed for lack of memory and ran again, smaller.", stats.out_of_memory),
         ):
             family = CounterMetricFamily(prefix + name, text, labels=["model_name"])

@@ -38,18 +38,26 @@ _SIZES: dict[str, Any] = {
 
 
 def families() -> list[str]:
-    """Families of which tiny checkpoints can be made: those whose file says how (`TINY`)."""
-    return [name for name in FAMILIES.names() if family(name).tiny is not None]
+    """Families that generate of which tiny checkpoints can be made: those whose file says how (`TINY`)."""
+    return [name for name in FAMILIES.names() if family(name).tiny is not None and family(name).encoder is None]
 
 
-def tiny_checkpoint(model_type: str, path: Path, *, seed: int = 0, shards: int = 1, **overrides: Any) -> Path:
+def encoders() -> list[str]:
+    """Families that do not generate of which tiny checkpoints can be made."""
+    return [name for name in FAMILIES.names() if family(name).tiny is not None and family(name).encoder is not None]
+
+
+def tiny_checkpoint(
+    model_type: str, path: Path, *, seed: int = 0, shards: int = 1, head: str = "", **overrides: Any
+) -> Path:
     """Write a random checkpoint of a family, with a tokenizer and a chat template; the same bytes for the same seed.
 
     Args:
-        model_type: one of `families()`.
+        model_type: one of `families()` or `encoders()`.
         path: a directory, made if need be.
         seed: of the weights.
         shards: how many safetensors files, about.
+        head: of the class (`ForSequenceClassification`, `Model`); "": the family's usual one.
         overrides: keys of the family's config class (of its text model).
 
     Returns:
@@ -59,13 +67,13 @@ def tiny_checkpoint(model_type: str, path: Path, *, seed: int = 0, shards: int =
 
     torch.manual_seed(seed)
     path.mkdir(parents=True, exist_ok=True)
-    model = _model(model_type, overrides)
+    model = _model(model_type, overrides, head)
     shifted = "gemma" in model_type
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Norms and biases too: a model whose norms are all 1 hides mistakes.
             wide = 1.0 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.2
-            centre = 1.0 if parameter.ndim == 1 and name.endswith("norm.weight") and not shifted else 0.0
+            centre = 1.0 if parameter.ndim == 1 and name.lower().endswith("norm.weight") and not shifted else 0.0
             parameter.normal_(centre, wide)
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):
@@ -76,7 +84,7 @@ def tiny_checkpoint(model_type: str, path: Path, *, seed: int = 0, shards: int =
     return path
 
 
-def _model(model_type: str, overrides: dict[str, Any]) -> Any:
+def _model(model_type: str, overrides: dict[str, Any], head: str) -> Any:
     import transformers
 
     tiny = family(model_type).tiny if model_type in FAMILIES.names() else None
@@ -86,7 +94,11 @@ def _model(model_type: str, overrides: dict[str, Any]) -> Any:
     settings = {**_SIZES, **tiny, **overrides, "around": None}
     settings = {key: value for key, value in settings.items() if value is not None}
     if around is None:
-        config = transformers.AutoConfig.for_model(model_type, **settings)
+        known = model_type if model_type in transformers.CONFIG_MAPPING else model_type.replace("_", "-")
+        config = transformers.AutoConfig.for_model(known, **settings)
+        if head or family(model_type).encoder is not None:
+            suffix = "" if head in ("", "Model") else head
+            return getattr(transformers, f"AutoModel{suffix}").from_config(config).eval()
         return transformers.AutoModelForCausalLM.from_config(config).eval()
     config = transformers.AutoConfig.for_model(model_type, text_config=settings, **around)
     return transformers.AutoModelForImageTextToText.from_config(config).eval()

@@ -88,6 +88,32 @@ class Tokenizer:
             raise BadRequest("a text is not valid Unicode: it has lone surrogates") from None
         return [item.ids for item in found]
 
+    def encode_pairs(self, texts: Sequence[str | tuple[str, str]], special: bool = True) -> list[tuple[list[int], int]]:
+        """Token ids of texts and of pairs of texts, each with the token at which a pair's second begins, as the model
+        tells the two apart; 0 where it does not, or there is one text."""
+        try:
+            found = self.backend.encode_batch_fast(list(texts), add_special_tokens=special)
+        except (UnicodeEncodeError, TypeError):
+            raise BadRequest("a text is not valid Unicode: it has lone surrogates") from None
+        return [(item.ids, _second(item.type_ids)) for item in found]
+
+    def encode_cut(self, text: str | tuple[str, str], most: int, special: bool = True) -> tuple[list[int], int]:
+        """As `encode_pairs`, of at most so many tokens: the end of the text, or of a pair's second, is left out, and
+        what the model needs around them stays. Raises BadRequest where not even that fits."""
+        first, second = text if isinstance(text, tuple) else (text, None)
+        backend = self.backend
+        one = backend.encode(first, add_special_tokens=False)
+        two = None if second is None else backend.encode(second, add_special_tokens=False)
+        room = most - (backend.num_special_tokens_to_add(two is not None) if special else 0)
+        if two is not None and room > len(one):
+            two.truncate(room - len(one))
+        elif room > 0 and two is None:
+            one.truncate(room)
+        else:
+            raise BadRequest(f"{most} tokens have no room for {'both texts' if two is not None else 'a text'}")
+        whole = backend.post_process(one, two, special)
+        return whole.ids, _second(whole.type_ids)
+
     def decode(
         self, ids: Iterable[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> str:
@@ -134,6 +160,10 @@ class Tokenizer:
 
     def is_special(self, token: int) -> bool:
         return token in self._special_ids
+
+
+def _second(types: list[int]) -> int:
+    return types.index(1) if 1 in types else 0
 
 
 class _Style:

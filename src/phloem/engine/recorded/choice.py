@@ -67,7 +67,7 @@ class RecordedWay(Protocol):
 class Place:
     """What steps run with. `free`: bytes of device memory left when weights and KV pool are there; `graph_bytes`: how
     many of them graphs may take (None: nothing was measured, and only pieces have a bound, a part of `free`); `shares`:
-    attention to pages that rows share is done once for all of them.
+    attention to pages that rows share is done once for all of them; `adapts`: rows may have adapters.
     """
 
     model: Model
@@ -78,6 +78,7 @@ class Place:
     free: int
     graph_bytes: int | None = None
     shares: bool = False
+    adapts: bool = False
 
 
 def choose(
@@ -95,7 +96,13 @@ def choose(
         decisions.append(Decision("prefill_graph", "on", why))
         check = runtime.check_step_graph
         whole = place.model, place.backend, place.pool, place.facts
-        return [decode, FlexibleSteps(recorder, *whole, tokens, running, pages, check)]
+        ways: list[RecordedWay] = [decode, FlexibleSteps(recorder, *whole, tokens, running, pages, check)]
+        if place.adapts:
+            decisions.append(Decision("adapter_graph", "on", "recorded on first use, with adapters as its data"))
+            ways.append(FlexibleSteps(recorder, *whole, tokens, running, pages, check, adapted=True))
+        return ways
+    if place.adapts:
+        decisions.append(Decision("adapter_graph", "off", "steps with adapters run eagerly on this device"))
     pieces = _pieces(runtime, recorder, place, chunk, decode is None, decisions)
     shared = None
     if decode is not None and place.shares:

@@ -41,13 +41,14 @@ class FlexibleStep:
     on_host: bool
     most: tuple[int, int, int]
     max_pages: int
+    adapted: bool = False
 
     def eager(self, fixed: FixedInputs, sizes: tuple[int, ...]) -> Tensor:
         inputs = fixed.inputs.part(*sizes)
         return run_forward(self.model, self.backend, self.pool, inputs, inputs.logit_index)
 
     def make(self, size: int) -> tuple[FixedInputs, StepGraph, Tensor]:
-        fixed = FixedInputs(self.pool, *self.most, self.max_pages, on_host=self.on_host)
+        fixed = FixedInputs(self.pool, *self.most, self.max_pages, on_host=self.on_host, adapted=self.adapted)
         return fixed, *self.recorder.record_sizes(lambda sizes: self.eager(fixed, sizes), self.most)
 
 
@@ -58,9 +59,8 @@ class FlexibleSteps:
         tokens, rows: the most of a step; larger ones run eagerly. Every token may be a wanted position.
         max_pages: most pages of a row.
         check: compare each replay with an eager step.
+        adapted: it is for steps with adapters, whichever these are; otherwise for those without.
     """
-
-    decision = "prefill_graph"
 
     def __init__(
         self,
@@ -73,10 +73,13 @@ class FlexibleSteps:
         rows: int,
         max_pages: int,
         check: bool = False,
+        adapted: bool = False,
     ) -> None:
+        self.decision = "adapter_graph" if adapted else "prefill_graph"
+        self._adapted = adapted
         # The recorder tells sizes apart by their values, and by those of a step that is smaller by 1, 2 and 3.
         most = (tokens + rows + 16, rows + 4, tokens + rows + 8)
-        self._step = FlexibleStep(recorder, model, backend, pool, facts.on_host, most, max_pages)
+        self._step = FlexibleStep(recorder, model, backend, pool, facts.on_host, most, max_pages, adapted)
         self._rows, self._max_pages = rows, max_pages
         self._check = check
         self.graphs: StepGraphs[FixedInputs, Tensor] = StepGraphs(tokens, self._step.make, patience=1, sizes=[tokens])
@@ -84,12 +87,14 @@ class FlexibleSteps:
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:
         """Hidden states [L, N] of the wanted positions, valid until the next step; None: another way runs it."""
         batch, wanted = step.batch, len(step.logit_index)
-        if not step.recordable or batch.num_rows > self._rows or step.pages > self._max_pages:
+        if not step.flat or (batch.adapters is not None) != self._adapted:
+            return None
+        if batch.num_rows > self._rows or step.pages > self._max_pages:
             return None
         found = self.graphs.get(batch.num_tokens)
         if found is None:
             return None
-        found.inputs.write(step.arrays(batch.num_rows))
+        found.inputs.write([*step.arrays(batch.num_rows), *step.adapter_arrays()])
         if not wanted:  # a part of a prompt: one position stands for none, as sizes are above 0
             found.inputs.inputs.logit_index[0] = 0
         sizes = (batch.num_tokens, batch.num_rows, max(1, wanted))

@@ -206,7 +206,7 @@ class _Between:
         return sum(out_BHD.nbytes for out_BHD in list(self._outs.values()))
 
     def attend_latent(self, pool: int, q_nope: Tensor, q_rope: Tensor, latent: Tensor, call: LatentCall) -> Tensor:
-        raise NotImplementedError("pieces are not recorded of models with latent attention")
+        raise RecordError("latent attention does not run between pieces")
 
     def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         if self.recording and self.waiting():

@@ -47,6 +47,7 @@ class SamplingBody(StoppingFields, kw_only=True):
 class GenerateBody(Body, kw_only=True):
     """`POST /generate`. A list in `text` or `input_ids` (of lists) makes a batch; other fields may then be lists."""
 
+    pooled: ClassVar[bool | None] = False
     text: Strings = None
     input_ids: list[Int32 | list[Int32]] | None = None
     input_embeds: list[Any] | None = None

@@ -33,6 +33,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
     processors, steps = each("custom_logit_processor", None), each("session_params", None)
     hidden = each("return_hidden_states", False)
     salts, keys = each("cache_salt", None), each("extra_key", None)
+    adapters = each("lora_path", None)
     chosen = _chosen(body, count)
     items: list[Item] = []
     for at, prompt in enumerate(prompts):
@@ -53,6 +54,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
                 priority=body.priority or 0,
                 reasons=bool(body.require_reasoning),
                 namespace=namespace(salts[at], keys[at]),
+                adapter=adapters[at] or "",
                 return_hidden=bool(hidden[at]),
                 session=steps[at].step() if steps[at] is not None else None,
                 thinking_budget=body.max_thinking_tokens,

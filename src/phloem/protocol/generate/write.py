@@ -81,6 +81,8 @@ class Renderer:
             "queue_time": output.queue_seconds,
             "dp_rank": None,
         }
+        if output.drafts:
+            meta |= speculation(output)
         if self.body.return_prompt_token_ids:
             meta["prompt_token_ids"] = output.prompt_ids
         return meta
@@ -95,6 +97,26 @@ class Renderer:
         if output.item.token_ids_logprob:
             found["output_token_ids_logprobs"] = native_pairs(known.chosen[begin:], text)
         return found
+
+
+def speculation(output: Continuation) -> dict[str, Any]:
+    """The fields of `meta_info` that tell of drafts: complete with the last event.
+
+    Every decode step counts as one that verifies, with drafts or without: `spec_accept_length` is tokens a step.
+    """
+    jumped, proposed, *histogram = output.drafts
+    correct = sum(count * steps for count, steps in enumerate(histogram))
+    steps = max(0, output.completion_tokens - jumped - correct)
+    return {
+        "spec_verify_ct": steps,
+        "spec_accept_length": (steps + correct) / steps if steps else 0.0,
+        "spec_accept_rate": correct / proposed if proposed else 0.0,
+        "spec_num_correct_drafts": correct,
+        "spec_num_proposed_drafts": proposed,
+        "spec_correct_drafts_histogram": histogram,
+        "spec_accept_token_num": correct,
+        "spec_draft_token_num": proposed,
+    }
 
 
 class Cumulative:

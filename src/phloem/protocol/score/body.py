@@ -9,13 +9,18 @@ from phloem.protocol.fields import HINT, Int32
 
 
 class ScoreBody(Body, kw_only=True):
-    """`POST /v1/score`: how likely each label token is behind query and item."""
+    """`POST /v1/score`: how likely each label token is behind query and item; or, of a model that does not generate,
+    how well `text_1` and `text_2` fit together."""
 
     query: str | list[Int32] | None = None
     items: str | list[str | Int32 | list[Int32]] | None = None
     label_token_ids: list[Int32] | None = None
     apply_softmax: bool | None = None
     item_first: bool | None = None
+    text_1: str | list[str] | None = None
+    text_2: str | list[str] | None = None
+    use_activation: bool | None = None
+    truncate_prompt_tokens: Int32 | None = None
     model: str | None = None
     user: str | None = None
     rid: str | None = None

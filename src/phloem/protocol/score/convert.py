@@ -37,6 +37,15 @@ def to_request(body: ScoreBody) -> GenerateRequest:
     return GenerateRequest(items)
 
 
+def both_texts(body: ScoreBody) -> tuple[list[str], list[str]]:
+    """`text_1` and `text_2` as lists. Raises BadRequest where one is missing."""
+    for name, value in (("text_1", body.text_1), ("text_2", body.text_2)):
+        if not value and value != "":
+            raise BadRequest(f"{name} is needed", param=name)
+    first, second = ([text] if isinstance(text, str) else list(text or ()) for text in (body.text_1, body.text_2))
+    return first, second
+
+
 def _prompts(body: ScoreBody) -> list[str | list[int]]:
     """Query and item in one, for each item; both texts, or both token ids."""
     query, items = body.query, body.items

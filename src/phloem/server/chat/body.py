@@ -60,6 +60,7 @@ class Message(Body, kw_only=True):
 class ChatBody(OpenAIBody, kw_only=True):
     """`POST /v1/chat/completions`. `input_ids` stand for the rendered messages where both are sent."""
 
+    pooled: ClassVar[bool | None] = False
     messages: list[Message] | None = None
     input_ids: list[Int32] | None = None
     max_completion_tokens: Count | None = None

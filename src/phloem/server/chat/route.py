@@ -28,10 +28,11 @@ async def chat_completions(request: Request) -> Response:
     body = await door.read(request, _parser)
     door.check_model(body.model)
     asked = await to_request(body, door.client, door.info)
+    model = door.adapt(asked.request, body.model, body.lora_path)
     door.check_batch(asked.request)
     call = await door.client.submit(asked.request)
     key = body.rid or new_id("chatcmpl-")
-    writer = ChatWriter(body, key, door.info.served_model_name, door.client.tokenizer, asked.parsers())
+    writer = ChatWriter(body, key, model, door.client.tokenizer, asked.parsers())
     if asked.request.stream:
         return await stream(request, call, writer.events(call))
     return json_response(writer.answer(await collect(request, call)))

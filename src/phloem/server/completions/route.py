@@ -28,9 +28,10 @@ async def completions(request: Request) -> Response:
     body = await door.read(request, _parser)
     door.check_model(body.model)
     asked = to_request(body, door.client.tokenizer)
+    model = door.adapt(asked, body.model, body.lora_path)
     door.check_batch(asked)
     call = await door.client.submit(asked)
-    writer = CompletionWriter(body, body.rid or new_id("cmpl-"), door.info.served_model_name, door.client.tokenizer)
+    writer = CompletionWriter(body, body.rid or new_id("cmpl-"), model, door.client.tokenizer)
     if asked.stream:
         return await stream(request, call, writer.events(call))
     return json_response(writer.answer(await collect(request, call)))

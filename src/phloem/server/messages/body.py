@@ -104,6 +104,7 @@ class CountTokensBody(Body, kw_only=True):
 class MessagesBody(CountTokensBody, kw_only=True):
     """`POST /v1/messages`."""
 
+    pooled: ClassVar[bool | None] = False
     max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)]
     stop_sequences: list[str] | None = None
     stream: bool | None = None

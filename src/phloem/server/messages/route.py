@@ -36,9 +36,10 @@ async def create_message(request: Request) -> Response:
     door = door_of(request)
     body = await door.read(request, _messages)
     asked = await _asked(door, body)
+    model = door.adapt(asked.request, body.model)
     door.check_batch(asked.request)
     call = await door.client.submit(asked.request)
-    writer = MessageWriter(new_id("msg_"), door.info.served_model_name, asked)
+    writer = MessageWriter(new_id("msg_"), model, asked)
     if asked.request.stream:
         return await stream(request, call, writer.events(call), ENDING)
     return json_response(writer.whole((await collect(request, call))[0]))

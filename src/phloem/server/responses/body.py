@@ -113,6 +113,7 @@ class ResponseFields(RequestFields, kw_only=True):
 class ResponsesBody(ResponseFields, kw_only=True):
     """`POST /v1/responses`. The input is a text or a list of items: messages, calls, their outputs, reasoning."""
 
+    pooled: ClassVar[bool | None] = False
     input: str | Annotated[list[dict[str, Any]], Meta(min_length=1)]
 
 

@@ -58,10 +58,11 @@ async def create_response(request: Request) -> Response:
         raise BadRequest("background responses are stored", param="background")
     messages = _before(door, body) + messages_of(body.input)
     asked = await _asked(door, body, messages)
+    model = door.adapt(asked.request, body.model)
     door.check_batch(asked.request)
     key = new_id("resp_")
     asked.request.items[0].id = key
-    answer = begin(body, key, door.info.served_model_name, asked, store)
+    answer = begin(body, key, model, asked, store)
     entry = Stored(answer, messages, _shown(body))
     writer = ResponseWriter(answer, asked, door.client.tokenizer)
     call = await door.client.submit(asked.request)

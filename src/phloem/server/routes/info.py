@@ -20,6 +20,8 @@ from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.stream import collect
 
 if TYPE_CHECKING:
+    from phloem.core.messages import Stats
+
     pass
 
 router = APIRouter(tags=["information"])
@@ -42,11 +44,12 @@ async def health(request: Request) -> Response:
 
 @router.get("/health_generate", **describe(answer=Status, errors=NEEDS_ENGINE))
 async def health_generate(request: Request) -> Response:
-    """Generate one token for real."""
+    """Generate one token for real; or compute one text, where the model does not generate."""
     door = door_of(request)
     bos = door.client.tokenizer.bos_id if door.client.tokenizer is not None else None
-    params = SamplingParams(max_new_tokens=1, temperature=0.0)
-    item = Item(sampling=params, ids=[bos if bos is not None else 0], id=new_id("health-"))
+    pooled = door.info.pooling is not None
+    params = SamplingParams(max_new_tokens=0 if pooled else 1, temperature=0.0)
+    item = Item(sampling=params, ids=[bos if bos is not None else 0], id=new_id("health-"), pooled=pooled)
     call = await door.client.submit(GenerateRequest([item]))
     late = EngineDead(f"no token within {PROBE_SECONDS:g} s")
     timer = asyncio.get_running_loop().call_later(PROBE_SECONDS, call.fail, late)
@@ -73,7 +76,8 @@ async def model_info(request: Request) -> Response:
             "model_path": info.model_path,
             "served_model_name": info.served_model_name,
             "tokenizer_path": info.tokenizer_path,
-            "is_generation": True,
+            "is_generation": info.pooling is None,
+            "task": info.task,
             "preferred_sampling_params": None,
             "weight_version": info.weight_version,
             "reasoning_parser": info.reasoning_parser,
@@ -133,7 +137,7 @@ async def _state(door: Door) -> dict[str, Any]:
             "used_tokens": state["used_tokens"],
             "graph": state.get("graph_bytes", 0) / 2**30,  # GiB
         },
-        "avg_spec_accept_length": None,
+        "avg_spec_accept_length": state["spec_accept_length"] or None,
         "num_running_reqs": state["running"],
         "num_waiting_reqs": state["waiting"],
         **state,
@@ -159,7 +163,16 @@ def _load(door: Door) -> dict[str, Any]:
         "cache_hit_rate": stats.cache_hit_rate,
         "utilization": stats.running / most if most else usage,
         "max_running_requests": most,
+        **_drafts(stats),
     }
+
+
+def _drafts(stats: Stats) -> dict[str, Any]:
+    """The section of drafts; nothing where none were verified."""
+    if not stats.spec_verify_calls:
+        return {}
+    found = {"accept_length": stats.spec_accept_length, "accept_rate": stats.spec_accept_rate}
+    return {"speculative": {**found, "verify_calls": stats.spec_verify_calls}}
 
 
 @router.get("/get_load", **describe(answer=_OBJECTS))

@@ -18,7 +18,9 @@ class ModelCard(Answer, kw_only=True):
     created: int
     owned_by: str = "phloem"
     root: str
+    parent: str | None = None  # of an adapter: the model that it stands beside
     max_model_len: int
+    task: str
 
 
 class ModelList(Answer, kw_only=True):
@@ -29,17 +31,23 @@ class ModelList(Answer, kw_only=True):
 router = APIRouter(tags=["openai"])
 
 
-def _card(door: Door) -> ModelCard:
-    info = door.info
+def _card(door: Door, adapter: str = "") -> ModelCard:
+    info, base = door.info, door.info.served_model_name
     return ModelCard(
-        id=info.served_model_name, created=info.created, root=info.model_path, max_model_len=info.context_length
+        id=adapter or base,
+        created=info.created,
+        root=door.adapters[adapter] if adapter else info.model_path,
+        parent=base if adapter else None,
+        max_model_len=info.context_length,
+        task=info.task,
     )
 
 
 @router.get("/v1/models", **describe(answer=ModelList))
 async def models(request: Request) -> Response:
-    """The models that this server serves."""
-    return json_response(ModelList(data=[_card(door_of(request))]))
+    """The models that this server serves: the base, then its adapters."""
+    door = door_of(request)
+    return json_response(ModelList(data=[_card(door), *(_card(door, name) for name in door.adapters)]))
 
 
 @router.get("/v1/models/{name:path}", **describe(answer=ModelCard, errors=(404,)))
@@ -48,5 +56,4 @@ async def model(request: Request, name: str) -> Response:
     door = door_of(request)
     if not name:  # of a client that joins paths with a slash
         return await models(request)
-    door.check_model(name)
-    return json_response(_card(door))
+    return json_response(_card(door, door.check_model(name)))

@@ -1,0 +1,198 @@
+"""A PEFT folder as it is: adapter_config.json and adapter_model.safetensors. Whatever it asks for that is not served is
+refused by name; nothing is left out in silence.
+
+Legend: r rank, N inputs, M outputs of the adapted layer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phloem.core.errors import BadRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Settings that change what is computed, and are not served: each with the values that ask for nothing.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "use_qalora": (False,),
+    "use_bdlora": (False, {}),
+    "alora_invocation_tokens": ([],),
+    "layer_replication": ([],),
+    "trainable_token_indices": ([], {}),
+    "target_parameters": ([],),
+    "arrow_config": ({},),
+}
+# Ways to begin a training that take something out of the base's weights: what is left belongs to that base alone.
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_NAME = r"(?:\.(?!weight$)[^.]+)?"  # in memory PEFT has the adapter's name here
+_KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("down", re.compile(rf"\.lora_A{_NAME}\.weight$")),
+    ("up", re.compile(rf"\.lora_B{_NAME}\.weight$")),
+    ("up_bias", re.compile(rf"\.lora_B{_NAME}\.bias$")),
+    ("magnitude", re.compile(r"\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?$")),
+    ("embedding", re.compile(r"\.lora_embedding_[AB](?:\.[^.]+)?$")),
+    ("bias", re.compile(r"(?:\.base_layer)?\.bias$")),
+    ("whole", re.compile(r"(?:\.modules_to_save(?:\.[^.]+)?)?\.weight$")),
+)
+
+
+@dataclass(slots=True)
+class Module:
+    """What an adapter says of one module, as the file has it."""
+
+    down: Tensor | None = None  # [r, N]
+    up: Tensor | None = None  # [M, r]
+    up_bias: Tensor | None = None  # [M] added behind `up`, scaled as it is
+    magnitude: Tensor | None = None  # [M] DoRA
+    bias: Tensor | None = None  # [M] in place of the base's
+    embedding: dict[str, Tensor] = field(default_factory=dict)  # A [r, V], B [H, r]
+    whole: Tensor | None = None  # in place of the base's weight
+    scale: float = 1.0
+
+
+@dataclass(slots=True)
+class AdapterFile:
+    """One adapter, read."""
+
+    path: Path
+    base: str  # the base that it says it was trained on; "": it does not
+    modules: dict[str, Module]
+    fan_in_fan_out: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The largest of its modules'."""
+        return max((len(m.down) for m in self.modules.values() if m.down is not None), default=0)
+
+
+def refuse(path: Path | str, why: str) -> BadRequest:
+    return BadRequest(f"adapter {path}: {why}", param="lora_path", code="bad_adapter")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """adapter_config.json, checked.
+
+    Raises:
+        BadRequest: there is none, it is no LoRA, or it asks for what is not served.
+    """
+    file = path / CONFIG
+    try:
+        config = json.loads(file.read_text())
+    except OSError as error:
+        raise refuse(path, f"{CONFIG}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise refuse(path, f"{CONFIG} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise refuse(path, f"{CONFIG} is not an object")
+    kind = config.get("peft_type")
+    if kind not in ("LORA", None):
+        raise refuse(path, f"peft_type {kind!r} is not served: LORA alone is")
+    for name, harmless in _REFUSED.items():
+        value = config.get(name)
+        if value is not None and value not in harmless:
+            raise refuse(path, f"{name} ({value!r:.80}) is not served")
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_CHANGED_BASE):
+        raise refuse(
+            path, f"init_lora_weights {begun!r} took a part out of the base's weights: convert it to a plain LoRA"
+        )
+    rank = config.get("r")
+    if not isinstance(rank, int) or rank < 1:
+        raise refuse(path, f"r must be a whole number above 0, got {rank!r}")
+    return config
+
+
+def read(path: Path) -> AdapterFile:
+    """Raises BadRequest for what is missing, contradicts itself, or is not known."""
+    if not path.is_dir():
+        raise refuse(path, "there is no such folder")
+    config = read_config(path)
+    modules = _modules(path)
+    if not modules:
+        raise refuse(path, f"{WEIGHTS} holds no tensors")
+    for name, module in modules.items():
+        if (module.down is None) != (module.up is None):
+            missing = "lora_A" if module.down is None else "lora_B"
+            raise refuse(path, f"{name} has no {missing}")
+        if module.magnitude is not None and module.down is None:
+            raise refuse(path, f"{name} has a lora_magnitude_vector alone")
+        if module.down is not None and module.up is not None:
+            module.scale = _scale(path, config, name, module.down, module.up)
+        if module.embedding:
+            if set(module.embedding) != {"A", "B"}:
+                raise refuse(path, f"{name} has but one of lora_embedding_A and lora_embedding_B")
+            module.scale = _scale(path, config, name, module.embedding["A"], module.embedding["B"])
+    if config.get("use_dora") and not any(m.magnitude is not None for m in modules.values()):
+        raise refuse(path, "use_dora is set, and no lora_magnitude_vector is there")
+    base = config.get("base_model_name_or_path")
+    return AdapterFile(path, base if isinstance(base, str) else "", modules, bool(config.get("fan_in_fan_out")))
+
+
+def _modules(path: Path) -> dict[str, Module]:
+    from safetensors import SafetensorError, safe_open
+
+    file = path / WEIGHTS
+    if not file.is_file():
+        pickled = (path / "adapter_model.bin").is_file()
+        why = "adapter_model.bin holds pickled objects, which are never read: save it as safetensors" if pickled else ""
+        raise refuse(path, why or f"there is no {WEIGHTS}")
+    found: dict[str, Module] = {}
+    unknown: list[str] = []
+    try:
+        with safe_open(str(file), framework="pt", device="cpu") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a dict
+                kind, name = _kind(key)
+                if kind is None:
+                    unknown.append(key)
+                elif kind == "embedding":
+                    letter = "A" if ".lora_embedding_A" in key else "B"
+                    found.setdefault(name, Module()).embedding[letter] = tensors.get_tensor(key)
+                else:
+                    setattr(found.setdefault(name, Module()), kind, tensors.get_tensor(key))
+    except (SafetensorError, OSError) as error:
+        raise refuse(path, f"{WEIGHTS}: {error}") from None
+    if unknown:
+        raise refuse(path, f"{len(unknown)} tensors are not known: {some(unknown)}")
+    return found
+
+
+def _kind(key: str) -> tuple[str | None, str]:
+    """What a tensor is, and of which module."""
+    name = key.removeprefix("base_model.model.")
+    for kind, pattern in _KINDS:
+        match = pattern.search(name)
+        if match and ".lora_" not in name[: match.start()]:
+            return kind, name[: match.start()].removesuffix(".base_layer")
+    return None, name
+
+
+def _scale(path: Path, config: dict[str, Any], name: str, down: Tensor, up: Tensor) -> float:
+    """s of s B A, with the ranks compared."""
+    rank = _pattern(config.get("rank_pattern"), name, config["r"])
+    alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+    shapes = f"lora_A {list(down.shape)}, lora_B {list(up.shape)}"
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.is_floating_point():
+        raise refuse(path, f"{name}: {shapes} do not fit together")
+    if down.shape[0] != rank:
+        raise refuse(path, f"{name}: {shapes}, but {CONFIG} says rank {rank}")
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _pattern(patterns: Any, name: str, default: Any) -> Any:
+    """Of a table from regular expressions to values, that of the first one that ends the module's name."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(?:.*\.)?(?:{key})$", name):
+            return value
+    return default
+
+
+def some(items: list[str], limit: int = 8) -> str:
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

@@ -1,0 +1,320 @@
+"""Lends adapters to requests: which are known, which are in memory, and who gives way when that is full.
+
+An adapter is *registered* (its name and path are known), then *read* in a thread of its own, then *placed* between two
+steps; a request waits for that as for anything late. One that nobody uses gives its place to another, the one unused
+for longest first, and is read again when it is asked for; pinned ones stay. Each load is a version of its own: whoever
+has begun with one ends with it, also when its name has gone or means another by then.
+
+Used in the scheduler's thread alone, but for the reading.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phloem.adapters._fit import fit
+from phloem.adapters._peft import read
+from phloem.core.adapters import Lender
+from phloem.core.errors import BadRequest, PhloemError
+from phloem.utils import log
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from phloem.adapters._sites import Fit, Sites
+    from phloem.core.adapters import Lent
+    from phloem.core.batch import Pending
+
+    Between = Callable[[Callable[[], Any]], Pending[Any]]
+
+_log = log.get("adapters")
+
+PATIENCE = 5.0  # seconds that an adapter waits for a place until requests of others wait for it
+
+
+class Version:
+    """One load of an adapter."""
+
+    def __init__(self, desk: Desk, name: str, path: str, uid: str, pinned: bool) -> None:
+        self.name, self.path, self.uid, self.pinned = name, path, uid, pinned
+        self.entry = 0  # 0: it has no place
+        self.users = 0  # requests that compute with it
+        self.waiters = 0  # requests that wait for it
+        self.nbytes = 0
+        self.used = 0  # when it was lent last, by the desk's count
+        self.retired = False  # its name has gone
+        self.error: PhloemError | None = None
+        self.crowded_since = 0.0  # 0: it does not wait for a place
+        self._desk = desk
+        self._reading: Future[dict[int, Fit]] | None = None
+        self._placing: tuple[int, Pending[Any]] | None = None
+
+    def advance(self) -> bool:
+        """Whether it is in its place, or failed; goes on towards that."""
+        if self.entry or self.error is not None:
+            return True
+        try:
+            return self._advance()
+        except PhloemError as error:
+            self._fail(error)
+        except Exception as error:
+            _log.exception("adapter %s could not be loaded", self.name)
+            self._fail(BadRequest(f"adapter {self.path}: {type(error).__name__}: {error}", param="lora_path"))
+        return True
+
+    def _advance(self) -> bool:
+        desk = self._desk
+        if self._placing is not None:
+            entry, pending = self._placing
+            if not pending.done():
+                return False
+            pending.result()
+            self.entry, self._placing = entry, None
+            return True
+        if self._reading is None:
+            self._reading = desk.read(self.path)
+            return False
+        if not self._reading.done():
+            return False
+        fits = self._reading.result()
+        self.nbytes = sum(one.nbytes for one in fits.values())
+        entry = desk.place_for(self)
+        if not entry:
+            self.crowded_since = self.crowded_since or time.monotonic()
+            return False
+        self._reading, self.crowded_since = None, 0.0
+        self._placing = entry, desk.between(lambda: desk.sites.put(entry, fits))
+        return False
+
+    def _fail(self, error: PhloemError) -> None:
+        if self._placing is not None:
+            self._desk.free(self._placing[0])
+        self._reading, self._placing, self.error, self.crowded_since = None, None, error, 0.0
+
+    @property
+    def idle(self) -> bool:
+        return not self.users and not self.waiters
+
+    def forget(self) -> None:
+        """Give back its place, or what was read for it."""
+        place = self.entry or (0 if self._placing is None else self._placing[0])
+        if place:
+            self._desk.free(place)  # whoever gets it is placed behind what is under way
+        self.entry, self._reading, self._placing, self.crowded_since = 0, None, None, 0.0
+
+
+class Loan:
+    """A version lent to one request (`core.adapters.Lent`). `after`: one that is to have a place before."""
+
+    def __init__(self, version: Version, after: Version | None) -> None:
+        self.version = version
+        self.active = False  # it counts among the users
+        self._after = after
+        version.waiters += 1
+
+    @property
+    def uid(self) -> str:
+        return self.version.uid
+
+    @property
+    def entry(self) -> int:
+        return self.version.entry
+
+    @property
+    def error(self) -> PhloemError | None:
+        return self.version.error
+
+    def ready(self) -> bool:
+        version, after = self.version, self._after
+        if self.active:
+            return True
+        if after is not None and after.waiters and after.crowded_since:
+            return False
+        self._after = None
+        if not version.advance():
+            return False
+        if version.error is None:
+            self.active = True
+            version.waiters -= 1
+            version.users += 1
+        return True
+
+
+class Loading:
+    """A load that was asked for (`core.batch.Pending`)."""
+
+    def __init__(self, desk: Desk, version: Version) -> None:
+        self._desk, self._version = desk, version
+        self._ended = False
+
+    def done(self) -> bool:
+        version = self._version
+        if not self._ended and (version.advance() or version.crowded_since):
+            self._ended = True
+            if version.error is None:
+                self._desk.register(version)
+        return self._ended
+
+    def result(self) -> dict[str, str]:
+        while not self.done():
+            time.sleep(0.001)
+        if self._version.error is not None:
+            raise self._version.error
+        return self._desk.loaded()
+
+
+class Desk(Lender):
+    """`core.adapters.Lender` over the sites of one model.
+
+    Args:
+        between: runs work between two steps.
+        base: a weight of the model by its checkpoint's name; KeyError: there is none. Called between two steps.
+        most: different adapters among the rows of a step.
+        memory: bytes that all adapters in memory may take; None: as many as there are places.
+    """
+
+    def __init__(
+        self, sites: Sites, between: Between, base: Callable[[str], Tensor], most: int | None, memory: int | None
+    ) -> None:
+        self.sites, self.between = sites, between
+        self.most = min(most or sites.entries, sites.entries)
+        self.evictions = 0
+        self._base, self._memory = base, memory
+        self._names: dict[str, Version] = {}
+        self._held: list[Version | None] = [None] * (sites.entries + 1)
+        self._count = 0  # of versions, and of loans
+        self._worker = ThreadPoolExecutor(1, "phloem-adapters")
+
+    # for the scheduler
+
+    def lend(self, name: str) -> Loan:
+        version = self._known(name)
+        if version.error is not None:
+            version.error = None  # its folder may be there by now
+        self._count += 1
+        version.used = self._count
+        return Loan(version, self._starving(version))
+
+    def give_back(self, lent: Lent) -> None:
+        assert isinstance(lent, Loan)
+        version = lent.version
+        if lent.active:
+            version.users -= 1
+        else:
+            version.waiters -= 1
+        self._settle(version)
+
+    def load(self, name: str, path: str, pinned: bool) -> Loading:
+        if not name or not path:
+            raise BadRequest("lora_name and lora_path are needed", param="lora_path" if name else "lora_name")
+        others = sum(1 for v in self._names.values() if v.pinned and v.name != name)
+        if pinned and others + 1 >= self.sites.entries:
+            raise BadRequest(
+                f"{others} of {self.sites.entries} places have pinned adapters: one must stay free", param="pinned"
+            )
+        self._count += 1
+        return Loading(self, Version(self, name, path, f"{name}@{self._count}", pinned))
+
+    def unload(self, name: str) -> tuple[int, dict[str, str]]:
+        version = self._known(name)
+        del self._names[name]
+        self._retire(version)
+        return version.users + version.waiters, self.loaded()
+
+    def loaded(self) -> dict[str, str]:
+        return {name: version.path for name, version in self._names.items()}
+
+    def state(self) -> dict[str, Any]:
+        held = [version for version in self._held if version is not None]
+        return {
+            "loras_registered": len(self._names),
+            "loras_loaded": len(held),
+            "lora_bytes": sum(version.nbytes for version in held),
+            "lora_evictions": self.evictions,
+        }
+
+    def close(self) -> None:
+        self._worker.shutdown(wait=False, cancel_futures=True)
+
+    # for versions
+
+    def read(self, path: str) -> Future[dict[int, Fit]]:
+        return self._worker.submit(self._fitted, Path(path))
+
+    def place_for(self, version: Version) -> int:
+        """An entry, for which others may have to give way; 0: all that could are in use.
+
+        Raises:
+            BadRequest: it never fits into the memory for adapters.
+        """
+        held = [other for other in self._held if other is not None]
+        if self._memory is not None and version.nbytes > self._memory:
+            raise BadRequest(
+                f"adapter {version.path} takes {version.nbytes} bytes, all may take {self._memory} (lora_memory)",
+                param="lora_path",
+            )
+        # Whoever has waited takes the place of one that is only waited for, too: each would wait for the other.
+        going = sorted(
+            (v for v in held if not v.pinned and (v.idle or (not v.users and v.entry and version.crowded_since))),
+            key=lambda v: v.used,
+        )
+        taken, free = sum(v.nbytes for v in held), len(self._held) - 1 - len(held)
+        victims: list[Version] = []
+        while not free or (self._memory is not None and taken + version.nbytes > self._memory):
+            if not going:
+                return 0
+            victim = going.pop(0)
+            victims.append(victim)
+            taken, free = taken - victim.nbytes, free + 1
+        for victim in victims:
+            _log.info("adapter %s gives its place to %s", victim.name, version.name)
+            victim.forget()
+            self.evictions += 1
+        entry = self._held.index(None, 1)
+        self._held[entry] = version
+        return entry
+
+    def free(self, entry: int) -> None:
+        self._held[entry] = None
+
+    def register(self, version: Version) -> None:
+        """It can be asked for by its name from now on."""
+        old = self._names.get(version.name)
+        self._names[version.name] = version
+        if old is not None:
+            self._retire(old)
+        where = f"in place {version.entry}" if version.entry else "to be read when it is asked for: no place is free"
+        _log.info("adapter %s is loaded from %s, %s", version.name, version.path, where)
+        if not version.entry:
+            version.forget()
+
+    def _known(self, name: str) -> Version:
+        version = self._names.get(name)
+        if version is None:
+            known = ", ".join(sorted(self._names)[:20]) or "none is loaded"
+            raise BadRequest(
+                f"there is no adapter {name!r:.200}; known: {known}", param="lora_path", code="adapter_not_found"
+            )
+        return version
+
+    def _starving(self, version: Version) -> Version | None:
+        """An adapter that has waited so long for a place that requests of others must wait too."""
+        late = time.monotonic() - PATIENCE
+        waiting = [v for v in self._names.values() if v.waiters and 0 < v.crowded_since < late and v is not version]
+        return min(waiting, key=lambda v: v.crowded_since, default=None)
+
+    def _retire(self, version: Version) -> None:
+        version.retired = True
+        self._settle(version)
+
+    def _settle(self, version: Version) -> None:
+        if version.retired and version.idle:
+            version.forget()
+
+    def _fitted(self, path: Path) -> dict[int, Fit]:
+        return fit(read(path), self.sites, lambda name: self.between(lambda: self._base(name)).result())

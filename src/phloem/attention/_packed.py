@@ -1,0 +1,131 @@
+"""Attention of whole texts, packed without padding, that keeps nothing: for models that read a text once.
+
+Rows of one length are computed together, by torch's fused attention, or by the reference where a layer asks more.
+Legend: T packed tokens, H query heads, K kv heads, D head size, n rows of one length L.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from phloem.attention._store import call_of
+from phloem.kernels.calls import PagedBatch
+from phloem.kernels.reference_attention import paged_attention, visible
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from phloem.kernels.calls import LatentCall
+    from phloem.kernels.ops import Ops
+    from phloem.layers.context import AttentionSpec, Heads, StateStep
+
+
+def refusal(memory: Sequence[object], specs: Sequence[AttentionSpec]) -> str | None:
+    """Why a model's layers cannot be computed so, or None."""
+    if len(memory) > sum(spec.writes for spec in specs):
+        return "it has layers that keep something other than keys and values (recurrent or latent)"
+    return None if all(spec.writes for spec in specs) else "it has layers that read what another has written"
+
+
+class PackedMemory:
+    """One step's rows (`layers.context.StepMemory`): each is a whole text. `lengths`: of its texts, in tokens."""
+
+    def __init__(self, ops: Ops, lengths: Sequence[int]) -> None:
+        self._ops = ops
+        self._lengths = list(lengths)
+        self._masks: dict[tuple[int, AttentionSpec], Tensor] = {}
+        starts: dict[int, list[int]] = {}
+        at = 0
+        for length in self._lengths:
+            starts.setdefault(length, []).append(at)
+            at += length
+        self._groups = [(length, _spans(found, length)) for length, found in starts.items()]
+
+    def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
+        q_THD, k_TKD, v_TKD = self._turned(heads)
+        if spec.softcap or heads.sinks is not None or spec.block:
+            return self._plain(spec, heads.sinks, (q_THD, k_TKD, v_TKD))
+        if len(self._groups) == 1 and len(self._groups[0][1]) == 1:
+            return self._fused(spec, self._groups[0][0], (q_THD, k_TKD, v_TKD), heads.distances)
+        out = torch.empty((len(q_THD), spec.heads, spec.values), dtype=q_THD.dtype, device=q_THD.device)
+        for length, spans in self._groups:
+            parts = [[x[first:last] for first, last in spans] for x in (q_THD, k_TKD, v_TKD)]
+            q, k, v = (some[0] if len(some) == 1 else torch.cat(some) for some in parts)
+            found, at = self._fused(spec, length, (q, k, v), heads.distances), 0
+            for first, last in spans:
+                out[first:last] = found[at : at + last - first]
+                at += last - first
+        return out
+
+    def _fused(
+        self, spec: AttentionSpec, length: int, heads: tuple[Tensor, Tensor, Tensor], distances: Tensor | None
+    ) -> Tensor:
+        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in heads)
+        mask, causal = None, spec.causal and not spec.window and not spec.chunk
+        if not causal and (spec.causal or spec.window or spec.chunk):
+            mask = self._mask(spec, length, q.device)
+        if distances is not None:
+            bias = _by_distance(distances, length).to(q.dtype)[None]  # [1, H, L, L]
+            mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+        grouped = spec.heads != spec.kv_heads
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=spec.scale, enable_gqa=grouped
+        )
+        return out.transpose(1, 2).contiguous().flatten(0, 1)
+
+    def _mask(self, spec: AttentionSpec, length: int, device: torch.device) -> Tensor:
+        key = length, spec
+        if key not in self._masks:
+            self._masks[key] = visible(length, length, call_of(spec, None), device)
+        return self._masks[key]
+
+    def _turned(self, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+        q_THD, k_TKD, rotation = heads.q, heads.k, heads.rotation
+        if rotation is not None:
+            if rotation.q_norm is not None and rotation.k_norm is not None:
+                q_THD = self._ops.rms_norm(q_THD, rotation.q_norm, rotation.eps)
+                k_TKD = self._ops.rms_norm(k_TKD, rotation.k_norm, rotation.eps)
+            self._ops.rope_(q_THD, k_TKD, rotation.positions, rotation.cos_sin, rotation.interleaved)
+        return q_THD, k_TKD, heads.v
+
+    def _plain(self, spec: AttentionSpec, sinks: Tensor | None, heads: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Each row by the reference, its keys and values as one page."""
+        call, at = call_of(spec, sinks), 0
+        parts: list[Tensor] = []
+        for length in self._lengths:
+            q, k, v = (x[at : at + length] for x in heads)
+            starts, one = torch.tensor([0, length]), torch.tensor([length])
+            batch = PagedBatch(starts, one, torch.zeros((1, 1), dtype=torch.int32), one, length, length)
+            cache = (k.transpose(0, 1)[None], v.transpose(0, 1)[None])
+            parts.append(paged_attention(q, cache, batch, call))
+            at += length
+        return torch.cat(parts)
+
+    def attend_latent(self, pool: int, q_nope: Tensor, q_rope: Tensor, latent: Tensor, call: LatentCall, /) -> Tensor:
+        raise NotImplementedError("latent attention over packed texts")  # `refusal` has told before
+
+    def state(self, pool: int) -> StateStep:
+        raise NotImplementedError("recurrent layers over packed texts")
+
+
+def _spans(starts: list[int], length: int) -> list[tuple[int, int]]:
+    """Texts of one length that lie one behind the other, as one span."""
+    spans: list[tuple[int, int]] = []
+    for start in starts:
+        if spans and spans[-1][1] == start:
+            spans[-1] = spans[-1][0], start + length
+        else:
+            spans.append((start, start + length))
+    return spans
+
+
+def _by_distance(distances: Tensor, length: int) -> Tensor:
+    """[H, 2 M - 1] -> [H, L, L]: of key j behind query i the entry of j - i."""
+    middle = distances.shape[1] // 2
+    at = torch.arange(length, device=distances.device)
+    return distances[:, at[None, :] - at[:, None] + middle]

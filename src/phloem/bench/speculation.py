@@ -1,0 +1,215 @@
+"""What speculation gains: tokens a step, speed beside plain decoding, and whether the answers are the same.
+
+Two engines in this process answer the same requests in turns, one with drafts and one without. Prompts are in the
+prefix cache before the time is taken, so decoding is what is measured; every round has prompts of its own, so no answer
+was seen before. The table also has what a draft costs and how long steps of n rows took.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import phloem
+from phloem.bench._report import context, write_line
+from phloem.bench._spec_texts import KINDS, Asked, draw
+from phloem.cli._options import parse
+from phloem.core.config import opt
+from phloem.core.errors import BadRequest, PhloemError
+from phloem.core.speculation import wanted
+from phloem.speculation.drafters import DRAFTERS
+from phloem.speculation.texts import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from phloem.core.config import Config
+
+
+@dataclass(frozen=True)
+class Options:
+    workload: str = opt(",".join(KINDS), "Which, with commas.")
+    batch: str = opt("1,4,16", "Requests at a time, with commas.")
+    rounds: int = opt(3, "Turns of each side.")
+    output_len: int = opt(128, "Output length in tokens.")
+    seed: int = opt(1, "Seed of the prompts.")
+    output: str | None = opt(None, "File to append JSON lines to.")
+    plot: str | None = opt(None, "PNG to draw.")
+
+
+@dataclass
+class Turn:
+    """One side's answers to the requests of one round."""
+
+    seconds: float
+    answers: list[dict[str, Any]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(answer["output_ids"]) for answer in self.answers)
+
+    def total(self, field: str) -> int:
+        return sum(answer["meta_info"].get(field, 0) for answer in self.answers)
+
+
+def main(argv: list[str]) -> int:
+    config, options = parse("bench speculation", argv, Options, skip=("server",), description=__doc__ or "")
+    names = options.workload.split(",")
+    unknown = [name for name in names if name not in KINDS]
+    if unknown:
+        raise BadRequest(f"unknown workload {unknown[0]!r}; known here: {', '.join(KINDS)}")
+    sizes = [int(size) for size in options.batch.split(",")]
+    settings = {**config.flat(), "log_level": "warning"}
+    off = {name: None for name in settings if name.startswith("speculative_") and "threshold" not in name}
+    with (
+        phloem.Engine(**{**settings, **off, "speculative_algorithm": "none"}) as plain,
+        phloem.Engine(**settings) as drafting,
+    ):
+        records = _measure(plain, drafting, names, sizes, options)
+        steps = drafting.get_server_info()["internal_states"][0]["prepared"].get("speculation", {})
+        decision = [one for one in drafting.ready["decisions"] if one[0] == "speculative_algorithm"]
+    print(f"{decision[0][1]}: {decision[0][2]}")
+    cost = draft_microseconds(config)
+    _table(records)
+    print(f"a draft: {cost:.1f} us; steps of n rows, ms: {json.dumps(steps.get('step_ms', {}))}")
+    command = "phloem bench speculation " + " ".join(argv)
+    head = {
+        **context(),
+        "commit": commit(),
+        "benchmark": "speculation",
+        "command": command,
+        "model": config.model.model_path,
+    }
+    for record in [*records, {"what": "steps", "draft_us": cost, **steps}]:
+        if options.output:
+            write_line(Path(options.output), {**head, **record})
+    if options.plot:
+        plot(records, Path(options.plot))
+    return 0 if all(record["same"] for record in records) else 1
+
+
+def commit() -> str:
+    """Of the source that runs; empty where it is no checkout."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
+    return done.stdout.strip()
+
+
+def _measure(
+    plain: Any, drafting: Any, names: Sequence[str], sizes: Sequence[int], options: Options
+) -> list[dict[str, Any]]:
+    rng = random.Random(options.seed)
+    found: dict[tuple[str, int], list[tuple[Turn, Turn]]] = defaultdict(list)
+    for engine in (plain, drafting):
+        for size in sizes:  # recordings, and memory that is touched for the first time
+            engine.generate(["once upon a time"] * size, {"max_new_tokens": 24, "temperature": 0.0, "ignore_eos": True})
+    for number in range(options.rounds):
+        for name in names:
+            for size in sizes:
+                asked = draw(name, size if size > 1 else 2, plain, rng, options.output_len)
+                sides = (plain, drafting) if number % 2 == 0 else (drafting, plain)
+                turns = {id(engine): _turn(engine, asked, size) for engine in sides}
+                found[name, size].append((turns[id(plain)], turns[id(drafting)]))
+                one = _record(name, size, found[name, size][-1:])
+                print(f"round {number + 1}, {name}, {size}: {one['speed_up']:.2f}x", flush=True)
+    return [_record(name, size, turns) for (name, size), turns in found.items()]
+
+
+def _turn(engine: Any, asked: Asked, size: int) -> Turn:
+    engine.flush_cache(timeout=10.0)
+    params = [dict(one) for one in asked.params]
+    engine.generate(input_ids=asked.prompts, sampling_params={"max_new_tokens": 1, "temperature": 0.0})
+    start = perf_counter()
+    answers: list[dict[str, Any]] = []
+    for at in range(0, len(asked.prompts), size):
+        part = slice(at, at + size)
+        answers += engine.generate(input_ids=asked.prompts[part], sampling_params=params[part])
+    return Turn(perf_counter() - start, answers)
+
+
+def _record(name: str, size: int, turns: Sequence[tuple[Turn, Turn]]) -> dict[str, Any]:
+    speed = [a.seconds / a.tokens * b.tokens / b.seconds for a, b in turns]
+    steps = sum(b.total("spec_verify_ct") for _, b in turns)
+    right, drafts = (sum(b.total(f"spec_num_{kind}_drafts") for _, b in turns) for kind in ("correct", "proposed"))
+    pairs = [(x["output_ids"], y["output_ids"]) for a, b in turns for x, y in zip(a.answers, b.answers, strict=True)]
+    return {
+        "workload": name,
+        "batch": size,
+        "plain_tok_per_s": statistics.median(a.tokens / a.seconds for a, _ in turns),
+        "tok_per_s": statistics.median(b.tokens / b.seconds for _, b in turns),
+        "speed_up": statistics.median(speed),
+        "speed_ups": [round(value, 3) for value in speed],
+        "accept_length": (steps + right) / steps if steps else 1.0,
+        "accept_rate": right / drafts if drafts else None,
+        "same": all(x == y for x, y in pairs),
+        "answers": len(pairs),
+    }
+
+
+def draft_microseconds(config: Config, tokens: int = 2000) -> float:
+    """Median of a draft behind one more token of a text that repeats itself, its index included."""
+    asked = wanted(config)
+    name = asked.algorithm if asked.algorithm in DRAFTERS.names() and asked.draft_model is None else "suffix"
+    drafter, rng = DRAFTERS.get(name)(asked), random.Random(1)
+    base = [rng.randrange(3000) for _ in range(tokens)]
+    text, took = Text("bench", "", [*base, *base[:50]], tokens, easy=True), list[float]()
+    drafter.draft(text, asked.drafts)
+    for token in base[50:650]:
+        text.tokens.append(token)
+        start = perf_counter()
+        drafter.draft(text, asked.drafts)
+        took.append(perf_counter() - start)
+    return 1e6 * statistics.median(took)
+
+
+def _table(records: Sequence[dict[str, Any]]) -> None:
+    print(
+        f"{'workload':>12} {'batch':>5} {'plain tok/s':>12} {'tok/s':>8} {'speed-up':>8} {'accept':>7} {'rate':>6} same"
+    )
+    for one in records:
+        rate = "-" if one["accept_rate"] is None else f"{one['accept_rate']:.2f}"
+        print(
+            f"{one['workload']:>12} {one['batch']:>5} {one['plain_tok_per_s']:>12,.0f} {one['tok_per_s']:>8,.0f} "
+            f"{one['speed_up']:>7.2f}x {one['accept_length']:>7.2f} {rate:>6}  {'yes' if one['same'] else 'NO'}"
+        )
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Speed beside plain decoding by workload and batch, as a PNG."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise PhloemError("the plot needs matplotlib: pip install 'phloem[bench]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(record["workload"] for record in records))
+    sizes = sorted({record["batch"] for record in records})
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.5))
+    width = 0.8 / len(sizes)
+    for place, size in enumerate(sizes):
+        of_size = {record["workload"]: record for record in records if record["batch"] == size}
+        at = [number + place * width for number in range(len(names))]
+        left.bar(at, [of_size[name]["speed_up"] for name in names], width, label=f"{size} at a time")
+        right.bar(at, [of_size[name]["accept_length"] for name in names], width)
+    for axes, title in ((left, "speed beside plain decoding"), (right, "tokens a step of a request")):
+        axes.set_xticks([number + 0.4 - width / 2 for number in range(len(names))], names)
+        axes.set_title(title)
+        axes.axhline(1, color="black", linewidth=0.8)
+    left.legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,162 @@
+"""What is asked of speculation, read from the settings: SGLang's flags, or the JSON of vLLM's `--speculative-config`.
+
+Pure: which drafter this machine then has, and why, is decided where the engine is put together (`speculation/`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from phloem.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from phloem.core.config import Config, SpeculativeConfig
+
+AUTO, NONE = "auto", "none"
+USUAL_DRAFTS = 7  # with the token before them eight rows: about as many as a step reads weights for at one cost
+MOST_DRAFTS = 31
+LONGEST_MATCH = 32  # tokens that are compared backwards from a candidate
+CAPACITY = 1 << 17  # tokens of past answers that drafts may come from
+
+# Other engines' names of a drafter -> ours. Whatever is not here is looked up as it is.
+_NAMES = {"standalone": "draft_model", "prompt_lookup": "ngram"}
+# Methods of vLLM's JSON and the keys that we read there -> the flag that means the same.
+_KEYS = {
+    "method": "algorithm",
+    "num_speculative_tokens": "drafts",
+    "prompt_lookup_min": "min_match",
+    "prompt_lookup_max": "max_match",
+    "suffix_decoding_max_tree_depth": "max_match",
+    "model": "draft_model",
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for. `drafts`: in one step behind one token, at most; `capacity`: tokens of past answers."""
+
+    algorithm: str = AUTO
+    drafts: int = USUAL_DRAFTS
+    min_match: int = 2
+    max_match: int = LONGEST_MATCH
+    capacity: int = CAPACITY
+    draft_model: str | None = None
+    adaptive: bool = True
+
+    @property
+    def rows(self) -> int:
+        """Rows of one token that a step of a single request may have."""
+        return 1 if self.algorithm == NONE else 1 + self.drafts
+
+
+def wanted(config: Config) -> Wanted:
+    """Read the settings.
+
+    Raises:
+        ConfigError: flags that exclude each other, values out of range, or what would change the answers.
+    """
+    flags = config.speculative
+    _lossless(flags)
+    found = _from_json(flags.speculative_config) if flags.speculative_config else {}
+    own = {
+        "algorithm": flags.speculative_algorithm,
+        "drafts": _drafts(flags),
+        "draft_model": flags.speculative_draft_model_path,
+        "max_match": flags.speculative_ngram_max_trie_depth,
+        "capacity": flags.speculative_ngram_capacity,
+    }
+    said = {name: value for name, value in own.items() if value is not None}
+    twice = sorted(said.keys() & found.keys())
+    if twice:
+        raise ConfigError(
+            f"speculative_config and flags both say {', '.join(twice)}: use one of the two", param="speculative_config"
+        )
+    values: dict[str, Any] = {**found, **said}
+    values["algorithm"] = _name(values.get("algorithm", AUTO), values)
+    return _checked(Wanted(**values, adaptive=not flags.disable_speculative_adaptive))
+
+
+def _lossless(flags: SpeculativeConfig) -> None:
+    for name in ("speculative_accept_threshold_single", "speculative_accept_threshold_acc"):
+        value: float = vars(flags)[name]
+        if value != 1.0:
+            raise ConfigError(
+                f"{name}: {value} would accept tokens that plain decoding does not choose; only 1.0 is exact",
+                param=name,
+            )
+    if flags.speculative_eagle_topk not in (None, 1):
+        raise ConfigError(
+            f"speculative_eagle_topk: {flags.speculative_eagle_topk} asks for a tree of drafts; only chains (1) are",
+            param="speculative_eagle_topk",
+        )
+
+
+def _drafts(flags: SpeculativeConfig) -> int | None:
+    """`num_draft_tokens` counts the token before the drafts too, as a chain of `num_steps` drafts has one more row."""
+    steps, tokens = flags.speculative_num_steps, flags.speculative_num_draft_tokens
+    if steps is not None and tokens is not None and tokens != steps + 1:
+        raise ConfigError(
+            f"speculative_num_draft_tokens: {tokens} with speculative_num_steps {steps}: a chain of {steps} drafts is "
+            f"verified as {steps + 1} tokens; leave one of the two out",
+            param="speculative_num_draft_tokens",
+        )
+    return steps if steps is not None else None if tokens is None else tokens - 1
+
+
+def _from_json(text: str) -> dict[str, Any]:
+    try:
+        values: Any = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"speculative_config is not JSON: {error}", param="speculative_config") from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            'speculative_config must be an object such as {"method": "suffix"}', param="speculative_config"
+        )
+    read: Mapping[str, Any] = values  # pyright: ignore[reportUnknownVariableType]
+    unknown = sorted(set(read) - set(_KEYS))
+    if unknown:
+        known = ", ".join(_KEYS)
+        raise ConfigError(
+            f"speculative_config: {', '.join(unknown)} not known here; known: {known}", param="speculative_config"
+        )
+    found: dict[str, Any] = {}
+    for key, value in read.items():
+        kind = str if key in ("method", "model") else int
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ConfigError(f"speculative_config: {key}: {value!r} is no {kind.__name__}", param="speculative_config")
+        found[_KEYS[key]] = value
+    if "algorithm" not in found:
+        raise ConfigError("speculative_config: 'method' is missing", param="speculative_config")
+    return found
+
+
+def _name(given: str, values: Mapping[str, Any]) -> str:
+    name = given.lower().replace("-", "_")
+    name = _NAMES.get(name, name)
+    if name == "draft_model" and not values.get("draft_model"):
+        raise ConfigError(
+            f"speculative_algorithm: {given} needs speculative_draft_model_path", param="speculative_draft_model_path"
+        )
+    if name in ("suffix", "ngram", NONE) and values.get("draft_model"):
+        raise ConfigError(
+            f"speculative_draft_model_path: {given} drafts without a model; leave one of the two out",
+            param="speculative_draft_model_path",
+        )
+    return "draft_model" if name == AUTO and values.get("draft_model") else name
+
+
+def _checked(found: Wanted) -> Wanted:
+    ranges = (
+        ("speculative_num_steps", found.drafts, 1, MOST_DRAFTS),
+        ("prompt_lookup_min", found.min_match, 1, 64),
+        ("speculative_ngram_max_trie_depth", found.max_match, found.min_match, 256),
+        ("speculative_ngram_capacity", found.capacity, 0, 1 << 30),
+    )
+    for name, value, low, high in ranges:
+        if not low <= value <= high:
+            raise ConfigError(f"{name}: {value} is not in {low} to {high}", param=name)
+    return found

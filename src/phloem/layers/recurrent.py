@@ -1,0 +1,263 @@
+"""Mixers that keep a state of fixed size in place of keys and values: short convolutions, Mamba 2, gated delta nets.
+
+Legend: T packed tokens, R rows of the step, C channels, W taps, H heads, D head size, S state size, G groups, N hidden
+size. A row's states are read from where its last step left them and written elsewhere, so that a step can be undone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from phloem.core.memory import State
+from phloem.layers.linear import Linear
+from phloem.layers.weight import Layer, Part, Projection, Weight, check_divides, cut_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from phloem.core.memory import MemorySpec
+    from phloem.layers.context import BuildContext, ForwardBatch, StateStep
+    from phloem.layers.norm import AnyNorm
+
+FLOAT = "float32"  # a state adds up over a whole text
+
+
+def before(step: StateStep) -> list[Tensor]:
+    """What a layer's states were before the step, [R, ...] each; zeros for rows that begin."""
+    found = [tensor[step.reads] for tensor in step.tensors]
+    return [one.masked_fill(step.fresh.view(-1, *[1] * (one.ndim - 1)), 0) for one in found]
+
+
+def keep(step: StateStep, *after: Tensor) -> None:
+    """Write the states behind the step."""
+    for tensor, one in zip(step.tensors, after, strict=True):
+        tensor[step.writes] = one.to(tensor.dtype)
+
+
+def pieces(ctx: BuildContext, name: str, sizes: Mapping[str, int]) -> dict[str, Projection]:
+    """Projections that lie one after another in the tensor `name`, each shared out by its rows."""
+    cut, found, start = cut_of(ctx.mesh.tp, 0), dict[str, Projection](), 0
+    for key, size in sizes.items():
+        found[f"{name}.{key}"] = Projection(size, name, Part(start), cut)
+        start += size
+    return found
+
+
+def vector(ctx: BuildContext, name: str, sizes: list[int], *behind: int) -> Weight:
+    """A float32 slot for `sizes` numbers (or rows of shape `behind`) that lie one after another, each shared out."""
+    cut = cut_of(ctx.mesh.tp, 0)
+    slot = Weight((ctx.child(name).name,) * len(sizes), tuple((size, *behind) for size in sizes), "norm")
+    if len(sizes) > 1:
+        slot.parts = tuple(Part(sum(sizes[:place])) for place in range(len(sizes)))
+    slot.cuts = () if cut is None else ((cut,),) * len(sizes)
+    return slot
+
+
+class Convolution(Layer):
+    """A depthwise causal convolution over `sizes` channels, one after another, with `taps` tokens."""
+
+    def __init__(self, ctx: BuildContext, sizes: list[int], taps: int, *, bias: bool, silu: bool) -> None:
+        self.ops, self.silu, self.taps = ctx.ops, silu, taps
+        self.weight = vector(ctx, "weight", sizes, 1, taps)
+        self.bias = vector(ctx, "bias", sizes) if bias else None
+        self.channels = sum(size // ctx.mesh.tp.size for size in sizes)
+
+    @property
+    def shape(self) -> tuple[tuple[int, ...], str]:
+        """Of its state: the inputs of the last tokens."""
+        return (self.channels, self.taps - 1), FLOAT
+
+    def __call__(self, x_TC: Tensor, state: Tensor, query_start: Tensor) -> tuple[Tensor, Tensor]:
+        bias = None if self.bias is None else self.bias.value
+        return self.ops.causal_conv(x_TC, self.weight.value.squeeze(1), bias, state, query_start, self.silu)
+
+
+def taken(linear: Linear, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(linear(norm(x + residual)), x + residual)."""
+    out, total_TN = linear(x_TN, norm=norm, residual=residual_TN)
+    return out, x_TN if total_TN is None else total_TN
+
+
+class ShortConv(Layer):
+    """LFM2's mixer: in_proj gives b, c and x; c * conv(b * x)."""
+
+    def __init__(self, ctx: BuildContext, hidden_size: int, pool: int, taps: int, *, bias: bool) -> None:
+        self.ops, self.pool = ctx.ops, pool
+        check_divides("hidden_size", hidden_size, ctx.mesh.tp)
+        parts = pieces(ctx, "in_proj", {"b": hidden_size, "c": hidden_size, "x": hidden_size})
+        self.inputs = Linear(ctx, hidden_size, parts, bias=bias)
+        self.conv = Convolution(ctx.child("conv"), [hidden_size], taps, bias=bias, silu=False)
+        self.out = Linear(ctx, hidden_size, {"out_proj": hidden_size}, bias=bias, cut=cut_of(ctx.mesh.tp, 1))
+
+    @property
+    def memory(self) -> MemorySpec:
+        return State((self.conv.shape,))
+
+    def attend(
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        """As `Mixer`."""
+        found, total_TN = taken(self.inputs, norm, x_TN, residual_TN)
+        b_TC, c_TC, x_TC = found.chunk(3, -1)
+        state = step.memory.state(self.pool)
+        y_TC, last = self.conv(self.ops.mul(b_TC, x_TC), before(state)[0], state.query_start)
+        keep(state, last)
+        return self.ops.mul(c_TC, y_TC), total_TN
+
+
+@dataclass(frozen=True)
+class MambaSizes:
+    """Sizes of the whole model's Mamba 2 layer."""
+
+    heads: int
+    head_size: int
+    groups: int  # of heads that share B and C, and whose outputs are normalised together
+    state: int
+    taps: int
+    eps: float
+    bias: bool = False  # of the projections
+    conv_bias: bool = True
+    lowest: float = 0.0  # steps are at least this long
+    highest: float = float("inf")
+
+
+class Mamba2(Layer):
+    """State space duality (Dao and Gu, 2024): in_proj gives z, x, B, C and dt; norm(y * silu(z))."""
+
+    def __init__(self, ctx: BuildContext, hidden_size: int, pool: int, sizes: MambaSizes) -> None:
+        self.ops, self.pool, self.sizes = ctx.ops, pool, sizes
+        tp, inner, shared = ctx.mesh.tp, sizes.heads * sizes.head_size, sizes.groups * sizes.state
+        check_divides("groups of heads", sizes.groups, tp)
+        rows = {"z": inner, "x": inner, "b": shared, "c": shared, "dt": sizes.heads}
+        self.inputs = Linear(ctx, hidden_size, pieces(ctx, "in_proj", rows), bias=sizes.bias)
+        mixed = [inner, shared, shared]
+        self.conv = Convolution(ctx.child("conv1d"), mixed, sizes.taps, bias=sizes.conv_bias, silu=True)
+        self.dt_bias, self.decay, self.skip = (vector(ctx, name, [sizes.heads]) for name in ("dt_bias", "A_log", "D"))
+        self.norm = vector(ctx.child("norm"), "weight", [inner])
+        self.out = Linear(ctx, inner, {"out_proj": hidden_size}, bias=sizes.bias, cut=cut_of(tp, 1))
+        self.heads, self.groups = sizes.heads // tp.size, sizes.groups // tp.size
+        self.inner, self.shared, self.group = inner // tp.size, shared // tp.size, inner // sizes.groups
+
+    @property
+    def memory(self) -> MemorySpec:
+        sizes = self.sizes
+        return State((self.conv.shape, ((self.heads, sizes.head_size, sizes.state), FLOAT)))
+
+    def attend(
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        """As `Mixer`."""
+        sizes, state = self.sizes, step.memory.state(self.pool)
+        found, total_TN = taken(self.inputs, norm, x_TN, residual_TN)
+        z_TC, mixed_TC, dt_TH = found.split([self.inner, self.inner + 2 * self.shared, self.heads], -1)
+        seen, kept = before(state)
+        mixed_TC, seen = self.conv(mixed_TC, seen, state.query_start)
+        x_TC, b_TC, c_TC = mixed_TC.split([self.inner, self.shared, self.shared], -1)
+        dt_TH = self.ops.step_sizes(dt_TH, self.dt_bias.value, sizes.lowest, sizes.highest)
+        y_THD, kept = self.ops.mamba2_scan(
+            x_TC.unflatten(-1, (self.heads, sizes.head_size)),
+            dt_TH,
+            -self.decay.value.exp(),
+            b_TC.unflatten(-1, (self.groups, sizes.state)),
+            c_TC.unflatten(-1, (self.groups, sizes.state)),
+            self.skip.value,
+            kept,
+            state.query_start,
+        )
+        keep(state, seen, kept)
+        out_TC = self.ops.gated_rms_norm(y_THD.flatten(1), z_TC, self.norm.value, sizes.eps, self.group, False)
+        return out_TC, total_TN
+
+
+@dataclass(frozen=True)
+class DeltaSizes:
+    """Sizes of the whole model's gated delta net. Each head of q and k serves as many heads of v that follow."""
+
+    key_heads: int
+    value_heads: int
+    key_size: int
+    value_size: int
+    taps: int
+    eps: float
+    grouped: bool  # one tensor has all of a key head's rows together (Qwen3-Next); else q, k, v, then z, b and a apart
+
+
+class GatedDelta(Layer):
+    """A gated delta net (Yang et al., 2024): norm(y) * silu(z) for each head."""
+
+    def __init__(self, ctx: BuildContext, hidden_size: int, pool: int, sizes: DeltaSizes) -> None:
+        self.ops, self.pool, self.sizes = ctx.ops, pool, sizes
+        tp = ctx.mesh.tp
+        check_divides("linear_num_key_heads", sizes.key_heads, tp)
+        keys, values = sizes.key_heads * sizes.key_size, sizes.value_heads * sizes.value_size
+        rows = _by_head(ctx, sizes) if sizes.grouped else _apart(ctx, sizes)
+        self.inputs = Linear(ctx, hidden_size, rows)
+        self.conv = Convolution(ctx.child("conv1d"), [keys, keys, values], sizes.taps, bias=False, silu=True)
+        self.dt_bias, self.decay = (vector(ctx, name, [sizes.value_heads]) for name in ("dt_bias", "A_log"))
+        self.norm = Weight((ctx.child("norm").child("weight").name,), ((sizes.value_size,),), "norm")
+        self.out = Linear(ctx, values, {"out_proj": hidden_size}, cut=cut_of(tp, 1))
+        self.heads, self.keys, self.values = sizes.value_heads // tp.size, keys // tp.size, values // tp.size
+        self.share = sizes.value_heads // sizes.key_heads
+        # x / sqrt(sum x^2 + 1e-6), as a root mean square norm.
+        self.unit = torch.full((sizes.key_size,), sizes.key_size**-0.5, device=ctx.device)
+
+    @property
+    def memory(self) -> MemorySpec:
+        sizes = self.sizes
+        return State((self.conv.shape, ((self.heads, sizes.key_size, sizes.value_size), FLOAT)))
+
+    def attend(
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        """As `Mixer`."""
+        sizes, state = self.sizes, step.memory.state(self.pool)
+        found, total_TN = taken(self.inputs, norm, x_TN, residual_TN)
+        widths = [2 * self.keys + self.values, self.values, self.heads, self.heads]
+        mixed_TC, z_TC, b_TH, a_TH = found.split(widths, -1)
+        seen, kept = before(state)
+        mixed_TC, seen = self.conv(mixed_TC, seen, state.query_start)
+        q_TC, k_TC, v_TC = mixed_TC.split([self.keys, self.keys, self.values], -1)
+        q_THS, k_THS = (self._unit(x_TC) for x_TC in (q_TC, k_TC))
+        decay_TH, beta_TH = self.ops.delta_gates(a_TH, b_TH, self.dt_bias.value, self.decay.value)
+        v_THD = v_TC.unflatten(-1, (self.heads, sizes.value_size))
+        scale = sizes.key_size**-0.5
+        y_THD, kept = self.ops.gated_delta(q_THS, k_THS, v_THD, decay_TH, beta_TH, kept, state.query_start, scale)
+        keep(state, seen, kept)
+        z_THD = z_TC.unflatten(-1, (self.heads, sizes.value_size))
+        return self.ops.gated_rms_norm(y_THD, z_THD, self.norm.value, sizes.eps, 0, True).flatten(1), total_TN
+
+    def _unit(self, x_TC: Tensor) -> Tensor:
+        """Heads of length 1, each as often as it serves: [T, H, S]."""
+        size = self.sizes.key_size
+        x_TKS = self.ops.rms_norm(x_TC.unflatten(-1, (-1, size)), self.unit, 1e-6 / size)
+        return x_TKS.repeat_interleave(self.share, 1)
+
+
+def _apart(ctx: BuildContext, sizes: DeltaSizes) -> dict[str, Projection]:
+    keys, values = sizes.key_heads * sizes.key_size, sizes.value_heads * sizes.value_size
+    cut = cut_of(ctx.mesh.tp, 0)
+    found = pieces(ctx, "in_proj_qkv", {"q": keys, "k": keys, "v": values})
+    found["in_proj_z"] = Projection(values, cut=cut)
+    return found | {name: Projection(sizes.value_heads, cut=cut) for name in ("in_proj_b", "in_proj_a")}
+
+
+def _by_head(ctx: BuildContext, sizes: DeltaSizes) -> dict[str, Projection]:
+    """This rank's rows of the two tensors in which each key head's q, k, v and z, and b and a, lie together; in the
+    order all q, all k, all v, all z, all b, all a."""
+    share = sizes.value_heads // sizes.key_heads
+    values = share * sizes.value_size
+    wide = [sizes.key_size, sizes.key_size, values, values]
+    first, last = ctx.mesh.tp.span(sizes.key_heads)
+    found: dict[str, Projection] = {}
+    for name, widths in (("in_proj_qkvz", wide), ("in_proj_ba", [share, share])):
+        each = sum(widths)
+        for number, width in enumerate(widths):
+            for head in range(first, last):
+                part = Part(head * each + sum(widths[:number]), total=each * sizes.key_heads)
+                found[f"{name}.{number}.{head}"] = Projection(width, name, part)
+    return found

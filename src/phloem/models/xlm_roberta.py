@@ -1,0 +1,7 @@
+"""XLM-RoBERTa: RoBERTa in many languages."""
+
+from __future__ import annotations
+
+from phloem.models.roberta import DEFAULTS, ENCODER, TINY, VARIANTS, build
+
+__all__ = ["DEFAULTS", "ENCODER", "TINY", "VARIANTS", "build"]

@@ -1,0 +1,1 @@
+"""Embeddings, reranking and classification as data."""

@@ -1,0 +1,1 @@
+"""Routes of models that do not generate."""

@@ -1,0 +1,82 @@
+"""Whether an engine speculates, with what and why; refused before it is ready where it cannot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from phloem.core.errors import ConfigError
+from phloem.core.resolve import Decision
+from phloem.core.speculation import AUTO, NONE
+from phloem.platforms._facts import in_host_memory
+from phloem.speculation.controller import Controller
+from phloem.speculation.drafters import DRAFTERS
+from phloem.speculation.runner import SpeculativeRunner
+
+if TYPE_CHECKING:
+    from phloem.core.batch import Runner
+    from phloem.core.speculation import Wanted
+    from phloem.engine.runner import ModelRunner
+
+NAME = "speculative_algorithm"
+# A step of more rows on the CPU multiplies some weights in another form, and so in other bits.
+MOST_ROWS = 24
+USUAL = "suffix"
+
+
+def check(wanted: Wanted) -> None:
+    """What can be refused before anything is loaded. Raises ConfigError."""
+    if wanted.algorithm not in (AUTO, NONE):
+        try:
+            DRAFTERS.check(wanted.algorithm)
+        except ConfigError as error:
+            known = ", ".join([AUTO, NONE, *DRAFTERS.names()])
+            message = error.message.split("; known:")[0]
+            raise ConfigError(f"{message}; known: {known}", param=NAME) from None
+
+
+def decide(wanted: Wanted, runner: ModelRunner, why: str = "") -> tuple[str, Decision]:
+    """(The drafter's name, or `none`; the decision). `why`: what else is served makes it impossible; "": nothing.
+
+    Raises:
+        ConfigError: the drafter that was asked for cannot serve this model.
+    """
+    asked = wanted.algorithm
+    if asked == NONE:
+        return NONE, Decision(NAME, NONE, "as asked")
+    if any(group.kind == "state" for group in runner.groups):
+        why = "recurrent state cannot be cut back to the tokens that were accepted"
+    if why:
+        if asked != AUTO:
+            raise ConfigError(f"{NAME}: {asked} cannot serve this model: {why}", param=NAME)
+        return NONE, Decision(NAME, NONE, why)
+    if asked != AUTO:
+        return asked, Decision(NAME, asked, f"as asked, up to {wanted.drafts} drafts; {_how(wanted, runner)}")
+    if not in_host_memory(runner.pool.device):
+        return NONE, Decision(NAME, NONE, "not measured to pay on a device of its own; --speculative-algorithm suffix")
+    why = f"repeated text is drafted at no cost, up to {wanted.drafts} tokens where that pays; {_how(wanted, runner)}"
+    return USUAL, Decision(NAME, USUAL, why)
+
+
+def _how(wanted: Wanted, runner: ModelRunner) -> str:
+    rows = most_rows(wanted, runner)
+    bits = (
+        f"the answers are those of plain decoding, to the bit, in steps of up to {rows} rows"
+        if runner.row_bits
+        else "the same tokens as plain decoding but where two are as likely to the last bits, which the number of rows "
+        "may change here"
+    )
+    return f"{bits}; {'by measured times' if wanted.adaptive else 'always, as asked'}"
+
+
+def most_rows(wanted: Wanted, runner: ModelRunner) -> int:
+    """Rows of one token in a step that verifies."""
+    return max(1 + wanted.drafts, MOST_ROWS) if not runner.row_bits else MOST_ROWS
+
+
+def around(wanted: Wanted, runner: ModelRunner, name: str) -> Runner:
+    """The runner, speculating with the drafter of that name."""
+    if name == NONE:
+        return runner
+    drafter = DRAFTERS.get(name)(wanted)
+    controller = Controller(wanted.drafts, most_rows(wanted, runner), wanted.adaptive)
+    return SpeculativeRunner(runner, drafter, controller, wanted.drafts)

@@ -1,0 +1,326 @@
+"""How many drafts a step verifies: as many as are worth their time, by what steps have taken and drafts have proved.
+
+A step of n rows takes T(n), measured. Drafts d of a row are accepted with probability p each while all before them
+were, so a row is expected to yield 1 + p1 + p1 p2 + ... tokens. The drafts of all rows are put in the order of how
+likely they count, and of all prefixes of that order the one with the most tokens per second is verified, if that is
+more than plain decoding gives. Plain steps are planned while the step before runs, and verified ones cannot be: the
+times of the two are kept apart, each from one result to the next, so that what planning costs is part of the figure.
+
+While nothing pays the engine decodes plainly (`on` False) and texts are only looked at. What was verified and did not
+pay is stopped, for longer each time; now and then it is tried again. Everything here is arithmetic: no clock, no texts.
+"""
+
+from __future__ import annotations
+
+import heapq
+import statistics
+from bisect import bisect_left
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from phloem.speculation.texts import Tally
+
+MARGIN = 1.08  # times plain decoding: less is not worth the risk
+QUIET = 2  # steps without a draft after which plain steps are planned ahead again
+ENOUGH = 3  # plain steps that are measured before anything is verified
+LEDGER = 12  # steps after which a gain is written off, so that it pays for no later loss
+LOSS = 1.5  # plain steps that verified ones may lose before they are stopped
+BACKOFF, MOST_BACKOFF = 64, 2048  # steps
+PROBE = 64  # steps after which drafts that do not seem to pay are verified once
+FEW = 4  # rows whose texts are looked at after every plain step; of more, at every eighth
+STRIDE = 8
+LIKELIEST = 0.98
+BESIDE = 16  # tokens that a grammar forced are rows like others; more are a prompt's chunk
+
+# T(n) / T(1) of a step that reads quantised weights once, before it is measured.
+_SHAPE = ((1, 1.0), (2, 1.1), (4, 1.25), (8, 1.5), (16, 2.9), (32, 5.7), (64, 11.3))
+_MATCHES = (3, 5, 9, 17)  # borders between the classes of how many tokens agree
+_PRIORS = (0.15, 0.35, 0.6, 0.8, 0.9)  # acceptance in each, before it is measured
+_WEIGHT = 4.0  # drafts that a prior counts as
+_DECAY = 0.98  # of what was seen, with each draft
+
+
+def usual(rows: int) -> float:
+    """T(rows) / T(1) before it is measured."""
+    place = bisect_left([at for at, _ in _SHAPE], rows)
+    if place == len(_SHAPE):
+        return _SHAPE[-1][1] * rows / _SHAPE[-1][0]
+    if not place or _SHAPE[place][0] == rows:
+        return _SHAPE[place][1]
+    (low, below), (high, above) = _SHAPE[place - 1], _SHAPE[place]
+    return below + (above - below) * (rows - low) / (high - low)
+
+
+class Curve:
+    """T(n) in seconds: medians of the last steps of each size, and lines between them."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, deque[float]] = {}
+        self._medians: dict[int, float] = {}
+        self._known: dict[int, float] = {}
+        self.count = 0
+
+    def note(self, rows: int, seconds: float) -> None:
+        seen = self._seen.get(rows)
+        if seen is None:
+            # The first step of a size may record it or touch memory for the first time.
+            guess = self.at(rows)
+            seen = self._seen[rows] = deque(maxlen=9)
+            seconds = seconds if guess is None else min(seconds, 1.5 * guess)
+        seen.append(seconds)
+        self._medians[rows] = statistics.median(seen)
+        self._known.clear()
+        self.count += 1
+
+    def at(self, rows: int) -> float | None:
+        """None: nothing was measured."""
+        if not self._medians:
+            return None
+        found = self._medians.get(rows) or self._known.get(rows)
+        if found is None:
+            found = self._known[rows] = self._between(rows)
+        return found
+
+    def _between(self, rows: int) -> float:
+        sizes = sorted(self._medians)
+        place = bisect_left(sizes, rows)
+        if 0 < place < len(sizes):
+            low, high = sizes[place - 1], sizes[place]
+            share = (usual(rows) - usual(low)) / (usual(high) - usual(low))
+            return self._medians[low] + share * (self._medians[high] - self._medians[low])
+        nearest = sizes[0] if not place else sizes[-1]
+        return self._medians[nearest] * usual(rows) / usual(nearest)
+
+    def near(self, rows: int) -> bool:
+        """Whether a size within a quarter was measured."""
+        return any(0.75 * rows <= size <= 1.34 * rows for size in self._medians)
+
+    def facts(self) -> dict[str, float]:
+        """Milliseconds by rows."""
+        return {str(rows): round(1e3 * self._medians[rows], 3) for rows in sorted(self._medians)}
+
+
+class Acceptance:
+    """How often drafts count, by where they come from and how many tokens before them agree."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, bool, int], list[float]] = {}
+
+    def of(self, source: str, sure: bool, matched: int) -> float:
+        kind = bisect_left(_MATCHES, matched + 1)
+        found = self._seen.get((source, sure, kind))
+        prior = _PRIORS[kind] * (1.0 if sure else 0.6)
+        return prior if found is None else (found[0] + _WEIGHT * prior) / (found[1] + _WEIGHT)
+
+    def note(self, source: str, sure: bool, matched: int, right: bool) -> None:
+        found = self._seen.setdefault((source, sure, bisect_left(_MATCHES, matched + 1)), [0.0, 0.0])
+        found[0] = found[0] * _DECAY + right
+        found[1] = found[1] * _DECAY + 1
+
+    def facts(self) -> dict[str, float]:
+        names = ("1-2", "3-4", "5-8", "9-16", "17+")
+        return {
+            f"{source}{'' if sure else ' unsure'} {names[kind]}": round(found[0] / found[1], 3)
+            for (source, sure, kind), found in sorted(self._seen.items())
+        }
+
+
+@dataclass(slots=True)
+class Chain:
+    """Drafts of a row as the controller sees them (see `drafters.Draft`), and its request's record."""
+
+    length: int
+    source: str
+    matched: int
+    sure: bool
+    tally: Tally
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What steps with drafts took, and what plain ones would have taken for the same tokens."""
+
+    spent: float = 0.0
+    saved: float = 0.0
+    steps: int = 0
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Times of steps whose tokens are chosen in one way."""
+
+    plain: Curve = field(default_factory=Curve)
+    verify: Curve = field(default_factory=Curve)
+
+
+class Controller:
+    """Decides for one engine. Not thread-safe.
+
+    Args:
+        most: drafts of a row, at most.
+        rows: rows of one token in a step that verifies, at most.
+        adaptive: False: whatever is drafted is verified, always.
+    """
+
+    def __init__(self, most: int, rows: int, adaptive: bool = True) -> None:
+        self.on = not adaptive
+        self.acceptance = Acceptance()
+        self.times: dict[bool, _Kind] = {True: _Kind(), False: _Kind()}
+        self._most, self._rows, self._adaptive = most, rows, adaptive
+        self._ledger = Ledger()
+        self._since = 0  # plain steps since something was verified
+        self._rest = 0  # of which so many are to pass
+        self._backoff = BACKOFF
+        self._quiet = 0
+        self._probing = False
+        self.stopped = 0  # times that it did not pay
+
+    # what happened
+
+    def plain(self, rows: int, easy: bool, seconds: float) -> None:
+        """A step of `rows` decodes, planned ahead, has taken so long."""
+        self.times[easy].plain.note(rows, seconds)
+        self._since += 1
+
+    def verified(self, rows: int, total: int, easy: bool, tokens: int, seconds: float) -> None:
+        """A step of `rows` decodes, `total` with their drafts, not planned ahead, has given so many tokens."""
+        kind = self.times[easy]
+        kind.verify.note(total, seconds)
+        plain = kind.plain.at(rows)
+        if plain is None or not self._adaptive:
+            return
+        ledger = self._ledger
+        ledger.spent += seconds
+        ledger.saved += plain * tokens / rows
+        ledger.steps += 1
+        if ledger.spent - ledger.saved > LOSS * plain:
+            self._stop()
+            self._ledger = Ledger()
+        elif ledger.steps >= LEDGER and ledger.saved > ledger.spent:
+            self._backoff = BACKOFF
+            self._ledger = Ledger()
+        if self._probing:
+            self._off(0)
+
+    def judged(self, chain: Chain, verified: int, right: int) -> None:
+        """Of a row's first `verified` drafts the first `right` were accepted."""
+        for depth in range(min(verified, right + 1)):
+            sure = chain.sure or depth > 0
+            expected = self.acceptance.of(chain.source, sure, chain.matched + depth)
+            self.acceptance.note(chain.source, sure, chain.matched + depth, depth < right)
+            tally = chain.tally
+            tally.right = tally.right * _DECAY + (depth < right)
+            tally.expected = tally.expected * _DECAY + expected
+
+    # what to do
+
+    def looks(self, rows: int, easy: bool) -> bool:
+        """Whether texts are to be looked at after a plain step: drafts might pay."""
+        if self.on or self._since < self._rest or 3 * rows > self._rows:
+            return False
+        if self.times[easy].plain.count < ENOUGH:
+            return False
+        return rows <= FEW or self._since % STRIDE == 0
+
+    def look(self, chains: Sequence[Chain | None], easy: bool) -> None:
+        """These may be drafted next: verify from the next step on, if that pays, or if it has not been tried long."""
+        rows = len(chains)
+        if any(self._best(chains, rows, easy, MARGIN)):
+            self._begin(False)
+        elif self._since >= max(PROBE, self._rest) and any(self._survival(chain)[:1] > [0.5] for chain in chains):
+            self._begin(True)
+
+    def lengths(self, chains: Sequence[Chain | None], easy: bool, beside: int = 0) -> list[int]:
+        """How many drafts of each decoding row are verified in this step; `beside`: the step's other tokens."""
+        if not self._adaptive:
+            return self._all(chains)
+        if beside > BESIDE:
+            return self._beside(chains, easy)
+        found = self._best(chains, len(chains), easy, 0.0 if self._probing else MARGIN, beside)
+        self._quiet = 0 if any(found) else self._quiet + 1
+        if self._quiet >= QUIET:
+            self._off(0)
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """For people."""
+        times = {
+            f"{'greedy' if easy else 'other'} {name}": curve.facts()
+            for easy, kind in self.times.items()
+            for name, curve in (("plain", kind.plain), ("verify", kind.verify))
+            if curve.count
+        }
+        return {"on": self.on, "stopped": self.stopped, "step_ms": times, "acceptance": self.acceptance.facts()}
+
+    # how
+
+    def _begin(self, probing: bool) -> None:
+        self.on, self._probing, self._quiet = True, probing, 0
+
+    def _off(self, rest: int) -> None:
+        self.on, self._probing, self._quiet, self._since, self._rest = False, False, 0, 0, rest
+
+    def _stop(self) -> None:
+        self.stopped += 1
+        self._off(self._backoff)
+        self._backoff = min(2 * self._backoff, MOST_BACKOFF)
+
+    def _all(self, chains: Sequence[Chain | None]) -> list[int]:
+        left = self._rows - len(chains)
+        each = max(0, left // max(1, len(chains)))
+        return [0 if chain is None else min(chain.length, each) for chain in chains]
+
+    def _survival(self, chain: Chain | None) -> list[float]:
+        """Of each draft of a row, how likely it counts."""
+        if chain is None:
+            return []
+        tally, share, found = chain.tally, 1.0, list[float]()
+        factor = (tally.right + _WEIGHT) / (tally.expected + _WEIGHT)
+        for depth in range(min(chain.length, self._most)):
+            known = self.acceptance.of(chain.source, chain.sure or depth > 0, chain.matched + depth)
+            share *= min(LIKELIEST, known * factor)
+            found.append(share)
+        return found
+
+    def _verify(self, rows: int, easy: bool) -> float | None:
+        """What a step of so many rows would take, not planned ahead."""
+        kind = self.times[easy]
+        if kind.verify.near(rows):
+            return kind.verify.at(rows)
+        plain = kind.plain.at(rows)
+        return plain if plain is None else 1.05 * plain
+
+    def _best(self, chains: Sequence[Chain | None], rows: int, easy: bool, margin: float, beside: int = 0) -> list[int]:
+        none = [0] * len(chains)
+        plain = self.times[easy].plain.at(rows + beside)
+        if plain is None or not rows:
+            return none
+        survival = [self._survival(chain) for chain in chains]
+        heap = [(-shares[0], row) for row, shares in enumerate(survival) if shares]
+        heapq.heapify(heap)
+        found, count, tokens = none, list(none), float(rows)
+        best, total = rows / plain * margin, rows + beside
+        while heap and total < self._rows:
+            share, row = heapq.heappop(heap)
+            tokens, total = tokens - share, total + 1
+            count[row] += 1
+            if count[row] < len(survival[row]):
+                heapq.heappush(heap, (-survival[row][count[row]], row))
+            takes = self._verify(total, easy)
+            if takes is not None and tokens / takes > best:
+                best, found = tokens / takes, list(count)
+        return found
+
+    def _beside(self, chains: Sequence[Chain | None], easy: bool) -> list[int]:
+        """Beside a prompt, where every row adds its computation: drafts that give more than that takes."""
+        rows = len(chains)
+        plain, more, less = (self.times[easy].plain.at(size) for size in (rows, 16, 8))
+        if plain is None or more is None or less is None:
+            return [0] * rows
+        least = 1.1 * (more - less) / 8 / (plain / rows)
+        each = (self._rows - rows) // max(1, rows)
+        return [sum(1 for share in self._survival(chain)[: max(0, each)] if share > least) for chain in chains]

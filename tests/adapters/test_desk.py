@@ -1,0 +1,182 @@
+"""Who has a place, who gives way, who waits: the desk alone, over sites that keep nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from phloem.adapters import desk as room
+from phloem.adapters.desk import Desk, Loan
+from phloem.core.errors import BadRequest
+
+
+class Done:
+    """Work that has ended."""
+
+    def __init__(self, found: Any) -> None:
+        self._found = found
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> Any:
+        return self._found
+
+
+class One:
+    nbytes = 10
+
+
+class Sites:
+    def __init__(self, entries: int) -> None:
+        self.entries = entries
+        self.puts: list[int] = []
+
+    def put(self, entry: int, fits: Any) -> None:
+        self.puts.append(entry)
+
+
+class Counter(Desk):
+    """A desk whose adapters are read at once, or not at all."""
+
+    def __init__(self, entries: int, memory: int | None = None) -> None:
+        sites: Any = Sites(entries)
+        super().__init__(sites, lambda work: Done(work()), lambda name: None, None, memory)  # type: ignore[arg-type, return-value]
+        self.missing: set[str] = set()
+        self.reads = 0
+
+    def read(self, path: str) -> Future[Any]:
+        self.reads += 1
+        found: Future[Any] = Future()
+        if path in self.missing:
+            found.set_exception(BadRequest("it has gone"))
+        else:
+            found.set_result({0: One()})
+        return found
+
+    def have(self, *names: str, pinned: bool = False) -> None:
+        for name in names:
+            self.load(name, f"/{name}", pinned).result()
+
+
+def until_ready(loan: Loan, turns: int = 10) -> bool:
+    return any(loan.ready() for _ in range(turns))
+
+
+def test_the_one_unused_for_longest_gives_way_and_is_read_again() -> None:
+    desk = Counter(2)
+    desk.have("a", "b")
+    desk.give_back(_taken(desk, "a"))
+    desk.have("c")
+    assert {name: bool(version.entry) for name, version in desk._names.items()} == {"a": True, "b": False, "c": True}
+    loan = desk.lend("b")
+    assert not loan.ready() and until_ready(loan) and loan.entry
+    assert desk.reads == 4 and desk.evictions == 2
+
+
+def _taken(desk: Desk, name: str) -> Loan:
+    loan = desk.lend(name)
+    assert until_ready(loan) and loan.error is None
+    return loan
+
+
+def test_those_in_use_keep_their_places_and_others_wait() -> None:
+    desk = Counter(2)
+    desk.have("a", "b", pinned=False)
+    one, two = _taken(desk, "a"), _taken(desk, "b")
+    desk.have("c")  # known, but not in a place
+    third = desk.lend("c")
+    assert not until_ready(third)
+    desk.give_back(one)
+    assert until_ready(third) and {third.entry, two.entry} == {1, 2}
+
+
+def test_pinned_ones_stay() -> None:
+    desk = Counter(2)
+    desk.load("p", "/p", True).result()
+    desk.have("a", "b", "c")
+    assert desk._names["p"].entry and desk._names["c"].entry and not desk._names["a"].entry
+    with pytest.raises(BadRequest, match="one must stay free"):
+        desk.load("q", "/q", True)
+
+
+def test_a_name_that_is_loaded_again_is_another_version_and_the_old_one_ends_with_its_users() -> None:
+    desk = Counter(3)
+    desk.have("a")
+    old = _taken(desk, "a")
+    desk.have("a")
+    new = _taken(desk, "a")
+    assert old.uid != new.uid and old.entry != new.entry
+    assert desk.state()["loras_loaded"] == 2
+    desk.give_back(old)
+    assert desk.state()["loras_loaded"] == 1
+
+
+def test_unloading_tells_how_many_go_on_and_frees_the_place_with_the_last() -> None:
+    desk = Counter(2)
+    desk.have("a")
+    loans = [_taken(desk, "a") for _ in range(3)]
+    assert desk.unload("a") == (3, {})
+    with pytest.raises(BadRequest, match="there is no adapter 'a'"):
+        desk.lend("a")
+    for loan in loans:
+        assert desk.state()["loras_loaded"] == 1
+        desk.give_back(loan)
+    assert desk.state()["loras_loaded"] == 0
+
+
+def test_one_that_cannot_be_read_fails_its_requests_and_may_come_back() -> None:
+    desk = Counter(1)
+    desk.have("a", "b")
+    desk.missing = {"/a"}
+    loan = desk.lend("a")
+    assert until_ready(loan) and "gone" in str(loan.error)
+    desk.give_back(loan)
+    desk.missing = set()
+    assert _taken(desk, "a").entry == 1
+
+
+def test_memory_is_kept_to_and_what_never_fits_is_refused() -> None:
+    desk = Counter(8, memory=25)
+    desk.have("a", "b", "c")
+    assert desk.state()["lora_bytes"] == 20 and not desk._names["a"].entry
+    small = Counter(8, memory=5)
+    with pytest.raises(BadRequest, match="lora_memory"):
+        small.have("a")
+    assert small.loaded() == {} and small.state()["loras_loaded"] == 0
+
+
+def test_a_failed_load_leaves_the_one_that_was_there() -> None:
+    desk = Counter(2)
+    desk.have("a")
+    uid = _taken(desk, "a").uid
+    desk.missing = {"/other"}
+    with pytest.raises(BadRequest, match="gone"):
+        desk.load("a", "/other", False).result()
+    assert _taken(desk, "a").uid == uid and desk.loaded() == {"a": "/a"}
+
+
+def test_whoever_waits_long_for_a_place_is_let_in_before_later_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    clock: Callable[[], float] = lambda: now[0]  # noqa: E731
+    monkeypatch.setattr(room.time, "monotonic", clock)
+    desk = Counter(1)
+    desk.have("a")
+    running = _taken(desk, "a")
+    desk.have("b")
+    waiting = desk.lend("b")
+    assert not until_ready(waiting)
+    assert until_ready(desk.lend("a"))  # not late yet
+    desk_users = desk._names["a"].users
+    now[0] += 60.0
+    later = desk.lend("a")
+    assert not until_ready(later) and desk._names["a"].users == desk_users == 2
+    desk.give_back(running)
+    desk._names["a"].users = 0
+    assert until_ready(waiting) and waiting.entry == 1
+    assert not until_ready(later)  # the only place is in use
+    desk.give_back(waiting)
+    assert until_ready(later)

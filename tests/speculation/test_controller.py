@@ -1,0 +1,205 @@
+"""How many drafts are verified: by made-up times and acceptance, without a clock."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from phloem.speculation.controller import (
+    BACKOFF,
+    ENOUGH,
+    LEDGER,
+    PROBE,
+    QUIET,
+    Acceptance,
+    Chain,
+    Controller,
+    Curve,
+    usual,
+)
+from phloem.speculation.texts import Tally
+
+
+def seconds(rows: int, slope: float = 0.05) -> float:
+    """A machine whose steps of up to 8 rows cost little more than one."""
+    return 0.004 * (1 + slope * (rows - 1) if rows <= 8 else 1 + 7 * slope + 0.2 * (rows - 8))
+
+
+def chain(length: int = 7, matched: int = 20, sure: bool = True, tally: Tally | None = None) -> Chain:
+    return Chain(length, "own", matched, sure, tally or Tally())
+
+
+def measured(slope: float = 0.05, sizes: tuple[int, ...] = (1, 4, 8, 16)) -> Controller:
+    found = Controller(7, 24)
+    for rows in sizes:
+        for _ in range(ENOUGH):
+            found.plain(rows, True, seconds(rows, slope))
+    return found
+
+
+def test_times_are_medians_and_lines_between_them() -> None:
+    curve = Curve()
+    assert curve.at(3) is None
+    for value in (1.0, 1.1, 0.9, 50.0):
+        curve.note(1, value)
+    assert curve.at(1) == pytest.approx(1.05) and curve.at(8) == pytest.approx(1.05 * usual(8))
+    curve.note(8, 99.0)  # the first of a size may have recorded it
+    assert curve.at(8) == pytest.approx(1.5 * 1.05 * usual(8))
+    for _ in range(8):
+        curve.note(8, 2.1)
+    assert curve.at(8) == pytest.approx(2.1)
+    middle = curve.at(4)
+    assert middle is not None and 1.05 < middle < 2.1 and curve.near(7) and not curve.near(4)
+    assert usual(1) == 1 and usual(12) == pytest.approx((1.5 + 2.9) / 2) and usual(128) > 2 * usual(64) - 1e-9
+
+
+def test_acceptance_is_learned_by_source_and_match() -> None:
+    found = Acceptance()
+    before = found.of("own", True, 3)
+    for _ in range(200):
+        found.note("own", True, 3, False)
+        found.note("own", True, 20, True)
+    assert before > 0.3 and found.of("own", True, 4) < 0.1 and found.of("own", True, 30) > 0.9
+    assert found.of("shared", True, 3) == before > found.of("own", False, 3) > 0
+
+
+def test_nothing_is_verified_before_plain_steps_were_measured() -> None:
+    found = Controller(7, 24)
+    assert found.lengths([chain()], True) == [0] and not found.looks(1, True) and not found.on
+    for _ in range(ENOUGH):
+        found.plain(1, True, seconds(1))
+    assert found.looks(1, True) and not found.looks(1, False)
+
+
+def test_likely_drafts_fill_the_step_up_to_its_knee() -> None:
+    found = measured()
+    found.look([chain()], True)
+    assert found.on and found.lengths([chain()], True) == [7]
+    two = found.lengths([chain(), chain()], True)
+    assert sum(two) >= 6 and max(two) - min(two) <= 1
+    four = found.lengths([chain()] * 4, True)
+    assert 4 <= sum(four) <= 8
+    assert found.lengths([chain(2), None], True) == [2, 0]
+
+
+def test_unlikely_drafts_are_left_alone_where_rows_cost() -> None:
+    found = measured(slope=0.3)
+    weak = chain(matched=2, sure=False)
+    assert found.lengths([weak], True) == [0]
+    strong, unsure = found.lengths([chain(), weak], True)
+    assert strong > 0 and unsure == 0
+    assert measured(slope=1.0).lengths([chain()], True) == [0]
+
+
+def test_a_request_whose_drafts_fail_gets_shorter_ones() -> None:
+    found, tally = measured(0.15), Tally()
+    before = found.lengths([chain(tally=tally)], True)
+    for _ in range(10):
+        found.judged(chain(tally=tally), 7, 0)
+    fresh = Controller(7, 24)
+    fresh.times = found.times
+    assert sum(fresh.lengths([chain(tally=tally)], True)) < sum(before)
+    assert tally.right == 0 and tally.expected > 4
+
+
+def test_only_what_was_reached_is_judged() -> None:
+    found, tally = Controller(7, 24), Tally()
+    found.judged(chain(matched=20, tally=tally), 5, 2)
+    assert found.acceptance.facts() == {"own 17+": pytest.approx(2 / 3, abs=0.02)}
+    assert tally.right == pytest.approx(2, abs=0.1)
+
+
+def test_it_turns_off_when_nothing_is_drafted() -> None:
+    found = measured()
+    found.look([chain()], True)
+    for _ in range(QUIET):
+        assert found.on
+        assert found.lengths([None], True) == [0]
+    assert not found.on
+
+
+def test_what_does_not_pay_is_stopped_for_longer_each_time() -> None:
+    found = measured()
+    rests = list[int]()
+    for _ in range(3):
+        found.look([chain()], True)
+        assert found.on
+        lost = 0
+        while found.on:
+            found.verified(1, 8, True, 1, seconds(8))
+            lost += 1
+        assert lost <= 6
+        rest = 0
+        while not found.looks(1, True):
+            found.plain(1, True, seconds(1))
+            rest += 1
+        rests.append(rest)
+    assert rests == [BACKOFF, 2 * BACKOFF, 4 * BACKOFF] and found.stopped == 3
+
+
+def test_drafts_that_seem_not_to_pay_are_tried_now_and_then() -> None:
+    found = measured(slope=1.0)
+    found.look([chain()], True)
+    assert not found.on
+    for _ in range(PROBE):
+        found.plain(1, True, seconds(1, 1.0))
+    found.look([chain()], True)
+    assert found.on
+    sum_of = sum(found.lengths([chain()], True))
+    found.verified(1, 1 + sum_of, True, 1 + sum_of, 0.004)
+    assert not found.on, "a probe is one step"
+
+
+def test_many_rows_are_not_looked_at() -> None:
+    found = measured()
+    assert found.looks(4, True) and not found.looks(16, True) and not found.looks(9, True)
+    assert any(found.looks(8, True) or found.plain(8, True, seconds(8)) for _ in range(9))
+
+
+def test_beside_a_prompt_every_row_costs_its_computation() -> None:
+    found = measured()
+    assert found.lengths([chain()], True, beside=256)[0] > 0
+    assert found.lengths([chain(matched=2)] * 4, True, beside=256) == [0] * 4
+
+
+def test_without_adaption_all_drafts_are_verified_always() -> None:
+    found = Controller(7, 24, adaptive=False)
+    assert found.on and found.lengths([chain(3), None, chain()], True) == [3, 0, 7]
+    assert found.lengths([chain()] * 12, True) == [1] * 12
+    for _ in range(3 * LEDGER):
+        found.verified(1, 8, True, 1, 1.0)
+    assert found.on
+
+
+@pytest.mark.parametrize("right", [0.0, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("slope", [0.03, 0.15, 0.4, 1.0])
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_a_simulated_run_is_hardly_ever_slower_than_plain_decoding(rows: int, slope: float, right: float) -> None:
+    """The drafter always speaks; its drafts are right with this probability, whatever it claims."""
+    rng, found = random.Random(rows), Controller(7, 24)
+    tallies = [Tally() for _ in range(rows)]
+    took, tokens, bubble = 0.0, 0, 0.0002
+    for _ in range(3000):
+        chains = [chain(tally=tally) for tally in tallies]
+        if not found.on:
+            found.plain(rows, True, seconds(rows, slope))
+            took, tokens = took + seconds(rows, slope), tokens + rows
+            if found.looks(rows, True):
+                found.look(chains, True)
+            continue
+        lengths = found.lengths(chains, True)
+        given = 0
+        for one, length in zip(chains, lengths, strict=True):
+            count = 0
+            while count < length and rng.random() < right:
+                count += 1
+            found.judged(one, length, count)
+            given += 1 + count
+        spent = seconds(rows + sum(lengths), slope) + bubble
+        found.verified(rows, rows + sum(lengths), True, given, spent)
+        took, tokens = took + spent, tokens + given
+    speed = tokens / took * seconds(rows, slope) / rows
+    assert speed > 0.98
+    if right == 0.9 and slope <= 0.15 and rows == 1:
+        assert speed > 2

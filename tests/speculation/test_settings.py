@@ -1,0 +1,76 @@
+"""What is asked of speculation, in SGLang's flags and vLLM's JSON, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from phloem.core.config import Config
+from phloem.core.errors import ConfigError
+from phloem.core.speculation import Wanted, wanted
+from phloem.speculation import assemble
+
+
+def read(**values: Any) -> Wanted:
+    found = wanted(Config.from_flat(values))
+    assemble.check(found)
+    return found
+
+
+def test_nothing_said_is_auto() -> None:
+    assert read() == Wanted() and read().algorithm == "auto" and read().rows == 8
+    assert read(speculative_algorithm="none").rows == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "name"), [("NGRAM", "ngram"), ("suffix", "suffix"), ("SUFFIX", "suffix"), ("Auto", "auto")]
+)
+def test_names_are_read_as_others_write_them(said: str, name: str) -> None:
+    assert read(speculative_algorithm=said).algorithm == name
+
+
+def test_draft_tokens_count_the_token_before_them() -> None:
+    assert read(speculative_num_draft_tokens=12).drafts == 11 and read(speculative_num_steps=5).drafts == 5
+    assert read(speculative_num_steps=5, speculative_num_draft_tokens=6).drafts == 5
+
+
+def test_the_other_engines_json_is_read() -> None:
+    values = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 3, "prompt_lookup_max": 4}
+    found = read(speculative_config=json.dumps(values))
+    assert (found.algorithm, found.drafts, found.min_match, found.max_match) == ("ngram", 5, 3, 4)
+    assert read(speculative_config={"method": "suffix"}).algorithm == "suffix"
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (
+            {"speculative_algorithm": "MEDUSA"},
+            "unknown speculative algorithm 'medusa'; known: auto, none, ngram, suffix",
+        ),
+        ({"speculative_algorithm": "EAGLE3"}, "unknown speculative algorithm 'eagle3'"),
+        ({"speculative_algorithm": "sufix"}, "did you mean 'suffix'"),
+        ({"speculative_num_steps": 5, "speculative_num_draft_tokens": 5}, "verified as 6 tokens"),
+        ({"speculative_num_steps": 0}, "0 is not in 1 to 31"),
+        ({"speculative_num_draft_tokens": 1}, "0 is not in 1 to 31"),
+        ({"speculative_eagle_topk": 4}, "tree of drafts"),
+        ({"speculative_accept_threshold_single": 0.9}, "only 1.0 is exact"),
+        ({"speculative_accept_threshold_acc": 0.5}, "only 1.0 is exact"),
+        ({"speculative_algorithm": "suffix", "speculative_draft_model_path": "x"}, "drafts without a model"),
+        ({"speculative_algorithm": "STANDALONE"}, "needs speculative_draft_model_path"),
+        ({"speculative_config": "{"}, "not JSON"),
+        ({"speculative_config": "[1]"}, "must be an object"),
+        ({"speculative_config": '{"num_speculative_tokens": 3}'}, "'method' is missing"),
+        ({"speculative_config": '{"method": "ngram", "tree": 1}'}, "tree not known here"),
+        ({"speculative_config": '{"method": "ngram", "num_speculative_tokens": "3"}'}, "is no int"),
+        ({"speculative_config": '{"method": "ngram"}', "speculative_algorithm": "suffix"}, "both say algorithm"),
+        ({"speculative_ngram_capacity": -1}, "is not in 0"),
+        ({"speculative_algorthm": "suffix"}, "did you mean 'speculative_algorithm'"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_reason(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(**values)
+    assert reason in caught.value.message

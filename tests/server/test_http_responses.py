@@ -426,4 +426,4 @@ async def test_numbers_with_more_digits_than_a_double_go_in_and_come_back() -> N
         answer = await door.http.post("/generate", content=body, headers=head)
         assert answer.status_code == 200, answer.text
         sampling = door.engine.submits[-1].sampling
-        assert sampling.logit_bias == {65: float(long)} and sampling.max_new_tokens == 2
+        assert sampling.logit_bias == {"65": float(long)} and sampling.max_new_tokens == 2

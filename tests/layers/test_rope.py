@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from phloem.core.errors import ModelLoadError
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
 from phloem.layers.rope import Rope, inverse_frequencies, rope_spec
@@ -77,3 +78,19 @@ def test_three_positions_that_agree_are_one() -> None:
 def test_neighbours_are_paired_where_a_family_says_so() -> None:
     assert Rope(CTX, rope_spec({}, 8, interleaved=True), 4).at(torch.tensor([1])).interleaved
     assert not Rope(CTX, rope_spec({}, 8), 4).at(torch.tensor([1])).interleaved
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_theta": 0},
+        {"rope_parameters": {"rope_theta": float("nan")}},
+        {"rope_scaling": {"type": "linear", "factor": -4.0}},
+        {"rope_scaling": {"type": "linear"}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": "8"}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": float("inf")}, "max_position_embeddings": 64},
+    ],
+)
+def test_a_rotation_that_gives_no_numbers_is_refused_when_it_is_read(config: dict[str, Any]) -> None:
+    with pytest.raises(ModelLoadError, match="expected a number above 0"):
+        rope_spec(config, 8)

@@ -410,3 +410,20 @@ def test_the_store_is_bounded_and_keeps_what_runs() -> None:
     full.put(entry("a"))
     full.put(entry("b"))
     assert "a" not in full and len(full) == 1
+
+
+@on_loop
+async def test_numbers_with_more_digits_than_a_double_go_in_and_come_back() -> None:
+    long = "0.12345678901234567890123"
+    schema = f'{{"type":"object","properties":{{"a":{{"maximum":{long}}}}}}}'
+    tool = f'{{"type":"function","name":"weather","parameters":{schema}}}'
+    head = {"content-type": "application/json"}
+    async with open_door(say("Hello."), INFO) as door:
+        body = f'{{"input":"hi","tools":[{tool}],"max_output_tokens":16.0}}'
+        told = (await door.http.post(PATH, content=body, headers=head)).json()
+        assert told["tools"][0]["parameters"]["properties"]["a"]["maximum"] == float(long)
+        body = f'{{"text":"hi","sampling_params":{{"max_new_tokens":2.0,"logit_bias":{{"65":{long}}}}}}}'
+        answer = await door.http.post("/generate", content=body, headers=head)
+        assert answer.status_code == 200, answer.text
+        sampling = door.engine.submits[-1].sampling
+        assert sampling.logit_bias == {"65": float(long)} and sampling.max_new_tokens == 2

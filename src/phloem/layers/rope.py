@@ -55,7 +55,7 @@ def rope_spec(
     found: dict[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if layer_type is not None and isinstance(found.get(layer_type), dict):
         found = found[layer_type]
-    base = float(found.get("rope_theta", config.get("rope_theta", 10000.0)))
+    base = _above_zero("rope_theta", found.get("rope_theta", config.get("rope_theta", 10000.0)))
     kind = found.get("rope_type", found.get("type", "default"))
     if kind not in SCALINGS:
         raise ModelLoadError(f"unknown rope_type {kind!r}; known: {', '.join(SCALINGS)}")
@@ -74,10 +74,18 @@ def rope_spec(
         scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
         if kind == "yarn" and scaling.get("factor") is None:
             scaling["factor"] = config["max_position_embeddings"] / scaling["original_max_position_embeddings"]
+    if kind in ("linear", "llama3", "yarn"):
+        _above_zero(f"the factor of rope_type {kind!r}", scaling.get("factor"))
     sections = tuple(found.get("mrope_section") or ())
     return RopeSpec(
         size, base, tuple(sorted(scaling.items())), interleaved, sections, bool(found.get("mrope_interleaved", False))
     )
+
+
+def _above_zero(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ModelLoadError(f"{name} is {value!r}, expected a number above 0")
+    return float(value)
 
 
 def _longrope_keys(config: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:

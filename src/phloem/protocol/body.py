@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Generic, TypeVar, Union, get_args, 
 import msgspec
 
 from phloem.core.errors import BadRequest
-from phloem.grammar.schema.numbers import read_float
+from phloem.grammar.schema.numbers import Rounded, read_float, write_exact
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Parser(Generic[T]):
         if "got `float`" not in problem:
             raise self._explain(problem)
         try:
-            return msgspec.convert(_whole_floats(_ANY.decode(data)), self.kind)
+            return self._decoder.decode(write_exact(_whole_floats(_ANY.decode(data))))
         except msgspec.ValidationError as error:
             raise self._explain(str(error)) from None
 
@@ -122,7 +122,7 @@ class Parser(Generic[T]):
 
 
 def _whole_floats(value: Any) -> Any:
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
+    if isinstance(value, float) and not isinstance(value, Rounded) and value.is_integer() and abs(value) < 2**63:
         return int(value)
     if isinstance(value, list):
         return [_whole_floats(item) for item in value]

@@ -7,6 +7,7 @@ from typing import Any
 
 from phloem.client.processors import named
 from phloem.core.request import RECOMMENDED, SamplingParams
+from phloem.grammar.schema.numbers import all_doubles
 from phloem.protocol.fields import OpenAIBody
 from phloem.protocol.generate.body import SamplingBody
 from phloem.protocol.structured import check, constraint_fields
@@ -37,7 +38,7 @@ def native_params(body: SamplingBody | None, processor: str | None = None) -> Sa
     body = body if body is not None else SamplingBody()
     values: dict[str, Any] = {name: getattr(body, name) for name in _SAME}
     values["max_new_tokens"] = body.max_new_tokens
-    values["processors"] = named(processor, body.custom_params)
+    values["processors"] = named(processor, all_doubles(body.custom_params))
     return _params({**values, **constraint_fields(body)}, body)
 
 
@@ -52,7 +53,7 @@ def openai_params(body: OpenAIBody, max_tokens: int | None, defaults: dict[str, 
             values[name] = (defaults or {}).get(name)
     if body.seed is None:
         values["sampling_seed"] = body.sampling_seed
-    values["processors"] = named(body.custom_logit_processor, body.custom_params)
+    values["processors"] = named(body.custom_logit_processor, all_doubles(body.custom_params))
     params = _params({**values, **constraint_fields(body)}, body)
     params.max_new_tokens = max_tokens
     return params

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from phloem.core.errors import BadRequest, NotFound, PhloemError
+from phloem.grammar.schema.numbers import as_double
 from phloem.protocol.answers import Error, ErrorAnswer, MessagesError, MessagesErrorAnswer
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _MESSAGES_KINDS = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-_encode = msgspec.json.Encoder().encode
+_encode = msgspec.json.Encoder(enc_hook=as_double).encode
 
 
 def error_body(error: PhloemError) -> bytes:

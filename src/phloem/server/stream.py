@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from phloem.client.call import Call
 from phloem.core.errors import PhloemError
+from phloem.grammar.schema.numbers import as_double
 from phloem.server.errors import error_body
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ log = logging.getLogger("phloem.server")
 DONE = b"data: [DONE]\n\n"
 BODY_SEND = "phloem.body_send"  # in the scope: a `send` for what follows `http.response.start`, past the middle layers
 BODY_WRITE = "phloem.body_write"  # in the scope: a `Write` to the body, where the server has one
-encode = msgspec.json.Encoder().encode
+encode = msgspec.json.Encoder(enc_hook=as_double).encode
 
 
 def event(data: Any) -> bytes:

@@ -35,7 +35,7 @@ _BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 
 
 class Rounded(float):
-    """A number that a double cannot hold, and as which it was written."""
+    """A number that a double cannot hold, and as which it was written; encoders need `as_double` for it."""
 
     text: str
 
@@ -65,6 +65,22 @@ def read_float(text: str) -> float:
         return exact
     value = float(text)
     return value if value == exact else Rounded(value, text)
+
+
+def as_double(value: Any) -> float:
+    """For encoders (`enc_hook`), which know no kinds of float."""
+    if isinstance(value, Rounded):
+        return float(value)
+    raise TypeError(f"a {type(value).__name__} cannot be written")
+
+
+def all_doubles(value: Any) -> Any:
+    """The same value without what was written of its numbers."""
+    if isinstance(value, dict):
+        return {key: all_doubles(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [all_doubles(item) for item in value]
+    return float(value) if isinstance(value, Rounded) else value
 
 
 def write_exact(value: Any) -> str:

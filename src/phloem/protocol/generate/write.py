@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from msgspec import UNSET, UnsetType
 
+from phloem.grammar.schema.numbers import as_double
 from phloem.protocol.answers import Answer
 from phloem.protocol.generate.logprobs import native_pairs, native_prompt, native_triples
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from phloem.protocol.generate.body import GenerateBody
     from phloem.text.tokenizer import Tokenizer
 
-_encode = msgspec.json.Encoder().encode
+_encode = msgspec.json.Encoder(enc_hook=as_double).encode
 
 
 class GenerateAnswer(Answer, kw_only=True):

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from phloem.core.errors import BadRequest
+from phloem.grammar.schema.numbers import as_double
 from phloem.server.chat.body import ChatBody, ContentPart, Message
 from phloem.server.chat.toolplan import without_foreign
 from phloem.server.responses.body import AS_IN_CHAT, ResponseFields
@@ -159,7 +160,7 @@ def _tool(tool: dict[str, Any], at: int) -> dict[str, Any]:
 
 def size_of(*parts: list[Any]) -> int:
     """Bytes that a conversation and its items take in the store, about."""
-    return sum(len(msgspec.json.encode(part)) for part in parts)
+    return sum(len(msgspec.json.encode(part, enc_hook=as_double)) for part in parts)
 
 
 def answer_message(texts: list[str], reasoning: list[str], calls: list[dict[str, Any]]) -> Message:

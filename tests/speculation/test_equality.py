@@ -26,7 +26,7 @@ TIGHT: dict[str, Any] = {
 KINDS: dict[str, dict[str, Any]] = {
     "suffix": {"speculative_algorithm": "suffix", "disable_speculative_adaptive": True},
     "ngram": {"speculative_algorithm": "NGRAM", "disable_speculative_adaptive": True, "speculative_num_steps": 3},
-    "auto": {},
+    "by measured times": {"speculative_algorithm": "suffix"},
 }
 SCHEMA = '{"type": "object", "properties": {"a": {"enum": ["xx", "yy"]}, "b": {"type": "array", "items": {"type": "integer", "maximum": 9, "minimum": 0}, "maxItems": 4}}, "required": ["a", "b"], "additionalProperties": false}'  # noqa: E501
 
@@ -90,7 +90,7 @@ def test_answers_are_those_of_plain_decoding(
 
 
 def test_the_drafts_of_that_were_verified_and_some_accepted(speculating: phloem.Engine) -> None:
-    """The engines above do speculate; `auto` too where it pays, which a tiny model's steps do not promise."""
+    """The engines above do speculate; by measured times where it pays, which a tiny model's steps do not promise."""
     settings: Any = speculating.config.speculative
     answer: Any = speculating.generate("the dog a page table " * 6, {"max_new_tokens": 40, "temperature": 0.0})
     meta = answer["meta_info"]
@@ -134,3 +134,11 @@ def test_the_choice_is_printed_with_its_reason(plain: phloem.Engine, speculating
     assert decision(plain)[1:] == ["none", "as asked"]
     _, value, reason = decision(speculating)
     assert value in ("suffix", "ngram") and "to the bit" in reason
+
+
+def test_nothing_is_drafted_unasked(checkpoint: str) -> None:
+    with phloem.Engine(model_path=checkpoint, **TIGHT) as engine:
+        (found,) = [one for one in engine.ready["decisions"] if one[0] == "speculative_algorithm"]
+        answer: Any = engine.generate("the dog a page table " * 6, {"max_new_tokens": 4})
+    assert found[1] == "none" and "asked for" in found[2]
+    assert "spec_verify_ct" not in answer["meta_info"]

@@ -26,11 +26,23 @@ HEADS_OF_EIGHT = (
     "phi", "gpt_neox", "deepseek_v2", "deepseek_v3", "qwen2_moe", "olmoe", "granitemoe", "opt", "falcon",
 )  # fmt: skip
 
+DELTA = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
+RECURRENT: dict[str, dict[str, Any]] = {
+    "mamba2": {
+        **dict.fromkeys(SIZES), "hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 4, "state_size": 16,
+    },
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 4},
+    "qwen3_next": DELTA,
+    "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": DELTA,
+}  # fmt: skip
+
 
 def checkpoint(name: str, path: Path) -> Path:
     sizes = {**SIZES, "head_dim": None, "hidden_size": 64} if name in HEADS_OF_EIGHT else SIZES
     sizes = {"n_head": 8, "n_embd": 64} if name == "gpt2" else sizes
     sizes = {**SIZES, "head_dim": 8, "hidden_size": 64} if name == "helium" else sizes
+    sizes = {**sizes, **RECURRENT.get(name, {})}
     experts = {"num_experts": 8, "num_local_experts": 8} if "moe" in name else {}
     experts = {"num_local_experts": 8} if name in ("mixtral", "gpt_oss", "minimax_m2") else experts
     experts = (

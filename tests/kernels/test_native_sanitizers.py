@@ -16,7 +16,7 @@ from phloem.utils.machine import cpu_flags
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc" / "cpu"
-KERNELS = ("attention", "elementwise", "norm", "rope", "sample", "linear", "screen", "moe")
+KERNELS = ("attention", "elementwise", "norm", "rope", "sample", "linear", "screen", "moe", "adapters", "recurrent")
 AMX = ("linear", "moe")  # units that also exist with tiles; they run on emulated ones, whatever the machine has
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
 

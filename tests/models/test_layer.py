@@ -121,7 +121,7 @@ def test_what_stands_around_attention(options: AttentionOptions, turned: bool) -
     layer = SelfAttention(CTX, AttentionSpec(0, heads, kv_heads, size, 0.4), SIZE, rope, options)
     w = filled(layer)
     x, positions = torch.randn(tokens, SIZE), torch.arange(2, 2 + tokens)
-    step: Any = SimpleNamespace(positions=positions, memory=Dense())
+    step: Any = SimpleNamespace(positions=positions, memory=Dense(), distances=None)
     ours, total = layer.attend(None, x, None, step)
     assert torch.equal(total, x)
 

@@ -184,7 +184,6 @@ async def test_logprobs_carry_texts_and_bytes() -> None:
         {"regex": "a+"},
         {"json_schema": "{}"},
         {"ebnf": "root ::= 'a'"},
-        {"lora_path": "x"},
         {"data_parallel_rank": 1},
         {"bootstrap_host": "h"},
         {"return_hidden_states": True},

@@ -95,6 +95,13 @@ PHL_TEST(norms) {
         out.insert(out.end(), total.begin(), total.end());
         return out;
       });
+      for (const float* bias : {y.data(), static_cast<const float*>(nullptr)}) {
+        compare(level, 1e-5f, "layer_norm", [&](int at) {
+          vector<float> out(size_t(rows * n));
+          run(at, "layer_norm", x.data(), weight.data(), bias, out.data(), rows, n, n, 1e-5);
+          return out;
+        });
+      }
     }
   }
 }

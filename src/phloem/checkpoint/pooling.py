@@ -175,7 +175,10 @@ def _task(found: Described, task: str) -> tuple[str, str]:
     folder = found.path if found.path.is_dir() else found.path.parent
     if found.gguf is None and ((folder / "modules.json").exists() or (folder / "1_Pooling").is_dir()):
         return "embed", "the folder says how its hidden states are pooled (sentence-transformers)"
-    if encoder or (architecture.endswith("Model") and not architecture.endswith("LMHeadModel")):
+    bare = architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
+    if encoder or (
+        bare and not found.config.get("tie_word_embeddings")
+    ):  # a tied head is the embedding, which is there
         return "embed", f"its architecture is {architecture or found.model_type}, which has no head"
     return "generate", ""
 

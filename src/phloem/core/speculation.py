@@ -50,7 +50,7 @@ class Wanted:
     @property
     def rows(self) -> int:
         """Rows of one token that a step of a single request may have."""
-        return 1 if self.algorithm == NONE else 1 + self.drafts
+        return 1 if self.algorithm in (AUTO, NONE) else 1 + self.drafts
 
 
 def wanted(config: Config) -> Wanted:

@@ -32,6 +32,9 @@ def causal_conv(
     width, starts = weight_CW.shape[1], query_start.tolist()
     out, states = torch.empty_like(x_TC), torch.empty_like(state_RCW)
     for row in range(len(starts) - 1):
+        if starts[row] == starts[row + 1]:
+            states[row] = state_RCW[row]
+            continue
         new_CT = x_TC[starts[row] : starts[row + 1]].T.float()
         seen_CL = torch.cat((state_RCW[row].float(), new_CT), 1)
         bias = None if bias_C is None else bias_C.float()

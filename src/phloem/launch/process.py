@@ -17,6 +17,7 @@ import msgspec
 from phloem.core.config import child_environment
 from phloem.core.errors import EngineDead
 from phloem.core.messages import EngineLink, FromEngine, ToEngine, decode_from_engine, encode
+from phloem.utils import machine
 from phloem.utils.ipc import DoorPipe
 
 if TYPE_CHECKING:
@@ -95,5 +96,8 @@ def _describe_exit(code: int | None) -> str:
     if code is None:
         return "does not answer"
     if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
+        name, space = signal.Signals(-code).name, machine.address_space()
+        # Libraries that get no memory for a thread abort.
+        hint = f": the system allows it {space >> 20} MiB of addresses, raise it with `ulimit -v`" if space else ""
+        return f"was killed by {name}{hint if -code == signal.SIGABRT else ''}"
     return f"ended with exit status {code}"

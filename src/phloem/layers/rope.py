@@ -74,6 +74,8 @@ def rope_spec(
         scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
         if kind == "yarn" and scaling.get("factor") is None:
             scaling["factor"] = config["max_position_embeddings"] / scaling["original_max_position_embeddings"]
+    if kind in ("linear", "llama3", "yarn") and scaling.get("factor") is None:
+        raise ModelLoadError(f"rope scaling {kind!r} lacks its factor, expected a number above 0")
     if kind in ("linear", "llama3", "yarn"):
         _above_zero(f"the factor of rope_type {kind!r}", scaling.get("factor"))
     sections = tuple(found.get("mrope_section") or ())

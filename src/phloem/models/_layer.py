@@ -267,13 +267,20 @@ class LayerKind:
 class DecoderLayer(Layer):
     """Blocks with their norms. Takes and gives (what the last block computed, residual), or their sum and None."""
 
-    memory: MemorySpec | None = None  # what it keeps of its tokens; None: nothing of its own
-    attention: AttentionSpec | None = None  # None: it does not attend over keys and values
-
     def __init__(self, ctx: BuildContext, kind: LayerKind, place: Place) -> None:
         self.ops, self.residual_scale = ctx.ops, kind.residual_scale
         names = kind.norm_names or _NORM_NAMES[kind.norms]
         self.norms = [place.norm(ctx.child(name)) for name in names if name]
+
+    @property
+    def memory(self) -> MemorySpec | None:
+        """What it keeps of its tokens; None: nothing of its own."""
+        return None
+
+    @property
+    def attention(self) -> AttentionSpec | None:
+        """None: it does not attend over keys and values."""
+        return None
 
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         """Up to and with the mixer: (its output [T, features], residual)."""
@@ -294,8 +301,14 @@ class MixerAlone(DecoderLayer):
         super().__init__(ctx, kind, place)
         assert kind.mixer is not None
         self.mixer = kind.mixer(ctx, place)
-        self.memory = self.mixer.memory
-        self.attention = self.mixer.spec if isinstance(self.mixer, SelfAttention) else None
+
+    @property
+    def memory(self) -> MemorySpec | None:
+        return self.mixer.memory
+
+    @property
+    def attention(self) -> AttentionSpec | None:
+        return self.mixer.spec if isinstance(self.mixer, SelfAttention) else None
 
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         return self.mixer.attend(self.norms[0], x_TN, residual_TN, step)

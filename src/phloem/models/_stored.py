@@ -24,7 +24,7 @@ _SCALE = re.compile(
 )
 # Scales of queries and probabilities, for attention that computes in 8 bits: ours does not.
 _ATTENTION = re.compile(r".*self_attn\.(attn\.)?(q|prob|prob_output)_scale|.*self_attn\.q_proj\.(q_scale|output_scale)")
-_PREFIXES = ("model.", "transformer.", "gpt_neox.")
+_PREFIXES = ("model.", "transformer.", "gpt_neox.", "backbone.")
 _BESIDE = ("lm_head.", "embed_out.")  # heads
 _GGUF_LAYER = re.compile(r"blk\.\d+\..+\.(scale|bias)|rope_factors_(long|short)\.weight|.*\.scale")
 

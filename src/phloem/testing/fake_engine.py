@@ -170,7 +170,7 @@ class FakeEngine(EngineLink):
             return
         if control.name in ("pause", "resume"):
             self.paused = control.name == "pause"
-        reply = self.control_reply or ControlReply(id="", data={"num_running_reqs": len(self._running)})
+        reply = self.control_reply or ControlReply(id="", data={"num_running_reqs": len(self._running), "loaded": {}})
         self.say(ControlReply(id=control.id, ok=reply.ok, message=reply.message, data=reply.data))
 
     def _step(self) -> None:

@@ -173,13 +173,8 @@ class Engine:
         request = to_request(body)
         single = not is_batch(body) and request.items[0].sampling.n == 1
         renderer = Renderer(body, self._client.tokenizer, self.info.weight_version)
-        call = await self._client.submit(request)
-        try:
-            async for _ in call:
-                pass
-        finally:
-            call.cancel()
-        return strip([_plain(renderer.answer(output)) for output in call.outputs], single)
+        outputs = await self._outputs(request)
+        return strip([_plain(renderer.answer(output)) for output in outputs], single)
 
     async def _events(self, body: GenerateBody) -> AsyncGenerator[Answer]:
         request = to_request(body)

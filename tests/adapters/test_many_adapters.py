@@ -43,8 +43,11 @@ def engine_of(model: Path, folders: dict[str, Path], names: str = "abc", **setti
     return Engine(model_path=str(model), lora_paths=paths, **{**defaults, **settings})
 
 
-TABLES = ["reference", pytest.param("native", marks=pytest.mark.skipif(not built(), reason="not built"))]
-TABLES += [pytest.param("invariant", marks=pytest.mark.skipif(not built(), reason="not built"))]
+TABLES = [
+    "reference",
+    pytest.param("native", marks=pytest.mark.skipif(not built(), reason="the native library is not built")),
+]
+TABLES += [pytest.param("invariant", marks=pytest.mark.skipif(not built(), reason="the native library is not built"))]
 
 
 @pytest.fixture(scope="module", params=TABLES)
@@ -146,6 +149,7 @@ def test_the_memory_for_adapters_is_kept_to(model: Path, folders: dict[str, Path
         assert engine.generate("x", GREEDY)
 
 
+@pytest.mark.slow
 def test_adapters_come_and_go_under_traffic(model: Path, folders: dict[str, Path]) -> None:
     """Requests that have begun with a version end with it, whatever its name means by then."""
     with engine_of(model, folders, max_loaded_loras=3) as engine:

@@ -38,7 +38,11 @@ def windowed(path: Path, ops: Ops | None = None) -> Any:
     return load_model(describe(str(path)), BuildContext(ops or Ops(), torch.float32, CPU))
 
 
-BACKEND_NAMES = ["reference", "cpu", pytest.param("native", marks=pytest.mark.skipif(not built(), reason="not built"))]
+BACKEND_NAMES = [
+    "reference",
+    "cpu",
+    pytest.param("native", marks=pytest.mark.skipif(not built(), reason="the native library is not built")),
+]
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)

@@ -19,7 +19,10 @@ from phloem.testing.checkpoints import tiny_checkpoint
 
 SERVED = ["lfm2", "lfm2_moe", "qwen3_next", "qwen3_5_text", "nemotron_h", "mamba2"]
 COUNT = 24
-TABLES = ["reference", pytest.param("native", marks=pytest.mark.skipif(not built(), reason="not built"))]
+TABLES = [
+    "reference",
+    pytest.param("native", marks=pytest.mark.skipif(not built(), reason="the native library is not built")),
+]
 
 
 def greedy(path: Path, prompt: list[int], count: int) -> list[int]:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -161,6 +162,7 @@ def arrays(slots: Slots) -> list[Any]:
     return [array.tolist() for array in (slots.computed, slots.length, slots.limit, slots.covered, slots.next_token)]
 
 
+@pytest.mark.slow
 @settings(max_examples=1500, deadline=None)
 @given(tables())
 def test_it_decides_as_one_who_counts_tokens_and_pages_one_by_one(case: tuple[Slots, list[Chunk], Means]) -> None:
@@ -179,6 +181,7 @@ def test_it_decides_as_one_who_counts_tokens_and_pages_one_by_one(case: tuple[Sl
         assert chunk.start == slots.computed[chunk.request.slot]
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(tables(), st.integers(1, 12))
 def test_room_for_drafts_takes_nothing_from_anyone(case: tuple[Slots, list[Chunk], Means], most: int) -> None:

@@ -71,6 +71,7 @@ WORDS = ("the dog ", "a page table ", "Paris is ", "x y z ", "sugar, ", "1 2 3 4
 PROMPT = st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(asked=st.lists(st.tuples(PROMPT, PARAMS), min_size=1, max_size=7), logprobs=st.booleans())
 def test_answers_are_those_of_plain_decoding(

@@ -92,9 +92,9 @@ def sparse_layers(config: dict[str, Any], experts: Experts) -> tuple[LayerKind, 
     return each_layer(config, layer)
 
 
-def grouped_experts(config: dict[str, Any]) -> Experts:
-    """Sigmoid scores with a correction, the best groups first, and a dense block beside; also GLM-4.5's."""
-    router = RouterSpec(
+def grouped_router(config: dict[str, Any]) -> RouterSpec:
+    """Sigmoid scores with a correction, the best groups first; also GLM-4.5's and Nemotron 3's."""
+    return RouterSpec(
         config["num_experts_per_tok"],
         "sigmoid",
         renormalise=bool(config["norm_topk_prob"]),
@@ -103,8 +103,12 @@ def grouped_experts(config: dict[str, Any]) -> Experts:
         groups=config["n_group"],
         keep=config["topk_group"],
     )
+
+
+def grouped_experts(config: dict[str, Any]) -> Experts:
+    """Experts behind that router, and a dense block beside."""
     inner = config["moe_intermediate_size"]
-    sparse = ExpertsConfig(config["n_routed_experts"], inner, router, names=_NAMES)
+    sparse = ExpertsConfig(config["n_routed_experts"], inner, grouped_router(config), names=_NAMES)
     shared = usual_mlp(config, inner_size=inner * int(config["n_shared_experts"] or 1), name="shared_experts")
     return Experts(sparse, shared=shared)
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import ModelLoadError
-from phloem.kernels.specs import ExpertSpec, RouterSpec
+from phloem.kernels.specs import ExpertSpec
 from phloem.layers.moe import ExpertNames, ExpertsConfig
 from phloem.layers.recurrent import MambaSizes
 from phloem.models._common import Decoder, renamed, usual, usual_attention
 from phloem.models._layer import Experts, LayerKind, Mamba, Plain
+from phloem.models.deepseek_v3 import grouped_router
 
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
@@ -89,18 +90,9 @@ def kinds(config: dict[str, Any]) -> list[str]:
 def _experts(config: dict[str, Any]) -> Experts:
     if config.get("moe_latent_size"):
         raise ModelLoadError("moe_latent_size: experts behind a projection to fewer features are not served")
-    router = RouterSpec(
-        config["num_experts_per_tok"],
-        "sigmoid",
-        renormalise=bool(config["norm_topk_prob"]),
-        eps=1e-20,
-        scale=float(config["routed_scaling_factor"]),
-        groups=config["n_group"],
-        keep=config["topk_group"],
-    )
     count = config["n_routed_experts"]
     spec = ExpertSpec(count, "relu2", gated=False)
-    sparse = ExpertsConfig(count, config["moe_intermediate_size"], router, spec, names=_NAMES)
+    sparse = ExpertsConfig(count, config["moe_intermediate_size"], grouped_router(config), spec, names=_NAMES)
     inner = config["moe_shared_expert_intermediate_size"]
     shared = Plain(inner, config["mlp_hidden_act"], bool(config["mlp_bias"]), name="shared_experts")
     return Experts(sparse, "mixer", shared=shared)

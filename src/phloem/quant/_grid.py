@@ -91,7 +91,7 @@ class Grid(Source):
     `turned`: as a layer counts, the stored shape is [..., in_features, out_features]; rows are out_features.
     """
 
-    open: Callable[[int, slice, slice], Opened] = field(default=lambda *_: _unopened())
+    open: Callable[[int, slice, slice], Opened] = field(kw_only=True)
     report: Report | None = None
     why: str = ""  # why no table can keep it as it is
     turned: bool = False
@@ -139,10 +139,6 @@ class Grid(Source):
         pieces = [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
         done: Iterable[None] = (self.workers.map if self.workers else map)(work, pieces)
         list(done)
-
-
-def _unopened() -> Opened:
-    raise NotImplementedError
 
 
 def groups_of(cols: slice, width: int, total: int) -> tuple[Tensor, slice]:

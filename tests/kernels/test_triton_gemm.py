@@ -143,7 +143,8 @@ def test_invariant_linear(dtype: torch.dtype) -> None:
         if rows_are_alike():
             assert torch.equal(apart, together[rows])
         else:
-            torch.testing.assert_close(apart, together[rows], atol=2e-6, rtol=1e-5)
+            # Sums in another order may move a number over the edge between two of the type's.
+            torch.testing.assert_close(apart, together[rows], atol=2e-6, rtol=max(1e-5, torch.finfo(dtype).eps))
 
 
 def rows_are_alike() -> bool:

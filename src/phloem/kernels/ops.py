@@ -179,6 +179,9 @@ class Ops:
     mamba2_scan: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
         scan.mamba2_scan
     )
+    selective_scan: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]
+    ] = scan.selective_scan
     gated_delta: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = (
         scan.gated_delta
     )

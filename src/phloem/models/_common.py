@@ -146,7 +146,7 @@ class Decoder(Layer):
         for number, kind in enumerate(config.layers):
             place.pool = len(self.memory)
             layer = kind.make(body.child("layers").child(number), place)
-            self.memory += [] if layer.memory is None else [layer.memory]
+            self.memory += layer.memory
             self.layers.append(layer)
         specs = [layer.attention for layer in self.layers]
         self.attention_specs: list[AttentionSpec] = [spec for spec in specs if spec is not None]

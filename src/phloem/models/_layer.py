@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
 from phloem.layers.attention import AttentionOptions, SelfAttention
 from phloem.layers.context import AttentionSpec
@@ -16,7 +16,6 @@ from phloem.layers.latent import LatentAttention, LatentSizes
 from phloem.layers.mlp import GatedMLP, PlainMLP
 from phloem.layers.moe import SharedExperts, SparseMLP
 from phloem.layers.norm import AnyNorm, LayerNorm, RMSNorm
-from phloem.layers.recurrent import DeltaSizes, GatedDelta, Mamba2, MambaSizes, ShortConv
 from phloem.layers.rope import Rope, RopeSpec
 from phloem.layers.weight import Layer
 
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext, ForwardBatch
     from phloem.layers.moe import ExpertsConfig
 
+
+Sizes = TypeVar("Sizes")
 
 # rms: root mean square; layer: layer norm with a bias; layer-without-bias.
 NormKind = Literal["rms", "layer", "layer-without-bias"]
@@ -70,8 +71,9 @@ class Mixer(Protocol):
     def out(self) -> Output: ...
 
     @property
-    def memory(self) -> MemorySpec | None:
-        """What it keeps of its tokens; None: nothing, or it reads what another layer keeps."""
+    def memory(self) -> MemorySpec | tuple[MemorySpec, ...] | None:
+        """What it keeps of its tokens: of the pool index that it was given, and with several of those behind it. None:
+        nothing, or it reads what another layer keeps."""
         ...
 
     def attend(
@@ -148,37 +150,15 @@ class Latents:
 
 
 @dataclass(frozen=True)
-class Conv:
-    """Makes a `ShortConv`."""
+class Recurrent(Generic[Sizes]):
+    """Makes a mixer of `layers/recurrent.py` of its sizes."""
 
-    taps: int
-    bias: bool = False
-    name: str = "conv"
+    kind: Callable[[BuildContext, int, int, Sizes], Mixer]  # context, hidden size, pool index, sizes
+    sizes: Sizes
+    name: str
 
-    def __call__(self, ctx: BuildContext, place: Place) -> ShortConv:
-        return ShortConv(ctx.child(self.name), place.hidden_size, place.pool, self.taps, bias=self.bias)
-
-
-@dataclass(frozen=True)
-class Mamba:
-    """Makes a `Mamba2`."""
-
-    sizes: MambaSizes
-    name: str = "mixer"
-
-    def __call__(self, ctx: BuildContext, place: Place) -> Mamba2:
-        return Mamba2(ctx.child(self.name), place.hidden_size, place.pool, self.sizes)
-
-
-@dataclass(frozen=True)
-class Delta:
-    """Makes a `GatedDelta`."""
-
-    sizes: DeltaSizes
-    name: str = "linear_attn"
-
-    def __call__(self, ctx: BuildContext, place: Place) -> GatedDelta:
-        return GatedDelta(ctx.child(self.name), place.hidden_size, place.pool, self.sizes)
+    def __call__(self, ctx: BuildContext, place: Place) -> Mixer:
+        return self.kind(ctx.child(self.name), place.hidden_size, place.pool, self.sizes)
 
 
 @dataclass(frozen=True)
@@ -224,11 +204,14 @@ class Experts:
     shared_gate: str = ""
 
     def __call__(self, ctx: BuildContext, place: Place) -> SparseMLP | SharedExperts:
-        ctx = ctx.child(self.name)
-        sparse = SparseMLP(ctx, place.hidden_size, self.config)
+        sparse, ctx = self.sparse(ctx, place), ctx.child(self.name)
         if self.shared is None:
             return sparse
         return SharedExperts(ctx, place.hidden_size, sparse, self.shared(ctx, place), self.shared_gate)
+
+    def sparse(self, ctx: BuildContext, place: Place) -> SparseMLP:
+        """The sparse block alone."""
+        return SparseMLP(ctx.child(self.name), place.hidden_size, self.config)
 
 
 # pre: before attention and before the MLP. post: behind both, before the residual is added (OLMo 2). sandwich: before
@@ -273,9 +256,9 @@ class DecoderLayer(Layer):
         self.norms = [place.norm(ctx.child(name)) for name in names if name]
 
     @property
-    def memory(self) -> MemorySpec | None:
-        """What it keeps of its tokens; None: nothing of its own."""
-        return None
+    def memory(self) -> tuple[MemorySpec, ...]:
+        """What it keeps of its tokens, by pool index."""
+        return ()
 
     @property
     def attention(self) -> AttentionSpec | None:
@@ -303,12 +286,14 @@ class MixerAlone(DecoderLayer):
         self.mixer = kind.mixer(ctx, place)
 
     @property
-    def memory(self) -> MemorySpec | None:
-        return self.mixer.memory
+    def memory(self) -> tuple[MemorySpec, ...]:
+        kept = self.mixer.memory
+        return kept if isinstance(kept, tuple) else () if kept is None else (kept,)
 
     @property
     def attention(self) -> AttentionSpec | None:
-        return self.mixer.spec if isinstance(self.mixer, SelfAttention) else None
+        spec = getattr(self.mixer, "spec", None)
+        return spec if isinstance(spec, AttentionSpec) else None
 
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         return self.mixer.attend(self.norms[0], x_TN, residual_TN, step)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from phloem.core.errors import ModelLoadError
 from phloem.kernels.specs import ExpertSpec
 from phloem.layers.moe import ExpertNames, ExpertsConfig
-from phloem.layers.recurrent import MambaSizes
+from phloem.layers.recurrent import Mamba2, MambaSizes
 from phloem.models._common import Decoder, renamed, usual, usual_attention
-from phloem.models._layer import Experts, LayerKind, Mamba, Plain
+from phloem.models._layer import Experts, LayerKind, Plain, Recurrent
 from phloem.models.deepseek_v3 import grouped_router
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
     )
     attention = usual_attention(config, rope=None, name="mixer", qkv_bias=False, out_bias=False)
     made = {
-        "linear_attention": LayerKind(Mamba(sizes), None, "alone"),
+        "linear_attention": LayerKind(Recurrent(Mamba2, sizes, "mixer"), None, "alone"),
         "full_attention": LayerKind(attention, None, "alone"),
     }
     if "mlp" in found:

@@ -17,7 +17,17 @@ from phloem.models.nemotron_h import kinds
 from phloem.models.qwen3_next import attends
 from phloem.testing.checkpoints import tiny_checkpoint
 
-SERVED = ["lfm2", "lfm2_moe", "qwen3_next", "qwen3_5_text", "nemotron_h", "mamba2", "falcon_h1", "jamba", "falcon_mamba"]
+SERVED = [
+    "lfm2",
+    "lfm2_moe",
+    "qwen3_next",
+    "qwen3_5_text",
+    "nemotron_h",
+    "mamba2",
+    "falcon_h1",
+    "jamba",
+    "falcon_mamba",
+]
 COUNT = 24
 TABLES = [
     "reference",

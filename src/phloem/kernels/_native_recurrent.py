@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class _Kind:
     """One op: its tensors in the order of its arguments, each with a letter for every axis.
 
-    `strided`: those of activations, whose tokens may lie apart in memory. Letters of `sizes` are numbers that the kernel
-    is told, under these names; `limit`: a letter, and the constant that it may not exceed. Work counts `work`'s product.
+    `strided`: those of activations, whose tokens may lie apart in memory. Letters of `sizes` are numbers that the
+    kernel is told, under these names; `limit`: a letter, and the constant that it may not exceed. The product of the
+    letters of `work` is how much there is to do.
     """
 
     tensors: dict[str, str]
@@ -79,7 +80,7 @@ def _bound(rt: Runtime, name: str, kind: _Kind) -> Callable[..., tuple[Tensor, T
         ready = {key: _ready(given[key], key in kind.strided) for key in kind.tensors}
         starts = _starts(given["query_start"], sizes["R"])
         out, after = empty([sizes[letter] for letter in kind.out]), empty(given["state"].shape)
-        strides = {f"{key}_stride": ready[key].stride(0) for key in kind.strided}
+        strides = {f"{key}_stride": one.stride(0) for key in kind.strided if (one := ready[key]) is not None}
         numbers = {said: sizes[letter] for letter, said in kind.sizes.items()}
         work = kind.cost
         for letter in kind.work:

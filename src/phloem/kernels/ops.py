@@ -21,6 +21,7 @@ from phloem.kernels import reference_attention as attention
 from phloem.kernels import reference_experts as experts
 from phloem.kernels import reference_models as models
 from phloem.kernels import reference_scan as scan
+from phloem.kernels import reference_streams as streams
 from phloem.kernels.calls import (
     Adapters,
     AttentionCall,
@@ -164,12 +165,19 @@ class Ops:
     relu: Callable[[Tensor], Tensor] = models.relu
     relu2: Callable[[Tensor], Tensor] = models.relu2
     scale: Callable[[Tensor, float], Tensor] = models.scale
-    scale_rows: Callable[[Tensor, Tensor], Tensor] = models.scale_rows  # x[T, ...], a number for each row [T]
+    scale_rows: Callable[[Tensor, Tensor], Tensor] = models.scale_rows  # x[T, ...], a number for each row [T], or [1]
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = models.layer_norm  # x, weight, bias, eps
     # x, gate, weight, eps, group (0: the whole axis), norm before the gate
     gated_rms_norm: Callable[[Tensor, Tensor, Tensor, float, int, bool], Tensor] = models.gated_rms_norm
     # positions[3, T], cos_sin, sections, interleaved -> positions[T] and cos_sin[T, 2, rotary / 2] for a `Rotation`
     mrope_table: Callable[[Tensor, Tensor, tuple[int, ...], bool], tuple[Tensor, Tensor]] = models.mrope_table
+    # Streams of hidden states: see `reference_streams`.
+    mix_streams: Callable[[Tensor, Tensor], Tensor] = streams.mix_streams  # x[T, S, N], mix[T, S, S]
+    spread_streams: Callable[[Tensor, Tensor, Tensor, float], Tensor] = (
+        streams.spread_streams
+    )  # x, y[T, N], scale, more
+    match_rms: Callable[[Tensor, Tensor], Tensor] = streams.match_rms
+    sparsify: Callable[[Tensor, float], Tensor] = streams.sparsify
     # Recurrent mixers: see `reference_scan`. Each gives its result and the rows' states after the step.
     causal_conv: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, bool], tuple[Tensor, Tensor]] = (
         scan.causal_conv

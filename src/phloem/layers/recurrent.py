@@ -143,7 +143,7 @@ class MambaSizes:
     highest: float = float("inf")
     out_bias: bool | None = None  # of the last projection; None: as `bias`
     norm: Literal["gated", "first", "none"] = "gated"  # norm(y * silu(z)), norm(y) * silu(z), or y * silu(z)
-    scales: tuple[float, float, float, float, float] = (1.0,) * 5  # of what in_proj gives: z, x, B, C and dt
+    scales: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)  # of what in_proj gives: z, x, B, C and dt
 
 
 class Mamba2(Layer):

@@ -120,6 +120,23 @@ def renamed(name: str, prefixes: dict[str, str]) -> str | None:
     return None
 
 
+_TOWERS = (
+    *("vision_tower.", "vision_model.", "visual.", "audio_tower."),
+    *("multi_modal_projector.", "embed_vision.", "embed_audio."),
+)
+
+
+def language_part(name: str) -> str | None:
+    """The name that a tensor of a language model among towers has by itself; None: it is a tower's."""
+    bare = name.removeprefix("model.")
+    if bare.startswith(_TOWERS):
+        return None
+    # `model.language_model.` and `language_model.model.` are two ages of the same files.
+    if bare != name and bare.startswith("language_model."):
+        return "model." + bare.removeprefix("language_model.")
+    return name.removeprefix("language_model.")
+
+
 def layer_number(name: str) -> int:
     """Of which layer a tensor is, by its name in a file; -1: of none."""
     parts = name.split(".")

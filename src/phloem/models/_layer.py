@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from phloem.layers.attention import AttentionOptions, SelfAttention
 from phloem.layers.context import AttentionSpec
@@ -83,6 +83,13 @@ class Mixer(Protocol):
         ...
 
 
+@runtime_checkable
+class Attends(Protocol):
+    """A mixer that attends over keys and values."""
+
+    spec: AttentionSpec
+
+
 class Feed(Protocol):
     """A feed-forward block, row by row."""
 
@@ -113,10 +120,12 @@ class Attention:
     options: AttentionOptions = field(default_factory=AttentionOptions)
     name: str = "self_attn"
     causal: bool = True
+    chunk: int = 0  # attends only inside its own chunk of so many positions; 0: no chunks
+    source: int | None = None  # the pool index of the layer whose keys and values it reads; it has none of its own
 
     def __call__(self, ctx: BuildContext, place: Place) -> SelfAttention:
         spec = AttentionSpec(
-            pool=place.pool,
+            pool=place.pool if self.source is None else self.source,
             heads=self.heads,
             kv_heads=self.kv_heads,
             head_size=self.head_size,
@@ -125,7 +134,10 @@ class Attention:
             softcap=self.softcap,
             sinks=bool(self.options.sinks),
             value_size=self.value_size,
+            writes=self.source is None,
             causal=self.causal,
+            # Where no text is longer than a chunk, the layer is a plain one, which every backend serves.
+            chunk=self.chunk if self.chunk < place.max_positions else 0,
         )
         rope = None if self.rope is None else place.rope(ctx, self.rope)
         own = ctx.child(self.name) if self.name else ctx
@@ -292,8 +304,7 @@ class MixerAlone(DecoderLayer):
 
     @property
     def attention(self) -> AttentionSpec | None:
-        spec = getattr(self.mixer, "spec", None)
-        return spec if isinstance(spec, AttentionSpec) else None
+        return self.mixer.spec if isinstance(self.mixer, Attends) else None
 
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         return self.mixer.attend(self.norms[0], x_TN, residual_TN, step)

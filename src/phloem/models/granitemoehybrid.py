@@ -1,4 +1,4 @@
-"""Granite 4.0 and Granite 4.0 H: Granite with Mamba 2 in most layers, and experts beside a dense block or that alone."""
+"""Granite 4.0: Granite with Mamba 2 in most layers of its H models, and experts beside a dense block or that alone."""
 
 from __future__ import annotations
 

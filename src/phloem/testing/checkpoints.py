@@ -68,7 +68,7 @@ def tiny_checkpoint(
     torch.manual_seed(seed)
     path.mkdir(parents=True, exist_ok=True)
     model = _model(model_type, overrides, head)
-    shifted = "gemma" in model_type
+    shifted = "gemma" in model_type and not model_type.startswith(("gemma3n", "gemma4"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Norms and biases too: a model whose norms are all 1 hides mistakes.
@@ -76,8 +76,8 @@ def tiny_checkpoint(
             centre = 1.0 if parameter.ndim == 1 and name.lower().endswith("norm.weight") and not shifted else 0.0
             parameter.normal_(centre, wide)
         for name, buffer in model.named_buffers():
-            if name.endswith("correction_bias"):
-                buffer.normal_(0.0, 0.2)
+            if name.endswith(("correction_bias", "layer_scalar")):
+                buffer.normal_(float(name.endswith("layer_scalar")), 0.2)
     size = sum(parameter.numel() for parameter in model.parameters()) * 4
     model.save_pretrained(path, max_shard_size=f"{max(1, size // shards // 1000 + 1)}KB" if shards > 1 else "5GB")
     write_tokenizer(path, model.config.get_text_config().vocab_size)

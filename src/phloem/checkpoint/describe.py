@@ -258,11 +258,26 @@ def _text_config(whole: dict[str, Any], path: Path) -> dict[str, Any]:
     model_type = whole.get("model_type")
     if not isinstance(model_type, str):
         raise ModelLoadError(f"{path}: no model_type")
-    model_type = model_type.replace("-", "_")
+    model_type = _language(whole, model_type.replace("-", "_"))
     _check_family(model_type, str(path))
     facts = family(model_type)
     config = one_spelling(text_part(whole), facts.defaults, path, facts.spelling)
+    if isinstance(whole.get("text_config"), dict) and whole.get("tie_word_embeddings") is not None:
+        config["tie_word_embeddings"] = whole["tie_word_embeddings"]  # the head is the whole model's
     return {**facts.defaults, **config, "model_type": model_type}
+
+
+def _language(whole: dict[str, Any], model_type: str) -> str:
+    """The family that serves a checkpoint: of one with towers that has no file of its own, its language model's."""
+    inner = whole.get("text_config")
+    if model_type in FAMILIES.names() or not isinstance(inner, dict):
+        return model_type
+    own = str(cast("dict[str, Any]", inner).get("model_type", "")).replace("-", "_")
+    talks = any(str(name).endswith("ForConditionalGeneration") for name in whole.get("architectures") or ())
+    if not talks or own not in FAMILIES.names() or family(own).encoder is not None:
+        return model_type
+    _log.warning("%s: of a checkpoint with towers the language model alone is served, as %s", model_type, own)
+    return own
 
 
 def _check_family(model_type: str, where: str) -> None:

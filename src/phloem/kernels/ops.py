@@ -26,6 +26,7 @@ from phloem.kernels.calls import (
     Adapters,
     AttentionCall,
     Draw,
+    IndexCall,
     LatentCall,
     LinearOp,
     Norm,
@@ -119,6 +120,11 @@ class Ops:
     # Latent attention (MLA): a cache of one latent a token, `[pages, 1, S, L + P]`.
     write_latent: Callable[[Tensor, Tensor, Tensor], None] = attention.write_latent  # latents[T, L + P], cache, slots
     latent_attention: LatentAttentionOp = attention.latent_attention
+    # Sparse attention over latents: see `reference_attention`. The second is `latent_attention` with positions [T, k].
+    choose_keys: Callable[[IndexCall, Tensor, PagedBatch], Tensor] = attention.choose_keys
+    chosen_latent_attention: Callable[[Tensor, Tensor, Tensor, PagedBatch, LatentCall, Tensor], Tensor] = (
+        attention.latent_attention
+    )
 
     # Mixture of experts: softmax of router logits[T, E], the best k experts of each token (their weights scaled to sum
     # to 1 if asked), their gated MLPs with SiLU, summed by weight. `prepare_experts` stacks expert after expert along

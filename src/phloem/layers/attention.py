@@ -169,7 +169,7 @@ class SelfAttention(Layer):
         if options.gate:
             q_THD, gate_THD = q_THD[..., : spec.head_size], q_THD[..., spec.head_size :]
         if self.growth is not None:
-            factor_T1 = self.ops.embedding(step.positions, self.growth, 1.0)
+            factor_T1 = self.ops.select_rows(self.growth, step.positions)
             q_THD = self.ops.scale_rows(q_THD, factor_T1.view(-1))
         if spec.writes:
             k_TKD = k.unflatten(-1, (spec.kv_heads, -1))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from phloem.kernels.ops import LatentCall, Ops, Rotation
+    from phloem.kernels.ops import IndexCall, LatentCall, Ops, Rotation
     from phloem.quant import Method
     from phloem.quant._source import Stager
 
@@ -114,9 +114,24 @@ class StepMemory(Protocol):
         """As `AttentionStep`, over the pages of `spec.pool`."""
         ...
 
-    def attend_latent(self, pool: int, q_nope: Tensor, q_rope: Tensor, latent: Tensor, call: LatentCall, /) -> Tensor:
+    def attend_latent(
+        self,
+        pool: int,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        call: LatentCall,
+        chosen: Tensor | None = None,
+        /,
+    ) -> Tensor:
         """Latent attention: writes the new tokens' latents [T, L + P], rotated part last, into the pages of `pool`,
-        then attends over each row's; q_nope [T, H, N] and rotated q_rope [T, H, P] -> [T, H, value size]."""
+        then attends over each row's; q_nope [T, H, N] and rotated q_rope [T, H, P] -> [T, H, value size]. `chosen`: to
+        those of `choose` alone."""
+        ...
+
+    def choose(self, pool: int, call: IndexCall, /) -> Tensor | None:
+        """Which positions each token attends to, int32 [T, k]; None: all. Writes the new tokens' index keys into the
+        pages of `pool`."""
         ...
 
     def state(self, pool: int) -> StateStep:

@@ -122,7 +122,7 @@ def renamed(name: str, prefixes: dict[str, str]) -> str | None:
 
 _TOWERS = (
     *("vision_tower.", "vision_model.", "visual.", "audio_tower."),
-    *("multi_modal_projector.", "embed_vision.", "embed_audio."),
+    *("multi_modal_projector.", "connector.", "embed_vision.", "embed_audio."),
 )
 
 
@@ -132,8 +132,9 @@ def language_part(name: str) -> str | None:
     if bare.startswith(_TOWERS):
         return None
     # `model.language_model.` and `language_model.model.` are two ages of the same files.
-    if bare != name and bare.startswith("language_model."):
-        return "model." + bare.removeprefix("language_model.")
+    for inner in ("language_model.", "text_model."):
+        if bare != name and bare.startswith(inner):
+            return "model." + bare.removeprefix(inner)
     return name.removeprefix("language_model.")
 
 
@@ -245,7 +246,7 @@ class Decoder(Layer):
 
     def checkpoint_name(self, name: str) -> str | None:
         """Our name of a tensor in a safetensors file; None: knowingly left out. A family with other names overrides."""
-        return name
+        return language_part(name)
 
     def load(self, checkpoint: Checkpoint, progress: Progress | None) -> None:
         """Read every weight. Raises ModelLoadError."""
@@ -261,4 +262,5 @@ class Trunk(Decoder):
     """A decoder whose files may hold layers behind its last one, which draft and are not used here."""
 
     def checkpoint_name(self, name: str) -> str | None:
-        return None if layer_number(name) >= len(self.layers) else name
+        found = language_part(name)
+        return None if found is None or layer_number(found) >= len(self.layers) else found

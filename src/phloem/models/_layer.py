@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
+from phloem.core.errors import ModelLoadError
 from phloem.layers.attention import AttentionOptions, SelfAttention
 from phloem.layers.context import AttentionSpec
-from phloem.layers.latent import LatentAttention, LatentSizes
+from phloem.layers.latent import Indexer, IndexSizes, LatentAttention, LatentSizes
 from phloem.layers.mlp import GatedMLP, PlainMLP
 from phloem.layers.moe import SharedExperts, SparseMLP
 from phloem.layers.norm import AnyNorm, LayerNorm, RMSNorm
@@ -44,6 +45,7 @@ class Place:
     pool: int = 0  # the pool index that a layer's memory gets, if it keeps any
     norms: NormKind = "rms"
     ropes: dict[RopeSpec, Rope] = field(default_factory=dict)
+    indexer: Indexer | None = None  # of the last layer that has one
 
     def norm(self, ctx: BuildContext) -> AnyNorm:
         """A norm of hidden states."""
@@ -155,10 +157,23 @@ class Latents:
     rope: RopeSpec | None
     scale: float
     name: str = "self_attn"
+    index: IndexSizes | None = None  # a layer that chooses what it attends to
+    index_rope: RopeSpec | None = None
+    borrows: bool = False  # the choice of the last layer before it that made one
 
     def __call__(self, ctx: BuildContext, place: Place) -> LatentAttention:
-        rope = None if self.rope is None else place.rope(ctx, self.rope)
-        return LatentAttention(ctx.child(self.name), place.hidden_size, self.sizes, place.pool, self.scale, rope)
+        rope, own = None if self.rope is None else place.rope(ctx, self.rope), ctx.child(self.name)
+        layer = LatentAttention(own, place.hidden_size, self.sizes, place.pool, self.scale, rope)
+        if self.borrows:
+            if place.indexer is None:
+                raise ModelLoadError("indexer_types: a layer takes over a choice, but none before it makes one")
+            layer.lender = place.indexer
+        elif self.index is not None and self.index_rope is not None:
+            ranks = place.hidden_size, self.sizes.q_rank
+            turned = place.rope(ctx, self.index_rope)
+            layer.indexer = Indexer(own.child("indexer"), *ranks, self.index, place.pool + 1, turned)
+            place.indexer = layer.indexer
+        return layer
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from phloem.layers.embed import Embedding
 from phloem.layers.linear import Linear
 from phloem.layers.norm import RMSNorm
 from phloem.layers.weight import Layer
-from phloem.models._common import Decoder, language_part, layer_number
+from phloem.models._common import Decoder, layer_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,7 +88,7 @@ class InputDecoder(Decoder):
         assert len(self.closing) == count, "a layer that does not close with its own input"
 
     def checkpoint_name(self, name: str) -> str | None:
-        found = language_part(name)
+        found = super().checkpoint_name(name)
         if found is None or not any(f".self_attn.{part}." in found for part in _OWN):
             return found
         # Files may still hold what layers that read another's keys do not use.

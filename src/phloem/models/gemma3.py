@@ -29,12 +29,5 @@ TINY = {
 }
 
 
-class Gemma3Language(Decoder):
-    def checkpoint_name(self, name: str) -> str | None:
-        if name.startswith(("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_")):
-            return None
-        return name.replace("model.language_model.", "model.", 1).removeprefix("language_model.")
-
-
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
-    return Gemma3Language(ctx, decoder_config(config), max_positions)
+    return Decoder(ctx, decoder_config(config), max_positions)

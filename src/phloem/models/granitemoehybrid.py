@@ -33,6 +33,7 @@ DEFAULTS = {
 }
 TINY = {
     "head_dim": None,
+    "position_embedding_type": "rope",
     "num_local_experts": 6,
     "num_experts_per_tok": 2,
     "intermediate_size": 24,
@@ -47,7 +48,7 @@ TINY = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
 VARIANTS = {
-    "rope": {"position_embedding_type": "rope", "mamba_n_groups": 2, "tie_word_embeddings": True},
+    "still": {"position_embedding_type": None, "mamba_n_groups": 2, "tie_word_embeddings": True},
     "dense": {"num_local_experts": 0, "num_experts_per_tok": 0, "layer_types": ["attention", "attention", "mamba"]},
 }
 

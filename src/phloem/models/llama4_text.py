@@ -13,7 +13,7 @@ from phloem.kernels.specs import ExpertSpec, RouterSpec
 from phloem.layers.attention import QGrowth
 from phloem.layers.moe import ExpertNames, ExpertsConfig
 from phloem.layers.rope import rope_spec
-from phloem.models._common import Decoder, each_layer, language_part, usual, usual_attention, usual_mlp
+from phloem.models._common import Decoder, each_layer, usual, usual_attention, usual_mlp
 from phloem.models._layer import Experts, LayerKind
 
 if TYPE_CHECKING:
@@ -54,13 +54,6 @@ _NAMES = ExpertNames(
     down="experts.down_proj",
     transposed=True,
 )
-
-
-class Llama4(Decoder):
-    """A decoder whose files may hold towers that are not used here."""
-
-    def checkpoint_name(self, name: str) -> str | None:
-        return language_part(name)
 
 
 def chunks(config: dict[str, Any], turns: list[int]) -> list[bool]:
@@ -106,4 +99,4 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
         attention = replace(turning if turns[n] else still, chunk=length if chunked[n] else 0)
         return LayerKind(attention, sparse if n in sparse_layers else dense)
 
-    return Llama4(ctx, usual(config, layers=each_layer(config, layer)), max_positions)
+    return Decoder(ctx, usual(config, layers=each_layer(config, layer)), max_positions)

@@ -50,7 +50,7 @@ class Qwen3Next(Decoder):
     """A decoder whose files may hold a block that drafts and is not used here."""
 
     def checkpoint_name(self, name: str) -> str | None:
-        return None if name.startswith(("mtp.", "model.mtp.")) else name
+        return None if name.startswith(("mtp.", "model.mtp.")) else super().checkpoint_name(name)
 
 
 def attends(config: dict[str, Any]) -> list[bool]:

@@ -1,13 +1,16 @@
-"""Models that run transformers' code over our pages: equal to transformers by itself, and refused where they cannot be."""
+"""Models that run transformers' code over our pages: equal to transformers by itself, or refused with the reason."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
+from engine_door import http_door
 from model_support import CPU, PAGE, PROMPT, check_modes, close, reference
 from model_support import Engine as Steps
 from pools import pool_for
@@ -19,6 +22,7 @@ from phloem.core.errors import ModelLoadError
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
 from phloem.models._transformers import load_foreign
+from phloem.quant import Method
 from phloem.testing.checkpoints import random_checkpoint
 
 SIZES: dict[str, Any] = {
@@ -47,10 +51,12 @@ COUNT = 24
 class Foreign(Steps):
     """The smallest runner, over transformers' code."""
 
-    def __init__(self, path: Path, dtype: torch.dtype = torch.float32, ops: Ops | None = None) -> None:
+    def __init__(
+        self, path: Path, dtype: torch.dtype = torch.float32, ops: Ops | None = None, quant: Method | None = None
+    ) -> None:
         self.ops = ops or Ops()
         self.checkpoint = describe(str(path), model_impl="transformers")
-        self.model: Any = load_foreign(self.checkpoint, BuildContext(self.ops, dtype, CPU), None)
+        self.model: Any = load_foreign(self.checkpoint, BuildContext(self.ops, dtype, CPU, quant=quant), None)
         self.pool = pool_for(self.model.memory, 256, PAGE, dtype, CPU)
         self.attention = BACKENDS.module("cpu").Backend(self.ops, self.model.attention_specs, CPU, dtype)
         self.free = list(range(1, 256))
@@ -113,16 +119,65 @@ def test_greedy_tokens_are_those_of_transformers(written: Any, name: str) -> Non
     prompts = [PROMPT, PROMPT[:9], PROMPT[5:]]
     wanted = [greedy(path, prompt) for prompt in prompts]
     sampling = {"max_new_tokens": COUNT, "temperature": 0, "ignore_eos": True}
-    settings: dict[str, Any] = {"dtype": "float32", "chunked_prefill_size": 16, "page_size": 4, "debug_invariants": True}
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "chunked_prefill_size": 16,
+        "page_size": 4,
+        "debug_invariants": True,
+    }
     settings |= {"model_path": str(path), "model_impl": "transformers", "context_length": 96, "max_total_tokens": 96}
-    with Engine(**settings) as engine:
+    with Engine(**settings) as engine, http_door(engine) as url:
         first: Any = engine.generate(input_ids=PROMPT, sampling_params=sampling)
         again: Any = engine.generate(input_ids=prompts, sampling_params=sampling)
-        info = engine.get_server_info()
+        figures = httpx.get(f"{url}/metrics").text
     assert first["output_ids"] == wanted[0]
     assert [one["output_ids"] for one in again] == wanted
     assert again[0]["meta_info"]["cached_tokens"] >= len(PROMPT) // 4 * 4 - 4
-    assert info["internal_states"][0]["num_preemptions"] > 0, sorted(info["internal_states"][0])
+    found = [line for line in figures.splitlines() if "num_preemptions" in line and not line.startswith("#")]
+    assert found and float(found[0].rpartition(" ")[2]) > 0, found
+
+
+@pytest.mark.slow
+def test_over_http_with_a_grammar_and_drawn_tokens(written: Any) -> None:
+    """One server: greedy text, draws that seeds repeat, and a constraint, on the platform's own table."""
+    body: dict[str, Any] = {"model": "default", "prompt": "Sap moves", "max_tokens": 16, "temperature": 0}
+    with Engine(model_path=str(written("persimmon")), dtype="float32", max_total_tokens=2048) as engine:
+        assert engine.tokenizer is not None
+        ids = engine.tokenizer.encode("Sap moves")
+        wanted = greedy(written("persimmon"), ids, 16)
+        wanted = wanted[: wanted.index(3)] if 3 in wanted else wanted
+        decisions = {name: (value, why) for name, value, why in engine.get_server_info()["decisions"]}
+        with http_door(engine) as url:
+
+            def post(**more: Any) -> str:
+                answer = httpx.post(f"{url}/v1/completions", json={**body, **more}, timeout=60)
+                assert answer.status_code == 200, answer.text
+                return answer.json()["choices"][0]["text"]
+
+            assert post() == engine.tokenizer.decode(wanted)
+            drawn = {"temperature": 1.0, "seed": 7}
+            assert post(**drawn) == post(**drawn)
+            assert re.fullmatch("[0-9]{3}", post(regex="[0-9]{3}"))
+    assert decisions["model_impl"][0] == "transformers" and "PersimmonForCausalLM" in decisions["model_impl"][1]
+    assert decisions["step_graphs"] == ("off", "transformers' code is called op by op")
+
+
+@pytest.mark.slow
+def test_matrices_are_packed_and_quantised_by_the_table(written: Any) -> None:
+    """bfloat16 weights under the CPU's own kernels are near; 4 bits take less memory and are somewhat near."""
+    from phloem.kernels import native
+    from phloem.quant import method_for
+
+    try:
+        ops = native.table(1)
+    except native.Unavailable as reason:
+        pytest.skip(str(reason))
+    path, theirs = written("olmo"), reference(written("olmo"), PROMPT)
+    plain = Foreign(path, torch.bfloat16, ops)
+    assert (plain.whole(PROMPT) - theirs).abs().max() < 0.05 * theirs.abs().max()
+    few = Foreign(path, torch.bfloat16, ops, method_for("int4", None))
+    assert (few.whole(PROMPT) - theirs).abs().max() < 0.6 * theirs.abs().max()
+    assert few.model.weight_bytes < 0.5 * plain.model.weight_bytes
 
 
 def test_a_family_with_a_file_is_served_by_it_unless_somebody_asks(written: Any) -> None:
@@ -159,7 +214,7 @@ def test_what_cannot_be_served_is_refused_by_its_configuration(
 
 
 REFUSED = {
-    "bloom": ({"n_head": 4, "n_layer": 2}, "does not take attention from elsewhere"),
+    "bloom": ({"n_head": 4, "n_layer": 2}, "take no attention from elsewhere"),
     "recurrent_gemma": ({"lru_width": 32, "head_dim": 8, "attention_window_size": 8}, "outside attention|more than"),
     "llama4_text": ({"intermediate_size_mlp": 64, "num_local_experts": 2, "head_dim": 8}, "chunked_attention"),
 }
@@ -193,5 +248,5 @@ def test_tensors_that_are_missing_are_named(written: Any, tmp_path: Path) -> Non
 
     lost = "model.layers.1.mlp.up_proj.weight"
     path = edited(written("olmo"), tmp_path / "few", lambda all_: {k: v for k, v in all_.items() if k != lost})
-    with pytest.raises(ModelLoadError, match="1 tensors are missing: model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(ModelLoadError, match=r"1 tensors are missing: model\.layers.1.mlp.up_proj.weight"):
         Foreign(path)

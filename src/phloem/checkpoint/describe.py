@@ -247,7 +247,7 @@ def _describe_directory(path: Path, name: str, load_format: str, model_impl: str
     model_type = _model_type(whole, config_path)
     chosen = choose(model_type, FAMILIES.names(), model_impl, whole, str(config_path), trust)
     if chosen.impl == "transformers":
-        config = {**settings(text_part(whole), str(config_path)), "model_type": model_type}
+        config: dict[str, Any] = {**settings(text_part(whole), str(config_path)), "model_type": model_type}
     else:
         config = _text_config(whole, model_type, config_path)
         _check_numbers(config, config_path)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Impl = Literal["phloem", "transformers"]
 _TABLE = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+_FLAG = "_supports_attention_backend = True"
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 _UNKNOWN_LENGTH = 2048
 _ATTENDING = ("full_attention", "sliding_attention", "attention", "sliding_window", "global", "local")
@@ -36,12 +37,20 @@ class Chosen:
     reason: str = ""
 
 
+def _sources() -> Path | None:
+    """The folder of transformers' models."""
+    spec = importlib.util.find_spec("transformers")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        return Path(folder) / "models"
+    return None
+
+
 @cache
 def causal_classes() -> dict[str, str]:
     """model_type -> the class that generates, of the installed transformers; {} where there is none."""
-    spec = importlib.util.find_spec("transformers")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / "models" / "auto" / "modeling_auto.py"
+    folder = _sources()
+    if folder is not None:
+        path = folder / "auto" / "modeling_auto.py"
         for node in ast.parse(path.read_text("utf-8")).body if path.exists() else []:
             target = node.targets[0] if isinstance(node, ast.Assign) else None
             if isinstance(node, ast.Assign) and isinstance(target, ast.Name) and target.id == _TABLE:
@@ -84,11 +93,15 @@ def choose(model_type: str, own: Sequence[str], asked: str, whole: dict[str, Any
         raise ModelLoadError(f"{unknown}; others need the package transformers, which is not installed")
     if name is None and not (brought and trust):
         why = "the checkpoint brings code of its own, which is run with --trust-remote-code alone"
-        raise ModelLoadError(f"{unknown}; {why if brought else f'transformers {version()} has no class of it for text'}")
-    why = refusal(whole)
+        raise ModelLoadError(
+            f"{unknown}; {why if brought else f'transformers {version()} has no class of it for text'}"
+        )
+    why = refusal(whole) or (None if name is None else _keeps_its_attention(model_type))
     if why is not None:
         first = unknown if model_type not in own else f"{where}: model_impl is transformers"
-        raise ModelLoadError(f"{first}; transformers' {name or 'code'} cannot be served here: {why}", param="model_impl")
+        raise ModelLoadError(
+            f"{first}; transformers' {name or 'code'} cannot be served here: {why}", param="model_impl"
+        )
     reason = "as asked" if asked == "transformers" else f"no file models/{model_type}.py"
     return Chosen("transformers", f"{reason}: {name or brought} of {'the checkpoint' if name is None else version()}")
 
@@ -117,6 +130,15 @@ def refusal(whole: dict[str, Any]) -> str | None:
         if kind:
             return f"{key} {kind!r} turns all texts of a step by the longest one"
     return None
+
+
+def _keeps_its_attention(model_type: str) -> str | None:
+    """Why no other attention can be put into a family's classes, or None: there can, or it shows when one is built."""
+    folder = _sources()
+    path = folder / model_type / f"modeling_{model_type}.py" if folder is not None else None
+    if path is None or not path.exists() or _FLAG in path.read_text("utf-8"):
+        return None
+    return "its classes take no attention from elsewhere (AttentionInterface)"
 
 
 def _by_length(rope: Any) -> str:

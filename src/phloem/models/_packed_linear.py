@@ -74,24 +74,24 @@ class Packed:
         found: Any = theirs
         first = found.get_input_embeddings()
         for path, module in list(theirs.named_modules()):
-            tensor = getattr(module, "weight", None)
-            if (type(module) is nn.Linear or (module is first and type(module) is nn.Embedding)) and tensor is not None:
-                if id(tensor) not in slots:
-                    slots[id(tensor)] = self._take(names[id(tensor)], tensor)
-                slot = slots[id(tensor)]
-                bias = module.bias if isinstance(module, nn.Linear) else None
-                new = PackedLinear(slot, bias, self) if isinstance(module, nn.Linear) else PackedEmbedding(slot, self)
-                theirs.set_submodule(path, new)
+            if type(module) is nn.Linear:
+                slot = self._slot(slots, names, module.weight)
+                theirs.set_submodule(path, PackedLinear(slot, module.bias, self))
+            elif module is first and type(module) is nn.Embedding:
+                theirs.set_submodule(path, PackedEmbedding(self._slot(slots, names, module.weight), self))
         if self.dtype != ctx.dtype:
             theirs.to(self.dtype)
 
-    def _take(self, name: str, tensor: Tensor) -> Weight:
-        slot = Weight((name,), (tuple(tensor.shape),), "matrix")
-        self.index.weights.append(slot)
-        self.index.slots[name] = [(slot, 0)]
-        source = TensorSource(name, tuple(tensor.shape), tensor=tensor.detach())
-        WeightIndex([slot], self.index.ctx, name).pull({name: source}, name, None)  # one at a time: memory
-        return slot
+    def _slot(self, slots: dict[int, Weight], names: dict[int, str], tensor: Tensor) -> Weight:
+        """A tensor's slot; tied ones have one."""
+        if id(tensor) not in slots:
+            name = names[id(tensor)]
+            slot = slots[id(tensor)] = Weight((name,), (tuple(tensor.shape),), "matrix")
+            source = TensorSource(name, tuple(tensor.shape), tensor=tensor.detach())
+            WeightIndex([slot], self.index.ctx, name).pull({name: source}, name, None)  # one at a time: memory
+            self.index.weights.append(slot)
+            self.index.slots[name] = [(slot, 0)]
+        return slots[id(tensor)]
 
     def put_back(self) -> int:
         """Give code that looks at a matrix itself a plain one; of how many."""
@@ -109,14 +109,17 @@ class Packed:
 def _plain(module: PackedLinear | PackedEmbedding) -> nn.Module:
     dense = nn.Parameter(module.dense(), requires_grad=False)
     if isinstance(module, PackedEmbedding):
-        return nn.Embedding(*dense.shape, _weight=dense)
+        return nn.Embedding.from_pretrained(dense)
     new = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-    new.weight, new.bias = dense, module.bias
+    new.weight = dense
+    if module.bias is not None:
+        new.bias = module.bias
     return new
 
 
 def _activations(ctx: BuildContext) -> torch.dtype:
     """The type that the table's layers compute in."""
     source = Read("probe", (32, 32), torch.zeros(32, 32, dtype=ctx.dtype))
-    value = ctx.ops.prepare_linear([source], ctx.dtype, ctx.device)
+    made: Any = ctx.ops.prepare_linear
+    value = made([source], ctx.dtype, ctx.device)
     return ctx.ops.embedding(torch.zeros(1, dtype=torch.int64, device=ctx.device), value, 1.0).dtype

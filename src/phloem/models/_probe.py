@@ -70,7 +70,7 @@ class Layers:
         Raises:
             ModelLoadError: attention is asked for what we do not have.
         """
-        if not hasattr(theirs, theirs.base_model_prefix):
+        if theirs.base_model_prefix not in dict(theirs.named_children()):
             raise ModelLoadError("the class does not say what is its body")
         ids, places = (torch.tensor([values], device=device) for values in (_IDS[:3], _PLACES[:3]))
         logits = _watched(self, lambda: theirs(input_ids=ids, position_ids=places, use_cache=False).logits[0].float())

@@ -49,8 +49,8 @@ class Foreign:
             self._probe(theirs)
 
     def _probe(self, theirs: Any) -> None:
-        """Run it, keep its matrices as the op table likes them, and run it again: what it asks of attention, and whether
-        it keeps to what is said above."""
+        """Run it, keep its matrices as the op table likes them, and run it again: what it asks of attention, and
+        whether it keeps to what is said above."""
         try:
             self.layers.probe(theirs, self._device)
             kept = Packed(theirs, self.ctx)
@@ -166,7 +166,9 @@ class Given:
         return self if name == "decoder" else getattr(self._body, name)
 
 
-def load_foreign(checkpoint: Checkpoint, ctx: BuildContext, progress: Progress | None, *, trust: bool = False) -> Foreign:
+def load_foreign(
+    checkpoint: Checkpoint, ctx: BuildContext, progress: Progress | None, *, trust: bool = False
+) -> Foreign:
     """Build a checkpoint's class and read its weights, as transformers does.
 
     Raises:
@@ -194,9 +196,9 @@ def load_foreign(checkpoint: Checkpoint, ctx: BuildContext, progress: Progress |
 
 def _made(transformers: Any, checkpoint: Checkpoint, config: Any, ctx: BuildContext, place: dict[str, Any]) -> Any:
     kinds = transformers.AutoModelForCausalLM
-    known = type(config) in kinds._model_mapping  # noqa: SLF001 - the only way to know the class before its weights
-    if known and not kinds._model_mapping[type(config)].is_backend_compatible():  # noqa: SLF001
-        name = kinds._model_mapping[type(config)].__name__  # noqa: SLF001
+    known = type(config) in kinds._model_mapping
+    if known and not kinds._model_mapping[type(config)].is_backend_compatible():
+        name = kinds._model_mapping[type(config)].__name__
         why = "the class does not take attention from elsewhere (AttentionInterface)"
         raise ModelLoadError(f"{checkpoint.path}: {name} cannot be served through transformers: {why}")
     options = {"dtype": ctx.dtype, "attn_implementation": PROBE, **place}

@@ -67,8 +67,8 @@ class RecordedWay(Protocol):
 class Place:
     """What steps run with. `free`: bytes of device memory left when weights and KV pool are there; `graph_bytes`: how
     many of them graphs may take (None: nothing was measured, and only pieces have a bound, a part of `free`); `shares`:
-    attention to pages that rows share is done once for all of them; `adapts`: rows may have adapters; `eager`: why nothing
-    can be recorded.
+    attention to pages that rows share is done once for all of them; `adapts`: rows may have adapters; `eager`: why
+    nothing can be recorded.
     """
 
     model: Model

@@ -424,6 +424,7 @@ def test_pieces_are_captured_into_one_pool_and_calls_stand_between_them() -> Non
     assert cuda.log == ["replay", "call with 2", "replay", "last call"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("not permitted\nmore"), KeyError(1)])
 def test_an_error_between_cuts_leaves_no_capture_open(error: Exception) -> None:
     cuda = FakeCuda()

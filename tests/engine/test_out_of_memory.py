@@ -50,6 +50,7 @@ def test_one_starved_step_changes_no_token(overlap: bool, step: int, caplog: pyt
     assert state is not None and state.data["out_of_memory"] == 1
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("cache", [True, False], ids=["tree", "no-tree"])
 @pytest.mark.parametrize("seed", range(12))
@@ -71,6 +72,7 @@ def test_storm_with_starved_steps(overlap: bool, cache: bool, seed: int) -> None
     assert all(reason.type != "abort" for reason in driver.finish.values())
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("seed", range(6))
 def test_any_mixture_of_calls_and_starved_steps(overlap: bool, seed: int) -> None:

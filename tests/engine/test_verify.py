@@ -113,6 +113,7 @@ def drafter(plain: list[Row], seed: int, right: float, most: int = 6) -> Any:
     return draft
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("right", [0.0, 0.8, 1.0])
 @pytest.mark.parametrize("late", [False, True], ids=["host", "device"])
 def test_any_drafts_give_the_tokens_of_plain_decoding(model: Any, plain: list[Row], right: float, late: bool) -> None:

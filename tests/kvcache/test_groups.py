@@ -323,6 +323,7 @@ def rows_for(cache: CacheManager, tokens: int) -> tuple[np.ndarray, ...]:
     return tuple(np.zeros(2 if group.kind == "state" else width, dtype=np.int32) for group in cache.groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4, 16])
 @pytest.mark.parametrize("kind", ["full", "full and window", "full and states", "all", "states alone"])
 def test_a_prompt_of_any_length_is_reused_up_to_its_last_page_but_one_token(kind: str, size: int) -> None:

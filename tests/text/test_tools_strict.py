@@ -221,6 +221,7 @@ BEGIN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "special", "walks"), WALKS)
 def test_strict_calls_are_read_back_and_valid(form: str, special: bool, walks: int) -> None:
     own = words(form if special else None)

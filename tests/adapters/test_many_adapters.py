@@ -71,6 +71,7 @@ def test_a_batch_of_several_adapters_and_none_gives_what_each_gives_alone(engine
     assert len({tuple(tokens) for tokens in same}) == 4
 
 
+@pytest.mark.slow
 def test_logprobs_of_a_row_do_not_depend_on_the_adapters_beside_it(engine: Engine) -> None:
     def values(**fields: Any) -> list[list[float]]:
         found: Any = engine.generate(sampling_params=GREEDY, return_logprob=True, **fields)

@@ -368,6 +368,7 @@ class Mortal:
             self.cuda.fail = "operation failed due to a previous error during capture"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [False, True])
 def test_no_graph_is_freed_by_the_collector_during_a_capture(pieces: bool) -> None:
     cuda = FakeCuda()

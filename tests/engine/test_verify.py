@@ -137,6 +137,7 @@ def test_any_drafts_give_the_tokens_of_plain_decoding(model: Any, plain: list[Ro
     assert len(plain[4].hidden) > LENGTH
 
 
+@pytest.mark.slow
 def test_rows_that_verify_and_rows_that_do_not_share_a_step(model: Any, plain: list[Row]) -> None:
     half = drafter(plain, 3, 0.9)
     stepper = Stepper(runner_of(model, 9, OPS), rows())

@@ -120,6 +120,7 @@ def test_values_are_those_of_the_description_bit_for_bit(pairs: Any, case: str) 
         assert torch.equal(one.value, other.value), one.names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_share_reads_the_same_values(pairs: Any, case: str) -> None:
     packed, plain = pairs(case)
@@ -169,6 +170,7 @@ def test_the_native_table_keeps_what_it_can(pairs: Any, case: str) -> None:
             assert (got - wanted).abs().max() <= limit * wanted.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["awq", "gptq", "pack-quantized"])
 def test_the_native_table_keeps_experts_packed(pairs: Any, case: str) -> None:
     try:

@@ -192,6 +192,7 @@ def test_anthropic_messages(anthropic_client: Any, server: Served) -> None:
     assert counted.input_tokens == answer.usage.input_tokens + answer.usage.cache_read_input_tokens
 
 
+@pytest.mark.slow
 def test_anthropic_tools_there_and_back(anthropic_client: Any, server: Served) -> None:
     server.engine.text = FULL
     tools = [{"name": "weather", "description": "Tells it.", "input_schema": PARAMETERS}]

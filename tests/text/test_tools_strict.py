@@ -455,6 +455,7 @@ def test_formats_of_texts_admit_valid_ones(kind: str) -> None:
     assert seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["hermes", "qwen3_coder", "glm45", "step3"])
 def test_the_other_engine_takes_them_too(form: str) -> None:
     pytest.importorskip("xgrammar")

@@ -189,3 +189,7 @@ class Ops:
     # Put a weight that was prepared anew into the memory of the old one: True if it is there now, and every recorded
     # step sees it. None: weights that are not tensors move when they are updated.
     refill: Callable[[Any, Any], bool] | None = None
+    # The memory that a prepared weight's values lie in, and nothing else's, as rows of bytes. None: it is a tensor.
+    memory: Callable[[Any], list[Tensor]] | None = None
+    # Make anew what was kept of a bias in another type: the tensor itself has been overwritten.
+    renew: Callable[[Any], None] | None = None

@@ -204,10 +204,10 @@ class Administered:
     def _update(self, **args: Any) -> tuple[bool, str]:
         return self._did("update_weights", **args)
 
-    def _did(self, name: str, **args: Any) -> tuple[bool, str]:
-        return True, self._control(name, **args).message
+    def _did(self, call: str, /, **args: Any) -> tuple[bool, str]:
+        return True, self._control(call, **args).message
 
-    def _control(self, name: str, **args: Any) -> ControlReply:
-        reply = self._door.run(self._client.control(name, SECONDS, **args))
+    def _control(self, call: str, /, **args: Any) -> ControlReply:
+        reply = self._door.run(self._client.control(call, SECONDS, **args))
         self._check(reply)
         return reply

@@ -64,6 +64,7 @@ class Group:
         except Exception as error:
             self.broken = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
             raise BadRequest(f"group {self.name}: the rendezvous failed: {self.broken}") from None
+        dist.distributed_c10d._world.pg_group_ranks[made] = {i: i for i in range(world)}  # pyright: ignore[reportPrivateUsage]
         self._made = made
 
     def _receive(self, names: list[str], dtypes: list[str], shapes: list[list[int]], bucket: bool) -> Tensors:

@@ -217,9 +217,7 @@ class Keeper(updates.Keeper):
         host = in_host_memory(self._index.ctx.device)
         rank, world, backend = int(args["rank"]), int(args["world"]), str(args["backend"] or HOST_BACKEND)
         if not 0 < rank < world:
-            raise BadRequest(
-                f"rank {rank} of {world}: the trainer is 0, engines follow", param="rank_offset"
-            )
+            raise BadRequest(f"rank {rank} of {world}: the trainer is 0, engines follow", param="rank_offset")
         if host and backend != HOST_BACKEND:
             raise BadRequest(f"backend {backend!r:.50}: this engine runs on the host, use gloo", param="backend")
         timeout = min(float(args.get("timeout") or TIMEOUT), TIMEOUT)

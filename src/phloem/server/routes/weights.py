@@ -41,9 +41,9 @@ def _failed(reply: ControlReply) -> Response:
     return json_response({"success": False, "message": reply.message, "error": error}, 400)
 
 
-async def _call(request: Request, name: str, done: str = "done", **args: Any) -> Response:
-    reply = await door_of(request).client.control(name, SECONDS, **args)
-    return json_response(ControlAnswer(success=True, message=reply.message or done)) if reply.ok else _failed(reply)
+async def _call(request: Request, call: str, /, **args: Any) -> Response:
+    reply = await door_of(request).client.control(call, SECONDS, **args)
+    return json_response(ControlAnswer(success=True, message=reply.message or "done")) if reply.ok else _failed(reply)
 
 
 async def _update(request: Request, name: str, args: dict[str, Any]) -> Response:

@@ -147,6 +147,7 @@ def test_slime_may_call_what_does_nothing_here(http: httpx.Client) -> None:
     post(http, "/end_weight_update")
 
 
+ONE: dict[str, Any] = {"serialized_named_tensors": ["Li4="]}
 WRONG = [
     ("/update_weights_from_disk", {}, "model_path is needed"),
     ("/update_weights_from_disk", {"model_path": "/nowhere/at/all"}, "there is no"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from phloem import Engine
 from phloem.testing.checkpoints import tiny_checkpoint
@@ -21,10 +22,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FORMS = [
-    pytest.param({"dtype": "float32"}, 1e-5, id="float32"),
-    pytest.param({"dtype": "float32", "enable_deterministic_inference": True}, 0.0, id="deterministic"),
+    pytest.param(({"dtype": "float32"}, 1e-5), id="float32"),
+    pytest.param(({"dtype": "float32", "enable_deterministic_inference": True}, 0.0), id="deterministic"),
     pytest.param(
-        {"dtype": "bfloat16", "enable_deterministic_inference": True, "kv_cache_dtype": "bfloat16"}, 0.0, id="bfloat16"
+        ({"dtype": "bfloat16", "enable_deterministic_inference": True, "kv_cache_dtype": "bfloat16"}, 0.0),
+        id="bfloat16",
     ),
 ]
 
@@ -93,3 +95,36 @@ def test_neither_batch_nor_cache_nor_chunks_nor_preemption_change_a_rollout(serv
             engine.continue_generation()
     assert last["output_ids"] == alone[1]["output_ids"]
     near(values(last), values(alone[1]), bound)
+
+
+def test_log_probabilities_after_temperature_are_those_of_the_divided_logits(model: Path) -> None:
+    """A vocabulary's whole row, raw, gives them: log-softmax of logits / T is log-softmax of (raw / T)."""
+    params: dict[str, Any] = {"temperature": 0.6, "max_new_tokens": 4, "ignore_eos": True, "sampling_seed": 2}
+    settings: dict[str, Any] = {"model_path": str(model), "dtype": "float32", "max_total_tokens": 1024}
+    with Engine(**settings) as engine, Engine(**settings, logprobs_mode="temperature") as heated:
+        size = engine.info.vocab_size
+        raw, hot = (
+            one.generate(
+                input_ids=PROMPTS, sampling_params=params, return_logprob=True, top_logprobs_num=min(size, 1024)
+            )
+            for one in (engine, heated)
+        )
+        few: Any = heated.generate(input_ids=PROMPTS[0], sampling_params={**params, "top_k": 5}, return_logprob=True)
+        greedy = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+        plain, cold = (
+            one.generate(input_ids=PROMPTS[0], sampling_params=greedy, return_logprob=True) for one in (engine, heated)
+        )
+    assert values(plain) == values(cold)  # pyright: ignore[reportArgumentType]
+    assert few["output_ids"] and all(value < 0 for value in values(few))
+    one: Any
+    two: Any
+    for one, two in zip(raw, hot, strict=True):
+        assert one["output_ids"] == two["output_ids"]
+        rows = one["meta_info"]["output_top_logprobs"]
+        for row, token, (value, *_) in zip(
+            rows, one["output_ids"], two["meta_info"]["output_token_logprobs"], strict=True
+        ):
+            assert len(row) == size
+            scaled = torch.tensor([p / 0.6 for p, *_ in row]).log_softmax(0)
+            place = [identity for _, identity, *_ in row].index(token)
+            assert abs(float(scaled[place]) - value) < 1e-4

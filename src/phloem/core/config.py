@@ -31,6 +31,7 @@ Whitespace = Literal["compact", "flexible"]
 Eviction = Literal["lru", "lfu", "fifo"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 OnEngineDeath = Literal["restart", "exit"]
+LogprobsMode = Literal["raw", "temperature"]
 Task = Literal["auto", "generate", "embed", "classify", "score", "tokens"]
 
 
@@ -52,6 +53,7 @@ class ModelConfig:
     reasoning_parser: str | None = opt(None, "Format of reasoning; default: read off the chat template; 'none': off.")
     trust_remote_code: bool = opt(False, "Refused: code that comes with a checkpoint is never run.")
     skip_tokenizer_init: bool = opt(False, "Serve token ids only; no tokenizer is loaded.")
+    logprobs_mode: LogprobsMode = opt("raw", "Log probabilities of sampled tokens: before temperature, or after it.")
     weight_version: str = opt("default", "What the weights are called until an update names others.")
     random_seed: int | None = opt(None, "Seed for requests that bring none; default: drawn at start.")
 

@@ -178,7 +178,7 @@ def _build(
     runner = ModelRunner(
         model, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
-        kernels=warming.told if warming is not None else None,
+        kernels=warming.told if warming is not None else None, heated=config.model.logprobs_mode == "temperature",
     )  # fmt: skip
     info = {
         "weight_bytes": model.weight_bytes,

@@ -19,8 +19,8 @@ from phloem.models._push import Push
 from phloem.platforms._facts import in_host_memory
 from phloem.rl.group import TIMEOUT, Group
 from phloem.rl.payload import check_format, flattened, named_tensors
-from phloem.rl.sleep import discard, pieces, restore, save, state_of
-from phloem.utils import log
+from phloem.rl.sleep import discard, restore, save, state_of
+from phloem.utils import log, memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -260,6 +260,7 @@ class Keeper(updates.Keeper):
         if "weights" in new:
             done += self._release_weights()
         self.asleep |= new
+        memory.trim()
         return done
 
     def _release_weights(self) -> int:
@@ -294,10 +295,6 @@ class Keeper(updates.Keeper):
             why = str(error)
         self.unfit = f"the weights' memory was given back, and {why}: send new ones"
         self._lost = set(self._index.names())
-
-    def memory(self) -> int:
-        """Bytes of all weights."""
-        return sum(piece.numel() for piece in pieces(self._index))
 
     def close(self) -> None:
         self._worker.shutdown(wait=False, cancel_futures=True)

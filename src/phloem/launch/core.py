@@ -22,6 +22,7 @@ from phloem.grammar._base import name_of
 from phloem.grammar._manager import GrammarManager, GrammarSettings
 from phloem.kvcache.manager import CacheManager
 from phloem.launch.rest import Resting
+from phloem.models._common import Decoder
 from phloem.rl.keeper import Keeper
 from phloem.scheduler import loop
 from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
@@ -203,9 +204,16 @@ def _desk(config: Config, built: Built, report: worker.Report) -> Desk | None:
 
 
 def _keeper(config: Config, checkpoint: Checkpoint, built: Built) -> Keeper | None:
-    if not isinstance(built.runner, ModelRunner):
+    """What changes weights; None for models that do not generate, or that run transformers' code."""
+    if not isinstance(built.runner, ModelRunner) or not isinstance(built.runner.model, Decoder):
         return None
-    return Keeper(built.runner, checkpoint, config.model.weight_version, config.runtime.enable_weights_cpu_backup)
+    return Keeper(
+        built.runner,
+        built.runner.model,
+        checkpoint,
+        config.model.weight_version,
+        config.runtime.enable_weights_cpu_backup,
+    )
 
 
 def _no_grammar(submit: Submit, prompt: Any) -> None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.memory import MemorySpec
     from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
-    from phloem.models._index import WeightIndex
     from phloem.models._scales import LayerScales
 
 
@@ -48,7 +47,6 @@ class Model(Protocol):
     memory: list[MemorySpec]  # by pool index
     vocab_size: int
     hidden_size: int
-    index: WeightIndex
 
     @property
     def weight_bytes(self) -> int: ...

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.batch import Pending
     from phloem.engine.runner import ModelRunner
+    from phloem.models._common import Decoder
 
 _log = log.get("rl")
 
@@ -86,9 +87,9 @@ class Keeper(updates.Keeper):
     backup: whether weights are copied to disk before their memory is given back.
     """
 
-    def __init__(self, runner: ModelRunner, checkpoint: Checkpoint, version: str, backup: bool) -> None:
+    def __init__(self, runner: ModelRunner, model: Decoder, checkpoint: Checkpoint, version: str, backup: bool) -> None:
         self.version, self.epoch, self.unfit, self.asleep = version, 0, "", frozenset[str]()
-        self._runner, self._index, self._rename = runner, runner.model.index, runner.model.checkpoint_name
+        self._runner, self._index, self._rename = runner, model.index, model.checkpoint_name
         self._backup = backup
         self._origin: tuple[Checkpoint, Any] | None = (checkpoint, state_of(checkpoint))  # what is in memory, on disk
         self._read: Checkpoint | None = None  # what the update under way brings

@@ -67,7 +67,7 @@ def logprobs_of(model: torch.nn.Module, prompts: list[list[int]], outputs: list[
     return logits.log_softmax(-1).gather(-1, ids[:, start:, None]).squeeze(-1)
 
 
-def train(url: str, path: str, steps: int, group: int = 8, rate: float = 3e-3, seed: int = 1) -> list[Step]:
+def train(url: str, path: str, steps: int, group: int = 16, rate: float = 1e-2, seed: int = 1) -> list[Step]:
     """Train the checkpoint at `path`, which the server at `url` serves. Gives what each step saw."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

@@ -117,7 +117,7 @@ class FewCandidates:
         many, vocab = self._slots.candidates[wanted.slots], self._model.vocab_size
         if len(many) > FEW_ROWS or not many.all():
             return None
-        if any(slot.return_logprob and slot.heat != 1.0 for slot in choice.slots):
+        if any(slot.return_logprob and (self._ops.whole_logprobs or slot.heat != 1.0) for slot in choice.slots):
             return None
         settings = self._slots.columns.rows(wanted.slots, wanted.known)
         scale_LJ = Candidates.scales(settings, any(slot.return_logprob for slot in choice.slots))

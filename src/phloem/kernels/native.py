@@ -65,7 +65,11 @@ def table(
     )
     activations, adapters = (_FLOAT32, torch.float32) if float32 else (_ROUNDED, torch.bfloat16)
     return dataclasses.replace(
-        whole, activations=activations, adapter_dtype=adapters, apart=linear.apart if invariant else None
+        whole,
+        activations=activations,
+        adapter_dtype=adapters,
+        apart=linear.apart if invariant else None,
+        whole_logprobs=invariant,
     )
 
 

@@ -104,8 +104,7 @@ class EngineCore:
         self._grammars = _grammars(config, checkpoint)
         prepare = self._grammars.prepare if self._grammars is not None else _no_grammar
         self._sends = send
-        self._desk = _desk(config, built, report)
-        self._keeper = _keeper(config, checkpoint, built)
+        self._desk, self._keeper = _desk(config, built, report), _keeper(config, checkpoint, built)
         self.scheduler = Scheduler(
             runner, settings, cache, self._send, prepare=prepare, lender=self._desk, keeper=self._keeper
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from msgspec import Meta
+from msgspec import Meta, field
 
 from phloem.core.errors import BadRequest
 from phloem.protocol.answers import ControlAnswer
@@ -67,7 +67,7 @@ class FromDiskBody(UpdateBody, kw_only=True):
     load_format: str | None = None
     is_async: bool | None = None
     keep_pause: bool | None = None
-    recapture_cuda_graph: bool | None = None
+    recapture: bool | None = field(default=None, name="recapture_cuda_graph")
     token_step: int | None = None
     manifest: Any = None
 
@@ -75,7 +75,7 @@ class FromDiskBody(UpdateBody, kw_only=True):
         **UpdateBody.ignored,
         "is_async": "files are always read beside running steps",
         "keep_pause": "an update leaves a pause as it is",
-        "recapture_cuda_graph": "recorded steps are made anew where weights moved",
+        "recapture": "recorded steps are made anew where weights moved",
         "token_step": "the version is what names weights",
     }
     later: ClassVar[dict[str, Later]] = {**UpdateBody.later, "manifest": Later("delta_checkpoints")}

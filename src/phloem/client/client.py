@@ -22,7 +22,7 @@ from phloem.client.continuation import Continuation
 from phloem.client.counters import Counters
 from phloem.client.flow import Flow
 from phloem.core.errors import BadRequest, EngineDead, QueueFull
-from phloem.core.messages import ControlReply, EngineLink, FromEngine, Stats, Submit, Tokens, pack_ids
+from phloem.core.messages import ControlReply, EngineLink, FromEngine, Reweighted, Stats, Submit, Tokens, pack_ids
 from phloem.core.request import SamplingParams
 from phloem.text.detokenizer import StreamDecoder
 
@@ -54,6 +54,7 @@ class EngineClient:
         self.admission = Admission(tokenizer, info)
         self.counters = Counters()
         self.draining = False
+        self.unfit = ""  # why the engine's weights cannot serve
         self.on_death: list[Callable[[str], None]] = []
         self.connection = Connection(self._take, self._end)
         self.flow = Flow(self.connection.send, self.counters, self.admission.sessions)
@@ -62,6 +63,7 @@ class EngineClient:
 
     def attach(self, link: EngineLink, ready: dict[str, Any] | None = None) -> None:
         """Serve through this link from now on. `ready`: the engine's `Ready.info`, where the caller has taken it."""
+        self.unfit, self.flow.version = "", self.info.weight_version
         self.connection.attach(link, ready)
 
     def start(self) -> None:
@@ -94,6 +96,11 @@ class EngineClient:
         return self.connection.dead
 
     @property
+    def weight_version(self) -> str:
+        """As the engine said last."""
+        return self.flow.version
+
+    @property
     def sessions(self) -> Sessions:
         return self.admission.sessions
 
@@ -107,6 +114,9 @@ class EngineClient:
             self.flow.on_tokens(message, now)
         elif isinstance(message, Stats):
             self.counters.on_stats(message)
+        elif isinstance(message, Reweighted):
+            self.unfit = message.unfit
+            self.flow.on_weights(message.version)
 
     def _end(self, error: EngineDead, expected: bool) -> None:
         meant = expected or self.draining

@@ -61,6 +61,11 @@ class Control(Message):
     `pause` (args: mode abort | retract | in_place), `resume`, `abort_all`, `cache_tree` (args: max_nodes),
     `get_weights_by_name` (args: name, rows; data: weight, nested lists), `load_lora_adapter` (args: name, path,
     pinned; data: loaded, path by name), `unload_lora_adapter` (args: name; data: loaded, users).
+
+    Of weights (`scheduler/weights.py`): `update_weights` (args: source and what `core.updates.Keeper.read` takes,
+    version, flush, abort_all; data: tensors, version, epoch, aborted), `begin_update`, `end_update`, `update_version`
+    (args: version, abort_all), `init_group`, `destroy_group`, `check_weights` (args: action, skip; data: checksums),
+    `release_memory` and `resume_memory` (args: tags; data: bytes, or unfit).
     """
 
     id: str
@@ -139,6 +144,13 @@ class Stats(Message):
     grammar_seconds: list[float] = []  # of each grammar that was compiled since the last Stats
 
 
+class Reweighted(Message):
+    """Tokens behind this message are of other weights than those before it, or of weights with another name."""
+
+    version: str
+    unfit: str = ""  # why the weights cannot serve; "": they can
+
+
 class ControlReply(Message):
     id: str
     ok: bool = True
@@ -179,7 +191,7 @@ class Heartbeat(Message):
 
 
 ToEngine = Submit | Abort | Control | Drain
-FromEngine = Tokens | Stats | ControlReply | Progress | Ready | Failed | Stopped | Heartbeat
+FromEngine = Tokens | Stats | Reweighted | ControlReply | Progress | Ready | Failed | Stopped | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)
@@ -259,6 +271,7 @@ __all__ = [
     "Message",
     "Progress",
     "Ready",
+    "Reweighted",
     "Stats",
     "Stopped",
     "Submit",

@@ -62,9 +62,10 @@ class StepWork:
         recorded: Sequence[RecordedWay],
         streams: Streams | None,
         sharing: Sharing | None = None,
+        heated: bool = False,
     ) -> None:
         self.model, self.ops, self._sharing = model, ops, sharing
-        self.slots = Slots(max_slots, model.vocab_size, pool.device)
+        self.slots = Slots(max_slots, model.vocab_size, pool.device, heated)
         self.last = LastTokens(max_slots, pool.device, facts.on_host, streams, ops)
         self.masks = Masks(model.vocab_size, pool.device, ops, facts.masks_ahead, self.last.up)
         self._on_host, self._forgotten = facts.on_host, 0
@@ -160,6 +161,7 @@ class ModelRunner:
         begin: called once in the thread that runs the steps.
         sharing: what it costs to attend to pages that rows share once for all of them; None: it is not done.
         kernels: tells what has been compiled, where kernels are compiled at run time.
+        heated: log probabilities of sampled tokens are those after temperature.
     """
 
     def __init__(
@@ -177,6 +179,7 @@ class ModelRunner:
         begin: Callable[[], None] | None = None,
         sharing: Sharing | None = None,
         kernels: Callable[[], dict[str, Any]] | None = None,
+        heated: bool = False,
     ) -> None:
         self.model, self.pool = model, pool
         self.groups, self.num_pages, self.page_size = pool.groups, pool.num_pages, pool.page_size
@@ -187,7 +190,7 @@ class ModelRunner:
         self._kernels = kernels
         self._handed: dict[int, Follower | None] = {}
         self._handing = threading.Lock()
-        self._work = work = StepWork(model, backend, pool, ops, max_slots, facts, recorded, streams, sharing)
+        self._work = work = StepWork(model, backend, pool, ops, max_slots, facts, recorded, streams, sharing, heated)
         self._steps = StepThread(
             work.begin,
             work.needs_values,

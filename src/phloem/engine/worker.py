@@ -125,7 +125,8 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     threads = _take(decisions, resolve.threads(config.runtime.threads, available_cores()))
     platform, chosen = platforms.choose(config.runtime.device, threads)
     decisions.append(chosen)
-    ops, why = platform.table(config.runtime.ops, float32=config.model.dtype == "float32")
+    asked_ops = config.runtime.ops or ("invariant" if config.runtime.enable_deterministic_inference else None)
+    ops, why = platform.table(asked_ops, float32=config.model.dtype == "float32")
     decisions.append(Decision("ops", ops.name, why))
     if ops.activations is not None:
         decisions.append(Decision("activations", *ops.activations))
@@ -190,7 +191,7 @@ def _build(
     runner = ModelRunner(
         model, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
-        kernels=warming.told if warming is not None else None,
+        kernels=warming.told if warming is not None else None, heated=config.model.logprobs_mode == "temperature",
     )  # fmt: skip
     info = {
         "weight_bytes": model.weight_bytes,

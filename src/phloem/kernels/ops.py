@@ -114,6 +114,9 @@ class Ops:
     # Whether a row's results have the same bits in steps of 1 to 24 rows.
     row_bits: bool = False
 
+    # Whether log probabilities are read from whole rows of logits, which gives each the same bits wherever it is computed.
+    whole_logprobs: bool = False
+
     # Types of KV cache that `write_kv` and `paged_attention` take; None: every floating type.
     kv_dtypes: tuple[torch.dtype, ...] | None = None
 
@@ -206,3 +209,7 @@ class Ops:
     # Put a weight that was prepared anew into the memory of the old one: True if it is there now, and every recorded
     # step sees it. None: weights that are not tensors move when they are updated.
     refill: Callable[[Any, Any], bool] | None = None
+    # The memory that a prepared weight's values lie in, and nothing else's, as rows of bytes. None: it is a tensor.
+    memory: Callable[[Any], list[Tensor]] | None = None
+    # Make anew what was kept of a bias in another type: the tensor itself has been overwritten.
+    renew: Callable[[Any], None] | None = None

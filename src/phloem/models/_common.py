@@ -17,6 +17,7 @@ from phloem.layers.rope import rope_spec
 from phloem.layers.weight import Layer
 from phloem.models._index import WeightIndex, open_sources, some
 from phloem.models._layer import MLP, Attention, LayerKind, Place
+from phloem.models._push import Push
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -240,9 +241,12 @@ class Decoder(Layer):
         steps are stale.
 
         Raises:
-            ModelLoadError: for an unknown name or a wrong shape; tensors before it have been taken.
+            ModelLoadError: for an unknown name or a wrong shape; nothing has been changed then.
         """
-        return self.index.push(tensors)
+        push = Push(self.index, self.checkpoint_name)
+        push.add(tensors)
+        push.prepare()
+        return push.install()
 
     def checkpoint_name(self, name: str) -> str | None:
         """Our name of a tensor in a safetensors file; None: knowingly left out. A family with other names overrides."""

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from phloem.core.adapters import Lender
     from phloem.core.batch import Pending, Runner, StepOutput
     from phloem.core.late import Late, Prepared
+    from phloem.core.updates import Keeper
     from phloem.kvcache.manager import CacheManager
 
 T = TypeVar("T")
@@ -92,7 +93,7 @@ class Scheduler:
 
     `prepare(submit, prompt)` gives what a request must wait for and what its output keeps to; None: nothing. A
     `PhloemError` that it raises answers the request. `wait_for` adds to the former at any time. `lender` has the
-    adapters, where any are served.
+    adapters, where any are served; `keeper` changes the weights, where that can be done.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         prepare: Callable[[Submit, NDArray[np.int32]], Prepared | None] | None = None,
         lender: Lender | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         self.runner = runner
         self.settings = settings
@@ -112,6 +114,7 @@ class Scheduler:
         self.clock = clock
         self.prepare = prepare
         self.lender = lender
+        self.keeper = keeper
         self.live: dict[str, Request] = {}
         self.queue = WaitingQueue()
         self.late: deque[Request] = deque()  # those that wait for something, with or without a slot
@@ -151,7 +154,12 @@ class Scheduler:
         """Whether anything would happen without a new message."""
         if self.inflight or self.controls.waiting or self._drain_until is not None:
             return True
-        return bool(self.live) and not self.paused
+        return bool(self.live) and not self.paused and not self.asleep
+
+    @property
+    def asleep(self) -> bool:
+        """Whether what steps need has been given back: requests wait."""
+        return self.keeper is not None and not self.keeper.asleep.isdisjoint(("weights", "kv_cache"))
 
     @property
     def nothing_held(self) -> bool:
@@ -169,6 +177,7 @@ class Scheduler:
             "running": self.slots.num_running,
             "waiting": self.num_waiting,
             "paused": self.paused,
+            **self._weights(),
             "max_running_requests": self.slots.count,
             "graph_bytes": self.runner.graph_bytes,
             "prepared": self.runner.prepared,
@@ -177,6 +186,17 @@ class Scheduler:
             **self.planner.state(),
             **self.results.state(),
             **({} if self.lender is None else self.lender.state()),
+        }
+
+    def _weights(self) -> dict[str, Any]:
+        keeper = self.keeper
+        if keeper is None:
+            return {}
+        return {
+            "weight_version": keeper.version,
+            "weight_epoch": keeper.epoch,
+            "weights_unfit": keeper.unfit,
+            "asleep": sorted(keeper.asleep),
         }
 
     @property
@@ -195,6 +215,13 @@ class Scheduler:
         adapter = "" if request.adapter is None else request.adapter.uid
         request.namespace = namespace(request.submit.namespace, adapter, self._weight_version)
         request.match_version = -1
+
+    def settle(self) -> None:
+        """Take in every launched step and tell what it gave: what is told from now on was computed later."""
+        while self.inflight:
+            self._commit(self.inflight.popleft())
+        self.results.tell_all()
+        self.flush_results()
 
     def between(self, work: Callable[[], T]) -> Pending[T]:
         """Run `work` behind every step launched so far and before every later one, with none in flight.
@@ -224,6 +251,9 @@ class Scheduler:
                 raise BadRequest(f"request id {submit.id!r} is in use", param="rid")
             if self._drain_until is not None:
                 self.results.refuse(submit.id, str(SHUTTING_DOWN.message), 503)
+                return
+            if self.keeper is not None and self.keeper.unfit:
+                self.results.refuse(submit.id, self.keeper.unfit, 503)
                 return
             if self.num_waiting >= self.settings.max_queued_requests:
                 self.results.refuse(submit.id, f"the queue is full: {self.num_waiting} requests are waiting", 503)
@@ -401,7 +431,7 @@ class Scheduler:
         return False
 
     def _launch_next(self) -> bool:
-        if self.paused:
+        if self.paused or self.asleep:
             return False
         plan: Plan | None = None
         try:

@@ -39,7 +39,7 @@ def run_forward(
 ) -> Tensor:
     """One forward pass, eagerly: hidden states of the rows `index` (None: of all tokens)."""
     memory = begin(backend, inputs.rows(), pool)
-    step = ForwardBatch(inputs.input_ids, inputs.positions, memory, index, inputs.adapters, inputs.embeds)
+    step = ForwardBatch(inputs.input_ids, inputs.positions, memory, index, inputs.adapters, inputs.embeds, inputs.deep)
     return model.forward(step)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from phloem.attention._cascade import Shared
     from phloem.core.batch import Batch
     from phloem.core.memory import Group
+    from phloem.engine.media import Pictures
     from phloem.engine.transfer import LastTokens
     from phloem.engine.wanted import Wanted
     from phloem.kvcache.pool import KVPool
@@ -49,6 +50,7 @@ class StepInputs:
     max_seq_len: int
     adapters: tuple[Tensor, Tensor] | None = None  # of the tokens [T] and of the wanted positions [L], int32
     embeds: tuple[Tensor, Tensor] | None = None
+    deep: Tensor | None = None  # as in `ForwardBatch`
     shared: dict[int, SharedPages] = field(default_factory=dict)  # by group
 
     @property
@@ -221,11 +223,18 @@ class Step:
     """A batch on its way through the ways of running it; what they share is made once."""
 
     def __init__(
-        self, batch: Batch, wanted: Wanted, pool: KVPool, last: LastTokens, sharing: Sharing | None = None
+        self,
+        batch: Batch,
+        wanted: Wanted,
+        pool: KVPool,
+        last: LastTokens,
+        sharing: Sharing | None = None,
+        pictures: Pictures | None = None,
     ) -> None:
         self.batch = batch
         self.wanted = wanted
         self._sharing = sharing
+        self._pictures = pictures
         self._shared: dict[int, Shared] | None = None
         self._pool, self._last = pool, last
         self._arrays: Sequence[Any] | None = None
@@ -241,7 +250,7 @@ class Step:
         """Its tokens are all of the vocabulary, at one position each."""
         batch = self.batch
         turned = batch.positions is not None and batch.positions.ndim > 1
-        return not batch.embeds and not turned
+        return not batch.embeds and not turned and self._pictures is None
 
     def adapter_arrays(self) -> list[NDArray[np.int32]]:
         """The adapters of its tokens [T] and of its wanted positions [L], where it has any."""
@@ -336,6 +345,10 @@ class Step:
             index = [np.arange(one.start, one.start + len(one.values)) for one in batch.embeds]
             rows, values = up([np.concatenate(index), np.concatenate([one.values for one in batch.embeds])])
             inputs.embeds = rows, values
+        if self._pictures is not None:
+            values_nN, *more = self._pictures.values.split(self._pictures.hidden_size, -1)
+            inputs.embeds = self._pictures.index, values_nN
+            inputs.deep = torch.stack(more) if more else None
         return inputs
 
     def _moved(self, batch: Batch, index: NDArray[np.int64], more: Sequence[Any] = ()) -> Sequence[Any]:

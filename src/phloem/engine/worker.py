@@ -15,10 +15,12 @@ from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.attention._packed import refusal
 from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import resolve, speculation
+from phloem.core.config import parse_bytes
 from phloem.core.errors import ConfigError
 from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
 from phloem.engine import warm
+from phloem.engine.media import Desk
 from phloem.engine.pooled import PooledRunner
 from phloem.engine.recorded import choice
 from phloem.engine.runner import ModelRunner
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from phloem.adapters._sites import Sites
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
+    from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
     from phloem.models import Model
     from phloem.models._scales import LayerScales
@@ -177,7 +180,7 @@ def _build(
     runner = ModelRunner(
         model, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
-        kernels=warming.told if warming is not None else None,
+        kernels=warming.told if warming is not None else None, desk=_desk(config, model, ops, running),
     )  # fmt: skip
     info = {
         "weight_bytes": model.weight_bytes,
@@ -190,6 +193,13 @@ def _build(
     worthwhile = min(chunk, platform.worthwhile_chunk)
     sizes = running, chunk, machine.mixed, worthwhile, sizing.tokens
     return Built(runner, context, *sizes, sites, decisions, info)
+
+
+def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[LastTokens], Desk] | None:
+    if not isinstance(model, Decoder) or model.tower is None:
+        return None
+    tower, budget = model.tower, parse_bytes(config.media.mm_encoder_cache, "mm_encoder_cache")
+    return lambda last: Desk(tower, ops, running, budget, last.up)
 
 
 def _taken(model: Model, sites: Sites | None, platform: Platform) -> int:

@@ -229,9 +229,11 @@ class WeightIndex:
             raise ModelLoadError(f"{where}: {len(wrong)} tensors have another shape: {some(wrong)}")
 
     def _lift(self, name: str, sources: dict[str, Source]) -> None:
-        """Some families store a vector as a matrix of one row, which only a small tensor may be read whole for."""
+        """Some families store a vector as a matrix of one row, which only a small tensor may be read whole for; and
+        the matrix that patches of pictures are multiplied with as a kernel of a convolution."""
         seen, expected = sources[name].shape, self.stored_shape(name)
-        if len(expected) == 1 and seen == (1, *expected):
+        kernel = len(seen) > len(expected) == 2 and seen[0] == expected[0] and prod(seen) == prod(expected)
+        if kernel or (len(expected) == 1 and seen == (1, *expected)):
             whole = sources[name].take(None, torch.float32).reshape(expected)
             sources[name] = TensorSource(name, expected, shifted=sources[name].shifted, tensor=whole)
 
@@ -261,7 +263,9 @@ class WeightIndex:
         if weight.role == "matrix":
             views = self._ahead(views, sources)
             parts: Sequence[Any] = (
-                views if method is None or method.wrap is None else [method.wrap(view) for view in views]
+                views
+                if method is None or method.wrap is None or weight.plain
+                else [method.wrap(view) for view in views]
             )
             if not weight.experts:
                 return ops.prepare_linear(parts, dtype, device)
@@ -341,7 +345,8 @@ class WeightIndex:
                 continue
             places, shape = self._places(name), self.stored_shape(name)
             check_pushed(name, tensor.dtype)
-            if tensor.shape != shape and tensor.shape != (1, *shape):
+            kernel = tensor.ndim > len(shape) == 2 and tensor.shape[0] == shape[0] and tensor.numel() == prod(shape)
+            if tensor.shape != shape and tensor.shape != (1, *shape) and not kernel:
                 raise ModelLoadError(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
             source = TensorSource(name, shape, tensor=tensor.reshape(shape))
             for weight, number in places:

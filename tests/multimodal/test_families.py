@@ -67,3 +67,69 @@ def test_logits_and_greedy_text_are_those_of_transformers(pair: Any, settings: d
             check(theirs, ask(engine, name), name)
     finally:
         engine.shutdown()
+
+
+def test_pictures_are_found_by_content(pair: Any) -> None:
+    """The same prompt again is neither encoded nor computed; the same text about another picture shares no more than
+    what stands before it; a picture in another place is computed again, and not encoded."""
+    theirs, path, _ = pair
+    engine = engine_of(path, page_size=1)
+    try:
+        first = ask(engine, "one", max_new_tokens=8)
+        again = plain(engine, "one")
+        other = plain(engine, "one", [1])
+        length = len(first["meta_info"]["prompt_token_ids"])
+        assert again["meta_info"]["cached_tokens"] == length - 1
+        assert other["meta_info"]["cached_tokens"] == 3
+        assert again["output_ids"] == first["output_ids"]
+        assert other["output_ids"] == theirs.greedy(other["meta_info"]["prompt_token_ids"], [PICTURES[1]], 8)
+        assert encoded(engine) == (2, 0)
+        plain(engine, "first", [0])
+        assert encoded(engine) == (2, 1)
+        cut = plain(engine, "one", [0], tail=[77])  # from the tree up to the middle of the text behind the picture
+        assert cut["output_ids"] == theirs.greedy(cut["meta_info"]["prompt_token_ids"], [PICTURES[0]], 8)
+    finally:
+        engine.shutdown()
+
+
+def test_many_at_once_are_as_alone(pair: Any) -> None:
+    """Pictures and texts in the same steps, several continuations, preemptions: each answer is the one it has alone."""
+    theirs, path, _ = pair
+    engine = engine_of(path, chunked_prefill_size=16, page_size=4, max_total_tokens=160)
+    try:
+        alone = {name: plain(engine, name)["output_ids"] for name in TEXTS}
+        engine.flush_cache()
+        mark = mark_of(engine)
+        names = [*TEXTS] * 3
+        found: Any = engine.generate(
+            input_ids=[[mark if token == "P" else token for token in TEXTS[name][0]] for name in names],
+            image_data=[[png(PICTURES[number]) for number in TEXTS[name][1]] for name in names],
+            sampling_params={"temperature": 0, "max_new_tokens": 8, "ignore_eos": True, "n": 2},
+        )
+        each = [answer["output_ids"] for answer in found]
+        assert each == [alone[name] for name in names for _ in range(2)]
+        assert theirs is not None
+    finally:
+        engine.shutdown()
+
+
+def mark_of(engine: Engine) -> int:
+    return engine.tokenizer.encode(engine._client.pictures.processor.mark, add_special_tokens=False)[0]
+
+
+def plain(engine: Engine, name: str, which: list[int] | None = None, tail: list[int] | None = None) -> dict[str, Any]:
+    ids, own = TEXTS[name]
+    mark = mark_of(engine)
+    found: Any = engine.generate(
+        input_ids=[mark if token == "P" else token for token in [*ids[: len(ids) - bool(tail)], *(tail or [])]],
+        image_data=[png(PICTURES[number]) for number in (own if which is None else which)],
+        sampling_params={"temperature": 0, "max_new_tokens": 8, "ignore_eos": True},
+        return_prompt_token_ids=True,
+    )
+    return found
+
+
+def encoded(engine: Engine) -> tuple[int, int]:
+    """Pictures of the tower and of the encoder cache, since the start."""
+    state = engine.get_server_info()["internal_states"][0]
+    return state["pictures_encoded"], state["pictures_found"]

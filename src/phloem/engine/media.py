@@ -1,8 +1,8 @@
 """Pictures in a step: what stands in for the embeddings of their tokens, and where these tokens are.
 
 A tower runs in the step that first computes a token of a picture, for all such pictures of the step together. What it
-gives is kept by content, up to a number of bytes, so that later chunks, other requests and requests that come back after
-a preemption find it. A picture whose tokens all come from the prefix tree is never looked at.
+gives is kept by content, up to a number of bytes, so that later chunks, other requests and those that come back after a
+preemption find it. A picture whose tokens all come from the prefix tree is never looked at.
 
 Legend: T packed new tokens, n of them of pictures, N hidden size.
 """

@@ -262,11 +262,8 @@ class WeightIndex:
         ops, dtype, device, method = self.ctx.ops, self.ctx.dtype, self.ctx.device, self.ctx.quant
         if weight.role == "matrix":
             views = self._ahead(views, sources)
-            parts: Sequence[Any] = (
-                views
-                if method is None or method.wrap is None or weight.plain
-                else [method.wrap(view) for view in views]
-            )
+            wrap = None if method is None or weight.plain else method.wrap
+            parts: Sequence[Any] = views if wrap is None else [wrap(view) for view in views]
             if not weight.experts:
                 return ops.prepare_linear(parts, dtype, device)
             prepare = ops.prepare_experts if weight.fused else ops.stack_experts

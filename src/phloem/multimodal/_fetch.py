@@ -133,11 +133,9 @@ def _once(url: str, where: str, rules: Rules, deadline: float) -> bytes | str:
         plain = socket.create_connection((_address(host, port, where, rules), port), CONNECT_SECONDS)
         with plain:
             plain.settimeout(max(0.1, deadline - time.monotonic()))
-            secure = (
-                ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-                if parts.scheme == "https"
-                else plain
-            )
+            secure: socket.socket = plain
+            if parts.scheme == "https":
+                secure = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
             connection = http.client.HTTPConnection(host, port)
             connection.sock = secure
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")

@@ -117,7 +117,9 @@ class PictureReader:
 
     def with_places(self, text: str, made: Sequence[tuple[Picture, bytes]], where: str) -> str:
         """The prompt with what stands for its pictures where their marks are. Raises BadRequest: other numbers."""
-        mark = self.processor.mark
+        mark, usual = self.processor.mark, "<image>"
+        if made and mark not in text and text.count(usual) == len(made):
+            text = text.replace(usual, self.processor.inline)  # what programs write that know no model
         parts = text.split(mark)
         self._check(len(parts) - 1, len(made), where)
         return parts[0] + "".join(picture.text + part for (picture, _), part in zip(made, parts[1:], strict=True))
@@ -169,7 +171,7 @@ class PictureReader:
                     shape=shape,
                     scale=list(picture.scale),
                     extra=list(picture.extra),
-                )  # fmt: skip
+                )
             )
         return found + ids[before:], media
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import io
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from phloem.core.errors import BadRequest
 from phloem.multimodal._reader import Source
+
+if TYPE_CHECKING:
+    from phloem.multimodal._reader import PictureReader
+    from phloem.text.template import ChatTemplate
+
+PICTURES = ("image_url", "image", "input_image")  # types of parts of a message
 
 
 def source_of(value: Any, where: str) -> Source:
@@ -17,6 +22,8 @@ def source_of(value: Any, where: str) -> Source:
     Raises:
         BadRequest: it is none of these.
     """
+    if isinstance(value, Source):
+        return value
     if isinstance(value, dict):
         found = cast("dict[str, Any]", value)
         inner = found.get("url") or found.get("image_url") or found.get("image") or found.get("data")
@@ -26,7 +33,7 @@ def source_of(value: Any, where: str) -> Source:
         return Source(value, where)
     if isinstance(value, bytes | bytearray | memoryview):
         return Source("", where, bytes(value))
-    if callable(getattr(value, "save", None)):  # a Pillow image
+    if type(value).__module__.startswith("PIL."):
         buffer = io.BytesIO()
         value.save(buffer, "PNG")
         return Source("", where, buffer.getvalue())
@@ -73,8 +80,49 @@ def block_source(block: dict[str, Any], where: str) -> Source:
     raise BadRequest(f"{where}.source: expected base64 with data, or url with an url", param=f"{where}.source")
 
 
-def as_data_uri(source: Source) -> str:
-    """For messages that are handed on as text."""
-    if source.data is None:
-        return source.text
-    return "data:image/png;base64," + base64.b64encode(source.data).decode()
+def seen(
+    messages: list[dict[str, Any]], reader: PictureReader | None, template: ChatTemplate | None
+) -> tuple[list[dict[str, Any]], list[Source]]:
+    """A conversation with places for its pictures as the template writes them, and the pictures in order.
+
+    Raises:
+        BadRequest: the model takes none, or a part is neither text nor a picture.
+    """
+    pictures: list[Source] = []
+    found: list[dict[str, Any]] = []
+    for at, message in enumerate(messages):
+        content: Any = message.get("content")
+        if not isinstance(content, list) or all(_kind(part) not in PICTURES for part in cast("list[Any]", content)):
+            found.append(message)
+            continue
+        parts = [
+            _part(part, f"messages[{at}].content[{number}]") for number, part in enumerate(cast("list[Any]", content))
+        ]
+        own = [part for part in parts if isinstance(part, Source)]
+        if reader is None:
+            raise BadRequest("this model takes no pictures", param=own[0].where, code="not_supported")
+        pictures += own
+        shown: Any = [{"type": "image"} if isinstance(part, Source) else part for part in parts]
+        if template is None or not template.shows_pictures:
+            inline = reader.processor.inline
+            shown = "\n".join(inline if isinstance(part, Source) else part["text"] for part in parts)
+        found.append({**message, "content": shown})
+    return found, pictures
+
+
+def _kind(part: Any) -> Any:
+    return cast("dict[str, Any]", part).get("type") if isinstance(part, dict) else None
+
+
+def _part(part: Any, where: str) -> dict[str, Any] | Source:
+    kind = _kind(part)
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise BadRequest(f"{where}: text is missing", param=where)
+        return {"type": "text", "text": part["text"]}
+    if kind not in PICTURES:
+        raise BadRequest(f"not supported yet: {where} of type {kind!r:.100}", param=where, code="not_supported")
+    name = "image_url" if part.get("image_url") is not None else "image"
+    if part.get(name) is None:
+        raise BadRequest(f"{where}: {kind} is missing", param=where)
+    return source_of(part[name], f"{where}.{name}")

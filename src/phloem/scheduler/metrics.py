@@ -71,6 +71,8 @@ class Meter:
     def state(self) -> dict[str, Any]:
         return {
             "steps": self.steps,
+            "pictures_encoded": self.encoded,
+            "pictures_found": self.found,
             "busy_seconds": self.busy_total,
             "forward_seconds": self.forward_total,
             "gen_throughput": self.last_throughput,

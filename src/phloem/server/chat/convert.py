@@ -11,7 +11,7 @@ import msgspec
 
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
-from phloem.protocol.media import source_of
+from phloem.protocol.media import PICTURES, seen
 from phloem.protocol.sampling import namespace, openai_params
 from phloem.protocol.structured import FIELDS, answer_shape
 from phloem.server.chat import toolplan
@@ -26,12 +26,10 @@ if TYPE_CHECKING:
     from phloem.client.client import EngineClient
     from phloem.client.info import ModelInfo
     from phloem.core.request import SamplingParams
-    from phloem.multimodal._reader import Source
     from phloem.server.chat.toolplan import ToolPlan
     from phloem.text.template import ChatTemplate
 
 PROMPT_TAIL = 16  # tokens
-PICTURES = ("image_url", "image", "input_image")  # types of parts
 LONG_CONVERSATION = 20_000  # characters: rendered in a thread, off the event loop
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})
 
@@ -98,7 +96,7 @@ async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> 
     tools = toolplan.plan(body.tools, body.tool_choice, body.parallel_tool_calls, info.tool_parser, answer)
     constrain(sampling, tools, info)
     reasoning = info.reasoning_parser if body.separate_reasoning is not False else None
-    messages, pictures = _seen(plain_messages(body.messages or []), client)
+    messages, pictures = seen(plain_messages(body.messages or []), client.pictures, client.template)
     if pictures and body.input_ids is not None:
         raise BadRequest("input_ids have no pictures: send messages", param="input_ids")
     text = (
@@ -220,10 +218,13 @@ def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
 
 def _plain_message(message: Message, at: int) -> dict[str, Any]:
     """A message as templates read it: unset fields left out, text parts joined by newlines, but for those with
-    pictures, which stay parts: `image` is a `Source`."""
+    pictures, which stay parts."""
     content: Any = message.content
     if isinstance(content, list) and any(part.type in PICTURES for part in content):
-        content = [_part(part, f"messages[{at}].content[{number}]") for number, part in enumerate(content)]
+        content = [
+            {name: value for name, value in msgspec.structs.asdict(part).items() if value is not None}
+            for part in content
+        ]
     elif isinstance(content, list):
         texts: list[str] = []
         for number, part in enumerate(content):
@@ -241,41 +242,3 @@ def _plain_message(message: Message, at: int) -> dict[str, Any]:
         plain.pop(name, None)
     plain["content"] = content
     return plain
-
-
-def _part(part: ContentPart, where: str) -> dict[str, Any]:
-    if part.type == "text":
-        if part.text is None:
-            raise BadRequest(f"{where}: text is missing", param=where)
-        return {"type": "text", "text": part.text}
-    if part.type not in PICTURES:
-        raise BadRequest(f"not supported yet: {where} of type {part.type!r:.100}", param=where, code="not_supported")
-    value = part.image_url if part.image_url is not None else part.image
-    if value is None:
-        raise BadRequest(f"{where}: {part.type} is missing", param=where)
-    name = "image_url" if part.image_url is not None else "image"
-    return {"type": "image", "image": source_of(value, f"{where}.{name}")}
-
-
-def _seen(messages: list[dict[str, Any]], client: EngineClient) -> tuple[list[dict[str, Any]], list[Source]]:
-    """The messages with places for their pictures as the template writes them, and the pictures in order.
-
-    Raises:
-        BadRequest: the model takes none.
-    """
-    pictures: list[Source] = []
-    found: list[dict[str, Any]] = []
-    for message in messages:
-        parts: Any = message["content"]
-        if isinstance(parts, list):
-            own: list[Source] = [part["image"] for part in parts if part["type"] == "image"]
-            if client.pictures is None:
-                raise BadRequest("this model takes no pictures", param=own[0].where, code="not_supported")
-            pictures += own
-            inline = client.pictures.processor.inline
-            if client.template is not None and client.template.shows_pictures:
-                parts = [{"type": "image"} if part["type"] == "image" else part for part in parts]
-            else:
-                parts = "\n".join(inline if part["type"] == "image" else part["text"] for part in parts)
-        found.append({**message, "content": parts})
-    return found, pictures

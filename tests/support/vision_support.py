@@ -23,6 +23,35 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 SETTINGS["qwen2_5_vl"] = SETTINGS["qwen2_vl"]
+SETTINGS["qwen3_vl"] = {**SETTINGS["qwen2_vl"], "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+SETTINGS["smolvlm"] = {
+    "image_processor_type": "SmolVLMImageProcessor",
+    "size": {"longest_edge": 32},
+    "max_image_size": {"longest_edge": 16},
+}
+SETTINGS["idefics3"] = {**SETTINGS["smolvlm"], "image_processor_type": "Idefics3ImageProcessor"}
+SETTINGS["llava"] = {
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": 16},
+    "crop_size": {"height": 16, "width": 16},
+}
+SETTINGS["llava-siglip"] = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 16, "width": 16}}
+SETTINGS["llava-pixtral"] = {
+    "image_processor_type": "PixtralImageProcessor",
+    "size": {"longest_edge": 24},
+    "patch_size": {"height": 4, "width": 4},
+}
+SETTINGS["mistral3"] = {
+    "image_processor_type": "PixtralImageProcessor",
+    "size": {"longest_edge": 32},
+    "patch_size": {"height": 8, "width": 8},
+}
+SETTINGS["internvl"] = {
+    "image_processor_type": "GotOcr2ImageProcessor",
+    "size": {"height": 16, "width": 16},
+    "crop_to_patches": True,
+    "max_patches": 4,
+}
 
 
 def picture(seed: int, width: int, height: int) -> Any:
@@ -42,7 +71,9 @@ def png(image: Any) -> bytes:
 
 def seeing_checkpoint(name: str, path: Path, **overrides: Any) -> Path:
     """A tiny checkpoint with the settings of its picture processor."""
-    tiny_checkpoint(name, path, **overrides)
+    family_name, _, variant = name.partition("-")
+    overrides = {**(family(family_name).variants[variant] if variant else {}), **overrides}
+    tiny_checkpoint(family_name, path, **overrides)
     (path / "preprocessor_config.json").write_text(json.dumps(SETTINGS[name]))
     return path
 
@@ -62,9 +93,11 @@ class Theirs:
         """`ids` have as many placeholders as the pictures take."""
         found: dict[str, Any] = {"input_ids": torch.tensor([ids])}
         if images:
-            found |= dict(self.processor(images=images, return_tensors="pt"))
-        token = self.model.config.image_token_id
-        found["mm_token_type_ids"] = (found["input_ids"] == token).int()
+            nested = self.name in ("smolvlm", "idefics3")
+            found |= dict(self.processor(images=[images] if nested else images, return_tensors="pt"))
+            found.pop("num_patches", None)
+        if self.name.startswith("qwen"):
+            found["mm_token_type_ids"] = (found["input_ids"] == self.model.config.image_token_id).int()
         return found
 
     def logits(self, ids: list[int], images: list[Any]) -> torch.Tensor:
@@ -80,4 +113,4 @@ class Theirs:
 
 
 def seeing() -> list[str]:
-    return [name for name in SETTINGS if family(name).vision is not None]
+    return list(SETTINGS)

@@ -34,6 +34,7 @@ class QwenVision:
     merge: int
     frames: int  # that a patch spans
     out_size: int
+    bias: bool = False  # of the patches' matrix
     window: int = 0
     full: tuple[int, ...] = ()
 
@@ -47,8 +48,13 @@ class QwenTower(VisionTower):
         super().__init__(ctx, token, sizes.out_size)
         ctx, kind, self.sizes = ctx.child("visual"), sizes.kind, sizes
         inputs = 3 * sizes.frames * sizes.patch**2
-        self.embed = Linear(ctx.child("patch_embed"), inputs, {"proj": kind.hidden_size})
+        self.embed = Linear(ctx.child("patch_embed"), inputs, {"proj": kind.hidden_size}, bias=sizes.bias)
         self.blocks = [Block(ctx.child("blocks").child(number), kind) for number in range(sizes.depth)]
+        self.joins(ctx)
+
+    def joins(self, ctx: BuildContext) -> None:
+        """What makes embeddings of the last layer's patches."""
+        sizes, kind = self.sizes, self.sizes.kind
         merger, wide = ctx.child("merger"), kind.hidden_size * sizes.merge**2
         self.norm = kind.norm(merger.child("ln_q"))
         self.up = Linear(merger.child("mlp"), wide, {"0": wide}, bias=True)

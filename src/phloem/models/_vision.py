@@ -158,7 +158,10 @@ class SeeingDecoder(Decoder):
         super().__init__(ctx, config, max_positions)
 
     def checkpoint_name(self, name: str) -> str | None:
-        return renamed(name, self.renames) or name
+        ours = renamed(name, self.renames) or name
+        # Layers behind the one whose patches are taken, and heads of their own.
+        unused = ours.startswith(("vision_tower.", "vision_model.")) and ours not in self.index.slots
+        return None if unused else ours
 
     def load(self, checkpoint: Any, progress: Any) -> None:
         super().load(checkpoint, progress)

@@ -13,7 +13,7 @@ from phloem.checkpoint.gguf_config import KEYS
 VOCAB = 384  # 256 bytes, the special tokens, and merges learned from CORPUS
 SPECIAL = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
 # Of models that see, behind those: their ids are 4, 5, ...
-SEEING = ["<|vision_start|>", "<|vision_end|>", "<image>", "<|row|>", "<|tile|>"]
+SEEING = ["<|vision_start|>", "<|vision_end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
     "A serving engine answers many requests at once; each request has its own page table.",
@@ -100,7 +100,7 @@ def _model(model_type: str, overrides: dict[str, Any], head: str) -> Any:
     tiny = family(model_type).tiny if model_type in FAMILIES.names() else None
     if tiny is None:
         raise ValueError(f"no tiny checkpoint for {model_type!r}; known: {', '.join(families())}")
-    around = tiny.get("around")
+    around = overrides.get("around", tiny.get("around"))
     settings = {**_SIZES, **tiny, **overrides, "around": None}
     settings = {key: value for key, value in settings.items() if value is not None}
     if around is None:

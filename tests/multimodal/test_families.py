@@ -80,7 +80,8 @@ def test_pictures_are_found_by_content(pair: Any) -> None:
         other = plain(engine, "one", [1])
         length = len(first["meta_info"]["prompt_token_ids"])
         assert again["meta_info"]["cached_tokens"] == length - 1
-        assert other["meta_info"]["cached_tokens"] == 3
+        token = engine._client.pictures.token
+        assert other["meta_info"]["cached_tokens"] == other["meta_info"]["prompt_token_ids"].index(token)
         assert again["output_ids"] == first["output_ids"]
         assert other["output_ids"] == theirs.greedy(other["meta_info"]["prompt_token_ids"], [PICTURES[1]], 8)
         assert encoded(engine) == (2, 0)
@@ -94,21 +95,22 @@ def test_pictures_are_found_by_content(pair: Any) -> None:
 
 def test_many_at_once_are_as_alone(pair: Any) -> None:
     """Pictures and texts in the same steps, several continuations, preemptions: each answer is the one it has alone."""
-    theirs, path, _ = pair
-    engine = engine_of(path, chunked_prefill_size=16, page_size=4, max_total_tokens=160)
+    _, path, name = pair
+    room = {"smolvlm": 900, "idefics3": 900, "llava-pixtral": 480}.get(name, 160)
+    engine = engine_of(path, chunked_prefill_size=16, page_size=4, max_total_tokens=room)
     try:
-        alone = {name: plain(engine, name)["output_ids"] for name in TEXTS}
+        alone = {text: plain(engine, text)["output_ids"] for text in TEXTS}
         engine.flush_cache()
         mark = mark_of(engine)
         names = [*TEXTS] * 3
         found: Any = engine.generate(
-            input_ids=[[mark if token == "P" else token for token in TEXTS[name][0]] for name in names],
-            image_data=[[png(PICTURES[number]) for number in TEXTS[name][1]] for name in names],
+            input_ids=[[mark if token == "P" else token for token in TEXTS[text][0]] for text in names],
+            image_data=[[png(PICTURES[number]) for number in TEXTS[text][1]] for text in names],
             sampling_params={"temperature": 0, "max_new_tokens": 8, "ignore_eos": True, "n": 2},
         )
         each = [answer["output_ids"] for answer in found]
-        assert each == [alone[name] for name in names for _ in range(2)]
-        assert theirs is not None
+        assert each == [alone[text] for text in names for _ in range(2)]
+        assert name != "qwen2_vl" or engine.get_server_info()["internal_states"][0]["preemptions"] > 0
     finally:
         engine.shutdown()
 

@@ -46,6 +46,12 @@ SETTINGS["mistral3"] = {
     "size": {"longest_edge": 32},
     "patch_size": {"height": 8, "width": 8},
 }
+SETTINGS["gemma3"] = {
+    "image_processor_type": "Gemma3ImageProcessor",
+    "size": {"height": 16, "width": 16},
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
 SETTINGS["internvl"] = {
     "image_processor_type": "GotOcr2ImageProcessor",
     "size": {"height": 16, "width": 16},
@@ -98,6 +104,9 @@ class Theirs:
             found.pop("num_patches", None)
         if self.name.startswith("qwen"):
             found["mm_token_type_ids"] = (found["input_ids"] == self.model.config.image_token_id).int()
+        if self.name == "gemma3":
+            found.pop("num_crops", None)
+            found["token_type_ids"] = (found["input_ids"] == self.model.config.image_token_id).int()
         return found
 
     def logits(self, ids: list[int], images: list[Any]) -> torch.Tensor:

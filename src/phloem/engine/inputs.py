@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from phloem.attention import StateRows
+from phloem.attention._both_ways import Spans
 from phloem.attention._cascade import MOST_TOKENS, find, fixed_sizes
 from phloem.kernels.ops import PagedBatch, SharedPages
 
@@ -51,6 +52,7 @@ class StepInputs:
     adapters: tuple[Tensor, Tensor] | None = None  # of the tokens [T] and of the wanted positions [L], int32
     embeds: tuple[Tensor, Tensor] | None = None
     deep: Tensor | None = None  # as in `ForwardBatch`
+    spans: Spans | None = None  # pictures that see themselves both ways
     shared: dict[int, SharedPages] = field(default_factory=dict)  # by group
 
     @property
@@ -349,7 +351,16 @@ class Step:
             values_nN, *more = self._pictures.values.split(self._pictures.hidden_size, -1)
             inputs.embeds = self._pictures.index, values_nN
             inputs.deep = torch.stack(more) if more else None
+            inputs.spans = self._spans(self._pictures.spans) if self._pictures.spans else None
         return inputs
+
+    def _spans(self, spans: list[tuple[int, int, int]]) -> Spans:
+        first, counts, ends = (np.array(each) for each in zip(*spans, strict=True))
+        index = np.concatenate([np.arange(at, at + count) for at, count, _ in spans])
+        rows = np.searchsorted(np.cumsum(self.batch.query_lens), first, side="right")
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        up = self._last.up([index, rows, starts, ends.astype(np.int32)])
+        return Spans(*up, int(counts.max()), int(ends.max()))
 
     def _moved(self, batch: Batch, index: NDArray[np.int64], more: Sequence[Any] = ()) -> Sequence[Any]:
         last, pool = self._last, self._pool

@@ -70,6 +70,7 @@ class Pictures:
     index: Tensor  # [n] int64: among the step's T tokens
     values: Tensor  # [n, N, or a multiple of it: further parts are added behind the first layers]
     hidden_size: int  # N
+    spans: list[tuple[int, int, int]]  # of each picture that sees itself both ways: first token, how many, end
 
 
 @dataclass(slots=True)
@@ -168,6 +169,7 @@ class Desk:
         return found_3T
 
     def _pictures(self, batch: Batch, starts: NDArray[np.int32], inside: list[int]) -> Pictures | None:
+        found: list[tuple[int, int, int]] = []  # row, at, how many
         pieces: list[tuple[int, int, Media, int]] = []  # at, how many, of whom, from where among its embeddings
         for row in inside:
             first = int(batch.prefix_lens[row])
@@ -177,15 +179,18 @@ class Desk:
                 for start, count in item.spans:
                     low, high = max(start, first), min(start + count, last)
                     if low < high:
+                        found.append((row, at + low - first, high - low))
                         pieces.append((at + low - first, high - low, item, done + low - start))
                     done += count
         if not pieces:
             return None
+        ends = [(at, count, int(batch.prefix_lens[row] - starts[row]) + at + count) for row, at, count in found]
+        spans = ends if self.tower.whole else []
         features = self._features({item.digest: item for _, _, item, _ in pieces})
         values = [features[item.digest][skip : skip + count] for _, count, item, skip in pieces]
         index = np.concatenate([np.arange(at, at + count) for at, count, _, _ in pieces])
         (index_n,) = self._up([index])
-        return Pictures(index_n, values[0] if len(values) == 1 else torch.cat(values), self.tower.hidden_size)
+        return Pictures(index_n, values[0] if len(values) == 1 else torch.cat(values), self.tower.hidden_size, spans)
 
     def _features(self, wanted: dict[bytes, Media]) -> dict[bytes, Tensor]:
         found = {digest: kept for digest in wanted if (kept := self.cache.get(digest)) is not None}

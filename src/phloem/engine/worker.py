@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from phloem.core.config import Config
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
-    from phloem.models import Model
+    from phloem.models import Model, Tower
     from phloem.models._scales import LayerScales
     from phloem.platforms import Platform
 
@@ -66,6 +66,7 @@ class Built:
     mixed_prefill_size: int
     worthwhile_prefill: int
     max_total_tokens: int
+    tower: Tower | None = None  # of pictures
     sites: Sites | None = None  # where adapters go, if any are served
     decisions: list[Decision] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
@@ -152,6 +153,10 @@ def _build(
     phase.end("weights")
 
     kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _kv_dtype(config, dtype)
+    tower = _tower(model)
+    if tower is not None and tower.whole and kv_dtype.itemsize == 1:
+        why = "this model's pictures see each other both ways, for which keys and values must have 16 bits or more"
+        raise ConfigError(f"kv_cache_dtype: {why}", param="kv_cache_dtype")
     scales = _kv_scales(config, checkpoint, model, kv_dtype, decisions)
     backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
     page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
@@ -192,14 +197,19 @@ def _build(
     }
     worthwhile = min(chunk, platform.worthwhile_chunk)
     sizes = running, chunk, machine.mixed, worthwhile, sizing.tokens
-    return Built(runner, context, *sizes, sites, decisions, info)
+    return Built(runner, context, *sizes, _tower(model), sites, decisions, info)
 
 
 def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[LastTokens], Desk] | None:
-    if not isinstance(model, Decoder) or model.tower is None:
+    tower = _tower(model)
+    if tower is None:
         return None
-    tower, budget = model.tower, parse_bytes(config.media.mm_encoder_cache, "mm_encoder_cache")
+    budget = parse_bytes(config.media.mm_encoder_cache, "mm_encoder_cache")
     return lambda last: Desk(tower, ops, running, budget, last.up)
+
+
+def _tower(model: Model) -> Tower | None:
+    return model.tower if isinstance(model, Decoder) else None
 
 
 def _taken(model: Model, sites: Sites | None, platform: Platform) -> int:
@@ -245,7 +255,7 @@ def _build_pooled(
         "device": platform.name,
         "prepared": runner.prepared,
     }
-    return Built(runner, checkpoint.context_length, running, chunk, chunk, chunk, 0, None, decisions, info)
+    return Built(runner, checkpoint.context_length, running, chunk, chunk, chunk, 0, None, None, decisions, info)
 
 
 def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision]) -> Ops:
@@ -375,6 +385,9 @@ def _eight_bits(
     few = config.model.quantization is not None or checkpoint.quantised
     asked = config.cache.kv_cache_dtype != "auto" or config.model.dtype != "auto"
     kind = platform.quantised_kv_dtype
+    tower = _tower(model)
+    if tower is not None and tower.whole:
+        return None  # its pictures' attention reads keys and values as they are
     if kind is None or asked or not few or any(isinstance(spec, Latent) for spec in model.memory):
         return None
     need = AttentionNeed(model.attention_specs, kind, platform.device, config.cache.page_size)

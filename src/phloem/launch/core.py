@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.adapters import served
 from phloem.adapters.desk import Desk
-from phloem.checkpoint.families import family
 from phloem.core import speculation
 from phloem.core.config import parse_bytes
 from phloem.core.errors import BadRequest, ConfigError
@@ -99,7 +98,8 @@ class EngineCore:
             debug_invariants=config.runtime.debug_invariants,
             whole_prompts=checkpoint.pooling is not None,
             speculates=speculates,
-            sees=family(checkpoint.model_type).vision is not None,
+            sees=built.tower is not None,
+            whole_pictures=built.tower is not None and built.tower.whole,
         )
         self._grammars = _grammars(config, checkpoint)
         prepare = self._grammars.prepare if self._grammars is not None else _no_grammar

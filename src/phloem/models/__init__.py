@@ -89,6 +89,7 @@ class Tower(Protocol):
 
     token: int  # stands for a picture's tokens
     turns: bool  # tokens have places in time, height and width
+    whole: bool  # the tokens of a picture see each other both ways, and are computed in one step
     hidden_size: int  # of the model
 
     def grids(self, item: Media, /) -> list[tuple[int, int, int]]:

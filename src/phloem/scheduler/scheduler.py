@@ -71,6 +71,7 @@ class ScheduleSettings:
     debug_invariants: bool = False
     whole_prompts: bool = False  # every prompt is computed in one step
     sees: bool = False  # the model takes pictures
+    whole_pictures: bool = False  # and one step computes all tokens of one
     speculates: bool = False  # answers tell how many drafts were accepted
 
     def pace(self, slots: int, draft_room: int) -> Pace:
@@ -245,6 +246,9 @@ class Scheduler:
             room if params.max_new_tokens is None else min(params.max_new_tokens, room)
         )
         request.stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
+        if self.settings.whole_pictures:
+            spans = [(start, start + size) for item in submit.media for start, size in item.spans]
+            request.whole = tuple(sorted(spans))
         seed = params.sampling_seed
         request.seed = self._random.getrandbits(63) if seed is None else seed & SEED_MASK
         self._sequence += 1

@@ -152,7 +152,7 @@ class SeeingDecoder(Decoder):
         tower: VisionTower,
         renames: dict[str, str],
     ) -> None:
-        self.tower = tower
+        self.tower = self.seeing = tower
         for weight in tower.weights():
             weight.plain = True
         self.renames = renames
@@ -166,5 +166,5 @@ class SeeingDecoder(Decoder):
 
     def load(self, checkpoint: Any, progress: Any) -> None:
         super().load(checkpoint, progress)
-        ids = torch.zeros(1, dtype=torch.int64, device=self.tower.device)
-        self.tower.like = self.embed(ids).dtype
+        ids = torch.zeros(1, dtype=torch.int64, device=self.seeing.device)
+        self.seeing.like = self.embed(ids).dtype

@@ -45,7 +45,7 @@ class GemmaTower(TileTower):
 
     def __init__(self, ctx: BuildContext, config: dict[str, Any]) -> None:
         super().__init__(ctx, config["image_token_id"], config["hidden_size"])
-        vision = {
+        vision: dict[str, Any] = {
             "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
             "image_size": 896, "patch_size": 14, **config["vision_config"],
         }  # fmt: skip

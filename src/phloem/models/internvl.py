@@ -35,7 +35,7 @@ TINY = {
 class InternTower(TileTower):
     def __init__(self, ctx: BuildContext, config: dict[str, Any]) -> None:
         super().__init__(ctx, config["image_token_id"], config["hidden_size"])
-        vision = {
+        vision: dict[str, Any] = {
             "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
             "image_size": 448, "patch_size": 14, **(config.get("vision_config") or {}),
         }  # fmt: skip

@@ -52,7 +52,7 @@ class BucketViT(ViT):
 class SmolTower(TileTower):
     def __init__(self, ctx: BuildContext, config: dict[str, Any]) -> None:
         super().__init__(ctx, config["image_token_id"], config["hidden_size"])
-        vision = {
+        vision: dict[str, Any] = {
             "hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16,
             "image_size": 224, "patch_size": 32, **(config.get("vision_config") or {}),
         }  # fmt: skip

@@ -34,6 +34,7 @@ def source_of(value: Any, where: str) -> Source:
     if isinstance(value, bytes | bytearray | memoryview):
         return Source("", where, bytes(value))
     if type(value).__module__.startswith("PIL."):
+        value = cast("Any", value)
         buffer = io.BytesIO()
         value.save(buffer, "PNG")
         return Source("", where, buffer.getvalue())

@@ -139,3 +139,33 @@ def encoded(engine: Engine) -> tuple[int, int]:
     """Pictures of the tower and of the encoder cache, since the start."""
     state = engine.get_server_info()["internal_states"][0]
     return state["pictures_encoded"], state["pictures_found"]
+
+
+def test_the_machines_own_kernels_are_near(pair: Any) -> None:
+    """The table and the types that this machine takes by itself: packed weights, 16-bit keys and values."""
+    theirs, path, _ = pair
+    engine = engine_of(path, ops=None, dtype="auto", kv_cache_dtype="bfloat16")
+    try:
+        found = ask(engine, "two")
+        ids = found["meta_info"]["prompt_token_ids"]
+        logits = theirs.logits(ids, [PICTURES[number] for number in TEXTS["two"][1]]).log_softmax(-1)
+        ours = torch.tensor([entry[0] for entry in found["meta_info"]["input_token_logprobs"]][1:])
+        wanted = torch.stack([logits[at, token] for at, token in enumerate(ids[1:])])
+        assert (ours - wanted).abs().max() < 0.1
+        assert engine.get_server_info()["ops"] is None
+    finally:
+        engine.shutdown()
+
+
+def test_a_grammar_holds_behind_a_picture(pair: Any) -> None:
+    _, path, _ = pair
+    engine = engine_of(path)
+    try:
+        found: Any = engine.generate(
+            "<|im_start|>user\n<image> What is it?<|im_end|>\n",
+            {"temperature": 0, "max_new_tokens": 16, "regex": "(cat|dog) [0-9]"},
+            image_data=PICTURES[0],
+        )
+        assert found["text"] in {f"{what} {number}" for what in ("cat", "dog") for number in range(10)}
+    finally:
+        engine.shutdown()

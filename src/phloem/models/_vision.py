@@ -6,13 +6,14 @@ Legend: T patches or merged patches, N the tower's hidden size, M the model's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from phloem.core.media import as_pixels
+from phloem.distributed.mesh import Mesh
 from phloem.kernels.ops import Rotation
 from phloem.layers.context import AttentionSpec, Heads
 from phloem.layers.linear import Linear
@@ -74,7 +75,8 @@ class Block(Layer):
         self.qkv = Linear(own, size, parts, bias=kind.qkv_bias)
         self.qk_norms = [kind.norm(own.child(name)) for name in kind.qk_norms]
         self.out = Linear(own, size, {kind.out: size}, bias=kind.bias)
-        mlp, sizes = ctx.child(kind.mlp), (size, kind.inner_size, kind.activation)
+        # Every rank has the whole tower: it is small, and runs once a picture.
+        mlp, sizes = replace(ctx.child(kind.mlp), mesh=Mesh()), (size, kind.inner_size, kind.activation)
         self.mlp = (
             GatedMLP(mlp, *sizes, bias=kind.bias)
             if kind.gated

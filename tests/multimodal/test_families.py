@@ -169,3 +169,25 @@ def test_a_grammar_holds_behind_a_picture(pair: Any) -> None:
         assert found["text"] in {f"{what} {number}" for what in ("cat", "dog") for number in range(10)}
     finally:
         engine.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+def test_drafts_change_nothing_behind_pictures(name: str, tmp_path_factory: Any) -> None:
+    """Also while other prompts with pictures are computed in the steps that verify."""
+    path = seeing_checkpoint(name, tmp_path_factory.mktemp("drafts"))
+    answers: list[list[list[int]]] = []
+    for drafter in ("none", "ngram"):
+        engine = engine_of(path, speculative_algorithm=drafter, disable_speculative_adaptive=True)
+        try:
+            mark = mark_of(engine)
+            names = [*TEXTS] * 2
+            found: Any = engine.generate(
+                input_ids=[[mark if token == "P" else token for token in TEXTS[text][0]] for text in names],
+                image_data=[[png(PICTURES[number]) for number in TEXTS[text][1]] for text in names],
+                sampling_params={"temperature": 0, "max_new_tokens": 24, "ignore_eos": True},
+            )
+            answers.append([answer["output_ids"] for answer in found])
+        finally:
+            engine.shutdown()
+    assert answers[0] == answers[1]

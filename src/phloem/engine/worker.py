@@ -152,11 +152,7 @@ def _build(
     sites = served.sites(config.lora, model, ops, dtype, platform.facts.on_host, decisions)
     phase.end("weights")
 
-    kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _kv_dtype(config, dtype)
-    tower = _tower(model)
-    if tower is not None and tower.whole and kv_dtype.itemsize == 1:
-        why = "this model's pictures see each other both ways, for which keys and values must have 16 bits or more"
-        raise ConfigError(f"kv_cache_dtype: {why}", param="kv_cache_dtype")
+    kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _kept_in(config, dtype, model)
     scales = _kv_scales(config, checkpoint, model, kv_dtype, decisions)
     backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
     page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
@@ -375,6 +371,15 @@ def _kv_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
         )
     # The device's own kind of float8.
     return own_float8() if name == FP8 else _KV_DTYPES[name]
+
+
+def _kept_in(config: Config, dtype: torch.dtype, model: Model) -> torch.dtype:
+    """The type of keys and values. Raises ConfigError for one that the model's pictures cannot be attended to in."""
+    kind, tower = _kv_dtype(config, dtype), _tower(model)
+    if tower is not None and tower.whole and kind.itemsize == 1:
+        why = "the tokens of this model's pictures see each other both ways, in 16 bits or more"
+        raise ConfigError(f"kv_cache_dtype: {why}", param="kv_cache_dtype")
+    return kind
 
 
 def _eight_bits(

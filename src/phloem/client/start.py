@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phloem.checkpoint.describe import describe
-from phloem.checkpoint.families import family
+from phloem.checkpoint.describe import described
+from phloem.checkpoint.families import FAMILIES, family
 from phloem.client.client import EngineClient
 from phloem.client.info import ModelInfo, with_formats
 from phloem.multimodal import PLACES, Facts
@@ -29,7 +29,7 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
         PhloemError: the configuration or the checkpoint is wrong.
     """
     model = config.model
-    checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path, model.task)
+    checkpoint = described(model)
     # Without a tokenizer nothing can follow a text.
     features = frozenset[str]() if model.skip_tokenizer_init else frozenset({"grammar"})
     if config.server.enable_return_hidden_states:
@@ -55,7 +55,8 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
 
 def _pictures(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer) -> PictureReader | None:
     """What reads pictures; None for a model that takes none. Raises ConfigError."""
-    facts, media = family(checkpoint.model_type).vision, config.media
+    known = checkpoint.model_type in FAMILIES.names() and checkpoint.chosen.impl == "phloem"
+    facts, media = family(checkpoint.model_type).vision if known else None, config.media
     limit = limit_of(media.limit_mm_data_per_request)
     if facts is None or checkpoint.gguf is not None or "vision_config" not in checkpoint.config:
         return None

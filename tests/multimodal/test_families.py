@@ -21,7 +21,11 @@ TEXTS = {
 }
 
 
-@pytest.fixture(scope="module", params=seeing())
+FAST = ("qwen2_5_vl", "llava")
+FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in seeing()]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def pair(request: Any, tmp_path_factory: Any) -> Iterator[tuple[Theirs, Any, str]]:
     torch.set_num_threads(1)
     path = seeing_checkpoint(request.param, tmp_path_factory.mktemp("seeing"))
@@ -97,7 +101,7 @@ def test_many_at_once_are_as_alone(pair: Any) -> None:
     """Pictures and texts in the same steps, several continuations, preemptions: each answer is the one it has alone."""
     _, path, name = pair
     # Long answers do not fit beside one another: some are preempted.
-    long = 40 if name == "qwen2_vl" else 8
+    long = 40 if name == "qwen2_5_vl" else 8
     room = {"smolvlm": 900, "idefics3": 900, "llava-pixtral": 480}.get(name, 160)
     engine = engine_of(path, chunked_prefill_size=16, page_size=4, max_total_tokens=room)
     try:
@@ -112,7 +116,7 @@ def test_many_at_once_are_as_alone(pair: Any) -> None:
         )
         each = [answer["output_ids"] for answer in found]
         assert each == [alone[text] for text in names for _ in range(2)]
-        assert name != "qwen2_vl" or engine.get_server_info()["internal_states"][0]["preemptions"] > 0
+        assert name != "qwen2_5_vl" or engine.get_server_info()["internal_states"][0]["preemptions"] > 0
     finally:
         engine.shutdown()
 

@@ -359,8 +359,8 @@ class Step:
         index = np.concatenate([np.arange(at, at + count) for at, count, _ in spans])
         rows = np.searchsorted(np.cumsum(self.batch.query_lens), first, side="right")
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        up = self._last.up([index, rows, starts, ends.astype(np.int32)])
-        return Spans(*up, int(counts.max()), int(ends.max()))
+        index_n, rows_S, starts_S, ends_S = self._last.up([index, rows, starts, ends.astype(np.int32)])
+        return Spans(index_n, rows_S, starts_S, ends_S, int(counts.max()), int(ends.max()))
 
     def _moved(self, batch: Batch, index: NDArray[np.int64], more: Sequence[Any] = ()) -> Sequence[Any]:
         last, pool = self._last, self._pool

@@ -6,6 +6,7 @@ attention backends made for this step. Models never see pages; backends never se
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -139,6 +140,10 @@ class StepMemory(Protocol):
         ...
 
 
+# Of packed texts or pictures of so many tokens each: what their layers attend by; nothing is kept.
+Pack = Callable[["Sequence[int]"], StepMemory]
+
+
 @dataclass(slots=True)
 class Adapted:
     """Which adapter each token of the rows has that are computed now: int32, 0: none; None: no row has one.
@@ -160,6 +165,7 @@ class ForwardBatch:
     # int32, 0: none: the adapter of each token [T], and of each row of `logit_index` [L]
     adapters: tuple[Tensor, Tensor] | None = None
     embeds: tuple[Tensor, Tensor] | None = None  # ([n] int64 tokens, [n, N] what stands in for their embeddings)
+    deep: Tensor | None = None  # [k, n, N]: added to the same tokens behind each of the first k layers
     types: Tensor | None = None  # [T] int64: which segment of its text a token is in; None: the first
     distances: Tensor | None = None  # for `Heads`
 

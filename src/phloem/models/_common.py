@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.memory import MemorySpec
     from phloem.layers.context import Adapted, AttentionSpec, BuildContext, ForwardBatch
+    from phloem.models import Tower
     from phloem.models._index import Progress
     from phloem.models._layer import NormKind
 
@@ -148,6 +149,7 @@ def layer_number(name: str) -> int:
 class Decoder(Layer):
     """A causal language model over the op table of its context."""
 
+    tower: Tower | None = None  # what makes embeddings of pictures
     adapted: Adapted | None = None  # what layers with adapters look at; None: none are served
 
     def __init__(self, ctx: BuildContext, config: DecoderConfig, max_positions: int) -> None:
@@ -198,10 +200,12 @@ class Decoder(Layer):
             x_TN.index_copy_(0, index, rows.to(x_TN.dtype))
         if self.positions is not None:
             x_TN = self.positions.add(x_TN, step.positions)
-        for layer in self.layers[:-1]:
+        for number, layer in enumerate(self.layers[:-1]):
             # In two calls under the same names: what a layer was given is not kept through its MLP, the largest part.
             x_TN, residual_TN = layer.attend(x_TN, residual_TN, step)
             x_TN, residual_TN = layer.feed(x_TN, residual_TN)
+            if step.deep is not None and step.embeds is not None and number < len(step.deep):
+                x_TN.index_add_(0, step.embeds[0], step.deep[number].to(x_TN.dtype))
         return self.layers[-1].attend(x_TN, residual_TN, step)
 
     def finish(self, out: Tensor, residual_TN: Tensor, keep_L: Tensor | None) -> Tensor:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 VOCAB = 384  # 256 bytes, the special tokens, and merges learned from CORPUS
 SPECIAL = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
+# Of models that see, behind those: their ids are 4, 5, ...
+SEEING = ["<|vision_start|>", "<|vision_end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
     "A serving engine answers many requests at once; each request has its own page table.",
@@ -23,6 +25,13 @@ CORPUS = [
 ]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SEEING_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _SIZES: dict[str, Any] = {
@@ -70,7 +79,8 @@ def tiny_checkpoint(
     path.mkdir(parents=True, exist_ok=True)
     size = sum(parameter.numel() for parameter in model.parameters()) * 4
     model.save_pretrained(path, max_shard_size=f"{max(1, size // shards // 1000 + 1)}KB" if shards > 1 else "5GB")
-    write_tokenizer(path, model.config.get_text_config().vocab_size)
+    known = model_type in FAMILIES.names() and family(model_type).vision is not None
+    write_tokenizer(path, model.config.get_text_config().vocab_size, sees=known)
     return path
 
 
@@ -113,7 +123,7 @@ def _model(model_type: str, overrides: dict[str, Any], head: str) -> Any:
     tiny = family(model_type).tiny if model_type in FAMILIES.names() else None
     if tiny is None:
         raise ValueError(f"no tiny checkpoint for {model_type!r}; known: {', '.join(families())}")
-    around = tiny.get("around")
+    around = overrides.get("around", tiny.get("around"))
     settings = {**_SIZES, **tiny, **overrides, "around": None}
     settings = {key: value for key, value in settings.items() if value is not None}
     if around is None:
@@ -127,7 +137,7 @@ def _model(model_type: str, overrides: dict[str, Any], head: str) -> Any:
     return transformers.AutoModelForImageTextToText.from_config(config).eval()
 
 
-def write_tokenizer(path: Path, vocab_size: int = VOCAB) -> None:
+def write_tokenizer(path: Path, vocab_size: int = VOCAB, *, sees: bool = False) -> None:
     """A byte-level BPE tokenizer trained on CORPUS, with a chat template, as Hugging Face files."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -137,7 +147,7 @@ def write_tokenizer(path: Path, vocab_size: int = VOCAB) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     trainer: Any = trainers.BpeTrainer(
         vocab_size=min(vocab_size, VOCAB),
-        special_tokens=SPECIAL,
+        special_tokens=SPECIAL + (SEEING if sees else []),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -145,7 +155,7 @@ def write_tokenizer(path: Path, vocab_size: int = VOCAB) -> None:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[3]
     )
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = SEEING_TEMPLATE if sees else CHAT_TEMPLATE
     fast.save_pretrained(path)
 
 

@@ -25,6 +25,7 @@ from phloem.protocol.body import Parser
 from phloem.protocol.generate.body import GenerateBody
 from phloem.protocol.generate.convert import is_batch, to_request
 from phloem.protocol.generate.write import Renderer, strip
+from phloem.protocol.media import seen
 from phloem.protocol.pooling import write
 from phloem.protocol.pooling.body import EmbeddingsBody, EncodeBody
 from phloem.protocol.pooling.convert import activated, finished, reading_of, texts_of
@@ -105,7 +106,16 @@ class Engine(Administered):
             raise BadRequest("messages: expected a list of objects with a role each", param="messages")
         if not found:
             raise BadRequest("messages: at least one is needed", param="messages")
-        return self.tokenizer.encode(self.chat_template.render(found), add_special_tokens=False)
+        shown, _ = seen(found, self._client.pictures, self.chat_template)
+        return self.tokenizer.encode(self.chat_template.render(shown), add_special_tokens=False)
+
+    def pictures_of(self, messages: Sequence[dict[str, Any]]) -> list[Any]:
+        """A conversation's pictures, in the order of their places in `encode_chat`: `image_data` of `generate`.
+
+        Raises:
+            BadRequest: the model takes none, or something else stands where one belongs.
+        """
+        return seen(list(messages), self._client.pictures, self.chat_template)[1]
 
     # generation
 

@@ -16,6 +16,7 @@ from phloem.core.request import FinishReason
 
 if TYPE_CHECKING:
     from phloem.client.request import Item
+    from phloem.core.media import Media
     from phloem.core.messages import Chunk
     from phloem.core.request import SamplingParams
     from phloem.text.detokenizer import StreamDecoder
@@ -63,6 +64,7 @@ class Continuation:
     index: int  # of the prompt in the call
     choice: int  # 0 to n - 1, of this prompt
     prompt_ids: list[int]
+    media: list[Media]
     params: SamplingParams
     arrival: float
     consumer: Consumer

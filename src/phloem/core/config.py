@@ -151,6 +151,20 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class MediaConfig:
+    """Pictures in requests (`docs/multimodal.md`)."""
+
+    limit_mm_data_per_request: str | None = opt(
+        None, 'Most pictures of a request, as JSON: {"image": 16}.', "limit_mm_per_prompt"
+    )
+    enable_mm_urls: bool = opt(False, "Fetch pictures from http and https addresses that clients name.")
+    mm_file_root: str | None = opt(
+        None, "Directory of files that clients may name as pictures; default: none.", "allowed_local_media_path"
+    )
+    mm_encoder_cache: str = opt("256MiB", "Most memory for what the model's tower made of earlier pictures.")
+
+
+@dataclass(frozen=True)
 class SpeculativeConfig:
     """Drafts that are verified (`docs/speculation.md`). Answers are the same with and without."""
 
@@ -210,6 +224,7 @@ SECTIONS: dict[str, Any] = {
     "runtime": RuntimeConfig,
     "grammar": GrammarConfig,
     "lora": LoraConfig,
+    "media": MediaConfig,
     "speculative": SpeculativeConfig,
     "server": ServerConfig,
 }
@@ -225,6 +240,7 @@ class Config:
     runtime: RuntimeConfig = RuntimeConfig()
     grammar: GrammarConfig = GrammarConfig()
     lora: LoraConfig = LoraConfig()
+    media: MediaConfig = MediaConfig()
     speculative: SpeculativeConfig = SpeculativeConfig()
     server: ServerConfig = ServerConfig()
 

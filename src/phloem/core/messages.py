@@ -8,10 +8,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from phloem.core.media import Media
 from phloem.core.request import FinishReason, SamplingParams
 
 
-def pack_ids(ids: list[int]) -> bytes:
+def pack_ids(ids: list[int] | np.ndarray[Any, np.dtype[np.int32]]) -> bytes:
     """Token ids as little-endian int32: a long list as msgpack integers costs a millisecond."""
     return np.asarray(ids, dtype="<i4").tobytes()
 
@@ -44,6 +45,7 @@ class Submit(Message):
     second: int = 0  # token at which the second text of a pair begins; 0: there is one text
     arrival: float = 0.0  # time.time() at the door
     adapter: str = ""  # the name of the one that it is computed with; "": none
+    media: list[Media] = []  # pictures, whose tokens are those of `core.media.with_content`
     grammar_at_once: bool = False  # a constraint holds from the first token, also where the model could reason before
 
 
@@ -141,6 +143,8 @@ class Stats(Message):
     spec_accepted: int = 0
     spec_accept_length: float = 0.0  # tokens a decode step of a request has given, since start
     spec_accept_rate: float = 0.0  # accepted drafts over drafts, since start
+    pictures_encoded: int = 0  # since start: by the model's tower
+    pictures_found: int = 0  # and those that the encoder cache had
     grammar_seconds: list[float] = []  # of each grammar that was compiled since the last Stats
 
 

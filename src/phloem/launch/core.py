@@ -100,6 +100,8 @@ class EngineCore:
             debug_invariants=config.runtime.debug_invariants,
             whole_prompts=checkpoint.pooling is not None,
             speculates=speculates,
+            sees=built.tower is not None,
+            whole_pictures=built.tower is not None and built.tower.whole,
         )
         self._grammars = _grammars(config, checkpoint)
         prepare = self._grammars.prepare if self._grammars is not None else _no_grammar

@@ -229,9 +229,13 @@ class WeightIndex:
             raise ModelLoadError(f"{where}: {len(wrong)} tensors have another shape: {some(wrong)}")
 
     def _lift(self, name: str, sources: dict[str, Source]) -> None:
-        """Some families store a vector as a matrix of one row, which only a small tensor may be read whole for."""
+        """Some families store a vector as a matrix of one row, which only a small tensor may be read whole for; and
+        the matrix that patches of pictures are multiplied with as a kernel of a convolution."""
         seen, expected = sources[name].shape, self.stored_shape(name)
-        if len(expected) == 1 and seen == (1, *expected):
+        kernel = len(seen) > len(expected) == 2 and seen[0] == expected[0] and prod(seen) == prod(expected)
+        more = len(seen) - len(expected)
+        lone = more > 0 and seen[more:] == expected and set(seen[:more]) == {1} and len(expected) < 3
+        if kernel or lone:
             whole = sources[name].take(None, torch.float32).reshape(expected)
             sources[name] = TensorSource(name, expected, shifted=sources[name].shifted, tensor=whole)
 
@@ -260,9 +264,8 @@ class WeightIndex:
         ops, dtype, device, method = self.ctx.ops, self.ctx.dtype, self.ctx.device, self.ctx.quant
         if weight.role == "matrix":
             views = self._ahead(views, sources)
-            parts: Sequence[Any] = (
-                views if method is None or method.wrap is None else [method.wrap(view) for view in views]
-            )
+            wrap = None if method is None or weight.plain else method.wrap
+            parts: Sequence[Any] = views if wrap is None else [wrap(view) for view in views]
             if not weight.experts:
                 return ops.prepare_linear(parts, dtype, device)
             prepare = ops.prepare_experts if weight.fused else ops.stack_experts

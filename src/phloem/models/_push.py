@@ -8,7 +8,7 @@ stay right. So an update takes as much memory as what it brings, until it is in 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, prod
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,9 @@ class Push:
                 continue
             shape = self._index.stored_shape(name)
             check_pushed(theirs, tensor.dtype)
-            if tensor.shape != shape and tensor.shape != (1, *shape):
+            # The matrix that patches are multiplied with is stored as a kernel.
+            kernel = tensor.ndim > len(shape) == 2 and tensor.shape[0] == shape[0] and tensor.numel() == prod(shape)
+            if tensor.shape != shape and tensor.shape != (1, *shape) and not kernel:
                 wrong.append(f"{theirs} is {list(tensor.shape)}, expected {list(shape)}")
             else:
                 found.append((name, TensorSource(name, shape, tensor=tensor.reshape(shape))))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from phloem.core.errors import BadRequest, OutOfMemory, PhloemError
+from phloem.core.media import FIRST, misfit
 from phloem.core.messages import Abort, Control, FromEngine, Submit, ToEngine
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.kvcache import audit
@@ -71,6 +72,8 @@ class ScheduleSettings:
     overlap: bool = True
     debug_invariants: bool = False
     whole_prompts: bool = False  # every prompt is computed in one step
+    sees: bool = False  # the model takes pictures
+    whole_pictures: bool = False  # and one step computes all tokens of one
     speculates: bool = False  # answers tell how many drafts were accepted
 
     def pace(self, slots: int, draft_room: int) -> Pace:
@@ -274,6 +277,9 @@ class Scheduler:
             room if params.max_new_tokens is None else min(params.max_new_tokens, room)
         )
         request.stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
+        if self.settings.whole_pictures:
+            spans = [(start, start + size) for item in submit.media for start, size in item.spans]
+            request.whole = tuple(sorted(spans))
         seed = params.sampling_seed
         request.seed = self._random.getrandbits(63) if seed is None else seed & SEED_MASK
         self._sequence += 1
@@ -305,10 +311,16 @@ class Scheduler:
         count, params = request.num_prompt, request.params
         if count == 0:
             raise BadRequest("the prompt is empty", param="input_ids")
-        low, high = int(request.prompt.min()), int(request.prompt.max())
+        media = request.submit.media
+        known = request.prompt[request.prompt < FIRST] if media else request.prompt
+        low, high = int(known.min(initial=0)), int(known.max(initial=0))
         if low < 0 or high >= self.settings.vocab_size:
             wrong = low if low < 0 else high
             raise BadRequest(f"token id {wrong} is not in [0, {self.settings.vocab_size})", param="input_ids")
+        if media and (why := misfit(media, request.prompt, self.settings.vocab_size)):
+            raise BadRequest(f"the request has {why}", param="image_data")
+        if media and not self.settings.sees:
+            raise BadRequest("this model takes no pictures", param="image_data")
         params.validate(self.settings.vocab_size)
         needed = count if request.scores_only else count + 1
         if needed > self.settings.context_length:

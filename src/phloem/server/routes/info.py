@@ -70,7 +70,8 @@ async def show_version(request: Request) -> Response:
 @router.get("/get_model_info", **describe(answer=_OBJECT))
 async def model_info(request: Request) -> Response:
     """Facts about the model."""
-    info = door_of(request).info
+    door = door_of(request)
+    info = door.info
     return json_response(
         {
             "model_path": info.model_path,
@@ -83,7 +84,7 @@ async def model_info(request: Request) -> Response:
             "reasoning_parser": info.reasoning_parser,
             "tool_call_parser": info.tool_parser,
             "disaggregation_mode": "null",
-            "has_image_understanding": False,
+            "has_image_understanding": door.client.pictures is not None,
             "has_audio_understanding": False,
             "model_type": info.model_type,
             "architectures": list(info.architectures),

@@ -50,8 +50,8 @@ Made while a 16-bit checkpoint is loaded (`--quantization`): `int4` (`Q4_1`), `i
 (values of e4m3 with a scale per output, in the model's type). Written by `phloem quantize`: int4 with zero points, int8
 and FP8 with a scale per output, all in compressed-tensors' layout.
 
-What each costs is told by `phloem bench accuracy` (perplexity of the language reference that ships with Python; [more of
-it](benchmarks.md#quality-accuracy)).
+What each costs is told by `phloem bench accuracy` (perplexity of the language reference that ships with Python): see
+[benchmarks](benchmarks.md#quality-accuracy).
 """
 HEAD = """# Models
 

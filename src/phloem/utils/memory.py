@@ -68,8 +68,11 @@ _LARGEST_KEPT = 32 << 20  # its bound for the second
 def keep_freed() -> bool:
     """Let the C library's allocator keep what is freed, blocks of up to 32 MiB included, where it can. A process that
     makes and frees the same large blocks at every step else takes a page fault for each of their pages, each time."""
-    change = getattr(_libc(), "mallopt", None) if sys.platform.startswith("linux") else None
-    if change is None:
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        change = _libc().mallopt
+    except AttributeError:
         return False
     return bool(change(_MMAP_THRESHOLD, _LARGEST_KEPT)) and bool(change(_TRIM_THRESHOLD, (1 << 31) - 1))
 

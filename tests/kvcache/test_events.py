@@ -207,7 +207,7 @@ def test_arrays_hold_the_fields_of_maps_in_the_order_that_older_readers_know() -
 
 
 def test_wrong_settings_are_told_with_what_there_is() -> None:
-    with pytest.raises(ConfigError, match="endpont.*known: publisher, endpoint"):
+    with pytest.raises(ConfigError, match=r"endpont.*known: publisher, endpoint"):
         read_config('{"endpont": "tcp://*:5557"}')
     with pytest.raises(ConfigError, match="publisher"):
         read_config('{"publisher": "kafka"}')

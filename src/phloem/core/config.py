@@ -66,7 +66,9 @@ class CacheConfig:
     kv_cache_dtype: str = opt("auto", "Type of the KV cache: auto, or one that the attention backend takes.")
     disable_radix_cache: bool = opt(False, "Do not share computed prefixes between requests.")
     radix_eviction_policy: Eviction = opt("lru", "Which unused cached prefix goes first when pages run out.")
-    kv_events_config: str | None = opt(None, 'Tell gateways what is cached: {"publisher": "zmq", "endpoint": "tcp://*:5557"}.')
+    kv_events_config: str | None = opt(
+        None, 'Tell gateways what is cached: {"publisher": "zmq", "endpoint": "tcp://*:5557"}.'
+    )
 
 
 @dataclass(frozen=True)

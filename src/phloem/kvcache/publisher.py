@@ -7,11 +7,11 @@ One thread encodes and sends; the scheduler only hands lists over.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -135,10 +135,8 @@ class ZmqPublisher:
         return True
 
     def _ring(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):  # it has been rung often enough
             self._bell.send(b"!")
-        except BlockingIOError:
-            pass  # it has been rung often enough
 
     def close(self) -> None:
         """What was handed over is sent first. Harmless when repeated."""
@@ -218,4 +216,3 @@ def _with_rank(endpoint: str, rank: int) -> str:
         return endpoint
     head, _, port = endpoint.rpartition(":")
     return f"{head}:{int(port) + rank}" if port.isdigit() else f"{endpoint}_dp{rank}"
-

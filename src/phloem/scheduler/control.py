@@ -1,4 +1,4 @@
-"""Administrative calls: flush_cache, state, cache_tree, kv_events, pause, resume, abort_all, get_weights_by_name, adapters."""
+"""Administrative calls: flush_cache, state, cache_tree, kv_events, pause, resume, abort_all, weights, adapters."""
 
 from __future__ import annotations
 

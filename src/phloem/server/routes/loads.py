@@ -34,9 +34,7 @@ async def get_load(request: Request) -> Response:
 
 @router.get("/loads", **describe(answer=_OBJECT))
 @router.get("/v1/loads", **describe(answer=_OBJECT))
-async def loads(
-    request: Request, include: str = "", format: str = "json", dp_rank: int | None = None
-) -> Response:
+async def loads(request: Request, include: str = "", format: str = "json", dp_rank: int | None = None) -> Response:
     """Running and waiting requests per rank, with the sum that gateways balance by.
 
     `include`: names of sections, separated by commas; all of them unless it is given.

@@ -243,7 +243,8 @@ async def test_hostile_requests_are_refused_and_the_gateway_goes_on() -> None:
                 await asyncio.to_thread(sock.sendall, raw)
                 answer = await asyncio.to_thread(sock.recv, 100)
                 assert answer == b"" or b" 400 " in answer
-        smuggled = b"POST /generate HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /evil HTTP/1.1\r\n\r\n"
+        smuggled = b"POST /generate HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n"
+        smuggled += b"0\r\n\r\nGET /evil HTTP/1.1\r\n\r\n"
         with socket.create_connection(gate.url.removeprefix("http://").split(":"), timeout=2) as sock:  # type: ignore[arg-type]
             await asyncio.to_thread(sock.sendall, smuggled)
             assert b" 400 " in await asyncio.to_thread(sock.recv, 100)

@@ -90,10 +90,17 @@ class Settings:
             if isinstance(value, int | float) and not isinstance(value, bool) and value < 0 and not signed:
                 raise ConfigError(f"{spec.name}: {value} is below 0", param=spec.name)
         for name in (
-            "queue_timeout_secs", "first_byte_timeout", "stall_timeout", "health_check_interval_secs",
-            "connect_timeout", "health_check_timeout_secs", "health_failure_threshold", "health_success_threshold", "cb_failure_threshold",
+            "queue_timeout_secs",
+            "first_byte_timeout",
+            "stall_timeout",
+            "connect_timeout",
+            "health_check_interval_secs",
+            "health_check_timeout_secs",
+            "health_failure_threshold",
+            "health_success_threshold",
+            "cb_failure_threshold",
             "max_payload_size",
-        ):  # fmt: skip
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}: {getattr(self, name)} must be above 0", param=name)
         if not self.cache_threshold <= 1:

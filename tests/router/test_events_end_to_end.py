@@ -80,6 +80,7 @@ async def test_a_follower_knows_what_the_tree_has_from_dump_or_replay(source: tu
     await settled(lambda: known.pages(0) == known.pages(1) == driver.cache.tree.pages)
     rng = random.Random(2)
     for _ in range(3):
+        driver.finish.clear()
         storm(driver, 10, rng)
         driver.run()
     await settled(lambda: known.pages(0) == known.pages(1) == driver.cache.tree.pages)
@@ -111,7 +112,8 @@ async def test_a_gap_is_closed_and_a_new_process_begins_anew() -> None:
     await settled(lambda: follower.gaps == 1 and known.pages(0) == driver.cache.tree.pages)
     place = sink.endpoint
     sink.close()
-    again = ZmqPublisher(read_config(json.dumps({"endpoint": place, "bind": True})), SIZE)
+    settings = {"endpoint": place, "replay_endpoint": sink.replay_endpoint, "bind": True}
+    again = ZmqPublisher(read_config(json.dumps(settings)), SIZE)
     fresh = Driver(200, SIZE)
     fresh.scheduler.feed = Feed(fresh.cache.tree, again)
     await asyncio.sleep(0.5)  # the subscription finds the new process by itself
@@ -179,6 +181,7 @@ def test_dynamos_indexer_answers_as_our_tree_does(source: tuple[Driver, ZmqPubli
         time.sleep(0.5)
         rng = random.Random(6)
         for _ in range(3):
+            driver.finish.clear()
             storm(driver, 10, rng)
             driver.run()
         time.sleep(0.5)

@@ -226,7 +226,7 @@ async def test_metrics_count_what_happened() -> None:
         }
         assert found["phloem_router:requests_total", "/v1/chat/completions", "200"] == 3
         assert found["phloem_router:worker_requests_total", gate.workers[1].url] == 3
-        assert found["phloem_router:worker_errors_total", gate.workers[0].url, "status 500"] >= 1
+        assert found["phloem_router:worker_errors_total", "status 500", gate.workers[0].url] >= 1
         assert found["phloem_router:retries_total",] >= 1 and found["phloem_router:workers_ready",] == 2
         assert found["phloem_router:request_duration_seconds_count",] == 3
 
@@ -278,13 +278,33 @@ async def test_a_new_gateway_sends_on_where_the_old_one_left() -> None:
     assert places[0] == places[1] and len(set(places[0].values())) > 1
 
 
-async def test_flushing_reaches_all_workers() -> None:
-    async def flushes(request: Request) -> None:
-        await say(request, 200 if request.path == "/flush_cache" else 500, {})
+async def test_what_concerns_all_workers_reaches_all() -> None:
+    async def knows(request: Request) -> None:
+        await say(request, 200 if request.path.startswith(("/flush_cache?", "/abort_request")) else 500, {})
 
-    async with gateway(Worker(answer=flushes), Worker(answer=flushes)) as gate:
-        told = (await gate.http.post("/flush_cache")).json()
-        assert told == {"success": True, "workers": {worker.url: 200 for worker in gate.workers}}
+    async with gateway(Worker(answer=knows), Worker(answer=knows)) as gate:
+        told = await gate.http.post("/flush_cache?timeout=1")
+        assert told.json() == {"success": True, "workers": {worker.url: 200 for worker in gate.workers}}
+        await gate.http.post("/abort_request", json={"rid": "a"})
+        assert [worker.seen[-1].json() for worker in gate.workers] == [{"rid": "a"}] * 2
+        bad = await gate.http.post("/pause_generation", json={})
+        assert bad.status_code == 502 and not bad.json()["success"]
+
+
+async def test_what_one_worker_keeps_is_found_there() -> None:
+    async def keeps(request: Request) -> None:
+        await say(request, 200, {"id": "resp_1"})
+
+    async def lacks(request: Request) -> None:
+        await say(request, 404, {"error": {"message": "no such response"}})
+
+    async with gateway(Worker(answer=lacks), Worker(answer=keeps), Worker(answer=lacks)) as gate:
+        for _ in range(3):
+            assert (await gate.http.get("/v1/responses/resp_1")).json() == {"id": "resp_1"}
+            body = {"model": "tiny", "input": "and?", "previous_response_id": "resp_1"}
+            assert (await gate.http.post("/v1/responses", json=body)).status_code == 200
+        gate.workers[1].answer = lacks
+        assert (await gate.http.get("/v1/responses/resp_1")).status_code == 404
 
 
 async def test_an_unknown_policy_is_told_with_the_nearest() -> None:

@@ -283,7 +283,8 @@ def test_model_work_session_and_priority_are_read_of_every_route() -> None:
     assert skim("/v1/completions", body(prompt=["a", "b"])).ids is None
     assert skim("/v1/completions", body(prompt="a" * 400, n=3, max_tokens=10)).output == 30
     assert skim("/v1/completions", body(prompt="a", max_tokens=10**9)).output < 10_000
-    assert skim("/v1/responses", body(input="hi", previous_response_id="resp_1")).response == "resp_1"
+    assert skim("/v1/responses", body(input="hi", previous_response_id="resp_1")).stored
+    assert skim("/v1/responses/resp_1", b"").stored and not skim("/v1/responses", body(input="hi")).stored
     assert skim("/v1/messages", body(messages=[]), x_worker="w", x_priority="-5").target == "w"
     assert skim("/v1/messages", b"", x_priority="-5").priority == -5
 

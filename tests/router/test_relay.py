@@ -300,7 +300,7 @@ async def test_a_killed_worker_under_load_leaves_nobody_hanging() -> None:
         whole, broken = ends.count("19"), ends.count("[DONE]")
         assert whole + broken == 80 and broken >= 1 and whole >= 40
         assert gate.router.metrics.broken_streams == broken
-        assert not gate.router.fleet.workers[first.url].healthy
+        await gate.until(lambda: not gate.router.fleet.workers[first.url].healthy)
         gate.idle()
         await first.start()
         await gate.until(lambda: gate.router.fleet.workers[first.url].healthy)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def _process(*args: str, pattern: str = r"(\d+)\s*$") -> Iterator[tuple[int, int]]:
+def _process(*args: str, pattern: str = r"(\d+)\s*$") -> Generator[tuple[int, int]]:
     """A Python module as a process that prints its port; gives the process id and the port."""
     process = subprocess.Popen([sys.executable, "-m", *args], stdout=subprocess.PIPE, text=True)
     try:
@@ -115,7 +115,6 @@ def _gateway(stack: contextlib.ExitStack, ports: list[int], policy: str) -> tupl
         policy,
         "--worker-urls",
         *urls,
-        *more,
     ]
     found = stack.enter_context(_process(*args))
     run(_until_well(found[1], len(ports)))

@@ -32,8 +32,9 @@ def parse(argv: list[str]) -> Settings:
     for spec in dataclasses.fields(Settings):
         flags = [f"--{name.replace('_', '-')}" for name in (spec.name, *spec.metadata["also"])]
         groups[spec.metadata["group"]].add_argument(*flags, dest=spec.name, **_how(hints[spec.name], spec))
-    values = vars(parser.parse_args(argv))
-    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}).checked()
+    values: dict[str, Any] = vars(parser.parse_args(argv))
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Settings(**{**values, **lists}).checked()
 
 
 def _how(kind: Any, spec: dataclasses.Field[Any]) -> dict[str, Any]:
@@ -44,8 +45,9 @@ def _how(kind: Any, spec: dataclasses.Field[Any]) -> dict[str, Any]:
         return {**found, "action": argparse.BooleanOptionalAction if spec.default else "store_true"}
     if kind == tuple[str, ...]:
         return {**found, "nargs": "+", "metavar": "TEXT"}
-    plain = str if kind == (str | None) else kind
-    return {**found, "type": plain, "metavar": {int: "N", float: "X"}.get(plain, "TEXT")}
+    if kind in (int, float):
+        return {**found, "type": kind, "metavar": "N" if kind is int else "X"}
+    return {**found, "metavar": "TEXT"}
 
 
 def _shown(value: Any) -> str:

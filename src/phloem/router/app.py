@@ -40,6 +40,16 @@ JSON = b"application/json"
 TEXT = b"text/plain; version=0.0.4; charset=utf-8"
 OPEN_PATHS = frozenset(("/health", "/ready", "/ping", "/liveness", "/readiness"))
 ADDED = "worker {} added"
+# What is every server's business: it is sent to all of them.
+EVERYWHERE = (
+    "/flush_cache",
+    "/abort_request",
+    "/pause_generation",
+    "/continue_generation",
+    "/load_lora_adapter",
+    "/unload_lora_adapter",
+)
+EVERYWHERE_SECONDS = 120.0
 
 
 class AddWorker(msgspec.Struct):
@@ -91,7 +101,8 @@ class Router:
             ("GET", "/v1/models"): self._models,
             ("GET", "/get_server_info"): self._info,
             ("GET", "/server_info"): self._info,
-            ("POST", "/flush_cache"): self._flush,
+            **{("POST", prefix + path): self._everywhere for path in EVERYWHERE for prefix in ("", "/v1")},
+            ("GET", "/flush_cache"): self._everywhere,
         }
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -267,17 +278,18 @@ class Router:
             "workers": [told(worker) for worker in self.fleet.workers.values()],
         }
 
-    async def _flush(self, scope: Scope, body: bytes) -> tuple[int, Any]:
-        """Every worker's prefix cache."""
-        workers = list(self.fleet.workers.values())
-        calls = [self.fleet.get(worker, "/flush_cache", "POST") for worker in workers]
+    async def _everywhere(self, scope: Scope, body: bytes) -> tuple[int, Any]:
+        """The same call at every worker; good where all of them say so."""
+        workers, query = list(self.fleet.workers.values()), scope["query_string"].decode("latin-1")
+        path = scope["path"] + (f"?{query}" if query else "")
+        calls = [self.fleet.get(worker, path, "POST", body, EVERYWHERE_SECONDS) for worker in workers]
         found = await asyncio.gather(*calls, return_exceptions=True)
         answers = {
             worker.url: str(answer) if isinstance(answer, BaseException) else answer[0]
             for worker, answer in zip(workers, found, strict=True)
         }
         good = all(status == 200 for status in answers.values())
-        return 200 if good else 503, {"success": good, "workers": answers}
+        return 200 if good else 502, {"success": good, "workers": answers}
 
 
 def _decode(body: bytes, kind: type[Any]) -> Any:

@@ -25,7 +25,7 @@ Headers = list[tuple[bytes, bytes]]
 # Where a prompt may be, in the order in which templates render it.
 GENERATES = frozenset(
     ("/v1/chat/completions", "/v1/completions", "/generate", "/v1/responses", "/v1/messages", "/v1/embeddings",
-     "/v1/rerank", "/v1/score", "/v1/classify", "/v1/pooling", "/rerank", "/score", "/encode", "/classify")
+     "/v1/rerank", "/v2/rerank", "/v1/score", "/v1/classify", "/rerank", "/score", "/encode", "/classify")
 )  # fmt: skip
 _EMPTY = msgspec.Raw(b"")
 
@@ -77,7 +77,7 @@ class Ask:
     prompt: bytes = b""  # what is compared with other prompts
     salt: str = ""
     ids: list[int] | None = None  # the prompt itself, where it is known in tokens
-    response: str = ""  # of which it is the continuation
+    stored: bool = False  # it is about something that one server keeps: those that do not know it are passed over
     _pieces: list[int] | None = field(default=None, repr=False)
 
     @property
@@ -95,7 +95,7 @@ class Ask:
 
 def read(path: str, headers: Headers, body: bytes | bytearray, session_headers: Sequence[bytes]) -> Ask:
     """Never raises: what cannot be read counts as a small request for any model."""
-    ask = Ask(path)
+    ask = Ask(path, stored=path.startswith("/v1/responses/") and path != "/v1/responses/input_tokens")
     for name, value in headers:
         if name in session_headers:
             ask.session = value.decode("latin-1")
@@ -121,20 +121,19 @@ def _fill(ask: Ask, body: _Body) -> None:
         bytes(part)
         for part in (body.tools, body.system, body.instructions, body.messages, body.prompt, body.text, body.input_ids,
                      body.input, body.query, body.documents)
-        if memoryview(part) not in (b"", b"null")
+        if _head(part, 4) not in (b"", b"null")
     )  # fmt: skip
     ask.salt = "\0".join(part for part in (body.cache_salt, body.lora_path) if isinstance(part, str))
     ask.tokens = max(len(ask.prompt) / BYTES_A_TOKEN, 1.0)
     for part in (body.prompt, body.input_ids):
-        if memoryview(part)[:1] == b"[":
+        if _head(part, 1) == b"[":
             _take_ids(ask, bytes(part))
     ask.output = _output(body)
     if isinstance(body.priority, int):
         ask.priority = _clipped(body.priority)
     if not ask.session and isinstance(body.user, str):
         ask.session = body.user
-    if isinstance(body.previous_response_id, str):
-        ask.response = body.previous_response_id
+    ask.stored = isinstance(body.previous_response_id, str)
 
 
 def _take_ids(ask: Ask, part: bytes) -> None:
@@ -148,7 +147,7 @@ def _take_ids(ask: Ask, part: bytes) -> None:
 def _output(body: _Body) -> float:
     """Predicted tokens of the answer: as many as are allowed, or as many as are usual."""
     asked = [body.max_tokens, body.max_completion_tokens, body.max_output_tokens]
-    if memoryview(body.sampling_params)[:1] == b"{":
+    if _head(body.sampling_params, 1) == b"{":
         with contextlib.suppress(msgspec.DecodeError):
             asked.append(_sampling(bytes(body.sampling_params)).max_new_tokens)
     limits = [float(value) for value in asked if isinstance(value, int) and value >= 0]
@@ -158,3 +157,8 @@ def _output(body: _Body) -> float:
 
 def _clipped(priority: int) -> int:
     return max(-100, min(100, priority))
+
+
+def _head(part: msgspec.Raw, count: int) -> bytes:
+    """Its first bytes, without a copy of the rest."""
+    return bytes(memoryview(part)[:count])

@@ -133,7 +133,7 @@ _ARRAYS: dict[str, tuple[str, ...]] = {
 def _as_map(event: Any) -> dict[str, Any]:
     if isinstance(event, dict):
         return event
-    if isinstance(event, list | tuple) and event and event[0] in _ARRAYS:
+    if isinstance(event, list | tuple) and len(event) > 0 and event[0] in _ARRAYS:
         found: dict[str, Any] = dict(zip(_ARRAYS[event[0]], event[1:], strict=False))
         if event[0] == "BlockStored" and len(event) > 8 and isinstance(event[8], list | tuple) and event[8]:
             found["cache_salt"] = event[8][0]

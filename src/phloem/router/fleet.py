@@ -190,7 +190,7 @@ class Fleet:
             self._is_ill(worker, problem)
             return
         worker.fails, worker.passes = 0, worker.passes + 1
-        if not worker.models or looks % FACTS_EVERY == 0:
+        if not worker.models or not worker.healthy or looks % FACTS_EVERY == 0:
             await self._ask_facts(worker)
         load = await self.fetch(worker, "/v1/loads")
         if isinstance(load, dict) and load.get("loads"):
@@ -223,8 +223,7 @@ class Fleet:
         if error.refused and worker.healthy:
             worker.healthy, worker.passes, worker.fails, worker.why = False, 0, 1, error.reason
             _log.warning("worker %s is gone: %s", worker.url, error.reason)
-            for policy in self._policies.values():
-                policy.gone(worker)
+            self._forget(worker)  # whoever listens there again is another process
         worker.settle.set()
 
     async def _ask_facts(self, worker: Worker) -> None:
@@ -275,14 +274,17 @@ class Fleet:
 
     # asking them
 
-    async def get(self, worker: Worker, path: str, method: str = "GET", body: bytes = b"") -> tuple[int, bytes]:
-        """A whole answer. Raises UpstreamError."""
+    async def get(
+        self, worker: Worker, path: str, method: str = "GET", body: bytes = b"", limit: float | None = None
+    ) -> tuple[int, bytes]:
+        """A whole answer, within `limit` seconds. Raises UpstreamError."""
         exchange = Exchange(asyncio.get_running_loop().time())
         key = self.settings.worker_api_key
         lines = [f"{method} {path} HTTP/1.1", f"host: {worker.host}:{worker.port}", "accept: application/json"]
         lines += [f"authorization: Bearer {key}"] if key else []
         lines += [f"content-length: {len(body)}"] if body or method == "POST" else []
-        limit = self.settings.health_check_timeout_secs
+        lines += ["content-type: application/json"] if body else []
+        limit = limit or self.settings.health_check_timeout_secs
         try:
             async with asyncio.timeout(limit):
                 await worker.pool.send(exchange, "\r\n".join([*lines, "\r\n"]).encode(), body)

@@ -43,7 +43,8 @@ class Follower:
         replay = about.get("replay_endpoint")
         self._replay_at = endpoint_at(str(replay), host) if replay else None
         self._topic = str(about.get("topic") or "")
-        self._next: int | None = None  # the number of the next message
+        self._next: int | None = None  # the number of the next message that is not known yet
+        self._heard = -1  # the number of the last message that came by itself
         self.gaps = 0
         self.restarts = 0
 
@@ -72,6 +73,7 @@ class Follower:
             sub.subscribe(self._topic.encode())
             sub.connect(self._endpoint)
             await asyncio.sleep(SETTLE_SECONDS)
+            self._heard = -1
             await self._begin(context)
             while True:
                 frames = await sub.recv_multipart()
@@ -82,6 +84,7 @@ class Follower:
     async def _begin(self, context: Any) -> None:
         """From the server's whole account, or from its first message on."""
         self.cached.forget(self.bit)
+        self._next = None
         found = await self._dump()
         if found is not None:
             self._next, events = found
@@ -94,20 +97,28 @@ class Follower:
         if len(frames) < 2 or len(frames[-2]) != 8:
             return
         number = int.from_bytes(frames[-2], "big")
-        if self._next is not None and number < self._next:
-            if number == 0:
-                self.restarts += 1
-                self._next = None  # another process: its first event clears
+        began, self._heard = number <= self._heard, number
+        if began:
+            self.restarts += 1
+            _log.info("cache events of %s: it has begun anew", self._endpoint)
+            if number:
+                await self._begin(context)  # its first message, which clears, has not come
             else:
-                return  # the dump had it
+                self._next = None
+        if self._is_known(number):
+            return
         if self._next is not None and number > self._next:
             self.gaps += 1
             _log.info("cache events of %s: %d are missing before %d", self._endpoint, number - self._next, number)
             if self._replay_at is None or not await self._replay(context):
                 await self._begin(context)
-            if self._next is not None and number < self._next:
+            if self._is_known(number):
                 return
         self._apply(number, frames[-1])
+
+    def _is_known(self, number: int) -> bool:
+        """A dump had it, or a replay."""
+        return self._next is not None and number < self._next
 
     def _apply(self, number: int, payload: bytes) -> None:
         _, events, *_ = _decode(payload)

@@ -174,7 +174,7 @@ class Relay:
             load.first()
             if way.status in BROKEN:
                 self._failed(worker, f"status {way.status}", UpstreamError(f"status {way.status}"))
-            if way.status in RETRIED and not last:
+            if not last and (way.status in RETRIED or (way.status == 404 and way.ask.stored and self._others(way))):
                 return False
             await self._pass_on(way, exchange, load)
             if way.status not in BROKEN and exchange.error is None:
@@ -189,6 +189,10 @@ class Relay:
             load.end()
             self.flying.discard(exchange)
             exchange.cancel()
+
+    def _others(self, way: Way) -> bool:
+        """Whether somebody has not been asked who might know."""
+        return any(worker.healthy and worker not in way.tried for worker in self.fleet.candidates(way.ask.model))
 
     def _failed(self, worker: Worker, kind: str, error: UpstreamError) -> None:
         self.metrics.failed[worker.url, kind] += 1

@@ -26,13 +26,13 @@ SLOWEST_RATE = 10.0
 
 def parse_url(url: str) -> tuple[str, str, int]:
     """The address in one spelling, its host and port. Raises BadRequest."""
-    text = url.strip().rstrip("/")
+    text = url.strip()
     try:
         found = urlsplit(text if "://" in text else f"http://{text}")
         port = found.port or 80
     except ValueError as error:
         raise BadRequest(f"worker url {url!r:.200}: {error}", param="url") from None
-    if found.scheme != "http" or not found.hostname or found.path or found.query or found.username:
+    if found.scheme != "http" or not found.hostname or found.path.strip("/") or found.query or found.username:
         raise BadRequest(f"worker url {url!r:.200} is not http://host:port", param="url")
     host = f"[{found.hostname}]" if ":" in found.hostname else found.hostname
     return f"http://{host}:{port}", found.hostname, port

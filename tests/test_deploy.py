@@ -58,7 +58,7 @@ async def served() -> set[str]:
 
 
 def named(expression: str) -> set[str]:
-    return set(re.findall(r"phloem(?:_router)?:[a-z_]+", expression))
+    return set(re.findall(r"phloem(?:_router)?:[a-z0-9_]+", expression))
 
 
 async def test_dashboard_and_alerts_ask_for_metrics_that_are_served() -> None:
@@ -143,7 +143,7 @@ def test_images_are_well_written_and_copy_what_exists(path: Path) -> None:
     for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE):
         for name in shlex.split(line)[:-1]:
             assert (ROOT / name).exists(), name
-    assert "\nUSER phloem" in text and '"tini"' in text and "HEALTHCHECK" in text
+    assert "\nUSER 10001" in text and '"tini"' in text and "HEALTHCHECK" in text
     extras = re.findall(r'"\.\[([a-z,]+)\]"', text)
     known = (ROOT / "pyproject.toml").read_text()
     assert extras and all(f"\n{name} = [" in known for name in extras[0].split(","))

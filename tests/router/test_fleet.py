@@ -152,12 +152,17 @@ async def test_a_wait_in_the_queue_has_an_end_and_a_client_that_leaves_gives_up_
     async def hangs(request: Request) -> None:
         await never.wait()
 
-    async with gateway(Worker(answer=hangs), max_concurrent_requests=1, queue_timeout_secs=0.2) as gate:
+    async with gateway(Worker(answer=hangs), max_concurrent_requests=1, queue_timeout_secs=0.3) as gate:
         first = asyncio.create_task(gate.chat())
         await gate.until(lambda: gate.router.gate.inside == 1)
         late = await gate.chat()
-        assert late.status_code == 408 and "no turn within 0.2 s" in late.json()["error"]["message"]
+        assert late.status_code == 408 and "no turn within 0.3 s" in late.json()["error"]["message"]
         assert gate.router.gate.waiting == 0
+        leaves = asyncio.create_task(gate.chat())
+        await gate.until(lambda: gate.router.gate.waiting == 1)
+        leaves.cancel()
+        await gate.until(lambda: gate.router.gate.waiting == 0)
+        assert len(gate.workers[0].seen) == 1
         first.cancel()
         await gate.until(lambda: gate.router.gate.inside == 0)
         gate.idle()

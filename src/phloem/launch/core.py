@@ -106,9 +106,7 @@ class EngineCore:
         self._sends = send
         self._desk = _desk(config, built, report)
         self.scheduler = Scheduler(runner, settings, cache, self._send, prepare=prepare, lender=self._desk)
-        self._publisher = _publisher(config, cache)
-        if self._publisher is not None:
-            self.scheduler.feed = Feed(cache.tree, self._publisher)
+        self._publisher = _publisher(config, cache, self.scheduler)
         self.info: dict[str, Any] = {
             **built.info,
             "max_total_num_tokens": built.max_total_tokens,
@@ -181,13 +179,15 @@ def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
     return GrammarManager(lambda: vocabulary(checkpoint), settings)
 
 
-def _publisher(config: Config, cache: CacheManager) -> ZmqPublisher | None:
+def _publisher(config: Config, cache: CacheManager, scheduler: Scheduler) -> ZmqPublisher | None:
     """What tells gateways of the cache. Raises ConfigError where that is asked for and cannot be."""
     text = config.cache.kv_events_config
     settings = read_config(text) if text is not None else None
     if settings is None or not settings.wanted or not cache.enabled:
         return None
-    return ZmqPublisher(settings, cache.page_size)
+    publisher = ZmqPublisher(settings, cache.page_size)
+    scheduler.feed = Feed(cache.tree, publisher)
+    return publisher
 
 
 def _desk(config: Config, built: Built, report: worker.Report) -> Desk | None:

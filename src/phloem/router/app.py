@@ -78,7 +78,7 @@ class Router:
         self.fleet = Fleet(settings, seed)
         self.gate = Gate(settings)
         self.metrics = Metrics(self.fleet, self.gate)
-        self.relay = Relay(settings, self.fleet, self.metrics)
+        self.relay = Relay(settings, self.fleet, self.gate, self.metrics)
         self.draining = False
         self._buckets = Buckets(settings.rate_limit_tokens_per_second, settings.rate_limit_burst_tokens)
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_key]
@@ -181,11 +181,7 @@ class Router:
             asked.ids = await self.tokens.ids(asked.path, way.body)
             if asked.ids is not None:
                 asked.tokens = max(float(len(asked.ids)), 1.0)
-        await self.gate.enter(asked.priority)
-        try:
-            await self.relay.run(way)
-        finally:
-            self.gate.leave()
+        await self.relay.run(way)
 
     def _handler(self, scope: Scope) -> Handler | None:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]

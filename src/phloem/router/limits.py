@@ -48,8 +48,11 @@ class Gate:
         self.inside = 0
         self.waiting = 0
 
-    async def enter(self, priority: int) -> None:
-        """Raises TooMany or WaitedTooLong; else `leave` must follow."""
+    async def enter(self, priority: int, waits: list[asyncio.Future[None]]) -> None:
+        """Raises TooMany or WaitedTooLong; else `leave` must follow.
+
+        What is waited for is put into `waits`, for whoever wants to cancel it.
+        """
         if self._most < 0 or (self.inside < self._most and not self.waiting):
             self.inside += 1
             return
@@ -57,6 +60,7 @@ class Gate:
             raise TooMany(f"{self.inside} requests are in flight and {self.waiting} wait", code="queue_full")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._sequence += 1
+        waits.append(turn)
         heapq.heappush(self._heap, (-priority, self._sequence, turn))
         self.waiting += 1
         try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import EngineDead, PhloemError
-from phloem.router.limits import TooMany
+from phloem.router.limits import Gate, TooMany
 from phloem.router.upstream import Exchange, UpstreamError
 from phloem.server.errors import MESSAGES_PATH, error_body, messages_error
 from phloem.server.serve import ChunkWriter
@@ -67,13 +67,14 @@ class Way:
     tried: list[Worker] = field(default_factory=list)
     exchange: Exchange | None = None
     left: bool = False  # the client has hung up
+    waits: list[asyncio.Future[None]] = field(default_factory=list)  # for its turn
 
 
 class Relay:
     """Passes requests on to a fleet's workers."""
 
-    def __init__(self, settings: Settings, fleet: Fleet, metrics: Metrics) -> None:
-        self.settings, self.fleet, self.metrics = settings, fleet, metrics
+    def __init__(self, settings: Settings, fleet: Fleet, gate: Gate, metrics: Metrics) -> None:
+        self.settings, self.fleet, self.gate, self.metrics = settings, fleet, gate, metrics
         self.flying: set[Exchange] = set()
         self._backoff = settings.retry_initial_backoff_ms / 1000
 
@@ -81,7 +82,7 @@ class Relay:
         """Until the client has its answer or has gone. Raises PhloemError where it has nothing of one."""
         watch = asyncio.get_running_loop().create_task(self._watch(way))
         try:
-            await self._tries(way)
+            await self._in_turn(way)
         finally:
             watch.cancel()
             now = asyncio.get_running_loop().time()
@@ -89,12 +90,26 @@ class Relay:
             if self.settings.log_requests:
                 self._log(way, now)
 
+    async def _in_turn(self, way: Way) -> None:
+        try:
+            await self.gate.enter(way.ask.priority, way.waits)
+        except asyncio.CancelledError:
+            if way.left:
+                return
+            raise
+        try:
+            await self._tries(way)
+        finally:
+            self.gate.leave()
+
     async def _watch(self, way: Way) -> None:
         """End the exchange when the client hangs up."""
         while (await way.receive())["type"] != "http.disconnect":
             pass
         way.left = True
         self.metrics.left += not way.status or (way.exchange is not None and not way.exchange.done)
+        for turn in way.waits:
+            turn.cancel()
         if way.exchange is not None:
             way.exchange.cancel("the client has gone")
 

@@ -33,8 +33,8 @@ def parse(argv: list[str]) -> Settings:
         flags = [f"--{name.replace('_', '-')}" for name in (spec.name, *spec.metadata["also"])]
         groups[spec.metadata["group"]].add_argument(*flags, dest=spec.name, **_how(hints[spec.name], spec))
     values: dict[str, Any] = vars(parser.parse_args(argv))
-    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return Settings(**{**values, **lists}).checked()
+    given: dict[str, Any] = {name: _frozen(value) for name, value in values.items()}
+    return Settings(**given).checked()
 
 
 def _how(kind: Any, spec: dataclasses.Field[Any]) -> dict[str, Any]:
@@ -48,6 +48,10 @@ def _how(kind: Any, spec: dataclasses.Field[Any]) -> dict[str, Any]:
     if kind in (int, float):
         return {**found, "type": kind, "metavar": "N" if kind is int else "X"}
     return {**found, "metavar": "TEXT"}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _shown(value: Any) -> str:

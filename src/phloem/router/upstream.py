@@ -107,17 +107,24 @@ class Exchange:
     def data(self, body: bytes, now: float) -> bool:
         """False where it should read no further."""
         self.heard = now
-        self.received += len(body)
         if self.sink is not None and not self._buffered and self.sink(body):
+            self.received += len(body)
             return True
-        self._buffered.append(body)
-        self._held += len(body)
+        self._keep(body)
         self._wake()
         return self._held < MOST_HELD
 
-    def end(self) -> None:
+    def end(self, rest: bytes = b"") -> None:
+        """`rest`: its last bytes, which go out together with the end."""
+        if rest:
+            self._keep(rest)
         self.done, self._connection = True, None
         self._wake()
+
+    def _keep(self, body: bytes) -> None:
+        self.received += len(body)
+        self._buffered.append(body)
+        self._held += len(body)
 
     def fail(self, error: UpstreamError) -> None:
         if self.error is None and not self.done:
@@ -137,6 +144,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._exchange: Exchange | None = None
+        self._parts: list[bytes] = []  # of the body, from what is being read
         self._paused = False
         self._header_bytes = 0
         self.used = 0  # requests it has carried
@@ -150,6 +158,7 @@ class Connection(asyncio.Protocol):
     def begin(self, exchange: Exchange, head: bytes, body: bytes | bytearray) -> None:
         assert self._transport is not None
         self._exchange, self._header_bytes = exchange, 0
+        self._parts.clear()
         self.used += 1
         exchange.attach(self)
         if len(body) < 1 << 16:
@@ -175,6 +184,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
+            self._pass_on()
         except (httptools.HttpParserError, ValueError) as error:
             self._fail(f"the server's answer is no HTTP: {error}")
             self.abort()
@@ -223,10 +233,7 @@ class Connection(asyncio.Protocol):
         exchange.heard = self._loop.time()
 
     def on_body(self, body: bytes) -> None:
-        exchange = self._exchange
-        if exchange is not None and not exchange.data(body, self._loop.time()) and self._transport is not None:
-            self._paused = True
-            self._transport.pause_reading()
+        self._parts.append(body)
 
     def on_message_complete(self) -> None:
         exchange = self._exchange
@@ -235,8 +242,21 @@ class Connection(asyncio.Protocol):
         self._exchange = None
         keeps = self._parser.should_keep_alive()
         self.go_on()
-        exchange.end()
+        exchange.end(self._taken())
         self._pool.give_back(self, keeps)
+
+    def _pass_on(self) -> None:
+        """All that one read has brought, at once."""
+        exchange = self._exchange
+        if not self._parts or exchange is None:
+            return
+        if not exchange.data(self._taken(), self._loop.time()) and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def _taken(self) -> bytes:
+        parts, self._parts = self._parts, []
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class Pool:

@@ -177,6 +177,7 @@ def until_refused(engine: Engine) -> None:
         engine.generate("long " * 5000, {"max_new_tokens": 1})
 
 
+@pytest.mark.slow
 def test_an_engine_that_nobody_holds_ends(path: Path) -> None:
     def running() -> set[threading.Thread]:
         return {thread for thread in threading.enumerate() if thread.name.startswith("phloem-")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phloem.checkpoint.describe import describe
+from phloem.checkpoint.describe import described
 from phloem.client.client import EngineClient
 from phloem.client.info import ModelInfo, with_formats
 from phloem.text.template import load_template
@@ -23,7 +23,7 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
         PhloemError: the configuration or the checkpoint is wrong.
     """
     model = config.model
-    checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path, model.task)
+    checkpoint = described(model)
     # Without a tokenizer nothing can follow a text.
     features = frozenset[str]() if model.skip_tokenizer_init else frozenset({"grammar"})
     if config.server.enable_return_hidden_states:

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from phloem.core.errors import ConfigError
 from phloem.router.app import Router
-from phloem.router.limits import Buckets, TooMany
+from phloem.router.limits import Buckets, Gate, TooMany
 from phloem.router.settings import Settings
 
 
@@ -166,6 +166,26 @@ async def test_a_wait_in_the_queue_has_an_end_and_a_client_that_leaves_gives_up_
         first.cancel()
         await gate.until(lambda: gate.router.gate.inside == 0)
         gate.idle()
+
+
+async def test_a_client_with_many_requests_does_not_keep_away_one_with_few() -> None:
+    gate, order, tasks = Gate(Settings(max_concurrent_requests=1)), list[str](), list[asyncio.Task[None]]()
+    await gate.enter(0, "holder", [])
+
+    async def one(client: str, name: str, priority: int = 0) -> None:
+        await gate.enter(priority, client, [])
+        order.append(name)
+        await asyncio.sleep(0)
+        gate.leave(client)
+
+    for client, count in (("greedy", 6), ("modest", 2)):
+        for at in range(count):
+            tasks.append(asyncio.create_task(one(client, f"{client}{at}")))
+            await asyncio.sleep(0)
+    gate.leave("holder")
+    await asyncio.gather(*tasks)
+    assert order.index("modest1") < order.index("greedy3") and len(order) == 8
+    assert not gate.inside and not gate.waiting and not gate._held
 
 
 def test_keys_have_tokens_at_a_steady_rate() -> None:

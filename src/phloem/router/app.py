@@ -153,7 +153,7 @@ class Router:
                 await _answer(send, scope, status, answer)
             else:
                 asked = asks.read(route, scope["headers"], body, self._sessions)
-                way = Way(scope, receive, send, asked, body, scope["request_id"], loop.time())
+                way = Way(scope, receive, send, asked, body, scope["request_id"], loop.time(), self._client(scope))
                 await self._forward(way)
                 status = way.status
         except PhloemError as error:
@@ -171,12 +171,19 @@ class Router:
         known = route in asks.GENERATES or (scope["method"], route) in self._own
         self.metrics.requests[route if known else "other", status] += 1
 
+    def _client(self, scope: Scope) -> str:
+        """Whose limits count, where there are any: the key's, or the address's where there is none."""
+        if self.settings.max_concurrent_requests < 0 and not self.settings.rate_limit_tokens_per_second:
+            return ""
+        key = _key(scope)
+        return hashlib.sha256(key).hexdigest() if key else str((scope.get("client") or ("",))[0])
+
     async def _forward(self, way: Way) -> None:
         if self.draining:
             raise EngineDead("the gateway is shutting down", code="draining")
         asked = way.ask
         if self.settings.rate_limit_tokens_per_second:
-            self._buckets.take(_bucket(way.scope), asked.tokens + asked.output, way.arrived)
+            self._buckets.take(way.client, asked.tokens + asked.output, way.arrived)
         if self.tokens is not None and asked.ids is None:
             asked.ids = await self.tokens.ids(asked.path, way.body)
             if asked.ids is not None:
@@ -305,12 +312,6 @@ def _query(scope: Scope, name: str) -> str:
 def _key(scope: Scope) -> bytes:
     scheme, _, token = (header(scope, b"authorization") or b"").partition(b" ")
     return (token.strip() if scheme.lower() == b"bearer" else b"") or header(scope, b"x-api-key") or b""
-
-
-def _bucket(scope: Scope) -> str:
-    """Whose tokens are counted: of the key, or of the address where there is none."""
-    key = _key(scope)
-    return hashlib.sha256(key).hexdigest() if key else str((scope.get("client") or ("",))[0])
 
 
 async def _answer(

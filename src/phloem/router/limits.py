@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING
 
 from phloem.core.errors import PhloemError
@@ -38,52 +38,65 @@ class WaitedTooLong(PhloemError):
 
 
 class Gate:
-    """At most so many requests at once; others wait by priority, then by arrival."""
+    """At most so many requests at once. Others wait by priority; of equals those go first whose client has fewer
+    requests here already, so that one with hundreds does not keep away one with a few; then by arrival."""
 
     def __init__(self, settings: Settings) -> None:
         self._most = settings.max_concurrent_requests
         self._queue_size, self._patience = settings.queue_size, settings.queue_timeout_secs
-        self._heap: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._heap: list[tuple[int, int, int, asyncio.Future[None]]] = []
+        self._held: Counter[str] = Counter()  # client -> its requests that wait or are inside
         self._sequence = 0
         self.inside = 0
         self.waiting = 0
 
-    async def enter(self, priority: int, waits: list[asyncio.Future[None]]) -> None:
+    async def enter(self, priority: int, client: str, waits: list[asyncio.Future[None]]) -> None:
         """Raises TooMany or WaitedTooLong; else `leave` must follow.
 
         What is waited for is put into `waits`, for whoever wants to cancel it.
         """
         if self._most < 0 or (self.inside < self._most and not self.waiting):
             self.inside += 1
+            self._held[client] += 1
             return
         if self.waiting >= self._queue_size:
             raise TooMany(f"{self.inside} requests are in flight and {self.waiting} wait", code="queue_full")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._sequence += 1
         waits.append(turn)
-        heapq.heappush(self._heap, (-priority, self._sequence, turn))
+        heapq.heappush(self._heap, (-priority, self._held[client], self._sequence, turn))
         self.waiting += 1
+        self._held[client] += 1
         try:
             async with asyncio.timeout(self._patience):
                 await turn
         except TimeoutError:
             if turn.done() and not turn.cancelled():
                 return  # it came in the same moment
+            self._forget(client)
             raise WaitedTooLong(f"no turn within {self._patience:g} s", code="queue_timeout") from None
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self.leave()
+                self.leave(client)
+            else:
+                self._forget(client)
             raise
         finally:
             self.waiting -= 1
 
-    def leave(self) -> None:
+    def leave(self, client: str) -> None:
         self.inside -= 1
+        self._forget(client)
         while self._heap and self.inside < self._most:
-            _, _, turn = heapq.heappop(self._heap)
+            *_, turn = heapq.heappop(self._heap)
             if not turn.done():
                 self.inside += 1
                 turn.set_result(None)
+
+    def _forget(self, client: str) -> None:
+        self._held[client] -= 1
+        if not self._held[client]:
+            del self._held[client]
 
 
 class Buckets:

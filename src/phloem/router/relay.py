@@ -61,6 +61,7 @@ class Way:
     body: bytes | bytearray
     key: str  # of the request
     arrived: float
+    client: str = ""  # whose it is, for limits
     chosen: Chosen | None = None
     started: bool = False  # the client has its head
     status: int = 0
@@ -92,7 +93,7 @@ class Relay:
 
     async def _in_turn(self, way: Way) -> None:
         try:
-            await self.gate.enter(way.ask.priority, way.waits)
+            await self.gate.enter(way.ask.priority, way.client, way.waits)
         except asyncio.CancelledError:
             if way.left:
                 return
@@ -100,7 +101,7 @@ class Relay:
         try:
             await self._tries(way)
         finally:
-            self.gate.leave()
+            self.gate.leave(way.client)
 
     async def _watch(self, way: Way) -> None:
         """End the exchange when the client hangs up."""

@@ -29,6 +29,7 @@ _log = log.get("router")
 AT_ONCE = 64  # looks at servers that run beside one another
 FACTS_EVERY = 6  # looks between two questions for models and cache events
 SOON_SECONDS = 0.5  # between looks at a server that has just broken or come back
+LEAST_SECONDS = 0.1  # between two looks, whatever happens
 MOST_ANSWER = 256 << 20
 ANY_MODEL = "*"
 
@@ -179,10 +180,11 @@ class Fleet:
             looks += 1
             settled = worker.healthy and not worker.fails
             pause = self.settings.health_check_interval_secs
-            worker.settle.clear()
+            await asyncio.sleep(min(LEAST_SECONDS, pause))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause if settled else min(SOON_SECONDS, pause)):
                     await worker.settle.wait()
+            worker.settle.clear()
 
     async def _look(self, worker: Worker, looks: int) -> None:
         problem = await self._probe(worker)
@@ -215,10 +217,14 @@ class Fleet:
             worker.healthy = False
             _log.warning("worker %s is not well: %s", worker.url, problem)
 
-    def broke(self, worker: Worker, error: UpstreamError) -> None:
-        """A request failed there. One that is not even listening is asked no more until it is well again."""
+    def faulty(self, worker: Worker) -> None:
+        """It answered a request with a fault of its own."""
         worker.errors += 1
         worker.breaker.failed(asyncio.get_running_loop().time())
+
+    def broke(self, worker: Worker, error: UpstreamError) -> None:
+        """It gave no whole answer. One that is not even listening is asked no more until it is well again."""
+        self.faulty(worker)
         worker.pool.drop_idle()
         if error.refused and worker.healthy:
             worker.healthy, worker.passes, worker.fails, worker.why = False, 0, 1, error.reason

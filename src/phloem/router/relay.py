@@ -189,7 +189,8 @@ class Relay:
             way.status = await exchange.head()
             load.first()
             if way.status in BROKEN:
-                self._failed(worker, f"status {way.status}", UpstreamError(f"status {way.status}"))
+                self.metrics.failed[worker.url, f"status {way.status}"] += 1
+                self.fleet.faulty(worker)
             if not last and (way.status in RETRIED or (way.status == 404 and way.ask.stored and self._others(way))):
                 return False
             await self._pass_on(way, exchange, load)

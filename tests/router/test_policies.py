@@ -187,7 +187,16 @@ def test_events_of_arrays_and_maps_are_read_alike_and_pages_hang_on_their_parent
     salted = Cached()
     salted.take(0, [["BlockStored", [5], None, ids[:16], 16, None, "GPU", None, ["tenant"]]])
     assert salted.match(ids, "", [0]) == {} and salted.match(ids, "tenant", [0]) == {0: 16}
-    for noise in (None, 7, [], ["Other"], {}, {"type": "BlockStored"}, ["BlockStored", [1], None, [1], 16]):
+    for noise in (
+        None,
+        7,
+        [],
+        ["Other"],
+        {},
+        {"type": "BlockStored"},
+        ["BlockStored", [1], None, [1], 16],
+        ["BlockStored", [1], None, [10**30], 1],
+    ):
         other.take(0, [noise])
     assert other.pages(0) == 2
 

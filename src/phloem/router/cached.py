@@ -7,6 +7,7 @@ use and is dropped.
 
 from __future__ import annotations
 
+from array import array
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +19,29 @@ if TYPE_CHECKING:
 ROOT = 0
 
 
-def link(above: int, tokens: Sequence[int], salt: str = "") -> int:
-    """The key of a page behind the key `above`."""
-    text = ",".join(map(str, tokens))
-    data = f"{above}|{salt}|{text}" if above == ROOT else f"{above}|{text}"
-    return int.from_bytes(blake2b(data.encode(), digest_size=8).digest(), "big")
+WORD = 8  # bytes of a token in keys
+
+
+def pack(tokens: Sequence[int]) -> bytes:
+    """Raises OverflowError or TypeError: these are no token ids."""
+    return array("q", tokens).tobytes()
+
+
+def link(above: int, page: bytes, salt: str = "") -> int:
+    """The key of a page (of packed tokens) behind the key `above`."""
+    before = salt.encode() if above == ROOT else b""
+    return int.from_bytes(blake2b(before + above.to_bytes(8, "big") + page, digest_size=8).digest(), "big")
 
 
 def chain(tokens: Sequence[int], size: int, salt: str = "") -> list[int]:
-    """The keys of a prompt's whole pages."""
-    at, found = ROOT, list[int]()
-    for start in range(0, len(tokens) - size + 1, size):
-        at = link(at, tokens[start : start + size], salt)
+    """The keys of a prompt's whole pages; none where it holds what is no token id."""
+    try:
+        data = pack(tokens)
+    except (OverflowError, TypeError):
+        return []
+    at, found, width = ROOT, list[int](), size * WORD
+    for start in range(0, len(data) - width + 1, width):
+        at = link(at, data[start : start + width], salt)
         found.append(at)
     return found
 
@@ -85,8 +97,12 @@ class Cached:
         if above is None:
             return
         salt = "\0".join(str(told[name]) for name in ("cache_salt", "lora_name") if told.get(name))
+        try:
+            data, width = pack(tokens), size * WORD
+        except (OverflowError, TypeError):
+            return
         for at, name in enumerate(hashes):
-            above = link(above, tokens[at * size : (at + 1) * size], salt)
+            above = link(above, data[at * width : (at + 1) * width], salt)
             pages[_key(name)] = above
             self._bits[above] = self._bits.get(above, 0) | 1 << bit
 

@@ -38,6 +38,7 @@ class Meter:
         self.busy_total = 0.0  # seconds, since start
         self.forward_total = 0.0
         self.last_throughput = 0.0
+        self.encoded = self.found = 0  # pictures: of the tower, and of the encoder cache
         self._since = now
         self._tokens_then = 0
         self._busy = 0.0
@@ -53,6 +54,8 @@ class Meter:
             self.prefill_seconds += output.forward_seconds
         self._forward += output.forward_seconds
         self.forward_total += output.forward_seconds
+        self.encoded += output.encoded
+        self.found += output.found
 
     def turn(self, begin: float, end: float, worked: bool) -> None:
         """One turn of the loop ran from `begin` to `end`."""
@@ -74,6 +77,8 @@ class Meter:
     def state(self) -> dict[str, Any]:
         return {
             "steps": self.steps,
+            "pictures_encoded": self.encoded,
+            "pictures_found": self.found,
             "busy_seconds": self.busy_total,
             "forward_seconds": self.forward_total,
             "gen_throughput": self.last_throughput,
@@ -99,6 +104,8 @@ class Meter:
             out_of_memory=self.out_of_memory,
             prefill_tokens=self.prefill_tokens,
             prefill_seconds=self.prefill_seconds,
+            pictures_encoded=self.encoded,
+            pictures_found=self.found,
             step=self.steps,
             outside_forward=outside,
         )

@@ -63,7 +63,8 @@ async def show_version(request: Request) -> Response:
 @router.get("/get_model_info", **describe(answer=_OBJECT))
 async def model_info(request: Request) -> Response:
     """Facts about the model."""
-    info = door_of(request).info
+    door = door_of(request)
+    info = door.info
     return json_response(
         {
             "model_path": info.model_path,
@@ -72,11 +73,11 @@ async def model_info(request: Request) -> Response:
             "is_generation": info.pooling is None,
             "task": info.task,
             "preferred_sampling_params": None,
-            "weight_version": info.weight_version,
+            "weight_version": door_of(request).client.weight_version,
             "reasoning_parser": info.reasoning_parser,
             "tool_call_parser": info.tool_parser,
             "disaggregation_mode": "null",
-            "has_image_understanding": False,
+            "has_image_understanding": door.client.pictures is not None,
             "has_audio_understanding": False,
             "model_type": info.model_type,
             "architectures": list(info.architectures),
@@ -93,8 +94,7 @@ async def server_info(request: Request) -> Response:
     door = door_of(request)
     engine = door.client.connection.ready or {}
     flat = door.config.flat()
-    if flat["api_key"] is not None:
-        flat["api_key"] = "***"
+    flat |= {name: "***" for name in ("api_key", "admin_api_key") if flat[name] is not None}
     answer: dict[str, Any] = {
         **flat,
         "model_path": door.info.model_path,

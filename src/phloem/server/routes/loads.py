@@ -55,7 +55,7 @@ async def loads(request: Request, include: str = "", format: str = "json", dp_ra
         {
             "timestamp": datetime.now(UTC).isoformat(),
             "version": version(),
-            "accelerator": info.get("platform", "unknown"),
+            "accelerator": info.get("device", "unknown"),
             "num_accelerators": 1,
             "dp_rank_count": 1,
             "loads": ranks,
@@ -79,14 +79,17 @@ def _load(door: Door) -> dict[str, Any]:
     link = door.client.connection
     stats, most = link.stats, (link.ready or {}).get("max_running_requests", 0)
     usage = stats.used_tokens / stats.total_tokens if stats.total_tokens else 0.0
+    # The engine tells once a second; who waits until all has ended, or was aborted, is not to wait for that.
+    running = min(stats.running, door.client.in_flight)
+    waiting = min(stats.waiting, door.client.in_flight - running)
     return {
         "timestamp": datetime.now(UTC).isoformat(),
         "dp_rank": 0,
-        "num_reqs": stats.running + stats.waiting,
-        "num_running_reqs": stats.running,
-        "num_waiting_reqs": stats.waiting,
-        "num_total_reqs": stats.running + stats.waiting,
-        "num_waiting_uncached_tokens": stats.waiting_tokens,
+        "num_reqs": running + waiting,
+        "num_running_reqs": running,
+        "num_waiting_reqs": waiting,
+        "num_total_reqs": running + waiting,
+        "num_waiting_uncached_tokens": stats.waiting_tokens if waiting else 0,
         "num_tokens": stats.used_tokens,
         "num_used_tokens": stats.used_tokens,
         "num_total_tokens": stats.used_tokens + stats.evictable_tokens,
@@ -96,7 +99,7 @@ def _load(door: Door) -> dict[str, Any]:
         "active_token_usage": usage,
         "gen_throughput": stats.gen_throughput,
         "cache_hit_rate": stats.cache_hit_rate,
-        "utilization": stats.running / most if most else usage,
+        "utilization": running / most if most else usage,
         "max_running_requests": most,
         "evicted_tokens": stats.evicted_tokens,
         "total_prefill_uncached_tokens": stats.prefill_tokens,
@@ -112,7 +115,7 @@ def _sections(door: Door, wanted: tuple[str, ...] | list[str]) -> dict[str, Any]
     if "memory" in wanted:
         found["memory"] = {
             "weight_gb": info.get("weight_bytes", 0) / 2**30,
-            "kv_cache_gb": info.get("kv_bytes", 0) / 2**30,
+            "kv_cache_gb": info.get("kv_bytes_per_token", 0) * stats.total_tokens / 2**30,
             "graph_gb": info.get("graph_bytes", 0) / 2**30,
             "token_capacity": stats.total_tokens or info.get("max_total_num_tokens", 0),
         }

@@ -49,7 +49,7 @@ def cached_in(driver: Driver, tokens: list[int]) -> int:
     return driver.cache.probe("", np.array(tokens, np.int32), len(tokens)).num_pages * SIZE
 
 
-async def settled(true: Any, seconds: float = 5.0) -> None:
+async def settled(true: Any, seconds: float = 30.0) -> None:
     async with asyncio.timeout(seconds):
         while not true():
             await asyncio.sleep(0.02)

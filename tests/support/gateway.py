@@ -152,7 +152,7 @@ class Gateway:
         assert response.status_code == 200, response.text
         return response.json()["by"]
 
-    async def until(self, true: Callable[[], bool], seconds: float = 5.0) -> None:
+    async def until(self, true: Callable[[], bool], seconds: float = 30.0) -> None:
         async with asyncio.timeout(seconds):
             while not true():
                 await asyncio.sleep(0.01)
@@ -176,14 +176,14 @@ async def gateway(*workers: Worker, seed: int = 1, **settings: Any) -> AsyncIter
     sock = bind(made.host, 0)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     task = asyncio.create_task(serve(router, made, sock, lambda _: ready.set(), stop))
-    await asyncio.wait_for(ready.wait(), 5)
-    async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+    await asyncio.wait_for(ready.wait(), 30)
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
         found = Gateway(router, url, http, list(workers))
         await found.until(lambda: all(worker.healthy for worker in router.fleet.workers.values()))
         try:
             yield found
         finally:
             stop.set()
-            await asyncio.wait_for(task, 10)
+            await asyncio.wait_for(task, 30)
             for worker in workers:
                 await worker.kill()

@@ -277,6 +277,8 @@ class Pool:
                 return
             connection.abort()
         connection = await self._connect()
+        if not connection.usable:
+            raise UpstreamError("the server closed the connection at once")
         connection.begin(exchange, head, body)
 
     async def _connect(self) -> Connection:

@@ -71,6 +71,9 @@ class CacheConfig:
     kv_cache_dtype: str = opt("auto", "Type of the KV cache: auto, or one that the attention backend takes.")
     disable_radix_cache: bool = opt(False, "Do not share computed prefixes between requests.")
     radix_eviction_policy: Eviction = opt("lru", "Which unused cached prefix goes first when pages run out.")
+    kv_events_config: str | None = opt(
+        None, 'Tell gateways what is cached: {"publisher": "zmq", "endpoint": "tcp://*:5557"}.'
+    )
 
 
 @dataclass(frozen=True)
@@ -261,7 +264,7 @@ class Config:
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
                 raise ConfigError(f"unknown setting {name!r}{hint}", param=name)
             section, kind = known[key]
-            if key == "speculative_config" and isinstance(value, dict):
+            if key in ("speculative_config", "kv_events_config") and isinstance(value, dict):
                 value = json.dumps(value)
             parts.setdefault(section, {})[key] = _convert(key, value, kind)
         sections = {name: cls(**parts.get(name, {})) for name, cls in SECTIONS.items()}

@@ -20,7 +20,9 @@ from phloem.engine.runner import ModelRunner
 from phloem.engine.watchdog import Watchdog
 from phloem.grammar._base import name_of
 from phloem.grammar._manager import GrammarManager, GrammarSettings
+from phloem.kvcache.events import Feed
 from phloem.kvcache.manager import CacheManager
+from phloem.kvcache.publisher import ZmqPublisher, read_config
 from phloem.launch.rest import Resting
 from phloem.models._common import Decoder
 from phloem.rl.keeper import Keeper
@@ -110,7 +112,12 @@ class EngineCore:
         self.scheduler = Scheduler(
             runner, settings, cache, self._send, prepare=prepare, lender=self._desk, keeper=self._keeper
         )
-        self.info: dict[str, Any] = {
+        self._publisher = _publisher(config, cache, self.scheduler)
+        self.info = self._facts(built, checkpoint, phases)
+
+    def _facts(self, built: Built, checkpoint: Checkpoint, phases: dict[str, float]) -> dict[str, Any]:
+        """What the door and `/server_info` are told."""
+        return {
             **built.info,
             "max_total_num_tokens": built.max_total_tokens,
             "max_running_requests": built.max_running_requests,
@@ -120,6 +127,7 @@ class EngineCore:
             "context_length": built.context_length,
             "decisions": [[d.name, d.value, d.reason] for d in built.decisions]
             + ([] if self._grammars is None else [list(self._grammars.decision())]),
+            "kv_events": None if self._publisher is None else self._publisher.info(),
             "phases": phases,
             "lora_adapters": None if self._desk is None else self._desk.loaded(),
         }
@@ -151,6 +159,8 @@ class EngineCore:
         self.runner.close()
         if self._grammars is not None:
             self._grammars.close()
+        if self._publisher is not None:
+            self._publisher.close()
 
 
 def _drafting(drafts: speculation.Wanted, built: Built) -> tuple[Runner, bool]:
@@ -179,6 +189,17 @@ def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
         thinking=thinking_markers(checkpoint, template, model.reasoning_parser),
     )
     return GrammarManager(lambda: vocabulary(checkpoint), settings)
+
+
+def _publisher(config: Config, cache: CacheManager, scheduler: Scheduler) -> ZmqPublisher | None:
+    """What tells gateways of the cache. Raises ConfigError where that is asked for and cannot be."""
+    text = config.cache.kv_events_config
+    settings = read_config(text) if text is not None else None
+    if settings is None or not settings.wanted or not cache.enabled:
+        return None
+    publisher = ZmqPublisher(settings, cache.page_size)
+    scheduler.feed = Feed(cache.tree, publisher)
+    return publisher
 
 
 def _desk(config: Config, built: Built, report: worker.Report) -> Desk | None:

@@ -1,4 +1,4 @@
-"""Administrative calls: flush_cache, state, cache_tree, pause, resume, abort_all, get_weights_by_name, adapters.
+"""Administrative calls: flush_cache, state, cache_tree, kv_events, pause, resume, abort_all, adapters.
 
 Those that change weights stand in `weights.py`.
 """
@@ -12,6 +12,7 @@ from phloem.core.errors import BadRequest, PhloemError
 from phloem.core.messages import Control, ControlReply
 from phloem.core.request import FinishReason
 from phloem.kvcache import report
+from phloem.kvcache.events import as_map
 from phloem.scheduler.weights import WeightCalls
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from phloem.core.batch import Pending, Runner
     from phloem.core.messages import FromEngine
     from phloem.core.updates import Keeper
+    from phloem.kvcache.events import Feed
     from phloem.kvcache.manager import CacheManager
     from phloem.scheduler.state import Slots
 
@@ -39,6 +41,7 @@ class Governed(Protocol):
     cache: CacheManager
     slots: Slots
     lender: Lender | None
+    feed: Feed | None
     keeper: Keeper | None
     weight_version: str
     paused: bool
@@ -130,6 +133,14 @@ class Controls:
 
     def _do_cache_tree(self, call_id: str, args: dict[str, Any]) -> None:
         self._reply(call_id, True, data=report.snapshot(self.scheduler.cache, int(args.get("max_nodes") or 512)))
+
+    def _do_kv_events(self, call_id: str, args: dict[str, Any]) -> None:
+        """What a reader of cache events begins with: all messages before `sequence` are in it."""
+        cache, feed = self.scheduler.cache, self.scheduler.feed
+        if feed is None:
+            raise BadRequest("no cache events are published: start with --kv-events-config", code="not_supported")
+        events = [as_map(event, cache.page_size) for event in feed.dump()]
+        self._reply(call_id, True, data={"sequence": feed.sink.sequence, "events": events})
 
     def _do_pause(self, call_id: str, args: dict[str, Any]) -> None:
         mode = str(args.get("mode") or "abort")

@@ -28,6 +28,7 @@ from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
 from phloem.models._common import Decoder
 from phloem.models._pooled import load_pooled
+from phloem.platforms import cpu
 from phloem.platforms._facts import own_float8
 from phloem.utils import log
 from phloem.utils.cores import available_cores
@@ -120,6 +121,8 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     threads = _take(decisions, resolve.threads(config.runtime.threads, available_cores()))
     platform, chosen = platforms.choose(config.runtime.device, threads)
     decisions.append(chosen)
+    if platform.facts.on_host:
+        decisions += cpu.level(config.runtime.cpu_level)
     ops, why = platform.table(config.runtime.ops, float32=config.model.dtype == "float32")
     decisions.append(Decision("ops", ops.name, why))
     if ops.activations is not None:

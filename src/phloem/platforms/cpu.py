@@ -89,8 +89,8 @@ class Platform:
                 if requested == "invariant":
                     ops = native.table(self.threads, invariant=True, float32=float32)
                     return ops, "batch-invariant native kernels, as asked"
-                why = "as asked" if requested else native.describe()
-                return native.table(self.threads, float32=float32), f"native kernels, {why}"
+                ops = native.table(self.threads, float32=float32)
+                return ops, f"native kernels, {'as asked' if requested else native.describe()}"
             except native.Unavailable as error:
                 reason = str(error)
         if requested is not None:

@@ -117,6 +117,24 @@ struct TileAhead {
   }
 };
 
+// x * f + y * g. Which of the products is rounded first must not depend on how many rows there are: the compiler would
+// choose anew for each number.
+PHL_INLINE vf shrunk_sum(vf x, float f, vf y, float g) {
+#if PHL_LEVEL == 1
+  return (vf)_mm256_fmadd_ps((__m256)x, _mm256_set1_ps(f), _mm256_mul_ps((__m256)y, _mm256_set1_ps(g)));
+#else
+  return x * f + y * g;
+#endif
+}
+
+// A number that is rounded before it goes on, for the same reason.
+PHL_INLINE vf alone(vf x) {
+#if PHL_LEVEL == 1
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
+
 // What a tile's rows have in common.
 struct Int8Span {
   Int8Tile tile;
@@ -410,7 +428,7 @@ PHL_INLINE void tile(const AttentionArgs& a, const Int8Job& job, Int8Span& span,
   const vf peak = maxima<R>(highest), factor = a.softcap > 0 ? splat(1.0f) : load(job.scale + first);
   const vf before = load(job.tops + first);
   const vi none = peak <= splat(kHidden);
-  const vf from = select(none, vf{}, peak * factor), top = select(none | (before > from), before, from);
+  const vf from = alone(select(none, vf{}, peak * factor)), top = select(none | (before > from), before, from);
   const vf part = exp2<6>(select(none, vf{}, from - top));
   store(scale, factor);
   store(base, from);
@@ -422,12 +440,12 @@ PHL_INLINE void tile(const AttentionArgs& a, const Int8Job& job, Int8Span& span,
     vf total{};
     if (span.ahead.any()) span.ahead.lines(4 * kLinesPerStep);
     for (int64_t t = 0; t < C * kGroup; t += W) {
-      const vf p = power(load(scores[r] + t) * scale[r] - base[r]);
+      const vf p = power(alone(load(scores[r] + t) * scale[r]) - base[r]);
       total += p;
       store_weights(weights[r] + t, p * load(span.weights + t));
     }
     float* const sums = job.sums + (first + r) * W;
-    store(sums, load(sums) * shrink[r] + total * share[r]);
+    store(sums, shrunk_sum(load(sums), shrink[r], total, share[r]));
   }
   const int64_t quads = (seen + 3) / 4;
   int64_t column = 0;

@@ -127,7 +127,8 @@ PHL_INLINE void add_some(const AttentionArgs& a, const Int8Job& job, Int8Span& s
   for (int r = 0; r < R; ++r) {
     float* to = job.results + (first + r) * job.wide + column;
     for (int v = 0; v < V; ++v) {
-      store(to + v * W, load(to + v * W) * factor[r] + (vf)_mm256_cvtepi32_ps(acc[r][v]) * unit[r]);
+      const vf sum = (vf)_mm256_cvtepi32_ps(acc[r][v]);
+      store(to + v * W, shrunk_sum(load(to + v * W), factor[r], sum, unit[r]));
     }
   }
 }

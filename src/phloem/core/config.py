@@ -31,6 +31,7 @@ Whitespace = Literal["compact", "flexible"]
 Eviction = Literal["lru", "lfu", "fifo"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 OnEngineDeath = Literal["restart", "exit"]
+CpuLevel = Literal["auto", "portable", "avx2", "avx512", "amx"]
 LogprobsMode = Literal["raw", "temperature"]
 ModelImpl = Literal["auto", "phloem", "transformers"]
 Task = Literal["auto", "generate", "embed", "classify", "score", "tokens"]
@@ -101,6 +102,11 @@ class RuntimeConfig:
         "batch; default: the platform's fastest.",
     )
     threads: int | None = opt(None, "Compute threads; default: one per core that the process may use.")
+    cpu_level: CpuLevel = opt(
+        "auto",
+        "Instruction set of the native CPU kernels; auto takes the best that the processor runs. PHLOEM_CPU_LEVEL sets "
+        "it too.",
+    )
     disable_step_graph: bool = opt(False, "Run every step eagerly, through Python.")
     disable_piecewise_graph: bool = opt(
         False, "Run prefill and mixed steps eagerly; decode steps stay recorded.", "disable_piecewise_cuda_graph"
@@ -376,13 +382,25 @@ def read_environment(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, **{name: key for name, key in keys.items() if key and not values.get(name)}}
 
 
+def cpu_level(requested: CpuLevel) -> tuple[CpuLevel, str]:
+    """The instruction set that is asked for, by an option or by the environment, and who asks.
+
+    Raises:
+        ConfigError: if the environment names none that there is.
+    """
+    said = environment_of("PHLOEM_CPU_LEVEL")
+    if requested != "auto" or said is None:
+        return requested, "as asked"
+    return _convert("PHLOEM_CPU_LEVEL", said, CpuLevel), "as the environment's PHLOEM_CPU_LEVEL asks"
+
+
 def cache_home() -> Path:
     """Where files that can be made again are kept from one start to the next."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phloem"
 
 
 def environment_of(name: str) -> str | None:
-    """What the user has told another package; None: nothing."""
+    """A variable of the environment; None: it is not there, or empty."""
     return os.environ.get(name) or None
 
 

@@ -31,6 +31,7 @@ from phloem.layers.context import BuildContext
 from phloem.models._common import Decoder
 from phloem.models._pooled import load_pooled
 from phloem.models._transformers import load_foreign
+from phloem.platforms import cpu
 from phloem.platforms._facts import own_float8
 from phloem.utils import log, memory
 from phloem.utils.cores import available_cores
@@ -129,6 +130,8 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     threads = _take(decisions, resolve.threads(config.runtime.threads, available_cores()))
     platform, chosen = platforms.choose(config.runtime.device, threads)
     decisions.append(chosen)
+    if platform.facts.on_host:
+        decisions += cpu.level(config.runtime.cpu_level)
     asked_ops = config.runtime.ops or ("invariant" if config.runtime.enable_deterministic_inference else None)
     ops, why = platform.table(asked_ops, float32=config.model.dtype == "float32")
     decisions.append(Decision("ops", ops.name, why))

@@ -147,7 +147,7 @@ def _settings(config: Config, checkpoint: Checkpoint, built: Built, speculates: 
         eos_ids=checkpoint.eos_ids,
         stream_interval=config.schedule.stream_interval,
         random_seed=config.model.random_seed,
-        overlap=not schedule.disable_overlap_schedule,
+        overlap=not config.schedule.disable_overlap_schedule,
         debug_invariants=config.runtime.debug_invariants,
         whole_prompts=checkpoint.pooling is not None,
         speculates=speculates,

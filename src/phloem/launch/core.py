@@ -74,10 +74,9 @@ class EngineCore:
         drafts = speculation.wanted(config)
         assemble.check(drafts)
         built = worker.build(config, checkpoint, report)
-        schedule = config.schedule
         self.runner = built.runner
         runner, speculates = _drafting(drafts, built)
-        self._watchdog = Watchdog(built.runner, schedule.watchdog_timeout)
+        self._watchdog = Watchdog(built.runner, config.schedule.watchdog_timeout)
         cache = CacheManager(
             built.runner.groups,
             built.runner.num_pages,
@@ -86,25 +85,7 @@ class EngineCore:
             eviction=config.cache.radix_eviction_policy,
             chunk=built.chunked_prefill_size,
         )
-        settings = ScheduleSettings(
-            max_running_requests=built.max_running_requests,
-            max_queued_requests=schedule.max_queued_requests,
-            chunked_prefill_size=built.chunked_prefill_size,
-            mixed_prefill_size=built.mixed_prefill_size,
-            worthwhile_prefill=built.worthwhile_prefill,
-            schedule_policy=schedule.schedule_policy,
-            context_length=built.context_length,
-            vocab_size=checkpoint.vocab_size,
-            eos_ids=checkpoint.eos_ids,
-            stream_interval=schedule.stream_interval,
-            random_seed=config.model.random_seed,
-            overlap=not schedule.disable_overlap_schedule,
-            debug_invariants=config.runtime.debug_invariants,
-            whole_prompts=checkpoint.pooling is not None,
-            speculates=speculates,
-            sees=built.tower is not None,
-            whole_pictures=built.tower is not None and built.tower.whole,
-        )
+        settings = _settings(config, checkpoint, built, speculates)
         self._grammars = _grammars(config, checkpoint)
         prepare = self._grammars.prepare if self._grammars is not None else _no_grammar
         self._sends = send
@@ -161,6 +142,28 @@ class EngineCore:
             self._grammars.close()
         if self._publisher is not None:
             self._publisher.close()
+
+
+def _settings(config: Config, checkpoint: Checkpoint, built: Built, speculates: bool) -> ScheduleSettings:
+    return ScheduleSettings(
+        max_running_requests=built.max_running_requests,
+        max_queued_requests=config.schedule.max_queued_requests,
+        chunked_prefill_size=built.chunked_prefill_size,
+        mixed_prefill_size=built.mixed_prefill_size,
+        worthwhile_prefill=built.worthwhile_prefill,
+        schedule_policy=config.schedule.schedule_policy,
+        context_length=built.context_length,
+        vocab_size=checkpoint.vocab_size,
+        eos_ids=checkpoint.eos_ids,
+        stream_interval=config.schedule.stream_interval,
+        random_seed=config.model.random_seed,
+        overlap=not config.schedule.disable_overlap_schedule,
+        debug_invariants=config.runtime.debug_invariants,
+        whole_prompts=checkpoint.pooling is not None,
+        speculates=speculates,
+        sees=built.tower is not None,
+        whole_pictures=built.tower is not None and built.tower.whole,
+    )
 
 
 def _drafting(drafts: speculation.Wanted, built: Built) -> tuple[Runner, bool]:

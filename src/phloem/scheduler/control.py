@@ -13,18 +13,14 @@ from phloem.core.messages import Control, ControlReply
 from phloem.core.request import FinishReason
 from phloem.kvcache import report
 from phloem.kvcache.events import as_map
-from phloem.scheduler.weights import WeightCalls
+from phloem.scheduler import weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from phloem.core.adapters import Lender
     from phloem.core.batch import Pending, Runner
-    from phloem.core.messages import FromEngine
-    from phloem.core.updates import Keeper
     from phloem.kvcache.events import Feed
-    from phloem.kvcache.manager import CacheManager
-    from phloem.scheduler.state import Slots
 
 log = logging.getLogger(__name__)
 
@@ -34,28 +30,17 @@ PAUSE_MODES = ("abort", "retract", "in_place")
 ABORTED = FinishReason("abort", message="aborted by an administrative call")
 
 
-class Governed(Protocol):
+class Governed(weights.Governed, Protocol):
     """What the calls act on: the scheduler."""
 
     runner: Runner
-    cache: CacheManager
-    slots: Slots
-    lender: Lender | None
     feed: Feed | None
-    keeper: Keeper | None
-    weight_version: str
     paused: bool
     clock: Callable[[], float]
-    send: Callable[[FromEngine], None]
 
-    @property
-    def nothing_held(self) -> bool: ...
     def state(self) -> dict[str, Any]: ...
-    def abort_all(self, reason: FinishReason) -> int: ...
     def retract_all(self) -> None: ...
     def flush_results(self) -> None: ...
-    def settle(self) -> None: ...
-    def between(self, work: Callable[[], Any]) -> Pending[Any]: ...
 
 
 class Controls:
@@ -63,7 +48,7 @@ class Controls:
 
     def __init__(self, scheduler: Governed) -> None:
         self.scheduler = scheduler
-        self.weights = WeightCalls(scheduler, self._reply)
+        self.weights = weights.WeightCalls(scheduler, self._reply)
         self._flushes: list[tuple[str, float]] = []  # (id, deadline)
         self._works: list[tuple[str, Pending[Any], Callable[[Any], Told]]] = []  # (id, work, result -> reply)
 

@@ -234,6 +234,7 @@ def _submit_message(output: Continuation) -> Submit:
         return_hidden=item.return_hidden,
         pooled=item.pooled,
         second=item.second,
+        audio=item.audio,
         arrival=time.time(),
         grammar_at_once=not item.reasons,
     )

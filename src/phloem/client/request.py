@@ -55,6 +55,7 @@ class Item:
     thinking_budget: int | None = None  # tokens of reasoning
     pooled: bool = False  # for a model that does not generate
     second: int = 0  # token at which the second text of a pair begins
+    audio: bytes = b""  # float32 log-mel features, for a model that hears
 
 
 @dataclass(slots=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phloem.checkpoint.describe import describe
+from phloem.checkpoint.families import family
 from phloem.client.client import EngineClient
 from phloem.client.info import ModelInfo, with_formats
+from phloem.multimodal.speech import speech_of
 from phloem.text.template import load_template
 from phloem.text.tokenizer import load_tokenizer
 
@@ -34,7 +37,11 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
     if model.skip_tokenizer_init:
         return EngineClient(None, None, info), info, checkpoint
     tokenizer = load_tokenizer(checkpoint)
-    if info.pooling is not None:
+    hears = family(checkpoint.model_type).audio
+    if hears is not None:
+        id_of = tokenizer.backend.token_to_id
+        info = replace(info, speech=speech_of(checkpoint.config, hears, checkpoint.generation_config, id_of))
+    if info.pooling is not None or hears is not None:
         return EngineClient(tokenizer, None, info), info, checkpoint
     override = Path(model.chat_template) if model.chat_template else None
     template = load_template(checkpoint, override, tokenizer)

@@ -46,7 +46,7 @@ class Admission:
     return_hidden: bool = False
     second: int = 0  # token at which the second segment of a pair of texts begins; 0: there is none
     namespace: str = ""  # of the cache: who shares prefixes with it
-    audio: bytes = b""  # float32 features of what it hears, for a model with an encoder; they are in its cross memory then
+    audio: bytes = b""  # float32 features of what it hears: encoded into the slot's cross memory
     constrained: bool = False  # a follower was given for this slot (`Runner.constrain`) before the launch
 
 

@@ -71,7 +71,7 @@ class StepWork:
         self._on_host, self._forgotten = facts.on_host, 0
         self._apart = facts.on_host and all(group.kind != "state" for group in pool.groups)
         self.gaps = Gaps(recorded) if recorded and facts.records_idle else None
-        self._pool, self._ears = pool, ears_of(model, pool, ops, max_slots)
+        self._pool, self._ears = pool, ears_of(model, pool, backend.ops, max_slots)
         self._forward = Forward(recorded, Eager(model, backend, pool))
         self.chooser = Chooser(model, ops, self.slots, self.last, self.masks)
 

@@ -107,6 +107,8 @@ def run_all(need: Need, device: torch.device, shapes: list[Shape]) -> None:
     """Run them over two pages of memory."""
     with torch.inference_mode():
         memory = need.model.memory
-        pool = KVPool(memory, fewest_pages(memory, need.page_size), need.page_size, need.kv_dtype, device, need.kv_scales)
+        pool = KVPool(
+            memory, fewest_pages(memory, need.page_size), need.page_size, need.kv_dtype, device, need.kv_scales
+        )
         for shape in shapes:
             run_shape(need, pool, shape)

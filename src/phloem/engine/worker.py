@@ -13,6 +13,7 @@ from phloem import attention, models, platforms, quant
 from phloem.adapters import served
 from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.attention._packed import refusal
+from phloem.checkpoint.families import family
 from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import resolve, speculation
 from phloem.core.errors import ConfigError
@@ -48,6 +49,7 @@ _log = log.get("engine")
 # Of a model that does not generate: texts and tokens of a step, where nobody says otherwise.
 POOLED_ROWS = 256
 POOLED_TOKENS = 2048
+HEARING_ROWS = 16  # requests that hear: each holds the keys and values of its audio, of a large model 246 MB
 
 Report = Callable[[str, float], None]  # a phase of start-up ended: its name, its seconds
 
@@ -127,6 +129,8 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     dtype = _dtype(config, checkpoint, platform, decisions)
     schedule = config.schedule
     asked, usual = schedule.max_running_requests, platform.default_running_requests
+    if family(checkpoint.model_type).audio is not None:
+        usual = min(usual, HEARING_ROWS)
     running = _take(decisions, resolve.running_requests(asked, usual, platform.name))
     chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
     mixed = _take(decisions, resolve.mixed_chunk(platform.default_mixed_chunk, chunk))

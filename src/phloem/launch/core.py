@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.adapters import served
 from phloem.adapters.desk import Desk
+from phloem.checkpoint.families import family
 from phloem.core import speculation
 from phloem.core.config import parse_bytes
 from phloem.core.errors import BadRequest, ConfigError
@@ -34,11 +35,13 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.batch import Runner
     from phloem.core.config import Config
+    from phloem.core.late import Prepared
     from phloem.engine.worker import Built
 
 _log = log.get("launch")
 
 Send = Callable[[FromEngine], None]
+Prepare = Callable[[Submit, Any], "Prepared | None"]
 Poll = Callable[[float | None], list[ToEngine]]  # seconds to wait -> messages; EOFError: the door has gone
 
 # Of the KV pool, made resident while nothing else is to do after the start: the first answers do not wait for it.
@@ -101,6 +104,7 @@ class EngineCore:
         )
         self._grammars = _grammars(config, checkpoint)
         prepare = self._grammars.prepare if self._grammars is not None else _no_grammar
+        prepare = _hearing(checkpoint, prepare)
         self._sends = send
         self._desk = _desk(config, built, report)
         self.scheduler = Scheduler(runner, settings, cache, self._send, prepare=prepare, lender=self._desk)
@@ -194,6 +198,20 @@ def _desk(config: Config, built: Built, report: worker.Report) -> Desk | None:
         raise ConfigError(error.message, param="lora_paths") from None
     report("adapters", perf_counter() - begun)
     return desk
+
+
+def _hearing(checkpoint: Checkpoint, prepare: Prepare) -> Prepare:
+    """With a check that a model hears something, and as much as it takes: it would hear what another request has."""
+    names = family(checkpoint.model_type).audio
+    size = 0 if names is None else 8 * checkpoint.config[names["bands"]] * checkpoint.config[names["states"]]
+
+    def checked(submit: Submit, prompt: Any) -> Prepared | None:
+        if len(submit.audio) != size:
+            what = f"this model hears {size} bytes of features" if size else "this model does not hear"
+            raise BadRequest(f"audio: {what}, and not {len(submit.audio)}", param="audio")
+        return prepare(submit, prompt)
+
+    return checked
 
 
 def _no_grammar(submit: Submit, prompt: Any) -> None:

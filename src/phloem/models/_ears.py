@@ -74,9 +74,7 @@ class Ears(Layer):
         ]
         self.positions = Weight((ctx.child("embed_positions.weight").name,), ((config.states, size),), "norm")
         options = AttentionOptions(qkv_bias=True, out_bias=True, o_proj="out_proj")
-        attention = Attention(
-            config.heads, config.heads, size // config.heads, None, options=options, causal=False
-        )
+        attention = Attention(config.heads, config.heads, size // config.heads, None, options=options, causal=False)
         feed = Plain(config.inner_size, config.activation, True, ("fc1", "fc2"), name="")
         kind = LayerKind(attention, feed, norm_names=("self_attn_layer_norm", "final_layer_norm"))
         self.layers = [kind.make(ctx.child("layers").child(number), place) for number in range(config.layers)]

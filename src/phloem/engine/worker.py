@@ -152,7 +152,8 @@ def _build(
     sites = served.sites(config.lora, model, ops, dtype, platform.facts.on_host, decisions)
     phase.end("weights")
 
-    kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _kv_dtype(config, dtype)
+    kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _heard(config, checkpoint, ops)
+    kv_dtype = kv_dtype or _kv_dtype(config, dtype)
     scales = _kv_scales(config, checkpoint, model, kv_dtype, decisions)
     backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
     page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
@@ -379,6 +380,15 @@ def _eight_bits(
     return kind
 
 
+def _heard(config: Config, checkpoint: Checkpoint, ops: Ops) -> torch.dtype | None:
+    """The type that keeps what a model hears, where nobody has named one and the table's attention keeps few types:
+    most of what its steps read is there."""
+    asked = config.cache.kv_cache_dtype != "auto" or config.model.dtype != "auto"
+    if asked or family(checkpoint.model_type).audio is None or ops.kv_dtypes is None:
+        return None
+    return next((kind for kind in ops.kv_dtypes if kind.is_floating_point), None)
+
+
 def _kv_scales(
     config: Config, checkpoint: Checkpoint, model: Model, kv_dtype: torch.dtype, decisions: list[Decision]
 ) -> dict[int, LayerScales]:
@@ -387,6 +397,10 @@ def _kv_scales(
     if asked != FP8:
         eight = kv_dtype.itemsize == 1 and asked == "auto"
         why = "as the weights are quantised" if eight else "the type of the model" if asked == "auto" else "as asked"
+        if asked == "auto" and not eight and family(checkpoint.model_type).audio is not None:
+            why = (
+                "the type of the model, or what the table's attention reads: most of a step's reading is what is heard"
+            )
         if checkpoint.kv_scheme == FP8:
             why += f"; the checkpoint brings scales for {FP8}, which --kv-cache-dtype {FP8} uses"
         decisions.append(Decision("kv_cache_dtype", name, why))

@@ -48,6 +48,7 @@ def ops(rt: Runtime) -> dict[str, Any]:
 def _elementwise(rt: Runtime) -> dict[str, Any]:
     call, empty = rt.call, rt.empty
     ADD, SILU, GELU = rt.op("add"), rt.op("silu_and_mul"), rt.op("gelu_tanh_and_mul")
+    EXACT = rt.op("gelu")
     SOFTCAP, SELECT = rt.op("softcap"), rt.op("select_rows")
 
     def add(x: Tensor, y: Tensor) -> Tensor:
@@ -79,6 +80,13 @@ def _elementwise(rt: Runtime) -> dict[str, Any]:
     def gelu_tanh_and_mul(x: Tensor) -> Tensor:
         return gated(GELU, x)
 
+    def gelu(x: Tensor) -> Tensor:
+        x_TN = rows_of(x)
+        rows, n = x_TN.shape
+        out, work, stride = empty(x.shape), rows * n // 2, x_TN.stride(0)
+        call(EXACT, work, x=x_TN.data_ptr(), out=out.data_ptr(), rows=rows, n=n, x_stride=stride, out_stride=n)
+        return out
+
     def softcap(x: Tensor, cap: float) -> Tensor:
         x_TN = rows_of(x)
         rows, n = x_TN.shape
@@ -97,7 +105,7 @@ def _elementwise(rt: Runtime) -> dict[str, Any]:
         )  # fmt: skip
         return out
 
-    names = (add, silu_and_mul, gelu_tanh_and_mul, softcap, select_rows)
+    names = (add, silu_and_mul, gelu_tanh_and_mul, gelu, softcap, select_rows)
     return {function.__name__: function for function in names}
 
 

@@ -89,7 +89,8 @@ def pieces(tokens: Sequence[int], speech: Speech, offset: float, frames: int) ->
     first = 0
     for border in [*borders, len(tokens)] if closed else borders:
         part = tuple(tokens[first:border])
-        found.append(Piece(at(part[0]), at(part[-1]), part))
+        start = at(part[0]) if stamps[first] else found[-1].end if found else offset
+        found.append(Piece(start, max(start, at(part[-1])), part))
         first = border
     if closed:
         return found, frames

@@ -8,6 +8,8 @@ from phloem.protocol.answers import Answer
 from phloem.protocol.audio.languages import LANGUAGES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from phloem.protocol.audio.run import Segment, Transcript
 
 
@@ -97,13 +99,17 @@ def written(found: Transcript, kind: str) -> str:
     """As text, srt or vtt."""
     if kind == "text":
         return found.text + "\n"
+    return cues([(one.start, one.end, one.text) for one in found.segments], kind)
+
+
+def cues(segments: Iterable[tuple[float, float, str]], kind: str) -> str:
+    """Subtitles, srt or vtt, of texts with start and end in seconds."""
     lines = [] if kind == "srt" else ["WEBVTT", ""]
-    for number, one in enumerate(found.segments, 1):
+    for number, (start, end, text) in enumerate(segments, 1):
         lines += [str(number)] if kind == "srt" else []
         # An arrow in the text would begin a new cue.
-        text = one.text.strip().replace("-->", "->")
-        lines += [f"{_clock(one.start, kind)} --> {_clock(one.end, kind)}", text, ""]
-    return "\n".join(lines) + ("\n" if kind == "vtt" and not found.segments else "")
+        lines += [f"{_clock(start, kind)} --> {_clock(end, kind)}", text.strip().replace("-->", "->"), ""]
+    return "\n".join([*lines, ""]) if lines else ""
 
 
 def _clock(seconds: float, kind: str) -> str:

@@ -13,7 +13,7 @@ from phloem.layers.cross import CrossAttention
 from phloem.models._common import Decoder, renamed, usual, usual_attention
 from phloem.models._ears import Ears, EarsConfig
 from phloem.models._index import WeightIndex, open_sources, some
-from phloem.models._layer import LayerKind, Plain
+from phloem.models._layer import LayerKind, MixerAlone, Plain
 from phloem.models._sources import TensorSource
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Whisper(Decoder):
         super().__init__(ctx, config, max_positions)
         self.ears = Ears(ctx.child("model").child("encoder"), ears)
         self.hears = ears.bands, 2 * ears.states
-        mixers = [getattr(layer, "mixer", None) for layer in self.layers]
+        mixers = [layer.mixer for layer in self.layers if isinstance(layer, MixerAlone)]
         self.crossed = [mixer for mixer in mixers if isinstance(mixer, CrossAttention)]
         self.index = WeightIndex(self.weights(), ctx, self.embed.weight.names[0])
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from phloem.client.call import ClientGone
+from phloem.core.errors import BadRequest
 from phloem.protocol.audio import write
 from phloem.protocol.audio.body import TranscriptionBody, TranslationBody
 from phloem.protocol.audio.run import Asked, Transcriber, asked_of
@@ -45,6 +46,7 @@ async def transcriptions(request: Request) -> Response:
     """What is said in a sound file."""
     door = door_of(request)
     body = await _read(door, request, _transcription)
+    door.check_model(body.model)
     body.check()
     asked = asked_of(body)
     return await _answer(door, request, body.file, asked, body.response_format, stream_it=body.stream)
@@ -55,6 +57,7 @@ async def translations(request: Request) -> Response:
     """In English what is said in a sound file."""
     door = door_of(request)
     body = await _read(door, request, _translation)
+    door.check_model(body.model)
     return await _answer(door, request, body.file, asked_of(body), body.response_format)
 
 
@@ -63,8 +66,9 @@ async def _read(door: Door, request: Request, parser: Parser[T]) -> T:
     door.info.check_pooled(False, True)
     data = parts.pop() if len(parts) == 1 else b"".join(parts)
     values = form_of(data, request.headers.get("content-type", ""), _FILES, _LISTS)
+    if not isinstance(values.get("file"), bytes):
+        raise BadRequest("file: the form has no sound file", param="file")
     body = parser.convert(values, door.info.features, form=True)
-    door.check_model(getattr(body, "model"))  # noqa: B009
     return body
 
 

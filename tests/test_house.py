@@ -67,8 +67,6 @@ LAZY = {
 KNOWN_ARROWS: dict[str, str] = {}
 # Files that know each other's types -> the room that owes the repair.
 KNOWN_CIRCLES = {
-    ("phloem.server.chat.write", "phloem.server.chunks", "phloem.server.completions.write"): "server",
-    ("phloem.kvcache.audit", "phloem.kvcache.manager", "phloem.kvcache.report", "phloem.kvcache.undo"): "kvcache",
     ("phloem.kernels._native_screen", "phloem.kernels.native_linear"): "kernels",
 }
 

@@ -19,7 +19,7 @@ from phloem.client.pooled import Reading
 from phloem.client.start import make_client
 from phloem.core.config import Config
 from phloem.core.errors import BadRequest, ConfigError, EngineDead, ModelLoadError, PhloemError
-from phloem.launch.door import EngineDoor
+from phloem.launch.door import EngineDoor, beginning
 from phloem.launch.thread import EngineThread
 from phloem.protocol.audio.body import TranscriptionBody, TranslationBody
 from phloem.protocol.audio.run import Transcriber, asked_of, read_file
@@ -56,6 +56,7 @@ class Engine:
     Raises:
         ConfigError: a setting is unknown or cannot be served.
         ModelLoadError: the checkpoint is missing something.
+        EngineDead: Python is ending.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -63,9 +64,10 @@ class Engine:
             settings["model_path"] = settings.pop("model")
         self.config = Config.from_flat({"log_level": "warning", **settings})
         log.configure(self.config.server.log_level)
-        self._client, self.info, checkpoint = make_client(self.config)
-        self._link = EngineThread(self.config, checkpoint)
-        self._door = EngineDoor(self._client, self._link)
+        with beginning():
+            self._client, self.info, checkpoint = make_client(self.config)
+            self._link = EngineThread(self.config, checkpoint)
+            self._door = EngineDoor(self._client, self._link)
         weakref.finalize(self, self._door.end_soon).atexit = False  # the door ends with Python by itself
         try:
             self.ready: dict[str, Any] = self._door.run(self._start())

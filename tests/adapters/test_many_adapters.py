@@ -62,6 +62,7 @@ def ids(answers: Any) -> list[list[int]]:
     return [answer["output_ids"] for answer in answers]
 
 
+@pytest.mark.slow
 def test_a_batch_of_several_adapters_and_none_gives_what_each_gives_alone(engine: Engine) -> None:
     together = ids(engine.generate(PROMPTS, GREEDY, lora_path=NAMES))
     alone = [ids([engine.generate(p, GREEDY, lora_path=n)])[0] for p, n in zip(PROMPTS, NAMES, strict=True)]
@@ -70,6 +71,7 @@ def test_a_batch_of_several_adapters_and_none_gives_what_each_gives_alone(engine
     assert len({tuple(tokens) for tokens in same}) == 4
 
 
+@pytest.mark.slow
 def test_logprobs_of_a_row_do_not_depend_on_the_adapters_beside_it(engine: Engine) -> None:
     def values(**fields: Any) -> list[list[float]]:
         found: Any = engine.generate(sampling_params=GREEDY, return_logprob=True, **fields)

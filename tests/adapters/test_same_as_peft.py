@@ -52,6 +52,7 @@ def engines(bases: dict[str, Path]) -> Any:
         engine.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("kind", PARAMS)
 def test_logits_are_those_of_peft(
@@ -90,6 +91,7 @@ def test_trained_biases_stand_in_for_the_bases(
     assert (found - ours(engines["qwen2"], TOKENS, VOCAB)).abs().max() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "rslora", "patterns", "dora"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_merged_checkpoint_is_the_adapted_model(

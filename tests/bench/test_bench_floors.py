@@ -62,6 +62,7 @@ def run(tiny: Path, *flags: str) -> int:
     return step.main([*base, "--turns", "2", *flags])
 
 
+@pytest.mark.slow
 def test_shares_of_a_tiny_model(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         native.runtime()

@@ -123,6 +123,7 @@ def test_answers_that_break_the_schema_are_counted(script: str, tmp_path: Path) 
     assert peers.validity([Result(0.0, text="[1]"), Result(0.0, text="{}"), Result(0.0, text="not JSON")]) == 0
 
 
+@pytest.mark.slow
 def test_a_peer_that_does_not_start_is_left_out(script: str, tmp_path: Path) -> None:
     servers = [fake(script, "good"), fake(script, "broken", "dies")]
     records, broken = peers.compare(servers, ["single"], Words(), options(tmp_path))
@@ -132,6 +133,7 @@ def test_a_peer_that_does_not_start_is_left_out(script: str, tmp_path: Path) -> 
         peers.compare(servers[::-1], ["single"], Words(), options(tmp_path))
 
 
+@pytest.mark.slow
 def test_failed_requests_are_no_part_of_a_median(script: str, tmp_path: Path) -> None:
     servers = [fake(script, "good"), fake(script, "full", "refuses")]
     records, broken = peers.compare(servers, ["single"], Words(), options(tmp_path, rounds=1))

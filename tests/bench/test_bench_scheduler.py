@@ -9,6 +9,7 @@ import pytest
 from phloem.bench import scheduler
 
 
+@pytest.mark.slow
 def test_prints_a_line_per_measurement(capsys: pytest.CaptureFixture[str]) -> None:
     assert scheduler.main(["--sizes", "10", "200", "--steps", "20", "--running", "8", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

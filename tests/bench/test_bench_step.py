@@ -117,6 +117,7 @@ def test_on_a_cpu_it_tells_what_is_outside_the_replay(
         assert " linear\n" in text
 
 
+@pytest.mark.slow
 def test_eager_steps_and_dummy_weights(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "trace.json.gz"
     flags = ("--load-format", "dummy", "--disable-step-graph", "--trace", str(trace), "--ops", "reference")

@@ -108,6 +108,7 @@ def test_doctor_shows_machine_libraries_and_choices(model: Path) -> None:
 FULL = Path("/dev/full")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["serve", "--help"], ["doctor"]])
 def test_a_full_disk_is_one_line(arguments: list[str]) -> None:
@@ -119,6 +120,7 @@ def test_a_full_disk_is_one_line(arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
 def test_answers_that_cannot_be_written_are_one_line(model: Path) -> None:
     done = phloem("run", str(model), "--prompt", "a", "--max-new-tokens", "2", "--output", str(FULL))
@@ -126,6 +128,7 @@ def test_answers_that_cannot_be_written_are_one_line(model: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
 @pytest.mark.parametrize(
     ("limit", "option"), [("-n 20", "ulimit -n"), ("-v 150000", "ulimit -v"), ("-v 500000", "ulimit -v")]

@@ -248,6 +248,7 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "body"), BODIES)
 @pytest.mark.parametrize("incremental", [False, True])
 def test_bytes_are_those_that_the_task_would_write(

@@ -38,10 +38,9 @@ def test_bytes() -> None:
     assert parse_bytes("100 MB") == 100_000_000
 
 
-def test_code_of_a_checkpoint_is_refused_rather_than_ignored() -> None:
-    with pytest.raises(ConfigError, match="never run"):
-        Config.from_flat({"trust_remote_code": True})
-    assert Config.from_flat({"trust_remote_code": False}).model.trust_remote_code is False
+def test_code_of_a_checkpoint_is_run_only_where_somebody_says_so() -> None:
+    assert Config.from_flat({}).model.trust_remote_code is False
+    assert Config.from_flat({"trust_remote_code": True}).model.trust_remote_code is True
 
 
 def test_settings_answer_to_the_names_of_other_engines() -> None:

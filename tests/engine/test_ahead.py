@@ -49,6 +49,7 @@ def plan_of(family: str = "llama", cache: Path | None = None, **changes: Any) ->
     return ahead.Plan(model_type=family, config=config, **settings | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize("ops", ["triton", "invariant"])
 def test_no_step_of_any_length_needs_a_kernel_that_was_not_compiled_before(family: str, ops: str) -> None:
@@ -70,6 +71,7 @@ def test_no_step_of_any_length_needs_a_kernel_that_was_not_compiled_before(famil
     assert not new
 
 
+@pytest.mark.slow
 def test_a_few_shapes_launch_all_that_was_found() -> None:
     plan = plan_of("qwen3_moe")
     notes, shapes = ahead.trace(plan)
@@ -272,6 +274,7 @@ def test_the_process_is_not_started_where_nothing_is_compiled_or_nobody_knows_wh
     assert begun.service.closed  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_the_process_takes_no_device() -> None:
     code = "import phloem.engine.ahead, torch; assert not torch.cuda.is_initialized()"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -127,6 +127,7 @@ def reference_draw(logits: torch.Tensor, draw: Any) -> torch.Tensor:
     return reference_sample(logits, draw)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "eager"])
 @pytest.mark.parametrize(
     ("params", "most"),

@@ -69,6 +69,7 @@ class Engine:
         return [pending.result() for pending in [self.runner.launch(batch) for batch in batches]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", [None, "int8"])
 @pytest.mark.parametrize(("threads", "kv"), [(1, torch.bfloat16), (2, torch.int8)])
 def test_replays_equal_eager_steps_bit_for_bit(

@@ -368,6 +368,7 @@ class Mortal:
             self.cuda.fail = "operation failed due to a previous error during capture"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [False, True])
 def test_no_graph_is_freed_by_the_collector_during_a_capture(pieces: bool) -> None:
     cuda = FakeCuda()
@@ -424,6 +425,7 @@ def test_pieces_are_captured_into_one_pool_and_calls_stand_between_them() -> Non
     assert cuda.log == ["replay", "call with 2", "replay", "last call"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("not permitted\nmore"), KeyError(1)])
 def test_an_error_between_cuts_leaves_no_capture_open(error: Exception) -> None:
     cuda = FakeCuda()

@@ -142,6 +142,7 @@ def same(found: Serving, want: Serving) -> None:
         assert np.allclose(found.logprobs[name], values, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("late", "overlap"), [(False, False), (False, True), (True, True)], ids=str)
 @pytest.mark.parametrize("place", PLACES)
 def test_an_allocation_that_fails_changes_no_token(
@@ -160,6 +161,7 @@ def test_an_allocation_that_fails_changes_no_token(
         same(found, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [0, 3, 9])
 def test_what_failed_steps_had_given_the_tree_is_not_reused(
     model: Model, undisturbed: Serving, step: int, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,7 @@ from phloem.core.errors import OutOfMemory
 from phloem.core.late import Prepared
 from phloem.core.memory import Paged, groups_of
 from phloem.core.request import FinishReason
+from phloem.kvcache import audit, undo
 from phloem.kvcache.manager import CacheManager, Lease
 from phloem.scheduler.recovery import Throttle
 from phloem.server.errors import error_body
@@ -49,6 +50,7 @@ def test_one_starved_step_changes_no_token(overlap: bool, step: int, caplog: pyt
     assert state is not None and state.data["out_of_memory"] == 1
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("cache", [True, False], ids=["tree", "no-tree"])
 @pytest.mark.parametrize("seed", range(12))
@@ -70,6 +72,7 @@ def test_storm_with_starved_steps(overlap: bool, cache: bool, seed: int) -> None
     assert all(reason.type != "abort" for reason in driver.finish.values())
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("seed", range(6))
 def test_any_mixture_of_calls_and_starved_steps(overlap: bool, seed: int) -> None:
@@ -236,9 +239,9 @@ def test_pages_go_back_to_their_writer_and_a_reader_of_them_loses_its_own() -> N
     reader = cache.match("", tokens, 30, (np.zeros(10, np.int32),))
     assert reader.shared == 4
     cache.reserve(reader, 24)
-    cache.check([writer, reader])
-    cache.roll_back(mark, [(writer, 9), (reader, 9)], given)
-    cache.check([writer, reader])
+    audit.check(cache, [writer, reader])
+    undo.roll_back(cache, mark, [(writer, 9), (reader, 9)], given)
+    audit.check(cache, [writer, reader])
     assert (writer.shared, writer.held) == (1, 5) and (writer.tables[0][:3] == first[:3]).all()
     assert (reader.shared, reader.held) == (1, 1) and reader.tables[0][0] == first[0]
     assert cache.probe("", tokens, 40).num_pages == 1
@@ -252,9 +255,9 @@ def test_what_a_finished_request_left_behind_the_mark_is_forgotten() -> None:
     cache.reserve(lease, 16)
     cache.release(lease, tokens, 16)
     assert cache.tree.pages == 4
-    cache.roll_back(mark, [], [])
+    undo.roll_back(cache, mark, [], [])
     assert cache.tree.pages == 0 and cache.free_pages == cache.total_pages
-    cache.check([])
+    audit.check(cache, [])
 
 
 def test_the_door_answers_507() -> None:

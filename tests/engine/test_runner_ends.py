@@ -106,6 +106,7 @@ def served(path: Path, recorder: Recorder, facts: StepFacts) -> tuple[ModelRunne
     return runner, kept
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_collector")
 @pytest.mark.parametrize("facts", [HOST, StepFacts(records_idle=True)], ids=["host", "device"])
 def test_a_closed_runner_is_freed_by_its_last_reference(path: Path, facts: StepFacts) -> None:
@@ -118,6 +119,7 @@ def test_a_closed_runner_is_freed_by_its_last_reference(path: Path, facts: StepF
     assert [one() for one in kept] == [None] * len(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_collector")
 def test_runners_that_end_while_another_captures_take_no_part_in_it(path: Path) -> None:
     made: list[Any] = []

@@ -75,6 +75,7 @@ def test_a_large_vocabulary_gives_only_tokens_that_are_allowed(
         assert probs[token] > 0 or full[token] >= floor * full.max() / probs.max() * 0.999
 
 
+@pytest.mark.slow
 def test_a_flat_nucleus_beyond_the_candidates_is_not_cut() -> None:
     vocab = 4 * sampler.CANDIDATES
     tokens = draw(np.zeros(vocab), SamplingParams(top_p=0.99), 3000)

@@ -45,6 +45,7 @@ BACKEND_NAMES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
 @pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16, torch.int8])
 def test_pages_that_a_window_gave_back_are_never_read(gemma: Path, backend: str, kv: torch.dtype) -> None:

@@ -113,6 +113,7 @@ def drafter(plain: list[Row], seed: int, right: float, most: int = 6) -> Any:
     return draft
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("right", [0.0, 0.8, 1.0])
 @pytest.mark.parametrize("late", [False, True], ids=["host", "device"])
 def test_any_drafts_give_the_tokens_of_plain_decoding(model: Any, plain: list[Row], right: float, late: bool) -> None:
@@ -136,6 +137,7 @@ def test_any_drafts_give_the_tokens_of_plain_decoding(model: Any, plain: list[Ro
     assert len(plain[4].hidden) > LENGTH
 
 
+@pytest.mark.slow
 def test_rows_that_verify_and_rows_that_do_not_share_a_step(model: Any, plain: list[Row]) -> None:
     half = drafter(plain, 3, 0.9)
     stepper = Stepper(runner_of(model, 9, OPS), rows())
@@ -144,6 +146,7 @@ def test_rows_that_verify_and_rows_that_do_not_share_a_step(model: Any, plain: l
     assert got == [row.tokens[:LENGTH] for row in plain]
 
 
+@pytest.mark.slow
 def test_the_next_step_may_take_the_last_accepted_token_from_the_device(model: Any, plain: list[Row]) -> None:
     for options in ({}, {"facts": DEVICE, "streams": LateCopies()}):
         stepper = Stepper(runner_of(model, 9, OPS, **options), rows())

@@ -405,6 +405,7 @@ def _above(inner: Any) -> Any:
 SCHEMAS = st.recursive(_leaf, _above, max_leaves=5)
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None)
 @given(SCHEMAS, SCHEMAS)
 def test_conjunction_and_difference_are_exact(a: Any, b: Any) -> None:

@@ -123,6 +123,7 @@ def test_a_request_is_followed_token_by_token(manager: GrammarManager) -> None:
     assert allowed(made, [2]) == {0, 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["llguidance", "xgrammar"])
 def test_padding_of_the_logits_is_never_allowed(backend: str) -> None:
     pytest.importorskip(backend)

@@ -49,6 +49,7 @@ def refused(schema: Any, name: str = "llguidance") -> str:
     return caught.value.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number",
     [1234567890123456789, 2**53 + 1, TOP - 1, -TOP, -TOP + 1, -TOP - 1, 2**64 - 1, 10**30 + 1, TOP - 1024, 1 - 2**53],
@@ -112,6 +113,7 @@ def test_annotations_may_say_any_number() -> None:
     assert takes("null")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("low", "high"),

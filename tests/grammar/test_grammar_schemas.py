@@ -25,6 +25,7 @@ def validate(text: str, schema: object) -> None:
     kind(schema, format_checker=kind.FORMAT_CHECKER).validate(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_what_ends_is_valid(name: str) -> None:
     compiled = engine("llguidance").compile(JsonSchema(json.dumps(SCHEMAS[name])))

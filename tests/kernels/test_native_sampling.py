@@ -62,6 +62,7 @@ def test_not_a_number_is_found(ops: Ops) -> None:
     assert ops.logsumexp(logits)[0].isnan() and ops.logsumexp(logits)[1] == float("inf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab,words", [(5, 1), (64, 2), (1000, 32), (1000, 20)])
 def test_mask(ops: Ops, vocab: int, words: int) -> None:
     torch.manual_seed(vocab)

@@ -117,6 +117,7 @@ def test_a_layer_passes_its_options_to_the_table() -> None:
     assert seen == [{}, {"norm": Norm(norm.weight.value, EPS), "residual": residual, "gate": "silu"}, {"add": residual}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", FAMILIES)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_models_give_the_same_bits(variant: str, threads: int, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from phloem.core.memory import Group
+from phloem.kvcache import audit, report
 from phloem.kvcache.manager import CacheManager, Lease
 
 S = 2
@@ -33,10 +34,10 @@ def test_a_second_turn_hits_prompt_and_output() -> None:
     assert lease.shared == 1 and cache.held_pages == 1
     assert cache.reserve(lease, 4)
     cache.release(lease, whole, 4)
-    cache.check([])
+    audit.check(cache, [])
     turn = lease_of(cache, ids(1, 2, 3, 4, 5, 6, 7))
     assert turn.shared == 2
-    cache.check([turn])
+    audit.check(cache, [turn])
     cache.release(turn, ids(), 0)
     assert cache.available_pages == cache.total_pages == 19
 
@@ -51,7 +52,7 @@ def test_equal_pages_computed_twice_are_merged() -> None:
     cache.commit(two, tokens, 5)
     assert cache.free_pages == free + 2
     assert one.tables[0][:2].tolist() == two.tables[0][:2].tolist() and one.tables[0][2] != two.tables[0][2]
-    cache.check([one, two])
+    audit.check(cache, [one, two])
 
 
 def test_reserve_evicts_but_only_what_nobody_uses() -> None:
@@ -64,7 +65,7 @@ def test_reserve_evicts_but_only_what_nobody_uses() -> None:
     assert not cache.reserve(user, 9)
     assert user.held == 1 and cache.evicted_pages == 0
     assert cache.reserve(user, 8) and cache.evicted_pages == 1
-    cache.check([user])
+    audit.check(cache, [user])
 
 
 def test_a_failed_request_leaves_nothing_behind_that_only_it_had() -> None:
@@ -78,7 +79,7 @@ def test_a_failed_request_leaves_nothing_behind_that_only_it_had() -> None:
     held = lease_of(cache, ids(1, 2, 3))
     cache.release(bad, ids(), 5, keep=False)
     assert cache.probe("", ids(1, 2, 7, 8), 4).num_pages == 1
-    cache.check([held])
+    audit.check(cache, [held])
 
 
 def test_disabled_shares_nothing() -> None:
@@ -98,7 +99,7 @@ def test_unlimited_locks_on_an_empty_tree_and_reset() -> None:
     assert cache.reserve(lease, 5)
     cache.commit(lease, ids(1, 2, 3, 4, 5), 5)
     cache.reset([lease])
-    cache.check([lease])
+    audit.check(cache, [lease])
     assert cache.free_pages == 19 and lease.held == 0 and not lease.tables[0].any()
 
 
@@ -106,13 +107,13 @@ def test_check_notices_a_page_in_two_places() -> None:
     cache = CacheManager(FULL, [20], S)
     one, two = lease_of(cache, ids(1, 2)), lease_of(cache, ids(3, 4))
     assert cache.reserve(one, 2) and cache.reserve(two, 2)
-    cache.check([one, two])
+    audit.check(cache, [one, two])
     two.tables[0][0] = one.tables[0][0]
     with pytest.raises(AssertionError, match="several"):
-        cache.check([one, two])
+        audit.check(cache, [one, two])
     cache.own[0] += 1
     with pytest.raises(AssertionError, match="total"):
-        cache.check([one, two])
+        audit.check(cache, [one, two])
 
 
 def test_check_notices_a_lost_lock() -> None:
@@ -121,7 +122,7 @@ def test_check_notices_a_lost_lock() -> None:
     assert cache.reserve(lease, 3)
     cache.commit(lease, ids(1, 2, 3), 3)
     with pytest.raises(AssertionError):
-        cache.check([])
+        audit.check(cache, [])
 
 
 def test_snapshot_counts_in_tokens() -> None:
@@ -129,7 +130,7 @@ def test_snapshot_counts_in_tokens() -> None:
     lease = lease_of(cache, ids(1, 2, 3, 4, 5))
     assert cache.reserve(lease, 5)
     cache.commit(lease, ids(1, 2, 3, 4, 5), 5)
-    view = cache.snapshot()
+    view = report.snapshot(cache)
     assert view["cached_tokens"] == 4 and view["held_tokens"] == 2 and view["total_tokens"] == 38
     assert view["nodes"][0]["locks"] == 1 and view["evictable_tokens"] == 0
 
@@ -183,7 +184,7 @@ class Requests(RuleBasedStateMachine):
 
     @invariant()
     def pages_add_up_and_hold_what_they_should(self) -> None:
-        self.cache.check([lease for lease, _, _ in self.running])
+        audit.check(self.cache, [lease for lease, _, _ in self.running])
         for lease, tokens, computed in self.running:
             held = [int(self.store[lease.tables[0][at // S], at % S]) for at in range(computed)]
             assert held == tokens[:computed]

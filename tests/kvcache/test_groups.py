@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from phloem.core.memory import Group
+from phloem.kvcache import audit, report, undo
 from phloem.kvcache.manager import CacheManager, Given, Lease
 from phloem.kvcache.namespaces import namespace
 from phloem.kvcache.node import hashes, path_to
@@ -51,7 +52,7 @@ def rows(cache: CacheManager) -> tuple[np.ndarray, ...]:
 
 
 def available(cache: CacheManager) -> list[int]:
-    return [account["free"] + account["evictable"] for account in cache.group_accounts()]
+    return [account["free"] + account["evictable"] for account in report.group_accounts(cache)]
 
 
 def brute_match(cache: CacheManager, name: str, tokens: list[int], limit: int) -> int:
@@ -186,7 +187,7 @@ class World:
         for step in self.flight:
             before.setdefault(id(step.request), step.before)
         leases = [(request.lease, (len(request.tokens) - 1) // self.size) for request in self.running]
-        self.cache.roll_back(first.mark, leases, [item for step in self.flight for item in step.given])
+        undo.roll_back(self.cache, first.mark, leases, [item for step in self.flight for item in step.given])
         self.flight = []
         for request in self.running:
             lease, was = request.lease, before.get(id(request), request.computed)
@@ -212,7 +213,7 @@ class World:
                 assert page > 0 and self.store[number][page, position % self.size] == self.meaning(request, position)
 
     def check(self) -> None:
-        self.cache.check([request.lease for request in self.running])
+        audit.check(self.cache, [request.lease for request in self.running])
         for request in self.running:
             self.check_reads(request)
 
@@ -290,7 +291,7 @@ class Lives(RuleBasedStateMachine):
         for hold in self.holds:
             self.world.cache.drop(hold)  # type: ignore[arg-type]
         self.world.check()
-        for account in self.world.cache.group_accounts():
+        for account in report.group_accounts(self.world.cache):
             assert account["held"] == 0 and account["free"] + account["evictable"] == account["total"]
 
 
@@ -312,7 +313,7 @@ def run(cache: CacheManager, tokens: list[int], chunk: int = 1 << 20) -> tuple[i
         cache.turn(lease, computed)
         cache.commit(lease, ids(tokens), computed)
         cache.behind(lease, computed)
-    cache.check([lease])
+    audit.check(cache, [lease])
     cache.release(lease, ids(tokens), computed)
     return reused, steps
 
@@ -322,6 +323,7 @@ def rows_for(cache: CacheManager, tokens: int) -> tuple[np.ndarray, ...]:
     return tuple(np.zeros(2 if group.kind == "state" else width, dtype=np.int32) for group in cache.groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4, 16])
 @pytest.mark.parametrize("kind", ["full", "full and window", "full and states", "all", "states alone"])
 def test_a_prompt_of_any_length_is_reused_up_to_its_last_page_but_one_token(kind: str, size: int) -> None:
@@ -330,7 +332,7 @@ def test_a_prompt_of_any_length_is_reused_up_to_its_last_page_but_one_token(kind
         tokens = list(range(length))
         assert run(cache, tokens)[0] == 0
         assert run(cache, tokens)[0] == (length - 1) // size
-        cache.check([])
+        audit.check(cache, [])
 
 
 @pytest.mark.parametrize("chunk", [5, 8, 64])
@@ -355,15 +357,15 @@ def test_one_snapshot_per_interval_and_none_for_what_has_one() -> None:
     run(cache, list(range(70)))
     ends = sorted(sum(at.count for at in path_to(node)) for node in cache.tree.nodes() if node.state)
     assert ends == [4, 8, 12, 16, 17]
-    held = cache.group_accounts()[1]
+    held = report.group_accounts(cache)[1]
     run(cache, list(range(70)))
-    assert cache.group_accounts()[1] == held
+    assert report.group_accounts(cache)[1] == held
 
 
 def test_without_a_free_slot_a_request_runs_on_and_leaves_no_snapshot() -> None:
     cache = CacheManager(KINDS["full and states"], [40, 3], 4)
     assert run(cache, list(range(30)))[0] == 0
-    assert run(cache, list(range(30)))[0] == 0 and cache.group_accounts()[1]["free"] == 2
+    assert run(cache, list(range(30)))[0] == 0 and report.group_accounts(cache)[1]["free"] == 2
 
 
 def test_a_state_is_read_where_it_was_written_and_never_written_by_who_reads_it() -> None:
@@ -378,7 +380,7 @@ def test_a_state_is_read_where_it_was_written_and_never_written_by_who_reads_it(
     assert write > 0 and write != read
     cache.turn(lease, 20)
     assert lease.tables[1][0] == write and lease.tables[1][1] not in (0, write, read)
-    cache.check([lease])
+    audit.check(cache, [lease])
 
 
 @pytest.mark.parametrize("kind", ["full and states", "all", "states alone"])
@@ -398,10 +400,10 @@ def test_the_state_at_the_last_page_border_of_an_answer_is_reused_by_the_next_tu
                 if computed <= prompt:
                     cache.commit(lease, ids(known), computed)
                 cache.behind(lease, computed)
-                cache.check([lease])
+                audit.check(cache, [lease])
             assert lease.border[0] == (len(tokens) // 4 if len(tokens) // 4 > prompt // 4 else 0)
             cache.release(lease, ids(tokens), computed)
-            cache.check([])
+            audit.check(cache, [])
             assert cache.probe("", ids([*tokens, 99]), len(tokens)).num_pages == len(tokens) // 4
 
 
@@ -412,7 +414,7 @@ def test_where_no_slot_is_left_an_answer_goes_on_without_one_for_the_tree() -> N
     for computed in range(1, 31):
         assert cache.reserve(lease, computed)
         cache.turn(lease, computed)
-        cache.check([lease])
+        audit.check(cache, [lease])
     assert len(lease.own) == 2
     cache.release(lease, ids(tokens), 30)
     assert cache.probe("", ids(tokens), 29).num_pages == 0
@@ -430,9 +432,9 @@ def test_a_failed_step_leaves_the_state_that_was_kept_before_it() -> None:
         mark = cache.mark() if computed == 12 else mark
         cache.turn(lease, computed)
     assert lease.border[0] == 3
-    cache.roll_back(mark, [(lease, 11)], [])
+    undo.roll_back(cache, mark, [(lease, 11)], [])
     assert (*lease.border, *sorted(lease.own), *lease.tables[1].tolist()) == seen[11] and lease.border[0] == 2
-    cache.check([lease])
+    audit.check(cache, [lease])
     cache.release(lease, ids(tokens), 11)
     assert cache.probe("", ids(tokens), 29).num_pages == 2
 
@@ -459,7 +461,7 @@ def test_a_lease_gives_back_what_lies_behind_its_window() -> None:
         cache.commit(lease, ids(tokens), computed)
         cache.behind(lease, computed)
         assert int((lease.tables[1] != 0).sum()) * 2 <= 5 + 2 * 2
-        cache.check([lease])
+        audit.check(cache, [lease])
     assert lease.held == 40 and int((lease.tables[0] != 0).sum()) == 40
 
 
@@ -469,8 +471,8 @@ def test_a_long_hit_locks_only_the_end_of_the_window() -> None:
     run(cache, tokens)
     lease = cache.match("", ids(tokens), 40, rows(cache))
     assert lease.shared == 20 and np.flatnonzero(lease.tables[1]).tolist() == [17, 18, 19]
-    assert cache.group_accounts()[1]["evictable"] == 17 and cache.group_accounts()[0]["evictable"] == 0
-    cache.check([lease])
+    assert report.group_accounts(cache)[1]["evictable"] == 17 and report.group_accounts(cache)[0]["evictable"] == 0
+    audit.check(cache, [lease])
 
 
 def test_windows_inside_a_branch_go_first_and_its_end_last() -> None:
@@ -478,7 +480,7 @@ def test_windows_inside_a_branch_go_first_and_its_end_last() -> None:
     turns = [list(range(20)), list(range(40))]
     for turn in turns:
         run(cache, turn)
-    taken = cache.group_accounts()[1]["cached"]
+    taken = report.group_accounts(cache)[1]["cached"]
     assert taken == 20
     other = cache.match("x", ids([0]), 0, rows(cache))
     seen: list[int] = []
@@ -486,7 +488,7 @@ def test_windows_inside_a_branch_go_first_and_its_end_last() -> None:
         assert cache.reserve(other, pages * 2)
         seen.append(cache.probe("", ids(list(range(60))), 60).num_pages)
         assert cache.probe("", ids(turns[0]), 20).num_pages in (10, 0)
-        cache.check([other])
+        audit.check(cache, [other])
         # Where the first turn ended is lost before the end of the second, not after it.
         assert seen[-1] == 20 or cache.probe("", ids(turns[0]), 20).num_pages == 0
     assert seen[:18] == [20] * 18  # 3 pages are all that the end needs
@@ -506,7 +508,7 @@ def test_reuse_falls_back_to_an_earlier_end_when_the_last_is_gone() -> None:
     assert cache.probe("", ids(list(range(70))), 70).num_pages == 27
     assert cache.reserve(other, 8)
     assert cache.probe("", ids(list(range(70))), 70).num_pages == 20
-    cache.check([other])
+    audit.check(cache, [other])
 
 
 def test_a_window_page_that_was_lost_is_healed_by_who_computes_it_again() -> None:
@@ -516,10 +518,10 @@ def test_a_window_page_that_was_lost_is_healed_by_who_computes_it_again() -> Non
     cache.tree.evict_from(cache.tree.windows[0], 15)
     cache.collect()
     assert cache.probe("", ids(tokens), 30).num_pages == 0
-    before = cache.group_accounts()[0]["cached"]
+    before = report.group_accounts(cache)[0]["cached"]
     run(cache, tokens)
-    assert cache.probe("", ids(tokens), 30).num_pages == 15 and cache.group_accounts()[0]["cached"] == before
-    cache.check([])
+    assert cache.probe("", ids(tokens), 30).num_pages == 15 and report.group_accounts(cache)[0]["cached"] == before
+    audit.check(cache, [])
 
 
 def test_all_groups_or_nothing() -> None:
@@ -530,7 +532,7 @@ def test_all_groups_or_nothing() -> None:
     assert cache.reserve(lease, 8)
     others = [cache.match("", ids([2]), 0, rows(cache)) for _ in range(2)]
     assert not cache.reserve_one_each(others) and cache.held_pages == 4
-    cache.check([lease, *others])
+    audit.check(cache, [lease, *others])
 
 
 def test_what_is_evicted_is_told_with_the_hash_of_its_prefix_before_it_is_free() -> None:
@@ -551,7 +553,7 @@ def test_what_is_evicted_is_told_with_the_hash_of_its_prefix_before_it_is_free()
     assert {each for group, each, _ in told if group == 0} == set(chain[1:])
     assert {each for group, each, _ in told if group == 1} >= set(chain[1:])
     assert [each for group, each, _ in told if group == 2] == [chain[-1]]
-    cache.check([lease])
+    audit.check(cache, [lease])
 
 
 def test_a_hash_stands_for_the_whole_prefix_and_its_namespace() -> None:
@@ -583,10 +585,10 @@ def test_a_held_node_keeps_all_that_hangs_on_it() -> None:
     lease = cache.match("x", ids([0]), 0, rows(cache))
     assert not cache.reserve(lease, 22)
     assert cache.probe("", ids(list(range(9))), 8).num_pages == 4
-    cache.check([lease])
+    audit.check(cache, [lease])
     cache.drop(hold)
     assert cache.reserve(lease, 22) and cache.probe("", ids(list(range(9))), 8).num_pages == 0
-    cache.check([lease])
+    audit.check(cache, [lease])
 
 
 def test_check_notices_a_lost_window_lock_and_a_lost_snapshot_lock() -> None:
@@ -594,13 +596,13 @@ def test_check_notices_a_lost_window_lock_and_a_lost_snapshot_lock() -> None:
         cache = CacheManager(KINDS["all"], [40, 40, 10], 4)
         run(cache, list(range(30)))
         lease = cache.match("", ids(list(range(30))), 29, rows(cache))
-        cache.check([lease])
+        audit.check(cache, [lease])
         if spoil == "window":
             cache.tree.windows[0].locks[lease.tables[1][lease.shared - 1]] = 0
         else:
             lease.snapshots.clear()
         with pytest.raises(AssertionError, match="lock"):
-            cache.check([lease])
+            audit.check(cache, [lease])
 
 
 def test_a_failed_step_gives_window_pages_and_slots_back_as_they_were() -> None:
@@ -622,10 +624,10 @@ def test_a_failed_step_gives_window_pages_and_slots_back_as_they_were() -> None:
     given.append(cache.given(lease))
     cache.commit(lease, ids(tokens), 24)
     assert cache.probe("", ids(tokens), 24).num_pages == 6
-    cache.roll_back(mark, [(lease, 9)], given)
+    undo.roll_back(cache, mark, [(lease, 9)], given)
     assert lease.shared == shared and all((a == b).all() for a, b in zip(lease.tables, before, strict=True))
     assert cache.probe("", ids(tokens), 24).num_pages == shared
-    cache.check([lease])
+    audit.check(cache, [lease])
 
 
 def test_who_read_what_was_never_computed_goes_on_from_what_was() -> None:
@@ -642,8 +644,8 @@ def test_who_read_what_was_never_computed_goes_on_from_what_was() -> None:
         cache.commit(writer, ids(tokens), end)
     reader = cache.match("", ids(tokens), 39, rows(cache))
     assert reader.shared == 7 and cache.reserve(reader, 32)
-    cache.roll_back(marks[1], [(writer, 9), (reader, 9)], given[1:])
-    cache.check([writer, reader])
+    undo.roll_back(cache, marks[1], [(writer, 9), (reader, 9)], given[1:])
+    audit.check(cache, [writer, reader])
     assert (writer.shared, writer.held) == (3, 7) and (reader.shared, reader.held) == (3, 3)
     assert reader.tables[2][0] == writer.tables[2][0] != 0  # both read the snapshot at 12
     assert reader.tables[2][1] not in writer.tables[2]

@@ -281,6 +281,7 @@ def test_openai_chat_is_asked_in_its_own_words(api: str) -> None:
     backend.shutdown()
 
 
+@pytest.mark.slow
 def test_anthropic_continues_a_turn(api: str) -> None:
     pytest.importorskip("anthropic")
     backend = lang.Anthropic("claude-x", api_key="none", base_url=api, max_retries=0)

@@ -168,6 +168,7 @@ def test_eight_branches_compute_their_prefix_once(engine: Engine, backend: Any) 
     assert engine.get_server_info()["internal_states"][0]["steps"] > before["steps"]
 
 
+@pytest.mark.slow
 def test_a_batch_keeps_its_order_and_shares_its_prefix(backend: Any) -> None:
     backend.flush_cache()
 

@@ -47,6 +47,7 @@ from phloem.core.messages import (
 )
 from phloem.core.request import SamplingParams, recommended
 from phloem.launch.__main__ import received
+from phloem.launch.door import Begins
 from phloem.testing.checkpoints import tiny_checkpoint
 
 SMALL: dict[str, Any] = {"dtype": "float32", "ops": "reference", "max_total_tokens": 2048, "log_level": "warning"}
@@ -176,6 +177,7 @@ def until_refused(engine: Engine) -> None:
         engine.generate("long " * 5000, {"max_new_tokens": 1})
 
 
+@pytest.mark.slow
 def test_an_engine_that_nobody_holds_ends(path: Path) -> None:
     def running() -> set[threading.Thread]:
         return {thread for thread in threading.enumerate() if thread.name.startswith("phloem-")}
@@ -261,7 +263,15 @@ ENDINGS: dict[str, tuple[int, str]] = {  # the exit status, and what the script 
         threading.Thread(target=ask, daemon=True).start(); time.sleep(0.1)
         """,
     ),
-    "a thread that begins": (0, "threading.Thread(target=lambda: Engine(model_path=PATH, **S), daemon=True).start()"),
+    "a thread that begins": (
+        0,
+        """
+        def begin():
+            try: Engine(model_path=PATH, **S)
+            except EngineDead: pass
+        threading.Thread(target=begin, daemon=True).start()
+        """,
+    ),
     "an event loop": (
         0,
         """
@@ -340,6 +350,35 @@ def test_a_script_that_ends_while_a_step_runs_ends_cleanly(ends: dict[str, tuple
     assert own == 0, said[-2000:]
     for word in ("terminate called", "ERROR", "was destroyed", "never awaited"):
         assert word not in said, said[-2000:]
+
+
+def test_the_end_of_python_waits_for_an_engine_that_begins_and_lets_none_begin_after() -> None:
+    begins, started, go, seen = Begins(), threading.Event(), threading.Event(), list[str]()
+
+    def begin() -> None:
+        with begins.one():
+            started.set()
+            go.wait(10)
+            seen.append("the door stands")
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    assert started.wait(10)
+    begins.end(timeout=0.01)  # does not wait for ever
+    assert seen == []
+    threading.Timer(0.05, go.set).start()
+    begins.end(timeout=10)
+    assert seen == ["the door stands"]
+    thread.join()
+    with pytest.raises(EngineDead, match="Python is ending"), begins.one():
+        pass
+
+
+def test_an_engine_that_could_not_begin_is_not_waited_for() -> None:
+    begins = Begins()
+    with pytest.raises(ValueError, match="mine"), begins.one():
+        raise ValueError("mine")
+    begins.end(timeout=60)
 
 
 # What it takes

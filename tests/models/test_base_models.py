@@ -23,6 +23,7 @@ def base_of(path: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-tied", "gemma3_text", "gemma3"])
 def test_a_base_model_with_a_tied_head(made: Any, tmp_path: Path, name: str) -> None:
     path, theirs = made(name)

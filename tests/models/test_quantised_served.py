@@ -73,6 +73,7 @@ def decision(engine: Engine) -> tuple[str, str]:
     return next((value, why) for name, value, why in engine.get_server_info()["decisions"] if name == "weights")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*CASES, "mxfp4"])
 def test_greedy_tokens_are_those_of_the_dequantised_model(case: str, tmp_path: Path) -> None:
     packed, plain, word = write(case, tmp_path)

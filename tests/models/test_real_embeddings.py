@@ -29,6 +29,7 @@ def folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_vectors_are_those_of_transformers() -> None:
     import transformers

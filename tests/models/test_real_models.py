@@ -19,7 +19,7 @@ from phloem.checkpoint.describe import demo_path
 
 pytestmark = pytest.mark.slow
 
-TOKENS = 64
+TOKENS = 40
 OPENING = "Below is one of several notes. Read it with care, and then carry it on in the same voice. "
 PROMPTS = [
     OPENING + "Note one: the river was high that spring, and",

@@ -74,6 +74,7 @@ def wanted(whole: Weight, share: Weight, number: int) -> torch.Tensor:
     return values[tuple(slice(first, last) for first, last in share.spans(number))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("options", [{"tp": 2}, {"tp": 4}, {"tp": 4, "ep": 2}], ids=["tp2", "tp4", "ep2"])
 def test_a_share_that_is_loaded_is_a_share_of_what_is_loaded(name: str, options: Any, tmp_path: Path) -> None:

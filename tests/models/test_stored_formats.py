@@ -111,6 +111,7 @@ def test_words_by_hand() -> None:
     assert packers.packed_ints(row[None], group=0)[0]["weight_packed"].shape == (1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_values_are_those_of_the_description_bit_for_bit(pairs: Any, case: str) -> None:
     packed, plain = pairs(case)
@@ -119,6 +120,7 @@ def test_values_are_those_of_the_description_bit_for_bit(pairs: Any, case: str) 
         assert torch.equal(one.value, other.value), one.names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_share_reads_the_same_values(pairs: Any, case: str) -> None:
     packed, plain = pairs(case)
@@ -135,6 +137,7 @@ def test_logits_are_those_of_the_dequantised_model(pairs: Any, case: str) -> Non
     check_modes(packed, reference(plain, PROMPT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["phi3", "mixtral", "deepseek_v3"])
 @pytest.mark.parametrize("case", ["awq", "gptq", "fp8-blocks", "pack-quantized", "nf4"])
 def test_fused_tensors_experts_and_latents_are_read(pairs: Any, family: str, case: str) -> None:
@@ -167,6 +170,7 @@ def test_the_native_table_keeps_what_it_can(pairs: Any, case: str) -> None:
             assert (got - wanted).abs().max() <= limit * wanted.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["awq", "gptq", "pack-quantized"])
 def test_the_native_table_keeps_experts_packed(pairs: Any, case: str) -> None:
     try:

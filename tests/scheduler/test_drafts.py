@@ -66,6 +66,7 @@ def test_answers_are_those_of_plain_decoding(overlap: bool, seed: int) -> None:
     assert driver.runner.max_tokens <= 64
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("seed", range(6))
 def test_in_a_tiny_pool_with_preemptions_and_starved_steps(overlap: bool, seed: int) -> None:

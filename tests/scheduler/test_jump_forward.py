@@ -206,6 +206,7 @@ def test_a_step_that_fails_takes_nothing_along(jumping: Any) -> None:
     json.loads(text_of(driver.tokens["after"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_random_traffic(jumping: Any, stepping: Any, seed: int) -> None:
     """Aborts, pressure, small chunks: whoever is not aborted answers what it answers alone, step by step."""
@@ -237,6 +238,7 @@ def test_random_traffic(jumping: Any, stepping: Any, seed: int) -> None:
             assert driver.tokens[name] == alone.tokens[name], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_steps_without_memory_change_no_answer(

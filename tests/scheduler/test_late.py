@@ -132,6 +132,7 @@ def test_one_that_is_in_the_queue_leaves_it_meanwhile() -> None:
     assert driver.tokens["b"] == driver.expected([11, 12, ord("b")], 6)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("seed", range(6))
 def test_fetches_at_any_moment_under_pressure(overlap: bool, seed: int) -> None:

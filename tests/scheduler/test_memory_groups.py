@@ -37,6 +37,7 @@ def test_answers_equal_the_oracle(memory: tuple[MemorySpec, ...], overlap: bool,
     assert (hits > 0) is cache
 
 
+@pytest.mark.slow
 @every
 @both
 @pytest.mark.parametrize("seed", range(3))
@@ -57,6 +58,7 @@ def test_under_pressure_with_steps_that_never_happened(
     assert driver.tokens == want and driver.runner.starved > 3
 
 
+@pytest.mark.slow
 @every
 @both
 @pytest.mark.parametrize("seed", range(7))

@@ -11,6 +11,7 @@ from phloem.core.batch import FROM_DEVICE
 from phloem.core.memory import Paged, groups_of
 from phloem.core.messages import Submit, pack_ids
 from phloem.core.request import RequestStatus, SamplingParams
+from phloem.kvcache import audit
 from phloem.kvcache.manager import CacheManager
 from phloem.scheduler.plan import Pace, Plan
 from phloem.scheduler.planner import Planner
@@ -63,7 +64,7 @@ class Desk:
         self.planner.advance(plan)
         for request in plan.rows:
             request.admitted = 0.0
-        self.cache.check([request.lease for request in self.slots.running() if request.lease is not None])
+        audit.check(self.cache, [request.lease for request in self.slots.running() if request.lease is not None])
         return plan
 
     def land(self, plan: Plan) -> None:

@@ -35,6 +35,7 @@ def test_answers_equal_the_oracle(overlap: bool, policy: str, page_size: int) ->
     assert {reason.type for reason in driver.finish.values()} == {"stop", "length"}
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("seed", range(6))
 def test_preemption_storms_in_a_tiny_pool(overlap: bool, seed: int) -> None:
@@ -58,6 +59,7 @@ def test_chunked_prefill_gives_the_same_tokens(overlap: bool, cache: bool) -> No
     assert driver.runner.max_tokens == 8
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("seed", range(3))
 def test_steps_that_go_on_from_the_last_are_those_that_would_be_planned(
@@ -447,6 +449,7 @@ def test_nobody_starves_under_a_flood(policy: str) -> None:
 # anything at all
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

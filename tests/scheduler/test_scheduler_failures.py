@@ -296,6 +296,7 @@ def test_drain_gives_up_at_its_deadline() -> None:
     assert "flush_cache" in driver.replies
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("seed", range(5))
 def test_any_mixture_of_calls_keeps_answers_and_pages_right(overlap: bool, seed: int) -> None:

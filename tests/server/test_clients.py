@@ -57,6 +57,7 @@ def schema_of(server: Served) -> dict[str, Any]:
 # --- openai
 
 
+@pytest.mark.slow
 def test_openai_parses_chat_into_models(client: openai.OpenAI, server: Served) -> None:
     server.engine.text = ROME
     answer = client.chat.completions.parse(model=MODEL, messages=PROMPT, response_format=City)
@@ -181,6 +182,7 @@ def anthropic_client(server: Served) -> Iterator[Any]:
         yield made
 
 
+@pytest.mark.slow
 def test_anthropic_messages(anthropic_client: Any, server: Served) -> None:
     server.engine.text = "Hello."
     answer = anthropic_client.messages.create(model=MODEL, max_tokens=50, messages=PROMPT, system="Be short.")
@@ -190,6 +192,7 @@ def test_anthropic_messages(anthropic_client: Any, server: Served) -> None:
     assert counted.input_tokens == answer.usage.input_tokens + answer.usage.cache_read_input_tokens
 
 
+@pytest.mark.slow
 def test_anthropic_tools_there_and_back(anthropic_client: Any, server: Served) -> None:
     server.engine.text = FULL
     tools = [{"name": "weather", "description": "Tells it.", "input_schema": PARAMETERS}]
@@ -239,6 +242,7 @@ def langchain_model(server: Served, **options: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_langchain_chat_and_streams(server: Served) -> None:
     model = langchain_model(server, temperature=0, stream_usage=True)
     server.engine.text = "Hello."

@@ -96,6 +96,7 @@ def test_openai_counts_input_tokens(client: openai.OpenAI, server: Served) -> No
     assert made.usage is not None and counted.input_tokens == made.usage.input_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_anthropics_runner_of_tools(server: Served, stream: bool) -> None:
     anthropic: Any = pytest.importorskip("anthropic")

@@ -209,6 +209,7 @@ async def test_a_forced_call_streams_from_its_name(path: str, choice: str) -> No
         assert heard[0] == "weather" and len(heard) > 10, "the arguments come as they are written"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize("choice", [None, "required", "named"])
 @on_loop

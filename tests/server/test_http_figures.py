@@ -91,6 +91,7 @@ def asked(url: str, route: str) -> dict[str, Any]:
             return post(url, "/generate", body)["meta_info"]
 
 
+@pytest.mark.slow
 def test_tokens_that_a_grammar_forces_are_output_on_every_route(url: str) -> None:
     for route in ("chat", "several", "completions", "responses", "background", "messages", "session", "generate"):
         for _ in range(2):

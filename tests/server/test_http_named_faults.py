@@ -110,6 +110,7 @@ NAMES = {
 FORMATS = {"chat": "response_format", "responses": "text.format", "messages": "output_config.format"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_strict_tool_that_cannot_be_enforced_is_named_with_the_place(url: str, route: str) -> None:
     for schema, place in ((BAD, "#/properties/x/not"), (LATE, "#/properties/x: ")):
@@ -120,6 +121,7 @@ def test_a_strict_tool_that_cannot_be_enforced_is_named_with_the_place(url: str,
             assert param == NAMES[route] or route == "messages"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 def test_one_that_is_not_strict_fails_nothing(url: str, route: str) -> None:
     for schema in (BAD, LATE):
@@ -136,6 +138,7 @@ def test_a_format_is_called_what_the_route_calls_it(url: str, route: str) -> Non
         assert param == FORMATS[route] or route == "messages"
 
 
+@pytest.mark.slow
 def test_other_spellings_of_a_constraint_are_told_as_sent(url: str) -> None:
     for body, name in (
         ({"guided_json": LATE}, "guided_json"),
@@ -168,6 +171,7 @@ def test_the_engine_in_process_names_the_field(engine: Engine) -> None:
     assert caught.value.param == "json_schema" and "#/properties/x" in caught.value.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_tool_without_parameters_is_called_without_any(url: str, route: str) -> None:
     for schema in (
@@ -181,6 +185,7 @@ def test_a_tool_without_parameters_is_called_without_any(url: str, route: str) -
             assert found and all(call == ("now", {}) for call in found), (schema, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 def test_arguments_and_answers_have_the_numbers_of_the_schema(url: str, route: str) -> None:
     schema = {

@@ -59,6 +59,7 @@ async def test_calls_and_results_of_functions_reach_the_template_as_those_of_too
         assert shown[0] == shown[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "param"),
     [

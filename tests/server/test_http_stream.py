@@ -190,6 +190,7 @@ def test_a_refused_stream_is_answered_with_its_status() -> None:
         assert response.json()["error"]["message"] == "the queue is full"
 
 
+@pytest.mark.slow
 def test_many_streams_of_which_a_quarter_hang_up() -> None:
     """Every survivor gets its whole answer; nothing stays in flight."""
     count, tokens = 60, 25
@@ -292,6 +293,7 @@ def test_a_body_over_the_limit_on_a_real_socket() -> None:
         assert httpx.post(server.url + CHAT, json={"messages": HI, "max_tokens": 1}).status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"stream_options": {"include_usage": True}}, {"n": 2}, {"stop": ["zz"]}])
 @pytest.mark.parametrize(
     ("path", "body"),

@@ -37,6 +37,7 @@ def close(found: Any, want: np.ndarray[Any, Any]) -> bool:
     return np.shape(found) == want.shape and np.allclose(found, want, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_the_checkpoint_while_steps_run(engine: Engine, model: Path) -> None:
     stored = load_file(model / "model.safetensors")
     alone: Any = engine.generate("hello there", LONG)
@@ -53,6 +54,7 @@ def test_weights_are_those_of_the_checkpoint_while_steps_run(engine: Engine, mod
         engine.get_weights_by_name("model")
 
 
+@pytest.mark.slow
 def test_over_http_the_answer_is_the_list_itself(engine: Engine, model: Path) -> None:
     stored, name = load_file(model / "model.safetensors"), "model.layers.1.mlp.down_proj.weight"
     with http_door(engine) as url, httpx.Client(base_url=url, timeout=60) as http:

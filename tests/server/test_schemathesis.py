@@ -51,6 +51,7 @@ def takes_input(operation: Any) -> bool:
     return bool(operation.body) or bool(operation.query) or bool(operation.path_parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize("label", OPERATIONS)
 def test_requests_from_the_document(label: str, server: Served, examples: int) -> None:

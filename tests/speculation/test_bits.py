@@ -42,6 +42,7 @@ def rows() -> list[Row]:
     return [Row([rng.randrange(4, VOCAB) for _ in range(count)], params, options) for params, count in asked]
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize("recorded", [False, True], ids=["eager", "recorded"])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)

@@ -102,6 +102,7 @@ def repeating(driver: Driver, name: str, prompt: list[int], count: int, period: 
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("seed", range(3))

@@ -143,9 +143,9 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert (ours - theirs).abs().max().item() <= LIMIT
 
 
-def check_modes(path: Path, theirs: torch.Tensor, **options: Any) -> None:
+def check_modes(path: Path, theirs: torch.Tensor, kind: type[Engine] = Engine, **options: Any) -> None:
     """Whole prompt, prefill in chunks, decode, a prefix hit and a mixed batch, all against the same reference."""
-    engine = Engine(path, **options)
+    engine = kind(path, **options)
     count = len(PROMPT)
     close(engine.whole(PROMPT), theirs)
 

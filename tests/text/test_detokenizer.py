@@ -72,6 +72,7 @@ def run(tokenizer: Tokenizer, ids: list[int], cuts: list[int], **params: object)
     return text, stop, kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(TOKENIZERS))
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())
@@ -96,6 +97,7 @@ def first_stop(text_after: list[str], stops: list[str]) -> tuple[int, int, str] 
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 @settings(max_examples=250, deadline=None)
 @given(data=st.data())
@@ -173,6 +175,7 @@ def test_bad_stop_regex_is_refused(pattern: str) -> None:
         StreamDecoder(TOKENIZERS["bytes"], SamplingParams(stop_regex=[pattern]))
 
 
+@pytest.mark.slow
 def test_catastrophic_stop_regex_fails_its_request_in_time() -> None:
     decoder = StreamDecoder(TOKENIZERS["bytes"], SamplingParams(stop_regex=["(x+x+)+y"]))
     started = time.monotonic()

@@ -308,6 +308,7 @@ def test_a_bad_call_does_not_hide_a_good_one(kind: str) -> None:
     assert as_calls(parsed) == CALLS["one"] and "unknown_tool" in parsed.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(WRITERS))
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
@@ -331,6 +332,7 @@ def test_damaged_texts_in_any_chunks(kind: str, data: st.DataObject) -> None:
         assert parsed.text == "".join(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS.names())
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(alphabet=" \n<>[]{}|\"'tool_call/abc｜▁=:,;\\🙂世", max_size=80), seed=st.integers(0, 99))
@@ -339,6 +341,7 @@ def test_text_without_a_call_passes_unchanged(form: str, text: str, seed: int) -
     assert parsed.text == text and not parsed.calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["hermes", "qwen3_coder", "deepseekv31", "kimi_k2", "minimax_m2", "mistral", "gpt_oss"]
 )
@@ -425,6 +428,7 @@ def test_tags_frame_what_the_parser_reads(form: str) -> None:
         assert as_calls(whole(form, frame[0] + frame[1])) == [("get_weather", {})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS.names())
 def test_hostile_texts_cost_little(form: str) -> None:
     made = parser(form)

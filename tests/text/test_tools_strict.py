@@ -221,6 +221,7 @@ BEGIN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "special", "walks"), WALKS)
 def test_strict_calls_are_read_back_and_valid(form: str, special: bool, walks: int) -> None:
     own = words(form if special else None)
@@ -237,6 +238,7 @@ def test_strict_calls_are_read_back_and_valid(form: str, special: bool, walks: i
         assert len(names) >= seeds // 3, names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "special", "walks"), WALKS)
 def test_forced_calls_are_read_back_and_valid(form: str, special: bool, walks: int) -> None:
     own = words(form if special else None)
@@ -453,6 +455,7 @@ def test_formats_of_texts_admit_valid_ones(kind: str) -> None:
     assert seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["hermes", "qwen3_coder", "glm45", "step3"])
 def test_the_other_engine_takes_them_too(form: str) -> None:
     pytest.importorskip("xgrammar")

@@ -19,6 +19,7 @@ from phloem.core.errors import BadRequest
 from phloem.core.memory import Paged, groups_of
 from phloem.core.messages import Submit
 from phloem.core.request import SamplingParams
+from phloem.kvcache import audit
 from phloem.kvcache.manager import CacheManager
 from phloem.scheduler.policies import POLICIES
 from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
@@ -168,7 +169,7 @@ def bench_tree(cached: int, lookups: int) -> list[dict[str, Any]]:
     news = iter(prompts[cached:])
     inserted = _timed(lambda: insert(next(news)), lookups)
     evicted = _timed(lambda: cache.allocators[0].free(cache.tree.evict(1)), min(lookups, cached))
-    cache.check([])
+    audit.check(cache, [])
     return [
         _row("tree: look up a prompt", cached, found),
         _row("tree: match, insert, release", cached, inserted),

@@ -93,6 +93,11 @@ def family(name: str) -> Family:
     )
 
 
+def audio_of(name: str) -> dict[str, str] | None:
+    """What a family that hears calls its sizes (`Family.audio`); None for others, and for models without a file."""
+    return family(name).audio if name in FAMILIES.names() else None
+
+
 @cache
 def gguf_families() -> dict[str, Family]:
     """Families by GGUF architecture."""

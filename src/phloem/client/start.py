@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phloem.checkpoint.describe import describe
-from phloem.checkpoint.families import family
+from phloem.checkpoint.describe import described
+from phloem.checkpoint.families import audio_of
 from phloem.client.client import EngineClient
 from phloem.client.info import ModelInfo, with_formats
 from phloem.multimodal.speech import speech_of
@@ -26,7 +26,7 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
         PhloemError: the configuration or the checkpoint is wrong.
     """
     model = config.model
-    checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path, model.task)
+    checkpoint = described(model)
     # Without a tokenizer nothing can follow a text.
     features = frozenset[str]() if model.skip_tokenizer_init else frozenset({"grammar"})
     if config.server.enable_return_hidden_states:
@@ -37,7 +37,7 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
     if model.skip_tokenizer_init:
         return EngineClient(None, None, info), info, checkpoint
     tokenizer = load_tokenizer(checkpoint)
-    hears = family(checkpoint.model_type).audio
+    hears = audio_of(checkpoint.model_type)
     if hears is not None:
         id_of = tokenizer.backend.token_to_id
         info = replace(info, speech=speech_of(checkpoint.config, hears, checkpoint.generation_config, id_of))

@@ -31,6 +31,7 @@ Whitespace = Literal["compact", "flexible"]
 Eviction = Literal["lru", "lfu", "fifo"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 OnEngineDeath = Literal["restart", "exit"]
+ModelImpl = Literal["auto", "phloem", "transformers"]
 Task = Literal["auto", "generate", "embed", "classify", "score", "tokens"]
 
 
@@ -50,7 +51,8 @@ class ModelConfig:
     chat_template: str | None = opt(None, "File with a Jinja chat template; default: the model's own.")
     tool_call_parser: str | None = opt(None, "Format of tool calls; default: read off the chat template; 'none': off.")
     reasoning_parser: str | None = opt(None, "Format of reasoning; default: read off the chat template; 'none': off.")
-    trust_remote_code: bool = opt(False, "Refused: code that comes with a checkpoint is never run.")
+    model_impl: ModelImpl = opt("auto", "Whose code runs the model; auto: Phloem's own, else that of transformers.")
+    trust_remote_code: bool = opt(False, "Run code that comes with a checkpoint, where transformers' code is run.")
     skip_tokenizer_init: bool = opt(False, "Serve token ids only; no tokenizer is loaded.")
     random_seed: int | None = opt(None, "Seed for requests that bring none; default: drawn at start.")
 
@@ -307,10 +309,6 @@ def _check_ranges(config: Config) -> None:
     for name in _POSITIVE:
         if flat[name] is not None and not flat[name] > 0:
             raise ConfigError(f"{name}: {flat[name]!r} must be above 0", param=name)
-    if config.model.trust_remote_code:
-        raise ConfigError(
-            "trust_remote_code: code that comes with a checkpoint is never run", param="trust_remote_code"
-        )
     if not 0 <= config.server.port <= 65535:
         raise ConfigError(f"port: {config.server.port} is not in 0 to 65535", param="port")
     fraction = config.cache.mem_fraction_static

@@ -13,7 +13,7 @@ from phloem import attention, models, platforms, quant
 from phloem.adapters import served
 from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.attention._packed import refusal
-from phloem.checkpoint.families import family
+from phloem.checkpoint.families import audio_of
 from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import resolve, speculation
 from phloem.core.errors import ConfigError
@@ -29,6 +29,7 @@ from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
 from phloem.models._common import Decoder
 from phloem.models._pooled import load_pooled
+from phloem.models._transformers import load_foreign
 from phloem.platforms._facts import own_float8
 from phloem.utils import log
 from phloem.utils.cores import available_cores
@@ -91,6 +92,7 @@ class _Machine:
     running: int
     chunk: int
     mixed: int
+    eager: str = ""  # why steps cannot be recorded
 
 
 def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
@@ -104,7 +106,10 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     decisions: list[Decision] = []
     context = _take(decisions, resolve.context_length(config.model.context_length, checkpoint.context_length))
     checkpoint = replace(checkpoint, context_length=context)  # tables of positions need not be longer
+    decisions.append(Decision("model_impl", checkpoint.chosen.impl, checkpoint.chosen.reason))
     machine = _machine(config, checkpoint, decisions)
+    if checkpoint.chosen.impl == "transformers":
+        machine = _foreign(config, machine)
     if checkpoint.pooling is not None:
         phase.end("device")
         return _build_pooled(config, checkpoint, machine, decisions, phase)
@@ -129,12 +134,19 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     dtype = _dtype(config, checkpoint, platform, decisions)
     schedule = config.schedule
     asked, usual = schedule.max_running_requests, platform.default_running_requests
-    if family(checkpoint.model_type).audio is not None:
+    if audio_of(checkpoint.model_type) is not None:
         usual = min(usual, HEARING_ROWS)
     running = _take(decisions, resolve.running_requests(asked, usual, platform.name))
     chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
     mixed = _take(decisions, resolve.mixed_chunk(platform.default_mixed_chunk, chunk))
     return _Machine(platform, ops, dtype, running, chunk, mixed)
+
+
+def _foreign(config: Config, machine: _Machine) -> _Machine:
+    """For a model whose code is not ours: it is called op by op, and rows may round otherwise beside others."""
+    if config.lora.enable_lora or config.lora.lora_paths:
+        raise ConfigError("adapters are served beside models with a file of their own alone", param="enable_lora")
+    return replace(machine, ops=replace(machine.ops, row_bits=False), eager="transformers' code is called op by op")
 
 
 def _build(
@@ -157,7 +169,7 @@ def _build(
     scales = _kv_scales(config, checkpoint, model, kv_dtype, decisions)
     backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
     page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
-    recorded = ops.recorder is not None and not config.runtime.disable_step_graph
+    recorded = ops.recorder is not None and not config.runtime.disable_step_graph and not machine.eager
     need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales)
     if warming is not None:
         warming.finish(need, platform.device, decisions)
@@ -170,7 +182,8 @@ def _build(
         sharing, why = None, "as asked"
     decisions.append(Decision("cascade_attention", "off" if sharing is None else "on", why))
     left, shares = platform.memory()[0], sharing is not None
-    place = choice.Place(model, backend, pool, ops, platform.facts, left, sizing.graph_bytes, shares, sites is not None)
+    beside = sizing.graph_bytes, shares, sites is not None, machine.eager
+    place = choice.Place(model, backend, pool, ops, platform.facts, left, *beside)
     pages = -(-min(context, sizing.tokens) // page) + 1
     rows = max(running, speculation.wanted(config).rows) if platform.facts.on_host else running
     ways = choice.choose(config.runtime, place, rows, pages, chunk, decisions)
@@ -262,11 +275,16 @@ def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisio
 
 def _loaded(config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision]) -> Model:
     platform, begun = machine.platform, perf_counter()
-    stager = platform.stager() if checkpoint.format == "safetensors" else None
+    own = checkpoint.chosen.impl == "phloem"
+    stager = platform.stager() if checkpoint.format == "safetensors" and own else None
     method = quant.method_for(config.model.quantization, checkpoint.stored)
     ctx = BuildContext(machine.ops, machine.dtype, platform.device, quant=method, stager=stager)
     try:
-        model = models.load_model(checkpoint, ctx, _progress(checkpoint.name))
+        if not own:
+            trust = config.model.trust_remote_code
+            model = load_foreign(checkpoint, ctx, _progress(checkpoint.name), trust=trust)
+        else:
+            model = models.load_model(checkpoint, ctx, _progress(checkpoint.name))
     finally:
         if stager is not None:
             stager.close()
@@ -282,7 +300,9 @@ def _ahead(config: Config, checkpoint: Checkpoint, machine: _Machine) -> tuple[d
     backend = config.runtime.attention_backend or _backend_names(machine.platform)[0]
     kept, name = config.cache.kv_cache_dtype, str(machine.dtype).removeprefix("torch.")
     refusal = None
-    if checkpoint.quantised or config.model.quantization is not None:
+    if machine.eager:
+        refusal = f"{machine.eager}: which kernels it needs shows when it runs"
+    elif checkpoint.quantised or config.model.quantization is not None:
         refusal = "which form quantised weights take shows when they are loaded"
     elif machine.ops.name not in warm.TABLES:
         refusal = f"the op table {machine.ops.name!r} has no such kernels"
@@ -384,7 +404,7 @@ def _heard(config: Config, checkpoint: Checkpoint, ops: Ops) -> torch.dtype | No
     """The type that keeps what a model hears, where nobody has named one and the table's attention keeps few types:
     most of what its steps read is there."""
     asked = config.cache.kv_cache_dtype != "auto" or config.model.dtype != "auto"
-    if asked or family(checkpoint.model_type).audio is None or ops.kv_dtypes is None:
+    if asked or audio_of(checkpoint.model_type) is None or ops.kv_dtypes is None:
         return None
     return next((kind for kind in ops.kv_dtypes if kind.is_floating_point), None)
 
@@ -397,7 +417,7 @@ def _kv_scales(
     if asked != FP8:
         eight = kv_dtype.itemsize == 1 and asked == "auto"
         why = "as the weights are quantised" if eight else "the type of the model" if asked == "auto" else "as asked"
-        if asked == "auto" and not eight and family(checkpoint.model_type).audio is not None:
+        if asked == "auto" and not eight and audio_of(checkpoint.model_type) is not None:
             why = (
                 "the type of the model, or what the table's attention reads: most of a step's reading is what is heard"
             )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from phloem.kvcache.windows import WindowPages
 
 
-def check(cache: CacheManager, leases: list[Lease]) -> None:
-    """See `CacheManager.check`."""
+def check(cache: CacheManager, leases: Sequence[Lease]) -> None:
+    """Verify that in each group each page is in exactly one place, and that each lock is somebody's.
+
+    Raises:
+        AssertionError: saying which account does not add up.
+    """
     nodes = list(cache.tree.nodes())
     for number in range(len(cache.groups)):
         _check_group(cache, number, leases, nodes)
@@ -41,7 +45,7 @@ def check(cache: CacheManager, leases: list[Lease]) -> None:
         cache.states.check(nodes, locks)
 
 
-def _check_group(cache: CacheManager, number: int, leases: list[Lease], nodes: list[Node]) -> None:
+def _check_group(cache: CacheManager, number: int, leases: Sequence[Lease], nodes: list[Node]) -> None:
     """In one group: free + in tree + held == total, page by page."""
     name = f"group {number} ({cache.groups[number].kind})"
     allocator = cache.allocators[number]
@@ -101,7 +105,7 @@ def _check_nodes(cache: CacheManager, nodes: list[Node]) -> None:
             raise AssertionError(f"node {node.uid} is kept for nothing")
 
 
-def _check_locks(cache: CacheManager, nodes: list[Node], leases: list[Lease]) -> None:
+def _check_locks(cache: CacheManager, nodes: list[Node], leases: Sequence[Lease]) -> None:
     direct: dict[int, int] = {}
     for node in [lease.node for lease in leases] + [hold.node for hold in cache.holds]:
         direct[node.uid] = direct.get(node.uid, 0) + 1
@@ -111,7 +115,7 @@ def _check_locks(cache: CacheManager, nodes: list[Node], leases: list[Lease]) ->
             raise AssertionError(f"node {node.uid} has lock {node.lock}, but {locks} hold it")
 
 
-def _window_locks(cache: CacheManager, account: WindowPages, leases: list[Lease]) -> NDArray[np.int32]:
+def _window_locks(cache: CacheManager, account: WindowPages, leases: Sequence[Lease]) -> NDArray[np.int32]:
     locks = np.zeros(len(account.locks), dtype=np.int32)
     for lease in leases:
         locks[lease.tables[account.group][lease.first[account.index] : lease.shared]] += 1

@@ -53,11 +53,10 @@ Somebody who copies pages outside of that order holds them (`hold`, `drop`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phloem.kvcache import audit, report, undo
 from phloem.kvcache.allocator import PageAllocator
 from phloem.kvcache.lease import NO_BORDER, SLOTS, Given, Hold, Lease, Turn
 from phloem.kvcache.namespaces import namespace
@@ -446,20 +445,8 @@ class CacheManager:
     # steps that did not happen
 
     def mark(self) -> int:
-        """A moment to which `roll_back` can return. Taken before the turns and commits of a launched step."""
+        """A moment to which `undo.roll_back` can return. Taken before the turns and commits of a launched step."""
         return self.tree.clock
-
-    def roll_back(self, mark: int, leases: Sequence[tuple[Lease, int]], given: Sequence[Given]) -> None:
-        """Take everything out of the tree that entered it after the mark: its content was never computed.
-
-        Args:
-            mark: from `mark`.
-            leases: every lease there is, with the number of leading pages that it may share with the tree afterwards.
-            given: what leases held before each commit since the mark, in order. A lease is again what it was at the
-                mark where all of that is still there; else it goes on from the last border that the tree can give, and
-                has no page of its own (`Lease.held` says where).
-        """
-        undo.roll_back(self, mark, leases, given)
 
     # locks of others
 
@@ -502,22 +489,6 @@ class CacheManager:
         for number, allocator in enumerate(self.allocators):
             allocator.reset()
             self.own[number] = 0
-
-    def check(self, leases: Iterable[Lease]) -> None:
-        """Verify that in each group each page is in exactly one place, and that each lock is somebody's.
-
-        Raises:
-            AssertionError: saying which account does not add up.
-        """
-        audit.check(self, list(leases))
-
-    def snapshot(self, max_nodes: int = 512) -> dict[str, Any]:
-        """The tree for a live view: totals in tokens of the first group; at most `max_nodes` nodes, parents first."""
-        return report.snapshot(self, max_nodes)
-
-    def group_accounts(self) -> list[dict[str, Any]]:
-        """Each group's pages, or slots of state: where they are."""
-        return report.group_accounts(self)
 
     def cached(self, number: int) -> int:
         """Pages, or snapshots, that a group has in the tree."""

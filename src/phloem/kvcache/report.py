@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from phloem.kvcache.radix import RadixCache
 
 
-def snapshot(cache: CacheManager, max_nodes: int) -> dict[str, Any]:
-    """See `CacheManager.snapshot`."""
+def snapshot(cache: CacheManager, max_nodes: int = 512) -> dict[str, Any]:
+    """The tree for a live view: totals in tokens of the first group; at most `max_nodes` nodes, parents first."""
     size = cache.page_size
     return {
         "enabled": cache.enabled,
@@ -31,7 +31,7 @@ def snapshot(cache: CacheManager, max_nodes: int) -> dict[str, Any]:
 
 
 def group_accounts(cache: CacheManager) -> list[dict[str, Any]]:
-    """See `CacheManager.group_accounts`."""
+    """Each group's pages, or slots of state: where they are."""
     return [
         {
             "kind": group.kind,

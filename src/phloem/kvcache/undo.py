@@ -34,7 +34,16 @@ class _Return:
 
 
 def roll_back(cache: CacheManager, mark: int, leases: Sequence[tuple[Lease, int]], given: Sequence[Given]) -> None:
-    """See `CacheManager.roll_back`."""
+    """Take everything out of the tree that entered it after the mark: its content was never computed.
+
+    Args:
+        cache: of which the steps were.
+        mark: from `CacheManager.mark`.
+        leases: every lease there is, with the number of leading pages that it may share with the tree afterwards.
+        given: what leases held before each commit since the mark, in order. A lease is again what it was at the
+            mark where all of that is still there; else it goes on from the last border that the tree can give, and
+            has no page of its own (`Lease.held` says where).
+    """
     gave: dict[int, list[Given]] = {}
     for item in given:
         gave.setdefault(id(item.lease), []).append(item)

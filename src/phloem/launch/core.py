@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.adapters import served
 from phloem.adapters.desk import Desk
-from phloem.checkpoint.families import family
+from phloem.checkpoint.families import audio_of
 from phloem.core import speculation
 from phloem.core.config import parse_bytes
 from phloem.core.errors import BadRequest, ConfigError
@@ -202,7 +202,7 @@ def _desk(config: Config, built: Built, report: worker.Report) -> Desk | None:
 
 def _hearing(checkpoint: Checkpoint, prepare: Prepare) -> Prepare:
     """With a check that a model hears something, and as much as it takes: it would hear what another request has."""
-    names = family(checkpoint.model_type).audio
+    names = audio_of(checkpoint.model_type)
     size = 0 if names is None else 8 * checkpoint.config[names["bands"]] * checkpoint.config[names["states"]]
 
     def checked(submit: Submit, prompt: Any) -> Prepared | None:

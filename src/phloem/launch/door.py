@@ -1,7 +1,8 @@
 """The door of an engine in this process: its event loop in a thread of its own, and the one way in which all ends.
 
 A door ends by `end`, when Python does, or when the engine that it belongs to is collected. A step that ran on while
-Python tears its threads down would abort the process.
+Python tears its threads down would abort the process. So would an engine that another thread begins just then: the end
+of Python waits until its door stands (`beginning`), and none begins after.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import concurrent.futures
 import contextlib
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Generator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from phloem.core.errors import EngineDead, QueueFull
@@ -134,10 +135,44 @@ class EngineDoor:
         await self.loop.shutdown_asyncgens()
 
 
+class Begins:
+    """Engines on the way to their doors, in any thread; and whether Python ends, so that none may begin."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count, self._ending = 0, False
+
+    @contextlib.contextmanager
+    def one(self) -> Generator[None]:
+        with self._changed:
+            if self._ending:
+                raise EngineDead("Python is ending: no engine begins now")
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._count -= 1
+                self._changed.notify_all()
+
+    def end(self, timeout: float) -> None:
+        with self._changed:
+            self._ending = True
+            self._changed.wait_for(lambda: not self._count, timeout)
+
+    def forked(self) -> None:
+        """The threads that began an engine are not here."""
+        self._changed, self._count = threading.Condition(), 0
+
+
 _OPEN: set[EngineDoor] = set()
+_BEGINS = Begins()
+beginning = _BEGINS.one  # `with beginning():` around all that leads to an engine's door; EngineDead when Python ends
+os.register_at_fork(after_in_child=_BEGINS.forked)
 
 
 @atexit.register
 def _end_all() -> None:
+    _BEGINS.end(timeout=60.0)
     for door in list(_OPEN):
         door.end("Python is ending")

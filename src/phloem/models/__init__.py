@@ -155,6 +155,8 @@ def load_model(
     """
     if checkpoint.pooling is not None:
         raise ModelLoadError(f"{checkpoint.path}: a model for {checkpoint.pooling.task} does not generate")
+    if checkpoint.chosen.impl != "phloem":
+        raise ModelLoadError(f"{checkpoint.path}: the code of {checkpoint.model_type} is transformers' (load_foreign)")
     if ctx.quant is None:
         ctx = replace(ctx, quant=method_for(None, checkpoint.stored))
     model = build_model(checkpoint.model_type, checkpoint.config, replace(ctx, name=""), checkpoint.context_length)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.core.messages import Control, ControlReply
 from phloem.core.request import FinishReason
+from phloem.kvcache import report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,7 +116,7 @@ class Controls:
         self._reply(call_id, True, data=self.scheduler.state())
 
     def _do_cache_tree(self, call_id: str, args: dict[str, Any]) -> None:
-        self._reply(call_id, True, data=self.scheduler.cache.snapshot(int(args.get("max_nodes") or 512)))
+        self._reply(call_id, True, data=report.snapshot(self.scheduler.cache, int(args.get("max_nodes") or 512)))
 
     def _do_pause(self, call_id: str, args: dict[str, Any]) -> None:
         mode = str(args.get("mode") or "abort")

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from phloem.kvcache import undo
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -73,7 +75,7 @@ def roll_back(slots: Slots, cache: CacheManager, plans: Sequence[Plan]) -> None:
             request.match_version = -1
     running = slots.running()
     leases = [(request.lease, request.match_limit() // cache.page_size) for request in running if request.lease]
-    cache.roll_back(plans[0].mark, leases, [item for plan in plans for item in plan.given])
+    undo.roll_back(cache, plans[0].mark, leases, [item for plan in plans for item in plan.given])
     slots.moved = True
     for request in running:
         computed = before.get(request, int(slots.computed[request.slot]))

@@ -20,6 +20,7 @@ import numpy as np
 from phloem.core.errors import BadRequest, OutOfMemory, PhloemError
 from phloem.core.messages import Abort, Control, FromEngine, Submit, ToEngine
 from phloem.core.request import FinishReason, RequestStatus
+from phloem.kvcache import audit
 from phloem.kvcache.manager import namespace
 from phloem.scheduler.control import ABORTED, Controls
 from phloem.scheduler.metrics import Meter, usage
@@ -336,7 +337,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Verify the page accounting. Raises AssertionError."""
-        self.cache.check([request.lease for request in self.slots.running() if request.lease is not None])
+        audit.check(self.cache, [request.lease for request in self.slots.running() if request.lease is not None])
 
     def flush_results(self) -> None:
         self.results.flush(self.send)

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from phloem.server.stream import TextEvent, event
 from phloem.server.usage import extensions_of, usage_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
     from phloem.client.call import Call
     from phloem.client.continuation import Continuation
+    from phloem.protocol.answers import Extensions, Usage
     from phloem.protocol.fields import OpenAIBody
-    from phloem.server.chat.write import ChatChunk
-    from phloem.server.completions.write import Completion
 
-    Chunks = Callable[[Continuation], list[ChatChunk] | list[Completion]]
-    Blank = Callable[[], ChatChunk | Completion]
-    Plain = Callable[[Continuation, str], ChatChunk | Completion]
+    Chunks = Callable[[Continuation], Sequence["Chunk"]]
+    Blank = Callable[[], "Chunk"]
+    Plain = Callable[[Continuation, str], "Chunk"]
+
+
+class Chunk(Protocol):
+    """What both APIs' chunks have, and what is set here; msgspec encodes the whole."""
+
+    usage: Usage | UnsetType | None
+    sglext: Extensions | UnsetType
 
 
 async def stream_chunks(
@@ -61,7 +67,7 @@ async def stream_chunks(
         yield event(chunk)
 
 
-def _set_usage(chunk: ChatChunk | Completion, output: Continuation, final: bool, always: bool) -> None:
+def _set_usage(chunk: Chunk, output: Continuation, final: bool, always: bool) -> None:
     if always:
         chunk.usage = usage_of([output])
     elif final:
@@ -69,7 +75,7 @@ def _set_usage(chunk: ChatChunk | Completion, output: Continuation, final: bool,
 
 
 def _text_event(plain: Plain, output: Continuation, final: bool) -> TextEvent:
-    def make(text: str) -> ChatChunk | Completion:
+    def make(text: str) -> Chunk:
         chunk = plain(output, text)
         _set_usage(chunk, output, final, False)
         return chunk

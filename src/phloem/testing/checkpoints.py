@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from phloem.checkpoint.families import FAMILIES, GGUFFacts, family, gguf_families
 from phloem.checkpoint.gguf_config import KEYS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 VOCAB = 384  # 256 bytes, the special tokens, and merges learned from CORPUS
 SPECIAL = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
@@ -69,25 +72,40 @@ def tiny_checkpoint(
     Returns:
         `path`. Needs `transformers`.
     """
+    model = _filled(lambda: _model(model_type, overrides, head), seed, shifted="gemma" in model_type)
+    path.mkdir(parents=True, exist_ok=True)
+    size = sum(parameter.numel() for parameter in model.parameters()) * 4
+    model.save_pretrained(path, max_shard_size=f"{max(1, size // shards // 1000 + 1)}KB" if shards > 1 else "5GB")
+    write_tokenizer(path, model.config.get_text_config().vocab_size)
+    return path
+
+
+def random_checkpoint(model_type: str, path: Path, settings: dict[str, Any], seed: int = 0) -> Path:
+    """A random checkpoint of any class of transformers that generates, with all its settings given; and a tokenizer."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(model_type, **{k: v for k, v in settings.items() if v is not None})
+    make = transformers.AutoModelForCausalLM.from_config
+    _filled(lambda: make(config).eval(), seed, shifted="gemma" in model_type).save_pretrained(path)
+    write_tokenizer(path, config.get_text_config().vocab_size)
+    return path
+
+
+def _filled(make: Callable[[], Any], seed: int, *, shifted: bool) -> Any:
+    """A model with random weights, biases and norms too: one whose norms are all 1 hides mistakes."""
     import torch
 
     torch.manual_seed(seed)
-    path.mkdir(parents=True, exist_ok=True)
-    model = _model(model_type, overrides, head)
-    shifted = "gemma" in model_type
+    model = make()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Norms and biases too: a model whose norms are all 1 hides mistakes.
             wide = 1.0 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.2
             centre = 1.0 if parameter.ndim == 1 and name.lower().endswith("norm.weight") and not shifted else 0.0
             parameter.normal_(centre, wide)
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):
                 buffer.normal_(0.0, 0.2)
-    size = sum(parameter.numel() for parameter in model.parameters()) * 4
-    model.save_pretrained(path, max_shard_size=f"{max(1, size // shards // 1000 + 1)}KB" if shards > 1 else "5GB")
-    write_tokenizer(path, model.config.get_text_config().vocab_size)
-    return path
+    return model
 
 
 def _model(model_type: str, overrides: dict[str, Any], head: str) -> Any:

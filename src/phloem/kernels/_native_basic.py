@@ -42,13 +42,12 @@ def is_index64(index: Tensor) -> bool:
 
 
 def ops(rt: Runtime) -> dict[str, Any]:
-    return {**_elementwise(rt), **_norms(rt), **_positions(rt), **_fused_positions(rt)}
+    return {**_elementwise(rt), **_activations(rt), **_norms(rt), **_positions(rt), **_fused_positions(rt)}
 
 
 def _elementwise(rt: Runtime) -> dict[str, Any]:
     call, empty = rt.call, rt.empty
     ADD, SILU, GELU = rt.op("add"), rt.op("silu_and_mul"), rt.op("gelu_tanh_and_mul")
-    EXACT = rt.op("gelu")
     SOFTCAP, SELECT = rt.op("softcap"), rt.op("select_rows")
 
     def add(x: Tensor, y: Tensor) -> Tensor:
@@ -80,13 +79,6 @@ def _elementwise(rt: Runtime) -> dict[str, Any]:
     def gelu_tanh_and_mul(x: Tensor) -> Tensor:
         return gated(GELU, x)
 
-    def gelu(x: Tensor) -> Tensor:
-        x_TN = rows_of(x)
-        rows, n = x_TN.shape
-        out, work, stride = empty(x.shape), rows * n // 2, x_TN.stride(0)
-        call(EXACT, work, x=x_TN.data_ptr(), out=out.data_ptr(), rows=rows, n=n, x_stride=stride, out_stride=n)
-        return out
-
     def softcap(x: Tensor, cap: float) -> Tensor:
         x_TN = rows_of(x)
         rows, n = x_TN.shape
@@ -105,8 +97,21 @@ def _elementwise(rt: Runtime) -> dict[str, Any]:
         )  # fmt: skip
         return out
 
-    names = (add, silu_and_mul, gelu_tanh_and_mul, gelu, softcap, select_rows)
+    names = (add, silu_and_mul, gelu_tanh_and_mul, softcap, select_rows)
     return {function.__name__: function for function in names}
+
+
+def _activations(rt: Runtime) -> dict[str, Any]:
+    call, empty, GELU = rt.call, rt.empty, rt.op("gelu")
+
+    def gelu(x: Tensor) -> Tensor:
+        x_TN = rows_of(x)
+        rows, n = x_TN.shape
+        out, work, stride = empty(x.shape), rows * n // 2, x_TN.stride(0)
+        call(GELU, work, x=x_TN.data_ptr(), out=out.data_ptr(), rows=rows, n=n, x_stride=stride, out_stride=n)
+        return out
+
+    return {"gelu": gelu}
 
 
 def _norms(rt: Runtime) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional as F
 
-from phloem.attention._packed import PackedMemory
 from phloem.layers.attention import AttentionOptions
 from phloem.layers.context import ForwardBatch
 from phloem.layers.weight import Layer, Weight
@@ -21,7 +21,8 @@ from phloem.models._sources import Read
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from phloem.layers.context import BuildContext
+    from phloem.kernels.calls import LatentCall
+    from phloem.layers.context import AttentionSpec, BuildContext, Heads, StateStep
 
 TAPS = 3  # of both convolutions; the second takes every other frame
 
@@ -36,6 +37,24 @@ class EarsConfig:
     heads: int
     activation: str
     eps: float
+
+
+class Whole:
+    """Attention of `count` audios of one length, each to all of itself (`layers.context.StepMemory`)."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
+        q, k, v = (x.unflatten(0, (self._count, -1)).transpose(1, 2) for x in (heads.q, heads.k, heads.v))
+        out = F.scaled_dot_product_attention(q, k, v, scale=spec.scale)
+        return out.transpose(1, 2).contiguous().flatten(0, 1)
+
+    def attend_latent(self, pool: int, q_nope: Tensor, q_rope: Tensor, latent: Tensor, call: LatentCall, /) -> Tensor:
+        raise NotImplementedError("latent attention over audio")
+
+    def state(self, pool: int) -> StateStep:
+        raise NotImplementedError("recurrent layers over audio")
 
 
 class Convolution(Layer):
@@ -93,10 +112,9 @@ class Ears(Layer):
             for convolution in self.convolutions:
                 x_FC = convolution(x_FC)
             states.append(self.ops.add(x_FC, self.positions.value.to(x_FC.dtype)))
-        count, size = len(states), self.config.states
         x_TN, residual_TN = torch.cat(states), None
         nothing = torch.zeros(0, dtype=torch.int64, device=x_TN.device)
-        step = ForwardBatch(nothing, nothing, PackedMemory(self.ops, [size] * count), None)
+        step = ForwardBatch(nothing, nothing, Whole(len(states)), None)
         for layer in self.layers:
             x_TN, residual_TN = layer.attend(x_TN, residual_TN, step)
             x_TN, residual_TN = layer.feed(x_TN, residual_TN)

@@ -379,6 +379,7 @@ class Engine:
         self._door.check()
         data = audio if isinstance(audio, bytes) else read_file(audio)
         values: dict[str, Any] = {"file": data, "prompt": prompt, "temperature": temperature, "seed": seed}
+        values["response_format"] = "verbose_json"
         if task == "translate":
             body: TranscriptionBody | TranslationBody = Parser(TranslationBody).convert(values)
         elif task == "transcribe":

@@ -64,7 +64,7 @@ def test_base_tells_the_language_and_translates(tmp_path: Path) -> None:
         pytest.skip(f"the packages {', '.join(real_whisper.BASE)} are not installed")
     with phloem.Engine(model_path=str(path)) as engine:
         told = engine.transcribe((DATA / "speech_de.ogg").read_bytes())
-        assert told["language"] == "german" and "Hund" in told["text"]
+        assert told["language"] == "german" and told["text"].startswith("Guten Morgen")
         english = engine.transcribe((DATA / "speech_de.ogg").read_bytes(), task="translate")
-        assert "dog" in english["text"].lower()
+        assert english["text"].lower().startswith("good morning")
         assert engine.transcribe((DATA / "speech.ogg").read_bytes())["language"] == "english"

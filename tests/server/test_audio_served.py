@@ -50,7 +50,7 @@ def post(url: str, file: bytes | None = SHORT, route: str = "transcriptions", **
 
 def test_the_openai_client_gets_a_transcript(client: openai.OpenAI, engine: phloem.Engine) -> None:
     found = client.audio.transcriptions.create(
-        model="tiny", file=("a.wav", LONG), language="de", extra_body={"seed": 3}
+        model="tiny", file=("a.wav", LONG), language="de", temperature=0.3, extra_body={"seed": 3}
     )
     told = engine.transcribe(LONG, language="german", temperature=0.3, seed=3)
     assert found.text == told["text"]
@@ -61,6 +61,7 @@ def test_the_openai_client_gets_a_transcript(client: openai.OpenAI, engine: phlo
     assert told["segments"][-1]["seek"] > 0  # more than one window was heard
 
 
+@pytest.mark.slow
 def test_every_format(client: openai.OpenAI, url: str) -> None:
     verbose = client.audio.transcriptions.create(
         model="tiny", file=("a.wav", LONG), response_format="verbose_json", timestamp_granularities=["segment"],
@@ -89,6 +90,7 @@ def test_a_stream_is_the_whole_text_in_pieces(client: openai.OpenAI, url: str) -
     assert last.text == post(url, LONG, temperature=0.3, seed=1).json()["text"]
 
 
+@pytest.mark.slow
 def test_translation_and_detection_of_the_language(url: str, engine: phloem.Engine) -> None:
     assert post(url, SHORT, "translations").json().keys() == {"text", "usage"}
     told = engine.transcribe(SHORT, task="translate", seed=2)
@@ -96,6 +98,7 @@ def test_translation_and_detection_of_the_language(url: str, engine: phloem.Engi
     assert engine.transcribe(SHORT, seed=2)["language"] in ("english", "german")
 
 
+@pytest.mark.slow
 def test_the_same_audio_and_seed_give_the_same_text_whatever_runs_beside(engine: phloem.Engine) -> None:
     one = engine.transcribe(LONG, language="en", temperature=0.3, seed=7)
     together = engine.transcribe(LONG, language="en", temperature=0.3, seed=7, chunking_strategy="auto")
@@ -168,6 +171,7 @@ def test_each_kind_of_model_tells_of_its_own_routes(url: str, tmp_path: Path) ->
     assert "/v1/chat/completions" in told.value.message
 
 
+@pytest.mark.slow
 def test_the_command_writes_files(tmp_path: Path, engine: phloem.Engine, capsys: pytest.CaptureFixture[str]) -> None:
     from phloem.cli import main
 

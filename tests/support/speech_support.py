@@ -13,8 +13,10 @@ import numpy as np
 from phloem.testing.checkpoints import VOCAB, tiny_checkpoint
 
 SECONDS = 1.0  # that the tiny model hears at a time
-NAMES = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>"]
-NAMES += ["<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
+NAMES = [
+    *("<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>"),
+    *("<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"),
+]
 END, START, ENGLISH, GERMAN = range(VOCAB, VOCAB + 4)
 PLAIN = VOCAB + len(NAMES) - 1
 FIRST = PLAIN + 1  # of 51 timestamps

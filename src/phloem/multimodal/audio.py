@@ -135,7 +135,7 @@ def _read(file: Any, most_seconds: float, param: str) -> Samples:
     return resampled(np.concatenate(parts) if parts else np.zeros(0, np.float32), rate)
 
 
-def _mono(block: NDArray[np.float32], param: str) -> Samples:
+def _mono(block: NDArray[Any], param: str) -> Samples:
     mixed = block[:, 0] if block.shape[1] == 1 else block.mean(1, dtype=np.float32)
     if not np.isfinite(mixed).all():
         raise BadRequest(f"{param}: the audio has samples that are not numbers", param=param, code="invalid_audio")

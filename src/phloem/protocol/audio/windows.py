@@ -81,7 +81,7 @@ def pieces(tokens: Sequence[int], speech: Speech, offset: float, frames: int) ->
     borders = (np.flatnonzero(stamps[1:] & stamps[:-1]) + 1).tolist()
     closed = len(stamps) >= 2 and bool(stamps[-1]) and not stamps[-2]  # the last segment is whole, nothing follows
     if not borders:
-        ticks = [tokens[place] - speech.first_timestamp for place in np.flatnonzero(stamps)]
+        ticks = [tokens[place] - speech.first_timestamp for place in np.flatnonzero(stamps).tolist()]
         end = ticks[-1] * TICK if ticks and ticks[-1] else frames / 100
         start = at(tokens[0]) if stamps.any() and stamps[0] and len(tokens) > 1 else offset
         return [Piece(start, max(start, offset + min(end, frames / 100)), tuple(tokens))], frames

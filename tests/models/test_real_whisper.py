@@ -14,7 +14,7 @@ import real_whisper
 
 import phloem
 from phloem.bench.transcribe import Options, theirs, word_error_rate
-from phloem.multimodal.audio import RATE, decode
+from phloem.multimodal._audio import RATE, decode
 
 soundfile: Any = pytest.importorskip("soundfile", reason="soundfile, of the extra phloem[audio], is not installed")
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from speech_support import sound, wav
 
 from phloem.core.errors import BadRequest
-from phloem.multimodal.audio import RATE, decode, hear, kind_of, log_mel, mel_filters, resampled
+from phloem.multimodal._audio import RATE, decode, hear, kind_of, log_mel, mel_filters, resampled
 
 soundfile: Any = pytest.importorskip("soundfile", reason="soundfile, of the extra phloem[audio], is not installed")
 

@@ -9,7 +9,7 @@ import pytest
 
 from phloem.bench.transcribe import word_error_rate
 from phloem.core.errors import BadRequest
-from phloem.multimodal.speech import Speech
+from phloem.multimodal._speech import Speech
 from phloem.protocol.audio.body import language_code
 from phloem.protocol.audio.run import Segment, Transcript
 from phloem.protocol.audio.windows import Told, cuts, part_of, pieces

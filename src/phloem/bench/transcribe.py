@@ -21,7 +21,7 @@ from phloem.bench._report import context, write_line
 from phloem.cli._options import parse
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest
-from phloem.multimodal.audio import RATE, decode
+from phloem.multimodal._audio import RATE, decode
 from phloem.utils.cores import available_cores
 
 if TYPE_CHECKING:

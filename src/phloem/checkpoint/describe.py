@@ -245,6 +245,8 @@ def _describe_directory(path: Path, name: str, load_format: str, model_impl: str
         raise ModelLoadError(f"{config_path}: missing; a model directory has a config.json and safetensors files")
     whole = _read_json(config_path)
     model_type = _model_type(whole, config_path)
+    if model_impl != "transformers":
+        model_type = _language(whole, model_type)
     chosen = choose(model_type, FAMILIES.names(), model_impl, whole, str(config_path), trust)
     if chosen.impl == "transformers":
         config: dict[str, Any] = {**settings(text_part(whole), str(config_path)), "model_type": model_type}
@@ -301,7 +303,22 @@ def _text_config(whole: dict[str, Any], model_type: str, path: Path) -> dict[str
     """The language model's part of a config.json, with the family's defaults filled in."""
     facts = family(model_type)
     config = one_spelling(text_part(whole), facts.defaults, path, facts.spelling)
+    if isinstance(whole.get("text_config"), dict) and whole.get("tie_word_embeddings") is not None:
+        config["tie_word_embeddings"] = whole["tie_word_embeddings"]  # the head is the whole model's
     return {**facts.defaults, **config, "model_type": model_type}
+
+
+def _language(whole: dict[str, Any], model_type: str) -> str:
+    """The family that serves a checkpoint: of one with towers that has no file of its own, its language model's."""
+    inner = whole.get("text_config")
+    if model_type in FAMILIES.names() or not isinstance(inner, dict):
+        return model_type
+    own = str(cast("dict[str, Any]", inner).get("model_type", "")).replace("-", "_")
+    talks = any(str(name).endswith("ForConditionalGeneration") for name in whole.get("architectures") or ())
+    if not talks or own not in FAMILIES.names() or family(own).encoder is not None:
+        return model_type
+    _log.warning("%s: of a checkpoint with towers the language model alone is served, as %s", model_type, own)
+    return own
 
 
 def _check_family(model_type: str, where: str) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.checkpoint.pooling import Pooling
     from phloem.core.config import Config
-    from phloem.multimodal.speech import Speech
+    from phloem.multimodal._speech import Speech
 
 
 # Where a client finds what a model is for.
@@ -68,6 +68,7 @@ class ModelInfo:
             tokenizer_path=str(config.model.tokenizer_path or checkpoint.tokenizer_path),
             eos_ids=checkpoint.eos_ids,
             model_type=checkpoint.model_type,
+            weight_version=config.model.weight_version,
             architectures=checkpoint.architectures,
             generation_config=recommended(
                 checkpoint.generation_config, checkpoint.vocab_size, f"{checkpoint.path}/generation_config.json"

@@ -16,10 +16,12 @@ from phloem.attention._packed import refusal
 from phloem.checkpoint.families import audio_of
 from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import resolve, speculation
+from phloem.core.config import parse_bytes
 from phloem.core.errors import ConfigError
 from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
 from phloem.engine import warm
+from phloem.engine.media import Desk
 from phloem.engine.pooled import PooledRunner
 from phloem.engine.recorded import choice
 from phloem.engine.runner import ModelRunner
@@ -40,8 +42,9 @@ if TYPE_CHECKING:
     from phloem.adapters._sites import Sites
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
+    from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
-    from phloem.models import Model
+    from phloem.models import Model, Tower
     from phloem.models._scales import LayerScales
     from phloem.platforms import Platform
 
@@ -66,6 +69,7 @@ class Built:
     mixed_prefill_size: int
     worthwhile_prefill: int
     max_total_tokens: int
+    tower: Tower | None = None  # of pictures
     sites: Sites | None = None  # where adapters go, if any are served
     decisions: list[Decision] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
@@ -127,7 +131,8 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     threads = _take(decisions, resolve.threads(config.runtime.threads, available_cores()))
     platform, chosen = platforms.choose(config.runtime.device, threads)
     decisions.append(chosen)
-    ops, why = platform.table(config.runtime.ops, float32=config.model.dtype == "float32")
+    asked_ops = config.runtime.ops or ("invariant" if config.runtime.enable_deterministic_inference else None)
+    ops, why = platform.table(asked_ops, float32=config.model.dtype == "float32")
     decisions.append(Decision("ops", ops.name, why))
     if ops.activations is not None:
         decisions.append(Decision("activations", *ops.activations))
@@ -165,7 +170,7 @@ def _build(
     phase.end("weights")
 
     kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _heard(config, checkpoint, ops)
-    kv_dtype = kv_dtype or _kv_dtype(config, dtype)
+    kv_dtype = kv_dtype or _kept_in(config, dtype, model)
     scales = _kv_scales(config, checkpoint, model, kv_dtype, decisions)
     backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
     page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
@@ -195,7 +200,8 @@ def _build(
     runner = ModelRunner(
         model, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
-        kernels=warming.told if warming is not None else None,
+        kernels=warming.told if warming is not None else None, heated=config.model.logprobs_mode == "temperature",
+        desk=_desk(config, model, ops, running),
     )  # fmt: skip
     info = {
         "weight_bytes": model.weight_bytes,
@@ -207,7 +213,19 @@ def _build(
     }
     worthwhile = min(chunk, platform.worthwhile_chunk)
     sizes = running, chunk, machine.mixed, worthwhile, sizing.tokens
-    return Built(runner, context, *sizes, sites, decisions, info)
+    return Built(runner, context, *sizes, _tower(model), sites, decisions, info)
+
+
+def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[LastTokens], Desk] | None:
+    tower = _tower(model)
+    if tower is None:
+        return None
+    budget = parse_bytes(config.media.mm_encoder_cache, "mm_encoder_cache")
+    return lambda last: Desk(tower, ops, running, budget, last.up)
+
+
+def _tower(model: Model) -> Tower | None:
+    return model.tower if isinstance(model, Decoder) else None
 
 
 def _taken(model: Model, sites: Sites | None, platform: Platform) -> int:
@@ -253,7 +271,7 @@ def _build_pooled(
         "device": platform.name,
         "prepared": runner.prepared,
     }
-    return Built(runner, checkpoint.context_length, running, chunk, chunk, chunk, 0, None, decisions, info)
+    return Built(runner, checkpoint.context_length, running, chunk, chunk, chunk, 0, None, None, decisions, info)
 
 
 def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision]) -> Ops:
@@ -382,6 +400,15 @@ def _kv_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
     return own_float8() if name == FP8 else _KV_DTYPES[name]
 
 
+def _kept_in(config: Config, dtype: torch.dtype, model: Model) -> torch.dtype:
+    """The type of keys and values. Raises ConfigError for one that the model's pictures cannot be attended to in."""
+    kind, tower = _kv_dtype(config, dtype), _tower(model)
+    if tower is not None and tower.whole and kind.itemsize == 1:
+        why = "the tokens of this model's pictures see each other both ways, in 16 bits or more"
+        raise ConfigError(f"kv_cache_dtype: {why}", param="kv_cache_dtype")
+    return kind
+
+
 def _eight_bits(
     config: Config, checkpoint: Checkpoint, model: Model, platform: Platform, ops: Ops
 ) -> torch.dtype | None:
@@ -390,6 +417,9 @@ def _eight_bits(
     few = config.model.quantization is not None or checkpoint.quantised
     asked = config.cache.kv_cache_dtype != "auto" or config.model.dtype != "auto"
     kind = platform.quantised_kv_dtype
+    tower = _tower(model)
+    if tower is not None and tower.whole:
+        return None  # its pictures' attention reads keys and values as they are
     if kind is None or asked or not few or any(isinstance(spec, Latent) for spec in model.memory):
         return None
     need = AttentionNeed(model.attention_specs, kind, platform.device, config.cache.page_size)

@@ -21,6 +21,7 @@ from phloem.layers.context import memory_of
 from phloem.models._index import some
 from phloem.models._packed_linear import Packed
 from phloem.models._probe import PASS, PROBE, RUN, Layers, check_alone, register
+from phloem.models._push import Push
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -133,6 +134,7 @@ class Foreign:
         Raises:
             ModelLoadError: for an unknown name or a wrong shape; tensors before it have been taken.
         """
+        push = Push(self.packed.index)
         for name, tensor in tensors:
             held = self._tensors.get(name)
             if held is not None:
@@ -141,7 +143,9 @@ class Foreign:
                 with torch.no_grad():
                     held.detach().copy_(tensor)
             if held is None or name in self.packed.index.slots:
-                self.packed.index.push([(name, tensor)])
+                push.add([(name, tensor)])
+        push.prepare()
+        push.install()
         return False
 
     def checkpoint_name(self, name: str) -> str | None:

@@ -41,6 +41,7 @@ def entry(request: Request, known: NDArray[np.int32], eos_ids: tuple[int, ...]) 
         second=submit.second,
         namespace=request.namespace,
         audio=submit.audio,
+        media=tuple(submit.media),
         constrained=follower is not None,
     )
     return Entry(admission, follower)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from phloem.client.request import GenerateRequest, Item
 from phloem.core.errors import BadRequest
 from phloem.core.request import SamplingParams
-from phloem.multimodal.audio import FRAMES_PER_SECOND, Heard, hear
+from phloem.multimodal._audio import FRAMES_PER_SECOND, Heard, hear
 from phloem.protocol.audio.body import TranscriptionBody, TranslationBody, language_code
 from phloem.protocol.audio.windows import Piece, Told, cuts, part_of, pieces
 
 if TYPE_CHECKING:
     from phloem.client.client import EngineClient
     from phloem.client.continuation import Continuation
-    from phloem.multimodal.speech import Speech
+    from phloem.multimodal._speech import Speech
 
 Submit = Callable[[GenerateRequest], Awaitable[list["Continuation"]]]
 
@@ -91,7 +91,7 @@ class Transcriber:
         return replace(asked, language=language if speech.multilingual else "en")
 
     async def hear(self, data: bytes, most_seconds: float) -> Heard:
-        """Features of a file, made in a thread. Raises BadRequest, as `multimodal.audio.hear`."""
+        """Features of a file, made in a thread. Raises BadRequest, as `multimodal._audio.hear`."""
         async with self._decoders:
             return await asyncio.to_thread(hear, data, self.speech.bands, self.speech.frames, most_seconds)
 

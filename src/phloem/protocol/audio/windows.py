@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phloem.multimodal.speech import FRAMES_PER_TICK, TICK
+from phloem.multimodal._speech import FRAMES_PER_TICK, TICK
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from phloem.multimodal.speech import Speech
+    from phloem.multimodal._speech import Speech
 
 TOO_REGULAR = 2.4  # a text that deflate makes so much shorter repeats itself
 UNLIKELY = -1.0  # mean log probability of a token

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from phloem.client.call import Call
     from phloem.client.continuation import Continuation
     from phloem.client.request import GenerateRequest
-    from phloem.multimodal.audio import Heard
+    from phloem.multimodal._audio import Heard
     from phloem.protocol.audio.run import Transcript
 
 T = TypeVar("T", bound=Body)

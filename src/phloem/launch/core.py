@@ -79,14 +79,6 @@ class EngineCore:
         self.runner = built.runner
         runner, speculates = _drafting(drafts, built)
         self._watchdog = Watchdog(built.runner, schedule.watchdog_timeout)
-        cache = CacheManager(
-            built.runner.groups,
-            built.runner.num_pages,
-            built.runner.page_size,
-            enabled=not config.cache.disable_radix_cache and checkpoint.pooling is None,
-            eviction=config.cache.radix_eviction_policy,
-            chunk=built.chunked_prefill_size,
-        )
         settings = ScheduleSettings(
             max_running_requests=built.max_running_requests,
             max_queued_requests=schedule.max_queued_requests,
@@ -107,12 +99,17 @@ class EngineCore:
             whole_pictures=built.tower is not None and built.tower.whole,
         )
         self._grammars = _grammars(config, checkpoint)
-        prepare = self._grammars.prepare if self._grammars is not None else _no_grammar
-        prepare = _hearing(checkpoint, prepare)
+        prepare = _hearing(checkpoint, _no_grammar if self._grammars is None else self._grammars.prepare)
         self._sends = send
         self._desk, self._keeper = _desk(config, built, report), _keeper(config, checkpoint, built)
         self.scheduler = Scheduler(
-            runner, settings, cache, self._send, prepare=prepare, lender=self._desk, keeper=self._keeper
+            runner,
+            settings,
+            _cache(config, checkpoint, built),
+            self._send,
+            prepare=prepare,
+            lender=self._desk,
+            keeper=self._keeper,
         )
         self.info: dict[str, Any] = {
             **built.info,
@@ -155,6 +152,17 @@ class EngineCore:
         self.runner.close()
         if self._grammars is not None:
             self._grammars.close()
+
+
+def _cache(config: Config, checkpoint: Checkpoint, built: Built) -> CacheManager:
+    return CacheManager(
+        built.runner.groups,
+        built.runner.num_pages,
+        built.runner.page_size,
+        enabled=not config.cache.disable_radix_cache and checkpoint.pooling is None,
+        eviction=config.cache.radix_eviction_policy,
+        chunk=built.chunked_prefill_size,
+    )
 
 
 def _drafting(drafts: speculation.Wanted, built: Built) -> tuple[Runner, bool]:

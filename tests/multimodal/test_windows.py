@@ -12,7 +12,7 @@ from phloem.core.errors import BadRequest
 from phloem.multimodal._speech import Speech
 from phloem.protocol.audio.body import language_code
 from phloem.protocol.audio.run import Segment, Transcript
-from phloem.protocol.audio.windows import Told, cuts, part_of, pieces
+from phloem.protocol.audio.windows import Told, best, cuts, part_of, pieces
 from phloem.protocol.audio.write import written
 
 SPEECH = Speech(bands=80, frames=3000, start=101, end=100, no_timestamps=110, first_timestamp=111)
@@ -82,6 +82,8 @@ def test_doubt_is_repetition_or_an_unlikely_text_but_not_silence() -> None:
     assert told("and so on " * 30, -0.1, 0.1).doubtful
     assert told("", -1.5, 0.9).silent and not told("", -1.5, 0.9).doubtful
     assert not told(plain, -0.3, 0.9).silent
+    tries = [told(plain, -1.2, 0.1), told("and so on " * 30, -0.1, 0.1), told(plain, -3.0, 0.1)]
+    assert best(tries) is tries[0] and best(tries[1:2]) is tries[1]
 
 
 def transcript(*texts: tuple[float, float, str]) -> Transcript:

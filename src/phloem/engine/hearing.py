@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from phloem.attention._packed import PackedMemory
 from phloem.models import HearingModel
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Ears:
         features = torch.stack(
             [torch.frombuffer(bytearray(same[0].audio), dtype=torch.float32).view(mels, frames) for _, same in waiting]
         )
-        for pool, k, v in self._model.encode(features.to(self._pool.device)):
+        for pool, k, v in self._model.encode(features.to(self._pool.device), self._pack):
             for number, (_, admissions) in enumerate(waiting):
                 for admission in admissions:
                     self._write(pool, admission.slot, k[number], v[number])
@@ -82,6 +83,9 @@ class Ears:
             for admission in admissions:
                 self._heard[admission.slot] = digest
         self.encoded += len(waiting)
+
+    def _pack(self, lengths: Sequence[int]) -> PackedMemory:
+        return PackedMemory(self._ops, lengths)
 
     def _write(self, pool: int, slot: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v: [tokens, K, D]."""

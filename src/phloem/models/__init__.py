@@ -138,7 +138,7 @@ class HearingModel(Protocol):
 
     hears: tuple[int, int]  # mel bands and frames of what it hears at a time
 
-    def encode(self, mel_nBF: Tensor) -> Iterable[tuple[int, Tensor, Tensor]]:
+    def encode(self, mel_nBF: Tensor, pack: Pack, /) -> Iterable[tuple[int, Tensor, Tensor]]:
         """Of n audios' features: for each layer its pool index, and its keys and values [n, positions, K, D]."""
         ...
 

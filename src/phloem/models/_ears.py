@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional as F
 
 from phloem.layers.attention import AttentionOptions
 from phloem.layers.context import ForwardBatch
@@ -21,8 +20,7 @@ from phloem.models._sources import Read
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from phloem.kernels.calls import LatentCall
-    from phloem.layers.context import AttentionSpec, BuildContext, Heads, StateStep
+    from phloem.layers.context import BuildContext, Pack
 
 TAPS = 3  # of both convolutions; the second takes every other frame
 
@@ -37,24 +35,6 @@ class EarsConfig:
     heads: int
     activation: str
     eps: float
-
-
-class Whole:
-    """Attention of `count` audios of one length, each to all of itself (`layers.context.StepMemory`)."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
-        q, k, v = (x.unflatten(0, (self._count, -1)).transpose(1, 2) for x in (heads.q, heads.k, heads.v))
-        out = F.scaled_dot_product_attention(q, k, v, scale=spec.scale)
-        return out.transpose(1, 2).contiguous().flatten(0, 1)
-
-    def attend_latent(self, pool: int, q_nope: Tensor, q_rope: Tensor, latent: Tensor, call: LatentCall, /) -> Tensor:
-        raise NotImplementedError("latent attention over audio")
-
-    def state(self, pool: int) -> StateStep:
-        raise NotImplementedError("recurrent layers over audio")
 
 
 class Convolution(Layer):
@@ -104,7 +84,7 @@ class Ears(Layer):
         for one in self.convolutions:
             one.settle()
 
-    def __call__(self, mel_nBF: Tensor) -> Tensor:
+    def __call__(self, mel_nBF: Tensor, pack: Pack) -> Tensor:
         """States [n * S, N], final norm applied."""
         states: list[Tensor] = []
         for mel_BF in mel_nBF:
@@ -114,7 +94,7 @@ class Ears(Layer):
             states.append(self.ops.add(x_FC, self.positions.value.to(x_FC.dtype)))
         x_TN, residual_TN = torch.cat(states), None
         nothing = torch.zeros(0, dtype=torch.int64, device=x_TN.device)
-        step = ForwardBatch(nothing, nothing, Whole(len(states)), None)
+        step = ForwardBatch(nothing, nothing, pack([self.config.states] * len(states)), None)
         for layer in self.layers:
             x_TN, residual_TN = layer.attend(x_TN, residual_TN, step)
             x_TN, residual_TN = layer.feed(x_TN, residual_TN)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.checkpoint.describe import Checkpoint
-    from phloem.layers.context import BuildContext
+    from phloem.layers.context import BuildContext, Pack
     from phloem.models._common import DecoderConfig
     from phloem.models._index import Progress
     from phloem.models._layer import Place
@@ -107,10 +107,10 @@ class Whisper(Decoder):
         self.crossed = [mixer for mixer in mixers if isinstance(mixer, CrossAttention)]
         self.index = WeightIndex(self.weights(), ctx, self.embed.weight.names[0])
 
-    def encode(self, mel_nBF: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def encode(self, mel_nBF: Tensor, pack: Pack) -> Iterator[tuple[int, Tensor, Tensor]]:
         """As `models.HearingModel`."""
         with torch.inference_mode():
-            states_TN = self.ears(mel_nBF)
+            states_TN = self.ears(mel_nBF, pack)
             for mixer in self.crossed:
                 k, v = mixer.keys_values(states_TN)
                 count = len(mel_nBF)

@@ -15,7 +15,7 @@ from phloem.core.errors import BadRequest
 from phloem.core.request import SamplingParams
 from phloem.multimodal._audio import FRAMES_PER_SECOND, Heard, hear
 from phloem.protocol.audio.body import TranscriptionBody, TranslationBody, language_code
-from phloem.protocol.audio.windows import Piece, Told, cuts, part_of, pieces
+from phloem.protocol.audio.windows import Piece, Told, best, cuts, part_of, pieces
 
 if TYPE_CHECKING:
     from phloem.client.client import EngineClient
@@ -167,14 +167,13 @@ class Transcriber:
         return self._tokenizer.decode([token for token in tokens if token < self.speech.end])
 
     async def _told(self, window: bytes, asked: Asked) -> Told:
-        """A window's transcript, the first that looks right."""
-        told: Told | None = None
+        """A window's transcript, the first that looks right, or the best of them."""
+        tries: list[Told] = []
         for temperature in asked.temperatures:
-            told = await self._try(window, asked, temperature)
-            if not told.doubtful:
-                break
-        assert told is not None
-        return told
+            tries.append(await self._try(window, asked, temperature))
+            if not tries[-1].doubtful:
+                return tries[-1]
+        return best(tries)
 
     async def _try(self, window: bytes, asked: Asked, temperature: float) -> Told:
         speech, prompt, started = self.speech, *self._prompt(asked)

@@ -64,6 +64,12 @@ class Told:
         return not self.silent and (self.compression > TOO_REGULAR or self.mean_logprob < UNLIKELY)
 
 
+def best(tries: Sequence[Told]) -> Told:
+    """Of doubtful transcripts the one to keep: the most likely that does not repeat itself, or else the last."""
+    sound = [told for told in tries if told.compression <= TOO_REGULAR]
+    return max(sound, key=lambda told: told.mean_logprob) if sound else tries[-1]
+
+
 def pieces(tokens: Sequence[int], speech: Speech, offset: float, frames: int) -> tuple[list[Piece], int]:
     """The segments of a window's transcript, and how many frames the next window begins behind this one.
 

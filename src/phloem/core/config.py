@@ -211,6 +211,7 @@ class ServerConfig:
     max_bodies_bytes: int = opt(256 * 1024 * 1024, "Most bytes of all request bodies that are being read or decoded.")
     header_timeout: float = opt(30.0, "Seconds that a connection may take for a request's header.")
     body_timeout: float = opt(30.0, "Seconds for which a request's body may stop; slower than 64 KiB/s is cut too.")
+    max_audio_seconds: float = opt(3600.0, "Longest sound file; each second takes 0.1 MB while it is transcribed.")
     max_prompts_per_request: int = opt(1024, "Most prompts in one batch request.")
     incremental_streaming_output: bool = opt(False, "/generate streams only what is new in each event.")
     on_engine_death: OnEngineDeath = opt("restart", "What the server does when its engine process dies.")

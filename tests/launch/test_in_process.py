@@ -364,11 +364,9 @@ def test_the_end_of_python_waits_for_an_engine_that_begins_and_lets_none_begin_a
     thread = threading.Thread(target=begin)
     thread.start()
     assert started.wait(10)
-    begins.end(timeout=0.01)  # does not wait for ever
-    assert seen == []
+    assert not begins.end(timeout=0.01) and seen == []  # it does not wait for ever
     threading.Timer(0.05, go.set).start()
-    begins.end(timeout=10)
-    assert seen == ["the door stands"]
+    assert begins.end(timeout=10) and seen == ["the door stands"]
     thread.join()
     with pytest.raises(EngineDead, match="Python is ending"), begins.one():
         pass
@@ -378,7 +376,15 @@ def test_an_engine_that_could_not_begin_is_not_waited_for() -> None:
     begins = Begins()
     with pytest.raises(ValueError, match="mine"), begins.one():
         raise ValueError("mine")
-    begins.end(timeout=60)
+    assert begins.end(timeout=0)
+
+
+def test_a_forked_child_waits_for_no_engine_that_its_parent_begins() -> None:
+    begins = Begins()
+    with begins.one():
+        begins.forked()  # as in the child, which lacks the thread that began it
+        assert begins.end(timeout=0)
+    assert begins.end(timeout=0)  # nor is it off by one where the child came from within
 
 
 # What it takes

@@ -140,29 +140,32 @@ class Begins:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._count, self._ending = 0, False
+        self._open: set[object] = set()  # one for each
+        self._ending = False
 
     @contextlib.contextmanager
     def one(self) -> Generator[None]:
         with self._changed:
             if self._ending:
                 raise EngineDead("Python is ending: no engine begins now")
-            self._count += 1
+            mine = object()
+            self._open.add(mine)
         try:
             yield
         finally:
             with self._changed:
-                self._count -= 1
+                self._open.discard(mine)
                 self._changed.notify_all()
 
-    def end(self, timeout: float) -> None:
+    def end(self, timeout: float) -> bool:
+        """None may begin from now on; whether all doors stand within so many seconds."""
         with self._changed:
             self._ending = True
-            self._changed.wait_for(lambda: not self._count, timeout)
+            return self._changed.wait_for(lambda: not self._open, timeout)
 
     def forked(self) -> None:
         """The threads that began an engine are not here."""
-        self._changed, self._count = threading.Condition(), 0
+        self._changed, self._open = threading.Condition(), set()
 
 
 _OPEN: set[EngineDoor] = set()

@@ -22,6 +22,7 @@ from phloem.checkpoint.gguf_config import translate_metadata
 from phloem.checkpoint.gguf_parts import first_part, model_name, models_among
 from phloem.checkpoint.gguf_reader import GGUFFile
 from phloem.checkpoint.kv_scheme import kv_scheme
+from phloem.checkpoint.pictures import Pictures, pictures_of
 from phloem.checkpoint.pooling import Pooling, pooling_of
 from phloem.checkpoint.quant_config import StoredFormat, quantization_said, stored_format
 from phloem.checkpoint.spelling import one_spelling, text_part
@@ -55,6 +56,7 @@ class Checkpoint:
     files: tuple[Path, ...] = field(default=())  # the safetensors files, all of them present and well-formed
     kv_scheme: str | None = None  # the type of KV cache that it brings scales for
     pooling: Pooling | None = None  # of a model that does not generate
+    pictures: Pictures | None = None  # of a folder that draws; it has no tokens
     stored: StoredFormat | None = None  # the quantised format of its matrices; None: plain, or GGUF's own
 
     @property
@@ -89,6 +91,9 @@ def describe(
         ModelLoadError: naming the file and what is wrong with it.
     """
     path, name = _locate(model_path, load_format, revision)
+    pictures = pictures_of(path)
+    if pictures is not None:
+        return _describe_pictures(pictures, name, load_format)
     if path.suffix == ".gguf" and not path.is_dir():
         found = _describe_gguf(path, name, load_format)
     elif load_format == "gguf":
@@ -103,6 +108,26 @@ def describe(
     if not tokenizer.exists():
         raise ModelLoadError(f"{tokenizer}: no such tokenizer directory or file", param="tokenizer_path")
     return replace(found, tokenizer_path=tokenizer, eos_ids=_with_ends(found, tokenizer_end(tokenizer)))
+
+
+def _describe_pictures(pictures: Pictures, name: str, load_format: str) -> Checkpoint:
+    if load_format not in ("auto", "safetensors"):
+        raise ModelLoadError(f"{pictures.path}: load_format is {load_format}, but this folder draws", param="load_format")
+    return Checkpoint(
+        path=pictures.path,
+        format="safetensors",
+        model_type="pictures",
+        config={},
+        generation_config={},
+        eos_ids=(),
+        context_length=0,
+        vocab_size=0,
+        tokenizer_path=pictures.path,
+        gguf=None,
+        name=name,
+        architectures=(pictures.class_name,),
+        pictures=pictures,
+    )
 
 
 def _with_ends(found: Checkpoint, more: list[int]) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ Whitespace = Literal["compact", "flexible"]
 Eviction = Literal["lru", "lfu", "fifo"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 OnEngineDeath = Literal["restart", "exit"]
+ImagePolicy = Literal["fcfs", "shortest"]
 Task = Literal["auto", "generate", "embed", "classify", "score", "tokens"]
 
 
@@ -161,6 +162,18 @@ class SpeculativeConfig:
 
 
 @dataclass(frozen=True)
+class ImagesConfig:
+    """Models that draw (`docs/images.md`)."""
+
+    image_policy: ImagePolicy = opt("fcfs", "Order of pictures: the oldest, or the one with the least work left.")
+    image_step_tokens: int | None = opt(None, "Latent tokens of one step; default: as many as fill it, by a probe.")
+    image_defaults: str | None = opt(
+        None, 'What requests leave open, as JSON: {"size": "512x512", "steps": 8, "guidance_scale": 0, "max_pixels": N}.'
+    )
+    vae_tiling: bool = opt(False, "Decode large pictures in tiles: less memory, faint seams.")
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """The HTTP door."""
 
@@ -195,6 +208,7 @@ SECTIONS: dict[str, Any] = {
     "grammar": GrammarConfig,
     "lora": LoraConfig,
     "speculative": SpeculativeConfig,
+    "images": ImagesConfig,
     "server": ServerConfig,
 }
 
@@ -210,6 +224,7 @@ class Config:
     grammar: GrammarConfig = GrammarConfig()
     lora: LoraConfig = LoraConfig()
     speculative: SpeculativeConfig = SpeculativeConfig()
+    images: ImagesConfig = ImagesConfig()
     server: ServerConfig = ServerConfig()
 
     @staticmethod
@@ -289,6 +304,7 @@ _POSITIVE = (
     "watchdog_timeout",
     "grammar_timeout",
     "threads",
+    "image_step_tokens",
     "piecewise_graph_max_tokens",
     "max_body_bytes",
     "max_bodies_bytes",

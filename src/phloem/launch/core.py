@@ -21,6 +21,7 @@ from phloem.engine.watchdog import Watchdog
 from phloem.grammar._base import name_of
 from phloem.grammar._manager import GrammarManager, GrammarSettings
 from phloem.kvcache.manager import CacheManager
+from phloem.launch.pictures import PictureCore
 from phloem.launch.rest import Resting
 from phloem.scheduler import loop
 from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
@@ -212,7 +213,8 @@ def serve(
 ) -> None:
     """Build, run and close an engine; whatever ends it is told to the door."""
     try:
-        core = EngineCore(config, checkpoint, send)
+        kind = EngineCore if checkpoint.pictures is None else PictureCore
+        core = kind(config, checkpoint, send)
         try:
             send(Ready(info=core.info))
             if built is not None:

@@ -112,7 +112,9 @@ def describe(
 
 def _describe_pictures(pictures: Pictures, name: str, load_format: str) -> Checkpoint:
     if load_format not in ("auto", "safetensors"):
-        raise ModelLoadError(f"{pictures.path}: load_format is {load_format}, but this folder draws", param="load_format")
+        raise ModelLoadError(
+            f"{pictures.path}: load_format is {load_format}, but this folder draws", param="load_format"
+        )
     return Checkpoint(
         path=pictures.path,
         format="safetensors",

@@ -168,7 +168,8 @@ class ImagesConfig:
     image_policy: ImagePolicy = opt("fcfs", "Order of pictures: the oldest, or the one with the least work left.")
     image_step_tokens: int | None = opt(None, "Latent tokens of one step; default: as many as fill it, by a probe.")
     image_defaults: str | None = opt(
-        None, 'What requests leave open, as JSON: {"size": "512x512", "steps": 8, "guidance_scale": 0, "max_pixels": N}.'
+        None,
+        'What requests leave open, as JSON: {"size": "512x512", "steps": 8, "guidance_scale": 0, "max_pixels": N}.',
     )
     vae_tiling: bool = opt(False, "Decode large pictures in tiles: less memory, faint seams.")
 

@@ -57,7 +57,9 @@ class Family:
         self._call = inspect.signature(pipe.__call__).parameters
         self.max_text = int(self.default("max_sequence_length", 512))
         self._schedules: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
-        self.facts = facts_of(type(self).__module__.rsplit(".", 1)[-1], self.grid, self.usual_side(), self._call, defaults)
+        self.facts = facts_of(
+            type(self).__module__.rsplit(".", 1)[-1], self.grid, self.usual_side(), self._call, defaults
+        )
 
     # --- what a family may say
 
@@ -197,5 +199,7 @@ def negative_by_scale(draw: Draw, name: str, usual: float | None) -> Guidance:
     if draw.negative is None and draw.true_cfg is not None and draw.true_cfg > 1 and usual is None:
         raise BadRequest("true_cfg_scale: it weighs a prompt against negative_prompt, which is missing", param=name)
     if draw.negative is not None and (scale is None or scale <= 1):
-        raise BadRequest("negative_prompt: this model reads one where true_cfg_scale is above 1", param="true_cfg_scale")
+        raise BadRequest(
+            "negative_prompt: this model reads one where true_cfg_scale is above 1", param="true_cfg_scale"
+        )
     return Guidance(scale=scale if scale is not None and scale > 1 else None, negative=draw.negative or "")

@@ -54,9 +54,7 @@ class Facts:
         """Steps. Raises BadRequest."""
         steps = self.steps if draw.steps is None else draw.steps
         if not 1 <= steps <= MAX_STEPS:
-            raise BadRequest(
-                f"num_inference_steps: {steps} is not in 1 to {MAX_STEPS}", param="num_inference_steps"
-            )
+            raise BadRequest(f"num_inference_steps: {steps} is not in 1 to {MAX_STEPS}", param="num_inference_steps")
         return steps
 
 

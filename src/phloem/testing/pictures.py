@@ -8,9 +8,31 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-WORDS = (
-    "a an the of in on with and draw picture cat dog tree house river leaf root seven red green blue small large".split()
-)
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "of",
+    "in",
+    "on",
+    "with",
+    "and",
+    "draw",
+    "picture",
+    "cat",
+    "dog",
+    "tree",
+    "house",
+    "river",
+    "leaf",
+    "root",
+    "seven",
+    "red",
+    "green",
+    "blue",
+    "small",
+    "large",
+]
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -96,7 +118,9 @@ def _t5(width: int) -> tuple[Any, Any]:
     import transformers
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("▁", -2.0)]
-    pieces += [(f"▁{word}", -3.0) for word in WORDS] + [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
+    pieces += [(f"▁{word}", -3.0) for word in WORDS] + [
+        (letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789"
+    ]
     tokenizer = transformers.T5Tokenizer(vocab=pieces, extra_ids=0)
     config = transformers.T5Config(
         vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=2, dropout_rate=0.0
@@ -302,7 +326,7 @@ def _stable_diffusion(overrides: dict[str, Any]) -> Any:
         text_encoder=clip_text(words, 32, projected=False),
         tokenizer=words,
         unet=diffusers.UNet2DConditionModel(**{**settings, **overrides}),
-        scheduler=diffusers.DDIMScheduler(),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

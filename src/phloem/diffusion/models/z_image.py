@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
     from phloem.core.messages import Draw
 
-USUAL_SIDE = 1024  # pixels: the pipeline has no such fact
+USUAL_SIDE = 1024  # pixels: the pipeline has no such fact, its VAE has
 
 
 class ZImage(Family):
     mixed_sizes = True
 
     def usual_side(self) -> int:
-        return USUAL_SIDE
+        return int(self.vae.config.get("sample_size") or USUAL_SIDE)
 
     def guidance(self, draw: Draw) -> Guidance:
         """Guidance counts from 0 here: the prompt alone is 0, not 1."""

@@ -13,12 +13,16 @@ pytest.importorskip("transformers")
 
 import torch
 
+from phloem.checkpoint.describe import describe
 from phloem.checkpoint.pictures import pictures_of
 from phloem.core.errors import ConfigError, ModelLoadError
 from phloem.core.messages import Draw, FromEngine, Painted
 from phloem.diffusion import models, probe
 from phloem.diffusion.engine import Settings, Studio
 from phloem.diffusion.family import Family
+from phloem.diffusion.models._whole import Whole
+from phloem.launch.pictures import defaults
+from phloem.llm import Engine
 from phloem.testing.pictures import KINDS, tiny_pictures
 
 OURS = [name for name in KINDS if name in models.FAMILIES.names()]
@@ -205,8 +209,32 @@ def test_folders_that_cannot_draw_say_why(tmp_path: Path) -> None:
     index.write_text('{"_class_name": "NoSuchPipeline"}')
     found = pictures_of(tmp_path)
     assert found is not None
-    with pytest.raises(ModelLoadError, match="NoSuchPipeline is not in diffusers"):
+    with pytest.raises(ModelLoadError, match="NoSuchPipeline is no pipeline"):
         models.load(found, CPU, torch.float32, tiling=False)
+
+
+def test_only_what_draws_takes_such_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ConfigError, match="phloem generate"):
+        describe(str(tmp_path))
+    found = describe(str(tmp_path), draws=True)
+    assert found.pictures is not None and found.pictures.class_name == "FluxPipeline"
+    with pytest.raises(ModelLoadError, match="load_format"):
+        describe(str(tmp_path), "gguf", draws=True)
+    with pytest.raises(ConfigError, match="draws pictures"):
+        Engine(model_path=str(tmp_path))
+
+
+def test_what_makes_films_or_needs_more_than_a_prompt_is_refused() -> None:
+    class Films:
+        def __call__(self, prompt: str = "", num_frames: int = 9) -> None: ...
+
+    class Edits:
+        def __call__(self, image: Any, prompt: str = "") -> None: ...
+
+    for kind, says in ((Films, "films"), (Edits, "image")):
+        with pytest.raises(ModelLoadError, match=says):
+            Whole(kind(), {})
 
 
 def test_class_names_are_file_names() -> None:
@@ -218,8 +246,6 @@ def test_class_names_are_file_names() -> None:
 
 
 def test_defaults_of_the_operator_are_checked() -> None:
-    from phloem.launch.pictures import defaults
-
     assert defaults('{"size": "64x32", "steps": 4, "guidance_scale": 0}')["size"] == (64, 32)
     for text in ("[", "[]", '{"sise": "8x8"}', '{"size": "8"}', '{"steps": "4"}', '{"steps": true}', '{"steps": -1}'):
         with pytest.raises(ConfigError):

@@ -1,4 +1,4 @@
-"""Measure pictures that are asked for at random times: Phloem's shared steps beside diffusers, one picture after another.
+"""Measure pictures that are asked for at random times: Phloem's shared steps beside diffusers, one after another.
 
 Both draw the same prompts with the same seeds, asked for at the same moments, from the same folder, with the same
 threads. Without a folder, a tiny one with random weights is made: its figures say what sharing steps does to overhead

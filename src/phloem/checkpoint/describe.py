@@ -26,7 +26,7 @@ from phloem.checkpoint.pictures import Pictures, pictures_of
 from phloem.checkpoint.pooling import Pooling, pooling_of
 from phloem.checkpoint.quant_config import StoredFormat, quantization_said, stored_format
 from phloem.checkpoint.spelling import one_spelling, text_part
-from phloem.core.errors import ModelLoadError
+from phloem.core.errors import ConfigError, ModelLoadError
 from phloem.utils import log
 
 _log = log.get("checkpoint")
@@ -76,6 +76,7 @@ def describe(
     revision: str | None = None,
     tokenizer_path: str | None = None,
     task: str = "auto",
+    draws: bool = False,
 ) -> Checkpoint:
     """Find and check a checkpoint; no tensor data is read.
 
@@ -85,13 +86,18 @@ def describe(
         revision: branch, tag or commit of a hub id.
         tokenizer_path: a directory or file with the tokenizer; default: the checkpoint's own.
         task: what the model is for; "auto": what its architecture and its folder say.
+        draws: whether a folder that draws pictures is welcome.
 
     Raises:
-        ConfigError: the model cannot serve the task.
+        ConfigError: the model cannot serve the task, or draws pictures where only text is of use.
         ModelLoadError: naming the file and what is wrong with it.
     """
     path, name = _locate(model_path, load_format, revision)
     pictures = pictures_of(path)
+    if pictures is not None and not draws:
+        raise ConfigError(
+            f"{path}: it draws pictures: `phloem serve` and `phloem generate` take it", param="model_path"
+        )
     if pictures is not None:
         return _describe_pictures(pictures, name, load_format)
     if path.suffix == ".gguf" and not path.is_dir():

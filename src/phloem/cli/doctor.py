@@ -27,6 +27,7 @@ _LIBRARIES = (
     "tokenizers",
     "safetensors",
     "gguf",
+    "diffusers",
     "fastapi",
     "uvicorn",
     "uvloop",
@@ -91,12 +92,17 @@ def _model(config: Config) -> bool:
     print("\nModel")
     model = config.model
     try:
-        checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path, model.task)
+        checkpoint = describe(
+            model.model_path, model.load_format, model.revision, model.tokenizer_path, model.task, True
+        )
     except PhloemError as error:
         _line("problem", error.message)
         return False
     _line("path", checkpoint.path)
     _line("format, family", f"{checkpoint.format}, {checkpoint.model_type}")
+    if checkpoint.pictures is not None:
+        _line("task", f"image  ({checkpoint.pictures.class_name}: docs/images.md)")
+        return True
     _line("context, vocabulary", f"{checkpoint.context_length}, {checkpoint.vocab_size}")
     if checkpoint.pooling is not None:
         _line("task", f"{checkpoint.pooling.task}  ({checkpoint.pooling.reason}: {checkpoint.pooling.about})")

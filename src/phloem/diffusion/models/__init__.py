@@ -45,9 +45,10 @@ def load(pictures: Pictures, device: torch.device, dtype: torch.dtype, tiling: b
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     kind: Any = getattr(diffusers, pictures.class_name, None)
-    if kind is None:
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise ModelLoadError(
-            f"{pictures.path}: {pictures.class_name} is not in diffusers {diffusers.__version__}", param="model_path"
+            f"{pictures.path}: {pictures.class_name} is no pipeline of diffusers {diffusers.__version__}",
+            param="model_path",
         )
     try:
         pipe = kind.from_pretrained(str(pictures.path), torch_dtype=dtype, local_files_only=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from phloem.core.errors import BadRequest, PhloemError
+from phloem.core.errors import BadRequest, ModelLoadError, PhloemError
 from phloem.diffusion.family import default_of, facts_of
 from phloem.diffusion.request import Guidance
 
@@ -31,9 +31,21 @@ class Whole:
     def __init__(self, pipe: Any, defaults: dict[str, Any]) -> None:
         self.pipe = pipe
         self._call = inspect.signature(pipe.__call__).parameters
+        self._check()
         factor = int(getattr(pipe, "vae_scale_factor", 8))
         side = self._side(factor)
         self.facts = facts_of("whole", factor, side, self._call, defaults, batches=False)
+
+    def _check(self) -> None:
+        """Raises ModelLoadError for what does not make one picture of one prompt."""
+        name = type(self.pipe).__name__
+        if "num_frames" in self._call:
+            raise ModelLoadError(f"{name} makes films, which are not served")
+        needed = [
+            one.name for one in self._call.values() if one.default is one.empty and one.kind is not one.VAR_KEYWORD
+        ]
+        if "prompt" not in self._call or set(needed) - {"prompt"}:
+            raise ModelLoadError(f"{name} draws from {', '.join(needed) or 'nothing'}: only prompts are served")
 
     def _side(self, factor: int) -> int:
         for name in ("height", "width"):

@@ -95,9 +95,7 @@ def describe(
     path, name = _locate(model_path, load_format, revision)
     pictures = pictures_of(path)
     if pictures is not None and not draws:
-        raise ConfigError(
-            f"{path}: it draws pictures: `phloem serve` and `phloem generate` take it", param="model_path"
-        )
+        raise ConfigError(f"{path}: it draws pictures: `phloem serve` or `phloem generate`", param="model_path")
     if pictures is not None:
         return _describe_pictures(pictures, name, load_format)
     if path.suffix == ".gguf" and not path.is_dir():

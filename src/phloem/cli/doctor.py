@@ -93,7 +93,7 @@ def _model(config: Config) -> bool:
     model = config.model
     try:
         checkpoint = describe(
-            model.model_path, model.load_format, model.revision, model.tokenizer_path, model.task, True
+            model.model_path, model.load_format, model.revision, model.tokenizer_path, model.task, draws=True
         )
     except PhloemError as error:
         _line("problem", error.message)

@@ -23,7 +23,9 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
         PhloemError: the configuration or the checkpoint is wrong.
     """
     model = config.model
-    checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path, model.task, True)
+    checkpoint = describe(
+        model.model_path, model.load_format, model.revision, model.tokenizer_path, model.task, draws=True
+    )
     # Without a tokenizer nothing can follow a text.
     features = frozenset[str]() if model.skip_tokenizer_init else frozenset({"grammar"})
     if config.server.enable_return_hidden_states:

@@ -64,7 +64,9 @@ def _serve(config: Config, pipe: EnginePipe) -> None:
         return received(pipe.poll(timeout), send)
 
     model = config.model
-    checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path, model.task, True)
+    checkpoint = describe(
+        model.model_path, model.load_format, model.revision, model.tokenizer_path, model.task, draws=True
+    )
     serve(config, checkpoint, send, poll, _settle, memory.trim)
 
 

@@ -41,9 +41,8 @@ class Whole:
         name = type(self.pipe).__name__
         if "num_frames" in self._call:
             raise ModelLoadError(f"{name} makes films, which are not served")
-        needed = [
-            one.name for one in self._call.values() if one.default is one.empty and one.kind is not one.VAR_KEYWORD
-        ]
+        free = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        needed = [one.name for one in self._call.values() if one.default is one.empty and one.kind not in free]
         if "prompt" not in self._call or set(needed) - {"prompt"}:
             raise ModelLoadError(f"{name} draws from {', '.join(needed) or 'nothing'}: only prompts are served")
 

@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
+from phloem.administration import Administered
 from phloem.client.pooled import Reading
 from phloem.client.start import make_client
 from phloem.core.config import Config
-from phloem.core.errors import BadRequest, ConfigError, EngineDead, ModelLoadError, PhloemError
+from phloem.core.errors import BadRequest, ConfigError, EngineDead, ModelLoadError
 from phloem.launch.door import EngineDoor, beginning
 from phloem.launch.thread import EngineThread
 from phloem.protocol.body import Parser
 from phloem.protocol.generate.body import GenerateBody
 from phloem.protocol.generate.convert import is_batch, to_request
 from phloem.protocol.generate.write import Renderer, strip
+from phloem.protocol.media import seen
 from phloem.protocol.pooling import write
 from phloem.protocol.pooling.body import EmbeddingsBody, EncodeBody
 from phloem.protocol.pooling.convert import activated, finished, reading_of, texts_of
@@ -43,7 +45,7 @@ _FAILURES = {error.__name__: error for error in (BadRequest, ConfigError, ModelL
 Answer = dict[str, Any]
 
 
-class Engine:
+class Engine(Administered):
     """A model in this process. Keywords are the settings of `phloem serve`, with underscores.
 
         engine = Engine(model_path="demo")
@@ -106,7 +108,16 @@ class Engine:
             raise BadRequest("messages: expected a list of objects with a role each", param="messages")
         if not found:
             raise BadRequest("messages: at least one is needed", param="messages")
-        return self.tokenizer.encode(self.chat_template.render(found), add_special_tokens=False)
+        shown, _ = seen(found, self._client.pictures, self.chat_template)
+        return self.tokenizer.encode(self.chat_template.render(shown), add_special_tokens=False)
+
+    def pictures_of(self, messages: Sequence[dict[str, Any]]) -> list[Any]:
+        """A conversation's pictures, in the order of their places in `encode_chat`: `image_data` of `generate`.
+
+        Raises:
+            BadRequest: the model takes none, or something else stands where one belongs.
+        """
+        return seen(list(messages), self._client.pictures, self.chat_template)[1]
 
     # generation
 
@@ -176,14 +187,14 @@ class Engine:
     async def _collect(self, body: GenerateBody) -> Answer | list[Answer]:
         request = to_request(body)
         single = not is_batch(body) and request.items[0].sampling.n == 1
-        renderer = Renderer(body, self._client.tokenizer, self.info.weight_version)
+        renderer = Renderer(body, self._client.tokenizer)
         outputs = await self._outputs(request)
         return strip([_plain(renderer.answer(output)) for output in outputs], single)
 
     async def _events(self, body: GenerateBody) -> AsyncGenerator[Answer]:
         request = to_request(body)
         single = not is_batch(body) and request.items[0].sampling.n == 1
-        renderer = Renderer(body, self._client.tokenizer, self.info.weight_version)
+        renderer = Renderer(body, self._client.tokenizer)
         call: Call = await self._client.submit(request)
         numbers = {output.id: at for at, output in enumerate(call.outputs)}
         try:
@@ -377,67 +388,14 @@ class Engine:
 
         self._door.run(close_it())
 
-    # administration
-
-    def flush_cache(self, timeout: float = 0.0) -> bool:
-        """Forget every cached prefix; False while requests run (waits up to `timeout` seconds for them)."""
-        return self._door.run(self._client.control("flush_cache", deadline=timeout + 60.0, timeout=timeout)).ok
-
-    def abort_request(self, rid: str = "", abort_all: bool = False) -> int:
-        """End requests by id; gives how many."""
-
-        async def abort() -> int:
-            return self._client.abort(rid, everything=abort_all)
-
-        return self._door.run(abort())
-
-    def pause_generation(self, mode: str = "abort") -> None:
-        """Stop launching steps. `mode`: abort what runs, retract it into the queue, or freeze it in place."""
-        self._check(self._door.run(self._client.control("pause", mode=mode)))
-
-    def continue_generation(self) -> None:
-        self._check(self._door.run(self._client.control("resume")))
-
-    def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> dict[str, str]:
-        """Load an adapter from a PEFT folder, or a new version of one: `lora_path=lora_name` of `generate`. Gives the
-        folders of all by name.
-
-        Raises:
-            PhloemError: the folder holds no adapter for this model; the text names what is wrong.
-        """
-        reply = self._door.run(self._client.load_adapter(lora_name, lora_path, pinned))
-        self._check(reply)
-        return reply.data["loaded"]
-
-    def unload_lora_adapter(self, lora_name: str) -> dict[str, str]:
-        """Forget an adapter; requests that have begun with it end with it. Gives the folders of the rest by name.
-
-        Raises:
-            PhloemError: there is no such adapter.
-        """
-        reply = self._door.run(self._client.unload_adapter(lora_name))
-        self._check(reply)
-        return reply.data["loaded"]
-
-    def get_weights_by_name(self, name: str, truncate_size: int = 100) -> list[Any]:
-        """The first rows of the weight that the checkpoint calls `name`, as numbers. Read between two steps.
-
-        Raises:
-            PhloemError: there is no such weight.
-        """
-        reply = self._door.run(self._client.control("get_weights_by_name", name=name, rows=truncate_size))
-        self._check(reply)
-        return reply.data["weight"]
-
-    @staticmethod
-    def _check(reply: Any) -> None:
-        if not reply.ok:
-            raise PhloemError(reply.message)
+    # what administers it stands in `Administered`
 
     def get_server_info(self) -> dict[str, Any]:
         """The resolved configuration, flat, with the decisions and the state of the engine."""
         state = self._door.run(self._client.control("state")).data
-        settings = {name: value for name, value in self.config.flat().items() if name != "api_key"}
+        settings = {
+            name: value for name, value in self.config.flat().items() if name not in ("api_key", "admin_api_key")
+        }
         return {**settings, **self.ready, "internal_states": [state]}
 
     def shutdown(self) -> None:

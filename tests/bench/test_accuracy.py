@@ -78,6 +78,29 @@ def test_without_a_reference_nothing_is_compared(
     assert len(runs) == 1 and "20.1000" in capsys.readouterr().out
 
 
+def test_methods_and_other_forms_against_the_dense_model(
+    runs: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run of the dense weights in the plain ops, whatever is compared with it; no limit unless one is asked for."""
+    output = tmp_path / "accuracy.jsonl"
+    assert accuracy.main(["--methods", "none", "int4", "--kv-types", "int8", "--output", str(output)]) == 0
+    assert [(run.get("ops"), run["quantization"]) for run in runs] == [
+        ("reference", None),
+        (None, None),
+        (None, "int4"),
+    ]
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["quantization"] for record in records] == [None, "int4"]
+    assert [round(record["difference_percent"], 6) for record in records] == [2.5, 2.5]
+    assert "demo, int4" in capsys.readouterr().out
+    runs.clear()
+    tiny = str(tiny_checkpoint("llama", tmp_path / "tiny"))
+    flags = ["--models", "demo", tiny, "--dense", tiny, "--kv-types", "int8"]
+    assert accuracy.main(flags) == 0
+    assert [run["model_path"] for run in runs] == [tiny, "demo", tiny]
+    assert accuracy.main([*flags, "--limit", "2"]) == 1
+
+
 @pytest.mark.slow
 def test_quantised_activations_cost_little(tmp_path: Path) -> None:
     output = tmp_path / "accuracy.jsonl"

@@ -147,7 +147,7 @@ def test_shards_without_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "mamba"}, r"config.json: unknown model type 'mamba'; known: .*gemma3, gemma3_text, .*llama"),
+        ({"model_type": "rwkv"}, r"config.json: unknown model type 'rwkv'; known: .*gemma3, gemma3_text, .*llama"),
         ({"model_type": None}, "config.json: no model_type"),
         ({"vocab_size": "many"}, "config.json: vocab_size is 'many', expected a whole number"),
         ({"hidden_size": 0}, "config.json: hidden_size is 0"),

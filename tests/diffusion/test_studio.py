@@ -28,7 +28,7 @@ def draw(key: str, prompt: str = "a leaf", **fields: Any) -> Draw:
 
 def studio(painter: ToyPainter | None = None, **settings: Any) -> tuple[Studio, Told]:
     told = Told()
-    return Studio(painter or ToyPainter(), Settings(**{"budget": 1000, **settings}), told.append), told
+    return Studio(painter or ToyPainter(), Settings(settings.pop("budget", 1000), **settings), told.append), told
 
 
 def finish(made: Studio) -> None:

@@ -146,6 +146,7 @@ def test_rows_that_verify_and_rows_that_do_not_share_a_step(model: Any, plain: l
     assert got == [row.tokens[:LENGTH] for row in plain]
 
 
+@pytest.mark.slow
 def test_the_next_step_may_take_the_last_accepted_token_from_the_device(model: Any, plain: list[Row]) -> None:
     for options in ({}, {"facts": DEVICE, "streams": LateCopies()}):
         stepper = Stepper(runner_of(model, 9, OPS, **options), rows())

@@ -294,6 +294,20 @@ def test_a_mamba2_scan_is_attention_with_decay() -> None:
             torch.testing.assert_close(after[row, h], end, atol=1e-5, rtol=1e-4)
 
 
+def test_a_selective_scan_with_one_decay_for_a_channel_is_mamba2_s() -> None:
+    """Each channel a head of one number, whose entries all decay alike."""
+    channels, width = 4, 5
+    x, dt = random(9, channels), random(9, channels, seed=1).exp() * 0.3
+    decay, b, c = -random(channels, seed=2).exp(), random(9, width, seed=3), random(9, width, seed=4)
+    skip, state = random(channels, seed=5), random(3, channels, width, seed=6)
+    before = state.clone()
+    out, after = OPS.selective_scan(x, dt, decay[:, None].expand(-1, width), b, c, skip, state, STARTS)
+    assert torch.equal(state, before)
+    y, end = OPS.mamba2_scan(x[..., None], dt, decay, b[:, None], c[:, None], skip, state[:, :, None], STARTS)
+    torch.testing.assert_close(out, y.squeeze(-1))
+    torch.testing.assert_close(after, end.squeeze(2))
+
+
 def test_the_gated_delta_rule_is_transformers_own() -> None:
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 

@@ -51,6 +51,12 @@ def scan_case(heads: int, size: int, groups: int, n: int) -> tuple[Any, ...]:
     return *shaped, *parts, numbers(ROWS, heads, size, n, seed=5), STARTS
 
 
+def selective_case(channels: int, n: int) -> tuple[Any, ...]:
+    x, b, c = numbers(TOKENS, channels + 2 * n).split([channels, n, n], -1)
+    step, decay = numbers(TOKENS, channels).abs() * 0.3, -numbers(channels, n, seed=3).abs()
+    return x, step, decay, b, c, numbers(channels, seed=4), numbers(ROWS, channels, n, seed=5), STARTS
+
+
 def delta_case(heads: int, n: int, size: int) -> tuple[Any, ...]:
     q, k = (torch.nn.functional.normalize(numbers(TOKENS, heads, n, seed=seed), dim=-1) for seed in (1, 2))
     gates = -numbers(TOKENS, heads).abs(), numbers(TOKENS, heads, seed=6).sigmoid()
@@ -63,6 +69,8 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "convolution, one tap": ("causal_conv", (*conv_case(16, 2, True), True)),
     "scan": ("mamba2_scan", scan_case(6, 4, 2, 16)),
     "scan, odd": ("mamba2_scan", scan_case(3, 5, 1, 13)),
+    "selective": ("selective_scan", selective_case(12, 16)),
+    "selective, odd": ("selective_scan", selective_case(7, 5)),
     "delta": ("gated_delta", delta_case(4, 16, 32)),
     "delta, odd": ("gated_delta", delta_case(3, 7, 21)),
 }

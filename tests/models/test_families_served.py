@@ -13,6 +13,7 @@ from phloem import Engine
 from phloem.testing.checkpoints import tiny_checkpoint
 
 SERVED = ["deepseek_v3", "deepseek_v2-groups", "gpt2", "cohere2", "glm4_moe", "falcon-new", "ministral3", "gemma2"]
+SERVED += ["llama4_text", "gemma4_text", "gemma3n_text", "deepseek_v32", "glm_moe_dsa"]
 COUNT = 40
 
 

@@ -13,11 +13,24 @@ from native_support import built
 
 from phloem import Engine
 from phloem.core.errors import ModelLoadError
+from phloem.models._per_layer import sources
+from phloem.models.glm_moe_dsa import borrowing
+from phloem.models.granitemoehybrid import attends as granite_attends
 from phloem.models.nemotron_h import kinds
 from phloem.models.qwen3_next import attends
 from phloem.testing.checkpoints import tiny_checkpoint
 
-SERVED = ["lfm2", "lfm2_moe", "qwen3_next", "qwen3_5_text", "nemotron_h", "mamba2"]
+SERVED = [
+    "lfm2",
+    "lfm2_moe",
+    "qwen3_next",
+    "qwen3_5_text",
+    "nemotron_h",
+    "mamba2",
+    "falcon_h1",
+    "jamba",
+    "falcon_mamba",
+]
 COUNT = 24
 TABLES = [
     "reference",
@@ -81,5 +94,15 @@ def test_layers_that_are_not_known_are_refused_by_name() -> None:
     assert kinds({"hybrid_override_pattern": "ME*-"}) == ["linear_attention", "moe", "full_attention", "mlp"]
     with pytest.raises(ModelLoadError, match="unknown: X"):
         kinds({"hybrid_override_pattern": "MX"})
+    assert borrowing({"num_hidden_layers": 4, "index_topk_pattern": "FSSF"}) == [False, True, True, False]
+    older = {"num_hidden_layers": 6, "index_topk_freq": 2, "index_skip_topk_offset": 2}
+    assert borrowing(older) == [False, False, True, False, True, False]
+    with pytest.raises(ModelLoadError, match=r"unknown: .*X"):
+        borrowing({"num_hidden_layers": 2, "index_topk_pattern": "FX"})
+    with pytest.raises(ModelLoadError, match="2 entries for 3 layers"):
+        granite_attends({"num_hidden_layers": 3, "layer_types": ["mamba", "attention"]})
+    with pytest.raises(ModelLoadError, match="no layer before them is of kind 'full'"):
+        sources(["near", "near", "full"], 1)
+    assert sources(["near", "full", "near", "full", "near"], 2) == [None, None, None, 1, 2]
     with pytest.raises(ModelLoadError, match="sliding"):
         attends({"layer_types": ["sliding"], "num_hidden_layers": 1, "full_attention_interval": 4})

@@ -23,7 +23,8 @@ SIZES: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 2, "he
 # They have no head size of their own.
 HEADS_OF_EIGHT = (
     "qwen2", "phi3", "olmo2", "olmo3", "granite", "smollm3", "exaone4", "cohere", "cohere2", "starcoder2", "stablelm",
-    "phi", "gpt_neox", "deepseek_v2", "deepseek_v3", "qwen2_moe", "olmoe", "granitemoe", "opt", "falcon",
+    "phi", "gpt_neox", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "qwen2_moe", "olmoe", "granitemoe",
+    "granitemoeshared", "granitemoehybrid", "bamba", "falcon_h1", "jamba", "opt", "falcon",
 )  # fmt: skip
 
 DELTA = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
@@ -35,6 +36,12 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "qwen3_next": DELTA,
     "qwen3_5_text": DELTA,
     "qwen3_5_moe_text": DELTA,
+    "bamba": {"mamba_n_groups": 4},
+    "granitemoehybrid": {"mamba_n_groups": 4},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_ssm": 64, "mamba_n_groups": 4},
+    # Every rank has the whole indexer: here a small one.
+    "deepseek_v32": {"index_n_heads": 2, "index_head_dim": 8},
+    "glm_moe_dsa": {"index_n_heads": 2, "index_head_dim": 8},
 }  # fmt: skip
 
 
@@ -44,12 +51,12 @@ def checkpoint(name: str, path: Path) -> Path:
     sizes = {**SIZES, "head_dim": 8, "hidden_size": 64} if name == "helium" else sizes
     sizes = {**sizes, **RECURRENT.get(name, {})}
     experts = {"num_experts": 8, "num_local_experts": 8} if "moe" in name else {}
-    experts = {"num_local_experts": 8} if name in ("mixtral", "gpt_oss", "minimax_m2") else experts
+    experts = {"num_local_experts": 8} if name in ("mixtral", "gpt_oss", "minimax_m2", "llama4_text") else experts
     experts = (
         {"moe_num_experts": 8}
         if name == "ernie4_5_moe"
         else {}
-        if name in ("glm4_moe", "deepseek_v2", "deepseek_v3")
+        if name in ("glm4_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")
         else experts
     )
     return tiny_checkpoint(name, path, **sizes, **experts)

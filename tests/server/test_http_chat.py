@@ -75,7 +75,11 @@ async def test_content_may_be_parts() -> None:
         image = [{"type": "image_url", "image_url": {"url": "data:"}}]
         response = await door.post(PATH, {"messages": [{"role": "user", "content": image}]})
         assert response.status_code == 400
-        assert "not supported yet: messages[0].content[0]" in response.json()["error"]["message"]
+        error = response.json()["error"]
+        assert (error["message"], error["param"]) == (
+            "this model takes no pictures",
+            "messages[0].content[0].image_url.url",
+        )
 
 
 @on_loop

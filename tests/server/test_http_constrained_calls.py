@@ -114,6 +114,7 @@ def test_several_forced_calls_only_where_they_are_allowed(url: str) -> None:
             valid(call["function"]["name"], call["function"]["arguments"])
 
 
+@pytest.mark.slow
 def test_a_format_beside_tools_makes_answers_calls_or_texts_of_that_format(url: str) -> None:
     schema = {**SCHEMA["properties"]["where"], "properties": {"near": {"type": "boolean"}, "n": {"type": "integer"}}}
     shape = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}

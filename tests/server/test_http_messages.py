@@ -199,7 +199,7 @@ def check_error(response: Any, status: int, kind: str) -> str:
         ({"messages": HI, "max_tokens": 0}, "max_tokens"),
         ({"messages": HI, "max_tokens": 5, "max_token": 1}, "unknown field 'max_token'"),
         ({"messages": [{"role": "tool", "content": "a"}], "max_tokens": 5}, "role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}], "max_tokens": 5}, "of type 'image'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}], "max_tokens": 5}, "content[0].source"),
         ({"messages": [{"role": "user", "content": [{"type": "tool_use"}]}], "max_tokens": 5}, "not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}], "max_tokens": 5}, "text is missing"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "b": 1}]}], "max_tokens": 5}, ".b'"),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pools import pool_for
 
-from phloem.attention import BACKENDS, StateRows, begin
+from phloem.attention import AttentionNeed, StateRows, begin, choose
 from phloem.checkpoint.describe import describe
 from phloem.core.memory import Group
 from phloem.kernels.ops import Ops, PagedBatch
@@ -38,7 +38,8 @@ class Engine:
         self.model = load_model(self.checkpoint, BuildContext(self.ops, dtype, CPU))
         kept = kv_dtype or dtype
         self.pool = pool_for(self.model.memory, 256, PAGE, kept, CPU)
-        self.attention = BACKENDS.module("cpu").Backend(self.ops, self.model.attention_specs, CPU, kept)
+        need = AttentionNeed(self.model.attention_specs, kept, CPU)
+        self.attention = choose(["cpu", "reference"], need, self.ops).backend
         self.free = list(range(1, 256))
         self.states: dict[tuple[int, int], int] = {}  # by a text's first page and its length; 0 is scratch
 
@@ -143,9 +144,9 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert (ours - theirs).abs().max().item() <= LIMIT
 
 
-def check_modes(path: Path, theirs: torch.Tensor, **options: Any) -> None:
+def check_modes(path: Path, theirs: torch.Tensor, kind: type[Engine] = Engine, **options: Any) -> None:
     """Whole prompt, prefill in chunks, decode, a prefix hit and a mixed batch, all against the same reference."""
-    engine = Engine(path, **options)
+    engine = kind(path, **options)
     count = len(PROMPT)
     close(engine.whole(PROMPT), theirs)
 

@@ -6,13 +6,13 @@ import contextlib
 import io
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *options: str) -> Iterator[str]:
+def serving(folder: Path, *options: str) -> Generator[str]:
     """The address of `phloem serve` on a free port; it is ended by SIGTERM."""
     command = [sys.executable, "-m", "phloem", "serve", "--model-path", str(folder), "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:

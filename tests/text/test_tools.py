@@ -93,6 +93,11 @@ def mistral(calls: list[Call]) -> str:
     return "[TOOL_CALLS] " + dumps([{"name": name, "arguments": args} for name, args in calls])
 
 
+def jamba(calls: list[Call]) -> str:
+    lines = ",\n".join("    " + dumps({"name": name, "arguments": args}) for name, args in calls)
+    return f"<tool_calls>[\n{lines}\n]</tool_calls>"
+
+
 def mistral_new(calls: list[Call]) -> str:
     return "".join(f"[TOOL_CALLS]{name}[ARGS]{dumps(args)}" for name, args in calls)
 
@@ -199,6 +204,7 @@ WRITERS: dict[str, tuple[str, Callable[[list[Call]], str]]] = {
     "pythonic": ("pythonic", pythonic),
     "pythonic with tags": ("pythonic", lambda calls: f"<|python_start|>{pythonic(calls)}<|python_end|>"),
     "mistral": ("mistral", mistral),
+    "jamba": ("jamba", jamba),
     "mistral v11": ("mistral", mistral_new),
     "deepseekv3": ("deepseekv3", deepseekv3),
     "deepseekv31": ("deepseekv31", deepseekv31),

@@ -130,6 +130,7 @@ def test_random_answers_beside_tools_are_valid(form: str, special: bool) -> None
     assert ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "special"), CASES)
 @pytest.mark.parametrize(
     ("constraint", "right", "wrong"),

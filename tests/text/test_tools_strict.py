@@ -40,6 +40,7 @@ SPECIAL = {
     "llama3": ("<|python_tag|>",),
     "pythonic": ("<|python_start|>", "<|python_end|>"),
     "mistral": ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+    "jamba": ("<tool_calls>", "</tool_calls>"),
     "deepseekv32": ("｜DSML｜",),
     "glm45": ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
     "gpt_oss": ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|constrain|>", "<|call|>"),
@@ -263,6 +264,7 @@ GOOD: dict[str, str] = {
     "hermes": '<tool_call>\n{"name": "find", "arguments": {"limit":3,"query":"x"}}\n</tool_call>',
     "llama3": '{"name": "find", "parameters": {"limit":3,"query":"x"}}',
     "pythonic": '[find(limit=3, query="x")]',
+    "jamba": '<tool_calls>[\n    {"name": "find", "arguments": {"limit":3,"query":"x"}}\n]</tool_calls>',
     "mistral": '[TOOL_CALLS][{"name": "find", "arguments": {"limit":3,"query":"x"}}]',
     "deepseekv3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>find\n```json\n"
     '{"limit":3,"query":"x"}'
@@ -455,6 +457,7 @@ def test_formats_of_texts_admit_valid_ones(kind: str) -> None:
     assert seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["hermes", "qwen3_coder", "glm45", "step3"])
 def test_the_other_engine_takes_them_too(form: str) -> None:
     pytest.importorskip("xgrammar")

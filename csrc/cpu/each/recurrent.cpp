@@ -1,4 +1,5 @@
-// Recurrent mixers: causal convolution, Mamba 2's scan (Dao and Gu 2024) and the gated delta rule (Yang et al. 2024).
+// Recurrent mixers: causal convolution, the scans of Mamba 1 (Gu and Dao 2023) and Mamba 2 (Dao and Gu 2024), and the
+// gated delta rule (Yang et al. 2024).
 //
 // Tokens of row r are [query_start[r], query_start[r + 1]). A row's state is worked on where it goes to, so that what was
 // read stays as it was. A row and head (or a block of channels) is one piece of work, token after token: neither the
@@ -103,6 +104,39 @@ void mamba2_scan(const ScanArgs& a, Team& team) {
 PHL_FIELDS(ScanArgs, x, dt, decay, b, c, skip, state, out, after, query_start, rows, heads, size, groups, n, x_stride,
            b_stride, c_stride);
 PHL_OP(mamba2_scan, ScanArgs);
+
+struct SelectiveArgs {
+  const float *x, *dt, *decay, *b, *c, *skip, *state;  // [tokens, channels] twice, [channels, n], [tokens, n] twice
+  float *out, *after;                                  // [tokens, channels]; states are [rows, channels, n]
+  const int32_t* query_start;
+  int64_t rows, channels, n, x_stride, b_stride, c_stride;
+};
+
+void selective_scan(const SelectiveArgs& a, Team& team) {
+  team.split(a.rows * a.channels, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t row = piece / a.channels, channel = piece % a.channels;
+      const float* decay = a.decay + channel * a.n;
+      float* h = a.after + piece * a.n;
+      __builtin_memcpy(h, a.state + piece * a.n, size_t(a.n) * sizeof(float));
+      for (int64_t t = a.query_start[row]; t < a.query_start[row + 1]; ++t) {
+        const float dt = a.dt[t * a.channels + channel], x = a.x[t * a.x_stride + channel];
+        const float *b = a.b + t * a.b_stride, *c = a.c + t * a.c_stride;
+        vf y{};
+        for (int64_t s = 0; s < a.n; s += W) {
+          const vf kept = exp(load_some(decay + s, a.n - s) * dt);
+          const vf value = load_some(h + s, a.n - s) * kept + load_some(b + s, a.n - s) * (dt * x);
+          store_some(h + s, value, a.n - s);
+          y += value * load_some(c + s, a.n - s);
+        }
+        a.out[t * a.channels + channel] = sum(y) + a.skip[channel] * x;
+      }
+    }
+  });
+}
+PHL_FIELDS(SelectiveArgs, x, dt, decay, b, c, skip, state, out, after, query_start, rows, channels, n, x_stride,
+           b_stride, c_stride);
+PHL_OP(selective_scan, SelectiveArgs);
 
 struct DeltaArgs {
   const float *q, *k, *v, *decay, *beta, *state;  // [tokens, heads, n] twice, [tokens, heads, size], [tokens, heads]

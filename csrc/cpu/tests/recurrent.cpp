@@ -55,6 +55,21 @@ PHL_TEST(scan) {
   }
 }
 
+PHL_TEST(selective) {
+  for (int64_t n : {1, 13, 16}) {
+    const int64_t channels = 11;
+    const vector<float> x = floats(kTokens * channels), dt = floats(x.size()), decay = floats(channels * n);
+    const vector<float> b = floats(kTokens * n), c = floats(b.size()), skip = floats(channels);
+    const vector<float> state = floats(kRows * channels * n);
+    compare(level, "selective_scan", [&](int at) {
+      vector<float> out(x.size()), after(state.size());
+      run(at, "selective_scan", x.data(), dt.data(), decay.data(), b.data(), c.data(), skip.data(), state.data(),
+          out.data(), after.data(), kStarts.data(), kRows, channels, n, channels, n, n);
+      return joined(out, after);
+    });
+  }
+}
+
 PHL_TEST(delta) {
   for (int64_t size : {1, 7, 16, 21}) {
     const int64_t heads = 3, n = 6;

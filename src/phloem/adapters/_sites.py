@@ -175,6 +175,8 @@ def _linears(layer: Layer) -> Iterator[Linear]:
     waiting: list[Any] = list(vars(layer).values())
     while waiting:
         value = waiting.pop(0)
+        if isinstance(value, Linear) and value.weight.plain:
+            continue  # of a tower, which computes other tokens than those that adapters are told of
         if isinstance(value, Linear):
             if id(value) not in seen:
                 seen.add(id(value))

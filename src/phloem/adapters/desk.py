@@ -51,7 +51,8 @@ class Version:
         self.error: PhloemError | None = None
         self.crowded_since = 0.0  # 0: it does not wait for a place
         self._desk = desk
-        self._reading: Future[dict[int, Fit]] | None = None
+        self.based = False  # something of the base's weights is in what was read
+        self._reading: Future[tuple[dict[int, Fit], bool]] | None = None
         self._placing: tuple[int, Pending[Any]] | None = None
 
     def advance(self) -> bool:
@@ -81,7 +82,7 @@ class Version:
             return False
         if not self._reading.done():
             return False
-        fits = self._reading.result()
+        fits, self.based = self._reading.result()
         self.nbytes = sum(one.nbytes for one in fits.values())
         entry = desk.place_for(self)
         if not entry:
@@ -99,6 +100,11 @@ class Version:
     @property
     def idle(self) -> bool:
         return not self.users and not self.waiters
+
+    @property
+    def follows_base(self) -> bool:
+        """Whether other weights of the base make it another one; also where that is not known yet."""
+        return self.based or self._reading is not None
 
     def forget(self) -> None:
         """Give back its place, or what was read for it."""
@@ -229,6 +235,14 @@ class Desk(Lender):
     def loaded(self) -> dict[str, str]:
         return {name: version.path for name, version in self._names.items()}
 
+    def rebase(self) -> None:
+        """Magnitudes and biases are of the base that there was: such versions are read again when asked for."""
+        for name, old in list(self._names.items()):
+            if old.follows_base:
+                self._count += 1
+                self._names[name] = Version(self, name, old.path, f"{name}@{self._count}", old.pinned)
+                self._retire(old)
+
     def state(self) -> dict[str, Any]:
         held = [version for version in self._held if version is not None]
         return {
@@ -243,7 +257,7 @@ class Desk(Lender):
 
     # for versions
 
-    def read(self, path: str) -> Future[dict[int, Fit]]:
+    def read(self, path: str) -> Future[tuple[dict[int, Fit], bool]]:
         return self._worker.submit(self._fitted, Path(path))
 
     def place_for(self, version: Version) -> int:
@@ -316,5 +330,13 @@ class Desk(Lender):
         if version.retired and version.idle:
             version.forget()
 
-    def _fitted(self, path: Path) -> dict[int, Fit]:
-        return fit(read(path), self.sites, lambda name: self.between(lambda: self._base(name)).result())
+    def _fitted(self, path: Path) -> tuple[dict[int, Fit], bool]:
+        """And whether anything of the base's weights is in it."""
+        asked: list[str] = []
+
+        def base(name: str) -> Tensor:
+            found = self.between(lambda: self._base(name)).result()
+            asked.append(name)
+            return found
+
+        return fit(read(path), self.sites, base), bool(asked)

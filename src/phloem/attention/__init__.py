@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from phloem.kernels.ops import LatentCall, Ops, PagedBatch
+    from phloem.kernels.ops import IndexCall, LatentCall, Ops, PagedBatch
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, AttentionStep, Heads
 
@@ -103,12 +103,34 @@ class Memory:
     ops: Ops | None = None  # of latent attention
     batches: Sequence[PagedBatch | StateRows] = ()
 
-    def attend_latent(self, pool: int, q_nope: Tensor, q_rope: Tensor, latent: Tensor, call: LatentCall) -> Tensor:
+    def attend_latent(
+        self,
+        pool: int,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        call: LatentCall,
+        chosen: Tensor | None = None,
+    ) -> Tensor:
+        ops, batch, cache = self._latents(pool, latent)
+        if chosen is not None:
+            return ops.chosen_latent_attention(q_nope, q_rope, cache, batch, call, chosen)
+        return ops.latent_attention(q_nope, q_rope, cache, batch, call)
+
+    def choose(self, pool: int, call: IndexCall) -> Tensor | None:
+        ops, batch, cache = self._latents(pool, call.keys)
+        # Where no text is longer, there is nothing to choose, and the keys alone are kept; but not where all up to its
+        # own are attended to by another op: a token's neighbours in the step would change its bits.
+        same = ops.latent_attention is ops.chosen_latent_attention
+        return None if same and batch.max_seq_len <= call.count else ops.choose_keys(call, cache, batch)
+
+    def _latents(self, pool: int, new: Tensor) -> tuple[Ops, PagedBatch, Tensor]:
+        """The table, the step's rows and the pages of a latent pool, the new tokens' vectors written."""
         batch, cache = self.batches[self.pool.group_of[pool]], self.pool.keys[pool]
         assert self.ops is not None, "no op table for latent attention"
         assert not isinstance(batch, StateRows), "a latent layer names a pool of states"
-        self.ops.write_latent(latent, cache, batch.token_slots)
-        return self.ops.latent_attention(q_nope, q_rope, cache, batch, call)
+        self.ops.write_latent(new, cache, batch.token_slots)
+        return self.ops, batch, cache
 
     def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         step = self.steps[self.pool.group_of[spec.pool]]

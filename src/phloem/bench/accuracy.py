@@ -4,6 +4,10 @@ The text is the language reference that ships with Python. It is cut into window
 negative log-probability of every token but each window's first. Every model of --models is measured under every KV type
 of --kv-types, and once in the plain ops. A model that scales its embedding (Gemma) rounds the scale to its own type:
 serve it with `--dtype float32` to see the kernels alone.
+
+With --methods every model is also measured under each of those, and with --dense other forms of one model (what
+`phloem quantize` wrote, say). Differences then are those from the weights as they are, or from that model, in float32:
+they tell what the form of the weights costs.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -30,11 +35,13 @@ AT_ONCE = 4  # windows that are scored by one call: how often the progress moves
 class Options:
     models: tuple[str, ...] = opt((), "Models to measure (default: the one of --model).")
     kv_types: tuple[str, ...] = opt((), "KV types to measure each under (default: the one of --kv-cache-dtype).")
+    methods: tuple[str, ...] = opt((), "Quantisation methods to measure each under; 'none': the weights as they are.")
+    dense: str | None = opt(None, "The model that all others are forms of: what they are compared with.")
     tokens: int = opt(20_000, "Length of the text in tokens.")
     window: int = opt(512, "Tokens that are scored together; each sees those before it in its window.")
     against: str = opt("reference", "Op table to compare with, in float32; 'none' measures the served one alone.")
-    limit: float = opt(1.0, "Exit with status 1 when two perplexities of a model differ by more percent.")
-    output: str | None = opt(None, "File to append JSON lines to, one for each model and KV type.")
+    limit: float | None = opt(None, "Exit with status 1 beyond so many percent (default: 1; of forms of weights: any).")
+    output: str | None = opt(None, "File to append JSON lines to, one for each model, method and KV type.")
 
 
 def main(argv: list[str]) -> int:
@@ -43,32 +50,46 @@ def main(argv: list[str]) -> int:
         raise BadRequest("--window must be at least 2, and --tokens at least --window")
     settings = {name: value for name, value in config.flat().items() if value is not None} | {"log_level": "warning"}
     models = options.models or (config.model.model_path,)
-    kinds = options.kv_types or (config.cache.kv_cache_dtype,)
     stored = {model: weight_types(model, config.model.load_format) for model in models}  # all of them can be read
+    dense = {**settings, "model_path": options.dense, "quantization": None} if options.dense else None
+    against = None if dense is None else plain_run(dense, options)
     records: list[dict[str, Any]] = []
     for model in models:
         about = {**context(), "model": Path(model).name, "weights": stored[model]}
-        for record in compare({**settings, "model_path": model}, kinds, options):
+        for record in compare({**settings, "model_path": model}, options, against):
             records.append({**about, **record})
             if options.output:
                 write_line(Path(options.output), records[-1])
     print_table(records)
-    return int(any(abs(record.get("difference_percent", 0.0)) > options.limit for record in records))
+    limit = options.limit if options.limit is not None or options.methods or options.dense else 1.0
+    found = [abs(record.get("difference_percent", 0.0)) for record in records]
+    return int(limit is not None and any(value > limit for value in found))
 
 
-def compare(settings: dict[str, Any], kinds: Sequence[str], options: Options) -> list[dict[str, Any]]:
-    """One model: a record for each KV type, and all of them with the one run in the plain ops."""
+def plain_run(settings: dict[str, Any], options: Options) -> dict[str, Any] | None:
+    """One run in the plain ops, in float32; None where nothing is compared."""
+    if options.against == "none":
+        return None
+    # The KV cache too: a float32 model has a float32 cache.
+    other = {**settings, "ops": options.against, "dtype": "float32", "kv_cache_dtype": "float32"}
+    return perplexity(other, options, f"{Path(settings['model_path']).name}, {options.against}")
+
+
+def compare(settings: dict[str, Any], options: Options, plain: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """One model: a record for each method and KV type, all of them with one run in the plain ops: `plain`, or of this
+    model."""
     name = Path(settings["model_path"]).name
-    plain: dict[str, Any] | None = None
-    if options.against != "none":
-        # The KV cache too: a float32 model has a float32 cache.
-        other = {**settings, "ops": options.against, "dtype": "float32", "kv_cache_dtype": "float32"}
-        plain = perplexity(other, options, f"{name}, {options.against}")
+    kinds = options.kv_types or (settings.get("kv_cache_dtype", "auto"),)
+    asked = settings.get("quantization")
+    methods = [None if method == "none" else method for method in options.methods] or [asked]
+    if plain is None:
+        plain = plain_run({**settings, "quantization": None if options.methods else asked}, options)
     found: list[dict[str, Any]] = []
-    for kind in kinds:
-        served = perplexity({**settings, "kv_cache_dtype": kind}, options, f"{name}, KV {kind}")
+    for method, kind in product(methods, kinds):
+        about = f"{name}, {method or 'as it is'}, KV {kind}"
+        served = perplexity({**settings, "quantization": method, "kv_cache_dtype": kind}, options, about)
         record: dict[str, Any] = {
-            "quantization": settings.get("quantization"),
+            "quantization": method,
             "kv_cache_dtype": served["kv_cache_dtype"],
             "window": options.window,
             "served": served,
@@ -89,13 +110,14 @@ def perplexity(settings: dict[str, Any], options: Options, name: str = "") -> di
         start = perf_counter()
         found = _score(engine, windows, name)
         seconds = perf_counter() - start
-        kind = engine.get_server_info()["kv_cache_dtype"]  # what 'auto' has become
+        told = engine.get_server_info()
     result: dict[str, Any] = {
         "perplexity": math.exp(-sum(found) / len(found)),
         "tokens": len(found),
         "seconds": seconds,
     }
-    result["kv_cache_dtype"] = kind
+    result["kv_cache_dtype"] = told["kv_cache_dtype"]  # what 'auto' has become
+    result["weight_bytes"] = told["weight_bytes"]
     print(f"{name}: perplexity {result['perplexity']:.4f} over {result['tokens']} tokens ({seconds:.1f} s)")
     return result
 
@@ -145,12 +167,14 @@ def weight_types(model: str, load_format: str = "auto") -> dict[str, int]:
 
 
 def print_table(records: Sequence[dict[str, Any]]) -> None:
-    """A row for each model and KV type."""
+    """A row for each model, method and KV type."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title="perplexity")
-    for place, head in enumerate(("model", "weights, MB", "KV", "served", "float32", "difference, %")):
+    for place, head in enumerate(
+        ("model", "in the file, MB", "KV", "in memory, MB", "served", "float32", "difference, %")
+    ):
         table.add_column(head, justify="left" if place < 3 else "right", overflow="fold")
     for record in records:
         weights = ", ".join(f"{kind} {size / 1e6:.0f}" for kind, size in record["weights"].items())
@@ -159,6 +183,7 @@ def print_table(records: Sequence[dict[str, Any]]) -> None:
             record["model"] + (f", {record['quantization']}" if record["quantization"] else ""),
             weights,
             record["kv_cache_dtype"],
+            f"{record['served'].get('weight_bytes', 0) / 1e6:.0f}",
             f"{record['served']['perplexity']:.4f}",
             "-" if plain is None else f"{plain['perplexity']:.4f}",
             "-" if worse is None else f"{worse:+.3f}",

@@ -137,7 +137,8 @@ def _theirs(config: Config, options: Options) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(config.runtime.threads or available_cores())
-    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(config.model.model_path, torch_dtype=torch.float32)
+    library: Any = diffusers
+    pipe = library.DiffusionPipeline.from_pretrained(config.model.model_path, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
     def draw(one: Draw, steps: int) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from phloem.checkpoint.ends import ids_by_text, tokenizer_end
+from phloem.checkpoint.fallback import Chosen, choose, settings
 from phloem.checkpoint.families import FAMILIES, family
 from phloem.checkpoint.gguf_config import translate_metadata
 from phloem.checkpoint.gguf_parts import first_part, model_name, models_among
@@ -26,6 +27,7 @@ from phloem.checkpoint.pictures import Pictures, pictures_of
 from phloem.checkpoint.pooling import Pooling, pooling_of
 from phloem.checkpoint.quant_config import StoredFormat, quantization_said, stored_format
 from phloem.checkpoint.spelling import one_spelling, text_part
+from phloem.core.config import ModelConfig
 from phloem.core.errors import ConfigError, ModelLoadError
 from phloem.utils import log
 
@@ -58,6 +60,7 @@ class Checkpoint:
     pooling: Pooling | None = None  # of a model that does not generate
     pictures: Pictures | None = None  # of a folder that draws; it has no tokens
     stored: StoredFormat | None = None  # the quantised format of its matrices; None: plain, or GGUF's own
+    chosen: Chosen = Chosen()  # whose code runs it
 
     @property
     def quantised(self) -> bool:
@@ -76,6 +79,8 @@ def describe(
     revision: str | None = None,
     tokenizer_path: str | None = None,
     task: str = "auto",
+    model_impl: str = "auto",
+    trust: bool = False,
     draws: bool = False,
 ) -> Checkpoint:
     """Find and check a checkpoint; no tensor data is read.
@@ -86,6 +91,8 @@ def describe(
         revision: branch, tag or commit of a hub id.
         tokenizer_path: a directory or file with the tokenizer; default: the checkpoint's own.
         task: what the model is for; "auto": what its architecture and its folder say.
+        model_impl: whose code runs it: "phloem", "transformers", or "auto": ours if there is any.
+        trust: whether code that comes with the checkpoint may be run.
         draws: whether a folder that draws pictures is welcome.
 
     Raises:
@@ -100,12 +107,18 @@ def describe(
         return _describe_pictures(pictures, name, load_format)
     if path.suffix == ".gguf" and not path.is_dir():
         found = _describe_gguf(path, name, load_format)
+        if model_impl == "transformers":
+            raise ModelLoadError(f"{path}: model_impl transformers reads safetensors, not GGUF", param="model_impl")
     elif load_format == "gguf":
         raise ModelLoadError(f"{path}: load_format is gguf, but this is not a .gguf file")
     else:
-        found = _describe_directory(path, name, load_format)
-    pooling, most = pooling_of(found, task)
-    found = replace(found, pooling=pooling, context_length=most)
+        found = _describe_directory(path, name, load_format, model_impl, trust)
+    if found.chosen.impl == "transformers":
+        if task not in ("auto", "generate"):
+            raise ConfigError(f"task {task}: transformers' code for {found.model_type} only generates", param="task")
+    else:
+        pooling, most = pooling_of(found, task)
+        found = replace(found, pooling=pooling, context_length=most)
     if tokenizer_path is None:
         return found
     tokenizer = Path(tokenizer_path).expanduser()
@@ -133,6 +146,20 @@ def _describe_pictures(pictures: Pictures, name: str, load_format: str) -> Check
         name=name,
         architectures=(pictures.class_name,),
         pictures=pictures,
+    )
+
+
+def described(model: ModelConfig) -> Checkpoint:
+    """`describe` as the settings say."""
+    return describe(
+        model.model_path,
+        model.load_format,
+        model.revision,
+        model.tokenizer_path,
+        model.task,
+        model.model_impl,
+        model.trust_remote_code,
+        draws=True,
     )
 
 
@@ -243,17 +270,29 @@ def _describe_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
     return replace(found, eos_ids=_with_ends(found, ids_by_text(gguf.metadata.get("tokenizer.ggml.tokens", ()))))
 
 
-def _describe_directory(path: Path, name: str, load_format: str) -> Checkpoint:
+def _describe_directory(path: Path, name: str, load_format: str, model_impl: str, trust: bool) -> Checkpoint:
     config_path = path if path.is_file() else path / "config.json"
     folder = config_path.parent
     if path.is_dir() and not config_path.exists():
         raise ModelLoadError(f"{config_path}: missing; a model directory has a config.json and safetensors files")
     whole = _read_json(config_path)
-    config = _text_config(whole, config_path)
-    model_type = config["model_type"]
-    _check_numbers(config, config_path)
+    model_type = _model_type(whole, config_path)
+    if model_impl != "transformers":
+        model_type = _language(whole, model_type)
+    chosen = choose(model_type, FAMILIES.names(), model_impl, whole, str(config_path), trust)
+    if chosen.impl == "transformers":
+        config: dict[str, Any] = {**settings(text_part(whole), str(config_path)), "model_type": model_type}
+    else:
+        config = _text_config(whole, model_type, config_path)
+        _check_numbers(config, config_path)
     said = quantization_said(whole, config_path)
     stored = stored_format(said) if load_format != "dummy" else None
+    if stored is not None and chosen.impl == "transformers":
+        raise ModelLoadError(
+            f"{config_path}: transformers' code for {model_type} is served with plain weights alone, and these are "
+            f"{stored.method}: take the original, and --quantization to make its matrices smaller",
+            param="model_impl",
+        )
     generation_path = folder / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.exists() else {}
     files = () if load_format == "dummy" else tuple(_weight_files(folder))
@@ -271,12 +310,13 @@ def _describe_directory(path: Path, name: str, load_format: str) -> Checkpoint:
         config=config,
         generation_config=generation,
         eos_ids=eos,
-        context_length=_context_length(config),
+        context_length=_context_length(config) if chosen.impl == "phloem" else config["max_position_embeddings"],
         vocab_size=config["vocab_size"],
         tokenizer_path=folder,
         gguf=None,
         kv_scheme=kv_scheme(said[0] if said else None),
         stored=stored,
+        chosen=chosen,
         name=name,
         architectures=tuple(whole.get("architectures") or ()),
         files=files,
@@ -284,16 +324,33 @@ def _describe_directory(path: Path, name: str, load_format: str) -> Checkpoint:
     return replace(found, eos_ids=_with_ends(found, tokenizer_end(folder)))
 
 
-def _text_config(whole: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The language model's part of a config.json, with the family's defaults filled in."""
+def _model_type(whole: dict[str, Any], path: Path) -> str:
     model_type = whole.get("model_type")
     if not isinstance(model_type, str):
         raise ModelLoadError(f"{path}: no model_type")
-    model_type = model_type.replace("-", "_")
-    _check_family(model_type, str(path))
+    return model_type.replace("-", "_")
+
+
+def _text_config(whole: dict[str, Any], model_type: str, path: Path) -> dict[str, Any]:
+    """The language model's part of a config.json, with the family's defaults filled in."""
     facts = family(model_type)
     config = one_spelling(text_part(whole), facts.defaults, path, facts.spelling)
+    if isinstance(whole.get("text_config"), dict) and whole.get("tie_word_embeddings") is not None:
+        config["tie_word_embeddings"] = whole["tie_word_embeddings"]  # the head is the whole model's
     return {**facts.defaults, **config, "model_type": model_type}
+
+
+def _language(whole: dict[str, Any], model_type: str) -> str:
+    """The family that serves a checkpoint: of one with towers that has no file of its own, its language model's."""
+    inner = whole.get("text_config")
+    if model_type in FAMILIES.names() or not isinstance(inner, dict):
+        return model_type
+    own = str(cast("dict[str, Any]", inner).get("model_type", "")).replace("-", "_")
+    talks = any(str(name).endswith("ForConditionalGeneration") for name in whole.get("architectures") or ())
+    if not talks or own not in FAMILIES.names() or family(own).encoder is not None:
+        return model_type
+    _log.warning("%s: of a checkpoint with towers the language model alone is served, as %s", model_type, own)
+    return own
 
 
 def _check_family(model_type: str, where: str) -> None:

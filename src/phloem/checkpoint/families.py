@@ -1,9 +1,8 @@
 """What a family's file in models/ says of its checkpoints, read and not run.
 
 The file has these facts as literals at its top level: `DEFAULTS`, `SPELLING`, `NEEDS`, `GGUF`, `TINY`, `VARIANTS`,
-`ENCODER`. They
-are taken from the source text, so that the process that checks a model path imports no layer and no torch, and this
-room none above it. A fact may also be imported from another family's file.
+`ENCODER`, `VISION`. They are taken from the source text, so that the process that checks a model path imports no layer
+and no torch, and this room none above it. A fact may also be imported from another family's file.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 from phloem.utils.registry import Registry
 
 FAMILIES: Registry[Any] = Registry("phloem.models", "model type", "build")
-FACTS = ("DEFAULTS", "SPELLING", "NEEDS", "GGUF", "TINY", "VARIANTS", "ENCODER")
+FACTS = ("DEFAULTS", "SPELLING", "NEEDS", "GGUF", "TINY", "VARIANTS", "ENCODER", "VISION")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _FOLDER = Path(__file__).parents[1] / "models"
 
@@ -52,6 +51,8 @@ class Family:
     # It does not generate: `padded_positions` (position 0 stands behind the padding's row), `pooling_key` (what
     # config.json calls the pooling of its classifier). None: a decoder.
     encoder: dict[str, Any] | None = None
+    # It takes pictures: `processor` (a file in multimodal/), `token` (the config.json key of the placeholder).
+    vision: dict[str, str] | None = None
 
 
 def facts_of(name: str) -> dict[str, Any]:
@@ -88,6 +89,7 @@ def family(name: str) -> Family:
         tiny=found.get("TINY"),
         variants=found.get("VARIANTS", {}),
         encoder=found.get("ENCODER"),
+        vision=found.get("VISION"),
     )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import mimetypes
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
 from phloem.core.config import SECTIONS, Config, read_environment
-from phloem.core.errors import ConfigError
+from phloem.core.errors import BadRequest, ConfigError
 
 T = TypeVar("T")
 _ALIASES = {"model_path": ("--model",), "tokenizer_path": ("--tokenizer",)}
@@ -124,3 +126,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"configuration file {path} must map names to values")
     return {str(name): value for name, value in values.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+
+
+def picture_part(name: str) -> dict[str, Any]:
+    """A part of a message: an address as it is, a file as its bytes in a data URI.
+
+    Raises:
+        BadRequest: the file cannot be read.
+    """
+    url = name
+    if not name.startswith(("http://", "https://", "data:")):
+        try:
+            data = base64.b64encode(Path(name).expanduser().read_bytes()).decode()
+        except OSError as error:
+            raise BadRequest(f"cannot read {name}: {error.strerror}") from None
+        url = f"data:{mimetypes.guess_type(name)[0] or 'image/png'};base64,{data}"
+    return {"type": "image_url", "image_url": {"url": url}}

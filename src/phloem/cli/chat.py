@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any
 
 import phloem
-from phloem.cli._options import parse
+from phloem.cli._options import parse, picture_part
 from phloem.core.config import opt
 from phloem.core.errors import PhloemError
 
@@ -18,7 +18,7 @@ DESCRIPTION = (
     "Talk to a model. Answers stream; Ctrl-C stops one, Ctrl-D or /exit leaves, /clear begins anew. "
     "With --url it talks to a running server of any OpenAI-compatible kind."
 )
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Options:
     temperature: float = opt(0.7, "0 takes the most likely token.")
     top_p: float = opt(0.95, "Nucleus sampling.")
     key: str | None = opt(None, "Bearer token for --url.")
+    image: tuple[str, ...] = opt((), "Pictures that the first question is about: files or addresses.")
 
 
 def main(argv: list[str]) -> int:
@@ -54,7 +55,8 @@ class _Local:
             "top_p": self._options.top_p,
         }
         shown = 0
-        for event in self._engine.generate(input_ids=ids, sampling_params=params, stream=True):
+        pictures = self._engine.pictures_of(messages) or None
+        for event in self._engine.generate(input_ids=ids, sampling_params=params, image_data=pictures, stream=True):
             yield event["text"][shown:]
             shown = len(event["text"])
 
@@ -103,7 +105,7 @@ class _Remote:
 
 def _talk(model: _Local | _Remote, options: Options) -> int:
     opening: Messages = [{"role": "system", "content": options.system}] if options.system else []
-    messages = list(opening)
+    messages, pictures = list(opening), [picture_part(name) for name in options.image]
     while True:
         try:
             said = input("\n> ").strip()
@@ -113,10 +115,12 @@ def _talk(model: _Local | _Remote, options: Options) -> int:
         if said in ("/exit", "/quit"):
             return 0
         if said == "/clear":
-            messages = list(opening)
+            messages, pictures = list(opening), [picture_part(name) for name in options.image]
             print("(a new conversation)")
         elif said:
-            messages.append({"role": "user", "content": said})
+            parts = [*pictures, {"type": "text", "text": said}]
+            messages.append({"role": "user", "content": parts if pictures else said})
+            pictures = []
             messages.append({"role": "assistant", "content": _say(model, messages)})
 
 

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from phloem import attention, platforms, quant
-from phloem.checkpoint.describe import describe
+from phloem.checkpoint.describe import described
 from phloem.cli._options import parse
 from phloem.core import resolve
 from phloem.core.errors import PhloemError
@@ -92,9 +92,7 @@ def _model(config: Config) -> bool:
     print("\nModel")
     model = config.model
     try:
-        checkpoint = describe(
-            model.model_path, model.load_format, model.revision, model.tokenizer_path, model.task, draws=True
-        )
+        checkpoint = described(model)
     except PhloemError as error:
         _line("problem", error.message)
         return False
@@ -104,6 +102,7 @@ def _model(config: Config) -> bool:
         _line("task", f"image  ({checkpoint.pictures.class_name}: docs/images.md)")
         return True
     _line("context, vocabulary", f"{checkpoint.context_length}, {checkpoint.vocab_size}")
+    _line("model_impl", f"{checkpoint.chosen.impl}  ({checkpoint.chosen.reason})")
     if checkpoint.pooling is not None:
         _line("task", f"{checkpoint.pooling.task}  ({checkpoint.pooling.reason}: {checkpoint.pooling.about})")
     print("\nChoices")

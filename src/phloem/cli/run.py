@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO
 
 import phloem
-from phloem.cli._options import parse
+from phloem.cli._options import parse, picture_part
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest, PhloemError
 
@@ -33,6 +33,7 @@ class Options:
     prompt: tuple[str, ...] = opt((), "Prompts.")
     input: str | None = opt(None, "File of prompts; '-' is standard input.")
     output: str | None = opt(None, "File for the answers; default: standard output.")
+    image: tuple[str, ...] = opt((), "Pictures that every prompt is about, before it: files or addresses.")
     chat: bool = opt(False, "Put each prompt through the chat template as a user's message.")
     max_new_tokens: int = opt(128, "Most tokens of an answer.")
     temperature: float = opt(0.0, "0 takes the most likely token.")
@@ -43,7 +44,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     config, options = parse("run", argv, Options, skip=("server",), description=DESCRIPTION)
-    jobs = list(_jobs(options))
+    jobs = [_with_pictures(job, options.image) for job in _jobs(options)]
     if not jobs:
         raise BadRequest("there are no prompts: use --prompt, --input FILE, or pipe lines in")
     settings = {**config.flat(), "log_level": "warning"}
@@ -53,6 +54,17 @@ def main(argv: list[str]) -> int:
         engine = stack.enter_context(phloem.Engine(**settings))
         failed = asyncio.run(_answer_all(engine, jobs, options, out))
     return 1 if failed else 0
+
+
+def _with_pictures(job: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """A question about pictures is a user's message."""
+    if not names:
+        return job
+    if "text" not in job and len(job.get("messages") or []) != 1:
+        raise BadRequest("--image goes with prompts that are texts: others name their own pictures")
+    said = job.pop("text", None) or job.pop("messages")[0]["content"]
+    parts = [*(picture_part(name) for name in names), {"type": "text", "text": said}]
+    return {**job, "messages": [{"role": "user", "content": parts}]}
 
 
 def _open(path: str) -> TextIO:
@@ -132,6 +144,8 @@ async def _answer(engine: Engine, job: dict[str, Any], params: dict[str, Any]) -
     merged = {**params, **job.pop("sampling_params", {})}
     if messages is not None:
         job["input_ids"] = engine.encode_chat(messages)
+        pictures = engine.pictures_of(messages)
+        job |= {"image_data": pictures} if pictures else {}
     text = job.pop("text", None)
     answer: Any = await engine.async_generate(text, merged, **job)
     return answer

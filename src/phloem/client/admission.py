@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from phloem.client.processors import thinking_budget
+from phloem.client.request import Prompt
 from phloem.client.sessions import Sessions
 from phloem.core.errors import BadRequest
 from phloem.core.request import SamplingParams
@@ -16,6 +17,7 @@ from phloem.engine import processors
 if TYPE_CHECKING:
     from phloem.client.info import ModelInfo
     from phloem.client.request import Item
+    from phloem.multimodal._reader import PictureReader
     from phloem.text.tokenizer import Tokenizer
 
 THREAD_CHARACTERS = 20_000  # longer texts are tokenised off the event loop (a few milliseconds)
@@ -27,20 +29,23 @@ _INT32 = 2**31 - 1
 class Admission:
     """Pure but for the tokenizer. Every refusal is a `BadRequest` that names the field."""
 
-    def __init__(self, tokenizer: Tokenizer | None, info: ModelInfo) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, info: ModelInfo, pictures: PictureReader | None = None) -> None:
+        self.pictures = pictures
         self.tokenizer = tokenizer
         self.info = info
         self.sessions = Sessions()
 
-    async def prompts(self, items: list[Item]) -> list[list[int]]:
-        """Token ids of every item, checked. Long texts are tokenised in a thread."""
+    async def prompts(self, items: list[Item]) -> list[Prompt]:
+        """Token ids of every item, and its pictures, checked. Long texts are tokenised in a thread."""
         for item in items:
             self._check_item(item)
+        if any(item.pictures for item in items):
+            return [await self._seen(item) if item.pictures else (await self.prompts([item]))[0] for item in items]
         if sum(len(item.text or "") for item in items) > THREAD_CHARACTERS:
             found = await asyncio.to_thread(self._prompts, items)
         else:
             found = self._prompts(items)
-        return [self._whole(item, ids) for item, ids in zip(items, found, strict=True)]
+        return [Prompt(self._whole(item, ids)) for item, ids in zip(items, found, strict=True)]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Tokenise one text.
@@ -77,6 +82,24 @@ class Admission:
             ids = self.sessions.extend(item.session, ids, self.tokenizer.bos_id if self.tokenizer is not None else None)
         self._check_length(item, ids)
         return ids
+
+    async def _seen(self, item: Item) -> Prompt:
+        """A prompt with pictures."""
+        reader, where = self.pictures, item.pictures[0].where
+        if reader is None:
+            raise BadRequest("this model takes no pictures", param=where, code="not_supported")
+        if item.session is not None:
+            raise BadRequest("sessions take no pictures", param="session_params", code="not_supported")
+        made = await reader.read(item.pictures)
+        if item.ids is not None:
+            self._prompt(item)
+            ids = reader.with_ids(item.ids, made, lambda text: self.encode(text, False), where)
+        else:
+            text = reader.with_places(item.text or "", made, where)
+            ids = await asyncio.to_thread(self.encode, text, item.add_special_tokens)
+        ids, media = reader.grown(ids, made, where)
+        self._check_length(item, ids)
+        return Prompt(ids, media)
 
     def _prompts(self, items: list[Item]) -> list[list[int]]:
         return [self._prompt(item) for item in items]

@@ -23,14 +23,27 @@ from phloem.client.counters import Counters
 from phloem.client.flow import Flow
 from phloem.client.pictures import Easel, Painting
 from phloem.core.errors import BadRequest, EngineDead, QueueFull
-from phloem.core.messages import ControlReply, Draw, EngineLink, FromEngine, Painted, Stats, Submit, Tokens, pack_ids
+from phloem.core.media import with_content
+from phloem.core.messages import (
+    ControlReply,
+    Draw,
+    EngineLink,
+    FromEngine,
+    Painted,
+    Reweighted,
+    Stats,
+    Submit,
+    Tokens,
+    pack_ids,
+)
 from phloem.core.request import SamplingParams
 from phloem.text.detokenizer import StreamDecoder
 
 if TYPE_CHECKING:
     from phloem.client.info import ModelInfo
-    from phloem.client.request import GenerateRequest
+    from phloem.client.request import GenerateRequest, Prompt
     from phloem.client.sessions import Sessions
+    from phloem.multimodal._reader import PictureReader
     from phloem.text.template import ChatTemplate
     from phloem.text.tokenizer import Tokenizer
 
@@ -48,13 +61,21 @@ class EngineClient:
     `attach` brings a new link. Use it from one event loop only.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | None, info: ModelInfo) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
+        info: ModelInfo,
+        pictures: PictureReader | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.info = info
-        self.admission = Admission(tokenizer, info)
+        self.pictures = pictures
+        self.admission = Admission(tokenizer, info, pictures)
         self.counters = Counters()
         self.draining = False
+        self.unfit = ""  # why the engine's weights cannot serve
         self.on_death: list[Callable[[str], None]] = []
         self.connection = Connection(self._take, self._end)
         self.flow = Flow(self.connection.send, self.counters, self.admission.sessions)
@@ -64,6 +85,7 @@ class EngineClient:
 
     def attach(self, link: EngineLink, ready: dict[str, Any] | None = None) -> None:
         """Serve through this link from now on. `ready`: the engine's `Ready.info`, where the caller has taken it."""
+        self.unfit, self.flow.version = "", self.info.weight_version
         self.connection.attach(link, ready)
 
     def start(self) -> None:
@@ -73,6 +95,8 @@ class EngineClient:
     async def close(self) -> None:
         """End every call and let go of the link."""
         await self.connection.close()
+        if self.pictures is not None:
+            self.pictures.close()
 
     async def wait_ready(self) -> dict[str, Any]:
         """Wait for the engine's `Ready`, and give its info.
@@ -96,6 +120,11 @@ class EngineClient:
         return self.connection.dead
 
     @property
+    def weight_version(self) -> str:
+        """As the engine said last."""
+        return self.flow.version
+
+    @property
     def sessions(self) -> Sessions:
         return self.admission.sessions
 
@@ -111,6 +140,9 @@ class EngineClient:
             self.easel.on_painted(message, now)
         elif isinstance(message, Stats):
             self.counters.on_stats(message)
+        elif isinstance(message, Reweighted):
+            self.unfit = message.unfit
+            self.flow.on_weights(message.version)
 
     def _end(self, error: EngineDead, expected: bool) -> None:
         meant = expected or self.draining
@@ -197,19 +229,20 @@ class EngineClient:
         """
         return await self.connection.control(name, deadline, args)
 
-    def _continuations(self, request: GenerateRequest, prompts: list[list[int]]) -> tuple[list[Continuation], Reader]:
+    def _continuations(self, request: GenerateRequest, prompts: list[Prompt]) -> tuple[list[Continuation], Reader]:
         now = time.monotonic()
         reader = Reader(sum(item.sampling.n for item in request.items), request.stream)
         outputs: list[Continuation] = []
-        for index, (item, ids) in enumerate(zip(request.items, prompts, strict=True)):
-            params = self.admission.params(item, ids)
+        for index, (item, prompt) in enumerate(zip(request.items, prompts, strict=True)):
+            params = self.admission.params(item, prompt.ids)
             for choice in range(params.n):
                 output = Continuation(
                     id=item.id if params.n == 1 else f"{item.id}-{choice}",
                     item=item,
                     index=index,
                     choice=choice,
-                    prompt_ids=ids,
+                    prompt_ids=prompt.ids,
+                    media=prompt.media,
                     params=_params_of_choice(params, choice),
                     arrival=now,
                     consumer=reader,
@@ -239,7 +272,8 @@ def _submit_message(output: Continuation) -> Submit:
     item = output.item
     return Submit(
         id=output.id,
-        input_ids=pack_ids(output.prompt_ids),
+        input_ids=pack_ids(with_content(output.prompt_ids, output.media) if output.media else output.prompt_ids),
+        media=output.media,
         sampling=output.params,
         priority=item.priority,
         namespace=item.namespace,

@@ -16,6 +16,7 @@ from phloem.core.request import FinishReason
 
 if TYPE_CHECKING:
     from phloem.client.request import Item
+    from phloem.core.media import Media
     from phloem.core.messages import Chunk
     from phloem.core.request import SamplingParams
     from phloem.text.detokenizer import StreamDecoder
@@ -63,6 +64,7 @@ class Continuation:
     index: int  # of the prompt in the call
     choice: int  # 0 to n - 1, of this prompt
     prompt_ids: list[int]
+    media: list[Media]
     params: SamplingParams
     arrival: float
     consumer: Consumer
@@ -81,6 +83,8 @@ class Continuation:
     logprobs: Logprobs = field(default_factory=Logprobs)
     prompt_logprobs: Logprobs | None = None
     hidden: list[bytes] = field(default_factory=list)  # per output token, float32
+    version: str = ""  # of the weights that its next token is of
+    spans: list[tuple[int, str]] = field(default_factory=list)  # (end, version) of tokens of other weights before
     pooled: bytes = b""  # float32: what a model that does not generate has made of the text
     decoder: StreamDecoder | None = None
     whole: bool = False  # nobody looks before the end: its text is made in one go
@@ -113,6 +117,9 @@ class Continuation:
         self._gather(chunk)
         finish = chunk.finish
         _raise_refusal(finish)
+        if finish is not None and finish.type == "abort" and not self.ids:
+            # Rollout workers tell by the text that there is nothing to go on from.
+            finish = FinishReason(type="abort", message=f"Abort before prefill: {finish.message}")
         if self.decoder is not None and (finish is not None or not self.whole):
             new = self.ids[begin:]
             piece = self.decoder.push(new[:-1] if self._trims(finish, new) else new, finish is not None)
@@ -149,6 +156,22 @@ class Continuation:
         self.pooled = chunk.pooled or self.pooled
         if chunk.prompt_logprobs is not None:
             self.prompt_logprobs = chunk.prompt_logprobs
+
+    def reweighted(self, version: str) -> None:
+        """Tokens from now on are of other weights."""
+        begun = self.spans[-1][0] if self.spans else 0
+        if len(self.ids) > begun:
+            self.spans.append((len(self.ids), self.version))
+        self.version = version
+
+    def versions(self) -> list[tuple[str, int, int]]:
+        """(version, first token, end) over the output; empty where all of it is of the same weights."""
+        found: list[tuple[str, int, int]] = []
+        for end, version in [*self.spans, (len(self.ids), self.version)]:
+            begin = found[-1][2] if found else 0
+            if min(end, len(self.ids)) > begin:
+                found.append((version, begin, min(end, len(self.ids))))
+        return found if len(found) > 1 else []
 
     def _trims(self, finish: FinishReason | None, new: list[int]) -> bool:
         """A token that ended generation is not part of the text, unless asked for."""

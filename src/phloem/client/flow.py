@@ -30,6 +30,7 @@ class Flow:
 
     def __init__(self, send: Callable[[ToEngine], None], counters: Counters, sessions: Sessions) -> None:
         self.active: dict[str, Continuation] = {}
+        self.version = ""  # of the weights, as the engine said last
         self.log_requests = False  # a line for each that ends; never its text
         self._send = send
         self._counters = counters
@@ -38,13 +39,18 @@ class Flow:
 
     def add(self, continuation: Continuation) -> None:
         """The engine is about to be asked for it."""
-        continuation.live = True
+        continuation.live, continuation.version = True, self.version
         self.active[continuation.id] = continuation
         step = continuation.item.session
         if step is not None:
             self._sessions.begin(step, continuation.id, continuation.prompt_ids, continuation.choice)
 
     # --- from the engine
+
+    def on_weights(self, version: str) -> None:
+        self.version = version
+        for continuation in self.active.values():
+            continuation.reweighted(version)
 
     def on_tokens(self, message: Tokens, now: float) -> None:
         if message.rows is not None:

@@ -67,6 +67,7 @@ class ModelInfo:
             tokenizer_path=str(config.model.tokenizer_path or checkpoint.tokenizer_path),
             eos_ids=checkpoint.eos_ids,
             model_type=checkpoint.model_type,
+            weight_version=config.model.weight_version,
             architectures=checkpoint.architectures,
             generation_config=recommended(
                 checkpoint.generation_config, checkpoint.vocab_size, f"{checkpoint.path}/generation_config.json"

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from phloem.core.media import Media
     from phloem.core.request import SamplingParams
+    from phloem.multimodal._reader import Source
 
 
 def new_id(prefix: str = "") -> str:
@@ -55,6 +57,15 @@ class Item:
     thinking_budget: int | None = None  # tokens of reasoning
     pooled: bool = False  # for a model that does not generate
     second: int = 0  # token at which the second text of a pair begins
+    pictures: list[Source] = field(default_factory=list)  # in the order of their places in the prompt
+
+
+@dataclass(slots=True)
+class Prompt:
+    """A prompt as token ids, and the pictures among them."""
+
+    ids: list[int]
+    media: list[Media] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phloem.checkpoint.describe import describe
+from phloem.checkpoint.describe import described
+from phloem.checkpoint.families import FAMILIES, family
 from phloem.client.client import EngineClient
 from phloem.client.info import ModelInfo, with_formats
+from phloem.multimodal import PLACES, Facts
+from phloem.multimodal._fetch import Rules
+from phloem.multimodal._reader import PictureReader, limit_of, settings_in
 from phloem.text.template import load_template
 from phloem.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
+    from phloem.text.tokenizer import Tokenizer
 
 
 def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
@@ -23,9 +29,7 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
         PhloemError: the configuration or the checkpoint is wrong.
     """
     model = config.model
-    checkpoint = describe(
-        model.model_path, model.load_format, model.revision, model.tokenizer_path, model.task, draws=True
-    )
+    checkpoint = described(model)
     # Without a tokenizer nothing can follow a text.
     features = frozenset[str]() if model.skip_tokenizer_init else frozenset({"grammar"})
     if config.server.enable_return_hidden_states:
@@ -42,5 +46,22 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
     template = load_template(checkpoint, override, tokenizer)
     if checkpoint.gguf is not None:
         checkpoint.gguf.release()
+    pictures = _pictures(config, checkpoint, tokenizer)
+    if pictures is not None:
+        info = replace(info, features=info.features | {PLACES})
     info = with_formats(info, template.source, model.tool_call_parser, model.reasoning_parser)
-    return EngineClient(tokenizer, template, info), info, checkpoint
+    return EngineClient(tokenizer, template, info, pictures), info, checkpoint
+
+
+def _pictures(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer) -> PictureReader | None:
+    """What reads pictures; None for a model that takes none. Raises ConfigError."""
+    known = checkpoint.model_type in FAMILIES.names() and checkpoint.chosen.impl == "phloem"
+    facts, media = family(checkpoint.model_type).vision if known else None, config.media
+    limit = limit_of(media.limit_mm_data_per_request)
+    if facts is None or checkpoint.gguf is not None or "vision_config" not in checkpoint.config:
+        return None
+    settings, more = settings_in(checkpoint.path)
+    root = None if media.mm_file_root is None else Path(media.mm_file_root)
+    about = Facts(checkpoint.config, settings, tokenizer.token_text, more)
+    token = int(checkpoint.config[facts["token"]])
+    return PictureReader(facts["processor"], about, token, Rules(media.enable_mm_urls, root), limit)

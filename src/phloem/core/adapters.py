@@ -60,6 +60,10 @@ class Lender(Protocol):
         """Path by name."""
         ...
 
+    def rebase(self) -> None:
+        """The base's weights have changed: what was computed from them is made anew for requests to come."""
+        ...
+
     def state(self) -> dict[str, Any]: ...
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from phloem.core.media import Media
     from phloem.core.memory import Group
     from phloem.core.request import SamplingParams
 
@@ -46,6 +47,7 @@ class Admission:
     return_hidden: bool = False
     second: int = 0  # token at which the second segment of a pair of texts begins; 0: there is none
     namespace: str = ""  # of the cache: who shares prefixes with it
+    media: tuple[Media, ...] = ()  # pictures among its tokens, whose ids are then of content (`core.media`)
     constrained: bool = False  # a follower was given for this slot (`Runner.constrain`) before the launch
 
 
@@ -131,6 +133,8 @@ class StepOutput:
     pooled: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)  # row -> why this row alone failed
     refused: set[int] = field(default_factory=set)  # of these, the rows whose own request is at fault
+    encoded: int = 0  # pictures that the tower was run for
+    found: int = 0  # and those whose embeddings were kept from before
     drafted: int = 0  # drafts that were verified, over all rows
     verified: NDArray[np.int32] | None = None  # [R] of them, each row's; None: the runner put no drafts behind any
     forward_seconds: float = 0.0

@@ -32,6 +32,8 @@ Eviction = Literal["lru", "lfu", "fifo"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 OnEngineDeath = Literal["restart", "exit"]
 ImagePolicy = Literal["fcfs", "shortest"]
+LogprobsMode = Literal["raw", "temperature"]
+ModelImpl = Literal["auto", "phloem", "transformers"]
 Task = Literal["auto", "generate", "embed", "classify", "score", "tokens"]
 
 
@@ -51,8 +53,11 @@ class ModelConfig:
     chat_template: str | None = opt(None, "File with a Jinja chat template; default: the model's own.")
     tool_call_parser: str | None = opt(None, "Format of tool calls; default: read off the chat template; 'none': off.")
     reasoning_parser: str | None = opt(None, "Format of reasoning; default: read off the chat template; 'none': off.")
-    trust_remote_code: bool = opt(False, "Refused: code that comes with a checkpoint is never run.")
+    model_impl: ModelImpl = opt("auto", "Whose code runs the model; auto: Phloem's own, else that of transformers.")
+    trust_remote_code: bool = opt(False, "Run code that comes with a checkpoint, where transformers' code is run.")
     skip_tokenizer_init: bool = opt(False, "Serve token ids only; no tokenizer is loaded.")
+    logprobs_mode: LogprobsMode = opt("raw", "Log probabilities of sampled tokens: before temperature, or after it.")
+    weight_version: str = opt("default", "What the weights are called until an update names others.")
     random_seed: int | None = opt(None, "Seed for requests that bring none; default: drawn at start.")
 
 
@@ -108,6 +113,12 @@ class RuntimeConfig:
         "disable_cascade_attn",
     )
     check_step_graph: bool = opt(False, "Debug: run recorded and eager steps side by side and compare.")
+    enable_deterministic_inference: bool = opt(
+        False, "A token gets the same bits whatever else is in the batch: as --ops invariant."
+    )
+    enable_weights_cpu_backup: bool = opt(
+        False, "Copy weights to disk before their memory is given back, so that they return whatever they are."
+    )
     debug_invariants: bool = opt(False, "Debug: check the page accounting after every step.")
 
 
@@ -138,6 +149,20 @@ class LoraConfig:
         "max_cpu_loras",
     )  # fmt: skip
     lora_memory: str | None = opt(None, "Most memory of all loaded adapters, such as '2GiB'.")
+
+
+@dataclass(frozen=True)
+class MediaConfig:
+    """Pictures in requests (`docs/multimodal.md`)."""
+
+    limit_mm_data_per_request: str | None = opt(
+        None, 'Most pictures of a request, as JSON: {"image": 16}.', "limit_mm_per_prompt"
+    )
+    enable_mm_urls: bool = opt(False, "Fetch pictures from http and https addresses that clients name.")
+    mm_file_root: str | None = opt(
+        None, "Directory of files that clients may name as pictures; default: none.", "allowed_local_media_path"
+    )
+    mm_encoder_cache: str = opt("256MiB", "Most memory for what the model's tower made of earlier pictures.")
 
 
 @dataclass(frozen=True)
@@ -181,6 +206,11 @@ class ServerConfig:
     host: str = opt("127.0.0.1", "Address to listen on.")
     port: int = opt(30000, "Port to listen on; 0 takes a free one.")
     api_key: str | None = opt(None, "Key that clients must send as a bearer token; PHLOEM_API_KEY sets it too.")
+    admin_api_key: str | None = opt(
+        None, "Key for calls that change the server: weights, adapters, pause; PHLOEM_ADMIN_API_KEY sets it too."
+    )
+    allow_remote_updates: bool = opt(False, "Let other machines change weights although no key is set.")
+    max_update_bytes: int = opt(2 << 30, "Largest body of a request that brings weights.")
     cors_origins: str = opt("", "Origins, separated by commas, whose pages may call this server; * for all.")
     max_body_bytes: int = opt(32 * 1024 * 1024, "Largest request body.")
     max_bodies_bytes: int = opt(256 * 1024 * 1024, "Most bytes of all request bodies that are being read or decoded.")
@@ -208,6 +238,7 @@ SECTIONS: dict[str, Any] = {
     "runtime": RuntimeConfig,
     "grammar": GrammarConfig,
     "lora": LoraConfig,
+    "media": MediaConfig,
     "speculative": SpeculativeConfig,
     "images": ImagesConfig,
     "server": ServerConfig,
@@ -224,6 +255,7 @@ class Config:
     runtime: RuntimeConfig = RuntimeConfig()
     grammar: GrammarConfig = GrammarConfig()
     lora: LoraConfig = LoraConfig()
+    media: MediaConfig = MediaConfig()
     speculative: SpeculativeConfig = SpeculativeConfig()
     images: ImagesConfig = ImagesConfig()
     server: ServerConfig = ServerConfig()
@@ -309,6 +341,7 @@ _POSITIVE = (
     "piecewise_graph_max_tokens",
     "max_body_bytes",
     "max_bodies_bytes",
+    "max_update_bytes",
     "header_timeout",
     "body_timeout",
     "max_prompts_per_request",
@@ -323,10 +356,6 @@ def _check_ranges(config: Config) -> None:
     for name in _POSITIVE:
         if flat[name] is not None and not flat[name] > 0:
             raise ConfigError(f"{name}: {flat[name]!r} must be above 0", param=name)
-    if config.model.trust_remote_code:
-        raise ConfigError(
-            "trust_remote_code: code that comes with a checkpoint is never run", param="trust_remote_code"
-        )
     if not 0 <= config.server.port <= 65535:
         raise ConfigError(f"port: {config.server.port} is not in 0 to 65535", param="port")
     fraction = config.cache.mem_fraction_static
@@ -356,9 +385,9 @@ def parse_bytes(text: str, name: str = "kv_memory") -> int:
 
 
 def read_environment(values: dict[str, Any]) -> dict[str, Any]:
-    """Add what only the environment says: the API key, so that it need not stand on a command line."""
-    key = os.environ.get("PHLOEM_API_KEY")
-    return {**values, "api_key": key} if key and not values.get("api_key") else values
+    """Add what only the environment says: keys, so that they need not stand on a command line."""
+    keys = {"api_key": os.environ.get("PHLOEM_API_KEY"), "admin_api_key": os.environ.get("PHLOEM_ADMIN_API_KEY")}
+    return {**values, **{name: key for name, key in keys.items() if key and not values.get(name)}}
 
 
 def cache_home() -> Path:

@@ -29,6 +29,13 @@ class Unauthorized(PhloemError):
     kind = "authentication_error"
 
 
+class Forbidden(PhloemError):
+    """The call is not for this caller."""
+
+    status = 403
+    kind = "permission_error"
+
+
 class NotFound(PhloemError):
     status = 404
     kind = "not_found_error"

@@ -8,10 +8,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from phloem.core.media import Media
 from phloem.core.request import FinishReason, SamplingParams
 
 
-def pack_ids(ids: list[int]) -> bytes:
+def pack_ids(ids: list[int] | np.ndarray[Any, np.dtype[np.int32]]) -> bytes:
     """Token ids as little-endian int32: a long list as msgpack integers costs a millisecond."""
     return np.asarray(ids, dtype="<i4").tobytes()
 
@@ -44,6 +45,7 @@ class Submit(Message):
     second: int = 0  # token at which the second text of a pair begins; 0: there is one text
     arrival: float = 0.0  # time.time() at the door
     adapter: str = ""  # the name of the one that it is computed with; "": none
+    media: list[Media] = []  # pictures, whose tokens are those of `core.media.with_content`
     grammar_at_once: bool = False  # a constraint holds from the first token, also where the model could reason before
 
 
@@ -76,6 +78,11 @@ class Control(Message):
     `pause` (args: mode abort | retract | in_place), `resume`, `abort_all`, `cache_tree` (args: max_nodes),
     `get_weights_by_name` (args: name, rows; data: weight, nested lists), `load_lora_adapter` (args: name, path,
     pinned; data: loaded, path by name), `unload_lora_adapter` (args: name; data: loaded, users).
+
+    Of weights (`scheduler/weights.py`): `update_weights` (args: source and what `core.updates.Keeper.read` takes,
+    version, flush, abort_all; data: tensors, version, epoch, aborted), `begin_update`, `end_update`, `update_version`
+    (args: version, abort_all), `init_group`, `destroy_group`, `check_weights` (args: action, skip; data: checksums),
+    `release_memory` and `resume_memory` (args: tags; data: bytes, or unfit).
     """
 
     id: str
@@ -173,9 +180,18 @@ class Stats(Message):
     spec_accepted: int = 0
     spec_accept_length: float = 0.0  # tokens a decode step of a request has given, since start
     spec_accept_rate: float = 0.0  # accepted drafts over drafts, since start
+    pictures_encoded: int = 0  # since start: by the model's tower
+    pictures_found: int = 0  # and those that the encoder cache had
     grammar_seconds: list[float] = []  # of each grammar that was compiled since the last Stats
     step_seconds: list[float] = []  # of pictures: each step since the last Stats
     pixel_throughput: float = 0.0  # pixels of finished pictures per second since the last Stats
+
+
+class Reweighted(Message):
+    """Tokens behind this message are of other weights than those before it, or of weights with another name."""
+
+    version: str
+    unfit: str = ""  # why the weights cannot serve; "": they can
 
 
 class ControlReply(Message):
@@ -218,7 +234,7 @@ class Heartbeat(Message):
 
 
 ToEngine = Submit | Draw | Abort | Control | Drain
-FromEngine = Tokens | Painted | Stats | ControlReply | Progress | Ready | Failed | Stopped | Heartbeat
+FromEngine = Tokens | Painted | Stats | Reweighted | ControlReply | Progress | Ready | Failed | Stopped | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)
@@ -302,6 +318,7 @@ __all__ = [
     "Painted",
     "Progress",
     "Ready",
+    "Reweighted",
     "Stats",
     "Stopped",
     "Submit",

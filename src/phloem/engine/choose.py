@@ -117,6 +117,8 @@ class FewCandidates:
         many, vocab = self._slots.candidates[wanted.slots], self._model.vocab_size
         if len(many) > FEW_ROWS or not many.all():
             return None
+        if any(slot.return_logprob and (self._ops.whole_logprobs or slot.heat != 1.0) for slot in choice.slots):
+            return None
         settings = self._slots.columns.rows(wanted.slots, wanted.known)
         scale_LJ = Candidates.scales(settings, any(slot.return_logprob for slot in choice.slots))
         norms = scale_LJ.shape[1]
@@ -186,7 +188,10 @@ class WholeRows:
             row[: len(of_row)] = of_row
         index, *ids_LC = self._last.up([np.array(places, np.int64), *([ids] if width else [])])
         tops = [min(slots[i].top_logprobs, self._model.vocab_size) for i in places]
-        return Asked(places, index, logits_LV[index], tops, chosen, ids_LC[0] if ids_LC else None)
+        wanted_LV, heats = logits_LV[index], [slots[i].heat for i in places]
+        if any(heat != 1.0 for heat in heats):
+            wanted_LV = wanted_LV / torch.tensor(heats, device=wanted_LV.device).unsqueeze(1)
+        return Asked(places, index, wanted_LV, tops, chosen, ids_LC[0] if ids_LC else None)
 
     def _logprobs(self, choice: Choice, asked: Asked, tokens_L: Tensor) -> Later:
         """All of them at once, on their way to the host: no request waits for another one's."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from phloem.attention import begin
+from phloem.attention._both_ways import both_ways
 from phloem.layers.context import ForwardBatch
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ def run_forward(
 ) -> Tensor:
     """One forward pass, eagerly: hidden states of the rows `index` (None: of all tokens)."""
     memory = begin(backend, inputs.rows(), pool)
-    step = ForwardBatch(inputs.input_ids, inputs.positions, memory, index, inputs.adapters, inputs.embeds)
+    if inputs.spans is not None:
+        memory = both_ways(memory, backend.ops, inputs.spans)
+    step = ForwardBatch(inputs.input_ids, inputs.positions, memory, index, inputs.adapters, inputs.embeds, inputs.deep)
     return model.forward(step)
 
 

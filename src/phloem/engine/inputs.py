@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from phloem.attention import StateRows
+from phloem.attention._both_ways import Spans
 from phloem.attention._cascade import MOST_TOKENS, find, fixed_sizes
 from phloem.kernels.ops import PagedBatch, SharedPages
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from phloem.attention._cascade import Shared
     from phloem.core.batch import Batch
     from phloem.core.memory import Group
+    from phloem.engine.media import Pictures
     from phloem.engine.transfer import LastTokens
     from phloem.engine.wanted import Wanted
     from phloem.kvcache.pool import KVPool
@@ -49,6 +51,8 @@ class StepInputs:
     max_seq_len: int
     adapters: tuple[Tensor, Tensor] | None = None  # of the tokens [T] and of the wanted positions [L], int32
     embeds: tuple[Tensor, Tensor] | None = None
+    deep: Tensor | None = None  # as in `ForwardBatch`
+    spans: Spans | None = None  # pictures that see themselves both ways
     shared: dict[int, SharedPages] = field(default_factory=dict)  # by group
 
     @property
@@ -221,11 +225,18 @@ class Step:
     """A batch on its way through the ways of running it; what they share is made once."""
 
     def __init__(
-        self, batch: Batch, wanted: Wanted, pool: KVPool, last: LastTokens, sharing: Sharing | None = None
+        self,
+        batch: Batch,
+        wanted: Wanted,
+        pool: KVPool,
+        last: LastTokens,
+        sharing: Sharing | None = None,
+        pictures: Pictures | None = None,
     ) -> None:
         self.batch = batch
         self.wanted = wanted
         self._sharing = sharing
+        self._pictures = pictures
         self._shared: dict[int, Shared] | None = None
         self._pool, self._last = pool, last
         self._arrays: Sequence[Any] | None = None
@@ -241,7 +252,7 @@ class Step:
         """Its tokens are all of the vocabulary, at one position each."""
         batch = self.batch
         turned = batch.positions is not None and batch.positions.ndim > 1
-        return not batch.embeds and not turned
+        return not batch.embeds and not turned and self._pictures is None
 
     def adapter_arrays(self) -> list[NDArray[np.int32]]:
         """The adapters of its tokens [T] and of its wanted positions [L], where it has any."""
@@ -336,7 +347,20 @@ class Step:
             index = [np.arange(one.start, one.start + len(one.values)) for one in batch.embeds]
             rows, values = up([np.concatenate(index), np.concatenate([one.values for one in batch.embeds])])
             inputs.embeds = rows, values
+        if self._pictures is not None:
+            values_nN, *more = self._pictures.values.split(self._pictures.hidden_size, -1)
+            inputs.embeds = self._pictures.index, values_nN
+            inputs.deep = torch.stack(more) if more else None
+            inputs.spans = self._spans(self._pictures.spans) if self._pictures.spans else None
         return inputs
+
+    def _spans(self, spans: list[tuple[int, int, int]]) -> Spans:
+        first, counts, ends = (np.array(each) for each in zip(*spans, strict=True))
+        index = np.concatenate([np.arange(at, at + count) for at, count, _ in spans])
+        rows = np.searchsorted(np.cumsum(self.batch.query_lens), first, side="right")
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        index_n, rows_S, starts_S, ends_S = self._last.up([index, rows, starts, ends.astype(np.int32)])
+        return Spans(index_n, rows_S, starts_S, ends_S, int(counts.max()), int(ends.max()))
 
     def _moved(self, batch: Batch, index: NDArray[np.int64], more: Sequence[Any] = ()) -> Sequence[Any]:
         last, pool = self._last, self._pool

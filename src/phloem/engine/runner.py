@@ -7,6 +7,7 @@ The parts: `thread` (the queue, the order, running out of memory), `forward` (th
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from phloem.attention import AttentionBackend, Sharing
     from phloem.core.batch import Batch, Follower, StepOutput
+    from phloem.engine.media import Desk
     from phloem.engine.pipeline import Settle
     from phloem.engine.recorded.choice import RecordedWay
     from phloem.kernels.ops import Ops
@@ -62,15 +64,18 @@ class StepWork:
         recorded: Sequence[RecordedWay],
         streams: Streams | None,
         sharing: Sharing | None = None,
+        heated: bool = False,
+        desk: Callable[[LastTokens], Desk] | None = None,
     ) -> None:
         self.model, self.ops, self._sharing = model, ops, sharing
-        self.slots = Slots(max_slots, model.vocab_size, pool.device)
+        self.slots = Slots(max_slots, model.vocab_size, pool.device, heated)
         self.last = LastTokens(max_slots, pool.device, facts.on_host, streams, ops)
         self.masks = Masks(model.vocab_size, pool.device, ops, facts.masks_ahead, self.last.up)
         self._on_host, self._forgotten = facts.on_host, 0
         self._apart = facts.on_host and all(group.kind == "pages" for group in pool.groups)
         self.gaps = Gaps(recorded) if recorded and facts.records_idle else None
         self._pool = pool
+        self.desk = None if desk is None else desk(self.last)
         self._forward = Forward(recorded, Eager(model, backend, pool))
         self.chooser = Chooser(model, ops, self.slots, self.last, self.masks)
 
@@ -87,6 +92,8 @@ class StepWork:
     def forget(self) -> None:
         self._forgotten += 1
         self.masks.drop()
+        if self.desk is not None:
+            self.desk.forget()
         self.slots.clear()
 
     def _admit(self, order: Order) -> None:
@@ -100,6 +107,9 @@ class StepWork:
     def begin(self, order: Order, settle: Settle) -> Flight:
         """Give a step to the device; `settle` is called when only the computation is left to do."""
         start = perf_counter()
+        desk = self.desk
+        if desk is not None:
+            order = replace(order, batch=desk.admit(order.batch))
         batch = order.batch
         self._admit(order)
         wanted = Wanted.of(batch)
@@ -112,8 +122,11 @@ class StepWork:
         output = empty(batch)
         output.drafted = wanted.drafted
         before = perf_counter()
-        rows = apart(batch) if self._apart and wanted.starts is not None else batch
-        hidden_LN = self._forward.run(Step(rows, wanted, self._pool, self.last, self._sharing), settle)
+        placed, pictures = (batch, None) if desk is None else desk.dress(batch)
+        rows = apart(placed) if self._apart and wanted.starts is not None else placed
+        hidden_LN = self._forward.run(Step(rows, wanted, self._pool, self.last, self._sharing, pictures), settle)
+        if desk is not None:
+            output.encoded, output.found = desk.counted()
         if late:
             self._values(settle)
             self.masks.begin(slots, wanted)
@@ -159,7 +172,9 @@ class ModelRunner:
         give_back: frees what the device's allocator keeps without using it, after a step ran out of memory.
         begin: called once in the thread that runs the steps.
         sharing: what it costs to attend to pages that rows share once for all of them; None: it is not done.
+        desk: makes what minds the pictures of requests, where the model takes any.
         kernels: tells what has been compiled, where kernels are compiled at run time.
+        heated: log probabilities of sampled tokens are those after temperature.
     """
 
     def __init__(
@@ -177,6 +192,8 @@ class ModelRunner:
         begin: Callable[[], None] | None = None,
         sharing: Sharing | None = None,
         kernels: Callable[[], dict[str, Any]] | None = None,
+        heated: bool = False,
+        desk: Callable[[LastTokens], Desk] | None = None,
     ) -> None:
         self.model, self.pool = model, pool
         self.groups, self.num_pages, self.page_size = pool.groups, pool.num_pages, pool.page_size
@@ -187,7 +204,9 @@ class ModelRunner:
         self._kernels = kernels
         self._handed: dict[int, Follower | None] = {}
         self._handing = threading.Lock()
-        self._work = work = StepWork(model, backend, pool, ops, max_slots, facts, recorded, streams, sharing)
+        self._work = work = StepWork(
+            model, backend, pool, ops, max_slots, facts, recorded, streams, sharing, heated, desk
+        )
         self._steps = StepThread(
             work.begin,
             work.needs_values,

@@ -42,6 +42,7 @@ class Slot:
     vocab: int
     eos: Tensor | None = None  # `eos_ids` int64 on the device, where `min_new_tokens` forbids them for now
     made: list[Processor] | None = None  # the processors, at their first use
+    heat: float = 1.0  # what logits are divided by before log probabilities are taken
     untold: list[int] = field(default_factory=list)  # tokens sampled since the follower was last called
 
     @property
@@ -72,7 +73,9 @@ class Slot:
 class Slots:
     """All of them. What only decides how a token is chosen is kept in arrays by slot."""
 
-    def __init__(self, count: int, vocab: int, device: torch.device) -> None:
+    def __init__(self, count: int, vocab: int, device: torch.device, heated: bool = False) -> None:
+        """`heated`: log probabilities are those after temperature."""
+        self._heated = heated
         self._slots: list[Slot | None] = [None] * count
         self._vocab = vocab
         self._device = device
@@ -110,6 +113,8 @@ class Slots:
             eos=index_tensor(admission.eos_ids, self._device) if params.min_new_tokens else None,
             output=admission.tokens[admission.num_prompt :].tolist() if params.processors else [],
         )
+        if self._heated and not params.greedy:
+            found.heat = params.temperature
         self.argmax_only[admission.slot] = params.greedy and found.plain and not found.return_logprob
         self.easy[admission.slot] = self.argmax_only[admission.slot] and not found.return_hidden
         self.follows[admission.slot] = found.follows

@@ -15,10 +15,12 @@ from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.attention._packed import refusal
 from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import resolve, speculation
+from phloem.core.config import parse_bytes
 from phloem.core.errors import ConfigError
 from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
 from phloem.engine import warm
+from phloem.engine.media import Desk
 from phloem.engine.pooled import PooledRunner
 from phloem.engine.recorded import choice
 from phloem.engine.runner import ModelRunner
@@ -28,6 +30,7 @@ from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
 from phloem.models._common import Decoder
 from phloem.models._pooled import load_pooled
+from phloem.models._transformers import load_foreign
 from phloem.platforms._facts import own_float8
 from phloem.utils import log
 from phloem.utils.cores import available_cores
@@ -38,8 +41,9 @@ if TYPE_CHECKING:
     from phloem.adapters._sites import Sites
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
+    from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
-    from phloem.models import Model
+    from phloem.models import Model, Tower
     from phloem.models._scales import LayerScales
     from phloem.platforms import Platform
 
@@ -63,6 +67,7 @@ class Built:
     mixed_prefill_size: int
     worthwhile_prefill: int
     max_total_tokens: int
+    tower: Tower | None = None  # of pictures
     sites: Sites | None = None  # where adapters go, if any are served
     decisions: list[Decision] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
@@ -89,6 +94,7 @@ class _Machine:
     running: int
     chunk: int
     mixed: int
+    eager: str = ""  # why steps cannot be recorded
 
 
 def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
@@ -102,7 +108,10 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     decisions: list[Decision] = []
     context = _take(decisions, resolve.context_length(config.model.context_length, checkpoint.context_length))
     checkpoint = replace(checkpoint, context_length=context)  # tables of positions need not be longer
+    decisions.append(Decision("model_impl", checkpoint.chosen.impl, checkpoint.chosen.reason))
     machine = _machine(config, checkpoint, decisions)
+    if checkpoint.chosen.impl == "transformers":
+        machine = _foreign(config, machine)
     if checkpoint.pooling is not None:
         phase.end("device")
         return _build_pooled(config, checkpoint, machine, decisions, phase)
@@ -120,7 +129,8 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     threads = _take(decisions, resolve.threads(config.runtime.threads, available_cores()))
     platform, chosen = platforms.choose(config.runtime.device, threads)
     decisions.append(chosen)
-    ops, why = platform.table(config.runtime.ops, float32=config.model.dtype == "float32")
+    asked_ops = config.runtime.ops or ("invariant" if config.runtime.enable_deterministic_inference else None)
+    ops, why = platform.table(asked_ops, float32=config.model.dtype == "float32")
     decisions.append(Decision("ops", ops.name, why))
     if ops.activations is not None:
         decisions.append(Decision("activations", *ops.activations))
@@ -131,6 +141,13 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
     mixed = _take(decisions, resolve.mixed_chunk(platform.default_mixed_chunk, chunk))
     return _Machine(platform, ops, dtype, running, chunk, mixed)
+
+
+def _foreign(config: Config, machine: _Machine) -> _Machine:
+    """For a model whose code is not ours: it is called op by op, and rows may round otherwise beside others."""
+    if config.lora.enable_lora or config.lora.lora_paths:
+        raise ConfigError("adapters are served beside models with a file of their own alone", param="enable_lora")
+    return replace(machine, ops=replace(machine.ops, row_bits=False), eager="transformers' code is called op by op")
 
 
 def _build(
@@ -148,11 +165,11 @@ def _build(
     sites = served.sites(config.lora, model, ops, dtype, platform.facts.on_host, decisions)
     phase.end("weights")
 
-    kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _kv_dtype(config, dtype)
+    kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _kept_in(config, dtype, model)
     scales = _kv_scales(config, checkpoint, model, kv_dtype, decisions)
     backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
     page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
-    recorded = ops.recorder is not None and not config.runtime.disable_step_graph
+    recorded = ops.recorder is not None and not config.runtime.disable_step_graph and not machine.eager
     need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales)
     if warming is not None:
         warming.finish(need, platform.device, decisions)
@@ -165,7 +182,8 @@ def _build(
         sharing, why = None, "as asked"
     decisions.append(Decision("cascade_attention", "off" if sharing is None else "on", why))
     left, shares = platform.memory()[0], sharing is not None
-    place = choice.Place(model, backend, pool, ops, platform.facts, left, sizing.graph_bytes, shares, sites is not None)
+    beside = sizing.graph_bytes, shares, sites is not None, machine.eager
+    place = choice.Place(model, backend, pool, ops, platform.facts, left, *beside)
     pages = -(-min(context, sizing.tokens) // page) + 1
     rows = max(running, speculation.wanted(config).rows) if platform.facts.on_host else running
     ways = choice.choose(config.runtime, place, rows, pages, chunk, decisions)
@@ -177,7 +195,8 @@ def _build(
     runner = ModelRunner(
         model, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
-        kernels=warming.told if warming is not None else None,
+        kernels=warming.told if warming is not None else None, heated=config.model.logprobs_mode == "temperature",
+        desk=_desk(config, model, ops, running),
     )  # fmt: skip
     info = {
         "weight_bytes": model.weight_bytes,
@@ -189,7 +208,19 @@ def _build(
     }
     worthwhile = min(chunk, platform.worthwhile_chunk)
     sizes = running, chunk, machine.mixed, worthwhile, sizing.tokens
-    return Built(runner, context, *sizes, sites, decisions, info)
+    return Built(runner, context, *sizes, _tower(model), sites, decisions, info)
+
+
+def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[LastTokens], Desk] | None:
+    tower = _tower(model)
+    if tower is None:
+        return None
+    budget = parse_bytes(config.media.mm_encoder_cache, "mm_encoder_cache")
+    return lambda last: Desk(tower, ops, running, budget, last.up)
+
+
+def _tower(model: Model) -> Tower | None:
+    return model.tower if isinstance(model, Decoder) else None
 
 
 def _taken(model: Model, sites: Sites | None, platform: Platform) -> int:
@@ -235,7 +266,7 @@ def _build_pooled(
         "device": platform.name,
         "prepared": runner.prepared,
     }
-    return Built(runner, checkpoint.context_length, running, chunk, chunk, chunk, 0, None, decisions, info)
+    return Built(runner, checkpoint.context_length, running, chunk, chunk, chunk, 0, None, None, decisions, info)
 
 
 def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision]) -> Ops:
@@ -257,11 +288,16 @@ def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisio
 
 def _loaded(config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision]) -> Model:
     platform, begun = machine.platform, perf_counter()
-    stager = platform.stager() if checkpoint.format == "safetensors" else None
+    own = checkpoint.chosen.impl == "phloem"
+    stager = platform.stager() if checkpoint.format == "safetensors" and own else None
     method = quant.method_for(config.model.quantization, checkpoint.stored)
     ctx = BuildContext(machine.ops, machine.dtype, platform.device, quant=method, stager=stager)
     try:
-        model = models.load_model(checkpoint, ctx, _progress(checkpoint.name))
+        if not own:
+            trust = config.model.trust_remote_code
+            model = load_foreign(checkpoint, ctx, _progress(checkpoint.name), trust=trust)
+        else:
+            model = models.load_model(checkpoint, ctx, _progress(checkpoint.name))
     finally:
         if stager is not None:
             stager.close()
@@ -277,7 +313,9 @@ def _ahead(config: Config, checkpoint: Checkpoint, machine: _Machine) -> tuple[d
     backend = config.runtime.attention_backend or _backend_names(machine.platform)[0]
     kept, name = config.cache.kv_cache_dtype, str(machine.dtype).removeprefix("torch.")
     refusal = None
-    if checkpoint.quantised or config.model.quantization is not None:
+    if machine.eager:
+        refusal = f"{machine.eager}: which kernels it needs shows when it runs"
+    elif checkpoint.quantised or config.model.quantization is not None:
         refusal = "which form quantised weights take shows when they are loaded"
     elif machine.ops.name not in warm.TABLES:
         refusal = f"the op table {machine.ops.name!r} has no such kernels"
@@ -357,6 +395,15 @@ def _kv_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
     return own_float8() if name == FP8 else _KV_DTYPES[name]
 
 
+def _kept_in(config: Config, dtype: torch.dtype, model: Model) -> torch.dtype:
+    """The type of keys and values. Raises ConfigError for one that the model's pictures cannot be attended to in."""
+    kind, tower = _kv_dtype(config, dtype), _tower(model)
+    if tower is not None and tower.whole and kind.itemsize == 1:
+        why = "the tokens of this model's pictures see each other both ways, in 16 bits or more"
+        raise ConfigError(f"kv_cache_dtype: {why}", param="kv_cache_dtype")
+    return kind
+
+
 def _eight_bits(
     config: Config, checkpoint: Checkpoint, model: Model, platform: Platform, ops: Ops
 ) -> torch.dtype | None:
@@ -365,6 +412,9 @@ def _eight_bits(
     few = config.model.quantization is not None or checkpoint.quantised
     asked = config.cache.kv_cache_dtype != "auto" or config.model.dtype != "auto"
     kind = platform.quantised_kv_dtype
+    tower = _tower(model)
+    if tower is not None and tower.whole:
+        return None  # its pictures' attention reads keys and values as they are
     if kind is None or asked or not few or any(isinstance(spec, Latent) for spec in model.memory):
         return None
     need = AttentionNeed(model.attention_specs, kind, platform.device, config.cache.page_size)

@@ -29,3 +29,17 @@ def _alike(old: PackedLinear, new: PackedLinear) -> bool:
     if not same or old.paired != new.paired or [m.numel() for m in old.memory] != [m.numel() for m in new.memory]:
         return False
     return torch.equal(old.segments[:, _DATA + 1 :], new.segments[:, _DATA + 1 :])
+
+
+def memory(weight: Any) -> list[torch.Tensor]:
+    """A packed weight's bytes."""
+    return list(weight.memory)
+
+
+def renew(weight: Any) -> None:
+    """The float32 copy of the bias that the kernels read."""
+    if isinstance(weight, torch.Tensor) or weight.bias is None:
+        return
+    bias, kept = weight.bias
+    if kept is not bias:
+        kept.copy_(bias)

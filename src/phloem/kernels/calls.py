@@ -172,6 +172,17 @@ class LatentCall:
 
 
 @dataclass(frozen=True, slots=True)
+class IndexCall:
+    """How a layer chooses the earlier tokens that a token attends to (DeepSeek-V3.2): the best by the sum over heads of
+    weight * relu(q . key)."""
+
+    q: Tensor  # [T, H, D]
+    keys: Tensor  # [T, D], of the new tokens
+    weights: Tensor  # [T, H]
+    count: int  # tokens at most
+
+
+@dataclass(frozen=True, slots=True)
 class Draw:
     """What rows of logits are sampled by. `engine/sampler.py` specifies the result; a temperature of 0 is greedy."""
 

@@ -17,7 +17,7 @@ from phloem.kernels import _native_recurrent as recurrent
 from phloem.kernels import _native_sampling as sampling
 from phloem.kernels import native_linear
 from phloem.kernels._native_recorder import Recorder
-from phloem.kernels._native_refill import refill
+from phloem.kernels._native_refill import memory, refill, renew
 from phloem.kernels._native_runtime import Unavailable, runtime
 from phloem.kernels.ops import Ops
 from phloem.utils.cores import available_cores
@@ -59,12 +59,17 @@ def table(
     }
     kv = (torch.bfloat16, torch.int8)
     name = "invariant" if invariant else "native"
+    kept = {"refill": refill, "memory": memory, "renew": renew}
     whole = dataclasses.replace(
-        Ops(), name=name, kv_dtypes=kv, row_bits=True, recorder=lambda: Recorder(rt), refill=refill, **made
+        Ops(), name=name, kv_dtypes=kv, row_bits=True, recorder=lambda: Recorder(rt), **kept, **made
     )
     activations, adapters = (_FLOAT32, torch.float32) if float32 else (_ROUNDED, torch.bfloat16)
     return dataclasses.replace(
-        whole, activations=activations, adapter_dtype=adapters, apart=linear.apart if invariant else None
+        whole,
+        activations=activations,
+        adapter_dtype=adapters,
+        apart=linear.apart if invariant else None,
+        whole_logprobs=invariant,
     )
 
 

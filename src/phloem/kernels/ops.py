@@ -21,10 +21,12 @@ from phloem.kernels import reference_attention as attention
 from phloem.kernels import reference_experts as experts
 from phloem.kernels import reference_models as models
 from phloem.kernels import reference_scan as scan
+from phloem.kernels import reference_streams as streams
 from phloem.kernels.calls import (
     Adapters,
     AttentionCall,
     Draw,
+    IndexCall,
     LatentCall,
     LinearOp,
     Norm,
@@ -112,12 +114,20 @@ class Ops:
     # Whether a row's results have the same bits in steps of 1 to 24 rows.
     row_bits: bool = False
 
+    # Whether log probabilities are read from whole rows of logits, which gives each the same bits wherever it is computed.
+    whole_logprobs: bool = False
+
     # Types of KV cache that `write_kv` and `paged_attention` take; None: every floating type.
     kv_dtypes: tuple[torch.dtype, ...] | None = None
 
     # Latent attention (MLA): a cache of one latent a token, `[pages, 1, S, L + P]`.
     write_latent: Callable[[Tensor, Tensor, Tensor], None] = attention.write_latent  # latents[T, L + P], cache, slots
     latent_attention: LatentAttentionOp = attention.latent_attention
+    # Sparse attention over latents: see `reference_attention`. The second is `latent_attention` with positions [T, k].
+    choose_keys: Callable[[IndexCall, Tensor, PagedBatch], Tensor] = attention.choose_keys
+    chosen_latent_attention: Callable[[Tensor, Tensor, Tensor, PagedBatch, LatentCall, Tensor], Tensor] = (
+        attention.latent_attention
+    )
 
     # Mixture of experts: softmax of router logits[T, E], the best k experts of each token (their weights scaled to sum
     # to 1 if asked), their gated MLPs with SiLU, summed by weight. `prepare_experts` stacks expert after expert along
@@ -164,12 +174,19 @@ class Ops:
     relu: Callable[[Tensor], Tensor] = models.relu
     relu2: Callable[[Tensor], Tensor] = models.relu2
     scale: Callable[[Tensor, float], Tensor] = models.scale
-    scale_rows: Callable[[Tensor, Tensor], Tensor] = models.scale_rows  # x[T, ...], a number for each row [T]
+    scale_rows: Callable[[Tensor, Tensor], Tensor] = models.scale_rows  # x[T, ...], a number for each row [T], or [1]
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = models.layer_norm  # x, weight, bias, eps
     # x, gate, weight, eps, group (0: the whole axis), norm before the gate
     gated_rms_norm: Callable[[Tensor, Tensor, Tensor, float, int, bool], Tensor] = models.gated_rms_norm
     # positions[3, T], cos_sin, sections, interleaved -> positions[T] and cos_sin[T, 2, rotary / 2] for a `Rotation`
     mrope_table: Callable[[Tensor, Tensor, tuple[int, ...], bool], tuple[Tensor, Tensor]] = models.mrope_table
+    # Streams of hidden states: see `reference_streams`.
+    mix_streams: Callable[[Tensor, Tensor], Tensor] = streams.mix_streams  # x[T, S, N], mix[T, S, S]
+    spread_streams: Callable[[Tensor, Tensor, Tensor, float], Tensor] = (
+        streams.spread_streams
+    )  # x, y[T, N], scale, more
+    match_rms: Callable[[Tensor, Tensor], Tensor] = streams.match_rms
+    sparsify: Callable[[Tensor, float], Tensor] = streams.sparsify
     # Recurrent mixers: see `reference_scan`. Each gives its result and the rows' states after the step.
     causal_conv: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, bool], tuple[Tensor, Tensor]] = (
         scan.causal_conv
@@ -179,6 +196,9 @@ class Ops:
     mamba2_scan: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
         scan.mamba2_scan
     )
+    selective_scan: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]
+    ] = scan.selective_scan
     gated_delta: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = (
         scan.gated_delta
     )
@@ -189,3 +209,7 @@ class Ops:
     # Put a weight that was prepared anew into the memory of the old one: True if it is there now, and every recorded
     # step sees it. None: weights that are not tensors move when they are updated.
     refill: Callable[[Any, Any], bool] | None = None
+    # The memory that a prepared weight's values lie in, and nothing else's, as rows of bytes. None: it is a tensor.
+    memory: Callable[[Any], list[Tensor]] | None = None
+    # Make anew what was kept of a bias in another type: the tensor itself has been overwritten.
+    renew: Callable[[Any], None] | None = None

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from phloem.kernels.reference import softcap
+from phloem.kernels.reference_models import index_scores, topk_indices
 
 if TYPE_CHECKING:
-    from phloem.kernels.calls import AttentionCall, Cache, LatentCall, PagedBatch
+    from phloem.kernels.calls import AttentionCall, Cache, IndexCall, LatentCall, PagedBatch
 
 
 def paged_attention(
@@ -89,10 +90,30 @@ def write_latent(latent_TC: Tensor, cache: Tensor, slots_T: Tensor) -> None:
     cache[slots_T // size, 0, slots_T % size] = latent_TC.to(cache.dtype)
 
 
+def choose_keys(call: IndexCall, cache: Tensor, batch: PagedBatch) -> Tensor:
+    """Positions that each token attends to, int32 [T, count], best first and -1 behind the last, out of the indexer's
+    keys `[pages, 1, S, D]`, in which the new tokens' are already."""
+    starts, parts = batch.query_start.tolist(), list[Tensor]()
+    for row, length in enumerate(batch.seq_lens.tolist()):
+        span = slice(starts[row], starts[row + 1])
+        pages = batch.page_table[row, : -(-length // cache.shape[2])].long()
+        keys_LD = cache[pages, 0].flatten(0, 1)[:length]
+        scores_TL = index_scores(call.q[span], keys_LD, call.weights[span])
+        seen_T = torch.arange(length - len(scores_TL), length, device=cache.device) + 1
+        parts.append(topk_indices(scores_TL, seen_T, call.count))
+    return torch.cat(parts)
+
+
 def latent_attention(
-    q_nope_THN: Tensor, q_rope_THP: Tensor, cache: Tensor, batch: PagedBatch, call: LatentCall
+    q_nope_THN: Tensor,
+    q_rope_THP: Tensor,
+    cache: Tensor,
+    batch: PagedBatch,
+    call: LatentCall,
+    chosen_Tk: Tensor | None = None,
 ) -> Tensor:
-    """MLA as its paper writes it: keys and values are expanded from the latents, nothing is absorbed. [T, H, D]."""
+    """MLA as its paper writes it: keys and values are expanded from the latents, nothing is absorbed. [T, H, D].
+    `chosen_Tk`: the positions that each token attends to, as `choose_keys` gives them; None: all up to its own."""
     latent = call.w_uk.shape[2]
     starts = batch.query_start.tolist()
     parts: list[Tensor] = []
@@ -107,5 +128,10 @@ def latent_attention(
         scores = (scores + turned) * call.scale
         here = torch.arange(length - (end - begin), length, device=cache.device)[:, None]
         scores.masked_fill_(here < torch.arange(length, device=cache.device), float("-inf"))
+        if chosen_Tk is not None:
+            seen_TL = torch.zeros(end - begin, length + 1, dtype=torch.bool, device=cache.device)
+            chosen = chosen_Tk[begin:end].long()
+            seen_TL.scatter_(1, torch.where(chosen < 0, length, chosen), True)
+            scores.masked_fill_(~seen_TL[:, :length], float("-inf"))
         parts.append(torch.einsum("htl,hld->thd", scores.softmax(-1), v_HLD).to(q_nope_THN.dtype))
     return torch.cat(parts)

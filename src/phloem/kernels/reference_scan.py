@@ -1,4 +1,4 @@
-"""Plain torch of recurrent mixers: causal convolution, Mamba 2 and gated delta nets, token after token.
+"""Plain torch of recurrent mixers: causal convolution, Mamba 1 and 2, gated delta nets, token after token.
 
 Rows of a step are packed: tokens of row r are `[query_start[r], query_start[r + 1])`. Each op is given the states that
 the rows had before this step, `[R, ...]`, and gives those after it; what was read is left as it was.
@@ -87,6 +87,35 @@ def mamba2_scan(
             out[t] = y_HD.to(out.dtype)
         states[row] = state_HDS
     return out, states.to(state_RHDS.dtype)
+
+
+def selective_scan(
+    x_TC: Tensor,
+    dt_TC: Tensor,
+    decay_CS: Tensor,
+    b_TS: Tensor,
+    c_TS: Tensor,
+    skip_C: Tensor,
+    state_RCS: Tensor,
+    query_start: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Mamba 1 (Gu and Dao, 2023): every channel has steps of its own, and every entry of its state a decay.
+
+    h = exp(dt decay) h + dt x b, y = h . c + skip x. `dt_TC` and `decay_CS` as in `mamba2_scan`.
+
+    Returns:
+        y [T, C] and the states after the rows' last tokens.
+    """
+    starts = query_start.tolist()
+    out, states = torch.empty_like(x_TC), state_RCS.float().clone()
+    for row in range(len(starts) - 1):
+        state_CS = states[row]
+        for t in range(starts[row], starts[row + 1]):
+            x_C, dt_C1 = x_TC[t].float(), dt_TC[t].float()[:, None]
+            state_CS = torch.exp(dt_C1 * decay_CS.float()) * state_CS + dt_C1 * x_C[:, None] * b_TS[t].float()
+            out[t] = (state_CS @ c_TS[t].float() + skip_C.float() * x_C).to(out.dtype)
+        states[row] = state_CS
+    return out, states.to(state_RCS.dtype)
 
 
 def gated_delta(

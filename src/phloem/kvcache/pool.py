@@ -95,6 +95,11 @@ class KVPool:
                 done += count
         return done
 
+    def discard(self) -> int:
+        """Give all of the memory back to the system, which gives zeros when it is touched again; bytes. For nobody's
+        pages, in host memory."""
+        return system.discard((tensor.data_ptr(), tensor.nbytes) for tensor in self._stored)
+
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._stored)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from phloem.checkpoint.describe import describe
+from phloem.checkpoint.describe import described
 from phloem.core.config import Config
 from phloem.core.errors import PhloemError
 from phloem.core.messages import Failed, Progress, decode_to_engine, encode, refusal
@@ -64,9 +64,7 @@ def _serve(config: Config, pipe: EnginePipe) -> None:
         return received(pipe.poll(timeout), send)
 
     model = config.model
-    checkpoint = describe(
-        model.model_path, model.load_format, model.revision, model.tokenizer_path, model.task, draws=True
-    )
+    checkpoint = described(model)
     serve(config, checkpoint, send, poll, _settle, memory.trim)
 
 

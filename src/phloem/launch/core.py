@@ -23,6 +23,8 @@ from phloem.grammar._manager import GrammarManager, GrammarSettings
 from phloem.kvcache.manager import CacheManager
 from phloem.launch.pictures import PictureCore
 from phloem.launch.rest import Resting
+from phloem.models._common import Decoder
+from phloem.rl.keeper import Keeper
 from phloem.scheduler import loop
 from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
 from phloem.speculation import assemble
@@ -99,12 +101,16 @@ class EngineCore:
             debug_invariants=config.runtime.debug_invariants,
             whole_prompts=checkpoint.pooling is not None,
             speculates=speculates,
+            sees=built.tower is not None,
+            whole_pictures=built.tower is not None and built.tower.whole,
         )
         self._grammars = _grammars(config, checkpoint)
         prepare = self._grammars.prepare if self._grammars is not None else _no_grammar
         self._sends = send
-        self._desk = _desk(config, built, report)
-        self.scheduler = Scheduler(runner, settings, cache, self._send, prepare=prepare, lender=self._desk)
+        self._desk, self._keeper = _desk(config, built, report), _keeper(config, checkpoint, built)
+        self.scheduler = Scheduler(
+            runner, settings, cache, self._send, prepare=prepare, lender=self._desk, keeper=self._keeper
+        )
         self.info: dict[str, Any] = {
             **built.info,
             "max_total_num_tokens": built.max_total_tokens,
@@ -141,6 +147,8 @@ class EngineCore:
         self._watchdog.close()
         if self._desk is not None:
             self._desk.close()
+        if self._keeper is not None:
+            self._keeper.close()
         self.runner.close()
         if self._grammars is not None:
             self._grammars.close()
@@ -195,6 +203,19 @@ def _desk(config: Config, built: Built, report: worker.Report) -> Desk | None:
         raise ConfigError(error.message, param="lora_paths") from None
     report("adapters", perf_counter() - begun)
     return desk
+
+
+def _keeper(config: Config, checkpoint: Checkpoint, built: Built) -> Keeper | None:
+    """What changes weights; None for models that do not generate, or that run transformers' code."""
+    if not isinstance(built.runner, ModelRunner) or not isinstance(built.runner.model, Decoder):
+        return None
+    return Keeper(
+        built.runner,
+        built.runner.model,
+        checkpoint,
+        config.model.weight_version,
+        config.runtime.enable_weights_cpu_backup,
+    )
 
 
 def _no_grammar(submit: Submit, prompt: Any) -> None:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from phloem.layers.rope import Rope
 
 # head: of each head before the rotation, fused with it where a table can; after: of each head, behind the rotation;
-# whole: of the whole projection before it is split into heads.
-QKNorm = Literal["", "head", "after", "whole"]
+# unit: as that, without weights; whole: of the whole projection before it is split into heads.
+QKNorm = Literal["", "head", "after", "unit", "whole"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class AttentionOptions:
     q_norm: str = "q_norm"  # the norms' names
     k_norm: str = "k_norm"
     v_norm: bool = False  # each head of v is normalised, without a weight
+    k_as_v: bool = False  # v is what k_proj gives, before the norm of k: there is no v_proj
     gate: bool = False  # q_proj gives a gate beside each head of q; the output is multiplied by its sigmoid
     sinks: str = ""  # the name of the weight with one logit per head
     fused: str = ""  # the tensor that a checkpoint keeps q, k and v in, in this order
@@ -99,10 +100,11 @@ class SelfAttention(Layer):
         q_head = spec.head_size * (2 if options.gate else 1)
         self.q_end = self.spec.heads * q_head
         self.k_end = self.q_end + self.spec.kv_heads * spec.head_size
+        count = 3 if spec.writes and not options.k_as_v else 2 if spec.writes else 1  # of q, k and v
         sizes = (spec.heads * q_head, spec.kv_heads * spec.head_size, spec.kv_heads * spec.values)
         names = (options.q_proj, options.k_proj, options.v_proj)
         parts: dict[str, int | Projection] = {}
-        for place, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        for place, (name, size) in enumerate(zip(names[:count], sizes, strict=False)):
             part = Part(sum(sizes[:place]), transposed=options.transposed) if options.fused else None
             parts[name] = Projection(size, options.fused, part, q_cut if place == 0 else kv_cut)
         if options.grouped:
@@ -113,10 +115,11 @@ class SelfAttention(Layer):
         cut = cut_of(ctx.mesh.tp, 1)
         self.out = Linear(ctx, inner, {options.o_proj: out}, bias=options.out_bias, cut=cut)
         self.q_norm = self.k_norm = None
-        if options.qk_norm:
+        if options.qk_norm and options.qk_norm != "unit":
             self.q_norm = self._norm(ctx, options.q_norm, sizes[0], q_cut)
-            self.k_norm = self._norm(ctx, options.k_norm, sizes[1], kv_cut)
-        self.ones = torch.ones(spec.values, device=ctx.device) if options.v_norm else None
+            # A layer that reads another's keys has normalised none: what stands here is not looked at.
+            self.k_norm = self._norm(ctx, options.k_norm, sizes[1], kv_cut) if spec.writes else self.q_norm
+        self.ones = torch.ones(spec.values, device=ctx.device) if options.v_norm or options.qk_norm == "unit" else None
         self.growth: Tensor | None = None  # the maker's, who knows how many positions there are
         self.sinks = _vector(ctx, options.sinks, spec.heads, q_cut) if options.sinks else None
 
@@ -147,7 +150,7 @@ class SelfAttention(Layer):
             qkv, total_TN = self.qkv(x_TN, norm=norm, residual=residual_TN)
             assert total_TN is not None  # a layer with a norm gives it
         heads, gate_THD = self._heads(qkv, step)
-        if options.qk_norm == "after":
+        if options.qk_norm in ("after", "unit"):
             self._turn_then_norm(heads)
         heads.distances = step.distances
         out_THD = step.memory.attend(spec, heads)
@@ -166,11 +169,15 @@ class SelfAttention(Layer):
         if options.gate:
             q_THD, gate_THD = q_THD[..., : spec.head_size], q_THD[..., spec.head_size :]
         if self.growth is not None:
-            factor_T1 = self.ops.embedding(step.positions, self.growth, 1.0)
+            factor_T1 = self.ops.select_rows(self.growth, step.positions)
             q_THD = self.ops.scale_rows(q_THD, factor_T1.view(-1))
-        k_TKD, v_TKD = k.unflatten(-1, (spec.kv_heads, -1)), v.unflatten(-1, (spec.kv_heads, -1))
-        if self.ones is not None:
-            v_TKD = self.ops.rms_norm(v_TKD, self.ones, options.eps)
+        if spec.writes:
+            k_TKD = k.unflatten(-1, (spec.kv_heads, -1))
+            v_TKD = k_TKD if options.k_as_v else v.unflatten(-1, (spec.kv_heads, -1))
+            if options.v_norm and self.ones is not None:
+                v_TKD = self.ops.rms_norm(v_TKD, self.ones, options.eps)
+        else:
+            k_TKD = v_TKD = q_THD[:, :0]
         sinks = None if self.sinks is None else self.sinks.value
         if fused and self.q_norm is not None and self.k_norm is not None:
             weights = self.q_norm.weight.value, self.k_norm.weight.value
@@ -187,7 +194,10 @@ class SelfAttention(Layer):
         if rotation is not None:
             self.ops.rope_(heads.q, heads.k, rotation.positions, rotation.cos_sin, rotation.interleaved)
             heads.rotation = None
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.options.qk_norm == "unit" and self.ones is not None:
+            eps = self.options.eps
+            heads.q, heads.k = (self.ops.rms_norm(x, self.ones, eps) for x in (heads.q, heads.k))
+        elif self.q_norm is not None and self.k_norm is not None:
             heads.q, heads.k = self.q_norm(heads.q), self.k_norm(heads.k)
 
 

@@ -6,6 +6,7 @@ attention backends made for this step. Models never see pages; backends never se
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from phloem.kernels.ops import LatentCall, Ops, Rotation
+    from phloem.kernels.ops import IndexCall, LatentCall, Ops, Rotation
     from phloem.quant import Method
     from phloem.quant._source import Stager
 
@@ -114,14 +115,33 @@ class StepMemory(Protocol):
         """As `AttentionStep`, over the pages of `spec.pool`."""
         ...
 
-    def attend_latent(self, pool: int, q_nope: Tensor, q_rope: Tensor, latent: Tensor, call: LatentCall, /) -> Tensor:
+    def attend_latent(
+        self,
+        pool: int,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        call: LatentCall,
+        chosen: Tensor | None = None,
+        /,
+    ) -> Tensor:
         """Latent attention: writes the new tokens' latents [T, L + P], rotated part last, into the pages of `pool`,
-        then attends over each row's; q_nope [T, H, N] and rotated q_rope [T, H, P] -> [T, H, value size]."""
+        then attends over each row's; q_nope [T, H, N] and rotated q_rope [T, H, P] -> [T, H, value size]. `chosen`: to
+        those of `choose` alone."""
+        ...
+
+    def choose(self, pool: int, call: IndexCall, /) -> Tensor | None:
+        """Which positions each token attends to, int32 [T, k]; None: all. Writes the new tokens' index keys into the
+        pages of `pool`."""
         ...
 
     def state(self, pool: int) -> StateStep:
         """Where a recurrent layer's state of each row is read and written; `pool`: the layer's pool index."""
         ...
+
+
+# Of packed texts or pictures of so many tokens each: what their layers attend by; nothing is kept.
+Pack = Callable[["Sequence[int]"], StepMemory]
 
 
 @dataclass(slots=True)
@@ -145,6 +165,7 @@ class ForwardBatch:
     # int32, 0: none: the adapter of each token [T], and of each row of `logit_index` [L]
     adapters: tuple[Tensor, Tensor] | None = None
     embeds: tuple[Tensor, Tensor] | None = None  # ([n] int64 tokens, [n, N] what stands in for their embeddings)
+    deep: Tensor | None = None  # [k, n, N]: added to the same tokens behind each of the first k layers
     types: Tensor | None = None  # [T] int64: which segment of its text a token is in; None: the first
     distances: Tensor | None = None  # for `Heads`
 

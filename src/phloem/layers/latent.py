@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from phloem.core.memory import Latent
-from phloem.kernels.calls import LatentCall
+from phloem.kernels.calls import IndexCall, LatentCall
 from phloem.layers.linear import Linear
-from phloem.layers.norm import AnyNorm, RMSNorm
+from phloem.layers.norm import AnyNorm, LayerNorm, RMSNorm
 from phloem.layers.weight import Layer, Projection, Weight, check_divides, cut_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from phloem.core.memory import MemorySpec
     from phloem.layers.context import BuildContext, ForwardBatch
     from phloem.layers.rope import Rope
 
@@ -37,8 +38,48 @@ class LatentSizes:
     bias: bool = False  # of the projections to the latents and of the output's
 
 
+@dataclass(frozen=True)
+class IndexSizes:
+    """Sizes of an indexer, which chooses the tokens that a layer attends to (DeepSeek-V3.2, 2025)."""
+
+    heads: int
+    size: int  # of a head
+    count: int  # tokens that are chosen at most
+
+
+class Indexer(Layer):
+    """Cheap heads that all share one key of each token: what they agree on is attended to. Every rank has all of it."""
+
+    def __init__(
+        self, ctx: BuildContext, hidden_size: int, q_rank: int, sizes: IndexSizes, pool: int, rope: Rope
+    ) -> None:
+        self.ops, self.sizes, self.pool, self.rope = ctx.ops, sizes, pool, rope
+        self.q = Linear(ctx, q_rank, {"wq_b": sizes.heads * sizes.size})
+        self.key = Linear(ctx, hidden_size, {"wk": sizes.size})
+        self.norm = LayerNorm(ctx.child("k_norm"), sizes.size, _EPS)
+        self.weights_of = Linear(ctx, hidden_size, {"weights_proj": sizes.heads})
+        self.memory = Latent(sizes.size, 0)
+        self.last: Tensor | None = None  # what this step chose, for layers that take it over
+
+    def __call__(self, x_TN: Tensor, q_TR: Tensor, step: ForwardBatch) -> Tensor | None:
+        """Positions [T, count] that each token attends to, of hidden states and the latents of queries; None: all."""
+        sizes = self.sizes
+        q_THD = self.q(q_TR)[0].unflatten(-1, (sizes.heads, sizes.size))
+        key_T1D = self.norm(self.key(x_TN)[0]).unflatten(-1, (1, sizes.size))
+        rotation = self.rope.at(step.positions)
+        self.ops.rope_(q_THD, key_T1D, rotation.positions, rotation.cos_sin, rotation.interleaved)
+        weights_TH = self.ops.scale(self.weights_of(x_TN)[0], (sizes.heads * sizes.size) ** -0.5)
+        call = IndexCall(q_THD, key_T1D.view(-1, sizes.size), weights_TH, sizes.count)
+        self.last = step.memory.choose(self.pool, call)
+        return self.last
+
+
 class LatentAttention(Layer):
-    """A mixer. The cache holds latents; keys and values of heads are never kept."""
+    """A mixer. The cache holds latents; keys and values of heads are never kept. `indexer` chooses what is attended to;
+    `lender` is that of an earlier layer, whose choice this one takes over."""
+
+    indexer: Indexer | None = None
+    lender: Indexer | None = None
 
     def __init__(
         self, ctx: BuildContext, hidden_size: int, sizes: LatentSizes, pool: int, scale: float, rope: Rope | None
@@ -47,7 +88,6 @@ class LatentAttention(Layer):
         check_divides("attention heads", sizes.heads, tp)
         self.ops, self.sizes, self.pool, self.scale, self.rope = ctx.ops, sizes, pool, scale, rope
         self.heads = sizes.heads // tp.size
-        self.memory = Latent(sizes.rank, sizes.rope)
         rows, q_head = cut_of(tp, 0), sizes.nope + sizes.rope
         down = {"kv_a_proj_with_mqa": sizes.rank + sizes.rope}
         queries = Projection(sizes.heads * q_head, "", None, rows)
@@ -66,6 +106,12 @@ class LatentAttention(Layer):
         self.up.cuts = () if rows is None else ((rows,),)
         self.out = Linear(ctx, sizes.heads * sizes.value, {"o_proj": hidden_size}, bias=sizes.bias, cut=cut_of(tp, 1))
 
+    @property
+    def memory(self) -> tuple[MemorySpec, ...]:
+        """A latent of every token, and its index key."""
+        own = Latent(self.sizes.rank, self.sizes.rope)
+        return (own,) if self.indexer is None else (own, self.indexer.memory)
+
     def attend(
         self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch
     ) -> tuple[Tensor, Tensor]:
@@ -73,7 +119,11 @@ class LatentAttention(Layer):
         sizes = self.sizes
         x_TN, total_TN = (x_TN, x_TN) if norm is None else norm.add(x_TN, residual_TN)
         low, _ = self.down(x_TN)
-        q = self.q(x_TN)[0] if self.q_norm is None else self.q(self.q_norm(low[:, : sizes.q_rank]))[0]
+        q_low = x_TN if self.q_norm is None else self.q_norm(low[:, : sizes.q_rank])
+        chosen = None if self.lender is None else self.lender.last
+        if self.indexer is not None:
+            chosen = self.indexer(x_TN, q_low, step)
+        q = self.q(q_low)[0]
         kv = low[:, sizes.q_rank :]
         q_THQ = q.unflatten(-1, (self.heads, -1))
         q_nope, q_rope = q_THQ[..., : sizes.nope], q_THQ[..., sizes.nope :]
@@ -82,7 +132,7 @@ class LatentAttention(Layer):
             rotation = self.rope.at(step.positions)
             self.ops.rope_(q_rope, turned, rotation.positions, rotation.cos_sin, rotation.interleaved)
         latent = self.ops.join(self.norm(kv[:, : sizes.rank]), turned.view(-1, sizes.rope))
-        out_THD = step.memory.attend_latent(self.pool, q_nope, q_rope, latent, self._call())
+        out_THD = step.memory.attend_latent(self.pool, q_nope, q_rope, latent, self._call(), chosen)
         return out_THD.view(-1, self.heads * sizes.value), total_TN
 
     def _call(self) -> LatentCall:

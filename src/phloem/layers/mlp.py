@@ -83,6 +83,7 @@ class PlainMLP(Layer):
             "gelu_new": ops.gelu_tanh,
             "gelu_fast": ops.gelu_tanh,
             "gelu_pytorch_tanh": ops.gelu_tanh,
+            "quick_gelu": lambda x: ops.sigmoid_mul(x, ops.scale(x, 1.702)),
             "relu": ops.relu,
             "relu2": ops.relu2,
         }

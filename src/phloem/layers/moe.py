@@ -39,6 +39,10 @@ class ExpertNames:
     down_bias: str = ""
     transposed: bool = False  # matrices are [in_features, out_features]
     alternating: bool = False
+    latent_in: str = (
+        "fc1_latent_proj"  # what experts read and what becomes of their sum, where they are of fewer features
+    )
+    latent_out: str = "fc2_latent_proj"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class ExpertsConfig:
     experts: ExpertSpec | None = None  # None: gated MLPs with SiLU
     router_bias: bool = False
     names: ExpertNames = field(default_factory=ExpertNames)
+    latent: int = 0  # how many features experts read and give; 0: those of hidden states
+    latent_bias: bool = False
 
 
 def softmax_experts(count: int, per_token: int, inner_size: int, activation: str, renormalise: bool) -> ExpertsConfig:
@@ -95,6 +101,12 @@ class SparseMLP(Layer):
             pair, pair_bias = pair[1:], pair_bias[1:]
         stack = _Stack(ctx, config, own, self.fused)
         inner = config.inner_size
+        self.narrow = self.widen = None
+        if config.latent:
+            bias = config.latent_bias
+            self.narrow = Linear(ctx, hidden_size, {names.latent_in: config.latent}, bias=bias)
+            self.widen = Linear(ctx, config.latent, {names.latent_out: hidden_size}, bias=bias)
+            hidden_size = config.latent
         self.gate_up = stack.slot(pair, (inner, hidden_size), "matrix", rows)
         self.down = stack.slot((names.down,), (hidden_size, inner), "matrix", cols)
         self.biases: tuple[Weight, Weight] | None = None
@@ -108,15 +120,21 @@ class SparseMLP(Layer):
         """As `GatedMLP`, and never summed: router and experts both read the normed input, the sum is not theirs."""
         del add
         x_TN, residual_TN = (x_TN, x_TN) if norm is None else norm.add(x_TN, residual_TN)
-        (logits_TE, _), spec = self.router(x_TN), self.config.router
+        logits_TE, _ = self.router(x_TN)
+        if self.narrow is None or self.widen is None:
+            return self._chosen(x_TN, logits_TE), residual_TN
+        return self.widen(self._chosen(self.narrow(x_TN)[0], logits_TE))[0], residual_TN
+
+    def _chosen(self, x_TN: Tensor, logits_TE: Tensor) -> Tensor:
+        """What the experts that the logits choose make of x."""
+        spec = self.config.router
         if self.fused:
             weights = self.gate_up.value, self.down.value
-            return self.ops.moe(x_TN, logits_TE, *weights, spec.top_k, spec.renormalise), residual_TN
+            return self.ops.moe(x_TN, logits_TE, *weights, spec.top_k, spec.renormalise)
         correction = None if self.correction is None else self.correction.value.view(-1)
         ids_Tk, weights_Tk = self.ops.route(logits_TE, correction, spec)
         biases = None if self.biases is None else (self.biases[0].value, self.biases[1].value)
-        out = self.ops.experts(x_TN, ids_Tk, weights_Tk, self.gate_up.value, self.down.value, self.spec, biases)
-        return out, residual_TN
+        return self.ops.experts(x_TN, ids_Tk, weights_Tk, self.gate_up.value, self.down.value, self.spec, biases)
 
 
 class SharedExperts(Layer):

@@ -1,4 +1,4 @@
-"""Mixers that keep a state of fixed size in place of keys and values: short convolutions, Mamba 2, gated delta nets.
+"""Mixers that keep a state of fixed size in place of keys and values: short convolutions, Mamba 1 and 2, delta nets.
 
 Legend: T packed tokens, R rows of the step, C channels, W taps, H heads, D head size, S state size, G groups, N hidden
 size. A row's states are read from where its last step left them and written elsewhere, so that a step can be undone.
@@ -7,22 +7,22 @@ size. A row's states are read from where its last step left them and written els
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from phloem.core.memory import State
 from phloem.layers.linear import Linear
+from phloem.layers.norm import AnyNorm, RMSNorm
 from phloem.layers.weight import Layer, Part, Projection, Weight, check_divides, cut_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from phloem.core.memory import MemorySpec
     from phloem.layers.context import BuildContext, ForwardBatch, StateStep
-    from phloem.layers.norm import AnyNorm
 
 FLOAT = "float32"  # a state adds up over a whole text
 
@@ -59,13 +59,19 @@ def vector(ctx: BuildContext, name: str, sizes: list[int], *behind: int) -> Weig
 
 
 class Convolution(Layer):
-    """A depthwise causal convolution over `sizes` channels, one after another, with `taps` tokens."""
+    """A depthwise causal convolution over `sizes` channels, one after another, with `taps` tokens. `scales`: factors on
+    the inputs of each."""
 
-    def __init__(self, ctx: BuildContext, sizes: list[int], taps: int, *, bias: bool, silu: bool) -> None:
+    def __init__(
+        self, ctx: BuildContext, sizes: list[int], taps: int, *, bias: bool, silu: bool, scales: Sequence[float] = ()
+    ) -> None:
         self.ops, self.silu, self.taps = ctx.ops, silu, taps
         self.weight = vector(ctx, "weight", sizes, 1, taps)
         self.bias = vector(ctx, "bias", sizes) if bias else None
-        self.channels = sum(size // ctx.mesh.tp.size for size in sizes)
+        own = [size // ctx.mesh.tp.size for size in sizes]
+        self.channels, self.scale_C1 = sum(own), None
+        if any(scale != 1.0 for scale in scales):
+            self.scale_C1 = torch.tensor(scales).repeat_interleave(torch.tensor(own))[:, None].to(ctx.device)
 
     @property
     def shape(self) -> tuple[tuple[int, ...], str]:
@@ -73,8 +79,10 @@ class Convolution(Layer):
         return (self.channels, self.taps - 1), FLOAT
 
     def __call__(self, x_TC: Tensor, state: Tensor, query_start: Tensor) -> tuple[Tensor, Tensor]:
-        bias = None if self.bias is None else self.bias.value
-        return self.ops.causal_conv(x_TC, self.weight.value.squeeze(1), bias, state, query_start, self.silu)
+        bias, weight_CW = None if self.bias is None else self.bias.value, self.weight.value.squeeze(1)
+        if self.scale_C1 is not None:
+            weight_CW = weight_CW * self.scale_C1
+        return self.ops.causal_conv(x_TC, weight_CW, bias, state, query_start, self.silu)
 
 
 def taken(linear: Linear, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -83,11 +91,20 @@ def taken(linear: Linear, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tenso
     return out, x_TN if total_TN is None else total_TN
 
 
+@dataclass(frozen=True)
+class ConvSizes:
+    """Sizes of a short convolution."""
+
+    taps: int
+    bias: bool = False
+
+
 class ShortConv(Layer):
     """LFM2's mixer: in_proj gives b, c and x; c * conv(b * x)."""
 
-    def __init__(self, ctx: BuildContext, hidden_size: int, pool: int, taps: int, *, bias: bool) -> None:
+    def __init__(self, ctx: BuildContext, hidden_size: int, pool: int, sizes: ConvSizes) -> None:
         self.ops, self.pool = ctx.ops, pool
+        taps, bias = sizes.taps, sizes.bias
         check_divides("hidden_size", hidden_size, ctx.mesh.tp)
         parts = pieces(ctx, "in_proj", {"b": hidden_size, "c": hidden_size, "x": hidden_size})
         self.inputs = Linear(ctx, hidden_size, parts, bias=bias)
@@ -124,10 +141,13 @@ class MambaSizes:
     conv_bias: bool = True
     lowest: float = 0.0  # steps are at least this long
     highest: float = float("inf")
+    out_bias: bool | None = None  # of the last projection; None: as `bias`
+    norm: Literal["gated", "first", "none"] = "gated"  # norm(y * silu(z)), norm(y) * silu(z), or y * silu(z)
+    scales: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)  # of what in_proj gives: z, x, B, C and dt
 
 
 class Mamba2(Layer):
-    """State space duality (Dao and Gu, 2024): in_proj gives z, x, B, C and dt; norm(y * silu(z))."""
+    """State space duality (Dao and Gu, 2024): in_proj gives z, x, B, C and dt."""
 
     def __init__(self, ctx: BuildContext, hidden_size: int, pool: int, sizes: MambaSizes) -> None:
         self.ops, self.pool, self.sizes = ctx.ops, pool, sizes
@@ -136,10 +156,12 @@ class Mamba2(Layer):
         rows = {"z": inner, "x": inner, "b": shared, "c": shared, "dt": sizes.heads}
         self.inputs = Linear(ctx, hidden_size, pieces(ctx, "in_proj", rows), bias=sizes.bias)
         mixed = [inner, shared, shared]
-        self.conv = Convolution(ctx.child("conv1d"), mixed, sizes.taps, bias=sizes.conv_bias, silu=True)
+        scales = sizes.scales[1:4]
+        self.conv = Convolution(ctx.child("conv1d"), mixed, sizes.taps, bias=sizes.conv_bias, silu=True, scales=scales)
         self.dt_bias, self.decay, self.skip = (vector(ctx, name, [sizes.heads]) for name in ("dt_bias", "A_log", "D"))
-        self.norm = vector(ctx.child("norm"), "weight", [inner])
-        self.out = Linear(ctx, inner, {"out_proj": hidden_size}, bias=sizes.bias, cut=cut_of(tp, 1))
+        self.norm = None if sizes.norm == "none" else vector(ctx.child("norm"), "weight", [inner])
+        bias = sizes.bias if sizes.out_bias is None else sizes.out_bias
+        self.out = Linear(ctx, inner, {"out_proj": hidden_size}, bias=bias, cut=cut_of(tp, 1))
         self.heads, self.groups = sizes.heads // tp.size, sizes.groups // tp.size
         self.inner, self.shared, self.group = inner // tp.size, shared // tp.size, inner // sizes.groups
 
@@ -155,6 +177,7 @@ class Mamba2(Layer):
         sizes, state = self.sizes, step.memory.state(self.pool)
         found, total_TN = taken(self.inputs, norm, x_TN, residual_TN)
         z_TC, mixed_TC, dt_TH = found.split([self.inner, self.inner + 2 * self.shared, self.heads], -1)
+        z_TC, dt_TH = self._scaled(z_TC, sizes.scales[0]), self._scaled(dt_TH, sizes.scales[4])
         seen, kept = before(state)
         mixed_TC, seen = self.conv(mixed_TC, seen, state.query_start)
         x_TC, b_TC, c_TC = mixed_TC.split([self.inner, self.shared, self.shared], -1)
@@ -170,8 +193,81 @@ class Mamba2(Layer):
             state.query_start,
         )
         keep(state, seen, kept)
-        out_TC = self.ops.gated_rms_norm(y_THD.flatten(1), z_TC, self.norm.value, sizes.eps, self.group, False)
-        return out_TC, total_TN
+        y_TC = y_THD.flatten(1)
+        if self.norm is None:
+            return self.ops.silu_and_mul(self.ops.join(z_TC, y_TC)), total_TN
+        first = sizes.norm == "first"
+        return self.ops.gated_rms_norm(y_TC, z_TC, self.norm.value, sizes.eps, self.group, first), total_TN
+
+    def _scaled(self, x: Tensor, factor: float) -> Tensor:
+        return x if factor == 1.0 else self.ops.scale(x, factor)
+
+
+@dataclass(frozen=True)
+class SelectiveSizes:
+    """Sizes of the whole model's Mamba 1 layer."""
+
+    inner: int
+    state: int
+    rank: int  # of what the steps are made of
+    taps: int
+    bias: bool = False  # of the projections
+    conv_bias: bool = True
+    norm: Literal["", "weightless", "weights"] = ""  # of what the steps are made of, of B and of C
+    eps: float = 1e-6  # of these norms
+
+
+class Mamba1(Layer):
+    """A selective state space (Gu and Dao, 2023): in_proj gives x and z; x gives dt, B and C; y * silu(z)."""
+
+    def __init__(self, ctx: BuildContext, hidden_size: int, pool: int, sizes: SelectiveSizes) -> None:
+        self.ops, self.pool, self.sizes = ctx.ops, pool, sizes
+        tp, inner = ctx.mesh.tp, sizes.inner
+        check_divides("the inner size", inner, tp)
+        self.inputs = Linear(ctx, hidden_size, pieces(ctx, "in_proj", {"x": inner, "z": inner}), bias=sizes.bias)
+        self.conv = Convolution(ctx.child("conv1d"), [inner], sizes.taps, bias=sizes.conv_bias, silu=True)
+        self.widths = {"dt": sizes.rank, "b": sizes.state, "c": sizes.state}
+        self.low = Linear(ctx, inner, {"x_proj": sum(self.widths.values())}, cut=cut_of(tp, 1))
+        self.steps = Linear(ctx, sizes.rank, {"dt_proj": Projection(inner, cut=cut_of(tp, 0))})
+        self.dt_bias, self.skip = vector(ctx.child("dt_proj"), "bias", [inner]), vector(ctx, "D", [inner])
+        self.decay = vector(ctx, "A_log", [inner], sizes.state)
+        self.norms: list[RMSNorm] = []
+        if sizes.norm == "weights":
+            self.norms = [RMSNorm(ctx.child(f"{name}_layernorm"), n, sizes.eps) for name, n in self.widths.items()]
+        self.ones = [torch.ones(n, device=ctx.device) for n in self.widths.values()] if sizes.norm else []
+        self.out = Linear(ctx, inner, {"out_proj": hidden_size}, bias=sizes.bias, cut=cut_of(tp, 1))
+        self.inner = inner // tp.size
+
+    @property
+    def memory(self) -> MemorySpec:
+        return State((self.conv.shape, ((self.inner, self.sizes.state), FLOAT)))
+
+    def attend(
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        """As `Mixer`."""
+        state = step.memory.state(self.pool)
+        found, total_TN = taken(self.inputs, norm, x_TN, residual_TN)
+        x_TC, z_TC = found.chunk(2, -1)
+        seen, kept = before(state)
+        x_TC, seen = self.conv(x_TC, seen, state.query_start)
+        low_TR, b_TS, c_TS = self._normed(self.low(x_TC)[0])
+        dt_TC = self.ops.step_sizes(self.steps(low_TR)[0], self.dt_bias.value, 0.0, float("inf"))
+        y_TC, kept = self.ops.selective_scan(
+            x_TC, dt_TC, -self.decay.value.exp(), b_TS, c_TS, self.skip.value, kept, state.query_start
+        )
+        keep(state, seen, kept)
+        return self.ops.silu_and_mul(self.ops.join(z_TC, y_TC)), total_TN
+
+    def _normed(self, low: Tensor) -> list[Tensor]:
+        """dt, B and C."""
+        parts = list(low.split(list(self.widths.values()), -1))
+        if self.norms:
+            return [norm(part) for norm, part in zip(self.norms, parts, strict=True)]
+        if self.ones:
+            pairs = zip(parts, self.ones, strict=True)
+            return [self.ops.rms_norm(part, ones, self.sizes.eps) for part, ones in pairs]
+        return parts
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from phloem.quant import method_for
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
     from phloem.checkpoint.describe import Checkpoint
+    from phloem.core.media import Media
     from phloem.core.memory import MemorySpec
-    from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
+    from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch, Pack
     from phloem.models._scales import LayerScales
 
 
@@ -80,6 +81,23 @@ class Model(Protocol):
 
     def get_weight(self, name: str, rows: int | None = None, /) -> Tensor:
         """A tensor as its checkpoint would hold it, or its first rows (a copy)."""
+        ...
+
+
+class Tower(Protocol):
+    """What makes embeddings of pictures, where a model takes any."""
+
+    token: int  # stands for a picture's tokens
+    turns: bool  # tokens have places in time, height and width
+    whole: bool  # the tokens of a picture see each other both ways, and are computed in one step
+    hidden_size: int  # of the model
+
+    def grids(self, item: Media, /) -> list[tuple[int, int, int]]:
+        """Of each span: time, height and width, where tokens have places."""
+        ...
+
+    def encode(self, items: Sequence[Media], pack: Pack, /) -> list[Tensor]:
+        """[tokens, hidden_size] of each picture, or a multiple of it: see `ForwardBatch.deep`."""
         ...
 
 
@@ -144,6 +162,8 @@ def load_model(
     """
     if checkpoint.pooling is not None:
         raise ModelLoadError(f"{checkpoint.path}: a model for {checkpoint.pooling.task} does not generate")
+    if checkpoint.chosen.impl != "phloem":
+        raise ModelLoadError(f"{checkpoint.path}: the code of {checkpoint.model_type} is transformers' (load_foreign)")
     if ctx.quant is None:
         ctx = replace(ctx, quant=method_for(None, checkpoint.stored))
     model = build_model(checkpoint.model_type, checkpoint.config, replace(ctx, name=""), checkpoint.context_length)

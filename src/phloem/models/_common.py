@@ -17,6 +17,7 @@ from phloem.layers.rope import rope_spec
 from phloem.layers.weight import Layer
 from phloem.models._index import WeightIndex, open_sources, some
 from phloem.models._layer import MLP, Attention, LayerKind, Place
+from phloem.models._push import Push
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.memory import MemorySpec
     from phloem.layers.context import Adapted, AttentionSpec, BuildContext, ForwardBatch
+    from phloem.models import Tower
     from phloem.models._index import Progress
     from phloem.models._layer import NormKind
 
@@ -120,6 +122,24 @@ def renamed(name: str, prefixes: dict[str, str]) -> str | None:
     return None
 
 
+_TOWERS = (
+    *("vision_tower.", "vision_model.", "visual.", "audio_tower."),
+    *("multi_modal_projector.", "connector.", "embed_vision.", "embed_audio."),
+)
+
+
+def language_part(name: str) -> str | None:
+    """The name that a tensor of a language model among towers has by itself; None: it is a tower's."""
+    bare = name.removeprefix("model.")
+    if bare.startswith(_TOWERS):
+        return None
+    # `model.language_model.` and `language_model.model.` are two ages of the same files.
+    for inner in ("language_model.", "text_model."):
+        if bare != name and bare.startswith(inner):
+            return "model." + bare.removeprefix(inner)
+    return name.removeprefix("language_model.")
+
+
 def layer_number(name: str) -> int:
     """Of which layer a tensor is, by its name in a file; -1: of none."""
     parts = name.split(".")
@@ -129,6 +149,7 @@ def layer_number(name: str) -> int:
 class Decoder(Layer):
     """A causal language model over the op table of its context."""
 
+    tower: Tower | None = None  # what makes embeddings of pictures
     adapted: Adapted | None = None  # what layers with adapters look at; None: none are served
 
     def __init__(self, ctx: BuildContext, config: DecoderConfig, max_positions: int) -> None:
@@ -146,7 +167,7 @@ class Decoder(Layer):
         for number, kind in enumerate(config.layers):
             place.pool = len(self.memory)
             layer = kind.make(body.child("layers").child(number), place)
-            self.memory += [] if layer.memory is None else [layer.memory]
+            self.memory += layer.memory
             self.layers.append(layer)
         specs = [layer.attention for layer in self.layers]
         self.attention_specs: list[AttentionSpec] = [spec for spec in specs if spec is not None]
@@ -179,10 +200,12 @@ class Decoder(Layer):
             x_TN.index_copy_(0, index, rows.to(x_TN.dtype))
         if self.positions is not None:
             x_TN = self.positions.add(x_TN, step.positions)
-        for layer in self.layers[:-1]:
+        for number, layer in enumerate(self.layers[:-1]):
             # In two calls under the same names: what a layer was given is not kept through its MLP, the largest part.
             x_TN, residual_TN = layer.attend(x_TN, residual_TN, step)
             x_TN, residual_TN = layer.feed(x_TN, residual_TN)
+            if step.deep is not None and step.embeds is not None and number < len(step.deep):
+                x_TN.index_add_(0, step.embeds[0], step.deep[number].to(x_TN.dtype))
         return self.layers[-1].attend(x_TN, residual_TN, step)
 
     def finish(self, out: Tensor, residual_TN: Tensor, keep_L: Tensor | None) -> Tensor:
@@ -222,13 +245,16 @@ class Decoder(Layer):
         steps are stale.
 
         Raises:
-            ModelLoadError: for an unknown name or a wrong shape; tensors before it have been taken.
+            ModelLoadError: for an unknown name or a wrong shape; nothing has been changed then.
         """
-        return self.index.push(tensors)
+        push = Push(self.index, self.checkpoint_name)
+        push.add(tensors)
+        push.prepare()
+        return push.install()
 
     def checkpoint_name(self, name: str) -> str | None:
         """Our name of a tensor in a safetensors file; None: knowingly left out. A family with other names overrides."""
-        return name
+        return language_part(name)
 
     def load(self, checkpoint: Checkpoint, progress: Progress | None) -> None:
         """Read every weight. Raises ModelLoadError."""
@@ -244,4 +270,5 @@ class Trunk(Decoder):
     """A decoder whose files may hold layers behind its last one, which draft and are not used here."""
 
     def checkpoint_name(self, name: str) -> str | None:
-        return None if layer_number(name) >= len(self.layers) else name
+        found = language_part(name)
+        return None if found is None or layer_number(found) >= len(self.layers) else found

@@ -17,7 +17,7 @@ from phloem.core.errors import ModelLoadError
 from phloem.models._gguf import gguf_sources
 from phloem.models._scales import scale_of
 from phloem.models._sources import DummySource, Read, SafetensorsSource, Stored, TensorSource, stored_in
-from phloem.models._stored import WHOLE, as_base, check_pushed, unused_parts, unused_scales
+from phloem.models._stored import WHOLE, as_base, unused_parts, unused_scales
 from phloem.quant._source import View
 
 if TYPE_CHECKING:
@@ -165,8 +165,8 @@ class WeightIndex:
         Raises:
             ModelLoadError: naming the tensors that are missing or have another shape, before any is read.
         """
-        self._join(sources)
-        self._check(sources, where)
+        self.join(sources)
+        self.check(sources, where)
         self._stage(sources)
         total = sum(prod(weight.local(part)) for weight in self.weights for part in range(len(weight.names)))
         done = 0
@@ -180,7 +180,7 @@ class WeightIndex:
                     progress("weights", done / total)
         self._settle_biases()
 
-    def _join(self, sources: dict[str, Source]) -> None:
+    def join(self, sources: dict[str, Source]) -> None:
         """Matrices that lie in several tensors become one source each; plain ones stay: what the file holds decides."""
         method = self.ctx.quant
         if method is None or method.join is None:
@@ -204,7 +204,7 @@ class WeightIndex:
             for source in plain if len(plain) == len(found) else ():
                 source.stager = self.ctx.stager
 
-    def _check(self, sources: dict[str, Source], where: str) -> None:
+    def check(self, sources: dict[str, Source], where: str) -> None:
         missing = [name for name in self.slots if name not in sources]
         if missing:
             base = missing == ["lm_head.weight"]
@@ -229,13 +229,17 @@ class WeightIndex:
             raise ModelLoadError(f"{where}: {len(wrong)} tensors have another shape: {some(wrong)}")
 
     def _lift(self, name: str, sources: dict[str, Source]) -> None:
-        """Some families store a vector as a matrix of one row, which only a small tensor may be read whole for."""
+        """Some families store a vector as a matrix of one row, which only a small tensor may be read whole for; and
+        the matrix that patches of pictures are multiplied with as a kernel of a convolution."""
         seen, expected = sources[name].shape, self.stored_shape(name)
-        if len(expected) == 1 and seen == (1, *expected):
+        kernel = len(seen) > len(expected) == 2 and seen[0] == expected[0] and prod(seen) == prod(expected)
+        more = len(seen) - len(expected)
+        lone = more > 0 and seen[more:] == expected and set(seen[:more]) == {1} and len(expected) < 3
+        if kernel or lone:
             whole = sources[name].take(None, torch.float32).reshape(expected)
             sources[name] = TensorSource(name, expected, shifted=sources[name].shifted, tensor=whole)
 
-    def _view(self, weight: Weight, number: int, source: Source) -> View:
+    def view(self, weight: Weight, number: int, source: Source) -> View:
         """What one part of a slot takes of its stored tensor."""
         part, spans, shape = weight.part(number), weight.spans(number), weight.local(number)
         name = weight.names[number]
@@ -251,23 +255,22 @@ class WeightIndex:
         return View(name, shape, source, index, part.transposed and bool(cols))
 
     def _fill(self, weight: Weight, sources: dict[str, Source]) -> None:
-        weight.value = self._made(weight, sources)
+        weight.value = self.made(weight, sources)
         for name in weight.names:
             sources[name].done()
 
-    def _made(self, weight: Weight, sources: dict[str, Source]) -> Any:
-        views = [self._view(weight, number, sources[name]) for number, name in enumerate(weight.names)]
+    def made(self, weight: Weight, sources: dict[str, Source]) -> Any:
+        views = [self.view(weight, number, sources[name]) for number, name in enumerate(weight.names)]
         ops, dtype, device, method = self.ctx.ops, self.ctx.dtype, self.ctx.device, self.ctx.quant
         if weight.role == "matrix":
             views = self._ahead(views, sources)
-            parts: Sequence[Any] = (
-                views if method is None or method.wrap is None else [method.wrap(view) for view in views]
-            )
+            wrap = None if method is None or weight.plain else method.wrap
+            parts: Sequence[Any] = views if wrap is None else [wrap(view) for view in views]
             if not weight.experts:
                 return ops.prepare_linear(parts, dtype, device)
             prepare = ops.prepare_experts if weight.fused else ops.stack_experts
             return prepare(parts, dtype, device, weight.experts)
-        return torch.cat([self._vector(weight, view) for view in views]).to(device)
+        return torch.cat([self.vector(weight, view) for view in views]).to(device)
 
     def _ahead(self, views: Sequence[View], sources: dict[str, Source]) -> Sequence[Any]:
         """Of many small matrices (experts) several are read at a time, where they go to the device unchanged."""
@@ -278,7 +281,7 @@ class WeightIndex:
         values = list(workers.map(lambda view: view.dense(self.ctx.dtype), views))
         return [Read(view.name, view.shape, tensor) for view, tensor in zip(views, values, strict=True)]
 
-    def _vector(self, weight: Weight, view: View) -> Tensor:
+    def vector(self, weight: Weight, view: View) -> Tensor:
         values = view.dense(torch.float32)
         return values if view.shifted or not weight.shift else values + weight.shift
 
@@ -291,7 +294,7 @@ class WeightIndex:
             for weight in biases:
                 weight.value = weight.value.to(dtype)
 
-    def _places(self, name: str) -> list[Place]:
+    def places(self, name: str) -> list[Place]:
         if name not in self.slots:
             raise ModelLoadError(f"no weight is called {name!r}; see weight_names()")
         return self.slots[name]
@@ -301,7 +304,7 @@ class WeightIndex:
 
         `rows`: the first so many rows alone.
         """
-        places = self._places(name)
+        places = self.places(name)
         parts = [(weight, number, weight.part(number)) for weight, number in places]
         if parts[0][2] is None:
             return self._stored(*places[0], rows)
@@ -328,44 +331,6 @@ class WeightIndex:
         # Whatever a packed weight is, the table's `embedding` reads its rows.
         ids = torch.arange(rows.start, rows.stop, device=self.ctx.device)
         return self.ctx.ops.embedding(ids, weight.value, 1.0).to(self.ctx.dtype).clone()
-
-    def push(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:
-        """Take new values of whole tensors, of which this rank keeps its share.
-
-        Dense weights are overwritten in place. Packed ones are packed anew, once per call, into the old memory where
-        the table can (`Ops.refill`). True if a weight moved, so that recorded steps are stale.
-        """
-        packed: dict[int, tuple[Weight, dict[str, Source]]] = {}
-        for name, tensor in tensors:
-            if name not in self.slots and self.ignores(name):
-                continue
-            places, shape = self._places(name), self.stored_shape(name)
-            check_pushed(name, tensor.dtype)
-            if tensor.shape != shape and tensor.shape != (1, *shape):
-                raise ModelLoadError(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
-            source = TensorSource(name, shape, tensor=tensor.reshape(shape))
-            for weight, number in places:
-                if not isinstance(weight.value, torch.Tensor):
-                    packed.setdefault(id(weight), (weight, {}))[1][name] = source
-                    continue
-                view, rows = self._view(weight, number, source), weight.value[weight.rows(number)]
-                rows.copy_(view.dense(tensor.dtype) if weight.role == "matrix" else self._vector(weight, view))
-        return any([self._repack(weight, sources) for weight, sources in packed.values()])
-
-    def _repack(self, weight: Weight, sources: dict[str, Source]) -> bool:
-        """Pack a weight anew, with the parts it has where no new ones came. Whether it moved."""
-        old = weight.value
-        kept = {name: self.get(name) for name in weight.names if name not in sources}
-        lacking = [name for name in kept if tuple(kept[name].shape) != self.stored_shape(name)]
-        if lacking:
-            raise ModelLoadError(f"{some(lacking)}: only shares are here; push them with {some(list(sources))}")
-        sources.update({name: TensorSource(name, tuple(v.shape), tensor=v) for name, v in kept.items()})
-        new = self._made(weight, sources)
-        refill = self.ctx.ops.refill
-        if refill is not None and refill(old, new):
-            return False
-        weight.value = new
-        return True
 
 
 def _stored_low(source: Source) -> str:

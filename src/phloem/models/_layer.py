@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
+from phloem.core.errors import ModelLoadError
 from phloem.layers.attention import AttentionOptions, SelfAttention
 from phloem.layers.context import AttentionSpec
-from phloem.layers.latent import LatentAttention, LatentSizes
+from phloem.layers.latent import Indexer, IndexSizes, LatentAttention, LatentSizes
 from phloem.layers.mlp import GatedMLP, PlainMLP
 from phloem.layers.moe import SharedExperts, SparseMLP
 from phloem.layers.norm import AnyNorm, LayerNorm, RMSNorm
-from phloem.layers.recurrent import DeltaSizes, GatedDelta, Mamba2, MambaSizes, ShortConv
 from phloem.layers.rope import Rope, RopeSpec
 from phloem.layers.weight import Layer
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext, ForwardBatch
     from phloem.layers.moe import ExpertsConfig
 
+
+Sizes = TypeVar("Sizes")
 
 # rms: root mean square; layer: layer norm with a bias; layer-without-bias.
 NormKind = Literal["rms", "layer", "layer-without-bias"]
@@ -43,6 +45,7 @@ class Place:
     pool: int = 0  # the pool index that a layer's memory gets, if it keeps any
     norms: NormKind = "rms"
     ropes: dict[RopeSpec, Rope] = field(default_factory=dict)
+    indexer: Indexer | None = None  # of the last layer that has one
 
     def norm(self, ctx: BuildContext) -> AnyNorm:
         """A norm of hidden states."""
@@ -70,8 +73,9 @@ class Mixer(Protocol):
     def out(self) -> Output: ...
 
     @property
-    def memory(self) -> MemorySpec | None:
-        """What it keeps of its tokens; None: nothing, or it reads what another layer keeps."""
+    def memory(self) -> MemorySpec | tuple[MemorySpec, ...] | None:
+        """What it keeps of its tokens: of the pool index that it was given, and with several of those behind it. None:
+        nothing, or it reads what another layer keeps."""
         ...
 
     def attend(
@@ -79,6 +83,13 @@ class Mixer(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Everything before the output projection, of norm(x + residual): ([T, features], x + residual)."""
         ...
+
+
+@runtime_checkable
+class Attends(Protocol):
+    """A mixer that attends over keys and values."""
+
+    spec: AttentionSpec
 
 
 class Feed(Protocol):
@@ -111,10 +122,12 @@ class Attention:
     options: AttentionOptions = field(default_factory=AttentionOptions)
     name: str = "self_attn"
     causal: bool = True
+    chunk: int = 0  # attends only inside its own chunk of so many positions; 0: no chunks
+    source: int | None = None  # the pool index of the layer whose keys and values it reads; it has none of its own
 
     def __call__(self, ctx: BuildContext, place: Place) -> SelfAttention:
         spec = AttentionSpec(
-            pool=place.pool,
+            pool=place.pool if self.source is None else self.source,
             heads=self.heads,
             kv_heads=self.kv_heads,
             head_size=self.head_size,
@@ -123,7 +136,10 @@ class Attention:
             softcap=self.softcap,
             sinks=bool(self.options.sinks),
             value_size=self.value_size,
+            writes=self.source is None,
             causal=self.causal,
+            # Where no text is longer than a chunk, the layer is a plain one, which every backend serves.
+            chunk=self.chunk if self.chunk < place.max_positions else 0,
         )
         rope = None if self.rope is None else place.rope(ctx, self.rope)
         own = ctx.child(self.name) if self.name else ctx
@@ -141,44 +157,35 @@ class Latents:
     rope: RopeSpec | None
     scale: float
     name: str = "self_attn"
+    index: IndexSizes | None = None  # a layer that chooses what it attends to
+    index_rope: RopeSpec | None = None
+    borrows: bool = False  # the choice of the last layer before it that made one
 
     def __call__(self, ctx: BuildContext, place: Place) -> LatentAttention:
-        rope = None if self.rope is None else place.rope(ctx, self.rope)
-        return LatentAttention(ctx.child(self.name), place.hidden_size, self.sizes, place.pool, self.scale, rope)
+        rope, own = None if self.rope is None else place.rope(ctx, self.rope), ctx.child(self.name)
+        layer = LatentAttention(own, place.hidden_size, self.sizes, place.pool, self.scale, rope)
+        if self.borrows:
+            if place.indexer is None:
+                raise ModelLoadError("indexer_types: a layer takes over a choice, but none before it makes one")
+            layer.lender = place.indexer
+        elif self.index is not None and self.index_rope is not None:
+            ranks = place.hidden_size, self.sizes.q_rank
+            turned = place.rope(ctx, self.index_rope)
+            layer.indexer = Indexer(own.child("indexer"), *ranks, self.index, place.pool + 1, turned)
+            place.indexer = layer.indexer
+        return layer
 
 
 @dataclass(frozen=True)
-class Conv:
-    """Makes a `ShortConv`."""
+class Recurrent(Generic[Sizes]):
+    """Makes a mixer of `layers/recurrent.py` of its sizes."""
 
-    taps: int
-    bias: bool = False
-    name: str = "conv"
+    kind: Callable[[BuildContext, int, int, Sizes], Mixer]  # context, hidden size, pool index, sizes
+    sizes: Sizes
+    name: str
 
-    def __call__(self, ctx: BuildContext, place: Place) -> ShortConv:
-        return ShortConv(ctx.child(self.name), place.hidden_size, place.pool, self.taps, bias=self.bias)
-
-
-@dataclass(frozen=True)
-class Mamba:
-    """Makes a `Mamba2`."""
-
-    sizes: MambaSizes
-    name: str = "mixer"
-
-    def __call__(self, ctx: BuildContext, place: Place) -> Mamba2:
-        return Mamba2(ctx.child(self.name), place.hidden_size, place.pool, self.sizes)
-
-
-@dataclass(frozen=True)
-class Delta:
-    """Makes a `GatedDelta`."""
-
-    sizes: DeltaSizes
-    name: str = "linear_attn"
-
-    def __call__(self, ctx: BuildContext, place: Place) -> GatedDelta:
-        return GatedDelta(ctx.child(self.name), place.hidden_size, place.pool, self.sizes)
+    def __call__(self, ctx: BuildContext, place: Place) -> Mixer:
+        return self.kind(ctx.child(self.name), place.hidden_size, place.pool, self.sizes)
 
 
 @dataclass(frozen=True)
@@ -224,11 +231,14 @@ class Experts:
     shared_gate: str = ""
 
     def __call__(self, ctx: BuildContext, place: Place) -> SparseMLP | SharedExperts:
-        ctx = ctx.child(self.name)
-        sparse = SparseMLP(ctx, place.hidden_size, self.config)
+        sparse, ctx = self.sparse(ctx, place), ctx.child(self.name)
         if self.shared is None:
             return sparse
         return SharedExperts(ctx, place.hidden_size, sparse, self.shared(ctx, place), self.shared_gate)
+
+    def sparse(self, ctx: BuildContext, place: Place) -> SparseMLP:
+        """The sparse block alone."""
+        return SparseMLP(ctx.child(self.name), place.hidden_size, self.config)
 
 
 # pre: before attention and before the MLP. post: behind both, before the residual is added (OLMo 2). sandwich: before
@@ -273,9 +283,9 @@ class DecoderLayer(Layer):
         self.norms = [place.norm(ctx.child(name)) for name in names if name]
 
     @property
-    def memory(self) -> MemorySpec | None:
-        """What it keeps of its tokens; None: nothing of its own."""
-        return None
+    def memory(self) -> tuple[MemorySpec, ...]:
+        """What it keeps of its tokens, by pool index."""
+        return ()
 
     @property
     def attention(self) -> AttentionSpec | None:
@@ -303,12 +313,13 @@ class MixerAlone(DecoderLayer):
         self.mixer = kind.mixer(ctx, place)
 
     @property
-    def memory(self) -> MemorySpec | None:
-        return self.mixer.memory
+    def memory(self) -> tuple[MemorySpec, ...]:
+        kept = self.mixer.memory
+        return kept if isinstance(kept, tuple) else () if kept is None else (kept,)
 
     @property
     def attention(self) -> AttentionSpec | None:
-        return self.mixer.spec if isinstance(self.mixer, SelfAttention) else None
+        return self.mixer.spec if isinstance(self.mixer, Attends) else None
 
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         return self.mixer.attend(self.norms[0], x_TN, residual_TN, step)

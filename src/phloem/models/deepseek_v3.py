@@ -16,6 +16,8 @@ from phloem.models._common import Decoder, Trunk, each_layer, usual, usual_mlp
 from phloem.models._layer import Experts, Latents, LayerKind
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {
@@ -81,13 +83,18 @@ def latent_attention(config: dict[str, Any], *, interleaved: bool = True) -> Lat
     return Latents(sizes, rope, scale)
 
 
-def sparse_layers(config: dict[str, Any], experts: Experts) -> tuple[LayerKind, ...]:
-    """Dense layers first, then sparse ones, perhaps not every one."""
-    attention = latent_attention(config, interleaved=bool(config["rope_interleave"]))
+def sparse_layers(
+    config: dict[str, Any], experts: Experts, attention: Callable[[int], Latents] | None = None
+) -> tuple[LayerKind, ...]:
+    """Dense layers first, then sparse ones, perhaps not every one. `attention`: a layer's; None: the usual one."""
+    usual_one = latent_attention(config, interleaved=bool(config["rope_interleave"]))
+    kinds = config.get("mlp_layer_types")
 
     def layer(n: int) -> LayerKind:
         sparse = n >= config["first_k_dense_replace"] and n % (config.get("moe_layer_freq") or 1) == 0
-        return LayerKind(attention, experts if sparse else usual_mlp(config))
+        if kinds:
+            sparse = kinds[n] == "sparse"
+        return LayerKind(usual_one if attention is None else attention(n), experts if sparse else usual_mlp(config))
 
     return each_layer(config, layer)
 

@@ -9,7 +9,7 @@ from phloem.models._layer import LayerKind
 
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
-    from phloem.models._layer import MLP, Experts
+    from phloem.models._layer import MakeFeed
 
 GGUF = {
     "architecture": "granite",
@@ -32,13 +32,18 @@ TINY = {
 VARIANTS = {"tied": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}}
 
 
-def multiplied(config: dict[str, Any], ctx: BuildContext, max_positions: int, feed: MLP | Experts) -> Decoder:
-    """The decoder with Granite's multipliers and `feed` in every layer."""
+def alike(config: dict[str, Any], feed: MakeFeed) -> tuple[LayerKind, ...]:
+    """Layers that all attend, with `feed` behind it."""
     scale, residual = float(config.get("attention_multiplier", 1.0)), float(config.get("residual_multiplier", 1.0))
     kind = LayerKind(usual_attention(config, scale=scale), feed, residual_scale=residual)
+    return each_layer(config, lambda n: kind)
+
+
+def multiplied(config: dict[str, Any], ctx: BuildContext, max_positions: int, layers: tuple[LayerKind, ...]) -> Decoder:
+    """The decoder with Granite's multipliers around its layers."""
     config_of_all = usual(
         config,
-        layers=each_layer(config, lambda n: kind),
+        layers=layers,
         embed_scale=float(config.get("embedding_multiplier", 1.0)),
         logit_scale=1.0 / float(config.get("logits_scaling", 1.0)),
     )
@@ -46,4 +51,4 @@ def multiplied(config: dict[str, Any], ctx: BuildContext, max_positions: int, fe
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
-    return multiplied(config, ctx, max_positions, usual_mlp(config))
+    return multiplied(config, ctx, max_positions, alike(config, usual_mlp(config)))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from phloem.kernels.specs import RouterSpec
 from phloem.layers.moe import ExpertNames, ExpertsConfig
 from phloem.models._layer import Experts
-from phloem.models.granite import multiplied
+from phloem.models.granite import alike, multiplied
 
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
@@ -30,7 +30,12 @@ _NAMES = ExpertNames(
 )
 
 
-def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+def chosen(config: dict[str, Any]) -> Experts:
+    """The sparse block."""
     router = RouterSpec(config["num_experts_per_tok"], "chosen_softmax")
     sparse = ExpertsConfig(config["num_local_experts"], config["intermediate_size"], router, names=_NAMES)
-    return multiplied(config, ctx, max_positions, Experts(sparse, "block_sparse_moe"))
+    return Experts(sparse, "block_sparse_moe")
+
+
+def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+    return multiplied(config, ctx, max_positions, alike(config, chosen(config)))

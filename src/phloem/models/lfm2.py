@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from phloem.layers.recurrent import ConvSizes, ShortConv
 from phloem.models._common import Decoder, each_layer, usual, usual_attention, usual_mlp
-from phloem.models._layer import Conv, LayerKind
+from phloem.models._layer import LayerKind, Recurrent
 
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
@@ -75,7 +76,8 @@ def hybrid(config: dict[str, Any], ctx: BuildContext, max_positions: int, feeds:
     attention = usual_attention(
         config, qk_norm="head", q_norm="q_layernorm", k_norm="k_layernorm", o_proj="out_proj", eps=eps
     )
-    conv, full = Conv(int(config["conv_L_cache"]), bool(config["conv_bias"])), attends(config)
+    sizes = ConvSizes(int(config["conv_L_cache"]), bool(config["conv_bias"]))
+    conv, full = Recurrent(ShortConv, sizes, "conv"), attends(config)
     names = ("operator_norm", "ffn_norm")
 
     def layer(n: int) -> LayerKind:

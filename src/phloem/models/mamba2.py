@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from phloem.layers.recurrent import MambaSizes
+from phloem.layers.recurrent import Mamba2, MambaSizes
 from phloem.models._common import Decoder, each_layer, renamed, usual
-from phloem.models._layer import LayerKind, Mamba
+from phloem.models._layer import LayerKind, Recurrent
 
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
@@ -50,14 +50,14 @@ class Mamba2Model(Decoder):
         return renamed(name, _RENAMED) or name
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     """A bound as config.json has it: JSON knows no infinity."""
     return float(value["__float__"] if isinstance(value, dict) else value)
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
     eps = float(config["layer_norm_epsilon"])
-    lowest, highest = (_number(value) for value in config["time_step_limit"])
+    lowest, highest = (number(value) for value in config["time_step_limit"])
     sizes = MambaSizes(
         config["num_heads"],
         config["head_dim"],
@@ -70,6 +70,6 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
         lowest,
         highest,
     )
-    kind = LayerKind(Mamba(sizes), None, "alone")
+    kind = LayerKind(Recurrent(Mamba2, sizes, "mixer"), None, "alone")
     config_of_all = usual(config, layers=each_layer(config, lambda n: kind), eps=eps, norm_name="norm_f")
     return Mamba2Model(ctx, config_of_all, max_positions)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from phloem.core.errors import ModelLoadError
 from phloem.kernels.specs import ExpertSpec
 from phloem.layers.moe import ExpertNames, ExpertsConfig
-from phloem.layers.recurrent import MambaSizes
+from phloem.layers.recurrent import Mamba2, MambaSizes
 from phloem.models._common import Decoder, renamed, usual, usual_attention
-from phloem.models._layer import Experts, LayerKind, Mamba, Plain
+from phloem.models._layer import Experts, LayerKind, Plain, Recurrent
 from phloem.models.deepseek_v3 import grouped_router
 
 if TYPE_CHECKING:
@@ -49,7 +49,10 @@ TINY = {
     "moe_shared_expert_intermediate_size": 40,
     "routed_scaling_factor": 2.5,
 }
-VARIANTS = {"bias": {"use_bias": True, "mlp_bias": True, "n_groups": 1, "n_group": 4, "topk_group": 2}}
+VARIANTS = {
+    "bias": {"use_bias": True, "mlp_bias": True, "n_groups": 1, "n_group": 4, "topk_group": 2},
+    "latent": {"moe_latent_size": 20},
+}
 
 _KINDS = {
     "M": "linear_attention",
@@ -88,11 +91,11 @@ def kinds(config: dict[str, Any]) -> list[str]:
 
 
 def _experts(config: dict[str, Any]) -> Experts:
-    if config.get("moe_latent_size"):
-        raise ModelLoadError("moe_latent_size: experts behind a projection to fewer features are not served")
     count = config["n_routed_experts"]
     spec = ExpertSpec(count, "relu2", gated=False)
-    sparse = ExpertsConfig(count, config["moe_intermediate_size"], grouped_router(config), spec, names=_NAMES)
+    latent = int(config.get("moe_latent_size") or 0), bool(config["mlp_bias"])
+    sizes = count, config["moe_intermediate_size"]
+    sparse = ExpertsConfig(*sizes, grouped_router(config), spec, False, _NAMES, *latent)
     inner = config["moe_shared_expert_intermediate_size"]
     shared = Plain(inner, config["mlp_hidden_act"], bool(config["mlp_bias"]), name="shared_experts")
     return Experts(sparse, "mixer", shared=shared)
@@ -113,7 +116,7 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
     )
     attention = usual_attention(config, rope=None, name="mixer", qkv_bias=False, out_bias=False)
     made = {
-        "linear_attention": LayerKind(Mamba(sizes), None, "alone"),
+        "linear_attention": LayerKind(Recurrent(Mamba2, sizes, "mixer"), None, "alone"),
         "full_attention": LayerKind(attention, None, "alone"),
     }
     if "mlp" in found:

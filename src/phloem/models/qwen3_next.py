@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import ModelLoadError
 from phloem.layers.moe import softmax_experts
-from phloem.layers.recurrent import DeltaSizes
+from phloem.layers.recurrent import DeltaSizes, GatedDelta
 from phloem.models._common import Decoder, each_layer, usual, usual_attention, usual_mlp
-from phloem.models._layer import Delta, Experts, LayerKind
+from phloem.models._layer import Experts, LayerKind, Recurrent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +50,7 @@ class Qwen3Next(Decoder):
     """A decoder whose files may hold a block that drafts and is not used here."""
 
     def checkpoint_name(self, name: str) -> str | None:
-        return None if name.startswith(("mtp.", "model.mtp.")) else name
+        return None if name.startswith(("mtp.", "model.mtp.")) else super().checkpoint_name(name)
 
 
 def attends(config: dict[str, Any]) -> list[bool]:
@@ -77,11 +77,8 @@ def hybrid(
         float(config.get("rms_norm_eps", 1e-6)),
         grouped,
     )
-    attention, delta, full = (
-        usual_attention(config, qk_norm="head", gate=True, norm_shift=1.0),
-        Delta(sizes),
-        attends(config),
-    )
+    attention = usual_attention(config, qk_norm="head", gate=True, norm_shift=1.0)
+    delta, full = Recurrent(GatedDelta, sizes, "linear_attn"), attends(config)
 
     def layer(n: int) -> LayerKind:
         return LayerKind(attention if full[n] else delta, feed(n))

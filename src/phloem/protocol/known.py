@@ -8,7 +8,7 @@ from __future__ import annotations
 from phloem.protocol.body import Later
 
 CACHES = "prefixes are found by their tokens"
-MEDIA = "it says how images, video or sound are read; requests that bring any are refused"
+MEDIA = "it says how images, video or sound are read: pictures are read as the model's own settings say"
 INTERNAL = "for processes of the server that it was made for"
 
 # Of every route that generates.

@@ -1,4 +1,7 @@
-"""Administrative calls: flush_cache, state, cache_tree, pause, resume, abort_all, get_weights_by_name, adapters."""
+"""Administrative calls: flush_cache, state, cache_tree, pause, resume, abort_all, get_weights_by_name, adapters.
+
+Those that change weights stand in `weights.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from phloem.core.errors import BadRequest, PhloemError
 from phloem.core.messages import Control, ControlReply
 from phloem.core.request import FinishReason
 from phloem.kvcache import report
+from phloem.scheduler.weights import WeightCalls
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
     from phloem.core.adapters import Lender
     from phloem.core.batch import Pending, Runner
     from phloem.core.messages import FromEngine
+    from phloem.core.updates import Keeper
     from phloem.kvcache.manager import CacheManager
     from phloem.scheduler.state import Slots
 
@@ -34,6 +39,8 @@ class Governed(Protocol):
     cache: CacheManager
     slots: Slots
     lender: Lender | None
+    keeper: Keeper | None
+    weight_version: str
     paused: bool
     clock: Callable[[], float]
     send: Callable[[FromEngine], None]
@@ -44,6 +51,7 @@ class Governed(Protocol):
     def abort_all(self, reason: FinishReason) -> int: ...
     def retract_all(self) -> None: ...
     def flush_results(self) -> None: ...
+    def settle(self) -> None: ...
     def between(self, work: Callable[[], Any]) -> Pending[Any]: ...
 
 
@@ -52,12 +60,13 @@ class Controls:
 
     def __init__(self, scheduler: Governed) -> None:
         self.scheduler = scheduler
+        self.weights = WeightCalls(scheduler, self._reply)
         self._flushes: list[tuple[str, float]] = []  # (id, deadline)
         self._works: list[tuple[str, Pending[Any], Callable[[Any], Told]]] = []  # (id, work, result -> reply)
 
     @property
     def waiting(self) -> bool:
-        return bool(self._flushes or self._works)
+        return bool(self._flushes or self._works or self.weights.waiting)
 
     def between(self, call_id: str, work: Callable[[], Any], told: Callable[[Any], Told]) -> None:
         """Run `work` between two steps; the call is answered by `told(its result)` once it has ended."""
@@ -65,9 +74,11 @@ class Controls:
 
     def handle(self, call: Control) -> None:
         """Never raises: what goes wrong is the reply."""
-        handler = getattr(self, f"_do_{call.name}", None)
+        owner = self if f"_do_{call.name}" in dir(self) else self.weights
+        handler = getattr(owner, f"_do_{call.name}", None)
         if handler is None:
-            known = sorted(name.removeprefix("_do_") for name in dir(self) if name.startswith("_do_"))
+            names = [*dir(self), *dir(self.weights)]
+            known = sorted(name.removeprefix("_do_") for name in names if name.startswith("_do_"))
             self._reply(call.id, False, f"unknown control call {call.name!r}; known: {', '.join(known)}")
             return
         try:
@@ -80,6 +91,7 @@ class Controls:
 
     def poll(self) -> None:
         """Flush once nothing holds pages, or give up at the deadline; answer for work that has ended."""
+        self.weights.poll()
         works, self._works = self._works, []
         for call_id, pending, told in works:
             if pending.done():
@@ -103,6 +115,7 @@ class Controls:
         works, self._works = self._works, []
         for call_id, pending, told in works:
             self._answer(call_id, pending, told)
+        self.weights.give_up()
         for call_id, _ in self._flushes:
             self._reply(call_id, False, "not flushed: the engine stops")
         self._flushes = []

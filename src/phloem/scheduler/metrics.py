@@ -36,6 +36,7 @@ class Meter:
         self.busy_total = 0.0  # seconds, since start
         self.forward_total = 0.0
         self.last_throughput = 0.0
+        self.encoded = self.found = 0  # pictures: of the tower, and of the encoder cache
         self._since = now
         self._tokens_then = 0
         self._busy = 0.0
@@ -47,6 +48,8 @@ class Meter:
         self.steps += 1
         self._forward += output.forward_seconds
         self.forward_total += output.forward_seconds
+        self.encoded += output.encoded
+        self.found += output.found
 
     def turn(self, begin: float, end: float, worked: bool) -> None:
         """One turn of the loop ran from `begin` to `end`."""
@@ -68,6 +71,8 @@ class Meter:
     def state(self) -> dict[str, Any]:
         return {
             "steps": self.steps,
+            "pictures_encoded": self.encoded,
+            "pictures_found": self.found,
             "busy_seconds": self.busy_total,
             "forward_seconds": self.forward_total,
             "gen_throughput": self.last_throughput,
@@ -91,6 +96,8 @@ class Meter:
             cache_hit_rate=planner["cache_hit_rate"],
             preemptions=planner["preemptions"],
             out_of_memory=self.out_of_memory,
+            pictures_encoded=self.encoded,
+            pictures_found=self.found,
             step=self.steps,
             outside_forward=outside,
         )

@@ -278,8 +278,12 @@ class Planner:
         """Pages for the chunk, or for less of it: then it is shortened, to nothing at worst."""
         if self.cache.has_states:
             chunk.count = self.cache.cut(lease, chunk.known, chunk.start, chunk.count)
+        if chunk.request.whole:
+            chunk.count = chunk.request.uncut(chunk.start, chunk.count, more=True)
         while chunk.count and not self.cache.reserve(lease, chunk.start + chunk.count):
             chunk.count //= 2
+            if chunk.request.whole:
+                chunk.count = chunk.request.uncut(chunk.start, chunk.count, more=False)
 
     def _cover_room(self, chunk: Chunk) -> None:
         slot, end = chunk.request.slot, chunk.start + chunk.count

@@ -284,6 +284,12 @@ class Results:
             Chunk(id=request_id, finish=FinishReason("abort", message=message, status_code=status_code, param=param))
         )
 
+    def tell_all(self) -> None:
+        """What has been chosen and not told yet, whatever the interval."""
+        for request in self.live.values():
+            if request.fresh:
+                self._chunks.append(self._chunk(request, None))
+
     def _chunk(self, request: Request, finish: FinishReason | None) -> Chunk:
         submit = request.submit
         chunk = Chunk(id=request.id, tokens=request.fresh, finish=finish)

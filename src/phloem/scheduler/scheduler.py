@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from phloem.core.errors import BadRequest, OutOfMemory, PhloemError
+from phloem.core.media import FIRST, misfit
 from phloem.core.messages import Abort, Control, FromEngine, Submit, ToEngine
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.kvcache import audit
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from phloem.core.adapters import Lender
     from phloem.core.batch import Pending, Runner, StepOutput
     from phloem.core.late import Late, Prepared
+    from phloem.core.updates import Keeper
     from phloem.kvcache.manager import CacheManager
 
 T = TypeVar("T")
@@ -70,6 +72,8 @@ class ScheduleSettings:
     overlap: bool = True
     debug_invariants: bool = False
     whole_prompts: bool = False  # every prompt is computed in one step
+    sees: bool = False  # the model takes pictures
+    whole_pictures: bool = False  # and one step computes all tokens of one
     speculates: bool = False  # answers tell how many drafts were accepted
 
     def pace(self, slots: int, draft_room: int) -> Pace:
@@ -92,7 +96,7 @@ class Scheduler:
 
     `prepare(submit, prompt)` gives what a request must wait for and what its output keeps to; None: nothing. A
     `PhloemError` that it raises answers the request. `wait_for` adds to the former at any time. `lender` has the
-    adapters, where any are served.
+    adapters, where any are served; `keeper` changes the weights, where that can be done.
     """
 
     def __init__(
@@ -104,6 +108,7 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         prepare: Callable[[Submit, NDArray[np.int32]], Prepared | None] | None = None,
         lender: Lender | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         self.runner = runner
         self.settings = settings
@@ -112,6 +117,7 @@ class Scheduler:
         self.clock = clock
         self.prepare = prepare
         self.lender = lender
+        self.keeper = keeper
         self.live: dict[str, Request] = {}
         self.queue = WaitingQueue()
         self.late: deque[Request] = deque()  # those that wait for something, with or without a slot
@@ -151,7 +157,12 @@ class Scheduler:
         """Whether anything would happen without a new message."""
         if self.inflight or self.controls.waiting or self._drain_until is not None:
             return True
-        return bool(self.live) and not self.paused
+        return bool(self.live) and not self.paused and not self.asleep
+
+    @property
+    def asleep(self) -> bool:
+        """Whether what steps need has been given back: requests wait."""
+        return self.keeper is not None and not self.keeper.asleep.isdisjoint(("weights", "kv_cache"))
 
     @property
     def nothing_held(self) -> bool:
@@ -169,6 +180,7 @@ class Scheduler:
             "running": self.slots.num_running,
             "waiting": self.num_waiting,
             "paused": self.paused,
+            **self._weights(),
             "max_running_requests": self.slots.count,
             "graph_bytes": self.runner.graph_bytes,
             "prepared": self.runner.prepared,
@@ -177,6 +189,17 @@ class Scheduler:
             **self.planner.state(),
             **self.results.state(),
             **({} if self.lender is None else self.lender.state()),
+        }
+
+    def _weights(self) -> dict[str, Any]:
+        keeper = self.keeper
+        if keeper is None:
+            return {}
+        return {
+            "weight_version": keeper.version,
+            "weight_epoch": keeper.epoch,
+            "weights_unfit": keeper.unfit,
+            "asleep": sorted(keeper.asleep),
         }
 
     @property
@@ -195,6 +218,13 @@ class Scheduler:
         adapter = "" if request.adapter is None else request.adapter.uid
         request.namespace = namespace(request.submit.namespace, adapter, self._weight_version)
         request.match_version = -1
+
+    def settle(self) -> None:
+        """Take in every launched step and tell what it gave: what is told from now on was computed later."""
+        while self.inflight:
+            self._commit(self.inflight.popleft())
+        self.results.tell_all()
+        self.flush_results()
 
     def between(self, work: Callable[[], T]) -> Pending[T]:
         """Run `work` behind every step launched so far and before every later one, with none in flight.
@@ -225,6 +255,9 @@ class Scheduler:
             if self._drain_until is not None:
                 self.results.refuse(submit.id, str(SHUTTING_DOWN.message), 503)
                 return
+            if self.keeper is not None and self.keeper.unfit:
+                self.results.refuse(submit.id, self.keeper.unfit, 503)
+                return
             if self.num_waiting >= self.settings.max_queued_requests:
                 self.results.refuse(submit.id, f"the queue is full: {self.num_waiting} requests are waiting", 503)
                 return
@@ -244,6 +277,9 @@ class Scheduler:
             room if params.max_new_tokens is None else min(params.max_new_tokens, room)
         )
         request.stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
+        if self.settings.whole_pictures:
+            spans = [(start, start + size) for item in submit.media for start, size in item.spans]
+            request.whole = tuple(sorted(spans))
         seed = params.sampling_seed
         request.seed = self._random.getrandbits(63) if seed is None else seed & SEED_MASK
         self._sequence += 1
@@ -275,10 +311,16 @@ class Scheduler:
         count, params = request.num_prompt, request.params
         if count == 0:
             raise BadRequest("the prompt is empty", param="input_ids")
-        low, high = int(request.prompt.min()), int(request.prompt.max())
+        media = request.submit.media
+        known = request.prompt[request.prompt < FIRST] if media else request.prompt
+        low, high = int(known.min(initial=0)), int(known.max(initial=0))
         if low < 0 or high >= self.settings.vocab_size:
             wrong = low if low < 0 else high
             raise BadRequest(f"token id {wrong} is not in [0, {self.settings.vocab_size})", param="input_ids")
+        if media and (why := misfit(media, request.prompt, self.settings.vocab_size)):
+            raise BadRequest(f"the request has {why}", param="image_data")
+        if media and not self.settings.sees:
+            raise BadRequest("this model takes no pictures", param="image_data")
         params.validate(self.settings.vocab_size)
         needed = count if request.scores_only else count + 1
         if needed > self.settings.context_length:
@@ -401,7 +443,7 @@ class Scheduler:
         return False
 
     def _launch_next(self) -> bool:
-        if self.paused:
+        if self.paused or self.asleep:
             return False
         plan: Plan | None = None
         try:

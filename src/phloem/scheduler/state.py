@@ -61,6 +61,7 @@ class Request:
     waits: tuple[Late, ...] = ()  # while there are any, it is not launched
     constraint: Constraint | None = None
     adapter: Lent | None = None
+    whole: tuple[tuple[int, int], ...] = ()  # first and behind last of tokens that one step computes together
     held_back: int = 0  # times that it was passed over because of its adapter
     admitted: float = -1.0
     cached_tokens: int = 0
@@ -121,6 +122,15 @@ class Request:
         if self.wants_prompt and self.targets_from < self.num_prompt:
             limit = min(limit, self.targets_from - 1)
         return limit
+
+    def uncut(self, start: int, count: int, *, more: bool) -> int:
+        """How many tokens from `start` on a step computes that should compute `count`: it ends in no part that must
+        stay together, but before it; where it begins with one, behind it, if it may be `more`, or with nothing."""
+        end = start + count
+        for first, last in self.whole:
+            if first < end < last:
+                end = first if first > start else last if more else start
+        return end - start
 
     def forget_inflight(self) -> None:
         """The steps in flight are dropped: what they have of this request must be launched again."""

@@ -19,7 +19,7 @@ from phloem.server.door import Door
 from phloem.server.errors import on_http_error, on_invalid_query, on_phloem_error
 from phloem.server.health import Health
 from phloem.server.metrics import Metrics
-from phloem.server.middleware import ApiKey, Head, RequestIds
+from phloem.server.middleware import ApiKey, Head, Keys, RequestIds
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from phloem.client.client import EngineClient
     from phloem.core.config import Config
+
+WIDE_PATHS = frozenset({"/update_weights_from_tensor"})  # whose bodies bring weights
 
 ROUTES: Registry[APIRouter] = Registry("phloem.server.routes", "group of routes", "router")
 
@@ -63,9 +65,14 @@ def create_app(client: EngineClient, config: Config, info: ModelInfo) -> FastAPI
     app.add_exception_handler(RequestValidationError, on_invalid_query)
     app.add_middleware(Head)
     server = config.server
-    app.add_middleware(BodyGate, limits=BodyLimits(server.max_body_bytes, server.max_bodies_bytes, server.body_timeout))
-    if config.server.api_key:
-        app.add_middleware(ApiKey, key=config.server.api_key)
+    limits = BodyLimits(server.max_body_bytes, server.max_bodies_bytes, server.body_timeout)
+    large = max(server.max_update_bytes, server.max_body_bytes)
+    app.add_middleware(
+        BodyGate, limits=limits, wide=BodyLimits(large, large, server.body_timeout), wide_paths=WIDE_PATHS
+    )
+    app.add_middleware(
+        ApiKey, keys=Keys(server.api_key or None, server.admin_api_key or None, server.allow_remote_updates)
+    )
     origins = [origin.strip() for origin in config.server.cors_origins.split(",") if origin.strip()]
     if origins:  # outside the key: browsers ask for leave without one
         app.add_middleware(

@@ -69,22 +69,35 @@ class Budget:
 
 
 class BodyGate:
-    """Hands each request on with its whole body; answers 413, 408 or 503 for one that breaks a limit."""
+    """Hands each request on with its whole body; answers 413, 408 or 503 for one that breaks a limit.
 
-    def __init__(self, app: ASGIApp, limits: BodyLimits) -> None:
+    Bodies of `wide_paths` have limits of their own, and do not count among the others.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: BodyLimits,
+        wide: BodyLimits | None = None,
+        wide_paths: frozenset[str] = frozenset(),
+    ) -> None:
         self.app = app
         self.limits = limits
         self.budget = Budget(max(limits.together, limits.each))
+        self._wide, self._wide_paths = wide or limits, wide_paths
+        self._wide_budget = Budget(max(self._wide.together, self._wide.each))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not has_body(scope):
             await self.app(scope, receive, send)
             return
-        reading = _Reading(self.limits, self.budget)
+        wide = scope["path"] in self._wide_paths
+        limits = self._wide if wide else self.limits
+        reading = _Reading(limits, self._wide_budget if wide else self.budget)
         whole: bytes | bytearray | None = None
         refused: PhloemError | None = None
         try:
-            self._check_declared(scope)
+            _check_declared(scope, limits)
             whole = await reading.run(receive)
         except PhloemError as error:
             refused = error.with_traceback(None)  # its frames hold what has been read
@@ -114,10 +127,11 @@ class BodyGate:
             parts.clear()
             reading.let_go()
 
-    def _check_declared(self, scope: Scope) -> None:
-        declared = header(scope, b"content-length")
-        if declared is not None and declared.isdigit() and int(declared) > self.limits.each:
-            raise _too_large(f"of {int(declared)} bytes ", self.limits.each)
+
+def _check_declared(scope: Scope, limits: BodyLimits) -> None:
+    declared = header(scope, b"content-length")
+    if declared is not None and declared.isdigit() and int(declared) > limits.each:
+        raise _too_large(f"of {int(declared)} bytes ", limits.each)
 
 
 class _Reading:

@@ -35,6 +35,8 @@ class Health:
             return "the server is shutting down"
         if link.ready is None:
             return "the engine is starting"
+        if client.unfit:
+            return client.unfit
         silence = time.monotonic() - link.heard_at
         busy = link.heartbeat.busy_seconds
         if busy + silence > self.watchdog + GRACE and busy > 0:

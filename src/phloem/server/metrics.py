@@ -74,6 +74,8 @@ class Metrics:
             ("spec_verify_calls", "Steps of a request that verified drafts.", stats.spec_verify_calls),
             ("spec_draft_tokens", "Drafts that were verified.", stats.spec_drafted),
             ("spec_accepted_tokens", "Drafts that were accepted.", stats.spec_accepted),
+            ("pictures_encoded", "Pictures that the model's tower was run for.", stats.pictures_encoded),
+            ("encoder_cache_hits", "Pictures whose embeddings the encoder cache had.", stats.pictures_found),
             ("num_out_of_memory", "Steps that failed for lack of memory and ran again, smaller.", stats.out_of_memory),
         ):
             family = CounterMetricFamily(prefix + name, text, labels=["model_name"])

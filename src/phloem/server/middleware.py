@@ -6,10 +6,11 @@ import hashlib
 import hmac
 import logging
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from phloem.client.request import new_id
-from phloem.core.errors import PhloemError, Unauthorized
+from phloem.core.errors import Forbidden, PhloemError, Unauthorized
 from phloem.server import page
 from phloem.server.bodies import header, refuse
 from phloem.server.errors import error_response
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("phloem.server")
 
 OPEN_PATHS = page.PATHS | {"/health", "/ready", "/ping"}  # the latter are asked by supervisors that hold no key
+UPDATE_PATHS = {
+    *("/update_weights_from_tensor", "/update_weights_from_disk", "/update_weights_from_distributed"),
+    *("/update_weights_from_ipc", "/init_weights_update_group", "/destroy_weights_update_group"),
+    *("/begin_weight_update", "/end_weight_update", "/post_process_weights", "/update_weight_version"),
+    *("/weights_checker", "/release_memory_occupation", "/resume_memory_occupation"),
+}
+ADMIN_PATHS = UPDATE_PATHS | {
+    *("/pause_generation", "/continue_generation", "/flush_cache", "/get_weights_by_name"),
+    *(f"{prefix}/{verb}_lora_adapter" for prefix in ("", "/v1") for verb in ("load", "unload")),
+}
 _MAX_REQUEST_ID = 128
 _PLAIN = re.compile(rb"[A-Za-z0-9._:-]+")
 
@@ -82,20 +93,52 @@ class Head:
         await self.app({**past, "method": "GET"}, receive, without_body)
 
 
-class ApiKey:
-    """Bearer token or `x-api-key`, in constant time, on everything but health checks and the page's own files."""
+@dataclass(frozen=True)
+class Keys:
+    """`admin` stands for `key` too. `remote`: other machines may change weights although there is no key."""
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
+    key: str | None = None
+    admin: str | None = None
+    remote: bool = False
+
+
+class ApiKey:
+    """Bearer token or `x-api-key`, in constant time, on everything but health checks and the page's own files; the
+    administrator's on what changes the server, where there is one. Without any key, weights are changed from this
+    machine alone."""
+
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self.app = app
-        self._digest = hashlib.sha256(key.encode()).digest()
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            scheme, _, token = (header(scope, b"authorization") or b"").partition(b" ")
-            bearer = token.strip() if scheme.lower() == b"bearer" else b""
-            given = hashlib.sha256(bearer or header(scope, b"x-api-key") or b"").digest()
-            if not hmac.compare_digest(given, self._digest):
-                error = Unauthorized("the API key is missing or wrong: send Authorization: Bearer <key>")
-                await refuse(error, scope, receive, send)
-                return
+        error = self._error(scope) if scope["type"] == "http" and scope["path"] not in OPEN_PATHS else None
+        if error is not None:
+            await refuse(error, scope, receive, send)
+            return
         await self.app(scope, receive, send)
+
+    def _error(self, scope: Scope) -> PhloemError | None:
+        keys, path = self._keys, scope["path"].rstrip("/")
+        admin = keys.admin is not None and path in ADMIN_PATHS
+        wanted = [keys.admin] if admin else [keys.key, keys.admin] if keys.key is not None else []
+        if not wanted:
+            if path in UPDATE_PATHS and keys.admin is None and not keys.remote and not _local(scope):
+                return Forbidden(
+                    "weights are changed from this machine alone while there is no key: set --admin-api-key, or "
+                    "--allow-remote-updates"
+                )
+            return None
+        scheme, _, token = (header(scope, b"authorization") or b"").partition(b" ")
+        bearer = token.strip() if scheme.lower() == b"bearer" else b""
+        given = hashlib.sha256(bearer or header(scope, b"x-api-key") or b"").digest()
+        known = [hashlib.sha256(key.encode()).digest() for key in wanted if key is not None]
+        if any([hmac.compare_digest(given, digest) for digest in known]):
+            return None
+        what = "administrator's" if admin else "API"
+        return Unauthorized(f"the {what} key is missing or wrong: send Authorization: Bearer <key>")
+
+
+def _local(scope: Scope) -> bool:
+    client = scope.get("client")
+    return client is None or client[0].startswith("127.") or client[0] in ("::1", "localhost", "testclient")

@@ -10,9 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from phloem.core.batch import FROM_DEVICE
+from phloem.core.media import real_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from phloem.core.batch import Admission, Batch
 
@@ -51,6 +55,11 @@ class Text:
                 self.tokens.extend(more)
 
 
+def _real(admission: Admission) -> NDArray[np.int32]:
+    """Its tokens, those of pictures as the placeholder: nobody drafts content."""
+    return real_ids(admission.tokens, admission.media[0].token) if admission.media else admission.tokens
+
+
 class Texts:
     """The texts of the slots."""
 
@@ -68,7 +77,7 @@ class Texts:
         self._texts[admission.slot] = Text(
             admission.request_id,
             admission.namespace,
-            admission.tokens.tolist(),
+            _real(admission).tolist(),
             admission.num_prompt,
             easy=params.greedy and plain and free and params.repetition_penalty == 1.0,
         )

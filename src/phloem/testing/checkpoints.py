@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from phloem.checkpoint.families import FAMILIES, GGUFFacts, family, gguf_families
 from phloem.checkpoint.gguf_config import KEYS
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 VOCAB = 384  # 256 bytes, the special tokens, and merges learned from CORPUS
 SPECIAL = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
+# Of models that see, behind those: their ids are 4, 5, ...
+SEEING = ["<|vision_start|>", "<|vision_end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
     "A serving engine answers many requests at once; each request has its own page table.",
@@ -20,6 +25,13 @@ CORPUS = [
 ]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SEEING_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _SIZES: dict[str, Any] = {
@@ -63,25 +75,46 @@ def tiny_checkpoint(
     Returns:
         `path`. Needs `transformers`.
     """
+    model = _filled(lambda: _model(model_type, overrides, head), seed, shifted=_shifted(model_type))
+    path.mkdir(parents=True, exist_ok=True)
+    size = sum(parameter.numel() for parameter in model.parameters()) * 4
+    model.save_pretrained(path, max_shard_size=f"{max(1, size // shards // 1000 + 1)}KB" if shards > 1 else "5GB")
+    known = model_type in FAMILIES.names() and family(model_type).vision is not None
+    write_tokenizer(path, model.config.get_text_config().vocab_size, sees=known)
+    return path
+
+
+def random_checkpoint(model_type: str, path: Path, settings: dict[str, Any], seed: int = 0) -> Path:
+    """A random checkpoint of any class of transformers that generates, with all its settings given; and a tokenizer."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(model_type, **{k: v for k, v in settings.items() if v is not None})
+    make = transformers.AutoModelForCausalLM.from_config
+    _filled(lambda: make(config).eval(), seed, shifted=_shifted(model_type)).save_pretrained(path)
+    write_tokenizer(path, config.get_text_config().vocab_size)
+    return path
+
+
+def _shifted(model_type: str) -> bool:
+    """Whether its norms are stored as their distance from 1."""
+    return "gemma" in model_type and not model_type.startswith(("gemma3n", "gemma4"))
+
+
+def _filled(make: Callable[[], Any], seed: int, *, shifted: bool) -> Any:
+    """A model with random weights, biases and norms too: one whose norms are all 1 hides mistakes."""
     import torch
 
     torch.manual_seed(seed)
-    path.mkdir(parents=True, exist_ok=True)
-    model = _model(model_type, overrides, head)
-    shifted = "gemma" in model_type
+    model = make()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Norms and biases too: a model whose norms are all 1 hides mistakes.
             wide = 1.0 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.2
             centre = 1.0 if parameter.ndim == 1 and name.lower().endswith("norm.weight") and not shifted else 0.0
             parameter.normal_(centre, wide)
         for name, buffer in model.named_buffers():
-            if name.endswith("correction_bias"):
-                buffer.normal_(0.0, 0.2)
-    size = sum(parameter.numel() for parameter in model.parameters()) * 4
-    model.save_pretrained(path, max_shard_size=f"{max(1, size // shards // 1000 + 1)}KB" if shards > 1 else "5GB")
-    write_tokenizer(path, model.config.get_text_config().vocab_size)
-    return path
+            if name.endswith(("correction_bias", "layer_scalar")):
+                buffer.normal_(float(name.endswith("layer_scalar")), 0.2)
+    return model
 
 
 def _model(model_type: str, overrides: dict[str, Any], head: str) -> Any:
@@ -90,7 +123,7 @@ def _model(model_type: str, overrides: dict[str, Any], head: str) -> Any:
     tiny = family(model_type).tiny if model_type in FAMILIES.names() else None
     if tiny is None:
         raise ValueError(f"no tiny checkpoint for {model_type!r}; known: {', '.join(families())}")
-    around = tiny.get("around")
+    around = overrides.get("around", tiny.get("around"))
     settings = {**_SIZES, **tiny, **overrides, "around": None}
     settings = {key: value for key, value in settings.items() if value is not None}
     if around is None:
@@ -104,7 +137,7 @@ def _model(model_type: str, overrides: dict[str, Any], head: str) -> Any:
     return transformers.AutoModelForImageTextToText.from_config(config).eval()
 
 
-def write_tokenizer(path: Path, vocab_size: int = VOCAB) -> None:
+def write_tokenizer(path: Path, vocab_size: int = VOCAB, *, sees: bool = False) -> None:
     """A byte-level BPE tokenizer trained on CORPUS, with a chat template, as Hugging Face files."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -114,7 +147,7 @@ def write_tokenizer(path: Path, vocab_size: int = VOCAB) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     trainer: Any = trainers.BpeTrainer(
         vocab_size=min(vocab_size, VOCAB),
-        special_tokens=SPECIAL,
+        special_tokens=SPECIAL + (SEEING if sees else []),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -122,7 +155,7 @@ def write_tokenizer(path: Path, vocab_size: int = VOCAB) -> None:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[3]
     )
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = SEEING_TEMPLATE if sees else CHAT_TEMPLATE
     fast.save_pretrained(path)
 
 

@@ -78,7 +78,7 @@ def word_tokenizer(words: tuple[str, ...] | list[str] = tuple(WORDS), length: in
 
     letters = sorted(set("abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"))
     vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1}
-    merges: list[tuple[str, str]] = []
+    merges: list[Any] = []
     for letter in letters:
         vocab[letter] = len(vocab)
         vocab[letter + "</w>"] = len(vocab)

@@ -9,6 +9,7 @@ import mmap
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def zeros(nbytes: int) -> Bytes:
     return block[start : start + nbytes]
 
 
+DONT_NEED = 4  # Linux: anonymous memory goes at once
 POPULATE_WRITE = 23  # Linux 5.14: makes pages resident and writable without changing what they hold
 
 
@@ -52,6 +54,25 @@ def populate(address: int, nbytes: int) -> bool:
         return False
     # Not `mmap.madvise`: that keeps the interpreter lock for as long as it takes.
     return _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), POPULATE_WRITE) == 0
+
+
+def discard(spans: Iterable[tuple[int, int]]) -> int:
+    """Give the system the memory of (address, bytes): what it held is lost, the addresses stay, and whatever is touched
+    again begins as zeros. Only whole pages can go; neighbours count as one. Bytes given back; 0 where it cannot."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    whole: list[list[int]] = []
+    for start, size in sorted(spans):
+        if whole and start - whole[-1][1] < 64:  # what lies between two pieces of a slab is padding
+            whole[-1][1] = max(whole[-1][1], start + size)
+        else:
+            whole.append([start, start + size])
+    done, page = 0, mmap.PAGESIZE
+    for start, end in whole:
+        first, last = -(-start // page) * page, end // page * page
+        if last > first and _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), DONT_NEED) == 0:
+            done += last - first
+    return done
 
 
 def trim() -> None:

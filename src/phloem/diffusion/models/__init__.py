@@ -44,8 +44,9 @@ def load(pictures: Pictures, device: torch.device, dtype: torch.dtype, tiling: b
 
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
-    kind: Any = getattr(diffusers, pictures.class_name, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+    library: Any = diffusers
+    kind: Any = getattr(library, pictures.class_name, None)
+    if not (isinstance(kind, type) and issubclass(kind, library.DiffusionPipeline)):
         raise ModelLoadError(
             f"{pictures.path}: {pictures.class_name} is no pipeline of diffusers {diffusers.__version__}",
             param="model_path",

@@ -67,7 +67,8 @@ class RecordedWay(Protocol):
 class Place:
     """What steps run with. `free`: bytes of device memory left when weights and KV pool are there; `graph_bytes`: how
     many of them graphs may take (None: nothing was measured, and only pieces have a bound, a part of `free`); `shares`:
-    attention to pages that rows share is done once for all of them; `adapts`: rows may have adapters.
+    attention to pages that rows share is done once for all of them; `adapts`: rows may have adapters; `eager`: why
+    nothing can be recorded.
     """
 
     model: Model
@@ -79,6 +80,7 @@ class Place:
     graph_bytes: int | None = None
     shares: bool = False
     adapts: bool = False
+    eager: str = ""
 
 
 def choose(
@@ -88,7 +90,8 @@ def choose(
 
     `running`: most rows of a decode step; `pages`: most pages of a row; `chunk`: most tokens of a step.
     """
-    recorder = None if runtime.disable_step_graph or place.ops.recorder is None else place.ops.recorder()
+    off = runtime.disable_step_graph or place.eager or place.ops.recorder is None
+    recorder = None if off or place.ops.recorder is None else place.ops.recorder()
     decode = _decode(runtime, recorder, place, running, pages, decisions)
     if decode is not None and recorder is not None and recorder.resizes:
         tokens = min(chunk, FLEXIBLE_TOKENS)
@@ -124,8 +127,8 @@ def _decode_graphs(
     return DecodeGraphs(recorder, *whole, running, pages, check=check, budget=budget, shared=shared)
 
 
-def _no_recorder(runtime: RuntimeConfig, ops: Ops) -> str:
-    return "as asked" if runtime.disable_step_graph else f"the op table {ops.name!r} cannot record"
+def _no_recorder(runtime: RuntimeConfig, place: Place) -> str:
+    return "as asked" if runtime.disable_step_graph else place.eager or f"the op table {place.ops.name!r} cannot record"
 
 
 def _decode(
@@ -138,7 +141,7 @@ def _decode(
 ) -> DecodeGraphs | None:
     backend, refusal = place.backend, None
     if recorder is None:
-        refusal = _no_recorder(runtime, place.ops)
+        refusal = _no_recorder(runtime, place)
     elif not backend.recordable:
         refusal = f"the attention backend {backend.name!r} plans each step on the host"
     if recorder is None or refusal is not None:
@@ -160,7 +163,7 @@ def _pieces(
     if runtime.disable_piecewise_graph:
         refusal = "as asked"
     elif recorder is None:
-        refusal = _no_recorder(runtime, place.ops)
+        refusal = _no_recorder(runtime, place)
     elif not recorder.cuts:
         why = "a prefill here computes far longer than it takes to launch"
         refusal = f"the op table {place.ops.name!r} records whole decode steps; {why}"

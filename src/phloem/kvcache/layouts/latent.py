@@ -18,6 +18,8 @@ class Layout:
     def __init__(self, spec: Latent, dtype: torch.dtype) -> None:
         if dtype == torch.int8:
             raise ConfigError("kv_cache_dtype: int8 is not for latent attention: one scale would serve two parts")
+        if not spec.rope and dtype.itemsize == 1:
+            raise ConfigError(f"kv_cache_dtype: {dtype} is not for an indexer's keys, whose order 8 bits would change")
         self._rank, self._size, self._dtype = spec.rank, spec.rank + spec.rope, dtype
         self.bytes = self._size * dtype.itemsize
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
+from phloem.protocol.media import of_prompts
 from phloem.protocol.sampling import namespace, native_params
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
     salts, keys = each("cache_salt", None), each("extra_key", None)
     adapters = each("lora_path", None)
     chosen = _chosen(body, count)
+    pictures = of_prompts(body.image_data, "image_data", count, batch)
     items: list[Item] = []
     for at, prompt in enumerate(prompts):
         sampling = params[at]
@@ -58,6 +60,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
                 return_hidden=bool(hidden[at]),
                 session=steps[at].step() if steps[at] is not None else None,
                 thinking_budget=body.max_thinking_tokens,
+                pictures=pictures[at],
                 stream_interval=(sampling.stream_interval if sampling is not None else None) or 1,
             )
         )

@@ -40,9 +40,8 @@ def hidden_lists(states: list[bytes]) -> list[list[float]]:
 class Renderer:
     """Writes outputs as `/generate` answers them."""
 
-    def __init__(self, body: GenerateBody, tokenizer: Tokenizer | None, weight_version: str) -> None:
+    def __init__(self, body: GenerateBody, tokenizer: Tokenizer | None) -> None:
         self.body = body
-        self.weight_version = weight_version
         wants_text = bool(body.return_text_in_logprobs) and tokenizer is not None
         self._text: Callable[[int], str] | None = tokenizer.token_text if wants_text and tokenizer is not None else None
 
@@ -76,11 +75,13 @@ class Renderer:
             "completion_tokens": output.completion_tokens,
             "cached_tokens": output.cached_tokens,
             "cached_tokens_details": {"device": output.cached_tokens, "host": 0},
-            "weight_version": self.weight_version,
+            "weight_version": output.version,
             "e2e_latency": time.monotonic() - output.arrival,
             "queue_time": output.queue_seconds,
             "dp_rank": None,
         }
+        if output.spans:
+            meta["weight_versions"] = output.versions()
         if output.drafts:
             meta |= speculation(output)
         if self.body.return_prompt_token_ids:
@@ -163,10 +164,10 @@ class PlainEvents:
     def __init__(self, renderer: Renderer, kept: Cumulative | None, index: int | None) -> None:
         self._renderer, self._kept, self._index = renderer, kept, index
         self._parts: list[bytes] = []
-        self._of: tuple[int, float] | None = None  # what the parts were made for
+        self._of: tuple[int, float, str] | None = None  # what the parts were made for
 
     def __call__(self, output: Continuation, text: str) -> bytes:
-        if self._of != (output.cached_tokens, output.queue_seconds):
+        if self._of != (output.cached_tokens, output.queue_seconds, output.version):
             self._prepare(output)
         fresh = output.ids[output.new_from :]
         if self._kept is None:
@@ -190,7 +191,7 @@ class PlainEvents:
             part, _, rest = rest.partition(mark)
             self._parts.append(part)
         self._parts.append(rest)
-        self._of = (output.cached_tokens, output.queue_seconds)
+        self._of = (output.cached_tokens, output.queue_seconds, output.version)
 
 
 def _extend(data: bytearray, items: list[Any]) -> None:

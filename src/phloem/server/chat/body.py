@@ -10,11 +10,14 @@ from phloem.protocol.fields import HINT, NEEDS_FORMAT, Count, Int32, OpenAIBody
 
 
 class ContentPart(Body, kw_only=True):
-    """One part of a message's content; only `text` parts are served so far."""
+    """One part of a message's content: `text`, or a picture (`image_url`, `image`)."""
 
     type: str
     text: str | None = None
     image_url: Any = None
+    image: Any = None
+    detail: Any = None
+    uuid: Any = None
     video_url: Any = None
     audio_url: Any = None
     input_audio: Any = None
@@ -25,7 +28,11 @@ class ContentPart(Body, kw_only=True):
     name: str | None = None
     modalities: str | None = None
 
-    ignored: ClassVar[dict[str, str]] = {"cache_control": HINT}
+    ignored: ClassVar[dict[str, str]] = {
+        "cache_control": HINT,
+        "detail": "pictures are read at the size that the model was trained on",
+        "uuid": "pictures are known by their content",
+    }
 
 
 class Message(Body, kw_only=True):

@@ -11,6 +11,7 @@ import msgspec
 
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
+from phloem.protocol.media import PICTURES, seen
 from phloem.protocol.sampling import namespace, openai_params
 from phloem.protocol.structured import FIELDS, answer_shape
 from phloem.server.chat import toolplan
@@ -95,7 +96,9 @@ async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> 
     tools = toolplan.plan(body.tools, body.tool_choice, body.parallel_tool_calls, info.tool_parser, answer)
     constrain(sampling, tools, info)
     reasoning = info.reasoning_parser if body.separate_reasoning is not False else None
-    messages = plain_messages(body.messages or [])
+    messages, pictures = seen(plain_messages(body.messages or []), client.pictures, client.template)
+    if pictures and body.input_ids is not None:
+        raise BadRequest("input_ids have no pictures: send messages", param="input_ids")
     text = (
         _tail(body.input_ids, client)
         if body.input_ids is not None
@@ -124,6 +127,7 @@ async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> 
         session=body.session_params.step() if body.session_params is not None else None,
         return_hidden=bool(body.return_hidden_states),
         thinking_budget=body.max_thinking_tokens,
+        pictures=pictures,
     )
     return Conversation(
         GenerateRequest([item], bool(body.stream)),
@@ -131,8 +135,14 @@ async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> 
         reasoning,
         body.stream_reasoning is not False,
         text,
-        str(messages[-1]["content"] or "") if body.continue_final_message and messages else None,
+        _last_text(messages[-1]["content"]) if body.continue_final_message and messages else None,
     )
+
+
+def _last_text(content: Any) -> str:
+    if isinstance(content, list):
+        content = content[-1].get("text", "") if content else ""
+    return str(content or "")
 
 
 def _tail(ids: list[int], client: EngineClient) -> str:
@@ -207,9 +217,15 @@ def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
 
 
 def _plain_message(message: Message, at: int) -> dict[str, Any]:
-    """A message as templates read it: unset fields left out, text parts joined by newlines."""
-    content = message.content
-    if isinstance(content, list):
+    """A message as templates read it: unset fields left out, text parts joined by newlines, but for those with
+    pictures, which stay parts."""
+    content: Any = message.content
+    if isinstance(content, list) and any(part.type in PICTURES for part in content):
+        content = [
+            {name: value for name, value in msgspec.structs.asdict(part).items() if value is not None}
+            for part in content
+        ]
+    elif isinstance(content, list):
         texts: list[str] = []
         for number, part in enumerate(content):
             where = f"messages[{at}].content[{number}]"

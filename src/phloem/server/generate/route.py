@@ -33,7 +33,7 @@ async def generate(request: Request) -> Response:
     asked = to_request(body)
     door.check_batch(asked)
     single = not is_batch(body) and asked.items[0].sampling.n == 1
-    renderer = Renderer(body, door.client.tokenizer, door.info.weight_version)
+    renderer = Renderer(body, door.client.tokenizer)
     call = await door.client.submit(asked)
     if asked.stream:
         incremental = door.config.server.incremental_streaming_output

@@ -6,7 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import BadRequest
-from phloem.server.chat.body import ChatBody, Message
+from phloem.protocol.media import block_source
+from phloem.server.chat.body import ChatBody, ContentPart, Message
 from phloem.server.chat.toolplan import without_foreign
 from phloem.server.messages.body import (
     AS_IN_CHAT,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # Keys of content blocks, as clients send them or send back what they got.
 _KEYS: dict[str, frozenset[str]] = {
     "text": frozenset({"type", "text", "cache_control", "citations"}),
+    "image": frozenset({"type", "source", "cache_control"}),
     "thinking": frozenset({"type", "thinking", "signature"}),
     "redacted_thinking": frozenset({"type", "data"}),
     "tool_use": frozenset({"type", "id", "name", "input", "cache_control", "caller"}),
@@ -30,7 +32,8 @@ _KEYS: dict[str, frozenset[str]] = {
 }
 _ALLOWED = {
     "system": ("text",),
-    "user": ("text", "tool_result"),
+    "user": ("text", "image", "tool_result"),
+    "result": ("text", "image"),
     "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
 }
 
@@ -126,7 +129,7 @@ def _turn(turn: TurnBody, where: str) -> list[Message]:
     """One message as chat messages: results of tools come before what the user says to them."""
     if isinstance(turn.content, str):
         return [Message(role=turn.role, content=turn.content)]
-    texts: list[str] = []
+    parts: list[ContentPart] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     results: list[Message] = []
@@ -134,7 +137,9 @@ def _turn(turn: TurnBody, where: str) -> list[Message]:
         place = f"{where}.content[{number}]"
         match _kind(block, turn.role, place):
             case "text":
-                texts.append(_string(block, "text", place))
+                parts.append(ContentPart(type="text", text=_string(block, "text", place)))
+            case "image":
+                parts.append(ContentPart(type="image", image=block_source(block, place)))
             case "thinking":
                 thoughts.append(_string(block, "thinking", place))
             case "tool_use":
@@ -142,16 +147,40 @@ def _turn(turn: TurnBody, where: str) -> list[Message]:
                 function = {"name": _string(block, "name", place), "arguments": arguments}
                 calls.append({"id": _string(block, "id", place), "type": "function", "function": function})
             case "tool_result":
-                content = _text(block.get("content") or "", "system", f"{place}.content")
+                content = _result(block.get("content") or "", f"{place}.content")
                 results.append(Message(role="tool", tool_call_id=_string(block, "tool_use_id", place), content=content))
             case _:
                 pass  # redacted_thinking: nobody can read it
-    if results and not texts:
+    if results and not parts:
         return results
-    said = Message(role=turn.role, content="\n".join(texts) if texts or not calls else None)
+    said = Message(role=turn.role, content=_joined(parts) if parts or not calls else None)
     said.reasoning_content = "".join(thoughts) or None
     said.tool_calls = calls or None
     return [*results, said]
+
+
+def _joined(parts: list[ContentPart]) -> str | list[ContentPart]:
+    """Texts as one, but beside pictures."""
+    if any(part.type == "image" for part in parts):
+        return parts
+    return "\n".join(part.text or "" for part in parts)
+
+
+def _result(content: Any, where: str) -> str | list[ContentPart]:
+    """What a tool gave: a text, or blocks of text and pictures."""
+    blocks: list[Any] = content if isinstance(content, list) else []
+    if not any(isinstance(block, dict) and block.get("type") == "image" for block in blocks):
+        return _text(content, "system", where)
+    parts: list[ContentPart] = []
+    for number, block in enumerate(blocks):
+        place = f"{where}[{number}]"
+        if not isinstance(block, dict):
+            raise BadRequest(f"{place}: expected a block", param=place)
+        if _kind(block, "result", place) == "image":
+            parts.append(ContentPart(type="image", image=block_source(block, place)))
+        else:
+            parts.append(ContentPart(type="text", text=_string(block, "text", place)))
+    return parts
 
 
 def _kind(block: dict[str, Any], role: str, where: str) -> str:

@@ -54,8 +54,8 @@ async def count_tokens(request: Request) -> Response:
     door = door_of(request)
     asked = await _asked(door, await door.read(request, _count))
     item = asked.request.items[0]
-    ids = door.client.admission.encode(item.text or "", item.add_special_tokens)
-    return json_response(TokenCount(input_tokens=len(ids)))
+    (prompt,) = await door.client.admission.prompts([item])
+    return json_response(TokenCount(input_tokens=len(prompt.ids)))
 
 
 # What chat calls it, and what it is called here.

@@ -224,7 +224,7 @@ function allowImages(allowed) {
   byId("file").disabled = !allowed;
   const attach = byId("attach");
   attach.setAttribute("aria-disabled", String(!allowed));
-  attach.title = allowed ? "Add an image, or drop one here" : "This model takes no images";
+  attach.title = allowed ? "Add an image, drop one here, or paste one" : "This model takes no images";
 }
 
 // --- page
@@ -282,6 +282,11 @@ for (const kind of ["dragleave", "drop"]) {
     if (kind === "drop") addFiles(event.dataTransfer.files);
   });
 }
+byId("prompt").addEventListener("paste", (event) => {
+  if (!takesImages || !event.clipboardData.files.length) return;
+  event.preventDefault();
+  addFiles(event.clipboardData.files);
+});
 byId("theme").addEventListener("click", () => {
   setTheme(THEMES[(THEMES.indexOf(byId("theme").textContent) + 1) % THEMES.length]);
 });

@@ -85,10 +85,10 @@ def messages_of(given: str | list[dict[str, Any]]) -> list[Message]:
             role = _string(item, "role", where)
             if role not in ("user", "system", "developer"):
                 raise BadRequest(f"{where}.role: unknown role {role!r:.100}", param=f"{where}.role")
-            content = _content(item.get("content"), f"{where}.content")
+            content = _seen(item.get("content"), f"{where}.content")
             found.append(Message(role="system" if role == "developer" else role, content=content))
         else:
-            output = _content(item.get("output"), f"{where}.output")
+            output = _seen(item.get("output"), f"{where}.output")
             found.append(Message(role="tool", tool_call_id=_string(item, "call_id", where), content=output))
     return found
 
@@ -122,6 +122,25 @@ def _string(item: dict[str, Any], name: str, where: str) -> str:
         what = "is missing" if value is None else f"expected a text, got {type(value).__name__}"
         raise BadRequest(f"{where}.{name} {what}", param=f"{where}.{name}")
     return value
+
+
+def _seen(content: Any, where: str) -> str | list[ContentPart]:
+    """As `_content`, with pictures among the parts."""
+    parts: list[Any] = content if isinstance(content, list) else []
+    if not any(isinstance(part, dict) and part.get("type") == "input_image" for part in parts):
+        return _content(content, where)
+    found: list[ContentPart] = []
+    for number, part in enumerate(parts):
+        place = f"{where}[{number}]"
+        if isinstance(part, dict) and part.get("type") == "input_image":
+            if not part.get("image_url"):
+                raise BadRequest(
+                    f"{place}: image_url is missing; files are not kept here", param=place, code="not_supported"
+                )
+            found.append(ContentPart(type="image_url", image_url=part["image_url"]))
+        else:
+            found.append(ContentPart(type="text", text=_content([part], where)))
+    return found
 
 
 def _content(content: Any, where: str) -> str:

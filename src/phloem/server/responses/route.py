@@ -123,7 +123,8 @@ async def count_input_tokens(request: Request) -> Response:
     door.check_model(body.model)
     messages = _before(door, body) + (messages_of(body.input) if body.input else [])
     item = (await _asked(door, body, messages)).request.items[0]
-    return json_response(InputTokens(input_tokens=len(door.client.admission.encode(item.text or "", False))))
+    (prompt,) = await door.client.admission.prompts([item])
+    return json_response(InputTokens(input_tokens=len(prompt.ids)))
 
 
 async def _kept(door: Door, entry: Stored, writer: ResponseWriter, call: Call) -> AsyncGenerator[bytes, None]:

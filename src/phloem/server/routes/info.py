@@ -77,7 +77,8 @@ async def show_version(request: Request) -> Response:
 @router.get("/get_model_info", **describe(answer=_OBJECT))
 async def model_info(request: Request) -> Response:
     """Facts about the model."""
-    info = door_of(request).info
+    door = door_of(request)
+    info = door.info
     return json_response(
         {
             "model_path": info.model_path,
@@ -87,11 +88,11 @@ async def model_info(request: Request) -> Response:
             "pictures": (door_of(request).client.connection.ready or {}).get("pictures"),
             "task": info.task,
             "preferred_sampling_params": None,
-            "weight_version": info.weight_version,
+            "weight_version": door_of(request).client.weight_version,
             "reasoning_parser": info.reasoning_parser,
             "tool_call_parser": info.tool_parser,
             "disaggregation_mode": "null",
-            "has_image_understanding": False,
+            "has_image_understanding": door.client.pictures is not None,
             "has_audio_understanding": False,
             "model_type": info.model_type,
             "architectures": list(info.architectures),
@@ -108,8 +109,7 @@ async def server_info(request: Request) -> Response:
     door = door_of(request)
     engine = door.client.connection.ready or {}
     flat = door.config.flat()
-    if flat["api_key"] is not None:
-        flat["api_key"] = "***"
+    flat |= {name: "***" for name in ("api_key", "admin_api_key") if flat[name] is not None}
     answer: dict[str, Any] = {
         **flat,
         "model_path": door.info.model_path,
@@ -156,12 +156,15 @@ def _load(door: Door) -> dict[str, Any]:
     link = door.client.connection
     stats, most = link.stats, (link.ready or {}).get("max_running_requests", 0)
     usage = stats.used_tokens / stats.total_tokens if stats.total_tokens else 0.0
+    # The engine tells once a second; who waits until all has ended, or was aborted, is not to wait for that.
+    running = min(stats.running, door.client.in_flight)
+    waiting = min(stats.waiting, door.client.in_flight - running)
     return {
         "dp_rank": 0,
-        "num_reqs": stats.running + stats.waiting,
-        "num_running_reqs": stats.running,
-        "num_waiting_reqs": stats.waiting,
-        "num_total_reqs": stats.running + stats.waiting,
+        "num_reqs": running + waiting,
+        "num_running_reqs": running,
+        "num_waiting_reqs": waiting,
+        "num_total_reqs": running + waiting,
         "num_tokens": stats.used_tokens,
         "num_used_tokens": stats.used_tokens,
         "max_total_num_tokens": stats.total_tokens,

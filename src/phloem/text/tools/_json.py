@@ -161,6 +161,16 @@ class JsonReader(ToolParser):
         yield from self.json_string(pieces.append)
         return json.loads("".join(pieces))
 
+    def named_objects(self) -> Steps[None]:
+        """An array of calls, each as `named_object` reads it."""
+        yield from self.skip("[")
+        while True:
+            yield from self.spaces()
+            yield from self.named_object()
+            if not (yield from self.optional(",")):
+                break
+        yield from self.optional("]")
+
     def named_object(self, call_id: str | None = None) -> Steps[None]:
         """`{"name": ..., "arguments": {...}}` in either order; ends the call."""
         yield from self.skip("{")

@@ -24,13 +24,7 @@ class Parser(JsonReader):
         raise Unspeakable("a JSON array of calls is forced as a schema")
 
     def section(self, marker: str) -> Steps[None]:
-        yield from self.skip("[")
-        while True:
-            yield from self.spaces()
-            yield from self.named_object()
-            if not (yield from self.optional(",")):
-                break
-        yield from self.optional("]")
+        yield from self.named_objects()
 
 
 def forced_schema(tools: dict[str, dict[str, Any]], parallel: bool) -> dict[str, Any]:

@@ -38,18 +38,10 @@ class Parser(JsonReader):
 
     def section(self, marker: str) -> Steps[None]:
         yield from self.spaces()
-        if (yield from self.accept("[")):
-            yield from self._list()
+        if (yield from self.peek()) == "[":
+            yield from self.named_objects()
         else:
             yield from self._named()
-
-    def _list(self) -> Steps[None]:
-        while True:
-            yield from self.spaces()
-            yield from self.named_object()
-            if not (yield from self.optional(",")):
-                break
-        yield from self.optional("]")
 
     def _named(self) -> Steps[None]:
         name, end = yield from self.until(ID, ARGUMENTS, "{", limit=MAX_NAME)

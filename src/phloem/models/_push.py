@@ -1,0 +1,195 @@
+"""New values for a model that serves: checked whole, made ready beside the steps, put in place between two of them.
+
+Nothing is written before everything has been checked and made ready, in memory of its own; putting it in place only
+copies then. Dense weights are overwritten, packed ones filled anew where the table can (`Ops.refill`): recorded steps
+stay right. So an update takes as much memory as what it brings, until it is in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf, prod
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from phloem.core.errors import ModelLoadError
+from phloem.models._index import open_sources, some
+from phloem.models._sources import TensorSource
+from phloem.models._stored import check_pushed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
+
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.layers.weight import Weight
+    from phloem.models._index import WeightIndex
+    from phloem.quant._source import Source
+
+    Rename = Callable[[str], str | None]
+
+
+@dataclass(slots=True)
+class _Job:
+    """What is new of one weight: `rows` of a dense one, the whole of a packed one."""
+
+    weight: Weight
+    sources: dict[str, Source] = field(default_factory=dict)
+    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # target, values
+    made: Any = None
+    ready: bool = False
+
+
+class Push:
+    """One update. `rename`: our name of a checkpoint's tensor, None: knowingly left out; default: they are the same."""
+
+    def __init__(self, index: WeightIndex, rename: Rename | None = None) -> None:
+        self.names: set[str] = set()
+        self._index, self._rename = index, rename
+        self._jobs: dict[int, _Job] = {}
+        self._ahead = 0
+
+    def add(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Whole tensors, of which this rank keeps its share. All or none of them is taken.
+
+        Raises:
+            ModelLoadError: naming those that are unknown, or of another shape or type.
+        """
+        found: list[tuple[str, Source]] = []
+        unknown: list[str] = []
+        wrong: list[str] = []
+        for theirs, tensor in tensors:
+            name = self._ours(theirs)
+            if name is None:
+                continue
+            if name not in self._index.slots:
+                unknown.append(theirs)
+                continue
+            shape = self._index.stored_shape(name)
+            check_pushed(theirs, tensor.dtype)
+            # The matrix that patches are multiplied with is stored as a kernel.
+            kernel = tensor.ndim > len(shape) == 2 and tensor.shape[0] == shape[0] and tensor.numel() == prod(shape)
+            if tensor.shape != shape and tensor.shape != (1, *shape) and not kernel:
+                wrong.append(f"{theirs} is {list(tensor.shape)}, expected {list(shape)}")
+            else:
+                found.append((name, TensorSource(name, shape, tensor=tensor.reshape(shape))))
+        if unknown:
+            more = f" (and {len(unknown) - 1} more: {some(unknown[1:])})" if len(unknown) > 1 else ""
+            raise ModelLoadError(f"no weight is called {unknown[0]!r:.300}; see weight_names(){more}")
+        if wrong:
+            raise ModelLoadError(some(wrong))
+        for name, source in found:
+            self._take(name, source)
+
+    def add_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """A whole checkpoint; it is read when it is made ready. Raises ModelLoadError, as loading does."""
+        sources, _ = open_sources(checkpoint, self._index, self._rename or (lambda name: name))
+        self._index.join(sources)
+        self._index.check(sources, str(checkpoint.path))
+        for name in self._index.slots:
+            self._take(name, sources[name])
+
+    def _ours(self, name: str) -> str | None:
+        """Our name; None: it is left out knowingly."""
+        found = name if name in self._index.slots or self._rename is None else self._rename(name)
+        return None if found is None or (found not in self._index.slots and self._index.ignores(found)) else found
+
+    def _take(self, name: str, source: Source) -> None:
+        for weight, _ in self._index.slots[name]:
+            job = self._jobs.setdefault(id(weight), _Job(weight))
+            job.sources[name] = source
+            job.ready = False
+        self._ahead = 0
+        self.names.add(name)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every tensor of the model is in it."""
+        return len(self.names) == len(self._index.slots)
+
+    def prepare(self, until: float = inf) -> bool:
+        """Make ready what is left, at least one weight, until perf_counter is `until`; True once all of it is.
+
+        Raises:
+            ModelLoadError: a file is damaged, or of a packed weight only shares are here.
+        """
+        jobs = list(self._jobs.values())
+        while self._ahead < len(jobs):
+            job = jobs[self._ahead]
+            if not job.ready:
+                self._ready(job)
+            self._ahead += 1
+            if perf_counter() >= until:
+                break
+        return self._ahead == len(jobs)
+
+    def _ready(self, job: _Job) -> None:
+        weight, index = job.weight, self._index
+        if not isinstance(weight.value, torch.Tensor):
+            job.made = self._packed(weight, job.sources)
+        else:
+            job.rows = []
+            for number, name in enumerate(weight.names):
+                source = job.sources.get(name)
+                if source is not None:
+                    view = index.view(weight, number, source)
+                    values = view.dense(weight.value.dtype) if weight.role == "matrix" else index.vector(weight, view)
+                    job.rows.append((weight.value[weight.rows(number)], values))
+        for source in job.sources.values():
+            source.done()
+        job.ready = True
+
+    def _packed(self, weight: Weight, given: dict[str, Source]) -> Any:
+        """A weight packed anew, with the parts that it has where no new ones came."""
+        kept = {name: self._index.get(name) for name in weight.names if name not in given}
+        lacking = [name for name in kept if tuple(kept[name].shape) != self._index.stored_shape(name)]
+        if lacking:
+            raise ModelLoadError(f"{some(lacking)}: only shares are here; push them with {some(list(given))}")
+        old = {name: TensorSource(name, tuple(v.shape), tensor=v) for name, v in kept.items()}
+        return self._index.made(weight, {**given, **old})
+
+    def install(self, *, same: bool = False) -> bool:
+        """Put everything in place: for the thread that runs the steps, between two of them. True if a weight moved in
+        memory, so that recorded steps are stale.
+
+        `same`: these are the values that were there before; what was derived of them is right again.
+        """
+        ops, moved = self._index.ctx.ops, False
+        for job in self._jobs.values():
+            assert job.ready, "prepare() comes first"
+            for target, values in job.rows:
+                target.copy_(values)
+            if job.made is not None:
+                moved |= not self._place(job.weight, job.made, same)
+        self._jobs.clear()
+        if ops.renew is not None:
+            for weight in self._index.weights:
+                ops.renew(weight.value)
+        return moved
+
+    def stream(self) -> None:
+        """Make ready and put in place one weight after another: the values that were there before, whose memory has
+        been given back. For the thread that runs the steps."""
+        jobs, self._jobs = self._jobs, {}
+        for key, job in jobs.items():
+            self._jobs = {key: job}
+            self._ready(job)
+            if self.install(same=True):
+                raise ModelLoadError(f"{job.weight.names[0]} takes another form than before")
+
+    def _place(self, weight: Weight, made: Any, same: bool) -> bool:
+        """Whether it lies where the old one lay."""
+        ops, old = self._index.ctx.ops, weight.value
+        if same and ops.memory is not None:
+            targets, values = ops.memory(old), ops.memory(made)
+            if [target.numel() for target in targets] == [value.numel() for value in values]:
+                for target, value in zip(targets, values, strict=True):
+                    target.copy_(value)
+                return True
+        if ops.refill is not None and ops.refill(old, made):
+            return True
+        weight.value = made
+        return False

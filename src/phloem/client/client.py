@@ -188,7 +188,11 @@ class EngineClient:
 
     def abort(self, rid: str = "", everything: bool = False) -> int:
         """End requests by id (that of the request or of one continuation); they finish with reason `abort`."""
-        return self.flow.abort(rid, everything) + self.easel.abort(rid, everything)
+        ended, stats = self.flow.abort(rid, everything) + self.easel.abort(rid, everything), self.connection.stats
+        # The engine tells once a second; who aborts and waits for idleness is not to wait for that.
+        stats.running = min(stats.running, self.in_flight)
+        stats.waiting = min(stats.waiting, self.in_flight - stats.running)
+        return ended
 
     def draw(self, draws: list[Draw]) -> Painting:
         """Ask for pictures. The caller iterates what is given, and ends it with `cancel()`.

@@ -32,7 +32,7 @@ from phloem.models._common import Decoder
 from phloem.models._pooled import load_pooled
 from phloem.models._transformers import load_foreign
 from phloem.platforms._facts import own_float8
-from phloem.utils import log
+from phloem.utils import log, memory
 from phloem.utils.cores import available_cores
 
 if TYPE_CHECKING:
@@ -256,6 +256,8 @@ def _build_pooled(
         Decision("chunked_prefill_size", chunk, "tokens of a step; a longer text has one of its own"),
         Decision("kv_cache", "none", "every text is read once, whole"),
     ]
+    if platform.facts.on_host and memory.keep_freed():
+        decisions.append(Decision("freed_memory", "kept", "the same blocks are wanted again by the next step"))
     runner = PooledRunner(
         model, ops, running, facts=platform.facts, give_back=platform.empty_cache, begin=platform.begin_steps
     )

@@ -203,6 +203,7 @@ def test_the_engine_stands_without_the_server(module: str, unseen: set[str]) -> 
         ("phloem.cli.serve", ["torch", "numpy.fft", "fastapi", "phloem.server.supervisor"]),
         ("phloem.server.supervisor", ["torch", "phloem.engine.runner", "phloem.kernels", "phloem.launch.core"]),
         ("phloem.launch.__main__", ["torch", "phloem.engine"]),
+        pytest.param("phloem.cli.router", ["torch", "fastapi", "phloem.launch", "zmq"], marks=pytest.mark.slow),
         ("phloem.cli", ["torch", "numpy", "msgspec", "tyro"]),
         ("phloem", ["torch", "numpy", "phloem.llm"]),
     ],

@@ -33,11 +33,13 @@ def build_flags() -> ModuleType:
 
 
 def levels_here() -> list[tuple[int, str]]:
-    """The portable unit and the best that this machine runs."""
-    flags = cpu_flags()
+    """The portable unit and those that this machine runs."""
+    flags, found = cpu_flags(), [(0, "portable")]
+    if {"avx2", "fma"} <= flags:
+        found.append((1, "avx2"))
     if {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_vnni", "avx512_bf16"} <= flags:
-        return [(0, "portable"), (2, "avx512")]
-    return [(0, "portable"), (1, "avx2")] if {"avx2", "fma"} <= flags else [(0, "portable")]
+        found.append((2, "avx512"))
+    return found
 
 
 def compile_all(jobs: list[list[str]]) -> None:

@@ -82,8 +82,8 @@ def test_neither_batch_nor_cache_nor_chunks_nor_preemption_change_a_rollout(serv
     several = roll_out(engine, PROMPTS[0], sampling_seed=5, n=6)
     for one, two, three in zip(alone, cached, together, strict=True):
         assert one["output_ids"] == two["output_ids"] == three["output_ids"]
-        near(values(one), values(two), bound)
-        near(values(one), values(three), bound)
+        near(values(one), values(two), later)  # a cached prefix is read where an own one was computed
+        near(values(two), values(three), bound)
     assert several[0]["output_ids"] == alone[0]["output_ids"]
     assert len({tuple(answer["output_ids"]) for answer in several}) == 6
     assert several[1]["meta_info"]["cached_tokens"] >= 0

@@ -1,7 +1,8 @@
 // Query rows against the int8 cache: one path for one query token and for many. A tile of 64 tokens is used as it lies in
 // its pages, in groups of 16 (int8_page.h); while it is computed the next one is asked for, so that memory is busy all
 // the time. With AVX-512 all products are of bytes (vpdpbusd): a query row has one scale, and so have a row's weights in
-// a tile, whose largest is 255. Elsewhere queries, weights and products are float32.
+// a tile, whose largest is 255. With AVX2 they are of words (vpmaddwd), which take no more instructions than signed bytes
+// would: queries have 14 bits and weights 15. Elsewhere queries, weights and products are float32.
 #pragma once
 #include "../int8_page.h"
 #include "attention_args.h"
@@ -13,7 +14,7 @@ namespace {
 constexpr int64_t kGroups = kBlockTokens / kGroup;
 constexpr int64_t kGroupVectors = kGroup / W;
 constexpr int64_t kLinesPerStep = 3;
-constexpr int kInt8Rows = PHL_LEVEL == 2 ? 6 : 3;
+constexpr int kInt8Rows = PHL_LEVEL == 2 ? 6 : PHL_LEVEL == 1 ? 4 : 3;
 
 // Where the groups of a tile are.
 struct Int8Tile {
@@ -116,18 +117,56 @@ struct TileAhead {
   }
 };
 
+// x * f + y * g. Which of the products is rounded first must not depend on how many rows there are: the compiler would
+// choose anew for each number.
+PHL_INLINE vf shrunk_sum(vf x, float f, vf y, float g) {
+#if PHL_LEVEL == 1
+  return (vf)_mm256_fmadd_ps((__m256)x, _mm256_set1_ps(f), _mm256_mul_ps((__m256)y, _mm256_set1_ps(g)));
+#else
+  return x * f + y * g;
+#endif
+}
+
+// A number that is rounded before it goes on, for the same reason.
+PHL_INLINE vf alone(vf x) {
+#if PHL_LEVEL == 1
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
+
 // What a tile's rows have in common.
 struct Int8Span {
   Int8Tile tile;
   TileAhead ahead;  // what is asked for meanwhile
   int64_t begin, end;    // positions: the first token's, and that behind the last valid one
-  float* weights;        // [64] of the values: 255 * scale / largest scale (elsewhere: scale)
-  float unit;            // largest scale / 255 (elsewhere: 1)
+  float* weights;        // [64] of the values: kMostWeight * scale / largest scale (portable: scale)
+  float unit;            // largest scale / kMostWeight (portable: 1)
 };
+
+constexpr float kMostWeight = PHL_LEVEL == 2 ? 255.0f : 32767.0f;  // in a tile
 
 PHL_INLINE const float* scales_of(const int8_t* group, int64_t size) {
   return reinterpret_cast<const float*>(group + kGroup * size);
 }
+
+#if PHL_LEVEL == 2
+PHL_INLINE int32_t highest_of(vi x) { return _mm512_reduce_max_epi32((__m512i)x); }
+#elif PHL_LEVEL == 1
+PHL_INLINE int32_t highest_of(vi x) {
+  __m128i y = _mm_max_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  y = _mm_max_epi32(y, _mm_unpackhi_epi64(y, y));
+  return _mm_cvtsi128_si32(_mm_max_epi32(y, _mm_shuffle_epi32(y, 1)));
+}
+#endif
+
+#if PHL_LEVEL == 1
+// Eight numbers as words: of each four the first and the third, then the others.
+PHL_INLINE __m128i even_and_odd(__m256i x) {
+  x = _mm256_shuffle_epi32(x, 0xd8);
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packs_epi32(x, x), 0x08));
+}
+#endif
 
 // Scales of the values that exist. A NaN there is the largest.
 PHL_INLINE void weigh_values(const AttentionArgs& a, int64_t first, Int8Span& span) {
@@ -140,10 +179,10 @@ PHL_INLINE void weigh_values(const AttentionArgs& a, int64_t first, Int8Span& sp
     store(span.weights + t, (vf)bits);
     top = bits > top ? bits : top;
   }
-#if PHL_LEVEL == 2
-  const float largest = __builtin_bit_cast(float, int32_t(_mm512_reduce_max_epi32((__m512i)top)));
-  span.unit = largest / 255.0f;
-  const float factor = largest > 0.0f ? 255.0f / largest : 0.0f;
+#if PHL_LEVEL >= 1
+  const float largest = __builtin_bit_cast(float, highest_of(top));
+  span.unit = largest / kMostWeight;
+  const float factor = largest > 0.0f ? kMostWeight / largest : 0.0f;
   for (int64_t t = 0; t < kBlockTokens; t += W) store(span.weights + t, load(span.weights + t) * factor);
 #else
   span.unit = 1.0f;
@@ -258,6 +297,16 @@ PHL_INLINE void add_columns(const AttentionArgs& a, const Int8Job& job, Int8Span
     for (int c = 0; c < C; ++c) store(to + c * W, load(to + c * W) * factor[r] + (vf)_mm512_cvtepi32_ps(acc[r][c]) * unit[r]);
   }
 }
+
+#elif PHL_LEVEL == 1
+
+}  // namespace
+}  // namespace PHL_NS
+}  // namespace phl
+#include "attention_words.h"
+namespace phl {
+namespace PHL_NS {
+namespace {
 
 #else
 
@@ -379,7 +428,7 @@ PHL_INLINE void tile(const AttentionArgs& a, const Int8Job& job, Int8Span& span,
   const vf peak = maxima<R>(highest), factor = a.softcap > 0 ? splat(1.0f) : load(job.scale + first);
   const vf before = load(job.tops + first);
   const vi none = peak <= splat(kHidden);
-  const vf from = select(none, vf{}, peak * factor), top = select(none | (before > from), before, from);
+  const vf from = alone(select(none, vf{}, peak * factor)), top = select(none | (before > from), before, from);
   const vf part = exp2<6>(select(none, vf{}, from - top));
   store(scale, factor);
   store(base, from);
@@ -391,12 +440,12 @@ PHL_INLINE void tile(const AttentionArgs& a, const Int8Job& job, Int8Span& span,
     vf total{};
     if (span.ahead.any()) span.ahead.lines(4 * kLinesPerStep);
     for (int64_t t = 0; t < C * kGroup; t += W) {
-      const vf p = power(load(scores[r] + t) * scale[r] - base[r]);
+      const vf p = power(alone(load(scores[r] + t) * scale[r]) - base[r]);
       total += p;
       store_weights(weights[r] + t, p * load(span.weights + t));
     }
     float* const sums = job.sums + (first + r) * W;
-    store(sums, load(sums) * shrink[r] + total * share[r]);
+    store(sums, shrunk_sum(load(sums), shrink[r], total, share[r]));
   }
   const int64_t quads = (seen + 3) / 4;
   int64_t column = 0;

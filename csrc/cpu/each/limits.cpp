@@ -75,6 +75,27 @@ void limit_int8(const PeakArgs& a, Team& team) {
   chains(a, team, _mm512_set1_epi32(1), [](__m512i sum, __m512i x) { return _mm512_dpbusd_epi32(sum, x, x); });
 }
 PHL_OP(limit_int8, PeakArgs);
+#elif PHL_LEVEL == 1
+// Pairs of products of bytes. Of equal operands: as an intrinsic it would be taken out of the loop.
+PHL_INLINE __m256i pairs_of(__m256i x) {
+  __m256i pairs;
+  asm volatile("vpmaddubsw %1, %1, %0" : "=x"(pairs) : "x"(x));
+  return pairs;
+}
+
+void limit_int8(const PeakArgs& a, Team& team) {
+  const __m256i one = _mm256_set1_epi16(1);
+  chains(a, team, _mm256_set1_epi32(1), [one](__m256i sum, __m256i x) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs_of(x), one));
+  });
+}
+PHL_OP(limit_int8, PeakArgs);
+
+// Where one operand has so few bits that several products are added as words.
+void limit_int4(const PeakArgs& a, Team& team) {
+  chains(a, team, _mm256_set1_epi32(1), [](__m256i sum, __m256i x) { return _mm256_add_epi16(sum, pairs_of(x)); });
+}
+PHL_OP(limit_int4, PeakArgs);
 #endif
 
 }  // namespace

@@ -254,11 +254,6 @@ struct Output {
 
 // ---- one pair of blocks over a panel -------------------------------------------------------------------------------
 
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
 // f(Count<n>) for n in 1..Max.
 template <int Max, class G>
 PHL_INLINE void with_count(int64_t n, G&& f) {
@@ -332,7 +327,7 @@ void run_small(const Segment& s, int64_t block, int blocks, const Rows& rows, in
 template <class L, class Form>
 void run_tile(const Segment& s, int64_t block, int blocks, const Rows& rows, int64_t count, const Output& out,
               int64_t first_row, uint8_t* tile) {
-  constexpr int MaxR = Vec::tile_rows, MaxB = Vec::tile_blocks;
+  constexpr int MaxR = L::wide ? Vec::wide_rows : Vec::tile_rows, MaxB = Vec::tile_blocks;
   alignas(64) float y[MaxR * 2 * kBlock];
   const int64_t units = (rows.inputs + L::unit_k - 1) / L::unit_k, chunks = units * L::chunks;
   const int64_t act_step = rows.row_bytes / 64;

@@ -84,6 +84,43 @@ PHL_INLINE void unpack(const uint8_t* p, [[maybe_unused]] const uint8_t* lower, 
   }
 }
 
+// Operand `j` alone: the planes are read again for each, but few registers are taken.
+template <class L, int J>
+PHL_INLINE U operand(const uint8_t* p, [[maybe_unused]] const uint8_t* lower) {
+  if constexpr (L::split) {
+    const U x = Vec::load(p + J % 4 * 64), y = Vec::load(lower + J % 4 * 64);
+    if constexpr (J < 4) return Vec::either(Vec::pick<0, 4>(x, 240), Vec::pick<0, 0>(y, 15));
+    else return Vec::either(Vec::pick<0, 0>(x, 240), Vec::pick<4, 0>(y, 15));
+  } else if constexpr (L::bits == 8) {
+    return Vec::load(p + J * 64);
+  } else {
+    U w;
+    if constexpr (L::bits >= 4) w = Vec::pick<J / 4 * 4, 0>(Vec::load(p + J % 4 * 64), 15);
+    else w = Vec::pick<J % 4 * 2, 0>(Vec::load(p + J / 4 * 64), 3);
+    if constexpr (L::table) w = Vec::lookup(w, kTable4);
+    if constexpr (L::bits == 5 || L::bits == 3) {
+      constexpr int to = L::bits - 1;
+      w = Vec::either(w, Vec::pick<J, to>(Vec::load(p + to * 64), 1 << to));
+    }
+    if constexpr (L::bits == 6) w = Vec::either(w, Vec::pick<J % 4 * 2, 4>(Vec::load(p + 256 + J / 4 * 64), 48));
+    return w;
+  }
+}
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// f(Count<n>) for n from First up to Last - 1.
+template <int First, int Last, class G>
+PHL_INLINE void each_count(G&& f) {
+  if constexpr (First < Last) {
+    f(Count<First>{});
+    each_count<First + 1, Last>(f);
+  }
+}
+
 // Scale (and minimum) of group g of a unit, for 16 features.
 template <class L>
 PHL_INLINE F scale_of(const uint8_t* unit, int g) {
@@ -127,6 +164,26 @@ struct Fetch {
   int first, step;
 };
 
+// Group G of chunk `c` of a unit times R rows, an operand after the other.
+template <class L, int G, int R>
+PHL_INLINE void group_of_chunk(F (&total)[R], const uint8_t* unit, const uint8_t* p, const uint8_t* lower, int c,
+                               const Activation* act, int64_t act_step) {
+  constexpr int CG = L::chunk_groups, per_group = 8 / CG;
+  typename Vec::Sum<L::bits, L::wide> sum[R];
+  for (int r = 0; r < R; ++r) sum[r].total = start_sum<L::zero_log, L::wide, CG == 2>(act[r * act_step + c], G);
+  each_count<0, per_group>([&](auto nth) __attribute__((always_inline)) {
+    constexpr int n = decltype(nth)::value, j = G * per_group + n;
+    const auto w = Vec::ready<L::wide>(operand<L, j>(p, lower));
+    for (int r = 0; r < R; ++r) sum[r].add(n, w, Vec::spread4(act[r * act_step + c].q + 4 * j));
+  });
+  const F d = scale_of<L>(unit, c * CG + G);
+  F m = d;
+  if constexpr (L::min) m = minimum_of<L>(unit, c * CG + G);
+  for (int r = 0; r < R; ++r) {
+    total[r] = accumulate<L::min, CG == 2>(total[r], sum[r].all(per_group), d, m, act[r * act_step + c], G);
+  }
+}
+
 // One block of 16 features times R rows, unpacking in registers. out[r * out_step + lane].
 template <class L, int R, bool Single>
 void small_block(const uint8_t* w, const uint8_t* lower, int64_t units, const Activation* act, int64_t act_step, float* out,
@@ -144,6 +201,13 @@ void small_block(const uint8_t* w, const uint8_t* lower, int64_t units, const Ac
       if constexpr (L::split) {
         const int64_t further = ahead / L::unit_bytes * L::lower_bytes;
         for (int at = first; at < L::chunk_bytes; at += step) prefetch<!Single>(lower + further + at);
+      }
+      if constexpr (!Vec::holds_chunk) {
+        each_count<0, CG>([&](auto g) __attribute__((always_inline)) {
+          group_of_chunk<L, decltype(g)::value>(total, w, p, lower, c, act, act_step);
+        });
+        lower += L::split ? L::chunk_bytes : 0;
+        continue;
       }
       U op[8];
       unpack<L>(p, lower, op);
@@ -189,28 +253,59 @@ void unpack_block(const uint8_t* w, const uint8_t* lower, int64_t units, uint8_t
   }
 }
 
+// The float sums of a tile of rows and blocks, in registers or, where those are few, in memory, which each chunk visits
+// once.
+template <int R, int B, bool Memory>
+struct Totals {
+  F sum[R][B];
+  PHL_INLINE Totals(float*, int64_t) {
+    for (int r = 0; r < R; ++r) {
+      for (int b = 0; b < B; ++b) sum[r][b] = Vec::zero();
+    }
+  }
+  PHL_INLINE F get(int r, int b) const { return sum[r][b]; }
+  PHL_INLINE void set(int r, int b, F x) { sum[r][b] = x; }
+  PHL_INLINE void store(float* out, int64_t step) const {
+    for (int r = 0; r < R; ++r) {
+      for (int b = 0; b < B; ++b) Vec::storef(out + r * step + 16 * b, sum[r][b]);
+    }
+  }
+};
+template <int R, int B>
+struct Totals<R, B, true> {
+  float* out;
+  int64_t step;
+  PHL_INLINE Totals(float* out, int64_t step) : out(out), step(step) {
+    for (int r = 0; r < R; ++r) {
+      for (int b = 0; b < B; ++b) set(r, b, Vec::zero());
+    }
+  }
+  PHL_INLINE F get(int r, int b) const { return Vec::loadf(out + r * step + 16 * b); }
+  PHL_INLINE void set(int r, int b, F x) { Vec::storef(out + r * step + 16 * b, x); }
+  PHL_INLINE void store(float*, int64_t) const {}
+};
+
 // B unpacked blocks, `tile_step` bytes apart, times R rows. out[r * out_step + 16 * b + lane].
 template <class L, int R, int B>
 void tile_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const Activation* act, int64_t act_step,
                  float* out, int64_t out_step) {
   constexpr int CG = L::chunk_groups, per_group = 8 / CG;
-  F total[R][B];
-  for (int r = 0; r < R; ++r) {
-    for (int b = 0; b < B; ++b) total[r][b] = Vec::zero();
-  }
+  Totals<R, B, !Vec::holds_chunk> total(out, out_step);
   for (int64_t c = 0; c < chunks; ++c, tile += kTileChunk<L>, ++act) {
     for (int g = 0; g < CG; ++g) {
-      I sum[R][B];
+      typename Vec::Sum<L::bits, L::wide> sum[R][B];
       for (int r = 0; r < R; ++r) {
         const I start = start_sum<L::zero_log, L::wide, CG == 2>(act[r * act_step], g);
-        for (int b = 0; b < B; ++b) sum[r][b] = start;
+        for (int b = 0; b < B; ++b) sum[r][b].total = start;
       }
-      for (int j = g * per_group; j < (g + 1) * per_group; ++j) {
+#pragma GCC unroll 8
+      for (int n = 0; n < per_group; ++n) {
+        const int j = g * per_group + n;
         U w[B];
         for (int b = 0; b < B; ++b) w[b] = Vec::load(tile + b * tile_step + 64 * j);
-        for (int r = 0; r < R; ++r) {
-          const Vec::A a = Vec::spread4(act[r * act_step].q + 4 * j);
-          for (int b = 0; b < B; ++b) sum[r][b] = Vec::dot<L::wide>(sum[r][b], w[b], a);
+        for (int b = 0; b < B; ++b) {
+          const auto ready = Vec::ready<L::wide>(w[b]);
+          for (int r = 0; r < R; ++r) sum[r][b].add(n, ready, Vec::spread4(act[r * act_step].q + 4 * j));
         }
       }
       for (int b = 0; b < B; ++b) {
@@ -220,14 +315,13 @@ void tile_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const A
         F m = d;
         if constexpr (L::min) m = Vec::loadf(scales + 16);
         for (int r = 0; r < R; ++r) {
-          total[r][b] = accumulate<L::min, CG == 2>(total[r][b], sum[r][b], d, m, act[r * act_step], g);
+          const I all = sum[r][b].all(per_group);
+          total.set(r, b, accumulate<L::min, CG == 2>(total.get(r, b), all, d, m, act[r * act_step], g));
         }
       }
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int b = 0; b < B; ++b) Vec::storef(out + r * out_step + 16 * b, total[r][b]);
-  }
+  total.store(out, out_step);
 }
 
 // The two forms that the weights of many rows take are this one and AsBytes (bytes.h).

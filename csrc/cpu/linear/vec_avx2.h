@@ -22,9 +22,10 @@ struct Vec {
   struct F {
     __m256 a, b;
   };
-  static constexpr int tile_rows = 3, tile_blocks = 1;
-  static constexpr int dense_rows = 4, dense_blocks = 1;
-  static constexpr int small_rows = 2;
+  static constexpr int tile_rows = 6, wide_rows = 4, tile_blocks = 1;
+  static constexpr int dense_rows = 6, dense_blocks = 1;
+  static constexpr int small_rows = 4;
+  static constexpr bool holds_chunk = false;  // a chunk's operands are made one at a time: registers hold few
   static constexpr bool signed_wide = true;  // eight-bit operands are multiplied as signed, their zero taken off
 
   static U load(const void* p) {
@@ -64,21 +65,55 @@ struct Vec {
     std::memcpy(&word, a, 4);
     return _mm256_set1_epi32(word);
   }
+  // Operands as products take them: of eight bits, signed, and their magnitudes.
+  struct Signed {
+    U value, size;
+  };
   template <bool Wide>
-  static __m256i dot1(__m256i sum, __m256i w, __m256i a) {
-    __m256i pairs;
+  static auto ready(U w) {
     if constexpr (Wide) {
-      // |w| <= 128 times +-127, two of them, stay within int16.
-      const __m256i s = _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80)));
-      pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(a, s));
+      const __m256i zero = _mm256_set1_epi8(static_cast<char>(0x80));
+      const U s{_mm256_xor_si256(w.a, zero), _mm256_xor_si256(w.b, zero)};
+      return Signed{s, {_mm256_abs_epi8(s.a), _mm256_abs_epi8(s.b)}};
     } else {
-      pairs = _mm256_maddubs_epi16(w, a);
+      return w;
     }
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
+  // |w| <= 128 times +-127, two of them, stay within int16.
+  static U products(Signed w, A a) {
+    return {_mm256_maddubs_epi16(w.size.a, _mm256_sign_epi8(a, w.value.a)),
+            _mm256_maddubs_epi16(w.size.b, _mm256_sign_epi8(a, w.value.b))};
+  }
+  static U products(U w, A a) { return {_mm256_maddubs_epi16(w.a, a), _mm256_maddubs_epi16(w.b, a)}; }
+  static I widened(I sum, U words) {
+    const __m256i one = _mm256_set1_epi16(1);
+    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(words.a, one)),
+            _mm256_add_epi32(sum.b, _mm256_madd_epi16(words.b, one))};
+  }
+  // The sum of some operands' products. Those of few bits are added as int16 first, as many as cannot overflow: an add in
+  // place of a multiplication and an add.
+  template <int Bits, bool Wide>
+  struct Sum {
+    static constexpr int most = Wide ? 1 : 32767 / (2 * 128 * ((1 << Bits) - 1));
+    static constexpr int run = most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
+    I total;
+    U words;
+    template <class W>
+    void add(int nth, W w, A a) {  // nth: how many were added before
+      const U p = products(w, a);
+      words = nth % run == 0 ? p : U{_mm256_add_epi16(words.a, p.a), _mm256_add_epi16(words.b, p.b)};
+      // In this order: gcc would rather make all the products first, and put them on the stack.
+      asm("" : "+x"(words.a), "+x"(words.b));
+      if (nth % run == run - 1) {
+        total = widened(total, words);
+        asm("" : "+x"(total.a), "+x"(total.b));
+      }
+    }
+    I all(int count) { return count % run == 0 ? total : widened(total, words); }
+  };
   template <bool Wide>
   static I dot(I sum, U w, A a) {
-    return {dot1<Wide>(sum.a, w.a, a), dot1<Wide>(sum.b, w.b, a)};
+    return widened(sum, products(ready<Wide>(w), a));
   }
 
   static F both(__m256 x) { return {x, x}; }

@@ -23,10 +23,11 @@ struct Vec {
   using U = __m512i;
   using I = __m512i;
   using F = __m512;
-  static constexpr int tile_rows = 4, tile_blocks = 2;    // integer tile: 8 int32 and 8 float accumulators
+  static constexpr int tile_rows = 4, wide_rows = 4, tile_blocks = 2;  // integer tile: 8 int32 and 8 float accumulators
   static constexpr int dense_rows = 10, dense_blocks = 2;  // float tile: 20 accumulators; from 11 rows on gcc spills
   static constexpr int small_rows = 8;                     // rows whose weights stay in registers
   static constexpr bool signed_wide = false;
+  static constexpr bool holds_chunk = true;  // registers hold the eight operands of a chunk
 
   static U load(const void* p) { return _mm512_loadu_si512(p); }
   static void store(void* p, U x) { _mm512_storeu_si512(p, x); }
@@ -92,6 +93,17 @@ struct Vec {
   static I dot(I sum, U w, A a) {
     return _mm512_dpbusd_epi32(sum, w, a);
   }
+
+  template <bool Wide>
+  static U ready(U w) {
+    return w;
+  }
+  template <int Bits, bool Wide>
+  struct Sum {
+    I total;
+    PHL_INLINE void add(int, U w, A a) { total = dot<Wide>(total, w, a); }
+    PHL_INLINE I all(int) { return total; }
+  };
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set(float x) { return _mm512_set1_ps(x); }

@@ -21,10 +21,11 @@ struct Vec {
   struct F {
     float x[16];
   };
-  static constexpr int tile_rows = 2, tile_blocks = 1;
+  static constexpr int tile_rows = 2, wide_rows = 2, tile_blocks = 1;
   static constexpr int dense_rows = 2, dense_blocks = 1;
   static constexpr int small_rows = 1;
   static constexpr bool signed_wide = false;
+  static constexpr bool holds_chunk = true;
 
   static U load(const void* p) {
     U r;
@@ -66,6 +67,16 @@ struct Vec {
     }
     return sum;
   }
+  template <bool Wide>
+  static U ready(U w) {
+    return w;
+  }
+  template <int Bits, bool Wide>
+  struct Sum {
+    I total;
+    PHL_INLINE void add(int, U w, A a) { total = dot<Wide>(total, w, a); }
+    PHL_INLINE I all(int) { return total; }
+  };
 
   template <class G>
   static F each(G&& g) {

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from phloem.bench._report import context, write_line
-from phloem.core.config import opt
+from phloem.core.config import CpuLevel, cpu_level, opt
 from phloem.core.errors import PhloemError
 from phloem.kernels import native
 from phloem.kernels.ops import AttentionCall, Draw, Ops, PagedBatch, Rotation
@@ -30,13 +30,16 @@ from phloem.utils import memory
 if TYPE_CHECKING:
     from torch import Tensor
 
-OPERATIONS = {"float": 2, "bf16": 4, "int8": 8}  # per 32-bit lane of one instruction
+# Of a 32-bit lane in one instruction or the shortest sequence that there is. int4: weights of so few bits that several
+# products are added as words (AVX2), which is faster than int8.
+OPERATIONS = {"float": 2, "bf16": 4, "int8": 8, "int4": 8}
 LANES = {"portable": 4, "avx2": 8, "avx512": 16, "amx": 16}
 
 
 @dataclass(frozen=True)
 class Options:
     threads: int | None = opt(None, "Threads (default: the cores that this process may use).")
+    cpu_level: CpuLevel = opt("auto", "Instruction set (default: PHLOEM_CPU_LEVEL, else the best).")
     turns: int = opt(7, "Alternating turns per kernel.")
     only: str | None = opt(None, "Only kernels whose name contains this.")
     hidden: int = opt(576, "Features of the model's hidden state.")
@@ -110,7 +113,9 @@ def main(argv: list[str]) -> int:
     import tyro
 
     options = tyro.cli(Options, args=argv, prog="phloem bench kernels", description=__doc__)
+    asked, _ = cpu_level(options.cpu_level)
     try:
+        native.use_level(None if asked == "auto" else asked)
         ops = native.table(options.threads)
     except native.Unavailable as error:
         raise PhloemError(f"nothing to measure: {error}") from error
@@ -125,6 +130,27 @@ def main(argv: list[str]) -> int:
         if options.output:
             write_line(Path(options.output), {**record, **about})
     return 0
+
+
+def level_limits(threads: int) -> list[tuple[str, str]]:
+    """Each level that this processor runs, and in a few words the limits that a moment's measurement finds.
+
+    Raises:
+        Unavailable: where the library is missing.
+    """
+    library = native.runtime().library
+    found: list[tuple[str, str]] = []
+    try:
+        library.set_threads(threads)
+        for level in library.levels():
+            library.set_level(level)
+            limits = Limits()
+            read = max(limits.read(64 << 20) for _ in range(4))
+            peaks = [f"{kind} {max(limits.peak(kind, 30_000) for _ in range(5)):.0f}" for kind in limits.peaks]
+            found.append((level, f"reads {read:.0f} GB/s; Gop/s of {', '.join(peaks)}; {threads} threads"))
+    finally:
+        library.set_level(native.runtime().forced)
+    return found
 
 
 def measure_limits(limits: Limits, turns: int) -> list[dict[str, Any]]:

@@ -9,11 +9,13 @@ import sys
 from typing import TYPE_CHECKING
 
 from phloem import attention, platforms, quant
+from phloem.bench.kernels import level_limits
 from phloem.checkpoint.describe import described
 from phloem.cli._options import parse
 from phloem.core import resolve
 from phloem.core.errors import PhloemError
 from phloem.kernels import _native_build, native
+from phloem.platforms import cpu
 from phloem.utils import machine
 from phloem.utils.cores import available_cores
 
@@ -62,7 +64,17 @@ def _machine() -> None:
     _line("memory", f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
     _line("instruction sets", ", ".join(flag for flag in _INTERESTING if flag in flags) or "nothing of use reported")
     _line("native kernels", native_state())
+    for level, limits in _levels():
+        _line(level, limits)
     _line("C++ compiler", shutil.which("c++") or shutil.which("g++") or "none (only needed to build the kernels)")
+
+
+def _levels() -> list[tuple[str, str]]:
+    """What each instruction set of the native kernels gives here, measured for a moment."""
+    try:
+        return level_limits(available_cores())
+    except native.Unavailable:
+        return []
 
 
 def native_state() -> str:
@@ -109,6 +121,7 @@ def _model(config: Config) -> bool:
     try:
         threads = resolve.threads(config.runtime.threads, available_cores())
         platform, device = platforms.choose(config.runtime.device, threads.value)
+        level = cpu.level(config.runtime.cpu_level) if platform.facts.on_host else []
         ops, why = platform.table(config.runtime.ops, float32=config.model.dtype == "float32")
         reader = quant.method_for(model.quantization, checkpoint.stored)
         form = "plain" if reader is None else reader.name
@@ -117,6 +130,7 @@ def _model(config: Config) -> bool:
             resolve.context_length(model.context_length, checkpoint.context_length),
             threads,
             device,
+            *level,
             resolve.Decision("ops", ops.name, why),
             resolve.Decision("weights", form, "what stays packed shows when they are loaded"),
             *([] if ops.activations is None else [resolve.Decision("activations", *ops.activations)]),

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("phloem.server")
 
 LOAD_SECONDS = 300.0  # for an adapter to be read and placed
+DECODERS = 2  # files that are decoded at a time: each has all its samples in memory
 _SEED_STEP = 0x9E3779B97F4A7C15  # the odd constant of splitmix64: spreads the seeds of n continuations
 _SEED_MASK = (1 << 63) - 1
 
@@ -73,6 +74,7 @@ class EngineClient:
         self.info = info
         self.pictures = pictures
         self.admission = Admission(tokenizer, info, pictures)
+        self.decoders = asyncio.Semaphore(DECODERS)  # of sound files
         self.counters = Counters()
         self.draining = False
         self.unfit = ""  # why the engine's weights cannot serve
@@ -164,7 +166,7 @@ class EngineClient:
             EngineDead: there is no engine.
         """
         self._check_open()
-        self.info.check_pooled(any(item.pooled for item in request.items))
+        self.info.check_pooled(any(item.pooled for item in request.items), any(item.audio for item in request.items))
         prompts = await self.admission.prompts(request.items)
         outputs, reader = self._continuations(request, prompts)
         self._check_open()  # again: tokenising may have taken a while
@@ -289,6 +291,7 @@ def _submit_message(output: Continuation) -> Submit:
         return_hidden=item.return_hidden,
         pooled=item.pooled,
         second=item.second,
+        audio=item.audio,
         arrival=time.time(),
         grammar_at_once=not item.reasons,
     )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.checkpoint.pooling import Pooling
     from phloem.core.config import Config
+    from phloem.multimodal._speech import Speech
 
 
 # Where a client finds what a model is for.
@@ -25,6 +26,7 @@ ROUTES = {
     "classify": "/classify, /v1/score or /encode",
     "tokens": "/classify or /encode",
     "image": "/v1/images/generations",
+    "transcribe": "/v1/audio/transcriptions or /v1/audio/translations",
 }
 
 
@@ -53,6 +55,7 @@ class ModelInfo:
     reasoning_parser: str | None = None  # file in text/thinking
     pooling: Pooling | None = None  # of a model that does not generate
     draws: bool = False  # pictures, and nothing else
+    speech: Speech | None = None  # of a model that writes down what it hears
     decisions: tuple[tuple[str, Any, str], ...] = ()  # name, value, reason: the door's own choices
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -81,11 +84,13 @@ class ModelInfo:
     def task(self) -> str:
         if self.draws:
             return "image"
+        if self.speech is not None:
+            return "transcribe"
         return "generate" if self.pooling is None else self.pooling.task
 
-    def check_pooled(self, pooled: bool) -> None:
+    def check_pooled(self, pooled: bool, heard: bool = False) -> None:
         """Whether such requests are for this model. Raises BadRequest, with the routes that are."""
-        if self.draws or pooled != (self.pooling is not None):
+        if self.draws or pooled != (self.pooling is not None) or heard != (self.speech is not None):
             raise self.wrong_task()
 
     def check_draws(self) -> None:
@@ -96,6 +101,7 @@ class ModelInfo:
     def wrong_task(self) -> BadRequest:
         """What a client is told that asks for what the model is not for."""
         what = "generates text" if self.pooling is None else f"does not generate: its task is {self.task}"
+        what = "writes down speech" if self.speech is not None else what
         if self.draws:
             what = "draws pictures, and does nothing else"
         what = f"{what}, and not this" if self.pooling is not None and self.task != "embed" else what

@@ -32,6 +32,7 @@ Eviction = Literal["lru", "lfu", "fifo"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 OnEngineDeath = Literal["restart", "exit"]
 ImagePolicy = Literal["fcfs", "shortest"]
+CpuLevel = Literal["auto", "portable", "avx2", "avx512", "amx"]
 LogprobsMode = Literal["raw", "temperature"]
 ModelImpl = Literal["auto", "phloem", "transformers"]
 Task = Literal["auto", "generate", "embed", "classify", "score", "tokens"]
@@ -72,6 +73,9 @@ class CacheConfig:
     kv_cache_dtype: str = opt("auto", "Type of the KV cache: auto, or one that the attention backend takes.")
     disable_radix_cache: bool = opt(False, "Do not share computed prefixes between requests.")
     radix_eviction_policy: Eviction = opt("lru", "Which unused cached prefix goes first when pages run out.")
+    kv_events_config: str | None = opt(
+        None, 'Tell gateways what is cached: {"publisher": "zmq", "endpoint": "tcp://*:5557"}.'
+    )
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,11 @@ class RuntimeConfig:
         "batch; default: the platform's fastest.",
     )
     threads: int | None = opt(None, "Compute threads; default: one per core that the process may use.")
+    cpu_level: CpuLevel = opt(
+        "auto",
+        "Instruction set of the native CPU kernels; auto takes the best that the processor runs. PHLOEM_CPU_LEVEL sets "
+        "it too.",
+    )
     disable_step_graph: bool = opt(False, "Run every step eagerly, through Python.")
     disable_piecewise_graph: bool = opt(
         False, "Run prefill and mixed steps eagerly; decode steps stay recorded.", "disable_piecewise_cuda_graph"
@@ -216,6 +225,7 @@ class ServerConfig:
     max_bodies_bytes: int = opt(256 * 1024 * 1024, "Most bytes of all request bodies that are being read or decoded.")
     header_timeout: float = opt(30.0, "Seconds that a connection may take for a request's header.")
     body_timeout: float = opt(30.0, "Seconds for which a request's body may stop; slower than 64 KiB/s is cut too.")
+    max_audio_seconds: float = opt(3600.0, "Longest sound file; each second takes 0.1 MB while it is transcribed.")
     max_prompts_per_request: int = opt(1024, "Most prompts in one batch request.")
     incremental_streaming_output: bool = opt(False, "/generate streams only what is new in each event.")
     on_engine_death: OnEngineDeath = opt("restart", "What the server does when its engine process dies.")
@@ -277,7 +287,7 @@ class Config:
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
                 raise ConfigError(f"unknown setting {name!r}{hint}", param=name)
             section, kind = known[key]
-            if key == "speculative_config" and isinstance(value, dict):
+            if key in ("speculative_config", "kv_events_config") and isinstance(value, dict):
                 value = json.dumps(value)
             parts.setdefault(section, {})[key] = _convert(key, value, kind)
         sections = {name: cls(**parts.get(name, {})) for name, cls in SECTIONS.items()}
@@ -390,13 +400,25 @@ def read_environment(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, **{name: key for name, key in keys.items() if key and not values.get(name)}}
 
 
+def cpu_level(requested: CpuLevel) -> tuple[CpuLevel, str]:
+    """The instruction set that is asked for, by an option or by the environment, and who asks.
+
+    Raises:
+        ConfigError: if the environment names none that there is.
+    """
+    said = environment_of("PHLOEM_CPU_LEVEL")
+    if requested != "auto" or said is None:
+        return requested, "as asked"
+    return _convert("PHLOEM_CPU_LEVEL", said, CpuLevel), "as the environment's PHLOEM_CPU_LEVEL asks"
+
+
 def cache_home() -> Path:
     """Where files that can be made again are kept from one start to the next."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phloem"
 
 
 def environment_of(name: str) -> str | None:
-    """What the user has told another package; None: nothing."""
+    """A variable of the environment; None: it is not there, or empty."""
     return os.environ.get(name) or None
 
 

@@ -41,6 +41,7 @@ class Runtime:
         if old:
             warnings.warn(f"the native CPU kernels were {old}", stacklevel=2)
         self.library = library
+        self.forced: str | None = None  # the level that tables use unless they are given one; None: the best
         self.call: Callable[..., None] = library.call
         self.arena: Any = None  # while a step is recorded: where `empty` takes its buffers
 

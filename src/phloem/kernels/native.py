@@ -10,6 +10,7 @@ import dataclasses
 
 import torch
 
+from phloem.core.errors import ConfigError
 from phloem.kernels import _native_attention as attention
 from phloem.kernels import _native_basic as basic
 from phloem.kernels import _native_moe as moe
@@ -22,7 +23,7 @@ from phloem.kernels._native_runtime import Unavailable, runtime
 from phloem.kernels.ops import Ops
 from phloem.utils.cores import available_cores
 
-__all__ = ["Recorder", "Unavailable", "describe", "runtime", "table", "worker_ids"]
+__all__ = ["Recorder", "Unavailable", "describe", "runtime", "table", "use_level", "worker_ids"]
 
 # What linear layers multiply, and why, for whoever asks what was chosen.
 _FLOAT32 = (
@@ -39,14 +40,15 @@ _ROUNDED = (
 def table(
     threads: int | None = None, level: str | None = None, *, invariant: bool = False, float32: bool = False
 ) -> Ops:
-    """The op table. `threads`: default the cores that the process may use. `level` (tests) lowers the instruction set.
+    """The op table. `threads`: default the cores that the process may use. `level` (tests) lowers the instruction set,
+    as `use_level` does for every table.
     `invariant`: a token's result has the same bits whatever else is in the batch, at the price of slower prefill.
     `float32`: linear layers multiply activations as they are, with weights unpacked as far as that needs.
 
     Raises `Unavailable` where the library is missing.
     """
     rt = runtime()
-    rt.library.set_level(level)
+    rt.library.set_level(level or rt.forced)
     rt.library.set_threads(threads or available_cores())
     linear = native_linear.NativeLinear(rt, exact=invariant, float32=float32)
     made = {
@@ -73,6 +75,21 @@ def table(
     )
 
 
+def use_level(level: str | None) -> tuple[str, ...]:
+    """Make this the instruction set of the tables made from now on; None: the best. The ones that there are.
+
+    Raises:
+        Unavailable: where the library is missing.
+        ConfigError: where this processor cannot run it, or the library was built without it.
+    """
+    rt = runtime()
+    levels: tuple[str, ...] = rt.library.levels()
+    if level is not None and level not in levels:
+        raise ConfigError(f"cpu_level: this processor runs {', '.join(levels)}, not {level}", param="cpu_level")
+    rt.forced = level
+    return levels
+
+
 def worker_ids() -> list[int]:
     """The system's ids of the pool's threads beside the caller's; none where the library is missing."""
     try:
@@ -83,5 +100,7 @@ def worker_ids() -> list[int]:
 
 def describe() -> str:
     """What the library runs with on this machine, for the decision's reason."""
-    library = runtime().library
-    return f"the fastest here ({library.level()} instructions, {library.threads()} threads)"
+    rt = runtime()
+    library = rt.library
+    where = "at this level" if rt.forced else "here"
+    return f"the fastest {where} ({library.level()} instructions, {library.threads()} threads)"

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from phloem.core.config import cpu_level
 from phloem.core.errors import ConfigError
+from phloem.core.resolve import Decision
 from phloem.kernels.ops import Ops
 from phloem.platforms._facts import StepFacts
 from phloem.utils import machine
@@ -16,6 +18,8 @@ from phloem.utils.cores import available_cores, bind_threads
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
+
+    from phloem.core.config import CpuLevel
 
 _TABLES = ("reference", "native", "invariant")
 _PARALLEL = 1 << 16  # elements per thread with which torch surely uses all its threads
@@ -85,8 +89,8 @@ class Platform:
                 if requested == "invariant":
                     ops = native.table(self.threads, invariant=True, float32=float32)
                     return ops, "batch-invariant native kernels, as asked"
-                why = "as asked" if requested else native.describe()
-                return native.table(self.threads, float32=float32), f"native kernels, {why}"
+                ops = native.table(self.threads, float32=float32)
+                return ops, f"native kernels, {'as asked' if requested else native.describe()}"
             except native.Unavailable as error:
                 reason = str(error)
         if requested is not None:
@@ -103,6 +107,26 @@ class Platform:
         if fast:
             return torch.bfloat16, f"this processor computes in it ({', '.join(sorted(fast))})"
         return torch.float32, "this processor has no bfloat16 arithmetic"
+
+
+def level(requested: CpuLevel) -> list[Decision]:
+    """The instruction set of the native kernels, as asked, else the best; nothing where there are no such kernels.
+
+    Raises:
+        ConfigError: where this processor cannot run what is asked for.
+    """
+    asked, why = cpu_level(requested)
+    native = _native_module()
+    if native is None:
+        return []
+    try:
+        levels = native.use_level(None if asked == "auto" else asked)
+    except native.Unavailable:
+        return []
+    if asked == "auto":
+        return [Decision("cpu_level", levels[-1], "the best that this processor runs")]
+    others = [name for name in levels if name != asked]
+    return [Decision("cpu_level", asked, f"{why}; this processor also runs {', '.join(others) or 'no other'}")]
 
 
 def _native_module() -> ModuleType | None:

@@ -63,6 +63,12 @@ def tiny_pictures(path: Path, family: str = "flux", seed: int = 0, **overrides: 
     return path
 
 
+def _diffusers() -> Any:
+    import diffusers
+
+    return diffusers
+
+
 def _randomise(module: Any) -> None:
     """Layers that begin at 0 or empty would hide mistakes, and NaN would hide all else."""
     for name, parameter in module.named_parameters():
@@ -130,7 +136,7 @@ def _t5(width: int) -> tuple[Any, Any]:
 
 def tiny_vae(channels: int, blocks: tuple[int, ...] = (8, 8)) -> Any:
     """An autoencoder whose latents have half the sides of a picture, or less with more blocks."""
-    import diffusers
+    diffusers = _diffusers()
 
     return diffusers.AutoencoderKL(
         block_out_channels=blocks,
@@ -148,7 +154,7 @@ def tiny_vae(channels: int, blocks: tuple[int, ...] = (8, 8)) -> Any:
 
 
 def _flux(overrides: dict[str, Any]) -> Any:
-    import diffusers
+    diffusers = _diffusers()
 
     words = word_tokenizer()
     t5_tokenizer, t5 = _t5(32)
@@ -175,7 +181,7 @@ def _flux(overrides: dict[str, Any]) -> Any:
 
 
 def _stable_diffusion_3(overrides: dict[str, Any]) -> Any:
-    import diffusers
+    diffusers = _diffusers()
 
     words = word_tokenizer()
     t5_tokenizer, t5 = _t5(32)
@@ -229,7 +235,7 @@ _QWEN = {
 
 
 def _z_image(overrides: dict[str, Any]) -> Any:
-    import diffusers
+    diffusers = _diffusers()
     import transformers
 
     tokenizer = _qwen_tokenizer()
@@ -254,7 +260,7 @@ def _z_image(overrides: dict[str, Any]) -> Any:
 
 
 def _qwen_image(overrides: dict[str, Any]) -> Any:
-    import diffusers
+    diffusers = _diffusers()
     import transformers
 
     tokenizer = _qwen_tokenizer()
@@ -304,7 +310,7 @@ def _qwen_image(overrides: dict[str, Any]) -> Any:
 
 def _stable_diffusion(overrides: dict[str, Any]) -> Any:
     """A family that is not ours: noise prediction by a UNet."""
-    import diffusers
+    diffusers = _diffusers()
 
     words = word_tokenizer()
     settings: dict[str, Any] = {

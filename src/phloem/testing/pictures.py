@@ -223,7 +223,7 @@ def _qwen_tokenizer() -> Any:
     return tokenizer
 
 
-_QWEN = {
+_QWEN: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 2,
@@ -264,7 +264,7 @@ def _qwen_image(overrides: dict[str, Any]) -> Any:
     import transformers
 
     tokenizer = _qwen_tokenizer()
-    text = {**_QWEN, "vocab_size": len(tokenizer)}
+    text: dict[str, Any] = {**_QWEN, "vocab_size": len(tokenizer)}
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     vision = {
         "depth": 1,

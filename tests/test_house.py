@@ -85,6 +85,17 @@ HOLES = {
 # The same on what is not ours, or where the name is the point.
 FOREIGN = {
     "checkpoint/gguf_reader.py 'MADV_DONTNEED'": "Linux",
+    "diffusion/models/__init__.py pictures.class_name": "diffusers' classes",
+    "diffusion/models/__init__.py 'requires_grad_'": "a part of a pipeline may be a tokenizer",
+    "diffusion/models/__init__.py 'vae'": "pipelines without a VAE",
+    "diffusion/models/__init__.py 'enable_tiling'": "VAEs without tiles",
+    "diffusion/models/_whole.py 'vae_scale_factor'": "pipelines of any kind",
+    "diffusion/models/_whole.py 'default_sample_size'": "pipelines of any kind",
+    "diffusion/models/_whole.py 'unet'": "pipelines of any kind",
+    "diffusion/models/_whole.py 'transformer'": "pipelines of any kind",
+    "diffusion/models/_whole.py 'config'": "pipelines of any kind",
+    "diffusion/models/_whole.py 'sample_size'": "pipelines of any kind",
+    "diffusion/models/_whole.py 'images'": "pipelines of any kind",
     "kernels/graph_cuda.py '_construct_storage_from_data_pointer'": "a private part of torch",
     "kernels/triton/_base.py name": "a torch without some float8 type",
     "kernels/triton/vendor.py 'scaled_mm'": "a torch without it",

@@ -68,6 +68,8 @@ class Engine(Administered):
         log.configure(self.config.server.log_level)
         with beginning():
             self._client, self.info, checkpoint = make_client(self.config)
+            if self.info.draws:
+                raise ConfigError("this folder draws pictures: use `phloem serve` or `phloem generate`")
             self._link = EngineThread(self.config, checkpoint)
             self._door = EngineDoor(self._client, self._link)
         weakref.finalize(self, self._door.end_soon).atexit = False  # the door ends with Python by itself

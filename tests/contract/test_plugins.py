@@ -26,6 +26,8 @@ from phloem.cli.bench import BENCHMARKS
 from phloem.core.errors import BadRequest
 from phloem.core.memory import Latent, Paged, State
 from phloem.core.speculation import Wanted
+from phloem.diffusion.family import Family
+from phloem.diffusion.models import FAMILIES as PAINTERS
 from phloem.engine.processors import PROCESSORS, Processor
 from phloem.grammar._base import EngineOptions, Regex, Vocabulary
 from phloem.grammar._manager import ENGINES
@@ -57,7 +59,7 @@ from phloem.text.tools._json import JsonReader
 CPU = torch.device("cpu")
 REGISTRIES: list[Any] = [
     BACKENDS, BENCHMARKS, COMMANDS, DRAFTERS, ENGINES, FAMILIES, LANG_BACKENDS, LAYOUTS, METHODS, PLATFORMS, POLICIES,
-    PROCESSORS, ROUTES, THINKING, TOOLS,
+    PROCESSORS, ROUTES, THINKING, TOOLS, PAINTERS,
 ]  # fmt: skip
 
 
@@ -308,3 +310,11 @@ def test_the_format_that_its_page_shows_reads_the_call_that_it_describes() -> No
     exec(code, found)
     parsed = found["Parser"]([]).parse(found["__doc__"].split("`")[1])
     assert [(call.name, call.arguments) for call in parsed.calls] == [("f", '{"a": 1}')] and not parsed.text.strip()
+
+
+@each(PAINTERS)
+def test_a_family_of_pictures_is_a_painter_with_its_own_pass(name: str) -> None:
+    painter = PAINTERS.get(name)
+    assert issubclass(painter, Family)
+    for own in ("encode", "noise", "forward"):
+        assert getattr(painter, own) is not getattr(Family, own)

@@ -23,6 +23,7 @@ from phloem.checkpoint.gguf_config import translate_metadata
 from phloem.checkpoint.gguf_parts import first_part, model_name, models_among
 from phloem.checkpoint.gguf_reader import GGUFFile
 from phloem.checkpoint.kv_scheme import kv_scheme
+from phloem.checkpoint.pictures import Pictures, pictures_of
 from phloem.checkpoint.pooling import Pooling, pooling_of
 from phloem.checkpoint.quant_config import StoredFormat, quantization_said, stored_format
 from phloem.checkpoint.spelling import one_spelling, text_part
@@ -57,6 +58,7 @@ class Checkpoint:
     files: tuple[Path, ...] = field(default=())  # the safetensors files, all of them present and well-formed
     kv_scheme: str | None = None  # the type of KV cache that it brings scales for
     pooling: Pooling | None = None  # of a model that does not generate
+    pictures: Pictures | None = None  # of a folder that draws; it has no tokens
     stored: StoredFormat | None = None  # the quantised format of its matrices; None: plain, or GGUF's own
     chosen: Chosen = Chosen()  # whose code runs it
 
@@ -79,6 +81,7 @@ def describe(
     task: str = "auto",
     model_impl: str = "auto",
     trust: bool = False,
+    draws: bool = False,
 ) -> Checkpoint:
     """Find and check a checkpoint; no tensor data is read.
 
@@ -90,12 +93,18 @@ def describe(
         task: what the model is for; "auto": what its architecture and its folder say.
         model_impl: whose code runs it: "phloem", "transformers", or "auto": ours if there is any.
         trust: whether code that comes with the checkpoint may be run.
+        draws: whether a folder that draws pictures is welcome.
 
     Raises:
-        ConfigError: the model cannot serve the task.
+        ConfigError: the model cannot serve the task, or draws pictures where only text is of use.
         ModelLoadError: naming the file and what is wrong with it.
     """
     path, name = _locate(model_path, load_format, revision)
+    pictures = pictures_of(path)
+    if pictures is not None and not draws:
+        raise ConfigError(f"{path}: it draws pictures: `phloem serve` or `phloem generate`", param="model_path")
+    if pictures is not None:
+        return _describe_pictures(pictures, name, load_format)
     if path.suffix == ".gguf" and not path.is_dir():
         found = _describe_gguf(path, name, load_format)
         if model_impl == "transformers":
@@ -118,6 +127,28 @@ def describe(
     return replace(found, tokenizer_path=tokenizer, eos_ids=_with_ends(found, tokenizer_end(tokenizer)))
 
 
+def _describe_pictures(pictures: Pictures, name: str, load_format: str) -> Checkpoint:
+    if load_format not in ("auto", "safetensors"):
+        raise ModelLoadError(
+            f"{pictures.path}: load_format is {load_format}, but this folder draws", param="load_format"
+        )
+    return Checkpoint(
+        path=pictures.path,
+        format="safetensors",
+        model_type="pictures",
+        config={},
+        generation_config={},
+        eos_ids=(),
+        context_length=0,
+        vocab_size=0,
+        tokenizer_path=pictures.path,
+        gguf=None,
+        name=name,
+        architectures=(pictures.class_name,),
+        pictures=pictures,
+    )
+
+
 def described(model: ModelConfig) -> Checkpoint:
     """`describe` as the settings say."""
     return describe(
@@ -128,6 +159,7 @@ def described(model: ModelConfig) -> Checkpoint:
         model.task,
         model.model_impl,
         model.trust_remote_code,
+        draws=True,
     )
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 COMMANDS: Registry[Callable[[list[str]], int]] = Registry("phloem.cli", "command", "main")
-_ORDER = ("serve", "run", "chat", "transcribe", "bench", "quantize", "doctor")
+_ORDER = ("serve", "run", "chat", "generate", "transcribe", "bench", "quantize", "doctor")
 
 
 def _summary(name: str) -> str:

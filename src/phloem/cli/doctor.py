@@ -29,6 +29,7 @@ _LIBRARIES = (
     "tokenizers",
     "safetensors",
     "gguf",
+    "diffusers",
     "fastapi",
     "uvicorn",
     "uvloop",
@@ -109,6 +110,9 @@ def _model(config: Config) -> bool:
         return False
     _line("path", checkpoint.path)
     _line("format, family", f"{checkpoint.format}, {checkpoint.model_type}")
+    if checkpoint.pictures is not None:
+        _line("task", f"image  ({checkpoint.pictures.class_name}: docs/images.md)")
+        return True
     _line("context, vocabulary", f"{checkpoint.context_length}, {checkpoint.vocab_size}")
     _line("model_impl", f"{checkpoint.chosen.impl}  ({checkpoint.chosen.reason})")
     if checkpoint.pooling is not None:

@@ -21,9 +21,21 @@ from phloem.client.consumers import Reader
 from phloem.client.continuation import Continuation
 from phloem.client.counters import Counters
 from phloem.client.flow import Flow
+from phloem.client.pictures import Easel, Painting
 from phloem.core.errors import BadRequest, EngineDead, QueueFull
 from phloem.core.media import with_content
-from phloem.core.messages import ControlReply, EngineLink, FromEngine, Reweighted, Stats, Submit, Tokens, pack_ids
+from phloem.core.messages import (
+    ControlReply,
+    Draw,
+    EngineLink,
+    FromEngine,
+    Painted,
+    Reweighted,
+    Stats,
+    Submit,
+    Tokens,
+    pack_ids,
+)
 from phloem.core.request import SamplingParams
 from phloem.text.detokenizer import StreamDecoder
 
@@ -69,6 +81,7 @@ class EngineClient:
         self.on_death: list[Callable[[str], None]] = []
         self.connection = Connection(self._take, self._end)
         self.flow = Flow(self.connection.send, self.counters, self.admission.sessions)
+        self.easel = Easel(self.connection.send, self.counters)
 
     # --- life
 
@@ -119,12 +132,14 @@ class EngineClient:
 
     @property
     def in_flight(self) -> int:
-        """Continuations that the engine works on."""
-        return len(self.flow.active)
+        """Continuations and pictures that the engine works on."""
+        return len(self.flow.active) + len(self.easel.active)
 
     def _take(self, message: FromEngine, now: float) -> None:
         if isinstance(message, Tokens):
             self.flow.on_tokens(message, now)
+        elif isinstance(message, Painted):
+            self.easel.on_painted(message, now)
         elif isinstance(message, Stats):
             self.counters.on_stats(message)
         elif isinstance(message, Reweighted):
@@ -136,6 +151,7 @@ class EngineClient:
         level = logging.ERROR if not meant else logging.WARNING if self.in_flight else logging.INFO
         log.log(level, "engine gone: %s (%d requests in flight)", error.message, self.in_flight)
         self.flow.fail_all(error)
+        self.easel.fail_all(error)
         for callback in self.on_death:
             callback(error.message)
 
@@ -174,11 +190,23 @@ class EngineClient:
 
     def abort(self, rid: str = "", everything: bool = False) -> int:
         """End requests by id (that of the request or of one continuation); they finish with reason `abort`."""
-        ended, stats = self.flow.abort(rid, everything), self.connection.stats
+        ended, stats = self.flow.abort(rid, everything) + self.easel.abort(rid, everything), self.connection.stats
         # The engine tells once a second; who aborts and waits for idleness is not to wait for that.
         stats.running = min(stats.running, self.in_flight)
         stats.waiting = min(stats.waiting, self.in_flight - stats.running)
         return ended
+
+    def draw(self, draws: list[Draw]) -> Painting:
+        """Ask for pictures. The caller iterates what is given, and ends it with `cancel()`.
+
+        Raises:
+            BadRequest: the model does not draw.
+            QueueFull: the server is draining.
+            EngineDead: there is no engine.
+        """
+        self._check_open()
+        self.info.check_draws()
+        return self.easel.begin(draws)
 
     @property
     def adapters(self) -> dict[str, str]:

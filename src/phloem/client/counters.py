@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from phloem.client.continuation import Continuation
-    from phloem.core.messages import Chunk, Stats
+    from phloem.core.messages import Chunk, Painted, Stats
 
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30.0, 60.0, 120.0)
 ITL_BUCKETS = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.1, 0.2, 0.4, 0.8, 1.6, 5.0)
 GRAMMAR_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+STEP_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 30.0)
 E2E_BUCKETS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0, 200.0, 400.0)
 
 
@@ -50,6 +51,11 @@ class Counters:
         self.itl = Histogram(ITL_BUCKETS)
         self.e2e = Histogram(E2E_BUCKETS)
         self.grammar = Histogram(GRAMMAR_BUCKETS)
+        self.images = 0
+        self.image_pixels = 0
+        self.image_queue = Histogram(E2E_BUCKETS)
+        self.image_steps = Histogram(STEP_BUCKETS)
+        self.image_e2e = Histogram(E2E_BUCKETS)
 
     def on_chunk(self, output: Continuation, chunk: Chunk, now: float) -> None:
         count = len(chunk.tokens)
@@ -68,7 +74,16 @@ class Counters:
         self.generation_tokens += count
         self.itl.observe(gap, count)
 
+    def on_picture(self, told: Painted, seconds: float) -> None:
+        """A picture is finished, so long after it was asked for."""
+        self.images += 1
+        self.image_pixels += told.width * told.height
+        self.image_queue.observe(told.queue_seconds)
+        self.image_e2e.observe(seconds)
+
     def on_stats(self, stats: Stats) -> None:
+        for seconds in stats.step_seconds:
+            self.image_steps.observe(seconds)
         for seconds in stats.grammar_seconds:
             self.grammar.observe(seconds)
 

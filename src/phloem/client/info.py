@@ -25,6 +25,7 @@ ROUTES = {
     "score": "/v1/rerank, /v1/score, /classify or /encode",
     "classify": "/classify, /v1/score or /encode",
     "tokens": "/classify or /encode",
+    "image": "/v1/images/generations",
     "transcribe": "/v1/audio/transcriptions or /v1/audio/translations",
 }
 
@@ -53,6 +54,7 @@ class ModelInfo:
     spell_calls: bool = False  # it knows no calls and results either: those of earlier turns become text
     reasoning_parser: str | None = None  # file in text/thinking
     pooling: Pooling | None = None  # of a model that does not generate
+    draws: bool = False  # pictures, and nothing else
     speech: Speech | None = None  # of a model that writes down what it hears
     decisions: tuple[tuple[str, Any, str], ...] = ()  # name, value, reason: the door's own choices
     created: int = field(default_factory=lambda: int(time.time()))
@@ -75,23 +77,33 @@ class ModelInfo:
             ),
             features=features,
             pooling=checkpoint.pooling,
+            draws=checkpoint.pictures is not None,
         )
 
     @property
     def task(self) -> str:
+        if self.draws:
+            return "image"
         if self.speech is not None:
             return "transcribe"
         return "generate" if self.pooling is None else self.pooling.task
 
     def check_pooled(self, pooled: bool, heard: bool = False) -> None:
         """Whether such requests are for this model. Raises BadRequest, with the routes that are."""
-        if pooled != (self.pooling is not None) or heard != (self.speech is not None):
+        if self.draws or pooled != (self.pooling is not None) or heard != (self.speech is not None):
+            raise self.wrong_task()
+
+    def check_draws(self) -> None:
+        """Whether pictures can be asked for. Raises BadRequest, with the routes that are for this model."""
+        if not self.draws:
             raise self.wrong_task()
 
     def wrong_task(self) -> BadRequest:
         """What a client is told that asks for what the model is not for."""
         what = "generates text" if self.pooling is None else f"does not generate: its task is {self.task}"
         what = "writes down speech" if self.speech is not None else what
+        if self.draws:
+            what = "draws pictures, and does nothing else"
         what = f"{what}, and not this" if self.pooling is not None and self.task != "embed" else what
         return BadRequest(
             f"{self.served_model_name!r:.200} {what}: use {ROUTES[self.task]}", param="model", code="wrong_task"

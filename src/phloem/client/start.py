@@ -38,7 +38,7 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
     if config.lora.enable_lora or config.lora.lora_paths:
         features |= {"lora"}
     info = ModelInfo.of(checkpoint, config, features)
-    if model.skip_tokenizer_init:
+    if model.skip_tokenizer_init or info.draws:
         return EngineClient(None, None, info), info, checkpoint
     tokenizer = load_tokenizer(checkpoint)
     hears = audio_of(checkpoint.model_type)

@@ -31,6 +31,7 @@ Whitespace = Literal["compact", "flexible"]
 Eviction = Literal["lru", "lfu", "fifo"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 OnEngineDeath = Literal["restart", "exit"]
+ImagePolicy = Literal["fcfs", "shortest"]
 CpuLevel = Literal["auto", "portable", "avx2", "avx512", "amx"]
 LogprobsMode = Literal["raw", "temperature"]
 ModelImpl = Literal["auto", "phloem", "transformers"]
@@ -195,6 +196,19 @@ class SpeculativeConfig:
 
 
 @dataclass(frozen=True)
+class ImagesConfig:
+    """Models that draw (`docs/images.md`)."""
+
+    image_policy: ImagePolicy = opt("fcfs", "Order of pictures: the oldest, or the one with the least work left.")
+    image_step_tokens: int | None = opt(None, "Latent tokens of one step; default: as many as fill it, by a probe.")
+    image_defaults: str | None = opt(
+        None,
+        'What requests leave open, as JSON: {"size": "512x512", "steps": 8, "guidance_scale": 0, "max_pixels": N}.',
+    )
+    vae_tiling: bool = opt(False, "Decode large pictures in tiles: less memory, faint seams.")
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """The HTTP door."""
 
@@ -236,6 +250,7 @@ SECTIONS: dict[str, Any] = {
     "lora": LoraConfig,
     "media": MediaConfig,
     "speculative": SpeculativeConfig,
+    "images": ImagesConfig,
     "server": ServerConfig,
 }
 
@@ -252,6 +267,7 @@ class Config:
     lora: LoraConfig = LoraConfig()
     media: MediaConfig = MediaConfig()
     speculative: SpeculativeConfig = SpeculativeConfig()
+    images: ImagesConfig = ImagesConfig()
     server: ServerConfig = ServerConfig()
 
     @staticmethod
@@ -331,6 +347,7 @@ _POSITIVE = (
     "watchdog_timeout",
     "grammar_timeout",
     "threads",
+    "image_step_tokens",
     "piecewise_graph_max_tokens",
     "max_body_bytes",
     "max_bodies_bytes",

@@ -50,6 +50,21 @@ class Submit(Message):
     grammar_at_once: bool = False  # a constraint holds from the first token, also where the model could reason before
 
 
+class Draw(Message):
+    """One picture. What is None or 0 is the model's to say; `previews`: pictures on the way."""
+
+    id: str
+    prompt: str
+    seed: int
+    width: int = 0
+    height: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    true_cfg: float | None = None
+    negative: str | None = None
+    previews: int = 0
+
+
 class Abort(Message):
     """End a request (its pages are freed; no answer is sent). An empty id with `all` ends every one."""
 
@@ -124,6 +139,28 @@ class Tokens(Message):
     plain: list[int] = []
 
 
+class Painted(Message):
+    """News of one picture: a step more; a preview; or, with `done`, its pixels or the error that ended it.
+
+    `pixels`: rows of red, green, blue, a byte each; those of a preview where `preview` is its index.
+    """
+
+    id: str
+    step: int = 0
+    steps: int = 0
+    preview: int = -1
+    width: int = 0
+    height: int = 0
+    pixels: bytes = b""
+    done: bool = False
+    error: str = ""
+    status: int = 500
+    param: str | None = None
+    queue_seconds: float = 0.0
+    text_tokens: int = 0
+    image_tokens: int = 0  # of the latents
+
+
 class Stats(Message):
     """Sent about once a second while anything runs, and once when the engine goes idle."""
 
@@ -151,6 +188,8 @@ class Stats(Message):
     pictures_encoded: int = 0  # since start: by the model's tower
     pictures_found: int = 0  # and those that the encoder cache had
     grammar_seconds: list[float] = []  # of each grammar that was compiled since the last Stats
+    step_seconds: list[float] = []  # of pictures: each step since the last Stats
+    pixel_throughput: float = 0.0  # pixels of finished pictures per second since the last Stats
 
 
 class Reweighted(Message):
@@ -199,8 +238,8 @@ class Heartbeat(Message):
     busy_seconds: float = 0.0  # how long the step in progress has been running; 0 when idle
 
 
-ToEngine = Submit | Abort | Control | Drain
-FromEngine = Tokens | Stats | Reweighted | ControlReply | Progress | Ready | Failed | Stopped | Heartbeat
+ToEngine = Submit | Draw | Abort | Control | Drain
+FromEngine = Tokens | Painted | Stats | Reweighted | ControlReply | Progress | Ready | Failed | Stopped | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)
@@ -232,6 +271,8 @@ def refusal(data: bytes, why: str) -> FromEngine | None:
         return ControlReply(id=name, ok=False, message=text)
     if kind == "Submit":
         return Tokens(chunks=[Chunk(id=name, finish=FinishReason("abort", message=text, status_code=400))])
+    if kind == "Draw":
+        return Painted(id=name, done=True, error=text, status=400)
     return None
 
 
@@ -271,6 +312,7 @@ __all__ = [
     "Control",
     "ControlReply",
     "Drain",
+    "Draw",
     "EngineLink",
     "Failed",
     "FinishReason",
@@ -278,6 +320,7 @@ __all__ = [
     "Heartbeat",
     "Logprobs",
     "Message",
+    "Painted",
     "Progress",
     "Ready",
     "Reweighted",

@@ -24,6 +24,7 @@ from phloem.grammar._manager import GrammarManager, GrammarSettings
 from phloem.kvcache.events import Feed
 from phloem.kvcache.manager import CacheManager
 from phloem.kvcache.publisher import ZmqPublisher, read_config
+from phloem.launch.pictures import PictureCore
 from phloem.launch.rest import Resting
 from phloem.models._common import Decoder
 from phloem.rl.keeper import Keeper
@@ -286,7 +287,8 @@ def serve(
 ) -> None:
     """Build, run and close an engine; whatever ends it is told to the door."""
     try:
-        core = EngineCore(config, checkpoint, send)
+        kind = EngineCore if checkpoint.pictures is None else PictureCore
+        core = kind(config, checkpoint, send)
         try:
             send(Ready(info=core.info))
             if built is not None:

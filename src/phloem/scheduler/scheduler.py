@@ -19,7 +19,7 @@ import numpy as np
 
 from phloem.core.errors import BadRequest, OutOfMemory, PhloemError
 from phloem.core.media import FIRST, misfit
-from phloem.core.messages import Abort, Control, FromEngine, Submit, ToEngine
+from phloem.core.messages import Abort, Control, Drain, FromEngine, Submit, ToEngine
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.kvcache import audit
 from phloem.kvcache.manager import namespace
@@ -246,7 +246,7 @@ class Scheduler:
             self._abort(message)
         elif isinstance(message, Control):
             self.controls.handle(message)
-        else:
+        elif isinstance(message, Drain):
             self._drain_until = self.clock() + message.timeout
 
     def _submit(self, submit: Submit) -> None:

@@ -36,6 +36,8 @@ class Metrics:
             yield from self._gauges(prefix)
             yield from self._totals(prefix)
             yield from self._times(prefix)
+            if self.client.info.draws:
+                yield from self._pictures(prefix)
 
     def _gauges(self, prefix: str) -> Iterator[Any]:
         stats = self.client.connection.stats
@@ -91,3 +93,24 @@ class Metrics:
             family = HistogramMetricFamily(prefix + name, text, labels=["model_name"])
             family.add_metric(self.labels, buckets=histogram.buckets(), sum_value=histogram.sum)
             yield family
+
+    def _pictures(self, prefix: str) -> Iterator[Any]:
+        counters = self.client.counters
+        for name, text, histogram in (
+            ("image_queue_time_seconds", "From arrival to the first work on a picture.", counters.image_queue),
+            ("image_step_time_seconds", "One denoising step of all pictures in it.", counters.image_steps),
+            ("image_e2e_latency_seconds", "From arrival to the finished picture.", counters.image_e2e),
+        ):
+            family = HistogramMetricFamily(prefix + name, text, labels=["model_name"])
+            family.add_metric(self.labels, buckets=histogram.buckets(), sum_value=histogram.sum)
+            yield family
+        for name, text, value in (
+            ("images", "Finished pictures.", counters.images),
+            ("image_pixels", "Pixels of finished pictures.", counters.image_pixels),
+        ):
+            total = CounterMetricFamily(prefix + name, text, labels=["model_name"])
+            total.add_metric(self.labels, value)
+            yield total
+        rate = GaugeMetricFamily(prefix + "image_pixels_per_second", "Pixels finished a second.", labels=["model_name"])
+        rate.add_metric(self.labels, self.client.connection.stats.pixel_throughput)
+        yield rate

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from phloem.client.continuation import Continuation
+    from phloem.client.pictures import Painting
+    from phloem.core.messages import Painted
 
 log = logging.getLogger("phloem.server")
 
@@ -75,6 +77,16 @@ async def collect(request: Request, call: Call) -> list[Continuation]:
         async for outputs in call:
             return outputs
         return call.outputs
+    finally:
+        watching.cancel()
+        call.cancel()
+
+
+async def painted(request: Request, call: Painting) -> list[Painted]:
+    """The pictures of a call, in their order; it ends when the client leaves. Raises what the call raises."""
+    watching = asyncio.create_task(watch(request.receive, call))
+    try:
+        return await call.pictures()
     finally:
         watching.cancel()
         call.cancel()

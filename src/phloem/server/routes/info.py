@@ -12,11 +12,12 @@ from starlette.responses import Response
 from phloem.client.info import version
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import EngineDead, PhloemError
+from phloem.core.messages import Draw
 from phloem.core.request import SamplingParams
 from phloem.protocol.answers import Status
 from phloem.server.door import Door, door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
-from phloem.server.stream import collect
+from phloem.server.stream import collect, painted
 
 router = APIRouter(tags=["information"])
 STATE_SECONDS = 2.0  # how long an information route waits for the engine's own words
@@ -37,8 +38,14 @@ async def health(request: Request) -> Response:
 
 @router.get("/health_generate", **describe(answer=Status, errors=NEEDS_ENGINE))
 async def health_generate(request: Request) -> Response:
-    """Generate one token for real; or compute one text, where the model does not generate."""
+    """Generate one token for real; or compute one text, or a step of a small picture, where the model does that."""
     door = door_of(request)
+    if door.info.draws:
+        grid = (door.client.connection.ready or {}).get("pictures", {}).get("grid", 16)
+        probe = Draw(id=new_id("health-"), prompt="", seed=0, width=8 * grid, height=8 * grid, steps=1)
+        async with asyncio.timeout(PROBE_SECONDS):
+            await painted(request, door.client.draw([probe]))
+        return json_response(Status(status="ok"))
     bos = door.client.tokenizer.bos_id if door.client.tokenizer is not None else None
     pooled = door.info.pooling is not None
     params = SamplingParams(max_new_tokens=0 if pooled else 1, temperature=0.0)
@@ -70,7 +77,8 @@ async def model_info(request: Request) -> Response:
             "model_path": info.model_path,
             "served_model_name": info.served_model_name,
             "tokenizer_path": info.tokenizer_path,
-            "is_generation": info.pooling is None,
+            "is_generation": info.pooling is None and not info.draws,
+            "pictures": (door_of(request).client.connection.ready or {}).get("pictures"),
             "task": info.task,
             "preferred_sampling_params": None,
             "weight_version": door_of(request).client.weight_version,

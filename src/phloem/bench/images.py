@@ -1,0 +1,178 @@
+"""Measure pictures that are asked for at random times: Phloem's shared steps beside diffusers, one after another.
+
+Both draw the same prompts with the same seeds, asked for at the same moments, from the same folder, with the same
+threads. Without a folder, a tiny one with random weights is made: its figures say what sharing steps does to overhead
+and waiting on this machine, and nothing of real models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import TYPE_CHECKING, Any
+
+from phloem.bench._report import context, percentile, write_line
+from phloem.cli._options import parse
+from phloem.client.start import make_client
+from phloem.core.config import opt
+from phloem.core.errors import BadRequest
+from phloem.core.messages import Draw
+from phloem.launch.door import EngineDoor, beginning
+from phloem.launch.thread import EngineThread
+from phloem.testing.pictures import KINDS, tiny_pictures
+from phloem.utils import log
+from phloem.utils.cores import available_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from phloem.client.client import EngineClient
+    from phloem.core.config import Config
+
+PROMPTS = (
+    "draw a red cat",
+    "a small house on the river",
+    "a large tree with a leaf",
+    "a blue dog",
+    "the root of a tree",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    requests: int = opt(32, "How many pictures.")
+    rate: float = opt(8.0, "Pictures a second that are asked for, at random moments; 0: all at once.")
+    size: str = opt("64x64", "WIDTHxHEIGHT of each.")
+    steps: int = opt(20, "Denoising steps of each.")
+    family: str = opt("flux", "Which tiny folder is made where none is named.")
+    rounds: int = opt(1, "Rounds of both, in turn.")
+    output: str | None = opt(None, "File to append JSON lines to.")
+
+
+def main(argv: list[str]) -> int:
+    config, options = parse("bench images", argv, Options, skip=("server",), description=__doc__ or "")
+    log.configure("warning")
+    with tempfile.TemporaryDirectory() as folder:
+        named = config.model.model_path != "demo"
+        if not named:
+            if options.family not in KINDS:
+                raise BadRequest(f"family: {options.family!r} is not one of {', '.join(KINDS)}")
+            sides = [int(side) for side in options.size.split("x")]
+            defaults = json.dumps({"size": options.size, "max_pixels": sides[0] * sides[1], "steps": options.steps})
+            made = tiny_pictures(Path(folder), options.family)
+            config = config.with_(model_path=str(made), image_defaults=config.images.image_defaults or defaults)
+        for _ in range(options.rounds):
+            found = [_ours(config, options), _theirs(config, options)]
+            what = config.model.model_path if named else f"a tiny {options.family} with random weights"
+            print(f"{options.requests} pictures of {options.size}, {options.steps} steps, {options.rate:g}/s, {what}")
+            for record in found:
+                _show(record)
+                if options.output:
+                    write_line(Path(options.output), {**record, **context(), "model": what})
+    return 0
+
+
+def arrivals(options: Options) -> list[float]:
+    """Seconds from the start at which pictures are asked for: the same in every run."""
+    chance, at, found = random.Random(1), 0.0, list[float]()
+    for _ in range(options.requests):
+        found.append(at)
+        at += chance.expovariate(options.rate) if options.rate > 0 else 0.0
+    return found
+
+
+def _draws(options: Options) -> list[Draw]:
+    width, height = (int(side) for side in options.size.split("x"))
+    return [
+        Draw(
+            id=str(at), prompt=PROMPTS[at % len(PROMPTS)], seed=at, width=width, height=height, steps=options.steps,
+        )
+        for at in range(options.requests)
+    ]  # fmt: skip
+
+
+def _ours(config: Config, options: Options) -> dict[str, Any]:
+    with beginning():
+        client, info, checkpoint = make_client(config)
+        info.check_draws()
+        link = EngineThread(config, checkpoint)
+        door = EngineDoor(client, link)
+
+    async def run() -> tuple[list[float], float]:
+        client.attach(link)
+        client.start()
+        await client.wait_ready()
+        await client.draw([Draw(id="warm", prompt=PROMPTS[0], seed=0, width=draws[0].width, height=draws[0].height,
+                                steps=1)]).pictures()  # fmt: skip
+        begun = perf_counter()
+        found = await asyncio.gather(*(_one(client, draw, begun + at) for draw, at in zip(draws, times, strict=True)))
+        return found, perf_counter() - begun
+
+    draws, times = _draws(options), arrivals(options)
+    work: Coroutine[Any, Any, tuple[list[float], float]] = run()
+    try:
+        latencies, seconds = door.run(work)
+        step = (client.connection.ready or {})["decisions"]
+    finally:
+        door.end("done")
+    budget = next(f"{value} ({why})" for name, value, why in step if name == "image_step_tokens")
+    return {**_record("phloem", latencies, seconds, options), "image_step_tokens": budget}
+
+
+async def _one(client: EngineClient, draw: Draw, at: float) -> float:
+    """Seconds from the moment at which it is asked for."""
+    await asyncio.sleep(max(0.0, at - perf_counter()))
+    await client.draw([draw]).pictures()
+    return perf_counter() - at
+
+
+def _theirs(config: Config, options: Options) -> dict[str, Any]:
+    """The pipeline's own loop; a picture that is asked for while another is drawn waits for its turn."""
+    import diffusers
+    import torch
+
+    torch.set_num_threads(config.runtime.threads or available_cores())
+    library: Any = diffusers
+    pipe = library.DiffusionPipeline.from_pretrained(config.model.model_path, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(one: Draw, steps: int) -> None:
+        generator = torch.Generator().manual_seed(one.seed)
+        pipe(prompt=one.prompt, width=one.width, height=one.height, num_inference_steps=steps, generator=generator)
+
+    draws, times, latencies = _draws(options), arrivals(options), list[float]()
+    draw(draws[0], 1)
+    begun = perf_counter()
+    for one, at in zip(draws, times, strict=True):
+        sleep(max(0.0, begun + at - perf_counter()))
+        draw(one, options.steps)
+        latencies.append(perf_counter() - begun - at)
+    return _record("diffusers, one by one", latencies, perf_counter() - begun, options)
+
+
+def _record(name: str, latencies: list[float], seconds: float, options: Options) -> dict[str, Any]:
+    width, height = (int(side) for side in options.size.split("x"))
+    return {
+        "engine": name,
+        "requests": options.requests,
+        "rate": options.rate,
+        "size": options.size,
+        "steps": options.steps,
+        "seconds": seconds,
+        "latency_p50_s": percentile(latencies, 0.5),
+        "latency_p99_s": percentile(latencies, 0.99),
+        "pixels_per_s": len(latencies) * width * height / seconds,
+    }
+
+
+def _show(record: dict[str, Any]) -> None:
+    print(
+        f"{record['engine']:<22} latency p50 {record['latency_p50_s']:7.3f} s, p99 {record['latency_p99_s']:7.3f} s, "
+        f"{record['pixels_per_s']:12,.0f} pixels/s"
+    )
+    print(json.dumps(record), flush=True)

@@ -1,0 +1,205 @@
+"""What the models of one family have in common: flow matching, by Euler steps that are ours.
+
+v = model(x, t), x <- x + (s[i+1] - s[i]) v in float32, from noise at s = 1 down to s = 0; the picture that a step
+points at is x - s v. Models, VAEs, encoders and the shape of the schedule come from diffusers; the loop does not.
+
+Names carry shapes: `L` tokens of latents, `C` channels, `H`, `W` sides, `S` tokens of a text, `E` their width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from phloem.core.errors import BadRequest
+from phloem.diffusion.request import Condition, Facts, Guidance
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from phloem.core.messages import Draw
+
+TIMES = 1000.0  # of the schedules: the time of pure noise
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of one forward pass: latents without a batch axis, at its own time (1000 is noise, 0 the picture)."""
+
+    latents: Tensor
+    time: float
+    condition: Condition
+    embedded: float
+    width: int
+    height: int
+
+
+class Family:
+    """Base: one file in `models/` says what is a family's own.
+
+    Args:
+        pipe: a diffusers pipeline; its parts are used, its loop never is.
+        defaults: what the server's operator has set (`image_defaults`).
+    """
+
+    mixed_sizes: ClassVar[bool] = False  # rows of different sizes in one forward pass
+
+    def __init__(self, pipe: Any, device: torch.device, dtype: torch.dtype, defaults: dict[str, Any]) -> None:
+        self.pipe, self.device, self.dtype = pipe, device, dtype
+        self.transformer, self.vae, self.scheduler = pipe.transformer, pipe.vae, pipe.scheduler
+        self._call = inspect.signature(pipe.__call__).parameters
+        self.max_text = int(self.default("max_sequence_length", 512))
+        self._schedules: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
+        self.facts = facts_of(
+            type(self).__module__.rsplit(".", 1)[-1], self.grid, self.usual_side(), self._call, defaults
+        )
+
+    # --- what a family may say
+
+    @property
+    def grid(self) -> int:
+        """Pixels of the side of one token."""
+        return int(self.pipe.vae_scale_factor) * 2
+
+    def usual_side(self) -> int:
+        """Pixels of the side of a picture whose size nobody asked for."""
+        return int(self.pipe.default_sample_size) * int(self.pipe.vae_scale_factor)
+
+    def guidance(self, draw: Draw) -> Guidance:
+        """Raises BadRequest."""
+        scale = self.facts.guidance if draw.guidance is None else draw.guidance
+        return Guidance(scale=scale if scale is not None and scale > 1 else None, negative=draw.negative or "")
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        return negative + scale * (positive - negative)
+
+    def encode(self, text: str) -> Condition:
+        raise NotImplementedError
+
+    def noise(self, width: int, height: int, generator: torch.Generator) -> Tensor:
+        """Latents of one picture, float32, on the CPU."""
+        raise NotImplementedError
+
+    def forward(self, rows: Sequence[Row]) -> list[Tensor]:
+        """v of each row, float32. Raises what the model raises."""
+        raise NotImplementedError
+
+    def latents_CHW(self, latents: Tensor, width: int, height: int) -> Tensor:
+        """As the VAE reads them, before its own scale."""
+        return latents
+
+    def schedule(self, steps: int, tokens: int) -> tuple[list[float], list[float]]:
+        """(sigmas, one more than steps; times), descending. `tokens` of the picture shift them where the model says."""
+        key = (steps, tokens)
+        if key not in self._schedules:
+            self._set_schedule(steps, tokens)
+            sigmas = [float(value) for value in self.scheduler.sigmas]
+            self._schedules[key] = (sigmas, [float(value) for value in self.scheduler.timesteps])
+        return self._schedules[key]
+
+    def _set_schedule(self, steps: int, tokens: int) -> None:
+        if self.scheduler.config.get("use_flow_sigmas"):
+            self.scheduler.set_timesteps(steps, mu=self.shift(tokens))
+            return
+        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=self.shift(tokens))
+
+    # --- what all have
+
+    def default(self, name: str, otherwise: Any) -> Any:
+        return default_of(self._call, name, otherwise)
+
+    def key(self, width: int, height: int, conditions: Sequence[Condition]) -> Any:
+        """Pictures of one key may share a forward pass."""
+        return () if self.mixed_sizes else (width, height)
+
+    def tokens(self, width: int, height: int) -> int:
+        return (width // self.grid) * (height // self.grid)
+
+    def shift(self, tokens: int, most: float = 1.15) -> float:
+        """mu: linear in the tokens of the picture, through the two points that the schedule's config names."""
+        config = self.scheduler.config
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        first, last = config.get("base_shift", 0.5), config.get("max_shift", most)
+        return first + (last - first) / (high - low) * (tokens - low)
+
+    def seeded(self, width: int, height: int, seed: int) -> Tensor:
+        """Noise that depends on the seed and the size alone: drawn on the CPU whatever the device and the batch."""
+        return self.noise(width, height, torch.Generator("cpu").manual_seed(seed)).to(self.device)
+
+    def decode(self, latents: Tensor, width: int, height: int) -> NDArray[np.uint8]:
+        """Pixels [height, width, 3]."""
+        z_CHW = self.latents_CHW(latents, width, height).to(self.vae.dtype)
+        pixels_CHW = self.to_pixels(z_CHW).float()
+        pixels_HWC = (pixels_CHW / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+        return (pixels_HWC * 255).round().astype(np.uint8)
+
+    def to_pixels(self, z_CHW: Tensor) -> Tensor:
+        """[3, height, width] in -1 to 1."""
+        config = self.vae.config
+        z_CHW = z_CHW / config.scaling_factor + (config.shift_factor or 0.0)
+        return self.vae.decode(z_CHW[None], return_dict=False)[0][0]
+
+    def text_tokens(self, tokenizer: Any, text: str) -> int:
+        return len(tokenizer(text).input_ids) if tokenizer is not None else 0
+
+    def stack(self, rows: Sequence[Row]) -> Tensor:
+        return torch.stack([row.latents for row in rows]).to(self.dtype)
+
+    def times(self, rows: Sequence[Row]) -> Tensor:
+        return torch.tensor([row.time for row in rows], dtype=torch.float32, device=self.device)
+
+
+def default_of(call: Any, name: str, otherwise: Any) -> Any:
+    """What the pipeline takes where nobody says anything."""
+    found = call[name].default if name in call else None
+    return otherwise if found is None or found is inspect.Parameter.empty else found
+
+
+def facts_of(name: str, grid: int, side: int, call: Any, defaults: dict[str, Any], batches: bool = True) -> Facts:
+    """A model's facts: the operator's, else the pipeline's own."""
+    width, height = defaults.get("size") or (side, side)
+    guidance = defaults.get("guidance_scale", default_of(call, "guidance_scale", None))
+    return Facts(
+        family=name,
+        grid=grid,
+        width=width,
+        height=height,
+        steps=defaults.get("steps") or int(default_of(call, "num_inference_steps", 50)),
+        guidance=None if guidance is None else float(guidance),
+        max_pixels=defaults.get("max_pixels") or 4 * width * height,
+        negative="negative_prompt" in call,
+        batches=batches,
+    )
+
+
+def packed(latents_CHW: Tensor) -> Tensor:
+    """[C, H, W] -> [L, 4 C]: tokens of 2 x 2, the channels of each outermost."""
+    C, H, W = latents_CHW.shape
+    blocks = latents_CHW.reshape(C, H // 2, 2, W // 2, 2)
+    return blocks.permute(1, 3, 0, 2, 4).reshape(H // 2 * (W // 2), C * 4)
+
+
+def unpacked(latents_LC: Tensor, rows: int, columns: int) -> Tensor:
+    """[L, 4 C] -> [C, 2 rows, 2 columns]."""
+    C = latents_LC.shape[1] // 4
+    blocks = latents_LC.reshape(rows, columns, C, 2, 2)
+    return blocks.permute(2, 0, 3, 1, 4).reshape(C, rows * 2, columns * 2)
+
+
+def negative_by_scale(draw: Draw, name: str, usual: float | None) -> Guidance:
+    """Of models whose true guidance is asked for by `true_cfg_scale` and a negative prompt. Raises BadRequest."""
+    scale = usual if draw.true_cfg is None else draw.true_cfg
+    if draw.negative is None and draw.true_cfg is not None and draw.true_cfg > 1 and usual is None:
+        raise BadRequest("true_cfg_scale: it weighs a prompt against negative_prompt, which is missing", param=name)
+    if draw.negative is not None and (scale is None or scale <= 1):
+        raise BadRequest(
+            "negative_prompt: this model reads one where true_cfg_scale is above 1", param="true_cfg_scale"
+        )
+    return Guidance(scale=scale if scale is not None and scale > 1 else None, negative=draw.negative or "")

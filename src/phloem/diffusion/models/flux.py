@@ -1,0 +1,68 @@
+"""FLUX.1 (dev, schnell and what is made of them): packed latents, guidance as an input, true guidance on request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from phloem.core.errors import BadRequest
+from phloem.diffusion.family import TIMES, Family, Row, negative_by_scale, packed, unpacked
+from phloem.diffusion.request import Condition, Guidance
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from phloem.core.messages import Draw
+
+
+class Flux(Family):
+    def guidance(self, draw: Draw) -> Guidance:
+        true = negative_by_scale(draw, "true_cfg_scale", None)
+        distilled = self.transformer.config.guidance_embeds
+        if not distilled and draw.guidance not in (None, 0.0, 1.0):
+            raise BadRequest("guidance_scale: this model was distilled to draw without", param="guidance_scale")
+        scale = self.facts.guidance if draw.guidance is None else draw.guidance
+        return Guidance(scale or 0.0 if distilled else 0.0, true.scale, true.negative)
+
+    def encode(self, text: str) -> Condition:
+        states, pooled, _ = self.pipe.encode_prompt(
+            prompt=text, prompt_2=None, device=self.device, max_sequence_length=self.max_text
+        )
+        return Condition(states[0], pooled[0], self.text_tokens(self.pipe.tokenizer_2, text))
+
+    def noise(self, width: int, height: int, generator: torch.Generator) -> Tensor:
+        channels, factor = self.transformer.config.in_channels // 4, self.grid // 2
+        return packed(torch.randn((1, channels, height // factor, width // factor), generator=generator)[0])
+
+    def forward(self, rows: Sequence[Row]) -> list[Tensor]:
+        first = rows[0]
+        states_BSE = torch.stack([row.condition.states_SE for row in rows]).to(self.dtype)
+        pooled = [row.condition.pooled_E for row in rows]
+        guidance = torch.tensor([row.embedded for row in rows], dtype=torch.float32, device=self.device)
+        v_BLC = self.transformer(
+            hidden_states=self.stack(rows),
+            timestep=self.times(rows).to(self.dtype) / TIMES,
+            guidance=guidance if self.transformer.config.guidance_embeds else None,
+            pooled_projections=torch.stack([item for item in pooled if item is not None]).to(self.dtype),
+            encoder_hidden_states=states_BSE,
+            txt_ids=torch.zeros(states_BSE.shape[1], 3, device=self.device, dtype=self.dtype),
+            img_ids=self._places(first.width, first.height),
+            return_dict=False,
+        )[0]
+        return list(v_BLC.float())
+
+    def _places(self, width: int, height: int) -> Tensor:
+        rows, columns = height // self.grid, width // self.grid
+        places = torch.zeros(rows, columns, 3, device=self.device, dtype=self.dtype)
+        places[..., 1] = torch.arange(rows, device=self.device)[:, None]
+        places[..., 2] = torch.arange(columns, device=self.device)[None]
+        return places.reshape(rows * columns, 3)
+
+    def latents_CHW(self, latents: Tensor, width: int, height: int) -> Tensor:
+        return unpacked(latents, height // self.grid, width // self.grid)
+
+
+PAINTER = Flux

@@ -1,0 +1,135 @@
+"""What is asked for, what a model takes, and the state of one picture on its way."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from phloem.core.errors import BadRequest
+from phloem.core.messages import Draw
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_STEPS = 1000
+MAX_SIDE = 16384  # pixels
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a model takes, as clients are told it.
+
+    `grid`: both sides of a picture are multiples of so many pixels. `negative`: it knows what to stay away from.
+    """
+
+    family: str
+    grid: int
+    width: int
+    height: int
+    steps: int
+    guidance: float | None
+    max_pixels: int
+    negative: bool = True
+    batches: bool = True  # pictures share forward passes
+
+    def size(self, draw: Draw) -> tuple[int, int]:
+        """(width, height) in pixels. Raises BadRequest."""
+        width, height = draw.width or self.width, draw.height or self.height
+        for side in (width, height):
+            if side < 1 or side > MAX_SIDE or side % self.grid:
+                near = max(self.grid, min(round(side / self.grid), MAX_SIDE // self.grid) * self.grid)
+                raise BadRequest(
+                    f"size: {width}x{height}: both sides must be multiples of {self.grid}, such as {near}", param="size"
+                )
+        if width * height > self.max_pixels:
+            raise BadRequest(
+                f"size: {width}x{height} are {width * height} pixels, this server allows {self.max_pixels}",
+                param="size",
+            )
+        return width, height
+
+    def count(self, draw: Draw) -> int:
+        """Steps. Raises BadRequest."""
+        steps = self.steps if draw.steps is None else draw.steps
+        if not 1 <= steps <= MAX_STEPS:
+            raise BadRequest(f"num_inference_steps: {steps} is not in 1 to {MAX_STEPS}", param="num_inference_steps")
+        return steps
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A text as the model reads it. `states_SE`: one vector a token; `pooled_E`: one of the whole, where it has one."""
+
+    states_SE: Tensor
+    pooled_E: Tensor | None = None
+    text_tokens: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        pooled = 0 if self.pooled_E is None else self.pooled_E.nbytes
+        return self.states_SE.nbytes + pooled
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly a picture follows its prompt.
+
+    `embedded` is an input of models that were distilled with it. `scale` weighs the prompt against `negative`, which
+    is a second row of each step; None: there is no second row.
+    """
+
+    embedded: float = 0.0
+    scale: float | None = None
+    negative: str = ""
+
+
+class Stage(enum.Enum):
+    ENCODE = "encode"
+    DENOISE = "denoise"
+    DECODE = "decode"
+    WHOLE = "whole"  # by a pipeline that owns its loop
+
+
+@dataclass(eq=False)
+class Job:
+    """One picture. `step` of `steps` are done; `tokens` are those of its latents, in all its rows."""
+
+    draw: Draw
+    number: int  # in the order of arrival
+    width: int
+    height: int
+    steps: int
+    guidance: Guidance
+    tokens: int
+    stage: Stage = Stage.ENCODE
+    step: int = 0
+    alone: bool = False  # a step with others has failed
+    key: Any = None  # jobs of one key may share a step
+    previews: dict[int, int] = field(default_factory=dict)  # after so many steps -> its index
+    conditions: list[Condition] = field(default_factory=list)
+    latents: Tensor | None = None
+    sigmas: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    arrived: float = field(default_factory=monotonic)
+    begun: float = 0.0
+
+    @property
+    def id(self) -> str:
+        return self.draw.id
+
+    @property
+    def left(self) -> int:
+        """Latent tokens that are still to be computed."""
+        return self.tokens * (self.steps - self.step)
+
+
+def preview_steps(steps: int, count: int) -> dict[int, int]:
+    """After which steps a preview is shown, evenly spread and never after the last: steps done -> index from 0."""
+    found: dict[int, int] = {}
+    for index in range(count):
+        at = -(-steps * (index + 1) // (count + 1))
+        if 0 < at < steps and at not in found:
+            found[at] = len(found)
+    return found

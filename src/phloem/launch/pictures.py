@@ -1,0 +1,185 @@
+"""The engine of a folder that draws: the studio on its pipeline, in the place of the scheduler on its runner."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from time import monotonic, perf_counter
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from phloem import platforms
+from phloem.core.errors import ConfigError
+from phloem.core.messages import (
+    Abort,
+    Control,
+    ControlReply,
+    Drain,
+    Draw,
+    FromEngine,
+    Heartbeat,
+    Progress,
+    Stopped,
+    Submit,
+    ToEngine,
+)
+from phloem.core.resolve import Decision
+from phloem.diffusion import models, probe
+from phloem.diffusion.engine import Settings, Studio
+from phloem.diffusion.family import Family
+from phloem.diffusion.queue import POLICIES
+
+if TYPE_CHECKING:
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.core.config import Config
+
+BEAT = 1.0  # seconds
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class PictureCore:
+    """Built and run by one thread; `send` is called from that thread alone.
+
+    Raises:
+        ConfigError: a setting cannot be served.
+        ModelLoadError: the folder is no pipeline.
+    """
+
+    def __init__(self, config: Config, checkpoint: Checkpoint, send: Callable[[FromEngine], None]) -> None:
+        assert checkpoint.pictures is not None
+        phases: dict[str, float] = {}
+        begun = perf_counter()
+
+        def report(phase: str) -> None:
+            nonlocal begun
+            now = perf_counter()
+            phases[phase], begun = now - begun, now
+            send(Progress(phase=phase, seconds=phases[phase]))
+
+        images, schedule = config.images, config.schedule
+        platform, chosen = platforms.choose(config.runtime.device, config.runtime.threads)
+        asked = config.model.dtype
+        dtype, why = (DTYPES[asked], "as asked") if asked != "auto" else platform.dtype(None)
+        pipe = models.load(checkpoint.pictures, platform.device, dtype, images.vae_tiling)
+        report("weights")
+        painter, who = models.choose(pipe, platform.device, dtype, defaults(images.image_defaults))
+        decisions = [chosen, Decision("dtype", str(dtype).removeprefix("torch."), why), who]
+        alone = config.runtime.ops == "invariant"
+        budget, reason = 0, "one picture at a time"
+        if alone:
+            reason = "ops invariant: each picture in steps of its own"
+        elif images.image_step_tokens is not None:
+            budget, reason = images.image_step_tokens, "as asked"
+        elif isinstance(painter, Family):
+            budget, reason = probe.budget(painter, lambda: None if platform.streams is None else _synchronize())
+        report("warm-up")
+        decisions += [
+            Decision("image_step_tokens", budget, reason),
+            Decision("image_policy", images.image_policy, "as asked or by default"),
+        ]
+        settings = Settings(
+            budget=budget,
+            policy=images.image_policy,
+            most=schedule.max_running_requests or 64,
+            most_waiting=schedule.max_queued_requests,
+            alone=alone,
+        )
+        assert settings.policy in POLICIES
+        self._send = send
+        self._stopping: float | None = None  # when to stop at the latest
+        self._beaten = self._counted = 0.0
+        self._dirty = False  # something was done since the last statistics
+        self.studio = Studio(painter, settings, send, platform.empty_cache)
+        self.info: dict[str, Any] = {
+            "pictures": msgspec.to_builtins(painter.facts),
+            "max_running_requests": settings.most,
+            "decisions": [[d.name, d.value, d.reason] for d in decisions],
+            "phases": phases,
+        }
+        self._begin_steps = platform.begin_steps
+
+    def run(self, poll: Callable[[float | None], list[ToEngine]], rest: Callable[[], None] | None = None) -> None:
+        """Draw until told to drain, or until the door has gone."""
+
+        def receive(timeout: float | None) -> None:
+            for message in poll(timeout):
+                self._take(message)
+
+        while True:
+            busy = bool(self.studio.jobs)
+            try:
+                receive(0 if busy else BEAT)
+            except EOFError:
+                return
+            self._report()
+            if self._stopping is not None and (not self.studio.jobs or monotonic() >= self._stopping):
+                self._send(Stopped())
+                return
+            self.studio.step(lambda: self._between(receive))
+
+    def _between(self, receive: Callable[[float | None], None]) -> None:
+        receive(0)
+        self._report()
+
+    def close(self) -> None:
+        self.studio.jobs.clear()
+
+    def _take(self, message: ToEngine) -> None:
+        if isinstance(message, Draw):
+            self.studio.submit(message)
+        elif isinstance(message, Abort):
+            self.studio.abort(message.id, message.all)
+        elif isinstance(message, Drain):
+            self._stopping = monotonic() + message.timeout
+        elif isinstance(message, Control):
+            self._control(message)
+        elif isinstance(message, Submit):
+            raise ConfigError("a request for text has come to an engine of pictures")
+
+    def _control(self, call: Control) -> None:
+        if call.name == "state":
+            self._send(ControlReply(id=call.id, data={"running": len(self.studio.jobs)}))
+        elif call.name == "abort_all":
+            self.studio.abort("", everything=True)
+            self._send(ControlReply(id=call.id))
+        else:
+            self._send(ControlReply(id=call.id, ok=False, message=f"a model that draws has no {call.name!r}"))
+
+    def _report(self) -> None:
+        now, busy = monotonic(), bool(self.studio.jobs)
+        if now - self._beaten >= BEAT:
+            self._beaten = now
+            self._send(Heartbeat(step=self.studio.steps))
+        self._dirty = self._dirty or busy
+        if self._dirty and (not busy or now - self._counted >= BEAT):
+            self._counted, self._dirty = now, busy
+            self._send(self.studio.stats())
+
+
+def _synchronize() -> None:
+    torch.accelerator.synchronize()
+
+
+def defaults(text: str | None) -> dict[str, Any]:
+    """`image_defaults`, checked: size, steps, guidance_scale, max_pixels. Raises ConfigError."""
+    if not text:
+        return {}
+    where = "image_defaults"
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: not JSON: {error}", param=where) from None
+    known = {"size": str, "steps": int, "guidance_scale": int | float, "max_pixels": int}
+    if not isinstance(found, dict) or set(found) - set(known):
+        raise ConfigError(f"{where}: expected a JSON object with {', '.join(known)}", param=where)
+    for name, value in found.items():
+        if not isinstance(value, known[name]) or isinstance(value, bool) or (name != "size" and value < 0):
+            raise ConfigError(f"{where}: {name} cannot be {value!r}", param=where)
+    if "size" in found:
+        width, _, height = found["size"].partition("x")
+        if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+            raise ConfigError(f"{where}: size is {found['size']!r}, expected such as 512x512", param=where)
+        found["size"] = (int(width), int(height))
+    return found

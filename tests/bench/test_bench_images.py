@@ -1,0 +1,31 @@
+"""`phloem bench images` on a tiny folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers", reason="pictures need diffusers: pip install 'phloem[diffusion]'")
+pytest.importorskip("transformers")
+
+from phloem.bench import images
+
+
+@pytest.mark.slow
+def test_both_draw_all_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "lines.jsonl"
+    argv = ["--requests", "3", "--rate", "0", "--size", "16x16", "--steps", "2", "--image-step-tokens", "64"]
+    assert images.main([*argv, "--output", str(out)]) == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["engine"] for record in found] == ["phloem", "diffusers, one by one"]
+    assert all(0 < record["latency_p50_s"] <= record["latency_p99_s"] for record in found)
+    assert "random weights" in capsys.readouterr().out
+
+
+def test_moments_are_random_and_the_same_each_time() -> None:
+    times = images.arrivals(images.Options(requests=50, rate=10.0))
+    assert times == images.arrivals(images.Options(requests=50, rate=10.0)) == sorted(times)
+    assert 2 < times[-1] < 10
+    assert images.arrivals(images.Options(requests=3, rate=0.0)) == [0.0, 0.0, 0.0]

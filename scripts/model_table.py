@@ -49,6 +49,9 @@ the dequantised model (`tests/models/test_stored_formats.py`, `tests/models/test
 Made while a 16-bit checkpoint is loaded (`--quantization`): `int4` (`Q4_1`), `int8` (`Q8_0`), `mxfp4` (`Q5_0`), `fp8`
 (values of e4m3 with a scale per output, in the model's type). Written by `phloem quantize`: int4 with zero points, int8
 and FP8 with a scale per output, all in compressed-tensors' layout.
+
+What each costs is told by `phloem bench accuracy` (perplexity of the language reference that ships with Python): see
+[benchmarks](benchmarks.md#quality-accuracy).
 """
 HEAD = """# Models
 
@@ -64,6 +67,9 @@ activations of plain MLPs, routers other than softmax, latent attention, gates o
 Families marked "no text" do not generate: see [embeddings](embeddings.md). Hidden states and labels are compared with
 `AutoModel`, `AutoModelForSequenceClassification` and `...ForTokenClassification`, texts of mixed lengths in a batch.
 Every decoder whose layers keep keys and values serves for embeddings and labels too.
+
+Models without a row here are run by transformers' own code over our pages, where that can be done: see
+[the fallback](fallback.md).
 
 | `model_type` | | GGUF | cases |
 | --- | --- | --- | --- |

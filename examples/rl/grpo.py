@@ -22,6 +22,7 @@ from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
 TOKENS = 24  # of an answer
+PIECE = 1 << 20  # bytes
 
 
 @dataclass
@@ -50,10 +51,13 @@ def push(http: httpx.Client, model: torch.nn.Module, version: str) -> None:
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
+    blob = save(tensors)
+    # In pieces: httpx copies what is left of one large piece again and again.
+    pieces = (blob[at : at + PIECE] for at in range(0, len(blob), PIECE))
     answer = http.post(
         "/update_weights_from_tensor",
-        content=save(tensors),
-        headers={"content-type": "application/octet-stream"},
+        content=pieces,
+        headers={"content-type": "application/octet-stream", "content-length": str(len(blob))},
         params={"weight_version": version},
     )
     answer.raise_for_status()

@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import queue
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
@@ -21,6 +22,9 @@ from phloem.core.config import Config
 from phloem.core.errors import BadRequest, ConfigError, EngineDead, ModelLoadError
 from phloem.launch.door import EngineDoor, beginning
 from phloem.launch.thread import EngineThread
+from phloem.protocol.audio.body import TranscriptionBody, TranslationBody
+from phloem.protocol.audio.run import Transcriber, asked_of, read_file
+from phloem.protocol.audio.write import verbose
 from phloem.protocol.body import Parser
 from phloem.protocol.generate.body import GenerateBody
 from phloem.protocol.generate.convert import is_batch, to_request
@@ -360,6 +364,49 @@ class Engine(Administered):
 
         return self._door.run(run())
 
+    # models of speech
+
+    def transcribe(
+        self,
+        audio: str | Path | bytes,
+        *,
+        task: str = "transcribe",
+        language: str | None = None,
+        prompt: str = "",
+        temperature: float = 0.0,
+        chunking_strategy: str | None = None,
+        seed: int | None = None,
+        progress: Callable[[float, float], None] | None = None,
+    ) -> Answer:
+        """What is said in a sound file (a path, or its bytes); as `/v1/audio/transcriptions` with `verbose_json`.
+
+        Gives `text`, `language`, `duration` and `segments` with times in seconds. `task` "translate": in English.
+        `chunking_strategy` "auto": a long file is cut where it is quiet, and its parts are computed together.
+        `progress`: called with the seconds that are done and those that there are, from another thread.
+
+        Raises:
+            BadRequest: the file cannot be read, or the model cannot do what is asked.
+        """
+        self._door.check()
+        data = audio if isinstance(audio, bytes) else read_file(audio)
+        values: dict[str, Any] = {"file": data, "prompt": prompt, "temperature": temperature, "seed": seed}
+        values["response_format"] = "verbose_json"
+        if task == "translate":
+            body: TranscriptionBody | TranslationBody = Parser(TranslationBody).convert(values)
+        elif task == "transcribe":
+            more = {"language": language, "chunking_strategy": chunking_strategy}
+            body = Parser(TranscriptionBody).convert({**values, **more})
+        else:
+            raise BadRequest(f"task: expected transcribe or translate, got {task!r:.50}", param="task")
+        most = self.config.server.max_audio_seconds
+
+        async def run() -> Answer:
+            transcriber = Transcriber(self._client, self._outputs)
+            asked = transcriber.check(asked_of(body))
+            return msgspec.to_builtins(verbose(await transcriber.whole(body.file, asked, most, progress), asked.task))
+
+        return self._door.run(run())
+
     def open_session(
         self,
         capacity_of_str_len: int = 0,
@@ -464,6 +511,10 @@ class LLM:
         several: Any = [messages] if isinstance(messages[0], dict) else messages
         ids = [self.engine.encode_chat(talk) for talk in several]
         return _by_prompt(self.engine.generate(input_ids=ids, sampling_params=sampling_params), len(ids))
+
+    def transcribe(self, audio: str | Path | bytes, **fields: Any) -> str:
+        """The text of a sound file. Fields are those of `Engine.transcribe`."""
+        return self.engine.transcribe(audio, **fields)["text"]
 
     def embed(self, texts: str | Sequence[str], **fields: Any) -> list[list[float]]:
         """A vector for each text. Fields are those of `/v1/embeddings`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import random
 import string
 from collections.abc import Iterator
 from typing import Any
@@ -37,6 +38,12 @@ from phloem.models import FAMILIES
 from phloem.models._pooled import load_pooled
 from phloem.platforms import AVAILABLE, PLATFORMS
 from phloem.quant import METHODS, Method
+from phloem.router.ask import Ask
+from phloem.router.cached import Cached
+from phloem.router.policies import POLICIES
+from phloem.router.policies._base import Policy
+from phloem.router.settings import Settings
+from phloem.router.worker import Worker
 from phloem.server.app import ROUTES, routers
 from phloem.speculation import texts
 from phloem.speculation.drafters import DRAFTERS, Draft
@@ -49,8 +56,8 @@ from phloem.text.tools._json import JsonReader
 
 CPU = torch.device("cpu")
 REGISTRIES: list[Any] = [
-    BACKENDS, BENCHMARKS, COMMANDS, DRAFTERS, ENGINES, FAMILIES, LANG_BACKENDS, LAYOUTS, METHODS, PLATFORMS, PROCESSORS,
-    ROUTES, THINKING, TOOLS,
+    BACKENDS, BENCHMARKS, COMMANDS, DRAFTERS, ENGINES, FAMILIES, LANG_BACKENDS, LAYOUTS, METHODS, PLATFORMS, POLICIES,
+    PROCESSORS, ROUTES, THINKING, TOOLS,
 ]  # fmt: skip
 
 
@@ -84,6 +91,21 @@ def test_a_file_says_what_it_is_and_has_its_symbol(registry: Any, name: str) -> 
     if registry is not ENGINES or name != "xgrammar" or pytest.importorskip("xgrammar"):
         found = registry.get(name)
         assert callable(found) or isinstance(found, APIRouter | Method)
+
+
+@each(POLICIES)
+async def test_policies(name: str) -> None:
+    """One of those that may be asked, with a reason, for every request; whatever comes and goes."""
+    policy = POLICIES.get(name)(Settings(), Cached(), random.Random(1))
+    assert isinstance(policy, Policy)
+    workers = [Worker.at(f"http://w{at}:80", Settings(), at) for at in range(4)]
+    asks = [Ask("/generate"), Ask("/generate", "m", 1e6, 1e6, "s", prompt=b"x" * 5000), Ask("/generate", ids=[1, 2, 3])]
+    for some in (workers, workers[:1], workers[2:]):
+        for ask in asks * 3:
+            chosen = policy.choose(ask, some)
+            assert chosen.worker in some and chosen.why and 0 <= chosen.cached <= ask.tokens
+            policy.sent(ask, chosen.worker)
+        policy.gone(some[-1])
 
 
 @each(DRAFTERS)

@@ -14,6 +14,7 @@ from linear_cases import cases, needs_native
 from phloem.attention._store import store
 from phloem.kernels import native
 from phloem.kernels import reference as ref
+from phloem.kernels import reference_models as ref_models
 from phloem.kernels.ops import Ops, Rotation
 from phloem.layers.context import AttentionSpec, Heads
 
@@ -45,6 +46,7 @@ def test_elementwise(ops: Ops, rows: int, n: int) -> None:
     close(ops.softcap(x, 3.0), ref.softcap(x, 3.0))
     close(ops.silu_and_mul(wide[:, : 2 * n]), ref.silu_and_mul(wide[:, : 2 * n]), 4e-6)
     close(ops.gelu_tanh_and_mul(wide[:, : 2 * n]), ref.gelu_tanh_and_mul(wide[:, : 2 * n]), 4e-6)
+    close(ops.gelu(x), ref_models.gelu(x), 2e-6)
     for kind in (torch.int64, torch.int32):
         index = torch.randint(0, rows, (rows + 2,)).to(kind)
         close(ops.select_rows(x, index), ref.select_rows(x, index), 0)
@@ -55,6 +57,7 @@ def test_elementwise_extremes(ops: Ops) -> None:
     x = torch.cat((x, torch.ones_like(x)), -1)
     close(ops.silu_and_mul(x), ref.silu_and_mul(x))
     close(ops.gelu_tanh_and_mul(x[:, :23].repeat(1, 2)), ref.gelu_tanh_and_mul(x[:, :23].repeat(1, 2)), 1e-5)
+    close(ops.gelu(x), ref_models.gelu(x))
     close(ops.softcap(x, 50.0), ref.softcap(x, 50.0))
     nan = torch.tensor([[float("nan"), 1.0]])
     assert ops.silu_and_mul(nan).isnan().all()

@@ -56,7 +56,7 @@ def test_the_reward_rises_while_weights_are_pushed(tmp_path: Path) -> None:
         steps = example().train(url, str(model), 25)
         engine = int(subprocess.run(["pgrep", "-P", str(server.pid)], capture_output=True, text=True).stdout.split()[0])
         middle = resident(engine)
-        more = example().train(url, str(model), 5)
+        more = example().train(url, str(model), 3)
         assert resident(engine) < 1.05 * middle, "memory grows with updates"
     finally:
         server.terminate()

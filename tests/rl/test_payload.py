@@ -51,7 +51,7 @@ def dumped(thing: Any) -> bytes:
 
 
 def same(found: list[tuple[str, torch.Tensor]], want: dict[str, torch.Tensor]) -> None:
-    assert [name for name, _ in found] == list(want)
+    assert sorted(name for name, _ in found) == sorted(want)
     for name, tensor in found:
         assert tensor.dtype == want[name].dtype and torch.equal(tensor, want[name].detach()), name
 

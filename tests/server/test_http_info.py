@@ -113,7 +113,9 @@ async def test_server_info_does_not_wait_for_a_hung_engine(monkeypatch: pytest.M
 
 @on_loop
 async def test_load_routes() -> None:
-    async with open_door() as door:
+    async with open_door(FakeEngine(paused=True)) as door:
+        asked = [asyncio.create_task(door.post("/generate", {"text": "a"})) for _ in range(5)]
+        await until(lambda: door.client.in_flight == 5)
         door.engine.say(Stats(running=3, waiting=2, used_tokens=50, total_tokens=100))
         await until(lambda: door.client.connection.stats.running == 3)
         (load,) = (await door.http.get("/get_load")).json()
@@ -126,6 +128,8 @@ async def test_load_routes() -> None:
         assert {"utilization", "max_running_requests", "active_token_usage"} <= loads["loads"][0].keys()
         assert (await door.http.get("/loads")).status_code == 200
         assert (await door.http.get("/version")).json()["version"]
+        for task in asked:
+            task.cancel()
 
 
 @on_loop

@@ -143,3 +143,21 @@ def resident(block: memory.Bytes) -> int:
         elif inside and line.startswith("Rss:"):
             total += int(line.split()[1]) * 1024
     return total
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_blocks_are_kept_for_the_next_ones() -> None:
+    """In a process of its own: the second round of the same large blocks takes no page faults."""
+    code = (
+        "import ctypes, resource\nfrom phloem.utils import memory\nassert memory.keep_freed()\n"
+        "libc = ctypes.CDLL(None)\nlibc.malloc.restype = ctypes.c_void_p\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(4):\n"
+        "        block = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(20 << 20)))\n"
+        "        libc.memset(block, 1, ctypes.c_size_t(20 << 20)); libc.free(block)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults(); print(faults())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000, done.stdout  # 4 * 20 MiB are 20,480 pages

@@ -76,6 +76,23 @@ void gelu_tanh_and_mul(const GatedArgs& a, Team& team) {
 }
 PHL_OP(gelu_tanh_and_mul, GatedArgs);
 
+// 0.5 x (1 + erf(x / sqrt 2)) = max(x, 0) - |x| r, r = 0.5 erfc(|x| / sqrt 2), by a rational approximation of absolute
+// error 1.5e-7 (Abramowitz and Stegun, 7.1.26).
+PHL_INLINE vf gelu_exact(vf x) {
+  const vf size = max(x, -x);
+  const vf t = 1.0f / (1.0f + 0.23164190f * size);
+  const vf series = t * (0.127414796f + t * (-0.142248368f + t * (0.710706871f + t * (-0.726576014f + t * 0.530702715f))));
+  return max(x, splat(0.0f)) - size * series * exp(-0.5f * size * size);
+}
+
+void gelu(const GatedArgs& a, Team& team) {
+  over_rows(team, a.rows, a.n, [&](int64_t row, int64_t begin, int64_t end) {
+    const float* x = a.x + row * a.x_stride;
+    map2(a.out + row * a.out_stride, x, x, begin, end, [](vf v, vf) { return gelu_exact(v); });
+  });
+}
+PHL_OP(gelu, GatedArgs);
+
 struct SoftcapArgs {
   const float* x;
   float* out;

@@ -51,8 +51,7 @@ class Version:
         self.error: PhloemError | None = None
         self.crowded_since = 0.0  # 0: it does not wait for a place
         self._desk = desk
-        self.based = False  # something of the base's weights is in what was read
-        self._reading: Future[tuple[dict[int, Fit], bool]] | None = None
+        self._reading: Future[dict[int, Fit]] | None = None
         self._placing: tuple[int, Pending[Any]] | None = None
 
     def advance(self) -> bool:
@@ -82,7 +81,7 @@ class Version:
             return False
         if not self._reading.done():
             return False
-        fits, self.based = self._reading.result()
+        fits = self._reading.result()
         self.nbytes = sum(one.nbytes for one in fits.values())
         entry = desk.place_for(self)
         if not entry:
@@ -104,7 +103,7 @@ class Version:
     @property
     def follows_base(self) -> bool:
         """Whether other weights of the base make it another one; also where that is not known yet."""
-        return self.based or self._reading is not None
+        return self._reading is not None or self._desk.follows_base(self.path)
 
     def forget(self) -> None:
         """Give back its place, or what was read for it."""
@@ -192,6 +191,7 @@ class Desk(Lender):
         self.evictions = 0
         self._base, self._memory = base, memory
         self._names: dict[str, Version] = {}
+        self._based: set[str] = set()  # folders of adapters that the base's weights are part of
         self._held: list[Version | None] = [None] * (sites.entries + 1)
         self._count = 0  # of versions, and of loans
         self._worker = ThreadPoolExecutor(1, "phloem-adapters")
@@ -257,7 +257,11 @@ class Desk(Lender):
 
     # for versions
 
-    def read(self, path: str) -> Future[tuple[dict[int, Fit], bool]]:
+    def follows_base(self, path: str) -> bool:
+        """Whether something of the base's weights is in what was read from there."""
+        return str(Path(path)) in self._based
+
+    def read(self, path: str) -> Future[dict[int, Fit]]:
         return self._worker.submit(self._fitted, Path(path))
 
     def place_for(self, version: Version) -> int:
@@ -330,13 +334,10 @@ class Desk(Lender):
         if version.retired and version.idle:
             version.forget()
 
-    def _fitted(self, path: Path) -> tuple[dict[int, Fit], bool]:
-        """And whether anything of the base's weights is in it."""
-        asked: list[str] = []
-
+    def _fitted(self, path: Path) -> dict[int, Fit]:
         def base(name: str) -> Tensor:
             found = self.between(lambda: self._base(name)).result()
-            asked.append(name)
+            self._based.add(str(path))
             return found
 
-        return fit(read(path), self.sites, base), bool(asked)
+        return fit(read(path), self.sites, base)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.kernels.calls import LatentCall
-    from phloem.kernels.ops import Ops
+    from phloem.kernels.ops import IndexCall, Ops
     from phloem.layers.context import AttentionSpec, Heads, StateStep
 
 
@@ -106,8 +106,20 @@ class PackedMemory:
             at += length
         return torch.cat(parts)
 
-    def attend_latent(self, pool: int, q_nope: Tensor, q_rope: Tensor, latent: Tensor, call: LatentCall, /) -> Tensor:
+    def attend_latent(
+        self,
+        pool: int,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        call: LatentCall,
+        chosen: Tensor | None = None,
+        /,
+    ) -> Tensor:
         raise NotImplementedError("latent attention over packed texts")  # `refusal` has told before
+
+    def choose(self, pool: int, call: IndexCall, /) -> Tensor | None:
+        raise NotImplementedError("sparse attention over packed texts")
 
     def state(self, pool: int) -> StateStep:
         raise NotImplementedError("recurrent layers over packed texts")

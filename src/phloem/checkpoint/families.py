@@ -1,8 +1,8 @@
 """What a family's file in models/ says of its checkpoints, read and not run.
 
 The file has these facts as literals at its top level: `DEFAULTS`, `SPELLING`, `NEEDS`, `GGUF`, `TINY`, `VARIANTS`,
-`ENCODER`, `VISION`. They are taken from the source text, so that the process that checks a model path imports no layer
-and no torch, and this room none above it. A fact may also be imported from another family's file.
+`ENCODER`, `VISION`, `AUDIO`. They are taken from the source text, so that the process that checks a model path imports
+no layer and no torch, and this room none above it. A fact may also be imported from another family's file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from phloem.utils.registry import Registry
 
 FAMILIES: Registry[Any] = Registry("phloem.models", "model type", "build")
-FACTS = ("DEFAULTS", "SPELLING", "NEEDS", "GGUF", "TINY", "VARIANTS", "ENCODER", "VISION")
+FACTS = ("DEFAULTS", "SPELLING", "NEEDS", "GGUF", "TINY", "VARIANTS", "ENCODER", "VISION", "AUDIO")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _FOLDER = Path(__file__).parents[1] / "models"
 
@@ -53,6 +53,8 @@ class Family:
     encoder: dict[str, Any] | None = None
     # It takes pictures: `processor` (a file in multimodal/), `token` (the config.json key of the placeholder).
     vision: dict[str, str] | None = None
+    # It hears: what its config.json calls the number of mel `bands` and of the encoder's `states`. None: it does not.
+    audio: dict[str, str] | None = None
 
 
 def facts_of(name: str) -> dict[str, Any]:
@@ -90,7 +92,13 @@ def family(name: str) -> Family:
         variants=found.get("VARIANTS", {}),
         encoder=found.get("ENCODER"),
         vision=found.get("VISION"),
+        audio=found.get("AUDIO"),
     )
+
+
+def audio_of(name: str) -> dict[str, str] | None:
+    """What a family that hears calls its sizes (`Family.audio`); None for others, and for models without a file."""
+    return family(name).audio if name in FAMILIES.names() else None
 
 
 @cache

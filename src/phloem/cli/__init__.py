@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 COMMANDS: Registry[Callable[[list[str]], int]] = Registry("phloem.cli", "command", "main")
-_ORDER = ("serve", "run", "chat", "bench", "quantize", "doctor")
+_ORDER = ("serve", "run", "chat", "transcribe", "bench", "quantize", "doctor")
 
 
 def _summary(name: str) -> str:
@@ -31,7 +31,7 @@ def _summary(name: str) -> str:
 def usage() -> str:
     names = COMMANDS.names()
     names = [*(n for n in _ORDER if n in names), *(n for n in names if n not in _ORDER)]
-    lines = [f"  {name:<8} {_summary(name)}" for name in names]
+    lines = [f"  {name:<10} {_summary(name)}" for name in names]
     return "\n".join(
         [
             "usage: phloem COMMAND [options]",

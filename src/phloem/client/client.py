@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("phloem.server")
 
 LOAD_SECONDS = 300.0  # for an adapter to be read and placed
+DECODERS = 2  # files that are decoded at a time: each has all its samples in memory
 _SEED_STEP = 0x9E3779B97F4A7C15  # the odd constant of splitmix64: spreads the seeds of n continuations
 _SEED_MASK = (1 << 63) - 1
 
@@ -61,6 +62,7 @@ class EngineClient:
         self.info = info
         self.pictures = pictures
         self.admission = Admission(tokenizer, info, pictures)
+        self.decoders = asyncio.Semaphore(DECODERS)  # of sound files
         self.counters = Counters()
         self.draining = False
         self.unfit = ""  # why the engine's weights cannot serve
@@ -148,7 +150,7 @@ class EngineClient:
             EngineDead: there is no engine.
         """
         self._check_open()
-        self.info.check_pooled(any(item.pooled for item in request.items))
+        self.info.check_pooled(any(item.pooled for item in request.items), any(item.audio for item in request.items))
         prompts = await self.admission.prompts(request.items)
         outputs, reader = self._continuations(request, prompts)
         self._check_open()  # again: tokenising may have taken a while
@@ -172,7 +174,11 @@ class EngineClient:
 
     def abort(self, rid: str = "", everything: bool = False) -> int:
         """End requests by id (that of the request or of one continuation); they finish with reason `abort`."""
-        return self.flow.abort(rid, everything)
+        ended, stats = self.flow.abort(rid, everything), self.connection.stats
+        # The engine tells once a second; who aborts and waits for idleness is not to wait for that.
+        stats.running = min(stats.running, self.in_flight)
+        stats.waiting = min(stats.waiting, self.in_flight - stats.running)
+        return ended
 
     @property
     def adapters(self) -> dict[str, str]:
@@ -257,6 +263,7 @@ def _submit_message(output: Continuation) -> Submit:
         return_hidden=item.return_hidden,
         pooled=item.pooled,
         second=item.second,
+        audio=item.audio,
         arrival=time.time(),
         grammar_at_once=not item.reasons,
     )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.checkpoint.pooling import Pooling
     from phloem.core.config import Config
+    from phloem.multimodal._speech import Speech
 
 
 # Where a client finds what a model is for.
@@ -24,6 +25,7 @@ ROUTES = {
     "score": "/v1/rerank, /v1/score, /classify or /encode",
     "classify": "/classify, /v1/score or /encode",
     "tokens": "/classify or /encode",
+    "transcribe": "/v1/audio/transcriptions or /v1/audio/translations",
 }
 
 
@@ -51,6 +53,7 @@ class ModelInfo:
     spell_calls: bool = False  # it knows no calls and results either: those of earlier turns become text
     reasoning_parser: str | None = None  # file in text/thinking
     pooling: Pooling | None = None  # of a model that does not generate
+    speech: Speech | None = None  # of a model that writes down what it hears
     decisions: tuple[tuple[str, Any, str], ...] = ()  # name, value, reason: the door's own choices
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -76,16 +79,19 @@ class ModelInfo:
 
     @property
     def task(self) -> str:
+        if self.speech is not None:
+            return "transcribe"
         return "generate" if self.pooling is None else self.pooling.task
 
-    def check_pooled(self, pooled: bool) -> None:
+    def check_pooled(self, pooled: bool, heard: bool = False) -> None:
         """Whether such requests are for this model. Raises BadRequest, with the routes that are."""
-        if pooled != (self.pooling is not None):
+        if pooled != (self.pooling is not None) or heard != (self.speech is not None):
             raise self.wrong_task()
 
     def wrong_task(self) -> BadRequest:
         """What a client is told that asks for what the model is not for."""
         what = "generates text" if self.pooling is None else f"does not generate: its task is {self.task}"
+        what = "writes down speech" if self.speech is not None else what
         what = f"{what}, and not this" if self.pooling is not None and self.task != "embed" else what
         return BadRequest(
             f"{self.served_model_name!r:.200} {what}: use {ROUTES[self.task]}", param="model", code="wrong_task"

@@ -57,6 +57,7 @@ class Item:
     thinking_budget: int | None = None  # tokens of reasoning
     pooled: bool = False  # for a model that does not generate
     second: int = 0  # token at which the second text of a pair begins
+    audio: bytes = b""  # float32 log-mel features, for a model that hears
     pictures: list[Source] = field(default_factory=list)  # in the order of their places in the prompt
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phloem.checkpoint.describe import described
-from phloem.checkpoint.families import FAMILIES, family
+from phloem.checkpoint.families import FAMILIES, audio_of, family
 from phloem.client.client import EngineClient
 from phloem.client.info import ModelInfo, with_formats
 from phloem.multimodal import PLACES, Facts
 from phloem.multimodal._fetch import Rules
 from phloem.multimodal._reader import PictureReader, limit_of, settings_in
+from phloem.multimodal._speech import speech_of
 from phloem.text.template import load_template
 from phloem.text.tokenizer import load_tokenizer
 
@@ -40,7 +41,11 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
     if model.skip_tokenizer_init:
         return EngineClient(None, None, info), info, checkpoint
     tokenizer = load_tokenizer(checkpoint)
-    if info.pooling is not None:
+    hears = audio_of(checkpoint.model_type)
+    if hears is not None:
+        id_of = tokenizer.backend.token_to_id
+        info = replace(info, speech=speech_of(checkpoint.config, hears, checkpoint.generation_config, id_of))
+    if info.pooling is not None or hears is not None:
         return EngineClient(tokenizer, None, info), info, checkpoint
     override = Path(model.chat_template) if model.chat_template else None
     template = load_template(checkpoint, override, tokenizer)

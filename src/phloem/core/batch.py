@@ -47,6 +47,7 @@ class Admission:
     return_hidden: bool = False
     second: int = 0  # token at which the second segment of a pair of texts begins; 0: there is none
     namespace: str = ""  # of the cache: who shares prefixes with it
+    audio: bytes = b""  # float32 features of what it hears: encoded into the slot's cross memory
     media: tuple[Media, ...] = ()  # pictures among its tokens, whose ids are then of content (`core.media`)
     constrained: bool = False  # a follower was given for this slot (`Runner.constrain`) before the launch
 
@@ -182,7 +183,7 @@ class Runner(Protocol):
     KV that a launched step writes may be matched by the next batch.
     """
 
-    groups: tuple[Group, ...]  # of the model's memory; tables of a batch are in this order
+    groups: tuple[Group, ...]  # of the model's memory, but for cross; tables of a batch are in this order
     num_pages: tuple[int, ...]  # of each group: pages, or slots of state; number 0 is scratch
     page_size: int
     max_slots: int

@@ -72,6 +72,9 @@ class CacheConfig:
     kv_cache_dtype: str = opt("auto", "Type of the KV cache: auto, or one that the attention backend takes.")
     disable_radix_cache: bool = opt(False, "Do not share computed prefixes between requests.")
     radix_eviction_policy: Eviction = opt("lru", "Which unused cached prefix goes first when pages run out.")
+    kv_events_config: str | None = opt(
+        None, 'Tell gateways what is cached: {"publisher": "zmq", "endpoint": "tcp://*:5557"}.'
+    )
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,7 @@ class ServerConfig:
     max_bodies_bytes: int = opt(256 * 1024 * 1024, "Most bytes of all request bodies that are being read or decoded.")
     header_timeout: float = opt(30.0, "Seconds that a connection may take for a request's header.")
     body_timeout: float = opt(30.0, "Seconds for which a request's body may stop; slower than 64 KiB/s is cut too.")
+    max_audio_seconds: float = opt(3600.0, "Longest sound file; each second takes 0.1 MB while it is transcribed.")
     max_prompts_per_request: int = opt(1024, "Most prompts in one batch request.")
     incremental_streaming_output: bool = opt(False, "/generate streams only what is new in each event.")
     on_engine_death: OnEngineDeath = opt("restart", "What the server does when its engine process dies.")
@@ -267,7 +271,7 @@ class Config:
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
                 raise ConfigError(f"unknown setting {name!r}{hint}", param=name)
             section, kind = known[key]
-            if key == "speculative_config" and isinstance(value, dict):
+            if key in ("speculative_config", "kv_events_config") and isinstance(value, dict):
                 value = json.dumps(value)
             parts.setdefault(section, {})[key] = _convert(key, value, kind)
         sections = {name: cls(**parts.get(name, {})) for name, cls in SECTIONS.items()}

@@ -40,7 +40,18 @@ class State:
     tensors: tuple[tuple[tuple[int, ...], str], ...]
 
 
-MemorySpec = Paged | Latent | State
+@dataclass(frozen=True, slots=True)
+class Cross:
+    """Keys and values of what a request brings beside its tokens (the states of its audio): so many positions, written
+    once when it enters a slot of the runner, and read by all of its tokens."""
+
+    kv_heads: int
+    key_size: int
+    value_size: int
+    tokens: int
+
+
+MemorySpec = Paged | Latent | State | Cross
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +61,17 @@ class Group:
     `pages`: a table row lists page ids by position; with a window, ids of pages that lie wholly behind it are 0.
     `state`: a table row has two ids: the slot of state that a step reads, and the one that it writes. What was read
     stays as it was, so that a step can be undone and a slot can be a snapshot that several requests read.
+    `cross`: the runner's alone, with no table in a batch: each of its slots has pages of its own (`pages_each`).
     """
 
-    kind: Literal["pages", "state"]
+    kind: Literal["pages", "state", "cross"]
     window: int  # tokens; 0: all are kept
     layers: tuple[int, ...]  # pool indexes
+    tokens: int = 0  # of `cross`: positions of each slot
+
+    def pages_each(self, page_size: int) -> int:
+        """Of `cross`: pages of each slot. Slot s has those from 1 + s * pages_each on; 0 is scratch."""
+        return -(-self.tokens // page_size)
 
     def first_needed(self, computed: int) -> int:
         """The first position that a token after `computed` computed ones may still read."""
@@ -62,17 +79,22 @@ class Group:
 
 
 def groups_of(memory: Sequence[MemorySpec]) -> tuple[Group, ...]:
-    """The groups of a model: full pages first, then windows from the widest to the narrowest, then states.
+    """The groups of a model: full pages first, then windows from the widest to the narrowest, then states, then what
+    is read crosswise.
 
     Pool index i is `memory[i]`. A model without any paged layer has only the group of states.
     """
     pages: dict[int, list[int]] = {}
     states: list[int] = []
+    crosses: dict[int, list[int]] = {}
     for index, spec in enumerate(memory):
         if isinstance(spec, State):
             states.append(index)
+        elif isinstance(spec, Cross):
+            crosses.setdefault(spec.tokens, []).append(index)
         else:
             pages.setdefault(spec.window, []).append(index)
     order = sorted(pages, key=lambda window: (window != 0, -window))
     found = [Group("pages", window, tuple(pages[window])) for window in order]
-    return tuple(found + ([Group("state", 0, tuple(states))] if states else []))
+    found += [Group("state", 0, tuple(states))] if states else []
+    return tuple(found + [Group("cross", 0, tuple(layers), tokens) for tokens, layers in crosses.items()])

@@ -43,6 +43,7 @@ class Submit(Message):
     return_hidden: bool = False
     pooled: bool = False  # for a model that does not generate: `max_new_tokens` is 0, `Chunk.pooled` the answer
     second: int = 0  # token at which the second text of a pair begins; 0: there is one text
+    audio: bytes = b""  # little-endian float32 log-mel features [mels, frames], for a model that hears
     arrival: float = 0.0  # time.time() at the door
     adapter: str = ""  # the name of the one that it is computed with; "": none
     media: list[Media] = []  # pictures, whose tokens are those of `core.media.with_content`
@@ -61,6 +62,7 @@ class Control(Message):
 
     Names: `flush_cache` (args: timeout seconds), `state` (running and waiting counts, memory, throughput, cache),
     `pause` (args: mode abort | retract | in_place), `resume`, `abort_all`, `cache_tree` (args: max_nodes),
+    `kv_events` (data: sequence, events: the whole tree),
     `get_weights_by_name` (args: name, rows; data: weight, nested lists), `load_lora_adapter` (args: name, path,
     pinned; data: loaded, path by name), `unload_lora_adapter` (args: name; data: loaded, users).
 
@@ -143,6 +145,9 @@ class Stats(Message):
     spec_accepted: int = 0
     spec_accept_length: float = 0.0  # tokens a decode step of a request has given, since start
     spec_accept_rate: float = 0.0  # accepted drafts over drafts, since start
+    waiting_tokens: int = 0  # of prompts that wait, whatever of them is cached
+    prefill_tokens: int = 0  # prompt tokens that were computed, and the seconds of their steps, since start
+    prefill_seconds: float = 0.0
     pictures_encoded: int = 0  # since start: by the model's tower
     pictures_found: int = 0  # and those that the encoder cache had
     grammar_seconds: list[float] = []  # of each grammar that was compiled since the last Stats

@@ -21,11 +21,10 @@ import torch
 
 from phloem.attention.triton import Backend
 from phloem.checkpoint.describe import Checkpoint
-from phloem.core.memory import groups_of
 from phloem.engine.shapes import Shape, run_shape, step_shapes
 from phloem.engine.sizing import Need
 from phloem.kernels.triton import ahead, table
-from phloem.kvcache.pool import KVPool
+from phloem.kvcache.pool import KVPool, fewest_pages
 from phloem.layers.context import BuildContext
 from phloem.models import build_model
 
@@ -113,7 +112,7 @@ def noted(need: Need, every: Sequence[Shape]) -> tuple[ahead.Notes, list[Shape]]
     """The launches of these shapes, and which of them brought new ones."""
     notes, shapes = ahead.Notes(), []
     memory = need.model.memory
-    pool = KVPool(memory, [2] * len(groups_of(memory)), need.page_size, need.kv_dtype, torch.device("meta"))
+    pool = KVPool(memory, fewest_pages(memory, need.page_size), need.page_size, need.kv_dtype, torch.device("meta"))
     with torch.inference_mode(), notes.taken():
         for shape in every:
             before = len(notes.found)

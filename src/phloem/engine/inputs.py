@@ -44,7 +44,7 @@ class StepInputs:
 
     # input_ids [T] int64, positions [T] or [3, T] int64, query_start [R + 1] int32, seq_lens [R] int32,
     # logit_index [L] int64; then of each group of pages: page_table [R, P] int32, token_slots [T] int32; of states:
-    # reads [R] int64, writes [R] int64, fresh [R] bool, prefix_lens [R] int32.
+    # reads [R] int64, writes [R] int64, fresh [R] bool, prefix_lens [R] int32; of cross: as `cross_arrays`.
     tensors: list[Tensor]
     groups: tuple[Group, ...]
     max_query_len: int
@@ -75,6 +75,9 @@ class StepInputs:
             if group.kind == "state":
                 reads, writes, fresh, prefix, *rest = rest
                 found.append(StateRows(reads, writes, fresh, starts, prefix, self.max_query_len))
+            elif group.kind == "cross":
+                each, whole, table, *rest = rest
+                found.append(PagedBatch(each, whole, table, whole, 1, group.tokens))
             else:
                 table, slots, *rest = rest
                 sizes = self.max_query_len, self.max_seq_len
@@ -85,7 +88,10 @@ class StepInputs:
         """The first tokens, rows and wanted positions of fixed inputs, as a step of these sizes."""
         sizes = [tokens, tokens, rows + 1, rows, wanted]
         for group in self.groups:
-            sizes += [rows] * 4 if group.kind == "state" else [rows, tokens]
+            if group.kind == "cross":
+                sizes += [tokens + 1, tokens, tokens]
+            else:
+                sizes += [rows] * 4 if group.kind == "state" else [rows, tokens]
         sizes += [tokens, wanted] if self.adapters is not None else []
         parts = [tensor[:size] for tensor, size in zip(self.tensors, sizes, strict=True)]
         adapters = None if self.adapters is None else (parts[-2], parts[-1])
@@ -126,9 +132,14 @@ class FixedInputs:
         wants: list[tuple[tuple[int, ...], torch.dtype]] = [
             ((tokens,), long), ((tokens,), long), ((rows + 1,), short), ((rows,), short), ((wanted,), long)
         ]  # fmt: skip
+        crossed: list[int] = []
         for group in pool.groups:
             if group.kind == "state":
                 wants += [((rows,), long), ((rows,), long), ((rows,), torch.bool), ((rows,), short)]
+            elif group.kind == "cross":
+                each = group.pages_each(pool.page_size)
+                crossed.append(len(wants))
+                wants += [((tokens + 1,), short), ((tokens,), short), ((tokens, each), short)]
             else:
                 wants += [((rows, pages), short), ((tokens,), short)]
         told = [number for number, group in enumerate(pool.groups) if shared and group.kind == "pages"]
@@ -140,6 +151,9 @@ class FixedInputs:
         tensors = self._layout.tensors[: len(wants)]
         tensors[2].copy_(torch.arange(rows + 1))
         tensors[3].fill_(1)
+        for place in crossed:
+            tensors[place].copy_(torch.arange(tokens + 1))
+            tensors[place + 1].fill_(1)
         self.slots: Tensor | None = None if on_host or not single else self._layout.tensors[-1]
         rest = iter(tensors[len(tensors) - len(sharing) * len(told) :])
         pages_of = {number: SharedPages(*(next(rest) for _ in sharing)) for number in told}
@@ -285,7 +299,7 @@ class Step:
 
     def _find(self, sharing: Sharing) -> dict[int, Shared]:
         batch, size, found = self.batch, self._pool.page_size, {}
-        for number, (group, table) in enumerate(zip(self._pool.groups, batch.tables, strict=True)):
+        for number, (group, table) in enumerate(zip(self._pool.groups, batch.tables, strict=False)):
             if group.kind == "pages":
                 one = find(table, batch.query_lens, batch.prefix_lens, size, group.window, sharing)
                 if one is not None:
@@ -400,13 +414,24 @@ def host_arrays(
     positions = places.astype(np.int64) if batch.positions is None else batch.positions
     arrays: list[NDArray[Any]] = [batch.input_ids, positions, starts, prefix + batch.query_lens, index]
     pages, offsets = np.divmod(places, np.int32(page_size))
-    for group, table in zip(groups, batch.tables, strict=True):
+    crossed = [group for group in groups if group.kind == "cross"]  # behind the others; no table of a batch is theirs
+    for group, table in zip(groups[: len(groups) - len(crossed)], batch.tables, strict=True):
         if group.kind == "state":
             reads, writes = table.T.astype(np.int64)
             arrays += [reads, writes, prefix == 0, prefix]
         else:
             arrays += [table, table[rows, pages] * np.int32(page_size) + offsets]
+    for group in crossed:
+        arrays += cross_arrays(batch.slots[rows], group, page_size)
     return arrays
+
+
+def cross_arrays(slots: NDArray[np.int32], group: Group, page_size: int) -> list[NDArray[np.int32]]:
+    """Each token as a row of its own that sees all the positions of its slot: where rows start, how many they see, and
+    their pages. So the attention of earlier tokens serves, whose last token sees everything."""
+    count, each = len(slots), group.pages_each(page_size)
+    table = slots[:, None] * np.int32(each) + np.arange(1, each + 1, dtype=np.int32)
+    return [np.arange(count + 1, dtype=np.int32), np.full(count, group.tokens, np.int32), table]
 
 
 def _padded(batch: Batch, rows: int) -> Batch:

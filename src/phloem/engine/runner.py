@@ -16,6 +16,7 @@ from phloem.engine.answer import empty, give_out, keep_hidden, prompt_logprobs
 from phloem.engine.apart import apart
 from phloem.engine.choose import Choice, Chooser
 from phloem.engine.forward import Eager, Forward
+from phloem.engine.hearing import ears_of
 from phloem.engine.inputs import Step
 from phloem.engine.logprobs import Later
 from phloem.engine.masks import Masks
@@ -72,9 +73,9 @@ class StepWork:
         self.last = LastTokens(max_slots, pool.device, facts.on_host, streams, ops)
         self.masks = Masks(model.vocab_size, pool.device, ops, facts.masks_ahead, self.last.up)
         self._on_host, self._forgotten = facts.on_host, 0
-        self._apart = facts.on_host and all(group.kind == "pages" for group in pool.groups)
+        self._apart = facts.on_host and all(group.kind != "state" for group in pool.groups)
         self.gaps = Gaps(recorded) if recorded and facts.records_idle else None
-        self._pool = pool
+        self._pool, self._ears = pool, ears_of(model, pool, backend.ops, max_slots)
         self.desk = None if desk is None else desk(self.last)
         self._forward = Forward(recorded, Eager(model, backend, pool))
         self.chooser = Chooser(model, ops, self.slots, self.last, self.masks)
@@ -103,6 +104,8 @@ class StepWork:
                 self.slots.unfollow(slot)
         for admission in order.batch.admissions:
             self.slots.admit(admission, followers.get(admission.slot))
+        if self._ears is not None and order.batch.admissions:
+            self._ears.admit(order.batch.admissions)
 
     def begin(self, order: Order, settle: Settle) -> Flight:
         """Give a step to the device; `settle` is called when only the computation is left to do."""
@@ -196,7 +199,8 @@ class ModelRunner:
         desk: Callable[[LastTokens], Desk] | None = None,
     ) -> None:
         self.model, self.pool = model, pool
-        self.groups, self.num_pages, self.page_size = pool.groups, pool.num_pages, pool.page_size
+        own = sum(group.kind != "cross" for group in pool.groups)  # cross memory goes by slot: it needs no manager
+        self.groups, self.num_pages, self.page_size = pool.groups[:own], pool.num_pages[:own], pool.page_size
         self.max_slots = max_slots
         self.draft_room = 0
         self.row_bits = ops.row_bits and facts.on_host  # a token has the same bits in a step that verifies drafts

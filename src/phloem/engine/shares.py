@@ -78,6 +78,8 @@ class Shares:
     def _decision(self, number: int, count: int) -> Decision:
         group, size = self.groups[number], self.unit_bytes[number]
         told = f"{count * size / GIB:.2f} GiB for {len(group.layers)} layers"
+        if group.kind == "cross":
+            return Decision("cross_memory", count, f"pages, {told}: those of every running request")
         if group.kind == "state":
             why = f"slots, {told}: {self.written} that requests write, {count - self.written} snapshots"
             if number:
@@ -97,7 +99,7 @@ def shares(
     Whichever gives the first group more tokens is right: a window needs no more pages than everything does.
     """
     each = KVPool.bytes_per_token(memory, dtype)
-    unit = tuple(count * (size if group.kind == "pages" else 1) for count, group in zip(each, groups, strict=True))
+    unit = tuple(count * (1 if group.kind == "state" else size) for count, group in zip(each, groups, strict=True))
     windows = [number for number, group in enumerate(groups) if number and group.kind == "pages"]
     return [_share(tuple(groups), unit, size, load, set(windows[:capped])) for capped in range(len(windows) + 1)]
 
@@ -109,6 +111,8 @@ def _share(groups: tuple[Group, ...], unit: tuple[int, ...], size: int, load: Lo
             fixed[number] = READ_STATES * load.running if number else (READ_STATES + 1) * load.running
             others = sum(unit[at] * per_page[at] for at in range(number))
             per_page[number] = others / (SNAPSHOT_SHARE * unit[number]) if number else 0.0
+        elif group.kind == "cross":
+            fixed[number], per_page[number] = load.running * group.pages_each(size), 0.0
         elif number and number not in capped:
             fixed[number] = running_pages(group, size, load)
             per_page[number] = 1 / CACHED_WINDOWS

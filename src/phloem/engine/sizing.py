@@ -26,7 +26,7 @@ from phloem.engine.sampler import SamplingRows, sample
 from phloem.engine.shares import Load, shares
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
-from phloem.kvcache.pool import KVPool
+from phloem.kvcache.pool import KVPool, fewest_pages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -133,7 +133,7 @@ def run_largest_steps(need: Need, device: torch.device) -> None:
     """Run them, with a pool of two pages in each group that is gone afterwards."""
     with torch.inference_mode():
         memory = need.model.memory
-        pages = [2] * len(groups_of(memory))
+        pages = fewest_pages(memory, need.page_size)
         pool = KVPool(memory, pages, need.page_size, need.kv_dtype, device, need.kv_scales)
         for lengths in step_shapes(need.chunk, need.running, need.context):
             _run(need, pool, lengths)
@@ -155,7 +155,11 @@ def run_step(
         query_lens=query_lens,
         prefix_lens=np.zeros(rows, np.int32),
         input_ids=np.zeros(int(query_lens.sum()), np.int32),
-        tables=tuple(np.zeros((rows, width if group.kind == "pages" else 2), np.int32) for group in pool.groups),
+        tables=tuple(
+            np.zeros((rows, width if group.kind == "pages" else 2), np.int32)
+            for group in pool.groups
+            if group.kind != "cross"
+        ),
         outputs=np.ones(rows, np.int32),
     )
     last = LastTokens(1, pool.device, False, None)

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phloem.core.memory import groups_of
 from phloem.core.resolve import Decision
 from phloem.engine.shapes import run_shape
-from phloem.kvcache.pool import KVPool
+from phloem.kvcache.pool import KVPool, fewest_pages
 from phloem.utils import log
 
 if TYPE_CHECKING:
@@ -108,6 +107,8 @@ def run_all(need: Need, device: torch.device, shapes: list[Shape]) -> None:
     """Run them over two pages of memory."""
     with torch.inference_mode():
         memory = need.model.memory
-        pool = KVPool(memory, [2] * len(groups_of(memory)), need.page_size, need.kv_dtype, device, need.kv_scales)
+        pool = KVPool(
+            memory, fewest_pages(memory, need.page_size), need.page_size, need.kv_dtype, device, need.kv_scales
+        )
         for shape in shapes:
             run_shape(need, pool, shape)

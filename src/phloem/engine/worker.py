@@ -13,6 +13,7 @@ from phloem import attention, models, platforms, quant
 from phloem.adapters import served
 from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.attention._packed import refusal
+from phloem.checkpoint.families import audio_of
 from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import resolve, speculation
 from phloem.core.config import parse_bytes
@@ -33,7 +34,7 @@ from phloem.models._pooled import load_pooled
 from phloem.models._transformers import load_foreign
 from phloem.platforms import cpu
 from phloem.platforms._facts import own_float8
-from phloem.utils import log
+from phloem.utils import log, memory
 from phloem.utils.cores import available_cores
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ _log = log.get("engine")
 # Of a model that does not generate: texts and tokens of a step, where nobody says otherwise.
 POOLED_ROWS = 256
 POOLED_TOKENS = 2048
+HEARING_ROWS = 16  # requests that hear: each holds the keys and values of its audio, of a large model 246 MB
 
 Report = Callable[[str, float], None]  # a phase of start-up ended: its name, its seconds
 
@@ -140,6 +142,8 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     dtype = _dtype(config, checkpoint, platform, decisions)
     schedule = config.schedule
     asked, usual = schedule.max_running_requests, platform.default_running_requests
+    if audio_of(checkpoint.model_type) is not None:
+        usual = min(usual, HEARING_ROWS)
     running = _take(decisions, resolve.running_requests(asked, usual, platform.name))
     chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
     mixed = _take(decisions, resolve.mixed_chunk(platform.default_mixed_chunk, chunk))
@@ -168,7 +172,8 @@ def _build(
     sites = served.sites(config.lora, model, ops, dtype, platform.facts.on_host, decisions)
     phase.end("weights")
 
-    kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _kept_in(config, dtype, model)
+    kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _heard(config, checkpoint, ops)
+    kv_dtype = kv_dtype or _kept_in(config, dtype, model)
     scales = _kv_scales(config, checkpoint, model, kv_dtype, decisions)
     backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
     page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
@@ -259,6 +264,8 @@ def _build_pooled(
         Decision("chunked_prefill_size", chunk, "tokens of a step; a longer text has one of its own"),
         Decision("kv_cache", "none", "every text is read once, whole"),
     ]
+    if platform.facts.on_host and memory.keep_freed():
+        decisions.append(Decision("freed_memory", "kept", "the same blocks are wanted again by the next step"))
     runner = PooledRunner(
         model, ops, running, facts=platform.facts, give_back=platform.empty_cache, begin=platform.begin_steps
     )
@@ -428,6 +435,15 @@ def _eight_bits(
     return kind
 
 
+def _heard(config: Config, checkpoint: Checkpoint, ops: Ops) -> torch.dtype | None:
+    """The type that keeps what a model hears, where nobody has named one and the table's attention keeps few types:
+    most of what its steps read is there."""
+    asked = config.cache.kv_cache_dtype != "auto" or config.model.dtype != "auto"
+    if asked or audio_of(checkpoint.model_type) is None or ops.kv_dtypes is None:
+        return None
+    return next((kind for kind in ops.kv_dtypes if kind.is_floating_point), None)
+
+
 def _kv_scales(
     config: Config, checkpoint: Checkpoint, model: Model, kv_dtype: torch.dtype, decisions: list[Decision]
 ) -> dict[int, LayerScales]:
@@ -436,6 +452,10 @@ def _kv_scales(
     if asked != FP8:
         eight = kv_dtype.itemsize == 1 and asked == "auto"
         why = "as the weights are quantised" if eight else "the type of the model" if asked == "auto" else "as asked"
+        if asked == "auto" and not eight and audio_of(checkpoint.model_type) is not None:
+            why = (
+                "the type of the model, or what the table's attention reads: most of a step's reading is what is heard"
+            )
         if checkpoint.kv_scheme == FP8:
             why += f"; the checkpoint brings scales for {FP8}, which --kv-cache-dtype {FP8} uses"
         decisions.append(Decision("kv_cache_dtype", name, why))

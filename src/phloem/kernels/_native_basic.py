@@ -42,7 +42,7 @@ def is_index64(index: Tensor) -> bool:
 
 
 def ops(rt: Runtime) -> dict[str, Any]:
-    return {**_elementwise(rt), **_norms(rt), **_positions(rt), **_fused_positions(rt)}
+    return {**_elementwise(rt), **_activations(rt), **_norms(rt), **_positions(rt), **_fused_positions(rt)}
 
 
 def _elementwise(rt: Runtime) -> dict[str, Any]:
@@ -99,6 +99,19 @@ def _elementwise(rt: Runtime) -> dict[str, Any]:
 
     names = (add, silu_and_mul, gelu_tanh_and_mul, softcap, select_rows)
     return {function.__name__: function for function in names}
+
+
+def _activations(rt: Runtime) -> dict[str, Any]:
+    call, empty, GELU = rt.call, rt.empty, rt.op("gelu")
+
+    def gelu(x: Tensor) -> Tensor:
+        x_TN = rows_of(x)
+        rows, n = x_TN.shape
+        out, work, stride = empty(x.shape), rows * n // 2, x_TN.stride(0)
+        call(GELU, work, x=x_TN.data_ptr(), out=out.data_ptr(), rows=rows, n=n, x_stride=stride, out_stride=n)
+        return out
+
+    return {"gelu": gelu}
 
 
 def _norms(rt: Runtime) -> dict[str, Any]:

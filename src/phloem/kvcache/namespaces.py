@@ -14,3 +14,12 @@ def namespace(salt: str = "", adapter: str = "", weight_version: str = "") -> st
     if not (salt or adapter or weight_version):
         return ""
     return f"{len(salt)}:{len(adapter)}:{salt}{adapter}{weight_version}"
+
+
+def parts(name: str) -> tuple[str, str, str]:
+    """The salt, adapter and weight version that `namespace` made a name of."""
+    if not name:
+        return "", "", ""
+    salt, adapter, text = name.split(":", 2)
+    first, second = int(salt), int(salt) + int(adapter)
+    return text[:first], text[first:second], text[second:]

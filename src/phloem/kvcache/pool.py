@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from phloem.core.memory import MemorySpec
 
 
+def fewest_pages(memory: Sequence[MemorySpec], page_size: int) -> list[int]:
+    """Of each group as many pages as a step on dummy inputs needs: scratch, and one beside it or those of one slot."""
+    groups = groups_of(memory)
+    return [1 + group.pages_each(page_size) if group.kind == "cross" else 2 for group in groups]
+
+
 class KVScales:
     """What one layer's cached keys and values stand for: the number stored times this one.
 

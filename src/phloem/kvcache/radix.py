@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -30,6 +30,14 @@ if TYPE_CHECKING:
     from phloem.kvcache.windows import WindowPages
 
     Listener = Callable[[int, list[tuple[bytes, int]]], None]
+
+
+class Watch(Protocol):
+    """Hears of every page of the tree, also of those that leave it because their step never happened."""
+
+    def added(self, node: Node) -> None: ...
+    def removed(self, node: Node, left: int) -> None: ...
+    def cleared(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -80,6 +88,7 @@ class RadixCache:
         self.windows, self.states, self.whole = tuple(windows), states, whole
         self.plain = whole and not windows and states is None  # nothing hangs on the nodes but their pages
         self.on_evict: Listener | None = None  # hears (group, [(hash of the prefix, page)]) before they go
+        self.watch: Watch | None = None
         self._page_bytes = page_size * TOKEN_BYTES
         self._rank = RANKS[eviction]
         self._roots: dict[str, Node] = {}
@@ -328,6 +337,8 @@ class RadixCache:
                 account.enter(own, self._clock)
                 account.reshaped(node)
                 account.reshaped(parent)
+        if self.watch is not None:
+            self.watch.added(node)
         return node
 
     def _new(
@@ -425,6 +436,8 @@ class RadixCache:
 
     def clear(self) -> None:
         """Forget everything, locks included: for a reset in which no request holds anything any more."""
+        if self.watch is not None:
+            self.watch.cleared()
         for node in list(self.nodes()):
             node.parent = None
         self._roots.clear()
@@ -438,6 +451,8 @@ class RadixCache:
 
     def _shorten(self, node: Node, count: int) -> NDArray[np.int32]:
         left = node.count - count
+        if self.watch is not None:
+            self.watch.removed(node, left)
         freed = node.pages[left:]
         self.pages -= count
         self.evictable_pages -= count

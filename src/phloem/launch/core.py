@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.adapters import served
 from phloem.adapters.desk import Desk
+from phloem.checkpoint.families import audio_of
 from phloem.core import speculation
 from phloem.core.config import parse_bytes
 from phloem.core.errors import BadRequest, ConfigError
@@ -20,7 +21,9 @@ from phloem.engine.runner import ModelRunner
 from phloem.engine.watchdog import Watchdog
 from phloem.grammar._base import name_of
 from phloem.grammar._manager import GrammarManager, GrammarSettings
+from phloem.kvcache.events import Feed
 from phloem.kvcache.manager import CacheManager
+from phloem.kvcache.publisher import ZmqPublisher, read_config
 from phloem.launch.rest import Resting
 from phloem.models._common import Decoder
 from phloem.rl.keeper import Keeper
@@ -36,11 +39,13 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.batch import Runner
     from phloem.core.config import Config
+    from phloem.core.late import Prepared
     from phloem.engine.worker import Built
 
 _log = log.get("launch")
 
 Send = Callable[[FromEngine], None]
+Prepare = Callable[[Submit, Any], "Prepared | None"]
 Poll = Callable[[float | None], list[ToEngine]]  # seconds to wait -> messages; EOFError: the door has gone
 
 # Of the KV pool, made resident while nothing else is to do after the start: the first answers do not wait for it.
@@ -72,45 +77,30 @@ class EngineCore:
         drafts = speculation.wanted(config)
         assemble.check(drafts)
         built = worker.build(config, checkpoint, report)
-        schedule = config.schedule
         self.runner = built.runner
         runner, speculates = _drafting(drafts, built)
-        self._watchdog = Watchdog(built.runner, schedule.watchdog_timeout)
-        cache = CacheManager(
-            built.runner.groups,
-            built.runner.num_pages,
-            built.runner.page_size,
-            enabled=not config.cache.disable_radix_cache and checkpoint.pooling is None,
-            eviction=config.cache.radix_eviction_policy,
-            chunk=built.chunked_prefill_size,
-        )
-        settings = ScheduleSettings(
-            max_running_requests=built.max_running_requests,
-            max_queued_requests=schedule.max_queued_requests,
-            chunked_prefill_size=built.chunked_prefill_size,
-            mixed_prefill_size=built.mixed_prefill_size,
-            worthwhile_prefill=built.worthwhile_prefill,
-            schedule_policy=schedule.schedule_policy,
-            context_length=built.context_length,
-            vocab_size=checkpoint.vocab_size,
-            eos_ids=checkpoint.eos_ids,
-            stream_interval=schedule.stream_interval,
-            random_seed=config.model.random_seed,
-            overlap=not schedule.disable_overlap_schedule,
-            debug_invariants=config.runtime.debug_invariants,
-            whole_prompts=checkpoint.pooling is not None,
-            speculates=speculates,
-            sees=built.tower is not None,
-            whole_pictures=built.tower is not None and built.tower.whole,
-        )
+        self._watchdog = Watchdog(built.runner, config.schedule.watchdog_timeout)
+        cache = _cache(config, checkpoint, built)
+        settings = _settings(config, checkpoint, built, speculates)
         self._grammars = _grammars(config, checkpoint)
-        prepare = self._grammars.prepare if self._grammars is not None else _no_grammar
+        prepare = _hearing(checkpoint, _no_grammar if self._grammars is None else self._grammars.prepare)
         self._sends = send
         self._desk, self._keeper = _desk(config, built, report), _keeper(config, checkpoint, built)
         self.scheduler = Scheduler(
-            runner, settings, cache, self._send, prepare=prepare, lender=self._desk, keeper=self._keeper
+            runner,
+            settings,
+            cache,
+            self._send,
+            prepare=prepare,
+            lender=self._desk,
+            keeper=self._keeper,
         )
-        self.info: dict[str, Any] = {
+        self._publisher = _publisher(config, cache, self.scheduler)
+        self.info = self._facts(built, checkpoint, phases)
+
+    def _facts(self, built: Built, checkpoint: Checkpoint, phases: dict[str, float]) -> dict[str, Any]:
+        """What the door and `/server_info` are told."""
+        return {
             **built.info,
             "max_total_num_tokens": built.max_total_tokens,
             "max_running_requests": built.max_running_requests,
@@ -120,6 +110,7 @@ class EngineCore:
             "context_length": built.context_length,
             "decisions": [[d.name, d.value, d.reason] for d in built.decisions]
             + ([] if self._grammars is None else [list(self._grammars.decision())]),
+            "kv_events": None if self._publisher is None else self._publisher.info(),
             "phases": phases,
             "lora_adapters": None if self._desk is None else self._desk.loaded(),
         }
@@ -151,6 +142,41 @@ class EngineCore:
         self.runner.close()
         if self._grammars is not None:
             self._grammars.close()
+        if self._publisher is not None:
+            self._publisher.close()
+
+
+def _settings(config: Config, checkpoint: Checkpoint, built: Built, speculates: bool) -> ScheduleSettings:
+    return ScheduleSettings(
+        max_running_requests=built.max_running_requests,
+        max_queued_requests=config.schedule.max_queued_requests,
+        chunked_prefill_size=built.chunked_prefill_size,
+        mixed_prefill_size=built.mixed_prefill_size,
+        worthwhile_prefill=built.worthwhile_prefill,
+        schedule_policy=config.schedule.schedule_policy,
+        context_length=built.context_length,
+        vocab_size=checkpoint.vocab_size,
+        eos_ids=checkpoint.eos_ids,
+        stream_interval=config.schedule.stream_interval,
+        random_seed=config.model.random_seed,
+        overlap=not config.schedule.disable_overlap_schedule,
+        debug_invariants=config.runtime.debug_invariants,
+        whole_prompts=checkpoint.pooling is not None,
+        speculates=speculates,
+        sees=built.tower is not None,
+        whole_pictures=built.tower is not None and built.tower.whole,
+    )
+
+
+def _cache(config: Config, checkpoint: Checkpoint, built: Built) -> CacheManager:
+    return CacheManager(
+        built.runner.groups,
+        built.runner.num_pages,
+        built.runner.page_size,
+        enabled=not config.cache.disable_radix_cache and checkpoint.pooling is None,
+        eviction=config.cache.radix_eviction_policy,
+        chunk=built.chunked_prefill_size,
+    )
 
 
 def _drafting(drafts: speculation.Wanted, built: Built) -> tuple[Runner, bool]:
@@ -181,6 +207,17 @@ def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:
     return GrammarManager(lambda: vocabulary(checkpoint), settings)
 
 
+def _publisher(config: Config, cache: CacheManager, scheduler: Scheduler) -> ZmqPublisher | None:
+    """What tells gateways of the cache. Raises ConfigError where that is asked for and cannot be."""
+    text = config.cache.kv_events_config
+    settings = read_config(text) if text is not None else None
+    if settings is None or not settings.wanted or not cache.enabled:
+        return None
+    publisher = ZmqPublisher(settings, cache.page_size)
+    scheduler.feed = Feed(cache.tree, publisher)
+    return publisher
+
+
 def _desk(config: Config, built: Built, report: worker.Report) -> Desk | None:
     """What lends adapters, with those that are given; None where none are served."""
     if built.sites is None or not isinstance(built.runner, ModelRunner):
@@ -204,10 +241,26 @@ def _desk(config: Config, built: Built, report: worker.Report) -> Desk | None:
     return desk
 
 
+def _hearing(checkpoint: Checkpoint, prepare: Prepare) -> Prepare:
+    """With a check that a model hears something, and as much as it takes: it would hear what another request has."""
+    names = audio_of(checkpoint.model_type)
+    size = 0 if names is None else 8 * checkpoint.config[names["bands"]] * checkpoint.config[names["states"]]
+
+    def checked(submit: Submit, prompt: Any) -> Prepared | None:
+        if len(submit.audio) != size:
+            what = f"this model hears {size} bytes of features" if size else "this model does not hear"
+            raise BadRequest(f"audio: {what}, and not {len(submit.audio)}", param="audio")
+        return prepare(submit, prompt)
+
+    return checked
+
+
 def _keeper(config: Config, checkpoint: Checkpoint, built: Built) -> Keeper | None:
-    """What changes weights; None for models that do not generate, or that run transformers' code."""
+    """What changes weights; None for models that do not generate, that hear, or that run transformers' code."""
     if not isinstance(built.runner, ModelRunner) or not isinstance(built.runner.model, Decoder):
         return None
+    if audio_of(checkpoint.model_type) is not None:
+        return None  # what lies in the slots was made by the weights that are there
     return Keeper(
         built.runner,
         built.runner.model,

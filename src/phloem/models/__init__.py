@@ -132,6 +132,17 @@ class CutModel(Protocol):
         ...
 
 
+@runtime_checkable
+class HearingModel(Protocol):
+    """A model whose tokens attend to what it hears: a layer of `core.memory.Cross` for each entry of `encode`."""
+
+    hears: tuple[int, int]  # mel bands and frames of what it hears at a time
+
+    def encode(self, mel_nBF: Tensor, pack: Pack, /) -> Iterable[tuple[int, Tensor, Tensor]]:
+        """Of n audios' features: for each layer its pool index, and its keys and values [n, positions, K, D]."""
+        ...
+
+
 def kv_scales(model: Model, checkpoint: Checkpoint) -> dict[int, LayerScales]:
     """The checkpoint's scales for a float8 KV cache, by layer. Raises ModelLoadError for one that cannot be."""
     from phloem.models._scales import read_kv_scales

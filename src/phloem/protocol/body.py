@@ -96,10 +96,10 @@ class Parser(Generic[T]):
         except msgspec.ValidationError as error:
             raise self._explain(str(error)) from None
 
-    def convert(self, values: dict[str, Any], features: frozenset[str] = frozenset()) -> T:
-        """The same from Python values. Raises BadRequest as `parse` does."""
+    def convert(self, values: dict[str, Any], features: frozenset[str] = frozenset(), *, form: bool = False) -> T:
+        """The same from Python values; `form`: numbers and truth values may be text. Raises BadRequest as `parse`."""
         try:
-            body = msgspec.convert(values, self.kind)
+            body = msgspec.convert(values, self.kind, strict=not form)
         except msgspec.ValidationError as error:
             raise self._explain(str(error)) from None
         except UnicodeError:

@@ -19,6 +19,7 @@ from phloem.rl.payload import Tensors, dtype_of, flattened
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+c10d: Any = dist.distributed_c10d  # how a group beside the default one is made is a private part of torch
 TIMEOUT = 300.0  # seconds for the rendezvous, and for each tensor
 ROOT = 0
 MOST_NAMES = 1 << 20
@@ -53,18 +54,17 @@ class Group:
 
     def _join(self) -> None:
         try:
-            store, rank, world = next(
-                dist.rendezvous(self._address, rank=self._rank, world_size=self._world, timeout=self._timeout)
-            )
+            found = c10d.rendezvous(self._address, rank=self._rank, world_size=self._world, timeout=self._timeout)
+            store, rank, world = next(found)
             store.set_timeout(self._timeout)
-            made, _ = dist.distributed_c10d._new_process_group_helper(  # pyright: ignore[reportPrivateUsage]
-                world, rank, [], self._backend, dist.PrefixStore(self.name, store), group_name=self.name,
+            made, _ = c10d._new_process_group_helper(
+                world, rank, [], self._backend, c10d.PrefixStore(self.name, store), group_name=self.name,
                 timeout=self._timeout,
             )  # fmt: skip
         except Exception as error:
             self.broken = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
             raise BadRequest(f"group {self.name}: the rendezvous failed: {self.broken}") from None
-        dist.distributed_c10d._world.pg_group_ranks[made] = {i: i for i in range(world)}  # pyright: ignore[reportPrivateUsage]
+        c10d._world.pg_group_ranks[made] = {i: i for i in range(world)}
         self._made = made
 
     def _receive(self, names: list[str], dtypes: list[str], shapes: list[list[int]], bucket: bool) -> Tensors:

@@ -244,7 +244,7 @@ class Keeper(updates.Keeper):
         for name in self._index.names():
             if not any(part in name for part in skip):
                 values = self._index.get(name).cpu().contiguous().view(-1).view(torch.uint8)
-                found[name] = hashlib.sha256(memoryview(values.numpy())).hexdigest()
+                found[name] = hashlib.sha256(values.numpy().data).hexdigest()
         return found
 
     # sleep

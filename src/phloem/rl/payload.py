@@ -213,7 +213,7 @@ class _Reader:
             if not stat.S_ISREG(found.st_mode) or found.st_size != size + HEADER:
                 raise BadRequest(f"shared memory {name} has {found.st_size} bytes, expected {size + HEADER}")
             values = torch.empty(size, dtype=torch.uint8)
-            view, done = memoryview(values.numpy()), 0
+            view, done = values.numpy().data, 0
             file.seek(HEADER)
             while done < size:
                 count = file.readinto(view[done:])

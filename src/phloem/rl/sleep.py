@@ -45,7 +45,7 @@ def save(index: WeightIndex) -> IO[bytes]:
     home.mkdir(parents=True, exist_ok=True)
     file = tempfile.TemporaryFile(dir=home)  # noqa: SIM115 - it is kept
     for piece in pieces(index):
-        file.write(memoryview(piece.numpy()))
+        file.write(piece.numpy().data)
     file.flush()
     return file
 
@@ -54,7 +54,7 @@ def restore(index: WeightIndex, file: IO[bytes]) -> None:
     """Raises OSError."""
     file.seek(0)
     for piece in pieces(index):
-        view, done = memoryview(piece.numpy()), 0
+        view, done = piece.numpy().data, 0
         while done < len(view):
             count = file.readinto(view[done:])  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType, reportAttributeAccessIssue]
             if not count:

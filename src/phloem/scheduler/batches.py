@@ -40,6 +40,7 @@ def entry(request: Request, known: NDArray[np.int32], eos_ids: tuple[int, ...]) 
         return_hidden=submit.return_hidden,
         second=submit.second,
         namespace=request.namespace,
+        audio=submit.audio,
         media=tuple(submit.media),
         constrained=follower is not None,
     )

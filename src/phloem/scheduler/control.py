@@ -1,4 +1,4 @@
-"""Administrative calls: flush_cache, state, cache_tree, pause, resume, abort_all, get_weights_by_name, adapters.
+"""Administrative calls: flush_cache, state, cache_tree, kv_events, pause, resume, abort_all, adapters.
 
 Those that change weights stand in `weights.py`.
 """
@@ -12,17 +12,15 @@ from phloem.core.errors import BadRequest, PhloemError
 from phloem.core.messages import Control, ControlReply
 from phloem.core.request import FinishReason
 from phloem.kvcache import report
-from phloem.scheduler.weights import WeightCalls
+from phloem.kvcache.events import as_map
+from phloem.scheduler import weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from phloem.core.adapters import Lender
     from phloem.core.batch import Pending, Runner
-    from phloem.core.messages import FromEngine
-    from phloem.core.updates import Keeper
-    from phloem.kvcache.manager import CacheManager
-    from phloem.scheduler.state import Slots
+    from phloem.kvcache.events import Feed
 
 log = logging.getLogger(__name__)
 
@@ -32,27 +30,17 @@ PAUSE_MODES = ("abort", "retract", "in_place")
 ABORTED = FinishReason("abort", message="aborted by an administrative call")
 
 
-class Governed(Protocol):
+class Governed(weights.Governed, Protocol):
     """What the calls act on: the scheduler."""
 
     runner: Runner
-    cache: CacheManager
-    slots: Slots
-    lender: Lender | None
-    keeper: Keeper | None
-    weight_version: str
+    feed: Feed | None
     paused: bool
     clock: Callable[[], float]
-    send: Callable[[FromEngine], None]
 
-    @property
-    def nothing_held(self) -> bool: ...
     def state(self) -> dict[str, Any]: ...
-    def abort_all(self, reason: FinishReason) -> int: ...
     def retract_all(self) -> None: ...
     def flush_results(self) -> None: ...
-    def settle(self) -> None: ...
-    def between(self, work: Callable[[], Any]) -> Pending[Any]: ...
 
 
 class Controls:
@@ -60,7 +48,7 @@ class Controls:
 
     def __init__(self, scheduler: Governed) -> None:
         self.scheduler = scheduler
-        self.weights = WeightCalls(scheduler, self._reply)
+        self.weights = weights.WeightCalls(scheduler, self._reply)
         self._flushes: list[tuple[str, float]] = []  # (id, deadline)
         self._works: list[tuple[str, Pending[Any], Callable[[Any], Told]]] = []  # (id, work, result -> reply)
 
@@ -130,6 +118,14 @@ class Controls:
 
     def _do_cache_tree(self, call_id: str, args: dict[str, Any]) -> None:
         self._reply(call_id, True, data=report.snapshot(self.scheduler.cache, int(args.get("max_nodes") or 512)))
+
+    def _do_kv_events(self, call_id: str, args: dict[str, Any]) -> None:
+        """What a reader of cache events begins with: all messages before `sequence` are in it."""
+        cache, feed = self.scheduler.cache, self.scheduler.feed
+        if feed is None:
+            raise BadRequest("no cache events are published: start with --kv-events-config", code="not_supported")
+        events = [as_map(event, cache.page_size) for event in feed.dump()]
+        self._reply(call_id, True, data={"sequence": feed.sink.sequence, "events": events})
 
     def _do_pause(self, call_id: str, args: dict[str, Any]) -> None:
         mode = str(args.get("mode") or "abort")

@@ -33,6 +33,8 @@ class Meter:
     def __init__(self, now: float) -> None:
         self.steps = 0
         self.out_of_memory = 0  # steps that failed for lack of memory
+        self.prefill_tokens = 0  # since start, and the forward time of the steps that had any
+        self.prefill_seconds = 0.0
         self.busy_total = 0.0  # seconds, since start
         self.forward_total = 0.0
         self.last_throughput = 0.0
@@ -44,8 +46,12 @@ class Meter:
         self._busy_until: float | None = None
         self._quiet = True
 
-    def step_done(self, output: StepOutput) -> None:
+    def step_done(self, output: StepOutput, prompts: int = 0) -> None:
+        """`prompts`: tokens of the step beyond one a row."""
         self.steps += 1
+        if prompts > 0:
+            self.prefill_tokens += prompts
+            self.prefill_seconds += output.forward_seconds
         self._forward += output.forward_seconds
         self.forward_total += output.forward_seconds
         self.encoded += output.encoded
@@ -96,6 +102,8 @@ class Meter:
             cache_hit_rate=planner["cache_hit_rate"],
             preemptions=planner["preemptions"],
             out_of_memory=self.out_of_memory,
+            prefill_tokens=self.prefill_tokens,
+            prefill_seconds=self.prefill_seconds,
             pictures_encoded=self.encoded,
             pictures_found=self.found,
             step=self.steps,

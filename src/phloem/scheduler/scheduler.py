@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from phloem.core.batch import Pending, Runner, StepOutput
     from phloem.core.late import Late, Prepared
     from phloem.core.updates import Keeper
+    from phloem.kvcache.events import Feed
     from phloem.kvcache.manager import CacheManager
 
 T = TypeVar("T")
@@ -89,6 +90,7 @@ class Launched:
 
     plan: Plan
     pending: Pending[StepOutput]
+    mark: int = 0  # of the feed of cache events
 
 
 class Scheduler:
@@ -117,6 +119,7 @@ class Scheduler:
         self.clock = clock
         self.prepare = prepare
         self.lender = lender
+        self.feed: Feed | None = None  # tells gateways what is cached
         self.keeper = keeper
         self.live: dict[str, Request] = {}
         self.queue = WaitingQueue()
@@ -366,6 +369,8 @@ class Scheduler:
         while len(self.inflight) > keep:
             self._commit(self.inflight.popleft())
         self.controls.poll()
+        if self.feed is not None and not self.inflight:
+            self.feed.publish()
         self._poll_drain()
         if self.settings.debug_invariants:
             self.check()
@@ -386,6 +391,7 @@ class Scheduler:
 
     def _stats(self, now: float, busy: bool) -> FromEngine:
         counts = {"running": self.slots.num_running, "waiting": self.num_waiting, **self.results.drafts()}
+        counts |= {"waiting_tokens": sum(request.num_prompt for request in self.queue.everything())}
         return self.meter.stats(now, busy, self.results.output_tokens, counts | usage(self.cache), self.planner.state())
 
     def wait_for(self, request_id: str, late: Late) -> None:
@@ -472,6 +478,8 @@ class Scheduler:
         self.inflight.append(Launched(plan, pending))
         self.planner.advance(plan)
         self._end_refused()
+        if self.feed is not None:
+            self.inflight[-1].mark = self.feed.mark
         return True
 
     def _end_refused(self) -> None:
@@ -491,13 +499,16 @@ class Scheduler:
             self._start_over(launched.plan.rows, error)
             return
         self._step_began = self.clock()
-        self.meter.step_done(output)
+        batch = launched.plan.batch
+        self.meter.step_done(output, 0 if self.settings.speculates else batch.num_tokens - batch.num_rows)
         self.planner.throttle.passed()
         self._cornered = None
         self.planner.committed(launched.plan, output)
         if output.verified is not None:
             self.results.verified(launched.plan, output)
         self.results.commit(launched.plan, output)
+        if self.feed is not None:
+            self.feed.publish(launched.mark)
 
     def _run_again(self, failed: Launched, error: OutOfMemory) -> None:
         """A step did not fit into memory: it and those behind it never happened; the next ones are smaller.

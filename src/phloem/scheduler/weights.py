@@ -39,9 +39,12 @@ class Governed(Protocol):
     slots: Slots
     lender: Lender | None
     keeper: Keeper | None
-    weight_version: str
     send: Callable[[FromEngine], None]
 
+    @property
+    def weight_version(self) -> str: ...
+    @weight_version.setter
+    def weight_version(self, version: str) -> None: ...
     @property
     def nothing_held(self) -> bool: ...
     def abort_all(self, reason: FinishReason) -> int: ...

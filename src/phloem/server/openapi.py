@@ -40,13 +40,15 @@ def describe(
     answer: type | dict[str, Any] | None = None,
     body: type[Body] | None = None,
     body_required: bool = True,
+    form: bool = False,
     text: str | None = None,
     streams: bool = False,
     errors: tuple[int, ...] = (),
     error: type = ErrorAnswer,
     summary: str = "",
 ) -> dict[str, Any]:
-    """Keywords for a route's decorator. `answer` is a struct or a schema; `text`: the media type of a text answer."""
+    """Keywords for a route's decorator. `answer` is a struct or a schema; `text`: the media type of a text answer;
+    `form`: the body is one."""
     content: dict[str, Any] = {}
     if answer is not None:
         content = _json(answer if isinstance(answer, dict) else _ref(answer))
@@ -62,7 +64,8 @@ def describe(
     if summary:
         keywords["summary"] = summary
     if body is not None:
-        request = {"required": body_required, "content": _json(_ref(body))}
+        content = {"multipart/form-data": {"schema": _ref(body)}} if form else _json(_ref(body))
+        request = {"required": body_required, "content": content}
         keywords["openapi_extra"] = {"requestBody": request}
     return keywords
 
@@ -87,11 +90,12 @@ def _schemas() -> dict[str, Any]:
 
 def _explain(kind: type[Body], properties: dict[str, Any]) -> None:
     """Say at each field what is not done with it."""
+    sent = dict(zip(kind.__struct_fields__, kind.__struct_encode_fields__, strict=True))
     for name, rule in kind.later.items():
         if name in properties:
             properties[name]["description"] = f"Part of {rule.feature}: refused where that does not exist yet."
     for name, reason in kind.ignored.items():
-        properties[name]["description"] = f"Read and ignored: {reason}."
+        properties[sent[name]]["description"] = f"Read and ignored: {reason}."
 
 
 def document(app: FastAPI) -> dict[str, Any]:

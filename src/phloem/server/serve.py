@@ -27,7 +27,7 @@ POLL = 0.02
 TICKS_A_SECOND = 10  # of uvicorn's main loop
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Leaves signals to the caller and tells when it listens."""
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None], header_timeout: float) -> None:
@@ -83,7 +83,7 @@ async def serve(
         server_header=False,
         timeout_graceful_shutdown=LAST_BYTES_SECONDS,
     )
-    server = _Server(config, lambda: on_ready(host, real_port), app.state.door.config.server.header_timeout)
+    server = Server(config, lambda: on_ready(host, real_port), app.state.door.config.server.header_timeout)
     stopper = asyncio.create_task(_stop(app, server, stop))
     try:
         await server.serve(sockets=[bound])

@@ -60,8 +60,8 @@ class Ends(Protocol):
     def cancel(self) -> None: ...
 
 
-async def _watch(receive: Receive, call: Ends) -> None:
-    """Cancel the call when the client hangs up, unless it goes on in the background."""
+async def watch(receive: Receive, call: Ends) -> None:
+    """For a task: cancel the call when the client hangs up, unless it goes on in the background."""
     while (await receive())["type"] != "http.disconnect":
         pass
     if not call.background:
@@ -70,13 +70,13 @@ async def _watch(receive: Receive, call: Ends) -> None:
 
 async def collect(request: Request, call: Call) -> list[Continuation]:
     """All outputs of a call without stream, finished. Raises what the call raises."""
-    watch = asyncio.create_task(_watch(request.receive, call))
+    watching = asyncio.create_task(watch(request.receive, call))
     try:
         async for outputs in call:
             return outputs
         return call.outputs
     finally:
-        watch.cancel()
+        watching.cancel()
         call.cancel()
 
 
@@ -103,14 +103,14 @@ async def stream(
 
     Waits for the first one, so that a request which the engine refuses is answered with its status.
     """
-    watch = asyncio.create_task(_watch(request.receive, call))
+    watching = asyncio.create_task(watch(request.receive, call))
     try:
         first = await anext(events, b"")
     except BaseException:
-        watch.cancel()
+        watching.cancel()
         call.cancel()
         raise
-    return EventStream(call, first, events, watch, ending)
+    return EventStream(call, first, events, watching, ending)
 
 
 class EventStream(Response):

@@ -51,7 +51,13 @@ _SIZES: dict[str, Any] = {
 
 def families() -> list[str]:
     """Families that generate of which tiny checkpoints can be made: those whose file says how (`TINY`)."""
-    return [name for name in FAMILIES.names() if family(name).tiny is not None and family(name).encoder is None]
+    made = [family(name) for name in FAMILIES.names()]
+    return [one.name for one in made if one.tiny is not None and one.encoder is None and one.audio is None]
+
+
+def listeners() -> list[str]:
+    """Families that hear, of which tiny checkpoints can be made."""
+    return [name for name in FAMILIES.names() if family(name).tiny is not None and family(name).audio is not None]
 
 
 def encoders() -> list[str]:
@@ -132,6 +138,8 @@ def _model(model_type: str, overrides: dict[str, Any], head: str) -> Any:
         if head or family(model_type).encoder is not None:
             suffix = "" if head in ("", "Model") else head
             return getattr(transformers, f"AutoModel{suffix}").from_config(config).eval()
+        if family(model_type).audio is not None:
+            return transformers.AutoModelForSpeechSeq2Seq.from_config(config).eval()
         return transformers.AutoModelForCausalLM.from_config(config).eval()
     config = transformers.AutoConfig.for_model(model_type, text_config=settings, **around)
     return transformers.AutoModelForImageTextToText.from_config(config).eval()

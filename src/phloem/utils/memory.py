@@ -82,6 +82,22 @@ def trim() -> None:
         release(0)
 
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names in `mallopt`
+_LARGEST_KEPT = 32 << 20  # its bound for the second
+
+
+def keep_freed() -> bool:
+    """Let the C library's allocator keep what is freed, blocks of up to 32 MiB included, where it can. A process that
+    makes and frees the same large blocks at every step else takes a page fault for each of their pages, each time."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        change = _libc().mallopt
+    except AttributeError:
+        return False
+    return bool(change(_MMAP_THRESHOLD, _LARGEST_KEPT)) and bool(change(_TRIM_THRESHOLD, (1 << 31) - 1))
+
+
 _MAPPED = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-[-x]p \S+ \S+ \d+ +/.*(?:\.so[0-9.]*|/python[0-9.]*)")
 
 

@@ -171,6 +171,8 @@ def _pieces(
         refusal = "the model does not say where its last attention ends"
     elif any(group.kind == "state" for group in place.pool.groups):
         refusal = "recurrent layers do not run between pieces"
+    elif any(group.kind == "cross" for group in place.pool.groups):
+        refusal = "cross-attention does not run between pieces"
     elif any(isinstance(spec, Latent) for spec in place.pool.memory):
         refusal = "latent attention does not run between pieces"
     decision = resolve.piecewise_tokens(refusal, runtime.piecewise_graph_max_tokens, chunk)

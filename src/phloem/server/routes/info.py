@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -19,16 +18,10 @@ from phloem.server.door import Door, door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.stream import collect
 
-if TYPE_CHECKING:
-    from phloem.core.messages import Stats
-
-    pass
-
 router = APIRouter(tags=["information"])
 STATE_SECONDS = 2.0  # how long an information route waits for the engine's own words
 PROBE_SECONDS = 20.0
 _OBJECT: dict[str, Any] = {"type": "object"}
-_OBJECTS: dict[str, Any] = {"type": "array", "items": _OBJECT}
 
 
 @router.get("/health", **describe(answer=Status, errors=NEEDS_ENGINE))
@@ -142,60 +135,3 @@ async def _state(door: Door) -> dict[str, Any]:
         "num_waiting_reqs": state["waiting"],
         **state,
     }
-
-
-def _load(door: Door) -> dict[str, Any]:
-    link = door.client.connection
-    stats, most = link.stats, (link.ready or {}).get("max_running_requests", 0)
-    usage = stats.used_tokens / stats.total_tokens if stats.total_tokens else 0.0
-    # The engine tells once a second; who waits until all has ended, or was aborted, is not to wait for that.
-    running = min(stats.running, door.client.in_flight)
-    waiting = min(stats.waiting, door.client.in_flight - running)
-    return {
-        "dp_rank": 0,
-        "num_reqs": running + waiting,
-        "num_running_reqs": running,
-        "num_waiting_reqs": waiting,
-        "num_total_reqs": running + waiting,
-        "num_tokens": stats.used_tokens,
-        "num_used_tokens": stats.used_tokens,
-        "max_total_num_tokens": stats.total_tokens,
-        "token_usage": usage,
-        "active_token_usage": usage,
-        "gen_throughput": stats.gen_throughput,
-        "cache_hit_rate": stats.cache_hit_rate,
-        "utilization": stats.running / most if most else usage,
-        "max_running_requests": most,
-        **_drafts(stats),
-    }
-
-
-def _drafts(stats: Stats) -> dict[str, Any]:
-    """The section of drafts; nothing where none were verified."""
-    if not stats.spec_verify_calls:
-        return {}
-    found = {"accept_length": stats.spec_accept_length, "accept_rate": stats.spec_accept_rate}
-    return {"speculative": {**found, "verify_calls": stats.spec_verify_calls}}
-
-
-@router.get("/get_load", **describe(answer=_OBJECTS))
-async def get_load(request: Request) -> Response:
-    """Running and waiting requests per rank."""
-    return json_response([_load(door_of(request))])
-
-
-@router.get("/loads", **describe(answer=_OBJECT))
-@router.get("/v1/loads", **describe(answer=_OBJECT))
-async def loads(request: Request) -> Response:
-    """Running and waiting requests per rank, with the sum that gateways balance by."""
-    load = _load(door_of(request))
-    names = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens", "token_usage", "gen_throughput")
-    return json_response(
-        {
-            "timestamp": datetime.now(UTC).isoformat(),
-            "version": version(),
-            "dp_rank_count": 1,
-            "loads": [load],
-            "aggregate": {f"total_{name.removeprefix('num_')}": load[name] for name in names},
-        }
-    )

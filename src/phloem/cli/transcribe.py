@@ -1,0 +1,119 @@
+"""Write down what is said in sound files: text, subtitles or JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import phloem
+from phloem.cli._options import parse
+from phloem.core.config import opt
+from phloem.core.errors import BadRequest, PhloemError
+from phloem.protocol.audio.body import Format
+from phloem.protocol.audio.write import cues
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.progress import Progress
+
+DESCRIPTION = (
+    "Write down what is said in sound files, without a server: phloem transcribe FILE.. --model DIRECTORY. Transcripts "
+    "go to standard output, or with --output into a directory, one file each."
+)
+_SUFFIX = {"json": "json", "verbose_json": "json", "text": "txt", "srt": "srt", "vtt": "vtt"}
+
+
+@dataclass(frozen=True)
+class Options:
+    file: tuple[str, ...] = opt((), "Sound files: wav, flac, ogg, mp3, aiff.")
+    format: Format = opt("text", "Text, subtitles (srt, vtt), or JSON.")
+    output: str | None = opt(None, "Directory for the transcripts; default: standard output.")
+    language: str | None = opt(None, "What is spoken; default: the model tells.")
+    translate: bool = opt(False, "Into English.")
+    prompt: str = opt("", "Text that came before, or names as they are to be spelled.")
+    parallel: bool = opt(False, "Cut long files where they are quiet, and compute their parts together.")
+    seed: int | None = opt(None, "Seed of the tries at temperatures above 0.")
+
+
+def main(argv: list[str]) -> int:
+    files = [word for word in argv[: _first_flag(argv)] if word]
+    config, options = parse("transcribe", argv[len(files) :], Options, skip=("server",), description=DESCRIPTION)
+    files += options.file
+    if not files:
+        raise BadRequest("there are no sound files: phloem transcribe FILE.. --model DIRECTORY")
+    settings = {**config.flat(), "log_level": "warning"}
+    folder = _folder(options.output)
+    failed = 0
+    with ExitStack() as stack:
+        engine = stack.enter_context(phloem.Engine(**settings))
+        bar = stack.enter_context(_bar())
+        for name in files:
+            try:
+                answer = engine.transcribe(name, progress=_follow(bar, name), **_fields(options))
+            except PhloemError as error:
+                failed += 1
+                print(f"phloem transcribe: {name}: {error.message}", file=sys.stderr)
+                continue
+            text = _as(answer, options.format)
+            if folder is None:
+                sys.stdout.write(text)
+            else:
+                (folder / f"{Path(name).stem}.{_SUFFIX[options.format]}").write_text(text, "utf-8")
+    return 1 if failed else 0
+
+
+def _first_flag(argv: list[str]) -> int:
+    return next((at for at, word in enumerate(argv) if word.startswith("-")), len(argv))
+
+
+def _folder(output: str | None) -> Path | None:
+    if output is None:
+        return None
+    folder = Path(output).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadRequest(f"{output}: {error.strerror}") from None
+    return folder
+
+
+def _fields(options: Options) -> dict[str, Any]:
+    return {
+        "task": "translate" if options.translate else "transcribe",
+        "language": options.language,
+        "prompt": options.prompt,
+        "chunking_strategy": "auto" if options.parallel else None,
+        "seed": options.seed,
+    }
+
+
+def _bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+def _follow(bar: Progress, name: str) -> Callable[[float, float], None]:
+    task = bar.add_task(Path(name).name, total=None)
+
+    def note(done: float, seconds: float) -> None:
+        bar.update(task, completed=done, total=seconds)
+
+    return note
+
+
+def _as(answer: dict[str, Any], kind: Format) -> str:
+    if kind == "verbose_json":
+        return json.dumps(answer, ensure_ascii=False) + "\n"
+    if kind == "json":
+        return json.dumps({"text": answer["text"]}, ensure_ascii=False) + "\n"
+    if kind == "text":
+        return answer["text"] + "\n"
+    return cues([(one["start"], one["end"], one["text"]) for one in answer["segments"]], kind)

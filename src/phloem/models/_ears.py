@@ -1,0 +1,101 @@
+"""The encoder of a model that hears (Radford et al., 2022): two convolutions over a log-mel spectrogram, then layers
+that see all of it.
+
+Legend: n audios, B mel bands, F frames, S = F / 2 states of each audio, N hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from phloem.layers.attention import AttentionOptions
+from phloem.layers.context import ForwardBatch
+from phloem.layers.weight import Layer, Weight
+from phloem.models._layer import Attention, LayerKind, Place, Plain
+from phloem.models._sources import Read
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from phloem.layers.context import BuildContext, Pack
+
+TAPS = 3  # of both convolutions; the second takes every other frame
+
+
+@dataclass(frozen=True)
+class EarsConfig:
+    bands: int
+    states: int
+    hidden_size: int
+    inner_size: int
+    layers: int
+    heads: int
+    activation: str
+    eps: float
+
+
+class Convolution(Layer):
+    """A convolution over frames, as a product of each frame with its neighbours: the table's product is faster."""
+
+    def __init__(self, ctx: BuildContext, inputs: int, outputs: int, step: int) -> None:
+        self.ops, self.dtype, self.device, self.step = ctx.ops, ctx.dtype, ctx.device, step
+        self.sizes = inputs, outputs
+        self.weight = Weight((f"{ctx.name}.weight",), ((outputs, inputs, TAPS),), "norm")
+        self.bias = Weight((f"{ctx.name}.bias",), ((outputs,),), "bias")
+        self.made: Any = None
+
+    def settle(self) -> None:
+        """Make the product's matrix of the weights as they are stored."""
+        flat = self.weight.value.transpose(1, 2).flatten(1).contiguous().cpu()
+        source: Any = Read(self.weight.names[0], tuple(flat.shape), flat)
+        self.made = self.ops.prepare_linear([source], self.dtype, self.device)
+
+    def __call__(self, x_FC: Tensor) -> Tensor:
+        """[F, inputs] -> [F / step, outputs]."""
+        inputs = self.sizes[0]
+        padded = x_FC.new_zeros(len(x_FC) + TAPS - 1, inputs)
+        padded[1:-1] = x_FC
+        around = padded.as_strided((len(x_FC) // self.step, TAPS * inputs), (self.step * inputs, 1))
+        return self.ops.gelu(self.ops.linear(around.contiguous(), self.made, self.bias.value)[0])
+
+
+class Ears(Layer):
+    def __init__(self, ctx: BuildContext, config: EarsConfig) -> None:
+        self.config, self.ops = config, ctx.ops
+        size = config.hidden_size
+        place = Place(size, config.eps, 0.0, config.states, norms="layer")
+        self.convolutions = [
+            Convolution(ctx.child("conv1"), config.bands, size, 1),
+            Convolution(ctx.child("conv2"), size, size, 2),
+        ]
+        self.positions = Weight((ctx.child("embed_positions.weight").name,), ((config.states, size),), "norm")
+        options = AttentionOptions(qkv_bias=True, out_bias=True, o_proj="out_proj")
+        attention = Attention(config.heads, config.heads, size // config.heads, None, options=options, causal=False)
+        feed = Plain(config.inner_size, config.activation, True, ("fc1", "fc2"), name="")
+        kind = LayerKind(attention, feed, norm_names=("self_attn_layer_norm", "final_layer_norm"))
+        self.layers = [kind.make(ctx.child("layers").child(number), place) for number in range(config.layers)]
+        self.norm = place.norm(ctx.child("layer_norm"))
+
+    def settle(self) -> None:
+        """For whenever weights have changed."""
+        for one in self.convolutions:
+            one.settle()
+
+    def __call__(self, mel_nBF: Tensor, pack: Pack) -> Tensor:
+        """States [n * S, N], final norm applied."""
+        states: list[Tensor] = []
+        for mel_BF in mel_nBF:
+            x_FC = mel_BF.T.to(self.convolutions[0].bias.value.dtype)
+            for convolution in self.convolutions:
+                x_FC = convolution(x_FC)
+            states.append(self.ops.add(x_FC, self.positions.value.to(x_FC.dtype)))
+        x_TN, residual_TN = torch.cat(states), None
+        nothing = torch.zeros(0, dtype=torch.int64, device=x_TN.device)
+        step = ForwardBatch(nothing, nothing, pack([self.config.states] * len(states)), None)
+        for layer in self.layers:
+            x_TN, residual_TN = layer.attend(x_TN, residual_TN, step)
+            x_TN, residual_TN = layer.feed(x_TN, residual_TN)
+        return self.norm.add(x_TN, residual_TN)[0]

@@ -1,0 +1,1 @@
+"""Many servers behind one address: no model, no torch, bytes passed on as they come."""

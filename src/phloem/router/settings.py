@@ -1,0 +1,110 @@
+"""Every setting of the gateway, once: the command line is made from it. Names are those of SGLang's router."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from phloem.core.errors import ConfigError
+
+
+def opt(group: str, default: Any, text: str, *also: str) -> Any:
+    """A field with its group and help. `also`: names that users of other gateways know it by."""
+    return field(default=default, metadata={"group": group, "help": text, "also": also})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Times are in seconds unless a name ends in `_ms`."""
+
+    host: str = opt("address", "127.0.0.1", "Address to listen on.")
+    port: int = opt("address", 30000, "Port to listen on; 0 takes a free one.")
+    max_payload_size: int = opt("address", 64 << 20, "Largest request body, in bytes.", "max_body_bytes")
+    max_bodies_bytes: int = opt("address", 1 << 30, "Most bytes of all request bodies that are held.")
+    header_timeout: float = opt("address", 30.0, "Time that a connection may take for a request's header.")
+    body_timeout: float = opt("address", 30.0, "Time for which a request's body may stop.")
+    drain_timeout: float = opt("address", 30.0, "Time that requests in flight get after SIGTERM.")
+    log_level: str = opt("address", "info", "How much is logged: debug, info, warning, error.")
+    log_requests: bool = opt("address", False, "Log a line per request: model, worker, why it was chosen, times.")
+
+    worker_urls: tuple[str, ...] = opt("workers", (), "Servers, as http://host:port; more can be added while it runs.")
+    worker_api_key: str | None = opt("workers", None, "Key that is sent to the servers instead of the client's.")
+    connect_timeout: float = opt("workers", 5.0, "Time to open a connection to a server.")
+    first_byte_timeout: float = opt("workers", 600.0, "Time to the first byte of an answer.", "request_timeout_secs")
+    stall_timeout: float = opt("workers", 300.0, "Time for which an answer may stop once it has begun.")
+    health_check_interval_secs: float = opt("workers", 5.0, "Time between two looks at a server.")
+    health_check_timeout_secs: float = opt("workers", 5.0, "Time that a server has to say that it is well.")
+    health_check_endpoint: str = opt("workers", "/health", "What is asked.")
+    health_failure_threshold: int = opt("workers", 3, "Failed looks in a row after which nothing is sent there.")
+    health_success_threshold: int = opt("workers", 2, "Good looks in a row after which it serves again.")
+
+    policy: str = opt(
+        "policy", "cache_aware", "cache_aware, power_of_two, round_robin, random, consistent_hashing or manual."
+    )
+    cache_threshold: float = opt("policy", 0.3, "Share of a prompt that must be known for it to count, without events.")
+    balance_abs_threshold: int = opt("policy", 64, "Requests by which the fullest server may exceed the emptiest one,")
+    balance_rel_threshold: float = opt("policy", 1.5, "and how many times; beyond both, reuse counts for nothing.")
+    max_tree_size: int = opt("policy", 1 << 20, "Most pieces of prompts that are remembered.")
+    session_headers: tuple[str, ...] = opt(
+        "policy", ("x-session-id", "x-smg-routing-key", "x-user-id"), "Headers whose value keeps requests together."
+    )
+    model_path: str | None = opt(
+        "policy", None, "Tokenise here, as this model's servers do, to match texts with cache events exactly.", "model"
+    )
+    kv_events: bool = opt("policy", True, "Follow the cache events of servers that publish them.")
+
+    retry_max_retries: int = opt("retries", 5, "Tries beyond the first one; all before the first byte.")
+    retry_initial_backoff_ms: float = opt("retries", 50.0, "Wait before the second try at a server that was tried.")
+    retry_max_backoff_ms: float = opt("retries", 5000.0, "Longest wait.")
+    retry_backoff_multiplier: float = opt("retries", 1.5, "Growth of the wait.")
+    retry_jitter_factor: float = opt("retries", 0.2, "Share of the wait that is left to chance.")
+    disable_retries: bool = opt("retries", False, "Try once.")
+    cb_failure_threshold: int = opt("retries", 5, "Failures within the window that open a server's circuit.")
+    cb_window_duration_secs: float = opt("retries", 60.0, "The window.")
+    cb_timeout_duration_secs: float = opt("retries", 30.0, "Time until one request tries it again.")
+    cb_success_threshold: int = opt("retries", 2, "Successes that close it.")
+    disable_circuit_breaker: bool = opt("retries", False, "Send to failing servers as if nothing were.")
+
+    max_concurrent_requests: int = opt("limits", -1, "Requests in flight at all servers; -1: as many as come.")
+    queue_size: int = opt("limits", 128, "Requests that wait beyond those; more are refused with 429.")
+    queue_timeout_secs: float = opt("limits", 30.0, "Time that they wait at most; then 408.")
+    rate_limit_tokens_per_second: int = opt(
+        "limits", 0, "Predicted tokens a second of each API key; 0: no limit.", "key_rate_limit"
+    )
+    rate_limit_burst_tokens: int = opt("limits", 0, "Tokens that a quiet key may take at once; 0: ten seconds' worth.")
+    api_key: tuple[str, ...] = opt("limits", (), "Keys that clients must send; without any, no key is asked for.")
+    slo_ttft_ms: float = opt(
+        "limits", 0.0, "Refuse with 429 what would wait longer for its first token; a client's x-slo-ttft-ms wins."
+    )
+
+    @property
+    def tries(self) -> int:
+        return 1 if self.disable_retries else 1 + self.retry_max_retries
+
+    def checked(self) -> Settings:
+        """Itself. Raises ConfigError, naming the setting."""
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            signed = spec.name in ("max_concurrent_requests",)
+            if isinstance(value, int | float) and not isinstance(value, bool) and value < 0 and not signed:
+                raise ConfigError(f"{spec.name}: {value} is below 0", param=spec.name)
+        for name in (
+            "queue_timeout_secs",
+            "first_byte_timeout",
+            "stall_timeout",
+            "connect_timeout",
+            "health_check_interval_secs",
+            "health_check_timeout_secs",
+            "health_failure_threshold",
+            "health_success_threshold",
+            "cb_failure_threshold",
+            "max_payload_size",
+        ):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be above 0", param=name)
+        if not self.cache_threshold <= 1:
+            raise ConfigError(f"cache_threshold: {self.cache_threshold} is not in 0 to 1", param="cache_threshold")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port: {self.port} is not in 0 to 65535", param="port")
+        return self

@@ -1,0 +1,1 @@
+"""Routes of models of speech."""

@@ -1,0 +1,171 @@
+"""What stands under deploy/: files that parse, that name what exists, and metrics that are really served."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from door import open_door
+from gateway import Worker, gateway
+from prometheus_client.parser import text_string_to_metric_families
+
+from phloem.cli.router import parse
+from phloem.core.config import Config
+from phloem.kvcache.publisher import read_config
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "deploy"
+MANIFESTS = sorted(path for path in (DEPLOY / "k8s").rglob("*.yaml"))
+IN_VENV = Path(sys.executable).parent
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name) or shutil.which(str(IN_VENV / name))
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [item for item in yaml.safe_load_all(path.read_text()) if item]
+
+
+def everything() -> list[dict[str, Any]]:
+    return [item for path in MANIFESTS for item in documents(path)]
+
+
+async def served() -> set[str]:
+    """Every name that a scrape of a server and of a gateway gives."""
+    async with open_door() as door, gateway(Worker()) as gate:
+        await gate.chat()
+        texts = [(await door.http.get("/metrics")).text, (await gate.http.get("/metrics")).text]
+    names: set[str] = set()
+    for text in texts:
+        for family in text_string_to_metric_families(text):
+            # A counter by label has no sample before it has counted, but always its family.
+            names |= {sample.name for sample in family.samples}
+            names |= {f"{family.name}_total"} if family.type == "counter" else set()
+    return names
+
+
+def named(expression: str) -> set[str]:
+    return set(re.findall(r"phloem(?:_router)?:[a-z0-9_]+", expression))
+
+
+async def test_dashboard_and_alerts_ask_for_metrics_that_are_served() -> None:
+    board = json.loads((DEPLOY / "grafana" / "phloem.json").read_text())
+    asked = {name for panel in board["panels"] for target in panel.get("targets", []) for name in named(target["expr"])}
+    (alerts,) = documents(DEPLOY / "prometheus" / "alerts.yaml")
+    rules = [rule for group in alerts["groups"] for rule in group["rules"]]
+    asked |= {name for rule in rules for name in named(rule["expr"])}
+    assert len(asked) > 20 and not asked - await served()
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    assert all(panel["targets"] for panel in board["panels"] if panel["type"] != "row")
+    assert all(rule["annotations"]["summary"] for rule in rules)
+
+
+def test_the_dashboard_is_what_its_script_writes() -> None:
+    import make_dashboard
+
+    assert json.loads((DEPLOY / "grafana" / "phloem.json").read_text()) == make_dashboard.dashboard()
+
+
+def test_manifests_name_what_exists() -> None:
+    items = everything()
+    by_kind = {(item["kind"], item["metadata"]["name"]) for item in items if "metadata" in item}
+    for item in (item for item in items if item["kind"] in ("Deployment", "StatefulSet")):
+        pod = item["spec"]["template"]
+        assert item["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+        for volume in pod["spec"].get("volumes", []):
+            if "configMap" in volume:
+                assert ("ConfigMap", volume["configMap"]["name"]) in by_kind
+            if "persistentVolumeClaim" in volume:
+                assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in by_kind
+        drain = Config().server.drain_timeout
+        assert pod["spec"]["terminationGracePeriodSeconds"] >= drain + 10
+        for container in pod["spec"]["containers"]:
+            ports = {port["name"] for port in container["ports"]}
+            probes = [
+                container[name] for name in ("startupProbe", "livenessProbe", "readinessProbe") if name in container
+            ]
+            assert probes and all(probe["httpGet"]["port"] in ports for probe in probes)
+    for path in MANIFESTS:
+        if path.name == "kustomization.yaml":
+            (kustomization,) = documents(path)
+            assert all((path.parent / name).exists() for name in kustomization["resources"])
+
+
+def test_what_containers_are_told_is_understood() -> None:
+    for item in everything():
+        if item["kind"] == "ConfigMap":
+            config = Config.from_flat(yaml.safe_load(item["data"]["server.yaml"]))
+            assert config.cache.kv_events_config and read_config(config.cache.kv_events_config).wanted
+        for container in item.get("spec", {}).get("template", {}).get("spec", {}).get("containers", []):
+            if container["args"][0] == "router":
+                assert len(parse(container["args"][1:]).worker_urls) == 3
+
+
+async def test_probes_ask_for_routes_that_exist() -> None:
+    paths = {
+        (container["args"][0], container[probe]["httpGet"]["path"])
+        for item in everything()
+        for container in item.get("spec", {}).get("template", {}).get("spec", {}).get("containers", [])
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe")
+        if probe in container
+    }
+    async with open_door() as door, gateway(Worker()) as gate:
+        for kind, path in paths:
+            answer = await (door if kind == "serve" else gate).http.get(path)
+            assert answer.status_code == 200, (kind, path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_manifests_are_what_kubernetes_reads(path: Path) -> None:
+    if path.name == "kustomization.yaml":
+        pytest.skip("kustomize's own file has no schema there")
+    done = subprocess.run([tool("kubernetes-validate"), "--strict", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((DEPLOY / "docker").iterdir()), ids=lambda path: path.name)
+def test_images_are_well_written_and_copy_what_exists(path: Path) -> None:
+    text = path.read_text()
+    for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE):
+        for name in shlex.split(line)[:-1]:
+            assert (ROOT / name).exists(), name
+    assert "\nUSER 10001" in text and '"tini"' in text and "HEALTHCHECK" in text
+    extras = re.findall(r'"\.\[([a-z,]+)\]"', text)
+    known = (ROOT / "pyproject.toml").read_text()
+    assert extras and all(f"\n{name} = [" in known for name in extras[0].split(","))
+    done = subprocess.run([tool("hadolint"), str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_prometheus_reads_its_files() -> None:
+    folder = DEPLOY / "prometheus"
+    config = documents(folder / "prometheus.yaml")[0]
+    assert all((folder / name).exists() for name in config["rule_files"])
+    for kind, name in (("config", "prometheus.yaml"), ("rules", "alerts.yaml")):
+        done = subprocess.run([tool("promtool"), "check", kind, str(folder / name)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((DEPLOY / "systemd").iterdir()), ids=lambda path: path.name)
+def test_units_start_commands_that_exist(path: Path) -> None:
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read_string(path.read_text())
+    command = shlex.split(unit["Service"]["ExecStart"])
+    assert command[0].endswith("/phloem") and command[1] in ("serve", "router")
+    assert int(unit["Service"]["TimeoutStopSec"]) >= Config().server.drain_timeout + 10
+    assert unit["Install"]["WantedBy"] == "multi-user.target"

@@ -10,21 +10,26 @@ import inspect
 import random
 import string
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fastapi import APIRouter
 from house import FILES, SRC, parse
 from linear_cases import Source
+from vision_support import picture, seeing, seeing_checkpoint
 
 from phloem import attention, models, platforms
 from phloem.attention import BACKENDS, AttentionNeed
+from phloem.checkpoint.describe import describe
+from phloem.checkpoint.families import family
 from phloem.checkpoint.quant_config import readers
 from phloem.cli import COMMANDS
 from phloem.cli.bench import BENCHMARKS
 from phloem.core.errors import BadRequest
-from phloem.core.memory import Latent, Paged, State
+from phloem.core.memory import Cross, Latent, Paged, State
 from phloem.core.speculation import Wanted
 from phloem.diffusion.family import Family
 from phloem.diffusion.models import FAMILIES as PAINTERS
@@ -38,6 +43,9 @@ from phloem.lang.backends._base import Backend
 from phloem.layers.context import AttentionSpec, BuildContext
 from phloem.models import FAMILIES
 from phloem.models._pooled import load_pooled
+from phloem.multimodal import PROCESSORS as PICTURES
+from phloem.multimodal import Facts
+from phloem.multimodal._reader import settings_in
 from phloem.platforms import AVAILABLE, PLATFORMS
 from phloem.quant import METHODS, Method
 from phloem.router.ask import Ask
@@ -59,7 +67,7 @@ from phloem.text.tools._json import JsonReader
 CPU = torch.device("cpu")
 REGISTRIES: list[Any] = [
     BACKENDS, BENCHMARKS, COMMANDS, DRAFTERS, ENGINES, FAMILIES, LANG_BACKENDS, LAYOUTS, METHODS, PLATFORMS, POLICIES,
-    PROCESSORS, ROUTES, THINKING, TOOLS, PAINTERS,
+    PROCESSORS, ROUTES, THINKING, TOOLS, PAINTERS, PICTURES,
 ]  # fmt: skip
 
 
@@ -273,13 +281,29 @@ def test_groups_of_routes_lead_somewhere() -> None:
 
 @each(LAYOUTS)
 def test_a_memory_layout_makes_what_it_counts(name: str) -> None:
-    specs = [Paged(2, 8, 8), Latent(16, 4), State((((2, 3), "float32"), ((4,), "float32")))]
+    specs = [Paged(2, 8, 8), Latent(16, 4), Cross(2, 8, 8, 5), State((((2, 3), "float32"), ((4,), "float32")))]
     of = {layout_of(spec, torch.float32).__class__.__module__.split(".")[-1]: spec for spec in specs}
     layout = layout_of(of[name], torch.float32)
     made = layout.make(3, 4, CPU)
     entries = 3 if isinstance(of[name], State) else 3 * 4
     assert layout.bytes * entries == sum(tensor.nbytes for tensor in made.stored)
     assert (made.keys is None) == isinstance(of[name], State) and bool(made.states) == isinstance(of[name], State)
+
+
+@pytest.mark.slow
+@each(PICTURES)
+def test_a_picture_processor_says_what_stands_in_the_prompt(name: str, tmp_path: Path) -> None:
+    kinds = [kind for kind in seeing() if family(kind.partition("-")[0]).vision["processor"] == name]
+    assert kinds, f"no family of tests/support/vision_support.py sees by {name}"
+    for kind in kinds:
+        path = seeing_checkpoint(kind, tmp_path / kind)
+        checkpoint = describe(str(path))
+        processor = PICTURES.get(name)(Facts(checkpoint.config, settings_in(path)[0], lambda token: f"<|{token}|>"))
+        for width, height in ((16, 16), (40, 12), (7, 31)):
+            made = processor.make(picture(1, width, height))
+            assert made.pixels.dtype == np.uint8 and made.pixels.shape[-1] == 3 and made.pixels.ndim == 4
+            assert made.text.count(processor.placeholder) == len(made.runs) and min(made.runs) > 0
+            assert processor.mark and processor.mark in processor.inline
 
 
 PAGES = {

@@ -36,6 +36,12 @@ class _Kind:
     last: str = ""  # the name of a number behind query_start
     cost: int = 1  # nanoseconds of a unit of work, about
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """The names that the library has for the call's arguments."""
+        own = {"out", "after", "query_start", "rows"} | ({self.last} if self.last else set())
+        return frozenset(own | {*self.tensors, *self.sizes.values()} | {f"{name}_stride" for name in self.strided})
+
 
 _STATES = {"x": "THD", "dt": "TH", "decay": "H", "b": "TGS", "c": "TGS", "skip": "H", "state": "RHDS"}
 _KINDS = {

@@ -117,9 +117,13 @@ class Platform:
         """The streams beside the computing one, made at first use."""
         return self._beside
 
-    @cached_property
+    @property
     def compiled(self) -> Compiled | None:
         """Triton's kernels for this device; None without Triton."""
+        return self._compiling
+
+    @cached_property
+    def _compiling(self) -> Compiled | None:
         if importlib.util.find_spec("triton") is None:
             return None
         props = torch.cuda.get_device_properties(self.device)

@@ -17,6 +17,7 @@ from phloem.core.messages import (
     Control,
     ControlReply,
     Drain,
+    Draw,
     EngineLink,
     Failed,
     FromEngine,
@@ -107,6 +108,8 @@ class FakeEngine(EngineLink):
                 self._control(message)
             case Drain():
                 self.say(Stopped())
+            case Draw():
+                raise TypeError("a fake engine writes; it draws nothing")
         self._wake.set()
 
     async def receive(self) -> FromEngine:

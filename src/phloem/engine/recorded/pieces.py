@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from phloem.attention import AttentionBackend
     from phloem.engine.inputs import Step
-    from phloem.kernels.calls import LatentCall
+    from phloem.kernels.calls import IndexCall, LatentCall
     from phloem.kernels.graph import Cut, GraphRecorder, StepGraph
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, Heads, StateStep, StepMemory
@@ -205,8 +205,20 @@ class _Between:
     def nbytes(self) -> int:
         return sum(out_BHD.nbytes for out_BHD in list(self._outs.values()))
 
-    def attend_latent(self, pool: int, q_nope: Tensor, q_rope: Tensor, latent: Tensor, call: LatentCall) -> Tensor:
+    def attend_latent(
+        self,
+        pool: int,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        call: LatentCall,
+        chosen: Tensor | None = None,
+        /,
+    ) -> Tensor:
         raise RecordError("latent attention does not run between pieces")
+
+    def choose(self, pool: int, call: IndexCall, /) -> Tensor | None:
+        raise RecordError("attention to chosen positions does not run between pieces")
 
     def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         if self.recording and self.waiting():

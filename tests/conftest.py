@@ -4,13 +4,44 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Test processes side by side: more threads of torch than one in each spin in each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# So many cases of one test are in the fast tier, evenly spaced; the others are `slow`.
+CASES = 8
+WHOLE = ("contract/", "test_house.py")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file whose tests are all slow imports libraries that the fast tier does not need."""
+    if config.option.markexpr != "not slow" or collection_path.suffix != ".py":
+        return None
+    return (
+        re.search(r"^pytestmark = .*\bmark\.slow\b", collection_path.read_text("utf-8"), re.MULTILINE) is not None
+        or None
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cases: dict[tuple[str, str], list[pytest.Item]] = {}
+    for item in items:
+        where = item.nodeid.split("tests/", 1)[-1]
+        if item.get_closest_marker("slow") is None and not where.startswith(WHOLE):
+            cases.setdefault((where.split("::")[0], item.nodeid.split("[")[0]), []).append(item)
+    for each in cases.values():
+        kept = {round(at * (len(each) - 1) / (CASES - 1)) for at in range(CASES)} if len(each) > CASES else None
+        for at, item in enumerate(each):
+            if kept is not None and at not in kept:
+                item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

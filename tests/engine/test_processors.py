@@ -19,6 +19,7 @@ PARAMS: dict[str, dict[str, Any]] = {
     "allowed_tokens": {"token_ids": [1, 5]},
     "disallowed_tokens": {"token_ids": [1, 5]},
     "no_repeat_ngram": {"ngram_size": 2},
+    "speech": {"end": 5, "first_timestamp": 8},
     "thinking_budget": {"thinking_budget": 2, "start_ids": [3], "end_ids": [7, 8]},
 }
 

@@ -40,8 +40,11 @@ def test_scaling_added_by_hand_to_any_family(made: Any, tmp_path: Path, family: 
     rope = config.get("text_config", config).get("rope_parameters") or {}
     if rope.get("rope_type") != "default":
         pytest.skip("no plain rotation to which one adds a scaling")
-    kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-    check(made, tmp_path, family, {"rope_scaling": {**LINEAR, **kept}})
+    kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section") if key in rope}
+    change: dict[str, Any] = {"rope_scaling": {**LINEAR, **kept}}
+    if "text_config" in config:
+        change = {"text_config": {**config["text_config"], **change}}
+    check(made, tmp_path, family, change)
 
 
 def test_scaling_added_to_a_model_with_two_rotations(made: Any, tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ async def get_load(request: Request) -> Response:
     return json_response([_load(door_of(request))])
 
 
-@router.get("/loads", **describe(answer=_OBJECT))
-@router.get("/v1/loads", **describe(answer=_OBJECT))
+@router.get("/loads", **describe(answer=_OBJECT, errors=(400,)))
+@router.get("/v1/loads", **describe(answer=_OBJECT, errors=(400,)))
 async def loads(request: Request, include: str = "", format: str = "json", dp_rank: int | None = None) -> Response:
     """Running and waiting requests per rank, with the sum that gateways balance by.
 

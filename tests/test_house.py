@@ -24,8 +24,10 @@ FLOOR_ROOMS: list[list[str]] = [
     ["scheduler", "disagg"],
     ["launch", "client"],
     ["protocol"],
-    ["server", "lang", "router", "bench", "training", "llm", "administration", "cli", "testing", "__main__"]
-    + ["__init__"],
+    [
+        *("server", "lang", "router", "bench", "training", "llm", "administration", "cli", "testing"),
+        *("__main__", "__init__"),
+    ],
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOOR_ROOMS) for room in rooms}
 # Arrows inside one floor: the room on the left may import those on the right.

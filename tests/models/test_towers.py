@@ -11,7 +11,7 @@ import torch
 from model_support import PROMPT, check_modes, edited, reference
 
 from phloem.checkpoint.describe import describe
-from phloem.checkpoint.families import family
+from phloem.checkpoint.families import FAMILIES, family
 from phloem.core.errors import ModelLoadError
 from phloem.testing.checkpoints import _SIZES as SIZES
 
@@ -53,7 +53,8 @@ def made(name: str, path: Path) -> Path:
 def test_logits(name: str, tmp_path: Path) -> None:
     path = made(name, tmp_path)
     checkpoint = describe(str(path))
-    assert checkpoint.model_type == TOWERS[name][0]
+    # A family with a file of its own takes pictures too; here it is asked for text.
+    assert checkpoint.model_type == (name if name in FAMILIES.names() else TOWERS[name][0])
     check_modes(path, reference(path, PROMPT))
 
 

@@ -172,7 +172,11 @@ class EngineClient:
 
     def abort(self, rid: str = "", everything: bool = False) -> int:
         """End requests by id (that of the request or of one continuation); they finish with reason `abort`."""
-        return self.flow.abort(rid, everything)
+        ended, stats = self.flow.abort(rid, everything), self.connection.stats
+        # The engine tells once a second; who aborts and waits for idleness is not to wait for that.
+        stats.running = min(stats.running, self.in_flight)
+        stats.waiting = min(stats.waiting, self.in_flight - stats.running)
+        return ended
 
     @property
     def adapters(self) -> dict[str, str]:

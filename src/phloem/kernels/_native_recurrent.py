@@ -58,7 +58,8 @@ _KINDS = {
 
 
 def ops(rt: Runtime) -> dict[str, Any]:
-    return {name: _bound(rt, name, kind) for name, kind in _KINDS.items()}
+    # A library of other sources, which serves with a warning, may lack one: then it is torch's.
+    return {name: _bound(rt, name, kind) for name, kind in _KINDS.items() if rt.has(name)}
 
 
 def _bound(rt: Runtime, name: str, kind: _Kind) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -114,7 +114,7 @@ class Ops:
     # Whether a row's results have the same bits in steps of 1 to 24 rows.
     row_bits: bool = False
 
-    # Whether log probabilities are read from whole rows of logits, which gives each the same bits wherever it is computed.
+    # Whether log probabilities come of whole rows of logits alone: each has the same bits wherever it is computed.
     whole_logprobs: bool = False
 
     # Types of KV cache that `write_kv` and `paged_attention` take; None: every floating type.

@@ -13,6 +13,7 @@ import torch
 from phloem.core.errors import ModelLoadError
 from phloem.layers.linear import Linear
 from phloem.layers.weight import Layer
+from phloem.models import ministral3
 from phloem.models._common import DecoderConfig, each_layer, usual, usual_layer
 from phloem.models._vision import Block, BlockKind, VisionTower, patches, vector
 from phloem.models.qwen2 import windows
@@ -147,6 +148,8 @@ def text_decoder(config: dict[str, Any]) -> DecoderConfig:
     if kind == "mistral":
         window = int(config.get("sliding_window") or 0)
         return usual(config, layers=(usual_layer(config, window=window),) * config["num_hidden_layers"])
+    if kind == "ministral3":
+        return ministral3.decoder_config(config)
     if kind == "qwen2":
         sizes = windows(config)
         layers = each_layer(config, lambda n: usual_layer(config, window=sizes[n], qkv_bias=True, out_bias=False))
@@ -154,5 +157,5 @@ def text_decoder(config: dict[str, Any]) -> DecoderConfig:
     if kind == "qwen3":
         return usual(config, layers=(usual_layer(config, qk_norm="head"),) * config["num_hidden_layers"])
     raise ModelLoadError(
-        f"text_config.model_type {kind!r} is not served with a tower; known: llama, mistral, qwen2, qwen3"
+        f"text_config.model_type {kind!r} is not served with a tower; known: llama, mistral, ministral3, qwen2, qwen3"
     )

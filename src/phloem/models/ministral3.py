@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from phloem.layers.attention import QGrowth
-from phloem.models._common import Decoder, each_layer, layer_types, usual, usual_layer
+from phloem.models._common import Decoder, DecoderConfig, each_layer, layer_types, usual, usual_layer
 
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
@@ -27,7 +27,8 @@ TINY = {
 VARIANTS = {"window": {"sliding_window": 7}}
 
 
-def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+def decoder_config(config: dict[str, Any]) -> DecoderConfig:
+    """What config.json describes."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
     growth = QGrowth(float(beta), int(length)) if beta and length else None
@@ -37,4 +38,8 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
     def layer(n: int) -> Any:
         return usual_layer(config, window=window if sliding[n] else 0, q_growth=growth)
 
-    return Decoder(ctx, usual(config, layers=each_layer(config, layer)), max_positions)
+    return usual(config, layers=each_layer(config, layer))
+
+
+def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+    return Decoder(ctx, decoder_config(config), max_positions)

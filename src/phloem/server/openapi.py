@@ -87,11 +87,12 @@ def _schemas() -> dict[str, Any]:
 
 def _explain(kind: type[Body], properties: dict[str, Any]) -> None:
     """Say at each field what is not done with it."""
+    sent = dict(zip(kind.__struct_fields__, kind.__struct_encode_fields__, strict=True))
     for name, rule in kind.later.items():
         if name in properties:
             properties[name]["description"] = f"Part of {rule.feature}: refused where that does not exist yet."
     for name, reason in kind.ignored.items():
-        properties[name]["description"] = f"Read and ignored: {reason}."
+        properties[sent[name]]["description"] = f"Read and ignored: {reason}."
 
 
 def document(app: FastAPI) -> dict[str, Any]:

@@ -148,15 +148,12 @@ def _load(door: Door) -> dict[str, Any]:
     link = door.client.connection
     stats, most = link.stats, (link.ready or {}).get("max_running_requests", 0)
     usage = stats.used_tokens / stats.total_tokens if stats.total_tokens else 0.0
-    # The engine tells once a second; who waits until all has ended, or was aborted, is not to wait for that.
-    running = min(stats.running, door.client.in_flight)
-    waiting = min(stats.waiting, door.client.in_flight - running)
     return {
         "dp_rank": 0,
-        "num_reqs": running + waiting,
-        "num_running_reqs": running,
-        "num_waiting_reqs": waiting,
-        "num_total_reqs": running + waiting,
+        "num_reqs": stats.running + stats.waiting,
+        "num_running_reqs": stats.running,
+        "num_waiting_reqs": stats.waiting,
+        "num_total_reqs": stats.running + stats.waiting,
         "num_tokens": stats.used_tokens,
         "num_used_tokens": stats.used_tokens,
         "max_total_num_tokens": stats.total_tokens,

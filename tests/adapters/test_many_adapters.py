@@ -87,6 +87,7 @@ def test_logprobs_of_a_row_do_not_depend_on_the_adapters_beside_it(engine: Engin
         assert seen == (alone if exact else pytest.approx(alone, abs=1e-4))
 
 
+@pytest.mark.slow
 def test_a_step_with_adapters_is_recorded_on_this_table(engine: Engine) -> None:
     engine.generate(PROMPTS, GREEDY, lora_path=NAMES)
     graphs = engine.get_server_info()["internal_states"][0]["prepared"]["graphs"]
@@ -96,6 +97,7 @@ def test_a_step_with_adapters_is_recorded_on_this_table(engine: Engine) -> None:
         assert graphs["adapter_graph"]["recorded"] == 1 and not graphs["adapter_graph"]["given_up"]
 
 
+@pytest.mark.slow
 def test_prompt_logprobs_come_through_the_adapter(engine: Engine) -> None:
     """Wanted positions are then in another order than tokens."""
     fields: dict[str, Any] = {"return_logprob": True, "logprob_start_len": 0, "sampling_params": GREEDY}

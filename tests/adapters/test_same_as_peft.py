@@ -69,6 +69,7 @@ def test_logits_are_those_of_peft(
     torch.testing.assert_close(ours(engine, TOKENS, VOCAB), base, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_trained_biases_stand_in_for_the_bases(
     bases: dict[str, Path], engines: dict[str, Engine], tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ async def test_a_fresh_client_survives_a_server_that_hangs_up() -> None:
     assert any(item.error for item in kept)
 
 
+@pytest.mark.slow
 async def test_a_conversation_sends_all_that_was_said() -> None:
     with served() as server:
         url = server.url

@@ -164,6 +164,7 @@ async def step_error(door: Door, key: str, body: dict[str, Any] | None = None, *
     return response.json()["error"]
 
 
+@pytest.mark.slow
 @on_loop
 async def test_a_streaming_session_is_one_line() -> None:
     async with open_door() as door:

@@ -143,6 +143,7 @@ def test_a_decode_step_makes_at_most_so_many_copies(
     assert not [name for name in waits if params.temperature == 0.0]
 
 
+@pytest.mark.slow
 def test_recorded_and_eager_steps_give_the_same_tokens(path: Path) -> None:
     for params in (SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_k=9)):
         assert served(path, params, True)[2] == served(path, params, False)[2]

@@ -32,6 +32,7 @@ def check(recording: dict[str, Any], got: dict[str, Any]) -> None:
         pytest.skip("; ".join(remarks) or "the model is not installed")
 
 
+@pytest.mark.slow
 def test_a_tiny_model_says_what_it_said_with_few_pages(recording: dict[str, Any], folder: Path) -> None:
     """Chunks, shared prefixes, preemption, draws; with the overlapped schedule and without."""
     got = golden_tokens.collect(folder, models=["tiny-llama"], ops="reference", only=QUICK)

@@ -334,6 +334,7 @@ class FakeEvent:
         return False
 
 
+@pytest.mark.slow
 def test_recorder_warms_up_beside_and_captures_into_one_pool() -> None:
     cuda = FakeCuda()
     recorder = Recorder(torch.device("cpu"), cuda)
@@ -351,6 +352,7 @@ def test_recorder_warms_up_beside_and_captures_into_one_pool() -> None:
     assert cuda.log[-1] == "replay"
 
 
+@pytest.mark.slow
 def test_recorder_says_why_a_step_cannot_be_captured() -> None:
     recorder = Recorder(torch.device("cpu"), FakeCuda("operation not permitted when stream is capturing\nmore"))
     with pytest.raises(RecordError, match=r"cannot be captured: operation not permitted when stream is capturing$"):
@@ -393,6 +395,7 @@ def test_no_graph_is_freed_by_the_collector_during_a_capture(pieces: bool) -> No
         gc.set_threshold(*thresholds)
 
 
+@pytest.mark.slow
 def test_recorder_works_under_step_graphs() -> None:
     cuda = FakeCuda()
     recorder = Recorder(torch.device("cpu"), cuda)
@@ -412,6 +415,7 @@ def in_three(cuda: FakeCuda, cut: Any) -> torch.Tensor:
     return x
 
 
+@pytest.mark.slow
 def test_pieces_are_captured_into_one_pool_and_calls_stand_between_them() -> None:
     cuda = FakeCuda()
     graph, _ = Recorder(torch.device("cpu"), cuda).record_pieces(lambda cut: in_three(cuda, cut))
@@ -442,6 +446,7 @@ def test_an_error_between_cuts_leaves_no_capture_open(error: Exception) -> None:
     assert not cuda.capturing and cuda.stack == ["main"]
 
 
+@pytest.mark.slow
 def test_a_broken_capture_is_refused_with_its_reason() -> None:
     cuda = FakeCuda("operation not permitted when stream is capturing\nmore")
     with pytest.raises(RecordError, match=r"cannot be captured: operation not permitted when stream is capturing$"):

@@ -219,6 +219,7 @@ def decode_step() -> Batch:
     return Batch(9, np.array([0, 1], np.int32), ones, np.array([21, 12], np.int32), ones * -1, (table,), ones)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 2])
 def test_out_of_memory_while_capturing_leaves_the_eager_path(llama: Path, at: int) -> None:
     recorder = TapeRecorder(torch.OutOfMemoryError("no room"), at)

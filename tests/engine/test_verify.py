@@ -175,6 +175,7 @@ class Choosy(Parity):
         return [np.zeros(WORDS, np.int32) if self.seen + place == self.at else one for place, one in enumerate(found)]
 
 
+@pytest.mark.slow
 def test_a_row_fails_behind_drafts_only_when_it_gets_there(model: Any, plain: list[Row]) -> None:
     """A grammar that ends inside the drafts costs no token before its end."""
     row = replace(rows()[6], follow=lambda: Choosy(3, None))

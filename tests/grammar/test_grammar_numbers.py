@@ -139,6 +139,7 @@ def test_numbers_of_wide_ranges_stay_within(bound: str) -> None:
     assert not admits('{"type": "number", "exclusiveMinimum": 1e-300}')("0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bound_is_never_moved_outward(name: str) -> None:
     for kind in ("integer", "number"):

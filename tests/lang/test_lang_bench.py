@@ -39,6 +39,7 @@ def test_every_example_is_a_program(engine: Engine) -> None:
         assert module.show(states[0])
 
 
+@pytest.mark.slow
 def test_runs_are_compared(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "forked.py").write_text(
         "from phloem import lang\n"

@@ -89,6 +89,7 @@ def outcome(state: Any) -> dict[str, Any]:
     return {"text": state.text(), "messages": state.messages(), **state.stream_executor.content.variables}
 
 
+@pytest.mark.slow
 def test_greedy_programs_give_the_same_in_process_and_over_http(backends: dict[str, Any]) -> None:
     runs: list[tuple[Any, dict[str, Any]]] = [(talk, {"question": "Why?"}), (everything, {})]
     runs += [

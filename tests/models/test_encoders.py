@@ -71,6 +71,7 @@ def test_states_are_those_of_transformers_for_texts_of_mixed_lengths(name: str, 
     near(run(load(path), TEXTS), torch.stack([states(path, text)[0] for text in TEXTS]))  # the first token's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*encoders(), "qwen3"])
 def test_a_batch_is_one_text_after_the_other(name: str, tmp_path: Path) -> None:
     model = load(tiny_checkpoint(name, tmp_path), task="embed", kinds=("cls", "max", "mean", "last"))
@@ -78,6 +79,7 @@ def test_a_batch_is_one_text_after_the_other(name: str, tmp_path: Path) -> None:
     near(run(model, TEXTS), alone, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
@@ -93,6 +95,7 @@ def test_kinds_of_pooling(kind: str, expected: Any, tmp_path: Path) -> None:
     near(run(load(path, kinds=(kind,)), TEXTS), torch.stack([expected(states(path, text)) for text in TEXTS]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family_name", ["qwen3", "llama", "gemma2", "gpt_oss", "mistral", "gpt2"])
 def test_decoders_are_pooled_by_their_last_token(family_name: str, tmp_path: Path) -> None:
     path = tiny_checkpoint(family_name, tmp_path)
@@ -107,6 +110,7 @@ def test_a_decoder_without_a_head_is_for_embeddings(tmp_path: Path) -> None:
     near(run(load(path), TEXTS), torch.stack([states(path, text)[-1] for text in TEXTS]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [1, 3])
 @pytest.mark.parametrize("name", [*encoders(), "qwen3", "llama"])
 @torch.inference_mode()

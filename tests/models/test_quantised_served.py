@@ -90,6 +90,7 @@ def test_greedy_tokens_are_those_of_the_dequantised_model(case: str, tmp_path: P
     assert "unpacked to float32" in why and (word in why or word.startswith("Q4"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["awq", "gptq", "pack-quantized", "gptq-act-order"])
 def test_the_start_says_what_is_kept_packed_and_why_not(case: str, tmp_path: Path) -> None:
     try:

@@ -55,6 +55,7 @@ def same_as_cut(whole: Any, own: Any, family: str, axis: Axis) -> int:
     return smaller
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("family", MODELS)
 def test_a_share_is_what_one_would_cut_by_hand(made: Any, family: str, size: int) -> None:

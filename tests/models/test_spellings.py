@@ -47,6 +47,7 @@ def test_scaling_added_by_hand_to_any_family(made: Any, tmp_path: Path, family: 
     check(made, tmp_path, family, change)
 
 
+@pytest.mark.slow
 def test_scaling_added_to_a_model_with_two_rotations(made: Any, tmp_path: Path) -> None:
     check(made, tmp_path, "gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}})
 

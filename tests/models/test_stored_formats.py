@@ -131,6 +131,7 @@ def test_a_share_reads_the_same_values(pairs: Any, case: str) -> None:
             assert torch.equal(one.value, other.value), one.names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MODES)
 def test_logits_are_those_of_the_dequantised_model(pairs: Any, case: str) -> None:
     packed, plain = pairs(case)

@@ -112,6 +112,7 @@ def test_what_areal_sends(http: httpx.Client, new: Path) -> None:
     assert rest["meta_info"]["completion_tokens"] == 9 and rest["meta_info"]["weight_version"] == "3"
 
 
+@pytest.mark.slow
 def test_a_rollout_that_is_cut_keeps_its_part_and_goes_on_as_if_it_had_not_been(http: httpx.Client) -> None:
     seeded = {"temperature": 1.0, "sampling_seed": 7, "max_new_tokens": 300, "ignore_eos": True}
     whole = post(http, "/generate", input_ids=[5, 6, 7], sampling_params=seeded, return_logprob=True)

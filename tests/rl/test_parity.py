@@ -64,6 +64,7 @@ def near(found: list[float], want: list[float], bound: float) -> None:
     assert max(abs(a - b) for a, b in zip(found, want, strict=True)) <= bound
 
 
+@pytest.mark.slow
 def test_a_later_pass_gives_the_same_log_probabilities(served: Served) -> None:
     engine, _, bound = served
     for number, answer in enumerate(roll_out(engine, PROMPTS, sampling_seed=3)):
@@ -73,6 +74,7 @@ def test_a_later_pass_gives_the_same_log_probabilities(served: Served) -> None:
         near(values(answer), scored(engine, PROMPTS[number], ids), bound)
 
 
+@pytest.mark.slow
 def test_neither_batch_nor_cache_nor_chunks_nor_preemption_change_a_rollout(served: Served) -> None:
     engine, bound, later = served
     engine.flush_cache(10)

@@ -39,6 +39,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_tokens_come_after_sleep(model: Path, form: dict[str, Any]) -> None:
     with Engine(model_path=str(model), **SETTINGS, **form) as engine:
@@ -53,6 +54,7 @@ def test_the_same_tokens_come_after_sleep(model: Path, form: dict[str, Any]) -> 
             assert ids(engine) == before, tags
 
 
+@pytest.mark.slow
 def test_requests_wait_while_it_sleeps(model: Path) -> None:
     with Engine(model_path=str(model), **SETTINGS) as engine:
         before, answers = ids(engine), list[Any]()
@@ -69,6 +71,7 @@ def test_requests_wait_while_it_sleeps(model: Path) -> None:
         assert answers == [before]
 
 
+@pytest.mark.slow
 def test_memory_is_given_back_only_when_nothing_runs(model: Path) -> None:
     with Engine(model_path=str(model), **SETTINGS) as engine:
         alone: Any = engine.generate("hello", {**LONG, "max_new_tokens": 400})
@@ -86,6 +89,7 @@ def test_memory_is_given_back_only_when_nothing_runs(model: Path) -> None:
         assert last["output_ids"] == alone["output_ids"]
 
 
+@pytest.mark.slow
 def test_weights_that_are_nowhere_else_must_come_anew(model: Path, tmp_path: Path) -> None:
     other = load_file(tiny_checkpoint("llama", tmp_path, seed=9) / "model.safetensors")
     with Engine(model_path=str(model), **SETTINGS) as engine:

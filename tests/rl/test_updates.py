@@ -54,6 +54,7 @@ def form(request: pytest.FixtureRequest) -> dict[str, Any]:
     return request.param
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_a_fresh_start_whatever_way_the_weights_came(
     old: Path, new: Path, form: dict[str, Any]
 ) -> None:
@@ -102,6 +103,7 @@ WRONG: list[tuple[Any, str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bad", "told"), WRONG)
 def test_one_wrong_tensor_changes_nothing(engine: Engine, new: Path, bad: Any, told: str) -> None:
     before = ids(engine)
@@ -144,6 +146,7 @@ def test_a_request_tells_which_weights_made_which_token(engine: Engine, new: Pat
     assert spans[0][2] >= seen[3]
 
 
+@pytest.mark.slow
 def test_requests_go_on_beside_updates_in_a_row(engine: Engine, old: Path, new: Path) -> None:
     answers: list[Any] = []
 

@@ -61,6 +61,7 @@ async def dump_of(driver: Driver) -> tuple[int, list[Any]]:
     return feed.sink.sequence, [as_map(event, SIZE) for event in feed.dump()]
 
 
+@pytest.mark.slow
 async def test_a_follower_knows_what_the_tree_has_from_dump_or_replay(source: tuple[Driver, ZmqPublisher]) -> None:
     driver, sink = source
     storm(driver, 8, random.Random(1))

@@ -275,6 +275,7 @@ async def test_a_head_request_has_no_body_and_a_get_passes() -> None:
         assert (await gate.http.get("/model_info")).json() == {"by": gate.workers[0].port}
 
 
+@pytest.mark.slow
 async def test_a_killed_worker_under_load_leaves_nobody_hanging() -> None:
     """Requests without a byte are sent elsewhere; streams that had begun end with an error; all are accounted for."""
 

@@ -58,6 +58,7 @@ def expected(stepping: Any) -> dict[str, list[int]]:
     return run(stepping, overlap=False).tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("pages", [400, 45], ids=["room", "pressure"])
 @pytest.mark.parametrize("chunk", [64, 9])

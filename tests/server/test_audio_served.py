@@ -48,6 +48,7 @@ def post(url: str, file: bytes | None = SHORT, route: str = "transcriptions", **
     return httpx.post(f"{url}/v1/audio/{route}", data=fields, files=files or {"none": b""}, timeout=60)
 
 
+@pytest.mark.slow
 def test_the_openai_client_gets_a_transcript(client: openai.OpenAI, engine: phloem.Engine) -> None:
     found = client.audio.transcriptions.create(
         model="tiny", file=("a.wav", LONG), language="de", temperature=0.3, extra_body={"seed": 3}
@@ -77,6 +78,7 @@ def test_every_format(client: openai.OpenAI, url: str) -> None:
     assert kinds["vtt"].text.startswith("WEBVTT") and kinds["vtt"].headers["content-type"].startswith("text/vtt")
 
 
+@pytest.mark.slow
 def test_a_stream_is_the_whole_text_in_pieces(client: openai.OpenAI, url: str) -> None:
     events = list(
         client.audio.transcriptions.create(

@@ -207,6 +207,7 @@ def test_anthropic_tools_there_and_back(anthropic_client: Any, server: Served) -
     assert server.prompt().endswith("<assistant>Looking.<end><tool>sun<end><assistant>")
 
 
+@pytest.mark.slow
 def test_anthropic_streams(anthropic_client: Any, server: Served) -> None:
     server.engine.text = FULL
     tools = [{"name": "weather", "input_schema": PARAMETERS}]
@@ -254,6 +255,7 @@ def test_langchain_chat_and_streams(server: Served) -> None:
     assert [chunk for chunk in chunks if chunk.usage_metadata][-1].usage_metadata["output_tokens"] == 7
 
 
+@pytest.mark.slow
 def test_langchain_tools(server: Served) -> None:
     messages = pytest.importorskip("langchain_core.messages")
     server.engine.text = FULL

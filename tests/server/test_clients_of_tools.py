@@ -121,6 +121,7 @@ def test_anthropics_runner_of_tools(server: Served, stream: bool) -> None:
     assert all(part in prompt for part in ("Be short.", "hi", "<tool_response>\nsun", "Tells the weather"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["TOOLS", "TOOLS_STRICT", "JSON_SCHEMA", "RESPONSES_TOOLS", "PARALLEL_TOOLS"])
 def test_instructor_makes_objects(client: openai.OpenAI, server: Served, mode: str) -> None:
     instructor: Any = pytest.importorskip("instructor")

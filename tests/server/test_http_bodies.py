@@ -51,6 +51,7 @@ def answer(made: socket.socket) -> bytes:
 GENERATE = json.dumps({"text": "hi", "sampling_params": {"max_new_tokens": 2}}).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "begun",
     [
@@ -65,6 +66,7 @@ def test_a_connection_without_a_whole_header_is_closed(server: Served, begun: by
         assert 0.9 < time.monotonic() - start < 6
 
 
+@pytest.mark.slow
 def test_half_a_header_behind_a_request_is_closed_too(server: Served) -> None:
     with connect(server, post("/generate", len(GENERATE)) + GENERATE) as made:
         while b"meta_info" not in made.recv(65536):
@@ -103,6 +105,7 @@ def test_a_header_over_64_kib_is_answered_431(server: Served, size: int) -> None
     assert answer(made).startswith(b"HTTP/1.1 200" if size < 65_536 else b"HTTP/1.1 431")
 
 
+@pytest.mark.slow
 def test_connections_that_work_are_left_alone(server: Served) -> None:
     with httpx.Client(base_url=server.url) as http:
         for _ in range(4):
@@ -111,6 +114,7 @@ def test_connections_that_work_are_left_alone(server: Served) -> None:
     assert not server.engine.submits
 
 
+@pytest.mark.slow
 def test_a_body_that_stops_is_answered_408(server: Served) -> None:
     for head in (post("/generate", 1000), b"POST /generate HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"):
         with connect(server, head + b'2\r\n{"') as made:
@@ -157,6 +161,7 @@ def test_a_client_that_leaves_inside_its_body_is_one_line(server: Served, caplog
         assert "left" in record.getMessage() and path in record.getMessage()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [

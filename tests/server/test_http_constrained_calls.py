@@ -148,6 +148,7 @@ def test_what_cannot_be_enforced_is_refused(url: str) -> None:
     assert "minProperties" in error["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("grammar", "why"), [(STUCK, "goes on from here"), (HUGE, "over a limit")])
 def test_a_grammar_that_fails_on_the_way_is_the_clients(url: str, grammar: str, why: str) -> None:
     plain = {"text": "hello", "sampling_params": {"max_new_tokens": 24, "ignore_eos": True, "temperature": 0}}

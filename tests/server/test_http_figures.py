@@ -103,6 +103,7 @@ def test_tokens_that_a_grammar_forces_are_output_on_every_route(url: str) -> Non
             assert forced > 20, (route, usage)
 
 
+@pytest.mark.slow
 def test_streams_tell_the_same(url: str) -> None:
     body = {**CHAT, "output_config": {"format": FLAT}, "stream": True}
     for _ in range(2):

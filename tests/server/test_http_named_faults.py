@@ -130,6 +130,7 @@ def test_one_that_is_not_strict_fails_nothing(url: str, route: str) -> None:
         assert [name for name, _ in found] == ["g"] and set(found[0][1]) == {"n"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_format_is_called_what_the_route_calls_it(url: str, route: str) -> None:
     for schema, place in ((BAD, "#/properties/x/not"), (LATE, "#/properties/x: "), ({"type": "wat"}, "#/type")):

@@ -257,6 +257,7 @@ async def replay(door: Door, where: str, **query: Any) -> list[dict[str, Any]]:
     return [json.loads(block.split("data: ", 1)[1]) for block in response.text.split("\n\n") if block]
 
 
+@pytest.mark.slow
 @on_loop
 async def test_the_stream_of_a_background_response_can_be_taken_up_again() -> None:
     async with open_door(FakeEngine(delay=0.002)) as door:

@@ -203,6 +203,7 @@ def test_what_generates_is_refused_with_the_right_route(embedder: phloem.Engine,
     assert refusal(url, "/classify", {"input": "a"})["code"] == "wrong_task"
 
 
+@pytest.mark.slow
 def test_what_embeds_is_refused_by_a_model_that_generates(tmp_path: Path) -> None:
     with phloem.Engine(model_path=str(tiny_checkpoint("llama", tmp_path))) as engine, http_door(engine) as url:
         for path, body in (

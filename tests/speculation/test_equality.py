@@ -90,6 +90,7 @@ def test_answers_are_those_of_plain_decoding(
             assert [one[1] for one in ours] == [one[1] for one in theirs]
 
 
+@pytest.mark.slow
 def test_the_drafts_of_that_were_verified_and_some_accepted(speculating: phloem.Engine) -> None:
     """The engines above do speculate; by measured times where it pays, which a tiny model's steps do not promise."""
     settings: Any = speculating.config.speculative
@@ -104,6 +105,7 @@ def test_the_drafts_of_that_were_verified_and_some_accepted(speculating: phloem.
     assert state["spec_accept_length"] >= 1
 
 
+@pytest.mark.slow
 def test_one_prompt_many_samples(plain: phloem.Engine, speculating: phloem.Engine) -> None:
     params = {"n": 4, "temperature": 0.8, "max_new_tokens": 30, "sampling_seed": 3, "ignore_eos": True}
     want: Any = plain.generate("What is the capital of France?", params)

@@ -165,6 +165,7 @@ def test_a_forced_call_leaves_nothing_for_the_format_to_bind(form: str) -> None:
         assert planned(form, TOOLS, choice, regex="[a-z]+") == planned(form, TOOLS, choice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["qwen3_coder", "glm45", "minimax_m2", "deepseekv32", "step3", "pythonic"])
 def test_a_tool_whose_schema_cannot_be_written_is_still_called_where_it_is_not_strict(form: str) -> None:
     schema = {**SCHEMAS["find"], "anyOf": [{"required": ["limit"]}, {"required": ["query"]}]}

@@ -153,6 +153,18 @@ def test_handles_are_checked_before_they_are_opened() -> None:
         named_tensors([good[:shape] + b"K\x09" + good[shape + 2 :]], None, LIMIT)
 
 
+@pytest.mark.usefixtures("shared")
+def test_what_a_tensor_or_a_bucket_lacks_is_named() -> None:
+    good = dumped([("a", torch.arange(8, dtype=torch.float32))])
+    stride = good.rindex(b"K\x01\x85")
+    bad = good[:stride] + b"K\x01K\x01\x86" + good[stride + 3 :]
+    bad = bad[:2] + b"\x95" + (len(bad) - 11).to_bytes(8, "little") + bad[11:]
+    with pytest.raises(BadRequest, match=r"shape \[8\] has 2 strides"):
+        named_tensors([bad], None, LIMIT)
+    with pytest.raises(BadRequest, match="no list"):
+        named_tensors([dumped({"flattened_tensor": torch.zeros(4, dtype=torch.uint8)})], None, LIMIT)
+
+
 class Evil:
     def __init__(self, what: Any, *args: Any) -> None:
         self.what, self.args = what, args

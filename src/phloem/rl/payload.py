@@ -69,7 +69,7 @@ def named_tensors(blobs: Sequence[bytes], load_format: str | None, limit: int) -
         raise BadRequest(f"{len(blobs)} payloads for one rank", param="serialized_named_tensors")
     found, reader = records(blobs[0]), _Reader(limit)
     if isinstance(found, dict) and "flattened_tensor" in found:
-        return flattened(reader.tensor(found["flattened_tensor"]), [_place(one) for one in _listed(found["metadata"])])
+        return flattened(reader.tensor(found["flattened_tensor"]), [_place(one) for one in _listed(found.get("metadata"))])
     if load_format == "flattened_bucket":
         raise BadRequest("the payload is no flattened bucket", param="load_format")
     pairs = list(found.items()) if isinstance(found, dict) else _listed(found)
@@ -166,9 +166,11 @@ class _Reader:
         if not isinstance(meta, tuple) or len(meta) != 4:
             raise BadRequest("the payload has a tensor without offset, shape and stride")
         offset, shape, stride = _count(meta[0]), _shape(meta[1]), _shape(meta[2])
+        if len(shape) != len(stride):
+            raise BadRequest(f"a tensor of shape {list(shape)} has {len(stride)} strides")
         untyped, dtype = self._storage(storage)
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1
-        if len(shape) != len(stride) or (0 not in shape and last * dtype.itemsize > len(untyped)):
+        if 0 not in shape and last * dtype.itemsize > len(untyped):
             raise BadRequest(f"a tensor of shape {list(shape)} lies outside of its memory")
         whole = untyped[: len(untyped) // dtype.itemsize * dtype.itemsize].view(dtype)
         return whole.new_empty(shape) if 0 in shape else whole.as_strided(shape, stride, offset)

@@ -15,6 +15,7 @@ from phloem import Engine
 from phloem.testing.checkpoints import tiny_checkpoint
 
 pytest.importorskip("peft", reason="PEFT writes the adapters")
+pytestmark = pytest.mark.slow
 MODEL = "org/tiny:v1"
 GREEDY = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
 OPENAI = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}

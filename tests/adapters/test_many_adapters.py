@@ -16,6 +16,7 @@ from phloem.core.errors import BadRequest, PhloemError
 from phloem.testing.checkpoints import tiny_checkpoint
 
 pytest.importorskip("peft", reason="PEFT writes the adapters")
+pytestmark = pytest.mark.slow
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 PROMPTS = ["The quick brown fox", "A serving engine", "Sap moves", "What is the capital"]
 NAMES = ["a", "b", "c", None]

@@ -19,6 +19,7 @@ from phloem.core.errors import BadRequest, ConfigError, PhloemError
 from phloem.testing.checkpoints import tiny_checkpoint
 
 pytest.importorskip("peft", reason="PEFT writes the adapters")
+pytestmark = pytest.mark.slow
 Tensors = dict[str, torch.Tensor]
 PREFIX = "base_model.model.model.layers.0.self_attn."
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}

@@ -14,6 +14,7 @@ from phloem.cli import main
 from phloem.testing.checkpoints import VOCAB, tiny_checkpoint
 
 pytest.importorskip("peft", reason="PEFT says what is right")
+pytestmark = pytest.mark.slow
 TOKENS = [7, 99, 31, 250, 12, 12, 301, 44, 5, 180]
 PARAMS: dict[str, dict[str, Any]] = {
     "plain": {},

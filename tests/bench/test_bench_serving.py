@@ -324,6 +324,7 @@ async def test_a_measured_server_and_its_files(tmp_path: Path, capsys: pytest.Ca
     assert "output tok/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_wrong_names_and_lines(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="unknown workload 'fast'"):
         serving.main(["--workload", "single,fast"])

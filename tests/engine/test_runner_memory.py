@@ -203,6 +203,7 @@ def test_a_graph_that_finds_no_memory_leaves_the_step_to_the_eager_path(model: M
     assert graphs.graphs.get(1) is None and "out of memory" in str(graphs.graphs.refused)
 
 
+@pytest.mark.slow
 def test_work_between_steps_that_finds_no_memory_leaves_the_steps_alone(model: Model) -> None:
     freed: list[int] = []
     runner = runner_of(model, 2, give_back=lambda: freed.append(1))

@@ -100,6 +100,7 @@ def caught_up(box: Box, reader: Reader) -> None:
     box.messages.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("pages", [40, 400])
 def test_a_reader_knows_exactly_what_the_tree_has(overlap: bool, pages: int) -> None:

@@ -141,6 +141,7 @@ async def test_calls_of_an_event_loop_are_told_of_the_end(path: Path) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_callers_that_race_with_the_end_are_all_told(path: Path) -> None:
     ends: list[BaseException] = []
     engine = Engine(model_path=str(path), **SMALL)

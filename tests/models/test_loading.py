@@ -97,6 +97,7 @@ def test_pushed_weights_make_it_the_other_model(made: Any, tmp_path: Path, famil
     assert sorted(engine.model.weight_names()) == sorted(load_file(path / "model.safetensors"))
 
 
+@pytest.mark.slow
 def test_push_into_packed_weights(made: Any, tmp_path: Path) -> None:
     """A table that packs: parts that a call does not bring are kept."""
     from safetensors.torch import load_file

@@ -74,6 +74,7 @@ def test_logits_and_greedy_text_are_those_of_transformers(pair: Any, settings: d
         engine.shutdown()
 
 
+@pytest.mark.slow
 def test_pictures_are_found_by_content(pair: Any) -> None:
     """The same prompt again is neither encoded nor computed; the same text about another picture shares no more than
     what stands before it; a picture in another place is computed again, and not encoded."""

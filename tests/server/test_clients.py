@@ -221,6 +221,7 @@ def test_anthropic_streams(anthropic_client: Any, server: Served) -> None:
     assert [event.type for event in raw][-1] == "message_stop"
 
 
+@pytest.mark.slow
 def test_anthropic_errors(anthropic_client: Any, server: Served) -> None:
     anthropic = pytest.importorskip("anthropic")
     with pytest.raises(anthropic.BadRequestError) as bad:
@@ -275,6 +276,7 @@ def test_langchain_tools(server: Served) -> None:
     assert whole is not None and whole.tool_calls[0]["args"] == {"city": "Rom"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
 def test_langchain_structured_output(server: Served, method: str) -> None:
     server.engine.text = ROME

@@ -141,6 +141,7 @@ def test_instructor_makes_objects(client: openai.OpenAI, server: Served, mode: s
         assert (parts[-1].name, parts[-1].people) == ("Rom", 3)
 
 
+@pytest.mark.slow
 def test_instructor_over_messages(server: Served) -> None:
     instructor: Any = pytest.importorskip("instructor")
     anthropic: Any = pytest.importorskip("anthropic")

@@ -122,6 +122,7 @@ def test_a_body_that_stops_is_answered_408(server: Served) -> None:
             assert found.startswith(b"HTTP/1.1 408 ") and b"connection: close" in found and b"body_timeout" in found
 
 
+@pytest.mark.slow
 def test_a_body_that_drips_is_cut_too(server: Served) -> None:
     with connect(server, post("/generate", 1000)) as made:
         start = time.monotonic()

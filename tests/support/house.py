@@ -72,7 +72,9 @@ def imports(path: Path) -> Imports:
 
     def visit(node: ast.AST, into: list[str]) -> None:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            if isinstance(child, ast.expr):
+                continue  # none imports
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
                 visit(child, found.lazy)
             elif _is_type_checking(child):
                 visit(child, found.typing)

@@ -181,6 +181,7 @@ def test_a_tool_whose_schema_cannot_be_written_is_still_called_where_it_is_not_s
         planned(form, [tool("find", schema), tool("now", NOW)], regex="[a-z]+")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "special"), CASES)
 def test_a_schema_that_no_grammar_keeps_to_costs_a_tool_that_is_not_strict_nothing(form: str, special: bool) -> None:
     schema = {**SCHEMAS["find"], "unevaluatedProperties": {"type": "string"}, "anyOf": [{"contentSchema": {}}, {}]}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ from phloem.client.start import make_client
 from phloem.core.config import Config
 from phloem.core.messages import Drain
 from phloem.launch.thread import EngineThread
+from phloem.multimodal import _reader
 from phloem.server.app import create_app
 from phloem.testing.checkpoints import tiny_checkpoint
 
@@ -152,6 +155,50 @@ def test_bad_pictures_are_400_with_their_field(sees: Path) -> None:
             assert (
                 await http.post("/v1/chat/completions", json={"messages": user("well"), **SHORT})
             ).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_a_jpeg_in_base64_is_no_path_at_any_door(sees: Path) -> None:
+    buffer = io.BytesIO()
+    picture(1, 24, 16).save(buffer, "JPEG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+
+    def message(text: str) -> dict[str, Any]:
+        block = {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": text}}
+        return {"model": "default", "messages": [{"role": "user", "content": [block]}], **SHORT}
+
+    async def run() -> None:
+        async with door(sees, enable_mm_urls=True) as http:
+            assert (await http.post("/v1/messages", json=message(data))).status_code == 200
+            asked = {"text": "a <image>", "image_data": data, "sampling_params": {"max_new_tokens": 2}}
+            assert (await http.post("/generate", json=asked)).status_code == 200
+            for other in ("http://8.8.8.8/a.jpg", f"data:image/jpeg;base64,{data}", "/etc/passwd"):
+                found = await http.post("/v1/messages", json=message(other))
+                assert found.status_code == 400 and "no valid base64" in found.text
+
+    asyncio.run(run())
+
+
+def test_a_slow_address_keeps_no_picture_waiting_that_is_here(sees: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More addresses than there are threads of either kind."""
+    answers = threading.Event()
+
+    def slow(source: str, where: str, rules: Any) -> bytes:
+        answers.wait(20)
+        return PNG
+
+    async def run() -> None:
+        async with door(sees, enable_mm_urls=True) as http:
+            monkeypatch.setattr(_reader, "fetch", slow)
+            asked = user(*[image(f"http://8.8.8.8/{number}.png") for number in range(12)])
+            waiting = asyncio.create_task(http.post("/v1/chat/completions", json={"messages": asked, **SHORT}))
+            await asyncio.sleep(0.1)
+            monkeypatch.undo()
+            quick = await http.post("/v1/chat/completions", json={"messages": user(image(PNG)), **SHORT})
+            assert quick.status_code == 200 and not waiting.done()
+            answers.set()
+            assert (await waiting).status_code == 200
 
     asyncio.run(run())
 

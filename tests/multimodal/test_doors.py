@@ -180,6 +180,34 @@ def test_a_jpeg_in_base64_is_no_path_at_any_door(sees: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_tool_may_answer_with_a_picture(sees: Path) -> None:
+    """Also where the template knows no tools, and their results are spelled."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    parts = [{"type": "text", "text": "here: "}, image(PNG)]
+    chat = [
+        {"role": "user", "content": "look"},
+        {"role": "assistant", "content": parts, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": parts},
+    ]
+    items: list[dict[str, Any]] = [
+        {"role": "user", "content": "look"},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_image", "image_url": uri(PNG)}]},
+    ]
+
+    async def run() -> None:
+        async with door(sees) as http:
+            found = await http.post("/v1/chat/completions", json={"messages": chat, **SHORT})
+            assert found.status_code == 200, found.text
+            found = await http.post("/v1/responses", json={"input": items, "max_output_tokens": 2})
+            assert found.status_code == 200, found.text
+            items[2]["output"] = [{"type": "input_image", "image_url": "%"}]
+            found = await http.post("/v1/responses", json={"input": items})
+            assert (found.status_code, found.json()["error"]["param"]) == (400, "input[2].output[0].image_url")
+
+    asyncio.run(run())
+
+
 def test_a_slow_address_keeps_no_picture_waiting_that_is_here(sees: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More addresses than there are threads of either kind."""
     answers = threading.Event()

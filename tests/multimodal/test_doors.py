@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from vision_support import picture, png, seeing_checkpoint
 
 from phloem.client.start import make_client
 from phloem.core.config import Config
+from phloem.core.errors import ConfigError
 from phloem.core.messages import Drain
 from phloem.launch.thread import EngineThread
 from phloem.multimodal import _reader
@@ -244,6 +246,21 @@ def test_a_model_of_texts_takes_no_pictures(blind: Path) -> None:
             assert (await http.get("/model_info")).json()["has_image_understanding"] is False
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("settings", [{"size": 224}, {"min_pixels": "x"}, {"image_mean": [0.5]}, {"image_mean": 0.5}])
+def test_settings_that_no_picture_can_be_read_by_are_told_at_start(sees: Path, tmp_path: Path, settings: Any) -> None:
+    for file in sees.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="preprocessor_config"):
+        make_client(Config.from_flat({**SETTINGS, "model_path": str(tmp_path)}))
+
+
+def test_a_root_that_is_no_directory_is_told_at_start(sees: Path) -> None:
+    with pytest.raises(ConfigError, match="mm_file_root"):
+        make_client(Config.from_flat({**SETTINGS, "model_path": str(sees), "mm_file_root": str(sees / "config.json")}))
 
 
 def test_files_below_the_root_alone(sees: Path, tmp_path: Path) -> None:

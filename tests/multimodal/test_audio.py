@@ -129,3 +129,24 @@ def test_a_bomb_is_stopped_while_it_is_decoded() -> None:
     assert len(silence) < 200_000
     with pytest.raises(BadRequest, match="more than 60 s"):
         decode(silence, 60)
+
+
+def test_wav_without_soundfile_is_refused_as_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that end before they begin, samples of eleven bytes: whatever a header says."""
+    random = np.random.default_rng(1)
+    whole = wav(sound(0.02))
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    for _ in range(600):
+        broken = bytearray(whole)
+        for at in random.integers(4, 60, 3):
+            broken[at] = random.integers(256)
+        try:
+            assert np.isfinite(decode(bytes(broken), 10)).all()
+        except BadRequest as error:
+            assert error.param == "file"
+
+
+def test_what_a_decoder_says_tells_no_places_in_memory() -> None:
+    with pytest.raises(BadRequest) as told:
+        decode(b"fLaC" + bytes(50), 10)
+    assert "0x" not in told.value.message and "object" not in told.value.message

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
+import json
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,8 +18,10 @@ from vision_support import picture, png, seeing_checkpoint
 
 from phloem.client.start import make_client
 from phloem.core.config import Config
+from phloem.core.errors import ConfigError
 from phloem.core.messages import Drain
 from phloem.launch.thread import EngineThread
+from phloem.multimodal import _reader
 from phloem.server.app import create_app
 from phloem.testing.checkpoints import tiny_checkpoint
 
@@ -156,6 +161,78 @@ def test_bad_pictures_are_400_with_their_field(sees: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_jpeg_in_base64_is_no_path_at_any_door(sees: Path) -> None:
+    buffer = io.BytesIO()
+    picture(1, 24, 16).save(buffer, "JPEG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+
+    def message(text: str) -> dict[str, Any]:
+        block = {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": text}}
+        return {"model": "default", "messages": [{"role": "user", "content": [block]}], **SHORT}
+
+    async def run() -> None:
+        async with door(sees, enable_mm_urls=True) as http:
+            assert (await http.post("/v1/messages", json=message(data))).status_code == 200
+            asked = {"text": "a <image>", "image_data": data, "sampling_params": {"max_new_tokens": 2}}
+            assert (await http.post("/generate", json=asked)).status_code == 200
+            for other in ("http://8.8.8.8/a.jpg", f"data:image/jpeg;base64,{data}", "/etc/passwd"):
+                found = await http.post("/v1/messages", json=message(other))
+                assert found.status_code == 400 and "no valid base64" in found.text
+
+    asyncio.run(run())
+
+
+def test_a_tool_may_answer_with_a_picture(sees: Path) -> None:
+    """Also where the template knows no tools, and their results are spelled."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    parts = [{"type": "text", "text": "here: "}, image(PNG)]
+    chat = [
+        {"role": "user", "content": "look"},
+        {"role": "assistant", "content": parts, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": parts},
+    ]
+    items: list[dict[str, Any]] = [
+        {"role": "user", "content": "look"},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_image", "image_url": uri(PNG)}]},
+    ]
+
+    async def run() -> None:
+        async with door(sees) as http:
+            found = await http.post("/v1/chat/completions", json={"messages": chat, **SHORT})
+            assert found.status_code == 200, found.text
+            found = await http.post("/v1/responses", json={"input": items, "max_output_tokens": 2})
+            assert found.status_code == 200, found.text
+            items[2]["output"] = [{"type": "input_image", "image_url": "%"}]
+            found = await http.post("/v1/responses", json={"input": items})
+            assert (found.status_code, found.json()["error"]["param"]) == (400, "input[2].output[0].image_url")
+
+    asyncio.run(run())
+
+
+def test_a_slow_address_keeps_no_picture_waiting_that_is_here(sees: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More addresses than there are threads of either kind."""
+    answers = threading.Event()
+
+    def slow(source: str, where: str, rules: Any) -> bytes:
+        answers.wait(20)
+        return PNG
+
+    async def run() -> None:
+        async with door(sees, enable_mm_urls=True) as http:
+            monkeypatch.setattr(_reader, "fetch", slow)
+            asked = user(*[image(f"http://8.8.8.8/{number}.png") for number in range(12)])
+            waiting = asyncio.create_task(http.post("/v1/chat/completions", json={"messages": asked, **SHORT}))
+            await asyncio.sleep(0.1)
+            monkeypatch.undo()
+            quick = await http.post("/v1/chat/completions", json={"messages": user(image(PNG)), **SHORT})
+            assert quick.status_code == 200 and not waiting.done()
+            answers.set()
+            assert (await waiting).status_code == 200
+
+    asyncio.run(run())
+
+
 def test_a_model_of_texts_takes_no_pictures(blind: Path) -> None:
     async def run() -> None:
         async with door(blind) as http:
@@ -169,6 +246,21 @@ def test_a_model_of_texts_takes_no_pictures(blind: Path) -> None:
             assert (await http.get("/model_info")).json()["has_image_understanding"] is False
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("settings", [{"size": 224}, {"min_pixels": "x"}, {"image_mean": [0.5]}, {"image_mean": 0.5}])
+def test_settings_that_no_picture_can_be_read_by_are_told_at_start(sees: Path, tmp_path: Path, settings: Any) -> None:
+    for file in sees.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="preprocessor_config"):
+        make_client(Config.from_flat({**SETTINGS, "model_path": str(tmp_path)}))
+
+
+def test_a_root_that_is_no_directory_is_told_at_start(sees: Path) -> None:
+    with pytest.raises(ConfigError, match="mm_file_root"):
+        make_client(Config.from_flat({**SETTINGS, "model_path": str(sees), "mm_file_root": str(sees / "config.json")}))
 
 
 def test_files_below_the_root_alone(sees: Path, tmp_path: Path) -> None:

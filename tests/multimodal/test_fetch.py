@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import http.server
+import io
 import socket
 import struct
 import threading
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +22,7 @@ from vision_support import picture, png
 from phloem.core.errors import BadRequest
 from phloem.multimodal import _fetch
 from phloem.multimodal._fetch import Rules, fetch, routable
-from phloem.multimodal._pixels import decode
+from phloem.multimodal._pixels import MOST_PIXELS, decode, resized
 
 PNG = png(picture(3, 8, 8))
 
@@ -143,3 +149,92 @@ def test_a_bomb_is_refused_by_its_header() -> None:
     with pytest.raises(BadRequest, match="pixels are more") as found:
         decode(bomb, "images[0]")
     assert (found.value.code, found.value.param) == ("too_large", "images[0]")
+
+
+@pytest.fixture
+def raw() -> Iterator[Any]:
+    """A server that sends what it is given, piece by piece, to whoever asks."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as pool:
+
+        def serve(pieces: Iterable[bytes]) -> str:
+            def run() -> None:
+                with contextlib.suppress(OSError), listening.accept()[0] as connection:
+                    connection.recv(1 << 16)
+                    for piece in pieces:
+                        connection.sendall(piece)
+                        time.sleep(0.05)
+
+            pool.submit(run)
+            return f"http://127.0.0.1:{listening.getsockname()[1]}/a.png"
+
+        yield serve
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [b"HTTP/1.1 200 OK\r\n", *[b"X"] * 60],
+        [b"HTTP/1.1 100 Continue\r\n\r\n"] * 60,
+        [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", *[b"0"] * 60],
+        [b"HTTP/1.1 200 OK\r\n\r\n", *[b"\x89"] * 60],
+    ],
+    ids=["headers", "statuses", "chunks", "body"],
+)
+def test_the_time_is_that_of_everything(raw: Any, pieces: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that sends a byte now and then is given up as one that sends none."""
+    monkeypatch.setattr(_fetch, "WHOLE_SECONDS", 0.4)
+    began = time.monotonic()
+    with pytest.raises(BadRequest, match="too slow"):
+        fetch(raw(pieces), "x", HERE)
+    assert time.monotonic() - began < 2
+
+
+def test_a_redirect_to_what_is_no_address_is_refused(raw: Any) -> None:
+    with pytest.raises(BadRequest, match="to no address"):
+        fetch(raw([b"HTTP/1.1 302 Found\r\nLocation: http://[\r\n\r\n"]), "x", HERE)
+
+
+def test_letters_that_addresses_lack_are_quoted(raw: Any) -> None:
+    url = raw([b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"])
+    assert fetch(url.replace("a.png", "Zürich bei Nacht.png?größe=1%20a"), "x", HERE) == b"ok"
+
+
+def test_base64_is_taken_with_line_breaks_and_where_it_looks_like_a_path() -> None:
+    """Every JPEG begins with a slash."""
+    buffer = io.BytesIO()
+    picture(3, 8, 8).save(buffer, "JPEG")
+    data = buffer.getvalue()
+    assert fetch(base64.b64encode(data).decode(), "x", Rules()) == data
+    assert fetch(base64.encodebytes(data).decode(), "x", Rules()) == data
+    assert fetch(f"data:image/jpeg;base64,{base64.encodebytes(data).decode()}", "x", Rules()) == data
+
+
+def test_files_are_named_as_addresses_name_them(tmp_path: Path) -> None:
+    (tmp_path / "a b.png").write_bytes(PNG)
+    assert fetch(f"file://{tmp_path}/a%20b.png", "x", Rules(root=tmp_path)) == PNG
+    for name in ("~nobody-of-this-name/a.png", "file://~nobody-of-this-name/a.png", "./none.png", "./a\0b.png"):
+        with pytest.raises(BadRequest, match="no such file"):
+            fetch(name, "x", Rules(root=tmp_path))
+
+
+@pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1)])
+def test_a_narrow_picture_takes_no_gigabytes_on_its_way(size: tuple[int, int]) -> None:
+    from PIL import Image
+
+    narrow, asked = Image.new("RGB", size, (9, 8, 7)), []
+    real = Image.Image.resize
+
+    def resize(image: Any, to: tuple[int, int], *args: Any, **more: Any) -> Any:
+        asked.append(max(to[0] * image.size[1], to[0] * to[1]))
+        return real(image, to, *args, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "resize", resize)
+        assert resized(narrow, 896, 896, {}).getpixel((5, 5)) == (9, 8, 7)
+    assert max(asked) <= MOST_PIXELS
+    with pytest.raises(ValueError, match="would be read as"):
+        resized(narrow, MOST_PIXELS + 1, 1, {})
+
+
+def test_the_filter_that_settings_name_is_taken_also_if_its_number_is_nought() -> None:
+    assert resized(picture(3, 8, 8), 4, 4, {"resample": 0}) == picture(3, 8, 8).resize((4, 4), 0)

@@ -328,6 +328,27 @@ def test_tools_are_explained_where_the_template_is_silent() -> None:
     assert talk[2]["role"] == "tool", "the caller's messages stay as they are"
 
 
+def test_pictures_stay_parts_where_tools_are_spelled() -> None:
+    def text(of: str) -> dict[str, Any]:
+        return {"type": "text", "text": of}
+
+    seen: list[Any] = [text("see "), {"type": "image"}]
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    spelled = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    told = spell(
+        [
+            {"role": "assistant", "content": seen, "tool_calls": [call]},
+            {"role": "tool", "content": seen, "tool_call_id": "c"},
+            {"role": "tool", "content": "43", "tool_call_id": "d"},
+        ]
+    )
+    assert told[0]["content"] == [*seen, text(f"\n{spelled}")]
+    after = "\n</tool_response>\n<tool_response>\n43\n</tool_response>"
+    assert told[1:] == [{"role": "user", "content": [text("<tool_response>\nsee "), {"type": "image"}, text(after)]}]
+    system = explain([{"role": "system", "content": seen}], PLAN.tools, PLAN.parser())[0]["content"]
+    assert system[:2] == seen and system[2]["text"].startswith("\n\nYou can call")
+
+
 @pytest.mark.parametrize("form", TOOLS.names())
 def test_the_explained_format_is_the_one_that_is_read(form: str) -> None:
     made = ToolPlan([tool("function_name")], form)

@@ -10,6 +10,7 @@ from phloem.checkpoint.describe import described
 from phloem.checkpoint.families import FAMILIES, audio_of, family
 from phloem.client.client import EngineClient
 from phloem.client.info import ModelInfo, with_formats
+from phloem.core.errors import ConfigError
 from phloem.multimodal import PLACES, Facts
 from phloem.multimodal._fetch import Rules
 from phloem.multimodal._reader import PictureReader, limit_of, settings_in
@@ -67,6 +68,13 @@ def _pictures(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer) -> P
         return None
     settings, more = settings_in(checkpoint.path)
     root = None if media.mm_file_root is None else Path(media.mm_file_root)
+    if root is not None and not root.expanduser().is_dir():
+        raise ConfigError(f"mm_file_root: {root} is no directory", param="mm_file_root")
     about = Facts(checkpoint.config, settings, tokenizer.token_text, more)
-    token = int(checkpoint.config[facts["token"]])
-    return PictureReader(facts["processor"], about, token, Rules(media.enable_mm_urls, root), limit)
+    rules = Rules(media.enable_mm_urls, root)
+    try:
+        return PictureReader(facts["processor"], about, int(checkpoint.config[facts["token"]]), rules, limit)
+    except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        where = checkpoint.path / "preprocessor_config.json"
+        raise ConfigError(f"{where}: this model's pictures cannot be read by it ({reason})") from None

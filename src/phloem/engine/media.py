@@ -53,6 +53,9 @@ class EncoderCache:
         return found
 
     def put(self, digest: bytes, features: Tensor) -> None:
+        # A part of what the tower made of several pictures would keep all of it alive.
+        if features.untyped_storage().nbytes() > features.nbytes:
+            features = features.clone()
         self._kept[digest] = features
         self.nbytes += features.nbytes
         while self.nbytes > self.budget and len(self._kept) > 1:

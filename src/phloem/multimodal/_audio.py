@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import wave
 from dataclasses import dataclass
 from functools import lru_cache
@@ -96,7 +97,8 @@ def decode(data: bytes, most_seconds: float, param: str = "file") -> Samples:
 
 
 def _broken(kind: str, error: Exception, param: str) -> BadRequest:
-    reason = str(error).replace("<_io.BytesIO object", "the file").splitlines()[0:1] or [type(error).__name__]
+    told = re.sub(r"<_io\.BytesIO object[^>]*>", "the file", str(error))
+    reason = told.splitlines()[0:1] or [type(error).__name__]
     return BadRequest(
         f"{param}: this {kind} file cannot be decoded: {reason[0]:.200}", param=param, code="invalid_audio"
     )
@@ -147,8 +149,10 @@ def _plain_wav(data: bytes, most_seconds: float, param: str) -> Samples:
         with wave.open(io.BytesIO(data)) as file:
             rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
             _check(rate, channels, file.getnframes(), most_seconds, param)
+            if width > 4:
+                raise wave.Error(f"samples of {width} bytes")
             raw = file.readframes(file.getnframes())
-    except (wave.Error, EOFError) as error:
+    except (wave.Error, EOFError, RuntimeError) as error:  # the last: a chunk ends before it begins
         raise _broken("wav", error, param) from None
     raw = raw[: len(raw) // (width * channels) * width * channels]
     if width == 1:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import http.client
+import io
 import ipaddress
 import socket
 import ssl
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import unquote_to_bytes, urljoin, urlsplit
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
 
 from phloem.core.errors import BadRequest
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 25 << 20
 CONNECT_SECONDS, WHOLE_SECONDS, REDIRECTS = 5.0, 15.0, 3
+_AS_IS = "%/:=&?~#+!$,;'@()*[]"  # of a target: letters that are not those of addresses alone are quoted
+JPEG = "/9j/"  # how every JPEG begins in base64; it is no path
 _TUNNELS = [ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")]
 
 
@@ -59,9 +63,11 @@ def fetch(source: str, where: str, rules: Rules) -> bytes:
         BadRequest: naming the field `where`, for whatever cannot be had or may not be.
     """
     kind = source[:8].lower()
+    if source.startswith(JPEG):
+        return as_base64(source, where)
     if kind.startswith("data:"):
         return _data(source, where)
-    if kind.startswith(("http://", "https://")):
+    if is_address(source):
         if not rules.urls:
             _refuse(where, "addresses are not fetched here (--enable-mm-urls); send the picture as a data URI")
         return _over_http(source, where, rules)
@@ -69,14 +75,22 @@ def fetch(source: str, where: str, rules: Rules) -> bytes:
         return _file(source, where, rules)
     if "://" in source[:16]:
         _refuse(where, f"unknown kind of address {source.partition('://')[0]!r:.40}")
-    return _base64(source, where)
+    return as_base64(source, where)
+
+
+def is_address(source: str) -> bool:
+    """Whether its bytes come over the network."""
+    return source[:8].lower().startswith(("http://", "https://"))
 
 
 def _refuse(where: str, why: str, code: str = "bad_image") -> None:
     raise BadRequest(f"{where}: {why}", param=where, code=code)
 
 
-def _base64(text: str, where: str) -> bytes:
+def as_base64(text: str, where: str) -> bytes:
+    """Line breaks between the letters are left out. Raises BadRequest."""
+    if any(space in text for space in " \r\n"):
+        text = "".join(text.split())
     if len(text) > MOST_BYTES * 4 // 3 + 4:
         _refuse(where, f"more than {MOST_BYTES >> 20} MiB", "too_large")
     try:
@@ -89,7 +103,7 @@ def _data(source: str, where: str) -> bytes:
     head, comma, body = source.partition(",")
     if not comma:
         _refuse(where, "a data URI without data")
-    return _base64(body.strip(), where) if head.lower().endswith(";base64") else unquote_to_bytes(body)
+    return as_base64(body, where) if head.lower().endswith(";base64") else unquote_to_bytes(body)
 
 
 def _file(source: str, where: str, rules: Rules) -> bytes:
@@ -97,15 +111,16 @@ def _file(source: str, where: str, rules: Rules) -> bytes:
         _refuse(where, "files are not read here (--mm-file-root)")
         return b""
     root = rules.root.expanduser().resolve()
-    path = Path(source.removeprefix("file://")).expanduser()
+    name = unquote(source[7:]) if source[:7].lower() == "file://" else source
     try:
+        path = Path(name).expanduser()
         path = (path if path.is_absolute() else root / path).resolve(strict=True)
         if not path.is_relative_to(root) or not path.is_file():
             raise OSError
         if path.stat().st_size > MOST_BYTES:
             _refuse(where, f"more than {MOST_BYTES >> 20} MiB", "too_large")
         return path.read_bytes()
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # the last: nobody's home
         # The same words for what is not there and what may not be read.
         raise BadRequest(f"{where}: there is no such file below the root", param=where, code="bad_image") from None
 
@@ -116,8 +131,11 @@ def _over_http(url: str, where: str, rules: Rules) -> bytes:
         found = _once(url, where, rules, deadline)
         if isinstance(found, bytes):
             return found
-        url = urljoin(url, found)
-    raise BadRequest(f"{where}: more than {REDIRECTS} redirects", param=where, code="bad_image")
+        try:
+            url = urljoin(url, found)
+        except ValueError:
+            break
+    raise BadRequest(f"{where}: more than {REDIRECTS} redirects, or one to no address", param=where, code="bad_image")
 
 
 def _once(url: str, where: str, rules: Rules, deadline: float) -> bytes | str:
@@ -130,22 +148,25 @@ def _once(url: str, where: str, rules: Rules, deadline: float) -> bytes | str:
     if parts.scheme not in ("http", "https") or not host or parts.username is not None:
         raise BadRequest(f"{where}: no address that is fetched", param=where, code="bad_image")
     try:
-        plain = socket.create_connection((_address(host, port, where, rules), port), CONNECT_SECONDS)
-        with plain:
-            plain.settimeout(max(0.1, deadline - time.monotonic()))
-            secure: socket.socket = plain
+        address = _address(host, port, where, rules)
+        sock = socket.create_connection((address, port), min(CONNECT_SECONDS, _left(deadline)))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(sock)
             if parts.scheme == "https":
-                secure = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+                sock.settimeout(_left(deadline))
+                sock = stack.enter_context(ssl.create_default_context().wrap_socket(sock, server_hostname=host))
             connection = http.client.HTTPConnection(host, port)
-            connection.sock = secure
-            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection.sock = cast("Any", _Timed(sock, deadline))
+            target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=_AS_IS)
             connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "phloem"})
             answer = connection.getresponse()
             if answer.status in (301, 302, 303, 307, 308):
                 return answer.headers.get("Location") or ""
             if answer.status != 200:
                 raise BadRequest(f"{where}: the address answered {answer.status}", param=where, code="bad_image")
-            return _body(answer, secure, where, deadline)
+            return _body(answer, where)
+    except TimeoutError:
+        raise BadRequest(f"{where}: the address is too slow", param=where, code="bad_image") from None
     except (OSError, http.client.HTTPException, UnicodeError, ValueError) as error:
         reason = type(error).__name__
         raise BadRequest(f"{where}: the address gave nothing ({reason})", param=where, code="bad_image") from None
@@ -159,16 +180,43 @@ def _address(host: str, port: int, where: str, rules: Rules) -> str:
     return found[0]
 
 
-def _body(answer: http.client.HTTPResponse, sock: socket.socket, where: str, deadline: float) -> bytes:
+def _body(answer: http.client.HTTPResponse, where: str) -> bytes:
     data = bytearray()
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            _refuse(where, f"not there after {WHOLE_SECONDS:g} seconds")
-        sock.settimeout(left)
-        piece = answer.read1(1 << 16)
-        if not piece:
-            return bytes(data)
+    while piece := answer.read1(1 << 16):
         data += piece
         if len(data) > MOST_BYTES:
             _refuse(where, f"more than {MOST_BYTES >> 20} MiB", "too_large")
+    return bytes(data)
+
+
+def _left(deadline: float) -> float:
+    """Seconds. Raises TimeoutError where there are none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+class _Timed(io.RawIOBase):
+    """A socket as `http.client` takes it: whatever is sent or read, headers too, until the deadline and no longer."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        super().__init__()
+        self._sock, self._deadline = sock, deadline
+
+    def makefile(self, *_: Any) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def sendall(self, data: bytes) -> None:
+        self._sock.settimeout(_left(self._deadline))
+        self._sock.sendall(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        self._sock.settimeout(_left(self._deadline))
+        return self._sock.recv_into(buffer)
+
+    def close(self) -> None:
+        """Nothing: `http.client` closes before the body has been read, and whoever dialled closes the socket."""

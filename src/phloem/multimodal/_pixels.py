@@ -52,12 +52,24 @@ def decode(data: bytes, where: str) -> Any:
 
 
 def resized(image: Any, width: int, height: int, settings: dict[str, Any], default: int = 3) -> Any:
-    """To this size, by the filter that `settings` name (Pillow's number; 3 is bicubic)."""
+    """To this size, by the filter that `settings` name (Pillow's number; 3 is bicubic).
+
+    Raises:
+        ValueError: it would have too many pixels, as very narrow pictures may.
+    """
     from PIL import Image
 
     if image.size == (width, height):
         return image
-    return image.resize((width, height), Image.Resampling(int(settings.get("resample") or default)))
+    if width * height > MOST_PIXELS:
+        was = "{} x {}".format(*image.size)
+        raise ValueError(f"{was} would be read as {width} x {height} pixels, more than {MOST_PIXELS}")
+    given = settings.get("resample")
+    by = Image.Resampling(default if given is None else int(given))
+    # Pillow widens rows before it makes them fewer: a column of a million pixels would take gigabytes on the way.
+    if width * image.height > MOST_PIXELS:
+        image = image.resize((image.width, height), by)
+    return image.resize((width, height), by)
 
 
 def as_array(image: Any) -> NDArray[np.uint8]:

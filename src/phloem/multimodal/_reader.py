@@ -13,7 +13,7 @@ import json
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from phloem.core.errors import BadRequest, ConfigError
 from phloem.core.media import Media
 from phloem.multimodal import PROCESSORS, Facts
-from phloem.multimodal._fetch import Rules, fetch
+from phloem.multimodal._fetch import Rules, as_base64, fetch, is_address
 from phloem.multimodal._pixels import available, decode
 
 if TYPE_CHECKING:
@@ -30,18 +30,22 @@ if TYPE_CHECKING:
 
     from phloem.multimodal import Picture, Processor
 
-THREADS = 4
+THREADS, DIALLING = 4, 8
 KEPT_BYTES = 256 << 20  # of pixels
 MOST_PICTURES = 16  # of a request, where nobody says otherwise
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A picture as a client names it. `where`: the field, for errors; `data`: the file itself, where it is here."""
+    """A picture as a client names it. `where`: the field, for errors; `data`: the file itself, where it is here.
+
+    `plain`: the text is base64, whatever it looks like.
+    """
 
     text: str
     where: str
     data: bytes | None = None
+    plain: bool = False
 
 
 class PictureReader:
@@ -59,6 +63,7 @@ class PictureReader:
         self.token, self.rules, self.limit = token, rules, limit
         self._name = name
         self._pool: ThreadPoolExecutor | None = None
+        self._dialling: ThreadPoolExecutor | None = None  # apart: slow servers keep no picture that is here waiting
         self._kept: OrderedDict[bytes, tuple[Picture, bytes]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
@@ -81,11 +86,22 @@ class PictureReader:
             )
         if self._pool is None:
             self._pool = ThreadPoolExecutor(THREADS, "phloem-pictures")
+            self._dialling = ThreadPoolExecutor(DIALLING, "phloem-addresses")
+        return list(await asyncio.gather(*(self._read(item) for item in sources)))
+
+    async def _read(self, source: Source) -> tuple[Picture, bytes]:
         loop = asyncio.get_running_loop()
-        return list(await asyncio.gather(*(loop.run_in_executor(self._pool, self._one, item) for item in sources)))
+        if self.rules.urls and source.data is None and not source.plain and is_address(source.text):
+            data = await loop.run_in_executor(self._dialling, fetch, source.text, source.where, self.rules)
+            source = replace(source, data=data)
+        return await loop.run_in_executor(self._pool, self._one, source)
 
     def _one(self, source: Source) -> tuple[Picture, bytes]:
-        data = source.data if source.data is not None else fetch(source.text, source.where, self.rules)
+        data = source.data
+        if data is None and source.plain:
+            data = as_base64(source.text, source.where)
+        elif data is None:
+            data = fetch(source.text, source.where, self.rules)
         key = hashlib.sha256(data).digest()
         with self._lock:
             if key in self._kept:
@@ -110,8 +126,9 @@ class PictureReader:
         return hashlib.sha256(json.dumps(about).encode() + np.ascontiguousarray(picture.pixels).tobytes()).digest()
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._dialling):
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     # into prompts
 

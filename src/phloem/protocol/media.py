@@ -75,7 +75,7 @@ def block_source(block: dict[str, Any], where: str) -> Source:
     found = cast("dict[str, Any]", source) if isinstance(source, dict) else {}
     kind = found.get("type")
     if kind == "base64" and isinstance(found.get("data"), str):
-        return Source(found["data"], f"{where}.source.data")
+        return Source(found["data"], f"{where}.source.data", plain=True)
     if kind == "url" and isinstance(found.get("url"), str):
         return Source(found["url"], f"{where}.source.url")
     raise BadRequest(f"{where}.source: expected base64 with data, or url with an url", param=f"{where}.source")

@@ -8,6 +8,7 @@ import msgspec
 
 from phloem.core.errors import BadRequest
 from phloem.grammar.schema.numbers import as_double
+from phloem.protocol.media import source_of
 from phloem.server.chat.body import ChatBody, ContentPart, Message
 from phloem.server.chat.toolplan import without_foreign
 from phloem.server.responses.body import AS_IN_CHAT, ResponseFields
@@ -137,7 +138,7 @@ def _seen(content: Any, where: str) -> str | list[ContentPart]:
                 raise BadRequest(
                     f"{place}: image_url is missing; files are not kept here", param=place, code="not_supported"
                 )
-            found.append(ContentPart(type="image_url", image_url=part["image_url"]))
+            found.append(ContentPart(type="image", image=source_of(part["image_url"], f"{place}.image_url")))
         else:
             found.append(ContentPart(type="text", text=_content([part], where)))
     return found

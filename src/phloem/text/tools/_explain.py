@@ -30,7 +30,8 @@ def explain(
     told = _INTRODUCTION.format(listing=listing) + _how(parser)
     if messages and messages[0].get("role") in ("system", "developer"):
         first = messages[0]
-        return [{**first, "content": f"{first.get('content') or ''}\n\n{told}".strip()}, *messages[1:]]
+        before = [first["content"], "\n\n"] if first.get("content") else []
+        return [{**first, "content": _joined([*before, told])}, *messages[1:]]
     return [{"role": "system", "content": told}, *messages]
 
 
@@ -47,10 +48,9 @@ def spell(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     after_result = False
     for message in messages:
         if message.get("role") == "tool":
-            text = f"<tool_response>\n{message.get('content') or ''}\n</tool_response>"
-            if after_result:
-                text = f"{found.pop()['content']}\n{text}"
-            found.append({"role": "user", "content": text})
+            before = [found.pop()["content"], "\n"] if after_result else []
+            told = [*before, "<tool_response>\n", message.get("content") or "", "\n</tool_response>"]
+            found.append({"role": "user", "content": _joined(told)})
             after_result = True
             continue
         after_result = False
@@ -59,10 +59,24 @@ def spell(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _without_calls(message: dict[str, Any]) -> dict[str, Any]:
-    texts = [message["content"]] if message.get("content") else []
-    texts += [_spell_call(call) for call in message["tool_calls"]]
+    calls = "\n".join(_spell_call(call) for call in message["tool_calls"])
     kept = {key: value for key, value in message.items() if key != "tool_calls"}
-    return {**kept, "content": "\n".join(texts)}
+    return {**kept, "content": _joined([message["content"], "\n", calls] if message.get("content") else [calls])}
+
+
+def _joined(contents: list[Any]) -> str | list[dict[str, Any]]:
+    """Contents of messages one after the other: a text, or parts where one has pictures."""
+    if all(isinstance(content, str) for content in contents):
+        return "".join(contents)
+    found: list[dict[str, Any]] = []
+    for content in contents:
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
+            if found and part.get("type") == found[-1].get("type") == "text":
+                found[-1] = {"type": "text", "text": found[-1]["text"] + part["text"]}
+            else:
+                found.append(part)
+    return found
 
 
 def _spell_call(call: dict[str, Any]) -> str:

@@ -116,6 +116,7 @@ class WeightIndex:
             for part, name in enumerate(weight.names):
                 self.slots.setdefault(name, []).append((weight, part))
         self.embedding = embedding
+        self.lost: set[str] = set()  # tensors whose memory was given back, until they are there again
         self._elsewhere = {name for weight in self.weights for name in weight.elsewhere}
         self._companions = self._name_companions()
         if ctx.quant is not None:
@@ -299,12 +300,17 @@ class WeightIndex:
             raise ModelLoadError(f"no weight is called {name!r}; see weight_names()")
         return self.slots[name]
 
-    def get(self, name: str, rows: int | None = None) -> Tensor:
+    def get(self, name: str, rows: int | None = None, *, lost: bool = False) -> Tensor:
         """One tensor as a checkpoint would hold it (a copy); on a rank of several, of the rows and columns it keeps.
 
-        `rows`: the first so many rows alone.
+        `rows`: the first so many rows alone. `lost`: also where there are no values, but memory.
+
+        Raises:
+            ModelLoadError: there is no such tensor, or its memory has been given back.
         """
         places = self.places(name)
+        if name in self.lost and not lost:
+            raise ModelLoadError(f"the memory of {name} has been given back, and its values are not there")
         parts = [(weight, number, weight.part(number)) for weight, number in places]
         if parts[0][2] is None:
             return self._stored(*places[0], rows)

@@ -22,6 +22,7 @@ from phloem.models._index import some
 from phloem.models._packed_linear import Packed
 from phloem.models._probe import PASS, PROBE, RUN, Layers, check_alone, register
 from phloem.models._push import Push
+from phloem.models._stored import unused_scales
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -216,6 +217,11 @@ def _made(transformers: Any, checkpoint: Checkpoint, config: Any, ctx: BuildCont
     if missing:
         raise ModelLoadError(f"{checkpoint.path}: {len(missing)} tensors are missing: {some(missing)}")
     unused = sorted(map(str, told.get("unexpected_keys") or ()))
+    if scales := unused_scales(unused):
+        raise ModelLoadError(
+            f"{checkpoint.path}: {len(scales)} tensors belong to weights in a format that is not supported: "
+            f"{some(scales)}"
+        )
     if unused:
         LOG.warning("%s: %d tensors are not used: %s", checkpoint.path, len(unused), some(unused))
     return theirs

@@ -92,17 +92,20 @@ def _safetensors_sources(
 
 
 def _no_bias(name: str, key: str, file: Any, index: WeightIndex) -> bool:
-    """Whether a tensor is the bias of zeros that quantisers write beside each matrix of layers that have none.
+    """Whether a tensor is a bias of zeros beside a matrix that has none here, as quantisers write them.
 
     Raises:
         ModelLoadError: if it is not of zeros: it would be left out, and would change the answers.
     """
     matrix = name.removesuffix(".bias") + ".weight"
-    if index.ctx.quant is None or index.ctx.quant.join is None or matrix not in index.slots or matrix == name:
+    if not name.endswith(".bias") or matrix not in index.slots:
         return False
-    if name.endswith(".bias") and bool(file.get_tensor(key).any()):
-        raise ModelLoadError(f"{key}: this family has no bias there, and it is not of zeros")
-    return name.endswith(".bias")
+    if bool(file.get_tensor(key).any()):
+        raise ModelLoadError(
+            f"{key}: this family has no bias there, and it is not of zeros: leaving it out would change the answers "
+            "(config.json may lack attention_bias or mlp_bias)"
+        )
+    return True
 
 
 class WeightIndex:

@@ -96,7 +96,9 @@ class Keeper(updates.Keeper):
         self._runner, self._index, self._rename = runner, model.index, model.checkpoint_name
         self._backup, self._model_type = backup, checkpoint.model_type
         self._origin: tuple[Checkpoint, Any] | None = (checkpoint, state_of(checkpoint))  # what is in memory, on disk
-        self._read: tuple[Checkpoint, Any] | None = None  # what the update under way brings, if all is of one checkpoint
+        self._read: tuple[Checkpoint, Any] | None = (
+            None  # whose whole the update brings
+        )
         self._ready: Push | None = None
         self._collected: Push | None = None
         self._lost_before: set[str] = set()  # of the index, when memory was given back
@@ -114,9 +116,7 @@ class Keeper(updates.Keeper):
 
     def begin(self) -> None:
         if self._collected is not None:
-            raise BadRequest(
-                "an update has begun already: end it, or abort_weight_update if whoever began it is gone"
-            )
+            raise BadRequest("an update has begun already: end it, or abort_weight_update if whoever began it is gone")
         self._collected, self._read = Push(self._index, self._rename), None
 
     def drop(self) -> int:

@@ -96,9 +96,7 @@ class Keeper(updates.Keeper):
         self._runner, self._index, self._rename = runner, model.index, model.checkpoint_name
         self._backup, self._model_type = backup, checkpoint.model_type
         self._origin: tuple[Checkpoint, Any] | None = (checkpoint, state_of(checkpoint))  # what is in memory, on disk
-        self._read: tuple[Checkpoint, Any] | None = (
-            None  # whose whole the update brings
-        )
+        self._read: tuple[Checkpoint, Any] | None = None  # whose whole the update brings
         self._ready: Push | None = None
         self._collected: Push | None = None
         self._lost_before: set[str] = set()  # of the index, when memory was given back

@@ -47,8 +47,9 @@ the dequantised model (`tests/models/test_stored_formats.py`, `tests/models/test
 | `hqq`, `torchao`, `quark`, `w4afp8`, `aqlm`, `eetq`, `quanto` | | | all, with a remedy |
 
 Made while a 16-bit checkpoint is loaded (`--quantization`): `int4` (`Q4_1`), `int8` (`Q8_0`), `mxfp4` (`Q5_0`), `fp8`
-(values of e4m3 with a scale per output, in the model's type). Written by `phloem quantize`: int4 with zero points, int8
-and FP8 with a scale per output, all in compressed-tensors' layout.
+(values of e4m3 with a scale per output, in the model's type). Written by
+`phloem quantize MODEL OUT --to int4|int8|fp8`: int4 with zero points, int8 and FP8 with a scale per output,
+all in compressed-tensors' layout.
 
 What each costs is told by `phloem bench accuracy` (perplexity of the language reference that ships with Python): see
 [benchmarks](benchmarks.md#quality-accuracy).

@@ -175,6 +175,10 @@ class Administered:
     ) -> tuple[bool, str]:
         return self._did("end_update", version=weight_version, flush=flush_cache, abort_all=abort_all_requests)
 
+    def abort_weight_update(self) -> tuple[bool, str]:
+        """Forget what was collected since `begin_weight_update`; the weights stay what they are."""
+        return self._did("abort_update")
+
     def update_weight_version(self, new_version: str, abort_all_requests: bool = True) -> tuple[bool, str]:
         """Name the weights anew."""
         return self._did("update_version", version=new_version, abort_all=abort_all_requests)

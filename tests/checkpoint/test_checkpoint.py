@@ -147,11 +147,12 @@ def test_shards_without_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "rwkv"}, r"config.json: unknown model type 'rwkv'; known: .*gemma3, gemma3_text, .*llama"),
+        ({"model_type": "rwkv"}, r"config.json: unknown model type 'rwkv'; .*known: .*gemma3, gemma3_text, .*llama"),
         ({"model_type": None}, "config.json: no model_type"),
         ({"vocab_size": "many"}, "config.json: vocab_size is 'many', expected a whole number"),
         ({"hidden_size": 0}, "config.json: hidden_size is 0"),
         ({"num_hidden_layers": None}, "config.json: num_hidden_layers is None"),
+        ({"num_hidden_layers": 1_000_000}, "num_hidden_layers is 1000000, expected at most"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"num_attention_heads": 6, "num_key_value_heads": 6}, "hidden_size 32 is not a multiple"),
         ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config 'hqq' is not supported"),

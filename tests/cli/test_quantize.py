@@ -158,3 +158,29 @@ def test_rows_of_zeros_and_small_ones_stay_numbers(made: Path, tmp_path: Path, k
     got = model.get_weight("model.layers.1.mlp.up_proj.weight")
     assert not got[:8].any() and got.isfinite().all() and got[8:16].any()
     assert kind == "fp8" or "do not fit" not in method.report.decision("float32")[1]
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "opt"])
+def test_tables_that_are_read_by_row_stay_as_they_are(tmp_path: Path, family: str) -> None:
+    path = tiny_checkpoint(family, tmp_path / "made")
+    assert quantize(path, tmp_path / "out", "--to", "int8") == 0
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    tables = [name for name in stored if "embed" in name.split(".")[-2]]
+    assert len(tables) > 1 and all(stored[name].dtype == torch.float32 for name in tables)
+
+
+def test_a_model_of_tables_and_transposed_matrices_has_nothing_to_quantise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(tiny_checkpoint("gpt2", tmp_path / "made"), tmp_path / "out", "--to", "int8") == 1
+    assert "no matrix of its own" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_could_not_be_served_is_not_quantised(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from model_support import edited
+
+    few = edited(made, tmp_path / "few", lambda all_: {k: v for k, v in all_.items() if k != "model.norm.weight"})
+    assert quantize(few, tmp_path / "out", "--to", "int8") == 1
+    assert "1 tensors are missing: model.norm.weight" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -42,6 +42,22 @@ def test_unexpected_tensors_are_named(made: Any, tmp_path: Path, caplog: pytest.
     assert "1 tensors are not used: extra.weight" in caplog.text
 
 
+def test_a_bias_that_nobody_adds_is_refused_unless_it_is_of_zeros(made: Any, tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.q_proj.bias"
+    rows = made("llama")[0]
+    size = Engine(rows).model.get_weight(name.replace("bias", "weight")).shape[0]
+    Engine(edited(rows, tmp_path / "zeros", lambda stored: {**stored, name: torch.zeros(size)}))
+    with pytest.raises(ModelLoadError, match=rf"{name}: this family has no bias there.*attention_bias"):
+        Engine(edited(rows, tmp_path / "ones", lambda stored: {**stored, name: torch.ones(size)}))
+
+
+@pytest.mark.parametrize("groups", ["x", [1], 7])
+def test_a_quantisation_that_is_not_written_as_its_format_says_is_told(made: Any, tmp_path: Path, groups: Any) -> None:
+    said = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    with pytest.raises(ModelLoadError, match="quantization_config: not as compressed-tensors writes it"):
+        Engine(edited(made("llama")[0], tmp_path / "x", quantization_config=said))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -249,3 +249,31 @@ def test_tensors_that_are_missing_are_named(written: Any, tmp_path: Path) -> Non
     path = edited(written("olmo"), tmp_path / "few", lambda all_: {k: v for k, v in all_.items() if k != lost})
     with pytest.raises(ModelLoadError, match=r"1 tensors are missing: model\.layers.1.mlp.up_proj.weight"):
         Foreign(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda w: w.to(torch.int8), r"1 tensors are in a type that stands for no weights by itself.*\bis I8"),
+        (lambda w: w.to(torch.float8_e4m3fn), "is F8_E4M3"),
+        (lambda w: w[:-1].clone(), r"have another shape: model.layers.1.mlp.up_proj.weight is \["),
+    ],
+)
+def test_tensors_that_are_no_weights_or_of_another_shape_are_named(
+    written: Any, tmp_path: Path, change: Any, told: str
+) -> None:
+    from model_support import edited
+
+    odd = "model.layers.1.mlp.up_proj.weight"
+    path = edited(written("olmo"), tmp_path / "odd", lambda all_: {**all_, odd: change(all_[odd])})
+    with pytest.raises(ModelLoadError, match=told):
+        Foreign(path)
+
+
+def test_scales_that_nobody_uses_are_refused(written: Any, tmp_path: Path) -> None:
+    from model_support import edited
+
+    scale = {"model.layers.1.mlp.up_proj.weight_scale": torch.ones(1)}
+    path = edited(written("olmo"), tmp_path / "scaled", lambda all_: {**all_, **scale})
+    with pytest.raises(ModelLoadError, match=r"a format that is not supported: .*weight_scale"):
+        Foreign(path)

@@ -162,3 +162,22 @@ def test_a_rendezvous_without_a_trainer_ends_and_holds_nobody_up(engine: Engine)
 
 
 _GROUP: dict[str, Any] = {"master_address": "127.0.0.1", "master_port": 9, "rank_offset": 1, "world_size": 2}
+
+
+def test_a_rendezvous_that_fails_late_leaves_another_group_of_its_name_alone(engine: Engine) -> None:
+    """A trainer that gave the wrong port destroys the group, and begins anew under the same name."""
+    from phloem.protocol import weights as ask
+
+    def joining(timeout: float) -> Any:
+        body = ask.InitGroupBody(
+            master_address="127.0.0.1", master_port=str(free_port()), rank_offset=1, world_size=2, group_name="g"
+        )
+        args = {**ask.group(body), "timeout": timeout}
+        return engine._door.start(engine._client.control("init_group", 60.0, **args))
+
+    first = joining(1.0)
+    engine.destroy_weights_update_group("g")
+    second = joining(30.0)
+    assert not first.result(50).ok
+    engine.destroy_weights_update_group("g")  # raises: there is no such group
+    del second

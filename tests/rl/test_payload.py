@@ -101,6 +101,11 @@ def test_a_flattened_bucket_gives_its_tensors_wherever_they_begin(metadata: Any)
         end += len(row)
     bucket = {"flattened_tensor": torch.cat(rows), "metadata": places}
     same(named_tensors([dumped(bucket)], "flattened_bucket", LIMIT), tensors)
+    wide = {"flattened_tensor": torch.zeros(1, dtype=torch.uint8).expand(1 << 40)}  # one byte, shown very often
+    with pytest.raises(BadRequest, match="one behind the other"):
+        named_tensors([dumped({**wide, "metadata": []})], "flattened_bucket", LIMIT)
+    with pytest.raises(BadRequest, match="in the same place"):  # so that a few bytes would take any memory
+        named_tensors([dumped({**bucket, "metadata": [*places, places[0]]})], "flattened_bucket", LIMIT)
     places[1].end_idx = 400
     with pytest.raises(BadRequest, match="lies outside of it"):
         named_tensors([dumped(bucket)], "flattened_bucket", LIMIT)

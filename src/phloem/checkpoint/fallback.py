@@ -81,26 +81,27 @@ def choose(model_type: str, own: Sequence[str], asked: str, whole: dict[str, Any
     Raises:
         ModelLoadError: neither can, or the one that is asked for cannot; with the reason.
     """
-    unknown = f"{where}: unknown model type {model_type!r}; known: {', '.join(own)}"
+    unknown, known = f"{where}: unknown model type {model_type!r}", f"known: {', '.join(own)}"
     if asked != "transformers" and model_type in own:
         return Chosen("phloem", f"models/{model_type}.py{', as asked' if asked == 'phloem' else ''}")
     if asked == "phloem":
-        raise ModelLoadError(f"{unknown} (model_impl is phloem)", param="model_impl")
+        raise ModelLoadError(f"{unknown} (model_impl is phloem); {known}", param="model_impl")
     brought = _brought_code(whole)
     classes = causal_classes()
     name = classes.get(model_type) or classes.get(model_type.replace("_", "-"))
     if not classes:
-        raise ModelLoadError(f"{unknown}; others need the package transformers, which is not installed")
+        raise ModelLoadError(f"{unknown}; others need the package transformers, which is not installed; {known}")
     if name is None and not (brought and trust):
         why = "the checkpoint brings code of its own, which is run with --trust-remote-code alone"
         raise ModelLoadError(
-            f"{unknown}; {why if brought else f'transformers {version()} has no class of it for text'}"
+            f"{unknown}; {why if brought else f'transformers {version()} has no class of it for text'}; {known}"
         )
     why = refusal(whole) or (None if name is None else _keeps_its_attention(model_type))
     if why is not None:
         first = unknown if model_type not in own else f"{where}: model_impl is transformers"
+        last = f"; {known}" if model_type not in own else ""
         raise ModelLoadError(
-            f"{first}; transformers' {name or 'code'} cannot be served here: {why}", param="model_impl"
+            f"{first}; transformers' {name or 'code'} cannot be served here: {why}{last}", param="model_impl"
         )
     reason = "as asked" if asked == "transformers" else f"no file models/{model_type}.py"
     return Chosen("transformers", f"{reason}: {name or brought} of {'the checkpoint' if name is None else version()}")

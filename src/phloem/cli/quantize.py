@@ -21,6 +21,7 @@ from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
 from phloem.models import FAMILIES
 from phloem.models._common import Decoder
+from phloem.models._index import open_sources
 from phloem.models._stored import as_base
 from phloem.quant._writers import WRITERS, scheme
 
@@ -37,6 +38,7 @@ DESCRIPTION = (
 )
 _LEFT_OUT = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".index.json")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
+_TABLES = ("wte", "wpe")  # read by row, as whatever is called an embedding
 _POSITIONS = 64  # tables of positions are not used here
 
 
@@ -110,6 +112,8 @@ class _Writer:
         model = FAMILIES.get(checkpoint.model_type)(checkpoint.config, replace(ctx, name=""), _POSITIONS)
         if not isinstance(model, Decoder):
             raise ModelLoadError(f"{checkpoint.path}: quantize does not know the layers of {checkpoint.model_type}")
+        sources, _ = open_sources(checkpoint, model.index, model.checkpoint_name)
+        model.index.check(sources, str(checkpoint.path))  # what could not be served would not be told before
         names = [name for header in self.headers.values() for name in header]
         rename = as_base(model.checkpoint_name, names, model.index.embedding)
         linear: set[str] = set()
@@ -121,17 +125,21 @@ class _Writer:
                 linear.add(name)
         chosen = {name for name in names if rename(name) in linear and self._wanted(name)}
         if not chosen:
-            raise ModelLoadError(f"{checkpoint.path}: no matrix of its own in a tensor is left to be quantised")
+            group = self.options.group_size
+            whole = f" whose inputs are whole groups of {group} (--group-size)" if self.options.to == "int4" else ""
+            raise ModelLoadError(f"{checkpoint.path}: no matrix of its own in a tensor{whole} is left to be quantised")
         return chosen
 
     def _wanted(self, name: str) -> bool:
         module, _, last = name.rpartition(".")
         router = any(part in _ROUTERS for part in module.split(".")[-2:])
+        own = module.rpartition(".")[2]
+        table = own in _TABLES or "embed" in own
         kept = any(fnmatch.fnmatchcase(module, pattern) for pattern in self.options.keep)
         entry = next(header[name] for header in self.headers.values() if name in header)
         fits = self.options.to != "int4" or entry["shape"][-1] % self.options.group_size == 0
         floats = entry["dtype"] in ("F32", "F16", "BF16") and len(entry["shape"]) == 2
-        return last == "weight" and floats and fits and not router and not kept
+        return last == "weight" and floats and fits and not (router or kept or table)
 
     def write(self) -> None:
         begun, out = perf_counter(), self.out

@@ -82,8 +82,9 @@ class Control(Message):
     pinned; data: loaded, path by name), `unload_lora_adapter` (args: name; data: loaded, users).
 
     Of weights (`scheduler/weights.py`): `update_weights` (args: source and what `core.updates.Keeper.read` takes,
-    version, flush, abort_all; data: tensors, version, epoch, aborted), `begin_update`, `end_update`, `update_version`
-    (args: version, abort_all), `init_group`, `destroy_group`, `check_weights` (args: action, skip; data: checksums),
+    version, flush, abort_all; data: tensors, version, epoch, aborted), `begin_update`, `end_update`, `abort_update`,
+    `update_version` (args: version, abort_all), `init_group`, `destroy_group`,
+    `check_weights` (args: action, skip; data: checksums),
     `release_memory` and `resume_memory` (args: tags; data: bytes, or unfit).
     """
 

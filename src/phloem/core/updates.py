@@ -41,6 +41,10 @@ class Keeper(Protocol):
         """Make ready what was collected. Raises BadRequest: nothing is collected."""
         ...
 
+    def drop(self) -> int:
+        """Forget what was collected: how many tensors. Raises BadRequest: nothing is collected."""
+        ...
+
     def put(self) -> None:
         """Put in place what was made ready last. For `between`."""
         ...

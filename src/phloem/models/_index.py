@@ -92,17 +92,20 @@ def _safetensors_sources(
 
 
 def _no_bias(name: str, key: str, file: Any, index: WeightIndex) -> bool:
-    """Whether a tensor is the bias of zeros that quantisers write beside each matrix of layers that have none.
+    """Whether a tensor is a bias of zeros beside a matrix that has none here, as quantisers write them.
 
     Raises:
         ModelLoadError: if it is not of zeros: it would be left out, and would change the answers.
     """
     matrix = name.removesuffix(".bias") + ".weight"
-    if index.ctx.quant is None or index.ctx.quant.join is None or matrix not in index.slots or matrix == name:
+    if not name.endswith(".bias") or matrix not in index.slots:
         return False
-    if name.endswith(".bias") and bool(file.get_tensor(key).any()):
-        raise ModelLoadError(f"{key}: this family has no bias there, and it is not of zeros")
-    return name.endswith(".bias")
+    if bool(file.get_tensor(key).any()):
+        raise ModelLoadError(
+            f"{key}: this family has no bias there, and it is not of zeros: leaving it out would change the answers "
+            "(config.json may lack attention_bias or mlp_bias)"
+        )
+    return True
 
 
 class WeightIndex:
@@ -116,6 +119,7 @@ class WeightIndex:
             for part, name in enumerate(weight.names):
                 self.slots.setdefault(name, []).append((weight, part))
         self.embedding = embedding
+        self.lost: set[str] = set()  # tensors whose memory was given back, until they are there again
         self._elsewhere = {name for weight in self.weights for name in weight.elsewhere}
         self._companions = self._name_companions()
         if ctx.quant is not None:
@@ -299,12 +303,17 @@ class WeightIndex:
             raise ModelLoadError(f"no weight is called {name!r}; see weight_names()")
         return self.slots[name]
 
-    def get(self, name: str, rows: int | None = None) -> Tensor:
+    def get(self, name: str, rows: int | None = None, *, lost: bool = False) -> Tensor:
         """One tensor as a checkpoint would hold it (a copy); on a rank of several, of the rows and columns it keeps.
 
-        `rows`: the first so many rows alone.
+        `rows`: the first so many rows alone. `lost`: also where there are no values, but memory.
+
+        Raises:
+            ModelLoadError: there is no such tensor, or its memory has been given back.
         """
         places = self.places(name)
+        if name in self.lost and not lost:
+            raise ModelLoadError(f"the memory of {name} has been given back, and its values are not there")
         parts = [(weight, number, weight.part(number)) for weight, number in places]
         if parts[0][2] is None:
             return self._stored(*places[0], rows)

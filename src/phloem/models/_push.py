@@ -105,6 +105,10 @@ class Push:
         self._ahead = 0
         self.names.add(name)
 
+    def clear(self) -> None:
+        """Forget what has come."""
+        self._jobs, self.names, self._ahead = {}, set(), 0
+
     @property
     def whole(self) -> bool:
         """Whether every tensor of the model is in it."""
@@ -144,7 +148,7 @@ class Push:
 
     def _packed(self, weight: Weight, given: dict[str, Source]) -> Any:
         """A weight packed anew, with the parts that it has where no new ones came."""
-        kept = {name: self._index.get(name) for name in weight.names if name not in given}
+        kept = {name: self._index.get(name, lost=True) for name in weight.names if name not in given}
         lacking = [name for name in kept if tuple(kept[name].shape) != self._index.stored_shape(name)]
         if lacking:
             raise ModelLoadError(f"{some(lacking)}: only shares are here; push them with {some(list(given))}")

@@ -45,15 +45,27 @@ class Stored:
     dtype: torch.dtype
 
 
-def stored_in(path: Path) -> dict[str, Stored]:
-    """Every tensor of a safetensors file whose type torch has; the file's header says where (`safetensors` format)."""
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where a safetensors file's data begins, and what it says of each tensor."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        header: dict[str, Any] = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return 8 + size, header
+
+
+def stored_kinds(path: Path) -> dict[str, str]:
+    """The file's name of each tensor's type."""
+    return {name: str(entry["dtype"]) for name, entry in _header(path)[1].items()}
+
+
+def stored_in(path: Path) -> dict[str, Stored]:
+    """Every tensor of a safetensors file whose type torch has; the file's header says where (`safetensors` format)."""
+    begin, header = _header(path)
     return {
-        name: Stored(path, 8 + size + entry["data_offsets"][0], _STORED_KINDS[entry["dtype"]])
+        name: Stored(path, begin + entry["data_offsets"][0], _STORED_KINDS[entry["dtype"]])
         for name, entry in header.items()
-        if name != "__metadata__" and entry["dtype"] in _STORED_KINDS
+        if entry["dtype"] in _STORED_KINDS
     }
 
 

@@ -22,6 +22,8 @@ from phloem.models._index import some
 from phloem.models._packed_linear import Packed
 from phloem.models._probe import PASS, PROBE, RUN, Layers, check_alone, register
 from phloem.models._push import Push
+from phloem.models._sources import stored_kinds
+from phloem.models._stored import WHOLE, unused_scales
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -209,13 +211,38 @@ def _made(transformers: Any, checkpoint: Checkpoint, config: Any, ctx: BuildCont
     if checkpoint.format == "dummy":
         return kinds.from_config(config, **options)
     found = kinds.from_pretrained(
-        checkpoint.path, config=config, use_safetensors=True, output_loading_info=True, local_files_only=True, **options
-    )
+        checkpoint.path, config=config, use_safetensors=True, output_loading_info=True, local_files_only=True,
+        ignore_mismatched_sizes=True, **options,
+    )  # fmt: skip
     theirs, told = cast("tuple[Any, dict[str, Any]]", found)
     missing = sorted(map(str, told.get("missing_keys") or ()))
     if missing:
         raise ModelLoadError(f"{checkpoint.path}: {len(missing)} tensors are missing: {some(missing)}")
     unused = sorted(map(str, told.get("unexpected_keys") or ()))
+    _check_stored(checkpoint, unused)
+    if mismatched := told.get("mismatched_keys"):
+        wrong = sorted(f"{name} is {list(found)}, expected {list(expected)}" for name, found, expected in mismatched)
+        raise ModelLoadError(f"{checkpoint.path}: {len(wrong)} tensors have another shape: {some(wrong)}")
     if unused:
         LOG.warning("%s: %d tensors are not used: %s", checkpoint.path, len(unused), some(unused))
     return theirs
+
+
+def _check_stored(checkpoint: Checkpoint, unused: list[str]) -> None:
+    """As of our own families: numbers that are not weights by themselves are refused, whoever would read them."""
+    if scales := unused_scales(unused):
+        raise ModelLoadError(
+            f"{checkpoint.path}: {len(scales)} tensors belong to weights in a format that is not supported: "
+            f"{some(scales)}"
+        )
+    low = [
+        f"{name} is {kind}"
+        for path in checkpoint.files
+        for name, kind in stored_kinds(path).items()
+        if kind not in WHOLE and name.endswith(".weight") and name not in unused
+    ]
+    if low:
+        raise ModelLoadError(
+            f"{checkpoint.path}: {len(low)} tensors are in a type that stands for no weights by itself, and nothing in "
+            f"the checkpoint's configuration says how to read them: {some(low)}"
+        )

@@ -95,6 +95,8 @@ def method_for(name: str | None, stored: StoredFormat | None) -> Method | None:
         found = reader.configure(stored.config, report)
     except ModelLoadError as error:
         raise ModelLoadError(f"{stored.where}: {error.message}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a list for an object, a word for a number
+        raise ModelLoadError(f"{stored.where}: not as {stored.method} writes it: {error}") from None
     if asked is None or asked.wrap is None or asked.name == stored.file:
         return found
     report.anew = asked.name

@@ -4,6 +4,7 @@ their memory given back and taken again (`core.updates.Keeper`)."""
 from __future__ import annotations
 
 import hashlib
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
@@ -34,6 +35,7 @@ _log = log.get("rl")
 
 HOST_BACKEND = "gloo"
 SLICE = 0.01  # seconds between two steps that new weights are made ready for
+DISK_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 SLACK = 64 << 20  # bytes of a payload beyond twice what the weights take in float32
 
 
@@ -73,6 +75,8 @@ class Reading:
     def result(self) -> int:
         while not self.done():
             sleep(0.001)
+        if self._error is not None and self._between is not None:
+            self._push.clear()  # as large as the model, perhaps
         if isinstance(self._error, PhloemError):
             raise BadRequest(self._error.message, param=self._error.param)
         if self._error is not None:
@@ -90,12 +94,12 @@ class Keeper(updates.Keeper):
     def __init__(self, runner: ModelRunner, model: Decoder, checkpoint: Checkpoint, version: str, backup: bool) -> None:
         self.version, self.epoch, self.unfit, self.asleep = version, 0, "", frozenset[str]()
         self._runner, self._index, self._rename = runner, model.index, model.checkpoint_name
-        self._backup = backup
+        self._backup, self._model_type = backup, checkpoint.model_type
         self._origin: tuple[Checkpoint, Any] | None = (checkpoint, state_of(checkpoint))  # what is in memory, on disk
-        self._read: Checkpoint | None = None  # what the update under way brings
+        self._read: tuple[Checkpoint, Any] | None = None  # whose whole the update brings
         self._ready: Push | None = None
         self._collected: Push | None = None
-        self._lost: set[str] = set()  # tensors whose memory was given back, and that are nowhere
+        self._lost_before: set[str] = set()  # of the index, when memory was given back
         self._saved: IO[bytes] | None = None
         self._groups: dict[str, Group] = {}
         self._worker = ThreadPoolExecutor(1, "phloem-weights")
@@ -110,26 +114,36 @@ class Keeper(updates.Keeper):
 
     def begin(self) -> None:
         if self._collected is not None:
-            raise BadRequest("an update has begun already: end it first")
-        self._collected = Push(self._index, self._rename)
+            raise BadRequest("an update has begun already: end it, or abort_weight_update if whoever began it is gone")
+        self._collected, self._read = Push(self._index, self._rename), None
+
+    def drop(self) -> int:
+        if self._collected is None:
+            raise BadRequest("no update has begun")
+        dropped, self._collected = self._collected, None
+        return len(dropped.names)
 
     def end(self) -> Reading:
         if self._collected is None:
             raise BadRequest("no update has begun")
+        self._check_awake()
         self._ready, self._collected = self._collected, None
         coming: Future[None] = Future()
         coming.set_result(None)
         return Reading(self._ready, coming, self._runner.between)
 
     def read(self, source: str, args: dict[str, Any]) -> Reading:
-        if "weights" in self.asleep:
-            raise BadRequest("the weights' memory is given back: resume_memory_occupation first")
+        self._check_awake()
         push = Push(self._index, self._rename) if self._collected is None else self._collected
         coming = self._coming(source, args, push)
         if self._collected is not None:
             return Reading(push, coming, None)
         self._ready = push
         return Reading(push, coming, self._runner.between)
+
+    def _check_awake(self) -> None:
+        if "weights" in self.asleep:
+            raise BadRequest("the weights' memory is given back: resume_memory_occupation first")
 
     def _coming(self, source: str, args: dict[str, Any], push: Push) -> Future[Any]:
         self._read = None
@@ -156,7 +170,11 @@ class Keeper(updates.Keeper):
             )
             return submit(lambda: push.add(received.result()))
         path, load_format = str(args["path"]), str(args.get("load_format") or "auto")
-        if not Path(path).exists():
+        if load_format not in DISK_FORMATS:
+            raise BadRequest(
+                f"load_format {load_format!r:.200} is not one of {', '.join(DISK_FORMATS)}", param="load_format"
+            )
+        if not os.path.exists(path):
             raise BadRequest(f"model_path: there is no {path!r:.300} on the engine's machine", param="model_path")
         return submit(self._from_disk, push, path, load_format)
 
@@ -183,11 +201,13 @@ class Keeper(updates.Keeper):
 
     def _from_disk(self, push: Push, path: str, load_format: str) -> None:
         found = describe(path, load_format)
-        mine = None if self._origin is None else self._origin[0].model_type
-        if mine is not None and found.model_type != mine:
-            raise BadRequest(f"{path} is a {found.model_type}, this engine serves a {mine}", param="model_path")
+        if found.model_type != self._model_type:
+            raise BadRequest(
+                f"{path} is a {found.model_type}, this engine serves a {self._model_type}", param="model_path"
+            )
+        state = state_of(found)  # before it is read: who writes meanwhile is noticed
         push.add_checkpoint(found)
-        self._read = found
+        self._read = found, state
 
     def put(self) -> None:
         push = self._ready
@@ -200,13 +220,14 @@ class Keeper(updates.Keeper):
         self.epoch += 1
         if error is not None:
             self.unfit = f"an update ended half done ({type(error).__name__}: {error}): send a whole one"
-            self._lost = set(self._index.names())
+            self._index.lost = set(self._index.names())
             return
         assert push is not None
         self.version = self.version if version is None else version
-        self._origin = None if self._read is None else (self._read, state_of(self._read))
-        self._lost -= push.names
-        if self.unfit and not self._lost:
+        if push.names:
+            self._origin = self._read
+        self._index.lost -= push.names
+        if self.unfit and not self._index.lost:
             self.unfit = ""
 
     # groups
@@ -225,7 +246,13 @@ class Keeper(updates.Keeper):
         group = Group(name, str(args["address"]), rank, world, backend, timeout)
         self._groups[name] = group
         joined = group.join()
-        joined.add_done_callback(lambda done: self._groups.pop(name, None) if done.exception() is not None else None)
+
+        def ended(done: Future[None]) -> None:
+            # Another group may have that name by now.
+            if done.exception() is not None and self._groups.get(name) is group:
+                del self._groups[name]
+
+        joined.add_done_callback(ended)
         return joined
 
     def leave(self, name: str) -> None:
@@ -240,6 +267,7 @@ class Keeper(updates.Keeper):
         return group
 
     def digests(self, skip: list[str]) -> dict[str, str]:
+        self._check_awake()
         found: dict[str, str] = {}
         for name in self._index.names():
             if not any(part in name for part in skip):
@@ -270,6 +298,7 @@ class Keeper(updates.Keeper):
                 self._saved = save(self._index)
             except OSError as error:
                 raise BadRequest(f"the weights could not be copied to disk, and stay: {error}") from None
+        self._lost_before, self._index.lost = self._index.lost, set(self._index.names())
         return discard(self._index)
 
     def resume(self, tags: frozenset[str]) -> None:
@@ -283,6 +312,7 @@ class Keeper(updates.Keeper):
         try:
             if saved is not None:
                 restore(self._index, saved)
+                self._index.lost = self._lost_before
                 return
             if self._origin is not None:
                 checkpoint, state = self._origin
@@ -290,12 +320,12 @@ class Keeper(updates.Keeper):
                     again = Push(self._index, self._rename)
                     again.add_checkpoint(_afresh(checkpoint))
                     again.stream()
+                    self._index.lost, self.unfit = set(), ""
                     return
                 why = f"the files of {checkpoint.path} have changed"
         except (OSError, PhloemError) as error:
             why = str(error)
         self.unfit = f"the weights' memory was given back, and {why}: send new ones"
-        self._lost = set(self._index.names())
 
     def close(self) -> None:
         self._worker.shutdown(wait=False, cancel_futures=True)

@@ -92,7 +92,10 @@ def flattened(flat: Tensor, places: Sequence[Mapping[str, Any]]) -> Tensors:
     """The tensors of a bucket: bytes one behind the other, and where each lies (`start_idx`, `end_idx`, in bytes)."""
     if flat.dtype != torch.uint8 or flat.ndim != 1:
         raise BadRequest(f"a flattened bucket is one row of bytes, not {flat.dtype} {list(flat.shape)}")
+    if not flat.is_contiguous():
+        raise BadRequest("a flattened bucket whose bytes do not lie one behind the other")
     found: Tensors = []
+    left = len(flat)
     for place in places:
         name, shape, dtype = place["name"], _shape(place["shape"]), place["dtype"]
         start, end = _count(place["start_idx"]), _count(place["end_idx"])
@@ -100,6 +103,9 @@ def flattened(flat: Tensor, places: Sequence[Mapping[str, Any]]) -> Tensors:
             raise BadRequest("a tensor of the flattened bucket lies outside of it")
         if end - start != prod(shape) * dtype.itemsize:
             raise BadRequest(f"{name:.200}: {end - start} bytes do not hold {list(shape)} of {dtype}")
+        left -= end - start
+        if left < 0:
+            raise BadRequest("tensors of the flattened bucket lie in the same place")
         found.append((name, flat[start:end].clone().view(dtype).reshape(shape)))  # a copy: it may begin anywhere
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.core.messages import Reweighted
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Told = tuple[str, dict[str, Any]]  # a reply's message and data
 ABORTED = FinishReason("abort", message="aborted: the weights change")
 
@@ -130,6 +131,14 @@ class WeightCalls:
 
     def _do_end_update(self, call_id: str, args: dict[str, Any]) -> None:
         self._queue(call_id, self._keeper().end, lambda count: self._install(count, args))
+
+    def _do_abort_update(self, call_id: str, args: dict[str, Any]) -> None:
+        keeper = self._keeper()
+
+        def finish(count: int) -> Told:
+            return f"{count} tensors are forgotten: the weights are what they were", {"tensors": count}
+
+        self._queue(call_id, lambda: _Now(keeper.drop()), finish)
 
     def _do_update_version(self, call_id: str, args: dict[str, Any]) -> None:
         keeper, version = self._keeper(), str(args["version"])
@@ -267,16 +276,16 @@ class WeightCalls:
         self._reply(call_id, False, f"{type(error).__name__}: {error}", {})
 
 
-class _Now:
+class _Now(Generic[T]):
     """What has been done already (`core.batch.Pending`)."""
 
-    def __init__(self, found: None) -> None:
+    def __init__(self, found: T) -> None:
         self._found = found
 
     def done(self) -> bool:
         return True
 
-    def result(self) -> None:
+    def result(self) -> T:
         return self._found
 
 

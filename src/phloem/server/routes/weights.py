@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from phloem.core.errors import BadRequest
+from phloem.core.errors import BadRequest, PhloemError
 from phloem.protocol import weights as ask
 from phloem.protocol.answers import ControlAnswer, Error
 from phloem.protocol.body import Parser
@@ -94,20 +94,26 @@ async def _blobs(request: Request, blobs: list[bytes], args: dict[str, Any]) -> 
     """Large ones go through files: the loop of the engine has better to do than to receive them."""
     if sum(map(len, blobs)) <= SMALL:
         return await _update(request, "update_weights", {"source": "blobs", "blobs": blobs, **args})
-    paths = await asyncio.to_thread(lambda: [_file(blob) for blob in blobs])
-    blobs.clear()
+    paths: list[str] = []
     try:
+        await asyncio.to_thread(_files, blobs, paths)
+        blobs.clear()
         return await _update(request, "update_weights", {"source": "blobs", "files": paths, **args})
     finally:
         for path in paths:
             os.unlink(path)
 
 
-def _file(blob: bytes) -> str:
-    descriptor, path = tempfile.mkstemp(prefix="phloem-weights-")
-    with open(descriptor, "wb") as file:
-        file.write(blob)
-    return path
+def _files(blobs: list[bytes], paths: list[str]) -> None:
+    """Write each; their paths, also of one that is half written, go to `paths`. Raises PhloemError: no room."""
+    try:
+        for blob in blobs:
+            descriptor, path = tempfile.mkstemp(prefix="phloem-weights-")
+            paths.append(path)
+            with open(descriptor, "wb") as file:
+                file.write(blob)
+    except OSError as error:
+        raise PhloemError(f"the payload cannot be put into {tempfile.gettempdir()}: {error.strerror}") from None
 
 
 @router.post("/update_weights_from_disk", **describe(body=ask.FromDiskBody, **_SAID))
@@ -157,6 +163,13 @@ async def begin_weight_update(request: Request) -> Response:
 async def end_weight_update(request: Request) -> Response:
     """Put in place what was collected."""
     return await _update(request, "end_update", (await door_of(request).read(request, _end, empty=b"{}")).common())
+
+
+@router.post("/abort_weight_update", **describe(body=ask.SelectingBody, body_required=False, **_DONE))
+async def abort_weight_update(request: Request) -> Response:
+    """Forget what was collected, as of a trainer that is gone; the weights stay what they are."""
+    await door_of(request).read(request, _selecting, empty=b"{}")
+    return await _call(request, "abort_update")
 
 
 @router.post("/post_process_weights", **describe(body=ask.PostProcessBody, body_required=False, **_DONE))

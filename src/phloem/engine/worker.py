@@ -22,6 +22,7 @@ from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
 from phloem.engine import warm
 from phloem.engine.media import Desk
+from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages
 from phloem.engine.pooled import PooledRunner
 from phloem.engine.recorded import choice
 from phloem.engine.runner import ModelRunner
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from phloem.adapters._sites import Sites
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
+    from phloem.engine.parallel import Team, Told
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
     from phloem.models import Model, Tower
@@ -100,19 +102,23 @@ class _Machine:
     eager: str = ""  # why steps cannot be recorded
 
 
-def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
-    """Load the model and size its memory.
+def build(config: Config, checkpoint: Checkpoint, report: Report, team: Team | None = None) -> Built:
+    """Load the model, or rank 0's share of it, and size its memory.
 
     Raises:
         ConfigError: a setting that this machine or model cannot serve.
         ModelLoadError: the checkpoint is missing something or is corrupt.
     """
+    if team is None and config.runtime.tp_size > 1:
+        raise ConfigError("tp_size: this runs on one rank alone", param="tp_size")
     phase = _Phase(report)
     decisions: list[Decision] = []
     context = _take(decisions, resolve.context_length(config.model.context_length, checkpoint.context_length))
     checkpoint = replace(checkpoint, context_length=context)  # tables of positions need not be longer
     decisions.append(Decision("model_impl", checkpoint.chosen.impl, checkpoint.chosen.reason))
     machine = _machine(config, checkpoint, decisions)
+    if team is not None:
+        decisions.append(team.decision)
     if checkpoint.chosen.impl == "transformers":
         machine = _foreign(config, machine)
     if checkpoint.pooling is not None:
@@ -121,7 +127,7 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     warming = warm.start(machine.platform, *_ahead(config, checkpoint, machine))
     phase.end("device")
     try:
-        return _build(config, checkpoint, machine, warming, decisions, phase)
+        return _build(config, checkpoint, machine, warming, decisions, phase, team)
     except BaseException:
         if warming is not None:
             warming.close()
@@ -129,9 +135,13 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
 
 
 def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) -> _Machine:
-    threads = _take(decisions, resolve.threads(config.runtime.threads, available_cores()))
+    ranks = config.runtime.tp_size
+    threads = _take(decisions, resolve.threads(config.runtime.threads, max(1, available_cores() // ranks)))
     platform, chosen = platforms.choose(config.runtime.device, threads)
     decisions.append(chosen)
+    if ranks > 1 and not platform.facts.on_host:
+        why = f"ranks run on the processors of one machine, not on {platform.name}"
+        raise ConfigError(f"tp_size {ranks}: {why}", param="tp_size")
     if platform.facts.on_host:
         decisions += cpu.level(config.runtime.cpu_level)
     asked_ops = config.runtime.ops or ("invariant" if config.runtime.enable_deterministic_inference else None)
@@ -147,7 +157,8 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     running = _take(decisions, resolve.running_requests(asked, usual, platform.name))
     chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
     mixed = _take(decisions, resolve.mixed_chunk(platform.default_mixed_chunk, chunk))
-    return _Machine(platform, ops, dtype, running, chunk, mixed)
+    eager = f"tp_size {ranks}: ranks meet within a step" if ranks > 1 else ""
+    return _Machine(platform, ops, dtype, running, chunk, mixed, eager)
 
 
 def _foreign(config: Config, machine: _Machine) -> _Machine:
@@ -164,25 +175,26 @@ def _build(
     warming: Warming | None,
     decisions: list[Decision],
     phase: _Phase,
+    team: Team | None,
 ) -> Built:
     platform, ops, dtype = machine.platform, machine.ops, machine.dtype
     running, chunk, context = machine.running, machine.chunk, checkpoint.context_length
     free, _ = platform.memory()
-    model = _loaded(config, checkpoint, machine, decisions)
+    model = _loaded(config, checkpoint, machine, decisions, team)
     sites = served.sites(config.lora, model, ops, dtype, platform.facts.on_host, decisions)
+    if team is not None:
+        team.loaded()
     phase.end("weights")
 
-    kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _heard(config, checkpoint, ops)
-    kv_dtype = kv_dtype or _kept_in(config, dtype, model)
-    scales = _kv_scales(config, checkpoint, model, kv_dtype, decisions)
-    backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
-    page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
+    kept = _kept(config, checkpoint, machine, model, decisions)
+    kv_dtype, scales, backend, page = kept.dtype, kept.scales, kept.backend, kept.page
     recorded = ops.recorder is not None and not config.runtime.disable_step_graph and not machine.eager
     need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales)
     if warming is not None:
         warming.finish(need, platform.device, decisions)
         phase.end("kernels")
-    sizing = size_pool(config.cache, platform, need, min(_taken(model, sites, platform), free))
+    weights = min(_taken(model, sites, platform), free)
+    sizing = size_pool(config.cache, platform, need, weights, config.runtime.tp_size)
     decisions += sizing.decisions
     pool = KVPool(model.memory, sizing.num_pages, page, kv_dtype, platform.device, scales)
     sharing, why = attention.sharing_of(backend)
@@ -200,11 +212,15 @@ def _build(
         phase.end("graphs")
     if warming is not None:
         warming.ready()
+    leading = None
+    if team is not None:
+        team.tell(Pages(sizing.num_pages, kept.facts(checkpoint)))
+        model, leading = LeadingModel(model, team.comm, team.tell), Leading(model, backend, pool, team.tell)
     runner = ModelRunner(
         model, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
         kernels=warming.told if warming is not None else None, heated=config.model.logprobs_mode == "temperature",
-        desk=_desk(config, model, ops, running),
+        desk=_desk(config, model, ops, running), leading=leading,
     )  # fmt: skip
     info = {
         "weight_bytes": model.weight_bytes,
@@ -217,6 +233,62 @@ def _build(
     worthwhile = min(chunk, platform.worthwhile_chunk)
     sizes = running, chunk, machine.mixed, worthwhile, sizing.tokens
     return Built(runner, context, *sizes, _tower(model), sites, decisions, info)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """How a model's keys and values are kept, and what attends to them."""
+
+    dtype: torch.dtype
+    scales: Mapping[int, LayerScales]
+    backend: AttentionBackend
+    page: int
+
+    def facts(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """What all ranks must have alike."""
+        return {
+            "model type": checkpoint.model_type,
+            "context length": str(checkpoint.context_length),
+            "type of the KV cache": str(self.dtype),
+            "attention backend": self.backend.name,
+            "page size": str(self.page),
+        }
+
+
+def _kept(config: Config, checkpoint: Checkpoint, machine: _Machine, model: Model, decisions: list[Decision]) -> _Kept:
+    platform, ops = machine.platform, machine.ops
+    kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _heard(config, checkpoint, ops)
+    kv_dtype = kv_dtype or _kept_in(config, machine.dtype, model)
+    scales = _kv_scales(config, checkpoint, model, kv_dtype, decisions)
+    backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
+    page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
+    return _Kept(kv_dtype, scales, backend, page)
+
+
+def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: Callable[[], Told]) -> Executor:
+    """A rank beside the first: its share of the model, and as much memory as rank 0 says.
+
+    Raises:
+        ConfigError: as `build`, and where this rank has something else than rank 0.
+        ModelLoadError: as `build`.
+    """
+    decisions: list[Decision] = []
+    context = _take(decisions, resolve.context_length(config.model.context_length, checkpoint.context_length))
+    checkpoint = replace(checkpoint, context_length=context)
+    machine = _machine(config, checkpoint, decisions)
+    model = _loaded(config, checkpoint, machine, decisions, team)
+    kept = _kept(config, checkpoint, machine, model, decisions)
+    team.loaded()
+    told = receive()
+    if not isinstance(told, Pages):
+        raise ConfigError("rank 0 ended its start", param="tp_size")
+    mine = kept.facts(checkpoint)
+    other = [f"{what} {mine[what]}, rank 0 has {value}" for what, value in told.facts.items() if mine[what] != value]
+    if other:
+        raise ConfigError(f"rank {team.comm.rank}: {'; '.join(other)}", param="tp_size")
+    device = machine.platform.device
+    pool = KVPool(model.memory, told.num_pages, kept.page, kept.dtype, device, kept.scales)
+    return Executor(model, kept.backend, pool, machine.ops, machine.running, team.comm)
 
 
 def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[LastTokens], Desk] | None:
@@ -296,12 +368,16 @@ def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisio
     )
 
 
-def _loaded(config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision]) -> Model:
+def _loaded(
+    config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision], team: Team | None = None
+) -> Model:
     platform, begun = machine.platform, perf_counter()
     own = checkpoint.chosen.impl == "phloem"
     stager = platform.stager() if checkpoint.format == "safetensors" and own else None
     method = quant.method_for(config.model.quantization, checkpoint.stored)
     ctx = BuildContext(machine.ops, machine.dtype, platform.device, quant=method, stager=stager)
+    if team is not None:
+        ctx = replace(ctx, mesh=team.mesh, comm=team.comm)
     try:
         if not own:
             trust = config.model.trust_remote_code

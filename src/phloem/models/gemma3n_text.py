@@ -113,7 +113,7 @@ class SparseGatedMLP(GatedMLP):
         self, ctx: BuildContext, hidden_size: int, inner_size: int, activation: str, *, deviations: float
     ) -> None:
         super().__init__(ctx, hidden_size, inner_size, activation)
-        self.deviations = deviations
+        self.deviations, self.comm = deviations, ctx.comm
 
     def __call__(
         self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
@@ -121,9 +121,16 @@ class SparseGatedMLP(GatedMLP):
         """As `GatedMLP`."""
         hidden, total_TN = self.gate_up(x_TN, norm=norm, residual=residual_TN)
         gate, up = hidden.chunk(2, -1)
-        hidden = self.ops.gelu_tanh_and_mul(self.ops.join(self.ops.sparsify(gate, self.deviations), up))
+        hidden = self.ops.gelu_tanh_and_mul(self.ops.join(self._sparse(gate), up))
         total_TN = x_TN if norm is None else total_TN
         return self.down(hidden, add=total_TN) if add else (self.down(hidden)[0], total_TN)
+
+    def _sparse(self, gate_TI: Tensor) -> Tensor:
+        """How far a gate stands out is a matter of the whole row: of all ranks' gates."""
+        if self.comm is None:
+            return self.ops.sparsify(gate_TI, self.deviations)
+        whole_TI = torch.cat(self.comm.all_gather(gate_TI), -1)
+        return self.ops.sparsify(whole_TI, self.deviations).chunk(self.comm.size, -1)[self.comm.rank]
 
 
 class Streams(Layer):

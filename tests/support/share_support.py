@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,14 @@ from typing import Any
 
 from model_support import Engine
 
+from phloem.checkpoint.describe import Checkpoint
+from phloem.core.config import Config
+from phloem.core.errors import EngineDead
+from phloem.core.resolve import Decision
 from phloem.distributed.comm import Comm, Threads
 from phloem.distributed.mesh import Mesh
+from phloem.engine.parallel import End, Team, Told, decode_told, encode_told
+from phloem.engine.worker import build_executor
 from phloem.testing.checkpoints import tiny_checkpoint
 
 SIZES: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
@@ -83,3 +90,53 @@ def together(size: int, work: Callable[[Comm], Any]) -> list[Any]:
 def engine_of(path: Path, comm: Comm) -> Engine:
     """One rank's engine."""
     return Engine(path, mesh=Mesh.of(comm.rank, tp=comm.size), comm=comm)
+
+
+class ThreadRanks:
+    """Ranks 1 and up of an engine in threads of this process (`launch.ranks.Ranks`)."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint) -> None:
+        size = config.runtime.tp_size
+        comms = Threads.group(size)
+        self.told: list[Told] = []  # all that was said
+        self.error: BaseException | None = None
+        self._comm, self._lock = comms[0], threading.Lock()
+        self._boxes: list[queue.SimpleQueue[Told]] = [queue.SimpleQueue() for _ in range(size - 1)]
+        ready = threading.Barrier(size)
+        decision = Decision("tp_size", size, "by threads")
+        self.team = Team(Mesh.of(0, tp=size), comms[0], self.tell, lambda: (ready.wait(60), None)[1], decision)
+
+        def run(comm: Comm, box: queue.SimpleQueue[Told]) -> None:
+            team = Team(Mesh.of(comm.rank, tp=size), comm, self.tell, lambda: (ready.wait(60), None)[1], decision)
+            try:
+                build_executor(config, checkpoint, team, box.get).run(box.get)
+            except BaseException as error:
+                self.error = error
+                ready.abort()
+                comm.abort()
+
+        pairs = zip(comms[1:], self._boxes, strict=True)
+        self.threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in pairs]
+        for thread in self.threads:
+            thread.start()
+
+    def tell(self, told: Told) -> None:
+        self.check()
+        with self._lock:
+            self.told.append(told)
+            for box in self._boxes:
+                box.put(decode_told(encode_told(told)))
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise EngineDead(f"a rank has gone: {self.error}")
+
+    def explain(self, error: EngineDead) -> EngineDead:
+        return error
+
+    def close(self) -> None:
+        for box in self._boxes:
+            box.put(End())
+        for thread in self.threads:
+            thread.join(20)
+            assert not thread.is_alive()

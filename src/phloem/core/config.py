@@ -35,6 +35,7 @@ ImagePolicy = Literal["fcfs", "shortest"]
 CpuLevel = Literal["auto", "portable", "avx2", "avx512", "amx"]
 LogprobsMode = Literal["raw", "temperature"]
 ModelImpl = Literal["auto", "phloem", "transformers"]
+TpComm = Literal["auto", "shm", "gloo"]
 Task = Literal["auto", "generate", "embed", "classify", "score", "tokens"]
 
 
@@ -108,6 +109,7 @@ class RuntimeConfig:
     tp_size: int = opt(
         1, "Ranks that share each layer out, a process each (`docs/parallel.md`).", "tp", "tensor_parallel_size"
     )
+    tp_comm: TpComm = opt("auto", "By what ranks meet: memory that they share (shm), or gloo.")
     cpu_level: CpuLevel = opt(
         "auto",
         "Instruction set of the native CPU kernels; auto takes the best that the processor runs. PHLOEM_CPU_LEVEL sets "

@@ -16,7 +16,7 @@ from phloem.checkpoint.describe import described
 from phloem.core.config import Config
 from phloem.core.errors import PhloemError
 from phloem.core.resolve import Decision
-from phloem.distributed.comm import Gloo
+from phloem.distributed.choose import connect
 from phloem.distributed.mesh import Mesh
 from phloem.engine.parallel import End, Team, decode_told
 from phloem.engine.worker import build_executor
@@ -67,7 +67,7 @@ def main() -> int:
     pipe = _Pipe(order["pipe"])
     try:
         pipe.say("here")
-        comm = Gloo(rank, size, Path(order["place"]), config.schedule.watchdog_timeout)
+        comm = connect(order["comm"], rank, size, Path(order["place"]), config.schedule.watchdog_timeout)
         mesh, decision = Mesh.of(rank, tp=size), Decision("tp_size", size, "as rank 0 says")
         team = Team(mesh, comm, pipe.tell, lambda: pipe.say("loaded"), decision)
         executor = build_executor(config, described(config.model), team, pipe.receive)

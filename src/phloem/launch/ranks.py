@@ -25,7 +25,7 @@ import msgspec
 from phloem.core.config import child_environment
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.resolve import Decision
-from phloem.distributed.comm import Gloo
+from phloem.distributed.choose import choose, connect
 from phloem.distributed.mesh import Mesh
 from phloem.engine.parallel import End, Team, Told, encode_told
 from phloem.launch.process import MALLOC
@@ -34,9 +34,11 @@ from phloem.utils.ipc import READ_BYTES, Frames, frame
 
 if TYPE_CHECKING:
     from phloem.core.config import Config
+    from phloem.distributed.comm import Comm
 
 _log = log.get("launch")
 
+MEMORY = "/dev/shm"
 START_SECONDS = 120.0  # how long a rank may take to import what it needs
 LEAVE_SECONDS = 3.0  # how long ranks get to end by themselves
 LAST_WORDS = 0.5  # seconds in which a broken collective may be explained by the end of a rank
@@ -144,22 +146,25 @@ class RankProcesses:
 
     def __init__(self, config: Config) -> None:
         self.size = config.runtime.tp_size
-        self._folder = Path(tempfile.mkdtemp(prefix="phloem-ranks-"))
+        # In memory where there is such a place: what ranks share must not be written to a disk.
+        folder = MEMORY if os.access(MEMORY, os.W_OK) else None
+        self._folder = Path(tempfile.mkdtemp(prefix="phloem-ranks-", dir=folder))
         self._sending, self._closing, self._cause = threading.Lock(), False, ""
-        self._comm: Gloo | None = None
+        self._comm: Comm | None = None
         self.ranks: list[_Rank] = []
+        name, why = choose(config.runtime.tp_comm)
         place, patience = self._folder / "meeting", config.schedule.watchdog_timeout
-        order = {"config": config.flat(), "size": self.size, "place": str(place)}
+        order = {"config": config.flat(), "size": self.size, "place": str(place), "comm": name}
         try:
             self.ranks += [_Rank(order, rank, self._lost) for rank in range(1, self.size)]
             self._all_said("here", START_SECONDS)
             for rank in self.ranks:
                 rank.patience(patience)
-            comm = self._comm = Gloo(0, self.size, place, patience)
+            comm = self._comm = connect(name, 0, self.size, place, patience)
         except BaseException:
             self.close()
             raise
-        why = f"as asked; ranks meet by {comm.name}, so that steps are not recorded; rank 0 chooses the tokens"
+        why = f"as asked; ranks meet by {name} ({why}), so that steps are not recorded; rank 0 chooses the tokens"
         decision = Decision("tp_size", self.size, why)
         self.team = Team(Mesh.of(0, tp=self.size), comm, self.tell, self._loaded, decision)
 

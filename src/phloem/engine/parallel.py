@@ -129,11 +129,15 @@ def pack(batch: Batch) -> Plan:
     if batch.embeds or batch.positions is not None or batch.adapters is not None or (batch.outputs > 1).any():
         raise ValueError("a batch with pictures, adapters or drafts runs on one rank alone")
     return Plan(
-        batch.step,
-        batch.epoch,
-        *(a.tobytes() for a in (batch.slots, batch.query_lens, batch.prefix_lens, batch.input_ids, batch.outputs)),
-        [table.tobytes() for table in batch.tables],
-        {row: targets.tobytes() for row, targets in batch.prompt_targets.items()},
+        step=batch.step,
+        epoch=batch.epoch,
+        slots=batch.slots.tobytes(),
+        query_lens=batch.query_lens.tobytes(),
+        prefix_lens=batch.prefix_lens.tobytes(),
+        input_ids=batch.input_ids.tobytes(),
+        outputs=batch.outputs.tobytes(),
+        tables=[table.tobytes() for table in batch.tables],
+        targets={row: targets.tobytes() for row, targets in batch.prompt_targets.items()},
     )
 
 

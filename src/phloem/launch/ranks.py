@@ -165,6 +165,7 @@ class RankProcesses:
             self.close()
             raise
         why = f"as asked; ranks meet by {name} ({why}), so that steps are not recorded; rank 0 chooses the tokens"
+        shutil.rmtree(self._folder, ignore_errors=True)  # all have what lay there open
         decision = Decision("tp_size", self.size, why)
         self.team = Team(Mesh.of(0, tp=self.size), comm, self.tell, self._loaded, decision)
 

@@ -112,6 +112,31 @@ def test_ranks_answer_as_one_does(name: str, size: int, tmp_path: Path) -> None:
     assert any("tp_size" in why for name, (_, why) in decisions.items() if "graph" in name), decisions
 
 
+@pytest.mark.slow
+def test_a_step_without_memory_on_rank_0_ends_all(tmp_path: Path) -> None:
+    """The others are in the middle of it, and it cannot be undone there: nobody goes on with what is half done."""
+    path = str(checkpoint("llama", tmp_path))
+    config = Config.from_flat({"model_path": path, "tp_size": 2, **SMALL})
+    ranks = ThreadRanks(config, describe(path))
+    core = EngineCore(config, describe(path), lambda message: None, ranks)
+    model = core.runner.model._model  # pyright: ignore
+    forward, steps = model.layers[1].feed, []
+
+    def starved(*args: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 5:
+            raise MemoryError("not enough memory")
+        return forward(*args)
+
+    model.layers[1].feed = starved
+    try:
+        with pytest.raises(EngineDead, match="rank 0 failed within a step: MemoryError"):
+            answers(core, load())
+    finally:
+        core.close()
+    assert len(steps) == 5 and isinstance(ranks.error, EngineDead)
+
+
 @pytest.mark.parametrize(
     ("values", "why"),
     [

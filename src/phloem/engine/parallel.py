@@ -9,6 +9,7 @@ Legend: T tokens, L rows of hidden states, N hidden size, R rows (requests).
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -17,14 +18,15 @@ import numpy as np
 import torch
 
 from phloem.core.batch import Batch
-from phloem.core.errors import BadRequest, ConfigError
+from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import Step
+from phloem.engine.memory import first_line
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Generator, Iterable
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -131,14 +133,18 @@ def pack(batch: Batch) -> Plan:
     return Plan(
         step=batch.step,
         epoch=batch.epoch,
-        slots=batch.slots.tobytes(),
-        query_lens=batch.query_lens.tobytes(),
-        prefix_lens=batch.prefix_lens.tobytes(),
-        input_ids=batch.input_ids.tobytes(),
-        outputs=batch.outputs.tobytes(),
-        tables=[table.tobytes() for table in batch.tables],
-        targets={row: targets.tobytes() for row, targets in batch.prompt_targets.items()},
+        slots=_raw(batch.slots),
+        query_lens=_raw(batch.query_lens),
+        prefix_lens=_raw(batch.prefix_lens),
+        input_ids=_raw(batch.input_ids),
+        outputs=_raw(batch.outputs),
+        tables=[_raw(table) for table in batch.tables],
+        targets={row: _raw(targets) for row, targets in batch.prompt_targets.items()},
     )
+
+
+def _raw(array: NDArray[np.integer[Any]]) -> bytes:
+    return np.ascontiguousarray(array, np.int32).tobytes()
 
 
 def _ints(data: bytes) -> NDArray[np.int32]:
@@ -159,6 +165,25 @@ def unpack(plan: Plan) -> Batch:
         prompt_targets={row: _ints(targets) for row, targets in plan.targets.items()},
         epoch=plan.epoch,
     )
+
+
+class LostStep(EngineDead):
+    """Rank 0 failed where the others waited for it: what they would be given next is not what they wait for."""
+
+
+@contextlib.contextmanager
+def _all_or_none(comm: Comm) -> Generator[None]:
+    """Around what all ranks compute together. Raises LostStep for whatever goes wrong on rank 0, for lack of memory
+    too: the step cannot be undone on the others, so that nobody may go on."""
+    try:
+        yield
+        return
+    except EngineDead:
+        raise
+    except Exception as error:
+        why = first_line(error)
+    comm.abort()
+    raise LostStep(f"rank 0 failed within a step: {why}")
 
 
 class LeadingModel:
@@ -182,10 +207,12 @@ class LeadingModel:
         return self._model.forward(step)
 
     def head(self, hidden_LD: Tensor, /) -> Tensor:
-        return self._model.head(self._shown(hidden_LD, "logits"))
+        with _all_or_none(self._comm):
+            return self._model.head(self._shown(hidden_LD, "logits"))
 
     def greedy(self, hidden_LD: Tensor, /) -> Tensor:
-        return self._model.greedy(self._shown(hidden_LD, "greedy"))
+        with _all_or_none(self._comm):
+            return self._model.greedy(self._shown(hidden_LD, "greedy"))
 
     def best(
         self, hidden_LD: Tensor, k: int, scale_LJ: Tensor | None, norms: int, /
@@ -213,14 +240,15 @@ class LeadingModel:
 class Leading:
     """Rank 0's way of running steps (`forward.Way`): eagerly, with all ranks."""
 
-    def __init__(self, model: Model, backend: AttentionBackend, pool: KVPool, tell: Callable[[Told], None]) -> None:
-        self._model, self._backend, self._pool, self._tell = model, backend, pool, tell
+    def __init__(self, model: Model, backend: AttentionBackend, pool: KVPool, team: Team) -> None:
+        self._model, self._backend, self._pool, self._team = model, backend, pool, team
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor:
         inputs, batch = step.inputs, step.batch
-        self._tell(Go(batch.step, batch.epoch, inputs.input_ids.numpy().tobytes()))
+        self._team.tell(Go(batch.step, batch.epoch, inputs.input_ids.numpy().tobytes()))
         ready()
-        return run_forward(self._model, self._backend, self._pool, inputs, inputs.logit_index)
+        with _all_or_none(self._team.comm):
+            return run_forward(self._model, self._backend, self._pool, inputs, inputs.logit_index)
 
 
 class ParallelRunner:

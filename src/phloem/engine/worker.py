@@ -215,7 +215,7 @@ def _build(
     leading = None
     if team is not None:
         team.tell(Pages(sizing.num_pages, kept.facts(checkpoint)))
-        model, leading = LeadingModel(model, team.comm, team.tell), Leading(model, backend, pool, team.tell)
+        model, leading = LeadingModel(model, team.comm, team.tell), Leading(model, backend, pool, team)
     runner = ModelRunner(
         model, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,

@@ -27,7 +27,7 @@ from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.resolve import Decision
 from phloem.distributed.choose import choose, connect
 from phloem.distributed.mesh import Mesh
-from phloem.engine.parallel import End, Team, Told, encode_told
+from phloem.engine.parallel import End, LostStep, Team, Told, encode_told
 from phloem.launch.process import MALLOC
 from phloem.utils import log
 from phloem.utils.ipc import READ_BYTES, Frames, frame
@@ -185,6 +185,8 @@ class RankProcesses:
             raise EngineDead(self._cause)
 
     def explain(self, error: EngineDead) -> EngineDead:
+        if isinstance(error, LostStep):
+            return error
         until = monotonic() + LAST_WORDS
         while not self._cause and monotonic() < until:
             threading.Event().wait(0.01)

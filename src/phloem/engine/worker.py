@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from phloem.adapters._sites import Sites
+    from phloem.attention import Sharing
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
     from phloem.engine.parallel import Team, Told
@@ -197,10 +198,7 @@ def _build(
     sizing = size_pool(config.cache, platform, need, weights, config.runtime.tp_size)
     decisions += sizing.decisions
     pool = KVPool(model.memory, sizing.num_pages, page, kv_dtype, platform.device, scales)
-    sharing, why = attention.sharing_of(backend)
-    if config.runtime.disable_cascade_attention:
-        sharing, why = None, "as asked"
-    decisions.append(Decision("cascade_attention", "off" if sharing is None else "on", why))
+    sharing = _sharing(config, backend, decisions)
     left, shares = platform.memory()[0], sharing is not None
     beside = sizing.graph_bytes, shares, sites is not None, machine.eager
     place = choice.Place(model, backend, pool, ops, platform.facts, left, *beside)
@@ -212,12 +210,12 @@ def _build(
         phase.end("graphs")
     if warming is not None:
         warming.ready()
-    leading = None
+    leading, led = None, model
     if team is not None:
         team.tell(Pages(sizing.num_pages, kept.facts(checkpoint)))
-        model, leading = LeadingModel(model, team.comm, team.tell), Leading(model, backend, pool, team)
+        led, leading = LeadingModel(model, team.comm, team.tell), Leading(model, backend, pool, team)
     runner = ModelRunner(
-        model, backend, pool, ops, running, facts=platform.facts, recorded=ways,
+        led, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
         kernels=warming.told if warming is not None else None, heated=config.model.logprobs_mode == "temperature",
         desk=_desk(config, model, ops, running), leading=leading,
@@ -233,6 +231,15 @@ def _build(
     worthwhile = min(chunk, platform.worthwhile_chunk)
     sizes = running, chunk, machine.mixed, worthwhile, sizing.tokens
     return Built(runner, context, *sizes, _tower(model), sites, decisions, info)
+
+
+def _sharing(config: Config, backend: AttentionBackend, decisions: list[Decision]) -> Sharing | None:
+    """What it costs to attend once to pages that rows share; None: it is not done."""
+    sharing, why = attention.sharing_of(backend)
+    if config.runtime.disable_cascade_attention:
+        sharing, why = None, "as asked"
+    decisions.append(Decision("cascade_attention", "off" if sharing is None else "on", why))
+    return sharing
 
 
 @dataclass(frozen=True)

@@ -220,17 +220,21 @@ def _build(
         kernels=warming.told if warming is not None else None, heated=config.model.logprobs_mode == "temperature",
         desk=_desk(config, model, ops, running), leading=leading,
     )  # fmt: skip
-    info = {
-        "weight_bytes": model.weight_bytes,
-        "kv_bytes_per_token": sizing.facts.bytes_per_token,
-        "kv_cache_dtype": str(kv_dtype).removeprefix("torch."),
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": platform.name,
-        "prepared": runner.prepared,
-    }
     worthwhile = min(chunk, platform.worthwhile_chunk)
     sizes = running, chunk, machine.mixed, worthwhile, sizing.tokens
+    info = _info(machine, runner, kv_dtype, sizing.facts.bytes_per_token)
     return Built(runner, context, *sizes, _tower(model), sites, decisions, info)
+
+
+def _info(machine: _Machine, runner: ModelRunner, kv_dtype: torch.dtype, bytes_per_token: int) -> dict[str, Any]:
+    return {
+        "weight_bytes": runner.model.weight_bytes,
+        "kv_bytes_per_token": bytes_per_token,
+        "kv_cache_dtype": str(kv_dtype).removeprefix("torch."),
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "device": machine.platform.name,
+        "prepared": runner.prepared,
+    }
 
 
 def _sharing(config: Config, backend: AttentionBackend, decisions: list[Decision]) -> Sharing | None:

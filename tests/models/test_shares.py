@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from model_support import CPU
+from share_support import HEADS_OF_EIGHT, SIZES, checkpoint
 
 from phloem.checkpoint.describe import describe
 from phloem.core.errors import ModelLoadError
@@ -18,49 +19,6 @@ from phloem.layers.weight import Weight
 from phloem.models import FAMILIES
 from phloem.models._index import open_sources
 from phloem.testing.checkpoints import families, tiny_checkpoint, tiny_gguf
-
-SIZES: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
-# They have no head size of their own.
-HEADS_OF_EIGHT = (
-    "qwen2", "phi3", "olmo2", "olmo3", "granite", "smollm3", "exaone4", "cohere", "cohere2", "starcoder2", "stablelm",
-    "phi", "gpt_neox", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "qwen2_moe", "olmoe", "granitemoe",
-    "granitemoeshared", "granitemoehybrid", "bamba", "falcon_h1", "jamba", "opt", "falcon",
-)  # fmt: skip
-
-DELTA = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
-RECURRENT: dict[str, dict[str, Any]] = {
-    "mamba2": {
-        **dict.fromkeys(SIZES), "hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 4, "state_size": 16,
-    },
-    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 4},
-    "qwen3_next": DELTA,
-    "qwen3_5_text": DELTA,
-    "qwen3_5_moe_text": DELTA,
-    "bamba": {"mamba_n_groups": 4},
-    "granitemoehybrid": {"mamba_n_groups": 4},
-    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_ssm": 64, "mamba_n_groups": 4},
-    # Every rank has the whole indexer: here a small one.
-    "deepseek_v32": {"index_n_heads": 2, "index_head_dim": 8},
-    "glm_moe_dsa": {"index_n_heads": 2, "index_head_dim": 8},
-}  # fmt: skip
-
-
-def checkpoint(name: str, path: Path) -> Path:
-    sizes = {**SIZES, "head_dim": None, "hidden_size": 64} if name in HEADS_OF_EIGHT else SIZES
-    sizes = {**SIZES, "head_dim": None} if name in ("qwen2_vl", "qwen2_5_vl") else sizes  # as wide as their towers
-    sizes = {"n_head": 8, "n_embd": 64} if name == "gpt2" else sizes
-    sizes = {**SIZES, "head_dim": 8, "hidden_size": 64} if name == "helium" else sizes
-    sizes = {**sizes, **RECURRENT.get(name, {})}
-    experts = {"num_experts": 8, "num_local_experts": 8} if "moe" in name else {}
-    experts = {"num_local_experts": 8} if name in ("mixtral", "gpt_oss", "minimax_m2", "llama4_text") else experts
-    experts = (
-        {"moe_num_experts": 8}
-        if name == "ernie4_5_moe"
-        else {}
-        if name in ("glm4_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")
-        else experts
-    )
-    return tiny_checkpoint(name, path, **sizes, **experts)
 
 
 def load(path: Path, mesh: Mesh) -> tuple[Any, int]:

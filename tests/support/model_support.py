@@ -12,11 +12,14 @@ from pools import pool_for
 from phloem.attention import AttentionNeed, StateRows, begin, choose
 from phloem.checkpoint.describe import describe
 from phloem.core.memory import Group
+from phloem.distributed.comm import Comm
+from phloem.distributed.mesh import Mesh
 from phloem.kernels.ops import Ops, PagedBatch
 from phloem.layers.context import BuildContext, ForwardBatch
 from phloem.models import load_model
 
 CPU = torch.device("cpu")
+ALONE = Mesh()
 PAGE = 4
 LIMIT = 1e-4
 PROMPT = [5, 17, 200, 301, 44, 9, 9, 80, 123, 7, 260, 31, 64, 99, 2, 18, 350, 12, 77, 140, 201, 33, 8]
@@ -31,11 +34,13 @@ class Engine:
         dtype: torch.dtype = torch.float32,
         ops: Ops | None = None,
         kv_dtype: torch.dtype | None = None,
+        mesh: Mesh = ALONE,
+        comm: Comm | None = None,
         **options: Any,
     ) -> None:
         self.ops = ops or Ops()
         self.checkpoint = describe(str(path), **options)
-        self.model = load_model(self.checkpoint, BuildContext(self.ops, dtype, CPU))
+        self.model = load_model(self.checkpoint, BuildContext(self.ops, dtype, CPU, mesh=mesh, comm=comm))
         kept = kv_dtype or dtype
         self.pool = pool_for(self.model.memory, 256, PAGE, kept, CPU)
         need = AttentionNeed(self.model.attention_specs, kept, CPU)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
-from phloem.core.config import SECTIONS, Config, read_environment
+from phloem.core.config import SECTIONS, Config, read_environment, refuse_missing
 from phloem.core.errors import BadRequest, ConfigError
 
 T = TypeVar("T")
@@ -49,6 +49,8 @@ def parse(
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
         argv[:1] = ["--model-path", argv[0]]
+    for arg in argv:
+        refuse_missing(arg.removeprefix("--").split("=")[0] if arg.startswith("--") else "")
     file_values = _take_file(argv)
     own_fields = [] if own is None else _own_fields(own)
     fields = [*own_fields, *settings_fields(skip)]

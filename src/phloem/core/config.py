@@ -35,6 +35,7 @@ ImagePolicy = Literal["fcfs", "shortest"]
 CpuLevel = Literal["auto", "portable", "avx2", "avx512", "amx"]
 LogprobsMode = Literal["raw", "temperature"]
 ModelImpl = Literal["auto", "phloem", "transformers"]
+TpComm = Literal["auto", "shm", "gloo"]
 Task = Literal["auto", "generate", "embed", "classify", "score", "tokens"]
 
 
@@ -102,7 +103,13 @@ class RuntimeConfig:
         "Op table: 'reference' forces plain torch, 'invariant' gives a token the same bits whatever else is in the "
         "batch; default: the platform's fastest.",
     )
-    threads: int | None = opt(None, "Compute threads; default: one per core that the process may use.")
+    threads: int | None = opt(
+        None, "Compute threads, of each rank; default: one per core that the process may use, shared among ranks."
+    )
+    tp_size: int = opt(
+        1, "Ranks that share each layer out, a process each (`docs/parallel.md`).", "tp", "tensor_parallel_size"
+    )
+    tp_comm: TpComm = opt("auto", "By what ranks meet: memory that they share (shm), or gloo.")
     cpu_level: CpuLevel = opt(
         "auto",
         "Instruction set of the native CPU kernels; auto takes the best that the processor runs. PHLOEM_CPU_LEVEL sets "
@@ -282,6 +289,7 @@ class Config:
         for name, value in values.items():
             key = name.replace("-", "_")
             key = others.get(key, key)
+            refuse_missing(name)
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
@@ -306,6 +314,32 @@ class Config:
     def with_(self, **values: Any) -> Config:
         """A copy in which these flat names have other values."""
         return Config.from_flat({**self.flat(), **values})
+
+
+# What other engines have and this one does not: refused by name, and not taken for a slip of the pen.
+_NOT_THERE = {
+    name: f"there is no {what}"
+    for what, names in {
+        "pipeline parallelism": "pp_size pp pipeline_parallel_size pp_async_batch_depth pp_max_micro_batch_size",
+        "expert parallelism": "ep_size ep expert_parallel_size enable_expert_parallel enable_eplb moe_a2a_backend",
+        "data parallelism inside a server (`phloem router` stands before several)": (
+            "dp_size dp data_parallel_size attn_dp_size enable_dp_attention load_balance_method"
+        ),
+        "context parallelism": (
+            "cp_size attn_cp_size dcp_size decode_context_parallel_size prefill_context_parallel_size"
+        ),
+        "model on several machines": "nnodes node_rank dist_init_addr nccl_init_addr master_addr dist_timeout",
+        "Ray": "use_ray distributed_executor_backend",
+    }.items()
+    for name in names.split()
+}
+
+
+def refuse_missing(name: str) -> None:
+    """Raises ConfigError for an option of other engines that is knowingly not there."""
+    key = name.replace("-", "_")
+    if key in _NOT_THERE:
+        raise ConfigError(f"{name}: {_NOT_THERE[key]}; a model is shared out by tp_size alone", param=name)
 
 
 def flat_fields() -> dict[str, tuple[str, Any]]:
@@ -347,6 +381,7 @@ _POSITIVE = (
     "watchdog_timeout",
     "grammar_timeout",
     "threads",
+    "tp_size",
     "image_step_tokens",
     "piecewise_graph_max_tokens",
     "max_body_bytes",

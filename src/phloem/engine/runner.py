@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from phloem.attention import AttentionBackend, Sharing
     from phloem.core.batch import Batch, Follower, StepOutput
+    from phloem.engine.forward import Way
     from phloem.engine.media import Desk
     from phloem.engine.pipeline import Settle
     from phloem.engine.recorded.choice import RecordedWay
@@ -67,6 +68,7 @@ class StepWork:
         sharing: Sharing | None = None,
         heated: bool = False,
         desk: Callable[[LastTokens], Desk] | None = None,
+        leading: Way | None = None,
     ) -> None:
         self.model, self.ops, self._sharing = model, ops, sharing
         self.slots = Slots(max_slots, model.vocab_size, pool.device, heated)
@@ -77,7 +79,7 @@ class StepWork:
         self.gaps = Gaps(recorded) if recorded and facts.records_idle else None
         self._pool, self._ears = pool, ears_of(model, pool, backend.ops, max_slots)
         self.desk = None if desk is None else desk(self.last)
-        self._forward = Forward(recorded, Eager(model, backend, pool))
+        self._forward = Forward(recorded if leading is None else [leading], Eager(model, backend, pool))
         self.chooser = Chooser(model, ops, self.slots, self.last, self.masks)
 
     def needs_values(self, batch: Batch) -> bool:
@@ -178,6 +180,7 @@ class ModelRunner:
         desk: makes what minds the pictures of requests, where the model takes any.
         kernels: tells what has been compiled, where kernels are compiled at run time.
         heated: log probabilities of sampled tokens are those after temperature.
+        leading: how steps run with other ranks, where there are any.
     """
 
     def __init__(
@@ -197,6 +200,7 @@ class ModelRunner:
         kernels: Callable[[], dict[str, Any]] | None = None,
         heated: bool = False,
         desk: Callable[[LastTokens], Desk] | None = None,
+        leading: Way | None = None,
     ) -> None:
         self.model, self.pool = model, pool
         own = sum(group.kind != "cross" for group in pool.groups)  # cross memory goes by slot: it needs no manager
@@ -209,7 +213,7 @@ class ModelRunner:
         self._handed: dict[int, Follower | None] = {}
         self._handing = threading.Lock()
         self._work = work = StepWork(
-            model, backend, pool, ops, max_slots, facts, recorded, streams, sharing, heated, desk
+            model, backend, pool, ops, max_slots, facts, recorded, streams, sharing, heated, desk, leading
         )
         self._steps = StepThread(
             work.begin,

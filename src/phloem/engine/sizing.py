@@ -69,8 +69,9 @@ class Sizing:
     decisions: tuple[Decision, ...]
 
 
-def size_pool(cache: CacheConfig, platform: Platform, need: Need, weights: int) -> Sizing:
-    """Measure, and divide the memory. `weights`: their bytes on the device, loaded already.
+def size_pool(cache: CacheConfig, platform: Platform, need: Need, weights: int, ranks: int = 1) -> Sizing:
+    """Measure, and divide the memory. `weights`: their bytes on the device, loaded already. `ranks`: all of which have
+    loaded theirs, and take of the same memory.
 
     Raises:
         ConfigError: if the largest step, or one request of the context length, does not fit.
@@ -88,7 +89,7 @@ def size_pool(cache: CacheConfig, platform: Platform, need: Need, weights: int) 
             f"are free; {why}): lower chunked_prefill_size or max_running_requests",
             param="chunked_prefill_size",
         ) from None
-    free, total = platform.memory()
+    free, total = (amount // ranks for amount in platform.memory())
     facts = MemoryFacts(
         free, total, weights=weights, bytes_per_token=1, default_fraction=platform.default_memory_fraction
     )

@@ -22,6 +22,7 @@ from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
 from phloem.engine import warm
 from phloem.engine.media import Desk
+from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages
 from phloem.engine.pooled import PooledRunner
 from phloem.engine.recorded import choice
 from phloem.engine.runner import ModelRunner
@@ -41,8 +42,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from phloem.adapters._sites import Sites
+    from phloem.attention import Sharing
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
+    from phloem.engine.parallel import Team, Told
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
     from phloem.models import Model, Tower
@@ -100,19 +103,23 @@ class _Machine:
     eager: str = ""  # why steps cannot be recorded
 
 
-def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
-    """Load the model and size its memory.
+def build(config: Config, checkpoint: Checkpoint, report: Report, team: Team | None = None) -> Built:
+    """Load the model, or rank 0's share of it, and size its memory.
 
     Raises:
         ConfigError: a setting that this machine or model cannot serve.
         ModelLoadError: the checkpoint is missing something or is corrupt.
     """
+    if team is None and config.runtime.tp_size > 1:
+        raise ConfigError("tp_size: this runs on one rank alone", param="tp_size")
     phase = _Phase(report)
     decisions: list[Decision] = []
     context = _take(decisions, resolve.context_length(config.model.context_length, checkpoint.context_length))
     checkpoint = replace(checkpoint, context_length=context)  # tables of positions need not be longer
     decisions.append(Decision("model_impl", checkpoint.chosen.impl, checkpoint.chosen.reason))
     machine = _machine(config, checkpoint, decisions)
+    if team is not None:
+        decisions.append(team.decision)
     if checkpoint.chosen.impl == "transformers":
         machine = _foreign(config, machine)
     if checkpoint.pooling is not None:
@@ -121,7 +128,7 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
     warming = warm.start(machine.platform, *_ahead(config, checkpoint, machine))
     phase.end("device")
     try:
-        return _build(config, checkpoint, machine, warming, decisions, phase)
+        return _build(config, checkpoint, machine, warming, decisions, phase, team)
     except BaseException:
         if warming is not None:
             warming.close()
@@ -129,9 +136,13 @@ def build(config: Config, checkpoint: Checkpoint, report: Report) -> Built:
 
 
 def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) -> _Machine:
-    threads = _take(decisions, resolve.threads(config.runtime.threads, available_cores()))
+    ranks = config.runtime.tp_size
+    threads = _take(decisions, resolve.threads(config.runtime.threads, max(1, available_cores() // ranks)))
     platform, chosen = platforms.choose(config.runtime.device, threads)
     decisions.append(chosen)
+    if ranks > 1 and not platform.facts.on_host:
+        why = f"ranks run on the processors of one machine, not on {platform.name}"
+        raise ConfigError(f"tp_size {ranks}: {why}", param="tp_size")
     if platform.facts.on_host:
         decisions += cpu.level(config.runtime.cpu_level)
     asked_ops = config.runtime.ops or ("invariant" if config.runtime.enable_deterministic_inference else None)
@@ -147,7 +158,8 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     running = _take(decisions, resolve.running_requests(asked, usual, platform.name))
     chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
     mixed = _take(decisions, resolve.mixed_chunk(platform.default_mixed_chunk, chunk))
-    return _Machine(platform, ops, dtype, running, chunk, mixed)
+    eager = f"tp_size {ranks}: ranks meet within a step" if ranks > 1 else ""
+    return _Machine(platform, ops, dtype, running, chunk, mixed, eager)
 
 
 def _foreign(config: Config, machine: _Machine) -> _Machine:
@@ -164,31 +176,29 @@ def _build(
     warming: Warming | None,
     decisions: list[Decision],
     phase: _Phase,
+    team: Team | None,
 ) -> Built:
     platform, ops, dtype = machine.platform, machine.ops, machine.dtype
     running, chunk, context = machine.running, machine.chunk, checkpoint.context_length
     free, _ = platform.memory()
-    model = _loaded(config, checkpoint, machine, decisions)
+    model = _loaded(config, checkpoint, machine, decisions, team)
     sites = served.sites(config.lora, model, ops, dtype, platform.facts.on_host, decisions)
+    if team is not None:
+        team.loaded()
     phase.end("weights")
 
-    kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _heard(config, checkpoint, ops)
-    kv_dtype = kv_dtype or _kept_in(config, dtype, model)
-    scales = _kv_scales(config, checkpoint, model, kv_dtype, decisions)
-    backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
-    page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
+    kept = _kept(config, checkpoint, machine, model, decisions)
+    kv_dtype, scales, backend, page = kept.dtype, kept.scales, kept.backend, kept.page
     recorded = ops.recorder is not None and not config.runtime.disable_step_graph and not machine.eager
     need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales)
     if warming is not None:
         warming.finish(need, platform.device, decisions)
         phase.end("kernels")
-    sizing = size_pool(config.cache, platform, need, min(_taken(model, sites, platform), free))
+    weights = min(_taken(model, sites, platform), free)
+    sizing = size_pool(config.cache, platform, need, weights, config.runtime.tp_size)
     decisions += sizing.decisions
     pool = KVPool(model.memory, sizing.num_pages, page, kv_dtype, platform.device, scales)
-    sharing, why = attention.sharing_of(backend)
-    if config.runtime.disable_cascade_attention:
-        sharing, why = None, "as asked"
-    decisions.append(Decision("cascade_attention", "off" if sharing is None else "on", why))
+    sharing = _sharing(config, backend, decisions)
     left, shares = platform.memory()[0], sharing is not None
     beside = sizing.graph_bytes, shares, sites is not None, machine.eager
     place = choice.Place(model, backend, pool, ops, platform.facts, left, *beside)
@@ -200,23 +210,96 @@ def _build(
         phase.end("graphs")
     if warming is not None:
         warming.ready()
+    leading, led = None, model
+    if team is not None:
+        team.tell(Pages(sizing.num_pages, kept.facts(checkpoint)))
+        led, leading = LeadingModel(model, team.comm, team.tell), Leading(model, backend, pool, team)
     runner = ModelRunner(
-        model, backend, pool, ops, running, facts=platform.facts, recorded=ways,
+        led, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
         kernels=warming.told if warming is not None else None, heated=config.model.logprobs_mode == "temperature",
-        desk=_desk(config, model, ops, running),
+        desk=_desk(config, model, ops, running), leading=leading,
     )  # fmt: skip
-    info = {
-        "weight_bytes": model.weight_bytes,
-        "kv_bytes_per_token": sizing.facts.bytes_per_token,
-        "kv_cache_dtype": str(kv_dtype).removeprefix("torch."),
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": platform.name,
-        "prepared": runner.prepared,
-    }
     worthwhile = min(chunk, platform.worthwhile_chunk)
     sizes = running, chunk, machine.mixed, worthwhile, sizing.tokens
+    info = _info(machine, runner, kv_dtype, sizing.facts.bytes_per_token)
     return Built(runner, context, *sizes, _tower(model), sites, decisions, info)
+
+
+def _info(machine: _Machine, runner: ModelRunner, kv_dtype: torch.dtype, bytes_per_token: int) -> dict[str, Any]:
+    return {
+        "weight_bytes": runner.model.weight_bytes,
+        "kv_bytes_per_token": bytes_per_token,
+        "kv_cache_dtype": str(kv_dtype).removeprefix("torch."),
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "device": machine.platform.name,
+        "prepared": runner.prepared,
+    }
+
+
+def _sharing(config: Config, backend: AttentionBackend, decisions: list[Decision]) -> Sharing | None:
+    """What it costs to attend once to pages that rows share; None: it is not done."""
+    sharing, why = attention.sharing_of(backend)
+    if config.runtime.disable_cascade_attention:
+        sharing, why = None, "as asked"
+    decisions.append(Decision("cascade_attention", "off" if sharing is None else "on", why))
+    return sharing
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """How a model's keys and values are kept, and what attends to them."""
+
+    dtype: torch.dtype
+    scales: Mapping[int, LayerScales]
+    backend: AttentionBackend
+    page: int
+
+    def facts(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """What all ranks must have alike."""
+        return {
+            "model type": checkpoint.model_type,
+            "context length": str(checkpoint.context_length),
+            "type of the KV cache": str(self.dtype),
+            "attention backend": self.backend.name,
+            "page size": str(self.page),
+        }
+
+
+def _kept(config: Config, checkpoint: Checkpoint, machine: _Machine, model: Model, decisions: list[Decision]) -> _Kept:
+    platform, ops = machine.platform, machine.ops
+    kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _heard(config, checkpoint, ops)
+    kv_dtype = kv_dtype or _kept_in(config, machine.dtype, model)
+    scales = _kv_scales(config, checkpoint, model, kv_dtype, decisions)
+    backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
+    page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
+    return _Kept(kv_dtype, scales, backend, page)
+
+
+def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: Callable[[], Told]) -> Executor:
+    """A rank beside the first: its share of the model, and as much memory as rank 0 says.
+
+    Raises:
+        ConfigError: as `build`, and where this rank has something else than rank 0.
+        ModelLoadError: as `build`.
+    """
+    decisions: list[Decision] = []
+    context = _take(decisions, resolve.context_length(config.model.context_length, checkpoint.context_length))
+    checkpoint = replace(checkpoint, context_length=context)
+    machine = _machine(config, checkpoint, decisions)
+    model = _loaded(config, checkpoint, machine, decisions, team)
+    kept = _kept(config, checkpoint, machine, model, decisions)
+    team.loaded()
+    told = receive()
+    if not isinstance(told, Pages):
+        raise ConfigError("rank 0 ended its start", param="tp_size")
+    mine = kept.facts(checkpoint)
+    other = [f"{what} {mine[what]}, rank 0 has {value}" for what, value in told.facts.items() if mine[what] != value]
+    if other:
+        raise ConfigError(f"rank {team.comm.rank}: {'; '.join(other)}", param="tp_size")
+    device = machine.platform.device
+    pool = KVPool(model.memory, told.num_pages, kept.page, kept.dtype, device, kept.scales)
+    return Executor(model, kept.backend, pool, machine.ops, machine.running, team.comm)
 
 
 def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[LastTokens], Desk] | None:
@@ -296,12 +379,16 @@ def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisio
     )
 
 
-def _loaded(config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision]) -> Model:
+def _loaded(
+    config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision], team: Team | None = None
+) -> Model:
     platform, begun = machine.platform, perf_counter()
     own = checkpoint.chosen.impl == "phloem"
     stager = platform.stager() if checkpoint.format == "safetensors" and own else None
     method = quant.method_for(config.model.quantization, checkpoint.stored)
     ctx = BuildContext(machine.ops, machine.dtype, platform.device, quant=method, stager=stager)
+    if team is not None:
+        ctx = replace(ctx, mesh=team.mesh, comm=team.comm)
     try:
         if not own:
             trust = config.model.trust_remote_code

@@ -14,9 +14,9 @@ from phloem.adapters.desk import Desk
 from phloem.checkpoint.families import audio_of
 from phloem.core import speculation
 from phloem.core.config import parse_bytes
-from phloem.core.errors import BadRequest, ConfigError
+from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.core.messages import Failed, FromEngine, Progress, Ready, Stats, Submit, ToEngine
-from phloem.engine import worker
+from phloem.engine import parallel, worker
 from phloem.engine.runner import ModelRunner
 from phloem.engine.watchdog import Watchdog
 from phloem.grammar._base import name_of
@@ -25,6 +25,7 @@ from phloem.kvcache.events import Feed
 from phloem.kvcache.manager import CacheManager
 from phloem.kvcache.publisher import ZmqPublisher, read_config
 from phloem.launch.pictures import PictureCore
+from phloem.launch.ranks import RankProcesses
 from phloem.launch.rest import Resting
 from phloem.models._common import Decoder
 from phloem.rl.keeper import Keeper
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from phloem.core.config import Config
     from phloem.core.late import Prepared
     from phloem.engine.worker import Built
+    from phloem.launch.ranks import Ranks
 
 _log = log.get("launch")
 
@@ -54,10 +56,12 @@ WARM_BYTES = 256 << 20
 
 
 class _Inbox:
-    def __init__(self, poll: Poll) -> None:
-        self._poll = poll
+    def __init__(self, poll: Poll, ranks: Ranks | None) -> None:
+        self._poll, self._ranks = poll, ranks
 
     def poll(self, timeout: float | None) -> list[ToEngine]:
+        if self._ranks is not None:
+            self._ranks.check()
         try:
             return self._poll(timeout)
         except EOFError:
@@ -67,7 +71,19 @@ class _Inbox:
 class EngineCore:
     """The scheduler on its runner. Built and run by one thread; `send` is called from that thread alone."""
 
-    def __init__(self, config: Config, checkpoint: Checkpoint, send: Send) -> None:
+    def __init__(self, config: Config, checkpoint: Checkpoint, send: Send, ranks: Ranks | None = None) -> None:
+        """`ranks`: the others of several; None: they are started here, if more than one is asked for."""
+        self._ranks = ranks
+        if ranks is None and config.runtime.tp_size > 1:
+            self._ranks = RankProcesses(config)
+        try:
+            self._build(config, checkpoint, send)
+        except BaseException:
+            if self._ranks is not None:
+                self._ranks.close()
+            raise
+
+    def _build(self, config: Config, checkpoint: Checkpoint, send: Send) -> None:
         phases: dict[str, float] = {}
 
         def report(phase: str, seconds: float) -> None:
@@ -77,9 +93,12 @@ class EngineCore:
         self._closing = threading.Event()
         drafts = speculation.wanted(config)
         assemble.check(drafts)
-        built = worker.build(config, checkpoint, report)
+        team = None if self._ranks is None else self._ranks.team
+        built = worker.build(config, checkpoint, report, team)
         self.runner = built.runner
-        runner, speculates = _drafting(drafts, built)
+        runner, speculates = _drafting(drafts, built, config.runtime.tp_size)
+        if team is not None:
+            runner = parallel.ParallelRunner(runner, team.tell)
         self._watchdog = Watchdog(built.runner, config.schedule.watchdog_timeout)
         cache = _cache(config, checkpoint, built)
         settings = _settings(config, checkpoint, built, speculates)
@@ -124,7 +143,10 @@ class EngineCore:
     def run(self, poll: Poll, rest: Callable[[], None] | None = None) -> None:
         """Serve until told to drain. `rest` is called once whenever there was nothing to do for some seconds."""
         threading.Thread(target=self._warm, name="phloem-warm", daemon=True).start()
-        loop.run(self.scheduler, _Inbox(poll), Resting(rest) if rest is not None else None)
+        try:
+            loop.run(self.scheduler, _Inbox(poll, self._ranks), Resting(rest) if rest is not None else None)
+        except EngineDead as error:
+            raise error if self._ranks is None else self._ranks.explain(error) from None
 
     def _warm(self) -> None:
         memory.background_thread()
@@ -140,6 +162,8 @@ class EngineCore:
             self._desk.close()
         if self._keeper is not None:
             self._keeper.close()
+        if self._ranks is not None:
+            self._ranks.close()
         self.runner.close()
         if self._grammars is not None:
             self._grammars.close()
@@ -180,13 +204,14 @@ def _cache(config: Config, checkpoint: Checkpoint, built: Built) -> CacheManager
     )
 
 
-def _drafting(drafts: speculation.Wanted, built: Built) -> tuple[Runner, bool]:
+def _drafting(drafts: speculation.Wanted, built: Built, ranks: int) -> tuple[Runner, bool]:
     """The runner, perhaps with drafts, and whether it has them. Raises ConfigError for a drafter that cannot serve."""
     runner = built.runner
     if not isinstance(runner, ModelRunner):
         built.decisions.append(assemble.without(drafts, "the model does not generate"))
         return runner, False
     why = "" if built.sites is None else "beside adapters, drafts have not been shown to change no bit"
+    why = why if ranks == 1 else f"drafts are verified on one rank, and tp_size is {ranks}"
     drafter, decided = assemble.decide(drafts, runner, why)
     built.decisions.append(decided)
     return assemble.around(drafts, runner, drafter), drafter != speculation.NONE
@@ -287,6 +312,8 @@ def serve(
 ) -> None:
     """Build, run and close an engine; whatever ends it is told to the door."""
     try:
+        if config.runtime.tp_size > 1:
+            parallel.refuse(config, checkpoint)
         kind = EngineCore if checkpoint.pictures is None else PictureCore
         core = kind(config, checkpoint, send)
         try:

@@ -129,6 +129,7 @@ class SelfAttention(Layer):
         norm = RMSNorm(ctx.child(name), size, options.eps, options.norm_shift)
         if options.qk_norm == "whole" and cut is not None:
             norm.weight.cuts = ((cut,),)
+            norm.comm = ctx.comm
         return norm
 
     @property

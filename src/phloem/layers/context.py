@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from phloem.distributed.comm import Comm
     from phloem.kernels.ops import IndexCall, LatentCall, Ops, Rotation
     from phloem.quant import Method
     from phloem.quant._source import Stager
@@ -180,6 +181,7 @@ class BuildContext:
     name: str = ""
     quant: Method | None = None  # None: weights as the checkpoint has them
     mesh: Mesh = Mesh()
+    comm: Comm | None = None  # the ranks of `mesh.tp`; None: this one is alone, or gives its parts of sums
     stager: Stager | None = None  # brings tensors from files to the device; None: through the host
 
     def child(self, name: str | int) -> BuildContext:

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from phloem.core.errors import ModelLoadError
 from phloem.layers.weight import Layer, Part, Weight, cut_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from phloem.distributed.comm import Comm
     from phloem.layers.context import BuildContext
 
 
@@ -23,12 +25,17 @@ class Embedding(Layer):
     def __init__(self, ctx: BuildContext, vocab_size: int, hidden_size: int, scale: float = 1.0) -> None:
         self.ops = ctx.ops
         self.scale = scale
-        self.span = ctx.mesh.tp.span(vocab_size)
+        self.span, self.comm = ctx.mesh.tp.span(vocab_size), ctx.comm
         self.weight = vocabulary(ctx, vocab_size, hidden_size)
 
     def __call__(self, ids_T: Tensor) -> Tensor:
         """[T] -> [T, hidden_size]."""
-        return self.ops.embedding(ids_T, self.weight.value, self.scale)
+        if self.comm is None:
+            return self.ops.embedding(ids_T, self.weight.value, self.scale)
+        first, last = self.span
+        here_T = (ids_T >= first) & (ids_T < last)
+        rows_TN = self.ops.embedding((ids_T - first).clamp(0, last - first - 1), self.weight.value, self.scale)
+        return self.comm.all_reduce(rows_TN.masked_fill(~here_T.unsqueeze(1), 0.0))
 
 
 class Positions(Layer):
@@ -46,7 +53,8 @@ class Positions(Layer):
 class Head(Layer):
     """Logits, from its own matrix or from the embedding's (`tied`); times `scale`, then softly capped.
 
-    Ranks share the vocabulary out, as in `Embedding`.
+    Ranks share the vocabulary out, as in `Embedding`. With a `comm` all of them are called together, and what comes
+    back is whole on rank 0 alone: tokens are chosen there.
     """
 
     def __init__(
@@ -62,7 +70,7 @@ class Head(Layer):
     ) -> None:
         self.ops = ctx.ops
         self.softcap, self.scale = softcap, scale
-        self.span = ctx.mesh.tp.span(vocab_size)
+        self.span, self.comm, self.vocab_size = ctx.mesh.tp.span(vocab_size), ctx.comm, vocab_size
         self.weight = vocabulary(ctx, vocab_size, hidden_size) if tied is None else tied.weight
         self.bias = Weight((f"{ctx.name}.bias",), ((vocab_size,),), "bias") if bias else None
         if self.bias is not None:
@@ -74,6 +82,15 @@ class Head(Layer):
 
     def __call__(self, hidden_LD: Tensor) -> Tensor:
         """[L, hidden_size] -> float32 logits [L, vocab_size]."""
+        logits_LV = self._own(hidden_LD)
+        if self.comm is None:
+            return logits_LV
+        # The last ranks' share may be shorter.
+        width = -(-self.vocab_size // self.comm.size)
+        parts = self.comm.gather(torch.nn.functional.pad(logits_LV, (0, width - logits_LV.shape[1])))
+        return logits_LV if parts is None else torch.cat(parts, 1)[:, : self.vocab_size].contiguous()
+
+    def _own(self, hidden_LD: Tensor) -> Tensor:
         logits_LV, _ = self.ops.linear(hidden_LD, self.weight.value, self._bias)
         if logits_LV.dtype != torch.float32:
             logits_LV = logits_LV.float()
@@ -83,6 +100,8 @@ class Head(Layer):
 
     def argmax(self, hidden_LD: Tensor) -> Tensor:
         """The most likely token of each row, integer [L]. Scale and soft cap keep the order: they are left out."""
+        if self.comm is not None:
+            return self._shared_argmax(self.comm, hidden_LD)
         if self.ops.linear_argmax is not None and self.bias is None:
             return self.ops.linear_argmax(hidden_LD, self.weight.value)
         return self.ops.argmax(self.ops.linear(hidden_LD, self.weight.value, self._bias)[0])
@@ -92,13 +111,26 @@ class Head(Layer):
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Of each row the k largest logits, their ids, and log-sum-exps of the logits times each scale, without the
         rows (`Ops.linear_topk`). None where the table cannot."""
-        if self.ops.linear_topk is None or self.scale != 1.0 or self.bias is not None:
+        if self.comm is not None or self.ops.linear_topk is None or self.scale != 1.0 or self.bias is not None:
             return None
         return self.ops.linear_topk(hidden_LD, self.weight.value, k, scale_LJ, norms, self.softcap)
+
+    def _shared_argmax(self, comm: Comm, hidden_LD: Tensor) -> Tensor:
+        """Each rank's best token and its logit, of which rank 0 takes the larger, and of equals the first."""
+        logits_LV, _ = self.ops.linear(hidden_LD, self.weight.value, self._bias)
+        ids_L = self.ops.argmax(logits_LV).long()
+        best_L = logits_LV.gather(1, ids_L.unsqueeze(1)).squeeze(1)
+        parts = comm.gather(torch.stack((best_L.double(), (ids_L + self.span[0]).double())))
+        if parts is None:
+            return ids_L
+        found_n2L = torch.stack(parts)
+        return found_n2L[:, 1].gather(0, found_n2L[:, 0].argmax(0, keepdim=True)).squeeze(0).long()
 
 
 def vocabulary(ctx: BuildContext, vocab_size: int, hidden_size: int) -> Weight:
     """A matrix with a row for each token, of which a rank keeps a run; the last ranks' may be shorter."""
+    if vocab_size <= -(-vocab_size // ctx.mesh.tp.size) * (ctx.mesh.tp.size - 1):
+        raise ModelLoadError(f"tp_size {ctx.mesh.tp.size}: a vocabulary of {vocab_size} has no part for the last ranks")
     cut = cut_of(ctx.mesh.tp, 0)
     slot = Weight((f"{ctx.name}.weight",), ((vocab_size, hidden_size),), "matrix")
     slot.cuts = () if cut is None else ((cut,),)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from phloem.distributed.comm import Comm
     from phloem.kernels.calls import Adapters
     from phloem.layers.context import BuildContext
     from phloem.layers.norm import AnyNorm
@@ -34,7 +35,7 @@ class Linear(Layer):
         parts: projection name -> output width, in the order in which the outputs are stacked; or a `Projection`, where
             the checkpoint fuses several into one tensor, or ranks share it out.
         bias: whether the projections have a bias.
-        cut: which of the inputs this rank has.
+        cut: which of the inputs this rank has: then all ranks' products are summed, and the bias is added once.
     """
 
     additions: Additions | None = None  # set from outside, where adapters are served
@@ -49,6 +50,7 @@ class Linear(Layer):
         cut: Cut | None = None,
     ) -> None:
         self.ops = ctx.ops
+        self.comm: Comm | None = None if cut is None else ctx.comm
         self.weight, self.bias = projections(ctx, in_features, parts, bias=bias, cut=cut)
 
     def __call__(
@@ -65,6 +67,8 @@ class Linear(Layer):
         `norm` and `residual` stand before this layer, `gate` ("silu" or "gelu_tanh", for a gate and an up projection)
         and `add` after it, what adapters add between them. The table fuses of them what it can.
         """
+        if self.comm is not None:
+            return self._summed(self.comm, x_TN, norm, residual, gate), add
         adapter = None if self.additions is None else self.additions.now()
         before = None if norm is None else norm.before
         if norm is not None and before is None:
@@ -73,6 +77,13 @@ class Linear(Layer):
         return self.ops.linear(
             x_TN, self.weight.value, self._bias, norm=before, residual=residual, gate=gate, add=add, adapter=adapter
         )
+
+    def _summed(self, comm: Comm, x_TN: Tensor, norm: AnyNorm | None, residual: Tensor | None, gate: str) -> Tensor:
+        """Over all ranks. Nothing is fused with a sum that is not whole yet."""
+        if norm is not None or residual is not None or gate or self.additions is not None:
+            raise ValueError("a linear layer whose inputs ranks share out has nothing before it, and no adapters")
+        total_TM = comm.all_reduce(self.ops.linear(x_TN, self.weight.value, None)[0])
+        return total_TM if self._bias is None else total_TM + self._bias.to(total_TM.dtype)
 
     @property
     def _bias(self) -> Tensor | None:

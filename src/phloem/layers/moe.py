@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from phloem.core.errors import ModelLoadError
 from phloem.kernels.specs import ExpertSpec, RouterSpec
 from phloem.layers.linear import Linear
@@ -82,6 +84,9 @@ class SparseMLP(Layer):
             raise ModelLoadError(f"num_experts_per_tok: {config.router.top_k} of {config.count} experts")
         self.ops, self.config, names = ctx.ops, config, config.names
         mesh = ctx.mesh
+        self.comm = ctx.comm if mesh.expert_tp.size * mesh.ep.size > 1 else None
+        if self.comm is not None and self.comm.size != mesh.expert_tp.size:
+            raise ModelLoadError("experts are shared out by their inner size alone")
         check_divides("experts", config.count, mesh.ep, "ep_size")
         check_divides("an expert's inner size", config.inner_size, mesh.expert_tp, "tp_size")
         own = mesh.ep.span(config.count)
@@ -122,8 +127,11 @@ class SparseMLP(Layer):
         x_TN, residual_TN = (x_TN, x_TN) if norm is None else norm.add(x_TN, residual_TN)
         logits_TE, _ = self.router(x_TN)
         if self.narrow is None or self.widen is None:
-            return self._chosen(x_TN, logits_TE), residual_TN
-        return self.widen(self._chosen(self.narrow(x_TN)[0], logits_TE))[0], residual_TN
+            return self._summed(self._chosen(x_TN, logits_TE)), residual_TN
+        return self.widen(self._summed(self._chosen(self.narrow(x_TN)[0], logits_TE)))[0], residual_TN
+
+    def _summed(self, x_TN: Tensor) -> Tensor:
+        return x_TN if self.comm is None else self.comm.all_reduce(x_TN)
 
     def _chosen(self, x_TN: Tensor, logits_TE: Tensor) -> Tensor:
         """What the experts that the logits choose make of x."""
@@ -134,6 +142,8 @@ class SparseMLP(Layer):
         correction = None if self.correction is None else self.correction.value.view(-1)
         ids_Tk, weights_Tk = self.ops.route(logits_TE, correction, spec)
         biases = None if self.biases is None else (self.biases[0].value, self.biases[1].value)
+        if biases is not None and self.comm is not None and self.comm.rank:
+            biases = biases[0], torch.zeros_like(biases[1])  # added by one rank alone
         return self.ops.experts(x_TN, ids_Tk, weights_Tk, self.gate_up.value, self.down.value, self.spec, biases)
 
 

@@ -15,7 +15,7 @@ from phloem.layers.linear import Linear
 from phloem.layers.mlp import GatedMLP
 from phloem.layers.norm import RMSNorm
 from phloem.layers.rope import rope_spec
-from phloem.layers.weight import Layer, Projection, Weight, cut_of
+from phloem.layers.weight import Layer, Weight
 from phloem.models._common import each_layer, layer_types, usual, usual_attention
 from phloem.models._layer import LayerKind, MixerAlone, Place
 from phloem.models._per_layer import InputDecoder, OwnInput, sources
@@ -113,25 +113,24 @@ class SparseGatedMLP(GatedMLP):
         self, ctx: BuildContext, hidden_size: int, inner_size: int, activation: str, *, deviations: float
     ) -> None:
         super().__init__(ctx, hidden_size, inner_size, activation)
-        self.deviations, tp = deviations, ctx.mesh.tp
-        self.gate: Linear | None = None
-        if tp.size > 1:
-            # What stands out is told of the whole row: each rank has all gates, and its own share of the rest.
-            self.gate, self.span = Linear(ctx, hidden_size, {"gate_proj": inner_size}), tp.span(inner_size)
-            self.gate_up = Linear(ctx, hidden_size, {"up_proj": Projection(inner_size, "", None, cut_of(tp, 0))})
+        self.deviations, self.comm = deviations, ctx.comm
 
     def __call__(
         self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
     ) -> tuple[Tensor, Tensor | None]:
         """As `GatedMLP`."""
-        assert norm is None, "its norm stands apart from it"
-        hidden, total_TN = self.gate_up(x_TN, residual=residual_TN)
-        gate, up = hidden.chunk(2, -1) if self.gate is None else (self.gate(x_TN)[0], hidden)
-        gate = self.ops.sparsify(gate, self.deviations)
-        gate = gate if self.gate is None else gate[:, slice(*self.span)]
-        hidden = self.ops.gelu_tanh_and_mul(self.ops.join(gate, up))
+        hidden, total_TN = self.gate_up(x_TN, norm=norm, residual=residual_TN)
+        gate, up = hidden.chunk(2, -1)
+        hidden = self.ops.gelu_tanh_and_mul(self.ops.join(self._sparse(gate), up))
         total_TN = x_TN if norm is None else total_TN
         return self.down(hidden, add=total_TN) if add else (self.down(hidden)[0], total_TN)
+
+    def _sparse(self, gate_TI: Tensor) -> Tensor:
+        """How far a gate stands out is a matter of the whole row: of all ranks' gates."""
+        if self.comm is None:
+            return self.ops.sparsify(gate_TI, self.deviations)
+        whole_TI = torch.cat(self.comm.all_gather(gate_TI), -1)
+        return self.ops.sparsify(whole_TI, self.deviations).chunk(self.comm.size, -1)[self.comm.rank]
 
 
 class Streams(Layer):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from phloem.core.errors import BadRequest, OutOfMemory, PhloemError
+from phloem.core.errors import BadRequest, EngineDead, OutOfMemory, PhloemError
 from phloem.core.media import FIRST, misfit
 from phloem.core.messages import Abort, Control, Drain, FromEngine, Submit, ToEngine
 from phloem.core.request import FinishReason, RequestStatus
@@ -494,6 +494,8 @@ class Scheduler:
         except OutOfMemory as error:
             self._run_again(launched, error)
             return
+        except EngineDead:
+            raise  # the runner itself has gone: nothing can be served again
         except Exception as error:
             log.exception("step %d failed", launched.plan.batch.step)
             self._start_over(launched.plan.rows, error)

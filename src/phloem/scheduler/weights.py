@@ -259,7 +259,7 @@ class WeightCalls:
 
     def _keeper(self) -> Keeper:
         if self.scheduler.keeper is None:
-            raise BadRequest("weights change only in models that generate, by Phloem's own code")
+            raise BadRequest("weights change only in models that generate, by Phloem's own code, on one rank")
         return self.scheduler.keeper
 
     def _told(self, call_id: str, work: Callable[[], Told]) -> None:

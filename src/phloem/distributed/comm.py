@@ -1,0 +1,186 @@
+"""Collectives: what the ranks of one axis say to each other inside a step. Every rank calls them in the same order.
+
+Members: `Threads` (all ranks in one process, for tests), `Gloo` (processes, over torch.distributed). Sums are taken in
+float32 whatever the type, and every rank gets the same bits: each goes on from its own copy.
+"""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import distributed as dist
+
+from phloem.core.errors import EngineDead
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+
+_TORCH: Any = dist  # typed only in part
+
+
+class Comm(Protocol):
+    """One rank's end of a group of ranks.
+
+    Every call raises `EngineDead` when another rank has gone or does not come within the group's time.
+    """
+
+    name: str
+    rank: int
+    size: int
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, in the type of `x`; `x` may be used up."""
+        ...
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        """What every rank has, in their order; the shapes are the same."""
+        ...
+
+    def gather(self, x: Tensor) -> list[Tensor] | None:
+        """As `all_gather`, for rank 0; None for the others."""
+        ...
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """What rank 0 has; the others bring a tensor of that shape and type, which may be overwritten."""
+        ...
+
+    def abort(self) -> None:
+        """Let no rank wait any longer, now and later. From any thread."""
+        ...
+
+
+class _Meeting:
+    """Where the threads of one group put what they have. Two places in turn: who writes the third call's has seen all
+    ranks at the second, and so behind their reading of the first."""
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self.barrier = threading.Barrier(size, timeout=timeout)
+        self.places: list[list[Tensor | None]] = [[None] * size, [None] * size]
+
+
+class Threads:
+    """A rank in a thread of this process. `Threads.group(n)` makes all of them."""
+
+    name = "threads"
+
+    def __init__(self, meeting: _Meeting, rank: int, size: int) -> None:
+        self._meeting, self.rank, self.size = meeting, rank, size
+        self._turn = 0
+
+    @staticmethod
+    def group(size: int, timeout: float = 60.0) -> list[Threads]:
+        """The ends of `size` ranks, one for each thread."""
+        meeting = _Meeting(size, timeout)
+        return [Threads(meeting, rank, size) for rank in range(size)]
+
+    def _meet(self, x: Tensor | None) -> list[Tensor | None]:
+        places = self._meeting.places[self._turn]
+        self._turn ^= 1
+        places[self.rank] = x
+        try:
+            self._meeting.barrier.wait()
+        except threading.BrokenBarrierError:
+            raise EngineDead("a rank has gone, or did not come in time") from None
+        return list(places)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        parts = [part for part in self._meet(x) if part is not None]
+        total = parts[0].float()
+        for part in parts[1:]:
+            total = total + part
+        # A sum over one rank alone would be that rank's own tensor.
+        return total.to(x.dtype)
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        return [part for part in self._meet(x) if part is not None]
+
+    def gather(self, x: Tensor) -> list[Tensor] | None:
+        found = self.all_gather(x)
+        return found if self.rank == 0 else None
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        found = self._meet(x)[0]
+        assert found is not None
+        return found
+
+    def abort(self) -> None:
+        self._meeting.barrier.abort()
+
+
+class Gloo:
+    """A rank that is a process, over torch.distributed's gloo. It finds the others by a file that all of them open.
+
+    The group is its own: a process may have several engines, and the caller's own torch.distributed is left alone.
+
+    Args:
+        place: a file that does not exist yet, in a folder of this group alone.
+        timeout: seconds that a rank waits for the others.
+    """
+
+    name = "gloo"
+
+    def __init__(self, rank: int, size: int, place: Path, timeout: float) -> None:
+        self.rank, self.size = rank, size
+        kind = _TORCH.ProcessGroupGloo
+        options = kind._Options()
+        options._timeout = timedelta(seconds=timeout)
+        options._devices = [kind.create_device(hostname="127.0.0.1")]
+        options._threads = 1
+        try:
+            self._group = kind(_TORCH.FileStore(str(place), size), rank, size, options)
+        except RuntimeError as error:
+            raise EngineDead(f"the ranks did not find each other: {error}") from None
+        self._aborted = False
+
+    def _run(self, work: dist.Work) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            first = str(error).splitlines()[0]
+            raise EngineDead(f"rank {self.rank} lost the others: {first:.200}") from None
+        if self._aborted:
+            raise EngineDead(f"rank {self.rank}: the group was ended")
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        if not x.numel():
+            return x
+        total = x.to(torch.float32, copy=x.dtype == torch.float32).contiguous()
+        self._run(self._group.allreduce([total]))
+        return total.to(x.dtype)
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        if not x.numel():
+            return [x] * self.size
+        x = x.contiguous()
+        found = [torch.empty_like(x) for _ in range(self.size)]
+        self._run(self._group.allgather([found], [x]))
+        return found
+
+    def gather(self, x: Tensor) -> list[Tensor] | None:
+        if not x.numel():
+            return [x] * self.size if self.rank == 0 else None
+        x = x.contiguous()
+        options = dist.GatherOptions()
+        options.rootRank = 0
+        found = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else []
+        self._run(self._group.gather([found] if self.rank == 0 else [], [x], options))
+        return found if self.rank == 0 else None
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        if not x.numel():
+            return x
+        x = x.contiguous()
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        self._run(self._group.broadcast([x], options))
+        return x
+
+    def abort(self) -> None:
+        self._aborted = True
+        self._group.abort()

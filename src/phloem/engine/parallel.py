@@ -1,0 +1,327 @@
+"""One model on several ranks: rank 0 plans and chooses tokens, the others execute what they are told, and no more.
+
+Each launched batch goes to every rank at once. What follows is said when rank 0's own step thread comes to it: `Go`
+(run that batch, with these token ids) and `Chosen` (rows of hidden states whose logits are wanted; they come by the
+comm). So the others know no requests, draws or grammars, and a batch that rank 0 never runs is never run.
+
+Legend: T tokens, L rows of hidden states, N hidden size, R rows (requests).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import msgspec
+import numpy as np
+import torch
+
+from phloem.core.batch import Batch
+from phloem.core.errors import BadRequest, ConfigError, EngineDead
+from phloem.engine.forward import run_forward
+from phloem.engine.inputs import Step
+from phloem.engine.memory import first_line
+from phloem.engine.transfer import LastTokens
+from phloem.engine.wanted import Wanted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from phloem.attention import AttentionBackend
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.core.batch import Follower, Pending, Runner, StepOutput
+    from phloem.core.config import Config
+    from phloem.core.memory import Group, MemorySpec
+    from phloem.core.resolve import Decision
+    from phloem.distributed.comm import Comm
+    from phloem.distributed.mesh import Mesh
+    from phloem.kernels.ops import Ops
+    from phloem.kvcache.pool import KVPool
+    from phloem.layers.context import AttentionSpec, ForwardBatch
+    from phloem.models import Model
+
+T = TypeVar("T")
+
+
+class Pages(msgspec.Struct, frozen=True, tag=True):
+    """How large each group's memory is, on every rank: rank 0 has measured. `facts`: what must agree."""
+
+    num_pages: tuple[int, ...]
+    facts: dict[str, str]
+
+
+class Plan(msgspec.Struct, frozen=True, tag=True):
+    """A `Batch` as bytes, int32 all: what a rank needs to execute it."""
+
+    step: int
+    epoch: int
+    slots: bytes
+    query_lens: bytes
+    prefix_lens: bytes
+    input_ids: bytes
+    outputs: bytes
+    tables: list[bytes]  # [R, P] each
+    targets: dict[int, bytes]
+
+
+class Go(msgspec.Struct, frozen=True, tag=True):
+    """Run the planned batch of this step; `ids` int64 [T] are its tokens, those of the last step included."""
+
+    step: int
+    epoch: int
+    ids: bytes
+
+
+class Chosen(msgspec.Struct, frozen=True, tag=True):
+    """Hidden states of `rows` positions come by the comm: their logits, or their most likely tokens, are wanted."""
+
+    rows: int
+    kind: Literal["logits", "greedy"]
+
+
+class End(msgspec.Struct, frozen=True, tag=True):
+    """No more steps."""
+
+
+Told = Pages | Plan | Go | Chosen | End
+encode_told = msgspec.msgpack.Encoder().encode
+_DECODER: msgspec.msgpack.Decoder[Told] = msgspec.msgpack.Decoder(Told)
+decode_told = _DECODER.decode
+
+
+@dataclass(frozen=True)
+class Team:
+    """A rank among those that share a model out, while it is built. Of rank 0, `tell` reaches all the others."""
+
+    mesh: Mesh
+    comm: Comm
+    tell: Callable[[Told], None]
+    loaded: Callable[[], None]  # rank 0: wait until every rank has its weights; the others: say so
+    decision: Decision
+
+
+def refuse(config: Config, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError for what several ranks do not serve: refused, so that nothing is served wrongly."""
+    size = config.runtime.tp_size
+    reasons = {
+        "diffusion pipelines run on one rank": checkpoint.pictures is not None,
+        "models that do not generate run on one rank": checkpoint.pooling is not None,
+        "transformers' own code runs on one rank (model_impl)": checkpoint.chosen.impl != "phloem",
+        "adapters are served on one rank (enable_lora, lora_paths)": config.lora.enable_lora
+        or bool(config.lora.lora_paths),
+        "sums over ranks are not the same bits for every tp_size (ops invariant, enable_deterministic_inference)": (
+            config.runtime.enable_deterministic_inference or config.runtime.ops == "invariant"
+        ),
+        "random weights would differ from rank to rank (load_format dummy)": config.model.load_format == "dummy",
+        "a model that takes pictures or sound runs on one rank": "vision_config" in checkpoint.config
+        or "audio_config" in checkpoint.config
+        or checkpoint.model_type == "whisper",
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise ConfigError(f"tp_size {size}: {reason}", param="tp_size")
+
+
+def pack(batch: Batch) -> Plan:
+    """What the other ranks need of a batch. Raises ValueError for one that they cannot execute."""
+    if batch.embeds or batch.positions is not None or batch.adapters is not None or (batch.outputs > 1).any():
+        raise ValueError("a batch with pictures, adapters or drafts runs on one rank alone")
+    return Plan(
+        step=batch.step,
+        epoch=batch.epoch,
+        slots=_raw(batch.slots),
+        query_lens=_raw(batch.query_lens),
+        prefix_lens=_raw(batch.prefix_lens),
+        input_ids=_raw(batch.input_ids),
+        outputs=_raw(batch.outputs),
+        tables=[_raw(table) for table in batch.tables],
+        targets={row: _raw(targets) for row, targets in batch.prompt_targets.items()},
+    )
+
+
+def _raw(array: NDArray[np.integer[Any]]) -> bytes:
+    return np.ascontiguousarray(array, np.int32).tobytes()
+
+
+def _ints(data: bytes) -> NDArray[np.int32]:
+    return np.frombuffer(data, np.int32).copy()  # torch wants memory that it may write to
+
+
+def unpack(plan: Plan) -> Batch:
+    """The batch again, without admissions."""
+    slots = _ints(plan.slots)
+    return Batch(
+        plan.step,
+        slots,
+        _ints(plan.query_lens),
+        _ints(plan.prefix_lens),
+        _ints(plan.input_ids),
+        tuple(_ints(table).reshape(len(slots), -1) for table in plan.tables),
+        _ints(plan.outputs),
+        prompt_targets={row: _ints(targets) for row, targets in plan.targets.items()},
+        epoch=plan.epoch,
+    )
+
+
+class LostStep(EngineDead):
+    """Rank 0 failed where the others waited for it: what they would be given next is not what they wait for."""
+
+
+@contextlib.contextmanager
+def _all_or_none(comm: Comm) -> Generator[None]:
+    """Around what all ranks compute together. Raises LostStep for whatever goes wrong on rank 0, for lack of memory
+    too: the step cannot be undone on the others, so that nobody may go on."""
+    try:
+        yield
+        return
+    except EngineDead:
+        raise
+    except Exception as error:
+        why = first_line(error)
+    comm.abort()
+    raise LostStep(f"rank 0 failed within a step: {why}")
+
+
+class LeadingModel:
+    """Rank 0's share of a model, with the face of the whole (`models.Model`): what it is asked for, all ranks do.
+
+    The forward pass itself is begun by `Leading`, which knows the step.
+    """
+
+    def __init__(self, model: Model, comm: Comm, tell: Callable[[Told], None]) -> None:
+        self._model, self._comm, self._tell = model, comm, tell
+        self.attention_specs: list[AttentionSpec] = model.attention_specs
+        self.memory: list[MemorySpec] = model.memory
+        self.vocab_size, self.hidden_size = model.vocab_size, model.hidden_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of this rank."""
+        return self._model.weight_bytes
+
+    def forward(self, step: ForwardBatch) -> Tensor:
+        return self._model.forward(step)
+
+    def head(self, hidden_LD: Tensor, /) -> Tensor:
+        with _all_or_none(self._comm):
+            return self._model.head(self._shown(hidden_LD, "logits"))
+
+    def greedy(self, hidden_LD: Tensor, /) -> Tensor:
+        with _all_or_none(self._comm):
+            return self._model.greedy(self._shown(hidden_LD, "greedy"))
+
+    def best(
+        self, hidden_LD: Tensor, k: int, scale_LJ: Tensor | None, norms: int, /
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """None: whole rows are gathered."""
+        del hidden_LD, k, scale_LJ, norms
+
+    def _shown(self, hidden_LD: Tensor, kind: Literal["logits", "greedy"]) -> Tensor:
+        self._tell(Chosen(len(hidden_LD), kind))
+        return self._comm.broadcast(hidden_LD.contiguous())
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:
+        raise BadRequest(f"weights are shared out among {self._comm.size} ranks: they are not changed while they serve")
+
+    def checkpoint_name(self, name: str, /) -> str | None:
+        return self._model.checkpoint_name(name)
+
+    def weight_names(self) -> list[str]:
+        return self._model.weight_names()
+
+    def get_weight(self, name: str, rows: int | None = None, /) -> Tensor:
+        raise BadRequest(f"weights are shared out among {self._comm.size} ranks (tp_size): no rank has a whole one")
+
+
+class Leading:
+    """Rank 0's way of running steps (`forward.Way`): eagerly, with all ranks."""
+
+    def __init__(self, model: Model, backend: AttentionBackend, pool: KVPool, team: Team) -> None:
+        self._model, self._backend, self._pool, self._team = model, backend, pool, team
+
+    def run(self, step: Step, ready: Callable[[], None]) -> Tensor:
+        inputs, batch = step.inputs, step.batch
+        self._team.tell(Go(batch.step, batch.epoch, inputs.input_ids.numpy().tobytes()))
+        ready()
+        with _all_or_none(self._team.comm):
+            return run_forward(self._model, self._backend, self._pool, inputs, inputs.logit_index)
+
+
+class ParallelRunner:
+    """`core.batch.Runner` around rank 0's own: the others are sent each batch before it is launched here.
+
+    `tell` raises EngineDead when a rank has gone; so does a step's result. Nothing is served after that.
+    """
+
+    draft_room = 0
+
+    def __init__(self, inner: Runner, tell: Callable[[Told], None]) -> None:
+        self.inner, self._tell = inner, tell
+        self.groups: tuple[Group, ...] = inner.groups
+        self.num_pages, self.page_size, self.max_slots = inner.num_pages, inner.page_size, inner.max_slots
+
+    @property
+    def prepared(self) -> dict[str, Any]:
+        return self.inner.prepared
+
+    @property
+    def graph_bytes(self) -> int:
+        return self.inner.graph_bytes
+
+    def launch(self, batch: Batch) -> Pending[StepOutput]:
+        self._tell(pack(batch))
+        return self.inner.launch(batch)
+
+    def constrain(self, slot: int, follower: Follower | None) -> None:
+        self.inner.constrain(slot, follower)
+
+    def between(self, work: Callable[[], T]) -> Pending[T]:
+        """On rank 0 alone: what is asked for there reads, and changes nothing that ranks share."""
+        return self.inner.between(work)
+
+    def read_weight(self, name: str, rows: int) -> NDArray[np.float32]:
+        return self.inner.read_weight(name, rows)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+class Executor:
+    """A rank that is not the first: runs what it is told, and holds no state of requests."""
+
+    def __init__(self, model: Model, backend: AttentionBackend, pool: KVPool, ops: Ops, slots: int, comm: Comm) -> None:
+        self._model, self._backend, self._pool, self._comm = model, backend, pool, comm
+        self._last = LastTokens(slots, pool.device, True, None, ops)
+        self._plans: list[Batch] = []
+        self._hidden_LN: Tensor | None = None
+
+    def run(self, receive: Callable[[], Told]) -> None:
+        """Until `End`. Raises what a step raises: a rank that has failed cannot go on."""
+        with torch.inference_mode():
+            while not isinstance(told := receive(), End):
+                if isinstance(told, Plan):
+                    self._plans.append(unpack(told))
+                elif isinstance(told, Go):
+                    self._go(told)
+                elif isinstance(told, Chosen):
+                    self._choose(told)
+
+    def _go(self, told: Go) -> None:
+        while self._plans:
+            batch = self._plans.pop(0)  # those before it never happened
+            if (batch.step, batch.epoch) == (told.step, told.epoch):
+                break
+        else:
+            raise ValueError(f"step {told.step} was never planned")
+        batch = replace(batch, input_ids=np.frombuffer(told.ids, np.int64).astype(np.int32))
+        inputs = Step(batch, Wanted.of(batch), self._pool, self._last).inputs
+        self._hidden_LN = run_forward(self._model, self._backend, self._pool, inputs, inputs.logit_index)
+
+    def _choose(self, told: Chosen) -> None:
+        assert self._hidden_LN is not None, "rows of no step"
+        hidden_LN = self._comm.broadcast(self._hidden_LN.new_empty((told.rows, self._hidden_LN.shape[1])))
+        (self._model.head if told.kind == "logits" else self._model.greedy)(hidden_LN)

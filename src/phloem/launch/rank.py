@@ -1,0 +1,88 @@
+"""A rank's process beside rank 0's: `python -m phloem.launch.rank`, its order on standard input. It executes steps."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from phloem.checkpoint.describe import described
+from phloem.core.config import Config
+from phloem.core.errors import PhloemError
+from phloem.core.resolve import Decision
+from phloem.distributed.choose import connect
+from phloem.distributed.mesh import Mesh
+from phloem.engine.parallel import End, Team, decode_told
+from phloem.engine.worker import build_executor
+from phloem.launch.ranks import Said
+from phloem.utils import log, machine
+from phloem.utils.ipc import READ_BYTES, Frames, frame
+from phloem.utils.processes import die_with_parent
+
+if TYPE_CHECKING:
+    from phloem.engine.parallel import Told
+
+_log = log.get("launch")
+
+
+class _Pipe:
+    """This rank's end of its socket."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._socket = socket.socket(fileno=descriptor)
+        self._socket.set_inheritable(False)
+        self._frames = Frames()
+        self._ahead: list[Told] = []
+
+    def say(self, what: str, why: str = "") -> None:
+        self._socket.sendall(frame(msgspec.msgpack.encode(Said(what, why))))
+
+    def receive(self) -> Told:
+        """The next message; `End` when rank 0 has gone."""
+        while not self._ahead:
+            data = self._socket.recv(READ_BYTES)
+            if not data:
+                return End()
+            self._ahead += [decode_told(item) for item in self._frames.cut(data)]
+        return self._ahead.pop(0)
+
+    def tell(self, told: Told) -> None:
+        raise ValueError(f"only rank 0 tells the others: {told!r:.100}")
+
+
+def main() -> int:
+    order: dict[str, Any] = msgspec.json.decode(sys.stdin.buffer.readline())
+    die_with_parent(order["parent"])
+    # Both may reach the whole process group at once; rank 0 ends us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    config, rank, size = Config.from_flat(order["config"]), order["rank"], order["size"]
+    log.configure(config.server.log_level, f"rank {rank}")
+    pipe = _Pipe(order["pipe"])
+    try:
+        pipe.say("here")
+        comm = connect(order["comm"], rank, size, Path(order["place"]), config.schedule.watchdog_timeout)
+        mesh, decision = Mesh.of(rank, tp=size), Decision("tp_size", size, "as rank 0 says")
+        team = Team(mesh, comm, pipe.tell, lambda: pipe.say("loaded"), decision)
+        executor = build_executor(config, described(config.model), team, pipe.receive)
+        gc.freeze()
+        executor.run(pipe.receive)
+    except Exception as error:
+        reason = machine.exhausted(error) or str(error)
+        if not isinstance(error, PhloemError):
+            _log.exception("this rank stops")
+            reason = f"{type(error).__name__}: {reason}"
+        with contextlib.suppress(OSError):  # rank 0 has gone first
+            pipe.say("failed", reason)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

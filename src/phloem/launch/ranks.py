@@ -1,0 +1,234 @@
+"""The processes of ranks 1 and up, as rank 0 sees them: started and ended by it, told by a socket each.
+
+A rank that ends takes all with it: what it held of the model and of the cache is lost. Its end is seen at once by a
+thread that waits for it, which lets nobody wait in a collective any longer; rank 0 then raises `EngineDead`, with which
+rank it was and how it ended, and the process of rank 0 ends like an engine that died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from phloem.core.config import child_environment
+from phloem.core.errors import EngineDead, PhloemError
+from phloem.core.resolve import Decision
+from phloem.distributed.choose import choose, connect
+from phloem.distributed.mesh import Mesh
+from phloem.engine.parallel import End, LostStep, Team, Told, encode_told
+from phloem.launch.process import MALLOC
+from phloem.utils import log
+from phloem.utils.ipc import READ_BYTES, Frames, frame
+
+if TYPE_CHECKING:
+    from phloem.core.config import Config
+    from phloem.distributed.comm import Comm
+
+_log = log.get("launch")
+
+MEMORY = "/dev/shm"
+START_SECONDS = 120.0  # how long a rank may take to import what it needs
+LEAVE_SECONDS = 3.0  # how long ranks get to end by themselves
+LAST_WORDS = 0.5  # seconds in which a broken collective may be explained by the end of a rank
+
+
+class Ranks(Protocol):
+    """All ranks but the first."""
+
+    @property
+    def team(self) -> Team: ...
+
+    def check(self) -> None:
+        """Raises EngineDead, with the reason, when a rank has gone."""
+        ...
+
+    def explain(self, error: EngineDead) -> EngineDead:
+        """What a collective raised, or the end of the rank that was behind it."""
+        ...
+
+    def close(self) -> None:
+        """End them."""
+        ...
+
+
+class Said(msgspec.Struct, frozen=True):
+    """What a rank says of itself: `here`, `loaded`, or `failed` and why."""
+
+    what: str
+    why: str = ""
+
+
+class _Rank:
+    """One process, and the thread that listens to it until it ends."""
+
+    def __init__(self, order: dict[str, Any], rank: int, ended: Any) -> None:
+        self.rank = rank
+        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        order = {**order, "rank": rank, "pipe": theirs.fileno(), "parent": os.getpid()}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "phloem.launch.rank"],
+            stdin=subprocess.PIPE,
+            env=child_environment(MALLOC),
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        assert self.process.stdin is not None
+        self.process.stdin.write(msgspec.json.encode(order) + b"\n")
+        self.process.stdin.flush()
+        self.said: set[str] = set()
+        self.news = threading.Condition()
+        self._ended = ended
+        self._thread = threading.Thread(target=self._listen, name=f"phloem-rank-{rank}", daemon=True)
+        self._thread.start()
+
+    def patience(self, seconds: float) -> None:
+        """How long a message may take to be sent: a rank that is stopped reads none."""
+        self._ours.settimeout(seconds)
+
+    def send(self, data: bytes) -> None:
+        """Raises OSError when the rank has gone, or does not read."""
+        self._ours.sendall(data)
+
+    def _listen(self) -> None:
+        frames, why = Frames(), ""
+        # A descriptor of its own: the other one has a time-out.
+        with socket.socket(fileno=os.dup(self._ours.fileno())) as ear:
+            ear.setblocking(True)
+            while True:
+                try:
+                    data = ear.recv(READ_BYTES)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    break
+                if not data:
+                    break
+                for item in frames.cut(data):
+                    said = msgspec.msgpack.decode(item, type=Said)
+                    why = said.why or why
+                    with self.news:
+                        self.said.add(said.what)
+                        self.news.notify_all()
+        code = self.process.wait()
+        self._ended(self, why or f"its process ({self.process.pid}) {_how(code)}")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._ours.shutdown(socket.SHUT_RDWR)
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._thread.join(timeout=LEAVE_SECONDS)
+        self._ours.close()
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+
+
+class RankProcesses:
+    """Ranks 1 to n - 1, started at once; `team` is there when all of them have come.
+
+    Raises:
+        EngineDead: one of them ended before that.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.size = config.runtime.tp_size
+        # In memory where there is such a place: what ranks share must not be written to a disk.
+        folder = MEMORY if os.access(MEMORY, os.W_OK) else None
+        self._folder = Path(tempfile.mkdtemp(prefix="phloem-ranks-", dir=folder))
+        self._sending, self._closing, self._cause = threading.Lock(), False, ""
+        self._comm: Comm | None = None
+        self.ranks: list[_Rank] = []
+        name, why = choose(config.runtime.tp_comm)
+        place, patience = self._folder / "meeting", config.schedule.watchdog_timeout
+        order = {"config": config.flat(), "size": self.size, "place": str(place), "comm": name}
+        try:
+            self.ranks += [_Rank(order, rank, self._lost) for rank in range(1, self.size)]
+            self._all_said("here", START_SECONDS)
+            for rank in self.ranks:
+                rank.patience(patience)
+            comm = self._comm = connect(name, 0, self.size, place, patience)
+        except BaseException:
+            self.close()
+            raise
+        why = f"as asked; ranks meet by {name} ({why}), so that steps are not recorded; rank 0 chooses the tokens"
+        shutil.rmtree(self._folder, ignore_errors=True)  # all have what lay there open
+        decision = Decision("tp_size", self.size, why)
+        self.team = Team(Mesh.of(0, tp=self.size), comm, self.tell, self._loaded, decision)
+
+    def tell(self, told: Told) -> None:
+        """To every rank, from any thread. Raises EngineDead when one has gone."""
+        data = frame(encode_told(told))
+        with self._sending:
+            self.check()
+            for rank in self.ranks:
+                try:
+                    rank.send(data)
+                except OSError as error:
+                    raise self.explain(EngineDead(f"rank {rank.rank} takes no message: {error}")) from None
+
+    def check(self) -> None:
+        if self._cause:
+            raise EngineDead(self._cause)
+
+    def explain(self, error: EngineDead) -> EngineDead:
+        if isinstance(error, LostStep):
+            return error
+        until = monotonic() + LAST_WORDS
+        while not self._cause and monotonic() < until:
+            threading.Event().wait(0.01)
+        return EngineDead(self._cause) if self._cause else error
+
+    def close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        with contextlib.suppress(PhloemError, OSError):
+            self.tell(End())
+        until = monotonic() + (0.0 if self._cause or self._comm is None else LEAVE_SECONDS)
+        while monotonic() < until and any(rank.process.poll() is None for rank in self.ranks):
+            threading.Event().wait(0.01)
+        for rank in self.ranks:
+            rank.close()
+        if self._comm is not None:
+            self._comm.abort()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _loaded(self) -> None:
+        self._all_said("loaded", None)
+
+    def _all_said(self, what: str, timeout: float | None) -> None:
+        until = None if timeout is None else monotonic() + timeout
+        for rank in self.ranks:
+            with rank.news:
+                while what not in rank.said:
+                    self.check()
+                    if until is not None and monotonic() > until:
+                        raise EngineDead(f"rank {rank.rank} of {self.size} has not come within {timeout:g} s")
+                    rank.news.wait(0.2)
+
+    def _lost(self, rank: _Rank, why: str) -> None:
+        """In the thread of a rank that has ended."""
+        if self._closing or self._cause:
+            return
+        self._cause = f"rank {rank.rank} of {self.size} has gone: {why}"
+        _log.error("%s; all ranks end", self._cause)
+        if self._comm is not None:
+            self._comm.abort()
+
+
+def _how(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"

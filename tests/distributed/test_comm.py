@@ -1,0 +1,159 @@
+"""Collectives: every member gives the same sums, and lets nobody wait for a rank that has gone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from phloem.core.errors import ConfigError, EngineDead
+from phloem.distributed import shm
+from phloem.distributed.choose import choose
+from phloem.distributed.comm import Comm, Gloo, Threads
+from phloem.distributed.shm import SharedMemory
+
+KINDS = ["threads", "shm", "gloo"]
+
+
+def ends(kind: str, size: int, folder: Path, timeout: float = 20.0) -> list[Callable[[], Comm]]:
+    """What makes each rank's end, in its own thread: the members for processes serve threads as well."""
+    if kind == "threads":
+        return [lambda end=end: end for end in Threads.group(size, timeout)]
+    member = SharedMemory if kind == "shm" else Gloo
+    return [lambda rank=rank: member(rank, size, folder / "meeting", timeout) for rank in range(size)]
+
+
+def run(makers: list[Callable[[], Comm]], work: Callable[[Comm], Any]) -> list[Any]:
+    found: list[Any] = [None] * len(makers)
+
+    def one(number: int) -> None:
+        try:
+            found[number] = work(makers[number]())
+        except BaseException as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=one, args=(number,), daemon=True) for number in range(len(makers))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    return found
+
+
+def values(rank: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(rank + 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_rank_has_the_same_sum(kind: str, size: int, tmp_path: Path) -> None:
+    def work(comm: Comm) -> list[torch.Tensor]:
+        found = []
+        for count in range(20):  # of many shapes, one behind the other
+            x = values(comm.rank, count, 5)
+            kept = x.clone()
+            found.append(comm.all_reduce(x[:, 1:]))
+            assert torch.equal(x, kept), "what a rank brings is not changed"
+        half = comm.all_reduce(values(comm.rank, 7).to(torch.bfloat16))
+        assert half.dtype == torch.bfloat16
+        return [*found, half.float()]
+
+    ranks = run(ends(kind, size, tmp_path), work)
+    for count in range(20):
+        total = sum(values(rank, count, 5)[:, 1:] for rank in range(size))
+        torch.testing.assert_close(ranks[0][count], total)
+    for other in ranks[1:]:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(ranks[0], other, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_are_gathered_in_order_and_rank_0_is_heard_by_all(kind: str, tmp_path: Path) -> None:
+    def work(comm: Comm) -> Any:
+        whole = comm.all_gather(values(comm.rank, 3, 4))
+        first = comm.gather(values(comm.rank, 2).double())
+        said = comm.broadcast(values(7, 5, 2) if comm.rank == 0 else torch.zeros(5, 2))
+        empty = comm.all_reduce(torch.zeros(0, 3))
+        return whole, first, said, empty
+
+    ranks = run(ends(kind, 3, tmp_path), work)
+    for rank, (whole, first, said, empty) in enumerate(ranks):
+        assert all(torch.equal(part, values(other, 3, 4)) for other, part in enumerate(whole))
+        assert torch.equal(said, values(7, 5, 2)) and empty.shape == (0, 3)
+        assert (first is None) == (rank > 0)
+    assert torch.equal(torch.cat(ranks[0][1]), torch.cat([values(rank, 2) for rank in range(3)]).double())
+
+
+def test_what_is_larger_than_a_place_goes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm, "PLACE", 64)
+
+    def work(comm: Comm) -> Any:
+        return comm.all_reduce(values(comm.rank, 9, 11)), comm.all_gather(values(comm.rank, 50))
+
+    (total, parts), (again, _) = run(ends("shm", 2, tmp_path), work)
+    torch.testing.assert_close(total, values(0, 9, 11) + values(1, 9, 11))
+    assert torch.equal(total, again) and torch.equal(parts[1], values(1, 50))
+
+
+@pytest.mark.parametrize("kind", ["threads", "shm"])
+def test_nobody_waits_once_the_group_was_ended(kind: str, tmp_path: Path) -> None:
+    def work(comm: Comm) -> None:
+        if comm.rank == 1:
+            time.sleep(0.1)
+            comm.abort()
+            return
+        comm.all_reduce(torch.ones(3))
+
+    began = time.monotonic()
+    assert isinstance(run(ends(kind, 2, tmp_path), work)[0], EngineDead)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("kind", ["threads", "shm", "gloo"])
+def test_a_rank_that_does_not_come_in_time_is_told(kind: str, tmp_path: Path) -> None:
+    gate = threading.Event()
+
+    def work(comm: Comm) -> None:
+        if comm.rank == 1:
+            gate.wait(10)
+            return
+        try:
+            comm.all_reduce(torch.ones(3))
+        finally:
+            gate.set()
+
+    assert isinstance(run(ends(kind, 2, tmp_path, 0.5), work)[0], EngineDead)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["shm", "gloo"])
+def test_processes_meet(kind: str, tmp_path: Path) -> None:
+    code = textwrap.dedent(f"""
+        import sys, pathlib, torch
+        from phloem.distributed.choose import connect
+        comm = connect({kind!r}, int(sys.argv[1]), 2, pathlib.Path({str(tmp_path)!r}) / "meeting", 30.0)
+        x = torch.full((4, 4), 1.0 + comm.rank)
+        for _ in range(500):
+            total = comm.all_reduce(x)
+            assert (total == 3).all()
+        print(float(total.sum()), comm.name)
+    """)
+    ranks = [subprocess.Popen([sys.executable, "-c", code, str(n)], stdout=subprocess.PIPE, text=True) for n in (0, 1)]
+    assert [rank.communicate(timeout=60)[0].split() for rank in ranks] == [["48.0", kind]] * 2
+
+
+def test_the_choice_says_why() -> None:
+    assert choose("auto", "x86_64", "linux")[0] == "shm"
+    name, why = choose("auto", "aarch64", "linux")
+    assert name == "gloo" and "aarch64" in why
+    assert choose("gloo", "x86_64", "linux") == ("gloo", "as asked")
+    with pytest.raises(ConfigError, match="tp_comm: shm needs"):
+        choose("shm", "aarch64", "linux")

@@ -1,0 +1,264 @@
+"""Several ranks under one scheduler: by threads what they answer, by processes how they start, serve and end."""
+
+from __future__ import annotations
+
+import os
+import queue
+import random
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served import Server, eventually, gone
+from share_support import ThreadRanks, checkpoint
+
+from phloem import Engine
+from phloem.checkpoint.describe import describe
+from phloem.core.config import Config
+from phloem.core.errors import ConfigError, EngineDead, ModelLoadError
+from phloem.core.messages import Drain, FromEngine, Submit, ToEngine, Tokens, pack_ids
+from phloem.core.request import SamplingParams
+from phloem.engine.parallel import Chosen, Go, Plan
+from phloem.launch.core import EngineCore
+from phloem.testing.checkpoints import tiny_checkpoint
+from phloem.testing.driver import Unfold
+
+SMALL: dict[str, Any] = {"dtype": "float32", "ops": "reference", "max_total_tokens": 2048, "log_level": "warning"}
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux")
+
+
+def answers(core: EngineCore, submits: list[Submit]) -> dict[str, Any]:
+    """Of each request its tokens, and log probabilities where it wants any."""
+    found: dict[str, Any] = {submit.id: ([], []) for submit in submits}
+    left = {submit.id for submit in submits}
+    waiting: list[ToEngine] = list(submits)
+    unfold = Unfold()
+
+    def send(message: FromEngine) -> None:
+        if isinstance(message, Tokens):
+            for chunk in unfold.chunks(message):
+                found[chunk.id][0].extend(chunk.tokens)
+                if chunk.logprobs is not None:
+                    found[chunk.id][1].extend(chunk.logprobs.values)
+                if chunk.finish is not None:
+                    assert chunk.finish.type in ("length", "stop"), chunk.finish
+                    left.discard(chunk.id)
+
+    def poll(timeout: float | None) -> list[ToEngine]:
+        out, waiting[:] = list(waiting), []
+        return out or ([] if left else [Drain(timeout=0.0)])
+
+    core._sends = send  # pyright: ignore[reportPrivateUsage]
+    core.run(poll)
+    return found
+
+
+def load() -> list[Submit]:
+    """Prompts that share prefixes and are longer than a step, more than fit at once, chosen in every way."""
+    rng, found = random.Random(4), list[Submit]()
+    shared = [rng.randrange(4, 380) for _ in range(30)]
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 1.0},
+        {"temperature": 0.0, "repetition_penalty": 1.3},
+        {"temperature": 0.8, "regex": "[a-f ]{5,30}"},
+    ]
+    for number in range(8):
+        prompt = shared[: rng.randrange(4, 30)] + [rng.randrange(4, 380) for _ in range(rng.randrange(1, 25))]
+        most = 24 if number % 5 == 0 else 10  # greedy ones are alone at last
+        sampling = SamplingParams(max_new_tokens=most, sampling_seed=number, ignore_eos=True, **kinds[number % 5])
+        wants = {"return_logprob": True, "logprob_start": 0} if number in (1, 7) else {}
+        found.append(Submit(id=f"q{number}", input_ids=pack_ids(prompt), sampling=sampling, **wants))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), [("llama", 2), ("qwen3_next", 2), ("gemma3_text", 4)])
+def test_ranks_answer_as_one_does(name: str, size: int, tmp_path: Path) -> None:
+    """With prefix hits, chunks, preemption, grammars, penalties and log probabilities."""
+    path = str(checkpoint(name, tmp_path))
+    options: dict[str, Any] = {
+        "model_path": path, "dtype": "float32", "ops": "reference", "max_total_tokens": 160, "page_size": 8,
+        "context_length": 128, "chunked_prefill_size": 16, "max_running_requests": 4, "debug_invariants": True,
+        "random_seed": 1,
+    }  # fmt: skip
+    one = EngineCore(Config.from_flat(options), describe(path), lambda message: None)
+    try:
+        expected = answers(one, load())
+    finally:
+        one.close()
+    config = Config.from_flat({**options, "tp_size": size})
+    ranks = ThreadRanks(config, describe(path))
+    core = EngineCore(config, describe(path), lambda message: None, ranks)
+    try:
+        found = answers(core, load())
+        assert core.scheduler.cache.total_pages == one.scheduler.cache.total_pages
+    finally:
+        core.close()
+    for key, (tokens, values) in expected.items():
+        assert found[key][0] == tokens and len(tokens) > 3, key
+        assert found[key][1] == pytest.approx(values, abs=1e-4), key
+    assert expected["q1"][1]
+    said = [type(told) for told in ranks.told]
+    assert said.count(Plan) >= said.count(Go) > 20 and {t.kind for t in ranks.told if isinstance(t, Chosen)} == {
+        "logits", "greedy"
+    }  # fmt: skip
+    decisions = {name: (value, why) for name, value, why in core.info["decisions"]}
+    assert decisions["tp_size"][0] == size
+    assert any("tp_size" in why for name, (_, why) in decisions.items() if "graph" in name), decisions
+
+
+@pytest.mark.slow
+def test_a_step_without_memory_on_rank_0_ends_all(tmp_path: Path) -> None:
+    """The others are in the middle of it, and it cannot be undone there: nobody goes on with what is half done."""
+    path = str(checkpoint("llama", tmp_path))
+    config = Config.from_flat({"model_path": path, "tp_size": 2, **SMALL})
+    ranks = ThreadRanks(config, describe(path))
+    core = EngineCore(config, describe(path), lambda message: None, ranks)
+    model = core.runner.model._model  # pyright: ignore
+    forward, steps = model.layers[1].feed, []
+
+    def starved(*args: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 5:
+            raise MemoryError("not enough memory")
+        return forward(*args)
+
+    model.layers[1].feed = starved
+    try:
+        with pytest.raises(EngineDead, match="rank 0 failed within a step: MemoryError"):
+            answers(core, load())
+    finally:
+        core.close()
+    assert len(steps) == 5 and isinstance(ranks.error, EngineDead)
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"lora_paths": ["/nowhere"]}, "adapters"),
+        ({"ops": "invariant"}, "same bits"),
+        ({"enable_deterministic_inference": True}, "same bits"),
+        ({"load_format": "dummy"}, "random weights"),
+    ],
+)
+def test_what_several_ranks_do_not_serve_is_refused(values: dict[str, Any], why: str, tmp_path: Path) -> None:
+    path = tiny_checkpoint("llama", tmp_path)
+    with pytest.raises(ConfigError, match=f"tp_size 2: .*{why}"):
+        Engine(model_path=str(path), tp_size=2, **{**SMALL, **values})
+
+
+@pytest.mark.parametrize("name", ["pp_size", "data-parallel-size", "ep", "nnodes", "use_ray", "dcp_size"])
+def test_other_kinds_of_parallelism_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}: there is no .*tp_size alone"):
+        Config.from_flat({name: 2})
+
+
+def test_the_names_of_other_engines_are_understood() -> None:
+    for name in ("tp", "tp_size", "tensor-parallel-size"):
+        assert Config.from_flat({name: 2}).runtime.tp_size == 2
+    with pytest.raises(ConfigError, match="tp_size: 0 must be above 0"):
+        Config.from_flat({"tp": 0})
+
+
+@pytest.mark.slow
+def test_sizes_that_cannot_be_shared_out_end_the_start(tmp_path: Path) -> None:
+    path = tiny_checkpoint("llama", tmp_path, num_attention_heads=9, num_key_value_heads=3, hidden_size=72)
+    with pytest.raises(ModelLoadError, match=r"tp_size 2: 9 attention heads and 3 kv heads .* valid: 1, 3, 9"):
+        Engine(model_path=str(path), tp_size=2, **SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("comm", ["shm", "gloo"])
+def test_an_engine_in_this_process_has_ranks_beside_it(comm: str, tmp_path: Path) -> None:
+    """And tells of one that dies: what runs ends with the reason, and so does all that comes after."""
+    path = str(checkpoint("llama", tmp_path))
+    asks: list[dict[str, Any]] = [
+        {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True},
+        {"temperature": 1, "top_p": 0.9, "max_new_tokens": 24, "ignore_eos": True, "sampling_seed": 3},
+        {"temperature": 0, "max_new_tokens": 12, "regex": "[a-d]+x"},
+    ]
+    with Engine(model_path=path, **SMALL) as one:
+        expected = [one.generate("hello world", ask)["output_ids"] for ask in asks]
+    with Engine(model_path=path, tp_size=2, tp_comm=comm, **SMALL) as engine:
+        assert [engine.generate("hello world", ask)["output_ids"] for ask in asks] == expected
+        (pid,) = ranks_of(os.getpid())
+        ended: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                engine.generate("a story", {"max_new_tokens": 400, "ignore_eos": True})
+            except BaseException as error:
+                ended.put(error)
+
+        asker = threading.Thread(target=ask)
+        asker.start()
+        eventually(lambda: engine.get_server_info()["internal_states"][0]["running"] == 1)
+        os.kill(pid, signal.SIGKILL)
+        error = ended.get(timeout=10)
+        asker.join()
+        assert isinstance(error, EngineDead) and "rank 1 of 2" in error.message and "SIGKILL" in error.message
+        with pytest.raises(EngineDead):
+            engine.generate("hello", asks[0])
+    assert gone(pid) and not ranks_of(os.getpid())
+
+
+def ranks_of(pid: int) -> list[int]:
+    """The processes of ranks that a process, or a thread of it, has started."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            try:
+                if "phloem.launch.rank" in Path(f"/proc/{child}/cmdline").read_text():
+                    found.append(int(child))
+            except OSError:
+                pass
+    return found
+
+
+@pytest.mark.slow
+@linux
+def test_a_server_of_two_ranks_answers_and_starts_again_after_the_death_of_one(tmp_path: Path) -> None:
+    path = checkpoint("llama", tmp_path)
+    options = ("--dtype", "float32", "--ops", "reference", "--max-total-tokens", "2048")
+    one = Server(path, *options).wait_ready()
+    try:
+        expected = one.generate("hello world", 24).json()["output_ids"]
+    finally:
+        one.close()
+    server = Server(path, *options, "--tensor-parallel-size", "2").wait_ready()
+    try:
+        assert server.generate("hello world", 24).json()["output_ids"] == expected
+        assert any("tp_size" in line and "rank 0 chooses" in line for line in server.lines)
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        askers = [threading.Thread(target=lambda: answers.put(server.generate("a story", 450))) for _ in range(3)]
+        for asker in askers:
+            asker.start()
+        eventually(lambda: server.state()["running"] == 3)
+        first = server.engine_pid()
+        (rank,) = ranks_of(first)
+        os.kill(rank, signal.SIGKILL)
+        for _ in askers:
+            answer = answers.get(timeout=10)
+            assert answer.status_code == 503, answer.text
+            assert "rank 1 of 2" in answer.text and "SIGKILL" in answer.text
+        eventually(lambda: server.get("/health").status_code == 200, 90)
+        second = server.engine_pid()
+        assert second != first and gone(first) and gone(rank)
+        assert server.generate("hello world", 24).json()["output_ids"] == expected
+        (rank,) = ranks_of(second)
+        # The other way round: the engine's own process dies, and its ranks with it.
+        os.kill(second, signal.SIGKILL)
+        eventually(lambda: gone(rank), 5)
+        eventually(lambda: server.get("/health").status_code == 200, 90)
+        third = server.engine_pid()
+        (rank,) = ranks_of(third)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        assert gone(third) and gone(rank)
+    finally:
+        server.close()

@@ -15,10 +15,10 @@ from phloem.planning.plan import Load, plan
 from phloem.planning.shape import read_shape
 from phloem.planning.steps import Efficiency
 
-DESCRIPTION = """Layouts (tp, pp, ep, attention dp, dp) that fit, with their memory, step times and throughput, best first.
+DESCRIPTION = """Layouts (tp, pp, ep, attention dp, dp) that fit, their memory, step times and throughput, best first.
 
 Nothing is loaded and no GPU is needed: it is arithmetic, by the formulae of docs/planning.md. The model may also be
-given as the first argument: a config.json, a model's directory, a directory of the hub's cache, a GGUF file, a hub id."""
+given as the first argument: a config.json, a model's directory, one of the hub's cache, a GGUF file, a hub id."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Options:
     hit: float = opt(0.0, "Share of prompts that is found in the cache.")
     itl_ms: float = opt(0.0, "Longest time between two tokens of a request; 0: any.")
     chunk: int = opt(8192, "Prompt tokens of one step.")
-    quantization: str | None = opt(None, "Format of weights, instead of the checkpoint's: bf16, fp8, int8, int4, mxfp4, nvfp4.")
+    quantization: str | None = opt(
+        None, "Format of weights, instead of the checkpoint's: bf16, fp8, int8, int4, mxfp4, nvfp4."
+    )
     expert_quantization: str | None = opt(None, "And of routed experts alone.")
     kv_cache_dtype: str = opt("auto", "Type of the KV cache: auto (bf16), fp8, int8.")
     redundant_experts: int = opt(0, "Experts that are held twice, where they lie over several ranks.")
@@ -64,8 +66,8 @@ def main(argv: list[str]) -> int:
         fp4=options.fp4, link=options.link, domain=options.domain, net=options.net,
     )  # fmt: skip
     load = Load(
-        options.prompt, options.output, options.context, options.batch, options.hit, options.itl_ms / 1e3, options.chunk,
-        options.redundant_experts, options.mem_fraction,
+        options.prompt, options.output, options.context, options.batch, options.hit, options.itl_ms / 1e3,
+        options.chunk, options.redundant_experts, options.mem_fraction,
     ).checked()  # fmt: skip
     shape = read_shape(options.model, options.kv_cache_dtype, options.quantization, options.expert_quantization)
     only = None if options.layout is None else Layout.parse(options.layout)

@@ -129,7 +129,9 @@ def _group(config: dict[str, Any]) -> Format:
         scales = 16 / size if isinstance(size, int) and size > 0 else 0.0
         # Integer products of 8 bits run as fast as those of fp8 where there are such units.
         return Format(f"int{bits}", bits + scales, "fp8" if both and bits == 8 else "bf16")
-    raise ConfigError("compressed-tensors without config_groups: name its bits with --quantization", param="quantization")
+    raise ConfigError(
+        "compressed-tensors without config_groups: name its bits with --quantization", param="quantization"
+    )
 
 
 def _kept(config: dict[str, Any]) -> tuple[str, ...]:

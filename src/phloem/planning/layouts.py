@@ -20,8 +20,8 @@ WIDE = 12  # rows of `hidden` values, of two bytes, that a step holds of each to
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """World = dp * pp * tp. Inside the `tp` ranks of a stage attention is cut over tp / attn_dp of them, and experts lie
-    over `ep`, each cut over tp / ep."""
+    """World = dp * pp * tp. Of the `tp` ranks of a stage, attention is cut over tp / attn_dp, and experts lie over `ep`,
+    each cut over tp / ep."""
 
     tp: int = 1
     pp: int = 1
@@ -71,7 +71,8 @@ def refusal(shape: Shape, layout: Layout, redundant: int = 0) -> str:
     if not shape.experts:
         return "ep and attn_dp are for sparse models" if layout.ep > 1 or layout.attn_dp > 1 else ""
     if (shape.experts + redundant) % layout.ep:
-        return f"{shape.experts} + {redundant} experts over ep {layout.ep}; valid: {_divisors_text(shape.experts + redundant)}"
+        all_of_them = shape.experts + redundant
+        return f"{all_of_them} experts over ep {layout.ep}; valid: {_divisors_text(all_of_them)}"
     if shape.inner % layout.expert_tp:
         return f"an expert's inner size {shape.inner} over {layout.expert_tp}; valid: {_divisors_text(shape.inner)}"
     return ""
@@ -163,7 +164,7 @@ def _joined(one: Reads, other: Reads) -> Reads:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the fullest device. `kv`: what is left for pages and states; `request`: what one of the context takes."""
+    """Bytes of the fullest device. `kv`: left for pages and states; `request`: what one of the context takes."""
 
     weights: float
     work: float
@@ -187,7 +188,11 @@ def memory(
         weights = sum(amount.bytes * shares[name] for name, amount in stage.weights.items())
         ends = ([stage.embedding] if stage.first else []) + (list(stage.head.values()) if stage.last else [])
         weights += sum(amount.bytes for amount in {id(amount): amount for amount in ends}.values()) / layout.attn_tp
-        work = RUNTIME + 2.0 * WIDE * chunk * shape.hidden + (4.0 * 512 * shape.vocab / layout.attn_tp if stage.last else 0)
+        work = (
+            RUNTIME
+            + 2.0 * WIDE * chunk * shape.hidden
+            + (4.0 * 512 * shape.vocab / layout.attn_tp if stage.last else 0)
+        )
         per_token = sum(size / shared(heads, layout) for size, _, heads in stage.kept)
         request = stage.state / layout.attn_tp
         for size, window, heads in stage.kept:

@@ -21,7 +21,7 @@ MOST_ROWS = 2048  # of a rank of attention: beyond, nothing is gained and every 
 class Load:
     """What is asked of the devices. Lengths in tokens; `hit`: the share of prompts that is cached.
 
-    `batch`: requests that run at a time on all devices together; 0: as many as fit. `itl`: seconds that a token may take;
+    `batch`: requests that run at a time on all devices together; 0: as many as fit. `itl`: seconds a token may take;
     0: any. `chunk`: prompt tokens of one step of a rank of attention.
     """
 
@@ -105,7 +105,9 @@ class Price:
         }  # fmt: skip
 
 
-def price(shape: Shape, layout: Layout, machine: Machine, load: Load, rates: Efficiency, parts: list[Stage]) -> Price | str:
+def price(
+    shape: Shape, layout: Layout, machine: Machine, load: Load, rates: Efficiency, parts: list[Stage]
+) -> Price | str:
     """What a layout gives; or why it cannot serve the load."""
     usable = machine.memory_gib * GIB * load.fraction
     redundant = load.redundant if layout.ep > 1 else 0
@@ -116,7 +118,8 @@ def price(shape: Shape, layout: Layout, machine: Machine, load: Load, rates: Eff
     groups = layout.attn_dp * layout.dp
     rows = min(room.rows or (MOST_ROWS if not room.request else 0), MOST_ROWS)
     if rows < 1:
-        return f"{room.kv / GIB:.1f} GiB are left for KV, a request of {load.longest} tokens takes {room.request / GIB:.1f}"
+        need = room.request / GIB
+        return f"{room.kv / GIB:.1f} GiB are left for KV, a request of {load.longest} tokens takes {need:.1f}"
     if load.batch:
         wanted = -(-load.batch // groups)
         if wanted > rows:
@@ -186,7 +189,9 @@ def plan(
     if gpus < 1:
         raise ConfigError(f"gpus: {gpus} must be above 0", param="gpus")
     if load.longest > shape.context:
-        raise ConfigError(f"{load.longest} tokens are more than the model's context of {shape.context}", param="context")
+        raise ConfigError(
+            f"{load.longest} tokens are more than the model's context of {shape.context}", param="context"
+        )
     if only is not None:
         only = replace(only, dp=gpus // (only.tp * only.pp)) if only.dp == 1 else only
         why = refusal(shape, only, load.redundant) or ("" if only.world == gpus else f"it takes {only.world} of {gpus}")

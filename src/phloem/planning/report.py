@@ -13,7 +13,21 @@ if TYPE_CHECKING:
     from phloem.planning.shape import Shape
     from phloem.planning.steps import Terms
 
-_HEAD = ("tp", "pp", "ep", "attn dp", "dp", "weights", "KV GiB", "rows", "ITL ms", "TTFT ms", "out tok/s", "a GPU", "bound")
+_HEAD = (
+    "tp",
+    "pp",
+    "ep",
+    "attn dp",
+    "dp",
+    "weights",
+    "KV GiB",
+    "rows",
+    "ITL ms",
+    "TTFT ms",
+    "out tok/s",
+    "a GPU",
+    "bound",
+)
 
 
 def described(shape: Shape) -> dict[str, Any]:
@@ -63,20 +77,27 @@ def as_text(shape: Shape, machine: Machine, gpus: int, load: Load, answer: Answe
     lines += [_terms("a decode step", best.decode), _terms(f"a prefill step of {load.chunk} tokens", best.prefill)]
     lines += [f"  memory of a GPU: weights {best.memory.weights / GIB:.1f}, work {best.memory.work / GIB:.1f}, "
               f"KV {best.memory.kv / GIB:.1f} GiB = {best.memory.rows} requests of {load.longest} tokens"]  # fmt: skip
-    lines += [f"  apart: {best.prefill_rate / gpus:,.0f} prompt tok/s a GPU, {best.decode_rate / gpus:,.0f} output tok/s a "
-              f"GPU; prefill to decode devices for this load {_ratio(best, load)}"]  # fmt: skip
+    apart = [
+        f"{rate / gpus:,.0f} {what}" for rate, what in ((best.prefill_rate, "prompt"), (best.decode_rate, "output"))
+    ]
+    lines += [
+        f"  apart: {' and '.join(apart)} tok/s a GPU; prefill to decode devices for this load {_ratio(best, load)}"
+    ]
     return "\n".join(lines)
 
 
 def _model_lines(shape: Shape, load: Load) -> list[str]:
     forms = shape.formats
     kinds = forms.matrix.name if forms.matrix == forms.expert else f"{forms.matrix.name}, experts {forms.expert.name}"
-    text = f"{shape.name} ({shape.family}): {shape.parameters / 1e9:.2f} B parameters, {shape.active / 1e9:.2f} B active"
+    text = (
+        f"{shape.name} ({shape.family}): {shape.parameters / 1e9:.2f} B parameters, {shape.active / 1e9:.2f} B active"
+    )
     lines = [f"{text}, {shape.weight_bytes / GIB:.1f} GiB as {kinds}"]
     if shape.stored_bytes:
         lines.append(f"  its files hold {shape.stored_bytes / GIB:.1f} GiB")
     kept = shape.kv_bytes(load.longest) + shape.state_bytes
-    lines.append(f"  KV {shape.kv_bytes():,.0f} bytes a token ({shape.kv_type}); {kept / 2**20:.1f} MiB a request of {load.longest}")
+    each = f"{kept / 2**20:.1f} MiB a request of {load.longest}"
+    lines.append(f"  KV {shape.kv_bytes():,.0f} bytes a token ({shape.kv_type}); {each}")
     return lines
 
 

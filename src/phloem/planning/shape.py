@@ -127,7 +127,9 @@ class Shape:
 
     def kv_bytes(self, context: float = 1.0) -> float:
         """Bytes that a request of so many tokens keeps by page, uncut; of one token, where nothing else is said."""
-        return sum(size * (min(context, window) if window else context) for at in self.layers for size, window, _ in at.kept)
+        return sum(
+            size * (min(context, window) if window else context) for at in self.layers for size, window, _ in at.kept
+        )
 
     @property
     def state_bytes(self) -> float:
@@ -147,12 +149,16 @@ def read_shape(
         ModelLoadError: there is no such file, or its configuration lacks what is needed.
     """
     if kv_type not in KV_TYPES:
-        raise ConfigError(f"kv_cache_dtype {kv_type!r:.40} is not known; known: {', '.join(KV_TYPES)}", param="kv_cache_dtype")
+        raise ConfigError(
+            f"kv_cache_dtype {kv_type!r:.40} is not known; known: {', '.join(KV_TYPES)}", param="kv_cache_dtype"
+        )
     path = snapshot(Path(model).expanduser())
     checkpoint = describe(str(path) if path is not None else model, "dummy")
     where = Path(model) if path is None else path
     if checkpoint.pooling is not None or checkpoint.pictures is not None:
-        raise ConfigError(f"{where}: plans are for models that generate text, not for {checkpoint.model_type}", param="model")
+        raise ConfigError(
+            f"{where}: plans are for models that generate text, not for {checkpoint.model_type}", param="model"
+        )
     if checkpoint.chosen.impl != "phloem":
         raise ConfigError(
             f"{where}: {checkpoint.model_type} has no file of its own in models/: how its weights are shared out is "

@@ -20,7 +20,7 @@ WIDE = 12  # rows of `hidden` values, of two bytes, that a step holds of each to
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """World = dp * pp * tp. Of the `tp` ranks of a stage, attention is cut over tp / attn_dp, and experts lie over `ep`,
+    """World = dp * pp * tp. Of the `tp` ranks of a stage, attention is cut over tp / attn_dp; experts lie over `ep`,
     each cut over tp / ep."""
 
     tp: int = 1

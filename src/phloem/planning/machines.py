@@ -75,8 +75,8 @@ def machine(name: str, **own: float | None) -> Machine:
         base = MACHINES[name.lower()]
     else:
         near = difflib.get_close_matches(name.lower(), MACHINES, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"gpu {name!r:.80} is not known{hint} Known: {', '.join(MACHINES)}, custom", param="gpu")
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"gpu {name!r:.80} is not known{hint}; known: {', '.join(MACHINES)}, custom", param="gpu")
     if "domain" in given:
         given["domain"] = int(given["domain"])
     return replace(base, **given)  # pyright: ignore[reportArgumentType]

@@ -193,7 +193,7 @@ def plan(
             f"{load.longest} tokens are more than the model's context of {shape.context}", param="context"
         )
     if only is not None:
-        only = replace(only, dp=gpus // (only.tp * only.pp)) if only.dp == 1 else only
+        only = replace(only, dp=max(1, gpus // (only.tp * only.pp))) if only.dp == 1 else only
         why = refusal(shape, only, load.redundant) or ("" if only.world == gpus else f"it takes {only.world} of {gpus}")
         if why:
             raise ConfigError(f"layout {only}: {why}", param="layout")

@@ -80,9 +80,7 @@ def as_text(shape: Shape, machine: Machine, gpus: int, load: Load, answer: Answe
     apart = [
         f"{rate / gpus:,.0f} {what}" for rate, what in ((best.prefill_rate, "prompt"), (best.decode_rate, "output"))
     ]
-    lines += [
-        f"  apart: {' and '.join(apart)} tok/s a GPU; prefill to decode devices for this load {_ratio(best, load)}"
-    ]
+    lines += [f"  apart: {' and '.join(apart)} tok/s a GPU; prefill to decode GPUs for this load {_ratio(best, load)}"]
     return "\n".join(lines)
 
 

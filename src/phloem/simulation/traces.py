@@ -26,8 +26,8 @@ BLOCK = 512  # tokens that an id of a trace file stands for
 
 @dataclass(frozen=True)
 class Mix:
-    """Lengths in tokens. `first`, `later` and `output` are lognormal: (mean, sigma of the logarithm); how many turns there
-    are is geometric with mean `turns`, the pause between them exponential with mean `think` seconds.
+    """Lengths in tokens. `first`, `later` and `output` are lognormal: (mean, sigma of the logarithm); how many turns
+    there are is geometric with mean `turns`, the pause between them exponential with mean `think` seconds.
 
     `systems` different system prompts of `system` tokens are drawn by Zipf's law with exponent `zipf`. Conversations
     begin at gamma-distributed intervals whose standard deviation is `burst` of their mean: 1 is a Poisson process.

@@ -26,6 +26,7 @@ FLOOR_ROOMS: list[list[str]] = [
     ["protocol"],
     [
         *("server", "lang", "router", "bench", "training", "llm", "administration", "cli", "testing"),
+        *("planning", "simulation"),
         *("__main__", "__init__"),
     ],
 ]

@@ -69,7 +69,9 @@ def named_tensors(blobs: Sequence[bytes], load_format: str | None, limit: int) -
         raise BadRequest(f"{len(blobs)} payloads for one rank", param="serialized_named_tensors")
     found, reader = records(blobs[0]), _Reader(limit)
     if isinstance(found, dict) and "flattened_tensor" in found:
-        return flattened(reader.tensor(found["flattened_tensor"]), [_place(one) for one in _listed(found.get("metadata"))])
+        return flattened(
+            reader.tensor(found["flattened_tensor"]), [_place(one) for one in _listed(found.get("metadata"))]
+        )
     if load_format == "flattened_bucket":
         raise BadRequest("the payload is no flattened bucket", param="load_format")
     pairs = list(found.items()) if isinstance(found, dict) else _listed(found)

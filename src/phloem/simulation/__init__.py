@@ -1,0 +1,1 @@
+"""Replicas behind a gateway in virtual time: the real scheduler, cache and policies; steps only take time."""

@@ -83,7 +83,7 @@ async def test_a_named_worker_is_taken_and_a_session_stays_where_it_was() -> Non
     found, some = policy("manual"), workers(3)
     assert found.choose(ask(target=some[2].url), some).worker is some[2]
     assert found.choose(ask(target=some[1].id), some).worker is some[1]
-    with pytest.raises(BadRequest, match="no worker that serves"):
+    with pytest.raises(BadRequest, match="no worker of this model"):
         found.choose(ask(target="http://other:1"), some)
     first = found.choose(ask(session="s"), some).worker
     found.sent(ask(session="s"), first)

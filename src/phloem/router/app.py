@@ -84,7 +84,7 @@ class Router:
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_key]
         self._sessions = tuple(name.lower().encode() for name in settings.session_headers)
         limits = BodyLimits(settings.max_payload_size, settings.max_bodies_bytes, settings.body_timeout)
-        self._bounded = BodyGate(self._serve, limits)
+        self._bounded = BodyGate(self._serve, limits, keeps=True)
         self._own: dict[tuple[str, str], Handler] = {
             ("GET", "/health"): self._health,
             ("GET", "/ready"): self._health,
@@ -154,6 +154,7 @@ class Router:
             else:
                 asked = asks.read(route, scope["headers"], body, self._sessions)
                 way = Way(scope, receive, send, asked, body, scope["request_id"], loop.time(), self._client(scope))
+                body = b""  # the way has it, until it needs it no more
                 await self._forward(way)
                 status = way.status
         except PhloemError as error:

@@ -7,6 +7,7 @@ passed on for a server to refuse.
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ GENERATES = frozenset(
      "/v1/rerank", "/v2/rerank", "/v1/score", "/v1/classify", "/rerank", "/score", "/encode", "/classify")
 )  # fmt: skip
 _EMPTY = msgspec.Raw(b"")
+_MOST_OUTPUT = 1 << 30  # tokens; a number of a hundred digits is no float
+_PRIORITY = re.compile(rb"-?[0-9]{1,9}")
 
 
 class _Sampling(msgspec.Struct):
@@ -101,8 +104,8 @@ def read(path: str, headers: Headers, body: bytes | bytearray, session_headers: 
             ask.session = value.decode("latin-1")
         elif name == b"x-worker" or name == b"x-smg-target-worker":
             ask.target = value.decode("latin-1")
-        elif name == b"x-priority" and value.lstrip(b"-").isdigit():
-            ask.priority = _clipped(int(value[:9]))
+        elif name == b"x-priority" and _PRIORITY.fullmatch(value):
+            ask.priority = _clipped(int(value))
     if not body:
         return ask
     try:
@@ -150,7 +153,7 @@ def _output(body: _Body) -> float:
     if _head(body.sampling_params, 1) == b"{":
         with contextlib.suppress(msgspec.DecodeError):
             asked.append(_sampling(bytes(body.sampling_params)).max_new_tokens)
-    limits = [float(value) for value in asked if isinstance(value, int) and value >= 0]
+    limits = [float(min(value, _MOST_OUTPUT)) for value in asked if isinstance(value, int) and value >= 0]
     count = body.n if isinstance(body.n, int) and 1 <= body.n <= 128 else 1
     return min([USUAL_OUTPUT, *limits]) * count
 

@@ -187,31 +187,30 @@ class Fleet:
             worker.settle.clear()
 
     async def _look(self, worker: Worker, looks: int) -> None:
-        problem = await self._probe(worker)
-        if problem:
-            self._is_ill(worker, problem)
+        try:
+            status, body = await self.get(worker, self.settings.health_check_endpoint)
+        except UpstreamError as error:
+            self._is_ill(worker, error.reason, gone=error.refused)
+            return
+        if status != 200:
+            self._is_ill(worker, f"{self.settings.health_check_endpoint}: {status} {body[:200]!r}")
             return
         worker.fails, worker.passes = 0, worker.passes + 1
-        if not worker.models or not worker.healthy or looks % FACTS_EVERY == 0:
+        if not worker.models or worker.passes == 1 or not worker.healthy or looks % FACTS_EVERY == 0:
             await self._ask_facts(worker)
         load = await self.fetch(worker, "/v1/loads")
-        if isinstance(load, dict) and load.get("loads"):
-            worker.learn(load["loads"][0])
+        loads = load.get("loads") if isinstance(load, dict) else None
+        if isinstance(loads, list) and loads and isinstance(loads[0], dict):
+            worker.learn(loads[0])
         fresh = worker.requests == 0 and worker.passes == 1
         if not worker.healthy and (fresh or worker.passes >= self.settings.health_success_threshold):
             worker.healthy, worker.why = True, ""
             worker.breaker.reset()
             _log.info("worker %s serves %s", worker.url, ", ".join(worker.models) or "an unknown model")
 
-    async def _probe(self, worker: Worker) -> str:
-        """What is wrong; "" where it is well."""
-        try:
-            status, body = await self.get(worker, self.settings.health_check_endpoint)
-        except UpstreamError as error:
-            return error.reason
-        return "" if status == 200 else f"{self.settings.health_check_endpoint}: {status} {body[:200]!r}"
-
-    def _is_ill(self, worker: Worker, problem: str) -> None:
+    def _is_ill(self, worker: Worker, problem: str, gone: bool = False) -> None:
+        if gone and worker.passes:
+            self._forget(worker)  # whoever listens there again is another process
         worker.fails, worker.passes, worker.why = worker.fails + 1, 0, problem
         if worker.healthy and worker.fails >= self.settings.health_failure_threshold:
             worker.healthy = False

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.router.limits import Gate, TooMany
 from phloem.router.upstream import Exchange, UpstreamError
+from phloem.server.bodies import BODY_DONE
 from phloem.server.errors import MESSAGES_PATH, error_body, messages_error
 from phloem.server.serve import ChunkWriter
 from phloem.server.stream import DONE, encode
@@ -69,6 +70,13 @@ class Way:
     exchange: Exchange | None = None
     left: bool = False  # the client has hung up
     waits: list[asyncio.Future[None]] = field(default_factory=list)  # for its turn
+
+    def begin(self) -> None:
+        """The client is told: nothing is tried again, and the body is held no longer."""
+        self.started = True
+        self.body, self.ask.prompt, self.ask.ids = b"", b"", None
+        if (done := self.scope.get(BODY_DONE)) is not None:
+            done()
 
 
 class Relay:
@@ -138,13 +146,14 @@ class Relay:
     def choose(self, way: Way) -> Chosen:
         """Among those that serve, first those that were not tried. Raises PhloemError where there are none."""
         now = asyncio.get_running_loop().time()
-        known = self.fleet.candidates(way.ask.model)
+        policy = self.fleet.policy(way.ask.model)
+        known = policy.asked(way.ask, self.fleet.candidates(way.ask.model))
         ready = [worker for worker in known if worker.serves(now)]
         if not ready:
             why = "; ".join(f"{worker.url}: {_why(worker, now)}" for worker in known[:4])
             raise EngineDead(f"no worker serves this now ({why})", code="no_worker")
         fresh = [worker for worker in ready if worker not in way.tried]
-        chosen = self.fleet.policy(way.ask.model).choose(way.ask, fresh or ready)
+        chosen = policy.choose(way.ask, fresh or ready)
         if not way.tried:
             self._in_time(way, chosen)
         way.chosen = chosen
@@ -188,6 +197,8 @@ class Relay:
                 self.metrics.overhead.observe(loop.time() - way.arrived)
             way.status = await exchange.head()
             load.first()
+            if way.status not in BROKEN:
+                worker.breaker.answered()
             if way.status in BROKEN:
                 self.metrics.failed[worker.url, f"status {way.status}"] += 1
                 self.fleet.faulty(worker)
@@ -251,7 +262,7 @@ class Relay:
         ]
         if not any(name == b"x-request-id" for name, _ in headers):
             headers.append((b"x-request-id", way.key.encode()))
-        way.started = True
+        way.begin()
         try:
             await way.send({"type": "http.response.start", "status": way.status, "headers": headers})
             if chunked and not exchange.done and way.scope["method"] != "HEAD":

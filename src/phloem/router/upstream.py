@@ -176,6 +176,11 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def cut(self, reason: str) -> None:
+        """As `abort`, and whoever waits for an answer here is told why there is none."""
+        self._fail(reason)
+        self.abort()
+
     # asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -290,6 +295,8 @@ class Pool:
             raise UpstreamError(f"no connection within {self._timeout:g} s", refused=True) from None
         except OSError as error:
             raise UpstreamError(f"no connection: {error.strerror or error}", refused=True) from None
+        except ValueError as error:  # of the resolver: the name is none
+            raise UpstreamError(f"no connection: {error}", refused=True) from None
         if self._closed:
             connection.abort()
             raise UpstreamError("the server has been removed", refused=True)
@@ -318,4 +325,4 @@ class Pool:
         """Cuts off what is in flight."""
         self._closed = True
         for connection in list(self._open):
-            connection.abort()
+            connection.cut("the server has been removed")

@@ -45,11 +45,8 @@ def test_what_is_no_address_is_refused_when_it_is_added(url: str) -> None:
 
 
 def test_names_of_hosts_are_spelled_as_they_are_looked_up() -> None:
-    assert parse_url("http://b\u00fccher.example:81") == (
-        "http://xn--bcher-kva.example:81",
-        "xn--bcher-kva.example",
-        81,
-    )
+    name = "xn--bcher-kva.example"
+    assert parse_url("http://b\u00fccher.example:81") == (f"http://{name}:81", name, 81)
     assert parse_url("http://phloem_server-0.pods:30000")[1] == "phloem_server-0.pods"
     assert parse_url("[0:0::1]:5") == ("http://[::1]:5", "::1", 5)
 

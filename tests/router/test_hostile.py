@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 from gateway import Request, Worker, gateway, say, stream
 
 from phloem.core.errors import BadRequest
+from phloem.router import ask
 from phloem.router.worker import parse_url
 
 EVENTS = [b"data: %d\n\n" % at for at in range(20)]
@@ -155,3 +157,27 @@ async def test_what_was_sent_to_a_worker_counts_no_more_once_its_port_was_closed
         await worker.start()
         await gate.until(lambda: gate.router.fleet.workers[worker.url].fails == 0)
         assert (await gate.chat("z" * 4000)).status_code == 200
+
+
+async def test_a_form_goes_to_the_servers_of_the_model_that_it_names() -> None:
+    async with gateway(Worker(models=["hears"]), Worker(models=["writes"]), Worker(models=["writes"])) as gate:
+        sound = b"RIFF" + bytes(range(256)) * 500
+        first, *others = (worker.port for worker in gate.workers)
+        for name, ports in (("hears", [first]), ("writes", others)):
+            for _ in range(4):
+                files = {"file": ("a.wav", sound, "audio/wav")}
+                answer = await gate.http.post("/v1/audio/transcriptions", data={"model": name}, files=files)
+                assert answer.json()["by"] in ports
+        answer = await gate.http.post("/v1/audio/transcriptions", data={"model": "ghost"}, files={"file": b"x"})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (404, "model")
+
+
+def test_a_form_is_read_wherever_its_model_stands_and_in_little_time() -> None:
+    part = b'--x\r\nContent-Disposition: form-data; name="%b"%b\r\n\r\n%b\r\n'
+    file = part % (b"file", b'; filename="a"\r\nContent-Type: audio/wav', b"\r\n\0" * (4 << 20))
+    headers = [(b"content-type", b"multipart/form-data; boundary=x")]
+    begun = time.perf_counter()
+    for body in (part % (b"model", b"", b"m-1") + file, file + part % (b"model", b"", b"m-1")):
+        assert ask.read("/v1/audio/transcriptions", headers, body + b"--x--\r\n", ()).model == "m-1"
+    assert ask.read("/v1/audio/transcriptions", headers, file, ()).model == ""
+    assert time.perf_counter() - begun < 2

@@ -30,6 +30,9 @@ GENERATES = frozenset(
 )  # fmt: skip
 _EMPTY = msgspec.Raw(b"")
 _MOST_OUTPUT = 1 << 30  # tokens; a number of a hundred digits is no float
+_FIELD = b'name="model"'
+_VALUE = re.compile(rb"(?:\r\n[^\r\n]{1,200}){0,8}\r\n\r\n([^\r\n]{1,300})\r\n--")
+_MOST_FIELDS = 8  # of this name that are looked at: a file may be full of them
 _PRIORITY = re.compile(rb"-?[0-9]{1,9}")
 
 
@@ -99,8 +102,11 @@ class Ask:
 def read(path: str, headers: Headers, body: bytes | bytearray, session_headers: Sequence[bytes]) -> Ask:
     """Never raises: what cannot be read counts as a small request for any model."""
     ask = Ask(path, stored=path.startswith("/v1/responses/") and path != "/v1/responses/input_tokens")
+    form = False
     for name, value in headers:
-        if name in session_headers:
+        if name == b"content-type":
+            form = value.lower().startswith(b"multipart/form-data")
+        elif name in session_headers:
             ask.session = value.decode("latin-1")
         elif name == b"x-worker" or name == b"x-smg-target-worker":
             ask.target = value.decode("latin-1")
@@ -108,12 +114,26 @@ def read(path: str, headers: Headers, body: bytes | bytearray, session_headers: 
             ask.priority = _clipped(int(value))
     if not body:
         return ask
+    if form:
+        ask.model = _in_form(body)
+        return ask
     try:
         found = _skim(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return ask
     _fill(ask, found)
     return ask
+
+
+def _in_form(body: bytes | bytearray) -> str:
+    """The model that a form names, as those with files do: its field may stand behind them."""
+    at = -1
+    for _ in range(_MOST_FIELDS):
+        at = body.find(_FIELD, at + 1)
+        found = _VALUE.match(body, at + len(_FIELD)) if at >= 0 else None
+        if at < 0 or found:
+            return found[1].decode("utf-8", "replace") if found else ""
+    return ""
 
 
 def _fill(ask: Ask, body: _Body) -> None:

@@ -11,9 +11,11 @@ import httpx
 import pytest
 from gateway import Request, Worker, gateway, say, stream
 
-from phloem.core.errors import BadRequest
+from phloem.cli.router import parse
+from phloem.core.errors import BadRequest, ConfigError
 from phloem.router import ask
-from phloem.router.worker import parse_url
+from phloem.router.address import parse_url
+from phloem.router.settings import Settings
 
 EVENTS = [b"data: %d\n\n" % at for at in range(20)]
 
@@ -181,3 +183,59 @@ def test_a_form_is_read_wherever_its_model_stands_and_in_little_time() -> None:
         assert ask.read("/v1/audio/transcriptions", headers, body + b"--x--\r\n", ()).model == "m-1"
     assert ask.read("/v1/audio/transcriptions", headers, file, ()).model == ""
     assert time.perf_counter() - begun < 2
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"api_key": ("",)}, "api_key"),
+        ({"api_key": ("good", "b\u00e4d")}, "api_key"),
+        ({"worker_api_key": "a\r\nx: 1"}, "worker_api_key"),
+        ({"worker_api_key": ""}, "worker_api_key"),
+        ({"max_concurrent_requests": 0}, "max_concurrent_requests"),
+        ({"stall_timeout": float("nan")}, "stall_timeout"),
+        ({"worker_urls": ("http://a..b",)}, "worker_urls"),
+    ],
+)
+def test_settings_that_would_let_everybody_or_nobody_in_are_refused(values: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Settings(**values).checked()
+    assert refused.value.param == name
+
+
+def test_keys_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHLOEM_API_KEY", "from-outside")
+    monkeypatch.setenv("PHLOEM_WORKER_API_KEY", "theirs")
+    assert (parse([]).api_key, parse([]).worker_api_key) == (("from-outside",), "theirs")
+    assert parse(["--api-key", "a", "b"]).api_key == ("a", "b")
+
+
+async def test_workers_that_share_the_gateways_key_serve_and_others_say_what_they_lack() -> None:
+    async with gateway(Worker(key="shared"), api_key=("shared", "second")) as gate:
+        assert (await gate.chat(headers={"authorization": "Bearer shared"})).status_code == 200
+        asked = await gate.http.post("/flush_cache", headers={"authorization": "Bearer shared"})
+        assert asked.json()["success"] is True
+    hidden = Worker(key="other")
+    async with gateway(Worker(), api_key=("shared",)) as gate:
+        await hidden.start()
+        key = {"authorization": "Bearer shared"}
+        await gate.http.post("/workers", json={"url": hidden.url}, headers=key)
+        worker = gate.router.fleet.workers[hidden.url]
+        await gate.until(lambda: "--worker-api-key" in worker.why)
+        assert not worker.healthy and (await gate.chat(headers=key)).status_code == 200
+        await hidden.kill()
+
+
+async def test_a_client_that_takes_nothing_does_not_keep_its_place_for_ever() -> None:
+    async def long(request: Request) -> None:
+        await stream(request, [b"data: " + b"x" * 100_000 + b"\n\n"] * 300)
+
+    async with gateway(Worker(answer=long), stall_timeout=0.4, max_concurrent_requests=1) as gate:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(gate.url.rsplit(":", 1)[1]), limit=1024)
+        writer.write(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}")
+        await gate.until(lambda: gate.router.gate.inside == 1)
+        await gate.until(lambda: not gate.router.gate.inside, 20)
+        assert (await gate.http.get("/v1/other")).status_code == 200
+        gate.idle()
+        assert gate.router.metrics.broken_streams == 0 and gate.router.metrics.left == 1
+        writer.close()

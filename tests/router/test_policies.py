@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from phloem.core.errors import BadRequest, ConfigError
+from phloem.router.address import parse_url
 from phloem.router.ask import PIECE, Ask, read
 from phloem.router.breaker import Breaker
 from phloem.router.cached import Cached, chain
@@ -17,7 +18,7 @@ from phloem.router.policies import POLICIES
 from phloem.router.policies._base import Policy
 from phloem.router.prefixes import Prefixes
 from phloem.router.settings import Settings
-from phloem.router.worker import Worker, parse_url
+from phloem.router.worker import Worker
 
 
 def policy(name: str, cached: Cached | None = None, **settings: Any) -> Policy:

@@ -286,7 +286,8 @@ class Router:
         """The same call at every worker; good where all of them say so."""
         workers, query = list(self.fleet.workers.values()), scope["query_string"].decode("latin-1")
         path = scope["path"] + (f"?{query}" if query else "")
-        calls = [self.fleet.get(worker, path, "POST", body, EVERYWHERE_SECONDS) for worker in workers]
+        key = _key(scope).decode("latin-1") or None
+        calls = [self.fleet.get(worker, path, "POST", body, EVERYWHERE_SECONDS, key) for worker in workers]
         found = await asyncio.gather(*calls, return_exceptions=True)
         answers = {
             worker.url: str(answer) if isinstance(answer, BaseException) else answer[0]

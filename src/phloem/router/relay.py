@@ -265,8 +265,10 @@ class Relay:
         way.begin()
         try:
             await way.send({"type": "http.response.start", "status": way.status, "headers": headers})
+            writer = ChunkWriter.of(way.send)
+            exchange.hang_up = None if writer is None else writer.abort
             if chunked and not exchange.done and way.scope["method"] != "HEAD":
-                exchange.sink = ChunkWriter.of(way.send)
+                exchange.sink = writer
             await self._body(way, exchange, chunked)
         except OSError:
             way.left = True  # the socket has gone
@@ -314,10 +316,14 @@ class Relay:
         """End what has waited for too long. Called about once a second."""
         for exchange in list(self.flying):
             settings = self.settings
-            silent = now - exchange.heard
+            silent, stuck = now - exchange.heard, now - exchange.taken_at
+            # Whether it is the client that takes nothing.
+            theirs = exchange.stuffed or exchange.done or exchange.error is not None
             if not exchange.status and now - exchange.began > settings.first_byte_timeout:
                 exchange.cancel(f"no first byte within {settings.first_byte_timeout:g} s")
-            elif exchange.status and silent > settings.stall_timeout and not exchange.stuffed:
+            elif theirs and min(silent, stuck) > settings.stall_timeout and exchange.hang_up is not None:
+                exchange.hang_up()
+            elif exchange.status and silent > settings.stall_timeout and not theirs:
                 exchange.cancel(f"nothing came for {settings.stall_timeout:g} s")
 
     def _log(self, way: Way, now: float) -> None:

@@ -36,8 +36,8 @@ class UpstreamError(Exception):
 class Exchange:
     """One request and its answer. One task waits for it."""
 
-    __slots__ = ("_buffered", "_connection", "_held", "_waiter", "began", "done", "error", "headers", "heard",
-                 "received", "sink", "status")  # fmt: skip
+    __slots__ = ("_buffered", "_connection", "_held", "_waiter", "began", "done", "error", "hang_up", "headers",
+                 "heard", "received", "sink", "status", "taken_at")  # fmt: skip
 
     def __init__(self, now: float) -> None:
         self.status = 0
@@ -47,6 +47,8 @@ class Exchange:
         self.began = self.heard = now  # by the loop's clock
         self.received = 0  # bytes of the body
         self.sink: Callable[[bytes], bool] | None = None
+        self.hang_up: Callable[[], None] | None = None  # on the client
+        self.taken_at = now  # when something that waited was last taken for the client
         self._buffered: deque[bytes] = deque()
         self._held = 0
         self._waiter: asyncio.Future[None] | None = None
@@ -77,7 +79,7 @@ class Exchange:
         """What waits, without waiting."""
         found = self._buffered.popleft() if len(self._buffered) == 1 else b"".join(self._buffered)
         self._buffered.clear()
-        self._held = 0
+        self._held, self.taken_at = 0, asyncio.get_running_loop().time()
         if self._connection is not None:
             self._connection.go_on()
         return found

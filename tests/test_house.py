@@ -40,6 +40,7 @@ ARROWS = {
     "text": {"grammar"},
     "speculation": {"engine"},
     "rl": {"engine"},
+    "diffusion": {"engine"},
     "scheduler": {"disagg"},
 }
 # Two rooms that must not see each other although their floors would allow it.

@@ -22,7 +22,7 @@ from phloem.diffusion import models, probe
 from phloem.diffusion.engine import Settings, Studio
 from phloem.diffusion.family import Family
 from phloem.diffusion.models._whole import Whole
-from phloem.launch.pictures import defaults
+from phloem.launch.pictures import check_fit, defaults
 from phloem.llm import Engine
 from phloem.testing.pictures import KINDS, tiny_pictures
 
@@ -258,6 +258,34 @@ def test_class_names_are_file_names() -> None:
 
 def test_defaults_of_the_operator_are_checked() -> None:
     assert defaults('{"size": "64x32", "steps": 4, "guidance_scale": 0}')["size"] == (64, 32)
-    for text in ("[", "[]", '{"sise": "8x8"}', '{"size": "8"}', '{"steps": "4"}', '{"steps": true}', '{"steps": -1}'):
+    steps = ('{"steps": "4"}', '{"steps": true}', '{"steps": -1}', '{"steps": 0}')
+    others = ('{"max_pixels": 0}', '{"guidance_scale": NaN}', '{"guidance_scale": Infinity}')
+    for text in ("[", "[]", '{"sise": "8x8"}', '{"size": "8"}', *steps, *others):
         with pytest.raises(ConfigError):
             defaults(text)
+
+
+def test_defaults_that_no_request_could_be_drawn_with_are_refused_at_the_start(pipes: Any) -> None:
+    painter, _ = models.choose(pipes("z_image"), CPU, torch.float32, {"size": (17, 16)})
+    with pytest.raises(ConfigError, match="image_defaults: size: 17x16"):
+        check_fit(painter)
+    painter, _ = models.choose(pipes("z_image"), CPU, torch.float32, {"steps": 5000})
+    with pytest.raises(ConfigError, match="5000"):
+        check_fit(painter)
+    check_fit(models.choose(pipes("z_image"), CPU, torch.float32, {"size": (32, 32)})[0])
+
+
+def test_a_prompt_or_a_side_beyond_the_models_places_is_no_fault_of_the_server(pipes: Any) -> None:
+    pipe = pipes("z_image")
+    painter = models.choose(pipe, CPU, torch.float32, {"max_pixels": 1 << 24})[0]
+    places, most, _ = pipe.transformer.config.axes_lens
+    told: list[FromEngine] = []
+    made = Studio(painter, Settings(budget=1 << 20), told.append)
+    side = painter.facts.grid
+    made.submit(Draw(id="long", prompt="a cat " * 2000, seed=1, steps=1, width=side, height=side))
+    made.submit(Draw(id="wide", prompt="a cat", seed=1, steps=1, width=side * (most + 1), height=side))
+    while made.step():
+        pass
+    ends = {one.id: one for one in told if isinstance(one, Painted) and one.done}
+    assert not ends["long"].error and ends["long"].text_tokens < places - 1
+    assert (ends["wide"].status, ends["wide"].param) == (400, "size")

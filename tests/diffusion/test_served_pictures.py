@@ -102,9 +102,12 @@ def test_the_command_draws_into_files(tiny: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "seed 5" in done.stdout and "seed 6" in done.stdout
     assert [read_png((tmp_path / f"d-{at}.png").read_bytes()).shape for at in (1, 2)] == [(16, 16, 3)] * 2
+    assert not list(tmp_path.glob(".*"))  # nothing half written
+    (tmp_path / "folder.png").mkdir()
     for more, says in (
         (["--output", "x.bmp"], "expected a file named"),
         (["--output", str(tmp_path / "d.png"), "--size", "15x16"], "multiples of"),
+        (["--output", str(tmp_path / "folder.png"), "--n", "1"], "it is a folder"),
     ):
         done = subprocess.run([*run, *more], capture_output=True, text=True, timeout=200)
         assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr

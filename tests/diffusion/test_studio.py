@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 
+from phloem.core.errors import PhloemError
 from phloem.core.messages import Draw, FromEngine, Painted
 from phloem.diffusion.conditions import Conditions
 from phloem.diffusion.engine import Settings, Studio
+from phloem.diffusion.family import Family, as_bytes
 from phloem.testing.painter import ToyPainter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from phloem.diffusion.family import Row
 
 
 class Told(list[FromEngine]):
@@ -197,3 +208,38 @@ def test_alone_each_picture_has_steps_of_its_own() -> None:
         made.submit(one)
     finish(made)
     assert set(painter.batches) == {1, 2}  # with guidance, the two rows of one picture
+
+
+class NoHostMemory(ToyPainter):
+    def forward(self, rows: Sequence[Row]) -> list[Tensor]:
+        if any(row.width > 16 for row in rows):
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+        return super().forward(rows)
+
+
+def test_an_allocator_of_host_memory_that_gives_up_is_no_memory_too() -> None:
+    made, told = studio(NoHostMemory())
+    made.submit(draw("a", width=32, height=32))
+    made.submit(draw("b"))
+    finish(made)
+    assert told.done("a").status == 507 and "more memory" in told.done("a").error and made.out_of_memory == 1
+    assert told.pixels("b")
+
+
+def test_pixels_that_are_no_numbers_are_no_picture_and_no_preview_is_made_of_them() -> None:
+    with pytest.raises(PhloemError, match="no numbers"):
+        as_bytes(np.array([[[0.5, np.nan, 1.0]]], np.float32))
+    assert as_bytes(np.array([[[0.0, 0.5, 1.0]]], np.float32)).tolist() == [[[0, 128, 255]]]
+    made, told = studio()
+    made.submit(draw("a", "nan", previews=3))
+    finish(made)
+    shown = [one for one in told if isinstance(one, Painted) and one.pixels]
+    assert not shown and "no numbers" in told.done("a").error
+
+
+def test_schedules_of_all_sizes_and_steps_that_clients_ask_for_are_not_kept_for_ever() -> None:
+    scheduler = SimpleNamespace(sigmas=[1.0, 0.0], timesteps=[1000.0])
+    some: Any = SimpleNamespace(_schedules={}, scheduler=scheduler, _set_schedule=lambda steps, tokens: None)
+    for steps in range(1000):
+        assert Family.schedule(some, steps, 16) == ([1.0, 0.0], [1000.0])
+    assert 0 < len(some._schedules) <= 256

@@ -201,3 +201,36 @@ def test_dynamos_indexer_answers_as_our_tree_does(source: tuple[Driver, ZmqPubli
     finally:
         process.terminate()
         process.wait(10)
+
+
+async def test_a_new_process_that_has_published_more_than_the_old_one_is_noticed() -> None:
+    """Its messages are numbered as if they followed: the broken connection tells, and what was known is asked anew."""
+    driver, sink = Driver(200, SIZE), publisher()
+    driver.scheduler.feed = Feed(driver.cache.tree, sink)
+    driver.submit("a", list(range(10, 40)))
+    driver.run()
+    known, current = Cached(), driver
+
+    async def dump() -> tuple[int, list[Any]]:
+        return await dump_of(current)
+
+    follower = Follower(known, 0, "127.0.0.1", sink.info(), dump)  # type: ignore[arg-type]
+    task = asyncio.create_task(follower.run())
+    await settled(lambda: known.pages(0) == driver.cache.tree.pages)
+    place = sink.endpoint
+    sink.close()
+    await settled(lambda: known.pages(0) == 0)  # nobody is there: nothing is believed
+    again = ZmqPublisher(read_config(json.dumps({"endpoint": place, "bind": True})), SIZE)
+    assert again.info()["instance"] != sink.info()["instance"]
+    current = fresh = Driver(200, SIZE)
+    fresh.scheduler.feed = Feed(fresh.cache.tree, again)
+    for at in range(5):  # more messages than the old process has sent, before anybody listens
+        fresh.submit(str(at), list(range(100 * at, 100 * at + 20)))
+        fresh.run()
+    await asyncio.sleep(0.5)
+    fresh.submit("last", list(range(700, 730)))
+    fresh.run()
+    await settled(lambda: known.pages(0) == fresh.cache.tree.pages)
+    assert known.match(list(range(10, 40)), "", [0]).get(0, 0) == 0
+    task.cancel()
+    again.close()

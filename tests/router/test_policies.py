@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from phloem.core.errors import BadRequest, ConfigError
+from phloem.router.address import parse_url
 from phloem.router.ask import PIECE, Ask, read
 from phloem.router.breaker import Breaker
 from phloem.router.cached import Cached, chain
@@ -17,7 +18,7 @@ from phloem.router.policies import POLICIES
 from phloem.router.policies._base import Policy
 from phloem.router.prefixes import Prefixes
 from phloem.router.settings import Settings
-from phloem.router.worker import Worker, parse_url
+from phloem.router.worker import Worker
 
 
 def policy(name: str, cached: Cached | None = None, **settings: Any) -> Policy:
@@ -83,7 +84,7 @@ async def test_a_named_worker_is_taken_and_a_session_stays_where_it_was() -> Non
     found, some = policy("manual"), workers(3)
     assert found.choose(ask(target=some[2].url), some).worker is some[2]
     assert found.choose(ask(target=some[1].id), some).worker is some[1]
-    with pytest.raises(BadRequest, match="no worker that serves"):
+    with pytest.raises(BadRequest, match="no worker of this model"):
         found.choose(ask(target="http://other:1"), some)
     first = found.choose(ask(session="s"), some).worker
     found.sent(ask(session="s"), first)

@@ -71,6 +71,7 @@ class Worker:
     facts: dict[str, Any] = field(default_factory=dict)
     loads: dict[str, Any] = field(default_factory=dict)
     dump: dict[str, Any] | None = None
+    key: str = ""  # asked for on every route but /health
     seen: list[Request] = field(default_factory=list)
     hung_up: int = 0  # clients that left before their answer's end
     port: int = 0
@@ -112,6 +113,8 @@ class Worker:
     async def _one(self, request: Request) -> None:
         if request.path == "/health":
             await say(request, 503 if self.ill else 200, {})
+        elif self.key and request.headers.get("authorization") != f"Bearer {self.key}":
+            await say(request, 401, {})
         elif request.path == "/server_info":
             await say(request, 200, self.facts)
         elif request.path == "/v1/models":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -21,8 +23,7 @@ from phloem.utils import log
 
 if TYPE_CHECKING:
     from phloem.client.client import EngineClient
-    from phloem.core.config import Config
-    from phloem.core.messages import Painted
+    from phloem.core.messages import Draw
 
 DESCRIPTION = "Draw pictures with a folder that has a model_index.json, and write them to files."
 KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -44,9 +45,8 @@ class Options:
 def main(argv: list[str]) -> int:
     config, options = parse("generate", argv, Options, skip=("server",), description=DESCRIPTION)
     body = _body(options)
-    target = Path(options.output)
-    if not target.parent.is_dir():
-        raise BadRequest(f"cannot write {target}: there is no folder {target.parent}")
+    target, draws = Path(options.output), body.draws()
+    _check_writable([numbered(target, at, len(draws)) for at in range(len(draws))])
     log.configure("warning")
     with beginning():
         client, info, checkpoint = make_client(config)
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         link = EngineThread(config, checkpoint)
         door = EngineDoor(client, link)
     try:
-        return door.run(_draw(client, link, config, body, target))
+        return door.run(_draw(client, link, draws, body, target))
     finally:
         door.end("done")
 
@@ -81,7 +81,32 @@ def _body(options: Options) -> ImagesBody:
     return body
 
 
-async def _draw(client: EngineClient, link: EngineThread, config: Config, body: ImagesBody, target: Path) -> int:
+def _check_writable(paths: list[Path]) -> None:
+    """Before anything is drawn. Raises BadRequest."""
+    for path in paths:
+        if path.is_dir():
+            raise BadRequest(f"cannot write {path}: it is a folder")
+    folder = paths[0].parent
+    if not folder.is_dir():
+        raise BadRequest(f"cannot write {paths[0]}: there is no folder {folder}")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BadRequest(f"cannot write {paths[0]}: {error.strerror}") from None
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All of it or nothing, whatever was there before. Raises BadRequest."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise BadRequest(f"cannot write {path}: {error.strerror}") from None
+
+
+async def _draw(client: EngineClient, link: EngineThread, draws: list[Draw], body: ImagesBody, target: Path) -> int:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -101,22 +126,22 @@ async def _draw(client: EngineClient, link: EngineThread, config: Config, body: 
         loading = bar.add_task("loading", total=None)
         await client.wait_ready()
         bar.remove_task(loading)
-        draws, begun = body.draws(), perf_counter()
+        begun, written = perf_counter(), list[str]()
         task = bar.add_task("steps", total=None)
         steps = dict.fromkeys((draw.id for draw in draws), 0)
-        found: dict[str, Painted] = {}
         call = client.draw(draws)
-        async for told in call:
-            steps[told.id] = told.step
-            bar.update(task, completed=sum(steps.values()), total=told.steps * len(draws))
-            if told.done:
-                found[told.id] = told
-    seconds = perf_counter() - begun
-    for at, draw in enumerate(draws):
-        path, told = numbered(target, at, len(draws)), found[draw.id]
-        path.write_bytes(write.file_of(told, body.output_format or "png", None))
-        print(f"{path}: {told.width}x{told.height}, {told.steps} steps, seed {draw.seed}")
-    print(f"{len(draws)} in {seconds:.2f} s", file=sys.stderr)
+        try:
+            async for told in call:
+                steps[told.id] = told.step
+                bar.update(task, completed=sum(steps.values()), total=told.steps * len(draws))
+                if told.done:  # what is finished stays, also where the next one fails
+                    path, seed = numbered(target, call.order[told.id], len(draws)), draws[call.order[told.id]].seed
+                    _write(path, write.file_of(told, body.output_format or "png", None))
+                    written.append(f"{path}: {told.width}x{told.height}, {told.steps} steps, seed {seed}")
+        finally:
+            bar.stop()
+            print("\n".join(written))
+    print(f"{len(draws)} in {perf_counter() - begun:.2f} s", file=sys.stderr)
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from typing import Any, get_type_hints
 
+from phloem.core.config import environment_of
 from phloem.router.serve import run
 from phloem.router.settings import Settings
 from phloem.router.tokens import Tokens
@@ -34,7 +35,17 @@ def parse(argv: list[str]) -> Settings:
         groups[spec.metadata["group"]].add_argument(*flags, dest=spec.name, **_how(hints[spec.name], spec))
     values: dict[str, Any] = vars(parser.parse_args(argv))
     given: dict[str, Any] = {name: _frozen(value) for name, value in values.items()}
-    return Settings(**given).checked()
+    return Settings(**_with_keys(given)).checked()
+
+
+def _with_keys(given: dict[str, Any]) -> dict[str, Any]:
+    """Keys that only the environment says, so that they need not stand on a command line."""
+    ours, theirs = environment_of("PHLOEM_API_KEY"), environment_of("PHLOEM_WORKER_API_KEY")
+    if ours and not given["api_key"]:
+        given["api_key"] = (ours,)
+    if theirs and given["worker_api_key"] is None:
+        given["worker_api_key"] = theirs
+    return given
 
 
 def _how(kind: Any, spec: dataclasses.Field[Any]) -> dict[str, Any]:

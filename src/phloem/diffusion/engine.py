@@ -17,10 +17,11 @@ import torch
 from phloem.core.errors import BadRequest, OutOfMemory, PhloemError, QueueFull
 from phloem.core.messages import Draw, FromEngine, Painted, Stats
 from phloem.diffusion.conditions import Conditions
-from phloem.diffusion.family import Family, Row
+from phloem.diffusion.family import NO_NUMBERS, Family, Row
 from phloem.diffusion.models._whole import Cancelled, Whole
 from phloem.diffusion.queue import Item, next_item
 from phloem.diffusion.request import Condition, Job, Stage, preview_steps
+from phloem.engine.memory import is_out_of_memory
 from phloem.utils import log
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class Studio:
             latents = first.latents
             assert latents is not None
             if not bool(torch.isfinite(latents).all()):
-                raise PhloemError("the model gave no numbers (NaN or infinity) for this picture")
+                raise PhloemError(NO_NUMBERS)
             self._finish(first, painter.decode(latents, first.width, first.height))
 
     def _encoded(self, text: str) -> Condition:
@@ -171,7 +172,8 @@ class Studio:
         index = job.previews.get(job.step)
         if index is not None:
             ahead = latents - job.sigmas[job.step] * v
-            _show(told, painter.decode(ahead, job.width, job.height), index)
+            if bool(torch.isfinite(ahead).all()):  # else the picture will fail at its end, and says so
+                _show(told, painter.decode(ahead, job.width, job.height), index)
         self._send(told)
 
     def _whole(self, job: Job, painter: Whole, between: Callable[[], None] | None) -> None:
@@ -210,7 +212,7 @@ class Studio:
         self._send(told)
 
     def _failed(self, item: Item, error: Exception) -> None:
-        memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        memory = is_out_of_memory(error)
         if memory:
             self.out_of_memory += 1
             self._empty_cache()

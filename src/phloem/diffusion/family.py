@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from phloem.core.errors import BadRequest
+from phloem.core.errors import BadRequest, PhloemError
 from phloem.diffusion.request import Condition, Facts, Guidance
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from phloem.core.messages import Draw
 
+NO_NUMBERS = "the model gave no numbers (NaN or infinity) for this picture"
+MOST_SCHEDULES = 256  # that are kept: there is one for each number of steps and size that clients ask for
 TIMES = 1000.0  # of the schedules: the time of pure noise
 
 
@@ -99,6 +101,8 @@ class Family:
         """(sigmas, one more than steps; times), descending. `tokens` of the picture shift them where the model says."""
         key = (steps, tokens)
         if key not in self._schedules:
+            if len(self._schedules) >= MOST_SCHEDULES:
+                self._schedules.clear()
             self._set_schedule(steps, tokens)
             sigmas = [float(value) for value in self.scheduler.sigmas]
             self._schedules[key] = (sigmas, [float(value) for value in self.scheduler.timesteps])
@@ -137,8 +141,7 @@ class Family:
         """Pixels [height, width, 3]."""
         z_CHW = self.latents_CHW(latents, width, height).to(self.vae.dtype)
         pixels_CHW = self.to_pixels(z_CHW).float()
-        pixels_HWC = (pixels_CHW / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy()
-        return (pixels_HWC * 255).round().astype(np.uint8)
+        return as_bytes((pixels_CHW / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy())
 
     def to_pixels(self, z_CHW: Tensor) -> Tensor:
         """[3, height, width] in -1 to 1."""
@@ -154,6 +157,13 @@ class Family:
 
     def times(self, rows: Sequence[Row]) -> Tensor:
         return torch.tensor([row.time for row in rows], dtype=torch.float32, device=self.device)
+
+
+def as_bytes(pixels_HWC: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """From 0 to 1. Raises PhloemError where they are no numbers: NaN would be some grey."""
+    if not np.isfinite(pixels_HWC).all():
+        raise PhloemError(NO_NUMBERS)
+    return (pixels_HWC * 255).round().astype(np.uint8)
 
 
 def default_of(call: Any, name: str, otherwise: Any) -> Any:

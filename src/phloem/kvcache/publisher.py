@@ -11,6 +11,7 @@ import contextlib
 import socket
 import threading
 import time
+import uuid
 from collections import deque
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,6 +84,7 @@ class ZmqPublisher:
             raise ConfigError(text, param="kv_events_config") from None
         self._zmq = zmq
         self._config, self._page_size, self._rank = config, page_size, rank
+        self._instance = uuid.uuid4().hex  # tells whoever follows that another process has begun
         self._encode = msgspec.msgpack.Encoder().encode
         self._shape = as_array if config.format == "array" else as_map
         self._waiting: deque[list[Event]] = deque()
@@ -151,6 +153,7 @@ class ZmqPublisher:
         host, _, port = self.endpoint.rpartition(":")
         found: dict[str, Any] = {
             "publisher": "zmq",
+            "instance": self._instance,
             "endpoint": self.endpoint,
             "endpoint_host": host.partition("://")[2],
             "endpoint_port_base": int(port) - self._rank if port.isdigit() else None,

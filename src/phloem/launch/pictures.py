@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from math import inf
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import msgspec
 import torch
 
 from phloem import platforms
-from phloem.core.errors import ConfigError
+from phloem.core.errors import BadRequest, ConfigError
 from phloem.core.messages import (
     Abort,
     Control,
@@ -59,12 +60,15 @@ class PictureCore:
             send(Progress(phase=phase, seconds=phases[phase]))
 
         images, schedule = config.images, config.schedule
+        wanted = defaults(images.image_defaults)
         platform, chosen = platforms.choose(config.runtime.device, config.runtime.threads)
         asked = config.model.dtype
         dtype, why = (DTYPES[asked], "as asked") if asked != "auto" else platform.dtype(None)
         pipe = models.load(checkpoint.pictures, platform.device, dtype, images.vae_tiling)
         report("weights")
-        painter, who = models.choose(pipe, platform.device, dtype, defaults(images.image_defaults))
+        painter, who = models.choose(pipe, platform.device, dtype, wanted)
+        if wanted:
+            check_fit(painter)
         decisions = [chosen, Decision("dtype", str(dtype).removeprefix("torch."), why), who]
         alone = config.runtime.ops == "invariant"
         budget, reason = 0, "one picture at a time"
@@ -162,6 +166,17 @@ def _synchronize() -> None:
     torch.accelerator.synchronize()
 
 
+def check_fit(painter: models.Painter) -> None:
+    """Whether a request that leaves everything open can be drawn. Raises ConfigError."""
+    draw = Draw(id="", prompt="", seed=0)
+    try:
+        painter.facts.size(draw)
+        painter.facts.count(draw)
+        painter.guidance(draw)
+    except BadRequest as error:
+        raise ConfigError(f"image_defaults: {error.message}", param="image_defaults") from None
+
+
 def defaults(text: str | None) -> dict[str, Any]:
     """`image_defaults`, checked: size, steps, guidance_scale, max_pixels. Raises ConfigError."""
     if not text:
@@ -172,10 +187,13 @@ def defaults(text: str | None) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{where}: not JSON: {error}", param=where) from None
     known = {"size": str, "steps": int, "guidance_scale": int | float, "max_pixels": int}
+    least = {"steps": 1, "guidance_scale": 0, "max_pixels": 1}
     if not isinstance(found, dict) or set(found) - set(known):
         raise ConfigError(f"{where}: expected a JSON object with {', '.join(known)}", param=where)
     for name, value in found.items():
-        if not isinstance(value, known[name]) or isinstance(value, bool) or (name != "size" and value < 0):
+        if not isinstance(value, known[name]) or isinstance(value, bool):
+            raise ConfigError(f"{where}: {name} cannot be {value!r}", param=where)
+        if name != "size" and not least[name] <= value < inf:
             raise ConfigError(f"{where}: {name} cannot be {value!r}", param=where)
     if "size" in found:
         width, _, height = found["size"].partition("x")

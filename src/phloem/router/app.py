@@ -84,7 +84,7 @@ class Router:
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_key]
         self._sessions = tuple(name.lower().encode() for name in settings.session_headers)
         limits = BodyLimits(settings.max_payload_size, settings.max_bodies_bytes, settings.body_timeout)
-        self._bounded = BodyGate(self._serve, limits)
+        self._bounded = BodyGate(self._serve, limits, keeps=True)
         self._own: dict[tuple[str, str], Handler] = {
             ("GET", "/health"): self._health,
             ("GET", "/ready"): self._health,
@@ -154,6 +154,7 @@ class Router:
             else:
                 asked = asks.read(route, scope["headers"], body, self._sessions)
                 way = Way(scope, receive, send, asked, body, scope["request_id"], loop.time(), self._client(scope))
+                body = b""  # the way has it, until it needs it no more
                 await self._forward(way)
                 status = way.status
         except PhloemError as error:
@@ -285,7 +286,8 @@ class Router:
         """The same call at every worker; good where all of them say so."""
         workers, query = list(self.fleet.workers.values()), scope["query_string"].decode("latin-1")
         path = scope["path"] + (f"?{query}" if query else "")
-        calls = [self.fleet.get(worker, path, "POST", body, EVERYWHERE_SECONDS) for worker in workers]
+        key = _key(scope).decode("latin-1") or None
+        calls = [self.fleet.get(worker, path, "POST", body, EVERYWHERE_SECONDS, key) for worker in workers]
         found = await asyncio.gather(*calls, return_exceptions=True)
         answers = {
             worker.url: str(answer) if isinstance(answer, BaseException) else answer[0]

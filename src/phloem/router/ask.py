@@ -7,6 +7,7 @@ passed on for a server to refuse.
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,11 @@ GENERATES = frozenset(
      "/v1/rerank", "/v2/rerank", "/v1/score", "/v1/classify", "/rerank", "/score", "/encode", "/classify")
 )  # fmt: skip
 _EMPTY = msgspec.Raw(b"")
+_MOST_OUTPUT = 1 << 30  # tokens; a number of a hundred digits is no float
+_FIELD = b'name="model"'
+_VALUE = re.compile(rb"(?:\r\n[^\r\n]{1,200}){0,8}\r\n\r\n([^\r\n]{1,300})\r\n--")
+_MOST_FIELDS = 8  # of this name that are looked at: a file may be full of them
+_PRIORITY = re.compile(rb"-?[0-9]{1,9}")
 
 
 class _Sampling(msgspec.Struct):
@@ -96,14 +102,20 @@ class Ask:
 def read(path: str, headers: Headers, body: bytes | bytearray, session_headers: Sequence[bytes]) -> Ask:
     """Never raises: what cannot be read counts as a small request for any model."""
     ask = Ask(path, stored=path.startswith("/v1/responses/") and path != "/v1/responses/input_tokens")
+    form = False
     for name, value in headers:
-        if name in session_headers:
+        if name == b"content-type":
+            form = value.lower().startswith(b"multipart/form-data")
+        elif name in session_headers:
             ask.session = value.decode("latin-1")
         elif name == b"x-worker" or name == b"x-smg-target-worker":
             ask.target = value.decode("latin-1")
-        elif name == b"x-priority" and value.lstrip(b"-").isdigit():
-            ask.priority = _clipped(int(value[:9]))
+        elif name == b"x-priority" and _PRIORITY.fullmatch(value):
+            ask.priority = _clipped(int(value))
     if not body:
+        return ask
+    if form:
+        ask.model = _in_form(body)
         return ask
     try:
         found = _skim(body)
@@ -111,6 +123,17 @@ def read(path: str, headers: Headers, body: bytes | bytearray, session_headers: 
         return ask
     _fill(ask, found)
     return ask
+
+
+def _in_form(body: bytes | bytearray) -> str:
+    """The model that a form names, as those with files do: its field may stand behind them."""
+    at = -1
+    for _ in range(_MOST_FIELDS):
+        at = body.find(_FIELD, at + 1)
+        found = _VALUE.match(body, at + len(_FIELD)) if at >= 0 else None
+        if at < 0 or found:
+            return found[1].decode("utf-8", "replace") if found else ""
+    return ""
 
 
 def _fill(ask: Ask, body: _Body) -> None:
@@ -150,7 +173,7 @@ def _output(body: _Body) -> float:
     if _head(body.sampling_params, 1) == b"{":
         with contextlib.suppress(msgspec.DecodeError):
             asked.append(_sampling(bytes(body.sampling_params)).max_new_tokens)
-    limits = [float(value) for value in asked if isinstance(value, int) and value >= 0]
+    limits = [float(min(value, _MOST_OUTPUT)) for value in asked if isinstance(value, int) and value >= 0]
     count = body.n if isinstance(body.n, int) and 1 <= body.n <= 128 else 1
     return min([USUAL_OUTPUT, *limits]) * count
 

@@ -40,6 +40,10 @@ class Breaker:
         """A request goes there."""
         self._trying = self._trying or self.state(now) == "half_open"
 
+    def answered(self) -> None:
+        """The one that tries it has its first byte: others need not wait until a long answer ends."""
+        self._trying = False
+
     def let_go(self) -> None:
         """It ended in a way that says nothing of the server."""
         self._trying = False
@@ -54,7 +58,7 @@ class Breaker:
 
     def failed(self, now: float) -> None:
         if self._opened is not None:
-            if self._trying:
+            if self.state(now) == "half_open":
                 self._opened, self._trying, self._successes = now, False, 0
             return
         self._failures.append(now)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from phloem.core.errors import BadRequest, EngineDead, NotFound
+from phloem.router.address import parse_url
 from phloem.router.cached import Cached
 from phloem.router.follow import Follower
 from phloem.router.policies import POLICIES
 from phloem.router.upstream import Exchange, UpstreamError
-from phloem.router.worker import Worker, parse_url
+from phloem.router.worker import Worker
 from phloem.utils import log
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Fleet:
         self._busy = asyncio.Semaphore(AT_ONCE)
         self._bits = 0
         self._told_zmq = False
+        # To ask servers about themselves; clients' requests bring their own key where there is no other.
+        self._key = settings.worker_api_key or next(iter(settings.api_key), None)
         POLICIES.check(settings.policy)
 
     # who there is
@@ -187,31 +190,33 @@ class Fleet:
             worker.settle.clear()
 
     async def _look(self, worker: Worker, looks: int) -> None:
-        problem = await self._probe(worker)
-        if problem:
-            self._is_ill(worker, problem)
+        try:
+            status, body = await self.get(worker, self.settings.health_check_endpoint)
+        except UpstreamError as error:
+            self._is_ill(worker, error.reason, gone=error.refused)
+            return
+        if status != 200:
+            self._is_ill(worker, f"{self.settings.health_check_endpoint}: {status} {body[:200]!r}")
             return
         worker.fails, worker.passes = 0, worker.passes + 1
-        if not worker.models or not worker.healthy or looks % FACTS_EVERY == 0:
-            await self._ask_facts(worker)
+        if not worker.models or worker.passes == 1 or not worker.healthy or looks % FACTS_EVERY == 0:
+            problem = await self._ask_facts(worker)
+            if problem:
+                self._is_ill(worker, problem)
+                return
         load = await self.fetch(worker, "/v1/loads")
-        if isinstance(load, dict) and load.get("loads"):
-            worker.learn(load["loads"][0])
+        loads = load.get("loads") if isinstance(load, dict) else None
+        if isinstance(loads, list) and loads and isinstance(loads[0], dict):
+            worker.learn(loads[0])
         fresh = worker.requests == 0 and worker.passes == 1
         if not worker.healthy and (fresh or worker.passes >= self.settings.health_success_threshold):
             worker.healthy, worker.why = True, ""
             worker.breaker.reset()
             _log.info("worker %s serves %s", worker.url, ", ".join(worker.models) or "an unknown model")
 
-    async def _probe(self, worker: Worker) -> str:
-        """What is wrong; "" where it is well."""
-        try:
-            status, body = await self.get(worker, self.settings.health_check_endpoint)
-        except UpstreamError as error:
-            return error.reason
-        return "" if status == 200 else f"{self.settings.health_check_endpoint}: {status} {body[:200]!r}"
-
-    def _is_ill(self, worker: Worker, problem: str) -> None:
+    def _is_ill(self, worker: Worker, problem: str, gone: bool = False) -> None:
+        if gone and worker.passes:
+            self._forget(worker)  # whoever listens there again is another process
         worker.fails, worker.passes, worker.why = worker.fails + 1, 0, problem
         if worker.healthy and worker.fails >= self.settings.health_failure_threshold:
             worker.healthy = False
@@ -232,13 +237,16 @@ class Fleet:
             self._forget(worker)  # whoever listens there again is another process
         worker.settle.set()
 
-    async def _ask_facts(self, worker: Worker) -> None:
+    async def _ask_facts(self, worker: Worker) -> str:
+        """What keeps it from being asked; "" where nothing does."""
         info = await self.fetch(worker, "/server_info")
         if isinstance(info, dict):
             worker.facts = {
                 name: info.get(name) for name in ("version", "max_total_num_tokens", "page_size", "kv_events")
             }
-        models = await self.fetch(worker, "/v1/models")
+        status, models = await self._asked(worker, "/v1/models")
+        if status in (401, 403) and not worker.given_models:
+            return f"/v1/models: {status}: it asks for another key than ours; --worker-api-key says which"
         if worker.given_models:
             worker.models = worker.given_models
         elif isinstance(models, dict) and isinstance(models.get("data"), list):
@@ -246,6 +254,7 @@ class Fleet:
         elif models is None and info is not None:
             worker.models = (ANY_MODEL,)
         self._follow(worker)
+        return ""
 
     # their cache events
 
@@ -281,11 +290,17 @@ class Fleet:
     # asking them
 
     async def get(
-        self, worker: Worker, path: str, method: str = "GET", body: bytes = b"", limit: float | None = None
+        self,
+        worker: Worker,
+        path: str,
+        method: str = "GET",
+        body: bytes = b"",
+        limit: float | None = None,
+        key: str | None = None,
     ) -> tuple[int, bytes]:
-        """A whole answer, within `limit` seconds. Raises UpstreamError."""
+        """A whole answer, within `limit` seconds; `key` is asked with where no other was set. Raises UpstreamError."""
         exchange = Exchange(asyncio.get_running_loop().time())
-        key = self.settings.worker_api_key
+        key = self.settings.worker_api_key or key or self._key
         lines = [f"{method} {path} HTTP/1.1", f"host: {worker.host}:{worker.port}", "accept: application/json"]
         lines += [f"authorization: Bearer {key}"] if key else []
         lines += [f"content-length: {len(body)}"] if body or method == "POST" else []
@@ -307,8 +322,13 @@ class Fleet:
 
     async def fetch(self, worker: Worker, path: str) -> Any:
         """What JSON says there; None where nothing useful does."""
+        return (await self._asked(worker, path))[1]
+
+    async def _asked(self, worker: Worker, path: str) -> tuple[int, Any]:
+        """As `fetch`, with the status; 0 where there is none."""
+        status = 0
         try:
             status, body = await self.get(worker, path)
-            return msgspec.json.decode(body) if status == 200 else None
+            return status, msgspec.json.decode(body) if status == 200 else None
         except (UpstreamError, msgspec.DecodeError):
-            return None
+            return status, None

@@ -45,6 +45,7 @@ class Follower:
         self._topic = str(about.get("topic") or "")
         self._next: int | None = None  # the number of the next message that is not known yet
         self._heard = -1  # the number of the last message that came by itself
+        self._cut = False  # the connection broke: who publishes there now may be another process
         self.gaps = 0
         self.restarts = 0
 
@@ -65,33 +66,54 @@ class Follower:
         import zmq
         import zmq.asyncio
 
-        context = zmq.asyncio.Context()
+        context, watch = zmq.asyncio.Context(), None
         try:
             sub = context.socket(zmq.SUB)
+            cuts = sub.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            watch = asyncio.get_running_loop().create_task(self._watch(cuts))
             sub.setsockopt(zmq.RCVHWM, 0)
             sub.setsockopt(zmq.LINGER, 0)
             sub.subscribe(self._topic.encode())
             sub.connect(self._endpoint)
             await asyncio.sleep(SETTLE_SECONDS)
-            self._heard = -1
+            self._heard, self._cut = -1, False
             await self._begin(context)
             while True:
                 frames = await sub.recv_multipart()
+                if self._cut:
+                    self._heard, self._cut, self.restarts = -1, False, self.restarts + 1
+                    _log.info("cache events of %s: the connection broke, all is asked anew", self._endpoint)
+                    await self._begin(context)
                 await self._take(context, frames)
         finally:
+            if watch is not None:
+                watch.cancel()
             context.destroy(linger=0)
+
+    async def _watch(self, cuts: Any) -> None:
+        """A new process numbers its messages from 0, and may have passed the old one's number when we hear of it."""
+        while True:
+            await cuts.recv_multipart()
+            self._cut = True
+            self.cached.forget(self.bit)
 
     async def _begin(self, context: Any) -> None:
         """From the server's whole account, or from its first message on."""
         self.cached.forget(self.bit)
         self._next = None
-        found = await self._dump()
-        if found is not None:
-            self._next, events = found
-            self.cached.take(self.bit, events)
-        elif self._replay_at is not None:
+        if not await self._dumped() and self._replay_at is not None:
             self._next = 0
             await self._replay(context)
+
+    async def _dumped(self) -> bool:
+        """All that is cached there, where the server tells it."""
+        found = await self._dump()
+        if found is None:
+            return False
+        self.cached.forget(self.bit)
+        self._next, events = found
+        self.cached.take(self.bit, events)
+        return True
 
     async def _take(self, context: Any, frames: list[bytes]) -> None:
         if len(frames) < 2 or len(frames[-2]) != 8:

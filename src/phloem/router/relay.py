@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.router.limits import Gate, TooMany
 from phloem.router.upstream import Exchange, UpstreamError
+from phloem.server.bodies import BODY_DONE
 from phloem.server.errors import MESSAGES_PATH, error_body, messages_error
 from phloem.server.serve import ChunkWriter
 from phloem.server.stream import DONE, encode
@@ -69,6 +70,13 @@ class Way:
     exchange: Exchange | None = None
     left: bool = False  # the client has hung up
     waits: list[asyncio.Future[None]] = field(default_factory=list)  # for its turn
+
+    def begin(self) -> None:
+        """The client is told: nothing is tried again, and the body is held no longer."""
+        self.started = True
+        self.body, self.ask.prompt, self.ask.ids = b"", b"", None
+        if (done := self.scope.get(BODY_DONE)) is not None:
+            done()
 
 
 class Relay:
@@ -138,13 +146,14 @@ class Relay:
     def choose(self, way: Way) -> Chosen:
         """Among those that serve, first those that were not tried. Raises PhloemError where there are none."""
         now = asyncio.get_running_loop().time()
-        known = self.fleet.candidates(way.ask.model)
+        policy = self.fleet.policy(way.ask.model)
+        known = policy.asked(way.ask, self.fleet.candidates(way.ask.model))
         ready = [worker for worker in known if worker.serves(now)]
         if not ready:
             why = "; ".join(f"{worker.url}: {_why(worker, now)}" for worker in known[:4])
             raise EngineDead(f"no worker serves this now ({why})", code="no_worker")
         fresh = [worker for worker in ready if worker not in way.tried]
-        chosen = self.fleet.policy(way.ask.model).choose(way.ask, fresh or ready)
+        chosen = policy.choose(way.ask, fresh or ready)
         if not way.tried:
             self._in_time(way, chosen)
         way.chosen = chosen
@@ -188,6 +197,8 @@ class Relay:
                 self.metrics.overhead.observe(loop.time() - way.arrived)
             way.status = await exchange.head()
             load.first()
+            if way.status not in BROKEN:
+                worker.breaker.answered()
             if way.status in BROKEN:
                 self.metrics.failed[worker.url, f"status {way.status}"] += 1
                 self.fleet.faulty(worker)
@@ -251,11 +262,13 @@ class Relay:
         ]
         if not any(name == b"x-request-id" for name, _ in headers):
             headers.append((b"x-request-id", way.key.encode()))
-        way.started = True
+        way.begin()
         try:
             await way.send({"type": "http.response.start", "status": way.status, "headers": headers})
+            writer = ChunkWriter.of(way.send)
+            exchange.hang_up = None if writer is None else writer.abort
             if chunked and not exchange.done and way.scope["method"] != "HEAD":
-                exchange.sink = ChunkWriter.of(way.send)
+                exchange.sink = writer
             await self._body(way, exchange, chunked)
         except OSError:
             way.left = True  # the socket has gone
@@ -303,10 +316,14 @@ class Relay:
         """End what has waited for too long. Called about once a second."""
         for exchange in list(self.flying):
             settings = self.settings
-            silent = now - exchange.heard
+            silent, stuck = now - exchange.heard, now - exchange.taken_at
+            # Whether it is the client that takes nothing.
+            theirs = exchange.stuffed or exchange.done or exchange.error is not None
             if not exchange.status and now - exchange.began > settings.first_byte_timeout:
                 exchange.cancel(f"no first byte within {settings.first_byte_timeout:g} s")
-            elif exchange.status and silent > settings.stall_timeout and not exchange.stuffed:
+            elif theirs and min(silent, stuck) > settings.stall_timeout and exchange.hang_up is not None:
+                exchange.hang_up()
+            elif exchange.status and silent > settings.stall_timeout and not theirs:
                 exchange.cancel(f"nothing came for {settings.stall_timeout:g} s")
 
     def _log(self, way: Way, now: float) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from phloem.core.errors import ConfigError
+from phloem.core.errors import BadRequest, ConfigError
+from phloem.router.address import parse_url
+
+_KEY = re.compile(r"[!-~]+")
 
 
 def opt(group: str, default: Any, text: str, *also: str) -> Any:
@@ -29,7 +34,9 @@ class Settings:
     log_requests: bool = opt("address", False, "Log a line per request: model, worker, why it was chosen, times.")
 
     worker_urls: tuple[str, ...] = opt("workers", (), "Servers, as http://host:port; more can be added while it runs.")
-    worker_api_key: str | None = opt("workers", None, "Key that is sent to the servers instead of the client's.")
+    worker_api_key: str | None = opt(
+        "workers", None, "Key that is sent to the servers instead of the client's; PHLOEM_WORKER_API_KEY sets it too."
+    )
     connect_timeout: float = opt("workers", 5.0, "Time to open a connection to a server.")
     first_byte_timeout: float = opt("workers", 600.0, "Time to the first byte of an answer.", "request_timeout_secs")
     stall_timeout: float = opt("workers", 300.0, "Time for which an answer may stop once it has begun.")
@@ -73,7 +80,9 @@ class Settings:
         "limits", 0, "Predicted tokens a second of each API key; 0: no limit.", "key_rate_limit"
     )
     rate_limit_burst_tokens: int = opt("limits", 0, "Tokens that a quiet key may take at once; 0: ten seconds' worth.")
-    api_key: tuple[str, ...] = opt("limits", (), "Keys that clients must send; without any, no key is asked for.")
+    api_key: tuple[str, ...] = opt(
+        "limits", (), "Keys that clients must send, PHLOEM_API_KEY where none is given; without any, none is asked for."
+    )
     slo_ttft_ms: float = opt(
         "limits", 0.0, "Refuse with 429 what would wait longer for its first token; a client's x-slo-ttft-ms wins."
     )
@@ -86,6 +95,8 @@ class Settings:
         """Itself. Raises ConfigError, naming the setting."""
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{spec.name}: {value} is no number of use", param=spec.name)
             signed = spec.name in ("max_concurrent_requests",)
             if isinstance(value, int | float) and not isinstance(value, bool) and value < 0 and not signed:
                 raise ConfigError(f"{spec.name}: {value} is below 0", param=spec.name)
@@ -103,6 +114,17 @@ class Settings:
         ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}: {getattr(self, name)} must be above 0", param=name)
+        if self.max_concurrent_requests == 0:
+            text = "max_concurrent_requests: 0 lets nobody in; -1 lets in as many as come"
+            raise ConfigError(text, param="max_concurrent_requests")
+        for name, keys in (("api_key", self.api_key), ("worker_api_key", (self.worker_api_key or "-",))):
+            if not all(_KEY.fullmatch(key) for key in keys) or self.worker_api_key == "":
+                raise ConfigError(f"{name}: a key is printable ASCII without spaces, and not empty", param=name)
+        for url in self.worker_urls:
+            try:
+                parse_url(url)
+            except BadRequest as error:
+                raise ConfigError(f"worker_urls: {error.message}", param="worker_urls") from None
         if not self.cache_threshold <= 1:
             raise ConfigError(f"cache_threshold: {self.cache_threshold} is not in 0 to 1", param="cache_threshold")
         if not 0 <= self.port <= 65535:

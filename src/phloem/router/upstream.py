@@ -36,8 +36,8 @@ class UpstreamError(Exception):
 class Exchange:
     """One request and its answer. One task waits for it."""
 
-    __slots__ = ("_buffered", "_connection", "_held", "_waiter", "began", "done", "error", "headers", "heard",
-                 "received", "sink", "status")  # fmt: skip
+    __slots__ = ("_buffered", "_connection", "_held", "_waiter", "began", "done", "error", "hang_up", "headers",
+                 "heard", "received", "sink", "status", "taken_at")  # fmt: skip
 
     def __init__(self, now: float) -> None:
         self.status = 0
@@ -47,6 +47,8 @@ class Exchange:
         self.began = self.heard = now  # by the loop's clock
         self.received = 0  # bytes of the body
         self.sink: Callable[[bytes], bool] | None = None
+        self.hang_up: Callable[[], None] | None = None  # on the client
+        self.taken_at = now  # when something that waited was last taken for the client
         self._buffered: deque[bytes] = deque()
         self._held = 0
         self._waiter: asyncio.Future[None] | None = None
@@ -77,7 +79,7 @@ class Exchange:
         """What waits, without waiting."""
         found = self._buffered.popleft() if len(self._buffered) == 1 else b"".join(self._buffered)
         self._buffered.clear()
-        self._held = 0
+        self._held, self.taken_at = 0, asyncio.get_running_loop().time()
         if self._connection is not None:
             self._connection.go_on()
         return found
@@ -175,6 +177,11 @@ class Connection(asyncio.Protocol):
         self._exchange = None
         if self._transport is not None:
             self._transport.abort()
+
+    def cut(self, reason: str) -> None:
+        """As `abort`, and whoever waits for an answer here is told why there is none."""
+        self._fail(reason)
+        self.abort()
 
     # asyncio
 
@@ -290,6 +297,8 @@ class Pool:
             raise UpstreamError(f"no connection within {self._timeout:g} s", refused=True) from None
         except OSError as error:
             raise UpstreamError(f"no connection: {error.strerror or error}", refused=True) from None
+        except ValueError as error:  # of the resolver: the name is none
+            raise UpstreamError(f"no connection: {error}", refused=True) from None
         if self._closed:
             connection.abort()
             raise UpstreamError("the server has been removed", refused=True)
@@ -318,4 +327,4 @@ class Pool:
         """Cuts off what is in flight."""
         self._closed = True
         for connection in list(self._open):
-            connection.abort()
+            connection.cut("the server has been removed")

@@ -10,9 +10,8 @@ import asyncio
 import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from phloem.core.errors import BadRequest
+from phloem.router.address import parse_url
 from phloem.router.breaker import Breaker
 from phloem.router.upstream import Pool
 
@@ -24,18 +23,9 @@ DEFAULT_RATE = 4000.0  # prompt tokens a second, until the server's own counters
 SLOWEST_RATE = 10.0
 
 
-def parse_url(url: str) -> tuple[str, str, int]:
-    """The address in one spelling, its host and port. Raises BadRequest."""
-    text = url.strip()
-    try:
-        found = urlsplit(text if "://" in text else f"http://{text}")
-        port = found.port or 80
-    except ValueError as error:
-        raise BadRequest(f"worker url {url!r:.200}: {error}", param="url") from None
-    if found.scheme != "http" or not found.hostname or found.path.strip("/") or found.query or found.username:
-        raise BadRequest(f"worker url {url!r:.200} is not http://host:port", param="url")
-    host = f"[{found.hostname}]" if ":" in found.hostname else found.hostname
-    return f"http://{host}:{port}", found.hostname, port
+def _number(told: Any) -> float:
+    """What a server of another make may leave out, or spell otherwise, counts for nothing."""
+    return told if isinstance(told, int | float) else 0
 
 
 @dataclass(slots=True)
@@ -137,8 +127,8 @@ class Worker:
     def learn(self, load: dict[str, Any]) -> None:
         """From `/v1/loads`: how fast it computes prompts."""
         old, self.load = self.load, load
-        tokens = load.get("total_prefill_uncached_tokens", 0) - old.get("total_prefill_uncached_tokens", 0)
-        micros = load.get("total_prefill_busy_us", 0) - old.get("total_prefill_busy_us", 0)
+        names = ("total_prefill_uncached_tokens", "total_prefill_busy_us")
+        tokens, micros = (_number(load.get(name)) - _number(old.get(name)) for name in names)
         if tokens >= 256 and micros > 0:
             self.rate = max(SLOWEST_RATE, 0.5 * self.rate + 0.5 * tokens / micros * 1e6)
 

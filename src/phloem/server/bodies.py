@@ -24,6 +24,7 @@ DISCARD_BYTES = 256 * 1024 * 1024  # of a body that is not wanted: read and drop
 DISCARD_SECONDS = 30.0
 SLOWEST = 64 * 1024  # bytes a second: a body may take this long beyond the limit of silence
 SMALL = 64 * 1024  # so much of each body counts for nothing: a usual request is not refused for others' long ones
+BODY_DONE = "phloem.body_done"  # in the scope of an app that keeps bodies: called once it has let go of this one
 TRIM_BYTES, TRIM_SECONDS = 4 * 1024 * 1024, 1.0  # let go of more than so much: given back to the system so soon
 
 
@@ -71,7 +72,8 @@ class Budget:
 class BodyGate:
     """Hands each request on with its whole body; answers 413, 408 or 503 for one that breaks a limit.
 
-    Bodies of `wide_paths` have limits of their own, and do not count among the others.
+    Bodies of `wide_paths` have limits of their own, and do not count among the others. One counts until its app asks
+    for what follows it; where the app `keeps` them, until it says so (`BODY_DONE`) or ends.
     """
 
     def __init__(
@@ -80,9 +82,10 @@ class BodyGate:
         limits: BodyLimits,
         wide: BodyLimits | None = None,
         wide_paths: frozenset[str] = frozenset(),
+        keeps: bool = False,
     ) -> None:
         self.app = app
-        self.limits = limits
+        self.limits, self._keeps = limits, keeps
         self.budget = Budget(max(limits.together, limits.each))
         self._wide, self._wide_paths = wide or limits, wide_paths
         self._wide_budget = Budget(max(self._wide.together, self._wide.each))
@@ -118,8 +121,12 @@ class BodyGate:
         async def given() -> Message:
             if parts:
                 return {"type": "http.request", "body": parts.pop(), "more_body": False}
-            reading.let_go()  # who asks on has decoded it
+            if not self._keeps:
+                reading.let_go()  # who asks on has decoded it
             return await receive()
+
+        if self._keeps:
+            scope[BODY_DONE] = reading.let_go
 
         try:
             await self.app(scope, given, send)

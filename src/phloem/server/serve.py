@@ -110,6 +110,10 @@ class ChunkWriter:
         known = all(hasattr(cycle, part) for part in parts) and hasattr(getattr(cycle, "flow", None), "write_paused")
         return ChunkWriter(cycle) if known else None
 
+    def abort(self) -> None:
+        """Hang up, whatever waits to be sent."""
+        self._cycle.transport.abort()
+
     def __call__(self, data: bytes) -> bool:
         cycle = self._cycle
         if self._flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.chunked_encoding:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from phloem.core.errors import BadRequest, ModelLoadError, PhloemError
-from phloem.diffusion.family import default_of, facts_of
+from phloem.diffusion.family import as_bytes, default_of, facts_of
 from phloem.diffusion.request import Guidance
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Whole:
         images = getattr(found, "images", None)
         if images is None:
             raise PhloemError(f"{type(self.pipe).__name__} gave no pictures: it is for something else")
-        return (np.asarray(images[0])[..., :3] * 255).round().astype(np.uint8)
+        return as_bytes(np.asarray(images[0])[..., :3])
 
     def _callback(self, on_step: Callable[[int], bool]) -> Callable[..., dict[str, Any]]:
         def told(pipe: Any, step: int, time: Any, kept: dict[str, Any]) -> dict[str, Any]:

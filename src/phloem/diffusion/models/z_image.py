@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,8 +20,16 @@ if TYPE_CHECKING:
 USUAL_SIDE = 1024  # pixels: the pipeline has no such fact, its VAE has
 
 
+TEXT_BLOCK = 32  # the model pads texts to multiples of so many tokens
+
+
 class ZImage(Family):
     mixed_sizes = True
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        places = int(self.transformer.config.axes_lens[0])  # of a text, and of the picture behind it
+        self.max_text = min(self.max_text, (places - 2) // TEXT_BLOCK * TEXT_BLOCK)
 
     def usual_side(self) -> int:
         return int(self.vae.config.get("sample_size") or USUAL_SIDE)
@@ -30,6 +38,9 @@ class ZImage(Family):
         """Guidance counts from 0 here: the prompt alone is 0, not 1."""
         if draw.true_cfg is not None:
             raise BadRequest("true_cfg_scale: this model is guided by guidance_scale", param="true_cfg_scale")
+        most = min(self.transformer.config.axes_lens[1:])
+        if max(self.facts.size(draw)) // self.grid > most:
+            raise BadRequest(f"size: a side has at most {most * self.grid} pixels with this model", param="size")
         scale = self.facts.guidance if draw.guidance is None else draw.guidance
         return Guidance(scale=scale if scale is not None and scale > 0 else None, negative=draw.negative or "")
 

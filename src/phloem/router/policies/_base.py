@@ -31,6 +31,10 @@ class Policy:
     def choose(self, ask: Ask, workers: Sequence[Worker]) -> Chosen:
         raise NotImplementedError
 
+    def asked(self, ask: Ask, workers: Sequence[Worker]) -> Sequence[Worker]:
+        """Those of a model's workers, well or not, that may be asked at all."""
+        return workers
+
     def sent(self, ask: Ask, worker: Worker) -> None:
         """The request went there, and its prompt will be cached there."""
 

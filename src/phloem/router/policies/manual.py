@@ -26,13 +26,17 @@ class Choice(Policy):
 
     def choose(self, ask: Ask, workers: Sequence[Worker]) -> Chosen:
         if ask.target:
-            for worker in workers:
-                if ask.target in (worker.id, worker.url):
-                    return Chosen(worker, "named by the client")
-            raise BadRequest(f"x-worker: {ask.target!r:.200} is no worker that serves", param="x-worker")
+            return Chosen(self.asked(ask, workers)[0], "named by the client")
         place = self._places.get(ask.session) if ask.session else None
         found = next((worker for worker in workers if worker.url == place), None)
         return Chosen(found, "its session is here") if found else Chosen(self.least(workers), "least work")
+
+    def asked(self, ask: Ask, workers: Sequence[Worker]) -> Sequence[Worker]:
+        """The one that is named, and no other when it fails."""
+        found = [worker for worker in workers if ask.target in ("", worker.id, worker.url)]
+        if not found:
+            raise BadRequest(f"x-worker: {ask.target!r:.200} is no worker of this model", param="x-worker")
+        return found
 
     def sent(self, ask: Ask, worker: Worker) -> None:
         if not ask.session:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from phloem.core.errors import PhloemError
+from phloem.bench import images
+from phloem.core.errors import BadRequest, PhloemError
 from phloem.core.messages import Draw, FromEngine, Painted
 from phloem.diffusion.conditions import Conditions
 from phloem.diffusion.engine import Settings, Studio
@@ -243,3 +244,9 @@ def test_schedules_of_all_sizes_and_steps_that_clients_ask_for_are_not_kept_for_
     for steps in range(1000):
         assert Family.schedule(some, steps, 16) == ([1.0, 0.0], [1000.0])
     assert 0 < len(some._schedules) <= 256
+
+
+def test_a_measurement_of_nothing_is_refused_before_anything_is_made() -> None:
+    for argv in (["--size", "abc"], ["--requests", "0"], ["--rounds", "0"], ["--rate", "-1"], ["--rate", "nan"]):
+        with pytest.raises(BadRequest):
+            images.main(argv)

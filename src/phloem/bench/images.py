@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import tempfile
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
@@ -56,6 +58,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     config, options = parse("bench images", argv, Options, skip=("server",), description=__doc__ or "")
+    _check(options)
     log.configure("warning")
     with tempfile.TemporaryDirectory() as folder:
         named = config.model.model_path != "demo"
@@ -75,6 +78,17 @@ def main(argv: list[str]) -> int:
                 if options.output:
                     write_line(Path(options.output), {**record, **context(), "model": what})
     return 0
+
+
+def _check(options: Options) -> None:
+    """Raises BadRequest."""
+    if re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", options.size) is None:
+        raise BadRequest(f"size: {options.size!r} is not WIDTHxHEIGHT, such as 64x64")
+    for name, value in (("requests", options.requests), ("steps", options.steps), ("rounds", options.rounds)):
+        if value < 1:
+            raise BadRequest(f"{name}: {value} must be above 0")
+    if not 0 <= options.rate < inf:
+        raise BadRequest(f"rate: {options.rate} is not 0 or above")
 
 
 def arrivals(options: Options) -> list[float]:

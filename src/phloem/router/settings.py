@@ -117,8 +117,9 @@ class Settings:
         if self.max_concurrent_requests == 0:
             text = "max_concurrent_requests: 0 lets nobody in; -1 lets in as many as come"
             raise ConfigError(text, param="max_concurrent_requests")
-        for name, keys in (("api_key", self.api_key), ("worker_api_key", (self.worker_api_key or "-",))):
-            if not all(_KEY.fullmatch(key) for key in keys) or self.worker_api_key == "":
+        theirs = () if self.worker_api_key is None else (self.worker_api_key,)
+        for name, keys in (("api_key", self.api_key), ("worker_api_key", theirs)):
+            if not all(_KEY.fullmatch(key) for key in keys):
                 raise ConfigError(f"{name}: a key is printable ASCII without spaces, and not empty", param=name)
         for url in self.worker_urls:
             try:

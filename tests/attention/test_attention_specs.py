@@ -83,6 +83,7 @@ def brute(case: Case, spec: AttentionSpec, sinks: torch.Tensor | None = None) ->
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [ROWS["chunk"], ROWS["mixed"], ROWS["one"]], ids=["chunk", "mixed", "one"])
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
 @pytest.mark.parametrize("sunk", [False, True])
@@ -140,6 +141,7 @@ def test_backends_of_plain_attention_decline_with_a_reason(name: str, odd: dict[
         choose_backend(["cpu", "reference"], AttentionNeed(specs, torch.int8, CPU), Ops())
 
 
+@pytest.mark.slow
 @needs_native
 def test_over_the_native_table_odd_layers_have_the_reference_and_the_others_the_kernel() -> None:
     torch.manual_seed(3)

@@ -116,6 +116,7 @@ def test_turns_alternate_and_the_slower_peer_shows(script: str, tmp_path: Path) 
     assert lines[SERVER, "peak_gb", "slow"]["median"] > 0.004
 
 
+@pytest.mark.slow
 def test_answers_that_break_the_schema_are_counted(script: str, tmp_path: Path) -> None:
     servers = [fake(script, "good"), fake(script, "bad", "invalid")]
     records, _ = peers.compare(servers, ["structured"], Words(), options(tmp_path, rounds=1))
@@ -173,6 +174,7 @@ def test_ended_in_the_middle_it_leaves_no_server(model: Path, tmp_path: Path) ->
     assert not alive
 
 
+@pytest.mark.slow
 def test_a_server_that_is_never_ready_is_ended(tmp_path: Path) -> None:
     silent = Peer("silent", (sys.executable, "-c", "import time; print('loading', flush=True); time.sleep(600)"))
     with pytest.raises(PhloemError, match="silent was not ready in time"), running(silent, tmp_path / "log", 1.0):
@@ -227,6 +229,7 @@ def test_wrong_options(model: Path) -> None:
         peers.main(["--model", str(model), "--rounds", "0"])
 
 
+@pytest.mark.slow
 def test_loads_differ_by_workload_and_by_round() -> None:
     names = ["structured", "throughput", "conversations"]
     loads = peers.workloads(names, Words(), 1, True)

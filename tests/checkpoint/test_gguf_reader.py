@@ -165,6 +165,7 @@ def test_hostile_counts_are_refused_without_memory(body: bytes, tmp_path: Path) 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kilobytes
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_flipped_bytes_never_crash(data: st.DataObject, small: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -130,6 +130,7 @@ def test_a_second_turn_hits_what_the_first_generated(engine: Engine) -> None:
     assert salted["meta_info"]["cached_tokens"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "text"),
     [

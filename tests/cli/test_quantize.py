@@ -66,6 +66,7 @@ def test_the_native_table_keeps_what_is_written(made: Path, tmp_path: Path, kind
     assert "14 matrices keep their bits as " + {"int4": "Q4_1", "int8": "Q8_0"}[kind] in method.report.decision("x")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LIMITS)
 def test_transformers_reads_the_same_values(made: Path, tmp_path: Path, kind: str) -> None:
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
@@ -140,6 +141,7 @@ def test_numbers_that_are_none_are_refused(made: Path, tmp_path: Path, capsys: p
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LIMITS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rows_of_zeros_and_small_ones_stay_numbers(made: Path, tmp_path: Path, kind: str, dtype: torch.dtype) -> None:

@@ -319,6 +319,7 @@ async def test_without_a_tokenizer_ids_are_served_and_text_is_not() -> None:
     await client.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["raise", "failed", "silent"])
 def test_engine_death_ends_every_call_and_attach_revives(how: str) -> None:
     async def main() -> None:

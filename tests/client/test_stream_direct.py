@@ -276,6 +276,7 @@ def test_bytes_are_those_that_the_task_would_write(
     assert quick == slow and len(quick) > 9
 
 
+@pytest.mark.slow
 def test_a_socket_that_is_not_read_holds_the_stream_back_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cumulative events are large enough to fill a small connection."""
     bind = serve_file.bind

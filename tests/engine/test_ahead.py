@@ -150,6 +150,7 @@ def test_the_process_compiles_for_a_device_that_is_not_here_and_the_cache_outliv
     assert found["cached"] == found["kernels"] == len(cubins)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "reason"),
     [

@@ -145,6 +145,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [3.0, 0.5])
 @pytest.mark.parametrize("table", ["reference", pytest.param("native", marks=needs_native)])
 def test_draws_are_those_of_whole_rows(spread: float, table: str) -> None:

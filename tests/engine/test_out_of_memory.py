@@ -101,6 +101,7 @@ def test_any_mixture_of_calls_and_starved_steps(overlap: bool, seed: int) -> Non
     assert sum(reason.type != "abort" for reason in driver.finish.values()) >= 5
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("most", [1, 2, 3, 7])
 def test_steps_shrink_until_they_fit(overlap: bool, most: int) -> None:

@@ -230,6 +230,7 @@ def test_out_of_memory_while_capturing_leaves_the_eager_path(llama: Path, at: in
     assert recorder.recorded == 0 and "out of memory at 16 tokens" in ours.pieces.graphs.describe()
 
 
+@pytest.mark.slow
 def test_a_step_that_waits_for_a_value_is_refused_with_the_reason(tmp_path: Path) -> None:
     path = tiny_checkpoint("qwen3_moe", tmp_path)
     ours = Engine(path, TapeRecorder(), Ops())  # the reference experts ask which tokens are theirs

@@ -226,6 +226,7 @@ PARAMS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [PARAMS, [PARAMS[0]] * 3], ids=["mixed", "greedy"])
 def test_late_values_change_no_token(model: Model, params: list[SamplingParams]) -> None:
     late = LateStreams(13)

@@ -238,6 +238,7 @@ def test_positions_that_yield() -> None:
 needs_native = pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_recorded_steps_verify_to_the_same_bits(family: str, tmp_path: Path) -> None:

@@ -345,6 +345,7 @@ def test_what_cannot_be_exact_is_refused_by_place(schema: object, place: str) ->
     assert place in caught.value.message and caught.value.status == 400
 
 
+@pytest.mark.slow
 def test_conditions_that_multiply_end_in_an_error() -> None:
     def nested(depth: int) -> Any:
         inner = nested(depth - 1) if depth else {"type": "integer"}

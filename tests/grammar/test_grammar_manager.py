@@ -219,6 +219,7 @@ def test_jump_keeps_to_the_length_limit_and_to_its_switch(manager: GrammarManage
     off.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("params", "word"),
     [
@@ -287,6 +288,7 @@ class SlowEngine:
         self.gate.set()
 
 
+@pytest.mark.slow
 def test_time_limit_and_bounded_queue() -> None:
     manager = GrammarManager(vocabulary(), GrammarSettings(compile_timeout=0.01, workers=1, max_pending=2))
     slow = SlowEngine()

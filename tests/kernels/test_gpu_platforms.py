@@ -258,6 +258,7 @@ def test_who_knows_no_scales_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "float8_e4m3fn" in (on_cpu or "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queries", [[1, 1, 1], [3, 1, 6]])
 @pytest.mark.parametrize("spec", [SPEC, AttentionSpec(0, 2, 2, 64, 0.3, window=5, softcap=4.0)])
 def test_flashinfer_is_told_the_same_step(

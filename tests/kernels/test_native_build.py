@@ -18,6 +18,7 @@ from phloem.kernels import _native_build, _native_runtime
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_build_goes_on(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     command = [

@@ -91,6 +91,7 @@ def run(ops: Ops, layer: Sparse, tokens: int, n: int, k: int, renormalise: bool 
         assert (got - close).norm() < (1e-5 if exact else 4e-3) * close.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GGUF_TYPES)
 def test_quantised(table: Ops, kind: str) -> None:
     wide = kind.endswith("_K")
@@ -107,6 +108,7 @@ def test_dense(table: Ops, kind: str, n: int, inner: int) -> None:
         run(table, layer, tokens, n, 3, renormalise=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [int8, int4])
 def test_online_quantisation(table: Ops, method: Any) -> None:
     layer = Sparse("BF16", 4, 80, 40, method)
@@ -114,6 +116,7 @@ def test_online_quantisation(table: Ops, method: Any) -> None:
         run(table, layer, tokens, 80, 2)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     tokens=st.sampled_from([1, 2, 3, 5, 8, 17, 40, 64, 129, 300]),

@@ -234,6 +234,7 @@ def published() -> Iterator[tuple[Driver, ZmqPublisher, Any]]:
     publisher.close()
 
 
+@pytest.mark.slow
 def test_messages_are_framed_numbered_and_can_be_had_again(published: tuple[Driver, ZmqPublisher, Any]) -> None:
     driver, publisher, context = published
     import zmq

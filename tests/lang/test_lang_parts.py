@@ -261,6 +261,7 @@ def colour(s: Any) -> None:
     s += lang.assistant(lang.gen("x", stop=["\n\n."], temperature=0.5, max_tokens=9))
 
 
+@pytest.mark.slow
 def test_openai_chat_is_asked_in_its_own_words(api: str) -> None:
     backend = lang.OpenAI("gpt-x", api_key="none", base_url=f"{api}/v1", max_retries=0)
     state = colour.run(backend=backend)

@@ -143,6 +143,7 @@ def test_a_choice_is_the_likeliest_text(engine: Engine, backend: Any) -> None:
     assert state.get_meta_info("animal")["normalized_prompt_logprobs"] == pytest.approx(means, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_eight_branches_compute_their_prefix_once(engine: Engine, backend: Any) -> None:
     backend.flush_cache()
     count = len(engine.tokenizer.encode(PREFIX))
@@ -272,6 +273,7 @@ def test_several_continuations_and_states_joined_by_hand(backend: Any) -> None:
     assert state.text() == f"One{state['x'][0]} more{state['y']}"
 
 
+@pytest.mark.slow
 def test_bind_call_cache_and_default_backend(backend: Any) -> None:
     bound = talk.bind(question="Why?")
     lang.set_default_backend(backend)

@@ -125,6 +125,7 @@ def test_labels_of_texts(name: str, labels: int, tmp_path: Path) -> None:
     near(run(model, TEXTS), torch.stack(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "modernbert", "qwen3"])
 @torch.inference_mode()
 def test_labels_of_tokens(name: str, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def check(made: Any, tmp_path: Path, keys: dict[str, Any], scaling: dict[str, An
     close(Engine(tiny_gguf(path, tmp_path / "tiny.gguf", **keys)).whole(PROMPT), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [
@@ -133,6 +134,7 @@ def test_a_share_of_each_head_may_turn_where_halves_are_paired(made: Any, tmp_pa
     assert model.layers[0].mixer.rope.spec.rotary_size == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [3, [True, True, False, True, True, False, True]])
 def test_the_pattern_of_windows_is_read(made: Any, tmp_path: Path, pattern: Any) -> None:
     path, plain = made("gemma3_text", query_pre_attn_scalar=16)

@@ -112,6 +112,7 @@ def distance(a: list[float], b: list[float]) -> float:
     return float(np.abs(np.array(a) - np.array(b)).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "scheme"),
     [

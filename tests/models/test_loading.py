@@ -71,6 +71,7 @@ def test_configuration_that_no_layer_knows(made: Any, tmp_path: Path, change: di
         Engine(edited(made("llama")[0], tmp_path / "x", **change))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3_text", "phi3", "gpt_oss"])
 def test_dummy_weights_are_the_same_every_time(made: Any, tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text((made(name)[0] / "config.json").read_text())

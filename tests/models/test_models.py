@@ -163,6 +163,7 @@ class Watch(TorchDispatchMode):
         return inside
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     [

@@ -75,6 +75,7 @@ def test_a_whole_model_reads_each_byte_once(name: str, tmp_path: Path) -> None:
     assert read == model.weight_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_1"])
 def test_shares_of_gguf_files(kind: str, tmp_path: Path) -> None:
     """Columns begin within a block of 32 for tp 4: those are dequantised, with the whole blocks around them."""
@@ -132,6 +133,7 @@ def test_names_are_the_files_names_on_every_rank(name: str, tmp_path: Path) -> N
         assert torch.equal(share.get_weight("model.layers.0.mlp.experts.gate_up_proj"), experts[:, :, 24:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt_oss"])
 def test_each_rank_keeps_its_share_of_what_is_pushed(name: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file

@@ -66,6 +66,7 @@ def test_a_share_is_what_one_would_cut_by_hand(made: Any, family: str, size: int
         assert same_as_cut(whole, on(path, mesh), family, mesh.tp) > 3 * len(whole.layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "phi3", "mixtral", "qwen3_moe"])
 def test_blocks_of_all_ranks_sum_to_the_whole(made: Any, family: str) -> None:
     path, _ = made(family)

@@ -26,6 +26,7 @@ def check(made: Any, tmp_path: Path, family: str, change: dict[str, Any], differ
     close(Engine(changed).whole(PROMPT), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("scaling", [YARN, LINEAR, {**YARN, "beta_fast": 8, "attention_factor": 0.9}])
 def test_scaling_added_by_hand(made: Any, tmp_path: Path, family: str, scaling: dict[str, Any]) -> None:

@@ -139,6 +139,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return tiny_checkpoint(request.param, tmp_path_factory.mktemp(request.param), shards=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_has_the_same_weights_whichever_way_they_came(path: Path, dtype: torch.dtype) -> None:
     cuda = Cuda()

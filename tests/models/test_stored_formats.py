@@ -150,6 +150,7 @@ def test_fused_tensors_experts_and_latents_are_read(pairs: Any, family: str, cas
     close(Engine(packed).whole(PROMPT), Engine(plain).whole(PROMPT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_native_table_keeps_what_it_can(pairs: Any, case: str) -> None:
     try:
@@ -205,6 +206,7 @@ def test_mixed_formats_and_plain_matrices_lie_in_one_file(made: Any, tmp_path: P
     close(Engine(packed).whole(PROMPT), reference(plain, PROMPT))
 
 
+@pytest.mark.slow
 def test_experts_of_gpt_oss_are_read_from_their_blocks(made: Any, tmp_path: Path) -> None:
     packed, plain = gpt_oss(made, tmp_path)
     check_modes(packed, reference(plain, PROMPT))
@@ -231,6 +233,7 @@ def gpt_oss(made: Any, target: Path) -> tuple[Path, Path]:
     return packers.quantised(path, target, pack, config, named=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("v2", [False, True])
 def test_symmetric_gptq_files_that_lie_are_read_by_their_zeros(made: Any, tmp_path: Path, v2: bool) -> None:
     config = {**GPTQ, "checkpoint_format": "gptq" if v2 else "gptq_v2"}
@@ -278,6 +281,7 @@ MISSING = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "part", "message"), MISSING, ids=lambda x: str(x)[:30])
 def test_a_missing_part_is_named(pairs: Any, tmp_path: Path, case: str, part: str, message: str) -> None:
     path = changed(pairs, tmp_path, case, lambda tensors: tensors.pop(f"{UP}.{part}"))
@@ -296,6 +300,7 @@ WRONG = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "part"), WRONG)
 def test_a_part_of_another_shape_is_named(pairs: Any, tmp_path: Path, case: str, part: str) -> None:
     def cut(tensors: dict[str, torch.Tensor]) -> None:

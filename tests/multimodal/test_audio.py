@@ -22,6 +22,7 @@ def packed(samples: Any, rate: int, kind: str, subtype: str | None = None) -> by
         return file.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bands", "seconds"), [(80, 30.0), (128, 30.0), (80, 4.27), (80, 41.003)])
 def test_features_are_those_of_the_extractor(bands: int, seconds: float) -> None:
     from transformers import WhisperFeatureExtractor

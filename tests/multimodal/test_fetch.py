@@ -135,6 +135,7 @@ def test_a_missing_picture_says_so(site: str) -> None:
         fetch(f"{site}/none.png", "x", HERE)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Image size")
 def test_a_bomb_is_refused_by_its_header() -> None:
     """A PNG of a hundred million pixels: nothing of it is decoded."""

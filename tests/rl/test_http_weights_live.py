@@ -59,6 +59,7 @@ def generate(http: httpx.Client, **fields: Any) -> dict[str, Any]:
     return post(http, "/generate", input_ids=[5, 6, 7, 8], sampling_params=GREEDY, **fields)
 
 
+@pytest.mark.slow
 def test_safetensors_as_a_body_in_base64_and_from_disk_give_the_same(http: httpx.Client, new: Path) -> None:
     before = generate(http)["output_ids"]
     blob = save(load_file(new / "model.safetensors"))

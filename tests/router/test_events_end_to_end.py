@@ -93,6 +93,7 @@ async def test_a_follower_knows_what_the_tree_has_from_dump_or_replay(source: tu
         task.cancel()
 
 
+@pytest.mark.slow
 async def test_a_gap_is_closed_and_a_new_process_begins_anew() -> None:
     driver, sink = Driver(200, SIZE), publisher()
     driver.scheduler.feed = Feed(driver.cache.tree, sink)

@@ -49,6 +49,7 @@ async def test_workers_are_added_and_removed_while_it_runs() -> None:
     await second.kill()
 
 
+@pytest.mark.slow
 async def test_a_removed_worker_ends_what_it_has_begun() -> None:
     async def speaks(request: Request) -> None:
         await stream(request, [b"data: %d\n\n" % at for at in range(10)], pause=0.03)
@@ -67,6 +68,7 @@ async def test_without_workers_it_starts_and_says_what_is_missing() -> None:
         assert "no worker has been added" in (await gate.chat()).json()["error"]["message"]
 
 
+@pytest.mark.slow
 async def test_an_ill_worker_gets_nothing_until_it_is_well_again() -> None:
     async with gateway(Worker(), Worker(), health_failure_threshold=2) as gate:
         first, second = gate.workers
@@ -84,6 +86,7 @@ async def test_an_ill_worker_gets_nothing_until_it_is_well_again() -> None:
         assert await gate.by() == first.port
 
 
+@pytest.mark.slow
 async def test_a_worker_that_fails_often_is_left_alone_for_a_while() -> None:
     broken = True
 
@@ -146,6 +149,7 @@ async def test_no_more_than_allowed_run_and_the_important_ones_go_first() -> Non
         gate.idle()
 
 
+@pytest.mark.slow
 async def test_a_wait_in_the_queue_has_an_end_and_a_client_that_leaves_gives_up_its_place() -> None:
     never = asyncio.Event()
 
@@ -278,6 +282,7 @@ async def test_conversations_stay_with_their_worker_over_http() -> None:
         assert gate.router.metrics.cached_tokens > 0.5 * gate.router.metrics.prompt_tokens
 
 
+@pytest.mark.slow
 async def test_it_ends_when_all_has_been_answered() -> None:
     async def slow(request: Request) -> None:
         await asyncio.sleep(0.3)

@@ -76,6 +76,7 @@ async def test_a_long_stream_arrives_whole_also_at_a_slow_client() -> None:
         gate.idle()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [500, 502, 503, 504, 429, 408])
 async def test_a_worker_that_answers_with_a_fault_is_not_the_last_word(status: int) -> None:
     async def bad(request: Request) -> None:
@@ -108,6 +109,7 @@ async def test_a_refusal_by_a_worker_is_passed_on_at_once() -> None:
         assert len(gate.workers[0].seen) + len(gate.workers[1].seen) == 1
 
 
+@pytest.mark.slow
 async def test_a_worker_that_dies_before_its_first_byte_costs_a_retry_and_after_it_an_error_event() -> None:
     async def before(request: Request) -> None:
         request.writer.transport.abort()
@@ -189,6 +191,7 @@ async def test_a_client_that_leaves_before_the_first_byte_ends_it_too() -> None:
         gate.idle()
 
 
+@pytest.mark.slow
 async def test_what_waits_for_too_long_ends_with_its_reason() -> None:
     async def silent(request: Request) -> None:
         await asyncio.sleep(5)
@@ -253,6 +256,7 @@ async def test_hostile_requests_are_refused_and_the_gateway_goes_on() -> None:
         gate.idle()
 
 
+@pytest.mark.slow
 async def test_many_requests_at_once_each_get_their_own_answer() -> None:
     async def echo(request: Request) -> None:
         await asyncio.sleep(0.001)

@@ -53,6 +53,7 @@ def told(driver: Driver, guess: Guess, count: int, rng: random.Random, **values:
     return storm(driver, count, rng, **values)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("seed", range(6))
 def test_answers_are_those_of_plain_decoding(overlap: bool, seed: int) -> None:
@@ -86,6 +87,7 @@ def test_in_a_tiny_pool_with_preemptions_and_starved_steps(overlap: bool, seed: 
     assert driver.scheduler.planner.preemptions > 0 and driver.runner.starved > 2 and driver.runner.accepted > 5
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("seed", range(4))
 def test_aborts_retractions_and_failing_steps_harm_nobody(overlap: bool, seed: int) -> None:

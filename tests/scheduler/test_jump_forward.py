@@ -100,6 +100,7 @@ def test_what_is_forced_is_in_the_cache(jumping: Any) -> None:
     assert driver.runner.computed_tokens - computed <= computed - beginning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("pages", [200, 45], ids=["room", "pressure"])
 def test_what_is_forced_before_admission_is_no_part_of_the_prompt(jumping: Any, overlap: bool, pages: int) -> None:

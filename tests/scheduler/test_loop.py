@@ -89,6 +89,7 @@ def test_serves_and_drains(overlap: bool) -> None:
     assert made == oracle([11, 12, 13], 0, 20, 1000)
 
 
+@pytest.mark.slow
 def test_an_idle_loop_sleeps() -> None:
     engine = Running()
     time.sleep(0.3)
@@ -98,6 +99,7 @@ def test_an_idle_loop_sleeps() -> None:
     engine.drain()
 
 
+@pytest.mark.slow
 def test_beats_come_between_steps_and_never_while_one_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "BEAT_SECONDS", 0.05)
     engine = Running(overlap=True, delay=0.02)
@@ -116,6 +118,7 @@ def test_beats_come_between_steps_and_never_while_one_hangs(monkeypatch: pytest.
     assert any(isinstance(message, Heartbeat) for message in engine.drain())
 
 
+@pytest.mark.slow
 def test_overlap_hides_the_host_behind_the_step() -> None:
     def turn(overlap: bool) -> float:
         engine = Running(overlap, delay=0.01)

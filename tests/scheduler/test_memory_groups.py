@@ -145,6 +145,7 @@ def test_the_next_turn_of_a_conversation_goes_on_from_the_answer(memory: tuple[M
         assert found in {computed // 4, len(said) // 4}, (turn, computed, found)
 
 
+@pytest.mark.slow
 @both
 def test_turns_of_many_conversations_under_pressure_and_with_starved_steps(overlap: bool) -> None:
     for seed in range(4):

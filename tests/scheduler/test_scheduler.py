@@ -396,6 +396,7 @@ def test_no_logprobs_unless_asked() -> None:
 # aborts
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("seed", range(4))
 def test_aborts_at_random_moments_harm_nobody(overlap: bool, seed: int) -> None:

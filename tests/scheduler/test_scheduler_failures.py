@@ -53,6 +53,7 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(overlap: bool) -> Non
         assert driver.tokens[name] == driver.expected(prompts[name], 12)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("seed", range(4))
 def test_storm_with_failing_steps_and_rows(overlap: bool, seed: int) -> None:

@@ -124,6 +124,7 @@ def test_progress_comes_to_the_end(engine: phloem.Engine) -> None:
     assert seen[-1] == (3.5, 3.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

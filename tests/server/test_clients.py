@@ -96,6 +96,7 @@ def test_openai_tools_in_a_stream_and_back(client: openai.OpenAI, server: Served
     assert server.prompt().endswith("<assistant>Looking.<end><tool>sun<end><assistant>")
 
 
+@pytest.mark.slow
 def test_openai_responses(client: openai.OpenAI, server: Served) -> None:
     server.engine.text = FULL
     tool: Any = {"type": "function", "name": "weather", "parameters": PARAMETERS, "strict": True}

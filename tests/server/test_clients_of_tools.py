@@ -45,6 +45,7 @@ def client(server: Served) -> Iterator[openai.OpenAI]:
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [False, True])
 def test_openai_parses_formats_and_tools_of_one_request(client: openai.OpenAI, server: Served, calls: bool) -> None:
     class Weather(BaseModel):

@@ -85,6 +85,7 @@ FLOODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flood", FLOODS)
 def test_a_header_without_end_is_cut_before_it_takes_memory(server: Served, flood: str) -> None:
     begun, more = FLOODS[flood]
@@ -133,6 +134,7 @@ def test_a_body_that_drips_is_cut_too(server: Served) -> None:
         assert time.monotonic() - start < 6
 
 
+@pytest.mark.slow
 def test_all_bodies_together_have_a_budget(server: Served) -> None:
     """Two long halves fit, the third is too much; short bodies go on being served; all is free again afterwards."""
     halves = [connect(server, post("/generate", 7 * MIB) + b" " * (5 * MIB)) for _ in range(2)]

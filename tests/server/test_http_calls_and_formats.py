@@ -124,6 +124,7 @@ async def streamed(door: Door, path: str, body: dict[str, Any]) -> tuple[Told, l
 ROUTES = [CHAT, RESPONSES, MESSAGES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize("choice", [None, "auto"])
 @on_loop

@@ -102,6 +102,7 @@ def test_forced_calls_in_a_stream(url: str) -> None:
     assert not any(choice["delta"].get("content") for choice in choices)
 
 
+@pytest.mark.slow
 def test_several_forced_calls_only_where_they_are_allowed(url: str) -> None:
     body = {**BODY, "tool_choice": "required", "temperature": 1.0}
     for seed in range(4):

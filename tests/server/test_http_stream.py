@@ -39,6 +39,7 @@ def slow() -> Iterator[Served]:
         yield server
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -62,6 +63,7 @@ def test_a_client_that_hangs_up_aborts_exactly_once(slow: Served, path: str, bod
     assert slow.client.in_flight == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_hanging_up_before_the_first_token_aborts_too(slow: Served, stream: bool) -> None:
     slow.engine.paused = True
@@ -71,6 +73,7 @@ def test_hanging_up_before_the_first_token_aborts_too(slow: Served, stream: bool
     assert slow.client.in_flight == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_runs_in_the_background_outlives_its_client(stream: bool) -> None:
     with served(delay=0.002) as server:
@@ -115,6 +118,7 @@ def test_a_finished_request_is_never_aborted(slow: Served) -> None:
     assert slow.engine.aborts == []
 
 
+@pytest.mark.slow
 def test_tokens_arrive_as_they_are_made() -> None:
     with served(delay=0.03) as server, httpx.Client() as http:
         times: list[float] = []
@@ -163,6 +167,7 @@ async def test_usage_comes_last_or_always() -> None:
         assert chunks[-1]["usage"]["completion_tokens"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [CHAT, "/generate"])
 def test_engine_death_on_the_way_is_an_error_event_and_then_the_end(slow: Served, path: str) -> None:
     body = LONG if path == CHAT else {"text": "a", "sampling_params": {"max_new_tokens": 400}, "stream": True}
@@ -222,6 +227,7 @@ def test_many_streams_of_which_a_quarter_hang_up() -> None:
         assert len(aborted) == len(set(aborted)) <= 2 * len(quitters)
 
 
+@pytest.mark.slow
 def test_stopping_lets_running_requests_finish_and_refuses_new_ones() -> None:
     box: dict[str, Any] = {}
     with served(config={"drain_timeout": 10}, delay=0.01) as server:
@@ -279,6 +285,7 @@ def test_bind_explains_what_is_wrong() -> None:
     free.close()
 
 
+@pytest.mark.slow
 def test_a_body_over_the_limit_on_a_real_socket() -> None:
     with served() as server:
         response = httpx.post(server.url + "/generate", content=b" " * 50_000_000, timeout=20)

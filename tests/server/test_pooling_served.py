@@ -149,6 +149,7 @@ def test_shorter_vectors_have_length_one(embedder: phloem.Engine, url: str) -> N
     assert abs(np.linalg.norm(raw) - 1) > 1e-3 and np.allclose(np.array(raw) / np.linalg.norm(raw), whole, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_too_long_a_text_is_refused_or_cut_before_its_last_token(embedder: phloem.Engine, url: str) -> None:
     text = "over the lazy dog " * 40
     error = refusal(url, "/v1/embeddings", {"input": ["a", text]})
@@ -163,6 +164,7 @@ def test_too_long_a_text_is_refused_or_cut_before_its_last_token(embedder: phloe
     assert "no room" in refusal(url, "/v1/embeddings", {"input": text, "truncate_prompt_tokens": 2})["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -246,6 +248,7 @@ def test_encode_by_its_native_names(embedder: phloem.Engine, url: str) -> None:
     assert np.allclose(embedder.encode(input_ids=torch.tensor([ids]))[0]["embedding"], wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_cross_encoder_ranks_pairs_with_their_segments(ranker: tuple[phloem.Engine, str]) -> None:
     engine, url = ranker
     documents = ["over the lazy dog", "jumps", "Sap moves through the phloem of a tree"]

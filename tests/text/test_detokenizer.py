@@ -149,6 +149,7 @@ def test_special_tokens_are_shown_on_request() -> None:
     assert run(TOKENIZERS["bytes"], [97, 262], [])[0] == "a"
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     ids=UTF8,

@@ -81,6 +81,7 @@ def texts() -> list[str]:
     return [text for text in found if "aaaaaaaa" not in text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_ids_and_texts_are_those_of_the_library(name: str, tmp_path: Path) -> None:
     data = trained(name)

@@ -87,6 +87,7 @@ def test_as_transformers_renders(source: str, tools: Any, prompt: bool) -> None:
     assert render(source, TALK, tools=tools, add_generation_prompt=prompt, enable_thinking=False) == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), st.text(max_size=40)), max_size=6))
 def test_any_text_passes_through(turns: list[tuple[str, str]]) -> None:
@@ -177,6 +178,7 @@ def test_the_sandbox_holds(source: str) -> None:
     assert render("{{ raise_exception.__globals__ }}{{ messages.__class__ }}") == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source",
     [

@@ -103,6 +103,7 @@ def test_a_tool_call_ends_the_block(form: str) -> None:
     assert same(form, f"I need a tool.\n{jump}call", opened=True) == ("I need a tool.", f"{jump}call")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS.names())
 @settings(max_examples=60, deadline=None)
 @given(

@@ -441,6 +441,7 @@ def test_names_that_python_does_not_know() -> None:
         FORMATS.module("json_array").Parser(TOOLS).structure()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in TEXT_FORMATS])
 def test_formats_of_texts_admit_valid_ones(kind: str) -> None:
     schema = {"type": "object", "properties": {"v": {"type": "string", "format": kind}}, "required": ["v"]}

@@ -50,6 +50,8 @@ def log_is_as_it_was() -> Iterator[None]:
     log = logging.getLogger("phloem")
     before = log.propagate, log.level, list(log.handlers)
     log.propagate = True
+    # Engines of a whole module or session leave theirs: what is quieter than usual would hide warnings.
+    log.setLevel(min(before[1], logging.WARNING))
     yield
     log.propagate, log.level = before[0], before[1]
     log.handlers[:] = before[2]

@@ -165,8 +165,10 @@ def test_the_names_of_other_engines_are_understood() -> None:
         Config.from_flat({"tp": 0})
 
 
-@pytest.mark.slow
-def test_sizes_that_cannot_be_shared_out_end_the_start(tmp_path: Path) -> None:
+def test_sizes_that_cannot_be_shared_out_end_the_start_before_any_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phloem.launch.core.RankProcesses", None)
     path = tiny_checkpoint("llama", tmp_path, num_attention_heads=9, num_key_value_heads=3, hidden_size=72)
     with pytest.raises(ModelLoadError, match=r"tp_size 2: 9 attention heads and 3 kv heads .* valid: 1, 3, 9"):
         Engine(model_path=str(path), tp_size=2, **SMALL)

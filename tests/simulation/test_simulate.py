@@ -195,6 +195,9 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
         (["--steps", "a", "--model", "b"], "give one of the two"),
         (["--trace", str(tmp_path / "gone")], "gone"),
         (["--turns", "0.5"], "turns must be at least 1"),
+        (["--rate", "nan"], "rate: nan is no number"),
+        (["--think", "inf"], "think: inf is no number"),
+        (["--output", str(tmp_path / "gone" / "a.jsonl")], "its folder is not there"),
     ):
         assert main(["bench", "simulate", *args]) == 1
         error = capsys.readouterr().err

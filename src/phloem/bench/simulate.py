@@ -7,6 +7,8 @@ coefficients says, or what the formulae of `phloem plan` say of a model; docs/pl
 from __future__ import annotations
 
 import json
+import math
+import os
 import resource
 import time
 from dataclasses import dataclass, replace
@@ -107,6 +109,13 @@ def _checked(options: Options) -> list[str]:
     for name in ("replicas", "rate", "seconds", "speed", "page_size", "max_running_requests", "chunked_prefill_size"):
         if getattr(options, name) <= 0:
             raise BadRequest(f"{name} must be above 0", param=name)
+    for name, value in vars(options).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadRequest(f"{name}: {value} is no number", param=name)
+    for name in ("output", "plot"):
+        # Before minutes are spent on what could not be written.
+        if (path := vars(options)[name]) and not os.access(Path(path).absolute().parent, os.W_OK):
+            raise BadRequest(f"{name} {path}: its folder is not there, or not to be written to", param=name)
     if options.until < 0:
         raise BadRequest("until must not be below 0", param="until")
     if options.context_length < 2 * options.page_size:

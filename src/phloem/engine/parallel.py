@@ -19,11 +19,15 @@ import torch
 
 from phloem.core.batch import Batch
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
+from phloem.distributed.mesh import Mesh
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import Step
 from phloem.engine.memory import first_line
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
+from phloem.kernels.ops import Ops
+from phloem.layers.context import BuildContext
+from phloem.models import build_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -38,8 +42,6 @@ if TYPE_CHECKING:
     from phloem.core.memory import Group, MemorySpec
     from phloem.core.resolve import Decision
     from phloem.distributed.comm import Comm
-    from phloem.distributed.mesh import Mesh
-    from phloem.kernels.ops import Ops
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, ForwardBatch
     from phloem.models import Model
@@ -104,8 +106,16 @@ class Team:
     decision: Decision
 
 
+_POSITIONS = 64  # tables of rotations are built for so many: nobody looks into them
+
+
 def refuse(config: Config, checkpoint: Checkpoint) -> None:
-    """Raises ConfigError for what several ranks do not serve: refused, so that nothing is served wrongly."""
+    """Refuse what several ranks do not serve, so that nothing is served wrongly.
+
+    Raises:
+        ConfigError: something that one rank alone does.
+        ModelLoadError: sizes that cannot be shared out, with those that could.
+    """
     size = config.runtime.tp_size
     reasons = {
         "diffusion pipelines run on one rank": checkpoint.pictures is not None,
@@ -124,6 +134,9 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
     for reason, found in reasons.items():
         if found:
             raise ConfigError(f"tp_size {size}: {reason}", param="tp_size")
+    # A share without weights says whether the sizes divide, before any process is started.
+    ctx = BuildContext(Ops(), torch.bfloat16, torch.device("meta"), mesh=Mesh.of(0, tp=size))
+    build_model(checkpoint.model_type, checkpoint.config, ctx, _POSITIONS)
 
 
 def pack(batch: Batch) -> Plan:

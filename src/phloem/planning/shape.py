@@ -210,8 +210,13 @@ def _stored_bytes(checkpoint: Checkpoint) -> int:
 def shape_of(checkpoint: Checkpoint, kv_type: str, forms: Formats) -> Shape:
     """Build the model without weights, and count. Raises ConfigError: it is put together in a way of its own."""
     ctx = BuildContext(Ops(), torch.bfloat16, torch.device("meta"))
-    logging.getLogger("phloem.models").setLevel(logging.ERROR)
-    built: Any = build_model(checkpoint.model_type, checkpoint.config, ctx, POSITIONS)
+    log = logging.getLogger("phloem.models")
+    before = log.level
+    log.setLevel(logging.ERROR)  # what it warns of is no matter of a plan
+    try:
+        built: Any = build_model(checkpoint.model_type, checkpoint.config, ctx, POSITIONS)
+    finally:
+        log.setLevel(before)
     if not isinstance(built, Decoder):
         raise ConfigError(f"{checkpoint.model_type}: plans are for decoders alone", param="model")
     config, counted = checkpoint.config, set[int]()

@@ -20,6 +20,7 @@ import torch
 from phloem.core.batch import Batch
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.distributed.mesh import Mesh
+from phloem.engine.around import RunnerAround
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import Step
 from phloem.engine.memory import first_line
@@ -37,9 +38,9 @@ if TYPE_CHECKING:
 
     from phloem.attention import AttentionBackend
     from phloem.checkpoint.describe import Checkpoint
-    from phloem.core.batch import Follower, Pending, Runner, StepOutput
+    from phloem.core.batch import Pending, Runner, StepOutput
     from phloem.core.config import Config
-    from phloem.core.memory import Group, MemorySpec
+    from phloem.core.memory import MemorySpec
     from phloem.core.resolve import Decision
     from phloem.distributed.comm import Comm
     from phloem.kvcache.pool import KVPool
@@ -264,43 +265,24 @@ class Leading:
             return run_forward(self._model, self._backend, self._pool, inputs, inputs.logit_index)
 
 
-class ParallelRunner:
-    """`core.batch.Runner` around rank 0's own: the others are sent each batch before it is launched here.
+class ParallelRunner(RunnerAround):
+    """Rank 0's own runner, with the others: they are sent each batch before it is launched here.
 
-    `tell` raises EngineDead when a rank has gone; so does a step's result. Nothing is served after that.
+    `tell` raises EngineDead when a rank has gone; so does a step's result. Nothing is served after that. What runs
+    `between` steps runs on rank 0 alone: what is asked for there reads, and changes nothing that ranks share.
     """
 
-    draft_room = 0
-
     def __init__(self, inner: Runner, tell: Callable[[Told], None]) -> None:
-        self.inner, self._tell = inner, tell
-        self.groups: tuple[Group, ...] = inner.groups
-        self.num_pages, self.page_size, self.max_slots = inner.num_pages, inner.page_size, inner.max_slots
+        super().__init__(inner)
+        self._tell = tell
 
     @property
-    def prepared(self) -> dict[str, Any]:
-        return self.inner.prepared
-
-    @property
-    def graph_bytes(self) -> int:
-        return self.inner.graph_bytes
+    def draft_room(self) -> int:
+        return 0
 
     def launch(self, batch: Batch) -> Pending[StepOutput]:
         self._tell(pack(batch))
-        return self.inner.launch(batch)
-
-    def constrain(self, slot: int, follower: Follower | None) -> None:
-        self.inner.constrain(slot, follower)
-
-    def between(self, work: Callable[[], T]) -> Pending[T]:
-        """On rank 0 alone: what is asked for there reads, and changes nothing that ranks share."""
-        return self.inner.between(work)
-
-    def read_weight(self, name: str, rows: int) -> NDArray[np.float32]:
-        return self.inner.read_weight(name, rows)
-
-    def close(self) -> None:
-        self.inner.close()
+        return super().launch(batch)
 
 
 class Executor:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from phloem.core.batch import FROM_DEVICE, Batch, StepOutput
+from phloem.engine.around import RunnerAround
 from phloem.speculation.controller import Chain
 from phloem.speculation.texts import Text, Texts
 
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from phloem.core.batch import Follower, Pending, Runner
-    from phloem.core.memory import Group
+    from phloem.core.batch import Pending, Runner
     from phloem.speculation.controller import Controller
     from phloem.speculation.drafters import Draft, Drafter
 
@@ -57,8 +57,8 @@ class Launched:
         return output
 
 
-class SpeculativeRunner:
-    """`core.batch.Runner` around another one. `room`: drafts of a row, at most. `clock`: seconds."""
+class SpeculativeRunner(RunnerAround):
+    """One that sends drafts along. `room`: drafts of a row, at most. `clock`: seconds."""
 
     def __init__(
         self,
@@ -68,9 +68,8 @@ class SpeculativeRunner:
         room: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.inner, self.drafter, self.controller = inner, drafter, controller
-        self.groups: tuple[Group, ...] = inner.groups
-        self.num_pages, self.page_size, self.max_slots = inner.num_pages, inner.page_size, inner.max_slots
+        super().__init__(inner)
+        self.drafter, self.controller = drafter, controller
         self._room, self._clock = room, clock
         self._texts = Texts(inner.max_slots, drafter.ended)
         self._inflight = 0
@@ -85,10 +84,6 @@ class SpeculativeRunner:
     def prepared(self) -> dict[str, Any]:
         return {**self.inner.prepared, "speculation": {**self.controller.facts(), **self.drafter.facts()}}
 
-    @property
-    def graph_bytes(self) -> int:
-        return self.inner.graph_bytes
-
     def launch(self, batch: Batch) -> Launched:
         texts = self._texts.of(batch)
         drafts, verified = self._drafts(batch, texts) if batch.drafts is not None else ({}, None)
@@ -101,18 +96,6 @@ class SpeculativeRunner:
             launched.began = now if now - self._last > IDLE else self._last
         self._inflight += 1
         return launched
-
-    def constrain(self, slot: int, follower: Follower | None) -> None:
-        self.inner.constrain(slot, follower)
-
-    def between(self, work: Callable[[], T]) -> Pending[T]:
-        return self.inner.between(work)
-
-    def read_weight(self, name: str, rows: int) -> NDArray[np.float32]:
-        return self.inner.read_weight(name, rows)
-
-    def close(self) -> None:
-        self.inner.close()
 
     # before a step
 

@@ -155,6 +155,24 @@ class Adapted:
     index: Tensor | None = None
 
 
+class Tap(Protocol):
+    """What else reads a decoder's hidden states while it runs: a head that drafts, or a trainer's capture.
+
+    It computes by ops of the table alone, so that a step with it can be recorded.
+    """
+
+    layers: tuple[int, ...]  # of these the input is wanted: the residual stream before them, not normalised
+    last: bool  # and the states behind the last norm, of all tokens
+
+    def before(self, step: ForwardBatch, states: list[Tensor], /) -> None:
+        """The residual stream [T, N] before each of `layers`."""
+        ...
+
+    def behind(self, step: ForwardBatch, hidden_TN: Tensor, /) -> None:
+        """The states that the head reads, of all tokens; where `last`."""
+        ...
+
+
 @dataclass(slots=True)
 class ForwardBatch:
     """A step as a model sees it. T packed new tokens, L rows whose next token is wanted."""

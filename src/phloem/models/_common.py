@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.memory import MemorySpec
-    from phloem.layers.context import Adapted, AttentionSpec, BuildContext, ForwardBatch
+    from phloem.layers.context import Adapted, AttentionSpec, BuildContext, ForwardBatch, Tap
     from phloem.models import Tower
     from phloem.models._index import Progress
     from phloem.models._layer import NormKind
@@ -151,6 +151,7 @@ class Decoder(Layer):
 
     tower: Tower | None = None  # what makes embeddings of pictures
     adapted: Adapted | None = None  # what layers with adapters look at; None: none are served
+    tap: Tap | None = None  # what else reads hidden states
 
     def __init__(self, ctx: BuildContext, config: DecoderConfig, max_positions: int) -> None:
         self.config = config
@@ -188,7 +189,12 @@ class Decoder(Layer):
         out, residual_TN = self.trunk(step)
         if self.adapted is not None:
             self.adapted.index = None if step.adapters is None else step.adapters[1]
-        return self.finish(out, residual_TN, step.logit_index)
+        if self.tap is None or not self.tap.last:
+            return self.finish(out, residual_TN, step.logit_index)
+        hidden_TN = self.finish(out, residual_TN, None)
+        self.tap.behind(step, hidden_TN)
+        # Once more for the rows that are wanted: a product of fewer rows may have other bits.
+        return hidden_TN if step.logit_index is None else self.finish(out, residual_TN, step.logit_index)
 
     def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         """Up to and with the last layer's mixer: (its output [T, features], residual [T, N])."""
@@ -200,13 +206,23 @@ class Decoder(Layer):
             x_TN.index_copy_(0, index, rows.to(x_TN.dtype))
         if self.positions is not None:
             x_TN = self.positions.add(x_TN, step.positions)
+        seen: dict[int, Tensor] = {}
         for number, layer in enumerate(self.layers[:-1]):
+            self._look(seen, number, x_TN, residual_TN)
             # In two calls under the same names: what a layer was given is not kept through its MLP, the largest part.
             x_TN, residual_TN = layer.attend(x_TN, residual_TN, step)
             x_TN, residual_TN = layer.feed(x_TN, residual_TN)
             if step.deep is not None and step.embeds is not None and number < len(step.deep):
                 x_TN.index_add_(0, step.embeds[0], step.deep[number].to(x_TN.dtype))
+        self._look(seen, len(self.layers) - 1, x_TN, residual_TN)
+        if self.tap is not None and self.tap.layers:
+            self.tap.before(step, [seen[number] for number in self.tap.layers])
         return self.layers[-1].attend(x_TN, residual_TN, step)
+
+    def _look(self, seen: dict[int, Tensor], number: int, x_TN: Tensor, residual_TN: Tensor | None) -> None:
+        """Keep the residual stream before this layer, where somebody reads it."""
+        if self.tap is not None and number in self.tap.layers:
+            seen[number] = x_TN if residual_TN is None else self.ops.add(x_TN, residual_TN)
 
     def finish(self, out: Tensor, residual_TN: Tensor, keep_L: Tensor | None) -> Tensor:
         """What `forward` gives, from what `trunk` gave, for the rows `keep_L` alone (None: all)."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 COMMANDS: Registry[Callable[[list[str]], int]] = Registry("phloem.cli", "command", "main")
-_ORDER = ("serve", "run", "chat", "generate", "transcribe", "bench", "quantize", "doctor")
+_ORDER = ("serve", "run", "chat", "generate", "transcribe", "bench", "quantize", "train_draft", "doctor")
 
 
 def _summary(name: str) -> str:
@@ -31,7 +31,7 @@ def _summary(name: str) -> str:
 def usage() -> str:
     names = COMMANDS.names()
     names = [*(n for n in _ORDER if n in names), *(n for n in names if n not in _ORDER)]
-    lines = [f"  {name:<10} {_summary(name)}" for name in names]
+    lines = [f"  {name.replace('_', '-'):<11} {_summary(name)}" for name in names]
     return "\n".join(
         [
             "usage: phloem COMMAND [options]",
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except PhloemError as error:
-        return _fail(command, error.message, 2 if args[0] not in COMMANDS.names() else 1)
+        return _fail(command, error.message, 2 if args[0].replace("-", "_") not in COMMANDS.names() else 1)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -76,7 +76,7 @@ def _run(args: list[str]) -> int:
 
         print(f"phloem {version('phloem')}")
         return 0
-    return COMMANDS.get(args[0])(args[1:])
+    return COMMANDS.get(args[0].replace("-", "_"))(args[1:])
 
 
 def _fail(command: str, reason: str, status: int) -> int:

@@ -83,30 +83,37 @@ def _own_fields(own: type[Any]) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def parse_own(command: str, argv: list[str], own: type[T], description: str = "") -> T:
-    """For a command that starts no engine: its own options alone."""
+def parse_own(command: str, argv: list[str], own: type[T], description: str = "", default: T | None = None) -> T:
+    """For a command that starts no engine: its own options alone. `default`: where no flag says otherwise."""
     flat_class: Any = dataclasses.make_dataclass("Options", _own_fields(own))
+    fields: tuple[Any, ...] = dataclasses.fields(own)  # pyright: ignore[reportArgumentType]
     values = tyro.cli(
         flat_class,
         prog=f"phloem {command}",
         description=description,
         args=argv,
+        default=flat_class(**{spec.name: vars(own() if default is None else default)[spec.name] for spec in fields}),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return own(**{spec.name: getattr(values, spec.name) for spec in dataclasses.fields(own)})  # pyright: ignore[reportArgumentType]
+    return own(**{spec.name: getattr(values, spec.name) for spec in fields})
 
 
 def _take_file(argv: list[str]) -> dict[str, Any]:
-    """Remove `--config FILE` or `--config=FILE` from the arguments and read that file."""
+    path = take_config(argv)
+    return {} if path is None else read_yaml(Path(path))
+
+
+def take_config(argv: list[str]) -> str | None:
+    """Remove `--config FILE` or `--config=FILE` from the arguments, and give that file."""
     for i, arg in enumerate(argv):
         if arg == "--config" and i + 1 < len(argv):
             path = argv[i + 1]
             del argv[i : i + 2]
-            return read_yaml(Path(path))
+            return path
         if arg.startswith("--config="):
             del argv[i]
-            return read_yaml(Path(arg.removeprefix("--config=")))
-    return {}
+            return arg.removeprefix("--config=")
+    return None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

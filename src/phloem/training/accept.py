@@ -1,0 +1,86 @@
+"""How many tokens a step gives with this head, counted on answers that the model gave by itself at temperature 0.
+
+At every place of an answer the head drafts, as the server lets it: what it reads and attends to is the same. The answer
+is then walked through: a step gives the drafts that agree with it, and one token more.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from phloem.training.head import Eagle3, Packed
+
+
+@dataclass
+class Accepted:
+    """`steps` that gave `tokens`; `drafts`: how many steps had 0, 1, 2, ... drafts accepted."""
+
+    steps: int = 0
+    tokens: int = 0
+    drafts: Counter[int] = field(default_factory=Counter[int])
+
+    @property
+    def length(self) -> float:
+        """Tokens a step, as `spec_accept_length` counts them."""
+        return self.tokens / self.steps if self.steps else 0.0
+
+    def survival(self, most: int) -> list[float]:
+        """Share of the steps whose first, second, ... draft was accepted."""
+        return [sum(n for a, n in self.drafts.items() if a > at) / max(1, self.steps) for at in range(most)]
+
+
+@torch.no_grad()
+def accepted(
+    head: Eagle3,
+    packed: Packed,
+    prompts: Sequence[int],
+    embed: Callable[[Tensor], Tensor],
+    ids_D: Tensor,
+    most: int,
+) -> Accepted:
+    """Of texts that are a prompt and the model's answer. `prompts`: tokens of each prompt, at least one.
+
+    `most`: drafts of a step. Near an answer's end a step has no more drafts than tokens are left behind its own.
+    """
+    start_T = packed.end_T - torch.tensor(packed.lengths, device=packed.end_T.device)[packed.text_T]
+    prompt_T = torch.tensor(list(prompts), device=packed.end_T.device)[packed.text_T]
+    at_T = torch.arange(len(packed.ids_T), device=packed.end_T.device)
+    # A step at place t reads the model's states up to t and knows token t + 1, which the step before gave.
+    at_n = ((at_T >= start_T + prompt_T - 1) & (at_T + 1 < packed.end_T)).nonzero().squeeze(1)
+    drafts: list[Tensor] = []
+
+    def ids(number: int, rows: Tensor) -> Tensor:
+        return drafts[-1] if number else packed.ids_T[(rows + 1).clamp(max=len(packed.ids_T) - 1)]
+
+    for out_nN in head.unroll(packed, embed, [at_n] * most, ids):
+        drafts.append(ids_D[head.logits(out_nN).argmax(-1)])
+    agrees_T = torch.zeros(len(packed.ids_T), dtype=torch.int64, device=at_n.device)
+    alive_n = torch.ones_like(at_n, dtype=torch.bool)
+    for number, draft_n in enumerate(drafts):
+        told_n = at_n + number + 2
+        inside_n = told_n < packed.end_T[at_n]
+        alive_n = alive_n & inside_n & (draft_n == packed.ids_T[told_n.clamp(max=len(packed.ids_T) - 1)])
+        agrees_T[at_n[alive_n]] += 1
+    return _walked(agrees_T.tolist(), packed.lengths, prompts)
+
+
+def _walked(agrees: list[int], lengths: Sequence[int], prompts: Sequence[int]) -> Accepted:
+    found, start = Accepted(), 0
+    for length, prompt in zip(lengths, prompts, strict=True):
+        known = start + prompt  # the token that the prompt's own step gave
+        end = start + length
+        while known + 1 < end:  # something is left to be told
+            right = min(agrees[known - 1], end - known - 2)  # the last token is the step's own
+            found.steps, found.tokens = found.steps + 1, found.tokens + right + 1
+            found.drafts[right] += 1
+            known += right + 1
+        start = end
+    return found

@@ -1,0 +1,106 @@
+"""Heads on disk: in the published layout, which servers load, and beside it what a training goes on from."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from phloem.core.errors import ModelLoadError, PhloemError
+from phloem.training.states import NoSpace, check_space
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from phloem.training.head import Eagle3
+
+STATE = "training_state.pt"
+WEIGHTS = "model.safetensors"
+_NAME = re.compile(r"epoch_(\d+)_step_(\d+)")
+
+
+@dataclass
+class Map:
+    """A draft vocabulary."""
+
+    d2t_D: Tensor  # int64: added to a draft id it is the model's
+    t2d_V: Tensor  # bool
+
+    @property
+    def ids_D(self) -> Tensor:
+        return self.d2t_D + torch.arange(len(self.d2t_D), device=self.d2t_D.device)
+
+
+def write_head(folder: Path, head: Eagle3, config: dict[str, Any], words: Map, dtype: str) -> None:
+    """config.json and model.safetensors, as SGLang and Phloem read them."""
+    kind: torch.dtype = getattr(torch, dtype)
+    tensors = {name: value.detach().to("cpu", kind).contiguous() for name, value in head.state_dict().items()}
+    tensors |= {"d2t": words.d2t_D.cpu().contiguous(), "t2d": words.t2d_V.cpu().contiguous()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": dtype}, indent=2) + "\n")
+
+
+def save(
+    output: Path, name: str, head: Eagle3, config: dict[str, Any], words: Map, dtype: str, state: dict[str, Any]
+) -> Path:
+    """A checkpoint, all of it or nothing.
+
+    Raises:
+        NoSpace: it does not fit on the disk, or cannot be written.
+    """
+    folder, part = output / name, output / f".{name}.part"
+    values = sum(one.numel() for one in head.parameters())
+    check_space(output, values * (4 + 12) + (16 << 20), "a checkpoint")  # weights, masters, two moments
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir()
+        write_head(part, head, config, words, dtype)
+        torch.save({**state, "head": head.state_dict()}, part / STATE)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.replace(folder)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise NoSpace(f"{folder} cannot be written: {error}") from None
+    return folder
+
+
+def found_in(output: Path) -> list[Path]:
+    """Checkpoints that can be gone on from, the latest last."""
+    folders = [one for one in output.glob("epoch_*_step_*") if _NAME.fullmatch(one.name) and (one / STATE).is_file()]
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    matched = _NAME.fullmatch(folder.name)
+    return int(matched[2]) if matched is not None else -1
+
+
+def keep_last(output: Path, count: int) -> None:
+    for folder in found_in(output)[:-count]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """What `save` was given, and the head's weights. Raises ModelLoadError."""
+    try:
+        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ModelLoadError(f"{folder / STATE} cannot be read: {error}") from None
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """A head's config.json that sizes are taken from. Raises PhloemError."""
+    place = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    try:
+        found: Any = json.loads(place.read_text())
+    except (OSError, ValueError) as error:
+        raise PhloemError(f"draft_model_config: {place} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise PhloemError(f"draft_model_config: {place}: expected an object")
+    return dict(found)

@@ -1,0 +1,210 @@
+"""Texts to learn from: JSONL to token ids, with a mask over what the assistant said."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from phloem.core.errors import BadRequest, PhloemError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+    from phloem.text.template import ChatTemplate
+    from phloem.text.tokenizer import Tokenizer
+
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant"}
+TEXT_PROMPT = 32  # tokens of a plain text that stand as a prompt where the model writes on
+
+
+class BadData(PhloemError):
+    """Text that nothing can be learned from; the message names file and line."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: a conversation, a plain text, or token ids as an engine gave them."""
+
+    line: int
+    messages: tuple[dict[str, Any], ...] = ()
+    text: str = ""
+    prompt_ids: tuple[int, ...] = ()
+    output_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids, and which of them were the assistant's."""
+
+    ids: tuple[int, ...]
+    mask: tuple[bool, ...]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Every line that is not blank.
+
+    Raises:
+        BadData: the file cannot be read, has no rows, or a line is not what it should be (with its number).
+    """
+    rows: list[Row] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append(_row(line, number, f"{path}, line {number}"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise BadData(f"{path} cannot be read: {reason}") from None
+    if not rows:
+        raise BadData(f"{path}: there is nothing in it")
+    return rows
+
+
+def _row(line: str, number: int, where: str) -> Row:
+    try:
+        found: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadData(f"{where}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise BadData(f"{where}: expected an object with messages, conversations or text")
+    row = cast("dict[str, Any]", found)
+    if "output_ids" in row:
+        return Row(number, prompt_ids=_ids(row.get("input_ids"), where), output_ids=_ids(row["output_ids"], where))
+    for key in ("messages", "conversations"):
+        if key in row:
+            return Row(number, messages=tuple(_messages(row[key], f"{where}: {key}")))
+    text = row.get("text")
+    if not isinstance(text, str) or not text:
+        raise BadData(f"{where}: expected messages, conversations or a text that is not empty")
+    return Row(number, text=text)
+
+
+def _ids(value: Any, where: str) -> tuple[int, ...]:
+    ids = cast("list[Any]", value) if isinstance(value, list) else []
+    if not ids or not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
+        raise BadData(f"{where}: input_ids and output_ids: expected lists of token ids")
+    return tuple(ids)
+
+
+def _messages(value: Any, where: str) -> Iterable[dict[str, Any]]:
+    if not isinstance(value, list) or not value:
+        raise BadData(f"{where}: expected a list that is not empty")
+    for at, item in enumerate(cast("list[Any]", value)):
+        message = cast("dict[str, Any]", item) if isinstance(item, dict) else {}
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str | list):
+            raise BadData(f"{where}[{at}]: expected role and content (or from and value)")
+        more = {key: message[key] for key in ("reasoning_content", "tool_calls") if message.get(key)}
+        yield {**more, "role": ROLES.get(role, role), "content": content}
+
+
+@dataclass
+class Reader:
+    """Rows to samples, for one model."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    max_length: int
+    last_turn: bool = False
+    left_out: Counter[str] = field(default_factory=Counter[str])  # why rows gave nothing
+
+    def samples(self, rows: Sequence[Row], where: str) -> list[Sample]:
+        """Those with something to learn from; reasons of the others are counted in `left_out`.
+
+        Raises:
+            BadData: the template refuses a row (with its line), or nothing is left.
+        """
+        found: list[Sample] = []
+        for row in rows:
+            try:
+                sample = self._sample(row)
+            except BadRequest as error:
+                raise BadData(f"{where}, line {row.line}: {error.message}") from None
+            # The head tells the token after next: a mask that has only the last two places teaches nothing.
+            if any(sample.mask[:-2]):
+                found.append(sample)
+            elif any(sample.mask):
+                self.left_out["an answer too short"] += 1
+            else:
+                self.left_out["no words of the assistant within max_length"] += 1
+        if not found:
+            reasons = ", ".join(f"{count} rows with {why}" for why, count in self.left_out.items())
+            raise BadData(f"{where}: there is nothing to learn from: {reasons}")
+        return found
+
+    def _sample(self, row: Row) -> Sample:
+        if row.output_ids:
+            ids = [*row.prompt_ids, *row.output_ids]
+            mask = [False] * len(row.prompt_ids) + [True] * len(row.output_ids)
+        elif row.text:
+            ids = self.tokenizer.encode(row.text)
+            mask = [True] * len(ids)
+        else:
+            ids, mask = self._conversation(list(row.messages))
+        return Sample(tuple(ids[: self.max_length]), tuple(mask[: self.max_length]))
+
+    def _conversation(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
+        """The mask is over each answer, its end-of-turn token included and its header not.
+
+        Where an answer begins and ends is found by rendering what comes before it, so that any template serves; one
+        that rewrites earlier turns (drops their reasoning) gives those no mask.
+        """
+        whole = self.template.render(messages, add_generation_prompt=False)
+        ids = self.tokenizer.encode(whole, add_special_tokens=False)
+        mask = [False] * len(ids)
+        turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        for at in turns[-1:] if self.last_turn else turns:
+            if at == 0:
+                continue  # nothing was asked
+            before = self.template.render(messages[:at], add_generation_prompt=True)
+            until = whole if at == len(messages) - 1 else self.template.render(messages[: at + 1], None, False)
+            if whole.startswith(before) and whole.startswith(until):
+                first, last = (_shared(self.tokenizer.encode(text, False), ids) for text in (before, until))
+                mask[first:last] = [True] * (last - first)
+        return ids, mask
+
+    def prompt(self, row: Row) -> list[int]:
+        """What the model is given to answer: a conversation up to its last answer, or the beginning of a text."""
+        if row.output_ids:
+            return list(row.prompt_ids)
+        if row.text:
+            return self.tokenizer.encode(row.text)[:TEXT_PROMPT]
+        messages = list(row.messages)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise BadRequest("there is no question in it")
+        return self.tokenizer.encode(self.template.render(messages), add_special_tokens=False)
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    for at, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return at
+    return min(len(first), len(second))
+
+
+def draft_vocabulary(samples: Sequence[Sample], size: int, vocab_size: int) -> tuple[Tensor, Tensor, float]:
+    """(d2t [D] int64: what is added to a draft id to make it the model's; t2d [V] bool; share of the text it covers).
+
+    The most frequent tokens of the assistant's words; of equals the smaller id; unused ids where there are too few.
+    """
+    counts = Counter(token for one in samples for token, said in zip(one.ids, one.mask, strict=True) if said)
+    size = min(size, vocab_size)
+    ids = [token for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]]
+    covered = sum(counts[token] for token in ids) / max(1, counts.total())
+    taken = set(ids)
+    unused = (token for token in range(vocab_size) if token not in taken)
+    ids = sorted([*ids, *(token for token, _ in zip(unused, range(size - len(ids)), strict=False))])
+    chosen_D = torch.tensor(ids, dtype=torch.int64)
+    t2d_V = torch.zeros(vocab_size, dtype=torch.bool)
+    t2d_V[chosen_D] = True
+    return chosen_D - torch.arange(len(ids)), t2d_V, covered

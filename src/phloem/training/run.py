@@ -1,0 +1,264 @@
+"""From settings to a trained head: text, vocabulary, states, steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import signal
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from phloem.core.errors import ConfigError, PhloemError
+from phloem.text.template import load_template
+from phloem.text.tokenizer import load_tokenizer
+from phloem.training import checkpoints
+from phloem.training.answers import Answerer, fitting
+from phloem.training.checkpoints import Map
+from phloem.training.data import Reader, Row, Sample, draft_vocabulary, read_rows
+from phloem.training.report import Metrics, plot
+from phloem.training.states import Library, batches_of
+from phloem.training.target import Target, described, head_config
+from phloem.training.trainer import HeldOut, Trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from phloem.training.options import Options
+    from phloem.training.report import Bars
+
+GENERATED, HELD_OUT, SETTINGS = "generated.jsonl", "held_out.jsonl", "settings.json"
+
+
+@dataclasses.dataclass
+class Texts:
+    """What is learned, and held-out answers as (tokens of the prompt, whole text)."""
+
+    samples: list[Sample]
+    held_out: list[tuple[int, Sample]]
+
+
+def train(options: Options, bars: Bars) -> int:
+    """Train, or go on. Gives the exit status: 130 after Ctrl-C, with a checkpoint.
+
+    Raises:
+        PhloemError: what is wrong with the settings, the text, the model or the disk.
+    """
+    options.check()
+    output = Path(options.output_dir)
+    last = _last(options, output)
+    given = checkpoints.read_config(options.draft_model_config) if options.draft_model_config else {}
+    sizes = head_config(described(options.target_model_path), options.draft_vocab_size, given)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {output}: {error.strerror}", param="output_dir") from None
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    texts = _texts(options, output, bars)
+    d2t_D, t2d_V, covered = draft_vocabulary(texts.samples, sizes["draft_vocab_size"], sizes["vocab_size"])
+    said = sum(sum(one.mask) for one in texts.samples)
+    tokens = sum(len(one.ids) for one in texts.samples)
+    bars.say(
+        f"{len(texts.samples)} texts, {tokens} tokens, {said} of them to learn from; "
+        f"the draft vocabulary of {len(d2t_D)} has {covered:.1%} of those"
+    )
+    target = Target(options.target_model_path, options.device, options.threads)
+    folder = Path(options.hidden_states_dir) if options.hidden_states_dir else None
+    kept = options.state_bytes, options.hidden_states_dtype
+    library = Library(target, texts.samples, folder, *kept)
+    library.fill(bars.begin("states"))
+    if folder is not None:
+        bars.say(f"states of {library.kept} of {len(texts.samples)} texts are in {folder}")
+    trainer = Trainer(options, target, library, len(texts.samples), Map(d2t_D, t2d_V), sizes)
+    settings = dataclasses.asdict(options)
+    if last is not None:
+        trainer.resume(last, settings)
+        bars.say(f"goes on from {last}")
+    (output / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    return _Run(trainer, _held_out(target, texts), output, settings, bars).go()
+
+
+def _last(options: Options, output: Path) -> Path | None:
+    """The checkpoint to go on from. Raises ConfigError where there is none, or where one would be written over."""
+    found = checkpoints.found_in(output) if output.is_dir() else []
+    if options.resume:
+        if not found:
+            raise ConfigError(f"resume: there is no checkpoint in {output}", param="resume")
+        return found[-1]
+    if found:
+        message = f"{output} has checkpoints: --resume goes on from {found[-1].name}, or name another --output-dir"
+        raise ConfigError(message, param="output_dir")
+    return None
+
+
+# texts
+
+
+def _texts(options: Options, output: Path, bars: Bars) -> Texts:
+    checkpoint = described(options.target_model_path)
+    tokenizer = load_tokenizer(checkpoint)
+    template = load_template(checkpoint, Path(options.chat_template) if options.chat_template else None, tokenizer)
+    longest = min(options.max_length, checkpoint.context_length)
+    reader = Reader(tokenizer, template, longest, options.train_only_last_turn)
+    path = Path(options.train_data_path)
+    rows = read_rows(path)
+    if options.eval_data_path:
+        looked = read_rows(Path(options.eval_data_path))[: options.eval_prompts or None]
+    else:  # drawn once, so that a file in an order of its own has them of each kind
+        chosen = set(random.Random(options.seed).sample(range(len(rows)), min(options.eval_prompts, len(rows) // 2)))
+        looked = [row for number, row in enumerate(rows) if number in chosen]
+        rows = [row for number, row in enumerate(rows) if number not in chosen]
+    answerer = Answerer(_engine_settings(options))
+    try:
+        if options.generate:
+            rows = rows[: options.generate]
+            sampling = {"temperature": options.generate_temperature, "max_new_tokens": options.generate_tokens}
+            rows = _answered(
+                answerer, output / GENERATED, reader, rows, {**sampling, "sampling_seed": options.seed}, bars
+            )
+            path = output / GENERATED
+        samples = reader.samples(rows, str(path))
+        for why, count in reader.left_out.items():
+            bars.say(f"{count} rows are left out: {why}")
+        sampling = {"temperature": 0.0, "max_new_tokens": options.eval_tokens, "sampling_seed": 0}
+        looked = _answered(answerer, output / HELD_OUT, reader, looked, sampling, bars) if looked else []
+    finally:
+        answerer.close()
+    pairs = [(len(row.prompt_ids), [*row.prompt_ids, *row.output_ids]) for row in looked if len(row.output_ids) > 1]
+    return Texts(samples, [(prompt, Sample(tuple(ids), (True,) * len(ids))) for prompt, ids in pairs])
+
+
+def _answered(
+    answerer: Answerer, path: Path, reader: Reader, rows: Sequence[Row], sampling: dict[str, Any], bars: Bars
+) -> list[Row]:
+    """The rows' prompts with the model's own answers."""
+    prompts, rows = fitting([reader.prompt(row) for row in rows], rows, reader.max_length)
+    answerer.write(path, prompts, rows, sampling, bars.begin(path.stem.replace("_", " ")))
+    return [row for row in read_rows(path) if row.output_ids]
+
+
+def _engine_settings(options: Options) -> dict[str, Any]:
+    settings: dict[str, Any] = {"model_path": options.target_model_path, "device": options.device}
+    return settings if options.threads is None else {**settings, "threads": options.threads}
+
+
+def _held_out(target: Target, texts: Texts) -> list[HeldOut]:
+    samples = [sample for _, sample in texts.held_out]
+    states = [
+        one
+        for numbers in batches_of([len(sample.ids) for sample in samples])
+        for one in target.states([samples[number] for number in numbers])
+    ]
+    return [HeldOut(one, prompt) for one, (prompt, _) in zip(states, texts.held_out, strict=True)]
+
+
+# steps
+
+
+class _Run:
+    """Steps until the end, with what is told on the way."""
+
+    def __init__(
+        self, trainer: Trainer, held_out: list[HeldOut], output: Path, settings: dict[str, Any], bars: Bars
+    ) -> None:
+        self._trainer, self._held_out, self._output = trainer, held_out, output
+        self._settings, self._bars, self._options = settings, bars, trainer.options
+        self._metrics = Metrics(output, trainer.step if trainer.step else -1)
+        self._accept = ""
+
+    def go(self) -> int:
+        trainer, options = self._trainer, self._options
+        told = self._bars.begin("training")
+        if not trainer.step:
+            self._look()
+        begun = trainer.seconds
+        with _stopped() as stopped:
+            while trainer.step < trainer.total and not stopped.is_set():
+                lesson, norm = trainer.learn()
+                step, ended = trainer.step, trainer.step == trainer.total
+                words = f"loss {float(lesson.loss):.3f}  acc {lesson.accuracies[0]:.2f}{self._accept}"
+                told(step, trainer.total, words)
+                if step % options.log_interval == 0 or ended:
+                    self._log(lesson, norm)
+                if options.max_minutes and trainer.seconds - begun >= options.max_minutes * 60:
+                    break
+                if not ended and step % options.eval_interval == 0:
+                    self._look()
+                if not ended and step % options.save_interval == 0:
+                    trainer.save(self._output, self._settings)
+            folder = trainer.save(self._output, self._settings)
+            if not stopped.is_set():
+                self._look()
+        self._plot()
+        self._bars.say(f"{folder}: {trainer.step} of {trainer.total} steps in {trainer.seconds:.0f} s{self._accept}")
+        return 130 if stopped.is_set() else 0
+
+    def _log(self, lesson: Any, norm: float) -> None:
+        trainer = self._trainer
+        self._metrics.add(
+            {
+                "step": trainer.step,
+                "epoch": trainer.step / trainer.steps_per_epoch,
+                "lr": trainer.rate(trainer.step - 1),
+                "loss": float(lesson.loss),
+                "losses": lesson.losses,
+                "accuracy": lesson.accuracies,
+                "acceptance": lesson.acceptances,
+                "grad_norm": norm,
+                "tokens": trainer.seen,
+                "seconds": round(trainer.seconds, 3),
+            }
+        )
+
+    def _look(self) -> None:
+        if not self._held_out:
+            return
+        trainer = self._trainer
+        found = trainer.look(self._held_out)
+        survival = found.survival(self._options.num_draft_tokens)
+        self._metrics.add(
+            {
+                "step": trainer.step,
+                "accept_length": found.length,
+                "accepted_at": survival,
+                "verify_steps": found.steps,
+                "tokens": found.tokens,
+                "seconds": round(trainer.seconds, 3),
+            }
+        )
+        self._accept = f"  accept length {found.length:.2f}"
+        share = ", ".join(f"{one:.0%}" for one in survival)
+        self._bars.say(f"step {trainer.step}, {trainer.seconds:.0f} s:{self._accept} (drafts accepted: {share})")
+
+    def _plot(self) -> None:
+        try:
+            plot(self._output)
+        except PhloemError as error:
+            self._bars.say(error.message)
+
+
+@contextmanager
+def _stopped() -> Generator[threading.Event]:
+    """Ctrl-C and SIGTERM end the training behind the step that runs; a second Ctrl-C ends it at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        del number, frame
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,154 @@
+"""The model that the head drafts for: its states at each token of a text, its embedding, and its head's rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from phloem.checkpoint.describe import describe
+from phloem.core.errors import ConfigError
+from phloem.speculation.capture import aux_layers, capture, open_target
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.models._common import Decoder
+    from phloem.training.data import Sample
+
+CHUNK = 512  # tokens whose logits over the whole vocabulary are there at once
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+_SAME = ("head_dim", "num_key_value_heads", "rope_theta", "rope_scaling", "rope_parameters", "bos_token_id")
+
+
+@dataclass
+class States:
+    """Of one text of S tokens, on the host."""
+
+    ids_S: Tensor  # int64
+    mask_S: Tensor  # bool
+    aux_SA: Tensor
+    last_SN: Tensor
+    best_S: Tensor  # int64: the model's most likely next token
+    sum_S: Tensor  # float32: log-sum-exp of its logits
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.numel() * one.element_size() for one in vars(self).values())
+
+
+class Target:
+    """Raises ConfigError for a model that gives no states, ModelLoadError for a broken one."""
+
+    def __init__(self, path: str, device: str, threads: int | None) -> None:
+        self.path, self.checkpoint = path, described(path)
+        self.model: Decoder = open_target(path, device=device, threads=threads)
+        self.device = self.model.index.ctx.device
+        self.layers = aux_layers(len(self.model.layers))
+        names = self.model.embed.weight.names[0], self.model.head.weight.names[0]
+        self._embed_VN = self.model.get_weight(names[0])
+        self._head_VN = self._embed_VN if names[0] == names[1] else self.model.get_weight(names[1])
+        self._rows: tuple[Tensor, Tensor | None] | None = None
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """float32 [..., N], as the table has them."""
+        return self._embed_VN[ids].float()
+
+    def norm(self) -> Tensor | None:
+        """The last norm's weight, where it is one."""
+        weights = list(self.model.norm.weights())
+        if len(weights) != 1 or self.model.config.norms != "rms":
+            return None
+        return self.model.get_weight(weights[0].names[0]).float() + self.model.config.norm_shift
+
+    def choose(self, ids_D: Tensor) -> Tensor:
+        """Take the head's rows of these tokens, [D, N] float32, for `says`."""
+        bias, rows_DN = self.model.head.bias, self._head_VN[ids_D].float()
+        own_D = None if bias is None else self.model.get_weight(bias.names[0])[ids_D].float()
+        self._rows = rows_DN, own_D
+        return rows_DN
+
+    def says(self, last_nN: Tensor) -> Tensor:
+        """The model's float32 logits of the chosen tokens, [n, N] -> [n, D]."""
+        assert self._rows is not None, "no tokens were chosen"
+        head = self.model.head
+        logits_nD = torch.nn.functional.linear(last_nN.float(), *self._rows) * head.scale
+        return (logits_nD / head.softcap).tanh() * head.softcap if head.softcap else logits_nD
+
+    def states(self, samples: Sequence[Sample]) -> list[States]:
+        """Of whole texts, by the engine's own layers."""
+        found: list[States] = []
+        with torch.no_grad():
+            for sample, got in zip(samples, capture(self.model, [one.ids for one in samples]), strict=True):
+                best, sums = list[Tensor](), list[Tensor]()
+                for part_nN in got.last_TN.split(CHUNK):
+                    logits_nV = self.model.head(part_nN)
+                    best.append(logits_nV.argmax(-1).cpu())
+                    sums.append(logits_nV.logsumexp(-1).cpu())
+                ids_S, mask_S = torch.tensor(sample.ids), torch.tensor(sample.mask)
+                # A copy: a view would hold the states of the whole batch.
+                own = [one.cpu().clone() for one in (got.aux_TA, got.last_TN)]
+                found.append(States(ids_S, mask_S, own[0], own[1], torch.cat(best), torch.cat(sums).float()))
+        return found
+
+
+def described(path: str) -> Checkpoint:
+    """The checkpoint, where a head can be trained for it.
+
+    Raises:
+        ConfigError: it does not generate text, its code is not ours, or it has too few layers.
+    """
+    checkpoint = describe(path)
+    if checkpoint.pictures is not None or checkpoint.pooling is not None or checkpoint.chosen.impl != "phloem":
+        why = "it does not generate text" if checkpoint.chosen.impl == "phloem" else "its code is not ours"
+        raise ConfigError(f"{path}: no head can be trained for it: {why}", param="target_model_path")
+    layers = checkpoint.config.get("num_hidden_layers", 0)
+    if layers < 4:
+        raise ConfigError(f"{path}: a model of {layers} layers has no three states for a head: it needs 4 or more")
+    return checkpoint
+
+
+def head_config(checkpoint: Checkpoint, draft_vocab_size: int, given: dict[str, Any]) -> dict[str, Any]:
+    """A published head's config.json for this model. `given`: sizes that are asked for.
+
+    Raises:
+        ConfigError: sizes of the model that are not told, or that do not fit it.
+    """
+    own = checkpoint.config
+    layers, vocab = own["num_hidden_layers"], checkpoint.vocab_size
+    sizes = {name: given.get(name, own.get(name)) for name in _SIZES}
+    missing = [name for name, value in sizes.items() if not isinstance(value, int)]
+    if missing:
+        raise ConfigError(f"the model's configuration lacks {', '.join(missing)}: name it in --draft-model-config")
+    for name, theirs in (("hidden_size", own["hidden_size"]), ("vocab_size", vocab)):
+        if given.get(name, theirs) != theirs:
+            message = f"draft_model_config: {name} is {given[name]}, and the model's is {theirs}"
+            raise ConfigError(message, param="draft_model_config")
+    if given.get("num_hidden_layers", 1) != 1:
+        raise ConfigError("draft_model_config: such heads have one layer", param="draft_model_config")
+    more = {name: given.get(name, own.get(name)) for name in _SAME}
+    more["rope_theta"] = more["rope_theta"] or (more["rope_parameters"] or {}).get("rope_theta", 10000.0)
+    low, middle, high = aux_layers(layers)
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        **{name: value for name, value in more.items() if value is not None},
+        **sizes,
+        "vocab_size": vocab,
+        "draft_vocab_size": min(given.get("draft_vocab_size", draft_vocab_size), vocab),
+        "num_hidden_layers": 1,
+        "rms_norm_eps": given.get("rms_norm_eps", own.get("rms_norm_eps", 1e-6)),
+        "hidden_act": given.get("hidden_act", "silu"),
+        "max_position_embeddings": given.get("max_position_embeddings", own.get("max_position_embeddings", 2048)),
+        "eos_token_id": checkpoint.eos_ids[0] if checkpoint.eos_ids else None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "eagle_config": {
+            "eagle_aux_hidden_state_layer_ids": [low - 1, middle - 1, high - 1],
+            "use_aux_hidden_state": True,
+        },
+    }

@@ -118,9 +118,8 @@ def _texts(options: Options, output: Path, bars: Bars) -> Texts:
         if options.generate:
             rows = rows[: options.generate]
             sampling = {"temperature": options.generate_temperature, "max_new_tokens": options.generate_tokens}
-            rows = _answered(
-                answerer, output / GENERATED, reader, rows, {**sampling, "sampling_seed": options.seed}, bars
-            )
+            sampling["sampling_seed"] = options.seed
+            rows = _answered(answerer, output / GENERATED, reader, rows, sampling, bars)
             path = output / GENERATED
         samples = reader.samples(rows, str(path))
         for why, count in reader.left_out.items():

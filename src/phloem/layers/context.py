@@ -136,6 +136,14 @@ class StepMemory(Protocol):
         pages of `pool`."""
         ...
 
+    def keep(self, pool: int, x_TN: Tensor, /) -> None:
+        """Write a vector of each new token into the pages of `pool`, a `core.memory.Kept`."""
+        ...
+
+    def kept(self, pool: int, /) -> Tensor:
+        """Those that stand in the places of the new tokens [T, N], in the type they are kept in; by torch's code."""
+        ...
+
     def state(self, pool: int) -> StateStep:
         """Where a recurrent layer's state of each row is read and written; `pool`: the layer's pool index."""
         ...

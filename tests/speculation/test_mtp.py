@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +36,51 @@ NEXTN: dict[str, Any] = {
 LAYERS = 2
 
 
+@dataclass(frozen=True)
+class Kind:
+    """How a family's file looks. `base`: the family of which transformers has the layers."""
+
+    base: str
+    prefix: str
+    embed_norm: str = "enorm"
+    hidden_norm: str = "hnorm"
+    fuse: str = "eh_proj"
+    norm: str = "shared_head.norm"
+    embed_first: bool = True
+
+
+USUAL = f"model.layers.{LAYERS}"
+KINDS = {
+    "glm4_moe": Kind("glm4_moe", USUAL),
+    "deepseek_v3": Kind("deepseek_v3", USUAL),
+    "mimo": Kind(
+        *("qwen2", "model.mtp_layers.0", "token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"),
+        embed_first=False,
+    ),
+}
+
+
 def with_mtp(path: Path, model_type: str) -> tuple[Path, Path]:
     """(A checkpoint whose last layer drafts, the one that it was made of, where it is a layer like the others)."""
-    whole = tiny_checkpoint(model_type, path / "whole", num_hidden_layers=LAYERS + 1)
+    kind = KINDS[model_type]
+    whole = tiny_checkpoint(kind.base, path / "whole", num_hidden_layers=LAYERS + 1)
     target = path / "target"
     target.mkdir()
     for file in whole.iterdir():
         if file.suffix != ".safetensors":
             (target / file.name).write_bytes(file.read_bytes())
-    prefix = f"model.layers.{LAYERS}"
-    norms = {f"{prefix}.{name}.weight": (32,) for name in ("enorm", "hnorm", "shared_head.norm")}
-    more = random_tensors({**norms, f"{prefix}.eh_proj.weight": (32, 64)}, 9)
-    tensors = load_file(whole / "model.safetensors")
-    more[f"{prefix}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-    more[f"{prefix}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    save_file({**tensors, **more}, target / "model.safetensors")
+    stored = load_file(whole / "model.safetensors")
+    tensors = {name.replace(f"{USUAL}.", f"{kind.prefix}."): tensor for name, tensor in stored.items()}
+    norms = {f"{kind.prefix}.{name}.weight": (32,) for name in (kind.embed_norm, kind.hidden_norm, kind.norm)}
+    tensors |= random_tensors({**norms, f"{kind.prefix}.{kind.fuse}.weight": (32, 64)}, 9)
+    tensors[f"{kind.prefix}.embed_tokens.weight"] = stored["model.embed_tokens.weight"].clone()
+    tensors[f"{kind.prefix}.shared_head.head.weight"] = stored["lm_head.weight"].clone()
+    save_file(tensors, target / "model.safetensors")
     config = json.loads((target / "config.json").read_text())
-    config |= {"num_hidden_layers": LAYERS, "num_nextn_predict_layers": 1}
-    if "layer_types" in config:
-        config["layer_types"] = config["layer_types"][:LAYERS]
+    config |= {"model_type": model_type, "num_hidden_layers": LAYERS, "num_nextn_predict_layers": 1}
+    for name in ("layer_types", "mlp_layer_types"):
+        if config.get(name):
+            config[name] = config[name][:LAYERS]
     (target / "config.json").write_text(json.dumps(config))
     return target, whole
 
@@ -62,12 +89,12 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def reference(target: Path, whole: Path) -> Callable[[list[int], int], list[int]]:
+def reference(target: Path, whole: Path, kind: Kind) -> Callable[[list[int], int], list[int]]:
     """Drafts behind so many tokens: the whole model's last layer, by transformers, between the MTP norms."""
     import transformers
 
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32).eval()
-    tensors, eps, prefix = load_file(target / "model.safetensors"), model.config.rms_norm_eps, f"model.layers.{LAYERS}"
+    tensors, eps, prefix = load_file(target / "model.safetensors"), model.config.rms_norm_eps, kind.prefix
     last, body = model.model.layers[LAYERS], model.model
 
     def through(x_1TN: Tensor) -> Tensor:
@@ -78,10 +105,14 @@ def reference(target: Path, whole: Path) -> Callable[[list[int], int], list[int]
         return out[0] if isinstance(out, tuple) else out
 
     def run(ids: list[int], states: Tensor) -> tuple[Tensor, Tensor]:
-        embedded = normed(tensors["model.embed_tokens.weight"][ids], tensors[f"{prefix}.enorm.weight"], eps)
-        state = normed(states, tensors[f"{prefix}.hnorm.weight"], eps)
-        x = torch.cat([embedded, state], -1) @ tensors[f"{prefix}.eh_proj.weight"].T
-        out = normed(through(x[None])[0], tensors[f"{prefix}.shared_head.norm.weight"], eps)
+        embed_TN = tensors["model.embed_tokens.weight"][ids]
+        if not kind.embed_first:
+            embed_TN[0] = 0  # nobody has told MiMo's layer what stands at position 0
+        embedded = normed(embed_TN, tensors[f"{prefix}.{kind.embed_norm}.weight"], eps)
+        state = normed(states, tensors[f"{prefix}.{kind.hidden_norm}.weight"], eps)
+        both = [embedded, state] if kind.embed_first else [state, embedded]
+        x = torch.cat(both, -1) @ tensors[f"{prefix}.{kind.fuse}.weight"].T
+        out = normed(through(x[None])[0], tensors[f"{prefix}.{kind.norm}.weight"], eps)
         return out, out
 
     def drafts(tokens: list[int], count: int) -> list[int]:
@@ -96,7 +127,7 @@ def reference(target: Path, whole: Path) -> Callable[[list[int], int], list[int]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", list(KINDS))
 def test_the_layer_says_what_transformers_says(
     tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,9 +149,10 @@ def test_the_layer_says_what_transformers_says(
         got: Any = engine.generate(prompt, params)
         decisions = {name: reason for name, _, reason in engine.ready["decisions"]}
     assert got["output_ids"] == want["output_ids"]
-    assert "embedding, then state" in decisions["speculative_draft"]
+    order = "embedding, then state" if KINDS[model_type].embed_first else "state, then embedding"
+    assert order in decisions["speculative_draft"]
     tokens = [*(one[1] for one in want["meta_info"]["input_token_logprobs"]), *want["output_ids"]]
-    drafts = reference(target, whole)
+    drafts = reference(target, whole, KINDS[model_type])
     assert len(found) >= 2 and len(found[0][1]) == 3
     for known, said in found:
         assert said == drafts(tokens[:known], len(said)), known

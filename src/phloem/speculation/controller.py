@@ -349,10 +349,12 @@ class Controller:
         return self._share * plain if self._pass is None else self._pass
 
     def _beside(self, chains: Sequence[Chain | None], easy: bool) -> list[int]:
-        """Beside a prompt, where every row adds its computation: drafts that give more than that takes."""
+        """Beside a prompt, where every row adds its computation: drafts that give more than that takes; none of a
+        model, whose passes come on top."""
         rows = len(chains)
         plain, more, less = (self.times[easy].plain.at(size) for size in (rows, 16, 8))
-        if plain is None or more is None or less is None:
+        modelled = any(chain is not None and chain.modelled for chain in chains)
+        if plain is None or more is None or less is None or modelled:
             return [0] * rows
         least = 1.1 * (more - less) / 8 / (plain / rows)
         each = (self._rows - rows) // max(1, rows)

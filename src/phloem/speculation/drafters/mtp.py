@@ -5,6 +5,7 @@ With one such layer and several drafts it is applied to its own results.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from phloem.core.errors import ConfigError
@@ -58,7 +59,7 @@ class Loader(Base):
     def load(self, model: Model, ctx: BuildContext, positions: int) -> Loaded:
         target = decoder_of(model)
         assert self.names is not None
-        own = BuildContext(ctx.ops, ctx.dtype, ctx.device, quant=method_for(None, self.draft.stored))
+        own = replace(ctx, quant=method_for(None, self.draft.stored))
         head = MTP(own, Shared(target, positions), self.names)
         head.load(self.draft, own, self._name)
         first = extend(target.memory, head.memory)

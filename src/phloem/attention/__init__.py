@@ -138,10 +138,10 @@ class Memory:
         first, second = (half.unsqueeze(1) for half in x_TN.chunk(2, -1))
         self.ops.write_kv(first, second, keys, values, batch.token_slots)
 
-    def kept(self, pool: int, /) -> Tensor:
+    def kept(self, pool: int, /) -> tuple[Tensor, Tensor]:
         batch, keys, values = self._halves(pool)
         slots_T = batch.token_slots.long()
-        return torch.cat([half.view(-1, half.shape[-1])[slots_T] for half in (keys, values)], -1)
+        return keys.view(-1, keys.shape[-1])[slots_T], values.view(-1, values.shape[-1])[slots_T]
 
     def _halves(self, pool: int) -> tuple[PagedBatch, Tensor, Tensor]:
         batch = self.batches[self.pool.group_of[pool]]

@@ -124,7 +124,7 @@ class PackedMemory:
     def keep(self, pool: int, x_TN: Tensor, /) -> None:
         raise NotImplementedError("nothing is kept of packed texts")
 
-    def kept(self, pool: int, /) -> Tensor:
+    def kept(self, pool: int, /) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("nothing is kept of packed texts")
 
     def state(self, pool: int) -> StateStep:

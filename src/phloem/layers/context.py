@@ -140,8 +140,9 @@ class StepMemory(Protocol):
         """Write a vector of each new token into the pages of `pool`, a `core.memory.Kept`."""
         ...
 
-    def kept(self, pool: int, /) -> Tensor:
-        """Those that stand in the places of the new tokens [T, N], in the type they are kept in; by torch's code."""
+    def kept(self, pool: int, /) -> tuple[Tensor, Tensor]:
+        """The halves of those that stand in the places of the new tokens, [T, N / 2] each, in the type they are kept
+        in; by torch's code."""
         ...
 
     def state(self, pool: int) -> StateStep:

@@ -93,7 +93,7 @@ class DraftHead(Layer):
     def inputs(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         """Embeddings of the tokens and the states at their positions, [T, N] each."""
         embed_TN = (self.embed or self.shared.target.embed)(step.input_ids)
-        return embed_TN, step.memory.kept(0).to(embed_TN.dtype)
+        return embed_TN, torch.cat(step.memory.kept(0), -1).to(embed_TN.dtype)
 
     def selected(self, step: ForwardBatch, *states: Tensor) -> tuple[Tensor, ...]:
         """The rows of the wanted positions."""

@@ -242,7 +242,7 @@ class _Between:
     def keep(self, pool: int, x_TN: Tensor, /) -> None:
         raise RecordError("states that a drafting head reads are not kept between pieces")
 
-    def kept(self, pool: int, /) -> Tensor:
+    def kept(self, pool: int, /) -> tuple[Tensor, Tensor]:
         raise RecordError("a drafting head does not run between pieces")
 
     def state(self, pool: int) -> StateStep:

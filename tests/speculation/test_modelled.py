@@ -79,7 +79,7 @@ PROMPT = st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map("".join)
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(requests=st.lists(st.tuples(PROMPT, PARAMS), min_size=1, max_size=7))
 def test_answers_are_those_of_plain_decoding(
     plain: phloem.Engine, drafting: phloem.Engine, requests: list[tuple[str, dict[str, Any]]]
@@ -124,6 +124,15 @@ def test_a_model_drafts_by_measured_times_and_stops_where_it_does_not_pay(folder
         engine.generate("the dog", params)
         told = engine.get_server_info()["internal_states"][0]["prepared"]["speculation"]
     assert "greedy plain" in told["step_ms"] and told["on"] in (True, False)
+
+
+@pytest.mark.slow
+def test_a_head_that_is_never_right_is_told_of_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with phloem.Engine(model_path=str(folder / "target"), **TIGHT, **asked(folder, "eagle3")) as engine:
+        params = {"max_new_tokens": 230, "temperature": 1.0, "sampling_seed": 1, "ignore_eos": True}
+        engine.generate("Paris is sugar, ", params)
+    (told,) = [record.getMessage() for record in caplog.records if "almost none is right" in record.getMessage()]
+    assert told.startswith("eagle3: 1.0") and "200 steps" in told and "speculative_draft" in told
 
 
 @pytest.mark.slow

@@ -228,8 +228,8 @@ class Eagle3(DraftHead):
         width = kind.heads * kind.head_size
         self.mixer.out = Linear(body.child(kind.name), width, {"o_proj": size}, bias=kind.options.out_bias)
         place = Place(size, eps, 0.0, shared.positions)
-        self.norms = [place.norm(body.child(f"{name}_norm")) for name in ("hidden",)]
-        self.norms += [place.norm(body.child(name)) for name in ("input_layernorm", "post_attention_layernorm")]
+        names = ("hidden_norm", "input_layernorm", "post_attention_layernorm")
+        self.norms = [place.norm(body.child(name)) for name in names]
         self.mlp = usual_mlp(config)(body, place)
         self.norm = place.norm(ctx.child("norm"))
         self.carry_norm = facts.carry_norm

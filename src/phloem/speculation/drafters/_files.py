@@ -57,13 +57,11 @@ def check_head(shapes: Shapes, draft: Checkpoint, target: Checkpoint, wide: int,
     )
 
 
-def check_layers(shapes: Shapes, draft: Checkpoint, other: str) -> None:
-    """That there is one layer, of the other kind of head none. Raises ConfigError."""
+def check_layers(shapes: Shapes, draft: Checkpoint) -> None:
+    """That there is one layer. Raises ConfigError."""
     layers = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
     if len(layers) > 1 or int(draft.config.get("num_hidden_layers", 1)) > 1:
         raise ConfigError(f"{draft.path}: heads of more than one layer are not run", param=PARAM)
-    if other in shapes:
-        raise ConfigError(f"{draft.path}: {other} is of another kind of head", param=PARAM)
 
 
 def decoder_of(model: Model) -> Decoder:

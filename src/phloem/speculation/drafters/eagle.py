@@ -31,8 +31,8 @@ class Loader(Base):
     def __init__(self, wanted: Wanted, target: Checkpoint) -> None:
         self.draft = draft_of(wanted)
         self.shapes = shapes_of(self.draft)
-        check_layers(self.shapes, self.draft, "midlayer.self_attn.q_proj.weight")
         check_head(self.shapes, self.draft, target, 2, "EAGLE")
+        check_layers(self.shapes, self.draft)
 
     def load(self, model: Model, ctx: BuildContext, positions: int) -> Loaded:
         target = decoder_of(model)

@@ -52,8 +52,8 @@ class Loader(Base):
     def __init__(self, wanted: Wanted, target: Checkpoint) -> None:
         self.draft, self.vocab = draft_of(wanted), target.vocab_size
         self.shapes = {_OLD_NORMS.get(name, name): shape for name, shape in shapes_of(self.draft).items()}
-        check_layers(self.shapes, self.draft, "no such tensor")
         check_head(self.shapes, self.draft, target, 3, "EAGLE-3")
+        check_layers(self.shapes, self.draft)
         self.layers, self.why = layers_read(self.draft.config, int(target.config["num_hidden_layers"]))
         self.facts = self._facts()
 

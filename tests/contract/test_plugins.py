@@ -30,7 +30,7 @@ from phloem.cli import COMMANDS
 from phloem.cli.bench import BENCHMARKS
 from phloem.core.errors import BadRequest
 from phloem.core.memory import Cross, Latent, Paged, State
-from phloem.core.speculation import Wanted
+from phloem.core.speculation import MODELS, Wanted
 from phloem.diffusion.family import Family
 from phloem.diffusion.models import FAMILIES as PAINTERS
 from phloem.engine.processors import PROCESSORS, Processor
@@ -56,7 +56,7 @@ from phloem.router.settings import Settings
 from phloem.router.worker import Worker
 from phloem.server.app import ROUTES, routers
 from phloem.speculation import texts
-from phloem.speculation.drafters import DRAFTERS, Draft
+from phloem.speculation.drafters import DRAFTERS, LOADERS, Draft, Loader
 from phloem.testing.checkpoints import tiny_checkpoint
 from phloem.text.formats import THINKING, TOOLS, thinking_format, tool_format
 from phloem.text.shown import Shown
@@ -120,7 +120,11 @@ async def test_policies(name: str) -> None:
 
 @each(DRAFTERS)
 def test_drafters(name: str) -> None:
-    """Silent where nothing is known, no more tokens than asked for, and the text is left as it is."""
+    """Silent where nothing is known, no more tokens than asked for, and the text is left as it is. Of models it is
+    known before anything is loaded what they read."""
+    if name in MODELS:
+        assert issubclass(LOADERS.get(name), Loader) and LOADERS.get(name).shift in (0, 1)
+        return
     drafter = DRAFTERS.get(name)(Wanted())
     assert drafter.draft(texts.Text("a", "", [], 0, easy=True), 7) is None
     known = [5, 6, 7, 8, 9] * 4

@@ -204,3 +204,53 @@ def test_a_simulated_run_is_hardly_ever_slower_than_plain_decoding(rows: int, sl
     assert speed > 0.98
     if right == 0.9 and slope <= 0.15 and rows == 1:
         assert speed > 2
+
+
+def modelled(length: int = 5, tally: Tally | None = None) -> Chain:
+    return Chain(length, "eagle3", 0, True, tally or Tally(), modelled=True)
+
+
+def drafting(share: float, accepted: float, steps: int = 600, one: float | None = None) -> tuple[Controller, int]:
+    """One request with a model that drafts, of which a pass takes `one` seconds (None: `share` of a plain step):
+    (the controller, steps that verified)."""
+    rng, found, tally = random.Random(2), Controller(5, 24, share=share), Tally()
+    verified, pass_seconds = 0, share * seconds(1) if one is None else one
+    for _ in range(steps):
+        chain = modelled(tally=tally)
+        counts = found.lengths([chain], True) if found.on else [0]
+        if not counts[0]:
+            found.plain(1, True, seconds(1))
+            if found.looks(1, True):
+                found.look([modelled(tally=tally)], True)
+            continue
+        verified, right = verified + 1, 0
+        while right < counts[0] and rng.random() < accepted:
+            right += 1
+        chain.length = counts[0]
+        found.judged(chain, counts[0], right)
+        took = seconds(1 + counts[0]) + pass_seconds * counts[0]
+        found.verified(1, 1 + counts[0], True, 1 + right, took, counts[0], pass_seconds * counts[0])
+    return found, verified
+
+
+def test_a_model_drafts_where_its_passes_pay() -> None:
+    found, verified = drafting(share=0.1, accepted=0.8)
+    assert verified > 400 and found.on and found.stopped <= 2
+    assert found.facts()["pass_ms"] == pytest.approx(0.4) and 0.7 < found.facts()["acceptance"]["eagle3 1"] < 0.9
+
+
+def test_a_model_whose_passes_take_too_long_or_that_is_never_right_is_turned_off() -> None:
+    """Thought to be cheap, and measured to be dear: the time of drafting counts."""
+    for share, accepted, one in ((0.05, 0.8, 0.012), (0.1, 0.0, None)):
+        found, verified = drafting(share, accepted, one=one)
+        assert not found.on and 1 <= verified < 30, (verified, found.facts())
+
+
+def test_longer_chains_of_a_model_are_verified_the_cheaper_its_passes_are() -> None:
+    lengths = list[int]()
+    for share in (0.02, 0.1, 0.25, 0.9):
+        found = measured()
+        found._share = share
+        (length,) = found._best([modelled()], 1, True, 1.0)
+        lengths.append(length)
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[2] and lengths[-1] == 0

@@ -116,7 +116,8 @@ def test_one_prompt_many_samples(plain: phloem.Engine, speculating: phloem.Engin
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"speculative_algorithm": "eagle"}, "unknown speculative algorithm 'eagle'"),
+        ({"speculative_algorithm": "medusa"}, "unknown speculative algorithm 'medusa'"),
+        ({"speculative_algorithm": "eagle"}, "eagle needs speculative_draft_model_path"),
         ({"speculative_num_steps": 40}, "40 is not in 1 to 31"),
         ({"speculative_eagle_topk": 8}, "tree of drafts"),
     ],

@@ -44,13 +44,31 @@ def test_the_other_engines_json_is_read() -> None:
 
 
 @pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("STANDALONE", "draft_model"),
+        ("EAGLE", "eagle"),
+        ("EAGLE3", "eagle3"),
+        ("NEXTN", "mtp"),
+        ("mtp", "mtp"),
+    ],
+)
+def test_models_draft_shorter_chains(said: str, name: str) -> None:
+    found = read(speculative_algorithm=said, speculative_draft_model_path="x")
+    assert (found.algorithm, found.drafts, found.draft_model) == (name, 5, "x")
+    assert read(speculative_config=json.dumps({"method": said, "model": "x", "num_speculative_tokens": 3})).drafts == 3
+    assert read(speculative_algorithm="nextn").draft_model is None  # the model's own checkpoint has the layer
+
+
+@pytest.mark.parametrize(
     ("values", "reason"),
     [
         (
             {"speculative_algorithm": "MEDUSA"},
-            "unknown speculative algorithm 'medusa'; known: auto, none, ngram, suffix",
+            "unknown speculative algorithm 'medusa'; known: auto, none, draft_model, eagle, eagle3, mtp, ngram, suffix",
         ),
-        ({"speculative_algorithm": "EAGLE3"}, "unknown speculative algorithm 'eagle3'"),
+        ({"speculative_algorithm": "EAGLE3"}, "EAGLE3 needs speculative_draft_model_path"),
+        ({"speculative_config": '{"method": "eagle"}'}, "eagle needs speculative_draft_model_path"),
         ({"speculative_algorithm": "sufix"}, "did you mean 'suffix'"),
         ({"speculative_num_steps": 5, "speculative_num_draft_tokens": 5}, "verified as 6 tokens"),
         ({"speculative_num_steps": 0}, "0 is not in 1 to 31"),

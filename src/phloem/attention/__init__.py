@@ -132,6 +132,22 @@ class Memory:
         self.ops.write_latent(new, cache, batch.token_slots)
         return self.ops, batch, cache
 
+    def keep(self, pool: int, x_TN: Tensor, /) -> None:
+        batch, keys, values = self._halves(pool)
+        assert self.ops is not None, "no op table for what is kept"
+        first, second = (half.unsqueeze(1) for half in x_TN.chunk(2, -1))
+        self.ops.write_kv(first, second, keys, values, batch.token_slots)
+
+    def kept(self, pool: int, /) -> tuple[Tensor, Tensor]:
+        batch, keys, values = self._halves(pool)
+        slots_T = batch.token_slots.long()
+        return keys.view(-1, keys.shape[-1])[slots_T], values.view(-1, values.shape[-1])[slots_T]
+
+    def _halves(self, pool: int) -> tuple[PagedBatch, Tensor, Tensor]:
+        batch = self.batches[self.pool.group_of[pool]]
+        assert not isinstance(batch, StateRows), "what is kept of tokens names a pool of states"
+        return batch, self.pool.keys[pool], self.pool.values[pool]
+
     def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         step = self.steps[self.pool.group_of[spec.pool]]
         assert not isinstance(step, StateRows), "an attention layer names a pool of states"

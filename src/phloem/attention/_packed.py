@@ -121,6 +121,12 @@ class PackedMemory:
     def choose(self, pool: int, call: IndexCall, /) -> Tensor | None:
         raise NotImplementedError("sparse attention over packed texts")
 
+    def keep(self, pool: int, x_TN: Tensor, /) -> None:
+        raise NotImplementedError("nothing is kept of packed texts")
+
+    def kept(self, pool: int, /) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("nothing is kept of packed texts")
+
     def state(self, pool: int) -> StateStep:
         raise NotImplementedError("recurrent layers over packed texts")
 

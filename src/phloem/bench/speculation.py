@@ -23,7 +23,7 @@ from phloem.bench._spec_texts import KINDS, Asked, draw
 from phloem.cli._options import parse
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest, PhloemError
-from phloem.core.speculation import wanted
+from phloem.core.speculation import MODELS, wanted
 from phloem.speculation.drafters import DRAFTERS
 from phloem.speculation.texts import Text
 
@@ -161,7 +161,7 @@ def _record(name: str, size: int, turns: Sequence[tuple[Turn, Turn]]) -> dict[st
 def draft_microseconds(config: Config, tokens: int = 2000) -> float:
     """Median of a draft behind one more token of a text that repeats itself, its index included."""
     asked = wanted(config)
-    name = asked.algorithm if asked.algorithm in DRAFTERS.names() and asked.draft_model is None else "suffix"
+    name = asked.algorithm if asked.algorithm in DRAFTERS.names() and asked.algorithm not in MODELS else "suffix"
     drafter, rng = DRAFTERS.get(name)(asked), random.Random(1)
     base = [rng.randrange(3000) for _ in range(tokens)]
     text, took = Text("bench", "", [*base, *base[:50]], tokens, easy=True), list[float]()

@@ -61,6 +61,19 @@ class Embeds:
 
 
 @dataclass(slots=True)
+class Drafting:
+    """What a model that drafts computes within a step, before the step verifies what it drafted.
+
+    Of each row first the positions that it has not seen, all known tokens, then one position for each further draft.
+    """
+
+    counts: NDArray[np.int32]  # [R] drafts of each row
+    starts: NDArray[np.int32]  # [R] the first position that it computes
+    lens: NDArray[np.int32]  # [R] how many known ones; 0: nothing is computed for the row
+    ids: NDArray[np.int32]  # [sum of lens] what it reads there: the positions' tokens, or those behind them
+
+
+@dataclass(slots=True)
 class Batch:
     """One step. Arrays are owned by the batch: nothing changes them after `launch`.
 
@@ -84,6 +97,7 @@ class Batch:
     # [R] how many drafts a runner that speculates may put behind each row's token: pages for them are reserved, and the
     # row is not launched again before its step is committed. None: no row may have any.
     drafts: NDArray[np.int32] | None = None
+    drafting: Drafting | None = None  # by the runner's own drafting model; None: it has none, or drafts nothing
     adapters: NDArray[np.int32] | None = None  # [R] the adapter of each row, 0: none. None: no row has one
     embeds: list[Embeds] = field(default_factory=list)
     positions: NDArray[np.int64] | None = None  # [T] or [3, T]; None: those that follow from `prefix_lens`
@@ -138,6 +152,7 @@ class StepOutput:
     found: int = 0  # and those whose embeddings were kept from before
     drafted: int = 0  # drafts that were verified, over all rows
     verified: NDArray[np.int32] | None = None  # [R] of them, each row's; None: the runner put no drafts behind any
+    drafting_seconds: float = 0.0  # of the runner's own drafting model
     forward_seconds: float = 0.0
     total_seconds: float = 0.0
 

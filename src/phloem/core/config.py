@@ -186,13 +186,13 @@ class SpeculativeConfig:
     """Drafts that are verified (`docs/speculation.md`). Answers are the same with and without."""
 
     speculative_algorithm: str | None = opt(
-        None, "Where drafts come from: auto (default), none, suffix, ngram or standalone."
+        None, "Where drafts come from: auto (default), none, suffix, ngram, standalone, eagle, eagle3 or nextn."
     )
     speculative_num_steps: int | None = opt(None, "Drafts behind one token in one step, at most; default 7.")
     speculative_num_draft_tokens: int | None = opt(None, "The same with the token before them: one more.")
     speculative_eagle_topk: int | None = opt(None, "Only 1: drafts are chains, not trees.")
     speculative_draft_model_path: str | None = opt(
-        None, "The model that drafts, with the same vocabulary.", "speculative_draft_model"
+        None, "The model or the head that drafts, made for this model.", "speculative_draft_model"
     )
     speculative_ngram_max_trie_depth: int | None = opt(None, "Tokens that are compared with earlier text; default 32.")
     speculative_ngram_capacity: int | None = opt(None, "Tokens of past answers to draft from; default 131072.")

@@ -51,7 +51,17 @@ class Cross:
     tokens: int
 
 
-MemorySpec = Paged | Latent | State | Cross
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One vector of every token, by page, that another model reads later: a state of the model, for a head that drafts.
+    `size` is even; `kind`: the torch dtype's name."""
+
+    size: int
+    kind: str
+    window: int = 0
+
+
+MemorySpec = Paged | Latent | State | Cross | Kept
 
 
 @dataclass(frozen=True, slots=True)

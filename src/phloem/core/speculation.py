@@ -17,13 +17,18 @@ if TYPE_CHECKING:
     from phloem.core.config import Config, SpeculativeConfig
 
 AUTO, NONE = "auto", "none"
+MODELS = ("draft_model", "eagle", "eagle3", "mtp")  # drafters that are models
+USUAL_CHAIN = 5  # drafts of a model, each of which takes a pass of it
 USUAL_DRAFTS = 7  # with the token before them eight rows: about as many as a step reads weights for at one cost
 MOST_DRAFTS = 31
 LONGEST_MATCH = 32  # tokens that are compared backwards from a candidate
 CAPACITY = 1 << 17  # tokens of past answers that drafts may come from
 
 # Other engines' names of a drafter -> ours. Whatever is not here is looked up as it is.
-_NAMES = {"standalone": "draft_model", "prompt_lookup": "ngram"}
+_NAMES = {
+    "standalone": "draft_model", "prompt_lookup": "ngram", "nextn": "mtp", "deepseek_mtp": "mtp", "glm4_moe_mtp": "mtp",
+    "mimo_mtp": "mtp",
+}  # fmt: skip
 # Methods of vLLM's JSON and the keys that we read there -> the flag that means the same.
 _KEYS = {
     "method": "algorithm",
@@ -77,6 +82,7 @@ def wanted(config: Config) -> Wanted:
         )
     values: dict[str, Any] = {**found, **said}
     values["algorithm"] = _name(values.get("algorithm", AUTO), values)
+    values.setdefault("drafts", USUAL_CHAIN if values["algorithm"] in MODELS else USUAL_DRAFTS)
     return _checked(Wanted(**values, adaptive=not flags.disable_speculative_adaptive))
 
 
@@ -137,7 +143,7 @@ def _from_json(text: str) -> dict[str, Any]:
 def _name(given: str, values: Mapping[str, Any]) -> str:
     name = given.lower().replace("-", "_")
     name = _NAMES.get(name, name)
-    if name == "draft_model" and not values.get("draft_model"):
+    if name in MODELS and name != "mtp" and not values.get("draft_model"):
         raise ConfigError(
             f"speculative_algorithm: {given} needs speculative_draft_model_path", param="speculative_draft_model_path"
         )

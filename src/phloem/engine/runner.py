@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from phloem.attention import AttentionBackend, Sharing
     from phloem.core.batch import Batch, Follower, StepOutput
+    from phloem.engine.drafting import Prepared
     from phloem.engine.forward import Way
     from phloem.engine.media import Desk
     from phloem.engine.pipeline import Settle
@@ -69,6 +70,7 @@ class StepWork:
         heated: bool = False,
         desk: Callable[[LastTokens], Desk] | None = None,
         leading: Way | None = None,
+        drafting: Prepared | None = None,
     ) -> None:
         self.model, self.ops, self._sharing = model, ops, sharing
         self.slots = Slots(max_slots, model.vocab_size, pool.device, heated)
@@ -81,6 +83,7 @@ class StepWork:
         self.desk = None if desk is None else desk(self.last)
         self._forward = Forward(recorded if leading is None else [leading], Eager(model, backend, pool))
         self.chooser = Chooser(model, ops, self.slots, self.last, self.masks)
+        self._drafting = None if drafting is None else drafting.make(self.slots, self.last)
 
     def needs_values(self, batch: Batch) -> bool:
         """Whether the step can only be begun when the one before has landed. Beside the host it waits for those values
@@ -115,8 +118,11 @@ class StepWork:
         desk = self.desk
         if desk is not None:
             order = replace(order, batch=desk.admit(order.batch))
-        batch = order.batch
+        batch, drafted = order.batch, 0.0
         self._admit(order)
+        if batch.drafting is not None and self._drafting is not None:
+            settle()
+            batch, drafted = self._drafting.run(batch)
         wanted = Wanted.of(batch)
         ids: NDArray[np.int32] = wanted.slots
         easy = bool(self.slots.easy[ids].all())
@@ -125,7 +131,7 @@ class StepWork:
         if not late:
             self.masks.begin(slots, wanted)
         output = empty(batch)
-        output.drafted = wanted.drafted
+        output.drafted, output.drafting_seconds = wanted.drafted, drafted
         before = perf_counter()
         placed, pictures = (batch, None) if desk is None else desk.dress(batch)
         rows = apart(placed) if self._apart and wanted.starts is not None else placed
@@ -181,6 +187,7 @@ class ModelRunner:
         kernels: tells what has been compiled, where kernels are compiled at run time.
         heated: log probabilities of sampled tokens are those after temperature.
         leading: how steps run with other ranks, where there are any.
+        drafting: a model that drafts, where there is one.
     """
 
     def __init__(
@@ -201,19 +208,21 @@ class ModelRunner:
         heated: bool = False,
         desk: Callable[[LastTokens], Desk] | None = None,
         leading: Way | None = None,
+        drafting: Prepared | None = None,
     ) -> None:
         self.model, self.pool = model, pool
         own = sum(group.kind != "cross" for group in pool.groups)  # cross memory goes by slot: it needs no manager
         self.groups, self.num_pages, self.page_size = pool.groups[:own], pool.num_pages[:own], pool.page_size
         self.max_slots = max_slots
         self.draft_room = 0
+        self.drafts = None if drafting is None else drafting.loaded
         self.row_bits = ops.row_bits and facts.on_host  # a token has the same bits in a step that verifies drafts
         self.recorded = recorded
         self._kernels = kernels
         self._handed: dict[int, Follower | None] = {}
         self._handing = threading.Lock()
         self._work = work = StepWork(
-            model, backend, pool, ops, max_slots, facts, recorded, streams, sharing, heated, desk, leading
+            model, backend, pool, ops, max_slots, facts, recorded, streams, sharing, heated, desk, leading, drafting
         )
         self._steps = StepThread(
             work.begin,

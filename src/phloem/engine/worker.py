@@ -20,6 +20,7 @@ from phloem.core.config import parse_bytes
 from phloem.core.errors import ConfigError
 from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
+from phloem.engine import drafting as drafts
 from phloem.engine import warm
 from phloem.engine.media import Desk
 from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from phloem.attention import Sharing
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
+    from phloem.engine.drafting import Beside
     from phloem.engine.parallel import Team, Told
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
@@ -103,8 +105,10 @@ class _Machine:
     eager: str = ""  # why steps cannot be recorded
 
 
-def build(config: Config, checkpoint: Checkpoint, report: Report, team: Team | None = None) -> Built:
-    """Load the model, or rank 0's share of it, and size its memory.
+def build(
+    config: Config, checkpoint: Checkpoint, report: Report, team: Team | None = None, beside: Beside | None = None
+) -> Built:
+    """Load the model, or rank 0's share of it, and size its memory. `beside`: loads a model that drafts for it.
 
     Raises:
         ConfigError: a setting that this machine or model cannot serve.
@@ -128,7 +132,7 @@ def build(config: Config, checkpoint: Checkpoint, report: Report, team: Team | N
     warming = warm.start(machine.platform, *_ahead(config, checkpoint, machine))
     phase.end("device")
     try:
-        return _build(config, checkpoint, machine, warming, decisions, phase, team)
+        return _build(config, checkpoint, machine, warming, decisions, phase, team, beside)
     except BaseException:
         if warming is not None:
             warming.close()
@@ -177,6 +181,7 @@ def _build(
     decisions: list[Decision],
     phase: _Phase,
     team: Team | None,
+    beside: Beside | None,
 ) -> Built:
     platform, ops, dtype = machine.platform, machine.ops, machine.dtype
     running, chunk, context = machine.running, machine.chunk, checkpoint.context_length
@@ -185,6 +190,7 @@ def _build(
     sites = served.sites(config.lora, model, ops, dtype, platform.facts.on_host, decisions)
     if team is not None:
         team.loaded()
+    helper = None if beside is None else beside(model, BuildContext(ops, dtype, platform.device), context)
     phase.end("weights")
 
     kept = _kept(config, checkpoint, machine, model, decisions)
@@ -194,14 +200,14 @@ def _build(
     if warming is not None:
         warming.finish(need, platform.device, decisions)
         phase.end("kernels")
-    weights = min(_taken(model, sites, platform), free)
+    weights = min(_taken(model, sites, platform) + drafts.taken(helper), free)
     sizing = size_pool(config.cache, platform, need, weights, config.runtime.tp_size)
     decisions += sizing.decisions
     pool = KVPool(model.memory, sizing.num_pages, page, kv_dtype, platform.device, scales)
     sharing = _sharing(config, backend, decisions)
     left, shares = platform.memory()[0], sharing is not None
-    beside = sizing.graph_bytes, shares, sites is not None, machine.eager
-    place = choice.Place(model, backend, pool, ops, platform.facts, left, *beside)
+    more = sizing.graph_bytes, shares, sites is not None, machine.eager
+    place = choice.Place(model, backend, pool, ops, platform.facts, left, *more)
     pages = -(-min(context, sizing.tokens) // page) + 1
     rows = max(running, speculation.wanted(config).rows) if platform.facts.on_host else running
     ways = choice.choose(config.runtime, place, rows, pages, chunk, decisions)
@@ -210,6 +216,8 @@ def _build(
         phase.end("graphs")
     if warming is not None:
         warming.ready()
+    held = drafts.Place(config, platform, backend, pool, ops, rows, pages, chunk, machine.eager)
+    drafting = drafts.prepare(helper, held, decisions)
     leading, led = None, model
     if team is not None:
         team.tell(Pages(sizing.num_pages, kept.facts(checkpoint)))
@@ -218,10 +226,9 @@ def _build(
         led, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
         kernels=warming.told if warming is not None else None, heated=config.model.logprobs_mode == "temperature",
-        desk=_desk(config, model, ops, running), leading=leading,
+        desk=_desk(config, model, ops, running), leading=leading, drafting=drafting,
     )  # fmt: skip
-    worthwhile = min(chunk, platform.worthwhile_chunk)
-    sizes = running, chunk, machine.mixed, worthwhile, sizing.tokens
+    sizes = running, chunk, machine.mixed, min(chunk, platform.worthwhile_chunk), sizing.tokens
     info = _info(machine, runner, kv_dtype, sizing.facts.bytes_per_token)
     return Built(runner, context, *sizes, _tower(model), sites, decisions, info)
 

@@ -94,7 +94,8 @@ class EngineCore:
         drafts = speculation.wanted(config)
         assemble.check(drafts)
         team = None if self._ranks is None else self._ranks.team
-        built = worker.build(config, checkpoint, report, team)
+        beside = assemble.beside(drafts, checkpoint) if team is None else None
+        built = worker.build(config, checkpoint, report, team, beside)
         self.runner = built.runner
         runner, speculates = _drafting(drafts, built, config.runtime.tp_size)
         if team is not None:

@@ -136,6 +136,15 @@ class StepMemory(Protocol):
         pages of `pool`."""
         ...
 
+    def keep(self, pool: int, x_TN: Tensor, /) -> None:
+        """Write a vector of each new token into the pages of `pool`, a `core.memory.Kept`."""
+        ...
+
+    def kept(self, pool: int, /) -> tuple[Tensor, Tensor]:
+        """The halves of those that stand in the places of the new tokens, [T, N / 2] each, in the type they are kept
+        in; by torch's code."""
+        ...
+
     def state(self, pool: int) -> StateStep:
         """Where a recurrent layer's state of each row is read and written; `pool`: the layer's pool index."""
         ...

@@ -59,6 +59,11 @@ def stored_kinds(path: Path) -> dict[str, str]:
     return {name: str(entry["dtype"]) for name, entry in _header(path)[1].items()}
 
 
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each of the file's tensors."""
+    return {name: tuple(entry["shape"]) for name, entry in _header(path)[1].items()}
+
+
 def stored_in(path: Path) -> dict[str, Stored]:
     """Every tensor of a safetensors file whose type torch has; the file's header says where (`safetensors` format)."""
     begin, header = _header(path)

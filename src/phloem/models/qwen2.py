@@ -22,7 +22,14 @@ def windows(config: dict[str, Any]) -> list[int]:
     return [window if local else 0 for local in layer_types(config, upper)]
 
 
+class Qwen2(Decoder):
+    """A decoder whose files may hold layers that draft (MiMo's), which are read by what drafts."""
+
+    def checkpoint_name(self, name: str) -> str | None:
+        return None if name.startswith("model.mtp_layers.") else super().checkpoint_name(name)
+
+
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
     sizes = windows(config)
     layers = each_layer(config, lambda n: usual_layer(config, window=sizes[n], qkv_bias=True, out_bias=False))
-    return Decoder(ctx, usual(config, layers=layers), max_positions)
+    return Qwen2(ctx, usual(config, layers=layers), max_positions)

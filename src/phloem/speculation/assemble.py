@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING
 
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
-from phloem.core.speculation import AUTO, NONE
+from phloem.core.speculation import AUTO, MODELS, NONE
 from phloem.speculation.controller import Controller
-from phloem.speculation.drafters import DRAFTERS
+from phloem.speculation.drafters import DRAFTERS, LOADERS
+from phloem.speculation.modelled import ModelledRunner
 from phloem.speculation.runner import SpeculativeRunner
 
 if TYPE_CHECKING:
+    from phloem.checkpoint.describe import Checkpoint
     from phloem.core.batch import Runner
     from phloem.core.speculation import Wanted
+    from phloem.engine.drafting import Beside
     from phloem.engine.runner import ModelRunner
 
 NAME = "speculative_algorithm"
@@ -30,6 +33,18 @@ def check(wanted: Wanted) -> None:
             known = ", ".join([AUTO, NONE, *DRAFTERS.names()])
             message = error.message.split("; known:")[0]
             raise ConfigError(f"{message}; known: {known}", param=NAME) from None
+
+
+def beside(wanted: Wanted, checkpoint: Checkpoint) -> Beside | None:
+    """What loads the model that drafts, if one was asked for.
+
+    Raises:
+        ConfigError: it does not fit the model of this checkpoint, as far as the files' headers tell.
+        ModelLoadError: its checkpoint is missing something or is corrupt.
+    """
+    if wanted.algorithm not in MODELS:
+        return None
+    return LOADERS.get(wanted.algorithm)(wanted, checkpoint).load
 
 
 def decide(wanted: Wanted, runner: ModelRunner, why: str = "") -> tuple[str, Decision]:
@@ -77,6 +92,12 @@ def around(wanted: Wanted, runner: ModelRunner, name: str) -> Runner:
     """The runner, speculating with the drafter of that name."""
     if name == NONE:
         return runner
+    loaded = runner.drafts
+    if loaded is not None:
+        share = loaded.model.weight_bytes / max(1, runner.model.weight_bytes)
+        controller = Controller(wanted.drafts, most_rows(wanted, runner), wanted.adaptive, share)
+        group = runner.pool.group_of[loaded.first]
+        return ModelledRunner(runner, name, LOADERS.get(name).shift, group, controller, wanted.drafts)
     drafter = DRAFTERS.get(name)(wanted)
     controller = Controller(wanted.drafts, most_rows(wanted, runner), wanted.adaptive)
     return SpeculativeRunner(runner, drafter, controller, wanted.drafts)

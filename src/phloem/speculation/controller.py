@@ -40,6 +40,8 @@ BESIDE = 16  # tokens that a grammar forced are rows like others; more are a pro
 _SHAPE = ((1, 1.0), (2, 1.1), (4, 1.25), (8, 1.5), (16, 2.9), (32, 5.7), (64, 11.3))
 _MATCHES = (3, 5, 9, 17)  # borders between the classes of how many tokens agree
 _PRIORS = (0.15, 0.35, 0.6, 0.8, 0.9)  # acceptance in each, before it is measured
+DEPTHS = 8  # places of a model's chain that are told apart
+MODEL_PRIOR = 0.6  # acceptance of a model's drafts, before it is measured
 _WEIGHT = 4.0  # drafts that a prior counts as
 _DECAY = 0.98  # of what was seen, with each draft
 
@@ -105,39 +107,50 @@ class Curve:
 
 
 class Acceptance:
-    """How often drafts count, by where they come from and how many tokens before them agree."""
+    """How often drafts count, by where they come from and how many tokens before them agree; those of a model by their
+    place in the chain (`matched` below 0: the place is -1 - `matched`)."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, bool, int], list[float]] = {}
 
+    @staticmethod
+    def _kind(matched: int) -> int:
+        return bisect_left(_MATCHES, matched + 1) if matched >= 0 else max(matched, -DEPTHS)
+
     def of(self, source: str, sure: bool, matched: int) -> float:
-        kind = bisect_left(_MATCHES, matched + 1)
+        kind = self._kind(matched)
         found = self._seen.get((source, sure, kind))
-        prior = _PRIORS[kind] * (1.0 if sure else 0.6)
+        prior = MODEL_PRIOR if kind < 0 else _PRIORS[kind] * (1.0 if sure else 0.6)
         return prior if found is None else (found[0] + _WEIGHT * prior) / (found[1] + _WEIGHT)
 
     def note(self, source: str, sure: bool, matched: int, right: bool) -> None:
-        found = self._seen.setdefault((source, sure, bisect_left(_MATCHES, matched + 1)), [0.0, 0.0])
+        found = self._seen.setdefault((source, sure, self._kind(matched)), [0.0, 0.0])
         found[0] = found[0] * _DECAY + right
         found[1] = found[1] * _DECAY + 1
 
     def facts(self) -> dict[str, float]:
         names = ("1-2", "3-4", "5-8", "9-16", "17+")
         return {
-            f"{source}{'' if sure else ' unsure'} {names[kind]}": round(found[0] / found[1], 3)
+            f"{source}{'' if sure else ' unsure'} {names[kind] if kind >= 0 else -kind}": round(found[0] / found[1], 3)
             for (source, sure, kind), found in sorted(self._seen.items())
         }
 
 
 @dataclass(slots=True)
 class Chain:
-    """Drafts of a row as the controller sees them (see `drafters.Draft`), and its request's record."""
+    """Drafts of a row as the controller sees them (see `drafters.Draft`), and its request's record. `modelled`: a model
+    will make them, so that each place of the longest chain takes a pass of it."""
 
     length: int
     source: str
     matched: int
     sure: bool
     tally: Tally
+    modelled: bool = False
+
+    def match(self, depth: int) -> int:
+        """What `Acceptance` tells the draft at this depth by."""
+        return -1 - depth if self.modelled else self.matched + depth
 
 
 @dataclass(slots=True)
@@ -164,13 +177,16 @@ class Controller:
         most: drafts of a row, at most.
         rows: rows of one token in a step that verifies, at most.
         adaptive: False: whatever is drafted is verified, always.
+        share: of a plain step's time, what a pass of the model that drafts is thought to take until one is measured.
     """
 
-    def __init__(self, most: int, rows: int, adaptive: bool = True) -> None:
+    def __init__(self, most: int, rows: int, adaptive: bool = True, share: float = 0.0) -> None:
         self.on = not adaptive
         self.acceptance = Acceptance()
         self.times: dict[bool, _Kind] = {True: _Kind(), False: _Kind()}
         self._most, self._rows, self._adaptive = most, rows, adaptive
+        self._share, self._passes = share, deque[float](maxlen=9)  # seconds of a pass
+        self._pass: float | None = None  # their median
         self._ledger = Ledger()
         self._since = 0  # plain steps since something was verified
         self._rest = 0  # of which so many are to pass
@@ -186,10 +202,16 @@ class Controller:
         self.times[easy].plain.note(rows, seconds)
         self._since += 1
 
-    def verified(self, rows: int, total: int, easy: bool, tokens: int, seconds: float) -> None:
-        """A step of `rows` decodes, `total` with their drafts, not planned ahead, has given so many tokens."""
+    def verified(
+        self, rows: int, total: int, easy: bool, tokens: int, seconds: float, passes: int = 0, drafting: float = 0.0
+    ) -> None:
+        """A step of `rows` decodes, `total` with their drafts, not planned ahead, has given so many tokens. Of its
+        seconds `drafting` were those of a model's `passes`."""
         kind = self.times[easy]
-        kind.verify.note(total, seconds)
+        kind.verify.note(total, seconds - drafting)
+        if passes:
+            self._passes.append(drafting / passes)
+            self._pass = statistics.median(self._passes)
         plain = kind.plain.at(rows)
         if plain is None or not self._adaptive:
             return
@@ -210,8 +232,8 @@ class Controller:
         """Of a row's first `verified` drafts the first `right` were accepted."""
         for depth in range(min(verified, right + 1)):
             sure = chain.sure or depth > 0
-            expected = self.acceptance.of(chain.source, sure, chain.matched + depth)
-            self.acceptance.note(chain.source, sure, chain.matched + depth, depth < right)
+            expected = self.acceptance.of(chain.source, sure, chain.match(depth))
+            self.acceptance.note(chain.source, sure, chain.match(depth), depth < right)
             tally = chain.tally
             tally.right = tally.right * _DECAY + (depth < right)
             tally.expected = tally.expected * _DECAY + expected
@@ -231,7 +253,9 @@ class Controller:
         rows = len(chains)
         if any(self._best(chains, rows, easy, MARGIN)):
             self._begin(False)
-        elif self._since >= max(PROBE, self._rest) and any(self._survival(chain)[:1] > [0.5] for chain in chains):
+        elif self._since >= max(PROBE, self._rest) and any(
+            (chain is not None and chain.modelled) or self._survival(chain)[:1] > [0.5] for chain in chains
+        ):
             self._begin(True)
 
     def lengths(self, chains: Sequence[Chain | None], easy: bool, beside: int = 0) -> list[int]:
@@ -254,7 +278,8 @@ class Controller:
             for name, curve in (("plain", kind.plain), ("verify", kind.verify))
             if curve.count
         }
-        return {"on": self.on, "stopped": self.stopped, "step_ms": times, "acceptance": self.acceptance.facts()}
+        facts = {"on": self.on, "stopped": self.stopped, "step_ms": times, "acceptance": self.acceptance.facts()}
+        return facts if self._pass is None else {**facts, "pass_ms": round(1e3 * self._pass, 3)}
 
     # how
 
@@ -281,7 +306,7 @@ class Controller:
         tally, share, found = chain.tally, 1.0, list[float]()
         factor = (tally.right + _WEIGHT) / (tally.expected + _WEIGHT)
         for depth in range(min(chain.length, self._most)):
-            known = self.acceptance.of(chain.source, chain.sure or depth > 0, chain.matched + depth)
+            known = self.acceptance.of(chain.source, chain.sure or depth > 0, chain.match(depth))
             share *= min(LIKELIEST, known * factor)
             found.append(share)
         return found
@@ -302,6 +327,7 @@ class Controller:
         survival = [self._survival(chain) for chain in chains]
         heap = [(-shares[0], row) for row, shares in enumerate(survival) if shares]
         heapq.heapify(heap)
+        one = next((self._pass_seconds(plain) for chain in chains if chain is not None and chain.modelled), 0.0)
         found, count, tokens = none, list(none), float(rows)
         best, total = rows / plain * margin, rows + beside
         while heap and total < self._rows:
@@ -311,15 +337,24 @@ class Controller:
             if count[row] < len(survival[row]):
                 heapq.heappush(heap, (-survival[row][count[row]], row))
             takes = self._verify(total, easy)
-            if takes is not None and tokens / takes > best:
+            if takes is None:
+                continue
+            takes += one * max(count)
+            if tokens / takes > best:
                 best, found = tokens / takes, list(count)
         return found
 
+    def _pass_seconds(self, plain: float) -> float:
+        """What each place of a model's chain takes."""
+        return self._share * plain if self._pass is None else self._pass
+
     def _beside(self, chains: Sequence[Chain | None], easy: bool) -> list[int]:
-        """Beside a prompt, where every row adds its computation: drafts that give more than that takes."""
+        """Beside a prompt, where every row adds its computation: drafts that give more than that takes; none of a
+        model, whose passes come on top."""
         rows = len(chains)
         plain, more, less = (self.times[easy].plain.at(size) for size in (rows, 16, 8))
-        if plain is None or more is None or less is None:
+        modelled = any(chain is not None and chain.modelled for chain in chains)
+        if plain is None or more is None or less is None or modelled:
             return [0] * rows
         least = 1.1 * (more - less) / 8 / (plain / rows)
         each = (self._rows - rows) // max(1, rows)

@@ -8,13 +8,13 @@ nothing here is shared between threads.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from phloem.core.batch import FROM_DEVICE, Batch, StepOutput
+from phloem.core.batch import Batch, StepOutput
 from phloem.engine.around import RunnerAround
+from phloem.engine.drafting import with_drafts
 from phloem.speculation.controller import Chain
 from phloem.speculation.texts import Text, Texts
 
@@ -37,9 +37,13 @@ class Launched:
     def __init__(self, runner: SpeculativeRunner, inner: Pending[StepOutput], batch: Batch, texts: list[Text]) -> None:
         self._runner, self._inner, self._taken = runner, inner, False
         self.batch, self.texts = batch, texts
+        self.sent = batch  # with what speculation adds to it
         self.drafts: NDArray[np.int32] | None = None  # [R] that are verified; None: nobody was asked
         self.chains: dict[int, Chain] = {}  # by row
         self.began: float | None = None  # when, after a pause
+        self.passes = 0  # of a model that drafted within the step
+        self.drafting = 0.0  # seconds that they took
+        self.learns = True  # its time is like others'
 
     def done(self) -> bool:
         return self._inner.done()
@@ -86,12 +90,10 @@ class SpeculativeRunner(RunnerAround):
 
     def launch(self, batch: Batch) -> Launched:
         texts = self._texts.of(batch)
-        drafts, verified = self._drafts(batch, texts) if batch.drafts is not None else ({}, None)
-        sent = with_drafts(batch, {row: draft.tokens for row, draft in drafts.items()}) if drafts else batch
+        sent, verified, chains = self.prepared_for(batch, texts)
         now = self._clock()
         launched = Launched(self, self.inner.launch(sent), batch, texts)
-        launched.drafts = verified
-        launched.chains = {row: _chain(draft, texts[row]) for row, draft in drafts.items()}
+        launched.sent, launched.drafts, launched.chains = sent, verified, chains
         if not self._inflight:
             launched.began = now if now - self._last > IDLE else self._last
         self._inflight += 1
@@ -99,15 +101,36 @@ class SpeculativeRunner(RunnerAround):
 
     # before a step
 
+    def prepared_for(
+        self, batch: Batch, texts: Sequence[Text]
+    ) -> tuple[Batch, NDArray[np.int32] | None, dict[int, Chain]]:
+        """(What the inner runner is given, [R] how many drafts each row has, what the controller knows of them)."""
+        if batch.drafts is None:
+            return batch, None, {}
+        drafts, verified = self._drafts(batch, texts)
+        sent = with_drafts(batch, {row: draft.tokens for row, draft in drafts.items()}) if drafts else batch
+        return sent, verified, {row: _chain(draft, texts[row]) for row, draft in drafts.items()}
+
+    def seen(self, text: Text) -> Chain | None:
+        """What may be drafted behind a text, though nothing is."""
+        draft = self.drafter.draft(text, self._room)
+        return None if draft is None else _chain(draft, text)
+
+    def may_draft(self, batch: Batch, texts: Sequence[Text]) -> list[tuple[int, int]]:
+        """(Row, room) of each row that decodes; room 0: nothing may be drafted for it."""
+        rows = list[tuple[int, int]]()
+        for row, room in enumerate(() if batch.embeds or batch.drafts is None else batch.drafts.tolist()):
+            if batch.outputs[row] == 1 and (room or batch.query_lens[row] == 1):
+                known = len(texts[row].tokens) == batch.prefix_lens[row] + batch.query_lens[row]
+                rows.append((row, room if known else 0))
+        return rows
+
     def _drafts(self, batch: Batch, texts: Sequence[Text]) -> tuple[dict[int, Draft], NDArray[np.int32]]:
         """The drafts of each row that has some, and how many each row has."""
         verified = np.zeros(batch.num_rows, np.int32)
-        rows, found = list[int](), list["Draft | None"]()
-        for row, room in enumerate(() if batch.embeds or batch.drafts is None else batch.drafts.tolist()):
-            if batch.outputs[row] == 1 and (room or batch.query_lens[row] == 1):
-                rows.append(row)
-                known = len(texts[row].tokens) == batch.prefix_lens[row] + batch.query_lens[row]
-                found.append(self.drafter.draft(texts[row], room) if room and known else None)
+        may = self.may_draft(batch, texts)
+        rows = [row for row, _ in may]
+        found = [self.drafter.draft(texts[row], room) if room else None for row, room in may]
         if not rows:
             return {}, verified
         chains = [None if draft is None else _chain(draft, texts[row]) for row, draft in zip(rows, found, strict=True)]
@@ -140,42 +163,27 @@ class SpeculativeRunner(RunnerAround):
             for text, count in zip(texts, output.counts.tolist(), strict=True):
                 text.tokens += tokens[at : at + count]
                 at += count
-        output.verified = launched.drafts
+        output.verified, launched.drafting = launched.drafts, output.drafting_seconds
+        if launched.drafts is not None:
+            launched.passes = int(launched.drafts.max(initial=0)) if output.drafting_seconds else 0
         for row, chain in launched.chains.items():
             if output.counts[row]:
                 self.controller.judged(chain, chain.length, int(output.counts[row]) - 1)
         decodes = batch.num_tokens == batch.num_rows == int(batch.outputs.sum()) and not batch.admissions
-        if decodes and not output.failed:
+        if decodes and launched.learns and not output.failed:
             self._learn(launched, len(tokens), seconds)
 
     def _learn(self, launched: Launched, tokens: int, seconds: float) -> None:
         texts, controller = launched.texts, self.controller
         easy, rows = all(text.easy for text in texts), len(texts)
         if launched.drafts is not None:
-            controller.verified(rows, rows + int(launched.drafts.sum()), easy, tokens, seconds)
+            total, passes = rows + int(launched.drafts.sum()), launched.passes
+            controller.verified(rows, total, easy, tokens, seconds, passes, launched.drafting)
         elif launched.batch.drafts is None:
             controller.plain(rows, easy, seconds)
             if controller.looks(rows, easy):
-                found = [(text, self.drafter.draft(text, self._room)) for text in texts]
-                controller.look([None if draft is None else _chain(draft, text) for text, draft in found], easy)
+                controller.look([self.seen(text) for text in texts], easy)
 
 
 def _chain(draft: Draft, text: Text) -> Chain:
     return Chain(len(draft.tokens), draft.source, draft.matched, draft.sure, text.tally)
-
-
-def with_drafts(batch: Batch, drafts: dict[int, list[int]]) -> Batch:
-    """The batch with drafts behind the tokens of these rows (see `core.batch.Batch`)."""
-    more = np.zeros(batch.num_rows, np.int32)
-    rows = sorted(drafts)
-    more[rows] = [len(drafts[row]) for row in rows]
-    ends = np.cumsum(batch.query_lens)
-    ids = [token for row in rows for token in drafts[row]]
-    assert FROM_DEVICE not in ids
-    return replace(
-        batch,
-        query_lens=batch.query_lens + more,
-        outputs=batch.outputs + more,
-        input_ids=np.insert(batch.input_ids, np.repeat(ends, more), np.array(ids, np.int32)),
-        drafts=None,
-    )

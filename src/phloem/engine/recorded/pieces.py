@@ -239,6 +239,12 @@ class _Between:
         true = replace(held, q=held.q[:tokens], k=held.k[:tokens], v=held.v[:tokens], rotation=turn)
         out_BHD[:tokens] = step.attend(spec, true)
 
+    def keep(self, pool: int, x_TN: Tensor, /) -> None:
+        raise RecordError("states that a drafting head reads are not kept between pieces")
+
+    def kept(self, pool: int, /) -> tuple[Tensor, Tensor]:
+        raise RecordError("a drafting head does not run between pieces")
+
     def state(self, pool: int) -> StateStep:
         raise RecordError("a recurrent layer does not run between pieces")
 

@@ -1,4 +1,4 @@
-"""What a drafter is."""
+"""What a drafter is: one that looks at texts, or a model that is loaded beside the engine's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from phloem.checkpoint.describe import Checkpoint
     from phloem.core.speculation import Wanted
+    from phloem.engine.drafting import Loaded
+    from phloem.layers.context import BuildContext
+    from phloem.models import Model
     from phloem.speculation.texts import Text
 
 
@@ -42,3 +46,28 @@ class Drafter(ABC):
     @abstractmethod
     def facts(self) -> dict[str, int]:
         """For people: how much it keeps."""
+
+
+class Loader(ABC):
+    """Loads a model that drafts, beside the one that it drafts for. Made before anything is loaded: what it can tell
+    from the files' headers it refuses then.
+
+    Raises:
+        ConfigError: it does not fit the model.
+        ModelLoadError: its checkpoint is missing something or is corrupt.
+    """
+
+    shift: int  # 1 where it reads, at a position, the token behind it
+
+    @abstractmethod
+    def __init__(self, wanted: Wanted, target: Checkpoint) -> None: ...
+
+    @abstractmethod
+    def load(self, model: Model, ctx: BuildContext, positions: int) -> Loaded:
+        """Load it, put its memory behind the model's, and have the model keep the states that it reads.
+
+        Args:
+            model: the one that it drafts for, with its weights.
+            ctx: how that was built.
+            positions: of a text, at most.
+        """

@@ -1,0 +1,73 @@
+"""What files of heads that draft say of themselves, before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from phloem.checkpoint.describe import describe
+from phloem.core.errors import ConfigError
+from phloem.models._common import Decoder
+from phloem.models._sources import shapes_in
+from phloem.speculation.capture import untapped
+
+if TYPE_CHECKING:
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.core.speculation import Wanted
+    from phloem.models import Model
+
+PARAM = "speculative_draft_model_path"
+Shapes = dict[str, tuple[int, ...]]
+
+
+def draft_of(wanted: Wanted) -> Checkpoint:
+    """The checkpoint that drafts. Raises ModelLoadError, or ConfigError for one that does not generate."""
+    assert wanted.draft_model is not None
+    found = describe(wanted.draft_model)
+    if found.pooling is not None or found.pictures is not None:
+        raise ConfigError(f"{found.path}: it does not generate, so it drafts nothing", param=PARAM)
+    return found
+
+
+def shapes_of(checkpoint: Checkpoint) -> Shapes:
+    """Every tensor of a checkpoint without the `model.` that some writers put before the names."""
+    if checkpoint.format != "safetensors":
+        raise ConfigError(f"{checkpoint.path}: heads that draft are read from safetensors", param=PARAM)
+    return {name.removeprefix("model."): shape for path in checkpoint.files for name, shape in shapes_in(path).items()}
+
+
+def check_head(shapes: Shapes, draft: Checkpoint, target: Checkpoint, wide: int, kind: str) -> None:
+    """That `fc` takes `wide` states of the target's size and gives one. Raises ConfigError."""
+    size = int(target.config["hidden_size"])
+    if "fc.weight" not in shapes:
+        raise ConfigError(f"{draft.path}: no tensor fc.weight, which every {kind} head has", param=PARAM)
+    rows, width = shapes["fc.weight"]
+    if (rows, width) == (size, wide * size):
+        return
+    if width != wide * rows and width in (2 * rows, 3 * rows):
+        is_kind, asked = ("EAGLE3", "EAGLE") if width == 3 * rows else ("EAGLE", "EAGLE3")
+        raise ConfigError(
+            f"{draft.path}: fc.weight is {rows} x {width}: this is an {is_kind} head, and run as {asked} none of its "
+            f"drafts would be right; speculative_algorithm {is_kind} runs it",
+            param="speculative_algorithm",
+        )
+    raise ConfigError(
+        f"{draft.path}: fc.weight is {rows} x {width}, but the model's hidden size is {size}, which takes {size} x "
+        f"{wide * size}: the head was made for another model",
+        param=PARAM,
+    )
+
+
+def check_layers(shapes: Shapes, draft: Checkpoint) -> None:
+    """That there is one layer. Raises ConfigError."""
+    layers = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
+    if len(layers) > 1 or int(draft.config.get("num_hidden_layers", 1)) > 1:
+        raise ConfigError(f"{draft.path}: heads of more than one layer are not run", param=PARAM)
+
+
+def decoder_of(model: Model) -> Decoder:
+    """The model, as one whose states may be read. Raises ConfigError."""
+    if not isinstance(model, Decoder):
+        raise ConfigError("a head drafts for models whose code is ours", param="speculative_algorithm")
+    if (why := untapped(model)) is not None:
+        raise ConfigError(f"a head cannot draft for this model: {why}", param="speculative_algorithm")
+    return model

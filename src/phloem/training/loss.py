@@ -40,6 +40,10 @@ class Told:
     acceptances: list[float]
     places: int
 
+    @property
+    def value(self) -> float:
+        return float(self.loss.detach())
+
 
 def rounds(lesson: Lesson, t2d_V: Tensor, length: int) -> tuple[list[Tensor], list[Tensor], list[int]]:
     """(places that each round computes; of those, bool, which it learns from; how many it would have with every token

@@ -180,7 +180,7 @@ class _Run:
             while trainer.step < trainer.total and not stopped.is_set():
                 lesson, norm = trainer.learn()
                 step, ended = trainer.step, trainer.step == trainer.total
-                words = f"loss {float(lesson.loss):.3f}  acc {lesson.accuracies[0]:.2f}{self._accept}"
+                words = f"loss {lesson.value:.3f}  acc {lesson.accuracies[0]:.2f}{self._accept}"
                 told(step, trainer.total, words)
                 if step % options.log_interval == 0 or ended:
                     self._log(lesson, norm)
@@ -204,7 +204,7 @@ class _Run:
                 "step": trainer.step,
                 "epoch": trainer.step / trainer.steps_per_epoch,
                 "lr": trainer.rate(trainer.step - 1),
-                "loss": float(lesson.loss),
+                "loss": lesson.value,
                 "losses": lesson.losses,
                 "accuracy": lesson.accuracies,
                 "acceptance": lesson.acceptances,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import phloem
 from phloem.cli import main
 from phloem.core.errors import ConfigError
 from phloem.testing.checkpoints import CORPUS, tiny_checkpoint
@@ -106,6 +107,33 @@ def test_a_trained_head_gives_more_tokens_a_step(place: Path, trained: Path) -> 
     ids_D = Map(head["d2t"], head["t2d"]).ids_D[shuffled]
     assert looked(place, {**head, "d2t": ids_D - torch.arange(len(ids_D))}) < 1.1  # the same head with wrong words
     assert (trained / "training.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_server_accepts_what_the_trainer_said(place: Path, trained: Path) -> None:
+    """The same answers, with drafts of the head's file by the engine."""
+    rows = [json.loads(line) for line in (trained / "held_out.jsonl").read_text().splitlines()]
+    settings = {
+        "model_path": str(place / "model"),
+        "threads": 1,
+        "speculative_algorithm": "EAGLE3",
+        "speculative_draft_model_path": str(checkpoints.found_in(trained)[-1]),
+        "speculative_num_steps": 3,
+        "disable_speculative_adaptive": True,
+    }
+    tokens = steps = 0
+    with phloem.Engine(**settings) as engine:
+        for row in rows:
+            answer: Any = engine.generate(
+                input_ids=row["input_ids"],
+                sampling_params={"temperature": 0, "max_new_tokens": SETTINGS["eval_tokens"]},
+            )
+            assert answer["output_ids"] == row["output_ids"]
+            steps += answer["meta_info"]["spec_verify_ct"]
+            tokens += len(row["output_ids"]) - 1  # the first one is the prompt's
+    said = [line for line in read_metrics(trained) if "accept_length" in line][-1]
+    assert said["tokens"] == tokens
+    assert tokens / steps == pytest.approx(said["accept_length"], rel=0.03), (tokens, steps, said)
 
 
 @pytest.mark.slow

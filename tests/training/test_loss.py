@@ -142,7 +142,7 @@ def dense_loss(p: dict[str, Tensor], case: Case, rounds: int) -> tuple[Tensor, l
             ids_S, mask_S, taken_S, logits_SV = (shifted(x, 1) for x in (ids_S, mask_S, taken_S, logits_SV))
     weighted = torch.stack([0.8**at * loss for at, loss in enumerate(totals)]).sum()
     shares = [[x / max(1, n) for x, n in zip(each, counts, strict=True)] for each in (right, given)]
-    return weighted, [float(one) for one in totals], *shares
+    return weighted, [float(one.detach()) for one in totals], *shares
 
 
 @pytest.mark.parametrize(("lengths", "rounds"), [(LENGTHS, 1), (LENGTHS, 3), ((12,), 3), ((3, 8), 7)])

@@ -29,7 +29,7 @@ class Accepted:
 
     @property
     def length(self) -> float:
-        """Tokens a step, as `spec_accept_length` counts them."""
+        """Tokens a step; the prompt's own step, which gives one token, is not among them."""
         return self.tokens / self.steps if self.steps else 0.0
 
     def survival(self, most: int) -> list[float]:

@@ -142,7 +142,7 @@ def dense_loss(p: dict[str, Tensor], case: Case, rounds: int) -> tuple[Tensor, l
             ids_S, mask_S, taken_S, logits_SV = (shifted(x, 1) for x in (ids_S, mask_S, taken_S, logits_SV))
     weighted = torch.stack([0.8**at * loss for at, loss in enumerate(totals)]).sum()
     shares = [[x / max(1, n) for x, n in zip(each, counts, strict=True)] for each in (right, given)]
-    return weighted, [float(one.detach()) for one in totals], *shares
+    return weighted, [float(one.detach()) for one in totals], shares[0], shares[1]
 
 
 @pytest.mark.parametrize(("lengths", "rounds"), [(LENGTHS, 1), (LENGTHS, 3), ((12,), 3), ((3, 8), 7)])
@@ -213,7 +213,7 @@ def test_nothing_to_learn_is_no_loss_and_no_gradient(head: Eagle3) -> None:
 
 def step_by_step(head: Eagle3, case: Case, text: slice, prompt: int, most: int) -> list[int]:
     """Drafts accepted in each step of decoding this answer, one token and one draft after the other."""
-    p = dict(head.named_parameters())
+    p: dict[str, Tensor] = {name: value.detach() for name, value in head.named_parameters()}
     ids = case.lesson.packed.ids_T[text]
     g_SN = case.lesson.packed.aux_TA[text] @ p["fc.weight"].T
     known, accepted_in = prompt, list[int]()  # `known`: the place of the last token

@@ -59,7 +59,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(place: Path, output: str, **settings: Any) -> Options:
     paths = {"target_model_path": str(place / "model"), "train_data_path": str(place / "asked.jsonl")}
-    return Options(**{**SETTINGS, **paths, "output_dir": str(place / output), **settings})
+    values: dict[str, Any] = {**SETTINGS, **paths, "output_dir": str(place / output), **settings}
+    return Options(**values)
 
 
 def argv(given: Options) -> list[str]:

@@ -29,7 +29,7 @@ def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
     for name in cli.COMMANDS.names():
-        assert f"  {name} " in text
+        assert f"  {name.replace('_', '-')} " in text
 
 
 def test_a_wrong_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

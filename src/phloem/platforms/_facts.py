@@ -47,3 +47,8 @@ class StepFacts:
 def in_host_memory(device: torch.device) -> bool:
     """Whether tensors of this device lie in the process's own memory."""
     return device.type == "cpu"
+
+
+def mixed(device: torch.device, kind: torch.dtype) -> torch.autocast:
+    """A block whose products are of this type (torch's automatic mixed precision)."""
+    return torch.autocast(device.type, kind, enabled=kind != torch.float32)

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from phloem import platforms
 from phloem.checkpoint.describe import describe
+from phloem.core import resolve
 from phloem.core.errors import ConfigError
 from phloem.speculation.capture import aux_layers, capture, open_target
+from phloem.utils.cores import available_cores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,6 +50,9 @@ class Target:
         self.path, self.checkpoint = path, described(path)
         self.model: Decoder = open_target(path, device=device, threads=threads)
         self.device = self.model.index.ctx.device
+        platform, _ = platforms.choose(device, resolve.threads(threads, available_cores()).value)
+        kind, _ = platform.dtype("bfloat16")
+        self.fast = kind if kind == torch.bfloat16 else torch.float32  # of a head's products
         self.layers = aux_layers(len(self.model.layers))
         names = self.model.embed.weight.names[0], self.model.head.weight.names[0]
         self._embed_VN = self.model.get_weight(names[0])

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from phloem.core.errors import ConfigError
+from phloem.platforms._facts import mixed
 from phloem.training import checkpoints
 from phloem.training.accept import Accepted, accepted
 from phloem.training.head import Eagle3, Packed
 from phloem.training.loss import Lesson, Told, tell
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from phloem.training.checkpoints import Map
@@ -71,7 +72,7 @@ class Trainer:
             weight_decay=options.weight_decay,
         )  # fmt: skip
         self.step, self.seconds, self.seen = 0, 0.0, 0
-        self._type = product_type(options.dtype, self.device)
+        self._type: torch.dtype = target.fast if options.dtype == "auto" else getattr(torch, options.dtype)
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0: it rises, then falls as a cosine."""
@@ -106,7 +107,7 @@ class Trainer:
         lesson = self.lesson(self.library.get(self.numbers(self.step)))
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate(self.step)
-        with torch.autocast(self.device.type, self._type, enabled=self._type != torch.float32):
+        with mixed(self.device, self._type):
             told = tell(
                 self.head, lesson, self.target.embed, self.target.says, (self.words.ids_D, self.words.t2d_V),
                 options.ttt_length, options.ttt_decay,
@@ -130,7 +131,7 @@ class Trainer:
         embed, most = self.target.embed, self.options.num_draft_tokens
         for one in held_out:
             packed = self.lesson([one.states]).packed
-            with torch.autocast(self.device.type, self._type, enabled=self._type != torch.float32):
+            with mixed(self.device, self._type):
                 got = accepted(self.head, packed, [one.prompt], embed, self.words.ids_D, most)
             found.steps, found.tokens = found.steps + got.steps, found.tokens + got.tokens
             found.drafts.update(got.drafts)
@@ -185,12 +186,3 @@ def begin_with(head: Eagle3, rows_DN: Tensor, norm_N: Tensor | None) -> None:
             head.norm.weight.copy_(norm_N)
         head.fc.weight.mul_(0.1)
         head.fc.weight[:, 2 * size :] += torch.eye(size, device=rows_DN.device)
-
-
-def product_type(asked: str, device: torch.device) -> torch.dtype:
-    """Of products: bfloat16 where the device has units for it."""
-    if asked != "auto":
-        return getattr(torch, asked)
-    supported: Callable[[], bool] = torch.cpu._is_amx_tile_supported  # pyright: ignore[reportPrivateUsage]
-    fast = torch.cuda.is_bf16_supported() if device.type != "cpu" else supported()
-    return torch.bfloat16 if fast else torch.float32

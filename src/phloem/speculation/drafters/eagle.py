@@ -25,7 +25,7 @@ def _name(name: str) -> str | None:
     return None if bare in ("embed_tokens.weight", "lm_head.weight") else bare
 
 
-class Loader(Base):
+class Drafter(Base):
     shift = 1
 
     def __init__(self, wanted: Wanted, target: Checkpoint) -> None:

@@ -46,7 +46,7 @@ def layers_read(config: dict[str, Any], count: int) -> tuple[tuple[int, ...], st
     return layers, f"eagle_aux_hidden_state_layer_ids {list(ids)}, taken for {'inputs' if inputs else 'outputs'}"
 
 
-class Loader(Base):
+class Drafter(Base):
     shift = 1
 
     def __init__(self, wanted: Wanted, target: Checkpoint) -> None:

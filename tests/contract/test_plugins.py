@@ -290,8 +290,8 @@ def test_a_memory_layout_makes_what_it_counts(name: str) -> None:
         Latent(16, 4),
         Cross(2, 8, 8, 5),
         State((((2, 3), "float32"), ((4,), "float32"))),
+        Kept(6, "bfloat16"),
     ]
-    specs.append(Kept(6, "bfloat16"))
     of = {layout_of(spec, torch.float32).__class__.__module__.split(".")[-1]: spec for spec in specs}
     layout = layout_of(of[name], torch.float32)
     made = layout.make(3, 4, CPU)

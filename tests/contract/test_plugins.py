@@ -29,7 +29,7 @@ from phloem.checkpoint.quant_config import readers
 from phloem.cli import COMMANDS
 from phloem.cli.bench import BENCHMARKS
 from phloem.core.errors import BadRequest
-from phloem.core.memory import Cross, Latent, Paged, State
+from phloem.core.memory import Cross, Kept, Latent, MemorySpec, Paged, State
 from phloem.core.speculation import MODELS, Wanted
 from phloem.diffusion.family import Family
 from phloem.diffusion.models import FAMILIES as PAINTERS
@@ -285,7 +285,13 @@ def test_groups_of_routes_lead_somewhere() -> None:
 
 @each(LAYOUTS)
 def test_a_memory_layout_makes_what_it_counts(name: str) -> None:
-    specs = [Paged(2, 8, 8), Latent(16, 4), Cross(2, 8, 8, 5), State((((2, 3), "float32"), ((4,), "float32")))]
+    specs: list[MemorySpec] = [
+        Paged(2, 8, 8),
+        Latent(16, 4),
+        Cross(2, 8, 8, 5),
+        State((((2, 3), "float32"), ((4,), "float32"))),
+        Kept(6, "bfloat16"),
+    ]
     of = {layout_of(spec, torch.float32).__class__.__module__.split(".")[-1]: spec for spec in specs}
     layout = layout_of(of[name], torch.float32)
     made = layout.make(3, 4, CPU)

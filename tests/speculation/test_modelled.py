@@ -16,7 +16,7 @@ from native_support import built
 import phloem
 from phloem.core.errors import ConfigError
 from phloem.speculation.marks import Marks
-from phloem.testing.checkpoints import tiny_checkpoint
+from phloem.testing.checkpoints import tiny_checkpoint, tiny_gguf
 
 pytestmark = pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
 TIGHT: dict[str, Any] = {
@@ -124,6 +124,21 @@ def test_a_model_drafts_by_measured_times_and_stops_where_it_does_not_pay(folder
         engine.generate("the dog", params)
         told = engine.get_server_info()["internal_states"][0]["prepared"]["speculation"]
     assert "greedy plain" in told["step_ms"] and told["on"] in (True, False)
+
+
+@pytest.mark.slow
+def test_a_head_beside_quantised_weights_is_kept_in_eight_bits(folder: Path, tmp_path: Path) -> None:
+    gguf = str(tiny_gguf(folder / "target", tmp_path / "target.gguf", "Q8_0"))
+    prompts = ["the dog a page table ", "Paris is "]
+    params = {"max_new_tokens": 20, "temperature": 0.8, "sampling_seed": 2, "ignore_eos": True}
+    with phloem.Engine(model_path=gguf, speculative_algorithm="none", **TIGHT) as engine:
+        want: Any = engine.generate(prompts, params)
+        before = engine.ready["weight_bytes"]
+    with phloem.Engine(model_path=gguf, **TIGHT, **asked(folder, "eagle3")) as engine:
+        got: Any = engine.generate(prompts, params)
+        assert engine.ready["weight_bytes"] == before
+    assert [one["output_ids"] for one in got] == [one["output_ids"] for one in want]
+    assert all(one["meta_info"]["spec_num_proposed_drafts"] > 40 for one in got)
 
 
 @pytest.mark.slow

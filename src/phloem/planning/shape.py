@@ -324,7 +324,7 @@ def _memory(
             found.kept.append((size, kept.window, 1))
             latents.append((kept, size))
             scan += 0.0 if kept.rope else size
-        else:
+        elif isinstance(kept, Paged):
             found.kept.append((size, kept.window, kept.kv_heads))
     for kept, size in latents:
         if kept.rope or len(latents) == 1:

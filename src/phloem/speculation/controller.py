@@ -292,7 +292,8 @@ class Controller:
     def _stop(self) -> None:
         self.stopped += 1
         self._off(self._backoff)
-        self._backoff = min(2 * self._backoff, MOST_BACKOFF)
+        # Drafts of a model cost most where they are wrong: they rest longer.
+        self._backoff = min((4 if self._share else 2) * self._backoff, MOST_BACKOFF)
 
     def _all(self, chains: Sequence[Chain | None]) -> list[int]:
         left = self._rows - len(chains)

@@ -14,6 +14,7 @@ import numpy as np
 
 from phloem.core.batch import Batch, Drafting
 from phloem.speculation.controller import Chain
+from phloem.speculation.drafters._base import Drafter
 from phloem.speculation.marks import Marks
 from phloem.speculation.runner import Launched, SpeculativeRunner
 from phloem.utils import log
@@ -37,7 +38,7 @@ ENOUGH_STEPS = 200  # that verify, after which the accept length says something
 LEAST_LENGTH = 1.05
 
 
-class Unasked:
+class Unasked(Drafter):
     """In the place of a drafter that looks at texts: there is nothing to look at."""
 
     def __init__(self, wanted: Wanted | None = None) -> None:

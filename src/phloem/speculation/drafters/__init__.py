@@ -1,5 +1,5 @@
-"""Drafters: a file each, its name is the algorithm's. Those that look at texts have `Drafter`, made once per engine;
-those that are models (`core.speculation.MODELS`) have `Loader`."""
+"""Drafters: a file each, its name is the algorithm's. Each has `Drafter`, made once per engine: of those that look at
+texts it is one, of those that are models (`core.speculation.MODELS`) it loads one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from phloem.speculation.drafters._base import Draft, Drafter, Loader
 from phloem.utils.registry import Registry
 
 DRAFTERS: Registry[type[Drafter]] = Registry("phloem.speculation.drafters", "speculative algorithm", "Drafter")
-LOADERS: Registry[type[Loader]] = Registry("phloem.speculation.drafters", "speculative algorithm", "Loader")
+LOADERS: Registry[type[Loader]] = Registry("phloem.speculation.drafters", "speculative algorithm", "Drafter")
 
 __all__ = ["DRAFTERS", "LOADERS", "Draft", "Drafter", "Loader"]

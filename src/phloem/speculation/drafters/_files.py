@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from phloem.checkpoint.describe import describe
 from phloem.core.errors import ConfigError
 from phloem.models._common import Decoder
 from phloem.models._sources import shapes_in
+from phloem.platforms._facts import in_host_memory
+from phloem.quant import method_for
 from phloem.speculation.capture import untapped
 
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.speculation import Wanted
+    from phloem.layers.context import BuildContext
     from phloem.models import Model
 
 PARAM = "speculative_draft_model_path"
@@ -62,6 +66,12 @@ def check_layers(shapes: Shapes, draft: Checkpoint) -> None:
     layers = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
     if len(layers) > 1 or int(draft.config.get("num_hidden_layers", 1)) > 1:
         raise ConfigError(f"{draft.path}: heads of more than one layer are not run", param=PARAM)
+
+
+def head_context(ctx: BuildContext, target: Checkpoint) -> BuildContext:
+    """How a head is built: beside weights of few bits on the host in 8 bits, as reading it is what a pass waits for."""
+    few = target.quantised and in_host_memory(ctx.device)
+    return replace(ctx, quant=method_for("int8", None)) if few else ctx
 
 
 def decoder_of(model: Model) -> Decoder:

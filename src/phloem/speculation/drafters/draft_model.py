@@ -47,7 +47,7 @@ def check_vocabulary(draft: Checkpoint, target: Checkpoint) -> str:
     return "the same vocabulary, token by token"
 
 
-class Loader(Base):
+class Drafter(Base):
     shift = 0
 
     def __init__(self, wanted: Wanted, target: Checkpoint) -> None:

@@ -11,7 +11,7 @@ from phloem.core.resolve import Decision
 from phloem.engine.drafting import Loaded, extend
 from phloem.models._draft import Eagle, LastTap, Shared
 from phloem.speculation.drafters._base import Loader as Base
-from phloem.speculation.drafters._files import check_head, check_layers, decoder_of, draft_of, shapes_of
+from phloem.speculation.drafters._files import check_head, check_layers, decoder_of, draft_of, head_context, shapes_of
 
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
@@ -25,19 +25,20 @@ def _name(name: str) -> str | None:
     return None if bare in ("embed_tokens.weight", "lm_head.weight") else bare
 
 
-class Loader(Base):
+class Drafter(Base):
     shift = 1
 
     def __init__(self, wanted: Wanted, target: Checkpoint) -> None:
-        self.draft = draft_of(wanted)
+        self.draft, self.target = draft_of(wanted), target
         self.shapes = shapes_of(self.draft)
         check_head(self.shapes, self.draft, target, 2, "EAGLE")
         check_layers(self.shapes, self.draft)
 
     def load(self, model: Model, ctx: BuildContext, positions: int) -> Loaded:
         target = decoder_of(model)
-        head = Eagle(ctx, Shared(target, positions), self.draft.config, bias="fc.bias" in self.shapes)
-        head.load(self.draft, ctx, _name)
+        own = head_context(ctx, self.target)
+        head = Eagle(own, Shared(target, positions), self.draft.config, bias="fc.bias" in self.shapes)
+        head.load(self.draft, own, _name)
         first = extend(target.memory, head.memory)
         target.tap = LastTap(first)
         why = f"{self.draft.name}: reads what the model's head reads, and shares its embedding and head"

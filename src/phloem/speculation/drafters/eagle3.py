@@ -16,7 +16,15 @@ from phloem.engine.drafting import Loaded, extend
 from phloem.models._draft import AuxTap, Eagle3, Eagle3Facts, Shared
 from phloem.speculation.capture import aux_layers
 from phloem.speculation.drafters._base import Loader as Base
-from phloem.speculation.drafters._files import PARAM, check_head, check_layers, decoder_of, draft_of, shapes_of
+from phloem.speculation.drafters._files import (
+    PARAM,
+    check_head,
+    check_layers,
+    decoder_of,
+    draft_of,
+    head_context,
+    shapes_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,11 +54,11 @@ def layers_read(config: dict[str, Any], count: int) -> tuple[tuple[int, ...], st
     return layers, f"eagle_aux_hidden_state_layer_ids {list(ids)}, taken for {'inputs' if inputs else 'outputs'}"
 
 
-class Loader(Base):
+class Drafter(Base):
     shift = 1
 
     def __init__(self, wanted: Wanted, target: Checkpoint) -> None:
-        self.draft, self.vocab = draft_of(wanted), target.vocab_size
+        self.draft, self.target, self.vocab = draft_of(wanted), target, target.vocab_size
         self.shapes = {_OLD_NORMS.get(name, name): shape for name, shape in shapes_of(self.draft).items()}
         check_head(self.shapes, self.draft, target, 3, "EAGLE-3")
         check_layers(self.shapes, self.draft)
@@ -84,8 +92,9 @@ class Loader(Base):
 
     def load(self, model: Model, ctx: BuildContext, positions: int) -> Loaded:
         target = decoder_of(model)
-        head = Eagle3(ctx, Shared(target, positions), self.draft.config, self.facts)
-        head.load(self.draft, ctx, _name)
+        own = head_context(ctx, self.target)
+        head = Eagle3(own, Shared(target, positions), self.draft.config, self.facts)
+        head.load(self.draft, own, _name)
         if "d2t" in self.shapes and self.facts.vocab:
             head.ids_D = self._ids().to(ctx.device)
         first = extend(target.memory, head.memory)

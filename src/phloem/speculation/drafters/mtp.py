@@ -34,7 +34,7 @@ FAMILIES = {"deepseek_v3": _USUAL, "kimi_k2": _USUAL, "glm4_moe": _USUAL, "mimo"
 _COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # of the model's own
 
 
-class Loader(Base):
+class Drafter(Base):
     shift = 1
 
     def __init__(self, wanted: Wanted, target: Checkpoint) -> None:

@@ -193,6 +193,10 @@ def test_a_training_that_goes_on_does_what_one_without_a_pause_does(place: Path,
     with Bars() as bars:
         assert train(options(place, "paused", resume=True), bars) == 0
     assert losses(output) == whole and len(whole) > 50  # to the bit
+    before = (output / "metrics.jsonl").read_text()
+    with Bars() as bars:
+        assert train(options(place, "paused", resume=True), bars) == 0  # nothing is left to do
+    assert (output / "metrics.jsonl").read_text() == before
     ended = [load_file(checkpoints.found_in(one)[-1] / "model.safetensors") for one in (trained, output)]
     assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[0])
 

@@ -78,6 +78,9 @@ def train(options: Options, bars: Bars) -> int:
     settings = dataclasses.asdict(options)
     if last is not None:
         trainer.resume(last, settings)
+        if trainer.step >= trainer.total:
+            bars.say(f"{last}: all {trainer.total} steps are done")
+            return 0
         bars.say(f"goes on from {last}")
     (output / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
     return _Run(trainer, _held_out(target, texts), output, settings, bars).go()

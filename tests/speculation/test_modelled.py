@@ -15,6 +15,7 @@ from native_support import built
 
 import phloem
 from phloem.core.errors import ConfigError
+from phloem.speculation import modelled
 from phloem.speculation.marks import Marks
 from phloem.testing.checkpoints import tiny_checkpoint, tiny_gguf
 
@@ -124,6 +125,22 @@ def test_a_model_drafts_by_measured_times_and_stops_where_it_does_not_pay(folder
         engine.generate("the dog", params)
         told = engine.get_server_info()["internal_states"][0]["prepared"]["speculation"]
     assert "greedy plain" in told["step_ms"] and told["on"] in (True, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["itself", "eagle3"])
+def test_a_long_text_is_read_in_parts_before_anything_is_drafted(
+    folder: Path, plain: phloem.Engine, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(modelled, "CATCH_UP", 12)
+    params = {"max_new_tokens": 40, "temperature": 0.8, "sampling_seed": 4, "ignore_eos": True}
+    prompts = ["the dog a page table " * 7, "Paris is sugar, " * 5]
+    with phloem.Engine(model_path=str(folder / "target"), **TIGHT, **asked(folder, kind)) as engine:
+        got: Any = engine.generate(prompts, params)
+    want: Any = plain.generate(prompts, params)
+    assert [one["output_ids"] for one in got] == [one["output_ids"] for one in want]
+    if kind == "itself":  # once it has caught up it is right again
+        assert all(one["meta_info"]["spec_correct_drafts_histogram"][-1] >= 4 for one in got)
 
 
 @pytest.mark.slow

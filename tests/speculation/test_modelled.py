@@ -80,7 +80,7 @@ PROMPT = st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map("".join)
 
 
 @pytest.mark.slow
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(requests=st.lists(st.tuples(PROMPT, PARAMS), min_size=1, max_size=7))
 def test_answers_are_those_of_plain_decoding(
     plain: phloem.Engine, drafting: phloem.Engine, requests: list[tuple[str, dict[str, Any]]]

@@ -97,7 +97,7 @@ def test_ranks_answer_as_one_does(name: str, sizes: dict[str, int], tmp_path: Pa
     options: dict[str, Any] = {
         "model_path": path, "dtype": "float32", "ops": "reference", "max_total_tokens": 160, "page_size": 8,
         "context_length": 128, "chunked_prefill_size": 16, "max_running_requests": 4, "debug_invariants": True,
-        "random_seed": 1,
+        "random_seed": 1, "threads": 1,
     }  # fmt: skip
     one = EngineCore(Config.from_flat(options), describe(path), lambda message: None)
     try:

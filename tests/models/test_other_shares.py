@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,13 @@ TOWERS = ("idefics3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen2_vl",
 NO_STAGES = ("gemma3n_text", "gemma4_text")  # every layer reads what the first stage would make
 
 
-def sparse(name: str, path: Path) -> bool:
-    found = describe(str(path))
-    built = build_model(found.model_type, found.config, BuildContext(Ops(), torch.float32, torch.device("meta")), 64)
-    return any(weight.experts for weight in built.weights())  # pyright: ignore
+@pytest.fixture(autouse=True)
+def one_thread_a_rank() -> Iterator[None]:
+    """Ranks in threads wait for each other: with more compute threads than cores, those spin meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def work(engine: Engine, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:

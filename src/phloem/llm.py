@@ -21,6 +21,7 @@ from phloem.client.start import make_client
 from phloem.core.config import Config
 from phloem.core.errors import BadRequest, ConfigError, EngineDead, ModelLoadError
 from phloem.launch.door import EngineDoor, beginning
+from phloem.launch.replicas import engine_of
 from phloem.launch.thread import EngineThread
 from phloem.protocol.audio.body import TranscriptionBody, TranslationBody
 from phloem.protocol.audio.run import Transcriber, asked_of, read_file
@@ -70,7 +71,8 @@ class Engine(Administered):
             self._client, self.info, checkpoint = make_client(self.config)
             if self.info.draws:
                 raise ConfigError("this folder draws pictures: use `phloem serve` or `phloem generate`")
-            self._link = EngineThread(self.config, checkpoint)
+            several = self.config.runtime.dp_size > 1
+            self._link = engine_of(self.config) if several else EngineThread(self.config, checkpoint)
             self._door = EngineDoor(self._client, self._link)
         weakref.finalize(self, self._door.end_soon).atexit = False  # the door ends with Python by itself
         try:
@@ -443,7 +445,7 @@ class Engine(Administered):
         settings = {
             name: value for name, value in self.config.flat().items() if name not in ("api_key", "admin_api_key")
         }
-        return {**settings, **self.ready, "internal_states": [state]}
+        return {**settings, **self.ready, "internal_states": state.pop("ranks", None) or [state]}
 
     def shutdown(self) -> None:
         """End the engine; what runs is cut. Harmless when repeated, and in a forked child."""

@@ -37,15 +37,22 @@ def test_a_wrong_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
     assert "did you mean 'serve'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--pp-size", "--dp-size=2", "--nnodes", "--enable-expert-parallel"])
+@pytest.mark.parametrize("flag", ["--moe-a2a-backend", "--attn-dp-size=2", "--nnodes", "--enable-expert-parallel"])
 def test_parallelism_that_is_not_there_is_refused_by_name(flag: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{flag.split('=')[0].strip('-')}: there is no .*tp_size alone"):
+    with pytest.raises(ConfigError, match=rf"{flag.split('=')[0].strip('-')}: there is no .*docs/parallel.md"):
         parse("serve", ["model", flag, "2"])
 
 
 def test_ranks_have_the_flags_of_other_engines() -> None:
     for flag in ("--tp-size", "--tp", "--tensor-parallel-size"):
         assert parse("serve", ["model", flag, "2"])[0].runtime.tp_size == 2
+    for size, flags in {
+        "pp_size": ("--pp-size", "--pp", "--pipeline-parallel-size"),
+        "ep_size": ("--ep-size", "--ep", "--expert-parallel-size"),
+        "dp_size": ("--dp-size", "--dp", "--data-parallel-size"),
+    }.items():
+        for flag in flags:
+            assert parse("serve", ["model", flag, "2"])[0].flat()[size] == 2
 
 
 def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:

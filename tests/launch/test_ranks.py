@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from phloem.core.messages import Drain, FromEngine, Submit, ToEngine, Tokens, pa
 from phloem.core.request import SamplingParams
 from phloem.engine.parallel import Chosen, Go, Plan
 from phloem.launch.core import EngineCore
+from phloem.launch.ranks import sweep
 from phloem.testing.checkpoints import tiny_checkpoint
 from phloem.testing.driver import Unfold
 
@@ -77,21 +79,32 @@ def load() -> list[Submit]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "size"), [("llama", 2), ("qwen3_next", 2), ("gemma3_text", 4)])
-def test_ranks_answer_as_one_does(name: str, size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("llama", {"tp_size": 2}),
+        ("qwen3_next", {"tp_size": 2, "ep_size": 2}),
+        ("gemma3_text", {"tp_size": 4}),
+        ("llama", {"pp_size": 2}),
+        ("qwen3_next", {"pp_size": 2, "tp_size": 2}),
+        ("deepseek_v3", {"pp_size": 2, "tp_size": 2, "ep_size": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(f"{key[:2]}{size}" for key, size in value.items()),
+)
+def test_ranks_answer_as_one_does(name: str, sizes: dict[str, int], tmp_path: Path) -> None:
     """With prefix hits, chunks, preemption, grammars, penalties and log probabilities."""
     path = str(checkpoint(name, tmp_path))
     options: dict[str, Any] = {
         "model_path": path, "dtype": "float32", "ops": "reference", "max_total_tokens": 160, "page_size": 8,
         "context_length": 128, "chunked_prefill_size": 16, "max_running_requests": 4, "debug_invariants": True,
-        "random_seed": 1,
+        "random_seed": 1, "threads": 1,
     }  # fmt: skip
     one = EngineCore(Config.from_flat(options), describe(path), lambda message: None)
     try:
         expected = answers(one, load())
     finally:
         one.close()
-    config = Config.from_flat({**options, "tp_size": size})
+    config = Config.from_flat({**options, **sizes})
     ranks = ThreadRanks(config, describe(path))
     core = EngineCore(config, describe(path), lambda message: None, ranks)
     try:
@@ -108,8 +121,8 @@ def test_ranks_answer_as_one_does(name: str, size: int, tmp_path: Path) -> None:
         "logits", "greedy"
     }  # fmt: skip
     decisions = {name: (value, why) for name, value, why in core.info["decisions"]}
-    assert decisions["tp_size"][0] == size
-    assert any("tp_size" in why for name, (_, why) in decisions.items() if "graph" in name), decisions
+    assert decisions["tp_size"][0] == sizes.get("tp_size", 1)
+    assert any("p_size" in why for name, (_, why) in decisions.items() if "graph" in name), decisions
 
 
 @pytest.mark.slow
@@ -152,17 +165,24 @@ def test_what_several_ranks_do_not_serve_is_refused(values: dict[str, Any], why:
         Engine(model_path=str(path), tp_size=2, **{**SMALL, **values})
 
 
-@pytest.mark.parametrize("name", ["pp_size", "data-parallel-size", "ep", "nnodes", "use_ray", "dcp_size"])
+@pytest.mark.parametrize(
+    "name", ["pp_async_batch_depth", "data-parallel-address", "moe_a2a_backend", "nnodes", "use_ray", "dcp_size"]
+)
 def test_other_kinds_of_parallelism_are_refused_by_name(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{name}: there is no .*tp_size alone"):
+    with pytest.raises(ConfigError, match=rf"{name}: there is no .*docs/parallel.md"):
         Config.from_flat({name: 2})
 
 
 def test_the_names_of_other_engines_are_understood() -> None:
     for name in ("tp", "tp_size", "tensor-parallel-size"):
         assert Config.from_flat({name: 2}).runtime.tp_size == 2
-    with pytest.raises(ConfigError, match="tp_size: 0 must be above 0"):
-        Config.from_flat({"tp": 0})
+    for name in ("pp", "pp_size", "pipeline-parallel-size"):
+        assert Config.from_flat({name: 2}).runtime.pp_size == 2
+    for name in ("ep", "ep_size", "expert-parallel-size"):
+        assert Config.from_flat({name: 2}).runtime.ep_size == 2
+    for name in ("tp", "pp", "ep"):
+        with pytest.raises(ConfigError, match=f"{name}_size: 0 must be above 0"):
+            Config.from_flat({name: 0})
 
 
 def test_sizes_that_cannot_be_shared_out_end_the_start_before_any_process(
@@ -174,9 +194,34 @@ def test_sizes_that_cannot_be_shared_out_end_the_start_before_any_process(
         Engine(model_path=str(path), tp_size=2, **SMALL)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "error", "why"),
+    [
+        ({"tp_size": 2, "ep_size": 4}, ConfigError, r"ep_size 4: .* the 2 ranks of tp_size; valid: 1, 2"),
+        ({"ep_size": 2}, ConfigError, r"ep_size 2: .* the 1 ranks of tp_size; valid: 1"),
+        ({"tp_size": 2, "ep_size": 2}, ConfigError, "ep_size 2: llama has no experts"),
+        ({"pp_size": 4}, ModelLoadError, r"pp_size 4: 3 layers cannot be shared out; valid: 1, 2, 3"),
+        ({"pp_size": 2, "lora_paths": ["/nowhere"]}, ConfigError, "pp_size 2: adapters"),
+        ({"pp_size": 2, "speculative_algorithm": "suffix"}, ConfigError, "pp_size is 2"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(
+    sizes: dict[str, Any], error: type[Exception], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_checkpoint("llama", tmp_path)
+    if "speculative_algorithm" in sizes:
+        config = Config.from_flat({"model_path": str(path), **SMALL, **sizes})
+        with pytest.raises(error, match=why):
+            EngineCore(config, describe(str(path)), lambda message: None, ThreadRanks(config, describe(str(path))))
+        return
+    monkeypatch.setattr("phloem.launch.core.RankProcesses", None)
+    with pytest.raises(error, match=why):
+        Engine(model_path=str(path), **SMALL, **sizes)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("comm", ["shm", "gloo"])
-def test_an_engine_in_this_process_has_ranks_beside_it(comm: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("comm", "sizes"), [("shm", {"tp_size": 2}), ("gloo", {"pp_size": 2})], ids=["shm", "gloo"])
+def test_an_engine_in_this_process_has_ranks_beside_it(comm: str, sizes: dict[str, int], tmp_path: Path) -> None:
     """And tells of one that dies: what runs ends with the reason, and so does all that comes after."""
     path = str(checkpoint("llama", tmp_path))
     asks: list[dict[str, Any]] = [
@@ -186,7 +231,7 @@ def test_an_engine_in_this_process_has_ranks_beside_it(comm: str, tmp_path: Path
     ]
     with Engine(model_path=path, **SMALL) as one:
         expected = [one.generate("hello world", ask)["output_ids"] for ask in asks]
-    with Engine(model_path=path, tp_size=2, tp_comm=comm, **SMALL) as engine:
+    with Engine(model_path=path, tp_comm=comm, **sizes, **SMALL) as engine:
         assert [engine.generate("hello world", ask)["output_ids"] for ask in asks] == expected
         (pid,) = ranks_of(os.getpid())
         ended: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
@@ -264,3 +309,62 @@ def test_a_server_of_two_ranks_answers_and_starts_again_after_the_death_of_one(t
         assert gone(third) and gone(rank)
     finally:
         server.close()
+
+
+@pytest.mark.slow
+@linux
+def test_a_rank_that_is_stopped_is_found_within_two_seconds(tmp_path: Path) -> None:
+    """Whichever it is, under load; all that ran is answered, nothing of it stays, and the server serves again."""
+    path = checkpoint("qwen3_moe", tmp_path)
+    before = shared_folders()
+    options = ("--dtype", "float32", "--ops", "reference", "--max-total-tokens", "2048", "--tp", "2", "--ep-size", "2")
+    server = Server(path, *options).wait_ready()
+    pids: list[int] = []
+    try:
+        expected = server.generate("hello world", 24).json()["output_ids"]
+        for which in (1, 0):
+            pids += stop_one(server, which)
+            eventually(lambda: server.get("/health").status_code == 200, 90)
+            assert server.generate("hello world", 24).json()["output_ids"] == expected
+        engine = server.engine_pid()
+        pids += [engine, *ranks_of(engine)]
+        assert len(pids) == len(set(pids)) == 6
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        eventually(lambda: all(gone(pid) for pid in pids), 5)
+        assert shared_folders() <= before
+    finally:
+        server.close()
+
+
+def test_what_killed_starts_have_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
+    for name, age in (("phloem-ranks-old", 7200), ("phloem-ranks-new", 60), ("another", 7200)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meeting").touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    sweep(tmp_path)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["another", "phloem-ranks-new"]
+
+
+def stop_one(server: Server, which: int) -> list[int]:
+    """Stop a rank of a server under load, whose requests are then answered; gives the processes of both ranks."""
+    engine = server.engine_pid()
+    pids = [engine, *ranks_of(engine)]
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    askers = [threading.Thread(target=lambda: answers.put(server.generate("a story", 450))) for _ in range(3)]
+    for asker in askers:
+        asker.start()
+    eventually(lambda: server.state()["running"] == 3)
+    stopped = time.monotonic()
+    os.kill(pids[which], signal.SIGSTOP)
+    for _ in askers:
+        answer = answers.get(timeout=10)
+        assert time.monotonic() - stopped < 2.5 and answer.status_code == 503, answer.text
+        assert "was stopped by a signal" in answer.text and answer.headers["retry-after"]
+        assert which == 0 or "rank 1 of 2" in answer.text
+    return pids
+
+
+def shared_folders() -> set[str]:
+    """What ranks share memory in, while they start."""
+    return {folder.name for folder in Path("/dev/shm").glob("phloem-ranks-*")}

@@ -52,8 +52,11 @@ class Engine:
         """In falling order and with holes, so that nobody can mistake a page number for a position."""
         return [self.free.pop(-1 - (number % 2)) for number in range(-(-tokens // PAGE))]
 
-    def step(self, rows: list[tuple[list[int], list[int], int]], every: bool = False) -> torch.Tensor:
-        """rows: (new tokens, pages, prefix length) -> logits of each row's last token, or of every token."""
+    def step(
+        self, rows: list[tuple[list[int], list[int], int]], every: bool = False, none: bool = False
+    ) -> torch.Tensor:
+        """rows: (new tokens, pages, prefix length) -> logits of each row's last token, or of every token. `none`: no
+        logits, but the hidden states of no row."""
         ids, positions, slots, starts = [], [], [], [0]
         for tokens, pages, prefix in rows:
             span = range(prefix, prefix + len(tokens))
@@ -75,12 +78,13 @@ class Engine:
             else self.state_rows(rows, starts)
             for group in self.pool.groups
         ]
-        index = None if every else torch.tensor(starts[1:]) - 1
+        index = None if every else torch.tensor([] if none else starts[1:], dtype=torch.int64) - 1
         step = ForwardBatch(
             torch.tensor(ids), torch.tensor(positions), begin(self.attention, batches, self.pool), index
         )
         with torch.inference_mode():
-            return self.model.head(self.model.forward(step))
+            hidden = self.model.forward(step)
+            return hidden if none else self.model.head(hidden)
 
     def state_rows(self, rows: list[tuple[list[int], list[int], int]], starts: list[int]) -> StateRows:
         """States stay as they are, one for each length that a text has had."""

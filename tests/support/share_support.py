@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from model_support import Engine
 from phloem.checkpoint.describe import Checkpoint
 from phloem.core.config import Config
 from phloem.core.errors import EngineDead
-from phloem.core.resolve import Decision
 from phloem.distributed.comm import Comm, Threads
+from phloem.distributed.groups import Groups
 from phloem.distributed.mesh import Mesh
-from phloem.engine.parallel import End, Team, Told, decode_told, encode_told
+from phloem.engine.parallel import End, Team, Told, decode_told, encode_told, mesh_of, ranks_of
+from phloem.engine.stages import Together
 from phloem.engine.worker import build_executor
+from phloem.launch.ranks import decision_of
 from phloem.testing.checkpoints import tiny_checkpoint
 
 SIZES: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
@@ -66,17 +68,21 @@ def checkpoint(name: str, path: Path) -> Path:
 
 def together(size: int, work: Callable[[Comm], Any]) -> list[Any]:
     """What `work` gives on each of `size` ranks in threads. Raises what the first rank to fail has raised."""
-    found: list[Any] = [None] * size
+    return _threads(Threads.group(size), work)
+
+
+def _threads(ends: Sequence[Any], work: Callable[[Any], Any]) -> list[Any]:
+    found: list[Any] = [None] * len(ends)
     errors: list[BaseException] = []
 
-    def run(comm: Threads) -> None:
+    def run(comm: Any) -> None:
         try:
             found[comm.rank] = work(comm)
         except BaseException as error:
             errors.append(error)
             comm.abort()
 
-    threads = [threading.Thread(target=run, args=(comm,), daemon=True) for comm in Threads.group(size)]
+    threads = [threading.Thread(target=run, args=(comm,), daemon=True) for comm in ends]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -87,35 +93,62 @@ def together(size: int, work: Callable[[Comm], Any]) -> list[Any]:
     return found
 
 
-def engine_of(path: Path, comm: Comm) -> Engine:
+def engine_of(path: Path, comm: Comm, ep: int = 1) -> Engine:
     """One rank's engine."""
-    return Engine(path, mesh=Mesh.of(comm.rank, tp=comm.size), comm=comm)
+    return Engine(path, mesh=Mesh.of(comm.rank, tp=comm.size, ep=ep), comm=comm)
+
+
+class Stages:
+    """One rank's model in a pipeline, with the face of the whole, called on all ranks together."""
+
+    def __init__(self, whole: Together) -> None:
+        self._whole = whole
+
+    def forward(self, step: Any) -> Any:
+        return self._whole.forward(step)
+
+    def head(self, hidden: Any) -> Any:
+        return self._whole.chosen(hidden, "logits")
+
+
+def engine_in(path: Path, groups: Groups, pp: int, tp: int, ep: int = 1) -> Engine:
+    """One rank's engine in a pipeline."""
+    engine = Engine(path, mesh=Mesh.of(groups.rank, pp=pp, tp=tp, ep=ep), comm=groups.tp)
+    engine.model = Stages(Together(engine.model, groups))  # pyright: ignore[reportAttributeAccessIssue]
+    return engine
+
+
+def staged(pp: int, tp: int, work: Callable[[Groups], Any]) -> list[Any]:
+    """As `together`, for the ranks of a pipeline."""
+    return _threads(Groups.threads(pp, tp), work)
 
 
 class ThreadRanks:
     """Ranks 1 and up of an engine in threads of this process (`launch.ranks.Ranks`)."""
 
     def __init__(self, config: Config, checkpoint: Checkpoint) -> None:
-        size = config.runtime.tp_size
-        comms = Threads.group(size)
+        size = ranks_of(config)
+        ends = Groups.threads(config.runtime.pp_size, config.runtime.tp_size)
         self.told: list[Told] = []  # all that was said
         self.error: BaseException | None = None
-        self._comm, self._lock = comms[0], threading.Lock()
+        self._lock = threading.Lock()
         self._boxes: list[queue.SimpleQueue[Told]] = [queue.SimpleQueue() for _ in range(size - 1)]
         ready = threading.Barrier(size)
-        decision = Decision("tp_size", size, "by threads")
-        self.team = Team(Mesh.of(0, tp=size), comms[0], self.tell, lambda: (ready.wait(60), None)[1], decision)
+        decision = decision_of(config, "threads", "one process")
+        self.team = Team(mesh_of(config, 0), ends[0], self.tell, lambda _: (ready.wait(60), None)[1], decision)
 
-        def run(comm: Comm, box: queue.SimpleQueue[Told]) -> None:
-            team = Team(Mesh.of(comm.rank, tp=size), comm, self.tell, lambda: (ready.wait(60), None)[1], decision)
+        def run(end: Groups, box: queue.SimpleQueue[Told]) -> None:
+            mesh = mesh_of(config, end.rank)
+            team = Team(mesh, end, self.tell, lambda _: (ready.wait(60), None)[1], decision)
             try:
                 build_executor(config, checkpoint, team, box.get).run(box.get)
             except BaseException as error:
                 self.error = error
                 ready.abort()
-                comm.abort()
+                for other in ends:
+                    other.abort()
 
-        pairs = zip(comms[1:], self._boxes, strict=True)
+        pairs = zip(ends[1:], self._boxes, strict=True)
         self.threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in pairs]
         for thread in self.threads:
             thread.start()

@@ -93,7 +93,7 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
         record |= {key: built.info[key] for key in ("device", "dtype", "kv_cache_dtype")}
         if not isinstance(built.runner, ModelRunner):
             raise BadRequest("steps are measured of models that generate")
-        decode = _Decode(built.runner, options)
+        decode = DecodeSteps(built.runner, options)
         if options.limits:
             return record | {"prefill": options.prefill} | _against_limits(built.runner, decode, options)
         if options.prefill:
@@ -103,7 +103,7 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
         built.runner.close()
 
 
-def _against_limits(runner: ModelRunner, decode: _Decode, options: Options) -> dict[str, Any]:
+def _against_limits(runner: ModelRunner, decode: DecodeSteps, options: Options) -> dict[str, Any]:
     work = _floors.work_of(runner.model, runner.pool)
 
     def prefill() -> None:
@@ -146,7 +146,7 @@ def _prefill(runner: Runner, tokens: int) -> dict[str, Any]:
     return {"prefill": tokens, "prefill_ms": best * 1e3, "prefill_tok_per_s": tokens / best}
 
 
-class _Decode:
+class DecodeSteps:
     """Decode steps of all rows, each launched while the one before it runs."""
 
     def __init__(self, runner: Runner, options: Options) -> None:
@@ -181,7 +181,7 @@ class _Decode:
         return (perf_counter() - begun) / self._steps
 
 
-def _traced(decode: _Decode, options: Options) -> dict[str, Any]:
+def _traced(decode: DecodeSteps, options: Options) -> dict[str, Any]:
     decode.run(0, WARM)
     begun = perf_counter()
     untraced = decode.run(WARM, options.steps)

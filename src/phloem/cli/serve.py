@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from phloem.cli._options import parse
-from phloem.launch.process import EngineProcess
+from phloem.launch.replicas import engine_of
 from phloem.server import start
 
 DESCRIPTION = "Serve a model behind the OpenAI API and the native API, by default on 127.0.0.1."
@@ -11,4 +11,4 @@ DESCRIPTION = "Serve a model behind the OpenAI API and the native API, by defaul
 
 def main(argv: list[str]) -> int:
     config, _ = parse("serve", argv, description=DESCRIPTION)
-    return start.run(config, lambda: EngineProcess(config))
+    return start.run(config, lambda: engine_of(config))

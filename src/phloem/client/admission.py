@@ -165,6 +165,9 @@ class Admission:
                     f"token_ids_logprob: token id {token} is not in [0, {self.info.vocab_size})",
                     param="token_ids_logprob",
                 )
+        if item.dp_rank is not None and not 0 <= item.dp_rank < self.info.replicas:
+            message = f"data_parallel_rank: {item.dp_rank} is not one of the {self.info.replicas} there are, from 0 on"
+            raise BadRequest(message, param="data_parallel_rank")
         if not -_INT32 <= item.priority <= _INT32:
             raise BadRequest(f"priority must fit 32 bits, got {item.priority}", param="priority")
         if item.stream_interval < 1:

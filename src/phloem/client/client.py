@@ -29,6 +29,7 @@ from phloem.core.messages import (
     Draw,
     EngineLink,
     FromEngine,
+    Lost,
     Painted,
     Reweighted,
     Stats,
@@ -144,7 +145,9 @@ class EngineClient:
             self.counters.on_stats(message)
         elif isinstance(message, Reweighted):
             self.unfit = message.unfit
-            self.flow.on_weights(message.version)
+            self.flow.on_weights(message.version, message.dp_rank)
+        elif isinstance(message, Lost):
+            self.flow.lose(message.ids, EngineDead(message.error))
 
     def _end(self, error: EngineDead, expected: bool) -> None:
         meant = expected or self.draining
@@ -294,4 +297,5 @@ def _submit_message(output: Continuation) -> Submit:
         audio=item.audio,
         arrival=time.time(),
         grammar_at_once=not item.reasons,
+        dp_rank=-1 if item.dp_rank is None else item.dp_rank,
     )

@@ -19,6 +19,7 @@ from phloem.core.messages import (
     Heartbeat,
     Progress,
     Ready,
+    Replica,
     Stats,
     Stopped,
     ToEngine,
@@ -92,6 +93,12 @@ class Connection:
             await self._changed.wait()
         return self.ready
 
+    @property
+    def replicas(self) -> list[Replica]:
+        """The engines that there are, one at least."""
+        several = [] if self._link is None or self.dead is not None else self._link.replicas
+        return several or [Replica(stats=self.stats, ready=self.ready, problem=self.dead)]
+
     def send(self, message: ToEngine) -> None:
         """Raises EngineDead; the link may know of its engine's end before anything was received."""
         if self.dead is not None or self._link is None:
@@ -151,7 +158,7 @@ class Connection:
             await asyncio.sleep(ALIVE_POLL)
         # A reason in the engine's own words is worth a moment.
         await asyncio.sleep(LAST_WORDS)
-        self.die("the engine process has ended")
+        self.die(link.end)
 
     def _deliver(self, message: FromEngine) -> bool:
         now = self.heard_at = time.monotonic()

@@ -85,6 +85,7 @@ class Continuation:
     hidden: list[bytes] = field(default_factory=list)  # per output token, float32
     version: str = ""  # of the weights that its next token is of
     spans: list[tuple[int, str]] = field(default_factory=list)  # (end, version) of tokens of other weights before
+    dp_rank: int = -1  # the replica that has it, once it has told; -1: there is but one
     pooled: bytes = b""  # float32: what a model that does not generate has made of the text
     decoder: StreamDecoder | None = None
     whole: bool = False  # nobody looks before the end: its text is made in one go
@@ -146,6 +147,8 @@ class Continuation:
         self.ids += chunk.tokens
         self.cached_tokens = chunk.cached_tokens or self.cached_tokens
         self.drafts = chunk.drafts or self.drafts
+        if chunk.dp_rank >= 0:
+            self.dp_rank = chunk.dp_rank
         if chunk.queue_seconds:
             self.queue_seconds = chunk.queue_seconds
         if chunk.logprobs is not None:

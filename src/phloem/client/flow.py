@@ -47,10 +47,12 @@ class Flow:
 
     # --- from the engine
 
-    def on_weights(self, version: str) -> None:
+    def on_weights(self, version: str, rank: int = -1) -> None:
+        """`rank`: of this replica's requests alone."""
         self.version = version
         for continuation in self.active.values():
-            continuation.reweighted(version)
+            if rank == -1 or continuation.dp_rank in (-1, rank):
+                continuation.reweighted(version)
 
     def on_tokens(self, message: Tokens, now: float) -> None:
         if message.rows is not None:
@@ -165,6 +167,17 @@ class Flow:
             continuation.live = False
             self._end_in_session(continuation, None)
             continuation.consumer.fail(error)
+
+    def lose(self, ids: list[str], error: PhloemError) -> None:
+        """The engine of these alone is gone; what belongs to the same calls is dropped."""
+        for key in ids:
+            continuation = self.active.get(key)
+            if continuation is None:
+                continue  # it went with another of its call
+            self._remove(continuation)
+            self._end_in_session(continuation, None)
+            continuation.consumer.fail(error)
+            self.drop_all([other for other in self.active.values() if other.consumer is continuation.consumer])
 
     def _abort(self, continuation: Continuation) -> None:
         with contextlib.suppress(EngineDead):

@@ -57,6 +57,7 @@ class ModelInfo:
     draws: bool = False  # pictures, and nothing else
     speech: Speech | None = None  # of a model that writes down what it hears
     decisions: tuple[tuple[str, Any, str], ...] = ()  # name, value, reason: the door's own choices
+    replicas: int = 1  # engines behind this door
     created: int = field(default_factory=lambda: int(time.time()))
 
     @staticmethod
@@ -78,6 +79,7 @@ class ModelInfo:
             features=features,
             pooling=checkpoint.pooling,
             draws=checkpoint.pictures is not None,
+            replicas=config.runtime.dp_size,
         )
 
     @property

@@ -54,6 +54,7 @@ class Item:
     stream_interval: int = 1
     reasons: bool = False  # a reasoning block may come first, and no constraint holds in it
     session: SessionStep | None = None
+    dp_rank: int | None = None  # the replica that it must go to
     thinking_budget: int | None = None  # tokens of reasoning
     pooled: bool = False  # for a model that does not generate
     second: int = 0  # token at which the second text of a pair begins

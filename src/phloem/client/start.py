@@ -38,6 +38,8 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
         features |= {"hidden_states"}
     if config.lora.enable_lora or config.lora.lora_paths:
         features |= {"lora"}
+    if config.runtime.dp_size > 1:
+        features |= {"data_parallel"}
     info = ModelInfo.of(checkpoint, config, features)
     if model.skip_tokenizer_init or info.draws:
         return EngineClient(None, None, info), info, checkpoint

@@ -36,6 +36,7 @@ CpuLevel = Literal["auto", "portable", "avx2", "avx512", "amx"]
 LogprobsMode = Literal["raw", "temperature"]
 ModelImpl = Literal["auto", "phloem", "transformers"]
 TpComm = Literal["auto", "shm", "gloo"]
+LoadBalance = Literal["auto", "round_robin", "total_requests", "total_tokens"]
 Task = Literal["auto", "generate", "embed", "classify", "score", "tokens"]
 
 
@@ -108,6 +109,18 @@ class RuntimeConfig:
     )
     tp_size: int = opt(
         1, "Ranks that share each layer out, a process each (`docs/parallel.md`).", "tp", "tensor_parallel_size"
+    )
+    ep_size: int = opt(
+        1, "Ranks of tp_size that have different experts; the rest share each expert out.", "ep", "expert_parallel_size"
+    )
+    pp_size: int = opt(
+        1, "Stages that the layers are shared out among, each of tp_size ranks.", "pp", "pipeline_parallel_size"
+    )
+    dp_size: int = opt(
+        1, "Replicas of the model behind one door, each with all of its ranks.", "dp", "data_parallel_size"
+    )
+    load_balance_method: LoadBalance = opt(
+        "auto", "Which replica a request goes to: in turn, or by requests or tokens; auto: tokens, and known prefixes."
     )
     tp_comm: TpComm = opt("auto", "By what ranks meet: memory that they share (shm), or gloo.")
     cpu_level: CpuLevel = opt(
@@ -320,10 +333,15 @@ class Config:
 _NOT_THERE = {
     name: f"there is no {what}"
     for what, names in {
-        "pipeline parallelism": "pp_size pp pipeline_parallel_size pp_async_batch_depth pp_max_micro_batch_size",
-        "expert parallelism": "ep_size ep expert_parallel_size enable_expert_parallel enable_eplb moe_a2a_backend",
-        "data parallelism inside a server (`phloem router` stands before several)": (
-            "dp_size dp data_parallel_size attn_dp_size enable_dp_attention load_balance_method"
+        "second batch in a pipeline": "pp_async_batch_depth pp_max_micro_batch_size enable_dynamic_chunking",
+        "other way of experts than --ep-size, by which every rank sees all tokens": (
+            "enable_expert_parallel enable_eplb moe_a2a_backend all2all_backend ep_num_redundant_experts eplb_config "
+            "init_expert_location ep_dispatch_algorithm deepep_mode"
+        ),
+        "data parallelism of attention alone": "attn_dp_size enable_dp_attention",
+        "data parallelism over several machines": (
+            "data_parallel_size_local data_parallel_address data_parallel_rpc_port data_parallel_start_rank "
+            "data_parallel_hybrid_lb data_parallel_external_lb"
         ),
         "context parallelism": (
             "cp_size attn_cp_size dcp_size decode_context_parallel_size prefill_context_parallel_size"
@@ -339,7 +357,7 @@ def refuse_missing(name: str) -> None:
     """Raises ConfigError for an option of other engines that is knowingly not there."""
     key = name.replace("-", "_")
     if key in _NOT_THERE:
-        raise ConfigError(f"{name}: {_NOT_THERE[key]}; a model is shared out by tp_size alone", param=name)
+        raise ConfigError(f"{name}: {_NOT_THERE[key]}; docs/parallel.md says what there is", param=name)
 
 
 def flat_fields() -> dict[str, tuple[str, Any]]:
@@ -382,6 +400,9 @@ _POSITIVE = (
     "grammar_timeout",
     "threads",
     "tp_size",
+    "ep_size",
+    "pp_size",
+    "dp_size",
     "image_step_tokens",
     "piecewise_graph_max_tokens",
     "max_body_bytes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -48,6 +49,7 @@ class Submit(Message):
     adapter: str = ""  # the name of the one that it is computed with; "": none
     media: list[Media] = []  # pictures, whose tokens are those of `core.media.with_content`
     grammar_at_once: bool = False  # a constraint holds from the first token, also where the model could reason before
+    dp_rank: int = -1  # the replica that it must go to; -1: whichever
 
 
 class Draw(Message):
@@ -125,6 +127,7 @@ class Chunk(msgspec.Struct, omit_defaults=True, kw_only=True):
     # one, two, ... of them were accepted.
     drafts: list[int] = []
     hidden: list[bytes] = []  # per token, little-endian float32: the last layer's state that it was chosen from
+    dp_rank: int = -1  # the replica that it is of, where there are several
 
 
 class Tokens(Message):
@@ -198,6 +201,14 @@ class Reweighted(Message):
 
     version: str
     unfit: str = ""  # why the weights cannot serve; "": they can
+    dp_rank: int = -1  # of this replica alone
+
+
+class Lost(Message):
+    """These requests have ended with the replica that had them; others go on."""
+
+    ids: list[str]
+    error: str
 
 
 class ControlReply(Message):
@@ -240,7 +251,9 @@ class Heartbeat(Message):
 
 
 ToEngine = Submit | Draw | Abort | Control | Drain
-FromEngine = Tokens | Painted | Stats | Reweighted | ControlReply | Progress | Ready | Failed | Stopped | Heartbeat
+FromEngine = (
+    Tokens | Painted | Stats | Reweighted | Lost | ControlReply | Progress | Ready | Failed | Stopped | Heartbeat
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)
@@ -281,6 +294,20 @@ def decode_from_engine(data: bytes) -> FromEngine:
     return _from_engine.decode(data)
 
 
+@dataclass
+class Replica:
+    """One engine of those behind a link, as the door sees it.
+
+    `in_flight`: requests that it has; None: all that the door has. `problem`: why it does not serve.
+    """
+
+    rank: int = 0
+    stats: Stats = field(default_factory=Stats)
+    ready: dict[str, Any] | None = None
+    in_flight: int | None = None
+    problem: str | None = None
+
+
 class EngineLink:
     """What the door holds of an engine, in this process or another (`launch/` makes one; tests fake one).
 
@@ -303,6 +330,16 @@ class EngineLink:
     def alive(self) -> bool:
         raise NotImplementedError
 
+    @property
+    def end(self) -> str:
+        """Why it is not alive, as far as the link knows."""
+        return "the engine process has ended"
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """The engines behind a link that has several; empty where it is the link of one."""
+        return []
+
     def close(self) -> None:
         raise NotImplementedError
 
@@ -320,10 +357,12 @@ __all__ = [
     "FromEngine",
     "Heartbeat",
     "Logprobs",
+    "Lost",
     "Message",
     "Painted",
     "Progress",
     "Ready",
+    "Replica",
     "Reweighted",
     "Stats",
     "Stopped",

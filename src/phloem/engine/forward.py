@@ -35,8 +35,14 @@ class Way(Protocol):
         ...
 
 
+class Passes(Protocol):
+    """What has a forward pass: a model, or all ranks' shares of one."""
+
+    def forward(self, step: ForwardBatch, /) -> Tensor: ...
+
+
 def run_forward(
-    model: Model, backend: AttentionBackend, pool: KVPool, inputs: StepInputs, index: Tensor | None
+    model: Passes, backend: AttentionBackend, pool: KVPool, inputs: StepInputs, index: Tensor | None
 ) -> Tensor:
     """One forward pass, eagerly: hidden states of the rows `index` (None: of all tokens)."""
     memory = begin(backend, inputs.rows(), pool)

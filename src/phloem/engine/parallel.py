@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -19,16 +19,18 @@ import torch
 
 from phloem.core.batch import Batch
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
-from phloem.distributed.mesh import Mesh
+from phloem.distributed.mesh import Mesh, some_sizes
 from phloem.engine.around import RunnerAround
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import Step
 from phloem.engine.memory import first_line
+from phloem.engine.stages import Kind, Together
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
 from phloem.models import build_model
+from phloem.models._common import Decoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -42,10 +44,9 @@ if TYPE_CHECKING:
     from phloem.core.config import Config
     from phloem.core.memory import MemorySpec
     from phloem.core.resolve import Decision
-    from phloem.distributed.comm import Comm
+    from phloem.distributed.groups import Groups
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, ForwardBatch
-    from phloem.models import Model
 
 T = TypeVar("T")
 
@@ -83,7 +84,7 @@ class Chosen(msgspec.Struct, frozen=True, tag=True):
     """Hidden states of `rows` positions come by the comm: their logits, or their most likely tokens, are wanted."""
 
     rows: int
-    kind: Literal["logits", "greedy"]
+    kind: Kind
 
 
 class End(msgspec.Struct, frozen=True, tag=True):
@@ -101,13 +102,38 @@ class Team:
     """A rank among those that share a model out, while it is built. Of rank 0, `tell` reaches all the others."""
 
     mesh: Mesh
-    comm: Comm
+    groups: Groups
     tell: Callable[[Told], None]
-    loaded: Callable[[], None]  # rank 0: wait until every rank has its weights; the others: say so
+    loaded: Callable[[int], None]  # with the bytes read. Rank 0: wait until all have their weights; the others: say so
     decision: Decision
 
 
 _POSITIONS = 64  # tables of rotations are built for so many: nobody looks into them
+
+
+def ranks_of(config: Config) -> int:
+    """How many processes one model is shared out among."""
+    return config.runtime.pp_size * config.runtime.tp_size
+
+
+def mesh_of(config: Config, rank: int) -> Mesh:
+    """A rank's place. Raises ConfigError for an `ep_size` that does not divide `tp_size`."""
+    runtime = config.runtime
+    if runtime.tp_size % runtime.ep_size:
+        valid = some_sizes(runtime.tp_size, runtime.tp_size)
+        raise ConfigError(
+            f"ep_size {runtime.ep_size}: experts are shared out among the {runtime.tp_size} ranks of tp_size; valid: "
+            f"{valid}",
+            param="ep_size",
+        )
+    return Mesh.of(rank, pp=runtime.pp_size, tp=runtime.tp_size, ep=runtime.ep_size)
+
+
+def option_of(config: Config) -> tuple[str, int]:
+    """The option that asks for several ranks, and its value."""
+    runtime = config.runtime
+    sizes = {"tp_size": runtime.tp_size, "pp_size": runtime.pp_size, "ep_size": runtime.ep_size}
+    return next(((name, size) for name, size in sizes.items() if size > 1), ("tp_size", 1))
 
 
 def refuse(config: Config, checkpoint: Checkpoint) -> None:
@@ -117,7 +143,8 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
         ConfigError: something that one rank alone does.
         ModelLoadError: sizes that cannot be shared out, with those that could.
     """
-    size = config.runtime.tp_size
+    name, size = option_of(config)
+    meshes = [mesh_of(config, rank) for rank in range(0, ranks_of(config), config.runtime.tp_size)]
     reasons = {
         "diffusion pipelines run on one rank": checkpoint.pictures is not None,
         "models that do not generate run on one rank": checkpoint.pooling is not None,
@@ -125,7 +152,8 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
         "adapters are served on one rank (enable_lora, lora_paths)": config.lora.enable_lora
         or bool(config.lora.lora_paths),
         "sums over ranks are not the same bits for every tp_size (ops invariant, enable_deterministic_inference)": (
-            config.runtime.enable_deterministic_inference or config.runtime.ops == "invariant"
+            config.runtime.tp_size > 1
+            and (config.runtime.enable_deterministic_inference or config.runtime.ops == "invariant")
         ),
         "random weights would differ from rank to rank (load_format dummy)": config.model.load_format == "dummy",
         "a model that takes pictures or sound runs on one rank": "vision_config" in checkpoint.config
@@ -134,10 +162,19 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
     }
     for reason, found in reasons.items():
         if found:
-            raise ConfigError(f"tp_size {size}: {reason}", param="tp_size")
+            raise ConfigError(f"{name} {size}: {reason}", param=name)
     # A share without weights says whether the sizes divide, before any process is started.
-    ctx = BuildContext(Ops(), torch.bfloat16, torch.device("meta"), mesh=Mesh.of(0, tp=size))
-    build_model(checkpoint.model_type, checkpoint.config, ctx, _POSITIONS)
+    for mesh in meshes:
+        ctx = BuildContext(Ops(), torch.bfloat16, torch.device("meta"), mesh=mesh)
+        built = build_model(checkpoint.model_type, checkpoint.config, ctx, _POSITIONS)
+        if config.runtime.ep_size > 1 and not has_experts(built):
+            message = f"ep_size {config.runtime.ep_size}: {checkpoint.model_type} has no experts"
+            raise ConfigError(message, param="ep_size")
+
+
+def has_experts(model: Any) -> bool:
+    """Whether there are experts among a model's weights."""
+    return not isinstance(model, Decoder) or any(weight.experts for weight in model.weights())
 
 
 def pack(batch: Batch) -> Plan:
@@ -186,7 +223,7 @@ class LostStep(EngineDead):
 
 
 @contextlib.contextmanager
-def _all_or_none(comm: Comm) -> Generator[None]:
+def _all_or_none(groups: Groups) -> Generator[None]:
     """Around what all ranks compute together. Raises LostStep for whatever goes wrong on rank 0, for lack of memory
     too: the step cannot be undone on the others, so that nobody may go on."""
     try:
@@ -196,7 +233,7 @@ def _all_or_none(comm: Comm) -> Generator[None]:
         raise
     except Exception as error:
         why = first_line(error)
-    comm.abort()
+    groups.abort()
     raise LostStep(f"rank 0 failed within a step: {why}")
 
 
@@ -206,8 +243,9 @@ class LeadingModel:
     The forward pass itself is begun by `Leading`, which knows the step.
     """
 
-    def __init__(self, model: Model, comm: Comm, tell: Callable[[Told], None]) -> None:
-        self._model, self._comm, self._tell = model, comm, tell
+    def __init__(self, whole: Together, team: Team) -> None:
+        self._whole, self._groups, self._tell, self._ranks = whole, team.groups, team.tell, team.mesh.size
+        model = self._model = whole.model
         self.attention_specs: list[AttentionSpec] = model.attention_specs
         self.memory: list[MemorySpec] = model.memory
         self.vocab_size, self.hidden_size = model.vocab_size, model.hidden_size
@@ -218,15 +256,13 @@ class LeadingModel:
         return self._model.weight_bytes
 
     def forward(self, step: ForwardBatch) -> Tensor:
-        return self._model.forward(step)
+        return self._whole.forward(step)
 
     def head(self, hidden_LD: Tensor, /) -> Tensor:
-        with _all_or_none(self._comm):
-            return self._model.head(self._shown(hidden_LD, "logits"))
+        return self._chosen(hidden_LD, "logits")
 
     def greedy(self, hidden_LD: Tensor, /) -> Tensor:
-        with _all_or_none(self._comm):
-            return self._model.greedy(self._shown(hidden_LD, "greedy"))
+        return self._chosen(hidden_LD, "greedy")
 
     def best(
         self, hidden_LD: Tensor, k: int, scale_LJ: Tensor | None, norms: int, /
@@ -234,12 +270,13 @@ class LeadingModel:
         """None: whole rows are gathered."""
         del hidden_LD, k, scale_LJ, norms
 
-    def _shown(self, hidden_LD: Tensor, kind: Literal["logits", "greedy"]) -> Tensor:
-        self._tell(Chosen(len(hidden_LD), kind))
-        return self._comm.broadcast(hidden_LD.contiguous())
+    def _chosen(self, hidden_LD: Tensor, kind: Kind) -> Tensor:
+        with _all_or_none(self._groups):
+            self._tell(Chosen(len(hidden_LD), kind))
+            return self._whole.chosen(hidden_LD, kind)
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:
-        raise BadRequest(f"weights are shared out among {self._comm.size} ranks: they are not changed while they serve")
+        raise BadRequest(f"weights are shared out among {self._ranks} ranks: they are not changed while they serve")
 
     def checkpoint_name(self, name: str, /) -> str | None:
         return self._model.checkpoint_name(name)
@@ -248,21 +285,21 @@ class LeadingModel:
         return self._model.weight_names()
 
     def get_weight(self, name: str, rows: int | None = None, /) -> Tensor:
-        raise BadRequest(f"weights are shared out among {self._comm.size} ranks (tp_size): no rank has a whole one")
+        raise BadRequest(f"weights are shared out among {self._ranks} ranks (tp_size): no rank has a whole one")
 
 
 class Leading:
     """Rank 0's way of running steps (`forward.Way`): eagerly, with all ranks."""
 
-    def __init__(self, model: Model, backend: AttentionBackend, pool: KVPool, team: Team) -> None:
-        self._model, self._backend, self._pool, self._team = model, backend, pool, team
+    def __init__(self, whole: Together, backend: AttentionBackend, pool: KVPool, team: Team) -> None:
+        self._whole, self._backend, self._pool, self._team = whole, backend, pool, team
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor:
         inputs, batch = step.inputs, step.batch
         self._team.tell(Go(batch.step, batch.epoch, inputs.input_ids.numpy().tobytes()))
         ready()
-        with _all_or_none(self._team.comm):
-            return run_forward(self._model, self._backend, self._pool, inputs, inputs.logit_index)
+        with _all_or_none(self._team.groups):
+            return run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)
 
 
 class ParallelRunner(RunnerAround):
@@ -288,8 +325,8 @@ class ParallelRunner(RunnerAround):
 class Executor:
     """A rank that is not the first: runs what it is told, and holds no state of requests."""
 
-    def __init__(self, model: Model, backend: AttentionBackend, pool: KVPool, ops: Ops, slots: int, comm: Comm) -> None:
-        self._model, self._backend, self._pool, self._comm = model, backend, pool, comm
+    def __init__(self, whole: Together, backend: AttentionBackend, pool: KVPool, ops: Ops, slots: int) -> None:
+        self._whole, self._backend, self._pool = whole, backend, pool
         self._last = LastTokens(slots, pool.device, True, None, ops)
         self._plans: list[Batch] = []
         self._hidden_LN: Tensor | None = None
@@ -314,9 +351,8 @@ class Executor:
             raise ValueError(f"step {told.step} was never planned")
         batch = replace(batch, input_ids=np.frombuffer(told.ids, np.int64).astype(np.int32))
         inputs = Step(batch, Wanted.of(batch), self._pool, self._last).inputs
-        self._hidden_LN = run_forward(self._model, self._backend, self._pool, inputs, inputs.logit_index)
+        self._hidden_LN = run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)
 
     def _choose(self, told: Chosen) -> None:
         assert self._hidden_LN is not None, "rows of no step"
-        hidden_LN = self._comm.broadcast(self._hidden_LN.new_empty((told.rows, self._hidden_LN.shape[1])))
-        (self._model.head if told.kind == "logits" else self._model.greedy)(hidden_LN)
+        self._whole.chosen(self._hidden_LN.new_empty((told.rows, self._hidden_LN.shape[1])), told.kind)

@@ -15,7 +15,7 @@ from phloem.kvcache.lease import SLOTS
 from phloem.kvcache.pool import KVPool
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     import torch
 
@@ -92,13 +92,18 @@ class Shares:
 
 
 def shares(
-    memory: Sequence[MemorySpec], groups: Sequence[Group], dtype: torch.dtype, size: int, load: Load
+    memory: Sequence[MemorySpec],
+    groups: Sequence[Group],
+    dtype: torch.dtype,
+    size: int,
+    load: Load,
+    stages: Sequence[Collection[int]] = (),
 ) -> list[Shares]:
     """The ways to divide: with the widest windows as large as the first group, none of them to all.
 
     Whichever gives the first group more tokens is right: a window needs no more pages than everything does.
     """
-    each = KVPool.bytes_per_token(memory, dtype)
+    each = KVPool.bytes_per_token(memory, dtype, stages)
     unit = tuple(count * (1 if group.kind == "state" else size) for count, group in zip(each, groups, strict=True))
     windows = [number for number, group in enumerate(groups) if number and group.kind == "pages"]
     return [_share(tuple(groups), unit, size, load, set(windows[:capped])) for capped in range(len(windows) + 1)]

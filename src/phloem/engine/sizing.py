@@ -53,6 +53,7 @@ class Need:
     chunk: int  # tokens of a step
     graphs: bool  # whether steps may be recorded
     kv_scales: Mapping[int, LayerScales] = field(default_factory=dict)
+    stages: tuple[frozenset[int], ...] = ()  # of a pipeline: the memory of each one's layers, by pool index
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Sizing:
 
 
 def size_pool(cache: CacheConfig, platform: Platform, need: Need, weights: int, ranks: int = 1) -> Sizing:
-    """Measure, and divide the memory. `weights`: their bytes on the device, loaded already. `ranks`: all of which have
-    loaded theirs, and take of the same memory.
+    """Measure, and divide the memory. `weights`: their bytes on the device, loaded already. `ranks`: all
+    processes that take of the same memory.
 
     Raises:
         ConfigError: if the largest step, or one request of the context length, does not fit.
@@ -107,7 +108,7 @@ def _divide(cache: CacheConfig, need: Need, facts: MemoryFacts, graph_bytes: int
     load = Load(need.running, need.chunk, need.context)
     best: Sizing | None = None
     refused: ConfigError | None = None
-    for share in shares(memory, groups_of(memory), need.kv_dtype, need.page_size, load):
+    for share in shares(memory, groups_of(memory), need.kv_dtype, need.page_size, load, need.stages):
         own = replace(facts, bytes_per_token=share.bytes_per_token, fixed=share.fixed_bytes)
         try:
             pool = resolve.pool_tokens(cache, own, need.page_size, need.context, need.running)

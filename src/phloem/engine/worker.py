@@ -23,11 +23,12 @@ from phloem.core.resolve import Decision
 from phloem.engine import drafting as drafts
 from phloem.engine import warm
 from phloem.engine.media import Desk
-from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages
+from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, option_of, ranks_of
 from phloem.engine.pooled import PooledRunner
 from phloem.engine.recorded import choice
 from phloem.engine.runner import ModelRunner
 from phloem.engine.sizing import Need, size_pool
+from phloem.engine.stages import Together
 from phloem.kernels.ops import Ops
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
@@ -114,8 +115,8 @@ def build(
         ConfigError: a setting that this machine or model cannot serve.
         ModelLoadError: the checkpoint is missing something or is corrupt.
     """
-    if team is None and config.runtime.tp_size > 1:
-        raise ConfigError("tp_size: this runs on one rank alone", param="tp_size")
+    if team is None and ranks_of(config) > 1:
+        raise ConfigError(f"{option_of(config)[0]}: this runs on one rank alone", param="tp_size")
     phase = _Phase(report)
     decisions: list[Decision] = []
     context = _take(decisions, resolve.context_length(config.model.context_length, checkpoint.context_length))
@@ -140,13 +141,13 @@ def build(
 
 
 def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) -> _Machine:
-    ranks = config.runtime.tp_size
-    threads = _take(decisions, resolve.threads(config.runtime.threads, max(1, available_cores() // ranks)))
+    ranks, processes = ranks_of(config), ranks_of(config) * config.runtime.dp_size
+    threads = _take(decisions, resolve.threads(config.runtime.threads, max(1, available_cores() // processes)))
     platform, chosen = platforms.choose(config.runtime.device, threads)
     decisions.append(chosen)
     if ranks > 1 and not platform.facts.on_host:
         why = f"ranks run on the processors of one machine, not on {platform.name}"
-        raise ConfigError(f"tp_size {ranks}: {why}", param="tp_size")
+        raise ConfigError("{} {}: {}".format(*option_of(config), why), param="tp_size")
     if platform.facts.on_host:
         decisions += cpu.level(config.runtime.cpu_level)
     asked_ops = config.runtime.ops or ("invariant" if config.runtime.enable_deterministic_inference else None)
@@ -162,7 +163,7 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     running = _take(decisions, resolve.running_requests(asked, usual, platform.name))
     chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
     mixed = _take(decisions, resolve.mixed_chunk(platform.default_mixed_chunk, chunk))
-    eager = f"tp_size {ranks}: ranks meet within a step" if ranks > 1 else ""
+    eager = "{} {}: ranks meet within a step".format(*option_of(config)) if ranks > 1 else ""
     return _Machine(platform, ops, dtype, running, chunk, mixed, eager)
 
 
@@ -189,21 +190,24 @@ def _build(
     model = _loaded(config, checkpoint, machine, decisions, team)
     sites = served.sites(config.lora, model, ops, dtype, platform.facts.on_host, decisions)
     if team is not None:
-        team.loaded()
+        team.loaded(_read(model))
     helper = None if beside is None else beside(model, BuildContext(ops, dtype, platform.device), context)
     phase.end("weights")
 
     kept = _kept(config, checkpoint, machine, model, decisions)
     kv_dtype, scales, backend, page = kept.dtype, kept.scales, kept.backend, kept.page
     recorded = ops.recorder is not None and not config.runtime.disable_step_graph and not machine.eager
-    need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales)
+    stage = model.stage if isinstance(model, Decoder) else None
+    stages = () if stage is None else stage.pools
+    need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales, stages)
     if warming is not None:
         warming.finish(need, platform.device, decisions)
         phase.end("kernels")
     weights = min(_taken(model, sites, platform) + drafts.taken(helper), free)
-    sizing = size_pool(config.cache, platform, need, weights, config.runtime.tp_size)
+    sizing = size_pool(config.cache, platform, need, weights, ranks_of(config) * config.runtime.dp_size)
     decisions += sizing.decisions
-    pool = KVPool(model.memory, sizing.num_pages, page, kv_dtype, platform.device, scales)
+    own = None if stage is None else stage.own
+    pool = KVPool(model.memory, sizing.num_pages, page, kv_dtype, platform.device, scales, own)
     sharing = _sharing(config, backend, decisions)
     left, shares = platform.memory()[0], sharing is not None
     more = sizing.graph_bytes, shares, sites is not None, machine.eager
@@ -221,7 +225,8 @@ def _build(
     leading, led = None, model
     if team is not None:
         team.tell(Pages(sizing.num_pages, kept.facts(checkpoint)))
-        led, leading = LeadingModel(model, team.comm, team.tell), Leading(model, backend, pool, team)
+        whole = Together(model, team.groups)
+        led, leading = LeadingModel(whole, team), Leading(whole, backend, pool, team)
     runner = ModelRunner(
         led, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
@@ -296,17 +301,18 @@ def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: 
     machine = _machine(config, checkpoint, decisions)
     model = _loaded(config, checkpoint, machine, decisions, team)
     kept = _kept(config, checkpoint, machine, model, decisions)
-    team.loaded()
+    team.loaded(_read(model))
     told = receive()
     if not isinstance(told, Pages):
         raise ConfigError("rank 0 ended its start", param="tp_size")
     mine = kept.facts(checkpoint)
     other = [f"{what} {mine[what]}, rank 0 has {value}" for what, value in told.facts.items() if mine[what] != value]
     if other:
-        raise ConfigError(f"rank {team.comm.rank}: {'; '.join(other)}", param="tp_size")
+        raise ConfigError(f"rank {team.groups.rank}: {'; '.join(other)}", param="tp_size")
     device = machine.platform.device
-    pool = KVPool(model.memory, told.num_pages, kept.page, kept.dtype, device, kept.scales)
-    return Executor(model, kept.backend, pool, machine.ops, machine.running, team.comm)
+    own = model.stage.own if isinstance(model, Decoder) and model.stage is not None else None
+    pool = KVPool(model.memory, told.num_pages, kept.page, kept.dtype, device, kept.scales, own)
+    return Executor(Together(model, team.groups), kept.backend, pool, machine.ops, machine.running)
 
 
 def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[LastTokens], Desk] | None:
@@ -315,6 +321,10 @@ def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[Las
         return None
     budget = parse_bytes(config.media.mm_encoder_cache, "mm_encoder_cache")
     return lambda last: Desk(tower, ops, running, budget, last.up)
+
+
+def _read(model: Model) -> int:
+    return model.bytes_read if isinstance(model, Decoder) else 0
 
 
 def _tower(model: Model) -> Tower | None:
@@ -395,7 +405,7 @@ def _loaded(
     method = quant.method_for(config.model.quantization, checkpoint.stored)
     ctx = BuildContext(machine.ops, machine.dtype, platform.device, quant=method, stager=stager)
     if team is not None:
-        ctx = replace(ctx, mesh=team.mesh, comm=team.comm)
+        ctx = replace(ctx, mesh=team.mesh, comm=team.groups.tp)
     try:
         if not own:
             trust = config.model.trust_remote_code

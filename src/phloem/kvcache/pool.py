@@ -13,11 +13,12 @@ import torch
 
 from phloem.core.memory import groups_of
 from phloem.kvcache.layouts import layout_of
+from phloem.kvcache.layouts._storage import Tensors
 from phloem.platforms._facts import in_host_memory
 from phloem.utils import memory as system
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -61,7 +62,9 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
         scales: Mapping[int, tuple[Sequence[float], Sequence[float]]] | None = None,
+        own: Collection[int] | None = None,
     ) -> None:
+        """`own`: the layers of this rank, by pool index; None: all. The others have no storage here."""
         self.memory = tuple(memory)
         self.groups = groups_of(memory)
         if len(num_pages) != len(self.groups):
@@ -75,6 +78,8 @@ class KVPool:
         none = torch.empty(0, dtype=dtype, device=device)
         made = [
             layout_of(spec, dtype).make(num_pages[self.group_of[layer]], page_size, device)
+            if own is None or layer in own
+            else Tensors(())
             for layer, spec in enumerate(memory)
         ]
         self._stored: list[Tensor] = [tensor for layer in made for tensor in layer.stored]
@@ -111,8 +116,13 @@ class KVPool:
         return sum(tensor.nbytes for tensor in self._stored)
 
     @staticmethod
-    def bytes_per_token(memory: Sequence[MemorySpec], dtype: torch.dtype) -> tuple[int, ...]:
-        """For each group what one token's pages take over its layers, or of states one slot."""
+    def bytes_per_token(
+        memory: Sequence[MemorySpec], dtype: torch.dtype, stages: Sequence[Collection[int]] = ()
+    ) -> tuple[int, ...]:
+        """For each group what one token's pages take over its layers, or of states one slot. `stages`: the layers of
+        each, by pool index; the most that one of them has counts."""
+        parts = stages or (range(len(memory)),)
         return tuple(
-            sum(layout_of(memory[layer], dtype).bytes for layer in group.layers) for group in groups_of(memory)
+            max(sum(layout_of(memory[layer], dtype).bytes for layer in group.layers if layer in part) for part in parts)
+            for group in groups_of(memory)
         )

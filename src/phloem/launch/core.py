@@ -74,7 +74,7 @@ class EngineCore:
     def __init__(self, config: Config, checkpoint: Checkpoint, send: Send, ranks: Ranks | None = None) -> None:
         """`ranks`: the others of several; None: they are started here, if more than one is asked for."""
         self._ranks = ranks
-        if ranks is None and config.runtime.tp_size > 1:
+        if ranks is None and parallel.ranks_of(config) > 1:
             self._ranks = RankProcesses(config)
         try:
             self._build(config, checkpoint, send)
@@ -97,7 +97,7 @@ class EngineCore:
         beside = assemble.beside(drafts, checkpoint) if team is None else None
         built = worker.build(config, checkpoint, report, team, beside)
         self.runner = built.runner
-        runner, speculates = _drafting(drafts, built, config.runtime.tp_size)
+        runner, speculates = _drafting(drafts, built, config)
         if team is not None:
             runner = parallel.ParallelRunner(runner, team.tell)
         self._watchdog = Watchdog(built.runner, config.schedule.watchdog_timeout)
@@ -205,14 +205,15 @@ def _cache(config: Config, checkpoint: Checkpoint, built: Built) -> CacheManager
     )
 
 
-def _drafting(drafts: speculation.Wanted, built: Built, ranks: int) -> tuple[Runner, bool]:
+def _drafting(drafts: speculation.Wanted, built: Built, config: Config) -> tuple[Runner, bool]:
     """The runner, perhaps with drafts, and whether it has them. Raises ConfigError for a drafter that cannot serve."""
     runner = built.runner
     if not isinstance(runner, ModelRunner):
         built.decisions.append(assemble.without(drafts, "the model does not generate"))
         return runner, False
     why = "" if built.sites is None else "beside adapters, drafts have not been shown to change no bit"
-    why = why if ranks == 1 else f"drafts are verified on one rank, and tp_size is {ranks}"
+    one = parallel.ranks_of(config) == 1
+    why = why if one else "drafts are verified on one rank, and {} is {}".format(*parallel.option_of(config))
     drafter, decided = assemble.decide(drafts, runner, why)
     built.decisions.append(decided)
     return assemble.around(drafts, runner, drafter), drafter != speculation.NONE
@@ -313,7 +314,7 @@ def serve(
 ) -> None:
     """Build, run and close an engine; whatever ends it is told to the door."""
     try:
-        if config.runtime.tp_size > 1:
+        if max(parallel.ranks_of(config), config.runtime.ep_size) > 1:
             parallel.refuse(config, checkpoint)
         kind = EngineCore if checkpoint.pictures is None else PictureCore
         core = kind(config, checkpoint, send)

@@ -19,6 +19,7 @@ from phloem.core.errors import EngineDead
 from phloem.core.messages import EngineLink, FromEngine, ToEngine, decode_from_engine, encode
 from phloem.utils import machine
 from phloem.utils.ipc import DoorPipe
+from phloem.utils.processes import Stopped
 
 if TYPE_CHECKING:
     from phloem.core.config import Config
@@ -40,6 +41,10 @@ class EngineProcess(EngineLink):
 
     def __init__(self, config: Config) -> None:
         self.started = perf_counter()
+        runtime = config.runtime
+        # Of several, one that is stopped holds up the others; one alone is waited for (`engine_hang_timeout`).
+        several = max(runtime.tp_size, runtime.pp_size, runtime.dp_size) > 1
+        self._stopped = Stopped() if several else None
         self._pipe = DoorPipe()
         theirs = self._pipe.theirs.fileno()
         order = {"config": config.flat(), "pipe": theirs, "parent": os.getpid()}
@@ -60,7 +65,9 @@ class EngineProcess(EngineLink):
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        if self._process.poll() is not None:
+            return False
+        return self._stopped is None or not self._stopped.seen(self._process.pid)
 
     def send(self, message: ToEngine) -> None:
         if not self.alive:
@@ -78,8 +85,15 @@ class EngineProcess(EngineLink):
                 await asyncio.sleep(EXIT_SECONDS / EXIT_LOOKS)
             raise EngineDead(self._reason()) from None
 
+    @property
+    def end(self) -> str:
+        return self._reason()
+
     def _reason(self) -> str:
-        return f"the engine process {_describe_exit(self._process.poll())}"
+        code = self._process.poll()
+        if code is None and not self.alive:
+            return f"the engine process ({self.pid}) was stopped by a signal"
+        return f"the engine process {_describe_exit(code)}"
 
     def close(self) -> None:
         """End the process, by force if it has not ended by itself."""

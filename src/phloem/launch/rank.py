@@ -16,11 +16,9 @@ from phloem.checkpoint.describe import described
 from phloem.core.config import Config
 from phloem.core.errors import PhloemError
 from phloem.core.resolve import Decision
-from phloem.distributed.choose import connect
-from phloem.distributed.mesh import Mesh
-from phloem.engine.parallel import End, Team, decode_told
+from phloem.engine.parallel import End, Team, decode_told, mesh_of
 from phloem.engine.worker import build_executor
-from phloem.launch.ranks import Said
+from phloem.launch.ranks import Said, join
 from phloem.utils import log, machine
 from phloem.utils.ipc import READ_BYTES, Frames, frame
 from phloem.utils.processes import die_with_parent
@@ -40,8 +38,11 @@ class _Pipe:
         self._frames = Frames()
         self._ahead: list[Told] = []
 
-    def say(self, what: str, why: str = "") -> None:
-        self._socket.sendall(frame(msgspec.msgpack.encode(Said(what, why))))
+    def say(self, what: str, why: str = "", bytes_read: int = 0) -> None:
+        self._socket.sendall(frame(msgspec.msgpack.encode(Said(what, why, bytes_read))))
+
+    def loaded(self, bytes_read: int) -> None:
+        self.say("loaded", bytes_read=bytes_read)
 
     def receive(self) -> Told:
         """The next message; `End` when rank 0 has gone."""
@@ -62,14 +63,14 @@ def main() -> int:
     # Both may reach the whole process group at once; rank 0 ends us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    config, rank, size = Config.from_flat(order["config"]), order["rank"], order["size"]
+    config, rank = Config.from_flat(order["config"]), order["rank"]
     log.configure(config.server.log_level, f"rank {rank}")
     pipe = _Pipe(order["pipe"])
     try:
         pipe.say("here")
-        comm = connect(order["comm"], rank, size, Path(order["place"]), config.schedule.watchdog_timeout)
-        mesh, decision = Mesh.of(rank, tp=size), Decision("tp_size", size, "as rank 0 says")
-        team = Team(mesh, comm, pipe.tell, lambda: pipe.say("loaded"), decision)
+        groups = join(config, rank, order["comm"], Path(order["place"]))
+        decision = Decision("tp_size", config.runtime.tp_size, "as rank 0 says")
+        team = Team(mesh_of(config, rank), groups, pipe.tell, pipe.loaded, decision)
         executor = build_executor(config, described(config.model), team, pipe.receive)
         gc.freeze()
         executor.run(pipe.receive)

@@ -85,8 +85,9 @@ class SparseMLP(Layer):
         self.ops, self.config, names = ctx.ops, config, config.names
         mesh = ctx.mesh
         self.comm = ctx.comm if mesh.expert_tp.size * mesh.ep.size > 1 else None
-        if self.comm is not None and self.comm.size != mesh.expert_tp.size:
-            raise ModelLoadError("experts are shared out by their inner size alone")
+        if self.comm is not None and self.comm.size != mesh.expert_tp.size * mesh.ep.size:
+            raise ModelLoadError("experts are shared out among the ranks that attend together")
+        self.biased = mesh.expert_tp.rank == 0  # a bias is added by one rank of those that have the expert
         check_divides("experts", config.count, mesh.ep, "ep_size")
         check_divides("an expert's inner size", config.inner_size, mesh.expert_tp, "tp_size")
         own = mesh.ep.span(config.count)
@@ -142,8 +143,8 @@ class SparseMLP(Layer):
         correction = None if self.correction is None else self.correction.value.view(-1)
         ids_Tk, weights_Tk = self.ops.route(logits_TE, correction, spec)
         biases = None if self.biases is None else (self.biases[0].value, self.biases[1].value)
-        if biases is not None and self.comm is not None and self.comm.rank:
-            biases = biases[0], torch.zeros_like(biases[1])  # added by one rank alone
+        if biases is not None and not self.biased:
+            biases = biases[0], torch.zeros_like(biases[1])
         return self.ops.experts(x_TN, ids_Tk, weights_Tk, self.gate_up.value, self.down.value, self.spec, biases)
 
 

@@ -18,18 +18,22 @@ from phloem.layers.weight import Layer
 from phloem.models._index import WeightIndex, open_sources, some
 from phloem.models._layer import MLP, Attention, LayerKind, Place
 from phloem.models._push import Push
+from phloem.models._stage import stage_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.memory import MemorySpec
+    from phloem.distributed.mesh import Axis
     from phloem.layers.context import Adapted, AttentionSpec, BuildContext, ForwardBatch, Tap
+    from phloem.layers.weight import Weight
     from phloem.models import Tower
     from phloem.models._index import Progress
     from phloem.models._layer import NormKind
+    from phloem.models._stage import Stage
 
 LOG = logging.getLogger("phloem.models")
 
@@ -150,11 +154,13 @@ class Decoder(Layer):
     """A causal language model over the op table of its context."""
 
     tower: Tower | None = None  # what makes embeddings of pictures
+    bytes_read = 0  # of the checkpoint's files
     adapted: Adapted | None = None  # what layers with adapters look at; None: none are served
     tap: Tap | None = None  # what else reads hidden states
 
     def __init__(self, ctx: BuildContext, config: DecoderConfig, max_positions: int) -> None:
         self.config = config
+        self.stage: Stage | None = None  # of several: what this rank has
         self.ops = ctx.ops
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         sizes = config.hidden_size, config.eps, config.norm_shift, max_positions
@@ -165,10 +171,12 @@ class Decoder(Layer):
             self.positions = Positions(body.child("embed_positions"), config.hidden_size, *config.positions)
         self.layers = []
         self.memory: list[MemorySpec] = []
+        pools: list[range] = []
         for number, kind in enumerate(config.layers):
             place.pool = len(self.memory)
             layer = kind.make(body.child("layers").child(number), place)
             self.memory += layer.memory
+            pools.append(range(place.pool, len(self.memory)))
             self.layers.append(layer)
         specs = [layer.attention for layer in self.layers]
         self.attention_specs: list[AttentionSpec] = [spec for spec in specs if spec is not None]
@@ -182,7 +190,21 @@ class Decoder(Layer):
             config.logit_scale,
             bias=config.head_bias,
         )
-        self.index = WeightIndex(self.weights(), ctx, self.embed.weight.names[0])
+        if ctx.mesh.pp.size > 1:
+            self.stage = self._stage(ctx.mesh.pp, pools)
+        elsewhere = () if self.stage is None else self.stage.elsewhere
+        self.index = WeightIndex(self.weights(), ctx, self.embed.weight.names[0], elsewhere)
+
+    def _stage(self, axis: Axis, pools: list[range]) -> Stage:
+        own = type(self)
+        if own.trunk is not Decoder.trunk or own.finish is not Decoder.finish or own.forward is not Decoder.forward:
+            raise ModelLoadError(f"pp_size {axis.size}: every layer of this model reads what the first stage makes")
+        return stage_of(self, axis, pools)
+
+    def weights(self) -> Iterator[Weight]:
+        """Every slot that this rank has."""
+        stage = self.stage
+        return (slot for slot in super().weights() if stage is None or id(slot) not in stage.away)
 
     def forward(self, step: ForwardBatch) -> Tensor:
         """Hidden states [L, hidden_size] of the rows `step.logit_index`, final norm applied; `head` takes them."""
@@ -198,14 +220,7 @@ class Decoder(Layer):
 
     def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         """Up to and with the last layer's mixer: (its output [T, features], residual [T, N])."""
-        if self.adapted is not None:
-            self.adapted.index = None if step.adapters is None else step.adapters[0]
-        x_TN, residual_TN = self.embed(step.input_ids), None
-        if step.embeds is not None:  # torch arithmetic: such a step is never recorded
-            index, rows = step.embeds
-            x_TN.index_copy_(0, index, rows.to(x_TN.dtype))
-        if self.positions is not None:
-            x_TN = self.positions.add(x_TN, step.positions)
+        x_TN, residual_TN = self.enter(step), None
         seen: dict[int, Tensor] = {}
         for number, layer in enumerate(self.layers[:-1]):
             self._look(seen, number, x_TN, residual_TN)
@@ -223,6 +238,16 @@ class Decoder(Layer):
         """Keep the residual stream before this layer, where somebody reads it."""
         if self.tap is not None and number in self.tap.layers:
             seen[number] = x_TN if residual_TN is None else self.ops.add(x_TN, residual_TN)
+
+    def enter(self, step: ForwardBatch) -> Tensor:
+        """What the first layer is given, [T, N]."""
+        if self.adapted is not None:
+            self.adapted.index = None if step.adapters is None else step.adapters[0]
+        x_TN = self.embed(step.input_ids)
+        if step.embeds is not None:  # torch arithmetic: such a step is never recorded
+            index, rows = step.embeds
+            x_TN.index_copy_(0, index, rows.to(x_TN.dtype))
+        return x_TN if self.positions is None else self.positions.add(x_TN, step.positions)
 
     def finish(self, out: Tensor, residual_TN: Tensor, keep_L: Tensor | None) -> Tensor:
         """What `forward` gives, from what `trunk` gave, for the rows `keep_L` alone (None: all)."""
@@ -278,6 +303,7 @@ class Decoder(Layer):
         if unused:
             LOG.warning("%s: %d tensors are not used: %s", checkpoint.path, len(unused), some(unused))
         self.index.pull(sources, str(checkpoint.path), progress)
+        self.bytes_read = sum(source.bytes_read for source in sources.values())
         if checkpoint.gguf is not None:
             checkpoint.gguf.release()  # the weights are packed: a second copy of them would stay resident
 

@@ -49,6 +49,7 @@ def open_sources(
         }, []
     if checkpoint.gguf is not None:
         found, unused = gguf_sources(checkpoint, index.slots)
+        unused = unused if index.ctx.mesh.pp.size == 1 else []  # other stages have the rest
         _refuse(unused_parts(unused), "would change the answers, and no layer uses them", str(checkpoint.path))
         return found, unused
     found, unused = _safetensors_sources(checkpoint, index, rename)
@@ -111,7 +112,10 @@ def _no_bias(name: str, key: str, file: Any, index: WeightIndex) -> bool:
 class WeightIndex:
     """Every weight slot of a model by the names of its checkpoint tensors."""
 
-    def __init__(self, weights: Iterable[Weight], ctx: BuildContext, embedding: str) -> None:
+    def __init__(
+        self, weights: Iterable[Weight], ctx: BuildContext, embedding: str, elsewhere: Iterable[str] = ()
+    ) -> None:
+        """`elsewhere`: tensors that other ranks have."""
         self.ctx = ctx
         self.weights = list(weights)
         self.slots: dict[str, list[Place]] = {}
@@ -120,7 +124,7 @@ class WeightIndex:
                 self.slots.setdefault(name, []).append((weight, part))
         self.embedding = embedding
         self.lost: set[str] = set()  # tensors whose memory was given back, until they are there again
-        self._elsewhere = {name for weight in self.weights for name in weight.elsewhere}
+        self._elsewhere = {*elsewhere, *(name for weight in self.weights for name in weight.elsewhere)}
         self._companions = self._name_companions()
         if ctx.quant is not None:
             self._elsewhere |= {other for name in self._elsewhere for other in ctx.quant.companions(name).values()}
@@ -294,7 +298,10 @@ class WeightIndex:
         biases = [weight for weight in self.weights if weight.role == "bias"]
         if biases:
             ids = torch.zeros(1, dtype=torch.int64, device=self.ctx.device)
-            dtype = self.ctx.ops.embedding(ids, self.slots[self.embedding][0][0].value, 1.0).dtype
+            known = self.slots.get(self.embedding)
+            # A later stage has no embedding: any matrix is read in the same type.
+            table = known[0][0] if known else next(w for w in self.weights if w.role == "matrix" and not w.experts)
+            dtype = self.ctx.ops.embedding(ids, table.value, 1.0).dtype
             for weight in biases:
                 weight.value = weight.value.to(dtype)
 

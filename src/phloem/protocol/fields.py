@@ -5,7 +5,7 @@ None (or null) means unset; names are those that existing clients send.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 from msgspec import Meta
 
@@ -53,6 +53,22 @@ def refuse_edits(edits: Any, where: str) -> None:
         if not str(kind).startswith(_REMOVES):
             place = f"{where}[{at}]"
             raise BadRequest(f"not supported yet: {place} {kind!r:.100}", param=place, code="not_supported")
+
+
+class Routed(Protocol):
+    """A body that may name the replica that it is for."""
+
+    data_parallel_rank: int | None
+    routed_dp_rank: int | None
+
+
+def dp_rank(body: Routed) -> int | None:
+    """The replica that a body asks for. Raises BadRequest where its two names for that disagree."""
+    one, other = body.data_parallel_rank, body.routed_dp_rank
+    if one is not None and other is not None and one != other:
+        message = f"data_parallel_rank {one} and routed_dp_rank {other} are two names of one thing"
+        raise BadRequest(message, param="routed_dp_rank")
+    return other if one is None else one
 
 
 class SessionBody(Body, kw_only=True):

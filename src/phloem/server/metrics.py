@@ -9,7 +9,35 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from phloem.client.client import EngineClient
+    from phloem.core.messages import Replica, Stats
+
+# Name, help, field of `Stats`: of each engine.
+_GAUGES = (
+    ("num_running_reqs", "Requests that a step works on.", "running"),
+    ("num_queue_reqs", "Requests that wait.", "waiting"),
+    ("num_used_tokens", "KV tokens held by running requests.", "used_tokens"),
+    ("cache_hit_rate", "Cached prompt tokens over prompt tokens since start.", "cache_hit_rate"),
+    ("gen_throughput", "Continuation tokens per second.", "gen_throughput"),
+    ("kv_available_tokens", "Free KV tokens.", "available_tokens"),
+    ("kv_evictable_tokens", "Cached KV tokens that nobody uses.", "evictable_tokens"),
+    ("kv_used_tokens", "KV tokens held by running requests.", "used_tokens"),
+    ("outside_forward_ratio", "Share of step time outside the forward pass.", "outside_forward"),
+    ("spec_accept_length", "Tokens of a decode step of a request.", "spec_accept_length"),
+    ("spec_accept_rate", "Accepted drafts over drafts.", "spec_accept_rate"),
+)
+_TOTALS = (
+    ("evicted_tokens", "Cached tokens that made room.", "evicted_tokens"),
+    ("num_preemptions", "Requests that lost their pages and were computed again.", "preemptions"),
+    ("spec_verify_calls", "Steps of a request that verified drafts.", "spec_verify_calls"),
+    ("spec_draft_tokens", "Drafts that were verified.", "spec_drafted"),
+    ("spec_accepted_tokens", "Drafts that were accepted.", "spec_accepted"),
+    ("pictures_encoded", "Pictures that the model's tower was run for.", "pictures_encoded"),
+    ("encoder_cache_hits", "Pictures whose embeddings the encoder cache had.", "pictures_found"),
+    ("num_out_of_memory", "Steps that failed for lack of memory and ran again, smaller.", "out_of_memory"),
+)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -40,43 +68,44 @@ class Metrics:
                 yield from self._pictures(prefix)
 
     def _gauges(self, prefix: str) -> Iterator[Any]:
-        stats = self.client.connection.stats
-        total = stats.total_tokens or 1
-        for name, text, value in (
-            ("num_running_reqs", "Requests that a step works on.", stats.running),
-            ("num_queue_reqs", "Requests that wait.", stats.waiting),
-            ("num_used_tokens", "KV tokens held by running requests.", stats.used_tokens),
-            ("token_usage", "Share of the KV pool held by running requests.", stats.used_tokens / total),
-            ("cache_hit_rate", "Cached prompt tokens over prompt tokens since start.", stats.cache_hit_rate),
-            ("gen_throughput", "Continuation tokens per second.", stats.gen_throughput),
-            ("kv_available_tokens", "Free KV tokens.", stats.available_tokens),
-            ("kv_evictable_tokens", "Cached KV tokens that nobody uses.", stats.evictable_tokens),
-            ("kv_used_tokens", "KV tokens held by running requests.", stats.used_tokens),
-            ("outside_forward_ratio", "Share of step time outside the forward pass.", stats.outside_forward),
-            ("spec_accept_length", "Tokens of a decode step of a request.", stats.spec_accept_length),
-            ("spec_accept_rate", "Accepted drafts over drafts.", stats.spec_accept_rate),
-            ("engine_up", "1 while the engine is ready.", int(self.client.connection.ready is not None)),
-        ):
-            family = GaugeMetricFamily(prefix + name, text, labels=["model_name"])
-            family.add_metric(self.labels, value)
-            yield family
+        for name, text, field in _GAUGES:
+            yield self._by_rank(
+                GaugeMetricFamily, prefix + name, text, lambda stats, field=field: getattr(stats, field)
+            )
+        usage: Callable[[Stats], float] = lambda stats: stats.used_tokens / (stats.total_tokens or 1)  # noqa: E731
+        text = "Share of the KV pool held by running requests."
+        yield self._by_rank(GaugeMetricFamily, prefix + "token_usage", text, usage)
+        up = GaugeMetricFamily(prefix + "engine_up", "1 while the engine is ready.", labels=self._names())
+        for one in self.client.connection.replicas:
+            up.add_metric(self._of(one), int(one.ready is not None))
+        yield up
+
+    def _names(self) -> list[str]:
+        """Of labels: the replica has one where there are several."""
+        return ["model_name", "dp_rank"] if len(self.client.connection.replicas) > 1 else ["model_name"]
+
+    def _of(self, one: Replica) -> list[str]:
+        return [*self.labels, str(one.rank)] if len(self.client.connection.replicas) > 1 else self.labels
+
+    def _by_rank(self, kind: Any, name: str, text: str, value: Callable[[Stats], float]) -> Any:
+        """What each engine tells of itself."""
+        family = kind(name, text, labels=self._names())
+        for one in self.client.connection.replicas:
+            family.add_metric(self._of(one), value(one.stats))
+        return family
 
     def _totals(self, prefix: str) -> Iterator[Any]:
-        counters, stats = self.client.counters, self.client.connection.stats
+        for name, text, field in _TOTALS:
+            yield self._by_rank(
+                CounterMetricFamily, prefix + name, text, lambda stats, field=field: getattr(stats, field)
+            )
+        counters = self.client.counters
         for name, text, value in (
             ("prompt_tokens", "Prompt tokens of finished requests.", counters.prompt_tokens),
             ("generation_tokens", "Continuation tokens.", counters.generation_tokens),
             ("cached_tokens", "Prompt tokens found in the cache.", counters.cached_tokens),
-            ("evicted_tokens", "Cached tokens that made room.", stats.evicted_tokens),
             ("num_requests", "Finished requests.", counters.requests),
             ("num_aborted_requests", "Requests that clients ended or left.", counters.aborted),
-            ("num_preemptions", "Requests that lost their pages and were computed again.", stats.preemptions),
-            ("spec_verify_calls", "Steps of a request that verified drafts.", stats.spec_verify_calls),
-            ("spec_draft_tokens", "Drafts that were verified.", stats.spec_drafted),
-            ("spec_accepted_tokens", "Drafts that were accepted.", stats.spec_accepted),
-            ("pictures_encoded", "Pictures that the model's tower was run for.", stats.pictures_encoded),
-            ("encoder_cache_hits", "Pictures whose embeddings the encoder cache had.", stats.pictures_found),
-            ("num_out_of_memory", "Steps that failed for lack of memory and ran again, smaller.", stats.out_of_memory),
         ):
             family = CounterMetricFamily(prefix + name, text, labels=["model_name"])
             family.add_metric(self.labels, value)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
+from phloem.protocol.fields import dp_rank
 from phloem.protocol.media import of_prompts
 from phloem.protocol.sampling import namespace, native_params
 
@@ -60,6 +61,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
                 return_hidden=bool(hidden[at]),
                 session=steps[at].step() if steps[at] is not None else None,
                 thinking_budget=body.max_thinking_tokens,
+                dp_rank=dp_rank(body),
                 pictures=pictures[at],
                 stream_interval=(sampling.stream_interval if sampling is not None else None) or 1,
             )

@@ -78,7 +78,7 @@ class Renderer:
             "weight_version": output.version,
             "e2e_latency": time.monotonic() - output.arrival,
             "queue_time": output.queue_seconds,
-            "dp_rank": None,
+            "dp_rank": output.dp_rank if output.dp_rank >= 0 else None,
         }
         if output.spans:
             meta["weight_versions"] = output.versions()

@@ -11,6 +11,7 @@ import msgspec
 
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
+from phloem.protocol.fields import dp_rank
 from phloem.protocol.media import PICTURES, seen
 from phloem.protocol.sampling import namespace, openai_params
 from phloem.protocol.structured import FIELDS, answer_shape
@@ -127,6 +128,7 @@ async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> 
         session=body.session_params.step() if body.session_params is not None else None,
         return_hidden=bool(body.return_hidden_states),
         thinking_budget=body.max_thinking_tokens,
+        dp_rank=dp_rank(body),
         pictures=pictures,
     )
     return Conversation(

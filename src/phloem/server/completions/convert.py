@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
+from phloem.protocol.fields import dp_rank
 from phloem.protocol.generate.convert import split_ids
 from phloem.protocol.sampling import namespace, openai_params
 from phloem.text import infill
@@ -43,6 +44,7 @@ def to_request(body: CompletionBody, tokenizer: Tokenizer | None) -> GenerateReq
             priority=body.priority or 0,
             namespace=namespace(body.cache_salt, body.extra_key),
             return_hidden=bool(body.return_hidden_states),
+            dp_rank=dp_rank(body),
             session=body.session_params.step() if body.session_params is not None else None,
         )
         for at, prompt in enumerate(prompts)

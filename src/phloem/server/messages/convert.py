@@ -65,6 +65,7 @@ def to_chat(body: CountTokensBody, reasons: bool) -> ChatBody:
     if isinstance(body, MessagesBody):
         chat.max_completion_tokens = body.max_tokens
         chat.stop = body.stop_sequences
+        chat.routed_dp_rank = body.routed_dp_rank
     return chat
 
 

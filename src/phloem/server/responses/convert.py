@@ -41,6 +41,8 @@ def to_chat(body: ResponseFields, messages: list[Message]) -> ChatBody:
     wants_logprobs = LOGPROBS in (body.include or []) or bool(body.top_logprobs)
     return ChatBody(
         messages=with_instructions(body.instructions, messages),
+        data_parallel_rank=body.data_parallel_rank,
+        routed_dp_rank=body.routed_dp_rank,
         max_completion_tokens=body.max_output_tokens,
         stream=body.stream,
         tools=[_tool(tool, at) for at, tool in without_foreign(body.tools or [], ("function",))] or None,

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from phloem.client.info import version
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import EngineDead, PhloemError
-from phloem.core.messages import Draw
+from phloem.core.messages import Draw, Replica
 from phloem.core.request import SamplingParams
 from phloem.protocol.answers import Status
 from phloem.server.door import Door, door_of, json_response
@@ -110,27 +110,37 @@ async def server_info(request: Request) -> Response:
         "tokenizer_path": door.info.tokenizer_path,
         "context_length": door.info.context_length,
         "version": version(),
-        "tp_size": 1,
-        "dp_size": 1,
         "disaggregation_mode": "null",
         "status": door.health.problem() or "ready",
         **{key: value for key, value in engine.items() if key != "decisions"},
         "decisions": [*engine.get("decisions", []), *door.info.decisions],
-        "internal_states": [await _state(door)],
+        "internal_states": await _states(door),
     }
     if answer["max_running_requests"] is None:
         answer["max_running_requests"] = engine.get("max_running_requests")
     return json_response(answer)
 
 
-async def _state(door: Door) -> dict[str, Any]:
-    """The engine's own account, or the last it sent when it does not answer in time."""
-    state: dict[str, Any] = msgspec.structs.asdict(door.client.connection.stats)
-    if door.client.dead is None and door.client.connection.ready is not None:
+async def _states(door: Door) -> list[dict[str, Any]]:
+    """Each engine's own account, or the last it sent when it does not answer in time."""
+    link, told, stale = door.client.connection, dict[str, Any](), ""
+    if door.client.dead is None and link.ready is not None:
         try:
-            state |= (await door.client.control("state", deadline=STATE_SECONDS)).data
+            told = (await door.client.control("state", deadline=STATE_SECONDS)).data
         except PhloemError as error:
-            state["stale"] = error.message
+            stale = error.message
+    each = {one["dp_rank"]: one for one in told.pop("ranks", [{"dp_rank": 0, **told}] if told else [])}
+    replicas = link.replicas
+    return [_state(one, each.get(one.rank), stale, several=len(replicas) > 1) for one in replicas]
+
+
+def _state(one: Replica, told: dict[str, Any] | None, stale: str, *, several: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {**msgspec.structs.asdict(one.stats), **(told or {})}
+    state.pop("dp_rank", None)
+    if told is None and (stale or several):
+        state["stale"] = stale or one.problem or "it did not answer"
+    if several:
+        state["dp_rank"] = one.rank
     return {
         "last_gen_throughput": state["gen_throughput"],
         "memory_usage": {

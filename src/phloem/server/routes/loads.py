@@ -16,7 +16,7 @@ from phloem.server.metrics import CONTENT_TYPE
 from phloem.server.openapi import NEEDS_ENGINE, describe
 
 if TYPE_CHECKING:
-    from phloem.core.messages import Stats
+    from phloem.core.messages import Replica, Stats
 
 router = APIRouter(tags=["information"])
 _OBJECT: dict[str, Any] = {"type": "object"}
@@ -29,7 +29,8 @@ DUMP_SECONDS = 30.0
 @router.get("/get_load", **describe(answer=_OBJECTS))
 async def get_load(request: Request) -> Response:
     """Running and waiting requests per rank."""
-    return json_response([_load(door_of(request))])
+    door = door_of(request)
+    return json_response([_load(door, one) for one in door.client.connection.replicas])
 
 
 @router.get("/loads", **describe(answer=_OBJECT, errors=(400,)))
@@ -45,8 +46,8 @@ async def loads(request: Request, include: str = "", format: str = "json", dp_ra
     if format not in FORMATS:
         raise BadRequest(f"format: {format!r:.100} is neither json nor prometheus", param="format")
     door = door_of(request)
-    ranks = [{**_load(door), **_sections(door, SECTIONS if "all" in wanted else wanted)}]
-    ranks = [rank for rank in ranks if dp_rank in (None, rank["dp_rank"])]
+    replicas, sections = door.client.connection.replicas, SECTIONS if "all" in wanted else wanted
+    ranks = [{**_load(door, one), **_sections(one, sections)} for one in replicas if dp_rank in (None, one.rank)]
     if format == "prometheus":
         return Response(_as_gauges(ranks), media_type=CONTENT_TYPE)
     names = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens", "token_usage", "gen_throughput")
@@ -56,8 +57,8 @@ async def loads(request: Request, include: str = "", format: str = "json", dp_ra
             "timestamp": datetime.now(UTC).isoformat(),
             "version": version(),
             "accelerator": info.get("device", "unknown"),
-            "num_accelerators": 1,
-            "dp_rank_count": 1,
+            "num_accelerators": len(replicas),
+            "dp_rank_count": len(replicas),
             "loads": ranks,
             "aggregate": {f"total_{name.removeprefix('num_')}": sum(rank[name] for rank in ranks) for name in names},
         }
@@ -75,16 +76,16 @@ async def kv_events_dump(request: Request) -> Response:
     return json_response(reply.data)
 
 
-def _load(door: Door) -> dict[str, Any]:
-    link = door.client.connection
-    stats, most = link.stats, (link.ready or {}).get("max_running_requests", 0)
+def _load(door: Door, one: Replica) -> dict[str, Any]:
+    stats, most = one.stats, (one.ready or {}).get("max_running_requests", 0)
+    in_flight = door.client.in_flight if one.in_flight is None else one.in_flight
     usage = stats.used_tokens / stats.total_tokens if stats.total_tokens else 0.0
     # The engine tells once a second; who waits until all has ended, or was aborted, is not to wait for that.
-    running = min(stats.running, door.client.in_flight)
-    waiting = min(stats.waiting, door.client.in_flight - running)
+    running = min(stats.running, in_flight)
+    waiting = min(stats.waiting, in_flight - running)
     return {
         "timestamp": datetime.now(UTC).isoformat(),
-        "dp_rank": 0,
+        "dp_rank": one.rank,
         "num_reqs": running + waiting,
         "num_running_reqs": running,
         "num_waiting_reqs": waiting,
@@ -108,9 +109,9 @@ def _load(door: Door) -> dict[str, Any]:
     }
 
 
-def _sections(door: Door, wanted: tuple[str, ...] | list[str]) -> dict[str, Any]:
+def _sections(one: Replica, wanted: tuple[str, ...] | list[str]) -> dict[str, Any]:
     """What stands beside the core numbers. Nothing is graded as disaggregated: every server does both parts."""
-    stats, info = door.client.connection.stats, door.client.connection.ready or {}
+    stats, info = one.stats, one.ready or {}
     found: dict[str, Any] = {}
     if "memory" in wanted:
         found["memory"] = {

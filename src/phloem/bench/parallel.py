@@ -1,0 +1,179 @@
+"""Time decode steps of a model that ranks share out: what their meetings take of a step, and what each rank has read.
+
+Runs the same steps on one rank first, with as many threads as the machine has. Times of meetings are rank 0's: they
+hold its waiting for the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from phloem.bench._report import context as machine_context
+from phloem.bench._report import write_line
+from phloem.bench.step import WARM, DecodeSteps
+from phloem.bench.step import Options as StepOptions
+from phloem.checkpoint.describe import describe
+from phloem.cli._options import parse
+from phloem.core.config import opt
+from phloem.core.errors import BadRequest
+from phloem.engine import worker
+from phloem.engine.parallel import ParallelRunner, ranks_of, refuse
+from phloem.launch.ranks import RankProcesses
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.core.config import Config
+    from phloem.distributed.comm import Comm
+    from phloem.distributed.groups import Groups
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    batch: int = opt(1, "Rows of a decode step.")
+    context: int = opt(256, "Tokens that each row has already.")
+    steps: int = opt(32, "Decode steps that count.")
+    output: str | None = opt(None, "File to append a JSON line to.")
+
+
+class Times:
+    """Calls, seconds and bytes of each kind of meeting."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def clear(self) -> None:
+        for counter in (self.calls, self.seconds, self.bytes):
+            counter.clear()
+
+    def of(self, kind: str, size: int, call: Callable[[], T]) -> T:
+        begun = perf_counter()
+        found = call()
+        self.calls[kind] += 1
+        self.seconds[kind] += perf_counter() - begun  # pyright: ignore[reportArgumentType]
+        self.bytes[kind] += size
+        return found
+
+
+class Timed:
+    """A rank's end of a group (`distributed.comm.Comm`), whose calls are timed."""
+
+    def __init__(self, inner: Comm, group: str, times: Times) -> None:
+        self._inner, self._group, self._times = inner, group, times
+        self.name, self.rank, self.size = inner.name, inner.rank, inner.size
+
+    def _of(self, call: str, x: Tensor, work: Callable[[], T]) -> T:
+        return self._times.of(f"{self._group} {call}", x.nbytes, work)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return self._of("all_reduce", x, lambda: self._inner.all_reduce(x))
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        return self._of("all_gather", x, lambda: self._inner.all_gather(x))
+
+    def gather(self, x: Tensor) -> list[Tensor] | None:
+        return self._of("gather", x, lambda: self._inner.gather(x))
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        return self._of("broadcast", x, lambda: self._inner.broadcast(x))
+
+    def abort(self) -> None:
+        self._inner.abort()
+
+
+def timed(groups: Groups, times: Times) -> Groups:
+    """The same ends, with their calls timed."""
+    ends = {spec.name: getattr(groups, spec.name) for spec in fields(groups)}
+    return replace(groups, **{name: Timed(end, name, times) for name, end in ends.items() if name != "rank" and end})
+
+
+def main(argv: list[str]) -> int:
+    config, options = parse("bench parallel", argv, Options, skip=("server",), description=__doc__ or "")
+    if min(options.batch, options.steps, options.context) < 1:
+        raise BadRequest("batch, steps and context must be at least 1")
+    if ranks_of(config) == 1:
+        raise BadRequest("this measures several ranks: --tp-size or --pp-size above 1")
+    record = {**machine_context(), "model": Path(config.model.model_path).name, **measure(config, options)}
+    print(json.dumps(record))
+    if options.output:
+        write_line(Path(options.output), record)
+    return 0
+
+
+def measure(config: Config, options: Options) -> dict[str, Any]:
+    """Milliseconds of a step on one rank and on several, their meetings, and the bytes that each rank has read.
+
+    Raises:
+        ConfigError: ranks of these sizes cannot be.
+    """
+    steps = StepOptions(batch=options.batch, context=options.context, steps=options.steps, prefill=0)
+    size = config.cache.page_size or 64
+    length = options.context + WARM + options.steps + size
+    wanted = {
+        "max_running_requests": options.batch,
+        "max_total_tokens": config.cache.max_total_tokens or options.batch * (length // size + 1) * size + size,
+    }
+    config = config.with_(**wanted)
+    model = config.model
+    checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)
+    refuse(config, checkpoint)
+    alone = config.with_(tp_size=1, pp_size=1, ep_size=1)
+    built = worker.build(alone, checkpoint, lambda phase, seconds: None)
+    try:
+        one = DecodeSteps(built.runner, steps).seconds()
+    finally:
+        built.runner.close()
+    return {
+        **{name: getattr(config.runtime, name) for name in ("tp_size", "pp_size", "ep_size")},
+        **{name: getattr(options, name) for name in ("batch", "context", "steps")},
+        "one_rank_ms": one * 1e3,
+        **_together(config, checkpoint, steps),
+    }
+
+
+def _together(config: Config, checkpoint: Checkpoint, steps: StepOptions) -> dict[str, Any]:
+    ranks, times = RankProcesses(config), Times()
+    try:
+        team = replace(ranks.team, groups=timed(ranks.team.groups, times))
+        built = worker.build(config, checkpoint, lambda phase, seconds: None, team)
+        runner = ParallelRunner(built.runner, team.tell)
+        try:
+            decode = DecodeSteps(runner, steps)
+            decode.seconds()
+            times.clear()
+            begun = perf_counter()
+            decode.run(1, steps.steps)
+            seconds = perf_counter() - begun
+        finally:
+            runner.close()
+    finally:
+        ranks.close()
+    meetings = [
+        {
+            "what": kind,
+            "calls": times.calls[kind] / steps.steps,
+            "us": times.seconds[kind] / times.calls[kind] * 1e6,
+            "bytes": times.bytes[kind] / times.calls[kind],
+            "share": times.seconds[kind] / seconds,
+        }
+        for kind in sorted(times.calls, key=lambda kind: -times.seconds[kind])
+    ]
+    return {
+        "ranks_ms": seconds / steps.steps * 1e3,
+        "comm": ranks.team.groups.ends[0].name,
+        "meetings": meetings,
+        "meetings_share": sum(times.seconds.values()) / seconds,
+        "bytes_read": ranks.bytes_read,
+    }

@@ -1,0 +1,107 @@
+"""The groups of ranks that one model's ranks meet in: those of a stage, and those that pass on from stage to stage.
+
+A pipeline's first rank plans and chooses tokens; its last stage has the head. What passes on goes by groups of two, as
+a broadcast by the first of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from phloem.distributed.comm import Threads
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from phloem.distributed.comm import Comm
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Ranks of the world that meet, the one that speaks first of all."""
+
+    name: str
+    members: tuple[int, ...]
+
+
+def groups_of(pp: int, tp: int) -> list[Group]:
+    """All of them, in the order in which each rank joins its own: so nobody waits for one that waits elsewhere."""
+    found = [Group(f"stage{stage}", tuple(range(stage * tp, (stage + 1) * tp))) for stage in range(pp if tp > 1 else 0)]
+    for stage in range(pp - 1):
+        found += [Group(f"link{stage}-{at}", (stage * tp + at, (stage + 1) * tp + at)) for at in range(tp)]
+    if pp > 1:
+        last = (pp - 1) * tp
+        found += [Group("down", (0, *range(last, last + tp))), Group("up", (last, 0))]
+    return found
+
+
+Join = Callable[[Group, int], "Comm"]  # a rank's end of a group, by its place in it
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """One rank's ends. `down`: from rank 0 to the last stage; `up`: from the last stage's first rank to rank 0."""
+
+    rank: int = 0
+    tp: Comm | None = None
+    before: Comm | None = None  # what the stage before gives
+    after: Comm | None = None
+    down: Comm | None = None
+    up: Comm | None = None
+
+    @staticmethod
+    def join(rank: int, pp: int, tp: int, make: Join) -> Groups:
+        """Meets the other ranks. Raises EngineDead when one does not come."""
+        ends: dict[str, Comm] = {}
+        for group in groups_of(pp, tp):
+            if rank in group.members:
+                place = group.members.index(rank)
+                kind = group.name.rstrip("0123456789-")
+                ends[("after", "before")[place] if kind == "link" else kind] = make(group, place)
+        return Groups(rank, *(ends.get(name) for name in ("stage", "before", "after", "down", "up")))
+
+    @staticmethod
+    def threads(pp: int, tp: int, timeout: float = 60.0) -> list[Groups]:
+        """Those of all ranks, each of which is a thread of this process."""
+        ends = {group.name: Threads.group(len(group.members), timeout) for group in groups_of(pp, tp)}
+        return [Groups.join(rank, pp, tp, lambda group, at: ends[group.name][at]) for rank in range(pp * tp)]
+
+    @property
+    def ends(self) -> list[Comm]:
+        """All of this rank's."""
+        return [end for end in (self.tp, self.before, self.after, self.down, self.up) if end is not None]
+
+    def abort(self) -> None:
+        """Let nobody wait any longer, in any of them."""
+        for end in self.ends:
+            end.abort()
+
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)
+MOST = 2  # tensors in one go
+
+
+def give(comm: Comm, tensors: list[Tensor]) -> None:
+    """At most two tensors of at most two dimensions, from the first of a group to the others: who `take` them."""
+    head = torch.zeros(1 + 4 * MOST, dtype=torch.int64)
+    head[0] = len(tensors)
+    for at, x in enumerate(tensors):
+        about = (_TYPES.index(x.dtype), x.dim(), *x.shape)
+        head[1 + 4 * at : 1 + 4 * at + len(about)] = torch.tensor(about)
+    comm.broadcast(head)
+    for x in tensors:
+        comm.broadcast(x.contiguous())
+
+
+def take(comm: Comm) -> list[Tensor]:
+    """What the first of the group gives."""
+    head = comm.broadcast(torch.zeros(1 + 4 * MOST, dtype=torch.int64)).tolist()
+    found: list[Tensor] = []
+    for at in range(head[0]):
+        kind, dims, *shape = head[1 + 4 * at : 5 + 4 * at]
+        found.append(comm.broadcast(torch.empty(shape[:dims], dtype=_TYPES[kind])))
+    return found

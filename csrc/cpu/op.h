@@ -33,7 +33,11 @@ struct ConstantEntry {
 };
 
 constexpr int kMaxSlots = 40;
+#if defined(__aarch64__)
+constexpr int kLevels = 2;
+#else
 constexpr int kLevels = 4;
+#endif
 extern const char* const kLevelNames[kLevels];
 
 void register_op(const OpEntry& entry);
@@ -91,12 +95,12 @@ consteval bool complete(const Field (&fields)[N], size_t bytes) {
   }                                                                            \
   [[maybe_unused]] static const ::phl::Registered registered_##op {            \
     ::phl::OpEntry {                                                           \
-      #op, PHL_LEVEL + PHL_AMX, fields_of_##Args, int(sizeof(Args) / 8), run_##op \
+      #op, PHL_RANK, fields_of_##Args, int(sizeof(Args) / 8), run_##op \
     }                                                                          \
   }
 
 // A constant that Python reads, as "room.name".
 #define PHL_CONSTANT(room, name)                                                   \
   [[maybe_unused]] static const ::phl::Registered constant_##room##_##name {       \
-    ::phl::ConstantEntry { #room "." #name, PHL_LEVEL + PHL_AMX, int64_t(name) }   \
+    ::phl::ConstantEntry { #room "." #name, PHL_RANK, int64_t(name) }   \
   }

@@ -8,11 +8,17 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace phl {
 
+#if defined(__aarch64__)
+const char* const kLevelNames[kLevels] = {"portable", "neon"};
+#else
 const char* const kLevelNames[kLevels] = {"portable", "avx2", "avx512", "amx"};
+#endif
 
 namespace {
 std::vector<OpEntry>& entries() {
@@ -53,8 +59,9 @@ namespace {
 
 // AMX needs three things: the processor's tiles with their integer and bfloat16 products, a system that saves them, and
 // the system's permission for this process (tile data are 8 KiB of state, which Linux does not grant unasked).
+#if defined(__x86_64__)
 bool ask_for_amx() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   constexpr unsigned kBfloat16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kSaved = 1u << 27;
   constexpr unsigned kTileState = 3u << 17;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -70,7 +77,21 @@ bool ask_for_amx() {
   return false;
 #endif
 }
+#endif
 
+#if defined(__aarch64__)
+// Dot products of bytes: Cortex-A75 and its successors, Neoverse, every Apple processor.
+bool has_dot_products() {
+#if defined(__linux__)
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & kDotProducts) != 0;
+#else
+  return true;
+#endif
+}
+#endif
+
+#if defined(__x86_64__)
 bool has_amx() {
   static const bool granted = ask_for_amx();
   static const bool built = [] {
@@ -81,6 +102,7 @@ bool has_amx() {
   }();
   return built && granted;
 }
+#endif
 
 }  // namespace
 
@@ -94,6 +116,8 @@ int best_level() {
                       __builtin_cpu_supports("avx512bf16");
   if (avx2 && avx512) return has_amx() ? 3 : 2;
   if (avx2) return 1;
+#elif defined(__aarch64__)
+  if (has_dot_products()) return 1;
 #endif
   return 0;
 }

@@ -5,6 +5,8 @@
 
 #if PHL_LEVEL >= 1
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "isa.h"

@@ -2,7 +2,8 @@
 // its pages, in groups of 16 (int8_page.h); while it is computed the next one is asked for, so that memory is busy all
 // the time. With AVX-512 all products are of bytes (vpdpbusd): a query row has one scale, and so have a row's weights in
 // a tile, whose largest is 255. With AVX2 they are of words (vpmaddwd), which take no more instructions than signed bytes
-// would: queries have 14 bits and weights 15. Elsewhere queries, weights and products are float32.
+// would: queries have 14 bits and weights 15. With NEON they are of bytes, in two rounds (attention_dots.h). Elsewhere
+// queries, weights and products are float32.
 #pragma once
 #include "../int8_page.h"
 #include "attention_args.h"
@@ -14,7 +15,7 @@ namespace {
 constexpr int64_t kGroups = kBlockTokens / kGroup;
 constexpr int64_t kGroupVectors = kGroup / W;
 constexpr int64_t kLinesPerStep = 3;
-constexpr int kInt8Rows = PHL_LEVEL == 2 ? 6 : PHL_LEVEL == 1 ? 4 : 3;
+constexpr int kInt8Rows = PHL_LEVEL == 2 ? 6 : PHL_LEVEL == 1 || PHL_NEON ? 4 : 3;
 
 // Where the groups of a tile are.
 struct Int8Tile {
@@ -122,6 +123,8 @@ struct TileAhead {
 PHL_INLINE vf shrunk_sum(vf x, float f, vf y, float g) {
 #if PHL_LEVEL == 1
   return (vf)_mm256_fmadd_ps((__m256)x, _mm256_set1_ps(f), _mm256_mul_ps((__m256)y, _mm256_set1_ps(g)));
+#elif defined(__aarch64__)
+  return (vf)vfmaq_n_f32(vmulq_n_f32((float32x4_t)y, g), (float32x4_t)x, f);
 #else
   return x * f + y * g;
 #endif
@@ -131,6 +134,8 @@ PHL_INLINE vf shrunk_sum(vf x, float f, vf y, float g) {
 PHL_INLINE vf alone(vf x) {
 #if PHL_LEVEL == 1
   asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
 #endif
   return x;
 }
@@ -144,7 +149,7 @@ struct Int8Span {
   float unit;            // largest scale / kMostWeight (portable: 1)
 };
 
-constexpr float kMostWeight = PHL_LEVEL == 2 ? 255.0f : 32767.0f;  // in a tile
+constexpr float kMostWeight = PHL_LEVEL == 2 ? 255.0f : PHL_NEON ? 16300.0f : 32767.0f;  // in a tile
 
 PHL_INLINE const float* scales_of(const int8_t* group, int64_t size) {
   return reinterpret_cast<const float*>(group + kGroup * size);
@@ -158,6 +163,8 @@ PHL_INLINE int32_t highest_of(vi x) {
   y = _mm_max_epi32(y, _mm_unpackhi_epi64(y, y));
   return _mm_cvtsi128_si32(_mm_max_epi32(y, _mm_shuffle_epi32(y, 1)));
 }
+#elif PHL_NEON
+PHL_INLINE int32_t highest_of(vi x) { return vmaxvq_s32((int32x4_t)x); }
 #endif
 
 #if PHL_LEVEL == 1
@@ -179,7 +186,7 @@ PHL_INLINE void weigh_values(const AttentionArgs& a, int64_t first, Int8Span& sp
     store(span.weights + t, (vf)bits);
     top = bits > top ? bits : top;
   }
-#if PHL_LEVEL >= 1
+#if PHL_LEVEL >= 1 || PHL_NEON
   const float largest = __builtin_bit_cast(float, highest_of(top));
   span.unit = largest / kMostWeight;
   const float factor = largest > 0.0f ? kMostWeight / largest : 0.0f;
@@ -304,6 +311,16 @@ PHL_INLINE void add_columns(const AttentionArgs& a, const Int8Job& job, Int8Span
 }  // namespace PHL_NS
 }  // namespace phl
 #include "attention_words.h"
+namespace phl {
+namespace PHL_NS {
+namespace {
+
+#elif PHL_NEON
+
+}  // namespace
+}  // namespace PHL_NS
+}  // namespace phl
+#include "attention_dots.h"
 namespace phl {
 namespace PHL_NS {
 namespace {

@@ -96,6 +96,13 @@ void limit_int4(const PeakArgs& a, Team& team) {
   chains(a, team, _mm256_set1_epi32(1), [](__m256i sum, __m256i x) { return _mm256_add_epi16(sum, pairs_of(x)); });
 }
 PHL_OP(limit_int4, PeakArgs);
+#elif PHL_NEON
+void limit_int8(const PeakArgs& a, Team& team) {
+  chains(a, team, vdupq_n_s32(1), [](int32x4_t sum, int32x4_t x) {
+    return vdotq_s32(sum, vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x));
+  });
+}
+PHL_OP(limit_int8, PeakArgs);
 #endif
 
 }  // namespace

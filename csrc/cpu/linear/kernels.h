@@ -11,6 +11,8 @@
 #include "vec_avx512.h"
 #elif PHL_LEVEL == 1
 #include "vec_avx2.h"
+#elif PHL_NEON
+#include "vec_neon.h"
 #else
 #include "vec_portable.h"
 #endif

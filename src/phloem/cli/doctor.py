@@ -39,7 +39,20 @@ _LIBRARIES = (
     "xgrammar",
     "flashinfer-python",
 )
-_INTERESTING = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
+_INTERESTING = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx_vnni",
+    "amx_int8",
+    "amx_bf16",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+)
 
 
 def main(argv: list[str]) -> int:

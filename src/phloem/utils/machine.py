@@ -104,7 +104,7 @@ def cpu_name() -> str:
 def cpu_flags() -> set[str]:
     """Instruction set extensions that the kernel reports (empty where it reports none)."""
     for line in _read(Path("/proc/cpuinfo")).splitlines():
-        if line.startswith("flags"):
+        if line.startswith(("flags", "Features")):  # x86, and Arm
             return set(line.split(":", 1)[1].split())
     return set()
 

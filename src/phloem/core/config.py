@@ -132,6 +132,9 @@ class RuntimeConfig:
     enable_deterministic_inference: bool = opt(
         False, "A token gets the same bits whatever else is in the batch: as --ops invariant."
     )
+    enable_return_routed_experts: bool = opt(
+        False, "Answer requests for the experts that computed their tokens (return_routed_experts)."
+    )
     enable_weights_cpu_backup: bool = opt(
         False, "Copy weights to disk before their memory is given back, so that they return whatever they are."
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from phloem.core.errors import BadRequest, OutOfMemory
 from phloem.engine.answer import empty, give_out, keep_hidden, prompt_logprobs
-from phloem.engine.apart import apart
+from phloem.engine.apart import apart, every_token
 from phloem.engine.choose import Choice, Chooser
 from phloem.engine.forward import Eager, Forward
 from phloem.engine.hearing import ears_of
@@ -76,6 +76,7 @@ class StepWork:
         self.masks = Masks(model.vocab_size, pool.device, ops, facts.masks_ahead, self.last.up)
         self._on_host, self._forgotten = facts.on_host, 0
         self._apart = facts.on_host and all(group.kind != "state" for group in pool.groups)
+        self._each = self._apart and ops.name == "invariant"
         self.gaps = Gaps(recorded) if recorded and facts.records_idle else None
         self._pool, self._ears = pool, ears_of(model, pool, backend.ops, max_slots)
         self.desk = None if desk is None else desk(self.last)
@@ -128,8 +129,14 @@ class StepWork:
         output.drafted = wanted.drafted
         before = perf_counter()
         placed, pictures = (batch, None) if desk is None else desk.dress(batch)
-        rows = apart(placed) if self._apart and wanted.starts is not None else placed
+        if self._each and pictures is None:
+            rows = every_token(placed)
+        else:
+            rows = apart(placed) if self._apart and wanted.starts is not None else placed
         hidden_LN = self._forward.run(Step(rows, wanted, self._pool, self.last, self._sharing, pictures), settle)
+        if self._pool.routes is not None:
+            self._pool.routes.keep(batch)
+            output.routed = self._pool.routes.of(batch, self.slots.routed)
         if desk is not None:
             output.encoded, output.found = desk.counted()
         if late:

@@ -85,6 +85,7 @@ class Slots:
         # Of those, the rows with nothing else to be looked at on the host.
         self.easy = np.zeros(count, np.bool_)
         self.follows = np.zeros(count, np.bool_)
+        self.routed = np.zeros(count, np.bool_)  # whether the experts of its tokens are wanted
         # How many of a row's best tokens are enough to choose one; 0: the whole row is wanted.
         self.candidates = np.zeros(count, np.int32)
 
@@ -118,6 +119,7 @@ class Slots:
         self.argmax_only[admission.slot] = params.greedy and found.plain and not found.return_logprob
         self.easy[admission.slot] = self.argmax_only[admission.slot] and not found.return_hidden
         self.follows[admission.slot] = found.follows
+        self.routed[admission.slot] = admission.return_routed
         self.candidates[admission.slot] = candidates_wanted(
             params, found.plain, admission.top_logprobs, bool(admission.token_ids_logprob), self._vocab
         )

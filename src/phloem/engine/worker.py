@@ -25,6 +25,7 @@ from phloem.engine.media import Desk
 from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages
 from phloem.engine.pooled import PooledRunner
 from phloem.engine.recorded import choice
+from phloem.engine.routes import chosen_of, keep_beside
 from phloem.engine.runner import ModelRunner
 from phloem.engine.sizing import Need, size_pool
 from phloem.kernels.ops import Ops
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from phloem.engine.parallel import Team, Told
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
+    from phloem.layers.context import Chosen
     from phloem.models import Model, Tower
     from phloem.models._scales import LayerScales
     from phloem.platforms import Platform
@@ -181,7 +183,8 @@ def _build(
     platform, ops, dtype = machine.platform, machine.ops, machine.dtype
     running, chunk, context = machine.running, machine.chunk, checkpoint.context_length
     free, _ = platform.memory()
-    model = _loaded(config, checkpoint, machine, decisions, team)
+    chosen = chosen_of(config, checkpoint)
+    model = _loaded(config, checkpoint, machine, decisions, team, chosen)
     sites = served.sites(config.lora, model, ops, dtype, platform.facts.on_host, decisions)
     if team is not None:
         team.loaded()
@@ -198,6 +201,7 @@ def _build(
     sizing = size_pool(config.cache, platform, need, weights, config.runtime.tp_size)
     decisions += sizing.decisions
     pool = KVPool(model.memory, sizing.num_pages, page, kv_dtype, platform.device, scales)
+    keep_beside(pool, chosen, checkpoint, decisions)
     sharing = _sharing(config, backend, decisions)
     left, shares = platform.memory()[0], sharing is not None
     beside = sizing.graph_bytes, shares, sites is not None, machine.eager
@@ -380,8 +384,9 @@ def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisio
 
 
 def _loaded(
-    config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision], team: Team | None = None
-) -> Model:
+    config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision], team: Team | None = None,
+    chosen: Chosen | None = None,
+) -> Model:  # fmt: skip
     platform, begun = machine.platform, perf_counter()
     own = checkpoint.chosen.impl == "phloem"
     stager = platform.stager() if checkpoint.format == "safetensors" and own else None
@@ -389,6 +394,7 @@ def _loaded(
     ctx = BuildContext(machine.ops, machine.dtype, platform.device, quant=method, stager=stager)
     if team is not None:
         ctx = replace(ctx, mesh=team.mesh, comm=team.comm)
+    ctx = replace(ctx, chosen=chosen)
     try:
         if not own:
             trust = config.model.trust_remote_code

@@ -16,6 +16,7 @@ import numpy as np
 from phloem.core.batch import FROM_DEVICE, PositionLogprobs
 from phloem.core.messages import Logprobs, Submit, unpack_ids
 from phloem.core.request import RequestStatus, SamplingParams
+from phloem.scheduler.routed import Routed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,6 +74,7 @@ class Request:
     fresh: list[int] = field(default_factory=list)  # tokens not sent yet
     fresh_logprobs: tuple[PositionLogprobs, ...] = ()
     fresh_hidden: tuple[bytes, ...] = ()
+    routed: Routed | None = None
     pooled: bytes = b""
     sent: bool = False
     message: int = -1  # the message that its last chunk is in
@@ -87,7 +89,8 @@ class Request:
         self.num_prompt = len(self.prompt)
         self.wants_prompt = submit.return_logprob and start >= 0
         self.targets_from = max(start, 1)
-        self.plain = not (submit.return_logprob or submit.return_hidden or submit.pooled)
+        self.routed = Routed() if submit.return_routed else None
+        self.plain = not (submit.return_logprob or submit.return_hidden or submit.return_routed or submit.pooled)
 
     @property
     def place(self) -> tuple[float, int]:

@@ -75,7 +75,7 @@ _SERVER: tuple[_ROW, ...] = (
     ("watchdog_timeout", 300.0, "=watchdog_timeout"),
     ("enable_custom_logit_processor", False, "-processors are asked for by name, and always there"),
     ("enable_return_hidden_states", False, "=enable_return_hidden_states"),
-    ("enable_return_routed_experts", False, "!answers do not tell experts"),
+    ("enable_return_routed_experts", False, "=enable_return_routed_experts"),
     ("kv_events_config", None, "=kv_events_config"),
     ("max_queued_requests", None, "=max_queued_requests"),
 )

@@ -184,6 +184,8 @@ def _build(
     running, chunk, context = machine.running, machine.chunk, checkpoint.context_length
     free, _ = platform.memory()
     chosen = chosen_of(config, checkpoint)
+    if chosen is not None and not platform.facts.on_host:
+        machine = replace(machine, eager="the experts of tokens are told op by op")
     model = _loaded(config, checkpoint, machine, decisions, team, chosen)
     sites = served.sites(config.lora, model, ops, dtype, platform.facts.on_host, decisions)
     if team is not None:

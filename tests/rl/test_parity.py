@@ -146,14 +146,20 @@ def test_bits_of_decoding_are_those_of_scoring_whatever_varies_at_once(model: Pa
     prompts = [head[: 8 * number] + [7, 8, 9, 7 + number] * (1 + number % 3) for number in range(8)]
     same: dict[str, Any] = {"model_path": str(model), "dtype": dtype, "ops": "invariant", "kv_cache_dtype": dtype}
     busy = {"max_total_tokens": 320, "page_size": 16, "chunked_prefill_size": 24, "speculative_algorithm": "ngram"}
+    # Greedy ones repeat themselves, so that drafts are accepted; the others are drawn.
+    params = [{**DRAWN, "sampling_seed": at, "max_new_tokens": 40, "temperature": at % 2} for at in range(8)]
+
+    def answered(engine: Engine, prompts: Any, params: Any) -> Any:
+        return engine.generate(input_ids=prompts, sampling_params=params, return_logprob=True)
+
     with Engine(**same, **busy, disable_speculative_adaptive=True, context_length=256) as engine:
         roll_out(engine, head)  # a prefix that some find
-        answers = roll_out(engine, prompts, sampling_seed=11, max_new_tokens=40)
+        answers = answered(engine, prompts, params)
         state = engine.get_server_info()["internal_states"][0]
         assert state["preemptions"] and any(answer["meta_info"]["cached_tokens"] for answer in answers)
         assert sum(answer["meta_info"].get("spec_num_correct_drafts", 0) for answer in answers)
     with Engine(**same, max_total_tokens=2048, disable_radix_cache=True, chunked_prefill_size=512) as engine:
-        for prompt, answer in zip(prompts, answers, strict=True):
-            alone = roll_out(engine, prompt, sampling_seed=11, max_new_tokens=40)[0]
+        for prompt, one, answer in zip(prompts, params, answers, strict=True):
+            alone = answered(engine, prompt, one)
             assert alone["output_ids"] == answer["output_ids"] and values(alone) == values(answer)
             assert scored(engine, prompt, answer["output_ids"]) == values(answer)

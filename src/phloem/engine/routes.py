@@ -36,7 +36,7 @@ def keep_beside(pool: KVPool, chosen: Chosen | None, checkpoint: Checkpoint, dec
     """Give the pool a place for what the layers note.
 
     Raises:
-        ConfigError: the model has no experts, or gives back the pages of every layer behind a window.
+        ConfigError: the model has no experts, or no pages.
     """
     if chosen is None:
         return
@@ -44,11 +44,11 @@ def keep_beside(pool: KVPool, chosen: Chosen | None, checkpoint: Checkpoint, dec
         raise ConfigError(f"{NAME}: {checkpoint.model_type} has no experts", param=NAME)
     group = group_of(pool.groups)
     if group is None:
-        raise ConfigError(f"{NAME}: every layer of this model forgets its first tokens", param=NAME)
+        raise ConfigError(f"{NAME}: no layer of this model keeps its tokens in pages", param=NAME)
     stated = checkpoint.config.get("num_hidden_layers") or len(checkpoint.config.get("layers_block_type") or ())
     layers = max(int(stated), max(chosen.sizes) + 1)
     k = max(chosen.sizes.values())
-    pool.routes = Routes(chosen.notes, layers, k, group, pool.num_pages[group], pool.page_size)
+    pool.routes = Routes(chosen.notes, layers, k, group, pool.num_pages[group[0]], pool.page_size)
     size = pool.routes.values_SEk.nbytes
     why = f"experts of every token beside its page: {size / 2**20:.1f} MiB; routers and experts are two ops"
     decisions.append(Decision("routed_experts", f"{layers} x {k}", why))

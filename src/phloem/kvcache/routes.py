@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from phloem.core.memory import Group
 
 
-def group_of(groups: tuple[Group, ...]) -> int | None:
-    """The first group whose pages stay until their request ends; None: all give them back behind a window."""
-    return next((at for at, group in enumerate(groups) if group.kind == "pages" and not group.window), None)
+def group_of(groups: tuple[Group, ...]) -> tuple[int, bool] | None:
+    """(The group by whose pages tokens are found, whether these stay until their request ends): the first whose pages
+    stay, or where all give them back behind a window the first. None: no group has pages."""
+    paged = [at for at, group in enumerate(groups) if group.kind == "pages"]
+    lasting = [at for at in paged if not groups[at].window]
+    return None if not paged else (lasting[0], True) if lasting else (paged[0], False)
 
 
 class Routes:
@@ -33,13 +36,15 @@ class Routes:
     Args:
         notes: the layers' choices in the step that ran last, int32 [T, k] or longer, by the layer's number.
         layers: of the model, dense ones too: theirs are zeros.
-        group: by whose tables tokens find their places.
+        group: by whose tables tokens find their places, and whether all of a request's are there until its end
+            (`group_of`). Otherwise only new tokens are told: whoever asks must compute all of its own.
     """
 
     def __init__(
-        self, notes: Mapping[int, Tensor], layers: int, k: int, group: int, pages: int, page_size: int
+        self, notes: Mapping[int, Tensor], layers: int, k: int, group: tuple[int, bool], pages: int, page_size: int
     ) -> None:
-        self._notes, self._group, self._page = notes, group, page_size
+        self._notes, self._page = notes, page_size
+        self._group, self._lasting = group
         self._shown: Mapping[int, Tensor] | None = None
         self.values_SEk: NDArray[np.int16] = np.zeros((pages * page_size, layers, k), np.int16)
 
@@ -64,7 +69,7 @@ class Routes:
     def of(self, batch: Batch, wanted: NDArray[np.bool_]) -> dict[int, tuple[int, NDArray[np.int16]]]:
         """Row -> (first position, [tokens, E, k]) of the rows of these slots: of their new tokens, and of those before
         them when they enter a slot."""
-        fresh = {admission.slot for admission in batch.admissions}
+        fresh = {admission.slot for admission in batch.admissions} if self._lasting else set[int]()
         found: dict[int, tuple[int, NDArray[np.int16]]] = {}
         for row in np.flatnonzero(wanted[batch.slots]).tolist():
             prefix = int(batch.prefix_lens[row])

@@ -99,7 +99,7 @@ class SparseMLP(Layer):
             self.correction = Weight((ctx.child(names.correction).name,), (shape,), "norm")
         biased = bool(names.down_bias)
         plain = config.router.plain and self.spec.plain and not biased and self.correction is None
-        self.chosen = ctx.chosen
+        self.notes = ctx.chosen
         self.number = 0 if ctx.chosen is None else ctx.chosen.enter(ctx.name, config.router.top_k)
         self.fused = (
             plain and mesh.ep.size == 1 and ctx.chosen is None
@@ -140,8 +140,8 @@ class SparseMLP(Layer):
     def _routed(self, logits_TE: Tensor, correction_E: Tensor | None) -> tuple[Tensor, Tensor]:
         """Which experts each token has, and their weights."""
         found = self.ops.route(logits_TE, correction_E, self.config.router)
-        if self.chosen is not None:
-            self.chosen.notes[self.number] = found[0]
+        if self.notes is not None:
+            self.notes.notes[self.number] = found[0]
         return found
 
     def _chosen(self, x_TN: Tensor, logits_TE: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ class Request:
     fresh_logprobs: tuple[PositionLogprobs, ...] = ()
     fresh_hidden: tuple[bytes, ...] = ()
     routed: Routed | None = None
+    unshared: bool = False  # nothing of it may come from the cache: the experts of its tokens would not be known
     pooled: bytes = b""
     sent: bool = False
     message: int = -1  # the message that its last chunk is in
@@ -121,6 +122,8 @@ class Request:
 
         The logprob of position i is read from the hidden state at i - 1.
         """
+        if self.unshared:
+            return 0
         limit = self.num_prompt + len(self.output) - 1
         if self.wants_prompt and self.targets_from < self.num_prompt:
             limit = min(limit, self.targets_from - 1)

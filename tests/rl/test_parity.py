@@ -163,3 +163,28 @@ def test_bits_of_decoding_are_those_of_scoring_whatever_varies_at_once(model: Pa
             alone = answered(engine, prompt, one)
             assert alone["output_ids"] == answer["output_ids"] and values(alone) == values(answer)
             assert scored(engine, prompt, answer["output_ids"]) == values(answer)
+
+
+def test_processed_log_probabilities_are_those_of_what_is_drawn_from(model: Path) -> None:
+    settings: dict[str, Any] = {"model_path": str(model), "dtype": "float32", "max_total_tokens": 1024}
+    drawn: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True, "sampling_seed": 2, "temperature": 0.7}
+    cases: list[dict[str, Any]] = [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.3}, {"regex": "[ab]{9}"}, {}]
+    with Engine(**settings) as engine, Engine(**settings, logprobs_mode="processed") as other:
+        size = min(engine.info.vocab_size, 1024)
+        for case in cases:
+            fields: dict[str, Any] = {"return_logprob": True, "top_logprobs_num": size, "input_ids": PROMPTS[1]}
+            raw, found = (one.generate(sampling_params={**drawn, **case}, **fields) for one in (engine, other))
+            assert raw["output_ids"] == found["output_ids"]
+            for before, after in zip(*(one["meta_info"]["output_top_logprobs"] for one in (raw, found)), strict=True):
+                kept = {token: value for value, token, *_ in after if value > -1e3}
+                assert abs(sum(torch.tensor(list(kept.values())).exp()) - 1) < 1e-4
+                warm = {token: value / 0.7 for value, token, *_ in before}
+                scaled = torch.tensor([warm[token] for token in kept]).log_softmax(0)
+                assert torch.allclose(scaled, torch.tensor(list(kept.values())), atol=1e-4)
+                assert case.get("top_k", size) >= len(kept) and (len(kept) == size) is (not case)
+            assert all(value > -1e3 for value in values(found))
+        greedy = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+        plain, same = (
+            one.generate(input_ids=PROMPTS[0], sampling_params=greedy, return_logprob=True) for one in (engine, other)
+        )
+        assert torch.allclose(torch.tensor(values(plain)), torch.tensor(values(same)), atol=1e-5)

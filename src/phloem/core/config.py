@@ -33,7 +33,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 OnEngineDeath = Literal["restart", "exit"]
 ImagePolicy = Literal["fcfs", "shortest"]
 CpuLevel = Literal["auto", "portable", "avx2", "avx512", "amx"]
-LogprobsMode = Literal["raw", "temperature"]
+LogprobsMode = Literal["raw", "temperature", "processed"]
 ModelImpl = Literal["auto", "phloem", "transformers"]
 TpComm = Literal["auto", "shm", "gloo"]
 Task = Literal["auto", "generate", "embed", "classify", "score", "tokens"]
@@ -58,7 +58,9 @@ class ModelConfig:
     model_impl: ModelImpl = opt("auto", "Whose code runs the model; auto: Phloem's own, else that of transformers.")
     trust_remote_code: bool = opt(False, "Run code that comes with a checkpoint, where transformers' code is run.")
     skip_tokenizer_init: bool = opt(False, "Serve token ids only; no tokenizer is loaded.")
-    logprobs_mode: LogprobsMode = opt("raw", "Log probabilities of sampled tokens: before temperature, or after it.")
+    logprobs_mode: LogprobsMode = opt(
+        "raw", "Log probabilities of sampled tokens: before temperature, after it, as drawn."
+    )
     weight_version: str = opt("default", "What the weights are called until an update names others.")
     random_seed: int | None = opt(None, "Seed for requests that bring none; default: drawn at start.")
 

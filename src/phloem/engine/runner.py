@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from phloem.attention import AttentionBackend, Sharing
     from phloem.core.batch import Batch, Follower, StepOutput
+    from phloem.core.config import LogprobsMode
     from phloem.engine.forward import Way
     from phloem.engine.media import Desk
     from phloem.engine.pipeline import Settle
@@ -66,12 +67,12 @@ class StepWork:
         recorded: Sequence[RecordedWay],
         streams: Streams | None,
         sharing: Sharing | None = None,
-        heated: bool = False,
+        logprobs: LogprobsMode = "raw",
         desk: Callable[[LastTokens], Desk] | None = None,
         leading: Way | None = None,
     ) -> None:
         self.model, self.ops, self._sharing = model, ops, sharing
-        self.slots = Slots(max_slots, model.vocab_size, pool.device, heated)
+        self.slots = Slots(max_slots, model.vocab_size, pool.device, logprobs)
         self.last = LastTokens(max_slots, pool.device, facts.on_host, streams, ops)
         self.masks = Masks(model.vocab_size, pool.device, ops, facts.masks_ahead, self.last.up)
         self._on_host, self._forgotten = facts.on_host, 0
@@ -186,7 +187,7 @@ class ModelRunner:
         sharing: what it costs to attend to pages that rows share once for all of them; None: it is not done.
         desk: makes what minds the pictures of requests, where the model takes any.
         kernels: tells what has been compiled, where kernels are compiled at run time.
-        heated: log probabilities of sampled tokens are those after temperature.
+        logprobs: of which distribution log probabilities of sampled tokens are.
         leading: how steps run with other ranks, where there are any.
     """
 
@@ -205,7 +206,7 @@ class ModelRunner:
         begin: Callable[[], None] | None = None,
         sharing: Sharing | None = None,
         kernels: Callable[[], dict[str, Any]] | None = None,
-        heated: bool = False,
+        logprobs: LogprobsMode = "raw",
         desk: Callable[[LastTokens], Desk] | None = None,
         leading: Way | None = None,
     ) -> None:
@@ -220,7 +221,7 @@ class ModelRunner:
         self._handed: dict[int, Follower | None] = {}
         self._handing = threading.Lock()
         self._work = work = StepWork(
-            model, backend, pool, ops, max_slots, facts, recorded, streams, sharing, heated, desk, leading
+            model, backend, pool, ops, max_slots, facts, recorded, streams, sharing, logprobs, desk, leading
         )
         self._steps = StepThread(
             work.begin,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.core.batch import Admission, Follower
+    from phloem.core.config import LogprobsMode
     from phloem.core.request import SamplingParams
     from phloem.engine.processors import Processor
 
@@ -73,9 +74,9 @@ class Slot:
 class Slots:
     """All of them. What only decides how a token is chosen is kept in arrays by slot."""
 
-    def __init__(self, count: int, vocab: int, device: torch.device, heated: bool = False) -> None:
-        """`heated`: log probabilities are those after temperature."""
-        self._heated = heated
+    def __init__(self, count: int, vocab: int, device: torch.device, logprobs: LogprobsMode = "raw") -> None:
+        """`logprobs`: of which distribution those of sampled tokens are."""
+        self._heated, self.processed = logprobs == "temperature", logprobs == "processed"
         self._slots: list[Slot | None] = [None] * count
         self._vocab = vocab
         self._device = device

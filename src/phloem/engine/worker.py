@@ -223,7 +223,7 @@ def _build(
     runner = ModelRunner(
         led, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
-        kernels=warming.told if warming is not None else None, heated=config.model.logprobs_mode == "temperature",
+        kernels=warming.told if warming is not None else None, logprobs=config.model.logprobs_mode,
         desk=_desk(config, model, ops, running), leading=leading,
     )  # fmt: skip
     worthwhile = min(chunk, platform.worthwhile_chunk)

@@ -107,6 +107,13 @@ def test_requests_beside_each_other_streams_and_scores_each_have_their_own(engin
     )
     assert np.array_equal(told(events[-1], layers, k), told(alone[0], layers, k))
     assert not any("routed_experts" in event["meta_info"] for event in events[:-1])
+    text = alone[1]["text"]
+    if len(text) > 2:  # the door ends it, in the middle
+        stopped: Any = engine.generate(
+            input_ids=prompts[1], sampling_params={**GREEDY, "stop": [text[1:3]]}, return_routed_experts=True
+        )
+        count = len(prompts[1]) + len(stopped["output_ids"]) - 1
+        assert np.array_equal(told(stopped, layers, k), told(alone[1], layers, k)[:count])
     ids = prompts[0] + alone[0]["output_ids"]
     score: Any = engine.generate(input_ids=ids, sampling_params={"max_new_tokens": 0}, return_routed_experts=True)
     assert np.array_equal(told(score, layers, k), told(alone[0], layers, k))
@@ -187,11 +194,16 @@ def test_what_cannot_tell_is_refused_when_asked(tmp_path: Path, olmoe: Path) -> 
 
 
 def test_positions_that_are_computed_again_replace_what_was_told() -> None:
-    routed = Routed()
+    routed, given = Routed(), bytearray()
     step = lambda start, n, value: routed.take(start, np.full((n, 2, 1), value, np.int16))  # noqa: E731
     step(0, 5, 1)
+    given += routed.news(5)
     step(5, 3, 2)  # two drafts, refused
+    given += routed.news(6)
     step(6, 1, 3)
-    assert np.frombuffer(routed.told(7), "<i2").tolist() == [1] * 10 + [2] * 2 + [3] * 2
+    given += routed.news(7)
+    assert np.frombuffer(given, "<i2").tolist() == [1] * 10 + [2] * 2 + [3] * 2
     step(0, 4, 4)  # after a preemption
-    assert np.frombuffer(routed.told(9), "<i2").tolist() == [4] * 8
+    assert routed.news(7) == b""
+    step(4, 5, 4)
+    assert np.frombuffer(routed.news(8), "<i2").tolist() == [4] * 2

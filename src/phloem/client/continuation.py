@@ -83,7 +83,7 @@ class Continuation:
     logprobs: Logprobs = field(default_factory=Logprobs)
     prompt_logprobs: Logprobs | None = None
     hidden: list[bytes] = field(default_factory=list)  # per output token, float32
-    routed: bytes = b""  # as `Chunk.routed`
+    routed: list[bytes] = field(default_factory=list)  # as `Chunk.routed`
     routed_width: int = 0  # numbers of each token in it
     version: str = ""  # of the weights that its next token is of
     spans: list[tuple[int, str]] = field(default_factory=list)  # (end, version) of tokens of other weights before
@@ -156,8 +156,9 @@ class Continuation:
             self.logprobs.chosen += chunk.logprobs.chosen
         self.hidden += chunk.hidden
         if chunk.routed:
-            self.routed = chunk.routed
-            self.routed_width = len(chunk.routed) // 2 // max(1, len(self.prompt_ids) + len(self.ids) - 1)
+            if not self.routed:
+                self.routed_width = len(chunk.routed) // 2 // max(1, len(self.prompt_ids) + len(self.ids) - 1)
+            self.routed.append(chunk.routed)
         self.pooled = chunk.pooled or self.pooled
         if chunk.prompt_logprobs is not None:
             self.prompt_logprobs = chunk.prompt_logprobs

@@ -125,7 +125,7 @@ class Chunk(msgspec.Struct, omit_defaults=True, kw_only=True):
     # Where drafts are verified, on the first chunk and the last: forced tokens, drafts, and of how many steps none,
     # one, two, ... of them were accepted.
     drafts: list[int] = []
-    # With the last chunk: little-endian int16 [prompt and output tokens but the last, layers, experts of a token].
+    # Little-endian int16 [tokens, layers, experts of a token]: of those that have been computed since the last chunk.
     routed: bytes = b""
     hidden: list[bytes] = []  # per token, little-endian float32: the last layer's state that it was chosen from
 

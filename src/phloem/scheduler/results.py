@@ -308,8 +308,8 @@ class Results:
                 chunk.prompt_logprobs = pack_logprobs(request.prompt_logprobs, submit)
         if request.fresh_hidden:
             chunk.hidden, request.fresh_hidden = list(request.fresh_hidden), ()
-        if finish is not None and request.routed is not None:
-            chunk.routed = request.routed.told(request.num_prompt + len(request.output) - 1)
+        if request.routed is not None:
+            chunk.routed = request.routed.news(request.num_prompt + len(request.output) - 1)
         chunk.pooled = request.pooled
         request.fresh = []
         request.sent, request.message = True, self._message

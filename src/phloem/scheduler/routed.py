@@ -17,6 +17,7 @@ class Routed:
     def __init__(self) -> None:
         self._parts: list[NDArray[np.int16]] = []
         self.count = 0  # tokens, from the first on
+        self._given = 0  # of these, by `news`; they are not computed otherwise again
 
     def take(self, start: int, found: NDArray[np.int16]) -> None:
         """[tokens, layers, k] from position `start` on."""
@@ -29,11 +30,14 @@ class Routed:
         self._parts.append(found)
         self.count += len(found)
 
-    def told(self, count: int) -> bytes:
-        """Little-endian int16 of the first `count` tokens."""
-        if not self._parts:
-            return b""
-        whole = np.concatenate(self._parts)[:count]
-        self._parts = [whole]
-        self.count = len(whole)
-        return whole.astype("<i2", copy=False).tobytes()
+    def news(self, count: int) -> bytes:
+        """Little-endian int16 of those of the first `count` tokens that have not been given yet."""
+        found, end = list["NDArray[np.int16]"](), self.count
+        for part in reversed(self._parts):
+            if end <= self._given:
+                break
+            begin = end - len(part)
+            found.append(part[max(0, self._given - begin) : max(0, count - begin)])
+            end = begin
+        self._given = max(self._given, min(count, self.count))
+        return b"".join(part.astype("<i2", copy=False).tobytes() for part in reversed(found))

@@ -42,7 +42,7 @@ def routed_experts(output: Continuation) -> str:
     """Base64 of little-endian int32 [prompt and output tokens but the last, from `routed_start` on; layers; k]."""
     width = output.routed_width
     end = (len(output.prompt_ids) + len(output.ids) - 1) * width
-    told = np.frombuffer(output.routed, dtype="<i2")[output.item.routed_start * width : end]
+    told = np.frombuffer(b"".join(output.routed), dtype="<i2")[output.item.routed_start * width : end]
     return b64encode(told.astype("<i4").tobytes()).decode()
 
 

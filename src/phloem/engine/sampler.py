@@ -171,9 +171,11 @@ def processed(logits_LV: Tensor, rows: SamplingRows) -> Tensor:
     index = np.flatnonzero(filtered & ~rows.greedy)
     if len(index):
         at = torch.from_numpy(index).to(device)
-        columns = [torch.from_numpy(one[index]).to(device).unsqueeze(1) for one in (rows.top_k, rows.top_p, rows.min_p)]
+        k_L1, p_L1, least_L1 = (
+            torch.from_numpy(one[index]).to(device).unsqueeze(1) for one in (rows.top_k, rows.top_p, rows.min_p)
+        )
         some_LV = found_LV[at]
-        kept_LV = _filter(torch.softmax(some_LV, -1), *columns, rows, index)
+        kept_LV = _filter(torch.softmax(some_LV, -1), k_L1, p_L1, least_L1, rows, index)
         found_LV[at] = some_LV.masked_fill(kept_LV == 0, -torch.inf)
     return found_LV.clamp_min(found_LV.amax(-1, keepdim=True) - EXCLUDED)
 

@@ -28,8 +28,8 @@ test: .venv/.test
 
 # The fast tier. Tests of one file stay in one process: many share a server, a model or a tokenizer.
 check: .venv/.test
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests compat
+	$(BIN)/ruff format --check src tests compat
 	$(BIN)/python scripts/plugin_types.py build/plugin_types.py
 	$(BIN)/pyright
 	$(BIN)/python scripts/fast_tier.py $(ARGS)

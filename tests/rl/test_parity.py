@@ -23,9 +23,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 FORMS = [
     pytest.param(({"dtype": "float32"}, 1e-5, 1e-5), id="float32"),
-    pytest.param(({"dtype": "float32", "enable_deterministic_inference": True}, 0.0, 1e-5), id="deterministic"),
+    pytest.param(({"dtype": "float32", "enable_deterministic_inference": True}, 0.0, 0.0), id="deterministic"),
     pytest.param(
-        ({"dtype": "bfloat16", "enable_deterministic_inference": True, "kv_cache_dtype": "bfloat16"}, 0.0, 0.02),
+        ({"dtype": "bfloat16", "enable_deterministic_inference": True, "kv_cache_dtype": "bfloat16"}, 0.0, 0.0),
         id="bfloat16",
     ),
 ]
@@ -136,3 +136,55 @@ def test_log_probabilities_after_temperature_are_those_of_the_divided_logits(mod
             scaled = torch.tensor([p / 0.6 for p, *_ in row]).log_softmax(0)
             place = [identity for _, identity, *_ in row].index(token)
             assert abs(float(scaled[place]) - value) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bits_of_decoding_are_those_of_scoring_whatever_varies_at_once(model: Path, dtype: str) -> None:
+    """Batches, prefixes, chunks, drafts and preemptions together; then each text alone, whole, and nothing cached."""
+    head = [5 + at % 60 for at in range(40)]
+    prompts = [head[: 8 * number] + [7, 8, 9, 7 + number] * (1 + number % 3) for number in range(8)]
+    same: dict[str, Any] = {"model_path": str(model), "dtype": dtype, "ops": "invariant", "kv_cache_dtype": dtype}
+    busy = {"max_total_tokens": 320, "page_size": 16, "chunked_prefill_size": 24, "speculative_algorithm": "ngram"}
+    # Greedy ones repeat themselves, so that drafts are accepted; the others are drawn.
+    params = [{**DRAWN, "sampling_seed": at, "max_new_tokens": 40, "temperature": at % 2} for at in range(8)]
+
+    def answered(engine: Engine, prompts: Any, params: Any) -> Any:
+        return engine.generate(input_ids=prompts, sampling_params=params, return_logprob=True)
+
+    with Engine(**same, **busy, disable_speculative_adaptive=True, context_length=256) as engine:
+        roll_out(engine, head)  # a prefix that some find
+        answers = answered(engine, prompts, params)
+        state = engine.get_server_info()["internal_states"][0]
+        assert state["preemptions"] and any(answer["meta_info"]["cached_tokens"] for answer in answers)
+        assert sum(answer["meta_info"].get("spec_num_correct_drafts", 0) for answer in answers)
+    with Engine(**same, max_total_tokens=2048, disable_radix_cache=True, chunked_prefill_size=512) as engine:
+        for prompt, one, answer in zip(prompts, params, answers, strict=True):
+            alone = answered(engine, prompt, one)
+            assert alone["output_ids"] == answer["output_ids"] and values(alone) == values(answer)
+            assert scored(engine, prompt, answer["output_ids"]) == values(answer)
+
+
+def test_processed_log_probabilities_are_those_of_what_is_drawn_from(model: Path) -> None:
+    settings: dict[str, Any] = {"model_path": str(model), "dtype": "float32", "max_total_tokens": 1024}
+    drawn: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True, "sampling_seed": 2, "temperature": 0.7}
+    cases: list[dict[str, Any]] = [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.3}, {"regex": "[ab]{9}"}, {}]
+    with Engine(**settings) as engine, Engine(**settings, logprobs_mode="processed") as other:
+        size = min(engine.info.vocab_size, 1024)
+        for case in cases:
+            fields: dict[str, Any] = {"return_logprob": True, "top_logprobs_num": size, "input_ids": PROMPTS[1]}
+            raw, found = (one.generate(sampling_params={**drawn, **case}, **fields) for one in (engine, other))
+            assert raw["output_ids"] == found["output_ids"]
+            for before, after in zip(*(one["meta_info"]["output_top_logprobs"] for one in (raw, found)), strict=True):
+                kept = {token: value for value, token, *_ in after if value > -1e3}
+                assert abs(sum(torch.tensor(list(kept.values())).exp()) - 1) < 1e-4
+                warm = {token: value / 0.7 for value, token, *_ in before}
+                scaled = torch.tensor([warm[token] for token in kept]).log_softmax(0)
+                assert torch.allclose(scaled, torch.tensor(list(kept.values())), atol=1e-4)
+                assert case.get("top_k", size) >= len(kept) and (len(kept) == size) is (not case)
+            assert all(value > -1e3 for value in values(found))
+        greedy = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+        plain, same = (
+            one.generate(input_ids=PROMPTS[0], sampling_params=greedy, return_logprob=True) for one in (engine, other)
+        )
+        assert torch.allclose(torch.tensor(values(plain)), torch.tensor(values(same)), atol=1e-5)

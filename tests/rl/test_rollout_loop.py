@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,14 @@ from phloem.testing.checkpoints import tiny_checkpoint
 from phloem.utils.sockets import bind
 
 pytestmark = pytest.mark.slow
-EXAMPLE = Path(__file__).parents[2] / "examples" / "rl" / "grpo.py"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "rl"
 
 
-def example() -> Any:
-    spec = importlib.util.spec_from_file_location("grpo", EXAMPLE)
+def example(name: str = "grpo") -> Any:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["grpo"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -33,9 +35,10 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_the_reward_rises_while_weights_are_pushed(tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="the example trains with transformers")
-    model = tiny_checkpoint("llama", tmp_path)
+@contextlib.contextmanager
+def served(model: Path) -> Iterator[tuple[str, int]]:
+    """The address and the process of a server, for training."""
+    pytest.importorskip("transformers", reason="the examples train with transformers")
     sock = bind("127.0.0.1", 0)
     port = sock.getsockname()[1]
     sock.close()
@@ -53,15 +56,32 @@ def test_the_reward_rises_while_weights_are_pushed(tmp_path: Path) -> None:
                 pass
             assert time.monotonic() < end and server.poll() is None
             time.sleep(0.1)
-        steps = example().train(url, str(model), 25)
-        engine = int(subprocess.run(["pgrep", "-P", str(server.pid)], capture_output=True, text=True).stdout.split()[0])
-        middle = resident(engine)
-        more = example().train(url, str(model), 3)
-        assert resident(engine) < 1.05 * middle, "memory grows with updates"
+        yield url, server.pid
     finally:
         server.terminate()
         server.wait(30)
+
+
+def test_the_reward_rises_while_weights_are_pushed(tmp_path: Path) -> None:
+    model = tiny_checkpoint("llama", tmp_path)
+    with served(model) as (url, pid):
+        steps = example().train(url, str(model), 25)
+        engine = int(subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()[0])
+        middle = resident(engine)
+        more = example().train(url, str(model), 3)
+        assert resident(engine) < 1.05 * middle, "memory grows with updates"
     first, last = (sum(step.reward for step in part) / 3 for part in (steps[:3], steps[-3:]))
     assert last > first + 0.2, [step.reward for step in steps]
     assert max(step.logprob_diff for step in steps + more) < 1e-3
     assert [step.version for step in steps] == [f"step-{number}" for number in range(25)]
+
+
+def test_two_agents_agree_on_words(tmp_path: Path) -> None:
+    example()  # the other one is built on it
+    model = tiny_checkpoint("llama", tmp_path)
+    with served(model) as (url, _):
+        steps = example("two_agents").train(url, str(model), 30)
+    first, last = (sum(step.reward for step in part) / 3 for part in (steps[:3], steps[-3:]))
+    assert last > first + 0.2, [step.reward for step in steps]
+    assert max(step.logprob_diff for step in steps) < 1e-3
+    assert [step.version for step in steps] == [f"step-{number}" for number in range(30)]

@@ -292,6 +292,7 @@ def _submit_message(output: Continuation) -> Submit:
         top_logprobs=item.top_logprobs,
         token_ids_logprob=item.token_ids_logprob,
         return_hidden=item.return_hidden,
+        return_routed=item.return_routed,
         pooled=item.pooled,
         second=item.second,
         audio=item.audio,

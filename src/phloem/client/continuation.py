@@ -83,6 +83,8 @@ class Continuation:
     logprobs: Logprobs = field(default_factory=Logprobs)
     prompt_logprobs: Logprobs | None = None
     hidden: list[bytes] = field(default_factory=list)  # per output token, float32
+    routed: list[bytes] = field(default_factory=list)  # as `Chunk.routed`
+    routed_width: int = 0  # numbers of each token in it
     version: str = ""  # of the weights that its next token is of
     spans: list[tuple[int, str]] = field(default_factory=list)  # (end, version) of tokens of other weights before
     dp_rank: int = -1  # the replica that has it, once it has told; -1: there is but one
@@ -156,6 +158,10 @@ class Continuation:
             self.logprobs.top += chunk.logprobs.top
             self.logprobs.chosen += chunk.logprobs.chosen
         self.hidden += chunk.hidden
+        if chunk.routed:
+            if not self.routed:
+                self.routed_width = len(chunk.routed) // 2 // max(1, len(self.prompt_ids) + len(self.ids) - 1)
+            self.routed.append(chunk.routed)
         self.pooled = chunk.pooled or self.pooled
         if chunk.prompt_logprobs is not None:
             self.prompt_logprobs = chunk.prompt_logprobs

@@ -51,6 +51,8 @@ class Item:
     namespace: str = ""
     adapter: str = ""  # its name
     return_hidden: bool = False
+    return_routed: bool = False
+    routed_start: int = 0  # the first token whose experts are told
     stream_interval: int = 1
     reasons: bool = False  # a reasoning block may come first, and no constraint holds in it
     session: SessionStep | None = None

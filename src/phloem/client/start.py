@@ -36,6 +36,8 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
     features = frozenset[str]() if model.skip_tokenizer_init else frozenset({"grammar"})
     if config.server.enable_return_hidden_states:
         features |= {"hidden_states"}
+    if config.runtime.enable_return_routed_experts:
+        features |= {"routed_experts"}
     if config.lora.enable_lora or config.lora.lora_paths:
         features |= {"lora"}
     if config.runtime.dp_size > 1:

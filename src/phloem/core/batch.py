@@ -45,6 +45,7 @@ class Admission:
     top_logprobs: int = 0
     token_ids_logprob: tuple[int, ...] = ()
     return_hidden: bool = False
+    return_routed: bool = False
     second: int = 0  # token at which the second segment of a pair of texts begins; 0: there is none
     namespace: str = ""  # of the cache: who shares prefixes with it
     audio: bytes = b""  # float32 features of what it hears: encoded into the slot's cross memory
@@ -144,6 +145,8 @@ class StepOutput:
     prompt_logprobs: dict[int, list[PositionLogprobs]] = field(default_factory=dict)
     # Row -> [its tokens, hidden]: the states that its tokens were chosen from.
     hidden: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    # Row -> (position, experts [tokens, layers, k]) of its new tokens; from 0 on when it entered its slot.
+    routed: dict[int, tuple[int, NDArray[np.int16]]] = field(default_factory=dict)
     # Row -> what a model that does not generate makes of its text: [numbers], or [tokens, numbers].
     pooled: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)  # row -> why this row alone failed

@@ -33,7 +33,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 OnEngineDeath = Literal["restart", "exit"]
 ImagePolicy = Literal["fcfs", "shortest"]
 CpuLevel = Literal["auto", "portable", "avx2", "avx512", "amx", "neon"]
-LogprobsMode = Literal["raw", "temperature"]
+LogprobsMode = Literal["raw", "temperature", "processed"]
 ModelImpl = Literal["auto", "phloem", "transformers"]
 TpComm = Literal["auto", "shm", "gloo"]
 LoadBalance = Literal["auto", "round_robin", "total_requests", "total_tokens"]
@@ -59,7 +59,9 @@ class ModelConfig:
     model_impl: ModelImpl = opt("auto", "Whose code runs the model; auto: Phloem's own, else that of transformers.")
     trust_remote_code: bool = opt(False, "Run code that comes with a checkpoint, where transformers' code is run.")
     skip_tokenizer_init: bool = opt(False, "Serve token ids only; no tokenizer is loaded.")
-    logprobs_mode: LogprobsMode = opt("raw", "Log probabilities of sampled tokens: before temperature, or after it.")
+    logprobs_mode: LogprobsMode = opt(
+        "raw", "Log probabilities of sampled tokens: before temperature, after it, as drawn."
+    )
     weight_version: str = opt("default", "What the weights are called until an update names others.")
     random_seed: int | None = opt(None, "Seed for requests that bring none; default: drawn at start.")
 
@@ -144,6 +146,9 @@ class RuntimeConfig:
     check_step_graph: bool = opt(False, "Debug: run recorded and eager steps side by side and compare.")
     enable_deterministic_inference: bool = opt(
         False, "A token gets the same bits whatever else is in the batch: as --ops invariant."
+    )
+    enable_return_routed_experts: bool = opt(
+        False, "Answer requests for the experts that computed their tokens (return_routed_experts)."
     )
     enable_weights_cpu_backup: bool = opt(
         False, "Copy weights to disk before their memory is given back, so that they return whatever they are."

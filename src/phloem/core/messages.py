@@ -42,6 +42,7 @@ class Submit(Message):
     top_logprobs: int = 0
     token_ids_logprob: list[int] = []
     return_hidden: bool = False
+    return_routed: bool = False  # which experts computed each token
     pooled: bool = False  # for a model that does not generate: `max_new_tokens` is 0, `Chunk.pooled` the answer
     second: int = 0  # token at which the second text of a pair begins; 0: there is one text
     audio: bytes = b""  # little-endian float32 log-mel features [mels, frames], for a model that hears
@@ -126,6 +127,8 @@ class Chunk(msgspec.Struct, omit_defaults=True, kw_only=True):
     # Where drafts are verified, on the first chunk and the last: forced tokens, drafts, and of how many steps none,
     # one, two, ... of them were accepted.
     drafts: list[int] = []
+    # Little-endian int16 [tokens, layers, experts of a token]: of those that have been computed since the last chunk.
+    routed: bytes = b""
     hidden: list[bytes] = []  # per token, little-endian float32: the last layer's state that it was chosen from
     dp_rank: int = -1  # the replica that it is of, where there are several
 

@@ -36,3 +36,27 @@ def apart(batch: Batch) -> Batch:
         prompt_targets={int(first[row]): targets for row, targets in batch.prompt_targets.items()},
         adapters=None if batch.adapters is None else batch.adapters[rows],
     )
+
+
+def every_token(batch: Batch) -> Batch:
+    """The same tokens in the same order, each as a row of its own: attention then adds in one order, whether a token
+    is of a prompt, of a chunk of one, or decoded."""
+    if batch.num_tokens == batch.num_rows:
+        return batch
+    rows = np.repeat(np.arange(batch.num_rows), batch.query_lens)
+    starts = np.cumsum(batch.query_lens) - batch.query_lens
+    place = (np.arange(batch.num_tokens) - starts[rows]).astype(np.int32)
+    yields = place >= (batch.query_lens - batch.outputs)[rows]
+    targets = {
+        int(starts[row]) + at: one[at : at + 1] for row, one in batch.prompt_targets.items() for at in range(len(one))
+    }
+    return replace(
+        batch,
+        slots=batch.slots[rows],
+        query_lens=np.ones(batch.num_tokens, np.int32),
+        prefix_lens=batch.prefix_lens[rows] + place,
+        tables=tuple(table[rows] for table in batch.tables),
+        outputs=yields.astype(np.int32),
+        prompt_targets=targets,
+        adapters=None if batch.adapters is None else batch.adapters[rows],
+    )

@@ -18,7 +18,7 @@ import torch
 from phloem.engine.adjust import adjust_
 from phloem.engine.candidates import Candidates
 from phloem.engine.logprobs import Later, logprob_tensors, position_logprobs, read
-from phloem.engine.sampler import sample
+from phloem.engine.sampler import processed, sample
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -117,7 +117,8 @@ class FewCandidates:
         many, vocab = self._slots.candidates[wanted.slots], self._model.vocab_size
         if len(many) > FEW_ROWS or not many.all():
             return None
-        if any(slot.return_logprob and (self._ops.whole_logprobs or slot.heat != 1.0) for slot in choice.slots):
+        rows = self._ops.whole_logprobs or self._slots.processed
+        if any(slot.return_logprob and (rows or slot.heat != 1.0) for slot in choice.slots):
             return None
         settings = self._slots.columns.rows(wanted.slots, wanted.known)
         scale_LJ = Candidates.scales(settings, any(slot.return_logprob for slot in choice.slots))
@@ -169,6 +170,8 @@ class WholeRows:
         if not all(slot.plain for slot in slots):
             adjust_(logits_LV, slots, wanted, self._masks)
         settings = self._slots.columns.rows(wanted.slots, wanted.known)
+        if asked is not None and self._slots.processed:
+            asked.logits_LV = processed(logits_LV[asked.index], settings.of_rows(np.array(asked.places)))
         tokens_L = sample(logits_LV, settings, self._ops, self._last.up)
         self._count(choice, tokens_L)
         coming = self._last.keep(wanted, tokens_L, logits_LV.gather(1, tokens_L.unsqueeze(1)).squeeze(1))

@@ -49,7 +49,12 @@ def run_forward(
     if inputs.spans is not None:
         memory = both_ways(memory, backend.ops, inputs.spans)
     step = ForwardBatch(inputs.input_ids, inputs.positions, memory, index, inputs.adapters, inputs.embeds, inputs.deep)
-    return model.forward(step)
+    if pool.routes is None or index is None:
+        return model.forward(step)
+    # The last layer tells of every token's experts only if it computes every token.
+    step.logit_index = None
+    step.adapters = None if inputs.adapters is None else (inputs.adapters[0], inputs.adapters[0])
+    return backend.ops.select_rows(model.forward(step), index)
 
 
 class Eager:

@@ -159,6 +159,7 @@ class FixedInputs:
         pages_of = {number: SharedPages(*(next(rest) for _ in sharing)) for number in told}
         longest = 1 if single else tokens
         adapters = (tensors[-2], tensors[-1]) if adapted else None
+        self.routes: dict[int, Tensor] = {}  # where replays have the experts that were chosen, if anybody asks
         self.inputs = StepInputs(tensors, pool.groups, longest, pages * pool.page_size, adapters, shared=pages_of)
         # On the host a step is written in place, as arrays: cheaper than one tensor after the other.
         self._targets: list[Any] = [tensor.numpy() for tensor in tensors] if on_host else list(tensors)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from phloem.core.errors import BadRequest, OutOfMemory
 from phloem.engine.answer import empty, give_out, keep_hidden, prompt_logprobs
-from phloem.engine.apart import apart
+from phloem.engine.apart import apart, every_token
 from phloem.engine.choose import Choice, Chooser
 from phloem.engine.forward import Eager, Forward
 from phloem.engine.hearing import ears_of
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from phloem.attention import AttentionBackend, Sharing
     from phloem.core.batch import Batch, Follower, StepOutput
+    from phloem.core.config import LogprobsMode
     from phloem.engine.drafting import Prepared
     from phloem.engine.forward import Way
     from phloem.engine.media import Desk
@@ -67,17 +68,18 @@ class StepWork:
         recorded: Sequence[RecordedWay],
         streams: Streams | None,
         sharing: Sharing | None = None,
-        heated: bool = False,
+        logprobs: LogprobsMode = "raw",
         desk: Callable[[LastTokens], Desk] | None = None,
         leading: Way | None = None,
         drafting: Prepared | None = None,
     ) -> None:
         self.model, self.ops, self._sharing = model, ops, sharing
-        self.slots = Slots(max_slots, model.vocab_size, pool.device, heated)
+        self.slots = Slots(max_slots, model.vocab_size, pool.device, logprobs)
         self.last = LastTokens(max_slots, pool.device, facts.on_host, streams, ops)
         self.masks = Masks(model.vocab_size, pool.device, ops, facts.masks_ahead, self.last.up)
         self._on_host, self._forgotten = facts.on_host, 0
         self._apart = facts.on_host and all(group.kind != "state" for group in pool.groups)
+        self._each = self._apart and ops.name == "invariant"
         self.gaps = Gaps(recorded) if recorded and facts.records_idle else None
         self._pool, self._ears = pool, ears_of(model, pool, backend.ops, max_slots)
         self.desk = None if desk is None else desk(self.last)
@@ -134,8 +136,14 @@ class StepWork:
         output.drafted, output.drafting_seconds = wanted.drafted, drafted
         before = perf_counter()
         placed, pictures = (batch, None) if desk is None else desk.dress(batch)
-        rows = apart(placed) if self._apart and wanted.starts is not None else placed
+        if self._each and pictures is None:
+            rows = every_token(placed)
+        else:
+            rows = apart(placed) if self._apart and wanted.starts is not None else placed
         hidden_LN = self._forward.run(Step(rows, wanted, self._pool, self.last, self._sharing, pictures), settle)
+        if self._pool.routes is not None:
+            self._pool.routes.keep(batch)
+            output.routed = self._pool.routes.of(batch, self.slots.routed)
         if desk is not None:
             output.encoded, output.found = desk.counted()
         if late:
@@ -185,7 +193,7 @@ class ModelRunner:
         sharing: what it costs to attend to pages that rows share once for all of them; None: it is not done.
         desk: makes what minds the pictures of requests, where the model takes any.
         kernels: tells what has been compiled, where kernels are compiled at run time.
-        heated: log probabilities of sampled tokens are those after temperature.
+        logprobs: of which distribution log probabilities of sampled tokens are.
         leading: how steps run with other ranks, where there are any.
         drafting: a model that drafts, where there is one.
     """
@@ -205,7 +213,7 @@ class ModelRunner:
         begin: Callable[[], None] | None = None,
         sharing: Sharing | None = None,
         kernels: Callable[[], dict[str, Any]] | None = None,
-        heated: bool = False,
+        logprobs: LogprobsMode = "raw",
         desk: Callable[[LastTokens], Desk] | None = None,
         leading: Way | None = None,
         drafting: Prepared | None = None,
@@ -222,7 +230,7 @@ class ModelRunner:
         self._handed: dict[int, Follower | None] = {}
         self._handing = threading.Lock()
         self._work = work = StepWork(
-            model, backend, pool, ops, max_slots, facts, recorded, streams, sharing, heated, desk, leading, drafting
+            model, backend, pool, ops, max_slots, facts, recorded, streams, sharing, logprobs, desk, leading, drafting
         )
         self._steps = StepThread(
             work.begin,

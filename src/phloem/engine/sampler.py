@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # A nucleus almost always fits in this many tokens; when one does not, its row alone is sorted whole.
 CANDIDATES = 1024
+EXCLUDED = 1e4  # nats: JSON has no infinity
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -158,6 +159,25 @@ def _draw(logits_LV: Tensor, rows: SamplingRows, index: NDArray[np.int64]) -> Te
         return _invert(probs_LV, uniform_L1)
     kept_LV = _filter(probs_LV, column(rows.top_k), column(rows.top_p), column(rows.min_p), rows, index)
     return _invert(kept_LV, uniform_L1)
+
+
+def processed(logits_LV: Tensor, rows: SamplingRows) -> Tensor:
+    """Logits of which the log-softmax is that of what is drawn from: after temperature and filters; of greedy rows as
+    they are. What is excluded is `EXCLUDED` below the best."""
+    device, vocab = logits_LV.device, logits_LV.shape[1]
+    heats = np.where(rows.greedy, np.float32(1), rows.temperature)
+    found_LV = logits_LV.float() / torch.from_numpy(heats).to(device).unsqueeze(1)
+    filtered = (rows.top_k < vocab) | (rows.top_p < 1) | (rows.min_p > 0)
+    index = np.flatnonzero(filtered & ~rows.greedy)
+    if len(index):
+        at = torch.from_numpy(index).to(device)
+        k_L1, p_L1, least_L1 = (
+            torch.from_numpy(one[index]).to(device).unsqueeze(1) for one in (rows.top_k, rows.top_p, rows.min_p)
+        )
+        some_LV = found_LV[at]
+        kept_LV = _filter(torch.softmax(some_LV, -1), k_L1, p_L1, least_L1, rows, index)
+        found_LV[at] = some_LV.masked_fill(kept_LV == 0, -torch.inf)
+    return found_LV.clamp_min(found_LV.amax(-1, keepdim=True) - EXCLUDED)
 
 
 def _filter(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.core.batch import Admission, Follower
+    from phloem.core.config import LogprobsMode
     from phloem.core.request import SamplingParams
     from phloem.engine.processors import Processor
 
@@ -73,9 +74,9 @@ class Slot:
 class Slots:
     """All of them. What only decides how a token is chosen is kept in arrays by slot."""
 
-    def __init__(self, count: int, vocab: int, device: torch.device, heated: bool = False) -> None:
-        """`heated`: log probabilities are those after temperature."""
-        self._heated = heated
+    def __init__(self, count: int, vocab: int, device: torch.device, logprobs: LogprobsMode = "raw") -> None:
+        """`logprobs`: of which distribution those of sampled tokens are."""
+        self._heated, self.processed = logprobs == "temperature", logprobs == "processed"
         self._slots: list[Slot | None] = [None] * count
         self._vocab = vocab
         self._device = device
@@ -85,6 +86,7 @@ class Slots:
         # Of those, the rows with nothing else to be looked at on the host.
         self.easy = np.zeros(count, np.bool_)
         self.follows = np.zeros(count, np.bool_)
+        self.routed = np.zeros(count, np.bool_)  # whether the experts of its tokens are wanted
         # How many of a row's best tokens are enough to choose one; 0: the whole row is wanted.
         self.candidates = np.zeros(count, np.int32)
 
@@ -118,6 +120,7 @@ class Slots:
         self.argmax_only[admission.slot] = params.greedy and found.plain and not found.return_logprob
         self.easy[admission.slot] = self.argmax_only[admission.slot] and not found.return_hidden
         self.follows[admission.slot] = found.follows
+        self.routed[admission.slot] = admission.return_routed
         self.candidates[admission.slot] = candidates_wanted(
             params, found.plain, admission.top_logprobs, bool(admission.token_ids_logprob), self._vocab
         )

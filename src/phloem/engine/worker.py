@@ -26,6 +26,7 @@ from phloem.engine.media import Desk
 from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, option_of, ranks_of
 from phloem.engine.pooled import PooledRunner
 from phloem.engine.recorded import choice
+from phloem.engine.routes import chosen_of, keep_beside
 from phloem.engine.runner import ModelRunner
 from phloem.engine.sizing import Need, size_pool
 from phloem.engine.stages import Together
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from phloem.engine.parallel import Team, Told
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
+    from phloem.layers.context import Chosen
     from phloem.models import Model, Tower
     from phloem.models._scales import LayerScales
     from phloem.platforms import Platform
@@ -187,7 +189,10 @@ def _build(
     platform, ops, dtype = machine.platform, machine.ops, machine.dtype
     running, chunk, context = machine.running, machine.chunk, checkpoint.context_length
     free, _ = platform.memory()
-    model = _loaded(config, checkpoint, machine, decisions, team)
+    chosen = chosen_of(config, checkpoint)
+    if chosen is not None and not platform.facts.on_host:
+        machine = replace(machine, eager="the experts of tokens are told op by op")
+    model = _loaded(config, checkpoint, machine, decisions, team, chosen)
     sites = served.sites(config.lora, model, ops, dtype, platform.facts.on_host, decisions)
     if team is not None:
         team.loaded(_read(model))
@@ -208,6 +213,7 @@ def _build(
     decisions += sizing.decisions
     own = None if stage is None else stage.own
     pool = KVPool(model.memory, sizing.num_pages, page, kv_dtype, platform.device, scales, own)
+    keep_beside(pool, chosen, checkpoint, decisions)
     sharing = _sharing(config, backend, decisions)
     left, shares = platform.memory()[0], sharing is not None
     more = sizing.graph_bytes, shares, sites is not None, machine.eager
@@ -230,7 +236,7 @@ def _build(
     runner = ModelRunner(
         led, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
-        kernels=warming.told if warming is not None else None, heated=config.model.logprobs_mode == "temperature",
+        kernels=warming.told if warming is not None else None, logprobs=config.model.logprobs_mode,
         desk=_desk(config, model, ops, running), leading=leading, drafting=drafting,
     )  # fmt: skip
     sizes = running, chunk, machine.mixed, min(chunk, platform.worthwhile_chunk), sizing.tokens
@@ -397,8 +403,9 @@ def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisio
 
 
 def _loaded(
-    config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision], team: Team | None = None
-) -> Model:
+    config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision], team: Team | None = None,
+    chosen: Chosen | None = None,
+) -> Model:  # fmt: skip
     platform, begun = machine.platform, perf_counter()
     own = checkpoint.chosen.impl == "phloem"
     stager = platform.stager() if checkpoint.format == "safetensors" and own else None
@@ -406,6 +413,7 @@ def _loaded(
     ctx = BuildContext(machine.ops, machine.dtype, platform.device, quant=method, stager=stager)
     if team is not None:
         ctx = replace(ctx, mesh=team.mesh, comm=team.groups.tp)
+    ctx = replace(ctx, chosen=chosen)
     try:
         if not own:
             trust = config.model.trust_remote_code

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.core.memory import MemorySpec
+    from phloem.kvcache.routes import Routes
 
 
 def fewest_pages(memory: Sequence[MemorySpec], page_size: int) -> list[int]:
@@ -82,6 +83,7 @@ class KVPool:
             else Tensors(())
             for layer, spec in enumerate(memory)
         ]
+        self.routes: Routes | None = None  # which experts computed the tokens, where that is asked for
         self._stored: list[Tensor] = [tensor for layer in made for tensor in layer.stored]
         self.keys: list[Tensor] = [layer.keys if layer.keys is not None else none for layer in made]
         self.values: list[Tensor] = [layer.values if layer.values is not None else none for layer in made]

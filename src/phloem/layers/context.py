@@ -7,7 +7,7 @@ attention backends made for this step. Models never see pages; backends never se
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from phloem.core.memory import MemorySpec, Paged
@@ -182,6 +182,21 @@ class Tap(Protocol):
         ...
 
 
+@dataclass
+class Chosen:
+    """Which experts the sparse layers choose, by the layer's number: how many a token, and in the step that ran last
+    int32 [T, k]. Layers enter when they are built."""
+
+    sizes: dict[int, int] = field(default_factory=dict)
+    notes: dict[int, Tensor] = field(default_factory=dict)
+
+    def enter(self, name: str, k: int) -> int:
+        """The number of the layer that holds the block of this name."""
+        number = next((int(part) for part in name.split(".") if part.isdigit()), len(self.sizes))
+        self.sizes[number] = k
+        return number
+
+
 @dataclass(slots=True)
 class ForwardBatch:
     """A step as a model sees it. T packed new tokens, L rows whose next token is wanted."""
@@ -209,6 +224,7 @@ class BuildContext:
     quant: Method | None = None  # None: weights as the checkpoint has them
     mesh: Mesh = Mesh()
     comm: Comm | None = None  # the ranks of `mesh.tp`; None: this one is alone, or gives its parts of sums
+    chosen: Chosen | None = None  # where sparse layers note their choices; None: nobody asks
     stager: Stager | None = None  # brings tensors from files to the device; None: through the host
 
     def child(self, name: str | int) -> BuildContext:

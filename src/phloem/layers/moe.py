@@ -100,7 +100,11 @@ class SparseMLP(Layer):
             self.correction = Weight((ctx.child(names.correction).name,), (shape,), "norm")
         biased = bool(names.down_bias)
         plain = config.router.plain and self.spec.plain and not biased and self.correction is None
-        self.fused = plain and mesh.ep.size == 1  # that op takes as many experts as the router has logits
+        self.notes = ctx.chosen
+        self.number = 0 if ctx.chosen is None else ctx.chosen.enter(ctx.name, config.router.top_k)
+        self.fused = (
+            plain and mesh.ep.size == 1 and ctx.chosen is None
+        )  # that op takes as many experts as the router has logits
         rows, cols = cut_of(mesh.expert_tp, 0), cut_of(mesh.expert_tp, 1)
         pair, pair_bias = (names.gate, names.up), (names.gate_bias, names.up_bias)
         if not spec.gated:
@@ -134,6 +138,13 @@ class SparseMLP(Layer):
     def _summed(self, x_TN: Tensor) -> Tensor:
         return x_TN if self.comm is None else self.comm.all_reduce(x_TN)
 
+    def _routed(self, logits_TE: Tensor, correction_E: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Which experts each token has, and their weights."""
+        found = self.ops.route(logits_TE, correction_E, self.config.router)
+        if self.notes is not None:
+            self.notes.notes[self.number] = found[0]
+        return found
+
     def _chosen(self, x_TN: Tensor, logits_TE: Tensor) -> Tensor:
         """What the experts that the logits choose make of x."""
         spec = self.config.router
@@ -141,7 +152,7 @@ class SparseMLP(Layer):
             weights = self.gate_up.value, self.down.value
             return self.ops.moe(x_TN, logits_TE, *weights, spec.top_k, spec.renormalise)
         correction = None if self.correction is None else self.correction.value.view(-1)
-        ids_Tk, weights_Tk = self.ops.route(logits_TE, correction, spec)
+        ids_Tk, weights_Tk = self._routed(logits_TE, correction)
         biases = None if self.biases is None else (self.biases[0].value, self.biases[1].value)
         if biases is not None and not self.biased:
             biases = biases[0], torch.zeros_like(biases[1])

@@ -138,7 +138,7 @@ class ScaledExperts(SparseMLP):
     def chosen(self, x_TN: Tensor) -> tuple[Tensor, Tensor]:
         """Experts of hidden states that are not normalised, and their weights."""
         read = self.ops.scale(self.ops.rms_norm(x_TN, self.scale.value, self.eps), self.factor)
-        ids_Tk, weights_Tk = self.ops.route(self.router(read)[0], None, self.config.router)
+        ids_Tk, weights_Tk = self._routed(self.router(read)[0], None)
         each = self.ops.select_rows(self.each.value.view(-1, 1), ids_Tk.view(-1))
         return ids_Tk, self.ops.mul(weights_Tk, each.view(weights_Tk.shape))
 

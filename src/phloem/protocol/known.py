@@ -22,9 +22,10 @@ LATER: dict[str, Later] = {
     "watermark": Later("watermark", ({}, False, {"enabled": False})),
     "routed_dp_rank": Later("data_parallel", (0,)),
     "disagg_prefill_dp_rank": Later("disaggregation"),
-    "return_routed_experts": Later("routed_experts", (False,)),
-    "routed_experts_start_len": Later("routed_experts", (0,)),
+    "return_routed_experts": Later("routed_experts_of_text", (False,), "experts are told by /generate alone"),
+    "routed_experts_start_len": Later("routed_experts_of_text", (0,), "experts are told by /generate alone"),
 }
+_EXPERTS = "the server was started without --enable-return-routed-experts"
 
 # Of `/generate` and chat completions.
 MEDIA_IGNORED: dict[str, str] = {
@@ -54,6 +55,8 @@ GENERATE_IGNORED: dict[str, str] = {
 GENERATE_LATER: dict[str, Later] = {
     **LATER,
     **MEDIA_LATER,
+    "return_routed_experts": Later("routed_experts", (False,), _EXPERTS),
+    "routed_experts_start_len": Later("routed_experts", (0,), _EXPERTS),
     "return_bytes": Later("images", (False,)),
     "return_entropy": Later("entropy", (False,)),
     "return_indexer_topk": Later("indexer_topk", (False,)),

@@ -83,6 +83,26 @@ def named_tensors(blobs: Sequence[bytes], load_format: str | None, limit: int) -
     return tensors
 
 
+def rebuilt(data: bytes, limit: int = 1 << 40) -> Any:
+    """Copies of the tensors that a pickle has, in the lists, tuples and dicts that they were in.
+
+    Raises:
+        BadRequest: it has something else than these, numbers and texts. Nothing of it is ever executed.
+    """
+    reader = _Reader(limit)
+
+    def made(one: Any) -> Any:
+        if isinstance(one, list):
+            return [made(item) for item in one]
+        if isinstance(one, tuple):
+            return tuple(made(item) for item in one)
+        if isinstance(one, dict):
+            return {key: made(item) for key, item in one.items()}
+        return reader.either(one) if isinstance(one, Made) else one
+
+    return made(records(data))
+
+
 def _safetensors(blob: bytes) -> Iterable[tuple[str, Tensor]]:
     try:
         return load(blob).items()

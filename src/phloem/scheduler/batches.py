@@ -38,6 +38,7 @@ def entry(request: Request, known: NDArray[np.int32], eos_ids: tuple[int, ...]) 
         top_logprobs=submit.top_logprobs,
         token_ids_logprob=tuple(submit.token_ids_logprob),
         return_hidden=submit.return_hidden,
+        return_routed=submit.return_routed,
         second=submit.second,
         namespace=request.namespace,
         audio=submit.audio,

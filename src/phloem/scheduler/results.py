@@ -116,6 +116,8 @@ class Results:
         if row in output.failed:
             self.fail(request, output.failed[row], 400 if row in output.refused else 500)
             return
+        if request.routed is not None and row in output.routed:
+            request.routed.take(*output.routed[row])
         request.prompt_logprobs += tuple(output.prompt_logprobs.get(row, ()))
         if not batch.outputs[row]:
             if row in plan.scored:
@@ -218,7 +220,8 @@ class Results:
         long forced text is then worth sitting out the next one (`Slots.hold`); its rest is appended after this one.
         """
         constraint = request.constraint
-        forced = [] if constraint is None else constraint.jump(request.output)
+        # What is appended at the end is never computed: nobody could tell its experts.
+        forced = [] if constraint is None or request.routed is not None else constraint.jump(request.output)
         if request.inflight:
             if len(forced) == 1 and forced[0] in request.stops:
                 self._append(request, forced[0])  # the text is complete: what is in flight can only say so too
@@ -305,6 +308,8 @@ class Results:
                 chunk.prompt_logprobs = pack_logprobs(request.prompt_logprobs, submit)
         if request.fresh_hidden:
             chunk.hidden, request.fresh_hidden = list(request.fresh_hidden), ()
+        if request.routed is not None:
+            chunk.routed = request.routed.news(request.num_prompt + len(request.output) - 1)
         chunk.pooled = request.pooled
         request.fresh = []
         request.sent, request.message = True, self._message

@@ -134,6 +134,7 @@ class Scheduler:
         self._most_tokens = settings.context_length if fits else cache.total_pages * cache.page_size + 1
         slots = min(settings.max_running_requests, runner.max_slots)
         self.slots = Slots(slots, self._most_tokens, cache.page_size, runner.groups)
+        self._lasting = any(group.kind == "pages" and not group.window for group in runner.groups)
         self._policy = POLICIES[settings.schedule_policy]
         pace = settings.pace(slots, runner.draft_room)
         mixture = Mixture(self.slots, lender.most) if lender is not None and lender.most < slots else None
@@ -274,6 +275,7 @@ class Scheduler:
     def _accept(self, submit: Submit) -> None:
         request = Request(submit, self.clock())
         self._check(request)
+        request.unshared = submit.return_routed and not self._lasting
         params = request.params
         room = self._most_tokens - request.num_prompt
         request.limit = request.num_prompt + (

@@ -16,6 +16,7 @@ import numpy as np
 from phloem.core.batch import FROM_DEVICE, PositionLogprobs
 from phloem.core.messages import Logprobs, Submit, unpack_ids
 from phloem.core.request import RequestStatus, SamplingParams
+from phloem.scheduler.routed import Routed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,6 +74,8 @@ class Request:
     fresh: list[int] = field(default_factory=list)  # tokens not sent yet
     fresh_logprobs: tuple[PositionLogprobs, ...] = ()
     fresh_hidden: tuple[bytes, ...] = ()
+    routed: Routed | None = None
+    unshared: bool = False  # nothing of it may come from the cache: the experts of its tokens would not be known
     pooled: bytes = b""
     sent: bool = False
     message: int = -1  # the message that its last chunk is in
@@ -87,7 +90,8 @@ class Request:
         self.num_prompt = len(self.prompt)
         self.wants_prompt = submit.return_logprob and start >= 0
         self.targets_from = max(start, 1)
-        self.plain = not (submit.return_logprob or submit.return_hidden or submit.pooled)
+        self.routed = Routed() if submit.return_routed else None
+        self.plain = not (submit.return_logprob or submit.return_hidden or submit.return_routed or submit.pooled)
 
     @property
     def place(self) -> tuple[float, int]:
@@ -118,6 +122,8 @@ class Request:
 
         The logprob of position i is read from the hidden state at i - 1.
         """
+        if self.unshared:
+            return 0
         limit = self.num_prompt + len(self.output) - 1
         if self.wants_prompt and self.targets_from < self.num_prompt:
             limit = min(limit, self.targets_from - 1)

@@ -15,6 +15,7 @@ from phloem.engine.forward import run_forward
 from phloem.engine.inputs import FixedInputs
 from phloem.engine.recorded.graphs import StepGraphs
 from phloem.kernels.graph import check_replay
+from phloem.kvcache.routes import noting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +56,8 @@ class DecodeStep:
 
     def make(self, rows: int) -> tuple[FixedInputs, StepGraph, Tensor]:
         fixed = FixedInputs(self.pool, rows, rows, rows, self.max_pages, on_host=self.on_host, shared=self.shared)
-        return fixed, *self.recorder.record(lambda: self.eager(fixed))
+        step = noting(self.pool.routes, fixed.routes.update, lambda: self.eager(fixed))
+        return fixed, *self.recorder.record(step)
 
 
 class DecodeGraphs:
@@ -108,6 +110,8 @@ class DecodeGraphs:
         hidden_BN = found.replay()
         if self._check:
             check_replay(found.graph, [hidden_BN], lambda: [self._step.eager(found.inputs)])
+        if self._step.pool.routes is not None:
+            self._step.pool.routes.show(found.inputs.routes)
         return hidden_BN[: batch.num_rows]
 
     def leave_when(self, waiting: Callable[[], bool]) -> None:

@@ -16,6 +16,7 @@ from phloem.engine.forward import run_forward
 from phloem.engine.inputs import FixedInputs
 from phloem.engine.recorded.graphs import StepGraphs
 from phloem.kernels.graph import check_replay
+from phloem.kvcache.routes import noting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +50,8 @@ class FlexibleStep:
 
     def make(self, size: int) -> tuple[FixedInputs, StepGraph, Tensor]:
         fixed = FixedInputs(self.pool, *self.most, self.max_pages, on_host=self.on_host, adapted=self.adapted)
-        return fixed, *self.recorder.record_sizes(lambda sizes: self.eager(fixed, sizes), self.most)
+        step = noting(self.pool.routes, fixed.routes.update, lambda sizes: self.eager(fixed, sizes))
+        return fixed, *self.recorder.record_sizes(step, self.most)
 
 
 class FlexibleSteps:
@@ -102,6 +104,8 @@ class FlexibleSteps:
         hidden_LN = found.replay(*sizes)[: sizes[2]]
         if self._check:
             check_replay(found.graph, [hidden_LN], lambda: [self._step.eager(found.inputs, sizes)])
+        if self._step.pool.routes is not None:
+            self._step.pool.routes.show(found.inputs.routes)
         return hidden_LN[:wanted]
 
     def leave_when(self, waiting: Callable[[], bool]) -> None:

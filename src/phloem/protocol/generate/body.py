@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from msgspec import Meta
 
 from phloem.protocol import known
 from phloem.protocol.body import Body, Later
@@ -101,8 +103,8 @@ class GenerateBody(Body, kw_only=True):
     return_bytes: bool | None = None
     return_entropy: bool | None = None
     return_indexer_topk: bool | None = None
-    return_routed_experts: bool | None = None
-    routed_experts_start_len: Int32 | None = None
+    return_routed_experts: bool | list[bool] | None = None
+    routed_experts_start_len: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     return_sampling_mask: bool | list[bool] | None = None
     sampling_logprobs_mode: Any = None
     return_flat_raw_top_logprobs: bool | None = None

@@ -33,7 +33,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
     starts = each("logprob_start_len", None)
     tops = each("top_logprobs_num", 0)
     processors, steps = each("custom_logit_processor", None), each("session_params", None)
-    hidden = each("return_hidden_states", False)
+    hidden, routed = each("return_hidden_states", False), each("return_routed_experts", False)
     salts, keys = each("cache_salt", None), each("extra_key", None)
     adapters = each("lora_path", None)
     chosen = _chosen(body, count)
@@ -59,6 +59,8 @@ def to_request(body: GenerateBody) -> GenerateRequest:
                 namespace=namespace(salts[at], keys[at]),
                 adapter=adapters[at] or "",
                 return_hidden=bool(hidden[at]),
+                return_routed=bool(routed[at]),
+                routed_start=body.routed_experts_start_len or 0,
                 session=steps[at].step() if steps[at] is not None else None,
                 thinking_budget=body.max_thinking_tokens,
                 dp_rank=dp_rank(body),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from base64 import b64encode
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,14 @@ class GenerateAnswer(Answer, kw_only=True):
 def hidden_lists(states: list[bytes]) -> list[list[float]]:
     """Hidden states as JSON has them: one list per output token."""
     return [np.frombuffer(state, dtype="<f4").tolist() for state in states]
+
+
+def routed_experts(output: Continuation) -> str:
+    """Base64 of little-endian int32 [prompt and output tokens but the last, from `routed_start` on; layers; k]."""
+    width = output.routed_width
+    end = (len(output.prompt_ids) + len(output.ids) - 1) * width
+    told = np.frombuffer(b"".join(output.routed), dtype="<i2")[output.item.routed_start * width : end]
+    return b64encode(told.astype("<i4").tobytes()).decode()
 
 
 class Renderer:
@@ -84,6 +93,8 @@ class Renderer:
             meta["weight_versions"] = output.versions()
         if output.drafts:
             meta |= speculation(output)
+        if output.item.return_routed and output.finish is not None:
+            meta["routed_experts"] = routed_experts(output)
         if self.body.return_prompt_token_ids:
             meta["prompt_token_ids"] = output.prompt_ids
         return meta

@@ -1,0 +1,5 @@
+"""Engine and server."""
+
+from sglang._missing import missing
+
+__getattr__ = missing(__name__)

@@ -1,0 +1,5 @@
+"""Bodies of the OpenAI API."""
+
+from sglang._missing import missing
+
+__getattr__ = missing(__name__)

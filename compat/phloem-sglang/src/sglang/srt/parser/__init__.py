@@ -1,0 +1,5 @@
+"""Reasoning in texts."""
+
+from sglang._missing import missing
+
+__getattr__ = missing(__name__)

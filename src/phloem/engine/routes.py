@@ -1,0 +1,54 @@
+"""Whether answers can tell which experts computed their tokens (`enable_return_routed_experts`), and what it takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from phloem.core.errors import ConfigError
+from phloem.core.resolve import Decision
+from phloem.kvcache.routes import Routes, group_of
+from phloem.layers.context import Chosen
+
+if TYPE_CHECKING:
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.core.config import Config
+    from phloem.kvcache.pool import KVPool
+
+NAME = "enable_return_routed_experts"
+
+
+def chosen_of(config: Config, checkpoint: Checkpoint) -> Chosen | None:
+    """For the model's layers to note in; None: it is not asked for, and costs nothing.
+
+    Raises:
+        ConfigError: the model or its ranks cannot tell.
+    """
+    if not config.runtime.enable_return_routed_experts:
+        return None
+    if checkpoint.chosen.impl != "phloem":
+        raise ConfigError(f"{NAME}: this model's code is transformers', which does not tell", param=NAME)
+    if config.runtime.tp_size > 1:
+        raise ConfigError(f"{NAME}: not with tp_size above 1", param=NAME)
+    return Chosen()
+
+
+def keep_beside(pool: KVPool, chosen: Chosen | None, checkpoint: Checkpoint, decisions: list[Decision]) -> None:
+    """Give the pool a place for what the layers note.
+
+    Raises:
+        ConfigError: the model has no experts, or no pages.
+    """
+    if chosen is None:
+        return
+    if not chosen.sizes:
+        raise ConfigError(f"{NAME}: {checkpoint.model_type} has no experts", param=NAME)
+    group = group_of(pool.groups)
+    if group is None:
+        raise ConfigError(f"{NAME}: no layer of this model keeps its tokens in pages", param=NAME)
+    stated = checkpoint.config.get("num_hidden_layers") or len(checkpoint.config.get("layers_block_type") or ())
+    layers = max(int(stated), max(chosen.sizes) + 1)
+    k = max(chosen.sizes.values())
+    pool.routes = Routes(chosen.notes, layers, k, group, pool.num_pages[group[0]], pool.page_size)
+    size = pool.routes.values_SEk.nbytes
+    why = f"experts of every token beside its page: {size / 2**20:.1f} MiB; routers and experts are two ops"
+    decisions.append(Decision("routed_experts", f"{layers} x {k}", why))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from phloem.core.speculation import Wanted
-from phloem.speculation.drafters import DRAFTERS
+from phloem.speculation.drafters import of_texts
 from phloem.speculation.drafters._match import KEPT, after, agreement, index
 from phloem.speculation.texts import Text
 
@@ -19,7 +19,7 @@ def text(tokens: list[int], prompt: int | None = None, namespace: str = "") -> T
 
 
 def drafter(name: str = "suffix", **values: Any) -> Any:
-    return DRAFTERS.get(name)(Wanted(**values))
+    return of_texts(name)(Wanted(**values))
 
 
 both = pytest.mark.parametrize("name", ["suffix", "ngram"])

@@ -16,7 +16,7 @@ from phloem.core.speculation import Wanted
 from phloem.kvcache.manager import CacheManager
 from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
 from phloem.speculation.controller import Controller
-from phloem.speculation.drafters import DRAFTERS
+from phloem.speculation.drafters import of_texts
 from phloem.speculation.runner import SpeculativeRunner, with_drafts
 from phloem.testing.driver import EOS, Driver, random_tokens, storm
 from phloem.testing.fake_runner import FakePending, FakeRunner
@@ -77,9 +77,7 @@ def speculating(driver: Driver, adaptive: bool = False, room: int = 5, **setting
     inner.force = old.force
     driver.cache = CacheManager(inner.groups, inner.num_pages, inner.page_size)
     wanted = Wanted(drafts=room)
-    runner = SpeculativeRunner(
-        inner, DRAFTERS.get("suffix")(wanted), Controller(room, 24, adaptive), room, clock=Clock()
-    )
+    runner = SpeculativeRunner(inner, of_texts("suffix")(wanted), Controller(room, 24, adaptive), room, clock=Clock())
     values: dict[str, Any] = {
         "max_running_requests": old.max_slots,
         "context_length": 10_000,

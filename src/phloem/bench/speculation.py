@@ -24,7 +24,7 @@ from phloem.cli._options import parse
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.core.speculation import MODELS, wanted
-from phloem.speculation.drafters import DRAFTERS
+from phloem.speculation.drafters import DRAFTERS, of_texts
 from phloem.speculation.texts import Text
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def draft_microseconds(config: Config, tokens: int = 2000) -> float:
     """Median of a draft behind one more token of a text that repeats itself, its index included."""
     asked = wanted(config)
     name = asked.algorithm if asked.algorithm in DRAFTERS.names() and asked.algorithm not in MODELS else "suffix"
-    drafter, rng = DRAFTERS.get(name)(asked), random.Random(1)
+    drafter, rng = of_texts(name)(asked), random.Random(1)
     base = [rng.randrange(3000) for _ in range(tokens)]
     text, took = Text("bench", "", [*base, *base[:50]], tokens, easy=True), list[float]()
     drafter.draft(text, asked.drafts)

@@ -136,10 +136,7 @@ class StepWork:
         output.drafted, output.drafting_seconds = wanted.drafted, drafted
         before = perf_counter()
         placed, pictures = (batch, None) if desk is None else desk.dress(batch)
-        if self._each and pictures is None:
-            rows = every_token(placed)
-        else:
-            rows = apart(placed) if self._apart and wanted.starts is not None else placed
+        rows = self._alone(placed, wanted, self._each and pictures is None)
         hidden_LN = self._forward.run(Step(rows, wanted, self._pool, self.last, self._sharing, pictures), settle)
         if self._pool.routes is not None:
             self._pool.routes.keep(batch)
@@ -172,6 +169,12 @@ class StepWork:
             self.gaps.begun(batch)
         awaited = [one.coming for one in beside] + ([coming] if coming is not None else [])
         return Flight(land, lambda: all(one.done() for one in awaited))
+
+    def _alone(self, batch: Batch, wanted: Wanted, each: bool) -> Batch:
+        """Positions as rows of one token, where the table's promises ask for that; `each`: all of them."""
+        if each:
+            return every_token(batch)
+        return apart(batch) if self._apart and wanted.starts is not None else batch
 
     def _values(self, settle: Settle) -> None:
         """Wait for what the step before gave. Raises `OutOfMemory` if it gave nothing for lack of memory."""

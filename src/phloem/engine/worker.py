@@ -14,14 +14,22 @@ from phloem.adapters import served
 from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.attention._packed import refusal
 from phloem.checkpoint.families import audio_of
-from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import resolve, speculation
 from phloem.core.config import parse_bytes
 from phloem.core.errors import ConfigError
-from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
 from phloem.engine import drafting as drafts
 from phloem.engine import warm
+from phloem.engine.dtypes import (
+    backend_names,
+    dtype_of,
+    eight_bits,
+    heard,
+    kept_in,
+    kv_dtype_of,
+    kv_scales_of,
+    tower_of,
+)
 from phloem.engine.media import Desk
 from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, option_of, ranks_of
 from phloem.engine.pooled import PooledRunner
@@ -37,7 +45,6 @@ from phloem.models._common import Decoder
 from phloem.models._pooled import load_pooled
 from phloem.models._transformers import load_foreign
 from phloem.platforms import cpu
-from phloem.platforms._facts import own_float8
 from phloem.utils import log, memory
 from phloem.utils.cores import available_cores
 
@@ -48,7 +55,7 @@ if TYPE_CHECKING:
     from phloem.attention import Sharing
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
-    from phloem.engine.drafting import Beside
+    from phloem.engine.drafting import Beside, Loaded
     from phloem.engine.parallel import Team, Told
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
@@ -157,7 +164,7 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     decisions.append(Decision("ops", ops.name, why))
     if ops.activations is not None:
         decisions.append(Decision("activations", *ops.activations))
-    dtype = _dtype(config, checkpoint, platform, decisions)
+    dtype = dtype_of(config, checkpoint, platform, decisions)
     schedule = config.schedule
     asked, usual = schedule.max_running_requests, platform.default_running_requests
     if audio_of(checkpoint.model_type) is not None:
@@ -186,24 +193,19 @@ def _build(
     team: Team | None,
     beside: Beside | None,
 ) -> Built:
-    platform, ops, dtype = machine.platform, machine.ops, machine.dtype
+    platform, ops = machine.platform, machine.ops
     running, chunk, context = machine.running, machine.chunk, checkpoint.context_length
     free, _ = platform.memory()
     chosen = chosen_of(config, checkpoint)
     if chosen is not None and not platform.facts.on_host:
         machine = replace(machine, eager="the experts of tokens are told op by op")
-    model = _loaded(config, checkpoint, machine, decisions, team, chosen)
-    sites = served.sites(config.lora, model, ops, dtype, platform.facts.on_host, decisions)
-    if team is not None:
-        team.loaded(_read(model))
-    helper = None if beside is None else beside(model, BuildContext(ops, dtype, platform.device), context)
+    model, sites, helper = _weights(config, checkpoint, machine, decisions, team, beside, chosen)
     phase.end("weights")
 
     kept = _kept(config, checkpoint, machine, model, decisions)
     kv_dtype, scales, backend, page = kept.dtype, kept.scales, kept.backend, kept.page
     recorded = ops.recorder is not None and not config.runtime.disable_step_graph and not machine.eager
-    stage = model.stage if isinstance(model, Decoder) else None
-    stages = () if stage is None else stage.pools
+    own, stages = _stages(model)
     need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales, stages)
     if warming is not None:
         warming.finish(need, platform.device, decisions)
@@ -211,13 +213,11 @@ def _build(
     weights = min(_taken(model, sites, platform) + drafts.taken(helper), free)
     sizing = size_pool(config.cache, platform, need, weights, ranks_of(config) * config.runtime.dp_size)
     decisions += sizing.decisions
-    own = None if stage is None else stage.own
     pool = KVPool(model.memory, sizing.num_pages, page, kv_dtype, platform.device, scales, own)
     keep_beside(pool, chosen, checkpoint, decisions)
     sharing = _sharing(config, backend, decisions)
-    left, shares = platform.memory()[0], sharing is not None
-    more = sizing.graph_bytes, shares, sites is not None, machine.eager
-    place = choice.Place(model, backend, pool, ops, platform.facts, left, *more)
+    more = platform.memory()[0], sizing.graph_bytes, sharing is not None, sites is not None, machine.eager
+    place = choice.Place(model, backend, pool, ops, platform.facts, *more)
     pages = -(-min(context, sizing.tokens) // page) + 1
     rows = max(running, speculation.wanted(config).rows) if platform.facts.on_host else running
     ways = choice.choose(config.runtime, place, rows, pages, chunk, decisions)
@@ -241,7 +241,33 @@ def _build(
     )  # fmt: skip
     sizes = running, chunk, machine.mixed, min(chunk, platform.worthwhile_chunk), sizing.tokens
     info = _info(machine, runner, kv_dtype, sizing.facts.bytes_per_token)
-    return Built(runner, context, *sizes, _tower(model), sites, decisions, info)
+    return Built(runner, context, *sizes, tower_of(model), sites, decisions, info)
+
+
+def _stages(model: Model) -> tuple[frozenset[int] | None, tuple[frozenset[int], ...]]:
+    """Which layers' memory is this rank's own (None: all of it), and of every stage; see `Stage`."""
+    stage = model.stage if isinstance(model, Decoder) else None
+    return (None, ()) if stage is None else (stage.own, stage.pools)
+
+
+def _weights(
+    config: Config,
+    checkpoint: Checkpoint,
+    machine: _Machine,
+    decisions: list[Decision],
+    team: Team | None,
+    beside: Beside | None,
+    chosen: Chosen | None,
+) -> tuple[Model, Sites | None, Loaded | None]:
+    """The model, where adapters go in it, and what drafts for it."""
+    model = _loaded(config, checkpoint, machine, decisions, team, chosen)
+    ops, dtype, platform = machine.ops, machine.dtype, machine.platform
+    sites = served.sites(config.lora, model, ops, dtype, platform.facts.on_host, decisions)
+    if team is not None:
+        team.loaded(_read(model))
+    if beside is None:
+        return model, sites, None
+    return model, sites, beside(model, BuildContext(ops, dtype, platform.device), checkpoint.context_length)
 
 
 def _info(machine: _Machine, runner: ModelRunner, kv_dtype: torch.dtype, bytes_per_token: int) -> dict[str, Any]:
@@ -286,9 +312,9 @@ class _Kept:
 
 def _kept(config: Config, checkpoint: Checkpoint, machine: _Machine, model: Model, decisions: list[Decision]) -> _Kept:
     platform, ops = machine.platform, machine.ops
-    kv_dtype = _eight_bits(config, checkpoint, model, platform, ops) or _heard(config, checkpoint, ops)
-    kv_dtype = kv_dtype or _kept_in(config, machine.dtype, model)
-    scales = _kv_scales(config, checkpoint, model, kv_dtype, decisions)
+    kv_dtype = eight_bits(config, checkpoint, model, platform, ops) or heard(config, checkpoint, ops)
+    kv_dtype = kv_dtype or kept_in(config, machine.dtype, model)
+    scales = kv_scales_of(config, checkpoint, model, kv_dtype, decisions)
     backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
     page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
     return _Kept(kv_dtype, scales, backend, page)
@@ -322,7 +348,7 @@ def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: 
 
 
 def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[LastTokens], Desk] | None:
-    tower = _tower(model)
+    tower = tower_of(model)
     if tower is None:
         return None
     budget = parse_bytes(config.media.mm_encoder_cache, "mm_encoder_cache")
@@ -331,10 +357,6 @@ def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[Las
 
 def _read(model: Model) -> int:
     return model.bytes_read if isinstance(model, Decoder) else 0
-
-
-def _tower(model: Model) -> Tower | None:
-    return model.tower if isinstance(model, Decoder) else None
 
 
 def _taken(model: Model, sites: Sites | None, platform: Platform) -> int:
@@ -432,7 +454,7 @@ def _loaded(
 
 def _ahead(config: Config, checkpoint: Checkpoint, machine: _Machine) -> tuple[dict[str, Any], str | None]:
     """What the process that compiles beside the loading is told, or why there is none."""
-    backend = config.runtime.attention_backend or _backend_names(machine.platform)[0]
+    backend = config.runtime.attention_backend or backend_names(machine.platform)[0]
     kept, name = config.cache.kv_cache_dtype, str(machine.dtype).removeprefix("torch.")
     refusal = None
     if machine.eager:
@@ -450,7 +472,7 @@ def _ahead(config: Config, checkpoint: Checkpoint, machine: _Machine) -> tuple[d
         "vocab": checkpoint.vocab_size,
         "ops": machine.ops.name,
         "dtype": name,
-        "kv_dtype": name if kept == "auto" else str(_kv_dtype(config, machine.dtype)).removeprefix("torch."),
+        "kv_dtype": name if kept == "auto" else str(kv_dtype_of(config, machine.dtype)).removeprefix("torch."),
         "page": config.cache.page_size,
         "running": machine.running,
         "chunk": machine.chunk,
@@ -471,126 +493,15 @@ def _backend(
     """The attention backend: the named one, or the platform's first that accepts."""
     width = max((len(k) for k, _ in scales.values()), default=0)
     need = AttentionNeed(model.attention_specs, kv_dtype, platform.device, config.cache.page_size, width)
-    choice = attention.choose(_backend_names(platform), need, ops, named=config.runtime.attention_backend)
+    choice = attention.choose(backend_names(platform), need, ops, named=config.runtime.attention_backend)
     why = "; ".join([choice.reason, *(f"not {name}: {reason}" for name, reason in choice.declined.items())])
     decisions.append(Decision("attention_backend", choice.backend.name, why))
     return choice.backend
 
 
-def _backend_names(platform: Platform) -> list[str]:
-    known = attention.BACKENDS.names()
-    return attention.with_others([name for name in platform.attention_backends() if name in known])
-
-
 def _take(decisions: list[Decision], decision: Decision) -> Any:
     decisions.append(decision)
     return decision.value
-
-
-def _dtype(config: Config, checkpoint: Checkpoint, platform: Platform, decisions: list[Decision]) -> torch.dtype:
-    if config.model.dtype != "auto":
-        dtype, why = getattr(torch, config.model.dtype), "as asked"
-    else:
-        dtype, why = platform.dtype(checkpoint.config.get("dtype"))
-    decisions.append(Decision("dtype", str(dtype).removeprefix("torch."), why))
-    return dtype
-
-
-_KV_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "int8": torch.int8,
-    "fp8_e4m3": torch.float8_e4m3fn,
-}
-
-
-def _kv_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
-    name = config.cache.kv_cache_dtype
-    if name == "auto":
-        return dtype
-    if name not in _KV_DTYPES:
-        raise ConfigError(
-            f"kv_cache_dtype: {name!r} is not one of auto, {', '.join(_KV_DTYPES)}", param="kv_cache_dtype"
-        )
-    # The device's own kind of float8.
-    return own_float8() if name == FP8 else _KV_DTYPES[name]
-
-
-def _kept_in(config: Config, dtype: torch.dtype, model: Model) -> torch.dtype:
-    """The type of keys and values. Raises ConfigError for one that the model's pictures cannot be attended to in."""
-    kind, tower = _kv_dtype(config, dtype), _tower(model)
-    if tower is not None and tower.whole and kind.itemsize == 1:
-        why = "the tokens of this model's pictures see each other both ways, in 16 bits or more"
-        raise ConfigError(f"kv_cache_dtype: {why}", param="kv_cache_dtype")
-    return kind
-
-
-def _eight_bits(
-    config: Config, checkpoint: Checkpoint, model: Model, platform: Platform, ops: Ops
-) -> torch.dtype | None:
-    """The type that keeps keys and values in 8 bits unasked: where the weights have about as few, nobody has named a
-    type, and the platform's attention computes on such a cache, faster and in half the memory."""
-    few = config.model.quantization is not None or checkpoint.quantised
-    asked = config.cache.kv_cache_dtype != "auto" or config.model.dtype != "auto"
-    kind = platform.quantised_kv_dtype
-    tower = _tower(model)
-    if tower is not None and tower.whole:
-        return None  # its pictures' attention reads keys and values as they are
-    if kind is None or asked or not few or any(isinstance(spec, Latent) for spec in model.memory):
-        return None
-    need = AttentionNeed(model.attention_specs, kind, platform.device, config.cache.page_size)
-    try:
-        attention.choose(_backend_names(platform), need, ops, named=config.runtime.attention_backend)
-    except ConfigError:
-        return None
-    return kind
-
-
-def _heard(config: Config, checkpoint: Checkpoint, ops: Ops) -> torch.dtype | None:
-    """The type that keeps what a model hears, where nobody has named one and the table's attention keeps few types:
-    most of what its steps read is there."""
-    asked = config.cache.kv_cache_dtype != "auto" or config.model.dtype != "auto"
-    if asked or audio_of(checkpoint.model_type) is None or ops.kv_dtypes is None:
-        return None
-    return next((kind for kind in ops.kv_dtypes if kind.is_floating_point), None)
-
-
-def _kv_scales(
-    config: Config, checkpoint: Checkpoint, model: Model, kv_dtype: torch.dtype, decisions: list[Decision]
-) -> dict[int, LayerScales]:
-    """The checkpoint's scales where the KV cache is float8; layers without any keep their values as they are."""
-    name, asked = str(kv_dtype).removeprefix("torch."), config.cache.kv_cache_dtype
-    if asked != FP8:
-        eight = kv_dtype.itemsize == 1 and asked == "auto"
-        why = "as the weights are quantised" if eight else "the type of the model" if asked == "auto" else "as asked"
-        if asked == "auto" and not eight and audio_of(checkpoint.model_type) is not None:
-            why = (
-                "the type of the model, or what the table's attention reads: most of a step's reading is what is heard"
-            )
-        if checkpoint.kv_scheme == FP8:
-            why += f"; the checkpoint brings scales for {FP8}, which --kv-cache-dtype {FP8} uses"
-        decisions.append(Decision("kv_cache_dtype", name, why))
-        return {}
-    layers = len(model.attention_specs)
-    other = checkpoint.kv_scheme not in (None, FP8)
-    scales = {} if other else models.kv_scales(model, checkpoint)
-    if other:
-        _log.warning(
-            "the checkpoint's scales are for a KV cache of type %s: not used for %s", checkpoint.kv_scheme, FP8
-        )
-    if len(scales) < layers:
-        _log.warning(
-            "KV cache in %s: no k_scale and v_scale for %d of %d layers, 1.0 stands in for them: keys and values "
-            "beyond %g are cut off",
-            *(FP8, layers - len(scales), layers, torch.finfo(kv_dtype).max),
-        )
-    if kv_dtype == torch.float8_e4m3fnuz:
-        # Scales are made for a largest value of 448; this type ends at 240.
-        scales = {layer: (tuple(x * 2 for x in k), tuple(x * 2 for x in v)) for layer, (k, v) in scales.items()}
-    why = f"as asked; scales from the checkpoint for {len(scales)} of {layers} layers"
-    decisions.append(Decision("kv_cache_dtype", name, why))
-    return scales
 
 
 def _progress(name: str) -> Callable[[str, float], None]:

@@ -8,7 +8,7 @@ from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
 from phloem.core.speculation import AUTO, MODELS, NONE
 from phloem.speculation.controller import Controller
-from phloem.speculation.drafters import DRAFTERS, LOADERS
+from phloem.speculation.drafters import DRAFTERS, loader, of_texts
 from phloem.speculation.modelled import ModelledRunner
 from phloem.speculation.runner import SpeculativeRunner
 
@@ -44,7 +44,7 @@ def beside(wanted: Wanted, checkpoint: Checkpoint) -> Beside | None:
     """
     if wanted.algorithm not in MODELS:
         return None
-    return LOADERS.get(wanted.algorithm)(wanted, checkpoint).load
+    return loader(wanted.algorithm)(wanted, checkpoint).load
 
 
 def decide(wanted: Wanted, runner: ModelRunner, why: str = "") -> tuple[str, Decision]:
@@ -97,7 +97,7 @@ def around(wanted: Wanted, runner: ModelRunner, name: str) -> Runner:
         share = loaded.model.weight_bytes / max(1, runner.model.weight_bytes)
         controller = Controller(wanted.drafts, most_rows(wanted, runner), wanted.adaptive, share)
         group = runner.pool.group_of[loaded.first]
-        return ModelledRunner(runner, name, LOADERS.get(name).shift, group, controller, wanted.drafts)
-    drafter = DRAFTERS.get(name)(wanted)
+        return ModelledRunner(runner, name, loader(name).shift, group, controller, wanted.drafts)
+    drafter = of_texts(name)(wanted)
     controller = Controller(wanted.drafts, most_rows(wanted, runner), wanted.adaptive)
     return SpeculativeRunner(runner, drafter, controller, wanted.drafts)

@@ -28,7 +28,10 @@ from phloem.platforms._facts import StepFacts, float8_of
 CPU = torch.device("cpu")
 CHEAP = Sharing(tile=4, programs=8, splits=(16, 8), token_bytes=1 << 30, part_bytes=1)
 POOL: Any = SimpleNamespace(
-    groups=(Group("pages", 0, (0,)), Group("state", 0, (2,)), Group("pages", 64, (1,))), page_size=16, device=CPU
+    routes=None,
+    groups=(Group("pages", 0, (0,)), Group("state", 0, (2,)), Group("pages", 64, (1,))),
+    page_size=16,
+    device=CPU,
 )
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from phloem.scheduler.state import Request, Slots
 
 KEPT = 4  # a prompt that goes on leaves 1 / KEPT of a step to those that wait
-FORCED = 32  # tokens of a chunk behind which drafts stand, at most
+FORCED = 32  # tokens of a chunk behind which drafts stand, at most (see also `Pace.forced`)
 HORIZON = 1024  # output tokens of a running request that admission looks ahead to, at most
 
 

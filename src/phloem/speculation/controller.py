@@ -34,7 +34,7 @@ PROBE = 64  # steps after which drafts that do not seem to pay are verified once
 FEW = 4  # rows whose texts are looked at after every plain step; of more, at every eighth
 STRIDE = 8
 LIKELIEST = 0.98
-BESIDE = 16  # tokens that a grammar forced are rows like others; more are a prompt's chunk
+BESIDE = 24  # tokens that a grammar forced are rows like others; more are a prompt's chunk
 
 # T(n) / T(1) of a step that reads quantised weights once, before it is measured.
 _SHAPE = ((1, 1.0), (2, 1.1), (4, 1.25), (8, 1.5), (16, 2.9), (32, 5.7), (64, 11.3))

@@ -137,7 +137,16 @@ def test_tokens_of_answers_stand_apart_and_those_of_prompts_stay() -> None:
     assert begun.query_lens.tolist() == [1, 1, 1, 2, 1, 1, 1] and begun.prefix_lens.tolist() == [10, 11, 12, 0, 2, 3, 6]
     assert [(row, one.tolist()) for row, one in begun.prompt_targets.items()] == [(3, [6, 7]), (4, [8]), (5, [-1])]
     alone = every_token(batch)
-    assert alone.prefix_lens.tolist() == [10, 11, 12, 0, 1, 2, 3, 6] and alone.outputs.tolist() == [1, 1, 1, 0, 0, 0, 0, 1]
+    assert alone.prefix_lens.tolist() == [10, 11, 12, 0, 1, 2, 3, 6] and alone.outputs.tolist() == [
+        1,
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+        1,
+    ]
     assert found.slots.tolist() == [4, 4, 4, 2, 7] and found.query_lens.tolist() == [1, 1, 1, 4, 1]
     assert found.prefix_lens.tolist() == [10, 11, 12, 0, 6] and found.outputs.tolist() == [1, 1, 1, 0, 1]
     assert found.tables[0].tolist() == [[1, 2]] * 3 + [[3, 4], [5, 6]] and list(found.prompt_targets) == [3]

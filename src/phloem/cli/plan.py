@@ -72,8 +72,9 @@ def _check(options: Options) -> None:
             raise ConfigError(f"{name}: {value:g} must be {'above 0' if name in _ABOVE else '0 or more'}", param=name)
         if name == "gpus" and value > MOST_GPUS:
             raise ConfigError(f"gpus: {value} are more than plans are made for, {MOST_GPUS:,}", param=name)
-        span = _SHARES.get(name, "[]")
-        if value > 1 and len(span) > 2 or value == 1 and span.endswith(")") or value == 0 and span.startswith("("):
+        span = _SHARES.get(name)
+        inside = {None: True, "[0, 1]": value <= 1, "[0, 1)": value < 1, "(0, 1]": 0 < value <= 1}
+        if not inside[span]:
             raise ConfigError(f"{name}: {value:g} must be in {span}", param=name)
 
 

@@ -238,7 +238,9 @@ class Replicas(EngineLink):
         for one in self._engines:
             if count := self._balancer.requests(one.rank):
                 what = "request is running" if count == 1 else "requests are running"
-                return f"data parallel rank {one.rank}: {count} {what}: pause_generation first, with mode abort or retract"
+                return (
+                    f"data parallel rank {one.rank}: {count} {what}: pause_generation first, with mode abort or retract"
+                )
         return ""
 
     def _held_back(self) -> bool:

@@ -123,6 +123,9 @@ PHL_INLINE float largest(vf v) {
 
 PHL_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 
+// p * 2^n, where n stands in the low bits of `shifted`. In unsigned numbers: a NaN has any bits there, and stays one.
+PHL_INLINE vf times_power(vf p, vf shifted) { return p * (vf)(((vu)shifted << 23) + (127u << 23)); }
+
 // e^x, relative error below 2e-7; 0 below -87.3 (so that -inf gives 0), saturates at e^88.
 // Range reduction by powers of two and a polynomial of degree 6 (Cephes' expf coefficients).
 PHL_INLINE vf exp(vf x) {
@@ -138,8 +141,7 @@ PHL_INLINE vf exp(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const vi power = ((vi)shifted << 23) + (127 << 23);
-  return select(tiny, vf{}, p * (vf)power);
+  return select(tiny, vf{}, times_power(p, shifted));
 }
 
 // 2^x by rounding to an integer and a Taylor polynomial on [-0.5, 0.5]: relative error 2e-7 at degree 6, 4e-5 at 4.
@@ -169,7 +171,7 @@ PHL_INLINE vf exp2(vf x) {
 #if PHL_LEVEL == 2
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  return select(tiny, vf{}, p * (vf)(((vi)shifted << 23) + (127 << 23)));
+  return select(tiny, vf{}, times_power(p, shifted));
 #endif
 }
 

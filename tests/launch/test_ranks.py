@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from native_support import built
 from served import Server, eventually, gone
 from share_support import ThreadRanks, checkpoint
 
@@ -33,8 +34,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux
 
 
 def answers(core: EngineCore, submits: list[Submit]) -> dict[str, Any]:
-    """Of each request its tokens, and log probabilities where it wants any."""
-    found: dict[str, Any] = {submit.id: ([], []) for submit in submits}
+    """Of each request its tokens, and log probabilities of these and of its prompt where it wants any."""
+    found: dict[str, Any] = {submit.id: ([], [], []) for submit in submits}
     left = {submit.id for submit in submits}
     waiting: list[ToEngine] = list(submits)
     unfold = Unfold()
@@ -45,6 +46,8 @@ def answers(core: EngineCore, submits: list[Submit]) -> dict[str, Any]:
                 found[chunk.id][0].extend(chunk.tokens)
                 if chunk.logprobs is not None:
                     found[chunk.id][1].extend(chunk.logprobs.values)
+                if chunk.prompt_logprobs is not None:
+                    found[chunk.id][2].extend(chunk.prompt_logprobs.values)
                 if chunk.finish is not None:
                     assert chunk.finish.type in ("length", "stop"), chunk.finish
                     left.discard(chunk.id)
@@ -112,7 +115,7 @@ def test_ranks_answer_as_one_does(name: str, sizes: dict[str, int], tmp_path: Pa
         assert core.scheduler.cache.total_pages == one.scheduler.cache.total_pages
     finally:
         core.close()
-    for key, (tokens, values) in expected.items():
+    for key, (tokens, values, _) in expected.items():
         assert found[key][0] == tokens and len(tokens) > 3, key
         assert found[key][1] == pytest.approx(values, abs=1e-4), key
     assert expected["q1"][1]
@@ -123,6 +126,29 @@ def test_ranks_answer_as_one_does(name: str, sizes: dict[str, int], tmp_path: Pa
     decisions = {name: (value, why) for name, value, why in core.info["decisions"]}
     assert decisions["tp_size"][0] == sizes.get("tp_size", 1)
     assert any("p_size" in why for name, (_, why) in decisions.items() if "graph" in name), decisions
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
+def test_stages_have_the_bits_of_one_rank_where_those_are_promised(tmp_path: Path) -> None:
+    path = str(tiny_checkpoint("llama", tmp_path, num_hidden_layers=4))
+    options: dict[str, Any] = {
+        "model_path": path, "enable_deterministic_inference": True, "max_total_tokens": 320, "page_size": 16,
+        "context_length": 128, "chunked_prefill_size": 16, "max_running_requests": 4, "random_seed": 1, "threads": 1,
+    }  # fmt: skip
+    found: list[dict[str, Any]] = []
+    for size in (1, 2):
+        config = Config.from_flat({**options, "pp_size": size})
+        ranks = None if size == 1 else ThreadRanks(config, describe(path))
+        core = EngineCore(config, describe(path), lambda message: None, ranks)
+        asked = load()
+        for submit in asked:
+            submit.return_logprob, submit.logprob_start = True, 0
+        try:
+            found.append(answers(core, asked))
+        finally:
+            core.close()
+    assert found[0] == found[1] and len(found[0]["q1"][1]) > 5 and len(found[0]["q1"][2]) > 5
 
 
 @pytest.mark.slow

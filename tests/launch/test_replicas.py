@@ -35,9 +35,12 @@ class Fleet:
         self.made: list[FakeEngine] = []
         self.settings = {"dp_size": size, **(config or {})}
         self._engine = engine
+        self.full = False  # no other one can be started
 
     def start(self, rank: int) -> FakeEngine:
         del rank
+        if self.full:
+            raise OSError("no process is left")
         self.made.append(FakeEngine(**self._engine))
         return self.made[-1]
 
@@ -263,6 +266,40 @@ def test_engines_that_disagree_about_weights_end() -> None:
         fleet.made[1].control_reply = ControlReply(id="", ok=False, message="no space is left")
         answer = await door.post("/update_weights_from_disk", {"model_path": "/elsewhere"})
         assert answer.status_code == 503 and "engines disagree" in answer.text and "no space is left" in answer.text
+
+    fleet.run(work)
+
+
+def test_no_engine_sleeps_while_another_has_requests() -> None:
+    fleet = Fleet(delay=0.005)
+
+    async def work(door: Door) -> None:
+        asks = {**ASK, "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}, "routed_dp_rank": 1}
+        task = asyncio.create_task(door.post("/generate", asks))
+        await until(lambda: fleet.made[1].submits)
+        answer = await door.post("/release_memory_occupation", {})
+        assert answer.status_code == 400 and "data parallel rank 1: 1 request is running" in answer.text
+        await door.post("/pause_generation", {"mode": "in_place"})
+        assert (await door.post("/release_memory_occupation", {})).status_code == 400
+        assert [control.name for engine in fleet.made for control in engine.controls] == ["pause", "pause"]
+        await door.post("/pause_generation", {"mode": "retract"})
+        assert (await door.post("/release_memory_occupation", {})).status_code == 200
+        assert [engine.controls[-1].name for engine in fleet.made] == ["release_memory"] * 2
+        assert door.client.dead is None
+        task.cancel()
+
+    fleet.run(work)
+
+
+def test_an_engine_that_cannot_be_started_again_ends_all() -> None:
+    fleet = Fleet()
+
+    async def work(door: Door) -> None:
+        fleet.full = True
+        fleet.made[1].die("it was killed by SIGKILL")
+        await until(lambda: door.client.dead is not None)
+        assert "SIGKILL; none could be started in its place: OSError: no process is left" in (door.client.dead or "")
+        assert all(engine.closed for engine in fleet.made) and len(fleet.made) == 2
 
     fleet.run(work)
 

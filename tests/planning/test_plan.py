@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from phloem.cli import main
+from phloem.cli.plan import main as plan_main
 from phloem.core.errors import ConfigError, ModelLoadError
 from phloem.planning.layouts import Layout, layouts, memory, refusal, stages
 from phloem.planning.machines import GIB, MACHINES, machine
@@ -171,8 +173,33 @@ def test_a_gpu_is_known_or_given_in_numbers() -> None:
         machine("h200x")
     with pytest.raises(ConfigError, match="gpu custom: bandwidth, bf16 must be given"):
         machine("custom", memory_gib=24)
-    with pytest.raises(ConfigError, match="memory_gib: -1 must be above 0"):
-        machine("h100", memory_gib=-1)
+    for value in (-1, 0, float("nan"), float("inf"), 1e300):
+        with pytest.raises(ConfigError, match=re.escape(f"memory_gib: {value:g} must be above 0")):
+            machine("h100", memory_gib=value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "why"),
+    [
+        ("--hit nan", "hit: nan is not a number"),
+        ("--hit 1", r"hit: 1 must be in \[0, 1\)"),
+        ("--mem-fraction inf", "mem_fraction: inf is not a number"),
+        ("--mem-fraction 0", r"mem_fraction: 0 must be in \(0, 1\]"),
+        ("--itl-ms nan", "itl_ms: nan is not a number"),
+        ("--itl-ms -1", "itl_ms: -1 must be 0 or more"),
+        ("--overlap 1.5", r"overlap: 1.5 must be in \[0, 1\]"),
+        ("--net nan", "net: nan is not a number"),
+        ("--redundant-experts -1", "redundant_experts: -1 must be 0 or more"),
+        ("--gpus 0", "gpus: 0 must be above 0"),
+        ("--gpus 1000000000000007", "gpus: 1000000000000007 are more than"),
+        ("--top 0", "top: 0 must be above 0"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_by_name(argument: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{why}"):
+        plan_main(["nowhere", *argument.split()])
+    with pytest.raises(ConfigError, match="itl: nan is not a number"):
+        Load(itl=float("nan")).checked()
 
 
 def test_layouts_use_every_gpu_and_divide_every_size(deepseek: Shape, llama: Shape) -> None:
@@ -218,7 +245,7 @@ def test_what_does_not_fit_is_refused_with_its_size(deepseek: Shape, llama: Shap
         plan(llama, MACHINES["h100"], 1, Load(batch=100_000))
     with pytest.raises(ConfigError, match="takes more than 1 ms even with a single request"):
         plan(llama, MACHINES["h100"], 1, Load(itl=0.001))
-    with pytest.raises(ConfigError, match="hit must be in"):
+    with pytest.raises(ConfigError, match="hit: 1 must be in"):
         plan(llama, MACHINES["h100"], 1, Load(hit=1.0))
     with pytest.raises(ConfigError, match="it takes 3 of 4"):
         plan(replace(llama, heads=96, kv_heads=3), MACHINES["h100"], 4, Load(), only=Layout(tp=3))

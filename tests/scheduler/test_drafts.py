@@ -210,6 +210,27 @@ def test_under_a_grammar(overlap: bool, jump: bool, constrained: Callable[[bool]
     assert (driver.scheduler.results.jumped_tokens > 0) is jump
 
 
+@both
+def test_forced_text_comes_in_steps_of_so_many_tokens_at_most(
+    overlap: bool, constrained: Callable[[bool], Any]
+) -> None:
+    seen: list[int] = []
+
+    def look(batch: Batch) -> bool:
+        seen.extend(batch.query_lens[batch.prefix_lens >= 20].tolist())
+        return False
+
+    found: list[list[int]] = []
+    for most in (0, 5):
+        seen.clear()
+        driver = Driver(overlap=overlap, prepare=constrained(True), starve=look, forced_tokens=most, page_size=16)
+        driver.submit("a", random_tokens(random.Random(2), 20), 100, json_schema=json.dumps(SCHEMA))
+        driver.run()
+        found.append(driver.tokens["a"])
+        assert max(seen) == (most or max(seen)) and max(seen) > 1 and driver.scheduler.results.jumped_tokens > 10
+    assert found[0] == found[1]
+
+
 @pytest.fixture(scope="module")
 def constrained() -> Any:
     pytest.importorskip("llguidance")

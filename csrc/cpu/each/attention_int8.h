@@ -305,22 +305,28 @@ PHL_INLINE void add_columns(const AttentionArgs& a, const Int8Job& job, Int8Span
   }
 }
 
-#elif PHL_LEVEL == 1
+#elif PHL_LEVEL == 1 || PHL_NEON
+
+// 2^x for x <= 0, to 4e-5. Very small for anything below -125; a NaN passes, as arithmetic makes it.
+PHL_INLINE vf power(vf x) {
+  x = max(splat(-125.0f), x);
+  const vf shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);
+  vf p = splat(9.61812911e-3f);
+  p = p * r + 5.55041087e-2f;
+  p = p * r + 2.40226507e-1f;
+  p = p * r + 6.93147181e-1f;
+  p = p * r + 1.0f;
+  return (vf)((vu)p + ((vu)shifted << 23));  // unsigned, as a NaN has any bits; a product takes longer
+}
 
 }  // namespace
 }  // namespace PHL_NS
 }  // namespace phl
-#include "attention_words.h"
-namespace phl {
-namespace PHL_NS {
-namespace {
-
-#elif PHL_NEON
-
-}  // namespace
-}  // namespace PHL_NS
-}  // namespace phl
+#if PHL_NEON
 #include "attention_dots.h"
+#else
+#include "attention_words.h"
+#endif
 namespace phl {
 namespace PHL_NS {
 namespace {

@@ -84,18 +84,6 @@ PHL_INLINE void dots(const AttentionArgs& a, const Int8Job& job, Int8Span& span,
 
 using Weight = int16_t;
 
-// 2^x for x <= 0, to 4e-5. Very small for anything below -125; a NaN passes.
-PHL_INLINE vf power(vf x) {
-  x = max(splat(-125.0f), x);
-  const vf shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);
-  vf p = splat(9.61812911e-3f);
-  p = p * r + 5.55041087e-2f;
-  p = p * r + 2.40226507e-1f;
-  p = p * r + 6.93147181e-1f;
-  p = p * r + 1.0f;
-  return (vf)((vi)p + ((vi)shifted << 23));
-}
-
 PHL_INLINE void store_weights(Weight* to, vf weights) {
   const __m128i words = even_and_odd(_mm256_cvtps_epi32((__m256)weights));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), words);

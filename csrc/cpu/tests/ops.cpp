@@ -50,6 +50,16 @@ PHL_TEST(elementwise) {
   }
 }
 
+PHL_TEST(not_a_number) {
+  // Whatever else stands in its bits, which an exponential adds to.
+  for (uint32_t bits : {0x7FC00000u, 0x7FC000AAu, 0x7FC00001u, 0xFFFFFFFFu, 0xFFC00100u}) {
+    vector<float> x(2 * 17, 1.0f), out(17);
+    std::memcpy(&x[3], &bits, sizeof bits);
+    run(level, "silu_and_mul", x.data(), out.data(), 1, 17, 34, 17);
+    for (size_t i = 0; i < out.size(); ++i) check(std::isnan(out[i]) == (i == 3), "silu of a NaN");
+  }
+}
+
 PHL_TEST(adapters) {
   // Three parts, an adapter of rank 5 of at most 6, one with a factor, runs of tokens that share one.
   const vector<int32_t> index{1, 1, 1, 1, 1, 0, 2, 1, 2, 2, 2}, facts{0, 0, 5, 0, 6, 1};

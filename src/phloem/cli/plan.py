@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 from phloem.cli._options import parse_own
 from phloem.core.config import opt
@@ -54,13 +55,35 @@ class Options:
     json: bool = opt(False, "Print JSON.")
 
 
+_ABOVE = ("gpus", "prompt", "output", "chunk", "top")  # the numbers that are at least 1
+MOST_GPUS = 1_000_000  # whose divisors are tried one by one
+_SHARES = {"hit": "[0, 1)", "mem_fraction": "(0, 1]", "overlap": "[0, 1]"}
+
+
+def _check(options: Options) -> None:
+    """Raises ConfigError for a number that is none, or that makes no sense there, by the option's name."""
+    for name in (field.name for field in fields(options)):
+        value = getattr(options, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value):
+            raise ConfigError(f"{name}: {value} is not a number to count with", param=name)
+        if value < (name in _ABOVE):
+            raise ConfigError(f"{name}: {value:g} must be {'above 0' if name in _ABOVE else '0 or more'}", param=name)
+        if name == "gpus" and value > MOST_GPUS:
+            raise ConfigError(f"gpus: {value} are more than plans are made for, {MOST_GPUS:,}", param=name)
+        span = _SHARES.get(name)
+        inside = {None: True, "[0, 1]": value <= 1, "[0, 1)": value < 1, "(0, 1]": 0 < value <= 1}
+        if not inside[span]:
+            raise ConfigError(f"{name}: {value:g} must be in {span}", param=name)
+
+
 def main(argv: list[str]) -> int:
     argv = ["--model", *argv] if argv and not argv[0].startswith("-") else argv
     options = parse_own("plan", argv, Options, DESCRIPTION)
     if not options.model:
         raise ConfigError("which model? phloem plan MODEL --gpus N", param="model")
-    if not 0 <= options.overlap <= 1 or options.top < 1:
-        raise ConfigError("overlap must be in 0 to 1, top above 0", param="overlap")
+    _check(options)
     found = machine(
         options.gpu, memory_gib=options.memory_gib, bandwidth=options.bandwidth, bf16=options.bf16, fp8=options.fp8,
         fp4=options.fp4, link=options.link, domain=options.domain, net=options.net,

@@ -1,8 +1,9 @@
-"""Rows that verify drafts, as one row a token: the step is then computed as steps of one token each are, to the bit.
+"""Rows of a step cut into shorter ones: what a token is given then does not depend on the tokens beside it, to the bit.
 
-Attention of one query adds in another order than that of several; here each position of a verifying row is a row with
-the same pages, one token longer than the one before it. All rows write their keys and values before any reads them, so
-each sees those before it. A step of nothing but such rows is a decode step, for which there are recordings.
+Attention of one query adds in another order than that of several. So each token of an answer is a row of its own,
+whether it is decoded, drafted or forced by a grammar: with the same pages, one token longer than the row before it. All
+rows write their keys and values before any reads them, so each sees those before it. A step in which every row decodes
+or verifies becomes a decode step by that, for which there are recordings.
 """
 
 from __future__ import annotations
@@ -13,47 +14,51 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from phloem.core.batch import Batch
 
 
-def apart(batch: Batch) -> Batch:
-    """The same tokens in the same order: each draft is a row, what is known before the drafts stays together."""
-    if not (batch.outputs > 1).any():
+def apart(batch: Batch, prompts: NDArray[np.int32]) -> Batch:
+    """The same tokens in the same order: what a row has of its prompt stays together, each other token is a row.
+
+    `prompts` [R]: tokens of each row's prompt.
+    """
+    if batch.num_tokens == batch.num_rows:
         return batch
-    counts = np.maximum(batch.outputs, 1)
-    first = np.cumsum(counts) - counts
-    rows = np.repeat(np.arange(batch.num_rows), counts)
-    place = (np.arange(len(rows)) - first[rows]).astype(np.int32)
-    known = (batch.query_lens - counts + 1)[rows].astype(np.int32)
-    draft = place > 0
-    return replace(
-        batch,
-        slots=batch.slots[rows],
-        query_lens=np.where(draft, np.int32(1), known),
-        prefix_lens=batch.prefix_lens[rows] + np.where(draft, known + place - 1, np.int32(0)),
-        tables=tuple(table[rows] for table in batch.tables),
-        outputs=np.minimum(batch.outputs, 1)[rows],
-        prompt_targets={int(first[row]): targets for row, targets in batch.prompt_targets.items()},
-        adapters=None if batch.adapters is None else batch.adapters[rows],
-    )
+    together = np.clip(prompts - batch.prefix_lens, 0, batch.query_lens)
+    heads = together > 0
+    counts = heads + batch.query_lens - together
+    if len(counts) == counts.sum():
+        return batch
+    lens = np.ones(counts.sum(), np.int32)
+    lens[(np.cumsum(counts) - counts)[heads]] = together[heads]
+    return cut(batch, lens)
 
 
 def every_token(batch: Batch) -> Batch:
     """The same tokens in the same order, each as a row of its own: attention then adds in one order, whether a token
     is of a prompt, of a chunk of one, or decoded."""
-    if batch.num_tokens == batch.num_rows:
+    return cut(batch, np.ones(batch.num_tokens, np.int32))
+
+
+def cut(batch: Batch, lens: NDArray[np.int32]) -> Batch:
+    """The same tokens in the same order, in rows of these lengths, each of which lies within a row of the batch."""
+    if len(lens) == batch.num_rows:
         return batch
-    rows = np.repeat(np.arange(batch.num_rows), batch.query_lens)
-    starts = np.cumsum(batch.query_lens) - batch.query_lens
-    place = (np.arange(batch.num_tokens) - starts[rows]).astype(np.int32)
-    yields = place >= (batch.query_lens - batch.outputs)[rows]
+    ends, wholes = np.cumsum(lens), np.cumsum(batch.query_lens)
+    rows = np.searchsorted(wholes, ends - lens, side="right")
+    place = (ends - lens - (wholes - batch.query_lens)[rows]).astype(np.int32)
+    yields = np.clip(ends - (wholes - batch.outputs)[rows], 0, lens)
     targets = {
-        int(starts[row]) + at: one[at : at + 1] for row, one in batch.prompt_targets.items() for at in range(len(one))
+        int(new): batch.prompt_targets[row][place[new] : place[new] + lens[new]]
+        for row in batch.prompt_targets
+        for new in np.flatnonzero(rows == row)
     }
     return replace(
         batch,
         slots=batch.slots[rows],
-        query_lens=np.ones(batch.num_tokens, np.int32),
+        query_lens=lens,
         prefix_lens=batch.prefix_lens[rows] + place,
         tables=tuple(table[rows] for table in batch.tables),
         outputs=yields.astype(np.int32),

@@ -20,6 +20,7 @@ import torch
 from phloem.core.batch import Batch
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.distributed.mesh import Mesh, some_sizes
+from phloem.engine.apart import cut
 from phloem.engine.around import RunnerAround
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import Step
@@ -73,11 +74,13 @@ class Plan(msgspec.Struct, frozen=True, tag=True):
 
 
 class Go(msgspec.Struct, frozen=True, tag=True):
-    """Run the planned batch of this step; `ids` int64 [T] are its tokens, those of the last step included."""
+    """Run the planned batch of this step; `ids` int64 [T] are its tokens, those of the last step included, and `lens`
+    int32 the rows that rank 0 has cut it into: others would add in another order."""
 
     step: int
     epoch: int
     ids: bytes
+    lens: bytes
 
 
 class Chosen(msgspec.Struct, frozen=True, tag=True):
@@ -296,7 +299,8 @@ class Leading:
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor:
         inputs, batch = step.inputs, step.batch
-        self._team.tell(Go(batch.step, batch.epoch, inputs.input_ids.numpy().tobytes()))
+        ids = inputs.input_ids.numpy().tobytes()
+        self._team.tell(Go(batch.step, batch.epoch, ids, _raw(batch.query_lens)))
         ready()
         with _all_or_none(self._team.groups):
             return run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)
@@ -350,7 +354,7 @@ class Executor:
         else:
             raise ValueError(f"step {told.step} was never planned")
         batch = replace(batch, input_ids=np.frombuffer(told.ids, np.int64).astype(np.int32))
-        inputs = Step(batch, Wanted.of(batch), self._pool, self._last).inputs
+        inputs = Step(cut(batch, _ints(told.lens)), Wanted.of(batch), self._pool, self._last).inputs
         self._hidden_LN = run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)
 
     def _choose(self, told: Chosen) -> None:

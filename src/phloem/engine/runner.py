@@ -78,8 +78,8 @@ class StepWork:
         self.last = LastTokens(max_slots, pool.device, facts.on_host, streams, ops)
         self.masks = Masks(model.vocab_size, pool.device, ops, facts.masks_ahead, self.last.up)
         self._on_host, self._forgotten = facts.on_host, 0
-        self._apart = facts.on_host and all(group.kind != "state" for group in pool.groups)
-        self._each = self._apart and ops.name == "invariant"
+        self.stands_apart = facts.on_host and all(group.kind != "state" for group in pool.groups)
+        self._each = self.stands_apart and ops.name == "invariant"
         self.gaps = Gaps(recorded) if recorded and facts.records_idle else None
         self._pool, self._ears = pool, ears_of(model, pool, backend.ops, max_slots)
         self.desk = None if desk is None else desk(self.last)
@@ -136,7 +136,7 @@ class StepWork:
         output.drafted, output.drafting_seconds = wanted.drafted, drafted
         before = perf_counter()
         placed, pictures = (batch, None) if desk is None else desk.dress(batch)
-        rows = self._alone(placed, wanted, self._each and pictures is None)
+        rows = self._alone(placed, self._each and pictures is None)
         hidden_LN = self._forward.run(Step(rows, wanted, self._pool, self.last, self._sharing, pictures), settle)
         if self._pool.routes is not None:
             self._pool.routes.keep(batch)
@@ -170,11 +170,11 @@ class StepWork:
         awaited = [one.coming for one in beside] + ([coming] if coming is not None else [])
         return Flight(land, lambda: all(one.done() for one in awaited))
 
-    def _alone(self, batch: Batch, wanted: Wanted, each: bool) -> Batch:
+    def _alone(self, batch: Batch, each: bool) -> Batch:
         """Positions as rows of one token, where the table's promises ask for that; `each`: all of them."""
         if each:
             return every_token(batch)
-        return apart(batch) if self._apart and wanted.starts is not None else batch
+        return apart(batch, self.slots.prompts[batch.slots]) if self.stands_apart else batch
 
     def _values(self, settle: Settle) -> None:
         """Wait for what the step before gave. Raises `OutOfMemory` if it gave nothing for lack of memory."""
@@ -227,7 +227,6 @@ class ModelRunner:
         self.max_slots = max_slots
         self.draft_room = 0
         self.drafts = None if drafting is None else drafting.loaded
-        self.row_bits = ops.row_bits and facts.on_host  # a token has the same bits in a step that verifies drafts
         self.recorded = recorded
         self._kernels = kernels
         self._handed: dict[int, Follower | None] = {}
@@ -235,6 +234,7 @@ class ModelRunner:
         self._work = work = StepWork(
             model, backend, pool, ops, max_slots, facts, recorded, streams, sharing, logprobs, desk, leading, drafting
         )
+        self.row_bits = ops.row_bits and work.stands_apart  # of a token, whether decoded, drafted or forced
         self._steps = StepThread(
             work.begin,
             work.needs_values,

@@ -81,6 +81,7 @@ class Slots:
         self._vocab = vocab
         self._device = device
         self.columns = SamplingColumns(count, vocab)
+        self.prompts = np.zeros(count, np.int32)  # tokens of each prompt
         # A row of which only its most likely token is wanted: no logits need be written for it.
         self.argmax_only = np.zeros(count, np.bool_)
         # Of those, the rows with nothing else to be looked at on the host.
@@ -97,6 +98,7 @@ class Slots:
         params = admission.params
         penalised = Penalties.wanted(params)
         self.columns.set(admission.slot, params, admission.seed)
+        self.prompts[admission.slot] = admission.num_prompt
         found = self._slots[admission.slot] = Slot(
             request_id=admission.request_id,
             params=params,

@@ -189,6 +189,7 @@ def _settings(config: Config, checkpoint: Checkpoint, built: Built, speculates: 
         debug_invariants=config.runtime.debug_invariants,
         whole_prompts=checkpoint.pooling is not None,
         speculates=speculates,
+        forced_tokens=assemble.MOST_ROWS if isinstance(built.runner, ModelRunner) and built.runner.row_bits else 0,
         sees=built.tower is not None,
         whole_pictures=built.tower is not None and built.tower.whole,
     )

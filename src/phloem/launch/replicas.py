@@ -155,6 +155,8 @@ class Replicas(EngineLink):
         self._take, self._end = take, self._loop.create_future()
         tasks = [asyncio.create_task(self._hear(one)) for one in self._engines]
         tasks.append(asyncio.create_task(self._mind()))
+        for task in tasks:
+            task.add_done_callback(self._broke)
         try:
             await self._end
         finally:
@@ -211,9 +213,8 @@ class Replicas(EngineLink):
         """To all. What changes weights needs all of them; the rest is answered by those that serve."""
         serving = [one for one in self._engines if one.ready is not None]
         asked = Asked(message, {one.rank for one in serving})
-        missing = [one.rank for one in self._engines if one.ready is None]
-        if not serving or (missing and asked.of_weights):
-            text = f"data parallel rank {missing[0]} does not serve now: {self._engines[missing[0]].why or 'starting'}"
+        text = self._unready(message, asked.of_weights)
+        if text:
             asyncio.get_running_loop().call_soon(self._give, ControlReply(id=message.id, ok=False, message=text))
             return
         self._asked[message.id] = asked
@@ -226,6 +227,26 @@ class Replicas(EngineLink):
                 self._asked.pop(message.id, None)
                 what = f"{message.name}: what lies in this process does not reach data parallel ranks"
                 raise BadRequest(f"{what}: use a file, or the HTTP door", code="not_supported") from None
+
+    def _unready(self, message: Control, of_weights: bool) -> str:
+        """Why no engine is asked; "": all that serve are. An engine alone would refuse to sleep, the others not."""
+        missing = [one for one in self._engines if one.ready is None]
+        if missing and (of_weights or len(missing) == len(self._engines)):
+            return f"data parallel rank {missing[0].rank} does not serve now: {missing[0].why or 'starting'}"
+        if message.name != "release_memory" or self._held_back():
+            return ""
+        for one in self._engines:
+            if count := self._balancer.requests(one.rank):
+                what = "request is running" if count == 1 else "requests are running"
+                return (
+                    f"data parallel rank {one.rank}: {count} {what}: pause_generation first, with mode abort or retract"
+                )
+        return ""
+
+    def _held_back(self) -> bool:
+        """Whether generation is paused so that requests, if there are any, hold no memory."""
+        pause = self._after.get("pause")
+        return pause is not None and pause.args.get("mode") != "in_place"
 
     # --- from the engines
 
@@ -266,7 +287,11 @@ class Replicas(EngineLink):
         for key in lost:
             self._give(Painted(id=key, done=True, error=whole, status=503))
         one.restarts.append(now)
-        one.begin(self._start(one.rank))
+        try:
+            one.begin(self._start(one.rank))
+        except Exception as error:
+            self._finish(EngineDead(f"{whole}; none could be started in its place: {type(error).__name__}: {error}"))
+            return False
         one.why = f"it starts again: {why}"
         self._give(summed([other.stats for other in self._engines], Stats()))
         return True
@@ -388,6 +413,13 @@ class Replicas(EngineLink):
             else:
                 self._end.set_exception(error)
         self._over = True
+
+    def _broke(self, task: asyncio.Task[None]) -> None:
+        """What is done for an engine has failed: nobody would hear it any more."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            _log.error("the engines' door broke", exc_info=error)
+            self._finish(EngineDead(f"the door of the engines broke: {type(error).__name__}: {error}"))
 
     async def _mind(self) -> None:
         """End engines that hang, and let go of those whose links have died without a word."""

@@ -10,6 +10,7 @@ from phloem.core.errors import ConfigError
 GIB = float(2**30)
 Kind = str  # of a product's inputs: "bf16", "fp8" or "fp4"
 KINDS = ("fp4", "fp8", "bf16")
+LEAST, MOST = 1e-3, 1e9  # of any figure: beyond, times are 0 or infinite
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,12 @@ def machine(name: str, **own: float | None) -> Machine:
     """A known device, or `custom`; `own`: fields that differ from it.
 
     Raises:
-        ConfigError: an unknown name, a number that is not above 0, or a custom device without what is needed.
+        ConfigError: an unknown name, a figure that no device has, or a custom device without what is needed.
     """
     given = {key: value for key, value in own.items() if value is not None}
     for key, value in given.items():
-        if value <= 0:
-            raise ConfigError(f"{key}: {value:g} must be above 0", param=key)
+        if not LEAST <= value <= MOST:
+            raise ConfigError(f"{key}: {value:g} must be above 0, from {LEAST:g} to {MOST:g}", param=key)
     if name == "custom":
         needed = [key for key in ("memory_gib", "bandwidth", "bf16") if key not in given]
         if needed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,13 +43,15 @@ class Load:
     def checked(self) -> Load:
         """Itself. Raises ConfigError, naming the field."""
         for name in ("prompt", "output", "chunk"):
-            if getattr(self, name) < 1:
+            if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} must be above 0", param=name)
         for name in ("context", "batch", "redundant", "itl"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: {getattr(self, name)} is below 0", param=name)
-        if not 0 <= self.hit < 1 or not 0 < self.fraction <= 1:
-            raise ConfigError("hit must be in [0, 1), fraction in (0, 1]", param="hit")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}: {getattr(self, name)} is not a number from 0 on", param=name)
+        if not 0 <= self.hit < 1:
+            raise ConfigError(f"hit: {self.hit:g} must be in [0, 1)", param="hit")
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"fraction: {self.fraction:g} must be in (0, 1]", param="fraction")
         if self.longest < self.prompt + self.output:
             raise ConfigError(f"context {self.context} is less than prompt + output", param="context")
         return self

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from phloem.scheduler.state import Request, Slots
 
 KEPT = 4  # a prompt that goes on leaves 1 / KEPT of a step to those that wait
-FORCED = 32  # tokens of a chunk behind which drafts stand, at most
+FORCED = 32  # tokens of a chunk behind which drafts stand, at most (see also `Pace.forced`)
 HORIZON = 1024  # output tokens of a running request that admission looks ahead to, at most
 
 
@@ -30,6 +30,7 @@ class Pace:
     worthwhile: int  # prompt tokens from which on another prompt makes a step no more efficient
     draft_room: int = 0
     whole: bool = False  # prompts are not divided: each is computed in one step
+    forced: int = 0  # tokens that a grammar forced in a request's step, at most: more have other bits. 0: any number
 
 
 @dataclass(slots=True)
@@ -132,7 +133,8 @@ def spend(slots: Slots, waiting: Iterable[Chunk], means: Means) -> Spent:
         spent.lacking = [slots.at(slot) for slot in reversed(_by_place(slots, needy)[means.pages :])]
         return spent
     pages = means.pages - len(needy) if slots.paged[0] else means.pages
-    purse = _Purse(min(means.pace.budget, means.most), pages, slots.page_size, slots.paged[0], means.pace.whole)
+    pace = means.pace
+    purse = _Purse(min(pace.budget, means.most), pages, slots.page_size, slots.paged[0], pace.whole, pace.forced)
     if len(decodes):
         # With every slot decoding there must be a token for each, or the last ones would starve.
         purse.left = min(max(purse.left - len(decodes), 0), means.pace.mixed)
@@ -164,6 +166,7 @@ class _Purse:
     size: int
     paged: bool  # else these are states, of which a request takes all it ever needs when it enters
     whole: bool = False  # see `Pace`; the first of a step may be longer than what there is
+    forced: int = 0  # see `Pace`
     used: bool = False
 
     def chunk(self, start: int, todo: int, covered: int) -> int:
@@ -192,7 +195,10 @@ def _go_on(spent: Spent, slots: Slots, prefills: list[int], purse: _Purse) -> bo
         if purse.left <= 0:
             break
         request, start = slots.at(slot), int(slots.computed[slot])
-        count = purse.chunk(start, int(slots.length[slot]) - start, int(slots.covered[slot]))
+        todo = int(slots.length[slot]) - start
+        if purse.forced and start + 1 >= slots.forced[slot]:
+            todo = min(todo, purse.forced)
+        count = purse.chunk(start, todo, int(slots.covered[slot]))
         if count <= 0 and purse.whole:
             continue  # one of the next steps has room for it
         if count <= 0:
@@ -254,6 +260,8 @@ def _promised(slots: Slots, means: Means) -> int:
 
 def _lengthen(chunk: Chunk, slots: Slots, purse: _Purse) -> None:
     slot, at = chunk.request.slot, chunk.start + chunk.count
+    if purse.forced and at >= slots.forced[slot]:
+        return
     covered = max(int(slots.covered[slot]), -(-at // purse.size) * purse.size)
     chunk.count += max(0, purse.chunk(at, int(slots.length[slot]) - at, covered))
 

@@ -76,12 +76,13 @@ class ScheduleSettings:
     sees: bool = False  # the model takes pictures
     whole_pictures: bool = False  # and one step computes all tokens of one
     speculates: bool = False  # answers tell how many drafts were accepted
+    forced_tokens: int = 0  # see `Pace.forced`
 
     def pace(self, slots: int, draft_room: int) -> Pace:
         # With every slot decoding there must be a token for each, or the last ones would starve.
         budget = max(self.chunked_prefill_size, slots)
         mixed, worthwhile = self.mixed_prefill_size or budget, self.worthwhile_prefill or budget
-        return Pace(budget, mixed, worthwhile, draft_room, self.whole_prompts)
+        return Pace(budget, mixed, worthwhile, draft_room, self.whole_prompts, self.forced_tokens)
 
 
 @dataclass(slots=True)

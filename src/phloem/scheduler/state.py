@@ -185,6 +185,7 @@ class Slots:
         self.covered = np.zeros(count, dtype=np.int32)  # positions that the lease has pages for
         self.next_token = np.full(count, FROM_DEVICE, dtype=np.int32)
         self.samples = np.zeros(count, dtype=np.bool_)
+        self.forced = np.full(count, _ALL, dtype=np.int32)  # the first position of what a grammar forced last
         self.adapter = np.zeros(count, dtype=np.int32)  # the entry of each slot's adapter; 0: none
         self.num_adapted = 0  # slots with one
         # Active slots that the runner must be told of again.
@@ -275,6 +276,7 @@ class Slots:
         self.cover(slot, lease)
         self.next_token[slot] = known[-1]
         self.samples[slot] = not request.scores_only
+        self.forced[slot] = _ALL
         if request.adapter is not None:
             self.adapter[slot] = request.adapter.entry
             self.num_adapted += 1
@@ -309,6 +311,7 @@ class Slots:
         """`count` tokens were added to the request's output that no step has sampled: computed has more to chase."""
         slot = request.slot
         request.known = request.all_known()
+        self.forced[slot] = self.length[slot]
         self.length[slot] += count
         self.next_token[slot] = request.known[-1]
         self._active_array = None
@@ -324,6 +327,7 @@ class Slots:
         self.cover(slot, lease)
         self.computed[slot] = max(lease.shared * self.page_size, min(computed, int(self.covered[slot])))
         self.length[slot] = len(request.known)
+        self.forced[slot] = _ALL
         self.next_token[slot] = request.known[-1]
         self._active.setdefault(slot, request)
         self._active_array = None

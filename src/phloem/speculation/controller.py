@@ -34,7 +34,7 @@ PROBE = 64  # steps after which drafts that do not seem to pay are verified once
 FEW = 4  # rows whose texts are looked at after every plain step; of more, at every eighth
 STRIDE = 8
 LIKELIEST = 0.98
-BESIDE = 16  # tokens that a grammar forced are rows like others; more are a prompt's chunk
+BESIDE = 24  # tokens that a grammar forced are rows like others; more are a prompt's chunk
 
 # T(n) / T(1) of a step that reads quantised weights once, before it is measured.
 _SHAPE = ((1, 1.0), (2, 1.1), (4, 1.25), (8, 1.5), (16, 2.9), (32, 5.7), (64, 11.3))
@@ -261,7 +261,7 @@ class Controller:
     def lengths(self, chains: Sequence[Chain | None], easy: bool, beside: int = 0) -> list[int]:
         """How many drafts of each decoding row are verified in this step; `beside`: the step's other tokens."""
         if not self._adaptive:
-            return self._all(chains)
+            return self._all(chains, beside)
         if beside > BESIDE:
             return self._beside(chains, easy)
         found = self._best(chains, len(chains), easy, 0.0 if self._probing else MARGIN, beside)
@@ -295,8 +295,9 @@ class Controller:
         # Drafts of a model cost most where they are wrong: they rest longer.
         self._backoff = min((4 if self._share else 2) * self._backoff, MOST_BACKOFF)
 
-    def _all(self, chains: Sequence[Chain | None]) -> list[int]:
+    def _all(self, chains: Sequence[Chain | None], beside: int) -> list[int]:
         left = self._rows - len(chains)
+        left -= beside if beside <= left else 0  # a step of a prompt has other bits anyway
         each = max(0, left // max(1, len(chains)))
         return [0 if chain is None else min(chain.length, each) for chain in chains]
 

@@ -122,7 +122,7 @@ def test_a_layer_that_reads_anothers_pool_writes_nothing_and_turns_only_its_quer
     [
         ({"causal": False}, "later tokens"),
         ({"chunk": 4}, "chunks of positions"),
-        ({"block": 4}, "blocks of positions"),
+        ({"block": 4, "window": 6}, "blocks of positions"),
         ({"value_size": 12}, "value heads of 12 beside key heads of 8"),
     ],
 )

@@ -169,9 +169,7 @@ def decode(model: Qwen3Like, prompt: list[int], count: int, how: How) -> tuple[l
     return known[len(prompt) : len(prompt) + count], passes
 
 
-def _said(
-    logits: Tensor, canvas: list[int | None], start: int, number: int, how: How
-) -> dict[int, tuple[int, float]]:
+def _said(logits: Tensor, canvas: list[int | None], start: int, number: int, how: How) -> dict[int, tuple[int, float]]:
     """What is said at each open place, and how likely it is."""
     import numpy as np
 

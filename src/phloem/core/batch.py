@@ -119,8 +119,8 @@ class Batch:
     drafts: NDArray[np.int32] | None = None
     drafting: Drafting | None = None  # by the runner's own drafting model; None: it has none, or drafts nothing
     adapters: NDArray[np.int32] | None = None  # [R] the adapter of each row, 0: none. None: no row has one
-    # [R] of a model of diffusion: how many of the row's last tokens are its canvas (`core.denoising`), 0 or a block. The
-    # runner fills them; the row yields nothing, or when the canvas is done its tokens. None: no row has one.
+    # [R] of a model of diffusion: how many of the row's last tokens are its canvas (`core.denoising`), 0 or a block.
+    # The runner fills them; the row yields nothing, or when the canvas is done its tokens. None: no row has one.
     canvas: NDArray[np.int32] | None = None
     places: Places | None = None  # what the runner asks for of these canvases
     embeds: list[Embeds] = field(default_factory=list)

@@ -224,7 +224,9 @@ class SpeculativeConfig:
 class DllmConfig:
     """How a language model of diffusion fills its blocks."""
 
-    dllm_algorithm: str | None = opt(None, "Which masked places a pass accepts; default: LowConfidence, by a threshold.")
+    dllm_algorithm: str | None = opt(
+        None, "Which masked places a pass accepts; default: LowConfidence, by a threshold."
+    )
     dllm_algorithm_config: str | None = opt(
         None, "YAML file, or JSON, with its settings: threshold, steps, block_size, mask_id."
     )

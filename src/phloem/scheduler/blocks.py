@@ -1,9 +1,9 @@
 """What a step computes of requests that are written block by block: known blocks, and canvases behind them.
 
-Computed chases known here too, in whole blocks: a request's known blocks are computed, whole chunks of a prompt at once,
-and where none is left out its canvas stands behind them, with what is known of that block. A canvas's keys and values
-are scratch that the next pass overwrites; they count as computed when its tokens are known and have been computed once
-more, as the known block of a later step.
+Computed chases known here too, in whole blocks: a request's known blocks are computed, whole chunks of a prompt at
+once, and where none is left out its canvas stands behind them, with what is known of that block. A canvas's keys and
+values are scratch that the next pass overwrites; they count as computed when its tokens are known and have been
+computed once more, as the known block of a later step.
 """
 
 from __future__ import annotations

@@ -142,9 +142,7 @@ class Results:
             raise ValueError(f"the step gave {len(hidden) or 'no'} hidden states for {len(tokens)} tokens")
         self._tokens(request, tokens, logprobs, hidden)
 
-    def _canvas(
-        self, request: Request, tokens: Sequence[int], logprobs: Sequence[PositionLogprobs]
-    ) -> None:
+    def _canvas(self, request: Request, tokens: Sequence[int], logprobs: Sequence[PositionLogprobs]) -> None:
         """A pass over a request's canvas; where that is done, it gave tokens, which the next step computes."""
         request.passes += 1
         self.passes += 1

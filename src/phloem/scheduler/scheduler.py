@@ -136,7 +136,9 @@ class Scheduler:
         fits = cache.pages_for(settings.context_length - 1) <= cache.total_pages
         self._most_tokens = settings.context_length if fits else cache.total_pages * cache.page_size + 1
         if settings.block:  # canvases are whole
-            self._most_tokens = blocks.whole(min(self._most_tokens, cache.total_pages * cache.page_size), settings.block)
+            self._most_tokens = blocks.whole(
+                min(self._most_tokens, cache.total_pages * cache.page_size), settings.block
+            )
         slots = min(settings.max_running_requests, runner.max_slots)
         self.slots = Slots(slots, self._most_tokens, cache.page_size, runner.groups, settings.block)
         self._lasting = any(group.kind == "pages" and not group.window for group in runner.groups)

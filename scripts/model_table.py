@@ -69,6 +69,9 @@ Families marked "no text" do not generate: see [embeddings](embeddings.md). Hidd
 `AutoModel`, `AutoModelForSequenceClassification` and `...ForTokenClassification`, texts of mixed lengths in a batch.
 Every decoder whose layers keep keys and values serves for embeddings and labels too.
 
+Families marked "diffusion" write block after block ([diffusion models](diffusion-llm.md)). `transformers` has none of
+them: logits and answers are compared with dense references of the tests' own (`tests/support/dense_denoisers.py`).
+
 Models without a row here are run by transformers' own code over our pages, where that can be done: see
 [the fallback](fallback.md).
 
@@ -88,6 +91,7 @@ def row(name: str) -> str:
     facts = family(name)
     cases = "alias" if facts.tiny is None else str(1 + len(facts.variants))
     what = about(name) if facts.encoder is None else f"{about(name)}; no text"
+    what = f"{what}; diffusion" if facts.diffusion is not None else what
     return f"| `{name}` | {what} | {f'`{facts.gguf.architecture}`' if facts.gguf else ''} | {cases} |"
 
 

@@ -97,6 +97,18 @@ def test_the_reference_attends_as_a_brute_force_does(odd: dict[str, Any], rows: 
     torch.testing.assert_close(out, brute(case, spec, sinks), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [ROWS["chunk"], ROWS["mixed"]], ids=["chunk", "mixed"])
+@pytest.mark.parametrize("odd", [{"block": 5}, {"block": 32}, {"block": 4, "softcap": 2.0}])
+def test_gathered_pages_are_attended_to_causally_by_blocks(odd: dict[str, Any], rows: Any) -> None:
+    torch.manual_seed(4)
+    spec = dataclasses.replace(PLAIN, **odd)
+    case = make(rows, spec)
+    backend = backend_named("cpu", spec)
+    assert not backend.native
+    out = backend.begin(case.batch, case.pool)(spec, Heads(case.q, case.k, case.v))
+    torch.testing.assert_close(out, brute(case, spec), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", [name for name in BACKENDS.names() if name in ("cpu", "reference")])
 @pytest.mark.parametrize("normed", [False, True])
 def test_a_layer_that_reads_anothers_pool_writes_nothing_and_turns_only_its_queries(name: str, normed: bool) -> None:
@@ -122,7 +134,7 @@ def test_a_layer_that_reads_anothers_pool_writes_nothing_and_turns_only_its_quer
     [
         ({"causal": False}, "later tokens"),
         ({"chunk": 4}, "chunks of positions"),
-        ({"block": 4}, "blocks of positions"),
+        ({"block": 4, "window": 6}, "blocks of positions"),
         ({"value_size": 12}, "value heads of 12 beside key heads of 8"),
     ],
 )
@@ -151,12 +163,12 @@ def test_over_the_native_table_odd_layers_have_the_reference_and_the_others_the_
         calls.append(call)
         return ops.paged_attention(q, cache, batch, call)
 
-    for odd in ({}, {"causal": False}, {"chunk": 6}, {"value_size": 4}):
+    for odd in ({}, {"block": 5}, {"block": 4, "window": 6}, {"causal": False}, {"chunk": 6}, {"value_size": 4}):
         spec = dataclasses.replace(PLAIN, **odd)
         case = make(ROWS["mixed"], spec, torch.bfloat16)
         step = TableStep(dataclasses.replace(ops, paged_attention=attend), case.batch, case.pool)
         out = step(spec, Heads(case.q, case.k, case.v))
         torch.testing.assert_close(out, brute(case, spec), atol=2e-2, rtol=2e-2)
-    assert len(calls) == 1 and calls[0].plain
-    with pytest.raises(ValueError, match="causal, without chunks"):
+    assert [call.block for call in calls] == [0, 5] and calls[0].plain
+    with pytest.raises(ValueError, match="causal, or causal by blocks"):
         ops.paged_attention(case.q, (case.pool.keys[0],) * 2, case.batch, AttentionCall(0.3, causal=False))

@@ -60,7 +60,9 @@ CASES = {
 }
 
 
-def run(ops: Ops, case: str, kind: torch.dtype, window: int, cap: float, sinks: bool) -> None:
+def run(
+    ops: Ops, case: str, kind: torch.dtype, window: int, cap: float, sinks: bool, block: int = 0
+) -> None:
     torch.manual_seed(len(case))
     queries, lengths, heads, kv_heads, size, page_size = CASES[case]
     if kind is torch.int8:  # which takes multiples of 4
@@ -77,8 +79,9 @@ def run(ops: Ops, case: str, kind: torch.dtype, window: int, cap: float, sinks: 
         caches, exact = [k8, v8], [k, v]
     sink = torch.randn(heads) if sinks else None
     scale = size**-0.5
-    got = ops.paged_attention(q, tuple(caches), batch, AttentionCall(scale, window, cap, sink))
-    want = ref.paged_attention(q, tuple(exact), batch, AttentionCall(scale, window, cap, sink))
+    call = AttentionCall(scale, window, cap, sink, block=block)
+    got = ops.paged_attention(q, tuple(caches), batch, call)
+    want = ref.paged_attention(q, tuple(exact), batch, call)
     assert got.shape == want.shape
     # AVX-512 rounds queries and weights to 8 bits: of a mantissa, or (int8) of what is largest in a row. AVX2 rounds
     # them, beside int8 caches alone, to 14 and 15 bits.
@@ -99,6 +102,21 @@ def test_against_the_reference(ops: Ops, case: str, kind: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
 def test_window_cap_and_sinks(ops: Ops, case: str, kind: torch.dtype, window: int, cap: float, sinks: bool) -> None:
     run(ops, case, kind, window, cap, sinks)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+@pytest.mark.parametrize("block", [4, 32, 100])
+@pytest.mark.parametrize("case", ["decode", "extend", "mixed step", "extend, odd everything"])
+def test_causal_by_blocks(ops: Ops, case: str, kind: torch.dtype, block: int) -> None:
+    run(ops, case, kind, 0, 3.0 if block == 4 else 0.0, block == 32, block)
+
+
+def test_blocks_in_a_window_and_chunks_are_refused(ops: Ops) -> None:
+    batch, pages = make_batch([3], [9], 16)
+    q, k = torch.randn(3, 4, 64), torch.zeros(pages, 2, 16, 64).bfloat16()
+    for call in (AttentionCall(0.1, window=4, block=4), AttentionCall(0.1, chunk=4), AttentionCall(0.1, causal=False)):
+        with pytest.raises(ValueError, match="causal, or causal by blocks"):
+            ops.paged_attention(q, (k, k), batch, call)
 
 
 def test_streamed_decode_is_precise(ops: Ops) -> None:

@@ -25,7 +25,7 @@ PHL_INLINE RowPlan plan_row(const AttentionArgs& a, int64_t row) {
   if (plan.tokens <= 0) return plan;
   plan.splits = 1;
   if (plan.tokens == 1) {
-    plan.range = visible(a, plan.length - 1, plan.length - 1);
+    plan.range = visible(a, plan.length - 1, plan.length - 1, plan.length);
     plan.splits = splits_of(a, plan.range);
     plan.blocks = plan.splits;
     plan.block_tokens = 1;
@@ -80,7 +80,8 @@ PHL_INLINE void place(const AttentionArgs& a, const RowPlan& plan, const Stretch
   job.token = plan.token + first;
   job.tokens = plan.tokens - first < plan.block_tokens ? plan.tokens - first : plan.block_tokens;
   job.position = plan.length - plan.tokens + first;
-  job.range = single ? split_range(a, plan.range, plan.splits, part) : visible(a, job.position, job.position + job.tokens - 1);
+  const int64_t last = job.position + job.tokens - 1;
+  job.range = single ? split_range(a, plan.range, plan.splits, part) : visible(a, job.position, last, plan.length);
   job.m = job.tokens * (a.heads / a.kv_heads);
 }
 
@@ -335,7 +336,7 @@ void attend(const AttentionArgs& a, Team& team) {
 void attention_bf16(const AttentionArgs& a, Team& team) { attend<false>(a, team); }
 PHL_FIELDS(AttentionArgs, q, k_cache, v_cache, out, query_start, seq_lens, page_table, sinks, partial, scratch, rows,
            heads, kv_heads, head_size, page_size, pages_per_row, page_stride, q_token, q_head, max_splits,
-           scratch_stride, window, scale, softcap);
+           scratch_stride, window, block, scale, softcap);
 PHL_OP(attention_bf16, AttentionArgs);
 
 void attention_int8(const AttentionArgs& a, Team& team) { attend<true>(a, team); }

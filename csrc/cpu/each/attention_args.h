@@ -26,6 +26,7 @@ struct AttentionArgs {
   float* scratch;      // [threads, scratch_stride]
   int64_t rows, heads, kv_heads, head_size, page_size, pages_per_row, page_stride;
   int64_t q_token, q_head, max_splits, scratch_stride, window;
+  int64_t block;  // a token sees to the end of its own block of so many positions; 0: to itself
   double scale, softcap;
 };
 
@@ -45,10 +46,15 @@ struct Stretch {
   Range range;
 };
 
-// Positions that the tokens at `first` to `last` of a row can see.
-PHL_INLINE Range visible(const AttentionArgs& a, int64_t first, int64_t last) {
-  const int64_t begin = a.window > 0 && first - a.window + 1 > 0 ? first - a.window + 1 : 0;
-  return {begin, last + 1};
+// Behind the last position that the token at `position` sees, were all of them cached.
+PHL_INLINE int64_t sees(const AttentionArgs& a, int64_t position) {
+  return a.block > 0 ? (position / a.block + 1) * a.block : position + 1;
+}
+
+// Positions that the tokens at `first` to `last` of a row of so many tokens can see.
+PHL_INLINE Range visible(const AttentionArgs& a, int64_t first, int64_t last, int64_t length) {
+  const int64_t begin = a.window > 0 && first - a.window + 1 > 0 ? first - a.window + 1 : 0, end = sees(a, last);
+  return {begin, end < length ? end : length};
 }
 
 // Cached tokens of each split of a row, a multiple of 256: rows of about the same length, which may share their first

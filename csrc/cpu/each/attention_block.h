@@ -185,7 +185,7 @@ PHL_INLINE float shape_scores(const AttentionArgs& a, const BlockSpan& span, int
     for (int c = 0; c < kVectors; ++c) s[c] = s[c] * scale;
   }
   if (span.masked) {
-    const int64_t seen = position - span.begin + 1 < span.count ? position - span.begin + 1 : span.count;
+    const int64_t until = sees(a, position) - span.begin, seen = until < span.count ? until : span.count;
     const int64_t hidden = a.window > 0 ? position - a.window + 1 - span.begin : 0;
     for (int c = 0; c < kVectors; ++c) {
       const vi lane = load_as<vi>(kLane) + int32_t(c * W);
@@ -223,7 +223,7 @@ template <int R>
 PHL_INLINE void tile(const AttentionArgs& a, BlockJob& job, const BlockSpan& span, int64_t first) {
   const int64_t group = a.heads / a.kv_heads;
   // How many of the block's tokens the last of these rows sees; none of them needs more.
-  const int64_t until = job.position + (first + R - 1) / group - span.begin + 1;
+  const int64_t until = sees(a, job.position + (first + R - 1) / group) - span.begin;
   const int64_t seen = until < span.count ? until : span.count;
   if (seen <= 0) return;
   const int64_t steps = (seen + kPair - 1) / kPair;
@@ -283,7 +283,8 @@ void block(const AttentionArgs& a, BlockJob& job) {
     // Lanes past the end repeat a valid token; the mask hides them.
     for (int64_t t = end - begin; t < kBlockTokens; ++t) offsets[t] = offsets[0];
     pack_block(a, job, offsets);
-    const bool masked = end - begin < kBlockTokens || end - 1 > job.position || (a.window > 0 && last - a.window + 1 > begin);
+    const bool window = a.window > 0 && last - a.window + 1 > begin;
+    const bool masked = end - begin < kBlockTokens || end > sees(a, job.position) || window;
     const BlockSpan span{begin, end - begin, masked};
     int64_t i = 0;
     for (; i + kTileRows <= job.m; i += kTileRows) tile<kTileRows>(a, job, span, i);

@@ -503,7 +503,7 @@ void attend_int8(const AttentionArgs& a, Int8Job& job) {
     pack_query(a, job, a.q + token * a.q_token + head * a.q_head, i);
     store(job.sums + i * W, vf{});
     job.tops[i] = kNoScore;
-    job.sees[i] = int32_t(job.sharers == nullptr ? job.position + at + 1 : job.range.end);
+    job.sees[i] = int32_t(job.sharers == nullptr ? sees(a, job.position + at) : job.range.end);
   }
   for (int64_t i = 0; i < rows * job.wide; i += W) store(job.results + i, vf{});
   alignas(64) float weights[kBlockTokens];

@@ -179,6 +179,7 @@ struct Shape {
   vector<int32_t> queries, lengths;
   int64_t heads, kv_heads, size, page_size, window;
   bool sinks;
+  int64_t block = 0;
 };
 
 void attend(int level, const Shape& s, bool int8) {
@@ -209,7 +210,7 @@ void attend(int level, const Shape& s, bool int8) {
     run(at, int8 ? "attention_int8" : "attention_bf16", q.data(), k_cache.data(), v_cache.data(), out.data(),
         start.data(), s.lengths.data(), table.data(), s.sinks ? sinks.data() : nullptr, partial.data(), scratch.data(),
         rows, s.heads, s.kv_heads, s.size, s.page_size, most, page, s.heads * s.size, s.size, splits, stride, s.window,
-        0.2, s.sinks ? 4.0 : 0.0);
+        s.block, 0.2, s.sinks ? 4.0 : 0.0);
     return out;
   });
 }
@@ -224,6 +225,8 @@ PHL_TEST(attention) {
     attend(level, {{35, 1, 5}, {35, 20, 90}, 3, 3, 64, 16, 20, true}, int8);
     attend(level, {{3, 1}, {5, 70}, 2, 2, int8 ? 8 : 5, int8 ? 4 : 3, 4, false}, int8);
     attend(level, {{3, 1}, {5, 70}, 4, 2, 20, 12, 0, false}, int8);
+    attend(level, {{64, 8, 37}, {64, 72, 300}, 4, 2, 32, 16, 0, false, 32}, int8);
+    attend(level, {{8, 90, 1}, {70, 90, 9}, 3, 3, 64, 16, 0, true, 4}, int8);
   }
 }
 

@@ -24,16 +24,19 @@ def call_of(spec: AttentionSpec, sinks_H: Tensor | None) -> AttentionCall:
     )
 
 
-def unserved(specs: Sequence[AttentionSpec], *, values: bool = False) -> str | None:
-    """Why a backend of plain attention declines these layers, or None. `values`: value heads may have their own size.
+def unserved(specs: Sequence[AttentionSpec], *, values: bool = False, blocks: bool = False) -> str | None:
+    """Why a backend of plain attention declines these layers, or None. `values`: value heads may have their own size;
+    `blocks`: it attends causally by blocks too.
 
     Layers that read what another has written ask nothing of a kernel: `store` serves them.
     """
     for spec in specs:
         if not spec.causal:
             return "has no attention to later tokens"
-        if spec.chunk or spec.block:
+        if spec.chunk or (spec.block and not blocks):
             return f"has no attention by {'chunks' if spec.chunk else 'blocks'} of positions"
+        if spec.block and spec.window:
+            return "has no blocks of positions in a window"
         if spec.values != spec.head_size and not values:
             return f"has no value heads of {spec.values} beside key heads of {spec.head_size}"
     return None

@@ -48,7 +48,7 @@ class Backend:
             return f"keeps no KV cache of type {need.kv_dtype}"
         if not need.kv_dtype.is_floating_point and not self.native:
             return f"the op table {self.ops.name!r} keeps no KV cache of type {need.kv_dtype}"
-        return unserved(need.specs) or fours(need, self.page_size)
+        return unserved(need.specs, blocks=True) or fours(need, self.page_size)
 
     def begin(self, batch: PagedBatch, pool: KVPool) -> AttentionStep:
         return TableStep(self.ops, batch, pool) if self.native else GatheredStep(self.ops, batch, pool)
@@ -60,6 +60,7 @@ class Block:
 
     first_token: int  # among the step's T
     queries: int
+    ahead: int  # keys up to and with its last query's own
     keys: int  # the last query sees this many
     pages: np.ndarray[tuple[int], np.dtype[np.int32]]
 
@@ -77,19 +78,20 @@ class Group:
 
 @dataclass(slots=True)
 class GatheredStep:
-    """One step's attention by torch's fused attention. Plans are made once for each window size."""
+    """One step's attention by torch's fused attention. Plans are made once for each size of window and block."""
 
     ops: Ops
     batch: PagedBatch
     pool: KVPool
-    plans: dict[int, list[Group]] = field(default_factory=dict)
+    plans: dict[tuple[int, int], list[Group]] = field(default_factory=dict)
 
     def __call__(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         keys, values = self.pool.keys[spec.pool], self.pool.values[spec.pool]
         q_THD = store(self.ops, spec, heads, (keys, values), self.batch.token_slots)
-        groups = self.plans.get(spec.window)
+        sizes = spec.window, spec.block
+        groups = self.plans.get(sizes)
         if groups is None:
-            groups = self.plans[spec.window] = plan(self.batch, keys.shape[2], spec.window)
+            groups = self.plans[sizes] = plan(self.batch, keys.shape[2], *sizes)
         out_THD = torch.zeros(q_THD.shape, dtype=q_THD.dtype)
         for group in groups:
             k_nKLD = gather(keys, group, q_THD.dtype)
@@ -152,8 +154,9 @@ def _with_extras(
     return (weights @ v.float()).to(q.dtype)
 
 
-def plan(batch: PagedBatch, page_size: int, window: int) -> list[Group]:
-    """Cut a step's rows into blocks and put blocks of similar size together."""
+def plan(batch: PagedBatch, page_size: int, window: int, size: int = 0) -> list[Group]:
+    """Cut a step's rows into blocks and put blocks of similar size together. `size`: a query sees to the end of its own
+    so many positions; 0: to itself."""
     starts = batch.query_start.numpy()
     lengths = batch.seq_lens.numpy()
     table = batch.page_table.numpy()
@@ -164,9 +167,11 @@ def plan(batch: PagedBatch, page_size: int, window: int) -> list[Group]:
             queries = min(QUERY_BLOCK, count - offset)
             end = length - count + offset + queries
             first = max(0, end - queries - window + 1) // page_size if window else 0
-            pages = table[row, first : max(first + 1, -(-end // page_size))]
-            blocks.append(Block(begin + offset, queries, end - first * page_size, pages))
-    return [_group(blocks, page_size, window) for blocks in batches_of(blocks)]
+            seen = min(length, -(-end // size) * size) if size else end
+            pages = table[row, first : max(first + 1, -(-seen // page_size))]
+            ahead, keys = end - first * page_size, seen - first * page_size
+            blocks.append(Block(begin + offset, queries, ahead, keys, pages))
+    return [_group(blocks, page_size, window, size) for blocks in batches_of(blocks)]
 
 
 def batches_of(blocks: list[Block]) -> list[list[Block]]:
@@ -189,7 +194,7 @@ def batches_of(blocks: list[Block]) -> list[list[Block]]:
     return groups
 
 
-def _group(blocks: list[Block], page_size: int, window: int) -> Group:
+def _group(blocks: list[Block], page_size: int, window: int, size: int) -> Group:
     n = len(blocks)
     queries_n = np.array([block.queries for block in blocks])
     keys_n = np.array([block.keys for block in blocks])
@@ -203,9 +208,13 @@ def _group(blocks: list[Block], page_size: int, window: int) -> Group:
     tokens_nQ = first_n[:, None] + np.where(real_nQ, step_Q, 0)
     key_L = np.arange(width * page_size)
     # Padding queries see what the first one sees, so that no row of the softmax is empty.
-    position_nQ = (keys_n - queries_n)[:, None] + np.where(real_nQ, step_Q, 0)
+    ahead_n = np.array([block.ahead for block in blocks])
+    position_nQ = (ahead_n - queries_n)[:, None] + np.where(real_nQ, step_Q, 0)
     behind_nQL = position_nQ[:, :, None] - key_L
     hidden_nQL = behind_nQL < 0
+    if size:  # without a window, so that pages count from position 0
+        last_nQ = np.minimum((position_nQ // size + 1) * size, keys_n[:, None]) - 1
+        hidden_nQL = key_L > last_nQ[:, :, None]
     if window:
         hidden_nQL |= behind_nQL >= window
     mask_nQL = torch.zeros(hidden_nQL.shape).masked_fill_(torch.from_numpy(hidden_nQL), float("-inf"))

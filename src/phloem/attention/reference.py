@@ -70,13 +70,13 @@ class Backend:
         self.ops = fitting(ops, dtype)
         # The reference reads each row's length on the host, for all layers or for those that a kernel does not serve.
         kernel = self.ops.paged_attention is not reference_attention.paged_attention
-        self.recordable = kernel and unserved(specs) is None
+        self.recordable = kernel and unserved(specs, blocks=self.ops.block_attention) is None
 
     def decline(self, need: AttentionNeed) -> str | None:
         if not need.kv_dtype.is_floating_point:
             if self.ops.paged_attention is reference_attention.paged_attention:
                 return f"the reference ops keep no KV cache of type {need.kv_dtype}"
-            odd = unserved(need.specs)
+            odd = unserved(need.specs, blocks=self.ops.block_attention)
             if odd is not None:
                 return f"with a KV cache of type {need.kv_dtype} it {odd}"
         return fours(need, self.page_size)
@@ -93,7 +93,8 @@ class TableStep:
         self._plain: Ops | None = None  # for layers that the table's kernels do not serve
 
     def _table(self, spec: AttentionSpec) -> Ops:
-        if spec.causal and not spec.chunk and not spec.block and spec.values == spec.head_size:
+        blocks = not spec.block or (self.ops.block_attention and not spec.window)
+        if spec.causal and not spec.chunk and blocks and spec.values == spec.head_size:
             return self.ops
         if self._plain is None:
             self._plain = plainly(self.ops)

@@ -1,8 +1,8 @@
 """What a family's file in models/ says of its checkpoints, read and not run.
 
 The file has these facts as literals at its top level: `DEFAULTS`, `SPELLING`, `NEEDS`, `GGUF`, `TINY`, `VARIANTS`,
-`ENCODER`, `VISION`, `AUDIO`. They are taken from the source text, so that the process that checks a model path imports
-no layer and no torch, and this room none above it. A fact may also be imported from another family's file.
+`ENCODER`, `VISION`, `AUDIO`, `DIFFUSION`. They are taken from the source text, so that the process that checks a model
+path imports no layer and no torch, and this room none above it. A fact may also be imported from another family's file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from typing import Any
 from phloem.utils.registry import Registry
 
 FAMILIES: Registry[Any] = Registry("phloem.models", "model type", "build")
-FACTS = ("DEFAULTS", "SPELLING", "NEEDS", "GGUF", "TINY", "VARIANTS", "ENCODER", "VISION", "AUDIO")
+FACTS = (
+    *("DEFAULTS", "SPELLING", "NEEDS", "GGUF", "TINY", "VARIANTS", "ENCODER", "VISION", "AUDIO"),
+    "DIFFUSION",
+)
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _FOLDER = Path(__file__).parents[1] / "models"
 
@@ -55,6 +58,8 @@ class Family:
     vision: dict[str, str] | None = None
     # It hears: what its config.json calls the number of mel `bands` and of the encoder's `states`. None: it does not.
     audio: dict[str, str] | None = None
+    # It writes by diffusion: what its config.json calls the size of a `block` and the id of the `mask` token.
+    diffusion: dict[str, str] | None = None
 
 
 def facts_of(name: str) -> dict[str, Any]:
@@ -93,6 +98,7 @@ def family(name: str) -> Family:
         encoder=found.get("ENCODER"),
         vision=found.get("VISION"),
         audio=found.get("AUDIO"),
+        diffusion=found.get("DIFFUSION"),
     )
 
 

@@ -79,6 +79,7 @@ class Continuation:
     cached_tokens: int = 0
     queue_seconds: float = 0.0
     drafts: list[int] = field(default_factory=list)  # as `Chunk.drafts`
+    passes: int = 0  # as `Chunk.passes`
     first_at: float = 0.0
     logprobs: Logprobs = field(default_factory=Logprobs)
     prompt_logprobs: Logprobs | None = None
@@ -149,6 +150,7 @@ class Continuation:
         self.ids += chunk.tokens
         self.cached_tokens = chunk.cached_tokens or self.cached_tokens
         self.drafts = chunk.drafts or self.drafts
+        self.passes = chunk.passes or self.passes
         if chunk.dp_rank >= 0:
             self.dp_rank = chunk.dp_rank
         if chunk.queue_seconds:

@@ -75,6 +75,25 @@ class Drafting:
 
 
 @dataclass(slots=True)
+class Places:
+    """Positions of a step whose tokens a model of diffusion is asked for, row by row. L of them."""
+
+    rows: NDArray[np.int64]  # [L]
+    at: NDArray[np.int64]  # [L] which of the step's T tokens
+    draws: NDArray[np.int64]  # [L] the random draw there, of those of the row's seed
+    mask: int  # the token that is never said
+
+
+@dataclass(slots=True)
+class Filled:
+    """What was said at a step's `Places`."""
+
+    tokens: NDArray[np.int32]  # [L]
+    confidence: NDArray[np.float32]  # [L] the probability of each token in the distribution that it was drawn from
+    logprobs: dict[int, PositionLogprobs] = field(default_factory=dict)  # by place, where the row wants them
+
+
+@dataclass(slots=True)
 class Batch:
     """One step. Arrays are owned by the batch: nothing changes them after `launch`.
 
@@ -100,6 +119,10 @@ class Batch:
     drafts: NDArray[np.int32] | None = None
     drafting: Drafting | None = None  # by the runner's own drafting model; None: it has none, or drafts nothing
     adapters: NDArray[np.int32] | None = None  # [R] the adapter of each row, 0: none. None: no row has one
+    # [R] of a model of diffusion: how many of the row's last tokens are its canvas (`core.denoising`), 0 or a block.
+    # The runner fills them; the row yields nothing, or when the canvas is done its tokens. None: no row has one.
+    canvas: NDArray[np.int32] | None = None
+    places: Places | None = None  # what the runner asks for of these canvases
     embeds: list[Embeds] = field(default_factory=list)
     positions: NDArray[np.int64] | None = None  # [T] or [3, T]; None: those that follow from `prefix_lens`
     # Raised by the scheduler when a step failed for lack of memory: no batch of an older epoch counts any more.
@@ -150,6 +173,7 @@ class StepOutput:
     # Row -> what a model that does not generate makes of its text: [numbers], or [tokens, numbers].
     pooled: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)  # row -> why this row alone failed
+    filled: Filled | None = None  # at `Batch.places`
     refused: set[int] = field(default_factory=set)  # of these, the rows whose own request is at fault
     encoded: int = 0  # pictures that the tower was run for
     found: int = 0  # and those whose embeddings were kept from before

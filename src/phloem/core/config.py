@@ -221,6 +221,18 @@ class SpeculativeConfig:
 
 
 @dataclass(frozen=True)
+class DllmConfig:
+    """How a language model of diffusion fills its blocks."""
+
+    dllm_algorithm: str | None = opt(
+        None, "Which masked places a pass accepts; default: LowConfidence, by a threshold."
+    )
+    dllm_algorithm_config: str | None = opt(
+        None, "YAML file, or JSON, with its settings: threshold, steps, block_size, mask_id."
+    )
+
+
+@dataclass(frozen=True)
 class ImagesConfig:
     """Models that draw (`docs/images.md`)."""
 
@@ -275,6 +287,7 @@ SECTIONS: dict[str, Any] = {
     "lora": LoraConfig,
     "media": MediaConfig,
     "speculative": SpeculativeConfig,
+    "dllm": DllmConfig,
     "images": ImagesConfig,
     "server": ServerConfig,
 }
@@ -292,6 +305,7 @@ class Config:
     lora: LoraConfig = LoraConfig()
     media: MediaConfig = MediaConfig()
     speculative: SpeculativeConfig = SpeculativeConfig()
+    dllm: DllmConfig = DllmConfig()
     images: ImagesConfig = ImagesConfig()
     server: ServerConfig = ServerConfig()
 
@@ -313,7 +327,7 @@ class Config:
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
                 raise ConfigError(f"unknown setting {name!r}{hint}", param=name)
             section, kind = known[key]
-            if key in ("speculative_config", "kv_events_config") and isinstance(value, dict):
+            if key in _JSON and isinstance(value, dict):
                 value = json.dumps(value)
             parts.setdefault(section, {})[key] = _convert(key, value, kind)
         sections = {name: cls(**parts.get(name, {})) for name, cls in SECTIONS.items()}
@@ -333,6 +347,9 @@ class Config:
         """A copy in which these flat names have other values."""
         return Config.from_flat({**self.flat(), **values})
 
+
+# Settings whose text may be JSON: in YAML files they may be tables.
+_JSON = ("speculative_config", "kv_events_config", "dllm_algorithm_config")
 
 # What other engines have and this one does not: refused by name, and not taken for a slip of the pen.
 _NOT_THERE = {

@@ -127,6 +127,7 @@ class Chunk(msgspec.Struct, omit_defaults=True, kw_only=True):
     # Where drafts are verified, on the first chunk and the last: forced tokens, drafts, and of how many steps none,
     # one, two, ... of them were accepted.
     drafts: list[int] = []
+    passes: int = 0  # over canvases of a model of diffusion, so far (on the first chunk and the last)
     # Little-endian int16 [tokens, layers, experts of a token]: of those that have been computed since the last chunk.
     routed: bytes = b""
     hidden: list[bytes] = []  # per token, little-endian float32: the last layer's state that it was chosen from
@@ -189,6 +190,8 @@ class Stats(Message):
     spec_accepted: int = 0
     spec_accept_length: float = 0.0  # tokens a decode step of a request has given, since start
     spec_accept_rate: float = 0.0  # accepted drafts over drafts, since start
+    dllm_passes: int = 0  # over canvases of requests, since start
+    dllm_tokens_per_forward: float = 0.0  # that they gave each, since start
     waiting_tokens: int = 0  # of prompts that wait, whatever of them is cached
     prefill_tokens: int = 0  # prompt tokens that were computed, and the seconds of their steps, since start
     prefill_seconds: float = 0.0

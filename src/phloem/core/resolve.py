@@ -42,9 +42,14 @@ def context_length(requested: int | None, model: int) -> Decision:
     return Decision("context_length", requested, "as asked")
 
 
-def page_size(requested: int | None, backend: str, preferred: int) -> Decision:
+def page_size(requested: int | None, backend: str, preferred: int, block: int = 0) -> Decision:
+    """`block`: of a model of diffusion, whose blocks lie in one page each. Raises ConfigError: they cannot."""
+    if requested is not None and block and requested % block:
+        raise ConfigError(f"page_size: {requested} is no multiple of the model's blocks of {block}", param="page_size")
     if requested is not None:
         return Decision("page_size", requested, "as asked")
+    if block and preferred % block:
+        return Decision("page_size", -(-preferred // block) * block, f"whole blocks of {block} tokens")
     return Decision("page_size", preferred, f"preferred by the attention backend {backend!r}")
 
 

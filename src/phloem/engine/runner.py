@@ -15,6 +15,7 @@ from phloem.core.errors import BadRequest, OutOfMemory
 from phloem.engine.answer import empty, give_out, keep_hidden, prompt_logprobs
 from phloem.engine.apart import apart, every_token
 from phloem.engine.choose import Choice, Chooser
+from phloem.engine.fill import Filler
 from phloem.engine.forward import Eager, Forward
 from phloem.engine.hearing import ears_of
 from phloem.engine.inputs import Step
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from phloem.attention import AttentionBackend, Sharing
-    from phloem.core.batch import Batch, Follower, StepOutput
+    from phloem.core.batch import Batch, Follower, Places, StepOutput
     from phloem.core.config import LogprobsMode
     from phloem.engine.drafting import Prepared
     from phloem.engine.forward import Way
@@ -78,13 +79,16 @@ class StepWork:
         self.last = LastTokens(max_slots, pool.device, facts.on_host, streams, ops)
         self.masks = Masks(model.vocab_size, pool.device, ops, facts.masks_ahead, self.last.up)
         self._on_host, self._forgotten = facts.on_host, 0
-        self.stands_apart = facts.on_host and all(group.kind != "state" for group in pool.groups)
+        forwards = all(group.kind != "state" for group in pool.groups)
+        # Tokens of a block of diffusion see each other: they are never rows of their own.
+        self.stands_apart = facts.on_host and forwards and not any(spec.block for spec in model.attention_specs)
         self._each = self.stands_apart and ops.name == "invariant"
         self.gaps = Gaps(recorded) if recorded and facts.records_idle else None
         self._pool, self._ears = pool, ears_of(model, pool, backend.ops, max_slots)
         self.desk = None if desk is None else desk(self.last)
         self._forward = Forward(recorded if leading is None else [leading], Eager(model, backend, pool))
         self.chooser = Chooser(model, ops, self.slots, self.last, self.masks)
+        self._filler = Filler(model, ops, self.slots, self.last)
         self._drafting = None if drafting is None else drafting.make(self.slots, self.last)
 
     def needs_values(self, batch: Batch) -> bool:
@@ -122,6 +126,8 @@ class StepWork:
             order = replace(order, batch=desk.admit(order.batch))
         batch, drafted = order.batch, 0.0
         self._admit(order)
+        if batch.places is not None:
+            return self._fill(batch, batch.places, settle)
         if batch.drafting is not None and self._drafting is not None:
             settle()
             batch, drafted = self._drafting.run(batch)
@@ -169,6 +175,20 @@ class StepWork:
             self.gaps.begun(batch)
         awaited = [one.coming for one in beside] + ([coming] if coming is not None else [])
         return Flight(land, lambda: all(one.done() for one in awaited))
+
+    def _fill(self, batch: Batch, places: Places, settle: Settle) -> Flight:
+        """A step that says what stands at places, and yields nothing."""
+        start, wanted, output = perf_counter(), Wanted.of(batch), empty(batch)
+        hidden_LN = self._forward.run(Step(batch, wanted, self._pool, self.last, self._sharing), settle)
+        saying = self._filler.run(places, wanted, hidden_LN)
+        output.forward_seconds = perf_counter() - start
+
+        def land() -> StepOutput:
+            saying.land(output)
+            output.total_seconds = perf_counter() - start
+            return output
+
+        return Flight(land, saying.done)
 
     def _alone(self, batch: Batch, each: bool) -> Batch:
         """Positions as rows of one token, where the table's promises ask for that; `each`: all of them."""

@@ -42,6 +42,10 @@ class Wanted:
 
     @staticmethod
     def of(batch: Batch) -> Wanted:
+        if batch.places is not None:
+            places = batch.places
+            known = np.zeros(len(places.rows), np.int32)  # nothing follows from it: draws are the places' own
+            return Wanted(places.rows, batch.slots[places.rows], known, places.at)
         outputs = batch.outputs
         rows = outputs.nonzero()[0]
         ends = batch.prefix_lens + batch.query_lens

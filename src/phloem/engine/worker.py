@@ -18,8 +18,8 @@ from phloem.core import resolve, speculation
 from phloem.core.config import parse_bytes
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
+from phloem.engine import denoising, warm
 from phloem.engine import drafting as drafts
-from phloem.engine import warm
 from phloem.engine.dtypes import (
     backend_names,
     dtype_of,
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from phloem.attention import Sharing
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
+    from phloem.core.denoising import Denoising
     from phloem.engine.drafting import Beside, Loaded
     from phloem.engine.parallel import Team, Told
     from phloem.engine.transfer import LastTokens
@@ -89,6 +90,7 @@ class Built:
     sites: Sites | None = None  # where adapters go, if any are served
     decisions: list[Decision] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
+    denoising: Denoising | None = None  # how a model of diffusion fills its blocks
 
 
 class _Phase:
@@ -131,6 +133,7 @@ def build(
     context = _take(decisions, resolve.context_length(config.model.context_length, checkpoint.context_length))
     checkpoint = replace(checkpoint, context_length=context)  # tables of positions need not be longer
     decisions.append(Decision("model_impl", checkpoint.chosen.impl, checkpoint.chosen.reason))
+    checkpoint, fills = denoising.decide(config, checkpoint, decisions)
     machine = _machine(config, checkpoint, decisions)
     if team is not None:
         decisions.append(team.decision)
@@ -142,7 +145,8 @@ def build(
     warming = warm.start(machine.platform, *_ahead(config, checkpoint, machine))
     phase.end("device")
     try:
-        return _build(config, checkpoint, machine, warming, decisions, phase, team, beside)
+        built = _build(config, checkpoint, machine, warming, decisions, phase, team, beside)
+        return replace(built, denoising=fills)
     except BaseException:
         if warming is not None:
             warming.close()
@@ -316,7 +320,8 @@ def _kept(config: Config, checkpoint: Checkpoint, machine: _Machine, model: Mode
     kv_dtype = kv_dtype or kept_in(config, machine.dtype, model)
     scales = kv_scales_of(config, checkpoint, model, kv_dtype, decisions)
     backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
-    page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size))
+    block = max((spec.block for spec in model.attention_specs), default=0)
+    page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size, block))
     return _Kept(kv_dtype, scales, backend, page)
 
 

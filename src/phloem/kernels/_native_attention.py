@@ -34,8 +34,8 @@ def ops(rt: Runtime) -> dict[str, Any]:
         _, kv_heads, page_size, width = k_cache.shape
         rows, pages = batch.page_table.shape
         handle, sinks_H = HANDLES.get(k_cache.dtype), how.sinks
-        if not how.plain:
-            raise ValueError("native attention is causal, without chunks and blocks")
+        if not how.causal or how.chunk or (how.block and how.window):
+            raise ValueError("native attention is causal, or causal by blocks without a window; it has no chunks")
         if k_cache.dtype == torch.int8:
             check_fours(size, page_size)
         if handle is None or width != size + 4 * (k_cache.dtype == torch.int8) or heads % kv_heads:
@@ -56,7 +56,7 @@ def ops(rt: Runtime) -> dict[str, Any]:
             page_table=batch.page_table.data_ptr(), pages_per_row=batch.page_table.stride(0),
             rows=rows, heads=heads, kv_heads=kv_heads, head_size=size, page_size=page_size,
             partial=partial.data_ptr(), max_splits=splits, scratch=scratch.data_ptr(), scratch_stride=stride,
-            scale=how.scale, window=how.window, softcap=how.softcap,
+            scale=how.scale, window=how.window, block=how.block, softcap=how.softcap,
             sinks=None if sinks_H is None else sinks_H.data_ptr(),
         )  # fmt: skip
         return out

@@ -63,7 +63,14 @@ def table(
     name = "invariant" if invariant else "native"
     kept = {"refill": refill, "memory": memory, "renew": renew}
     whole = dataclasses.replace(
-        Ops(), name=name, kv_dtypes=kv, row_bits=True, recorder=lambda: Recorder(rt), **kept, **made
+        Ops(),
+        name=name,
+        kv_dtypes=kv,
+        row_bits=True,
+        block_attention=True,
+        recorder=lambda: Recorder(rt),
+        **kept,
+        **made,
     )
     activations, adapters = (_FLOAT32, torch.float32) if float32 else (_ROUNDED, torch.bfloat16)
     return dataclasses.replace(

@@ -120,6 +120,9 @@ class Ops:
     # Types of KV cache that `write_kv` and `paged_attention` take; None: every floating type.
     kv_dtypes: tuple[torch.dtype, ...] | None = None
 
+    # Whether its own `paged_attention` serves blocks of positions (`AttentionCall.block`), without a window.
+    block_attention: bool = False
+
     # Latent attention (MLA): a cache of one latent a token, `[pages, 1, S, L + P]`.
     write_latent: Callable[[Tensor, Tensor, Tensor], None] = attention.write_latent  # latents[T, L + P], cache, slots
     latent_attention: LatentAttentionOp = attention.latent_attention

@@ -17,6 +17,7 @@ from phloem.core.config import parse_bytes
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.core.messages import Failed, FromEngine, Progress, Ready, Stats, Submit, ToEngine
 from phloem.engine import parallel, worker
+from phloem.engine.canvas import CanvasRunner
 from phloem.engine.runner import ModelRunner
 from phloem.engine.watchdog import Watchdog
 from phloem.grammar._base import name_of
@@ -98,6 +99,8 @@ class EngineCore:
         built = worker.build(config, checkpoint, report, team, beside)
         self.runner = built.runner
         runner, speculates = _drafting(drafts, built, config)
+        if built.denoising is not None:
+            runner = CanvasRunner(runner, built.denoising)
         if team is not None:
             runner = parallel.ParallelRunner(runner, team.tell)
         self._watchdog = Watchdog(built.runner, config.schedule.watchdog_timeout)
@@ -190,6 +193,7 @@ def _settings(config: Config, checkpoint: Checkpoint, built: Built, speculates: 
         whole_prompts=checkpoint.pooling is not None,
         speculates=speculates,
         forced_tokens=assemble.MOST_ROWS if isinstance(built.runner, ModelRunner) and built.runner.row_bits else 0,
+        block=0 if built.denoising is None else built.denoising.block,
         sees=built.tower is not None,
         whole_pictures=built.tower is not None and built.tower.whole,
     )
@@ -213,6 +217,7 @@ def _drafting(drafts: speculation.Wanted, built: Built, config: Config) -> tuple
         built.decisions.append(assemble.without(drafts, "the model does not generate"))
         return runner, False
     why = "" if built.sites is None else "beside adapters, drafts have not been shown to change no bit"
+    why = why if built.denoising is None else "a model of diffusion gives several tokens a pass by itself"
     one = parallel.ranks_of(config) == 1
     why = why if one else "drafts are verified on one rank, and {} is {}".format(*parallel.option_of(config))
     drafter, decided = assemble.decide(drafts, runner, why)

@@ -28,6 +28,8 @@ _SINGLE = frozenset(
         "check_weights",
     ]
 )
+# Means, and of how many each is one.
+_MEANS = {"spec_accept_length": "spec_verify_calls", "dllm_tokens_per_forward": "dllm_passes"}
 _RATES = ("cache_hit_rate", "outside_forward", "spec_accept_rate")  # shares: of those that have anything
 _LISTS = ("grammar_seconds", "step_seconds")
 
@@ -89,10 +91,10 @@ def summed(parts: Sequence[Stats], news: Stats) -> Stats:
         elif name in _RATES:
             some = [value for value in each if value]
             values[name] = sum(some) / len(some) if some else 0.0
-        elif name == "spec_accept_length":
-            calls = sum(part.spec_verify_calls for part in parts)
-            weighed = sum(part.spec_accept_length * part.spec_verify_calls for part in parts)
-            values[name] = weighed / calls if calls else 0.0
+        elif name in _MEANS:
+            calls = [getattr(part, _MEANS[name]) for part in parts]
+            weighed = sum(value * count for value, count in zip(each, calls, strict=True))
+            values[name] = weighed / sum(calls) if any(calls) else 0.0
         else:
             values[name] = sum(each)
     return msgspec.convert(values, Stats)

@@ -123,6 +123,7 @@ class Attention:
     name: str = "self_attn"
     causal: bool = True
     chunk: int = 0  # attends only inside its own chunk of so many positions; 0: no chunks
+    block: int = 0  # sees to the end of its own block of so many positions; 0: up to itself
     source: int | None = None  # the pool index of the layer whose keys and values it reads; it has none of its own
 
     def __call__(self, ctx: BuildContext, place: Place) -> SelfAttention:
@@ -140,6 +141,7 @@ class Attention:
             causal=self.causal,
             # Where no text is longer than a chunk, the layer is a plain one, which every backend serves.
             chunk=self.chunk if self.chunk < place.max_positions else 0,
+            block=self.block,
         )
         rope = None if self.rope is None else place.rope(ctx, self.rope)
         own = ctx.child(self.name) if self.name else ctx

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phloem.core.batch import FROM_DEVICE, Admission, Batch
+from phloem.scheduler.blocks import assembled
 from phloem.scheduler.plan import Plan
 from phloem.scheduler.state import Entry
 
@@ -56,7 +57,7 @@ def assemble(slots: Slots, spent: Spent, entered: Sequence[tuple[Chunk, Entry]],
     rows = [slots.at(slot) for slot in decodes.tolist()] + prefills
     at = np.concatenate([decodes, np.array([request.slot for request in prefills], dtype=np.int32)])
     query_lens = np.ones(len(rows), dtype=np.int32)
-    query_lens[len(decodes) :] = [chunk.count for chunk in chunks]
+    query_lens[len(decodes) :] = [chunk.count + chunk.canvas for chunk in chunks]
     prefix_lens = slots.computed[at]
     ends = prefix_lens + query_lens
     longest = int(ends.max())
@@ -67,7 +68,12 @@ def assemble(slots: Slots, spent: Spent, entered: Sequence[tuple[Chunk, Entry]],
         drafts[: len(decodes)] = 0 if spent.room is None else spent.room
         drafts[len(decodes) :] = behind
         longest = int((ends + drafts).max())
-    ids = [slots.next_token[decodes]] + [chunk.known[chunk.start : chunk.start + chunk.count] for chunk in chunks]
+    canvas, outputs = None, ((ends == slots.length[at]) & slots.samples[at]).astype(np.int32)
+    if slots.block:
+        canvas, ids = assembled(slots, chunks)
+        outputs = np.zeros(len(rows), dtype=np.int32)
+    else:
+        ids = [slots.next_token[decodes]] + [chunk.known[chunk.start : chunk.start + chunk.count] for chunk in chunks]
     targets: dict[int, NDArray[np.int32]] = {}
     for row, chunk in enumerate(chunks, start=len(decodes)):
         found = _targets(chunk.request, chunk.start, chunk.count)
@@ -82,11 +88,12 @@ def assemble(slots: Slots, spent: Spent, entered: Sequence[tuple[Chunk, Entry]],
         prefix_lens=prefix_lens,
         input_ids=np.concatenate(ids),
         tables=slots.gather(at, longest),
-        outputs=((ends == slots.length[at]) & slots.samples[at]).astype(np.int32),
+        outputs=outputs,
         admissions=[item.admission for item in told],
         prompt_targets=targets,
         drafts=drafts,
         adapters=slots.adapters(at),
+        canvas=canvas,
         epoch=epoch,
     )
     followers = [(item.admission.slot, item.follower) for item in told if item.follower is not None]

@@ -85,6 +85,7 @@ class Chunk:
     pages: int = 0  # that a waiting request needs for its known tokens, beside those in the cache
     growth: int = 0  # output tokens to come, of a waiting request
     room: int = 0  # drafts that may stand behind it, where it is what a grammar forced
+    canvas: int = 0  # places of a canvas that stands behind it (`scheduler/blocks.py`)
     sharable: bool = False  # whether the page after the cached ones could come from the cache
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from phloem.core.batch import FROM_DEVICE, sure
 from phloem.core.request import RequestStatus
 from phloem.scheduler.batches import Steady, assemble, entry
+from phloem.scheduler.blocks import cover, from_cached, reach, spend_blocks
 from phloem.scheduler.plan import HORIZON, Chunk, Headroom, Means, Refusal, spend
 from phloem.scheduler.recovery import Throttle
 from phloem.scheduler.state import STEP
@@ -82,14 +83,15 @@ class Planner:
         plan = self._one_more()
         if plan is not None:
             return self._counted(plan)
-        if self.pace.draft_room and self._out_of_step():
+        if (self.pace.draft_room or self.slots.block) and self._out_of_step():
             return None
+        choose = spend_blocks if self.slots.block else spend
         resting: set[int] = set()
         preemptions = self.preemptions
         while True:
             # Whoever was preempted just now must not take the pages back in the same breath.
             entries = self.slots.num_free if preemptions == self.preemptions else 0
-            spent = spend(self.slots, self._waiting(), self._means(entries, resting))
+            spent = choose(self.slots, self._waiting(), self._means(entries, resting))
             lacking = spent.lacking or self._take(spent)
             if not lacking:
                 break
@@ -146,7 +148,8 @@ class Planner:
         slots, batch = self.slots, plan.batch
         if slots.any_held:
             # A row whose later step is in flight waits for that one: this one may be a chunk of its prompt.
-            for request, yields in zip(plan.rows, batch.outputs.tolist(), strict=True):
+            outputs = batch.outputs if batch.canvas is None else np.minimum(batch.canvas, 1)
+            for request, yields in zip(plan.rows, outputs.tolist(), strict=True):
                 if request.inflight <= yields and request.slot >= 0:
                     slots.resume(request.slot, STEP)
         if batch.drafts is not None:
@@ -203,6 +206,8 @@ class Planner:
         """Whether some rows that decode wait for their step while others could go on: all are to share the next one."""
         slots = self.slots
         active = slots.active()
+        if slots.block:
+            return slots.num_held(STEP) > 0
         decodes = slots.length[active] - slots.computed[active] == 1
         return bool(decodes.any()) and slots.num_held(STEP) > 0
 
@@ -235,7 +240,7 @@ class Planner:
             except Exception as error:
                 self._failed(request, error)
                 continue
-            length = len(known)
+            length = reach(len(known), self.slots.block) if self.slots.block else len(known)
             yield Chunk(
                 request=request,
                 known=known,
@@ -261,12 +266,12 @@ class Planner:
                 self._cover(chunk, lease)
             except Exception as error:
                 self._failed(chunk.request, error)
-                chunk.count = 0
+                chunk.count = chunk.canvas = 0
                 continue
-            if not chunk.count:
+            if not chunk.count + chunk.canvas:
                 return [chunk.request]
             slots.cover(chunk.request.slot, lease)
-        spent.chunks = [chunk for chunk in spent.chunks if chunk.count]
+        spent.chunks = [chunk for chunk in spent.chunks if chunk.count + chunk.canvas]
         for chunk in spent.chunks:
             if chunk.room:
                 self._cover_room(chunk)
@@ -276,6 +281,9 @@ class Planner:
 
     def _cover(self, chunk: Chunk, lease: Lease) -> None:
         """Pages for the chunk, or for less of it: then it is shortened, to nothing at worst."""
+        if self.slots.block:
+            cover(self.cache, self.slots.block, chunk, lease)
+            return
         if self.cache.has_states:
             chunk.count = self.cache.cut(lease, chunk.known, chunk.start, chunk.count)
         if chunk.request.whole:
@@ -357,11 +365,14 @@ class Planner:
         lease = cache.match(request.namespace, known, request.match_limit(), slots.next_free())
         cached = lease.shared * cache.page_size
         needed = chunk.pages + ((chunk.start - cached) // cache.page_size if slots.paged[0] else 0)
-        chunk.start, chunk.count = cached, min(len(known) - cached, chunk.count)
+        if slots.block:
+            from_cached(chunk, cached, slots.block)
+        else:
+            chunk.start, chunk.count = cached, min(len(known) - cached, chunk.count)
         fits = needed <= cache.available_pages - (0 if alone else promised)
         if fits:
             self._cover(chunk, lease)
-        if not fits or not chunk.count:
+        if not fits or not chunk.count + chunk.canvas:
             cache.release(lease, _NOTHING, 0)
             if alone:
                 most = cache.total_pages * cache.page_size
@@ -399,6 +410,9 @@ class Planner:
     def _advance(self, plan: Plan) -> None:
         """Rows that surely end are not launched again, those with drafts not before their commit; or all go on."""
         slots, batch = self.slots, plan.batch
+        if batch.canvas is not None:
+            self._advance_blocks(plan, batch.canvas)
+            return
         at, yields = batch.slots, sure(batch.outputs)
         slots.computed[at] += batch.query_lens
         slots.length[at] += batch.outputs
@@ -417,6 +431,15 @@ class Planner:
         if self.pace.draft_room:
             for row in np.flatnonzero(yields).tolist():
                 slots.hold(plan.rows[row].slot, STEP)
+        self._commit(plan)
+
+    def _advance_blocks(self, plan: Plan, canvas: NDArray[np.int32]) -> None:
+        """Known blocks are computed; what becomes of a canvas is known at its commit."""
+        batch = plan.batch
+        self.slots.computed[batch.slots] += batch.query_lens - canvas
+        for row in np.flatnonzero(canvas).tolist():
+            plan.rows[row].inflight += 1
+            self.slots.hold(plan.rows[row].slot, STEP)
         self._commit(plan)
 
     def _commit(self, plan: Plan) -> None:

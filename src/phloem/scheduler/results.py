@@ -55,6 +55,7 @@ class Results:
         self.jumped_tokens = 0  # of these, those that a grammar forced: they took no decode step
         self.speculates = False
         self.drafted = self.accepted = self.verify_calls = 0  # drafts verified, those that were right, rows with drafts
+        self.passes = 0  # of canvases
         self._chunks: list[Chunk] = []
         self._rows: list[str] = []  # requests of which only a token is told, and those tokens
         self._plain: list[int] = []
@@ -65,7 +66,7 @@ class Results:
         """Take in a step. Rows whose request has ended since the launch are dropped."""
         tokens: list[int] = output.tokens.tolist()
         rows = plan.rows
-        one_each = len(tokens) == len(rows) and plan.batch.drafts is None
+        one_each = len(tokens) == len(rows) and plan.batch.drafts is None and plan.batch.canvas is None
         ends: Sequence[int] = range(1, len(rows) + 1) if one_each else np.cumsum(output.counts).tolist()
         rest: Sequence[int] = range(len(rows))
         if one_each and self.stream_interval == 1:
@@ -75,7 +76,7 @@ class Results:
             if request.status is RequestStatus.FINISHED:
                 continue
             try:
-                if request.plain and ends[row] - begin == 1:
+                if request.plain and ends[row] - begin == 1 and plan.batch.canvas is None:
                     self._tokens(request, tokens[begin : ends[row]])
                 else:
                     self._row(plan, output, row, tokens[begin : ends[row]])
@@ -99,6 +100,8 @@ class Results:
 
     def drafts(self) -> dict[str, float]:
         """Fields of `Stats`."""
+        if self.passes:
+            return {"dllm_passes": self.passes, "dllm_tokens_per_forward": self.output_tokens / self.passes}
         if not self.speculates:
             return {}
         steps = self.output_tokens - self.jumped_tokens - self.accepted
@@ -118,6 +121,10 @@ class Results:
             return
         if request.routed is not None and row in output.routed:
             request.routed.take(*output.routed[row])
+        if batch.canvas is not None:
+            if batch.canvas[row]:
+                self._canvas(request, tokens, output.logprobs.get(row, ()))
+            return
         request.prompt_logprobs += tuple(output.prompt_logprobs.get(row, ()))
         if not batch.outputs[row]:
             if row in plan.scored:
@@ -134,6 +141,19 @@ class Results:
         if request.submit.return_hidden and len(hidden) != len(tokens):
             raise ValueError(f"the step gave {len(hidden) or 'no'} hidden states for {len(tokens)} tokens")
         self._tokens(request, tokens, logprobs, hidden)
+
+    def _canvas(self, request: Request, tokens: Sequence[int], logprobs: Sequence[PositionLogprobs]) -> None:
+        """A pass over a request's canvas; where that is done, it gave tokens, which the next step computes."""
+        request.passes += 1
+        self.passes += 1
+        if not tokens:
+            request.inflight -= 1
+            return
+        if request.submit.return_logprob and len(logprobs) != len(tokens):
+            raise ValueError(f"the step gave {len(logprobs) or 'no'} logprobs for {len(tokens)} tokens")
+        self._tokens(request, tokens, logprobs)
+        if request.slot >= 0:
+            self.slots.extend(request, len(tokens))
 
     def _tokens(
         self,
@@ -299,6 +319,7 @@ class Results:
         if not request.sent or finish is not None:
             chunk.cached_tokens = request.cached_tokens
             chunk.queue_seconds = max(0.0, request.admitted - request.received)
+            chunk.passes = request.passes
             if self.speculates:
                 chunk.drafts = [request.jumped, request.drafted, *request.right]
         if submit.return_logprob:

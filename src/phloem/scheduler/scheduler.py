@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from phloem.core import denoising
 from phloem.core.errors import BadRequest, EngineDead, OutOfMemory, PhloemError
 from phloem.core.media import FIRST, misfit
 from phloem.core.messages import Abort, Control, Drain, FromEngine, Submit, ToEngine
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.kvcache import audit
 from phloem.kvcache.manager import namespace
+from phloem.scheduler import blocks
 from phloem.scheduler.control import ABORTED, Controls
 from phloem.scheduler.metrics import Meter, usage
 from phloem.scheduler.mixture import Mixture
@@ -77,10 +79,11 @@ class ScheduleSettings:
     whole_pictures: bool = False  # and one step computes all tokens of one
     speculates: bool = False  # answers tell how many drafts were accepted
     forced_tokens: int = 0  # see `Pace.forced`
+    block: int = 0  # of a model of diffusion: tokens of a canvas
 
     def pace(self, slots: int, draft_room: int) -> Pace:
         # With every slot decoding there must be a token for each, or the last ones would starve.
-        budget = max(self.chunked_prefill_size, slots)
+        budget = max(self.chunked_prefill_size, slots * max(1, 2 * self.block))
         mixed, worthwhile = self.mixed_prefill_size or budget, self.worthwhile_prefill or budget
         return Pace(budget, mixed, worthwhile, draft_room, self.whole_prompts, self.forced_tokens)
 
@@ -133,8 +136,12 @@ class Scheduler:
         # The last token of a request never needs a page: nothing attends to it.
         fits = cache.pages_for(settings.context_length - 1) <= cache.total_pages
         self._most_tokens = settings.context_length if fits else cache.total_pages * cache.page_size + 1
+        if settings.block:  # canvases are whole
+            self._most_tokens = blocks.whole(
+                min(self._most_tokens, cache.total_pages * cache.page_size), settings.block
+            )
         slots = min(settings.max_running_requests, runner.max_slots)
-        self.slots = Slots(slots, self._most_tokens, cache.page_size, runner.groups)
+        self.slots = Slots(slots, self._most_tokens, cache.page_size, runner.groups, settings.block)
         self._lasting = any(group.kind == "pages" and not group.window for group in runner.groups)
         self._policy = POLICIES[settings.schedule_policy]
         pace = settings.pace(slots, runner.draft_room)
@@ -328,9 +335,11 @@ class Scheduler:
         if media and not self.settings.sees:
             raise BadRequest("this model takes no pictures", param="image_data")
         params.validate(self.settings.vocab_size)
+        if self.settings.block:
+            denoising.check(request.submit)
         needed = count if request.scores_only else count + 1
-        if needed > self.settings.context_length:
-            most = self.settings.context_length
+        most = self._most_tokens if self.settings.block else self.settings.context_length
+        if needed > most:
             raise BadRequest(f"the prompt of {count} tokens leaves no room in the context of {most}", param="input_ids")
         if self.cache.pages_for(count) > self.cache.total_pages:
             most = self.cache.total_pages * self.cache.page_size
@@ -505,7 +514,8 @@ class Scheduler:
             return
         self._step_began = self.clock()
         batch = launched.plan.batch
-        self.meter.step_done(output, 0 if self.settings.speculates else batch.num_tokens - batch.num_rows)
+        mixed = self.settings.speculates or batch.canvas is not None
+        self.meter.step_done(output, 0 if mixed else batch.num_tokens - batch.num_rows)
         self.planner.throttle.passed()
         self._cornered = None
         self.planner.committed(launched.plan, output)
@@ -527,7 +537,8 @@ class Scheduler:
         self.planner.undone()
         self._step_began = self.clock()
         size = f"step {batch.step} ({batch.num_rows} rows, {batch.num_tokens} tokens)"
-        if batch.num_tokens == 1 or (self.settings.whole_prompts and batch.num_rows == 1):
+        least = self.settings.whole_prompts or batch.num_tokens <= 2 * self.settings.block
+        if batch.num_tokens == 1 or (least and batch.num_rows == 1):
             alone = failed.plan.rows[0]
         if alone is None or alone is not self._cornered:
             most = self.planner.throttle.budget

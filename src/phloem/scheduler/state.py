@@ -81,6 +81,7 @@ class Request:
     message: int = -1  # the message that its last chunk is in
     jumped: int = 0  # tokens of the output that a grammar forced
     drafted: int = 0  # drafts that were verified
+    passes: int = 0  # of its canvases
     right: list[int] = field(default_factory=list)  # [n]: steps of which n drafts were accepted
 
     def __post_init__(self) -> None:
@@ -164,11 +165,11 @@ class Slots:
 
     A slot is *active* while its request may be launched. One that will surely end with a launched step has left
     `active` but keeps slot and pages until that step is committed; one that is *held* sits out and comes back.
-    `most_tokens`: of a request, those that are ever in memory.
+    `most_tokens`: of a request, those that are ever in memory; `block`: of a model of diffusion, tokens of a canvas.
     """
 
-    def __init__(self, count: int, most_tokens: int, page_size: int, groups: Sequence[Group]) -> None:
-        self.count = count
+    def __init__(self, count: int, most_tokens: int, page_size: int, groups: Sequence[Group], block: int = 0) -> None:
+        self.count, self.block = count, block
         self.page_size = page_size
         self.requests: list[Request | None] = [None] * count
         self.paged = tuple(group.kind == "pages" for group in groups)

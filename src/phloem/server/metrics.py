@@ -27,6 +27,7 @@ _GAUGES = (
     ("outside_forward_ratio", "Share of step time outside the forward pass.", "outside_forward"),
     ("spec_accept_length", "Tokens of a decode step of a request.", "spec_accept_length"),
     ("spec_accept_rate", "Accepted drafts over drafts.", "spec_accept_rate"),
+    ("dllm_tokens_per_forward", "Tokens of a pass over a request's canvas (diffusion).", "dllm_tokens_per_forward"),
 )
 _TOTALS = (
     ("evicted_tokens", "Cached tokens that made room.", "evicted_tokens"),
@@ -34,6 +35,7 @@ _TOTALS = (
     ("spec_verify_calls", "Steps of a request that verified drafts.", "spec_verify_calls"),
     ("spec_draft_tokens", "Drafts that were verified.", "spec_drafted"),
     ("spec_accepted_tokens", "Drafts that were accepted.", "spec_accepted"),
+    ("dllm_passes", "Passes over canvases of requests (diffusion).", "dllm_passes"),
     ("pictures_encoded", "Pictures that the model's tower was run for.", "pictures_encoded"),
     ("encoder_cache_hits", "Pictures whose embeddings the encoder cache had.", "pictures_found"),
     ("num_out_of_memory", "Steps that failed for lack of memory and ran again, smaller.", "out_of_memory"),

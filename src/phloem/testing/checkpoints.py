@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from phloem.checkpoint.describe import describe
 from phloem.checkpoint.families import FAMILIES, GGUFFacts, family, gguf_families
 from phloem.checkpoint.gguf_config import KEYS
+from phloem.kernels.ops import Ops
+from phloem.layers.context import BuildContext
+from phloem.models import build_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +57,13 @@ _SIZES: dict[str, Any] = {
 def families() -> list[str]:
     """Families that generate of which tiny checkpoints can be made: those whose file says how (`TINY`)."""
     made = [family(name) for name in FAMILIES.names()]
-    return [one.name for one in made if one.tiny is not None and one.encoder is None and one.audio is None]
+    rest = [one for one in made if one.tiny is not None and one.encoder is None and one.audio is None]
+    return [one.name for one in rest if one.diffusion is None]
+
+
+def denoisers() -> list[str]:
+    """Families that write by diffusion; transformers has none of them."""
+    return [name for name in FAMILIES.names() if family(name).tiny is not None and family(name).diffusion is not None]
 
 
 def listeners() -> list[str]:
@@ -81,6 +92,8 @@ def tiny_checkpoint(
     Returns:
         `path`. Needs `transformers`.
     """
+    if model_type in denoisers():
+        return _written(model_type, path, seed, overrides)
     model = _filled(lambda: _model(model_type, overrides, head), seed, shifted=_shifted(model_type))
     path.mkdir(parents=True, exist_ok=True)
     size = sum(parameter.numel() for parameter in model.parameters()) * 4
@@ -101,6 +114,31 @@ def random_checkpoint(model_type: str, path: Path, settings: dict[str, Any], see
     return path
 
 
+def _written(model_type: str, path: Path, seed: int, overrides: dict[str, Any]) -> Path:
+    """A random checkpoint of a family that transformers does not have, by the names and shapes of our own model."""
+    import json
+
+    from safetensors.torch import save_file
+
+    facts = family(model_type)
+    settings = {**_SIZES, **facts.defaults, **(facts.tiny or {}), **overrides, "model_type": model_type}
+    other: dict[str, str] = settings.pop("written", {})
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(settings))
+    config = describe(str(path / "config.json"), "dummy").config
+    model: Any = build_model(model_type, config, BuildContext(Ops(), torch.float32, torch.device("meta")), 64)
+    generator, tensors = torch.Generator().manual_seed(seed), dict[str, torch.Tensor]()
+    for name, shape in ((name, model.index.stored_shape(name)) for name in sorted(model.index.names())):
+        wide, centre = (1.0 / shape[-1] ** 0.5, 0.0) if len(shape) > 1 else (0.2, float("norm" in name))
+        known = next((old for old in other if name.startswith(old)), "")
+        tensors[other.get(known, "") + name.removeprefix(known)] = (
+            torch.randn(shape, generator=generator) * wide + centre
+        )
+    save_file(tensors, path / "model.safetensors")
+    write_tokenizer(path, settings["vocab_size"])
+    return path
+
+
 def _shifted(model_type: str) -> bool:
     """Whether its norms are stored as their distance from 1."""
     return "gemma" in model_type and not model_type.startswith(("gemma3n", "gemma4"))
@@ -108,8 +146,6 @@ def _shifted(model_type: str) -> bool:
 
 def _filled(make: Callable[[], Any], seed: int, *, shifted: bool) -> Any:
     """A model with random weights, biases and norms too: one whose norms are all 1 hides mistakes."""
-    import torch
-
     torch.manual_seed(seed)
     model = make()
     with torch.no_grad():

@@ -93,6 +93,8 @@ class Renderer:
             meta["weight_versions"] = output.versions()
         if output.drafts:
             meta |= speculation(output)
+        if output.passes:
+            meta |= {"dllm_passes": output.passes, "tokens_per_forward": output.completion_tokens / output.passes}
         if output.item.return_routed and output.finish is not None:
             meta["routed_experts"] = routed_experts(output)
         if self.body.return_prompt_token_ids:

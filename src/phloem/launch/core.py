@@ -192,7 +192,7 @@ def _settings(config: Config, checkpoint: Checkpoint, built: Built, speculates: 
         debug_invariants=config.runtime.debug_invariants,
         whole_prompts=checkpoint.pooling is not None,
         speculates=speculates,
-        block=0 if built.denoising is None else built.denoising.block,
+        block=0 if built.denoising is None else built.denoising.seen,
         sees=built.tower is not None,
         whole_pictures=built.tower is not None and built.tower.whole,
     )

@@ -60,9 +60,7 @@ CASES = {
 }
 
 
-def run(
-    ops: Ops, case: str, kind: torch.dtype, window: int, cap: float, sinks: bool, block: int = 0
-) -> None:
+def run(ops: Ops, case: str, kind: torch.dtype, window: int, cap: float, sinks: bool, block: int = 0) -> None:
     torch.manual_seed(len(case))
     queries, lengths, heads, kv_heads, size, page_size = CASES[case]
     if kind is torch.int8:  # which takes multiples of 4

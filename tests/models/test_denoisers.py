@@ -16,8 +16,10 @@ import phloem
 from phloem.checkpoint.describe import described
 from phloem.checkpoint.families import family
 from phloem.core.config import Config
-from phloem.core.errors import BadRequest, ConfigError
+from phloem.core.errors import BadRequest, ConfigError, OutOfMemory
 from phloem.engine import worker
+from phloem.engine.canvas import CanvasRunner
+from phloem.launch import core
 from phloem.testing.checkpoints import denoisers, tiny_checkpoint
 
 NAMES = [*denoisers(), *(f"{name}-{variant}" for name in denoisers() for variant in family(name).variants)]
@@ -52,10 +54,12 @@ def test_every_family_of_diffusion_has_a_dense_reference() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_are_those_of_the_dense_reference_in_any_chunks_of_whole_blocks(name: str, path: Any) -> None:
+def test_logits_are_those_of_the_dense_reference_whole_and_block_by_block(name: str, path: Any) -> None:
     engine, dense = Engine(path(name)), DENSE[name.partition("-")[0]](path(name))
     with torch.inference_mode():
         close(engine.whole(PROMPT), dense.logits(PROMPT))
+        if dense.whole:
+            return
         block, pages = dense.block, engine.pages(len(PROMPT))
         for start in range(0, len(PROMPT), block):
             # A canvas is written where its final tokens will be: first with something else in its places.
@@ -64,9 +68,10 @@ def test_logits_are_those_of_the_dense_reference_in_any_chunks_of_whole_blocks(n
             close(again, dense.logits(PROMPT)[start : start + block])
 
 
-@pytest.fixture(
-    scope="module", params=[("sdar", {}), ("llada2_moe", {"chunked_prefill_size": 16})], ids=["sdar", "llada2"]
-)
+SERVED = [("sdar", {}), ("llada2_moe", {"chunked_prefill_size": 16}), ("llada", {"chunked_prefill_size": 64})]
+
+
+@pytest.fixture(scope="module", params=SERVED, ids=[name for name, _ in SERVED])
 def served(request: Any, path: Any) -> Iterator[Any]:
     """An engine, and the dense reference of what it serves."""
     name, more = request.param
@@ -76,7 +81,7 @@ def served(request: Any, path: Any) -> Iterator[Any]:
 
 def ask(engine: Any, some: Any, count: int = 14, **values: Any) -> Any:
     """Answers of one prompt, or of several together."""
-    sampling = {"max_new_tokens": count, "temperature": 0, "ignore_eos": True, **values}
+    sampling: dict[str, Any] = {"max_new_tokens": count, "temperature": 0, "ignore_eos": True, **values}
     return engine.generate(input_ids=some, sampling_params=sampling)
 
 
@@ -117,7 +122,7 @@ def test_draws_are_of_seed_place_and_pass_alone(served: Any) -> None:
     engine, dense = served
     some = prompts([1, 6, 21])
     wanted = [decode(dense, prompt, 14, How(temperature=0.7, top_k=9, seed=3))[0] for prompt in some]
-    values = {"temperature": 0.7, "top_k": 9, "sampling_seed": 3}
+    values: dict[str, Any] = {"temperature": 0.7, "top_k": 9, "sampling_seed": 3}
     assert [one["output_ids"] for one in ask(engine, some, **values)] == wanted
     assert ask(engine, some[2], **values)["output_ids"] == wanted[2]
     several = ask(engine, some[1], n=3, **{**values, "sampling_seed": None})
@@ -131,7 +136,7 @@ def test_a_repeat_finds_its_finished_blocks_in_the_cache(served: Any) -> None:
     first = ask(engine, prompt)
     again = ask(engine, prompt)
     assert first["output_ids"] == again["output_ids"] == wanted
-    assert again["meta_info"]["cached_tokens"] == 64
+    assert again["meta_info"]["cached_tokens"] == (0 if dense.whole else 64)
     longer = [*prompt, *wanted, *prompt[:9]]
     assert ask(engine, longer)["output_ids"] == decode(dense, longer, 14, How())[0]
     # What differs within a block changes all of it: nothing of that block may be shared.
@@ -167,15 +172,41 @@ def test_logprobs_are_of_the_pass_that_accepted_a_token(served: Any) -> None:
     assert len(meta["output_token_ids_logprobs"]) == 9
 
 
-@pytest.mark.parametrize("name", ["sdar", "llada2_moe"])
+@pytest.mark.parametrize("name", ["sdar", "llada2_moe", "llada"])
 def test_requests_that_lose_their_pages_give_the_same_answers(name: str, path: Any) -> None:
     dense, some = DENSE[name](path(name)), prompts([18, 25, 33, 40, 9, 50])
     wanted = [decode(dense, prompt, 40, How(temperature=0.9, seed=8))[0] for prompt in some]
     tight = {**SETTINGS, "max_total_tokens": 192, "chunked_prefill_size": 32, "disable_radix_cache": name == "sdar"}
     with phloem.Engine(model_path=str(path(name)), **tight) as engine:
         found = ask(engine, some, 40, temperature=0.9, sampling_seed=8)
-        assert engine.get_server_info()["internal_states"][0]["preemptions"] > 0
+        # A text that is seen whole has all its pages from the first step on: it waits, and loses none.
+        assert dense.whole or engine.get_server_info()["internal_states"][0]["preemptions"] > 0
     assert [one["output_ids"] for one in found] == wanted
+
+
+class Starved(CanvasRunner):
+    """One for whose every third step there is no memory."""
+
+    count = 0
+
+    def launch(self, batch: Any) -> Any:
+        Starved.count += 1
+        return self if Starved.count % 3 == 0 else super().launch(batch)
+
+    def result(self) -> Any:
+        raise OutOfMemory("made up")
+
+
+@pytest.mark.parametrize("name", ["sdar", "llada"])
+def test_steps_without_memory_never_happened(name: str, path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "CanvasRunner", Starved)
+    dense, some = DENSE[name](path(name)), prompts([2, 21, 38])
+    wanted = [decode(dense, prompt, 12, How(temperature=0.9, seed=8)) for prompt in some]
+    settings = {**SETTINGS, "disable_overlap_schedule": True, "chunked_prefill_size": 24}
+    with phloem.Engine(model_path=str(path(name)), **settings) as engine:
+        found = ask(engine, some, 12, temperature=0.9, sampling_seed=8)
+        assert engine.get_server_info()["internal_states"][0]["out_of_memory"] > 2
+    assert [one["output_ids"] for one in found] == [tokens for tokens, _ in wanted]
 
 
 @pytest.mark.parametrize(

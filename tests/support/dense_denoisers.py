@@ -25,6 +25,7 @@ class Qwen3Like:
     """SDAR: Qwen3's layers, in which a token sees all of its own block and of the blocks before it."""
 
     attention, q_norm, k_norm, out = "self_attn", "q_norm", "k_norm", "o_proj"
+    whole = False  # a token sees the whole text
     embedding = "model.embed_tokens.weight"
     usual: dict[str, Any] = {"block_size": 4}
 
@@ -63,13 +64,15 @@ class Qwen3Like:
     def attend(self, x: Tensor, name: str) -> Tensor:
         q, k, v = self.qkv(x, name)
         q, k, v = (one.unflatten(-1, (-1, self.size)) for one in (q, k, v))
-        q, k = self.norm(q, f"{name}.{self.q_norm}"), self.norm(k, f"{name}.{self.k_norm}")
+        if f"{name}.{self.q_norm}.weight" in self.tensors:
+            q, k = self.norm(q, f"{name}.{self.q_norm}"), self.norm(k, f"{name}.{self.k_norm}")
         q, k = self.turned(q), self.turned(k)
         k, v = (one.repeat_interleave(self.heads // self.kv_heads, 1) for one in (k, v))
         scores = torch.einsum("thd,shd->hts", q, k) * self.size**-0.5
         place = torch.arange(len(x)) // self.block
         scores.masked_fill_(place[None, :] > place[:, None], -torch.inf)
-        return self.linear(torch.einsum("hts,shd->thd", scores.softmax(-1), v).flatten(1), f"{name}.{self.out}")
+        values = torch.einsum("hts,shd->thd", scores.softmax(-1), v).flatten(1)
+        return self.linear(values, f"{name}.attn_out" if self.whole else f"{name}.{self.out}")
 
     def logits(self, ids: list[int]) -> Tensor:
         """Of every position, [T, V]."""
@@ -125,7 +128,29 @@ class LLaDA2(Qwen3MoeLike):
         return self.mixed(x, name, weights, chosen) + self.gated(x, f"{name}.shared_experts")
 
 
-DENSE = {"sdar": Qwen3Like, "sdar_moe": Qwen3MoeLike, "llada2_moe": LLaDA2}
+class LLaDA(Qwen3Like):
+    """LLaDA 8B: Llama's layers; a token sees the whole text, and blocks are those of the answer."""
+
+    whole = True
+    usual = {"block_size": 32, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "head_dim": None}
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.size = self.config["hidden_size"] // self.heads
+
+    def logits(self, ids: list[int]) -> Tensor:
+        x, self.block, answered = self.tensors["model.transformer.wte.weight"][torch.tensor(ids)], len(ids), self.block
+        for number in range(self.config["num_hidden_layers"]):
+            name = f"model.transformer.blocks.{number}"
+            x = x + self.attend(self.norm(x, f"{name}.attn_norm"), name)
+            y = self.norm(x, f"{name}.ff_norm")
+            y = F.silu(self.linear(y, f"{name}.ff_proj")) * self.linear(y, f"{name}.up_proj")
+            x = x + self.linear(y, f"{name}.ff_out")
+        self.block = answered
+        return F.linear(self.norm(x, "model.transformer.ln_f"), self.tensors["model.transformer.ff_out.weight"])
+
+
+DENSE = {"sdar": Qwen3Like, "sdar_moe": Qwen3MoeLike, "llada2_moe": LLaDA2, "llada": LLaDA}
 
 
 @dataclass
@@ -144,13 +169,17 @@ class How:
 @torch.inference_mode()
 def decode(model: Qwen3Like, prompt: list[int], count: int, how: How) -> tuple[list[int], int]:
     """(The answer, cut behind its first end, the passes that it took)."""
-    known, passes, block = list(prompt), 0, model.block
-    while len(known) < len(prompt) + count:
-        start = len(known) // block * block
-        canvas: list[int | None] = [*known[start:], *[None] * (start + block - len(known))]
+    known, passes, block, end = list(prompt), 0, model.block, len(prompt) + count
+    while len(known) < end:
+        start = len(known) // block * block if not model.whole else 0
+        until = start + block
+        if model.whole:  # blocks of the answer, and masks to its end
+            until = min(end, len(prompt) + ((len(known) - len(prompt)) // block + 1) * block)
+        canvas: list[int | None] = [*known[start:], *[None] * (until - len(known))]
         first, number = len(known) - start, 0
         while None in canvas:
             ids = known[:start] + [how.mask if token is None else token for token in canvas]
+            ids += [how.mask] * (end - until) if model.whole else []
             said = _said(model.logits(ids)[start:], canvas, start, number, how)
             steps = how.steps or block
             least = min(len(said), block // steps + (number < block % steps))
@@ -160,13 +189,13 @@ def decode(model: Qwen3Like, prompt: list[int], count: int, how: How) -> tuple[l
                 canvas[place] = said[place][0]
             number, passes = number + 1, passes + 1
             filled = canvas[first : canvas.index(None)] if None in canvas else canvas[first:]
-            if any(token in how.ends for token in filled) or len(known) + len(filled) >= len(prompt) + count:
+            if any(token in how.ends for token in filled) or len(known) + len(filled) >= end:
                 canvas = canvas[: first + len(filled)]
         known += [token for token in canvas[first:] if token is not None]
         found = [at for at in range(len(prompt), len(known)) if known[at] in how.ends]
         if found:
             return known[len(prompt) : found[0] + 1][:count], passes
-    return known[len(prompt) : len(prompt) + count], passes
+    return known[len(prompt) : end], passes
 
 
 def _said(logits: Tensor, canvas: list[int | None], start: int, number: int, how: How) -> dict[int, tuple[int, float]]:

@@ -58,7 +58,8 @@ class Family:
     vision: dict[str, str] | None = None
     # It hears: what its config.json calls the number of mel `bands` and of the encoder's `states`. None: it does not.
     audio: dict[str, str] | None = None
-    # It writes by diffusion: what its config.json calls the size of a `block` and the id of the `mask` token.
+    # It writes by diffusion: what its config.json calls the size of a `block` and the id of the `mask` token; `sees`
+    # "whole": the whole text, not the blocks up to its own.
     diffusion: dict[str, str] | None = None
 
 

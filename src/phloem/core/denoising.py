@@ -3,7 +3,9 @@
 Such a model writes block after block. A block begins as a *canvas* of mask tokens, behind what the prompt has of it.
 Each pass says for every masked place a token and how likely that is; some of them are accepted and never change again.
 A block without masks is done: its tokens are known, and those of the next one are asked for (Arriola et al., 2025, and
-the decoders of SDAR and LLaDA 2.0). Legend: n masked places of one canvas.
+the decoders of SDAR and LLaDA 2.0). A model whose tokens see the *whole* text, masks to its end included, fills it block
+after block too, but nothing can be kept of it: every pass computes all (Nie et al., 2025: LLaDA).
+Legend: n masked places of one block.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 USUAL = "LowConfidence"
 THRESHOLD = 0.95
+WHOLE = 1 << 30  # positions of a block that holds every text
+USUAL_ANSWER = 128  # tokens of an answer, where a text is seen whole and nobody says how long it is
 # Whose name says that it accepts by confidence, a fixed number of the best, or a fixed number from the left.
 ALGORITHMS = (USUAL, "low_confidence_dynamic", "low_confidence_static", "sequential")
 _NOT_HERE = {
@@ -45,6 +49,12 @@ class Denoising:
     algorithm: str = USUAL
     threshold: float = THRESHOLD
     steps: int = 0  # 0: as many as the block has places
+    whole: bool = False  # tokens see the whole text; blocks are those of the answer
+
+    @property
+    def seen(self) -> int:
+        """Positions of the blocks that see themselves both ways."""
+        return WHOLE if self.whole else self.block
 
     def quota(self, number: int) -> int:
         """Places that pass `number` of a block, from 0 on, accepts at least."""
@@ -65,7 +75,9 @@ class Denoising:
         return found
 
 
-def denoising(algorithm: str | None, settings: Mapping[str, Any], block: int, mask: int, vocab: int) -> Denoising:
+def denoising(
+    algorithm: str | None, settings: Mapping[str, Any], block: int, mask: int, vocab: int, *, whole: bool = False
+) -> Denoising:
     """Of a model whose checkpoint says `block` and `mask`; `settings` are those of `--dllm-algorithm-config`.
 
     Raises:
@@ -85,6 +97,7 @@ def denoising(algorithm: str | None, settings: Mapping[str, Any], block: int, ma
         algorithm=name,
         threshold=values.get("threshold", THRESHOLD),
         steps=values.get("steps", values.get("denoising_steps", 0)),
+        whole=whole,
     )
     _within("block_size", found.block, 1, 4096)
     _within("steps", found.steps, 0, found.block)

@@ -32,29 +32,36 @@ PASS = 32  # bits of a draw's position: the pass counts above them
 
 @dataclass(slots=True)
 class Canvas:
-    """One block while it is filled."""
+    """One block while it is filled; where a text is seen whole, among all of the text."""
 
     start: int  # its first position
     ids: NDArray[np.int32]  # [B]
-    masked: NDArray[np.bool_]  # [B]: by place, as a text may hold the mask token itself
+    masked: NDArray[np.bool_]  # [B] by place, as a text may hold the mask token itself; behind the block none is
     first: int  # places before it were known
+    until: int  # behind the last place of the block
     passes: int = 0
     logprobs: dict[int, PositionLogprobs] = field(default_factory=dict)  # by place
 
     @staticmethod
-    def over(known: list[int], start: int, block: int, mask: int) -> Canvas:
-        """The block from `start` on, of a text of which so much is known."""
-        fixed = known[start : start + block]
-        ids = np.full(block, mask, np.int32)
+    def over(text: Text, start: int, size: int, how: Denoising) -> Canvas:
+        """The positions from `start` on, of a text of which so much is known."""
+        fixed = text.known[start : start + size]
+        ids = np.full(size, how.mask, np.int32)
         ids[: len(fixed)] = fixed
-        return Canvas(start, ids, np.arange(block) >= len(fixed), len(fixed))
+        until = size
+        if how.whole:  # its blocks are those of the answer
+            until = min(size, len(fixed) + how.block - (len(fixed) - text.num_prompt) % how.block)
+        places = np.arange(size)
+        return Canvas(start, ids, (places >= len(fixed)) & (places < until), len(fixed), until)
 
 
 @dataclass(slots=True)
 class Text:
     """What a running request's canvases follow from."""
 
+    request_id: str
     known: list[int]
+    num_prompt: int
     limit: int  # tokens at which it ends
     ends: frozenset[int]
     logprobs: bool
@@ -65,7 +72,14 @@ class Text:
         most = admission.params.max_new_tokens
         limit = 1 << 62 if most is None else admission.num_prompt + most
         known: list[int] = admission.tokens.tolist()
-        return Text(known, limit, frozenset(admission.eos_ids), admission.return_logprob)
+        return Text(
+            admission.request_id,
+            known,
+            admission.num_prompt,
+            limit,
+            frozenset(admission.eos_ids),
+            admission.return_logprob,
+        )
 
     def done(self, canvas: Canvas) -> int:
         """How many of the canvas's places its answer is sure to need no more than, all of them filled; 0: it goes on.
@@ -73,11 +87,11 @@ class Text:
         Accepted tokens never change, so what follows an end of the text, or its limit, need not be filled.
         """
         open_places = np.flatnonzero(canvas.masked)
-        filled = int(open_places[0]) if len(open_places) else len(canvas.ids)
+        filled = int(open_places[0]) if len(open_places) else canvas.until
         for place in range(canvas.first, filled):
             if int(canvas.ids[place]) in self.ends or canvas.start + place + 1 >= self.limit:
                 return place + 1
-        return filled if filled == len(canvas.ids) else 0
+        return filled if filled == canvas.until else 0
 
 
 class Launched:
@@ -117,14 +131,17 @@ class CanvasRunner(RunnerAround):
 
     def launch(self, batch: Batch) -> Pending[StepOutput]:
         for admission in batch.admissions:
-            self._texts[admission.slot] = Text.of(admission)
+            before, text = self._texts.get(admission.slot), Text.of(admission)
+            if before is not None and before.request_id == text.request_id and before.known == text.known:
+                text.canvas = before.canvas  # a step had no memory: it goes on from what was accepted
+            self._texts[admission.slot] = text
         if batch.canvas is None or not batch.canvas.any():
             return self.inner.launch(replace(batch, canvas=None))
         rows = np.flatnonzero(batch.canvas).tolist()
         texts = {row: self._texts[int(batch.slots[row])] for row in rows}
-        return Launched(self, self.inner.launch(self._drawn(batch, texts)), batch, texts)
+        return Launched(self, self.inner.launch(self._drawn(batch, batch.canvas, texts)), batch, texts)
 
-    def _drawn(self, batch: Batch, texts: dict[int, Text]) -> Batch:
+    def _drawn(self, batch: Batch, sizes: NDArray[np.int32], texts: dict[int, Text]) -> Batch:
         """The batch with what the canvases hold, and their masked places."""
         settings, ids = self._settings, batch.input_ids.copy()
         ends = np.cumsum(batch.query_lens)
@@ -132,13 +149,14 @@ class CanvasRunner(RunnerAround):
         at: list[NDArray[np.int64]] = []
         draws: list[NDArray[np.int64]] = []
         for row, text in texts.items():
-            first = int(ends[row]) - settings.block
-            start = int(batch.prefix_lens[row] + batch.query_lens[row]) - settings.block
+            size = int(sizes[row])
+            first = int(ends[row]) - size
+            start = int(batch.prefix_lens[row] + batch.query_lens[row]) - size
             canvas = text.canvas
             if canvas is None:
-                canvas = text.canvas = Canvas.over(text.known, start, settings.block, settings.mask)
+                canvas = text.canvas = Canvas.over(text, start, size, settings)
             assert canvas.start == start, "a canvas is filled where it began"
-            ids[first : first + settings.block] = canvas.ids
+            ids[first : first + size] = canvas.ids
             places = np.flatnonzero(canvas.masked)
             rows += [row] * len(places)
             at.append(first + places)

@@ -33,9 +33,11 @@ def decide(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) ->
         return checkpoint, None
     block, mask = (int(checkpoint.config[names[key]]) for key in ("block", "mask"))
     settings = _settings(asked.dllm_algorithm_config)
-    found = denoising(asked.dllm_algorithm, settings, block, mask, checkpoint.vocab_size)
+    whole = names.get("sees") == "whole"
+    found = denoising(asked.dllm_algorithm, settings, block, mask, checkpoint.vocab_size, whole=whole)
     _refuse(config)
     when = "places that are masked are accepted by " + _how(found)
+    when += "; a text is seen whole, so that every pass computes all of it" if whole else ""
     decisions.append(Decision("dllm", f"{found.algorithm}, blocks of {found.block}", when))
     return replace(checkpoint, config={**checkpoint.config, names["block"]: found.block}), found
 

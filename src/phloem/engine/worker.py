@@ -16,6 +16,7 @@ from phloem.attention._packed import refusal
 from phloem.checkpoint.families import audio_of
 from phloem.core import resolve, speculation
 from phloem.core.config import parse_bytes
+from phloem.core.denoising import WHOLE
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
 from phloem.engine import denoising, warm
@@ -320,7 +321,7 @@ def _kept(config: Config, checkpoint: Checkpoint, machine: _Machine, model: Mode
     kv_dtype = kv_dtype or kept_in(config, machine.dtype, model)
     scales = kv_scales_of(config, checkpoint, model, kv_dtype, decisions)
     backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
-    block = max((spec.block for spec in model.attention_specs), default=0)
+    block = max((spec.block for spec in model.attention_specs), default=0) % WHOLE
     page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size, block))
     return _Kept(kv_dtype, scales, backend, page)
 

@@ -193,7 +193,7 @@ def _settings(config: Config, checkpoint: Checkpoint, built: Built, speculates: 
         whole_prompts=checkpoint.pooling is not None,
         speculates=speculates,
         forced_tokens=assemble.MOST_ROWS if isinstance(built.runner, ModelRunner) and built.runner.row_bits else 0,
-        block=0 if built.denoising is None else built.denoising.block,
+        block=0 if built.denoising is None else built.denoising.seen,
         sees=built.tower is not None,
         whole_pictures=built.tower is not None and built.tower.whole,
     )

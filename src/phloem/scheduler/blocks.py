@@ -3,7 +3,8 @@
 Computed chases known here too, in whole blocks: a request's known blocks are computed, whole chunks of a prompt at
 once, and where none is left out its canvas stands behind them, with what is known of that block. A canvas's keys and
 values are scratch that the next pass overwrites; they count as computed when its tokens are known and have been
-computed once more, as the known block of a later step.
+computed once more, as the known block of a later step. Where a text is seen whole (`WHOLE`), it is one canvas from its
+first token to its limit, and nothing of it ever counts as computed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from phloem.core.denoising import WHOLE
 from phloem.scheduler.plan import KEPT, Chunk, Spent, page_after
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from phloem.kvcache.manager import CacheManager, Lease
     from phloem.scheduler.plan import Means
-    from phloem.scheduler.state import Slots
+    from phloem.scheduler.state import Request, Slots
 
 _NOBODY = np.empty(0, dtype=np.int32)
 
@@ -31,9 +33,14 @@ def whole(length: int, block: int) -> int:
     return length // block * block
 
 
-def reach(length: int, block: int) -> int:
-    """Positions of a text of which so much is known, with its canvas."""
-    return whole(length, block) + block
+def canvas_of(request: Request, block: int) -> int:
+    """Places of a request's canvas."""
+    return request.limit if block == WHOLE else block
+
+
+def reach(request: Request, length: int, block: int) -> int:
+    """Positions of a request of which so much is known, with its canvas."""
+    return whole(length, block) + canvas_of(request, block)
 
 
 def spend_blocks(slots: Slots, waiting: Iterable[Chunk], means: Means) -> Spent:
@@ -65,14 +72,15 @@ class _Purse:
         self._block, self._size = slots.block, slots.page_size
         self.used = False
 
-    def chunk(self, start: int, known: int) -> tuple[int, int]:
+    def chunk(self, request: Request, start: int, known: int) -> tuple[int, int]:
         """(Known tokens from `start` on, canvas) that can be paid, of a text of which so much is known. The first of a
         step gets a block, or its last one with a canvas, in any case: no step can be smaller."""
         block, rest = self._block, whole(known, self._block) - start
-        least = 0 if self.used else rest + block if rest <= block else block
+        canvas = canvas_of(request, block)
+        least = 0 if self.used else rest + canvas if rest <= block else block
         left = max(self.left, least)
-        if rest + block <= left:
-            return rest, block
+        if rest + canvas <= left:
+            return rest, canvas
         return min(rest, left // block * block), 0
 
     def missing(self, end: int, covered: int) -> int:
@@ -88,7 +96,7 @@ def _go_on(spent: Spent, slots: Slots, some: NDArray[np.int32], purse: _Purse) -
     """Running requests in their order. False: the next one has no pages."""
     for slot in sorted(some.tolist(), key=lambda slot: slots.at(slot).place):
         request, start = slots.at(slot), int(slots.computed[slot])
-        count, canvas = purse.chunk(start, int(slots.length[slot]))
+        count, canvas = purse.chunk(request, start, int(slots.length[slot]))
         if not count + canvas:
             return True
         end, covered = start + count + canvas, int(slots.covered[slot])
@@ -120,7 +128,7 @@ def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Chunk], means: Means, 
             continue
         if not alone and want.pages > purse.pages - promised:
             break
-        want.count, want.canvas = purse.chunk(want.start, len(want.known))
+        want.count, want.canvas = purse.chunk(want.request, want.start, len(want.known))
         if not want.count + want.canvas:
             break
         spent.entries.append(want)
@@ -136,9 +144,12 @@ def _promised(slots: Slots, means: Means) -> int:
     staying = slots.staying()
     if not len(staying):
         return 0
-    length = slots.length[staying]
-    missing = np.maximum(0, -(-(length + slots.block - slots.covered[staying]) // slots.page_size))
-    growth = int(np.maximum(slots.limit[staying] - length, 0).sum() * means.share)
+    length, limit = slots.length[staying], slots.limit[staying]
+    ends = limit if slots.block == WHOLE else length + slots.block
+    missing = np.maximum(0, -(-(ends - slots.covered[staying]) // slots.page_size))
+    if slots.block == WHOLE:
+        return int(missing.sum())
+    growth = int(np.maximum(limit - length, 0).sum() * means.share)
     return int(missing.sum()) + -(-growth // slots.page_size)
 
 
@@ -158,7 +169,7 @@ def from_cached(chunk: Chunk, cached: int, block: int) -> None:
     if chunk.count < rest:
         chunk.canvas = 0
     elif not chunk.count:
-        chunk.canvas = block
+        chunk.canvas = canvas_of(chunk.request, block)
 
 
 def assembled(slots: Slots, chunks: list[Chunk]) -> tuple[NDArray[np.int32], list[NDArray[np.int32]]]:

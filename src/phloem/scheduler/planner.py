@@ -240,7 +240,7 @@ class Planner:
             except Exception as error:
                 self._failed(request, error)
                 continue
-            length = reach(len(known), self.slots.block) if self.slots.block else len(known)
+            length = reach(request, len(known), self.slots.block) if self.slots.block else len(known)
             yield Chunk(
                 request=request,
                 known=known,

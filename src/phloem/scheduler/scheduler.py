@@ -83,7 +83,7 @@ class ScheduleSettings:
 
     def pace(self, slots: int, draft_room: int) -> Pace:
         # With every slot decoding there must be a token for each, or the last ones would starve.
-        budget = max(self.chunked_prefill_size, slots * max(1, 2 * self.block))
+        budget = max(self.chunked_prefill_size, slots * max(1, 2 * (self.block % denoising.WHOLE)))
         mixed, worthwhile = self.mixed_prefill_size or budget, self.worthwhile_prefill or budget
         return Pace(budget, mixed, worthwhile, draft_room, self.whole_prompts, self.forced_tokens)
 
@@ -136,10 +136,10 @@ class Scheduler:
         # The last token of a request never needs a page: nothing attends to it.
         fits = cache.pages_for(settings.context_length - 1) <= cache.total_pages
         self._most_tokens = settings.context_length if fits else cache.total_pages * cache.page_size + 1
-        if settings.block:  # canvases are whole
-            self._most_tokens = blocks.whole(
-                min(self._most_tokens, cache.total_pages * cache.page_size), settings.block
-            )
+        if settings.block:
+            self._most_tokens = min(self._most_tokens, cache.total_pages * cache.page_size)
+        if settings.block % denoising.WHOLE:  # canvases are whole blocks
+            self._most_tokens = blocks.whole(self._most_tokens, settings.block)
         slots = min(settings.max_running_requests, runner.max_slots)
         self.slots = Slots(slots, self._most_tokens, cache.page_size, runner.groups, settings.block)
         self._lasting = any(group.kind == "pages" and not group.window for group in runner.groups)
@@ -286,9 +286,10 @@ class Scheduler:
         request.unshared = submit.return_routed and not self._lasting
         params = request.params
         room = self._most_tokens - request.num_prompt
-        request.limit = request.num_prompt + (
-            room if params.max_new_tokens is None else min(params.max_new_tokens, room)
-        )
+        most = params.max_new_tokens
+        if most is None:
+            most = denoising.USUAL_ANSWER if self.settings.block == denoising.WHOLE else room
+        request.limit = request.num_prompt + min(most, room)
         request.stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         if self.settings.whole_pictures:
             spans = [(start, start + size) for item in submit.media for start, size in item.spans]

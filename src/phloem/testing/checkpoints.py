@@ -121,7 +121,8 @@ def _written(model_type: str, path: Path, seed: int, overrides: dict[str, Any]) 
     from safetensors.torch import save_file
 
     facts = family(model_type)
-    settings = {**_SIZES, **facts.defaults, **(facts.tiny or {}), **overrides, "model_type": model_type}
+    own: dict[str, Any] = {**facts.defaults, **(facts.tiny or {})}
+    settings: dict[str, Any] = {**_SIZES, **own, **overrides, "model_type": model_type}
     other: dict[str, str] = settings.pop("written", {})
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(settings))
@@ -130,10 +131,9 @@ def _written(model_type: str, path: Path, seed: int, overrides: dict[str, Any]) 
     generator, tensors = torch.Generator().manual_seed(seed), dict[str, torch.Tensor]()
     for name, shape in ((name, model.index.stored_shape(name)) for name in sorted(model.index.names())):
         wide, centre = (1.0 / shape[-1] ** 0.5, 0.0) if len(shape) > 1 else (0.2, float("norm" in name))
-        known = next((old for old in other if name.startswith(old)), "")
-        tensors[other.get(known, "") + name.removeprefix(known)] = (
-            torch.randn(shape, generator=generator) * wide + centre
-        )
+        for ours, theirs in other.items():
+            name = name.replace(ours, theirs)
+        tensors[name] = torch.randn(shape, generator=generator) * wide + centre
     save_file(tensors, path / "model.safetensors")
     write_tokenizer(path, settings["vocab_size"])
     return path

@@ -1,7 +1,7 @@
 """What a family's file in models/ says of its checkpoints, read and not run.
 
 The file has these facts as literals at its top level: `DEFAULTS`, `SPELLING`, `NEEDS`, `GGUF`, `TINY`, `VARIANTS`,
-`ENCODER`, `VISION`, `AUDIO`. They are taken from the source text, so that the process that checks a model path imports
+`ENCODER`, `VISION`, `AUDIO`, `IGNORED`. They are taken from the source text, so that the process that checks a model path imports
 no layer and no torch, and this room none above it. A fact may also be imported from another family's file.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from phloem.utils.registry import Registry
 
 FAMILIES: Registry[Any] = Registry("phloem.models", "model type", "build")
-FACTS = ("DEFAULTS", "SPELLING", "NEEDS", "GGUF", "TINY", "VARIANTS", "ENCODER", "VISION", "AUDIO")
+FACTS = ("DEFAULTS", "SPELLING", "NEEDS", "GGUF", "TINY", "VARIANTS", "ENCODER", "VISION", "AUDIO", "IGNORED")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _FOLDER = Path(__file__).parents[1] / "models"
 
@@ -55,6 +55,8 @@ class Family:
     vision: dict[str, str] | None = None
     # It hears: what its config.json calls the number of mel `bands` and of the encoder's `states`. None: it does not.
     audio: dict[str, str] | None = None
+    # Patterns of tensors, by their names in files, that the model does without: layers that draft, mostly.
+    ignored: tuple[str, ...] = ()
 
 
 def facts_of(name: str) -> dict[str, Any]:
@@ -93,6 +95,7 @@ def family(name: str) -> Family:
         encoder=found.get("ENCODER"),
         vision=found.get("VISION"),
         audio=found.get("AUDIO"),
+        ignored=found.get("IGNORED", ()),
     )
 
 

@@ -17,7 +17,7 @@ from phloem.core.errors import ModelLoadError
 from phloem.models._gguf import gguf_sources
 from phloem.models._scales import scale_of
 from phloem.models._sources import DummySource, Read, SafetensorsSource, Stored, TensorSource, stored_in
-from phloem.models._stored import WHOLE, as_base, unused_parts, unused_scales
+from phloem.models._stored import WHOLE, as_base, some, unused_parts, unused_scales
 from phloem.quant._source import View
 
 if TYPE_CHECKING:
@@ -352,8 +352,3 @@ class WeightIndex:
 def _stored_low(source: Source) -> str:
     """The stored type of a tensor whose values are not the weights; a format's `join` has made another source."""
     return source.stored if isinstance(source, SafetensorsSource) and source.stored not in WHOLE else ""
-
-
-def some(items: list[str], limit: int = 8) -> str:
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more

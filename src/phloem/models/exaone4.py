@@ -10,6 +10,7 @@ from phloem.models._layer import LayerKind
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
+IGNORED = (r"mtp\..*",)
 TINY = {"head_dim": None, "num_hidden_layers": 4, "sliding_window": 6, "sliding_window_pattern": 4}
 VARIANTS = {"no-window": {"sliding_window": None}}
 

@@ -52,7 +52,10 @@ def test_tensors_that_nothing_reads_are_refused_with_their_names(made: Any, tmp_
 @pytest.mark.parametrize(
     ("name", "left"),
     [
-        ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight", "model.layers.1.self_attn.q_scale"]),
+        (
+            "llama",
+            ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight", "model.layers.1.self_attn.q_scale"],
+        ),
         ("gpt2", ["transformer.h.0.attn.bias", "h.0.attn.masked_bias"]),
         ("qwen3_5_text", ["mtp.fc.weight", "model.visual.patch_embed.proj.weight"]),
         ("deepseek_v3", ["model.layers.3.eh_proj.weight"]),
@@ -60,9 +63,7 @@ def test_tensors_that_nothing_reads_are_refused_with_their_names(made: Any, tmp_
         ("gemma3_text", ["vision_tower.vision_model.post_layernorm.weight"]),
     ],
 )
-def test_what_files_hold_beside_a_model_does_not_stop_it(
-    made: Any, tmp_path: Path, name: str, left: list[str]
-) -> None:
+def test_what_files_hold_beside_a_model_does_not_stop_it(made: Any, tmp_path: Path, name: str, left: list[str]) -> None:
     path, theirs = made(name)
     extra = {tensor: torch.ones(1) for tensor in left}
     target = edited(path, tmp_path / "x", lambda stored: {**extra, **stored})

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from phloem.models._stage import Stage
 
 
-
 @dataclass(frozen=True)
 class DecoderConfig:
     """What stands around the layers, and the layers."""

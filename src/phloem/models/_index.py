@@ -237,13 +237,14 @@ class WeightIndex:
             raise ModelLoadError(f"{where}: {len(wrong)} tensors have another shape: {some(wrong)}")
 
     def _lift(self, name: str, sources: dict[str, Source]) -> None:
-        """Some families store a vector as a matrix of one row, which only a small tensor may be read whole for; and
-        the matrix that patches of pictures are multiplied with as a kernel of a convolution."""
+        """Some families store a number without an axis, or a vector as a matrix of one row, which only a small tensor
+        may be read whole for; and the matrix that patches of pictures are multiplied with as a kernel of a convolution.
+        """
         seen, expected = sources[name].shape, self.stored_shape(name)
         kernel = len(seen) > len(expected) == 2 and seen[0] == expected[0] and prod(seen) == prod(expected)
         more = len(seen) - len(expected)
         lone = more > 0 and seen[more:] == expected and set(seen[:more]) == {1} and len(expected) < 3
-        if kernel or lone:
+        if kernel or lone or (seen, expected) == ((), (1,)):
             whole = sources[name].take(None, torch.float32).reshape(expected)
             sources[name] = TensorSource(name, expected, shifted=sources[name].shifted, tensor=whole)
 

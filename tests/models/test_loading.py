@@ -18,6 +18,7 @@ from phloem.kernels import native
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
 from phloem.models import load_model
+from phloem.models._transformers import load_foreign
 from phloem.quant import Method
 from phloem.quant._source import Source
 from phloem.testing.checkpoints import tiny_checkpoint
@@ -36,10 +37,37 @@ def test_wrong_shape_is_named(made: Any, tmp_path: Path) -> None:
         Engine(path)
 
 
-def test_unexpected_tensors_are_named(made: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = edited(made("llama")[0], tmp_path / "x", lambda stored: {**stored, "extra.weight": torch.ones(2)})
-    Engine(path)
-    assert "1 tensors are not used: extra.weight" in caplog.text
+@pytest.mark.parametrize("impl", ["phloem", "transformers"])
+def test_tensors_that_nothing_reads_are_refused_with_their_names(made: Any, tmp_path: Path, impl: str) -> None:
+    more = {f"model.layers.{n}.mlp.extra_proj.weight": torch.ones(2) for n in range(10)}
+    path = edited(made("llama")[0], tmp_path / "x", lambda stored: {**stored, **more})
+    said = r"10 tensors are read by no layer of llama: model\.layers\.0\.mlp\.extra_proj.* and 2 more \(config.json"
+    with pytest.raises(ModelLoadError, match=said):
+        if impl == "phloem":
+            Engine(path)
+        else:
+            load_foreign(describe(str(path), model_impl=impl), BuildContext(Ops(), torch.float32, CPU), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        (
+            "llama",
+            ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight", "model.layers.1.self_attn.q_scale"],
+        ),
+        ("gpt2", ["transformer.h.0.attn.bias", "h.0.attn.masked_bias"]),
+        ("qwen3_5_text", ["mtp.fc.weight", "model.visual.patch_embed.proj.weight"]),
+        ("deepseek_v3", ["model.layers.3.eh_proj.weight"]),
+        ("ernie4_5_moe", ["model.mtp_block.0.mlp.up_proj.weight"]),
+        ("gemma3_text", ["vision_tower.vision_model.post_layernorm.weight"]),
+    ],
+)
+def test_what_files_hold_beside_a_model_does_not_stop_it(made: Any, tmp_path: Path, name: str, left: list[str]) -> None:
+    path, theirs = made(name)
+    extra = {tensor: torch.ones(1) for tensor in left}
+    target = edited(path, tmp_path / "x", lambda stored: {**extra, **stored})
+    close(Engine(target).whole(PROMPT), theirs)
 
 
 def test_a_bias_that_nobody_adds_is_refused_unless_it_is_of_zeros(made: Any, tmp_path: Path) -> None:

@@ -134,10 +134,13 @@ def edited(path: Path, target: Path, tensors: Any = None, **config: Any) -> Path
 
 
 def reference(path: Path, tokens: list[int]) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    import transformers
 
     config = json.loads((path / "config.json").read_text())
-    loader = AutoModelForImageTextToText if "text_config" in config else AutoModelForCausalLM
+    sees = "text_config" in config
+    loader = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    if config["model_type"] == "mistral4":  # which AutoModelForCausalLM does not know
+        loader = transformers.Mistral4ForCausalLM
     # Its Gemma 3 has this setting and forgets to hand it to its own attention function, which understands it.
     cap = config.get("attn_logit_softcapping") if config["model_type"].startswith("gemma3") else None
     model = loader.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()

@@ -12,7 +12,8 @@ from phloem.text.thinking._base import ThinkingParser
 from phloem.utils.registry import Registry
 
 FORMATS = Registry("phloem.text.thinking", "reasoning parser")
-PLAIN = [name for name in FORMATS.names() if name not in ("gpt_oss", "minimax_append_think", "ernie45")]
+WRAPPED = ("ernie45", "hunyuan_a13b", "cohere_command", "cohere_command4")
+PLAIN = [name for name in FORMATS.names() if name not in ("gpt_oss", "minimax_append_think", *WRAPPED)]
 
 PIECES = [
     "<think>",
@@ -115,6 +116,15 @@ def test_any_text_in_any_chunks(form: str, text: str, opened: bool | None) -> No
     reasoning, content = same(form, text, opened)
     if not any(mark in text for mark in ("<", "[", "◁", "\n")) and form != "minimax_append_think":
         assert reasoning + content == text
+
+
+@pytest.mark.parametrize("form", WRAPPED)
+def test_content_comes_out_of_its_wrapper(form: str) -> None:
+    kind = FORMATS.module(form).Parser
+    begin, end = kind.wraps
+    text = f"{kind.start}Hm.{kind.end}\n{begin}\nIt is <b>4</b>.\n{end}\n"
+    assert same(form, text) == ("Hm.", "It is <b>4</b>.\n")
+    assert same(form, f"{kind.start}Hm.{kind.jumps[0]}x") == ("Hm.", f"{kind.jumps[0]}x")
 
 
 def test_ernie_unwraps_its_response() -> None:

@@ -195,6 +195,40 @@ def json_array(calls: list[Call]) -> str:
     return dumps([{"name": name, "parameters": args} for name, args in calls])
 
 
+def array(begin: str, end: str, key: str = "name", arguments: str = "arguments") -> Callable[[list[Call]], str]:
+    def write(calls: list[Call]) -> str:
+        return f"{begin}{dumps([{key: name, arguments: args} for name, args in calls])}{end}"
+
+    return write
+
+
+def apertus(calls: list[Call]) -> str:
+    return f"<|tools_prefix|>{dumps([{name: args} for name, args in calls])}<|tools_suffix|>"
+
+
+def framed(begin: str, end: str, arguments: str = "arguments") -> Callable[[list[Call]], str]:
+    def write(calls: list[Call]) -> str:
+        return "\n".join(f"{begin}{dumps({'name': name, arguments: args})}{end}" for name, args in calls)
+
+    return write
+
+
+def olmo3(calls: list[Call]) -> str:
+    lines = (f"{name}({', '.join(f'{key}={dumps(value)}' for key, value in args.items())})" for name, args in calls)
+    return "<function_calls>" + "\n".join(lines) + "</function_calls>"
+
+
+def gemma4(calls: list[Call]) -> str:
+    def value(given: Any) -> str:
+        if isinstance(given, str):
+            return f'<|"|>{given}<|"|>'
+        if isinstance(given, dict):
+            return "{" + ",".join(f"{key}:{value(item)}" for key, item in given.items()) + "}"
+        return f"[{','.join(map(value, given))}]" if isinstance(given, list) else dumps(given)
+
+    return "".join(f"<|tool_call>call:{name}{value(args)}<tool_call|>" for name, args in calls)
+
+
 WRITERS: dict[str, tuple[str, Callable[[list[Call]], str]]] = {
     "hermes": ("hermes", hermes),
     "ernie45": ("ernie45", hermes),
@@ -216,6 +250,18 @@ WRITERS: dict[str, tuple[str, Callable[[list[Call]], str]]] = {
     "gpt_oss by role": ("gpt_oss", gpt_oss_role),
     "minimax_m2": ("minimax_m2", minimax_m2),
     "step3": ("step3", step3),
+    "seed_oss": ("seed_oss", lambda calls: qwen3_coder(calls).replace("tool_call>", "seed:tool_call>")),
+    "granite": ("granite", array("<|tool_call|>", "")),
+    "granite 3.1": ("granite", array("<tool_call>", "")),
+    "phi4_mini": ("granite", array("<|tool_call|>", "<|/tool_call|>")),
+    "phi4_mini_json": ("phi4_mini_json", array("functools", "")),
+    "apertus": ("apertus", apertus),
+    "cohere_command": ("cohere_command", array("<|START_ACTION|>", "<|END_ACTION|>", "tool_name", "parameters")),
+    "internlm": ("internlm", framed("<|action_start|><|plugin|>\n", "<|action_end|>", "parameters")),
+    "longcat": ("longcat", framed("<longcat_tool_call>\n", "\n</longcat_tool_call>")),
+    "lfm2": ("lfm2", lambda calls: f"<|tool_call_start|>{pythonic(calls)}<|tool_call_end|>"),
+    "olmo3": ("olmo3", olmo3),
+    "gemma4": ("gemma4", gemma4),
     "json_array": ("json_array", json_array),
 }
 
@@ -288,7 +334,7 @@ def test_every_truncation(kind: str) -> None:
             assert (call.name, json.loads(call.arguments)) == expected, "a short call comes whole or not at all"
         if not parsed.calls:
             assert parsed.text == text[:size], "what is no call is the text that it was"
-    assert seen >= ({0} if form == "pythonic" else {0, 1}), "a Python list is read as a whole"
+    assert seen >= ({0} if form in ("pythonic", "lfm2") else {0, 1}), "a Python list is read as a whole"
 
 
 @pytest.mark.parametrize("kind", list(WRITERS))
@@ -427,7 +473,7 @@ def test_tags_frame_what_the_parser_reads(form: str) -> None:
     made = parser(form)
     frame = made.tag("get_weather")
     if frame is None:
-        assert form in ("pythonic", "json_array", "step3")
+        assert form in ("pythonic", "json_array", "step3", "lfm2", "olmo3", "gemma4")
     elif made.style == "json":
         assert as_calls(whole(form, frame[0] + '{"days": 2}' + frame[1])) == [("get_weather", {"days": 2})]
     else:

@@ -44,6 +44,16 @@ SPECIAL = {
     "deepseekv32": ("｜DSML｜",),
     "glm45": ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
     "gpt_oss": ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|constrain|>", "<|call|>"),
+    "seed_oss": ("<seed:tool_call>", "</seed:tool_call>"),
+    "granite": ("<|tool_call|>", "<tool_call>"),
+    "phi4_mini_json": (),
+    "apertus": ("<|tools_prefix|>", "<|tools_suffix|>"),
+    "cohere_command": ("<|START_ACTION|>", "<|END_ACTION|>"),
+    "internlm": ("<|action_start|>", "<|plugin|>", "<|action_end|>"),
+    "longcat": ("<longcat_tool_call>", "</longcat_tool_call>"),
+    "lfm2": ("<|tool_call_start|>", "<|tool_call_end|>"),
+    "olmo3": (),
+    "gemma4": ("<|tool_call>", "<tool_call|>", '<|"|>'),
     "minimax_m2": ("<minimax:tool_call>", "</minimax:tool_call>"),
     "step3": (
         "<｜tool_calls_begin｜>",
@@ -289,12 +299,26 @@ GOOD: dict[str, str] = {
     "</steptml:invoke><｜tool_call_end｜>\n<｜tool_calls_end｜>",
 }
 GOOD["ernie45"] = GOOD["hermes"]
+_ARRAY = '[{"name": "find", "arguments": {"limit":3,"query":"x"}}]'
+GOOD |= {
+    "seed_oss": GOOD["qwen3_coder"].replace("tool_call>", "seed:tool_call>"),
+    "granite": f"<|tool_call|>{_ARRAY}",
+    "phi4_mini_json": f"functools{_ARRAY}",
+    "apertus": '<|tools_prefix|>[{"find": {"limit":3,"query":"x"}}]<|tools_suffix|>',
+    "cohere_command": '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "find", "parameters": '
+    '{"limit":3,"query":"x"}}]<|END_ACTION|>',
+    "internlm": '<|action_start|><|plugin|>\n{"name": "find", "parameters": {"limit":3,"query":"x"}}<|action_end|>',
+    "longcat": GOOD["hermes"].replace("tool_call>", "longcat_tool_call>"),
+    "lfm2": f"<|tool_call_start|>{GOOD['pythonic']}<|tool_call_end|>",
+    "olmo3": '<function_calls>find(limit=3, query="x")</function_calls>',
+    "gemma4": '<|tool_call>call:find{limit:3,query:<|"|>x<|"|>}<tool_call|>',
+}
 STRICT_FIND = {**FIND, "required": ["limit", "query"]}
 
 
 def without_query(text: str) -> str:
     """The call without its last parameter."""
-    for piece in (',"query":"x"', ', query="x"', "<parameter=query>\nx\n</parameter>\n"):
+    for piece in (',"query":"x"', ', query="x"', ',query:<|"|>x<|"|>', "<parameter=query>\nx\n</parameter>\n"):
         text = text.replace(piece, "")
     tags = [(f'<{prefix}parameter name="query"', f"</{prefix}parameter>\n") for prefix in ("", "｜DSML｜", "steptml:")]
     for begin, end in (("<arg_key>query", "</arg_value>\n"), *tags):

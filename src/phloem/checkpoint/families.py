@@ -1,8 +1,9 @@
 """What a family's file in models/ says of its checkpoints, read and not run.
 
 The file has these facts as literals at its top level: `DEFAULTS`, `SPELLING`, `NEEDS`, `GGUF`, `TINY`, `VARIANTS`,
-`ENCODER`, `VISION`, `AUDIO`, `DIFFUSION`. They are taken from the source text, so that the process that checks a model
-path imports no layer and no torch, and this room none above it. A fact may also be imported from another family's file.
+`ENCODER`, `VISION`, `AUDIO`, `DIFFUSION`, `IGNORED`. They are taken from the source text, so that the process that
+checks a model path imports no layer and no torch, and this room none above it. A fact may also be imported from
+another family's file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from phloem.utils.registry import Registry
 FAMILIES: Registry[Any] = Registry("phloem.models", "model type", "build")
 FACTS = (
     *("DEFAULTS", "SPELLING", "NEEDS", "GGUF", "TINY", "VARIANTS", "ENCODER", "VISION", "AUDIO"),
-    "DIFFUSION",
+    *("DIFFUSION", "IGNORED"),
 )
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _FOLDER = Path(__file__).parents[1] / "models"
@@ -61,6 +62,8 @@ class Family:
     # It writes by diffusion: what its config.json calls the size of a `block` and the id of the `mask` token; `sees`
     # "whole": the whole text, not the blocks up to its own.
     diffusion: dict[str, str] | None = None
+    # Patterns of tensors, by their names in files, that the model does without: layers that draft, mostly.
+    ignored: tuple[str, ...] = ()
 
 
 def facts_of(name: str) -> dict[str, Any]:
@@ -100,6 +103,7 @@ def family(name: str) -> Family:
         vision=found.get("VISION"),
         audio=found.get("AUDIO"),
         diffusion=found.get("DIFFUSION"),
+        ignored=found.get("IGNORED", ()),
     )
 
 

@@ -170,12 +170,14 @@ class Ops:
         models.experts
     )
     mul: Callable[[Tensor, Tensor], Tensor] = models.mul
+    weights_from: Callable[[Tensor, Tensor, int], Tensor] = models.weights_from  # ids[T, k], weights, first id -> [T]
     join: Callable[[Tensor, Tensor], Tensor] = models.join  # along the last axis
     sigmoid_mul: Callable[[Tensor, Tensor], Tensor] = models.sigmoid_mul  # x, gate[.., 1] or as x -> x * sigmoid(gate)
     gelu: Callable[[Tensor], Tensor] = models.gelu
     gelu_tanh: Callable[[Tensor], Tensor] = models.gelu_tanh
     relu: Callable[[Tensor], Tensor] = models.relu
     relu2: Callable[[Tensor], Tensor] = models.relu2
+    xielu: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = models.xielu  # x, alpha_p, alpha_n, beta, eps
     scale: Callable[[Tensor, float], Tensor] = models.scale
     scale_rows: Callable[[Tensor, Tensor], Tensor] = models.scale_rows  # x[T, ...], a number for each row [T], or [1]
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = models.layer_norm  # x, weight, bias, eps

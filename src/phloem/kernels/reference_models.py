@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 def route(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
     """Which experts each token goes to: ids int32 [T, k], weights float32 [T, k]; of equals the lowest id first."""
     logits_TE = logits_TE.float()
+    if spec.score == "sparse_mixer":
+        return _sparse_mixer(logits_TE, spec)
     late = spec.score.startswith("chosen_")
     score_TE = logits_TE if late else _score(logits_TE, spec.score)
     rank_TE = score_TE if bias_E is None else score_TE + bias_E.float()
@@ -33,6 +35,24 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[T
         total_T1 = weights_Tk.sum(-1, keepdim=True) + spec.eps
         weights_Tk = weights_Tk / (total_T1.clamp_min(spec.floor) if spec.floor else total_T1)
     return ids_Tk.to(torch.int32), weights_Tk if spec.scale == 1.0 else weights_Tk * spec.scale
+
+
+def weights_from(ids_Tk: Tensor, weights_Tk: Tensor, first: int) -> Tensor:
+    """The sum of each token's weights of ids from `first` on, float32 [T]."""
+    return weights_Tk.float().masked_fill(ids_Tk < first, 0.0).sum(-1)
+
+
+def _sparse_mixer(logits_TE: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    ids: list[Tensor] = []
+    weights: list[Tensor] = []
+    left_TE = logits_TE
+    for _ in range(spec.top_k):
+        best_T1, id_T1 = left_TE.max(-1, keepdim=True)
+        far_TE = (best_T1 - logits_TE) / logits_TE.abs().maximum(best_T1) > 2 * spec.jitter
+        weights.append(left_TE.masked_fill(far_TE, float("-inf")).softmax(-1).gather(1, id_T1))
+        ids.append(id_T1)
+        left_TE = left_TE.scatter(1, id_T1, float("-inf"))
+    return torch.cat(ids, 1).to(torch.int32), torch.cat(weights, 1)
 
 
 def _score(logits: Tensor, kind: str) -> Tensor:
@@ -110,6 +130,15 @@ def relu(x: Tensor) -> Tensor:
 def relu2(x: Tensor) -> Tensor:
     """The square of what is above 0."""
     return F.relu(x).square()
+
+
+def xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: Tensor, eps: Tensor) -> Tensor:
+    """The activation of Huang et al. (2024): a square right of 0 and an exponential left of it, each with a learned
+    strength; float32 [1] numbers beside x."""
+    wide = x.float()
+    left = torch.expm1(wide.minimum(eps)) - wide
+    curved = torch.where(wide > 0, F.softplus(alpha_p) * wide.square(), (beta + F.softplus(alpha_n)) * left)
+    return (curved + beta * wide).to(x.dtype)
 
 
 def join(x: Tensor, y: Tensor) -> Tensor:

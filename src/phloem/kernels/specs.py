@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 # chosen_*: the logits decide who is chosen, and the score is computed among the chosen alone.
-Score = Literal["softmax", "sigmoid", "chosen_softmax", "chosen_sigmoid"]
+# sparse_mixer: the best one's share among those near it, then without it the same of the next (Liu et al., 2024).
+Score = Literal["softmax", "sigmoid", "chosen_softmax", "chosen_sigmoid", "sparse_mixer"]
 Activation = Literal["silu", "gelu_tanh", "swiglu_clamp", "relu2"]
 
 
@@ -40,6 +41,7 @@ class RouterSpec:
     groups: int = 1
     keep: int = 1
     group_best: int = 2
+    jitter: float = 0.0  # sparse_mixer: logits are near the best one up to twice this share of the larger of both
 
     @property
     def plain(self) -> bool:

@@ -61,6 +61,7 @@ class AttentionOptions:
     grouped: bool = False  # in that tensor each kv head's queries, key and value lie together
     transposed: bool = False  # matrices are stored as [in_features, out_features]
     q_growth: QGrowth | None = None
+    value_scale: float = 1.0
     q_proj: str = "q_proj"
     k_proj: str = "k_proj"
     v_proj: str = "v_proj"
@@ -155,6 +156,8 @@ class SelfAttention(Layer):
             self._turn_then_norm(heads)
         heads.distances = step.distances
         out_THD = step.memory.attend(spec, heads)
+        if options.value_scale != 1.0:  # of what is attended to, in the end: the same, and none is read twice
+            out_THD = self.ops.scale(out_THD, options.value_scale)
         if gate_THD is not None:
             out_THD = self.ops.sigmoid_mul(out_THD, gate_THD)
         return out_THD.view(-1, spec.heads * spec.values), total_TN

@@ -36,6 +36,7 @@ class LatentSizes:
     value: int  # D
     q_rank: int = 0
     bias: bool = False  # of the projections to the latents and of the output's
+    latent_scale: float = 1.0  # of normalised latents, not of the rotated part
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class LatentAttention(Layer):
 
     indexer: Indexer | None = None
     lender: Indexer | None = None
+    growth: Tensor | None = None  # a factor on queries by position, float32 [positions, 1]
 
     def __init__(
         self, ctx: BuildContext, hidden_size: int, sizes: LatentSizes, pool: int, scale: float, rope: Rope | None
@@ -125,13 +127,18 @@ class LatentAttention(Layer):
             chosen = self.indexer(x_TN, q_low, step)
         q = self.q(q_low)[0]
         kv = low[:, sizes.q_rank :]
+        if self.growth is not None:
+            q = self.ops.scale_rows(q, self.ops.select_rows(self.growth, step.positions).view(-1))
         q_THQ = q.unflatten(-1, (self.heads, -1))
         q_nope, q_rope = q_THQ[..., : sizes.nope], q_THQ[..., sizes.nope :]
         turned = kv[:, sizes.rank :].unflatten(-1, (1, sizes.rope))
         if self.rope is not None:
             rotation = self.rope.at(step.positions)
             self.ops.rope_(q_rope, turned, rotation.positions, rotation.cos_sin, rotation.interleaved)
-        latent = self.ops.join(self.norm(kv[:, : sizes.rank]), turned.view(-1, sizes.rope))
+        compressed = self.norm(kv[:, : sizes.rank])
+        if sizes.latent_scale != 1.0:
+            compressed = self.ops.scale(compressed, sizes.latent_scale)
+        latent = self.ops.join(compressed, turned.view(-1, sizes.rope))
         out_THD = step.memory.attend_latent(self.pool, q_nope, q_rope, latent, self._call(), chosen)
         return out_THD.view(-1, self.heads * sizes.value), total_TN
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from phloem.core.errors import ModelLoadError
 from phloem.layers.linear import Linear
-from phloem.layers.weight import Layer, Part, Projection, check_divides, cut_of
+from phloem.layers.weight import Layer, Part, Projection, Weight, check_divides, cut_of
 
 T = TypeVar("T")
 
@@ -63,6 +63,18 @@ class GatedMLP(Layer):
         return self.down(hidden, add=total_TN) if add else (self.down(hidden)[0], total_TN)
 
 
+class Xielu(Layer):
+    """An activation whose shape is learned; see `Ops.xielu`."""
+
+    def __init__(self, ctx: BuildContext) -> None:
+        self.ops, names = ctx.ops, ("alpha_p", "alpha_n", "beta", "eps")
+        self.numbers = [Weight((ctx.child(name).name,), ((1,),), "norm") for name in names]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        alpha_p, alpha_n, beta, eps = (weight.value for weight in self.numbers)
+        return self.ops.xielu(x, alpha_p, alpha_n, beta, eps)
+
+
 class PlainMLP(Layer):
     """down(act(up(x))). `names`: of the two projections; `transposed`: stored as [in_features, out_features]."""
 
@@ -87,7 +99,7 @@ class PlainMLP(Layer):
             "relu": ops.relu,
             "relu2": ops.relu2,
         }
-        self.act = _picked(acts, activation)
+        self.act = Xielu(ctx.child("act_fn")) if activation == "xielu" else _picked(acts, activation)
         tp, part = ctx.mesh.tp, Part(transposed=True) if transposed else None
         check_divides("intermediate_size", inner_size, tp)
         up = Projection(inner_size, "", part, cut_of(tp, 0))

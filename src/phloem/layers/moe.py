@@ -59,6 +59,7 @@ class ExpertsConfig:
     names: ExpertNames = field(default_factory=ExpertNames)
     latent: int = 0  # how many features experts read and give; 0: those of hidden states
     latent_bias: bool = False
+    identities: int = 0  # more that may be chosen, behind the others: they give what they read
 
 
 def softmax_experts(count: int, per_token: int, inner_size: int, activation: str, renormalise: bool) -> ExpertsConfig:
@@ -93,11 +94,13 @@ class SparseMLP(Layer):
         own = mesh.ep.span(config.count)
         spec = config.experts or ExpertSpec(config.count)
         self.spec = replace(spec, experts=own[1] - own[0], first=own[0])
-        self.router = Linear(ctx, hidden_size, {names.router: config.count}, bias=config.router_bias)
+        choices = config.count + config.identities
+        self.router = Linear(ctx, hidden_size, {names.router: choices}, bias=config.router_bias)
         self.correction = None
         if names.correction:
-            shape = (1, config.count) if names.correction_row else (config.count,)
+            shape = (1, choices) if names.correction_row else (choices,)
             self.correction = Weight((ctx.child(names.correction).name,), (shape,), "norm")
+        self.identities = bool(config.identities) and self.biased and mesh.ep.rank == 0
         biased = bool(names.down_bias)
         plain = config.router.plain and self.spec.plain and not biased and self.correction is None
         self.notes = ctx.chosen
@@ -156,7 +159,11 @@ class SparseMLP(Layer):
         biases = None if self.biases is None else (self.biases[0].value, self.biases[1].value)
         if biases is not None and not self.biased:
             biases = biases[0], torch.zeros_like(biases[1])
-        return self.ops.experts(x_TN, ids_Tk, weights_Tk, self.gate_up.value, self.down.value, self.spec, biases)
+        out_TN = self.ops.experts(x_TN, ids_Tk, weights_Tk, self.gate_up.value, self.down.value, self.spec, biases)
+        if not self.identities:
+            return out_TN
+        kept_T = self.ops.weights_from(ids_Tk, weights_Tk, self.config.count)
+        return self.ops.add(out_TN, self.ops.scale_rows(x_TN, kept_T))
 
 
 class SharedExperts(Layer):

@@ -5,7 +5,6 @@ Legend: T packed tokens, N hidden size, L rows whose next token is wanted.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,11 @@ from phloem.layers.attention import AttentionOptions
 from phloem.layers.embed import Embedding, Head, Positions
 from phloem.layers.rope import rope_spec
 from phloem.layers.weight import Layer
-from phloem.models._index import WeightIndex, open_sources, some
+from phloem.models._index import WeightIndex, open_sources
 from phloem.models._layer import MLP, Attention, LayerKind, Place
 from phloem.models._push import Push
 from phloem.models._stage import stage_of
+from phloem.models._stored import check_surplus
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from phloem.models._index import Progress
     from phloem.models._layer import NormKind
     from phloem.models._stage import Stage
-
-LOG = logging.getLogger("phloem.models")
 
 
 @dataclass(frozen=True)
@@ -300,8 +298,7 @@ class Decoder(Layer):
     def load(self, checkpoint: Checkpoint, progress: Progress | None) -> None:
         """Read every weight. Raises ModelLoadError."""
         sources, unused = open_sources(checkpoint, self.index, self.checkpoint_name)
-        if unused:
-            LOG.warning("%s: %d tensors are not used: %s", checkpoint.path, len(unused), some(unused))
+        check_surplus(checkpoint, unused)
         self.index.pull(sources, str(checkpoint.path), progress)
         self.bytes_read = sum(source.bytes_read for source in sources.values())
         if checkpoint.gguf is not None:

@@ -21,8 +21,9 @@ from phloem.layers.linear import Linear
 from phloem.layers.norm import RMSNorm
 from phloem.layers.weight import Cut, Layer, Weight
 from phloem.models._common import usual_attention, usual_mlp
-from phloem.models._index import WeightIndex, open_sources, some
+from phloem.models._index import WeightIndex, open_sources
 from phloem.models._layer import LayerKind, Place
+from phloem.models._stored import some
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.core.memory import MemorySpec
+    from phloem.layers.attention import QGrowth
     from phloem.layers.context import BuildContext, ForwardBatch
     from phloem.layers.moe import ExpertsConfig
 
@@ -162,10 +163,13 @@ class Latents:
     index: IndexSizes | None = None  # a layer that chooses what it attends to
     index_rope: RopeSpec | None = None
     borrows: bool = False  # the choice of the last layer before it that made one
+    q_growth: QGrowth | None = None
 
     def __call__(self, ctx: BuildContext, place: Place) -> LatentAttention:
         rope, own = None if self.rope is None else place.rope(ctx, self.rope), ctx.child(self.name)
         layer = LatentAttention(own, place.hidden_size, self.sizes, place.pool, self.scale, rope)
+        if self.q_growth is not None:
+            layer.growth = self.q_growth.table(place.max_positions).to(ctx.device)
         if self.borrows:
             if place.indexer is None:
                 raise ModelLoadError("indexer_types: a layer takes over a choice, but none before it makes one")

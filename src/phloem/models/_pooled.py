@@ -5,7 +5,6 @@ Legend: T packed tokens, R texts, N hidden size, D numbers of a result.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,8 @@ from phloem.layers.weight import Layer
 from phloem.models import FAMILIES
 from phloem.models._common import Decoder
 from phloem.models._encoder import Encoder
-from phloem.models._index import WeightIndex, open_sources, some
+from phloem.models._index import WeightIndex, open_sources
+from phloem.models._stored import ALL_HEADS, MASKED_HEADS, check_surplus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from phloem.models._encoder import HeadKind
     from phloem.models._index import Progress
 
-LOG = logging.getLogger("phloem.models")
 _ACTS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "tanh": torch.tanh,
@@ -116,8 +115,7 @@ class PooledModel(Layer):
     def load(self, checkpoint: Checkpoint, progress: Progress | None) -> None:
         """Read every weight. Raises ModelLoadError."""
         sources, unused = open_sources(checkpoint, self.index, self._name)
-        if unused:
-            LOG.warning("%s: %d tensors are not used: %s", checkpoint.path, len(unused), some(unused))
+        check_surplus(checkpoint, unused, ALL_HEADS if self.head is None else MASKED_HEADS)
         self.index.pull(sources, str(checkpoint.path), progress)
         if checkpoint.gguf is not None:
             checkpoint.gguf.release()

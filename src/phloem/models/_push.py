@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem.core.errors import ModelLoadError
-from phloem.models._index import open_sources, some
+from phloem.models._index import open_sources
 from phloem.models._sources import TensorSource
-from phloem.models._stored import check_pushed
+from phloem.models._stored import check_pushed, some
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

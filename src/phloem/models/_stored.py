@@ -9,12 +9,15 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from phloem.checkpoint.families import FAMILIES, family
 from phloem.core.errors import ModelLoadError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from torch import dtype
+
+    from phloem.checkpoint.describe import Checkpoint
 
 WHOLE = ("F64", "F32", "F16", "BF16")  # stored types whose values are the weights
 _SCALE = re.compile(
@@ -26,6 +29,11 @@ _SCALE = re.compile(
 _ATTENTION = re.compile(r".*self_attn\.(attn\.)?(q|prob|prob_output)_scale|.*self_attn\.q_proj\.(q_scale|output_scale)")
 _PREFIXES = ("model.", "transformer.", "gpt_neox.", "backbone.")
 _BESIDE = ("lm_head.", "embed_out.")  # heads
+# What files carry beside weights, and what is computed anew from config.json.
+_LEFTOVERS = re.compile(r"(.*\.)?(rotary_emb\..+|position_ids|masked_bias|attn_rot_embd\.weight)|rope_freqs\.weight")
+# Heads of masked language models beside their bodies, and all heads, where a text becomes a vector.
+MASKED_HEADS = r"(\w+\.)?(cls|lm_head|vocab_transform|vocab_layer_norm|vocab_projector|mlm_head)\..+"
+ALL_HEADS = MASKED_HEADS + r"|(\w+\.)?(pooler|classifier|score|qa_outputs|head|decoder|v_head)\..+"
 _GGUF_LAYER = re.compile(r"blk\.\d+\..+\.(scale|bias)|rope_factors_(long|short)\.weight|.*\.scale")
 
 
@@ -37,6 +45,34 @@ def unused_scales(names: Iterable[str]) -> list[str]:
 def unused_parts(names: Iterable[str]) -> list[str]:
     """Of a GGUF file's unused tensors, those that would be multiplied with, or added to, what is used."""
     return [name for name in names if _GGUF_LAYER.fullmatch(name)]
+
+
+def check_surplus(checkpoint: Checkpoint, unused: Iterable[str], *known: str) -> None:
+    """Refuse tensors that nothing reads: an answer without them is not the model's.
+
+    Args:
+        checkpoint: whose family's file may declare some (`IGNORED`).
+        unused: their names in the files.
+        known: patterns of more that are known to change nothing.
+
+    Raises:
+        ModelLoadError: with the first names, how many there are, and what may be done.
+    """
+    declared = family(checkpoint.model_type).ignored if checkpoint.model_type in FAMILIES.names() else ()
+    patterns = [_LEFTOVERS, _ATTENTION, *(re.compile(pattern) for pattern in (*declared, *known))]
+    surplus = [name for name in unused if not any(pattern.fullmatch(name) for pattern in patterns)]
+    if surplus:
+        raise ModelLoadError(
+            f"{checkpoint.path}: {len(surplus)} tensors are read by no layer of {checkpoint.model_type}: "
+            f"{some(surplus)} (config.json describes another model than the files hold: correct model_type, the number "
+            "of layers or what switches these on, or take the tensors out of the files)"
+        )
+
+
+def some(items: list[str], limit: int = 8) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
 
 
 def check_pushed(name: str, kind: dtype) -> None:

@@ -10,7 +10,6 @@ head reads nothing but hidden states. Legend: T packed tokens, H heads, K kv hea
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,12 +17,11 @@ from torch import nn
 
 from phloem.core.errors import ModelLoadError
 from phloem.layers.context import memory_of
-from phloem.models._index import some
 from phloem.models._packed_linear import Packed
 from phloem.models._probe import PASS, PROBE, RUN, Layers, check_alone, register
 from phloem.models._push import Push
 from phloem.models._sources import stored_kinds
-from phloem.models._stored import WHOLE, unused_scales
+from phloem.models._stored import WHOLE, check_surplus, some, unused_scales
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str, float], None]
 
-LOG = logging.getLogger("phloem.models")
 _NEAR = 2e-3  # of the largest: how far a head may be from itself, in 32 bits
 
 
@@ -223,8 +220,7 @@ def _made(transformers: Any, checkpoint: Checkpoint, config: Any, ctx: BuildCont
     if mismatched := told.get("mismatched_keys"):
         wrong = sorted(f"{name} is {list(found)}, expected {list(expected)}" for name, found, expected in mismatched)
         raise ModelLoadError(f"{checkpoint.path}: {len(wrong)} tensors have another shape: {some(wrong)}")
-    if unused:
-        LOG.warning("%s: %d tensors are not used: %s", checkpoint.path, len(unused), some(unused))
+    check_surplus(checkpoint, unused)
     return theirs
 
 

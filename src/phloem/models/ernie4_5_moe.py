@@ -24,6 +24,7 @@ DEFAULTS = {
     "moe_norm_min": 1e-12,
 }
 SPELLING = {"moe_k": "num_experts_per_tok", "moe_num_experts": "num_experts"}
+IGNORED = (r"(model\.)?mtp.*",)
 TINY = {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 24}
 VARIANTS = {
     "some": {"moe_layer_interval": 2, "num_hidden_layers": 5, "moe_layer_end_index": 3, "use_bias": True, "moe_k": 3},

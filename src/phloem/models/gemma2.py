@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from phloem.models._common import Decoder, each_layer, layer_types, usual, usual_attention, usual_mlp
-from phloem.models._layer import LayerKind
+from phloem.models._common import Decoder, DecoderConfig, each_layer, layer_types, usual, usual_attention, usual_mlp
+from phloem.models._layer import LayerKind, Norms
 
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
@@ -46,7 +46,8 @@ VARIANTS = {
 _LARGE = 46  # layers of 27B, which alone scales attention by the width per head; GGUF files do not say it
 
 
-def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+def decoder_config(config: dict[str, Any], norms: Norms = "sandwich", names: tuple[str, ...] = ()) -> DecoderConfig:
+    """What config.json describes. `norms`, `names`: where the norms stand, and what they are called."""
     count, window = config["num_hidden_layers"], int(config.get("sliding_window") or 0)
     sliding = layer_types(config, [number % 2 == 0 for number in range(count)])
     width = config["hidden_size"] // config["num_attention_heads"]
@@ -60,9 +61,9 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
             scale=float(scalar) ** -0.5,
             softcap=float(config.get("attn_logit_softcapping") or 0.0),
         )
-        return LayerKind(attention, usual_mlp(config, activation=activation), norms="sandwich")
+        return LayerKind(attention, usual_mlp(config, activation=activation), norms=norms, norm_names=names)
 
-    config_of_all = usual(
+    return usual(
         config,
         layers=each_layer(config, layer),
         tied=bool(config.get("tie_word_embeddings", True)),
@@ -70,4 +71,7 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
         embed_scale=config["hidden_size"] ** 0.5,
         logit_softcap=float(config.get("final_logit_softcapping") or 0.0),
     )
-    return Decoder(ctx, config_of_all, max_positions)
+
+
+def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+    return Decoder(ctx, decoder_config(config), max_positions)

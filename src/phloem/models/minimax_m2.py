@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"rope_theta": 5e6, "head_dim": 128}
+IGNORED = (r"(model\.)?mtp.*",)
 TINY = {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24}
 VARIANTS = {
     "half": {

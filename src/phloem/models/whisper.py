@@ -12,9 +12,10 @@ from phloem.layers.context import AttentionSpec
 from phloem.layers.cross import CrossAttention
 from phloem.models._common import Decoder, renamed, usual, usual_attention
 from phloem.models._ears import Ears, EarsConfig
-from phloem.models._index import WeightIndex, open_sources, some
+from phloem.models._index import WeightIndex, open_sources
 from phloem.models._layer import LayerKind, MixerAlone, Plain
 from phloem.models._sources import TensorSource
+from phloem.models._stored import some
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -176,7 +176,10 @@ def _model(model_type: str, overrides: dict[str, Any], head: str) -> Any:
             return getattr(transformers, f"AutoModel{suffix}").from_config(config).eval()
         if family(model_type).audio is not None:
             return transformers.AutoModelForSpeechSeq2Seq.from_config(config).eval()
-        return transformers.AutoModelForCausalLM.from_config(config).eval()
+        if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            return transformers.AutoModelForCausalLM.from_config(config).eval()
+        # A class that the table of its kind lacks.
+        return getattr(transformers, type(config).__name__.replace("Config", "ForCausalLM"))(config).eval()
     config = transformers.AutoConfig.for_model(model_type, text_config=settings, **around)
     return transformers.AutoModelForImageTextToText.from_config(config).eval()
 

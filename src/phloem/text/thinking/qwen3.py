@@ -5,7 +5,7 @@ from __future__ import annotations
 from phloem.text.shown import Shown
 from phloem.text.thinking._base import ThinkingParser
 
-NAMES = ("interns1", "qwen")
+NAMES = ("interns1", "qwen", "olmo3", "exaone4", "smollm3", "mimo")
 SHOWN_BY = (
     Shown("<|im_start|>", "think>", "enable_thinking"),
     Shown("think>"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from phloem.text.tools._base import Ended, Malformed, ToolParser
 
@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?", re.ASCII)
 _WORDS = {"true": "true", "false": "false", "null": "null", "True": "true", "False": "false", "None": "null"}
 _ESCAPES = frozenset('"\\/bfnrt')
 # Keys that stand beside the name and the arguments and say nothing more.
-_BESIDE = frozenset({"id", "type", "index", "call_id"})
+_BESIDE = frozenset({"id", "type", "index", "call_id", "tool_call_id"})
 ARGUMENT_KEYS = frozenset({"arguments", "parameters"})
 
 
@@ -35,6 +35,8 @@ def discard(text: str) -> None:
 
 class JsonReader(ToolParser):
     """A tool parser whose arguments are JSON."""
+
+    name_key: ClassVar[str] = "name"
 
     def json_value(self, sink: Sink, depth: int = 0) -> Steps[None]:
         """One value, given to `sink` piece by piece."""
@@ -183,7 +185,7 @@ class JsonReader(ToolParser):
             yield from self.spaces()
             yield from self.skip(":")
             yield from self.spaces()
-            if key == "name" and not name:
+            if key == self.name_key and not name:
                 name = yield from self.text_of_string()
                 call = self.begin_call(name, call_id)
                 if early:

@@ -10,7 +10,7 @@ from phloem.text.tools._json import JsonReader
 if TYPE_CHECKING:
     from phloem.text.tools._base import Steps
 
-NAMES = ("qwen", "qwen2", "qwen25", "qwen3")
+NAMES = ("qwen", "qwen2", "qwen25", "qwen3", "granite4")
 SHOWN_BY = (Shown("<tool_call>", "arguments"),)
 BEFORE = ("pythonic", "llama3")
 

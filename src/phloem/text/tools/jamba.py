@@ -1,4 +1,4 @@
-"""Jamba: `<tool_calls>[{"name": ..., "arguments": {...}}, ...]</tool_calls>`, all calls in one array."""
+"""Jamba, Hunyuan-A13B: `<tool_calls>[{"name": ..., "arguments": {...}}, ...]</tool_calls>`, all calls in one array."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from phloem.text.tools._json import JsonReader
 if TYPE_CHECKING:
     from phloem.text.tools._base import Steps
 
-NAMES = ("jamba_1_5",)
+NAMES = ("jamba_1_5", "hunyuan_a13b")
 SHOWN_BY = (Shown("<tool_calls>", "</tool_calls>"),)
 
 BEGIN, END = "<tool_calls>", "</tool_calls>"

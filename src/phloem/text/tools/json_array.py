@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from phloem.text.tools._base import Steps
 
+NAMES = ("xlam",)
+
 
 class Parser(JsonReader):
     begins = ()

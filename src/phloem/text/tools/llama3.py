@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from phloem.text.tools._base import Steps
 
-NAMES = ("llama", "llama3_json", "llama32")
+NAMES = ("llama", "llama3_json", "llama32", "llama4_json")
 SHOWN_BY = (
     Shown("<|start_header_id|>", '"parameters": '),
     Shown("<|python_tag|>"),

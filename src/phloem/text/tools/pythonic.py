@@ -10,7 +10,7 @@ import json
 import keyword
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from phloem.text.shown import Shown
 from phloem.text.tools._base import MAX_NAME, Ended, Malformed
@@ -48,6 +48,7 @@ _STRING = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\"""", re.DOTALL)
 
 class Parser(JsonReader):
     begins = (BEGIN,)
+    end: ClassVar[str] = END
     lead = "["
 
     def section(self, marker: str) -> Steps[None]:
@@ -57,7 +58,7 @@ class Parser(JsonReader):
         else:
             yield from self._list()
         if marker:
-            yield from self.optional(END)
+            yield from self.optional(self.end)
 
     def _list(self) -> Steps[None]:
         start = self._at
@@ -87,27 +88,31 @@ class Parser(JsonReader):
         """Calls as a grammar has them written: their values are JSON, and go on as they come."""
         yield from self.skip("[")
         while True:
-            name, _ = yield from self.until("(", limit=MAX_NAME)
-            call = self.begin_call(name.strip())
-            first = True
-            while not (yield from self.accept(")")):
-                if not first:
-                    yield from self.skip(",")
-                key, _ = yield from self.until("=", limit=MAX_NAME)
-                call.add(("{" if first else ", ") + json.dumps(key.strip(), ensure_ascii=False) + ": ")
-                yield from self.json_value(call.add)
-                yield from self.spaces()
-                first = False
-            call.add("{}" if first else "}")
-            call.end()
+            yield from self.with_json()
             if not (yield from self.optional(",")):
                 break
             yield from self.spaces()
         yield from self.optional("]")
 
+    def with_json(self) -> Steps[None]:
+        """One call whose values are JSON."""
+        name, _ = yield from self.until("(", limit=MAX_NAME)
+        call = self.begin_call(name.strip())
+        first = True
+        while not (yield from self.accept(")")):
+            if not first:
+                yield from self.skip(",")
+            key, _ = yield from self.until("=", limit=MAX_NAME)
+            call.add(("{" if first else ", ") + json.dumps(key.strip(), ensure_ascii=False) + ": ")
+            yield from self.json_value(call.add)
+            yield from self.spaces()
+            first = False
+        call.add("{}" if first else "}")
+        call.end()
+
     def structure(self, names: Iterable[str] | None = None, required: bool = False, parallel: bool = True) -> Shape:
         answer = sequence(
-            literal("["), calls([self._written(name) for name in self.chosen(names)], ", ", parallel), literal("]")
+            literal("["), calls([self.one_call(name) for name in self.chosen(names)], ", ", parallel), literal("]")
         )
         framed = tag(BEGIN, answer, END)
         if required:
@@ -119,7 +124,7 @@ class Parser(JsonReader):
         calls_of = self.structure(names, True, parallel)
         return either([calls_of if is_json(answer) else calls_of["elements"][1], without(answer, self.begins)])
 
-    def _written(self, name: str) -> Shape:
+    def one_call(self, name: str) -> Shape:
         """One call; its arguments are JSON, which the reader of Python's literals understands."""
         if not all(_is_name(part) for part in name.split(".")):
             raise Unspeakable(f"{name!r:.80} is no name in Python")

@@ -5,7 +5,7 @@ The outer tag is left out at times.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from phloem.text.shown import Shown
 from phloem.text.tools._base import MAX_NAME
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from phloem.text.tools._base import Steps
 
-NAMES = ("step3p5", "qwen3coder")
+NAMES = ("step3p5", "qwen3coder", "qwen3_xml", "mimo")
 SHOWN_BY = (Shown("<function=", "<parameter="),)
 BEFORE = ("hermes",)
 
@@ -27,6 +27,7 @@ PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 
 
 class Parser(XmlReader):
+    frame: ClassVar[tuple[str, str]] = (BEGIN, END)
     begins = (BEGIN, FUNCTION)
     trigger = BEGIN
     style = "qwen_xml"
@@ -35,7 +36,7 @@ class Parser(XmlReader):
     closing = PARAMETER_END
 
     def section(self, marker: str) -> Steps[None]:
-        if marker == BEGIN:
+        if marker == self.frame[0]:
             yield from self.spaces()
             yield from self.skip(FUNCTION)
         name, _ = yield from self.until(">", limit=MAX_NAME)
@@ -48,7 +49,7 @@ class Parser(XmlReader):
             key, _ = yield from self.until(">", limit=MAX_NAME)
             yield from self.parameter(call, key.strip(), PARAMETER_END)
         self.complete(call)
-        yield from self.optional(END)
+        yield from self.optional(self.frame[1])
 
     def opening(self, key: str, is_string: bool, line: str) -> str:
         return f"{PARAMETER}{key}>"
@@ -57,10 +58,11 @@ class Parser(XmlReader):
         made = [
             sequence(literal(f"{name}>\n"), *self.elements(name), literal(FUNCTION_END)) for name in self.chosen(names)
         ]
-        framed = tag(f"{BEGIN}\n{FUNCTION}", either(made), f"\n{END}")
+        begin, end = self.frame
+        framed = tag(f"{begin}\n{FUNCTION}", either(made), f"\n{end}")
         if required:
             return self.framed([framed], True, parallel)
-        return triggered((BEGIN, FUNCTION), [framed, tag(FUNCTION, either(made), "")], not parallel)
+        return triggered((begin, FUNCTION), [framed, tag(FUNCTION, either(made), "")], not parallel)
 
     def tag(self, name: str) -> tuple[str, str]:
-        return f"{BEGIN}\n{FUNCTION}{name}>\n", f"\n{FUNCTION_END}\n{END}"
+        return f"{self.frame[0]}\n{FUNCTION}{name}>\n", f"\n{FUNCTION_END}\n{self.frame[1]}"

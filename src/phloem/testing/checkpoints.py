@@ -236,7 +236,8 @@ def _write_metadata(writer: Any, config: dict[str, Any], facts: GGUFFacts) -> No
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     writer.add_name("Tiny")
-    writer.add_block_count(config["num_hidden_layers"])
+    drafting = config.get("num_nextn_predict_layers") or 0 if "num_nextn_predict_layers" in facts.keys else 0
+    writer.add_block_count(config["num_hidden_layers"] + drafting)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])

@@ -12,6 +12,7 @@ import torch
 from model_support import PROMPT, Engine, close, reference
 
 from phloem.checkpoint.families import FAMILIES, family
+from phloem.core.errors import ModelLoadError
 from phloem.kernels.ops import Ops
 from phloem.testing.checkpoints import tiny_checkpoint, tiny_gguf
 
@@ -31,7 +32,7 @@ LLAMA3_ROPE = {
 def test_gguf_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     """F32 tensors, so that only names, permutation, norms and the translated configuration are at stake."""
     overrides = {"query_pre_attn_scalar": 16} if name == "gemma3_text" else {}
-    overrides |= {"sliding_window": None} if name == "mistral" else {}
+    overrides |= {"sliding_window": None} if name in ("mistral", "starcoder2") else {}
     path = tiny_checkpoint(name, tmp_path / "hf", **overrides)
     file = tiny_gguf(path, tmp_path / "tiny.gguf")
     close(Engine(file).whole(PROMPT), reference(path, PROMPT))
@@ -55,6 +56,30 @@ def test_llama3_rope_comes_as_a_tensor_in_gguf(made: Any, tmp_path: Path) -> Non
         patch.setattr(gguf.GGUFWriter, "write_header_to_file", with_divisors)
         file = tiny_gguf(path, tmp_path / "tiny.gguf")
     close(Engine(file).whole(PROMPT), theirs)
+
+
+@pytest.mark.parametrize(("extra", "read"), [("blk.3.nextn.eh_proj.weight", True), ("blk.1.surplus.weight", False)])
+def test_layers_that_draft_are_left_out_and_other_tensors_that_nothing_reads_refused(
+    tmp_path: Path, extra: str, read: bool
+) -> None:
+    import gguf
+    import numpy as np
+
+    path = tiny_checkpoint("glm4_moe", tmp_path / "hf")
+    add = gguf.GGUFWriter.write_header_to_file
+
+    def with_more(writer: Any) -> None:
+        writer.add_tensor(extra, np.ones((2, 2), np.float32))
+        add(writer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "write_header_to_file", with_more)
+        file = tiny_gguf(path, tmp_path / "tiny.gguf")
+    if read:
+        close(Engine(file).whole(PROMPT), reference(path, PROMPT))
+    else:
+        with pytest.raises(ModelLoadError, match=f"1 tensors are read by no layer of glm4_moe: {extra}"):
+            Engine(file)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])

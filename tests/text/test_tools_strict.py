@@ -88,7 +88,7 @@ CLOSING = (
     "}",
     "]",
 )
-CLOSING += ("<|message|>", "<|end|>")
+CLOSING += ("<|message|>", "<|end|>", '<|"|>')
 
 BOOK: dict[str, Any] = {
     "type": "object",

@@ -36,6 +36,7 @@ class GGUFFacts:
     keys: dict[str, str | tuple[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)  # what no file says
     layers_with: dict[str, str] = field(default_factory=dict)  # config.json key -> a tensor: the layers that have it
+    flags: dict[str, str] = field(default_factory=dict)  # config.json key -> a tensor of the first layer, or not there
     names: dict[str, str] = field(default_factory=dict)  # our tensor name in a layer -> the file's; `{}`: experts
     turned: tuple[str, ...] = ()  # projections whose rows are stored for a rotation of neighbours
     norm_shift: float = 0.0  # what the converter adds to norms

@@ -66,6 +66,8 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
         if token is not None:
             config[f"{key.replace('padding', 'pad')}_token_id"] = int(token)
     _own(config, facts, gguf, path)
+    # Layers that draft are counted among the others, and stand behind them.
+    config["num_hidden_layers"] -= int(config.get("num_nextn_predict_layers", 0))
     config.update(read_rope(gguf, config, facts, path))
     read = {*KEYS.values(), *READ, *(item if isinstance(item, str) else item[0] for item in facts.keys.values())}
     check_unread(gguf.metadata, arch, read, config, path)
@@ -87,6 +89,8 @@ def _own(config: dict[str, Any], facts: GGUFFacts, gguf: GGUFFile, path: Path) -
         elif default is not None:
             config[key] = default
     config.update(facts.config)
+    for key, tensor in facts.flags.items():
+        config[key] = f"blk.0.{tensor}" in gguf.tensors
     for key, tensor in facts.layers_with.items():
         config[key] = [n for n in range(config["num_hidden_layers"]) if f"blk.{n}.{tensor}" in gguf.tensors]
 

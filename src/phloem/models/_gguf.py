@@ -39,8 +39,12 @@ _OUTER_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
+    "model.norm.bias": "output_norm.bias",
+    "model.final_layernorm.weight": "output_norm.weight",
+    "model.final_layernorm.bias": "output_norm.bias",
+    "lm_head.bias": "output.bias",
 }
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+?)(\.weight|\.bias)?")
 _EXPERT = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -54,8 +58,8 @@ def gguf_name(name: str, renamed: Mapping[str, str]) -> tuple[str, int | None]:
     expert = _EXPERT.search(inner)
     if expert is not None and inner[: expert.start()] + "{}" + inner[expert.end() :] in names:
         stacked = names[inner[: expert.start()] + "{}" + inner[expert.end() :]]
-        return f"blk.{number}.{stacked}.{kind}", int(expert[0])
-    return f"blk.{number}.{names.get(inner, inner)}.{kind}", None
+        return f"blk.{number}.{stacked}{kind or ''}", int(expert[0])
+    return f"blk.{number}.{names.get(inner, inner)}{kind or ''}", None
 
 
 def gguf_sources(
@@ -70,7 +74,7 @@ def gguf_sources(
     heads = checkpoint.config["num_attention_heads"]
     kv_heads = checkpoint.config.get("num_key_value_heads") or heads
     found: dict[str, Source] = {}
-    used = {"rope_freqs.weight"}
+    used = {"rope_freqs.weight", *_drafting(checkpoint)}
     for name, places in slots.items():
         stored, expert = gguf_name(name, facts.names)
         used.add(stored)
@@ -84,6 +88,14 @@ def gguf_sources(
             shifted = weight.role == "norm"
             found[name] = GGUFSource(name, tensor.shape, kind, shifted, tensor=tensor, heads=turned)
     return found, sorted(set(tensors) - used)
+
+
+def _drafting(checkpoint: Checkpoint) -> set[str]:
+    """Tensors of layers behind the last one, where the file says that there are any: they draft."""
+    assert checkpoint.gguf is not None
+    first, more = checkpoint.config["num_hidden_layers"], int(checkpoint.config.get("num_nextn_predict_layers") or 0)
+    behind = tuple(f"blk.{number}." for number in range(first, first + more))
+    return {name for name in checkpoint.gguf.tensors if behind and name.startswith(behind)}
 
 
 def _expert_of(stacked: GGUFTensor, expert: int, weight: Weight, checkpoint: Checkpoint) -> GGUFTensor:

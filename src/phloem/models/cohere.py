@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"rope_theta": 500000.0, "logit_scale": 0.0625, "tie_word_embeddings": True, "layer_norm_eps": 1e-5}
+GGUF = {
+    "architecture": "command-r",
+    "hf_class": "CohereForCausalLM",
+    "keys": {"layer_norm_eps": "attention.layer_norm_epsilon", "logit_scale": "logit_scale"},
+}
 TINY = {"head_dim": None, "logit_scale": 0.5}
 VARIANTS = {"bias": {"attention_bias": True}}
 

@@ -12,6 +12,16 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"logit_scale": 0.0625, "tie_word_embeddings": True, "layer_norm_eps": 1e-5}
+GGUF = {
+    "architecture": "cohere2",
+    "hf_class": "Cohere2ForCausalLM",
+    "keys": {
+        "layer_norm_eps": "attention.layer_norm_epsilon",
+        "logit_scale": "logit_scale",
+        "sliding_window": "attention.sliding_window",
+        "layer_types": ("attention.sliding_window_pattern", None),
+    },
+}
 TINY = {"head_dim": None, "logit_scale": 0.5, "num_hidden_layers": 4, "sliding_window": 6}
 VARIANTS = {"bias": {"attention_bias": True}}
 

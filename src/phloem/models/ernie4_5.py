@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"head_dim": 128, "tie_word_embeddings": True, "rope_theta": 500000.0}
+GGUF = {
+    "architecture": "ernie4_5",
+    "hf_class": "Ernie4_5ForCausalLM",
+    "flags": {"use_bias": "attn_q.bias"},
+}
 TINY = {}
 VARIANTS = {"bias": {"use_bias": True, "tie_word_embeddings": False}}
 

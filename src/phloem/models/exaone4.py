@@ -11,6 +11,18 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 IGNORED = (r"mtp\..*",)
+GGUF = {
+    "architecture": "exaone4",
+    "hf_class": "Exaone4ForCausalLM",
+    "keys": {
+        "sliding_window": ("attention.sliding_window", 0),
+        "layer_types": ("attention.sliding_window_pattern", None),
+    },
+    "names": {
+        "post_attention_layernorm": "post_attention_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+}
 TINY = {"head_dim": None, "num_hidden_layers": 4, "sliding_window": 6, "sliding_window_pattern": 4}
 VARIANTS = {"no-window": {"sliding_window": None}}
 

@@ -12,6 +12,16 @@ from phloem.models.glm import DEFAULTS as DEFAULTS
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
+GGUF = {
+    "architecture": "glm4",
+    "hf_class": "Glm4ForCausalLM",
+    "names": {
+        "mlp.gate_up_proj": "ffn_up",
+        "post_self_attn_layernorm": "post_attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "post_mlp_layernorm": "post_ffw_norm",
+    },
+}
 TINY = {}
 VARIANTS = {"no-bias": {"attention_bias": False, "tie_word_embeddings": True}}
 

@@ -20,6 +20,30 @@ DEFAULTS = {
     "n_shared_experts": 1,
     "routed_scaling_factor": 1.0,
 }
+GGUF = {
+    "architecture": "glm4moe",
+    "hf_class": "Glm4MoeForCausalLM",
+    "keys": {
+        "n_routed_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "n_shared_experts": "expert_shared_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+        "first_k_dense_replace": "leading_dense_block_count",
+        "routed_scaling_factor": "expert_weights_scale",
+        "norm_topk_prob": ("expert_weights_norm", True),
+        "scoring_func": ("expert_gating_func", 2),  # sigmoid
+        "num_nextn_predict_layers": ("nextn_predict_layers", 0),
+    },
+    "config": {"n_group": 1, "topk_group": 1},
+    "flags": {"use_qk_norm": "attn_q_norm.weight"},
+    "names": {
+        "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+        "mlp.shared_experts.up_proj": "ffn_up_shexp",
+        "mlp.shared_experts.down_proj": "ffn_down_shexp",
+        "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+        "post_attention_layernorm": "post_attention_norm",
+    },
+}
 TINY = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,

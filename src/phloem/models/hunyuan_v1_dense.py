@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"head_dim": 128}
+# The factor on the base of its rotation is in the base that files say.
+GGUF = {
+    "architecture": "hunyuan-dense",
+    "hf_class": "HunYuanDenseV1ForCausalLM",
+    "names": {"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"},
+}
 TINY = {}
 VARIANTS = {
     "alpha": {

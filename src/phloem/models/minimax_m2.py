@@ -14,6 +14,23 @@ if TYPE_CHECKING:
 
 DEFAULTS = {"rope_theta": 5e6, "head_dim": 128}
 IGNORED = (r"(model\.)?mtp.*",)
+GGUF = {
+    "architecture": "minimax-m2",
+    "hf_class": "MiniMaxM2ForCausalLM",
+    "keys": {
+        "num_local_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "intermediate_size": "expert_feed_forward_length",
+        "scoring_func": ("expert_gating_func", 2),  # sigmoid
+    },
+    "names": {
+        "block_sparse_moe.gate": "ffn_gate_inp",
+        "block_sparse_moe.experts.{}.w1": "ffn_gate_exps",
+        "block_sparse_moe.experts.{}.w3": "ffn_up_exps",
+        "block_sparse_moe.experts.{}.w2": "ffn_down_exps",
+        "block_sparse_moe.e_score_correction_bias": "exp_probs_b.bias",
+    },
+}
 TINY = {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24}
 VARIANTS = {
     "half": {

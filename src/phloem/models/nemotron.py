@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"norm_eps": 1e-5, "partial_rotary_factor": 0.5}
+GGUF = {
+    "architecture": "nemotron",
+    "hf_class": "NemotronForCausalLM",
+    "keys": {"norm_eps": "attention.layer_norm_epsilon"},
+    "config": {"hidden_act": "relu2"},
+    "norm_shift": 1.0,
+}
 TINY = {}
 VARIANTS = {"bias": {"attention_bias": True, "mlp_bias": True}}
 

@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"norm_topk_prob": False, "rms_norm_eps": 1e-5}
+GGUF = {
+    "architecture": "olmoe",
+    "hf_class": "OlmoeForCausalLM",
+    "keys": {
+        "num_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "norm_topk_prob": ("expert_weights_norm", False),
+    },
+}
 TINY = {"head_dim": None, "num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24}
 VARIANTS = {"renormalised": {"norm_topk_prob": True, "num_experts_per_tok": 3}}
 

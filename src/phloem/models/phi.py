@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "hidden_act": "gelu_new"}
+GGUF = {
+    "architecture": "phi2",
+    "hf_class": "PhiForCausalLM",
+    "keys": {"layer_norm_eps": "attention.layer_norm_epsilon"},
+    "config": {"hidden_act": "gelu_new"},
+    "names": {"self_attn.dense": "attn_output", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"},
+}
 TINY = {"head_dim": None}
 VARIANTS = {"one-kv-head": {"num_key_value_heads": 1}}
 

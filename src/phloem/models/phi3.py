@@ -13,6 +13,12 @@ from phloem.models._layer import LayerKind
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
+GGUF = {
+    "architecture": "phi3",
+    "hf_class": "Phi3ForCausalLM",
+    "keys": {"sliding_window": ("attention.sliding_window", 0)},
+    "names": {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
+}
 TINY = {"head_dim": None, "sliding_window": None}
 VARIANTS = {
     "window": {"sliding_window": 7},

@@ -12,6 +12,24 @@ from phloem.models._layer import Experts, LayerKind
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
+GGUF = {
+    "architecture": "qwen2moe",
+    "hf_class": "Qwen2MoeForCausalLM",
+    "keys": {
+        "num_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+        "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+        "norm_topk_prob": ("expert_weights_norm", False),
+    },
+    "config": {"qkv_bias": True, "decoder_sparse_step": 1},
+    "names": {
+        "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+        "mlp.shared_expert.up_proj": "ffn_up_shexp",
+        "mlp.shared_expert.down_proj": "ffn_down_shexp",
+        "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    },
+}
 TINY = {
     "head_dim": None,
     "num_experts": 6,

@@ -12,6 +12,15 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25}
+GGUF = {
+    "architecture": "stablelm",
+    "hf_class": "StableLmForCausalLM",
+    "keys": {
+        "layer_norm_eps": "attention.layer_norm_epsilon",
+        "use_parallel_residual": ("use_parallel_residual", False),
+    },
+    "flags": {"use_qkv_bias": "attn_q.bias"},
+}
 TINY = {"head_dim": None, "hidden_size": 64}
 VARIANTS = {"parallel": {"use_parallel_residual": True, "use_qkv_bias": True}}
 

@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"use_bias": True, "tie_word_embeddings": True, "norm_epsilon": 1e-5}
+GGUF = {
+    "architecture": "starcoder2",
+    "hf_class": "Starcoder2ForCausalLM",
+    "keys": {"norm_epsilon": "attention.layer_norm_epsilon"},
+    "config": {"hidden_act": "gelu_pytorch_tanh"},
+    "names": {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
+}
 TINY = {"head_dim": None, "sliding_window": 9}
 VARIANTS = {"no-bias": {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False}}
 

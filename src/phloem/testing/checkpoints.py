@@ -236,7 +236,8 @@ def tiny_gguf(source: Path, target: Path, kind: str = "F32", part: int = 0, **me
         adders |= {bool: writer.add_bool, list: writer.add_array}
         adders[type(value)](name, value)
     wanted = gguf.GGMLQuantizationType[kind]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper().replace("-", "_")], config["num_hidden_layers"])
+    kind_of = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kind_of[arch], config["num_hidden_layers"])
     for file in sorted(source.glob("*.safetensors")):
         for name, values in _stacked(load_file(file)).items():
             rows = _as_converted(name, np.asarray(values, np.float32), config, facts)
@@ -245,7 +246,8 @@ def tiny_gguf(source: Path, target: Path, kind: str = "F32", part: int = 0, **me
             fits = rows.ndim > 1 and rows.shape[-1] % block == 0 and not name.endswith("mlp.gate.weight")
             raw_dtype = wanted if fits else gguf.GGMLQuantizationType.F32
             stored = rows if raw_dtype == gguf.GGMLQuantizationType.F32 else gguf.quants.quantize(rows, raw_dtype)
-            renamed: Any = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            known = name.replace("e_score_correction_bias", "e_score_correction.bias")
+            renamed: Any = names.get_name(known, try_suffixes=(".weight", ".bias"))
             writer.add_tensor(renamed, stored, raw_dtype=raw_dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -270,24 +272,31 @@ def _write_metadata(writer: Any, config: dict[str, Any], facts: GGUFFacts) -> No
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     writer.add_name("Tiny")
-    writer.add_block_count(config["num_hidden_layers"])
+    drafting = config.get("num_nextn_predict_layers") or 0 if "num_nextn_predict_layers" in facts.keys else 0
+    writer.add_block_count(config["num_hidden_layers"] + drafting)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if "rms_norm_eps" in config:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(whole.get("rope_theta", 10000.0))
+    share = whole.get("partial_rotary_factor", 1.0)
+    if share < 1.0:
+        writer.add_rope_dimension_count(int(head_dim * share))
     if config.get("sliding_window") and facts.architecture != "llama":
         writer.add_sliding_window(config["sliding_window"])
     adders: dict[type, Any] = {float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
     for key, source in facts.keys.items():
         name = source if isinstance(source, str) else source[0]
         value = config.get(key, config.get("num_local_experts") if key == "num_experts" else None)
-        if name not in KEYS.values() and isinstance(source, str) and value is not None:
-            adders[type(value)](f"{facts.architecture}.{name}", value)
+        known = f"{facts.architecture}.{name}"
+        there = any(known in part for part in writer.kv_data)
+        if name not in KEYS.values() and not there and type(value) in adders:
+            adders[type(value)](known, value)
 
 
 def _write_vocabulary(writer: Any, source: Path) -> None:

@@ -137,11 +137,7 @@ class Parser(JsonReader):
         return members(parts, ",") if parts else literal("")
 
     def _shape(self, schema: dict[str, Any], spec: Any) -> Shape:
-        found = [
-            sequence(literal(QUOTE), shape, literal(QUOTE))
-            for rule in texts(schema, spec)
-            for shape in rule.shapes(QUOTE, False)
-        ]
+        found = [tag(QUOTE, shape, QUOTE) for rule in texts(schema, spec) for shape in rule.shapes(QUOTE, False)]
         other = not_text(schema, spec)
         found += [] if other is None else [other]
         if not found:

@@ -19,7 +19,7 @@ BEGIN, END = "<|action_start|><|plugin|>", "<|action_end|>"
 
 class Parser(JsonReader):
     begins = (BEGIN, "<|action_start|> <|plugin|>")
-    trigger = BEGIN
+    trigger = "<|action_start|>"
 
     def section(self, marker: str) -> Steps[None]:
         yield from self.spaces()

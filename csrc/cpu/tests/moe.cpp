@@ -66,7 +66,8 @@ vector<float> run_moe(int at, const Sparse& s, const vector<float>& x, const vec
   alone = alone && s.paired && panel == tokens;
   Buffer space(kThreads * tile + up64(4 * slots * stride) + prepared * (alone ? kThreads : 1));
   vector<float> out(size_t(tokens * s.inputs), NAN);
-  run(at, "moe", x.data(), logits.data(), s.up.segments.data(), s.down.segments.data(), s.up.at.data(),
+  run(at, "moe", x.data(), logits.data(), static_cast<const int32_t*>(nullptr),
+      static_cast<const float*>(nullptr), s.up.segments.data(), s.down.segments.data(), s.up.at.data(),
       s.down.at.data(), out.data(), space.data.get(), tokens, s.inputs, s.inner, s.experts, k, 1, s.inputs, s.experts,
       s.up.forms, s.up.padded, s.down.forms, s.down.padded, int64_t(s.paired), stride, panel, tile, int64_t(alone),
       kThreads);

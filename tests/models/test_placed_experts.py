@@ -17,7 +17,7 @@ from model_support import LIMIT, PROMPT, Engine
 from phloem.distributed.experts import Move, place
 from phloem.kernels import native
 from phloem.kernels.ops import Ops
-from phloem.layers.placed import Aside
+from phloem.layers.aside import Aside
 from phloem.testing.checkpoints import tiny_checkpoint
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen2_moe")
@@ -129,9 +129,9 @@ class Deferring:
                 up, down = (w.value.unflatten(0, (block.config.count, -1)) for w in (block.gate_up, block.down))
                 found = torch.zeros(*ids.shape, x.shape[1])
                 for token, row in enumerate(ids.tolist()):
-                    for place, expert in enumerate(row):
+                    for choice, expert in enumerate(row):
                         gate, other = (up[expert] @ x[token]).chunk(2)
-                        found[token, place] = down[expert] @ (torch.nn.functional.silu(gate) * other)
+                        found[token, choice] = down[expert] @ (torch.nn.functional.silu(gate) * other)
                 found = found * scores[..., None]
                 before = late.pop() if late else torch.zeros_like(x)
                 if last:

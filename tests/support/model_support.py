@@ -15,8 +15,8 @@ from phloem.core.memory import Group
 from phloem.distributed.comm import Comm
 from phloem.distributed.mesh import Mesh
 from phloem.kernels.ops import Ops, PagedBatch
+from phloem.layers.aside import Aside
 from phloem.layers.context import BuildContext, ForwardBatch
-from phloem.layers.placed import Aside
 from phloem.models import load_model
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Where each routed expert of each sparse layer is computed: a table `expert -> place`, made by a strategy or by counts.
+"""Where each routed expert of a sparse layer is computed: a table `expert -> place`, made by a strategy or by counts.
 
 A place is the device that the model runs on, or the host beside it. Strategies have the names that SGLang's
 `--kt-expert-placement-strategy` has. Everything here is arithmetic over tables; `layers/placed.py` keeps to them.

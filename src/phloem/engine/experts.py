@@ -18,7 +18,7 @@ from phloem.core.errors import ConfigError
 from phloem.core.resolve import GIB, Decision
 from phloem.distributed.experts import counts_of, hit_share, moves, place
 from phloem.engine.parallel import option_of, ranks_of
-from phloem.layers.placed import Aside
+from phloem.layers.aside import Aside
 from phloem.models._common import Decoder
 from phloem.platforms import cpu
 from phloem.utils import log
@@ -174,7 +174,7 @@ def settle(config: Config, hosted: Hosting, model: Model, decisions: list[Decisi
         raise ConfigError(f"kt_max_deferred_experts_per_token: {why}", param="kt_max_deferred_experts_per_token")
     each = own.kt_num_gpu_experts or 0
     if aside.same:
-        why = f"the device is this processor: its table {aside.ops.name!r} computes all of them, where they are"
+        why = f"the device is this processor: its table {aside.ops.name!r} computes all of them; places mean nothing"
         decisions.append(Decision("host_experts", "all", why))
         return None
     layers, experts = aside.counts.shape
@@ -195,7 +195,9 @@ def _read(path: str) -> Any:
     try:
         if path.endswith(".pt"):
             found = torch.load(path, map_location="cpu", weights_only=True)
-            data = {key: value.numpy() if hasattr(value, "numpy") else value for key, value in dict(found).items()}
+            data = {
+                key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in dict(found).items()
+            }
         else:
             data = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError, RuntimeError, EOFError, TypeError) as error:

@@ -107,9 +107,7 @@ class NativeMoe:
         Ids that no expert here has add nothing."""
         x_TN, ids_Tk, weights_Tk = rows_of(x), ids.contiguous(), weights.contiguous()
         if ids_Tk.shape != weights_Tk.shape or ids_Tk.shape[0] != x_TN.shape[0]:
-            raise ValueError(
-                f"ids {list(ids_Tk.shape)} and weights {list(weights_Tk.shape)} of {x_TN.shape[0]} tokens"
-            )
+            raise ValueError(f"ids {list(ids_Tk.shape)} and weights {list(weights_Tk.shape)} of {x_TN.shape[0]} tokens")
         if ids_Tk.dtype != torch.int32 or weights_Tk.dtype != torch.float32:
             raise TypeError(f"ids are {ids_Tk.dtype}, weights {weights_Tk.dtype}: int32 and float32 are taken")
         choices = ids_Tk.shape[1]

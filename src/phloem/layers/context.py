@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from phloem.distributed.comm import Comm
     from phloem.kernels.ops import IndexCall, LatentCall, Ops, Rotation
-    from phloem.layers.placed import Aside
+    from phloem.layers.aside import Aside
     from phloem.quant import Method
     from phloem.quant._source import Stager
 

@@ -14,162 +14,39 @@ Legend: T tokens, N features, F inner size, E experts, k choices of a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from phloem.core.errors import ModelLoadError
+from phloem.layers.aside import HOST, Late
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from concurrent.futures import Future
+
     from torch import Tensor
 
-    from phloem.distributed.experts import Move, Table
     from phloem.kernels.ops import Ops
     from phloem.kernels.specs import ExpertSpec
+    from phloem.layers.aside import Aside
     from phloem.layers.weight import Weight
 
-HOST = torch.device("cpu")
-T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Matrix:
+class _Matrix:
     """A `WeightSource` over a tensor."""
 
-    name: str
-    tensor: Tensor
-    kind: str = "dense"
+    kind = "dense"
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self.name, self._tensor = name, tensor
+        self.shape: tuple[int, ...] = tuple(tensor.shape)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return self.tensor.to(dtype)
+        return self._tensor.to(dtype)
 
-    def raw(self) -> Any:
+    def raw(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         raise TypeError(f"{self.name} is dense: it has no quantised bytes")
-
-
-class Aside:
-    """The host's half: its op table, its thread, and the layers whose experts it has.
-
-    Args:
-        ops: the host's table.
-        same: it is the device's table too, so that there is nothing to overlap and nothing to copy.
-        deferred: d of every sparse layer but the last.
-        streams_from: a step of so many tokens has all experts copied to the device, layer by layer; None: none has.
-    """
-
-    def __init__(self, ops: Ops, *, same: bool = False, deferred: int = 0, streams_from: int | None = None) -> None:
-        self.ops, self.same, self.deferred, self.streams_from = ops, same, deferred, streams_from
-        self.layers: list[PlacedExperts] = []
-        self.pending: Late | None = None  # what the sparse layer before this one deferred
-        self.counts: NDArray[np.int64] = np.zeros((0, 0), dtype=np.int64)  # [layers, E] tokens that chose the expert
-        self.busy = self.waited = 0.0  # seconds that the host computed, and that the device's thread waited for it
-        self.moved = self.steps = 0
-        self._thread = None if same else ThreadPoolExecutor(1, "phloem-experts")
-
-    def enter(self, layer: PlacedExperts) -> int:
-        """The number of a layer, in the order of the model."""
-        if self.layers and layer.spec.experts != self.layers[0].spec.experts:
-            raise ModelLoadError("experts on the host: layers with different numbers of experts are not placed")
-        self.layers.append(layer)
-        self.counts = np.zeros((len(self.layers), layer.spec.experts), dtype=np.int64)
-        return len(self.layers) - 1
-
-    def defers(self, number: int, k: int) -> int:
-        """How many of k experts this layer defers; one at least is its own."""
-        return 0 if number == len(self.layers) - 1 else min(self.deferred, k - 1)
-
-    def keep(self, rows_L: Tensor | None) -> None:
-        """Behind here the step goes on with these of its tokens alone (None: all)."""
-        if self.pending is not None:
-            self.pending.rows = rows_L
-
-    def submit(self, work: Callable[[], Tensor]) -> Future[Tensor]:
-        """Compute on the host, one after the other."""
-
-        def timed() -> Tensor:
-            begun = perf_counter()
-            found = _inferring(work)
-            self.busy += perf_counter() - begun
-            return found
-
-        if self._thread is not None:
-            return self._thread.submit(timed)
-        done: Future[Tensor] = Future()
-        done.set_result(timed())
-        return done
-
-    def send(self, work: Callable[[], T]) -> Future[T]:
-        """Make ready for the device, in the same thread."""
-        if self._thread is not None:
-            return self._thread.submit(_inferring, work)
-        done: Future[T] = Future()
-        done.set_result(work())
-        return done
-
-    def wait(self, found: Future[Tensor]) -> Tensor:
-        begun = perf_counter()
-        value = found.result()
-        self.waited += perf_counter() - begun
-        return value
-
-    def put(self, table: Table) -> None:
-        """Copy experts to the device as the table says: when weights are there, and after they have changed."""
-        for layer, row in zip(self.layers, table, strict=True):
-            layer.put(np.flatnonzero(row).tolist())
-
-    def refresh(self, changed: set[int]) -> None:
-        """Copy anew what is on the device of these weights (their `id`s), which have changed on the host."""
-        for layer in self.layers:
-            if any(id(weight) in changed for weight in (layer.gate_up, layer.down, *(layer.biases or ()))):
-                layer.put(layer.residents)
-
-    def move(self, moves: list[Move]) -> None:
-        """Between two steps."""
-        for one in moves:
-            self.layers[one.layer].exchange(one.comes, one.goes)
-        self.moved += len(moves)
-
-    @property
-    def table(self) -> Table:
-        """Which experts are on the device, [layers, E]."""
-        found = np.zeros(self.counts.shape, dtype=np.bool_)
-        for row, layer in zip(found, self.layers, strict=True):
-            row[layer.residents] = True
-        return found
-
-    @property
-    def hidden_share(self) -> float:
-        """Of the host's time, the part that nobody waited for."""
-        return max(0.0, 1.0 - self.waited / self.busy) if self.busy else 0.0
-
-    @property
-    def host_bytes(self) -> int:
-        """Of the experts on the host."""
-        return sum(int(weight.value.nbytes) for layer in self.layers for weight in (layer.gate_up, layer.down))
-
-    @property
-    def device_bytes(self) -> int:
-        """Of the copies on the device."""
-        return sum(layer.device_bytes for layer in self.layers)
-
-
-@dataclass(slots=True)
-class Late:
-    """Outputs of experts that a layer deferred: the host's are perhaps still being computed."""
-
-    near: Tensor | None  # [T, N] on the device
-    far: Future[Tensor] | None
-    rows: Tensor | None = None  # which of the tokens go on; None: all
 
 
 @dataclass(slots=True)
@@ -219,7 +96,7 @@ class PlacedExperts:
         self._copies: _Copies | None = None
         self._slots = torch.full((spec.experts,), -1, dtype=torch.int32)  # on the host; of each expert its slot, or -1
         self._ahead: Future[_Copies] | None = None  # all experts, on their way to the device
-        self.number = aside.enter(self)
+        self.number = aside.enter(self, spec.experts)
 
     # ---- places ----
 
@@ -253,16 +130,16 @@ class PlacedExperts:
 
     def _copied(self, experts: list[int]) -> _Copies:
         """These experts as the device's table wants them."""
-        stacks: list[Any] = []
-        for weight in (self.gate_up, self.down):
-            rows = self._rows(weight, experts)
-            parts = [Matrix(weight.names[0], part) for part in rows.chunk(len(experts))]
-            stacks.append(self.ops.stack_experts(parts, self.dtype, self.device, len(experts)))
+        up, down = self._stacked(self.gate_up, experts), self._stacked(self.down, experts)
         biases = None
         if self.biases is not None:
-            up, down = (weight.value.view(self.spec.experts, -1)[experts].reshape(-1) for weight in self.biases)
-            biases = up.to(self.device), down.to(self.device)
-        return _Copies(*stacks, biases, sum(int(stack.nbytes) for stack in stacks))
+            own = [weight.value.view(self.spec.experts, -1)[experts].reshape(-1) for weight in self.biases]
+            biases = own[0].to(self.device), own[1].to(self.device)
+        return _Copies(up, down, biases, int(up.nbytes) + int(down.nbytes))
+
+    def _stacked(self, weight: Weight, experts: list[int]) -> Any:
+        parts = [_Matrix(weight.names[0], part) for part in self._rows(weight, experts).chunk(len(experts))]
+        return self.ops.stack_experts(parts, self.dtype, self.device, len(experts))
 
     def _rows(self, weight: Weight, experts: list[int]) -> Tensor:
         """The matrices of these experts, one below the other, in the device's type."""
@@ -277,6 +154,15 @@ class PlacedExperts:
     @property
     def device_bytes(self) -> int:
         return 0 if self._copies is None else self._copies.nbytes
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(int(weight.value.nbytes) for weight in (self.gate_up, self.down))
+
+    def refresh(self, changed: set[int]) -> None:
+        """Copy anew if one of these weights (their `id`s), which have changed, is its own."""
+        if any(id(weight) in changed for weight in (self.gate_up, self.down, *(self.biases or ()))):
+            self.put(self.residents)
 
     # ---- a step ----
 
@@ -357,23 +243,21 @@ class PlacedExperts:
 
     def _streamed(self) -> _Copies:
         """All experts on the device, for this step alone; the next layer's are on their way meanwhile."""
-        found = self.sent().result()
+        found = self._sent().result()
         self._ahead = None
         # The last layer has but the rows whose next token is wanted.
         if self.number + 1 < len(self.aside.layers) - 1:
-            self.aside.layers[self.number + 1].sent()
+            self.aside.layers[self.number + 1].prefetch()
         return found
 
-    def sent(self) -> Future[_Copies]:
-        """Send all experts to the device."""
+    def prefetch(self) -> None:
+        """Send all experts to the device, for the step that is under way."""
+        self._sent()
+
+    def _sent(self) -> Future[_Copies]:
         if self._ahead is None:
             self._ahead = self.aside.send(lambda: self._copied(list(range(self.spec.experts))))
         return self._ahead
-
-
-def _inferring(work: Callable[[], T]) -> T:
-    with torch.inference_mode():
-        return work()
 
 
 def fits_plain(spec: ExpertSpec, *, biased: bool) -> bool:

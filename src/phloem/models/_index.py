@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem.core.errors import ModelLoadError
-from phloem.layers.placed import HOST
+from phloem.layers.aside import HOST
 from phloem.models._gguf import gguf_sources
 from phloem.models._scales import scale_of
 from phloem.models._sources import DummySource, Read, SafetensorsSource, Stored, TensorSource, stored_in

@@ -55,6 +55,16 @@ def test_logits_are_those_of_one_place_for_every_split(folder: Path, family: str
         assert engine.model.aside.table.sum() == each * len(engine.model.aside.layers)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma4_text", "granitemoe", "jamba", "llama4_text", "nemotron_h", "qwen3_next"])
+def test_other_routers_and_experts(tmp_path: Path, family: str) -> None:
+    sparse = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}
+    path = tiny_checkpoint(family, tmp_path / family, **(sparse if family == "gemma4_text" else {}))
+    engine = two(path, 2)
+    torch.testing.assert_close(engine.whole(PROMPT), Engine(path).whole(PROMPT), atol=2e-5, rtol=0)
+    assert engine.model.aside.counts.sum(1).all()
+
+
 @needs_native
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_native_experts_beside_a_device_of_plain_torch(folder: Path, family: str) -> None:

@@ -249,6 +249,28 @@ def test_recorded_step_routes_anew() -> None:
         rt.library.set_threads(2)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+def test_experts_that_were_chosen_elsewhere(table: Ops, tokens: int) -> None:
+    layer = Sparse("BF16", 5, 96, 32, int4)
+    up, down = layer.pack(table)
+    x, weights = random(tokens, 96, seed=4), random(tokens, 3, seed=5).abs()
+    # Of another place (-1, 5 and more), the same one twice, and tokens of which nothing is here.
+    ids = torch.randint(-1, 7, (tokens, 3), generator=torch.Generator().manual_seed(6), dtype=torch.int32)
+    ids[tokens // 2] = torch.tensor([-1, 9, -1], dtype=torch.int32)
+    got = table.chosen_experts(x, ids, weights, up, down)
+    want = ref.chosen_experts(x, ids, weights, layer.dense_up, layer.dense_down)
+    assert (got - want).norm() <= 4e-2 * want.norm() and not got[tokens // 2].any()
+    # By its own router's choice it is the same op.
+    logits = random(tokens, 5, seed=7)
+    scores, chosen = ref.route(logits, 2, True)
+    same = table.chosen_experts(x, chosen, scores, up, down)
+    assert (same - table.moe(x, logits, up, down, 2, True)).norm() <= 1e-6 * same.norm()
+    split = chosen.clone(), chosen.clone()
+    split[0][chosen > 2], split[1][chosen <= 2] = -1, -1
+    both = sum(table.chosen_experts(x, part, scores, up, down) for part in split)
+    assert torch.allclose(both, same, rtol=1e-5, atol=1e-6)
+
+
 def test_wrong_inputs_are_refused() -> None:
     ops = native.table(2)
     layer = Sparse("F32", 4, 32, 16)
@@ -266,6 +288,10 @@ def test_wrong_inputs_are_refused() -> None:
         )
     with pytest.raises(TypeError, match="float32"):
         ops.moe(x.half(), logits, up, down, 2, True)
+    with pytest.raises(TypeError, match="int32 and float32"):
+        ops.chosen_experts(x, torch.zeros(3, 2, dtype=torch.int64), random(3, 2), up, down)
+    with pytest.raises(ValueError, match="of 3 tokens"):
+        ops.chosen_experts(x, torch.zeros(2, 2, dtype=torch.int32), random(2, 2), up, down)
     mixed = [make_source(kind, 32, 2, 1) for kind in ("Q8_0", "Q8_0", "Q8_0", "Q4_1")]
     with pytest.raises(ModelLoadError, match="first expert"):
         ops.prepare_experts(mixed, torch.float32, CPU, 2)

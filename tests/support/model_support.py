@@ -15,6 +15,7 @@ from phloem.core.memory import Group
 from phloem.distributed.comm import Comm
 from phloem.distributed.mesh import Mesh
 from phloem.kernels.ops import Ops, PagedBatch
+from phloem.layers.aside import Aside
 from phloem.layers.context import BuildContext, ForwardBatch
 from phloem.models import load_model
 
@@ -36,11 +37,13 @@ class Engine:
         kv_dtype: torch.dtype | None = None,
         mesh: Mesh = ALONE,
         comm: Comm | None = None,
+        aside: Aside | None = None,
         **options: Any,
     ) -> None:
         self.ops = ops or Ops()
         self.checkpoint = describe(str(path), **options)
-        self.model = load_model(self.checkpoint, BuildContext(self.ops, dtype, CPU, mesh=mesh, comm=comm))
+        ctx = BuildContext(self.ops, dtype, CPU, mesh=mesh, comm=comm, aside=aside)
+        self.model = load_model(self.checkpoint, ctx)
         kept = kv_dtype or dtype
         self.pool = pool_for(self.model.memory, 256, PAGE, kept, CPU)
         need = AttentionNeed(self.model.attention_specs, kept, CPU)

@@ -13,6 +13,8 @@ namespace {
 
 struct MoeArgs {
   const float *x, *logits;
+  const int32_t* ids;    // [T, k] experts that were chosen elsewhere, or null: `logits` choose them. Ids that are no
+  const float* weights;  // expert's here add nothing. [T, k]
   const Segment *gate_up, *down;         // of all experts, one after another
   const int64_t *gate_up_at, *down_at;   // [E + 1] where an expert's segments begin
   float* out;
@@ -71,11 +73,20 @@ struct Sparse {
     return at;
   }
 
+  // Slots whose expert is here; they stand first.
+  PHL_INLINE int64_t filled() const { return active_end()->first; }
+
   PHL_INLINE void take_token(int64_t t) const {
     const Input in{a.x, nullptr, nullptr, nullptr, a.inputs, a.x_stride, 0, 0, 0.0f};
     prepare_row(in, first + t, tokens, t, false);
-    route(a.logits + (first + t) * a.logits_stride, a.experts, a.choices, a.renormalise != 0,
-          tables.ids + t * a.choices, tables.chosen + t * a.choices);
+    int32_t* ids = tables.ids + t * a.choices;
+    float* chosen = tables.chosen + t * a.choices;
+    if (a.ids == nullptr) {
+      route(a.logits + (first + t) * a.logits_stride, a.experts, a.choices, a.renormalise != 0, ids, chosen);
+      return;
+    }
+    std::memcpy(ids, a.ids + (first + t) * a.choices, sizeof(int32_t) * a.choices);
+    std::memcpy(chosen, a.weights + (first + t) * a.choices, sizeof(float) * a.choices);
   }
 
   PHL_INLINE void sort(int size) const {
@@ -167,7 +178,7 @@ PHL_INLINE void take_inputs(const Sparse& p, Team& team, int size, bool mine) {
     if (!mine) return;
     for (int64_t t = 0; t < p.count; ++t) p.take_token(t);
     p.sort(size);
-    p.gather(0, p.slots);
+    p.gather(0, p.filled());
     return;
   }
   team.split(p.count, 1, [&](int64_t begin, int64_t end) {
@@ -176,7 +187,7 @@ PHL_INLINE void take_inputs(const Sparse& p, Team& team, int size, bool mine) {
   team.barrier();
   if (team.thread == 0) p.sort(size);
   team.barrier();
-  team.split(p.slots, 8, [&](int64_t begin, int64_t end) { p.gather(begin, end); });
+  team.split(p.filled(), 8, [&](int64_t begin, int64_t end) { p.gather(begin, end); });
   team.barrier();
 }
 
@@ -207,16 +218,16 @@ void moe(const MoeArgs& a, Team& team) {
     up_tasks(p, team, mine);
     team.barrier();
     if (!a.alone) {
-      team.split(p.slots, 1, [&](int64_t begin, int64_t end) { p.take_hidden(begin, end); });
+      team.split(p.filled(), 1, [&](int64_t begin, int64_t end) { p.take_hidden(begin, end); });
       team.barrier();
     } else if (mine) {
-      p.take_hidden(0, p.slots);
+      p.take_hidden(0, p.filled());
     }
     down_tasks(p, team, size, mine);
   }
 }
-PHL_FIELDS(MoeArgs, x, logits, gate_up, down, gate_up_at, down_at, out, workspace, tokens, inputs, inner, experts,
-           choices, renormalise, x_stride, logits_stride, up_kinds, up_padded, down_kinds, down_padded, paired,
+PHL_FIELDS(MoeArgs, x, logits, ids, weights, gate_up, down, gate_up_at, down_at, out, workspace, tokens, inputs, inner,
+           experts, choices, renormalise, x_stride, logits_stride, up_kinds, up_padded, down_kinds, down_padded, paired,
            hidden_stride, panel_tokens, tile_bytes, alone, threads);
 PHL_OP(moe, MoeArgs);
 

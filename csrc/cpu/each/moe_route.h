@@ -77,19 +77,23 @@ PHL_INLINE void route(const float* logits, int64_t experts, int64_t k, bool reno
   for (int64_t j = 0; renormalise && j < k; ++j) weights[j] /= kept;
 }
 
-// A counting sort of the slots by expert.
+// A counting sort of the slots by expert; those of an expert that is not here are left out.
 PHL_INLINE void sort_slots(const Tables& t, int64_t slots, int64_t experts, int64_t k) {
   for (int64_t e = 0; e < experts; ++e) t.next[e] = 0;
-  for (int64_t i = 0; i < slots; ++i) ++t.next[t.ids[i]];
-  int64_t found = 0;
-  for (int64_t e = 0, first = 0; e < experts; ++e) {
+  const auto here = [&](int64_t i) { return t.ids[i] >= 0 && t.ids[i] < experts; };
+  for (int64_t i = 0; i < slots; ++i) {
+    if (here(i)) ++t.next[t.ids[i]];
+  }
+  int64_t found = 0, first = 0;
+  for (int64_t e = 0; e < experts; ++e) {
     const int64_t count = t.next[e];
     t.next[e] = static_cast<int32_t>(first);
     if (count > 0) t.active[found++] = {e, first, count, 0};
     first += count;
   }
-  t.active[found] = {found, slots, 0, 0};
+  t.active[found] = {found, first, 0, 0};
   for (int64_t i = 0; i < slots; ++i) {
+    if (!here(i)) continue;
     const int32_t slot = t.next[t.ids[i]]++;
     t.token[slot] = static_cast<int32_t>(i / k);
     t.weight[slot] = t.chosen[i];

@@ -55,8 +55,9 @@ Sparse sparse(int64_t layout, int64_t experts, int64_t inputs, int64_t inner, bo
 int64_t up64(int64_t n) { return (n + 63) / 64 * 64; }
 
 // As _native_moe.py's `_sizes`, with panels of at most `most` tokens.
+// `ids`: chosen elsewhere, with weights of 1; null: by the logits.
 vector<float> run_moe(int at, const Sparse& s, const vector<float>& x, const vector<float>& logits, int64_t tokens,
-                      int64_t k, int64_t most, bool alone) {
+                      int64_t k, int64_t most, bool alone, const int32_t* ids = nullptr) {
   const int64_t panel = std::min(tokens, most), slots = panel * k, stride = s.paired ? s.inner : 2 * s.inner;
   const int64_t up_row = prepared_bytes(s.up.forms, s.up.padded);
   const int64_t down_row = prepared_bytes(s.down.forms, s.down.padded);
@@ -66,7 +67,8 @@ vector<float> run_moe(int at, const Sparse& s, const vector<float>& x, const vec
   alone = alone && s.paired && panel == tokens;
   Buffer space(kThreads * tile + up64(4 * slots * stride) + prepared * (alone ? kThreads : 1));
   vector<float> out(size_t(tokens * s.inputs), NAN);
-  run(at, "moe", x.data(), logits.data(), s.up.segments.data(), s.down.segments.data(), s.up.at.data(),
+  const vector<float> ones(size_t(tokens * k), 1.0f);
+  run(at, "moe", x.data(), logits.data(), ids, ids == nullptr ? nullptr : ones.data(), s.up.segments.data(), s.down.segments.data(), s.up.at.data(),
       s.down.at.data(), out.data(), space.data.get(), tokens, s.inputs, s.inner, s.experts, k, 1, s.inputs, s.experts,
       s.up.forms, s.up.padded, s.down.forms, s.down.padded, int64_t(s.paired), stride, panel, tile, int64_t(alone),
       kThreads);
@@ -120,5 +122,20 @@ PHL_TEST(moe_of_not_a_number) {
   for (int64_t tokens : {1, 30}) {
     const vector<float> x = floats(tokens * 20), logits(size_t(tokens * 4), NAN);
     for (float y : run_moe(level, s, x, logits, tokens, 3, 40, tokens == 1)) check(std::isnan(y), "NaN is hidden");
+  }
+}
+
+PHL_TEST(moe_of_experts_chosen_elsewhere) {
+  const Sparse s = sparse(13, 4, 20, 16, true);
+  for (int64_t tokens : {1, 30}) {
+    const vector<float> x = floats(tokens * 20);
+    vector<int32_t> ids(size_t(tokens * 6), -1);  // more choices than experts, most of them of another place
+    check(run_moe(level, s, x, {}, tokens, 6, 40, tokens == 1, ids.data()) == vector<float>(size_t(tokens * 20), 0.0f),
+          "nothing is here");
+    for (int64_t t = 0; t < tokens; ++t) ids[t * 6 + 1] = int32_t(t % 4), ids[t * 6 + 4] = 4 + int32_t(t);
+    const vector<float> got = run_moe(level, s, x, {}, tokens, 6, 40, tokens == 1, ids.data());
+    const vector<float> want = run_moe(level, s, x, {}, tokens, 6, 7, false, ids.data());
+    check(got == want, "experts chosen elsewhere depend on panels");
+    for (float y : got) check(std::isfinite(y), "experts chosen elsewhere: not finite");
   }
 }

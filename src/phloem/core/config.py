@@ -37,6 +37,7 @@ LogprobsMode = Literal["raw", "temperature", "processed"]
 ModelImpl = Literal["auto", "phloem", "transformers"]
 TpComm = Literal["auto", "shm", "gloo"]
 LoadBalance = Literal["auto", "round_robin", "total_requests", "total_tokens"]
+Placement = Literal["uniform", "frequency", "front-loading", "random"]
 Task = Literal["auto", "generate", "embed", "classify", "score", "tokens"]
 
 
@@ -154,6 +155,34 @@ class RuntimeConfig:
         False, "Copy weights to disk before their memory is given back, so that they return whatever they are."
     )
     debug_invariants: bool = opt(False, "Debug: check the page accounting after every step.")
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Routed experts that the processor computes beside the device (`docs/experts.md`)."""
+
+    kt_num_gpu_experts: int | None = opt(
+        None, "Routed experts of each sparse layer that stay on the device; the processor computes the others. 0: all."
+    )
+    kt_weight_path: str | None = opt(None, "Where the processor's experts lie: the model itself, as it is.")
+    kt_method: str | None = opt(
+        None, "Form of the processor's experts: AMXINT4, AMXINT8, or the stored one; default: as stored."
+    )
+    kt_cpuinfer: int | None = opt(None, "Threads that compute experts; default: one per core.")
+    kt_threadpool_count: int | None = opt(None, "Pools of these threads: 1.")
+    kt_max_deferred_experts_per_token: int | None = opt(
+        None, "Experts of each token that are added one sparse layer later; default 0. It changes the answers."
+    )
+    kt_gpu_prefill_token_threshold: int | None = opt(
+        None, "Tokens of a step from which on all experts are copied to the device, layer by layer; default: never."
+    )
+    kt_expert_placement_strategy: Placement = opt("uniform", "Which experts stay on the device.")
+    kt_enable_dynamic_expert_update: bool = opt(
+        False, "Let experts that are chosen often take the places on the device, between steps."
+    )
+    init_expert_location: str | None = opt(
+        None, "File with how often experts are chosen, for the strategy frequency: JSON, or .pt as SGLang writes it."
+    )
 
 
 @dataclass(frozen=True)
@@ -283,6 +312,7 @@ SECTIONS: dict[str, Any] = {
     "cache": CacheConfig,
     "schedule": ScheduleConfig,
     "runtime": RuntimeConfig,
+    "experts": ExpertsConfig,
     "grammar": GrammarConfig,
     "lora": LoraConfig,
     "media": MediaConfig,
@@ -301,6 +331,7 @@ class Config:
     cache: CacheConfig = CacheConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    experts: ExpertsConfig = ExpertsConfig()
     grammar: GrammarConfig = GrammarConfig()
     lora: LoraConfig = LoraConfig()
     media: MediaConfig = MediaConfig()
@@ -358,7 +389,7 @@ _NOT_THERE = {
         "second batch in a pipeline": "pp_async_batch_depth pp_max_micro_batch_size enable_dynamic_chunking",
         "other way of experts than --ep-size, by which every rank sees all tokens": (
             "enable_expert_parallel enable_eplb moe_a2a_backend all2all_backend ep_num_redundant_experts eplb_config "
-            "init_expert_location ep_dispatch_algorithm deepep_mode"
+            "ep_dispatch_algorithm deepep_mode"
         ),
         "data parallelism of attention alone": "attn_dp_size enable_dp_attention",
         "data parallelism over several machines": (
@@ -410,6 +441,9 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         raise ConfigError(f"{name}: {value!r}: {error}", param=name) from None
 
 
+_NOT_BELOW_0 = (
+    "kt_num_gpu_experts", "kt_max_deferred_experts_per_token", "kt_gpu_prefill_token_threshold"
+)  # fmt: skip
 _POSITIVE = (
     "context_length",
     "max_total_tokens",
@@ -421,6 +455,8 @@ _POSITIVE = (
     "watchdog_timeout",
     "grammar_timeout",
     "threads",
+    "kt_cpuinfer",
+    "kt_threadpool_count",
     "tp_size",
     "ep_size",
     "pp_size",
@@ -444,6 +480,9 @@ def _check_ranges(config: Config) -> None:
     for name in _POSITIVE:
         if flat[name] is not None and not flat[name] > 0:
             raise ConfigError(f"{name}: {flat[name]!r} must be above 0", param=name)
+    for name in _NOT_BELOW_0:
+        if flat[name] is not None and flat[name] < 0:
+            raise ConfigError(f"{name}: {flat[name]!r} is below 0", param=name)
     if not 0 <= config.server.port <= 65535:
         raise ConfigError(f"port: {config.server.port} is not in 0 to 65535", param="port")
     fraction = config.cache.mem_fraction_static

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from phloem.core.errors import BadRequest, OutOfMemory
 from phloem.engine.answer import empty, give_out, keep_hidden, prompt_logprobs
@@ -204,6 +204,20 @@ class StepWork:
             raise OutOfMemory("launched behind a step that ran out of memory")
 
 
+class Mover(Protocol):
+    """Changes something of the model between steps, now and then."""
+
+    def due(self) -> bool:
+        """Whether `move` shall run behind the steps that were launched."""
+        ...
+
+    def move(self) -> int: ...
+
+    def facts(self) -> dict[str, Any]:
+        """What it tells of itself."""
+        ...
+
+
 class ModelRunner:
     """One model on one device, with its KV pool (`core.batch.Runner`).
 
@@ -219,6 +233,7 @@ class ModelRunner:
         logprobs: of which distribution log probabilities of sampled tokens are.
         leading: how steps run with other ranks, where there are any.
         drafting: a model that drafts, where there is one.
+        mover: what changes the places of experts, where they have several.
     """
 
     def __init__(
@@ -240,8 +255,9 @@ class ModelRunner:
         desk: Callable[[LastTokens], Desk] | None = None,
         leading: Way | None = None,
         drafting: Prepared | None = None,
+        mover: Mover | None = None,
     ) -> None:
-        self.model, self.pool = model, pool
+        self.model, self.pool, self._mover = model, pool, mover
         own = sum(group.kind != "cross" for group in pool.groups)  # cross memory goes by slot: it needs no manager
         self.groups, self.num_pages, self.page_size = pool.groups[:own], pool.num_pages[:own], pool.page_size
         self.max_slots = max_slots
@@ -268,7 +284,10 @@ class ModelRunner:
         self._steps.start(begin)
 
     def launch(self, batch: Batch) -> Launched[StepOutput]:
-        return self._steps.launch(Order(batch, self._taken(batch) if self._handed else {}))
+        launched = self._steps.launch(Order(batch, self._taken(batch) if self._handed else {}))
+        if self._mover is not None and self._mover.due():
+            self.between(self._mover.move)
+        return launched
 
     def constrain(self, slot: int, follower: Follower | None) -> None:
         """Hand over what follows the request that the next launched batch admits to this slot.
@@ -315,6 +334,8 @@ class ModelRunner:
     def prepared(self) -> dict[str, Any]:
         """What has been recorded and compiled so far."""
         found: dict[str, Any] = {"graphs": {way.decision: way.graphs.facts() for way in self.recorded}}
+        if self._mover is not None:
+            found["experts"] = self._mover.facts()
         return found if self._kernels is None else {**found, "kernels": self._kernels()}
 
     def drop_graphs(self) -> None:

@@ -19,7 +19,7 @@ from phloem.core.config import parse_bytes
 from phloem.core.denoising import WHOLE
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
-from phloem.engine import denoising, warm
+from phloem.engine import denoising, experts, warm
 from phloem.engine import drafting as drafts
 from phloem.engine.dtypes import (
     backend_names,
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from phloem.core.config import Config
     from phloem.core.denoising import Denoising
     from phloem.engine.drafting import Beside, Loaded
+    from phloem.engine.experts import Hosting
     from phloem.engine.parallel import Team, Told
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
@@ -116,6 +117,7 @@ class _Machine:
     chunk: int
     mixed: int
     eager: str = ""  # why steps cannot be recorded
+    hosted: Hosting | None = None  # the host, where it has the routed experts
 
 
 def build(
@@ -138,6 +140,9 @@ def build(
     machine = _machine(config, checkpoint, decisions)
     if team is not None:
         decisions.append(team.decision)
+    hosted = experts.hosting(config, checkpoint, machine.platform, machine.ops, decisions)
+    if hosted is not None:
+        machine = replace(machine, hosted=hosted, eager=machine.eager or hosted.eager)
     if checkpoint.chosen.impl == "transformers":
         machine = _foreign(config, machine)
     if checkpoint.pooling is not None:
@@ -156,7 +161,8 @@ def build(
 
 def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) -> _Machine:
     ranks, processes = ranks_of(config), ranks_of(config) * config.runtime.dp_size
-    threads = _take(decisions, resolve.threads(config.runtime.threads, max(1, available_cores() // processes)))
+    asked_threads = config.runtime.threads or experts.threads(config)
+    threads = _take(decisions, resolve.threads(asked_threads, max(1, available_cores() // processes)))
     platform, chosen = platforms.choose(config.runtime.device, threads)
     decisions.append(chosen)
     if ranks > 1 and not platform.facts.on_host:
@@ -205,6 +211,7 @@ def _build(
     if chosen is not None and not platform.facts.on_host:
         machine = replace(machine, eager="the experts of tokens are told op by op")
     model, sites, helper = _weights(config, checkpoint, machine, decisions, team, beside, chosen)
+    mover = None if machine.hosted is None else experts.settle(config, machine.hosted, model, decisions)
     phase.end("weights")
 
     kept = _kept(config, checkpoint, machine, model, decisions)
@@ -215,7 +222,7 @@ def _build(
     if warming is not None:
         warming.finish(need, platform.device, decisions)
         phase.end("kernels")
-    weights = min(_taken(model, sites, platform) + drafts.taken(helper), free)
+    weights = min(_taken(model, sites, machine) + drafts.taken(helper), free)
     sizing = size_pool(config.cache, platform, need, weights, ranks_of(config) * config.runtime.dp_size)
     decisions += sizing.decisions
     pool = KVPool(model.memory, sizing.num_pages, page, kv_dtype, platform.device, scales, own)
@@ -242,7 +249,7 @@ def _build(
         led, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
         kernels=warming.told if warming is not None else None, logprobs=config.model.logprobs_mode,
-        desk=_desk(config, model, ops, running), leading=leading, drafting=drafting,
+        desk=_desk(config, model, ops, running), leading=leading, drafting=drafting, mover=mover,
     )  # fmt: skip
     sizes = running, chunk, machine.mixed, min(chunk, platform.worthwhile_chunk), sizing.tokens
     info = _info(machine, runner, kv_dtype, sizing.facts.bytes_per_token)
@@ -365,9 +372,13 @@ def _read(model: Model) -> int:
     return model.bytes_read if isinstance(model, Decoder) else 0
 
 
-def _taken(model: Model, sites: Sites | None, platform: Platform) -> int:
-    """Bytes of weights; a host takes those of adapters when they come."""
-    return model.weight_bytes + (0 if sites is None or platform.facts.on_host else sites.nbytes)
+def _taken(model: Model, sites: Sites | None, machine: _Machine) -> int:
+    """Bytes of weights; a host takes those of adapters when they come, and a device has copies of some experts."""
+    on_host, found = machine.platform.facts.on_host, model.weight_bytes
+    if machine.hosted is not None:
+        aside = machine.hosted.aside
+        found += aside.device_bytes - (0 if on_host else aside.host_bytes)
+    return found + (0 if sites is None or on_host else sites.nbytes)
 
 
 def _build_pooled(
@@ -442,6 +453,8 @@ def _loaded(
     if team is not None:
         ctx = replace(ctx, mesh=team.mesh, comm=team.groups.tp)
     ctx = replace(ctx, chosen=chosen)
+    if machine.hosted is not None:
+        ctx = replace(ctx, aside=machine.hosted.aside, expert_quant=machine.hosted.method)
     try:
         if not own:
             trust = config.model.trust_remote_code

@@ -93,10 +93,40 @@ class NativeMoe:
     ) -> Tensor:
         """x[T, N], logits[T, E] -> [T, N]: softmax, the best k experts of each token, their gated MLPs with SiLU."""
         x_TN, logits_TE = rows_of(x), rows_of(logits)
-        (tokens, n), experts = x_TN.shape, logits_TE.shape[1]
+        if logits_TE.shape[0] != x_TN.shape[0] or logits_TE.shape[1] != gate_up.experts:
+            raise ValueError(
+                f"logits {list(logits_TE.shape)} for {x_TN.shape[0]} tokens and weights of {gate_up.experts} and "
+                f"{down.experts} experts"
+            )
+        return self._compute(x_TN, logits_TE, None, gate_up, down, top_k, renormalise).view(x.shape)
+
+    def chosen_experts(
+        self, x: Tensor, ids: Tensor, weights: Tensor, gate_up: PackedExperts, down: PackedExperts
+    ) -> Tensor:
+        """x[T, N], int32 ids and float32 weights [T, k] -> [T, N]: the same for experts that were chosen elsewhere.
+        Ids that no expert here has add nothing."""
+        x_TN, ids_Tk, weights_Tk = rows_of(x), ids.contiguous(), weights.contiguous()
+        if ids_Tk.shape != weights_Tk.shape or ids_Tk.shape[0] != x_TN.shape[0]:
+            raise ValueError(f"ids {list(ids_Tk.shape)} and weights {list(weights_Tk.shape)} of {x_TN.shape[0]} tokens")
+        if ids_Tk.dtype != torch.int32 or weights_Tk.dtype != torch.float32:
+            raise TypeError(f"ids are {ids_Tk.dtype}, weights {weights_Tk.dtype}: int32 and float32 are taken")
+        choices = ids_Tk.shape[1]
+        return self._compute(x_TN, None, (ids_Tk, weights_Tk), gate_up, down, choices, False).view(x.shape)
+
+    def _compute(
+        self,
+        x_TN: Tensor,
+        logits_TE: Tensor | None,
+        choice: tuple[Tensor, Tensor] | None,
+        gate_up: PackedExperts,
+        down: PackedExperts,
+        top_k: int,
+        renormalise: bool,
+    ) -> Tensor:
+        (tokens, n), experts = x_TN.shape, gate_up.experts
         inner = down.in_features
-        _check(x_TN, logits_TE, gate_up, down, top_k)
-        out = self.rt.empty(x.shape)
+        _check(x_TN, gate_up, down, top_k, most=experts if choice is None else top_k)
+        out = self.rt.empty(x_TN.shape)
         if tokens == 0:
             return out
         stride = inner if gate_up.paired_experts else 2 * inner
@@ -108,7 +138,10 @@ class NativeMoe:
         work = active * (gate_up.nbytes + down.nbytes) // experts // 40 + slots * 3 * n * inner // 400
         self.rt.call(
             self.MOE, work, x=x_TN.data_ptr(), x_stride=x_TN.stride(0), tokens=tokens, inputs=n, inner=inner,
-            logits=logits_TE.data_ptr(), logits_stride=logits_TE.stride(0), experts=experts, choices=top_k,
+            logits=None if logits_TE is None else logits_TE.data_ptr(),
+            logits_stride=0 if logits_TE is None else logits_TE.stride(0),
+            ids=None if choice is None else choice[0].data_ptr(),
+            weights=None if choice is None else choice[1].data_ptr(), experts=experts, choices=top_k,
             renormalise=renormalise, out=out.data_ptr(), workspace=space.data_ptr(),
             gate_up=gate_up.segments.data_ptr(), gate_up_at=gate_up.at.data_ptr(), up_kinds=gate_up.forms,
             up_padded=gate_up.padded_inputs, paired=gate_up.paired_experts,
@@ -136,18 +169,15 @@ class NativeMoe:
         return _Cut(panel, tile, int(alone), total)
 
 
-def _check(x_TN: Tensor, logits_TE: Tensor, gate_up: PackedExperts, down: PackedExperts, top_k: int) -> None:
-    (tokens, n), experts = x_TN.shape, logits_TE.shape[1]
-    if gate_up.experts != experts or down.experts != experts or logits_TE.shape[0] != tokens:
-        raise ValueError(
-            f"logits {list(logits_TE.shape)} for {tokens} tokens and weights of {gate_up.experts} and {down.experts} "
-            "experts"
-        )
+def _check(x_TN: Tensor, gate_up: PackedExperts, down: PackedExperts, top_k: int, most: int) -> None:
+    n, experts = x_TN.shape[1], gate_up.experts
+    if down.experts != experts:
+        raise ValueError(f"weights of {experts} and {down.experts} experts")
     if gate_up.in_features != n or down.out_features != experts * n:
         raise ValueError(f"the experts take {gate_up.in_features} inputs, not {n}")
     if gate_up.out_features != 2 * experts * down.in_features:
         raise ValueError(f"gate and up give {gate_up.out_features // experts}, down takes {down.in_features}")
-    if not 0 < top_k <= experts:
+    if not 0 < top_k <= most:
         raise ValueError(f"{top_k} experts of {experts}")
 
 
@@ -158,4 +188,4 @@ def _up64(size: int) -> int:
 def ops(rt: Runtime, linear: NativeLinear) -> dict[str, Any]:
     """The table's entries."""
     native = NativeMoe(rt, linear)
-    return {"prepare_experts": native.prepare_experts, "moe": native.moe}
+    return {"prepare_experts": native.prepare_experts, "moe": native.moe, "chosen_experts": native.chosen_experts}

@@ -139,6 +139,9 @@ class Ops:
     prepare_experts: PrepareExperts = experts.prepare_experts
     # x[T, N], logits[T, E], gate_up, down, k, renormalise -> [T, N]
     moe: Callable[[Tensor, Tensor, Any, Any, int, bool], Tensor] = experts.moe
+    # The same of experts that were chosen elsewhere: x[T, N], ids int32 [T, k], weights float32 [T, k], gate_up, down
+    # -> [T, N]. Ids that no expert here has (-1) add nothing.
+    chosen_experts: Callable[[Tensor, Tensor, Tensor, Any, Any], Tensor] = experts.chosen_experts
 
     # Sampling helpers: logits[L, V] float -> int32/float32.
     argmax: Callable[[Tensor], Tensor] = ref.argmax  # [L]

@@ -37,6 +37,13 @@ def experts(x_TN: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, gate_up_EMN: Tenso
     return total_TN.to(x_TN.dtype)
 
 
+def chosen_experts(x_TN: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`experts` over what `prepare_experts` made; ids that no expert here has add nothing."""
+    count = down.shape[0] // x_TN.shape[1]
+    gate_up_EMN, down_ENF = gate_up.unflatten(0, (count, -1)), down.unflatten(0, (count, -1))
+    return experts(x_TN.to(gate_up.dtype), weights_Tk, ids_Tk, gate_up_EMN, down_ENF).to(x_TN.dtype)
+
+
 def prepare_experts(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device, experts: int) -> Tensor:
     """All parts stacked along out_features: one dense tensor."""
     del experts

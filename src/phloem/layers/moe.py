@@ -10,9 +10,12 @@ import torch
 from phloem.core.errors import ModelLoadError
 from phloem.kernels.specs import ExpertSpec, RouterSpec
 from phloem.layers.linear import Linear
+from phloem.layers.placed import PlacedExperts, fits_plain
 from phloem.layers.weight import Cut, Layer, Part, Weight, check_divides, cut_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from phloem.layers.context import BuildContext
@@ -108,11 +111,16 @@ class SparseMLP(Layer):
         self.fused = (
             plain and mesh.ep.size == 1 and ctx.chosen is None
         )  # that op takes as many experts as the router has logits
+        placed = ctx.aside is not None and not (self.fused and ctx.aside.same and not ctx.aside.deferred)
+        if placed and config.latent and ctx.aside is not None and ctx.aside.deferred:
+            raise ModelLoadError("kt_max_deferred_experts_per_token: experts of latent features are not deferred")
+        prepared = fits_plain(self.spec, biased=biased) if placed else self.fused
+        self.fused = self.fused and not placed
         rows, cols = cut_of(mesh.expert_tp, 0), cut_of(mesh.expert_tp, 1)
         pair, pair_bias = (names.gate, names.up), (names.gate_bias, names.up_bias)
         if not spec.gated:
             pair, pair_bias = pair[1:], pair_bias[1:]
-        stack = _Stack(ctx, config, own, self.fused)
+        stack = _Stack(ctx, config, own, prepared, placed)
         inner = config.inner_size
         self.narrow = self.widen = None
         if config.latent:
@@ -126,6 +134,10 @@ class SparseMLP(Layer):
         if biased:
             up_bias = stack.slot(pair_bias, (inner,), "norm", rows)
             self.biases = up_bias, stack.slot((names.down_bias,), (hidden_size,), "norm", None)
+        self.placed: PlacedExperts | None = None
+        if placed and ctx.aside is not None:
+            device, pair_of = (ctx.ops, ctx.dtype, ctx.device), (self.gate_up, self.down)
+            self.placed = PlacedExperts(ctx.aside, device, self.spec, pair_of, self.biases, config.router.top_k)
 
     def __call__(
         self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
@@ -133,16 +145,27 @@ class SparseMLP(Layer):
         """As `GatedMLP`, and never summed: router and experts both read the normed input, the sum is not theirs."""
         del add
         x_TN, residual_TN = (x_TN, x_TN) if norm is None else norm.add(x_TN, residual_TN)
+        return self.start(x_TN)(), residual_TN
+
+    def start(self, x_TN: Tensor) -> Callable[[], Tensor]:
+        """Choose experts, and start those of another machine; what is given computes the others, and sums."""
         logits_TE, _ = self.router(x_TN)
-        if self.narrow is None or self.widen is None:
-            return self._summed(self._chosen(x_TN, logits_TE)), residual_TN
-        return self.widen(self._summed(self._chosen(self.narrow(x_TN)[0], logits_TE)))[0], residual_TN
+        x_TN = x_TN if self.narrow is None else self.narrow(x_TN)[0]
+        placed = self.placed
+        if placed is None:
+            return lambda: self._widened(self._summed(self._chosen(x_TN, logits_TE)))
+        begun = placed.begin(x_TN, *self._routed(logits_TE))
+        return lambda: self._widened(placed.end(begun))
+
+    def _widened(self, x_TN: Tensor) -> Tensor:
+        return x_TN if self.widen is None else self.widen(x_TN)[0]
 
     def _summed(self, x_TN: Tensor) -> Tensor:
         return x_TN if self.comm is None else self.comm.all_reduce(x_TN)
 
-    def _routed(self, logits_TE: Tensor, correction_E: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _routed(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Which experts each token has, and their weights."""
+        correction_E = None if self.correction is None else self.correction.value.view(-1)
         found = self.ops.route(logits_TE, correction_E, self.config.router)
         if self.notes is not None:
             self.notes.notes[self.number] = found[0]
@@ -154,8 +177,7 @@ class SparseMLP(Layer):
         if self.fused:
             weights = self.gate_up.value, self.down.value
             return self.ops.moe(x_TN, logits_TE, *weights, spec.top_k, spec.renormalise)
-        correction = None if self.correction is None else self.correction.value.view(-1)
-        ids_Tk, weights_Tk = self._routed(logits_TE, correction)
+        ids_Tk, weights_Tk = self._routed(logits_TE)
         biases = None if self.biases is None else (self.biases[0].value, self.biases[1].value)
         if biases is not None and not self.biased:
             biases = biases[0], torch.zeros_like(biases[1])
@@ -182,10 +204,11 @@ class SharedExperts(Layer):
         """As `SparseMLP`."""
         del add
         x_TN, residual_TN = (x_TN, x_TN) if norm is None else norm.add(x_TN, residual_TN)
+        sparse = self.sparse.start(x_TN)
         shared_TN, _ = self.dense(None, x_TN, None, add=False)
         if self.gate is not None:
             shared_TN = self.ops.sigmoid_mul(shared_TN, self.gate(x_TN)[0])
-        return self.ops.add(self.sparse(None, x_TN, None, add=False)[0], shared_TN), residual_TN
+        return self.ops.add(sparse(), shared_TN), residual_TN
 
 
 @dataclass(frozen=True)
@@ -196,13 +219,14 @@ class _Stack:
     config: ExpertsConfig
     own: tuple[int, int]
     fused: bool
+    aside: bool  # on the host, beside the device
 
     def slot(self, patterns: tuple[str, ...], shape: tuple[int, ...], role: str, cut: Cut | None) -> Weight:
         """`patterns`: names of an expert's tensors; `shape`: of each of them."""
         experts = range(*self.own)
         names = [self._name(pattern, e) for e in experts for pattern in patterns]
         found = Weight(tuple(names), (shape,) * len(names), role, fused=self.fused)  # pyright: ignore[reportArgumentType]
-        found.experts = len(experts) if role == "matrix" else 0
+        found.experts, found.aside = len(experts) if role == "matrix" else 0, self.aside
         places = [self._part(patterns, place, shape) for place in range(len(patterns))]
         if any(places):
             found.parts = tuple(self._of_expert(patterns[i], places[i], e) for e in experts for i in range(len(places)))

@@ -82,6 +82,7 @@ class Weight:
     cuts: tuple[tuple[Cut, ...], ...] = ()
     fused: bool = True  # experts: for `ops.moe` (prepare_experts); otherwise for `ops.experts` (stack_experts)
     plain: bool = False  # kept in the type it is asked for, whatever others are rounded to while they are loaded
+    aside: bool = False  # prepared by the host's table, beside the device
     elsewhere: tuple[str, ...] = ()  # tensors of the same kind that other ranks keep
 
     def part(self, number: int) -> Part | None:

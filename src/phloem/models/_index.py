@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem.core.errors import ModelLoadError
+from phloem.layers.aside import HOST
 from phloem.models._gguf import gguf_sources
 from phloem.models._scales import scale_of
 from phloem.models._sources import DummySource, Read, SafetensorsSource, Stored, TensorSource, stored_in
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.checkpoint.describe import Checkpoint
+    from phloem.kernels.ops import Ops
     from phloem.layers.context import BuildContext
     from phloem.layers.weight import Weight
     from phloem.quant._source import Index, Source
@@ -207,7 +209,7 @@ class WeightIndex:
         if self.ctx.quant is not None and self.ctx.quant.wrap is not None:
             return
         for weight in self.weights:
-            found = [sources[name] for name in weight.names]
+            found = [] if weight.aside else [sources[name] for name in weight.names]
             plain = [source for source in found if isinstance(source, SafetensorsSource)]
             for source in plain if len(plain) == len(found) else ():
                 source.stager = self.ctx.stager
@@ -270,7 +272,9 @@ class WeightIndex:
 
     def made(self, weight: Weight, sources: dict[str, Source]) -> Any:
         views = [self.view(weight, number, sources[name]) for number, name in enumerate(weight.names)]
-        ops, dtype, device, method = self.ctx.ops, self.ctx.dtype, self.ctx.device, self.ctx.quant
+        ops, dtype, device, method = self.table(weight), self.ctx.dtype, self.device(weight), self.ctx.quant
+        if weight.experts and self.ctx.expert_quant is not None:
+            method = self.ctx.expert_quant
         if weight.role == "matrix":
             views = self._ahead(views, sources)
             wrap = None if method is None or weight.plain else method.wrap
@@ -289,6 +293,14 @@ class WeightIndex:
             return views
         values = list(workers.map(lambda view: view.dense(self.ctx.dtype), views))
         return [Read(view.name, view.shape, tensor) for view, tensor in zip(views, values, strict=True)]
+
+    def table(self, weight: Weight) -> Ops:
+        """The op table that reads a weight."""
+        aside = self.ctx.aside
+        return aside.ops if weight.aside and aside is not None else self.ctx.ops
+
+    def device(self, weight: Weight) -> torch.device:
+        return HOST if weight.aside else self.ctx.device
 
     def vector(self, weight: Weight, view: View) -> Tensor:
         values = view.dense(torch.float32)
@@ -346,8 +358,8 @@ class WeightIndex:
             values = weight.value[rows]
             return (values - weight.shift if weight.shift else values).clone()
         # Whatever a packed weight is, the table's `embedding` reads its rows.
-        ids = torch.arange(rows.start, rows.stop, device=self.ctx.device)
-        return self.ctx.ops.embedding(ids, weight.value, 1.0).to(self.ctx.dtype).clone()
+        ids = torch.arange(rows.start, rows.stop, device=self.device(weight))
+        return self.table(weight).embedding(ids, weight.value, 1.0).to(self.ctx.dtype).clone()
 
 
 def _stored_low(source: Source) -> str:

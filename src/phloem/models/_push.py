@@ -161,7 +161,8 @@ class Push:
 
         `same`: these are the values that were there before; what was derived of them is right again.
         """
-        ops, moved = self._index.ctx.ops, False
+        ops, aside, moved = self._index.ctx.ops, self._index.ctx.aside, False
+        changed = {id(job.weight) for job in self._jobs.values()}
         for job in self._jobs.values():
             assert job.ready, "prepare() comes first"
             for target, values in job.rows:
@@ -172,6 +173,8 @@ class Push:
         if ops.renew is not None:
             for weight in self._index.weights:
                 ops.renew(weight.value)
+        if aside is not None:
+            aside.refresh(changed)
         return moved
 
     def stream(self) -> None:
@@ -186,7 +189,7 @@ class Push:
 
     def _place(self, weight: Weight, made: Any, same: bool) -> bool:
         """Whether it lies where the old one lay."""
-        ops, old = self._index.ctx.ops, weight.value
+        ops, old = self._index.table(weight), weight.value
         if same and ops.memory is not None:
             targets, values = ops.memory(old), ops.memory(made)
             if [target.numel() for target in targets] == [value.numel() for value in values]:

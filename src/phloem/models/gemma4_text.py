@@ -138,12 +138,14 @@ class ScaledExperts(SparseMLP):
     def chosen(self, x_TN: Tensor) -> tuple[Tensor, Tensor]:
         """Experts of hidden states that are not normalised, and their weights."""
         read = self.ops.scale(self.ops.rms_norm(x_TN, self.scale.value, self.eps), self.factor)
-        ids_Tk, weights_Tk = self._routed(self.router(read)[0], None)
+        ids_Tk, weights_Tk = self._routed(self.router(read)[0])
         each = self.ops.select_rows(self.each.value.view(-1, 1), ids_Tk.view(-1))
         return ids_Tk, self.ops.mul(weights_Tk, each.view(weights_Tk.shape))
 
     def of(self, x_TN: Tensor, chosen: tuple[Tensor, Tensor]) -> Tensor:
         """What the chosen experts make of x."""
+        if self.placed is not None:
+            return self.placed.end(self.placed.begin(x_TN, *chosen))
         return self.ops.experts(x_TN, *chosen, self.gate_up.value, self.down.value, self.spec, None)
 
 

@@ -28,7 +28,7 @@ def pieces(index: WeightIndex) -> Iterator[Tensor]:
     """The memory of all weights as rows of bytes, each once."""
     seen: set[int] = set()
     for weight in index.weights:
-        value, ops = weight.value, index.ctx.ops
+        value, ops = weight.value, index.table(weight)
         if isinstance(value, torch.Tensor):
             found = [value.view(-1).view(torch.uint8)] if value.is_contiguous() else []
         else:

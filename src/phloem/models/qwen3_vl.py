@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext, Pack
     from phloem.models._common import Decoder
 
-VISION = {"processor": "qwen_vl", "token": "image_token_id"}
-DEFAULTS = {"image_token_id": 151655}
+VISION = {"processor": "qwen_vl", "image": "image_token_id", "video": "video_token_id"}
+DEFAULTS = {"image_token_id": 151655, "video_token_id": 151656}
 TINY = {
     "num_hidden_layers": 4,
     "rope_parameters": {
@@ -75,7 +75,7 @@ class DeepTower(QwenTower):
 
     def encode(self, items: Sequence[Media], pack: Pack) -> list[Tensor]:
         unit = self.sizes.merge**2
-        grids = [self.grids(item)[0] for item in items]
+        grids = [self.grid(item) for item in items]
         places = torch.cat([self._places(grid) for grid in grids])
         x_TN = self.embed(self.cast(torch.cat([self._patches(item) for item in items])))[0]
         learned = [self._learned(grid, self._places(grid)) for grid in grids]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from phloem.core.errors import BadRequest, EngineDead, OutOfMemory, PhloemError
-from phloem.core.media import FIRST, misfit
+from phloem.core.media import FIRST, misfit, reach
 from phloem.core.messages import Abort, Control, Drain, FromEngine, Submit, ToEngine
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.kvcache import audit
@@ -277,7 +277,8 @@ class Scheduler:
         self._check(request)
         request.unshared = submit.return_routed and not self._lasting
         params = request.params
-        room = self._most_tokens - request.num_prompt
+        further = self.settings.context_length - reach(submit.media, request.num_prompt)
+        room = min(self._most_tokens - request.num_prompt, further)
         request.limit = request.num_prompt + (
             room if params.max_new_tokens is None else min(params.max_new_tokens, room)
         )
@@ -327,7 +328,7 @@ class Scheduler:
         if media and not self.settings.sees:
             raise BadRequest("this model takes no pictures", param="image_data")
         params.validate(self.settings.vocab_size)
-        needed = count if request.scores_only else count + 1
+        needed = reach(media, count) + (not request.scores_only)
         if needed > self.settings.context_length:
             most = self.settings.context_length
             raise BadRequest(f"the prompt of {count} tokens leaves no room in the context of {most}", param="input_ids")

@@ -27,7 +27,9 @@ TEXTS = {
     "behind": ([9, "V", 200, "P", 99, 97], [1], True),
 }
 FAST = ("qwen2_5_vl", "qwen3_vl")
-FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_vl", *FAST)]
+FAMILIES = [
+    name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_vl", "qwen3_vl_moe", *FAST)
+]
 SETTINGS = {"ops": "reference", "dtype": "float32", "max_total_tokens": 4096, "max_running_requests": 8, "threads": 1}
 
 
@@ -142,3 +144,16 @@ def test_reading_a_video_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_no_video_is_told(data: bytes) -> None:
     with pytest.raises(BadRequest, match=r"no video|broken|no frames"):
         Video(data, "here", Wanted())
+
+
+def test_stacked_experts_are_read_either_way_round(tmp_path: Any) -> None:
+    """As transformers keeps them, and transposed as published checkpoints have them."""
+    from model_support import PROMPT, close, edited
+    from model_support import Engine as Steps
+
+    path = seeing_checkpoint("qwen3_vl_moe", tmp_path / "made")
+
+    def turned(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: values.mT.contiguous() if ".experts." in name else values for name, values in stored.items()}
+
+    close(Steps(edited(path, tmp_path / "turned", turned)).whole(PROMPT), Steps(path).whole(PROMPT))

@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 SETTINGS["qwen2_5_vl"] = SETTINGS["qwen2_vl"]
 SETTINGS["qwen3_vl"] = {**SETTINGS["qwen2_vl"], "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+SETTINGS["qwen3_vl_moe"] = SETTINGS["qwen3_vl"]
 SETTINGS["smolvlm"] = {
     "image_processor_type": "SmolVLMImageProcessor",
     "size": {"longest_edge": 32},

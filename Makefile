@@ -2,6 +2,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install -q --disable-pip-version-check
 
+# What Python has compiled is kept, whatever the caller's environment says: every process of a test imports it again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: serve test test-arm check bench format wheels
 .DEFAULT_GOAL := serve
 

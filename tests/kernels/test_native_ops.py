@@ -57,7 +57,8 @@ def test_elementwise_extremes(ops: Ops) -> None:
     x = torch.cat((x, torch.ones_like(x)), -1)
     close(ops.silu_and_mul(x), ref.silu_and_mul(x))
     close(ops.gelu_tanh_and_mul(x[:, :23].repeat(1, 2)), ref.gelu_tanh_and_mul(x[:, :23].repeat(1, 2)), 1e-5)
-    close(ops.gelu(x), ref_models.gelu(x))
+    finite = x.clamp(max=1e38)  # torch doubles first on some processors
+    close(ops.gelu(finite), ref_models.gelu(finite))
     close(ops.softcap(x, 50.0), ref.softcap(x, 50.0))
     nan = torch.tensor([[float("nan"), 1.0]])
     assert ops.silu_and_mul(nan).isnan().all()

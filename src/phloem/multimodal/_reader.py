@@ -135,7 +135,7 @@ class MediaReader:
                 return as_base64(source.text, source.where)
             return fetch(source.text, source.where, self.rules)
         except BadRequest as error:
-            error.code = error.code.replace("image", source.kind)
+            error.code = (error.code or "bad_image").replace("image", source.kind)
             raise
 
     def _one(self, source: Source) -> Made:

@@ -38,13 +38,14 @@ class _Sizes:
         self.inline = self.first + self.mark + self.last
 
     def fitting(
-        self, width: int, height: int, least: float, most: float, frames: int = 1, even: int = 1
+        self, size: tuple[int, int], least: float, most: float, frames: int = 1, even: int = 1
     ) -> tuple[int, int]:
         """The nearest size of whole blocks, with as many pixels as are allowed and about the same shape.
 
         Args:
             frames: which all pixels are counted of; `even`: the same in whole pairs.
         """
+        width, height = size
         if max(width, height) > MOST_RATIO * min(width, height):
             raise ValueError(f"{width} x {height}: one side is more than {MOST_RATIO} times the other")
         block = self.block
@@ -65,7 +66,7 @@ class QwenPictures(_Sizes):
         super().__init__(facts, facts.settings, "image_token_id", bounds)
 
     def make(self, source: Any, /) -> Picture:
-        width, height = self.fitting(*source.size, self.least, self.most)
+        width, height = self.fitting(source.size, self.least, self.most)
         pixels = as_array(resized(source, width, height, self.settings))[None]
         columns, rows = width // self.block, height // self.block
         return Picture(pixels, self.scale, self.mark, (columns * rows,), grids=((1, rows, columns),))
@@ -100,7 +101,7 @@ class QwenVideos(_Sizes):
     def make(self, source: Video, /) -> Picture:
         indices = self._indices(source)
         steps = -(-len(indices) // self.frames)
-        width, height = self._size(*source.size, len(indices))
+        width, height = self._size(source.size, len(indices))
         if width * height * len(indices) > MOST_PIXELS:
             raise ValueError(
                 f"{len(indices)} frames of {width} x {height} pixels are more than {MOST_PIXELS} in all: "
@@ -138,22 +139,23 @@ class QwenVideos(_Sizes):
             return np.linspace(0, total - 1, count).round().astype(int).tolist()
         return (np.arange(count) * (total / count)).astype(int).tolist()
 
-    def _size(self, width: int, height: int, count: int) -> tuple[int, int]:
+    def _size(self, size: tuple[int, int], count: int) -> tuple[int, int]:
         block, area = self.block, self.block**2
         if not self.third:
             most = self.most
             if self.capped:
                 whole = int(int(self.most_tokens or 128_000) * area * 0.9)
                 most = max(min(most, whole * self.frames // count), int(self.least * 1.05))
-            return self.fitting(width, height, self.least, most)
+            return self.fitting(size, self.least, most)
         whole = self.most
         if self.capped:
             whole = count * max(min(int(self.most_tokens or 768) * area, whole // count), int(self.least * 1.05))
+        width, height = size
         if min(width, height) < block:
             larger = max(block / width, block / height)
             width, height = int(width * larger), int(height * larger)
         even = max(1, round(count / self.frames)) * self.frames
-        return self.fitting(width, height, self.least, whole, count, even)
+        return self.fitting((width, height), self.least, whole, count, even)
 
     def _seconds(self, indices: list[int], fps: float) -> list[float]:
         """In the middle of each pair."""

@@ -118,7 +118,7 @@ class Engine(Administered):
         return self.tokenizer.encode(self.chat_template.render(shown), add_special_tokens=False)
 
     def pictures_of(self, messages: Sequence[dict[str, Any]]) -> list[Any]:
-        """A conversation's pictures, in the order of their places in `encode_chat`: `image_data` of `generate`.
+        """A conversation's media, in the order of their places in `encode_chat`: `image_data` of `generate`.
 
         Raises:
             BadRequest: the model takes none, or something else stands where one belongs.

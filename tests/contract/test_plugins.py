@@ -45,7 +45,7 @@ from phloem.models import FAMILIES
 from phloem.models._pooled import load_pooled
 from phloem.multimodal import PROCESSORS as PICTURES
 from phloem.multimodal import Facts
-from phloem.multimodal._reader import settings_in
+from phloem.multimodal._settings import settings_in
 from phloem.platforms import AVAILABLE, PLATFORMS
 from phloem.quant import METHODS, Method
 from phloem.router.ask import Ask
@@ -311,7 +311,8 @@ def test_a_picture_processor_says_what_stands_in_the_prompt(name: str, tmp_path:
     for kind in kinds:
         path = seeing_checkpoint(kind, tmp_path / kind)
         checkpoint = describe(str(path))
-        processor = PICTURES.get(name)(Facts(checkpoint.config, settings_in(path)[0], lambda token: f"<|{token}|>"))
+        facts = Facts(checkpoint.config, settings_in(path)[0], lambda token: f"<|{token}|>")
+        processor = PICTURES.get(name)(facts)["image"]
         for width, height in ((16, 16), (40, 12), (7, 31)):
             made = processor.make(picture(1, width, height))
             assert made.pixels.dtype == np.uint8 and made.pixels.shape[-1] == 3 and made.pixels.ndim == 4

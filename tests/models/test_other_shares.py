@@ -27,10 +27,10 @@ SPARSE = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "granitemoehybrid", "gpt_oss",
     "minimax_m2", "llama4_text", "ernie4_5_moe", "glm4_moe", "hunyuan_v1_moe", "lfm2_moe", "jamba", "nemotron_h",
     "qwen3_next", "qwen3_5_moe_text", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa",
-    "gemma4_text",
+    "gemma4_text", "qwen3_vl_moe",
 )  # fmt: skip
 FEW = ("llama", "qwen3_moe")
-TOWERS = ("idefics3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm", "gemma3")
+TOWERS = ("idefics3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "gemma3")
 # Layers read what the first stage would make, or what the layer before them sets aside.
 NO_STAGES = ("gemma3n_text", "gemma4_text", "longcat_flash")
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import httpx
 import pytest
-from vision_support import picture, png, seeing_checkpoint
+from vision_support import clip, pdf, picture, png, seeing_checkpoint
 
 from phloem.client.start import make_client
 from phloem.core.config import Config
-from phloem.core.errors import ConfigError
+from phloem.core.errors import BadRequest, ConfigError
 from phloem.core.messages import Drain
 from phloem.launch.thread import EngineThread
-from phloem.multimodal import _reader
+from phloem.multimodal import _pages, _reader
 from phloem.server.app import create_app
 from phloem.testing.checkpoints import tiny_checkpoint
 
@@ -133,7 +133,14 @@ BAD = [
     (image("ftp://a/b.png"), "unknown kind of address"),
     (image(""), "expected an address"),
     ({"type": "image_url"}, "is missing"),
-    ({"type": "video_url", "video_url": {"url": "x"}}, "not supported"),
+    ({"type": "audio_url", "audio_url": {"url": "x"}}, "takes no sounds"),
+    ({"type": "video_url", "video_url": {"url": "x"}}, "no valid base64"),
+    ({"type": "video_url", "video_url": {"url": uri(PNG)}}, "no video of a known kind"),
+    ({"type": "video_url", "video_url": {"url": uri(b"GIF89a" + bytes(9))}}, "the video is broken"),
+    ({"type": "video_url", "video_url": {"url": "x", "fps": -1}}, "fps must be"),
+    ({"type": "video_url", "video_url": {"url": "x", "num_frames": 1 << 40}}, "num_frames must be"),
+    ({"type": "file", "file": {"file_id": "file-1"}}, "files are not kept here"),
+    ({"type": "file", "file": {"file_data": uri(PNG)}}, "no PDF document"),
 ]
 
 
@@ -231,6 +238,67 @@ def test_a_slow_address_keeps_no_picture_waiting_that_is_here(sees: Path, monkey
             assert (await waiting).status_code == 200
 
     asyncio.run(run())
+
+
+def test_videos_and_documents_at_every_door(sees: Path) -> None:
+    """A video in chat and beside a text; a PDF's pages are so many pictures in a row, whoever sends it."""
+    film = uri(clip([picture(at, 24, 16) for at in range(4)]))
+    paper = uri(pdf([(72, 36), (36, 72)]))
+    data = paper.partition(",")[2]
+    source = {"type": "base64", "media_type": "application/pdf", "data": data}
+
+    def prompt_tokens(body: Any) -> int:
+        usage = body["usage"]
+        return usage.get("prompt_tokens") or usage["input_tokens"] + usage.get("cache_read_input_tokens", 0)
+
+    async def run() -> None:
+        async with door(sees) as http:
+            seen = {"type": "video_url", "video_url": {"url": film, "fps": 4}}
+            chat = (await http.post("/v1/chat/completions", json={"messages": user(seen, "What?"), **SHORT})).json()
+            text = "<|im_start|>user\n<|vision_start|><video><|vision_end|>What?<|im_end|>\n<|im_start|>assistant\n"
+            native = {"text": text, "video_data": {"url": film, "num_frames": 4}}
+            native["sampling_params"] = {"temperature": 0, "max_new_tokens": 4}
+            answer = (await http.post("/generate", json=native)).json()
+            assert answer["text"] == chat["choices"][0]["message"]["content"]
+            assert answer["meta_info"]["cached_tokens"] == chat["usage"]["prompt_tokens"] - 1
+            file = {"type": "file", "file": {"file_data": paper, "filename": "a.pdf"}}
+            found = (await http.post("/v1/chat/completions", json={"messages": user(file, "What?"), **SHORT})).json()
+            told = found["choices"][0]["message"]["content"]
+            block = {"type": "document", "source": source}
+            note = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "What?"}}
+            body = {"model": "default", "messages": [{"role": "user", "content": [block, note]}], **SHORT}
+            message = (await http.post("/v1/messages", json=body)).json()
+            assert message["content"][0]["text"] == told
+            assert prompt_tokens(message) == prompt_tokens(found)
+            parts = [{"type": "input_file", "file_data": paper}, {"type": "input_text", "text": "What?"}]
+            given = {"input": [{"role": "user", "content": parts}], "temperature": 0, "max_output_tokens": 4}
+            response = (await http.post("/v1/responses", json=given)).json()
+            assert response["output"][0]["content"][0]["text"] == told
+            assert response["usage"]["input_tokens"] == prompt_tokens(found)
+
+    asyncio.run(run())
+
+
+BAD_PAPERS = [
+    (b"%PDF-1.4 and no more", "document is broken"),
+    (pdf([]), "the document is broken"),
+    (pdf([(72, 72)], lock=True), "encrypted"),
+    (pdf([(72, 72)] * 3), "3 pages, 2 are the most"),
+    (b"plain", "no PDF"),
+]
+
+
+@pytest.mark.parametrize(("data", "said"), BAD_PAPERS, ids=[said for _, said in BAD_PAPERS])
+def test_bad_documents_are_told(data: bytes, said: str) -> None:
+    with pytest.raises(BadRequest, match=said) as error:
+        list(_pages.pages(data, "here", 2))
+    assert error.value.param == "here"
+
+
+def test_a_page_of_any_size_is_a_picture_of_a_bounded_one() -> None:
+    for size in ((72, 36), (14_400, 3), (14_400, 14_400)):
+        (page,) = _pages.pages(pdf([size]), "here", 1)
+        assert max(page.size) <= _pages.LONGEST and min(page.size) >= 1
 
 
 def test_a_model_of_texts_takes_no_pictures(blind: Path) -> None:

@@ -16,8 +16,8 @@ TEXTS = {
     "none": ([5, 17, 200, 301, 44, 9], []),
     "one": ([5, 17, 200, "P", 301, 44, 9, 12], [0]),
     "first": (["P", 301, 44, 9, 12], [1]),
-    "two": ([5, "P", 200, 3, 7, "P", 99, 98, 97], [0, 1]),
-    "three": ([5, "P", 3, "P", 200, 7, "P", 99], [2, 0, 2]),
+    "two": ([5, "P", 200, 3, 70, "P", 99, 98, 97], [0, 1]),
+    "three": ([5, "P", 3, "P", 200, 70, "P", 99], [2, 0, 2]),
 }
 
 
@@ -39,7 +39,7 @@ def engine_of(path: Any, **settings: Any) -> Engine:
 
 def ask(engine: Engine, name: str, **params: Any) -> dict[str, Any]:
     ids, which = TEXTS[name]
-    mark = engine.tokenizer.encode(engine._client.pictures.processor.mark, add_special_tokens=False)[0]
+    mark = engine.tokenizer.encode(engine._client.pictures.processors["image"].mark, add_special_tokens=False)[0]
     found: Any = engine.generate(
         input_ids=[mark if token == "P" else token for token in ids],
         image_data=[png(PICTURES[number]) for number in which],
@@ -86,7 +86,7 @@ def test_pictures_are_found_by_content(pair: Any) -> None:
         other = plain(engine, "one", [1])
         length = len(first["meta_info"]["prompt_token_ids"])
         assert again["meta_info"]["cached_tokens"] == length - 1
-        token = engine._client.pictures.token
+        token = engine._client.pictures.tokens["image"]
         assert other["meta_info"]["cached_tokens"] == other["meta_info"]["prompt_token_ids"].index(token)
         assert again["output_ids"] == first["output_ids"]
         assert other["output_ids"] == theirs.greedy(other["meta_info"]["prompt_token_ids"], [PICTURES[1]], 8)
@@ -125,7 +125,7 @@ def test_many_at_once_are_as_alone(pair: Any) -> None:
 
 
 def mark_of(engine: Engine) -> int:
-    return engine.tokenizer.encode(engine._client.pictures.processor.mark, add_special_tokens=False)[0]
+    return engine.tokenizer.encode(engine._client.pictures.processors["image"].mark, add_special_tokens=False)[0]
 
 
 def plain(

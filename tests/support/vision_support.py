@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 SETTINGS["qwen2_5_vl"] = SETTINGS["qwen2_vl"]
 SETTINGS["qwen3_vl"] = {**SETTINGS["qwen2_vl"], "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+SETTINGS["qwen3_vl_moe"] = SETTINGS["qwen3_vl"]
 SETTINGS["smolvlm"] = {
     "image_processor_type": "SmolVLMImageProcessor",
     "size": {"longest_edge": 32},
@@ -58,6 +59,8 @@ SETTINGS["internvl"] = {
     "crop_to_patches": True,
     "max_patches": 4,
 }
+FPS = 4  # of the clips in tests, all frames of which are shown
+WATCHED = {"patch_size": 4, "merge_size": 2, "fps": FPS, "min_frames": 2}
 
 
 def picture(seed: int, width: int, height: int) -> Any:
@@ -81,6 +84,10 @@ def seeing_checkpoint(name: str, path: Path, **overrides: Any) -> Path:
     overrides = {**(family(family_name).variants[variant] if variant else {}), **overrides}
     tiny_checkpoint(family_name, path, **overrides)
     (path / "preprocessor_config.json").write_text(json.dumps(SETTINGS[name]))
+    if name.startswith("qwen"):
+        means = {key: value for key, value in SETTINGS[name].items() if key in ("image_mean", "image_std")}
+        size = {"shortest_edge": 64, "longest_edge": 1 << 14}
+        (path / "video_preprocessor_config.json").write_text(json.dumps({**means, **WATCHED, "size": size}))
     return path
 
 
@@ -95,8 +102,8 @@ class Theirs:
         kind = getattr(transformers, SETTINGS[name]["image_processor_type"] + "Pil")
         self.processor: Any = kind(**{k: v for k, v in SETTINGS[name].items() if k != "image_processor_type"})
 
-    def inputs(self, ids: list[int], images: list[Any]) -> dict[str, Any]:
-        """`ids` have as many placeholders as the pictures take."""
+    def inputs(self, ids: list[int], images: list[Any], clips: list[list[Any]] | None = None) -> dict[str, Any]:
+        """`ids` have as many placeholders as the pictures and clips take; frames of clips have whole blocks."""
         found: dict[str, Any] = {"input_ids": torch.tensor([ids])}
         if images:
             nested = self.name in ("smolvlm", "idefics3")
@@ -104,22 +111,83 @@ class Theirs:
             found.pop("num_patches", None)
         if self.name.startswith("qwen"):
             found["mm_token_type_ids"] = (found["input_ids"] == self.model.config.image_token_id).int()
+            found["mm_token_type_ids"] += 2 * (found["input_ids"] == self.model.config.video_token_id).int()
+        if clips:
+            made = [self._clip(frames) for frames in clips]
+            found["pixel_values_videos"] = torch.cat([values for values, _ in made])
+            found["video_grid_thw"] = torch.tensor([grid for _, grid in made])
+        if clips and self.name == "qwen2_5_vl":
+            found["second_per_grid_ts"] = torch.tensor([2 / FPS for _ in clips])
         if self.name == "gemma3":
             found.pop("num_crops", None)
             found["token_type_ids"] = (found["input_ids"] == self.model.config.image_token_id).int()
         return found
 
-    def logits(self, ids: list[int], images: list[Any]) -> torch.Tensor:
-        with torch.inference_mode():
-            return self.model(**self.inputs(ids, images)).logits[0].float()
+    def _clip(self, frames: list[Any]) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """Patches of 4 x 4 pixels and 2 frames, in blocks of 2 x 2: what a video processor makes without resizing."""
+        settings = SETTINGS[self.name]
+        mean = settings.get("image_mean", (0.48145466, 0.4578275, 0.40821073))
+        std = settings.get("image_std", (0.26862954, 0.26130258, 0.27577711))
+        values = (np.stack([np.asarray(frame) for frame in frames]) / 255 - mean) / std
+        if len(values) % 2:
+            values = np.concatenate([values, values[-1:]])
+        steps, rows, columns = len(values) // 2, values.shape[1] // 4, values.shape[2] // 4
+        cut = values.reshape(steps, 2, rows // 2, 2, 4, columns // 2, 2, 4, 3)
+        flat = cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(steps * rows * columns, -1)
+        return torch.from_numpy(flat).float(), (steps, rows, columns)
 
-    def greedy(self, ids: list[int], images: list[Any], count: int) -> list[int]:
+    def logits(self, ids: list[int], images: list[Any], clips: list[list[Any]] | None = None) -> torch.Tensor:
+        with torch.inference_mode():
+            return self.model(**self.inputs(ids, images, clips)).logits[0].float()
+
+    def greedy(self, ids: list[int], images: list[Any], count: int, clips: list[list[Any]] | None = None) -> list[int]:
         with torch.inference_mode():
             out = self.model.generate(
-                **self.inputs(ids, images), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+                **self.inputs(ids, images, clips),
+                max_new_tokens=count,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
             )
         return out[0, len(ids) :].tolist()
 
 
 def seeing() -> list[str]:
     return list(SETTINGS)
+
+
+def clip(
+    frames: list[Any], fps: int = FPS, container: str = "matroska", codec: str = "ffv1", rate: Any = None
+) -> bytes:
+    """A video file of Pillow images; by this codec without loss."""
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as file:
+        stream: Any = file.add_stream(codec, rate=rate or fps)
+        stream.width, stream.height = frames[0].size
+        stream.pix_fmt = {"ffv1": "bgr0", "gif": "rgb8"}.get(codec, "yuv420p")
+        stream.options = {} if codec == "gif" else {"g": "4"}
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        file.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def pdf(sizes: list[tuple[int, int]], lock: bool = False) -> bytes:
+    """A document with a coloured page of each of these sizes, in points; `lock`: it says that it is encrypted."""
+    kids = " ".join(f"{4 + 2 * at} 0 R" for at in range(len(sizes)))
+    objects = ["<</Type/Catalog/Pages 2 0 R>>", f"<</Type/Pages/Kids[{kids}]/Count {len(sizes)}>>"]
+    objects.append("<</Filter/Standard/V 1/R 2/O(" + "o" * 32 + ")/U(" + "u" * 32 + ")/P -4>>")
+    for at, (width, height) in enumerate(sizes):
+        drawn = f"0.{at + 1} 0.5 0.9 rg 0 0 {width // 2} {height} re f"
+        box = f"<</Type/Page/Parent 2 0 R/MediaBox[0 0 {width} {height}]/Contents {5 + 2 * at} 0 R>>"
+        objects += [box, f"<</Length {len(drawn)}>>stream\n{drawn}\nendstream"]
+    data, places = b"%PDF-1.4\n", []
+    for number, text in enumerate(objects, 1):
+        places.append(len(data))
+        data += f"{number} 0 obj{text}endobj\n".encode()
+    table = "".join(f"{place:010} 00000 n \n" for place in places)
+    lines = f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}trailer<</Size {len(objects) + 1}/Root 1 0 R"
+    locked = "/Encrypt 3 0 R/ID[(a)(a)]" if lock else ""
+    return data + f"{lines}{locked}>>\nstartxref\n{len(data)}\n%%EOF".encode()

@@ -56,7 +56,8 @@ class Family:
     # It does not generate: `padded_positions` (position 0 stands behind the padding's row), `pooling_key` (what
     # config.json calls the pooling of its classifier). None: a decoder.
     encoder: dict[str, Any] | None = None
-    # It takes pictures: `processor` (a file in multimodal/), `token` (the config.json key of the placeholder).
+    # It takes media: `processor` (a file in multimodal/), and for each kind (`image`, `video`, `audio`) the config.json
+    # key of its placeholder.
     vision: dict[str, str] | None = None
     # It hears: what its config.json calls the number of mel `bands` and of the encoder's `states`. None: it does not.
     audio: dict[str, str] | None = None

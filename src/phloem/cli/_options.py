@@ -137,17 +137,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in values.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
 
-def picture_part(name: str) -> dict[str, Any]:
-    """A part of a message: an address as it is, a file as its bytes in a data URI.
+def media_parts(images: tuple[str, ...], videos: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Parts of a message: addresses as they are, files as their bytes in data URIs.
 
     Raises:
-        BadRequest: the file cannot be read.
+        BadRequest: a file cannot be read.
     """
-    url = name
-    if not name.startswith(("http://", "https://", "data:")):
-        try:
-            data = base64.b64encode(Path(name).expanduser().read_bytes()).decode()
-        except OSError as error:
-            raise BadRequest(f"cannot read {name}: {error.strerror}") from None
-        url = f"data:{mimetypes.guess_type(name)[0] or 'image/png'};base64,{data}"
-    return {"type": "image_url", "image_url": {"url": url}}
+    found = [("image", name, "image/png") for name in images] + [("video", name, "video/mp4") for name in videos]
+    return [{"type": f"{kind}_url", f"{kind}_url": {"url": _url(name, usual)}} for kind, name, usual in found]
+
+
+def _url(name: str, usual: str) -> str:
+    if name.startswith(("http://", "https://", "data:")):
+        return name
+    try:
+        data = base64.b64encode(Path(name).expanduser().read_bytes()).decode()
+    except OSError as error:
+        raise BadRequest(f"cannot read {name}: {error.strerror}") from None
+    return f"data:{mimetypes.guess_type(name)[0] or usual};base64,{data}"

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any
 
 import phloem
-from phloem.cli._options import parse, picture_part
+from phloem.cli._options import media_parts, parse
 from phloem.core.config import opt
 from phloem.core.errors import PhloemError
 
@@ -30,6 +30,7 @@ class Options:
     top_p: float = opt(0.95, "Nucleus sampling.")
     key: str | None = opt(None, "Bearer token for --url.")
     image: tuple[str, ...] = opt((), "Pictures that the first question is about: files or addresses.")
+    video: tuple[str, ...] = opt((), "Videos that the first question is about: files or addresses.")
 
 
 def main(argv: list[str]) -> int:
@@ -105,7 +106,7 @@ class _Remote:
 
 def _talk(model: _Local | _Remote, options: Options) -> int:
     opening: Messages = [{"role": "system", "content": options.system}] if options.system else []
-    messages, pictures = list(opening), [picture_part(name) for name in options.image]
+    messages, media = list(opening), media_parts(options.image, options.video)
     while True:
         try:
             said = input("\n> ").strip()
@@ -115,12 +116,12 @@ def _talk(model: _Local | _Remote, options: Options) -> int:
         if said in ("/exit", "/quit"):
             return 0
         if said == "/clear":
-            messages, pictures = list(opening), [picture_part(name) for name in options.image]
+            messages, media = list(opening), media_parts(options.image, options.video)
             print("(a new conversation)")
         elif said:
-            parts = [*pictures, {"type": "text", "text": said}]
-            messages.append({"role": "user", "content": parts if pictures else said})
-            pictures = []
+            parts = [*media, {"type": "text", "text": said}]
+            messages.append({"role": "user", "content": parts if media else said})
+            media = []
             messages.append({"role": "assistant", "content": _say(model, messages)})
 
 

@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO
 
 import phloem
-from phloem.cli._options import parse, picture_part
+from phloem.cli._options import media_parts, parse
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest, PhloemError
 
@@ -34,6 +34,7 @@ class Options:
     input: str | None = opt(None, "File of prompts; '-' is standard input.")
     output: str | None = opt(None, "File for the answers; default: standard output.")
     image: tuple[str, ...] = opt((), "Pictures that every prompt is about, before it: files or addresses.")
+    video: tuple[str, ...] = opt((), "Videos that every prompt is about, before it: files or addresses.")
     chat: bool = opt(False, "Put each prompt through the chat template as a user's message.")
     max_new_tokens: int = opt(128, "Most tokens of an answer.")
     temperature: float = opt(0.0, "0 takes the most likely token.")
@@ -44,7 +45,8 @@ class Options:
 
 def main(argv: list[str]) -> int:
     config, options = parse("run", argv, Options, skip=("server",), description=DESCRIPTION)
-    jobs = [_with_pictures(job, options.image) for job in _jobs(options)]
+    media = media_parts(options.image, options.video)
+    jobs = [_with_media(job, media) for job in _jobs(options)]
     if not jobs:
         raise BadRequest("there are no prompts: use --prompt, --input FILE, or pipe lines in")
     settings = {**config.flat(), "log_level": "warning"}
@@ -56,14 +58,14 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _with_pictures(job: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """A question about pictures is a user's message."""
-    if not names:
+def _with_media(job: dict[str, Any], media: list[dict[str, Any]]) -> dict[str, Any]:
+    """A question about pictures or videos is a user's message."""
+    if not media:
         return job
     if "text" not in job and len(job.get("messages") or []) != 1:
-        raise BadRequest("--image goes with prompts that are texts: others name their own pictures")
+        raise BadRequest("--image and --video go with prompts that are texts: others name their own")
     said = job.pop("text", None) or job.pop("messages")[0]["content"]
-    parts = [*(picture_part(name) for name in names), {"type": "text", "text": said}]
+    parts = [*media, {"type": "text", "text": said}]
     return {**job, "messages": [{"role": "user", "content": parts}]}
 
 

@@ -17,7 +17,7 @@ from phloem.engine import processors
 if TYPE_CHECKING:
     from phloem.client.info import ModelInfo
     from phloem.client.request import Item
-    from phloem.multimodal._reader import PictureReader
+    from phloem.multimodal._reader import MediaReader
     from phloem.text.tokenizer import Tokenizer
 
 THREAD_CHARACTERS = 20_000  # longer texts are tokenised off the event loop (a few milliseconds)
@@ -29,14 +29,14 @@ _INT32 = 2**31 - 1
 class Admission:
     """Pure but for the tokenizer. Every refusal is a `BadRequest` that names the field."""
 
-    def __init__(self, tokenizer: Tokenizer | None, info: ModelInfo, pictures: PictureReader | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, info: ModelInfo, pictures: MediaReader | None = None) -> None:
         self.pictures = pictures
         self.tokenizer = tokenizer
         self.info = info
         self.sessions = Sessions()
 
     async def prompts(self, items: list[Item]) -> list[Prompt]:
-        """Token ids of every item, and its pictures, checked. Long texts are tokenised in a thread."""
+        """Token ids of every item, and its media, checked. Long texts are tokenised in a thread."""
         for item in items:
             self._check_item(item)
         if any(item.pictures for item in items):
@@ -60,13 +60,13 @@ class Admission:
         except UnicodeError:
             raise BadRequest("the text holds lone surrogates: it is no valid Unicode", param="text") from None
 
-    def params(self, item: Item, prompt: list[int]) -> SamplingParams:
+    def params(self, item: Item, prompt: Prompt) -> SamplingParams:
         """The item's sampling parameters with `max_new_tokens` clipped to what the context has left."""
         params = item.sampling
-        left = self.info.context_length - len(prompt)
+        left = self.info.context_length - prompt.places
         chosen = params.processors
         if item.thinking_budget is not None:
-            chosen = {**chosen, **thinking_budget(item.thinking_budget, prompt, self.tokenizer, self.info)}
+            chosen = {**chosen, **thinking_budget(item.thinking_budget, prompt.ids, self.tokenizer, self.info)}
         wanted = left if params.max_new_tokens is None else min(params.max_new_tokens, left)
         return msgspec.structs.replace(
             params,
@@ -84,12 +84,12 @@ class Admission:
         return ids
 
     async def _seen(self, item: Item) -> Prompt:
-        """A prompt with pictures."""
+        """A prompt with pictures, videos or sounds."""
         reader, where = self.pictures, item.pictures[0].where
         if reader is None:
-            raise BadRequest("this model takes no pictures", param=where, code="not_supported")
+            raise BadRequest("this model takes texts alone", param=where, code="not_supported")
         if item.session is not None:
-            raise BadRequest("sessions take no pictures", param="session_params", code="not_supported")
+            raise BadRequest("sessions take no media", param="session_params", code="not_supported")
         made = await reader.read(item.pictures)
         if item.ids is not None:
             self._prompt(item)
@@ -97,9 +97,21 @@ class Admission:
         else:
             text = reader.with_places(item.text or "", made, where)
             ids = await asyncio.to_thread(self.encode, text, item.add_special_tokens)
-        ids, media = reader.grown(ids, made, where)
-        self._check_length(item, ids)
-        return Prompt(ids, media)
+        prompt = Prompt(*reader.grown(ids, made, where))
+        self._check_length(item, prompt.ids)
+        self._check_places(item, prompt, where)
+        return prompt
+
+    def _check_places(self, item: Item, prompt: Prompt, where: str) -> None:
+        """Seconds of a video may lead further than its tokens."""
+        context, needed = self.info.context_length, prompt.places + (item.sampling.max_new_tokens != 0)
+        if needed > context:
+            raise BadRequest(
+                f"the prompt's videos reach up to position {needed}, the context holds {context}: ask for more frames "
+                "of a second (fps), or for a shorter part",
+                param=where,
+                code="context_length_exceeded",
+            )
 
     def _prompts(self, items: list[Item]) -> list[list[int]]:
         return [self._prompt(item) for item in items]

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from phloem.client.info import ModelInfo
     from phloem.client.request import GenerateRequest, Prompt
     from phloem.client.sessions import Sessions
-    from phloem.multimodal._reader import PictureReader
+    from phloem.multimodal._reader import MediaReader
     from phloem.text.template import ChatTemplate
     from phloem.text.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ class EngineClient:
         tokenizer: Tokenizer | None,
         template: ChatTemplate | None,
         info: ModelInfo,
-        pictures: PictureReader | None = None,
+        pictures: MediaReader | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
@@ -243,7 +243,7 @@ class EngineClient:
         reader = Reader(sum(item.sampling.n for item in request.items), request.stream)
         outputs: list[Continuation] = []
         for index, (item, prompt) in enumerate(zip(request.items, prompts, strict=True)):
-            params = self.admission.params(item, prompt.ids)
+            params = self.admission.params(item, prompt)
             for choice in range(params.n):
                 output = Continuation(
                     id=item.id if params.n == 1 else f"{item.id}-{choice}",

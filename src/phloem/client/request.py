@@ -6,6 +6,8 @@ import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from phloem.core.media import reach
+
 if TYPE_CHECKING:
     from phloem.core.media import Media
     from phloem.core.request import SamplingParams
@@ -61,15 +63,20 @@ class Item:
     pooled: bool = False  # for a model that does not generate
     second: int = 0  # token at which the second text of a pair begins
     audio: bytes = b""  # float32 log-mel features, for a model that hears
-    pictures: list[Source] = field(default_factory=list)  # in the order of their places in the prompt
+    pictures: list[Source] = field(default_factory=list)  # media; of each kind in the order of their places in it
 
 
 @dataclass(slots=True)
 class Prompt:
-    """A prompt as token ids, and the pictures among them."""
+    """A prompt as token ids, and the pictures, videos and sounds among them."""
 
     ids: list[int]
     media: list[Media] = field(default_factory=list)
+
+    @property
+    def places(self) -> int:
+        """Of its context: its tokens, or where its videos are further."""
+        return reach(self.media, len(self.ids)) if self.media else len(self.ids)
 
 
 @dataclass(slots=True)

@@ -11,9 +11,10 @@ from phloem.checkpoint.families import FAMILIES, audio_of, family
 from phloem.client.client import EngineClient
 from phloem.client.info import ModelInfo, with_formats
 from phloem.core.errors import ConfigError
-from phloem.multimodal import PLACES, Facts
+from phloem.multimodal import KINDS, Facts
 from phloem.multimodal._fetch import Rules
-from phloem.multimodal._reader import PictureReader, limit_of, settings_in
+from phloem.multimodal._reader import MediaReader
+from phloem.multimodal._settings import limits_of, settings_in
 from phloem.multimodal._speech import speech_of
 from phloem.text.template import load_template
 from phloem.text.tokenizer import load_tokenizer
@@ -58,26 +59,27 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
         checkpoint.gguf.release()
     pictures = _pictures(config, checkpoint, tokenizer)
     if pictures is not None:
-        info = replace(info, features=info.features | {PLACES})
+        info = replace(info, features=info.features | {KINDS[kind] for kind in pictures.tokens})
     info = with_formats(info, template.source, model.tool_call_parser, model.reasoning_parser)
     return EngineClient(tokenizer, template, info, pictures), info, checkpoint
 
 
-def _pictures(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer) -> PictureReader | None:
-    """What reads pictures; None for a model that takes none. Raises ConfigError."""
+def _pictures(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer) -> MediaReader | None:
+    """What reads pictures, videos and sounds; None for a model that takes none. Raises ConfigError."""
     known = checkpoint.model_type in FAMILIES.names() and checkpoint.chosen.impl == "phloem"
     facts, media = family(checkpoint.model_type).vision if known else None, config.media
-    limit = limit_of(media.limit_mm_data_per_request)
-    if facts is None or checkpoint.gguf is not None or "vision_config" not in checkpoint.config:
+    limits = limits_of(media.limit_mm_data_per_request)
+    if facts is None or checkpoint.gguf is not None or not {"vision_config", "audio_config"} & set(checkpoint.config):
         return None
-    settings, more = settings_in(checkpoint.path)
+    settings, more, video = settings_in(checkpoint.path)
     root = None if media.mm_file_root is None else Path(media.mm_file_root)
     if root is not None and not root.expanduser().is_dir():
         raise ConfigError(f"mm_file_root: {root} is no directory", param="mm_file_root")
-    about = Facts(checkpoint.config, settings, tokenizer.token_text, more)
+    about = Facts(checkpoint.config, settings, tokenizer.token_text, more, video)
     rules = Rules(media.enable_mm_urls, root)
     try:
-        return PictureReader(facts["processor"], about, int(checkpoint.config[facts["token"]]), rules, limit)
+        tokens = {kind: int(checkpoint.config[facts[kind]]) for kind in KINDS if kind in facts}
+        return MediaReader(facts["processor"], about, tokens, rules, limits)
     except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
         reason = f"{type(error).__name__}: {error}"
         where = checkpoint.path / "preprocessor_config.json"

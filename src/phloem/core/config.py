@@ -216,16 +216,18 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class MediaConfig:
-    """Pictures in requests (`docs/multimodal.md`)."""
+    """Pictures, videos, sounds and documents in requests (`docs/multimodal.md`)."""
 
     limit_mm_data_per_request: str | None = opt(
-        None, 'Most pictures of a request, as JSON: {"image": 16}.', "limit_mm_per_prompt"
+        None,
+        'Most media of a request, as JSON: {"image": 16, "video": 4, "audio": 8, "page": 16}.',
+        "limit_mm_per_prompt",
     )
-    enable_mm_urls: bool = opt(False, "Fetch pictures from http and https addresses that clients name.")
+    enable_mm_urls: bool = opt(False, "Fetch media from http and https addresses that clients name.")
     mm_file_root: str | None = opt(
-        None, "Directory of files that clients may name as pictures; default: none.", "allowed_local_media_path"
+        None, "Directory of files that clients may name as media; default: none.", "allowed_local_media_path"
     )
-    mm_encoder_cache: str = opt("256MiB", "Most memory for what the model's tower made of earlier pictures.")
+    mm_encoder_cache: str = opt("256MiB", "Most memory for what the model's tower made of earlier media.")
 
 
 @dataclass(frozen=True)

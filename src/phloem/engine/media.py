@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from phloem.attention._packed import PackedMemory
-from phloem.core.media import FIRST, real_ids
+from phloem.core.media import FIRST, places, real_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -80,6 +80,7 @@ class Pictures:
 class _Seen:
     media: tuple[Media, ...]
     places: NDArray[np.int64] | None  # [3, end of the last picture]; None: places are those of the tokens
+    tokens: NDArray[np.int32]  # [end]: the placeholders as the model knows them
 
 
 class Desk:
@@ -118,13 +119,21 @@ class Desk:
         admissions = [self._admit(one) for one in batch.admissions] if batch.admissions else batch.admissions
         if not self._seen or not ((batch.input_ids >= FIRST).any() or batch.prompt_targets):
             return batch if not batch.admissions else replace(batch, admissions=admissions)
-        token = self.tower.token
         return replace(
             batch,
             admissions=admissions,
-            input_ids=real_ids(batch.input_ids, token),
-            prompt_targets={row: real_ids(ids, token) for row, ids in batch.prompt_targets.items()},
+            input_ids=real_ids(batch.input_ids, self.tower.token),  # their embeddings are never read
+            prompt_targets={row: self._targets(batch, row, ids) for row, ids in batch.prompt_targets.items()},
         )
+
+    def _targets(self, batch: Batch, row: int, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Targets of a row with its placeholders: the one behind each of its tokens."""
+        seen = self._seen.get(int(batch.slots[row]))
+        if seen is None or not len(ids):
+            return ids
+        last = len(seen.tokens) - 1
+        behind = int(batch.prefix_lens[row]) + int(batch.query_lens[row]) - len(ids) + 1 + np.arange(len(ids))
+        return np.where(ids >= FIRST, seen.tokens[np.minimum(behind, last)], ids).astype(np.int32)
 
     def _admit(self, admission: Admission) -> Admission:
         slot, media = admission.slot, admission.media
@@ -133,13 +142,19 @@ class Desk:
         if not media:
             return admission
         ordered = tuple(sorted(media, key=lambda item: item.end))
-        end, places = ordered[-1].end, None
+        end, turned = ordered[-1].end, None
         if self.tower.turns:
-            places, after = _places(ordered, self.tower)
+            turned, after = places(ordered)
             self._shift[slot] = after - end
+        tokens = np.full(end, self.tower.token, dtype=np.int32)
+        for item in ordered:
+            for start, count in item.spans:
+                tokens[start : start + count] = item.token
         self._end[slot] = end
-        self._seen[slot] = _Seen(ordered, places)
-        return replace(admission, tokens=real_ids(admission.tokens, self.tower.token))
+        self._seen[slot] = _Seen(ordered, turned, tokens)
+        known = admission.tokens
+        tokens = np.append(tokens, np.full(max(0, len(known) - end), self.tower.token, np.int32))[: len(known)]
+        return replace(admission, tokens=np.where(known >= FIRST, tokens, known).astype(np.int32))
 
     def dress(self, batch: Batch) -> tuple[Batch, Pictures | None]:
         """The batch with the places of its tokens, and what stands in for their embeddings."""
@@ -208,21 +223,3 @@ class Desk:
                 self.cache.put(item.digest, features)
             self.encoded += len(fresh)
         return found
-
-
-def _places(media: Sequence[Media], tower: Tower) -> tuple[NDArray[np.int64], int]:
-    """Time, height and width of every token up to the end of the last picture [3, end], and the next place.
-
-    A text's tokens are one after the other in all three; a picture's are a grid from where it begins, and what follows
-    begins behind the grid's longest side (Wang et al., 2024, Qwen2-VL).
-    """
-    end, at, place = media[-1].end, 0, 0
-    found = np.zeros((3, end), dtype=np.int64)
-    for item in media:
-        for (start, count), grid in zip(item.spans, tower.grids(item), strict=True):
-            found[:, at:start] = np.arange(place, place + start - at)
-            place += start - at
-            found[:, start : start + count] = np.indices(grid).reshape(3, -1) + place
-            place += max(grid)
-            at = start + count
-    return found, place

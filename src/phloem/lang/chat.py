@@ -28,6 +28,10 @@ class ChatFormat:
     image: str = "<image>"
     extra: dict[str, str] = field(default_factory=dict)
 
+    def mark(self, kind: str) -> str:
+        """What stands for a medium of this kind (`image`, `video`)."""
+        return self.image if kind == "image" else f"<{kind}>"
+
     def open(self, before: str | None, role: str) -> str:
         found = self.prefixes.get((before, role))
         return self.prefixes.get((None, role), "") if found is None else found

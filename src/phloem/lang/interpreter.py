@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from phloem.core.errors import BadRequest, PhloemError
-from phloem.lang.backends._base import Backend, Prompt, media_url
+from phloem.lang.backends._base import Backend, Prompt, media_object
 from phloem.lang.choices import token_length_normalized
 from phloem.lang.ir import (
     REASONING,
@@ -78,14 +78,14 @@ class Content:
             scopes=dict(self.scopes),
         )
 
-    def turn_content(self, mark: str) -> str | list[dict[str, Any]]:
-        """The open turn's content, in OpenAI's shape. `mark`: what stands for a medium in the text."""
+    def turn_content(self, marks: Callable[[str], str]) -> str | list[dict[str, Any]]:
+        """The open turn's content, in OpenAI's shape. `marks`: what stands for a medium of a kind in the text."""
         at, parts = self.turn_start, list[dict[str, Any]]()
         for item, place in zip(self.media[self.turn_media :], self.places[self.turn_media :], strict=True):
             if place > at:
                 parts.append({"type": "text", "text": self.text[at:place]})
-            parts.append({"type": f"{item.kind}_url", f"{item.kind}_url": {"url": media_url(item)}})
-            at = place + len(mark)
+            parts.append({"type": f"{item.kind}_url", f"{item.kind}_url": media_object(item)})
+            at = place + len(marks(item.kind))
         if not parts:
             return self.text[at:]
         if at < len(self.text):
@@ -259,7 +259,7 @@ class Executor:
         elif isinstance(item, Media):
             content.media.append(item)
             content.places.append(len(content.text))
-            self._append(self.settings.backend.format.image)
+            self._append(self.settings.backend.format.mark(item.kind))
         elif isinstance(item, Thinking):
             self._think(item)
         elif isinstance(item, ScopeBegin):
@@ -317,7 +317,7 @@ class Executor:
         content = self.content
         if content.role != role:
             raise BadRequest(f"{role!r} ends, but the open turn is {content.role!r}")
-        content.messages.append({"role": role, "content": content.turn_content(self.settings.backend.format.image)})
+        content.messages.append({"role": role, "content": content.turn_content(self.settings.backend.format.mark)})
         content.role, content.before = None, role
         self._ahead = ""
         self._append(self.settings.backend.format.close(role))

@@ -92,10 +92,6 @@ class Tower(Protocol):
     whole: bool  # the tokens of a picture see each other both ways, and are computed in one step
     hidden_size: int  # of the model
 
-    def grids(self, item: Media, /) -> list[tuple[int, int, int]]:
-        """Of each span: time, height and width, where tokens have places."""
-        ...
-
     def encode(self, items: Sequence[Media], pack: Pack, /) -> list[Tensor]:
         """[tokens, hidden_size] of each picture, or a multiple of it: see `ForwardBatch.deep`."""
         ...

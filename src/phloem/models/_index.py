@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -175,6 +176,7 @@ class WeightIndex:
         Raises:
             ModelLoadError: naming the tensors that are missing or have another shape, before any is read.
         """
+        self._turn(sources)
         self.join(sources)
         self.check(sources, where)
         self._stage(sources)
@@ -189,6 +191,20 @@ class WeightIndex:
                 if progress is not None:
                     progress("weights", done / total)
         self._settle_biases()
+
+    def _turn(self, sources: dict[str, Source]) -> None:
+        """Stacked experts that lie the other way round than their family usually stores them are read so."""
+        stacked = [
+            name
+            for name, places in self.slots.items()
+            if (part := places[0][0].part(places[0][1])) is not None and part.experts and part.transposed
+        ]
+        shapes = [(tuple(sources[name].shape), self.stored_shape(name)) for name in stacked if name in sources]
+        odd = [(found, usual) for found, usual in shapes if usual[1] != usual[2]]
+        if not odd or any(found != (usual[0], usual[2], usual[1]) for found, usual in odd):
+            return
+        for weight in {id(weight): weight for name in stacked for weight, _ in self.slots[name]}.values():
+            weight.parts = tuple(None if part is None else replace(part, transposed=False) for part in weight.parts)
 
     def join(self, sources: dict[str, Source]) -> None:
         """Matrices that lie in several tensors become one source each; plain ones stay: what the file holds decides."""

@@ -60,14 +60,15 @@ class QwenTower(VisionTower):
         self.up = Linear(merger.child("mlp"), wide, {"0": wide}, bias=True)
         self.down = Linear(merger.child("mlp"), wide, {"2": sizes.out_size}, bias=True)
 
-    def grids(self, item: Media) -> list[tuple[int, int, int]]:
+    def grid(self, item: Media) -> tuple[int, int, int]:
+        """Steps in time, rows and columns of merged patches."""
         block = self.sizes.patch * self.sizes.merge
         frames = -(-item.shape[0] // self.sizes.frames)
-        return [(frames, item.shape[1] // block, item.shape[2] // block)]
+        return frames, item.shape[1] // block, item.shape[2] // block
 
     def encode(self, items: Sequence[Media], pack: Pack) -> list[Tensor]:
         sizes, unit = self.sizes, self.sizes.merge**2
-        grids = [self.grids(item)[0] for item in items]
+        grids = [self.grid(item) for item in items]
         x_TN = self.embed(self.cast(torch.cat([self._patches(item) for item in items])))[0]
         turned = torch.cat([self._places(grid) for grid in grids])
         lengths = [h * w * unit for t, h, w in grids for _ in range(t)]

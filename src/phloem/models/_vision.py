@@ -117,10 +117,6 @@ class VisionTower(Layer):
         self.token, self.hidden_size = token, hidden_size
         self.like: torch.dtype | None = None
 
-    def grids(self, item: Media) -> list[tuple[int, int, int]]:
-        """Of each span: time, height and width, where tokens have places."""
-        return [(1, 1, count) for _, count in item.spans]
-
     def encode(self, items: Sequence[Media], pack: Pack) -> list[Tensor]:
         """[tokens, M] of each picture, or [tokens, k M]: further parts are added behind the model's first layers."""
         raise NotImplementedError

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from phloem.layers.context import BuildContext
 
-VISION = {"processor": "gemma3", "token": "image_token_id"}
+VISION = {"processor": "gemma3", "image": "image_token_id"}
 SPELLING = {"image_token_id": "image_token_index", "boi_token_id": "boi_token_index", "eoi_token_id": "eoi_token_index"}
 TINY = {
     "num_hidden_layers": 7,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
     from phloem.models._common import Decoder
 
-VISION = {"processor": "llava", "token": "image_token_id"}
+VISION = {"processor": "llava", "image": "image_token_id"}
 SPELLING = {"image_token_id": "image_token_index"}
 # Of Llama, whose sizes published files leave out where they are these.
 DEFAULTS = {

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
     from phloem.models._common import Decoder
 
-VISION = {"processor": "pixtral", "token": "image_token_id"}
+VISION = {"processor": "pixtral", "image": "image_token_id"}
 SPELLING = {"image_token_id": "image_token_index"}
 DEFAULTS = {"image_token_id": 10, "spatial_merge_size": 2}
 TINY = {

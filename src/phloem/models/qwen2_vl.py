@@ -12,8 +12,8 @@ from phloem.models.qwen2 import windows
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
-VISION = {"processor": "qwen_vl", "token": "image_token_id"}
-DEFAULTS = {"image_token_id": 151655}
+VISION = {"processor": "qwen_vl", "image": "image_token_id", "video": "video_token_id"}
+DEFAULTS = {"image_token_id": 151655, "video_token_id": 151656}
 TINY = {
     "head_dim": None,
     "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext, Pack
     from phloem.models._common import Decoder
 
-VISION = {"processor": "qwen_vl", "token": "image_token_id"}
-DEFAULTS = {"image_token_id": 151655}
+VISION = {"processor": "qwen_vl", "image": "image_token_id", "video": "video_token_id"}
+DEFAULTS = {"image_token_id": 151655, "video_token_id": 151656}
 TINY = {
     "num_hidden_layers": 4,
     "rope_parameters": {
@@ -75,7 +75,7 @@ class DeepTower(QwenTower):
 
     def encode(self, items: Sequence[Media], pack: Pack) -> list[Tensor]:
         unit = self.sizes.merge**2
-        grids = [self.grids(item)[0] for item in items]
+        grids = [self.grid(item) for item in items]
         places = torch.cat([self._places(grid) for grid in grids])
         x_TN = self.embed(self.cast(torch.cat([self._patches(item) for item in items])))[0]
         learned = [self._learned(grid, self._places(grid)) for grid in grids]
@@ -104,7 +104,7 @@ class DeepTower(QwenTower):
         return (1 - share[0]) * upper + share[0] * lower
 
 
-def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+def deep_tower(config: dict[str, Any], ctx: BuildContext) -> DeepTower:
     vision = config.get("vision_config") or {}
     size, inner = vision.get("hidden_size", 1152), vision.get("intermediate_size", 4304)
     act = vision.get("hidden_act", "gelu_pytorch_tanh")
@@ -118,6 +118,9 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
         bias=True,
     )
     deep = vision.get("deepstack_visual_indexes", (8, 16, 24))
-    tower = DeepTower(ctx, config["image_token_id"], sizes, vision.get("num_position_embeddings", 2304), deep)
+    return DeepTower(ctx, config["image_token_id"], sizes, vision.get("num_position_embeddings", 2304), deep)
+
+
+def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
     layers = (usual_layer(config, qk_norm="head"),) * config["num_hidden_layers"]
-    return SeeingDecoder(ctx, usual(config, layers=layers), max_positions, tower, RENAMES)
+    return SeeingDecoder(ctx, usual(config, layers=layers), max_positions, deep_tower(config, ctx), RENAMES)

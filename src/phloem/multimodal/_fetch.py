@@ -1,4 +1,5 @@
-"""The bytes of a picture from where a client says it is: in the request, at an address, in a file.
+"""The bytes of a picture, video, sound or document from where a client says it is: in the request, at an address, in a
+file.
 
 Addresses are fetched only where that is switched on, and never inside the own network: a name is resolved once, every
 address it has must be globally routable, and that very address is dialled, so that a second look-up can give no other.
@@ -69,7 +70,7 @@ def fetch(source: str, where: str, rules: Rules) -> bytes:
         return _data(source, where)
     if is_address(source):
         if not rules.urls:
-            _refuse(where, "addresses are not fetched here (--enable-mm-urls); send the picture as a data URI")
+            _refuse(where, "addresses are not fetched here (--enable-mm-urls); send a data URI")
         return _over_http(source, where, rules)
     if kind.startswith("file://") or source.startswith(("/", "./", "~")):
         return _file(source, where, rules)
@@ -158,7 +159,7 @@ def _once(url: str, where: str, rules: Rules, deadline: float) -> bytes | str:
             connection = http.client.HTTPConnection(host, port)
             connection.sock = cast("Any", _Timed(sock, deadline))
             target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=_AS_IS)
-            connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "phloem"})
+            connection.request("GET", target, headers={"Accept": "*/*", "User-Agent": "phloem"})
             answer = connection.getresponse()
             if answer.status in (301, 302, 303, 307, 308):
                 return answer.headers.get("Location") or ""

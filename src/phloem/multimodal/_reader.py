@@ -1,8 +1,8 @@
-"""Reads the pictures of requests in a few threads, and puts them into prompts.
+"""Reads the pictures, videos, documents and sounds of requests in a few threads, and puts them into prompts.
 
-Fetching, decoding and resizing never run on the event loop, and only so many at a time; Pillow and numpy let go of the
-interpreter while they work. What was made of a file is kept for a while by its bytes: the turns of a conversation bring
-the same pictures again and again.
+Fetching, decoding and resizing never run on the event loop, and only so many at a time; the decoders and numpy let go
+of the interpreter while they work. Each kind has threads of its own: pictures wait for no video. What was made of a
+file is kept for a while by its bytes: the turns of a conversation bring the same pictures again and again.
 """
 
 from __future__ import annotations
@@ -13,212 +13,190 @@ import json
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import astuple, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from phloem.core.errors import BadRequest, ConfigError
-from phloem.core.media import Media
-from phloem.multimodal import PROCESSORS, Facts
+from phloem.core.errors import BadRequest
+from phloem.multimodal import PROCESSORS, Facts, _audio, _pages, _pixels, _video
 from phloem.multimodal._fetch import Rules, as_base64, fetch, is_address
-from phloem.multimodal._pixels import available, decode
+from phloem.multimodal._places import NAMES, Made, grown, with_ids, with_places
+from phloem.multimodal._settings import MOST
+from phloem.multimodal._video import Video, Wanted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Mapping, Sequence
 
+    from phloem.core.media import Media
     from phloem.multimodal import Picture, Processor
 
-THREADS, DIALLING = 4, 8
+THREADS = {"image": 4, "video": 2, "audio": 2, "document": 1}  # PDFium is not thread-safe
+DIALLING = 8
 KEPT_BYTES = 256 << 20  # of pixels
-MOST_PICTURES = 16  # of a request, where nobody says otherwise
+MOST_SOUND_SECONDS = 600.0
+_NEEDS = {
+    "image": (_pixels.available, "pictures need Pillow: pip install phloem[vision]"),
+    "video": (_video.available, "videos need PyAV: pip install phloem[media]"),
+    "document": (_pages.available, "documents need pypdfium2: pip install phloem[media]"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A picture as a client names it. `where`: the field, for errors; `data`: the file itself, where it is here.
+    """A picture, video, document or sound as a client names it.
 
-    `plain`: the text is base64, whatever it looks like.
+    `where`: the field, for errors; `data`: the file itself, where it is here; `plain`: the text is base64, whatever it
+    looks like.
     """
 
     text: str
     where: str
     data: bytes | None = None
     plain: bool = False
+    kind: str = "image"  # or "video", "audio", "document"
+    wanted: Wanted = Wanted()  # of a video
+
+    @property
+    def shown(self) -> str:
+        """The kind that it has in a prompt."""
+        return "image" if self.kind == "document" else self.kind
 
 
-class PictureReader:
+class MediaReader:
     """One model's.
 
     Args:
-        name: the processor's file.
-        facts: what it is made of.
-        token: the placeholder's id.
-        limit: most pictures of a request.
+        name: the processors' file.
+        facts: what they are made of.
+        tokens: the placeholders' ids by kind: those that the model takes.
+        limits: the most of each kind in a request.
     """
 
-    def __init__(self, name: str, facts: Facts, token: int, rules: Rules, limit: int = MOST_PICTURES) -> None:
-        self.processor: Processor = PROCESSORS.get(name)(facts)
-        self.token, self.rules, self.limit = token, rules, limit
+    def __init__(
+        self, name: str, facts: Facts, tokens: Mapping[str, int], rules: Rules, limits: Mapping[str, int] = MOST
+    ) -> None:
+        made = PROCESSORS.get(name)(facts)
+        self.processors: dict[str, Processor] = {kind: made[kind] for kind in tokens}
+        self.tokens, self.rules, self.limits = dict(tokens), rules, limits
         self._name = name
-        self._pool: ThreadPoolExecutor | None = None
-        self._dialling: ThreadPoolExecutor | None = None  # apart: slow servers keep no picture that is here waiting
-        self._kept: OrderedDict[bytes, tuple[Picture, bytes]] = OrderedDict()
+        self._pools: dict[str, ThreadPoolExecutor] = {}
+        self._kept: OrderedDict[bytes, Made] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
-    async def read(self, sources: Sequence[Source]) -> list[tuple[Picture, bytes]]:
-        """What the processor makes of each, with its digest.
+    async def read(self, sources: Sequence[Source]) -> list[Made]:
+        """What the processors make of each.
 
         Raises:
             BadRequest: there are too many, or one cannot be had, read or taken.
         """
-        if len(sources) > self.limit:
-            raise BadRequest(
-                f"{len(sources)} pictures, {self.limit} are the most (--limit-mm-data-per-request)",
-                param=sources[self.limit].where,
-                code="too_many_images",
-            )
-        if sources and not available():
-            raise BadRequest(
-                "pictures need Pillow: pip install phloem[vision]", param=sources[0].where, code="not_supported"
-            )
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(THREADS, "phloem-pictures")
-            self._dialling = ThreadPoolExecutor(DIALLING, "phloem-addresses")
-        return list(await asyncio.gather(*(self._read(item) for item in sources)))
+        for kind, what in (*NAMES.items(), ("document", "documents")):
+            own = [item for item in sources if item.kind == kind]
+            limit = self.limits["page" if kind == "document" else kind]
+            if len(own) > limit:
+                raise self._too_many(len(own), what, limit, own[limit])
+            if own and own[0].shown not in self.processors:
+                raise BadRequest(f"this model takes no {what}", param=own[0].where, code="not_supported")
+            available, needed = _NEEDS.get(kind, (None, ""))
+            if own and available is not None and not available():
+                raise BadRequest(needed, param=own[0].where, code="not_supported")
+        made = list(await asyncio.gather(*(self._read(item) for item in sources)))
+        count, limit = sum(len(one.parts) for one in made if one.kind == "image"), self.limits["image"]
+        documents = [item for item in sources if item.kind == "document"]
+        if documents and count > limit:
+            raise self._too_many(count, "pictures and pages", limit, documents[-1])
+        return made
 
-    async def _read(self, source: Source) -> tuple[Picture, bytes]:
+    @staticmethod
+    def _too_many(count: int, what: str, limit: int, source: Source) -> BadRequest:
+        reason = f"{count} {what}, {limit} are the most (--limit-mm-data-per-request)"
+        return BadRequest(reason, param=source.where, code=f"too_many_{source.kind}s")
+
+    def _pool(self, name: str, threads: int) -> ThreadPoolExecutor:
+        if name not in self._pools:
+            self._pools[name] = ThreadPoolExecutor(threads, f"phloem-{name}")
+        return self._pools[name]
+
+    async def _read(self, source: Source) -> Made:
         loop = asyncio.get_running_loop()
         if self.rules.urls and source.data is None and not source.plain and is_address(source.text):
-            data = await loop.run_in_executor(self._dialling, fetch, source.text, source.where, self.rules)
+            # Apart: slow servers keep nothing waiting that is here.
+            pool = self._pool("addresses", DIALLING)
+            data = await loop.run_in_executor(pool, fetch, source.text, source.where, self.rules)
             source = replace(source, data=data)
-        return await loop.run_in_executor(self._pool, self._one, source)
+        return await loop.run_in_executor(self._pool(source.kind, THREADS[source.kind]), self._one, source)
 
-    def _one(self, source: Source) -> tuple[Picture, bytes]:
-        data = source.data
-        if data is None and source.plain:
-            data = as_base64(source.text, source.where)
-        elif data is None:
-            data = fetch(source.text, source.where, self.rules)
-        key = hashlib.sha256(data).digest()
+    def _data(self, source: Source) -> bytes:
+        if source.data is not None:
+            return source.data
+        try:
+            if source.plain:
+                return as_base64(source.text, source.where)
+            return fetch(source.text, source.where, self.rules)
+        except BadRequest as error:
+            error.code = (error.code or "bad_image").replace("image", source.kind)
+            raise
+
+    def _one(self, source: Source) -> Made:
+        data = self._data(source)
+        about = json.dumps([source.kind, *astuple(source.wanted)]).encode()
+        key = hashlib.sha256(about + hashlib.sha256(data).digest()).digest()
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
         try:
-            picture = self.processor.make(decode(data, source.where))
+            pictures = self._pictures(source, data)
         except ValueError as error:
-            raise BadRequest(f"{source.where}: {error}", param=source.where, code="bad_image") from None
-        made = picture, self._digest(picture)
+            code = f"bad_{source.kind}"
+            raise BadRequest(f"{source.where}: {error}", param=source.where, code=code) from None
+        made = Made(source.shown, [(picture, self._digest(picture)) for picture in pictures])
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = made
-                self._bytes += picture.pixels.nbytes
+                self._bytes += _bytes(made)
             while self._bytes > KEPT_BYTES and len(self._kept) > 1:
-                self._bytes -= self._kept.popitem(last=False)[1][0].pixels.nbytes
+                self._bytes -= _bytes(self._kept.popitem(last=False)[1])
         return made
+
+    def _pictures(self, source: Source, data: bytes) -> list[Picture]:
+        make, where = self.processors[source.shown].make, source.where
+        if source.kind == "document":
+            return [make(page) for page in _pages.pages(data, where, self.limits["page"])]
+        if source.kind == "video":
+            return [make(Video(data, where, source.wanted))]
+        if source.kind == "audio":
+            return [make(_audio.decode(data, MOST_SOUND_SECONDS, where))]
+        return [make(_pixels.decode(data, where))]
 
     def _digest(self, picture: Picture) -> bytes:
         """Of all that the tower's answer depends on."""
-        about = [self._name, picture.pixels.shape, picture.scale, picture.runs, picture.extra]
+        about: list[Any] = [self._name, picture.pixels.shape, picture.scale, picture.runs, picture.extra]
+        if picture.times or len(picture.grids) > 1:
+            about += [picture.grids, picture.times]
         return hashlib.sha256(json.dumps(about).encode() + np.ascontiguousarray(picture.pixels).tobytes()).digest()
 
     def close(self) -> None:
-        for pool in (self._pool, self._dialling):
-            if pool is not None:
-                pool.shutdown(wait=False, cancel_futures=True)
+        for pool in self._pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
 
     # into prompts
 
-    def with_places(self, text: str, made: Sequence[tuple[Picture, bytes]], where: str) -> str:
-        """The prompt with what stands for its pictures where their marks are. Raises BadRequest: other numbers."""
-        mark, usual = self.processor.mark, "<image>"
-        if made and mark not in text and text.count(usual) == len(made):
-            text = text.replace(usual, self.processor.inline)  # what programs write that know no model
-        parts = text.split(mark)
-        self._check(len(parts) - 1, len(made), where)
-        return parts[0] + "".join(picture.text + part for (picture, _), part in zip(made, parts[1:], strict=True))
+    def with_places(self, text: str, made: Sequence[Made], where: str) -> str:
+        """The prompt with what stands for its media where their marks are. Raises BadRequest: other numbers."""
+        return with_places(text, made, self.processors, where)
 
     def with_ids(
-        self, ids: Sequence[int], made: Sequence[tuple[Picture, bytes]], encode: Callable[[str], list[int]], where: str
+        self, ids: Sequence[int], made: Sequence[Made], encode: Callable[[str], list[int]], where: str
     ) -> list[int]:
         """As `with_places`, of a prompt of token ids."""
-        mark = encode(self.processor.mark)
-        if len(mark) != 1:
-            raise BadRequest("input_ids: this model's mark of a picture is no token: send text", param="input_ids")
-        self._check(sum(1 for token in ids if token == mark[0]), len(made), where)
-        rest, found = iter(made), list[int]()
-        for token in ids:
-            found += encode(next(rest)[0].text) if token == mark[0] else [token]
-        return found
+        return with_ids(ids, made, self.processors, encode, where)
 
-    def _check(self, places: int, pictures: int, where: str) -> None:
-        if places != pictures:
-            mark = self.processor.mark
-            raise BadRequest(
-                f"the prompt has {places} places for pictures ({mark}), the request {pictures} pictures", param=where
-            )
-
-    def grown(self, ids: list[int], made: Sequence[tuple[Picture, bytes]], where: str) -> tuple[list[int], list[Media]]:
-        """The prompt with as many placeholders as its pictures take, and what the engine is told of them."""
-        places = [at for at, token in enumerate(ids) if token == self.token]
-        if len(places) != sum(len(picture.runs) for picture, _ in made):
-            raise BadRequest("the prompt has placeholders of pictures that are none", param=where)
-        found: list[int] = []
-        media: list[Media] = []
-        before, rest = 0, iter(places)
-        for picture, digest in made:
-            spans: list[tuple[int, int]] = []
-            for count in picture.runs:
-                at = next(rest)
-                found += ids[before:at]
-                spans.append((len(found), count))
-                found += [self.token] * count
-                before = at + 1
-            pixels = np.ascontiguousarray(picture.pixels)
-            shape = cast("tuple[int, int, int, int]", tuple(pixels.shape))
-            media.append(
-                Media(
-                    digest=digest,
-                    token=self.token,
-                    spans=spans,
-                    pixels=pixels.tobytes(),
-                    shape=shape,
-                    scale=list(picture.scale),
-                    extra=list(picture.extra),
-                )
-            )
-        return found + ids[before:], media
+    def grown(self, ids: list[int], made: Sequence[Made], where: str) -> tuple[list[int], list[Media]]:
+        """The prompt with as many placeholders as its media take, and what the engine is told of them."""
+        return grown(ids, made, self.tokens, where)
 
 
-def limit_of(given: str | None) -> int:
-    """Most pictures of a request, of `limit_mm_data_per_request`. Raises ConfigError."""
-    if not given:
-        return MOST_PICTURES
-    try:
-        found: Any = json.loads(given)
-        limit = found.get("image", MOST_PICTURES)
-    except (ValueError, AttributeError):
-        limit = None
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
-        raise ConfigError(
-            f'limit_mm_data_per_request: {given!r:.100} is not like {{"image": 4}}', param="limit_mm_data_per_request"
-        )
-    return limit
-
-
-def settings_in(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """preprocessor_config.json and processor_config.json of a checkpoint, empty where there is none."""
-    found: list[dict[str, Any]] = []
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        path = folder / name
-        try:
-            value = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: not readable as JSON: {error}") from None
-        found.append(value if isinstance(value, dict) else {})
-    inner = found[1].get("image_processor")
-    # Newer files keep all processors in one.
-    return found[0] or (cast("dict[str, Any]", inner) if isinstance(inner, dict) else {}), found[1]
+def _bytes(made: Made) -> int:
+    return sum(picture.pixels.nbytes for picture, _ in made.parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from phloem.multimodal import Facts, Picture
+from phloem.multimodal import Facts, Picture, Processor
 from phloem.multimodal._pixels import HALF, as_array, resized, scale_of
 
 BILINEAR = 2
@@ -29,5 +29,5 @@ class SquarePictures:
         return Picture(pixels, self.scale, self.text, (self.tokens,))
 
 
-def build(facts: Facts) -> SquarePictures:
-    return SquarePictures(facts)
+def build(facts: Facts) -> dict[str, Processor]:
+    return {"image": SquarePictures(facts)}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from phloem.multimodal import Facts, Picture
+from phloem.multimodal import Facts, Picture, Processor
 from phloem.multimodal._pixels import HALF, as_array, resized, scale_of
 
 LANCZOS = 1
@@ -83,5 +83,5 @@ class TiledPictures:
         return whole(int(height * ratio)), height
 
 
-def build(facts: Facts) -> TiledPictures:
-    return TiledPictures(facts)
+def build(facts: Facts) -> dict[str, Processor]:
+    return {"image": TiledPictures(facts)}

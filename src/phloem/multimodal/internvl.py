@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from phloem.multimodal import Facts, Picture
+from phloem.multimodal import Facts, Picture, Processor
 from phloem.multimodal._pixels import CLIP_MEAN, CLIP_STD, as_array, resized, scale_of
 
 
@@ -48,5 +48,5 @@ class GridPictures:
         return best
 
 
-def build(facts: Facts) -> GridPictures:
-    return GridPictures(facts)
+def build(facts: Facts) -> dict[str, Processor]:
+    return {"image": GridPictures(facts)}

@@ -36,6 +36,7 @@ class SquarePictures:
         return Picture(as_array(image)[None], self.scale, self.mark, (self.tokens,))
 
 
-def build(facts: Facts) -> Processor:
+def build(facts: Facts) -> dict[str, Processor]:
     vision: dict[str, Any] = facts.config.get("vision_config") or {}
-    return PixtralPictures(facts) if vision.get("model_type") == "pixtral" else SquarePictures(facts)
+    kind = PixtralPictures if vision.get("model_type") == "pixtral" else SquarePictures
+    return {"image": kind(facts)}

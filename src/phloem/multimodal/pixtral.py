@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from phloem.multimodal import Facts, Picture
+from phloem.multimodal import Facts, Picture, Processor
 from phloem.multimodal._pixels import CLIP_MEAN, CLIP_STD, as_array, resized, scale_of
 
 
@@ -31,5 +31,5 @@ class PixtralPictures:
         return Picture(pixels, self.scale, text, (columns,) * rows)
 
 
-def build(facts: Facts) -> PixtralPictures:
-    return PixtralPictures(facts)
+def build(facts: Facts) -> dict[str, Processor]:
+    return {"image": PixtralPictures(facts)}

@@ -1,23 +1,40 @@
-"""Pictures in request bodies: what a client may write where one belongs."""
+"""Pictures, videos, documents and sounds in request bodies: what a client may write where one belongs."""
 
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from phloem.core.errors import BadRequest
+from phloem.multimodal._places import NAMES
 from phloem.multimodal._reader import Source
+from phloem.multimodal._video import MOST_FRAMES, Wanted
 
 if TYPE_CHECKING:
-    from phloem.multimodal._reader import PictureReader
+    from phloem.multimodal._reader import MediaReader
     from phloem.text.template import ChatTemplate
 
-PICTURES = ("image_url", "image", "input_image")  # types of parts of a message
+# Types of parts of a message, and what they are.
+MEDIA = {
+    "image_url": "image",
+    "image": "image",
+    "input_image": "image",
+    "video_url": "video",
+    "video": "video",
+    "audio_url": "audio",
+    "audio": "audio",
+    "input_audio": "audio",
+    "file": "document",
+    "input_file": "document",
+    "document": "document",
+}
+_MOST_FPS = 120.0
 
 
-def source_of(value: Any, where: str) -> Source:
-    """One picture: an address, a data URI, base64, a path; the same as `url` of an object; or, from Python, its bytes
-    or a Pillow image.
+def source_of(value: Any, where: str, kind: str = "image") -> Source:
+    """One picture, video or sound: an address, a data URI, base64, a path; the same as `url` of an object; or, from
+    Python, its bytes or a Pillow image. An object of a video may say `num_frames` or `fps`.
 
     Raises:
         BadRequest: it is none of these.
@@ -26,14 +43,15 @@ def source_of(value: Any, where: str) -> Source:
         return value
     if isinstance(value, dict):
         found = cast("dict[str, Any]", value)
-        inner = found.get("url") or found.get("image_url") or found.get("image") or found.get("data")
+        inner = next((found[name] for name in ("url", f"{kind}_url", kind, "data", "path") if found.get(name)), None)
         if inner is not None and not isinstance(inner, dict):
-            return source_of(inner, f"{where}.url" if found.get("url") else where)
+            source = source_of(inner, f"{where}.url" if found.get("url") else where, kind)
+            return replace(source, wanted=_wanted(found, where)) if kind == "video" else source
     if isinstance(value, str) and value:
-        return Source(value, where)
+        return Source(value, where, kind=kind)
     if isinstance(value, bytes | bytearray | memoryview):
-        return Source("", where, bytes(value))
-    if type(value).__module__.startswith("PIL."):
+        return Source("", where, bytes(value), kind=kind)
+    if kind == "image" and type(value).__module__.startswith("PIL."):
         value = cast("Any", value)
         buffer = io.BytesIO()
         value.save(buffer, "PNG")
@@ -41,74 +59,111 @@ def source_of(value: Any, where: str) -> Source:
     raise BadRequest(f"{where}: expected an address, a data URI or base64", param=where)
 
 
-def several(value: Any, where: str) -> list[Source]:
-    """None, one picture or a list of them."""
+def _wanted(video: dict[str, Any], where: str) -> Wanted:
+    frames, fps = video.get("num_frames"), video.get("fps")
+    if frames is not None and (
+        not isinstance(frames, int) or isinstance(frames, bool) or not 1 <= frames <= MOST_FRAMES
+    ):
+        message = f"{where}.num_frames must be a number from 1 to {MOST_FRAMES}"
+        raise BadRequest(message, param=f"{where}.num_frames")
+    if fps is not None and (not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps <= _MOST_FPS):
+        raise BadRequest(f"{where}.fps must be a number above 0, at most {_MOST_FPS:g}", param=f"{where}.fps")
+    if frames is not None and fps is not None:
+        raise BadRequest(f"{where}: num_frames and fps exclude each other", param=f"{where}.fps")
+    return Wanted(frames, None if fps is None else float(fps))
+
+
+def several(value: Any, where: str, kind: str = "image") -> list[Source]:
+    """None, one picture, video or sound, or a list of them."""
     if value is None or (isinstance(value, str) and not value):
         return []
     if isinstance(value, list | tuple):
         items = cast("list[Any]", list(value))
-        return [source_of(item, f"{where}[{number}]") for number, item in enumerate(items)]
-    return [source_of(value, where)]
+        return [source_of(item, f"{where}[{number}]", kind) for number, item in enumerate(items)]
+    return [source_of(value, where, kind)]
 
 
-def of_prompts(value: Any, where: str, count: int, batch: bool) -> list[list[Source]]:
-    """`image_data` of `/generate`: one picture or a list; of several prompts a list with an entry for each.
+def of_prompts(value: Any, where: str, count: int, batch: bool, kind: str = "image") -> list[list[Source]]:
+    """`image_data` and the like of `/generate`: one or a list; of several prompts a list with an entry for each.
 
     Raises:
         BadRequest: there are not as many entries as prompts.
     """
     if not batch:
-        return [several(value, where)]
+        return [several(value, where, kind)]
     if value is None or value in ("", []):
         return [[] for _ in range(count)]
     if not isinstance(value, list | tuple):
-        return [several(value, where) for _ in range(count)]
+        return [several(value, where, kind) for _ in range(count)]
     items = cast("list[Any]", list(value))
     if len(items) != count:
         raise BadRequest(f"{where} has {len(items)} entries for {count} prompts", param=where)
-    return [several(item, f"{where}[{number}]") for number, item in enumerate(items)]
+    return [several(item, f"{where}[{number}]", kind) for number, item in enumerate(items)]
 
 
-def block_source(block: dict[str, Any], where: str) -> Source:
-    """The picture of one of Anthropic's image blocks. Raises BadRequest."""
+def block_source(block: dict[str, Any], where: str, kind: str = "image") -> Source:
+    """The picture or PDF of one of Anthropic's blocks. Raises BadRequest."""
     source: Any = block.get("source")
     found = cast("dict[str, Any]", source) if isinstance(source, dict) else {}
-    kind = found.get("type")
-    if kind == "base64" and isinstance(found.get("data"), str):
-        return Source(found["data"], f"{where}.source.data", plain=True)
-    if kind == "url" and isinstance(found.get("url"), str):
-        return Source(found["url"], f"{where}.source.url")
+    if found.get("type") == "base64" and isinstance(found.get("data"), str):
+        return Source(found["data"], f"{where}.source.data", plain=True, kind=kind)
+    if found.get("type") == "url" and isinstance(found.get("url"), str):
+        return Source(found["url"], f"{where}.source.url", kind=kind)
     raise BadRequest(f"{where}.source: expected base64 with data, or url with an url", param=f"{where}.source")
 
 
+def file_source(file: Any, where: str) -> Source:
+    """The PDF of OpenAI's `file` and `input_file`: `file_data` (data URI, base64) or `file_url`. Raises BadRequest."""
+    found = cast("dict[str, Any]", file) if isinstance(file, dict) else {}
+    for name in ("file_data", "file_url"):
+        if isinstance(found.get(name), str) and found[name]:
+            return Source(found[name], f"{where}.{name}", kind="document")
+    if found.get("file_id") is not None:
+        message = f"{where}.file_id: files are not kept here; send file_data"
+        raise BadRequest(message, param=f"{where}.file_id", code="not_supported")
+    raise BadRequest(f"{where}: expected file_data", param=where)
+
+
 def seen(
-    messages: list[dict[str, Any]], reader: PictureReader | None, template: ChatTemplate | None
+    messages: list[dict[str, Any]], reader: MediaReader | None, template: ChatTemplate | None
 ) -> tuple[list[dict[str, Any]], list[Source]]:
-    """A conversation with places for its pictures as the template writes them, and the pictures in order.
+    """A conversation with places for its media as the template writes them, and the media in order.
 
     Raises:
-        BadRequest: the model takes none, or a part is neither text nor a picture.
+        BadRequest: the model takes none, or a part is neither text nor a medium.
     """
-    pictures: list[Source] = []
+    media: list[Source] = []
     found: list[dict[str, Any]] = []
     for at, message in enumerate(messages):
         content: Any = message.get("content")
-        if not isinstance(content, list) or all(_kind(part) not in PICTURES for part in cast("list[Any]", content)):
+        if not isinstance(content, list) or all(_kind(part) not in MEDIA for part in cast("list[Any]", content)):
             found.append(message)
             continue
         parts = [
             _part(part, f"messages[{at}].content[{number}]") for number, part in enumerate(cast("list[Any]", content))
         ]
         own = [part for part in parts if isinstance(part, Source)]
-        if reader is None:
-            raise BadRequest("this model takes no pictures", param=own[0].where, code="not_supported")
-        pictures += own
-        shown: Any = [{"type": "image"} if isinstance(part, Source) else part for part in parts]
-        if template is None or not template.shows_pictures:
-            inline = reader.processor.inline
-            shown = "\n".join(inline if isinstance(part, Source) else part["text"] for part in parts)
-        found.append({**message, "content": shown})
-    return found, pictures
+        for one in own:
+            if reader is None or one.shown not in reader.processors:
+                what = NAMES[one.shown] if one.kind != "document" else "documents"
+                raise BadRequest(f"this model takes no {what}", param=one.where, code="not_supported")
+        assert reader is not None
+        media += own
+        found.append({**message, "content": _shown(parts, reader, template)})
+    return found, media
+
+
+def _shown(parts: list[dict[str, Any] | Source], reader: MediaReader, template: ChatTemplate | None) -> Any:
+    """Parts as the template takes them; what it does not know as what usually stands for it."""
+    kinds = {part.shown for part in parts if isinstance(part, Source)}
+    known = {kind for kind in kinds if template is not None and template.shows(kind)}
+    texts = [reader.processors[part.shown].inline if isinstance(part, Source) else part["text"] for part in parts]
+    if not known:
+        return "\n".join(texts)
+    return [
+        {"type": part.shown} if isinstance(part, Source) and part.shown in known else {"type": "text", "text": text}
+        for part, text in zip(parts, texts, strict=True)
+    ]
 
 
 def _kind(part: Any) -> Any:
@@ -121,9 +176,20 @@ def _part(part: Any, where: str) -> dict[str, Any] | Source:
         if not isinstance(part.get("text"), str):
             raise BadRequest(f"{where}: text is missing", param=where)
         return {"type": "text", "text": part["text"]}
-    if kind not in PICTURES:
+    if kind not in MEDIA:
         raise BadRequest(f"not supported yet: {where} of type {kind!r:.100}", param=where, code="not_supported")
-    name = "image_url" if part.get("image_url") is not None else "image"
-    if part.get(name) is None:
+    what = MEDIA[kind]
+    if what == "document":
+        given = part.get("file") if part.get("file") is not None else part.get("document")
+        if isinstance(given, Source):
+            return given
+        return file_source(given if given is not None else part, f"{where}.file" if given is not None else where)
+    name = next((name for name in (f"{what}_url", what, kind) if part.get(name) is not None), "")
+    if not name:
         raise BadRequest(f"{where}: {kind} is missing", param=where)
-    return source_of(part[name], f"{where}.{name}")
+    if kind == "input_audio" and isinstance(part[name], dict):
+        data: Any = cast("dict[str, Any]", part[name]).get("data")
+        if not isinstance(data, str) or not data:
+            raise BadRequest(f"{where}.{name}.data is missing", param=f"{where}.{name}.data")
+        return Source(data, f"{where}.{name}.data", plain=not data.startswith("data:"), kind=what)
+    return source_of(part[name], f"{where}.{name}", what)

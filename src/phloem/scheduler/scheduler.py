@@ -19,7 +19,7 @@ import numpy as np
 
 from phloem.core import denoising
 from phloem.core.errors import BadRequest, EngineDead, OutOfMemory, PhloemError
-from phloem.core.media import FIRST, misfit
+from phloem.core.media import FIRST, misfit, reach
 from phloem.core.messages import Abort, Control, Drain, FromEngine, Submit, ToEngine
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.kvcache import audit
@@ -285,7 +285,8 @@ class Scheduler:
         self._check(request)
         request.unshared = submit.return_routed and not self._lasting
         params = request.params
-        room = self._most_tokens - request.num_prompt
+        further = self.settings.context_length - reach(submit.media, request.num_prompt)
+        room = min(self._most_tokens - request.num_prompt, further)
         most = params.max_new_tokens
         if most is None:
             most = denoising.USUAL_ANSWER if self.settings.block == denoising.WHOLE else room
@@ -338,7 +339,7 @@ class Scheduler:
         params.validate(self.settings.vocab_size)
         if self.settings.block:
             denoising.check(request.submit)
-        needed = count if request.scores_only else count + 1
+        needed = reach(media, count) + (not request.scores_only)
         most = self._most_tokens if self.settings.block else self.settings.context_length
         if needed > most:
             raise BadRequest(f"the prompt of {count} tokens leaves no room in the context of {most}", param="input_ids")

@@ -22,6 +22,8 @@ VOCAB = 384  # 256 bytes, the special tokens, and merges learned from CORPUS
 SPECIAL = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
 # Of models that see, behind those: their ids are 4, 5, ...
 SEEING = ["<|vision_start|>", "<|vision_end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
+# Of models that see videos: the id is one that they have no other use for.
+WATCHING = [*SEEING[:3], "<video>", SEEING[4]]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
     "A serving engine answers many requests at once; each request has its own page table.",
@@ -32,11 +34,12 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+WATCHED = "{% elif part['type'] == 'video' %}<|vision_start|><video><|vision_end|>"
 SEEING_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "" + WATCHED + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _SIZES: dict[str, Any] = {
@@ -98,8 +101,8 @@ def tiny_checkpoint(
     path.mkdir(parents=True, exist_ok=True)
     size = sum(parameter.numel() for parameter in model.parameters()) * 4
     model.save_pretrained(path, max_shard_size=f"{max(1, size // shards // 1000 + 1)}KB" if shards > 1 else "5GB")
-    known = model_type in FAMILIES.names() and family(model_type).vision is not None
-    write_tokenizer(path, model.config.get_text_config().vocab_size, sees=known)
+    known = family(model_type).vision if model_type in FAMILIES.names() else None
+    write_tokenizer(path, model.config.get_text_config().vocab_size, takes=() if known is None else tuple(known))
     return path
 
 
@@ -184,8 +187,8 @@ def _model(model_type: str, overrides: dict[str, Any], head: str) -> Any:
     return transformers.AutoModelForImageTextToText.from_config(config).eval()
 
 
-def write_tokenizer(path: Path, vocab_size: int = VOCAB, *, sees: bool = False) -> None:
-    """A byte-level BPE tokenizer trained on CORPUS, with a chat template, as Hugging Face files."""
+def write_tokenizer(path: Path, vocab_size: int = VOCAB, *, takes: tuple[str, ...] = ()) -> None:
+    """A byte-level BPE tokenizer trained on CORPUS, with a chat template, as Hugging Face files. `takes`: media."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -194,7 +197,7 @@ def write_tokenizer(path: Path, vocab_size: int = VOCAB, *, sees: bool = False) 
     tokenizer.decoder = decoders.ByteLevel()
     trainer: Any = trainers.BpeTrainer(
         vocab_size=min(vocab_size, VOCAB),
-        special_tokens=SPECIAL + (SEEING if sees else []),
+        special_tokens=SPECIAL + (WATCHING if "video" in takes else SEEING if takes else []),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -202,8 +205,14 @@ def write_tokenizer(path: Path, vocab_size: int = VOCAB, *, sees: bool = False) 
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[3]
     )
-    fast.chat_template = SEEING_TEMPLATE if sees else CHAT_TEMPLATE
+    fast.chat_template = _template(takes)
     fast.save_pretrained(path)
+
+
+def _template(takes: tuple[str, ...]) -> str:
+    if not takes:
+        return CHAT_TEMPLATE
+    return SEEING_TEMPLATE if "video" in takes else SEEING_TEMPLATE.replace(WATCHED, "")
 
 
 def tiny_gguf(source: Path, target: Path, kind: str = "F32", part: int = 0, **metadata: Any) -> Path:

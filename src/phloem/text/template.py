@@ -152,10 +152,9 @@ class ChatTemplate:
         """The text of the default template."""
         return self._pick(None).source if self.programs else None
 
-    @property
-    def shows_pictures(self) -> bool:
-        """Whether the default template writes places for pictures by itself."""
-        return bool(self.programs) and self._pick(None).takes_parts and "image" in self._pick(None).source
+    def shows(self, kind: str) -> bool:
+        """Whether the default template writes places for media of this kind (`image`, `video`, `audio`) by itself."""
+        return bool(self.programs) and self._pick(None).takes_parts and kind in self._pick(None).source
 
     def _pick(self, tools: list[dict[str, Any]] | None) -> _Program:
         if tools and "tool_use" in self.programs:

@@ -76,6 +76,12 @@ class Backend:
         return "unknown"
 
 
+def media_object(item: Media) -> dict[str, Any]:
+    """The same as an object with `url`, and with `num_frames` of a video where they are said."""
+    frames = {} if item.frames is None else {"num_frames": item.frames}
+    return {"url": media_url(item), **frames}
+
+
 def media_url(item: Media) -> str:
     """An image or video as a URL that servers take: http(s) and data URLs as they are, anything else as a data URL.
 

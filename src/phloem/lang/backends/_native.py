@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from phloem.core.errors import BadRequest, PhloemError
-from phloem.lang.backends._base import Answer, Backend, Meta, Prompt, media_url
+from phloem.lang.backends._base import Answer, Backend, Meta, Prompt, media_object, media_url
 from phloem.lang.chat import ChatFormat
 from phloem.lang.choices import ChoicesDecision, ChoicesMethod, Scored
 from phloem.lang.ir import Sampling
@@ -59,7 +59,11 @@ class NativeBackend(Backend):
             params["stop"] = stops
         body: dict[str, Any] = {"text": prompt.text, "sampling_params": params, **beside}
         for kind in ("image", "video"):
-            found = [media_url(item) for item in prompt.media if item.kind == kind]
+            found = [
+                media_url(item) if item.frames is None else media_object(item)
+                for item in prompt.media
+                if item.kind == kind
+            ]
             if found:
                 body[f"{kind}_data"] = found
         return body

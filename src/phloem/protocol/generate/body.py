@@ -135,8 +135,8 @@ class GenerateBody(Body, kw_only=True):
         **COMMON_LATER,
         "input_embeds": Later("input_embeds", ([],)),
         "image_data": Later("images", ([], "")),
-        "video_data": Later("video", ([], "")),
-        "audio_data": Later("audio", ([], "")),
+        "video_data": Later("videos", ([], "")),
+        "audio_data": Later("sounds", ([], "")),
         "require_reasoning": NEEDS_FORMAT,
         **known.GENERATE_LATER,
     }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
+from phloem.multimodal import KINDS
 from phloem.protocol.fields import dp_rank
 from phloem.protocol.media import of_prompts
 from phloem.protocol.sampling import namespace, native_params
@@ -37,7 +38,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
     salts, keys = each("cache_salt", None), each("extra_key", None)
     adapters = each("lora_path", None)
     chosen = _chosen(body, count)
-    pictures = of_prompts(body.image_data, "image_data", count, batch)
+    media = [of_prompts(getattr(body, f"{kind}_data"), f"{kind}_data", count, batch, kind) for kind in KINDS]
     items: list[Item] = []
     for at, prompt in enumerate(prompts):
         sampling = params[at]
@@ -64,7 +65,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
                 session=steps[at].step() if steps[at] is not None else None,
                 thinking_budget=body.max_thinking_tokens,
                 dp_rank=dp_rank(body),
-                pictures=pictures[at],
+                pictures=[source for each in media for source in each[at]],
                 stream_interval=(sampling.stream_interval if sampling is not None else None) or 1,
             )
         )

@@ -10,7 +10,7 @@ from phloem.protocol.fields import HINT, NEEDS_FORMAT, Count, Int32, OpenAIBody
 
 
 class ContentPart(Body, kw_only=True):
-    """One part of a message's content: `text`, or a picture (`image_url`, `image`)."""
+    """One part of a message's content: `text`, or a picture, video, sound or document (`protocol.media.MEDIA`)."""
 
     type: str
     text: str | None = None
@@ -21,6 +21,8 @@ class ContentPart(Body, kw_only=True):
     video_url: Any = None
     audio_url: Any = None
     input_audio: Any = None
+    video: Any = None
+    audio: Any = None
     file: Any = None
     refusal: str | None = None
     cache_control: Any = None

@@ -12,7 +12,7 @@ import msgspec
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
 from phloem.protocol.fields import dp_rank
-from phloem.protocol.media import PICTURES, seen
+from phloem.protocol.media import MEDIA, seen
 from phloem.protocol.sampling import namespace, openai_params
 from phloem.protocol.structured import FIELDS, answer_shape
 from phloem.server.chat import toolplan
@@ -99,7 +99,7 @@ async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> 
     reasoning = info.reasoning_parser if body.separate_reasoning is not False else None
     messages, pictures = seen(plain_messages(body.messages or []), client.pictures, client.template)
     if pictures and body.input_ids is not None:
-        raise BadRequest("input_ids have no pictures: send messages", param="input_ids")
+        raise BadRequest("input_ids have no media: send messages", param="input_ids")
     text = (
         _tail(body.input_ids, client)
         if body.input_ids is not None
@@ -222,7 +222,7 @@ def _plain_message(message: Message, at: int) -> dict[str, Any]:
     """A message as templates read it: unset fields left out, text parts joined by newlines, but for those with
     pictures, which stay parts."""
     content: Any = message.content
-    if isinstance(content, list) and any(part.type in PICTURES for part in content):
+    if isinstance(content, list) and any(part.type in MEDIA for part in content):
         content = [
             {name: value for name, value in msgspec.structs.asdict(part).items() if value is not None}
             for part in content

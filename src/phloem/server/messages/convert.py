@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _KEYS: dict[str, frozenset[str]] = {
     "text": frozenset({"type", "text", "cache_control", "citations"}),
     "image": frozenset({"type", "source", "cache_control"}),
+    "document": frozenset({"type", "source", "title", "context", "citations", "cache_control"}),
     "thinking": frozenset({"type", "thinking", "signature"}),
     "redacted_thinking": frozenset({"type", "data"}),
     "tool_use": frozenset({"type", "id", "name", "input", "cache_control", "caller"}),
@@ -32,8 +33,8 @@ _KEYS: dict[str, frozenset[str]] = {
 }
 _ALLOWED = {
     "system": ("text",),
-    "user": ("text", "image", "tool_result"),
-    "result": ("text", "image"),
+    "user": ("text", "image", "document", "tool_result"),
+    "result": ("text", "image", "document"),
     "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
 }
 
@@ -141,6 +142,8 @@ def _turn(turn: TurnBody, where: str) -> list[Message]:
                 parts.append(ContentPart(type="text", text=_string(block, "text", place)))
             case "image":
                 parts.append(ContentPart(type="image", image=block_source(block, place)))
+            case "document":
+                parts += _document(block, place)
             case "thinking":
                 thoughts.append(_string(block, "thinking", place))
             case "tool_use":
@@ -161,27 +164,50 @@ def _turn(turn: TurnBody, where: str) -> list[Message]:
 
 
 def _joined(parts: list[ContentPart]) -> str | list[ContentPart]:
-    """Texts as one, but beside pictures."""
-    if any(part.type == "image" for part in parts):
+    """Texts as one, but beside pictures and documents."""
+    if any(part.type != "text" for part in parts):
         return parts
     return "\n".join(part.text or "" for part in parts)
 
 
 def _result(content: Any, where: str) -> str | list[ContentPart]:
-    """What a tool gave: a text, or blocks of text and pictures."""
+    """What a tool gave: a text, or blocks of text, pictures and documents."""
     blocks: list[Any] = content if isinstance(content, list) else []
-    if not any(isinstance(block, dict) and block.get("type") == "image" for block in blocks):
+    if not any(isinstance(block, dict) and block.get("type") in ("image", "document") for block in blocks):
         return _text(content, "system", where)
     parts: list[ContentPart] = []
     for number, block in enumerate(blocks):
         place = f"{where}[{number}]"
         if not isinstance(block, dict):
             raise BadRequest(f"{place}: expected a block", param=place)
-        if _kind(block, "result", place) == "image":
+        kind = _kind(block, "result", place)
+        if kind == "image":
             parts.append(ContentPart(type="image", image=block_source(block, place)))
+        elif kind == "document":
+            parts += _document(block, place)
         else:
             parts.append(ContentPart(type="text", text=_string(block, "text", place)))
-    return parts
+    return _joined(parts)
+
+
+def _document(block: dict[str, Any], where: str) -> list[ContentPart]:
+    """A PDF, a text, or blocks; behind its title and what is said of it."""
+    before = [block[name] for name in ("title", "context") if block.get(name) is not None]
+    if not all(isinstance(text, str) for text in before):
+        raise BadRequest(f"{where}: title and context are texts", param=where)
+    parts = [ContentPart(type="text", text="\n".join(before))] if before else []
+    source: Any = block.get("source")
+    kind = source.get("type") if isinstance(source, dict) else None
+    if kind == "text":
+        return [*parts, ContentPart(type="text", text=_string(source, "data", f"{where}.source"))]
+    if kind == "content":
+        content = _result(source.get("content") or "", f"{where}.source.content")
+        return [*parts, *(content if isinstance(content, list) else [ContentPart(type="text", text=content)])]
+    media: Any = source.get("media_type") if isinstance(source, dict) else None
+    if media not in (None, "application/pdf"):
+        message = f"{where}.source.media_type: {media!r:.100} is not application/pdf"
+        raise BadRequest(message, param=f"{where}.source.media_type", code="not_supported")
+    return [*parts, ContentPart(type="document", file=block_source(block, where, "document"))]
 
 
 def _kind(block: dict[str, Any], role: str, where: str) -> str:

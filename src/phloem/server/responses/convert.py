@@ -8,7 +8,7 @@ import msgspec
 
 from phloem.core.errors import BadRequest
 from phloem.grammar.schema.numbers import as_double
-from phloem.protocol.media import source_of
+from phloem.protocol.media import file_source, source_of
 from phloem.server.chat.body import ChatBody, ContentPart, Message
 from phloem.server.chat.toolplan import without_foreign
 from phloem.server.responses.body import AS_IN_CHAT, ResponseFields
@@ -128,14 +128,16 @@ def _string(item: dict[str, Any], name: str, where: str) -> str:
 
 
 def _seen(content: Any, where: str) -> str | list[ContentPart]:
-    """As `_content`, with pictures among the parts."""
+    """As `_content`, with pictures and files among the parts."""
     parts: list[Any] = content if isinstance(content, list) else []
-    if not any(isinstance(part, dict) and part.get("type") == "input_image" for part in parts):
+    if not any(isinstance(part, dict) and part.get("type") in ("input_image", "input_file") for part in parts):
         return _content(content, where)
     found: list[ContentPart] = []
     for number, part in enumerate(parts):
         place = f"{where}[{number}]"
-        if isinstance(part, dict) and part.get("type") == "input_image":
+        if isinstance(part, dict) and part.get("type") == "input_file":
+            found.append(ContentPart(type="file", file=file_source(part, place)))
+        elif isinstance(part, dict) and part.get("type") == "input_image":
             if not part.get("image_url"):
                 raise BadRequest(
                     f"{place}: image_url is missing; files are not kept here", param=place, code="not_supported"

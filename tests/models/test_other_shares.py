@@ -30,7 +30,18 @@ SPARSE = (
     "gemma4_text", "qwen3_vl_moe",
 )  # fmt: skip
 FEW = ("llama", "qwen3_moe")
-TOWERS = ("idefics3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "gemma3")
+TOWERS = (
+    "idefics3",
+    "internvl",
+    "llava",
+    "mistral3",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "smolvlm",
+    "gemma3",
+)
 # Layers read what the first stage would make, or what the layer before them sets aside.
 NO_STAGES = ("gemma3n_text", "gemma4_text", "longcat_flash")
 

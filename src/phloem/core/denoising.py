@@ -3,8 +3,8 @@
 Such a model writes block after block. A block begins as a *canvas* of mask tokens, behind what the prompt has of it.
 Each pass says for every masked place a token and how likely that is; some of them are accepted and never change again.
 A block without masks is done: its tokens are known, and those of the next one are asked for (Arriola et al., 2025, and
-the decoders of SDAR and LLaDA 2.0). A model whose tokens see the *whole* text, masks to its end included, fills it block
-after block too, but nothing can be kept of it: every pass computes all (Nie et al., 2025: LLaDA).
+the decoders of SDAR and LLaDA 2.0). A model whose tokens see the *whole* text, masks to its end included, fills it
+block after block too, but nothing can be kept of it: every pass computes all (Nie et al., 2025: LLaDA).
 Legend: n masked places of one block.
 """
 

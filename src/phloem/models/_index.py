@@ -200,7 +200,7 @@ class WeightIndex:
             if (part := places[0][0].part(places[0][1])) is not None and part.experts and part.transposed
         ]
         shapes = [(tuple(sources[name].shape), self.stored_shape(name)) for name in stacked if name in sources]
-        odd = [(found, usual) for found, usual in shapes if usual[1] != usual[2]]
+        odd = [(found, usual) for found, usual in shapes if len(usual) == 3 and usual[1] != usual[2]]
         if not odd or any(found != (usual[0], usual[2], usual[1]) for found, usual in odd):
             return
         for weight in {id(weight): weight for name in stacked for weight, _ in self.slots[name]}.values():

@@ -27,6 +27,8 @@ from phloem.kvcache.publisher import ZmqPublisher, read_config
 from phloem.launch.pictures import PictureCore
 from phloem.launch.ranks import RankProcesses
 from phloem.launch.rest import Resting
+from phloem.launch.tiers import check as check_tiers
+from phloem.launch.tiers import tiers_of
 from phloem.models._common import Decoder
 from phloem.rl.keeper import Keeper
 from phloem.scheduler import loop
@@ -117,6 +119,7 @@ class EngineCore:
             keeper=self._keeper,
         )
         self._publisher = _publisher(config, cache, self.scheduler)
+        self._tiers = tiers_of(config, checkpoint, built, self.scheduler)
         self.info = self._facts(built, checkpoint, phases)
 
     def _facts(self, built: Built, checkpoint: Checkpoint, phases: dict[str, float]) -> dict[str, Any]:
@@ -170,6 +173,8 @@ class EngineCore:
             self._grammars.close()
         if self._publisher is not None:
             self._publisher.close()
+        if self._tiers is not None:
+            self._tiers.close()
 
 
 def _settings(config: Config, checkpoint: Checkpoint, built: Built, speculates: bool) -> ScheduleSettings:
@@ -314,6 +319,7 @@ def serve(
 ) -> None:
     """Build, run and close an engine; whatever ends it is told to the door."""
     try:
+        check_tiers(config)
         if max(parallel.ranks_of(config), config.runtime.ep_size) > 1:
             parallel.refuse(config, checkpoint)
         kind = EngineCore if checkpoint.pictures is None else PictureCore

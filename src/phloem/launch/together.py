@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _SINGLE = frozenset(
     [
         "flush_cache",
+        "clear_hicache_storage",
         "state",
         "pause",
         "resume",
@@ -93,6 +94,10 @@ def summed(parts: Sequence[Stats], news: Stats) -> Stats:
             calls = sum(part.spec_verify_calls for part in parts)
             weighed = sum(part.spec_accept_length * part.spec_verify_calls for part in parts)
             values[name] = weighed / calls if calls else 0.0
+        elif name == "tiers":
+            values[name] = {
+                key: sum(part.get(key, 0.0) for part in each) for key in {key for part in each for key in part}
+            }
         else:
             values[name] = sum(each)
     return msgspec.convert(values, Stats)

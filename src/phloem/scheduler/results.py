@@ -298,6 +298,7 @@ class Results:
         chunk = Chunk(id=request.id, tokens=request.fresh, finish=finish)
         if not request.sent or finish is not None:
             chunk.cached_tokens = request.cached_tokens
+            chunk.cached_host, chunk.cached_storage = request.cached_host, request.cached_storage
             chunk.queue_seconds = max(0.0, request.admitted - request.received)
             if self.speculates:
                 chunk.drafts = [request.jumped, request.drafted, *request.right]

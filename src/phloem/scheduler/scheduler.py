@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from phloem.core.errors import BadRequest, EngineDead, OutOfMemory, PhloemError
-from phloem.core.media import FIRST, misfit
 from phloem.core.messages import Abort, Control, Drain, FromEngine, Submit, ToEngine
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.kvcache import audit
@@ -26,11 +25,12 @@ from phloem.kvcache.manager import namespace
 from phloem.scheduler.control import ABORTED, Controls
 from phloem.scheduler.metrics import Meter, usage
 from phloem.scheduler.mixture import Mixture
-from phloem.scheduler.plan import Pace, Plan
+from phloem.scheduler.plan import Plan
 from phloem.scheduler.planner import Planner
 from phloem.scheduler.policies import POLICIES, WaitingQueue
 from phloem.scheduler.recovery import roll_back
 from phloem.scheduler.results import Results
+from phloem.scheduler.settings import ScheduleSettings, check
 from phloem.scheduler.state import LATE, Request, Slots
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from phloem.core.updates import Keeper
     from phloem.kvcache.events import Feed
     from phloem.kvcache.manager import CacheManager
+    from phloem.scheduler.further import Further
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -53,37 +54,6 @@ READY_CHECKS = 256  # late requests that are asked `ready()` in one step
 SHUTTING_DOWN = FinishReason("abort", message="the server is shutting down", status_code=503)
 
 
-@dataclass(frozen=True)
-class ScheduleSettings:
-    """`chunked_prefill_size` is the token budget of one step, decodes included; `mixed_prefill_size` bounds the prompt
-    tokens of a step that also decodes, and from `worthwhile_prefill` on no further prompt enters a step (both default
-    to the whole budget)."""
-
-    max_running_requests: int
-    context_length: int
-    vocab_size: int
-    eos_ids: tuple[int, ...] = ()
-    max_queued_requests: int = 4096
-    chunked_prefill_size: int = 2048
-    mixed_prefill_size: int | None = None
-    worthwhile_prefill: int | None = None
-    schedule_policy: str = "fcfs"
-    stream_interval: int = 1
-    random_seed: int | None = None
-    overlap: bool = True
-    debug_invariants: bool = False
-    whole_prompts: bool = False  # every prompt is computed in one step
-    sees: bool = False  # the model takes pictures
-    whole_pictures: bool = False  # and one step computes all tokens of one
-    speculates: bool = False  # answers tell how many drafts were accepted
-
-    def pace(self, slots: int, draft_room: int) -> Pace:
-        # With every slot decoding there must be a token for each, or the last ones would starve.
-        budget = max(self.chunked_prefill_size, slots)
-        mixed, worthwhile = self.mixed_prefill_size or budget, self.worthwhile_prefill or budget
-        return Pace(budget, mixed, worthwhile, draft_room, self.whole_prompts)
-
-
 @dataclass(slots=True)
 class Launched:
     """A step between launch and commit."""
@@ -91,6 +61,7 @@ class Launched:
     plan: Plan
     pending: Pending[StepOutput]
     mark: int = 0  # of the feed of cache events
+    copied: Pending[None] | None = None  # what it reads that was not computed
 
 
 class Scheduler:
@@ -193,7 +164,17 @@ class Scheduler:
             **self.planner.state(),
             **self.results.state(),
             **({} if self.lender is None else self.lender.state()),
+            **({} if self.further is None else {"tiers": self.further.state()}),
         }
+
+    @property
+    def further(self) -> Further | None:
+        """Cache tiers beyond the pool, where there are any."""
+        return self.planner.further
+
+    @further.setter
+    def further(self, further: Further) -> None:
+        self.planner.further = further
 
     def _weights(self) -> dict[str, Any]:
         keeper = self.keeper
@@ -274,7 +255,7 @@ class Scheduler:
 
     def _accept(self, submit: Submit) -> None:
         request = Request(submit, self.clock())
-        self._check(request)
+        check(request, self.settings, self.cache)
         request.unshared = submit.return_routed and not self._lasting
         params = request.params
         room = self._most_tokens - request.num_prompt
@@ -296,6 +277,9 @@ class Scheduler:
         if submit.adapter:
             self._lend(request)
         self._place(request)
+        if self.further is not None:
+            late = self.further.fetch(request.id, request.namespace, request.prompt, request.match_limit())
+            request.waits += () if late is None else (late,)
         self.live[request.id] = request
         if not request.waits and not self._begin(request):
             return
@@ -310,30 +294,6 @@ class Scheduler:
         request.adapter = adapter = self.lender.lend(request.submit.adapter)
         if not adapter.ready() or adapter.error is not None:
             request.waits += (adapter,)
-
-    def _check(self, request: Request) -> None:
-        """Raise BadRequest for what can never be served."""
-        count, params = request.num_prompt, request.params
-        if count == 0:
-            raise BadRequest("the prompt is empty", param="input_ids")
-        media = request.submit.media
-        known = request.prompt[request.prompt < FIRST] if media else request.prompt
-        low, high = int(known.min(initial=0)), int(known.max(initial=0))
-        if low < 0 or high >= self.settings.vocab_size:
-            wrong = low if low < 0 else high
-            raise BadRequest(f"token id {wrong} is not in [0, {self.settings.vocab_size})", param="input_ids")
-        if media and (why := misfit(media, request.prompt, self.settings.vocab_size)):
-            raise BadRequest(f"the request has {why}", param="image_data")
-        if media and not self.settings.sees:
-            raise BadRequest("this model takes no pictures", param="image_data")
-        params.validate(self.settings.vocab_size)
-        needed = count if request.scores_only else count + 1
-        if needed > self.settings.context_length:
-            most = self.settings.context_length
-            raise BadRequest(f"the prompt of {count} tokens leaves no room in the context of {most}", param="input_ids")
-        if self.cache.pages_for(count) > self.cache.total_pages:
-            most = self.cache.total_pages * self.cache.page_size
-            raise BadRequest(f"the prompt of {count} tokens exceeds the KV cache of {most} tokens", param="input_ids")
 
     def _abort(self, message: Abort) -> None:
         if message.all:
@@ -371,6 +331,8 @@ class Scheduler:
         while len(self.inflight) > keep:
             self._commit(self.inflight.popleft())
         self.controls.poll()
+        if self.further is not None:
+            self.further.turn(self.inflight[0].plan.mark if self.inflight else None, self.live)
         if self.feed is not None and not self.inflight:
             self.feed.publish()
         self._poll_drain()
@@ -392,9 +354,14 @@ class Scheduler:
         self.results.flush(self.send)
 
     def _stats(self, now: float, busy: bool) -> FromEngine:
-        counts = {"running": self.slots.num_running, "waiting": self.num_waiting, **self.results.drafts()}
+        counts: dict[str, Any] = {
+            "running": self.slots.num_running,
+            "waiting": self.num_waiting,
+            **self.results.drafts(),
+        }
         counts |= {"waiting_tokens": sum(request.num_prompt for request in self.queue.everything())}
-        return self.meter.stats(now, busy, self.results.output_tokens, counts | usage(self.cache), self.planner.state())
+        counts |= usage(self.cache) | ({} if self.further is None else {"tiers": self.further.stats()})
+        return self.meter.stats(now, busy, self.results.output_tokens, counts, self.planner.state())
 
     def wait_for(self, request_id: str, late: Late) -> None:
         """Launch nothing more of a live request until this is ready; a running one keeps slot and pages meanwhile.
@@ -470,6 +437,7 @@ class Scheduler:
         try:
             for slot, follower in plan.followers:
                 self.runner.constrain(slot, follower)
+            copied = None if self.further is None else self.further.launching()
             pending = self.runner.launch(plan.batch)
         except Exception as error:
             log.exception("step %d could not be launched", plan.batch.step)
@@ -477,7 +445,7 @@ class Scheduler:
             return True
         if not self.inflight:
             self._step_began = now
-        self.inflight.append(Launched(plan, pending))
+        self.inflight.append(Launched(plan, pending, copied=copied))
         self.planner.advance(plan)
         self._end_refused()
         if self.feed is not None:
@@ -492,6 +460,8 @@ class Scheduler:
 
     def _commit(self, launched: Launched) -> None:
         try:
+            if launched.copied is not None:
+                launched.copied.result()
             output: StepOutput = launched.pending.result()
         except OutOfMemory as error:
             self._run_again(launched, error)
@@ -577,4 +547,6 @@ class Scheduler:
             self.abort_all(SHUTTING_DOWN)
         if not self.live and not self.inflight:
             self.controls.give_up()
+            if self.further is not None:
+                self.further.finish()
             self.stopped = True

@@ -83,7 +83,7 @@ class Renderer:
             "prompt_tokens": output.prompt_tokens,
             "completion_tokens": output.completion_tokens,
             "cached_tokens": output.cached_tokens,
-            "cached_tokens_details": {"device": output.cached_tokens, "host": 0},
+            "cached_tokens_details": _sources(output),
             "weight_version": output.version,
             "e2e_latency": time.monotonic() - output.arrival,
             "queue_time": output.queue_seconds,
@@ -210,6 +210,13 @@ def _extend(data: bytearray, items: list[Any]) -> None:
         if len(data) > 1:
             data += b","
         data += _encode(items)[1:-1]
+
+
+def _sources(output: Continuation) -> dict[str, int]:
+    """Where the cached tokens were found."""
+    host, storage = output.cached_host, output.cached_storage
+    found = {"device": output.cached_tokens - host - storage, "host": host}
+    return {**found, "storage": storage} if storage else found
 
 
 def strip(answers: list[dict[str, Any]], single: bool) -> dict[str, Any] | list[dict[str, Any]]:

@@ -17,17 +17,7 @@ if TYPE_CHECKING:
     from phloem.core.batch import Pending
     from phloem.core.late import Late
     from phloem.kvcache.node import Node
-
-
-class Claim(Protocol):
-    """Pages behind a cached prefix that a request is about to have copied: nobody else loses or changes them."""
-
-    count: int
-
-    @property
-    def stored(self) -> int:
-        """How many of these were fetched from a store; the others were in host memory."""
-        ...
+    from phloem.kvcache.tiers._fetch import Claim
 
 
 class Further(Protocol):

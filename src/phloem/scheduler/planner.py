@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
     from phloem.core.batch import StepOutput
     from phloem.kvcache.manager import CacheManager, Lease
-    from phloem.scheduler.further import Claim, Further
+    from phloem.kvcache.tiers._fetch import Claim
+    from phloem.scheduler.further import Further
     from phloem.scheduler.mixture import Mixture
     from phloem.scheduler.plan import Pace, Plan, Spent
     from phloem.scheduler.policies import Policy, WaitingQueue

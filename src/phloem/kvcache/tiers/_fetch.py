@@ -32,6 +32,20 @@ class Waiting:
         return min(TIMEOUT_MOST, self.base + self.per_ki_token * tokens / 1024)
 
 
+@dataclass(eq=False)
+class Claim:
+    """Rows pinned for a request that enters its slot: nobody else loses or changes them. `stored`: those of them that
+    were fetched from the store for it."""
+
+    request_id: str
+    rows: list[int]
+    stored: int = 0
+
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
+
 class Fetch:
     """Reads `keys` from `start` on into rows, in a thread, until one is not there. `rows`: pinned for the request.
 

@@ -17,7 +17,7 @@ import struct
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -59,6 +59,11 @@ class Segment:
     end: int = 0
     stamp: int = 0  # when it was last asked for
     nbytes: int = 0  # on disk, both files
+
+
+def size_of(rows: int, row_bytes: int) -> int:
+    """Bytes of a segment with so many rows, both files."""
+    return _HEADER.size + rows * (row_bytes + _RECORD.size)
 
 
 def names(folder: Path, number: int) -> tuple[Path, Path]:
@@ -174,7 +179,7 @@ class Writer:
     def write(self, keys: Sequence[bytes], rows: Sequence[Row]) -> None:
         """Up to `AT_ONCE` rows, then their records."""
         segment, size = self.segment, self._row_bytes
-        _whole(os.pwritev(self._rows, rows, segment.end * size), len(rows) * size)
+        _whole(os.pwritev(self._rows, cast("Any", rows), segment.end * size), len(rows) * size)
         told: list[bytes] = []
         places: dict[bytes, tuple[int, int]] = {}
         for key, row in zip(keys, rows, strict=True):
@@ -219,7 +224,7 @@ def read_rows(segment: Segment, places: Sequence[int], rows: Sequence[Row]) -> N
                 end += 1
             some = rows[start:end]
             wanted = sum(len(row) for row in some)
-            if os.preadv(fd, some, places[start] * len(some[0])) != wanted:
+            if os.preadv(fd, cast("Any", some), places[start] * len(some[0])) != wanted:
                 raise OSError(errno.EIO, f"{segment.rows.name} is shorter than its index says")
             start = end
     finally:

@@ -28,7 +28,7 @@ import numpy as np
 from phloem.core.errors import BadRequest
 from phloem.kvcache.namespaces import parts
 from phloem.kvcache.node import hashes, path_to
-from phloem.kvcache.tiers._fetch import Fetch, Waiting
+from phloem.kvcache.tiers._fetch import Claim, Fetch, Waiting
 from phloem.utils import log
 
 if TYPE_CHECKING:
@@ -55,19 +55,6 @@ READ_RATE = 500e6  # bytes a second, until some were read
 SWEEP = 64  # turns between two looks at chains of requests that have ended
 MOST_SENT = 1 << 20  # keys of a distant store that are known to be there
 FINISH_SECONDS = 20.0
-
-
-@dataclass(eq=False)
-class Claim:
-    """Rows pinned for a request that enters its slot."""
-
-    request_id: str
-    rows: list[int]
-    stored: int = 0
-
-    @property
-    def count(self) -> int:
-        return len(self.rows)
 
 
 @dataclass

@@ -23,6 +23,7 @@ from phloem.kvcache.tiers._segments import (
     forget,
     read_rows,
     scan,
+    size_of,
 )
 from phloem.utils import log
 
@@ -157,7 +158,7 @@ class Tier:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        self._make_room(self._each * self._row_bytes)
+        self._make_room(size_of(self._each, self._row_bytes))
         number, self._next = self._next, self._next + 1
         self._writer = Writer(self.folder, number, self._row_bytes)
         with self._lock:

@@ -38,6 +38,7 @@ LogprobsMode = Literal["raw", "temperature", "processed"]
 ModelImpl = Literal["auto", "phloem", "transformers"]
 TpComm = Literal["auto", "shm", "gloo"]
 WritePolicy = Literal["write_through", "write_through_selective", "write_back"]
+Disaggregation = Literal["null", "prefill", "decode"]
 PrefetchPolicy = Literal["best_effort", "wait_complete", "timeout"]
 LoadBalance = Literal["auto", "round_robin", "total_requests", "total_tokens"]
 Task = Literal["auto", "generate", "embed", "classify", "score", "tokens"]
@@ -254,6 +255,21 @@ class ImagesConfig:
 
 
 @dataclass(frozen=True)
+class DisaggConfig:
+    """Prompts computed by one server, answers by another (`docs/disaggregation.md`)."""
+
+    disaggregation_mode: Disaggregation = opt(
+        "null", "What this server does: null, both; prefill, prompts alone; decode, answers alone."
+    )
+    disaggregation_transfer_backend: str | None = opt(
+        None, "How pages get to decode servers: shm on one machine, or tcp; default: the first that both have."
+    )
+    disaggregation_bootstrap_port: int = opt(
+        8998, "Port at which decode servers find a prefill server; 0 takes a free one."
+    )
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """The HTTP door."""
 
@@ -296,6 +312,7 @@ SECTIONS: dict[str, Any] = {
     "media": MediaConfig,
     "speculative": SpeculativeConfig,
     "images": ImagesConfig,
+    "disagg": DisaggConfig,
     "server": ServerConfig,
 }
 
@@ -313,6 +330,7 @@ class Config:
     media: MediaConfig = MediaConfig()
     speculative: SpeculativeConfig = SpeculativeConfig()
     images: ImagesConfig = ImagesConfig()
+    disagg: DisaggConfig = DisaggConfig()
     server: ServerConfig = ServerConfig()
 
     @staticmethod

@@ -51,6 +51,9 @@ class Submit(Message):
     media: list[Media] = []  # pictures, whose tokens are those of `core.media.with_content`
     grammar_at_once: bool = False  # a constraint holds from the first token, also where the model could reason before
     dp_rank: int = -1  # the replica that it must go to; -1: whichever
+    room: str = ""  # where prefill and decode servers meet over it; "": one server does both
+    prefill_host: str = ""  # for decode: the bootstrap server of who computes the prompt
+    prefill_port: int = 0
 
 
 class Draw(Message):

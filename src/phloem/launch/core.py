@@ -27,6 +27,8 @@ from phloem.kvcache.publisher import ZmqPublisher, read_config
 from phloem.launch.pictures import PictureCore
 from phloem.launch.ranks import RankProcesses
 from phloem.launch.rest import Resting
+from phloem.launch.disagg import check as check_disagg
+from phloem.launch.disagg import disaggregated
 from phloem.launch.tiers import check as check_tiers
 from phloem.launch.tiers import tiers_of
 from phloem.models._common import Decoder
@@ -120,6 +122,7 @@ class EngineCore:
         )
         self._publisher = _publisher(config, cache, self.scheduler)
         self._tiers = tiers_of(config, checkpoint, built, self.scheduler)
+        self._disagg = disaggregated(config, checkpoint, built, self.scheduler)
         self.info = self._facts(built, checkpoint, phases)
 
     def _facts(self, built: Built, checkpoint: Checkpoint, phases: dict[str, float]) -> dict[str, Any]:
@@ -134,6 +137,7 @@ class EngineCore:
             "context_length": built.context_length,
             "decisions": [[d.name, d.value, d.reason] for d in built.decisions]
             + ([] if self._grammars is None else [list(self._grammars.decision())]),
+            "disaggregation": None if self._disagg is None else self._disagg.info,
             "kv_events": None if self._publisher is None else self._publisher.info(),
             "phases": phases,
             "lora_adapters": None if self._desk is None else self._desk.loaded(),
@@ -161,6 +165,8 @@ class EngineCore:
 
     def close(self) -> None:
         self._closing.set()
+        if self._disagg is not None:
+            self._disagg.close()
         self._watchdog.close()
         if self._desk is not None:
             self._desk.close()
@@ -320,6 +326,7 @@ def serve(
     """Build, run and close an engine; whatever ends it is told to the door."""
     try:
         check_tiers(config)
+        check_disagg(config)
         if max(parallel.ranks_of(config), config.runtime.ep_size) > 1:
             parallel.refuse(config, checkpoint)
         kind = EngineCore if checkpoint.pictures is None else PictureCore

@@ -125,7 +125,7 @@ def tiers_of(config: Config, checkpoint: Checkpoint, built: Built, scheduler: Sc
     """
     if not config.cache.enable_hierarchical_cache:
         return None
-    why = _declines(config, built, scheduler)
+    why = declines(config, built, scheduler)
     if why or not isinstance(built.runner, ModelRunner):
         built.decisions.append(Decision(NAME, "none", why))
         _log.warning("no cache tiers: %s", why)
@@ -153,7 +153,7 @@ def tiers_of(config: Config, checkpoint: Checkpoint, built: Built, scheduler: Sc
     return found
 
 
-def _declines(config: Config, built: Built, scheduler: Scheduler) -> str:
+def declines(config: Config, built: Built, scheduler: Scheduler) -> str:
     """Why this engine has none; "": it can."""
     runner = built.runner
     if not isinstance(runner, ModelRunner):

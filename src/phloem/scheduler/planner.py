@@ -382,7 +382,7 @@ class Planner:
         slots.enter(request, lease, known)
         if self.further is not None:
             self._restore(request, lease, claim)
-        if request.admitted < 0:
+        if request.admitted < 0 and not request.handed:
             # What a grammar forced before is output, wherever its KV comes from.
             request.cached_tokens = min(cached, request.num_prompt)
             self.prompt_tokens += request.num_prompt
@@ -401,7 +401,7 @@ class Planner:
         if claim is not None:
             self.further.restore(claim, lease.tables[0][lease.shared : lease.shared + claim.count])
             self.slots.computed[request.slot] += claim.count * self.cache.page_size
-            if request.admitted < 0:
+            if request.admitted < 0 and not request.handed:
                 request.cached_host, request.cached_storage = (
                     (claim.count - claim.stored) * self.cache.page_size,
                     claim.stored * self.cache.page_size,

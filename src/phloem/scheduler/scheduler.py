@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from phloem.kvcache.events import Feed
     from phloem.kvcache.manager import CacheManager
     from phloem.scheduler.further import Further
+    from phloem.scheduler.remote import Remote
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ class Scheduler:
         interval = settings.stream_interval
         self.results = Results(self.live, self.slots, self.queue, self.planner.release, interval, lender)
         self.results.speculates = settings.speculates
+        self.remote: Remote | None = None  # prompts are computed for others, or by others
         self.controls = Controls(self)
         self.meter = Meter(clock())
         self._random = random.Random(settings.random_seed)
@@ -131,6 +133,8 @@ class Scheduler:
     def busy(self) -> bool:
         """Whether anything would happen without a new message."""
         if self.inflight or self.controls.waiting or self._drain_until is not None:
+            return True
+        if self.remote is not None and self.remote.busy:
             return True
         return bool(self.live) and not self.paused and not self.asleep
 
@@ -164,7 +168,8 @@ class Scheduler:
             **self.planner.state(),
             **self.results.state(),
             **({} if self.lender is None else self.lender.state()),
-            **({} if self.further is None else {"tiers": self.further.state()}),
+            **({} if self.further is None or self.remote is not None else {"tiers": self.further.state()}),
+            **({} if self.remote is None else {"disaggregation": self.remote.state()}),
         }
 
     @property
@@ -280,12 +285,24 @@ class Scheduler:
         if self.further is not None:
             late = self.further.fetch(request.id, request.namespace, request.prompt, request.match_limit())
             request.waits += () if late is None else (late,)
+        if self.remote is not None:
+            self._meet(request)
         self.live[request.id] = request
         if not request.waits and not self._begin(request):
             return
         self.planner.wait_again(request)
         if request.waits:
             self.late.append(request)
+
+    def _meet(self, request: Request) -> None:
+        """Where it is to meet another server: it is offered, or waited for. Raises BadRequest."""
+        assert self.remote is not None
+        try:
+            self.remote.accept(request)
+        except PhloemError:
+            if request.adapter is not None and self.lender is not None:
+                self.lender.give_back(request.adapter)
+            raise
 
     def _lend(self, request: Request) -> None:
         """The adapter that it asks for, which it has until it ends. Raises BadRequest: there is none of this name."""
@@ -333,6 +350,8 @@ class Scheduler:
         self.controls.poll()
         if self.further is not None:
             self.further.turn(self.inflight[0].plan.mark if self.inflight else None, self.live)
+        if self.remote is not None:
+            self.remote.turn()
         if self.feed is not None and not self.inflight:
             self.feed.publish()
         self._poll_drain()
@@ -400,13 +419,18 @@ class Scheduler:
                 self.late.append(request)
             elif request.slot >= 0:
                 self.slots.resume(request.slot, LATE)
-            elif self._begin(request):
+            elif self._arrived(request) and self._begin(request):
                 self.planner.wait_again(request)
+
+    def _arrived(self, request: Request) -> bool:
+        return self.remote is None or self.remote.arrived(request, self.results)
 
     def _begin(self, request: Request) -> bool:
         """Append what is forced at the beginning of an output; False where the request has ended by it."""
         constraint = request.constraint
         if constraint is None or not constraint.can_jump or request.admitted >= 0:
+            return True
+        if self.remote is not None and not self.remote.forces(request):
             return True
         try:
             return not self.results.jump(request)
@@ -480,6 +504,8 @@ class Scheduler:
         self.planner.committed(launched.plan, output)
         if output.verified is not None:
             self.results.verified(launched.plan, output)
+        if self.remote is not None:
+            self.remote.computed(launched.plan)
         self.results.commit(launched.plan, output)
         if self.feed is not None:
             self.feed.publish(launched.mark)

@@ -68,6 +68,7 @@ class Request:
     cached_tokens: int = 0
     cached_host: int = 0  # of these, copied from host memory, and from a store
     cached_storage: int = 0
+    handed: bool = False  # another server computed its prompt, and drew its first token
     match_pages: int = 0
     match_version: int = -1
     passed_mark: int = -1  # admissions seen when it came into the policy's window

@@ -9,6 +9,7 @@ from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
 from phloem.protocol.fields import dp_rank
 from phloem.protocol.media import of_prompts
+from phloem.protocol.rooms import place
 from phloem.protocol.sampling import namespace, native_params
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
                 stream_interval=(sampling.stream_interval if sampling is not None else None) or 1,
             )
         )
+    place(items, body)
     return GenerateRequest(items, bool(body.stream), bool(body.background))
 
 

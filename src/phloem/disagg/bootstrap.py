@@ -128,9 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._take({"/route": self.directory.register})
 
     def do_POST(self) -> None:
-        self._take(
-            {"/register_dp_rank": self.directory.register_room, "/query_dp_ranks": self.directory.query_rooms}
-        )
+        self._take({"/register_dp_rank": self.directory.register_room, "/query_dp_ranks": self.directory.query_rooms})
 
     def _take(self, routes: dict[str, Any]) -> None:
         route = routes.get(urlsplit(self.path).path)

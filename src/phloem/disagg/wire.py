@@ -1,12 +1,12 @@
 """What a decode server and a prefill server say to each other: frames of msgpack behind their length, never pickles.
 
-    decode                                    prefill
-    Ask: room, facts, pages that it has  ->
-                                         <-   Refused, and why
-                                         <-   Pages: those from `start` on have been computed, and are there
-                                         <-   Alive: nothing new, every half second
-                                         <-   Done: the first token, and what belongs to it
-    Got: all of it is here               ->
+decode                                    prefill
+Ask: room, facts, pages that it has  ->
+                                     <-   Refused, and why
+                                     <-   Pages: those from `start` on have been computed, and are there
+                                     <-   Alive: nothing new, every half second
+                                     <-   Done: the first token, and what belongs to it
+Got: all of it is here               ->
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ from phloem.grammar._manager import GrammarManager, GrammarSettings
 from phloem.kvcache.events import Feed
 from phloem.kvcache.manager import CacheManager
 from phloem.kvcache.publisher import ZmqPublisher, read_config
+from phloem.launch.disagg import check as check_disagg
+from phloem.launch.disagg import disaggregated
 from phloem.launch.pictures import PictureCore
 from phloem.launch.ranks import RankProcesses
 from phloem.launch.rest import Resting
-from phloem.launch.disagg import check as check_disagg
-from phloem.launch.disagg import disaggregated
 from phloem.launch.tiers import check as check_tiers
 from phloem.launch.tiers import tiers_of
 from phloem.models._common import Decoder

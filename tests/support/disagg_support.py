@@ -32,7 +32,9 @@ class Pair:
     """`weights`: what each says that its weights are. `prefill.run()` and `decode.run()` are not for requests of rooms:
     the other one would stand still."""
 
-    def __init__(self, backend: str = "shm", *, meet: float = 30.0, keep: float = 30.0, wait: float = 300.0, **more: Any):
+    def __init__(
+        self, backend: str = "shm", *, meet: float = 30.0, keep: float = 30.0, wait: float = 300.0, **more: Any
+    ):
         self.prefill, self.decode = Driver(chunked_prefill_size=16), Driver(**more)
         self.weights = {"prefill": "1", "decode": "1"}
         self.facts = dict(FACTS)

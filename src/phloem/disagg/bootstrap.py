@@ -148,7 +148,10 @@ class _Handler(BaseHTTPRequestHandler):
             told = json.loads(data)
         except (ValueError, RecursionError):
             told = None
-        self._answer(*(route(told) if isinstance(told, dict) else (400, {"error": "a JSON object is expected"})))
+        if isinstance(told, dict):
+            self._answer(*route(told))
+        else:
+            self._answer(400, {"error": "a JSON object is expected"})
 
     def _answer(self, status: int, found: Any) -> None:
         body = found.encode() if isinstance(found, str) else json.dumps(found).encode()

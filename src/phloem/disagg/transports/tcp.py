@@ -25,7 +25,7 @@ class Receiver:
         pass
 
     def take(self, link: Link, start: int, count: int, seconds: float) -> None:
-        link.read_into(memoryview(self._block[start : start + count]).cast("B"), seconds)
+        link.read_into(self._block[start : start + count].reshape(-1).data, seconds)
 
     def row(self, index: int) -> Row:
         return self._block[index]
@@ -45,7 +45,7 @@ class Sender:
         return list(self._block[:count])
 
     def push(self, link: Link, start: int, count: int, seconds: float) -> None:
-        link.write(memoryview(self._block[:count]).cast("B"), seconds)
+        link.write(self._block[:count].reshape(-1).data, seconds)
 
     def close(self) -> None:
         pass

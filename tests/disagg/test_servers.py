@@ -23,8 +23,8 @@ from phloem.testing.checkpoints import tiny_checkpoint
 
 pytestmark = pytest.mark.slow
 OPTIONS = (
-    "--dtype", "float32", "--threads", "1", "--max-total-tokens", "4096", "--ops", "invariant", "--chunked-prefill-size",
-    "32", "--random-seed", "1", "--served-model-name", "tiny", "--debug-invariants",
+    "--dtype", "float32", "--threads", "1", "--max-total-tokens", "4096", "--ops", "invariant",
+    "--chunked-prefill-size", "32", "--random-seed", "1", "--served-model-name", "tiny", "--debug-invariants",
 )  # fmt: skip
 rng = random.Random(1)
 

@@ -137,6 +137,22 @@ def test_a_copy_that_fails_ends_the_step_that_would_have_read_it(tmp_path: Path)
     tiered.close()
 
 
+@both
+def test_what_a_failed_request_has_computed_is_not_believed(tmp_path: Path, overlap: bool) -> None:
+    failing: list[str] = []
+
+    def fail_row(name: str, position: int) -> str | None:
+        return "injected: a row" if name in failing and position > 40 else None
+
+    tiered = Tiered(driver_of(overlap=overlap, fail_row=fail_row, chunked_prefill_size=16), disk_in(tmp_path))
+    failing.append("a")
+    tiered.driver.submit("a", PROMPTS[0], 4)
+    tiered.run()
+    assert tiered.driver.finish["a"].status_code == 500 and tiered.tiers.counts.written > 0
+    assert tiered.ask("b", PROMPTS[0]) == {"device": 0, "host": 0, "storage": 0}
+    tiered.close()
+
+
 # a store that is slow
 
 

@@ -102,6 +102,7 @@ def _conversations(
     seen: tuple[list[float], list[float]] = [], []
     for turn in range(options.turns):
         for text in texts:
+            answer = list[int]()
             for at, one in enumerate(_in_turn(turn, without, engine)):
                 place = at if turn % 2 == 0 else 1 - at
                 seconds, ids = _ask(one, text, options.output_tokens)

@@ -41,6 +41,8 @@ class Options:
 
 def main(argv: list[str]) -> int:
     config, options = parse("bench tiers", argv, Options, skip=("server",), description=__doc__ or "")
+    if options.turns < 2:
+        raise BadRequest("turns must be at least 2: the first of each conversation has nothing behind it")
     if min(vars(options)[name] for name in COUNTS) < 1:
         raise BadRequest(f"{', '.join(COUNTS)} must be at least 1")
     length = options.first_tokens + options.turns * (options.turn_tokens + options.output_tokens)

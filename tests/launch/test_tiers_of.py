@@ -47,11 +47,11 @@ def settings(model: Path, store: Path, **values: Any) -> Config:
 class Asked:
     """An engine core that is asked for these prompts one after the other, then drained."""
 
-    def __init__(self, config: Config, prompts: list[list[int]], calls: tuple[str, ...] = ()) -> None:
+    def __init__(self, config: Config, prompts: list[list[int]], calls: tuple[Control, ...] = ()) -> None:
         self.texts: list[list[int]] = []
         self.sources: list[tuple[int, int, int]] = []
         self.replies: list[ControlReply] = []
-        self._left: list[ToEngine] = [Control(id=name, name=name, args={}) for name in calls]
+        self._left: list[ToEngine] = [*calls]
         self._left += [
             Submit(id=f"r{at}", input_ids=pack_ids(ids), sampling=SamplingParams(max_new_tokens=6, temperature=0))
             for at, ids in enumerate(prompts)
@@ -88,6 +88,10 @@ class Asked:
         return [self._left.pop(0)] if self._left else [Drain(timeout=5.0)]
 
 
+def call(name: str, **args: Any) -> Control:
+    return Control(id=name, name=name, args=args)
+
+
 def prompts_of(count: int, length: int = 200) -> list[list[int]]:
     rng = random.Random(3)
     return [[rng.randrange(3, 90) for _ in range(length)] for _ in range(count)]
@@ -117,7 +121,7 @@ def test_text_is_the_same_with_and_without_tiers_and_after_a_restart(
     assert [sum(found) for found in first.sources] == [0] * 4 + [192] * 4
     assert first.sources[4][0] == 0 and {found for found in again.sources} == {(0, 0, 192)}
     assert "file" in str(first.decisions["hicache_storage_backend"]) and first.state["tiers"]["storage_failures"] == 0
-    cleared = Asked(config, prompts[:1], calls=("clear_hicache_storage",))
+    cleared = Asked(config, prompts[:1], calls=(call("clear_hicache_storage"),))
     assert cleared.replies[0].ok and cleared.replies[0].data["pages"] >= 48 and cleared.sources == [(0, 0, 0)]
 
 
@@ -129,6 +133,19 @@ def test_another_model_or_other_types_find_nothing(tmp_path: Path) -> None:
     for path in model.glob("*.safetensors"):
         os.utime(path, (1, 1))
     assert Asked(settings(model, tmp_path / "store"), prompts).sources == [(0, 0, 0)]
+
+
+def test_memory_that_was_given_back_is_filled_from_the_store_and_new_weights_find_nothing(tmp_path: Path) -> None:
+    model, prompts = tiny_checkpoint("llama", tmp_path / "model"), prompts_of(1)
+    config = settings(model, tmp_path / "store")
+    first = Asked(config, prompts)
+    slept = Asked(config, prompts * 2, calls=(call("release_memory", tags=["kv_cache"]), call("resume_memory")))
+    assert all(reply.ok for reply in slept.replies) and slept.texts == first.texts * 2
+    assert slept.sources == [(0, 0, 192), (192, 0, 0)]
+    other = Asked(config, prompts, calls=(call("update_weights", source="random", flush=True),))
+    assert other.replies[0].ok and other.sources == [(0, 0, 0)] and other.texts != first.texts
+    again = Asked(config, prompts)
+    assert again.texts == first.texts and again.sources == [(0, 0, 192)]
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,25 @@ def test_a_step_that_never_happened_leaves_what_was_restored_right(tmp_path: Pat
     tiered.close()
 
 
+@pytest.mark.parametrize("failed", [0, 1, 2])
+@both
+def test_what_a_step_that_never_happened_should_have_computed_is_not_written(
+    tmp_path: Path, overlap: bool, failed: int
+) -> None:
+    failing = [step == failed for step in range(4)]
+
+    def starve(batch: Any) -> bool:
+        return bool(failing) and failing.pop(0)
+
+    driver = driver_of(overlap=overlap, starve=starve, chunked_prefill_size=16)
+    tiered = Tiered(driver, disk_in(tmp_path))
+    tiered.ask("a", PROMPTS[0])
+    assert driver.runner.starved == 1
+    driver.control("flush_cache")
+    assert tiered.ask("b", PROMPTS[0])["storage"] == 56
+    tiered.close()
+
+
 def test_a_copy_that_fails_ends_the_step_that_would_have_read_it(tmp_path: Path) -> None:
     tiered = Tiered(driver_of(), disk_in(tmp_path))
     in_store(tiered)
@@ -134,6 +153,22 @@ def test_a_copy_that_fails_ends_the_step_that_would_have_read_it(tmp_path: Path)
     assert tiered.driver.finish["b"].status_code == 500
     tiered.copies.broken = False
     assert tiered.ask("c", PROMPTS[0])["host"] == 56
+    tiered.close()
+
+
+@both
+def test_what_a_failed_request_has_computed_is_not_believed(tmp_path: Path, overlap: bool) -> None:
+    failing: list[str] = []
+
+    def fail_row(name: str, position: int) -> str | None:
+        return "injected: a row" if name in failing and position > 40 else None
+
+    tiered = Tiered(driver_of(overlap=overlap, fail_row=fail_row, chunked_prefill_size=16), disk_in(tmp_path))
+    failing.append("a")
+    tiered.driver.submit("a", PROMPTS[0], 4)
+    tiered.run()
+    assert tiered.driver.finish["a"].status_code == 500 and tiered.tiers.counts.written > 0
+    assert tiered.ask("b", PROMPTS[0]) == {"device": 0, "host": 0, "storage": 0}
     tiered.close()
 
 

@@ -41,6 +41,8 @@ class Options:
 
 def main(argv: list[str]) -> int:
     config, options = parse("bench tiers", argv, Options, skip=("server",), description=__doc__ or "")
+    if options.turns < 2:
+        raise BadRequest("turns must be at least 2: the first of each conversation has nothing behind it")
     if min(vars(options)[name] for name in COUNTS) < 1:
         raise BadRequest(f"{', '.join(COUNTS)} must be at least 1")
     length = options.first_tokens + options.turns * (options.turn_tokens + options.output_tokens)
@@ -102,6 +104,7 @@ def _conversations(
     seen: tuple[list[float], list[float]] = [], []
     for turn in range(options.turns):
         for text in texts:
+            answer = list[int]()
             for at, one in enumerate(_in_turn(turn, without, engine)):
                 place = at if turn % 2 == 0 else 1 - at
                 seconds, ids = _ask(one, text, options.output_tokens)

@@ -6,7 +6,8 @@ then written its pages, and what is launched later has not.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from ctypes import memmove
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ class PoolCopies:
     """Of a pool whose layers are one group."""
 
     def __init__(self, pool: KVPool) -> None:
-        parts: list[tuple[Any, int, int]] = []  # a tensor as [pages, words of a page], and its bytes in a row
+        parts: list[tuple[Tensor, int, int]] = []  # a tensor as [pages, words of a page], and its bytes in a row
         start = 0
         for tensor in pool.stored(0):
             count = tensor[0].nbytes
@@ -49,15 +50,17 @@ class PoolCopies:
             start += count
         self._parts, self.page_bytes = parts, start
         self._on_host = in_host_memory(pool.device)
+        # Addresses, for there are some dozen parts of a page: a view of each would cost more than its copy.
+        self._places = [(words.data_ptr(), start, end - start) for words, start, end in parts]
 
     def out(self, pages: NDArray[np.int32], rows: Sequence[Row]) -> None:
         for begin in range(0, len(pages), PART):
             at = pages[begin : begin + PART].astype(np.int64)
             if self._on_host:
-                for place, page in enumerate(at.tolist()):
-                    row = rows[begin + place]
-                    for words, start, end in self._parts:
-                        row[start:end].view(words.dtype)[:] = words[page]
+                for place, page in enumerate(at.tolist(), begin):
+                    row = rows[place].ctypes.data
+                    for address, start, count in self._places:
+                        memmove(row + start, address + page * count, count)
                 continue
             index = torch.from_numpy(at).to(self._parts[0][0].device)
             whole = torch.cat([words.index_select(0, index).view(torch.uint8) for words, _, _ in self._parts], 1)
@@ -68,10 +71,10 @@ class PoolCopies:
         for begin in range(0, len(pages), PART):
             at = pages[begin : begin + PART].astype(np.int64)
             if self._on_host:
-                for place, page in enumerate(at.tolist()):
-                    row = rows[begin + place]
-                    for words, start, end in self._parts:
-                        words[page] = row[start:end].view(words.dtype)
+                for place, page in enumerate(at.tolist(), begin):
+                    row = rows[place].ctypes.data
+                    for address, start, count in self._places:
+                        memmove(address + page * count, row + start, count)
                 continue
             device = self._parts[0][0].device
             index = torch.from_numpy(at).to(device)
@@ -81,9 +84,7 @@ class PoolCopies:
                 words.index_copy_(0, index, whole[:, start:end].contiguous().view(words.dtype))
 
 
-def _words(tensor: Tensor, page_bytes: int) -> Any:
-    """The tensor as [pages, words], of 8 bytes where a page has whole ones: numpy in host memory, torch elsewhere."""
+def _words(tensor: Tensor, page_bytes: int) -> Tensor:
+    """The tensor as [pages, words], of 8 bytes where a page has whole ones."""
     flat = tensor.view(len(tensor), -1).view(torch.uint8)
-    if page_bytes % 8 == 0:
-        flat = flat.view(torch.int64)
-    return flat.numpy() if in_host_memory(tensor.device) else flat
+    return flat.view(torch.int64) if page_bytes % 8 == 0 else flat

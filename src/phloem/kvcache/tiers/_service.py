@@ -131,8 +131,7 @@ class Tiers:
         self._writer = ThreadPoolExecutor(1, "phloem-tier-write")
         self._inner: Watch | None = cache.tree.watch
         cache.tree.watch = self
-        if settings.write == "write_back":
-            cache.on_evict = self._on_evict
+        cache.on_evict = self._on_evict
 
     # what the tree says
 
@@ -143,10 +142,11 @@ class Tiers:
             self._inner.added(node)
 
     def removed(self, node: Node, left: int) -> None:
-        if self._evicting:
-            self._evicting = False
-            if node.created <= self._horizon:
-                self._store([node])
+        if not self._evicting:
+            self._distrust(node, left)
+        elif self.settings.write == "write_back" and node.created <= self._horizon:
+            self._store([node])
+        self._evicting = False
         if not left:
             self._saved.discard(node.uid)
         if self._inner is not None:
@@ -162,6 +162,17 @@ class Tiers:
         """What is removed next was computed, and is nobody's fault."""
         del group, pages
         self._evicting = True
+
+    def _distrust(self, node: Node, left: int) -> None:
+        """The pages leave the tree because their request failed: what it computed is not believed anywhere."""
+        if node.uid not in self._saved:
+            return
+        root = path_to(node)[0].parent
+        assert root is not None
+        keys = self._keys.of(root.name, hashes(node)[left:])
+        self.host.drop(keys)
+        if self.storage is not None:
+            self._writer.submit(self.storage.drop, keys)
 
     # in: from the store to rows
 

@@ -59,11 +59,13 @@ class Pair:
         driver.scheduler.results.on_end = remote.ended
 
     def to_prefill(self, name: str, prompt: list[int], count: int = 8, **values: Any) -> None:
-        self.prefill.submit(name, prompt, count, **{"room": f"{name}/0", **values})
+        asked: dict[str, Any] = {"room": f"{name}/0", **values}
+        self.prefill.submit(name, prompt, count, **asked)
 
     def to_decode(self, name: str, prompt: list[int], count: int = 8, **values: Any) -> None:
         place = {"prefill_host": "127.0.0.1", "prefill_port": self.bootstrap.port}
-        self.decode.submit(name, prompt, count, **{"room": f"{name}/0", **place, **values})
+        asked: dict[str, Any] = {"room": f"{name}/0", **place, **values}
+        self.decode.submit(name, prompt, count, **asked)
 
     def both(self, name: str, prompt: list[int], count: int = 8, **values: Any) -> None:
         self.to_prefill(name, prompt, count, **values)

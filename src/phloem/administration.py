@@ -27,6 +27,12 @@ class Administered:
         """Forget every cached prefix; False while requests run (waits up to `timeout` seconds for them)."""
         return self._door.run(self._client.control("flush_cache", deadline=timeout + 60.0, timeout=timeout)).ok
 
+    def clear_hicache_storage_backend(self) -> int:
+        """Forget what the store behind the cache has (`hicache_storage_backend`); gives how many pages that were."""
+        reply = self._door.run(self._client.control("clear_hicache_storage", deadline=60.0))
+        self._check(reply)
+        return int(reply.data.get("pages", 0))
+
     def abort_request(self, rid: str = "", abort_all: bool = False) -> int:
         """End requests by id; gives how many."""
 

@@ -19,6 +19,7 @@ import torch
 from fastapi import APIRouter
 from house import FILES, SRC, parse
 from linear_cases import Source
+from tier_support import keys_of, rows_of
 from vision_support import picture, seeing, seeing_checkpoint
 
 from phloem import attention, models, platforms
@@ -38,6 +39,7 @@ from phloem.grammar._base import EngineOptions, Regex, Vocabulary
 from phloem.grammar._manager import ENGINES
 from phloem.kernels.ops import Ops
 from phloem.kvcache.layouts import LAYOUTS, layout_of
+from phloem.kvcache.tiers import BLOCK, TIERS, Place
 from phloem.lang.backends import BACKENDS as LANG_BACKENDS
 from phloem.lang.backends._base import Backend
 from phloem.layers.context import AttentionSpec, BuildContext
@@ -67,7 +69,7 @@ from phloem.text.tools._json import JsonReader
 CPU = torch.device("cpu")
 REGISTRIES: list[Any] = [
     BACKENDS, BENCHMARKS, COMMANDS, DRAFTERS, ENGINES, FAMILIES, LANG_BACKENDS, LAYOUTS, METHODS, PLATFORMS, POLICIES,
-    PROCESSORS, ROUTES, THINKING, TOOLS, PAINTERS, PICTURES,
+    PROCESSORS, ROUTES, THINKING, TIERS, TOOLS, PAINTERS, PICTURES,
 ]  # fmt: skip
 
 
@@ -116,6 +118,35 @@ async def test_policies(name: str) -> None:
             assert chosen.worker in some and chosen.why and 0 <= chosen.cached <= ask.tokens
             policy.sent(ask, chosen.worker)
         policy.gone(some[-1])
+
+
+@each(TIERS)
+def test_tiers(name: str, tmp_path: Path) -> None:
+    """A leading run of what was written comes back, and what was dropped ends it."""
+    module = tmp_path / "store.py"
+    module.write_text(
+        "class Store(dict):\n"
+        "    def __init__(self, settings): self.settings = settings\n"
+        "    def exists(self, key): return key in self\n"
+        "    def get(self, key, target): return target.copy_(self[key]) if key in self else None\n"
+        "    def set(self, key, value): self[key] = value.clone()\n"
+        "    def delete(self, key): self.pop(key, None)\n"
+    )
+    extra = {"module_path": str(module), "class_name": "Store"} if name == "dynamic" else {}
+    tier = TIERS.get(name)(Place(BLOCK, 1 << 20, tmp_path, extra))
+    assert tier.name == name and isinstance(tier.instant, bool)
+    keys, rows, found = keys_of(9), rows_of(9), rows_of(9, seed=2)
+    assert tier.exists(keys) == tier.read(keys, found) == tier.exists([]) == 0
+    assert tier.write(keys, rows) == 9 == tier.exists(keys) and tier.read(keys, found) == 9
+    assert all(np.array_equal(one, other) for one, other in zip(rows, found, strict=True))
+    assert tier.exists([*keys_of(1, 5), *keys]) == 0
+    tier.drop(keys[4:5])
+    assert tier.exists(keys) == tier.read(keys, found) == 4
+    assert tier.write(keys, rows) == 9 == tier.exists(keys)
+    assert all(isinstance(value, int | float) for value in tier.stats().values())
+    tier.clear()
+    assert tier.exists(keys) == 0 and tier.write(keys[:2], rows[:2]) == 2
+    tier.close()
 
 
 @each(DRAFTERS)

@@ -14,10 +14,12 @@ from phloem.router.tokens import Tokens
 _SECTIONS = {
     "address": "Address and bodies",
     "workers": "Workers",
+    "pairs": "Prefill and decode servers",
     "policy": "Choice of a worker",
     "retries": "Retries and circuit breaker",
     "limits": "Limits and keys",
 }
+_REPEATED = ("prefill", "decode")  # options that may come several times, each with parts of its own
 
 
 def main(argv: list[str]) -> int:
@@ -54,6 +56,8 @@ def _how(kind: Any, spec: dataclasses.Field[Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"default": spec.default, "help": (spec.metadata["help"] + shown).replace("%", "%%")}
     if kind is bool:
         return {**found, "action": argparse.BooleanOptionalAction if spec.default else "store_true"}
+    if spec.name in _REPEATED:
+        return {**found, "default": [], "nargs": "+", "action": "append", "metavar": "TEXT"}
     if kind == tuple[str, ...]:
         return {**found, "nargs": "+", "metavar": "TEXT"}
     if kind in (int, float):
@@ -62,7 +66,9 @@ def _how(kind: Any, spec: dataclasses.Field[Any]) -> dict[str, Any]:
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    return tuple(" ".join(item) if isinstance(item, list) else item for item in value)
 
 
 def _shown(value: Any) -> str:

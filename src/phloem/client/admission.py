@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from phloem.client.processors import thinking_budget
-from phloem.client.request import Prompt
+from phloem.client.request import FAKE_HOST, Prompt
 from phloem.client.sessions import Sessions
 from phloem.core.errors import BadRequest
 from phloem.core.request import SamplingParams
@@ -180,6 +180,12 @@ class Admission:
         if item.dp_rank is not None and not 0 <= item.dp_rank < self.info.replicas:
             message = f"data_parallel_rank: {item.dp_rank} is not one of the {self.info.replicas} there are, from 0 on"
             raise BadRequest(message, param="data_parallel_rank")
+        if self.info.role != "null" and not item.pooled and item.prefill[0] != FAKE_HOST:
+            if item.room < 0:
+                text = f"this is a {self.info.role} server: bootstrap_room is needed, which its gateway chooses"
+                raise BadRequest(text, param="bootstrap_room")
+            if self.info.role == "decode" and not item.prefill[0]:
+                raise BadRequest("bootstrap_host is needed beside bootstrap_room", param="bootstrap_host")
         if not -_INT32 <= item.priority <= _INT32:
             raise BadRequest(f"priority must fit 32 bits, got {item.priority}", param="priority")
         if item.stream_interval < 1:

@@ -299,4 +299,7 @@ def _submit_message(output: Continuation) -> Submit:
         arrival=time.time(),
         grammar_at_once=not item.reasons,
         dp_rank=-1 if item.dp_rank is None else item.dp_rank,
+        room=f"{item.room}/{output.choice}" if item.room >= 0 else "",
+        prefill_host=item.prefill[0],
+        prefill_port=item.prefill[1],
     )

@@ -77,6 +77,8 @@ class Continuation:
     delta: str = ""
     finish: FinishReason | None = None
     cached_tokens: int = 0
+    cached_host: int = 0  # as `Chunk.cached_host`
+    cached_storage: int = 0
     queue_seconds: float = 0.0
     drafts: list[int] = field(default_factory=list)  # as `Chunk.drafts`
     passes: int = 0  # as `Chunk.passes`
@@ -149,6 +151,8 @@ class Continuation:
     def _gather(self, chunk: Chunk) -> None:
         self.ids += chunk.tokens
         self.cached_tokens = chunk.cached_tokens or self.cached_tokens
+        self.cached_host = chunk.cached_host or self.cached_host
+        self.cached_storage = chunk.cached_storage or self.cached_storage
         self.drafts = chunk.drafts or self.drafts
         self.passes = chunk.passes or self.passes
         if chunk.dp_rank >= 0:

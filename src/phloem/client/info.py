@@ -57,6 +57,7 @@ class ModelInfo:
     draws: bool = False  # pictures, and nothing else
     speech: Speech | None = None  # of a model that writes down what it hears
     decisions: tuple[tuple[str, Any, str], ...] = ()  # name, value, reason: the door's own choices
+    role: str = "null"  # prefill or decode, where prompts and answers are computed by different servers
     replicas: int = 1  # engines behind this door
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -72,6 +73,7 @@ class ModelInfo:
             eos_ids=checkpoint.eos_ids,
             model_type=checkpoint.model_type,
             weight_version=config.model.weight_version,
+            role=config.disagg.disaggregation_mode,
             architectures=checkpoint.architectures,
             generation_config=recommended(
                 checkpoint.generation_config, checkpoint.vocab_size, f"{checkpoint.path}/generation_config.json"

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from phloem.multimodal._reader import Source
 
 
+FAKE_HOST = "2.2.2.2"  # of gateways that warm a server up: nobody is to be met
+
+
 def new_id(prefix: str = "") -> str:
     return prefix + uuid.uuid4().hex
 
@@ -58,6 +61,8 @@ class Item:
     stream_interval: int = 1
     reasons: bool = False  # a reasoning block may come first, and no constraint holds in it
     session: SessionStep | None = None
+    room: int = -1  # where prefill and decode servers meet over it; -1: nowhere
+    prefill: tuple[str, int] = ("", 0)  # for decode: host and port of the bootstrap server
     dp_rank: int | None = None  # the replica that it must go to
     thinking_budget: int | None = None  # tokens of reasoning
     pooled: bool = False  # for a model that does not generate

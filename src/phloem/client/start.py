@@ -43,6 +43,8 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
         features |= {"lora"}
     if config.runtime.dp_size > 1:
         features |= {"data_parallel"}
+    if config.disagg.disaggregation_mode != "null":
+        features |= {"disaggregation"}
     info = ModelInfo.of(checkpoint, config, features)
     if model.skip_tokenizer_init or info.draws:
         return EngineClient(None, None, info), info, checkpoint

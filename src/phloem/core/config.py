@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,9 @@ CpuLevel = Literal["auto", "portable", "avx2", "avx512", "amx", "neon"]
 LogprobsMode = Literal["raw", "temperature", "processed"]
 ModelImpl = Literal["auto", "phloem", "transformers"]
 TpComm = Literal["auto", "shm", "gloo"]
+WritePolicy = Literal["write_through", "write_through_selective", "write_back"]
+Disaggregation = Literal["null", "prefill", "decode"]
+PrefetchPolicy = Literal["best_effort", "wait_complete", "timeout"]
 LoadBalance = Literal["auto", "round_robin", "total_requests", "total_tokens"]
 Placement = Literal["uniform", "frequency", "front-loading", "random"]
 Task = Literal["auto", "generate", "embed", "classify", "score", "tokens"]
@@ -80,6 +84,23 @@ class CacheConfig:
     radix_eviction_policy: Eviction = opt("lru", "Which unused cached prefix goes first when pages run out.")
     kv_events_config: str | None = opt(
         None, 'Tell gateways what is cached: {"publisher": "zmq", "endpoint": "tcp://*:5557"}.'
+    )
+    enable_hierarchical_cache: bool = opt(
+        False, "Keep computed pages beyond the pool, in host memory and a store (`docs/tiers.md`).", "enable_hicache"
+    )
+    hicache_ratio: float | None = opt(None, "Host memory for pages as a multiple of the KV pool.")
+    hicache_size: float = opt(0.0, "The same in gigabytes, of each replica; above 0 it overrides the ratio.")
+    hicache_write_policy: WritePolicy = opt(
+        "write_through", "When pages are copied: when they are computed, found again, or make room."
+    )
+    hicache_storage_backend: str | None = opt(
+        None, "Store behind host memory: file, which outlives the server, or dynamic; default: none."
+    )
+    hicache_storage_prefetch_policy: PrefetchPolicy = opt(
+        "timeout", "How long a request waits for pages of the store: until it could run, for all, or a while."
+    )
+    hicache_storage_backend_extra_config: str | None = opt(
+        None, 'Settings of the store as JSON, or @FILE: {"path": "/var/cache/kv", "max_size": "50GiB"}.'
     )
 
 
@@ -277,6 +298,21 @@ class ImagesConfig:
 
 
 @dataclass(frozen=True)
+class DisaggConfig:
+    """Prompts computed by one server, answers by another (`docs/disaggregation.md`)."""
+
+    disaggregation_mode: Disaggregation = opt(
+        "null", "What this server does: null, both; prefill, prompts alone; decode, answers alone."
+    )
+    disaggregation_transfer_backend: str | None = opt(
+        None, "How pages get to decode servers: shm on one machine, or tcp; default: the first that both have."
+    )
+    disaggregation_bootstrap_port: int = opt(
+        8998, "Port at which decode servers find a prefill server; 0 takes a free one."
+    )
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """The HTTP door."""
 
@@ -321,6 +357,7 @@ SECTIONS: dict[str, Any] = {
     "speculative": SpeculativeConfig,
     "dllm": DllmConfig,
     "images": ImagesConfig,
+    "disagg": DisaggConfig,
     "server": ServerConfig,
 }
 
@@ -340,6 +377,7 @@ class Config:
     speculative: SpeculativeConfig = SpeculativeConfig()
     dllm: DllmConfig = DllmConfig()
     images: ImagesConfig = ImagesConfig()
+    disagg: DisaggConfig = DisaggConfig()
     server: ServerConfig = ServerConfig()
 
     @staticmethod
@@ -382,7 +420,10 @@ class Config:
 
 
 # Settings whose text may be JSON: in YAML files they may be tables.
-_JSON = ("speculative_config", "kv_events_config", "dllm_algorithm_config")
+_JSON = (
+    *("speculative_config", "kv_events_config", "dllm_algorithm_config"),
+    "hicache_storage_backend_extra_config",
+)
 
 # What other engines have and this one does not: refused by name, and not taken for a slip of the pen.
 _NOT_THERE = {
@@ -490,6 +531,11 @@ def _check_ranges(config: Config) -> None:
     fraction = config.cache.mem_fraction_static
     if fraction is not None and not 0 < fraction <= 1:
         raise ConfigError(f"mem_fraction_static: {fraction} is not in (0, 1]", param="mem_fraction_static")
+    for name in ("hicache_ratio", "hicache_size"):
+        value = flat[name]
+        if value is not None and not (math.isfinite(value) and value >= 0 and (value or name == "hicache_size")):
+            least = "0 or above" if name == "hicache_size" else "above 0"
+            raise ConfigError(f"{name}: {value!r} must be a number {least}", param=name)
     if config.cache.kv_memory is not None:
         parse_bytes(config.cache.kv_memory)
     if config.lora.lora_memory is not None:

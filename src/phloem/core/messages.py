@@ -51,6 +51,9 @@ class Submit(Message):
     media: list[Media] = []  # pictures, whose tokens are those of `core.media.with_content`
     grammar_at_once: bool = False  # a constraint holds from the first token, also where the model could reason before
     dp_rank: int = -1  # the replica that it must go to; -1: whichever
+    room: str = ""  # where prefill and decode servers meet over it; "": one server does both
+    prefill_host: str = ""  # for decode: the bootstrap server of who computes the prompt
+    prefill_port: int = 0
 
 
 class Draw(Message):
@@ -78,7 +81,8 @@ class Abort(Message):
 class Control(Message):
     """An administrative call; answered by one `ControlReply` with the same id.
 
-    Names: `flush_cache` (args: timeout seconds), `state` (running and waiting counts, memory, throughput, cache),
+    Names: `flush_cache` (args: timeout seconds), `clear_hicache_storage` (data: pages),
+    `state` (running and waiting counts, memory, throughput, cache),
     `pause` (args: mode abort | retract | in_place), `resume`, `abort_all`, `cache_tree` (args: max_nodes),
     `kv_events` (data: sequence, events: the whole tree),
     `get_weights_by_name` (args: name, rows; data: weight, nested lists), `load_lora_adapter` (args: name, path,
@@ -120,6 +124,8 @@ class Chunk(msgspec.Struct, omit_defaults=True, kw_only=True):
     tokens: list[int] = []
     finish: FinishReason | None = None
     cached_tokens: int = 0  # prompt tokens found in the cache (on the first chunk and the last)
+    cached_host: int = 0  # of these, those that were in host memory, and in a store
+    cached_storage: int = 0
     queue_seconds: float = 0.0
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None  # once, with the first chunk
@@ -200,6 +206,7 @@ class Stats(Message):
     grammar_seconds: list[float] = []  # of each grammar that was compiled since the last Stats
     step_seconds: list[float] = []  # of pictures: each step since the last Stats
     pixel_throughput: float = 0.0  # pixels of finished pictures per second since the last Stats
+    tiers: dict[str, float] = {}  # of cache tiers beyond the pool: what they hold, and what they have done
 
 
 class Reweighted(Message):

@@ -466,6 +466,13 @@ class CacheManager:
         self.holds.append(hold)
         return hold
 
+    def hold_prefix(self, namespace: str, tokens: NDArray[np.int32], pages: int) -> tuple[Hold, NDArray[np.int32]]:
+        """Lock the first pages of `tokens`, or those of them that are in the tree; gives these. One group alone."""
+        node, found = self.tree.take(namespace, tokens[: pages * self.page_size].tobytes(), pages)
+        hold = Hold(node, [], 0)
+        self.holds.append(hold)
+        return hold, found
+
     def drop(self, hold: Hold) -> None:
         """The copy has ended."""
         self.holds.remove(hold)

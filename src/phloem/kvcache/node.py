@@ -109,14 +109,23 @@ def hashes(node: Node) -> list[bytes]:
     for found in reversed(missing):
         parent = found.parent
         assert parent is not None
-        above = parent.chain[-1] if parent.chain else _hash(parent.name.encode())
-        size = len(found.data) // found.count
-        chain: list[bytes] = []
-        for start in range(0, len(found.data), size):
-            above = _hash(above + found.data[start : start + size])
-            chain.append(above)
-        found.chain = chain
+        above = parent.chain[-1] if parent.chain else root_hash(parent.name)
+        found.chain = chained(above, found.data, len(found.data) // found.count)
     return node.chain or []
+
+
+def root_hash(namespace: str) -> bytes:
+    """What stands before the first page of a namespace."""
+    return _hash(namespace.encode())
+
+
+def chained(above: bytes, data: bytes, size: int) -> list[bytes]:
+    """As `hashes`, of pages of `size` bytes of token ids that follow the page whose hash is `above`."""
+    chain: list[bytes] = []
+    for start in range(0, len(data), size):
+        above = _hash(above + data[start : start + size])
+        chain.append(above)
+    return chain
 
 
 def _hash(data: bytes) -> bytes:

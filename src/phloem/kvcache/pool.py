@@ -85,6 +85,7 @@ class KVPool:
         ]
         self.routes: Routes | None = None  # which experts computed the tokens, where that is asked for
         self._stored: list[Tensor] = [tensor for layer in made for tensor in layer.stored]
+        self._of_layer = [layer.stored for layer in made]
         self.keys: list[Tensor] = [layer.keys if layer.keys is not None else none for layer in made]
         self.values: list[Tensor] = [layer.values if layer.values is not None else none for layer in made]
         self.states: list[tuple[Tensor, ...]] = [layer.states for layer in made]
@@ -112,6 +113,10 @@ class KVPool:
         """Give all of the memory back to the system, which gives zeros when it is touched again; bytes. For nobody's
         pages, in host memory."""
         return system.discard((tensor.data_ptr(), tensor.nbytes) for tensor in self._stored)
+
+    def stored(self, group: int) -> list[Tensor]:
+        """All that has memory of its own of a group's layers, in their order: each [pages, ...], or [slots, ...]."""
+        return [tensor for layer in self.groups[group].layers for tensor in self._of_layer[layer]]
 
     @property
     def nbytes(self) -> int:

@@ -25,9 +25,13 @@ from phloem.grammar._manager import GrammarManager, GrammarSettings
 from phloem.kvcache.events import Feed
 from phloem.kvcache.manager import CacheManager
 from phloem.kvcache.publisher import ZmqPublisher, read_config
+from phloem.launch.disagg import check as check_disagg
+from phloem.launch.disagg import disaggregated
 from phloem.launch.pictures import PictureCore
 from phloem.launch.ranks import RankProcesses
 from phloem.launch.rest import Resting
+from phloem.launch.tiers import check as check_tiers
+from phloem.launch.tiers import tiers_of
 from phloem.models._common import Decoder
 from phloem.rl.keeper import Keeper
 from phloem.scheduler import loop
@@ -120,6 +124,8 @@ class EngineCore:
             keeper=self._keeper,
         )
         self._publisher = _publisher(config, cache, self.scheduler)
+        self._tiers = tiers_of(config, checkpoint, built, self.scheduler)
+        self._disagg = disaggregated(config, checkpoint, built, self.scheduler)
         self.info = self._facts(built, checkpoint, phases)
 
     def _facts(self, built: Built, checkpoint: Checkpoint, phases: dict[str, float]) -> dict[str, Any]:
@@ -134,6 +140,7 @@ class EngineCore:
             "context_length": built.context_length,
             "decisions": [[d.name, d.value, d.reason] for d in built.decisions]
             + ([] if self._grammars is None else [list(self._grammars.decision())]),
+            "disaggregation": None if self._disagg is None else self._disagg.info,
             "kv_events": None if self._publisher is None else self._publisher.info(),
             "phases": phases,
             "lora_adapters": None if self._desk is None else self._desk.loaded(),
@@ -161,6 +168,8 @@ class EngineCore:
 
     def close(self) -> None:
         self._closing.set()
+        if self._disagg is not None:
+            self._disagg.close()
         self._watchdog.close()
         if self._desk is not None:
             self._desk.close()
@@ -173,6 +182,8 @@ class EngineCore:
             self._grammars.close()
         if self._publisher is not None:
             self._publisher.close()
+        if self._tiers is not None:
+            self._tiers.close()
 
 
 def _settings(config: Config, checkpoint: Checkpoint, built: Built, speculates: bool) -> ScheduleSettings:
@@ -320,6 +331,8 @@ def serve(
 ) -> None:
     """Build, run and close an engine; whatever ends it is told to the door."""
     try:
+        check_tiers(config)
+        check_disagg(config)
         if max(parallel.ranks_of(config), config.runtime.ep_size) > 1:
             parallel.refuse(config, checkpoint)
         kind = EngineCore if checkpoint.pictures is None else PictureCore

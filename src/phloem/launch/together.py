@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _SINGLE = frozenset(
     [
         "flush_cache",
+        "clear_hicache_storage",
         "state",
         "pause",
         "resume",
@@ -95,6 +96,10 @@ def summed(parts: Sequence[Stats], news: Stats) -> Stats:
             calls = [getattr(part, _MEANS[name]) for part in parts]
             weighed = sum(value * count for value, count in zip(each, calls, strict=True))
             values[name] = weighed / sum(calls) if any(calls) else 0.0
+        elif name == "tiers":
+            values[name] = {
+                key: sum(part.get(key, 0.0) for part in each) for key in {key for part in each for key in part}
+            }
         else:
             values[name] = sum(each)
     return msgspec.convert(values, Stats)

@@ -56,10 +56,11 @@ class Usage(Answer, kw_only=True):
 
 
 class CachedTokensDetails(Answer, kw_only=True):
-    """Where the cached tokens of the prompts were found."""
+    """Where the cached tokens of the prompts were found. `storage`: told where a store had any."""
 
     device: int = 0
     host: int = 0
+    storage: int | UnsetType = UNSET
 
 
 class Extensions(Answer, kw_only=True):

@@ -18,7 +18,9 @@ from phloem.router import ask as asks
 from phloem.router.fleet import Fleet
 from phloem.router.limits import Buckets, Gate, TooMany
 from phloem.router.metrics import Metrics
+from phloem.router.pairs import REGULAR, ROLES
 from phloem.router.relay import Relay, Way, told
+from phloem.router.settings import BOOTSTRAP_PORT
 from phloem.server.bodies import BodyGate, BodyLimits, header, refuse
 from phloem.server.errors import error_body, messages_error
 from phloem.server.stream import encode
@@ -58,6 +60,8 @@ class AddWorker(msgspec.Struct):
     url: str
     model_id: str | None = None
     models: list[str] = []
+    worker_type: str = REGULAR
+    bootstrap_port: int | None = None
     priority: int = 0
     labels: dict[str, Any] = {}
 
@@ -219,13 +223,18 @@ class Router:
     async def _workers(self, scope: Scope, body: bytes) -> tuple[int, Any]:
         workers = [told(worker) for worker in self.fleet.workers.values()]
         ready = sum(worker["is_healthy"] for worker in workers)
-        stats = {"prefill_count": 0, "decode_count": 0, "regular_count": len(workers), "healthy_count": ready}
+        stats = {f"{role}_count": sum(one["worker_type"] == role for one in workers) for role in ROLES}
+        stats["healthy_count"] = ready
         return 200, {"workers": workers, "total": len(workers), "stats": stats}
 
     async def _add(self, scope: Scope, body: bytes) -> tuple[int, Any]:
         asked = _decode(body, AddWorker)
         models = [*([asked.model_id] if asked.model_id else []), *asked.models]
-        worker = self.fleet.add(asked.url, models, asked.priority, asked.labels)
+        if asked.worker_type not in ROLES or (asked.worker_type != REGULAR) is not self.settings.paired:
+            text = "prefill or decode" if self.settings.paired else REGULAR
+            raise BadRequest(f"worker_type: here it is {text}", param="worker_type")
+        port = asked.bootstrap_port or BOOTSTRAP_PORT
+        worker = self.fleet.add(asked.url, models, asked.priority, asked.labels, asked.worker_type, port)
         about = {"status": "accepted", "worker_id": worker.id, "url": worker.url, "location": f"/workers/{worker.id}"}
         return 202, {**about, "message": ADDED.format(worker.url)}
 

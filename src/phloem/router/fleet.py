@@ -14,7 +14,9 @@ from phloem.core.errors import BadRequest, EngineDead, NotFound
 from phloem.router.address import parse_url
 from phloem.router.cached import Cached
 from phloem.router.follow import Follower
+from phloem.router.pairs import DECODE, PREFILL, REGULAR
 from phloem.router.policies import POLICIES
+from phloem.router.settings import BOOTSTRAP_PORT, prefill_of
 from phloem.router.upstream import Exchange, UpstreamError
 from phloem.router.worker import Worker
 from phloem.utils import log
@@ -56,7 +58,13 @@ class Fleet:
     # who there is
 
     def add(
-        self, url: str, models: Iterable[str] = (), priority: int = 0, labels: dict[str, Any] | None = None
+        self,
+        url: str,
+        models: Iterable[str] = (),
+        priority: int = 0,
+        labels: dict[str, Any] | None = None,
+        role: str = REGULAR,
+        bootstrap_port: int = BOOTSTRAP_PORT,
     ) -> Worker:
         """Raises BadRequest: the address is none, or known."""
         text = parse_url(url)[0]
@@ -67,6 +75,7 @@ class Fleet:
         worker = Worker.at(text, self.settings, free)
         worker.given_models = worker.models = tuple(models)
         worker.priority, worker.labels = priority, labels or {}
+        worker.role, worker.bootstrap_port = role, bootstrap_port
         self.workers[text] = worker
         _log.info("worker %s added", text)
         self._spawn(self._look_after(worker))
@@ -157,6 +166,11 @@ class Fleet:
     def start(self) -> None:
         for url in self.settings.worker_urls:
             self.add(url)
+        for text in self.settings.prefill:
+            url, port = prefill_of(text)
+            self.add(url, role=PREFILL, bootstrap_port=port)
+        for url in self.settings.decode:
+            self.add(url, role=DECODE)
 
     async def close(self) -> None:
         for task in list(self._tasks):

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.router.limits import Gate, TooMany
+from phloem.router.pairs import DECODE, PAIRED, PREFILL, Side, with_room
+from phloem.router.pairs import WHOLE as WHOLE_LOGPROBS
+from phloem.router.pairs import choose as pair
 from phloem.router.upstream import Exchange, UpstreamError
 from phloem.server.bodies import BODY_DONE
 from phloem.server.errors import MESSAGES_PATH, error_body, messages_error
@@ -67,6 +70,7 @@ class Way:
     started: bool = False  # the client has its head
     status: int = 0
     tried: list[Worker] = field(default_factory=list)
+    pairs: list[Worker] = field(default_factory=list)  # prefill servers that were tried
     exchange: Exchange | None = None
     left: bool = False  # the client has hung up
     waits: list[asyncio.Future[None]] = field(default_factory=list)  # for its turn
@@ -148,12 +152,21 @@ class Relay:
         now = asyncio.get_running_loop().time()
         policy = self.fleet.policy(way.ask.model)
         known = policy.asked(way.ask, self.fleet.candidates(way.ask.model))
+        known = [worker for worker in known if worker.role != PREFILL or self.settings.paired]
         ready = [worker for worker in known if worker.serves(now)]
+        if self.settings.paired:
+            if not any(worker.role == DECODE for worker in ready):
+                ready = []
+            elif way.ask.path not in PAIRED:
+                ready = [worker for worker in ready if worker.role == DECODE]
         if not ready:
             why = "; ".join(f"{worker.url}: {_why(worker, now)}" for worker in known[:4])
             raise EngineDead(f"no worker serves this now ({why})", code="no_worker")
-        fresh = [worker for worker in ready if worker not in way.tried]
-        chosen = policy.choose(way.ask, fresh or ready)
+        if self.settings.paired and way.ask.path in PAIRED:
+            chosen = pair(way.ask, policy, ready, [*way.tried, *way.pairs])
+        else:
+            fresh = [worker for worker in ready if worker not in way.tried]
+            chosen = policy.choose(way.ask, fresh or ready)
         if not way.tried:
             self._in_time(way, chosen)
         way.chosen = chosen
@@ -184,15 +197,17 @@ class Relay:
         """One attempt: True once the client has been answered. Raises UpstreamError before the first byte."""
         loop, worker = asyncio.get_running_loop(), chosen.worker
         exchange = way.exchange = Exchange(loop.time())
-        load = worker.take(way.ask.tokens, way.ask.output, chosen.cached)
+        body, side = self._both(way, chosen, exchange)
+        prompt = 0.0 if chosen.prefill is not None else way.ask.tokens
+        load = worker.take(prompt, way.ask.output, chosen.cached)
         worker.breaker.begun(exchange.began)
         self.metrics.sent[worker.url] += 1
         self.flying.add(exchange)
         if way.left:
             exchange.cancel("the client has gone")
         try:
-            await worker.pool.send(exchange, self._head(way, worker), way.body)
-            self.fleet.policy(way.ask.model).sent(way.ask, worker)
+            await worker.pool.send(exchange, self._head(way, worker, body), body)
+            self.fleet.policy(way.ask.model).sent(way.ask, chosen.prefill or worker)
             if not way.tried[1:]:
                 self.metrics.overhead.observe(loop.time() - way.arrived)
             way.status = await exchange.head()
@@ -209,10 +224,12 @@ class Relay:
                 worker.breaker.succeeded()
             return True
         except UpstreamError as error:
-            if not way.left:
+            if not way.left and not (side is not None and side.refused):
                 self._failed(worker, "refused" if error.refused else "broken", error)
             raise
         finally:
+            if side is not None:
+                side.end()
             worker.breaker.let_go()
             load.end()
             self.flying.discard(exchange)
@@ -226,7 +243,28 @@ class Relay:
         self.metrics.failed[worker.url, kind] += 1
         self.fleet.broke(worker, error)
 
-    def _head(self, way: Way, worker: Worker) -> bytes:
+    def _both(self, way: Way, chosen: Chosen, exchange: Exchange) -> tuple[bytes | bytearray, Side | None]:
+        """The body that goes out, and where two servers get it, the half that is not answered with."""
+        if not self.settings.paired or way.ask.path not in PAIRED:
+            return way.body, None
+        body, prefill = with_room(way.body, chosen.prefill), chosen.prefill
+        if prefill is None:
+            return body, None
+        load = prefill.take(way.ask.tokens, 1.0, chosen.prefill_cached)
+        side = Side(prefill, Exchange(exchange.began), load)
+        way.pairs.append(prefill)
+        self.metrics.sent[prefill.url] += 1
+        side.begin(self._head(way, prefill, body), body, exchange, self._half_failed)
+        return body, side
+
+    def _half_failed(self, side: Side) -> None:
+        if side.error is not None:
+            self._failed(side.worker, "refused" if side.error.refused else "broken", side.error)
+        else:
+            self.metrics.failed[side.worker.url, f"status {side.refused}"] += 1
+            self.fleet.faulty(side.worker)
+
+    def _head(self, way: Way, worker: Worker, body: bytes | bytearray) -> bytes:
         scope, key = way.scope, self.settings.worker_api_key
         path = scope.get("raw_path") or scope["path"].encode()
         query = scope["query_string"]
@@ -243,8 +281,10 @@ class Relay:
             parts.append(b"x-request-id: %b\r\n" % way.key.encode())
         if key is not None:
             parts.append(b"authorization: Bearer %b\r\n" % key.encode())
-        if way.body or method not in (b"GET", b"DELETE"):
-            parts.append(b"content-length: %d\r\n" % len(way.body))
+        if worker.role == DECODE:
+            parts.append(WHOLE_LOGPROBS + b": 1\r\n")
+        if body or method not in (b"GET", b"DELETE"):
+            parts.append(b"content-length: %d\r\n" % len(body))
         parts.append(b"\r\n")
         return b"".join(parts)
 

@@ -44,13 +44,14 @@ def run(settings: Settings, tokens: Tokens | None = None) -> int:
 
 async def _main(settings: Settings, tokens: Tokens | None, sock: socket.socket) -> None:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    count = len(settings.worker_urls) + len(settings.prefill) + len(settings.decode)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
     def ready(port: int) -> None:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        _log.info("policy %s, %d workers", settings.policy, len(settings.worker_urls))
-        say(f"Routing to {len(settings.worker_urls)} workers at http://{host}:{port}")
+        _log.info("policy %s, %d workers", settings.policy, count)
+        say(f"Routing to {count} workers at http://{host}:{port}")
 
     await serve(Router(settings, tokens), settings, sock, ready, stop)
 

@@ -11,6 +11,7 @@ from typing import Any
 from phloem.core.errors import BadRequest, ConfigError
 from phloem.router.address import parse_url
 
+BOOTSTRAP_PORT = 8998
 _KEY = re.compile(r"[!-~]+")
 
 
@@ -45,6 +46,16 @@ class Settings:
     health_check_endpoint: str = opt("workers", "/health", "What is asked.")
     health_failure_threshold: int = opt("workers", 3, "Failed looks in a row after which nothing is sent there.")
     health_success_threshold: int = opt("workers", 2, "Good looks in a row after which it serves again.")
+
+    pd_disaggregation: bool = opt(
+        "pairs",
+        False,
+        "Send prompts to prefill servers and answer from decode servers; --prefill and --decode imply it.",
+    )
+    prefill: tuple[str, ...] = opt(
+        "pairs", (), "A prefill server, and the port of its bootstrap server (8998): URL [PORT]. May be repeated."
+    )
+    decode: tuple[str, ...] = opt("pairs", (), "A decode server: URL. May be repeated.")
 
     policy: str = opt(
         "policy", "cache_aware", "cache_aware, power_of_two, round_robin, random, consistent_hashing or manual."
@@ -91,6 +102,21 @@ class Settings:
     def tries(self) -> int:
         return 1 if self.disable_retries else 1 + self.retry_max_retries
 
+    @property
+    def paired(self) -> bool:
+        return self.pd_disaggregation or bool(self.prefill or self.decode)
+
+    def _check_pairs(self) -> None:
+        for text in self.prefill:
+            prefill_of(text)
+        for url in self.decode:
+            try:
+                parse_url(url)
+            except BadRequest as error:
+                raise ConfigError(f"decode: {error.message}", param="decode") from None
+        if self.paired and self.worker_urls:
+            raise ConfigError("worker_urls: pairs are made of --prefill and --decode alone", param="worker_urls")
+
     def checked(self) -> Settings:
         """Itself. Raises ConfigError, naming the setting."""
         for spec in dataclasses.fields(self):
@@ -126,8 +152,23 @@ class Settings:
                 parse_url(url)
             except BadRequest as error:
                 raise ConfigError(f"worker_urls: {error.message}", param="worker_urls") from None
+        self._check_pairs()
         if not self.cache_threshold <= 1:
             raise ConfigError(f"cache_threshold: {self.cache_threshold} is not in 0 to 1", param="cache_threshold")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port: {self.port} is not in 0 to 65535", param="port")
         return self
+
+
+def prefill_of(text: str) -> tuple[str, int]:
+    """A prefill server's address and the port of its bootstrap server. Raises ConfigError."""
+    url, _, port = text.partition(" ")
+    try:
+        parse_url(url)
+    except BadRequest as error:
+        raise ConfigError(f"prefill: {error.message}", param="prefill") from None
+    if port in ("", "none"):
+        return url, BOOTSTRAP_PORT
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"prefill: {port!r:.100} is no port: URL [PORT]", param="prefill")
+    return url, int(port)

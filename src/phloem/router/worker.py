@@ -82,6 +82,8 @@ class Worker:
     facts: dict[str, Any] = field(default_factory=dict)
     load: dict[str, Any] = field(default_factory=dict)
     priority: int = 0
+    role: str = "regular"  # or prefill, or decode: of pairs
+    bootstrap_port: int = 0  # of a prefill server
     labels: dict[str, Any] = field(default_factory=dict)
     settle: asyncio.Event = field(default_factory=asyncio.Event)  # set: look at it now
 
@@ -139,7 +141,8 @@ class Worker:
             "url": self.url,
             "model_id": self.models[0] if self.models else "unknown",
             "models": list(self.models),
-            "worker_type": "regular",
+            "worker_type": self.role,
+            **({"bootstrap_port": self.bootstrap_port} if self.role == "prefill" else {}),
             "connection_mode": "http",
             "priority": self.priority,
             "labels": self.labels,

@@ -1,4 +1,5 @@
-"""Administrative calls: flush_cache, state, cache_tree, kv_events, pause, resume, abort_all, adapters.
+"""Administrative calls: flush_cache, clear_hicache_storage, state, cache_tree, kv_events, pause, resume, abort_all,
+adapters.
 
 Those that change weights stand in `weights.py`.
 """
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from phloem.core.adapters import Lender
     from phloem.core.batch import Pending, Runner
     from phloem.kvcache.events import Feed
+    from phloem.scheduler.further import Further
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ class Governed(weights.Governed, Protocol):
     paused: bool
     clock: Callable[[], float]
 
+    @property
+    def further(self) -> Further | None: ...
     def state(self) -> dict[str, Any]: ...
     def retract_all(self) -> None: ...
     def flush_results(self) -> None: ...
@@ -90,6 +94,8 @@ class Controls:
         for call_id, deadline in self._flushes:
             if self.scheduler.nothing_held:
                 self.scheduler.cache.reset()
+                if self.scheduler.further is not None:
+                    self.scheduler.further.flush()
                 self._reply(call_id, True, "the prefix cache is empty")
             elif self.scheduler.clock() >= deadline:
                 count = self.scheduler.slots.num_running
@@ -112,6 +118,12 @@ class Controls:
         timeout = float(args.get("timeout") or 0.0)
         self._flushes.append((call_id, self.scheduler.clock() + timeout))
         self.poll()
+
+    def _do_clear_hicache_storage(self, call_id: str, args: dict[str, Any]) -> None:
+        if self.scheduler.further is None:
+            raise BadRequest("no store is kept: start with --hicache-storage-backend", code="not_supported")
+        work = self.scheduler.further.clear_storage()
+        self._works.append((call_id, work, lambda pages: (f"{pages} pages are forgotten", {"pages": pages})))
 
     def _do_state(self, call_id: str, args: dict[str, Any]) -> None:
         self._reply(call_id, True, data=self.scheduler.state())

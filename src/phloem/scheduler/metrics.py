@@ -86,7 +86,7 @@ class Meter:
         }
 
     def stats(
-        self, now: float, busy: bool, tokens: int, counts: Mapping[str, float], planner: Mapping[str, Any]
+        self, now: float, busy: bool, tokens: int, counts: Mapping[str, Any], planner: Mapping[str, Any]
     ) -> Stats:
         """`tokens`: put out since the start; `counts`: fields of the message; `planner`: see `Planner.state`."""
         elapsed = max(now - self._since, 1e-9)

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from phloem.core.batch import StepOutput
     from phloem.kvcache.manager import CacheManager, Lease
+    from phloem.kvcache.tiers._fetch import Claim
+    from phloem.scheduler.further import Further
     from phloem.scheduler.mixture import Mixture
     from phloem.scheduler.plan import Pace, Plan, Spent
     from phloem.scheduler.policies import Policy, WaitingQueue
@@ -70,6 +72,7 @@ class Planner:
         self.epoch = 0
         self.eos_ids = eos_ids
         self.mixture = mixture
+        self.further: Further | None = None
         self.headroom = Headroom()
         self.refused: list[Refusal] = []
         self.preemptions = 0
@@ -237,6 +240,9 @@ class Planner:
             try:
                 known, limit = request.all_known(), request.match_limit()
                 cached = cache.probe(request.namespace, known, limit).num_pages
+                start = cached
+                if self.further is not None:
+                    start += self.further.at_hand(request.id, request.namespace, known, cached, limit)
             except Exception as error:
                 self._failed(request, error)
                 continue
@@ -244,10 +250,10 @@ class Planner:
             yield Chunk(
                 request=request,
                 known=known,
-                start=cached * size,
+                start=start * size,
                 pages=min(cache.pages_for(length), -(-length // size) - cached) if paged else cache.pages_for(length),
                 growth=max(0, min(request.limit - length, self.slots.growing - length, HORIZON)),
-                sharable=cache.enabled and (cached + 1) * size <= limit,
+                sharable=cache.enabled and (start + 1) * size <= limit,
             )
 
     # taking it
@@ -363,16 +369,22 @@ class Planner:
         slots, cache, request, known = self.slots, self.cache, chunk.request, chunk.known
         alone = slots.num_running == 0
         lease = cache.match(request.namespace, known, request.match_limit(), slots.next_free())
-        cached = lease.shared * cache.page_size
-        needed = chunk.pages + ((chunk.start - cached) // cache.page_size if slots.paged[0] else 0)
+        claim = None if slots.block else self._claim(request, known, lease)
+        cached = (lease.shared + (0 if claim is None else claim.count)) * cache.page_size
+        needed = chunk.pages
         if slots.block:
+            needed += (chunk.start - cached) // cache.page_size if slots.paged[0] else 0
             from_cached(chunk, cached, slots.block)
         else:
+            if slots.paged[0]:
+                needed = min(cache.pages_for(len(known)), -(-len(known) // cache.page_size) - lease.shared)
             chunk.start, chunk.count = cached, min(len(known) - cached, chunk.count)
         fits = needed <= cache.available_pages - (0 if alone else promised)
         if fits:
             self._cover(chunk, lease)
         if not fits or not chunk.count + chunk.canvas:
+            if claim is not None and self.further is not None:
+                self.further.give_up(claim)
             cache.release(lease, _NOTHING, 0)
             if alone:
                 most = cache.total_pages * cache.page_size
@@ -380,12 +392,33 @@ class Planner:
                 self.refused.append(Refusal(request, message, 400))
             return False
         slots.enter(request, lease, known)
-        if request.admitted < 0:
+        if self.further is not None:
+            self._restore(request, lease, claim)
+        if request.admitted < 0 and not request.handed:
             # What a grammar forced before is output, wherever its KV comes from.
             request.cached_tokens = min(cached, request.num_prompt)
             self.prompt_tokens += request.num_prompt
             self.cached_tokens += request.cached_tokens
         return True
+
+    def _claim(self, request: Request, known: NDArray[np.int32], lease: Lease) -> Claim | None:
+        """What tiers have behind the cached prefix."""
+        if self.further is None:
+            return None
+        return self.further.claim(request.id, request.namespace, known, lease.shared, request.match_limit())
+
+    def _restore(self, request: Request, lease: Lease, claim: Claim | None) -> None:
+        """Pages of its own are filled in front of the step that it enters with: it has computed them, so to say."""
+        assert self.further is not None
+        if claim is not None:
+            self.further.restore(claim, lease.tables[0][lease.shared : lease.shared + claim.count])
+            self.slots.computed[request.slot] += claim.count * self.cache.page_size
+            if request.admitted < 0 and not request.handed:
+                request.cached_host, request.cached_storage = (
+                    (claim.count - claim.stored) * self.cache.page_size,
+                    claim.stored * self.cache.page_size,
+                )
+        self.further.admitted(request.id, lease.node)
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.slots.page_size)

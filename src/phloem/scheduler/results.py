@@ -56,6 +56,7 @@ class Results:
         self.speculates = False
         self.drafted = self.accepted = self.verify_calls = 0  # drafts verified, those that were right, rows with drafts
         self.passes = 0  # of canvases
+        self.on_end: Callable[[Request, FinishReason], None] | None = None  # before its last chunk is made
         self._chunks: list[Chunk] = []
         self._rows: list[str] = []  # requests of which only a token is told, and those tokens
         self._plain: list[int] = []
@@ -185,6 +186,14 @@ class Results:
         if not request.sent or len(request.fresh) >= self.stream_interval:
             self._chunks.append(self._chunk(request, None))
 
+    def take_first(
+        self, request: Request, token: int, logprobs: Sequence[PositionLogprobs], hidden: Sequence[bytes]
+    ) -> None:
+        """The first token of a request without a slot, which another server has drawn."""
+        request.inflight += 1
+        request.fresh_hidden += tuple(hidden)
+        self._tokens(request, [token], logprobs)
+
     def _only_token(self, request: Request, token: int) -> bool:
         """As `_tokens` where a token is all there is to do and tell; False, and nothing is changed, where it is not.
 
@@ -275,6 +284,8 @@ class Results:
         elif request.status is RequestStatus.WAITING:
             self.queue.remove(request)
         request.status = RequestStatus.FINISHED
+        if self.on_end is not None:
+            self.on_end(request, reason)
         self.live.pop(request.id, None)
         if request.adapter is not None and self.lender is not None:
             self.lender.give_back(request.adapter)
@@ -318,6 +329,7 @@ class Results:
         chunk = Chunk(id=request.id, tokens=request.fresh, finish=finish)
         if not request.sent or finish is not None:
             chunk.cached_tokens = request.cached_tokens
+            chunk.cached_host, chunk.cached_storage = request.cached_host, request.cached_storage
             chunk.queue_seconds = max(0.0, request.admitted - request.received)
             chunk.passes = request.passes
             if self.speculates:

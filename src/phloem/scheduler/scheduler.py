@@ -19,7 +19,7 @@ import numpy as np
 
 from phloem.core import denoising
 from phloem.core.errors import BadRequest, EngineDead, OutOfMemory, PhloemError
-from phloem.core.media import FIRST, misfit, reach
+from phloem.core.media import FIRST, reach
 from phloem.core.messages import Abort, Control, Drain, FromEngine, Submit, ToEngine
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.kvcache import audit
@@ -28,11 +28,12 @@ from phloem.scheduler import blocks
 from phloem.scheduler.control import ABORTED, Controls
 from phloem.scheduler.metrics import Meter, usage
 from phloem.scheduler.mixture import Mixture
-from phloem.scheduler.plan import Pace, Plan
+from phloem.scheduler.plan import Plan
 from phloem.scheduler.planner import Planner
 from phloem.scheduler.policies import POLICIES, WaitingQueue
 from phloem.scheduler.recovery import roll_back
 from phloem.scheduler.results import Results
+from phloem.scheduler.settings import ScheduleSettings, check
 from phloem.scheduler.state import LATE, Request, Slots
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from phloem.core.updates import Keeper
     from phloem.kvcache.events import Feed
     from phloem.kvcache.manager import CacheManager
+    from phloem.scheduler.further import Further
+    from phloem.scheduler.remote import Remote
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -55,39 +58,6 @@ READY_CHECKS = 256  # late requests that are asked `ready()` in one step
 SHUTTING_DOWN = FinishReason("abort", message="the server is shutting down", status_code=503)
 
 
-@dataclass(frozen=True)
-class ScheduleSettings:
-    """`chunked_prefill_size` is the token budget of one step, decodes included; `mixed_prefill_size` bounds the prompt
-    tokens of a step that also decodes, and from `worthwhile_prefill` on no further prompt enters a step (both default
-    to the whole budget)."""
-
-    max_running_requests: int
-    context_length: int
-    vocab_size: int
-    eos_ids: tuple[int, ...] = ()
-    max_queued_requests: int = 4096
-    chunked_prefill_size: int = 2048
-    mixed_prefill_size: int | None = None
-    worthwhile_prefill: int | None = None
-    schedule_policy: str = "fcfs"
-    stream_interval: int = 1
-    random_seed: int | None = None
-    overlap: bool = True
-    debug_invariants: bool = False
-    whole_prompts: bool = False  # every prompt is computed in one step
-    sees: bool = False  # the model takes pictures
-    whole_pictures: bool = False  # and one step computes all tokens of one
-    speculates: bool = False  # answers tell how many drafts were accepted
-    forced_tokens: int = 0  # see `Pace.forced`
-    block: int = 0  # of a model of diffusion: tokens of a canvas
-
-    def pace(self, slots: int, draft_room: int) -> Pace:
-        # With every slot decoding there must be a token for each, or the last ones would starve.
-        budget = max(self.chunked_prefill_size, slots * max(1, 2 * (self.block % denoising.WHOLE)))
-        mixed, worthwhile = self.mixed_prefill_size or budget, self.worthwhile_prefill or budget
-        return Pace(budget, mixed, worthwhile, draft_room, self.whole_prompts, self.forced_tokens)
-
-
 @dataclass(slots=True)
 class Launched:
     """A step between launch and commit."""
@@ -95,6 +65,7 @@ class Launched:
     plan: Plan
     pending: Pending[StepOutput]
     mark: int = 0  # of the feed of cache events
+    copied: Pending[None] | None = None  # what it reads that was not computed
 
 
 class Scheduler:
@@ -150,6 +121,7 @@ class Scheduler:
         interval = settings.stream_interval
         self.results = Results(self.live, self.slots, self.queue, self.planner.release, interval, lender)
         self.results.speculates = settings.speculates
+        self.remote: Remote | None = None  # prompts are computed for others, or by others
         self.controls = Controls(self)
         self.meter = Meter(clock())
         self._random = random.Random(settings.random_seed)
@@ -168,6 +140,8 @@ class Scheduler:
     def busy(self) -> bool:
         """Whether anything would happen without a new message."""
         if self.inflight or self.controls.waiting or self._drain_until is not None:
+            return True
+        if self.remote is not None and self.remote.busy:
             return True
         return bool(self.live) and not self.paused and not self.asleep
 
@@ -201,7 +175,18 @@ class Scheduler:
             **self.planner.state(),
             **self.results.state(),
             **({} if self.lender is None else self.lender.state()),
+            **({} if self.further is None or self.remote is not None else {"tiers": self.further.state()}),
+            **({} if self.remote is None else {"disaggregation": self.remote.state()}),
         }
+
+    @property
+    def further(self) -> Further | None:
+        """Cache tiers beyond the pool, where there are any."""
+        return self.planner.further
+
+    @further.setter
+    def further(self, further: Further) -> None:
+        self.planner.further = further
 
     def _weights(self) -> dict[str, Any]:
         keeper = self.keeper
@@ -282,7 +267,7 @@ class Scheduler:
 
     def _accept(self, submit: Submit) -> None:
         request = Request(submit, self.clock())
-        self._check(request)
+        check(request, self.settings, self.cache, self._most_tokens)
         request.unshared = submit.return_routed and not self._lasting
         params = request.params
         further = self.settings.context_length - reach(submit.media, request.num_prompt)
@@ -306,12 +291,27 @@ class Scheduler:
         if submit.adapter:
             self._lend(request)
         self._place(request)
+        if self.further is not None:
+            late = self.further.fetch(request.id, request.namespace, request.prompt, request.match_limit())
+            request.waits += () if late is None else (late,)
+        if self.remote is not None:
+            self._meet(request)
         self.live[request.id] = request
         if not request.waits and not self._begin(request):
             return
         self.planner.wait_again(request)
         if request.waits:
             self.late.append(request)
+
+    def _meet(self, request: Request) -> None:
+        """Where it is to meet another server: it is offered, or waited for. Raises BadRequest."""
+        assert self.remote is not None
+        try:
+            self.remote.accept(request)
+        except PhloemError:
+            if request.adapter is not None and self.lender is not None:
+                self.lender.give_back(request.adapter)
+            raise
 
     def _lend(self, request: Request) -> None:
         """The adapter that it asks for, which it has until it ends. Raises BadRequest: there is none of this name."""
@@ -320,32 +320,6 @@ class Scheduler:
         request.adapter = adapter = self.lender.lend(request.submit.adapter)
         if not adapter.ready() or adapter.error is not None:
             request.waits += (adapter,)
-
-    def _check(self, request: Request) -> None:
-        """Raise BadRequest for what can never be served."""
-        count, params = request.num_prompt, request.params
-        if count == 0:
-            raise BadRequest("the prompt is empty", param="input_ids")
-        media = request.submit.media
-        known = request.prompt[request.prompt < FIRST] if media else request.prompt
-        low, high = int(known.min(initial=0)), int(known.max(initial=0))
-        if low < 0 or high >= self.settings.vocab_size:
-            wrong = low if low < 0 else high
-            raise BadRequest(f"token id {wrong} is not in [0, {self.settings.vocab_size})", param="input_ids")
-        if media and (why := misfit(media, request.prompt, self.settings.vocab_size)):
-            raise BadRequest(f"the request has {why}", param="image_data")
-        if media and not self.settings.sees:
-            raise BadRequest("this model takes no pictures", param="image_data")
-        params.validate(self.settings.vocab_size)
-        if self.settings.block:
-            denoising.check(request.submit)
-        needed = reach(media, count) + (not request.scores_only)
-        most = self._most_tokens if self.settings.block else self.settings.context_length
-        if needed > most:
-            raise BadRequest(f"the prompt of {count} tokens leaves no room in the context of {most}", param="input_ids")
-        if self.cache.pages_for(count) > self.cache.total_pages:
-            most = self.cache.total_pages * self.cache.page_size
-            raise BadRequest(f"the prompt of {count} tokens exceeds the KV cache of {most} tokens", param="input_ids")
 
     def _abort(self, message: Abort) -> None:
         if message.all:
@@ -383,6 +357,10 @@ class Scheduler:
         while len(self.inflight) > keep:
             self._commit(self.inflight.popleft())
         self.controls.poll()
+        if self.further is not None:
+            self.further.turn(self.inflight[0].plan.mark if self.inflight else None, self.live)
+        if self.remote is not None:
+            self.remote.turn()
         if self.feed is not None and not self.inflight:
             self.feed.publish()
         self._poll_drain()
@@ -404,9 +382,14 @@ class Scheduler:
         self.results.flush(self.send)
 
     def _stats(self, now: float, busy: bool) -> FromEngine:
-        counts = {"running": self.slots.num_running, "waiting": self.num_waiting, **self.results.drafts()}
+        counts: dict[str, Any] = {
+            "running": self.slots.num_running,
+            "waiting": self.num_waiting,
+            **self.results.drafts(),
+        }
         counts |= {"waiting_tokens": sum(request.num_prompt for request in self.queue.everything())}
-        return self.meter.stats(now, busy, self.results.output_tokens, counts | usage(self.cache), self.planner.state())
+        counts |= usage(self.cache) | ({} if self.further is None else {"tiers": self.further.stats()})
+        return self.meter.stats(now, busy, self.results.output_tokens, counts, self.planner.state())
 
     def wait_for(self, request_id: str, late: Late) -> None:
         """Launch nothing more of a live request until this is ready; a running one keeps slot and pages meanwhile.
@@ -445,13 +428,18 @@ class Scheduler:
                 self.late.append(request)
             elif request.slot >= 0:
                 self.slots.resume(request.slot, LATE)
-            elif self._begin(request):
+            elif self._arrived(request) and self._begin(request):
                 self.planner.wait_again(request)
+
+    def _arrived(self, request: Request) -> bool:
+        return self.remote is None or self.remote.arrived(request, self.results)
 
     def _begin(self, request: Request) -> bool:
         """Append what is forced at the beginning of an output; False where the request has ended by it."""
         constraint = request.constraint
         if constraint is None or not constraint.can_jump or request.admitted >= 0:
+            return True
+        if self.remote is not None and not self.remote.forces(request):
             return True
         try:
             return not self.results.jump(request)
@@ -482,6 +470,7 @@ class Scheduler:
         try:
             for slot, follower in plan.followers:
                 self.runner.constrain(slot, follower)
+            copied = None if self.further is None else self.further.launching()
             pending = self.runner.launch(plan.batch)
         except Exception as error:
             log.exception("step %d could not be launched", plan.batch.step)
@@ -489,7 +478,7 @@ class Scheduler:
             return True
         if not self.inflight:
             self._step_began = now
-        self.inflight.append(Launched(plan, pending))
+        self.inflight.append(Launched(plan, pending, copied=copied))
         self.planner.advance(plan)
         self._end_refused()
         if self.feed is not None:
@@ -504,6 +493,8 @@ class Scheduler:
 
     def _commit(self, launched: Launched) -> None:
         try:
+            if launched.copied is not None:
+                launched.copied.result()
             output: StepOutput = launched.pending.result()
         except OutOfMemory as error:
             self._run_again(launched, error)
@@ -523,6 +514,8 @@ class Scheduler:
         self.planner.committed(launched.plan, output)
         if output.verified is not None:
             self.results.verified(launched.plan, output)
+        if self.remote is not None:
+            self.remote.computed(launched.plan)
         self.results.commit(launched.plan, output)
         if self.feed is not None:
             self.feed.publish(launched.mark)
@@ -591,4 +584,6 @@ class Scheduler:
             self.abort_all(SHUTTING_DOWN)
         if not self.live and not self.inflight:
             self.controls.give_up()
+            if self.further is not None:
+                self.further.finish()
             self.stopped = True

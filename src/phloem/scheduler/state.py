@@ -66,6 +66,9 @@ class Request:
     held_back: int = 0  # times that it was passed over because of its adapter
     admitted: float = -1.0
     cached_tokens: int = 0
+    cached_host: int = 0  # of these, copied from host memory, and from a store
+    cached_storage: int = 0
+    handed: bool = False  # another server computed its prompt, and drew its first token
     match_pages: int = 0
     match_version: int = -1
     passed_mark: int = -1  # admissions seen when it came into the policy's window

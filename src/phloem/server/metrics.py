@@ -41,6 +41,25 @@ _TOTALS = (
     ("num_out_of_memory", "Steps that failed for lack of memory and ran again, smaller.", "out_of_memory"),
 )
 
+# The same of `Stats.tiers`, where there are any: the key is the name.
+_TIER_GAUGES = {
+    "hicache_host_used_tokens": "Tokens whose pages are in host memory.",
+    "hicache_host_total_tokens": "Tokens whose pages host memory can hold.",
+    "hicache_storage_used_tokens": "Tokens whose pages are in the store.",
+    "hicache_storage_used_bytes": "Bytes that the store takes.",
+}
+_TIER_TOTALS = {
+    "backuped_tokens": "Tokens written to the last tier.",
+    "backup_dropped_tokens": "Tokens that were to be written and were not.",
+    "load_back_tokens": "Tokens copied into the KV pool.",
+    "load_back_bytes": "Bytes copied into the KV pool.",
+    "load_back_duration_seconds": "Seconds of these copies.",
+    "prefetched_tokens": "Tokens read from the store.",
+    "storage_prefetch_hit_tokens": "Of these, tokens that the request had which they were read for.",
+    "storage_prefetch_unfulfilled_tokens": "Tokens that the store knew and did not give in time.",
+    "storage_failures": "Reads and writes of the store that failed, and pages that were not what was written.",
+}
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -77,6 +96,7 @@ class Metrics:
         usage: Callable[[Stats], float] = lambda stats: stats.used_tokens / (stats.total_tokens or 1)  # noqa: E731
         text = "Share of the KV pool held by running requests."
         yield self._by_rank(GaugeMetricFamily, prefix + "token_usage", text, usage)
+        yield from self._tiers(prefix, GaugeMetricFamily, _TIER_GAUGES)
         up = GaugeMetricFamily(prefix + "engine_up", "1 while the engine is ready.", labels=self._names())
         for one in self.client.connection.replicas:
             up.add_metric(self._of(one), int(one.ready is not None))
@@ -101,6 +121,7 @@ class Metrics:
             yield self._by_rank(
                 CounterMetricFamily, prefix + name, text, lambda stats, field=field: getattr(stats, field)
             )
+        yield from self._tiers(prefix, CounterMetricFamily, _TIER_TOTALS)
         counters = self.client.counters
         for name, text, value in (
             ("prompt_tokens", "Prompt tokens of finished requests.", counters.prompt_tokens),
@@ -112,6 +133,12 @@ class Metrics:
             family = CounterMetricFamily(prefix + name, text, labels=["model_name"])
             family.add_metric(self.labels, value)
             yield family
+
+    def _tiers(self, prefix: str, kind: Any, names: dict[str, str]) -> Iterator[Any]:
+        replicas = self.client.connection.replicas
+        for name, text in names.items():
+            if any(name in one.stats.tiers for one in replicas):
+                yield self._by_rank(kind, prefix + name, text, lambda stats, name=name: stats.tiers.get(name, 0.0))
 
     def _times(self, prefix: str) -> Iterator[Any]:
         counters = self.client.counters

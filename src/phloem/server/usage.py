@@ -32,8 +32,10 @@ def extensions_of(body: OpenAIBody, outputs: list[Continuation]) -> Extensions |
     """`sglext`, where the request asks for what stands there."""
     if not body.return_cached_tokens_details:
         return UNSET
-    cached = usage_of(outputs).prompt_tokens_details.cached_tokens
-    return Extensions(cached_tokens_details=CachedTokensDetails(device=cached))
+    prompts = {output.index: output for output in reversed(outputs)}.values()
+    host, storage = sum(output.cached_host for output in prompts), sum(output.cached_storage for output in prompts)
+    device = sum(output.cached_tokens for output in prompts) - host - storage
+    return Extensions(cached_tokens_details=CachedTokensDetails(device=device, host=host, storage=storage or UNSET))
 
 
 def matched_stop(finish: FinishReason | None) -> int | str | None:

@@ -10,6 +10,7 @@ from phloem.core.errors import BadRequest
 from phloem.multimodal import KINDS
 from phloem.protocol.fields import dp_rank
 from phloem.protocol.media import of_prompts
+from phloem.protocol.rooms import place
 from phloem.protocol.sampling import namespace, native_params
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
                 stream_interval=(sampling.stream_interval if sampling is not None else None) or 1,
             )
         )
+    place(items, body)
     return GenerateRequest(items, bool(body.stream), bool(body.background))
 
 

@@ -49,8 +49,10 @@ def routed_experts(output: Continuation) -> str:
 class Renderer:
     """Writes outputs as `/generate` answers them."""
 
-    def __init__(self, body: GenerateBody, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, body: GenerateBody, tokenizer: Tokenizer | None, *, prompts: bool = True) -> None:
+        """`prompts`: whether what is known of prompts is told; else it is empty."""
         self.body = body
+        self._prompts = prompts
         wants_text = bool(body.return_text_in_logprobs) and tokenizer is not None
         self._text: Callable[[int], str] | None = tokenizer.token_text if wants_text and tokenizer is not None else None
 
@@ -59,10 +61,13 @@ class Renderer:
         meta = self.meta(output)
         if output.item.return_logprob:
             meta |= self._logprobs(output, 0)
-            meta |= native_prompt(output, self._text)
+            meta |= self._of_prompt(output)
         if output.item.return_hidden:
             meta["hidden_states"] = hidden_lists(output.hidden)
         return {"text": output.text, "output_ids": output.ids, "meta_info": meta}
+
+    def _of_prompt(self, output: Continuation) -> dict[str, Any]:
+        return native_prompt(output, self._text) if self._prompts else {"input_token_logprobs": []}
 
     def news(self, output: Continuation, first: bool) -> dict[str, Any]:
         """Only what the last iteration added. Prompt logprobs come with the first news."""
@@ -70,7 +75,7 @@ class Renderer:
         if output.item.return_logprob:
             meta |= self._logprobs(output, output.new_from)
             if first:
-                meta |= native_prompt(output, self._text)
+                meta |= self._of_prompt(output)
         if output.item.return_hidden:
             meta["hidden_states"] = hidden_lists(output.hidden[output.new_from :])
         return {"text": output.delta, "output_ids": output.ids[output.new_from :], "meta_info": meta}
@@ -83,7 +88,7 @@ class Renderer:
             "prompt_tokens": output.prompt_tokens,
             "completion_tokens": output.completion_tokens,
             "cached_tokens": output.cached_tokens,
-            "cached_tokens_details": {"device": output.cached_tokens, "host": 0},
+            "cached_tokens_details": _sources(output),
             "weight_version": output.version,
             "e2e_latency": time.monotonic() - output.arrival,
             "queue_time": output.queue_seconds,
@@ -212,6 +217,13 @@ def _extend(data: bytearray, items: list[Any]) -> None:
         if len(data) > 1:
             data += b","
         data += _encode(items)[1:-1]
+
+
+def _sources(output: Continuation) -> dict[str, int]:
+    """Where the cached tokens were found."""
+    host, storage = output.cached_host, output.cached_storage
+    found = {"device": output.cached_tokens - host - storage, "host": host}
+    return {**found, "storage": storage} if storage else found
 
 
 def strip(answers: list[dict[str, Any]], single: bool) -> dict[str, Any] | list[dict[str, Any]]:

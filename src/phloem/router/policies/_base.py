@@ -20,6 +20,8 @@ class Chosen(NamedTuple):
     worker: Worker
     why: str
     cached: float = 0.0
+    prefill: Worker | None = None  # of a pair: who computes the prompt, and how much of it that one has
+    prefill_cached: float = 0.0
 
 
 class Policy:

@@ -13,6 +13,7 @@ from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
 from phloem.protocol.fields import dp_rank
 from phloem.protocol.media import MEDIA, seen
+from phloem.protocol.rooms import place
 from phloem.protocol.sampling import namespace, openai_params
 from phloem.protocol.structured import FIELDS, answer_shape
 from phloem.server.chat import toolplan
@@ -131,6 +132,7 @@ async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> 
         dp_rank=dp_rank(body),
         pictures=pictures,
     )
+    place([item], body)
     return Conversation(
         GenerateRequest([item], bool(body.stream)),
         tools,

@@ -19,6 +19,8 @@ from phloem.server.stream import collect, event, stream
 if TYPE_CHECKING:
     from phloem.client.call import Call
 
+PAIR_HEADER = "x-phloem-pair"  # of our own gateway, which asks a decode server for both
+
 router = APIRouter(tags=["native"])
 _parser = Parser(GenerateBody)
 _REF = {"$ref": f"#/components/schemas/{GenerateAnswer.__name__}"}
@@ -33,7 +35,9 @@ async def generate(request: Request) -> Response:
     asked = to_request(body)
     door.check_batch(asked)
     single = not is_batch(body) and asked.items[0].sampling.n == 1
-    renderer = Renderer(body, door.client.tokenizer)
+    # Gateways put together what the prompt's logprobs are and what the answer's: prefill tells the former.
+    apart = door.info.role == "decode" and PAIR_HEADER not in request.headers
+    renderer = Renderer(body, door.client.tokenizer, prompts=not apart)
     call = await door.client.submit(asked)
     if asked.stream:
         incremental = door.config.server.incremental_streaming_output

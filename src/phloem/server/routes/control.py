@@ -107,6 +107,14 @@ async def flush_cache(request: Request, timeout: Timeout = 0.0) -> Response:
     return _answer(reply, "the cache is empty")
 
 
+@router.post("/clear_hicache_storage_backend", **describe(answer=ControlAnswer, errors=(400, *NEEDS_ENGINE)))
+@router.post("/hicache/storage-backend/clear", **describe(answer=ControlAnswer, errors=(400, *NEEDS_ENGINE)))
+async def clear_hicache_storage_backend(request: Request) -> Response:
+    """Forget what the store behind the cache has (`--hicache-storage-backend`); `/flush_cache` leaves it alone."""
+    reply = await door_of(request).client.control("clear_hicache_storage", deadline=60.0)
+    return _answer(reply, "the store is empty")
+
+
 @router.post("/abort_request", **describe(body=AbortBody, answer=ControlAnswer, body_required=False))
 async def abort_request(request: Request) -> Response:
     """End requests by id, or all; they finish with reason `abort`. An unknown id is not an error."""

@@ -110,7 +110,7 @@ def _load(door: Door, one: Replica) -> dict[str, Any]:
 
 
 def _sections(one: Replica, wanted: tuple[str, ...] | list[str]) -> dict[str, Any]:
-    """What stands beside the core numbers. Nothing is graded as disaggregated: every server does both parts."""
+    """What stands beside the core numbers."""
     stats, info = one.stats, one.ready or {}
     found: dict[str, Any] = {}
     if "memory" in wanted:
@@ -123,7 +123,7 @@ def _sections(one: Replica, wanted: tuple[str, ...] | list[str]) -> dict[str, An
     if "queues" in wanted:
         found["queues"] = {"waiting": stats.waiting, "grammar": 0, "paused": 0, "retracted": stats.preemptions}
     if "disagg" in wanted:
-        found["disaggregation"] = {"mode": "null"}
+        found["disaggregation"] = info.get("disaggregation") or {"mode": "null"}
     return found
 
 

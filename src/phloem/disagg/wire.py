@@ -1,0 +1,169 @@
+"""What a decode server and a prefill server say to each other: frames of msgpack behind their length, never pickles.
+
+decode                                    prefill
+Ask: room, facts, pages that it has  ->
+                                     <-   Refused, and why
+                                     <-   Pages: those from `start` on have been computed, and are there
+                                     <-   Alive: nothing new, every half second
+                                     <-   Done: the first token, and what belongs to it
+Got: all of it is here               ->
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+from dataclasses import dataclass
+from hashlib import blake2b
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+VERSION = 1
+MOST_BYTES = 64 << 20  # of a frame: log probabilities of a long prompt are the longest
+_LENGTH = struct.Struct(">I")
+
+
+class LinkLost(Exception):
+    """The peer has gone, is silent, or says what cannot be understood."""
+
+
+class Ask(msgspec.Struct, tag=True, frozen=True):
+    """Decode wants a room's pages [start, end). `digest`: of the prompt, so that no room is taken for another."""
+
+    room: str
+    digest: bytes
+    start: int
+    end: int
+    facts: dict[str, str]
+    version: int = VERSION
+
+
+class Refused(msgspec.Struct, tag=True, frozen=True):
+    reason: str
+
+
+class Pages(msgspec.Struct, tag=True, frozen=True):
+    start: int
+    count: int
+
+
+class Alive(msgspec.Struct, tag=True, frozen=True):
+    pass
+
+
+class Position(msgspec.Struct, frozen=True, array_like=True):
+    """As `core.batch.PositionLogprobs`."""
+
+    token: float
+    top: list[tuple[float, int]] = []
+    chosen: list[tuple[float, int]] = []
+
+
+class Done(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
+    """`weights`: the version of those that computed it. `cached`: prompt tokens that prefill had already."""
+
+    token: int
+    weights: str
+    cached: int = 0
+    logprobs: list[Position] = []
+    prompt_logprobs: list[Position] = []
+    hidden: list[bytes] = []
+
+
+class Got(msgspec.Struct, tag=True, frozen=True):
+    pass
+
+
+Message = Ask | Refused | Pages | Alive | Done | Got
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Message)
+
+
+def digest_of(prompt: NDArray[Any]) -> bytes:
+    return blake2b(prompt.astype("<i4").tobytes(), digest_size=16).digest()
+
+
+def differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    """What keeps two servers from sharing pages, by name; "": nothing."""
+    names = sorted(ours.keys() | theirs.keys())
+    wrong = [
+        f"{name} is {theirs.get(name, 'not told')!r:.100} there and {ours.get(name, 'not told')!r:.100} here"
+        for name in names
+        if ours.get(name) != theirs.get(name)
+    ]
+    return "; ".join(wrong)
+
+
+@dataclass(eq=False)
+class Link:
+    """Frames over a socket. Every call raises `LinkLost` where the peer has gone."""
+
+    sock: socket.socket
+
+    def send(self, message: Message, seconds: float) -> None:
+        data = _encoder.encode(message)
+        self.write(_LENGTH.pack(len(data)) + data, seconds)
+
+    def write(self, data: bytes | memoryview, seconds: float) -> None:
+        try:
+            self.sock.settimeout(seconds)
+            self.sock.sendall(data)
+        except OSError as error:
+            raise LinkLost(f"the peer takes nothing: {error.strerror or error}") from None
+
+    def receive(self, seconds: float) -> Message:
+        """The next frame; `seconds`: how long the peer may be silent."""
+        head = bytearray(_LENGTH.size)
+        self.read_into(memoryview(head), seconds)
+        (size,) = _LENGTH.unpack(head)
+        if size > MOST_BYTES:
+            raise LinkLost(f"a frame of {size} bytes is longer than {MOST_BYTES}")
+        data = bytearray(size)
+        self.read_into(memoryview(data), seconds)
+        try:
+            return _decoder.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise LinkLost(f"a frame that is none: {error}") from None
+
+    def read_into(self, view: memoryview, seconds: float) -> None:
+        at = 0
+        try:
+            while at < len(view):
+                self.sock.settimeout(seconds)
+                count = self.sock.recv_into(view[at:])
+                if not count:
+                    raise LinkLost("the peer has closed the connection")
+                at += count
+        except TimeoutError:
+            raise LinkLost(f"nothing was heard for {seconds:g} s") from None
+        except OSError as error:
+            raise LinkLost(f"the connection broke: {error.strerror or error}") from None
+
+    def gone(self) -> bool:
+        """Whether the peer has closed it, or says what it should not."""
+        try:
+            return bool(select.select([self.sock], [], [], 0)[0])
+        except (OSError, ValueError):
+            return True
+
+    def hang_up(self) -> None:
+        """From another thread: whoever reads or writes here stops at once."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def left(deadline: float) -> float:
+    return max(0.001, deadline - monotonic())

@@ -78,7 +78,7 @@ def test_another_process_finds_what_one_has_left_and_another_model_does_not(tmp_
 
 
 @both
-@pytest.mark.parametrize("write", ["write_through", "write_through_selective", "write_back"])
+@pytest.mark.parametrize("write", ["write_through", "write_through_selective"])
 @pytest.mark.parametrize("starved", [False, True])
 def test_storms_over_a_small_pool_answer_as_the_oracle(
     tmp_path: Path, write: str, overlap: bool, starved: bool

@@ -19,7 +19,7 @@ import numpy as np
 
 from phloem.core import denoising
 from phloem.core.errors import BadRequest, EngineDead, OutOfMemory, PhloemError
-from phloem.core.media import FIRST, reach
+from phloem.core.media import reach
 from phloem.core.messages import Abort, Control, Drain, FromEngine, Submit, ToEngine
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.kvcache import audit

@@ -10,6 +10,7 @@ import inspect
 import random
 import string
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from phloem.core.memory import Cross, Kept, Latent, MemorySpec, Paged, State
 from phloem.core.speculation import MODELS, Wanted
 from phloem.diffusion.family import Family
 from phloem.diffusion.models import FAMILIES as PAINTERS
+from phloem.disagg.transports import TRANSPORTS, Transport
+from phloem.disagg.wire import Link
 from phloem.engine.processors import PROCESSORS, Processor
 from phloem.grammar._base import EngineOptions, Regex, Vocabulary
 from phloem.grammar._manager import ENGINES
@@ -69,7 +72,7 @@ from phloem.text.tools._json import JsonReader
 CPU = torch.device("cpu")
 REGISTRIES: list[Any] = [
     BACKENDS, BENCHMARKS, COMMANDS, DRAFTERS, ENGINES, FAMILIES, LANG_BACKENDS, LAYOUTS, METHODS, PLATFORMS, POLICIES,
-    PROCESSORS, ROUTES, THINKING, TIERS, TOOLS, PAINTERS, PICTURES,
+    PROCESSORS, ROUTES, THINKING, TIERS, TOOLS, TRANSPORTS, PAINTERS, PICTURES,
 ]  # fmt: skip
 
 
@@ -118,6 +121,32 @@ async def test_policies(name: str) -> None:
             assert chosen.worker in some and chosen.why and 0 <= chosen.cached <= ask.tokens
             policy.sent(ask, chosen.worker)
         policy.gone(some[-1])
+
+
+@each(TRANSPORTS)
+def test_transports(name: str) -> None:
+    """Rows that one side fills are those that the other finds."""
+    way = TRANSPORTS.get(name)()
+    assert members(Transport) <= set(dir(way)) and way.name == name
+    listening, address = way.listen("127.0.0.1")
+    with listening, ThreadPoolExecutor(1) as other:
+        coming = other.submit(listening.accept)
+        ours = Link(way.connect(address, "127.0.0.1", 10))
+        theirs = Link(coming.result()[0])
+        receiver = way.receiver(64, 3)
+        making = other.submit(way.sender, theirs, 64, 3, 10)
+        receiver.greet(ours, 10)
+        sender = making.result()
+        for at, row in enumerate(sender.rows(0, 3)):
+            row[:] = np.arange(64, dtype=np.uint8) + at
+        pushing = other.submit(sender.push, theirs, 0, 3, 10)
+        receiver.take(ours, 0, 3, 10)
+        pushing.result()
+        assert all((receiver.row(at) == np.arange(64, dtype=np.uint8) + at).all() for at in range(3))
+        sender.close()
+        receiver.close()
+        ours.sock.close()
+        theirs.sock.close()
 
 
 @each(TIERS)

@@ -220,7 +220,9 @@ def need_on_host() -> Any:
     cpu = torch.device("cpu")
     config = {**COMMON, "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1}
     model = FAMILIES.get("llama")(config, BuildContext(Ops(), torch.float32, cpu), 4096)
-    checkpoint: Any = SimpleNamespace(format="dummy", gguf=None, files=[], name="none", path=Path("none"))
+    checkpoint: Any = SimpleNamespace(
+        format="dummy", gguf=None, files=[], name="none", path=Path("none"), model_type="none"
+    )
     model.load(checkpoint, None)
     backend = BACKENDS.module("reference").Backend(Ops(), model.attention_specs, cpu, torch.float32)
     return Need(model, backend, Ops(), torch.float32, 16, 4096, 4, 32, True)

@@ -51,6 +51,14 @@ def test_pages_and_first_token_of_one_server_are_gone_on_from_by_another(backend
     pair.close()
 
 
+def test_a_decode_server_has_no_store_to_be_cleared(pair: Pair) -> None:
+    reply = pair.decode.control("clear_hicache_storage")
+    assert reply is not None and not reply.ok and "no storage" in reply.message
+    pair.both("a", PROMPT)
+    pair.run()
+    assert answered(pair, "a", PROMPT)
+
+
 def test_what_decode_has_is_not_sent(pair: Pair) -> None:
     pair.both("a", PROMPT)
     pair.run()

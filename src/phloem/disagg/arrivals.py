@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from phloem.core.errors import BadRequest
 from phloem.disagg.bootstrap import PORT, Unknown
 from phloem.disagg.wire import Alive, Ask, Done, Got, Link, LinkLost, Pages, Refused, digest_of
 from phloem.kvcache.tiers._fetch import Claim
@@ -316,7 +317,7 @@ class Arrivals:
         pass
 
     def clear_storage(self) -> Pending[int]:
-        raise NotImplementedError
+        raise BadRequest("a decode server has no storage backend", code="not_supported")
 
     def stats(self) -> dict[str, float]:
         return {}

@@ -233,4 +233,18 @@ class JsonReader(ToolParser):
         return text
 
 
-__all__ = ["ARGUMENT_KEYS", "MAX_DEPTH", "Ended", "JsonReader", "discard"]
+class MarkedReader(JsonReader):
+    """Each call is one object of a name and its arguments, between two marks."""
+
+    end: ClassVar[str]
+
+    def section(self, marker: str) -> Steps[None]:
+        yield from self.spaces()
+        yield from self.named_object()
+        yield from self.optional(self.end)
+
+    def tag(self, name: str) -> tuple[str, str]:
+        return f'{self.trigger}\n{{"name": "{name}", "arguments": ', f"}}\n{self.end}"
+
+
+__all__ = ["ARGUMENT_KEYS", "MAX_DEPTH", "Ended", "JsonReader", "MarkedReader", "discard"]

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from phloem.text.shown import Shown
-from phloem.text.tools._json import JsonReader
-
-if TYPE_CHECKING:
-    from phloem.text.tools._base import Steps
+from phloem.text.tools._json import MarkedReader
 
 SHOWN_BY = (Shown("<longcat_tool_call>"),)
 BEFORE = ("hermes",)
@@ -16,14 +11,7 @@ BEFORE = ("hermes",)
 BEGIN, END = "<longcat_tool_call>", "</longcat_tool_call>"
 
 
-class Parser(JsonReader):
+class Parser(MarkedReader):
     begins = (BEGIN,)
     trigger = BEGIN
-
-    def section(self, marker: str) -> Steps[None]:
-        yield from self.spaces()
-        yield from self.named_object()
-        yield from self.optional(END)
-
-    def tag(self, name: str) -> tuple[str, str]:
-        return f'{BEGIN}\n{{"name": "{name}", "arguments": ', f"}}\n{END}"
+    end = END

@@ -9,9 +9,11 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from native_support import built
 from served import Server, eventually, gone
@@ -283,13 +285,10 @@ def test_an_engine_in_this_process_has_ranks_beside_it(comm: str, sizes: dict[st
 def ranks_of(pid: int) -> list[int]:
     """The processes of ranks that a process, or a thread of it, has started."""
     found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            try:
-                if "phloem.launch.rank" in Path(f"/proc/{child}/cmdline").read_text():
-                    found.append(int(child))
-            except OSError:
-                pass
+    for child in psutil.Process(pid).children():
+        with suppress(psutil.Error):
+            if "phloem.launch.rank" in " ".join(child.cmdline()):
+                found.append(child.pid)
     return found
 
 
@@ -327,7 +326,7 @@ def test_a_server_of_two_ranks_answers_and_starts_again_after_the_death_of_one(t
         # The other way round: the engine's own process dies, and its ranks with it.
         os.kill(second, signal.SIGKILL)
         eventually(lambda: gone(rank), 5)
-        eventually(lambda: server.get("/health").status_code == 200, 90)
+        eventually(lambda: server.engine_pid() != second and server.get("/health").status_code == 200, 90)
         third = server.engine_pid()
         (rank,) = ranks_of(third)
         server.process.send_signal(signal.SIGTERM)

@@ -48,8 +48,9 @@ class Server:
         return int(self.url.rsplit(":", 1)[1])
 
     def engine_pid(self) -> int:
+        """0 where the engine has gone and the next one has not been started."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(children[0])
+        return int(children[0]) if children else 0
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.url + path, timeout=60)

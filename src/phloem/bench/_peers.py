@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -233,10 +233,21 @@ def _end(process: subprocess.Popen[bytes], family: Sequence[psutil.Process]) -> 
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    _, alive = psutil.wait_procs([item for item in family if item.pid != process.pid], timeout=2)
+    _kill([item for item in family if item.pid != process.pid])
+
+
+def end_children() -> None:
+    """End what this process has started and not ended, and all that those have started."""
+    family = psutil.Process().children(recursive=True)
+    for item in family:
+        with suppress(psutil.NoSuchProcess):
+            item.terminate()
+    _kill(family)
+
+
+def _kill(family: Sequence[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(family, timeout=2)
     for item in alive:
-        try:
+        with suppress(psutil.NoSuchProcess):
             item.kill()
-        except psutil.NoSuchProcess:
-            continue
     psutil.wait_procs(alive, timeout=5)

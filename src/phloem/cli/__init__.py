@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         mute()  # whoever read our output has enough of it; nothing more may be flushed there at exit
         return 141
-    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+    except (OSError, MemoryError, RuntimeError, ImportError, SystemError) as error:
         reason = machine.exhausted(error)
         if reason is None:
             raise

@@ -8,6 +8,9 @@ import os
 import sys
 from pathlib import Path
 
+if sys.platform != "win32":
+    import resource  # at once: where memory has run out no library can be loaded any more
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -44,8 +47,6 @@ def allow_open_files(most: int = 65536) -> None:
     """Raise the limit of open files as far as the system lets us, to `most`: each connection is one."""
     if sys.platform == "win32":
         return
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -56,8 +57,6 @@ def allow_open_files(most: int = 65536) -> None:
 def _limit(name: str) -> int | None:
     if sys.platform == "win32":
         return None
-    import resource
-
     found = resource.getrlimit(getattr(resource, name))[0]
     return None if found == resource.RLIM_INFINITY else found
 
@@ -67,7 +66,13 @@ def _mapped() -> int:
     return int(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
 
 
-_MEMORY_SIGNS = ("can't start new thread", "can't allocate memory", "failed to map segment", "Cannot allocate memory")
+_MEMORY_SIGNS = (
+    "can't start new thread",
+    "can't allocate memory",
+    "failed to map segment",
+    "Cannot allocate memory",
+    "error return without exception set",  # the interpreter itself, where an allocation of its own failed
+)
 
 
 def exhausted(error: BaseException) -> str | None:

@@ -144,6 +144,7 @@ def test_shards_without_index(tmp_path: Path) -> None:
     refuse(path, r"model-00002-of-00003.safetensors: missing \(one of 3 shards\)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "said"),
     [

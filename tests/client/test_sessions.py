@@ -141,6 +141,7 @@ async def test_an_engine_that_dies_leaves_no_running_request_behind() -> None:
             door.client.sessions.extend(SessionStep(key, "r"), [1], None)
 
 
+@pytest.mark.slow
 @on_loop
 async def test_each_continuation_can_be_gone_on_from() -> None:
     async with open_door() as door:

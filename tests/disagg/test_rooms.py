@@ -220,6 +220,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_whatever_fails_decode_computes_the_prompt(fault: Callable[[Pair], None]) -> None:
     pair = Pair(keep=0.3)
@@ -319,6 +320,7 @@ def an_ask(link: Link, ask: Ask) -> None:
 TALKS = [silent, cut_inside_a_page, pages_not_asked_for, too_few_pages, no_frame, a_frame_without_end, an_ask]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("talk", TALKS)
 def test_a_prefill_server_that_talks_nonsense_costs_time_alone(
     talk: Callable[[Link, Ask], None], monkeypatch: pytest.MonkeyPatch

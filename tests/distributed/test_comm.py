@@ -117,6 +117,7 @@ def test_nobody_waits_once_the_group_was_ended(kind: str, tmp_path: Path) -> Non
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["threads", "shm", "gloo"])
 def test_a_rank_that_does_not_come_in_time_is_told(kind: str, tmp_path: Path) -> None:
     gate = threading.Event()

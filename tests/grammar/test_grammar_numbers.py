@@ -61,6 +61,7 @@ def test_a_constant_is_its_digits(number: int) -> None:
         assert takes(number) and not any(takes(other) for other in near if other != number), schema
 
 
+@pytest.mark.slow
 def test_constants_stand_exactly_inside_frames() -> None:
     big = 2**53 + 1
     takes = admits(
@@ -219,6 +220,7 @@ def test_a_zero_in_a_foreign_field_of_a_tag_is_not_unset() -> None:
             )
 
 
+@pytest.mark.slow
 def test_xgrammar_refuses_what_it_would_change() -> None:
     assert "#/enum/0" in str(engine("xgrammar").decline(JsonSchema(json.dumps({"enum": [2**63]}))))
     assert admits({"enum": [2**53 + 1]}, "xgrammar")(2**53 + 1)

@@ -258,6 +258,7 @@ def test_weights_that_have_changed_are_not_mixed_with_those_of_the_start() -> No
     fleet.run(work)
 
 
+@pytest.mark.slow
 def test_engines_that_disagree_about_weights_end() -> None:
     fleet = Fleet()
 
@@ -317,6 +318,7 @@ def test_an_engine_that_cannot_start_ends_the_start() -> None:
     fleet.run(work)
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_is_ended_alone() -> None:
     fleet = Fleet(config={"engine_hang_timeout": 0.5})
 

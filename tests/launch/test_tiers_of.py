@@ -97,6 +97,7 @@ def prompts_of(count: int, length: int = 200) -> list[list[int]]:
     return [[rng.randrange(3, 90) for _ in range(length)] for _ in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "values"),
     [

@@ -129,6 +129,7 @@ def test_draws_are_of_seed_place_and_pass_alone(served: Any) -> None:
     assert len({tuple(one["output_ids"]) for one in several}) == 3
 
 
+@pytest.mark.slow
 def test_a_repeat_finds_its_finished_blocks_in_the_cache(served: Any) -> None:
     engine, dense = served
     (prompt,) = prompts([77])
@@ -172,6 +173,7 @@ def test_logprobs_are_of_the_pass_that_accepted_a_token(served: Any) -> None:
     assert len(meta["output_token_ids_logprobs"]) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdar", "llada2_moe", "llada"])
 def test_requests_that_lose_their_pages_give_the_same_answers(name: str, path: Any) -> None:
     dense, some = DENSE[name](path(name)), prompts([18, 25, 33, 40, 9, 50])
@@ -248,6 +250,7 @@ def test_what_such_a_model_is_not_served_with_is_refused_before_it_is_ready(
         worker.build(found, described(found.model), lambda phase, seconds: None)
 
 
+@pytest.mark.slow
 def test_a_model_of_another_kind_takes_no_algorithm_of_diffusion(tmp_path: Path) -> None:
     found = Config.from_flat({"model_path": str(tiny_checkpoint("llama", tmp_path)), "dllm_algorithm": "LowConfidence"})
     with pytest.raises(ConfigError, match="llama does not write by diffusion"):

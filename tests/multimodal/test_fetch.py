@@ -171,6 +171,7 @@ def raw() -> Iterator[Any]:
         yield serve
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pieces",
     [

@@ -82,6 +82,7 @@ def check(theirs: Theirs, found: dict[str, Any], name: str) -> None:
     assert found["output_ids"] == theirs.greedy(ids, images, 8, clips)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"chunked_prefill_size": 5, "max_running_requests": 2, "page_size": 4}])
 def test_logits_and_greedy_text_are_those_of_transformers(pair: Any, settings: dict[str, Any]) -> None:
     theirs, path = pair

@@ -69,6 +69,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Shape:
 # shapes
 
 
+@pytest.mark.slow
 def test_parameters_and_kv_bytes_are_those_that_are_known(tmp_path: Path, deepseek: Shape, llama: Shape) -> None:
     assert round(llama.parameters) == 8_030_261_248 and llama.kv_bytes() == 2 * 32 * 8 * 128 * 2
     assert round(deepseek.parameters / 1e9, 1) == 671.0 and deepseek.kv_bytes() == 61 * (512 + 64) * 2
@@ -320,6 +321,7 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_predictions_are_within_a_factor_of_what_was_published(name: str, tmp_path: Path) -> None:
     gpu, layout, load, forms, field, published = PUBLISHED[name]

@@ -228,6 +228,7 @@ def test_odd_pickles_are_refused_or_hold_nothing(data: bytes) -> None:
         assert named_tensors([data], None, LIMIT) == []
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(data=st.binary(max_size=60), cut=st.integers(0, 500), base=st.booleans())
 def test_noise_is_refused_or_read_as_nothing(data: bytes, cut: int, base: bool) -> None:

@@ -204,6 +204,7 @@ def test_dynamos_indexer_answers_as_our_tree_does(source: tuple[Driver, ZmqPubli
         process.wait(10)
 
 
+@pytest.mark.slow
 async def test_a_new_process_that_has_published_more_than_the_old_one_is_noticed() -> None:
     """Its messages are numbered as if they followed: the broken connection tells, and what was known is asked anew."""
     driver, sink = Driver(200, SIZE), publisher()

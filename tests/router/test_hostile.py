@@ -20,6 +20,7 @@ from phloem.router.settings import Settings
 EVENTS = [b"data: %d\n\n" % at for at in range(20)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "headers"),
     [
@@ -97,6 +98,7 @@ async def test_a_worker_that_tells_its_load_otherwise_serves_all_the_same(loads:
         assert (await gate.chat()).status_code == 200
 
 
+@pytest.mark.slow
 async def test_others_are_served_while_the_request_that_tried_a_circuit_still_streams() -> None:
     good = False
 
@@ -120,6 +122,7 @@ async def test_others_are_served_while_the_request_that_tried_a_circuit_still_st
         gate.idle()
 
 
+@pytest.mark.slow
 async def test_bodies_count_until_the_answer_begins_and_are_not_held_beyond() -> None:
     go = asyncio.Event()
 
@@ -226,6 +229,7 @@ async def test_workers_that_share_the_gateways_key_serve_and_others_say_what_the
         await hidden.kill()
 
 
+@pytest.mark.slow
 async def test_a_client_that_takes_nothing_does_not_keep_its_place_for_ever() -> None:
     async def long(request: Request) -> None:
         await stream(request, [b"data: " + b"x" * 100_000 + b"\n\n"] * 300)

@@ -287,6 +287,7 @@ def test_langchain_structured_output(server: Served, method: str) -> None:
     assert model.invoke("hi") == City(name="Rom", people=2800000)
 
 
+@pytest.mark.slow
 def test_langchain_responses_api(server: Served) -> None:
     server.engine.text = "Hello."
     answer = langchain_model(server, use_responses_api=True).invoke("hi")

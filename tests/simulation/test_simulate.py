@@ -51,6 +51,7 @@ def test_a_long_prompt_is_computed_in_chunks() -> None:
     assert seen.ttft == [pytest.approx(3 * 0.001 + 1200 * 0.0001)]  # 512, 512, 176
 
 
+@pytest.mark.slow
 def test_the_next_turn_comes_after_the_pause_and_finds_what_was_said() -> None:
     seen = Fleet(SMALL, PLAIN, 1, "round_robin").run([talk(0.0, (256, 16, 1.5), (64, 1, 0.0))])
     told = seen.told()
@@ -61,17 +62,20 @@ def test_the_next_turn_comes_after_the_pause_and_finds_what_was_said() -> None:
     assert seen.end == pytest.approx(seen.e2e[0] + 1.5 + seen.e2e[1])
 
 
+@pytest.mark.slow
 def test_requests_of_one_replica_share_steps() -> None:
     alone = Fleet(SMALL, PLAIN, 1, "round_robin").run([talk(0.0, (50, 40, 0.0))])
     pair = Fleet(SMALL, PLAIN, 1, "round_robin").run([talk(0.0, (50, 40, 0.0), number=n) for n in range(8)])
     assert pair.output == 8 * alone.output and pair.end < 1.3 * alone.end
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_figures_and_another_one_others() -> None:
     once, again, other = (ran("cache_aware", 1.0, seed=seed).seen.told() for seed in (5, 5, 6))
     assert once == again and once != other
 
 
+@pytest.mark.slow
 def test_every_request_is_answered_and_every_page_comes_back() -> None:
     fleet = ran("power_of_two", size=replace(SMALL, kv_tokens=5000))
     seen = fleet.seen
@@ -83,6 +87,7 @@ def test_every_request_is_answered_and_every_page_comes_back() -> None:
         assert replica.scheduler.nothing_held and not replica.scheduler.live
 
 
+@pytest.mark.slow
 def test_little_memory_preempts_and_still_answers_all() -> None:
     size = replace(SMALL, kv_tokens=2048, context=1024)
     fleet = Fleet(size, PLAIN, 1, "round_robin")
@@ -91,6 +96,7 @@ def test_little_memory_preempts_and_still_answers_all() -> None:
     fleet.members[0].scheduler.check()
 
 
+@pytest.mark.slow
 def test_a_policy_that_knows_of_caches_finds_more_and_answers_earlier() -> None:
     round_robin, aware, told = ran("round_robin", 3.0), ran("cache_aware", 3.0), ran("cache_aware", 3.0, events=True)
     rates = [fleet.seen.told()["hit_rate"] for fleet in (round_robin, aware, told)]
@@ -100,6 +106,7 @@ def test_a_policy_that_knows_of_caches_finds_more_and_answers_earlier() -> None:
     assert max(round_robin.seen.sent) - min(round_robin.seen.sent) <= 1
 
 
+@pytest.mark.slow
 def test_a_cut_leaves_what_was_on_its_way() -> None:
     fleet = Fleet(SMALL, PLAIN, 2, "round_robin", 1)
     seen = fleet.run(conversations(TALK, 20.0, 8.0, 1), until=2.0)
@@ -120,6 +127,7 @@ def test_distributions_come_out_as_stated() -> None:
     assert bursty.std() / bursty.mean() == pytest.approx(3.0, rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_trace_file_is_played_and_its_shared_blocks_are_found(tmp_path: Path) -> None:
     lines = [
         {"timestamp": 3000 * n, "input_length": 2 * BLOCK + 100, "output_length": 4, "hash_ids": [1, 2, 10 + n]}
@@ -173,6 +181,7 @@ def test_percentiles_of_a_histogram_are_those_of_its_values() -> None:
     assert np.isnan(Gaps().percentile(0.5))
 
 
+@pytest.mark.slow
 def test_the_command_prints_policies_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["bench", "simulate", "--replicas", "2", "--seconds", "1", "--rate", "3", "--max-running-requests", "16"]
     output = tmp_path / "runs.jsonl"

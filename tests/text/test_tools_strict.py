@@ -328,6 +328,7 @@ def without_query(text: str) -> str:
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "special"), CASES)
 def test_what_a_strict_grammar_refuses(form: str, special: bool) -> None:
     own = words(form if special else None)

@@ -268,6 +268,17 @@ def test_a_room_that_is_in_use_is_refused_and_can_be_used_again(pair: Pair) -> N
     assert fetched(pair) == (1, 0)
 
 
+def test_a_name_that_is_used_again_gets_no_pages_of_who_had_it_before(pair: Pair) -> None:
+    pair.both("a", PROMPT)
+    arrival = pair.arrivals._coming["a"]  # pyright: ignore[reportPrivateUsage]
+    until(lambda: arrival.ended, pair.prefill)
+    pair.decode.abort("a")
+    other = random_tokens(random.Random(6), 42)
+    pair.decode.submit("a", other, 8)
+    pair.run()
+    assert answered(pair, "a", other)
+
+
 class FakePrefill:
     """Says what a test wants to a decode server: `talk` gets the connection behind the `Ask`."""
 

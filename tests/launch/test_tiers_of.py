@@ -193,7 +193,6 @@ def test_what_cannot_have_tiers_serves_without_and_says_why(
         ({EXTRA: {"prefetch_threshold": -1}}, "prefetch_threshold"),
         ({EXTRA: {"path": "/proc/nothing"}}, "path"),
         ({"disable_radix_cache": True}, "disable_radix_cache"),
-        ({"hicache_write_policy": "write_back"}, "write_back is not served"),
         ({"enable_hierarchical_cache": False, "enable_hicache": False}, "needs enable_hierarchical_cache"),
         ({"hicache_storage_backend": "dynamic", EXTRA: {"module_path": "json", "class_name": "Nothing"}}, "Nothing"),
     ],

@@ -78,7 +78,7 @@ def test_another_process_finds_what_one_has_left_and_another_model_does_not(tmp_
 
 
 @both
-@pytest.mark.parametrize("write", ["write_through", "write_through_selective"])
+@pytest.mark.parametrize("write", ["write_through", "write_through_selective", "write_back"])
 @pytest.mark.parametrize("starved", [False, True])
 def test_storms_over_a_small_pool_answer_as_the_oracle(
     tmp_path: Path, write: str, overlap: bool, starved: bool
@@ -233,6 +233,21 @@ def test_what_happens_while_pages_are_fetched(event: str) -> None:
     tiered.run()
     if event in ("flush", "pause"):
         assert driver.tokens["b"] == driver.expected(PROMPTS[0], 4)
+    tiered.close()
+
+
+@pytest.mark.parametrize("turns", [0, 1])
+def test_a_name_that_is_used_again_has_no_pages_of_who_had_it_before(turns: int) -> None:
+    """Keys are kept by request: those of a prompt that was aborted are not those of the next one of its name."""
+    tiered, store = waiting_for_the_store("wait_complete")
+    driver = tiered.driver
+    driver.abort("b")
+    driver.step(turns)
+    driver.submit("b", PROMPTS[1], 8)
+    store.gate.set()
+    tiered.run()
+    assert driver.tokens["b"] == driver.expected(PROMPTS[1], 8)
+    assert driver.chunks["b"][-1].cached_tokens == 56
     tiered.close()
 
 

@@ -260,7 +260,8 @@ class Arrivals:
     # as `scheduler.further.Further`
 
     def fetch(self, request_id: str, namespace: str, tokens: NDArray[np.int32], limit: int) -> None:
-        return None
+        """Its own pages are waited for by `expect`; those of one of the same name that has just ended are not its."""
+        self._leave(request_id)
 
     def at_hand(self, request_id: str, namespace: str, tokens: NDArray[np.int32], start: int, limit: int) -> int:
         found = self._coming.get(request_id)
@@ -289,11 +290,14 @@ class Arrivals:
 
     def _load(self, loads: list[tuple[Arrival, Claim, NDArray[np.int32]]]) -> None:
         begun = monotonic()
-        for found, claim, pages in loads:
-            receiver = found.receiver
-            if receiver is not None:
-                self._target.copy([receiver.row(row) for row in claim.rows], pages)
-            self._free(found)
+        try:
+            for found, claim, pages in loads:
+                receiver = found.receiver
+                if receiver is not None:
+                    self._target.copy([receiver.row(row) for row in claim.rows], pages)
+        finally:
+            for found, _, _ in loads:
+                self._free(found)
         self.counts.load_seconds += monotonic() - begun
 
     def admitted(self, request_id: str, node: Node) -> None:
@@ -308,10 +312,15 @@ class Arrivals:
         self._loads.clear()
         if self._coming:
             for name in [name for name in self._coming if name not in live]:
-                found = self._coming.pop(name)
-                found.hang_up()
-                if found.ended:
-                    self._free(found)
+                self._leave(name)
+
+    def _leave(self, request_id: str) -> None:
+        """Nobody wants it any more."""
+        found = self._coming.pop(request_id, None)
+        if found is not None:
+            found.hang_up()
+            if found.ended:
+                self._free(found)
 
     def flush(self) -> None:
         pass

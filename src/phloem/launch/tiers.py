@@ -70,10 +70,6 @@ def check(config: Config) -> None:
             if value is not None:
                 raise ConfigError(f"{name}: needs enable_hierarchical_cache", param=name)
         return
-    if cache.hicache_write_policy == "write_back":
-        # Storms of requests over a small pool, with overlapped steps, have got wrong tokens from pages written so.
-        text = "hicache_write_policy: write_back is not served yet; write_through and write_through_selective are"
-        raise ConfigError(text, param="hicache_write_policy")
     if cache.disable_radix_cache:
         text = "enable_hierarchical_cache: prefixes are not shared (disable_radix_cache)"
         raise ConfigError(text, param="enable_hierarchical_cache")

@@ -24,7 +24,8 @@ class Further(Protocol):
     """Called in the scheduler's thread."""
 
     def fetch(self, request_id: str, namespace: str, tokens: NDArray[np.int32], limit: int) -> Late | None:
-        """Begin to fetch what a store has of the first `limit` tokens behind what is at hand. None: nothing."""
+        """A request comes in, before any other call for it: begin to fetch what a store has of its first `limit` tokens
+        behind what is at hand. None: nothing. What was kept for an earlier one of the same name is forgotten."""
         ...
 
     def at_hand(self, request_id: str, namespace: str, tokens: NDArray[np.int32], start: int, limit: int) -> int:

@@ -177,6 +177,7 @@ class Tiers:
     # in: from the store to rows
 
     def fetch(self, request_id: str, namespace: str, tokens: NDArray[np.int32], limit: int) -> Fetch | None:
+        self._begin(request_id)
         storage, pages = self.storage, min(limit, len(tokens)) // self._size
         if storage is None or pages <= 0:
             return None
@@ -198,6 +199,13 @@ class Tiers:
         self._fetches[request_id] = fetch
         self._readers.submit(self._read, fetch, storage)
         return fetch
+
+    def _begin(self, request_id: str) -> None:
+        """Another one of this name may have ended since the last turn: its keys stand for other tokens."""
+        self._chains.pop(request_id, None)
+        before = self._fetches.pop(request_id, None)
+        if before is not None:
+            before.let_go(self.host)
 
     def _read(self, fetch: Fetch, storage: Tier) -> None:
         begun = perf_counter()

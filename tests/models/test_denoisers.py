@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from dense_denoisers import DENSE, How, decode
+from linear_cases import needs_native
 from model_support import PROMPT, Engine, close
 
 import phloem
@@ -71,7 +72,11 @@ def test_logits_are_those_of_the_dense_reference_whole_and_block_by_block(name: 
 SERVED = [("sdar", {}), ("llada2_moe", {"chunked_prefill_size": 16}), ("llada", {"chunked_prefill_size": 64})]
 
 
-@pytest.fixture(scope="module", params=SERVED, ids=[name for name, _ in SERVED])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(one, marks=pytest.mark.slow if one[0] == "llada2_moe" else ()) for one in SERVED],
+    ids=[name for name, _ in SERVED],
+)
 def served(request: Any, path: Any) -> Iterator[Any]:
     """An engine, and the dense reference of what it serves."""
     name, more = request.param
@@ -172,6 +177,7 @@ def test_logprobs_are_of_the_pass_that_accepted_a_token(served: Any) -> None:
     assert len(meta["output_token_ids_logprobs"]) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdar", "llada2_moe", "llada"])
 def test_requests_that_lose_their_pages_give_the_same_answers(name: str, path: Any) -> None:
     dense, some = DENSE[name](path(name)), prompts([18, 25, 33, 40, 9, 50])
@@ -182,6 +188,26 @@ def test_requests_that_lose_their_pages_give_the_same_answers(name: str, path: A
         # A text that is seen whole has all its pages from the first step on: it waits, and loses none.
         assert dense.whole or engine.get_server_info()["internal_states"][0]["preemptions"] > 0
     assert [one["output_ids"] for one in found] == wanted
+
+
+@needs_native
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["auto", "int8"])
+@pytest.mark.parametrize("name", denoisers())
+def test_recorded_steps_give_each_request_the_same_answer_alone_and_among_others(
+    name: str, kept: str, tmp_path: Path
+) -> None:
+    """On the native kernels, with caches of 16 or 8 bits; alone, a prefix is found that was computed among others."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
+    sizes |= {} if name == "llada" else {"head_dim": 32}
+    path, some = tiny_checkpoint(name, tmp_path, **sizes), prompts([3, 17, 40, 64, 9])
+    more: dict[str, Any] = {"max_total_tokens": 4096, "chunked_prefill_size": 64, "debug_invariants": True}
+    with phloem.Engine(model_path=str(path), kv_cache_dtype=kept, **more) as engine:
+        together = [one["output_ids"] for one in ask(engine, some, 20)]
+        assert [ask(engine, prompt, 20)["output_ids"] for prompt in some] == together
+        info = engine.get_server_info()
+    assert info["kv_cache_dtype"] == ("bfloat16" if kept == "auto" else kept)
+    assert ["attention_backend", "cpu"] in [decision[:2] for decision in info["decisions"]]
 
 
 class Starved(CanvasRunner):

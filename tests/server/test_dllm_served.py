@@ -15,7 +15,7 @@ from engine_door import http_door
 from phloem import Engine
 from phloem.testing.checkpoints import tiny_checkpoint
 
-NAMES = ["sdar", "llada2_moe"]
+NAMES = ["sdar", pytest.param("llada2_moe", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module", params=NAMES)

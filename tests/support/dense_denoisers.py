@@ -93,9 +93,9 @@ class Qwen3MoeLike(Qwen3Like):
 
     def mixed(self, x: Tensor, name: str, weights: Tensor, chosen: Tensor) -> Tensor:
         out = torch.zeros_like(x)
-        for token in range(len(x)):
-            for weight, expert in zip(weights[token], chosen[token].tolist(), strict=True):
-                out[token] += weight * self.gated(x[token], f"{name}.experts.{expert}")
+        for expert in chosen.unique().tolist():
+            rows, place = (chosen == expert).nonzero(as_tuple=True)
+            out.index_add_(0, rows, weights[rows, place, None] * self.gated(x[rows], f"{name}.experts.{expert}"))
         return out
 
 

@@ -130,7 +130,8 @@ def test_draws_are_of_seed_place_and_pass_alone(served: Any) -> None:
     values: dict[str, Any] = {"temperature": 0.7, "top_k": 9, "sampling_seed": 3}
     assert [one["output_ids"] for one in ask(engine, some, **values)] == wanted
     assert ask(engine, some[2], **values)["output_ids"] == wanted[2]
-    several = ask(engine, some[1], n=3, **{**values, "sampling_seed": None})
+    values |= {"sampling_seed": None, "n": 3}
+    several = ask(engine, some[1], **values)
     assert len({tuple(one["output_ids"]) for one in several}) == 3
 
 

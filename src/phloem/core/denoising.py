@@ -83,13 +83,15 @@ def denoising(
     Raises:
         ConfigError: an algorithm that is not served, an unknown setting, or a value out of its range.
     """
-    name = algorithm or USUAL
+    name = USUAL if algorithm is None else algorithm
     if name not in ALGORITHMS:
         why = f" (it {_NOT_HERE[name]}, which is not served)" if name in _NOT_HERE else ""
         raise ConfigError(f"dllm_algorithm: {name!r}{why}; known: {', '.join(ALGORITHMS)}", param="dllm_algorithm")
-    unknown = sorted(set(settings) - set(_KEYS))
+    unknown = sorted(str(key)[:100] for key in settings if key not in _KEYS)
     if unknown:
         raise ConfigError(f"{PARAM}: {', '.join(unknown)} not known here; known: {', '.join(_KEYS)}", param=PARAM)
+    if "steps" in settings and "denoising_steps" in settings:
+        raise ConfigError(f"{PARAM}: steps and denoising_steps are one setting: give one of them", param=PARAM)
     values: dict[str, Any] = {key: _number(key, value) for key, value in settings.items()}
     found = Denoising(
         block=values.get("block_size", block),

@@ -63,6 +63,7 @@ def asked(config: Config) -> bool:
     flat = config.flat()
     alone = [name for name in NEEDING.split() if flat[name] is not None]
     alone += ["kt_enable_dynamic_expert_update"] if own.kt_enable_dynamic_expert_update else []
+    alone += ["kt_expert_placement_strategy"] if own.kt_expert_placement_strategy != "uniform" else []
     alone += ["init_expert_location"] if own.init_expert_location not in (None, "trivial") else []
     if alone:
         raise ConfigError(f"{alone[0]}: it needs kt_num_gpu_experts, which may be 0", param=alone[0])
@@ -173,13 +174,15 @@ def settle(config: Config, hosted: Hosting, model: Model, decisions: list[Decisi
         why = "the last layer of this model is another one's"
         raise ConfigError(f"kt_max_deferred_experts_per_token: {why}", param="kt_max_deferred_experts_per_token")
     each = own.kt_num_gpu_experts or 0
+    counts = None if own.init_expert_location in (None, "trivial") else _read(str(own.init_expert_location))
+    layers, experts = aside.counts.shape
+    if not layers:  # all are computed by the fused op: no layer has entered
+        layers, experts = 1 if counts is None else len(counts), max(weight.experts for weight in model.index.weights)
+    table = place(own.kt_expert_placement_strategy, layers, experts, each, counts)
     if aside.same:
         why = f"the device is this processor: its table {aside.ops.name!r} computes all of them; places mean nothing"
         decisions.append(Decision("host_experts", "all", why))
         return None
-    layers, experts = aside.counts.shape
-    counts = None if own.init_expert_location in (None, "trivial") else _read(str(own.init_expert_location))
-    table = place(own.kt_expert_placement_strategy, layers, experts, each, counts)
     aside.put(table)
     aside.counts[:] = 0
     size = f"{aside.host_bytes / GIB:.2f} GiB on the host, {aside.device_bytes / GIB:.2f} GiB of copies on the device"

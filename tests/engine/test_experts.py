@@ -95,6 +95,9 @@ def test_counts_decide_which_experts_stay(folder: Path, tmp_path: Path) -> None:
     [
         ({"kt_cpuinfer": 1}, "needs kt_num_gpu_experts"),
         ({"kt_num_gpu_experts": 7}, "7 of 6 experts"),
+        ({"kt_num_gpu_experts": 7, "ops": None}, "7 of 6 experts"),
+        ({"kt_num_gpu_experts": 0, "init_expert_location": "/none.json", "ops": None}, "none.json"),
+        ({"kt_expert_placement_strategy": "random"}, "needs kt_num_gpu_experts"),
         ({"kt_num_gpu_experts": -1}, "below 0"),
         ({"kt_num_gpu_experts": 0, "kt_cpuinfer": 4096}, "4096 threads, but"),
         ({"kt_num_gpu_experts": 0, "kt_threadpool_count": 2}, "2 pools"),

@@ -75,7 +75,7 @@ def _without_penalties(info: ModelInfo, checkpoint: Checkpoint) -> ModelInfo:
     value = info.generation_config.get("repetition_penalty", 1.0)
     if not known or value == 1.0:
         return info
-    why = f"generation_config.json recommends {value:g}, but penalties have no meaning where text is written by diffusion"
+    why = f"generation_config.json recommends {value:g}, and a model that writes by diffusion has no penalties"
     LOG.warning("repetition_penalty: left out: %s", why)
     rest = {name: given for name, given in info.generation_config.items() if name != "repetition_penalty"}
     decision = ("repetition_penalty", "left out", why)

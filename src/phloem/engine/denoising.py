@@ -34,7 +34,8 @@ def decide(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) ->
     block, mask = (_stored(checkpoint, names[key]) for key in ("block", "mask"))
     settings = _settings(asked.dllm_algorithm_config)
     whole = names.get("sees") == "whole"
-    found = denoising(asked.dllm_algorithm, settings, block, mask, checkpoint.vocab_size, whole=whole)
+    vocab, shifted = checkpoint.vocab_size, names.get("said") == "before"
+    found = denoising(asked.dllm_algorithm, settings, block, mask, vocab, whole=whole, shifted=shifted)
     room = config.model.context_length or checkpoint.context_length
     if not whole and found.block > room:
         why = f"blocks of {found.block} tokens, but the context holds {room}, in whole blocks"

@@ -35,7 +35,15 @@ if TYPE_CHECKING:
 _log = log.get("engine.experts")
 
 MADE = {"AMXINT4": "int4", "MOE_INT4": "int4", "AMXINT8": "int8", "MOE_INT8": "int8"}
-STORED = ("FP8", "FP8_PERCHANNEL", "RAWINT4", "MXFP4", "GPTQ_INT4")
+# By what is stored: files of quant/ that read such weights (some read several kinds, which the checkpoint decides).
+_ANY = ("compressed_tensors", "modelopt")
+STORED = {
+    "FP8": ("fp8", *_ANY),
+    "FP8_PERCHANNEL": ("fp8", *_ANY),
+    "RAWINT4": ("awq", "gptq", "auto_round", "compressed_tensors"),
+    "MXFP4": ("mxfp4", *_ANY),
+    "GPTQ_INT4": ("gptq", "auto_round"),
+}
 METHODS = (*MADE, "BF16", "LLAMAFILE", *STORED)
 NEEDING = "kt_method kt_cpuinfer kt_threadpool_count kt_max_deferred_experts_per_token kt_gpu_prefill_token_threshold"
 STEPS = 256  # between two looks at what is chosen
@@ -155,7 +163,8 @@ def _method(config: Config, checkpoint: Checkpoint) -> Method | None:
             raise ConfigError(f"kt_method: {why}", param="kt_method")
         return quant.method(MADE[name])
     fits = {"BF16": not stored and config.model.quantization is None, "LLAMAFILE": stored == "GGUF"}
-    if not fits.get(name, bool(stored) and stored != "GGUF"):
+    reader = "" if checkpoint.stored is None else checkpoint.stored.file
+    if not fits.get(name, reader in STORED.get(name, ())):
         why = f"{name}, but the weights are {f'stored as {stored}' if stored else 'plain'}"
         raise ConfigError(f"kt_method: {why}; without it they are computed as they are", param="kt_method")
     return None

@@ -26,6 +26,7 @@ def test_a_tiny_model_is_made_and_measured() -> None:
     assert found["whole_tok_per_s"] == pytest.approx(found["tok_per_s"] / 2)
 
 
-def test_nothing_is_measured_of_no_layers() -> None:
+@pytest.mark.parametrize("option", ["--layers", "--of-layers"])
+def test_nothing_is_measured_of_no_layers(option: str) -> None:
     with pytest.raises(BadRequest, match="at least 1"):
-        experts.main(["--layers", "0"])
+        experts.main([option, "0"])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import packers
 import pytest
 from linear_cases import needs_native
 
@@ -90,11 +91,26 @@ def test_counts_decide_which_experts_stay(folder: Path, tmp_path: Path) -> None:
     assert got and "frequency" in told(info)["device_experts"]
 
 
+def test_a_method_that_says_another_stored_format_is_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
+    plain = tiny_checkpoint("qwen3_moe", tmp_path / "plain", **sizes)
+    how = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
+    path, _ = packers.quantised(plain, tmp_path / "packed", packers.awq, how)
+    _, info = tokens(str(path), kt_num_gpu_experts=0, kt_method="RAWINT4")
+    assert told(info)["host_experts"].startswith("all")
+    for name in ("FP8", "MXFP4", "GPTQ_INT4"):
+        with pytest.raises(ConfigError, match=f"kt_method: {name}, but the weights are stored as awq"):
+            tokens(str(path), kt_num_gpu_experts=0, kt_method=name)
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
         ({"kt_cpuinfer": 1}, "needs kt_num_gpu_experts"),
         ({"kt_num_gpu_experts": 7}, "7 of 6 experts"),
+        ({"kt_num_gpu_experts": 7, "ops": None}, "7 of 6 experts"),
+        ({"kt_num_gpu_experts": 0, "init_expert_location": "/none.json", "ops": None}, "none.json"),
+        ({"kt_expert_placement_strategy": "random"}, "needs kt_num_gpu_experts"),
         ({"kt_num_gpu_experts": -1}, "below 0"),
         ({"kt_num_gpu_experts": 0, "kt_cpuinfer": 4096}, "4096 threads, but"),
         ({"kt_num_gpu_experts": 0, "kt_threadpool_count": 2}, "2 pools"),

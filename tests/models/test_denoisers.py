@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from dense_denoisers import DENSE, How, decode
+from linear_cases import needs_native
 from model_support import PROMPT, Engine, close
 
 import phloem
-from phloem.checkpoint.describe import described
+from phloem.checkpoint.describe import describe, described
 from phloem.checkpoint.families import family
 from phloem.core.config import Config
-from phloem.core.errors import BadRequest, ConfigError, OutOfMemory
+from phloem.core.errors import BadRequest, ConfigError, ModelLoadError, OutOfMemory
 from phloem.engine import worker
 from phloem.engine.canvas import CanvasRunner
 from phloem.launch import core
@@ -68,10 +70,19 @@ def test_logits_are_those_of_the_dense_reference_whole_and_block_by_block(name: 
             close(again, dense.logits(PROMPT)[start : start + block])
 
 
-SERVED = [("sdar", {}), ("llada2_moe", {"chunked_prefill_size": 16}), ("llada", {"chunked_prefill_size": 64})]
+SERVED = [
+    ("sdar", {}),
+    ("llada2_moe", {"chunked_prefill_size": 16}),
+    ("llada", {"chunked_prefill_size": 64}),
+    ("dream", {}),
+]
 
 
-@pytest.fixture(scope="module", params=SERVED, ids=[name for name, _ in SERVED])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(one, marks=pytest.mark.slow if one[0] in ("llada2_moe", "dream") else ()) for one in SERVED],
+    ids=[name for name, _ in SERVED],
+)
 def served(request: Any, path: Any) -> Iterator[Any]:
     """An engine, and the dense reference of what it serves."""
     name, more = request.param
@@ -125,7 +136,8 @@ def test_draws_are_of_seed_place_and_pass_alone(served: Any) -> None:
     values: dict[str, Any] = {"temperature": 0.7, "top_k": 9, "sampling_seed": 3}
     assert [one["output_ids"] for one in ask(engine, some, **values)] == wanted
     assert ask(engine, some[2], **values)["output_ids"] == wanted[2]
-    several = ask(engine, some[1], n=3, **{**values, "sampling_seed": None})
+    values |= {"sampling_seed": None, "n": 3}
+    several = ask(engine, some[1], **values)
     assert len({tuple(one["output_ids"]) for one in several}) == 3
 
 
@@ -186,6 +198,26 @@ def test_requests_that_lose_their_pages_give_the_same_answers(name: str, path: A
     assert [one["output_ids"] for one in found] == wanted
 
 
+@needs_native
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["auto", "int8"])
+@pytest.mark.parametrize("name", denoisers())
+def test_recorded_steps_give_each_request_the_same_answer_alone_and_among_others(
+    name: str, kept: str, tmp_path: Path
+) -> None:
+    """On the native kernels, with caches of 16 or 8 bits; alone, a prefix is found that was computed among others."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
+    sizes |= {} if name in ("llada", "dream") else {"head_dim": 32}
+    path, some = tiny_checkpoint(name, tmp_path, **sizes), prompts([3, 17, 40, 64, 9])
+    more: dict[str, Any] = {"max_total_tokens": 4096, "chunked_prefill_size": 64, "debug_invariants": True}
+    with phloem.Engine(model_path=str(path), kv_cache_dtype=kept, **more) as engine:
+        together = [one["output_ids"] for one in ask(engine, some, 20)]
+        assert [ask(engine, prompt, 20)["output_ids"] for prompt in some] == together
+        info = engine.get_server_info()
+    assert info["kv_cache_dtype"] == ("bfloat16" if kept == "auto" else kept)
+    assert ["attention_backend", "cpu"] in [decision[:2] for decision in info["decisions"]]
+
+
 class Starved(CanvasRunner):
     """One for whose every third step there is no memory."""
 
@@ -235,6 +267,11 @@ def test_what_has_no_meaning_out_of_order_is_refused_by_name(served: Any, field:
         ({"dllm_algorithm_config": {"edit_threshold": 0.5}}, "edit_threshold not known here; known: threshold"),
         ({"dllm_algorithm_config": {"threshold": "high"}}, "threshold is 'high', expected a number"),
         ({"dllm_algorithm_config": {"steps": 5}}, "steps is 5, expected 0 to 4"),
+        ({"dllm_algorithm_config": '{"steps": 2, "denoising_steps": 2}'}, "are one setting"),
+        ({"dllm_algorithm_config": '{"a":' * 5000}, "is not JSON"),
+        ({"dllm_algorithm_config": "a\0b"}, "embedded null byte"),
+        ({"dllm_algorithm_config": {"block_size": 1024}}, "blocks of 1024 tokens, but the context holds 512"),
+        ({"dllm_algorithm": ""}, "known: LowConfidence"),
         ({"page_size": 6}, "page_size: 6 is no multiple of the model's blocks of 4"),
         ({"speculative_algorithm": "ngram"}, "speculative_algorithm: a model of diffusion"),
         ({"enable_lora": True}, "adapters are served beside"),
@@ -248,6 +285,31 @@ def test_what_such_a_model_is_not_served_with_is_refused_before_it_is_ready(
     found = Config.from_flat({"model_path": str(path("sdar")), **SETTINGS, **settings})
     with pytest.raises(ConfigError, match=words):
         worker.build(found, described(found.model), lambda phase, seconds: None)
+
+
+@pytest.mark.parametrize(("text", "words"), [("1: 2\nfoo: 3", "1, foo not known here"), ("[" * 3000, "not readable")])
+def test_a_file_of_settings_that_is_odd_is_named(path: Any, text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text(text)
+    settings = {**SETTINGS, "dllm_algorithm_config": str(tmp_path / "settings.yaml")}
+    found = Config.from_flat({"model_path": str(path("sdar")), **settings})
+    with pytest.raises(ConfigError, match=words):
+        worker.build(found, described(found.model), lambda phase, seconds: None)
+
+
+@pytest.mark.parametrize(("key", "value"), [("block_size", "x"), ("block_size", 2.5), ("mask_token_id", [1])])
+def test_a_checkpoint_whose_block_or_mask_is_no_number_is_named(key: str, value: Any, tmp_path: Path) -> None:
+    file = tiny_checkpoint("sdar", tmp_path) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    found = Config.from_flat({"model_path": str(tmp_path), **SETTINGS})
+    with pytest.raises(ModelLoadError, match=f"config.json: {key} is .* expected a whole number"):
+        worker.build(found, described(found.model), lambda phase, seconds: None)
+
+
+def test_a_file_that_writes_its_model_type_with_a_capital_is_of_that_family(tmp_path: Path) -> None:
+    file = tiny_checkpoint("dream", tmp_path) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "Dream"}))
+    found = describe(str(tmp_path))
+    assert found.model_type == found.config["model_type"] == "dream" and found.chosen.impl == "phloem"
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from engine_door import http_door
 from phloem import Engine
 from phloem.testing.checkpoints import tiny_checkpoint
 
-NAMES = ["sdar", "llada2_moe"]
+NAMES = ["sdar", pytest.param("llada2_moe", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -109,3 +109,21 @@ def test_metrics_tell_how_many_tokens_a_pass_gives(served: Any) -> None:
     assert 0 < state["dllm_tokens_per_forward"] == state["output_tokens"] / state["dllm_passes"]
     names = client.get("/metrics").text
     assert "dllm_tokens_per_forward" in names and "dllm_passes_total" in names
+
+
+def test_a_penalty_that_the_checkpoint_recommends_is_left_out_and_one_that_a_client_sends_is_refused(
+    tmp_path: Path,
+) -> None:
+    path = tiny_checkpoint("sdar", tmp_path)
+    (path / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.2, "top_k": 7}))
+    body: dict[str, Any] = {"max_tokens": 4, "messages": [{"role": "user", "content": "Hi"}]}
+    settings: dict[str, Any] = {"dtype": "float32", "max_total_tokens": 1024, "threads": 1}
+    with Engine(model_path=str(path), **settings) as engine, http_door(engine) as url:
+        answers = [
+            httpx.post(f"{url}/v1/chat/completions", json={**body, **more}, timeout=30)
+            for more in ({}, {"repetition_penalty": 1.2})
+        ]
+        decisions = httpx.get(f"{url}/server_info").json()["decisions"]
+    assert [answer.status_code for answer in answers] == [200, 400], answers[0].text
+    assert answers[1].json()["error"]["param"] == "repetition_penalty"
+    assert ["repetition_penalty", "left out"] in [decision[:2] for decision in decisions]

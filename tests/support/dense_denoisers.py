@@ -26,6 +26,7 @@ class Qwen3Like:
 
     attention, q_norm, k_norm, out = "self_attn", "q_norm", "k_norm", "o_proj"
     whole = False  # a token sees the whole text
+    shifted = False  # logits of a place stand before it
     embedding = "model.embed_tokens.weight"
     usual: dict[str, Any] = {"block_size": 4}
 
@@ -72,7 +73,7 @@ class Qwen3Like:
         place = torch.arange(len(x)) // self.block
         scores.masked_fill_(place[None, :] > place[:, None], -torch.inf)
         values = torch.einsum("hts,shd->thd", scores.softmax(-1), v).flatten(1)
-        return self.linear(values, f"{name}.attn_out" if self.whole else f"{name}.{self.out}")
+        return self.linear(values, f"{name}.{self.out}")
 
     def logits(self, ids: list[int]) -> Tensor:
         """Of every position, [T, V]."""
@@ -93,9 +94,9 @@ class Qwen3MoeLike(Qwen3Like):
 
     def mixed(self, x: Tensor, name: str, weights: Tensor, chosen: Tensor) -> Tensor:
         out = torch.zeros_like(x)
-        for token in range(len(x)):
-            for weight, expert in zip(weights[token], chosen[token].tolist(), strict=True):
-                out[token] += weight * self.gated(x[token], f"{name}.experts.{expert}")
+        for expert in chosen.unique().tolist():
+            rows, place = (chosen == expert).nonzero(as_tuple=True)
+            out.index_add_(0, rows, weights[rows, place, None] * self.gated(x[rows], f"{name}.experts.{expert}"))
         return out
 
 
@@ -131,6 +132,7 @@ class LLaDA2(Qwen3MoeLike):
 class LLaDA(Qwen3Like):
     """LLaDA 8B: Llama's layers; a token sees the whole text, and blocks are those of the answer."""
 
+    out = "attn_out"
     whole = True
     usual = {"block_size": 32, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "head_dim": None}
 
@@ -150,7 +152,24 @@ class LLaDA(Qwen3Like):
         return F.linear(self.norm(x, "model.transformer.ln_f"), self.tensors["model.transformer.ff_out.weight"])
 
 
-DENSE = {"sdar": Qwen3Like, "sdar_moe": Qwen3MoeLike, "llada2_moe": LLaDA2, "llada": LLaDA}
+class Dream(Qwen3Like):
+    """Dream 7B: Qwen2's layers; a token sees the whole text, and its logits stand one place before it."""
+
+    out = "o_proj"
+    whole = shifted = True
+    usual = {"block_size": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "head_dim": None}
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.size = self.config["hidden_size"] // self.heads
+
+    def logits(self, ids: list[int]) -> Tensor:
+        answered, self.block = self.block, len(ids)
+        found, self.block = super().logits(ids), answered
+        return found
+
+
+DENSE = {"sdar": Qwen3Like, "sdar_moe": Qwen3MoeLike, "llada2_moe": LLaDA2, "llada": LLaDA, "dream": Dream}
 
 
 @dataclass
@@ -180,7 +199,9 @@ def decode(model: Qwen3Like, prompt: list[int], count: int, how: How) -> tuple[l
         while None in canvas:
             ids = known[:start] + [how.mask if token is None else token for token in canvas]
             ids += [how.mask] * (end - until) if model.whole else []
-            said = _said(model.logits(ids)[start:], canvas, start, number, how)
+            logits = model.logits(ids)
+            logits = torch.cat([logits[:1], logits[:-1]]) if model.shifted else logits
+            said = _said(logits[start:], canvas, start, number, how)
             steps = how.steps or block
             least = min(len(said), block // steps + (number < block % steps))
             ranked = sorted(said, key=lambda place: (-said[place][1], place))

@@ -18,6 +18,7 @@ import phloem
 from phloem.bench._report import context, write_line
 from phloem.cli._options import parse
 from phloem.core.config import opt
+from phloem.core.errors import BadRequest
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,13 @@ class Options:
 
 def main(argv: list[str]) -> int:
     config, options = parse("bench dllm", argv, Options, skip=("server",), description=__doc__ or "")
+    if min(options.requests, options.in_flight, options.prompt_tokens, options.tokens) < 1:
+        raise BadRequest("requests, in_flight, prompt_tokens and tokens must be at least 1")
     settings = {**config.flat(), "log_level": "warning", "disable_radix_cache": True}
     with phloem.Engine(**settings) as engine:
+        room = engine.info.context_length
+        if options.prompt_tokens + options.tokens > room:
+            raise BadRequest(f"prompts and answers of {options.prompt_tokens} + {options.tokens} tokens: {room} fit")
         made = np.random.default_rng(1)
         low, high = 3, min(engine.info.vocab_size, 150_000)
         prompts = made.integers(low, high, (options.requests, options.prompt_tokens)).tolist()

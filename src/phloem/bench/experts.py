@@ -56,8 +56,8 @@ def main(argv: list[str]) -> int:
     import tyro
 
     options = tyro.cli(Options, args=argv, prog="phloem bench experts", description=__doc__)
-    if min(options.layers, options.batch, options.context, options.steps, options.turns) < 1:
-        raise BadRequest("layers, batch, context, steps and turns must be at least 1")
+    if min(options.layers, options.of_layers, options.batch, options.context, options.steps, options.turns) < 1:
+        raise BadRequest("layers, of_layers, batch, context, steps and turns must be at least 1")
     record = {**machine_context(), "processor": machine.cpu_name(), **measure(options)}
     _show(record)
     print(json.dumps(record))

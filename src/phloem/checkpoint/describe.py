@@ -329,7 +329,8 @@ def _model_type(whole: dict[str, Any], path: Path) -> str:
     model_type = whole.get("model_type")
     if not isinstance(model_type, str):
         raise ModelLoadError(f"{path}: no model_type")
-    return model_type.replace("-", "_")
+    name = model_type.replace("-", "_")
+    return name.lower() if name.lower() in FAMILIES.names() else name  # Dream's files begin it with a capital
 
 
 def _text_config(whole: dict[str, Any], model_type: str, path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from phloem.core.config import Config
     from phloem.text.tokenizer import Tokenizer
 
+LOG = logging.getLogger("phloem.server")
+
 
 def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
     """A client that waits for its engine (`attach`). Neither torch nor weights are touched.
@@ -45,7 +48,7 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
         features |= {"data_parallel"}
     if config.disagg.disaggregation_mode != "null":
         features |= {"disaggregation"}
-    info = ModelInfo.of(checkpoint, config, features)
+    info = _without_penalties(ModelInfo.of(checkpoint, config, features), checkpoint)
     if model.skip_tokenizer_init or info.draws:
         return EngineClient(None, None, info), info, checkpoint
     tokenizer = load_tokenizer(checkpoint)
@@ -64,6 +67,19 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
         info = replace(info, features=info.features | {KINDS[kind] for kind in pictures.tokens})
     info = with_formats(info, template.source, model.tool_call_parser, model.reasoning_parser)
     return EngineClient(tokenizer, template, info, pictures), info, checkpoint
+
+
+def _without_penalties(info: ModelInfo, checkpoint: Checkpoint) -> ModelInfo:
+    """A model of diffusion refuses penalties (`core.denoising.check`): what its file recommends must not fail chats."""
+    known = checkpoint.model_type in FAMILIES.names() and family(checkpoint.model_type).diffusion is not None
+    value = info.generation_config.get("repetition_penalty", 1.0)
+    if not known or value == 1.0:
+        return info
+    why = f"generation_config.json recommends {value:g}, and a model that writes by diffusion has no penalties"
+    LOG.warning("repetition_penalty: left out: %s", why)
+    rest = {name: given for name, given in info.generation_config.items() if name != "repetition_penalty"}
+    decision = ("repetition_penalty", "left out", why)
+    return replace(info, generation_config=rest, decisions=(*info.decisions, decision))
 
 
 def _pictures(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer) -> MediaReader | None:

@@ -4,7 +4,8 @@ Such a model writes block after block. A block begins as a *canvas* of mask toke
 Each pass says for every masked place a token and how likely that is; some of them are accepted and never change again.
 A block without masks is done: its tokens are known, and those of the next one are asked for (Arriola et al., 2025, and
 the decoders of SDAR and LLaDA 2.0). A model whose tokens see the *whole* text, masks to its end included, fills it
-block after block too, but nothing can be kept of it: every pass computes all (Nie et al., 2025: LLaDA).
+block after block too, but nothing can be kept of it: every pass computes all (Nie et al., 2025: LLaDA; Ye et al.,
+2025: Dream).
 Legend: n masked places of one block.
 """
 
@@ -50,6 +51,7 @@ class Denoising:
     threshold: float = THRESHOLD
     steps: int = 0  # 0: as many as the block has places
     whole: bool = False  # tokens see the whole text; blocks are those of the answer
+    shifted: bool = False  # what stands at a place is said at the one before it
 
     @property
     def seen(self) -> int:
@@ -76,20 +78,29 @@ class Denoising:
 
 
 def denoising(
-    algorithm: str | None, settings: Mapping[str, Any], block: int, mask: int, vocab: int, *, whole: bool = False
+    algorithm: str | None,
+    settings: Mapping[str, Any],
+    block: int,
+    mask: int,
+    vocab: int,
+    *,
+    whole: bool = False,
+    shifted: bool = False,
 ) -> Denoising:
     """Of a model whose checkpoint says `block` and `mask`; `settings` are those of `--dllm-algorithm-config`.
 
     Raises:
         ConfigError: an algorithm that is not served, an unknown setting, or a value out of its range.
     """
-    name = algorithm or USUAL
+    name = USUAL if algorithm is None else algorithm
     if name not in ALGORITHMS:
         why = f" (it {_NOT_HERE[name]}, which is not served)" if name in _NOT_HERE else ""
         raise ConfigError(f"dllm_algorithm: {name!r}{why}; known: {', '.join(ALGORITHMS)}", param="dllm_algorithm")
-    unknown = sorted(set(settings) - set(_KEYS))
+    unknown = sorted(str(key)[:100] for key in settings if key not in _KEYS)
     if unknown:
         raise ConfigError(f"{PARAM}: {', '.join(unknown)} not known here; known: {', '.join(_KEYS)}", param=PARAM)
+    if "steps" in settings and "denoising_steps" in settings:
+        raise ConfigError(f"{PARAM}: steps and denoising_steps are one setting: give one of them", param=PARAM)
     values: dict[str, Any] = {key: _number(key, value) for key, value in settings.items()}
     found = Denoising(
         block=values.get("block_size", block),
@@ -98,6 +109,7 @@ def denoising(
         threshold=values.get("threshold", THRESHOLD),
         steps=values.get("steps", values.get("denoising_steps", 0)),
         whole=whole,
+        shifted=shifted,
     )
     _within("block_size", found.block, 1, 4096)
     _within("steps", found.steps, 0, found.block)

@@ -159,7 +159,7 @@ class CanvasRunner(RunnerAround):
             ids[first : first + size] = canvas.ids
             places = np.flatnonzero(canvas.masked)
             rows += [row] * len(places)
-            at.append(first + places)
+            at.append(first + places - settings.shifted)
             draws.append((start + places) | (canvas.passes << PASS))
         asked = Places(np.array(rows, np.int64), np.concatenate(at), np.concatenate(draws), settings.mask)
         return replace(batch, input_ids=ids, canvas=None, places=asked)

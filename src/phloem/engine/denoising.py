@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from phloem.checkpoint.families import FAMILIES, family
 from phloem.core.denoising import PARAM, Denoising, denoising
-from phloem.core.errors import ConfigError
+from phloem.core.errors import ConfigError, ModelLoadError
 from phloem.core.resolve import Decision
 from phloem.core.speculation import AUTO, NONE, wanted
 
@@ -31,15 +31,28 @@ def decide(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) ->
             if vars(asked)[name] is not None:
                 raise ConfigError(f"{name}: {checkpoint.model_type} does not write by diffusion", param=name)
         return checkpoint, None
-    block, mask = (int(checkpoint.config[names[key]]) for key in ("block", "mask"))
+    block, mask = (_stored(checkpoint, names[key]) for key in ("block", "mask"))
     settings = _settings(asked.dllm_algorithm_config)
     whole = names.get("sees") == "whole"
-    found = denoising(asked.dllm_algorithm, settings, block, mask, checkpoint.vocab_size, whole=whole)
+    vocab, shifted = checkpoint.vocab_size, names.get("said") == "before"
+    found = denoising(asked.dllm_algorithm, settings, block, mask, vocab, whole=whole, shifted=shifted)
+    room = config.model.context_length or checkpoint.context_length
+    if not whole and found.block > room:
+        why = f"blocks of {found.block} tokens, but the context holds {room}, in whole blocks"
+        raise ConfigError(f"{PARAM}: {why}", param=PARAM)
     _refuse(config)
     when = "places that are masked are accepted by " + _how(found)
     when += "; a text is seen whole, so that every pass computes all of it" if whole else ""
     decisions.append(Decision("dllm", f"{found.algorithm}, blocks of {found.block}", when))
     return replace(checkpoint, config={**checkpoint.config, names["block"]: found.block}), found
+
+
+def _stored(checkpoint: Checkpoint, key: str) -> int:
+    """A whole number of the checkpoint's own config.json."""
+    value = checkpoint.config[key]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ModelLoadError(f"{checkpoint.path}: config.json: {key} is {value!r:.100}, expected a whole number")
+    return value
 
 
 def _how(found: Denoising) -> str:
@@ -79,7 +92,7 @@ def _settings(text: str | None) -> dict[str, Any]:
     if text.lstrip().startswith("{"):
         try:
             values: Any = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{PARAM} is not JSON: {error}", param=PARAM) from None
     else:
         import yaml  # few models have one
@@ -88,7 +101,7 @@ def _settings(text: str | None) -> dict[str, Any]:
             values = yaml.safe_load(Path(text).expanduser().read_text("utf-8"))
         except OSError as error:
             raise ConfigError(f"{PARAM}: {text}: {error.strerror or error}", param=PARAM) from None
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
+        except (ValueError, RecursionError, yaml.YAMLError) as error:  # the first: no UTF-8, or no path
             raise ConfigError(f"{PARAM}: {text} is not readable as YAML: {error}", param=PARAM) from None
     if values is None:
         return {}

@@ -35,7 +35,15 @@ if TYPE_CHECKING:
 _log = log.get("engine.experts")
 
 MADE = {"AMXINT4": "int4", "MOE_INT4": "int4", "AMXINT8": "int8", "MOE_INT8": "int8"}
-STORED = ("FP8", "FP8_PERCHANNEL", "RAWINT4", "MXFP4", "GPTQ_INT4")
+# By what is stored: files of quant/ that read such weights (some read several kinds, which the checkpoint decides).
+_ANY = ("compressed_tensors", "modelopt")
+STORED = {
+    "FP8": ("fp8", *_ANY),
+    "FP8_PERCHANNEL": ("fp8", *_ANY),
+    "RAWINT4": ("awq", "gptq", "auto_round", "compressed_tensors"),
+    "MXFP4": ("mxfp4", *_ANY),
+    "GPTQ_INT4": ("gptq", "auto_round"),
+}
 METHODS = (*MADE, "BF16", "LLAMAFILE", *STORED)
 NEEDING = "kt_method kt_cpuinfer kt_threadpool_count kt_max_deferred_experts_per_token kt_gpu_prefill_token_threshold"
 STEPS = 256  # between two looks at what is chosen
@@ -63,6 +71,7 @@ def asked(config: Config) -> bool:
     flat = config.flat()
     alone = [name for name in NEEDING.split() if flat[name] is not None]
     alone += ["kt_enable_dynamic_expert_update"] if own.kt_enable_dynamic_expert_update else []
+    alone += ["kt_expert_placement_strategy"] if own.kt_expert_placement_strategy != "uniform" else []
     alone += ["init_expert_location"] if own.init_expert_location not in (None, "trivial") else []
     if alone:
         raise ConfigError(f"{alone[0]}: it needs kt_num_gpu_experts, which may be 0", param=alone[0])
@@ -154,7 +163,8 @@ def _method(config: Config, checkpoint: Checkpoint) -> Method | None:
             raise ConfigError(f"kt_method: {why}", param="kt_method")
         return quant.method(MADE[name])
     fits = {"BF16": not stored and config.model.quantization is None, "LLAMAFILE": stored == "GGUF"}
-    if not fits.get(name, bool(stored) and stored != "GGUF"):
+    reader = "" if checkpoint.stored is None else checkpoint.stored.file
+    if not fits.get(name, reader in STORED.get(name, ())):
         why = f"{name}, but the weights are {f'stored as {stored}' if stored else 'plain'}"
         raise ConfigError(f"kt_method: {why}; without it they are computed as they are", param="kt_method")
     return None
@@ -173,13 +183,15 @@ def settle(config: Config, hosted: Hosting, model: Model, decisions: list[Decisi
         why = "the last layer of this model is another one's"
         raise ConfigError(f"kt_max_deferred_experts_per_token: {why}", param="kt_max_deferred_experts_per_token")
     each = own.kt_num_gpu_experts or 0
+    counts = None if own.init_expert_location in (None, "trivial") else _read(str(own.init_expert_location))
+    layers, experts = aside.counts.shape
+    if not layers:  # all are computed by the fused op: no layer has entered
+        layers, experts = 1 if counts is None else len(counts), max(weight.experts for weight in model.index.weights)
+    table = place(own.kt_expert_placement_strategy, layers, experts, each, counts)
     if aside.same:
         why = f"the device is this processor: its table {aside.ops.name!r} computes all of them; places mean nothing"
         decisions.append(Decision("host_experts", "all", why))
         return None
-    layers, experts = aside.counts.shape
-    counts = None if own.init_expert_location in (None, "trivial") else _read(str(own.init_expert_location))
-    table = place(own.kt_expert_placement_strategy, layers, experts, each, counts)
     aside.put(table)
     aside.counts[:] = 0
     size = f"{aside.host_bytes / GIB:.2f} GiB on the host, {aside.device_bytes / GIB:.2f} GiB of copies on the device"

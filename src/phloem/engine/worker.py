@@ -19,8 +19,9 @@ from phloem.core.config import parse_bytes
 from phloem.core.denoising import WHOLE
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
-from phloem.engine import denoising, experts, warm
+from phloem.engine import compiled, denoising, experts, warm
 from phloem.engine import drafting as drafts
+from phloem.engine.compiled import CompiledModel, CompiledSteps, refuse_model
 from phloem.engine.dtypes import (
     backend_names,
     dtype_of,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from phloem.core.denoising import Denoising
     from phloem.engine.drafting import Beside, Loaded
     from phloem.engine.experts import Hosting
+    from phloem.engine.forward import Way
     from phloem.engine.parallel import Team, Told
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
@@ -165,10 +167,12 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     threads = _take(decisions, resolve.threads(asked_threads, max(1, available_cores() // processes)))
     platform, chosen = platforms.choose(config.runtime.device, threads)
     decisions.append(chosen)
+    if platform.facts.compiles:
+        compiled.refuse(config, checkpoint, platform.name)
     if ranks > 1 and not platform.facts.on_host:
         why = f"ranks run on the processors of one machine, not on {platform.name}"
         raise ConfigError("{} {}: {}".format(*option_of(config), why), param="tp_size")
-    if platform.facts.on_host:
+    if platform.facts.on_host and not platform.facts.compiles:
         decisions += cpu.level(config.runtime.cpu_level)
     asked_ops = config.runtime.ops or ("invariant" if config.runtime.enable_deterministic_inference else None)
     ops, why = platform.table(asked_ops, float32=config.model.dtype == "float32")
@@ -240,11 +244,19 @@ def _build(
         warming.ready()
     held = drafts.Place(config, platform, backend, pool, ops, rows, pages, chunk, machine.eager)
     drafting = drafts.prepare(helper, held, decisions)
-    leading, led = None, model
+    leading: Way | None = None
+    led: Model = model
     if team is not None:
         team.tell(Pages(sizing.num_pages, kept.facts(checkpoint)))
         whole = Together(model, team.groups)
         led, leading = LeadingModel(whole, team), Leading(whole, backend, pool, team)
+    if ops.compiler is not None:
+        refuse_model(model, pool, checkpoint.model_type, platform.name, sees=tower_of(model) is not None)
+        compiler = ops.compiler()
+        led = CompiledModel(model, compiler, running)
+        leading = CompiledSteps(compiler, model, backend, pool, rows, chunk, pages)
+        leading.prepare(decisions, checkpoint.model_type)
+        phase.end("compiled")
     runner = ModelRunner(
         led, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,

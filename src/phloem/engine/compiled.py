@@ -47,7 +47,7 @@ FEWEST_TOKENS = 16  # of a row that is padded
 FEWEST_PAGES = 16
 
 
-def refuse(config: Config, checkpoint: Checkpoint, device: str) -> None:
+def check(config: Config, checkpoint: Checkpoint, device: str, decisions: list[Decision]) -> None:
     """Raises ConfigError for settings and checkpoints that are not served by compiled steps, naming the first."""
     runtime, model, cache = config.runtime, config.model, config.cache
     wanted = speculation.wanted(config).algorithm
@@ -76,9 +76,13 @@ def refuse(config: Config, checkpoint: Checkpoint, device: str) -> None:
     for what, found in kinds.items():
         if found:
             raise ConfigError(f"{checkpoint.model_type}: {what} is not served on device {device}", param="device")
+    if checkpoint.gguf is not None:
+        decisions.append(
+            Decision("weights", "unpacked", "this table multiplies plain matrices, which take more memory")
+        )
 
 
-def refuse_model(model: Model, pool: KVPool, name: str, device: str, *, sees: bool) -> None:
+def check_model(model: Model, pool: KVPool, name: str, device: str, *, sees: bool) -> None:
     """The same of what shows when a model is there."""
     kinds = {group.kind for group in pool.groups}
     odd = {
@@ -162,7 +166,7 @@ class CompiledSteps:
     ) -> None:
         self._model, self._backend, self._pool = model, backend, pool
         self._rows, self._tokens, self._pages = rows, tokens, pages
-        self._none = torch.empty(0, model.hidden_size)
+        self._none = torch.empty(0, model.hidden_size, dtype=pool.dtype)
         caches = pool.move(compiler.cache)
         self.single = compiler.function("step of single tokens", self._pass, caches)
         self.several = compiler.function("step of one row", self._pass, caches)
@@ -180,37 +184,30 @@ class CompiledSteps:
         batch, index = step.known, step.logit_index
         ready()
         starts = np.cumsum(batch.query_lens) - batch.query_lens
-        places: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
-        found: list[Tensor] = [self._none]
+        places, found = [np.zeros(0, np.int64)], [self._none]
         for row in np.flatnonzero(batch.query_lens > 1).tolist():
             at, end = int(starts[row]), int(starts[row] + batch.query_lens[row])
             mine = np.flatnonzero((index >= at) & (index < end))
-            hidden = self._row(part(batch, np.array([row]), np.arange(at, end)), index[mine] - at)
+            found.append(self._row(part(batch, np.array([row]), np.arange(at, end)), index[mine] - at))
             places.append(mine)
-            found.append(hidden)
         ones = np.flatnonzero(batch.query_lens == 1)
         for some in (ones[at : at + self._rows] for at in range(0, len(ones), self._rows)):
             hidden = self._ones(part(batch, some, starts[some]))
-            order = np.argsort(index, kind="stable")
-            mine = np.searchsorted(index[order], starts[some])
-            here = (mine < len(index)) & (index[order[np.minimum(mine, len(index) - 1)]] == starts[some]) if len(
-                index
-            ) else np.zeros(len(some), bool)
-            places.append(order[mine[here]])
-            found.append(hidden[torch.from_numpy(here)])
-        return torch.cat([hidden.to(found[-1].dtype) for hidden in found])[
-            torch.from_numpy(np.argsort(np.concatenate(places), kind="stable"))
-        ]
+            mine = np.flatnonzero(np.isin(index, starts[some]))
+            found.append(hidden[torch.from_numpy(np.searchsorted(starts[some], index[mine]))])
+            places.append(mine)
+        order = np.argsort(np.concatenate(places), kind="stable")
+        return torch.cat(found)[torch.from_numpy(order)]
 
     def _row(self, batch: Batch, wanted: NDArray[np.int64]) -> Tensor:
         """Hidden states of the wanted positions of one row."""
         count = batch.num_tokens
         tokens = bucket(count, FEWEST_TOKENS, self._tokens)
-        # One position, or all: two shapes.
-        index = np.arange(tokens) if len(wanted) > 1 else np.resize(wanted, 1) if len(wanted) else np.zeros(1, np.int64)
+        # One position, or all of them: two shapes.
+        index = np.arange(tokens) if len(wanted) > 1 else np.resize(wanted, 1)
         arrays = host_arrays(batch, np.zeros(count, np.int64), index, self._pool.page_size, self._pool.groups)
-        arrays = [longer(array, tokens) if len(array) == count and number != 4 else array
-                  for number, array in enumerate(arrays)]
+        for number in (0, 1, *range(6, len(arrays), 2)):  # ids, positions, and of each group the places of tokens
+            arrays[number] = np.pad(arrays[number], (0, tokens - count))
         hidden = self.several(self._tensors(arrays))
         return hidden[torch.from_numpy(wanted)] if len(wanted) > 1 else hidden[: len(wanted)]
 
@@ -250,7 +247,9 @@ class CompiledSteps:
         except (AttributeError, TypeError, NotImplementedError) as error:
             why = f"{name} computes by more than ops, which cannot be compiled: {str(error).splitlines()[0]:.300}"
             raise ConfigError(why, param="device") from error
-        why = f"{len(self.single.compiled) + len(self.several.compiled)} shapes in {perf_counter() - begun:.1f} s before"
+        why = (
+            f"{len(self.single.compiled) + len(self.several.compiled)} shapes in {perf_counter() - begun:.1f} s before"
+        )
         decisions.append(Decision("compiled_steps", "on", f"{why} ready; others, by powers of two, on first use"))
 
 
@@ -267,7 +266,3 @@ def part(batch: Batch, rows: NDArray[np.integer], tokens: NDArray[np.integer]) -
         prompt_targets={},
         positions=None if batch.positions is None else batch.positions[tokens],
     )
-
-
-def longer(array: NDArray[Any], size: int) -> NDArray[Any]:
-    return np.pad(array, (0, size - len(array)))

@@ -341,11 +341,11 @@ class Step:
             fixed.write([*self.arrays(rows), *more])
             return
         batch, pool, count = self.batch, self._pool, self.batch.num_rows
-        padded = batch if rows == count else padded(batch, rows)
+        whole = batch if rows == count else padded(batch, rows)
         each = np.arange(rows)
-        arrays = host_arrays(padded, each, each, pool.page_size, pool.groups)
+        arrays = host_arrays(whole, each, each, pool.page_size, pool.groups)
         arrays[0] = arrays[0].astype(np.int64)
-        fixed.fill([*arrays, *more], padded.slots.astype(np.int64), self._last)
+        fixed.fill([*arrays, *more], whole.slots.astype(np.int64), self._last)
         self._last.at = fixed.slots[:count] if (batch.outputs == 1).all() else None
 
     @property

@@ -21,7 +21,7 @@ from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
 from phloem.engine import compiled, denoising, experts, warm
 from phloem.engine import drafting as drafts
-from phloem.engine.compiled import CompiledModel, CompiledSteps, refuse_model
+from phloem.engine.compiled import CompiledModel, CompiledSteps, check_model
 from phloem.engine.dtypes import (
     backend_names,
     dtype_of,
@@ -165,10 +165,10 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     ranks, processes = ranks_of(config), ranks_of(config) * config.runtime.dp_size
     asked_threads = config.runtime.threads or experts.threads(config)
     threads = _take(decisions, resolve.threads(asked_threads, max(1, available_cores() // processes)))
-    platform, chosen = platforms.choose(config.runtime.device, threads)
+    platform, chosen = platforms.choose(config.runtime.device, threads, compiles=True)
     decisions.append(chosen)
     if platform.facts.compiles:
-        compiled.refuse(config, checkpoint, platform.name)
+        compiled.check(config, checkpoint, platform.name, decisions)
     if ranks > 1 and not platform.facts.on_host:
         why = f"ranks run on the processors of one machine, not on {platform.name}"
         raise ConfigError("{} {}: {}".format(*option_of(config), why), param="tp_size")
@@ -251,7 +251,7 @@ def _build(
         whole = Together(model, team.groups)
         led, leading = LeadingModel(whole, team), Leading(whole, backend, pool, team)
     if ops.compiler is not None:
-        refuse_model(model, pool, checkpoint.model_type, platform.name, sees=tower_of(model) is not None)
+        check_model(model, pool, checkpoint.model_type, platform.name, sees=tower_of(model) is not None)
         compiler = ops.compiler()
         led = CompiledModel(model, compiler, running)
         leading = CompiledSteps(compiler, model, backend, pool, rows, chunk, pages)

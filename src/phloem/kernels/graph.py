@@ -100,7 +100,7 @@ class StepCompiler(Protocol):
         ...
 
     def function(self, name: str, function: Callable[[list[Any]], Any], caches: Sequence[Any] = ()) -> Compiled:
-        """`function` of stand-ins for tensors, by ops and views alone. `caches`: of those made here, what it changes."""
+        """`function` of stand-ins for tensors, by ops and views alone. `caches`: made here, and changed by it."""
         ...
 
 

@@ -7,7 +7,7 @@ write there, and the allocators never hand it out.
 from __future__ import annotations
 
 import mmap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Google's TPUs through JAX. Never run on one: steps are compiled for them, and computed by jax's CPU backend in tests."""
+"""TPUs through JAX. Never run on one: tests lower its steps for a TPU, and compute them by jax on processors."""
 
 from __future__ import annotations
 

@@ -23,7 +23,9 @@ _log = log.get("kernels.jax")
 class Function:
     """A function of arrays that is compiled for each of their shapes, at its first call with them."""
 
-    def __init__(self, name: str, function: Callable[[list[Array]], Array], copies: Copies, caches: list[Array]) -> None:
+    def __init__(
+        self, name: str, function: Callable[[list[Array]], Array], copies: Copies, caches: list[Array]
+    ) -> None:
         self._name, self._function, self._leaves, self._caches = name, function, Leaves(copies), caches
         self.compiled: dict[tuple[Any, ...], float] = {}  # shapes -> seconds
         self._jitted = jax.jit(self._pure, donate_argnums=1)

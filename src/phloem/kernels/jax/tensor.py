@@ -7,7 +7,7 @@ arguments of the compiled function, not constants in it. A leaf is read anew for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import torch
+from jax.core import Tracer
 
 DTYPES: dict[torch.dtype, Any] = {
     torch.float32: jnp.float32,
@@ -107,6 +108,12 @@ class Array:
     def transpose(self, first: int, second: int) -> Array:
         return Array(jnp.swapaxes(lift(self), first, second))
 
+    def masked_fill(self, mask: Array, value: float) -> Array:
+        return Array(jnp.where(lift(mask), value, lift(self)))
+
+    def __ge__(self, other: int) -> Array:
+        return Array(lift(self) >= other)
+
     def to(self, kind: torch.dtype) -> Array:
         return Array(lift(self).astype(DTYPES[kind]))
 
@@ -169,7 +176,7 @@ _trace: ContextVar[_Trace | None] = ContextVar("phloem_jax_trace", default=None)
 
 
 @contextmanager
-def tracing(leaves: Leaves, values: Sequence[Any] | None = None) -> Iterator[None]:
+def tracing(leaves: Leaves, values: Sequence[Any] | None = None) -> Generator[None]:
     """Inside, leaves are these values; None: they are found."""
     given = None if values is None else dict(zip(leaves.found, values, strict=True))
     token = _trace.set(_Trace(leaves, given))
@@ -184,13 +191,13 @@ def is_tracing() -> bool:
 
 
 def lift(x: Any) -> Any:
-    """The jax array of an `Array` or a tensor; anything else as it is."""
+    """The jax array of an `Array` or a tensor, in tuples too; anything else as it is."""
     trace = _trace.get()
     if isinstance(x, Array):
-        return x.a if trace is None or isinstance(x.a, jax.core.Tracer) else trace.lift(x)
+        return x.a if trace is None or isinstance(x.a, Tracer) else trace.lift(x)
     if isinstance(x, torch.Tensor):
         return to_jax(x) if trace is None else trace.lift(x)
-    return x
+    return tuple(lift(part) for part in x) if isinstance(x, tuple) else x
 
 
 def wrap(x: Any) -> Any:

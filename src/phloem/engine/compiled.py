@@ -77,9 +77,7 @@ def check(config: Config, checkpoint: Checkpoint, device: str, decisions: list[D
         if found:
             raise ConfigError(f"{checkpoint.model_type}: {what} is not served on device {device}", param="device")
     if checkpoint.gguf is not None:
-        decisions.append(
-            Decision("weights", "unpacked", "this table multiplies plain matrices, which take more memory")
-        )
+        decisions.append(Decision("weights", "unpacked", "this table multiplies plain matrices"))
 
 
 def check_model(model: Model, pool: KVPool, name: str, device: str, *, sees: bool) -> None:

@@ -244,19 +244,9 @@ def _build(
         warming.ready()
     held = drafts.Place(config, platform, backend, pool, ops, rows, pages, chunk, machine.eager)
     drafting = drafts.prepare(helper, held, decisions)
-    leading: Way | None = None
-    led: Model = model
     if team is not None:
         team.tell(Pages(sizing.num_pages, kept.facts(checkpoint)))
-        whole = Together(model, team.groups)
-        led, leading = LeadingModel(whole, team), Leading(whole, backend, pool, team)
-    if ops.compiler is not None:
-        check_model(model, pool, checkpoint.model_type, platform.name, sees=tower_of(model) is not None)
-        compiler = ops.compiler()
-        led = CompiledModel(model, compiler, running)
-        leading = CompiledSteps(compiler, model, backend, pool, rows, chunk, pages)
-        leading.prepare(decisions, checkpoint.model_type)
-        phase.end("compiled")
+    led, leading = _led(machine, checkpoint, model, kept, pool, (rows, chunk, pages), team, decisions)
     runner = ModelRunner(
         led, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
@@ -266,6 +256,31 @@ def _build(
     sizes = running, chunk, machine.mixed, min(chunk, platform.worthwhile_chunk), sizing.tokens
     info = _info(machine, runner, kv_dtype, sizing.facts.bytes_per_token)
     return Built(runner, context, *sizes, tower_of(model), sites, decisions, info)
+
+
+def _led(
+    machine: _Machine,
+    checkpoint: Checkpoint,
+    model: Model,
+    kept: _Kept,
+    pool: KVPool,
+    most: tuple[int, int, int],
+    team: Team | None,
+    decisions: list[Decision],
+) -> tuple[Model, Way | None]:
+    """The model as the runner sees it, and the way of running steps that comes before any other; None: there is none.
+    `most`: rows of a decode step, tokens of a step, and pages of a row."""
+    compiler, name = machine.ops.compiler, checkpoint.model_type
+    if compiler is not None:
+        check_model(model, pool, name, machine.platform.name, sees=tower_of(model) is not None)
+        makes = compiler()
+        steps = CompiledSteps(makes, model, kept.backend, pool, *most)
+        steps.prepare(decisions, name)
+        return CompiledModel(model, makes, machine.running), steps
+    if team is None:
+        return model, None
+    whole = Together(model, team.groups)
+    return LeadingModel(whole, team), Leading(whole, kept.backend, pool, team)
 
 
 def _stages(model: Model) -> tuple[frozenset[int] | None, tuple[frozenset[int], ...]]:

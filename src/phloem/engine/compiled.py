@@ -245,10 +245,8 @@ class CompiledSteps:
         except (AttributeError, TypeError, NotImplementedError) as error:
             why = f"{name} computes by more than ops, which cannot be compiled: {str(error).splitlines()[0]:.300}"
             raise ConfigError(why, param="device") from error
-        why = (
-            f"{len(self.single.compiled) + len(self.several.compiled)} shapes in {perf_counter() - begun:.1f} s before"
-        )
-        decisions.append(Decision("compiled_steps", "on", f"{why} ready; others, by powers of two, on first use"))
+        why = f"the largest two in {perf_counter() - begun:.1f} s before ready; others, by powers of two, on first use"
+        decisions.append(Decision("compiled_steps", "on", why))
 
 
 def part(batch: Batch, rows: NDArray[np.integer], tokens: NDArray[np.integer]) -> Batch:

@@ -94,7 +94,7 @@ class TableStep:
 
     def _table(self, spec: AttentionSpec) -> Ops:
         blocks = not spec.block or (self.ops.block_attention and not spec.window)
-        if spec.causal and not spec.chunk and blocks and spec.values == spec.head_size:
+        if self.ops.every_attention or (spec.causal and not spec.chunk and blocks and spec.values == spec.head_size):
             return self.ops
         if self._plain is None:
             self._plain = plainly(self.ops)

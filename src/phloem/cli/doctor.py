@@ -38,6 +38,7 @@ _LIBRARIES = (
     "llguidance",
     "xgrammar",
     "flashinfer-python",
+    "jax",
 )
 _INTERESTING = (
     "avx2",
@@ -133,8 +134,8 @@ def _model(config: Config) -> bool:
     print("\nChoices")
     try:
         threads = resolve.threads(config.runtime.threads, available_cores())
-        platform, device = platforms.choose(config.runtime.device, threads.value)
-        level = cpu.level(config.runtime.cpu_level) if platform.facts.on_host else []
+        platform, device = platforms.choose(config.runtime.device, threads.value, compiles=True)
+        level = cpu.level(config.runtime.cpu_level) if platform.facts.on_host and not platform.facts.compiles else []
         ops, why = platform.table(config.runtime.ops, float32=config.model.dtype == "float32")
         reader = quant.method_for(model.quantization, checkpoint.stored)
         form = "plain" if reader is None else reader.name

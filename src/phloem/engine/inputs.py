@@ -269,6 +269,15 @@ class Step:
         turned = batch.positions is not None and batch.positions.ndim > 1
         return not batch.embeds and not turned and self._pictures is None
 
+    @property
+    def known(self) -> Batch:
+        """The batch with the tokens that the step before gave, where the host has them."""
+        batch, host = self.batch, self._last.host
+        if host is None or not (batch.input_ids < 0).any():
+            return batch
+        each = batch.slots if batch.num_tokens == batch.num_rows else np.repeat(batch.slots, batch.query_lens)
+        return replace(batch, input_ids=np.where(batch.input_ids < 0, host[each], batch.input_ids).astype(np.int32))
+
     def adapter_arrays(self) -> list[NDArray[np.int32]]:
         """The adapters of its tokens [T] and of its wanted positions [L], where it has any."""
         batch = self.batch
@@ -320,7 +329,7 @@ class Step:
     def arrays(self, rows: int) -> Sequence[Any]:
         """The step padded to so many rows of one token: arrays on a host, tensors on a device."""
         if rows != self.batch.num_rows:
-            return self._moved(_padded(self.batch, rows), np.arange(rows))
+            return self._moved(padded(self.batch, rows), np.arange(rows))
         if self._arrays is None:
             self._arrays = self._moved(self.batch, self.logit_index)
         return self._arrays
@@ -332,11 +341,11 @@ class Step:
             fixed.write([*self.arrays(rows), *more])
             return
         batch, pool, count = self.batch, self._pool, self.batch.num_rows
-        padded = batch if rows == count else _padded(batch, rows)
+        whole = batch if rows == count else padded(batch, rows)
         each = np.arange(rows)
-        arrays = host_arrays(padded, each, each, pool.page_size, pool.groups)
+        arrays = host_arrays(whole, each, each, pool.page_size, pool.groups)
         arrays[0] = arrays[0].astype(np.int64)
-        fixed.fill([*arrays, *more], padded.slots.astype(np.int64), self._last)
+        fixed.fill([*arrays, *more], whole.slots.astype(np.int64), self._last)
         self._last.at = fixed.slots[:count] if (batch.outputs == 1).all() else None
 
     @property
@@ -435,7 +444,7 @@ def cross_arrays(slots: NDArray[np.int32], group: Group, page_size: int) -> list
     return [np.arange(count + 1, dtype=np.int32), np.full(count, group.tokens, np.int32), table]
 
 
-def _padded(batch: Batch, rows: int) -> Batch:
+def padded(batch: Batch, rows: int) -> Batch:
     """A decode step with more rows behind its own: each one token at position 0 of scratch memory."""
     more = rows - batch.num_rows
 

@@ -19,8 +19,9 @@ from phloem.core.config import parse_bytes
 from phloem.core.denoising import WHOLE
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
-from phloem.engine import denoising, experts, warm
+from phloem.engine import compiled, denoising, experts, warm
 from phloem.engine import drafting as drafts
+from phloem.engine.compiled import CompiledModel, CompiledSteps, check_model
 from phloem.engine.dtypes import (
     backend_names,
     dtype_of,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from phloem.core.denoising import Denoising
     from phloem.engine.drafting import Beside, Loaded
     from phloem.engine.experts import Hosting
+    from phloem.engine.forward import Way
     from phloem.engine.parallel import Team, Told
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
@@ -163,12 +165,14 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     ranks, processes = ranks_of(config), ranks_of(config) * config.runtime.dp_size
     asked_threads = config.runtime.threads or experts.threads(config)
     threads = _take(decisions, resolve.threads(asked_threads, max(1, available_cores() // processes)))
-    platform, chosen = platforms.choose(config.runtime.device, threads)
+    platform, chosen = platforms.choose(config.runtime.device, threads, compiles=True)
     decisions.append(chosen)
+    if platform.facts.compiles:
+        compiled.check(config, checkpoint, platform.name, decisions)
     if ranks > 1 and not platform.facts.on_host:
         why = f"ranks run on the processors of one machine, not on {platform.name}"
         raise ConfigError("{} {}: {}".format(*option_of(config), why), param="tp_size")
-    if platform.facts.on_host:
+    if platform.facts.on_host and not platform.facts.compiles:
         decisions += cpu.level(config.runtime.cpu_level)
     asked_ops = config.runtime.ops or ("invariant" if config.runtime.enable_deterministic_inference else None)
     ops, why = platform.table(asked_ops, float32=config.model.dtype == "float32")
@@ -240,11 +244,9 @@ def _build(
         warming.ready()
     held = drafts.Place(config, platform, backend, pool, ops, rows, pages, chunk, machine.eager)
     drafting = drafts.prepare(helper, held, decisions)
-    leading, led = None, model
     if team is not None:
         team.tell(Pages(sizing.num_pages, kept.facts(checkpoint)))
-        whole = Together(model, team.groups)
-        led, leading = LeadingModel(whole, team), Leading(whole, backend, pool, team)
+    led, leading = _led(machine, checkpoint, model, kept, pool, (rows, chunk, pages), team, decisions)
     runner = ModelRunner(
         led, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
@@ -254,6 +256,31 @@ def _build(
     sizes = running, chunk, machine.mixed, min(chunk, platform.worthwhile_chunk), sizing.tokens
     info = _info(machine, runner, kv_dtype, sizing.facts.bytes_per_token)
     return Built(runner, context, *sizes, tower_of(model), sites, decisions, info)
+
+
+def _led(
+    machine: _Machine,
+    checkpoint: Checkpoint,
+    model: Model,
+    kept: _Kept,
+    pool: KVPool,
+    most: tuple[int, int, int],
+    team: Team | None,
+    decisions: list[Decision],
+) -> tuple[Model, Way | None]:
+    """The model as the runner sees it, and the way of running steps that comes before any other; None: there is none.
+    `most`: rows of a decode step, tokens of a step, and pages of a row."""
+    compiler, name = machine.ops.compiler, checkpoint.model_type
+    if compiler is not None:
+        check_model(model, pool, name, machine.platform.name, sees=tower_of(model) is not None)
+        makes = compiler()
+        steps = CompiledSteps(makes, model, kept.backend, pool, *most)
+        steps.prepare(decisions, name)
+        return CompiledModel(model, makes, machine.running), steps
+    if team is None:
+        return model, None
+    whole = Together(model, team.groups)
+    return LeadingModel(whole, team), Leading(whole, kept.backend, pool, team)
 
 
 def _stages(model: Model) -> tuple[frozenset[int] | None, tuple[frozenset[int], ...]]:

@@ -9,7 +9,7 @@ A step that cannot be recorded whole is recorded in pieces: between them stand c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -74,6 +74,33 @@ class GraphRecorder(Protocol):
 
     def record_sizes(self, fn: Callable[[tuple[int, ...]], T], sizes: tuple[int, ...]) -> tuple[StepGraph, T]:
         """Record `fn(sizes)`, a step of the largest sizes, without running it. Raises `RecordError`."""
+        ...
+
+
+class Compiled(Protocol):
+    """A function of tensors on the host that is compiled for each of their shapes, at its first call with them."""
+
+    compiled: dict[tuple[Any, ...], float]  # shapes -> seconds
+
+    def __call__(self, arrays: Sequence[Tensor]) -> Tensor:
+        """The result, on the host."""
+        ...
+
+    def look(self, arrays: Sequence[Tensor]) -> None:
+        """Trace it for inputs of these shapes, without compiling. Raises whatever a model does that is not an op."""
+        ...
+
+
+class StepCompiler(Protocol):
+    """For a table whose ops are functions of arrays that are not torch's: what keeps memory for them, and compiles
+    whole steps. Model files see stand-ins for tensors that have their views."""
+
+    def cache(self, like: Tensor) -> Any:
+        """Zeros of a tensor's shape and type, that ops such as `write_kv` change in place."""
+        ...
+
+    def function(self, name: str, function: Callable[[list[Any]], Any], caches: Sequence[Any] = ()) -> Compiled:
+        """`function` of stand-ins for tensors, by ops and views alone. `caches`: made here, and changed by it."""
         ...
 
 

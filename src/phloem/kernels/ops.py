@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.kernels.calls import Cache
-    from phloem.kernels.graph import GraphRecorder
+    from phloem.kernels.graph import GraphRecorder, StepCompiler
     from phloem.kernels.specs import ExpertSpec, RouterSpec
 
 __all__ = ["Adapters", "AttentionCall", "Draw", "LatentCall", "LinearOp", "Norm", "Ops", "PagedBatch", "PrepareExperts"]
@@ -122,6 +122,8 @@ class Ops:
 
     # Whether its own `paged_attention` serves blocks of positions (`AttentionCall.block`), without a window.
     block_attention: bool = False
+    # Whether it serves every call, and values of any size.
+    every_attention: bool = False
 
     # Latent attention (MLA): a cache of one latent a token, `[pages, 1, S, L + P]`.
     write_latent: Callable[[Tensor, Tensor, Tensor], None] = attention.write_latent  # latents[T, L + P], cache, slots
@@ -162,6 +164,9 @@ class Ops:
 
     # Makes step graphs over this table's ops; None: steps run eagerly.
     recorder: Callable[[], GraphRecorder] | None = None
+
+    # Compiles whole steps: the table's ops are functions of arrays that are not torch's. None: they are torch's.
+    compiler: Callable[[], StepCompiler] | None = None
 
     # Ops that only some families need. Unlike the fused `moe`, any router and any experts, with weights that
     # `stack_experts` prepares as `prepare_experts` does.

@@ -7,7 +7,7 @@ write there, and the allocators never hand it out.
 from __future__ import annotations
 
 import mmap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -90,6 +90,16 @@ class KVPool:
         self.values: list[Tensor] = [layer.values if layer.values is not None else none for layer in made]
         self.states: list[tuple[Tensor, ...]] = [layer.states for layer in made]
 
+    def move(self, place: Callable[[Tensor], Any]) -> list[Any]:
+        """Keep everything where `place` says instead, which gives what stands for a tensor there: all of it, in a fixed
+        order. No tensor has memory here then."""
+        self._stored, self._of_layer = [], [()] * len(self.memory)
+        pairs = zip(self.keys, self.values, strict=True)
+        # Values that are a view of keys, of latents, are nobody's own.
+        moved = [(place(k), place(v[:0] if v.data_ptr() == k.data_ptr() else v)) for k, v in pairs]
+        self.keys, self.values = [keys for keys, _ in moved], [values for _, values in moved]
+        return [*self.keys, *self.values]
+
     def make_resident(self, limit: int, stopped: Callable[[], bool]) -> int:
         """Give the first pages their memory before they are wanted: at most `limit` bytes; gives how many.
 
@@ -99,7 +109,7 @@ class KVPool:
         if not in_host_memory(self.device):
             return 0
         done = 0
-        for offset in range(0, max(tensor.nbytes for tensor in self._stored), system.HUGE):
+        for offset in range(0, max((tensor.nbytes for tensor in self._stored), default=0), system.HUGE):
             for tensor in self._stored:
                 count = min(system.HUGE, tensor.nbytes - offset) // mmap.PAGESIZE * mmap.PAGESIZE
                 if count <= 0:

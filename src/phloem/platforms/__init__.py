@@ -99,8 +99,10 @@ AVAILABLE: Registry[Callable[[], tuple[bool, str]]] = Registry("phloem.platforms
 PLATFORMS: Registry[Callable[[int | None], Platform]] = Registry("phloem.platforms", "device", "Platform")
 
 
-def choose(requested: str, threads: int | None) -> tuple[Platform, Decision]:
+def choose(requested: str, threads: int | None, *, compiles: bool = False) -> tuple[Platform, Decision]:
     """The platform to run on: the one that is named, or the first in order of preference that is available.
+
+    `compiles`: the caller takes one whose steps are compiled whole (`StepFacts.compiles`).
 
     Raises:
         ConfigError: if the named one is unknown or not available, with its reason.
@@ -109,13 +111,20 @@ def choose(requested: str, threads: int | None) -> tuple[Platform, Decision]:
         available, reason = AVAILABLE.get(requested)()
         if not available:
             raise ConfigError(f"device {requested!r} is not available: {reason}", param="device")
-        return PLATFORMS.get(requested)(threads), Decision("device", requested, "as asked")
+        platform = PLATFORMS.get(requested)(threads)
+        if platform.facts.compiles and not compiles:
+            why = "steps are compiled whole there, and this runs op by op"
+            raise ConfigError(f"device {requested!r}: {why}", param="device")
+        return platform, Decision("device", requested, "as asked")
     declined: list[str] = []
     names = PLATFORMS.names()
     for name in [*(n for n in PREFERENCE if n in names), *(n for n in names if n not in PREFERENCE)]:
         available, reason = AVAILABLE.get(name)()
         if available:
             why = "; ".join([reason, *declined])
-            return PLATFORMS.get(name)(threads), Decision("device", name, why)
+            platform = PLATFORMS.get(name)(threads)
+            if compiles or not platform.facts.compiles:
+                return platform, Decision("device", name, why)
+            reason = "steps are compiled whole there"
         declined.append(f"not {name}: {reason}")
     raise ConfigError("no device is available: " + "; ".join(declined), param="device")

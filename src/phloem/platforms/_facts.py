@@ -36,12 +36,14 @@ class StepFacts:
     `masks_ahead`: the host is idle while a step computes, so that a thread can fill the grammars' masks meanwhile.
     `patience`: how often a bucket of rows is wanted before it is recorded.
     `records_idle`: steps are recorded while nothing is asked for.
+    `compiles`: steps are compiled whole, by the table's `compiler`, and nothing runs op by op.
     """
 
     on_host: bool = False
     masks_ahead: bool = True
     patience: int = 2
     records_idle: bool = False
+    compiles: bool = False
 
 
 def in_host_memory(device: torch.device) -> bool:

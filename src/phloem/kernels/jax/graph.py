@@ -1,0 +1,94 @@
+"""Whole steps as functions that jax compiles: caches go in and come out in the same memory, weights are arguments."""
+
+from __future__ import annotations
+
+import math
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from phloem.kernels.jax.tensor import DTYPES, Array, Copies, Leaves, Unknown, lift, to_jax, to_torch, tracing
+from phloem.utils import log
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+_log = log.get("kernels.jax")
+
+
+class Function:
+    """A function of arrays that is compiled for each of their shapes, at its first call with them."""
+
+    def __init__(
+        self, name: str, function: Callable[[list[Array]], Array], copies: Copies, caches: list[Array]
+    ) -> None:
+        self._name, self._function, self._leaves, self._caches = name, function, Leaves(copies), caches
+        self.compiled: dict[tuple[Any, ...], float] = {}  # shapes -> seconds
+        self._jitted = jax.jit(self._pure, donate_argnums=1)
+        self._known = False
+
+    def _pure(self, values: Any, kept: Any, arrays: Any) -> Any:
+        return self._traced(values, kept, arrays)
+
+    def _traced(self, values: Any, kept: Any, arrays: Any) -> Any:
+        before = [cache.a for cache in self._caches]
+        try:
+            for cache, value in zip(self._caches, kept, strict=True):
+                cache.a = value
+            with tracing(self._leaves, values):
+                made = lift(self._function([Array(a) for a in arrays]))
+            return made, [cache.a for cache in self._caches]
+        finally:
+            for cache, value in zip(self._caches, before, strict=True):
+                cache.a = value
+
+    def look(self, arrays: Sequence[Any]) -> None:
+        """Find what the function reads beside its arguments, without computing it."""
+        jax.eval_shape(lambda kept, given: self._traced(None, kept, given), [c.a for c in self._caches], arrays)
+        self._known = True
+
+    def lowered(self, arrays: Sequence[Tensor], platform: str) -> str:
+        """The function for another platform, as StableHLO: nothing of that platform need be here."""
+        given = [to_jax(x) for x in arrays]
+        self.look(given)
+        kept = [cache.a for cache in self._caches]
+        return jax.export.export(self._jitted, platforms=[platform])(self._leaves.values(), kept, given).mlir_module()
+
+    def __call__(self, arrays: Sequence[Tensor]) -> Tensor:
+        given = [to_jax(x) for x in arrays]
+        if not self._known:
+            self.look(given)
+        try:
+            return self._run(given)
+        except Unknown:  # these shapes read something that others do not
+            self.look(given)
+            return self._run(given)
+
+    def _run(self, given: list[Any]) -> Tensor:
+        shapes, begun = tuple(x.shape for x in given), perf_counter()
+        made, kept = self._jitted(self._leaves.values(), [cache.a for cache in self._caches], given)
+        for cache, value in zip(self._caches, kept, strict=True):
+            cache.a = value
+        if shapes not in self.compiled:
+            made.block_until_ready()
+            self.compiled[shapes] = seconds = perf_counter() - begun
+            sizes = " ".join("x".join(map(str, shape)) or "1" for shape in shapes)
+            _log.info("%s compiled for inputs of %s in %.1f s", self._name, sizes, seconds)
+        return to_torch(made)
+
+
+class Compiler:
+    """Makes functions over one table's ops (`kernels.graph.StepCompiler`). Used by one thread at a time."""
+
+    def __init__(self, copies: Copies) -> None:
+        self._copies = copies
+
+    def cache(self, like: Tensor) -> Any:
+        return Array(jnp.zeros(tuple(like.shape), DTYPES[like.dtype]) if math.prod(like.shape) else jnp.zeros(0))
+
+    def function(self, name: str, function: Callable[[list[Any]], Any], caches: Sequence[Any] = ()) -> Function:
+        return Function(name, function, self._copies, list(caches))

@@ -1,0 +1,106 @@
+"""Serving by steps that are compiled whole: the reference's tokens through HTTP, and what is refused at the start."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from served import Server
+
+from phloem import Engine, platforms
+from phloem.core.errors import ConfigError
+from phloem.engine.compiled import bucket
+from phloem.testing.checkpoints import tiny_checkpoint
+
+pytest.importorskip("jax")
+
+LONG = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 2
+PROMPTS = [LONG, "A serving engine", LONG + "What is the capital?", "Sap moves through the phloem of a tree."]
+GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+DRAWN = {"temperature": 0.8, "top_p": 0.9, "max_new_tokens": 10, "sampling_seed": 5, "ignore_eos": True}
+DIGITS = {"temperature": 0, "max_new_tokens": 12, "regex": "[0-9]{3}-[0-9]{4}"}
+SIZES = {"dtype": "float32", "max_total_tokens": 1024, "chunked_prefill_size": 32, "max_running_requests": 4}
+
+
+def test_sizes_are_powers_of_two_up_to_the_largest() -> None:
+    assert [bucket(count, 16, 100) for count in (1, 16, 17, 64, 65, 100)] == [16, 16, 32, 64, 100, 100]
+    assert bucket(3, 1, 2) == 3  # more than was thought of is no error
+
+
+@pytest.mark.slow
+def test_served_by_jax_through_http_the_tokens_are_those_of_the_reference_table(tmp_path: Path) -> None:
+    """A window and a full layer, prompts in chunks, several in flight, prefix hits, a grammar, draws, logprobs."""
+    path = tiny_checkpoint("gemma3_text", tmp_path)
+    asked = [(text, GREEDY) for text in PROMPTS] + [("Tel. ", DIGITS), ("The", DRAWN)]
+    with Engine(model_path=str(path), device="cpu", ops="reference", page_size=16, **SIZES) as engine:  # pyright: ignore[reportArgumentType]
+        wanted: list[Any] = [
+            engine.generate(text, params, return_logprob=True, logprob_start_len=0) for text, params in asked
+        ]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
+    server = Server(path, "--device", "jax", *options)
+    try:
+        server.wait_ready()
+
+        def ask(text: str, params: dict[str, Any]) -> dict[str, Any]:
+            body = {"text": text, "sampling_params": params, "return_logprob": True, "logprob_start_len": 0}
+            return httpx.post(server.url + "/generate", json=body, timeout=120).json()
+
+        with ThreadPoolExecutor(6) as clients:
+            found = list(clients.map(ask, *zip(*asked, strict=True)))
+        body = {"text": PROMPTS[2], "sampling_params": GREEDY}
+        again = httpx.post(server.url + "/generate", json=body, timeout=120).json()
+        log = "\n".join(server.lines)
+    finally:
+        server.close()
+    assert again["output_ids"] == wanted[2]["output_ids"]
+    for one, other in zip(found, wanted, strict=True):
+        assert one["output_ids"] == other["output_ids"]
+        for what in ("input_token_logprobs", "output_token_logprobs"):
+            ours, theirs = ([value[0] or 0 for value in answer["meta_info"][what]] for answer in (one, other))
+            assert ours == pytest.approx(theirs, abs=1e-4)
+    assert again["meta_info"]["cached_tokens"] >= 32
+    assert "compiled for inputs of" in log and "compiled_steps" in log
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"enable_lora": True}, "enable_lora"),
+    ({"speculative_algorithm": "suffix"}, "speculative_algorithm"),
+    ({"quantization": "int8"}, "quantization"),
+    ({"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype"),
+    ({"tp_size": 2}, "tp_size"),
+    ({"enable_hierarchical_cache": True}, "enable_hierarchical_cache"),
+    ({"ops": "native"}, "ops"),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    # Of several ranks the others are started first.
+    [pytest.param(*one, marks=pytest.mark.slow if one[1] == "tp_size" else (), id=one[1]) for one in REFUSED],
+)
+def test_what_compiled_steps_do_not_serve_is_refused_by_name(
+    settings: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    path = tiny_checkpoint("llama", tmp_path)
+    with pytest.raises(ConfigError, match=name):
+        Engine(model_path=str(path), device="jax", **settings)
+
+
+@pytest.mark.parametrize(("family", "what"), [("mamba2", "recurrent"), ("llada2_moe", "diffusion"), ("bert", "embed")])
+def test_models_that_compiled_steps_do_not_serve_are_refused(family: str, what: str, tmp_path: Path) -> None:
+    path = tiny_checkpoint(family, tmp_path)
+    with pytest.raises(ConfigError, match=what):
+        Engine(model_path=str(path), device="jax")
+
+
+def test_what_runs_op_by_op_has_no_such_device() -> None:
+    with pytest.raises(ConfigError, match="op by op"):
+        platforms.choose("jax", 1)
+
+
+def test_a_tpu_is_refused_with_the_reason_where_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="jax sees no TPU"):
+        Engine(model_path=str(tiny_checkpoint("llama", tmp_path)), device="tpu")

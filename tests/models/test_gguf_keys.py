@@ -117,7 +117,7 @@ def test_divisors_and_a_factor_multiply(made: Any, tmp_path: Path) -> None:
         ("logit_scale", 0.5, "llama.logit_scale = 0.5"),
         ("embedding_scale", 12.0, "llama.embedding_scale = 12.0"),
         ("final_logit_softcapping", 30.0, "llama.final_logit_softcapping = 30.0"),
-        ("expert_count", 8, "llama.expert_count = 8"),
+        ("expert_count", 8, "has no llama.expert_used_count"),
         ("nextn_predict_layers", 1, "llama.nextn_predict_layers = 1"),
         ("use_parallel_residual", True, "llama.use_parallel_residual = True"),
     ],

@@ -332,6 +332,12 @@ def _stacked(tensors: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     experts: dict[str, dict[int, Any]] = {}
     for name, values in tensors.items():
+        if name.endswith("input_linear.weight"):  # Granite's gate and up
+            block = name.removesuffix("input_linear.weight").replace("block_sparse_moe.", "mlp.experts.")
+            block = block.replace("shared_mlp.", "mlp.shared_mlp.")
+            for part, half in zip(("gate_proj", "up_proj"), np.split(values, 2, axis=-2), strict=True):
+                found[f"{block}{part}.weight"] = half
+            continue
         match = re.fullmatch(r"(.*\.experts)\.(\d+)(\..*)", name)
         if match:
             experts.setdefault(match[1] + match[3], {})[int(match[2])] = values
@@ -348,6 +354,8 @@ def _as_converted(name: str, values: Any, config: dict[str, Any], facts: GGUFFac
     if part in facts.turned:
         heads = config["num_attention_heads"] if part == "q_proj" else config["num_key_value_heads"]
         values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+    if part == "moe_statics":
+        values = values.reshape(-1)
     if facts.norm_shift and name.endswith("norm.weight"):
         values = values + facts.norm_shift
     return np.ascontiguousarray(values)

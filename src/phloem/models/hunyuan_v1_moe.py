@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"moe_topk": 1}
-# The factor on the base of its rotation is in the base that files say. What they say of the shared block's width is that
-# of one shared expert; its tensors are of all of them.
+# The factor on the base of its rotation is in the base that files say. Of the shared block they say the width of one
+# shared expert; its tensors are of all of them.
 GGUF = {
     "architecture": "hunyuan-moe",
     "hf_class": "HunYuanMoEV1ForCausalLM",

@@ -117,7 +117,7 @@ def test_divisors_and_a_factor_multiply(made: Any, tmp_path: Path) -> None:
         ("logit_scale", 0.5, "llama.logit_scale = 0.5"),
         ("embedding_scale", 12.0, "llama.embedding_scale = 12.0"),
         ("final_logit_softcapping", 30.0, "llama.final_logit_softcapping = 30.0"),
-        ("expert_count", 8, "llama.expert_count = 8"),
+        ("expert_count", 8, "has no llama.expert_used_count"),
         ("nextn_predict_layers", 1, "llama.nextn_predict_layers = 1"),
         ("use_parallel_residual", True, "llama.use_parallel_residual = True"),
     ],
@@ -156,3 +156,10 @@ def test_biases_of_the_mlp_are_found_by_their_tensors(made: Any, tmp_path: Path)
     file = tiny_gguf(path, tmp_path / "tiny.gguf")
     assert describe(str(file)).config["mlp_bias"] is True
     close(Engine(file).whole(PROMPT), theirs)
+
+
+def test_more_experts_than_any_model_has_are_refused_before_each_gets_its_names(made: Any, tmp_path: Path) -> None:
+    counts: dict[str, Any] = {"llama__expert_count": 2_000_000_000, "llama__expert_used_count": 2}
+    file = tiny_gguf(made("llama")[0], tmp_path / "tiny.gguf", **counts)
+    with pytest.raises(ModelLoadError, match="num_local_experts is 2000000000, expected at most 10000"):
+        Engine(file)

@@ -32,7 +32,7 @@ LLAMA3_ROPE = {
 def test_gguf_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     """F32 tensors, so that only names, permutation, norms and the translated configuration are at stake."""
     overrides = {"query_pre_attn_scalar": 16} if name == "gemma3_text" else {}
-    overrides |= {"sliding_window": None} if name in ("mistral", "starcoder2") else {}
+    overrides |= {"sliding_window": None} if name in ("mistral", "mixtral", "starcoder2") else {}
     path = tiny_checkpoint(name, tmp_path / "hf", **overrides)
     file = tiny_gguf(path, tmp_path / "tiny.gguf")
     close(Engine(file).whole(PROMPT), reference(path, PROMPT))

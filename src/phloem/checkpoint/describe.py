@@ -38,6 +38,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _LARGEST_HEADER = 100 << 20
 MOST_LAYERS = 10_000
+MOST_EXPERTS = 10_000
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -371,6 +373,10 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
             raise ModelLoadError(f"{path}: {key} is {value!r}, expected a whole number above 0")
         if key == "num_hidden_layers" and value > MOST_LAYERS:  # each would be built before any tensor is missed
             raise ModelLoadError(f"{path}: {key} is {value}, expected at most {MOST_LAYERS}")
+    for key in _EXPERTS:
+        value = config.get(key)
+        if isinstance(value, int) and value > MOST_EXPERTS:  # each has names of its own before any tensor is missed
+            raise ModelLoadError(f"{path}: {key} is {value}, expected at most {MOST_EXPERTS}")
     if "num_attention_heads" not in config:  # no layer attends: the family needs none
         return
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")

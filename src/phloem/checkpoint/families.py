@@ -22,6 +22,7 @@ FACTS = (
     *("DIFFUSION", "IGNORED"),
 )
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+SPARSE = " with experts"
 _FOLDER = Path(__file__).parents[1] / "models"
 
 
@@ -31,6 +32,7 @@ class GGUFFacts:
 
     architecture: str  # general.architecture
     hf_class: str  # the entry of config.json's `architectures`
+    sparse: bool = False  # it serves those files of the architecture that say how many experts there are
     written_as: str = ""  # the architecture that today's converters write for it, if another
     # config.json key -> metadata key under the architecture's prefix, which must be there; or (that key, a default).
     keys: dict[str, str | tuple[str, Any]] = field(default_factory=dict)
@@ -116,6 +118,7 @@ def audio_of(name: str) -> dict[str, str] | None:
 
 @cache
 def gguf_families() -> dict[str, Family]:
-    """Families by GGUF architecture."""
+    """Families by GGUF architecture; one that serves the sparse models of another's with `SPARSE` behind it."""
     found = [family(name) for name in FAMILIES.names()]
-    return {item.gguf.architecture: item for item in found if item.gguf is not None}
+    facts = [(item, item.gguf) for item in found if item.gguf is not None]
+    return {own.architecture + SPARSE * own.sparse: item for item, own in facts}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from phloem.checkpoint.families import gguf_families
+from phloem.checkpoint.families import SPARSE, gguf_families
 from phloem.checkpoint.gguf_keys import check_unread
 from phloem.checkpoint.gguf_rope import READ, read_rope
 from phloem.core.errors import ModelLoadError
@@ -42,10 +42,12 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
     """
     arch = str(gguf.metadata.get("general.architecture"))
     families = gguf_families()
-    facts = families[arch].gguf if arch in families else None
+    sparse = arch + SPARSE
+    own = sparse if sparse in families and gguf.metadata.get(f"{arch}.expert_count") else arch
+    facts = families[own].gguf if own in families else None
     if facts is None:
         raise ModelLoadError(f"{path}: unknown GGUF architecture {arch!r}; known: {', '.join(sorted(families))}")
-    config: dict[str, Any] = {"model_type": families[arch].name, "architectures": [facts.hf_class]}
+    config: dict[str, Any] = {"model_type": families[own].name, "architectures": [facts.hf_class]}
     config["hidden_act"] = "silu"
     for key, source in KEYS.items():
         value = gguf.metadata.get(f"{arch}.{source}")

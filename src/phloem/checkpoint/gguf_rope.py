@@ -36,6 +36,8 @@ def read_rope(gguf: GGUFFile, config: dict[str, Any], facts: GGUFFacts, path: Pa
     found = _partial(get[_COUNT], config, facts, f"{path}: {prefix}{_COUNT}")
     divisors = gguf.tensors.get("rope_freqs.weight")
     rope = _scaling(get, config, f"{path}: {prefix}")
+    if rope.get("rope_type") == "yarn":
+        rope |= facts.config.get("yarn", {})
     if divisors is not None:
         if rope and rope["rope_type"] != "linear":
             raise ModelLoadError(f"{path}: rope_freqs.weight beside {prefix}{_TYPE} {rope['rope_type']!r} is not known")

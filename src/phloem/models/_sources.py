@@ -216,6 +216,8 @@ class GGUFSource(Source):
         slices = everything(self.shape) if index is None else index
         if len(slices) == 1 and isinstance(slices[0], slice):
             return self._vector(slices[0], dtype)
+        if len(slices) == 2 and isinstance(slices[0], int) and isinstance(slices[1], slice):  # one expert's bias
+            return self._values(self._rows(slice(slices[0], slices[0] + 1, 1)), slices[1], dtype)[0].contiguous()
         if len(slices) != 2 or not isinstance(slices[0], slice) or not isinstance(slices[1], slice):
             raise ModelLoadError(f"{self.name}: {list(self.shape)} in a GGUF file has no parts")
         return self._values(self._rows(slices[0]), slices[1], dtype).contiguous()

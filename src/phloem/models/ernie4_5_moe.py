@@ -25,20 +25,43 @@ DEFAULTS = {
 }
 SPELLING = {"moe_k": "num_experts_per_tok", "moe_num_experts": "num_experts"}
 IGNORED = (r"(model\.)?mtp.*",)
+# What files say of the shared block's width is not what its tensors have: those are of all shared experts.
+GGUF = {
+    "architecture": "ernie4_5-moe",
+    "hf_class": "Ernie4_5_MoeForCausalLM",
+    "keys": {
+        "moe_num_experts": "expert_count",
+        "moe_k": "expert_used_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+        "moe_num_shared_experts": ("expert_shared_count", 0),
+        "moe_layer_start_index": ("leading_dense_block_count", 0),
+        "moe_layer_interval": ("interleave_moe_layer_step", 1),
+        "shared_width": ("expert_shared_feed_forward_length", None),
+    },
+    "config": {"correction_row": False, "moe_norm_min": 1e-12, "moe_layer_end_index": -1},
+    "flags": {"use_bias": "attn_q.bias"},
+    "names": {
+        "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+        "mlp.shared_experts.up_proj": "ffn_up_shexp",
+        "mlp.shared_experts.down_proj": "ffn_down_shexp",
+        "mlp.moe_statics.e_score_correction_bias": "exp_probs_b.bias",
+    },
+}
 TINY = {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 24}
 VARIANTS = {
     "some": {"moe_layer_interval": 2, "num_hidden_layers": 5, "moe_layer_end_index": 3, "use_bias": True, "moe_k": 3},
     "alone": {"moe_num_shared_experts": 0, "tie_word_embeddings": False, "moe_layer_start_index": 0},
 }
 
-_NAMES = ExpertNames(correction="moe_statics.e_score_correction_bias", correction_row=True)
-
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
     head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    names = ExpertNames(
+        correction="moe_statics.e_score_correction_bias", correction_row=bool(config.get("correction_row", True))
+    )
     router = RouterSpec(config["moe_k"], renormalise=True, floor=float(config["moe_norm_min"]))
     bias, inner = bool(config.get("use_bias", False)), config["moe_intermediate_size"]
-    sparse = ExpertsConfig(config["moe_num_experts"], inner, router, names=_NAMES)
+    sparse = ExpertsConfig(config["moe_num_experts"], inner, router, names=names)
     dense = usual_mlp(config, bias=bias)
     shared = None
     if config["moe_num_shared_experts"]:

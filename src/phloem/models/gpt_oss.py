@@ -17,6 +17,25 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"rope_theta": 150000.0}
+GGUF = {
+    "architecture": "gpt-oss",
+    "hf_class": "GptOssForCausalLM",
+    "keys": {
+        "num_local_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "intermediate_size": "expert_feed_forward_length",
+        "sliding_window": "attention.sliding_window",
+    },
+    "config": {"projections_apart": True, "yarn": {"truncate": False}},
+    "names": {
+        "post_attention_layernorm": "post_attention_norm",
+        "self_attn.sinks": "attn_sinks.weight",
+        "mlp.router": "ffn_gate_inp",
+        "mlp.experts.gate_proj_bias": "ffn_gate_exps.bias",
+        "mlp.experts.up_proj_bias": "ffn_up_exps.bias",
+        "mlp.experts.down_proj_bias": "ffn_down_exps.bias",
+    },
+}
 TINY = {
     "num_local_experts": 6,
     "num_experts_per_tok": 2,
@@ -47,6 +66,13 @@ _NAMES = ExpertNames(
     transposed=True,
     alternating=True,
 )
+# In GGUF files gate and up lie apart, and matrices are the usual way round.
+_APART = ExpertNames(
+    router="router",
+    gate_bias="experts.gate_proj_bias",
+    up_bias="experts.up_proj_bias",
+    down_bias="experts.down_proj_bias",
+)
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
@@ -58,8 +84,9 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
         limit=float(config.get("swiglu_limit") or 7.0),
         alpha=float(config.get("swiglu_alpha") or 1.702),
     )
+    names = _APART if config.get("projections_apart") else _NAMES
     router = RouterSpec(config["num_experts_per_tok"], "chosen_softmax")
-    experts = Experts(ExpertsConfig(count, config["intermediate_size"], router, clamped, True, _NAMES))
+    experts = Experts(ExpertsConfig(count, config["intermediate_size"], router, clamped, True, names))
 
     def layer(n: int) -> LayerKind:
         return LayerKind(usual_attention(config, window=window if sliding[n] else 0, sinks="sinks"), experts)

@@ -28,12 +28,14 @@ VARIANTS = {"tied": {"tie_word_embeddings": True, "num_experts_per_tok": 4}}
 _NAMES = ExpertNames(
     router="router.layer", gate="input_linear.weight", up="input_linear.weight", down="output_linear.weight"
 )
+_APART = ExpertNames(router="router.layer")  # in GGUF files
 
 
 def chosen(config: dict[str, Any]) -> Experts:
     """The sparse block."""
+    names = _APART if config.get("projections_apart") else _NAMES
     router = RouterSpec(config["num_experts_per_tok"], "chosen_softmax")
-    sparse = ExpertsConfig(config["num_local_experts"], config["intermediate_size"], router, names=_NAMES)
+    sparse = ExpertsConfig(config["num_local_experts"], config["intermediate_size"], router, names=names)
     return Experts(sparse, "block_sparse_moe")
 
 

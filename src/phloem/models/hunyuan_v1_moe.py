@@ -14,6 +14,27 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"moe_topk": 1}
+# The factor on the base of its rotation is in the base that files say. Of the shared block they say the width of one
+# shared expert; its tensors are of all of them.
+GGUF = {
+    "architecture": "hunyuan-moe",
+    "hf_class": "HunYuanMoEV1ForCausalLM",
+    "keys": {
+        "num_experts": "expert_count",
+        "moe_topk": "expert_used_count",
+        "moe_intermediate_size": ("expert_feed_forward_length", None),
+        "num_shared_expert": ("expert_shared_count", None),
+        "shared_width": ("expert_shared_feed_forward_length", None),
+    },
+    "names": {
+        "self_attn.query_layernorm": "attn_q_norm",
+        "self_attn.key_layernorm": "attn_k_norm",
+        "mlp.gate.wg": "ffn_gate_inp",
+        "mlp.shared_mlp.gate_proj": "ffn_gate_shexp",
+        "mlp.shared_mlp.up_proj": "ffn_up_shexp",
+        "mlp.shared_mlp.down_proj": "ffn_down_shexp",
+    },
+}
 TINY = {"num_experts": 6, "moe_topk": 2, "intermediate_size": 24}
 VARIANTS = {
     "alpha": {

@@ -13,6 +13,19 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"rope_theta": 1e6}
+GGUF = {
+    "architecture": "llama",
+    "sparse": True,
+    "hf_class": "MixtralForCausalLM",
+    "keys": {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
+    "names": {
+        "block_sparse_moe.gate": "ffn_gate_inp",
+        "block_sparse_moe.experts.{}.w1": "ffn_gate_exps",
+        "block_sparse_moe.experts.{}.w3": "ffn_up_exps",
+        "block_sparse_moe.experts.{}.w2": "ffn_down_exps",
+    },
+    "turned": ("q_proj", "k_proj"),
+}
 TINY = {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24, "sliding_window": 9}
 VARIANTS = {"no-window": {"sliding_window": None, "num_experts_per_tok": 3}}
 

@@ -256,6 +256,7 @@ def tiny_gguf(source: Path, target: Path, kind: str = "F32", part: int = 0, **me
             raw_dtype = wanted if fits else gguf.GGMLQuantizationType.F32
             stored = rows if raw_dtype == gguf.GGMLQuantizationType.F32 else gguf.quants.quantize(rows, raw_dtype)
             known = name.replace("e_score_correction_bias", "e_score_correction.bias")
+            known = known.replace("_proj_bias", "_proj.bias").replace(".sinks", ".sinks.weight")
             renamed: Any = names.get_name(known, try_suffixes=(".weight", ".bias"))
             writer.add_tensor(renamed, stored, raw_dtype=raw_dtype)
     writer.write_header_to_file()
@@ -296,6 +297,10 @@ def _write_metadata(writer: Any, config: dict[str, Any], facts: GGUFFacts) -> No
     share = whole.get("partial_rotary_factor", 1.0)
     if share < 1.0:
         writer.add_rope_dimension_count(int(head_dim * share))
+    if whole.get("rope_type") == "yarn":
+        writer.add_string(f"{facts.architecture}.rope.scaling.type", "yarn")
+        writer.add_rope_scaling_factor(whole["factor"])
+        writer.add_rope_scaling_orig_ctx_len(whole["original_max_position_embeddings"])
     if config.get("sliding_window") and facts.architecture != "llama":
         writer.add_sliding_window(config["sliding_window"])
     adders: dict[type, Any] = {float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
@@ -332,6 +337,19 @@ def _stacked(tensors: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     experts: dict[str, dict[int, Any]] = {}
     for name, values in tensors.items():
+        if name.endswith("input_linear.weight"):  # Granite's gate and up
+            block = name.removesuffix("input_linear.weight").replace("block_sparse_moe.", "mlp.experts.")
+            block = block.replace("shared_mlp.", "mlp.shared_mlp.")
+            for part, half in zip(("gate_proj", "up_proj"), np.split(values, 2, axis=-2), strict=True):
+                found[f"{block}{part}.weight"] = half
+            continue
+        if ".experts.gate_up_proj" in name or name.endswith(".experts.down_proj"):  # gpt-oss
+            turned = values if name.endswith("_bias") else np.ascontiguousarray(values.swapaxes(-1, -2))
+            kind, block = (".bias" if name.endswith("_bias") else ".weight"), name.rpartition(".")[0]
+            parts = {"gate_proj": turned[:, ::2], "up_proj": turned[:, 1::2]}
+            parts = parts if "gate_up" in name else {"down_proj": turned}
+            found.update({f"{block}.{part}{kind}": half for part, half in parts.items()})
+            continue
         match = re.fullmatch(r"(.*\.experts)\.(\d+)(\..*)", name)
         if match:
             experts.setdefault(match[1] + match[3], {})[int(match[2])] = values
@@ -348,6 +366,8 @@ def _as_converted(name: str, values: Any, config: dict[str, Any], facts: GGUFFac
     if part in facts.turned:
         heads = config["num_attention_heads"] if part == "q_proj" else config["num_key_value_heads"]
         values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+    if part == "moe_statics":
+        values = values.reshape(-1)
     if facts.norm_shift and name.endswith("norm.weight"):
         values = values + facts.norm_shift
     return np.ascontiguousarray(values)

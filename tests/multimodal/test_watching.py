@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from vision_support import Theirs, clip, picture, png, seeing_checkpoint
@@ -125,10 +124,10 @@ def test_the_frames_that_are_asked_for(container: str, codec: str) -> None:
     """Whatever the order: sought from key frames, they are those of reading all."""
     frames = [picture(at, 32, 16) for at in range(12)]
     data = clip(frames, 25, container, codec)
-    all_frames = Video(data, "here", Wanted()).frames(range(12), np.asarray)
-    some = Video(data, "here", Wanted()).frames([0, 5, 5, 11], np.asarray)
+    all_frames = Video(data, "here", Wanted()).frames(range(12), 32, 16, {})
+    some = Video(data, "here", Wanted()).frames([0, 5, 5, 11], 32, 16, {})
     assert (some == all_frames[[0, 5, 5, 11]]).all()
-    assert [Video(data, "here", Wanted()).frames([at], np.asarray).tobytes() for at in (3, 9)] == [
+    assert [Video(data, "here", Wanted()).frames([at], 32, 16, {}).tobytes() for at in (3, 9)] == [
         all_frames[at].tobytes() for at in (3, 9)
     ]
 

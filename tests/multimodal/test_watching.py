@@ -27,7 +27,8 @@ TEXTS = {
 }
 FAST = ("qwen2_5_vl", "qwen3_vl")
 FAMILIES = [
-    name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_vl", "qwen3_vl_moe", *FAST)
+    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+    for name in ("qwen2_vl", "qwen3_vl_moe", "llava_onevision", *FAST)
 ]
 SETTINGS = {"ops": "reference", "dtype": "float32", "max_total_tokens": 4096, "max_running_requests": 8, "threads": 1}
 

@@ -59,6 +59,18 @@ SETTINGS["internvl"] = {
     "crop_to_patches": True,
     "max_patches": 4,
 }
+TILES: list[list[int]] = [[12, 24], [24, 12], [24, 24], [36, 12], [12, 36]]
+SETTINGS["llava_next"] = {
+    "image_processor_type": "LlavaNextImageProcessor",
+    "size": {"shortest_edge": 12},
+    "crop_size": {"height": 12, "width": 12},
+    "image_grid_pinpoints": TILES,
+}
+SETTINGS["llava_onevision"] = {
+    "image_processor_type": "LlavaOnevisionImageProcessor",
+    "size": {"height": 22, "width": 22},
+    "image_grid_pinpoints": [[22, 22], [22, 44], [44, 22], [44, 44]],
+}
 FPS = 4  # of the clips in tests, all frames of which are shown
 WATCHED = {"patch_size": 4, "merge_size": 2, "fps": FPS, "min_frames": 2}
 
@@ -88,6 +100,9 @@ def seeing_checkpoint(name: str, path: Path, **overrides: Any) -> Path:
         means = {key: value for key, value in SETTINGS[name].items() if key in ("image_mean", "image_std")}
         size = {"shortest_edge": 64, "longest_edge": 1 << 14}
         (path / "video_preprocessor_config.json").write_text(json.dumps({**means, **WATCHED, "size": size}))
+    if name == "llava_onevision":
+        size = SETTINGS[name]["size"]
+        (path / "video_preprocessor_config.json").write_text(json.dumps({"size": size, "num_frames": 4}))
     return path
 
 
@@ -112,7 +127,9 @@ class Theirs:
         if self.name.startswith("qwen"):
             found["mm_token_type_ids"] = (found["input_ids"] == self.model.config.image_token_id).int()
             found["mm_token_type_ids"] += 2 * (found["input_ids"] == self.model.config.video_token_id).int()
-        if clips:
+        if clips and self.name == "llava_onevision":
+            found["pixel_values_videos"] = torch.stack([self._frames(frames) for frames in clips])
+        elif clips:
             made = [self._clip(frames) for frames in clips]
             found["pixel_values_videos"] = torch.cat([values for values, _ in made])
             found["video_grid_thw"] = torch.tensor([grid for _, grid in made])
@@ -122,6 +139,15 @@ class Theirs:
             found.pop("num_crops", None)
             found["token_type_ids"] = (found["input_ids"] == self.model.config.image_token_id).int()
         return found
+
+    def _frames(self, frames: list[Any]) -> torch.Tensor:
+        """Four frames, evenly spread, made square."""
+        from PIL import Image
+
+        chosen = [frames[int(at * len(frames) / 4)].resize((22, 22), Image.Resampling.BICUBIC) for at in range(4)]
+        mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+        values = (np.stack([np.asarray(frame) for frame in chosen]) / 255 - mean) / std
+        return torch.from_numpy(values).float().permute(0, 3, 1, 2)
 
     def _clip(self, frames: list[Any]) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """Patches of 4 x 4 pixels and 2 frames, in blocks of 2 x 2: what a video processor makes without resizing."""

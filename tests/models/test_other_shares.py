@@ -34,6 +34,8 @@ TOWERS = (
     "idefics3",
     "internvl",
     "llava",
+    "llava_next",
+    "llava_onevision",
     "mistral3",
     "qwen2_5_vl",
     "qwen2_vl",
@@ -41,6 +43,7 @@ TOWERS = (
     "qwen3_vl_moe",
     "smolvlm",
     "gemma3",
+    "qwen2_audio",
 )
 # Layers read what the first stage would make, or what the layer before them sets aside.
 NO_STAGES = ("gemma3n_text", "gemma4_text", "longcat_flash")

@@ -26,10 +26,8 @@ TEXTS = {
     "behind": ([9, "V", 200, "P", 99, 97], [1], True),
 }
 FAST = ("qwen2_5_vl", "qwen3_vl")
-FAMILIES = [
-    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-    for name in ("qwen2_vl", "qwen3_vl_moe", "llava_onevision", *FAST)
-]
+SLOW = ("qwen2_vl", "qwen3_vl_moe", "llava_onevision")
+FAMILIES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 SETTINGS = {"ops": "reference", "dtype": "float32", "max_total_tokens": 4096, "max_running_requests": 8, "threads": 1}
 
 

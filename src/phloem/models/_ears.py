@@ -1,7 +1,7 @@
 """The encoder of a model that hears (Radford et al., 2022): two convolutions over a log-mel spectrogram, then layers
 that see all of it.
 
-Legend: n audios, B mel bands, F frames, S = F / 2 states of each audio, N hidden size.
+Legend: n audios, B mel bands, F frames, S at most F / 2 states of each audio, N hidden size.
 """
 
 from __future__ import annotations
@@ -18,11 +18,19 @@ from phloem.models._layer import Attention, LayerKind, Place, Plain
 from phloem.models._sources import Read
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from torch import Tensor
 
     from phloem.layers.context import BuildContext, Pack
 
 TAPS = 3  # of both convolutions; the second takes every other frame
+
+
+def keys_without_bias(weights: Iterable[Weight]) -> None:
+    """Of projections that lie together, where queries and values have one."""
+    for weight in weights:
+        weight.zeros = tuple(name for name in weight.names if name.endswith("k_proj.bias"))
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class EarsConfig:
     heads: int
     activation: str
     eps: float
+    pool: int = 1  # states whose mean is one
 
 
 class Convolution(Layer):
@@ -84,18 +93,25 @@ class Ears(Layer):
         for one in self.convolutions:
             one.settle()
 
-    def __call__(self, mel_nBF: Tensor, pack: Pack) -> Tensor:
-        """States [n * S, N], final norm applied."""
+    def __call__(self, mels_BF: Sequence[Tensor], pack: Pack, lengths: Sequence[int] = ()) -> Tensor:
+        """States [n * S, N], final norm applied. `lengths`: how many of each audio are there; (): all."""
         states: list[Tensor] = []
-        for mel_BF in mel_nBF:
+        for number, mel_BF in enumerate(mels_BF):
             x_FC = mel_BF.T.to(self.convolutions[0].bias.value.dtype)
             for convolution in self.convolutions:
                 x_FC = convolution(x_FC)
-            states.append(self.ops.add(x_FC, self.positions.value.to(x_FC.dtype)))
+            x_FC = x_FC[: lengths[number]] if lengths else x_FC
+            states.append(self.ops.add(x_FC, self.positions.value[: len(x_FC)].to(x_FC.dtype)))
         x_TN, residual_TN = torch.cat(states), None
         nothing = torch.zeros(0, dtype=torch.int64, device=x_TN.device)
-        step = ForwardBatch(nothing, nothing, pack([self.config.states] * len(states)), None)
+        step = ForwardBatch(nothing, nothing, pack([len(one) for one in states]), None)
         for layer in self.layers:
             x_TN, residual_TN = layer.attend(x_TN, residual_TN, step)
             x_TN, residual_TN = layer.feed(x_TN, residual_TN)
-        return self.norm.add(x_TN, residual_TN)[0]
+        pool = self.config.pool
+        if pool == 1:
+            return self.norm.add(x_TN, residual_TN)[0]
+        x_TN = x_TN if residual_TN is None else self.ops.add(x_TN, residual_TN)
+        parts = x_TN.split([len(one) for one in states])
+        whole = [part[: len(part) // pool * pool].unflatten(0, (-1, pool)).mean(1) for part in parts]
+        return self.norm(torch.cat(whole))

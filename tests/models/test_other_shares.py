@@ -44,6 +44,7 @@ TOWERS = (
     "smolvlm",
     "gemma3",
     "qwen2_audio",
+    "qwen2_5_omni_thinker",
 )
 # Layers read what the first stage would make, or what the layer before them sets aside.
 NO_STAGES = ("gemma3n_text", "gemma4_text", "longcat_flash")

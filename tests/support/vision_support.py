@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from phloem.checkpoint.families import family
+from phloem.multimodal._pixels import CLIP_MEAN, CLIP_STD
 from phloem.testing.checkpoints import tiny_checkpoint
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -106,6 +107,17 @@ def seeing_checkpoint(name: str, path: Path, **overrides: Any) -> Path:
     return path
 
 
+def patches_of(frames: list[Any], mean: Any = CLIP_MEAN, std: Any = CLIP_STD) -> tuple[torch.Tensor, Any]:
+    """Patches of 4 x 4 pixels and 2 frames, in blocks of 2 x 2: what a video processor makes without resizing."""
+    values = (np.stack([np.asarray(frame) for frame in frames]) / 255 - mean) / std
+    if len(values) % 2:
+        values = np.concatenate([values, values[-1:]])
+    steps, rows, columns = len(values) // 2, values.shape[1] // 4, values.shape[2] // 4
+    cut = values.reshape(steps, 2, rows // 2, 2, 4, columns // 2, 2, 4, 3)
+    flat = cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(steps * rows * columns, -1)
+    return torch.from_numpy(flat).float(), (steps, rows, columns)
+
+
 class Theirs:
     """transformers' model and image processor."""
 
@@ -145,22 +157,12 @@ class Theirs:
         from PIL import Image
 
         chosen = [frames[int(at * len(frames) / 4)].resize((22, 22), Image.Resampling.BICUBIC) for at in range(4)]
-        mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-        values = (np.stack([np.asarray(frame) for frame in chosen]) / 255 - mean) / std
+        values = (np.stack([np.asarray(frame) for frame in chosen]) / 255 - CLIP_MEAN) / CLIP_STD
         return torch.from_numpy(values).float().permute(0, 3, 1, 2)
 
     def _clip(self, frames: list[Any]) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        """Patches of 4 x 4 pixels and 2 frames, in blocks of 2 x 2: what a video processor makes without resizing."""
         settings = SETTINGS[self.name]
-        mean = settings.get("image_mean", (0.48145466, 0.4578275, 0.40821073))
-        std = settings.get("image_std", (0.26862954, 0.26130258, 0.27577711))
-        values = (np.stack([np.asarray(frame) for frame in frames]) / 255 - mean) / std
-        if len(values) % 2:
-            values = np.concatenate([values, values[-1:]])
-        steps, rows, columns = len(values) // 2, values.shape[1] // 4, values.shape[2] // 4
-        cut = values.reshape(steps, 2, rows // 2, 2, 4, columns // 2, 2, 4, 3)
-        flat = cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(steps * rows * columns, -1)
-        return torch.from_numpy(flat).float(), (steps, rows, columns)
+        return patches_of(frames, settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD))
 
     def logits(self, ids: list[int], images: list[Any], clips: list[list[Any]] | None = None) -> torch.Tensor:
         with torch.inference_mode():

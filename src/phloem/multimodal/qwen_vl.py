@@ -93,9 +93,10 @@ class QwenVideos(_Sizes):
         self.num_frames, self.fps = settings.get("num_frames"), settings.get("fps")
         self.capped, self.most_tokens = bool(settings.get("cap_pixels_per_frame")), settings.get("max_video_tokens")
         self.third = third
-        # Only Qwen2.5-VL's places in time are of seconds.
+        # Only the places in time of Qwen2.5-VL and Omni are of seconds.
         second = facts.config.get("model_type", "").startswith("qwen2_5")
-        self.per_second = float(vision.get("tokens_per_second", 4)) if second else 0.0
+        rate = facts.config.get("position_id_per_seconds") or vision.get("tokens_per_second", 4)
+        self.per_second = float(rate) if second else 0.0
         if third:
             self.mark = self.inline  # texts stand between the tokens that stand around it
 

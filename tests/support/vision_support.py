@@ -72,6 +72,13 @@ SETTINGS["llava_onevision"] = {
     "size": {"height": 22, "width": 22},
     "image_grid_pinpoints": [[22, 22], [22, 44], [44, 22], [44, 44]],
 }
+SETTINGS["glm4v"] = {
+    "image_processor_type": "Glm4vImageProcessor",
+    "patch_size": 4,
+    "merge_size": 2,
+    "size": {"shortest_edge": 128, "longest_edge": 3200},
+}
+SETTINGS["glm4v_moe"] = SETTINGS["glm4v"]
 FPS = 4  # of the clips in tests, all frames of which are shown
 WATCHED = {"patch_size": 4, "merge_size": 2, "fps": FPS, "min_frames": 2}
 
@@ -136,7 +143,7 @@ class Theirs:
             nested = self.name in ("smolvlm", "idefics3")
             found |= dict(self.processor(images=[images] if nested else images, return_tensors="pt"))
             found.pop("num_patches", None)
-        if self.name.startswith("qwen"):
+        if self.name.startswith(("qwen", "glm")):
             found["mm_token_type_ids"] = (found["input_ids"] == self.model.config.image_token_id).int()
             found["mm_token_type_ids"] += 2 * (found["input_ids"] == self.model.config.video_token_id).int()
         if clips and self.name == "llava_onevision":

@@ -18,7 +18,7 @@ from phloem.multimodal._video import Video, Wanted
 from phloem.utils.confined import Confined, hello, serve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -38,7 +38,7 @@ class Aside:
             self._free.put(child)
 
     @contextlib.contextmanager
-    def opened(self, data: bytes, where: str, most: int = 0, wanted: Wanted | None = None) -> Iterator[Opened]:
+    def opened(self, data: bytes, where: str, most: int = 0, wanted: Wanted | None = None) -> Generator[Opened]:
         """A file in one of them; `most`: pages of a document, `wanted`: of a video. Raises BadRequest."""
         child = self._free.get()
         try:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import io
 import json
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_doors import door, user
 from vision_support import clip, pdf, picture, png, seeing_checkpoint
 
 from phloem import cli, lang
@@ -100,6 +104,36 @@ def test_answers_are_the_same_where_the_encoder_cache_has_no_room(watches: Path)
             )
             answers.append([one["output_ids"] for one in found])
     assert answers[0] == answers[1]
+
+
+def test_a_client_that_leaves_while_its_video_is_read_keeps_nobody_waiting(
+    watches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More such clients than there are threads for videos; then one that stays."""
+    film = {"url": f"data:video/x;base64,{base64.b64encode(clip([picture(at, 24, 16) for at in range(4)])).decode()}"}
+    asked = {"messages": user({"type": "video_url", "video_url": film}, "?"), "max_tokens": 2}
+    answers, opened = threading.Event(), Aside.opened
+
+    def slow(self: Aside, *args: Any, **more: Any) -> Any:
+        answers.wait(20)
+        return opened(self, *args, **more)
+
+    async def run() -> None:
+        async with door(watches) as http:
+            monkeypatch.setattr(Aside, "opened", slow)
+            leaving = [asyncio.create_task(http.post("/v1/chat/completions", json=asked)) for _ in range(5)]
+            await asyncio.sleep(0.1)
+            for one in leaving:
+                one.cancel()
+            await asyncio.gather(*leaving, return_exceptions=True)
+            monkeypatch.undo()
+            answers.set()
+            found = await http.post("/v1/chat/completions", json=asked)
+            assert found.status_code == 200, found.text
+            loads = (await http.get("/server_info")).json()["internal_states"][0]
+            assert loads["running"] == 0
+
+    asyncio.run(run())
 
 
 def test_a_program_shows_a_video(watches: Path, tmp_path: Path) -> None:

@@ -27,13 +27,15 @@ SPARSE = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "granitemoehybrid", "gpt_oss",
     "minimax_m2", "llama4_text", "ernie4_5_moe", "glm4_moe", "hunyuan_v1_moe", "lfm2_moe", "jamba", "nemotron_h",
     "qwen3_next", "qwen3_5_moe_text", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa",
-    "gemma4_text", "qwen3_vl_moe", "phimoe", "glm4_moe_lite", "exaone_moe",
+    "gemma4_text", "qwen3_vl_moe", "phimoe", "glm4_moe_lite", "exaone_moe", "glm4v_moe",
 )  # fmt: skip
 FEW = ("llama", "qwen3_moe")
 TOWERS = (
     "idefics3",
     "internvl",
     "llava",
+    "llava_next",
+    "llava_onevision",
     "mistral3",
     "qwen2_5_vl",
     "qwen2_vl",
@@ -41,6 +43,10 @@ TOWERS = (
     "qwen3_vl_moe",
     "smolvlm",
     "gemma3",
+    "qwen2_audio",
+    "qwen2_5_omni_thinker",
+    "glm4v",
+    "glm4v_moe",
 )
 # Layers read what the first stage would make, or what the layer before them sets aside.
 NO_STAGES = ("gemma3n_text", "gemma4_text", "longcat_flash")

@@ -22,6 +22,7 @@ from phloem.core.errors import BadRequest, ConfigError
 from phloem.core.messages import Drain
 from phloem.launch.thread import EngineThread
 from phloem.multimodal import _pages, _reader
+from phloem.multimodal._pages import Document
 from phloem.server.app import create_app
 from phloem.testing.checkpoints import tiny_checkpoint
 
@@ -291,13 +292,13 @@ BAD_PAPERS = [
 @pytest.mark.parametrize(("data", "said"), BAD_PAPERS, ids=[said for _, said in BAD_PAPERS])
 def test_bad_documents_are_told(data: bytes, said: str) -> None:
     with pytest.raises(BadRequest, match=said) as error:
-        list(_pages.pages(data, "here", 2))
+        Document(data, "here", 2)
     assert error.value.param == "here"
 
 
 def test_a_page_of_any_size_is_a_picture_of_a_bounded_one() -> None:
     for size in ((72, 36), (14_400, 3), (14_400, 14_400)):
-        (page,) = _pages.pages(pdf([size]), "here", 1)
+        page = Document(pdf([size]), "here", 1).drawn(0)
         assert max(page.size) <= _pages.LONGEST and min(page.size) >= 1
 
 

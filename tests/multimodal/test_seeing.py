@@ -105,7 +105,7 @@ def test_many_at_once_are_as_alone(pair: Any) -> None:
     _, path, name = pair
     # Long answers do not fit beside one another: some are preempted.
     long = 40 if name == "qwen2_5_vl" else 8
-    room = {"smolvlm": 900, "idefics3": 900, "llava-pixtral": 480}.get(name, 160)
+    room = {"smolvlm": 900, "idefics3": 900, "llava-pixtral": 480, "llava_onevision": 480}.get(name, 160)
     engine = engine_of(path, chunked_prefill_size=16, page_size=4, max_total_tokens=room)
     try:
         alone = {text: plain(engine, text, length=long)["output_ids"] for text in TEXTS}

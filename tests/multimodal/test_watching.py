@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from vision_support import Theirs, clip, picture, png, seeing_checkpoint
@@ -27,9 +26,8 @@ TEXTS = {
     "behind": ([9, "V", 200, "P", 99, 97], [1], True),
 }
 FAST = ("qwen2_5_vl", "qwen3_vl")
-FAMILIES = [
-    name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_vl", "qwen3_vl_moe", *FAST)
-]
+SLOW = ("qwen2_vl", "qwen3_vl_moe", "llava_onevision")
+FAMILIES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 SETTINGS = {"ops": "reference", "dtype": "float32", "max_total_tokens": 4096, "max_running_requests": 8, "threads": 1}
 
 
@@ -126,10 +124,10 @@ def test_the_frames_that_are_asked_for(container: str, codec: str) -> None:
     """Whatever the order: sought from key frames, they are those of reading all."""
     frames = [picture(at, 32, 16) for at in range(12)]
     data = clip(frames, 25, container, codec)
-    all_frames = Video(data, "here", Wanted()).frames(range(12), np.asarray)
-    some = Video(data, "here", Wanted()).frames([0, 5, 5, 11], np.asarray)
+    all_frames = Video(data, "here", Wanted()).frames(range(12), 32, 16, {})
+    some = Video(data, "here", Wanted()).frames([0, 5, 5, 11], 32, 16, {})
     assert (some == all_frames[[0, 5, 5, 11]]).all()
-    assert [Video(data, "here", Wanted()).frames([at], np.asarray).tobytes() for at in (3, 9)] == [
+    assert [Video(data, "here", Wanted()).frames([at], 32, 16, {}).tobytes() for at in (3, 9)] == [
         all_frames[at].tobytes() for at in (3, 9)
     ]
 

@@ -141,7 +141,7 @@ def reference(path: Path, tokens: list[int]) -> torch.Tensor:
 
     config = json.loads((path / "config.json").read_text())
     sees = "text_config" in config
-    loader = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    loader = transformers.AutoModelForMultimodalLM if sees else transformers.AutoModelForCausalLM
     if config["model_type"] == "mistral4":  # which AutoModelForCausalLM does not know
         loader = transformers.Mistral4ForCausalLM
     # Its Gemma 3 has this setting and forgets to hand it to its own attention function, which understands it.

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from phloem.checkpoint.families import family
+from phloem.multimodal._pixels import CLIP_MEAN, CLIP_STD
 from phloem.testing.checkpoints import tiny_checkpoint
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -59,6 +60,25 @@ SETTINGS["internvl"] = {
     "crop_to_patches": True,
     "max_patches": 4,
 }
+TILES: list[list[int]] = [[12, 24], [24, 12], [24, 24], [36, 12], [12, 36]]
+SETTINGS["llava_next"] = {
+    "image_processor_type": "LlavaNextImageProcessor",
+    "size": {"shortest_edge": 12},
+    "crop_size": {"height": 12, "width": 12},
+    "image_grid_pinpoints": TILES,
+}
+SETTINGS["llava_onevision"] = {
+    "image_processor_type": "LlavaOnevisionImageProcessor",
+    "size": {"height": 22, "width": 22},
+    "image_grid_pinpoints": [[22, 22], [22, 44], [44, 22], [44, 44]],
+}
+SETTINGS["glm4v"] = {
+    "image_processor_type": "Glm4vImageProcessor",
+    "patch_size": 4,
+    "merge_size": 2,
+    "size": {"shortest_edge": 128, "longest_edge": 3200},
+}
+SETTINGS["glm4v_moe"] = SETTINGS["glm4v"]
 FPS = 4  # of the clips in tests, all frames of which are shown
 WATCHED = {"patch_size": 4, "merge_size": 2, "fps": FPS, "min_frames": 2}
 
@@ -88,7 +108,21 @@ def seeing_checkpoint(name: str, path: Path, **overrides: Any) -> Path:
         means = {key: value for key, value in SETTINGS[name].items() if key in ("image_mean", "image_std")}
         size = {"shortest_edge": 64, "longest_edge": 1 << 14}
         (path / "video_preprocessor_config.json").write_text(json.dumps({**means, **WATCHED, "size": size}))
+    if name == "llava_onevision":
+        size = SETTINGS[name]["size"]
+        (path / "video_preprocessor_config.json").write_text(json.dumps({"size": size, "num_frames": 4}))
     return path
+
+
+def patches_of(frames: list[Any], mean: Any = CLIP_MEAN, std: Any = CLIP_STD) -> tuple[torch.Tensor, Any]:
+    """Patches of 4 x 4 pixels and 2 frames, in blocks of 2 x 2: what a video processor makes without resizing."""
+    values = (np.stack([np.asarray(frame) for frame in frames]) / 255 - mean) / std
+    if len(values) % 2:
+        values = np.concatenate([values, values[-1:]])
+    steps, rows, columns = len(values) // 2, values.shape[1] // 4, values.shape[2] // 4
+    cut = values.reshape(steps, 2, rows // 2, 2, 4, columns // 2, 2, 4, 3)
+    flat = cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(steps * rows * columns, -1)
+    return torch.from_numpy(flat).float(), (steps, rows, columns)
 
 
 class Theirs:
@@ -109,10 +143,12 @@ class Theirs:
             nested = self.name in ("smolvlm", "idefics3")
             found |= dict(self.processor(images=[images] if nested else images, return_tensors="pt"))
             found.pop("num_patches", None)
-        if self.name.startswith("qwen"):
+        if self.name.startswith(("qwen", "glm")):
             found["mm_token_type_ids"] = (found["input_ids"] == self.model.config.image_token_id).int()
             found["mm_token_type_ids"] += 2 * (found["input_ids"] == self.model.config.video_token_id).int()
-        if clips:
+        if clips and self.name == "llava_onevision":
+            found["pixel_values_videos"] = torch.stack([self._frames(frames) for frames in clips])
+        elif clips:
             made = [self._clip(frames) for frames in clips]
             found["pixel_values_videos"] = torch.cat([values for values, _ in made])
             found["video_grid_thw"] = torch.tensor([grid for _, grid in made])
@@ -123,18 +159,17 @@ class Theirs:
             found["token_type_ids"] = (found["input_ids"] == self.model.config.image_token_id).int()
         return found
 
+    def _frames(self, frames: list[Any]) -> torch.Tensor:
+        """Four frames, evenly spread, made square."""
+        from PIL import Image
+
+        chosen = [frames[int(at * len(frames) / 4)].resize((22, 22), Image.Resampling.BICUBIC) for at in range(4)]
+        values = (np.stack([np.asarray(frame) for frame in chosen]) / 255 - CLIP_MEAN) / CLIP_STD
+        return torch.from_numpy(values).float().permute(0, 3, 1, 2)
+
     def _clip(self, frames: list[Any]) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        """Patches of 4 x 4 pixels and 2 frames, in blocks of 2 x 2: what a video processor makes without resizing."""
         settings = SETTINGS[self.name]
-        mean = settings.get("image_mean", (0.48145466, 0.4578275, 0.40821073))
-        std = settings.get("image_std", (0.26862954, 0.26130258, 0.27577711))
-        values = (np.stack([np.asarray(frame) for frame in frames]) / 255 - mean) / std
-        if len(values) % 2:
-            values = np.concatenate([values, values[-1:]])
-        steps, rows, columns = len(values) // 2, values.shape[1] // 4, values.shape[2] // 4
-        cut = values.reshape(steps, 2, rows // 2, 2, 4, columns // 2, 2, 4, 3)
-        flat = cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(steps * rows * columns, -1)
-        return torch.from_numpy(flat).float(), (steps, rows, columns)
+        return patches_of(frames, settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD))
 
     def logits(self, ids: list[int], images: list[Any], clips: list[list[Any]] | None = None) -> torch.Tensor:
         with torch.inference_mode():

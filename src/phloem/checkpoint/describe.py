@@ -278,7 +278,7 @@ def _describe_directory(path: Path, name: str, load_format: str, model_impl: str
     folder = config_path.parent
     if path.is_dir() and not config_path.exists():
         raise ModelLoadError(f"{config_path}: missing; a model directory has a config.json and safetensors files")
-    whole = _read_json(config_path)
+    whole = _thinking(_read_json(config_path))
     model_type = _model_type(whole, config_path)
     if model_impl != "transformers":
         model_type = _language(whole, model_type)
@@ -342,6 +342,14 @@ def _text_config(whole: dict[str, Any], model_type: str, path: Path) -> dict[str
     if isinstance(whole.get("text_config"), dict) and whole.get("tie_word_embeddings") is not None:
         config["tie_word_embeddings"] = whole["tie_word_embeddings"]  # the head is the whole model's
     return {**facts.defaults, **config, "model_type": model_type}
+
+
+def _thinking(whole: dict[str, Any]) -> dict[str, Any]:
+    """Of a model that speaks as well: the settings of the part that writes, under the name of the whole."""
+    inner = whole.get("thinker_config")
+    if not isinstance(inner, dict):
+        return whole
+    return {**whole, **cast("dict[str, Any]", inner), "model_type": whole.get("model_type")}
 
 
 def _language(whole: dict[str, Any], model_type: str) -> str:

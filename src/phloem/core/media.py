@@ -100,18 +100,18 @@ def as_sound(item: Media) -> NDArray[np.float32]:
 def places(media: Sequence[Media]) -> tuple[NDArray[np.int64], int]:
     """Time, height and width of every token up to the end of the last item [3, end], and the next place.
 
-    A text's tokens are one after the other in all three; a picture's or video's are a grid from where it begins, and
-    what follows begins behind the grid's longest side (Wang et al., 2024, Qwen2-VL). A time may be further than the
-    number of tokens: that of seconds in a video of few frames.
+    A text's and a sound's tokens are one after the other in all three; a picture's or video's are a grid from where it
+    begins, and what follows begins behind the grid's longest side (Wang et al., 2024, Qwen2-VL). A time may be further
+    than the number of tokens: that of seconds in a video of few frames.
 
     Args:
-        media: in the order of the prompt, with grids.
+        media: in the order of the prompt, with grids but for sounds.
     """
     end, at, place = media[-1].end, 0, 0
     found = np.zeros((3, end), dtype=np.int64)
     for item in media:
         times = np.asarray(item.times, dtype=np.int64)
-        for (start, count), grid in zip(item.spans, item.grids, strict=True):
+        for (start, count), grid in zip(item.spans, item.grids, strict=True) if item.grids else ():
             found[:, at:start] = np.arange(place, place + start - at)
             place += start - at
             steps = np.indices(grid).reshape(3, -1)
@@ -122,13 +122,14 @@ def places(media: Sequence[Media]) -> tuple[NDArray[np.int64], int]:
             found[:, start : start + count] = steps + place
             place += longest
             at = start + count
-    return found, place
+    found[:, at:] = np.arange(place, place + end - at)
+    return found, place + end - at
 
 
 def reach(media: Sequence[Media], count: int) -> int:
     """Places that a prompt of so many tokens takes: its tokens, or where its pictures and videos are further."""
     ordered = sorted((item for item in media), key=lambda item: item.end)
-    if not ordered or not all(item.grids for item in ordered):
+    if not any(item.grids for item in ordered):
         return count
     _, place = places(ordered)
     return max(count, place + count - ordered[-1].end)

@@ -1,36 +1,26 @@
-"""A child process that compiles grammars with xgrammar under limits on time and memory, and its face in the parent.
-
-Frames both ways: four bytes of length, then msgpack. The child is started at the first use and again after a kill.
-"""
+"""A child process that compiles grammars with xgrammar under limits on time and memory, and its face in the parent."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import re
-import resource
-import struct
-import subprocess
-import sys
 import threading
-from typing import IO, Any
-
-import msgspec
+from typing import Any
 
 from phloem.core.errors import BadRequest
+from phloem.utils.confined import Confined, hello, serve
 
-_MAX_FRAME = 1 << 30
-_START_SECONDS = 180.0  # importing the library takes seconds on a busy machine; not part of a compilation's time
+_MOST_SECONDS = 3600  # of a job whose parent has gone
 
 
 class CompilerProcess:
     """One child; jobs one at a time. Safe to call from several threads."""
 
     def __init__(self, tokens: list[bytes], vocab_size: int, eos_ids: list[int], memory_limit: int) -> None:
-        self._hello = {"tokens": tokens, "vocab_size": vocab_size, "eos_ids": eos_ids, "memory": memory_limit}
+        about = {"tokens": tokens, "vocab_size": vocab_size, "eos_ids": eos_ids, "memory": memory_limit}
+        self._child = Confined("phloem.grammar._worker", about)
         self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
 
     def compile(self, kind: str, text: str, whitespace: str, timeout: float) -> str:
         """The compiled grammar as the library's JSON.
@@ -39,10 +29,10 @@ class CompilerProcess:
             BadRequest: if the grammar is not valid, or compiling it goes over the limits; the child is killed then.
         """
         with self._lock:
-            child = self._start()
-            answer = self._ask(child, {"kind": kind, "text": text, "whitespace": whitespace}, timeout)
+            if not self._child.start():
+                raise BadRequest("the grammar compiler did not start")
+            answer = self._child.ask({"kind": kind, "text": text, "whitespace": whitespace}, timeout)
             if answer is None:
-                self._kill()
                 raise BadRequest(f"the grammar could not be compiled within {timeout:g} s and the memory limit")
         if "error" in answer:
             raise BadRequest(f"the grammar is not usable: {answer['error']}")
@@ -50,90 +40,31 @@ class CompilerProcess:
 
     def close(self) -> None:
         with self._lock:
-            self._kill()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        if self._child is not None and self._child.poll() is None:
-            return self._child
-        self._kill()
-        command = [sys.executable, "-c", "from phloem.grammar._worker import main; main()"]
-        path = "import sys; sys.path[:] = " + repr(sys.path) + "; "
-        command[2] = path + command[2]
-        self._child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        if self._ask(self._child, self._hello, _START_SECONDS) is None:
-            self._kill()
-            raise BadRequest("the grammar compiler did not start")
-        return self._child
-
-    def _ask(self, child: subprocess.Popen[bytes], body: dict[str, Any], timeout: float) -> dict[str, Any] | None:
-        """None where the child died or did not answer in time."""
-        timer = threading.Timer(timeout, child.kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            assert child.stdin is not None and child.stdout is not None
-            write_frame(child.stdin, body)
-            return read_frame(child.stdout)
-        except OSError:
-            return None
-        finally:
-            timer.cancel()
-
-    def _kill(self) -> None:
-        child, self._child = self._child, None
-        if child is None:
-            return
-        child.kill()
-        child.wait()
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-
-
-def write_frame(pipe: IO[bytes], body: dict[str, Any]) -> None:
-    data = msgspec.msgpack.encode(body)
-    pipe.write(struct.pack("<I", len(data)) + data)
-    pipe.flush()
-
-
-def read_frame(pipe: IO[bytes]) -> dict[str, Any] | None:
-    head = pipe.read(4)
-    if len(head) < 4:
-        return None
-    length = struct.unpack("<I", head)[0]
-    if length > _MAX_FRAME:
-        return None
-    data = pipe.read(length)
-    return msgspec.msgpack.decode(data) if len(data) == length else None
+            self._child.close()
 
 
 def main() -> None:
-    """The child: answer jobs until the pipe ends."""
-    hello = read_frame(sys.stdin.buffer)
-    if hello is None:
+    """The child."""
+    about = hello()
+    if about is None:
         return
     xgrammar: Any = importlib.import_module("xgrammar")
     info = xgrammar.TokenizerInfo(
-        hello["tokens"],
+        about["tokens"],
         xgrammar.VocabType.RAW,
-        vocab_size=hello["vocab_size"],
-        stop_token_ids=hello["eos_ids"],
+        vocab_size=about["vocab_size"],
+        stop_token_ids=about["eos_ids"],
     )
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
-    # The limit counts address space, of which the libraries have mapped much already.
-    limit = _address_space() + int(hello["memory"])
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    write_frame(sys.stdout.buffer, {"ready": True})
-    while (job := read_frame(sys.stdin.buffer)) is not None:
+
+    def answer(job: dict[str, Any]) -> dict[str, Any]:
         try:
-            answer = {"grammar": _compile(xgrammar, compiler, job).serialize_json()}
+            return {"grammar": _compile(xgrammar, compiler, job).serialize_json()}
         except Exception as error:
             spent = isinstance(error, MemoryError) or "bad_alloc" in str(error)
-            answer = {"error": "compiling it takes more memory than the limit" if spent else _plain(str(error))}
-        write_frame(sys.stdout.buffer, answer)
+            return {"error": "compiling it takes more memory than the limit" if spent else _plain(str(error))}
+
+    serve(answer, int(about["memory"]), _MOST_SECONDS)
 
 
 def _compile(library: Any, compiler: Any, job: dict[str, Any]) -> Any:
@@ -162,11 +93,6 @@ def _with_json_style(library: Any, node: Any, compact: bool) -> Any:
         grammar = library.Grammar.from_json_schema(json.dumps(node["json_schema"]), **style)
         return {"type": "grammar", "grammar": str(grammar)}
     return {key: _with_json_style(library, value, compact) for key, value in node.items()}
-
-
-def _address_space() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
 
 
 def _plain(message: str) -> str:

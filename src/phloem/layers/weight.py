@@ -84,6 +84,7 @@ class Weight:
     plain: bool = False  # kept in the type it is asked for, whatever others are rounded to while they are loaded
     aside: bool = False  # prepared by the host's table, beside the device
     elsewhere: tuple[str, ...] = ()  # tensors of the same kind that other ranks keep
+    zeros: tuple[str, ...] = ()  # those that no checkpoint has: biases beside others that are stored
 
     def part(self, number: int) -> Part | None:
         return self.parts[number] if self.parts else None

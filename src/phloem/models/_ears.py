@@ -1,11 +1,12 @@
 """The encoder of a model that hears (Radford et al., 2022): two convolutions over a log-mel spectrogram, then layers
 that see all of it.
 
-Legend: n audios, B mel bands, F frames, S = F / 2 states of each audio, N hidden size.
+Legend: n audios, B mel bands, F frames, S at most F / 2 states of each audio, N hidden size.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,20 @@ from phloem.models._layer import Attention, LayerKind, Place, Plain
 from phloem.models._sources import Read
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from torch import Tensor
 
     from phloem.layers.context import BuildContext, Pack
 
+BASE = 10_000  # of sines
 TAPS = 3  # of both convolutions; the second takes every other frame
+
+
+def keys_without_bias(weights: Iterable[Weight]) -> None:
+    """Of projections that lie together, where queries and values have one."""
+    for weight in weights:
+        weight.zeros = tuple(name for name in weight.names if name.endswith("k_proj.bias"))
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,9 @@ class EarsConfig:
     heads: int
     activation: str
     eps: float
+    pool: int = 1  # states whose mean is one
+    norm: str = "layer_norm"
+    learned: bool = True  # places; otherwise sines
 
 
 class Convolution(Layer):
@@ -54,11 +67,12 @@ class Convolution(Layer):
         self.made = self.ops.prepare_linear([source], self.dtype, self.device)
 
     def __call__(self, x_FC: Tensor) -> Tensor:
-        """[F, inputs] -> [F / step, outputs]."""
+        """[F, inputs] -> [F / step rounded up, outputs]."""
         inputs = self.sizes[0]
-        padded = x_FC.new_zeros(len(x_FC) + TAPS - 1, inputs)
-        padded[1:-1] = x_FC
-        around = padded.as_strided((len(x_FC) // self.step, TAPS * inputs), (self.step * inputs, 1))
+        count = -(-len(x_FC) // self.step)
+        padded = x_FC.new_zeros(self.step * count + TAPS - 1, inputs)
+        padded[1 : len(x_FC) + 1] = x_FC
+        around = padded.as_strided((count, TAPS * inputs), (self.step * inputs, 1))
         return self.ops.gelu(self.ops.linear(around.contiguous(), self.made, self.bias.value)[0])
 
 
@@ -71,31 +85,51 @@ class Ears(Layer):
             Convolution(ctx.child("conv1"), config.bands, size, 1),
             Convolution(ctx.child("conv2"), size, size, 2),
         ]
-        self.positions = Weight((ctx.child("embed_positions.weight").name,), ((config.states, size),), "norm")
+        self.positions: Weight | None = None
+        if config.learned:
+            self.positions = Weight((ctx.child("embed_positions.weight").name,), ((config.states, size),), "norm")
+        self.sines = torch.zeros(0)
         options = AttentionOptions(qkv_bias=True, out_bias=True, o_proj="out_proj")
         attention = Attention(config.heads, config.heads, size // config.heads, None, options=options, causal=False)
         feed = Plain(config.inner_size, config.activation, True, ("fc1", "fc2"), name="")
         kind = LayerKind(attention, feed, norm_names=("self_attn_layer_norm", "final_layer_norm"))
         self.layers = [kind.make(ctx.child("layers").child(number), place) for number in range(config.layers)]
-        self.norm = place.norm(ctx.child("layer_norm"))
+        self.norm = place.norm(ctx.child(config.norm))
 
     def settle(self) -> None:
         """For whenever weights have changed."""
         for one in self.convolutions:
             one.settle()
 
-    def __call__(self, mel_nBF: Tensor, pack: Pack) -> Tensor:
-        """States [n * S, N], final norm applied."""
+    def __call__(self, mels_BF: Sequence[Tensor], pack: Pack, lengths: Sequence[int] = ()) -> Tensor:
+        """States [n * S, N], final norm applied. `lengths`: how many of each audio are there; (): all."""
         states: list[Tensor] = []
-        for mel_BF in mel_nBF:
+        for number, mel_BF in enumerate(mels_BF):
             x_FC = mel_BF.T.to(self.convolutions[0].bias.value.dtype)
             for convolution in self.convolutions:
                 x_FC = convolution(x_FC)
-            states.append(self.ops.add(x_FC, self.positions.value.to(x_FC.dtype)))
+            x_FC = x_FC[: lengths[number]] if lengths else x_FC
+            states.append(self.ops.add(x_FC, self._places(len(x_FC), x_FC)))
         x_TN, residual_TN = torch.cat(states), None
         nothing = torch.zeros(0, dtype=torch.int64, device=x_TN.device)
-        step = ForwardBatch(nothing, nothing, pack([self.config.states] * len(states)), None)
+        step = ForwardBatch(nothing, nothing, pack([len(one) for one in states]), None)
         for layer in self.layers:
             x_TN, residual_TN = layer.attend(x_TN, residual_TN, step)
             x_TN, residual_TN = layer.feed(x_TN, residual_TN)
-        return self.norm.add(x_TN, residual_TN)[0]
+        pool = self.config.pool
+        if pool == 1:
+            return self.norm.add(x_TN, residual_TN)[0]
+        x_TN = x_TN if residual_TN is None else self.ops.add(x_TN, residual_TN)
+        parts = x_TN.split([len(one) for one in states])
+        whole = [part[: len(part) // pool * pool].unflatten(0, (-1, pool)).mean(1) for part in parts]
+        return self.norm(torch.cat(whole))
+
+    def _places(self, count: int, like: Tensor) -> Tensor:
+        if self.positions is not None:
+            return self.positions.value[:count].to(like.dtype)
+        if self.sines.device != like.device or not len(self.sines):
+            half = self.config.hidden_size // 2
+            slow = torch.exp(torch.arange(half) * (-math.log(BASE) / (half - 1)))
+            angles = torch.arange(self.config.states)[:, None] * slow
+            self.sines = torch.cat([angles.sin(), angles.cos()], 1).to(like.device)
+        return self.sines[:count].to(like.dtype)

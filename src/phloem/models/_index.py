@@ -56,6 +56,9 @@ def open_sources(
         _refuse(unused_parts(unused), "would change the answers, and no layer uses them", str(checkpoint.path))
         return found, unused
     found, unused = _safetensors_sources(checkpoint, index, rename)
+    for name in (name for weight in index.weights for name in weight.zeros if name not in found):
+        shape = index.stored_shape(name)
+        found[name] = TensorSource(name, shape, tensor=torch.zeros(shape))
     _refuse(unused_scales(unused), "belong to weights in a format that is not supported", str(checkpoint.path))
     return found, unused
 
@@ -141,7 +144,8 @@ class WeightIndex:
         return {name: found for name in matrices if (found := method.companions(name))}
 
     def names(self) -> list[str]:
-        return list(self.slots)
+        """Of those that checkpoints have."""
+        return [name for name, places in self.slots.items() if name not in places[0][0].zeros]
 
     def companion_names(self) -> set[str]:
         """Tensors that may hold a matrix instead of the one that is named after it."""

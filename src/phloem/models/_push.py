@@ -142,6 +142,9 @@ class Push:
                     view = index.view(weight, number, source)
                     values = view.dense(weight.value.dtype) if weight.role == "matrix" else index.vector(weight, view)
                     job.rows.append((weight.value[weight.rows(number)], values))
+                elif name in weight.zeros:
+                    rows = weight.value[weight.rows(number)]
+                    job.rows.append((rows, torch.zeros_like(rows)))
         for source in job.sources.values():
             source.done()
         job.ready = True

@@ -132,10 +132,14 @@ class VisionTower(Layer):
 
 
 def patches(pixels_BCHW: Tensor, size: int, merge: int = 1) -> Tensor:
-    """[B, patches, C, size, size], row by row, or in blocks of merge x merge patches, row by row."""
-    count, channels, height, width = pixels_BCHW.shape
+    """[B, patches, C, size, size], row by row, or in blocks of merge x merge patches, row by row.
+
+    Pixels behind the last whole block are left out."""
     block = size * merge
-    cut = pixels_BCHW.view(count, channels, height // block, merge, size, width // block, merge, size)
+    height, width = (side // block * block for side in pixels_BCHW.shape[2:])
+    pixels_BCHW = pixels_BCHW[..., :height, :width]
+    count, channels = pixels_BCHW.shape[:2]
+    cut = pixels_BCHW.reshape(count, channels, height // block, merge, size, width // block, merge, size)
     return cut.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(count, -1, channels, size, size)
 
 

@@ -68,8 +68,6 @@ class LlavaTower(TileTower):
             raise ModelLoadError(f"vision_feature_layer {layer!r}: one layer is served, not several")
         depth = layer if layer >= 0 else vision["num_hidden_layers"] + 1 + layer
         names = Names(classes="embeddings.class_embedding", before="pre_layrnorm") if clip else Names()
-        if not clip and depth == vision["num_hidden_layers"]:
-            names = Names(after="post_layernorm")  # the last layer of SigLIP is its answer
         side = vision["image_size"] // vision["patch_size"]
         self.vit = ViT(ctx.child("vision_tower"), kind, depth, vision["patch_size"], side, names, bias=not clip)
         self.first = int(config.get("vision_feature_select_strategy", "default") == "default")

@@ -30,12 +30,13 @@ TINY = {
 }  # fmt: skip
 
 
-def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+def vision_sizes(config: dict[str, Any], qkv: tuple[str, ...] = ("qkv",)) -> QwenVision:
+    """Of the tower."""
     vision = config.get("vision_config") or {}
     size, inner = vision.get("hidden_size", 1280), vision.get("intermediate_size", 3420)
     act = vision.get("hidden_act", "silu")
-    sizes = QwenVision(
-        BlockKind(size, vision.get("num_heads", 16), inner, 1e-6, act, rms=True, gated=True),
+    return QwenVision(
+        BlockKind(size, vision.get("num_heads", 16), inner, 1e-6, act, rms=True, gated=True, qkv=qkv),
         depth=vision.get("depth", 32),
         patch=vision.get("patch_size", 14),
         merge=vision.get("spatial_merge_size", 2),
@@ -44,4 +45,7 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
         window=vision.get("window_size", 112),
         full=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
     )
-    return qwen2_decoder(config, ctx, max_positions, QwenTower(ctx, config["image_token_id"], sizes))
+
+
+def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+    return qwen2_decoder(config, ctx, max_positions, QwenTower(ctx, config["image_token_id"], vision_sizes(config)))

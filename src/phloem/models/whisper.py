@@ -11,11 +11,9 @@ from phloem.core.errors import ModelLoadError
 from phloem.layers.context import AttentionSpec
 from phloem.layers.cross import CrossAttention
 from phloem.models._common import Decoder, renamed, usual, usual_attention
-from phloem.models._ears import Ears, EarsConfig
-from phloem.models._index import WeightIndex, open_sources
+from phloem.models._ears import Ears, EarsConfig, keys_without_bias
+from phloem.models._index import WeightIndex
 from phloem.models._layer import LayerKind, MixerAlone, Plain
-from phloem.models._sources import TensorSource
-from phloem.models._stored import some
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -106,12 +104,13 @@ class Whisper(Decoder):
         self.hears = ears.bands, 2 * ears.states
         mixers = [layer.mixer for layer in self.layers if isinstance(layer, MixerAlone)]
         self.crossed = [mixer for mixer in mixers if isinstance(mixer, CrossAttention)]
+        keys_without_bias(self.weights())
         self.index = WeightIndex(self.weights(), ctx, self.embed.weight.names[0])
 
     def encode(self, mel_nBF: Tensor, pack: Pack) -> Iterator[tuple[int, Tensor, Tensor]]:
         """As `models.HearingModel`."""
         with torch.inference_mode():
-            states_TN = self.ears(mel_nBF, pack)
+            states_TN = self.ears(list(mel_nBF), pack)
             for mixer in self.crossed:
                 k, v = mixer.keys_values(states_TN)
                 count = len(mel_nBF)
@@ -126,29 +125,13 @@ class Whisper(Decoder):
         return renamed(name, _BODY) or name
 
     def load(self, checkpoint: Checkpoint, progress: Progress | None) -> None:
-        """Read every weight. Raises ModelLoadError."""
-        sources, unused = open_sources(checkpoint, self.index, self.checkpoint_name)
-        if unused:
-            raise ModelLoadError(f"{checkpoint.path}: {len(unused)} tensors are not known: {some(unused)}")
-        for name in self.index.slots:
-            if _made_up(name) and name not in sources:
-                shape = self.index.stored_shape(name)
-                sources[name] = TensorSource(name, shape, tensor=torch.zeros(shape))
-        self.index.pull(sources, str(checkpoint.path), progress)
+        super().load(checkpoint, progress)
         self.ears.settle()
-
-    def weight_names(self) -> list[str]:
-        return [name for name in super().weight_names() if not _made_up(name)]
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:
         moved = super().update_weights(tensors)
         self.ears.settle()
         return moved
-
-
-def _made_up(name: str) -> bool:
-    """A bias of zeros that stands beside those of q and v, which are in the checkpoint."""
-    return name.endswith("k_proj.bias")
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:

@@ -47,7 +47,7 @@ class Processor(Protocol):
     placeholder: str  # the token that its tokens are
 
     def make(self, source: Any, /) -> Picture:
-        """Of a Pillow image in RGB, a `_video.Video`, or samples of 16 kHz (float32).
+        """Of a Pillow image in RGB, an `_aside.Film`, or samples of 16 kHz (float32).
 
         Raises ValueError for one that this family cannot take."""
         ...

@@ -1,23 +1,18 @@
-"""Pages of a PDF as pictures, by PDFium (pypdfium2, an optional package).
+"""Pages of a PDF as pictures, by PDFium (pypdfium2, an optional package). Work for a process of its own (`_aside.py`).
 
-PDFium is not thread-safe: one thread alone calls what is here (`_reader.py`).
+PDFium is not thread-safe, and a page of a few kilobytes may take it hours and gigabytes.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from phloem.core.errors import BadRequest
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 POINTS = 72  # of an inch, in which a page's size is given
 DPI = 144
 LONGEST = 2048  # pixels of a page's longer side
-WHOLE_SECONDS = 20.0  # of work for one document; a page that was begun is finished
 
 
 def available() -> bool:
@@ -25,38 +20,37 @@ def available() -> bool:
     return importlib.util.find_spec("pypdfium2") is not None
 
 
-def pages(data: bytes, where: str, most: int) -> Iterator[Any]:
-    """Pillow images in RGB, one after the other.
+class Document:
+    """A PDF that was opened. `count`: its pages.
 
     Raises:
-        BadRequest: it is no PDF, is broken, encrypted or empty, or has more than `most` pages; nothing was drawn then.
+        BadRequest: it is no PDF, is broken, encrypted or empty, or has more than `most` pages.
     """
-    if b"%PDF-" not in data[:1024]:
-        raise _bad(where, "no PDF document")
-    import pypdfium2 as pdfium  # optional: extra `media`
 
-    try:
-        document = pdfium.PdfDocument(data)
-    except pdfium.PdfiumError as error:
-        locked = "password" in str(error).lower()
-        raise _bad(where, "the document is encrypted" if locked else "the document is broken") from None
-    deadline = time.monotonic() + WHOLE_SECONDS
-    try:
-        count = len(document)
-        if count < 1:
+    def __init__(self, data: bytes, where: str, most: int) -> None:
+        if b"%PDF-" not in data[:1024]:
+            raise _bad(where, "no PDF document")
+        import pypdfium2 as pdfium  # optional: extra `media`
+
+        self.where, self._broken = where, pdfium.PdfiumError
+        try:
+            self._document = pdfium.PdfDocument(data)
+        except pdfium.PdfiumError as error:
+            locked = "password" in str(error).lower()
+            raise _bad(where, "the document is encrypted" if locked else "the document is broken") from None
+        self.count = len(self._document)
+        if self.count < 1:
             raise _bad(where, "the document has no pages")
-        if count > most:
-            reason = f"{count} pages, {most} are the most (--limit-mm-data-per-request)"
+        if self.count > most:
+            reason = f"{self.count} pages, {most} are the most (--limit-mm-data-per-request)"
             raise _bad(where, reason, "too_many_pages")
-        for number in range(count):
-            if time.monotonic() > deadline:
-                raise _bad(where, f"drawing the document takes more than {WHOLE_SECONDS:g} s", "too_large")
-            try:
-                yield _drawn(document[number])
-            except pdfium.PdfiumError:
-                raise _bad(where, f"page {number + 1} is broken") from None
-    finally:
-        document.close()
+
+    def drawn(self, number: int) -> Any:
+        """A page as a Pillow image in RGB. Raises BadRequest."""
+        try:
+            return _drawn(self._document[number])
+        except self._broken:
+            raise _bad(self.where, f"page {number + 1} is broken") from None
 
 
 def _drawn(page: Any) -> Any:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MOST_PIXELS = 64 << 20  # of one picture, looked up in its header before anything is decoded
+MOST_SCANS = 256  # of a JPEG, each of which goes over the whole picture; files have about ten
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
@@ -39,6 +40,8 @@ def decode(data: bytes, where: str) -> Any:
             raise BadRequest(
                 f"{where}: {width} x {height} pixels are more than {MOST_PIXELS}", param=where, code="too_large"
             )
+        if data.count(b"\xff\xda") > MOST_SCANS and image.format in ("JPEG", "MPO", "TIFF"):
+            raise BadRequest(f"{where}: more than {MOST_SCANS} scans", param=where, code="too_large")
         return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError:
         kinds = ", ".join(FORMATS)

@@ -20,10 +20,11 @@ import numpy as np
 
 from phloem.core.errors import BadRequest
 from phloem.multimodal import PROCESSORS, Facts, _audio, _pages, _pixels, _video
+from phloem.multimodal._aside import Aside
 from phloem.multimodal._fetch import Rules, as_base64, fetch, is_address
 from phloem.multimodal._places import NAMES, Made, grown, with_ids, with_places
 from phloem.multimodal._settings import MOST
-from phloem.multimodal._video import Video, Wanted
+from phloem.multimodal._video import Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from phloem.core.media import Media
     from phloem.multimodal import Picture, Processor
 
-THREADS = {"image": 4, "video": 2, "audio": 2, "document": 1}  # PDFium is not thread-safe
+THREADS = {"image": 4, "video": 2, "audio": 2, "document": 2}
 DIALLING = 8
 KEPT_BYTES = 256 << 20  # of pixels
 MOST_SOUND_SECONDS = 600.0
@@ -81,6 +82,7 @@ class MediaReader:
         self.tokens, self.rules, self.limits = dict(tokens), rules, limits
         self._name = name
         self._pools: dict[str, ThreadPoolExecutor] = {}
+        self._aside = {kind: Aside(kind, THREADS[kind]) for kind in ("video", "document")}
         self._kept: OrderedDict[bytes, Made] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
@@ -163,9 +165,11 @@ class MediaReader:
     def _pictures(self, source: Source, data: bytes) -> list[Picture]:
         make, where = self.processors[source.shown].make, source.where
         if source.kind == "document":
-            return [make(page) for page in _pages.pages(data, where, self.limits["page"])]
+            with self._aside["document"].opened(data, where, most=self.limits["page"]) as paper:
+                return [make(page) for page in paper.pages()]
         if source.kind == "video":
-            return [make(Video(data, where, source.wanted))]
+            with self._aside["video"].opened(data, where, wanted=source.wanted) as video:
+                return [make(video.film())]
         if source.kind == "audio":
             return [make(_audio.decode(data, MOST_SOUND_SECONDS, where))]
         return [make(_pixels.decode(data, where))]
@@ -180,6 +184,8 @@ class MediaReader:
     def close(self) -> None:
         for pool in self._pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
+        for aside in self._aside.values():
+            aside.close()
 
     # into prompts
 

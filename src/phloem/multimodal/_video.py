@@ -1,4 +1,4 @@
-"""Frames of a video file, decoded by PyAV (an optional package). Work for a thread beside the event loop.
+"""Frames of a video file, decoded by PyAV (an optional package). Work for a process of its own (`_aside.py`).
 
 A file is recognised by its first bytes and opened by that one demuxer, from memory: nothing in it can name another file
 or an address. Its packets are counted without decoding; then those frames alone are decoded that are asked for, from
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phloem.core.errors import BadRequest
-from phloem.multimodal._pixels import MOST_PIXELS
+from phloem.multimodal._pixels import MOST_PIXELS, as_array, resized
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -83,8 +83,12 @@ class Video:
     def total(self) -> int:
         return len(self._times)
 
-    def frames(self, indices: Sequence[int], fit: Callable[[Any], NDArray[np.uint8]]) -> NDArray[np.uint8]:
-        """[frames, height, width, 3] of these frames, in rising order, each made by `fit` of a Pillow image in RGB."""
+    def frames(self, indices: Sequence[int], width: int, height: int, settings: dict[str, Any]) -> NDArray[np.uint8]:
+        """[frames, height, width, 3] of these frames, in rising order, resized as `settings` say."""
+
+        def fit(image: Any) -> NDArray[np.uint8]:
+            return as_array(resized(image, width, height, settings))
+
         try:
             found = self._guarded(lambda: list(self._decoded(indices, fit, self._kind != "mpegts")))
         except _BehindError:

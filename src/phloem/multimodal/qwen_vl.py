@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from phloem.multimodal import Facts, Picture, Processor
+from phloem.multimodal._aside import Film
 from phloem.multimodal._pixels import CLIP_MEAN, CLIP_STD, HALF, MOST_PIXELS, as_array, resized, scale_of
-from phloem.multimodal._video import MOST_FRAMES, Video
+from phloem.multimodal._video import MOST_FRAMES
 
 MOST_RATIO = 200
 USUAL_FPS = 2.0
@@ -92,13 +93,14 @@ class QwenVideos(_Sizes):
         self.num_frames, self.fps = settings.get("num_frames"), settings.get("fps")
         self.capped, self.most_tokens = bool(settings.get("cap_pixels_per_frame")), settings.get("max_video_tokens")
         self.third = third
-        # Only Qwen2.5-VL's places in time are of seconds.
+        # Only the places in time of Qwen2.5-VL and Omni are of seconds.
         second = facts.config.get("model_type", "").startswith("qwen2_5")
-        self.per_second = float(vision.get("tokens_per_second", 4)) if second else 0.0
+        rate = facts.config.get("position_id_per_seconds") or vision.get("tokens_per_second", 4)
+        self.per_second = float(rate) if second else 0.0
         if third:
             self.mark = self.inline  # texts stand between the tokens that stand around it
 
-    def make(self, source: Video, /) -> Picture:
+    def make(self, source: Film, /) -> Picture:
         indices = self._indices(source)
         steps = -(-len(indices) // self.frames)
         width, height = self._size(source.size, len(indices))
@@ -107,7 +109,7 @@ class QwenVideos(_Sizes):
                 f"{len(indices)} frames of {width} x {height} pixels are more than {MOST_PIXELS} in all: "
                 "ask for fewer (num_frames, fps)"
             )
-        pixels = source.frames(indices, lambda image: as_array(resized(image, width, height, self.settings)))
+        pixels = source.frames(indices, width, height, self.settings)
         columns, rows = width // self.block, height // self.block
         count = columns * rows
         if self.third:
@@ -121,7 +123,7 @@ class QwenVideos(_Sizes):
         grids = ((steps, rows, columns),)
         return Picture(pixels, self.scale, self.mark, (steps * count,), grids=grids, times=times)
 
-    def _indices(self, video: Video) -> list[int]:
+    def _indices(self, video: Film) -> list[int]:
         """Of the frames that are shown: evenly spread, in whole pairs where the video has them."""
         total, unit, wanted = video.total, self.frames, video.wanted
         number, fps = wanted.num_frames, wanted.fps

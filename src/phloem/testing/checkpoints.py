@@ -24,6 +24,8 @@ SPECIAL = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
 SEEING = ["<|vision_start|>", "<|vision_end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
 # Of models that see videos: the id is one that they have no other use for.
 WATCHING = [*SEEING[:3], "<video>", SEEING[4]]
+# Of models that hear.
+HEARING = [*WATCHING[:4], "<sound>"]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
     "A serving engine answers many requests at once; each request has its own page table.",
@@ -184,7 +186,9 @@ def _model(model_type: str, overrides: dict[str, Any], head: str) -> Any:
         # A class that the table of its kind lacks.
         return getattr(transformers, type(config).__name__.replace("Config", "ForCausalLM"))(config).eval()
     config = transformers.AutoConfig.for_model(model_type, text_config=settings, **around)
-    return transformers.AutoModelForImageTextToText.from_config(config).eval()
+    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText.from_config(config).eval()
+    return transformers.AutoModelForMultimodalLM.from_config(config).eval()
 
 
 def write_tokenizer(path: Path, vocab_size: int = VOCAB, *, takes: tuple[str, ...] = ()) -> None:
@@ -197,7 +201,7 @@ def write_tokenizer(path: Path, vocab_size: int = VOCAB, *, takes: tuple[str, ..
     tokenizer.decoder = decoders.ByteLevel()
     trainer: Any = trainers.BpeTrainer(
         vocab_size=min(vocab_size, VOCAB),
-        special_tokens=SPECIAL + (WATCHING if "video" in takes else SEEING if takes else []),
+        special_tokens=SPECIAL + _places(takes),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -209,10 +213,15 @@ def write_tokenizer(path: Path, vocab_size: int = VOCAB, *, takes: tuple[str, ..
     fast.save_pretrained(path)
 
 
+def _places(takes: tuple[str, ...]) -> list[str]:
+    return HEARING if "audio" in takes else WATCHING if "video" in takes else SEEING if takes else []
+
+
 def _template(takes: tuple[str, ...]) -> str:
     if not takes:
         return CHAT_TEMPLATE
-    return SEEING_TEMPLATE if "video" in takes else SEEING_TEMPLATE.replace(WATCHED, "")
+    heard = "{% elif part['type'] == 'audio' %}<sound>" if "audio" in takes else ""
+    return SEEING_TEMPLATE.replace(WATCHED, (WATCHED if "video" in takes else "") + heard)
 
 
 def tiny_gguf(source: Path, target: Path, kind: str = "F32", part: int = 0, **metadata: Any) -> Path:

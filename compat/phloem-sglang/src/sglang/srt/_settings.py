@@ -128,14 +128,14 @@ _ENGINE: tuple[_ROW, ...] = (
 )
 _PARALLEL: tuple[_ROW, ...] = (
     ("tp_size", 1, "=tp_size"),
-    ("pp_size", 1, "!there is no pipeline parallelism"),
-    ("dp_size", 1, "!there is no data parallelism inside a server: several stand behind `phloem router`"),
-    ("ep_size", 1, "!there is no expert parallelism"),
-    ("enable_dp_attention", False, "!there is no data parallelism inside a server"),
-    ("enable_dp_lm_head", False, "!there is no data parallelism inside a server"),
-    ("enable_eplb", False, "!there is no expert parallelism"),
-    ("moe_a2a_backend", "none", "!there is no expert parallelism"),
-    ("load_balance_method", "auto", "-it balances ranks of data parallelism, of which there is one"),
+    ("pp_size", 1, "=pp_size"),
+    ("dp_size", 1, "=dp_size"),
+    ("ep_size", 1, "=ep_size"),
+    ("enable_dp_attention", False, "!replicas share no layers"),
+    ("enable_dp_lm_head", False, "!replicas share no layers"),
+    ("enable_eplb", False, "!experts stay on their ranks"),
+    ("moe_a2a_backend", "none", "!ranks of experts add their sums, and send no tokens"),
+    ("load_balance_method", "auto", "=load_balance_method"),
     ("nnodes", 1, _ONE),
     ("node_rank", 0, _ONE),
     ("dist_init_addr", None, "-one machine serves a model"),
@@ -163,14 +163,32 @@ _DRAFTS: tuple[_ROW, ...] = (
     ("speculative_accept_threshold_acc", 1.0, "=speculative_accept_threshold_acc"),
     ("speculative_token_map", None, "!drafts have the whole vocabulary"),
     ("speculative_attention_mode", "prefill", _OWN),
-    ("disaggregation_mode", "null", "!prompts and answers are computed by one engine"),
-    ("disaggregation_transfer_backend", "mooncake", "-prompts and answers are computed by one engine"),
-    ("disaggregation_bootstrap_port", 8998, "-prompts and answers are computed by one engine"),
-    ("disaggregation_ib_device", None, "-prompts and answers are computed by one engine"),
+)
+_SPLIT: tuple[_ROW, ...] = (
+    ("disaggregation_mode", "null", "=disaggregation_mode"),
+    ("disaggregation_transfer_backend", "mooncake", "-pages go by memory that is shared, or by TCP"),
+    ("disaggregation_bootstrap_port", 8998, "=disaggregation_bootstrap_port"),
+    ("disaggregation_ib_device", None, "-pages go by memory that is shared, or by TCP"),
+)
+_EXPERTS: tuple[_ROW, ...] = (
+    ("kt_num_gpu_experts", None, "=kt_num_gpu_experts"),
+    ("kt_weight_path", None, "=kt_weight_path"),
+    ("kt_method", "AMXINT4", "=kt_method"),
+    ("kt_cpuinfer", None, "=kt_cpuinfer"),
+    ("kt_threadpool_count", 2, "-there is one pool of threads"),
+    ("kt_max_deferred_experts_per_token", None, "=kt_max_deferred_experts_per_token"),
+    ("kt_gpu_prefill_token_threshold", None, "=kt_gpu_prefill_token_threshold"),
+    ("kt_expert_placement_strategy", "uniform", "=kt_expert_placement_strategy"),
+    ("kt_enable_dynamic_expert_update", False, "=kt_enable_dynamic_expert_update"),
+    ("init_expert_location", "trivial", "=init_expert_location"),
+)
+_DIFFUSION: tuple[_ROW, ...] = (
+    ("dllm_algorithm", None, "=dllm_algorithm"),
+    ("dllm_algorithm_config", None, "=dllm_algorithm_config"),
 )
 SETTINGS = tuple(
     Setting(name, default, fate[0], fate[1:])
-    for rows in (_MODEL, _SERVER, _ENGINE, _PARALLEL, _LORA, _DRAFTS)
+    for rows in (_MODEL, _SERVER, _ENGINE, _PARALLEL, _LORA, _DRAFTS, _SPLIT, _EXPERTS, _DIFFUSION)
     for name, default, fate in rows
 )
 

@@ -30,6 +30,7 @@ _WHOLE = (
     "context_length", "max_running_requests", "max_total_tokens", "chunked_prefill_size", "page_size", "random_seed",
     "nccl_port", "max_queued_requests", "max_lora_rank", "max_loaded_loras", "speculative_num_steps",
     "speculative_eagle_topk", "speculative_num_draft_tokens", "cuda_graph_max_bs", "dist_timeout",
+    "kt_num_gpu_experts", "kt_cpuinfer", "kt_max_deferred_experts_per_token", "kt_gpu_prefill_token_threshold",
 )  # fmt: skip
 _DTYPES = {"half": "float16", "float": "float32"}
 _LEVELS = {"warn": "warning", "critical": "error", "fatal": "error", "notset": "debug", "trace": "debug"}

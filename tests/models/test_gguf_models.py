@@ -11,6 +11,7 @@ import pytest
 import torch
 from model_support import PROMPT, Engine, close, reference
 
+from phloem.checkpoint.describe import describe
 from phloem.checkpoint.families import FAMILIES, family
 from phloem.core.errors import ModelLoadError
 from phloem.kernels.ops import Ops
@@ -36,6 +37,56 @@ def test_gguf_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     path = tiny_checkpoint(name, tmp_path / "hf", **overrides)
     file = tiny_gguf(path, tmp_path / "tiny.gguf")
     close(Engine(file).whole(PROMPT), reference(path, PROMPT))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2-groups", "deepseek_v2-yarn", "deepseek_v3-yarn", "lfm2-conv-alone"])
+def test_variants_give_the_same_logits(name: str, made: Any, tmp_path: Path) -> None:
+    path, theirs = made(name)
+    close(Engine(tiny_gguf(path, tmp_path / "tiny.gguf")).whole(PROMPT), theirs)
+
+
+def test_what_makes_keys_and_values_of_latents_in_one_or_in_halves_of_some_type(made: Any, tmp_path: Path) -> None:
+    """Halves of another type than F32 are dequantised before they are turned and joined."""
+    path, theirs = made("deepseek_v3")
+    old = Engine(tiny_gguf(path, tmp_path / "old.gguf", whole_latent=True))
+    close(old.whole(PROMPT), theirs)
+    name = "model.layers.1.self_attn.kv_b_proj.weight"
+    new = Engine(tiny_gguf(path, tmp_path / "half.gguf", "F16")).model.get_weight(name)
+    whole = old.model.get_weight(name)
+    torch.testing.assert_close(new, whole.half().float())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("attention__key_length_mla", 8, "deepseek2.attention.key_length 8 leaves nothing beside .*dimension_count 8"),
+        ("rope__scaling__yarn_log_multiplier", 0.1, "yarn_log_multiplier = 0.1"),
+    ],
+)
+def test_sizes_of_latents_that_do_not_fit_are_named(key: str, value: Any, said: str, made: Any, tmp_path: Path) -> None:
+    import gguf
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "add_key_length_mla", lambda writer, size: None)
+        keys = {"deepseek2__attention__key_length_mla": 20} | {f"deepseek2__{key}": value}
+        file = tiny_gguf(made("deepseek_v3")[0], tmp_path / "tiny.gguf", **keys)
+    with pytest.raises(ModelLoadError, match=said):
+        describe(str(file))
+
+
+def test_halves_of_other_sizes_are_named(made: Any, tmp_path: Path) -> None:
+    import gguf
+
+    add = gguf.GGUFWriter.add_tensor
+
+    def shorter(writer: Any, name: str, tensor: Any, **rest: Any) -> None:
+        add(writer, name, tensor[:3].copy() if "attn_v_b" in name else tensor, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "add_tensor", shorter)
+        file = tiny_gguf(made("deepseek_v3")[0], tmp_path / "tiny.gguf")
+    with pytest.raises(ModelLoadError, match=r"blk.0.attn_v_b.weight \[3, 10, 16\], expected \[4, latent, key\]"):
+        Engine(file)
 
 
 def test_llama3_rope_comes_as_a_tensor_in_gguf(made: Any, tmp_path: Path) -> None:

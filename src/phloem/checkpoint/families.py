@@ -22,7 +22,7 @@ FACTS = (
     *("DIFFUSION", "IGNORED"),
 )
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-SPARSE = " with experts"
+SPARSE, SIGMOID = " with experts", " with sigmoid routing"
 _FOLDER = Path(__file__).parents[1] / "models"
 
 
@@ -33,6 +33,7 @@ class GGUFFacts:
     architecture: str  # general.architecture
     hf_class: str  # the entry of config.json's `architectures`
     sparse: bool = False  # it serves those files of the architecture that say how many experts there are
+    sigmoid: bool = False  # it serves those files whose routers score by a sigmoid
     written_as: str = ""  # the architecture that today's converters write for it, if another
     # config.json key -> metadata key under the architecture's prefix, which must be there; or (that key, a default).
     keys: dict[str, str | tuple[str, Any]] = field(default_factory=dict)
@@ -118,7 +119,7 @@ def audio_of(name: str) -> dict[str, str] | None:
 
 @cache
 def gguf_families() -> dict[str, Family]:
-    """Families by GGUF architecture; one that serves the sparse models of another's with `SPARSE` behind it."""
+    """Families by GGUF architecture; one that serves some of another's files with `SPARSE` or `SIGMOID` behind it."""
     found = [family(name) for name in FAMILIES.names()]
     facts = [(item, item.gguf) for item in found if item.gguf is not None]
-    return {own.architecture + SPARSE * own.sparse: item for item, own in facts}
+    return {own.architecture + SPARSE * own.sparse + SIGMOID * own.sigmoid: item for item, own in facts}

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from phloem.checkpoint.families import SPARSE, gguf_families
+from phloem.checkpoint.families import SIGMOID, SPARSE, gguf_families
 from phloem.checkpoint.gguf_keys import check_unread
-from phloem.checkpoint.gguf_rope import READ, read_rope
+from phloem.checkpoint.gguf_rope import read_rope, rope_keys
 from phloem.core.errors import ModelLoadError
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
     """
     arch = str(gguf.metadata.get("general.architecture"))
     families = gguf_families()
-    sparse = arch + SPARSE
-    own = sparse if sparse in families and gguf.metadata.get(f"{arch}.expert_count") else arch
+    own = _served_as(gguf, arch)
     facts = families[own].gguf if own in families else None
     if facts is None:
         raise ModelLoadError(f"{path}: unknown GGUF architecture {arch!r}; known: {', '.join(sorted(families))}")
@@ -52,6 +51,10 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
     for key, source in KEYS.items():
         value = gguf.metadata.get(f"{arch}.{source}")
         if value is not None:
+            if key == "num_key_value_heads" and isinstance(value, Iterable):
+                value = [item for item in value if item]  # 0: a layer that does not attend
+                if not value:
+                    continue
             config[key] = _plain(value, f"{path}: {arch}.{source}")
         elif key in _NEEDED:
             raise ModelLoadError(f"{path}: its metadata has no {arch}.{source}")
@@ -68,12 +71,52 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
         if token is not None:
             config[f"{key.replace('padding', 'pad')}_token_id"] = int(token)
     _own(config, facts, gguf, path)
+    latent = _latent(config, gguf, arch, path) if "kv_lora_rank" in facts.keys else set[str]()
     # Layers that draft are counted among the others, and stand behind them.
     config["num_hidden_layers"] -= int(config.get("num_nextn_predict_layers", 0))
     config.update(read_rope(gguf, config, facts, path))
-    read = {*KEYS.values(), *READ, *(item if isinstance(item, str) else item[0] for item in facts.keys.values())}
+    read = {
+        *KEYS.values(),
+        *rope_keys(facts, config.get("rope_parameters", {})),
+        *latent,
+        *(item if isinstance(item, str) else item[0] for item in facts.keys.values()),
+    }
     check_unread(gguf.metadata, arch, read, config, path)
     return config
+
+
+def _served_as(gguf: GGUFFile, arch: str) -> str:
+    """Of an architecture that several families share: the entry of the one whose files look so."""
+    told = ((SPARSE, bool(gguf.metadata.get(f"{arch}.expert_count"))), (SIGMOID, _scores_by_sigmoid(gguf, arch)))
+    return next((arch + kind for kind, there in told if there and arch + kind in gguf_families()), arch)
+
+
+def _scores_by_sigmoid(gguf: GGUFFile, arch: str) -> bool:
+    """Files that are older than the key have the correction that only such routers know."""
+    scores = gguf.metadata.get(f"{arch}.expert_gating_func")
+    return scores == 2 if scores else any(name.endswith(".exp_probs_b.bias") for name in gguf.tensors)
+
+
+def _latent(config: dict[str, Any], gguf: GGUFFile, arch: str, path: Path) -> set[str]:
+    """Sizes of latent attention into `config`; the keys that were read.
+
+    Today's converters give the sizes of the absorbed form, whose one key head is the latent, and those of the heads
+    under keys of their own; older ones only those of the heads.
+    """
+    names = ("attention.key_length", "attention.value_length")
+    sizes = [gguf.metadata.get(f"{arch}.{name}_mla") or gguf.metadata.get(f"{arch}.{name}") for name in names]
+    for name, size in zip(names, sizes, strict=True):
+        if not size:
+            raise ModelLoadError(f"{path}: its metadata has no {arch}.{name}")
+    whole, value = (_plain(size, f"{path}: {arch}.{name}") for name, size in zip(names, sizes, strict=True))
+    config["qk_nope_head_dim"], config["v_head_dim"] = whole - config["qk_rope_head_dim"], value
+    if config["qk_nope_head_dim"] <= 0:
+        raise ModelLoadError(
+            f"{path}: {arch}.{names[0]} {whole} leaves nothing beside {arch}.rope.dimension_count "
+            f"{config['qk_rope_head_dim']}"
+        )
+    config["num_key_value_heads"] = config["num_attention_heads"]
+    return {*names, *(f"{name}_mla" for name in names)}
 
 
 def _own(config: dict[str, Any], facts: GGUFFacts, gguf: GGUFFile, path: Path) -> None:

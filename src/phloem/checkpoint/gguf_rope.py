@@ -13,6 +13,7 @@ from phloem.checkpoint.gguf_keys import head_size
 from phloem.core.errors import ModelLoadError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from phloem.checkpoint.families import GGUFFacts
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _TYPE, _FACTOR, _OLD_FACTOR = "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"
 _LENGTH, _ATTENTION = "rope.scaling.original_context_length", "rope.scaling.attn_factor"
 _FAST, _SLOW, _EXTRA = "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_ext_factor"
-_COUNT = "rope.dimension_count"
+_COUNT, _GROWN = "rope.dimension_count", "rope.scaling.yarn_log_multiplier"
 READ = {_TYPE, _FACTOR, _OLD_FACTOR, _LENGTH, _ATTENTION, _FAST, _SLOW, _EXTRA, _COUNT}
 
 
@@ -38,6 +39,10 @@ def read_rope(gguf: GGUFFile, config: dict[str, Any], facts: GGUFFacts, path: Pa
     rope = _scaling(get, config, f"{path}: {prefix}")
     if rope.get("rope_type") == "yarn":
         rope |= facts.config.get("yarn", {})
+        grown = gguf.metadata.get(prefix + _GROWN) if _GROWN in rope_keys(facts, rope) else None
+        if grown:
+            # A tenth of it, which is what the scale grows by for each e-fold of the length.
+            rope |= dict.fromkeys(("mscale", "mscale_all_dim"), round(10.0 * float(grown), 6))
     if divisors is not None:
         if rope and rope["rope_type"] != "linear":
             raise ModelLoadError(f"{path}: rope_freqs.weight beside {prefix}{_TYPE} {rope['rope_type']!r} is not known")
@@ -46,6 +51,13 @@ def read_rope(gguf: GGUFFile, config: dict[str, Any], facts: GGUFFacts, path: Pa
         values = [float(item) * factor for item in divisors.raw().view("<f4").reshape(-1)]
         rope = {"rope_type": "divisors", "divisors": values}
     return {**found, "rope_parameters": rope} if rope else found
+
+
+def rope_keys(facts: GGUFFacts, rope: Mapping[str, Any]) -> set[str]:
+    """What is read for a family; the scale that grows with the length is known for latent attention
+    and YaRN alone."""
+    known = "kv_lora_rank" in facts.keys and rope.get("rope_type") == "yarn"
+    return READ | ({_GROWN} if known else set())
 
 
 def _partial(count: Any, config: dict[str, Any], facts: GGUFFacts, where: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from phloem.checkpoint.families import family
 from phloem.core.errors import ModelLoadError
-from phloem.models._sources import GGUFSource
+from phloem.models._sources import GGUFSource, ShortFilterSource, SplitLatentSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -43,7 +43,9 @@ _OUTER_NAMES = {
     "model.final_layernorm.weight": "output_norm.weight",
     "model.final_layernorm.bias": "output_norm.bias",
     "lm_head.bias": "output.bias",
+    "model.embedding_norm.weight": "token_embd_norm.weight",
 }
+_FILTERS = ("conv", "conv1d")  # of short convolutions
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+?)(\.weight|\.bias)?")
 _EXPERT = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -86,8 +88,38 @@ def gguf_sources(
             tensor = tensors[stored] if expert is None else _expert_of(tensors[stored], expert, weight, checkpoint)
             kind = "dense" if tensor.kind in ("F32", "F64") else tensor.kind
             shifted = weight.role == "norm"
+            if part in _FILTERS and len(tensor.shape) == 2:
+                channels, taps = tensor.shape
+                found[name] = ShortFilterSource(name, (channels, 1, taps), "dense", shifted, tensor=tensor)
+                continue
             found[name] = GGUFSource(name, tensor.shape, kind, shifted, tensor=tensor, heads=turned)
+        elif name.endswith(".kv_b_proj.weight"):
+            keys, values = (stored.replace("attn_kv_b", half) for half in ("attn_k_b", "attn_v_b"))
+            if keys in tensors and values in tensors:
+                found[name] = _joined(name, tensors[keys], tensors[values], heads, checkpoint)
+    # Some files have both forms of what makes keys and values: the one is enough.
+    used |= {
+        name
+        for name in tensors
+        if re.fullmatch(r"blk\.\d+\.attn_[kv]_b\.weight", name) and "attn_kv_b" in facts.names.values()
+    }
     return found, sorted(set(tensors) - used)
+
+
+def _joined(name: str, keys: GGUFTensor, values: GGUFTensor, heads: int, checkpoint: Checkpoint) -> SplitLatentSource:
+    """`kv_b_proj` of its two halves by head: keys [heads, latent, key], values [heads, value, latent]."""
+    fits = len(keys.shape) == len(values.shape) == 3 and keys.shape[0] == values.shape[0] == heads
+    if not fits or keys.shape[1] != values.shape[2]:
+        raise ModelLoadError(
+            f"{checkpoint.path}: {keys.name} is {list(keys.shape)} and {values.name} {list(values.shape)}, expected "
+            f"[{heads}, latent, key] and [{heads}, value, latent]"
+        )
+    rank, size = keys.shape[1], keys.shape[2] + values.shape[1]
+    flat = [
+        GGUFSource(half.name, (half.shape[0] * half.shape[1], half.shape[2]), half.kind, tensor=half)
+        for half in (keys, values)
+    ]
+    return SplitLatentSource(name, (heads * size, rank), keys=flat[0], values=flat[1], heads=heads)
 
 
 def _drafting(checkpoint: Checkpoint) -> set[str]:

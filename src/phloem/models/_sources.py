@@ -265,6 +265,38 @@ class GGUFSource(Source):
         return out[:, cols.start - first * block : cols.stop - first * block : cols.step]
 
 
+@dataclass
+class ShortFilterSource(GGUFSource):
+    """Filters of a short convolution, [channels, 1, taps] to us, of which the file leaves out the axis of one."""
+
+    def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
+        assert self.tensor is not None
+        flat = GGUFSource(self.name, self.tensor.shape, self.tensor.kind, tensor=self.tensor)
+        values = flat.take(None, dtype).unsqueeze(1)
+        self.bytes_read += flat.bytes_read
+        return indexed(values, index).contiguous()
+
+
+@dataclass
+class SplitLatentSource(Source):
+    """The keys' and values' half of every head of `kv_b_proj`, which today's converters store apart, keys turned.
+
+    `keys` are [heads * latent, key], `values` [heads * value, latent].
+    """
+
+    keys: GGUFSource | None = None
+    values: GGUFSource | None = None
+    heads: int = 0
+
+    def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
+        assert self.keys is not None and self.values is not None
+        keys, values = self.keys.take(None, dtype), self.values.take(None, dtype)
+        self.bytes_read = self.keys.bytes_read + self.values.bytes_read
+        turned = keys.unflatten(0, (self.heads, -1)).transpose(1, 2)
+        whole = torch.cat([turned, values.unflatten(0, (self.heads, -1))], 1).flatten(0, 1)
+        return indexed(whole, index).contiguous()
+
+
 def halves_from_neighbours(rows: int, heads: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Where each row of a q or k projection lies in a GGUF file whose converter pairs neighbours.
 

@@ -23,6 +23,37 @@ DEFAULTS = {
     "routed_scaling_factor": 1.0,
     "rope_interleave": True,
 }
+GGUF = {
+    "architecture": "deepseek2",
+    "hf_class": "DeepseekV2ForCausalLM",
+    "keys": {
+        "q_lora_rank": ("attention.q_lora_rank", 0),
+        "kv_lora_rank": "attention.kv_lora_rank",
+        "qk_rope_head_dim": "rope.dimension_count",
+        "head_dim": "rope.dimension_count",
+        "n_routed_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "n_shared_experts": "expert_shared_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+        "first_k_dense_replace": "leading_dense_block_count",
+        "routed_scaling_factor": ("expert_weights_scale", 1.0),
+        "norm_topk_prob": ("expert_weights_norm", False),
+        "n_group": ("expert_group_count", 1),
+        "topk_group": ("expert_group_used_count", 1),
+    },
+    "config": {"topk_method": "group_limited_greedy", "rope_interleave": True},
+    "names": {
+        "self_attn.q_a_proj": "attn_q_a",
+        "self_attn.q_a_layernorm": "attn_q_a_norm",
+        "self_attn.q_b_proj": "attn_q_b",
+        "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+        "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+        "self_attn.kv_b_proj": "attn_kv_b",
+        "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+        "mlp.shared_experts.up_proj": "ffn_up_shexp",
+        "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    },
+}
 TINY = {
     "head_dim": None,
     "num_key_value_heads": 4,

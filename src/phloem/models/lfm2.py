@@ -21,6 +21,26 @@ DEFAULTS = {
     "block_ffn_dim_multiplier": 1.0,
     "block_multiple_of": 256,
 }
+GGUF = {
+    "architecture": "lfm2",
+    "hf_class": "Lfm2ForCausalLM",
+    "keys": {"norm_eps": "attention.layer_norm_rms_epsilon", "conv_L_cache": "shortconv.l_cache"},
+    "config": {"block_auto_adjust_ff_dim": False, "conv_bias": False},
+    "layers_with": {"full_attn_idxs": "attn_q.weight"},
+    "names": {
+        "operator_norm": "attn_norm",
+        "ffn_norm": "ffn_norm",
+        "self_attn.out_proj": "attn_output",
+        "self_attn.q_layernorm": "attn_q_norm",
+        "self_attn.k_layernorm": "attn_k_norm",
+        "conv.conv": "shortconv.conv",
+        "conv.in_proj": "shortconv.in_proj",
+        "conv.out_proj": "shortconv.out_proj",
+        "feed_forward.gate_proj": "ffn_gate",
+        "feed_forward.up_proj": "ffn_up",
+        "feed_forward.down_proj": "ffn_down",
+    },
+}
 TINY = {
     "num_hidden_layers": 4,
     "head_dim": None,

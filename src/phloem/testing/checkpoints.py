@@ -14,6 +14,7 @@ from phloem.checkpoint.gguf_config import KEYS
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
 from phloem.models import build_model
+from phloem.models.lfm2 import inner_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -224,7 +225,9 @@ def _template(takes: tuple[str, ...]) -> str:
     return SEEING_TEMPLATE.replace(WATCHED, (WATCHED if "video" in takes else "") + heard)
 
 
-def tiny_gguf(source: Path, target: Path, kind: str = "F32", part: int = 0, **metadata: Any) -> Path:
+def tiny_gguf(
+    source: Path, target: Path, kind: str = "F32", part: int = 0, *, whole_latent: bool = False, **metadata: Any
+) -> Path:
     """Convert a `tiny_checkpoint` to GGUF, as llama.cpp's converter lays it out.
 
     Args:
@@ -232,6 +235,7 @@ def tiny_gguf(source: Path, target: Path, kind: str = "F32", part: int = 0, **me
         target: the file to write.
         kind: GGUF type of the matrices; a matrix whose rows do not fill its blocks is stored as F32.
         part: tensors of a part; 0: all in one file.
+        whole_latent: `kv_b_proj` of latent attention in one, as older converters left it.
         metadata: further keys, with `__` for `.`.
 
     Returns:
@@ -257,7 +261,12 @@ def tiny_gguf(source: Path, target: Path, kind: str = "F32", part: int = 0, **me
     kind_of = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kind_of[arch], config["num_hidden_layers"])
     for file in sorted(source.glob("*.safetensors")):
-        for name, values in _stacked(load_file(file)).items():
+        stored_as = _stacked(load_file(file))
+        if not whole_latent:
+            stored_as = {
+                k: v for name, values in stored_as.items() for k, v in _split_latent(name, values, config).items()
+            }
+        for name, values in stored_as.items():
             rows = _as_converted(name, np.asarray(values, np.float32), config, facts)
             block = gguf.GGML_QUANT_SIZES[wanted][0]
             # The router decides by small differences: converters keep it as it is.
@@ -295,13 +304,17 @@ def _write_metadata(writer: Any, config: dict[str, Any], facts: GGUFFacts) -> No
     writer.add_block_count(config["num_hidden_layers"] + drafting)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_feed_forward_length(inner_size(config) if "conv_L_cache" in config else config["intermediate_size"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    if "rms_norm_eps" in config:
-        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    kv_heads, kinds = config.get("num_key_value_heads") or heads, config.get("layer_types") or []
+    if "kv_lora_rank" in facts.keys:
+        _write_latent(writer, config)
+    else:
+        writer.add_head_count_kv([kv_heads * (kind != "conv") for kind in kinds] if "conv" in kinds else kv_heads)
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if "rms_norm_eps" in config or "norm_eps" in config:
+        writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", config.get("norm_eps")))
     writer.add_rope_freq_base(whole.get("rope_theta", 10000.0))
     share = whole.get("partial_rotary_factor", 1.0)
     if share < 1.0:
@@ -320,6 +333,30 @@ def _write_metadata(writer: Any, config: dict[str, Any], facts: GGUFFacts) -> No
         there = any(known in part for part in writer.kv_data)
         if name not in KEYS.values() and not there and type(value) in adders:
             adders[type(value)](known, value)
+
+
+def _write_latent(writer: Any, config: dict[str, Any]) -> None:
+    """Sizes of latent attention in its absorbed form: one key head, which is the latent."""
+    rope, rank = config["qk_rope_head_dim"], config["kv_lora_rank"]
+    writer.add_head_count_kv(1)
+    writer.add_key_length(rank + rope)
+    writer.add_value_length(rank)
+    writer.add_key_length_mla(config["qk_nope_head_dim"] + rope)
+    writer.add_value_length_mla(config["v_head_dim"])
+    writer.add_rope_dimension_count(rope)
+    grown = config["rope_parameters"].get("mscale_all_dim")
+    if grown:
+        writer.add_rope_scaling_yarn_log_mul(0.1 * grown)
+
+
+def _split_latent(name: str, values: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """A tensor as today's converters store it: what makes keys and values in two, the one that makes keys turned."""
+    if not name.endswith(".kv_b_proj.weight"):
+        return {name: values}
+    heads, nope = config["num_attention_heads"], config["qk_nope_head_dim"]
+    each = values.reshape(heads, -1, values.shape[-1])
+    halves = {"k_b_proj": np.ascontiguousarray(each[:, :nope].swapaxes(1, 2)), "v_b_proj": each[:, nope:].copy()}
+    return {name.replace("kv_b_proj", half): part for half, part in halves.items()}
 
 
 def _write_vocabulary(writer: Any, source: Path) -> None:
@@ -375,6 +412,8 @@ def _as_converted(name: str, values: Any, config: dict[str, Any], facts: GGUFFac
     if part in facts.turned:
         heads = config["num_attention_heads"] if part == "q_proj" else config["num_key_value_heads"]
         values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+    if name.endswith("conv.conv.weight"):
+        values = values.squeeze(1)
     if part == "moe_statics":
         values = values.reshape(-1)
     if facts.norm_shift and name.endswith("norm.weight"):

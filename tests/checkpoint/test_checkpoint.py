@@ -296,3 +296,16 @@ def test_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("file", ["../other/model.safetensors", "/tmp/model.safetensors", 7, None, ["a"]])
+def test_an_index_names_files_of_its_own_folder(file: object, tmp_path: Path) -> None:
+    path = tiny_checkpoint("llama", tmp_path / "m", shards=3)
+    index = path / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    found["weight_map"]["model.norm.weight"] = file
+    index.write_text(json.dumps(found))
+    with pytest.raises(
+        ModelLoadError, match=r"index.json: model.norm.weight is said to be in .*: expected the name of a file"
+    ):
+        describe(str(path))

@@ -11,10 +11,18 @@ FACTS = MemoryFacts(free=2**30, total=2**32, weights=2**28, bytes_per_token=2**1
 
 
 def test_a_longer_context_than_the_model_has_is_refused() -> None:
-    assert resolve.context_length(None, 8192).value == 8192
-    assert resolve.context_length(100, 8192).value == 100
+    assert resolve.context_length(None, 8192, 2**30).value == 8192
+    assert resolve.context_length(100, 8192, 2**30).value == 100
     with pytest.raises(ConfigError, match="9000 is more than the 8192"):
-        resolve.context_length(9000, 8192)
+        resolve.context_length(9000, 8192, 2**30)
+
+
+def test_a_context_that_no_memory_holds_is_cut_and_refused_where_it_is_asked_for() -> None:
+    cut = resolve.context_length(None, 2**31 - 1, 2**34)
+    assert cut.value == 2**20 and "own limit is 2147483647" in cut.reason
+    assert resolve.context_length(2**22, 2**31 - 1, 2**34).value == 2**22
+    with pytest.raises(ConfigError, match="tables of 2147483647 positions do not fit in 16"):
+        resolve.context_length(2**31 - 1, 2**31 - 1, 2**34)
 
 
 def test_the_pool_is_a_fraction_of_memory_less_the_weights() -> None:

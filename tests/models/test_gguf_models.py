@@ -39,7 +39,9 @@ def test_gguf_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     close(Engine(file).whole(PROMPT), reference(path, PROMPT))
 
 
-@pytest.mark.parametrize("name", ["deepseek_v2-groups", "deepseek_v2-yarn", "deepseek_v3-yarn", "lfm2-conv-alone"])
+@pytest.mark.parametrize(
+    "name", ["deepseek_v2-groups", "deepseek_v2-yarn", "deepseek_v3-yarn", "lfm2-conv-alone", "granitemoeshared-alone"]
+)
 def test_variants_give_the_same_logits(name: str, made: Any, tmp_path: Path) -> None:
     path, theirs = made(name)
     close(Engine(tiny_gguf(path, tmp_path / "tiny.gguf")).whole(PROMPT), theirs)

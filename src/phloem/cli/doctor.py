@@ -141,7 +141,7 @@ def _model(config: Config) -> bool:
         form = "plain" if reader is None else reader.name
         form = reader.report.method if reader is not None and reader.report is not None else form
         decisions = [
-            resolve.context_length(model.context_length, checkpoint.context_length),
+            resolve.context_length(model.context_length, checkpoint.context_length, machine.memory()[1]),
             threads,
             device,
             *level,

@@ -13,6 +13,9 @@ from phloem.core.config import CacheConfig, parse_bytes
 from phloem.core.errors import ConfigError
 
 GIB = 2**30
+# Of the machine's memory for each position that may be served: its rows in tables of rotations, and what those are made
+# of; and what is left for it where nobody asked for so many.
+_TABLES, _POSITION = 2**11, 2**14
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,23 @@ def threads(requested: int | None, cores: int) -> Decision:
     return Decision("threads", cores, f"one for each of the {cores} cores this process may use")
 
 
-def context_length(requested: int | None, model: int) -> Decision:
-    """Raises ConfigError when more is asked for than the model was trained for."""
+def context_length(requested: int | None, model: int, memory: int) -> Decision:
+    """`memory`: bytes of the machine. Raises ConfigError when more is asked for than the model was trained for, or
+    than tables of positions fit."""
     if requested is None:
+        if model > memory // _POSITION:
+            reason = f"what {memory / GIB:.1f} GiB of memory may hold; the model's own limit is {model}"
+            return Decision("context_length", max(1, memory // _POSITION), reason)
         return Decision("context_length", model, "the model's own limit")
     if requested > model:
         raise ConfigError(
             f"context_length: {requested} is more than the {model} tokens this model can attend to",
+            param="context_length",
+        )
+    if requested > memory // _TABLES:
+        raise ConfigError(
+            f"context_length: tables of {requested} positions do not fit in {memory / GIB:.1f} GiB of memory: "
+            f"set it to at most {memory // _POSITION}",
             param="context_length",
         )
     return Decision("context_length", requested, "as asked")

@@ -49,6 +49,7 @@ from phloem.models._transformers import load_foreign
 from phloem.platforms import cpu
 from phloem.utils import log, memory
 from phloem.utils.cores import available_cores
+from phloem.utils.machine import memory as total_memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -135,8 +136,7 @@ def build(
         raise ConfigError(f"{option_of(config)[0]}: this runs on one rank alone", param="tp_size")
     phase = _Phase(report)
     decisions: list[Decision] = []
-    context = _take(decisions, resolve.context_length(config.model.context_length, checkpoint.context_length))
-    checkpoint = replace(checkpoint, context_length=context)  # tables of positions need not be longer
+    checkpoint = _bounded(config, checkpoint, decisions)
     decisions.append(Decision("model_impl", checkpoint.chosen.impl, checkpoint.chosen.reason))
     checkpoint, fills = denoising.decide(config, checkpoint, decisions)
     machine = _machine(config, checkpoint, decisions)
@@ -360,6 +360,13 @@ def _kept(config: Config, checkpoint: Checkpoint, machine: _Machine, model: Mode
     return _Kept(kv_dtype, scales, backend, page)
 
 
+def _bounded(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) -> Checkpoint:
+    """As the model with the context that is served: tables of positions need not be longer."""
+    _, total = total_memory()
+    context = resolve.context_length(config.model.context_length, checkpoint.context_length, total)
+    return replace(checkpoint, context_length=_take(decisions, context))
+
+
 def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: Callable[[], Told]) -> Executor:
     """A rank beside the first: its share of the model, and as much memory as rank 0 says.
 
@@ -368,8 +375,7 @@ def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: 
         ModelLoadError: as `build`.
     """
     decisions: list[Decision] = []
-    context = _take(decisions, resolve.context_length(config.model.context_length, checkpoint.context_length))
-    checkpoint = replace(checkpoint, context_length=context)
+    checkpoint = _bounded(config, checkpoint, decisions)
     machine = _machine(config, checkpoint, decisions)
     model = _loaded(config, checkpoint, machine, decisions, team)
     kept = _kept(config, checkpoint, machine, model, decisions)

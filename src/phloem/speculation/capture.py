@@ -21,6 +21,7 @@ from phloem.core import resolve
 from phloem.core.errors import ConfigError
 from phloem.layers.context import BuildContext, ForwardBatch
 from phloem.models._common import Decoder
+from phloem.utils import machine
 from phloem.utils.cores import available_cores
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def open_target(model_path: str, *, device: str = "auto", dtype: str = "auto", t
     checkpoint = describe(model_path)
     if checkpoint.pooling is not None or checkpoint.chosen.impl != "phloem":
         raise ConfigError(f"{model_path}: it does not generate, or its code is not ours", param="model_path")
-    context = resolve.context_length(None, checkpoint.context_length).value
+    context = resolve.context_length(None, checkpoint.context_length, machine.memory()[1]).value
     checkpoint = replace(checkpoint, context_length=context)
     cores = resolve.threads(threads, available_cores()).value
     platform, _ = platforms.choose(device, cores)

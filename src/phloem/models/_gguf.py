@@ -43,6 +43,7 @@ _OUTER_NAMES = {
     "model.final_layernorm.weight": "output_norm.weight",
     "model.final_layernorm.bias": "output_norm.bias",
     "lm_head.bias": "output.bias",
+    "model.embed_positions.weight": "position_embd.weight",
     "model.embedding_norm.weight": "token_embd_norm.weight",
 }
 _FILTERS = ("conv", "conv1d")  # of short convolutions

@@ -19,6 +19,20 @@ SPELLING = {
     "max_position_embeddings": "n_positions",
 }
 NEEDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+GGUF = {
+    "architecture": "gpt2",
+    "hf_class": "GPT2LMHeadModel",
+    "keys": {"layer_norm_epsilon": "attention.layer_norm_epsilon", "n_inner": "feed_forward_length"},
+    "config": {"activation_function": "gelu_new", "outputs_first": True},
+    "names": {
+        "ln_1": "attn_norm",
+        "ln_2": "ffn_norm",
+        "attn.c_attn": "attn_qkv",
+        "attn.c_proj": "attn_output",
+        "mlp.c_fc": "ffn_up",
+        "mlp.c_proj": "ffn_down",
+    },
+}
 TINY = {
     "n_embd": 32,
     "n_head": 4,
@@ -59,12 +73,13 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
         raise ModelLoadError("add_cross_attention: not a language model alone")
     size, heads, rows = config["hidden_size"], config["num_attention_heads"], config["max_position_embeddings"]
     inner = config.get("n_inner") or 4 * size
-    feed = Plain(inner, config["activation_function"], True, ("c_fc", "c_proj"), transposed=True)
+    turned = not config.get("outputs_first")  # GGUF files have matrices the usual way round
+    feed = Plain(inner, config["activation_function"], True, ("c_fc", "c_proj"), transposed=turned)
     scale = (size // heads) ** -0.5 if config.get("scale_attn_weights", True) else 1.0
 
     def layer(n: int) -> LayerKind:
         attention = usual_attention(
-            config, rope=None, fused="c_attn", transposed=True, o_proj="c_proj", qkv_bias=True, out_bias=True,
+            config, rope=None, fused="c_attn", transposed=turned, o_proj="c_proj", qkv_bias=True, out_bias=True,
             name="attn", scale=scale / (n + 1 if config.get("scale_attn_by_inverse_layer_idx") else 1),
         )  # fmt: skip
         return LayerKind(attention, feed, norm_names=("ln_1", "ln_2"))

@@ -247,7 +247,10 @@ def tiny_gguf(
     from safetensors.numpy import load_file
 
     config = json.loads((source / "config.json").read_text())
-    facts = written(config["model_type"])
+    facts, spelling = written(config["model_type"]), family(config["model_type"]).spelling
+    config |= {usual: config[theirs] for usual, theirs in spelling.items() if theirs in config}
+    if config["model_type"] == "gpt2":
+        config["intermediate_size"] = config.get("n_inner") or 4 * config["hidden_size"]
     arch = facts.architecture
     writer = gguf.GGUFWriter(str(target), arch, split_max_tensors=part)
     _write_metadata(writer, config, facts)
@@ -414,6 +417,8 @@ def _as_converted(name: str, values: Any, config: dict[str, Any], facts: GGUFFac
         values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
     if name.endswith("conv.conv.weight"):
         values = values.squeeze(1)
+    if config["model_type"] == "gpt2" and values.ndim == 2 and part.startswith("c_"):
+        values = values.T
     if part == "moe_statics":
         values = values.reshape(-1)
     if facts.norm_shift and name.endswith("norm.weight"):

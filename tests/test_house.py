@@ -327,3 +327,8 @@ def test_every_file_named_on_the_page_exists() -> None:
     named = {name for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)", PAGE) if "<" not in name}
     gone = {name for name in named if not (SRC / name).exists() and not (ROOT / name).exists()}
     assert not gone, gone
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert not {name for name in names if names.count(name) > 1}, "pytest imports them by their names alone"

@@ -62,7 +62,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(tiny: Path, board: Any, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> worker.Built:
-    monkeypatch.setattr(platforms, "choose", lambda device, threads: (board, Decision("device", "board", "a test")))
+    chosen = board, Decision("device", "board", "a test")
+    monkeypatch.setattr(platforms, "choose", lambda device, threads, compiles: chosen)
     config = Config.from_flat({"model_path": str(tiny), "dtype": "float32", **settings})
     built = worker.build(config, describe(str(tiny)), lambda phase, seconds: None)
     built.runner.close()

@@ -15,7 +15,9 @@ from model_support import CPU, LIMIT, PAGE, PROMPT, Engine
 from pools import pool_for
 
 from phloem.attention import BACKENDS
+from phloem.core.errors import EngineDead
 from phloem.engine.compiled import CompiledModel, CompiledSteps
+from phloem.engine.memory import is_out_of_memory
 from phloem.layers.context import BuildContext
 from phloem.models import load_model
 from phloem.testing.checkpoints import tiny_checkpoint
@@ -94,6 +96,51 @@ def test_a_weight_that_changes_is_seen_by_the_next_call_without_compiling_again(
     weight = made.model.head.weight.value
     weight.a = weight.a * 2
     assert torch.allclose(made.head(hidden), 2 * first)
+
+
+def test_a_step_that_fails_behind_its_start_says_that_the_caches_are_lost() -> None:
+    """They were given to it: whoever calls again would only hear from jax that its arrays have been deleted."""
+    from phloem.kernels.jax.graph import Compiler
+    from phloem.kernels.jax.tensor import Array
+
+    compiler, failing = Compiler({}), [True]
+
+    def host(x: Any) -> Any:
+        if failing[0]:
+            raise MemoryError("RESOURCE_EXHAUSTED: no room")
+        return x
+
+    cache = compiler.cache(torch.zeros(4))
+
+    def step(arrays: list[Any]) -> Any:
+        cache.a = cache.a + arrays[0].a
+        return Array(jax.pure_callback(host, jax.ShapeDtypeStruct((4,), "float32"), cache.a))
+
+    function = compiler.function("step", step, [cache])
+    for _ in range(2):  # the second finds no caches
+        with pytest.raises(EngineDead, match="step failed and took the KV caches with it"):
+            function([torch.ones(4)])
+        failing[0] = False
+
+
+def test_a_step_that_cannot_be_compiled_leaves_the_caches_as_they_were() -> None:
+    from phloem.kernels.jax.graph import Compiler
+
+    compiler, failing = Compiler({}), [True]
+    cache = compiler.cache(torch.zeros(4))
+
+    def step(arrays: list[Any]) -> Any:
+        if failing[0]:
+            raise RuntimeError("RESOURCE_EXHAUSTED: the compiler found no room")
+        cache.a = cache.a + arrays[0].a
+        return cache
+
+    function = compiler.function("step", step, [cache])
+    with pytest.raises(RuntimeError) as caught:
+        function([torch.ones(4)])
+    assert is_out_of_memory(caught.value)
+    failing[0] = False
+    assert function([torch.ones(4)]).tolist() == [1, 1, 1, 1]
 
 
 def test_without_jax_its_platforms_say_what_installs_it() -> None:

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from phloem.core import speculation
-from phloem.core.errors import BadRequest, ConfigError
+from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.core.resolve import Decision
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import StepInputs, host_arrays, padded
+from phloem.engine.memory import first_line, is_out_of_memory
 from phloem.engine.parallel import option_of, ranks_of
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ class CompiledSteps:
         """Compile the largest step of one row and of single tokens; the others are compiled when they are wanted.
 
         Raises:
-            ConfigError: the model computes by something that is not an op.
+            ConfigError: the model computes by something that is not an op, or such a step finds no memory.
         """
         begun, groups = perf_counter(), sum(group.kind == "pages" for group in self._pool.groups)
         wide = bucket(-(-self._tokens // self._pool.page_size), FEWEST_PAGES, self._pages)
@@ -245,6 +246,12 @@ class CompiledSteps:
         except (AttributeError, TypeError, NotImplementedError) as error:
             why = f"{name} computes by more than ops, which cannot be compiled: {str(error).splitlines()[0]:.300}"
             raise ConfigError(why, param="device") from error
+        except (EngineDead, RuntimeError) as error:
+            if not is_out_of_memory(error.__cause__ or error):
+                raise
+            why = f"{name}: the largest step does not fit into memory beside weights and KV caches; a lower "
+            why += f"--mem-fraction-static, --chunked-prefill-size or --max-running-requests: {first_line(error):.300}"
+            raise ConfigError(why, param="mem_fraction_static") from error
         why = f"the largest two in {perf_counter() - begun:.1f} s before ready; others, by powers of two, on first use"
         decisions.append(Decision("compiled_steps", "on", why))
 

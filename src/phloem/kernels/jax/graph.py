@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from phloem.core.errors import EngineDead
 from phloem.kernels.jax.tensor import DTYPES, Array, Copies, Leaves, Unknown, lift, to_jax, to_torch, tracing
 from phloem.utils import log
 
@@ -59,6 +60,7 @@ class Function:
         return jax.export.export(self._jitted, platforms=[platform])(self._leaves.values(), kept, given).mlir_module()
 
     def __call__(self, arrays: Sequence[Tensor]) -> Tensor:
+        """Raises EngineDead when it fails behind its start: its caches, given to it, are then lost."""
         given = [to_jax(x) for x in arrays]
         if not self._known:
             self.look(given)
@@ -70,11 +72,18 @@ class Function:
 
     def _run(self, given: list[Any]) -> Tensor:
         shapes, begun = tuple(x.shape for x in given), perf_counter()
-        made, kept = self._jitted(self._leaves.values(), [cache.a for cache in self._caches], given)
-        for cache, value in zip(self._caches, kept, strict=True):
-            cache.a = value
-        if shapes not in self.compiled:
+        donated = [cache.a for cache in self._caches]
+        try:
+            made, kept = self._jitted(self._leaves.values(), donated, given)
+            for cache, value in zip(self._caches, kept, strict=True):
+                cache.a = value
             made.block_until_ready()
+        except Exception as error:
+            if not any(cache.is_deleted() for cache in donated):
+                raise  # it was not begun
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise EngineDead(f"the {self._name} failed and took the KV caches with it: {why:.300}") from error
+        if shapes not in self.compiled:
             self.compiled[shapes] = seconds = perf_counter() - begun
             sizes = " ".join("x".join(map(str, shape)) or "1" for shape in shapes)
             _log.info("%s compiled for inputs of %s in %.1f s", self._name, sizes, seconds)

@@ -52,9 +52,11 @@ def test_served_by_jax_through_http_the_tokens_are_those_of_the_reference_table(
             found = list(clients.map(ask, *zip(*asked, strict=True)))
         body = {"text": PROMPTS[2], "sampling_params": GREEDY}
         again = httpx.post(server.url + "/generate", json=body, timeout=120).json()
+        changed = httpx.post(server.url + "/update_weights_from_disk", json={"model_path": str(path)}, timeout=60)
         log = "\n".join(server.lines)
     finally:
         server.close()
+    assert changed.status_code == 400 and "not compiled whole (jax, tpu)" in changed.text
     assert again["output_ids"] == wanted[2]["output_ids"]
     for one, other in zip(found, wanted, strict=True):
         assert one["output_ids"] == other["output_ids"]

@@ -7,8 +7,14 @@ import errno
 import torch
 
 # Libraries that torch calls raise a plain RuntimeError; so does torch's own allocator of host memory.
-_SAYINGS = ("out of memory", "can't allocate memory", "not enough memory", "std::bad_alloc", "status_alloc_failed")
-_SAYINGS += ("resource_exhausted",)  # of XLA, whose texts differ from device to device
+_SAYINGS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    "status_alloc_failed",
+    "resource_exhausted",  # of XLA, whose texts differ from device to device
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -259,7 +259,8 @@ class WeightCalls:
 
     def _keeper(self) -> Keeper:
         if self.scheduler.keeper is None:
-            raise BadRequest("weights change only in models that generate, by Phloem's own code, on one rank")
+            only = "models that generate, by Phloem's own code, on one rank, with steps not compiled whole (jax, tpu)"
+            raise BadRequest(f"weights change only in {only}")
         return self.scheduler.keeper
 
     def _told(self, call_id: str, work: Callable[[], Told]) -> None:

@@ -15,6 +15,7 @@ from phloem.core.errors import ConfigError
 from phloem.router.app import Router
 from phloem.router.limits import Buckets, Gate, TooMany
 from phloem.router.settings import Settings
+from phloem.router.upstream import UpstreamError
 
 
 async def test_workers_are_added_and_removed_while_it_runs() -> None:
@@ -47,6 +48,32 @@ async def test_workers_are_added_and_removed_while_it_runs() -> None:
         for wrong in ({"url": "ftp://x"}, {}, {"url": 5}):
             assert (await gate.http.post("/workers", json=wrong)).status_code == 400
     await second.kill()
+
+
+async def test_an_answer_from_before_a_worker_went_does_not_make_it_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with gateway(Worker()) as gate:
+        fleet = gate.router.fleet
+        worker, get = fleet.workers[gate.workers[0].url], fleet.get
+        answered, gone, over = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def late(*args: Any) -> tuple[int, bytes]:
+            mine = asyncio.current_task() is look
+            found = await get(*args)
+            if mine:
+                answered.set()
+            await (gone if mine else over).wait()  # other looks are not this test's
+            return found
+
+        monkeypatch.setattr(fleet, "get", late)
+        look = asyncio.create_task(fleet._look(worker, 0))  # pyright: ignore[reportPrivateUsage]
+        await answered.wait()
+        fleet.broke(worker, UpstreamError("connection refused", refused=True))
+        assert not worker.healthy
+        gone.set()
+        await look
+        assert not worker.healthy and worker.fails == 1 and worker.passes == 0
+        over.set()
+        await gate.until(lambda: worker.healthy)
 
 
 @pytest.mark.slow

@@ -204,6 +204,7 @@ class Fleet:
             worker.settle.clear()
 
     async def _look(self, worker: Worker, looks: int) -> None:
+        breaks = worker.breaks
         try:
             status, body = await self.get(worker, self.settings.health_check_endpoint)
         except UpstreamError as error:
@@ -212,6 +213,8 @@ class Fleet:
         if status != 200:
             self._is_ill(worker, f"{self.settings.health_check_endpoint}: {status} {body[:200]!r}")
             return
+        if worker.breaks != breaks:
+            return  # it answered before it went
         worker.fails, worker.passes = 0, worker.passes + 1
         if not worker.models or worker.passes == 1 or not worker.healthy or looks % FACTS_EVERY == 0:
             problem = await self._ask_facts(worker)
@@ -222,6 +225,8 @@ class Fleet:
         loads = load.get("loads") if isinstance(load, dict) else None
         if isinstance(loads, list) and loads and isinstance(loads[0], dict):
             worker.learn(loads[0])
+        if worker.breaks != breaks:
+            return
         fresh = worker.requests == 0 and worker.passes == 1
         if not worker.healthy and (fresh or worker.passes >= self.settings.health_success_threshold):
             worker.healthy, worker.why = True, ""
@@ -245,6 +250,7 @@ class Fleet:
         """It gave no whole answer. One that is not even listening is asked no more until it is well again."""
         self.faulty(worker)
         worker.pool.drop_idle()
+        worker.breaks += error.refused
         if error.refused and worker.healthy:
             worker.healthy, worker.passes, worker.fails, worker.why = False, 0, 1, error.reason
             _log.warning("worker %s is gone: %s", worker.url, error.reason)

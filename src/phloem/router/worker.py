@@ -73,6 +73,7 @@ class Worker:
     why: str = "not asked yet"
     fails: int = 0
     passes: int = 0
+    breaks: int = 0  # how often a request found it not even listening
     running: int = 0
     pending: float = 0.0  # prompt tokens that are sent and not answered yet
     decoding: float = 0.0  # tokens of answers to come

@@ -218,9 +218,12 @@ class Fleet:
         worker.fails, worker.passes = 0, worker.passes + 1
         if not worker.models or worker.passes == 1 or not worker.healthy or looks % FACTS_EVERY == 0:
             problem = await self._ask_facts(worker)
+            if worker.breaks != breaks:
+                return
             if problem:
                 self._is_ill(worker, problem)
                 return
+            self._follow(worker)
         load = await self.fetch(worker, "/v1/loads")
         loads = load.get("loads") if isinstance(load, dict) else None
         if isinstance(loads, list) and loads and isinstance(loads[0], dict):
@@ -273,7 +276,6 @@ class Fleet:
             worker.models = tuple(str(item["id"]) for item in models["data"] if isinstance(item, dict) and "id" in item)
         elif models is None and info is not None:
             worker.models = (ANY_MODEL,)
-        self._follow(worker)
         return ""
 
     # their cache events

@@ -23,7 +23,7 @@ from phloem.layers.weight import Layer, Weight
 from phloem.models._common import Decoder, DecoderConfig, renamed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -121,6 +121,9 @@ class VisionTower(Layer):
         """[tokens, M] of each picture, or [tokens, k M]: further parts are added behind the model's first layers."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """Weights have changed: make again what is made of them. Most towers keep nothing of the kind."""
+
     def pixels(self, item: Media) -> Tensor:
         """[pictures, 3, height, width] float32, as the model was trained on them."""
         raw = torch.from_numpy(np.array(as_pixels(item))).to(self.device).permute(0, 3, 1, 2).float()
@@ -170,3 +173,9 @@ class SeeingDecoder(Decoder):
         super().load(checkpoint, progress)
         ids = torch.zeros(1, dtype=torch.int64, device=self.seeing.device)
         self.seeing.like = self.embed(ids).dtype
+        self.seeing.settle()
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:
+        moved = super().update_weights(tensors)
+        self.seeing.settle()
+        return moved

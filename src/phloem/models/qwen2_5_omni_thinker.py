@@ -19,7 +19,7 @@ from phloem.models.qwen2 import windows
 from phloem.models.qwen2_5_vl import vision_sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -107,6 +107,9 @@ class OmniTower(VisionTower):
         told = iter(self._heard(heard, pack) if heard else [])
         return [next(told if item.token == self.audio_token else made) for item in items]
 
+    def settle(self) -> None:
+        self.ears.settle()
+
     def _heard(self, items: Sequence[Media], pack: Pack) -> list[Tensor]:
         """Each piece by itself, with places of its own."""
         mels = [torch.from_numpy(as_sound(item)[0].copy()).to(self.device) for item in items]
@@ -116,25 +119,16 @@ class OmniTower(VisionTower):
 
 class Thinker(SeeingDecoder):
     def __init__(self, ctx: BuildContext, config: dict[str, Any], max_positions: int) -> None:
-        self.omni, sizes = OmniTower(ctx, config), windows(config)
+        sizes = windows(config)
         layers = each_layer(config, lambda n: usual_layer(config, window=sizes[n], qkv_bias=True, out_bias=False))
         renames = {"model.audio_tower.": "audio_tower.", **RENAMES}
-        super().__init__(ctx, usual(config, layers=layers), max_positions, self.omni, renames)
+        super().__init__(ctx, usual(config, layers=layers), max_positions, OmniTower(ctx, config), renames)
 
     def checkpoint_name(self, name: str) -> str | None:
         """Without what makes speech, and embeddings that the thinker reads from its own table."""
         if name.startswith(("talker.", "token2wav.")) or ".audio_bos_eos_token." in name:
             return None
         return super().checkpoint_name(name.removeprefix("thinker."))
-
-    def load(self, checkpoint: Any, progress: Any) -> None:
-        super().load(checkpoint, progress)
-        self.omni.ears.settle()
-
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:
-        moved = super().update_weights(tensors)
-        self.omni.ears.settle()
-        return moved
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:

@@ -16,7 +16,7 @@ from phloem.models._vision import SeeingDecoder, VisionTower
 from phloem.models._vit import RENAMES, text_decoder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -74,24 +74,10 @@ class Hearing(VisionTower):
         states = self.ears(mels, pack, [item.extra[0] for item in items])
         return list(self.projector(states)[0].split([item.count for item in items]))
 
-
-class HearingDecoder(SeeingDecoder):
-    """A decoder that takes sounds."""
-
-    def __init__(self, ctx: BuildContext, config: dict[str, Any], max_positions: int) -> None:
-        self.hearing = Hearing(ctx, config)
-        renames = {"model.audio_tower.": "audio_tower.", **RENAMES}
-        super().__init__(ctx, text_decoder(config), max_positions, self.hearing, renames)
-
-    def load(self, checkpoint: Any, progress: Any) -> None:
-        super().load(checkpoint, progress)
-        self.hearing.ears.settle()
-
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:
-        moved = super().update_weights(tensors)
-        self.hearing.ears.settle()
-        return moved
+    def settle(self) -> None:
+        self.ears.settle()
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
-    return HearingDecoder(ctx, config, max_positions)
+    renames = {"model.audio_tower.": "audio_tower.", **RENAMES}
+    return SeeingDecoder(ctx, text_decoder(config), max_positions, Hearing(ctx, config), renames)

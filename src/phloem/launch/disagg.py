@@ -119,7 +119,8 @@ def disaggregated(config: Config, checkpoint: Checkpoint, built: Built, schedule
         bootstrap = Bootstrap(host, chosen.disaggregation_bootstrap_port, directory)
         _log.info("prompts are computed for decode servers; the bootstrap server is %s:%d", host, bootstrap.port)
     else:
-        target = Target(copies.into, copies.page_bytes, facts, weights, scheduler.between, MOST_ROWS)
+        vocab = scheduler.settings.vocab_size
+        target = Target(copies.into, copies.page_bytes, facts, weights, scheduler.between, MOST_ROWS, vocab)
         arrivals = Arrivals(scheduler.cache, target, Book(transports))
         scheduler.further = arrivals
     scheduler.remote = Remote(rooms, arrivals)

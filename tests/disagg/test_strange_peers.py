@@ -267,6 +267,27 @@ def test_hosts_that_are_none_are_refused(host: str) -> None:
         meetings(Body(), 1)
 
 
+@pytest.mark.parametrize(
+    ("host", "found"), [("[::1]", "::1"), ("::1", "::1"), ("a.b-c", "a.b-c"), ("10.0.0.1", "10.0.0.1")]
+)
+def test_hosts_are_taken_as_they_stand_in_urls(host: str, found: str) -> None:
+    class Body:
+        bootstrap_host: Any = host
+        bootstrap_port: Any = 1
+        bootstrap_room: Any = 1
+
+    assert meetings(Body(), 1)[0].host == found
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+def test_a_bootstrap_server_has_an_address_of_the_newer_kind_too() -> None:
+    made = Bootstrap("::1", 0, Directory({}, {"phloem": {"machine": "m", "addresses": {"tcp": "::1|5"}}}))
+    try:
+        assert Book([]).find("::1", made.port).addresses == {"tcp": "::1|5"}
+    finally:
+        made.close()
+
+
 def prefill_that(talks: Callable[[Link, Ask], None]) -> Bootstrap:
     """A bootstrap server that names a prefill server which says this to the first who asks."""
     sock, address = TRANSPORTS.get("tcp")().listen("127.0.0.1")

@@ -69,4 +69,6 @@ def _meeting(host: Any, port: Any, room: Any) -> Meeting:
         raise BadRequest("bootstrap_room is needed beside bootstrap_host", param="bootstrap_room")
     if host == FAKE_HOST:
         return Meeting(-1, host)
+    if host is not None and host[0] == "[" and host[-1] == "]":
+        host = host[1:-1]  # as hosts stand in URLs, from which gateways take them
     return Meeting(room, host or "", port or 0)

@@ -145,6 +145,23 @@ def test_open_routes_batches_and_streams_answer_as_one_server(fleet: Fleet) -> N
     assert states[0]["rooms_lost"] == states[1]["rooms_failed"] == 0
 
 
+def test_messages_and_responses_answer_as_one_server(fleet: Fleet) -> None:
+    """Decode is told of both, and of a response computes the prompt itself."""
+    told, text = {"model": "tiny", "temperature": 0}, "hello there " * 9
+    ask = told | {"max_tokens": 9, "messages": [{"role": "user", "content": text}]}
+    before = fleet.state(fleet.decode)["rooms_fetched"]
+    one, two = (httpx.post(url + "/v1/messages", json=ask, timeout=60).json() for url in (fleet.alone.url, fleet.url))
+    assert one["content"] == two["content"] and one["stop_reason"] == two["stop_reason"] == "max_tokens"
+    assert fleet.state(fleet.decode)["rooms_fetched"] == before + 1
+    answers = [
+        httpx.post(url + "/v1/responses", json=told | {"max_output_tokens": 9, "input": text}, timeout=60).json()
+        for url in (fleet.alone.url, fleet.url)
+    ]
+    assert answers[0]["output"][0]["content"] == answers[1]["output"][0]["content"]
+    more = told | {"max_output_tokens": 3, "input": "and?", "previous_response_id": answers[1]["id"]}
+    assert httpx.post(fleet.url + "/v1/responses", json=more, timeout=60).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [

@@ -287,6 +287,83 @@ def test_a_full_disk_stops_writing_for_a_while(
     again.close()
 
 
+@pytest.mark.parametrize("call", ["write", "pwritev"])
+def test_a_full_disk_is_not_filled_with_empty_files(tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`write`: not even the header of an index fits."""
+    store, now = disk_in(tmp_path), [100.0]
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("phloem.kvcache.tiers.disk.monotonic", lambda: now[0])
+    monkeypatch.setattr(segments.os, call, full)
+    for _ in range(3):
+        assert store.write(keys_of(5, 1), rows_of(5)) == 0
+        now[0] += 40
+    assert [path.name for path in store.folder.iterdir()] == ["lock"] and store.stats()["segments"] == 0
+    store.close()
+
+
+def test_what_a_killed_process_had_only_begun_is_removed(tmp_path: Path) -> None:
+    own = tmp_path / "replica-0"
+    own.mkdir()
+    (own / "segment-00000003.idx").write_bytes(b"")
+    for path in segments.names(own, 4):
+        path.write_bytes(b"")
+    rows, index = segments.names(own, 5)
+    index.write_bytes(segments.header(BLOCK))
+    rows.write_bytes(bytes(BLOCK))  # a row without its record
+    store = disk_in(tmp_path)
+    assert [path.name for path in own.iterdir()] == ["lock"] and store.stats()["foreign_files"] == 0
+    store.close()
+
+
+def test_what_is_forgotten_behind_a_torn_record_stays_forgotten(tmp_path: Path) -> None:
+    store, keys = disk_in(tmp_path), keys_of(10)
+    store.write(keys, rows_of(10))
+    store.close()
+    (index,) = tmp_path.glob("replica-0/*.idx")
+    os.truncate(index, index.stat().st_size - 20)
+    again = disk_in(tmp_path)
+    again.drop(keys[3:5])
+    again.close()
+    last = disk_in(tmp_path)
+    assert last.exists(keys) == 3 and last.exists(keys[5:]) == 4
+    last.close()
+
+
+def test_a_server_whose_folder_was_removed_shares_none_with_the_next(tmp_path: Path) -> None:
+    one = disk_in(tmp_path)
+    one.write(keys_of(5), rows_of(5))
+    shutil.rmtree(tmp_path)
+    two = disk_in(tmp_path)
+    two.write(keys_of(5, 2), rows_of(5, 2))
+    assert read(one, keys_of(5))[0] == 0
+    assert one.write(keys_of(5, 1), rows_of(5, 1)) == 5 and one.folder != two.folder
+    assert read(one, keys_of(5, 1))[0] == 5 and read(two, keys_of(5, 2))[0] == 5
+    three = disk_in(tmp_path)
+    assert three.folder not in (one.folder, two.folder)
+    for store in (one, two, three):
+        store.close()
+    again = disk_in(tmp_path)
+    assert again.folder == two.folder and read(again, keys_of(5, 2))[0] == 5
+    again.close()
+
+
+def test_a_root_that_cannot_be_had_again_stops_writing_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, now = tmp_path / "store", [100.0]
+    store = disk_in(root)
+    monkeypatch.setattr("phloem.kvcache.tiers.disk.monotonic", lambda: now[0])
+    shutil.rmtree(root)
+    root.write_text("a file in its place")
+    for _ in range(2):
+        assert store.write(keys_of(5), rows_of(5)) == 0
+        now[0] += 40
+    root.unlink()
+    assert store.write(keys_of(5), rows_of(5)) == 5 and read(store, keys_of(5))[0] == 5
+    store.close()
+
+
 def test_a_folder_that_is_removed_is_a_miss_and_comes_again(tmp_path: Path) -> None:
     store = disk_in(tmp_path, most=32 * BLOCK)
     store.write(keys_of(20), rows_of(20))

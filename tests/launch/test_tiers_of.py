@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 from served import Server, eventually
 
-from phloem.checkpoint.describe import described
+from phloem.checkpoint.describe import describe, described
+from phloem.checkpoint.fingerprint import fingerprint
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError
 from phloem.core.messages import Control, ControlReply, Drain, FromEngine, Submit, ToEngine, Tokens, pack_ids
@@ -134,6 +137,22 @@ def test_another_model_or_other_types_find_nothing(tmp_path: Path) -> None:
     for path in model.glob("*.safetensors"):
         os.utime(path, (1, 1))
     assert Asked(settings(model, tmp_path / "store"), prompts).sources == [(0, 0, 0)]
+
+
+def test_a_sibling_whose_files_have_the_same_sizes_and_times_finds_nothing(tmp_path: Path) -> None:
+    """As fine-tuned models have that come out of one image or archive."""
+    model, prompts = tiny_checkpoint("llama", tmp_path / "model"), prompts_of(1)
+    Asked(settings(model, tmp_path / "store"), prompts)
+    sibling = shutil.copytree(model, tmp_path / "sibling")
+    path = sibling / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.self_attn.k_proj.weight"] *= 2.0
+    save_file(tensors, path, metadata={"format": "pt"})
+    for one in model.iterdir():
+        shutil.copystat(one, sibling / one.name)
+        assert (sibling / one.name).stat().st_size == one.stat().st_size
+    assert fingerprint(describe(str(sibling))) != fingerprint(describe(str(model)))
+    assert Asked(settings(sibling, tmp_path / "store"), prompts).sources == [(0, 0, 0)]
 
 
 def test_memory_that_was_given_back_is_filled_from_the_store_and_new_weights_find_nothing(tmp_path: Path) -> None:

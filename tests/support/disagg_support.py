@@ -47,8 +47,9 @@ class Pair:
         self._join(self.prefill, Remote(self.rooms, None))
         theirs, scheduler = StoreCopies(self.decode.runner.stores[0]), self.decode.scheduler
         target = Target(
-            theirs.into, theirs.page_bytes, self.facts, lambda: self.weights["decode"], scheduler.between, 1 << 20
-        )
+            theirs.into, theirs.page_bytes, self.facts, lambda: self.weights["decode"], scheduler.between, 1 << 20,
+            scheduler.settings.vocab_size,
+        )  # fmt: skip
         self.arrivals = Arrivals(self.decode.cache, target, Book([transport]), wait)
         scheduler.further = self.arrivals
         self._join(self.decode, Remote(None, self.arrivals))

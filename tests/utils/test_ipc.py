@@ -6,10 +6,12 @@ import asyncio
 import os
 import random
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from time import monotonic
+from typing import Any
 
 import pytest
+import uvloop
 
 from phloem.utils.ipc import DoorPipe, EnginePipe, Frames, frame
 
@@ -101,6 +103,24 @@ async def test_the_end_of_the_engine_is_told_behind_its_last_words(pipes: tuple[
         await door.deliver(lambda data: got.append(data) is None)
     assert got == [b"last words"]
     door.send(b"to nobody")
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_what_is_sent_to_an_engine_that_has_gone_is_lost_and_no_error(run: Callable[[Any], None]) -> None:
+    """It is killed, and requests still come for a moment, until that is seen."""
+
+    async def sent() -> None:
+        door = DoorPipe()
+        engine = EnginePipe(os.dup(door.theirs.fileno()))
+        door.theirs.close()
+        engine.close()
+        with pytest.raises(EOFError):
+            await door.deliver(lambda data: True)
+        await asyncio.sleep(0.01)
+        door.send(b"to nobody")
+        door.close()
+
+    run(sent())
 
 
 async def test_the_engine_learns_that_the_door_has_gone(pipes: tuple[DoorPipe, EnginePipe]) -> None:

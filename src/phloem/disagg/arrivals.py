@@ -51,6 +51,7 @@ class Target:
     weights: Callable[[], str]
     between: Callable[[Callable[[], None]], Pending[None]]
     most_bytes: int  # of rows that are filled at once
+    vocab_size: int
 
 
 @dataclass
@@ -243,12 +244,27 @@ class Arrivals:
             elif isinstance(message, Done):
                 if at != ask.end:
                     raise LinkLost(f"only {at} of {ask.end} pages came")
+                if why := self._nonsense(message):
+                    raise LinkLost(f"{why} cannot be")
                 link.send(Got(), SILENCE)
                 return message
             elif isinstance(message, Refused):
                 raise LinkLost(message.reason)
             elif not isinstance(message, Alive):
                 raise LinkLost(f"{type(message).__name__} was not expected")
+
+    def _nonsense(self, done: Done) -> str:
+        """What a first token has that would break something here; "": nothing."""
+        vocab = self._target.vocab_size
+        if not 0 <= done.token < vocab:
+            return f"token {done.token}"
+        if done.cached < 0:
+            return f"{done.cached} cached tokens"
+        for position in (*done.logprobs, *done.prompt_logprobs):
+            for _, token in (*position.top, *position.chosen):
+                if not 0 <= token < vocab:
+                    return f"token {token} of log probabilities"
+        return ""
 
     def _free(self, found: Arrival) -> None:
         receiver, nbytes = found.take_rows()

@@ -7,10 +7,12 @@ the answer stands under `phloem`: an address for each transport, and the machine
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import secrets
+import socket
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -24,7 +26,6 @@ from phloem.core.errors import ConfigError
 from phloem.utils import log
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Sequence
 
     from phloem.disagg.transports import Transport
@@ -36,6 +37,11 @@ SECONDS = 2.0
 RANK_SECONDS = 120.0  # that ranks of rooms are kept
 MOST_RANKS = 65_536
 MOST_BODY = 1 << 20
+MOST_NAME = 255
+PORTS = range(1, 65_536)
+MOST_GUESTS = 128  # connections at once: the one that has been here longest makes room for another
+VISIT = 20.0  # seconds that a connection lasts, whatever it says
+ANSWER = 4.0  # seconds that a bootstrap server may take, however slowly it talks
 RANKS = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")
 
 
@@ -72,19 +78,20 @@ class Directory:
         at = tuple(told.get(name, 0) for name in names)
         if not all(isinstance(rank, int) and 0 <= rank < MOST_RANKS for rank in at):
             return 400, {"error": "ranks are whole numbers"}
-        if not isinstance(told.get("rank_ip"), str) or not isinstance(told.get("rank_port"), int):
+        address, port = told.get("rank_ip"), told.get("rank_port")
+        if not isinstance(address, str) or len(address) > MOST_NAME or not isinstance(port, int) or port not in PORTS:
             return 400, {"error": "rank_ip and rank_port are needed"}
         with self.lock:
             if not any(at):
                 return 409, {"error": "rank 0 is this server's own"}
             if len(self.others) >= 4096 and at not in self.others:
                 return 503, {"error": "too many ranks"}
-            self.others[at] = {"rank_ip": told["rank_ip"], "rank_port": told["rank_port"]}
+            self.others[at] = {"rank_ip": address, "rank_port": port}
         return 200, "OK"
 
     def register_room(self, told: dict[str, Any]) -> tuple[int, Any]:
         room, rank = told.get("bootstrap_room"), told.get("dp_rank")
-        if not isinstance(room, int) or not isinstance(rank, int):
+        if not (isinstance(room, int) and 0 <= room < 1 << 63 and isinstance(rank, int) and 0 <= rank < MOST_RANKS):
             return 400, {"error": "bootstrap_room and dp_rank are needed"}
         now = monotonic()
         with self.lock:
@@ -166,8 +173,41 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Server(ThreadingHTTPServer):
+    """Bounds how many connections there are, and how long: who talks slowly, or not at all, keeps no thread."""
+
     daemon_threads = True
     request_queue_size = 256
+
+    def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
+        self._guests: OrderedDict[socket.socket, float] = OrderedDict()  # since when, the oldest first
+        self._door = threading.Lock()
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._door:
+            while len(self._guests) >= MOST_GUESTS:
+                _hang_up(self._guests.popitem(last=False)[0])
+            self._guests[request] = monotonic()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._door:
+            self._guests.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        with self._door:
+            while self._guests and next(iter(self._guests.values())) < monotonic() - VISIT:
+                _hang_up(self._guests.popitem(last=False)[0])
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        _log.debug("a request at the bootstrap server broke off", exc_info=True)
+
+
+def _hang_up(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 class Bootstrap:
@@ -210,13 +250,20 @@ class Book:
     def _ask(self, host: str, port: int) -> Peer:
         where = f"the bootstrap server {host}:{port}"
         link = http.client.HTTPConnection(host, port, timeout=SECONDS)
+        timer: threading.Timer | None = None
         try:
+            link.connect()
+            timer = threading.Timer(ANSWER, _hang_up, (link.sock,))
+            timer.daemon = True
+            timer.start()
             link.request("GET", "/route?" + "&".join(f"{name}=0" for name in RANKS))
             answer = link.getresponse()
             data = answer.read(MOST_BODY)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise Unknown(f"{where} does not answer: {error}") from None
         finally:
+            if timer is not None:
+                timer.cancel()
             link.close()
         if answer.status != 200:
             raise Unknown(f"{where} answers {answer.status}")

@@ -12,6 +12,8 @@ looked at behind each copy.
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -21,11 +23,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phloem.core.errors import BadRequest
-from phloem.disagg.wire import Alive, Ask, Done, Got, Link, LinkLost, Pages, Refused, differing, digest_of, left
+from phloem.disagg.wire import (
+    VERSION,
+    Alive,
+    Ask,
+    Done,
+    Got,
+    Link,
+    LinkLost,
+    Pages,
+    Refused,
+    differing,
+    digest_of,
+    left,
+)
 from phloem.utils import log
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
@@ -42,6 +56,8 @@ TALK = 2.0  # seconds that a peer may take for what costs it nothing
 BEAT = 0.5  # seconds between two signs of life
 PART = 32  # pages that are copied and told of at once
 MOST_OVER = 4096  # rooms that are remembered as over
+MOST_LINKS = 4096  # connections
+MOST_NEW = 256  # of these, that have not said yet what they want
 
 NO_PAGES = np.empty(0, np.int32)
 
@@ -107,6 +123,7 @@ class Rooms:
         self._of: dict[str, Room] = {}  # by request
         self._over: OrderedDict[str, str] = OrderedDict()  # how rooms ended
         self._closed = False
+        self._links = self._new = 0
         self.addresses: dict[str, str] = {}
         self._sockets: list[socket.socket] = []
         for transport in transports:
@@ -219,6 +236,8 @@ class Rooms:
     def close(self) -> None:
         self._closed = True
         for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # closing alone wakes no thread that accepts
             sock.close()
         with self._news:
             for room in self._rooms.values():
@@ -231,19 +250,42 @@ class Rooms:
         while not self._closed:
             try:
                 found, _ = sock.accept()
-            except OSError:
+            except OSError as error:
                 if self._closed:
                     return
-                _log.exception("a connection was not taken")
-                threading.Event().wait(0.1)
+                _log.warning("a connection was not taken: %s", error)
+                threading.Event().wait(1.0)
                 continue
-            self._thread(self._serve, Link(found), transport)
+            link = Link(found)
+            with self._news:
+                full = self._links >= MOST_LINKS or self._new >= MOST_NEW
+                if not full:
+                    self._links, self._new = self._links + 1, self._new + 1
+            if full:
+                link.close()
+                continue
+            try:
+                self._thread(self._serve, link, transport)
+            except RuntimeError as error:  # no more threads
+                _log.warning("a connection was not taken: %s", error)
+                link.close()
+                with self._news:
+                    self._links, self._new = self._links - 1, self._new - 1
+
+    def _asked(self, link: Link) -> Ask | None:
+        """What a new connection wants; None: nothing that there is."""
+        try:
+            found = link.receive_first(TALK)
+        finally:
+            with self._news:
+                self._new -= 1
+        return found if isinstance(found, Ask) else None
 
     def _serve(self, link: Link, transport: Transport) -> None:
         room: Room | None = None
         try:
-            ask = link.receive(TALK)
-            if not isinstance(ask, Ask):
+            ask = self._asked(link)
+            if ask is None:
                 return
             why = self._misfit(ask)
             if why:
@@ -264,12 +306,15 @@ class Rooms:
             _log.exception("a decode server was not answered")
         finally:
             link.close()
-            if room is not None:
-                with self._news:
+            with self._news:
+                self._links -= 1
+                if room is not None:
                     room.served, room.over = False, True
 
     def _misfit(self, ask: Ask) -> str:
         """Why these pages are of no use to who asks; "": they are."""
+        if ask.version != VERSION:
+            return f"it speaks version {ask.version} of this protocol, not {VERSION}"
         why = differing({**self._source.facts, "weight_version": self._source.weights()}, ask.facts)
         if not why and not 0 <= ask.start <= ask.end <= self._cache.total_pages:
             why = f"pages {ask.start} to {ask.end} cannot be had"

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 MOST_BYTES = 64 << 20  # of a frame: log probabilities of a long prompt are the longest
+MOST_ASKED = 64 << 10  # of the frame that begins a connection
+PIECE = 1 << 20  # bytes that are written or awaited at once
 _LENGTH = struct.Struct(">I")
 
 
@@ -115,31 +117,44 @@ class Link:
         self.write(_LENGTH.pack(len(data)) + data, seconds)
 
     def write(self, data: bytes | memoryview, seconds: float) -> None:
+        """`seconds`: how long the peer may take nothing. How long all of it takes is a matter of the network."""
+        view, at = memoryview(data), 0
         try:
             self.sock.settimeout(seconds)
-            self.sock.sendall(data)
+            while at < len(view):
+                at += self.sock.send(view[at : at + PIECE])
         except OSError as error:
             raise LinkLost(f"the peer takes nothing: {error.strerror or error}") from None
 
     def receive(self, seconds: float) -> Message:
         """The next frame; `seconds`: how long the peer may be silent."""
+        return self._frame(MOST_BYTES, seconds, float("inf"))
+
+    def receive_first(self, seconds: float) -> Message:
+        """The frame that begins a connection, from who may be anybody; `seconds`: how long all of it may take."""
+        return self._frame(MOST_ASKED, seconds, monotonic() + seconds)
+
+    def _frame(self, most: int, seconds: float, deadline: float) -> Message:
         head = bytearray(_LENGTH.size)
-        self.read_into(memoryview(head), seconds)
+        self.read_into(memoryview(head), seconds, deadline)
         (size,) = _LENGTH.unpack(head)
-        if size > MOST_BYTES:
-            raise LinkLost(f"a frame of {size} bytes is longer than {MOST_BYTES}")
-        data = bytearray(size)
-        self.read_into(memoryview(data), seconds)
+        if size > most:
+            raise LinkLost(f"a frame of {size} bytes is longer than {most}")
+        data = bytearray()
+        while len(data) < size:  # memory is taken for what has come, not for what is promised
+            piece = bytearray(min(PIECE, size - len(data)))
+            self.read_into(memoryview(piece), seconds, deadline)
+            data += piece
         try:
             return _decoder.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise LinkLost(f"a frame that is none: {error}") from None
 
-    def read_into(self, view: memoryview, seconds: float) -> None:
+    def read_into(self, view: memoryview, seconds: float, deadline: float = float("inf")) -> None:
         at = 0
         try:
             while at < len(view):
-                self.sock.settimeout(seconds)
+                self.sock.settimeout(min(seconds, left(deadline)))
                 count = self.sock.recv_into(view[at:])
                 if not count:
                     raise LinkLost("the peer has closed the connection")

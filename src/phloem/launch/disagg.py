@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from hashlib import blake2b
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phloem.checkpoint.fingerprint import fingerprint
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
 from phloem.disagg.arrivals import Arrivals, Target
@@ -38,7 +38,6 @@ _log = log.get("launch")
 MODE, BACKEND = "disaggregation_mode", "disaggregation_transfer_backend"
 PREFERRED = ("shm", "tcp")
 MOST_ROWS = 4 << 30  # bytes of pages that have come and are not in the pool yet
-SAMPLE = 1 << 16  # bytes at both ends of a file of weights, by which it is known
 
 
 def check(config: Config) -> None:
@@ -120,7 +119,8 @@ def disaggregated(config: Config, checkpoint: Checkpoint, built: Built, schedule
         bootstrap = Bootstrap(host, chosen.disaggregation_bootstrap_port, directory)
         _log.info("prompts are computed for decode servers; the bootstrap server is %s:%d", host, bootstrap.port)
     else:
-        target = Target(copies.into, copies.page_bytes, facts, weights, scheduler.between, MOST_ROWS)
+        vocab = scheduler.settings.vocab_size
+        target = Target(copies.into, copies.page_bytes, facts, weights, scheduler.between, MOST_ROWS, vocab)
         arrivals = Arrivals(scheduler.cache, target, Book(transports))
         scheduler.further = arrivals
     scheduler.remote = Remote(rooms, arrivals)
@@ -152,25 +152,13 @@ def _own(rooms: Rooms, config: Config) -> dict[str, Any]:
 
 def _facts(checkpoint: Checkpoint, config: Config, pool: KVPool) -> dict[str, str]:
     """What two servers must have alike for pages of the one to be pages of the other, by names for people."""
-    files = checkpoint.files or ((checkpoint.path,) if checkpoint.path.is_file() else ())
-    found = blake2b(digest_size=16)
-    for path in sorted(files):
-        found.update(f"{path.name} {path.stat().st_size} ".encode() + _ends(path))
     settings = json.dumps(checkpoint.config, sort_keys=True, default=str)
     scales = sorted((layer, kept.k_values, kept.v_values) for layer, kept in pool.scales.items())
     return {
         "model": f"{checkpoint.model_type} {blake2b(settings.encode(), digest_size=8).hexdigest()}",
-        "weights": found.hexdigest(),
+        "weights": fingerprint(checkpoint),
         "quantization": str(config.model.quantization),
         "kv_cache_dtype": str(pool.dtype).removeprefix("torch."),
         "kv_layout": blake2b(repr((pool.memory, scales)).encode(), digest_size=8).hexdigest(),
         "page_size": str(pool.page_size),
     }
-
-
-def _ends(path: Path) -> bytes:
-    """The first and the last bytes of a file."""
-    with path.open("rb") as file:
-        first = file.read(SAMPLE)
-        file.seek(max(0, path.stat().st_size - SAMPLE))
-        return first + file.read(SAMPLE)

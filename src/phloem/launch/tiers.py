@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from phloem.checkpoint.fingerprint import fingerprint, weight_files
 from phloem.core.config import cache_home, parse_bytes
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import GIB, Decision
@@ -260,11 +261,12 @@ def _sizes(folder: Path) -> list[int]:
 
 def _facts(config: Config, checkpoint: Checkpoint, built: Built, pool: KVPool) -> list[str]:
     """What the content of a page depends on, beside its tokens and namespace."""
-    files = checkpoint.files or ((checkpoint.path,) if checkpoint.path.is_file() else ())
+    files = weight_files(checkpoint)
     facts = [
         f"phloem {_version()}",
         checkpoint.model_type,
         json.dumps(checkpoint.config, sort_keys=True, default=str),
+        fingerprint(checkpoint),
         *(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files),
         *(f"{one.name} {one.value}" for one in built.decisions if one.name in FACTS),
         f"{config.model.quantization} {built.context_length} {pool.dtype} {pool.device} {pool.memory!r}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from phloem.client.request import Item
 
 MOST_ROOM = 2**63 - 1
+_HOST = re.compile(r"[^\s\x00-\x20\x7f/\\?#@]{1,255}")
 NAMES = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
 
 
@@ -57,7 +59,7 @@ def _each(value: Any, name: str, count: int, *, alike: bool) -> list[Any]:
 
 
 def _meeting(host: Any, port: Any, room: Any) -> Meeting:
-    if host is not None and (not isinstance(host, str) or not host or len(host) > 255):
+    if host is not None and (not isinstance(host, str) or not _HOST.fullmatch(host)):
         raise BadRequest("bootstrap_host is no name of a host", param="bootstrap_host")
     if port is not None and (not isinstance(port, int) or isinstance(port, bool) or not 0 < port < 65536):
         raise BadRequest("bootstrap_port is not in 1 to 65535", param="bootstrap_port")
@@ -67,4 +69,6 @@ def _meeting(host: Any, port: Any, room: Any) -> Meeting:
         raise BadRequest("bootstrap_room is needed beside bootstrap_host", param="bootstrap_room")
     if host == FAKE_HOST:
         return Meeting(-1, host)
+    if host is not None and host[0] == "[" and host[-1] == "]":
+        host = host[1:-1]  # as hosts stand in URLs, from which gateways take them
     return Meeting(room, host or "", port or 0)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 PREFILL, DECODE, REGULAR = "prefill", "decode", "regular"
 ROLES = (REGULAR, PREFILL, DECODE)
-PAIRED = frozenset(("/v1/chat/completions", "/v1/completions", "/generate"))
+PAIRED = frozenset(("/v1/chat/completions", "/v1/completions", "/generate", "/v1/messages"))
+ALONE = frozenset(("/v1/responses",))  # decode computes the prompt too: what a response goes on from is kept there
 REFUSALS = frozenset((408, 429, 500, 502, 503, 504))
 WHOLE = b"x-phloem-pair"  # to decode: answer with what prefill knows too, nobody puts the two together
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode

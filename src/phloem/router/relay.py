@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.router.limits import Gate, TooMany
-from phloem.router.pairs import DECODE, PAIRED, PREFILL, Side, with_room
+from phloem.router.pairs import ALONE, DECODE, PAIRED, PREFILL, Side, with_room
 from phloem.router.pairs import WHOLE as WHOLE_LOGPROBS
 from phloem.router.pairs import choose as pair
 from phloem.router.upstream import Exchange, UpstreamError
@@ -245,6 +245,8 @@ class Relay:
 
     def _both(self, way: Way, chosen: Chosen, exchange: Exchange) -> tuple[bytes | bytearray, Side | None]:
         """The body that goes out, and where two servers get it, the half that is not answered with."""
+        if self.settings.paired and way.ask.path in ALONE:
+            return with_room(way.body, None), None
         if not self.settings.paired or way.ask.path not in PAIRED:
             return way.body, None
         body, prefill = with_room(way.body, chosen.prefill), chosen.prefill

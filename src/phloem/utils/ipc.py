@@ -65,7 +65,7 @@ class DoorPipe(asyncio.Protocol):
         """What is sent after the other end has gone is lost."""
         if self._transport is None:
             self._early.append(frame(data))
-        else:
+        elif not self._transport.is_closing():  # uvloop raises where asyncio is silent
             self._transport.write(frame(data))
 
     async def deliver(self, take: Callable[[bytes], bool]) -> None:

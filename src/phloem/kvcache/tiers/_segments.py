@@ -10,6 +10,7 @@ one that was not asked for longest. Files that are not of this kind are left alo
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from phloem.kvcache.tiers import Row
 
 MAGIC = b"PHLOEMKV"
+LOCK = "lock"  # of the process whose folder it is
 _HEADER = struct.Struct("<8sIII")  # magic, version, row bytes, checksum of these
 _RECORD = struct.Struct(f"<{KEY_BYTES}sIII")  # key, place, checksum of the row, checksum of the record
 VERSION = 1
@@ -73,7 +75,8 @@ def names(folder: Path, number: int) -> tuple[Path, Path]:
 @dataclass
 class Scan:
     """What a folder has: `segments` that can be read, `others` whose rows are of another size (`nbytes` alone counts),
-    `foreign` files that are none of ours, and the highest number that any file has."""
+    `foreign` files that are none of ours, and the highest number that any file has. What a process that ended in the
+    middle left empty is removed."""
 
     segments: list[Segment]
     others: list[Segment]
@@ -88,7 +91,7 @@ def scan(folder: Path, row_bytes: int) -> Scan:
     for entry in os.scandir(folder):
         match = _NAME.fullmatch(entry.name)
         if match is None or not entry.is_file(follow_symlinks=False):
-            found.foreign += entry.name != "lock"
+            found.foreign += entry.name != LOCK
             continue
         numbers.add(int(match[1]))
     for number in sorted(numbers):
@@ -96,7 +99,9 @@ def scan(folder: Path, row_bytes: int) -> Scan:
         segment = Segment(number, *names(folder, number))
         size = _read_index(segment, row_bytes)
         if size is None:
-            found.foreign += segment.rows.exists() + segment.index.exists()
+            found.foreign += 0 if _never_begun(segment) else segment.rows.exists() + segment.index.exists()
+        elif size == row_bytes and not segment.places:
+            remove(segment)
         elif size == row_bytes:
             found.segments.append(segment)
         else:
@@ -104,8 +109,27 @@ def scan(folder: Path, row_bytes: int) -> Scan:
     return found
 
 
+def _never_begun(segment: Segment) -> bool:
+    """Whether its files were made and not one byte written; they are removed."""
+    try:
+        sizes = [path.stat().st_size for path in (segment.index, segment.rows) if path.exists()]
+    except OSError:
+        return False
+    if any(sizes) or not segment.index.exists():
+        return False
+    remove(segment)
+    return True
+
+
+def remove(segment: Segment) -> None:
+    for path in (segment.index, segment.rows):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
 def _read_index(segment: Segment, row_bytes: int) -> int | None:
-    """Fill a segment from its files; the size of its rows, or None: these are not ours."""
+    """Fill a segment from its files; the size of its rows, or None: these are not ours. What is torn off the index, or
+    damaged, is cut off: records that are added to it later would stand behind it, where none is believed."""
     try:
         data = segment.index.read_bytes()
         length = segment.rows.stat().st_size
@@ -117,14 +141,19 @@ def _read_index(segment: Segment, row_bytes: int) -> int | None:
     segment.nbytes = length + len(data)
     if size != row_bytes:
         return size
+    end = _HEADER.size
     for start in range(_HEADER.size, len(data) - _RECORD.size + 1, _RECORD.size):
         key, place, check, crc = _RECORD.unpack_from(data, start)
         if zlib.crc32(data[start : start + _RECORD.size - 4]) != crc:
             break  # cut off, or overwritten: nothing behind it is believed
+        end = start + _RECORD.size
         if place == GONE:
             segment.places.pop(key, None)
         elif (place + 1) * row_bytes <= length:
             segment.places[key] = place, check
+    if end < len(data):
+        with contextlib.suppress(OSError):
+            os.truncate(segment.index, end)
     segment.end = length // row_bytes
     return size
 
@@ -173,6 +202,7 @@ class Writer:
             _whole(os.write(self._index, header(row_bytes)), _HEADER.size)
         except OSError:
             self.close()
+            remove(self.segment)
             raise
         self.segment.nbytes = _HEADER.size
 

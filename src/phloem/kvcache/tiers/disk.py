@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 from phloem.core.errors import ConfigError
 from phloem.kvcache.tiers._segments import (
     AT_ONCE,
+    LOCK,
     Segment,
     Writer,
     checksum,
     forget,
     read_rows,
+    remove,
     scan,
     size_of,
 )
@@ -60,23 +62,46 @@ class Tier:
         self._rest_until = 0.0
         self._told: set[str] = set()  # failures that the log has
         self.corrupt = self.failed = self.evicted = 0
+        self._root, self._owner = place.folder, -1
         try:
-            self.folder, self._owner = _own(place.folder)
-            found = scan(self.folder, self._row_bytes)
+            self._move_in()
         except OSError as error:
             text = f"hicache_storage_backend_extra_config: path: {place.folder}: {error.strerror or error}"
             raise ConfigError(text, param="hicache_storage_backend_extra_config") from None
+
+    def _move_in(self) -> None:
+        """Take a folder, with what is there. Raises OSError."""
+        self.folder, self._owner = _own(self._root)
+        found = scan(self.folder, self._row_bytes)
         self.foreign, self._next = found.foreign, found.highest + 1
-        for segment in found.segments:
-            self._where.update(dict.fromkeys(segment.places, segment))
-        self._segments = sorted(found.segments + found.others, key=lambda segment: segment.number)
-        for segment in self._segments:
-            segment.stamp = self._tick()
+        with self._lock:
+            self._where.clear()
+            for segment in found.segments:
+                self._where.update(dict.fromkeys(segment.places, segment))
+            self._segments = sorted(found.segments + found.others, key=lambda segment: segment.number)
+            for segment in self._segments:
+                segment.stamp = self._tick()
         self._make_room(0)
         if self._segments or self.foreign:
             _log.info(
                 "%s: %d pages of earlier runs, %d files that are not ours", self.folder, len(self._where), self.foreign
             )
+
+    def _move_out(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._owner >= 0:
+            os.close(self._owner)
+            self._owner = -1
+
+    def _still_own(self) -> bool:
+        """Whether the lock in the folder is the one that this process has: else somebody removed it, and the next
+        process that looks for a folder takes this one."""
+        try:
+            return os.path.samestat(os.stat(self.folder / LOCK), os.fstat(self._owner))
+        except OSError:
+            return False
 
     @property
     def nbytes(self) -> int:
@@ -131,6 +156,9 @@ class Tier:
             if monotonic() < self._rest_until:
                 return 0
             try:
+                if not self._still_own():
+                    self._move_out()
+                    self._move_in()
                 while done < len(keys):
                     done += self._write_some(keys[done : done + AT_ONCE], rows[done : done + AT_ONCE])
             except OSError as error:
@@ -177,17 +205,18 @@ class Tier:
                 if self._where.get(key) is segment:
                     del self._where[key]
         self.evicted += len(segment.places)
-        for path in (segment.index, segment.rows):
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+        remove(segment)
 
     def _stop_writing(self, error: OSError) -> None:
         self.failed += 1
         self._rest_until = monotonic() + REST
         self._tell(f"write {error.errno}", f"pages are not written to {self.folder} for {REST:.0f} s", error)
         if self._writer is not None:
+            segment = self._writer.segment
             self._writer.close()
             self._writer = None
+            if not segment.end and segment in self._segments:
+                self._drop_segment(segment)
 
     def _lost(self, segment: Segment, error: OSError) -> None:
         """Its rows cannot be read."""
@@ -214,11 +243,14 @@ class Tier:
             _log.warning("%s: %s", text, error.strerror or error)
 
     def drop(self, keys: Sequence[bytes]) -> None:
-        with self._lock:
-            gone = {key: segment for key in keys if (segment := self._where.pop(key, None)) is not None}
-        for segment in {id(found): found for found in gone.values()}.values():
-            with contextlib.suppress(OSError):
-                forget(segment, [key for key, found in gone.items() if found is segment])
+        with self._writing:  # a key that is written anew meanwhile would be forgotten with its row before
+            with self._lock:
+                gone = {key: segment for key in keys if (segment := self._where.pop(key, None)) is not None}
+            if not self._still_own():
+                return
+            for segment in {id(found): found for found in gone.values()}.values():
+                with contextlib.suppress(OSError):
+                    forget(segment, [key for key, found in gone.items() if found is segment])
 
     def clear(self) -> None:
         with self._writing:
@@ -243,12 +275,7 @@ class Tier:
 
     def close(self) -> None:
         with self._writing:
-            if self._writer is not None:
-                self._writer.close()
-                self._writer = None
-            if self._owner >= 0:
-                os.close(self._owner)
-                self._owner = -1
+            self._move_out()
 
 
 def _own(root: Path) -> tuple[Path, int]:
@@ -256,7 +283,7 @@ def _own(root: Path) -> tuple[Path, int]:
     for number in range(MOST_OWNERS):
         folder = root / f"replica-{number}"
         folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

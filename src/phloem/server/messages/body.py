@@ -27,6 +27,9 @@ AS_IN_CHAT = (
     "priority",
     "cache_salt",
     "extra_key",
+    "bootstrap_host",
+    "bootstrap_port",
+    "bootstrap_room",
     "chat_template_kwargs",
 )
 Content = str | list[dict[str, Any]]

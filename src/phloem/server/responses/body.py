@@ -35,6 +35,9 @@ AS_IN_CHAT = (
     "priority",
     "cache_salt",
     "extra_key",
+    "bootstrap_host",
+    "bootstrap_port",
+    "bootstrap_room",
     "parallel_tool_calls",
 )
 

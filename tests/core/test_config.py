@@ -3,8 +3,9 @@
 import pytest
 
 from phloem.cli._options import parse
-from phloem.core.config import Config, flat_fields, parse_bytes
+from phloem.core.config import Config, flat_fields
 from phloem.core.errors import ConfigError
+from phloem.core.ranges import parse_bytes
 
 
 @pytest.mark.parametrize(

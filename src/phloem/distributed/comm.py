@@ -135,6 +135,9 @@ class Threads:
         self._meeting.barrier.abort()
 
 
+_LOOK = timedelta(seconds=0.25)  # of one wait for the others
+
+
 class Gloo:
     """A rank that is a process, over torch.distributed's gloo. It finds the others by a store of torch.distributed.
 
@@ -165,11 +168,15 @@ class Gloo:
         self._aborted = False
 
     def _run(self, work: dist.Work) -> None:
-        try:
-            work.wait()
-        except RuntimeError as error:
-            first = str(error).splitlines()[0]
-            raise EngineDead(f"rank {self.rank} lost the others: {first:.200}") from None
+        # In short waits: gloo lets nobody go who waits for a process that is stopped, whatever is aborted.
+        while not self._aborted:
+            try:
+                work.wait(_LOOK)
+                break
+            except RuntimeError as error:
+                if work.is_completed():
+                    first = str(error).splitlines()[0]
+                    raise EngineDead(f"rank {self.rank} lost the others: {first:.200}") from None
         if self._aborted:
             raise EngineDead(f"rank {self.rank}: the group was ended")
 

@@ -51,6 +51,7 @@ _log = log.get("launch")
 
 MOST_STRANGERS = 16  # connections that have not shown yet who they are
 LAST_SECONDS = 1.0  # that nodes get to hear the last word
+MOST_TOLD = 3  # of those who were turned away
 WAIT = 0.1  # seconds between looks for nodes that have not come
 
 
@@ -92,7 +93,7 @@ class FurtherNodes:
         self._lock, self._closing, self._begun = threading.Lock(), threading.Event(), False
         self._ending = False  # whoever comes now belongs to the next start
         self._problem = ""  # why no start is possible
-        self._turned_away = ""  # who was refused last, and why
+        self._turned_away: list[str] = []  # who was refused, or has gone again, and why
         resolve(nodes.host, nodes.port)
         self._listening = bind(nodes.host, nodes.port, "dist_init_addr")
         self._listening.listen(64)
@@ -114,7 +115,7 @@ class FurtherNodes:
             if not self._problem and monotonic() > until:
                 which = f"node{'s' if len(lacks) > 1 else ''} {', '.join(map(str, lacks))} of {self._nodes.size}"
                 has = "have" if len(lacks) > 1 else "has"
-                more = f"; {self._turned_away}" if self._turned_away else ""
+                more = "".join(f"; {one}" for one in self._turned_away[-MOST_TOLD:])
                 self._problem = f"{which} {has} not come to {self._nodes.host}:{self._nodes.port} within "
                 self._problem += f"{self._timeout:g} s (dist_timeout){more}"
             if self._problem:
@@ -154,8 +155,8 @@ class FurtherNodes:
             nodes, strangers = list(self._all.values()), list(self._strangers)
         last = Bye(why, self._again and served) if self._begun else Refused(why or "node 0 ended its start")
         for node in nodes:
-            node.stream.trust(1.0)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it has gone
+                node.stream.trust(LAST_SECONDS)
                 node.stream.finish(last)
         # What it still says would, once this end is closed, destroy what it has not read yet.
         until = monotonic() + LAST_SECONDS
@@ -192,8 +193,7 @@ class FurtherNodes:
         try:
             node = self._greet(stream)
         except (Lost, OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            self._turned_away = f"what came from {stream.there} was no node of this version ({error})"
-            _log.warning("%s", self._turned_away)
+            self._note(f"what came from {stream.there} was no node of this version ({error})")
             node = None
         finally:
             with self._lock:
@@ -239,9 +239,12 @@ class FurtherNodes:
         return node
 
     def _refuse(self, stream: Stream, why: str) -> None:
-        self._turned_away = f"{stream.there} was refused: {why}"
-        _log.warning("%s", self._turned_away)
+        self._note(f"{stream.there} was refused: {why}")
         stream.send(Refused(why))
+
+    def _note(self, what: str) -> None:
+        _log.warning("%s", what)
+        self._turned_away.append(what)
 
     # --- those who are there
 
@@ -254,8 +257,7 @@ class FurtherNodes:
             with self._lock:
                 if self._all.get(node.number) is node:
                     del self._all[node.number]
-            self._turned_away = f"{node.name} has gone again: {why}"
-            _log.warning("%s", self._turned_away)
+            self._note(f"{node.name} has gone again: {why}")
         else:
             self._ending = True
             self._lost(f"{node.name} has gone: {why}")

@@ -6,7 +6,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Lead:
 
 
 @contextmanager
-def leading(port: int, **settings: Any) -> Iterator[Lead]:
+def leading(port: int, **settings: Any) -> Generator[Lead]:
     lead = Lead(port, **settings)
     try:
         yield lead

@@ -54,6 +54,6 @@ def load() -> list[Submit]:
         prompt = shared[: rng.randrange(4, 30)] + [rng.randrange(4, 380) for _ in range(rng.randrange(1, 25))]
         most = 24 if number % 5 == 0 else 10  # greedy ones are alone at last
         sampling = SamplingParams(max_new_tokens=most, sampling_seed=number, ignore_eos=True, **kinds[number % 5])
-        wants = {"return_logprob": True, "logprob_start": 0} if number in (1, 7) else {}
+        wants: dict[str, Any] = {"return_logprob": True, "logprob_start": 0} if number in (1, 7) else {}
         found.append(Submit(id=f"q{number}", input_ids=pack_ids(prompt), sampling=sampling, **wants))
     return found

@@ -15,14 +15,16 @@ import pytest
 from nodes_support import free_port
 
 from phloem.checkpoint.describe import describe
+from phloem.cli import doctor
 from phloem.cli._options import parse
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError
 from phloem.core.nodes import Nodes
-from phloem.launch import node as further_node
+from phloem.launch import checkup
 from phloem.launch.agree import differences, facts_of
+from phloem.launch.node import joined
 from phloem.launch.nodes import FurtherNodes, Node
-from phloem.launch.wire import Begin, Bye, Word, from_lead
+from phloem.launch.wire import Begin, Bye, Echo, Word, from_lead
 from phloem.testing.checkpoints import tiny_checkpoint
 
 FACTS = {"version of phloem": "1.0", "dtype": "float32", "digest of the weights": "ab"}
@@ -40,7 +42,8 @@ class Lead:
         self.heard: queue.SimpleQueue[tuple[int, Word]] = queue.SimpleQueue()
         self.lost: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-        def hear(node: Node, word: Word) -> None:
+        def hear(node: Node, word: Word | Echo) -> None:
+            assert isinstance(word, Word)
             self.heard.put((node.number, word))
 
         config = config_of(port, **settings)
@@ -58,9 +61,7 @@ def leading(port: int, **settings: Any) -> Generator[Lead]:
 
 def join(port: int, facts: dict[str, str] | None = None, **settings: Any) -> Any:
     config = config_of(port, **{"node_rank": 1, **settings})
-    return further_node._joined(  # pyright: ignore[reportPrivateUsage]
-        config, Nodes.of(config), FACTS if facts is None else facts, threading.Event()
-    )
+    return joined(config, Nodes.of(config), FACTS if facts is None else facts, threading.Event())
 
 
 def refusal_of(work: Callable[[], Any]) -> str:
@@ -276,3 +277,34 @@ def test_checkpoints_are_told_apart(tmp_path: Path) -> None:
     assert "dtype is float32 there, auto here" in differences(
         facts[0], facts_of(config_of(1, model_path=str(same), dtype="float32"), describe(str(same))), "node 1"
     )
+
+
+def test_doctor_says_how_far_the_other_nodes_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tiny_checkpoint("llama", tmp_path))
+    monkeypatch.setattr("phloem.launch.checkup.LOAD", 1 << 20)
+    found: dict[int, list[tuple[str, str]]] = {}
+
+    def look(rank: int, port: int, **settings: Any) -> None:
+        found[rank] = checkup.look(config_of(port, model_path=path, node_rank=rank, **settings))
+
+    port = free_port()
+    other = threading.Thread(target=look, args=(1, port))
+    other.start()
+    look(0, port)
+    other.join(10)
+    (own, _), (name, link) = found[0]
+    assert own == "node 0" and name == "node 1 of 2 (127.0.0.1)"
+    assert "same versions" in link and "us there and back" in link and "its clock is 0." in link
+    assert found[1][0][1] == found[0][0][1] and "digest of the weights" in found[1][0][1]
+    port = free_port()
+    errors: queue.SimpleQueue[str] = queue.SimpleQueue()
+    other = threading.Thread(target=lambda: errors.put(refusal_of(lambda: look(1, port, dtype="float32"))))
+    other.start()
+    assert "dtype is float32 there, auto here" in refusal_of(lambda: look(0, port))
+    assert "dtype is float32 there, auto here" in errors.get(timeout=10)
+    other.join(10)
+
+
+def test_doctor_with_one_node_has_nobody_to_meet(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not doctor._nodes(Config())  # pyright: ignore[reportPrivateUsage]
+    assert "nnodes is 1" in capsys.readouterr().out

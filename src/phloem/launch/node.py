@@ -60,7 +60,7 @@ RESTART_WINDOW = 600.0  # seconds in which `max_engine_restarts` are counted
 SLACK = 10.0  # seconds beyond its time-out that node 0 may take to say what is wrong
 
 
-class _Told(Exception):
+class Told(Exception):
     """A signal asks this node to end."""
 
 
@@ -81,8 +81,8 @@ def run(config: Config) -> int:
     while True:
         member = _Member(config, nodes, stop)
         try:
-            bye = member.run(_joined(config, nodes, facts, stop))
-        except _Told:
+            bye = member.run(joined(config, nodes, facts, stop))
+        except Told:
             return 0
         finally:
             member.close()
@@ -100,13 +100,13 @@ def run(config: Config) -> int:
         _log.warning("joining node 0 again (%d of %d)", len(ended), config.server.max_engine_restarts)
 
 
-def _joined(config: Config, nodes: Nodes, facts: dict[str, str], stop: threading.Event) -> Stream:
+def joined(config: Config, nodes: Nodes, facts: dict[str, str], stop: threading.Event) -> Stream:
     """A stream on which `Begin` comes next, or has come: node 0 knows this node, and it node 0."""
     until, why = monotonic() + config.nodes.dist_timeout, "it does not answer"
     resolve(nodes.host, nodes.port)
     while monotonic() < until:
         if stop.is_set():
-            raise _Told
+            raise Told
         try:
             stream = Stream(socket.create_connection((nodes.host, nodes.port), timeout=HELLO_SECONDS))
         except OSError as error:
@@ -135,7 +135,7 @@ def _hello(config: Config, nodes: Nodes, facts: dict[str, str], stream: Stream, 
     """Both show who they are. Raises ConfigError where node 0 is another one, or refuses this node."""
     secret, version = config.nodes.dist_secret or "", facts["version of phloem"]
     where, own = f"node 0 at {stream.there}", fresh()
-    challenge = _heard(stream, HELLO_SECONDS, stop)
+    challenge = heard(stream, HELLO_SECONDS, stop)
     if not isinstance(challenge, Challenge):
         raise Lost("it does not begin as node 0 does")
     if challenge.protocol != PROTOCOL:
@@ -145,7 +145,7 @@ def _hello(config: Config, nodes: Nodes, facts: dict[str, str], stream: Stream, 
         raise ConfigError(f"{where}: dist_secret is set on {has}, and not on {lacks}", param="dist_secret")
     proof = proof_of(secret, "node", challenge.nonce, own) if secret else b""
     stream.send(Hello(PROTOCOL, version, own, proof, nodes.rank, nodes.size, facts))
-    answer = _heard(stream, config.nodes.dist_timeout + SLACK, stop)
+    answer = heard(stream, config.nodes.dist_timeout + SLACK, stop)
     if isinstance(answer, Refused):
         raise ConfigError(f"{where} refuses this node: {answer.why}")
     if not isinstance(answer, Welcome) or (secret and not proves(answer.proof, secret, "lead", own, challenge.nonce)):
@@ -153,12 +153,12 @@ def _hello(config: Config, nodes: Nodes, facts: dict[str, str], stream: Stream, 
     _log.info("%s knows this node, %d of %d", where, nodes.rank, nodes.size)
 
 
-def _heard(stream: Stream, seconds: float, stop: threading.Event) -> FromLead:
-    """The next message. Raises Lost, and _Told."""
+def heard(stream: Stream, seconds: float, stop: threading.Event) -> FromLead:
+    """The next message. Raises Lost, and Told."""
     until = monotonic() + seconds
     while monotonic() < until:
         if stop.is_set():
-            raise _Told
+            raise Told
         data = stream.read(LOOK)
         if data is not None:
             return from_lead(data)
@@ -181,11 +181,11 @@ class _Member:
         self._children += [Child(rank, self._said, self._ended) for rank in nodes.ranks(nodes.rank)]
 
     def run(self, stream: Stream) -> Bye:
-        """Until node 0 says goodbye, or has gone. Raises _Told, and ConfigError before ranks were started."""
+        """Until node 0 says goodbye, or has gone. Raises Told, and ConfigError before ranks were started."""
         again = self._config.server.on_engine_death == "restart"
         self._stream = stream
         try:
-            begin = _heard(stream, self._config.nodes.dist_timeout + SLACK, self._stop)
+            begin = heard(stream, self._config.nodes.dist_timeout + SLACK, self._stop)
             if isinstance(begin, Refused):
                 raise ConfigError(f"node 0 at {stream.there} does not start: {begin.why}")
             if not isinstance(begin, Begin):
@@ -231,7 +231,7 @@ class _Member:
         silent, mark = 0, len(FOR_RANKS)
         while True:
             if self._stop.is_set():
-                raise _Told
+                raise Told
             data = stream.read(LOOK)
             if data is None:
                 silent += 1

@@ -27,6 +27,7 @@ from phloem.launch.wire import (
     Begin,
     Bye,
     Challenge,
+    Echo,
     Hello,
     Lost,
     Refused,
@@ -81,7 +82,7 @@ class FurtherNodes:
         config: Config,
         nodes: Nodes,
         facts: dict[str, str],
-        heard: Callable[[Node, Word], None],
+        heard: Callable[[Node, Word | Echo], None],
         lost: Callable[[str], None],
     ) -> None:
         self._nodes, self._facts, self._heard, self._lost = nodes, facts, heard, lost
@@ -121,6 +122,12 @@ class FurtherNodes:
             if self._problem:
                 raise ConfigError(self._problem)
             self._closing.wait(WAIT)
+
+    @property
+    def all(self) -> list[Node]:
+        """Those that have come, in their order."""
+        with self._lock:
+            return [node for _, node in sorted(self._all.items())]
 
     def begin(self, comm: str, port: int) -> None:
         """Let all start their ranks. Raises EngineDead when one has gone."""
@@ -273,7 +280,7 @@ class FurtherNodes:
                 said = None if data is None else from_node(data)
             except (Lost, msgspec.DecodeError) as error:
                 return str(error)
-            if isinstance(said, Word):
+            if isinstance(said, Word | Echo):
                 self._heard(node, said)
         return f"no sign of life for {SILENT_NODE * LOOK:g} s"
 

@@ -26,6 +26,7 @@ from phloem.engine.parallel import End, LostStep, Team, Told, encode_told, mesh_
 from phloem.launch.agree import facts_of
 from phloem.launch.child import LEAVE_SECONDS, Child, Said, end, meeting_place, watch
 from phloem.launch.nodes import FurtherNodes, Node, listening_beside
+from phloem.launch.wire import Echo
 from phloem.utils import log
 from phloem.utils.ipc import frame
 
@@ -239,7 +240,9 @@ class RankProcesses:
     def _heard(self, rank: Child, said: Said) -> None:
         self._news.add(rank.rank, said.what, said.bytes_read)
 
-    def _heard_of(self, node: Node, word: Word) -> None:
+    def _heard_of(self, node: Node, word: Word | Echo) -> None:
+        if isinstance(word, Echo):
+            return
         if word.what == "gone":
             self._lost(f"rank {word.rank} of {self.size} has gone, on {node.name}: {word.why}")
         else:

@@ -91,8 +91,23 @@ class Word(msgspec.Struct, frozen=True, tag=True):
     memory: tuple[int, int] | None = None
 
 
-FromLead = Challenge | Welcome | Refused | Begin | Beat | Bye
-FromNode = Hello | Beat | Word
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Of `phloem doctor`: how long is it to a node and back, with these bytes?"""
+
+    number: int
+    data: bytes
+
+
+class Echo(msgspec.Struct, frozen=True, tag=True):
+    """The same back, with the node's clock, in seconds since 1970."""
+
+    number: int
+    clock: float
+    data: bytes
+
+
+FromLead = Challenge | Welcome | Refused | Begin | Beat | Bye | Ping
+FromNode = Hello | Beat | Word | Echo
 _FROM_LEAD: msgspec.msgpack.Decoder[FromLead] = msgspec.msgpack.Decoder(FromLead)
 _FROM_NODE: msgspec.msgpack.Decoder[FromNode] = msgspec.msgpack.Decoder(FromNode)
 from_lead, from_node = _FROM_LEAD.decode, _FROM_NODE.decode

@@ -4,83 +4,30 @@ from __future__ import annotations
 
 import os
 import queue
-import random
 import signal
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from loads import answers, load
 from native_support import built
-from served import Server, eventually, gone
+from served import Server, eventually, gone, ranks_of
 from share_support import ThreadRanks, checkpoint
 
 from phloem import Engine
 from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError, EngineDead, ModelLoadError
-from phloem.core.messages import Drain, FromEngine, Submit, ToEngine, Tokens, pack_ids
-from phloem.core.request import SamplingParams
 from phloem.engine.parallel import Chosen, Go, Plan
+from phloem.launch.child import sweep
 from phloem.launch.core import EngineCore
-from phloem.launch.ranks import sweep
 from phloem.testing.checkpoints import tiny_checkpoint
-from phloem.testing.driver import Unfold
 
 SMALL: dict[str, Any] = {"dtype": "float32", "ops": "reference", "max_total_tokens": 2048, "log_level": "warning"}
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux")
-
-
-def answers(core: EngineCore, submits: list[Submit]) -> dict[str, Any]:
-    """Of each request its tokens, and log probabilities of these and of its prompt where it wants any."""
-    found: dict[str, Any] = {submit.id: ([], [], []) for submit in submits}
-    left = {submit.id for submit in submits}
-    waiting: list[ToEngine] = list(submits)
-    unfold = Unfold()
-
-    def send(message: FromEngine) -> None:
-        if isinstance(message, Tokens):
-            for chunk in unfold.chunks(message):
-                found[chunk.id][0].extend(chunk.tokens)
-                if chunk.logprobs is not None:
-                    found[chunk.id][1].extend(chunk.logprobs.values)
-                if chunk.prompt_logprobs is not None:
-                    found[chunk.id][2].extend(chunk.prompt_logprobs.values)
-                if chunk.finish is not None:
-                    assert chunk.finish.type in ("length", "stop"), chunk.finish
-                    left.discard(chunk.id)
-
-    def poll(timeout: float | None) -> list[ToEngine]:
-        out, waiting[:] = list(waiting), []
-        return out or ([] if left else [Drain(timeout=0.0)])
-
-    core._sends = send  # pyright: ignore[reportPrivateUsage]
-    core.run(poll)
-    return found
-
-
-def load() -> list[Submit]:
-    """Prompts that share prefixes and are longer than a step, more than fit at once, chosen in every way."""
-    rng, found = random.Random(4), list[Submit]()
-    shared = [rng.randrange(4, 380) for _ in range(30)]
-    kinds: list[dict[str, Any]] = [
-        {"temperature": 0.0},
-        {"temperature": 1.0, "top_p": 0.9},
-        {"temperature": 1.0},
-        {"temperature": 0.0, "repetition_penalty": 1.3},
-        {"temperature": 0.8, "regex": "[a-f ]{5,30}"},
-    ]
-    for number in range(8):
-        prompt = shared[: rng.randrange(4, 30)] + [rng.randrange(4, 380) for _ in range(rng.randrange(1, 25))]
-        most = 24 if number % 5 == 0 else 10  # greedy ones are alone at last
-        sampling = SamplingParams(max_new_tokens=most, sampling_seed=number, ignore_eos=True, **kinds[number % 5])
-        wants = {"return_logprob": True, "logprob_start": 0} if number in (1, 7) else {}
-        found.append(Submit(id=f"q{number}", input_ids=pack_ids(prompt), sampling=sampling, **wants))
-    return found
 
 
 @pytest.mark.slow
@@ -194,7 +141,7 @@ def test_what_several_ranks_do_not_serve_is_refused(values: dict[str, Any], why:
 
 
 @pytest.mark.parametrize(
-    "name", ["pp_async_batch_depth", "data-parallel-address", "moe_a2a_backend", "nnodes", "use_ray", "dcp_size"]
+    "name", ["pp_async_batch_depth", "data-parallel-address", "moe_a2a_backend", "use_ray", "dcp_size"]
 )
 def test_other_kinds_of_parallelism_are_refused_by_name(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name}: there is no .*docs/parallel.md"):
@@ -280,16 +227,6 @@ def test_an_engine_in_this_process_has_ranks_beside_it(comm: str, sizes: dict[st
         with pytest.raises(EngineDead):
             engine.generate("hello", asks[0])
     assert gone(pid) and not ranks_of(os.getpid())
-
-
-def ranks_of(pid: int) -> list[int]:
-    """The processes of ranks that a process, or a thread of it, has started."""
-    found: list[int] = []
-    for child in psutil.Process(pid).children():
-        with suppress(psutil.Error):
-            if "phloem.launch.rank" in " ".join(child.cmdline()):
-                found.append(child.pid)
-    return found
 
 
 @pytest.mark.slow

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 
 class Server:
@@ -80,3 +82,13 @@ def eventually(check: Any, seconds: float = 20) -> None:
     while not check():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.05)
+
+
+def ranks_of(pid: int) -> list[int]:
+    """The processes of ranks that a process, or a thread of it, has started."""
+    found: list[int] = []
+    for child in psutil.Process(pid).children():
+        with suppress(psutil.Error):
+            if "phloem.launch.rank" in " ".join(child.cmdline()):
+                found.append(child.pid)
+    return found

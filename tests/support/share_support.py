@@ -167,7 +167,7 @@ class ThreadRanks:
     def explain(self, error: EngineDead) -> EngineDead:
         return error
 
-    def close(self) -> None:
+    def close(self, phase: str = "drained", why: str = "") -> None:
         for box in self._boxes:
             box.put(End())
         for thread in self.threads:

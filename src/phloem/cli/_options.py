@@ -10,8 +10,9 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
-from phloem.core.config import SECTIONS, Config, read_environment, refuse_missing
+from phloem.core.config import SECTIONS, Config, read_environment
 from phloem.core.errors import BadRequest, ConfigError
+from phloem.core.spellings import MASTER, one_address, refuse_missing
 
 T = TypeVar("T")
 _ALIASES = {"model_path": ("--model",), "tokenizer_path": ("--tokenizer",)}
@@ -52,6 +53,7 @@ def parse(
     for arg in argv:
         refuse_missing(arg.removeprefix("--").split("=")[0] if arg.startswith("--") else "")
     file_values = _take_file(argv)
+    address = one_address({name: take(argv, f"--{name.replace('_', '-')}") for name in MASTER})
     own_fields = [] if own is None else _own_fields(own)
     fields = [*own_fields, *settings_fields(skip)]
     flat_class: Any = dataclasses.make_dataclass("Options", fields)
@@ -68,7 +70,9 @@ def parse(
     )
     settings = {name: getattr(values, name) for name, _, _ in settings_fields(skip)}
     mine = None if own is None else own(**{name: getattr(values, name) for name, _, _ in own_fields})
-    return Config.from_flat(read_environment({**checked, **settings})), mine
+    if address and settings["dist_init_addr"] not in (None, address["dist_init_addr"]):
+        raise ConfigError("dist_init_addr: not beside another --master-addr and --master-port", param="dist_init_addr")
+    return Config.from_flat(read_environment({**checked, **settings, **address})), mine
 
 
 def _own_fields(own: type[Any]) -> list[tuple[str, Any, Any]]:
@@ -105,14 +109,19 @@ def _take_file(argv: list[str]) -> dict[str, Any]:
 
 def take_config(argv: list[str]) -> str | None:
     """Remove `--config FILE` or `--config=FILE` from the arguments, and give that file."""
+    return take(argv, "--config")
+
+
+def take(argv: list[str], flag: str) -> str | None:
+    """Remove a flag and its value from the arguments, and give the value."""
     for i, arg in enumerate(argv):
-        if arg == "--config" and i + 1 < len(argv):
-            path = argv[i + 1]
+        if arg == flag and i + 1 < len(argv):
+            value = argv[i + 1]
             del argv[i : i + 2]
-            return path
-        if arg.startswith("--config="):
+            return value
+        if arg.startswith(f"{flag}="):
             del argv[i]
-            return arg.removeprefix("--config=")
+            return arg.removeprefix(f"{flag}=")
     return None
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform as python_platform
 import shutil
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from phloem import attention, platforms, quant
@@ -13,8 +14,10 @@ from phloem.bench.kernels import level_limits
 from phloem.checkpoint.describe import described
 from phloem.cli._options import parse
 from phloem.core import resolve
-from phloem.core.errors import PhloemError
+from phloem.core.config import opt
+from phloem.core.errors import ConfigError, PhloemError
 from phloem.kernels import _native_build, native
+from phloem.launch import checkup
 from phloem.platforms import cpu
 from phloem.utils import machine
 from phloem.utils.cores import available_cores
@@ -56,12 +59,23 @@ _INTERESTING = (
 )
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is looked at beside this machine."""
+
+    nodes: bool = opt(
+        False, "Meet the other nodes (nnodes, node_rank, dist_init_addr): given on each of them at the same time."
+    )
+
+
 def main(argv: list[str]) -> int:
-    config, _ = parse("doctor", argv, description=DESCRIPTION)
+    config, own = parse("doctor", argv, Options, description=DESCRIPTION)
     print(f"phloem {importlib.metadata.version('phloem')}, Python {python_platform.python_version()}\n")
     _machine()
     _libraries()
     sound = _model(config)
+    if own.nodes:
+        sound = _nodes(config) and sound
     return 0 if sound else 1
 
 
@@ -111,6 +125,20 @@ def _libraries() -> None:
             _line(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             _line(name, "not installed")
+
+
+def _nodes(config: Config) -> bool:
+    """Whether all nodes are there and agree."""
+    print("\nNodes", flush=True)
+    try:
+        if config.nodes.nnodes == 1:
+            raise ConfigError("nnodes is 1: there is no other node", param="nnodes")
+        for name, told in checkup.look(config):
+            _line(name, told)
+    except PhloemError as error:
+        _line("problem", error.message)
+        return False
+    return True
 
 
 def _model(config: Config) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from phloem.cli._options import parse
+from phloem.core.nodes import Nodes
+from phloem.launch import node
 from phloem.launch.replicas import engine_of
 from phloem.server import start
 
@@ -11,4 +13,6 @@ DESCRIPTION = "Serve a model behind the OpenAI API and the native API, by defaul
 
 def main(argv: list[str]) -> int:
     config, _ = parse("serve", argv, description=DESCRIPTION)
+    if Nodes.of(config).rank:
+        return node.run(config)
     return start.run(config, lambda: engine_of(config))

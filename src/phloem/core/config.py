@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 from phloem.core.errors import ConfigError
+from phloem.core.ranges import check_ranges
+from phloem.core.spellings import one_address, refuse_missing
 
 
 def opt(default: Any, text: str, *also: str) -> Any:
@@ -176,6 +177,23 @@ class RuntimeConfig:
         False, "Copy weights to disk before their memory is given back, so that they return whatever they are."
     )
     debug_invariants: bool = opt(False, "Debug: check the page accounting after every step.")
+
+
+@dataclass(frozen=True)
+class NodesConfig:
+    """One model over several machines (`docs/parallel.md`)."""
+
+    nnodes: int = opt(1, "Machines that the ranks of one model are shared out among, as many on each.")
+    node_rank: int | None = opt(
+        None, "Which of them this is: 0, the default, plans and answers HTTP; the others execute."
+    )
+    dist_init_addr: str | None = opt(
+        None,
+        "HOST:PORT at which node 0 listens; also --master-addr with --master-port.",
+        "nccl_init_addr",
+    )
+    dist_timeout: float = opt(300.0, "Seconds that nodes wait for each other at the start.")
+    dist_secret: str | None = opt(None, "What all nodes must know to be let in; PHLOEM_DIST_SECRET sets it too.")
 
 
 @dataclass(frozen=True)
@@ -350,6 +368,7 @@ SECTIONS: dict[str, Any] = {
     "cache": CacheConfig,
     "schedule": ScheduleConfig,
     "runtime": RuntimeConfig,
+    "nodes": NodesConfig,
     "experts": ExpertsConfig,
     "grammar": GrammarConfig,
     "lora": LoraConfig,
@@ -370,6 +389,7 @@ class Config:
     cache: CacheConfig = CacheConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    nodes: NodesConfig = NodesConfig()
     experts: ExpertsConfig = ExpertsConfig()
     grammar: GrammarConfig = GrammarConfig()
     lora: LoraConfig = LoraConfig()
@@ -389,7 +409,7 @@ class Config:
         """
         known, others = flat_fields(), other_names()
         parts: dict[str, dict[str, Any]] = {}
-        for name, value in values.items():
+        for name, value in one_address(values).items():
             key = name.replace("-", "_")
             key = others.get(key, key)
             refuse_missing(name)
@@ -403,7 +423,7 @@ class Config:
             parts.setdefault(section, {})[key] = _convert(key, value, kind)
         sections = {name: cls(**parts.get(name, {})) for name, cls in SECTIONS.items()}
         config = Config(**sections)
-        _check_ranges(config)
+        check_ranges(config.flat())
         return config
 
     def flat(self) -> dict[str, Any]:
@@ -424,36 +444,6 @@ _JSON = (
     *("speculative_config", "kv_events_config", "dllm_algorithm_config"),
     "hicache_storage_backend_extra_config",
 )
-
-# What other engines have and this one does not: refused by name, and not taken for a slip of the pen.
-_NOT_THERE = {
-    name: f"there is no {what}"
-    for what, names in {
-        "second batch in a pipeline": "pp_async_batch_depth pp_max_micro_batch_size enable_dynamic_chunking",
-        "other way of experts than --ep-size, by which every rank sees all tokens": (
-            "enable_expert_parallel enable_eplb moe_a2a_backend all2all_backend ep_num_redundant_experts eplb_config "
-            "ep_dispatch_algorithm deepep_mode"
-        ),
-        "data parallelism of attention alone": "attn_dp_size enable_dp_attention",
-        "data parallelism over several machines": (
-            "data_parallel_size_local data_parallel_address data_parallel_rpc_port data_parallel_start_rank "
-            "data_parallel_hybrid_lb data_parallel_external_lb"
-        ),
-        "context parallelism": (
-            "cp_size attn_cp_size dcp_size decode_context_parallel_size prefill_context_parallel_size"
-        ),
-        "model on several machines": "nnodes node_rank dist_init_addr nccl_init_addr master_addr dist_timeout",
-        "Ray": "use_ray distributed_executor_backend",
-    }.items()
-    for name in names.split()
-}
-
-
-def refuse_missing(name: str) -> None:
-    """Raises ConfigError for an option of other engines that is knowingly not there."""
-    key = name.replace("-", "_")
-    if key in _NOT_THERE:
-        raise ConfigError(f"{name}: {_NOT_THERE[key]}; docs/parallel.md says what there is", param=name)
 
 
 def flat_fields() -> dict[str, tuple[str, Any]]:
@@ -484,85 +474,46 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         raise ConfigError(f"{name}: {value!r}: {error}", param=name) from None
 
 
-_NOT_BELOW_0 = (
-    "kt_num_gpu_experts", "kt_max_deferred_experts_per_token", "kt_gpu_prefill_token_threshold"
-)  # fmt: skip
-_POSITIVE = (
-    "context_length",
-    "max_total_tokens",
-    "page_size",
-    "max_running_requests",
-    "max_queued_requests",
-    "chunked_prefill_size",
-    "stream_interval",
-    "watchdog_timeout",
-    "grammar_timeout",
-    "threads",
-    "kt_cpuinfer",
-    "kt_threadpool_count",
-    "tp_size",
-    "ep_size",
-    "pp_size",
-    "dp_size",
-    "image_step_tokens",
-    "piecewise_graph_max_tokens",
-    "max_body_bytes",
-    "max_bodies_bytes",
-    "max_update_bytes",
-    "header_timeout",
-    "body_timeout",
-    "max_prompts_per_request",
-    "max_lora_rank",
-    "max_loras_per_batch",
-    "max_loaded_loras",
-)
-
-
-def _check_ranges(config: Config) -> None:
-    flat = config.flat()
-    for name in _POSITIVE:
-        if flat[name] is not None and not flat[name] > 0:
-            raise ConfigError(f"{name}: {flat[name]!r} must be above 0", param=name)
-    for name in _NOT_BELOW_0:
-        if flat[name] is not None and flat[name] < 0:
-            raise ConfigError(f"{name}: {flat[name]!r} is below 0", param=name)
-    if not 0 <= config.server.port <= 65535:
-        raise ConfigError(f"port: {config.server.port} is not in 0 to 65535", param="port")
-    fraction = config.cache.mem_fraction_static
-    if fraction is not None and not 0 < fraction <= 1:
-        raise ConfigError(f"mem_fraction_static: {fraction} is not in (0, 1]", param="mem_fraction_static")
-    for name in ("hicache_ratio", "hicache_size"):
-        value = flat[name]
-        if value is not None and not (math.isfinite(value) and value >= 0 and (value or name == "hicache_size")):
-            least = "0 or above" if name == "hicache_size" else "above 0"
-            raise ConfigError(f"{name}: {value!r} must be a number {least}", param=name)
-    if config.cache.kv_memory is not None:
-        parse_bytes(config.cache.kv_memory)
-    if config.lora.lora_memory is not None:
-        parse_bytes(config.lora.lora_memory, "lora_memory")
-
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-def parse_bytes(text: str, name: str = "kv_memory") -> int:
-    """'2GiB' -> 2147483648.
-
-    Raises:
-        ConfigError: if the text is not a number with one of the units B, KB, MB, GB, KiB, MiB, GiB.
-    """
-    body = text.strip().lower()
-    digits = body.rstrip("kmgib ")
-    try:
-        return int(float(digits) * _UNITS[body[len(digits) :].strip()])
-    except (ValueError, KeyError):
-        raise ConfigError(f"{name}: {text!r} is not a size such as 512MiB or 2GB", param=name) from None
+SECRETS = ("api_key", "admin_api_key", "dist_secret")  # what is never shown
 
 
 def read_environment(values: dict[str, Any]) -> dict[str, Any]:
     """Add what only the environment says: keys, so that they need not stand on a command line."""
-    keys = {"api_key": os.environ.get("PHLOEM_API_KEY"), "admin_api_key": os.environ.get("PHLOEM_ADMIN_API_KEY")}
-    return {**values, **{name: key for name, key in keys.items() if key and not values.get(name)}}
+    keys = {name: os.environ.get(f"PHLOEM_{name.upper()}") for name in SECRETS}
+    return _as_torchrun_says({**values, **{name: key for name, key in keys.items() if key and not values.get(name)}})
+
+
+def _as_torchrun_says(values: dict[str, Any]) -> dict[str, Any]:
+    """Add which node this is and where the first one listens, where options leave that out and the environment has it.
+
+    A server of one rank that torchrun starts is none of several nodes: it is left alone.
+
+    Raises:
+        ConfigError: torchrun has started several processes on a node, or as many nodes as options do not say.
+    """
+    env, nodes = os.environ, values.get("nnodes") or 1
+    started = "TORCHELASTIC_RUN_ID" in env
+    world = int(env["WORLD_SIZE"]) if env.get("WORLD_SIZE", "").isdigit() else 1
+    ranks = int(values.get("tp_size") or 1) * int(values.get("pp_size") or 1)
+    if nodes == 1 and not (started and world > 1 and ranks > 1):
+        return values
+    if started:
+        if env.get("LOCAL_WORLD_SIZE", "1") != "1":
+            why = f"torchrun has started {env['LOCAL_WORLD_SIZE']} processes on a node, where one starts the others"
+            raise ConfigError(f"nnodes: {why}: --nproc-per-node 1", param="nnodes")
+        if nodes not in (1, world):
+            raise ConfigError(f"nnodes {nodes}: torchrun has started {world} nodes", param="nnodes")
+        nodes = world
+    found: dict[str, Any] = {"nnodes": nodes}
+    numbers = (env.get("NODE_RANK"), env.get("GROUP_RANK"), env.get("RANK") if world == nodes else None)
+    if values.get("node_rank") is None:
+        found["node_rank"] = next((int(number) for number in numbers if number and number.isdigit()), None)
+    host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT", "")
+    if values.get("dist_init_addr") is None and host and port.isdigit():
+        # At the port itself torchrun listens.
+        beside = int(port) + (env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+        found["dist_init_addr"] = f"[{host}]:{beside}" if ":" in host else f"{host}:{beside}"
+    return {**values, **found}
 
 
 def cpu_level(requested: CpuLevel) -> tuple[CpuLevel, str]:

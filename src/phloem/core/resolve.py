@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from phloem.core.config import CacheConfig, parse_bytes
+from phloem.core.config import CacheConfig
 from phloem.core.errors import ConfigError
+from phloem.core.ranges import parse_bytes
 
 GIB = 2**30
 # Of the machine's memory for each position that may be served: its rows in tables of rotations, and what those are made

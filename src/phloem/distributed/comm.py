@@ -6,8 +6,10 @@ float32 whatever the type, and every rank gets the same bits: each goes on from 
 
 from __future__ import annotations
 
+import socket
 import threading
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,12 +18,32 @@ from torch import distributed as dist
 from phloem.core.errors import EngineDead
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
 
 _TORCH: Any = dist  # typed only in part
+
+
+class Board:
+    """Where ranks of several machines leave their addresses for each other, for the time of a start.
+
+    Args:
+        host, port: where one rank holds it.
+        listening: that rank's socket, bound there and listening; None: another rank has it.
+        timeout: seconds that a rank waits for it, and for what others leave there.
+    """
+
+    def __init__(self, host: str, port: int, timeout: float, listening: socket.socket | None = None) -> None:
+        hand = {} if listening is None else {"master_listen_fd": listening.detach()}
+        wait = timedelta(seconds=timeout)
+        try:
+            self._store = _TORCH.TCPStore(host, port, None, listening is not None, wait, wait_for_workers=False, **hand)
+        except RuntimeError as error:
+            raise EngineDead(f"{host}:{port}: {str(error).splitlines()[0]:.200}") from None
+
+    def part(self, name: str) -> Any:
+        """The part of one group of ranks."""
+        return _TORCH.PrefixStore(name, self._store)
 
 
 class Comm(Protocol):
@@ -113,27 +135,32 @@ class Threads:
         self._meeting.barrier.abort()
 
 
+_LOOK = timedelta(seconds=0.25)  # of one wait for the others
+
+
 class Gloo:
-    """A rank that is a process, over torch.distributed's gloo. It finds the others by a file that all of them open.
+    """A rank that is a process, over torch.distributed's gloo. It finds the others by a store of torch.distributed.
 
     The group is its own: a process may have several engines, and the caller's own torch.distributed is left alone.
 
     Args:
-        place: a file that does not exist yet, in a folder of this group alone.
+        place: a file that does not exist yet, in a folder of this group alone; or a store that all ranks reach.
         timeout: seconds that a rank waits for the others.
+        host: this machine's address, at which the others reach it.
     """
 
     name = "gloo"
 
-    def __init__(self, rank: int, size: int, place: Path, timeout: float) -> None:
+    def __init__(self, rank: int, size: int, place: Path | Any, timeout: float, host: str = "127.0.0.1") -> None:
         self.rank, self.size = rank, size
         kind = _TORCH.ProcessGroupGloo
-        options = kind._Options()
-        options._timeout = timedelta(seconds=timeout)
-        options._devices = [kind.create_device(hostname="127.0.0.1")]
-        options._threads = 1
         try:
-            self._group = kind(_TORCH.FileStore(str(place), size), rank, size, options)
+            options = kind._Options()
+            options._timeout = timedelta(seconds=timeout)
+            options._devices = [kind.create_device(hostname=host)]
+            options._threads = 1
+            store = _TORCH.FileStore(str(place), size) if isinstance(place, Path) else place
+            self._group = kind(store, rank, size, options)
             # The first rank removes the folder once it has joined: by then all must have read the file to its end.
             self._group.barrier().wait()
         except RuntimeError as error:
@@ -141,11 +168,15 @@ class Gloo:
         self._aborted = False
 
     def _run(self, work: dist.Work) -> None:
-        try:
-            work.wait()
-        except RuntimeError as error:
-            first = str(error).splitlines()[0]
-            raise EngineDead(f"rank {self.rank} lost the others: {first:.200}") from None
+        # In short waits: gloo lets nobody go who waits for a process that is stopped, whatever is aborted.
+        while not self._aborted:
+            try:
+                work.wait(_LOOK)
+                break
+            except RuntimeError as error:
+                if work.is_completed():
+                    first = str(error).splitlines()[0]
+                    raise EngineDead(f"rank {self.rank} lost the others: {first:.200}") from None
         if self._aborted:
             raise EngineDead(f"rank {self.rank}: the group was ended")
 

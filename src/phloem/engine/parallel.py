@@ -19,6 +19,7 @@ import torch
 
 from phloem.core.batch import Batch
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
+from phloem.core.nodes import Nodes
 from phloem.distributed.mesh import Mesh, some_sizes
 from phloem.engine.apart import cut
 from phloem.engine.around import RunnerAround
@@ -109,6 +110,8 @@ class Team:
     tell: Callable[[Told], None]
     loaded: Callable[[int], None]  # with the bytes read. Rank 0: wait until all have their weights; the others: say so
     decision: Decision
+    # Of rank 0, once all have their weights: the least (free, all) bytes of other machines that have ranks.
+    elsewhere: Callable[[], tuple[int, int] | None] = lambda: None
 
 
 _POSITIONS = 64  # tables of rotations are built for so many: nobody looks into them
@@ -117,6 +120,11 @@ _POSITIONS = 64  # tables of rotations are built for so many: nobody looks into 
 def ranks_of(config: Config) -> int:
     """How many processes one model is shared out among."""
     return config.runtime.pp_size * config.runtime.tp_size
+
+
+def ranks_here(config: Config) -> int:
+    """How many processes take of one machine's memory and cores, those of other replicas among them."""
+    return ranks_of(config) // config.nodes.nnodes * config.runtime.dp_size
 
 
 def mesh_of(config: Config, rank: int) -> Mesh:
@@ -136,6 +144,7 @@ def option_of(config: Config) -> tuple[str, int]:
     """The option that asks for several ranks, and its value."""
     runtime = config.runtime
     sizes = {"tp_size": runtime.tp_size, "pp_size": runtime.pp_size, "ep_size": runtime.ep_size}
+    sizes["nnodes"] = config.nodes.nnodes
     return next(((name, size) for name, size in sizes.items() if size > 1), ("tp_size", 1))
 
 
@@ -146,6 +155,8 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
         ConfigError: something that one rank alone does.
         ModelLoadError: sizes that cannot be shared out, with those that could.
     """
+    if Nodes.of(config).rank:
+        raise ConfigError("node_rank: a further node is started by `phloem serve`", param="node_rank")
     name, size = option_of(config)
     meshes = [mesh_of(config, rank) for rank in range(0, ranks_of(config), config.runtime.tp_size)]
     reasons = {

@@ -70,9 +70,16 @@ class Sizing:
     decisions: tuple[Decision, ...]
 
 
-def size_pool(cache: CacheConfig, platform: Platform, need: Need, weights: int, ranks: int = 1) -> Sizing:
+def size_pool(
+    cache: CacheConfig,
+    platform: Platform,
+    need: Need,
+    weights: int,
+    ranks: int = 1,
+    elsewhere: tuple[int, int] | None = None,
+) -> Sizing:
     """Measure, and divide the memory. `weights`: their bytes on the device, loaded already. `ranks`: all
-    processes that take of the same memory.
+    processes that take of the same memory. `elsewhere`: the least (free, all) bytes of other machines with ranks.
 
     Raises:
         ConfigError: if the largest step, or one request of the context length, does not fit.
@@ -90,7 +97,9 @@ def size_pool(cache: CacheConfig, platform: Platform, need: Need, weights: int, 
             f"are free; {why}): lower chunked_prefill_size or max_running_requests",
             param="chunked_prefill_size",
         ) from None
-    free, total = (amount // ranks for amount in platform.memory())
+    least = platform.memory()
+    least = least if elsewhere is None else (min(least[0], elsewhere[0]), min(least[1], elsewhere[1]))
+    free, total = (amount // ranks for amount in least)
     facts = MemoryFacts(
         free, total, weights=weights, bytes_per_token=1, default_fraction=platform.default_memory_fraction
     )

@@ -15,9 +15,9 @@ from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.attention._packed import refusal
 from phloem.checkpoint.families import audio_of
 from phloem.core import resolve, speculation
-from phloem.core.config import parse_bytes
 from phloem.core.denoising import WHOLE
 from phloem.core.errors import ConfigError
+from phloem.core.ranges import parse_bytes
 from phloem.core.resolve import Decision
 from phloem.engine import compiled, denoising, experts, warm
 from phloem.engine import drafting as drafts
@@ -33,7 +33,7 @@ from phloem.engine.dtypes import (
     tower_of,
 )
 from phloem.engine.media import Desk
-from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, option_of, ranks_of
+from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, option_of, ranks_here, ranks_of
 from phloem.engine.pooled import PooledRunner
 from phloem.engine.recorded import choice
 from phloem.engine.routes import chosen_of, keep_beside
@@ -162,7 +162,7 @@ def build(
 
 
 def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) -> _Machine:
-    ranks, processes = ranks_of(config), ranks_of(config) * config.runtime.dp_size
+    ranks, processes = ranks_of(config), ranks_here(config)
     asked_threads = config.runtime.threads or experts.threads(config)
     threads = _take(decisions, resolve.threads(asked_threads, max(1, available_cores() // processes)))
     platform, chosen = platforms.choose(config.runtime.device, threads, compiles=True)
@@ -227,7 +227,8 @@ def _build(
         warming.finish(need, platform.device, decisions)
         phase.end("kernels")
     weights = min(_taken(model, sites, machine) + drafts.taken(helper), free)
-    sizing = size_pool(config.cache, platform, need, weights, ranks_of(config) * config.runtime.dp_size)
+    elsewhere = None if team is None else team.elsewhere()
+    sizing = size_pool(config.cache, platform, need, weights, ranks_here(config), elsewhere)
     decisions += sizing.decisions
     pool = KVPool(model.memory, sizing.num_pages, page, kv_dtype, platform.device, scales, own)
     keep_beside(pool, chosen, checkpoint, decisions)

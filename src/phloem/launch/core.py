@@ -13,9 +13,9 @@ from phloem.adapters import served
 from phloem.adapters.desk import Desk
 from phloem.checkpoint.families import audio_of
 from phloem.core import speculation
-from phloem.core.config import parse_bytes
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.core.messages import Failed, FromEngine, Progress, Ready, Stats, Submit, ToEngine
+from phloem.core.ranges import parse_bytes
 from phloem.engine import parallel, worker
 from phloem.engine.canvas import CanvasRunner
 from phloem.engine.runner import ModelRunner
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from phloem.core.config import Config
     from phloem.core.late import Prepared
     from phloem.engine.worker import Built
-    from phloem.launch.ranks import Ranks
+    from phloem.launch.ranks import Phase, Ranks
 
 _log = log.get("launch")
 
@@ -79,13 +79,14 @@ class EngineCore:
     def __init__(self, config: Config, checkpoint: Checkpoint, send: Send, ranks: Ranks | None = None) -> None:
         """`ranks`: the others of several; None: they are started here, if more than one is asked for."""
         self._ranks = ranks
+        self._phase: Phase = "start"
         if ranks is None and parallel.ranks_of(config) > 1:
             self._ranks = RankProcesses(config)
         try:
             self._build(config, checkpoint, send)
-        except BaseException:
+        except BaseException as error:
             if self._ranks is not None:
-                self._ranks.close()
+                self._ranks.close("start", str(error))
             raise
 
     def _build(self, config: Config, checkpoint: Checkpoint, send: Send) -> None:
@@ -154,8 +155,10 @@ class EngineCore:
     def run(self, poll: Poll, rest: Callable[[], None] | None = None) -> None:
         """Serve until told to drain. `rest` is called once whenever there was nothing to do for some seconds."""
         threading.Thread(target=self._warm, name="phloem-warm", daemon=True).start()
+        self._phase = "serving"
         try:
             loop.run(self.scheduler, _Inbox(poll, self._ranks), Resting(rest) if rest is not None else None)
+            self._phase = "drained"
         except EngineDead as error:
             raise error if self._ranks is None else self._ranks.explain(error) from None
 
@@ -176,7 +179,7 @@ class EngineCore:
         if self._keeper is not None:
             self._keeper.close()
         if self._ranks is not None:
-            self._ranks.close()
+            self._ranks.close(self._phase)
         self.runner.close()
         if self._grammars is not None:
             self._grammars.close()
@@ -333,7 +336,7 @@ def serve(
     try:
         check_tiers(config)
         check_disagg(config)
-        if max(parallel.ranks_of(config), config.runtime.ep_size) > 1:
+        if max(parallel.ranks_of(config), config.runtime.ep_size, config.nodes.nnodes) > 1 or config.nodes.node_rank:
             parallel.refuse(config, checkpoint)
         kind = EngineCore if checkpoint.pictures is None else PictureCore
         core = kind(config, checkpoint, send)

@@ -16,7 +16,7 @@ import msgspec
 
 from phloem.core.config import child_environment
 from phloem.core.errors import EngineDead
-from phloem.core.messages import EngineLink, FromEngine, ToEngine, decode_from_engine, encode
+from phloem.core.messages import Drain, EngineLink, FromEngine, ToEngine, decode_from_engine, encode
 from phloem.utils import machine
 from phloem.utils.ipc import DoorPipe
 from phloem.utils.processes import Stopped
@@ -33,6 +33,7 @@ MALLOC = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
+LEAVE_SECONDS = 3.0  # that an engine that was asked to end gets for it
 EXIT_SECONDS, EXIT_LOOKS = 1.0, 50  # how long, and how often, an engine that has hung up is asked for its exit status
 
 
@@ -45,6 +46,8 @@ class EngineProcess(EngineLink):
         # Of several, one that is stopped holds up the others; one alone is waited for (`engine_hang_timeout`).
         several = max(runtime.tp_size, runtime.pp_size, runtime.dp_size) > 1
         self._stopped = Stopped() if several else None
+        self._leave = LEAVE_SECONDS if config.nodes.nnodes > 1 else 0.0  # it says goodbye to other machines
+        self._leaving = False
         self._pipe = DoorPipe()
         theirs = self._pipe.theirs.fileno()
         order = {"config": config.flat(), "pipe": theirs, "parent": os.getpid()}
@@ -72,6 +75,7 @@ class EngineProcess(EngineLink):
     def send(self, message: ToEngine) -> None:
         if not self.alive:
             raise EngineDead(self._reason())
+        self._leaving = self._leaving or isinstance(message, Drain)
         self._pipe.send(encode(message))
 
     async def deliver(self, take: Callable[[FromEngine], bool]) -> None:
@@ -97,6 +101,9 @@ class EngineProcess(EngineLink):
 
     def close(self) -> None:
         """End the process, by force if it has not ended by itself."""
+        if self._leaving and self.alive:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(self._leave)
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()

@@ -18,7 +18,8 @@ from phloem.core.errors import PhloemError
 from phloem.core.resolve import Decision
 from phloem.engine.parallel import End, Team, decode_told, mesh_of
 from phloem.engine.worker import build_executor
-from phloem.launch.ranks import Said, join
+from phloem.launch.child import Said
+from phloem.launch.ranks import Way, join
 from phloem.utils import log, machine
 from phloem.utils.ipc import READ_BYTES, Frames, frame
 from phloem.utils.processes import die_with_parent
@@ -58,7 +59,10 @@ class _Pipe:
 
 
 def main() -> int:
-    order: dict[str, Any] = msgspec.json.decode(sys.stdin.buffer.readline())
+    line = sys.stdin.buffer.readline()
+    if not line:  # who would give the order has gone first
+        return 1
+    order: dict[str, Any] = msgspec.json.decode(line)
     die_with_parent(order["parent"])
     # Both may reach the whole process group at once; rank 0 ends us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -68,7 +72,9 @@ def main() -> int:
     pipe = _Pipe(order["pipe"])
     try:
         pipe.say("here")
-        groups = join(config, rank, order["comm"], Path(order["place"]))
+        board = order["board"]
+        way = Way(order["comm"], Path(order["place"]), None if board is None else (*board,), order["here"])
+        groups = join(config, rank, way)
         decision = Decision("tp_size", config.runtime.tp_size, "as rank 0 says")
         team = Team(mesh_of(config, rank), groups, pipe.tell, pipe.loaded, decision)
         executor = build_executor(config, described(config.model), team, pipe.receive)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from phloem.checkpoint.fingerprint import fingerprint, weight_files
-from phloem.core.config import cache_home, parse_bytes
+from phloem.core.config import cache_home
 from phloem.core.errors import ConfigError
+from phloem.core.ranges import parse_bytes
 from phloem.core.resolve import GIB, Decision
 from phloem.engine import parallel
 from phloem.engine.runner import ModelRunner

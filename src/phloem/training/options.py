@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from phloem.core.config import opt, parse_bytes
+from phloem.core.config import opt
 from phloem.core.errors import ConfigError
+from phloem.core.ranges import parse_bytes
 
 
 @dataclass(frozen=True)

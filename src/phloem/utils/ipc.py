@@ -21,20 +21,24 @@ LAST_SECONDS = 2.0  # how long the engine's last messages may take to leave
 
 
 class Frames:
-    """Cuts what arrives into frames."""
+    """Cuts what arrives into frames. `most`: bytes of the largest that is taken; None: of any size."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
         self._rest = bytearray()
 
     def cut(self, data: bytes) -> list[bytes]:
-        """The frames that are complete with this piece."""
+        """The frames that are complete with this piece. Raises ValueError for one that is too large."""
         if not self._rest and len(data) >= HEADER and int.from_bytes(data[:HEADER], "little") == len(data) - HEADER:
             return [data[HEADER:]]  # one whole frame: nearly always
         self._rest += data
         found: list[bytes] = []
         at, rest = 0, self._rest
         while len(rest) - at >= HEADER:
-            end = at + HEADER + int.from_bytes(rest[at : at + HEADER], "little")
+            size = int.from_bytes(rest[at : at + HEADER], "little")
+            if self.most is not None and size > self.most:
+                raise ValueError(f"a frame of {size} bytes, more than {self.most}")
+            end = at + HEADER + size
             if end > len(rest):
                 break
             found.append(bytes(rest[at + HEADER : end]))

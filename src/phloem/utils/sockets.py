@@ -8,8 +8,8 @@ import socket
 from phloem.core.errors import ConfigError
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 takes a free one.
+def bind(host: str, port: int, option: str = "") -> socket.socket:
+    """A bound socket; port 0 takes a free one. `option`: that says both, where host and port do not.
 
     Raises:
         ConfigError: the address is taken, not ours, or not allowed.
@@ -17,7 +17,8 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise ConfigError(f"host: {host!r} is no address to listen on: {error}", param="host") from None
+        name = option or "host"
+        raise ConfigError(f"{name}: {host!r} is no address to listen on: {error}", param=name) from None
     found = socket.socket(family, kind, proto)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -29,6 +30,10 @@ def bind(host: str, port: int) -> socket.socket:
             errno.EACCES: f"port {port} needs privileges: choose one above 1023 with --port",
             errno.EADDRNOTAVAIL: f"{host} is no address of this machine: choose another with --host",
         }
+        if option:
+            why = {errno.EADDRINUSE: "in use", errno.EADDRNOTAVAIL: "no address of this machine"}
+            message = f"{option}: {host}:{port} is {why.get(error.errno or 0, f'not to be had: {error.strerror}')}"
+            raise ConfigError(message, param=option) from None
         message = reasons.get(error.errno or 0, f"cannot listen on {host}:{port}: {error}")
         raise ConfigError(message, param="host" if error.errno == errno.EADDRNOTAVAIL else "port") from None
     return found

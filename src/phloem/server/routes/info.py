@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from phloem.client.info import version
 from phloem.client.request import GenerateRequest, Item, new_id
+from phloem.core.config import SECRETS
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.messages import Draw, Replica
 from phloem.core.request import SamplingParams
@@ -103,7 +104,7 @@ async def server_info(request: Request) -> Response:
     door = door_of(request)
     engine = door.client.connection.ready or {}
     flat = door.config.flat()
-    flat |= {name: "***" for name in ("api_key", "admin_api_key") if flat[name] is not None}
+    flat |= {name: "***" for name in SECRETS if flat[name] is not None}
     answer: dict[str, Any] = {
         **flat,
         "model_path": door.info.model_path,

@@ -16,7 +16,6 @@ class Setting(NamedTuple):
     text: str  # Phloem's name for it, or the reason
 
 
-_ONE = "!one machine serves a model"
 _OWN = "-Phloem chooses by itself, and says at start what and why"
 _GPU = "-it places processes on GPUs"
 _ROW = tuple[str, Any, str]
@@ -136,10 +135,10 @@ _PARALLEL: tuple[_ROW, ...] = (
     ("enable_eplb", False, "!experts stay on their ranks"),
     ("moe_a2a_backend", "none", "!ranks of experts add their sums, and send no tokens"),
     ("load_balance_method", "auto", "=load_balance_method"),
-    ("nnodes", 1, _ONE),
-    ("node_rank", 0, _ONE),
-    ("dist_init_addr", None, "-one machine serves a model"),
-    ("dist_timeout", None, "-one machine serves a model"),
+    ("nnodes", 1, "=nnodes"),
+    ("node_rank", 0, "=node_rank"),
+    ("dist_init_addr", None, "=dist_init_addr"),
+    ("dist_timeout", None, "=dist_timeout"),
     ("base_gpu_id", 0, _GPU),
     ("gpu_id_step", 1, _GPU),
 )

@@ -1,0 +1,84 @@
+"""In which ranges settings lie, and sizes in bytes as people write them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from phloem.core.errors import ConfigError
+
+_NOT_BELOW_0 = (
+    "node_rank", "kt_num_gpu_experts", "kt_max_deferred_experts_per_token", "kt_gpu_prefill_token_threshold"
+)  # fmt: skip
+_POSITIVE = (
+    "context_length",
+    "max_total_tokens",
+    "page_size",
+    "max_running_requests",
+    "max_queued_requests",
+    "chunked_prefill_size",
+    "stream_interval",
+    "watchdog_timeout",
+    "grammar_timeout",
+    "threads",
+    "kt_cpuinfer",
+    "kt_threadpool_count",
+    "tp_size",
+    "ep_size",
+    "pp_size",
+    "dp_size",
+    "nnodes",
+    "dist_timeout",
+    "image_step_tokens",
+    "piecewise_graph_max_tokens",
+    "max_body_bytes",
+    "max_bodies_bytes",
+    "max_update_bytes",
+    "header_timeout",
+    "body_timeout",
+    "max_prompts_per_request",
+    "max_lora_rank",
+    "max_loras_per_batch",
+    "max_loaded_loras",
+)
+
+
+def check_ranges(flat: dict[str, Any]) -> None:
+    """Raises ConfigError for a setting, by its flat name, that is out of its range."""
+    for name in _POSITIVE:
+        if flat[name] is not None and not flat[name] > 0:
+            raise ConfigError(f"{name}: {flat[name]!r} must be above 0", param=name)
+    for name in _NOT_BELOW_0:
+        if flat[name] is not None and flat[name] < 0:
+            raise ConfigError(f"{name}: {flat[name]!r} is below 0", param=name)
+    if not 0 <= flat["port"] <= 65535:
+        raise ConfigError(f"port: {flat['port']} is not in 0 to 65535", param="port")
+    fraction = flat["mem_fraction_static"]
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ConfigError(f"mem_fraction_static: {fraction} is not in (0, 1]", param="mem_fraction_static")
+    for name in ("hicache_ratio", "hicache_size"):
+        value = flat[name]
+        if value is not None and not (math.isfinite(value) and value >= 0 and (value or name == "hicache_size")):
+            least = "0 or above" if name == "hicache_size" else "above 0"
+            raise ConfigError(f"{name}: {value!r} must be a number {least}", param=name)
+    if flat["kv_memory"] is not None:
+        parse_bytes(flat["kv_memory"])
+    if flat["lora_memory"] is not None:
+        parse_bytes(flat["lora_memory"], "lora_memory")
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(text: str, name: str = "kv_memory") -> int:
+    """'2GiB' -> 2147483648.
+
+    Raises:
+        ConfigError: if the text is not a number with one of the units B, KB, MB, GB, KiB, MiB, GiB.
+    """
+    body = text.strip().lower()
+    digits = body.rstrip("kmgib ")
+    try:
+        return int(float(digits) * _UNITS[body[len(digits) :].strip()])
+    except (ValueError, KeyError):
+        raise ConfigError(f"{name}: {text!r} is not a size such as 512MiB or 2GB", param=name) from None

@@ -1,0 +1,59 @@
+"""What users of other engines write: options that are not there, and an address in two parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from phloem.core.errors import ConfigError
+
+MASTER = ("master_addr", "master_port")  # an address in two parts
+
+# What other engines have and this one does not: refused by name, and not taken for a slip of the pen.
+_NOT_THERE = {
+    name: f"there is no {what}"
+    for what, names in {
+        "second batch in a pipeline": "pp_async_batch_depth pp_max_micro_batch_size enable_dynamic_chunking",
+        "other way of experts than --ep-size, by which every rank sees all tokens": (
+            "enable_expert_parallel enable_eplb moe_a2a_backend all2all_backend ep_num_redundant_experts eplb_config "
+            "ep_dispatch_algorithm deepep_mode"
+        ),
+        "data parallelism of attention alone": "attn_dp_size enable_dp_attention",
+        "data parallelism over several machines": (
+            "data_parallel_size_local data_parallel_address data_parallel_rpc_port data_parallel_start_rank "
+            "data_parallel_hybrid_lb data_parallel_external_lb"
+        ),
+        "context parallelism": (
+            "cp_size attn_cp_size dcp_size decode_context_parallel_size prefill_context_parallel_size"
+        ),
+        "Ray": "use_ray distributed_executor_backend",
+    }.items()
+    for name in names.split()
+}
+
+
+def one_address(values: dict[str, Any]) -> dict[str, Any]:
+    """With `master_addr` and `master_port`, the names of torchrun and vLLM, as the one `dist_init_addr`.
+
+    Raises:
+        ConfigError: one of the two alone, or another address beside them.
+    """
+    found = {name.replace("-", "_"): value for name, value in values.items()}
+    host, port = found.get("master_addr"), found.get("master_port")
+    if host is None and port is None:
+        return {name: value for name, value in values.items() if name.replace("-", "_") not in MASTER}
+    if host is None or port is None:
+        lacks, has = ("master_addr", "master_port") if host is None else ("master_port", "master_addr")
+        raise ConfigError(f"{has}: {lacks} must be given with it", param=has)
+    address = f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+    said = next((found[name] for name in ("dist_init_addr", "nccl_init_addr") if found.get(name) is not None), address)
+    if said != address:
+        raise ConfigError(f"dist_init_addr: {said} is not what master_addr and master_port say, {address}")
+    rest = {name: value for name, value in values.items() if name.replace("-", "_") not in MASTER}
+    return {**rest, "dist_init_addr": address}
+
+
+def refuse_missing(name: str) -> None:
+    """Raises ConfigError for an option of other engines that is knowingly not there."""
+    key = name.replace("-", "_")
+    if key in _NOT_THERE:
+        raise ConfigError(f"{name}: {_NOT_THERE[key]}; docs/parallel.md says what there is", param=name)

@@ -1,0 +1,77 @@
+"""What all nodes of one model must have alike, and what is said where they have not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from phloem.checkpoint.fingerprint import fingerprint
+from phloem.core.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.core.config import Config
+
+# Settings that decide what ranks compute, how they meet, or what becomes of them. What node 0 alone does with the rest
+# (sampling, grammars, the pool's size, HTTP) the others need not know.
+SETTINGS = (
+    *("nnodes", "tp_size", "pp_size", "ep_size", "dp_size", "tp_comm", "on_engine_death"),
+    *("load_format", "dtype", "quantization", "context_length", "model_impl"),
+    *("page_size", "kv_cache_dtype", "max_running_requests", "chunked_prefill_size"),
+    *("device", "attention_backend", "ops", "enable_deterministic_inference"),
+    *("kt_num_gpu_experts", "kt_method", "kt_max_deferred_experts_per_token", "kt_expert_placement_strategy"),
+)
+MOST = 6  # differences that are told
+LONGEST = 60  # characters of a value that is shown
+
+
+def version_of(package: str) -> str:
+    """Without what only says how it was built."""
+    try:
+        return metadata.version(package).partition("+")[0]
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def facts_of(config: Config, checkpoint: Checkpoint) -> dict[str, str]:
+    """What this node has of it. Raises ModelLoadError."""
+    flat = config.flat()
+    return {
+        "version of phloem": version_of("phloem"),
+        "version of torch": version_of("torch"),
+        **{name: str(flat[name]) for name in SETTINGS},
+        "model type": checkpoint.model_type,
+        **config_facts(checkpoint),
+        "digest of the weights": _digest(checkpoint),
+    }
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    try:
+        return fingerprint(checkpoint)
+    except OSError as error:
+        raise ModelLoadError(f"{error.filename}: {error.strerror}") from None
+
+
+def config_facts(checkpoint: Checkpoint) -> dict[str, str]:
+    """What its configuration says, by key; of long values the beginning and a digest."""
+    return {f"config.json {key}": _short(value) for key, value in sorted(checkpoint.config.items())}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[: LONGEST // 2]}... ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
+
+
+def differences(own: dict[str, str], theirs: dict[str, str], node: str) -> str:
+    """In words; "" where there are none. `node`: whose `theirs` are."""
+    names = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]
+    if not names:
+        return ""
+    told = [f"{name} is {theirs.get(name, 'missing')} there, {own.get(name, 'missing')} here" for name in names[:MOST]]
+    more = f"; and {len(names) - MOST} more" if len(names) > MOST else ""
+    return f"{node} differs from node 0 (here): {'; '.join(told)}{more}"

@@ -225,13 +225,13 @@ def test_gguf_of_another_architecture(tmp_path: Path) -> None:
     import gguf
 
     file = tmp_path / "other.gguf"
-    writer = gguf.GGUFWriter(str(file), "mamba")
+    writer = gguf.GGUFWriter(str(file), "rwkv7")
     writer.add_tensor("token_embd.weight", np.ones((4, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    refuse(file, "other.gguf: unknown GGUF architecture 'mamba'; known: .*gemma3, .*llama")
+    refuse(file, "other.gguf: unknown GGUF architecture 'rwkv7'; known: .*gemma3, .*llama")
 
 
 def test_gguf_that_lacks_what_a_model_needs(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from phloem.checkpoint.ends import ids_by_text, tokenizer_end
 from phloem.checkpoint.fallback import Chosen, choose, settings
-from phloem.checkpoint.families import FAMILIES, family
+from phloem.checkpoint.families import FAMILIES, MOST_LAYERS, family
 from phloem.checkpoint.gguf_config import translate_metadata
 from phloem.checkpoint.gguf_parts import first_part, model_name, models_among
 from phloem.checkpoint.gguf_reader import GGUFFile
@@ -38,7 +38,6 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _AGAIN = "fetch the checkpoint again, where its download was not whole (with git lfs: git lfs pull)"
 _LARGEST_HEADER = 100 << 20
-MOST_LAYERS = 10_000
 MOST_EXPERTS = 10_000
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -386,7 +385,7 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
         value = config.get(key)
         if isinstance(value, int) and value > MOST_EXPERTS:  # each has names of its own before any tensor is missed
             raise ModelLoadError(f"{path}: {key} is {value}, expected at most {MOST_EXPERTS}")
-    if "num_attention_heads" not in config:  # no layer attends: the family needs none
+    if not config.get("num_attention_heads"):  # no layer attends: the family needs none
         return
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
     if kv_heads and heads % kv_heads:

@@ -67,6 +67,8 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
         token = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token is not None:
             config[f"{key.replace('padding', 'pad')}_token_id"] = int(token)
+    pooling = gguf.metadata.get(f"{arch}.pooling_type")
+    config |= {"pooling_type": pooling} if isinstance(pooling, int) else {}
     read_own(config, facts, gguf, path)
     latent = _latent(config, gguf, arch, path) if "kv_lora_rank" in facts.keys else set[str]()
     # Layers that draft are counted among the others, and stand behind them.

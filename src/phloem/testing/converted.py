@@ -12,6 +12,9 @@ import numpy as np
 MAMBA1, MAMBA2 = ("mamba", "falcon_mamba", "jamba"), ("mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h")
 
 
+ENCODERS = ("bert", "modernbert")
+
+
 def architecture(config: dict[str, Any], usual: str) -> str:
     """Some have two."""
     sparse = config["model_type"] == "nemotron_h" and "moe" in config["layers_block_type"]
@@ -61,6 +64,10 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
     if kind == "llama4_text":
         writer.add_feed_forward_length(config["intermediate_size_mlp"])
         writer.add_expert_feed_forward_length(config["intermediate_size"])
+    if kind in ENCODERS:
+        writer.add_causal_attention(False)
+    if kind == "modernbert":
+        writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
     if kind == "falcon":
         writer.add_head_count_kv(config["num_kv_heads"] if config["new_decoder_architecture"] else 1)
         writer.add_feed_forward_length(4 * config["hidden_size"])
@@ -88,6 +95,8 @@ def prepared(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         if kind == "granitemoehybrid" and not config["num_local_experts"]:
             tensors = {k: v for name, values in tensors.items() for k, v in _dense(name, values).items()}
         return dict(_recurrent(name, values, config) for name, values in tensors.items())
+    if kind in ENCODERS:  # without what makes other things of its states
+        return {k: v for k, v in tensors.items() if not k.startswith("pooler.")}
     if kind == "llama4_text":
         return {k: v for name, values in tensors.items() for k, v in _by_projection(name, values).items()}
     if kind == "gemma3n_text":

@@ -135,6 +135,16 @@ def test_shards_by_index(tmp_path: Path) -> None:
     index["weight_map"]["lost.weight"] = "model-00002-of-00002.safetensors"
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     refuse(path, "index.json: names tensors that no file holds: lost.weight")
+    for change, said in (
+        ({"b": "model-00002-of-00002.safetensors"}, "b is said to be in model-00002.*, but model-00001.* holds it"),
+        ({"b": None}, "index.json: does not name b, which model-00001-of-00002.safetensors holds"),
+    ):
+        wrong = {**index["weight_map"], **change}
+        del wrong["lost.weight"]
+        kept = {"weight_map": {tensor: file for tensor, file in wrong.items() if file is not None}}
+        (path / "model.safetensors.index.json").write_text(json.dumps(kept))
+        refuse(path, said)
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
     (path / "model-00002-of-00002.safetensors").unlink()
     refuse(path, "model-00002-of-00002.safetensors: missing .*index.json")
 

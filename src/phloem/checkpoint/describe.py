@@ -445,10 +445,9 @@ def _weight_files(folder: Path) -> list[Path]:
                 )
         files = [folder / name for name in sorted(set(names.values()))]
         _check_present(files, f"named in {index_path}")
-        inside = {name for file in files for name in read_safetensors_header(file)}
-        lost = sorted(set(names) - inside)
-        if lost:
-            raise ModelLoadError(f"{index_path}: names tensors that no file holds: {', '.join(lost[:8])}: {_AGAIN}")
+        _check_index(
+            names, {name: set(read_safetensors_header(folder / name)) for name in set(names.values())}, index_path
+        )
         return files
     files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
     if (folder / "model.safetensors") in files:
@@ -465,6 +464,21 @@ def _weight_files(folder: Path) -> list[Path]:
     for file in files:
         read_safetensors_header(file)
     return files
+
+
+def _check_index(names: dict[str, str], inside: dict[str, set[str]], path: Path) -> None:
+    """That every shard holds the tensors that the index gives to it, and no others: of two that hold one tensor, or of
+    one that a later version left behind, nothing says which counts."""
+    held = {name: file for file, tensors in inside.items() for name in tensors}
+    lost = sorted(set(names) - set(held))
+    if lost:
+        raise ModelLoadError(f"{path}: names tensors that no file holds: {', '.join(lost[:8])}: {_AGAIN}")
+    for file, tensors in sorted(inside.items()):
+        for name in sorted(tensors):
+            if name not in names:
+                raise ModelLoadError(f"{path}: does not name {name}, which {file} holds: {_AGAIN}")
+            if Path(names[name]) != Path(file):
+                raise ModelLoadError(f"{path}: {name} is said to be in {names[name]}, but {file} holds it: {_AGAIN}")
 
 
 def _check_present(files: list[Path], why: str) -> None:

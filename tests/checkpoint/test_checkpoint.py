@@ -135,6 +135,16 @@ def test_shards_by_index(tmp_path: Path) -> None:
     index["weight_map"]["lost.weight"] = "model-00002-of-00002.safetensors"
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     refuse(path, "index.json: names tensors that no file holds: lost.weight")
+    for change, said in (
+        ({"b": "model-00002-of-00002.safetensors"}, "b is said to be in model-00002.*, but model-00001.* holds it"),
+        ({"b": None}, "index.json: does not name b, which model-00001-of-00002.safetensors holds"),
+    ):
+        wrong = {**index["weight_map"], **change}
+        del wrong["lost.weight"]
+        kept = {"weight_map": {tensor: file for tensor, file in wrong.items() if file is not None}}
+        (path / "model.safetensors.index.json").write_text(json.dumps(kept))
+        refuse(path, said)
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
     (path / "model-00002-of-00002.safetensors").unlink()
     refuse(path, "model-00002-of-00002.safetensors: missing .*index.json")
 
@@ -225,13 +235,13 @@ def test_gguf_of_another_architecture(tmp_path: Path) -> None:
     import gguf
 
     file = tmp_path / "other.gguf"
-    writer = gguf.GGUFWriter(str(file), "mamba")
+    writer = gguf.GGUFWriter(str(file), "rwkv7")
     writer.add_tensor("token_embd.weight", np.ones((4, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    refuse(file, "other.gguf: unknown GGUF architecture 'mamba'; known: .*gemma3, .*llama")
+    refuse(file, "other.gguf: unknown GGUF architecture 'rwkv7'; known: .*gemma3, .*llama")
 
 
 def test_gguf_that_lacks_what_a_model_needs(tmp_path: Path) -> None:

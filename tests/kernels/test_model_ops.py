@@ -201,6 +201,7 @@ def test_elementwise_ops() -> None:
     torch.testing.assert_close(OPS.gelu_tanh(x), 0.5 * x * (1 + tanh))
     torch.testing.assert_close(OPS.relu2(x), torch.where(x > 0, x * x, 0.0))
     torch.testing.assert_close(OPS.scale(x, 0.22), x * 0.22)
+    torch.testing.assert_close(OPS.clip(x, 0.5), torch.where(x.abs() > 0.5, x.sign() * 0.5, x))
     torch.testing.assert_close(OPS.scale_rows(x, y[:, 0]), torch.diag(y[:, 0]) @ x)
 
 

@@ -159,7 +159,7 @@ def test_biases_of_the_mlp_are_found_by_their_tensors(made: Any, tmp_path: Path)
 
 
 def test_more_experts_than_any_model_has_are_refused_before_each_gets_its_names(made: Any, tmp_path: Path) -> None:
-    counts: dict[str, Any] = {"llama__expert_count": 2_000_000_000, "llama__expert_used_count": 2}
+    counts: dict[str, Any] = {"llama__expert_count": 20_000, "llama__expert_used_count": 2}
     file = tiny_gguf(made("llama")[0], tmp_path / "tiny.gguf", **counts)
-    with pytest.raises(ModelLoadError, match="num_local_experts is 2000000000, expected at most 10000"):
+    with pytest.raises(ModelLoadError, match="num_local_experts is 20000, expected at most 10000"):
         Engine(file)

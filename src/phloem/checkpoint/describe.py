@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from phloem.checkpoint.ends import ids_by_text, tokenizer_end
 from phloem.checkpoint.fallback import Chosen, choose, settings
-from phloem.checkpoint.families import FAMILIES, family
+from phloem.checkpoint.families import FAMILIES, MOST_LAYERS, family
 from phloem.checkpoint.gguf_config import translate_metadata
 from phloem.checkpoint.gguf_parts import first_part, model_name, models_among
 from phloem.checkpoint.gguf_reader import GGUFFile
@@ -38,7 +38,6 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _AGAIN = "fetch the checkpoint again, where its download was not whole (with git lfs: git lfs pull)"
 _LARGEST_HEADER = 100 << 20
-MOST_LAYERS = 10_000
 MOST_EXPERTS = 10_000
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -386,7 +385,7 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
         value = config.get(key)
         if isinstance(value, int) and value > MOST_EXPERTS:  # each has names of its own before any tensor is missed
             raise ModelLoadError(f"{path}: {key} is {value}, expected at most {MOST_EXPERTS}")
-    if "num_attention_heads" not in config:  # no layer attends: the family needs none
+    if not config.get("num_attention_heads"):  # no layer attends: the family needs none
         return
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
     if kv_heads and heads % kv_heads:
@@ -446,10 +445,9 @@ def _weight_files(folder: Path) -> list[Path]:
                 )
         files = [folder / name for name in sorted(set(names.values()))]
         _check_present(files, f"named in {index_path}")
-        inside = {name for file in files for name in read_safetensors_header(file)}
-        lost = sorted(set(names) - inside)
-        if lost:
-            raise ModelLoadError(f"{index_path}: names tensors that no file holds: {', '.join(lost[:8])}: {_AGAIN}")
+        _check_index(
+            names, {name: set(read_safetensors_header(folder / name)) for name in set(names.values())}, index_path
+        )
         return files
     files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
     if (folder / "model.safetensors") in files:
@@ -466,6 +464,21 @@ def _weight_files(folder: Path) -> list[Path]:
     for file in files:
         read_safetensors_header(file)
     return files
+
+
+def _check_index(names: dict[str, str], inside: dict[str, set[str]], path: Path) -> None:
+    """That every shard holds the tensors that the index gives to it, and no others: of two that hold one tensor, or of
+    one that a later version left behind, nothing says which counts."""
+    held = {name: file for file, tensors in inside.items() for name in tensors}
+    lost = sorted(set(names) - set(held))
+    if lost:
+        raise ModelLoadError(f"{path}: names tensors that no file holds: {', '.join(lost[:8])}: {_AGAIN}")
+    for file, tensors in sorted(inside.items()):
+        for name in sorted(tensors):
+            if name not in names:
+                raise ModelLoadError(f"{path}: does not name {name}, which {file} holds: {_AGAIN}")
+            if Path(names[name]) != Path(file):
+                raise ModelLoadError(f"{path}: {name} is said to be in {names[name]}, but {file} holds it: {_AGAIN}")
 
 
 def _check_present(files: list[Path], why: str) -> None:

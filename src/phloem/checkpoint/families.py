@@ -22,7 +22,8 @@ FACTS = (
     *("DIFFUSION", "IGNORED"),
 )
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-SPARSE, SIGMOID = " with experts", " with sigmoid routing"
+SPARSE, SIGMOID, NORMED = " with experts", " with sigmoid routing", " with normalised steps"
+MOST_LAYERS = 10_000
 _FOLDER = Path(__file__).parents[1] / "models"
 
 
@@ -34,12 +35,18 @@ class GGUFFacts:
     hf_class: str  # the entry of config.json's `architectures`
     sparse: bool = False  # it serves those files of the architecture that say how many experts there are
     sigmoid: bool = False  # it serves those files whose routers score by a sigmoid
+    normed: bool = False  # it serves those files whose recurrent layers normalise what steps are made of
+    also: tuple[str, ...] = ()  # further architectures that are read in the same way
     written_as: str = ""  # the architecture that today's converters write for it, if another
     # config.json key -> metadata key under the architecture's prefix, which must be there; or (that key, a default).
     keys: dict[str, str | tuple[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)  # what no file says
     layers_with: dict[str, str] = field(default_factory=dict)  # config.json key -> a tensor: the layers that have it
-    flags: dict[str, str] = field(default_factory=dict)  # config.json key -> a tensor of the first layer, or not there
+    flags: dict[str, str] = field(default_factory=dict)  # config.json key -> a tensor that some layer has, or none
+    kinds: dict[str, dict[str, str]] = field(default_factory=dict)  # config.json key -> a layer's tensor -> its kind
+    lists: dict[str, str] = field(default_factory=dict)  # config.json key -> metadata key of a number for each layer
+    rows: dict[str, str] = field(default_factory=dict)  # config.json key -> a tensor that has so many rows
+    shares: dict[str, tuple[str, str]] = field(default_factory=dict)  # config.json key -> one metadata key by another
     names: dict[str, str] = field(default_factory=dict)  # our tensor name in a layer -> the file's; `{}`: experts
     turned: tuple[str, ...] = ()  # projections whose rows are stored for a rotation of neighbours
     norm_shift: float = 0.0  # what the converter adds to norms
@@ -122,4 +129,8 @@ def gguf_families() -> dict[str, Family]:
     """Families by GGUF architecture; one that serves some of another's files with `SPARSE` or `SIGMOID` behind it."""
     found = [family(name) for name in FAMILIES.names()]
     facts = [(item, item.gguf) for item in found if item.gguf is not None]
-    return {own.architecture + SPARSE * own.sparse + SIGMOID * own.sigmoid: item for item, own in facts}
+    return {
+        arch + SPARSE * own.sparse + SIGMOID * own.sigmoid + NORMED * own.normed: item
+        for item, own in facts
+        for arch in (own.architecture, *own.also)
+    }

@@ -5,18 +5,20 @@ Source: the key names of the GGUF specification and the tensors that llama.cpp's
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from phloem.checkpoint.families import SIGMOID, SPARSE, gguf_families
+from phloem.checkpoint.families import MOST_LAYERS, NORMED, SIGMOID, SPARSE, gguf_families
 from phloem.checkpoint.gguf_keys import check_unread
+from phloem.checkpoint.gguf_own import LARGEST, plain, read_own
 from phloem.checkpoint.gguf_rope import read_rope, rope_keys
 from phloem.core.errors import ModelLoadError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from phloem.checkpoint.families import GGUFFacts
+    from phloem.checkpoint.families import Family
     from phloem.checkpoint.gguf_reader import GGUFFile
 
 # config.json key -> metadata key under the architecture's prefix
@@ -32,6 +34,8 @@ KEYS = {
     "rope_theta": "rope.freq_base",
 }
 _NEEDED = ("num_hidden_layers", "max_position_embeddings", "hidden_size", "intermediate_size", "num_attention_heads")
+_REAL = ("rms_norm_eps", "rope_theta")
+_BIASES = {"attention_bias": "attn_q", "attention_out_bias": "attn_output", "mlp_bias": "ffn_up"}
 
 
 def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
@@ -49,28 +53,23 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
     config: dict[str, Any] = {"model_type": families[own].name, "architectures": [facts.hf_class]}
     config["hidden_act"] = "silu"
     for key, source in KEYS.items():
-        value = gguf.metadata.get(f"{arch}.{source}")
-        if value is not None:
-            if key == "num_key_value_heads" and isinstance(value, Iterable):
-                value = [item for item in value if item]  # 0: a layer that does not attend
-                if not value:
-                    continue
-            config[key] = _plain(value, f"{path}: {arch}.{source}")
-        elif key in _NEEDED:
-            raise ModelLoadError(f"{path}: its metadata has no {arch}.{source}")
+        if key not in facts.lists:
+            value = _usual(gguf, key, source, families[own], path)
+            config |= {} if value is None else {key: value}
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelLoadError(f"{path}: has no tensor token_embd.weight")
     config["vocab_size"] = int(embedding.shape[0])
     config["tie_word_embeddings"] = "output.weight" not in gguf.tensors
-    config["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
-    config["attention_out_bias"] = "blk.0.attn_output.bias" in gguf.tensors
-    config["mlp_bias"] = "blk.0.ffn_up.bias" in gguf.tensors
+    for key, tensor in _BIASES.items():
+        config[key] = f"blk.0.{tensor}.bias" in gguf.tensors
     for key in ("bos", "eos", "padding"):
         token = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token is not None:
             config[f"{key.replace('padding', 'pad')}_token_id"] = int(token)
-    _own(config, facts, gguf, path)
+    pooling = gguf.metadata.get(f"{arch}.pooling_type")
+    config |= {"pooling_type": pooling} if isinstance(pooling, int) else {}
+    read_own(config, facts, gguf, path)
     latent = _latent(config, gguf, arch, path) if "kv_lora_rank" in facts.keys else set[str]()
     # Layers that draft are counted among the others, and stand behind them.
     config["num_hidden_layers"] -= int(config.get("num_nextn_predict_layers", 0))
@@ -80,21 +79,64 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
         *rope_keys(facts, config.get("rope_parameters", {})),
         *latent,
         *(item if isinstance(item, str) else item[0] for item in facts.keys.values()),
+        *facts.lists.values(),
+        *(name for pair in facts.shares.values() for name in pair),
     }
     check_unread(gguf.metadata, arch, read, config, path)
     return config
 
 
+def _usual(gguf: GGUFFile, key: str, source: str, served: Family, path: Path) -> Any:
+    """The value of one of `KEYS`; None: the file does not say it, or 0 for what the family does without.
+
+    Raises:
+        ModelLoadError: for one that is needed and not there, and for one that is no size.
+    """
+    where = f"{gguf.metadata.get('general.architecture')}.{source}"
+    value, kinds = gguf.metadata.get(where), served.gguf is not None and served.gguf.kinds
+    if value is None:
+        if key in _NEEDED and (key in served.needs or key in _NEEDED[:2]):
+            raise ModelLoadError(f"{path}: its metadata has no {where}")
+        return None
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        # 0: a layer that does not attend, or has no such block.
+        dropped = key == "num_key_value_heads" or (key == "intermediate_size" and kinds)
+        value = [item for item in value if item or not dropped]
+        if dropped and not value:
+            return None
+    value = plain(value, f"{path}: {where}")
+    if value == 0 and key not in (*served.needs, *_NEEDED[:2], *_REAL):
+        return None
+    right = isinstance(value, int | float) if key in _REAL else isinstance(value, int)
+    if not right or isinstance(value, bool) or not 0 < value <= (sys.float_info.max if key in _REAL else LARGEST):
+        kind = "number above 0" if key in _REAL else f"whole number from 1 to {LARGEST}"
+        raise ModelLoadError(f"{path}: {where} is {value!r}, expected a {kind}")
+    if key == "num_hidden_layers" and value > MOST_LAYERS:  # each would be looked for before any tensor is missed
+        raise ModelLoadError(f"{path}: {where} is {value}, expected at most {MOST_LAYERS}")
+    return value
+
+
 def _served_as(gguf: GGUFFile, arch: str) -> str:
     """Of an architecture that several families share: the entry of the one whose files look so."""
-    told = ((SPARSE, bool(gguf.metadata.get(f"{arch}.expert_count"))), (SIGMOID, _scores_by_sigmoid(gguf, arch)))
+    told = (
+        (SPARSE, _says(gguf, f"{arch}.expert_count")),
+        (SIGMOID, _scores_by_sigmoid(gguf, arch)),
+        (NORMED, _says(gguf, f"{arch}.ssm.dt_b_c_rms")),
+    )
     return next((arch + kind for kind, there in told if there and arch + kind in gguf_families()), arch)
+
+
+def _says(gguf: GGUFFile, key: str) -> bool:
+    value = gguf.metadata.get(key)
+    return isinstance(value, int | float) and bool(value)
 
 
 def _scores_by_sigmoid(gguf: GGUFFile, arch: str) -> bool:
     """Files that are older than the key have the correction that only such routers know."""
-    scores = gguf.metadata.get(f"{arch}.expert_gating_func")
-    return scores == 2 if scores else any(name.endswith(".exp_probs_b.bias") for name in gguf.tensors)
+    key = f"{arch}.expert_gating_func"
+    if _says(gguf, key):
+        return gguf.metadata[key] == 2
+    return any(name.endswith(".exp_probs_b.bias") for name in gguf.tensors)
 
 
 def _latent(config: dict[str, Any], gguf: GGUFFile, arch: str, path: Path) -> set[str]:
@@ -108,7 +150,7 @@ def _latent(config: dict[str, Any], gguf: GGUFFile, arch: str, path: Path) -> se
     for name, size in zip(names, sizes, strict=True):
         if not size:
             raise ModelLoadError(f"{path}: its metadata has no {arch}.{name}")
-    whole, value = (_plain(size, f"{path}: {arch}.{name}") for name, size in zip(names, sizes, strict=True))
+    whole, value = (plain(size, f"{path}: {arch}.{name}") for name, size in zip(names, sizes, strict=True))
     config["qk_nope_head_dim"], config["v_head_dim"] = whole - config["qk_rope_head_dim"], value
     if config["qk_nope_head_dim"] <= 0:
         raise ModelLoadError(
@@ -117,41 +159,3 @@ def _latent(config: dict[str, Any], gguf: GGUFFile, arch: str, path: Path) -> se
         )
     config["num_key_value_heads"] = config["num_attention_heads"]
     return {*names, *(f"{name}_mla" for name in names)}
-
-
-def _own(config: dict[str, Any], facts: GGUFFacts, gguf: GGUFFile, path: Path) -> None:
-    """What the family's file says beyond the usual keys."""
-    for key, source in facts.keys.items():
-        name, default = (source, None) if isinstance(source, str) else source
-        value = gguf.metadata.get(f"{facts.architecture}.{name}")
-        if key == "layer_types" and value is not None:
-            config[key] = _layer_types(value, config["num_hidden_layers"])
-        elif value is not None:
-            value = _plain(value, f"{path}: {facts.architecture}.{name}")
-            config[key] = value if default is None else type(default)(value)
-        elif isinstance(source, str):
-            raise ModelLoadError(f"{path}: its metadata has no {facts.architecture}.{name}")
-        elif default is not None:
-            config[key] = default
-    config.update(facts.config)
-    for key, tensor in facts.flags.items():
-        config[key] = f"blk.0.{tensor}" in gguf.tensors
-    for key, tensor in facts.layers_with.items():
-        config[key] = [n for n in range(config["num_hidden_layers"]) if f"blk.{n}.{tensor}" in gguf.tensors]
-
-
-def _layer_types(pattern: Any, count: int) -> list[str]:
-    """Of a flag for each layer, or of n, where every n-th layer sees everything (0: none)."""
-    flags = pattern if isinstance(pattern, Iterable) else [not pattern or (n + 1) % pattern != 0 for n in range(count)]
-    return ["sliding_attention" if local else "full_attention" for local in flags]
-
-
-def _plain(value: Any, where: str) -> Any:
-    """A number out of a scalar, or out of an array that has one value for every layer."""
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        values = {float(item) for item in value}
-        if len(values) != 1:
-            raise ModelLoadError(f"{where} differs from layer to layer, which is not supported")
-        value = values.pop()
-        return int(value) if value.is_integer() else value
-    return value

@@ -80,7 +80,8 @@ _NEUTRAL: dict[str, Test] = {
 
 
 def head_size(config: Mapping[str, Any]) -> int:
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    heads = config.get("num_attention_heads")  # none: no layer attends
+    return config.get("head_dim") or (config["hidden_size"] // heads if heads else 0)
 
 
 def rotary_size(config: Mapping[str, Any]) -> int:

@@ -33,7 +33,7 @@ def read_rope(gguf: GGUFFile, config: dict[str, Any], facts: GGUFFacts, path: Pa
         ModelLoadError: for a scaling that is not known, or that is not known together with another.
     """
     prefix = f"{gguf.metadata.get('general.architecture')}."
-    get = {key: gguf.metadata.get(prefix + key) for key in READ}
+    get = {key: _checked(key, gguf.metadata.get(prefix + key), f"{path}: {prefix}{key}") for key in READ}
     found = _partial(get[_COUNT], config, facts, f"{path}: {prefix}{_COUNT}")
     divisors = gguf.tensors.get("rope_freqs.weight")
     rope = _scaling(get, config, f"{path}: {prefix}")
@@ -51,6 +51,13 @@ def read_rope(gguf: GGUFFile, config: dict[str, Any], facts: GGUFFacts, path: Pa
         values = [float(item) * factor for item in divisors.raw().view("<f4").reshape(-1)]
         rope = {"rope_type": "divisors", "divisors": values}
     return {**found, "rope_parameters": rope} if rope else found
+
+
+def _checked(key: str, value: Any, where: str) -> Any:
+    right = isinstance(value, str) if key == _TYPE else isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and (not right or (key != _TYPE and not math.isfinite(value))):
+        raise ModelLoadError(f"{where} is {value!r}, expected a {'name' if key == _TYPE else 'number'}")
+    return value
 
 
 def rope_keys(facts: GGUFFacts, rope: Mapping[str, Any]) -> set[str]:

@@ -30,6 +30,7 @@ _MODES = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "last",
 }
+_STORED = {1: "mean", 2: "cls", 3: "last"}  # values of `pooling_type` in GGUF files
 _NAMES = {"lasttoken": "last", "mean_sqrt_len_tokens": "mean_sqrt_len"}
 _HEADS = {"ForSequenceClassification": "classify", "ForTokenClassification": "tokens"}
 _ACTIVATIONS: dict[str, Activation] = {"identity": "none", "sigmoid": "sigmoid", "softmax": "softmax"}
@@ -175,6 +176,11 @@ def _task(found: Described, task: str) -> tuple[str, str]:
     folder = found.path if found.path.is_dir() else found.path.parent
     if found.gguf is None and ((folder / "modules.json").exists() or (folder / "1_Pooling").is_dir()):
         return "embed", "the folder says how its hidden states are pooled (sentence-transformers)"
+    stored = found.config.get("pooling_type") if found.gguf is not None else None
+    if stored == 4:
+        raise ConfigError("pooling_type 4: rerankers in GGUF files are not served", param="model_path")
+    if stored in _STORED:
+        return "embed", f"the file says how its hidden states are pooled (pooling_type {stored})"
     bare = architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
     if encoder or (
         bare and not found.config.get("tie_word_embeddings")
@@ -294,6 +300,9 @@ def _dense(folder: Path) -> Dense:
 def _alone(found: Described, folder: Path) -> tuple[tuple[str, ...], tuple[Dense, ...], bool]:
     """Without files that say it: decoders by their last token, normalised; encoders by their first."""
     del folder
+    if found.gguf is not None:  # normalised, as what reads such files elsewhere gives them
+        kind = _STORED.get(found.config.get("pooling_type", 0))
+        return (kind or ("cls" if family(found.model_type).encoder is not None else "last"),), (), True
     decoder = family(found.model_type).encoder is None
     return ("last",) if decoder else ("cls",), (), decoder
 

@@ -188,6 +188,7 @@ class Ops:
     xielu: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = models.xielu  # x, alpha_p, alpha_n, beta, eps
     scale: Callable[[Tensor, float], Tensor] = models.scale
     scale_rows: Callable[[Tensor, Tensor], Tensor] = models.scale_rows  # x[T, ...], a number for each row [T], or [1]
+    clip: Callable[[Tensor, float], Tensor] = models.clip  # x, limit: at most so far from 0
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = models.layer_norm  # x, weight, bias, eps
     # x, gate, weight, eps, group (0: the whole axis), norm before the gate
     gated_rms_norm: Callable[[Tensor, Tensor, Tensor, float, int, bool], Tensor] = models.gated_rms_norm

@@ -164,6 +164,10 @@ def scale_rows(x_TN: Tensor, scale_T: Tensor) -> Tensor:
     return (x_TN.float() * scale_T.float().view(-1, *[1] * (x_TN.ndim - 1))).to(x_TN.dtype)
 
 
+def clip(x: Tensor, limit: float) -> Tensor:
+    return x.clamp(-limit, limit)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis (Ba et al., 2016)."""
     wide = x.float()

@@ -62,6 +62,7 @@ class AttentionOptions:
     transposed: bool = False  # matrices are stored as [in_features, out_features]
     q_growth: QGrowth | None = None
     value_scale: float = 1.0
+    clip: float = 0.0  # what the projections give is cut to so much on either side of 0; 0: it is not
     q_proj: str = "q_proj"
     k_proj: str = "k_proj"
     v_proj: str = "v_proj"
@@ -165,6 +166,8 @@ class SelfAttention(Layer):
     def _heads(self, qkv: Tensor, step: ForwardBatch) -> tuple[Heads, Tensor | None]:
         """q, k and v by head, with what is still to be done to q and k; and the gate of the output."""
         spec, options = self.spec, self.options
+        if options.clip:
+            qkv = self.ops.clip(qkv, options.clip)
         q, k, v = qkv[:, : self.q_end], qkv[:, self.q_end : self.k_end], qkv[:, self.k_end :]
         fused = self.q_norm is not None and self.k_norm is not None and options.qk_norm == "head"
         if self.q_norm is not None and self.k_norm is not None and options.qk_norm == "whole":

@@ -86,6 +86,9 @@ class SparseMLP(Layer):
     def __init__(self, ctx: BuildContext, hidden_size: int, config: ExpertsConfig) -> None:
         if not 0 < config.router.top_k <= config.count:
             raise ModelLoadError(f"num_experts_per_tok: {config.router.top_k} of {config.count} experts")
+        groups, keep = config.router.groups, config.router.keep
+        if groups > 1 and (config.count % groups or not 0 < keep <= groups):
+            raise ModelLoadError(f"n_group: {groups} groups of {config.count} experts, topk_group: {keep} of them")
         self.ops, self.config, names = ctx.ops, config, config.names
         mesh = ctx.mesh
         self.comm = ctx.comm if mesh.expert_tp.size * mesh.ep.size > 1 else None

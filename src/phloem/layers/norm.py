@@ -70,4 +70,21 @@ class LayerNorm(Layer):
         return self(total), total
 
 
-AnyNorm = RMSNorm | LayerNorm
+class BareLayerNorm(Layer):
+    """A layer norm without weights."""
+
+    before: Norm | None = None
+
+    def __init__(self, ctx: BuildContext, size: int, eps: float) -> None:
+        self.ops, self.eps, self.ones = ctx.ops, eps, torch.ones(size, device=ctx.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.ops.layer_norm(x, self.ones, None, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual); without residual (norm(x), x)."""
+        total = x if residual is None else self.ops.add(x, residual)
+        return self(total), total
+
+
+AnyNorm = RMSNorm | LayerNorm | BareLayerNorm

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from phloem.core.errors import ModelLoadError
 from phloem.core.memory import State
 from phloem.layers.linear import Linear
 from phloem.layers.norm import AnyNorm, RMSNorm
@@ -152,6 +153,8 @@ class Mamba2(Layer):
     def __init__(self, ctx: BuildContext, hidden_size: int, pool: int, sizes: MambaSizes) -> None:
         self.ops, self.pool, self.sizes = ctx.ops, pool, sizes
         tp, inner, shared = ctx.mesh.tp, sizes.heads * sizes.head_size, sizes.groups * sizes.state
+        if sizes.heads % sizes.groups:
+            raise ModelLoadError(f"Mamba 2: {sizes.groups} groups do not divide {sizes.heads} heads")
         check_divides("groups of heads", sizes.groups, tp)
         rows = {"z": inner, "x": inner, "b": shared, "c": shared, "dt": sizes.heads}
         self.inputs = Linear(ctx, hidden_size, pieces(ctx, "in_proj", rows), bias=sizes.bias)

@@ -54,6 +54,7 @@ def bert_like(config: dict[str, Any], **differences: Any) -> EncoderConfig:
     """An `EncoderConfig` with BERT's names and places of norms, from config.json; with what a family says otherwise."""
     if config.get("position_embedding_type", "absolute") != "absolute":
         raise ModelLoadError(f"position_embedding_type {config['position_embedding_type']!r} is not served")
+    check_encodes(config)
     if config.get("is_decoder") or config.get("add_cross_attention"):
         raise ModelLoadError("is_decoder, add_cross_attention: only encoders are served")
     kind = bert_layer(config)
@@ -69,6 +70,12 @@ def bert_like(config: dict[str, Any], **differences: Any) -> EncoderConfig:
         heads=config["num_attention_heads"],
     )
     return replace(base, **differences)
+
+
+def check_encodes(config: dict[str, Any]) -> None:
+    """Refuse a GGUF file whose tokens see those before them alone."""
+    if config.get("is_causal"):
+        raise ModelLoadError("attention.causal is not false: only encoders are served")
 
 
 def bert_layer(

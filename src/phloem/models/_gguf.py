@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from math import prod
 from typing import TYPE_CHECKING
 
 from phloem.checkpoint.families import family
 from phloem.core.errors import ModelLoadError
-from phloem.models._sources import GGUFSource, ShortFilterSource, SplitLatentSource
+from phloem.models._sources import FormedSource, GGUFSource, SplitLatentSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -41,13 +43,28 @@ _OUTER_NAMES = {
     "lm_head.weight": "output.weight",
     "model.norm.bias": "output_norm.bias",
     "model.final_layernorm.weight": "output_norm.weight",
+    "model.norm_f.weight": "output_norm.weight",
     "model.final_layernorm.bias": "output_norm.bias",
     "lm_head.bias": "output.bias",
     "model.embed_positions.weight": "position_embd.weight",
     "model.embedding_norm.weight": "token_embd_norm.weight",
 }
-_FILTERS = ("conv", "conv1d")  # of short convolutions
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+?)(\.weight|\.bias)?")
+# Of recurrent layers, whose block has any name.
+RECURRENT = {
+    "in_proj": "ssm_in",
+    "conv1d": "ssm_conv1d",
+    "x_proj": "ssm_x",
+    "dt_proj": "ssm_dt",
+    "dt_bias": "ssm_dt.bias",
+    "A_log": "ssm_a",
+    "D": "ssm_d",
+    "norm": "ssm_norm",
+    "dt_layernorm": "ssm_dt_norm",
+    "b_layernorm": "ssm_b_norm",
+    "c_layernorm": "ssm_c_norm",
+    "out_proj": "ssm_out",
+}
+_LAYER = re.compile(r"(?:model\.layers|encoder\.layer|layers)\.(\d+)\.(.+?)(\.weight|\.bias)?")
 _EXPERT = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -55,14 +72,23 @@ def gguf_name(name: str, renamed: Mapping[str, str]) -> tuple[str, int | None]:
     """A checkpoint tensor's name in a GGUF file, and which expert it is of the stacked tensor of that name."""
     match = _LAYER.fullmatch(name)
     if match is None:
-        return _OUTER_NAMES.get(name, name), None
+        return _stacked(name, {**_OUTER_NAMES, **renamed}) or (name, None)
     number, inner, kind = match.groups()
-    names = {**_NAMES, **renamed}
-    expert = _EXPERT.search(inner)
-    if expert is not None and inner[: expert.start()] + "{}" + inner[expert.end() :] in names:
-        stacked = names[inner[: expert.start()] + "{}" + inner[expert.end() :]]
-        return f"blk.{number}.{stacked}{kind or ''}", int(expert[0])
-    return f"blk.{number}.{names.get(inner, inner)}{kind or ''}", None
+    block, _, leaf = inner.rpartition(".")
+    recurrent = {inner: RECURRENT[leaf]} if block and leaf in RECURRENT else {}
+    if kind and inner + kind in renamed:  # the file leaves out the kind
+        return f"blk.{number}.{renamed[inner + kind]}", None
+    stored, expert = _stacked(inner, {**_NAMES, **recurrent, **renamed}) or (inner, None)
+    return f"blk.{number}.{stored}{kind or ''}", expert
+
+
+def _stacked(name: str, names: Mapping[str, str]) -> tuple[str, int | None] | None:
+    """The name in the file, perhaps of a tensor in which several are stacked, and which of them; None: not known."""
+    if name in names:
+        return names[name], None
+    number = _EXPERT.search(name)
+    found = number and names.get(name[: number.start()] + "{}" + name[number.end() :])
+    return (found, int(number[0])) if number and found else None
 
 
 def gguf_sources(
@@ -74,24 +100,27 @@ def gguf_sources(
     if facts is None:
         raise ModelLoadError(f"{checkpoint.path}: GGUF files of {checkpoint.model_type} are not known")
     tensors = checkpoint.gguf.tensors
-    heads = checkpoint.config["num_attention_heads"]
+    heads = checkpoint.config.get("num_attention_heads") or 0
     kv_heads = checkpoint.config.get("num_key_value_heads") or heads
     found: dict[str, Source] = {}
     used = {"rope_freqs.weight", *_drafting(checkpoint)}
-    for name, places in slots.items():
-        stored, expert = gguf_name(name, facts.names)
+    places = {name: gguf_name(name, facts.names) for name in slots}
+    pieces = Counter(stored for stored, _ in places.values())
+    for name, (stored, piece) in places.items():
         used.add(stored)
         if stored in tensors:
-            weight, _ = next(iter(places))
+            weight, number = next(iter(slots[name]))
             part = name.split(".")[-2]
             turned = (heads if part.startswith("q") else kv_heads) if part in facts.turned else 0
-            # The converter has already added the shift to the norms that have one.
-            tensor = tensors[stored] if expert is None else _expert_of(tensors[stored], expert, weight, checkpoint)
+            tensor = tensors[stored]
+            if piece is not None:
+                tensor = _piece_of(tensor, piece, _pieces(weight) or pieces[stored], checkpoint)
             kind = "dense" if tensor.kind in ("F32", "F64") else tensor.kind
-            shifted = weight.role == "norm"
-            if part in _FILTERS and len(tensor.shape) == 2:
-                channels, taps = tensor.shape
-                found[name] = ShortFilterSource(name, (channels, 1, taps), "dense", shifted, tensor=tensor)
+            # The converter has already added the shift to the norms that have one.
+            shifted, decay = weight.role == "norm", name.endswith(".A_log")
+            shape = _form(tensor, weight, number)
+            if shape != tensor.shape or decay:
+                found[name] = FormedSource(name, shape, "dense", shifted, tensor=tensor, decay=decay)
                 continue
             found[name] = GGUFSource(name, tensor.shape, kind, shifted, tensor=tensor, heads=turned)
         elif name.endswith(".kv_b_proj.weight"):
@@ -104,7 +133,7 @@ def gguf_sources(
         for name in tensors
         if re.fullmatch(r"blk\.\d+\.attn_[kv]_b\.weight", name) and "attn_kv_b" in facts.names.values()
     }
-    return found, sorted(set(tensors) - used)
+    return found, sorted(set(tensors) - used - _of_others(checkpoint))
 
 
 def _joined(name: str, keys: GGUFTensor, values: GGUFTensor, heads: int, checkpoint: Checkpoint) -> SplitLatentSource:
@@ -123,6 +152,14 @@ def _joined(name: str, keys: GGUFTensor, values: GGUFTensor, heads: int, checkpo
     return SplitLatentSource(name, (heads * size, rank), keys=flat[0], values=flat[1], heads=heads)
 
 
+def _of_others(checkpoint: Checkpoint) -> set[str]:
+    """Tensors that layers have which read another one's keys and values, and do not use."""
+    assert checkpoint.gguf is not None
+    last, shared = checkpoint.config["num_hidden_layers"], int(checkpoint.config.get("num_kv_shared_layers") or 0)
+    names = ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight")
+    return {f"blk.{number}.{name}" for number in range(last - shared, last) for name in names}
+
+
 def _drafting(checkpoint: Checkpoint) -> set[str]:
     """Tensors of layers behind the last one, where the file says that there are any: they draft."""
     assert checkpoint.gguf is not None
@@ -131,10 +168,24 @@ def _drafting(checkpoint: Checkpoint) -> set[str]:
     return {name for name in checkpoint.gguf.tensors if behind and name.startswith(behind)}
 
 
-def _expert_of(stacked: GGUFTensor, expert: int, weight: Weight, checkpoint: Checkpoint) -> GGUFTensor:
-    experts = weight.experts + len(weight.elsewhere) * weight.experts // max(1, len(weight.names))
-    if len(stacked.shape) != 3 or stacked.shape[0] != experts:
+def _pieces(weight: Weight) -> int:
+    """How many experts are stacked where this slot's lie; 0: it has none."""
+    return weight.experts + len(weight.elsewhere) * weight.experts // max(1, len(weight.names))
+
+
+def _piece_of(stacked: GGUFTensor, piece: int, count: int, checkpoint: Checkpoint) -> GGUFTensor:
+    if len(stacked.shape) != 3 or stacked.shape[0] != count:
         raise ModelLoadError(
-            f"{checkpoint.path}: {stacked.name} is {list(stacked.shape)}, expected {experts} stacked matrices"
+            f"{checkpoint.path}: {stacked.name} is {list(stacked.shape)}, expected {count} stacked matrices"
         )
-    return stacked.part(expert)
+    return stacked.part(piece)
+
+
+def _form(tensor: GGUFTensor, weight: Weight, number: int) -> tuple[int, ...]:
+    """The shape that a vector's slot gives to its numbers: files have some in other axes."""
+    wanted = weight.shapes[number]
+    if weight.role != "norm":
+        return tensor.shape
+    if len(wanted) == 3 and len(tensor.shape) == 2:  # filters, of which the file leaves out the axis of one
+        return (tensor.shape[0], 1, tensor.shape[1])
+    return wanted if len(weight.names) == 1 and prod(wanted) == prod(tensor.shape) else tensor.shape

@@ -16,7 +16,7 @@ from phloem.layers.context import AttentionSpec
 from phloem.layers.latent import Indexer, IndexSizes, LatentAttention, LatentSizes
 from phloem.layers.mlp import GatedMLP, PlainMLP
 from phloem.layers.moe import SharedExperts, SparseMLP
-from phloem.layers.norm import AnyNorm, LayerNorm, RMSNorm
+from phloem.layers.norm import AnyNorm, BareLayerNorm, LayerNorm, RMSNorm
 from phloem.layers.rope import Rope, RopeSpec
 from phloem.layers.weight import Layer
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 Sizes = TypeVar("Sizes")
 
-# rms: root mean square; layer: layer norm with a bias; layer-without-bias.
-NormKind = Literal["rms", "layer", "layer-without-bias"]
+# rms: root mean square; layer: layer norm with a bias; layer-without-bias; layer-weightless: with neither.
+NormKind = Literal["rms", "layer", "layer-without-bias", "layer-weightless"]
 
 
 @dataclass
@@ -52,6 +52,8 @@ class Place:
         """A norm of hidden states."""
         if self.norms == "rms":
             return RMSNorm(ctx, self.hidden_size, self.eps, self.norm_shift)
+        if self.norms == "layer-weightless":
+            return BareLayerNorm(ctx, self.hidden_size, self.eps)
         return LayerNorm(ctx, self.hidden_size, self.eps, self.norm_shift, bias=self.norms == "layer")
 
     def rope(self, ctx: BuildContext, spec: RopeSpec) -> Rope:

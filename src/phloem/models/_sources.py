@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -266,15 +267,22 @@ class GGUFSource(Source):
 
 
 @dataclass
-class ShortFilterSource(GGUFSource):
-    """Filters of a short convolution, [channels, 1, taps] to us, of which the file leaves out the axis of one."""
+class FormedSource(GGUFSource):
+    """Numbers that the file has in another form: in other axes, or as the decay -exp(x) in place of its logarithm x."""
+
+    decay: bool = False
 
     def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
         assert self.tensor is not None
-        flat = GGUFSource(self.name, self.tensor.shape, self.tensor.kind, tensor=self.tensor)
-        values = flat.take(None, dtype).unsqueeze(1)
+        stored = self.tensor.shape
+        flat = GGUFSource(self.name, (math.prod(stored[:-1]), stored[-1]), self.tensor.kind, tensor=self.tensor)
+        values = flat.take(None, torch.float32).reshape(self.shape)
+        if self.decay:
+            if not bool((values <= 0).all()):
+                raise ModelLoadError(f"{self.tensor.name} holds a decay that is not negative ({self.name})")
+            values = values.neg().log()
         self.bytes_read += flat.bytes_read
-        return indexed(values, index).contiguous()
+        return indexed(values, index).to(dtype).contiguous()
 
 
 @dataclass

@@ -18,6 +18,26 @@ DEFAULTS = {
     "multi_query": True,
     "parallel_attn": True,
 }
+# q, k and v lie one after another there, whatever the age of the model; biases of distance are not known.
+GGUF = {
+    "architecture": "falcon",
+    "hf_class": "FalconForCausalLM",
+    "keys": {
+        "layer_norm_epsilon": "attention.layer_norm_epsilon",
+        "num_kv_heads": "attention.head_count_kv",
+        "ffn_hidden_size": "feed_forward_length",
+    },
+    "config": {"activation": "gelu", "new_decoder_architecture": True, "by_head": False},
+    "flags": {"both_norms": "attn_norm_2.weight"},
+    "names": {
+        "ln_attn": "attn_norm_2",
+        "ln_mlp": "attn_norm",
+        "self_attention.query_key_value": "attn_qkv",
+        "self_attention.dense": "attn_output",
+        "mlp.dense_h_to_4h": "ffn_up",
+        "mlp.dense_4h_to_h": "ffn_down",
+    },
+}
 NEEDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 TINY = {"head_dim": None, "num_key_value_heads": None, "intermediate_size": None, "alibi": False}
 VARIANTS = {
@@ -44,11 +64,13 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
     kv_heads = (config.get("num_kv_heads") or heads) if new else (1 if config["multi_query"] else heads)
     attention = usual_attention(
         {**config, "num_key_value_heads": kv_heads},
-        fused="query_key_value", grouped=True, o_proj="dense", qkv_bias=bias, out_bias=bias, name="self_attention",
+        fused="query_key_value", grouped=config.get("by_head", True), o_proj="dense", name="self_attention",
+        qkv_bias=bias, out_bias=bias,
     )  # fmt: skip
     inner = config.get("ffn_hidden_size") or 4 * config["hidden_size"]
     feed = Plain(inner, config["activation"], bias, ("dense_h_to_4h", "dense_4h_to_h"))
-    both = ("ln_attn", "ln_mlp") if new and config.get("num_ln_in_parallel_attn") != 1 else ("input_layernorm",)
+    two = config.get("both_norms", new and config.get("num_ln_in_parallel_attn") != 1)
+    both = ("ln_attn", "ln_mlp") if two else ("input_layernorm",)
     if new or config["parallel_attn"]:
         kind = LayerKind(attention, feed, "parallel", both)
     else:

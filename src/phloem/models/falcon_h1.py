@@ -42,6 +42,43 @@ DEFAULTS = {
     "embedding_multiplier": 1.0,
     "lm_head_multiplier": 1.0,
 }
+GGUF = {
+    "architecture": "falcon-h1",
+    "hf_class": "FalconH1ForCausalLM",
+    "keys": {
+        "mamba_d_ssm": "ssm.inner_size",
+        "mamba_n_heads": "ssm.time_step_rank",
+        "mamba_n_groups": "ssm.group_count",
+        "mamba_d_state": "ssm.state_size",
+        "mamba_d_conv": "ssm.conv_kernel",
+    },
+    # The converter has multiplied the weights by them.
+    "config": {
+        "mamba_norm_before_gate": False,
+        "attention_in_multiplier": 1.0,
+        "attention_out_multiplier": 1.0,
+        "ssm_in_multiplier": 1.0,
+        "ssm_out_multiplier": 1.0,
+        "ssm_multipliers": [1.0, 1.0, 1.0, 1.0, 1.0],
+        "mlp_multipliers": [1.0, 1.0],
+        "key_multiplier": 1.0,
+        "embedding_multiplier": 1.0,
+        "lm_head_multiplier": 1.0,
+    },
+    "flags": {
+        "mamba_conv_bias": "ssm_conv1d.bias",
+        "mamba_proj_bias": "ssm_in.bias",
+        "projectors_bias": "ssm_out.bias",
+        "mamba_rms_norm": "ssm_norm.weight",
+    },
+    "shares": {"mamba_d_head": ("ssm.inner_size", "ssm.time_step_rank")},
+    "names": {
+        "pre_ff_layernorm.weight": "ffn_norm",  # so is it in files
+        "feed_forward.gate_proj": "ffn_gate",
+        "feed_forward.up_proj": "ffn_up",
+        "feed_forward.down_proj": "ffn_down",
+    },
+}
 TINY = {
     "head_dim": None,
     "mamba_d_ssm": 48,

@@ -27,5 +27,22 @@ DEFAULTS = {
 }
 
 
+GGUF = {
+    "architecture": "mamba",
+    "hf_class": "FalconMambaForCausalLM",
+    "normed": True,
+    "keys": {
+        "layer_norm_epsilon": "attention.layer_norm_rms_epsilon",
+        "mamba_inner": "ssm.inner_size",
+        "state_size": "ssm.state_size",
+        "conv_kernel": "ssm.conv_kernel",
+        "time_step_rank": "ssm.time_step_rank",
+        "normalised": ("ssm.dt_b_c_rms", True),
+    },
+    "flags": {"use_bias": "ssm_in.bias", "use_conv_bias": "ssm_conv1d.bias"},
+    "names": {"norm": "attn_norm"},
+}
+
+
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
     return selective(config, ctx, max_positions, "weightless")

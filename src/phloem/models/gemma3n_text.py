@@ -5,12 +5,14 @@ Keys and values of the last layers are those of layers before them. Norm weights
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from phloem.core.errors import ModelLoadError
 from phloem.layers.linear import Linear
 from phloem.layers.mlp import GatedMLP
 from phloem.layers.norm import RMSNorm
@@ -47,6 +49,46 @@ DEFAULTS = {
     "altup_num_inputs": 4,
     "num_kv_shared_layers": 15,
     "laurel_rank": 64,
+}
+GGUF = {
+    "architecture": "gemma3n",
+    "hf_class": "Gemma3nForCausalLM",
+    "keys": {
+        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+        "head_dim": ("attention.key_length", 256),
+        "sliding_window": "attention.sliding_window",
+        "layer_types": ("attention.sliding_window_pattern", None),
+        "rope_local_base_freq": ("rope.freq_base_swa", 10000.0),
+        "final_logit_softcapping": ("final_logit_softcapping", 30.0),
+        "hidden_size_per_layer_input": "embedding_length_per_layer_input",
+        "num_kv_shared_layers": "attention.shared_kv_layers",
+        "altup_active_idx": "altup.active_idx",
+        "altup_num_inputs": "altup.num_inputs",
+    },
+    "config": {"altup_correct_scale": True, "hidden_activation": "gelu_pytorch_tanh"},
+    "lists": {"intermediate_size": "feed_forward_length", "gate_deviations": "activation_sparsity_scale"},
+    "rows": {"laurel_rank": "blk.0.laurel_l.weight", "vocab_size_per_layer_input": "per_layer_token_embd.weight"},
+    "names": {
+        "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
+        "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
+        "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
+        "model.altup_projections.{}.weight": "altup_proj.weight",
+        "model.altup_unembed_projections.{}.weight": "altup_unembd_proj.weight",
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+        "altup.correction_coefs": "altup_correct_coef",
+        "altup.prediction_coefs": "altup_predict_coef",
+        "altup.correct_output_scale": "altup_correct_scale.weight",
+        "altup.modality_router": "altup_router",
+        "altup.router_norm": "altup_router_norm",
+        "laurel.linear_left": "laurel_l",
+        "laurel.linear_right": "laurel_r",
+        "laurel.post_laurel_norm": "laurel_post_norm",
+        "per_layer_input_gate": "inp_gate",
+        "per_layer_projection": "proj",
+        "post_per_layer_input_norm": "post_norm",
+    },
 }
 NEEDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 TINY = {
@@ -93,17 +135,17 @@ class StreamSizes:
 
 @dataclass(frozen=True)
 class SparseGate:
-    """Makes a `SparseGatedMLP`. `share`: of the gates that are cut off, about."""
+    """Makes a `SparseGatedMLP`. `deviations`: so many of them above the mean a gate counts; None: all gates do."""
 
     inner_size: int
     activation: str
-    share: float
+    deviations: float | None
 
     def __call__(self, ctx: BuildContext, place: Place) -> GatedMLP:
         sizes = place.hidden_size, self.inner_size, self.activation
-        if not self.share:
+        if self.deviations is None:
             return GatedMLP(ctx.child("mlp"), *sizes)
-        return SparseGatedMLP(ctx.child("mlp"), *sizes, deviations=NormalDist().inv_cdf(self.share))
+        return SparseGatedMLP(ctx.child("mlp"), *sizes, deviations=self.deviations)
 
 
 class SparseGatedMLP(GatedMLP):
@@ -244,6 +286,21 @@ class Gemma3n(InputDecoder):
         return self.ops.scale(total_TN, 1.0 / self.sizes.streams)
 
 
+def gate_deviations(config: dict[str, Any]) -> list[float | None]:
+    """Of each layer: how many deviations above the mean a gate must stand; None: it need not."""
+    count = config["num_hidden_layers"]
+    if "gate_deviations" in config:  # GGUF; minus infinity: no gate is cut off
+        found = config["gate_deviations"]
+        odd = [value for value in found if math.isnan(value) or value == math.inf]
+        if odd:
+            raise ModelLoadError(f"activation_sparsity_scale holds {odd[0]}")
+        return [value if math.isfinite(value) else None for value in found]
+    default = [_SHARE if count > _SPARSE and number < _SPARSE else 0.0 for number in range(count)]
+    shares = config.get("activation_sparsity_pattern") or default
+    shares = shares if isinstance(shares, list) else [shares] * count
+    return [NormalDist().inv_cdf(share) if share else None for share in shares]
+
+
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> InputDecoder:
     count, eps, head = config["num_hidden_layers"], float(config["rms_norm_eps"]), config["head_dim"]
     sliding = layer_types(config, [bool((number + 1) % _EVERY) for number in range(count)])
@@ -251,10 +308,7 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Inpu
     source = sources(kinds, int(config["num_kv_shared_layers"]))
     inner = config["intermediate_size"]
     inners = inner if isinstance(inner, list) else [inner] * count
-    default = [_SHARE if count > _SPARSE and number < _SPARSE else 0.0 for number in range(count)]
-    shares = config.get("activation_sparsity_pattern") or default
-    shares = shares if isinstance(shares, list) else [shares] * count
-    activation = config.get("hidden_activation", "gelu_pytorch_tanh")
+    deviations, activation = gate_deviations(config), config.get("hidden_activation", "gelu_pytorch_tanh")
     sizes = StreamSizes(
         config["altup_num_inputs"],
         config["altup_active_idx"],
@@ -263,6 +317,13 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Inpu
         bool(config["altup_correct_scale"]),
     )
     nested = "sliding_attention" in (config.get("rope_parameters") or {})
+    odd = [size for size in inners if not isinstance(size, int) or not 0 < size < 1 << 24]
+    if odd:
+        raise ModelLoadError(f"intermediate_size holds {odd[0]!r}, expected whole numbers above 0")
+    if not 0 <= config["altup_active_idx"] < config["altup_num_inputs"]:
+        raise ModelLoadError(
+            f"altup_active_idx is {config['altup_active_idx']}, but there are {config['altup_num_inputs']} streams"
+        )
     old = {**config, "rope_theta": config.get("rope_theta", 1e6)}
     local_source = old if nested else {"rope_theta": config.get("rope_local_base_freq", 1e4)}
     ropes = rope_spec(local_source, head, "sliding_attention"), rope_spec(old, head, "full_attention")
@@ -277,7 +338,7 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Inpu
             v_norm=True,
             source=source[n],
         )
-        return Kind(attention, SparseGate(inners[n], activation, shares[n]), norms="sandwich", sizes=sizes)
+        return Kind(attention, SparseGate(inners[n], activation, deviations[n]), norms="sandwich", sizes=sizes)
 
     config_of_all = usual(
         config,

@@ -17,6 +17,22 @@ DEFAULTS = {
     "use_parallel_residual": True,
     "attention_bias": True,
 }
+GGUF = {
+    "architecture": "gptneox",
+    "hf_class": "GPTNeoXForCausalLM",
+    "keys": {
+        "layer_norm_eps": "attention.layer_norm_epsilon",
+        "use_parallel_residual": ("use_parallel_residual", True),
+    },
+    "config": {"hidden_act": "gelu", "by_head": False},
+    "flags": {"attention_bias": "attn_qkv.bias"},
+    "names": {
+        "attention.query_key_value": "attn_qkv",
+        "attention.dense": "attn_output",
+        "mlp.dense_h_to_4h": "ffn_up",
+        "mlp.dense_4h_to_h": "ffn_down",
+    },
+}
 TINY = {"head_dim": None, "hidden_size": 64, "num_key_value_heads": None}
 VARIANTS = {"serial": {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True}}
 
@@ -41,8 +57,9 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
     config = {**config, **{key: value for key, value in old.items() if value is not None}, "num_key_value_heads": None}
     bias = bool(config.get("attention_bias", True))
     attention = usual_attention(
-        config, fused="query_key_value", grouped=True, o_proj="dense", qkv_bias=bias, out_bias=bias, name="attention"
-    )
+        config, fused="query_key_value", grouped=config.get("by_head", True), o_proj="dense", name="attention",
+        qkv_bias=bias, out_bias=bias,
+    )  # fmt: skip
     names = ("dense_h_to_4h", "dense_4h_to_h")
     feed = Plain(config["intermediate_size"], config["hidden_act"], True, names)
     norms = "parallel" if config["use_parallel_residual"] else "pre"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from phloem.core.errors import ModelLoadError
 from phloem.models._common import Decoder, each_layer, usual, usual_attention, usual_mlp
 from phloem.models._layer import LayerKind
 
@@ -41,6 +42,8 @@ def alike(config: dict[str, Any], feed: MakeFeed) -> tuple[LayerKind, ...]:
 
 def multiplied(config: dict[str, Any], ctx: BuildContext, max_positions: int, layers: tuple[LayerKind, ...]) -> Decoder:
     """The decoder with Granite's multipliers around its layers."""
+    if not config.get("logits_scaling", 1.0):
+        raise ModelLoadError("logits_scaling is 0, and logits are divided by it")
     config_of_all = usual(
         config,
         layers=layers,

@@ -31,6 +31,42 @@ DEFAULTS = {
     "mamba_conv_bias": True,
     "mamba_proj_bias": False,
 }
+GGUF = {
+    "architecture": "granitehybrid",
+    "hf_class": "GraniteMoeHybridForCausalLM",
+    "keys": {
+        "num_local_experts": ("expert_count", 0),
+        "num_experts_per_tok": ("expert_used_count", 0),
+        "shared_intermediate_size": ("expert_shared_feed_forward_length", 0),
+        "embedding_multiplier": "embedding_scale",
+        "residual_multiplier": "residual_scale",
+        "attention_multiplier": "attention.scale",
+        "logits_scaling": "logit_scale",
+        "rotated": ("rope.scaling.finetuned", False),
+        "mamba_d_ssm": "ssm.inner_size",
+        "mamba_n_heads": "ssm.time_step_rank",
+        "mamba_n_groups": "ssm.group_count",
+        "mamba_d_state": "ssm.state_size",
+        "mamba_d_conv": "ssm.conv_kernel",
+    },
+    "config": {"projections_apart": True},
+    "flags": {"mamba_conv_bias": "ssm_conv1d.bias", "mamba_proj_bias": "ssm_in.bias"},
+    "kinds": {"layer_types": {"ssm_in.weight": "mamba", "attn_q.weight": "attention"}},
+    "shares": {"mamba_d_head": ("ssm.inner_size", "ssm.time_step_rank")},
+    "names": {
+        "block_sparse_moe.router.layer": "ffn_gate_inp",
+        "block_sparse_moe.experts.{}.gate_proj": "ffn_gate_exps",
+        "block_sparse_moe.experts.{}.up_proj": "ffn_up_exps",
+        "block_sparse_moe.experts.{}.down_proj": "ffn_down_exps",
+        "shared_mlp.gate_proj": "ffn_gate_shexp",
+        "shared_mlp.up_proj": "ffn_up_shexp",
+        "shared_mlp.output_linear": "ffn_down_shexp",
+        "dense_mlp.gate_proj": "ffn_gate",
+        "dense_mlp.up_proj": "ffn_up",
+        "dense_mlp.output_linear": "ffn_down",
+    },
+    "turned": ("q_proj", "k_proj"),
+}
 TINY = {
     "head_dim": None,
     "position_embedding_type": "rope",
@@ -77,15 +113,19 @@ def attends(config: dict[str, Any]) -> list[bool]:
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
-    rope = {} if config.get("position_embedding_type") == "rope" else {"rope": None}
+    turns = config.get("rotated", config.get("position_embedding_type") == "rope")
+    rope = {} if turns else {"rope": None}
     scale = float(config.get("attention_multiplier", 1.0))
     attention, full = usual_attention(config, scale=scale, **rope), attends(config)
     mamba = Recurrent(Mamba2, mamba_sizes(config), "mamba")
     activation = config.get("hidden_act", "silu")
-    dense = MLP(
-        config["shared_intermediate_size"], activation, fused="input_linear", name="shared_mlp", down="output_linear"
-    )
-    feed: MakeFeed = Beside(chosen(config), dense) if config["num_local_experts"] else dense
+    apart, experts = bool(config.get("projections_apart")), bool(config["num_local_experts"])
+    fused = "" if apart else "input_linear"
+    # GGUF files without experts call the block by another name, and its size too.
+    name = "dense_mlp" if apart and not experts else "shared_mlp"
+    inner = config["intermediate_size"] if name == "dense_mlp" else config["shared_intermediate_size"]
+    dense = MLP(inner, activation, fused=fused, name=name, down="output_linear")
+    feed: MakeFeed = Beside(chosen(config), dense) if experts else dense
     residual = float(config.get("residual_multiplier", 1.0))
 
     def layer(n: int) -> LayerKind:

@@ -32,6 +32,40 @@ DEFAULTS = {
     "floor_scale": 8192,
     "attn_scale": 0.1,
 }
+# What the file does not say stands in llama.cpp: chunks of 8,192, of which 0 is none, and no norms beside 128 experts.
+GGUF = {
+    "architecture": "llama4",
+    "hf_class": "Llama4ForCausalLM",
+    "keys": {
+        "intermediate_size_mlp": "feed_forward_length",
+        "intermediate_size": "expert_feed_forward_length",
+        "num_local_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "interleave_moe_layer_step": "interleave_moe_layer_step",
+        "attention_chunk_size": ("attention.sliding_window", 8192),
+        "chunked_layers": ("attention.sliding_window_pattern", 4),
+    },
+    "config": {
+        "projections_apart": True,
+        "no_rope_layer_interval": 4,
+        "attn_temperature_tuning": True,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+    },
+    "layers_with": {"moe_layers": "ffn_gate_inp.weight"},
+    "names": {
+        "feed_forward.router": "ffn_gate_inp",
+        "feed_forward.experts.{}.gate_proj": "ffn_gate_exps",
+        "feed_forward.experts.{}.up_proj": "ffn_up_exps",
+        "feed_forward.experts.{}.down_proj": "ffn_down_exps",
+        "feed_forward.shared_expert.gate_proj": "ffn_gate_shexp",
+        "feed_forward.shared_expert.up_proj": "ffn_up_shexp",
+        "feed_forward.shared_expert.down_proj": "ffn_down_shexp",
+        "feed_forward.gate_proj": "ffn_gate",
+        "feed_forward.up_proj": "ffn_up",
+        "feed_forward.down_proj": "ffn_down",
+    },
+}
 TINY = {
     "num_hidden_layers": 4,
     "num_local_experts": 5,
@@ -56,11 +90,18 @@ _NAMES = ExpertNames(
 )
 
 
+_APART = ExpertNames(router="router")  # in GGUF files
+
+
 def chunks(config: dict[str, Any], turns: list[int]) -> list[bool]:
     """Which layers attend inside their chunk: those that turn, unless `layer_types` says otherwise."""
-    kinds = config.get("layer_types")
+    kinds, every = config.get("layer_types"), config.get("chunked_layers")
     if not kinds:
-        return [bool(turn) for turn in turns]
+        return (
+            [not every or (n + 1) % every != 0 for n in range(len(turns))]
+            if "chunked_layers" in config
+            else [bool(turn) for turn in turns]
+        )
     unknown = sorted(set(kinds) - {"chunked_attention", "full_attention"})
     if unknown or len(kinds) != len(turns):
         raise ModelLoadError(f"layer_types: {len(kinds)} entries for {len(turns)} layers, unknown: {unknown}")
@@ -70,6 +111,9 @@ def chunks(config: dict[str, Any], turns: list[int]) -> list[bool]:
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
     count, every = config["num_hidden_layers"], int(config["no_rope_layer_interval"])
     turns = config.get("no_rope_layers") or [int((number + 1) % every != 0) for number in range(count)]
+    apart, experts = bool(config.get("projections_apart")), config["num_local_experts"]
+    if apart and not config["attention_chunk_size"]:
+        turns = [1] * count
     step = int(config["interleave_moe_layer_step"])
     sparse_layers = config.get("moe_layers")
     sparse_layers = list(range(step - 1, count, step)) if sparse_layers is None else sparse_layers
@@ -77,18 +121,17 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
     turning = usual_attention(
         config,
         rope=rope_spec(config, config["head_dim"], interleaved=True),
-        qk_norm="unit" if config["use_qk_norm"] else "",
+        qk_norm="unit" if config.get("use_qk_norm", experts != 128) else "",
     )
     still = usual_attention(config, rope=None, q_growth=growth if config["attn_temperature_tuning"] else None)
     length, chunked = int(config["attention_chunk_size"] or 0), chunks(config, turns)
-    experts = config["num_local_experts"]
     sparse = Experts(
         ExpertsConfig(
             experts,
             config["intermediate_size"],
             RouterSpec(config["num_experts_per_tok"], "chosen_sigmoid"),
             ExpertSpec(experts, scale_input=True),
-            names=_NAMES,
+            names=_APART if apart else _NAMES,
         ),
         "feed_forward",
         shared=usual_mlp(config, name="shared_expert"),

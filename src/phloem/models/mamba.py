@@ -24,6 +24,20 @@ DEFAULTS = {
     "use_conv_bias": True,
     "tie_word_embeddings": True,
 }
+GGUF = {
+    "architecture": "mamba",
+    "hf_class": "MambaForCausalLM",
+    "keys": {
+        "layer_norm_epsilon": "attention.layer_norm_rms_epsilon",
+        "mamba_inner": "ssm.inner_size",
+        "state_size": "ssm.state_size",
+        "conv_kernel": "ssm.conv_kernel",
+        "time_step_rank": "ssm.time_step_rank",
+        "normalised": ("ssm.dt_b_c_rms", False),
+    },
+    "flags": {"use_bias": "ssm_in.bias", "use_conv_bias": "ssm_conv1d.bias"},
+    "names": {"norm": "attn_norm"},
+}
 NEEDS = ("vocab_size", "hidden_size", "num_hidden_layers", "state_size")
 TINY = {
     "intermediate_size": None,
@@ -49,7 +63,7 @@ def selective(
     """`norm`: as `SelectiveSizes`."""
     hidden, eps = config["hidden_size"], float(config["layer_norm_epsilon"])
     sizes = SelectiveSizes(
-        inner=int(config["expand"] * hidden),
+        inner=config.get("mamba_inner") or int(config["expand"] * hidden),
         state=config["state_size"],
         rank=step_rank(config["time_step_rank"], hidden),
         taps=config["conv_kernel"],

@@ -20,6 +20,21 @@ DEFAULTS = {
     "use_conv_bias": True,
     "time_step_limit": [0.0, 1e30],
 }
+GGUF = {
+    "architecture": "mamba2",
+    "hf_class": "Mamba2ForCausalLM",
+    "keys": {
+        "layer_norm_epsilon": "attention.layer_norm_rms_epsilon",
+        "num_heads": "ssm.time_step_rank",
+        "n_groups": "ssm.group_count",
+        "state_size": "ssm.state_size",
+        "conv_kernel": "ssm.conv_kernel",
+    },
+    "config": {"time_step_limit": [0.0, 1e30]},
+    "flags": {"use_bias": "ssm_in.bias", "use_conv_bias": "ssm_conv1d.bias"},
+    "shares": {"head_dim": ("ssm.inner_size", "ssm.time_step_rank")},
+    "names": {"norm": "attn_norm"},
+}
 NEEDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_dim", "state_size")
 TINY = {
     "intermediate_size": None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from phloem.layers.attention import AttentionOptions
 from phloem.layers.rope import rope_spec
 from phloem.models._common import each_layer, layer_types
-from phloem.models._encoder import Encoder, EncoderConfig
+from phloem.models._encoder import Encoder, EncoderConfig, check_encodes
 from phloem.models._layer import MLP, Attention, LayerKind
 
 if TYPE_CHECKING:
@@ -25,6 +25,32 @@ DEFAULTS = {
     "attention_bias": False,
     "mlp_bias": False,
 }
+GGUF = {
+    "architecture": "modern-bert",
+    "hf_class": "ModernBertModel",
+    "keys": {
+        "norm_eps": "attention.layer_norm_epsilon",
+        "is_causal": ("attention.causal", True),
+        "local_attention": "attention.sliding_window",
+        "global_attn_every_n_layers": ("attention.sliding_window_pattern", 3),
+        "global_rope_theta": ("rope.freq_base", 160000.0),
+        "local_rope_theta": ("rope.freq_base_swa", 10000.0),
+        "hidden_activation": ("hidden_act", "gelu"),
+    },
+    "flags": {"attention_bias": "attn_qkv.bias", "mlp_bias": "ffn_up.bias", "norm_bias": "ffn_norm.bias"},
+    "names": {
+        "embeddings.tok_embeddings.weight": "token_embd.weight",
+        "embeddings.norm.weight": "token_embd_norm.weight",
+        "embeddings.norm.bias": "token_embd_norm.bias",
+        "final_norm.weight": "output_norm.weight",
+        "final_norm.bias": "output_norm.bias",
+        "mlp_norm": "ffn_norm",
+        "attn.Wqkv": "attn_qkv",
+        "attn.Wo": "attn_output",
+        "mlp.Wi": "ffn_up",
+        "mlp.Wo": "ffn_down",
+    },
+}
 TINY = {
     "num_key_value_heads": None,
     "head_dim": None,
@@ -37,9 +63,10 @@ VARIANTS = {"bias": {"attention_bias": True, "mlp_bias": True, "norm_bias": True
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Encoder:
+    check_encodes(config)
     heads, size = config["num_attention_heads"], config["hidden_size"]
-    every = config["global_attn_every_n_layers"]
-    local = layer_types(config, [bool(number % every) for number in range(config["num_hidden_layers"])])
+    every = config["global_attn_every_n_layers"]  # 0: none of them is local
+    local = layer_types(config, [bool(every and number % every) for number in range(config["num_hidden_layers"])])
     # Files before `rope_parameters` name the two bases apart.
     nested = "full_attention" in (config.get("rope_parameters") or {})
     ropes = [

@@ -34,6 +34,57 @@ DEFAULTS = {
     "routed_scaling_factor": 1.0,
 }
 NEEDS = ("vocab_size", "hidden_size", "num_attention_heads", "mamba_num_heads")
+GGUF = {
+    "architecture": "nemotron_h",
+    "also": ("nemotron_h_moe",),
+    "hf_class": "NemotronHForCausalLM",
+    "keys": {
+        "layer_norm_epsilon": "attention.layer_norm_rms_epsilon",
+        "mamba_num_heads": "ssm.time_step_rank",
+        "n_groups": "ssm.group_count",
+        "ssm_state_size": "ssm.state_size",
+        "conv_kernel": "ssm.conv_kernel",
+        "n_routed_experts": ("expert_count", 0),
+        "num_experts_per_tok": ("expert_used_count", 0),
+        "moe_intermediate_size": ("expert_feed_forward_length", 0),
+        "moe_shared_expert_intermediate_size": ("expert_shared_feed_forward_length", 0),
+        "n_shared_experts": ("expert_shared_count", 1),
+        "routed_scaling_factor": ("expert_weights_scale", 1.0),
+        "norm_topk_prob": ("expert_weights_norm", False),
+        "n_group": ("expert_group_count", 1),
+        "topk_group": ("expert_group_used_count", 1),
+        "moe_latent_size": ("moe_latent_size", 0),
+        "num_nextn_predict_layers": ("nextn_predict_layers", 0),
+    },
+    "config": {"mlp_hidden_act": "relu2"},
+    "flags": {"use_bias": "ssm_in.bias", "use_conv_bias": "ssm_conv1d.bias", "mlp_bias": "ffn_up.bias"},
+    "kinds": {
+        "layers_block_type": {
+            "ssm_in.weight": "linear_attention",
+            "attn_q.weight": "full_attention",
+            "ffn_gate_inp.weight": "moe",
+            "ffn_up.weight": "mlp",
+        }
+    },
+    "shares": {"mamba_head_dim": ("ssm.inner_size", "ssm.time_step_rank")},
+    "names": {
+        "norm": "attn_norm",
+        "mixer.q_proj": "attn_q",
+        "mixer.k_proj": "attn_k",
+        "mixer.v_proj": "attn_v",
+        "mixer.o_proj": "attn_output",
+        "mixer.up_proj": "ffn_up",
+        "mixer.down_proj": "ffn_down",
+        "mixer.gate": "ffn_gate_inp",
+        "mixer.gate.e_score_correction_bias": "exp_probs_b.bias",
+        "mixer.experts.{}.up_proj": "ffn_up_exps",
+        "mixer.experts.{}.down_proj": "ffn_down_exps",
+        "mixer.shared_experts.up_proj": "ffn_up_shexp",
+        "mixer.shared_experts.down_proj": "ffn_down_shexp",
+        "mixer.fc1_latent_proj": "ffn_latent_down",
+        "mixer.fc2_latent_proj": "ffn_latent_up",
+    },
+}
 TINY = {
     "num_hidden_layers": 5,
     "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
@@ -119,6 +170,8 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
         "linear_attention": LayerKind(Recurrent(Mamba2, sizes, "mixer"), None, "alone"),
         "full_attention": LayerKind(attention, None, "alone"),
     }
+    if "mlp" in found and not config.get("intermediate_size"):
+        raise ModelLoadError("nothing says how wide the layers of two matrices are (intermediate_size)")
     if "mlp" in found:
         feed = Plain(config["intermediate_size"], config["mlp_hidden_act"], bias, name="mixer")
         made["mlp"] = LayerKind(None, feed, "alone")

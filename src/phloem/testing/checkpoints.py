@@ -15,6 +15,7 @@ from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
 from phloem.models import build_model
 from phloem.models.lfm2 import inner_size
+from phloem.testing.converted import MAMBA1, MAMBA2, architecture, attending, prepared, write_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -251,8 +252,10 @@ def tiny_gguf(
     config |= {usual: config[theirs] for usual, theirs in spelling.items() if theirs in config}
     if config["model_type"] == "gpt2":
         config["intermediate_size"] = config.get("n_inner") or 4 * config["hidden_size"]
-    arch = facts.architecture
+    config.setdefault("num_hidden_layers", len(config.get("layers_block_type") or ()))
+    arch = architecture(config, facts.architecture)
     writer = gguf.GGUFWriter(str(target), arch, split_max_tensors=part)
+    write_metadata(writer, config)
     _write_metadata(writer, config, facts)
     _write_vocabulary(writer, source)
     for key, value in metadata.items():
@@ -264,7 +267,7 @@ def tiny_gguf(
     kind_of = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kind_of[arch], config["num_hidden_layers"])
     for file in sorted(source.glob("*.safetensors")):
-        stored_as = _stacked(load_file(file))
+        stored_as = _stacked(prepared(load_file(file), config))
         if not whole_latent:
             stored_as = {
                 k: v for name, values in stored_as.items() for k, v in _split_latent(name, values, config).items()
@@ -276,15 +279,18 @@ def tiny_gguf(
             fits = rows.ndim > 1 and rows.shape[-1] % block == 0 and not name.endswith("mlp.gate.weight")
             raw_dtype = wanted if fits else gguf.GGMLQuantizationType.F32
             stored = rows if raw_dtype == gguf.GGMLQuantizationType.F32 else gguf.quants.quantize(rows, raw_dtype)
-            known = name.replace("e_score_correction_bias", "e_score_correction.bias")
-            known = known.replace("_proj_bias", "_proj.bias").replace(".sinks", ".sinks.weight")
-            renamed: Any = names.get_name(known, try_suffixes=(".weight", ".bias"))
-            writer.add_tensor(renamed, stored, raw_dtype=raw_dtype)
+            writer.add_tensor(_renamed(name, names), stored, raw_dtype=raw_dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return sorted(target.parent.glob(f"{target.stem}-00001-of-*.gguf"))[0] if part else target
+
+
+def _renamed(name: str, names: Any) -> Any:
+    known = name.replace("e_score_correction_bias", "e_score_correction.bias")
+    known = known.replace("_proj_bias", "_proj.bias").replace(".sinks", ".sinks.weight")
+    return names.get_name(known, try_suffixes=(".weight", ".bias"))
 
 
 def written(model_type: str) -> GGUFFacts:
@@ -298,44 +304,65 @@ def written(model_type: str) -> GGUFFacts:
 
 
 def _write_metadata(writer: Any, config: dict[str, Any], facts: GGUFFacts) -> None:
-    rope = config.get("rope_parameters") or {}
-    whole = rope.get("full_attention", rope)
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    written = {key for part in writer.kv_data for key in part}
+    arch = writer.arch
+
+    def add(name: str, value: Any) -> None:
+        """What has not been said yet."""
+        if f"{arch}.{name}" not in written:
+            written.add(f"{arch}.{name}")
+            adders: dict[type, Any] = {float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
+            (writer.add_array if isinstance(value, list) else adders[type(value)])(f"{arch}.{name}", value)
+
     writer.add_name("Tiny")
     drafting = config.get("num_nextn_predict_layers") or 0 if "num_nextn_predict_layers" in facts.keys else 0
-    writer.add_block_count(config["num_hidden_layers"] + drafting)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(inner_size(config) if "conv_L_cache" in config else config["intermediate_size"])
-    writer.add_head_count(heads)
+    add("block_count", config["num_hidden_layers"] + drafting)
+    add("context_length", config.get("max_position_embeddings") or 2048)
+    add("embedding_length", config["hidden_size"])
+    heads = config.get("num_attention_heads") or 0
+    recurrent = config["model_type"] in MAMBA1 + MAMBA2
+    if heads:
+        inner = inner_size(config) if "conv_L_cache" in config else config.get("intermediate_size") or 0
+        hybrid = config["model_type"] == "granitemoehybrid" and not config["num_local_experts"]
+        add("feed_forward_length", config["shared_intermediate_size"] if hybrid else inner)
+    else:
+        add("feed_forward_length", 0)
+    add("attention.head_count", heads)
+    if heads:
+        _write_attention(writer, config, facts, add)
+    eps = config.get("rms_norm_eps", config.get("norm_eps", config.get("layer_norm_epsilon") if recurrent else None))
+    if eps is not None:
+        add("attention.layer_norm_rms_epsilon", eps)
+    if config.get("sliding_window") and arch != "llama":
+        add("attention.sliding_window", config["sliding_window"])
+    for key, source in facts.keys.items():
+        name = source if isinstance(source, str) else source[0]
+        value = config.get(key, config.get("num_local_experts") if key == "num_experts" else None)
+        if name not in KEYS.values() and type(value) in (float, int, bool):
+            add(name, value)
+
+
+def _write_attention(writer: Any, config: dict[str, Any], facts: GGUFFacts, add: Callable[[str, Any], None]) -> None:
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    rope = config.get("rope_parameters") or {}
+    whole = rope.get("full_attention", rope)
     kv_heads, kinds = config.get("num_key_value_heads") or heads, config.get("layer_types") or []
+    attends = [kind != "conv" for kind in kinds] if "conv" in kinds else attending(config)
     if "kv_lora_rank" in facts.keys:
         _write_latent(writer, config)
     else:
-        writer.add_head_count_kv([kv_heads * (kind != "conv") for kind in kinds] if "conv" in kinds else kv_heads)
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
-    if "rms_norm_eps" in config or "norm_eps" in config:
-        writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", config.get("norm_eps")))
-    writer.add_rope_freq_base(whole.get("rope_theta", 10000.0))
+        add("attention.head_count_kv", kv_heads if attends is None else [kv_heads * one for one in attends])
+        add("attention.key_length", head_dim)
+        add("attention.value_length", head_dim)
+    add("rope.freq_base", float(whole.get("rope_theta", 10000.0)))
     share = whole.get("partial_rotary_factor", 1.0)
     if share < 1.0:
-        writer.add_rope_dimension_count(int(head_dim * share))
+        add("rope.dimension_count", int(head_dim * share))
     if whole.get("rope_type") == "yarn":
         writer.add_string(f"{facts.architecture}.rope.scaling.type", "yarn")
         writer.add_rope_scaling_factor(whole["factor"])
         writer.add_rope_scaling_orig_ctx_len(whole["original_max_position_embeddings"])
-    if config.get("sliding_window") and facts.architecture != "llama":
-        writer.add_sliding_window(config["sliding_window"])
-    adders: dict[type, Any] = {float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
-    for key, source in facts.keys.items():
-        name = source if isinstance(source, str) else source[0]
-        value = config.get(key, config.get("num_local_experts") if key == "num_experts" else None)
-        known = f"{facts.architecture}.{name}"
-        there = any(known in part for part in writer.kv_data)
-        if name not in KEYS.values() and not there and type(value) in adders:
-            adders[type(value)](known, value)
 
 
 def _write_latent(writer: Any, config: dict[str, Any]) -> None:

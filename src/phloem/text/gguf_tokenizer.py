@@ -1,8 +1,9 @@
 """A `tokenizers` tokenizer rebuilt from the metadata of a GGUF file.
 
-Two kinds of vocabulary occur for language models (`tokenizer.ggml.model`): `gpt2`, a byte-level BPE whose way of
-cutting text into words is named by `tokenizer.ggml.pre`, and `llama`, a SentencePiece BPE with byte fallback whose
-merges follow from the vocabulary. Cuts are those of the original `tokenizer.json` files of the models concerned.
+Three kinds of vocabulary occur (`tokenizer.ggml.model`): `gpt2`, a byte-level BPE whose way of cutting text into words
+is named by `tokenizer.ggml.pre`; `llama`, a SentencePiece BPE with byte fallback whose merges follow from the
+vocabulary; `bert`, WordPiece, whose words begin with U+2581 there and whose other pieces have lost their `##`. Cuts are
+those of the original `tokenizer.json` files of the models concerned.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ _GPT4O = _Cut((_cased(_CONTRACTED, r"\p{N}{1,3}", r"[\r\n/]*"),))
 _CUTS: dict[str, _Cut] = {
     **dict.fromkeys(("default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling"), _GPT2),
     **dict.fromkeys(("jina-es", "jina-de", "jina-v1-en", "jina-v2-es", "jina-v2-de", "jina-v2-code"), _GPT2),
-    **dict.fromkeys(("roberta-bpe", "gigachat", "a.x-4.0", "mellum"), _GPT2),
+    **dict.fromkeys(("roberta-bpe", "gigachat", "a.x-4.0", "mellum", "modern-bert"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
     **dict.fromkeys(
         ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _LLAMA3
@@ -129,7 +130,8 @@ def build_backend(metadata: dict[str, Any], name: str) -> Tokenizer:
     try:
         backend, bos = build(metadata, [_valid(token) for token in tokens], name)
         _mark_added(backend, metadata, tokens)
-        _add_ends(backend, metadata, bos)
+        if bos is not None:
+            _add_ends(backend, metadata, bos)
     except ModelLoadError:
         raise
     except Exception as error:  # the library raises bare Exceptions for a vocabulary that contradicts itself
@@ -228,7 +230,50 @@ def derive_merges(tokens: list[str], vocab: dict[str, int], ranks: list[Any]) ->
     return merges
 
 
-_BUILDERS: dict[str, Callable[[dict[str, Any], list[str], str], tuple[Tokenizer, bool]]] = {
+def _word_pieces(metadata: dict[str, Any], tokens: list[str], name: str) -> tuple[Tokenizer, None]:
+    """What stands around a text is set here."""
+    kinds = metadata.get("tokenizer.ggml.token_type")
+    control = [token[:1] == "[" and token[-1:] == "]" for token in tokens]
+    if kinds is not None:
+        control = [int(kind) == CONTROL for kind in kinds]
+    if len(control) != len(tokens):
+        raise ModelLoadError(f"{name}: tokenizer.ggml.token_type does not match the {len(tokens)} tokens")
+    pieces = [
+        token if special else token[1:] if token[:1] == "▁" else f"##{token}"
+        for token, special in zip(tokens, control, strict=True)
+    ]
+    ids = [
+        (role, _id_of(metadata, keys, usual, tokens, name))
+        for role, keys, usual in (
+            ("cls", ("cls", "bos"), 101), ("sep", ("seperator", "separator", "eos"), 102), ("unk", ("unknown",), 100)
+        )
+    ]  # fmt: skip
+    (_, cls), (_, sep), (_, unknown) = ids
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    backend = Tokenizer(models.WordPiece(vocab=vocab, unk_token=pieces[unknown], max_input_chars_per_word=100))
+    # A vocabulary without capitals is one of a model that never saw any.
+    lower = not any(piece != piece.lower() for piece, special in zip(pieces, control, strict=True) if not special)
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lower)  # pyright: ignore[reportAttributeAccessIssue]
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.WordPiece()  # pyright: ignore[reportAttributeAccessIssue]
+    backend.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single="cls:0 $A:0 sep:0",
+        pair="cls:0 $A:0 sep:0 $B:1 sep:1",
+        special_tokens=[("cls", cls), ("sep", sep)],
+    )
+    return backend, None
+
+
+def _id_of(metadata: dict[str, Any], keys: tuple[str, ...], usual: int, tokens: list[str], name: str) -> int:
+    """A token by the first key that the file has. Raises ModelLoadError for one that is none of the vocabulary."""
+    found = next((v for key in keys if (v := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None), usual)
+    if not isinstance(found, int) or not 0 <= found < len(tokens):
+        raise ModelLoadError(f"{name}: tokenizer.ggml.{keys[0]}_token_id is {found!r}, of {len(tokens)} tokens")
+    return found
+
+
+_BUILDERS: dict[str, Callable[[dict[str, Any], list[str], str], tuple[Tokenizer, bool | None]]] = {
+    "bert": _word_pieces,
     "gpt2": _byte_level,
     "llama": _sentencepiece,
 }

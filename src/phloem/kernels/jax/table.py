@@ -203,6 +203,7 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "silu_and_mul": silu_and_mul,
     "gelu_tanh_and_mul": gelu_tanh_and_mul,
     "softcap": softcap,
+    "clip": lambda x, limit: jnp.clip(x, -limit, limit),
     "select_rows": lambda x, index: x[index],
     "gelu": gelu,
     "gelu_tanh": gelu_tanh,

@@ -1,0 +1,189 @@
+"""What llama.cpp's converter makes of recurrent and other odd families, for `tiny_gguf`: metadata, and tensors that it
+renames, splits or computes. Names that are left are those of gguf's own table."""
+
+from __future__ import annotations
+
+import re
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+MAMBA1, MAMBA2 = ("mamba", "falcon_mamba", "jamba"), ("mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h")
+
+
+ENCODERS = ("bert", "modernbert")
+
+
+def architecture(config: dict[str, Any], usual: str) -> str:
+    """Some have two."""
+    sparse = config["model_type"] == "nemotron_h" and "moe" in config["layers_block_type"]
+    return "nemotron_h_moe" if sparse else usual
+
+
+def attending(config: dict[str, Any]) -> list[bool] | None:
+    """Which layers attend; None: all of them, or none."""
+    if config["model_type"] == "jamba":
+        period, offset = config["attn_layer_period"], config["attn_layer_offset"]
+        return [n % period == offset for n in range(config["num_hidden_layers"])]
+    kinds = config.get("layers_block_type") or config.get("layer_types") or []
+    hybrid = config["model_type"] in ("granitemoehybrid", "nemotron_h")
+    return [kind in ("attention", "full_attention") for kind in kinds] if hybrid else None
+
+
+def write_metadata(writer: Any, config: dict[str, Any]) -> None:
+    """The keys that only such families have."""
+    kind = config["model_type"]
+    if kind in MAMBA1:
+        inner = config.get("intermediate_size") if kind != "jamba" else None
+        writer.add_ssm_conv_kernel(config.get("conv_kernel") or config["mamba_d_conv"])
+        writer.add_ssm_inner_size(inner or config["mamba_expand"] * config["hidden_size"])
+        writer.add_ssm_state_size(config.get("state_size") or config["mamba_d_state"])
+        writer.add_ssm_time_step_rank(config.get("time_step_rank") or config["mamba_dt_rank"])
+    if kind in ("mamba", "falcon_mamba"):
+        writer.add_ssm_dt_b_c_rms(kind == "falcon_mamba")
+    if kind in MAMBA2:
+        heads, size, groups, taps, state = sizes(config)
+        writer.add_ssm_conv_kernel(taps)
+        writer.add_ssm_inner_size(heads * size)
+        writer.add_ssm_state_size(state)
+        writer.add_ssm_time_step_rank(heads)
+        writer.add_ssm_group_count(groups)
+    if kind == "granitemoehybrid":
+        writer.add_rope_scaling_finetuned(config.get("position_embedding_type") == "rope")
+    if kind == "nemotron_h":
+        plain = config["intermediate_size"]
+        writer.add_feed_forward_length([plain * (kind in ("mlp", "moe")) for kind in config["layers_block_type"]])
+    if kind == "gemma3n_text":
+        shares = config["activation_sparsity_pattern"]
+        writer.add_activation_sparsity_scale([NormalDist().inv_cdf(s) if s else float("-inf") for s in shares])
+        writer.add_sliding_window_pattern([one == "sliding_attention" for one in config["layer_types"]])
+        writer.add_shared_kv_layers(config["num_kv_shared_layers"])
+        writer.add_feed_forward_length(config["intermediate_size"])
+        writer.add_rope_freq_base(config["rope_parameters"]["full_attention"]["rope_theta"])
+    if kind == "llama4_text":
+        writer.add_feed_forward_length(config["intermediate_size_mlp"])
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+    if kind in ENCODERS:
+        writer.add_causal_attention(False)
+    if kind == "modernbert":
+        writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    if kind == "falcon":
+        writer.add_head_count_kv(config["num_kv_heads"] if config["new_decoder_architecture"] else 1)
+        writer.add_feed_forward_length(4 * config["hidden_size"])
+        writer.add_tensor_data_layout("jploski")
+
+
+def sizes(config: dict[str, Any]) -> tuple[int, int, int, int, int]:
+    """Of Mamba 2: heads, their size, groups, taps, states."""
+    if config["model_type"] in ("mamba2", "nemotron_h"):
+        prefix = "mamba_" * (config["model_type"] == "nemotron_h")
+        heads, size = config[f"{prefix}num_heads"], config[f"{prefix}head_dim"]
+        state = config.get("state_size") or config["ssm_state_size"]
+        return heads, size, config["n_groups"], config["conv_kernel"], state
+    heads = config["mamba_n_heads"]
+    inner = config.get("mamba_d_ssm") or config["mamba_expand"] * config["hidden_size"]
+    return heads, inner // heads, config["mamba_n_groups"], config["mamba_d_conv"], config["mamba_d_state"]
+
+
+def prepared(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a checkpoint with what the converter does to them before it names them."""
+    kind = config["model_type"]
+    if kind == "falcon_h1":
+        tensors = {name: values * _factor(name, values, config) for name, values in tensors.items()}
+    if kind in MAMBA1 + MAMBA2:
+        if kind == "granitemoehybrid" and not config["num_local_experts"]:
+            tensors = {k: v for name, values in tensors.items() for k, v in _dense(name, values).items()}
+        return dict(_recurrent(name, values, config) for name, values in tensors.items())
+    if kind in ENCODERS:  # without what makes other things of its states
+        return {k: v for k, v in tensors.items() if not k.startswith("pooler.")}
+    if kind == "llama4_text":
+        return {k: v for name, values in tensors.items() for k, v in _by_projection(name, values).items()}
+    if kind == "gemma3n_text":
+        return _streams(tensors)
+    if kind in ("falcon", "gpt_neox"):
+        return {name: _one_after_another(name, values, config) for name, values in tensors.items()}
+    return tensors
+
+
+def _recurrent(name: str, values: Any, config: dict[str, Any]) -> tuple[str, Any]:
+    second = config["model_type"] in MAMBA2
+    if name.endswith(".dt_bias"):
+        name = name.removesuffix("dt_bias") + "dt_proj.bias"
+    elif name.endswith("conv1d.weight"):
+        values = values.squeeze(1)
+    elif name.endswith(".A_log"):
+        values = -np.exp(values.astype(np.float32)).reshape(*values.shape, *[1] * second)
+    elif name.endswith(".D"):
+        values = values.reshape(*values.shape, *[1] * second)
+    elif re.search(r"\.(mixer|mamba)\.norm\.weight", name):
+        values = values.reshape(sizes(config)[2], -1)
+    if config["model_type"] == "jamba":
+        name = name.replace(".feed_forward.experts.", ".mlp.experts.")
+    if config["model_type"] == "nemotron_h":
+        found = re.fullmatch(r"backbone(\.layers\.\d+)\.mixer(\.experts\..+)", name)
+        name = f"model{found[1]}.mlp{found[2]}" if found else name
+    return name, values
+
+
+def _dense(name: str, values: Any) -> dict[str, Any]:
+    """Granite without experts: the block beside them is the usual one."""
+    if not name.endswith(".shared_mlp.input_linear.weight"):
+        return {name.replace(".shared_mlp.output_linear.", ".mlp.down_proj."): values}
+    block = name.replace(".shared_mlp.input_linear.weight", ".mlp")
+    gate, up = np.split(values, 2)
+    return {f"{block}.gate_proj.weight": gate, f"{block}.up_proj.weight": up}
+
+
+def _factor(name: str, values: Any, config: dict[str, Any]) -> Any:
+    """Falcon-H1: what the converter multiplies a tensor by."""
+    read, key = config["attention_in_multiplier"], config["key_multiplier"]
+    gate, down = config["mlp_multipliers"]
+    known = {
+        "down_proj": down, "gate_proj": gate, "k_proj": read * key, "q_proj": read, "v_proj": read,
+        "o_proj": config["attention_out_multiplier"], "out_proj": config["ssm_out_multiplier"],
+        "lm_head": config["lm_head_multiplier"], "embed_tokens": config["embedding_multiplier"],
+    }  # fmt: skip
+    part = name.split(".")[-2]
+    if part != "in_proj":
+        return known.get(part, 1.0)
+    heads, size, groups, _, state = sizes(config)
+    rows = np.repeat(config["ssm_multipliers"], [heads * size, heads * size, groups * state, groups * state, heads])
+    return (rows * config["ssm_in_multiplier"]).astype(np.float32).reshape(-1, *[1] * (values.ndim - 1))
+
+
+def _by_projection(name: str, values: Any) -> dict[str, Any]:
+    """Llama 4: experts' matrices the usual way round, gate and up apart."""
+    if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return {name: values}
+    turned, block = np.ascontiguousarray(values.swapaxes(-1, -2)), name.rpartition(".")[0]
+    if name.endswith("down_proj"):
+        return {f"{block}.down_proj.weight": turned}
+    gate, up = np.split(turned, 2, axis=1)
+    return {f"{block}.gate_proj.weight": gate, f"{block}.up_proj.weight": up}
+
+
+def _streams(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Gemma 3n: what makes streams and what joins them, each in one tensor."""
+    found: dict[str, Any] = {}
+    for name, values in tensors.items():
+        match = re.fullmatch(r"(.*altup_(?:unembed_)?projections)\.(\d+)\.weight", name)
+        if match is None:
+            found[name + ".weight" * name.endswith("_scale")] = values
+        elif match[2] == "0":
+            count = sum(other.startswith(f"{match[1]}.") for other in tensors)
+            found[f"{match[1]}.weight"] = np.stack([tensors[f"{match[1]}.{n}.weight"] for n in range(count)])
+    return found
+
+
+def _one_after_another(name: str, values: Any, config: dict[str, Any]) -> Any:
+    """Falcon and GPT-NeoX: all queries, all keys, all values."""
+    if ".query_key_value." not in name:
+        return values
+    heads = config["num_attention_heads"]
+    kv_heads = heads
+    if config["model_type"] == "falcon":
+        kv_heads = config["num_kv_heads"] if config["new_decoder_architecture"] else 1
+    each = values.reshape(kv_heads, heads // kv_heads + 2, config["hidden_size"] // heads, *values.shape[1:])
+    parts = each[:, :-2], each[:, -2], each[:, -1]
+    return np.concatenate([part.reshape(-1, *values.shape[1:]) for part in parts])

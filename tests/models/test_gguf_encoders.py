@@ -1,0 +1,156 @@
+"""Encoders out of GGUF files: states, pooling, and the vocabulary of word pieces; MiniLM as a package carries it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from test_encoders import TEXTS, load, near, run, states
+from test_real_embeddings import TEXTS as SENTENCES
+from test_real_embeddings import folder
+
+import phloem
+from phloem.checkpoint.describe import describe
+from phloem.core.errors import ConfigError, ModelLoadError
+from phloem.testing.checkpoints import tiny_checkpoint, tiny_gguf
+from phloem.text.gguf_tokenizer import build_backend
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_states_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    path = tiny_checkpoint(name, tmp_path / "hf")
+    arch = {"bert": "bert", "modernbert": "modern-bert"}[name]
+    file = tiny_gguf(path, tmp_path / "tiny.gguf", **{f"{arch}__pooling_type": 1})
+    checkpoint = describe(str(file))
+    assert checkpoint.pooling is not None
+    assert (checkpoint.pooling.kinds, checkpoint.pooling.normalize) == (("mean",), True)
+    near(run(load(file, normalize=False), TEXTS), torch.stack([states(path, text).mean(0) for text in TEXTS]))
+
+
+def test_a_decoder_whose_file_says_how_its_states_are_pooled_embeds(tmp_path: Path) -> None:
+    """As published files of Qwen3-Embedding do; asked to, it generates."""
+    file = tiny_gguf(tiny_checkpoint("qwen3", tmp_path / "hf"), tmp_path / "tiny.gguf", qwen3__pooling_type=3)
+    pooling = describe(str(file)).pooling
+    assert pooling is not None
+    assert (pooling.task, pooling.kinds, pooling.normalize) == ("embed", ("last",), True)
+    assert "pooling_type 3" in pooling.reason
+    assert describe(str(file), task="generate").pooling is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("bert__attention__causal", True, "attention.causal is not false"),
+        ("bert__attention__layer_norm_epsilon", "tiny", "layer_norm_epsilon is 'tiny', expected a number"),
+        ("bert__pooling_type", 4, "pooling_type 4: rerankers in GGUF files"),
+        ("bert__context_length", 513, "position"),
+        ("bert__attention__head_count", 5, "head_count|num_attention_heads 5|hidden_size 32"),
+    ],
+)
+def test_what_is_no_encoder_is_refused_by_name(key: str, value: Any, said: str, tmp_path: Path) -> None:
+    file = tiny_gguf(tiny_checkpoint("bert", tmp_path / "hf"), tmp_path / "tiny.gguf", **{key: value})
+    with pytest.raises((ModelLoadError, ConfigError), match=said):
+        load(file)
+
+
+def vocabulary(source: Path) -> tuple[list[str], list[int]]:
+    """Word pieces as the converter spells them, and their types."""
+    state = json.loads((source / "tokenizer.json").read_text())
+    special = {token["content"] for token in state["added_tokens"]}
+    pieces = sorted(state["model"]["vocab"], key=state["model"]["vocab"].get)
+    spelled = [one if one in special else one[2:] if one.startswith("##") else f"\u2581{one}" for one in pieces]
+    return spelled, [3 if one in special else 1 for one in pieces]
+
+
+def as_gguf(source: Path, target: Path) -> Path:
+    """MiniLM as llama.cpp's converter writes it."""
+    config = json.loads((source / "config.json").read_text())
+    writer = gguf.GGUFWriter(str(target), "bert")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(gguf.PoolingType.MEAN)
+    writer.add_token_type_count(config["type_vocab_size"])
+    tokens, types = vocabulary(source)
+    writer.add_tokenizer_model("bert")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    for role, token in (("unknown", 100), ("seperator", 102), ("padding", 0), ("cls", 101), ("mask", 103)):
+        writer.add_uint32(f"tokenizer.ggml.{role}_token_id", token)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, config["num_hidden_layers"])
+    for name, values in load_file(source / "model.safetensors").items():
+        stored = names.get_name(name.removeprefix("bert."), try_suffixes=(".weight", ".bias"))
+        if stored is not None and "pooler" not in name and values.dtype.kind == "f":
+            writer.add_tensor(stored, np.ascontiguousarray(values, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+@pytest.mark.slow
+def test_minilm_gives_the_vectors_of_its_folder(tmp_path: Path) -> None:
+    file = as_gguf(folder(), tmp_path / "minilm.gguf")
+    texts = SENTENCES[:5]
+    with phloem.LLM(str(file), dtype="float32") as llm:
+        ours = np.array(llm.embed(texts))
+    with phloem.LLM(str(folder()), dtype="float32") as llm:
+        theirs = np.array(llm.embed(texts))
+    assert (ours * theirs).sum(1).min() > 1 - 1e-6
+
+
+@pytest.mark.slow
+def test_word_pieces_are_those_of_the_models_own_tokenizer() -> None:
+    from tokenizers import Tokenizer
+
+    tokens, types = vocabulary(folder())
+    metadata = {"tokenizer.ggml.model": "bert", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    ours, theirs = build_backend(metadata, "x.gguf"), Tokenizer.from_file(str(folder() / "tokenizer.json"))
+    theirs.no_truncation()
+    theirs.no_padding()
+    odd = [
+        "",
+        "naïve ÉTÉ",
+        "[MASK] in [brackets]",
+        "日本語 text",
+        "a\u0000b\tc",
+        "x" * 120,
+        "don't: it's 3.14!",
+        "ᾳ ß Ⅷ",
+    ]
+    for text in [*SENTENCES, *odd]:
+        assert ours.encode(text).ids == theirs.encode(text).ids, text
+        assert ours.encode(text, "and a second").type_ids == theirs.encode(text, "and a second").type_ids, text
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"tokenizer.ggml.cls_token_id": 9}, r"cls_token_id is 9, of 3 tokens"),
+        ({"tokenizer.ggml.unknown_token_id": "a"}, "unknown_token_id is 'a', of 3 tokens"),
+        ({"tokenizer.ggml.token_type": [1]}, "token_type does not match the 3 tokens"),
+    ],
+)
+def test_vocabularies_that_contradict_themselves_are_named(more: dict[str, Any], said: str) -> None:
+    metadata = {
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.tokens": ["[UNK]", "[CLS]", "[SEP]"],
+        **dict.fromkeys(("tokenizer.ggml.cls_token_id", "tokenizer.ggml.seperator_token_id"), 1),
+        "tokenizer.ggml.unknown_token_id": 0,
+        **more,
+    }
+    with pytest.raises(ModelLoadError, match=said):
+        build_backend(metadata, "x.gguf")

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _log = log.get("adapters")
 
+LONGEST_NAME = 500  # characters
 PATIENCE = 5.0  # seconds that an adapter waits for a place until requests of others wait for it
 
 
@@ -218,6 +219,9 @@ class Desk(Lender):
     def load(self, name: str, path: str, pinned: bool) -> Loading:
         if not name or not path:
             raise BadRequest("lora_name and lora_path are needed", param="lora_path" if name else "lora_name")
+        if not name.isprintable() or not name.strip() or len(name) > LONGEST_NAME:
+            message = f"lora_name: at most {LONGEST_NAME} printable characters, got {name!r:.80}"
+            raise BadRequest(message, param="lora_name")
         others = sum(1 for v in self._names.values() if v.pinned and v.name != name)
         if pinned and others + 1 >= self.sites.entries:
             raise BadRequest(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from phloem.core.adapters import SENT
 from phloem.core.errors import PhloemError
 from phloem.protocol import weights as ask
 
@@ -56,6 +57,25 @@ class Administered:
             PhloemError: the folder holds no adapter for this model; the text names what is wrong.
         """
         reply = self._door.run(self._client.load_adapter(lora_name, lora_path, pinned))
+        self._check(reply)
+        return reply.data["loaded"]
+
+    def load_lora_adapter_from_tensors(
+        self,
+        lora_name: str,
+        tensors: Iterable[tuple[str, Any]] | dict[str, Any],
+        config_dict: dict[str, Any],
+        pinned: bool = False,
+    ) -> dict[str, str]:
+        """Load an adapter, or a new version of one, from tensors as PEFT names them (copies are kept); `config_dict`:
+        what adapter_config.json would hold. Gives the folders of all by name.
+
+        Raises:
+            PhloemError: they are no adapter for this model; the text names what is wrong.
+        """
+        found = list(tensors.items()) if isinstance(tensors, dict) else list(tensors)
+        sent = {"config": config_dict, "tensors": found}
+        reply = self._door.run(self._client.load_adapter(lora_name, SENT + lora_name, pinned, sent))
         self._check(reply)
         return reply.data["loaded"]
 

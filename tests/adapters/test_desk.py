@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from phloem.adapters import desk as room
-from phloem.adapters.desk import Desk, Loan
+from phloem.adapters.desk import Desk, Loan, Version
 from phloem.core.errors import BadRequest
 
 
@@ -48,10 +48,10 @@ class Counter(Desk):
         self.missing: set[str] = set()
         self.reads = 0
 
-    def read(self, path: str) -> Future[Any]:
+    def read(self, version: Version) -> Future[Any]:
         self.reads += 1
         found: Future[Any] = Future()
-        if path in self.missing:
+        if version.path in self.missing:
             found.set_exception(BadRequest("it has gone"))
         else:
             found.set_result({0: One()})

@@ -127,6 +127,8 @@ def test_the_native_route_takes_one_for_all_or_one_for_each(http: httpx.Client) 
         ("/load_lora_adapter", {"lora_name": MODEL, "lora_path": "/x"}, 400, "the name of the base"),
         ("/load_lora_adapter", {"lora_name": "x", "lora_path": "/none"}, 400, "no such folder"),
         ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "/none"}, 400, "no such folder"),
+        ("/load_lora_adapter", {"lora_name": "a\nb", "lora_path": "/none"}, 400, "lora_name: at most 500 printable"),
+        ("/load_lora_adapter", {"lora_name": "x" * 501, "lora_path": "/none"}, 400, "lora_name: at most 500 printable"),
         ("/load_lora_adapter", {"lora_nam": "x"}, 400, "did you mean 'lora_name'"),
         ("/unload_lora_adapter", {"lora_name": "prose"}, 400, "there is no adapter 'prose'"),
         ("/v1/unload_lora_adapter", {}, 400, "lora_name"),

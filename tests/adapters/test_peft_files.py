@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,6 +68,13 @@ def altered(good: Path, out: Path, tensors: Callable[[Tensors], Any] | None = No
         ({"r": 0}, "r must be"),
         ({"rank_pattern": {"q_proj": 3}}, "says rank 3"),
         ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"r": True}, "r must be"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a number, got nan"),
+        ({"lora_alpha": 1e300}, "lora_alpha must be a number"),
+        ({"lora_alpha": None}, "lora_alpha must be a number, got None"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern must map names to numbers"),
+        ({"rank_pattern": [1]}, "rank_pattern must map names to whole numbers"),
+        ({"rank_pattern": {"(": 4}}, "no regular expression"),
     ],
 )
 def test_a_config_that_asks_for_more_is_refused_by_name(
@@ -77,7 +85,7 @@ def test_a_config_that_asks_for_more_is_refused_by_name(
 
 
 def _add(name: str, *shape: int) -> Callable[[Tensors], Any]:
-    return lambda tensors: tensors.update({name: torch.ones(*shape)})
+    return lambda tensors: tensors.update({name: torch.ones(shape)})
 
 
 @pytest.mark.parametrize(
@@ -86,6 +94,10 @@ def _add(name: str, *shape: int) -> Callable[[Tensors], Any]:
         (_add(f"{PREFIX}q_proj.lora_C.weight", 4, 4), "lora_C"),
         (lambda tensors: tensors.pop(f"{PREFIX}q_proj.lora_A.weight"), "has no lora_A"),
         (_add(f"{PREFIX}q_proj.lora_B.weight", 64, 3), "do not fit together"),
+        (_add(f"{PREFIX}q_proj.lora_B.default.weight", 64, 4), "say the same"),
+        (_add(f"{PREFIX}q_proj.bias"), r"float32 \[\] is not of an adapter"),
+        (lambda tensors: tensors[f"{PREFIX}q_proj.lora_A.weight"].fill_(float("nan")), "no finite numbers"),
+        (lambda tensors: tensors.update({f"{PREFIX}q_proj.lora_B.weight": torch.ones(64, 4).int()}), "int32"),
     ],
 )
 def test_tensors_that_do_not_belong_together_are_refused(
@@ -118,8 +130,16 @@ def test_a_broken_file_is_refused(good: Path, tmp_path: Path, content: bytes) ->
     (out / "adapter_config.json").write_text("[")
     with pytest.raises(BadRequest, match="is not JSON"):
         read(out)
-    with pytest.raises(BadRequest, match="no such folder"):
-        read(tmp_path / "nowhere")
+    (out / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(BadRequest, match="is not JSON"):
+        read(out)
+    (out / "adapter_config.json").unlink()
+    os.mkfifo(out / "adapter_config.json")
+    with pytest.raises(BadRequest, match="is no file"):
+        read(out)
+    for name in ("nowhere", "x" * 5000):
+        with pytest.raises(BadRequest, match="no such folder"):
+            read(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reader(target: Path, **settings: Any) -> Reader:
     checkpoint = describe(str(target))
     tokenizer = load_tokenizer(checkpoint)
-    values: dict[str, Any] = {"max_length": 200, **settings}
+    values: dict[str, Any] = {"max_length": 200, "vocab_size": checkpoint.vocab_size, **settings}
     return Reader(tokenizer, load_template(checkpoint, None, tokenizer), **values)
 
 
@@ -87,7 +87,7 @@ def test_plain_text_and_token_ids_are_taken_as_they_are(target: Path, tmp_path: 
     sample = one.samples(read_rows(path), "")[1]
     assert sample.ids == (5, 6, 7, 8, 9) and sample.mask == (False, False, True, True, True)
     rows = read_rows(path)
-    assert one.prompt(rows[1]) == [5, 6] and one.prompt(rows[0]) == one.tokenizer.encode("The quick brown fox.")[:32]
+    assert one.prompts(rows, "") == [one.tokenizer.encode("The quick brown fox.")[:32], [5, 6]]
 
 
 def test_long_texts_are_cut_and_those_left_without_an_answer_are_counted(target: Path, tmp_path: Path) -> None:
@@ -137,6 +137,21 @@ def test_a_template_that_refuses_a_row_is_told_with_its_line(target: Path, tmp_p
         one.samples(read_rows(written(tmp_path / "a.jsonl", {"messages": TURNS})), "a.jsonl")
 
 
+@pytest.mark.parametrize("row", [{"input_ids": [1, 384], "output_ids": [2]}, {"input_ids": [1], "output_ids": [1e30]}])
+def test_a_token_that_the_model_has_not_is_told_with_its_line(target: Path, tmp_path: Path, row: Any) -> None:
+    given = {name: [int(one) for one in ids] for name, ids in row.items()}
+    rows, one = read_rows(written(tmp_path / "a.jsonl", {"text": "fine"}, given)), reader(target)
+    for asked in (one.samples, one.prompts):
+        with pytest.raises(BadData, match=r"a.jsonl, line 2: token id \d+ is not in \[0, 384\)"):
+            asked(rows, "a.jsonl")
+
+
+def test_a_row_without_a_question_is_told_with_its_line(target: Path, tmp_path: Path) -> None:
+    rows = read_rows(written(tmp_path / "a.jsonl", {"messages": TURNS}, {"messages": TURNS[1:2]}))
+    with pytest.raises(BadData, match=r"a.jsonl, line 2: there is no question in it"):
+        reader(target).prompts(rows, "a.jsonl")
+
+
 # settings
 
 
@@ -172,6 +187,12 @@ def test_yaml_that_says_nothing_known_is_refused(tmp_path: Path, values: dict[st
         from_file(values, tmp_path)
 
 
+def test_yaml_of_other_letters_than_utf_8_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_bytes("lr: 1".encode("utf-16"))
+    assert main(["train-draft", "demo", "--config", str(tmp_path / "a.yaml")]) == 1
+    assert "a.yaml is not UTF-8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -181,6 +202,9 @@ def test_yaml_that_says_nothing_known_is_refused(tmp_path: Path, values: dict[st
         ({"hidden_states_bytes": "lots"}, "hidden_states_bytes"),
         ({"warmup_ratio": 1.5}, "warmup_ratio"),
         ({"threads": 0}, "threads is 0"),
+        ({"seed": 10**20}, "seed is 100000000000000000000"),
+        ({"max_length": 10**12}, "max_length is 1000000000000: expected 1048576 or less"),
+        ({"hidden_states_bytes": "-5"}, "hidden_states_bytes is -5"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], told: str) -> None:

@@ -255,6 +255,34 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(place: Path, monkey
     with pytest.raises(NoSpace, match="a checkpoint takes"):
         trainer.save(place / "full", {})
     assert not list((place / "full").glob("epoch_*"))
+    with pytest.raises(ConfigError, match=r"hidden_states_dir: .*/asked.jsonl/states: Not a directory"):
+        Library(target, [], place / "asked.jsonl" / "states", 10**9, "float32").fill(lambda done, _: None)
+
+
+def test_a_training_killed_while_it_writes_leaves_the_checkpoint_before(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = Target(str(place / "model"), "cpu", 1)
+    words = Map(torch.zeros(8, dtype=torch.int64), torch.zeros(384, dtype=torch.bool))
+    library = Library(target, [Sample((5, 6, 7), (True,) * 3)], None, 0, "float32")
+    trainer = Trainer(options(place, "none"), target, library, 1, words, head_config(target.checkpoint, 8, {}))
+    first = trainer.save(tmp_path, {})
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    trainer.step = 1
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(checkpoints.torch, "save", killed)
+        trainer.save(tmp_path, {})
+    assert checkpoints.found_in(tmp_path) == [first] and checkpoints.load_state(first)["step"] == 0
+    assert [one.name for one in tmp_path.glob(".epoch_*")] == [".epoch_1_step_1.part"]
+    trainer.step = 2
+    assert trainer.save(tmp_path, {}) in checkpoints.found_in(tmp_path)
+    assert not list(tmp_path.glob(".epoch_*"))
 
 
 def test_errors_come_before_any_work(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

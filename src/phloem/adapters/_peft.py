@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,13 @@ from typing import TYPE_CHECKING, Any
 from phloem.core.errors import BadRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from torch import Tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LARGEST_CONFIG = 16 << 20  # bytes
+LARGEST_SCALE = 1e9  # of an alpha: products beyond are no numbers any more
 # Settings that change what is computed, and are not served: each with the values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False,),
@@ -84,13 +89,23 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     file = path / CONFIG
     try:
+        if file.exists() and not file.is_file():  # a pipe would never end
+            raise refuse(path, f"{CONFIG} is no file")
+        if file.stat().st_size > LARGEST_CONFIG:
+            raise refuse(path, f"{CONFIG} has more than {LARGEST_CONFIG} bytes")
         config = json.loads(file.read_text())
     except OSError as error:
         raise refuse(path, f"{CONFIG}: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise refuse(path, f"{CONFIG} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise refuse(path, f"{CONFIG} is not an object")
+    check_config(path, config)
+    return config
+
+
+def check_config(path: Path, config: dict[str, Any]) -> None:
+    """Raises BadRequest: it is no LoRA, or asks for what is not served."""
     kind = config.get("peft_type")
     if kind not in ("LORA", None):
         raise refuse(path, f"peft_type {kind!r} is not served: LORA alone is")
@@ -103,18 +118,41 @@ def read_config(path: Path) -> dict[str, Any]:
         raise refuse(
             path, f"init_lora_weights {begun!r} took a part out of the base's weights: convert it to a plain LoRA"
         )
-    rank = config.get("r")
-    if not isinstance(rank, int) or rank < 1:
-        raise refuse(path, f"r must be a whole number above 0, got {rank!r}")
-    return config
+    if not _whole(config.get("r")):
+        raise refuse(path, f"r must be a whole number above 0, got {config.get('r')!r:.80}")
+    if not _finite(config.get("lora_alpha", 8)):
+        raise refuse(path, f"lora_alpha must be a number, got {config['lora_alpha']!r:.80}")
+    for name, fits, what in (("rank_pattern", _whole, "whole numbers above 0"), ("alpha_pattern", _finite, "numbers")):
+        table = config.get(name) or {}
+        if not isinstance(table, dict) or not all(fits(value) for value in table.values()):
+            raise refuse(path, f"{name} must map names to {what}, got {table!r:.80}")
+        for key in table:
+            try:
+                re.compile(key)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise refuse(path, f"{name}: {key!r:.80} is no regular expression: {error}") from None
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _finite(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -LARGEST_SCALE <= value <= LARGEST_SCALE  # NaN is neither
 
 
 def read(path: Path) -> AdapterFile:
     """Raises BadRequest for what is missing, contradicts itself, or is not known."""
-    if not path.is_dir():
-        raise refuse(path, "there is no such folder")
+    if not os.path.isdir(path):  # that of Path raises for a name that is too long
+        raise refuse(f"{path!s:.200}", "there is no such folder")
     config = read_config(path)
-    modules = _modules(path)
+    return assembled(path, config, _stored(path))
+
+
+def assembled(path: Path, config: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> AdapterFile:
+    """An adapter of a config that was checked and of tensors as PEFT names them. Raises BadRequest."""
+    modules = _modules(path, tensors)
     if not modules:
         raise refuse(path, f"{WEIGHTS} holds no tensors")
     for name, module in modules.items():
@@ -135,7 +173,7 @@ def read(path: Path) -> AdapterFile:
     return AdapterFile(path, base if isinstance(base, str) else "", modules, bool(config.get("fan_in_fan_out")))
 
 
-def _modules(path: Path) -> dict[str, Module]:
+def _stored(path: Path) -> Iterator[tuple[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     file = path / WEIGHTS
@@ -143,21 +181,36 @@ def _modules(path: Path) -> dict[str, Module]:
         pickled = (path / "adapter_model.bin").is_file()
         why = "adapter_model.bin holds pickled objects, which are never read: save it as safetensors" if pickled else ""
         raise refuse(path, why or f"there is no {WEIGHTS}")
-    found: dict[str, Module] = {}
-    unknown: list[str] = []
     try:
         with safe_open(str(file), framework="pt", device="cpu") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a dict
-                kind, name = _kind(key)
-                if kind is None:
-                    unknown.append(key)
-                elif kind == "embedding":
-                    letter = "A" if ".lora_embedding_A" in key else "B"
-                    found.setdefault(name, Module()).embedding[letter] = tensors.get_tensor(key)
-                else:
-                    setattr(found.setdefault(name, Module()), kind, tensors.get_tensor(key))
+                yield key, tensors.get_tensor(key)
     except (SafetensorError, OSError) as error:
         raise refuse(path, f"{WEIGHTS}: {error}") from None
+
+
+def _modules(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Module]:
+    found: dict[str, Module] = {}
+    unknown: list[str] = []
+    taken: dict[tuple[str, str], str] = {}  # what of which module -> the tensor that said it
+    for key, tensor in tensors:
+        kind, name = _kind(key)
+        if kind is None:
+            unknown.append(key)
+            continue
+        what = kind if kind != "embedding" else "A" if ".lora_embedding_A" in key else "B"
+        if (name, what) in taken:
+            raise refuse(path, f"{taken[name, what]} and {key} say the same")
+        taken[name, what] = key
+        shape = list(tensor.shape)
+        if not tensor.is_floating_point() or tensor.ndim not in (1, 2):
+            raise refuse(path, f"{key}: {tensor.dtype} {shape} is not of an adapter")
+        if not bool(tensor.float().isfinite().all()):
+            raise refuse(path, f"{key} has values that are no finite numbers")
+        if kind == "embedding":
+            found.setdefault(name, Module()).embedding[what] = tensor
+        else:
+            setattr(found.setdefault(name, Module()), kind, tensor)
     if unknown:
         raise refuse(path, f"{len(unknown)} tensors are not known: {some(unknown)}")
     return found

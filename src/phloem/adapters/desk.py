@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phloem.adapters._fit import fit
-from phloem.adapters._peft import read
-from phloem.core.adapters import Lender
+from phloem.adapters._peft import AdapterFile, assembled, check_config, read
+from phloem.core.adapters import Lender, Sent
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.utils import log
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
@@ -31,17 +31,23 @@ if TYPE_CHECKING:
     from phloem.core.batch import Pending
 
     Between = Callable[[Callable[[], Any]], Pending[Any]]
+    Unpacked = Callable[[Sequence[bytes], str | None, int], Iterable[tuple[str, Tensor]]]
 
 _log = log.get("adapters")
 
+LONGEST_NAME = 500  # characters
+SLACK = 64 << 20  # bytes
 PATIENCE = 5.0  # seconds that an adapter waits for a place until requests of others wait for it
 
 
 class Version:
     """One load of an adapter."""
 
-    def __init__(self, desk: Desk, name: str, path: str, uid: str, pinned: bool) -> None:
+    def __init__(
+        self, desk: Desk, name: str, path: str, uid: str, pinned: bool, sent: Sent | AdapterFile | None = None
+    ) -> None:
         self.name, self.path, self.uid, self.pinned = name, path, uid, pinned
+        self.sent = sent  # what came without a folder; as it was read, once it was
         self.entry = 0  # 0: it has no place
         self.users = 0  # requests that compute with it
         self.waiters = 0  # requests that wait for it
@@ -77,7 +83,7 @@ class Version:
             self.entry, self._placing = entry, None
             return True
         if self._reading is None:
-            self._reading = desk.read(self.path)
+            self._reading = desk.read(self)
             return False
         if not self._reading.done():
             return False
@@ -103,7 +109,7 @@ class Version:
     @property
     def follows_base(self) -> bool:
         """Whether other weights of the base make it another one; also where that is not known yet."""
-        return self._reading is not None or self._desk.follows_base(self.path)
+        return self._reading is not None or self._desk.follows_base(self)
 
     def forget(self) -> None:
         """Give back its place, or what was read for it."""
@@ -181,17 +187,24 @@ class Desk(Lender):
         base: a weight of the model by its checkpoint's name; KeyError: there is none. Called between two steps.
         most: different adapters among the rows of a step.
         memory: bytes that all adapters in memory may take; None: as many as there are places.
+        unpacked: tensors of a payload: of blobs, their format, and the most bytes that they may take.
     """
 
     def __init__(
-        self, sites: Sites, between: Between, base: Callable[[str], Tensor], most: int | None, memory: int | None
+        self,
+        sites: Sites,
+        between: Between,
+        base: Callable[[str], Tensor],
+        most: int | None,
+        memory: int | None,
+        unpacked: Unpacked | None = None,
     ) -> None:
         self.sites, self.between = sites, between
         self.most = min(most or sites.entries, sites.entries)
         self.evictions = 0
-        self._base, self._memory = base, memory
+        self._base, self._memory, self._unpacked = base, memory, unpacked
         self._names: dict[str, Version] = {}
-        self._based: set[str] = set()  # folders of adapters that the base's weights are part of
+        self._based: set[str] = set()  # adapters that the base's weights are part of, by folder or by version
         self._held: list[Version | None] = [None] * (sites.entries + 1)
         self._count = 0  # of versions, and of loans
         self._worker = ThreadPoolExecutor(1, "phloem-adapters")
@@ -215,16 +228,21 @@ class Desk(Lender):
             version.waiters -= 1
         self._settle(version)
 
-    def load(self, name: str, path: str, pinned: bool) -> Loading:
+    def load(self, name: str, path: str, pinned: bool, sent: Sent | None = None) -> Loading:
         if not name or not path:
             raise BadRequest("lora_name and lora_path are needed", param="lora_path" if name else "lora_name")
+        if not name.isprintable() or not name.strip() or len(name) > LONGEST_NAME:
+            message = f"lora_name: at most {LONGEST_NAME} printable characters, got {name!r:.80}"
+            raise BadRequest(message, param="lora_name")
         others = sum(1 for v in self._names.values() if v.pinned and v.name != name)
         if pinned and others + 1 >= self.sites.entries:
             raise BadRequest(
                 f"{others} of {self.sites.entries} places have pinned adapters: one must stay free", param="pinned"
             )
+        if sent is not None:
+            check_config(Path(path), sent.config)
         self._count += 1
-        return Loading(self, Version(self, name, path, f"{name}@{self._count}", pinned))
+        return Loading(self, Version(self, name, path, f"{name}@{self._count}", pinned, sent))
 
     def unload(self, name: str) -> tuple[int, dict[str, str]]:
         version = self._known(name)
@@ -240,7 +258,7 @@ class Desk(Lender):
         for name, old in list(self._names.items()):
             if old.follows_base:
                 self._count += 1
-                self._names[name] = Version(self, name, old.path, f"{name}@{self._count}", old.pinned)
+                self._names[name] = Version(self, name, old.path, f"{name}@{self._count}", old.pinned, old.sent)
                 self._retire(old)
 
     def state(self) -> dict[str, Any]:
@@ -257,12 +275,12 @@ class Desk(Lender):
 
     # for versions
 
-    def follows_base(self, path: str) -> bool:
-        """Whether something of the base's weights is in what was read from there."""
-        return str(Path(path)) in self._based
+    def follows_base(self, version: Version) -> bool:
+        """Whether something of the base's weights is in what was read for it."""
+        return _source(version) in self._based
 
-    def read(self, path: str) -> Future[dict[int, Fit]]:
-        return self._worker.submit(self._fitted, Path(path))
+    def read(self, version: Version) -> Future[dict[int, Fit]]:
+        return self._worker.submit(self._fitted, version)
 
     def place_for(self, version: Version) -> int:
         """An entry, for which others may have to give way; 0: all that could are in use.
@@ -310,6 +328,10 @@ class Desk(Lender):
         _log.info("adapter %s is loaded from %s, %s", version.name, version.path, where)
         if not version.entry:
             version.forget()
+        self._count += 1
+        version.used = self._count
+        if version.sent is not None:
+            self._forget_sent(version)
 
     def _known(self, name: str) -> Version:
         version = self._names.get(name)
@@ -334,10 +356,39 @@ class Desk(Lender):
         if version.retired and version.idle:
             version.forget()
 
-    def _fitted(self, path: Path) -> dict[int, Fit]:
+    def _forget_sent(self, new: Version) -> None:
+        """What came without a folder is kept here, and no more of it than there are places: the one unused for longest
+        is forgotten."""
+        sent = [version for version in self._names.values() if version.sent is not None]
+        if len(sent) > self.sites.entries:
+            going = min((v for v in sent if not v.pinned and v is not new), key=lambda v: v.used)  # not all are pinned
+            _log.info("adapter %s, which came as tensors, is forgotten for %s", going.name, new.name)
+            self.unload(going.name)
+
+    def _fitted(self, version: Version) -> dict[int, Fit]:
         def base(name: str) -> Tensor:
             found = self.between(lambda: self._base(name)).result()
-            self._based.add(str(path))
+            self._based.add(_source(version))
             return found
 
-        return fit(read(path), self.sites, base)
+        if isinstance(version.sent, Sent):
+            version.sent = self._taken(Path(version.path), version.sent)
+        return fit(read(Path(version.path)) if version.sent is None else version.sent, self.sites, base)
+
+    def _taken(self, path: Path, sent: Sent) -> AdapterFile:
+        """Copies of the tensors that were sent: whoever sent them may write over them."""
+        tensors = sent.tensors
+        if tensors is None:
+            blobs = [*sent.blobs, *(Path(file).read_bytes() for file in sent.files)]
+            assert self._unpacked is not None
+            return assembled(path, sent.config, self._unpacked(blobs, sent.load_format, self._largest()))
+        return assembled(path, sent.config, ((name, tensor.detach().cpu().clone()) for name, tensor in tensors))
+
+    def _largest(self) -> int:
+        """Bytes that the tensors of one adapter may take: twice those of the highest rank in float32."""
+        values = sum(len(site.sizes) * site.inputs + site.outputs for site in self.sites.sites)
+        return 8 * values * self.sites.rank + SLACK
+
+
+def _source(version: Version) -> str:
+    return version.uid if version.sent is not None else str(Path(version.path))

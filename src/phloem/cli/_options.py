@@ -137,6 +137,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values: Any = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"configuration file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"configuration file {path} is not UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"configuration file {path} is not YAML: {error}") from None
     if values is None:

@@ -216,9 +216,15 @@ class EngineClient:
         """Path by name, as the engine said last; none where none are served."""
         return (self.connection.ready or {}).get("lora_adapters") or {}
 
-    async def load_adapter(self, name: str, path: str, pinned: bool = False) -> ControlReply:
-        """Load an adapter, or a new version of one. Raises EngineDead."""
-        values = {"name": name, "path": path, "pinned": pinned}
+    async def load_adapter(
+        self, name: str, path: str, pinned: bool = False, sent: dict[str, Any] | None = None
+    ) -> ControlReply:
+        """Load an adapter, or a new version of one. `sent`: fields of `core.adapters.Sent`, of one without a folder.
+
+        Raises:
+            EngineDead: there is no engine.
+        """
+        values = {"name": name, "path": path, "pinned": pinned, **({} if sent is None else {"sent": sent})}
         return self._told(await self.connection.control("load_lora_adapter", LOAD_SECONDS, values))
 
     async def unload_adapter(self, name: str) -> ControlReply:

@@ -10,6 +10,8 @@ from phloem.core.errors import ConfigError
 from phloem.core.late import Late
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from phloem.core.batch import Pending
 
 
@@ -40,8 +42,10 @@ class Lender(Protocol):
         """The request has ended: no later step has a row with it."""
         ...
 
-    def load(self, name: str, path: str, pinned: bool) -> Pending[dict[str, str]]:
+    def load(self, name: str, path: str, pinned: bool, sent: Sent | None = None) -> Pending[dict[str, str]]:
         """A new adapter, or a new version of one; requests under way keep theirs. Gives path by name of all.
+
+        `sent`: an adapter without a folder; `path` is then what it is called in lists.
 
         Raises:
             BadRequest: at once, or of the work: naming what is wrong. Nothing has changed then.
@@ -65,6 +69,23 @@ class Lender(Protocol):
         ...
 
     def state(self) -> dict[str, Any]: ...
+
+
+SENT = "__tensor__/"  # in front of its name: the path of an adapter that came without a folder
+
+
+@dataclass(frozen=True)
+class Sent:
+    """An adapter that comes without a folder: its adapter_config.json, and tensors as PEFT names them.
+
+    `tensors`: [(name, Tensor)] as they are; None: a payload in `blobs` and `files`, as weights come in.
+    """
+
+    config: dict[str, Any]
+    tensors: Any = None
+    blobs: Sequence[bytes] = ()
+    files: Sequence[str] = ()
+    load_format: str | None = None
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from phloem.launch.tiers import check as check_tiers
 from phloem.launch.tiers import tiers_of
 from phloem.models._common import Decoder
 from phloem.rl.keeper import Keeper
+from phloem.rl.payload import named_tensors
 from phloem.scheduler import loop
 from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
 from phloem.speculation import assemble
@@ -279,7 +280,7 @@ def _desk(config: Config, built: Built, report: worker.Report) -> Desk | None:
         return model.get_weight(name)
 
     memory = None if config.lora.lora_memory is None else parse_bytes(config.lora.lora_memory, "lora_memory")
-    desk = Desk(built.sites, runner.between, base, config.lora.max_loras_per_batch, memory)
+    desk = Desk(built.sites, runner.between, base, config.lora.max_loras_per_batch, memory, named_tensors)
     try:
         for spec in served.specs(config.lora):
             desk.load(spec.name, spec.path, spec.pinned).result()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
+from phloem.core.adapters import Sent
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.core.messages import Control, ControlReply
 from phloem.core.request import FinishReason
@@ -170,7 +171,8 @@ class Controls:
     def _do_load_lora_adapter(self, call_id: str, args: dict[str, Any]) -> None:
         """The file is read beside the steps, and placed between two of them."""
         name, path = str(args.get("name") or ""), str(args.get("path") or "")
-        work = self._lender().load(name, path, bool(args.get("pinned")))
+        sent = args.get("sent")
+        work = self._lender().load(name, path, bool(args.get("pinned")), None if sent is None else Sent(**sent))
         self._works.append((call_id, work, lambda loaded: (f"adapter {name} is loaded", {"loaded": loaded})))
 
     def _do_unload_lora_adapter(self, call_id: str, args: dict[str, Any]) -> None:

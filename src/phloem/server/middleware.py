@@ -27,6 +27,7 @@ UPDATE_PATHS = {
     *("/update_weights_from_ipc", "/init_weights_update_group", "/destroy_weights_update_group"),
     *("/begin_weight_update", "/end_weight_update", "/abort_weight_update", "/post_process_weights"),
     *("/update_weight_version", "/weights_checker", "/release_memory_occupation", "/resume_memory_occupation"),
+    "/load_lora_adapter_from_tensors",
 }
 ADMIN_PATHS = UPDATE_PATHS | {
     *("/pause_generation", "/continue_generation", "/flush_cache", "/get_weights_by_name"),

@@ -57,7 +57,8 @@ def save(
     folder, part = output / name, output / f".{name}.part"
     values = sum(one.numel() for one in head.parameters())
     check_space(output, values * (4 + 12) + (16 << 20), "a checkpoint")  # weights, masters, two moments
-    shutil.rmtree(part, ignore_errors=True)
+    for left in output.glob(".epoch_*.part"):  # of a training that was killed while it wrote
+        shutil.rmtree(left, ignore_errors=True)
     try:
         part.mkdir()
         write_head(part, head, config, words, dtype)

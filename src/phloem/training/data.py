@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +14,7 @@ import torch
 from phloem.core.errors import BadRequest, PhloemError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Generator, Iterable, Sequence
 
     from torch import Tensor
 
@@ -112,6 +113,7 @@ class Reader:
     tokenizer: Tokenizer
     template: ChatTemplate
     max_length: int
+    vocab_size: int
     last_turn: bool = False
     left_out: Counter[str] = field(default_factory=Counter[str])  # why rows gave nothing
 
@@ -123,10 +125,8 @@ class Reader:
         """
         found: list[Sample] = []
         for row in rows:
-            try:
+            with _told(row, where):
                 sample = self._sample(row)
-            except BadRequest as error:
-                raise BadData(f"{where}, line {row.line}: {error.message}") from None
             # The head tells the token after next: a mask that has only the last two places teaches nothing.
             if any(sample.mask[:-2]):
                 found.append(sample)
@@ -139,9 +139,27 @@ class Reader:
             raise BadData(f"{where}: there is nothing to learn from: {reasons}")
         return found
 
+    def prompts(self, rows: Sequence[Row], where: str) -> list[list[int]]:
+        """What the model is given to answer: a conversation up to its last answer, or the beginning of a text.
+
+        Raises:
+            BadData: a row has no question, or the template refuses it.
+        """
+        found: list[list[int]] = []
+        for row in rows:
+            with _told(row, where):
+                found.append(self._prompt(row))
+        return found
+
+    def _given(self, row: Row) -> list[int]:
+        ids = [*row.prompt_ids, *row.output_ids]
+        if max(ids) >= self.vocab_size:  # memory behind the embedding would be read
+            raise BadRequest(f"token id {max(ids)} is not in [0, {self.vocab_size})")
+        return ids
+
     def _sample(self, row: Row) -> Sample:
         if row.output_ids:
-            ids = [*row.prompt_ids, *row.output_ids]
+            ids = self._given(row)
             mask = [False] * len(row.prompt_ids) + [True] * len(row.output_ids)
         elif row.text:
             ids = self.tokenizer.encode(row.text)
@@ -170,10 +188,9 @@ class Reader:
                 mask[first:last] = [True] * (last - first)
         return ids, mask
 
-    def prompt(self, row: Row) -> list[int]:
-        """What the model is given to answer: a conversation up to its last answer, or the beginning of a text."""
+    def _prompt(self, row: Row) -> list[int]:
         if row.output_ids:
-            return list(row.prompt_ids)
+            return self._given(row)[: len(row.prompt_ids)]
         if row.text:
             return self.tokenizer.encode(row.text)[:TEXT_PROMPT]
         messages = list(row.messages)
@@ -182,6 +199,15 @@ class Reader:
         if not messages:
             raise BadRequest("there is no question in it")
         return self.tokenizer.encode(self.template.render(messages), add_special_tokens=False)
+
+
+@contextmanager
+def _told(row: Row, where: str) -> Generator[None]:
+    """What is wrong with a row is told with its line."""
+    try:
+        yield
+    except BadRequest as error:
+        raise BadData(f"{where}, line {row.line}: {error.message}") from None
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:

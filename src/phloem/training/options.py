@@ -13,6 +13,8 @@ from phloem.core.config import opt
 from phloem.core.errors import ConfigError
 from phloem.core.ranges import parse_bytes
 
+LONGEST = 1 << 20  # tokens of a text: tables of positions and masks grow with them
+
 
 @dataclass(frozen=True)
 class Options:
@@ -95,11 +97,18 @@ class Options:
         for name in ("warmup_ratio", "min_lr_ratio"):
             if dataclasses.asdict(self)[name] > 1:
                 raise ConfigError(f"{name}: expected a share between 0 and 1", param=name)
+        for name in ("max_length", "eval_tokens"):
+            value = dataclasses.asdict(self)[name]
+            if value > LONGEST:
+                raise ConfigError(f"{name} is {value}: expected {LONGEST} or less", param=name)
+        if not -(2**62) <= self.seed < 2**62:
+            raise ConfigError(f"seed is {self.seed}: expected a number of 63 bits", param="seed")
         if not 0 <= self.adam_beta2 < 1:
             raise ConfigError("adam_beta2: expected a share below 1", param="adam_beta2")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads is {self.threads}: expected 1 or more", param="threads")
-        _ = self.state_bytes
+        if self.state_bytes < 0:
+            raise ConfigError(f"hidden_states_bytes is {self.hidden_states_bytes}: expected 0 or more")
 
 
 NAMES = {field.name: field for field in dataclasses.fields(Options)}

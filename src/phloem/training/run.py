@@ -26,7 +26,7 @@ from phloem.training.target import Target, described, head_config
 from phloem.training.trainer import HeldOut, Trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator
 
     from phloem.training.options import Options
     from phloem.training.report import Bars
@@ -107,11 +107,12 @@ def _texts(options: Options, output: Path, bars: Bars) -> Texts:
     tokenizer = load_tokenizer(checkpoint)
     template = load_template(checkpoint, Path(options.chat_template) if options.chat_template else None, tokenizer)
     longest = min(options.max_length, checkpoint.context_length)
-    reader = Reader(tokenizer, template, longest, options.train_only_last_turn)
-    path = Path(options.train_data_path)
+    reader = Reader(tokenizer, template, longest, checkpoint.vocab_size, options.train_only_last_turn)
+    path = looked_path = Path(options.train_data_path)
     rows = read_rows(path)
     if options.eval_data_path:
-        looked = read_rows(Path(options.eval_data_path))[: options.eval_prompts or None]
+        looked_path = Path(options.eval_data_path)
+        looked = read_rows(looked_path)[: options.eval_prompts or None]
     else:  # drawn once, so that a file in an order of its own has them of each kind
         chosen = set(random.Random(options.seed).sample(range(len(rows)), min(options.eval_prompts, len(rows) // 2)))
         looked = [row for number, row in enumerate(rows) if number in chosen]
@@ -122,13 +123,16 @@ def _texts(options: Options, output: Path, bars: Bars) -> Texts:
             rows = rows[: options.generate]
             sampling = {"temperature": options.generate_temperature, "max_new_tokens": options.generate_tokens}
             sampling["sampling_seed"] = options.seed
-            rows = _answered(answerer, output / GENERATED, reader, rows, sampling, bars)
+            prompts = reader.prompts(rows, str(path))
+            rows = _answered(answerer, output / GENERATED, reader.max_length, (prompts, rows), sampling, bars)
             path = output / GENERATED
         samples = reader.samples(rows, str(path))
         for why, count in reader.left_out.items():
             bars.say(f"{count} rows are left out: {why}")
         sampling = {"temperature": 0.0, "max_new_tokens": options.eval_tokens, "sampling_seed": 0}
-        looked = _answered(answerer, output / HELD_OUT, reader, looked, sampling, bars) if looked else []
+        if looked:
+            asked = reader.prompts(looked, str(looked_path)), looked
+            looked = _answered(answerer, output / HELD_OUT, reader.max_length, asked, sampling, bars)
     finally:
         answerer.close()
     pairs = [(len(row.prompt_ids), [*row.prompt_ids, *row.output_ids]) for row in looked if len(row.output_ids) > 1]
@@ -136,10 +140,15 @@ def _texts(options: Options, output: Path, bars: Bars) -> Texts:
 
 
 def _answered(
-    answerer: Answerer, path: Path, reader: Reader, rows: Sequence[Row], sampling: dict[str, Any], bars: Bars
+    answerer: Answerer,
+    path: Path,
+    room: int,
+    asked: tuple[list[list[int]], list[Row]],
+    sampling: dict[str, Any],
+    bars: Bars,
 ) -> list[Row]:
-    """The rows' prompts with the model's own answers."""
-    prompts, rows = fitting([reader.prompt(row) for row in rows], rows, reader.max_length)
+    """Prompts, of these rows, with the model's own answers."""
+    prompts, rows = fitting(*asked, room)
     answerer.write(path, prompts, rows, sampling, bars.begin(path.stem.replace("_", " ")))
     return [row for row in read_rows(path) if row.output_ids]
 
@@ -178,7 +187,7 @@ class _Run:
         told = self._bars.begin("training")
         if not trainer.step:
             self._look()
-        begun = trainer.seconds
+        begun, saved = trainer.seconds, (-1, self._output)
         with _stopped() as stopped:
             while trainer.step < trainer.total and not stopped.is_set():
                 lesson, norm = trainer.learn()
@@ -192,9 +201,11 @@ class _Run:
                 if not ended and step % options.eval_interval == 0:
                     self._look()
                 if not ended and step % options.save_interval == 0:
-                    trainer.save(self._output, self._settings)
-            folder = trainer.save(self._output, self._settings)
+                    saved = trainer.step, trainer.save(self._output, self._settings)
+            # Written again, it would not be there for a moment.
+            folder = saved[1] if saved[0] == trainer.step else trainer.save(self._output, self._settings)
             if not stopped.is_set():
+                self._bars.say(f"{folder} is written; a last look and the plot follow")
                 self._look()
         self._plot()
         self._bars.say(f"{folder}: {trainer.step} of {trainer.total} steps in {trainer.seconds:.0f} s{self._accept}")

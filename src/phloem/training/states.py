@@ -71,7 +71,11 @@ class Library:
         """
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"hidden_states_dir: {self._folder}: {error.strerror}"
+            raise ConfigError(message, param="hidden_states_dir") from None
         used = self._read_manifest()
         waiting: dict[int, States] = {}
         size = 0

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from phloem.core.adapters import SENT
 from phloem.core.errors import BadRequest
 from phloem.protocol.answers import Answer
 from phloem.protocol.body import Body, Parser
 from phloem.protocol.known import INTERNAL
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
+from phloem.server.payloads import decoded, on_their_way
 
 if TYPE_CHECKING:
     from phloem.core.messages import ControlReply
@@ -35,6 +37,31 @@ class LoadAdapterBody(Body, kw_only=True):
         "lora_id": INTERNAL,
         "base_model_name": "one server serves one base",
         "load_inplace": "an adapter of the same name is always replaced, and requests under way keep theirs",
+        "rid": INTERNAL,
+        "http_worker_ipc": INTERNAL,
+    }
+
+
+class SendAdapterBody(Body, kw_only=True):
+    """`POST /load_lora_adapter_from_tensors`. `config_dict`: what adapter_config.json would hold.
+    `serialized_named_tensors` (or one text in `serialized_tensors`), `load_format`: as weights are sent."""
+
+    lora_name: str | None = None
+    config_dict: dict[str, Any] | None = None
+    serialized_named_tensors: list[str] | None = None
+    serialized_tensors: str | list[str] | None = None
+    load_format: str | None = None
+    pinned: bool | None = None
+    added_tokens_config: dict[str, Any] | None = None
+    expected_checksums: Any = None
+    lora_id: str | None = None
+    upsert: bool | None = None
+    rid: str | None = None
+    http_worker_ipc: str | None = None
+
+    ignored: ClassVar[dict[str, str]] = {
+        "lora_id": INTERNAL,
+        "upsert": "an adapter of the same name is always replaced, and requests under way keep theirs",
         "rid": INTERNAL,
         "http_worker_ipc": INTERNAL,
     }
@@ -66,9 +93,10 @@ class AdaptersAnswer(Answer, kw_only=True):
     loaded_adapters: dict[str, str]
 
 
+T = TypeVar("T")
 router = APIRouter(tags=["control"])
 _load = Parser(LoadAdapterBody)
-_unload = Parser(UnloadAdapterBody)
+_send, _unload = Parser(SendAdapterBody), Parser(UnloadAdapterBody)
 _SAID: dict[str, Any] = {"answer": AdaptersAnswer, "errors": NEEDS_ENGINE}
 
 
@@ -78,11 +106,27 @@ async def load_lora_adapter(request: Request) -> Response:
     """Load an adapter from a PEFT folder, or a new version of one; others go on meanwhile. 400 tells what is wrong."""
     door = door_of(request)
     body = await door.read(request, _load)
-    name = _needed(body.lora_name, "lora_name")
+    name = _free(door, body.lora_name)
     path = _needed(body.lora_path, "lora_path")
-    if door.info.answers_to(name):
-        raise BadRequest(f"{name!r:.200} is the name of the base", param="lora_name")
     return _answer(door, await door.client.load_adapter(name, path, bool(body.pinned)))
+
+
+@router.post("/load_lora_adapter_from_tensors", **describe(body=SendAdapterBody, **_SAID))
+async def load_lora_adapter_from_tensors(request: Request) -> Response:
+    """Load an adapter that comes as tensors, or a new version of one. They are read as those of weights are: nothing of
+    a payload is executed. The server keeps as many as it has places, and forgets the one unused for longest."""
+    door = door_of(request)
+    body = await door.read(request, _send)
+    name = _free(door, body.lora_name)
+    config = _needed(body.config_dict, "config_dict")
+    for field in ("added_tokens_config", "expected_checksums"):
+        if getattr(body, field):
+            raise BadRequest(f"{field} is not supported", param=field, code="not_supported")
+    whole = [body.serialized_tensors] if isinstance(body.serialized_tensors, str) else body.serialized_tensors
+    texts = _needed(body.serialized_named_tensors or whole, "serialized_named_tensors")
+    async with on_their_way(await decoded(texts, "serialized_named_tensors")) as sent:
+        told = {"config": config, "load_format": body.load_format, **sent}
+        return _answer(door, await door.client.load_adapter(name, SENT + name, bool(body.pinned), told))
 
 
 @router.post("/unload_lora_adapter", **describe(body=UnloadAdapterBody, **_SAID))
@@ -94,7 +138,14 @@ async def unload_lora_adapter(request: Request) -> Response:
     return _answer(door, await door.client.unload_adapter(_needed(body.lora_name, "lora_name")))
 
 
-def _needed(value: str | None, name: str) -> str:
+def _free(door: Door, name: str | None) -> str:
+    name = _needed(name, "lora_name")
+    if door.info.answers_to(name):
+        raise BadRequest(f"{name!r:.200} is the name of the base", param="lora_name")
+    return name
+
+
+def _needed(value: T | None, name: str) -> T:
     if not value:
         raise BadRequest(f"{name} is needed", param=name)
     return value

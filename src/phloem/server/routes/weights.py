@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import binascii
-import os
-import tempfile
-from base64 import b64decode
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from phloem.core.errors import BadRequest, PhloemError
+from phloem.core.errors import BadRequest
 from phloem.protocol import weights as ask
 from phloem.protocol.answers import ControlAnswer, Error
 from phloem.protocol.body import Parser
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
+from phloem.server.payloads import decoded, on_their_way
 
 if TYPE_CHECKING:
     from phloem.core.messages import ControlReply
@@ -25,7 +21,6 @@ if TYPE_CHECKING:
 router = APIRouter(tags=["weights"])
 SECONDS = 3600.0  # for an update: a large checkpoint is read from a slow disk
 RAW = "application/octet-stream"
-SMALL = 1 << 20  # bytes of a payload that the engine is sent; more goes through a file
 
 _tensor, _disk, _group = Parser(ask.FromTensorBody), Parser(ask.FromDiskBody), Parser(ask.InitGroupBody)
 _destroy, _distributed, _ipc = Parser(ask.DestroyGroupBody), Parser(ask.FromDistributedBody), Parser(ask.FromIpcBody)
@@ -79,41 +74,13 @@ async def update_weights_from_tensor(
         return await _blobs(request, [b"".join(parts)], {"load_format": "safetensors", **given})
     body = await door_of(request).read(request, _tensor)
     texts = ask.needed(body.serialized_named_tensors, "serialized_named_tensors")
-    blobs = await asyncio.to_thread(_decoded, texts)
+    blobs = await decoded(texts, "serialized_named_tensors")
     return await _blobs(request, blobs, {"load_format": body.load_format, **body.common()})
 
 
-def _decoded(texts: list[str]) -> list[bytes]:
-    try:
-        return [b64decode(text, validate=True) for text in texts]
-    except (binascii.Error, ValueError):
-        raise BadRequest("serialized_named_tensors are not base64", param="serialized_named_tensors") from None
-
-
 async def _blobs(request: Request, blobs: list[bytes], args: dict[str, Any]) -> Response:
-    """Large ones go through files: the loop of the engine has better to do than to receive them."""
-    if sum(map(len, blobs)) <= SMALL:
-        return await _update(request, "update_weights", {"source": "blobs", "blobs": blobs, **args})
-    paths: list[str] = []
-    try:
-        await asyncio.to_thread(_files, blobs, paths)
-        blobs.clear()
-        return await _update(request, "update_weights", {"source": "blobs", "files": paths, **args})
-    finally:
-        for path in paths:
-            os.unlink(path)
-
-
-def _files(blobs: list[bytes], paths: list[str]) -> None:
-    """Write each; their paths, also of one that is half written, go to `paths`. Raises PhloemError: no room."""
-    try:
-        for blob in blobs:
-            descriptor, path = tempfile.mkstemp(prefix="phloem-weights-")
-            paths.append(path)
-            with open(descriptor, "wb") as file:
-                file.write(blob)
-    except OSError as error:
-        raise PhloemError(f"the payload cannot be put into {tempfile.gettempdir()}: {error.strerror}") from None
+    async with on_their_way(blobs) as sent:
+        return await _update(request, "update_weights", {"source": "blobs", **sent, **args})
 
 
 @router.post("/update_weights_from_disk", **describe(body=ask.FromDiskBody, **_SAID))

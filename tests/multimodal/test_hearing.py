@@ -24,6 +24,8 @@ from phloem.testing.checkpoints import tiny_checkpoint
 
 # Of whole states and not, of a whole window, and of the fewest samples that make a token.
 SOUNDS = [wav(sound(seconds, pitch=pitch)) for seconds, pitch in ((0.5, 440), (0.337, 880), (1.0, 300), (0.03, 700))]
+# Of Qwen3-Omni a second or more: what a shorter one becomes there depends on a longer one beside it.
+LONGER = [wav(sound(seconds, pitch=pitch)) for seconds, pitch in ((2.5, 440), (1.337, 880), (3.0, 300), (1.03, 700))]
 TEXTS = {
     "none": ([5, 17, 200, 301, 44, 9], []),
     "one": ([5, 17, 200, "S", 301, 44, 9, 12], [0]),
@@ -35,6 +37,10 @@ SETTINGS: dict[str, Any] = {"ops": "reference", "dtype": "float32", "max_total_t
 MARK = 8
 
 
+def sounds_of(name: str) -> list[bytes]:
+    return LONGER if name.startswith("qwen3") else SOUNDS
+
+
 class Theirs:
     """transformers' model and feature extractor."""
 
@@ -44,13 +50,22 @@ class Theirs:
         self.model: Any = transformers.AutoModelForMultimodalLM.from_pretrained(path, dtype=torch.float32).eval()
         # Qwen2-Audio hears a second here; behind the longest sound for Omni there is silence.
         self.name = self.model.config.model_type
-        seconds = 1 if self.name == "qwen2_audio" else 2
+        seconds = 1 if self.name == "qwen2_audio" else 4
+        self.sounds = sounds_of(self.name)
         self.extract: Any = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=seconds)
 
     def inputs(self, ids: list[int], which: list[int]) -> dict[str, Any]:
         found: dict[str, Any] = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
-        if which:
-            samples = [decode(SOUNDS[number], 10) for number in which]
+        if which and self.name.startswith("qwen3"):
+            # Each as long as it is.
+            asked: dict[str, Any] = {"padding": False, "return_attention_mask": True, "return_tensors": "pt"}
+            each = [self.extract(decode(self.sounds[number], 10), sampling_rate=16_000, **asked) for number in which]
+            pad = torch.nn.utils.rnn.pad_sequence
+            features = pad([one.input_features[0].T for one in each], batch_first=True).transpose(1, 2)
+            mask = pad([torch.ones(one.input_features.shape[2]).long() for one in each], batch_first=True)
+            found |= {"input_features": features, "feature_attention_mask": mask}
+        elif which:
+            samples = [decode(self.sounds[number], 10) for number in which]
             made = self.extract(
                 samples, sampling_rate=16_000, padding="max_length", return_attention_mask=True, return_tensors="pt"
             )
@@ -67,7 +82,7 @@ class Theirs:
             return self.model.generate(**self.inputs(ids, which), **plain)[0, len(ids) :].tolist()
 
 
-@pytest.fixture(scope="module", params=["qwen2_audio", "qwen2_5_omni_thinker"])
+@pytest.fixture(scope="module", params=["qwen2_audio", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"])
 def pair(request: Any, tmp_path_factory: Any) -> Iterator[tuple[Theirs, Path]]:
     torch.set_num_threads(1)
     path = tiny_checkpoint(request.param, tmp_path_factory.mktemp("hearing"))
@@ -78,7 +93,7 @@ def ask(engine: Engine, name: str, which: list[int] | None = None, **more: Any) 
     ids, own = TEXTS[name]
     found: Any = engine.generate(
         input_ids=[MARK if token == "S" else token for token in ids],
-        audio_data=[SOUNDS[number] for number in (own if which is None else which)],
+        audio_data=[sounds_of(engine._client.info.model_type)[at] for at in (own if which is None else which)],
         sampling_params={"temperature": 0, "max_new_tokens": 8, "ignore_eos": True},
         return_prompt_token_ids=True,
         **more,
@@ -116,7 +131,7 @@ def test_sounds_are_found_by_content_and_many_at_once_are_as_alone(pair: Any) ->
         names = [*TEXTS] * 2
         found: Any = engine.generate(
             input_ids=[[MARK if token == "S" else token for token in TEXTS[name][0]] for name in names],
-            audio_data=[[SOUNDS[number] for number in TEXTS[name][1]] for name in names],
+            audio_data=[[theirs.sounds[number] for number in TEXTS[name][1]] for name in names],
             sampling_params={"temperature": 0, "max_new_tokens": 8, "ignore_eos": True},
         )
         assert [one["output_ids"] for one in found] == [alone[name] for name in names]
@@ -182,9 +197,9 @@ def test_a_sound_in_python_is_named_by_its_field(pair: Any) -> None:
     assert told.value.param == "audio_data"
 
 
-@pytest.fixture(scope="module")
-def omni(tmp_path_factory: Any) -> Path:
-    return tiny_checkpoint("qwen2_5_omni_thinker", tmp_path_factory.mktemp("omni"))
+@pytest.fixture(scope="module", params=["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"])
+def omni(request: Any, tmp_path_factory: Any) -> Path:
+    return tiny_checkpoint(request.param, tmp_path_factory.mktemp("omni"))
 
 
 @pytest.mark.parametrize("settings", [{}, {"chunked_prefill_size": 5, "page_size": 4}])
@@ -205,7 +220,7 @@ def test_pictures_videos_and_sounds_in_one_prompt(omni: Path, settings: dict[str
                 input_ids=[marks[one] if isinstance(one, str) else one for one in order],
                 image_data=[png(image)] if "P" in order else None,
                 video_data=[clip(frames)] if "V" in order else None,
-                audio_data=[SOUNDS[0]],
+                audio_data=[theirs.sounds[0]],
                 sampling_params={"temperature": 0, "max_new_tokens": 8, "ignore_eos": True},
                 return_logprob=True,
                 logprob_start_len=0,
@@ -238,7 +253,8 @@ def test_a_whole_omni_is_served_by_its_thinker(omni: Path, tmp_path: Path) -> No
         if file.suffix != ".safetensors" and file.name != "config.json":
             (tmp_path / file.name).symlink_to(file)
     inner = json.loads((omni / "config.json").read_text())
-    whole = {"architectures": ["Qwen2_5OmniModel"], "model_type": "qwen2_5_omni", "talker_config": {"vocab_size": 3}}
+    kind = inner["model_type"].removesuffix("_thinker")
+    whole = {"architectures": ["OmniModel"], "model_type": kind, "talker_config": {"vocab_size": 3}}
     (tmp_path / "config.json").write_text(json.dumps({**whole, "thinker_config": inner}))
     stored = {f"thinker.{name}": values for name, values in load_file(omni / "model.safetensors").items()}
     save_file({**stored, "talker.model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni: pictures and videos as Qwen2.5-VL's, sounds of any length."""
+"""Qwen2.5-Omni and Qwen3-Omni: pictures and videos as Qwen2.5-VL's, sounds of any length."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import numpy as np
 from phloem.multimodal import Facts, Picture, Processor
 from phloem.multimodal._audio import HOP, RATE, WINDOW, log_mel
 from phloem.multimodal.qwen_vl import QwenPictures, QwenVideos
+
+# Of Qwen3-Omni's sounds: frames of a piece, and its tokens; each convolution takes every other place.
+SECOND, TOKENS, CONVOLUTIONS = 100, 13, 3
 
 
 class LongSounds:
@@ -30,5 +33,22 @@ class LongSounds:
         return Picture(pixels, (), self.mark, (states // 2,))
 
 
+class PiecedSounds(LongSounds):
+    """Of Qwen3-Omni: 13 tokens for each second, or fewer for what is left of one."""
+
+    def make(self, source: Any, /) -> Picture:
+        if len(source) <= WINDOW // 2:
+            raise ValueError(f"{len(source)} samples at {RATE} Hz are too short a sound")
+        mel = log_mel(source, self.bands)
+        frames = mel.shape[1]
+        whole, rest = divmod(frames, SECOND)
+        for _ in range(CONVOLUTIONS):
+            rest = (rest + 1) // 2
+        pixels = np.ascontiguousarray(mel, dtype="<f4").view(np.uint8).reshape(1, self.bands, frames, 4)
+        return Picture(pixels, (), self.mark, (whole * TOKENS + rest,))
+
+
 def build(facts: Facts) -> dict[str, Processor]:
-    return {"image": QwenPictures(facts), "video": QwenVideos(facts), "audio": LongSounds(facts)}
+    third = facts.config.get("model_type", "").startswith("qwen3")
+    sounds = PiecedSounds(facts) if third else LongSounds(facts)
+    return {"image": QwenPictures(facts), "video": QwenVideos(facts), "audio": sounds}

@@ -245,6 +245,84 @@ def test_pictures_videos_and_sounds_in_one_prompt(omni: Path, settings: dict[str
             assert found["output_ids"] == wanted
 
 
+def talking(frames: list[Any], samples: np.ndarray[Any, Any]) -> bytes:
+    """A video with a sound track, without loss."""
+    import io
+
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as file:
+        seen: Any = file.add_stream("ffv1", rate=FPS)
+        seen.width, seen.height = frames[0].size
+        seen.pix_fmt = "bgr0"
+        heard: Any = file.add_stream("pcm_s16le", rate=16_000, layout="mono")
+        for frame in frames:
+            file.mux(seen.encode(av.VideoFrame.from_image(frame)))
+        file.mux(seen.encode())
+        made = av.AudioFrame.from_ndarray((samples * 32767).astype("<i2")[None], format="s16", layout="mono")
+        made.sample_rate = 16_000
+        file.mux(heard.encode(made))
+        file.mux(heard.encode())
+    return buffer.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("longer", [False, True])
+def test_the_sound_of_a_video_lies_among_its_frames(omni: Path, longer: bool) -> None:
+    """Shorter than the video, and longer; by time (Qwen3), or by chunks of two seconds (Qwen2.5)."""
+    theirs = Theirs(omni)
+    third = theirs.name.startswith("qwen3")
+    frames, samples = [picture(at, 32, 16) for at in range(30)], sound(3.2 if longer else 1.2 if third else 0.5)
+    data = talking(frames, samples)
+    size = {"shortest_edge": 64, "longest_edge": 1 << 14}
+    for file, config in (("preprocessor_config.json", SEEING["qwen2_vl"]), ("video_preprocessor_config.json", WATCHED)):
+        (omni / file).write_text(json.dumps({**config, "size": size}))
+    plain: dict[str, Any] = {"sampling_params": {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}}
+    plain |= {"return_logprob": True, "logprob_start_len": 0, "return_prompt_token_ids": True}
+    with Engine(model_path=str(omni), debug_invariants=True, chunked_prefill_size=7, **SETTINGS) as engine:
+        order = [9, 4, 7, 5, 200, 11]
+        for fields in ({"use_audio_in_video": True}, {"mm_processor_kwargs": {"use_audio_in_video": True}}):
+            found: Any = engine.generate(input_ids=order, video_data=[data], **plain, **fields)
+            ids, told = found["meta_info"]["prompt_token_ids"], found["meta_info"]["input_token_logprobs"]
+        silent: Any = engine.generate(input_ids=order, video_data=[data], **plain)
+        both: Any = engine.generate(
+            input_ids=[13, MARK, 14, *order], video_data=[data], audio_data=[theirs.sounds[0]], use_audio_in_video=True,
+            **plain,
+        )  # fmt: skip
+    assert silent["meta_info"]["prompt_token_ids"] == [9, 4, *[7] * 120, 5, 200, 11]
+    theirs.sounds = [*theirs.sounds, wav(samples)]
+    # With Qwen2.5 all sounds are of videos there, or none is.
+    for answer, which in ((found, [4]), (both, [0, 4])) if third else ((found, [4]),):
+        ids, told = answer["meta_info"]["prompt_token_ids"], answer["meta_info"]["input_token_logprobs"]
+        inputs = theirs.inputs(ids, which)
+        values, grid = patches_of(frames)
+        inputs |= {"pixel_values_videos": values, "video_grid_thw": torch.tensor([grid])}
+        inputs |= {"video_second_per_grid": torch.tensor([2 / FPS]), "use_audio_in_video": True}
+        with torch.inference_mode():
+            logits = theirs.model(**inputs).logits[0].float().log_softmax(-1)
+            more = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            wanted = theirs.model.generate(**inputs, **more)[0, len(ids) :].tolist()
+        worst = max(abs(told[at + 1][0] - float(logits[at, token])) for at, token in enumerate(ids[1:]))
+        assert worst < 1e-4, worst
+        assert answer["output_ids"] == wanted
+
+
+def test_what_a_video_with_its_sound_must_have(omni: Path) -> None:
+    mute, heard = clip([picture(at, 32, 16) for at in range(4)]), {"use_audio_in_video": True}
+    with Engine(model_path=str(omni), **SETTINGS) as engine:
+        for fields, param in (
+            ({"video_data": [mute], **heard}, "video_data[0]"),
+            ({"video_data": [mute], "mm_processor_kwargs": {"use_audio_in_video": "yes"}}, "mm_processor_kwargs."),
+            ({"video_data": [talking([picture(1, 32, 16)] * 4, sound(0.001))], **heard}, "video_data[0]"),
+        ):
+            with pytest.raises(BadRequest) as told:
+                engine.generate("<video>", **fields)
+            assert told.value.param is not None and told.value.param.startswith(param)
+        answer: Any = engine.generate("hello", sampling_params={"max_new_tokens": 1}, **heard)  # type: ignore[arg-type]
+        assert answer["meta_info"]["completion_tokens"] == 1
+
+
 def test_a_whole_omni_is_served_by_its_thinker(omni: Path, tmp_path: Path) -> None:
     """As published: the thinker's settings and tensors inside those of a model that speaks."""
     from safetensors.torch import load_file, save_file

@@ -167,7 +167,10 @@ def test_sounds_through_the_doors_and_what_is_refused(pair: Any) -> None:
             native["sampling_params"] = {"temperature": 0, "max_new_tokens": 4}
             answer = (await http.post("/generate", json=native)).json()
             assert {one["choices"][0]["message"]["content"] for one in answers} == {answer["text"]}
-            assert answer["meta_info"]["cached_tokens"] == answers[0]["usage"]["prompt_tokens"] - 1
+            tokens = answers[0]["usage"]["prompt_tokens"]
+            assert answer["meta_info"]["cached_tokens"] == tokens - 1
+            spelled = await http.post("/tokenize", json={"messages": user(heard(data), "What?")})
+            assert spelled.json()["count"] == tokens
             assert (await http.get("/model_info")).json()["has_audio_understanding"] is True
             for name, (bad, said) in BAD.items():
                 if name == "too long" and theirs.name != "qwen2_audio":
@@ -309,17 +312,18 @@ def test_the_sound_of_a_video_lies_among_its_frames(omni: Path, longer: bool) ->
 
 
 def test_what_a_video_with_its_sound_must_have(omni: Path) -> None:
-    mute, heard = clip([picture(at, 32, 16) for at in range(4)]), {"use_audio_in_video": True}
+    mute, heard = clip([picture(at, 32, 16) for at in range(4)]), dict[str, Any](use_audio_in_video=True)
     with Engine(model_path=str(omni), **SETTINGS) as engine:
-        for fields, param in (
+        cases: list[tuple[dict[str, Any], str]] = [
             ({"video_data": [mute], **heard}, "video_data[0]"),
             ({"video_data": [mute], "mm_processor_kwargs": {"use_audio_in_video": "yes"}}, "mm_processor_kwargs."),
             ({"video_data": [talking([picture(1, 32, 16)] * 4, sound(0.001))], **heard}, "video_data[0]"),
-        ):
+        ]
+        for fields, param in cases:
             with pytest.raises(BadRequest) as told:
                 engine.generate("<video>", **fields)
             assert told.value.param is not None and told.value.param.startswith(param)
-        answer: Any = engine.generate("hello", sampling_params={"max_new_tokens": 1}, **heard)  # type: ignore[arg-type]
+        answer: Any = engine.generate("hello", sampling_params={"max_new_tokens": 1}, **heard)
         assert answer["meta_info"]["completion_tokens"] == 1
 
 

@@ -379,12 +379,14 @@ class Engine(Administered):
         prompt: str = "",
         temperature: float = 0.0,
         chunking_strategy: str | None = None,
+        timestamp_granularities: Sequence[str] | None = None,
         seed: int | None = None,
         progress: Callable[[float, float], None] | None = None,
     ) -> Answer:
         """What is said in a sound file (a path, or its bytes); as `/v1/audio/transcriptions` with `verbose_json`.
 
         Gives `text`, `language`, `duration` and `segments` with times in seconds. `task` "translate": in English.
+        `timestamp_granularities`: "word" for `words` with their times, "segment" (the default), or both.
         `chunking_strategy` "auto": a long file is cut where it is quiet, and its parts are computed together.
         `progress`: called with the seconds that are done and those that there are, from another thread.
 
@@ -398,7 +400,8 @@ class Engine(Administered):
         if task == "translate":
             body: TranscriptionBody | TranslationBody = Parser(TranslationBody).convert(values)
         elif task == "transcribe":
-            more = {"language": language, "chunking_strategy": chunking_strategy}
+            grains = None if timestamp_granularities is None else list(timestamp_granularities)
+            more = {"language": language, "chunking_strategy": chunking_strategy, "timestamp_granularities": grains}
             body = Parser(TranscriptionBody).convert({**values, **more})
         else:
             raise BadRequest(f"task: expected transcribe or translate, got {task!r:.50}", param="task")
@@ -407,7 +410,7 @@ class Engine(Administered):
         async def run() -> Answer:
             transcriber = Transcriber(self._client, self._outputs)
             asked = transcriber.check(asked_of(body))
-            return msgspec.to_builtins(verbose(await transcriber.whole(body.file, asked, most, progress), asked.task))
+            return msgspec.to_builtins(verbose(await transcriber.whole(body.file, asked, most, progress), asked))
 
         return self._door.run(run())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import real_whisper
 
@@ -46,6 +47,24 @@ def test_tiny_en_writes_what_transformers_writes(tiny: Path, tmp_path: Path) -> 
     assert word_error_rate(spoken, told["text"]) < 0.1
     assert [round(one["start"]) for one in told["segments"]] == [0, 5] and told["segments"][-1]["end"] < 9
     assert told["segments"][0]["no_speech_prob"] < 0.1 and told["segments"][0]["avg_logprob"] > -0.6
+
+
+def test_words_begin_where_the_sound_begins_again(tiny: Path, tmp_path: Path) -> None:
+    data = cut("speech_long.ogg", 31.0, tmp_path)
+    samples = decode(data, 600)
+    loud = np.sqrt(np.convolve(samples**2, np.ones(320) / 320, "same"))[::160]
+    quiet = np.flatnonzero(loud < 0.02 * loud.max())
+    ends = np.flatnonzero(np.diff(quiet, append=quiet[-1] + 99) > 1)
+    # Behind each silence of at least 0.3 s, in seconds.
+    onsets = [(quiet[end] + 1) / 100 for end in ends if end >= 30 and quiet[end] - quiet[end - 30] == 30]
+    with phloem.Engine(model_path=str(tiny), dtype="float32") as engine:
+        told = engine.transcribe(data, timestamp_granularities=["word"])
+    words = told["words"]
+    assert [word["word"] for word in words] == told["text"].split() and "segments" not in told
+    starts = [word["start"] for word in words]
+    assert starts == sorted(starts) and all(word["start"] <= word["end"] for word in words)
+    far = [min(abs(onset - start) for start in starts) for onset in onsets]
+    assert len(onsets) > 5 and max(far) < 0.2 and sum(far) / len(far) < 0.08, list(zip(onsets, far, strict=True))
 
 
 def test_a_minute_in_windows_and_in_parts_loses_no_words(tiny: Path) -> None:

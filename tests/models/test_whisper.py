@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from model_support import CPU, PROMPT, close
@@ -13,13 +15,15 @@ from phloem.attention import BACKENDS, begin
 from phloem.checkpoint.describe import describe
 from phloem.core.batch import Admission
 from phloem.core.memory import Cross, groups_of
-from phloem.core.request import SamplingParams
+from phloem.core.request import Align, SamplingParams
 from phloem.engine.hearing import Ears
 from phloem.engine.inputs import cross_arrays
 from phloem.kernels.ops import Ops, PagedBatch
 from phloem.kvcache.pool import KVPool, fewest_pages
 from phloem.layers.context import BuildContext, ForwardBatch
 from phloem.models import load_model
+from phloem.multimodal._speech import TICK
+from phloem.protocol.audio.words import begins
 from phloem.testing.checkpoints import tiny_checkpoint
 
 PAGE, SLOTS = 4, 4
@@ -48,7 +52,7 @@ class Small:
         pages = [1 + SLOTS * g.pages_each(PAGE) if g.kind == "cross" else 256 for g in groups]
         self.pool = KVPool(self.model.memory, pages, PAGE, dtype, CPU)
         self.backend = BACKENDS.module("cpu").Backend(self.ops, self.model.attention_specs, CPU, dtype)
-        self.ears = Ears(self.model, self.pool, self.ops, SLOTS)
+        self.ears = Ears(self.model, self.pool, self.backend.ops, SLOTS)
 
     def hear(self, *slots: tuple[int, torch.Tensor]) -> None:
         self.ears.admit([admission(slot, mel) for slot, mel in slots])
@@ -124,13 +128,17 @@ def test_audio_that_lies_in_a_slot_is_not_encoded_again(made: Any) -> None:
     close(both, theirs[:2].flatten(0, 1))
 
 
-def test_the_native_table_is_near(made: Any) -> None:
+def native_table() -> Ops:
     from phloem.kernels import native
 
     try:
-        ops = native.table(1)
+        return native.table(1)
     except native.Unavailable as reason:
         pytest.skip(str(reason))
+
+
+def test_the_native_table_is_near(made: Any) -> None:
+    ops = native_table()
     path, mel, theirs = made
     small = Small(path, ops, torch.bfloat16)
     small.hear((3, mel[2]))
@@ -151,6 +159,33 @@ def test_a_weight_that_is_pushed_is_heard(made: Any) -> None:
     small.model.update_weights([("model.encoder.conv1.weight", old)])
     small.hear((0, mel[1]))
     close(small.step([(0, PROMPT, list(range(1, 20)), 0)]), theirs[1])
+
+
+@pytest.mark.parametrize(("frames", "dtype"), [(100, torch.float32), (61, torch.float32), (100, torch.int8)])
+def test_tokens_have_the_times_that_transformers_gives_them(made: Any, frames: int, dtype: torch.dtype) -> None:
+    from transformers import WhisperForConditionalGeneration
+    from transformers.modeling_outputs import Seq2SeqLMOutput
+
+    path, mel, _ = made
+    heads, start, tokens = [(1, 0), (1, 3), (2, 2), (2, 1)], 4, PROMPT * 2
+    theirs: Any = WhisperForConditionalGeneration.from_pretrained(path, attn_implementation="eager").eval()
+    small = Small(path, native_table() if dtype == torch.int8 else None, dtype)
+    for number in range(3):
+        with torch.inference_mode():
+            ids = torch.tensor([tokens])
+            given: Any = {"input_features": mel[number, None], "decoder_input_ids": ids[:, :-1], "use_cache": False}
+            out = theirs(**given, output_attentions=True)
+        told: Any = Seq2SeqLMOutput(cross_attentions=(out.cross_attentions,))  # pyright: ignore[reportArgumentType]
+        told["sequences"] = ids
+        times = theirs._extract_token_timestamps(told, heads, num_frames=frames, num_input_ids=start)[0]
+        asked = replace(admission(number, mel[number]), align=Align(start, frames // 2, heads))
+        asked.tokens = np.array(tokens, np.int32)
+        small.ears.admit([asked])
+        found = begins(-small.ears.aligned[number]) * TICK
+        assert found.shape == (len(tokens) - 1 - start,) and len(set(found.tolist())) > 3
+        assert np.abs(found - times[start:-1].numpy()).max() <= 0.02 + 1e-6
+    small.hear((2, mel[0]))
+    assert list(small.ears.aligned) == [0, 1]  # who enters the slot has not asked
 
 
 def test_a_pool_for_dummy_steps_has_the_pages_of_one_slot(made: Any) -> None:

@@ -96,6 +96,8 @@ def test_the_doors_show_the_model_the_same(sees: Path) -> None:
             assert usage["cache_read_input_tokens"] == tokens - 1
             del body["max_tokens"], body["temperature"]
             assert (await http.post("/v1/messages/count_tokens", json=body)).json()["input_tokens"] == tokens
+            spelled = (await http.post("/tokenize", json={"messages": asked})).json()
+            assert spelled["count"] == len(spelled["tokens"]) == tokens
             parts = [
                 {"type": "input_text", "text": "What is "},
                 {"type": "input_image", "image_url": uri(PNG)},

@@ -24,6 +24,8 @@ from phloem.testing.checkpoints import tiny_checkpoint
 
 # Of whole states and not, of a whole window, and of the fewest samples that make a token.
 SOUNDS = [wav(sound(seconds, pitch=pitch)) for seconds, pitch in ((0.5, 440), (0.337, 880), (1.0, 300), (0.03, 700))]
+# Of Qwen3-Omni a second or more: what a shorter one becomes there depends on a longer one beside it.
+LONGER = [wav(sound(seconds, pitch=pitch)) for seconds, pitch in ((2.5, 440), (1.337, 880), (3.0, 300), (1.03, 700))]
 TEXTS = {
     "none": ([5, 17, 200, 301, 44, 9], []),
     "one": ([5, 17, 200, "S", 301, 44, 9, 12], [0]),
@@ -35,6 +37,10 @@ SETTINGS: dict[str, Any] = {"ops": "reference", "dtype": "float32", "max_total_t
 MARK = 8
 
 
+def sounds_of(name: str) -> list[bytes]:
+    return LONGER if name.startswith("qwen3") else SOUNDS
+
+
 class Theirs:
     """transformers' model and feature extractor."""
 
@@ -44,13 +50,22 @@ class Theirs:
         self.model: Any = transformers.AutoModelForMultimodalLM.from_pretrained(path, dtype=torch.float32).eval()
         # Qwen2-Audio hears a second here; behind the longest sound for Omni there is silence.
         self.name = self.model.config.model_type
-        seconds = 1 if self.name == "qwen2_audio" else 2
+        seconds = 1 if self.name == "qwen2_audio" else 4
+        self.sounds = sounds_of(self.name)
         self.extract: Any = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=seconds)
 
     def inputs(self, ids: list[int], which: list[int]) -> dict[str, Any]:
         found: dict[str, Any] = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
-        if which:
-            samples = [decode(SOUNDS[number], 10) for number in which]
+        if which and self.name.startswith("qwen3"):
+            # Each as long as it is.
+            asked: dict[str, Any] = {"padding": False, "return_attention_mask": True, "return_tensors": "pt"}
+            each = [self.extract(decode(self.sounds[number], 10), sampling_rate=16_000, **asked) for number in which]
+            pad = torch.nn.utils.rnn.pad_sequence
+            features = pad([one.input_features[0].T for one in each], batch_first=True).transpose(1, 2)
+            mask = pad([torch.ones(one.input_features.shape[2]).long() for one in each], batch_first=True)
+            found |= {"input_features": features, "feature_attention_mask": mask}
+        elif which:
+            samples = [decode(self.sounds[number], 10) for number in which]
             made = self.extract(
                 samples, sampling_rate=16_000, padding="max_length", return_attention_mask=True, return_tensors="pt"
             )
@@ -67,7 +82,7 @@ class Theirs:
             return self.model.generate(**self.inputs(ids, which), **plain)[0, len(ids) :].tolist()
 
 
-@pytest.fixture(scope="module", params=["qwen2_audio", "qwen2_5_omni_thinker"])
+@pytest.fixture(scope="module", params=["qwen2_audio", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"])
 def pair(request: Any, tmp_path_factory: Any) -> Iterator[tuple[Theirs, Path]]:
     torch.set_num_threads(1)
     path = tiny_checkpoint(request.param, tmp_path_factory.mktemp("hearing"))
@@ -78,7 +93,7 @@ def ask(engine: Engine, name: str, which: list[int] | None = None, **more: Any) 
     ids, own = TEXTS[name]
     found: Any = engine.generate(
         input_ids=[MARK if token == "S" else token for token in ids],
-        audio_data=[SOUNDS[number] for number in (own if which is None else which)],
+        audio_data=[sounds_of(engine._client.info.model_type)[at] for at in (own if which is None else which)],
         sampling_params={"temperature": 0, "max_new_tokens": 8, "ignore_eos": True},
         return_prompt_token_ids=True,
         **more,
@@ -117,7 +132,7 @@ def test_sounds_are_found_by_content_and_many_at_once_are_as_alone(pair: Any) ->
         names = [*TEXTS] * 2
         found: Any = engine.generate(
             input_ids=[[MARK if token == "S" else token for token in TEXTS[name][0]] for name in names],
-            audio_data=[[SOUNDS[number] for number in TEXTS[name][1]] for name in names],
+            audio_data=[[theirs.sounds[number] for number in TEXTS[name][1]] for name in names],
             sampling_params={"temperature": 0, "max_new_tokens": 8, "ignore_eos": True},
         )
         assert [one["output_ids"] for one in found] == [alone[name] for name in names]
@@ -153,7 +168,10 @@ def test_sounds_through_the_doors_and_what_is_refused(pair: Any) -> None:
             native["sampling_params"] = {"temperature": 0, "max_new_tokens": 4}
             answer = (await http.post("/generate", json=native)).json()
             assert {one["choices"][0]["message"]["content"] for one in answers} == {answer["text"]}
-            assert answer["meta_info"]["cached_tokens"] == answers[0]["usage"]["prompt_tokens"] - 1
+            tokens = answers[0]["usage"]["prompt_tokens"]
+            assert answer["meta_info"]["cached_tokens"] == tokens - 1
+            spelled = await http.post("/tokenize", json={"messages": user(heard(data), "What?")})
+            assert spelled.json()["count"] == tokens
             assert (await http.get("/model_info")).json()["has_audio_understanding"] is True
             for name, (bad, said) in BAD.items():
                 if name == "too long" and theirs.name != "qwen2_audio":
@@ -183,9 +201,9 @@ def test_a_sound_in_python_is_named_by_its_field(pair: Any) -> None:
     assert told.value.param == "audio_data"
 
 
-@pytest.fixture(scope="module")
-def omni(tmp_path_factory: Any) -> Path:
-    return tiny_checkpoint("qwen2_5_omni_thinker", tmp_path_factory.mktemp("omni"))
+@pytest.fixture(scope="module", params=["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"])
+def omni(request: Any, tmp_path_factory: Any) -> Path:
+    return tiny_checkpoint(request.param, tmp_path_factory.mktemp("omni"))
 
 
 @pytest.mark.slow
@@ -207,7 +225,7 @@ def test_pictures_videos_and_sounds_in_one_prompt(omni: Path, settings: dict[str
                 input_ids=[marks[one] if isinstance(one, str) else one for one in order],
                 image_data=[png(image)] if "P" in order else None,
                 video_data=[clip(frames)] if "V" in order else None,
-                audio_data=[SOUNDS[0]],
+                audio_data=[theirs.sounds[0]],
                 sampling_params={"temperature": 0, "max_new_tokens": 8, "ignore_eos": True},
                 return_logprob=True,
                 logprob_start_len=0,
@@ -232,6 +250,85 @@ def test_pictures_videos_and_sounds_in_one_prompt(omni: Path, settings: dict[str
             assert found["output_ids"] == wanted
 
 
+def talking(frames: list[Any], samples: np.ndarray[Any, Any]) -> bytes:
+    """A video with a sound track, without loss."""
+    import io
+
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as file:
+        seen: Any = file.add_stream("ffv1", rate=FPS)
+        seen.width, seen.height = frames[0].size
+        seen.pix_fmt = "bgr0"
+        heard: Any = file.add_stream("pcm_s16le", rate=16_000, layout="mono")
+        for frame in frames:
+            file.mux(seen.encode(av.VideoFrame.from_image(frame)))
+        file.mux(seen.encode())
+        made = av.AudioFrame.from_ndarray((samples * 32767).astype("<i2")[None], format="s16", layout="mono")
+        made.sample_rate = 16_000
+        file.mux(heard.encode(made))
+        file.mux(heard.encode())
+    return buffer.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("longer", [False, True])
+def test_the_sound_of_a_video_lies_among_its_frames(omni: Path, longer: bool) -> None:
+    """Shorter than the video, and longer; by time (Qwen3), or by chunks of two seconds (Qwen2.5)."""
+    theirs = Theirs(omni)
+    third = theirs.name.startswith("qwen3")
+    frames, samples = [picture(at, 32, 16) for at in range(30)], sound(3.2 if longer else 1.2 if third else 0.5)
+    data = talking(frames, samples)
+    size = {"shortest_edge": 64, "longest_edge": 1 << 14}
+    for file, config in (("preprocessor_config.json", SEEING["qwen2_vl"]), ("video_preprocessor_config.json", WATCHED)):
+        (omni / file).write_text(json.dumps({**config, "size": size}))
+    plain: dict[str, Any] = {"sampling_params": {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}}
+    plain |= {"return_logprob": True, "logprob_start_len": 0, "return_prompt_token_ids": True}
+    with Engine(model_path=str(omni), debug_invariants=True, chunked_prefill_size=7, **SETTINGS) as engine:
+        order = [9, 4, 7, 5, 200, 11]
+        for fields in ({"use_audio_in_video": True}, {"mm_processor_kwargs": {"use_audio_in_video": True}}):
+            found: Any = engine.generate(input_ids=order, video_data=[data], **plain, **fields)
+            ids, told = found["meta_info"]["prompt_token_ids"], found["meta_info"]["input_token_logprobs"]
+        silent: Any = engine.generate(input_ids=order, video_data=[data], **plain)
+        both: Any = engine.generate(
+            input_ids=[13, MARK, 14, *order], video_data=[data], audio_data=[theirs.sounds[0]], use_audio_in_video=True,
+            **plain,
+        )  # fmt: skip
+    assert silent["meta_info"]["prompt_token_ids"] == [9, 4, *[7] * 120, 5, 200, 11]
+    theirs.sounds = [*theirs.sounds, wav(samples)]
+    # With Qwen2.5 all sounds are of videos there, or none is.
+    for answer, which in ((found, [4]), (both, [0, 4])) if third else ((found, [4]),):
+        ids, told = answer["meta_info"]["prompt_token_ids"], answer["meta_info"]["input_token_logprobs"]
+        inputs = theirs.inputs(ids, which)
+        values, grid = patches_of(frames)
+        inputs |= {"pixel_values_videos": values, "video_grid_thw": torch.tensor([grid])}
+        inputs |= {"video_second_per_grid": torch.tensor([2 / FPS]), "use_audio_in_video": True}
+        with torch.inference_mode():
+            logits = theirs.model(**inputs).logits[0].float().log_softmax(-1)
+            more = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            wanted = theirs.model.generate(**inputs, **more)[0, len(ids) :].tolist()
+        worst = max(abs(told[at + 1][0] - float(logits[at, token])) for at, token in enumerate(ids[1:]))
+        assert worst < 1e-4, worst
+        assert answer["output_ids"] == wanted
+
+
+def test_what_a_video_with_its_sound_must_have(omni: Path) -> None:
+    mute, heard = clip([picture(at, 32, 16) for at in range(4)]), dict[str, Any](use_audio_in_video=True)
+    with Engine(model_path=str(omni), **SETTINGS) as engine:
+        cases: list[tuple[dict[str, Any], str]] = [
+            ({"video_data": [mute], **heard}, "video_data[0]"),
+            ({"video_data": [mute], "mm_processor_kwargs": {"use_audio_in_video": "yes"}}, "mm_processor_kwargs."),
+            ({"video_data": [talking([picture(1, 32, 16)] * 4, sound(0.001))], **heard}, "video_data[0]"),
+        ]
+        for fields, param in cases:
+            with pytest.raises(BadRequest) as told:
+                engine.generate("<video>", **fields)
+            assert told.value.param is not None and told.value.param.startswith(param)
+        answer: Any = engine.generate("hello", sampling_params={"max_new_tokens": 1}, **heard)
+        assert answer["meta_info"]["completion_tokens"] == 1
+
+
 def test_a_whole_omni_is_served_by_its_thinker(omni: Path, tmp_path: Path) -> None:
     """As published: the thinker's settings and tensors inside those of a model that speaks."""
     from safetensors.torch import load_file, save_file
@@ -240,7 +337,8 @@ def test_a_whole_omni_is_served_by_its_thinker(omni: Path, tmp_path: Path) -> No
         if file.suffix != ".safetensors" and file.name != "config.json":
             (tmp_path / file.name).symlink_to(file)
     inner = json.loads((omni / "config.json").read_text())
-    whole = {"architectures": ["Qwen2_5OmniModel"], "model_type": "qwen2_5_omni", "talker_config": {"vocab_size": 3}}
+    kind = inner["model_type"].removesuffix("_thinker")
+    whole = {"architectures": ["OmniModel"], "model_type": kind, "talker_config": {"vocab_size": 3}}
     (tmp_path / "config.json").write_text(json.dumps({**whole, "thinker_config": inner}))
     stored = {f"thinker.{name}": values for name, values in load_file(omni / "model.safetensors").items()}
     save_file({**stored, "talker.model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")

@@ -13,6 +13,7 @@ from phloem.multimodal._speech import Speech
 from phloem.protocol.audio.body import language_code
 from phloem.protocol.audio.run import Segment, Transcript
 from phloem.protocol.audio.windows import Told, best, cuts, part_of, pieces
+from phloem.protocol.audio.words import begins, shared, split, timed
 from phloem.protocol.audio.write import written
 
 SPEECH = Speech(bands=80, frames=3000, start=101, end=100, no_timestamps=110, first_timestamp=111)
@@ -114,3 +115,30 @@ def test_word_errors_are_counted() -> None:
     assert word_error_rate("The quick, brown fox.", "the quick brown fox") == 0
     assert word_error_rate("one two three four", "one three four five") == 0.5
     assert word_error_rate("one two", "") == 1.0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (3, 40), (30, 9)])
+def test_the_cheapest_path_is_that_of_transformers(shape: tuple[int, int]) -> None:
+    from transformers.models.whisper.generation_whisper import (
+        _dynamic_time_warping,  # pyright: ignore[reportPrivateUsage]
+    )
+
+    for seed in range(3):
+        drawn = np.random.default_rng(seed).integers(-3, 4, shape) / 2.0  # many ties
+        rows, states = _dynamic_time_warping(drawn)
+        assert begins(drawn).tolist() == states[np.diff(rows, prepend=-1) > 0].tolist()
+
+
+def test_words_have_their_punctuation_and_no_pauses() -> None:
+    texts = [" A", " lit", "tle", " (", "dog", ")", ".", " It", " says", ":", " \u00e9", "t\u00e9", "."]
+    parts = split(range(len(texts)), lambda ids: "".join(texts[at] for at in ids), "en")
+    assert [text for text, _ in parts] == [" A", " little", " (dog", ")", ".", " It", " says", ":", " été", "."]
+    begun = [0, 60, 75, 90, 95, 110, 115, 200, 210, 225, 230, 240, 250, 260]
+    words = timed(parts, begun, 10.0, 14.9)
+    assert [word.text.strip() for word in words] == ["A", "little", "(dog).", "It", "says:", "été."]
+    # The silence before the first word and the pause behind a sentence are nobody's.
+    assert 10.5 < words[0].start < words[0].end == 11.2
+    assert words[2].end < 13.0 and words[3].start == 14.0 and words[-1].end == 14.9
+    assert [len(some) for some in shared(words, [7, 2, 4])] == [3, 2, 1]
+    assert split([0, 1], lambda ids: "\ufffd" if list(ids) == [0] else "\u4eca", "ja") == [("\u4eca", 2)]
+    assert timed([], [0], 0.0, 1.0) == [] and shared([], [3]) == [()]

@@ -79,6 +79,35 @@ def test_every_format(client: openai.OpenAI, url: str) -> None:
 
 
 @pytest.mark.slow
+def test_words_have_their_times(client: openai.OpenAI, url: str, engine: phloem.Engine) -> None:
+    asked: dict[str, Any] = {"language": "en", "temperature": 0.3}
+    create: Any = client.audio.transcriptions.create
+    found: Any = None
+    for grains in (["word"], ["word", "segment"]):
+        found = create(
+            model="tiny", file=("a.wav", LONG), response_format="verbose_json", timestamp_granularities=grains,
+            **asked, extra_body={"seed": 5},
+        )  # fmt: skip
+        assert found.words and (found.segments is not None) == ("segment" in grains)
+        assert "".join(word.word for word in found.words) == "".join(found.text.split())
+        starts = [word.start for word in found.words]
+        assert starts == sorted(starts) and starts[-1] > 1.0  # of several windows
+        assert all(0 <= word.start <= word.end <= 3.5 for word in found.words)
+    plain = engine.transcribe(LONG, seed=5, **asked)
+    assert "words" not in plain and plain["text"] == found.text
+    assert [one["text"] for one in plain["segments"]] == [one.text for one in found.segments or []]
+    together = engine.transcribe(LONG, timestamp_granularities=["word"], chunking_strategy="auto", seed=5, **asked)
+    assert together["words"]
+
+
+def test_sounds_of_a_few_samples_and_of_silence_have_no_words_or_some(engine: phloem.Engine) -> None:
+    for samples in (sound(1 / 16_000) + 0.1, sound(0.01), sound(2.0) * 0):
+        told = engine.transcribe(wav(samples), language="en", timestamp_granularities=["word"], seed=1)
+        assert "".join(word["word"] for word in told["words"]) == "".join(told["text"].split())
+        assert all(0 <= word["start"] <= word["end"] <= told["duration"] for word in told["words"])
+
+
+@pytest.mark.slow
 def test_a_stream_is_the_whole_text_in_pieces(client: openai.OpenAI, url: str) -> None:
     events = list(
         client.audio.transcriptions.create(
@@ -139,7 +168,8 @@ def test_progress_comes_to_the_end(engine: phloem.Engine) -> None:
         ({"temperature": "warm"}, "temperature"),
         ({"response_format": "doc"}, "response_format"),
         ({"response_format": "srt", "stream": "true"}, "stream"),
-        ({"response_format": "verbose_json", "timestamp_granularities[]": "word"}, "timestamp_granularities"),
+        ({"timestamp_granularities[]": "word"}, "timestamp_granularities"),
+        ({"response_format": "verbose_json", "timestamp_granularities[]": "letter"}, "timestamp_granularities[0]"),
         ({"timestamp_granularities[]": "segment"}, "timestamp_granularities"),
         ({"colour": "green"}, "colour"),
         ({"chunking_strategy": "server_vad"}, "chunking_strategy"),

@@ -84,7 +84,18 @@ class Admission:
         return ids
 
     async def _seen(self, item: Item) -> Prompt:
-        """A prompt with pictures, videos or sounds."""
+        """A prompt with pictures, videos or sounds, checked."""
+        prompt, where = await self.grown(item), item.pictures[0].where
+        self._check_length(item, prompt.ids)
+        self._check_places(item, prompt, where)
+        return prompt
+
+    async def grown(self, item: Item) -> Prompt:
+        """A prompt with as many tokens as its pictures, videos and sounds take, however long it is.
+
+        Raises:
+            BadRequest: one of them cannot be had, read or taken, or they do not fit the prompt.
+        """
         reader, where = self.pictures, item.pictures[0].where
         if reader is None:
             raise BadRequest("this model takes texts alone", param=where, code="not_supported")
@@ -97,10 +108,7 @@ class Admission:
         else:
             text = reader.with_places(item.text or "", made, where)
             ids = await asyncio.to_thread(self.encode, text, item.add_special_tokens)
-        prompt = Prompt(*reader.grown(ids, made, where))
-        self._check_length(item, prompt.ids)
-        self._check_places(item, prompt, where)
-        return prompt
+        return Prompt(*reader.grown(ids, made, where))
 
     def _check_places(self, item: Item, prompt: Prompt, where: str) -> None:
         """Seconds of a video may lead further than its tokens."""

@@ -302,6 +302,7 @@ def _submit_message(output: Continuation) -> Submit:
         pooled=item.pooled,
         second=item.second,
         audio=item.audio,
+        align=item.align,
         arrival=time.time(),
         grammar_at_once=not item.reasons,
         dp_rank=-1 if item.dp_rank is None else item.dp_rank,

@@ -91,7 +91,7 @@ class Continuation:
     version: str = ""  # of the weights that its next token is of
     spans: list[tuple[int, str]] = field(default_factory=list)  # (end, version) of tokens of other weights before
     dp_rank: int = -1  # the replica that has it, once it has told; -1: there is but one
-    pooled: bytes = b""  # float32: what a model that does not generate has made of the text
+    pooled: bytes = b""  # float32: what a model that does not generate has made of the text; or as `Item.align` asks
     decoder: StreamDecoder | None = None
     whole: bool = False  # nobody looks before the end: its text is made in one go
     unread: list[str] = field(default_factory=list)  # of the text: what `read` will give

@@ -10,7 +10,7 @@ from phloem.core.media import reach
 
 if TYPE_CHECKING:
     from phloem.core.media import Media
-    from phloem.core.request import SamplingParams
+    from phloem.core.request import Align, SamplingParams
     from phloem.multimodal._reader import Source
 
 
@@ -68,6 +68,7 @@ class Item:
     pooled: bool = False  # for a model that does not generate
     second: int = 0  # token at which the second text of a pair begins
     audio: bytes = b""  # float32 log-mel features, for a model that hears
+    align: Align | None = None  # where its tokens attend in the audio, in place of a continuation
     pictures: list[Source] = field(default_factory=list)  # media; of each kind in the order of their places in it
 
 

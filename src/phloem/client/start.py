@@ -64,7 +64,9 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
         checkpoint.gguf.release()
     pictures = _pictures(config, checkpoint, tokenizer)
     if pictures is not None:
-        info = replace(info, features=info.features | {KINDS[kind] for kind in pictures.tokens})
+        takes = {KINDS[kind] for kind in pictures.tokens}
+        takes |= {"sounds_in_videos"} if takes >= {"videos", "sounds"} else set()
+        info = replace(info, features=info.features | takes)
     info = with_formats(info, template.source, model.tool_call_parser, model.reasoning_parser)
     return EngineClient(tokenizer, template, info, pictures), info, checkpoint
 

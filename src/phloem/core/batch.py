@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from phloem.core.media import Media
     from phloem.core.memory import Group
-    from phloem.core.request import SamplingParams
+    from phloem.core.request import Align, SamplingParams
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
@@ -49,6 +49,7 @@ class Admission:
     second: int = 0  # token at which the second segment of a pair of texts begins; 0: there is none
     namespace: str = ""  # of the cache: who shares prefixes with it
     audio: bytes = b""  # float32 features of what it hears: encoded into the slot's cross memory
+    align: Align | None = None  # where its tokens attend in what it hears is wanted: `StepOutput.pooled`
     media: tuple[Media, ...] = ()  # pictures among its tokens, whose ids are then of content (`core.media`)
     constrained: bool = False  # a follower was given for this slot (`Runner.constrain`) before the launch
 
@@ -170,7 +171,8 @@ class StepOutput:
     hidden: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     # Row -> (position, experts [tokens, layers, k]) of its new tokens; from 0 on when it entered its slot.
     routed: dict[int, tuple[int, NDArray[np.int16]]] = field(default_factory=dict)
-    # Row -> what a model that does not generate makes of its text: [numbers], or [tokens, numbers].
+    # Row -> what a model that does not generate makes of its text: [numbers], or [tokens, numbers]; or of a request
+    # with `align`: [tokens, states].
     pooled: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)  # row -> why this row alone failed
     filled: Filled | None = None  # at `Batch.places`

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from phloem.core.media import Media
-from phloem.core.request import FinishReason, SamplingParams
+from phloem.core.request import Align, FinishReason, SamplingParams
 
 
 def pack_ids(ids: list[int] | np.ndarray[Any, np.dtype[np.int32]]) -> bytes:
@@ -46,6 +46,7 @@ class Submit(Message):
     pooled: bool = False  # for a model that does not generate: `max_new_tokens` is 0, `Chunk.pooled` the answer
     second: int = 0  # token at which the second text of a pair begins; 0: there is one text
     audio: bytes = b""  # little-endian float32 log-mel features [mels, frames], for a model that hears
+    align: Align | None = None  # its tokens are not continued: `max_new_tokens` is 0, `Chunk.pooled` the answer
     arrival: float = 0.0  # time.time() at the door
     adapter: str = ""  # the name of the one that it is computed with; "": none
     media: list[Media] = []  # pictures, whose tokens are those of `core.media.with_content`

@@ -24,6 +24,19 @@ class RequestStatus(enum.Enum):
     FINISHED = "finished"
 
 
+class Align(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Of a request that hears: where its tokens attend, in place of an answer.
+
+    Rows are the tokens from `start` on but the last; columns the first `states` of what is heard. `heads`: (layer,
+    head) of the attention to it that count; `width`: of the median filter over the columns.
+    """
+
+    start: int
+    states: int
+    heads: list[tuple[int, int]]
+    width: int = 7
+
+
 class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
     """Why a request ended, in the shape of `meta_info.finish_reason`.
 

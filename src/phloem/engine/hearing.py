@@ -16,12 +16,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from phloem.attention._packed import PackedMemory
+from phloem.engine.aligning import alignment
 from phloem.models import HearingModel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from phloem.core.batch import Admission
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from phloem.core.batch import Admission, Batch
+    from phloem.core.request import Align
+    from phloem.engine.aligning import Crossed
     from phloem.kernels.ops import Ops
     from phloem.kvcache.pool import KVPool
     from phloem.models import Model
@@ -38,6 +44,7 @@ class Ears:
         self._heard: list[bytes] = [b""] * max_slots  # digest of the audio that lies in each slot's memory
         self._each = group.pages_each(pool.page_size)
         self.encoded = self.found = 0
+        self.aligned: dict[int, NDArray[np.float32]] = {}  # by slot, of requests that ask (`core.request.Align`)
 
     def admit(self, admissions: Sequence[Admission]) -> None:
         """Bring what each of them hears into its slot."""
@@ -59,6 +66,36 @@ class Ears:
         waiting = list(fresh.items())
         for at in range(0, len(waiting), TOGETHER):
             self._encode(waiting[at : at + TOGETHER])
+        for admission in admissions:
+            self.aligned.pop(admission.slot, None)
+            if admission.align is not None:
+                self.aligned[admission.slot] = self._aligned(admission, admission.align)
+
+    def of(self, batch: Batch) -> dict[int, NDArray[np.float32]]:
+        """By row of a batch: where the tokens of those attend that ask."""
+        return {row: self.aligned[slot] for row, slot in enumerate(batch.slots.tolist()) if slot in self.aligned}
+
+    def _aligned(self, admission: Admission, align: Align) -> NDArray[np.float32]:
+        stored = self._stored(admission.slot) if self._pool.dtype.is_floating_point else self._again(admission.audio)
+        model, device, pools = self._model, self._pool.device, self._group.layers
+        return alignment(model, self._ops, device, pools, stored, admission.tokens, align)
+
+    def _stored(self, slot: int) -> Crossed:
+        """Keys and values of each layer as they lie in a slot."""
+        pages = slice(1 + slot * self._each, 1 + (slot + 1) * self._each)
+
+        def crossed(pool: int) -> tuple[torch.Tensor, torch.Tensor]:
+            scales = self._pool.scales.get(pool)
+            k, v = (x[pages].transpose(1, 2).flatten(0, 1) for x in (self._pool.keys[pool], self._pool.values[pool]))
+            k, v = k[: self._group.tokens], v[: self._group.tokens]
+            return (k, v) if scales is None else (k.float() * scales.k[:, None], v.float() * scales.v[:, None])
+
+        return crossed
+
+    def _again(self, audio: bytes) -> Crossed:
+        """The same of an audio, encoded once more: where they lie as whole numbers with scales."""
+        found = {pool: (k[0], v[0]) for pool, k, v in self._model.encode(self._features([audio]), self._pack)}
+        return found.__getitem__
 
     def _source(self, digest: bytes, slot: int, wanted: dict[int, bytes]) -> int | None:
         """A slot in which this audio lies and stays; `slot` itself, if it can be."""
@@ -71,11 +108,8 @@ class Ears:
         for _, admissions in waiting:
             for admission in admissions:
                 self._heard[admission.slot] = b""  # until all of it is written
-        mels, frames = self._model.hears
-        features = torch.stack(
-            [torch.frombuffer(bytearray(same[0].audio), dtype=torch.float32).view(mels, frames) for _, same in waiting]
-        )
-        for pool, k, v in self._model.encode(features.to(self._pool.device), self._pack):
+        features = self._features([same[0].audio for _, same in waiting])
+        for pool, k, v in self._model.encode(features, self._pack):
             for number, (_, admissions) in enumerate(waiting):
                 for admission in admissions:
                     self._write(pool, admission.slot, k[number], v[number])
@@ -83,6 +117,11 @@ class Ears:
             for admission in admissions:
                 self._heard[admission.slot] = digest
         self.encoded += len(waiting)
+
+    def _features(self, audios: Sequence[bytes]) -> torch.Tensor:
+        mels, frames = self._model.hears
+        each = [torch.frombuffer(bytearray(audio), dtype=torch.float32).view(mels, frames) for audio in audios]
+        return torch.stack(each).to(self._pool.device)
 
     def _pack(self, lengths: Sequence[int]) -> PackedMemory:
         return PackedMemory(self._ops, lengths)

@@ -145,6 +145,7 @@ class Desk:
         end, turned = ordered[-1].end, None
         if self.tower.turns:
             turned, after = places(ordered)
+            end = turned.shape[1]
             self._shift[slot] = after - end
         tokens = np.full(end, self.tower.token, dtype=np.int32)
         for item in ordered:

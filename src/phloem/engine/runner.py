@@ -140,6 +140,8 @@ class StepWork:
             self.masks.begin(slots, wanted)
         output = empty(batch)
         output.drafted, output.drafting_seconds = wanted.drafted, drafted
+        if self._ears is not None and self._ears.aligned:
+            output.pooled = self._ears.of(batch)
         before = perf_counter()
         placed, pictures = (batch, None) if desk is None else desk.dress(batch)
         rows = self._alone(placed, self._each and pictures is None)

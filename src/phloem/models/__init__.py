@@ -138,6 +138,10 @@ class HearingModel(Protocol):
         """Of n audios' features: for each layer its pool index, and its keys and values [n, positions, K, D]."""
         ...
 
+    def forward(self, step: ForwardBatch) -> Tensor:
+        """As `Model`."""
+        ...
+
 
 def kv_scales(model: Model, checkpoint: Checkpoint) -> dict[int, LayerScales]:
     """The checkpoint's scales for a float8 KV cache, by layer. Raises ModelLoadError for one that cannot be."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.layers.context import BuildContext, Pack
+    from phloem.models._layer import DecoderLayer
 
 BASE = 10_000  # of sines
 TAPS = 3  # of both convolutions; the second takes every other frame
@@ -33,6 +34,14 @@ def keys_without_bias(weights: Iterable[Weight]) -> None:
     """Of projections that lie together, where queries and values have one."""
     for weight in weights:
         weight.zeros = tuple(name for name in weight.names if name.endswith("k_proj.bias"))
+
+
+def sines(size: int, count: int) -> Tensor:
+    """[count, size]: places as sines, then cosines, ever slower."""
+    half = size // 2
+    slow = torch.exp(torch.arange(half) * (-math.log(BASE) / (half - 1)))
+    angles = torch.arange(count)[:, None] * slow
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,15 @@ class Convolution(Layer):
         return self.ops.gelu(self.ops.linear(around.contiguous(), self.made, self.bias.value)[0])
 
 
+def ear_layers(ctx: BuildContext, place: Place, count: int, heads: int, feed: tuple[int, str]) -> list[DecoderLayer]:
+    """`feed`: size and activation of the feed-forward blocks."""
+    options = AttentionOptions(qkv_bias=True, out_bias=True, o_proj="out_proj")
+    attention = Attention(heads, heads, place.hidden_size // heads, None, options=options, causal=False)
+    plain = Plain(*feed, True, ("fc1", "fc2"), name="")
+    kind = LayerKind(attention, plain, norm_names=("self_attn_layer_norm", "final_layer_norm"))
+    return [kind.make(ctx.child("layers").child(number), place) for number in range(count)]
+
+
 class Ears(Layer):
     def __init__(self, ctx: BuildContext, config: EarsConfig) -> None:
         self.config, self.ops = config, ctx.ops
@@ -89,11 +107,7 @@ class Ears(Layer):
         if config.learned:
             self.positions = Weight((ctx.child("embed_positions.weight").name,), ((config.states, size),), "norm")
         self.sines = torch.zeros(0)
-        options = AttentionOptions(qkv_bias=True, out_bias=True, o_proj="out_proj")
-        attention = Attention(config.heads, config.heads, size // config.heads, None, options=options, causal=False)
-        feed = Plain(config.inner_size, config.activation, True, ("fc1", "fc2"), name="")
-        kind = LayerKind(attention, feed, norm_names=("self_attn_layer_norm", "final_layer_norm"))
-        self.layers = [kind.make(ctx.child("layers").child(number), place) for number in range(config.layers)]
+        self.layers = ear_layers(ctx, place, config.layers, config.heads, (config.inner_size, config.activation))
         self.norm = place.norm(ctx.child(config.norm))
 
     def settle(self) -> None:
@@ -128,8 +142,5 @@ class Ears(Layer):
         if self.positions is not None:
             return self.positions.value[:count].to(like.dtype)
         if self.sines.device != like.device or not len(self.sines):
-            half = self.config.hidden_size // 2
-            slow = torch.exp(torch.arange(half) * (-math.log(BASE) / (half - 1)))
-            angles = torch.arange(self.config.states)[:, None] * slow
-            self.sines = torch.cat([angles.sin(), angles.cos()], 1).to(like.device)
+            self.sines = sines(self.config.hidden_size, self.config.states).to(like.device)
         return self.sines[:count].to(like.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,14 +42,26 @@ TINY = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class MergerNames:
+    """What checkpoints call the parts of mergers, and the list of the deep ones."""
+
+    norm: str = "norm"
+    up: str = "linear_fc1"
+    down: str = "linear_fc2"
+    several: str = "deepstack_merger_list"
+
+
 class Merger(Layer):
     """Squares of patches to one embedding each. `behind`: the norm is of the whole square."""
 
-    def __init__(self, ctx: BuildContext, kind: BlockKind, unit: int, out_size: int, *, behind: bool) -> None:
+    def __init__(
+        self, ctx: BuildContext, kind: BlockKind, unit: int, out_size: int, names: MergerNames, *, behind: bool
+    ) -> None:
         wide, self.ops, self.behind = kind.hidden_size * unit, ctx.ops, behind
-        self.norm = kind.norm(ctx.child("norm"), wide if behind else 0)
-        self.up = Linear(ctx, wide, {"linear_fc1": wide}, bias=True)
-        self.down = Linear(ctx, wide, {"linear_fc2": out_size}, bias=True)
+        self.norm = kind.norm(ctx.child(names.norm), wide if behind else 0)
+        self.up = Linear(ctx, wide, {names.up: wide}, bias=True)
+        self.down = Linear(ctx, wide, {names.down: out_size}, bias=True)
 
     def __call__(self, x_TN: Tensor, unit: int) -> Tensor:
         wide = unit * x_TN.shape[1]
@@ -59,16 +72,23 @@ class Merger(Layer):
 class DeepTower(QwenTower):
     """The deep parts of a picture's embeddings stand behind the first one: see `ForwardBatch.deep`."""
 
-    def __init__(self, ctx: BuildContext, token: int, sizes: QwenVision, places: int, deep: Sequence[int]) -> None:
+    def __init__(
+        self,
+        ctx: BuildContext,
+        token: int,
+        sizes: QwenVision,
+        places: int,
+        deep: Sequence[int],
+        names: MergerNames,
+    ) -> None:
         super().__init__(ctx, token, sizes)
         own, unit = ctx.child("visual"), sizes.merge**2
         self.deep, self.side = tuple(deep), round(places**0.5)
         self.table = vector(own, "pos_embed.weight", places, sizes.kind.hidden_size)
-        self.merger = Merger(own.child("merger"), sizes.kind, unit, sizes.out_size, behind=False)
-        several = own.child("deepstack_merger_list")
-        self.deeper = [
-            Merger(several.child(number), sizes.kind, unit, sizes.out_size, behind=True) for number in range(len(deep))
-        ]
+        size = unit, sizes.out_size, names
+        self.merger = Merger(own.child("merger"), sizes.kind, *size, behind=False)
+        several = own.child(names.several)
+        self.deeper = [Merger(several.child(number), sizes.kind, *size, behind=True) for number in range(len(deep))]
 
     def joins(self, ctx: BuildContext) -> None:
         """The mergers are made above."""
@@ -104,7 +124,7 @@ class DeepTower(QwenTower):
         return (1 - share[0]) * upper + share[0] * lower
 
 
-def deep_tower(config: dict[str, Any], ctx: BuildContext) -> DeepTower:
+def deep_tower(config: dict[str, Any], ctx: BuildContext, names: MergerNames | None = None) -> DeepTower:
     vision = config.get("vision_config") or {}
     size, inner = vision.get("hidden_size", 1152), vision.get("intermediate_size", 4304)
     act = vision.get("hidden_act", "gelu_pytorch_tanh")
@@ -118,7 +138,8 @@ def deep_tower(config: dict[str, Any], ctx: BuildContext) -> DeepTower:
         bias=True,
     )
     deep = vision.get("deepstack_visual_indexes", (8, 16, 24))
-    return DeepTower(ctx, config["image_token_id"], sizes, vision.get("num_position_embeddings", 2304), deep)
+    places = vision.get("num_position_embeddings", 2304)
+    return DeepTower(ctx, config["image_token_id"], sizes, places, deep, names or MergerNames())
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:

@@ -26,12 +26,19 @@ if TYPE_CHECKING:
     from phloem.models._index import Progress
     from phloem.models._layer import Place
 
-AUDIO = {"bands": "num_mel_bins", "states": "max_source_positions"}
+AUDIO = {
+    "bands": "num_mel_bins",
+    "states": "max_source_positions",
+    "layers": "decoder_layers",
+    "heads": "decoder_attention_heads",
+    "width": "median_filter_width",
+}
 DEFAULTS = {
     "activation_function": "gelu",
     "num_mel_bins": 80,
     "max_source_positions": 1500,
     "max_target_positions": 448,
+    "median_filter_width": 7,
     "vocab_size": 51865,
 }
 SPELLING = {

@@ -37,6 +37,8 @@ class Picture:
     extra: tuple[int, ...] = ()
     grids: tuple[tuple[int, int, int], ...] = ()
     times: tuple[int, ...] = ()
+    mingled: int = 0
+    beside: tuple[Picture, bytes] | None = None  # the sound of a video among its frames, and its digest
 
 
 class Processor(Protocol):

@@ -82,6 +82,9 @@ class Opened:
         made = self._ask({"indices": list(indices), "width": width, "height": height, "settings": by})
         return np.frombuffer(made["pixels"], np.uint8).reshape(len(indices), height, width, 3)
 
+    def sound(self, most_seconds: float) -> NDArray[np.float32]:
+        return np.frombuffer(self._ask({"seconds": most_seconds})["samples"], np.float32)
+
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         answer = self._child.ask(job, self._left)
         if answer is None:
@@ -95,6 +98,10 @@ class Opened:
 
 class Film:
     """A video that was opened: `_video.Video` in another process."""
+
+    def sound(self, most_seconds: float) -> NDArray[np.float32]:
+        """Its first sound track, as `_audio.decode`. Raises BadRequest."""
+        return self._opened.sound(most_seconds)
 
     def __init__(self, opened: Opened, total: int, fps: float, size: tuple[int, int], wanted: Wanted) -> None:
         self._opened, self.total, self.fps, self.size, self.wanted = opened, total, fps, size, wanted
@@ -138,6 +145,8 @@ class _Child:
             image = self._document.drawn(job["page"])
             return {"size": image.size, "pixels": image.tobytes()}
         assert self._video is not None
+        if "seconds" in job:
+            return {"samples": self._video.sound(job["seconds"]).tobytes()}
         frames = self._video.frames(job["indices"], job["width"], job["height"], job["settings"])
         return {"pixels": frames.tobytes()}
 

@@ -120,6 +120,12 @@ def grown(ids: list[int], made: Sequence[Made], tokens: Mapping[str, int], where
             runs.extend(picture.runs)
             spans[token] = []
             media.append(_told(picture, digest, token, spans[token]))
+            if picture.beside is not None:
+                sound, digest = picture.beside
+                other = tokens["audio"]
+                open_runs[other].extend(sound.runs)
+                spans[other] = []
+                media.append(_told(sound, digest, other, spans[other]))
         count = runs.pop(0)
         spans[token].append((len(found), count))
         found += [token] * count
@@ -140,4 +146,5 @@ def _told(picture: Picture, digest: bytes, token: int, spans: list[tuple[int, in
         extra=list(picture.extra),
         grids=list(picture.grids),
         times=list(picture.times),
+        mingled=picture.mingled,
     )

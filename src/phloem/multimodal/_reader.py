@@ -100,6 +100,9 @@ class MediaReader:
                 raise self._too_many(len(own), what, limit, own[limit])
             if own and own[0].shown not in self.processors:
                 raise BadRequest(f"this model takes no {what}", param=own[0].where, code="not_supported")
+            if any(item.wanted.sound for item in own) and "audio" not in self.processors:
+                name = "use_audio_in_video"
+                raise BadRequest(f"{name}: this model does not hear videos", param=name, code="not_supported")
             available, needed = _NEEDS.get(kind, (None, ""))
             if own and available is not None and not available():
                 raise BadRequest(needed, param=own[0].where, code="not_supported")
@@ -153,7 +156,7 @@ class MediaReader:
         except ValueError as error:
             code = f"bad_{source.kind}"
             raise BadRequest(f"{source.where}: {error}", param=source.where, code=code) from None
-        made = Made(source.shown, [(picture, self._digest(picture)) for picture in pictures])
+        made = Made(source.shown, [(self._whole(picture), self._digest(picture)) for picture in pictures])
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = made
@@ -174,11 +177,17 @@ class MediaReader:
             return [make(_audio.decode(data, MOST_SOUND_SECONDS, where))]
         return [make(_pixels.decode(data, where))]
 
+    def _whole(self, picture: Picture) -> Picture:
+        """With the digest of the sound in a video."""
+        if picture.beside is None:
+            return picture
+        return replace(picture, beside=(picture.beside[0], self._digest(picture.beside[0])))
+
     def _digest(self, picture: Picture) -> bytes:
-        """Of all that the tower's answer depends on."""
+        """Of all that the tower's answer, and the places of its tokens, depend on."""
         about: list[Any] = [self._name, picture.pixels.shape, picture.scale, picture.runs, picture.extra]
         if picture.times or len(picture.grids) > 1:
-            about += [picture.grids, picture.times]
+            about += [picture.grids, picture.times, picture.mingled]
         return hashlib.sha256(json.dumps(about).encode() + np.ascontiguousarray(picture.pixels).tobytes()).digest()
 
     def close(self) -> None:
@@ -205,4 +214,5 @@ class MediaReader:
 
 
 def _bytes(made: Made) -> int:
-    return sum(picture.pixels.nbytes for picture, _ in made.parts)
+    sounds = (picture.beside[0].pixels.nbytes for picture, _ in made.parts if picture.beside is not None)
+    return sum(picture.pixels.nbytes for picture, _ in made.parts) + sum(sounds)

@@ -30,6 +30,8 @@ class Speech:
     suppressed: tuple[int, ...] = ()
     suppressed_first: tuple[int, ...] = ()  # as the first token of a transcript
     latest_first: int | None = None  # ticks: a transcript begins no later
+    heads: tuple[tuple[int, int], ...] = ()  # (layer, head) whose attention follows what is heard
+    width: int = 7  # states over which that is smoothed
 
     @property
     def multilingual(self) -> bool:
@@ -66,6 +68,9 @@ def speech_of(
     plain = needed("<|notimestamps|>", generation.get("no_timestamps_token_id"))
     initial = generation.get("max_initial_timestamp_index")
     silence = id_of("<|nospeech|>")
+    width = config[names["width"]]
+    if not isinstance(width, int) or width < 1 or width % 2 == 0:
+        raise ModelLoadError(f"median_filter_width: expected an odd number, got {width!r:.50}")
     return Speech(
         bands=int(config[names["bands"]]),
         frames=2 * int(config[names["states"]]),
@@ -81,8 +86,26 @@ def speech_of(
         suppressed=_ids(generation.get("suppress_tokens")),
         suppressed_first=_ids(generation.get("begin_suppress_tokens")),
         latest_first=initial if isinstance(initial, int) else None,
+        heads=_heads(generation.get("alignment_heads"), int(config[names["layers"]]), int(config[names["heads"]])),
+        width=width,
     )
 
 
 def _ids(said: object) -> tuple[int, ...]:
     return tuple(int(token) for token in said if token >= 0) if isinstance(said, list) else ()
+
+
+def _heads(said: object, layers: int, heads: int) -> tuple[tuple[int, int], ...]:
+    """Pairs as `alignment_heads` of generation_config.json; where there are none, all heads of the later half of the
+    layers, as in Whisper's own code. Raises ModelLoadError."""
+    if said is None or said == []:
+        return tuple((layer, head) for layer in range(layers // 2, layers) for head in range(heads))
+    found: list[tuple[int, int]] = []
+    for pair in said if isinstance(said, list) else [None]:
+        match pair:
+            case [int(layer), int(head)] if 0 <= layer < layers and 0 <= head < heads:
+                found.append((layer, head))
+            case _:
+                text = f"expected pairs of a layer below {layers} and a head below {heads}, got {pair!r:.50}"
+                raise ModelLoadError(f"generation_config.json: alignment_heads: {text}")
+    return tuple(found)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import importlib.util
 import io
+import itertools
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phloem.core.errors import BadRequest
+from phloem.multimodal._audio import RATE
 from phloem.multimodal._pixels import MOST_PIXELS, as_array, resized
 
 if TYPE_CHECKING:
@@ -32,10 +34,11 @@ KNOWN = "mp4, mov, webm, mkv, avi, gif, mpeg-ts"
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which frames a client asks for, where it says so: so many, or so many of each second."""
+    """What a client asks for, where it says so: so many frames, or so many of each second; its sound."""
 
     num_frames: int | None = None
     fps: float | None = None
+    sound: bool = False  # that it has is heard as well
 
 
 def available() -> bool:
@@ -96,6 +99,34 @@ class Video:
         if len(found) != len(indices):
             raise BadRequest(f"{self.where}: the video ends early", param=self.where, code="bad_video")
         return np.stack(found)
+
+    def sound(self, most_seconds: float) -> NDArray[np.float32]:
+        """All samples of the first sound track, as one channel of 16 kHz in [-1, 1]."""
+        return self._guarded(lambda: self._heard(most_seconds))
+
+    def _heard(self, most_seconds: float) -> NDArray[np.float32]:
+        import av  # optional: extra `media`
+
+        with self._open() as container:
+            if not container.streams.audio:
+                text = f"{self.where}: the video has no sound (use_audio_in_video)"
+                raise BadRequest(text, param=self.where, code="bad_video")
+            stream = container.streams.audio[0]
+            stream.codec_context.thread_count = 1
+            resampler = av.AudioResampler("flt", "mono", RATE)
+            parts: list[NDArray[np.float32]] = []
+            count = 0
+            for frame in itertools.chain(container.decode(stream), [None]):
+                self._in_time()
+                parts += [one.to_ndarray().reshape(-1).astype(np.float32) for one in resampler.resample(frame)]
+                count += len(parts[-1]) if parts else 0
+                if count > most_seconds * RATE:
+                    text = f"{self.where}: the video's sound is longer than {most_seconds:g} s"
+                    raise BadRequest(text, param=self.where, code="too_large")
+        samples = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        if not np.isfinite(samples).all():
+            raise BadRequest(f"{self.where}: samples that are not numbers", param=self.where, code="bad_video")
+        return np.clip(samples, -1, 1)
 
     def _guarded(self, work: Callable[[], Any]) -> Any:
         where = self.where

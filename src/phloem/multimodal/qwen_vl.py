@@ -94,7 +94,7 @@ class QwenVideos(_Sizes):
         self.capped, self.most_tokens = bool(settings.get("cap_pixels_per_frame")), settings.get("max_video_tokens")
         self.third = third
         # Only the places in time of Qwen2.5-VL and Omni are of seconds.
-        second = facts.config.get("model_type", "").startswith("qwen2_5")
+        second = facts.config.get("model_type", "").startswith(("qwen2_5", "qwen3_omni"))
         rate = facts.config.get("position_id_per_seconds") or vision.get("tokens_per_second", 4)
         self.per_second = float(rate) if second else 0.0
         if third:
@@ -167,7 +167,7 @@ class QwenVideos(_Sizes):
 
 
 def _third(facts: Facts) -> bool:
-    return facts.config.get("model_type", "").startswith("qwen3")
+    return facts.config.get("model_type", "").startswith("qwen3_vl")
 
 
 def build(facts: Facts) -> dict[str, Processor]:

@@ -35,7 +35,7 @@ MEDIA_IGNORED: dict[str, str] = {
     "return_flat_raw_top_logprobs_b64": "how flat logprobs are written; the fields that ask for them are refused",
 }
 MEDIA_LATER: dict[str, Later] = {
-    "use_audio_in_video": Later("audio", (False,)),
+    "use_audio_in_video": Later("sounds_in_videos", (False,), "this model does not hear videos"),
     "return_sampling_mask": Later("sampling_mask", (False,)),
     "sampling_logprobs_mode": Later("sampling_mask"),
     "return_flat_raw_output_top_logprobs": Later("flat_logprobs", (False,)),

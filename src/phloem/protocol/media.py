@@ -73,6 +73,23 @@ def _wanted(video: dict[str, Any], where: str) -> Wanted:
     return Wanted(frames, None if fps is None else float(fps))
 
 
+def with_sound(sources: list[Source], asked: bool | None, more: dict[str, Any] | None) -> list[Source]:
+    """Videos whose sound is heard too, where `use_audio_in_video` is true: as a field of the request (SGLang), or in
+    its `mm_processor_kwargs` (vLLM).
+
+    Raises:
+        BadRequest: it is neither true nor false.
+    """
+    name, value = "use_audio_in_video", cast("Any", asked)
+    if asked is None and more is not None and name in more:
+        value, name = more[name], f"mm_processor_kwargs.{name}"
+    if value is None or value is False:
+        return sources
+    if value is not True:
+        raise BadRequest(f"{name}: expected true or false", param=name)
+    return [replace(one, wanted=replace(one.wanted, sound=True)) if one.kind == "video" else one for one in sources]
+
+
 def several(value: Any, where: str, kind: str = "image") -> list[Source]:
     """None, one picture, video or sound, or a list of them."""
     if value is None or (isinstance(value, str) and not value):

@@ -43,6 +43,7 @@ def entry(request: Request, known: NDArray[np.int32], eos_ids: tuple[int, ...]) 
         second=submit.second,
         namespace=request.namespace,
         audio=submit.audio,
+        align=submit.align,
         media=tuple(submit.media),
         constrained=follower is not None,
     )

@@ -129,7 +129,7 @@ class Results:
         request.prompt_logprobs += tuple(output.prompt_logprobs.get(row, ()))
         if not batch.outputs[row]:
             if row in plan.scored:
-                if request.submit.pooled:
+                if request.submit.pooled or request.submit.align is not None:
                     request.pooled = output.pooled[row].astype("<f4", copy=False).tobytes()
                 self.finish(request, FinishReason("length", length=0))
             return

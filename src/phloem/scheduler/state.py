@@ -95,7 +95,8 @@ class Request:
         self.wants_prompt = submit.return_logprob and start >= 0
         self.targets_from = max(start, 1)
         self.routed = Routed() if submit.return_routed else None
-        self.plain = not (submit.return_logprob or submit.return_hidden or submit.return_routed or submit.pooled)
+        asks = submit.return_logprob or submit.return_hidden or submit.return_routed or submit.pooled
+        self.plain = not asks and submit.align is None
 
     @property
     def place(self) -> tuple[float, int]:

@@ -47,9 +47,6 @@ class TranscriptionBody(_Audio):
     def check(self) -> None:
         """Raises BadRequest for fields that do not go together, and for what is not there."""
         grains = self.timestamp_granularities or []
-        if "word" in grains:
-            text = "words have no timestamps here: segments have (they need no alignment of attention heads)"
-            raise BadRequest(f"timestamp_granularities: {text}", param="timestamp_granularities", code="not_supported")
         if grains and self.response_format != "verbose_json":
             raise BadRequest(
                 "timestamp_granularities needs response_format verbose_json", param="timestamp_granularities"

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from phloem.client.request import GenerateRequest, Item
 from phloem.core.errors import BadRequest
-from phloem.core.request import SamplingParams
+from phloem.core.request import Align, SamplingParams
 from phloem.multimodal._audio import FRAMES_PER_SECOND, Heard, hear
 from phloem.protocol.audio.body import TranscriptionBody, TranslationBody, language_code
 from phloem.protocol.audio.windows import Piece, Told, best, cuts, part_of, pieces
+from phloem.protocol.audio.words import Word, begins, shared, split, timed
 
 if TYPE_CHECKING:
     from phloem.client.client import EngineClient
@@ -36,6 +39,8 @@ class Asked:
     timestamps: bool = True
     together: bool = False  # cut where it is quiet, all windows at a time
     seed: int | None = None
+    words: bool = False  # with their times
+    segments: bool = True  # are told
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ class Segment:
     avg_logprob: float
     compression_ratio: float
     no_speech_prob: float
+    words: tuple[Word, ...] = ()
 
 
 @dataclass(slots=True)
@@ -146,7 +152,10 @@ class Transcriber:
                 parts, more = pieces(told.tokens, self.speech, seek / 100, frames)
             elif not told.silent:
                 parts = [Piece(seek / 100, (seek + frames) / 100, told.tokens)]
-            yield [one for part in parts if (one := self._segment(part, told, seek)).text.strip()], seek + more
+            found = [one for part in parts if (one := self._segment(part, told, seek)).text.strip()]
+            if asked.words and found:
+                found = await self._with_words(found, window, asked, seek / 100, frames, more)
+            yield found, seek + more
             seek += more
 
     def _segment(self, part: Piece, told: Told, seek: int) -> Segment:
@@ -165,6 +174,35 @@ class Transcriber:
 
     def _text(self, tokens: tuple[int, ...]) -> str:
         return self._tokenizer.decode([token for token in tokens if token < self.speech.end])
+
+    async def _with_words(
+        self, segments: list[Segment], window: bytes, asked: Asked, offset: float, frames: int, last: int
+    ) -> list[Segment]:
+        """A window's segments with their words; `frames`: of its own sound, which begins at `offset` seconds; `last`:
+        of these, those that are gone through."""
+        speech = self.speech
+        plain, _ = self._prompt(replace(asked, prompt="", timestamps=False))
+        lengths = [sum(token < speech.end for token in one.tokens) for one in segments]
+        tokens = [token for one in segments for token in one.tokens if token < speech.end]
+        states = max(1, frames // 2)
+        item = Item(
+            SamplingParams(max_new_tokens=0),
+            ids=[*plain, *tokens, speech.end],
+            namespace=hashlib.blake2b(window, digest_size=16).hexdigest(),
+            audio=window,
+            align=Align(len(plain) - 1, states, list(speech.heads), speech.width),
+        )
+        (output,) = await self._submit(GenerateRequest([item]))
+        if not output.pooled:
+            raise BadRequest("the request ended before its words were found", code="aborted")
+
+        def made() -> list[Word]:
+            drawn = np.frombuffer(output.pooled, "<f4").reshape(len(tokens) + 1, states)
+            parts = split(tokens, self._tokenizer.decode, asked.language or "en")
+            return timed(parts, begins(-drawn).tolist(), offset, offset + last / FRAMES_PER_SECOND)
+
+        words = await asyncio.to_thread(made)
+        return [replace(one, words=part) for one, part in zip(segments, shared(words, lengths), strict=True)]
 
     async def _told(self, window: bytes, asked: Asked) -> Told:
         """A window's transcript, the first that looks right, or the best of them."""
@@ -267,6 +305,7 @@ def asked_of(body: TranscriptionBody | TranslationBody) -> Asked:
     if isinstance(body, TranslationBody):
         return Asked("translate", None, body.prompt or "", body.temperatures, seed=body.seed)
     together = body.chunking_strategy is not None
+    grains = body.timestamp_granularities or ["segment"]
     return Asked(
         language=body.language,
         prompt=body.prompt or "",
@@ -275,6 +314,8 @@ def asked_of(body: TranscriptionBody | TranslationBody) -> Asked:
         timestamps=not together or body.response_format not in ("json", "text"),
         together=together,
         seed=body.seed,
+        words="word" in grains,
+        segments="segment" in grains,
     )
 
 

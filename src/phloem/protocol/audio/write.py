@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from msgspec import UNSET, UnsetType
+
 from phloem.protocol.answers import Answer
 from phloem.protocol.audio.languages import LANGUAGES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from phloem.protocol.audio.run import Segment, Transcript
+    from phloem.protocol.audio.run import Asked, Segment, Transcript
+    from phloem.protocol.audio.words import Word
 
 
 class DurationUsage(Answer, kw_only=True):
@@ -38,14 +41,21 @@ class TranscriptionSegment(Answer, kw_only=True):
     no_speech_prob: float
 
 
+class TranscriptionWord(Answer, kw_only=True):
+    word: str
+    start: float
+    end: float
+
+
 class VerboseAnswer(Answer, kw_only=True):
-    """With `response_format` verbose_json."""
+    """With `response_format` verbose_json: `words`, `segments` or both, as `timestamp_granularities` asks."""
 
     task: str
     language: str
     duration: float
     text: str
-    segments: list[TranscriptionSegment]
+    words: list[TranscriptionWord] | UnsetType = UNSET
+    segments: list[TranscriptionSegment] | UnsetType = UNSET
     usage: DurationUsage
 
 
@@ -68,16 +78,21 @@ def usage(found: Transcript) -> DurationUsage:
     return DurationUsage(seconds=round(found.seconds, 2))
 
 
-def verbose(found: Transcript, task: str) -> VerboseAnswer:
-    language = "en" if task == "translate" else found.language
+def verbose(found: Transcript, asked: Asked) -> VerboseAnswer:
+    language = "en" if asked.task == "translate" else found.language
     return VerboseAnswer(
-        task=task,
+        task=asked.task,
         language=LANGUAGES.get(language, language),
         duration=round(found.seconds, 2),
         text=found.text,
-        segments=[segment(one) for one in found.segments],
+        words=[word(one) for part in found.segments for one in part.words] if asked.words else UNSET,
+        segments=[segment(one) for one in found.segments] if asked.segments else UNSET,
         usage=usage(found),
     )
+
+
+def word(one: Word) -> TranscriptionWord:
+    return TranscriptionWord(word=one.text.strip(), start=round(one.start, 2), end=round(one.end, 2))
 
 
 def segment(one: Segment) -> TranscriptionSegment:

@@ -9,7 +9,7 @@ from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
 from phloem.multimodal import KINDS
 from phloem.protocol.fields import dp_rank
-from phloem.protocol.media import of_prompts
+from phloem.protocol.media import of_prompts, with_sound
 from phloem.protocol.rooms import place
 from phloem.protocol.sampling import namespace, native_params
 
@@ -40,6 +40,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
     adapters = each("lora_path", None)
     chosen = _chosen(body, count)
     media = [of_prompts(getattr(body, f"{kind}_data"), f"{kind}_data", count, batch, kind) for kind in KINDS]
+    watched = body.use_audio_in_video, body.mm_processor_kwargs
     items: list[Item] = []
     for at, prompt in enumerate(prompts):
         sampling = params[at]
@@ -66,7 +67,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
                 session=steps[at].step() if steps[at] is not None else None,
                 thinking_budget=body.max_thinking_tokens,
                 dp_rank=dp_rank(body),
-                pictures=[source for each in media for source in each[at]],
+                pictures=with_sound([source for each in media for source in each[at]], *watched),
                 stream_interval=(sampling.stream_interval if sampling is not None else None) or 1,
             )
         )

@@ -120,7 +120,7 @@ async def _answer(
     if kind == "json":
         return json_response(write.TranscriptionAnswer(text=found.text, usage=write.usage(found)))
     if kind == "verbose_json":
-        return json_response(write.verbose(found, asked.task))
+        return json_response(write.verbose(found, asked))
     media = "text/vtt" if kind == "vtt" else "text/plain"
     return Response(write.written(found, kind), media_type=f"{media}; charset=utf-8")
 

@@ -12,7 +12,7 @@ import msgspec
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
 from phloem.protocol.fields import dp_rank
-from phloem.protocol.media import MEDIA, seen
+from phloem.protocol.media import MEDIA, seen, with_sound
 from phloem.protocol.rooms import place
 from phloem.protocol.sampling import namespace, openai_params
 from phloem.protocol.structured import FIELDS, answer_shape
@@ -99,6 +99,7 @@ async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> 
     constrain(sampling, tools, info)
     reasoning = info.reasoning_parser if body.separate_reasoning is not False else None
     messages, pictures = seen(plain_messages(body.messages or []), client.pictures, client.template)
+    pictures = with_sound(pictures, body.use_audio_in_video, body.mm_processor_kwargs)
     if pictures and body.input_ids is not None:
         raise BadRequest("input_ids have no media: send messages", param="input_ids")
     text = (

@@ -9,11 +9,15 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from phloem.client.admission import THREAD_CHARACTERS
+from phloem.client.request import Item
 from phloem.core.errors import BadRequest
+from phloem.core.request import SamplingParams
 from phloem.protocol.answers import Answer
 from phloem.protocol.body import Body, Later, Parser
 from phloem.protocol.fields import Int32, Strings
 from phloem.protocol.generate.convert import split_ids
+from phloem.protocol.known import MEDIA_LATER
+from phloem.protocol.media import seen, with_sound
 from phloem.server.chat.body import Message
 from phloem.server.chat.convert import plain_messages, render, template_kwargs, toolplan, with_tools
 from phloem.server.door import Door, door_of, json_response
@@ -33,9 +37,14 @@ class TokenizeBody(Body, kw_only=True):
     model: str | None = None
     tool_choice: str | dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    use_audio_in_video: bool | None = None
 
     ignored: ClassVar[dict[str, str]] = {"tool_choice": "it changes what is answered, not what is asked"}
-    later: ClassVar[dict[str, Later]] = {"tools": Later("tools", ([],))}
+    later: ClassVar[dict[str, Later]] = {
+        "tools": Later("tools", ([],)),
+        "use_audio_in_video": MEDIA_LATER["use_audio_in_video"],
+    }
 
 
 class DetokenizeBody(Body, kw_only=True):
@@ -64,7 +73,7 @@ _detokenize = Parser(DetokenizeBody)
 @router.post("/tokenize", **describe(body=TokenizeBody, answer=TokenizeAnswer, errors=(404,)))
 @router.post("/v1/tokenize", **describe(body=TokenizeBody, answer=TokenizeAnswer, errors=(404,)))
 async def tokenize(request: Request) -> Response:
-    """Token ids of a prompt, of several, or of a conversation."""
+    """Token ids of a prompt, of several, or of a conversation with all that its media take."""
     door = door_of(request)
     body = await door.read(request, _tokenize)
     door.check_model(body.model)
@@ -72,7 +81,8 @@ async def tokenize(request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise BadRequest("exactly one of prompt and messages is needed", param="prompt")
     if body.messages is not None:
-        messages = plain_messages(body.messages)
+        messages, media = seen(plain_messages(body.messages), door.client.pictures, door.client.template)
+        media = with_sound(media, body.use_audio_in_video, body.mm_processor_kwargs)
         shown = toolplan.plan(body.tools, None, None, door.info.tool_parser)
         prompt: str | list[str] = await render(
             door.client.template,
@@ -84,9 +94,13 @@ async def tokenize(request: Request) -> Response:
         )
         special = bool(special)  # the template writes them
     else:
-        prompt = body.prompt or ""
+        prompt, media = body.prompt or "", []
     texts = [prompt] if isinstance(prompt, str) else prompt
-    found = [await _encode(door, text, special is not False) for text in texts]
+    if media:
+        item = Item(SamplingParams(), text=texts[0], add_special_tokens=special is not False, pictures=media)
+        found = [(await door.client.admission.grown(item)).ids]
+    else:
+        found = [await _encode(door, text, special is not False) for text in texts]
     limit = door.info.context_length
     if isinstance(prompt, str):
         return json_response(TokenizeAnswer(tokens=[*found[0]], count=len(found[0]), max_model_len=limit))

@@ -54,7 +54,13 @@ def tiny_pictures(path: Path, family: str = "flux", seed: int = 0, **overrides: 
     import torch
 
     torch.manual_seed(seed)
-    pipe = KINDS[family](overrides)
+    return written(KINDS[family](overrides), path)
+
+
+def written(pipe: Any, path: Path) -> Path:
+    """A pipeline as a folder, its weights drawn anew."""
+    import torch
+
     with torch.no_grad():
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 PICTURE = Pixels(40, 24, np.random.default_rng(0).integers(0, 256, 40 * 24 * 3, dtype=np.uint8).tobytes())
 DEFAULTS = {"size": (32, 16), "frames": 5, "max_frames": 9, "steps": 3}
-SAME = {"width": 32, "height": 16, "num_frames": 5}
+SIZE = {"width": 32, "height": 16}
+SAME = {**SIZE, "num_frames": 5}
 _PIPES: dict[str, Any] = {}
 
 
@@ -108,7 +109,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("wan_first_frame", {"guidance": 3.0}, {"guidance_scale": 3.0}),
     (
         "wan_image_to_video",
-        {"guidance": 3.0, "pictures": [PICTURE], "width": 32, "height": 16},
+        {"guidance": 3.0, "pictures": [PICTURE], **SIZE},
         {"guidance_scale": 3.0},
     ),
 ]

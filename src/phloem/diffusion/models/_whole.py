@@ -33,9 +33,9 @@ class Whole:
         self.pipe = pipe
         self._call = inspect.signature(pipe.__call__).parameters
         self._check()
-        factor = int(getattr(pipe, "vae_scale_factor", getattr(pipe, "vae_scale_factor_spatial", 8)))
+        factor = self._said("vae_scale_factor", "vae_scale_factor_spatial") or 8
         if "num_frames" in self._call:  # films are cut into patches of latents
-            factor = int(getattr(pipe, "vae_spatial_compression_ratio", 2 * factor))
+            factor = self._said("vae_spatial_compression_ratio") or 2 * factor
         facts = facts_of("whole", factor, self._sides(factor), self._call, defaults, batches=False)
         shown = "image" in self._call
         facts = replace(facts, pictures=int(shown), needs_pictures=shown, masks="mask_image" in self._call)
@@ -44,13 +44,18 @@ class Whole:
     def _films(self, facts: Facts, defaults: dict[str, Any]) -> Facts:
         usual = int(default_of(self._call, "num_frames", 16))
         for name in ("vae_scale_factor_temporal", "vae_temporal_compression_ratio"):
-            grid = getattr(self.pipe, name, None)
-            if isinstance(grid, int) and (usual - 1) % grid == 0:
+            grid = self._said(name)
+            if grid is not None and (usual - 1) % grid == 0:
                 facts = replace(facts, frame_grid=grid)
         rate = default_of(self._call, "frame_rate", default_of(self._call, "fps", 16))
         frames = defaults.get("frames") or usual
         most, rate = defaults.get("max_frames") or 2 * frames - 1, defaults.get("fps") or rate
         return replace(facts, films=True, frames=frames, max_frames=most, fps=float(rate))
+
+    def _said(self, *names: str) -> int | None:
+        """The first of these that the pipeline knows a number for."""
+        found = [getattr(self.pipe, name, None) for name in names]
+        return next((value for value in found if isinstance(value, int)), None)
 
     def _check(self) -> None:
         """Raises ModelLoadError for what does not make one picture or film of one prompt, and at most one picture."""
@@ -116,7 +121,8 @@ class Whole:
         }
         taken = {name: value for name, value in given.items() if name in self._call and value is not None}
         found: Any = self.pipe(**taken)
-        made = getattr(found, "frames" if self.facts.films else "images", None)
+        name = "frames" if self.facts.films else "images"
+        made = getattr(found, name, None)
         if made is None:
             raise PhloemError(f"{type(self.pipe).__name__} gave no pictures: it is for something else")
         return as_bytes(np.asarray(made[0])[..., :3])

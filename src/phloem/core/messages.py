@@ -192,6 +192,7 @@ class Painted(Message):
     queue_seconds: float = 0.0
     text_tokens: int = 0
     image_tokens: int = 0  # of the latents
+    seen_tokens: int = 0  # of the pictures that came with it
 
 
 class Stats(Message):

@@ -152,6 +152,8 @@ class Studio:
         shown = job.draw.pictures if painter.reads_pictures else []
         job.conditions = [self.conditions.of(text, shown) for text in texts]
         painter.prepare(job)
+        if job.seen is not None and job.seen.shapes:  # tokens beside its own
+            job.tokens += len(job.conditions) * job.seen.latents.shape[0]
         job.stage = Stage.DENOISE
 
     def _denoise(self, jobs: list[Job], painter: Family) -> None:
@@ -210,7 +212,8 @@ class Studio:
             done=True,
             queue_seconds=job.begun - job.arrived,
             text_tokens=job.conditions[0].text_tokens if job.conditions else 0,
-            image_tokens=job.tokens // len(job.conditions or [None]),
+            image_tokens=self.painter.tokens(job.width, job.height) * self.painter.facts.latent_frames(job.frames),
+            seen_tokens=job.seen.latents.shape[0] if job.seen is not None and job.seen.shapes else 0,
         )
         if pixels.ndim == 4:
             told.frames, told.height, told.width = pixels.shape[:3]

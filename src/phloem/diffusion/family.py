@@ -101,6 +101,19 @@ class Family:
         job.key = self.key(job.width, job.height, job.conditions)
         job.latents = self.seeded(job.width, job.height, job.draw.seed)
         job.sigmas, job.times = self.schedule(job.steps, self.tokens(job.width, job.height))
+        if job.draw.pictures:
+            job.seen = self.seen(job.draw.pictures)
+            job.key = (job.key, job.seen.shapes)
+
+    def seen(self, pictures: Sequence[Pixels]) -> Seen:
+        """Of families that take pictures."""
+        raise NotImplementedError
+
+    def compressed(self, picture_1CHW: Tensor) -> Tensor:
+        """[C, H, W] latents of a picture in -1 to 1, as the model reads them: what `to_pixels` undoes."""
+        config = self.vae.config
+        z_CHW = self.vae.encode(picture_1CHW.to(self.device, self.vae.dtype)).latent_dist.mode()[0].float()
+        return (z_CHW - (config.shift_factor or 0.0)) * config.scaling_factor
 
     def advanced(self, job: Job, v: Tensor) -> tuple[Tensor, Any]:
         """(latents, stepper) after this step; the job is left as it is."""
@@ -245,6 +258,12 @@ def unpacked(latents_LC: Tensor, rows: int, columns: int) -> Tensor:
     C = latents_LC.shape[1] // 4
     blocks = latents_LC.reshape(rows, columns, C, 2, 2)
     return blocks.permute(2, 0, 3, 1, 4).reshape(C, rows * 2, columns * 2)
+
+
+def beside(rows: Sequence[Row], latents_BLC: Tensor) -> Tensor:
+    """The pictures of each row behind its latents; all rows have as many tokens of them."""
+    seen = [row.seen.latents for row in rows if row.seen is not None]
+    return torch.cat([latents_BLC, torch.stack(seen).to(latents_BLC)], 1) if seen else latents_BLC
 
 
 def negative_by_scale(draw: Draw, name: str, usual: float | None) -> Guidance:

@@ -49,8 +49,8 @@ class Facts:
             raise BadRequest(f"this model makes {what}, and not this: use {where}", param="model", code="wrong_task")
         name, count = "input_reference" if draw.film else "image", len(draw.pictures)
         if count > self.pictures:
-            most = f"at most {self.pictures} pictures" if self.pictures else "no pictures"
-            raise BadRequest(f"{name}: this model takes {most}", param=name, code="not_supported")
+            what = f"takes at most {self.pictures} pictures" if self.pictures else "draws from a prompt alone"
+            raise BadRequest(f"{name}: this model {what}", param=name, code="not_supported")
         if self.needs_pictures and not count:
             where = "" if draw.film else ": use /v1/images/edits"
             raise BadRequest(f"{name}: this model begins with a picture, which is missing{where}", param=name)

@@ -19,6 +19,7 @@ FACTS = {
     "negative": True,
     "batches": True,
 }
+EDITS = {**FACTS, "pictures": 2, "needs_pictures": True, "masks": True}
 FILMS = {**FACTS, "films": True, "frames": 9, "frame_grid": 4, "max_frames": 33, "fps": 8.0, "pictures": 1}
 
 

@@ -390,11 +390,17 @@ def _stable_diffusion(overrides: dict[str, Any]) -> Any:
     )
 
 
+def _stable_diffusion_img2img(overrides: dict[str, Any]) -> Any:
+    parts = _stable_diffusion(overrides).components
+    return _diffusers().StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "flux": _flux,
     "flux_kontext": _flux_kontext,
     "qwen_image": _qwen_image,
     "stable_diffusion": _stable_diffusion,
+    "stable_diffusion_img2img": _stable_diffusion_img2img,
     "stable_diffusion_3": _stable_diffusion_3,
     "z_image": _z_image,
 }

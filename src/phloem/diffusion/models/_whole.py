@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from phloem.core.messages import Draw
+    from phloem.core.messages import Draw, Pixels
     from phloem.diffusion.request import Facts, Job
 
 
@@ -113,19 +113,29 @@ class Whole:
             "true_cfg_scale": job.draw.true_cfg,
             "num_frames": job.frames if self.facts.films else None,
             "frame_rate": self.facts.fps,
-            "image": image_of(job.draw.pictures[0]) if job.draw.pictures else None,
-            "mask_image": image_of(job.draw.mask) if job.draw.mask is not None else None,
+            "image": self._shown(job.draw.pictures[0], job) if job.draw.pictures else None,
+            "mask_image": self._shown(job.draw.mask, job) if job.draw.mask is not None else None,
             "generator": torch.Generator("cpu").manual_seed(job.draw.seed),
             "output_type": "np",
             "callback_on_step_end": self._callback(on_step),
         }
         taken = {name: value for name, value in given.items() if name in self._call and value is not None}
-        found: Any = self.pipe(**taken)
+        try:
+            found: Any = self.pipe(**taken)
+        except ValueError as error:
+            if job.step:
+                raise
+            raise BadRequest(f"{type(self.pipe).__name__} refuses this: {error!s:.300}") from error
         name = "frames" if self.facts.films else "images"
         made = getattr(found, name, None)
         if made is None:
             raise PhloemError(f"{type(self.pipe).__name__} gave no pictures: it is for something else")
         return as_bytes(np.asarray(made[0])[..., :3])
+
+    def _shown(self, picture: Pixels, job: Job) -> Any:
+        """As large as what is drawn, for pipelines that go by the size of what they are given."""
+        image = image_of(picture)
+        return image if "width" in self._call else image.resize((job.width, job.height))
 
     def _callback(self, on_step: Callable[[int], bool]) -> Callable[..., dict[str, Any]]:
         def told(pipe: Any, step: int, time: Any, kept: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from phloem.protocol.fields import HINT, Int32, Seed
 QUALITY = "num_inference_steps says how carefully a picture is drawn"
 MAX_N = 10
 MAX_PREVIEWS = 3
+MAX_IMAGES = 16  # of a request, as OpenAI has it
 MAX_PROMPT = 32_000  # characters, as OpenAI has it
 MAX_SCALE = 1000.0
 SEEDS = 1 << 31
@@ -155,6 +156,40 @@ class ImagesBody(PictureFields, kw_only=True):
         if first + count > 1 << 63:
             raise BadRequest("seed: too large for so many pictures", param="seed")
         return [first + at for at in range(count)]
+
+
+class ImageEditsBody(ImagesBody, kw_only=True):
+    """`POST /v1/images/edits`, as a form or as JSON. `image`: files, or in JSON data URIs; `images`: objects with
+    `image_url`."""
+
+    image: Any = None
+    images: Any = None
+    mask: Any = None
+    input_fidelity: str | None = None
+
+    ignored: ClassVar[dict[str, str]] = {**ImagesBody.ignored, "input_fidelity": "the model says how closely it looks"}
+
+    def sources(self) -> list[bytes | str]:
+        """What clients name as pictures. Raises BadRequest."""
+        if self.image is not None and self.images is not None:
+            raise BadRequest("images: image says the same: send one", param="images")
+        name, given = ("image", self.image) if self.images is None else ("images", self.images)
+        found = [source_of(one, name) for one in (given if isinstance(given, list) else [given])]
+        if len(found) > MAX_IMAGES:
+            raise BadRequest(f"{name}: {len(found)} pictures, at most {MAX_IMAGES} are read", param=name)
+        return found
+
+
+def source_of(given: Any, where: str) -> bytes | str:
+    """A file, or where it is: text or an object with `image_url`. Raises BadRequest."""
+    if isinstance(given, dict):
+        if set(given) != {"image_url"} or not isinstance(given["image_url"], str):
+            why = "expected a file, or {'image_url': ...}: no files are kept here"
+            raise BadRequest(f"{where}: {why}", param=where)
+        return given["image_url"]
+    if not isinstance(given, bytes | str) or not given:
+        raise BadRequest(f"{where}: a picture is missing: a file, or a data URI", param=where)
+    return given
 
 
 def within(name: str, value: float | None, least: float, most: float) -> None:

@@ -45,7 +45,7 @@ async def health_generate(request: Request) -> Response:
     if door.info.draws:
         facts = Facts(**door.client.picture_facts())
         side = facts.grid * max(1, min(8, isqrt(facts.max_pixels) // facts.grid))
-        probe = Draw(id=new_id("health-"), prompt="", seed=0, width=side, height=side, steps=1, film=facts.films)
+        probe = Draw(id=new_id("health-"), prompt="", seed=0, width=side, height=side, steps=2, film=facts.films)
         probe.frames = 1 if facts.films else 0
         probe.pictures = [Pixels(side, side, bytes(3 * side * side))] if facts.needs_pictures else []
         async with asyncio.timeout(PROBE_SECONDS):

@@ -11,6 +11,7 @@ from phloem.core.errors import BadRequest
 from phloem.diffusion.request import Facts
 from phloem.protocol.body import Parser
 from phloem.server.door import door_of, json_response
+from phloem.server.images.body import source_of
 from phloem.server.images.given import pixels_of
 from phloem.server.multipart import form_of
 from phloem.server.openapi import NEEDS_ENGINE, describe
@@ -38,7 +39,7 @@ async def create_video(request: Request) -> Response:
     facts = Facts(**door.client.picture_facts())
     draw, fps, seconds = body.film(facts)
     if body.input_reference is not None:
-        draw.pictures = [await pixels_of(door, _source(body.input_reference), "input_reference")]
+        draw.pictures = [await pixels_of(door, source_of(body.input_reference, "input_reference"), "input_reference")]
     facts.check(draw)
     draw.width, draw.height = facts.size(draw)
     draw.frames = facts.length(draw)
@@ -55,20 +56,6 @@ async def _read(door: Door, request: Request) -> VideosBody:
     if _NESTED in values:
         values["input_reference"] = {"image_url": values.pop(_NESTED)}
     return _parser.convert(values, door.info.features, form=True)
-
-
-def _source(given: Any) -> bytes | str:
-    """Raises BadRequest: it is no picture that a client can name."""
-    if isinstance(given, dict):
-        if set(given) != {"image_url"} or not isinstance(given["image_url"], str):
-            raise BadRequest(
-                "input_reference: expected a file, or {'image_url': ...}: no files are kept here",
-                param="input_reference",
-            )
-        return given["image_url"]
-    if not isinstance(given, bytes | str):
-        raise BadRequest("input_reference: expected a file or a data URI", param="input_reference")
-    return given
 
 
 @router.get("/v1/videos", **describe(answer=VideoList, errors=(400, 404)))

@@ -27,7 +27,7 @@ from phloem.llm import Engine
 from phloem.testing.pictures import KINDS, tiny_pictures
 
 pytestmark = pytest.mark.slow
-OURS = [name for name in KINDS if name in models.FAMILIES.names()]
+OURS = [name for name in KINDS if name in models.FAMILIES.names() and name != "flux_kontext"]
 CPU = torch.device("cpu")
 NAMES = {"guidance": "guidance_scale", "true_cfg": "true_cfg_scale", "negative": "negative_prompt"}
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -236,16 +236,17 @@ def test_only_what_draws_takes_such_a_folder(tmp_path: Path) -> None:
         Engine(model_path=str(tmp_path))
 
 
-def test_what_makes_films_or_needs_more_than_a_prompt_is_refused() -> None:
-    class Films:
-        def __call__(self, prompt: str = "", num_frames: int = 9) -> None: ...
+def test_what_needs_more_than_a_prompt_and_a_picture_is_refused() -> None:
+    class Poses:
+        def __call__(self, control_image: Any, prompt: str = "") -> None: ...
 
     class Edits:
         def __call__(self, image: Any, prompt: str = "") -> None: ...
 
-    for kind, says in ((Films, "films"), (Edits, "image")):
-        with pytest.raises(ModelLoadError, match=says):
-            Whole(kind(), {})
+    with pytest.raises(ModelLoadError, match="control_image"):
+        Whole(Poses(), {})
+    facts = Whole(Edits(), {}).facts
+    assert facts.needs_pictures and facts.pictures == 1 and not facts.films
 
 
 def test_class_names_are_file_names() -> None:

@@ -18,6 +18,7 @@ pytest.importorskip("diffusers", reason="pictures need diffusers: pip install 'p
 pytest.importorskip("transformers")
 
 from phloem.testing.pictures import tiny_pictures
+from phloem.utils.png import png
 
 pytestmark = pytest.mark.slow
 DIGITS = Path(__file__).parents[2] / "examples" / "digits" / "model"
@@ -111,3 +112,25 @@ def test_the_command_draws_into_files(tiny: Path, tmp_path: Path) -> None:
     ):
         done = subprocess.run([*run, *more], capture_output=True, text=True, timeout=200)
         assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_picture_is_changed_over_http_and_by_the_command(tmp_path: Path) -> None:
+    folder = tiny_pictures(tmp_path / "model", "stable_diffusion_img2img")
+    given = tmp_path / "given.png"
+    given.write_bytes(png(bytes(range(192)), 8, 8))
+    defaults = ["--image-defaults", '{"size": "16x16", "steps": 5}']
+    fields = {"prompt": "draw a cat", "seed": "5", "guidance_scale": "3"}
+    with serving(folder, *defaults) as url:
+        files = {"image": ("a.png", given.read_bytes(), "image/png")}
+        answer = httpx.post(f"{url}/v1/images/edits", data=fields, files=files, timeout=120)
+        assert answer.status_code == 200, answer.text
+        served = read_png(base64.b64decode(answer.json()["data"][0]["b64_json"]))
+        alone = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a"}, timeout=60)
+        assert (alone.status_code, alone.json()["error"]["param"]) == (400, "image") and "/edits" in alone.text
+        assert httpx.get(f"{url}/health_generate", timeout=60).status_code == 200
+    options = ["--prompt", "draw a cat", "--seed", "5", "--guidance-scale", "3", "--image", str(given)]
+    run = [sys.executable, "-m", "phloem", "generate", str(folder), *defaults, *options]
+    done = subprocess.run([*run, "--output", str(tmp_path / "d.png")], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    made = read_png((tmp_path / "d.png").read_bytes())
+    assert served.shape == (16, 16, 3) and np.abs(made.astype(int) - served.astype(int)).max() <= 1

@@ -184,7 +184,7 @@ def test_a_prompt_is_encoded_once_however_many_pictures_it_makes() -> None:
 
 def test_the_oldest_prompts_are_forgotten_and_the_empty_one_never() -> None:
     painter = ToyPainter()
-    held = Conditions(painter.encode, max_bytes=8)
+    held = Conditions(lambda text, _: painter.encode(text), max_bytes=8)
     for text in ("", "a", "b", "a", "", "b"):
         held.of(text)
     assert painter.encoded.count("") == 1

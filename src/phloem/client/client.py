@@ -199,6 +199,16 @@ class EngineClient:
         stats.waiting = min(stats.waiting, self.in_flight - stats.running)
         return ended
 
+    def picture_facts(self) -> dict[str, Any]:
+        """What the engine says of a model that draws: the fields of `diffusion.request.Facts`.
+
+        Raises:
+            QueueFull: the server is draining.
+            EngineDead: there is no engine, or it has not begun.
+        """
+        self._check_open()
+        return (self.connection.ready or {})["pictures"]
+
     def draw(self, draws: list[Draw]) -> Painting:
         """Ask for pictures. The caller iterates what is given, and ends it with `cancel()`.
 

@@ -51,7 +51,7 @@ class Counters:
         self.itl = Histogram(ITL_BUCKETS)
         self.e2e = Histogram(E2E_BUCKETS)
         self.grammar = Histogram(GRAMMAR_BUCKETS)
-        self.images = 0
+        self.images = self.videos = 0
         self.image_pixels = 0
         self.image_queue = Histogram(E2E_BUCKETS)
         self.image_steps = Histogram(STEP_BUCKETS)
@@ -75,9 +75,12 @@ class Counters:
         self.itl.observe(gap, count)
 
     def on_picture(self, told: Painted, seconds: float) -> None:
-        """A picture is finished, so long after it was asked for."""
-        self.images += 1
-        self.image_pixels += told.width * told.height
+        """A picture or a film is finished, so long after it was asked for."""
+        if told.frames:
+            self.videos += 1
+        else:
+            self.images += 1
+        self.image_pixels += told.width * told.height * max(1, told.frames)
         self.image_queue.observe(told.queue_seconds)
         self.image_e2e.observe(seconds)
 

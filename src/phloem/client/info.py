@@ -25,7 +25,7 @@ ROUTES = {
     "score": "/v1/rerank, /v1/score, /classify or /encode",
     "classify": "/classify, /v1/score or /encode",
     "tokens": "/classify or /encode",
-    "image": "/v1/images/generations",
+    "image": "/v1/images/generations, /v1/images/edits or /v1/videos",
     "transcribe": "/v1/audio/transcriptions or /v1/audio/translations",
 }
 

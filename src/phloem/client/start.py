@@ -22,7 +22,7 @@ from phloem.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
-    from phloem.core.config import Config
+    from phloem.core.config import Config, MediaConfig
     from phloem.text.tokenizer import Tokenizer
 
 LOG = logging.getLogger("phloem.server")
@@ -84,6 +84,14 @@ def _without_penalties(info: ModelInfo, checkpoint: Checkpoint) -> ModelInfo:
     return replace(info, generation_config=rest, decisions=(*info.decisions, decision))
 
 
+def media_rules(media: MediaConfig) -> Rules:
+    """What clients may name. Raises ConfigError."""
+    root = None if media.mm_file_root is None else Path(media.mm_file_root)
+    if root is not None and not root.expanduser().is_dir():
+        raise ConfigError(f"mm_file_root: {root} is no directory", param="mm_file_root")
+    return Rules(media.enable_mm_urls, root)
+
+
 def _pictures(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer) -> MediaReader | None:
     """What reads pictures, videos and sounds; None for a model that takes none. Raises ConfigError."""
     known = checkpoint.model_type in FAMILIES.names() and checkpoint.chosen.impl == "phloem"
@@ -92,11 +100,8 @@ def _pictures(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer) -> M
     if facts is None or checkpoint.gguf is not None or not {"vision_config", "audio_config"} & set(checkpoint.config):
         return None
     settings, more, video = settings_in(checkpoint.path)
-    root = None if media.mm_file_root is None else Path(media.mm_file_root)
-    if root is not None and not root.expanduser().is_dir():
-        raise ConfigError(f"mm_file_root: {root} is no directory", param="mm_file_root")
     about = Facts(checkpoint.config, settings, tokenizer.token_text, more, video)
-    rules = Rules(media.enable_mm_urls, root)
+    rules = media_rules(media)
     try:
         tokens = {kind: int(checkpoint.config[facts[kind]]) for kind in KINDS if kind in facts}
         return MediaReader(facts["processor"], about, tokens, rules, limits)

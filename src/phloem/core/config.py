@@ -310,8 +310,12 @@ class ImagesConfig:
     image_step_tokens: int | None = opt(None, "Latent tokens of one step; default: as many as fill it, by a probe.")
     image_defaults: str | None = opt(
         None,
-        'What requests leave open, as JSON: {"size": "512x512", "steps": 8, "guidance_scale": 0, "max_pixels": N}.',
+        'What requests leave open, as JSON: {"size": "512x512", "steps": 8, "guidance_scale": 0, "max_pixels": N}; '
+        'of films also "frames", "max_frames", "fps".',
     )
+    video_output_path: str | None = opt(None, "Folder of films and jobs; default: gone at the end.", "output_path")
+    video_max_bytes: str = opt("10GiB", "Most bytes of finished films; the oldest go first.")
+    video_ttl: float = opt(86400.0, "Seconds for which a finished film, or why it failed, is kept.")
     vae_tiling: bool = opt(False, "Decode large pictures in tiles: less memory, faint seams.")
 
 

@@ -57,8 +57,19 @@ class Submit(Message):
     prefill_port: int = 0
 
 
+class Pixels(msgspec.Struct):
+    """A picture that comes with a request: rows of red, green, blue, a byte each."""
+
+    width: int
+    height: int
+    data: bytes
+
+
 class Draw(Message):
-    """One picture. What is None or 0 is the model's to say; `previews`: pictures on the way."""
+    """One picture, or one film. What is None or 0 is the model's to say; `previews`: pictures on the way.
+
+    A film is answered at once, with no step done, where it is taken up: whoever keeps it as a job knows by that.
+    """
 
     id: str
     prompt: str
@@ -68,8 +79,13 @@ class Draw(Message):
     steps: int | None = None
     guidance: float | None = None
     true_cfg: float | None = None
+    guidance_2: float | None = None  # in the second half of models that have two
     negative: str | None = None
     previews: int = 0
+    film: bool = False
+    frames: int = 0  # of a film
+    pictures: list[Pixels] = []  # what is to be changed, or how a film begins
+    mask: Pixels | None = None  # where it is to be changed: white
 
 
 class Abort(Message):
@@ -157,7 +173,8 @@ class Tokens(Message):
 class Painted(Message):
     """News of one picture: a step more; a preview; or, with `done`, its pixels or the error that ended it.
 
-    `pixels`: rows of red, green, blue, a byte each; those of a preview where `preview` is its index.
+    `pixels`: rows of red, green, blue, a byte each; those of a preview where `preview` is its index. Those of a film
+    come before its end, a message each: `frame` of `frames`.
     """
 
     id: str
@@ -167,6 +184,8 @@ class Painted(Message):
     width: int = 0
     height: int = 0
     pixels: bytes = b""
+    frame: int = -1
+    frames: int = 0
     done: bool = False
     error: str = ""
     status: int = 500
@@ -174,6 +193,7 @@ class Painted(Message):
     queue_seconds: float = 0.0
     text_tokens: int = 0
     image_tokens: int = 0  # of the latents
+    seen_tokens: int = 0  # of the pictures that came with it
 
 
 class Stats(Message):
@@ -374,6 +394,7 @@ __all__ = [
     "Lost",
     "Message",
     "Painted",
+    "Pixels",
     "Progress",
     "Ready",
     "Replica",

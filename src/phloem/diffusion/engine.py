@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from phloem.core.errors import BadRequest, OutOfMemory, PhloemError, QueueFull
 from phloem.core.messages import Draw, FromEngine, Painted, Stats
 from phloem.diffusion.conditions import Conditions
-from phloem.diffusion.family import NO_NUMBERS, Family, Row
+from phloem.diffusion.family import NO_NUMBERS, Family, rows_of
 from phloem.diffusion.models._whole import Cancelled, Whole
 from phloem.diffusion.queue import Item, next_item
 from phloem.diffusion.request import Condition, Job, Stage, preview_steps
@@ -25,10 +25,13 @@ from phloem.engine.memory import is_out_of_memory
 from phloem.utils import log
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from phloem.core.messages import Pixels
     from phloem.diffusion.models import Painter
 
 _log = log.get("diffusion")
@@ -72,9 +75,12 @@ class Studio:
         try:
             if len(self.jobs) >= self.settings.most_waiting:
                 raise QueueFull(f"{len(self.jobs)} pictures are waiting, the server takes no more")
-            self.jobs[draw.id] = self._admitted(draw)
+            job = self.jobs[draw.id] = self._admitted(draw)
         except PhloemError as error:
             self._fail(draw.id, error)
+            return
+        if draw.film:
+            self._send(Painted(id=draw.id, steps=job.steps, width=job.width, height=job.height, frames=job.frames))
 
     def abort(self, key: str, everything: bool = False) -> None:
         """Forget a picture; nothing is answered, and no other is touched."""
@@ -84,8 +90,9 @@ class Studio:
 
     def _admitted(self, draw: Draw) -> Job:
         painter, facts = self.painter, self.painter.facts
+        facts.check(draw)
         width, height = facts.size(draw)
-        steps, guidance = facts.count(draw), painter.guidance(draw)
+        steps, frames, guidance = facts.count(draw), facts.length(draw), painter.guidance(draw)
         self._number += 1
         rows = 1 if guidance.scale is None else 2
         return Job(
@@ -95,10 +102,11 @@ class Studio:
             height,
             steps,
             guidance,
-            tokens=painter.tokens(width, height) * rows,
+            tokens=painter.tokens(width, height) * facts.latent_frames(frames) * rows,
             stage=Stage.WHOLE if isinstance(painter, Whole) else Stage.ENCODE,
             alone=self.settings.alone,
             previews=preview_steps(steps, draw.previews),
+            frames=frames,
         )
 
     # --- work
@@ -132,36 +140,36 @@ class Studio:
             assert latents is not None
             if not bool(torch.isfinite(latents).all()):
                 raise PhloemError(NO_NUMBERS)
-            self._finish(first, painter.decode(latents, first.width, first.height))
+            self._finish(first, painter.finished(first, latents))
 
-    def _encoded(self, text: str) -> Condition:
+    def _encoded(self, text: str, pictures: Sequence[Pixels]) -> Condition:
         assert isinstance(self.painter, Family)
-        return self.painter.encode(text)
+        return self.painter.encode_seeing(text, pictures) if pictures else self.painter.encode(text)
 
     def _encode(self, job: Job, painter: Family) -> None:
         guidance = job.guidance
         texts = [job.draw.prompt, *([] if guidance.scale is None else [guidance.negative])]
-        job.conditions = [self.conditions.of(text) for text in texts]
-        job.key = painter.key(job.width, job.height, job.conditions)
-        job.latents = painter.seeded(job.width, job.height, job.draw.seed)
-        job.sigmas, job.times = painter.schedule(job.steps, painter.tokens(job.width, job.height))
+        shown = job.draw.pictures if painter.reads_pictures else []
+        job.conditions = [self.conditions.of(text, shown) for text in texts]
+        painter.prepare(job)
+        if job.seen is not None and job.seen.shapes:  # tokens beside its own
+            job.tokens += len(job.conditions) * job.seen.latents.shape[0]
         job.stage = Stage.DENOISE
 
     def _denoise(self, jobs: list[Job], painter: Family) -> None:
         begun = perf_counter()
-        rows = [row for job in jobs for row in _rows(job)]
+        rows = [row for job in jobs for row in rows_of(job)]
         found = iter(painter.forward(rows))
-        moved: list[tuple[Job, Tensor, Tensor]] = []
+        moved: list[tuple[Job, Tensor, Any, Tensor]] = []
         for job in jobs:
-            v, scale, latents = next(found), job.guidance.scale, job.latents
-            assert latents is not None
-            if scale is not None:
+            v, scale = next(found), job.guidance.at(job.times[job.step])
+            if job.guidance.scale is not None and scale is not None:
                 v = painter.guide(v, next(found), scale)
-            moved.append((job, latents + (job.sigmas[job.step + 1] - job.sigmas[job.step]) * v, v))
+            moved.append((job, *painter.advanced(job, v), v))
         self.steps += 1
         self._step_seconds.append(perf_counter() - begun)
-        for job, latents, v in moved:
-            job.step, job.latents = job.step + 1, latents
+        for job, latents, stepper, v in moved:
+            job.step, job.latents, job.stepper = job.step + 1, latents, stepper
             if job.step == job.steps:
                 job.stage = Stage.DECODE
             self._tell(job, painter, latents, v)
@@ -204,10 +212,18 @@ class Studio:
             done=True,
             queue_seconds=job.begun - job.arrived,
             text_tokens=job.conditions[0].text_tokens if job.conditions else 0,
-            image_tokens=job.tokens // len(job.conditions or [None]),
+            image_tokens=self.painter.tokens(job.width, job.height) * self.painter.facts.latent_frames(job.frames),
+            seen_tokens=job.seen.latents.shape[0] if job.seen is not None and job.seen.shapes else 0,
         )
-        _show(told, pixels)
-        self._pixels += told.width * told.height
+        if pixels.ndim == 4:
+            told.frames, told.height, told.width = pixels.shape[:3]
+            for at in range(told.frames):
+                piece = Painted(id=job.id, step=job.steps, steps=job.steps, frame=at, frames=told.frames)
+                _show(piece, pixels[at])
+                self._send(piece)
+        else:
+            _show(told, pixels)
+        self._pixels += told.width * told.height * max(1, told.frames)
         del self.jobs[job.id]
         self._send(told)
 
@@ -227,7 +243,8 @@ class Studio:
         job = item.jobs[0]
         self.jobs.pop(job.id, None)
         if memory:
-            error = OutOfMemory(f"a picture of {job.width}x{job.height} needs more memory than there is")
+            what = f"a film of {job.frames} frames" if job.draw.film else "a picture"
+            error = OutOfMemory(f"{what} of {job.width}x{job.height} needs more memory than there is")
         elif not isinstance(error, PhloemError):
             _log.error("picture %s failed at %s", job.id, item.stage.value, exc_info=error)
             error = PhloemError(f"the picture failed at {item.stage.value}: {type(error).__name__}: {error!s:.300}")
@@ -252,15 +269,6 @@ class Studio:
         )
         self._step_seconds, self._pixels, self._since = [], 0, now
         return found
-
-
-def _rows(job: Job) -> list[Row]:
-    """The prompt's row, and the negative one where the picture is guided by two."""
-    assert job.latents is not None
-    return [
-        Row(job.latents, job.times[job.step], condition, job.guidance.embedded, job.width, job.height)
-        for condition in job.conditions
-    ]
 
 
 def _show(told: Painted, pixels_HWC: NDArray[np.uint8], preview: int = -1) -> None:

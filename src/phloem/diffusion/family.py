@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from phloem.core.errors import BadRequest, PhloemError
-from phloem.diffusion.request import Condition, Facts, Guidance
+from phloem.diffusion.request import Condition, Facts, Guidance, Seen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from phloem.core.messages import Draw
+    from phloem.core.messages import Draw, Pixels
+    from phloem.diffusion.request import Job
 
 NO_NUMBERS = "the model gave no numbers (NaN or infinity) for this picture"
 MOST_SCHEDULES = 256  # that are kept: there is one for each number of steps and size that clients ask for
@@ -41,6 +42,7 @@ class Row:
     embedded: float
     width: int
     height: int
+    seen: Seen | None = None
 
 
 class Family:
@@ -52,6 +54,8 @@ class Family:
     """
 
     mixed_sizes: ClassVar[bool] = False  # rows of different sizes in one forward pass
+    reads_pictures: ClassVar[bool] = False  # the text's encoder sees the pictures that came with it
+    schedulers: ClassVar[tuple[str, ...]] = ("FlowMatchEulerDiscreteScheduler",)
 
     def __init__(self, pipe: Any, device: torch.device, dtype: torch.dtype, defaults: dict[str, Any]) -> None:
         self.pipe, self.device, self.dtype = pipe, device, dtype
@@ -59,9 +63,8 @@ class Family:
         self._call = inspect.signature(pipe.__call__).parameters
         self.max_text = int(self.default("max_sequence_length", 512))
         self._schedules: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
-        self.facts = facts_of(
-            type(self).__module__.rsplit(".", 1)[-1], self.grid, self.usual_side(), self._call, defaults
-        )
+        name = type(self).__module__.rsplit(".", 1)[-1]
+        self.facts = self.known(facts_of(name, self.grid, self.usual_side(), self._call, defaults), defaults)
 
     # --- what a family may say
 
@@ -70,8 +73,12 @@ class Family:
         """Pixels of the side of one token."""
         return int(self.pipe.vae_scale_factor) * 2
 
-    def usual_side(self) -> int:
-        """Pixels of the side of a picture whose size nobody asked for."""
+    def known(self, facts: Facts, defaults: dict[str, Any]) -> Facts:
+        """With what is this family's own."""
+        return facts
+
+    def usual_side(self) -> int | tuple[int, int]:
+        """Pixels of the side of a picture whose size nobody asked for, or of its width and height."""
         return int(self.pipe.default_sample_size) * int(self.pipe.vae_scale_factor)
 
     def guidance(self, draw: Draw) -> Guidance:
@@ -84,6 +91,38 @@ class Family:
 
     def encode(self, text: str) -> Condition:
         raise NotImplementedError
+
+    def encode_seeing(self, text: str, pictures: Sequence[Pixels]) -> Condition:
+        """Of families whose text encoder sees."""
+        raise NotImplementedError
+
+    def prepare(self, job: Job) -> None:
+        """What a job needs for its first step, beside its conditions."""
+        job.key = self.key(job.width, job.height, job.conditions)
+        job.latents = self.seeded(job.width, job.height, job.draw.seed)
+        job.sigmas, job.times = self.schedule(job.steps, self.tokens(job.width, job.height))
+        if job.draw.pictures:
+            job.seen = self.seen(job.draw.pictures)
+            job.key = (job.key, job.seen.shapes)
+
+    def seen(self, pictures: Sequence[Pixels]) -> Seen:
+        """Of families that take pictures."""
+        raise NotImplementedError
+
+    def compressed(self, picture_1CHW: Tensor) -> Tensor:
+        """[C, H, W] latents of a picture in -1 to 1, as the model reads them: what `to_pixels` undoes."""
+        config = self.vae.config
+        z_CHW = self.vae.encode(picture_1CHW.to(self.device, self.vae.dtype)).latent_dist.mode()[0].float()
+        return (z_CHW - (config.shift_factor or 0.0)) * config.scaling_factor
+
+    def advanced(self, job: Job, v: Tensor) -> tuple[Tensor, Any]:
+        """(latents, stepper) after this step; the job is left as it is."""
+        assert job.latents is not None
+        return job.latents + (job.sigmas[job.step + 1] - job.sigmas[job.step]) * v, None
+
+    def finished(self, job: Job, latents: Tensor) -> NDArray[np.uint8]:
+        """Pixels [height, width, 3], or of a film [frames, height, width, 3]."""
+        return self.decode(latents, job.width, job.height)
 
     def noise(self, width: int, height: int, generator: torch.Generator) -> Tensor:
         """Latents of one picture, float32, on the CPU."""
@@ -159,11 +198,27 @@ class Family:
         return torch.tensor([row.time for row in rows], dtype=torch.float32, device=self.device)
 
 
+def rows_of(job: Job) -> list[Row]:
+    """The prompt's row, and the negative one where the picture is guided by two."""
+    assert job.latents is not None
+    return [
+        Row(job.latents, job.times[job.step], condition, job.guidance.embedded, job.width, job.height, job.seen)
+        for condition in job.conditions
+    ]
+
+
 def as_bytes(pixels_HWC: NDArray[np.float32]) -> NDArray[np.uint8]:
     """From 0 to 1. Raises PhloemError where they are no numbers: NaN would be some grey."""
     if not np.isfinite(pixels_HWC).all():
         raise PhloemError(NO_NUMBERS)
     return (pixels_HWC * 255).round().astype(np.uint8)
+
+
+def image_of(picture: Pixels) -> Any:
+    """As Pillow has it."""
+    from PIL import Image  # diffusers needs it as well
+
+    return Image.frombytes("RGB", (picture.width, picture.height), picture.data)
 
 
 def default_of(call: Any, name: str, otherwise: Any) -> Any:
@@ -172,9 +227,11 @@ def default_of(call: Any, name: str, otherwise: Any) -> Any:
     return otherwise if found is None or found is inspect.Parameter.empty else found
 
 
-def facts_of(name: str, grid: int, side: int, call: Any, defaults: dict[str, Any], batches: bool = True) -> Facts:
+def facts_of(
+    name: str, grid: int, side: int | tuple[int, int], call: Any, defaults: dict[str, Any], batches: bool = True
+) -> Facts:
     """A model's facts: the operator's, else the pipeline's own."""
-    width, height = defaults.get("size") or (side, side)
+    width, height = defaults.get("size") or (side if isinstance(side, tuple) else (side, side))
     guidance = defaults.get("guidance_scale", default_of(call, "guidance_scale", None))
     return Facts(
         family=name,
@@ -201,6 +258,12 @@ def unpacked(latents_LC: Tensor, rows: int, columns: int) -> Tensor:
     C = latents_LC.shape[1] // 4
     blocks = latents_LC.reshape(rows, columns, C, 2, 2)
     return blocks.permute(2, 0, 3, 1, 4).reshape(C, rows * 2, columns * 2)
+
+
+def beside(rows: Sequence[Row], latents_BLC: Tensor) -> Tensor:
+    """The pictures of each row behind its latents; all rows have as many tokens of them."""
+    seen = [row.seen.latents for row in rows if row.seen is not None]
+    return torch.cat([latents_BLC, torch.stack(seen).to(latents_BLC)], 1) if seen else latents_BLC
 
 
 def negative_by_scale(draw: Draw, name: str, usual: float | None) -> Guidance:

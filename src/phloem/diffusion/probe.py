@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from phloem.diffusion.family import Family, Row
+from phloem.core.messages import Draw, Pixels
+from phloem.diffusion.family import rows_of
+from phloem.diffusion.request import Guidance, Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from phloem.diffusion.family import Family, Row
 
 MOST_ROWS = 16
 WORTH = 1.1  # so many times the rows a second make a larger step worth it
@@ -23,21 +27,34 @@ def budget(painter: Family, finish: Callable[[], None]) -> tuple[int, str]:
     `finish` waits for the device. Raises what the model raises.
     """
     facts = painter.facts
-    tokens = painter.tokens(facts.width, facts.height)
+    frames = min(facts.frames, facts.frame_grid + 1) if facts.films else 1  # more are worth no more to the question
+    tokens = painter.tokens(facts.width, facts.height) * facts.latent_frames(frames)
     with torch.inference_mode():
-        condition = painter.encode("")
-        latents = painter.seeded(facts.width, facts.height, 0)
-        row = Row(latents, 500.0, condition, facts.guidance or 0.0, facts.width, facts.height)
+        job = _job(painter, frames)
+        assert job.latents is not None
+        (row,) = rows_of(job)
         seconds = _seconds(painter, [row], finish)
-        painter.decode(latents, facts.width, facts.height)
+        painter.finished(job, job.latents)
         count, rate = 1, 1 / seconds
         while count < MOST_ROWS and seconds < PATIENCE:
             seconds = _seconds(painter, [row] * (2 * count), finish)
             if 2 * count / seconds < WORTH * rate:
                 break
             count, rate = 2 * count, 2 * count / seconds
-    size = f"{facts.width}x{facts.height}"
+    size = f"{facts.width}x{facts.height}" + (f" with {frames} frames" if facts.films else "")
     return tokens * count, f"{count} rows of {size} fill a step: {rate:.2f} rows/s (probed)"
+
+
+def _job(painter: Family, frames: int) -> Job:
+    """One that leaves everything open, before its first step."""
+    facts, grey = painter.facts, Pixels(64, 64, bytes([128]) * (64 * 64 * 3))
+    draw = Draw(id="", prompt="", seed=0, film=facts.films, pictures=[grey] if facts.needs_pictures else [])
+    guidance = Guidance(facts.guidance or 0.0)
+    job = Job(draw, 0, facts.width, facts.height, facts.steps, guidance, 0, frames=frames)
+    shown = painter.reads_pictures and draw.pictures
+    job.conditions = [painter.encode_seeing("", draw.pictures) if shown else painter.encode("")]
+    painter.prepare(job)
+    return job
 
 
 def _seconds(painter: Family, rows: list[Row], finish: Callable[[], None]) -> float:

@@ -33,10 +33,51 @@ class Facts:
     max_pixels: int
     negative: bool = True
     batches: bool = True  # pictures share forward passes
+    films: bool = False
+    frames: int = 1  # of a film whose length nobody asked for
+    frame_grid: int = 1  # a film has one frame more than a multiple of so many
+    max_frames: int = 1
+    fps: float = 16.0
+    pictures: int = 0  # that may come with a request
+    needs_pictures: bool = False
+    masks: bool = False
+
+    def check(self, draw: Draw) -> None:
+        """Whether this is what the model makes, of what it takes. Raises BadRequest."""
+        if draw.film != self.films:
+            what, where = ("films", "/v1/videos") if self.films else ("pictures", "/v1/images/generations")
+            raise BadRequest(f"this model makes {what}, and not this: use {where}", param="model", code="wrong_task")
+        name, count = "input_reference" if draw.film else "image", len(draw.pictures)
+        if count > self.pictures:
+            what = f"takes at most {self.pictures} pictures" if self.pictures else "draws from a prompt alone"
+            raise BadRequest(f"{name}: this model {what}", param=name, code="not_supported")
+        if self.needs_pictures and not count:
+            where = "" if draw.film else ": use /v1/images/edits"
+            raise BadRequest(f"{name}: this model begins with a picture, which is missing{where}", param=name)
+        if draw.mask is not None and not self.masks:
+            raise BadRequest("mask: this model takes none", param="mask", code="not_supported")
+
+    def length(self, draw: Draw) -> int:
+        """Frames. Raises BadRequest."""
+        if not self.films:
+            return 1
+        frames = draw.frames or self.frames
+        if not 1 <= frames <= self.max_frames:
+            raise BadRequest(f"num_frames: {frames} is not in 1 to {self.max_frames}", param="num_frames")
+        if (frames - 1) % self.frame_grid:
+            near = min((frames - 1) // self.frame_grid * self.frame_grid + 1, self.max_frames)
+            raise BadRequest(
+                f"num_frames: {frames} is not one more than a multiple of {self.frame_grid}, such as {near}",
+                param="num_frames",
+            )
+        return frames
+
+    def latent_frames(self, frames: int) -> int:
+        return (frames - 1) // self.frame_grid + 1
 
     def size(self, draw: Draw) -> tuple[int, int]:
         """(width, height) in pixels. Raises BadRequest."""
-        width, height = draw.width or self.width, draw.height or self.height
+        width, height = (draw.width, draw.height) if draw.width and draw.height else self._usual_size(draw)
         for side in (width, height):
             if side < 1 or side > MAX_SIDE or side % self.grid:
                 near = max(self.grid, min(round(side / self.grid), MAX_SIDE // self.grid) * self.grid)
@@ -48,6 +89,16 @@ class Facts:
                 f"size: {width}x{height} are {width * height} pixels, this server allows {self.max_pixels}",
                 param="size",
             )
+        return width, height
+
+    def _usual_size(self, draw: Draw) -> tuple[int, int]:
+        """The model's own, in the shape of the picture that came with the request."""
+        if not draw.pictures:
+            return self.width, self.height
+        shape = draw.pictures[-1].width / draw.pictures[-1].height
+        area = self.width * self.height
+        sides = (area * shape) ** 0.5, (area / shape) ** 0.5
+        width, height = (max(self.grid, int(side) // self.grid * self.grid) for side in sides)
         return width, height
 
     def count(self, draw: Draw) -> int:
@@ -73,16 +124,33 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """The pictures of a request, as the model reads them beside its latents.
+
+    `latents`: the VAE's; `shapes`: rows and columns of tokens of each; `embeds_SE`: a vision encoder's.
+    """
+
+    latents: Tensor
+    shapes: tuple[tuple[int, int], ...] = ()
+    embeds_SE: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Guidance:
     """How strongly a picture follows its prompt.
 
     `embedded` is an input of models that were distilled with it. `scale` weighs the prompt against `negative`, which
-    is a second row of each step; None: there is no second row.
+    is a second row of each step; None: there is no second row. Below the time `boundary` it is `low_scale`.
     """
 
     embedded: float = 0.0
     scale: float | None = None
     negative: str = ""
+    low_scale: float | None = None
+    boundary: float = 0.0
+
+    def at(self, time: float) -> float | None:
+        return self.low_scale if self.low_scale is not None and time < self.boundary else self.scale
 
 
 class Stage(enum.Enum):
@@ -108,8 +176,11 @@ class Job:
     alone: bool = False  # a step with others has failed
     key: Any = None  # jobs of one key may share a step
     previews: dict[int, int] = field(default_factory=dict)  # after so many steps -> its index
+    frames: int = 1
     conditions: list[Condition] = field(default_factory=list)
+    seen: Seen | None = None
     latents: Tensor | None = None
+    stepper: Any = None  # a scheduler of diffusers that knows this job's past, of families whose steps have one
     sigmas: list[float] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     arrived: float = field(default_factory=monotonic)

@@ -172,6 +172,7 @@ def check_fit(painter: models.Painter) -> None:
     try:
         painter.facts.size(draw)
         painter.facts.count(draw)
+        painter.facts.length(draw)
         painter.guidance(draw)
     except BadRequest as error:
         raise ConfigError(f"image_defaults: {error.message}", param="image_defaults") from None
@@ -187,7 +188,8 @@ def defaults(text: str | None) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{where}: not JSON: {error}", param=where) from None
     known: dict[str, Any] = {"size": str, "steps": int, "guidance_scale": int | float, "max_pixels": int}
-    least: dict[str, float] = {"steps": 1, "guidance_scale": 0, "max_pixels": 1}
+    known |= {"frames": int, "max_frames": int, "fps": int | float}
+    least: dict[str, float] = {"steps": 1, "guidance_scale": 0, "max_pixels": 1, "frames": 1, "max_frames": 1, "fps": 0.1}
     if not isinstance(found, dict) or set(found) - set(known):
         raise ConfigError(f"{where}: expected a JSON object with {', '.join(known)}", param=where)
     for name, value in found.items():

@@ -25,7 +25,7 @@ def available() -> bool:
     return importlib.util.find_spec("PIL") is not None
 
 
-def decode(data: bytes, where: str) -> Any:
+def decode(data: bytes, where: str, most: int = MOST_PIXELS) -> Any:
     """A Pillow image in RGB, upright; of an animated one the first frame.
 
     Raises:
@@ -36,10 +36,8 @@ def decode(data: bytes, where: str) -> Any:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
-        if width * height > MOST_PIXELS:
-            raise BadRequest(
-                f"{where}: {width} x {height} pixels are more than {MOST_PIXELS}", param=where, code="too_large"
-            )
+        if width * height > most:
+            raise BadRequest(f"{where}: {width} x {height} pixels are more than {most}", param=where, code="too_large")
         if data.count(b"\xff\xda") > MOST_SCANS and image.format in ("JPEG", "MPO", "TIFF"):
             raise BadRequest(f"{where}: more than {MOST_SCANS} scans", param=where, code="too_large")
         return ImageOps.exif_transpose(image).convert("RGB")

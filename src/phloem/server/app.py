@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from phloem.client.info import ModelInfo, version
+from phloem.core.config import parse_bytes
 from phloem.core.errors import PhloemError
 from phloem.server import openapi
 from phloem.server.bodies import BodyGate, BodyLimits
@@ -20,6 +21,7 @@ from phloem.server.errors import on_http_error, on_invalid_query, on_phloem_erro
 from phloem.server.health import Health
 from phloem.server.metrics import Metrics
 from phloem.server.middleware import ApiKey, Head, Keys, RequestIds
+from phloem.server.videos.store import VideoStore
 from phloem.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -57,6 +59,11 @@ def create_app(client: EngineClient, config: Config, info: ModelInfo) -> FastAPI
         info=info,
         health=Health(client, config.schedule.watchdog_timeout),
         metrics=Metrics(client, info.served_model_name, prefixes),
+        videos=VideoStore(
+            config.images.video_output_path if info.draws else None,
+            parse_bytes(config.images.video_max_bytes, "video_max_bytes"),
+            config.images.video_ttl,
+        ),
     )
     for router in routers():
         app.include_router(router)

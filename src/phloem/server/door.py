@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from phloem.core.config import Config
     from phloem.server.health import Health
     from phloem.server.metrics import Metrics
+    from phloem.server.videos.store import VideoStore
 
 T = TypeVar("T", bound=Body)
 MAX_N = 128  # continuations of one prompt, as `SamplingParams.validate` has it
@@ -39,6 +40,7 @@ class Door:
     info: ModelInfo
     health: Health
     metrics: Metrics
+    videos: VideoStore
     responses: ResponseStore = field(default_factory=ResponseStore)
 
     async def read(self, request: Request, parser: Parser[T], empty: bytes = b"") -> T:

@@ -164,7 +164,8 @@ class Metrics:
             yield family
         for name, text, value in (
             ("images", "Finished pictures.", counters.images),
-            ("image_pixels", "Pixels of finished pictures.", counters.image_pixels),
+            ("videos", "Finished films.", counters.videos),
+            ("image_pixels", "Pixels of finished pictures, and of the frames of films.", counters.image_pixels),
         ):
             total = CounterMetricFamily(prefix + name, text, labels=["model_name"])
             total.add_metric(self.labels, value)

@@ -35,7 +35,7 @@ def form_of(body: bytes, content_type: str, files: frozenset[str], lists: frozen
     for name, data in _parts(body, mark):
         base = name.removesuffix("[]")
         if base in lists:
-            values.setdefault(base, []).append(_text(data, name))
+            values.setdefault(base, []).append(data if base in files else _text(data, name))
         elif name in values:
             raise BadRequest(f"{name:.100}: the form has this field twice", param=name[:100])
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from phloem.core.messages import Abort, Draw, Painted, Ready, ToEngine
 from phloem.testing.fake_engine import FakeEngine
@@ -18,6 +19,8 @@ FACTS = {
     "negative": True,
     "batches": True,
 }
+EDITS = {**FACTS, "pictures": 2, "needs_pictures": True, "masks": True}
+FILMS = {**FACTS, "films": True, "frames": 9, "frame_grid": 4, "max_frames": 33, "fps": 8.0, "pictures": 1}
 
 
 @dataclass
@@ -26,6 +29,7 @@ class FakeStudio(FakeEngine):
     field) for every picture."""
 
     hold: bool = False
+    facts: dict[str, Any] = field(default_factory=lambda: FACTS)
     refuse_draw: tuple[int, str, str] | None = None
     draws: list[Draw] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
@@ -35,7 +39,7 @@ class FakeStudio(FakeEngine):
         super().__post_init__()
         self.ready = ready
         if ready:
-            self.say(Ready(info={"pictures": FACTS, "decisions": []}))
+            self.say(Ready(info={"pictures": self.facts, "decisions": []}))
 
     def send(self, message: ToEngine) -> None:
         if isinstance(message, Draw):
@@ -52,6 +56,8 @@ class FakeStudio(FakeEngine):
             status, text, param = self.refuse_draw
             self.say(Painted(id=draw.id, done=True, error=text, status=status, param=param))
             return
+        if draw.film:
+            self.say(Painted(id=draw.id, steps=draw.steps or 4))
         width, height, steps = draw.width or 16, draw.height or 8, draw.steps or 4
         colour = bytes((draw.seed % 256, draw.seed // 256 % 256, 7))
         for step in range(1, 2 if self.hold else steps + 1):
@@ -68,6 +74,9 @@ class FakeStudio(FakeEngine):
                 )
             self.say(told)
         if not self.hold:
+            for at in range(draw.frames if draw.film else 0):
+                shade = bytes((draw.seed % 256, 0, min(255, 20 * at))) * (width * height)
+                self.say(Painted(id=draw.id, frame=at, frames=draw.frames, width=width, height=height, pixels=shade))
             self.say(
                 Painted(
                     id=draw.id,
@@ -75,7 +84,8 @@ class FakeStudio(FakeEngine):
                     steps=steps,
                     width=width,
                     height=height,
-                    pixels=colour * (width * height),
+                    pixels=b"" if draw.film else colour * (width * height),
+                    frames=draw.frames if draw.film else 0,
                     done=True,
                     queue_seconds=0.25,
                     text_tokens=5,

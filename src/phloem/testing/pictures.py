@@ -33,6 +33,8 @@ WORDS = [
     "small",
     "large",
 ]
+VISION = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+MARKS = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -54,7 +56,13 @@ def tiny_pictures(path: Path, family: str = "flux", seed: int = 0, **overrides: 
     import torch
 
     torch.manual_seed(seed)
-    pipe = KINDS[family](overrides)
+    return written(KINDS[family](overrides), path)
+
+
+def written(pipe: Any, path: Path) -> Path:
+    """A pipeline as a folder, its weights drawn anew."""
+    import torch
+
     with torch.no_grad():
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
@@ -180,6 +188,47 @@ def _flux(overrides: dict[str, Any]) -> Any:
     )
 
 
+def _flux_kontext(overrides: dict[str, Any]) -> Any:
+    parts = _flux(overrides).components
+    return _diffusers().FluxKontextPipeline(**{name: part for name, part in parts.items() if part is not None})
+
+
+class SeeingProcessor:
+    """What Qwen2VLProcessor makes of texts and pictures, without the package that its part for videos needs."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        import transformers
+
+        self._tokenizer = tokenizer
+        self._pictures = transformers.Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112)
+
+    def __call__(self, text: list[str], images: Any, **options: Any) -> Any:
+        import transformers
+
+        shown = self._pictures(images=images, return_tensors="pt")
+        counts = [int(grid.prod()) // self._pictures.merge_size**2 for grid in shown["image_grid_thw"]]
+        for at, one in enumerate(text):
+            first, *rest = one.split("<|image_pad|>")
+            spread = zip(counts, rest, strict=True)
+            text[at] = first + "".join("<|image_pad|>" * count + more for count, more in spread)
+        return transformers.BatchFeature({**self._tokenizer(text, **options), **shown})
+
+
+def qwen_image_edit(kind: str = "QwenImageEditPipeline") -> Any:
+    """A pipeline, not a folder: the part that reads pictures cannot be read again where a package is missing."""
+    import torch
+
+    torch.manual_seed(0)
+    parts = _qwen_image({}).components
+    made = getattr(_diffusers(), kind)(**parts, processor=SeeingProcessor(parts["tokenizer"]))
+    with torch.no_grad():
+        for part in made.components.values():
+            if isinstance(part, torch.nn.Module):
+                _randomise(part.eval())
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
 def _stable_diffusion_3(overrides: dict[str, Any]) -> Any:
     diffusers = _diffusers()
 
@@ -215,10 +264,11 @@ def _qwen_tokenizer() -> Any:
     from tokenizers.pre_tokenizers import ByteLevel
 
     vocab = {letter: at for at, letter in enumerate(sorted(ByteLevel.alphabet()))}
-    for special in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"):
+    marks = ["<|im_start|>", "<|im_end|>", *VISION]
+    for special in ("<|endoftext|>", *marks):
         vocab[special] = len(vocab)
     tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=[])
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -274,7 +324,8 @@ def _qwen_image(overrides: dict[str, Any]) -> Any:
         "out_hidden_size": 16,
         "fullatt_block_indexes": [0],
     }
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    marks = dict(zip(MARKS, tokenizer.convert_tokens_to_ids(VISION), strict=True))
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
     settings: dict[str, Any] = {
         "in_channels": 16,
         "out_channels": 4,
@@ -339,10 +390,17 @@ def _stable_diffusion(overrides: dict[str, Any]) -> Any:
     )
 
 
+def _stable_diffusion_img2img(overrides: dict[str, Any]) -> Any:
+    parts = _stable_diffusion(overrides).components
+    return _diffusers().StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "flux": _flux,
+    "flux_kontext": _flux_kontext,
     "qwen_image": _qwen_image,
     "stable_diffusion": _stable_diffusion,
+    "stable_diffusion_img2img": _stable_diffusion_img2img,
     "stable_diffusion_3": _stable_diffusion_3,
     "z_image": _z_image,
 }

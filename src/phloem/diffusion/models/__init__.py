@@ -74,17 +74,21 @@ def choose(pipe: Any, device: torch.device, dtype: torch.dtype, defaults: dict[s
     if key not in FAMILIES.names():
         why = f"no family of ours draws {name}: its pipeline runs whole, one picture at a time"
     else:
-        why = _declined(pipe)
+        why = _declined(pipe, FAMILIES.get(key))
         if why is None:
             painter = FAMILIES.get(key)(pipe, device, dtype, defaults)
             return painter, Decision("painter", key, f"draws {name} in steps that pictures share")
     return Whole(pipe, defaults), Decision("painter", "whole pipeline", why)
 
 
-def _declined(pipe: Any) -> str | None:
+def _declined(pipe: Any, family: type[Family]) -> str | None:
     scheduler = pipe.scheduler
-    if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
-        return f"the schedule is {type(scheduler).__name__}, not flow matching by Euler steps"
+    if pipe.transformer is None:
+        return "it has no first transformer"
+    if type(scheduler).__name__ not in family.schedulers:
+        return f"the schedule is {type(scheduler).__name__}, not flow matching by {' or '.join(family.schedulers)}"
+    if type(scheduler).__name__.startswith("UniPC") and scheduler.config.get("prediction_type") != "flow_prediction":
+        return "the schedule is not of flow matching"
     if scheduler.config.get("stochastic_sampling") or scheduler.config.get("invert_sigmas"):
         return "the schedule draws noise between steps, or runs upwards"
     return None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from phloem.core.errors import BadRequest
-from phloem.diffusion.family import TIMES, Family, Row, negative_by_scale, packed, unpacked
+from phloem.diffusion.family import TIMES, Family, Row, beside, negative_by_scale, packed, unpacked
 from phloem.diffusion.request import Condition, Guidance
 
 if TYPE_CHECKING:
@@ -38,24 +38,31 @@ class Flux(Family):
         return packed(torch.randn((1, channels, height // factor, width // factor), generator=generator)[0])
 
     def forward(self, rows: Sequence[Row]) -> list[Tensor]:
-        first = rows[0]
+        first, latents_BLC = rows[0], self.stack(rows)
         states_BSE = torch.stack([row.condition.states_SE for row in rows]).to(self.dtype)
         pooled = [row.condition.pooled_E for row in rows]
         guidance = torch.tensor([row.embedded for row in rows], dtype=torch.float32, device=self.device)
         v_BLC = self.transformer(
-            hidden_states=self.stack(rows),
+            hidden_states=beside(rows, latents_BLC),
             timestep=self.times(rows).to(self.dtype) / TIMES,
             guidance=guidance if self.transformer.config.guidance_embeds else None,
             pooled_projections=torch.stack([item for item in pooled if item is not None]).to(self.dtype),
             encoder_hidden_states=states_BSE,
             txt_ids=torch.zeros(states_BSE.shape[1], 3, device=self.device, dtype=self.dtype),
-            img_ids=self._places(first.width, first.height),
+            img_ids=self._all_places(first),
             return_dict=False,
         )[0]
-        return list(v_BLC.float())
+        return list(v_BLC[:, : latents_BLC.shape[1]].float())
 
-    def _places(self, width: int, height: int) -> Tensor:
-        rows, columns = height // self.grid, width // self.grid
+    def _all_places(self, row: Row) -> Tensor:
+        """The picture's own, and behind them those of what it is made from."""
+        found = [self._places(row.height // self.grid, row.width // self.grid)]
+        for rows, columns in row.seen.shapes if row.seen is not None else ():
+            found.append(self._places(rows, columns))
+            found[-1][:, 0] = 1
+        return torch.cat(found)
+
+    def _places(self, rows: int, columns: int) -> Tensor:
         places = torch.zeros(rows, columns, 3, device=self.device, dtype=self.dtype)
         places[..., 1] = torch.arange(rows, device=self.device)[:, None]
         places[..., 2] = torch.arange(columns, device=self.device)[None]

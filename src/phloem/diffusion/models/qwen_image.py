@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from phloem.core.errors import BadRequest
-from phloem.diffusion.family import TIMES, Family, Row, negative_by_scale, packed, unpacked
+from phloem.diffusion.family import TIMES, Family, Row, beside, negative_by_scale, packed, unpacked
 from phloem.diffusion.request import Condition, Guidance
 
 if TYPE_CHECKING:
@@ -47,17 +47,18 @@ class QwenImage(Family):
         for at, row in enumerate(rows):
             states_BSE[at, : lengths[at]] = row.condition.states_SE
         mask = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
-        first = rows[0]
+        first, latents_BLC = rows[0], self.stack(rows)
+        shapes = [(first.height // self.grid, first.width // self.grid), *(first.seen.shapes if first.seen else ())]
         v_BLC = self.transformer(
-            hidden_states=self.stack(rows),
+            hidden_states=beside(rows, latents_BLC),
             timestep=self.times(rows).to(self.dtype) / TIMES,
             guidance=None,
             encoder_hidden_states=states_BSE,
             encoder_hidden_states_mask=None if min(lengths) == longest else mask.to(self.device),
-            img_shapes=[[(1, first.height // self.grid, first.width // self.grid)]] * len(rows),
+            img_shapes=[[(1, *shape) for shape in shapes]] * len(rows),
             return_dict=False,
         )[0]
-        return list(v_BLC.float())
+        return list(v_BLC[:, : latents_BLC.shape[1]].float())
 
     def latents_CHW(self, latents: Tensor, width: int, height: int) -> Tensor:
         return unpacked(latents, height // self.grid, width // self.grid)

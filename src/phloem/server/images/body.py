@@ -12,100 +12,56 @@ from phloem.core.messages import Draw
 from phloem.protocol.body import Body, Later
 from phloem.protocol.fields import HINT, Int32, Seed
 
+QUALITY = "num_inference_steps says how carefully a picture is drawn"
 MAX_N = 10
 MAX_PREVIEWS = 3
+MAX_IMAGES = 16  # of a request, as OpenAI has it
 MAX_PROMPT = 32_000  # characters, as OpenAI has it
 MAX_SCALE = 1000.0
-_SEEDS = 1 << 31
+SEEDS = 1 << 31
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
-_VIDEO = {name: Later("video") for name in ("num_frames", "fps", "seconds", "guidance_scale_2", "input_reference")}
+_OF_FILMS = Later("video", (), "pictures have none; /v1/videos makes films")
+_VIDEO = dict.fromkeys(("num_frames", "fps", "seconds", "guidance_scale_2", "input_reference"), _OF_FILMS)
 
 
-class ImagesBody(Body, kw_only=True):
-    """`POST /v1/images/generations`."""
+class PictureFields(Body, kw_only=True):
+    """What a picture and a film are asked for with."""
 
     prompt: str
     model: str | None = None
-    n: Int32 | None = None
     size: str | None = None
     width: Int32 | None = None
     height: Int32 | None = None
-    seed: Seed | list[Seed] | None = None
-    response_format: Literal["b64_json", "url"] | None = None
-    output_format: Literal["png", "jpeg", "webp"] | None = None
-    output_compression: Int32 | None = None
-    background: Literal["auto", "opaque", "transparent"] | None = None
-    stream: bool | None = None
-    partial_images: Int32 | None = None
     negative_prompt: str | None = None
     num_inference_steps: Int32 | None = None
     guidance_scale: float | None = None
     true_cfg_scale: float | None = None
-    quality: str | None = None
-    style: str | None = None
-    moderation: str | None = None
-    user: str | None = None
     max_sequence_length: Int32 | None = None
     flow_shift: float | None = None
-    lora: Any = None
-    num_frames: Int32 | None = None
-    fps: Int32 | None = None
-    seconds: Any = None
-    guidance_scale_2: float | None = None
-    input_reference: Any = None
+    user: str | None = None
 
-    ignored: ClassVar[dict[str, str]] = {
-        "quality": "num_inference_steps says how carefully a picture is drawn",
-        "style": HINT,
-        "moderation": HINT,
-        "user": HINT,
-    }
-    later: ClassVar[dict[str, Later]] = {
-        "response_format": Later("image_urls", ("b64_json",), "no pictures are kept: b64_json is served"),
-        "background": Later("transparency", ("auto", "opaque")),
-        "max_sequence_length": Later("max_sequence_length"),
-        "flow_shift": Later("flow_shift"),
-        "lora": Later("image_lora", ({}, [])),
-        **_VIDEO,
-    }
-
-    def draws(self) -> list[Draw]:
-        """One for each picture. What depends on the model the engine checks.
-
-        Raises:
-            BadRequest: it names the field.
-        """
-        count = 1 if self.n is None else self.n
-        self._check(count)
-        width, height = self._size()
-        key = new_id("image-")
-        return [
-            Draw(
-                id=f"{key}-{at}",
-                prompt=self.prompt,
-                seed=seed,
-                width=width,
-                height=height,
-                steps=self.num_inference_steps,
-                guidance=self.guidance_scale,
-                true_cfg=self.true_cfg_scale,
-                negative=self.negative_prompt,
-                previews=self.partial_images or 0 if self.stream else 0,
-            )
-            for at, seed in enumerate(self._seeds(count))
-        ]
-
-    def _check(self, count: int) -> None:
-        _within("n", count, 1, MAX_N)
-        _within("partial_images", self.partial_images, 0, MAX_PREVIEWS)
-        _within("output_compression", self.output_compression, 0, 100)
+    def check_fields(self) -> None:
+        """Raises BadRequest."""
         for name, scale in (("guidance_scale", self.guidance_scale), ("true_cfg_scale", self.true_cfg_scale)):
-            _within(name, scale, 0, MAX_SCALE)
+            within(name, scale, 0, MAX_SCALE)
         for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
             if text is not None and len(text) > MAX_PROMPT:
                 raise BadRequest(f"{name}: {len(text)} characters, at most {MAX_PROMPT} are read", param=name)
-        if self.partial_images and not self.stream:
-            raise BadRequest("partial_images: they are sent where stream is true", param="partial_images")
+
+    def draw(self, key: str, seed: int) -> Draw:
+        """What all drawings have."""
+        width, height = self._size()
+        return Draw(
+            id=key,
+            prompt=self.prompt,
+            seed=seed,
+            width=width,
+            height=height,
+            steps=self.num_inference_steps,
+            guidance=self.guidance_scale,
+            true_cfg=self.true_cfg_scale,
+            negative=self.negative_prompt,
+        )
 
     def _size(self) -> tuple[int, int]:
         """(width, height); 0: the model's own."""
@@ -126,18 +82,116 @@ class ImagesBody(Body, kw_only=True):
             raise BadRequest(f"size: {self.size!r:.40} is not WIDTHxHEIGHT, such as 512x512", param="size")
         return int(found[1]), int(found[2])
 
+
+class ImagesBody(PictureFields, kw_only=True):
+    """`POST /v1/images/generations`."""
+
+    n: Int32 | None = None
+    seed: Seed | list[Seed] | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: Int32 | None = None
+    background: Literal["auto", "opaque", "transparent"] | None = None
+    stream: bool | None = None
+    partial_images: Int32 | None = None
+    quality: str | None = None
+    style: str | None = None
+    moderation: str | None = None
+    lora: Any = None
+    num_frames: Int32 | None = None
+    fps: Int32 | None = None
+    seconds: Any = None
+    guidance_scale_2: float | None = None
+    input_reference: Any = None
+
+    ignored: ClassVar[dict[str, str]] = {
+        "quality": QUALITY,
+        "style": HINT,
+        "moderation": HINT,
+        "user": HINT,
+    }
+    later: ClassVar[dict[str, Later]] = {
+        "response_format": Later("image_urls", ("b64_json",), "no pictures are kept: b64_json is served"),
+        "background": Later("transparency", ("auto", "opaque")),
+        "max_sequence_length": Later("max_sequence_length"),
+        "flow_shift": Later("flow_shift"),
+        "lora": Later("image_lora", ({}, [])),
+        **_VIDEO,
+    }
+
+    def draws(self) -> list[Draw]:
+        """One for each picture. What depends on the model the engine checks.
+
+        Raises:
+            BadRequest: it names the field.
+        """
+        count = self.count()
+        self._check()
+        key, seeds = new_id("image-"), self._seeds(count)
+        found = [self.draw(f"{key}-{at}", seed) for at, seed in enumerate(seeds)]
+        for draw in found:
+            draw.previews = self.partial_images or 0 if self.stream else 0
+        return found
+
+    def count(self) -> int:
+        """How many pictures. Raises BadRequest."""
+        count = 1 if self.n is None else self.n
+        within("n", count, 1, MAX_N)
+        return count
+
+    def _check(self) -> None:
+        within("partial_images", self.partial_images, 0, MAX_PREVIEWS)
+        within("output_compression", self.output_compression, 0, 100)
+        self.check_fields()
+        if self.partial_images and not self.stream:
+            raise BadRequest("partial_images: they are sent where stream is true", param="partial_images")
+
     def _seeds(self, count: int) -> list[int]:
         """Picture i of one seed has seed + i, so that the first is the one that the seed alone gives."""
         if isinstance(self.seed, list):
             if len(self.seed) != count:
                 raise BadRequest(f"seed: {len(self.seed)} seeds for {count} pictures", param="seed")
             return self.seed
-        first = random.randrange(_SEEDS) if self.seed is None else self.seed
+        first = random.randrange(SEEDS) if self.seed is None else self.seed
         if first + count > 1 << 63:
             raise BadRequest("seed: too large for so many pictures", param="seed")
         return [first + at for at in range(count)]
 
 
-def _within(name: str, value: float | None, least: float, most: float) -> None:
+class ImageEditsBody(ImagesBody, kw_only=True):
+    """`POST /v1/images/edits`, as a form or as JSON. `image`: files, or in JSON data URIs; `images`: objects with
+    `image_url`."""
+
+    image: Any = None
+    images: Any = None
+    mask: Any = None
+    input_fidelity: str | None = None
+
+    ignored: ClassVar[dict[str, str]] = {**ImagesBody.ignored, "input_fidelity": "the model says how closely it looks"}
+
+    def sources(self) -> list[bytes | str]:
+        """What clients name as pictures. Raises BadRequest."""
+        if self.image is not None and self.images is not None:
+            raise BadRequest("images: image says the same: send one", param="images")
+        name, given = ("image", self.image) if self.images is None else ("images", self.images)
+        found = [source_of(one, name) for one in (given if isinstance(given, list) else [given])]
+        if len(found) > MAX_IMAGES:
+            raise BadRequest(f"{name}: {len(found)} pictures, at most {MAX_IMAGES} are read", param=name)
+        return found
+
+
+def source_of(given: Any, where: str) -> bytes | str:
+    """A file, or where it is: text or an object with `image_url`. Raises BadRequest."""
+    if isinstance(given, dict):
+        if set(given) != {"image_url"} or not isinstance(given["image_url"], str):
+            why = "expected a file, or {'image_url': ...}: no files are kept here"
+            raise BadRequest(f"{where}: {why}", param=where)
+        return given["image_url"]
+    if not isinstance(given, bytes | str) or not given:
+        raise BadRequest(f"{where}: a picture is missing: a file, or a data URI", param=where)
+    return given
+
+
+def within(name: str, value: float | None, least: float, most: float) -> None:
     if value is not None and not least <= value <= most:
         raise BadRequest(f"{name}: {value} is not in {least:g} to {most:g}", param=name)

@@ -1,18 +1,23 @@
-"""`/v1/images/generations`: pictures from a prompt. `/v1/images/edits` says why there are none."""
+"""`/v1/images/generations`: pictures from a prompt; `/v1/images/edits`: from pictures too."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING
 
+import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from phloem.core.errors import BadRequest
+from phloem.core.messages import Pixels
+from phloem.diffusion.request import Facts
 from phloem.protocol.body import Parser
 from phloem.server.door import door_of, json_response
 from phloem.server.images import write
-from phloem.server.images.body import ImagesBody
+from phloem.server.images.body import ImageEditsBody, ImagesBody, source_of
+from phloem.server.images.given import pixels_of
+from phloem.server.multipart import form_of
 from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.stream import named_event, painted, stream
 
@@ -20,9 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from phloem.client.pictures import Painting
+    from phloem.core.messages import Draw
+    from phloem.server.door import Door
 
 router = APIRouter(tags=["openai"])
-_parser = Parser(ImagesBody)
+_parser, _edits = Parser(ImagesBody), Parser(ImageEditsBody)
+EMPTY = Pixels(1, 1, b"")  # for what is checked before anything is decoded
 _ERRORS = (404, *NEEDS_ENGINE)
 
 
@@ -36,7 +44,41 @@ async def generations(request: Request) -> Response:
     body = await door.read(request, _parser)
     door.check_model(body.model)
     write.check_format(body)
-    draws = body.draws()
+    return await _answer(door, request, body, body.draws())
+
+
+@router.post(
+    "/v1/images/edits", **describe(body=ImageEditsBody, answer=write.ImagesAnswer, streams=True, errors=_ERRORS)
+)
+async def edits(request: Request) -> Response:
+    """Pictures from pictures and a prompt."""
+    door = door_of(request)
+    door.info.check_draws()
+    body = await _read_edits(door, request)
+    door.check_model(body.model)
+    write.check_format(body)
+    draws, sources = body.draws(), body.sources()
+    facts = Facts(**door.client.picture_facts())
+    facts.check(msgspec.structs.replace(draws[0], pictures=[EMPTY] * len(sources), mask=body.mask and EMPTY))
+    given = [await pixels_of(door, source, "image") for source in sources]
+    mask = None if body.mask is None else await pixels_of(door, source_of(body.mask, "mask"), "mask")
+    if mask is not None and (mask.width, mask.height) != (given[0].width, given[0].height):
+        raise BadRequest("mask: it has another size than the picture", param="mask")
+    for draw in draws:
+        draw.pictures, draw.mask = given, mask
+    return await _answer(door, request, body, draws)
+
+
+async def _read_edits(door: Door, request: Request) -> ImageEditsBody:
+    kind = request.headers.get("content-type", "")
+    if not kind.lower().startswith("multipart/form-data"):
+        return await door.read(request, _edits)
+    data = b"".join([part async for part in request.stream()])
+    values = form_of(data, kind, frozenset({"image", "mask"}), frozenset({"image"}))
+    return _edits.convert(values, door.info.features, form=True)
+
+
+async def _answer(door: Door, request: Request, body: ImagesBody, draws: list[Draw]) -> Response:
     call = door.client.draw(draws)
     if body.stream:
         return await stream(request, call, _events(call, body))
@@ -51,15 +93,3 @@ async def _events(call: Painting, body: ImagesBody) -> AsyncGenerator[bytes, Non
             at = call.order[told.id]
             found = await asyncio.to_thread(write.event, told, at, call.draws[at].seed, body)
             yield named_event(found.type, found)
-
-
-@router.post("/v1/images/edits", **describe(answer=write.ImagesAnswer, errors=(400, *_ERRORS)))
-async def edits(request: Request) -> Response:
-    """Refused: none of the families that are served takes a picture in."""
-    door = door_of(request)
-    door.info.check_draws()
-    raise BadRequest(
-        f"{door.info.served_model_name!r:.200} draws from a prompt alone: use /v1/images/generations",
-        param="image",
-        code="not_supported",
-    )

@@ -12,6 +12,7 @@ from msgspec import UNSET, UnsetType
 
 from phloem.core.errors import BadRequest
 from phloem.protocol.answers import Answer
+from phloem.server.images.body import ImageEditsBody
 from phloem.utils.png import png
 
 if TYPE_CHECKING:
@@ -54,7 +55,12 @@ class ImagesAnswer(Answer, kw_only=True):
 class ImageEvent(Answer, kw_only=True):
     """Of a stream: a picture on its way, or finished; `index` tells the pictures of one request apart."""
 
-    type: Literal["image_generation.partial_image", "image_generation.completed"]
+    type: Literal[
+        "image_generation.partial_image",
+        "image_generation.completed",
+        "image_edit.partial_image",
+        "image_edit.completed",
+    ]
     b64_json: str
     created_at: int
     size: str
@@ -93,11 +99,11 @@ def coded(told: Painted, body: ImagesBody) -> str:
 
 def usage(pictures: list[Painted]) -> ImageUsage:
     text = pictures[0].text_tokens if pictures else 0  # a prompt is read once, however many pictures it makes
+    seen = pictures[0].seen_tokens if pictures else 0  # and so is a picture
     latents = sum(told.image_tokens for told in pictures)
-    details = InputDetails(text_tokens=text)
-    return ImageUsage(
-        input_tokens=text, output_tokens=latents, total_tokens=text + latents, input_tokens_details=details
-    )
+    details = InputDetails(text_tokens=text, image_tokens=seen)
+    total = text + seen + latents
+    return ImageUsage(input_tokens=text + seen, output_tokens=latents, total_tokens=total, input_tokens_details=details)
 
 
 def answer(pictures: list[Painted], seeds: list[int], body: ImagesBody) -> ImagesAnswer:
@@ -111,8 +117,11 @@ def answer(pictures: list[Painted], seeds: list[int], body: ImagesBody) -> Image
 
 
 def event(told: Painted, index: int, seed: int, body: ImagesBody) -> ImageEvent:
+    made: Literal["image_generation", "image_edit"] = (
+        "image_edit" if isinstance(body, ImageEditsBody) else "image_generation"
+    )
     return ImageEvent(
-        type="image_generation.completed" if told.done else "image_generation.partial_image",
+        type=f"{made}.completed" if told.done else f"{made}.partial_image",  # type: ignore[arg-type]
         b64_json=coded(told, body),
         created_at=int(time.time()),
         size=f"{told.width}x{told.height}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from math import isqrt
 from typing import Any
 
 import msgspec
@@ -13,8 +14,9 @@ from phloem.client.info import version
 from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.config import SECRETS
 from phloem.core.errors import EngineDead, PhloemError
-from phloem.core.messages import Draw, Replica
+from phloem.core.messages import Draw, Pixels, Replica
 from phloem.core.request import SamplingParams
+from phloem.diffusion.request import Facts
 from phloem.protocol.answers import Status
 from phloem.server.door import Door, door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
@@ -42,8 +44,11 @@ async def health_generate(request: Request) -> Response:
     """Generate one token for real; or compute one text, or a step of a small picture, where the model does that."""
     door = door_of(request)
     if door.info.draws:
-        grid = (door.client.connection.ready or {}).get("pictures", {}).get("grid", 16)
-        probe = Draw(id=new_id("health-"), prompt="", seed=0, width=8 * grid, height=8 * grid, steps=1)
+        facts = Facts(**door.client.picture_facts())
+        side = facts.grid * max(1, min(8, isqrt(facts.max_pixels) // facts.grid))
+        probe = Draw(id=new_id("health-"), prompt="", seed=0, width=side, height=side, steps=2, film=facts.films)
+        probe.frames = 1 if facts.films else 0
+        probe.pictures = [Pixels(side, side, bytes(3 * side * side))] if facts.needs_pictures else []
         async with asyncio.timeout(PROBE_SECONDS):
             await painted(request, door.client.draw([probe]))
         return json_response(Status(status="ok"))

@@ -1,0 +1,115 @@
+"""Tiny folders that make films, with random weights, in the layout of diffusers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from phloem.testing.pictures import WORDS, written
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+def tiny_films(path: Path, family: str = "wan", seed: int = 0) -> Path:
+    """As `tiny_pictures`; `family` is a key of `KINDS`."""
+    import torch
+
+    torch.manual_seed(seed)
+    return written(KINDS[family](), path)
+
+
+def _transformer(in_channels: int = 4, image_dim: int | None = None) -> Any:
+    import diffusers
+
+    return diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=in_channels,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+        image_dim=image_dim,
+    )
+
+
+def _parts() -> dict[str, Any]:
+    import diffusers
+    import transformers
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("▁", -2.0), *((f"▁{word}", -3.0) for word in WORDS)]
+    pieces += [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
+    tokenizer = transformers.T5Tokenizer(vocab=pieces, extra_ids=0)
+    tokenizer.model_max_length = 64
+    config = transformers.UMT5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, dropout_rate=0.0
+    )
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": transformers.UMT5EncoderModel(config),
+        "vae": diffusers.AutoencoderKLWan(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.1, 0.9, 1.2, 1.0],
+        ),
+        "scheduler": diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    }
+
+
+def _wan() -> Any:
+    import diffusers
+
+    return diffusers.WanPipeline(**_parts(), transformer=_transformer())
+
+
+def _wan_two() -> Any:
+    """Of 2.2 A14B: another transformer for the later steps."""
+    import diffusers
+
+    parts = _parts()
+    return diffusers.WanPipeline(
+        **parts, transformer=_transformer(), transformer_2=_transformer(), boundary_ratio=0.875
+    )
+
+
+def _wan_first_frame() -> Any:
+    """Of 2.2 5B: the first frame may be given."""
+    import diffusers
+
+    return diffusers.WanPipeline(**_parts(), transformer=_transformer(), expand_timesteps=True)
+
+
+def _wan_image_to_video() -> Any:
+    """Of 2.1: with what CLIP sees."""
+    import diffusers
+    import transformers
+
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, projection_dim=16, num_hidden_layers=2, num_attention_heads=2,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return diffusers.WanImageToVideoPipeline(
+        **_parts(),
+        transformer=_transformer(in_channels=12, image_dim=16),
+        image_encoder=transformers.CLIPVisionModel(config),
+        image_processor=processor,
+    )
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "wan": _wan,
+    "wan_two": _wan_two,
+    "wan_first_frame": _wan_first_frame,
+    "wan_image_to_video": _wan_image_to_video,
+}

@@ -70,7 +70,8 @@ Families marked "no text" do not generate: see [embeddings](embeddings.md). Hidd
 Every decoder whose layers keep keys and values serves for embeddings and labels too.
 
 Families marked "diffusion" write block after block ([diffusion models](diffusion-llm.md)). `transformers` has none of
-them: logits and answers are compared with dense references of the tests' own (`tests/support/dense_denoisers.py`).
+them but DiffusionGemma: logits and answers are compared with dense references of the tests' own
+(`tests/support/dense_denoisers.py`).
 
 Models without a row here are run by transformers' own code over our pages, where that can be done: see
 [the fallback](fallback.md).

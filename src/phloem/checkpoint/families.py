@@ -72,7 +72,8 @@ class Family:
     # It hears: what its config.json calls the number of mel `bands` and of the encoder's `states`. None: it does not.
     audio: dict[str, str] | None = None
     # It writes by diffusion: what its config.json calls the size of a `block` and the id of the `mask` token; `sees`
-    # "whole": the whole text, not the blocks up to its own; `said` "before": a place's logits are those before it.
+    # "whole": the whole text, not the blocks up to its own; `said` "before": a place's logits are those before it;
+    # `fills` "renoise": canvases are drawn anew at every pass, and nothing is a mask.
     diffusion: dict[str, str] | None = None
     # Patterns of tensors, by their names in files, that the model does without: layers that draft, mostly.
     ignored: tuple[str, ...] = ()

@@ -82,7 +82,8 @@ class Places:
     rows: NDArray[np.int64]  # [L]
     at: NDArray[np.int64]  # [L] which of the step's T tokens
     draws: NDArray[np.int64]  # [L] the random draw there, of those of the row's seed
-    mask: int  # the token that is never said
+    mask: int  # the token that is never said; below 0: all may be
+    heat: NDArray[np.float32] | None = None  # [L] what logits are divided by, where canvases are drawn anew
 
 
 @dataclass(slots=True)
@@ -90,7 +91,10 @@ class Filled:
     """What was said at a step's `Places`."""
 
     tokens: NDArray[np.int32]  # [L]
-    confidence: NDArray[np.float32]  # [L] the probability of each token in the distribution that it was drawn from
+    # [L] the probability of each token in the distribution that it was drawn from; where canvases are drawn anew, the
+    # entropy there
+    confidence: NDArray[np.float32]
+    best: NDArray[np.int32] | None = None  # [L] the likeliest tokens, where canvases are drawn anew
     logprobs: dict[int, PositionLogprobs] = field(default_factory=dict)  # by place, where the row wants them
 
 

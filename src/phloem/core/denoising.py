@@ -34,7 +34,7 @@ ALGORITHMS = (USUAL, "low_confidence_dynamic", "low_confidence_static", "sequent
 _NOT_HERE = {
     "JointThreshold": "edits accepted tokens",
     "JointThresholdInDel": "inserts and deletes tokens",
-    "Gemma4Renoise": "draws the canvas anew",
+    "Gemma4Renoise": "draws the canvas anew, as DiffusionGemma does",
     "entropy_bounded": "accepts by entropy",
 }
 _KEYS = {"threshold": float, "steps": int, "denoising_steps": int, "block_size": int, "mask_id": int}
@@ -54,9 +54,14 @@ class Denoising:
     shifted: bool = False  # what stands at a place is said at the one before it
 
     @property
-    def seen(self) -> int:
-        """Positions of the blocks that see themselves both ways."""
+    def canvas(self) -> int:
+        """Places of a canvas: the positions of a block that sees itself both ways."""
         return WHOLE if self.whole else self.block
+
+    @property
+    def unit(self) -> int:
+        """Known tokens that are computed together."""
+        return self.canvas
 
     def quota(self, number: int) -> int:
         """Places that pass `number` of a block, from 0 on, accepts at least."""
@@ -94,7 +99,7 @@ def denoising(
     """
     name = USUAL if algorithm is None else algorithm
     if name not in ALGORITHMS:
-        why = f" (it {_NOT_HERE[name]}, which is not served)" if name in _NOT_HERE else ""
+        why = f" (it {_NOT_HERE[name]}, which is not served here)" if name in _NOT_HERE else ""
         raise ConfigError(f"dllm_algorithm: {name!r}{why}; known: {', '.join(ALGORITHMS)}", param="dllm_algorithm")
     unknown = sorted(str(key)[:100] for key in settings if key not in _KEYS)
     if unknown:

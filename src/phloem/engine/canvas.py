@@ -12,7 +12,7 @@ Legend: B places of a canvas, L places of a step.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -94,10 +94,19 @@ class Text:
         return filled if filled == canvas.until else 0
 
 
-class Launched:
+Kind = TypeVar("Kind", bound=Text)
+
+
+class Filling(Protocol[Kind]):
+    """What takes the results of steps with canvases."""
+
+    def landed(self, batch: Batch, texts: dict[int, Kind], output: StepOutput, /) -> StepOutput: ...
+
+
+class Launched(Generic[Kind]):
     """A step of the inner runner, and the canvases that it fills (`core.batch.Pending`)."""
 
-    def __init__(self, runner: CanvasRunner, inner: Pending[StepOutput], batch: Batch, texts: dict[int, Text]) -> None:
+    def __init__(self, runner: Filling[Kind], inner: Pending[StepOutput], batch: Batch, texts: dict[int, Kind]) -> None:
         self._runner, self._inner, self._batch, self._texts = runner, inner, batch, texts
         self._output: StepOutput | None = None
 

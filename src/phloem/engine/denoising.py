@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from phloem.checkpoint.families import FAMILIES, family
 from phloem.core.denoising import PARAM, Denoising, denoising
 from phloem.core.errors import ConfigError, ModelLoadError
+from phloem.core.renoising import Renoising, renoising
 from phloem.core.resolve import Decision
 from phloem.core.speculation import AUTO, NONE, wanted
 
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from phloem.core.config import Config
 
 
-def decide(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) -> tuple[Checkpoint, Denoising | None]:
+def decide(
+    config: Config, checkpoint: Checkpoint, decisions: list[Decision]
+) -> tuple[Checkpoint, Denoising | Renoising | None]:
     """(The checkpoint, with the block that was asked for, how it fills blocks; None: it writes from left to right).
 
     Raises:
@@ -31,8 +34,10 @@ def decide(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) ->
             if vars(asked)[name] is not None:
                 raise ConfigError(f"{name}: {checkpoint.model_type} does not write by diffusion", param=name)
         return checkpoint, None
-    block, mask = (_stored(checkpoint, names[key]) for key in ("block", "mask"))
     settings = _settings(asked.dllm_algorithm_config)
+    if names.get("fills") == "renoise":
+        return _drawn_anew(config, checkpoint, names["block"], settings, decisions)
+    block, mask = (_stored(checkpoint, names[key]) for key in ("block", "mask"))
     whole = names.get("sees") == "whole"
     vocab, shifted = checkpoint.vocab_size, names.get("said") == "before"
     found = denoising(asked.dllm_algorithm, settings, block, mask, vocab, whole=whole, shifted=shifted)
@@ -45,6 +50,23 @@ def decide(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) ->
     when += "; a text is seen whole, so that every pass computes all of it" if whole else ""
     decisions.append(Decision("dllm", f"{found.algorithm}, blocks of {found.block}", when))
     return replace(checkpoint, config={**checkpoint.config, names["block"]: found.block}), found
+
+
+def _drawn_anew(
+    config: Config, checkpoint: Checkpoint, key: str, settings: dict[str, Any], decisions: list[Decision]
+) -> tuple[Checkpoint, Renoising]:
+    """As `decide`, of a model that draws its canvas anew at every pass."""
+    stored = _stored(checkpoint, key)
+    found = renoising(config.dllm.dllm_algorithm, settings, stored, checkpoint.generation_config)
+    room = config.model.context_length or checkpoint.context_length
+    if found.canvas >= room:
+        why = f"canvases of {found.canvas} tokens leave no room for a prompt in a context of {room}"
+        raise ConfigError(f"{PARAM}: {why}", param=PARAM)
+    _refuse(config)
+    when = f"the surest places, of entropies up to {found.entropy_bound:g} in all, keep what was drawn there; the "
+    when += f"others are drawn anew, in at most {found.max_denoising_steps} passes"
+    decisions.append(Decision("dllm", f"{found.algorithm}, canvases of {found.canvas}", when))
+    return checkpoint, found
 
 
 def _stored(checkpoint: Checkpoint, key: str) -> int:

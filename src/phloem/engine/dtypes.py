@@ -13,6 +13,7 @@ from phloem.checkpoint.kv_scheme import FP8
 from phloem.core.errors import ConfigError
 from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
+from phloem.models import Conditioned
 from phloem.models._common import Decoder
 from phloem.platforms._facts import own_float8
 from phloem.utils import log
@@ -70,6 +71,9 @@ def kv_dtype_of(config: Config, dtype: torch.dtype) -> torch.dtype:
 def kept_in(config: Config, dtype: torch.dtype, model: Model) -> torch.dtype:
     """The type of keys and values. Raises ConfigError for one that the model's pictures cannot be attended to in."""
     kind, tower = kv_dtype_of(config, dtype), tower_of(model)
+    if isinstance(model, Conditioned) and kind.itemsize == 1:
+        why = "the tokens of this model's canvases see each other both ways, in 16 bits or more"
+        raise ConfigError(f"kv_cache_dtype: {why}", param="kv_cache_dtype")
     if tower is not None and tower.whole and kind.itemsize == 1:
         why = "the tokens of this model's pictures see each other both ways, in 16 bits or more"
         raise ConfigError(f"kv_cache_dtype: {why}", param="kv_cache_dtype")
@@ -85,8 +89,8 @@ def eight_bits(
     asked = config.cache.kv_cache_dtype != "auto" or config.model.dtype != "auto"
     kind = platform.quantised_kv_dtype
     tower = tower_of(model)
-    if tower is not None and tower.whole:
-        return None  # its pictures' attention reads keys and values as they are
+    if isinstance(model, Conditioned) or (tower is not None and tower.whole):
+        return None  # its pictures' or canvases' attention reads keys and values as they are
     if kind is None or asked or not few or any(isinstance(spec, Latent) for spec in model.memory):
         return None
     need = AttentionNeed(model.attention_specs, kind, platform.device, config.cache.page_size)

@@ -375,16 +375,17 @@ class Step:
             values_nN, *more = self._pictures.values.split(self._pictures.hidden_size, -1)
             inputs.embeds = self._pictures.index, values_nN
             inputs.deep = torch.stack(more) if more else None
-            inputs.spans = self._spans(self._pictures.spans) if self._pictures.spans else None
+            spans = self._pictures.spans
+            inputs.spans = self._spans(spans, self._pictures.canvases) if spans else None
         return inputs
 
-    def _spans(self, spans: list[tuple[int, int, int]]) -> Spans:
+    def _spans(self, spans: list[tuple[int, int, int]], canvases: bool) -> Spans:
         first, counts, ends = (np.array(each) for each in zip(*spans, strict=True))
         index = np.concatenate([np.arange(at, at + count) for at, count, _ in spans])
         rows = np.searchsorted(np.cumsum(self.batch.query_lens), first, side="right")
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         index_n, rows_S, starts_S, ends_S = self._last.up([index, rows, starts, ends.astype(np.int32)])
-        return Spans(index_n, rows_S, starts_S, ends_S, int(counts.max()), int(ends.max()))
+        return Spans(index_n, rows_S, starts_S, ends_S, int(counts.max()), int(ends.max()), canvases)
 
     def _moved(self, batch: Batch, index: NDArray[np.int64], more: Sequence[Any] = ()) -> Sequence[Any]:
         last, pool = self._last, self._pool

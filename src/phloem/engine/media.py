@@ -74,6 +74,7 @@ class Pictures:
     values: Tensor  # [n, N, or a multiple of it: further parts are added behind the first layers]
     hidden_size: int  # N
     spans: list[tuple[int, int, int]]  # of each picture that sees itself both ways: first token, how many, end
+    canvases: bool = False  # they are no pictures, but canvases that are drawn anew (`engine.refill`)
 
 
 @dataclass(slots=True)

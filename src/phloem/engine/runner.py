@@ -23,10 +23,12 @@ from phloem.engine.logprobs import Later
 from phloem.engine.masks import Masks
 from phloem.engine.pipeline import Flight
 from phloem.engine.recorded.gaps import Gaps
+from phloem.engine.refill import Refiller
 from phloem.engine.slots import Slots
 from phloem.engine.thread import Launched, Order, StepThread
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
+from phloem.models import Conditioned
 from phloem.platforms._facts import StepFacts
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ class StepWork:
         forwards = all(group.kind != "state" for group in pool.groups)
         # Tokens of a block of diffusion see each other: they are never rows of their own.
         self.stands_apart = facts.on_host and forwards and not any(spec.block for spec in model.attention_specs)
+        self.stands_apart = self.stands_apart and not isinstance(model, Conditioned)
         self._each = self.stands_apart and ops.name == "invariant"
         self.gaps = Gaps(recorded) if recorded and facts.records_idle else None
         self._pool, self._ears = pool, ears_of(model, pool, backend.ops, max_slots)
@@ -89,6 +92,7 @@ class StepWork:
         self._forward = Forward(recorded if leading is None else [leading], Eager(model, backend, pool))
         self.chooser = Chooser(model, ops, self.slots, self.last, self.masks)
         self._filler = Filler(model, ops, self.slots, self.last)
+        self._refiller = Refiller(model, ops, self.slots, self.last) if isinstance(model, Conditioned) else None
         self._drafting = None if drafting is None else drafting.make(self.slots, self.last)
 
     def needs_values(self, batch: Batch) -> bool:
@@ -107,6 +111,8 @@ class StepWork:
         if self.desk is not None:
             self.desk.forget()
         self.slots.clear()
+        if self._refiller is not None:
+            self._refiller.forget()
 
     def _admit(self, order: Order) -> None:
         followers = order.followers
@@ -181,8 +187,10 @@ class StepWork:
     def _fill(self, batch: Batch, places: Places, settle: Settle) -> Flight:
         """A step that says what stands at places, and yields nothing."""
         start, wanted, output = perf_counter(), Wanted.of(batch), empty(batch)
-        hidden_LN = self._forward.run(Step(batch, wanted, self._pool, self.last, self._sharing), settle)
-        saying = self._filler.run(places, wanted, hidden_LN)
+        again = self._refiller
+        redrawn = None if again is None else again.dress(batch, places)
+        hidden_LN = self._forward.run(Step(batch, wanted, self._pool, self.last, self._sharing, redrawn), settle)
+        saying = (self._filler if again is None else again).run(places, wanted, hidden_LN)
         output.forward_seconds = perf_counter() - start
 
         def land() -> StepOutput:

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
     from phloem.core.denoising import Denoising
+    from phloem.core.renoising import Renoising
     from phloem.engine.drafting import Beside, Loaded
     from phloem.engine.experts import Hosting
     from phloem.engine.forward import Way
@@ -95,7 +96,7 @@ class Built:
     sites: Sites | None = None  # where adapters go, if any are served
     decisions: list[Decision] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
-    denoising: Denoising | None = None  # how a model of diffusion fills its blocks
+    denoising: Denoising | Renoising | None = None  # how a model of diffusion fills its blocks
 
 
 class _Phase:

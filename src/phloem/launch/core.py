@@ -16,8 +16,10 @@ from phloem.core import speculation
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.core.messages import Failed, FromEngine, Progress, Ready, Stats, Submit, ToEngine
 from phloem.core.ranges import parse_bytes
+from phloem.core.renoising import Renoising
 from phloem.engine import parallel, worker
 from phloem.engine.canvas import CanvasRunner
+from phloem.engine.renoise import RenoisingRunner
 from phloem.engine.runner import ModelRunner
 from phloem.engine.watchdog import Watchdog
 from phloem.grammar._base import name_of
@@ -105,7 +107,9 @@ class EngineCore:
         built = worker.build(config, checkpoint, report, team, beside)
         self.runner = built.runner
         runner, speculates = _drafting(drafts, built, config)
-        if built.denoising is not None:
+        if isinstance(built.denoising, Renoising):
+            runner = RenoisingRunner(runner, built.denoising, checkpoint.vocab_size)
+        elif built.denoising is not None:
             runner = CanvasRunner(runner, built.denoising)
         if team is not None:
             runner = parallel.ParallelRunner(runner, team.tell)
@@ -208,7 +212,8 @@ def _settings(config: Config, checkpoint: Checkpoint, built: Built, speculates: 
         whole_prompts=checkpoint.pooling is not None,
         speculates=speculates,
         forced_tokens=assemble.MOST_ROWS if isinstance(built.runner, ModelRunner) and built.runner.row_bits else 0,
-        block=0 if built.denoising is None else built.denoising.seen,
+        block=0 if built.denoising is None else built.denoising.unit,
+        canvas=0 if built.denoising is None else built.denoising.canvas,
         sees=built.tower is not None,
         whole_pictures=built.tower is not None and built.tower.whole,
     )

@@ -129,6 +129,28 @@ class CutModel(Protocol):
 
 
 @runtime_checkable
+class Conditioned(Protocol):
+    """A model that fills canvases which are drawn anew: what a pass made likely is read by the next one.
+
+    The tokens of a step's `embeds` are those of canvases, whose weights may differ from the text's.
+    """
+
+    hidden_size: int
+
+    def condition(self, ids_n: Tensor, soft_nN: Tensor, /) -> Tensor:
+        """Embeddings [n, N] of canvases' tokens, with what `soften` gave for them at the pass before, or zeros."""
+        ...
+
+    def head(self, hidden_LD: Tensor, /) -> Tensor:
+        """As `Model.head`."""
+        ...
+
+    def soften(self, weights_nV: Tensor, /) -> Tensor:
+        """The mean embedding [n, N] of the tokens with these weights, float32."""
+        ...
+
+
+@runtime_checkable
 class HearingModel(Protocol):
     """A model whose tokens attend to what it hears: a layer of `core.memory.Cross` for each entry of `encode`."""
 

@@ -4,7 +4,8 @@ Computed chases known here too, in whole blocks: a request's known blocks are co
 once, and where none is left out its canvas stands behind them, with what is known of that block. A canvas's keys and
 values are scratch that the next pass overwrites; they count as computed when its tokens are known and have been
 computed once more, as the known block of a later step. Where a text is seen whole (`WHOLE`), it is one canvas from its
-first token to its limit, and nothing of it ever counts as computed.
+first token to its limit, and nothing of it ever counts as computed. Where known tokens are seen from left to right
+(`core.renoising`), they are blocks of one, and a canvas is as large as it is wherever it begins.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ def whole(length: int, block: int) -> int:
     return length // block * block
 
 
-def canvas_of(request: Request, block: int) -> int:
+def canvas_of(request: Request, canvas: int) -> int:
     """Places of a request's canvas."""
-    return request.limit if block == WHOLE else block
+    return request.limit if canvas == WHOLE else canvas
 
 
-def reach(request: Request, length: int, block: int) -> int:
+def reach(request: Request, length: int, slots: Slots) -> int:
     """Positions of a request of which so much is known, with its canvas."""
-    return whole(length, block) + canvas_of(request, block)
+    return whole(length, slots.block) + canvas_of(request, slots.canvas)
 
 
 def spend_blocks(slots: Slots, waiting: Iterable[Chunk], means: Means) -> Spent:
@@ -51,9 +52,9 @@ def spend_blocks(slots: Slots, waiting: Iterable[Chunk], means: Means) -> Spent:
     spent = Spent(_NOBODY, _NOBODY)
     purse = _Purse(slots, min(means.pace.budget, means.most), means.pages)
     todo = slots.length[active] // slots.block * slots.block - slots.computed[active]
-    if not _go_on(spent, slots, active[todo <= slots.block], purse):
+    if not _go_on(spent, slots, active[todo <= slots.canvas], purse):
         return spent
-    prompts, entering = active[todo > slots.block], bool(means.entries and means.queued)
+    prompts, entering = active[todo > slots.canvas], bool(means.entries and means.queued)
     kept = purse.left // KEPT if len(prompts) and entering else 0
     purse.left -= kept
     if not _go_on(spent, slots, prompts, purse):
@@ -69,15 +70,15 @@ class _Purse:
 
     def __init__(self, slots: Slots, left: int, pages: int) -> None:
         self.left, self.pages = left, pages
-        self._block, self._size = slots.block, slots.page_size
+        self._block, self._canvas, self._size = slots.block, slots.canvas, slots.page_size
         self.used = False
 
     def chunk(self, request: Request, start: int, known: int) -> tuple[int, int]:
         """(Known tokens from `start` on, canvas) that can be paid, of a text of which so much is known. The first of a
         step gets a block, or its last one with a canvas, in any case: no step can be smaller."""
         block, rest = self._block, whole(known, self._block) - start
-        canvas = canvas_of(request, block)
-        least = 0 if self.used else rest + canvas if rest <= block else block
+        canvas = canvas_of(request, self._canvas)
+        least = 0 if self.used else rest + canvas if rest <= self._canvas else block
         left = max(self.left, least)
         if rest + canvas <= left:
             return rest, canvas
@@ -145,7 +146,7 @@ def _promised(slots: Slots, means: Means) -> int:
     if not len(staying):
         return 0
     length, limit = slots.length[staying], slots.limit[staying]
-    ends = limit if slots.block == WHOLE else length + slots.block
+    ends = limit if slots.block == WHOLE else length + slots.canvas
     missing = np.maximum(0, -(-(ends - slots.covered[staying]) // slots.page_size))
     if slots.block == WHOLE:
         return int(missing.sum())
@@ -162,14 +163,14 @@ def cover(cache: CacheManager, block: int, chunk: Chunk, lease: Lease) -> None:
             chunk.count = whole(chunk.count // 2, block)
 
 
-def from_cached(chunk: Chunk, cached: int, block: int) -> None:
+def from_cached(chunk: Chunk, cached: int, slots: Slots) -> None:
     """The chunk of a request that enters, of which so many tokens turned out to be cached."""
-    rest = whole(len(chunk.known), block) - cached
+    rest = whole(len(chunk.known), slots.block) - cached
     chunk.start, chunk.count = cached, max(0, min(rest, chunk.count))
     if chunk.count < rest:
         chunk.canvas = 0
     elif not chunk.count:
-        chunk.canvas = canvas_of(chunk.request, block)
+        chunk.canvas = canvas_of(chunk.request, slots.canvas)
 
 
 def assembled(slots: Slots, chunks: list[Chunk]) -> tuple[NDArray[np.int32], list[NDArray[np.int32]]]:

@@ -246,7 +246,7 @@ class Planner:
             except Exception as error:
                 self._failed(request, error)
                 continue
-            length = reach(request, len(known), self.slots.block) if self.slots.block else len(known)
+            length = reach(request, len(known), self.slots) if self.slots.block else len(known)
             yield Chunk(
                 request=request,
                 known=known,
@@ -374,7 +374,7 @@ class Planner:
         needed = chunk.pages
         if slots.block:
             needed += (chunk.start - cached) // cache.page_size if slots.paged[0] else 0
-            from_cached(chunk, cached, slots.block)
+            from_cached(chunk, cached, slots)
         else:
             if slots.paged[0]:
                 needed = min(cache.pages_for(len(known)), -(-len(known) // cache.page_size) - lease.shared)
@@ -491,6 +491,8 @@ class Planner:
         slots, batch = self.slots, plan.batch
         before = batch.prefix_lens
         after = before + batch.query_lens + np.maximum(output.counts - 1, 0)
+        if batch.canvas is not None:
+            after = before + batch.query_lens - batch.canvas  # whose next pass reads what this one read
         # A snapshot that a state began from was taken where whole pages end.
         due = before % slots.page_size == 0 if self.cache.has_states else np.zeros(len(before), dtype=np.bool_)
         for window in slots.windows:

@@ -112,7 +112,7 @@ class Scheduler:
         if settings.block % denoising.WHOLE:  # canvases are whole blocks
             self._most_tokens = blocks.whole(self._most_tokens, settings.block)
         slots = min(settings.max_running_requests, runner.max_slots)
-        self.slots = Slots(slots, self._most_tokens, cache.page_size, runner.groups, settings.block)
+        self.slots = Slots(slots, self._most_tokens, cache.page_size, runner.groups, settings.block, settings.canvas)
         self._lasting = any(group.kind == "pages" and not group.window for group in runner.groups)
         self._policy = POLICIES[settings.schedule_policy]
         pace = settings.pace(slots, runner.draft_room)
@@ -272,6 +272,8 @@ class Scheduler:
         params = request.params
         further = self.settings.context_length - reach(submit.media, request.num_prompt)
         room = min(self._most_tokens - request.num_prompt, further)
+        if self.settings.canvas > self.settings.block:
+            room = blocks.whole(room, self.settings.canvas)
         most = params.max_new_tokens
         if most is None:
             most = denoising.USUAL_ANSWER if self.settings.block == denoising.WHOLE else room
@@ -532,7 +534,7 @@ class Scheduler:
         self.planner.undone()
         self._step_began = self.clock()
         size = f"step {batch.step} ({batch.num_rows} rows, {batch.num_tokens} tokens)"
-        least = self.settings.whole_prompts or batch.num_tokens <= 2 * self.settings.block
+        least = self.settings.whole_prompts or batch.num_tokens <= 2 * self.settings.canvas
         if batch.num_tokens == 1 or (least and batch.num_rows == 1):
             alone = failed.plan.rows[0]
         if alone is None or alone is not self._cornered:

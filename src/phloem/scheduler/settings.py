@@ -39,11 +39,12 @@ class ScheduleSettings:
     whole_pictures: bool = False  # and one step computes all tokens of one
     speculates: bool = False  # answers tell how many drafts were accepted
     forced_tokens: int = 0  # see `Pace.forced`
-    block: int = 0  # of a model of diffusion: tokens of a canvas
+    block: int = 0  # of a model of diffusion: known tokens that are computed together
+    canvas: int = 0  # and places of a canvas
 
     def pace(self, slots: int, draft_room: int) -> Pace:
         # With every slot decoding there must be a token for each, or the last ones would starve.
-        budget = max(self.chunked_prefill_size, slots * max(1, 2 * (self.block % denoising.WHOLE)))
+        budget = max(self.chunked_prefill_size, slots * max(1, 2 * (self.canvas % denoising.WHOLE)))
         mixed, worthwhile = self.mixed_prefill_size or budget, self.worthwhile_prefill or budget
         return Pace(budget, mixed, worthwhile, draft_room, self.whole_prompts, self.forced_tokens)
 
@@ -67,6 +68,8 @@ def check(request: Request, settings: ScheduleSettings, cache: CacheManager, mos
     if settings.block:
         denoising.check(request.submit)
     needed = reach(media, count) + (not request.scores_only)
+    if settings.canvas > settings.block:
+        needed = count + settings.canvas  # a canvas begins where the text ends, and is never shorter
     most = most_tokens if settings.block else settings.context_length
     if needed > most:
         raise BadRequest(f"the prompt of {count} tokens leaves no room in the context of {most}", param="input_ids")

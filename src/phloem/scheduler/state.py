@@ -169,11 +169,14 @@ class Slots:
 
     A slot is *active* while its request may be launched. One that will surely end with a launched step has left
     `active` but keeps slot and pages until that step is committed; one that is *held* sits out and comes back.
-    `most_tokens`: of a request, those that are ever in memory; `block`: of a model of diffusion, tokens of a canvas.
+    `most_tokens`: of a request, those that are ever in memory; `block`: of a model of diffusion, known tokens that are
+    computed together; `canvas`: places of a canvas, 0: a block.
     """
 
-    def __init__(self, count: int, most_tokens: int, page_size: int, groups: Sequence[Group], block: int = 0) -> None:
-        self.count, self.block = count, block
+    def __init__(
+        self, count: int, most_tokens: int, page_size: int, groups: Sequence[Group], block: int = 0, canvas: int = 0
+    ) -> None:
+        self.count, self.block, self.canvas = count, block, canvas or block
         self.page_size = page_size
         self.requests: list[Request | None] = [None] * count
         self.paged = tuple(group.kind == "pages" for group in groups)

@@ -69,8 +69,11 @@ def families() -> list[str]:
 
 
 def denoisers() -> list[str]:
-    """Families that write by diffusion; transformers has none of them."""
-    return [name for name in FAMILIES.names() if family(name).tiny is not None and family(name).diffusion is not None]
+    """Families that write by diffusion and that transformers does not have."""
+    made = [family(name) for name in FAMILIES.names()]
+    return [
+        one.name for one in made if one.tiny is not None and one.diffusion is not None and "fills" not in one.diffusion
+    ]
 
 
 def listeners() -> list[str]:
@@ -148,7 +151,7 @@ def _written(model_type: str, path: Path, seed: int, overrides: dict[str, Any]) 
 
 def _shifted(model_type: str) -> bool:
     """Whether its norms are stored as their distance from 1."""
-    return "gemma" in model_type and not model_type.startswith(("gemma3n", "gemma4"))
+    return "gemma" in model_type and not model_type.startswith(("gemma3n", "gemma4", "diffusion_gemma"))
 
 
 def _filled(make: Callable[[], Any], seed: int, *, shifted: bool) -> Any:
@@ -175,6 +178,8 @@ def _model(model_type: str, overrides: dict[str, Any], head: str) -> Any:
     around = overrides.get("around", tiny.get("around"))
     settings = {**_SIZES, **tiny, **overrides, "around": None}
     settings = {key: value for key, value in settings.items() if value is not None}
+    if model_type == "diffusion_gemma":
+        return _diffusion_gemma(settings)
     if around is None:
         known = model_type if model_type in transformers.CONFIG_MAPPING else model_type.replace("_", "-")
         config = transformers.AutoConfig.for_model(known, **settings)
@@ -191,6 +196,22 @@ def _model(model_type: str, overrides: dict[str, Any], head: str) -> Any:
     if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return transformers.AutoModelForImageTextToText.from_config(config).eval()
     return transformers.AutoModelForMultimodalLM.from_config(config).eval()
+
+
+def _diffusion_gemma(settings: dict[str, Any]) -> Any:
+    """It has a tower whatever its config says."""
+    import transformers
+
+    canvas = settings.pop("canvas_length")
+    vision = {
+        "model_type": "gemma4_vision", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+    }  # fmt: skip
+    config = transformers.DiffusionGemmaConfig(
+        text_config=settings, vision_config=vision, canvas_length=canvas, boi_token_id=4, eoi_token_id=5,
+        image_token_id=6,
+    )  # fmt: skip
+    return transformers.DiffusionGemmaForBlockDiffusion(config).eval()
 
 
 def write_tokenizer(path: Path, vocab_size: int = VOCAB, *, takes: tuple[str, ...] = ()) -> None:

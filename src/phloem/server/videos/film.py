@@ -42,7 +42,7 @@ class FilmWriter:
         name = next(name for name in CODECS if name in av.codecs_available)
         with _Told():
             self._file: Any = av.open(str(path), "w", format="mp4", options={"movflags": "faststart"})
-            stream = self._file.add_stream(name, rate=Fraction(fps).limit_denominator(1001))
+            stream: Any = self._file.add_stream(name, rate=Fraction(fps).limit_denominator(1001))
             stream.width, stream.height = width, height
             # Colours at half the size, which all players know, need even sides.
             stream.pix_fmt = "yuv420p" if width % 2 == height % 2 == 0 or name != "libx264" else "yuv444p"

@@ -1,0 +1,1 @@
+PREFERRED_KONTEXT_RESOLUTIONS: list[tuple[int, int]]

@@ -72,6 +72,10 @@ Every decoder whose layers keep keys and values serves for embeddings and labels
 Families marked "diffusion" write block after block ([diffusion models](diffusion-llm.md)). `transformers` has none of
 them: logits and answers are compared with dense references of the tests' own (`tests/support/dense_denoisers.py`).
 
+Folders in Mistral's own format (`params.json` and `consolidated*.safetensors`, no config.json) are read as `mistral`,
+`ministral3` or `mistral4` (Large 3), plain or with FP8 matrices; their towers are left out, and a `tekken.json` must be
+made a tokenizer.json.
+
 Models without a row here are run by transformers' own code over our pages, where that can be done: see
 [the fallback](fallback.md).
 

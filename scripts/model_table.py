@@ -96,7 +96,8 @@ def row(name: str) -> str:
     cases = "alias" if facts.tiny is None else str(1 + len(facts.variants))
     what = about(name) if facts.encoder is None else f"{about(name)}; no text"
     what = f"{what}; diffusion" if facts.diffusion is not None else what
-    return f"| `{name}` | {what} | {f'`{facts.gguf.architecture}`' if facts.gguf else ''} | {cases} |"
+    arch = "" if facts.gguf is None else f"`{facts.gguf.written_as or facts.gguf.architecture}`"
+    return f"| `{name}` | {what} | {arch} | {cases} |"
 
 
 def page() -> str:

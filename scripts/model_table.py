@@ -73,6 +73,10 @@ Families marked "diffusion" write block after block ([diffusion models](diffusio
 them but DiffusionGemma: logits and answers are compared with dense references of the tests' own
 (`tests/support/dense_denoisers.py`).
 
+Folders in Mistral's own format (`params.json` and `consolidated*.safetensors`, no config.json) are read as `mistral`,
+`ministral3` or `mistral4` (Large 3), plain or with FP8 matrices; their towers are left out, and a `tekken.json` must be
+made a tokenizer.json.
+
 Models without a row here are run by transformers' own code over our pages, where that can be done: see
 [the fallback](fallback.md).
 
@@ -93,7 +97,8 @@ def row(name: str) -> str:
     cases = "alias" if facts.tiny is None else str(1 + len(facts.variants))
     what = about(name) if facts.encoder is None else f"{about(name)}; no text"
     what = f"{what}; diffusion" if facts.diffusion is not None else what
-    return f"| `{name}` | {what} | {f'`{facts.gguf.architecture}`' if facts.gguf else ''} | {cases} |"
+    arch = "" if facts.gguf is None else f"`{facts.gguf.written_as or facts.gguf.architecture}`"
+    return f"| `{name}` | {what} | {arch} | {cases} |"
 
 
 def page() -> str:

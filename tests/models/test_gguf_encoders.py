@@ -49,6 +49,7 @@ def test_a_decoder_whose_file_says_how_its_states_are_pooled_embeds(tmp_path: Pa
     [
         ("bert__attention__causal", True, "attention.causal is not false"),
         ("bert__attention__layer_norm_epsilon", "tiny", "layer_norm_epsilon is 'tiny', expected a number"),
+        ("bert__embedding_length", 3, "hidden_size 3 is not a multiple of num_attention_heads 4"),
         ("bert__pooling_type", 4, "pooling_type 4: rerankers in GGUF files"),
         ("bert__context_length", 513, "position"),
         ("bert__attention__head_count", 5, "head_count|num_attention_heads 5|hidden_size 32"),

@@ -67,6 +67,7 @@ def without(source: Path, target: Path, key: str = "", tensor: str = "") -> Path
         ("nemotron_h", "nemotron_h_moe.feed_forward_length", 0, "nothing says how wide"),
         ("nemotron_h", "nemotron_h_moe.expert_group_count", 3, "n_group: 3 groups of 8 experts"),
         ("gemma3n_text", "gemma3n.attention.layer_norm_rms_epsilon", 0.0, "epsilon is 0.0, expected a number above 0"),
+        ("lfm2_moe", "lfm2moe.expert_weights_scale", [1, 2], "expert_weights_scale differs from layer to layer"),
         ("gpt_neox", "gptneox.rope.dimension_count", "all", "gptneox.rope.dimension_count is 'all', expected a number"),
         ("gpt_neox", "gptneox.rope.dimension_count", 7, "gptneox.rope.dimension_count is 7, but a head has 16"),
     ],

@@ -47,7 +47,7 @@ def test_gguf_gives_the_same_logits(name: str, tmp_path: Path) -> None:
         *("deepseek_v2-groups", "deepseek_v2-yarn", "deepseek_v3-yarn", "lfm2-conv-alone", "granitemoeshared-alone"),
         *("mamba-bias", "mamba-untied", "jamba-bias", "jamba-dense", "falcon_h1-gate", "granitemoehybrid-still"),
         *("granitemoehybrid-dense", "nemotron_h-bias", "nemotron_h-latent"),
-        *("falcon-new", "falcon-new-one-norm", "gpt_neox-serial"),
+        *("falcon-new", "falcon-new-one-norm", "gpt_neox-serial", "lfm2_moe-plain", "olmo3-yarn"),
     ],
 )
 def test_variants_give_the_same_logits(name: str, made: Any, tmp_path: Path) -> None:

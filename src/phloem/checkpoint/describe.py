@@ -23,6 +23,7 @@ from phloem.checkpoint.gguf_config import translate_metadata
 from phloem.checkpoint.gguf_parts import first_part, model_name, models_among
 from phloem.checkpoint.gguf_reader import GGUFFile
 from phloem.checkpoint.kv_scheme import kv_scheme
+from phloem.checkpoint.mistral_format import PARAMS, as_config
 from phloem.checkpoint.pictures import Pictures, pictures_of
 from phloem.checkpoint.pooling import Pooling, pooling_of
 from phloem.checkpoint.quant_config import StoredFormat, quantization_said, stored_format
@@ -64,6 +65,7 @@ class Checkpoint:
     pictures: Pictures | None = None  # of a folder that draws; it has no tokens
     stored: StoredFormat | None = None  # the quantised format of its matrices; None: plain, or GGUF's own
     chosen: Chosen = Chosen()  # whose code runs it
+    consolidated: bool = False  # its tensors have the names of Mistral's own format
 
     @property
     def quantised(self) -> bool:
@@ -219,10 +221,11 @@ def _download(hub_id: str, load_format: str, revision: str | None) -> Path:
     patterns = ["*.json", "*.txt", "*.model", "*.jinja"]
     if load_format != "dummy":
         patterns.append("*.safetensors")
+    left_out = ["original/*", "consolidated*"]
     try:
-        folder = snapshot_download(
-            hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["original/*", "consolidated*"]
-        )
+        folder = snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=left_out)
+        if not (Path(folder) / "config.json").exists() and (Path(folder) / PARAMS).exists():
+            folder = snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=left_out[:1])
     except Exception as error:  # the client raises a dozen types for: offline, no such repository, gated, disk full
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ModelLoadError(
@@ -275,10 +278,13 @@ def _describe_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
 
 def _describe_directory(path: Path, name: str, load_format: str, model_impl: str, trust: bool) -> Checkpoint:
     config_path = path if path.is_file() else path / "config.json"
-    folder = config_path.parent
+    if path.is_dir() and not config_path.exists() and (path / PARAMS).exists():
+        config_path = path / PARAMS
+    folder, consolidated = config_path.parent, config_path.name == PARAMS
     if path.is_dir() and not config_path.exists():
         raise ModelLoadError(f"{config_path}: missing; a model directory has a config.json and safetensors files")
-    whole = _thinking(_read_json(config_path))
+    whole = _read_json(config_path)
+    whole = as_config(whole, config_path) if consolidated else _thinking(whole)
     model_type = _model_type(whole, config_path)
     if model_impl != "transformers":
         model_type = _language(whole, model_type)
@@ -298,7 +304,7 @@ def _describe_directory(path: Path, name: str, load_format: str, model_impl: str
         )
     generation_path = folder / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.exists() else {}
-    files = () if load_format == "dummy" else tuple(_weight_files(folder))
+    files = () if load_format == "dummy" else tuple(_weight_files(folder, "consolidated" if consolidated else "model"))
     inner = "text_config." if isinstance(whole.get("text_config"), dict) else ""
     ends = {
         f"{generation_path}: eos_token_id": generation.get("eos_token_id"),
@@ -323,6 +329,7 @@ def _describe_directory(path: Path, name: str, load_format: str, model_impl: str
         name=name,
         architectures=tuple(whole.get("architectures") or ()),
         files=files,
+        consolidated=consolidated,
     )
     return replace(found, eos_ids=_with_ends(found, tokenizer_end(folder)))
 
@@ -430,9 +437,10 @@ def _ends(values: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(flat))
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Every safetensors file of a checkpoint, each checked for a whole header and its full length."""
-    index_path = folder / "model.safetensors.index.json"
+def _weight_files(folder: Path, stem: str) -> list[Path]:
+    """Every safetensors file of a checkpoint, each checked for a whole header and its full length. `stem`: what their
+    names begin with, where a folder has them twice."""
+    index_path = folder / f"{stem}.safetensors.index.json"
     if index_path.exists():
         weight_map = _read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -449,9 +457,10 @@ def _weight_files(folder: Path) -> list[Path]:
             names, {name: set(read_safetensors_header(folder / name)) for name in set(names.values())}, index_path
         )
         return files
-    files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
-    if (folder / "model.safetensors") in files:
-        files = [folder / "model.safetensors"]
+    own = stem == "consolidated"
+    files = sorted(file for file in folder.glob("*.safetensors") if file.name.startswith("consolidated") == own)
+    if (folder / f"{stem}.safetensors") in files:
+        files = [folder / f"{stem}.safetensors"]
     if not files:
         pickles = sorted(file.name for file in folder.glob("*.bin"))
         hint = f" ({pickles[0]} is a pickle: convert it to safetensors)" if pickles else ""

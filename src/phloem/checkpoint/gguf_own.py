@@ -30,9 +30,10 @@ def read_own(config: dict[str, Any], facts: GGUFFacts, gguf: GGUFFile, path: Pat
         if key == "layer_types" and value is not None:
             config[key] = _layer_types(value, config["num_hidden_layers"], where)
         elif value is not None:
+            value = plain(value, where)
             if name.endswith("scale") and value == 0:  # elsewhere: not said
                 raise ModelLoadError(f"{where} is {value!r}, expected more than 0")
-            config[key] = _number(plain(value, where), default, where, _least(name, default))
+            config[key] = _number(value, default, where, _least(name, default))
         elif isinstance(source, str):
             raise ModelLoadError(f"{path}: its metadata has no {arch}.{name}")
         elif default is not None:

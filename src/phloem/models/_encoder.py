@@ -73,7 +73,10 @@ def bert_like(config: dict[str, Any], **differences: Any) -> EncoderConfig:
 
 
 def check_encodes(config: dict[str, Any]) -> None:
-    """Refuse a GGUF file whose tokens see those before them alone."""
+    """Refuse a GGUF file whose tokens see those before them alone, and heads of no whole size."""
+    size, heads = config["hidden_size"], config["num_attention_heads"]
+    if size % heads:
+        raise ModelLoadError(f"hidden_size {size} is not a multiple of num_attention_heads {heads}")
     if config.get("is_causal"):
         raise ModelLoadError("attention.causal is not false: only encoders are served")
 

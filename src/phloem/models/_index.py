@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from phloem.checkpoint.mistral_format import hugging_name
 from phloem.core.errors import ModelLoadError
 from phloem.layers.aside import HOST
 from phloem.models._gguf import gguf_sources
@@ -84,6 +85,8 @@ def _safetensors_sources(
             file = safe_open(str(path), framework="pt", device="cpu")
             keys += [(file, key) for key in file.keys()]  # noqa: SIM118 - not a dict
             places |= stored_in(path) if index.ctx.stager is not None else {}
+        if checkpoint.consolidated:
+            rename = _from_hugging(rename)
         rename = as_base(rename, [key for _, key in keys], index.embedding)
         for file, key in keys:
             name = rename(key)
@@ -96,6 +99,16 @@ def _safetensors_sources(
     except (SafetensorError, OSError) as error:
         raise ModelLoadError(f"{path}: {error}") from None
     return found, sorted(unused)
+
+
+def _from_hugging(rename: Callable[[str], str | None]) -> Callable[[str], str | None]:
+    """`rename` for files in Mistral's own format."""
+
+    def found(name: str) -> str | None:
+        usual = hugging_name(name)
+        return None if usual is None else rename(usual)
+
+    return found
 
 
 def _no_bias(name: str, key: str, file: Any, index: WeightIndex) -> bool:

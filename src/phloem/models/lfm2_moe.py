@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from phloem.core.errors import ModelLoadError
 from phloem.kernels.specs import RouterSpec
 from phloem.layers.moe import ExpertNames, ExpertsConfig
 from phloem.models._common import Decoder, usual_mlp
@@ -24,6 +25,42 @@ DEFAULTS = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 1.0,
 }
+GGUF = {
+    "architecture": "lfm2moe",
+    "hf_class": "Lfm2MoeForCausalLM",
+    "keys": {
+        "norm_eps": "attention.layer_norm_rms_epsilon",
+        "conv_L_cache": "shortconv.l_cache",
+        "num_dense_layers": "leading_dense_block_count",
+        "num_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+        "routed_scaling_factor": ("expert_weights_scale", 1.0),
+        "norm_topk_prob": ("expert_weights_norm", True),
+        "scoring_func": ("expert_gating_func", 2),  # sigmoid
+    },
+    "config": {"conv_bias": False},
+    "flags": {"use_expert_bias": "exp_probs_b.bias"},
+    "layers_with": {"full_attn_idxs": "attn_q.weight"},
+    "names": {
+        "operator_norm": "attn_norm",
+        "ffn_norm": "ffn_norm",
+        "self_attn.out_proj": "attn_output",
+        "self_attn.q_layernorm": "attn_q_norm",
+        "self_attn.k_layernorm": "attn_k_norm",
+        "conv.conv": "shortconv.conv",
+        "conv.in_proj": "shortconv.in_proj",
+        "conv.out_proj": "shortconv.out_proj",
+        "feed_forward.gate_proj": "ffn_gate",
+        "feed_forward.up_proj": "ffn_up",
+        "feed_forward.down_proj": "ffn_down",
+        "feed_forward.gate": "ffn_gate_inp",
+        "feed_forward.expert_bias": "exp_probs_b.bias",
+        "feed_forward.experts.{}.w1": "ffn_gate_exps",
+        "feed_forward.experts.{}.w3": "ffn_up_exps",
+        "feed_forward.experts.{}.w2": "ffn_down_exps",
+    },
+}
 TINY = {
     "num_hidden_layers": 4,
     "head_dim": None,
@@ -43,6 +80,8 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
         down="experts.{}.w2.weight",
         correction="expert_bias" if config["use_expert_bias"] else "",
     )
+    if config.get("scoring_func", 2) != 2:
+        raise ModelLoadError(f"expert_gating_func {config['scoring_func']}: routers score by a sigmoid (2)")
     router = RouterSpec(
         config["num_experts_per_tok"],
         "sigmoid",

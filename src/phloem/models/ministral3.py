@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from phloem.layers.attention import QGrowth
+from phloem.layers.rope import rope_spec
 from phloem.models._common import Decoder, DecoderConfig, each_layer, layer_types, usual, usual_layer
 
 if TYPE_CHECKING:
@@ -33,10 +34,13 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
     growth = QGrowth(float(beta), int(length)) if beta and length else None
     window = int(config.get("sliding_window") or 0)
+    # In Mistral's own format (`params.json`) neighbours are paired.
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    rope = rope_spec(config, size, interleaved=bool(config.get("rope_interleave")))
     sliding = layer_types(config, [bool(window)] * config["num_hidden_layers"])
 
     def layer(n: int) -> Any:
-        return usual_layer(config, window=window if sliding[n] else 0, q_growth=growth)
+        return usual_layer(config, rope=rope, window=window if sliding[n] else 0, q_growth=growth)
 
     return usual(config, layers=each_layer(config, layer))
 

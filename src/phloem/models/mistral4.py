@@ -70,7 +70,9 @@ def _attention(config: dict[str, Any]) -> Latents:
 def _experts(config: dict[str, Any]) -> Experts:
     found = grouped_experts(config)
     router = replace(found.config.router, score="softmax")
-    return replace(found, config=replace(found.config, router=router, names=_NAMES))
+    # In Mistral's own format (`params.json`) each expert has tensors of its own.
+    names = ExpertNames() if config.get("projections_apart") else _NAMES
+    return replace(found, config=replace(found.config, router=router, names=names))
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:

@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"rope_theta": 500000.0}
+# Files are OLMo 2's, whose family serves them.
+GGUF = {
+    "architecture": "olmo3",
+    "hf_class": "Olmo3ForCausalLM",
+    "written_as": "olmo2",
+    "keys": {
+        "sliding_window": ("attention.sliding_window", 0),
+        "layer_types": ("attention.sliding_window_pattern", None),
+    },
+    "names": {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"},
+}
 TINY = {"head_dim": None, "num_hidden_layers": 4, "sliding_window": 6}
 VARIANTS = {
     "yarn": {

@@ -343,7 +343,7 @@ def _write_metadata(writer: Any, config: dict[str, Any], facts: GGUFFacts) -> No
     heads = config.get("num_attention_heads") or 0
     recurrent = config["model_type"] in MAMBA1 + MAMBA2
     if heads:
-        inner = inner_size(config) if "conv_L_cache" in config else config.get("intermediate_size") or 0
+        inner = inner_size(config) if "block_auto_adjust_ff_dim" in config else config.get("intermediate_size") or 0
         hybrid = config["model_type"] == "granitemoehybrid" and not config["num_local_experts"]
         add("feed_forward_length", config["shared_intermediate_size"] if hybrid else inner)
     else:

@@ -64,6 +64,8 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
     if kind == "llama4_text":
         writer.add_feed_forward_length(config["intermediate_size_mlp"])
         writer.add_expert_feed_forward_length(config["intermediate_size"])
+    if kind == "olmo3":
+        writer.add_sliding_window_pattern([one == "sliding_attention" for one in config["layer_types"]])
     if kind in ENCODERS:
         writer.add_causal_attention(False)
     if kind == "modernbert":
@@ -99,6 +101,9 @@ def prepared(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in tensors.items() if not k.startswith("pooler.")}
     if kind == "llama4_text":
         return {k: v for name, values in tensors.items() for k, v in _by_projection(name, values).items()}
+    if kind == "lfm2_moe":
+        tensors = {name.replace(".expert_bias", ".expert_bias.bias"): values for name, values in tensors.items()}
+        return {re.sub(r"^model\.(.*\.experts\.)", r"\1", name): values for name, values in tensors.items()}
     if kind == "gemma3n_text":
         return _streams(tensors)
     if kind in ("falcon", "gpt_neox"):

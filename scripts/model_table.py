@@ -63,7 +63,8 @@ a mixed batch; and each rank's share of a mesh with the slices of the whole (`te
 checkpoints. GGUF: the architecture that is read from GGUF files; a converted file is compared with the same class.
 
 What a step of a family asks for and the CPU's own kernels lack is done by torch, and such a step is not recorded:
-activations of plain MLPs, routers other than softmax, latent attention, gates of recurrent layers. The start says so.
+activations of plain MLPs, routers that score the chosen alone, latent attention, gates of recurrent layers. The start
+says so.
 
 Families marked "no text" do not generate: see [embeddings](embeddings.md). Hidden states and labels are compared with
 `AutoModel`, `AutoModelForSequenceClassification` and `...ForTokenClassification`, texts of mixed lengths in a batch.

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from linear_cases import GGUF_TYPES, Source, as_int8, cases, levels, make_source, needs_native
 
 from phloem.core.errors import ModelLoadError
-from phloem.kernels import native
+from phloem.kernels import native, reference_models
 from phloem.kernels import reference_experts as ref
 from phloem.kernels.ops import Ops
+from phloem.kernels.specs import RouterSpec
 from phloem.quant import int4, int8
 
 pytestmark = needs_native
@@ -295,3 +296,50 @@ def test_wrong_inputs_are_refused() -> None:
     mixed = [make_source(kind, 32, 2, 1) for kind in ("Q8_0", "Q8_0", "Q8_0", "Q4_1")]
     with pytest.raises(ModelLoadError, match="first expert"):
         ops.prepare_experts(mixed, torch.float32, CPU, 2)
+
+
+ROUTERS = [
+    RouterSpec(4, "sigmoid", renormalise=True, eps=1e-20, scale=2.5, groups=8, keep=4),
+    RouterSpec(3, "sigmoid"),
+    RouterSpec(5, scale=16.0, groups=4, keep=2, group_best=1),
+    RouterSpec(3, "softmax", True, floor=1e-12),
+    RouterSpec(2, "chosen_softmax"),
+]
+
+
+@pytest.mark.parametrize("spec", ROUTERS, ids=lambda spec: f"{spec.score}-{spec.groups}")
+def test_routers_choose_as_the_reference(table: Any, spec: RouterSpec) -> None:
+    for experts, tokens in ((32, 1), (40, 67), (256, 9)):
+        logits, bias = random(tokens, experts + 3)[:, :experts], random(experts, seed=1) * 0.3
+        for correction in (None, bias):
+            ids, weights = table.route(logits, correction, spec)
+            wanted_ids, wanted = reference_models.route(logits, correction, spec)
+            assert torch.equal(ids, wanted_ids)
+            torch.testing.assert_close(weights, wanted)
+
+
+def test_of_equal_scores_the_first_experts_are_chosen_and_what_is_no_number_chooses_some_expert() -> None:
+    spec, table = RouterSpec(3, "sigmoid", True, groups=4, keep=2), native.table(2)
+    assert table.route(torch.zeros(2, 16), None, spec)[0].tolist() == [[0, 1, 2]] * 2
+    ids, weights = table.route(torch.full((1, 16), float("nan")), None, spec)
+    assert ((ids >= 0) & (ids < 16)).all() and weights.isnan().all()
+    assert table.route(torch.zeros(0, 16), None, spec)[0].shape == (0, 3)
+    with pytest.raises(ValueError, match="groups=3"):
+        table.route(torch.zeros(1, 16), None, RouterSpec(3, "sigmoid", groups=3))
+
+
+def test_a_recorded_router_is_replayed_with_other_logits() -> None:
+    table, spec, fixed = native.table(2), ROUTERS[0], torch.zeros(3, 32)
+    bias, seen = random(32, seed=1), dict[str, torch.Tensor]()
+
+    def step() -> torch.Tensor:
+        seen["ids"], weights = table.route(fixed, bias, spec)
+        return weights
+
+    graph, got = native.Recorder(native.runtime()).record(step)
+    ids = seen["ids"]
+    fixed.copy_(random(3, 32, seed=5))
+    graph.replay()
+    wanted_ids, wanted = reference_models.route(fixed, bias, spec)
+    assert torch.equal(ids, wanted_ids)
+    torch.testing.assert_close(got, wanted)

@@ -315,6 +315,26 @@ def test_chat_streams_canvas_by_canvas_and_says_the_same_whole(client: httpx.Cli
 
 
 @pytest.mark.parametrize(
+    ("file", "key", "value", "words"),
+    [
+        ("generation_config.json", "sampler_config", {"entropy_bound": "x"}, "entropy_bound is 'x', expected a number"),
+        ("generation_config.json", "t_max", -1, "t_max is -1, expected 0.001 to 100"),
+        ("config.json", "canvas_length", 0, "canvas_length is 0, expected 1 to 4096"),
+    ],
+)
+def test_a_checkpoint_with_odd_settings_is_named(
+    path: Path, file: str, key: str, value: Any, words: str, tmp_path: Path
+) -> None:
+    for one in path.iterdir():
+        (tmp_path / one.name).write_bytes(one.read_bytes())
+    stored = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps({**stored, key: value}))
+    found = Config.from_flat({"model_path": str(tmp_path), **SETTINGS})
+    with pytest.raises(ConfigError, match=f"{file}: {words}"):
+        worker.build(found, described(found.model), lambda phase, seconds: None)
+
+
+@pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"dllm_algorithm": "LowConfidence"}, "known for this model: Gemma4Renoise"),

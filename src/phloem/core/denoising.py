@@ -155,7 +155,7 @@ def check(submit: Submit) -> None:
     if params.max_new_tokens == 0:
         _refuse("max_new_tokens", "a prompt alone has no log probabilities: it must be at least 1")
     if submit.logprob_start >= 0 and submit.return_logprob:
-        _refuse("logprob_start_len", "a prompt's tokens see those behind them, so they have no log probabilities")
+        _refuse("logprob_start_len", "log probabilities are those of places that are filled: a prompt has none")
     if submit.return_hidden:
         _refuse("return_hidden_states", "a token comes of several passes, each with states of its own")
     if submit.return_routed:

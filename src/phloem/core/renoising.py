@@ -93,20 +93,25 @@ def renoising(
         raise ConfigError(f"{PARAM}: {', '.join(unknown)} not known here; known: {', '.join(_LIMITS)}", param=PARAM)
     sampler = recommended.get("sampler_config")
     said = {**recommended, **sampler} if isinstance(sampler, dict) else recommended
-    values = {name: said[name] for name in _LIMITS if name != "canvas_length" and said.get(name) is not None}
-    values = {"canvas_length": canvas, **values, **settings}
-    found = Renoising(**{name: _number(name, value) for name, value in values.items()})
+    known = {name: said[name] for name in _LIMITS if name != "canvas_length" and said.get(name) is not None}
+    found = Renoising(
+        **{
+            "canvas_length": _number("canvas_length", canvas, "config.json"),
+            **{name: _number(name, value, "generation_config.json") for name, value in known.items()},
+            **{name: _number(name, value, PARAM) for name, value in settings.items()},
+        }
+    )
     if found.t_max <= found.t_min:
         raise ConfigError(f"{PARAM}: t_max is {found.t_max}, expected more than t_min {found.t_min}", param=PARAM)
     return found
 
 
-def _number(name: str, value: Any) -> Any:
+def _number(name: str, value: Any, where: str) -> Any:
     low, high = _LIMITS[name]
     kind = int if name in _WHOLE else int | float
     if isinstance(value, bool) or not isinstance(value, kind):
         what = "whole number" if name in _WHOLE else "number"
-        raise ConfigError(f"{PARAM}: {name} is {value!r:.100}, expected a {what}", param=PARAM)
+        raise ConfigError(f"{where}: {name} is {value!r:.100}, expected a {what}", param=PARAM)
     if not low <= value <= high:
-        raise ConfigError(f"{PARAM}: {name} is {value}, expected {low:g} to {high:g}", param=PARAM)
+        raise ConfigError(f"{where}: {name} is {value}, expected {low:g} to {high:g}", param=PARAM)
     return value

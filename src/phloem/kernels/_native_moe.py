@@ -1,4 +1,4 @@
-"""Sparse layers over packed weights: one op from router logits to the weighted sum of the experts.
+"""Sparse layers over packed weights: one op from router logits to the weighted sum of the experts; and other routers.
 
 Only the weights of experts that some token chose are read, each once per panel of tokens. A token's result depends
 neither on the tokens beside it nor on the number of threads: experts are added in ascending order.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem.core.errors import ModelLoadError
+from phloem.kernels import reference_models
 from phloem.kernels._native_basic import rows_of
 from phloem.kernels.native_linear import NativeLinear, PackedLinear, Sizes
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from phloem.kernels._native_runtime import Runtime
     from phloem.kernels.calls import WeightSource
+    from phloem.kernels.specs import RouterSpec
 
 ALONE = 16384  # up to this many inputs in all, each thread prepares them for itself
 PANEL_BYTES = 128 << 20  # what one panel of tokens may take of the workspace
@@ -56,6 +58,7 @@ class NativeMoe:
         self.rt = rt
         self.linear = linear
         self.MOE = rt.op("moe")
+        self.ROUTE, self.most_experts = rt.op("route_tokens"), rt.constant("route.kMostExperts")
         self.active_bytes = rt.constant("moe.kActiveBytes")  # a row of the table of experts that have tokens
 
     def prepare_experts(
@@ -112,6 +115,31 @@ class NativeMoe:
             raise TypeError(f"ids are {ids_Tk.dtype}, weights {weights_Tk.dtype}: int32 and float32 are taken")
         choices = ids_Tk.shape[1]
         return self._compute(x_TN, None, (ids_Tk, weights_Tk), gate_up, down, choices, False).view(x.shape)
+
+    def route(self, logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+        """As `reference_models.route`, which takes the routers that the kernel does not know."""
+        logits_TE = rows_of(logits_TE)
+        tokens, experts = logits_TE.shape
+        if spec.score not in ("softmax", "sigmoid") or experts > self.most_experts:
+            return reference_models.route(logits_TE, bias_E, spec)
+        grouped, each = spec.groups > 1, experts // spec.groups
+        odd = experts % spec.groups or not 0 < spec.keep <= spec.groups or not 0 < spec.group_best <= each
+        if not 0 < spec.top_k <= experts or (grouped and odd):
+            raise ValueError(f"{spec} of {experts} experts")
+        if bias_E is not None and (bias_E.dtype != torch.float32 or bias_E.shape != (experts,)):
+            raise ValueError(f"a correction of {bias_E.dtype} {list(bias_E.shape)} for {experts} experts")
+        ids_Tk = self.rt.empty((tokens, spec.top_k), torch.int32)
+        weights_Tk = self.rt.empty((tokens, spec.top_k))
+        if tokens:
+            bias_E = None if bias_E is None else bias_E.contiguous()
+            self.rt.call(
+                self.ROUTE, tokens * experts * 4, logits=logits_TE.data_ptr(), logits_stride=logits_TE.stride(0),
+                bias=None if bias_E is None else bias_E.data_ptr(), ids=ids_Tk.data_ptr(),
+                weights=weights_Tk.data_ptr(), tokens=tokens, experts=experts, choices=spec.top_k,
+                sigmoid=spec.score == "sigmoid", renormalise=spec.renormalise, groups=spec.groups, keep=spec.keep,
+                group_best=spec.group_best, eps=spec.eps, floor=spec.floor, scale=spec.scale,
+            )  # fmt: skip
+        return ids_Tk, weights_Tk
 
     def _compute(
         self,
@@ -188,4 +216,10 @@ def _up64(size: int) -> int:
 def ops(rt: Runtime, linear: NativeLinear) -> dict[str, Any]:
     """The table's entries."""
     native = NativeMoe(rt, linear)
-    return {"prepare_experts": native.prepare_experts, "moe": native.moe, "chosen_experts": native.chosen_experts}
+    return {
+        "prepare_experts": native.prepare_experts,
+        "moe": native.moe,
+        "chosen_experts": native.chosen_experts,
+        "chooses_apart": True,
+        "route": native.route,
+    }

@@ -144,6 +144,8 @@ class Ops:
     # The same of experts that were chosen elsewhere: x[T, N], ids int32 [T, k], weights float32 [T, k], gate_up, down
     # -> [T, N]. Ids that no expert here has (-1) add nothing.
     chosen_experts: Callable[[Tensor, Tensor, Tensor, Any, Any], Tensor] = experts.chosen_experts
+    # Whether that serves plain experts of any router better than `experts` below.
+    chooses_apart: bool = False
 
     # Sampling helpers: logits[L, V] float -> int32/float32.
     argmax: Callable[[Tensor], Tensor] = ref.argmax  # [L]

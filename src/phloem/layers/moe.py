@@ -80,8 +80,9 @@ def softmax_experts(count: int, per_token: int, inner_size: int, activation: str
 
 
 class SparseMLP(Layer):
-    """Router and experts. With a plain router and plain experts one op does all (`Ops.moe`); otherwise `route` and
-    `experts` do."""
+    """Router and experts. With a plain router and plain experts one op does all (`Ops.moe`); plain experts of another
+    router are those of `route` and `chosen_experts` where the table says so (`Ops.chooses_apart`); otherwise `route`
+    and `experts` do."""
 
     def __init__(self, ctx: BuildContext, hidden_size: int, config: ExpertsConfig) -> None:
         if not 0 < config.router.top_k <= config.count:
@@ -119,6 +120,10 @@ class SparseMLP(Layer):
             raise ModelLoadError("kt_max_deferred_experts_per_token: experts of latent features are not deferred")
         prepared = fits_plain(self.spec, biased=biased) if placed else self.fused
         self.fused = self.fused and not placed
+        # Those ops have no first expert: ids are of all.
+        self.apart = not placed and not self.fused and ctx.ops.chooses_apart and mesh.ep.size == 1
+        self.apart = self.apart and fits_plain(self.spec, biased=biased)
+        prepared = prepared or self.apart
         rows, cols = cut_of(mesh.expert_tp, 0), cut_of(mesh.expert_tp, 1)
         pair, pair_bias = (names.gate, names.up), (names.gate_bias, names.up_bias)
         if not spec.gated:
@@ -181,10 +186,17 @@ class SparseMLP(Layer):
             weights = self.gate_up.value, self.down.value
             return self.ops.moe(x_TN, logits_TE, *weights, spec.top_k, spec.renormalise)
         ids_Tk, weights_Tk = self._routed(logits_TE)
+        if self.apart:
+            out_TN = self.ops.chosen_experts(x_TN, ids_Tk, weights_Tk, self.gate_up.value, self.down.value)
+            return self._with_identities(out_TN, x_TN, ids_Tk, weights_Tk)
         biases = None if self.biases is None else (self.biases[0].value, self.biases[1].value)
         if biases is not None and not self.biased:
             biases = biases[0], torch.zeros_like(biases[1])
         out_TN = self.ops.experts(x_TN, ids_Tk, weights_Tk, self.gate_up.value, self.down.value, self.spec, biases)
+        return self._with_identities(out_TN, x_TN, ids_Tk, weights_Tk)
+
+    def _with_identities(self, out_TN: Tensor, x_TN: Tensor, ids_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        """And of experts that give back what they are given."""
         if not self.identities:
             return out_TN
         kept_T = self.ops.weights_from(ids_Tk, weights_Tk, self.config.count)

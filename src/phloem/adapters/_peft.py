@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phloem.checkpoint.fingerprint import of_files
 from phloem.core.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -107,6 +108,12 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(rank, int) or rank < 1:
         raise refuse(path, f"r must be a whole number above 0, got {rank!r}")
     return config
+
+
+def content(path: Path) -> str:
+    """By what an adapter is known from others, wherever its folder is. Raises BadRequest, OSError."""
+    config = {name: value for name, value in read_config(path).items() if name != "base_model_name_or_path"}
+    return f"{json.dumps(config, sort_keys=True)} {of_files([path / WEIGHTS])}"
 
 
 def read(path: Path) -> AdapterFile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from adapter_support import write_adapter
 from safetensors.torch import load_file, save_file
 
 from phloem import Engine
-from phloem.adapters._peft import read
+from phloem.adapters._peft import content, read
 from phloem.core.errors import BadRequest, ConfigError, PhloemError
 from phloem.testing.checkpoints import tiny_checkpoint
 
@@ -105,6 +106,20 @@ def test_tensors_that_do_not_belong_together_are_refused(
 ) -> None:
     with pytest.raises(BadRequest, match=names):
         read(altered(good, tmp_path / "altered", change))
+
+
+def test_copies_are_known_as_alike_wherever_their_base_lies_and_others_are_not(good: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(good, tmp_path / "copy")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/elsewhere"}))
+    assert content(copy) == content(good)
+    (copy / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 5}))
+    assert content(copy) != content(good)
+    tensors = load_file(good / "adapter_model.safetensors")
+    changed = {name: tensor + 1 for name, tensor in tensors.items()}
+    shutil.copy(good / "adapter_config.json", copy)
+    save_file(changed, copy / "adapter_model.safetensors")
+    assert content(copy) != content(good)
 
 
 def test_pickled_objects_are_never_read(good: Path, tmp_path: Path) -> None:

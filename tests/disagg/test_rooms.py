@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from disagg_support import FACTS, Pair, until
+from disagg_support import FACTS, FakeLender, Pair, until
 
 from phloem.disagg import arrivals
 from phloem.disagg.bootstrap import Book, Bootstrap, Directory, Unknown, machine_id
@@ -57,6 +57,14 @@ def test_a_decode_server_has_no_store_to_be_cleared(pair: Pair) -> None:
     pair.both("a", PROMPT)
     pair.run()
     assert answered(pair, "a", PROMPT)
+
+
+def test_an_adapter_that_both_have_is_carried_over_whatever_it_is_called_inside(pair: Pair) -> None:
+    for driver in (pair.prefill, pair.decode):
+        driver.scheduler.lender = FakeLender("one")
+    pair.both("a", PROMPT, adapter="poet")
+    pair.run()
+    assert answered(pair, "a", PROMPT) and fetched(pair) == (1, 0)
 
 
 def test_what_decode_has_is_not_sent(pair: Pair) -> None:
@@ -163,6 +171,13 @@ def another_prompt(pair: Pair) -> None:
     pair.to_decode("a", PROMPT)
 
 
+def another_adapter(pair: Pair) -> None:
+    """Of the same name, and with other weights there."""
+    for driver, content in ((pair.prefill, "one"), (pair.decode, "two")):
+        driver.scheduler.lender = FakeLender(content)
+    pair.both("a", PROMPT, adapter="poet")
+
+
 def aborted_there_before_it_computes(pair: Pair) -> None:
     pair.both("a", PROMPT)
     pair.prefill.abort("a")
@@ -211,6 +226,7 @@ FAULTS = [
     other_weights,
     weights_change_while_it_computes,
     another_prompt,
+    another_adapter,
     aborted_there_before_it_computes,
     aborted_there_while_it_computes,
     failed_there,
@@ -221,9 +237,10 @@ FAULTS = [
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", TRANSPORTS.names())
 @pytest.mark.parametrize("fault", FAULTS)
-def test_whatever_fails_decode_computes_the_prompt(fault: Callable[[Pair], None]) -> None:
-    pair = Pair(keep=0.3)
+def test_whatever_fails_decode_computes_the_prompt(fault: Callable[[Pair], None], backend: str) -> None:
+    pair = Pair(backend, keep=0.3)
     fault(pair)
     pair.run()
     assert answered(pair, "a", PROMPT) and fetched(pair) == (0, 1)
@@ -377,7 +394,7 @@ def test_what_a_prefill_server_refuses_it_says_why() -> None:
     wrong = {
         "page_size is '8' there": ask_of(pair, PROMPT, facts={**FACTS, "page_size": "8", "weight_version": "1"}),
         "cannot be had": ask_of(pair, PROMPT, end=1 << 40),
-        "its prompt is another": ask_of(pair, PROMPT, digest=b"0" * 16),
+        "its prompt or its adapter is another": ask_of(pair, PROMPT, digest=b"0" * 16),
         "no request came for it": ask_of(pair, PROMPT, room="b/0"),
     }
     for why, ask in wrong.items():

@@ -249,6 +249,14 @@ def test_a_killed_engine_leaves_what_the_next_one_reads(tmp_path: Path) -> None:
         assert ask_again["output_ids"] == texts[0] and ask_again["meta_info"]["cached_tokens_details"]["storage"] == 192
         metrics = server.get("/metrics").text
         assert "phloem:backuped_tokens_total" in metrics and "phloem:hicache_host_total_tokens" in metrics
+        lines = [line.split() for line in metrics.splitlines() if line.startswith("phloem:cached_tokens_total{")]
+        by_source = {
+            source: float(value)
+            for name, value in lines
+            for source in ("device", "host", "storage")
+            if f'"{source}"' in name
+        }
+        assert by_source["storage"] == 192 and sum(by_source.values()) == 192
         with httpx.stream(
             "POST", f"{server.url}/generate", json={"input_ids": prompts[12:], "sampling_params": params}, timeout=60
         ):

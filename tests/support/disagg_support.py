@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tier_support import StoreCopies
 
+from phloem.core.errors import PhloemError
 from phloem.disagg.arrivals import Arrivals, Target
 from phloem.disagg.bootstrap import Book, Bootstrap, Directory, machine_id
 from phloem.disagg.rooms import Rooms, Source
@@ -26,6 +28,47 @@ def until(holds: Callable[[], bool], *drivers: Driver, seconds: float = 20.0) ->
             driver.step()
         time.sleep(0.0005)
         assert time.monotonic() < end, "it never came to hold"
+
+
+@dataclass
+class FakeLent:
+    """An adapter that changes nothing of what `FakeRunner` computes."""
+
+    uid: str
+    what: str
+    entry: int = 1
+    error: PhloemError | None = None
+
+    def ready(self) -> bool:
+        return True
+
+    def content(self) -> str:
+        return self.what
+
+
+class FakeLender:
+    """`content`: of every adapter that it lends."""
+
+    most = 8
+
+    def __init__(self, content: str) -> None:
+        self._content = content
+
+    def lend(self, name: str) -> FakeLent:
+        return FakeLent(f"{name}@1", self._content)
+
+    def give_back(self, lent: Any) -> None: ...
+
+    def load(self, name: str, path: str, pinned: bool) -> Any: ...
+
+    def unload(self, name: str) -> tuple[int, dict[str, str]]:
+        return 0, {}
+
+    def loaded(self) -> dict[str, str]:
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        return {}
 
 
 class Pair:

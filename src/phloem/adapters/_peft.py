@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phloem.checkpoint.fingerprint import of_files
 from phloem.core.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -140,6 +141,12 @@ def _whole(value: Any) -> bool:
 def _finite(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and -LARGEST_SCALE <= value <= LARGEST_SCALE  # NaN is neither
+
+
+def content(path: Path) -> str:
+    """By what an adapter is known from others, wherever its folder is. Raises BadRequest, OSError."""
+    config = {name: value for name, value in read_config(path).items() if name != "base_model_name_or_path"}
+    return f"{json.dumps(config, sort_keys=True)} {of_files([path / WEIGHTS])}"
 
 
 def read(path: Path) -> AdapterFile:

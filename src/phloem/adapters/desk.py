@@ -10,13 +10,14 @@ Used in the scheduler's thread alone, but for the reading.
 
 from __future__ import annotations
 
+import secrets
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phloem.adapters._fit import fit
-from phloem.adapters._peft import AdapterFile, assembled, check_config, read
+from phloem.adapters._peft import AdapterFile, assembled, check_config, content, read
 from phloem.core.adapters import Lender, Sent
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.utils import log
@@ -56,6 +57,7 @@ class Version:
         self.retired = False  # its name has gone
         self.error: PhloemError | None = None
         self.crowded_since = 0.0  # 0: it does not wait for a place
+        self._content = ""
         self._desk = desk
         self._reading: Future[dict[int, Fit]] | None = None
         self._placing: tuple[int, Pending[Any]] | None = None
@@ -102,6 +104,14 @@ class Version:
             self._desk.free(self._placing[0])
         self._reading, self._placing, self.error, self.crowded_since = None, None, error, 0.0
 
+    def content(self) -> str:
+        if not self._content:
+            try:
+                self._content = content(Path(self.path))
+            except (PhloemError, OSError):
+                return secrets.token_hex(16)  # it will not be loaded, or another one is by then
+        return self._content
+
     @property
     def idle(self) -> bool:
         return not self.users and not self.waiters
@@ -131,6 +141,9 @@ class Loan:
     @property
     def uid(self) -> str:
         return self.version.uid
+
+    def content(self) -> str:
+        return self.version.content()
 
     @property
     def entry(self) -> int:

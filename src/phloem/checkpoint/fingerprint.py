@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from phloem.checkpoint.gguf_parts import parts_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from phloem.checkpoint.describe import Checkpoint
@@ -33,7 +34,12 @@ def weight_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
 
 def fingerprint(checkpoint: Checkpoint) -> str:
     """The same for copies of a checkpoint anywhere. Raises OSError."""
-    files = sorted(weight_files(checkpoint), key=lambda path: path.name)
+    return of_files(weight_files(checkpoint))
+
+
+def of_files(paths: Iterable[Path]) -> str:
+    """Raises OSError."""
+    files = sorted(paths, key=lambda path: path.name)
     sizes = [path.stat().st_size for path in files]
     stride = max(SAMPLE, sum(sizes) // SAMPLES)
     found = blake2b(digest_size=DIGEST)

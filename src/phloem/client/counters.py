@@ -46,7 +46,7 @@ class Counters:
         self.aborted = 0
         self.prompt_tokens = 0
         self.generation_tokens = 0
-        self.cached_tokens = 0
+        self.cached_tokens = {"device": 0, "host": 0, "storage": 0}  # by where they were
         self.ttft = Histogram(TTFT_BUCKETS)
         self.itl = Histogram(ITL_BUCKETS)
         self.e2e = Histogram(E2E_BUCKETS)
@@ -93,6 +93,9 @@ class Counters:
     def on_finish(self, output: Continuation) -> None:
         self.requests += 1
         self.prompt_tokens += output.prompt_tokens
-        self.cached_tokens += output.cached_tokens
+        host, storage = output.cached_host, output.cached_storage
+        self.cached_tokens["host"] += host
+        self.cached_tokens["storage"] += storage
+        self.cached_tokens["device"] += output.cached_tokens - host - storage
         output.last_at = output.last_at or time.monotonic()
         self.e2e.observe(time.monotonic() - output.arrival)

@@ -23,6 +23,10 @@ class Lent(Late, Protocol):
         """A name that no other version has had, of this adapter or another."""
         ...
 
+    def content(self) -> str:
+        """What it is, in other processes too, by its files. Where these cannot be read it is like no other."""
+        ...
+
     @property
     def entry(self) -> int:
         """Its number in batches; it has one while it is lent and ready."""

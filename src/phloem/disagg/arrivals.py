@@ -156,13 +156,21 @@ class Arrivals:
         self._budget = Budget(target.most_bytes)
 
     def expect(
-        self, request_id: str, room: str, host: str, port: int, namespace: str, prompt: NDArray[np.int32]
+        self,
+        request_id: str,
+        room: str,
+        host: str,
+        port: int,
+        namespace: str,
+        prompt: NDArray[np.int32],
+        adapter: str = "",
     ) -> Arrival:
-        """Begin to fetch a prompt from the prefill server whose bootstrap server is there."""
+        """Begin to fetch a prompt from the prefill server whose bootstrap server is there. `adapter`: as
+        `wire.digest_of`."""
         end = len(prompt) // self._size
         start = min(end, self._cache.probe(namespace, prompt, len(prompt)).num_pages)
         facts = {**self._target.facts, "weight_version": self._target.weights()}
-        found = Arrival(Ask(room, digest_of(prompt), start, end, facts), monotonic() + self._wait)
+        found = Arrival(Ask(room, digest_of(prompt, adapter), start, end, facts), monotonic() + self._wait)
         self._coming[request_id] = found
         threading.Thread(target=self._run, args=(found, host, port or PORT), name="phloem-arrival", daemon=True).start()
         return found

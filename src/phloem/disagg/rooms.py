@@ -145,13 +145,13 @@ class Rooms:
     def weights(self) -> str:
         return self._source.weights()
 
-    def accept(self, request_id: str, key: str, prompt: NDArray[np.int32]) -> None:
-        """Open a room for a request. Raises BadRequest: it is another one's."""
+    def accept(self, request_id: str, key: str, prompt: NDArray[np.int32], adapter: str = "") -> None:
+        """Open a room for a request. `adapter`: as `wire.digest_of`. Raises BadRequest: it is another one's."""
         with self._news:
             if key in self._rooms:
                 raise BadRequest(f"bootstrap_room {key.partition('/')[0]} is in use", param="bootstrap_room")
             self._over.pop(key, None)
-            room = Room(key, request_id, digest_of(prompt), self._source.weights())
+            room = Room(key, request_id, digest_of(prompt, adapter), self._source.weights())
             self._rooms[key] = self._of[request_id] = room
             self._news.notify_all()
 
@@ -331,7 +331,7 @@ class Rooms:
             with self._news:
                 room, why = self._rooms.get(ask.room), ""
                 if room is not None:
-                    why = "its prompt is another" if room.digest != ask.digest else ""
+                    why = "its prompt or its adapter is another" if room.digest != ask.digest else ""
                     why = "it is being fetched already" if room.served or room.over else why
                     if not why:
                         room.served = True

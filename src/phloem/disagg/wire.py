@@ -39,7 +39,8 @@ class LinkLost(Exception):
 
 
 class Ask(msgspec.Struct, tag=True, frozen=True):
-    """Decode wants a room's pages [start, end). `digest`: of the prompt, so that no room is taken for another."""
+    """Decode wants a room's pages [start, end). `digest`: of the prompt and its adapter, so that no room is taken for
+    another."""
 
     room: str
     digest: bytes
@@ -91,8 +92,12 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
 
 
-def digest_of(prompt: NDArray[Any]) -> bytes:
-    return blake2b(prompt.astype("<i4").tobytes(), digest_size=16).digest()
+def digest_of(prompt: NDArray[Any], adapter: str = "") -> bytes:
+    """`adapter`: what it is (`core.adapters.Lent.content`); "": none."""
+    found = blake2b(prompt.astype("<i4").tobytes(), digest_size=16)
+    if adapter:
+        found.update(b"\0" + adapter.encode())
+    return found.digest()
 
 
 def differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:

@@ -41,12 +41,14 @@ class Remote:
         if submit.return_routed:
             text = "experts of tokens are not carried over: leave bootstrap_room out"
             raise BadRequest(text, param="return_routed_experts", code="not_supported")
+        adapter = "" if request.adapter is None else request.adapter.content()
         if self.rooms is not None:
-            self.rooms.accept(request.id, submit.room, request.prompt)
+            self.rooms.accept(request.id, submit.room, request.prompt, adapter)
             request.limit = min(request.limit, request.num_prompt + 1)
         elif self.arrivals is not None:
             host, port = submit.prefill_host, submit.prefill_port
-            late = self.arrivals.expect(request.id, submit.room, host, port, request.namespace, request.prompt)
+            name, prompt = request.namespace, request.prompt
+            late = self.arrivals.expect(request.id, submit.room, host, port, name, prompt, adapter)
             request.waits += (late,)
 
     def forces(self, request: Request) -> bool:

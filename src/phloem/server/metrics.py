@@ -126,13 +126,17 @@ class Metrics:
         for name, text, value in (
             ("prompt_tokens", "Prompt tokens of finished requests.", counters.prompt_tokens),
             ("generation_tokens", "Continuation tokens.", counters.generation_tokens),
-            ("cached_tokens", "Prompt tokens found in the cache.", counters.cached_tokens),
             ("num_requests", "Finished requests.", counters.requests),
             ("num_aborted_requests", "Requests that clients ended or left.", counters.aborted),
         ):
             family = CounterMetricFamily(prefix + name, text, labels=["model_name"])
             family.add_metric(self.labels, value)
             yield family
+        text = "Prompt tokens found in the cache, by where: in the pool (device), in host memory, or in a store."
+        cached = CounterMetricFamily(prefix + "cached_tokens", text, labels=["model_name", "cache_source"])
+        for source, count in counters.cached_tokens.items():
+            cached.add_metric([*self.labels, source], count)
+        yield cached
 
     def _tiers(self, prefix: str, kind: Any, names: dict[str, str]) -> Iterator[Any]:
         replicas = self.client.connection.replicas

@@ -101,7 +101,13 @@ def test_words_have_their_times(client: openai.OpenAI, url: str, engine: phloem.
 
 
 def test_what_counts_as_silence_is_said_by_the_request(url: str) -> None:
-    silent = {"no_speech_threshold": 0, "logprob_threshold": 0, "temperature": 0.3, "seed": 1, "language": "en"}
+    silent: dict[str, Any] = {
+        "no_speech_threshold": 0,
+        "logprob_threshold": 0,
+        "temperature": 0.3,
+        "seed": 1,
+        "language": "en",
+    }
     assert post(url, **silent).json()["text"] == ""
     assert post(url, **{**silent, "no_speech_threshold": 1}).json()["text"] != ""
 

@@ -109,7 +109,8 @@ def test_what_counts_as_silence_is_said_by_the_request(url: str) -> None:
         "language": "en",
     }
     assert post(url, **silent).json()["text"] == ""
-    assert post(url, **{**silent, "no_speech_threshold": 1}).json()["text"] != ""
+    silent["no_speech_threshold"] = 1
+    assert post(url, **silent).json()["text"] != ""
 
 
 def test_sounds_of_a_few_samples_and_of_silence_have_no_words_or_some(engine: phloem.Engine) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import queue
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -381,11 +381,13 @@ class Engine(Administered):
         chunking_strategy: str | None = None,
         timestamp_granularities: Sequence[str] | None = None,
         seed: int | None = None,
+        thresholds: Mapping[str, float] | None = None,
         progress: Callable[[float, float], None] | None = None,
     ) -> Answer:
         """What is said in a sound file (a path, or its bytes); as `/v1/audio/transcriptions` with `verbose_json`.
 
         Gives `text`, `language`, `duration` and `segments` with times in seconds. `task` "translate": in English.
+        `thresholds`: `compression_ratio_threshold`, `logprob_threshold`, `no_speech_threshold`, by name.
         `timestamp_granularities`: "word" for `words` with their times, "segment" (the default), or both.
         `chunking_strategy` "auto": a long file is cut where it is quiet, and its parts are computed together.
         `progress`: called with the seconds that are done and those that there are, from another thread.
@@ -396,6 +398,7 @@ class Engine(Administered):
         self._door.check()
         data = audio if isinstance(audio, bytes) else read_file(audio)
         values: dict[str, Any] = {"file": data, "prompt": prompt, "temperature": temperature, "seed": seed}
+        values.update(thresholds or {})
         values["response_format"] = "verbose_json"
         if task == "translate":
             body: TranscriptionBody | TranslationBody = Parser(TranslationBody).convert(values)

@@ -287,7 +287,8 @@ def test_the_sound_of_a_video_lies_among_its_frames(omni: Path, longer: bool) ->
     plain |= {"return_logprob": True, "logprob_start_len": 0, "return_prompt_token_ids": True}
     with Engine(model_path=str(omni), debug_invariants=True, chunked_prefill_size=7, **SETTINGS) as engine:
         order = [9, 4, 7, 5, 200, 11]
-        for fields in ({"use_audio_in_video": True}, {"mm_processor_kwargs": {"use_audio_in_video": True}}):
+        ways: list[dict[str, Any]] = [{"use_audio_in_video": True}]
+        for fields in (*ways, {"mm_processor_kwargs": ways[0]}):
             found: Any = engine.generate(input_ids=order, video_data=[data], **plain, **fields)
             ids, told = found["meta_info"]["prompt_token_ids"], found["meta_info"]["input_token_logprobs"]
         silent: Any = engine.generate(input_ids=order, video_data=[data], **plain)

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from vision_support import Theirs, clip, picture, png, seeing_checkpoint
+from vision_support import FPS, Theirs, clip, picture, png, seeing_checkpoint
 
 from phloem.core.errors import BadRequest
 from phloem.llm import Engine
 from phloem.multimodal import _video
+from phloem.multimodal._pixels import CLIP_MEAN, CLIP_STD
 from phloem.multimodal._video import Video, Wanted
 
 CLIPS = [[picture(10 * seed + at, 32, 16) for at in range(count)] for seed, count in ((1, 6), (2, 4))]
@@ -131,6 +133,43 @@ def test_the_frames_that_are_asked_for(container: str, codec: str) -> None:
     assert [Video(data, "here", Wanted()).frames([at], 32, 16, {}).tobytes() for at in (3, 9)] == [
         all_frames[at].tobytes() for at in (3, 9)
     ]
+
+
+@pytest.mark.slow
+def test_frames_of_a_video_may_be_pictures_with_their_numbers(tmp_path: Any) -> None:
+    """InternVL: pictures and videos have one placeholder, in whatever order they come."""
+    path = seeing_checkpoint("internvl", tmp_path)
+    theirs = Theirs("internvl", path)
+    with engine_of(path, chunked_prefill_size=9) as engine:
+        size, token = theirs.processor.size["height"], theirs.model.config.image_token_id
+        clips = [[frame.resize((size, size), 3) for frame in frames] for frames in CLIPS]
+        files = {"V": clip(clips[0]), "W": clip(clips[1])}
+        mean, std = (torch.tensor(list(values)).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        shown = {"P": theirs.processor(images=[IMAGE], return_tensors="pt").pixel_values}
+        for name, frames in zip("VW", clips, strict=True):
+            raw = torch.stack([torch.from_numpy(np.array(frame)) for frame in frames]).permute(0, 3, 1, 2)
+            shown[name] = (raw / 255 - mean) / std
+        for order in ("V", "PV", "VP", "WPV"):
+            text = " and ".join({"P": "<image>", "V": "<video>", "W": "<video>"}[one] for one in order)
+            found: Any = engine.generate(
+                text,
+                image_data=[png(IMAGE)] if "P" in order else None,
+                video_data=[{"data": files[one], "fps": FPS} for one in order if one != "P"],
+                sampling_params={"temperature": 0, "max_new_tokens": 6, "ignore_eos": True},
+                return_prompt_token_ids=True,
+                return_logprob=True,
+                logprob_start_len=0,
+            )
+            ids, told = found["meta_info"]["prompt_token_ids"], found["meta_info"]["input_token_logprobs"]
+            assert engine.tokenizer.decode(ids).count("Frame1: ") == order.count("V") + order.count("W")
+            inputs = {"input_ids": torch.tensor([ids]), "pixel_values": torch.cat([shown[one] for one in order])}
+            with torch.inference_mode():
+                logits = theirs.model(**inputs).logits[0].float().log_softmax(-1)
+                more = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+                wanted = theirs.model.generate(**inputs, **more)[0, len(ids) :].tolist()
+            worst = max(abs(told[at + 1][0] - float(logits[at, one])) for at, one in enumerate(ids[1:]))
+            assert token in ids and worst < 1e-4, f"{order}: {worst}"
+            assert found["output_ids"] == wanted
 
 
 def test_reading_a_video_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

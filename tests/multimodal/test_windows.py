@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,7 @@ from phloem.core.errors import BadRequest
 from phloem.multimodal._speech import Speech
 from phloem.protocol.audio.body import language_code
 from phloem.protocol.audio.run import Segment, Transcript
-from phloem.protocol.audio.windows import Told, best, cuts, part_of, pieces
+from phloem.protocol.audio.windows import Doubts, Told, best, cuts, part_of, pieces
 from phloem.protocol.audio.words import begins, shared, split, timed
 from phloem.protocol.audio.write import written
 
@@ -83,6 +84,10 @@ def test_doubt_is_repetition_or_an_unlikely_text_but_not_silence() -> None:
     assert told("and so on " * 30, -0.1, 0.1).doubtful
     assert told("", -1.5, 0.9).silent and not told("", -1.5, 0.9).doubtful
     assert not told(plain, -0.3, 0.9).silent
+    strict, lax = Doubts(1.0, -0.1, 0.05), Doubts(99.0, -99.0, 1.0)
+    assert replace(told(plain, -0.3, 0.1), doubts=strict).silent
+    assert replace(told("and so on " * 30, -0.05, 0.1), doubts=strict).doubtful
+    assert not replace(told("and so on " * 30, -9.0, 0.9), doubts=lax).doubtful
     tries = [told(plain, -1.2, 0.1), told("and so on " * 30, -0.1, 0.1), told(plain, -3.0, 0.1)]
     assert best(tries) is tries[0] and best(tries[1:2]) is tries[1]
 

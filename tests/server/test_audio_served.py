@@ -100,6 +100,19 @@ def test_words_have_their_times(client: openai.OpenAI, url: str, engine: phloem.
     assert together["words"]
 
 
+def test_what_counts_as_silence_is_said_by_the_request(url: str) -> None:
+    silent: dict[str, Any] = {
+        "no_speech_threshold": 0,
+        "logprob_threshold": 0,
+        "temperature": 0.3,
+        "seed": 1,
+        "language": "en",
+    }
+    assert post(url, **silent).json()["text"] == ""
+    silent["no_speech_threshold"] = 1
+    assert post(url, **silent).json()["text"] != ""
+
+
 def test_sounds_of_a_few_samples_and_of_silence_have_no_words_or_some(engine: phloem.Engine) -> None:
     for samples in (sound(1 / 16_000) + 0.1, sound(0.01), sound(2.0) * 0):
         told = engine.transcribe(wav(samples), language="en", timestamp_granularities=["word"], seed=1)
@@ -171,6 +184,9 @@ def test_progress_comes_to_the_end(engine: phloem.Engine) -> None:
         ({"timestamp_granularities[]": "word"}, "timestamp_granularities"),
         ({"response_format": "verbose_json", "timestamp_granularities[]": "letter"}, "timestamp_granularities[0]"),
         ({"timestamp_granularities[]": "segment"}, "timestamp_granularities"),
+        ({"no_speech_threshold": "1.5"}, "no_speech_threshold"),
+        ({"logprob_threshold": "0.1"}, "logprob_threshold"),
+        ({"compression_ratio_threshold": "nan"}, "compression_ratio_threshold"),
         ({"colour": "green"}, "colour"),
         ({"chunking_strategy": "server_vad"}, "chunking_strategy"),
     ],

@@ -104,9 +104,9 @@ class Admission:
         made = await reader.read(item.pictures)
         if item.ids is not None:
             self._prompt(item)
-            ids = reader.with_ids(item.ids, made, lambda text: self.encode(text, False), where)
+            ids, made = reader.with_ids(item.ids, made, lambda text: self.encode(text, False), where)
         else:
-            text = reader.with_places(item.text or "", made, where)
+            text, made = reader.with_places(item.text or "", made, where)
             ids = await asyncio.to_thread(self.encode, text, item.add_special_tokens)
         return Prompt(*reader.grown(ids, made, where))
 

@@ -348,6 +348,11 @@ class ModelRunner:
             found["experts"] = self._mover.facts()
         return found if self._kernels is None else {**found, "kernels": self._kernels()}
 
+    def forget_pictures(self) -> None:
+        """Drop what the tower made of pictures, because its weights have changed. For `between`."""
+        if self._work.desk is not None:
+            self._work.desk.cache.clear()
+
     def drop_graphs(self) -> None:
         """Forget recorded steps because weights moved in memory. For `between`."""
         for way in self.recorded:

@@ -291,7 +291,12 @@ class Decoder(Layer):
         push = Push(self.index, self.checkpoint_name)
         push.add(tensors)
         push.prepare()
-        return push.install()
+        moved = push.install()
+        self.settle()
+        return moved
+
+    def settle(self) -> None:
+        """Weights have changed: make again what is made of them. Most models keep nothing of the kind."""
 
     def checkpoint_name(self, name: str) -> str | None:
         """Our name of a tensor in a safetensors file; None: knowingly left out. A family with other names overrides."""

@@ -23,7 +23,7 @@ from phloem.layers.weight import Layer, Weight
 from phloem.models._common import Decoder, DecoderConfig, renamed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -173,9 +173,7 @@ class SeeingDecoder(Decoder):
         super().load(checkpoint, progress)
         ids = torch.zeros(1, dtype=torch.int64, device=self.seeing.device)
         self.seeing.like = self.embed(ids).dtype
-        self.seeing.settle()
+        self.settle()
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:
-        moved = super().update_weights(tensors)
+    def settle(self) -> None:
         self.seeing.settle()
-        return moved

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
     from phloem.models._common import Decoder
 
-VISION = {"processor": "internvl", "image": "image_token_id"}
+# A video's frames are pictures of one tile.
+VISION = {"processor": "internvl", "image": "image_token_id", "video": "image_token_id"}
 DEFAULTS = {"image_token_id": 151667, "downsample_ratio": 0.5}
 TINY = {
     "model_type": "qwen2",

@@ -16,7 +16,7 @@ from phloem.models._index import WeightIndex
 from phloem.models._layer import LayerKind, MixerAlone, Plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor
 
@@ -133,12 +133,10 @@ class Whisper(Decoder):
 
     def load(self, checkpoint: Checkpoint, progress: Progress | None) -> None:
         super().load(checkpoint, progress)
-        self.ears.settle()
+        self.settle()
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:
-        moved = super().update_weights(tensors)
+    def settle(self) -> None:
         self.ears.settle()
-        return moved
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:

@@ -11,7 +11,7 @@ from phloem.core.errors import BadRequest
 from phloem.core.media import Media
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from phloem.multimodal import Picture, Processor
 
@@ -30,8 +30,10 @@ class Made:
         return (last + first).join(picture.text for picture, _ in self.parts)
 
 
-def with_places(text: str, made: Sequence[Made], processors: Mapping[str, Processor], where: str) -> str:
-    """The prompt with what stands for its media where their marks are.
+def with_places(
+    text: str, made: Sequence[Made], processors: Mapping[str, Processor], where: str
+) -> tuple[str, list[Made]]:
+    """The prompt with what stands for its media where their marks are, and these in its order.
 
     Args:
         made: of each kind in the order of its marks.
@@ -46,8 +48,9 @@ def with_places(text: str, made: Sequence[Made], processors: Mapping[str, Proces
             text = text.replace(usual, processors[kind].inline)  # what programs write that know no model
     pattern = "|".join(re.escape(mark) for mark in marks.values())
     found = re.findall(pattern, text)
-    rest = _orders(made, [_kind_of(mark, marks) for mark in found], marks, where)
-    return re.sub(pattern, lambda _: (one := next(rest)).text(processors[one.kind]), text)
+    ordered = _ordered(made, [_kind_of(mark, marks) for mark in found], marks, where)
+    rest = iter(ordered)
+    return re.sub(pattern, lambda _: (one := next(rest)).text(processors[one.kind]), text), ordered
 
 
 def with_ids(
@@ -56,7 +59,7 @@ def with_ids(
     processors: Mapping[str, Processor],
     encode: Callable[[str], list[int]],
     where: str,
-) -> list[int]:
+) -> tuple[list[int], list[Made]]:
     """As `with_places`, of a prompt of token ids."""
     marks = {kind: one.mark for kind, one in processors.items()}
     tokens = {kind: encode(mark) for kind, mark in marks.items()}
@@ -72,18 +75,18 @@ def with_ids(
         kinds.append(kind)
         pieces.append([])
         at += len(tokens[kind])
-    rest = _orders(made, kinds, marks, where)
+    ordered = _ordered(made, kinds, marks, where)
     found = pieces[0]
-    for one, piece in zip(rest, pieces[1:], strict=True):
+    for one, piece in zip(ordered, pieces[1:], strict=True):
         found = found + encode(one.text(processors[one.kind])) + piece
-    return found
+    return found, ordered
 
 
 def _kind_of(mark: str, marks: Mapping[str, str]) -> str:
     return next(kind for kind, own in marks.items() if own == mark)
 
 
-def _orders(made: Sequence[Made], kinds: list[str], marks: Mapping[str, str], where: str) -> Iterator[Made]:
+def _ordered(made: Sequence[Made], kinds: list[str], marks: Mapping[str, str], where: str) -> list[Made]:
     for kind, mark in marks.items():
         own, places = sum(one.kind == kind for one in made), kinds.count(kind)
         if own != places:
@@ -91,17 +94,21 @@ def _orders(made: Sequence[Made], kinds: list[str], marks: Mapping[str, str], wh
             message = f"the prompt has {places} places for {what} ({mark}), the request {own} {what}"
             raise BadRequest(message, param=where)
     rest = {kind: iter([one for one in made if one.kind == kind]) for kind in marks}
-    return iter([next(rest[kind]) for kind in kinds])
+    return [next(rest[kind]) for kind in kinds]
 
 
 def grown(ids: list[int], made: Sequence[Made], tokens: Mapping[str, int], where: str) -> tuple[list[int], list[Media]]:
     """The prompt with as many placeholders as its media take, and what the engine is told of them.
 
+    Args:
+        made: in the order of the prompt: kinds may share a placeholder.
+
     Raises:
         BadRequest: it has placeholders of its own.
     """
     waiting = {
-        token: iter([part for one in made if one.kind == kind for part in one.parts]) for kind, token in tokens.items()
+        token: iter([part for one in made if tokens[one.kind] == token for part in one.parts])
+        for token in tokens.values()
     }
     found: list[int] = []
     media: list[Media] = []

@@ -198,13 +198,14 @@ class MediaReader:
 
     # into prompts
 
-    def with_places(self, text: str, made: Sequence[Made], where: str) -> str:
-        """The prompt with what stands for its media where their marks are. Raises BadRequest: other numbers."""
+    def with_places(self, text: str, made: Sequence[Made], where: str) -> tuple[str, list[Made]]:
+        """The prompt with what stands for its media where their marks are, and these in its order. Raises BadRequest:
+        other numbers."""
         return with_places(text, made, self.processors, where)
 
     def with_ids(
         self, ids: Sequence[int], made: Sequence[Made], encode: Callable[[str], list[int]], where: str
-    ) -> list[int]:
+    ) -> tuple[list[int], list[Made]]:
         """As `with_places`, of a prompt of token ids."""
         return with_ids(ids, made, self.processors, encode, where)
 

@@ -1,4 +1,5 @@
-"""InternVL: a picture in the grid of tiles that is nearest to its shape, and the whole of it as one more tile."""
+"""InternVL: a picture in the grid of tiles that is nearest to its shape, and the whole of it as one more tile;
+videos of tiles."""
 
 from __future__ import annotations
 
@@ -7,7 +8,11 @@ from typing import Any
 import numpy as np
 
 from phloem.multimodal import Facts, Picture, Processor
-from phloem.multimodal._pixels import CLIP_MEAN, CLIP_STD, as_array, resized, scale_of
+from phloem.multimodal._aside import Film
+from phloem.multimodal._pixels import CLIP_MEAN, CLIP_STD, MOST_PIXELS, as_array, resized, scale_of
+from phloem.multimodal._video import MOST_FRAMES
+
+USUAL_FRAMES = 8
 
 
 class GridPictures:
@@ -48,5 +53,30 @@ class GridPictures:
         return best
 
 
+class TileVideos(GridPictures):
+    """Each frame as a tile, with its number in front."""
+
+    def __init__(self, facts: Facts) -> None:
+        super().__init__(facts)
+        self.shown = {**self.settings, **facts.video}
+        self.scale = scale_of(self.shown, CLIP_MEAN, CLIP_STD)
+        self.picture, self.mark = self.placeholder, "<video>"
+        self.inline = self.mark + "\n"
+
+    def make(self, source: Film, /) -> Picture:
+        number, fps = source.wanted.num_frames, source.wanted.fps
+        if number is None and fps is None:
+            number, fps = self.shown.get("num_frames"), self.shown.get("fps")
+        count = int(number or USUAL_FRAMES) if fps is None else int(source.total / source.fps * float(fps))
+        count = max(1, min(count, source.total, MOST_FRAMES))
+        if count * self.tile**2 > MOST_PIXELS:
+            raise ValueError(f"{count} frames have more than {MOST_PIXELS} pixels in all: ask for fewer")
+        # From the middle of as many parts.
+        indices = ((np.arange(count) + 0.5) * (source.total / count)).astype(int).tolist()
+        pixels = source.frames(indices, self.tile, self.tile, self.shown)
+        text = "\n".join(f"Frame{number}: <img>{self.picture}</img>" for number in range(1, count + 1))
+        return Picture(pixels, self.scale, text, (self.tokens,) * count)
+
+
 def build(facts: Facts) -> dict[str, Processor]:
-    return {"image": GridPictures(facts)}
+    return {"image": GridPictures(facts), "video": TileVideos(facts)}

@@ -95,6 +95,7 @@ class Keeper(updates.Keeper):
     def __init__(self, runner: ModelRunner, model: Decoder, checkpoint: Checkpoint, version: str, backup: bool) -> None:
         self.version, self.epoch, self.unfit, self.asleep = version, 0, "", frozenset[str]()
         self._runner, self._index, self._rename = runner, model.index, model.checkpoint_name
+        self._settle = model.settle
         self._backup, self._model_type = backup, checkpoint.model_type
         self._origin: tuple[Checkpoint, Any] | None = (checkpoint, state_of(checkpoint))  # what is in memory, on disk
         self._read: tuple[Checkpoint, Any] | None = None  # whose whole the update brings
@@ -215,6 +216,8 @@ class Keeper(updates.Keeper):
         assert push is not None
         if push.install():
             self._runner.drop_graphs()
+        self._settle()
+        self._runner.forget_pictures()
 
     def changed(self, version: str | None, error: Exception | None = None) -> None:
         push, self._ready = self._ready, None

@@ -8,6 +8,7 @@ import msgspec
 
 from phloem.core.errors import BadRequest
 from phloem.protocol.audio.languages import LANGUAGES
+from phloem.protocol.audio.windows import Doubts
 from phloem.protocol.body import Body
 
 Format = Literal["json", "text", "srt", "verbose_json", "vtt"]
@@ -23,6 +24,14 @@ class _Audio(Body):
     response_format: Format = "json"
     temperature: Temperature = 0.0
     seed: int | None = None
+    # As Whisper's own program and transformers call them.
+    compression_ratio_threshold: Annotated[float, msgspec.Meta(ge=0)] = 2.4
+    logprob_threshold: Annotated[float, msgspec.Meta(le=0)] = -1.0
+    no_speech_threshold: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.6
+
+    @property
+    def doubts(self) -> Doubts:
+        return Doubts(self.compression_ratio_threshold, self.logprob_threshold, self.no_speech_threshold)
 
     @property
     def temperatures(self) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ from phloem.core.errors import BadRequest
 from phloem.core.request import Align, SamplingParams
 from phloem.multimodal._audio import FRAMES_PER_SECOND, Heard, hear
 from phloem.protocol.audio.body import TranscriptionBody, TranslationBody, language_code
-from phloem.protocol.audio.windows import Piece, Told, best, cuts, part_of, pieces
+from phloem.protocol.audio.windows import Doubts, Piece, Told, best, cuts, part_of, pieces
 from phloem.protocol.audio.words import Word, begins, shared, split, timed
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Asked:
     seed: int | None = None
     words: bool = False  # with their times
     segments: bool = True  # are told
+    doubts: Doubts = Doubts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +231,7 @@ class Transcriber:
             temperature,
             sum(values) / max(1, len(values)),
             math.exp(silence),
+            asked.doubts,
         )
 
     def _item(self, window: bytes, asked: Asked, prompt: list[int], started: int, temperature: float) -> Item:
@@ -303,7 +305,7 @@ def _add(found: Transcript, more: list[Segment], done: int) -> None:
 def asked_of(body: TranscriptionBody | TranslationBody) -> Asked:
     """What a body asks for."""
     if isinstance(body, TranslationBody):
-        return Asked("translate", None, body.prompt or "", body.temperatures, seed=body.seed)
+        return Asked("translate", None, body.prompt or "", body.temperatures, seed=body.seed, doubts=body.doubts)
     together = body.chunking_strategy is not None
     grains = body.timestamp_granularities or ["segment"]
     return Asked(
@@ -316,6 +318,7 @@ def asked_of(body: TranscriptionBody | TranslationBody) -> Asked:
         seed=body.seed,
         words="word" in grains,
         segments="segment" in grains,
+        doubts=body.doubts,
     )
 
 

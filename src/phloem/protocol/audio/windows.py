@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
     from phloem.multimodal._speech import Speech
 
-TOO_REGULAR = 2.4  # a text that deflate makes so much shorter repeats itself
-UNLIKELY = -1.0  # mean log probability of a token
-SILENT = 0.6  # probability that nobody speaks
 QUIET_FRAMES, SEARCHED_FRAMES = 10, 300  # the quietest 100 ms of a window's last three seconds
 
 
@@ -39,6 +36,15 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Doubts:
+    """What makes a window's transcript doubtful, or leaves it out."""
+
+    regular: float = 2.4  # a text that deflate makes so much shorter repeats itself
+    unlikely: float = -1.0  # mean log probability of a token
+    silent: float = 0.6  # probability that nobody speaks
+
+
+@dataclass(frozen=True, slots=True)
 class Told:
     """What became of one window at one temperature."""
 
@@ -47,6 +53,7 @@ class Told:
     temperature: float
     mean_logprob: float
     no_speech: float
+    doubts: Doubts = Doubts()
 
     @property
     def compression(self) -> float:
@@ -56,17 +63,25 @@ class Told:
 
     @property
     def silent(self) -> bool:
-        return self.no_speech > SILENT and self.mean_logprob < UNLIKELY
+        return self.no_speech > self.doubts.silent and self.unlikely
+
+    @property
+    def unlikely(self) -> bool:
+        return self.mean_logprob < self.doubts.unlikely
+
+    @property
+    def repeats(self) -> bool:
+        return self.compression > self.doubts.regular
 
     @property
     def doubtful(self) -> bool:
         """Worth another try at a higher temperature."""
-        return not self.silent and (self.compression > TOO_REGULAR or self.mean_logprob < UNLIKELY)
+        return not self.silent and (self.repeats or self.unlikely)
 
 
 def best(tries: Sequence[Told]) -> Told:
     """Of doubtful transcripts the one to keep: the most likely that does not repeat itself, or else the last."""
-    sound = [told for told in tries if told.compression <= TOO_REGULAR]
+    sound = [told for told in tries if not told.repeats]
     return max(sound, key=lambda told: told.mean_logprob) if sound else tries[-1]
 
 

@@ -191,9 +191,10 @@ def defaults(text: str | None) -> dict[str, Any]:
         found = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{where}: not JSON: {error}", param=where) from None
-    known = {"size": str, "steps": int, "guidance_scale": int | float, "max_pixels": int}
+    known: dict[str, Any] = {"size": str, "steps": int, "guidance_scale": int | float, "max_pixels": int}
     known |= {"frames": int, "max_frames": int, "fps": int | float}
-    least = {"steps": 1, "guidance_scale": 0, "max_pixels": 1, "frames": 1, "max_frames": 1, "fps": 0.1}
+    least: dict[str, float] = {"steps": 1, "guidance_scale": 0, "max_pixels": 1}
+    least |= {"frames": 1, "max_frames": 1, "fps": 0.1}
     if not isinstance(found, dict) or set(found) - set(known):
         raise ConfigError(f"{where}: expected a JSON object with {', '.join(known)}", param=where)
     for name, value in found.items():

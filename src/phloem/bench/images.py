@@ -18,12 +18,18 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from phloem.bench._report import context, percentile, write_line
+from phloem.checkpoint.pictures import pictures_of
 from phloem.cli._options import parse
 from phloem.client.start import make_client
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest
-from phloem.core.messages import Draw
+from phloem.core.messages import Draw, FromEngine, Painted
+from phloem.diffusion import models
+from phloem.diffusion.engine import Settings, Studio
+from phloem.diffusion.family import Family
 from phloem.launch.door import EngineDoor, beginning
 from phloem.launch.thread import EngineThread
 from phloem.testing.pictures import KINDS, tiny_pictures
@@ -53,6 +59,7 @@ class Options:
     steps: int = opt(20, "Denoising steps of each.")
     family: str = opt("flux", "Which tiny folder is made where none is named.")
     rounds: int = opt(1, "Rounds of both, in turn.")
+    step_caches: str | None = opt(None, "Instead: what first-block caches cost and save, such as 0.05,0.1.")
     output: str | None = opt(None, "File to append JSON lines to.")
 
 
@@ -69,6 +76,9 @@ def main(argv: list[str]) -> int:
             defaults = json.dumps({"size": options.size, "max_pixels": sides[0] * sides[1], "steps": options.steps})
             made = tiny_pictures(Path(folder), options.family)
             config = config.with_(model_path=str(made), image_defaults=config.images.image_defaults or defaults)
+        if options.step_caches:
+            _caches(config, options)
+            return 0
         for _ in range(options.rounds):
             found = [_ours(config, options), _theirs(config, options)]
             what = config.model.model_path if named else f"a tiny {options.family} with random weights"
@@ -80,10 +90,62 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _caches(config: Config, options: Options) -> None:
+    """Print for each threshold how far latents and pixels are from those without a cache, and what was not computed."""
+    found = pictures_of(Path(config.model.model_path))
+    if found is None:
+        raise BadRequest("step_caches: the model path is no folder with a model_index.json")
+    torch.set_num_threads(config.runtime.threads or available_cores())
+    cpu = torch.device("cpu")
+    painter, why = models.choose(models.load(found, cpu, torch.float32, False), cpu, torch.float32, {})
+    if not isinstance(painter, Family) or not painter.facts.caches:
+        raise BadRequest(f"step_caches: {why.reason}; it has no step cache")
+    thresholds = [float(one) for one in (options.step_caches or "").split(",")]
+    draws = _draws(options)[: len(PROMPTS)]
+    exact, base = _drawn(painter, draws, 0.0)
+    print(f"{len(draws)} pictures of {options.size}, {options.steps} steps, without a cache: {base:.2f} s")
+    for threshold in thresholds:
+        for cache in painter.step_caches:
+            cache.saved = cache.asked = 0
+        made, seconds = _drawn(painter, draws, threshold)
+        saved, asked = (sum(one) for one in zip(*((c.saved, c.asked) for c in painter.step_caches), strict=True))
+        far = max(float((one - other).norm() / other.norm()) for one, other in zip(made, exact, strict=True))
+        record = {"threshold": threshold, "saved_blocks": saved, "blocks": asked, "latent_difference": far}
+        share = saved / max(1, asked)
+        print(f"threshold {threshold:g}: {share:6.1%} of blocks saved, latents differ by {far:.4f}, {seconds:.2f} s")
+        print(json.dumps({**record, "seconds": seconds}), flush=True)
+
+
+def _drawn(painter: Family, draws: list[Draw], threshold: float) -> tuple[list[torch.Tensor], float]:
+    """(the last latents of each, seconds); one after the other."""
+    found: dict[str, torch.Tensor] = {}
+    errors: list[str] = []
+    studio = Studio(painter, Settings(1, step_cache=threshold), lambda told: _note(told, errors))
+    begun = perf_counter()
+    for draw in draws:
+        studio.submit(draw)
+    while studio.step():
+        found |= {job.id: job.latents for job in studio.jobs.values() if job.latents is not None}
+    if errors:
+        raise BadRequest(errors[0])
+    return [found[draw.id] for draw in draws], perf_counter() - begun
+
+
+def _note(told: FromEngine, errors: list[str]) -> None:
+    if isinstance(told, Painted) and told.error:
+        errors.append(told.error)
+
+
 def _check(options: Options) -> None:
     """Raises BadRequest."""
     if re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", options.size) is None:
         raise BadRequest(f"size: {options.size!r} is not WIDTHxHEIGHT, such as 64x64")
+    try:
+        wrong = [one for one in (options.step_caches or "1").split(",") if not 0 < float(one) < inf]
+    except ValueError:
+        wrong = [options.step_caches]
+    if wrong:
+        raise BadRequest(f"step_caches: {options.step_caches!r} are no thresholds above 0, such as 0.05,0.1")
     for name, value in (("requests", options.requests), ("steps", options.steps), ("rounds", options.rounds)):
         if value < 1:
             raise BadRequest(f"{name}: {value} must be above 0")
@@ -148,7 +210,6 @@ async def _one(client: EngineClient, draw: Draw, at: float) -> float:
 def _theirs(config: Config, options: Options) -> dict[str, Any]:
     """The pipeline's own loop; a picture that is asked for while another is drawn waits for its turn."""
     import diffusers
-    import torch
 
     torch.set_num_threads(config.runtime.threads or available_cores())
     library: Any = diffusers

@@ -82,6 +82,7 @@ class Draw(Message):
     guidance_2: float | None = None  # in the second half of models that have two
     negative: str | None = None
     previews: int = 0
+    step_cache: float | None = None  # threshold of the first-block cache; 0: none
     film: bool = False
     frames: int = 0  # of a film
     pictures: list[Pixels] = []  # what is to be changed, or how a film begins

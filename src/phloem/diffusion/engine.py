@@ -46,6 +46,7 @@ class Settings:
     most: int = 64
     most_waiting: int = 4096
     alone: bool = False
+    step_cache: float = 0.0  # threshold, where requests say nothing
 
 
 class Studio:
@@ -152,6 +153,9 @@ class Studio:
         shown = job.draw.pictures if painter.reads_pictures else []
         job.conditions = [self.conditions.of(text, shown) for text in texts]
         painter.prepare(job)
+        threshold = self.settings.step_cache if job.draw.step_cache is None else job.draw.step_cache
+        if threshold > 0:
+            painter.cache_steps(job, threshold)
         if job.seen is not None and job.seen.shapes:  # tokens beside its own
             job.tokens += len(job.conditions) * job.seen.latents.shape[0]
         job.stage = Stage.DENOISE

@@ -8,8 +8,9 @@ Names carry shapes: `L` tokens of latents, `C` channels, `H`, `W` sides, `S` tok
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.diffusion.request import Condition, Facts, Guidance, Seen
+from phloem.diffusion.step_cache import Kept, StepCache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +45,7 @@ class Row:
     width: int
     height: int
     seen: Seen | None = None
+    kept: tuple[Kept, ...] = ()  # by its step cache, for each transformer
 
 
 class Family:
@@ -54,6 +57,7 @@ class Family:
     """
 
     mixed_sizes: ClassVar[bool] = False  # rows of different sizes in one forward pass
+    block_lists: ClassVar[tuple[str, ...]] = ()  # of the transformer, where a step cache may stand between them
     reads_pictures: ClassVar[bool] = False  # the text's encoder sees the pictures that came with it
     schedulers: ClassVar[tuple[str, ...]] = ("FlowMatchEulerDiscreteScheduler",)
 
@@ -62,9 +66,11 @@ class Family:
         self.transformer, self.vae, self.scheduler = pipe.transformer, pipe.vae, pipe.scheduler
         self._call = inspect.signature(pipe.__call__).parameters
         self.max_text = int(self.default("max_sequence_length", 512))
+        self.step_caches: list[StepCache] = []  # one for each transformer, once anybody asks
         self._schedules: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
         name = type(self).__module__.rsplit(".", 1)[-1]
-        self.facts = self.known(facts_of(name, self.grid, self.usual_side(), self._call, defaults), defaults)
+        facts = facts_of(name, self.grid, self.usual_side(), self._call, defaults)
+        self.facts = self.known(replace(facts, caches=bool(self.block_lists)), defaults)
 
     # --- what a family may say
 
@@ -95,6 +101,21 @@ class Family:
     def encode_seeing(self, text: str, pictures: Sequence[Pixels]) -> Condition:
         """Of families whose text encoder sees."""
         raise NotImplementedError
+
+    def transformers(self) -> list[Any]:
+        return [self.transformer]
+
+    def cache_steps(self, job: Job, threshold: float) -> None:
+        """Let a job's rows keep what their blocks add."""
+        if not self.step_caches:
+            self.step_caches = [StepCache(model, self.block_lists) for model in self.transformers()]
+        job.kept = [tuple(Kept(threshold) for _ in self.step_caches) for _ in job.conditions]
+
+    def cached(self, rows: Sequence[Row], model: int = 0) -> contextlib.AbstractContextManager[None]:
+        """Around the call of a transformer."""
+        if not any(row.kept for row in rows):
+            return contextlib.nullcontext()
+        return self.step_caches[model].rows(rows, model)
 
     def prepare(self, job: Job) -> None:
         """What a job needs for its first step, beside its conditions."""
@@ -202,8 +223,8 @@ def rows_of(job: Job) -> list[Row]:
     """The prompt's row, and the negative one where the picture is guided by two."""
     assert job.latents is not None
     return [
-        Row(job.latents, job.times[job.step], condition, job.guidance.embedded, job.width, job.height, job.seen)
-        for condition in job.conditions
+        Row(job.latents, job.times[job.step], condition, job.guidance.embedded, job.width, job.height, job.seen, kept)
+        for condition, kept in zip(job.conditions, job.kept or [()] * len(job.conditions), strict=True)
     ]
 
 

@@ -13,6 +13,8 @@ from phloem.core.messages import Draw
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from phloem.diffusion.step_cache import Kept
+
 MAX_STEPS = 1000
 MAX_SIDE = 16384  # pixels
 
@@ -41,6 +43,7 @@ class Facts:
     pictures: int = 0  # that may come with a request
     needs_pictures: bool = False
     masks: bool = False
+    caches: bool = False  # steps may leave blocks out
 
     def check(self, draw: Draw) -> None:
         """Whether this is what the model makes, of what it takes. Raises BadRequest."""
@@ -54,6 +57,8 @@ class Facts:
         if self.needs_pictures and not count:
             where = "" if draw.film else ": use /v1/images/edits"
             raise BadRequest(f"{name}: this model begins with a picture, which is missing{where}", param=name)
+        if draw.step_cache and not self.caches:
+            raise BadRequest("cache: this model has no step cache", param="cache", code="not_supported")
         if draw.mask is not None and not self.masks:
             raise BadRequest("mask: this model takes none", param="mask", code="not_supported")
 
@@ -180,6 +185,7 @@ class Job:
     conditions: list[Condition] = field(default_factory=list)
     seen: Seen | None = None
     latents: Tensor | None = None
+    kept: list[tuple[Kept, ...]] = field(default_factory=list)  # by step caches, for each row
     stepper: Any = None  # a scheduler of diffusers that knows this job's past, of families whose steps have one
     sigmas: list[float] = field(default_factory=list)
     times: list[float] = field(default_factory=list)

@@ -69,6 +69,9 @@ class PictureCore:
         painter, who = models.choose(pipe, platform.device, dtype, wanted)
         if wanted:
             check_fit(painter)
+        if not 0 <= images.image_step_cache < inf or (images.image_step_cache and not painter.facts.caches):
+            why = "above 0 for a model without step caches" if not painter.facts.caches else "not a threshold"
+            raise ConfigError(f"image_step_cache: {images.image_step_cache} is {why}", param="image_step_cache")
         decisions = [chosen, Decision("dtype", str(dtype).removeprefix("torch."), why), who]
         alone = config.runtime.ops == "invariant"
         budget, reason = 0, "one picture at a time"
@@ -89,6 +92,7 @@ class PictureCore:
             most=schedule.max_running_requests or 64,
             most_waiting=schedule.max_queued_requests,
             alone=alone,
+            step_cache=images.image_step_cache,
         )
         assert settings.policy in POLICIES
         self._send = send
@@ -189,14 +193,8 @@ def defaults(text: str | None) -> dict[str, Any]:
         raise ConfigError(f"{where}: not JSON: {error}", param=where) from None
     known: dict[str, Any] = {"size": str, "steps": int, "guidance_scale": int | float, "max_pixels": int}
     known |= {"frames": int, "max_frames": int, "fps": int | float}
-    least: dict[str, float] = {
-        "steps": 1,
-        "guidance_scale": 0,
-        "max_pixels": 1,
-        "frames": 1,
-        "max_frames": 1,
-        "fps": 0.1,
-    }
+    least: dict[str, float] = {"steps": 1, "guidance_scale": 0, "max_pixels": 1}
+    least |= {"frames": 1, "max_frames": 1, "fps": 0.1}
     if not isinstance(found, dict) or set(found) - set(known):
         raise ConfigError(f"{where}: expected a JSON object with {', '.join(known)}", param=where)
     for name, value in found.items():

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 class Flux(Family):
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
+
     def guidance(self, draw: Draw) -> Guidance:
         true = negative_by_scale(draw, "true_cfg_scale", None)
         distilled = self.transformer.config.guidance_embeds
@@ -42,16 +44,17 @@ class Flux(Family):
         states_BSE = torch.stack([row.condition.states_SE for row in rows]).to(self.dtype)
         pooled = [row.condition.pooled_E for row in rows]
         guidance = torch.tensor([row.embedded for row in rows], dtype=torch.float32, device=self.device)
-        v_BLC = self.transformer(
-            hidden_states=beside(rows, latents_BLC),
-            timestep=self.times(rows).to(self.dtype) / TIMES,
-            guidance=guidance if self.transformer.config.guidance_embeds else None,
-            pooled_projections=torch.stack([item for item in pooled if item is not None]).to(self.dtype),
-            encoder_hidden_states=states_BSE,
-            txt_ids=torch.zeros(states_BSE.shape[1], 3, device=self.device, dtype=self.dtype),
-            img_ids=self._all_places(first),
-            return_dict=False,
-        )[0]
+        with self.cached(rows):
+            v_BLC = self.transformer(
+                hidden_states=beside(rows, latents_BLC),
+                timestep=self.times(rows).to(self.dtype) / TIMES,
+                guidance=guidance if self.transformer.config.guidance_embeds else None,
+                pooled_projections=torch.stack([item for item in pooled if item is not None]).to(self.dtype),
+                encoder_hidden_states=states_BSE,
+                txt_ids=torch.zeros(states_BSE.shape[1], 3, device=self.device, dtype=self.dtype),
+                img_ids=self._all_places(first),
+                return_dict=False,
+            )[0]
         return list(v_BLC[:, : latents_BLC.shape[1]].float())
 
     def _all_places(self, row: Row) -> Tensor:

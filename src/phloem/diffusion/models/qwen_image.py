@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 class QwenImage(Family):
+    block_lists = ("transformer_blocks",)
+
     def guidance(self, draw: Draw) -> Guidance:
         if draw.guidance is not None:
             raise BadRequest("guidance_scale: this model is guided by true_cfg_scale", param="guidance_scale")
@@ -49,15 +51,16 @@ class QwenImage(Family):
         mask = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
         first, latents_BLC = rows[0], self.stack(rows)
         shapes = [(first.height // self.grid, first.width // self.grid), *(first.seen.shapes if first.seen else ())]
-        v_BLC = self.transformer(
-            hidden_states=beside(rows, latents_BLC),
-            timestep=self.times(rows).to(self.dtype) / TIMES,
-            guidance=None,
-            encoder_hidden_states=states_BSE,
-            encoder_hidden_states_mask=None if min(lengths) == longest else mask.to(self.device),
-            img_shapes=[[(1, *shape) for shape in shapes]] * len(rows),
-            return_dict=False,
-        )[0]
+        with self.cached(rows):
+            v_BLC = self.transformer(
+                hidden_states=beside(rows, latents_BLC),
+                timestep=self.times(rows).to(self.dtype) / TIMES,
+                guidance=None,
+                encoder_hidden_states=states_BSE,
+                encoder_hidden_states_mask=None if min(lengths) == longest else mask.to(self.device),
+                img_shapes=[[(1, *shape) for shape in shapes]] * len(rows),
+                return_dict=False,
+            )[0]
         return list(v_BLC[:, : latents_BLC.shape[1]].float())
 
     def latents_CHW(self, latents: Tensor, width: int, height: int) -> Tensor:

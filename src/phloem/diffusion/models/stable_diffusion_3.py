@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 class StableDiffusion3(Family):
+    block_lists = ("transformer_blocks",)
+
     @property
     def grid(self) -> int:
         return int(self.pipe.vae_scale_factor) * int(self.transformer.config.patch_size)
@@ -55,13 +57,14 @@ class StableDiffusion3(Family):
 
     def forward(self, rows: Sequence[Row]) -> list[Tensor]:
         pooled = [row.condition.pooled_E for row in rows]
-        v_BCHW = self.transformer(
-            hidden_states=self.stack(rows),
-            timestep=self.times(rows),
-            encoder_hidden_states=torch.stack([row.condition.states_SE for row in rows]).to(self.dtype),
-            pooled_projections=torch.stack([item for item in pooled if item is not None]).to(self.dtype),
-            return_dict=False,
-        )[0]
+        with self.cached(rows):
+            v_BCHW = self.transformer(
+                hidden_states=self.stack(rows),
+                timestep=self.times(rows),
+                encoder_hidden_states=torch.stack([row.condition.states_SE for row in rows]).to(self.dtype),
+                pooled_projections=torch.stack([item for item in pooled if item is not None]).to(self.dtype),
+                return_dict=False,
+            )[0]
         return list(v_BCHW.float())
 
 

@@ -30,6 +30,7 @@ FPS, FPS_5B = 16.0, 24.0  # as the model cards have it
 
 
 class Wan(Family):
+    block_lists = ("blocks",)
     schedulers = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
 
     def __init__(self, pipe: Any, *args: Any) -> None:
@@ -128,21 +129,25 @@ class Wan(Family):
         low = [at for at, row in enumerate(rows) if self._low is not None and row.time < self._boundary]
         high = [at for at in range(len(rows)) if at not in low]
         found: dict[int, Tensor] = {}
-        for places, model in ((high, self.transformer), (low, self._low)):
+        for model, places in enumerate((high, low)):
             if places:
                 found |= zip(places, self._of(model, [rows[at] for at in places]), strict=True)
         return [found[at] for at in range(len(rows))]
 
-    def _of(self, model: Any, rows: Sequence[Row]) -> list[Tensor]:
+    def transformers(self) -> list[Any]:
+        return [self.transformer] if self._low is None else [self.transformer, self._low]
+
+    def _of(self, model: int, rows: Sequence[Row]) -> list[Tensor]:
         embeds = [row.seen.embeds_SE for row in rows if row.seen is not None and row.seen.embeds_SE is not None]
         latents_BCFHW = torch.stack([self._input(row) for row in rows]).to(self.dtype)
-        v_BCFHW = model(
-            hidden_states=latents_BCFHW,
-            timestep=self._times_of(rows),
-            encoder_hidden_states=torch.stack([row.condition.states_SE for row in rows]).to(self.dtype),
-            encoder_hidden_states_image=torch.stack(embeds).to(self.dtype) if embeds else None,
-            return_dict=False,
-        )[0]
+        with self.cached(rows, model):
+            v_BCFHW = self.transformers()[model](
+                hidden_states=latents_BCFHW,
+                timestep=self._times_of(rows),
+                encoder_hidden_states=torch.stack([row.condition.states_SE for row in rows]).to(self.dtype),
+                encoder_hidden_states_image=torch.stack(embeds).to(self.dtype) if embeds else None,
+                return_dict=False,
+            )[0]
         return list(v_BCFHW.float())
 
     def _input(self, row: Row) -> Tensor:

@@ -24,6 +24,13 @@ _OF_FILMS = Later("video", (), "pictures have none; /v1/videos makes films")
 _VIDEO = dict.fromkeys(("num_frames", "fps", "seconds", "guidance_scale_2", "input_reference"), _OF_FILMS)
 
 
+class StepCacheBody(Body, kw_only=True):
+    """`cache`: blocks are left out of steps that change little."""
+
+    kind: Literal["first_block", "none"] = "first_block"
+    threshold: float = 0.08
+
+
 class PictureFields(Body, kw_only=True):
     """What a picture and a film are asked for with."""
 
@@ -38,12 +45,15 @@ class PictureFields(Body, kw_only=True):
     true_cfg_scale: float | None = None
     max_sequence_length: Int32 | None = None
     flow_shift: float | None = None
+    cache: StepCacheBody | None = None
     user: str | None = None
 
     def check_fields(self) -> None:
         """Raises BadRequest."""
         for name, scale in (("guidance_scale", self.guidance_scale), ("true_cfg_scale", self.true_cfg_scale)):
             within(name, scale, 0, MAX_SCALE)
+        if self.cache is not None:
+            within("cache.threshold", self.cache.threshold, 0, 1)
         for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
             if text is not None and len(text) > MAX_PROMPT:
                 raise BadRequest(f"{name}: {len(text)} characters, at most {MAX_PROMPT} are read", param=name)
@@ -61,7 +71,13 @@ class PictureFields(Body, kw_only=True):
             guidance=self.guidance_scale,
             true_cfg=self.true_cfg_scale,
             negative=self.negative_prompt,
+            step_cache=self._threshold(),
         )
+
+    def _threshold(self) -> float | None:
+        if self.cache is None:
+            return None
+        return self.cache.threshold if self.cache.kind == "first_block" else 0.0
 
     def _size(self) -> tuple[int, int]:
         """(width, height); 0: the model's own."""

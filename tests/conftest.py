@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -13,6 +14,18 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Test processes side by side: more threads of torch than one in each spin in each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What collection makes stays to the end: no looking for garbage while it is made, nor in it later.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries complain of what is left behind
 
 
 # So many cases of one test are in the fast tier, evenly spaced; the others are `slow`.

@@ -82,6 +82,7 @@ def test_hot_experts_move_to_the_device_between_steps(folder: Path, monkeypatch:
     assert [len(row) for row in facts["counts"]] == [6, 6, 6]
 
 
+@pytest.mark.slow
 def test_counts_decide_which_experts_stay(folder: Path, tmp_path: Path) -> None:
     path = checkpoint(folder, "qwen3_moe")
     counts = [[1, 2, 3, 4, 5, 6]] * 3
@@ -91,6 +92,7 @@ def test_counts_decide_which_experts_stay(folder: Path, tmp_path: Path) -> None:
     assert got and "frequency" in told(info)["device_experts"]
 
 
+@pytest.mark.slow
 def test_a_method_that_says_another_stored_format_is_refused(tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
     plain = tiny_checkpoint("qwen3_moe", tmp_path / "plain", **sizes)

@@ -160,6 +160,7 @@ def test_counts_beyond_every_text_bound_nothing() -> None:
     assert admits('{"type": "array", "maxItems": 1e30, "items": {"type": "null"}}')("[null]")
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.integers(-(2**66), 2**66) | st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.booleans())
 def test_inward_is_inward_however_a_double_is_read(value: int | float, up: bool, whole: bool) -> None:

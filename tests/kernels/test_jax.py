@@ -143,6 +143,7 @@ def test_a_step_that_cannot_be_compiled_leaves_the_caches_as_they_were() -> None
     assert function([torch.ones(4)]).tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_without_jax_its_platforms_say_what_installs_it() -> None:
     code = (
         "import importlib.util as u, sys; find = u.find_spec\n"

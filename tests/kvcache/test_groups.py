@@ -298,7 +298,7 @@ class Lives(RuleBasedStateMachine):
 Lives.TestCase.settings = settings(
     max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
-TestLives = Lives.TestCase
+TestLives = pytest.mark.slow(Lives.TestCase)
 
 
 def run(cache: CacheManager, tokens: list[int], chunk: int = 1 << 20) -> tuple[int, int]:

@@ -316,6 +316,7 @@ def test_open_files_stay_few_whatever_is_read(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) <= before - 1
 
 
+@pytest.mark.slow
 def test_readers_and_a_writer_at_once_read_what_was_written_or_nothing(tmp_path: Path) -> None:
     store = disk_in(tmp_path, most=48 * BLOCK)
     wrong: list[int] = []

@@ -241,6 +241,7 @@ def test_a_slow_address_keeps_no_picture_waiting_that_is_here(sees: Path, monkey
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_videos_and_documents_at_every_door(sees: Path) -> None:
     """A video in chat and beside a text; a PDF's pages are so many pictures in a row, whoever sends it."""
     film = uri(clip([picture(at, 24, 16) for at in range(4)]))

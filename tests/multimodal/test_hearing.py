@@ -100,6 +100,7 @@ def test_logits_and_greedy_text_are_those_of_transformers(pair: Any, settings: d
             assert found["output_ids"] == theirs.greedy(ids, which)
 
 
+@pytest.mark.slow
 def test_sounds_are_found_by_content_and_many_at_once_are_as_alone(pair: Any) -> None:
     theirs, path = pair
     with Engine(model_path=str(path), page_size=1, debug_invariants=True, **SETTINGS) as engine:
@@ -187,6 +188,7 @@ def omni(tmp_path_factory: Any) -> Path:
     return tiny_checkpoint("qwen2_5_omni_thinker", tmp_path_factory.mktemp("omni"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"chunked_prefill_size": 5, "page_size": 4}])
 def test_pictures_videos_and_sounds_in_one_prompt(omni: Path, settings: dict[str, Any]) -> None:
     """Places in time, height and width go on behind each of them; a sound's are those of a text."""

@@ -41,6 +41,7 @@ def aside(request: Any) -> Iterator[Aside]:
     made.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aside", ["document"], indirect=True)
 def test_a_page_without_end_ends_in_time_and_the_next_document_is_drawn(
     aside: Aside, monkeypatch: pytest.MonkeyPatch
@@ -136,6 +137,7 @@ def test_a_client_that_leaves_while_its_video_is_read_keeps_nobody_waiting(
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_program_shows_a_video(watches: Path, tmp_path: Path) -> None:
     """As a file and as bytes, all frames or so many: what the engine is told is what a request says."""
     data = clip([picture(at, 24, 16) for at in range(8)])

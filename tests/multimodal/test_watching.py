@@ -89,6 +89,7 @@ def test_logits_and_greedy_text_are_those_of_transformers(pair: Any, settings: d
             check(theirs, ask(engine, name, return_logprob=True, logprob_start_len=0), name)
 
 
+@pytest.mark.slow
 def test_videos_are_found_by_content(pair: Any) -> None:
     """The same prompt again is neither encoded nor computed; the same text about another video shares what is before
     it; the same frames at another speed are another video, where the model is told of time."""

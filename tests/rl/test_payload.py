@@ -56,6 +56,7 @@ def same(found: list[tuple[str, torch.Tensor]], want: dict[str, torch.Tensor]) -
         assert tensor.dtype == want[name].dtype and torch.equal(tensor, want[name].detach()), name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shared")
 def test_shared_tensors_are_read_as_torch_hands_them_over() -> None:
     kept = {name: tensor.clone() if name != "e" else tensor for name, tensor in SENT.items()}

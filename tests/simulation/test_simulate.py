@@ -37,6 +37,7 @@ def talk(at: float, *turns: tuple[int, int, float], number: int = 0) -> Conversa
     return Conversation(number, at, list(turns))
 
 
+@pytest.mark.slow
 def test_times_of_a_request_alone_are_those_of_its_steps() -> None:
     fleet = Fleet(SMALL, PLAIN, 1, "round_robin")
     seen = fleet.run([talk(2.0, (300, 5, 0.0))])
@@ -46,6 +47,7 @@ def test_times_of_a_request_alone_are_those_of_its_steps() -> None:
     assert seen.end == pytest.approx(2.0 + first + 4 * later)
 
 
+@pytest.mark.slow
 def test_a_long_prompt_is_computed_in_chunks() -> None:
     seen = Fleet(SMALL, PLAIN, 1, "round_robin").run([talk(0.0, (1200, 1, 0.0))])
     assert seen.ttft == [pytest.approx(3 * 0.001 + 1200 * 0.0001)]  # 512, 512, 176

@@ -214,7 +214,8 @@ class _Blocks:
     LAYOUTS = {"Q4_0": (1, 16), "Q4_1": (2, 16), "Q8_0": (1, 32)}  # float16 numbers and bytes of 32 weights
 
     def __init__(self, kind: str, out_features: int, in_features: int) -> None:
-        self.name, self.kind, self.shape = f"random {kind}", kind, (out_features, in_features)
+        self.name, self.kind = f"random {kind}", kind
+        self.shape: tuple[int, ...] = (out_features, in_features)
         scales, quants = self.LAYOUTS[kind]
         draw = np.random.default_rng(0)
         blocks = np.zeros((out_features, in_features // 32, 2 * scales + quants), np.uint8)
@@ -235,7 +236,8 @@ class _Dense:
     kind = "dense"
 
     def __init__(self, out_features: int, in_features: int) -> None:
-        self.name, self.shape = "random dense", (out_features, in_features)
+        self.name = "random dense"
+        self.shape: tuple[int, ...] = (out_features, in_features)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return (torch.randn(self.shape) * 0.02).to(dtype)

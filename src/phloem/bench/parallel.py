@@ -96,7 +96,8 @@ class Timed:
 def timed(groups: Groups, times: Times) -> Groups:
     """The same ends, with their calls timed."""
     ends = {spec.name: getattr(groups, spec.name) for spec in fields(groups)}
-    return replace(groups, **{name: Timed(end, name, times) for name, end in ends.items() if name != "rank" and end})
+    replaced: dict[str, Any] = {name: Timed(end, name, times) for name, end in ends.items() if name != "rank" and end}
+    return replace(groups, **replaced)
 
 
 def main(argv: list[str]) -> int:

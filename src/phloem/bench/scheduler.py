@@ -58,7 +58,7 @@ class NullRunner:
     groups = groups_of((Paged(1, 1, 1),))
 
     def __init__(self, num_pages: int, max_slots: int) -> None:
-        self.num_pages = (num_pages,)
+        self.num_pages: tuple[int, ...] = (num_pages,)
         self.max_slots = max_slots
 
     @property

@@ -147,6 +147,7 @@ def prepare(loaded: Loaded | None, place: Place, decisions: list[Decision]) -> P
     ways: list[choice.RecordedWay] = []
     if isinstance(model, Decoder):
         facts, free = place.platform.facts, place.platform.memory()[0]
+        # pyrefly: ignore[bad-argument-type] - a head is callable
         own = choice.Place(model, backend, pool, place.ops, facts, free, 0, eager=place.eager)
         if facts.on_host:
             ways = choice.choose(place.config.runtime, own, place.rows, place.pages, place.chunk, [])

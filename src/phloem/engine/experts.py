@@ -179,6 +179,7 @@ def settle(config: Config, hosted: Hosting, model: Model, decisions: list[Decisi
     name, aside, own = "kt_num_gpu_experts", hosted.aside, config.experts
     if not isinstance(model, Decoder) or not any(weight.experts for weight in model.index.weights):
         raise ConfigError(f"{name}: this model has no routed experts", param=name)
+    # pyrefly: ignore[missing-attribute] - of a Decoder
     if aside.deferred and type(model).finish is not Decoder.finish:
         why = "the last layer of this model is another one's"
         raise ConfigError(f"kt_max_deferred_experts_per_token: {why}", param="kt_max_deferred_experts_per_token")

@@ -86,7 +86,7 @@ class PooledWork:
 class PooledRunner:
     """One model that does not generate (`core.batch.Runner`). Every row of a batch is a whole text."""
 
-    groups = (Group("state", 0, ()),)
+    groups: tuple[Group, ...] = (Group("state", 0, ()),)
     draft_room = 0
     graph_bytes = 0
 
@@ -102,7 +102,7 @@ class PooledRunner:
     ) -> None:
         self.model, self.max_slots = model, max_slots
         self.page_size = 16  # no page is ever taken
-        self.num_pages = (SLOTS_EACH * max_slots + 1,)
+        self.num_pages: tuple[int, ...] = (SLOTS_EACH * max_slots + 1,)
         work = PooledWork(model, ops, max_slots)
         self._steps = StepThread(
             work.begin, lambda batch: False, work.forget, give_back=give_back, idle=None, settles=facts.on_host

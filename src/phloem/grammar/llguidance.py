@@ -151,7 +151,7 @@ class Engine:
                 return _lark.unbounded(constraint)
 
     def compile(self, constraint: Constraint) -> Compiled:
-        schema = self._schema(constraint) if isinstance(constraint, _base.JsonSchema | _base.JsonObject) else None
+        schema = self._of_schema(constraint) if isinstance(constraint, _base.JsonSchema | _base.JsonObject) else None
         if isinstance(schema, dict):
             grammar = self._library.LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False))
             matcher = self._build(grammar, schema, constraint)
@@ -182,14 +182,14 @@ class Engine:
             if isinstance(constraint, _base.Lark):
                 raise
             for part in _nodes.schemas_in(constraint):
-                schema = self._schema(part)
+                schema = self._of_schema(part)
                 if isinstance(schema, dict) and (said := complaint(schema)) is not None:
                     message = _placed(schema, said)
                     sent = part.schema if isinstance(part, _base.JsonSchema) else None
                     raise BadRequest(_schema.as_sent(sent, message) if sent else message) from None
             raise BadRequest(_without_source(error.message)) from None
 
-    def _schema(self, constraint: _base.JsonSchema | _base.JsonObject) -> _schema.Schema | Constraint:
+    def _of_schema(self, constraint: _base.JsonSchema | _base.JsonObject) -> _schema.Schema | Constraint:
         """The schema as the library is to read it; where it cannot, what says the same."""
         if isinstance(constraint, _base.JsonObject):
             schema: _schema.Schema = {"type": "object"}
@@ -211,7 +211,7 @@ class Engine:
             return self._library.LLMatcher.grammar_from_regex(_whole(constraint.pattern))
         if isinstance(constraint, _base.Ebnf):
             return self._library.LLMatcher.grammar_from_lark(self._lark_of(constraint))
-        return _lark.Writer(self.vocabulary, self._terminal, self._schema, self._lark_of).whole(constraint)
+        return _lark.Writer(self.vocabulary, self._terminal, self._of_schema, self._lark_of).whole(constraint)
 
     def _lark_of(self, constraint: _base.Ebnf) -> str:
         gbnf_to_lark = importlib.import_module("llguidance.gbnf_to_lark").gbnf_to_lark

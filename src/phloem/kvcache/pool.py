@@ -93,7 +93,8 @@ class KVPool:
     def move(self, place: Callable[[Tensor], Any]) -> list[Any]:
         """Keep everything where `place` says instead, which gives what stands for a tensor there: all of it, in a fixed
         order. No tensor has memory here then."""
-        self._stored, self._of_layer = [], [()] * len(self.memory)
+        nothing: tuple[Tensor, ...] = ()
+        self._stored, self._of_layer = [], [nothing] * len(self.memory)
         pairs = zip(self.keys, self.values, strict=True)
         # Values that are a view of keys, of latents, are nobody's own.
         moved = [(place(k), place(v[:0] if v.data_ptr() == k.data_ptr() else v)) for k, v in pairs]

@@ -186,8 +186,8 @@ def defaults(text: str | None) -> dict[str, Any]:
         found = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{where}: not JSON: {error}", param=where) from None
-    known = {"size": str, "steps": int, "guidance_scale": int | float, "max_pixels": int}
-    least = {"steps": 1, "guidance_scale": 0, "max_pixels": 1}
+    known: dict[str, Any] = {"size": str, "steps": int, "guidance_scale": int | float, "max_pixels": int}
+    least: dict[str, float] = {"steps": 1, "guidance_scale": 0, "max_pixels": 1}
     if not isinstance(found, dict) or set(found) - set(known):
         raise ConfigError(f"{where}: expected a JSON object with {', '.join(known)}", param=where)
     for name, value in found.items():

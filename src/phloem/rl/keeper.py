@@ -48,7 +48,8 @@ class Reading:
     def __init__(self, push: Push, coming: Future[Any], between: Callable[[Callable[[], bool]], Pending[bool]] | None):
         self._push, self._coming, self._between = push, coming, between
         self._slice: Pending[bool] | None = None
-        self._ended, self._error = False, None
+        self._ended = False
+        self._error: Exception | None = None
 
     def done(self) -> bool:
         if not self._ended:

@@ -76,7 +76,7 @@ class VirtualRunner:
 
     def __init__(self, size: Size, seconds: StepTime, clock: Clock) -> None:
         self.page_size, self.max_slots = size.page_size, size.max_running
-        self.num_pages = (size.kv_tokens // size.page_size + 1,)
+        self.num_pages: tuple[int, ...] = (size.kv_tokens // size.page_size + 1,)
         self.busy = 0.0  # seconds
         self._seconds, self._clock, self._free = seconds, clock, 0.0
         self._answers = np.full(size.max_running, ANSWER, np.int32)

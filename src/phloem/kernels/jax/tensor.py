@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from jax.core import Tracer
 
+_Number = float  # the class below has a method of that name
+
 DTYPES: dict[torch.dtype, Any] = {
     torch.float32: jnp.float32,
     torch.bfloat16: jnp.bfloat16,
@@ -108,7 +110,7 @@ class Array:
     def transpose(self, first: int, second: int) -> Array:
         return Array(jnp.swapaxes(lift(self), first, second))
 
-    def masked_fill(self, mask: Array, value: float) -> Array:
+    def masked_fill(self, mask: Array, value: _Number) -> Array:
         return Array(jnp.where(lift(mask), value, lift(self)))
 
     def __ge__(self, other: int) -> Array:

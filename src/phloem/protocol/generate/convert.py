@@ -80,7 +80,7 @@ def _prompts(body: GenerateBody) -> list[str | list[int]]:
     if body.text is not None:
         found: list[Any] = body.text if isinstance(body.text, list) else [body.text]
     else:
-        found = split_ids(body.input_ids or [], "input_ids")
+        found = [*split_ids(body.input_ids or [], "input_ids")]
     if not found:
         raise BadRequest("the batch is empty", param="text" if body.text is not None else "input_ids")
     return found

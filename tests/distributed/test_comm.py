@@ -103,7 +103,7 @@ def test_what_is_larger_than_a_place_goes_in_pieces(tmp_path: Path, monkeypatch:
     assert torch.equal(total, again) and torch.equal(parts[1], values(1, 50))
 
 
-@pytest.mark.parametrize("kind", ["threads", "shm"])
+@pytest.mark.parametrize("kind", ["threads", "shm", "gloo"])
 def test_nobody_waits_once_the_group_was_ended(kind: str, tmp_path: Path) -> None:
     def work(comm: Comm) -> None:
         if comm.rank == 1:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from loads import answers, load
 from nodes_support import FurtherNode, free_port, options
-from served import Server, eventually, gone, ranks_of
+from served import Server, eventually, gone, ranks_of, shared_folders
 from share_support import checkpoint
 
 from phloem.checkpoint.describe import describe
@@ -74,7 +74,7 @@ def test_two_nodes_answer_as_one_rank_does(name: str, sizes: dict[str, int], tmp
 def test_a_node_that_dies_or_stops_is_found_and_all_start_again(tmp_path: Path) -> None:
     """Its own process or its rank's, under load: all that ran is answered, and nothing of it stays."""
     path = checkpoint("llama", tmp_path)
-    arguments = options(free_port(), **SMALL, tp=2, max_engine_restarts=9)
+    arguments, before = options(free_port(), **SMALL, tp=2, max_engine_restarts=9), shared_folders()
     server, other, pids = Server(path, *arguments), FurtherNode(path, *arguments), list[int]()
     try:
         server.wait_ready()
@@ -107,6 +107,7 @@ def test_a_node_that_dies_or_stops_is_found_and_all_start_again(tmp_path: Path) 
     finally:
         server.close()
         other.close()
+    assert shared_folders() <= before  # also of one that was killed
 
 
 def struck(server: Server, pid: int, number: signal.Signals) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from loads import answers, load
 from native_support import built
-from served import Server, eventually, gone, ranks_of
+from served import Server, eventually, gone, ranks_of, shared_folders
 from share_support import ThreadRanks, checkpoint
 
 from phloem import Engine
@@ -325,8 +325,3 @@ def stop_one(server: Server, which: int) -> list[int]:
         assert "was stopped by a signal" in answer.text and answer.headers["retry-after"]
         assert which == 0 or "rank 1 of 2" in answer.text
     return pids
-
-
-def shared_folders() -> set[str]:
-    """What ranks share memory in, while they start."""
-    return {folder.name for folder in Path("/dev/shm").glob("phloem-ranks-*")}

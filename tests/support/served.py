@@ -92,3 +92,8 @@ def ranks_of(pid: int) -> list[int]:
             if "phloem.launch.rank" in " ".join(child.cmdline()):
                 found.append(child.pid)
     return found
+
+
+def shared_folders() -> set[str]:
+    """What ranks share memory in, while they start."""
+    return {folder.name for folder in Path("/dev/shm").glob("phloem-ranks-*")}

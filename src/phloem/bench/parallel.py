@@ -130,7 +130,7 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     model = config.model
     checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)
     refuse(config, checkpoint)
-    alone = config.with_(tp_size=1, pp_size=1, ep_size=1)
+    alone = config.with_(tp_size=1, pp_size=1, ep_size=1, nnodes=1)
     built = worker.build(alone, checkpoint, lambda phase, seconds: None)
     try:
         one = DecodeSteps(built.runner, steps).seconds()

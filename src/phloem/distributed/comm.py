@@ -6,6 +6,7 @@ float32 whatever the type, and every rank gets the same bits: each goes on from 
 
 from __future__ import annotations
 
+import ctypes
 import socket
 import threading
 from datetime import timedelta
@@ -178,6 +179,9 @@ class Gloo:
                     first = str(error).splitlines()[0]
                     raise EngineDead(f"rank {self.rank} lost the others: {first:.200}") from None
         if self._aborted:
+            if not work.is_completed():
+                # Its thread may wait for minutes yet, and the group's end, at the latest that of Python, for it.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
             raise EngineDead(f"rank {self.rank}: the group was ended")
 
     def all_reduce(self, x: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ from phloem.utils.ipc import frame
 from phloem.utils.say import say
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from phloem.core.config import Config
 
 _log = log.get("launch")
@@ -175,7 +177,7 @@ class _Member:
         self._gone: list[Word] = []  # before there was anybody to tell it
         self._over = threading.Event()
         self._lock = threading.Lock()
-        self._folder = meeting_place()
+        self._folder: Path | None = None  # where its ranks meet, until all have
         self._threads: list[threading.Thread] = []
         self._children: list[Child] = []
         self._children += [Child(rank, self._said, self._ended) for rank in nodes.ranks(nodes.rank)]
@@ -203,10 +205,11 @@ class _Member:
             self._stream.close()
         for thread in self._threads:
             thread.join(timeout=2.0)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._forget_place()
 
     def _start(self, begin: Begin, stream: Stream) -> None:
         lead, _, _ = stream.there.rpartition(":")
+        self._folder = meeting_place()
         order: dict[str, Any] = {
             "config": self._config.flat(),
             "place": str(self._folder),
@@ -260,7 +263,13 @@ class _Member:
             if said.what == "loaded":
                 self._loaded.add(child.rank)
                 memory = machine.memory() if len(self._loaded) == self._nodes.each else None
+        if memory is not None:
+            self._forget_place()  # all have what lay there open
         self._tell(Word(child.rank, said.what, bytes_read=said.bytes_read, memory=memory))
+
+    def _forget_place(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _ended(self, child: Child, why: str) -> None:
         if not self._over.is_set():

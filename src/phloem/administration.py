@@ -74,7 +74,10 @@ class Administered:
             PhloemError: they are no adapter for this model; the text names what is wrong.
         """
         found = list(tensors.items()) if isinstance(tensors, dict) else list(tensors)
-        sent = {"config": config_dict, "tensors": found}
+        return self._load_sent(lora_name, {"config": config_dict, "tensors": found}, pinned)
+
+    def _load_sent(self, lora_name: str, sent: dict[str, Any], pinned: bool) -> dict[str, str]:
+        """`sent`: fields of `core.adapters.Sent`."""
         reply = self._door.run(self._client.load_adapter(lora_name, SENT + lora_name, pinned, sent))
         self._check(reply)
         return reply.data["loaded"]

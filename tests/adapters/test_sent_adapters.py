@@ -83,7 +83,8 @@ def test_tensors_of_this_process_are_the_adapter_of_the_same_folder(engine: Engi
     other = said(engine, "sent")
     assert other != wanted
     engine.load_lora_adapter("third", folder(tmp_path / "b", tensors(3)))
-    said(engine, "third"), said(engine, "folder")  # two places: it has given way
+    for name in ("third", "folder"):  # two places: it has given way
+        said(engine, name)
     assert said(engine, "sent") == other
     for name in ("folder", "sent", "third"):
         engine.unload_lora_adapter(name)
@@ -92,7 +93,8 @@ def test_tensors_of_this_process_are_the_adapter_of_the_same_folder(engine: Engi
 @pytest.mark.parametrize("kind", ["pickle", "safetensors"])
 def test_a_trainer_sends_an_adapter_over_http(engine: Engine, http: httpx.Client, tmp_path: Path, kind: str) -> None:
     given = tensors(4)
-    body = {"lora_name": "sent", "config_dict": CONFIG, "serialized_named_tensors": [text(given, kind)]}
+    body: dict[str, Any] = {"lora_name": "sent", "config_dict": CONFIG}
+    body["serialized_named_tensors"] = [text(given, kind)]
     body["load_format"] = None if kind == "pickle" else kind
     answer = http.post("/load_lora_adapter_from_tensors", json=body)
     assert answer.status_code == 200, answer.text
@@ -140,7 +142,7 @@ def test_a_payload_that_would_run_code_is_refused(engine: Engine, http: httpx.Cl
         def __reduce__(self) -> Any:
             return (tmp_path / "touched").touch, ()
 
-    body = {"lora_name": "sent", "config_dict": CONFIG}
+    body: dict[str, Any] = {"lora_name": "sent", "config_dict": CONFIG}
     body["serialized_named_tensors"] = [base64.b64encode(pickle.dumps({"a": Bomb()})).decode()]
     answer = http.post("/load_lora_adapter_from_tensors", json=body)
     assert answer.status_code == 400 and not (tmp_path / "touched").exists()

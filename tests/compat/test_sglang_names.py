@@ -9,6 +9,7 @@ import importlib
 import logging
 import multiprocessing
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -156,6 +157,14 @@ def test_server_args_come_from_a_command_line_and_are_a_dataclass() -> None:
     found = module.prepare_server_args(["--model-path", "m", *more]).settings()
     assert (found["dp_size"], found["disaggregation_mode"], found["kt_num_gpu_experts"]) == (2, "decode", 4)
     Config.from_flat(found)
+    # As AReaL writes the command: every setting of its own that is not None or False.
+    areal = "--chunked-prefill-size -1 --torch-compile-max-bs 32 --triton-attention-num-kv-splits 8 --enable-metrics "
+    areal += "--num-continuous-decode-steps 1 --attention-backend fa3 --schedule-policy lpm --log-requests-level 0 "
+    areal += "--max-prefill-tokens 32768 --cpu-offload-gb 0 --decode-log-interval 1 --dist-init-addr localhost:1"
+    Config.from_flat(module.prepare_server_args(["--model-path", "m", *areal.split()]).settings())
+    with pytest.raises(TypeError, match="phloem-sglang has no setting enable_warp, speed"):
+        module.ServerArgs(model_path="m", speed=1, enable_warp=True)
+    assert pickle.loads(pickle.dumps(args)) == args
     names = {spec.name for spec in dataclasses.fields(args)}
     asked = "base_gpu_id json_model_override_args enable_return_routed_experts disaggregation_mode load_balance_method"
     assert set(asked.split()) <= names
@@ -185,8 +194,34 @@ def test_an_engine_answers_as_sglang_s_and_updates_from_what_senders_make(engine
     assert after["output_ids"] != before["output_ids"] and after["meta_info"]["weight_version"] == "7"
     ok, why = asyncio.run(engine.tokenizer_manager.update_weights_from_tensor(request_of([b"x"])))
     assert not ok and "no pickle" in why
-    with pytest.raises(NotImplementedError, match="adapters come from folders"):
-        engine.load_lora_adapter_from_tensors("a", {})
+    with pytest.raises(PhloemError, match="enable-lora"):
+        engine.load_lora_adapter_from_tensors("a", {}, {"peft_type": "LORA", "r": 1})
+
+
+@pytest.mark.slow
+def test_an_adapter_goes_to_an_engine_as_verl_sends_it(old: Path) -> None:
+    sglang, ask = importlib.import_module("sglang"), of("managers.io_struct")
+    serialise = of("utils").MultiprocessingSerializer
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora"
+    held = {f"{name}_A.weight": torch.ones(2, 32), f"{name}_B.weight": torch.ones(64, 2)}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 64, "target_modules": ["q_proj"]}
+    args = {**SIZES, "enable_lora": True, "max_lora_rank": 4, "lora_target_modules": ["q_proj"]}
+    with sglang.Engine(model_path=str(old), **args) as engine:
+        manager = engine.tokenizer_manager
+        request_of = ask.LoadLoRAAdapterFromTensorsReqInput
+        texts = [serialise.serialize(held)]
+        asked = request_of(lora_name="policy", config_dict=config, serialized_named_tensors=texts)
+        done = asyncio.run(manager.load_lora_adapter_from_tensors(asked))
+        assert done.success and done.loaded_adapters == {"policy": "__tensor__/policy"}
+        text = serialise.serialize(held, output_str=True)
+        asked = request_of(lora_name="older", config_dict=config, serialized_tensors=text)
+        assert asyncio.run(manager.load_lora_adapter_from_tensors(asked)).success
+        answers = [engine.generate("hello", GREEDY, lora_path=one)["output_ids"] for one in ("policy", "older", None)]
+        assert answers[0] == answers[1] != answers[2]
+        for wrong in ({"added_tokens_config": {"a": 5}}, {"serialized_named_tensors": [b"x"]}, {"config_dict": {}}):
+            fields = {"lora_name": "wrong", "config_dict": config, "serialized_named_tensors": texts, **wrong}
+            done = asyncio.run(manager.load_lora_adapter_from_tensors(request_of(**fields)))
+            assert not done.success and done.error_message
 
 
 def test_what_was_serialised_comes_back_and_a_hostile_payload_does_not() -> None:
@@ -248,7 +283,7 @@ def test_weights_of_each_rank_go_to_an_engine_as_verl_sends_them(engine: Any, ne
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
-        work = of("weight_sync.utils").update_weights(Adapter(), new, "tp", mesh)
+        work = of("weight_sync.utils").update_weights(Adapter(), new, "tp", mesh, flush_cache=False)
         assert asyncio.run(work)[0]
     finally:
         dist.destroy_process_group()

@@ -19,6 +19,7 @@ from phloem.cli import main
 from phloem.core.errors import ConfigError
 from phloem.testing.checkpoints import CORPUS, tiny_checkpoint
 from phloem.training import checkpoints, states
+from phloem.training.answers import Answerer
 from phloem.training.checkpoints import Map
 from phloem.training.data import Sample
 from phloem.training.options import Options
@@ -283,6 +284,17 @@ def test_a_training_killed_while_it_writes_leaves_the_checkpoint_before(
     trainer.step = 2
     assert trainer.save(tmp_path, {}) in checkpoints.found_in(tmp_path)
     assert not list(tmp_path.glob(".epoch_*"))
+
+
+def test_ctrl_c_before_the_first_step_says_what_is_lost(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Answerer, "write", interrupted)
+    assert main(argv(options(place, "interrupted"))) == 130
+    assert "what was under way is lost; whole files in" in capsys.readouterr().err
 
 
 def test_errors_come_before_any_work(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,4 +26,8 @@ def main(argv: list[str]) -> int:
     options = parse_own("train-draft", argv, Options, DESCRIPTION, default)
     log.configure("warning")
     with Bars() as bars:
-        return train(options, bars)
+        try:
+            return train(options, bars)
+        except KeyboardInterrupt:
+            bars.say(f"ended at once: what was under way is lost; whole files in {options.output_dir} stay")
+            raise

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from phloem.core.errors import BadRequest, PhloemError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
 SMALL = 1 << 20  # bytes of a payload that the engine is sent; more goes through a file
 
@@ -31,7 +31,7 @@ async def decoded(texts: list[str], name: str) -> list[bytes]:
 
 
 @asynccontextmanager
-async def on_their_way(blobs: list[bytes]) -> AsyncIterator[dict[str, Any]]:
+async def on_their_way(blobs: list[bytes]) -> AsyncGenerator[dict[str, Any]]:
     """What the engine is told of them: `blobs`, or `files` that are there until it has answered. The list is emptied
     then: the loop of the engine has better to do than to receive large ones.
 

@@ -17,6 +17,7 @@ class Setting(NamedTuple):
 
 
 _OWN = "-Phloem chooses by itself, and says at start what and why"
+_FILES = "!weights come from files, and then by updates"
 _GPU = "-it places processes on GPUs"
 _ROW = tuple[str, Any, str]
 _MODEL: tuple[_ROW, ...] = (
@@ -48,6 +49,16 @@ _MODEL: tuple[_ROW, ...] = (
     ("allow_auto_truncate", False, "!a prompt that is too long is refused"),
     ("random_seed", None, "=random_seed"),
     ("delete_ckpt_after_loading", False, "!checkpoints are not deleted"),
+    ("enable_multithread_load", False, "-files are read by several threads"),
+    ("enable_fast_load", False, "-files are read by several threads"),
+    ("torchao_config", "", "!quantization says how weights are quantised"),
+    ("enable_tokenizer_batch_encode", False, "-the server tokenises by itself"),
+    ("disable_fast_image_processor", False, "-pictures are read by Phloem itself"),
+    ("keep_mm_feature_on_device", False, "-pictures are read by Phloem itself"),
+    ("remote_instance_weight_loader_start_seed_via_transfer_engine", False, _FILES),
+    ("remote_instance_weight_loader_backend", None, _FILES),
+    ("remote_instance_weight_loader_seed_instance_ip", None, _FILES),
+    ("remote_instance_weight_loader_seed_instance_service_port", None, _FILES),
 )
 _SERVER: tuple[_ROW, ...] = (
     ("host", "127.0.0.1", "=host"),
@@ -104,9 +115,24 @@ _ENGINE: tuple[_ROW, ...] = (
     ("mm_attention_backend", None, _OWN),
     ("sampling_backend", None, _OWN),
     ("grammar_backend", None, "=grammar_backend"),
+    ("constrained_json_whitespace_pattern", None, "!a schema's JSON is written as the grammar backend writes it"),
+    ("disable_outlines_disk_cache", False, "-grammars are kept in memory"),
     ("triton_attention_reduce_in_fp32", False, _OWN),
+    ("triton_attention_num_kv_splits", 8, _OWN),
+    ("torch_compile_max_bs", 32, _OWN),
+    ("num_continuous_decode_steps", 1, "-a step is launched while the one before it runs"),
+    ("scheduler_recv_interval", 1, "-requests are looked for before each step"),
+    ("enable_nan_detection", False, "-logits that are no numbers always end their request"),
+    ("disable_shared_experts_fusion", False, _OWN),
+    ("disable_chunked_prefix_cache", False, _OWN),
+    ("flashinfer_mla_disable_ragged", False, _OWN),
     ("disable_custom_all_reduce", False, _OWN),
     ("enable_p2p_check", False, _OWN),
+    ("enable_nccl_nvls", False, _OWN),
+    ("enable_symm_mem", False, _OWN),
+    ("enable_mscclpp", False, _OWN),
+    ("enable_two_batch_overlap", False, _OWN),
+    ("enable_single_batch_overlap", False, _OWN),
     ("moe_runner_backend", "auto", _OWN),
     ("enable_deterministic_inference", False, "=enable_deterministic_inference"),
     ("rl_on_policy_target", None, "=enable_deterministic_inference"),
@@ -133,6 +159,8 @@ _PARALLEL: tuple[_ROW, ...] = (
     ("enable_dp_attention", False, "!replicas share no layers"),
     ("enable_dp_lm_head", False, "!replicas share no layers"),
     ("enable_eplb", False, "!experts stay on their ranks"),
+    ("enable_ep_moe", False, "-ep_size says it"),
+    ("prefill_round_robin_balance", False, "-load_balance_method says it"),
     ("moe_a2a_backend", "none", "!ranks of experts add their sums, and send no tokens"),
     ("load_balance_method", "auto", "=load_balance_method"),
     ("nnodes", 1, "=nnodes"),
@@ -150,6 +178,10 @@ _LORA: tuple[_ROW, ...] = (
     ("max_loaded_loras", None, "=max_loaded_loras"),
     ("max_loras_per_batch", 8, "=max_loras_per_batch"),
     ("lora_backend", "csgmv", _OWN),
+    ("lora_eviction_policy", "lru", "-the adapter unused for longest gives way"),
+    ("max_lora_chunk_size", 16, _OWN),
+    ("enable_lora_overlap_loading", None, "-adapters are always read beside the steps"),
+    ("lora_strict_loading", False, "-what an adapter lacks or has too much is always refused"),
 )
 _DRAFTS: tuple[_ROW, ...] = (
     ("speculative_algorithm", None, "=speculative_algorithm"),
@@ -168,6 +200,7 @@ _SPLIT: tuple[_ROW, ...] = (
     ("disaggregation_transfer_backend", "mooncake", "-pages go by memory that is shared, or by TCP"),
     ("disaggregation_bootstrap_port", 8998, "=disaggregation_bootstrap_port"),
     ("disaggregation_ib_device", None, "-pages go by memory that is shared, or by TCP"),
+    ("disaggregation_decode_tp", None, "-servers tell each other how many ranks they have"),
 )
 _EXPERTS: tuple[_ROW, ...] = (
     ("kt_num_gpu_experts", None, "=kt_num_gpu_experts"),

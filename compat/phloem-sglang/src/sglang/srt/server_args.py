@@ -30,8 +30,10 @@ _WHOLE = (
     "context_length", "max_running_requests", "max_total_tokens", "chunked_prefill_size", "page_size", "random_seed",
     "nccl_port", "max_queued_requests", "max_lora_rank", "max_loaded_loras", "speculative_num_steps",
     "speculative_eagle_topk", "speculative_num_draft_tokens", "cuda_graph_max_bs", "dist_timeout",
+    "remote_instance_weight_loader_seed_instance_service_port", "disaggregation_decode_tp",
     "kt_num_gpu_experts", "kt_cpuinfer", "kt_max_deferred_experts_per_token", "kt_gpu_prefill_token_threshold",
 )  # fmt: skip
+_FLAGS = ("enable_lora", "enable_multimodal", "enable_lora_overlap_loading")  # None: not said
 _DTYPES = {"half": "float16", "float": "float32"}
 _LEVELS = {"warn": "warning", "critical": "error", "fatal": "error", "notset": "debug", "trace": "debug"}
 _EMPTY = (None, "", "none", {}, [])
@@ -40,6 +42,12 @@ _EMPTY = (None, "", "none", {}, [])
 @dataclass
 class ServerArgs(_Fields):
     """Fields and defaults are SGLang's. Each is honoured, left out with a line in the log, or refused: `settings`."""
+
+    def __new__(cls, *_: Any, **given: Any) -> ServerArgs:
+        unknown = sorted(set(given) - {spec.name for spec in dataclasses.fields(_Fields)})
+        if unknown:
+            raise TypeError(f"phloem-sglang has no setting {', '.join(unknown)} ({PAGE})")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self.tokenizer_path = self.tokenizer_path or self.model_path
@@ -61,6 +69,9 @@ class ServerArgs(_Fields):
             value = getattr(self, one.name)
             if value == one.default or value in _EMPTY:
                 continue
+            if one.name == "chunked_prefill_size" and value == -1:
+                log.info("chunked_prefill_size=-1 is left out: long prompts are always computed in chunks")
+                continue
             if one.fate == "!":
                 raise ConfigError(f"{one.name}={value!r} is not supported: {one.text} ({PAGE})", param=one.name)
             if one.fate == "-":
@@ -81,7 +92,7 @@ class ServerArgs(_Fields):
         for one in SETTINGS:
             flags = (f"--{one.name.replace('_', '-')}", *_ALSO.get(one.name, ()))
             text = one.text.replace("%", "%%")
-            if isinstance(one.default, bool) or one.name in ("enable_lora", "enable_multimodal"):
+            if isinstance(one.default, bool) or one.name in _FLAGS:
                 parser.add_argument(*flags, action="store_true", default=one.default, help=text)
             elif one.name in _LISTS:
                 parser.add_argument(*flags, nargs="*", default=one.default, help=text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from phloem.core.errors import BadRequest
 from phloem.llm import Engine as PhloemEngine
 from sglang._missing import missing, refuse
 from sglang.srt.entrypoints.EngineBase import EngineBase
@@ -69,8 +70,21 @@ class Engine(PhloemEngine, EngineBase):
             abort_all=bool(body.abort_all_requests),
         )
 
-    def load_lora_adapter_from_tensors(self, *_: Any, **__: Any) -> None:
-        refuse("Engine.load_lora_adapter_from_tensors", "adapters come from folders: load_lora_adapter")
+    def load_sent_lora_adapter(self, asked: Any) -> dict[str, str]:
+        """A request of `io_struct`, with tensors that were serialised. Gives path by name of all.
+
+        Raises:
+            phloem.core.errors.PhloemError: they are no adapter for this model, or ask for what is not there.
+        """
+        for name in ("added_tokens_config", "expected_checksums"):
+            if getattr(asked, name):
+                raise BadRequest(f"{name} is not supported", param=name)
+        whole = asked.serialized_tensors
+        texts = asked.serialized_named_tensors or (
+            [] if whole is None else whole if isinstance(whole, list) else [whole]
+        )
+        sent = {"config": asked.config_dict, "blobs": blobs_of(texts), "load_format": asked.load_format}
+        return self._load_sent(asked.lora_name, sent, asked.pinned)
 
     def start_profile(self, *_: Any, **__: Any) -> None:
         refuse(

@@ -91,13 +91,19 @@ class UnloadLoRAAdapterReqInput:
 
 @dataclass
 class LoadLoRAAdapterFromTensorsReqInput:
-    """Refused when it is used: adapters come from folders."""
+    """What `MultiprocessingSerializer` made of the tensors, once for each rank; older callers have one text of it in
+    `serialized_tensors`."""
 
     lora_name: str
     config_dict: dict[str, Any]
-    serialized_tensors: Any
+    serialized_named_tensors: list[Any] | None = None
     pinned: bool = False
     added_tokens_config: dict[str, Any] | None = None
+    lora_id: str | None = None
+    load_format: str | None = None
+    serialized_tensors: Any = None
+    expected_checksums: Any = None
+    upsert: bool = False
 
 
 @dataclass

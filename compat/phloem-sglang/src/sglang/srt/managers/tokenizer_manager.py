@@ -115,8 +115,8 @@ class TokenizerManager:
         except PhloemError as error:
             return ask.LoRAUpdateOutput(False, error.message)
 
-    async def load_lora_adapter_from_tensors(self, obj: Any, request: Any = None) -> None:
-        refuse("load_lora_adapter_from_tensors", "adapters come from folders: load_lora_adapter")
+    async def load_lora_adapter_from_tensors(self, obj: Any, request: Any = None) -> ask.LoRAUpdateOutput:
+        return await self._adapters(self.engine.load_sent_lora_adapter, obj)
 
     async def start_profile(self, *_: Any, **__: Any) -> None:
         refuse("start_profile", "profile the process from outside; `phloem bench step` times the parts of a step")

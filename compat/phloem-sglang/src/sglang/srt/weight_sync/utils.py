@@ -26,6 +26,7 @@ async def update_weights(
     device_mesh_key: str,
     device_mesh: Any,
     load_format: str | None = None,
+    flush_cache: bool = True,
 ) -> Any:
     """Every rank of the mesh calls it; rank 0 asks `engine.update_weights_from_tensor` and gives its answer."""
     size = device_mesh[device_mesh_key].mesh.size()[0]
@@ -42,7 +43,9 @@ async def update_weights(
         (group[0][0], LocalSerializedTensor(values=[value for _, value in group])) for group in zip(*parts, strict=True)
     ]
     blobs = [MultiprocessingSerializer.serialize(named) for _ in range(size)]
-    asked = UpdateWeightsFromTensorReqInput(serialized_named_tensors=blobs, load_format=load_format)
+    asked = UpdateWeightsFromTensorReqInput(
+        serialized_named_tensors=blobs, load_format=load_format, flush_cache=flush_cache
+    )
     return await engine.update_weights_from_tensor(asked)
 
 

@@ -28,6 +28,7 @@ SPARSE = (
     "minimax_m2", "llama4_text", "ernie4_5_moe", "glm4_moe", "hunyuan_v1_moe", "lfm2_moe", "jamba", "nemotron_h",
     "qwen3_next", "qwen3_5_moe_text", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa",
     "gemma4_text", "qwen3_vl_moe", "phimoe", "glm4_moe_lite", "exaone_moe", "glm4v_moe",
+    "qwen3_omni_moe_thinker",
 )  # fmt: skip
 FEW = ("llama", "qwen3_moe")
 TOWERS = (
@@ -45,6 +46,7 @@ TOWERS = (
     "gemma3",
     "qwen2_audio",
     "qwen2_5_omni_thinker",
+    "qwen3_omni_moe_thinker",
     "glm4v",
     "glm4v_moe",
 )

@@ -198,16 +198,16 @@ def test_a_family_with_a_file_is_served_by_it_unless_somebody_asks(written: Any)
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic' turns all texts"),
         ({"is_encoder_decoder": True}, "encoder beside its decoder"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
-        ({"architectures": ["OlmoForSequenceClassification"]}, "it is a OlmoForSequenceClassification"),
+        ({"architectures": ["PersimmonForSequenceClassification"]}, "it is a PersimmonForSequenceClassification"),
         ({"quantization_config": {"quant_method": "fp8"}}, "plain weights alone"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_its_configuration(
     written: Any, tmp_path: Path, change: dict[str, Any], why: str
 ) -> None:
-    whole = json.loads((written("olmo") / "config.json").read_text())
+    whole = json.loads((written("persimmon") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**whole, **change}))
-    (tmp_path / "model.safetensors").symlink_to(written("olmo") / "model.safetensors")
+    (tmp_path / "model.safetensors").symlink_to(written("persimmon") / "model.safetensors")
     with pytest.raises(ModelLoadError, match=why):
         describe(str(tmp_path))
 

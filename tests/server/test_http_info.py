@@ -83,10 +83,10 @@ def test_model_info(path: str) -> None:
 def test_server_info(path: str) -> None:
     @on_loop
     async def check() -> None:
-        key = {"authorization": "Bearer secret"}
-        async with open_door(api_key="secret", page_size=16) as door:
+        key = {"authorization": "Bearer open-sesame"}
+        async with open_door(api_key="open-sesame", page_size=16) as door:
             facts = (await door.http.get(path, headers=key)).json()
-            assert "secret" not in str(facts) and facts["api_key"] == "***"
+            assert "sesame" not in str(facts) and facts["api_key"] == "***"
             assert facts["page_size"] == 1, "what the engine chose goes before what was asked"
             assert facts["max_total_num_tokens"] == door.engine.capacity
             assert facts["served_model_name"] == MODEL and facts["version"] and facts["decisions"] == []

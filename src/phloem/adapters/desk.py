@@ -57,7 +57,8 @@ class Version:
         self.retired = False  # its name has gone
         self.error: PhloemError | None = None
         self.crowded_since = 0.0  # 0: it does not wait for a place
-        self._content = ""
+        # Of tensors that came without a folder nobody else can know: they are like no others.
+        self._content = "" if sent is None else secrets.token_hex(16)
         self._desk = desk
         self._reading: Future[dict[int, Fit]] | None = None
         self._placing: tuple[int, Pending[Any]] | None = None

@@ -112,9 +112,8 @@ class SparseMLP(Layer):
         plain = config.router.plain and self.spec.plain and not biased and self.correction is None
         self.notes = ctx.chosen
         self.number = 0 if ctx.chosen is None else ctx.chosen.enter(ctx.name, config.router.top_k)
-        self.fused = (
-            plain and mesh.ep.size == 1 and ctx.chosen is None
-        )  # that op takes as many experts as the router has logits
+        # That op takes as many experts as the router has logits.
+        self.fused = plain and mesh.ep.size == 1 and ctx.chosen is None
         placed = ctx.aside is not None and not (self.fused and ctx.aside.same and not ctx.aside.deferred)
         if placed and config.latent and ctx.aside is not None and ctx.aside.deferred:
             raise ModelLoadError("kt_max_deferred_experts_per_token: experts of latent features are not deferred")
@@ -123,12 +122,11 @@ class SparseMLP(Layer):
         # Those ops have no first expert: ids are of all.
         self.apart = not placed and not self.fused and ctx.ops.chooses_apart and mesh.ep.size == 1
         self.apart = self.apart and fits_plain(self.spec, biased=biased)
-        prepared = prepared or self.apart
         rows, cols = cut_of(mesh.expert_tp, 0), cut_of(mesh.expert_tp, 1)
         pair, pair_bias = (names.gate, names.up), (names.gate_bias, names.up_bias)
         if not spec.gated:
             pair, pair_bias = pair[1:], pair_bias[1:]
-        stack = _Stack(ctx, config, own, prepared, placed)
+        stack = _Stack(ctx, config, own, prepared or self.apart, placed)
         inner = config.inner_size
         self.narrow = self.widen = None
         if config.latent:

@@ -12,8 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from phloem.client.info import ModelInfo, version
-from phloem.core.ranges import parse_bytes
 from phloem.core.errors import PhloemError
+from phloem.core.ranges import parse_bytes
 from phloem.server import openapi
 from phloem.server.bodies import BodyGate, BodyLimits
 from phloem.server.door import Door

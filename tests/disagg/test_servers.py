@@ -34,6 +34,7 @@ class Fleet:
     alone: Server
     prefill: Server
     decode: Server
+    model: Path
     url: str  # of the gateway
 
     def differs(self, route: str, body: dict[str, Any]) -> str:
@@ -47,6 +48,10 @@ class Fleet:
             return "" if one == two else f"{one!r} and {two!r}"
         found = [_kept(answer.json()) for answer in (one, two)]
         return "" if found[0] == found[1] else f"{found[0]} and {found[1]}"
+
+    def update(self, server: Server, body: dict[str, Any]) -> None:
+        answer = httpx.post(server.url + "/update_weights_from_disk", json=body, timeout=60)
+        assert answer.status_code == 200 and answer.json()["success"], answer.text
 
     def state(self, server: Server) -> dict[str, Any]:
         return server.get("/server_info").json()["internal_states"][0]["disaggregation"]
@@ -92,7 +97,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
             except httpx.TransportError:
                 pass
             time.sleep(0.1)
-        yield Fleet(alone, prefill, decode, url)
+        yield Fleet(alone, prefill, decode, model, url)
     finally:
         router.terminate()
         for server in (alone, prefill, decode):
@@ -203,6 +208,22 @@ def test_other_gateways_put_prompt_logprobs_together(fleet: Fleet) -> None:
     ask(fleet.decode, "decode")
     thread.join()
     assert len(answers["prefill"]["input_token_logprobs"]) == 50 and answers["decode"]["input_token_logprobs"] == []
+
+
+def test_new_weights_that_nobody_has_named_are_those_of_one_server_alone(fleet: Fleet, tmp_path: Path) -> None:
+    """Both servers have changed theirs once, and call them what they did before."""
+    body = {"input_ids": ids(60), "sampling_params": {"max_new_tokens": 8, "temperature": 0}}
+    other, first = tiny_checkpoint("llama", tmp_path / "other", seed=9), fleet.model
+    for server, path in ((fleet.prefill, other), (fleet.decode, first)):
+        fleet.update(server, {"model_path": str(path)})
+    failed = fleet.state(fleet.decode)["rooms_failed"]
+    assert fleet.differs("/generate", body) == ""
+    assert fleet.state(fleet.decode)["rooms_failed"] == failed + 1
+    for server in (fleet.prefill, fleet.decode):
+        fleet.update(server, {"model_path": str(first), "weight_version": "again"})
+    fetched = fleet.state(fleet.decode)["rooms_fetched"]
+    assert fleet.differs("/generate", body | {"input_ids": ids(60)}) == ""
+    assert fleet.state(fleet.decode)["rooms_fetched"] == fetched + 1
 
 
 def test_killed_in_the_middle_prefill_is_done_without(fleet: Fleet) -> None:

@@ -16,6 +16,7 @@ class Keeper(Protocol):
 
     version: str  # what its user calls the weights
     epoch: int  # how often they have changed
+    nameless: str  # like no other: the last change came without a name; "": it had one, or there was none
     unfit: str  # why they cannot serve; "": they can
     asleep: frozenset[str]  # tags of what has been given back
 

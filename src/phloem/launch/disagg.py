@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
+    from phloem.core.updates import Keeper
     from phloem.disagg.transports import Row
     from phloem.engine.worker import Built
     from phloem.kvcache.pool import KVPool
@@ -102,7 +103,7 @@ def disaggregated(config: Config, checkpoint: Checkpoint, built: Built, schedule
     transports = _transports(chosen.disaggregation_transfer_backend)
     built.decisions.append(Decision(BACKEND, ", ".join(one.name for one in transports), "the first that both have"))
     keeper = scheduler.keeper
-    weights: Callable[[], str] = lambda: "" if keeper is None else f"{keeper.version} {keeper.epoch}"  # noqa: E731
+    weights: Callable[[], str] = lambda: "" if keeper is None else _version(keeper)  # noqa: E731
     rooms, arrivals, bootstrap = None, None, None
     if chosen.disaggregation_mode == "prefill":
 
@@ -139,6 +140,12 @@ def _topology(config: Config, pool: KVPool) -> dict[str, Any]:
         "follow_bootstrap_room": True,
         "load_balance_method": "follow_bootstrap_room",
     }
+
+
+def _version(keeper: Keeper) -> str:
+    """The same on two servers whose weights have changed as often and are called the same. New weights that nobody has
+    named are only those of their own server."""
+    return f"{keeper.version} {keeper.epoch} {keeper.nameless}".rstrip()
 
 
 def _own(rooms: Rooms, config: Config) -> dict[str, Any]:

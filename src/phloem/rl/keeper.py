@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
@@ -94,6 +95,7 @@ class Keeper(updates.Keeper):
 
     def __init__(self, runner: ModelRunner, model: Decoder, checkpoint: Checkpoint, version: str, backup: bool) -> None:
         self.version, self.epoch, self.unfit, self.asleep = version, 0, "", frozenset[str]()
+        self.nameless = ""
         self._runner, self._index, self._rename = runner, model.index, model.checkpoint_name
         self._settle = model.settle
         self._backup, self._model_type = backup, checkpoint.model_type
@@ -222,6 +224,7 @@ class Keeper(updates.Keeper):
     def changed(self, version: str | None, error: Exception | None = None) -> None:
         push, self._ready = self._ready, None
         self.epoch += 1
+        self.nameless = secrets.token_hex(8) if version is None else ""
         if error is not None:
             self.unfit = f"an update ended half done ({type(error).__name__}: {error}): send a whole one"
             self._index.lost = set(self._index.names())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +141,28 @@ def test_adapters_beyond_the_places_take_turns(model: Path, folders: dict[str, P
         assert ids(engine.generate(PROMPTS * 2, GREEDY, lora_path=["a", "b", "c", "d"] * 2)) == want
         state = engine.get_server_info()["internal_states"][0]
         assert state["lora_evictions"] >= 2 and state["loras_loaded"] == 2 and state["loras_registered"] == 4
+
+
+def test_an_adapter_whose_folder_has_another_one_by_now_is_loaded_again_or_refused(
+    model: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """It gave way and must be read again: pages of its prompts are those of the one before."""
+    mine = {**folders, "a": shutil.copytree(folders["a"], tmp_path / "a")}
+
+    def of(engine: Engine, name: str) -> Any:
+        return engine.generate(PROMPTS[0], GREEDY, lora_path=name)
+
+    with engine_of(model, mine, "ab", max_loaded_loras=1) as engine:
+        before = of(engine, "a")["output_ids"]
+        of(engine, "b")  # takes its place
+        shutil.copytree(folders["c"], tmp_path / "a", dirs_exist_ok=True)
+        with pytest.raises(PhloemError, match="another one than was loaded: load it again"):
+            of(engine, "a")
+        engine.load_lora_adapter("a", str(mine["a"]))
+        after = of(engine, "a")
+        assert after["output_ids"] != before and after["meta_info"]["cached_tokens"] == 0
+    with engine_of(model, folders, "c") as alone:
+        assert of(alone, "c")["output_ids"] == after["output_ids"]
 
 
 def test_the_memory_for_adapters_is_kept_to(model: Path, folders: dict[str, Path]) -> None:

@@ -113,6 +113,18 @@ class Version:
                 return secrets.token_hex(16)  # it will not be loaded, or another one is by then
         return self._content
 
+    def confirm(self) -> None:
+        """Its prompts' pages are known by its uid: what is read again must be what was read before.
+
+        Raises:
+            BadRequest: its folder cannot be read, or has another adapter by now.
+        """
+        found = content(Path(self.path))
+        if self._content and found != self._content:
+            why = "is another one than was loaded: load it again, so that it gets pages of its own"
+            raise BadRequest(f"adapter {self.name}: what is in {self.path} {why}", param="lora_path")
+        self._content = found
+
     @property
     def idle(self) -> bool:
         return not self.users and not self.waiters
@@ -387,7 +399,11 @@ class Desk(Lender):
 
         if isinstance(version.sent, Sent):
             version.sent = self._taken(Path(version.path), version.sent)
-        return fit(read(Path(version.path)) if version.sent is None else version.sent, self.sites, base)
+        if version.sent is not None:
+            return fit(version.sent, self.sites, base)
+        found = read(Path(version.path))
+        version.confirm()
+        return fit(found, self.sites, base)
 
     def _taken(self, path: Path, sent: Sent) -> AdapterFile:
         """Copies of the tensors that were sent: whoever sent them may write over them."""

@@ -39,6 +39,7 @@ from phloem.core.messages import (
 )
 from phloem.core.request import SamplingParams
 from phloem.text.detokenizer import StreamDecoder
+from phloem.utils.tracing import CURRENT
 
 if TYPE_CHECKING:
     from phloem.client.info import ModelInfo
@@ -272,6 +273,7 @@ class EngineClient:
                     arrival=now,
                     consumer=reader,
                     whole=not (request.stream or params.stop or params.stop_regex),
+                    trace=CURRENT.get(),
                 )
                 if self.tokenizer is not None and not item.pooled:
                     output.decoder = StreamDecoder(self.tokenizer, params)

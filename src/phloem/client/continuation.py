@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from phloem.core.messages import Chunk
     from phloem.core.request import SamplingParams
     from phloem.text.detokenizer import StreamDecoder
+    from phloem.utils.tracing import Span
 
 Follow = Callable[[int], str]  # a token's text
 Frame = Callable[["Continuation", str], bytes]  # the event of a continuation that has grown by this text; empty: none
@@ -96,6 +97,7 @@ class Continuation:
     whole: bool = False  # nobody looks before the end: its text is made in one go
     unread: list[str] = field(default_factory=list)  # of the text: what `read` will give
     was_read: bool = True  # the next token begins a new `delta`
+    trace: Span | None = None  # of the HTTP request; None: nobody asked
 
     @property
     def text(self) -> str:

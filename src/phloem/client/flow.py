@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from phloem.client import traces
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.messages import Abort, Chunk
 from phloem.core.request import FinishReason
@@ -139,6 +140,7 @@ class Flow:
             self._abort(continuation)
         self._counters.on_finish(continuation)
         assert continuation.finish is not None
+        traces.tell(continuation, continuation.finish.type)
         self._end_in_session(continuation, None if continuation.finish.type == "abort" else continuation.ids)
         if self.log_requests:
             _log_end(continuation)
@@ -148,6 +150,7 @@ class Flow:
         for continuation in several:
             if self._remove(continuation):
                 self._counters.aborted += 1
+                traces.tell(continuation, "abort")
                 self._end_in_session(continuation, None)
                 self._abort(continuation)
 

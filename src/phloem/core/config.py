@@ -363,6 +363,9 @@ class ServerConfig:
     drain_timeout: float = opt(30.0, "Seconds that running requests get to finish after SIGTERM.")
     log_level: LogLevel = opt("info", "How much is logged.")
     log_requests: bool = opt(False, "Log a line per request: lengths, times, how it ended (never its text).")
+    otlp_traces_endpoint: str | None = opt(
+        None, "Send OpenTelemetry spans of requests to this collector: OTLP over HTTP, a URL or HOST:PORT."
+    )
     enable_return_hidden_states: bool = opt(False, "Answer requests for hidden states (return_hidden_states).")
     greet: bool = opt(False, "When ready, ask the model one question through the door and print its answer.")
     sglang_metric_names: bool = opt(False, "Serve metrics under 'sglang:' names as well.")

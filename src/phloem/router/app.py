@@ -25,6 +25,7 @@ from phloem.server.bodies import BodyGate, BodyLimits, header, refuse
 from phloem.server.errors import error_body, messages_error
 from phloem.server.stream import encode
 from phloem.utils import log
+from phloem.utils.tracing import QUIET
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from phloem.router.settings import Settings
     from phloem.router.tokens import Tokens
+    from phloem.utils.tracing import Tracer
 
     Handler = Callable[[Scope, bytes], Awaitable[tuple[int, Any]]]
 
@@ -73,11 +75,17 @@ class Changed(msgspec.Struct):
     labels: dict[str, Any] | None = None
 
 
+SPAN = "phloem.span"  # in the scope
+
+
 class Router:
     """The app. `start` once its loop runs."""
 
-    def __init__(self, settings: Settings, tokens: Tokens | None = None, seed: int | None = None) -> None:
+    def __init__(
+        self, settings: Settings, tokens: Tokens | None = None, seed: int | None = None, tracer: Tracer | None = None
+    ) -> None:
         self.settings = settings
+        self.tracer = tracer
         self.tokens = tokens
         self.fleet = Fleet(settings, seed)
         self.gate = Gate(settings)
@@ -138,7 +146,15 @@ class Router:
             error = Unauthorized("the API key is missing or wrong: send Authorization: Bearer <key>")
             await refuse(error, scope, receive, send)
             return
-        await self._bounded(scope, receive, send)
+        if self.tracer is None or scope["path"] in QUIET:
+            await self._bounded(scope, receive, send)
+            return
+        # Not by a layer around `send`, past which answers are written.
+        span = scope[SPAN] = self.tracer.begin(scope)
+        try:
+            await self._bounded(scope, receive, send)
+        finally:
+            span.end()
 
     def _allowed(self, scope: Scope) -> bool:
         digest = hashlib.sha256(_key(scope)).digest()
@@ -173,6 +189,8 @@ class Router:
             status = 500
             if way is None or not way.started:
                 await _answer_error(send, scope, PhloemError(f"internal error; request id {scope['request_id']}"))
+        if SPAN in scope:
+            scope[SPAN].end(status)
         known = route in asks.GENERATES or (scope["method"], route) in self._own
         self.metrics.requests[route if known else "other", status] += 1
 

@@ -13,9 +13,10 @@ from phloem.router.app import Router
 from phloem.server.connections import bounded_protocol
 from phloem.server.serve import BACKLOG, KEEP_ALIVE_SECONDS, LAST_BYTES_SECONDS, Server
 from phloem.server.serve import run as run_loop
-from phloem.utils import log, machine
+from phloem.utils import log, machine, tracing
 from phloem.utils.say import say
 from phloem.utils.sockets import bind
+from phloem.utils.tracing import Tracer
 
 if TYPE_CHECKING:
     import socket
@@ -36,6 +37,8 @@ def run(settings: Settings, tokens: Tokens | None = None) -> int:
         ConfigError: a setting is wrong, or the address cannot be listened on.
     """
     log.configure(settings.log_level)
+    if settings.otlp_traces_endpoint:
+        tracing.check(settings.otlp_traces_endpoint)
     machine.allow_open_files()
     sock = bind(settings.host, settings.port)
     run_loop(lambda: _main(settings, tokens, sock))
@@ -53,7 +56,12 @@ async def _main(settings: Settings, tokens: Tokens | None, sock: socket.socket) 
         _log.info("policy %s, %d workers", settings.policy, count)
         say(f"Routing to {count} workers at http://{host}:{port}")
 
-    await serve(Router(settings, tokens), settings, sock, ready, stop)
+    tracer = Tracer(settings.otlp_traces_endpoint, "phloem-router") if settings.otlp_traces_endpoint else None
+    try:
+        await serve(Router(settings, tokens, tracer=tracer), settings, sock, ready, stop)
+    finally:
+        if tracer is not None:
+            tracer.close()
 
 
 async def serve(

@@ -34,6 +34,10 @@ class Settings:
     log_level: str = opt("address", "info", "How much is logged: debug, info, warning, error.")
     log_requests: bool = opt("address", False, "Log a line per request: model, worker, why it was chosen, times.")
 
+    otlp_traces_endpoint: str | None = opt(
+        "address", None, "Send OpenTelemetry spans of requests to this collector: OTLP over HTTP, a URL or HOST:PORT."
+    )
+
     worker_urls: tuple[str, ...] = opt("workers", (), "Servers, as http://host:port; more can be added while it runs.")
     worker_api_key: str | None = opt(
         "workers", None, "Key that is sent to the servers instead of the client's; PHLOEM_WORKER_API_KEY sets it too."

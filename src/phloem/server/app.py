@@ -23,12 +23,14 @@ from phloem.server.metrics import Metrics
 from phloem.server.middleware import ApiKey, Head, Keys, RequestIds
 from phloem.server.videos.store import VideoStore
 from phloem.utils.registry import Registry
+from phloem.utils.tracing import Traced
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
 
     from phloem.client.client import EngineClient
     from phloem.core.config import Config
+    from phloem.utils.tracing import Tracer
 
 WIDE_PATHS = frozenset({"/update_weights_from_tensor"})  # whose bodies bring weights
 
@@ -43,7 +45,7 @@ def routers() -> list[APIRouter]:
     return found + [importlib.import_module(f"phloem.server.{api}.route").router for api in apis]
 
 
-def create_app(client: EngineClient, config: Config, info: ModelInfo) -> FastAPI:
+def create_app(client: EngineClient, config: Config, info: ModelInfo, tracer: Tracer | None = None) -> FastAPI:
     """The app of one server. `client.start()` is the caller's business, inside the event loop."""
     app = FastAPI(
         title="Phloem",
@@ -89,6 +91,8 @@ def create_app(client: EngineClient, config: Config, info: ModelInfo) -> FastAPI
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
+    if tracer is not None:
+        app.add_middleware(Traced, tracer=tracer)
     app.add_middleware(RequestIds)  # added last, so outermost
     app.openapi = lambda: openapi.document(app)
     return app

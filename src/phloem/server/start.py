@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from phloem.core.errors import ConfigError
-from phloem.utils import log, machine
+from phloem.utils import log, machine, tracing
 from phloem.utils.sockets import bind
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ def run(config: Config, start_engine: Callable[[], EngineLink]) -> int:
     """
     began = time.perf_counter()
     log.configure(config.server.log_level)
+    if config.server.otlp_traces_endpoint:
+        tracing.check(config.server.otlp_traces_endpoint)
     machine.allow_open_files()
     files = machine.open_files()
     if files is not None and files < MIN_FILES:

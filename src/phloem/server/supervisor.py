@@ -24,6 +24,7 @@ from phloem.server.health import Health
 from phloem.server.serve import serve
 from phloem.utils import log, memory
 from phloem.utils.say import say
+from phloem.utils.tracing import Tracer
 
 if TYPE_CHECKING:
     from phloem.client.client import EngineClient
@@ -109,7 +110,8 @@ class _Supervisor:
             if self._stop.is_set():
                 return 130
             raise PhloemError(error.message) from None
-        app = create_app(client, self._config, self._info)
+        tracer = Tracer(server.otlp_traces_endpoint, "phloem") if server.otlp_traces_endpoint else None
+        app = create_app(client, self._config, self._info, tracer)
         minders = [asyncio.create_task(self._mind()), asyncio.create_task(self._end_hung())]
         gc.freeze()  # what lives as long as the server need not be looked through between two tokens
 
@@ -124,6 +126,8 @@ class _Supervisor:
             for minder in minders:
                 minder.cancel()
             await client.close()
+            if tracer is not None:
+                tracer.close()
         return self._status
 
     async def _wait_ready(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from vision_support import SETTINGS as SEEING
 from phloem.core.errors import BadRequest
 from phloem.llm import Engine
 from phloem.multimodal._audio import decode
+from phloem.multimodal._video import Video, Wanted
 from phloem.testing.checkpoints import tiny_checkpoint
 
 # Of whole states and not, of a whole window, and of the fewest samples that make a token.
@@ -312,6 +313,14 @@ def test_the_sound_of_a_video_lies_among_its_frames(omni: Path, longer: bool) ->
         worst = max(abs(told[at + 1][0] - float(logits[at, token])) for at, token in enumerate(ids[1:]))
         assert worst < 1e-4, worst
         assert answer["output_ids"] == wanted
+
+
+def test_a_sound_as_long_as_is_allowed_is_heard() -> None:
+    """The resampler's end brings nothing more, which counts as nothing."""
+    video = Video(talking([picture(1, 32, 16)] * 4, sound(0.5)), "video", Wanted())
+    assert len(video.sound(0.5)) == 8000
+    with pytest.raises(BadRequest, match=r"longer than 0\.4 s"):
+        video.sound(0.4)
 
 
 def test_what_a_video_with_its_sound_must_have(omni: Path) -> None:

@@ -54,7 +54,15 @@ def test_time_never_stands_still() -> None:
         frames = int(rng.integers(1, 3001))
         found, more = pieces(tokens, SPEECH, 1.0, frames)
         assert 0 < more <= frames
-        assert all(one.start >= 1.0 for one in found)
+        assert all(1.0 <= one.start <= one.end <= 1.0 + frames / 100 for one in found)
+
+
+def test_no_segment_ends_behind_the_sound() -> None:
+    """A model that hears a short file filled up with silence may say so."""
+    found, _ = pieces([at(0), 5, at(2), at(2), 6, at(3.7)], SPEECH, 30.0, 305)
+    assert [(one.start, one.end) for one in found] == [(30.0, 32.0), (32.0, 33.05)]
+    found, _ = pieces([at(4), 5], SPEECH, 30.0, 305)
+    assert [(one.start, one.end) for one in found] == [(33.05, 33.05)]
 
 
 def test_long_audio_is_cut_where_it_is_quiet() -> None:

@@ -17,7 +17,7 @@ from phloem.testing.checkpoints import tiny_checkpoint
 
 SETTINGS: dict[str, Any] = {"ops": "reference", "dtype": "float32", "max_total_tokens": 1024, "threads": 1}
 HEARD = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "qwen2_audio")
-FAMILIES = (*HEARD, "qwen3_vl", "smolvlm", "gemma3")
+FAMILIES = (*HEARD, "qwen3_vl", "smolvlm", "gemma3", "internvl")
 
 
 def made(name: str, path: Path, seed: int) -> Path:

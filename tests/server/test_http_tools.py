@@ -162,6 +162,9 @@ def test_wrong_tools_are_named(body: dict[str, Any], param: str) -> None:
     check()
 
 
+OTHER = {"type": "function", "function": {"name": "elsewhere", "parameters": {"type": "object"}}}
+
+
 @on_loop
 async def test_tools_are_told_to_a_model_whose_template_knows_none() -> None:
     async with open_door(Speaker(text=CALL), info(explain_tools=True, spell_calls=True, context_length=4096)) as door:
@@ -178,6 +181,15 @@ async def test_tools_are_told_to_a_model_whose_template_knows_none() -> None:
         assert "<tool_response>\nsunny\n</tool_response>" in prompt and '"arguments": {}' in prompt
         shown = await door.post("/tokenize", {"messages": talk, "tools": TOOLS})
         assert ByteTokenizer().decode(shown.json()["tokens"], skip_special_tokens=False) == prompt
+        # Tools that may not be called are not shown, nor counted.
+        for choice in ("none", {"type": "function", "function": {"name": "weather"}}):
+            asked = {"messages": talk, "tools": [*TOOLS, OTHER], "tool_choice": choice}
+            assert (await door.post(PATH, asked)).status_code == 200
+            shown = await door.post("/tokenize", asked)
+            assert ByteTokenizer().decode(shown.json()["tokens"], skip_special_tokens=False) == prompt_of(door)
+            assert "elsewhere" not in prompt_of(door)
+        refused = await door.post("/tokenize", {"messages": talk, "tools": TOOLS, "tool_choice": "often"})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "tool_choice"
 
 
 @on_loop

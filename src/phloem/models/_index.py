@@ -20,7 +20,7 @@ from phloem.layers.aside import HOST
 from phloem.models._gguf import gguf_sources
 from phloem.models._scales import scale_of
 from phloem.models._sources import DummySource, Read, SafetensorsSource, Stored, TensorSource, stored_in
-from phloem.models._stored import WHOLE, as_base, some, unused_parts, unused_scales
+from phloem.models._stored import WHOLE, as_base, may_stand_for, some, unused_parts, unused_scales
 from phloem.quant._source import View
 
 if TYPE_CHECKING:
@@ -272,14 +272,9 @@ class WeightIndex:
             raise ModelLoadError(f"{where}: {len(wrong)} tensors have another shape: {some(wrong)}")
 
     def _lift(self, name: str, sources: dict[str, Source]) -> None:
-        """Some families store a number without an axis, or a vector as a matrix of one row, which only a small tensor
-        may be read whole for; and the matrix that patches of pictures are multiplied with as a kernel of a convolution.
-        """
+        """Read one that is stored in another shape, whole: only a kernel or a small tensor may be."""
         seen, expected = sources[name].shape, self.stored_shape(name)
-        kernel = len(seen) > len(expected) == 2 and seen[0] == expected[0] and prod(seen) == prod(expected)
-        more = len(seen) - len(expected)
-        lone = more > 0 and seen[more:] == expected and set(seen[:more]) == {1} and len(expected) < 3
-        if kernel or lone or (seen, expected) == ((), (1,)):
+        if seen != expected and may_stand_for(seen, expected):
             whole = sources[name].take(None, torch.float32).reshape(expected)
             sources[name] = TensorSource(name, expected, shifted=sources[name].shifted, tensor=whole)
 

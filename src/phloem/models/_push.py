@@ -8,7 +8,7 @@ stay right. So an update takes as much memory as what it brings, until it is in 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import inf, prod
+from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import torch
 from phloem.core.errors import ModelLoadError
 from phloem.models._index import open_sources
 from phloem.models._sources import TensorSource
-from phloem.models._stored import check_pushed, some
+from phloem.models._stored import check_pushed, may_stand_for, some
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -70,9 +70,8 @@ class Push:
                 continue
             shape = self._index.stored_shape(name)
             check_pushed(theirs, tensor.dtype)
-            # The matrix that patches are multiplied with is stored as a kernel.
-            kernel = tensor.ndim > len(shape) == 2 and tensor.shape[0] == shape[0] and tensor.numel() == prod(shape)
-            if tensor.shape != shape and tensor.shape != (1, *shape) and not kernel:
+            seen = tuple(tensor.shape)
+            if seen != (1, *shape) and not may_stand_for(seen, shape):
                 wrong.append(f"{theirs} is {list(tensor.shape)}, expected {list(shape)}")
             else:
                 found.append((name, TensorSource(name, shape, tensor=tensor.reshape(shape))))

@@ -7,6 +7,7 @@ be taken for a dense weight, or left out with a warning.
 from __future__ import annotations
 
 import re
+from math import prod
 from typing import TYPE_CHECKING
 
 from phloem.checkpoint.families import FAMILIES, family
@@ -79,6 +80,16 @@ def check_pushed(name: str, kind: dtype) -> None:
     """Refuse a live update whose numbers are not weights yet. Raises ModelLoadError."""
     if not kind.is_floating_point or kind.itemsize < 2:
         raise ModelLoadError(f"{name} is {str(kind).removeprefix('torch.')}: push its values in 16 or 32 bits")
+
+
+def may_stand_for(seen: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether a tensor of one shape is read as one of another, as some families store theirs: a number without an axis,
+    a vector or a matrix with axes of one in front, and the matrix that patches of pictures are multiplied with as a
+    kernel of a convolution."""
+    kernel = len(seen) > len(expected) == 2 and seen[0] == expected[0] and prod(seen) == prod(expected)
+    more = len(seen) - len(expected)
+    lone = more > 0 and seen[more:] == expected and set(seen[:more]) == {1} and len(expected) < 3
+    return kernel or lone or (seen, expected) == ((), (1,)) or seen == expected
 
 
 def as_base(rename: Callable[[str], str | None], keys: Iterable[str], embedding: str) -> Callable[[str], str | None]:

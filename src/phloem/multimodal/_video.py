@@ -118,8 +118,9 @@ class Video:
             count = 0
             for frame in itertools.chain(container.decode(stream), [None]):
                 self._in_time()
-                parts += [one.to_ndarray().reshape(-1).astype(np.float32) for one in resampler.resample(frame)]
-                count += len(parts[-1]) if parts else 0
+                for one in resampler.resample(frame):
+                    parts.append(one.to_ndarray().reshape(-1).astype(np.float32))
+                    count += len(parts[-1])
                 if count > most_seconds * RATE:
                     text = f"{self.where}: the video's sound is longer than {most_seconds:g} s"
                     raise BadRequest(text, param=self.where, code="too_large")

@@ -96,7 +96,8 @@ def pieces(tokens: Sequence[int], speech: Speech, offset: float, frames: int) ->
     stamps = np.array([token >= speech.first_timestamp for token in tokens], dtype=bool)
 
     def at(token: int) -> float:
-        return offset + (token - speech.first_timestamp) * TICK
+        # Of what is heard the silence behind the sound is no part.
+        return offset + min((token - speech.first_timestamp) * TICK, frames / 100)
 
     # Where one segment has ended and the next begins: two timestamps side by side.
     borders = (np.flatnonzero(stamps[1:] & stamps[:-1]) + 1).tolist()

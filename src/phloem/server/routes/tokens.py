@@ -40,9 +40,9 @@ class TokenizeBody(Body, kw_only=True):
     mm_processor_kwargs: dict[str, Any] | None = None
     use_audio_in_video: bool | None = None
 
-    ignored: ClassVar[dict[str, str]] = {"tool_choice": "it changes what is answered, not what is asked"}
     later: ClassVar[dict[str, Later]] = {
         "tools": Later("tools", ([],)),
+        "tool_choice": Later("tools", ("none", "auto")),
         "use_audio_in_video": MEDIA_LATER["use_audio_in_video"],
     }
 
@@ -83,7 +83,7 @@ async def tokenize(request: Request) -> Response:
     if body.messages is not None:
         messages, media = seen(plain_messages(body.messages), door.client.pictures, door.client.template)
         media = with_sound(media, body.use_audio_in_video, body.mm_processor_kwargs)
-        shown = toolplan.plan(body.tools, None, None, door.info.tool_parser)
+        shown = toolplan.plan(body.tools, body.tool_choice, None, door.info.tool_parser)
         prompt: str | list[str] = await render(
             door.client.template,
             with_tools(messages, shown, door.info),

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nodes_support import free_port
+from nodes_support import FurtherNode, free_port, options
+from served import eventually
 
 from phloem.checkpoint.describe import describe
 from phloem.cli import doctor
@@ -228,6 +229,17 @@ def test_what_no_name_can_be_is_refused_by_the_option(host: str) -> None:
         resolve(host, 5000)
     with pytest.raises(ConfigError, match="host: "):
         bind(host, 0)
+
+
+def test_what_several_ranks_do_not_serve_is_said_by_a_further_node_alone(tmp_path: Path) -> None:
+    """Node 0 says the same, and then listens to nobody."""
+    path = tiny_checkpoint("llama", tmp_path)
+    node = FurtherNode(path, *options(free_port(), tp=2), "--enable-lora")
+    try:
+        assert node.wait() == 1
+        eventually(lambda: any("tp_size 2: adapters are served on one rank" in line for line in node.lines), 5)
+    finally:
+        node.close()
 
 
 def test_the_names_of_other_engines_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:

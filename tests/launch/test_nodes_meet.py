@@ -151,14 +151,16 @@ def test_who_comes_late_is_refused_and_changes_nothing() -> None:
 
 def test_the_secret_is_asked_of_both_sides() -> None:
     port = free_port()
-    with leading(port, dist_secret="right", dist_timeout=0.1) as lead:
+    with leading(port, dist_secret="right", dist_timeout=0.5) as lead:
         assert "its secret" in refusal_of(lambda: join(port, dist_secret="wrong"))
         assert "dist_secret is set on node 0, and not on this node" in refusal_of(lambda: join(port))
         waited = refusal_of(lead.nodes.wait)
-        assert "node 1 of 2 has not come" in waited and "within 0.1 s" in waited and "its secret" in waited
+        assert "node 1 of 2 has not come" in waited and "within 0.5 s" in waited and "its secret" in waited
+        assert "dist_secret, of which node 0 has one" in waited
     other = free_port()
-    with leading(other):
+    with leading(other, dist_timeout=0.5) as lead:
         assert "set on this node, and not on node 0" in refusal_of(lambda: join(other, dist_secret="s"))
+        assert "dist_secret, of which node 0 has none" in refusal_of(lead.nodes.wait)
 
 
 @pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n\r\n", b"\x02\0\0\0\x80\x04", b"\xff\xff\xff\x7f", b""])

@@ -201,7 +201,9 @@ class FurtherNodes:
         try:
             node = self._greet(stream)
         except (Lost, OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            self._note(f"what came from {stream.there} was no node of this version ({error})")
+            has = "has one" if self._secret else "has none"
+            why = f"was no node of this version, or one that differs in dist_secret, of which node 0 {has}"
+            self._note(f"what came from {stream.there} {why} ({error})")
             node = None
         finally:
             with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -121,6 +122,27 @@ def struck(server: Server, pid: int, number: signal.Signals) -> str:
     found = [answers.get(timeout=10) for _ in askers]
     assert all(answer.status_code == 503 and answer.headers["retry-after"] for answer in found), found[0].text
     return found[0].text
+
+
+@pytest.mark.slow
+@linux
+def test_a_server_that_waits_for_its_nodes_ends_by_a_signal_and_leaves_nothing(tmp_path: Path) -> None:
+    path, port, before = checkpoint("llama", tmp_path), free_port(), shared_folders()
+    server = Server(path, *options(port, **SMALL, tp=4, pp_size=1))
+    try:
+        eventually(lambda: listens(port), 90)
+        pids = [server.engine_pid(), *ranks_of(server.engine_pid())]
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 130
+        eventually(lambda: all(gone(pid) for pid in pids), 30)  # a rank may be at its imports
+    finally:
+        server.close()
+    assert shared_folders() <= before
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.slow

@@ -7,25 +7,27 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from nodes_support import free_port
+from nodes_support import FurtherNode, free_port, options
+from served import eventually
 
 from phloem.checkpoint.describe import describe
 from phloem.cli import doctor
 from phloem.cli._options import parse
 from phloem.core.config import Config
-from phloem.core.errors import ConfigError
+from phloem.core.errors import ConfigError, PhloemError
 from phloem.core.nodes import Nodes
 from phloem.launch import checkup
 from phloem.launch.agree import differences, facts_of
 from phloem.launch.node import joined
 from phloem.launch.nodes import FurtherNodes, Node
-from phloem.launch.wire import Begin, Bye, Echo, Word, from_lead
+from phloem.launch.wire import Begin, Bye, Echo, Word, from_lead, resolve
 from phloem.testing.checkpoints import tiny_checkpoint
+from phloem.utils.sockets import bind
 
 FACTS = {"version of phloem": "1.0", "dtype": "float32", "digest of the weights": "ab"}
 
@@ -149,14 +151,16 @@ def test_who_comes_late_is_refused_and_changes_nothing() -> None:
 
 def test_the_secret_is_asked_of_both_sides() -> None:
     port = free_port()
-    with leading(port, dist_secret="right", dist_timeout=0.1) as lead:
+    with leading(port, dist_secret="right", dist_timeout=0.5) as lead:
         assert "its secret" in refusal_of(lambda: join(port, dist_secret="wrong"))
         assert "dist_secret is set on node 0, and not on this node" in refusal_of(lambda: join(port))
         waited = refusal_of(lead.nodes.wait)
-        assert "node 1 of 2 has not come" in waited and "within 0.1 s" in waited and "its secret" in waited
+        assert "node 1 of 2 has not come" in waited and "within 0.5 s" in waited and "its secret" in waited
+        assert "dist_secret, of which node 0 has one" in waited
     other = free_port()
-    with leading(other):
+    with leading(other, dist_timeout=0.5) as lead:
         assert "set on this node, and not on node 0" in refusal_of(lambda: join(other, dist_secret="s"))
+        assert "dist_secret, of which node 0 has none" in refusal_of(lead.nodes.wait)
 
 
 @pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n\r\n", b"\x02\0\0\0\x80\x04", b"\xff\xff\xff\x7f", b""])
@@ -211,12 +215,33 @@ def test_a_node_that_says_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> No
         ({"dist_init_addr": "here"}, "dist_init_addr: 'here' is not HOST:PORT"),
         ({"dist_init_addr": "here:99999"}, "is not HOST:PORT"),
         ({"dist_init_addr": "0.0.0.0:5000"}, "every address of a machine"),
+        ({"dist_init_addr": "0:5000"}, "every address of a machine"),
+        ({"dist_init_addr": "[0:0::0]:5000"}, "every address of a machine"),
         ({"dp_size": 2}, "nnodes 2: dp_size 2: each replica is on one machine"),
     ],
 )
 def test_nodes_that_cannot_be_are_refused(settings: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         Nodes.of(config_of(5000, **settings))
+
+
+@pytest.mark.parametrize("host", ["a..b", "\u00e9" * 70])
+def test_what_no_name_can_be_is_refused_by_the_option(host: str) -> None:
+    with pytest.raises(ConfigError, match="dist_init_addr: "):
+        resolve(host, 5000)
+    with pytest.raises(ConfigError, match="host: "):
+        bind(host, 0)
+
+
+def test_what_several_ranks_do_not_serve_is_said_by_a_further_node_alone(tmp_path: Path) -> None:
+    """Node 0 says the same, and then listens to nobody."""
+    path = tiny_checkpoint("llama", tmp_path)
+    node = FurtherNode(path, *options(free_port(), tp=2), "--enable-lora")
+    try:
+        assert node.wait() == 1
+        eventually(lambda: any("tp_size 2: adapters are served on one rank" in line for line in node.lines), 5)
+    finally:
+        node.close()
 
 
 def test_the_names_of_other_engines_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,8 +283,13 @@ def test_torchrun_says_which_node_this_is(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     monkeypatch.setenv("NODE_RANK", "1")
     assert parse("serve", ["m", "--tp", "2"])[0].nodes.nnodes == 1
-    nodes = Nodes.of(parse("serve", ["m", "--tp", "2", "--nnodes", "2", "--master-addr", "k", "--master-port", "1"])[0])
+    several = ["m", "--tp", "2", "--nnodes", "2", "--master-addr", "k", "--master-port", "1"]
+    nodes = Nodes.of(parse("serve", several)[0])
     assert (nodes.rank, nodes.host, nodes.port) == (1, "k", 1)
+    for number in ("x", "\u00b2", "1.5"):
+        monkeypatch.setenv("NODE_RANK", number)
+        with pytest.raises(ConfigError, match="NODE_RANK: "):
+            parse("serve", several)
 
 
 def test_checkpoints_are_told_apart(tmp_path: Path) -> None:
@@ -302,6 +332,30 @@ def test_doctor_says_how_far_the_other_nodes_are(tmp_path: Path, monkeypatch: py
     other.start()
     assert "dtype is float32 there, auto here" in refusal_of(lambda: look(0, port))
     assert "dtype is float32 there, auto here" in errors.get(timeout=10)
+    other.join(10)
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ("serve", "command is phloem serve there, phloem doctor --nodes here"),
+        ("doctor --nodes", r"^node 1 of 2 \(127.0.0.1\) has gone$"),
+    ],
+)
+def test_a_look_ends_at_once_where_the_other_node_serves_or_goes(command: str, why: str, tmp_path: Path) -> None:
+    path, port = str(tiny_checkpoint("llama", tmp_path)), free_port()
+    config = config_of(port, model_path=path, node_rank=1)
+
+    def come_and_go() -> None:
+        with suppress(ConfigError):
+            stream = joined(config, Nodes.of(config), facts_of(config, describe(path), command), threading.Event())
+            assert stream.read(10) is not None  # it is asked for an answer
+            stream.close()
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    with pytest.raises(PhloemError, match=why):
+        checkup.look(config_of(port, model_path=path, dist_timeout=3))
     other.join(10)
 
 

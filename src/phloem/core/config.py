@@ -501,7 +501,7 @@ def _as_torchrun_says(values: dict[str, Any]) -> dict[str, Any]:
     """
     env, nodes = os.environ, values.get("nnodes") or 1
     started = "TORCHELASTIC_RUN_ID" in env
-    world = int(env["WORLD_SIZE"]) if env.get("WORLD_SIZE", "").isdigit() else 1
+    world = int(env["WORLD_SIZE"]) if env.get("WORLD_SIZE", "").isdecimal() else 1
     ranks = int(values.get("tp_size") or 1) * int(values.get("pp_size") or 1)
     if nodes == 1 and not (started and world > 1 and ranks > 1):
         return values
@@ -513,11 +513,13 @@ def _as_torchrun_says(values: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"nnodes {nodes}: torchrun has started {world} nodes", param="nnodes")
         nodes = world
     found: dict[str, Any] = {"nnodes": nodes}
-    numbers = (env.get("NODE_RANK"), env.get("GROUP_RANK"), env.get("RANK") if world == nodes else None)
     if values.get("node_rank") is None:
-        found["node_rank"] = next((int(number) for number in numbers if number and number.isdigit()), None)
+        # A number that nobody can read must not make this node 0, which every node is that says nothing.
+        names = ("NODE_RANK", "GROUP_RANK", *(["RANK"] if world == nodes else []))
+        said = next((name for name in names if env.get(name)), None)
+        found["node_rank"] = None if said is None else _convert(said, env[said], int)
     host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT", "")
-    if values.get("dist_init_addr") is None and host and port.isdigit():
+    if values.get("dist_init_addr") is None and host and port.isdecimal():
         # At the port itself torchrun listens.
         beside = int(port) + (env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
         found["dist_init_addr"] = f"[{host}]:{beside}" if ":" in host else f"{host}:{beside}"

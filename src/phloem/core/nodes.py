@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ class Nodes:
         if nodes.dist_init_addr is None:
             raise ConfigError(f"nnodes {size}: dist_init_addr, HOST:PORT of node 0, is needed", param="dist_init_addr")
         host, port = address_of(nodes.dist_init_addr)
-        if host in ("0.0.0.0", "::", "*"):
+        if host == "*" or _every(host):
             why = f"{host} is every address of a machine: name the one at which others reach node 0"
             raise ConfigError(f"dist_init_addr: {why}", param="dist_init_addr")
         return Nodes(size, rank, world // size, host, port)
@@ -57,6 +58,15 @@ class Nodes:
     def apart(self, ranks: tuple[int, ...]) -> bool:
         """Whether these ranks are on several machines."""
         return len({rank // self.each for rank in ranks}) > 1
+
+
+def _every(host: str) -> bool:
+    """Whether this is, in any spelling, the number of every address of a machine."""
+    try:
+        numbers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return False  # a name
+    return str(numbers[0][4][0]).removeprefix("::ffff:") in ("0.0.0.0", "::")
 
 
 def address_of(text: str, name: str = "dist_init_addr") -> tuple[str, int]:

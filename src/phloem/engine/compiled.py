@@ -25,7 +25,8 @@ from phloem.core.resolve import Decision
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import StepInputs, host_arrays, padded
 from phloem.engine.memory import first_line, is_out_of_memory
-from phloem.engine.parallel import option_of, ranks_of
+from phloem.engine.parallel import ranks_of
+from phloem.engine.unshared import option_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -17,7 +17,8 @@ from phloem import quant
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import GIB, Decision
 from phloem.distributed.experts import counts_of, hit_share, moves, place
-from phloem.engine.parallel import option_of, ranks_of
+from phloem.engine.parallel import ranks_of
+from phloem.engine.unshared import option_of
 from phloem.layers.aside import Aside
 from phloem.models._common import Decoder
 from phloem.platforms import cpu

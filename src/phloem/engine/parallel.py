@@ -28,6 +28,7 @@ from phloem.engine.inputs import Step
 from phloem.engine.memory import first_line
 from phloem.engine.stages import Kind, Together
 from phloem.engine.transfer import LastTokens
+from phloem.engine.unshared import refuse_unshared
 from phloem.engine.wanted import Wanted
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
@@ -140,14 +141,6 @@ def mesh_of(config: Config, rank: int) -> Mesh:
     return Mesh.of(rank, pp=runtime.pp_size, tp=runtime.tp_size, ep=runtime.ep_size)
 
 
-def option_of(config: Config) -> tuple[str, int]:
-    """The option that asks for several ranks, and its value."""
-    runtime = config.runtime
-    sizes = {"tp_size": runtime.tp_size, "pp_size": runtime.pp_size, "ep_size": runtime.ep_size}
-    sizes["nnodes"] = config.nodes.nnodes
-    return next(((name, size) for name, size in sizes.items() if size > 1), ("tp_size", 1))
-
-
 def refuse(config: Config, checkpoint: Checkpoint) -> None:
     """Refuse what several ranks do not serve, so that nothing is served wrongly.
 
@@ -157,26 +150,8 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
     """
     if Nodes.of(config).rank:
         raise ConfigError("node_rank: a further node is started by `phloem serve`", param="node_rank")
-    name, size = option_of(config)
+    refuse_unshared(config, checkpoint)
     meshes = [mesh_of(config, rank) for rank in range(0, ranks_of(config), config.runtime.tp_size)]
-    reasons = {
-        "diffusion pipelines run on one rank": checkpoint.pictures is not None,
-        "models that do not generate run on one rank": checkpoint.pooling is not None,
-        "transformers' own code runs on one rank (model_impl)": checkpoint.chosen.impl != "phloem",
-        "adapters are served on one rank (enable_lora, lora_paths)": config.lora.enable_lora
-        or bool(config.lora.lora_paths),
-        "sums over ranks are not the same bits for every tp_size (ops invariant, enable_deterministic_inference)": (
-            config.runtime.tp_size > 1
-            and (config.runtime.enable_deterministic_inference or config.runtime.ops == "invariant")
-        ),
-        "random weights would differ from rank to rank (load_format dummy)": config.model.load_format == "dummy",
-        "a model that takes pictures or sound runs on one rank": "vision_config" in checkpoint.config
-        or "audio_config" in checkpoint.config
-        or checkpoint.model_type == "whisper",
-    }
-    for reason, found in reasons.items():
-        if found:
-            raise ConfigError(f"{name} {size}: {reason}", param=name)
     # A share without weights says whether the sizes divide, before any process is started.
     for mesh in meshes:
         ctx = BuildContext(Ops(), torch.bfloat16, torch.device("meta"), mesh=mesh)

@@ -33,13 +33,14 @@ from phloem.engine.dtypes import (
     tower_of,
 )
 from phloem.engine.media import Desk
-from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, option_of, ranks_here, ranks_of
+from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, ranks_here, ranks_of
 from phloem.engine.pooled import PooledRunner
 from phloem.engine.recorded import choice
 from phloem.engine.routes import chosen_of, keep_beside
 from phloem.engine.runner import ModelRunner
 from phloem.engine.sizing import Need, size_pool
 from phloem.engine.stages import Together
+from phloem.engine.unshared import option_of
 from phloem.kernels.ops import Ops
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext

@@ -35,10 +35,12 @@ def version_of(package: str) -> str:
         return "unknown"
 
 
-def facts_of(config: Config, checkpoint: Checkpoint) -> dict[str, str]:
-    """What this node has of it. Raises ModelLoadError."""
+def facts_of(config: Config, checkpoint: Checkpoint, command: str = "serve") -> dict[str, str]:
+    """What this node has of it. `command`: of phloem, for one that looks cannot be a part of one that serves. Raises
+    ModelLoadError."""
     flat = config.flat()
     return {
+        "command": f"phloem {command}",
         "version of phloem": version_of("phloem"),
         "version of torch": version_of("torch"),
         **{name: str(flat[name]) for name in SETTINGS},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import statistics
 import threading
@@ -15,7 +16,7 @@ from phloem.core.nodes import Nodes
 from phloem.launch.agree import facts_of
 from phloem.launch.node import heard, joined
 from phloem.launch.nodes import FurtherNodes, Node
-from phloem.launch.wire import Beat, Bye, Echo, Ping, Word
+from phloem.launch.wire import LOOK, Beat, Bye, Echo, Ping, Word
 
 if TYPE_CHECKING:
     from phloem.core.config import Config
@@ -51,7 +52,7 @@ def look(config: Config) -> list[tuple[str, str]]:
         EngineDead: one has gone meanwhile.
     """
     nodes = Nodes.of(config)
-    facts = facts_of(config, described(config.model))
+    facts = facts_of(config, described(config.model), "doctor --nodes")
     own = f"phloem {facts['version of phloem']}, torch {facts['version of torch']}"
     own += f", digest of the weights {facts['digest of the weights']}"
     found = [(f"node {nodes.rank}", own)]
@@ -75,8 +76,8 @@ def _links(config: Config, nodes: Nodes, facts: dict[str, str]) -> list[Link]:
         for node in further.all:
             node.stream.finish(Bye("", again=False))
         return found
-    except (OSError, queue.Empty) as error:
-        raise EngineDead(f"{why}: {error or 'no answer'}") from None
+    except OSError as error:
+        raise EngineDead(f"{why}: {error}") from None
     except BaseException as error:
         why = str(error)
         raise
@@ -88,7 +89,7 @@ def _measured(node: Node, echoes: queue.SimpleQueue[Echo]) -> Link:
     def once(number: int, data: bytes) -> tuple[float, float]:
         begun, clock = perf_counter(), time()
         node.stream.send(Ping(number, data))
-        while (echo := echoes.get(timeout=SECONDS)).number != number:
+        while (echo := _next(node, echoes)).number != number:
             pass
         took = perf_counter() - begun
         return took, echo.clock - (clock + took / 2)
@@ -98,6 +99,18 @@ def _measured(node: Node, echoes: queue.SimpleQueue[Echo]) -> Link:
     large = min(once(PINGS + number, load)[0] for number in range(LOADS))
     best, ahead = min(small)
     return Link(node.name, best, statistics.median(took for took, _ in small), 2 * LOAD / large, ahead)
+
+
+def _next(node: Node, echoes: queue.SimpleQueue[Echo]) -> Echo:
+    """Raises EngineDead when the node has gone, or does not answer."""
+    until = monotonic() + SECONDS
+    while monotonic() < until:
+        gone = node.over.is_set()  # read before the queue, in which its last answer may lie
+        with contextlib.suppress(queue.Empty):
+            return echoes.get(timeout=0 if gone else LOOK)
+        if gone:
+            raise EngineDead(f"{node.name} has gone")
+    raise EngineDead(f"{node.name} does not answer within {SECONDS:g} s")
 
 
 def _answer(config: Config, nodes: Nodes, facts: dict[str, str]) -> str:

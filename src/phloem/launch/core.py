@@ -21,6 +21,7 @@ from phloem.engine import parallel, worker
 from phloem.engine.canvas import CanvasRunner
 from phloem.engine.renoise import RenoisingRunner
 from phloem.engine.runner import ModelRunner
+from phloem.engine.unshared import option_of
 from phloem.engine.watchdog import Watchdog
 from phloem.grammar._base import name_of
 from phloem.grammar._manager import GrammarManager, GrammarSettings
@@ -239,7 +240,7 @@ def _drafting(drafts: speculation.Wanted, built: Built, config: Config) -> tuple
     why = "" if built.sites is None else "beside adapters, drafts have not been shown to change no bit"
     why = why if built.denoising is None else "a model of diffusion gives several tokens a pass by itself"
     one = parallel.ranks_of(config) == 1
-    why = why if one else "drafts are verified on one rank, and {} is {}".format(*parallel.option_of(config))
+    why = why if one else "drafts are verified on one rank, and {} is {}".format(*option_of(config))
     drafter, decided = assemble.decide(drafts, runner, why)
     built.decisions.append(decided)
     return assemble.around(drafts, runner, drafter), drafter != speculation.NONE

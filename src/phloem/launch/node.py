@@ -20,6 +20,7 @@ import msgspec
 from phloem.checkpoint.describe import described
 from phloem.core.errors import ConfigError
 from phloem.core.nodes import Nodes
+from phloem.engine.unshared import refuse_unshared
 from phloem.launch.agree import facts_of
 from phloem.launch.child import LEAVE_SECONDS, Child, Said, end, meeting_place, watch
 from phloem.launch.wire import (
@@ -70,12 +71,14 @@ def run(config: Config) -> int:
     """Until node 0 has done its work, or a signal; returns the process's exit status.
 
     Raises:
-        PhloemError: node 0 is not there in time, or something here differs from it.
+        PhloemError: several ranks do not serve this, node 0 is not there in time, or something here differs from it.
     """
     nodes = Nodes.of(config)
     log.configure(config.server.log_level, f"node {nodes.rank}")
     machine.allow_open_files()
-    facts = facts_of(config, described(config.model))
+    checkpoint = described(config.model)
+    refuse_unshared(config, checkpoint)  # as node 0 does, which then listens to nobody
+    facts = facts_of(config, checkpoint)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -52,7 +53,7 @@ _log = log.get("launch")
 
 MOST_STRANGERS = 16  # connections that have not shown yet who they are
 LAST_SECONDS = 1.0  # that nodes get to hear the last word
-MOST_TOLD = 3  # of those who were turned away
+MOST_TOLD = 3  # of those who were turned away, the last ones: anybody may knock for as long as it serves
 WAIT = 0.1  # seconds between looks for nodes that have not come
 
 
@@ -94,7 +95,7 @@ class FurtherNodes:
         self._lock, self._closing, self._begun = threading.Lock(), threading.Event(), False
         self._ending = False  # whoever comes now belongs to the next start
         self._problem = ""  # why no start is possible
-        self._turned_away: list[str] = []  # who was refused, or has gone again, and why
+        self._turned_away: deque[str] = deque(maxlen=MOST_TOLD)  # who was refused, or has gone again, and why
         resolve(nodes.host, nodes.port)
         self._listening = bind(nodes.host, nodes.port, "dist_init_addr")
         self._listening.listen(64)
@@ -116,7 +117,7 @@ class FurtherNodes:
             if not self._problem and monotonic() > until:
                 which = f"node{'s' if len(lacks) > 1 else ''} {', '.join(map(str, lacks))} of {self._nodes.size}"
                 has = "have" if len(lacks) > 1 else "has"
-                more = "".join(f"; {one}" for one in self._turned_away[-MOST_TOLD:])
+                more = "".join(f"; {one}" for one in self._turned_away)
                 self._problem = f"{which} {has} not come to {self._nodes.host}:{self._nodes.port} within "
                 self._problem += f"{self._timeout:g} s (dist_timeout){more}"
             if self._problem:
@@ -200,7 +201,9 @@ class FurtherNodes:
         try:
             node = self._greet(stream)
         except (Lost, OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            self._note(f"what came from {stream.there} was no node of this version ({error})")
+            has = "has one" if self._secret else "has none"
+            why = f"was no node of this version, or one that differs in dist_secret, of which node 0 {has}"
+            self._note(f"what came from {stream.there} {why} ({error})")
             node = None
         finally:
             with self._lock:

@@ -59,14 +59,14 @@ class _Pipe:
 
 
 def main() -> int:
+    # Both may reach the whole process group at once, and while nodes are waited for; rank 0 ends us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     line = sys.stdin.buffer.readline()
     if not line:  # who would give the order has gone first
         return 1
     order: dict[str, Any] = msgspec.json.decode(line)
     die_with_parent(order["parent"])
-    # Both may reach the whole process group at once; rank 0 ends us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     config, rank = Config.from_flat(order["config"]), order["rank"]
     log.configure(config.server.log_level, f"rank {rank}")
     pipe = _Pipe(order["pipe"])

@@ -124,7 +124,7 @@ class RankProcesses:
 
     def __init__(self, config: Config) -> None:
         self.size, self._nodes = ranks_of(config), Nodes.of(config)
-        self._folder = meeting_place()
+        self._folder: Path | None = None  # where those of this node meet, until all have
         self._sending, self._closing, self._cause = threading.Lock(), False, ""
         self._groups: Groups | None = None
         self._news, self._further = _News(), self._listen(config)
@@ -138,35 +138,36 @@ class RankProcesses:
         except BaseException as error:
             self.close("start", str(error))
             raise
-        shutil.rmtree(self._folder, ignore_errors=True)  # all have what lay there open
+        self._forget_place()  # all have what lay there open
         decision = decision_of(config, name, why)
         self.team = Team(mesh_of(config, 0), groups, self.tell, self._loaded, decision, self._least_memory)
 
     def _listen(self, config: Config) -> FurtherNodes | None:
         if self._nodes.size == 1:
             return None
-        try:
-            facts = facts_of(config, described(config.model))
-            return FurtherNodes(config, self._nodes, facts, self._heard_of, self._lost)
-        except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            raise
+        facts = facts_of(config, described(config.model))
+        return FurtherNodes(config, self._nodes, facts, self._heard_of, self._lost)
 
     def _meet(self, config: Config, name: str) -> Groups:
-        way, further = Way(name, self._folder), self._further
+        for rank in self._nodes.ranks(0)[1:]:
+            self.ranks.append(Child(rank, self._heard, self._ended))
+        further = self._further
+        if further is not None:
+            further.wait()
+        # Not before: nodes are waited for long, and the door ends an engine that starts by force.
+        place = self._folder = meeting_place()
+        way = Way(name, place)
         if further is not None:
             sock, port = listening_beside(self._nodes.host)
             here = sock.getsockname()[0]
-            way = Way(name, self._folder, (here, port), here, sock)
+            way = Way(name, place, (here, port), here, sock)
         order: dict[str, Any] = {
-            "config": config.flat(), "place": str(self._folder), "comm": name, "board": way.board, "here": way.here
+            "config": config.flat(), "place": str(place), "comm": name, "board": way.board, "here": way.here
         }  # fmt: skip
         try:
-            for rank in self._nodes.ranks(0)[1:]:
-                self.ranks.append(Child(rank, self._heard, self._ended))
-                self.ranks[-1].begin(order)
+            for rank in self.ranks:
+                rank.begin(order)
             if further is not None and way.board is not None:
-                further.wait()
                 further.begin(name, way.board[1])
             self._all_said("here", START_SECONDS)
             for rank in self.ranks:
@@ -215,7 +216,11 @@ class RankProcesses:
         end(self.ranks, LEAVE_SECONDS if phase == "drained" and not self._cause else 0.0)
         if self._groups is not None:
             self._groups.abort()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._forget_place()
+
+    def _forget_place(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _loaded(self, bytes_read: int) -> None:
         self._all_said("loaded", None)

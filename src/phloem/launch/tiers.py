@@ -20,6 +20,7 @@ from phloem.core.ranges import parse_bytes
 from phloem.core.resolve import GIB, Decision
 from phloem.engine import parallel
 from phloem.engine.runner import ModelRunner
+from phloem.engine.unshared import option_of
 from phloem.kvcache.tiers import TIERS, Place, Tier, rounded
 from phloem.kvcache.tiers._copies import PoolCopies
 from phloem.kvcache.tiers._fetch import TIMEOUT_BASE, TIMEOUT_PER_KI_TOKEN, Waiting
@@ -164,7 +165,7 @@ def declines(config: Config, built: Built, scheduler: Scheduler) -> str:
     if not isinstance(runner, ModelRunner):
         return "the model does not generate: nothing of its texts is kept"
     if parallel.ranks_of(config) > 1:
-        name, size = parallel.option_of(config)
+        name, size = option_of(config)
         return f"each of several ranks has a part of every page ({name} {size})"
     if not scheduler.cache.enabled:
         return "prefixes are not shared"

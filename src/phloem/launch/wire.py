@@ -198,6 +198,6 @@ def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[str,
     """Where a name lies. Raises ConfigError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter: what no name can be
         raise ConfigError(f"dist_init_addr: {host!r}: {error}", param="dist_init_addr") from None
     return [(family, address[:2]) for family, _, _, _, address in found]  # pyright: ignore

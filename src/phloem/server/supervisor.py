@@ -158,8 +158,8 @@ class _Supervisor:
 
     async def _end_engine(self) -> None:
         """Let the engine leave by itself; `close` ends one that does not."""
-        if self._client.dead is not None or self._engine is None:
-            return
+        if self._client.dead is not None or self._engine is None or self._client.connection.ready is None:
+            return  # one that starts reads no message
         with contextlib.suppress(EngineDead, TimeoutError):
             self._engine.send(Drain(timeout=0.0))
             await asyncio.wait_for(self._died.wait(), ENGINE_LEAVE_SECONDS)

@@ -16,7 +16,7 @@ def bind(host: str, port: int, option: str = "") -> socket.socket:
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter: what no name can be
         name = option or "host"
         raise ConfigError(f"{name}: {host!r} is no address to listen on: {error}", param=name) from None
     found = socket.socket(family, kind, proto)

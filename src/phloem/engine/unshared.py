@@ -1,0 +1,42 @@
+"""What several ranks of a model do not serve. Without torch: a node that executes alone can say so too."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from phloem.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.core.config import Config
+
+
+def option_of(config: Config) -> tuple[str, int]:
+    """The option that asks for several ranks, and its value."""
+    runtime = config.runtime
+    sizes = {"tp_size": runtime.tp_size, "pp_size": runtime.pp_size, "ep_size": runtime.ep_size}
+    sizes["nnodes"] = config.nodes.nnodes
+    return next(((name, size) for name, size in sizes.items() if size > 1), ("tp_size", 1))
+
+
+def refuse_unshared(config: Config, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError for something that one rank alone does."""
+    name, size = option_of(config)
+    reasons = {
+        "diffusion pipelines run on one rank": checkpoint.pictures is not None,
+        "models that do not generate run on one rank": checkpoint.pooling is not None,
+        "transformers' own code runs on one rank (model_impl)": checkpoint.chosen.impl != "phloem",
+        "adapters are served on one rank (enable_lora, lora_paths)": config.lora.enable_lora
+        or bool(config.lora.lora_paths),
+        "sums over ranks are not the same bits for every tp_size (ops invariant, enable_deterministic_inference)": (
+            config.runtime.tp_size > 1
+            and (config.runtime.enable_deterministic_inference or config.runtime.ops == "invariant")
+        ),
+        "random weights would differ from rank to rank (load_format dummy)": config.model.load_format == "dummy",
+        "a model that takes pictures or sound runs on one rank": "vision_config" in checkpoint.config
+        or "audio_config" in checkpoint.config
+        or checkpoint.model_type == "whisper",
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise ConfigError(f"{name} {size}: {reason}", param=name)

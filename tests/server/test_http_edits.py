@@ -86,11 +86,14 @@ async def test_bad_forms_are_named(fields: dict[str, str], files: Any, param: st
 
 @on_loop
 async def test_a_model_that_takes_no_mask_or_one_picture_says_so_before_it_decodes() -> None:
-    async with editing(masks=False, pictures=1) as door:
+    async with editing(masks=False, pictures=1, needs_pictures=False) as door:
         for files, param in (({"image": file(), "mask": file(b"x")}, "mask"), ([("image", file(b"x"))] * 2, "image")):
             response = await door.http.post(PATH, data={"prompt": "a"}, files=files)
             assert (response.status_code, response.json()["error"]["param"]) == (400, param)
             assert "this model" in response.json()["error"]["message"]
+        for empty in ({"image": []}, {"images": []}):
+            response = await door.post(PATH, {"prompt": "a", **empty})
+            assert (response.status_code, response.json()["error"]["param"]) == (400, next(iter(empty)))
         for path in ("/etc/passwd", "http://127.0.0.1/a.png", "file:///etc/passwd"):
             response = await door.post(PATH, {"prompt": "a", "image": path})
             assert (response.status_code, response.json()["error"]["param"]) == (400, "image")

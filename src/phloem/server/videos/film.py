@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from phloem.core.errors import BadRequest, PhloemError
+from phloem.core.errors import BadRequest, PhloemError, StorageFailed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +68,8 @@ class FilmWriter:
         """Give the file up; harmless when repeated."""
         with contextlib.suppress(OSError, ValueError, RuntimeError):
             self._file.close()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
 
     def _check(self) -> int:
         # There is no file before the codec gives its first bytes.
@@ -86,4 +87,4 @@ class _Told:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
-            raise PhloemError(f"the film could not be written: {error.strerror or type(error).__name__}") from error
+            raise StorageFailed(f"the film could not be written: {error.strerror or type(error).__name__}") from error

@@ -100,4 +100,4 @@ async def video_content(
     if video.status != "completed":
         why = f": {video.error.message}" if video.error is not None else ", ask again when it is completed"
         raise BadRequest(f"the video is {video.status}{why}", param="video_id", code=f"video_{video.status}")
-    return FileResponse(store.film(video_id), media_type="video/mp4", filename=f"{video_id}.mp4")
+    return FileResponse(store.content(video_id), media_type="video/mp4", filename=f"{video_id}.mp4")

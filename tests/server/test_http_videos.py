@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from door import make_info, on_loop, open_door, until
 
 from phloem.core.errors import ConfigError, StorageFailed
+from phloem.server.videos.film import FilmWriter
 from phloem.server.videos.store import VideoStore
 from phloem.testing.fake_studio import FILMS, FakeStudio
 from phloem.utils.png import png
@@ -292,6 +294,50 @@ async def test_a_folder_that_is_gone_is_told_and_comes_back(tmp_path: Path) -> N
         store = door.app.state.door.videos
         store.film(key).unlink()
         assert (await door.http.get(f"{PATH}/{key}/content")).json()["error"]["code"] == "video_lost"
+
+
+@on_loop
+async def test_a_film_asked_for_while_the_engine_starts_again_is_503() -> None:
+    async with filming() as door:
+        door.client.connection.ready = None
+        for body in ({"prompt": "a"}, {"prompt": "a", "seconds": "1"}):
+            response = await door.post(PATH, body)
+            assert (response.status_code, response.json()["error"]["type"]) == (503, "engine_unavailable")
+        assert (await door.http.get("/model_info")).status_code in (200, 503)
+
+
+def test_a_file_is_not_closed_under_the_thread_that_writes_it(tmp_path: Path) -> None:
+    writer = FilmWriter(tmp_path / "a.mp4", 32, 16, 16.0, 1 << 20)
+    inside, go, said = threading.Event(), threading.Event(), list[str]()
+
+    class Slow:
+        def encode(self, frame: Any) -> list[Any]:
+            inside.set()
+            go.wait(20)
+            said.append("encoded")
+            return []
+
+    class File:
+        def mux(self, packets: Any) -> None:
+            pass
+
+        def close(self) -> None:
+            said.append("closed")
+
+    file = writer._file
+    writer._stream, writer._file = Slow(), File()
+    adding = threading.Thread(target=writer.add, args=(bytes(32 * 16 * 3),))
+    adding.start()
+    assert inside.wait(20)
+    dropping = threading.Thread(target=writer.drop)
+    dropping.start()
+    dropping.join(0.05)
+    go.set()
+    adding.join(20)
+    dropping.join(20)
+    writer.add(bytes(32 * 16 * 3))  # of a thread that comes too late
+    assert said == ["encoded", "closed"] and not (tmp_path / "a.mp4").exists()
+    file.close()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

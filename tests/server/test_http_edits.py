@@ -68,6 +68,9 @@ async def test_pictures_come_in_forms_and_in_json() -> None:
         ({"prompt": "a"}, [("image", file())] * 100, "image"),
         ({"prompt": "a", "n": "x"}, {"image": file()}, "n"),
         ({"prompt": "a", "n": "11"}, {"image": file()}, "n"),
+        ({"prompt": "a", "cache[threshold]": "7"}, {"image": file()}, "cache.threshold"),
+        ({"prompt": "a", "cache[kinds]": "none"}, {"image": file()}, "cache.kinds"),
+        ({"prompt": "a", "cache": "none"}, {"image": file()}, "cache"),
         ({"prompt": "a", "output_format": "gif"}, {"image": file()}, "output_format"),
         ({"prompt": "a", "guidance": "3"}, {"image": file()}, "guidance"),
         ({"prompt": "a"}, {"image": file(), "pictures": file()}, "pictures"),
@@ -85,12 +88,23 @@ async def test_bad_forms_are_named(fields: dict[str, str], files: Any, param: st
 
 
 @on_loop
+async def test_the_probe_of_a_model_that_fills_masks_has_one() -> None:
+    for masks in (True, False):
+        async with editing(masks=masks) as door:
+            assert (await door.http.get("/health_generate")).status_code == 200
+            assert len(door.engine.draws[0].pictures) == 1 and (door.engine.draws[0].mask is not None) == masks
+
+
+@on_loop
 async def test_a_model_that_takes_no_mask_or_one_picture_says_so_before_it_decodes() -> None:
-    async with editing(masks=False, pictures=1) as door:
+    async with editing(masks=False, pictures=1, needs_pictures=False) as door:
         for files, param in (({"image": file(), "mask": file(b"x")}, "mask"), ([("image", file(b"x"))] * 2, "image")):
             response = await door.http.post(PATH, data={"prompt": "a"}, files=files)
             assert (response.status_code, response.json()["error"]["param"]) == (400, param)
             assert "this model" in response.json()["error"]["message"]
+        for empty in ({"image": []}, {"images": []}):
+            response = await door.post(PATH, {"prompt": "a", **empty})
+            assert (response.status_code, response.json()["error"]["param"]) == (400, next(iter(empty)))
         for path in ("/etc/passwd", "http://127.0.0.1/a.png", "file:///etc/passwd"):
             response = await door.post(PATH, {"prompt": "a", "image": path})
             assert (response.status_code, response.json()["error"]["param"]) == (400, "image")
@@ -108,5 +122,8 @@ async def test_the_openai_client_edits_and_streams() -> None:
         )
         assert base64.b64decode(found.data[0].b64_json).startswith(b"\x89PNG") and found.usage.input_tokens == 5
         assert len(door.engine.draws[0].pictures) == 2
+        more = {"seed": [4, 9], "cache": {"kind": "none"}}
+        found = await client.images.edit(image=io.BytesIO(SMALL), prompt="red", n=2, extra_body=more)
+        assert [draw.seed for draw in door.engine.draws[1:]] == [4, 9] and door.engine.draws[1].step_cache == 0
         events = await client.images.edit(image=io.BytesIO(SMALL), prompt="red", stream=True, partial_images=1)
         assert [event.type async for event in events] == ["image_edit.partial_image", "image_edit.completed"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 from door import make_info, on_loop, open_door, until
 
-from phloem.core.errors import ConfigError
+from phloem.core.errors import ConfigError, StorageFailed
+from phloem.server.videos.film import FilmWriter
 from phloem.server.videos.store import VideoStore
 from phloem.testing.fake_studio import FILMS, FakeStudio
 from phloem.utils.png import png
@@ -99,6 +101,7 @@ async def test_seconds_become_the_nearest_number_of_frames_that_the_model_makes(
         ({"prompt": "a", "num_frames": -3}, "num_frames"),
         ({"prompt": "a", "fps": 0}, "fps"),
         ({"prompt": "a", "fps": 1e9}, "fps"),
+        ({"prompt": "a", "fps": 1e-300}, "fps"),
         ({"prompt": "a", "num_inference_steps": -1}, "num_inference_steps"),
         ({"prompt": "a", "guidance_scale_2": -1}, "guidance_scale_2"),
         ({"prompt": "a", "n": 2}, "n"),
@@ -253,6 +256,88 @@ async def test_the_engine_that_dies_fails_the_job_with_the_reason() -> None:
         video = await finished(door, key)
         assert video["status"] == "failed" and video["error"]["code"] == "engine_unavailable"
         assert (await door.post(PATH, {"prompt": "a"})).status_code == 503
+
+
+@on_loop
+async def test_a_film_whose_job_cannot_be_written_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with filming({"video_output_path": str(tmp_path)}) as door:
+        store, write = door.app.state.door.videos, VideoStore._write
+
+        def full(self: VideoStore, video: Any) -> None:
+            if video.status == "completed":
+                raise StorageFailed("no space")
+            write(self, video)
+
+        monkeypatch.setattr(VideoStore, "_write", full)
+        failed = await finished(door, (await door.post(PATH, {"prompt": "a"})).json()["id"])
+        assert (failed["status"], failed["error"]["code"], failed["progress"]) == ("failed", "storage_failed", 99)
+        await until(lambda: not store.tasks)
+        assert not list(tmp_path.glob("*.mp4")) and not list(tmp_path.glob(".*.part"))
+
+
+@on_loop
+async def test_a_folder_that_is_gone_is_told_and_comes_back(tmp_path: Path) -> None:
+    folder, away = tmp_path / "films", tmp_path / "away"
+    async with filming({"video_output_path": str(folder)}) as door:
+        key = (await door.post(PATH, {"prompt": "a"})).json()["id"]
+        await finished(door, key)
+        folder.rename(away)
+        refused = await door.post(PATH, {"prompt": "b"})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (507, "storage_failed"), refused.text
+        assert door.client.in_flight == 0
+        for method in ("GET", "HEAD"):
+            assert (await door.http.request(method, f"{PATH}/{key}/content")).status_code == 404
+        away.rename(folder)
+        assert (await door.http.get(f"{PATH}/{key}/content")).status_code == 200
+        store = door.app.state.door.videos
+        store.film(key).unlink()
+        assert (await door.http.get(f"{PATH}/{key}/content")).json()["error"]["code"] == "video_lost"
+
+
+@on_loop
+async def test_a_film_asked_for_while_the_engine_starts_again_is_503() -> None:
+    async with filming() as door:
+        door.client.connection.ready = None
+        for body in ({"prompt": "a"}, {"prompt": "a", "seconds": "1"}):
+            response = await door.post(PATH, body)
+            assert (response.status_code, response.json()["error"]["type"]) == (503, "engine_unavailable")
+        assert (await door.http.get("/model_info")).status_code in (200, 503)
+
+
+def test_a_file_is_not_closed_under_the_thread_that_writes_it(tmp_path: Path) -> None:
+    writer = FilmWriter(tmp_path / "a.mp4", 32, 16, 16.0, 1 << 20)
+    inside, go, said = threading.Event(), threading.Event(), list[str]()
+
+    class Slow:
+        def encode(self, frame: Any) -> list[Any]:
+            inside.set()
+            go.wait(20)
+            said.append("encoded")
+            return []
+
+    class File:
+        def mux(self, packets: Any) -> None:
+            pass
+
+        def close(self) -> None:
+            said.append("closed")
+
+    file = writer._file
+    writer._stream, writer._file = Slow(), File()
+    adding = threading.Thread(target=writer.add, args=(bytes(32 * 16 * 3),))
+    adding.start()
+    assert inside.wait(20)
+    dropping = threading.Thread(target=writer.drop)
+    dropping.start()
+    dropping.join(0.05)
+    go.set()
+    adding.join(20)
+    dropping.join(20)
+    writer.add(bytes(32 * 16 * 3))  # of a thread that comes too late
+    assert said == ["encoded", "closed"] and not (tmp_path / "a.mp4").exists()
+    file.close()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

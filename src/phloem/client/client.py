@@ -208,7 +208,9 @@ class EngineClient:
             EngineDead: there is no engine, or it has not begun.
         """
         self._check_open()
-        return (self.connection.ready or {})["pictures"]
+        if self.connection.ready is None:
+            raise EngineDead("the engine is starting, ask again when it serves")
+        return self.connection.ready["pictures"]
 
     def draw(self, draws: list[Draw]) -> Painting:
         """Ask for pictures. The caller iterates what is given, and ends it with `cancel()`.

@@ -72,6 +72,14 @@ class OutOfMemory(PhloemError):
     kind = "out_of_memory"
 
 
+class StorageFailed(PhloemError):
+    """A disk does not take what is to be kept: it is full, or the folder is gone or not to be written."""
+
+    status = 507
+    kind = "storage_failed"
+    retryable = True
+
+
 class EngineDead(PhloemError):
     """The engine process has gone; requests that were in flight are lost."""
 

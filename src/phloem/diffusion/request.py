@@ -85,6 +85,8 @@ class Facts:
         width, height = (draw.width, draw.height) if draw.width and draw.height else self._usual_size(draw)
         for side in (width, height):
             if side < 1 or side > MAX_SIDE or side % self.grid:
+                if side > MAX_SIDE:
+                    raise BadRequest(f"size: {width}x{height}: no side is over {MAX_SIDE}", param="size")
                 near = max(self.grid, min(round(side / self.grid), MAX_SIDE // self.grid) * self.grid)
                 raise BadRequest(
                     f"size: {width}x{height}: both sides must be multiples of {self.grid}, such as {near}", param="size"

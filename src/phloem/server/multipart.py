@@ -14,9 +14,18 @@ _BOUNDARY = re.compile(r'boundary=(?:"([^"]{1,70})"|([^\s;,"]{1,70}))', re.IGNOR
 _NAME = re.compile(r';\s*name=(?:"((?:[^"\\]|\\.)*)"|([^\s;]+))', re.IGNORECASE)
 
 
-def form_of(body: bytes, content_type: str, files: frozenset[str], lists: frozenset[str]) -> dict[str, Any]:
+_INSIDE = re.compile(r"([^\[\]]+)\[([^\[\]]+)\]")
+
+
+def form_of(
+    body: bytes,
+    content_type: str,
+    files: frozenset[str],
+    lists: frozenset[str],
+    objects: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
     """The fields of a form by name: text, or of `files` bytes. Those of `lists` may come several times, with or without
-    `[]` behind the name.
+    `[]` behind the name. The fields of `objects` are named `object[field]`.
 
     Raises:
         BadRequest: the body is no such form, a field comes twice, or text is no UTF-8; it names the field.
@@ -33,8 +42,13 @@ def form_of(body: bytes, content_type: str, files: frozenset[str], lists: frozen
     mark = b"--" + (found[1] or found[2]).encode("latin-1", "replace")
     values: dict[str, Any] = {}
     for name, data in _parts(body, mark):
-        base = name.removesuffix("[]")
-        if base in lists:
+        base, inside = name.removesuffix("[]"), _INSIDE.fullmatch(name)
+        if inside is not None and inside[1] in objects:
+            whole = values.setdefault(inside[1], {})
+            if not isinstance(whole, dict) or inside[2] in whole:
+                raise BadRequest(f"{name:.100}: the form has this field twice", param=name[:100])
+            whole[inside[2]] = _text(data, name)
+        elif base in lists:
             values.setdefault(base, []).append(data if base in files else _text(data, name))
         elif name in values:
             raise BadRequest(f"{name:.100}: the form has this field twice", param=name[:100])

@@ -19,7 +19,7 @@ MAX_IMAGES = 16  # of a request, as OpenAI has it
 MAX_PROMPT = 32_000  # characters, as OpenAI has it
 MAX_SCALE = 1000.0
 SEEDS = 1 << 31
-_SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
+_SIZE = re.compile(r"(\d{1,6})x(\d{1,6})", re.ASCII)
 _OF_FILMS = Later("video", (), "pictures have none; /v1/videos makes films")
 _VIDEO = dict.fromkeys(("num_frames", "fps", "seconds", "guidance_scale_2", "input_reference"), _OF_FILMS)
 
@@ -191,6 +191,8 @@ class ImageEditsBody(ImagesBody, kw_only=True):
             raise BadRequest("images: image says the same: send one", param="images")
         name, given = ("image", self.image) if self.images is None else ("images", self.images)
         found = [source_of(one, name) for one in (given if isinstance(given, list) else [given])]
+        if not found:
+            raise BadRequest(f"{name}: a picture is missing: a file, or a data URI", param=name)
         if len(found) > MAX_IMAGES:
             raise BadRequest(f"{name}: {len(found)} pictures, at most {MAX_IMAGES} are read", param=name)
         return found

@@ -74,7 +74,9 @@ async def _read_edits(door: Door, request: Request) -> ImageEditsBody:
     if not kind.lower().startswith("multipart/form-data"):
         return await door.read(request, _edits)
     data = b"".join([part async for part in request.stream()])
-    values = form_of(data, kind, frozenset({"image", "mask"}), frozenset({"image"}))
+    values = form_of(data, kind, frozenset({"image", "mask"}), frozenset({"image", "seed"}), frozenset({"cache"}))
+    if len(values.get("seed", [])) == 1:
+        (values["seed"],) = values["seed"]  # one alone is the first of all pictures
     return _edits.convert(values, door.info.features, form=True)
 
 

@@ -49,6 +49,7 @@ async def health_generate(request: Request) -> Response:
         probe = Draw(id=new_id("health-"), prompt="", seed=0, width=side, height=side, steps=2, film=facts.films)
         probe.frames = 1 if facts.films else 0
         probe.pictures = [Pixels(side, side, bytes(3 * side * side))] if facts.needs_pictures else []
+        probe.mask = probe.pictures[0] if facts.needs_pictures and facts.masks else None
         async with asyncio.timeout(PROBE_SECONDS):
             await painted(request, door.client.draw([probe]))
         return json_response(Status(status="ok"))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from phloem.core.messages import Draw
     from phloem.diffusion.request import Facts
 
-MAX_FPS = 240
+MIN_FPS, MAX_FPS = 0.1, 240  # files know rates as fractions, and none near 0
 MAX_SECONDS = 3600.0
 
 
@@ -54,8 +54,8 @@ class VideosBody(PictureFields, kw_only=True):
         """
         self.check_fields()
         within("guidance_scale_2", self.guidance_scale_2, 0, MAX_SCALE)
-        if self.fps is not None and not 0 < self.fps <= MAX_FPS:
-            raise BadRequest(f"fps: {self.fps} is not above 0 and at most {MAX_FPS}", param="fps")
+        if self.fps is not None and not MIN_FPS <= self.fps <= MAX_FPS:
+            raise BadRequest(f"fps: {self.fps} is not in {MIN_FPS} to {MAX_FPS}", param="fps")
         if self.num_frames is not None and self.num_frames < 1:
             raise BadRequest(f"num_frames: {self.num_frames} is not above 0", param="num_frames")
         fps = self.fps or facts.fps
@@ -71,7 +71,7 @@ class VideosBody(PictureFields, kw_only=True):
     def _frames(self, facts: Facts, fps: float) -> int:
         """So many as come nearest to the time asked for, of the numbers that the model makes."""
         try:
-            seconds = float(self.seconds or "")
+            seconds = float("" if self.seconds is None else self.seconds)
         except ValueError:
             raise BadRequest(f"seconds: {self.seconds!r:.40} is no number", param="seconds") from None
         if not isfinite(seconds) or not 0 < seconds <= MAX_SECONDS:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import threading
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from phloem.core.errors import BadRequest, PhloemError
+from phloem.core.errors import BadRequest, PhloemError, StorageFailed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +26,7 @@ def check_codec() -> None:
 
 
 class FilmWriter:
-    """A file that grows by frames, in any thread, one at a time.
+    """A file that grows by frames, in any thread; whatever comes after its end does nothing.
 
     Args:
         max_bytes: beyond which writing fails.
@@ -38,6 +39,8 @@ class FilmWriter:
         import av
 
         self._path, self._size, self._most = path, (height, width, 3), max_bytes
+        # A task that is cancelled leaves its thread behind: a file that is closed under an encoder ends the process.
+        self._turn, self._ended = threading.Lock(), False
         self._frame: Any = av.VideoFrame
         name = next(name for name in CODECS if name in av.codecs_available)
         with _Told():
@@ -53,22 +56,29 @@ class FilmWriter:
     def add(self, pixels: bytes) -> None:
         """The next frame: rows of red, green, blue, a byte each."""
         picture = np.frombuffer(pixels, np.uint8).reshape(self._size)
-        with _Told():
+        with self._turn, _Told():
+            if self._ended:
+                return
             self._file.mux(self._stream.encode(self._frame.from_ndarray(picture, format="rgb24")))
-        self._check()
+            self._check()
 
     def close(self) -> int:
         """The end of the film; gives the file's bytes."""
-        with _Told():
-            self._file.mux(self._stream.encode(None))
-            self._file.close()
-        return self._check()
+        with self._turn, _Told():
+            if not self._ended:
+                self._file.mux(self._stream.encode(None))
+                self._file.close()
+                self._ended = True
+            return self._check()
 
     def drop(self) -> None:
         """Give the file up; harmless when repeated."""
-        with contextlib.suppress(OSError, ValueError, RuntimeError):
-            self._file.close()
-        self._path.unlink(missing_ok=True)
+        with self._turn, contextlib.suppress(OSError, ValueError, RuntimeError):
+            if not self._ended:
+                self._ended = True
+                self._file.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
 
     def _check(self) -> int:
         # There is no file before the codec gives its first bytes.
@@ -86,4 +96,4 @@ class _Told:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
-            raise PhloemError(f"the film could not be written: {error.strerror or type(error).__name__}") from error
+            raise StorageFailed(f"the film could not be written: {error.strerror or type(error).__name__}") from error

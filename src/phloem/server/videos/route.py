@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 router = APIRouter(tags=["openai"])
 _parser = Parser(VideosBody)
 _PATH = "/v1/videos/{video_id}"
-_NESTED = "input_reference[image_url]"  # how the openai client writes an object into a form
+_OBJECTS = frozenset({"input_reference", "cache"})
 _FILE: dict[str, Any] = {"type": "string", "format": "binary"}
 
 
@@ -52,9 +52,7 @@ async def _read(door: Door, request: Request) -> VideosBody:
     if not kind.lower().startswith("multipart/form-data"):
         return await door.read(request, _parser)
     data = b"".join([part async for part in request.stream()])
-    values = form_of(data, kind, frozenset({"input_reference"}), frozenset())
-    if _NESTED in values:
-        values["input_reference"] = {"image_url": values.pop(_NESTED)}
+    values = form_of(data, kind, frozenset({"input_reference"}), frozenset(), _OBJECTS)
     return _parser.convert(values, door.info.features, form=True)
 
 
@@ -100,4 +98,4 @@ async def video_content(
     if video.status != "completed":
         why = f": {video.error.message}" if video.error is not None else ", ask again when it is completed"
         raise BadRequest(f"the video is {video.status}{why}", param="video_id", code=f"video_{video.status}")
-    return FileResponse(store.film(video_id), media_type="video/mp4", filename=f"{video_id}.mp4")
+    return FileResponse(store.content(video_id), media_type="video/mp4", filename=f"{video_id}.mp4")

@@ -104,4 +104,4 @@ class _Made:
     def drop(self) -> None:
         if self._writer is not None:
             self._writer.drop()
-        self._store.part(self._video.id).unlink(missing_ok=True)
+        self._store.drop_part(self._video.id)

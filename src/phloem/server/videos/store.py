@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING
 
 import msgspec
 
-from phloem.core.errors import ConfigError, NotFound, PhloemError
+from phloem.core.errors import ConfigError, NotFound, StorageFailed
 from phloem.server.videos.write import Video, VideoError
 
 if TYPE_CHECKING:
@@ -109,12 +109,19 @@ class VideoStore:
     def film(self, key: str) -> Path:
         return self.path / f"{key}.mp4"
 
+    def content(self, key: str) -> Path:
+        """The file of a completed film. Raises NotFound: others have removed it, or its folder."""
+        path = self.film(key)
+        if not path.is_file():
+            raise NotFound("the film's file is gone from its folder", param="video_id", code="video_lost")
+        return path
+
     def part(self, key: str) -> Path:
         """Where a film is written before it is whole."""
         return self.path / f".{key}.mp4{PART}"
 
     def _write(self, video: Video) -> None:
-        """All of it or nothing. Raises PhloemError."""
+        """All of it or nothing. Raises StorageFailed."""
         part = self.path / f".{video.id}.json{PART}"
         try:
             part.write_bytes(msgspec.json.encode(video))
@@ -122,7 +129,7 @@ class VideoStore:
         except OSError as error:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
-            raise PhloemError(f"the folder of films cannot be written: {error.strerror}") from error
+            raise StorageFailed(f"the folder of films cannot be written: {error.strerror}") from error
 
     def close(self) -> None:
         """Let another server have the folder."""
@@ -132,7 +139,7 @@ class VideoStore:
     # --- jobs
 
     def add(self, video: Video, call: Painting) -> Kept:
-        """Raises PhloemError: the folder cannot be written."""
+        """Raises StorageFailed."""
         self.sweep()
         self._write(video)
         kept = self._kept[video.id] = Kept(video, call)
@@ -162,7 +169,7 @@ class VideoStore:
         return found[:limit], len(found) > limit
 
     def complete(self, kept: Kept, size: int) -> None:
-        """The film at `part` is whole. Raises PhloemError: the folder cannot be written."""
+        """The film at `part` is whole. Raises StorageFailed: it is kept whole, with its job, or not at all."""
         video, now = kept.video, time.time()
         others = [one for one in self._kept.values() if one.size and one is not kept]
         others.sort(key=lambda one: one.video.completed_at or 0)
@@ -175,11 +182,16 @@ class VideoStore:
         try:
             os.replace(self.part(video.id), self.film(video.id))
         except OSError as error:
-            raise PhloemError(f"the film could not be written: {error.strerror}") from error
+            raise StorageFailed(f"the film could not be written: {error.strerror}") from error
         video.status, video.progress = "completed", 100
         video.completed_at, video.expires_at = int(now), int(now + self._ttl)
         kept.size, kept.call = size, None
-        self._write(video)
+        try:
+            self._write(video)
+        except StorageFailed:
+            video.progress = 99
+            self._unlink(self.film(video.id))
+            raise
         self.sweep()
 
     def fail(self, kept: Kept, code: str, message: str) -> None:
@@ -187,7 +199,7 @@ class VideoStore:
         video.status, video.error = "failed", VideoError(code=code, message=message)
         video.completed_at, video.expires_at = int(now), int(now + self._ttl)
         kept.call, kept.size = None, 0
-        with contextlib.suppress(PhloemError):
+        with contextlib.suppress(StorageFailed):
             self._write(video)
 
     def remove(self, key: str) -> None:
@@ -197,7 +209,14 @@ class VideoStore:
             return
         if kept.call is not None:
             kept.call.cancel()
-        for path in (self.film(key), self.path / f"{key}.json"):
+        self._unlink(self.film(key), self.path / f"{key}.json")
+
+    def drop_part(self, key: str) -> None:
+        """What is left of a film that did not come to be."""
+        self._unlink(self.part(key))
+
+    def _unlink(self, *paths: Path) -> None:
+        for path in paths:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 

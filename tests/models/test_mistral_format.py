@@ -133,6 +133,10 @@ def test_a_config_json_beside_it_counts(made: Any, tmp_path: Path) -> None:
         ({"norm_eps": "small"}, "rms_norm_eps is 'small', expected a number from 0"),
         ({"norm_eps": float("nan")}, "rms_norm_eps is nan, expected a number from 0"),
         ({"rope_theta": 10**400}, "rope_theta is 1000.*, expected a number above 0"),
+        (
+            {"max_position_embeddings": 10**400},
+            "max_position_embeddings is 1000.*, expected a whole number above 0 and",
+        ),
         ({"activation": ["silu"]}, r"unknown activation \['silu'\]"),
         ({"sliding_window": "s"}, "sliding_window is 's', expected a whole number"),
         ({"yarn": {**YARN, "factor": float("inf")}}, "yarn has no number factor: it is inf"),
@@ -158,9 +162,20 @@ def test_what_params_json_asks_in_vain_is_named(changes: dict[str, Any], said: s
         Engine(folder)
 
 
-def test_a_fraction_of_an_expert_is_refused() -> None:
-    with pytest.raises(ModelLoadError, match=r"moe has num_experts_per_tok 1.5, expected a whole number"):
-        as_config({"kv_lora_rank": 8, "moe": {"num_experts_per_tok": 1.5}}, Path("params.json"))
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"kv_lora_rank": "s"}, "json: kv_lora_rank is 's', expected a whole number from 1"),
+        ({"v_head_dim": None}, "json: lacks v_head_dim"),
+        ({"moe": {"num_experts": 4, "num_experts_per_tok": 2}}, "moe: lacks expert_hidden_dim"),
+        ({"moe": {"num_experts": 4, "num_experts_per_tok": 1.5, "expert_hidden_dim": 8}}, "per_tok is 1.5, expected a"),
+        ({"moe": {"num_experts": 4, "routed_scale": "a"}}, "moe: routed_scale is 'a', expected more than 0"),
+    ],
+)
+def test_sizes_of_latents_and_experts_are_whole_and_there(changes: dict[str, Any], said: str) -> None:
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+    with pytest.raises(ModelLoadError, match=said):
+        as_config({**latent, "moe": {"num_experts": 4}, **changes}, Path("params.json"))
 
 
 def test_a_file_nested_deeper_than_any_is_named(made: Any, tmp_path: Path) -> None:

@@ -388,8 +388,8 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
         value = config.get(key)
         if value is None and key not in needed:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ModelLoadError(f"{path}: {key} is {value!r}, expected a whole number above 0")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 63:
+            raise ModelLoadError(f"{path}: {key} is {value!r:.60}, expected a whole number above 0 and below 2**63")
         if key == "num_hidden_layers" and value > MOST_LAYERS:  # each would be built before any tensor is missed
             raise ModelLoadError(f"{path}: {key} is {value}, expected at most {MOST_LAYERS}")
     for key in _EXPERTS:

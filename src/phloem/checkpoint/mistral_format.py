@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from phloem.core.errors import ModelLoadError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 PARAMS = "params.json"
@@ -103,6 +104,8 @@ def as_config(params: dict[str, Any], path: Path) -> dict[str, Any]:
         named = odd or [f"{key} = {said.get(key)!r}" for key in ("causal", "model_type")]
         raise ModelLoadError(f"{path}: asks for what is not supported: {', '.join(named)}")
     config = {ours: said[key] for key, ours in _KEYS.items() if key in said}
+    if "kv_lora_rank" in said:
+        _check_whole(said, _LATENT, _LATENT[1:], str(path), least=1)
     config |= {key: said[key] for key in _LATENT if key in said}
     config.setdefault("max_position_embeddings", said.get("max_seq_len", 128_000))
     config |= {"hidden_act": said.get("activation", "silu"), "rope_interleave": True, "bos_token_id": 1}
@@ -137,6 +140,17 @@ def _above_zero(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
+def _check_whole(said: dict[str, Any], keys: Iterable[str], needed: Iterable[str], where: str, least: int = 0) -> None:
+    """That what is said by `keys` are sizes or counts, and that `needed` of them are said."""
+    lost = [key for key in needed if said.get(key) is None]
+    if lost:
+        raise ModelLoadError(f"{where}: lacks {lost[0]}")
+    for key in keys:
+        value = said.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise ModelLoadError(f"{where}: {key} is {value!r:.60}, expected a whole number from {least}")
+
+
 def _object(said: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
     found = said.get(key) or {}
     if not isinstance(found, dict):
@@ -166,9 +180,11 @@ def _experts(moe: dict[str, Any], path: Path) -> dict[str, Any]:
     odd = sorted(key for key, value in moe.items() if key not in (*_MOE, "route_every_n") and value)
     if odd or moe.get("route_every_n", 1) != 1:
         raise ModelLoadError(f"{path}: moe asks for what is not supported: {', '.join(odd) or 'route_every_n'}")
-    for key in sorted(_MOE.keys() - {"routed_scale"}):
-        if moe.get(key) is not None and (not isinstance(moe[key], int) or moe[key] < 0):
-            raise ModelLoadError(f"{path}: moe has {key} {moe[key]!r:.60}, expected a whole number")
+    scale = moe.get("routed_scale")
+    if scale is not None and not _above_zero(scale):
+        raise ModelLoadError(f"{path}: moe: routed_scale is {scale!r:.60}, expected more than 0")
+    needed = ("num_experts", "num_experts_per_tok", "expert_hidden_dim")
+    _check_whole(moe, [key for key in _MOE if key != "routed_scale"], needed, f"{path}: moe")
     return {ours: moe[key] for key, ours in _MOE.items() if moe.get(key) is not None}
 
 

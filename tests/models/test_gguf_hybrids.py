@@ -68,6 +68,20 @@ def without(source: Path, target: Path, key: str = "", tensor: str = "") -> Path
         ("nemotron_h", "nemotron_h_moe.expert_group_count", 3, "n_group: 3 groups of 8 experts"),
         ("gemma3n_text", "gemma3n.attention.layer_norm_rms_epsilon", 0.0, "epsilon is 0.0, expected a number above 0"),
         ("lfm2_moe", "lfm2moe.expert_weights_scale", [1, 2], "expert_weights_scale differs from layer to layer"),
+        ("gemma3n_text", "gemma3n.altup.active_idx", 1.5, "altup.active_idx is 1.5, expected a whole number"),
+        (
+            "gpt_neox",
+            "gptneox.attention.value_length",
+            [[1], [2]],
+            r"gptneox.attention.value_length = \[array",
+        ),
+        (
+            "gpt_neox",
+            "tokenizer.ggml.bos_token_id",
+            "first",
+            "tokenizer.ggml.bos_token_id is 'first', expected",
+        ),
+        ("gpt_neox", "tokenizer.ggml.tokens", 1, "tokenizer.ggml.tokens is 1, expected texts"),
         ("gpt_neox", "gptneox.rope.dimension_count", "all", "gptneox.rope.dimension_count is 'all', expected a number"),
         ("gpt_neox", "gptneox.rope.dimension_count", 7, "gptneox.rope.dimension_count is 7, but a head has 16"),
     ],
@@ -95,6 +109,21 @@ def test_numbers_that_fit_no_model_are_named(
 def test_what_is_not_there_is_named(name: str, key: str, tensor: str, said: str, made: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=said):
         Engine(without(made(name)[0], tmp_path / "tiny.gguf", key, tensor))
+
+
+def test_a_table_of_decays_in_another_order_is_refused(made: Any, tmp_path: Path) -> None:
+    import gguf
+
+    add = gguf.GGUFWriter.add_tensor
+
+    def turned(writer: Any, name: str, values: Any, **rest: Any) -> None:
+        add(writer, name, values.T.copy() if name.endswith("ssm_a") else values, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "add_tensor", turned)
+        file = tiny_gguf(made("mamba")[0], tmp_path / "tiny.gguf")
+    with pytest.raises(ModelLoadError, match="A_log"):
+        Engine(file)
 
 
 def test_a_decay_that_grows_is_refused(made: Any, tmp_path: Path) -> None:

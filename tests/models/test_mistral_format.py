@@ -13,6 +13,7 @@ from model_support import PROMPT, Engine, close
 from safetensors.torch import load_file, save_file
 
 from phloem.checkpoint.describe import describe
+from phloem.checkpoint.mistral_format import as_config
 from phloem.core.errors import ModelLoadError
 
 NAMES = [
@@ -33,6 +34,8 @@ NAMES = [
     (r"up_proj", "w3"),
     (r"down_proj", "w2"),
 ]
+
+YARN = {"factor": 4.0, "beta": 32.0, "alpha": 1.0, "original_max_position_embeddings": 64}
 
 
 def params_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -127,6 +130,23 @@ def test_a_config_json_beside_it_counts(made: Any, tmp_path: Path) -> None:
         ({"causal": False}, "asks for what is not supported: causal = False"),
         ({"lora": {"rank": 8}}, r"asks for what is not supported: lora = \{'rank': 8\}"),
         ({"yarn": {"factor": 4.0}}, "yarn has no number beta"),
+        ({"norm_eps": "small"}, "rms_norm_eps is 'small', expected a number from 0"),
+        ({"norm_eps": float("nan")}, "rms_norm_eps is nan, expected a number from 0"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000.*, expected a number above 0"),
+        (
+            {"max_position_embeddings": 10**400},
+            "max_position_embeddings is 1000.*, expected a whole number above 0 and",
+        ),
+        ({"activation": ["silu"]}, r"unknown activation \['silu'\]"),
+        ({"sliding_window": "s"}, "sliding_window is 's', expected a whole number"),
+        ({"yarn": {**YARN, "factor": float("inf")}}, "yarn has no number factor: it is inf"),
+        ({"yarn": {**YARN, "alpha": 0}}, "yarn has no number alpha: it is 0, expected more than 0"),
+        ({"yarn": {**YARN, "original_max_position_embeddings": 10**400}}, "no number original_max_position_embeddings"),
+        ({"yarn": YARN, "rope_theta": 1}, "rope scaling 'yarn' .* a wrong one: float division by zero"),
+        (
+            {"llama_4_scaling": {"beta": float("nan"), "original_max_position_embeddings": 64}},
+            "expected a length and beta",
+        ),
         ({"yarn": 4}, "yarn is 4, expected an object"),
         ({"moe": {"num_experts": 4}}, "moe and kv_lora_rank go together"),
         ({"sliding_window": [4, None]}, r"sliding_window is \[4, None\], expected one size that repeats over 3 layers"),
@@ -140,6 +160,29 @@ def test_what_params_json_asks_in_vain_is_named(changes: dict[str, Any], said: s
     folder = written(made("mistral-no-window")[0], tmp_path / "own", **changes)
     with pytest.raises(ModelLoadError, match=said):
         Engine(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"kv_lora_rank": "s"}, "json: kv_lora_rank is 's', expected a whole number from 1"),
+        ({"v_head_dim": None}, "json: lacks v_head_dim"),
+        ({"moe": {"num_experts": 4, "num_experts_per_tok": 2}}, "moe: lacks expert_hidden_dim"),
+        ({"moe": {"num_experts": 4, "num_experts_per_tok": 1.5, "expert_hidden_dim": 8}}, "per_tok is 1.5, expected a"),
+        ({"moe": {"num_experts": 4, "routed_scale": "a"}}, "moe: routed_scale is 'a', expected more than 0"),
+    ],
+)
+def test_sizes_of_latents_and_experts_are_whole_and_there(changes: dict[str, Any], said: str) -> None:
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+    with pytest.raises(ModelLoadError, match=said):
+        as_config({**latent, "moe": {"num_experts": 4}, **changes}, Path("params.json"))
+
+
+def test_a_file_nested_deeper_than_any_is_named(made: Any, tmp_path: Path) -> None:
+    folder = written(made("mistral-no-window")[0], tmp_path / "own")
+    (folder / "params.json").write_text("[" * 100_000)
+    with pytest.raises(ModelLoadError, match=r"params.json: not readable as JSON"):
+        describe(str(folder))
 
 
 def test_fp8_matrices_with_their_scales(made: Any, tmp_path: Path) -> None:

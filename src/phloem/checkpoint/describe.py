@@ -12,6 +12,7 @@ import json
 import math
 import re
 import struct
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from phloem.checkpoint.fallback import Chosen, choose, settings
 from phloem.checkpoint.families import FAMILIES, MOST_LAYERS, family
 from phloem.checkpoint.gguf_config import translate_metadata
 from phloem.checkpoint.gguf_parts import first_part, model_name, models_among
-from phloem.checkpoint.gguf_reader import GGUFFile
+from phloem.checkpoint.gguf_reader import GGUFFile, Texts
 from phloem.checkpoint.kv_scheme import kv_scheme
 from phloem.checkpoint.mistral_format import PARAMS, as_config
 from phloem.checkpoint.pictures import Pictures, pictures_of
@@ -241,7 +242,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ModelLoadError(f"{path}: missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelLoadError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ModelLoadError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -272,8 +273,11 @@ def _describe_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
         name=name,
         architectures=tuple(config["architectures"]),
     )
+    tokens = gguf.metadata.get("tokenizer.ggml.tokens", ())
+    if tokens != () and not isinstance(tokens, Texts):
+        raise ModelLoadError(f"{path}: tokenizer.ggml.tokens is {tokens!r:.60}, expected texts")
     # Many files name one end alone, often that of a text, where their chat template ends turns with another.
-    return replace(found, eos_ids=_with_ends(found, ids_by_text(gguf.metadata.get("tokenizer.ggml.tokens", ()))))
+    return replace(found, eos_ids=_with_ends(found, ids_by_text(tokens)))
 
 
 def _describe_directory(path: Path, name: str, load_format: str, model_impl: str, trust: bool) -> Checkpoint:
@@ -384,14 +388,17 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
         value = config.get(key)
         if value is None and key not in needed:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ModelLoadError(f"{path}: {key} is {value!r}, expected a whole number above 0")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 63:
+            raise ModelLoadError(f"{path}: {key} is {value!r:.60}, expected a whole number above 0 and below 2**63")
         if key == "num_hidden_layers" and value > MOST_LAYERS:  # each would be built before any tensor is missed
             raise ModelLoadError(f"{path}: {key} is {value}, expected at most {MOST_LAYERS}")
     for key in _EXPERTS:
         value = config.get(key)
         if isinstance(value, int) and value > MOST_EXPERTS:  # each has names of its own before any tensor is missed
             raise ModelLoadError(f"{path}: {key} is {value}, expected at most {MOST_EXPERTS}")
+    for key, value in config.items():
+        if key.endswith(("_eps", "_epsilon")) and value is not None and not 0 <= _real(value) <= sys.float_info.max:
+            raise ModelLoadError(f"{path}: {key} is {value!r:.60}, expected a number from 0")
     if not config.get("num_attention_heads"):  # no layer attends: the family needs none
         return
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
@@ -403,6 +410,14 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
         )
 
 
+def _real(value: Any) -> float:
+    """A number, which some files spell as a text; NaN: it is none."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
 def _context_length(config: dict[str, Any]) -> int:
     limit = int(config.get("max_position_embeddings") or 2048)
     if (family(config["model_type"]).encoder or {}).get("padded_positions"):
@@ -412,7 +427,13 @@ def _context_length(config: dict[str, Any]) -> int:
     # Only YaRN's config keeps the original length in max_position_embeddings; others state the stretched one.
     if rope.get("rope_type") == "yarn":
         original = rope.get("original_max_position_embeddings", config.get("max_position_embeddings") or 0)
-        limit = max(limit, int(original * rope.get("factor", 1.0)))
+        factor = rope.get("factor", 1.0)
+        try:
+            limit = max(limit, int(original * factor))
+        except (TypeError, ValueError, OverflowError):
+            raise ModelLoadError(
+                f"rope scaling 'yarn': factor {factor!r:.60} of {original!r:.60} tokens is no length"
+            ) from None
     return limit
 
 
@@ -513,7 +534,7 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise ModelLoadError(f"{path}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelLoadError(f"{path}: its safetensors header is corrupt: {error}") from None
     try:
         header.pop("__metadata__", None)

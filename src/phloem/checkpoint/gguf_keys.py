@@ -118,7 +118,10 @@ def check_unread(metadata: Mapping[str, Any], arch: str, read: set[str], config:
 def _harmless(name: str, value: Any, config: Mapping[str, Any]) -> bool:
     test = _NEUTRAL.get(name, _nothing)
     several = isinstance(value, Iterable) and not isinstance(value, str)
-    values: list[Any] = [item if isinstance(item, str) else float(item) for item in value] if several else [value]
+    try:
+        values: list[Any] = [item if isinstance(item, str) else float(item) for item in value] if several else [value]
+    except TypeError:  # arrays of arrays
+        return False
     if name == "rope.dimension_sections":
         return test(values, config)
     return all(test(item, config) for item in values)

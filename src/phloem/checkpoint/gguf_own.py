@@ -33,7 +33,8 @@ def read_own(config: dict[str, Any], facts: GGUFFacts, gguf: GGUFFile, path: Pat
             value = plain(value, where)
             if name.endswith("scale") and value == 0:  # elsewhere: not said
                 raise ModelLoadError(f"{where} is {value!r}, expected more than 0")
-            config[key] = _number(value, default, where, _least(name, default))
+            real = name.endswith(("scale", "epsilon"))
+            config[key] = _number(value, default, where, _least(name, default), whole=not real)
         elif isinstance(source, str):
             raise ModelLoadError(f"{path}: its metadata has no {arch}.{name}")
         elif default is not None:
@@ -88,16 +89,17 @@ def _size(gguf: GGUFFile, name: str, path: Path) -> int:
     return int(_number(plain(value, f"{path}: {name}"), 0, f"{path}: {name}", least=1))
 
 
-def _number(value: Any, default: Any, where: str, least: int = 0) -> Any:
-    """A value in the type of its default, where that has one: never a text, never below `least`, never beyond use."""
+def _number(value: Any, default: Any, where: str, least: int = 0, *, whole: bool = True) -> Any:
+    """A value in the type of its default, where that has one: never a text, never below `least`, never beyond use.
+    `whole`: a value without a default is a size, a count or a place."""
     if isinstance(default, str) and isinstance(value, str):
         return value
     if isinstance(value, bool) and not isinstance(default, bool):
         raise ModelLoadError(f"{where} is {value!r}, expected a number")
     if isinstance(value, str) or not math.isfinite(value):
         raise ModelLoadError(f"{where} is {value!r}, expected a number")
-    whole = default is None and least == 1  # a size
-    if (whole or (isinstance(default, int) and not isinstance(default, bool))) and value != int(value):
+    whole = whole if default is None else isinstance(default, int) and not isinstance(default, bool)
+    if whole and value != int(value):
         raise ModelLoadError(f"{where} is {value!r}, expected a whole number")
     if value < least or (isinstance(value, int) and value > LARGEST):
         raise ModelLoadError(f"{where} is {value!r}, expected {least} to {LARGEST}")

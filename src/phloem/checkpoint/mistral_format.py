@@ -7,11 +7,13 @@ neighbours, whatever files of Hugging Face do. Towers are left out. What is not 
 from __future__ import annotations
 
 import re
+import sys
 from typing import TYPE_CHECKING, Any, cast
 
 from phloem.core.errors import ModelLoadError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 PARAMS = "params.json"
@@ -102,6 +104,8 @@ def as_config(params: dict[str, Any], path: Path) -> dict[str, Any]:
         named = odd or [f"{key} = {said.get(key)!r}" for key in ("causal", "model_type")]
         raise ModelLoadError(f"{path}: asks for what is not supported: {', '.join(named)}")
     config = {ours: said[key] for key, ours in _KEYS.items() if key in said}
+    if "kv_lora_rank" in said:
+        _check_whole(said, _LATENT, _LATENT[1:], str(path), least=1)
     config |= {key: said[key] for key in _LATENT if key in said}
     config.setdefault("max_position_embeddings", said.get("max_seq_len", 128_000))
     config |= {"hidden_act": said.get("activation", "silu"), "rope_interleave": True, "bos_token_id": 1}
@@ -109,7 +113,7 @@ def as_config(params: dict[str, Any], path: Path) -> dict[str, Any]:
     grown, rope = _object(said, "llama_4_scaling", path), _rope(said, path)
     if grown:
         length, beta = grown.get("original_max_position_embeddings"), grown.get("beta")
-        if not isinstance(length, int) or not isinstance(beta, int | float) or length <= 0:
+        if not isinstance(length, int) or not _above_zero(length) or not (beta == 0 or _above_zero(beta)):
             raise ModelLoadError(f"{path}: llama_4_scaling is {grown!r:.80}: expected a length and beta")
         if rope and rope["original_max_position_embeddings"] != length:
             raise ModelLoadError(f"{path}: llama_4_scaling and yarn name two original_max_position_embeddings")
@@ -132,6 +136,21 @@ def as_config(params: dict[str, Any], path: Path) -> dict[str, Any]:
     return config
 
 
+def _above_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
+def _check_whole(said: dict[str, Any], keys: Iterable[str], needed: Iterable[str], where: str, least: int = 0) -> None:
+    """That what is said by `keys` are sizes or counts, and that `needed` of them are said."""
+    lost = [key for key in needed if said.get(key) is None]
+    if lost:
+        raise ModelLoadError(f"{where}: lacks {lost[0]}")
+    for key in keys:
+        value = said.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise ModelLoadError(f"{where}: {key} is {value!r:.60}, expected a whole number from {least}")
+
+
 def _object(said: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
     found = said.get(key) or {}
     if not isinstance(found, dict):
@@ -146,9 +165,10 @@ def _rope(said: dict[str, Any], path: Path) -> dict[str, Any]:
         return {}
     names = {"factor": "factor", "beta": "beta_fast", "alpha": "beta_slow"}
     length = "original_max_position_embeddings"
-    lost = [key for key in (*names, length) if not isinstance(yarn.get(key), int | float)]
+    lost = [key for key in (*names, length) if not _above_zero(yarn.get(key))]
     if lost:
-        raise ModelLoadError(f"{path}: yarn has no number {lost[0]}")
+        said_so = f": it is {yarn[lost[0]]!r:.60}, expected more than 0" if lost[0] in yarn else ""
+        raise ModelLoadError(f"{path}: yarn has no number {lost[0]}{said_so}")
     rope = {ours: float(yarn[key]) for key, ours in names.items()}
     rope |= {"rope_type": "yarn", length: int(yarn[length])}
     if not yarn.get("apply_scale", True):
@@ -160,6 +180,11 @@ def _experts(moe: dict[str, Any], path: Path) -> dict[str, Any]:
     odd = sorted(key for key, value in moe.items() if key not in (*_MOE, "route_every_n") and value)
     if odd or moe.get("route_every_n", 1) != 1:
         raise ModelLoadError(f"{path}: moe asks for what is not supported: {', '.join(odd) or 'route_every_n'}")
+    scale = moe.get("routed_scale")
+    if scale is not None and not _above_zero(scale):
+        raise ModelLoadError(f"{path}: moe: routed_scale is {scale!r:.60}, expected more than 0")
+    needed = ("num_experts", "num_experts_per_tok", "expert_hidden_dim")
+    _check_whole(moe, [key for key in _MOE if key != "routed_scale"], needed, f"{path}: moe")
     return {ours: moe[key] for key, ours in _MOE.items() if moe.get(key) is not None}
 
 
@@ -167,6 +192,8 @@ def _windows(said: dict[str, Any], path: Path) -> dict[str, Any]:
     """One window for all layers, or a list of them that repeats."""
     windows = said.get("sliding_window")
     if not isinstance(windows, list):
+        if windows is not None and (not isinstance(windows, int) or isinstance(windows, bool) or windows < 0):
+            raise ModelLoadError(f"{path}: sliding_window is {windows!r:.60}, expected a whole number or a list")
         return {} if windows is None else {"sliding_window": windows}
     listed, count = cast("list[Any]", windows), said.get("n_layers", 0)
     sizes = {size if isinstance(size, int) else -1 for size in listed if size}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _picked(activations: dict[str, T], name: str) -> T:
-    if name not in activations:
+    if not isinstance(name, str) or name not in activations:  # pyright: ignore[reportUnnecessaryIsInstance] - a file's
         raise ModelLoadError(f"unknown activation {name!r} (hidden_act); known: {', '.join(sorted(activations))}")
     return activations[name]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,7 @@ def rope_spec(
 
 
 def _above_zero(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise ModelLoadError(f"{name} is {value!r}, expected a number above 0")
     return float(value)
 
@@ -121,7 +122,7 @@ def inverse_frequencies(spec: RopeSpec, context: int = 0) -> tuple[Tensor, float
             turning = int(spec.get("partial_rotary_factor", 1.0) * spec.rotary_size // 2)
             inverse[turning:] = 0.0  # the other pairs stand still
             return inverse / spec.get("factor", 1.0), 1.0
-    except (TypeError, RuntimeError, ValueError) as error:
+    except (TypeError, RuntimeError, ValueError, ArithmeticError) as error:
         raise ModelLoadError(f"rope scaling {kind!r} lacks a number or has a wrong one: {error}") from None
     return inverse, 1.0
 

@@ -188,4 +188,7 @@ def _form(tensor: GGUFTensor, weight: Weight, number: int) -> tuple[int, ...]:
         return tensor.shape
     if len(wanted) == 3 and len(tensor.shape) == 2:  # filters, of which the file leaves out the axis of one
         return (tensor.shape[0], 1, tensor.shape[1])
-    return wanted if len(weight.names) == 1 and prod(wanted) == prod(tensor.shape) else tensor.shape
+    fits = prod(wanted) == prod(tensor.shape)
+    if len(wanted) > 1:  # a table: numbers of another order are not its own
+        fits = [size for size in wanted if size > 1] == [size for size in tensor.shape if size > 1]
+    return wanted if len(weight.names) == 1 and fits else tensor.shape

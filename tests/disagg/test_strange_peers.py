@@ -64,6 +64,7 @@ def joined() -> tuple[Link, Link]:
     return Link(one), Link(two)
 
 
+@pytest.mark.slow
 def test_what_is_sent_slowly_but_steadily_is_not_lost() -> None:
     """The time limit is for a peer that takes nothing, not for a network that takes its time."""
     here, there = joined()

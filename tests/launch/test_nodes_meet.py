@@ -122,6 +122,7 @@ def test_what_differs_is_named_on_both_sides(facts: dict[str, str], settings: di
         assert why in refusal_of(lead.nodes.wait)
 
 
+@pytest.mark.slow
 def test_a_node_rank_that_is_given_twice_ends_the_start_of_all() -> None:
     port = free_port()
     with leading(port, tp_size=6, nnodes=3) as lead:
@@ -149,6 +150,7 @@ def test_who_comes_late_is_refused_and_changes_nothing() -> None:
         assert "node 1 of 2 (127.0.0.1) has gone" in lead.lost.get(timeout=5)
 
 
+@pytest.mark.slow
 def test_the_secret_is_asked_of_both_sides() -> None:
     port = free_port()
     with leading(port, dist_secret="right", dist_timeout=0.5) as lead:
@@ -189,6 +191,7 @@ def test_a_node_that_is_not_there_is_told_by_both_sides() -> None:
     assert "no address of this machine" in refusal_of(lambda: Lead(port, dist_init_addr=f"203.0.113.7:{port}"))
 
 
+@pytest.mark.slow
 def test_a_node_that_says_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("phloem.launch.nodes.SILENT_NODE", 2)
     port = free_port()

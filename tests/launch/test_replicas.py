@@ -78,6 +78,7 @@ def test_requests_are_shared_out_and_answered_with_their_rank() -> None:
     fleet.run(work)
 
 
+@pytest.mark.slow
 def test_steps_of_two_engines_are_told_apart() -> None:
     """Each names its requests only when they change, and the door hears both at once."""
     fleet = Fleet(mode="hash", delay=0.001)

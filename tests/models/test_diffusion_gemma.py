@@ -193,6 +193,7 @@ def canvas_logits(steps: Steps, known: list[int], canvas: list[int], soft: torch
     return model.head(model.forward(step))
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_transformers_generate_alone_and_together(served: Any, reference: Reference) -> None:
     some = prompts([1, 3, 8, 16, 23, 61])
     wanted = [reference.generate(prompt, 40) for prompt in some]

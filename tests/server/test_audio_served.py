@@ -113,6 +113,7 @@ def test_what_counts_as_silence_is_said_by_the_request(url: str) -> None:
     assert post(url, **silent).json()["text"] != ""
 
 
+@pytest.mark.slow
 def test_sounds_of_a_few_samples_and_of_silence_have_no_words_or_some(engine: phloem.Engine) -> None:
     for samples in (sound(1 / 16_000) + 0.1, sound(0.01), sound(2.0) * 0):
         told = engine.transcribe(wav(samples), language="en", timestamp_granularities=["word"], seed=1)

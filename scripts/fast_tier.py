@@ -16,6 +16,7 @@ from time import perf_counter
 
 CEILING = 220.0
 COMMAND = ["-m", "pytest", "-m", "not slow", "-n", "2", "--dist", "loadfile", "--durations=20"]
+COMMAND += ["-p", "no:schemathesis"]  # every process would import it, for slow tests alone
 
 
 def main() -> int:

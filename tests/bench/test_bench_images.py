@@ -12,8 +12,9 @@ pytest.importorskip("transformers")
 
 from phloem.bench import images
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_both_draw_all_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "lines.jsonl"
     argv = ["--requests", "3", "--rate", "0", "--size", "16x16", "--steps", "2", "--image-step-tokens", "64"]

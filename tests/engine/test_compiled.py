@@ -15,6 +15,7 @@ from phloem.core.errors import ConfigError
 from phloem.engine.compiled import bucket
 from phloem.testing.checkpoints import tiny_checkpoint
 
+pytestmark = pytest.mark.slow
 pytest.importorskip("jax")
 
 LONG = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 2
@@ -30,7 +31,6 @@ def test_sizes_are_powers_of_two_up_to_the_largest() -> None:
     assert bucket(3, 1, 2) == 3  # more than was thought of is no error
 
 
-@pytest.mark.slow
 def test_served_by_jax_through_http_the_tokens_are_those_of_the_reference_table(tmp_path: Path) -> None:
     """A window and a full layer, prompts in chunks, several in flight, prefix hits, a grammar, draws, logprobs."""
     path = tiny_checkpoint("gemma3_text", tmp_path)

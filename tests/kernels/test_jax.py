@@ -22,6 +22,7 @@ from phloem.layers.context import BuildContext
 from phloem.models import load_model
 from phloem.testing.checkpoints import tiny_checkpoint
 
+pytestmark = pytest.mark.slow
 jax = pytest.importorskip("jax")
 # What they have: plain attention, biases, windows, soft caps, sandwich norms, experts (softmax; biased, with sinks; in
 # groups, by sigmoid), latents, an indexer, attention by chunks, learned positions.
@@ -65,7 +66,6 @@ class Compiled:
         return [torch.from_numpy(array.astype(np.int32)) for array in arrays]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_file_gives_the_logits_of_the_reference_table_compiled_by_jax(name: str, tmp_path: Path) -> None:
     wanted = Engine(tiny_checkpoint(name, tmp_path))
@@ -143,7 +143,6 @@ def test_a_step_that_cannot_be_compiled_leaves_the_caches_as_they_were() -> None
     assert function([torch.ones(4)]).tolist() == [1, 1, 1, 1]
 
 
-@pytest.mark.slow
 def test_without_jax_its_platforms_say_what_installs_it() -> None:
     code = (
         "import importlib.util as u, sys; find = u.find_spec\n"

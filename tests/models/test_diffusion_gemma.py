@@ -201,6 +201,7 @@ def test_answers_are_those_of_transformers_generate_alone_and_together(served: A
     assert of(ask(served, some[4], 40)) == wanted[4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "how"),
     [

@@ -16,8 +16,8 @@ from phloem.client.client import EngineClient
 from phloem.core.config import Config
 from phloem.server.app import create_app
 
-# Requests of each operation: a few in the fast tier, many in the whole suite.
-EXAMPLES = [6, pytest.param(20, marks=pytest.mark.slow)]
+pytestmark = pytest.mark.slow
+EXAMPLES = 20  # requests of each operation
 CHECKS = [
     checks.not_a_server_error,
     checks.status_code_conformance,
@@ -51,10 +51,8 @@ def takes_input(operation: Any) -> bool:
     return bool(operation.body) or bool(operation.query) or bool(operation.path_parameters)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize("label", OPERATIONS)
-def test_requests_from_the_document(label: str, server: Served, examples: int) -> None:
+def test_requests_from_the_document(label: str, server: Served) -> None:
     operation = OPERATIONS[label]
     modes = [GenerationMode.POSITIVE]
     if takes_input(operation):
@@ -62,7 +60,7 @@ def test_requests_from_the_document(label: str, server: Served, examples: int) -
     cases = st.one_of([operation.as_strategy(generation_mode=mode) for mode in modes])
 
     @settings(
-        max_examples=examples if takes_input(operation) else 2,
+        max_examples=EXAMPLES if takes_input(operation) else 2,
         deadline=None,
         derandomize=True,
         database=None,

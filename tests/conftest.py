@@ -15,13 +15,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Test processes side by side: more threads of torch than one in each spin in each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# What collection makes stays to the end: no looking for garbage while it is made, nor in it later.
-gc.disable()
+
+FAST = "not slow"  # the expression of marks by which the fast tier is chosen
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == FAST:
+        gc.disable()  # what collection makes stays to the end: no looking for garbage while it is made, nor in it later
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()
-    gc.enable()
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_unconfigure() -> None:
@@ -35,7 +41,7 @@ WHOLE = ("contract/", "test_house.py")
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """A file whose tests are all slow imports libraries that the fast tier does not need."""
-    if config.option.markexpr != "not slow" or collection_path.suffix != ".py":
+    if config.option.markexpr != FAST or collection_path.suffix != ".py":
         return None
     return (
         re.search(r"^pytestmark = .*\bmark\.slow\b", collection_path.read_text("utf-8"), re.MULTILINE) is not None

@@ -17,6 +17,7 @@ from served import Server
 
 from phloem.core.errors import ConfigError
 from phloem.testing.checkpoints import tiny_checkpoint
+from phloem.utils import tracing
 from phloem.utils.tracing import Tracer, check
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="pip install 'phloem[trace]'")
@@ -127,6 +128,12 @@ def test_a_request_through_a_gateway_is_one_tree_of_spans(collector: Collector, 
 def test_what_is_no_collector_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="neither HOST:PORT nor an http URL"):
         check(text)
+
+
+def test_without_its_packages_the_start_says_what_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'phloem\[trace\]'"):
+        check("here:4318")
 
 
 def test_addresses_are_completed() -> None:

@@ -119,13 +119,11 @@ class Launched(Generic[Kind]):
         return self._output
 
 
-class CanvasRunner(RunnerAround):
-    """One that fills canvases as `settings` say."""
+class FillingRunner(RunnerAround):
+    """What those that fill canvases have in common: no drafts, and counts of passes."""
 
-    def __init__(self, inner: Runner, settings: Denoising) -> None:
+    def __init__(self, inner: Runner) -> None:
         super().__init__(inner)
-        self._settings = settings
-        self._texts: dict[int, Text] = {}
         self._passes = self._tokens = 0  # of canvases, and what they yielded
 
     @property
@@ -137,6 +135,15 @@ class CanvasRunner(RunnerAround):
         per_pass = round(self._tokens / self._passes, 3) if self._passes else 0.0
         found = {"passes": self._passes, "tokens": self._tokens, "tokens_per_forward": per_pass}
         return {**self.inner.prepared, "denoising": found}
+
+
+class CanvasRunner(FillingRunner):
+    """One that fills canvases as `settings` say."""
+
+    def __init__(self, inner: Runner, settings: Denoising) -> None:
+        super().__init__(inner)
+        self._settings = settings
+        self._texts: dict[int, Text] = {}
 
     def launch(self, batch: Batch) -> Pending[StepOutput]:
         for admission in batch.admissions:

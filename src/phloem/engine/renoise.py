@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from phloem.core.batch import Places
-from phloem.engine.around import RunnerAround
-from phloem.engine.canvas import PASS, Launched, Text
+from phloem.engine.canvas import PASS, FillingRunner, Launched, Text
 from phloem.engine.sampler import uniforms
 
 if TYPE_CHECKING:
@@ -56,24 +55,13 @@ class Noisy(Text):
         return Noisy(*facts, seed=admission.seed)
 
 
-class RenoisingRunner(RunnerAround):
+class RenoisingRunner(FillingRunner):
     """One that fills canvases as `settings` say, of tokens of a vocabulary of this size."""
 
     def __init__(self, inner: Runner, settings: Renoising, vocab_size: int) -> None:
         super().__init__(inner)
         self._settings, self._vocab = settings, vocab_size
         self._texts: dict[int, Noisy] = {}
-        self._passes = self._tokens = 0
-
-    @property
-    def draft_room(self) -> int:
-        return 0
-
-    @property
-    def prepared(self) -> dict[str, Any]:
-        per_pass = round(self._tokens / self._passes, 3) if self._passes else 0.0
-        found = {"passes": self._passes, "tokens": self._tokens, "tokens_per_forward": per_pass}
-        return {**self.inner.prepared, "denoising": found}
 
     def launch(self, batch: Batch) -> Pending[StepOutput]:
         for admission in batch.admissions:

@@ -8,9 +8,9 @@ the environment (`OTEL_TRACES_SAMPLER`, `OTEL_RESOURCE_ATTRIBUTES`, ...).
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from contextvars import ContextVar
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -142,7 +142,7 @@ def check(endpoint: str) -> str:
     url = _url(endpoint)
     try:
         names = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
-        installed = all(importlib.util.find_spec(name) is not None for name in names)
+        installed = all(find_spec(name) is not None for name in names)
     except ModuleNotFoundError:
         installed = False
     if not installed:

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from phloem.utils.sockets import PIECE, send_steadily
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 VERSION = 1
 MOST_BYTES = 64 << 20  # of a frame: log probabilities of a long prompt are the longest
 MOST_ASKED = 64 << 10  # of the frame that begins a connection
-PIECE = 1 << 20  # bytes that are written or awaited at once
 _LENGTH = struct.Struct(">I")
 
 
@@ -123,11 +124,9 @@ class Link:
 
     def write(self, data: bytes | memoryview, seconds: float) -> None:
         """`seconds`: how long the peer may take nothing. How long all of it takes is a matter of the network."""
-        view, at = memoryview(data), 0
         try:
             self.sock.settimeout(seconds)
-            while at < len(view):
-                at += self.sock.send(view[at : at + PIECE])
+            send_steadily(self.sock, data)
         except OSError as error:
             raise LinkLost(f"the peer takes nothing: {error.strerror or error}") from None
 

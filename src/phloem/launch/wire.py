@@ -19,6 +19,7 @@ import msgspec
 
 from phloem.core.errors import ConfigError
 from phloem.utils.ipc import READ_BYTES, Frames, frame
+from phloem.utils.sockets import send_steadily
 
 PROTOCOL = 1
 NONCE = 32  # bytes
@@ -159,7 +160,7 @@ class Stream:
 
     def send_raw(self, framed: bytes) -> None:
         with self._sending:
-            self._socket.sendall(framed)
+            send_steadily(self._socket, framed)
 
     def read(self, seconds: float) -> bytes | None:
         """The next frame; None: nothing has come within that time. Raises Lost."""

@@ -1,4 +1,4 @@
-"""Sockets to listen on."""
+"""Sockets to listen on, and what is sent over slow ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import errno
 import socket
 
 from phloem.core.errors import ConfigError
+
+PIECE = 1 << 20  # bytes that are written at once
 
 
 def bind(host: str, port: int, option: str = "") -> socket.socket:
@@ -37,3 +39,11 @@ def bind(host: str, port: int, option: str = "") -> socket.socket:
         message = reasons.get(error.errno or 0, f"cannot listen on {host}:{port}: {error}")
         raise ConfigError(message, param="host" if error.errno == errno.EADDRNOTAVAIL else "port") from None
     return found
+
+
+def send_steadily(sock: socket.socket, data: bytes | memoryview) -> None:
+    """All of it. The socket's time-out is how long the peer may take nothing: how long all of it takes is a matter of
+    the network, which `sendall` counts as well. Raises OSError."""
+    view, at = memoryview(data), 0
+    while at < len(view):
+        at += sock.send(view[at : at + PIECE])

@@ -21,6 +21,7 @@ from phloem.server.errors import on_http_error, on_invalid_query, on_phloem_erro
 from phloem.server.health import Health
 from phloem.server.metrics import Metrics
 from phloem.server.middleware import ApiKey, Head, Keys, RequestIds
+from phloem.server.videos.folder import FilmFolder
 from phloem.server.videos.store import VideoStore
 from phloem.utils.registry import Registry
 from phloem.utils.tracing import Traced
@@ -45,8 +46,20 @@ def routers() -> list[APIRouter]:
     return found + [importlib.import_module(f"phloem.server.{api}.route").router for api in apis]
 
 
-def create_app(client: EngineClient, config: Config, info: ModelInfo, tracer: Tracer | None = None) -> FastAPI:
-    """The app of one server. `client.start()` is the caller's business, inside the event loop."""
+def create_app(
+    client: EngineClient,
+    config: Config,
+    info: ModelInfo,
+    tracer: Tracer | None = None,
+    films: FilmFolder | None = None,
+) -> FastAPI:
+    """The app of one server. `client.start()` is the caller's business, inside the event loop.
+
+    `films`: where films are kept, where that was taken already. Raises ConfigError: it cannot be had.
+    """
+    folder = config.images.video_output_path if info.draws else None
+    if films is None and folder is not None:
+        films = FilmFolder(folder)
     app = FastAPI(
         title="Phloem",
         version=version(),
@@ -62,7 +75,7 @@ def create_app(client: EngineClient, config: Config, info: ModelInfo, tracer: Tr
         health=Health(client, config.schedule.watchdog_timeout),
         metrics=Metrics(client, info.served_model_name, prefixes),
         videos=VideoStore(
-            config.images.video_output_path if info.draws else None,
+            films,
             parse_bytes(config.images.video_max_bytes, "video_max_bytes"),
             config.images.video_ttl,
         ),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, Response
 
 from phloem.core.errors import BadRequest
@@ -20,6 +22,8 @@ from phloem.server.videos.run import begin
 from phloem.server.videos.write import Video, VideoDeleted, VideoList
 
 if TYPE_CHECKING:
+    from starlette.types import Message, Receive, Scope, Send
+
     from phloem.server.door import Door
 
 router = APIRouter(tags=["openai"])
@@ -84,7 +88,7 @@ async def delete_video(request: Request, video_id: str) -> Response:
     return json_response(VideoDeleted(id=video_id))
 
 
-@router.get(_PATH + "/content", **describe(answer=_FILE, errors=(400, 404)))
+@router.get(_PATH + "/content", **describe(answer=_FILE, errors=(400, 404, 416)))
 async def video_content(
     request: Request,
     video_id: str,
@@ -98,4 +102,20 @@ async def video_content(
     if video.status != "completed":
         why = f": {video.error.message}" if video.error is not None else ", ask again when it is completed"
         raise BadRequest(f"the video is {video.status}{why}", param="video_id", code=f"video_{video.status}")
-    return FileResponse(store.content(video_id), media_type="video/mp4", filename=f"{video_id}.mp4")
+    return _Film(store.content(video_id), media_type="video/mp4", filename=f"{video_id}.mp4")
+
+
+class _Film(FileResponse):
+    """What it says of a `Range` in plain text is said as all errors are."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                asked = Headers(scope=scope).get("range", "")
+                if message["status"] != 416:
+                    raise BadRequest(f"Range: {asked!r:.100} is no range of bytes, such as bytes=0-99", param="Range")
+                where = {"Content-Range": Headers(raw=message["headers"])["content-range"]}
+                raise HTTPException(416, f"Range: {asked!r:.100} begins behind the film's end", headers=where)
+            await send(message)
+
+        await super().__call__(scope, receive, told)

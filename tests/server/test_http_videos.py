@@ -116,7 +116,7 @@ async def test_seconds_become_the_nearest_number_of_frames_that_the_model_makes(
         ({"prompt": "a", "guidance_scale_2": -1}, "guidance_scale_2"),
         ({"prompt": "a", "n": 2}, "n"),
         ({"prompt": "a", "flow_shift": 5.0}, "flow_shift"),
-        ({"prompt": "a", "lora": "x"}, "lora"),
+        ({"prompt": "a", "lora": {"name": "x", "scale": 1000}}, "lora.scale"),
         ({"prompt": "a", "input_reference": 7}, "input_reference"),
         ({"prompt": "a", "input_reference": "%%%"}, "input_reference"),
         ({"prompt": "a", "input_reference": "http://127.0.0.1/a.png"}, "input_reference"),

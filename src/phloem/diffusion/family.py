@@ -19,14 +19,16 @@ import torch
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.diffusion.request import Condition, Facts, Guidance, Seen
 from phloem.diffusion.step_cache import Kept, StepCache
+from phloem.diffusion.worn import Wearing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
     from phloem.core.messages import Draw, Pixels
+    from phloem.diffusion.lora import Worn
     from phloem.diffusion.request import Job
 
 NO_NUMBERS = "the model gave no numbers (NaN or infinity) for this picture"
@@ -46,6 +48,7 @@ class Row:
     height: int
     seen: Seen | None = None
     kept: tuple[Kept, ...] = ()  # by its step cache, for each transformer
+    worn: Worn = ()  # adapters
 
 
 class Family:
@@ -66,6 +69,7 @@ class Family:
         self.transformer, self.vae, self.scheduler = pipe.transformer, pipe.vae, pipe.scheduler
         self._call = inspect.signature(pipe.__call__).parameters
         self.max_text = int(self.default("max_sequence_length", 512))
+        self.wearing = Wearing(self.transformer)
         self.step_caches: list[StepCache] = []  # one for each transformer, once anybody asks
         self._schedules: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
         name = type(self).__module__.rsplit(".", 1)[-1]
@@ -111,11 +115,21 @@ class Family:
             self.step_caches = [StepCache(model, self.block_lists) for model in self.transformers()]
         job.kept = [tuple(Kept(threshold) for _ in self.step_caches) for _ in job.conditions]
 
-    def cached(self, rows: Sequence[Row], model: int = 0) -> contextlib.AbstractContextManager[None]:
-        """Around the call of a transformer."""
-        if not any(row.kept for row in rows):
-            return contextlib.nullcontext()
-        return self.step_caches[model].rows(rows, model)
+    @contextlib.contextmanager
+    def around(self, rows: Sequence[Row], model: int = 0) -> Generator[None]:
+        """Around the call of a transformer: step caches, and adapters, which are the first transformer's."""
+        with contextlib.ExitStack() as stack:
+            if any(row.kept for row in rows):
+                stack.enter_context(self.step_caches[model].rows(rows, model))
+            if model == 0:
+                stack.enter_context(self.wearing.rows(rows))
+            yield
+
+    def apart(self, job: Job) -> None:
+        """Pictures that wear different adapters share no step where the rows of layers are not those of the step: of
+        sizes in lists, and where a cache leaves rows out."""
+        if self.mixed_sizes or job.kept:
+            job.key = (job.key, job.worn)
 
     def prepare(self, job: Job) -> None:
         """What a job needs for its first step, beside its conditions."""
@@ -223,7 +237,17 @@ def rows_of(job: Job) -> list[Row]:
     """The prompt's row, and the negative one where the picture is guided by two."""
     assert job.latents is not None
     return [
-        Row(job.latents, job.times[job.step], condition, job.guidance.embedded, job.width, job.height, job.seen, kept)
+        Row(
+            job.latents,
+            job.times[job.step],
+            condition,
+            job.guidance.embedded,
+            job.width,
+            job.height,
+            job.seen,
+            kept,
+            job.worn,
+        )
         for condition, kept in zip(job.conditions, job.kept or [()] * len(job.conditions), strict=True)
     ]
 

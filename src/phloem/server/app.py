@@ -46,6 +46,13 @@ def routers() -> list[APIRouter]:
     return found + [importlib.import_module(f"phloem.server.{api}.route").router for api in apis]
 
 
+def _videos(config: Config, info: ModelInfo, folder: FilmFolder | None) -> VideoStore:
+    images = config.images
+    if folder is None and info.draws and images.video_output_path is not None:
+        folder = FilmFolder(images.video_output_path)
+    return VideoStore(folder, parse_bytes(images.video_max_bytes, "video_max_bytes"), images.video_ttl)
+
+
 def create_app(
     client: EngineClient,
     config: Config,
@@ -57,9 +64,6 @@ def create_app(
 
     `films`: where films are kept, where that was taken already. Raises ConfigError: it cannot be had.
     """
-    folder = config.images.video_output_path if info.draws else None
-    if films is None and folder is not None:
-        films = FilmFolder(folder)
     app = FastAPI(
         title="Phloem",
         version=version(),
@@ -74,11 +78,7 @@ def create_app(
         info=info,
         health=Health(client, config.schedule.watchdog_timeout),
         metrics=Metrics(client, info.served_model_name, prefixes),
-        videos=VideoStore(
-            films,
-            parse_bytes(config.images.video_max_bytes, "video_max_bytes"),
-            config.images.video_ttl,
-        ),
+        videos=_videos(config, info, films),
     )
     for router in routers():
         app.include_router(router)

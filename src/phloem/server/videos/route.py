@@ -13,7 +13,7 @@ from phloem.core.errors import BadRequest
 from phloem.diffusion.request import Facts
 from phloem.protocol.body import Parser
 from phloem.server.door import door_of, json_response
-from phloem.server.images.body import source_of
+from phloem.server.images.body import source_of, wear
 from phloem.server.images.given import pixels_of
 from phloem.server.multipart import form_of
 from phloem.server.openapi import NEEDS_ENGINE, describe
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 router = APIRouter(tags=["openai"])
 _parser = Parser(VideosBody)
 _PATH = "/v1/videos/{video_id}"
-_OBJECTS = frozenset({"input_reference", "cache"})
+_OBJECTS = frozenset({"input_reference", "cache", "lora"})
 _FILE: dict[str, Any] = {"type": "string", "format": "binary"}
 
 
@@ -39,9 +39,10 @@ async def create_video(request: Request) -> Response:
     door = door_of(request)
     door.info.check_draws()
     body = await _read(door, request)
-    door.check_model(body.model)
+    adapter = door.check_model(body.model)
     facts = Facts(**door.client.picture_facts())
     draw, fps, seconds = body.film(facts)
+    wear(adapter, [draw])
     if body.input_reference is not None:
         draw.pictures = [await pixels_of(door, source_of(body.input_reference, "input_reference"), "input_reference")]
     facts.check(draw)

@@ -153,18 +153,18 @@ class Studio:
             assert latents is not None
             if not bool(torch.isfinite(latents).all()):
                 raise PhloemError(NO_NUMBERS)
-            self._finish(first, painter.finished(first, latents))
+            self._finish(first, painter.drawn(first, latents))
 
     def _encoded(self, text: str, pictures: Sequence[Pixels]) -> Condition:
         assert isinstance(self.painter, Family)
-        return self.painter.encode_seeing(text, pictures) if pictures else self.painter.encode(text)
+        return self.painter.encoded(text, pictures)
 
     def _encode(self, job: Job, painter: Family) -> None:
         guidance = job.guidance
         texts = [job.draw.prompt, *([] if guidance.scale is None else [guidance.negative])]
         shown = job.draw.pictures if painter.reads_pictures else []
         job.conditions = [self.conditions.of(text, shown) for text in texts]
-        painter.prepare(job)
+        painter.prepared(job)
         threshold = self.settings.step_cache if job.draw.step_cache is None else job.draw.step_cache
         if threshold > 0:
             painter.cache_steps(job, threshold)
@@ -198,7 +198,7 @@ class Studio:
         if index is not None:
             ahead = latents - job.sigmas[job.step] * v
             if bool(torch.isfinite(ahead).all()):  # else the picture will fail at its end, and says so
-                _show(told, painter.decode(ahead, job.width, job.height), index)
+                _show(told, painter.glimpse(job, ahead), index)
         self._send(told)
 
     def _whole(self, job: Job, painter: Whole, between: Callable[[], None] | None) -> None:

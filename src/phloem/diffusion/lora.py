@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phloem.core.errors import BadRequest, PhloemError
+from phloem.core.errors import BadRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -35,6 +35,10 @@ class Layer:
     scale: float
     bias_O: Tensor | None = None
 
+    def at(self, device: torch.device, dtype: torch.dtype) -> Layer:
+        bias = None if self.bias_O is None else self.bias_O.to(device, dtype)
+        return Layer(self.a_RI.to(device, dtype), self.b_OR.to(device, dtype), self.scale, bias)
+
     def added(self, x: Tensor, weight: float) -> Tensor:
         made = torch.nn.functional.linear(x, self.a_RI)
         return torch.nn.functional.linear(made, self.b_OR, self.bias_O) * (self.scale * weight)
@@ -47,6 +51,10 @@ class Lora:
     name: str
     path: str
     layers: dict[str, Layer]
+
+    def at(self, device: torch.device, dtype: torch.dtype) -> Lora:
+        """The same where it is used."""
+        return Lora(self.name, self.path, {name: layer.at(device, dtype) for name, layer in self.layers.items()})
 
     @property
     def nbytes(self) -> int:
@@ -189,10 +197,6 @@ def _layer(name: str, state: dict[str, Tensor], scale: float, transformer: torch
     given = [one for one in (a, b, bias) if one is not None]
     if not (all(one.is_floating_point() and bool(torch.isfinite(one).all()) for one in given) and abs(scale) < 1e6):
         raise _refused(f"{name} has values that are no finite numbers")
-    place = next(transformer.parameters())
-    a, b, bias = (None if one is None else one.to(place.device, place.dtype) for one in (a, b, bias))
-    if a is None or b is None:
-        raise PhloemError(f"{name} has lost its matrices")
     return Layer(a, b, scale, bias)
 
 

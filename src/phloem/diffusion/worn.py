@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class Wearing:
     """Stands before the linear layers of a transformer, those that any adapter has named."""
 
-    def __init__(self, transformer: torch.nn.Module) -> None:
-        self.transformer = transformer
+    def __init__(self, transformer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        self.transformer, self.device, self.dtype = transformer, device, dtype
         self._wrapped: set[str] = set()
         self._rows: list[Worn] = []
         self._same: Worn | None = None  # where all rows wear the same
@@ -117,7 +117,9 @@ class Wardrobe:
                 f"lora_name: {len(others)} adapters are loaded, as many as max_loaded_loras allows: unload one",
                 param="lora_name",
             )
-        found = lora.read(name, path, self._pipe, self._wearing.transformer)
+        found = lora.read(name, path, self._pipe, self._wearing.transformer).at(
+            self._wearing.device, self._wearing.dtype
+        )
         if self._memory is not None and found.nbytes + sum(one.nbytes for one in others) > self._memory:
             raise BadRequest(f"{lora.PATH}: {path} does not fit into lora_memory: unload another", param=lora.PATH)
         self._wearing.prepare(found)

@@ -32,6 +32,7 @@ from phloem.core.resolve import Decision
 from phloem.diffusion import models, probe
 from phloem.diffusion.engine import Settings, Studio
 from phloem.diffusion.family import Family
+from phloem.diffusion.quantised import quantise
 from phloem.diffusion.queue import POLICIES
 from phloem.diffusion.worn import Wardrobe
 
@@ -68,13 +69,14 @@ class PictureCore:
         asked = config.model.dtype
         dtype, why = (DTYPES[asked], "as asked") if asked != "auto" else platform.dtype(None)
         pipe = models.load(checkpoint.pictures, platform.device, dtype, images.vae_tiling)
+        smaller = _smaller(pipe, config.model.quantization)
         report("weights")
-        painter, who = models.choose(pipe, platform.device, dtype, wanted)
+        painter, who = models.choose(pipe, platform.device, dtype, wanted, images.offload)
         if wanted:
             check_fit(painter)
         wardrobe = _wardrobe(config.lora, pipe, painter)
         _check_step_cache(images.image_step_cache, painter)
-        decisions = [chosen, Decision("dtype", str(dtype).removeprefix("torch."), why), who]
+        decisions = [chosen, Decision("dtype", str(dtype).removeprefix("torch."), why), *smaller, who]
         alone = config.runtime.ops == "invariant"
         budget, reason = 0, "one picture at a time"
         if alone:
@@ -213,6 +215,11 @@ def _wardrobe(config: LoraConfig, pipe: Any, painter: models.Painter) -> Wardrob
         except BadRequest as error:
             raise ConfigError(f"lora_paths: {spec.name}: {error.message}", param="lora_paths") from None
     return made
+
+
+def _smaller(pipe: Any, kind: str | None) -> list[Decision]:
+    """Raises ConfigError."""
+    return [] if kind is None else [Decision("quantization", kind, quantise(pipe, kind))]
 
 
 def _check_step_cache(threshold: float, painter: models.Painter) -> None:

@@ -33,7 +33,6 @@ from phloem.diffusion import models, probe
 from phloem.diffusion.engine import Settings, Studio
 from phloem.diffusion.family import Family
 from phloem.diffusion.quantised import quantise
-from phloem.diffusion.queue import POLICIES
 from phloem.diffusion.worn import Wardrobe
 
 if TYPE_CHECKING:
@@ -98,7 +97,6 @@ class PictureCore:
             alone=alone,
             step_cache=images.image_step_cache,
         )
-        assert settings.policy in POLICIES
         self._send = send
         self._stopping: float | None = None  # when to stop at the latest
         self._beaten = self._counted = 0.0

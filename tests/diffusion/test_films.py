@@ -26,6 +26,7 @@ CPU = torch.device("cpu")
 PICTURE = Pixels(40, 24, np.random.default_rng(0).integers(0, 256, 40 * 24 * 3, dtype=np.uint8).tobytes())
 DEFAULTS = {"size": (32, 16), "frames": 5, "max_frames": 9, "steps": 3}
 SIZE = {"width": 32, "height": 16}
+LARGER = {"width": 64, "height": 32}  # LTX takes multiples of 32
 SAME = {**SIZE, "num_frames": 5}
 _PIPES: dict[str, Any] = {}
 
@@ -112,6 +113,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"guidance": 3.0, "pictures": [PICTURE], **SIZE},
         {"guidance_scale": 3.0},
     ),
+    (
+        "ltx",
+        {"guidance": 3.0, "negative": "a small dog on a river", **LARGER},
+        {"guidance_scale": 3.0, "negative_prompt": "a small dog on a river", **LARGER},
+    ),
+    ("ltx_last_step", {"guidance": 1.0, **LARGER}, {"guidance_scale": 1.0, **LARGER}),
 ]
 
 
@@ -128,7 +135,7 @@ def test_our_loop_makes_the_film_that_the_pipeline_makes(
     run.submit("a", seed=7, steps=4, **ours)
     run.steps()
     assert float((run.latents["a"] - latents).abs().max()) < 1e-5
-    assert run.film("a").shape == (5, 16, 32, 3)
+    assert run.film("a").shape == (5, ours.get("height", 16), ours.get("width", 32), 3)
     assert np.abs(run.film("a") - pixels).max() <= 1
     assert pixels.std() > 5
 
@@ -148,9 +155,12 @@ def test_a_first_frame_begins_the_film_as_in_the_pipeline_of_pictures(pipes: Any
     assert np.abs(run.film("a") - pixels).max() <= 1
 
 
-@pytest.mark.parametrize("kind", ["wan_two", "wan_first_frame"])
+@pytest.mark.parametrize("kind", ["wan_two", "wan_first_frame", "ltx"])
 def test_films_at_different_steps_share_passes_and_are_what_they_are_alone(pipes: Any, kind: str) -> None:
     pipe, fields = pipes(kind), [{"seed": 1, "steps": 3}, {"seed": 2, "steps": 5, "guidance": 1.0}, {"seed": 3}]
+    if kind == "ltx":
+        for at, prompt in enumerate(("a cat", "a small red dog on a river in the house", "")):
+            fields[at] |= {**LARGER, "prompt": prompt}  # type: ignore[operator]
     alone = Run(pipe)
     for at, one in enumerate(fields):
         alone.submit(str(at), **one)  # type: ignore[arg-type]

@@ -134,3 +134,40 @@ def test_a_picture_is_changed_over_http_and_by_the_command(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     made = read_png((tmp_path / "d.png").read_bytes())
     assert served.shape == (16, 16, 3) and np.abs(made.astype(int) - served.astype(int)).max() <= 1
+
+
+def test_adapters_come_and_go_over_http(tiny: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    a, b = torch.randn(2, 32), torch.randn(32, 2)
+    for at in range(2):
+        save_file({f"{name}.lora_A.weight": a * (at + 1), f"{name}.lora_B.weight": b}, tmp_path / f"{at}.safetensors")
+    defaults = ["--image-defaults", '{"size": "16x16", "steps": 2}', "--lora-paths", f"one={tmp_path}/0.safetensors"]
+    with serving(tiny, *defaults) as url:
+
+        def drawn(**more: Any) -> Any:
+            body = {"prompt": "draw a cat", "seed": 3, **more}
+            answer = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
+            assert answer.status_code == 200, answer.text
+            return read_png(base64.b64decode(answer.json()["data"][0]["b64_json"])).astype(int)
+
+        def told(path: str, **body: Any) -> tuple[int, Any]:
+            answer = httpx.post(f"{url}{path}", json=body, timeout=60)
+            return answer.status_code, answer.json()
+
+        plain, one = drawn(), drawn(lora="one")
+        assert np.abs(plain - one).max() > 1
+        assert np.abs(drawn(lora={"name": "one", "scale": 2.0}) - one).max() > 1
+        status, answer = told("/load_lora_adapter", lora_name="two", lora_path=f"{tmp_path}/1.safetensors")
+        assert (status, list(answer["loaded_adapters"])) == (200, ["one", "two"])
+        assert np.abs(drawn(model="two") - drawn(lora={"name": "one", "scale": 2.0})).max() <= 1
+        status, answer = told("/load_lora_adapter", lora_name="bad", lora_path=f"{tmp_path}/none")
+        assert status == 400 and "lora_path" in answer["message"]
+        assert told("/v1/set_lora", lora_nickname="one")[0] == 200
+        assert np.abs(drawn() - one).max() <= 1 and np.abs(drawn(lora=[]) - plain).max() <= 1
+        assert told("/unload_lora_adapter", lora_name="one")[0] == 200
+        assert np.abs(drawn() - plain).max() <= 1
+        status, answer = told("/v1/images/generations", prompt="a", lora="one")
+        assert (status, answer["error"]["param"]) == (400, "lora")

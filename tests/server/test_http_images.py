@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from door import make_info, on_loop, open_door, until
 
+from phloem.core.messages import ControlReply
 from phloem.testing.fake_studio import FakeStudio
 from phloem.utils.png import png
 
@@ -92,7 +93,10 @@ async def test_a_seed_is_drawn_where_none_is_given_and_a_list_has_one_for_each()
         ({"prompt": "a", "background": "transparent"}, "background"),
         ({"prompt": "a", "output_compression": 50}, "output_compression"),
         ({"prompt": "a", "output_format": "gif"}, "output_format"),
-        ({"prompt": "a", "lora": "x"}, "lora"),
+        ({"prompt": "a", "lora": {"name": "x", "scale": 1000}}, "lora.scale"),
+        ({"prompt": "a", "lora": {"scale": 2}}, "lora"),
+        ({"prompt": "a", "lora": ["x", "x"]}, "lora"),
+        ({"prompt": "a", "lora": 7}, "lora"),
         ({"prompt": "a", "num_frames": 9}, "num_frames"),
         ({"prompt": "x" * 40_000}, "prompt"),
         ({"prompt": 7}, "prompt"),
@@ -250,3 +254,51 @@ async def test_the_openai_client_draws_and_streams() -> None:
         ]
         with pytest.raises(openai.BadRequestError, match="draws from a prompt alone"):
             await client.images.edit(image=("a.png", png(bytes(3), 1, 1)), prompt="a")
+
+
+@on_loop
+async def test_adapters_are_asked_for_by_name_and_scale_or_as_the_model() -> None:
+    async with drawing() as door:
+        for asked, worn in (
+            (None, None),
+            ([], []),
+            ({}, []),
+            ("style", [("style", 1.0)]),
+            ([{"name": "style", "scale": 0.5}, "other"], [("style", 0.5), ("other", 1.0)]),
+        ):
+            assert (await door.post(PATH, {"prompt": "a", "lora": asked})).status_code == 200
+            found = door.engine.draws[-1].lora  # type: ignore[attr-defined]
+            assert (None if found is None else [(one.name, one.scale) for one in found]) == worn
+        door.client.connection.ready["lora_adapters"] = {"style": "/style"}  # type: ignore[index]
+        assert (await door.post(PATH, {"prompt": "a", "model": "style"})).status_code == 200
+        assert door.engine.draws[-1].lora[0].name == "style"  # type: ignore[attr-defined]
+        twice = await door.post(PATH, {"prompt": "a", "model": "style", "lora": "other"})
+        assert (twice.status_code, twice.json()["error"]["param"]) == (400, "lora")
+
+
+@on_loop
+async def test_adapters_of_all_pictures_are_set_in_sglangs_spelling() -> None:
+    async with drawing() as door:
+        said = {"loaded": {"a": "/a", "b": "/b"}, "active": [["a", 0.5, True]]}
+        door.engine.control_reply = ControlReply(id="", data=said)
+        body = {"lora_nickname": ["a", "b"], "lora_path": ["/a", None], "strength": 0.5}
+        assert (await door.post("/v1/set_lora", body)).json()["status"] == "ok"
+        assert door.engine.controls[-1].args["adapters"] == [["a", "/a", 0.5], ["b", None, 0.5]]
+        listed = (await door.http.get("/v1/list_loras")).json()
+        assert [one["nickname"] for one in listed["loaded_adapters"]] == ["a", "b"]
+        assert listed["active"]["transformer"][0] == {"nickname": "a", "path": "/a", "merged": False, "strength": 0.5}
+        for path in ("/v1/merge_lora_weights", "/v1/unmerge_lora_weights"):
+            assert (await door.post(path, {})).status_code == 200
+        for bad, param in (
+            ({"lora_nickname": "a", "target": "vae"}, "target"),
+            ({"lora_nickname": "a", "strength": [1, 2]}, "strength"),
+            ({"lora_nickname": ["a", "a"]}, "lora_nickname"),
+            ({"lora_nickname": "tiny"}, "lora_nickname"),
+        ):
+            refused = await door.post("/v1/set_lora", bad)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+        door.engine.control_reply = ControlReply(id="", ok=False, message="lora_path: there is no /x")
+        refused = await door.post("/v1/set_lora", {"lora_nickname": "a", "lora_path": "/x"})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "lora_path")
+    async with open_door() as door:
+        assert (await door.post("/v1/set_lora", {"lora_nickname": "a"})).status_code in (400, 404)

@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 from door import make_info, on_loop, open_door, until
 
+from phloem.core.config import Config
 from phloem.core.errors import ConfigError, StorageFailed
+from phloem.server.start import run
 from phloem.server.videos.film import FilmWriter
+from phloem.server.videos.folder import FilmFolder
 from phloem.server.videos.store import VideoStore
 from phloem.testing.fake_studio import FILMS, FakeStudio
 from phloem.utils.png import png
@@ -65,6 +68,13 @@ async def test_a_film_is_made_as_a_job_and_its_file_holds_the_frames() -> None:
         assert frames[-1, :, :, 2].mean() > frames[0, :, :, 2].mean() + 40
         part = await door.http.get(f"{PATH}/{job['id']}/content", headers={"range": "bytes=4-7"})
         assert (part.status_code, part.content) == (206, b"ftyp")
+        for asked, status in (("bytes=x-y", 400), ("feet=1-2", 400), ("", 400), ("bytes=9999999-", 416)):
+            refused = await door.http.get(f"{PATH}/{job['id']}/content", headers={"range": asked})
+            assert refused.status_code == status, asked
+            assert (
+                refused.headers["content-type"] == "application/json" and "Range" in refused.json()["error"]["message"]
+            )
+        assert refused.headers["content-range"] == f"bytes */{len(response.content)}"
         draw = door.engine.draws[0]
         assert (draw.film, draw.frames, draw.width, draw.steps) == (True, 5, 32, 2)
         text = (await door.http.get("/metrics")).text
@@ -106,7 +116,7 @@ async def test_seconds_become_the_nearest_number_of_frames_that_the_model_makes(
         ({"prompt": "a", "guidance_scale_2": -1}, "guidance_scale_2"),
         ({"prompt": "a", "n": 2}, "n"),
         ({"prompt": "a", "flow_shift": 5.0}, "flow_shift"),
-        ({"prompt": "a", "lora": "x"}, "lora"),
+        ({"prompt": "a", "lora": {"name": "x", "scale": 1000}}, "lora.scale"),
         ({"prompt": "a", "input_reference": 7}, "input_reference"),
         ({"prompt": "a", "input_reference": "%%%"}, "input_reference"),
         ({"prompt": "a", "input_reference": "http://127.0.0.1/a.png"}, "input_reference"),
@@ -206,7 +216,7 @@ async def test_films_outlive_their_server_and_what_ran_has_failed(tmp_path: Path
         done = (await door.post(PATH, {"prompt": "a"})).json()["id"]
         film = (await finished(door, done), (await door.http.get(f"{PATH}/{done}/content")).content)
         with pytest.raises(ConfigError, match="another server"):
-            VideoStore(str(tmp_path), 1, 1)
+            FilmFolder(str(tmp_path))
         door.engine.hold = True
         running = (await door.post(PATH, {"prompt": "b"})).json()["id"]
         (tmp_path / f".{running}.mp4.part").write_bytes(b"half")
@@ -365,3 +375,13 @@ async def test_the_openai_client_makes_films() -> None:
         assert (await client.videos.delete(made.id)).deleted
         with pytest.raises(openai.NotFoundError):
             await client.videos.retrieve(made.id)
+
+
+def test_a_folder_of_films_that_is_taken_is_told_before_any_model_is_loaded(tmp_path: Path) -> None:
+    taken, started = FilmFolder(str(tmp_path)), list[bool]()
+    config = Config.from_flat({"model_path": "none", "video_output_path": str(tmp_path), "port": 0})
+    with pytest.raises(ConfigError, match="another server"):
+        run(config, lambda: started.append(True))  # type: ignore[arg-type, return-value]
+    assert not started
+    taken.close()
+    FilmFolder(str(tmp_path)).close()

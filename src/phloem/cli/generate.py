@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.cli._options import parse
 from phloem.client.start import make_client
+from phloem.core.adapters import adapter_spec
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest
 from phloem.diffusion.request import Facts
 from phloem.launch.door import EngineDoor, beginning
 from phloem.launch.thread import EngineThread
 from phloem.server.images import write
-from phloem.server.images.body import ImagesBody
+from phloem.server.images.body import ImagesBody, LoraBody
 from phloem.server.images.given import decoded
 from phloem.server.videos.body import VideosBody
 from phloem.server.videos.film import FilmWriter, check_codec
@@ -50,12 +51,14 @@ class Options:
     fps: float | None = opt(None, "Frames a second of a film; default: the model's own.")
     true_cfg_scale: float | None = opt(None, "The same, of models that take a negative prompt by this name.")
     negative_prompt: str | None = opt(None, "What to stay away from.")
+    lora: list[str] | None = opt(None, "Adapters of --lora-paths to draw with, NAME or NAME:SCALE; default: all.")
     seed: int | None = opt(None, "Seed of the first picture; default: drawn, and told.")
 
 
 def main(argv: list[str]) -> int:
     config, options = parse("generate", argv, Options, skip=("server",), description=DESCRIPTION)
     body = _body(options)
+    body.lora = _worn(options.lora, config.lora.lora_paths)
     target = Path(options.output)
     count = 1 if isinstance(body, VideosBody) else body.count()
     _check_writable([numbered(target, at, count) for at in range(count)])
@@ -97,6 +100,20 @@ def _body(options: Options) -> ImagesBody | VideosBody:
     )
     write.check_format(body)
     return body
+
+
+def _worn(asked: list[str] | None, given: list[str] | None) -> list[str | LoraBody] | None:
+    """Raises BadRequest."""
+    if asked is None:
+        return [adapter_spec(text).name for text in given or []] or None
+    found: list[str | LoraBody] = []
+    for one in asked:
+        name, colon, scale = one.rpartition(":")
+        try:
+            found.append(LoraBody(name=name, scale=float(scale)) if colon else one)
+        except ValueError:
+            raise BadRequest(f"lora: {one}: expected NAME or NAME:SCALE", param="lora") from None
+    return found
 
 
 def _film_body(options: Options, prompt: str) -> VideosBody:

@@ -244,6 +244,10 @@ class EngineClient:
         """Forget an adapter; requests that have begun with it end with it. Raises EngineDead."""
         return self._told(await self.connection.control("unload_lora_adapter", LOAD_SECONDS, {"name": name}))
 
+    async def set_lora(self, **args: Any) -> ControlReply:
+        """What pictures wear that ask for nothing (`diffusion/worn.py:Wardrobe.use`). Raises EngineDead."""
+        return self._told(await self.connection.control("set_lora", LOAD_SECONDS, args))
+
     def _told(self, reply: ControlReply) -> ControlReply:
         if reply.ok and self.connection.ready is not None:
             self.connection.ready["lora_adapters"] = reply.data["loaded"]

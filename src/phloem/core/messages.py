@@ -65,6 +65,13 @@ class Pixels(msgspec.Struct):
     data: bytes
 
 
+class Wear(msgspec.Struct):
+    """An adapter that a picture is drawn with, and how much of it."""
+
+    name: str
+    scale: float = 1.0
+
+
 class Draw(Message):
     """One picture, or one film. What is None or 0 is the model's to say; `previews`: pictures on the way.
 
@@ -87,6 +94,7 @@ class Draw(Message):
     frames: int = 0  # of a film
     pictures: list[Pixels] = []  # what is to be changed, or how a film begins
     mask: Pixels | None = None  # where it is to be changed: white
+    lora: list[Wear] | None = None  # adapters; None: as the server has them
 
 
 class Abort(Message):
@@ -104,7 +112,8 @@ class Control(Message):
     `pause` (args: mode abort | retract | in_place), `resume`, `abort_all`, `cache_tree` (args: max_nodes),
     `kv_events` (data: sequence, events: the whole tree),
     `get_weights_by_name` (args: name, rows; data: weight, nested lists), `load_lora_adapter` (args: name, path,
-    pinned; data: loaded, path by name), `unload_lora_adapter` (args: name; data: loaded, users),
+    pinned; data: loaded, path by name), `unload_lora_adapter` (args: name; data: loaded, users), `set_lora` of models
+    that draw (args: adapters, [name, path or None, scale] each, or enabled, scale; data: loaded, active),
     `start_profile` (args: folder, prefix, start_step, num_steps, activities, with_stack, record_shapes; data: path),
     `stop_profile` (data: path).
 

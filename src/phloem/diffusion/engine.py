@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.core.messages import Pixels
+    from phloem.diffusion.lora import Worn
     from phloem.diffusion.models import Painter
+    from phloem.diffusion.worn import Wardrobe
 
 _log = log.get("diffusion")
 
@@ -64,6 +66,7 @@ class Studio:
         self.steps = 0  # forward passes since the start
         self.out_of_memory = 0
         self.conditions = Conditions(self._encoded)
+        self.wardrobe: Wardrobe | None = None  # of families that take adapters
         self._send, self._empty_cache = send, empty_cache
         self._number = 0
         self._step_seconds: list[float] = []
@@ -94,6 +97,7 @@ class Studio:
         facts.check(draw)
         width, height = facts.size(draw)
         steps, frames, guidance = facts.count(draw), facts.length(draw), painter.guidance(draw)
+        worn = self._worn(draw)
         self._number += 1
         rows = 1 if guidance.scale is None else 2
         return Job(
@@ -108,7 +112,15 @@ class Studio:
             alone=self.settings.alone,
             previews=preview_steps(steps, draw.previews),
             frames=frames,
+            worn=worn,
         )
+
+    def _worn(self, draw: Draw) -> Worn:
+        if self.wardrobe is not None:
+            return self.wardrobe.worn(draw.lora)
+        if draw.lora:
+            raise BadRequest("lora: this model takes no adapters", param="lora", code="not_supported")
+        return ()
 
     # --- work
 
@@ -141,21 +153,22 @@ class Studio:
             assert latents is not None
             if not bool(torch.isfinite(latents).all()):
                 raise PhloemError(NO_NUMBERS)
-            self._finish(first, painter.finished(first, latents))
+            self._finish(first, painter.drawn(first, latents))
 
     def _encoded(self, text: str, pictures: Sequence[Pixels]) -> Condition:
         assert isinstance(self.painter, Family)
-        return self.painter.encode_seeing(text, pictures) if pictures else self.painter.encode(text)
+        return self.painter.encoded(text, pictures)
 
     def _encode(self, job: Job, painter: Family) -> None:
         guidance = job.guidance
         texts = [job.draw.prompt, *([] if guidance.scale is None else [guidance.negative])]
         shown = job.draw.pictures if painter.reads_pictures else []
         job.conditions = [self.conditions.of(text, shown) for text in texts]
-        painter.prepare(job)
+        painter.prepared(job)
         threshold = self.settings.step_cache if job.draw.step_cache is None else job.draw.step_cache
         if threshold > 0:
             painter.cache_steps(job, threshold)
+        painter.apart(job)
         if job.seen is not None and job.seen.shapes:  # tokens beside its own
             job.tokens += len(job.conditions) * job.seen.latents.shape[0]
         job.stage = Stage.DENOISE
@@ -185,7 +198,7 @@ class Studio:
         if index is not None:
             ahead = latents - job.sigmas[job.step] * v
             if bool(torch.isfinite(ahead).all()):  # else the picture will fail at its end, and says so
-                _show(told, painter.decode(ahead, job.width, job.height), index)
+                _show(told, painter.glimpse(job, ahead), index)
         self._send(told)
 
     def _whole(self, job: Job, painter: Whole, between: Callable[[], None] | None) -> None:

@@ -17,16 +17,19 @@ import numpy as np
 import torch
 
 from phloem.core.errors import BadRequest, PhloemError
+from phloem.diffusion.parts import PICTURES, TEXT, Parts
 from phloem.diffusion.request import Condition, Facts, Guidance, Seen
 from phloem.diffusion.step_cache import Kept, StepCache
+from phloem.diffusion.worn import Wearing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
     from phloem.core.messages import Draw, Pixels
+    from phloem.diffusion.lora import Worn
     from phloem.diffusion.request import Job
 
 NO_NUMBERS = "the model gave no numbers (NaN or infinity) for this picture"
@@ -46,6 +49,7 @@ class Row:
     height: int
     seen: Seen | None = None
     kept: tuple[Kept, ...] = ()  # by its step cache, for each transformer
+    worn: Worn = ()  # adapters
 
 
 class Family:
@@ -54,6 +58,7 @@ class Family:
     Args:
         pipe: a diffusers pipeline; its parts are used, its loop never is.
         defaults: what the server's operator has set (`image_defaults`).
+        offload: parts are on the device while they are used alone.
     """
 
     mixed_sizes: ClassVar[bool] = False  # rows of different sizes in one forward pass
@@ -61,11 +66,15 @@ class Family:
     reads_pictures: ClassVar[bool] = False  # the text's encoder sees the pictures that came with it
     schedulers: ClassVar[tuple[str, ...]] = ("FlowMatchEulerDiscreteScheduler",)
 
-    def __init__(self, pipe: Any, device: torch.device, dtype: torch.dtype, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self, pipe: Any, device: torch.device, dtype: torch.dtype, defaults: dict[str, Any], offload: bool = False
+    ) -> None:
         self.pipe, self.device, self.dtype = pipe, device, dtype
         self.transformer, self.vae, self.scheduler = pipe.transformer, pipe.vae, pipe.scheduler
         self._call = inspect.signature(pipe.__call__).parameters
         self.max_text = int(self.default("max_sequence_length", 512))
+        self.wearing = Wearing(self.transformer, device, dtype)
+        self.parts = Parts(pipe.components, device, offload)
         self.step_caches: list[StepCache] = []  # one for each transformer, once anybody asks
         self._schedules: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
         name = type(self).__module__.rsplit(".", 1)[-1]
@@ -102,6 +111,26 @@ class Family:
         """Of families whose text encoder sees."""
         raise NotImplementedError
 
+    def encoded(self, text: str, pictures: Sequence[Pixels] = ()) -> Condition:
+        """What the text encoders make of a prompt, and of the pictures that they see."""
+        self.parts.use(TEXT)
+        return self.encode_seeing(text, pictures) if pictures else self.encode(text)
+
+    def prepared(self, job: Job) -> None:
+        if job.draw.pictures:
+            self.parts.use(PICTURES)
+        self.prepare(job)
+
+    def drawn(self, job: Job, latents: Tensor) -> NDArray[np.uint8]:
+        """As `finished`."""
+        self.parts.use(PICTURES)
+        return self.finished(job, latents)
+
+    def glimpse(self, job: Job, latents: Tensor) -> NDArray[np.uint8]:
+        """Pixels [height, width, 3] of a picture on its way."""
+        self.parts.use(PICTURES)
+        return self.decode(latents, job.width, job.height)
+
     def transformers(self) -> list[Any]:
         return [self.transformer]
 
@@ -111,11 +140,22 @@ class Family:
             self.step_caches = [StepCache(model, self.block_lists) for model in self.transformers()]
         job.kept = [tuple(Kept(threshold) for _ in self.step_caches) for _ in job.conditions]
 
-    def cached(self, rows: Sequence[Row], model: int = 0) -> contextlib.AbstractContextManager[None]:
-        """Around the call of a transformer."""
-        if not any(row.kept for row in rows):
-            return contextlib.nullcontext()
-        return self.step_caches[model].rows(rows, model)
+    @contextlib.contextmanager
+    def around(self, rows: Sequence[Row], model: int = 0) -> Generator[None]:
+        """Around the call of a transformer: step caches, and adapters, which are the first transformer's."""
+        self.parts.use("transformer" if model == 0 else f"transformer_{model + 1}")
+        with contextlib.ExitStack() as stack:
+            if any(row.kept for row in rows):
+                stack.enter_context(self.step_caches[model].rows(rows, model))
+            if model == 0:
+                stack.enter_context(self.wearing.rows(rows))
+            yield
+
+    def apart(self, job: Job) -> None:
+        """Pictures that wear different adapters share no step where the rows of layers are not those of the step: of
+        sizes in lists, and where a cache leaves rows out."""
+        if self.mixed_sizes or job.kept:
+            job.key = (job.key, job.worn)
 
     def prepare(self, job: Job) -> None:
         """What a job needs for its first step, beside its conditions."""
@@ -223,7 +263,17 @@ def rows_of(job: Job) -> list[Row]:
     """The prompt's row, and the negative one where the picture is guided by two."""
     assert job.latents is not None
     return [
-        Row(job.latents, job.times[job.step], condition, job.guidance.embedded, job.width, job.height, job.seen, kept)
+        Row(
+            job.latents,
+            job.times[job.step],
+            condition,
+            job.guidance.embedded,
+            job.width,
+            job.height,
+            job.seen,
+            kept,
+            job.worn,
+        )
         for condition, kept in zip(job.conditions, job.kept or [()] * len(job.conditions), strict=True)
     ]
 

@@ -34,7 +34,7 @@ def budget(painter: Family, finish: Callable[[], None]) -> tuple[int, str]:
         assert job.latents is not None
         (row,) = rows_of(job)
         seconds = _seconds(painter, [row], finish)
-        painter.finished(job, job.latents)
+        painter.drawn(job, job.latents)
         count, rate = 1, 1 / seconds
         while count < MOST_ROWS and seconds < PATIENCE:
             seconds = _seconds(painter, [row] * (2 * count), finish)
@@ -51,9 +51,8 @@ def _job(painter: Family, frames: int) -> Job:
     draw = Draw(id="", prompt="", seed=0, film=facts.films, pictures=[grey] if facts.needs_pictures else [])
     guidance = Guidance(facts.guidance or 0.0)
     job = Job(draw, 0, facts.width, facts.height, facts.steps, guidance, 0, frames=frames)
-    shown = painter.reads_pictures and draw.pictures
-    job.conditions = [painter.encode_seeing("", draw.pictures) if shown else painter.encode("")]
-    painter.prepare(job)
+    job.conditions = [painter.encoded("", draw.pictures if painter.reads_pictures else [])]
+    painter.prepared(job)
     return job
 
 

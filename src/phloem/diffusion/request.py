@@ -13,6 +13,7 @@ from phloem.core.messages import Draw
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from phloem.diffusion.lora import Worn
     from phloem.diffusion.step_cache import Kept
 
 MAX_STEPS = 1000
@@ -188,6 +189,7 @@ class Job:
     seen: Seen | None = None
     latents: Tensor | None = None
     kept: list[tuple[Kept, ...]] = field(default_factory=list)  # by step caches, for each row
+    worn: Worn = ()  # adapters
     stepper: Any = None  # a scheduler of diffusers that knows this job's past, of families whose steps have one
     sigmas: list[float] = field(default_factory=list)
     times: list[float] = field(default_factory=list)

@@ -12,7 +12,8 @@ import msgspec
 import torch
 
 from phloem import platforms
-from phloem.core.errors import BadRequest, ConfigError
+from phloem.core.adapters import adapter_spec
+from phloem.core.errors import BadRequest, ConfigError, PhloemError
 from phloem.core.messages import (
     Abort,
     Control,
@@ -26,15 +27,17 @@ from phloem.core.messages import (
     Submit,
     ToEngine,
 )
+from phloem.core.ranges import parse_bytes
 from phloem.core.resolve import Decision
 from phloem.diffusion import models, probe
 from phloem.diffusion.engine import Settings, Studio
 from phloem.diffusion.family import Family
-from phloem.diffusion.queue import POLICIES
+from phloem.diffusion.quantised import quantise
+from phloem.diffusion.worn import Wardrobe
 
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
-    from phloem.core.config import Config
+    from phloem.core.config import Config, LoraConfig
 
 BEAT = 1.0  # seconds
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -65,14 +68,14 @@ class PictureCore:
         asked = config.model.dtype
         dtype, why = (DTYPES[asked], "as asked") if asked != "auto" else platform.dtype(None)
         pipe = models.load(checkpoint.pictures, platform.device, dtype, images.vae_tiling)
+        smaller = _smaller(pipe, config.model.quantization)
         report("weights")
-        painter, who = models.choose(pipe, platform.device, dtype, wanted)
+        painter, who = models.choose(pipe, platform.device, dtype, wanted, images.offload)
         if wanted:
             check_fit(painter)
-        if not 0 <= images.image_step_cache < inf or (images.image_step_cache and not painter.facts.caches):
-            why = "above 0 for a model without step caches" if not painter.facts.caches else "not a threshold"
-            raise ConfigError(f"image_step_cache: {images.image_step_cache} is {why}", param="image_step_cache")
-        decisions = [chosen, Decision("dtype", str(dtype).removeprefix("torch."), why), who]
+        wardrobe = _wardrobe(config.lora, pipe, painter)
+        _check_step_cache(images.image_step_cache, painter)
+        decisions = [chosen, Decision("dtype", str(dtype).removeprefix("torch."), why), *smaller, who]
         alone = config.runtime.ops == "invariant"
         budget, reason = 0, "one picture at a time"
         if alone:
@@ -94,17 +97,18 @@ class PictureCore:
             alone=alone,
             step_cache=images.image_step_cache,
         )
-        assert settings.policy in POLICIES
         self._send = send
         self._stopping: float | None = None  # when to stop at the latest
         self._beaten = self._counted = 0.0
         self._dirty = False  # something was done since the last statistics
         self.studio = Studio(painter, settings, send, platform.empty_cache)
+        self.studio.wardrobe = wardrobe
         self.info: dict[str, Any] = {
             "pictures": msgspec.to_builtins(painter.facts),
             "max_running_requests": settings.most,
             "decisions": [[d.name, d.value, d.reason] for d in decisions],
             "phases": phases,
+            "lora_adapters": None if wardrobe is None else wardrobe.loaded(),
         }
         self._begin_steps = platform.begin_steps
 
@@ -152,8 +156,34 @@ class PictureCore:
         elif call.name == "abort_all":
             self.studio.abort("", everything=True)
             self._send(ControlReply(id=call.id))
+        elif call.name in ("load_lora_adapter", "unload_lora_adapter", "set_lora"):
+            try:
+                self._send(self._adapters(call))
+            except PhloemError as error:
+                self._send(ControlReply(id=call.id, ok=False, message=error.message))
         else:
             self._send(ControlReply(id=call.id, ok=False, message=f"a model that draws has no {call.name!r}"))
+
+    def _adapters(self, call: Control) -> ControlReply:
+        """Between two steps. Raises BadRequest."""
+        wardrobe, args = self.studio.wardrobe, call.args
+        if wardrobe is None:
+            raise BadRequest("this model takes no adapters: its pipeline runs whole")
+        name = str(args.get("name") or "")
+        message = ""
+        if call.name == "set_lora":
+            wardrobe.use(args)
+        elif call.name == "unload_lora_adapter":
+            users = wardrobe.unload(name, [job.worn for job in self.studio.jobs.values()])
+            message = f"unloaded; {users} pictures that have begun with it end with it" if users else "unloaded"
+        elif args.get("sent") is not None:
+            raise BadRequest("serialized_named_tensors: models that draw take adapters from files")
+        else:
+            wardrobe.load(name, str(args.get("path") or ""))
+            message = f"adapter {name} is loaded"
+        return ControlReply(
+            id=call.id, message=message, data={"loaded": wardrobe.loaded(), "active": wardrobe.active()}
+        )
 
     def _report(self) -> None:
         now, busy = monotonic(), bool(self.studio.jobs)
@@ -164,6 +194,37 @@ class PictureCore:
         if self._dirty and (not busy or now - self._counted >= BEAT):
             self._counted, self._dirty = now, busy
             self._send(self.studio.stats())
+
+
+def _wardrobe(config: LoraConfig, pipe: Any, painter: models.Painter) -> Wardrobe | None:
+    """The adapters to start with; None where the model takes none. Raises ConfigError."""
+    given = [adapter_spec(text) for text in config.lora_paths or []]
+    if not isinstance(painter, Family):
+        if given or config.enable_lora:
+            raise ConfigError("lora_paths: this model takes no adapters: its pipeline runs whole", param="lora_paths")
+        return None
+    memory = None if config.lora_memory is None else parse_bytes(config.lora_memory, "lora_memory")
+    made = Wardrobe(pipe, painter.wearing, config.max_loaded_loras, memory)
+    for spec in given:
+        if spec.name in made.loaded():
+            raise ConfigError(f"lora_paths: several adapters are called {spec.name!r}", param="lora_paths")
+        try:
+            made.load(spec.name, spec.path)
+        except BadRequest as error:
+            raise ConfigError(f"lora_paths: {spec.name}: {error.message}", param="lora_paths") from None
+    return made
+
+
+def _smaller(pipe: Any, kind: str | None) -> list[Decision]:
+    """Raises ConfigError."""
+    return [] if kind is None else [Decision("quantization", kind, quantise(pipe, kind))]
+
+
+def _check_step_cache(threshold: float, painter: models.Painter) -> None:
+    """Raises ConfigError."""
+    if not 0 <= threshold < inf or (threshold and not painter.facts.caches):
+        why = "above 0 for a model without step caches" if not painter.facts.caches else "not a threshold"
+        raise ConfigError(f"image_step_cache: {threshold} is {why}", param="image_step_cache")
 
 
 def _synchronize() -> None:

@@ -21,6 +21,7 @@ from phloem.server.errors import on_http_error, on_invalid_query, on_phloem_erro
 from phloem.server.health import Health
 from phloem.server.metrics import Metrics
 from phloem.server.middleware import ApiKey, Head, Keys, RequestIds
+from phloem.server.videos.folder import FilmFolder
 from phloem.server.videos.store import VideoStore
 from phloem.utils.registry import Registry
 from phloem.utils.tracing import Traced
@@ -45,8 +46,24 @@ def routers() -> list[APIRouter]:
     return found + [importlib.import_module(f"phloem.server.{api}.route").router for api in apis]
 
 
-def create_app(client: EngineClient, config: Config, info: ModelInfo, tracer: Tracer | None = None) -> FastAPI:
-    """The app of one server. `client.start()` is the caller's business, inside the event loop."""
+def _videos(config: Config, info: ModelInfo, folder: FilmFolder | None) -> VideoStore:
+    images = config.images
+    if folder is None and info.draws and images.video_output_path is not None:
+        folder = FilmFolder(images.video_output_path)
+    return VideoStore(folder, parse_bytes(images.video_max_bytes, "video_max_bytes"), images.video_ttl)
+
+
+def create_app(
+    client: EngineClient,
+    config: Config,
+    info: ModelInfo,
+    tracer: Tracer | None = None,
+    films: FilmFolder | None = None,
+) -> FastAPI:
+    """The app of one server. `client.start()` is the caller's business, inside the event loop.
+
+    `films`: where films are kept, where that was taken already. Raises ConfigError: it cannot be had.
+    """
     app = FastAPI(
         title="Phloem",
         version=version(),
@@ -61,11 +78,7 @@ def create_app(client: EngineClient, config: Config, info: ModelInfo, tracer: Tr
         info=info,
         health=Health(client, config.schedule.watchdog_timeout),
         metrics=Metrics(client, info.served_model_name, prefixes),
-        videos=VideoStore(
-            config.images.video_output_path if info.draws else None,
-            parse_bytes(config.images.video_max_bytes, "video_max_bytes"),
-            config.images.video_ttl,
-        ),
+        videos=_videos(config, info, films),
     )
     for router in routers():
         app.include_router(router)

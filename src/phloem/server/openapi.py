@@ -19,6 +19,7 @@ _ERRORS = {
     401: "The API key is missing or wrong.",
     404: "No such model.",
     413: "The body is over the server's limit.",
+    416: "The file has no such range.",
     500: "An error of ours; the message carries the request id.",
     503: "Overloaded, draining, or the engine is not available: try again after `Retry-After` seconds.",
 }

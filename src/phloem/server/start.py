@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from phloem.core.errors import ConfigError
+from phloem.server.videos.folder import FilmFolder
 from phloem.utils import log, machine, tracing
 from phloem.utils.sockets import bind
 
@@ -33,10 +34,11 @@ def run(config: Config, start_engine: Callable[[], EngineLink]) -> int:
     files = machine.open_files()
     if files is not None and files < MIN_FILES:
         raise ConfigError(f"the system allows this process {files} open files, {MIN_FILES} are the least: `ulimit -n`")
+    films = None if config.images.video_output_path is None else FilmFolder(config.images.video_output_path)
     # Bound now, so that a taken port is told at once; nobody can connect before it listens.
     sock = bind(config.server.host, config.server.port)
     engine = start_engine()
     # Half a second of imports, while the engine process imports torch.
     from phloem.server import supervisor
 
-    return supervisor.run(config, engine, sock, start_engine, began)
+    return supervisor.run(config, engine, sock, start_engine, began, films)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from phloem.client.client import EngineClient
     from phloem.client.info import ModelInfo
     from phloem.core.config import Config
+    from phloem.server.videos.folder import FilmFolder
 
 _log = log.get("server")
 
@@ -39,7 +40,14 @@ HANG_POLL = 1.0  # seconds between looks at an engine that may hang
 StartEngine = Callable[[], EngineLink]
 
 
-def run(config: Config, engine: EngineLink, sock: socket.socket, start_engine: StartEngine, began: float) -> int:
+def run(
+    config: Config,
+    engine: EngineLink,
+    sock: socket.socket,
+    start_engine: StartEngine,
+    began: float,
+    films: FilmFolder | None = None,
+) -> int:
     """Serve until a signal; returns the process's exit status. Engine and socket are closed in every case.
 
     Args:
@@ -48,6 +56,7 @@ def run(config: Config, engine: EngineLink, sock: socket.socket, start_engine: S
         sock: bound, and not yet listening.
         start_engine: makes the next ones.
         began: when the start began, by `time.perf_counter`.
+        films: where films are kept, taken before the engine was started.
 
     Raises:
         PhloemError: the configuration or the checkpoint is wrong; no port was opened.
@@ -56,7 +65,7 @@ def run(config: Config, engine: EngineLink, sock: socket.socket, start_engine: S
         phases = log.Phases()
         with phases.phase("door"):
             client, info, _ = make_client(config)
-        supervisor = _Supervisor(config, start_engine, client, info, began, phases)
+        supervisor = _Supervisor(config, start_engine, client, info, began, phases, films)
     except BaseException:
         engine.close()
         sock.close()
@@ -82,8 +91,10 @@ class _Supervisor:
         info: ModelInfo,
         began: float,
         phases: log.Phases,
+        films: FilmFolder | None,
     ) -> None:
         self._config = config
+        self._films = films
         self._start_engine = start_engine
         self._client = client
         self._info = info
@@ -111,7 +122,7 @@ class _Supervisor:
                 return 130
             raise PhloemError(error.message) from None
         tracer = Tracer(server.otlp_traces_endpoint, "phloem") if server.otlp_traces_endpoint else None
-        app = create_app(client, self._config, self._info, tracer)
+        app = create_app(client, self._config, self._info, tracer, self._films)
         minders = [asyncio.create_task(self._mind()), asyncio.create_task(self._end_hung())]
         gc.freeze()  # what lives as long as the server need not be looked through between two tokens
 

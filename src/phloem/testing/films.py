@@ -107,9 +107,57 @@ def _wan_image_to_video() -> Any:
     )
 
 
+def _ltx(timestep_conditioning: bool = False) -> Any:
+    import diffusers
+    import transformers
+
+    parts = _parts()
+    config = transformers.T5Config(
+        vocab_size=len(parts["tokenizer"]), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, dropout_rate=0.0
+    )
+    four, five = (8, 8, 8, 8), (1, 1, 1, 1, 1)
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=four,
+        decoder_block_out_channels=four,
+        layers_per_block=five,
+        decoder_layers_per_block=five,
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        timestep_conditioning=timestep_conditioning,
+        patch_size=1,
+    )
+    vae.latents_mean.normal_(0, 0.1)
+    vae.latents_std.uniform_(0.8, 1.2)
+    return diffusers.LTXPipeline(
+        tokenizer=parts["tokenizer"],
+        text_encoder=transformers.T5EncoderModel(config),
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
+        ),
+        transformer=diffusers.LTXVideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            cross_attention_dim=32,
+            num_layers=2,
+            caption_channels=32,
+        ),
+    )
+
+
+def _ltx_last_step() -> Any:
+    """Of 0.9.1 and later: a VAE that is told how much noise is left."""
+    return _ltx(timestep_conditioning=True)
+
+
 KINDS: dict[str, Callable[[], Any]] = {
     "wan": _wan,
     "wan_two": _wan_two,
     "wan_first_frame": _wan_first_frame,
     "wan_image_to_video": _wan_image_to_video,
+    "ltx": _ltx,
+    "ltx_last_step": _ltx_last_step,
 }

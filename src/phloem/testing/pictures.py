@@ -66,7 +66,7 @@ def written(pipe: Any, path: Path) -> Path:
     with torch.no_grad():
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
-                _randomise(part.eval())
+                randomise(part.eval())
     pipe.save_pretrained(path)
     return path
 
@@ -77,7 +77,7 @@ def _diffusers() -> Any:
     return diffusers
 
 
-def _randomise(module: Any) -> None:
+def randomise(module: Any) -> None:
     """Layers that begin at 0 or empty would hide mistakes, and NaN would hide all else."""
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1:
@@ -224,7 +224,7 @@ def qwen_image_edit(kind: str = "QwenImageEditPipeline") -> Any:
     with torch.no_grad():
         for part in made.components.values():
             if isinstance(part, torch.nn.Module):
-                _randomise(part.eval())
+                randomise(part.eval())
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -259,7 +259,7 @@ def _stable_diffusion_3(overrides: dict[str, Any]) -> Any:
     )
 
 
-def _qwen_tokenizer() -> Any:
+def qwen_tokenizer() -> Any:
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -273,7 +273,7 @@ def _qwen_tokenizer() -> Any:
     return tokenizer
 
 
-_QWEN: dict[str, Any] = {
+QWEN: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 2,
@@ -288,7 +288,7 @@ def _z_image(overrides: dict[str, Any]) -> Any:
     diffusers = _diffusers()
     import transformers
 
-    tokenizer = _qwen_tokenizer()
+    tokenizer = qwen_tokenizer()
     settings: dict[str, Any] = {
         "in_channels": 4,
         "dim": 32,
@@ -303,7 +303,7 @@ def _z_image(overrides: dict[str, Any]) -> Any:
     return diffusers.ZImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=tiny_vae(4),
-        text_encoder=transformers.Qwen3Model(transformers.Qwen3Config(vocab_size=len(tokenizer), **_QWEN)),
+        text_encoder=transformers.Qwen3Model(transformers.Qwen3Config(vocab_size=len(tokenizer), **QWEN)),
         tokenizer=tokenizer,
         transformer=diffusers.ZImageTransformer2DModel(**{**settings, **overrides}),
     )
@@ -313,8 +313,8 @@ def _qwen_image(overrides: dict[str, Any]) -> Any:
     diffusers = _diffusers()
     import transformers
 
-    tokenizer = _qwen_tokenizer()
-    text: dict[str, Any] = {**_QWEN, "vocab_size": len(tokenizer)}
+    tokenizer = qwen_tokenizer()
+    text: dict[str, Any] = {**QWEN, "vocab_size": len(tokenizer)}
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     vision = {
         "depth": 1,

@@ -32,7 +32,7 @@ def key_of(class_name: str) -> str:
 
 
 def load(pictures: Pictures, device: torch.device, dtype: torch.dtype, tiling: bool) -> Any:
-    """The folder's pipeline, its parts on the device.
+    """The folder's pipeline, in the host's memory; `choose` brings it to the device.
 
     Raises:
         ConfigError: diffusers is not installed.
@@ -60,7 +60,6 @@ def load(pictures: Pictures, device: torch.device, dtype: torch.dtype, tiling: b
     for part in pipe.components.values():
         if callable(getattr(part, "requires_grad_", None)):
             part.eval().requires_grad_(False)
-    pipe.to(device)
     if tiling:
         if not callable(getattr(getattr(pipe, "vae", None), "enable_tiling", None)):
             raise ConfigError(f"vae_tiling: the VAE of {pictures.class_name} has no tiles", param="vae_tiling")
@@ -68,17 +67,38 @@ def load(pictures: Pictures, device: torch.device, dtype: torch.dtype, tiling: b
     return pipe
 
 
-def choose(pipe: Any, device: torch.device, dtype: torch.dtype, defaults: dict[str, Any]) -> tuple[Painter, Decision]:
-    """Who draws, and why."""
+def choose(
+    pipe: Any, device: torch.device, dtype: torch.dtype, defaults: dict[str, Any], offload: bool = False
+) -> tuple[Painter, Decision]:
+    """Who draws, and why; the pipeline is brought to the device, or its parts when they are used (`offload`).
+
+    Raises:
+        ConfigError: a pipeline that runs whole cannot be offloaded here.
+    """
+    if not offload:
+        pipe.to(device)
     name, key = type(pipe).__name__, key_of(type(pipe).__name__)
     if key not in FAMILIES.names():
         why = f"no family of ours draws {name}: its pipeline runs whole, one picture at a time"
     else:
         why = _declined(pipe, FAMILIES.get(key))
         if why is None:
-            painter = FAMILIES.get(key)(pipe, device, dtype, defaults)
+            painter = FAMILIES.get(key)(pipe, device, dtype, defaults, offload)
             return painter, Decision("painter", key, f"draws {name} in steps that pictures share")
+    if offload:
+        _offload(pipe, device)
     return Whole(pipe, defaults), Decision("painter", "whole pipeline", why)
+
+
+def _offload(pipe: Any, device: torch.device) -> None:
+    """By diffusers' own hooks. Raises ConfigError."""
+    try:
+        pipe.enable_model_cpu_offload(device=device)
+    except (ImportError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"offload: {type(pipe).__name__} runs whole, and diffusers says: {reason}", param="offload"
+        ) from None
 
 
 def _declined(pipe: Any, family: type[Family]) -> str | None:

@@ -44,7 +44,7 @@ class Flux(Family):
         states_BSE = torch.stack([row.condition.states_SE for row in rows]).to(self.dtype)
         pooled = [row.condition.pooled_E for row in rows]
         guidance = torch.tensor([row.embedded for row in rows], dtype=torch.float32, device=self.device)
-        with self.cached(rows):
+        with self.around(rows):
             v_BLC = self.transformer(
                 hidden_states=beside(rows, latents_BLC),
                 timestep=self.times(rows).to(self.dtype) / TIMES,

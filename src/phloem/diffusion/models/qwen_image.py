@@ -51,7 +51,7 @@ class QwenImage(Family):
         mask = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
         first, latents_BLC = rows[0], self.stack(rows)
         shapes = [(first.height // self.grid, first.width // self.grid), *(first.seen.shapes if first.seen else ())]
-        with self.cached(rows):
+        with self.around(rows):
             v_BLC = self.transformer(
                 hidden_states=beside(rows, latents_BLC),
                 timestep=self.times(rows).to(self.dtype) / TIMES,

@@ -57,7 +57,7 @@ class StableDiffusion3(Family):
 
     def forward(self, rows: Sequence[Row]) -> list[Tensor]:
         pooled = [row.condition.pooled_E for row in rows]
-        with self.cached(rows):
+        with self.around(rows):
             v_BCHW = self.transformer(
                 hidden_states=self.stack(rows),
                 timestep=self.times(rows),

@@ -140,7 +140,7 @@ class Wan(Family):
     def _of(self, model: int, rows: Sequence[Row]) -> list[Tensor]:
         embeds = [row.seen.embeds_SE for row in rows if row.seen is not None and row.seen.embeds_SE is not None]
         latents_BCFHW = torch.stack([self._input(row) for row in rows]).to(self.dtype)
-        with self.cached(rows, model):
+        with self.around(rows, model):
             v_BCFHW = self.transformers()[model](
                 hidden_states=latents_BCFHW,
                 timestep=self._times_of(rows),

@@ -58,12 +58,13 @@ class ZImage(Family):
         return torch.randn((1, channels, height // factor, width // factor), generator=generator)[0]
 
     def forward(self, rows: Sequence[Row]) -> list[Tensor]:
-        found = self.transformer(
-            [row.latents.to(self.dtype)[:, None] for row in rows],
-            (TIMES - self.times(rows)) / TIMES,
-            [row.condition.states_SE.to(self.dtype) for row in rows],
-            return_dict=False,
-        )[0]
+        with self.around(rows):
+            found = self.transformer(
+                [row.latents.to(self.dtype)[:, None] for row in rows],
+                (TIMES - self.times(rows)) / TIMES,
+                [row.condition.states_SE.to(self.dtype) for row in rows],
+                return_dict=False,
+            )[0]
         return [-v_C1HW[:, 0].float() for v_C1HW in found]
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from phloem.client.request import new_id
 from phloem.core.errors import BadRequest
-from phloem.core.messages import Draw
+from phloem.core.messages import Draw, Wear
 from phloem.protocol.body import Body, Later
 from phloem.protocol.fields import HINT, Int32, Seed
 
@@ -18,6 +18,8 @@ MAX_PREVIEWS = 3
 MAX_IMAGES = 16  # of a request, as OpenAI has it
 MAX_PROMPT = 32_000  # characters, as OpenAI has it
 MAX_SCALE = 1000.0
+MAX_LORAS = 8  # of a request
+MAX_LORA_SCALE = 100.0
 SEEDS = 1 << 31
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})", re.ASCII)
 _OF_FILMS = Later("video", (), "pictures have none; /v1/videos makes films")
@@ -29,6 +31,13 @@ class StepCacheBody(Body, kw_only=True):
 
     kind: Literal["first_block", "none"] = "first_block"
     threshold: float = 0.08
+
+
+class LoraBody(Body, kw_only=True):
+    """`lora`: an adapter by its name, and how much of it. Several of them add up."""
+
+    name: str | None = None
+    scale: float = 1.0
 
 
 class PictureFields(Body, kw_only=True):
@@ -46,6 +55,7 @@ class PictureFields(Body, kw_only=True):
     max_sequence_length: Int32 | None = None
     flow_shift: float | None = None
     cache: StepCacheBody | None = None
+    lora: str | LoraBody | list[str | LoraBody] | None = None
     user: str | None = None
 
     def check_fields(self) -> None:
@@ -72,7 +82,25 @@ class PictureFields(Body, kw_only=True):
             true_cfg=self.true_cfg_scale,
             negative=self.negative_prompt,
             step_cache=self._threshold(),
+            lora=self._worn(),
         )
+
+    def _worn(self) -> list[Wear] | None:
+        """None: as the server has it; what names no adapter draws without. Raises BadRequest."""
+        if self.lora is None:
+            return None
+        found: list[Wear] = []
+        for one in self.lora if isinstance(self.lora, list) else [self.lora]:
+            asked = LoraBody(name=one) if isinstance(one, str) else one
+            if asked.name is None and asked.scale == 1.0:
+                continue
+            if not asked.name:
+                raise BadRequest("lora: an adapter has a name", param="lora")
+            within("lora.scale", asked.scale, -MAX_LORA_SCALE, MAX_LORA_SCALE)
+            found.append(Wear(asked.name, asked.scale))
+        if len(found) > MAX_LORAS or len({one.name for one in found}) < len(found):
+            raise BadRequest(f"lora: at most {MAX_LORAS} adapters, each of them once", param="lora")
+        return found
 
     def _threshold(self) -> float | None:
         if self.cache is None:
@@ -113,7 +141,6 @@ class ImagesBody(PictureFields, kw_only=True):
     quality: str | None = None
     style: str | None = None
     moderation: str | None = None
-    lora: Any = None
     num_frames: Int32 | None = None
     fps: Int32 | None = None
     seconds: Any = None
@@ -131,7 +158,6 @@ class ImagesBody(PictureFields, kw_only=True):
         "background": Later("transparency", ("auto", "opaque")),
         "max_sequence_length": Later("max_sequence_length"),
         "flow_shift": Later("flow_shift"),
-        "lora": Later("image_lora", ({}, [])),
         **_VIDEO,
     }
 
@@ -213,3 +239,11 @@ def source_of(given: Any, where: str) -> bytes | str:
 def within(name: str, value: float | None, least: float, most: float) -> None:
     if value is not None and not least <= value <= most:
         raise BadRequest(f"{name}: {value} is not in {least:g} to {most:g}", param=name)
+
+
+def wear(adapter: str, draws: list[Draw]) -> None:
+    """The adapter that a model's name asks for; "": none. Raises BadRequest: `lora` asks for others."""
+    for draw in draws if adapter else []:
+        if draw.lora is not None and [one.name for one in draw.lora] != [adapter]:
+            raise BadRequest(f"lora: model asks for adapter {adapter!r:.200}, and lora for others", param="lora")
+        draw.lora = draw.lora or [Wear(adapter)]

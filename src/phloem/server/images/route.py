@@ -15,7 +15,7 @@ from phloem.diffusion.request import Facts
 from phloem.protocol.body import Parser
 from phloem.server.door import door_of, json_response
 from phloem.server.images import write
-from phloem.server.images.body import ImageEditsBody, ImagesBody, source_of
+from phloem.server.images.body import ImageEditsBody, ImagesBody, source_of, wear
 from phloem.server.images.given import pixels_of
 from phloem.server.multipart import form_of
 from phloem.server.openapi import NEEDS_ENGINE, describe
@@ -42,9 +42,11 @@ async def generations(request: Request) -> Response:
     door = door_of(request)
     door.info.check_draws()
     body = await door.read(request, _parser)
-    door.check_model(body.model)
+    adapter = door.check_model(body.model)
     write.check_format(body)
-    return await _answer(door, request, body, body.draws())
+    draws = body.draws()
+    wear(adapter, draws)
+    return await _answer(door, request, body, draws)
 
 
 @router.post(
@@ -55,9 +57,10 @@ async def edits(request: Request) -> Response:
     door = door_of(request)
     door.info.check_draws()
     body = await _read_edits(door, request)
-    door.check_model(body.model)
+    adapter = door.check_model(body.model)
     write.check_format(body)
     draws, sources = body.draws(), body.sources()
+    wear(adapter, draws)
     facts = Facts(**door.client.picture_facts())
     facts.check(msgspec.structs.replace(draws[0], pictures=[EMPTY] * len(sources), mask=body.mask and EMPTY))
     given = [await pixels_of(door, source, "image") for source in sources]
@@ -74,7 +77,9 @@ async def _read_edits(door: Door, request: Request) -> ImageEditsBody:
     if not kind.lower().startswith("multipart/form-data"):
         return await door.read(request, _edits)
     data = b"".join([part async for part in request.stream()])
-    values = form_of(data, kind, frozenset({"image", "mask"}), frozenset({"image", "seed"}), frozenset({"cache"}))
+    values = form_of(
+        data, kind, frozenset({"image", "mask"}), frozenset({"image", "seed"}), frozenset({"cache", "lora"})
+    )
     if len(values.get("seed", [])) == 1:
         (values["seed"],) = values["seed"]  # one alone is the first of all pictures
     return _edits.convert(values, door.info.features, form=True)

@@ -32,7 +32,6 @@ class VideosBody(PictureFields, kw_only=True):
     input_reference: Any = None
     n: Int32 | None = None
     quality: str | None = None
-    lora: Any = None
 
     ignored: ClassVar[dict[str, str]] = {
         "quality": QUALITY,
@@ -42,7 +41,6 @@ class VideosBody(PictureFields, kw_only=True):
         "n": Later("several_films", (1,), "a job is one film"),
         "max_sequence_length": Later("max_sequence_length"),
         "flow_shift": Later("flow_shift"),
-        "lora": Later("image_lora", ({}, [])),
     }
 
     def film(self, facts: Facts) -> tuple[Draw, float, str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, Response
 
 from phloem.core.errors import BadRequest
 from phloem.diffusion.request import Facts
 from phloem.protocol.body import Parser
 from phloem.server.door import door_of, json_response
-from phloem.server.images.body import source_of
+from phloem.server.images.body import source_of, wear
 from phloem.server.images.given import pixels_of
 from phloem.server.multipart import form_of
 from phloem.server.openapi import NEEDS_ENGINE, describe
@@ -20,12 +22,14 @@ from phloem.server.videos.run import begin
 from phloem.server.videos.write import Video, VideoDeleted, VideoList
 
 if TYPE_CHECKING:
+    from starlette.types import Message, Receive, Scope, Send
+
     from phloem.server.door import Door
 
 router = APIRouter(tags=["openai"])
 _parser = Parser(VideosBody)
 _PATH = "/v1/videos/{video_id}"
-_OBJECTS = frozenset({"input_reference", "cache"})
+_OBJECTS = frozenset({"input_reference", "cache", "lora"})
 _FILE: dict[str, Any] = {"type": "string", "format": "binary"}
 
 
@@ -35,9 +39,10 @@ async def create_video(request: Request) -> Response:
     door = door_of(request)
     door.info.check_draws()
     body = await _read(door, request)
-    door.check_model(body.model)
+    adapter = door.check_model(body.model)
     facts = Facts(**door.client.picture_facts())
     draw, fps, seconds = body.film(facts)
+    wear(adapter, [draw])
     if body.input_reference is not None:
         draw.pictures = [await pixels_of(door, source_of(body.input_reference, "input_reference"), "input_reference")]
     facts.check(draw)
@@ -84,7 +89,7 @@ async def delete_video(request: Request, video_id: str) -> Response:
     return json_response(VideoDeleted(id=video_id))
 
 
-@router.get(_PATH + "/content", **describe(answer=_FILE, errors=(400, 404)))
+@router.get(_PATH + "/content", **describe(answer=_FILE, errors=(400, 404, 416)))
 async def video_content(
     request: Request,
     video_id: str,
@@ -98,4 +103,20 @@ async def video_content(
     if video.status != "completed":
         why = f": {video.error.message}" if video.error is not None else ", ask again when it is completed"
         raise BadRequest(f"the video is {video.status}{why}", param="video_id", code=f"video_{video.status}")
-    return FileResponse(store.content(video_id), media_type="video/mp4", filename=f"{video_id}.mp4")
+    return _Film(store.content(video_id), media_type="video/mp4", filename=f"{video_id}.mp4")
+
+
+class _Film(FileResponse):
+    """What it says of a `Range` in plain text is said as all errors are."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                asked = Headers(scope=scope).get("range", "")
+                if message["status"] != 416:
+                    raise BadRequest(f"Range: {asked!r:.100} is no range of bytes, such as bytes=0-99", param="Range")
+                where = {"Content-Range": Headers(raw=message["headers"])["content-range"]}
+                raise HTTPException(416, f"Range: {asked!r:.100} begins behind the film's end", headers=where)
+            await send(message)
+
+        await super().__call__(scope, receive, told)

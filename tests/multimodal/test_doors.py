@@ -143,7 +143,8 @@ BAD = [
     ({"type": "video_url", "video_url": {"url": "x", "fps": -1}}, "fps must be"),
     ({"type": "video_url", "video_url": {"url": "x", "num_frames": 1 << 40}}, "num_frames must be"),
     ({"type": "file", "file": {"file_id": "file-1"}}, "files are not kept here"),
-    ({"type": "file", "file": {"file_data": uri(PNG)}}, "no PDF document"),
+    ({"type": "file", "file": {"file_data": uri(PNG).replace("image/png", "text/plain")}}, "no PDF document"),
+    ({"type": "file", "file": {"file_data": uri(PNG[:60])}}, "broken"),
 ]
 
 
@@ -279,6 +280,52 @@ def test_videos_and_documents_at_every_door(sees: Path) -> None:
             response = (await http.post("/v1/responses", json=given)).json()
             assert response["output"][0]["content"][0]["text"] == told
             assert response["usage"]["input_tokens"] == prompt_tokens(found)
+            mp4 = film.replace("image/png", "video/mp4")
+            films: list[dict[str, Any]] = [
+                {"type": "input_video", "video_url": {"url": film, "fps": 4}},
+                {"type": "video_url", "video_url": film},
+                {"type": "input_file", "file_data": mp4},
+                {"type": "input_file", "file_data": film.partition(",")[2], "filename": "a.mp4"},
+            ]
+            for part in films:
+                given["input"] = [{"role": "user", "content": [part, {"type": "input_text", "text": "What?"}]}]
+                response = (await http.post("/v1/responses", json=given)).json()
+                # Frames that nobody asks for otherwise are two a second: of one second two.
+                assert response["usage"]["input_tokens"] <= prompt_tokens(chat), part
+                assert part is not films[0] or response["output"][0]["content"][0]["text"] == answer["text"]
+            seen = {"type": "file", "file": {"file_data": mp4}}
+            again = (await http.post("/v1/chat/completions", json={"messages": user(seen, "What?"), **SHORT})).json()
+            assert again["choices"][0]["message"]["content"] == response["output"][0]["content"][0]["text"]
+
+    asyncio.run(run())
+
+
+BAD_ITEMS: list[tuple[dict[str, Any], str]] = [
+    ({"type": "input_video"}, "video_url"),
+    ({"type": "input_video", "video_url": 5}, "video_url"),
+    ({"type": "input_video", "video_url": {"url": "data:video/mp4;base64,AAAA", "fps": 0}}, "video_url.fps"),
+    ({"type": "input_video", "video_url": "data:video/mp4;base64,AAAA"}, "video_url"),
+    ({"type": "input_video", "video_url": "http://192.0.2.1/a.mp4"}, "video_url"),
+    ({"type": "input_audio", "input_audio": {"format": "wav"}}, "input_audio.data"),
+    ({"type": "input_audio", "input_audio": "UklGRg=="}, "input_audio.data"),
+    ({"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}, "input_audio.data"),
+    ({"type": "input_image", "file_id": "file-1"}, "file_id"),
+    ({"type": "input_image"}, "image_url"),
+    ({"type": "input_file", "file_id": "file-1"}, "file_id"),
+    ({"type": "input_file", "file_data": "data:audio/wav;base64,UklGRg=="}, "file_data"),
+    ({"type": "input_file", "file_data": "data:video/mp4;base64,%"}, "file_data"),
+    ({"type": "input_picture"}, ""),
+]
+
+
+def test_bad_media_of_responses_name_their_field(sees: Path) -> None:
+    async def run() -> None:
+        async with door(sees) as http:
+            for part, field in BAD_ITEMS:
+                parts = [{"type": "input_image", "image_url": uri(PNG)}, part]
+                found = await http.post("/v1/responses", json={"input": [{"role": "user", "content": parts}]})
+                place = "input[0].content[1]" + (f".{field}" if field else "")
+                assert (found.status_code, found.json()["error"]["param"]) == (400, place), (part, found.text)
 
     asyncio.run(run())
 

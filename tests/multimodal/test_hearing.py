@@ -171,6 +171,13 @@ def test_sounds_through_the_doors_and_what_is_refused(pair: Any) -> None:
             assert {one["choices"][0]["message"]["content"] for one in answers} == {answer["text"]}
             tokens = answers[0]["usage"]["prompt_tokens"]
             assert answer["meta_info"]["cached_tokens"] == tokens - 1
+            mine = [heard(data), {"type": "input_file", "file_data": f"data:audio/wav;base64,{data}"}]
+            for part in mine:
+                given = {"input": [{"role": "user", "content": [part, {"type": "input_text", "text": "What?"}]}]}
+                given |= {"temperature": 0, "max_output_tokens": 4}
+                response = (await http.post("/v1/responses", json=given)).json()
+                assert response["output"][0]["content"][0]["text"] == answer["text"]
+                assert response["usage"]["input_tokens"] == tokens
             spelled = await http.post("/tokenize", json={"messages": user(heard(data), "What?")})
             assert spelled.json()["count"] == tokens
             assert (await http.get("/model_info")).json()["has_audio_understanding"] is True

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
 import torch
 from vision_support import FPS, Theirs, clip, picture, png, seeing_checkpoint
+from vision_support import SETTINGS as SETTINGS_OF
 
+from phloem.checkpoint.describe import describe
 from phloem.core.errors import BadRequest
 from phloem.llm import Engine
-from phloem.multimodal import _video
+from phloem.multimodal import Facts, _video, glm4v, idefics3
 from phloem.multimodal._pixels import CLIP_MEAN, CLIP_STD
 from phloem.multimodal._video import Video, Wanted
+from phloem.testing.checkpoints import tiny_checkpoint
+
+if TYPE_CHECKING:
+    from phloem.multimodal._aside import Film
 
 CLIPS = [[picture(10 * seed + at, 32, 16) for at in range(count)] for seed, count in ((1, 6), (2, 4))]
 FILES = [clip(frames) for frames in CLIPS]
@@ -28,7 +35,7 @@ TEXTS = {
     "behind": ([9, "V", 200, "P", 99, 97], [1], True),
 }
 FAST = ("qwen2_5_vl", "qwen3_vl")
-SLOW = ("qwen2_vl", "qwen3_vl_moe", "llava_onevision")
+SLOW = ("qwen2_vl", "qwen3_vl_moe", "llava_onevision", "llava_next_video", "glm4v", "glm4v_moe")
 FAMILIES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 SETTINGS = {"ops": "reference", "dtype": "float32", "max_total_tokens": 4096, "max_running_requests": 8, "threads": 1}
 
@@ -135,20 +142,31 @@ def test_the_frames_that_are_asked_for(container: str, codec: str) -> None:
     ]
 
 
+def framed(name: str, theirs: Theirs, frames: list[Any]) -> torch.Tensor:
+    """[frames, 3, side, side] of a clip of squares of the tower's side."""
+    mean, std = CLIP_MEAN, CLIP_STD
+    if name == "smolvlm":
+        longest = theirs.processor.size["longest_edge"]
+        frames = [frame.resize((longest, longest), 1).resize(frame.size, 1) for frame in frames]
+        mean = std = (0.5, 0.5, 0.5)
+    raw = torch.stack([torch.from_numpy(np.array(frame)) for frame in frames]).permute(0, 3, 1, 2)
+    return (raw / 255 - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+
+
 @pytest.mark.slow
-def test_frames_of_a_video_may_be_pictures_with_their_numbers(tmp_path: Any) -> None:
-    """InternVL: pictures and videos have one placeholder, in whatever order they come."""
-    path = seeing_checkpoint("internvl", tmp_path)
-    theirs = Theirs("internvl", path)
+@pytest.mark.parametrize(("name", "said"), [("internvl", "Frame1: "), ("smolvlm", "of {} frames from a 0:00:01 ")])
+def test_frames_of_a_video_may_be_pictures_with_their_numbers(tmp_path: Any, name: str, said: str) -> None:
+    """InternVL and SmolVLM: pictures and videos have one placeholder, in whatever order they come."""
+    path = seeing_checkpoint(name, tmp_path)
+    theirs = Theirs(name, path)
     with engine_of(path, chunked_prefill_size=9) as engine:
-        size, token = theirs.processor.size["height"], theirs.model.config.image_token_id
+        size, token = theirs.model.config.vision_config.image_size, theirs.model.config.image_token_id
+        size = size if isinstance(size, int) else size[0]
         clips = [[frame.resize((size, size), 3) for frame in frames] for frames in CLIPS]
         files = {"V": clip(clips[0]), "W": clip(clips[1])}
-        mean, std = (torch.tensor(list(values)).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-        shown = {"P": theirs.processor(images=[IMAGE], return_tensors="pt").pixel_values}
-        for name, frames in zip("VW", clips, strict=True):
-            raw = torch.stack([torch.from_numpy(np.array(frame)) for frame in frames]).permute(0, 3, 1, 2)
-            shown[name] = (raw / 255 - mean) / std
+        shown = {letter: framed(name, theirs, frames) for letter, frames in zip("VW", clips, strict=True)}
+        given = [[IMAGE]] if name == "smolvlm" else [IMAGE]
+        shown["P"] = theirs.processor(images=given, return_tensors="pt").pixel_values.reshape(-1, 3, size, size)
         for order in ("V", "PV", "VP", "WPV"):
             text = " and ".join({"P": "<image>", "V": "<video>", "W": "<video>"}[one] for one in order)
             found: Any = engine.generate(
@@ -161,8 +179,12 @@ def test_frames_of_a_video_may_be_pictures_with_their_numbers(tmp_path: Any) -> 
                 logprob_start_len=0,
             )
             ids, told = found["meta_info"]["prompt_token_ids"], found["meta_info"]["input_token_logprobs"]
-            assert engine.tokenizer.decode(ids).count("Frame1: ") == order.count("V") + order.count("W")
-            inputs = {"input_ids": torch.tensor([ids]), "pixel_values": torch.cat([shown[one] for one in order])}
+            prompt = engine.tokenizer.decode(ids)
+            assert sum(prompt.count(said.format(word)) for word in ("six", "four")[: 2 if "{" in said else 1]) == len(
+                order.replace("P", "")
+            )
+            pixels = torch.cat([shown[one] for one in order])
+            inputs = {"input_ids": torch.tensor([ids]), "pixel_values": pixels[None] if name == "smolvlm" else pixels}
             with torch.inference_mode():
                 logits = theirs.model(**inputs).logits[0].float().log_softmax(-1)
                 more = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -170,6 +192,37 @@ def test_frames_of_a_video_may_be_pictures_with_their_numbers(tmp_path: Any) -> 
             worst = max(abs(told[at + 1][0] - float(logits[at, one])) for at, one in enumerate(ids[1:]))
             assert token in ids and worst < 1e-4, f"{order}: {worst}"
             assert found["output_ids"] == wanted
+
+
+@dataclass
+class Length:
+    """Of a video, as much of it as processors choose frames by."""
+
+    total: int
+    fps: float
+    wanted: Wanted = Wanted()
+
+
+@pytest.mark.parametrize(("total", "fps"), [(1, 30.0), (5, 2.0), (47, 29.97), (300, 24.0), (9000, 25.0), (240, 0.5)])
+@pytest.mark.parametrize("name", ["glm4v", "smolvlm"])
+def test_frames_are_chosen_as_transformers_chooses_them(name: str, total: int, fps: float, tmp_path: Any) -> None:
+    from transformers.models.glm4v.video_processing_glm4v import Glm4vVideoProcessor
+    from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
+    from transformers.video_utils import VideoMetadata
+
+    config = describe(str(tiny_checkpoint(name, tmp_path))).config
+    facts = Facts(config, SETTINGS_OF[name], lambda token: f"<|{token}|>", video={"num_frames": 64, "fps": 2})
+    kind = glm4v.GlmVideos(facts) if name == "glm4v" else idefics3.TileVideos(facts)
+    chooser: Any = Glm4vVideoProcessor if name == "glm4v" else SmolVLMVideoProcessor
+    told = VideoMetadata(total_num_frames=total, fps=fps, duration=total / fps)
+    wanted = chooser(num_frames=64, fps=2).sample_frames(told).tolist()
+    assert kind._indices(cast("Film", Length(total, fps))) == wanted
+
+
+def test_numbers_of_frames_are_told_in_words() -> None:
+    wanted = {1: "one", 19: "nineteen", 20: "twenty", 64: "sixty-four", 100: "one hundred", 300: "three hundred"}
+    assert {number: idefics3._in_words(number) for number in wanted} == wanted
+    assert idefics3._in_words(768) == "seven hundred and sixty-eight"
 
 
 def test_reading_a_video_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

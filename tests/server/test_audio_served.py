@@ -14,6 +14,7 @@ from engine_door import http_door
 from speech_support import sound, tiny_whisper, wav
 
 import phloem
+from phloem.cli import transcribe
 from phloem.core.errors import BadRequest
 from phloem.server.multipart import form_of
 from phloem.testing.checkpoints import tiny_checkpoint
@@ -233,6 +234,21 @@ def test_the_command_writes_files(tmp_path: Path, engine: phloem.Engine, capsys:
     assert status == 1 and "bad.wav: file: the file is of no known format" in capsys.readouterr().err
     told = json.loads((tmp_path / "out" / "one.json").read_text())
     assert told["duration"] == 0.4 and told["text"] == engine.transcribe(SHORT, language="en", seed=1)["text"]
+    assert main(["transcribe", files[0], *model, "--words", "--format", "json"]) == 0
+    words = json.loads(capsys.readouterr().out)["words"]
+    assert words == engine.transcribe(SHORT, language="en", seed=1, timestamp_granularities=["word"])["words"]
+    with pytest.raises(BadRequest, match="--words"):
+        transcribe.main([files[0], *model, "--words", "--translate"])
+
+
+def test_words_in_every_format() -> None:
+    one, two = {"word": "ab", "start": 0.0, "end": 0.5}, {"word": "c", "start": 1.25, "end": 2.0}
+    answer = {"text": "ab c", "words": [one, two], "segments": [{"start": 0.0, "end": 2.0, "text": " ab c"}]}
+    assert transcribe._as(answer, "text", True) == "0.00\t0.50\tab\n1.25\t2.00\tc\n"
+    assert transcribe._as(answer, "text", False) == "ab c\n"
+    assert transcribe._as(answer, "srt", True).count(" --> ") == 2
+    assert transcribe._as(answer, "vtt", False).count(" --> ") == 1
+    assert json.loads(transcribe._as(answer, "json", True)) == {"text": "ab c", "words": [one, two]}
 
 
 # forms

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,12 @@ SETTINGS["llava_next"] = {
     "crop_size": {"height": 12, "width": 12},
     "image_grid_pinpoints": TILES,
 }
+SETTINGS["llava_next_video"] = {
+    "image_processor_type": "LlavaNextImageProcessor",
+    "size": {"shortest_edge": 16},
+    "crop_size": {"height": 16, "width": 16},
+    "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]],
+}
 SETTINGS["llava_onevision"] = {
     "image_processor_type": "LlavaOnevisionImageProcessor",
     "size": {"height": 22, "width": 22},
@@ -104,11 +111,11 @@ def seeing_checkpoint(name: str, path: Path, **overrides: Any) -> Path:
     overrides = {**(family(family_name).variants[variant] if variant else {}), **overrides}
     tiny_checkpoint(family_name, path, **overrides)
     (path / "preprocessor_config.json").write_text(json.dumps(SETTINGS[name]))
-    if name.startswith("qwen"):
+    if name.startswith(("qwen", "glm")):
         means = {key: value for key, value in SETTINGS[name].items() if key in ("image_mean", "image_std")}
         size = {"shortest_edge": 64, "longest_edge": 1 << 14}
         (path / "video_preprocessor_config.json").write_text(json.dumps({**means, **WATCHED, "size": size}))
-    if name == "llava_onevision":
+    if name in ("llava_onevision", "llava_next_video"):
         size = SETTINGS[name]["size"]
         (path / "video_preprocessor_config.json").write_text(json.dumps({"size": size, "num_frames": 4}))
     return path
@@ -146,8 +153,10 @@ class Theirs:
         if self.name.startswith(("qwen", "glm")):
             found["mm_token_type_ids"] = (found["input_ids"] == self.model.config.image_token_id).int()
             found["mm_token_type_ids"] += 2 * (found["input_ids"] == self.model.config.video_token_id).int()
-        if clips and self.name == "llava_onevision":
+        if clips and self.name.startswith("llava"):
             found["pixel_values_videos"] = torch.stack([self._frames(frames) for frames in clips])
+        elif clips and self.name.startswith("glm"):
+            self._with_films(found, clips)
         elif clips:
             made = [self._clip(frames) for frames in clips]
             found["pixel_values_videos"] = torch.cat([values for values, _ in made])
@@ -159,11 +168,32 @@ class Theirs:
             found["token_type_ids"] = (found["input_ids"] == self.model.config.image_token_id).int()
         return found
 
+    def _with_films(self, found: dict[str, Any], clips: list[list[Any]]) -> None:
+        """GLM's frames have the placeholder of pictures. Of both in one prompt transformers' class takes none: there
+        frames stand as pictures do, which they are alike, in the order that the numbers of tokens tell."""
+        made = [self._clip(frames) for frames in clips]
+        values = torch.cat([values for values, _ in made])
+        grids = torch.tensor([grid for _, grid in made])
+        token = found["input_ids"][0] == self.model.config.image_token_id
+        if "pixel_values" not in found:
+            found |= {"pixel_values_videos": values, "video_grid_thw": grids}
+            found["mm_token_type_ids"] = 2 * token.int()[None]
+            return
+        (steps, rows, columns), spans = made[0][1], [list(each) for key, each in groupby(token.tolist()) if key]
+        parts = [(found["pixel_values"], found["image_grid_thw"]), (values, torch.tensor([[1, rows, columns]] * steps))]
+        if len(spans[0]) == rows * columns // 4:
+            parts.reverse()
+        found["pixel_values"], found["image_grid_thw"] = (torch.cat(each) for each in zip(*parts, strict=True))
+
     def _frames(self, frames: list[Any]) -> torch.Tensor:
-        """Four frames, evenly spread, made square."""
+        """Four frames, evenly spread, made square, or the square in their middle."""
         from PIL import Image
 
-        chosen = [frames[int(at * len(frames) / 4)].resize((22, 22), Image.Resampling.BICUBIC) for at in range(4)]
+        chosen = [frames[int(at * len(frames) / 4)] for at in range(4)]
+        if self.name == "llava_onevision":
+            chosen = [frame.resize((22, 22), Image.Resampling.BICUBIC) for frame in chosen]
+        else:
+            chosen = [frame.crop((8, 0, 24, 16)) for frame in chosen]
         values = (np.stack([np.asarray(frame) for frame in chosen]) / 255 - CLIP_MEAN) / CLIP_STD
         return torch.from_numpy(values).float().permute(0, 3, 1, 2)
 

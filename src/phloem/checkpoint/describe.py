@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from phloem.checkpoint.ends import ids_by_text, tokenizer_end
-from phloem.checkpoint.fallback import Chosen, choose, settings
+from phloem.checkpoint.fallback import Chosen, Seen, choose, settings, tower
 from phloem.checkpoint.families import FAMILIES, MOST_LAYERS, family
 from phloem.checkpoint.gguf_config import translate_metadata
 from phloem.checkpoint.gguf_parts import first_part, model_name, models_among
@@ -66,6 +66,7 @@ class Checkpoint:
     pictures: Pictures | None = None  # of a folder that draws; it has no tokens
     stored: StoredFormat | None = None  # the quantised format of its matrices; None: plain, or GGUF's own
     chosen: Chosen = Chosen()  # whose code runs it
+    seen: Seen | None = None  # what sees for it, of transformers' code
     consolidated: bool = False  # its tensors have the names of Mistral's own format
 
     @property
@@ -289,9 +290,9 @@ def _describe_directory(path: Path, name: str, load_format: str, model_impl: str
         raise ModelLoadError(f"{config_path}: missing; a model directory has a config.json and safetensors files")
     whole = _read_json(config_path)
     whole = as_config(whole, config_path) if consolidated else _thinking(whole)
-    model_type = _model_type(whole, config_path)
+    model_type, seen = _model_type(whole, config_path), None
     if model_impl != "transformers":
-        model_type = _language(whole, model_type)
+        model_type, seen = _language(whole, model_type)
     chosen = choose(model_type, FAMILIES.names(), model_impl, whole, str(config_path), trust)
     if chosen.impl == "transformers":
         config: dict[str, Any] = {**settings(text_part(whole), str(config_path)), "model_type": model_type}
@@ -330,6 +331,7 @@ def _describe_directory(path: Path, name: str, load_format: str, model_impl: str
         kv_scheme=kv_scheme(said[0] if said else None),
         stored=stored,
         chosen=chosen,
+        seen=seen if load_format != "dummy" else None,
         name=name,
         architectures=tuple(whole.get("architectures") or ()),
         files=files,
@@ -363,17 +365,20 @@ def _thinking(whole: dict[str, Any]) -> dict[str, Any]:
     return {**whole, **cast("dict[str, Any]", inner), "model_type": whole.get("model_type")}
 
 
-def _language(whole: dict[str, Any], model_type: str) -> str:
-    """The family that serves a checkpoint: of one with towers that has no file of its own, its language model's."""
+def _language(whole: dict[str, Any], model_type: str) -> tuple[str, Seen | None]:
+    """The family that serves a checkpoint: of one with towers that has no file of its own, its language model's, and
+    what sees for it."""
     inner = whole.get("text_config")
     if model_type in FAMILIES.names() or not isinstance(inner, dict):
-        return model_type
+        return model_type, None
     own = str(cast("dict[str, Any]", inner).get("model_type", "")).replace("-", "_")
     talks = any(str(name).endswith("ForConditionalGeneration") for name in whole.get("architectures") or ())
     if not talks or own not in FAMILIES.names() or family(own).encoder is not None:
-        return model_type
-    _log.warning("%s: of a checkpoint with towers the language model alone is served, as %s", model_type, own)
-    return own
+        return model_type, None
+    seen = tower(whole, model_type)
+    if seen is None:
+        _log.warning("%s: of a checkpoint with towers the language model alone is served, as %s", model_type, own)
+    return own, seen
 
 
 def _check_family(model_type: str, where: str) -> None:

@@ -29,6 +29,38 @@ _ATTENDING = ("full_attention", "sliding_attention", "attention", "sliding_windo
 _BY_LENGTH = ("dynamic", "longrope")
 
 
+# Families whose towers are transformers' own before a language model of ours: which processor of ours reads pictures as
+# theirs does (`multimodal/`), and what stands for a picture's tokens where config.json says nothing.
+TOWERS: dict[str, tuple[str, int]] = {
+    "aya_vision": ("aya_vision", 255036),
+    "deepseek_vl": ("deepseek_vl", 100015),
+    "vipllava": ("llava", 32000),
+}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What sees for a language model. `config`: the whole config.json, with `image_token_id`."""
+
+    model_type: str
+    processor: str
+    config: dict[str, Any]
+
+    @property
+    def token(self) -> int:
+        """The placeholder of a picture's tokens."""
+        return int(self.config["image_token_id"])
+
+
+def tower(whole: dict[str, Any], model_type: str) -> Seen | None:
+    """The tower of a checkpoint whose language model alone has a file here; None: nobody here can read its pictures."""
+    if model_type not in TOWERS or not causal_classes() or not isinstance(whole.get("vision_config"), dict):
+        return None
+    processor, usual = TOWERS[model_type]
+    token = whole.get("image_token_id", whole.get("image_token_index", usual))
+    return Seen(model_type, processor, {**whole, "image_token_id": token}) if isinstance(token, int) else None
+
+
 @dataclass(frozen=True)
 class Chosen:
     """Whose code runs a model, and why."""

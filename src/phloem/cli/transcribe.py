@@ -32,6 +32,7 @@ _SUFFIX = {"json": "json", "verbose_json": "json", "text": "txt", "srt": "srt", 
 class Options:
     file: tuple[str, ...] = opt((), "Sound files: wav, flac, ogg, mp3, aiff.")
     format: Format = opt("text", "Text, subtitles (srt, vtt), or JSON.")
+    words: bool = opt(False, "When each word is said: in JSON, as a cue each, or in text as a line each (start, end).")
     output: str | None = opt(None, "Directory for the transcripts; default: standard output.")
     language: str | None = opt(None, "What is spoken; default: the model tells.")
     translate: bool = opt(False, "Into English.")
@@ -46,6 +47,8 @@ def main(argv: list[str]) -> int:
     files += options.file
     if not files:
         raise BadRequest("there are no sound files: phloem transcribe FILE.. --model DIRECTORY")
+    if options.words and options.translate:
+        raise BadRequest("--words: a translation has no words whose times could be told", param="words")
     settings = {**config.flat(), "log_level": "warning"}
     folder = _folder(options.output)
     failed = 0
@@ -59,7 +62,7 @@ def main(argv: list[str]) -> int:
                 failed += 1
                 print(f"phloem transcribe: {name}: {error.message}", file=sys.stderr)
                 continue
-            text = _as(answer, options.format)
+            text = _as(answer, options.format, options.words)
             if folder is None:
                 sys.stdout.write(text)
             else:
@@ -89,6 +92,7 @@ def _fields(options: Options) -> dict[str, Any]:
         "prompt": options.prompt,
         "chunking_strategy": "auto" if options.parallel else None,
         "seed": options.seed,
+        "timestamp_granularities": ["word", "segment"] if options.words else None,
     }
 
 
@@ -109,11 +113,17 @@ def _follow(bar: Progress, name: str) -> Callable[[float, float], None]:
     return note
 
 
-def _as(answer: dict[str, Any], kind: Format) -> str:
+def _as(answer: dict[str, Any], kind: Format, words: bool) -> str:
     if kind == "verbose_json":
         return json.dumps(answer, ensure_ascii=False) + "\n"
     if kind == "json":
-        return json.dumps({"text": answer["text"]}, ensure_ascii=False) + "\n"
+        kept = {"text": answer["text"], "words": answer["words"]} if words else {"text": answer["text"]}
+        return json.dumps(kept, ensure_ascii=False) + "\n"
+    if words:
+        timed = [(one["start"], one["end"], one["word"]) for one in answer["words"]]
+        if kind == "text":
+            return "".join(f"{start:.2f}\t{end:.2f}\t{word.strip()}\n" for start, end, word in timed)
+        return cues(timed, kind)
     if kind == "text":
         return answer["text"] + "\n"
     return cues([(one["start"], one["end"], one["text"]) for one in answer["segments"]], kind)

@@ -94,16 +94,19 @@ def media_rules(media: MediaConfig) -> Rules:
 
 def _pictures(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer) -> MediaReader | None:
     """What reads pictures, videos and sounds; None for a model that takes none. Raises ConfigError."""
+    limits = limits_of(config.media.limit_mm_data_per_request)
     known = checkpoint.model_type in FAMILIES.names() and checkpoint.chosen.impl == "phloem"
-    facts, media = family(checkpoint.model_type).vision if known else None, config.media
-    limits = limits_of(media.limit_mm_data_per_request)
-    if facts is None or checkpoint.gguf is not None or not {"vision_config", "audio_config"} & set(checkpoint.config):
+    facts = family(checkpoint.model_type).vision if known else None
+    whole, seen = checkpoint.config, checkpoint.seen
+    if seen is not None:
+        whole, facts = seen.config, {"processor": seen.processor, "image": "image_token_id"}
+    if facts is None or checkpoint.gguf is not None or not {"vision_config", "audio_config"} & set(whole):
         return None
     settings, more, video = settings_in(checkpoint.path)
-    about = Facts(checkpoint.config, settings, tokenizer.token_text, more, video)
-    rules = media_rules(media)
+    about = Facts(whole, settings, tokenizer.token_text, more, video)
+    rules = media_rules(config.media)
     try:
-        tokens = {kind: int(checkpoint.config[facts[kind]]) for kind in KINDS if kind in facts}
+        tokens = {kind: int(whole[facts[kind]]) for kind in KINDS if kind in facts}
         return MediaReader(facts["processor"], about, tokens, rules, limits)
     except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
         reason = f"{type(error).__name__}: {error}"

@@ -45,6 +45,7 @@ from phloem.kernels.ops import Ops
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
 from phloem.models._common import Decoder
+from phloem.models._foreign_tower import ForeignTower, load_tower
 from phloem.models._pooled import load_pooled
 from phloem.models._transformers import load_foreign
 from phloem.platforms import cpu
@@ -411,6 +412,8 @@ def _read(model: Model) -> int:
 def _taken(model: Model, sites: Sites | None, machine: _Machine) -> int:
     """Bytes of weights; a host takes those of adapters when they come, and a device has copies of some experts."""
     on_host, found = machine.platform.facts.on_host, model.weight_bytes
+    tower = tower_of(model)
+    found += tower.weight_bytes if isinstance(tower, ForeignTower) else 0
     if machine.hosted is not None:
         aside = machine.hosted.aside
         found += aside.device_bytes - (0 if on_host else aside.host_bytes)
@@ -497,6 +500,8 @@ def _loaded(
             model = load_foreign(checkpoint, ctx, _progress(checkpoint.name), trust=trust)
         else:
             model = models.load_model(checkpoint, ctx, _progress(checkpoint.name))
+            if checkpoint.seen is not None and isinstance(model, Decoder):
+                model.tower = load_tower(checkpoint, checkpoint.seen, ctx, model.hidden_size)
     finally:
         if stager is not None:
             stager.close()

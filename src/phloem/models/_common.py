@@ -126,7 +126,7 @@ def renamed(name: str, prefixes: dict[str, str]) -> str | None:
 
 _TOWERS = (
     *("vision_tower.", "vision_model.", "visual.", "audio_tower."),
-    *("multi_modal_projector.", "connector.", "embed_vision.", "embed_audio."),
+    *("multi_modal_projector.", "connector.", "embed_vision.", "embed_audio.", "aligner."),
 )
 
 

@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext, Pack
     from phloem.models._common import Decoder
 
-VISION = {"processor": "glm4v", "image": "image_token_id"}
-DEFAULTS = {"image_token_id": 151343, "image_start_token_id": 151339, "image_end_token_id": 151340}
+# A video's frames are pictures with the second behind each.
+VISION = {"processor": "glm4v", "image": "image_token_id", "video": "image_token_id"}
+DEFAULTS = {
+    "image_token_id": 151343, "image_start_token_id": 151339, "image_end_token_id": 151340, "video_token_id": 151344,
+    "video_start_token_id": 151341, "video_end_token_id": 151342,
+}  # fmt: skip
 TINY = {
     "hidden_size": 64,
     "head_dim": None,
@@ -43,6 +47,9 @@ TINY = {
         "image_token_id": 6,
         "image_start_token_id": 4,
         "image_end_token_id": 5,
+        "video_token_id": 7,
+        "video_start_token_id": 4,
+        "video_end_token_id": 5,
     },
 }  # fmt: skip
 _NORMS = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from phloem.models._common import Decoder
 
 DEFAULTS = {
-    "image_token_id": 151363, "image_start_token_id": 151339, "image_end_token_id": 151340,
+    "image_token_id": 151363, "image_start_token_id": 151339, "image_end_token_id": 151340, "video_token_id": 151364,
+    "video_start_token_id": 151341, "video_end_token_id": 151342,
     "partial_rotary_factor": 0.5, "norm_topk_prob": True, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
     "n_shared_experts": 1, "routed_scaling_factor": 1.0, "attention_bias": True,
 }  # fmt: skip
@@ -40,6 +41,9 @@ TINY = {
         "image_token_id": 6,
         "image_start_token_id": 4,
         "image_end_token_id": 5,
+        "video_token_id": 7,
+        "video_start_token_id": 4,
+        "video_end_token_id": 5,
     },
 }  # fmt: skip
 

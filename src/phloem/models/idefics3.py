@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 from phloem.models import smolvlm
 from phloem.models.smolvlm import DEFAULTS as DEFAULTS
 from phloem.models.smolvlm import TINY as TINY
-from phloem.models.smolvlm import VISION as VISION
 
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
     from phloem.models._common import Decoder
+
+VISION = {"processor": "idefics3", "image": "image_token_id"}
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
     from phloem.models._common import Decoder
 
-VISION = {"processor": "idefics3", "image": "image_token_id"}
+# A video's frames are pictures of one tile.
+VISION = {"processor": "idefics3", "image": "image_token_id", "video": "image_token_id"}
 DEFAULTS = {"image_token_id": 128257, "scale_factor": 2}
 TINY = {
     "model_type": "llama",

@@ -20,7 +20,7 @@ MOST_RATIO = 200
 USUAL_FPS = 2.0
 
 
-class _Sizes:
+class Sizes:
     """What pictures and videos have in common. `third`: of Qwen3-VL."""
 
     def __init__(self, facts: Facts, settings: dict[str, Any], token: str, bounds: tuple[int, int]) -> None:
@@ -61,7 +61,7 @@ class _Sizes:
         return sides[0], sides[1]
 
 
-class QwenPictures(_Sizes):
+class QwenPictures(Sizes):
     def __init__(self, facts: Facts) -> None:
         bounds = (256 * 256, 4096 * 4096) if _third(facts) else (56 * 56, 28 * 28 * 1280)
         super().__init__(facts, facts.settings, "image_token_id", bounds)
@@ -73,7 +73,7 @@ class QwenPictures(_Sizes):
         return Picture(pixels, self.scale, self.mark, (columns * rows,), grids=((1, rows, columns),))
 
 
-class QwenVideos(_Sizes):
+class QwenVideos(Sizes):
     """Bounds of pixels are those of a frame; of Qwen3-VL those of all frames."""
 
     def __init__(self, facts: Facts) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import mimetypes
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -130,15 +131,38 @@ def block_source(block: dict[str, Any], where: str, kind: str = "image") -> Sour
 
 
 def file_source(file: Any, where: str) -> Source:
-    """The PDF of OpenAI's `file` and `input_file`: `file_data` (data URI, base64) or `file_url`. Raises BadRequest."""
+    """The file of OpenAI's `file` and `input_file`: `file_data` (data URI, base64) or `file_url`. It is a PDF, or a
+    picture, video or sound where its media type or the end of its name says so. Raises BadRequest."""
     found = cast("dict[str, Any]", file) if isinstance(file, dict) else {}
     for name in ("file_data", "file_url"):
         if isinstance(found.get(name), str) and found[name]:
-            return Source(found[name], f"{where}.{name}", kind="document")
+            return Source(found[name], f"{where}.{name}", kind=_kind_of_file(found[name], found.get("filename")))
     if found.get("file_id") is not None:
         message = f"{where}.file_id: files are not kept here; send file_data"
         raise BadRequest(message, param=f"{where}.file_id", code="not_supported")
     raise BadRequest(f"{where}: expected file_data", param=where)
+
+
+def _kind_of_file(text: str, filename: Any) -> str:
+    told: str | None = None
+    if text[:128].rpartition(",")[2].startswith("JVBERi0"):  # a PDF in base64, whatever its type
+        return "document"
+    if text.startswith("data:"):
+        told = text[5:64].partition(";")[0].partition(",")[0].lower()
+    elif "://" in text[:16]:
+        told = mimetypes.guess_type(text.partition("?")[0].partition("#")[0])[0]
+    if isinstance(filename, str) and told in (None, "", "application/octet-stream"):
+        told = mimetypes.guess_type(filename[-64:])[0]
+    kind = (told or "").partition("/")[0]
+    return kind if kind in NAMES else "document"
+
+
+def audio_source(value: Any, where: str) -> Source:
+    """The sound of `input_audio`: `data` in base64, or a data URI; `format` is not looked at. Raises BadRequest."""
+    data: Any = cast("dict[str, Any]", value).get("data") if isinstance(value, dict) else None
+    if not isinstance(data, str) or not data:
+        raise BadRequest(f"{where}.data is missing", param=f"{where}.data")
+    return Source(data, f"{where}.data", plain=not data.startswith("data:"), kind="audio")
 
 
 def seen(
@@ -205,8 +229,5 @@ def _part(part: Any, where: str) -> dict[str, Any] | Source:
     if not name:
         raise BadRequest(f"{where}: {kind} is missing", param=where)
     if kind == "input_audio" and isinstance(part[name], dict):
-        data: Any = cast("dict[str, Any]", part[name]).get("data")
-        if not isinstance(data, str) or not data:
-            raise BadRequest(f"{where}.{name}.data is missing", param=f"{where}.{name}.data")
-        return Source(data, f"{where}.{name}.data", plain=not data.startswith("data:"), kind=what)
+        return audio_source(part[name], f"{where}.{name}")
     return source_of(part[name], f"{where}.{name}", what)

@@ -25,7 +25,7 @@ SPECIAL = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
 # Of models that see, behind those: their ids are 4, 5, ...
 SEEING = ["<|vision_start|>", "<|vision_end|>", "<image>", "<fake_token_around_image>", "<global-img>"]
 # Of models that see videos: the id is one that they have no other use for.
-WATCHING = [*SEEING[:3], "<video>", SEEING[4]]
+WATCHING = [*SEEING[:3], "<video>", SEEING[4], SEEING[3]]
 # Of models that hear.
 HEARING = [*WATCHING[:4], "<sound>"]
 CORPUS = [

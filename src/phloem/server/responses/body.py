@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
+from phloem.protocol import known
 from phloem.protocol.body import Body, Later
 from phloem.protocol.fields import HINT, Count, Int32, RequestFields, refuse_edits
 
@@ -39,6 +40,8 @@ AS_IN_CHAT = (
     "bootstrap_port",
     "bootstrap_room",
     "parallel_tool_calls",
+    "use_audio_in_video",
+    "mm_processor_kwargs",
 )
 
 
@@ -89,6 +92,7 @@ class ResponseFields(RequestFields, kw_only=True):
     separate_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     request_id: str | None = None
+    use_audio_in_video: bool | None = None
 
     personality: str | None = None
 
@@ -106,6 +110,7 @@ class ResponseFields(RequestFields, kw_only=True):
         "conversation": Later("conversations"),
         "prompt": Later("prompt_templates"),
         "moderation": Later("moderation"),
+        "use_audio_in_video": known.MEDIA_LATER["use_audio_in_video"],
     }
 
     def refuse_later(self, features: frozenset[str], where: str = "") -> None:

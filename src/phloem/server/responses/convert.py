@@ -8,7 +8,8 @@ import msgspec
 
 from phloem.core.errors import BadRequest
 from phloem.grammar.schema.numbers import as_double
-from phloem.protocol.media import file_source, source_of
+from phloem.multimodal._reader import Source
+from phloem.protocol.media import MEDIA, audio_source, file_source, source_of
 from phloem.server.chat.body import ChatBody, ContentPart, Message
 from phloem.server.chat.toolplan import without_foreign
 from phloem.server.responses.body import AS_IN_CHAT, ResponseFields
@@ -24,6 +25,8 @@ _KEYS: dict[str, frozenset[str]] = {
     "function_call_output": frozenset({"type", "id", "call_id", "output", "status", "name", "namespace", "caller"}),
     "reasoning": frozenset({"type", "id", "summary", "content", "encrypted_content", "status"}),
 }
+# OpenAI's, and those that it lacks as in chat.
+_MEDIA_PARTS = ("input_image", "input_file", "input_audio", "input_video", "video_url", "audio_url")
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
@@ -128,34 +131,42 @@ def _string(item: dict[str, Any], name: str, where: str) -> str:
 
 
 def _seen(content: Any, where: str) -> str | list[ContentPart]:
-    """As `_content`, with pictures and files among the parts."""
+    """As `_content`, with pictures, sounds, videos and files among the parts."""
     parts: list[Any] = content if isinstance(content, list) else []
-    if not any(isinstance(part, dict) and part.get("type") in ("input_image", "input_file") for part in parts):
+    if not any(isinstance(part, dict) and part.get("type") in _MEDIA_PARTS for part in parts):
         return _content(content, where)
     found: list[ContentPart] = []
     for number, part in enumerate(parts):
-        place = f"{where}[{number}]"
-        if isinstance(part, dict) and part.get("type") == "input_file":
-            found.append(ContentPart(type="file", file=file_source(part, place)))
-        elif isinstance(part, dict) and part.get("type") == "input_image":
-            if not part.get("image_url"):
-                raise BadRequest(
-                    f"{place}: image_url is missing; files are not kept here", param=place, code="not_supported"
-                )
-            found.append(ContentPart(type="image", image=source_of(part["image_url"], f"{place}.image_url")))
+        if isinstance(part, dict) and part.get("type") in _MEDIA_PARTS:
+            found.append(ContentPart(type="file", file=_medium(part, f"{where}[{number}]")))
         else:
-            found.append(ContentPart(type="text", text=_content([part], where)))
+            found.append(ContentPart(type="text", text=_content([part], where, number)))
     return found
 
 
-def _content(content: Any, where: str) -> str:
-    """A text, or parts that are texts, as one text."""
+def _medium(part: dict[str, Any], where: str) -> Source:
+    kind = part["type"]
+    if kind == "input_file":
+        return file_source(part, where)
+    name = "input_audio" if kind == "input_audio" else f"{kind.removeprefix('input_').removesuffix('_url')}_url"
+    if not part.get(name):
+        if part.get("file_id") is not None:
+            text = f"{where}.file_id: files are not kept here; send {name}"
+            raise BadRequest(text, param=f"{where}.file_id", code="not_supported")
+        raise BadRequest(f"{where}.{name} is missing", param=f"{where}.{name}")
+    if kind == "input_audio":
+        return audio_source(part[name], f"{where}.{name}")
+    return source_of(part[name], f"{where}.{name}", MEDIA[name])
+
+
+def _content(content: Any, where: str, first: int = 0) -> str:
+    """A text, or parts that are texts, as one text. `first`: the number of the first of them, in errors."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise BadRequest(f"{where}: expected a text or a list of parts", param=where)
     texts: list[str] = []
-    for number, part in enumerate(content):
+    for number, part in enumerate(content, first):
         place = f"{where}[{number}]"
         if not isinstance(part, dict):
             raise BadRequest(f"{place}: expected an object", param=place)

@@ -15,7 +15,7 @@ import torch
 
 from phloem.kernels import compose
 from phloem.kernels import reference as ref
-from phloem.kernels.jax import attention, experts
+from phloem.kernels.jax import attention, experts, scan
 from phloem.kernels.jax.graph import Compiler
 from phloem.kernels.jax.tensor import Array, Copies, is_tracing, lift, to_jax, to_torch, wrap
 from phloem.kernels.ops import Ops
@@ -222,6 +222,13 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "sparsify": sparsify,
     "index_scores": index_scores,
     "topk_indices": attention.topk_indices,
+    "causal_conv": scan.causal_conv,
+    "decays": scan.decays,
+    "step_sizes": scan.step_sizes,
+    "delta_gates": scan.delta_gates,
+    "mamba2_scan": scan.mamba2_scan,
+    "selective_scan": scan.selective_scan,
+    "gated_delta": scan.gated_delta,
 }
 
 

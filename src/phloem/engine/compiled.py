@@ -105,7 +105,7 @@ class CompiledModel:
     """A model whose head is compiled (`models.Model`). Its forward pass is begun by `CompiledSteps`."""
 
     def __init__(self, model: Model, compiler: StepCompiler, most: int) -> None:
-        self._model, self._most = model, most
+        self.inner, self._most = model, most
         self._head = compiler.function("head", lambda arrays: model.head(arrays[0]))
         self._greedy = compiler.function("greedy head", lambda arrays: model.greedy(arrays[0]))
         self.attention_specs: list[AttentionSpec] = model.attention_specs
@@ -114,7 +114,7 @@ class CompiledModel:
 
     @property
     def weight_bytes(self) -> int:
-        return self._model.weight_bytes
+        return self.inner.weight_bytes
 
     def forward(self, step: ForwardBatch) -> Tensor:
         raise NotImplementedError("steps are compiled whole (CompiledSteps)")
@@ -136,16 +136,16 @@ class CompiledModel:
         return torch.nn.functional.pad(hidden_LD, (0, 0, 0, more))
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:
-        raise BadRequest("weights are not changed while steps that were compiled over them serve")
+        return self.inner.update_weights(tensors)
 
     def checkpoint_name(self, name: str, /) -> str | None:
-        return self._model.checkpoint_name(name)
+        return self.inner.checkpoint_name(name)
 
     def weight_names(self) -> list[str]:
-        return self._model.weight_names()
+        return self.inner.weight_names()
 
     def get_weight(self, name: str, rows: int | None = None, /) -> Tensor:
-        return self._model.get_weight(name, rows)
+        return self.inner.get_weight(name, rows)
 
 
 class CompiledSteps:

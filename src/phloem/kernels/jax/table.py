@@ -49,6 +49,12 @@ def prepare_experts(parts: Sequence[WeightSource], dtype: torch.dtype, device: t
     return prepare_linear(parts, dtype, device)
 
 
+def refill(old: Array, made: Array) -> bool:
+    """Compiled functions ask the wrapper for its array at each call."""
+    old.a = made.a
+    return True
+
+
 def product(x_TN: Any, weight_MN: Any, bias_M: Any) -> Any:
     made = jax.lax.dot_general(
         x_TN, weight_MN, (((1,), (1,)), ((), ())),
@@ -257,5 +263,7 @@ def table() -> Ops:
         "chosen_latent_attention": attention.latent_attention,
         "choose_keys": attention.choose_keys,
         "compiler": lambda: Compiler(copies),
+        "refill": refill,
+        "renew": lambda _: copies.clear(),
     }
     return Ops(name="jax", linear=linear, every_attention=True, **plain, **own)

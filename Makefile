@@ -27,7 +27,7 @@ serve: .venv/.ready
 	$(BIN)/phloem serve --greet $(ARGS)
 
 test: .venv/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
 # Style, then types by the quick checker beside the fast tests: under two minutes on two cores.
 check: .venv/.test

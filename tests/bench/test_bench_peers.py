@@ -17,7 +17,7 @@ import pytest
 
 from phloem.bench import _openvino_server, peers
 from phloem.bench._client import Client, Result, Target
-from phloem.bench._peers import Peer, found_program, llama_cpp, openvino, other, running, vllm
+from phloem.bench._peers import Peer, children, end_children, found_program, llama_cpp, openvino, other, running, vllm
 from phloem.bench._peers_report import SERVER, draw, print_summary, summary
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.testing.checkpoints import tiny_checkpoint
@@ -172,6 +172,21 @@ def test_ended_in_the_middle_it_leaves_no_server(model: Path, tmp_path: Path) ->
     assert bench.wait(60) == 128 + signal.SIGTERM
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
+
+
+def test_only_what_was_started_since_is_ended() -> None:
+    def sleeping() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+
+    library = sleeping()
+    try:
+        before = children()
+        server = sleeping()
+        end_children(before)
+        assert not psutil.pid_exists(server.pid) and library.poll() is None
+    finally:
+        library.kill()
+        library.wait()
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -70,9 +71,6 @@ async def test_sigterm_lets_streams_end_and_the_next_gateway_serves_at_once() ->
         for _ in range(2):
             with process(*args) as (gate, at):
                 async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{at}", timeout=20) as http:
-                    async with asyncio.timeout(20):
-                        while (await http.get("/health")).status_code != 200:
-                            await asyncio.sleep(0.05)
                     async with http.stream("POST", "/v1/chat/completions", json={"stream": True}) as answer:
                         parts = answer.aiter_text()
                         text = await anext(parts)
@@ -80,6 +78,15 @@ async def test_sigterm_lets_streams_end_and_the_next_gateway_serves_at_once() ->
                         text += "".join([part async for part in parts])
                     assert text.count("chat.completion.chunk") == 40 and text.endswith("[DONE]\n\n")
                 assert await asyncio.to_thread(gate.wait, 20) == 0
+
+
+def test_a_gateway_says_that_it_routes_when_servers_were_asked_whether_or_not_they_answer() -> None:
+    with paced() as (_, port), socket.create_server(("127.0.0.1", 0)) as silent:
+        urls = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with process("phloem", "router", "--port", "0", "--worker-urls", *urls, "--log-level", "error") as (_, at):
+            body = {"messages": [{"role": "user", "content": "x"}]}
+            answer = httpx.post(f"http://127.0.0.1:{at}/v1/chat/completions", json=body, timeout=20)
+    assert answer.status_code == 200, answer.text
 
 
 def test_the_benchmark_measures_and_conversations_are_reused_where_they_were(

@@ -236,9 +236,16 @@ def _end(process: subprocess.Popen[bytes], family: Sequence[psutil.Process]) -> 
     _kill([item for item in family if item.pid != process.pid])
 
 
-def end_children() -> None:
-    """End what this process has started and not ended, and all that those have started."""
-    family = psutil.Process().children(recursive=True)
+def children() -> set[psutil.Process]:
+    """What this process has started, and all that those have started, as far as they live."""
+    return set(psutil.Process().children(recursive=True))
+
+
+def end_children(but: set[psutil.Process]) -> None:
+    """End the `children`, but those that were there before: libraries have some of their own, which their memory
+    needs (torch's manager of shared memory: without it, a tensor that goes takes the process with it).
+    """
+    family = [item for item in children() if item not in but]
     for item in family:
         with suppress(psutil.NoSuchProcess):
             item.terminate()

@@ -14,7 +14,18 @@ from typing import Any
 
 from phloem.bench._client import Client, Result, Target
 from phloem.bench._http import run
-from phloem.bench._peers import Peer, end_children, found_program, llama_cpp, openvino, other, phloem, running, vllm
+from phloem.bench._peers import (
+    Peer,
+    children,
+    end_children,
+    found_program,
+    llama_cpp,
+    openvino,
+    other,
+    phloem,
+    running,
+    vllm,
+)
 from phloem.bench._peers_report import WORKLOAD_NAMES, draw, print_summary, summary
 from phloem.bench._report import write_line
 from phloem.bench._text import Encoder, Texts
@@ -84,12 +95,13 @@ def main(argv: list[str]) -> int:
     for line in skipped:
         print(f"skipped: {line}")
     folder = Path(options.output)
+    others = children()
     before = signal.signal(signal.SIGTERM, _leave)  # else the server of the moment would outlive us
     try:
         records, broken = compare(peers, names, load_encoder(options.model), options)
     finally:
         signal.signal(signal.SIGTERM, before)
-        end_children()  # a signal may come between the start of a server and the place where its end is seen to
+        end_children(others)  # a signal may come between the start of a server and the place where its end is seen to
     lines = summary(records, peers[0].name)
     (folder / "summary.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     print_summary(lines, peers[0].name)

@@ -172,6 +172,13 @@ class Fleet:
         for url in self.settings.decode:
             self.add(url, role=DECODE)
 
+    async def asked(self, seconds: float) -> None:
+        """Wait, for so long at most, until each server has been looked at once, well or not."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                for worker in list(self.workers.values()):
+                    await worker.asked.wait()
+
     async def close(self) -> None:
         for task in list(self._tasks):
             task.cancel()
@@ -194,6 +201,7 @@ class Fleet:
                     await self._look(worker, looks)
             except Exception:
                 _log.exception("looking at worker %s failed", worker.url)
+            worker.asked.set()
             looks += 1
             settled = worker.healthy and not worker.fails
             pause = self.settings.health_check_interval_secs

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _log = log.get("router")
 
 POLL = 0.02
+FIRST_LOOK_SECONDS = 2.0  # that a silent server may keep a gateway from serving with the others
 
 
 def run(settings: Settings, tokens: Tokens | None = None) -> int:
@@ -84,6 +85,7 @@ async def serve(
     )
     server = Server(config, lambda: on_ready(port), settings.header_timeout)
     await router.start()
+    await router.fleet.asked(FIRST_LOOK_SECONDS)  # whoever reads that we are ready may ask at once
     stopper = asyncio.create_task(_stop(router, settings, server, stop))
     try:
         await server.serve(sockets=[sock])

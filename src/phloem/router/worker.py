@@ -87,6 +87,7 @@ class Worker:
     bootstrap_port: int = 0  # of a prefill server
     labels: dict[str, Any] = field(default_factory=dict)
     settle: asyncio.Event = field(default_factory=asyncio.Event)  # set: look at it now
+    asked: asyncio.Event = field(default_factory=asyncio.Event)  # set: it has been looked at, well or not
 
     @staticmethod
     def at(url: str, settings: Settings, bit: int) -> Worker:

@@ -99,6 +99,7 @@ FOREIGN = {
     "diffusion/models/_whole.py 'sample_size'": "pipelines of any kind",
     "diffusion/models/_whole.py name": "pipelines of any kind",
     "kernels/graph_cuda.py '_construct_storage_from_data_pointer'": "a private part of torch",
+    "kernels/npu.py name": "a torch_npu without some fused op",
     "kernels/triton/_base.py name": "a torch without some float8 type",
     "kernels/triton/vendor.py 'scaled_mm'": "a torch without it",
     "kernels/triton/_base.py 'gpu_subslice_count'": "Intel's torch",

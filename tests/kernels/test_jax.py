@@ -28,6 +28,8 @@ jax = pytest.importorskip("jax")
 # groups, by sigmoid), latents, an indexer, attention by chunks, learned positions.
 FAMILIES = ["llama", "qwen2", "gemma2", "gemma3_text", "qwen3_moe", "gpt_oss", "olmo2", "granite", "phi3"]
 FAMILIES += ["deepseek_v3", "deepseek_v32", "llama4_text", "gpt2"]
+# Short convolutions, Mamba 2, Mamba 1 beside attention and with experts, gated delta nets, scaled convolutions.
+FAMILIES += ["lfm2", "mamba2", "jamba", "qwen3_next", "falcon_h1"]
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +62,10 @@ class Compiled:
         padded = [np.pad(values, (0, room - len(ids))) for values in (np.array(ids), places, slots)]
         arrays = [*padded[:2], np.array([0, len(ids)]), places[-1:] + 1, np.array([len(ids) - 1])]
         for group in self.pool.groups:
+            if group.kind == "state":
+                # Read from where the step before has written, and written elsewhere.
+                arrays += [np.array([each]) for each in (bool(prefix) * 5, 6 if prefix else 5, not prefix, prefix)]
+                continue
             table, first = np.zeros((1, 16)), group.first_needed(prefix) // PAGE
             table[0, first : len(pages)] = pages[first:]
             arrays += [table, padded[2]]

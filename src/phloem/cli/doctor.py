@@ -42,6 +42,7 @@ _LIBRARIES = (
     "xgrammar",
     "flashinfer-python",
     "jax",
+    "torch-npu",
 )
 _INTERESTING = (
     "avx2",

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 FEWEST_TOKENS = 16  # of a row that is padded
 FEWEST_PAGES = 16
+STATE = 4  # arrays of a group of states (`StepInputs.tensors`); of pages, a table and where each token goes
 
 
 def check(config: Config, checkpoint: Checkpoint, device: str, decisions: list[Decision]) -> None:
@@ -86,7 +87,6 @@ def check_model(model: Model, pool: KVPool, name: str, device: str, *, sees: boo
     """The same of what shows when a model is there."""
     kinds = {group.kind for group in pool.groups}
     odd = {
-        "recurrent layers are": "state" in kinds,
         "attention to sounds is": "cross" in kinds,
         "blocks of diffusion are": any(spec.block for spec in model.attention_specs),
         "pictures are": sees,
@@ -105,7 +105,7 @@ class CompiledModel:
     """A model whose head is compiled (`models.Model`). Its forward pass is begun by `CompiledSteps`."""
 
     def __init__(self, model: Model, compiler: StepCompiler, most: int) -> None:
-        self._model, self._most = model, most
+        self.inner, self._most = model, most
         self._head = compiler.function("head", lambda arrays: model.head(arrays[0]))
         self._greedy = compiler.function("greedy head", lambda arrays: model.greedy(arrays[0]))
         self.attention_specs: list[AttentionSpec] = model.attention_specs
@@ -114,7 +114,7 @@ class CompiledModel:
 
     @property
     def weight_bytes(self) -> int:
-        return self._model.weight_bytes
+        return self.inner.weight_bytes
 
     def forward(self, step: ForwardBatch) -> Tensor:
         raise NotImplementedError("steps are compiled whole (CompiledSteps)")
@@ -136,16 +136,16 @@ class CompiledModel:
         return torch.nn.functional.pad(hidden_LD, (0, 0, 0, more))
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:
-        raise BadRequest("weights are not changed while steps that were compiled over them serve")
+        return self.inner.update_weights(tensors)
 
     def checkpoint_name(self, name: str, /) -> str | None:
-        return self._model.checkpoint_name(name)
+        return self.inner.checkpoint_name(name)
 
     def weight_names(self) -> list[str]:
-        return self._model.weight_names()
+        return self.inner.weight_names()
 
     def get_weight(self, name: str, rows: int | None = None, /) -> Tensor:
-        return self._model.get_weight(name, rows)
+        return self.inner.get_weight(name, rows)
 
 
 class CompiledSteps:
@@ -166,6 +166,11 @@ class CompiledSteps:
     ) -> None:
         self._model, self._backend, self._pool = model, backend, pool
         self._rows, self._tokens, self._pages = rows, tokens, pages
+        # Which of a step's arrays say where each token goes.
+        places, self._slots = 5, list[int]()
+        for group in pool.groups:
+            self._slots += [] if group.kind == "state" else [places + 1]
+            places += STATE if group.kind == "state" else 2
         self._none = torch.empty(0, model.hidden_size, dtype=pool.dtype)
         caches = pool.move(compiler.cache)
         self.single = compiler.function("step of single tokens", self._pass, caches)
@@ -173,8 +178,8 @@ class CompiledSteps:
 
     def _pass(self, arrays: list[Any]) -> Any:
         """The forward pass over stand-ins for tensors."""
-        table = arrays[5]
-        inputs = StepInputs(arrays, self._pool.groups, len(arrays[0]), table.shape[1] * self._pool.page_size)
+        pages = max((table.shape[1] for table in arrays if table.ndim == 2), default=0)
+        inputs = StepInputs(arrays, self._pool.groups, len(arrays[0]), pages * self._pool.page_size)
         pool = copy.copy(self._pool)
         return run_forward(self._model, self._backend, pool, inputs, inputs.logit_index)
 
@@ -206,7 +211,7 @@ class CompiledSteps:
         # One position, or all of them: two shapes.
         index = np.arange(tokens) if len(wanted) > 1 else np.resize(wanted, 1)
         arrays = host_arrays(batch, np.zeros(count, np.int64), index, self._pool.page_size, self._pool.groups)
-        for number in (0, 1, *range(6, len(arrays), 2)):  # ids, positions, and of each group the places of tokens
+        for number in (0, 1, *self._slots):
             arrays[number] = np.pad(arrays[number], (0, tokens - count))
         hidden = self.several(self._tensors(arrays))
         return hidden[torch.from_numpy(wanted)] if len(wanted) > 1 else hidden[: len(wanted)]
@@ -235,11 +240,13 @@ class CompiledSteps:
         Raises:
             ConfigError: the model computes by something that is not an op, or such a step finds no memory.
         """
-        begun, groups = perf_counter(), sum(group.kind == "pages" for group in self._pool.groups)
+        begun = perf_counter()
         wide = bucket(-(-self._tokens // self._pool.page_size), FEWEST_PAGES, self._pages)
         try:
             for function, tokens, rows in ((self.several, self._tokens, 1), (self.single, self._rows, self._rows)):
-                shapes = [(tokens,), (tokens,), (rows + 1,), (rows,), (rows,)] + [(rows, wide), (tokens,)] * groups
+                shapes: list[tuple[int, ...]] = [(tokens,), (tokens,), (rows + 1,), (rows,), (rows,)]
+                for group in self._pool.groups:
+                    shapes += [(rows,)] * STATE if group.kind == "state" else [(rows, wide), (tokens,)]
                 arrays = [torch.zeros(shape, dtype=torch.int32) for shape in shapes]
                 arrays[2] = torch.arange(rows + 1, dtype=torch.int32) * (tokens // rows)
                 arrays[3] += tokens // rows

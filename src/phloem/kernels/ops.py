@@ -207,6 +207,7 @@ class Ops:
     causal_conv: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, bool], tuple[Tensor, Tensor]] = (
         scan.causal_conv
     )
+    decays: Callable[[Tensor], Tensor] = scan.decays
     step_sizes: Callable[[Tensor, Tensor, float, float], Tensor] = scan.step_sizes
     delta_gates: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = scan.delta_gates
     mamba2_scan: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (

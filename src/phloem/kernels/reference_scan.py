@@ -44,6 +44,11 @@ def causal_conv(
     return out, states
 
 
+def decays(log: Tensor) -> Tensor:
+    """What an entry of the state decays by, at most 0, of the logarithm that checkpoints have: -exp(log)."""
+    return -log.exp()
+
+
 def step_sizes(dt_TH: Tensor, bias_H: Tensor, lowest: float, highest: float) -> Tensor:
     """How far each token moves each head's state: softplus(dt + bias) within bounds, float32 [T, H]."""
     return F.softplus(dt_TH.float() + bias_H.float()).clamp(lowest, highest)

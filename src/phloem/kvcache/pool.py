@@ -99,7 +99,8 @@ class KVPool:
         # Values that are a view of keys, of latents, are nobody's own.
         moved = [(place(k), place(v[:0] if v.data_ptr() == k.data_ptr() else v)) for k, v in pairs]
         self.keys, self.values = [keys for keys, _ in moved], [values for _, values in moved]
-        return [*self.keys, *self.values]
+        self.states = [tuple(place(tensor) for tensor in states) for states in self.states]
+        return [*self.keys, *self.values, *(tensor for states in self.states for tensor in states)]
 
     def make_resident(self, limit: int, stopped: Callable[[], bool]) -> int:
         """Give the first pages their memory before they are wanted: at most `limit` bytes; gives how many.

@@ -19,6 +19,7 @@ from phloem.core.ranges import parse_bytes
 from phloem.core.renoising import Renoising
 from phloem.engine import parallel, worker
 from phloem.engine.canvas import CanvasRunner
+from phloem.engine.compiled import CompiledModel
 from phloem.engine.renoise import RenoisingRunner
 from phloem.engine.runner import ModelRunner
 from phloem.engine.unshared import option_of
@@ -312,13 +313,17 @@ def _hearing(checkpoint: Checkpoint, prepare: Prepare) -> Prepare:
 
 def _keeper(config: Config, checkpoint: Checkpoint, built: Built) -> Keeper | None:
     """What changes weights; None for models that do not generate, that hear, or that run transformers' code."""
-    if not isinstance(built.runner, ModelRunner) or not isinstance(built.runner.model, Decoder):
+    if not isinstance(built.runner, ModelRunner):
+        return None
+    model = built.runner.model
+    model = model.inner if isinstance(model, CompiledModel) else model
+    if not isinstance(model, Decoder):
         return None
     if audio_of(checkpoint.model_type) is not None:
         return None  # what lies in the slots was made by the weights that are there
     return Keeper(
         built.runner,
-        built.runner.model,
+        model,
         checkpoint,
         config.model.weight_version,
         config.runtime.enable_weights_cpu_backup,

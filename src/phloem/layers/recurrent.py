@@ -70,9 +70,9 @@ class Convolution(Layer):
         self.weight = vector(ctx, "weight", sizes, 1, taps)
         self.bias = vector(ctx, "bias", sizes) if bias else None
         own = [size // ctx.mesh.tp.size for size in sizes]
-        self.channels, self.scale_C1 = sum(own), None
+        self.channels, self.scale_C = sum(own), None
         if any(scale != 1.0 for scale in scales):
-            self.scale_C1 = torch.tensor(scales).repeat_interleave(torch.tensor(own))[:, None].to(ctx.device)
+            self.scale_C = torch.tensor(scales).repeat_interleave(torch.tensor(own)).to(ctx.device)
 
     @property
     def shape(self) -> tuple[tuple[int, ...], str]:
@@ -81,8 +81,8 @@ class Convolution(Layer):
 
     def __call__(self, x_TC: Tensor, state: Tensor, query_start: Tensor) -> tuple[Tensor, Tensor]:
         bias, weight_CW = None if self.bias is None else self.bias.value, self.weight.value.squeeze(1)
-        if self.scale_C1 is not None:
-            weight_CW = weight_CW * self.scale_C1
+        if self.scale_C is not None:
+            weight_CW = self.ops.scale_rows(weight_CW, self.scale_C)
         return self.ops.causal_conv(x_TC, weight_CW, bias, state, query_start, self.silu)
 
 
@@ -188,7 +188,7 @@ class Mamba2(Layer):
         y_THD, kept = self.ops.mamba2_scan(
             x_TC.unflatten(-1, (self.heads, sizes.head_size)),
             dt_TH,
-            -self.decay.value.exp(),
+            self.ops.decays(self.decay.value),
             b_TC.unflatten(-1, (self.groups, sizes.state)),
             c_TC.unflatten(-1, (self.groups, sizes.state)),
             self.skip.value,
@@ -257,7 +257,7 @@ class Mamba1(Layer):
         low_TR, b_TS, c_TS = self._normed(self.low(x_TC)[0])
         dt_TC = self.ops.step_sizes(self.steps(low_TR)[0], self.dt_bias.value, 0.0, float("inf"))
         y_TC, kept = self.ops.selective_scan(
-            x_TC, dt_TC, -self.decay.value.exp(), b_TS, c_TS, self.skip.value, kept, state.query_start
+            x_TC, dt_TC, self.ops.decays(self.decay.value), b_TS, c_TS, self.skip.value, kept, state.query_start
         )
         keep(state, seen, kept)
         return self.ops.silu_and_mul(self.ops.join(z_TC, y_TC)), total_TN

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from phloem.platforms._facts import in_host_memory
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -93,7 +95,7 @@ class Streams:
             host: list[Tensor] = []
             for tensor in tensors:
                 # The tensor must not be given to another step before the copy has read it.
-                if tensor.is_cuda:
+                if not in_host_memory(tensor.device):
                     tensor.record_stream(self._copy)
                 target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pin)
                 host.append(target.copy_(tensor, non_blocking=True))

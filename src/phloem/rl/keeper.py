@@ -287,6 +287,8 @@ class Keeper(updates.Keeper):
     def release(self, tags: frozenset[str]) -> int:
         if not in_host_memory(self._index.ctx.device):
             raise BadRequest("memory is given back on the host alone", param="tags")
+        if self._index.ctx.ops.compiler is not None:
+            raise BadRequest("memory that compiled steps take (jax, tpu) is not given back", param="tags")
         done, new = 0, tags - self.asleep
         if "cuda_graph" in new:
             done += self._runner.graph_bytes

@@ -259,7 +259,7 @@ class WeightCalls:
 
     def _keeper(self) -> Keeper:
         if self.scheduler.keeper is None:
-            only = "models that generate, by Phloem's own code, on one rank, with steps not compiled whole (jax, tpu)"
+            only = "models that generate, by Phloem's own code, on one rank"
             raise BadRequest(f"weights change only in {only}")
         return self.scheduler.keeper
 

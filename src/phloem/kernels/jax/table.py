@@ -15,7 +15,7 @@ import torch
 
 from phloem.kernels import compose
 from phloem.kernels import reference as ref
-from phloem.kernels.jax import attention, experts
+from phloem.kernels.jax import attention, experts, scan
 from phloem.kernels.jax.graph import Compiler
 from phloem.kernels.jax.tensor import Array, Copies, is_tracing, lift, to_jax, to_torch, wrap
 from phloem.kernels.ops import Ops
@@ -47,6 +47,12 @@ def prepare_linear(parts: Sequence[WeightSource], dtype: torch.dtype, device: to
 def prepare_experts(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device, experts: int) -> Array:
     del experts
     return prepare_linear(parts, dtype, device)
+
+
+def refill(old: Array, made: Array) -> bool:
+    """Compiled functions ask the wrapper for its array at each call."""
+    old.a = made.a
+    return True
 
 
 def product(x_TN: Any, weight_MN: Any, bias_M: Any) -> Any:
@@ -222,6 +228,13 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "sparsify": sparsify,
     "index_scores": index_scores,
     "topk_indices": attention.topk_indices,
+    "causal_conv": scan.causal_conv,
+    "decays": scan.decays,
+    "step_sizes": scan.step_sizes,
+    "delta_gates": scan.delta_gates,
+    "mamba2_scan": scan.mamba2_scan,
+    "selective_scan": scan.selective_scan,
+    "gated_delta": scan.gated_delta,
 }
 
 
@@ -250,5 +263,7 @@ def table() -> Ops:
         "chosen_latent_attention": attention.latent_attention,
         "choose_keys": attention.choose_keys,
         "compiler": lambda: Compiler(copies),
+        "refill": refill,
+        "renew": lambda _: copies.clear(),
     }
     return Ops(name="jax", linear=linear, every_attention=True, **plain, **own)

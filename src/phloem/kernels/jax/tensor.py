@@ -77,7 +77,10 @@ class Array:
         return self.a.shape[0]
 
     def __getitem__(self, index: Any) -> Array:
-        return Array(lift(self)[index])
+        return Array(lift(self)[lift(index)])
+
+    def __setitem__(self, index: Any, values: Array) -> None:
+        self.a = lift(self).at[lift(index)].set(lift(values))
 
     def view(self, *shape: int) -> Array:
         return Array(lift(self).reshape(shape))
@@ -107,11 +110,14 @@ class Array:
         a = lift(self)
         return Array(a.squeeze(axis) if a.shape[axis] == 1 else a)
 
+    def repeat_interleave(self, count: int, axis: int) -> Array:
+        return Array(jnp.repeat(lift(self), count, axis))
+
     def transpose(self, first: int, second: int) -> Array:
         return Array(jnp.swapaxes(lift(self), first, second))
 
     def masked_fill(self, mask: Array, value: _Number) -> Array:
-        return Array(jnp.where(lift(mask), value, lift(self)))
+        return Array(jnp.where(lift(mask) != 0, value, lift(self)))
 
     def __ge__(self, other: int) -> Array:
         return Array(lift(self) >= other)

@@ -11,17 +11,20 @@ import pytest
 import torch
 from loads import answers, load
 from model_support import LIMIT, PROMPT, Engine
+from native_support import built
 from share_support import ThreadRanks, checkpoint, together
 
+import phloem
 from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
-from phloem.core.errors import ConfigError, ModelLoadError
+from phloem.core.errors import ConfigError, ModelLoadError, PhloemError
 from phloem.distributed.mesh import Mesh
 from phloem.engine.balancing import Shifter
 from phloem.engine.parallel import Moved, refuse
+from phloem.kernels import native
 from phloem.launch.core import EngineCore
 from phloem.layers.spread import Spread
-from phloem.testing.checkpoints import families, tiny_checkpoint
+from phloem.testing.checkpoints import families, tiny_checkpoint, tiny_gguf
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "gemma4_text", "nemotron_h", "granitemoe", "longcat_flash")
 FEW = ("qwen3_moe",)
@@ -76,6 +79,47 @@ def test_copies_and_moves_change_no_token(name: str, tmp_path: Path) -> None:
         assert chosen == tokens
     k = counts[0].sum() / (len(PROMPT) + len(PROMPT) + OUTPUTS - 1)
     assert np.array_equal(counts, theirs) and (name == "longcat_flash" or k == int(k) > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Q8_0", "plain"])
+def test_experts_of_packed_weights_move_too(kind: str, tmp_path: Path) -> None:
+    """What a table has packed is packed anew."""
+    path = checkpoint("qwen3_moe", tmp_path / "model")
+    path = tiny_gguf(path, tmp_path / "model.gguf", kind) if kind == "Q8_0" else path
+    options: dict[str, Any] = {"ops": native.table(1, float32=True)} if built() else {}
+    one = Engine(path, **options)
+    whole, tokens = one.whole(PROMPT), one.greedy(PROMPT, OUTPUTS)
+
+    def run(comm: Any) -> Any:
+        spread, mesh = Spread(2), Mesh.of(comm.rank, tp=2, ep=2)
+        engine = Engine(path, **options, mesh=mesh, comm=comm, spread=spread)
+        shifter, found = Shifter(engine.model, engine.checkpoint, comm), [work(engine, tokens)]
+        for layer in spread.layers:
+            assert shifter.shift(Moved(layer.number, [[7, 0, 5, 2, 1], [6, 1, 4, 3, 2]]))
+        return [*found, work(engine, tokens)]
+
+    for logits, chosen in together(2, run)[0]:
+        assert (logits - whole).abs().max() <= 5e-4
+        assert chosen == tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("comm", "kind"), [("shm", None), ("gloo", "int8")])
+def test_experts_move_among_processes(comm: str, kind: str | None, tmp_path: Path) -> None:
+    path = str(checkpoint("qwen3_moe", tmp_path))
+    options: dict[str, Any] = {"ops": "reference", "max_total_tokens": 512, "log_level": "warning", "dtype": "float32"}
+    options["quantization"] = kind
+    asks = [[5, 6, 7, 8], [9, 8, 7], [1] * 20]
+    sampling = {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True}
+    with phloem.Engine(model_path=path, **options) as engine:
+        expected = [engine.generate(input_ids=ask, sampling_params=sampling)["output_ids"] for ask in asks]
+    sizes = {"tp_size": 2, "ep_size": 2, "ep_num_redundant_experts": 2, "enable_eplb": True, "tp_comm": comm}
+    with phloem.Engine(model_path=path, **sizes, eplb_rebalance_num_iterations=4, **options) as engine:
+        found = [engine.generate(input_ids=ask, sampling_params=sampling)["output_ids"] for ask in asks]
+        facts = engine.get_server_info()["internal_states"][0]["prepared"]["experts"]
+    assert found == expected
+    assert facts["moved_layers"] > 1 and facts["failed_moves"] == 0
 
 
 def test_a_rank_that_cannot_read_leaves_all_as_they_are(tmp_path: Path) -> None:
@@ -191,3 +235,28 @@ def test_what_cannot_be_is_refused(values: dict[str, Any], why: str, tmp_path: P
 
 def test_families_that_are_tested_exist() -> None:
     assert set(FAMILIES) <= set(families())
+
+
+@pytest.mark.slow
+def test_the_recorder_counts_what_is_chosen_between_start_and_stop(tmp_path: Path) -> None:
+    path = checkpoint("deepseek_v3", tmp_path)
+    options: dict[str, Any] = {"ops": "reference", "max_total_tokens": 512, "log_level": "warning", "dtype": "float32"}
+    sampling = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}
+    with phloem.Engine(model_path=str(path), expert_distribution_recorder_mode="stat", **options) as engine:
+        with pytest.raises(PhloemError, match="comes first"):
+            engine.dump_expert_distribution_record()
+        engine.generate(input_ids=[5, 6, 7], sampling_params=sampling)
+        engine.start_expert_distribution_record()
+        engine.generate(input_ids=[1, 2, 3, 4, 5, 6], sampling_params=sampling)
+        engine.stop_expert_distribution_record()
+        engine.generate(input_ids=[9, 8, 7], sampling_params=sampling)
+        counts = np.array(engine.dump_expert_distribution_record())
+    config = json.loads((path / "config.json").read_text())
+    sparse = config["num_hidden_layers"] - config["first_k_dense_replace"]
+    assert counts.shape == (sparse, config["n_routed_experts"])
+    # The last layer computes the rows alone whose next token is wanted.
+    seen = set((counts.sum(1) / config["num_experts_per_tok"]).tolist())
+    assert seen <= {9.0, 4.0} and seen
+    with phloem.Engine(model_path=str(path), **options) as engine:  # noqa: SIM117
+        with pytest.raises(PhloemError, match="experts are not counted"):
+            engine.start_expert_distribution_record()

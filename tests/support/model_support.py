@@ -16,8 +16,8 @@ from phloem.distributed.comm import Comm
 from phloem.distributed.mesh import Mesh
 from phloem.kernels.ops import Ops, PagedBatch
 from phloem.layers.aside import Aside
-from phloem.layers.spread import Spread
 from phloem.layers.context import BuildContext, ForwardBatch
+from phloem.layers.spread import Spread
 from phloem.models import load_model
 
 CPU = torch.device("cpu")

@@ -21,6 +21,7 @@ from phloem.core.ranges import parse_bytes
 from phloem.core.resolve import Decision
 from phloem.engine import balancing, compiled, denoising, experts, warm
 from phloem.engine import drafting as drafts
+from phloem.engine.balancing import Balancer
 from phloem.engine.compiled import CompiledModel, CompiledSteps, check_model
 from phloem.engine.counts import spread_of
 from phloem.engine.dtypes import (
@@ -100,6 +101,7 @@ class Built:
     sites: Sites | None = None  # where adapters go, if any are served
     decisions: list[Decision] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
+    recorder: Balancer | None = None  # counts how often experts are chosen
     denoising: Denoising | Renoising | None = None  # how a model of diffusion fills its blocks
 
 
@@ -265,7 +267,8 @@ def _build(
     )  # fmt: skip
     sizes = running, chunk, machine.mixed, min(chunk, platform.worthwhile_chunk), sizing.tokens
     info = _info(machine, runner, kv_dtype, sizing.facts.bytes_per_token)
-    return Built(runner, context, *sizes, tower_of(model), sites, decisions, info)
+    recorder = mover if isinstance(mover, Balancer) else None
+    return Built(runner, context, *sizes, tower_of(model), sites, decisions, info, recorder)
 
 
 def _mover(

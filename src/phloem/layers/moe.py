@@ -97,10 +97,11 @@ class SparseMLP(Layer):
             raise ModelLoadError("experts are shared out among the ranks that attend together")
         self.biased = mesh.expert_tp.rank == 0  # a bias is added by one rank of those that have the expert
         self.spread, choices = None, config.count + config.identities
+        redundant = 0 if ctx.spread is None else ctx.spread.redundant
+        what = "experts and redundant ones" if redundant else "experts"
+        check_divides(what, config.count + redundant, mesh.ep, "ep_size")
         if ctx.spread is not None:
             self.spread = ctx.spread.enter(ctx.name, mesh.ep, config.count, choices, ctx.device)
-        else:
-            check_divides("experts", config.count, mesh.ep, "ep_size")
         check_divides("an expert's inner size", config.inner_size, mesh.expert_tp, "tp_size")
         own = list(range(*mesh.ep.span(config.count))) if self.spread is None else self.spread.own
         spec = config.experts or ExpertSpec(config.count)

@@ -13,7 +13,6 @@ import torch
 
 from phloem.core.errors import ConfigError
 from phloem.distributed.balance import balanced, trivial
-from phloem.layers.weight import check_divides
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,9 +43,8 @@ class Spread:
         self.steps = 0
 
     def enter(self, name: str, ep: Axis, experts: int, choices: int, device: torch.device) -> SpreadExperts:
-        """`name`: of the block. Raises ModelLoadError or ConfigError where slots cannot be shared out."""
+        """`name`: of the block. Raises ConfigError where slots cannot be filled so."""
         slots, number = experts + self.redundant, len(self.layers)
-        check_divides("experts and redundant ones", slots, ep, "ep_size")
         if slots > experts * ep.size:
             why = f"{self.redundant} beyond {experts} experts, of which each of {ep.size} ranks has one at most"
             raise ConfigError(f"ep_num_redundant_experts: {why}", param="ep_num_redundant_experts")

@@ -31,6 +31,7 @@ UPDATE_PATHS = {
 }
 ADMIN_PATHS = UPDATE_PATHS | {
     *("/pause_generation", "/continue_generation", "/flush_cache", "/get_weights_by_name"),
+    *(f"/{verb}_expert_distribution_record" for verb in ("start", "stop", "dump")),
     *("/clear_hicache_storage_backend", "/hicache/storage-backend/clear"),
     *(f"{prefix}/{verb}_lora_adapter" for prefix in ("", "/v1") for verb in ("load", "unload")),
 }

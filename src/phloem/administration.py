@@ -37,6 +37,23 @@ class Administered:
         self._check(reply)
         return int(reply.data.get("pages", 0))
 
+    def start_expert_distribution_record(self) -> None:
+        """Count from now on which experts tokens choose (`expert_distribution_recorder_mode`)."""
+        self._record_experts("start")
+
+    def stop_expert_distribution_record(self) -> None:
+        """Count no more; what was counted stays until the next start."""
+        self._record_experts("stop")
+
+    def dump_expert_distribution_record(self) -> list[list[int]]:
+        """How often each expert was chosen, by sparse layer."""
+        return self._record_experts("dump").get("logical_count", [])
+
+    def _record_experts(self, action: str) -> dict[str, Any]:
+        reply = self._door.run(self._client.control("expert_distribution", deadline=60.0, action=action))
+        self._check(reply)
+        return reply.data
+
     def abort_request(self, rid: str = "", abort_all: bool = False) -> int:
         """End requests by id; gives how many."""
 

@@ -176,6 +176,20 @@ async def test_flush_cache() -> None:
 
 
 @on_loop
+async def test_how_often_experts_are_chosen() -> None:
+    async with open_door() as door:
+        for verb in ("start", "stop"):
+            assert (await door.post(f"/{verb}_expert_distribution_record", {})).json()["success"] is True
+        door.engine.control_reply = ControlReply(id="", data={"logical_count": [[1, 2], [3, 0]]})
+        found = await door.http.get("/dump_expert_distribution_record")
+        assert found.json() == {"logical_count": [[1, 2], [3, 0]]}
+        assert [call.args for call in door.engine.controls] == [{"action": what} for what in ("start", "stop", "dump")]
+        door.engine.control_reply = ControlReply(id="", ok=False, message="experts are not counted")
+        response = await door.http.post("/start_expert_distribution_record")
+        assert response.status_code == 400 and "not counted" in response.json()["error"]["message"]
+
+
+@on_loop
 async def test_get_weights_by_name() -> None:
     async with open_door() as door:
         path, name = "/get_weights_by_name", "model.norm.weight"

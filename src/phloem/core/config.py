@@ -43,6 +43,7 @@ WritePolicy = Literal["write_through", "write_through_selective", "write_back"]
 Disaggregation = Literal["null", "prefill", "decode"]
 PrefetchPolicy = Literal["best_effort", "wait_complete", "timeout"]
 LoadBalance = Literal["auto", "round_robin", "total_requests", "total_tokens"]
+RecorderMode = Literal["stat"]
 Placement = Literal["uniform", "frequency", "front-loading", "random"]
 Task = Literal["auto", "generate", "embed", "classify", "score", "tokens"]
 
@@ -221,7 +222,19 @@ class ExpertsConfig:
         False, "Let experts that are chosen often take the places on the device, between steps."
     )
     init_expert_location: str | None = opt(
-        None, "File with how often experts are chosen, for the strategy frequency: JSON, or .pt as SGLang writes it."
+        None,
+        "File with how often experts are chosen, by which they are placed on the device (strategy frequency) or over "
+        "ep_size: JSON, or .pt as SGLang writes it.",
+    )
+    ep_num_redundant_experts: int = opt(
+        0, "Copies of experts that are chosen often, beyond one of each, over ep_size (`docs/parallel.md`)."
+    )
+    enable_eplb: bool = opt(
+        False, "Move experts among the ranks of ep_size, between steps, by how often each is chosen."
+    )
+    eplb_rebalance_num_iterations: int = opt(1000, "Steps between two looks of enable_eplb.")
+    expert_distribution_recorder_mode: RecorderMode | None = opt(
+        None, "Count how often experts are chosen, where /start_expert_distribution_record asks for it."
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from phloem.core.errors import ConfigError
 
 _NOT_BELOW_0 = (
-    "node_rank", "kt_num_gpu_experts", "kt_max_deferred_experts_per_token", "kt_gpu_prefill_token_threshold"
+    "node_rank", "kt_num_gpu_experts", "kt_max_deferred_experts_per_token", "kt_gpu_prefill_token_threshold",
+    "ep_num_redundant_experts",
 )  # fmt: skip
 _POSITIVE = (
     "context_length",
@@ -26,6 +27,7 @@ _POSITIVE = (
     "tp_size",
     "ep_size",
     "pp_size",
+    "eplb_rebalance_num_iterations",
     "dp_size",
     "nnodes",
     "dist_timeout",

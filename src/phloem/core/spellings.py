@@ -14,8 +14,7 @@ _NOT_THERE = {
     for what, names in {
         "second batch in a pipeline": "pp_async_batch_depth pp_max_micro_batch_size enable_dynamic_chunking",
         "other way of experts than --ep-size, by which every rank sees all tokens": (
-            "enable_expert_parallel enable_eplb moe_a2a_backend all2all_backend ep_num_redundant_experts eplb_config "
-            "ep_dispatch_algorithm deepep_mode"
+            "enable_expert_parallel moe_a2a_backend all2all_backend eplb_config ep_dispatch_algorithm deepep_mode"
         ),
         "data parallelism of attention alone": "attn_dp_size enable_dp_attention",
         "data parallelism over several machines": (

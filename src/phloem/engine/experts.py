@@ -5,18 +5,17 @@ Options have SGLang's names. Each is kept to, or ends the start with the reason 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from phloem import quant
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import GIB, Decision
-from phloem.distributed.experts import counts_of, hit_share, moves, place
+from phloem.distributed.experts import hit_share, moves, place
+from phloem.engine.counts import read_counts
 from phloem.engine.parallel import ranks_of
 from phloem.engine.unshared import option_of
 from phloem.layers.aside import Aside
@@ -73,7 +72,6 @@ def asked(config: Config) -> bool:
     alone = [name for name in NEEDING.split() if flat[name] is not None]
     alone += ["kt_enable_dynamic_expert_update"] if own.kt_enable_dynamic_expert_update else []
     alone += ["kt_expert_placement_strategy"] if own.kt_expert_placement_strategy != "uniform" else []
-    alone += ["init_expert_location"] if own.init_expert_location not in (None, "trivial") else []
     if alone:
         raise ConfigError(f"{alone[0]}: it needs kt_num_gpu_experts, which may be 0", param=alone[0])
     return False
@@ -185,7 +183,7 @@ def settle(config: Config, hosted: Hosting, model: Model, decisions: list[Decisi
         why = "the last layer of this model is another one's"
         raise ConfigError(f"kt_max_deferred_experts_per_token: {why}", param="kt_max_deferred_experts_per_token")
     each = own.kt_num_gpu_experts or 0
-    counts = None if own.init_expert_location in (None, "trivial") else _read(str(own.init_expert_location))
+    counts = None if own.init_expert_location in (None, "trivial") else read_counts(str(own.init_expert_location))
     layers, experts = aside.counts.shape
     if not layers:  # all are computed by the fused op: no layer has entered
         layers, experts = 1 if counts is None else len(counts), max(weight.experts for weight in model.index.weights)
@@ -203,21 +201,6 @@ def settle(config: Config, hosted: Hosting, model: Model, decisions: list[Decisi
         why = "tokens of a step, from which on the experts of each layer are copied to the device for it"
         decisions.append(Decision("streamed_experts", aside.streams_from, why))
     return Mover(aside, moves_at_all=own.kt_enable_dynamic_expert_update and 0 < each < experts)
-
-
-def _read(path: str) -> Any:
-    try:
-        if path.endswith(".pt"):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            data = {
-                key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in dict(found).items()
-            }
-        else:
-            data = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError, RuntimeError, EOFError, TypeError) as error:
-        why = f"{path}: {str(error)[:200]}"
-        raise ConfigError(f"init_expert_location: {why}", param="init_expert_location") from None
-    return counts_of(data, f"init_expert_location: {path}")
 
 
 class Mover:

@@ -23,6 +23,7 @@ from phloem.core.nodes import Nodes
 from phloem.distributed.mesh import Mesh, some_sizes
 from phloem.engine.apart import cut
 from phloem.engine.around import RunnerAround
+from phloem.engine.counts import spread_of
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import Step
 from phloem.engine.memory import first_line
@@ -92,11 +93,18 @@ class Chosen(msgspec.Struct, frozen=True, tag=True):
     kind: Kind
 
 
+class Moved(msgspec.Struct, frozen=True, tag=True):
+    """Where the experts of one sparse layer lie from the next step on: those in each of `ep_size` ranks' slots."""
+
+    layer: int
+    ranks: list[list[int]]
+
+
 class End(msgspec.Struct, frozen=True, tag=True):
     """No more steps."""
 
 
-Told = Pages | Plan | Go | Chosen | End
+Told = Pages | Plan | Go | Chosen | Moved | End
 encode_told = msgspec.msgpack.Encoder().encode
 _DECODER: msgspec.msgpack.Decoder[Told] = msgspec.msgpack.Decoder(Told)
 decode_told = _DECODER.decode
@@ -154,7 +162,8 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
     meshes = [mesh_of(config, rank) for rank in range(0, ranks_of(config), config.runtime.tp_size)]
     # A share without weights says whether the sizes divide, before any process is started.
     for mesh in meshes:
-        ctx = BuildContext(Ops(), torch.bfloat16, torch.device("meta"), mesh=mesh)
+        spread = spread_of(config, checkpoint)
+        ctx = BuildContext(Ops(), torch.bfloat16, torch.device("meta"), mesh=mesh, spread=spread)
         built = build_model(checkpoint.model_type, checkpoint.config, ctx, _POSITIONS)
         if config.runtime.ep_size > 1 and not has_experts(built):
             message = f"ep_size {config.runtime.ep_size}: {checkpoint.model_type} has no experts"
@@ -315,7 +324,17 @@ class ParallelRunner(RunnerAround):
 class Executor:
     """A rank that is not the first: runs what it is told, and holds no state of requests."""
 
-    def __init__(self, whole: Together, backend: AttentionBackend, pool: KVPool, ops: Ops, slots: int) -> None:
+    def __init__(
+        self,
+        whole: Together,
+        backend: AttentionBackend,
+        pool: KVPool,
+        ops: Ops,
+        slots: int,
+        shift: Callable[[Moved], object],
+    ) -> None:
+        """`shift`: what is to be done when experts move."""
+        self._shift = shift
         self._whole, self._backend, self._pool = whole, backend, pool
         self._last = LastTokens(slots, pool.device, True, None, ops)
         self._plans: list[Batch] = []
@@ -331,6 +350,8 @@ class Executor:
                     self._go(told)
                 elif isinstance(told, Chosen):
                     self._choose(told)
+                elif isinstance(told, Moved):
+                    self._shift(told)
 
     def _go(self, told: Go) -> None:
         while self._plans:

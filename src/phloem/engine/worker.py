@@ -19,9 +19,11 @@ from phloem.core.denoising import WHOLE
 from phloem.core.errors import ConfigError
 from phloem.core.ranges import parse_bytes
 from phloem.core.resolve import Decision
-from phloem.engine import compiled, denoising, experts, warm
+from phloem.engine import balancing, compiled, denoising, experts, warm
 from phloem.engine import drafting as drafts
+from phloem.engine.balancing import Balancer
 from phloem.engine.compiled import CompiledModel, CompiledSteps, check_model
+from phloem.engine.counts import spread_of
 from phloem.engine.dtypes import (
     backend_names,
     dtype_of,
@@ -66,9 +68,11 @@ if TYPE_CHECKING:
     from phloem.engine.experts import Hosting
     from phloem.engine.forward import Way
     from phloem.engine.parallel import Team, Told
+    from phloem.engine.runner import Mover
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
     from phloem.layers.context import Chosen
+    from phloem.layers.spread import Spread
     from phloem.models import Model, Tower
     from phloem.models._scales import LayerScales
     from phloem.platforms import Platform
@@ -98,6 +102,7 @@ class Built:
     sites: Sites | None = None  # where adapters go, if any are served
     decisions: list[Decision] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
+    recorder: Balancer | None = None  # counts how often experts are chosen
     denoising: Denoising | Renoising | None = None  # how a model of diffusion fills its blocks
 
 
@@ -123,6 +128,7 @@ class _Machine:
     chunk: int
     mixed: int
     eager: str = ""  # why steps cannot be recorded
+    spread: Spread | None = None  # where experts lie over ranks, or are counted
     hosted: Hosting | None = None  # the host, where it has the routed experts
 
 
@@ -191,7 +197,10 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
     mixed = _take(decisions, resolve.mixed_chunk(platform.default_mixed_chunk, chunk))
     eager = "{} {}: ranks meet within a step".format(*option_of(config)) if ranks > 1 else ""
-    return _Machine(platform, ops, dtype, running, chunk, mixed, eager)
+    spread = spread_of(config, checkpoint)
+    if spread is not None:
+        eager = eager or "experts that are chosen are counted op by op"
+    return _Machine(platform, ops, dtype, running, chunk, mixed, eager, spread)
 
 
 def _foreign(config: Config, machine: _Machine) -> _Machine:
@@ -218,7 +227,7 @@ def _build(
     if chosen is not None and not platform.facts.on_host:
         machine = replace(machine, eager="the experts of tokens are told op by op")
     model, sites, helper = _weights(config, checkpoint, machine, decisions, team, beside, chosen)
-    mover = None if machine.hosted is None else experts.settle(config, machine.hosted, model, decisions)
+    mover = _mover(config, checkpoint, machine, model, team, decisions)
     phase.end("weights")
 
     kept = _kept(config, checkpoint, machine, model, decisions)
@@ -259,7 +268,22 @@ def _build(
     )  # fmt: skip
     sizes = running, chunk, machine.mixed, min(chunk, platform.worthwhile_chunk), sizing.tokens
     info = _info(machine, runner, kv_dtype, sizing.facts.bytes_per_token)
-    return Built(runner, context, *sizes, tower_of(model), sites, decisions, info)
+    recorder = mover if isinstance(mover, Balancer) else None
+    return Built(runner, context, *sizes, tower_of(model), sites, decisions, info, recorder)
+
+
+def _mover(
+    config: Config,
+    checkpoint: Checkpoint,
+    machine: _Machine,
+    model: Model,
+    team: Team | None,
+    decisions: list[Decision],
+) -> Mover | None:
+    """What changes the places of experts between steps; None: they stay."""
+    if machine.hosted is not None:
+        return experts.settle(config, machine.hosted, model, decisions)
+    return balancing.settle(config, machine.spread, model, checkpoint, team, decisions)
 
 
 def _led(
@@ -394,7 +418,8 @@ def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: 
     device = machine.platform.device
     own = model.stage.own if isinstance(model, Decoder) and model.stage is not None else None
     pool = KVPool(model.memory, told.num_pages, kept.page, kept.dtype, device, kept.scales, own)
-    return Executor(Together(model, team.groups), kept.backend, pool, machine.ops, machine.running)
+    shift = balancing.shifter_of(model, checkpoint, machine.spread, team)
+    return Executor(Together(model, team.groups), kept.backend, pool, machine.ops, machine.running, shift)
 
 
 def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[LastTokens], Desk] | None:
@@ -491,7 +516,7 @@ def _loaded(
     ctx = BuildContext(machine.ops, machine.dtype, platform.device, quant=method, stager=stager)
     if team is not None:
         ctx = replace(ctx, mesh=team.mesh, comm=team.groups.tp)
-    ctx = replace(ctx, chosen=chosen)
+    ctx = replace(ctx, chosen=chosen, spread=machine.spread)
     if machine.hosted is not None:
         ctx = replace(ctx, aside=machine.hosted.aside, expert_quant=machine.hosted.method)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phloem.checkpoint.fingerprint import fingerprint
@@ -22,6 +23,7 @@ SETTINGS = (
     *("page_size", "kv_cache_dtype", "max_running_requests", "chunked_prefill_size"),
     *("device", "attention_backend", "ops", "enable_deterministic_inference"),
     *("kt_num_gpu_experts", "kt_method", "kt_max_deferred_experts_per_token", "kt_expert_placement_strategy"),
+    *("ep_num_redundant_experts", "enable_eplb"),
 )
 MOST = 6  # differences that are told
 LONGEST = 60  # characters of a value that is shown
@@ -47,6 +49,7 @@ def facts_of(config: Config, checkpoint: Checkpoint, command: str = "serve") -> 
         "model type": checkpoint.model_type,
         **config_facts(checkpoint),
         "digest of the weights": _digest(checkpoint),
+        "counts of experts (init_expert_location)": _counts(flat["init_expert_location"]),
     }
 
 
@@ -55,6 +58,15 @@ def _digest(checkpoint: Checkpoint) -> str:
         return fingerprint(checkpoint)
     except OSError as error:
         raise ModelLoadError(f"{error.filename}: {error.strerror}") from None
+
+
+def _counts(path: str | None) -> str:
+    if path in (None, "trivial"):
+        return "none"
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        return f"unreadable ({error.strerror})"
 
 
 def config_facts(checkpoint: Checkpoint) -> dict[str, str]:

@@ -131,6 +131,7 @@ class EngineCore:
             lender=self._desk,
             keeper=self._keeper,
         )
+        self.scheduler.recorder = built.recorder
         self._publisher = _publisher(config, cache, self.scheduler)
         self._tiers = tiers_of(config, checkpoint, built, self.scheduler)
         self._disagg = disaggregated(config, checkpoint, built, self.scheduler)

@@ -23,6 +23,7 @@ _SINGLE = frozenset(
         "abort_all",
         "cache_tree",
         "kv_events",
+        "expert_distribution",
         "get_weights_by_name",
         "load_lora_adapter",
         "unload_lora_adapter",
@@ -79,7 +80,13 @@ class Asked:
         data: dict[str, Any] = dict(first.data)
         if self.control.name == "state":
             data["ranks"] = [{"dp_rank": rank, **self.replies[rank].data} for rank in ranks]
+        if "logical_count" in first.data and not failed:
+            data["logical_count"] = _sum([self.replies[rank].data["logical_count"] for rank in ranks])
         return ControlReply(id=self.control.id, ok=not failed, message=text, data=data)
+
+
+def _sum(tables: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
+    return [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
 
 
 def summed(parts: Sequence[Stats], news: Stats) -> Stats:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from phloem.distributed.comm import Comm
     from phloem.kernels.ops import IndexCall, LatentCall, Ops, Rotation
     from phloem.layers.aside import Aside
+    from phloem.layers.spread import Spread
     from phloem.quant import Method
     from phloem.quant._source import Stager
 
@@ -226,6 +227,7 @@ class BuildContext:
     mesh: Mesh = Mesh()
     comm: Comm | None = None  # the ranks of `mesh.tp`; None: this one is alone, or gives its parts of sums
     chosen: Chosen | None = None  # where sparse layers note their choices; None: nobody asks
+    spread: Spread | None = None  # experts over more slots than there are, or counted; None: in their order, uncounted
     aside: Aside | None = None  # the host, where routed experts lie there; None: they lie where the model does
     expert_quant: Method | None = None  # of routed experts, where they have another than `quant`
     stager: Stager | None = None  # brings tensors from files to the device; None: through the host

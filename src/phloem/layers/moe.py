@@ -14,7 +14,7 @@ from phloem.layers.placed import PlacedExperts, fits_plain
 from phloem.layers.weight import Cut, Layer, Part, Weight, check_divides, cut_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -96,12 +96,16 @@ class SparseMLP(Layer):
         if self.comm is not None and self.comm.size != mesh.expert_tp.size * mesh.ep.size:
             raise ModelLoadError("experts are shared out among the ranks that attend together")
         self.biased = mesh.expert_tp.rank == 0  # a bias is added by one rank of those that have the expert
-        check_divides("experts", config.count, mesh.ep, "ep_size")
+        self.spread, choices = None, config.count + config.identities
+        redundant = 0 if ctx.spread is None else ctx.spread.redundant
+        what = "experts and redundant ones" if redundant else "experts"
+        check_divides(what, config.count + redundant, mesh.ep, "ep_size")
+        if ctx.spread is not None:
+            self.spread = ctx.spread.enter(ctx.name, mesh.ep, config.count, choices, ctx.device)
         check_divides("an expert's inner size", config.inner_size, mesh.expert_tp, "tp_size")
-        own = mesh.ep.span(config.count)
+        own = list(range(*mesh.ep.span(config.count))) if self.spread is None else self.spread.own
         spec = config.experts or ExpertSpec(config.count)
-        self.spec = replace(spec, experts=own[1] - own[0], first=own[0])
-        choices = config.count + config.identities
+        self.spec = replace(spec, experts=len(own), first=own[0] if self.spread is None else self.spread.first)
         self.router = Linear(ctx, hidden_size, {names.router: choices}, bias=config.router_bias)
         self.correction = None
         if names.correction:
@@ -113,7 +117,7 @@ class SparseMLP(Layer):
         self.notes = ctx.chosen
         self.number = 0 if ctx.chosen is None else ctx.chosen.enter(ctx.name, config.router.top_k)
         # That op takes as many experts as the router has logits.
-        self.fused = plain and mesh.ep.size == 1 and ctx.chosen is None
+        self.fused = plain and mesh.ep.size == 1 and ctx.chosen is None and self.spread is None
         placed = ctx.aside is not None and not (self.fused and ctx.aside.same and not ctx.aside.deferred)
         if placed and config.latent and ctx.aside is not None and ctx.aside.deferred:
             raise ModelLoadError("kt_max_deferred_experts_per_token: experts of latent features are not deferred")
@@ -122,28 +126,33 @@ class SparseMLP(Layer):
         # Those ops have no first expert: ids are of all.
         self.apart = not placed and not self.fused and ctx.ops.chooses_apart and mesh.ep.size == 1
         self.apart = self.apart and fits_plain(self.spec, biased=biased)
-        rows, cols = cut_of(mesh.expert_tp, 0), cut_of(mesh.expert_tp, 1)
-        pair, pair_bias = (names.gate, names.up), (names.gate_bias, names.up_bias)
-        if not spec.gated:
-            pair, pair_bias = pair[1:], pair_bias[1:]
-        stack = _Stack(ctx, config, own, prepared or self.apart, placed)
-        inner = config.inner_size
         self.narrow = self.widen = None
+        self._width = config.latent or hidden_size
         if config.latent:
             bias = config.latent_bias
             self.narrow = Linear(ctx, hidden_size, {names.latent_in: config.latent}, bias=bias)
             self.widen = Linear(ctx, config.latent, {names.latent_out: hidden_size}, bias=bias)
-            hidden_size = config.latent
-        self.gate_up = stack.slot(pair, (inner, hidden_size), "matrix", rows)
-        self.down = stack.slot((names.down,), (hidden_size, inner), "matrix", cols)
-        self.biases: tuple[Weight, Weight] | None = None
-        if biased:
-            up_bias = stack.slot(pair_bias, (inner,), "norm", rows)
-            self.biases = up_bias, stack.slot((names.down_bias,), (hidden_size,), "norm", None)
+        self._stack = _Stack(ctx, config, prepared or self.apart, placed)
+        self.gate_up, self.down, self.biases = self.slots(own)
         self.placed: PlacedExperts | None = None
         if placed and ctx.aside is not None:
             device, pair_of = (ctx.ops, ctx.dtype, ctx.device), (self.gate_up, self.down)
             self.placed = PlacedExperts(ctx.aside, device, self.spec, pair_of, self.biases, config.router.top_k)
+
+    def slots(self, own: Sequence[int]) -> tuple[Weight, Weight, tuple[Weight, Weight] | None]:
+        """For the matrices of these experts: gate and up, down, and the biases of both, if there are any."""
+        names, inner, stack = self.config.names, self.config.inner_size, self._stack
+        mesh = stack.ctx.mesh
+        rows, cols = cut_of(mesh.expert_tp, 0), cut_of(mesh.expert_tp, 1)
+        pair, pair_bias = (names.gate, names.up), (names.gate_bias, names.up_bias)
+        if not self.spec.gated:
+            pair, pair_bias = pair[1:], pair_bias[1:]
+        gate_up = stack.slot(own, pair, (inner, self._width), "matrix", rows)
+        down = stack.slot(own, (names.down,), (self._width, inner), "matrix", cols)
+        if not names.down_bias:
+            return gate_up, down, None
+        up_bias = stack.slot(own, pair_bias, (inner,), "norm", rows)
+        return gate_up, down, (up_bias, stack.slot(own, (names.down_bias,), (self._width,), "norm", None))
 
     def __call__(
         self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
@@ -175,7 +184,13 @@ class SparseMLP(Layer):
         found = self.ops.route(logits_TE, correction_E, self.config.router)
         if self.notes is not None:
             self.notes.notes[self.number] = found[0]
+        if self.spread is not None:
+            self.spread.note(found[0])
         return found
+
+    def placed_at(self, ids_Tk: Tensor) -> Tensor:
+        """The slots, over all ranks, of chosen experts."""
+        return ids_Tk if self.spread is None else self.spread.slots_of(ids_Tk)
 
     def _chosen(self, x_TN: Tensor, logits_TE: Tensor) -> Tensor:
         """What the experts that the logits choose make of x."""
@@ -190,7 +205,8 @@ class SparseMLP(Layer):
         biases = None if self.biases is None else (self.biases[0].value, self.biases[1].value)
         if biases is not None and not self.biased:
             biases = biases[0], torch.zeros_like(biases[1])
-        out_TN = self.ops.experts(x_TN, ids_Tk, weights_Tk, self.gate_up.value, self.down.value, self.spec, biases)
+        weights, at_Tk = (self.gate_up.value, self.down.value), self.placed_at(ids_Tk)
+        out_TN = self.ops.experts(x_TN, at_Tk, weights_Tk, *weights, self.spec, biases)
         return self._with_identities(out_TN, x_TN, ids_Tk, weights_Tk)
 
     def _with_identities(self, out_TN: Tensor, x_TN: Tensor, ids_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
@@ -226,17 +242,18 @@ class SharedExperts(Layer):
 
 @dataclass(frozen=True)
 class _Stack:
-    """Makes the slots of all experts that this rank has: each expert's matrices, one expert after another."""
+    """Makes the slots of experts that this rank has: each expert's matrices, one expert after another."""
 
     ctx: BuildContext
     config: ExpertsConfig
-    own: tuple[int, int]
     fused: bool
     aside: bool  # on the host, beside the device
 
-    def slot(self, patterns: tuple[str, ...], shape: tuple[int, ...], role: str, cut: Cut | None) -> Weight:
-        """`patterns`: names of an expert's tensors; `shape`: of each of them."""
-        experts = range(*self.own)
+    def slot(
+        self, experts: Sequence[int], patterns: tuple[str, ...], shape: tuple[int, ...], role: str, cut: Cut | None
+    ) -> Weight:
+        """`experts`: those that this rank has, in their order; `patterns`: names of an expert's tensors; `shape`: of
+        each of them."""
         names = [self._name(pattern, e) for e in experts for pattern in patterns]
         found = Weight(tuple(names), (shape,) * len(names), role, fused=self.fused)  # pyright: ignore[reportArgumentType]
         found.experts, found.aside = len(experts) if role == "matrix" else 0, self.aside

@@ -42,9 +42,10 @@ Place = tuple["Weight", int]  # a slot, and which of its parts
 
 
 def open_sources(
-    checkpoint: Checkpoint, index: WeightIndex, rename: Callable[[str], str | None]
+    checkpoint: Checkpoint, index: WeightIndex, rename: Callable[[str], str | None], *, whole: bool = True
 ) -> tuple[dict[str, Source], list[str]]:
-    """Every tensor of a checkpoint by our name, and the names in it that the model does not use."""
+    """Every tensor of a checkpoint by our name, and the names in it that the model does not use. Not `whole`: the index
+    has a few of the model's weights, and what else there is was looked at before."""
     if checkpoint.format == "dummy":
         device = index.ctx.device
         return {
@@ -53,14 +54,18 @@ def open_sources(
         }, []
     if checkpoint.gguf is not None:
         found, unused = gguf_sources(checkpoint, index.slots)
-        unused = unused if index.ctx.mesh.pp.size == 1 else []  # other stages have the rest
+        unused = unused if whole and index.ctx.mesh.pp.size == 1 else []  # other stages have the rest
         _refuse(unused_parts(unused), "would change the answers, and no layer uses them", str(checkpoint.path))
         return found, unused
     found, unused = _safetensors_sources(checkpoint, index, rename)
     for name in (name for weight in index.weights for name in weight.zeros if name not in found):
         shape = index.stored_shape(name)
         found[name] = TensorSource(name, shape, tensor=torch.zeros(shape))
-    _refuse(unused_scales(unused), "belong to weights in a format that is not supported", str(checkpoint.path))
+    _refuse(
+        unused_scales(unused) if whole else [],
+        "belong to weights in a format that is not supported",
+        str(checkpoint.path),
+    )
     return found, unused
 
 
@@ -345,6 +350,20 @@ class WeightIndex:
             dtype = self.ctx.ops.embedding(ids, table.value, 1.0).dtype
             for weight in biases:
                 weight.value = weight.value.to(dtype)
+
+    def rename(self, weight: Weight, like: Weight) -> None:
+        """This slot is of other tensors from now on, those of `like`. What it holds is the caller's matter."""
+        for name in weight.names:
+            left = [place for place in self.slots.get(name, []) if place[0] is not weight]
+            if left:
+                self.slots[name] = left
+            else:
+                self.slots.pop(name, None)
+        weight.names, weight.parts, weight.elsewhere = like.names, like.parts, like.elsewhere
+        for part, name in enumerate(weight.names):
+            self.slots.setdefault(name, []).append((weight, part))
+        self._elsewhere |= set(like.elsewhere)
+        self._companions = self._name_companions()
 
     def places(self, name: str) -> list[Place]:
         if name not in self.slots:

@@ -146,7 +146,8 @@ class ScaledExperts(SparseMLP):
         """What the chosen experts make of x."""
         if self.placed is not None:
             return self.placed.end(self.placed.begin(x_TN, *chosen))
-        return self.ops.experts(x_TN, *chosen, self.gate_up.value, self.down.value, self.spec, None)
+        at_Tk, weights = self.placed_at(chosen[0]), (self.gate_up.value, self.down.value)
+        return self._summed(self.ops.experts(x_TN, at_Tk, chosen[1], *weights, self.spec, None))
 
 
 class DenseAndSparse(Layer):

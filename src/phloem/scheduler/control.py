@@ -1,5 +1,5 @@
 """Administrative calls: flush_cache, clear_hicache_storage, state, cache_tree, kv_events, pause, resume, abort_all,
-adapters, profiles.
+adapters, profiles, expert_distribution.
 
 Those that change weights stand in `weights.py`.
 """
@@ -35,12 +35,21 @@ PAUSE_MODES = ("abort", "retract", "in_place")
 ABORTED = FinishReason("abort", message="aborted by an administrative call")
 
 
+class Recorder(Protocol):
+    """Counts how often experts are chosen."""
+
+    def record(self, action: str, /) -> dict[str, Any]:
+        """`start`, `stop` or `dump`, between two steps; gives what there is to tell. Raises BadRequest."""
+        ...
+
+
 class Governed(weights.Governed, Protocol):
     """What the calls act on: the scheduler."""
 
     runner: Runner
     feed: Feed | None
     meter: Meter
+    recorder: Recorder | None
     paused: bool
     clock: Callable[[], float]
 
@@ -145,6 +154,13 @@ class Controls:
             raise BadRequest("no cache events are published: start with --kv-events-config", code="not_supported")
         events = [as_map(event, cache.page_size) for event in feed.dump()]
         self._reply(call_id, True, data={"sequence": feed.sink.sequence, "events": events})
+
+    def _do_expert_distribution(self, call_id: str, args: dict[str, Any]) -> None:
+        recorder, action = self.scheduler.recorder, str(args.get("action") or "")
+        if recorder is None:
+            need = "start with --expert-distribution-recorder-mode stat, or --enable-eplb"
+            raise BadRequest(f"experts are not counted: {need}", code="not_supported")
+        self.between(call_id, lambda: recorder.record(action), lambda found: ("", found))
 
     def _do_pause(self, call_id: str, args: dict[str, Any]) -> None:
         mode = str(args.get("mode") or "abort")

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from phloem.core.updates import Keeper
     from phloem.kvcache.events import Feed
     from phloem.kvcache.manager import CacheManager
+    from phloem.scheduler.control import Recorder
     from phloem.scheduler.further import Further
     from phloem.scheduler.remote import Remote
 
@@ -95,6 +96,7 @@ class Scheduler:
         self.prepare = prepare
         self.lender = lender
         self.feed: Feed | None = None  # tells gateways what is cached
+        self.recorder: Recorder | None = None  # counts how often experts are chosen
         self.keeper = keeper
         self.live: dict[str, Request] = {}
         self.queue = WaitingQueue()

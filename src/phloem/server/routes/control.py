@@ -82,7 +82,8 @@ _NUMBERS: dict[str, Any] = {"type": "array", "items": {}}
 Timeout = Annotated[float, Query(ge=0, le=MAX_TIMEOUT, description="Seconds to wait for running requests to end.")]
 
 
-def _refused(reply: ControlReply) -> None:
+def refused(reply: ControlReply) -> None:
+    """Raises what the engine refuses, with status 400."""
     if not reply.ok:
         error = PhloemError(reply.message or "the engine refused", code="refused")
         error.status, error.kind = 400, "invalid_request_error"
@@ -90,7 +91,7 @@ def _refused(reply: ControlReply) -> None:
 
 
 def _answer(reply: ControlReply, done: str) -> Response:
-    _refused(reply)
+    refused(reply)
     return json_response(ControlAnswer(success=True, message=reply.message or done))
 
 
@@ -179,5 +180,5 @@ async def _weights(request: Request, name: str, rows: int) -> Response:
     if not 1 <= rows <= MAX_ROWS:
         raise BadRequest(f"truncate_size must be from 1 to {MAX_ROWS}, got {rows}", param="truncate_size")
     reply = await door_of(request).client.control("get_weights_by_name", name=name, rows=rows)
-    _refused(reply)
+    refused(reply)
     return json_response(reply.data.get("weight") or [])

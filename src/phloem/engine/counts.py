@@ -1,0 +1,66 @@
+"""How often experts are chosen: files of it (`--init-expert-location`), and whether experts lie over ranks by it.
+
+Names of options are SGLang's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from phloem.core.errors import ConfigError
+from phloem.distributed.experts import counts_of
+from phloem.layers.spread import Spread
+
+if TYPE_CHECKING:
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.core.config import Config
+    from phloem.distributed.experts import Counts
+
+
+def read_counts(path: str) -> Counts:
+    """JSON, or `.pt` as SGLang writes it. Raises ConfigError where it cannot be read, or holds none."""
+    try:
+        if path.endswith(".pt"):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            data = {
+                key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in dict(found).items()
+            }
+        else:
+            data = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError, RuntimeError, EOFError, TypeError) as error:
+        why = f"{path}: {str(error)[:200]}"
+        raise ConfigError(f"init_expert_location: {why}", param="init_expert_location") from None
+    return counts_of(data, f"init_expert_location: {path}")
+
+
+def spread_of(config: Config, checkpoint: Checkpoint) -> Spread | None:
+    """For the model's sparse layers; None: experts lie in their order, and nobody counts.
+    Raises:
+        ConfigError: options that do not go together, or a file without counts.
+    """
+    own, runtime = config.experts, config.runtime
+    kept = own.kt_num_gpu_experts is not None or own.kt_weight_path is not None
+    given = None if kept or own.init_expert_location in (None, "trivial") else str(own.init_expert_location)
+    asked = {
+        "enable_eplb": own.enable_eplb,
+        "ep_num_redundant_experts": own.ep_num_redundant_experts > 0,
+        "init_expert_location": given is not None,
+    }
+    name = next((name for name, found in asked.items() if found), "")
+    if name and runtime.ep_size == 1:
+        also = ", or kt_num_gpu_experts, which may be 0" if name == "init_expert_location" else ""
+        raise ConfigError(f"{name}: experts lie over several ranks with ep_size above 1{also}", param=name)
+    mode = own.expert_distribution_recorder_mode
+    name = name or ("expert_distribution_recorder_mode" if mode is not None else "")
+    if not name:
+        return None
+    if runtime.pp_size > 1:
+        raise ConfigError(f"{name}: not with pp_size above 1, whose stages each have other layers", param=name)
+    if kept:
+        raise ConfigError(f"{name}: kt_num_gpu_experts counts by itself, see /server_info", param=name)
+    first = None if given is None else read_counts(given)
+    layers = int(checkpoint.config.get("num_hidden_layers") or 0)
+    return Spread(own.ep_num_redundant_experts, first, layers, counting=own.enable_eplb)

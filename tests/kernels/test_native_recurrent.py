@@ -57,9 +57,10 @@ def selective_case(channels: int, n: int) -> tuple[Any, ...]:
     return x, step, decay, b, c, numbers(channels, seed=4), numbers(ROWS, channels, n, seed=5), STARTS
 
 
-def delta_case(heads: int, n: int, size: int) -> tuple[Any, ...]:
+def delta_case(heads: int, n: int, size: int, *, by_entry: bool = False) -> tuple[Any, ...]:
     q, k = (torch.nn.functional.normalize(numbers(TOKENS, heads, n, seed=seed), dim=-1) for seed in (1, 2))
-    gates = -numbers(TOKENS, heads).abs(), numbers(TOKENS, heads, seed=6).sigmoid()
+    decay = numbers(TOKENS, heads, n, seed=8) if by_entry else numbers(TOKENS, heads)
+    gates = -decay.abs(), numbers(TOKENS, heads, seed=6).sigmoid()
     return q, k, numbers(TOKENS, heads, size, seed=3), *gates, numbers(ROWS, heads, n, size, seed=7), STARTS, n**-0.5
 
 
@@ -73,6 +74,8 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "selective, odd": ("selective_scan", selective_case(7, 5)),
     "delta": ("gated_delta", delta_case(4, 16, 32)),
     "delta, odd": ("gated_delta", delta_case(3, 7, 21)),
+    "delta, by entry": ("gated_delta", delta_case(4, 32, 32, by_entry=True)),
+    "delta, by entry, odd": ("gated_delta", delta_case(3, 7, 21, by_entry=True)),
 }
 
 

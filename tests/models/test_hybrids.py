@@ -16,6 +16,7 @@ from phloem.core.errors import ModelLoadError
 from phloem.models._per_layer import sources
 from phloem.models.glm_moe_dsa import borrowing
 from phloem.models.granitemoehybrid import attends as granite_attends
+from phloem.models.kimi_linear import attends as kimi_attends
 from phloem.models.nemotron_h import kinds
 from phloem.models.qwen3_next import attends
 from phloem.testing.checkpoints import tiny_checkpoint
@@ -24,6 +25,7 @@ SERVED = [
     "lfm2",
     "lfm2_moe",
     "qwen3_next",
+    "kimi_linear",
     "qwen3_5_text",
     "nemotron_h",
     "mamba2",
@@ -77,7 +79,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str, ops: str, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lfm2", "mamba2", "qwen3_next"])
+@pytest.mark.parametrize("name", ["lfm2", "mamba2", "qwen3_next", "kimi_linear"])
 def test_rows_that_are_taken_back_go_on_with_the_same_tokens(name: str, tmp_path: Path) -> None:
     """A pool too small for all: some are retracted, and begin again from what the tree has kept."""
     path = tiny_checkpoint(name, tmp_path)
@@ -104,5 +106,9 @@ def test_layers_that_are_not_known_are_refused_by_name() -> None:
     with pytest.raises(ModelLoadError, match="no layer before them is of kind 'full'"):
         sources(["near", "near", "full"], 1)
     assert sources(["near", "full", "near", "full", "near"], 2) == [None, None, None, 1, 2]
+    counted = {"full_attn_layers": [3], "kda_layers": [1, 2]}  # from 1
+    assert kimi_attends({"num_hidden_layers": 3, "linear_attn_config": counted}) == [False, False, True]
+    with pytest.raises(ModelLoadError, match="layers 1 to 4 once"):
+        kimi_attends({"num_hidden_layers": 4, "linear_attn_config": counted})
     with pytest.raises(ModelLoadError, match="sliding"):
         attends({"layer_types": ["sliding"], "num_hidden_layers": 1, "full_attention_interval": 4})

@@ -28,7 +28,7 @@ SPARSE = (
     "minimax_m2", "llama4_text", "ernie4_5_moe", "glm4_moe", "hunyuan_v1_moe", "lfm2_moe", "jamba", "nemotron_h",
     "qwen3_next", "qwen3_5_moe_text", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa",
     "gemma4_text", "qwen3_vl_moe", "phimoe", "glm4_moe_lite", "exaone_moe", "glm4v_moe",
-    "qwen3_omni_moe_thinker",
+    "kimi_linear", "qwen3_omni_moe_thinker",
 )  # fmt: skip
 FEW = ("llama", "qwen3_moe")
 TOWERS = (

@@ -38,6 +38,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 4},
     "qwen3_next": DELTA,
     "qwen3_5_text": DELTA,
+    "kimi_linear": {"linear_num_heads": 8},
     "qwen3_5_moe_text": DELTA,
     "bamba": {"mamba_n_groups": 4},
     "granitemoehybrid": {"mamba_n_groups": 4},

@@ -1,5 +1,5 @@
 // Recurrent mixers: causal convolution, the scans of Mamba 1 (Gu and Dao 2023) and Mamba 2 (Dao and Gu 2024), and the
-// gated delta rule (Yang et al. 2024).
+// gated delta rule (Yang et al. 2024; with a decay of each entry of a key, Kimi Delta Attention, 2025).
 //
 // Tokens of row r are [query_start[r], query_start[r + 1]). A row's state is worked on where it goes to, so that what was
 // read stays as it was. A row and head (or a block of channels) is one piece of work, token after token: neither the
@@ -140,9 +140,10 @@ PHL_OP(selective_scan, SelectiveArgs);
 
 struct DeltaArgs {
   const float *q, *k, *v, *decay, *beta, *state;  // [tokens, heads, n] twice, [tokens, heads, size], [tokens, heads]
+                                                  // twice; by_entry: decay is [tokens, heads, n]
   float *out, *after;                             // [tokens, heads, size]; states are [rows, heads, n, size]
   const int32_t* query_start;
-  int64_t rows, heads, n, size, q_stride, k_stride, v_stride;
+  int64_t rows, heads, n, size, q_stride, k_stride, v_stride, by_entry;
   double scale;
 };
 
@@ -165,8 +166,17 @@ void delta_columns(const DeltaArgs& a, int64_t row, int64_t head, int64_t from) 
   for (int64_t t = a.query_start[row]; t < a.query_start[row + 1]; ++t) {
     const float* q = a.q + t * a.q_stride + head * a.n;
     const float* k = a.k + t * a.k_stride + head * a.n;
-    const float kept = exp(splat(a.decay[t * a.heads + head]))[0], beta = a.beta[t * a.heads + head];
-    for (int64_t s = 0; s < a.n; ++s) columns[s] *= kept;
+    const float beta = a.beta[t * a.heads + head];
+    if (a.by_entry) {
+      const float* decay = a.decay + (t * a.heads + head) * a.n;
+      for (int64_t s = 0; s < a.n; s += W) {
+        const vf kept = exp(load_some(decay + s, a.n - s));
+        for (int64_t i = 0; i < W && s + i < a.n; ++i) columns[s + i] *= kept[i];
+      }
+    } else {
+      const float kept = exp(splat(a.decay[t * a.heads + head]))[0];
+      for (int64_t s = 0; s < a.n; ++s) columns[s] *= kept;
+    }
     const vf held = over_keys(k, columns, a.n);
     const vf change = (load_some(a.v + t * a.v_stride + head * a.size + from, count) - held) * beta;
     for (int64_t s = 0; s < a.n; ++s) columns[s] += change * k[s];
@@ -185,7 +195,7 @@ void gated_delta(const DeltaArgs& a, Team& team) {
   });
 }
 PHL_FIELDS(DeltaArgs, q, k, v, decay, beta, state, out, after, query_start, rows, heads, n, size, q_stride, k_stride,
-           v_stride, scale);
+           v_stride, by_entry, scale);
 PHL_OP(gated_delta, DeltaArgs);
 
 }  // namespace

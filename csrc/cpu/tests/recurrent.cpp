@@ -71,15 +71,15 @@ PHL_TEST(selective) {
 }
 
 PHL_TEST(delta) {
-  for (int64_t size : {1, 7, 16, 21}) {
-    const int64_t heads = 3, n = 6;
+  for (int64_t size : {1, 7, 16, 21, 37}) {
+    const int64_t heads = 3, n = 6, by_entry = size % 2;
     const vector<float> q = floats(kTokens * heads * n), k = floats(q.size()), v = floats(kTokens * heads * size);
-    const vector<float> decay = floats(kTokens * heads), beta = floats(decay.size());
+    const vector<float> decay = floats(kTokens * heads * (by_entry ? n : 1)), beta = floats(kTokens * heads);
     const vector<float> state = floats(kRows * heads * n * size);
     compare(level, "gated_delta", [&](int at) {
       vector<float> out(v.size()), after(state.size());
       run(at, "gated_delta", q.data(), k.data(), v.data(), decay.data(), beta.data(), state.data(), out.data(),
-          after.data(), kStarts.data(), kRows, heads, n, size, heads * n, heads * n, heads * size, 0.5);
+          after.data(), kStarts.data(), kRows, heads, n, size, heads * n, heads * n, heads * size, by_entry, 0.5);
       return joined(out, after);
     });
   }

@@ -35,11 +35,13 @@ class _Kind:
     limit: tuple[str, str] | None = None
     last: str = ""  # the name of a number behind query_start
     cost: int = 1  # nanoseconds of a unit of work, about
+    # A tensor that may have more axes, the letters it then has, and the number that says so.
+    wider: tuple[str, str, str] = ("", "", "")
 
     @property
     def fields(self) -> frozenset[str]:
         """The names that the library has for the call's arguments."""
-        own = {"out", "after", "query_start", "rows"} | ({self.last} if self.last else set())
+        own = {"out", "after", "query_start", "rows"} | {self.last, self.wider[2]} - {""}
         return frozenset(own | {*self.tensors, *self.sizes.values()} | {f"{name}_stride" for name in self.strided})
 
 
@@ -59,6 +61,7 @@ _KINDS = {
     "gated_delta": _Kind(
         {"q": "THS", "k": "THS", "v": "THD", "decay": "TH", "beta": "TH", "state": "RHSD"}, ("q", "k", "v"),
         {"H": "heads", "S": "n", "D": "size"}, "THD", "THDS", ("S", "recurrent.kMaxKey"), "scale", 2,
+        ("decay", "THS", "by_entry"),
     ),
 }  # fmt: skip
 
@@ -81,7 +84,8 @@ def _bound(rt: Runtime, name: str, kind: _Kind) -> Callable[..., tuple[Tensor, T
         sizes: dict[str, int] = {}
         for key, letters in order:
             if given[key] is not None:
-                _fit(key, given[key], letters, sizes)
+                wide = key == kind.wider[0] and given[key].dim() == len(kind.wider[1])
+                _fit(key, given[key], kind.wider[1] if wide else letters, sizes)
         if kind.limit is not None and most is not None and sizes[kind.limit[0]] > most:
             return plain(*arguments, **named)
         ready = {key: _ready(given[key], key in kind.strided) for key in kind.tensors}
@@ -93,6 +97,8 @@ def _bound(rt: Runtime, name: str, kind: _Kind) -> Callable[..., tuple[Tensor, T
         for letter in kind.work:
             work *= sizes[letter]
         last = {kind.last: given[kind.last]} if kind.last else {}
+        if kind.wider[0]:
+            last[kind.wider[2]] = int(given[kind.wider[0]].dim() == len(kind.wider[1]))
         pointers = {key: 0 if one is None else one.data_ptr() for key, one in ready.items()}
         call(
             handle, work, **pointers, out=out.data_ptr(), after=after.data_ptr(), query_start=starts.data_ptr(),

@@ -56,7 +56,8 @@ def step_sizes(dt_TH: Tensor, bias_H: Tensor, lowest: float, highest: float) -> 
 
 def delta_gates(a_TH: Tensor, b_TH: Tensor, bias_H: Tensor, log_H: Tensor) -> tuple[Tensor, Tensor]:
     """Of a gated delta net, float32 [T, H]: the logarithm of what a token keeps of the state, and how much of its own
-    it writes; (-exp(log) softplus(a + bias), sigmoid(b))."""
+    it writes; (-exp(log) softplus(a + bias), sigmoid(b)). The first by entries of a key too: a [T, H, S], bias [H, S],
+    log [H, 1]."""
     return -log_H.float().exp() * F.softplus(a_TH.float() + bias_H.float()), torch.sigmoid(b_TH.float())
 
 
@@ -136,7 +137,8 @@ def gated_delta(
     """The gated delta rule (Yang et al., 2024): a state of keys and values that overwrites what a key held.
 
     state = exp(decay) state; state += k (x) beta (v - k state); y = scale q state. `decay_TH` is the logarithm, at most
-    0; q and k are normalised by the caller, one head of them for each head of v.
+    0, or one for each entry of a key, [T, H, S] (Kimi Delta Attention, 2025); q and k are normalised by the caller, one
+    head of them for each head of v.
 
     Returns:
         y [T, H, D] and the states after the rows' last tokens.
@@ -147,7 +149,7 @@ def gated_delta(
         state_HSD = states[row]
         for t in range(starts[row], starts[row + 1]):
             q_HS, k_HS, v_HD = q_THS[t].float(), k_THS[t].float(), v_THD[t].float()
-            state_HSD = state_HSD * torch.exp(decay_TH[t].float())[:, None, None]
+            state_HSD = state_HSD * torch.exp(decay_TH[t].float()).view(len(q_HS), -1, 1)
             held_HD = torch.einsum("hs,hsd->hd", k_HS, state_HSD)
             change_HD = (v_HD - held_HD) * beta_TH[t].float()[:, None]
             state_HSD = state_HSD + k_HS[:, :, None] * change_HD[:, None, :]

@@ -84,12 +84,13 @@ def check_pushed(name: str, kind: dtype) -> None:
 
 def may_stand_for(seen: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     """Whether a tensor of one shape is read as one of another, as some families store theirs: a number without an axis,
-    a vector or a matrix with axes of one in front, and the matrix that patches of pictures are multiplied with as a
-    kernel of a convolution."""
+    a vector or a matrix with axes of one in front (a vector: behind it too), and the matrix that patches of pictures
+    are multiplied with as a kernel of a convolution."""
     kernel = len(seen) > len(expected) == 2 and seen[0] == expected[0] and prod(seen) == prod(expected)
     more = len(seen) - len(expected)
     lone = more > 0 and seen[more:] == expected and set(seen[:more]) == {1} and len(expected) < 3
-    return kernel or lone or (seen, expected) == ((), (1,)) or seen == expected
+    vector = more > 0 and tuple(size for size in seen if size != 1) == expected and len(expected) == 1
+    return kernel or lone or vector or (seen, expected) == ((), (1,)) or seen == expected
 
 
 def as_base(rename: Callable[[str], str | None], keys: Iterable[str], embedding: str) -> Callable[[str], str | None]:

@@ -1,0 +1,137 @@
+"""Kimi Linear: delta nets that forget by channel, latent attention without positions, DeepSeek V3's experts."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from phloem.core.errors import ModelLoadError
+from phloem.layers.kimi_delta import KimiDelta, KimiDeltaSizes
+from phloem.layers.latent import LatentSizes
+from phloem.layers.moe import ExpertNames, ExpertsConfig
+from phloem.models._common import Decoder, Trunk, each_layer, usual, usual_mlp
+from phloem.models._layer import Experts, Latents, LayerKind, Recurrent
+from phloem.models.deepseek_v3 import grouped_router
+
+if TYPE_CHECKING:
+    from phloem.layers.context import BuildContext
+
+DEFAULTS = {
+    "max_position_embeddings": 1048576,
+    "norm_topk_prob": True,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.446,
+}
+SPELLING = {
+    "max_position_embeddings": "model_max_length",
+    "norm_topk_prob": "moe_renormalize",
+    "n_group": "num_expert_group",
+    "num_experts_per_tok": "num_experts_per_token",
+    "n_shared_experts": "num_shared_experts",
+}
+TINY = {
+    "head_dim": None,
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "linear_head_dim": 12,
+    "linear_num_heads": 4,
+    "linear_conv_kernel_dim": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+VARIANTS = {
+    "groups": {"n_group": 4, "topk_group": 2, "q_lora_rank": 24, "linear_conv_kernel_dim": 3},
+    "dense": {"mlp_layer_types": ["dense", "dense", "sparse"], "layer_types": None, "n_shared_experts": 2},
+}
+
+_NAMES = ExpertNames(
+    gate="experts.{}.w1.weight",
+    up="experts.{}.w3.weight",
+    down="experts.{}.w2.weight",
+    correction="gate.e_score_correction_bias",
+)
+_DENSE = re.compile(r"(\.layers\.\d+\.)block_sparse_moe\.((?:gate|up|down)_proj\.)")
+
+
+class KimiLinear(Trunk):
+    """A decoder of whose dense layers transformers writes other names than the published files have."""
+
+    def checkpoint_name(self, name: str) -> str | None:
+        return super().checkpoint_name(_DENSE.sub(r"\1mlp.\2", name))
+
+
+def attends(config: dict[str, Any]) -> list[bool]:
+    """Which layers attend: by `layer_types`, or `linear_attn_config`, which counts layers from 1. Raises
+    ModelLoadError where these leave a layer out."""
+    count, kinds = config["num_hidden_layers"], config.get("layer_types")
+    if kinds:
+        unknown = sorted(set(kinds) - {"linear_attention", "full_attention"})
+        if unknown or len(kinds) != count:
+            raise ModelLoadError(f"layer_types: {len(kinds)} entries, unknown: {unknown}")
+        return [kind == "full_attention" for kind in kinds]
+    listed = config.get("linear_attn_config") or {}
+    if "full_attn_layers" not in listed or "kda_layers" not in listed:
+        return [number > 0 and number % 4 == 0 for number in range(count)]
+    full, linear = listed["full_attn_layers"], listed["kda_layers"]
+    if sorted([*full, *linear]) != list(range(1, count + 1)):
+        raise ModelLoadError(f"linear_attn_config: its two lists do not name each of layers 1 to {count} once")
+    return [number + 1 in full for number in range(count)]
+
+
+def _delta(config: dict[str, Any]) -> Recurrent[KimiDeltaSizes]:
+    listed = config.get("linear_attn_config") or {}
+    sizes = KimiDeltaSizes(
+        listed.get("num_heads", config.get("linear_num_heads", 32)),
+        listed.get("head_dim", config.get("linear_head_dim", 128)),
+        listed.get("short_conv_kernel_size", config.get("linear_conv_kernel_dim", 4)),
+        float(config["rms_norm_eps"]),
+    )
+    return Recurrent(KimiDelta, sizes, "self_attn")
+
+
+def _latents(config: dict[str, Any]) -> Latents:
+    """DeepSeek's, of which nothing turns."""
+    sizes = LatentSizes(
+        heads=config["num_attention_heads"],
+        rank=config["kv_lora_rank"],
+        rope=config["qk_rope_head_dim"],
+        nope=config["qk_nope_head_dim"],
+        value=config["v_head_dim"],
+        q_rank=config.get("q_lora_rank") or 0,
+        bias=bool(config.get("attention_bias", False)),
+    )
+    return Latents(sizes, None, (sizes.nope + sizes.rope) ** -0.5)
+
+
+def _experts(config: dict[str, Any]) -> Experts:
+    inner = config["moe_intermediate_size"]
+    sparse = ExpertsConfig(config["num_experts"], inner, grouped_router(config), names=_NAMES)
+    count = int(config["n_shared_experts"] or 0)
+    shared = usual_mlp(config, inner_size=inner * count, name="shared_experts") if count else None
+    return Experts(sparse, "block_sparse_moe", shared=shared)
+
+
+def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
+    if not config.get("mla_use_nope", True):
+        raise ModelLoadError("mla_use_nope is false: no published model of the family turns its latent attention")
+    score = config.get("moe_router_activation_func", "sigmoid")
+    if score != "sigmoid":
+        raise ModelLoadError(f"moe_router_activation_func {score!r}: known is sigmoid")
+    full, delta, latents, sparse = attends(config), _delta(config), _latents(config), _experts(config)
+    first, every, kinds = config["first_k_dense_replace"], config["moe_layer_freq"] or 1, config.get("mlp_layer_types")
+
+    def layer(n: int) -> LayerKind:
+        routed = kinds[n] == "sparse" if kinds else n >= first and n % every == 0
+        return LayerKind(latents if full[n] else delta, sparse if routed else usual_mlp(config))
+
+    return KimiLinear(ctx, usual(config, layers=each_layer(config, layer)), max_positions)

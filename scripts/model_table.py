@@ -98,7 +98,8 @@ def row(name: str) -> str:
     cases = "alias" if facts.tiny is None else str(1 + len(facts.variants))
     what = about(name) if facts.encoder is None else f"{about(name)}; no text"
     what = f"{what}; diffusion" if facts.diffusion is not None else what
-    arch = "" if facts.gguf is None else f"`{facts.gguf.written_as or facts.gguf.architecture}`"
+    gguf = family(facts.gguf_family).gguf if facts.gguf_family else facts.gguf
+    arch = "" if gguf is None else f"`{gguf.written_as or gguf.architecture}`"
     return f"| `{name}` | {what} | {arch} | {cases} |"
 
 

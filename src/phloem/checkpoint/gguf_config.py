@@ -50,7 +50,10 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
     own = _served_as(gguf, arch)
     facts = families[own].gguf if own in families else None
     if facts is None:
-        raise ModelLoadError(f"{path}: unknown GGUF architecture {arch!r}; known: {', '.join(sorted(families))}")
+        raise ModelLoadError(
+            f"{path}: unknown GGUF architecture {arch!r}; known: {', '.join(sorted(families))}; serve the safetensors "
+            "checkpoint of this model instead"
+        )
     config: dict[str, Any] = {"model_type": families[own].name, "architectures": [facts.hf_class]}
     config["hidden_act"] = "silu"
     for key, source in KEYS.items():

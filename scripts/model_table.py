@@ -75,8 +75,15 @@ them but DiffusionGemma: logits and answers are compared with dense references o
 (`tests/support/dense_denoisers.py`).
 
 Folders in Mistral's own format (`params.json` and `consolidated*.safetensors`, no config.json) are read as `mistral`,
-`ministral3` or `mistral4` (Large 3), plain or with FP8 matrices; their towers are left out, and a `tekken.json` must be
-made a tokenizer.json.
+`ministral3` or `mistral4` (Large 3), plain or with FP8 matrices; their towers are left out. Where
+`tekken.json` is the only tokenizer it is read as it is; without a chat template turns are written in the plain instruct
+format (`[INST]`, and `[SYSTEM_PROMPT]` from version 7 on), which has no tools.
+
+GGUF files of GLM-4.7-Flash say `deepseek2`, those of Bamba `granitehybrid`. Value heads of Qwen3.5 lie in another order
+there, which one rank reads and several do not. Not read: architectures of families without a name in the column (Gemma
+4, MiMo-V2-Flash, Mistral 4, K-EXAONE, DeepSeek V3.2, GLM-5, Nomic BERT), vocabularies of kind `t5` (XLM-RoBERTa), and
+experts whose gate and up are one tensor; the error names the safetensors checkpoint or `--tokenizer-path`. No
+architecture exists for Helium, VaultGemma, LongCat-Flash, Youtu, OPT or MPNet.
 
 Models without a row here are run by transformers' own code over our pages, where that can be done: see
 [the fallback](fallback.md).
@@ -98,7 +105,8 @@ def row(name: str) -> str:
     cases = "alias" if facts.tiny is None else str(1 + len(facts.variants))
     what = about(name) if facts.encoder is None else f"{about(name)}; no text"
     what = f"{what}; diffusion" if facts.diffusion is not None else what
-    arch = "" if facts.gguf is None else f"`{facts.gguf.written_as or facts.gguf.architecture}`"
+    gguf = family(facts.gguf_family).gguf if facts.gguf_family else facts.gguf
+    arch = "" if gguf is None else f"`{gguf.written_as or gguf.architecture}`"
     return f"| `{name}` | {what} | {arch} | {cases} |"
 
 

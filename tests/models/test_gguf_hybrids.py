@@ -141,6 +141,60 @@ def test_a_decay_that_grows_is_refused(made: Any, tmp_path: Path) -> None:
         Engine(file)
 
 
+def test_norms_of_groups_in_other_axes_are_refused(made: Any, tmp_path: Path) -> None:
+    import gguf
+
+    add = gguf.GGUFWriter.add_tensor
+
+    def turned(writer: Any, name: str, values: Any, **rest: Any) -> None:
+        add(writer, name, values.T.copy() if name.endswith("ssm_norm.weight") else values, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "add_tensor", turned)
+        file = tiny_gguf(made("mamba2", n_groups=2)[0], tmp_path / "tiny.gguf")
+    with pytest.raises(ModelLoadError, match=r"mixer.norm.weight"):
+        Engine(file)
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(4, "nextn_predict_layers is 4, but there are 4 layers"), (2, r"layer 2 of 4 has no tensor blk.2.nextn.\*")],
+)
+def test_layers_that_answer_are_not_taken_for_layers_that_draft(
+    count: int, said: str, made: Any, tmp_path: Path
+) -> None:
+    file = tiny_gguf(made("glm4_moe")[0], tmp_path / "tiny.gguf", glm4moe__nextn_predict_layers=count)
+    with pytest.raises(ModelLoadError, match=said):
+        describe(str(file))
+
+
+def test_value_heads_in_another_order_stay_on_one_rank(made: Any, tmp_path: Path) -> None:
+    file = tiny_gguf(made("qwen3_5_text")[0], tmp_path / "tiny.gguf")
+    with pytest.raises(ModelLoadError, match="value heads of this GGUF file are in an order that cannot be shared out"):
+        load_model(describe(str(file)), BuildContext(Ops(), torch.float32, CPU, mesh=Mesh.of(0, tp=2)))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [([0.5], "has 1 numbers for 3 layers"), (["a"] * 3, "holds 'a'"), (None, "has no xielu.alpha_p")],
+)
+def test_numbers_of_an_activation_that_are_not_there_are_named(
+    values: Any, said: str, made: Any, tmp_path: Path
+) -> None:
+    from phloem.testing import checkpoints
+
+    def write(writer: Any, tensors: Any, config: Any) -> None:
+        del tensors, config
+        for key in ("alpha_n", "beta", "eps") + ("alpha_p",) * (values is not None):
+            writer.add_array(f"xielu.{key}", values if key == "alpha_p" else [0.5] * 3)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "write_numbers", write)
+        file = tiny_gguf(made("apertus")[0], tmp_path / "tiny.gguf")
+    with pytest.raises(ModelLoadError, match=said):
+        Engine(file)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["jamba", "falcon_h1-gate", "granitemoehybrid-still", "nemotron_h", "gpt_neox"])
 def test_shares_are_slices_of_the_whole(name: str, made: Any, tmp_path: Path) -> None:

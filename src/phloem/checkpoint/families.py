@@ -1,8 +1,8 @@
 """What a family's file in models/ says of its checkpoints, read and not run.
 
 The file has these facts as literals at its top level: `DEFAULTS`, `SPELLING`, `NEEDS`, `GGUF`, `TINY`, `VARIANTS`,
-`ENCODER`, `VISION`, `AUDIO`, `DIFFUSION`, `IGNORED`. They are taken from the source text, so that the process that
-checks a model path imports no layer and no torch, and this room none above it. A fact may also be imported from
+`ENCODER`, `VISION`, `AUDIO`, `DIFFUSION`, `IGNORED`, `GGUF_FAMILY`. They are taken from the source text, so that the
+process that checks a model path imports no layer and no torch, and this room none above it. A fact may also be imported from
 another family's file.
 """
 
@@ -19,10 +19,11 @@ from phloem.utils.registry import Registry
 FAMILIES: Registry[Any] = Registry("phloem.models", "model type", "build")
 FACTS = (
     *("DEFAULTS", "SPELLING", "NEEDS", "GGUF", "TINY", "VARIANTS", "ENCODER", "VISION", "AUDIO"),
-    *("DIFFUSION", "IGNORED"),
+    *("DIFFUSION", "IGNORED", "GGUF_FAMILY"),
 )
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 SPARSE, SIGMOID, NORMED = " with experts", " with sigmoid routing", " with normalised steps"
+UNSCALED = " without multipliers"
 MOST_LAYERS = 10_000
 _FOLDER = Path(__file__).parents[1] / "models"
 
@@ -36,6 +37,7 @@ class GGUFFacts:
     sparse: bool = False  # it serves those files of the architecture that say how many experts there are
     sigmoid: bool = False  # it serves those files whose routers score by a sigmoid
     normed: bool = False  # it serves those files whose recurrent layers normalise what steps are made of
+    unscaled: bool = False  # it serves those files whose metadata has no multiplier
     also: tuple[str, ...] = ()  # further architectures that are read in the same way
     written_as: str = ""  # the architecture that today's converters write for it, if another
     # config.json key -> metadata key under the architecture's prefix, which must be there; or (that key, a default).
@@ -48,6 +50,8 @@ class GGUFFacts:
     rows: dict[str, str] = field(default_factory=dict)  # config.json key -> a tensor that has so many rows
     shares: dict[str, tuple[str, str]] = field(default_factory=dict)  # config.json key -> one metadata key by another
     names: dict[str, str] = field(default_factory=dict)  # our tensor name in a layer -> the file's; `{}`: experts
+    numbers: dict[str, str] = field(default_factory=dict)  # our tensor in a layer -> metadata key of one number each
+    unheeded: tuple[str, ...] = ()  # metadata keys that change nothing for texts
     turned: tuple[str, ...] = ()  # projections whose rows are stored for a rotation of neighbours
     norm_shift: float = 0.0  # what the converter adds to norms
 
@@ -77,6 +81,7 @@ class Family:
     diffusion: dict[str, str] | None = None
     # Patterns of tensors, by their names in files, that the model does without: layers that draft, mostly.
     ignored: tuple[str, ...] = ()
+    gguf_family: str = ""  # the family as which converters write it, so that its GGUF files are that one's
 
 
 def facts_of(name: str) -> dict[str, Any]:
@@ -117,6 +122,7 @@ def family(name: str) -> Family:
         audio=found.get("AUDIO"),
         diffusion=found.get("DIFFUSION"),
         ignored=found.get("IGNORED", ()),
+        gguf_family=found.get("GGUF_FAMILY", ""),
     )
 
 
@@ -131,7 +137,7 @@ def gguf_families() -> dict[str, Family]:
     found = [family(name) for name in FAMILIES.names()]
     facts = [(item, item.gguf) for item in found if item.gguf is not None]
     return {
-        arch + SPARSE * own.sparse + SIGMOID * own.sigmoid + NORMED * own.normed: item
+        arch + SPARSE * own.sparse + SIGMOID * own.sigmoid + NORMED * own.normed + UNSCALED * own.unscaled: item
         for item, own in facts
         for arch in (own.architecture, *own.also)
     }

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from phloem.checkpoint.families import MOST_LAYERS, NORMED, SIGMOID, SPARSE, gguf_families
+from phloem.checkpoint.families import MOST_LAYERS, NORMED, SIGMOID, SPARSE, UNSCALED, gguf_families
 from phloem.checkpoint.gguf_keys import check_unread
 from phloem.checkpoint.gguf_own import LARGEST, plain, read_own
 from phloem.checkpoint.gguf_rope import read_rope, rope_keys
@@ -35,6 +35,7 @@ KEYS = {
 }
 _NEEDED = ("num_hidden_layers", "max_position_embeddings", "hidden_size", "intermediate_size", "num_attention_heads")
 _REAL = ("rms_norm_eps", "rope_theta")
+_MULTIPLIERS = ("embedding_scale", "residual_scale", "attention.scale", "logit_scale")
 _BIASES = {"attention_bias": "attn_q", "attention_out_bias": "attn_output", "mlp_bias": "ffn_up"}
 
 
@@ -49,7 +50,10 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
     own = _served_as(gguf, arch)
     facts = families[own].gguf if own in families else None
     if facts is None:
-        raise ModelLoadError(f"{path}: unknown GGUF architecture {arch!r}; known: {', '.join(sorted(families))}")
+        raise ModelLoadError(
+            f"{path}: unknown GGUF architecture {arch!r}; known: {', '.join(sorted(families))}; serve the safetensors "
+            "checkpoint of this model instead"
+        )
     config: dict[str, Any] = {"model_type": families[own].name, "architectures": [facts.hf_class]}
     config["hidden_act"] = "silu"
     for key, source in KEYS.items():
@@ -63,6 +67,7 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
     config["tie_word_embeddings"] = "output.weight" not in gguf.tensors
     for key, tensor in _BIASES.items():
         config[key] = f"blk.0.{tensor}.bias" in gguf.tensors
+    config["lm_head_bias"] = "output.bias" in gguf.tensors
     for key in ("bos", "eos", "padding"):
         token = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token is not None:
@@ -82,6 +87,7 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
         *latent,
         *(item if isinstance(item, str) else item[0] for item in facts.keys.values()),
         *facts.lists.values(),
+        *facts.unheeded,
         *(name for pair in facts.shares.values() for name in pair),
     }
     check_unread(gguf.metadata, arch, read, config, path)
@@ -124,6 +130,7 @@ def _served_as(gguf: GGUFFile, arch: str) -> str:
         (SPARSE, _says(gguf, f"{arch}.expert_count")),
         (SIGMOID, _scores_by_sigmoid(gguf, arch)),
         (NORMED, _says(gguf, f"{arch}.ssm.dt_b_c_rms")),
+        (UNSCALED, _says(gguf, f"{arch}.rope.scaling.finetuned") and not _multiplies(gguf, arch)),
     )
     return next((arch + kind for kind, there in told if there and arch + kind in gguf_families()), arch)
 
@@ -131,6 +138,10 @@ def _served_as(gguf: GGUFFile, arch: str) -> str:
 def _says(gguf: GGUFFile, key: str) -> bool:
     value = gguf.metadata.get(key)
     return isinstance(value, int | float) and bool(value)
+
+
+def _multiplies(gguf: GGUFFile, arch: str) -> bool:
+    return any(_says(gguf, f"{arch}.{name}") for name in _MULTIPLIERS)
 
 
 def _scores_by_sigmoid(gguf: GGUFFile, arch: str) -> bool:

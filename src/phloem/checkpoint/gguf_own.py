@@ -40,6 +40,7 @@ def read_own(config: dict[str, Any], facts: GGUFFacts, gguf: GGUFFile, path: Pat
         elif default is not None:
             config[key] = default
     config.update(facts.config)
+    _check_drafting(config, gguf, path)
     _by_layer(config, facts, gguf, path)
     for key, (first, second) in facts.shares.items():
         whole, count = (_size(gguf, f"{arch}.{name}", path) for name in (first, second))
@@ -50,6 +51,18 @@ def read_own(config: dict[str, Any], facts: GGUFFacts, gguf: GGUFFile, path: Pat
         if name not in gguf.tensors:
             raise ModelLoadError(f"{path}: has no tensor {name}")
         config[key] = gguf.tensors[name].shape[0]
+
+
+def _check_drafting(config: dict[str, Any], gguf: GGUFFile, path: Path) -> None:
+    """Layers that are said to draft are left out: none may be one of those that answer."""
+    count, drafting = config["num_hidden_layers"], int(config.get("num_nextn_predict_layers") or 0)
+    where = f"{path}: {gguf.metadata.get('general.architecture')}.nextn_predict_layers is {drafting}"
+    if drafting >= count:
+        raise ModelLoadError(f"{where}, but there are {count} layers in all")
+    for number in range(count - drafting, count):
+        names = [name for name in gguf.tensors if name.startswith(f"blk.{number}.")]
+        if names and not any(name.startswith(f"blk.{number}.nextn.") for name in names):
+            raise ModelLoadError(f"{where}, but layer {number} of {count} has no tensor blk.{number}.nextn.*")
 
 
 def _by_layer(config: dict[str, Any], facts: GGUFFacts, gguf: GGUFFile, path: Path) -> None:

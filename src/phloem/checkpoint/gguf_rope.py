@@ -72,7 +72,7 @@ def _partial(count: Any, config: dict[str, Any], facts: GGUFFacts, where: str) -
     size = head_size(config)
     if count is None or count == size:
         return {}
-    if not 0 < count < size or count % 2 or facts.turned:
+    if not 0 < count < size or count % 2 or (facts.turned and not facts.unscaled):
         raise ModelLoadError(f"{where} is {count}, but a head has {size} dimensions: this share is not supported")
     share = count / size
     # Readers round down: the share must not come out one lower.

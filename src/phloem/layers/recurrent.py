@@ -284,6 +284,8 @@ class DeltaSizes:
     taps: int
     eps: float
     grouped: bool  # one tensor has all of a key head's rows together (Qwen3-Next); else q, k, v, then z, b and a apart
+    apart: bool = False  # grouped: b and a alone are (GGUF)
+    tiled: bool = False  # a head of q and k serves every `key_heads`-th head of v (GGUF)
 
 
 class GatedDelta(Layer):
@@ -294,6 +296,11 @@ class GatedDelta(Layer):
         tp = ctx.mesh.tp
         check_divides("linear_num_key_heads", sizes.key_heads, tp)
         keys, values = sizes.key_heads * sizes.key_size, sizes.value_heads * sizes.value_size
+        if sizes.tiled and tp.size > 1 and sizes.value_heads != sizes.key_heads:
+            raise ModelLoadError(
+                f"tp_size {tp.size}: value heads of this GGUF file are in an order that cannot be shared out; serve it "
+                "on one rank, or the safetensors checkpoint"
+            )
         rows = _by_head(ctx, sizes) if sizes.grouped else _apart(ctx, sizes)
         self.inputs = Linear(ctx, hidden_size, rows)
         self.conv = Convolution(ctx.child("conv1d"), [keys, keys, values], sizes.taps, bias=False, silu=True)
@@ -334,7 +341,7 @@ class GatedDelta(Layer):
         """Heads of length 1, each as often as it serves: [T, H, S]."""
         size = self.sizes.key_size
         x_TKS = self.ops.rms_norm(x_TC.unflatten(-1, (-1, size)), self.unit, 1e-6 / size)
-        return x_TKS.repeat_interleave(self.share, 1)
+        return x_TKS.repeat(1, self.share, 1) if self.sizes.tiled else x_TKS.repeat_interleave(self.share, 1)
 
 
 def _apart(ctx: BuildContext, sizes: DeltaSizes) -> dict[str, Projection]:
@@ -342,6 +349,8 @@ def _apart(ctx: BuildContext, sizes: DeltaSizes) -> dict[str, Projection]:
     cut = cut_of(ctx.mesh.tp, 0)
     found = pieces(ctx, "in_proj_qkv", {"q": keys, "k": keys, "v": values})
     found["in_proj_z"] = Projection(values, cut=cut)
+    if sizes.grouped:
+        return found
     return found | {name: Projection(sizes.value_heads, cut=cut) for name in ("in_proj_b", "in_proj_a")}
 
 
@@ -352,8 +361,8 @@ def _by_head(ctx: BuildContext, sizes: DeltaSizes) -> dict[str, Projection]:
     values = share * sizes.value_size
     wide = [sizes.key_size, sizes.key_size, values, values]
     first, last = ctx.mesh.tp.span(sizes.key_heads)
-    found: dict[str, Projection] = {}
-    for name, widths in (("in_proj_qkvz", wide), ("in_proj_ba", [share, share])):
+    found: dict[str, Projection] = _apart(ctx, sizes) if sizes.apart else {}
+    for name, widths in (("in_proj_qkvz", wide), ("in_proj_ba", [share, share]))[sizes.apart :]:
         each = sum(widths)
         for number, width in enumerate(widths):
             for head in range(first, last):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from math import prod
 from typing import TYPE_CHECKING
 
+import torch
+
 from phloem.checkpoint.families import family
 from phloem.core.errors import ModelLoadError
-from phloem.models._sources import FormedSource, GGUFSource, SplitLatentSource
+from phloem.models._sources import FormedSource, GGUFSource, SplitLatentSource, TensorSource
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from phloem.checkpoint.describe import Checkpoint
     from phloem.checkpoint.gguf_reader import GGUFTensor
@@ -118,7 +122,7 @@ def gguf_sources(
             kind = "dense" if tensor.kind in ("F32", "F64") else tensor.kind
             # The converter has already added the shift to the norms that have one.
             shifted, decay = weight.role == "norm", name.endswith(".A_log")
-            shape = _form(tensor, weight, number)
+            shape = _form(tensor, weight, number, checkpoint)
             if shape != tensor.shape or decay:
                 found[name] = FormedSource(name, shape, "dense", shifted, tensor=tensor, decay=decay)
                 continue
@@ -127,6 +131,7 @@ def gguf_sources(
             keys, values = (stored.replace("attn_kv_b", half) for half in ("attn_k_b", "attn_v_b"))
             if keys in tensors and values in tensors:
                 found[name] = _joined(name, tensors[keys], tensors[values], heads, checkpoint)
+    found |= _told(checkpoint, facts.numbers, slots)
     # Some files have both forms of what makes keys and values: the one is enough.
     used |= {
         name
@@ -134,6 +139,28 @@ def gguf_sources(
         if re.fullmatch(r"blk\.\d+\.attn_[kv]_b\.weight", name) and "attn_kv_b" in facts.names.values()
     }
     return found, sorted(set(tensors) - used - _of_others(checkpoint))
+
+
+def _told(checkpoint: Checkpoint, numbers: Mapping[str, str], slots: Iterable[str]) -> dict[str, Source]:
+    """Tensors of one number, which the metadata has for each layer."""
+    assert checkpoint.gguf is not None
+    count, found = checkpoint.config["num_hidden_layers"], dict[str, "Source"]()
+    for name in slots if numbers else ():
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+        key = numbers.get(match[2]) if match else None
+        if match is None or key is None:
+            continue
+        value, where = checkpoint.gguf.metadata.get(key), f"{checkpoint.path}: {key}"
+        if value is None:
+            raise ModelLoadError(f"{checkpoint.path}: its metadata has no {key}")
+        values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value] * count
+        if len(values) != count:
+            raise ModelLoadError(f"{where} has {len(values)} numbers for {count} layers")
+        number = values[int(match[1])]
+        if isinstance(number, str | bool) or not math.isfinite(number):
+            raise ModelLoadError(f"{where} holds {number!r}, expected numbers")
+        found[name] = TensorSource(name, (1,), tensor=torch.tensor([float(number)]))
+    return found
 
 
 def _joined(name: str, keys: GGUFTensor, values: GGUFTensor, heads: int, checkpoint: Checkpoint) -> SplitLatentSource:
@@ -181,7 +208,7 @@ def _piece_of(stacked: GGUFTensor, piece: int, count: int, checkpoint: Checkpoin
     return stacked.part(piece)
 
 
-def _form(tensor: GGUFTensor, weight: Weight, number: int) -> tuple[int, ...]:
+def _form(tensor: GGUFTensor, weight: Weight, number: int, checkpoint: Checkpoint) -> tuple[int, ...]:
     """The shape that a vector's slot gives to its numbers: files have some in other axes."""
     wanted = weight.shapes[number]
     if weight.role != "norm":
@@ -191,4 +218,8 @@ def _form(tensor: GGUFTensor, weight: Weight, number: int) -> tuple[int, ...]:
     fits = prod(wanted) == prod(tensor.shape)
     if len(wanted) > 1:  # a table: numbers of another order are not its own
         fits = [size for size in wanted if size > 1] == [size for size in tensor.shape if size > 1]
+    elif sum(size > 1 for size in tensor.shape) > 1:  # a vector by groups, one in each row
+        assert checkpoint.gguf is not None
+        metadata = checkpoint.gguf.metadata
+        fits = fits and tensor.shape[0] == metadata.get(f"{metadata.get('general.architecture')}.ssm.group_count")
     return wanted if len(weight.names) == 1 and fits else tensor.shape

@@ -11,6 +11,18 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"hidden_act": "xielu", "rope_theta": 12000000.0}
+GGUF = {
+    "architecture": "apertus",
+    "hf_class": "ApertusForCausalLM",
+    "config": {"hidden_act": "xielu"},
+    "names": {"attention_layernorm": "attn_norm", "feedforward_layernorm": "ffn_norm"},
+    "numbers": {
+        "mlp.act_fn.alpha_p": "xielu.alpha_p",
+        "mlp.act_fn.alpha_n": "xielu.alpha_n",
+        "mlp.act_fn.beta": "xielu.beta",
+        "mlp.act_fn.eps": "xielu.eps",
+    },
+}
 TINY = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 VARIANTS = {"bias": {"attention_bias": True, "num_key_value_heads": 4}}
 

@@ -22,6 +22,34 @@ DEFAULTS = {
     "mamba_proj_bias": False,
     "partial_rotary_factor": 0.5,
 }
+GGUF = {
+    "architecture": "granitehybrid",
+    "hf_class": "BambaForCausalLM",
+    "unscaled": True,
+    "keys": {
+        "mamba_d_ssm": "ssm.inner_size",
+        "mamba_n_heads": "ssm.time_step_rank",
+        "mamba_n_groups": "ssm.group_count",
+        "mamba_d_state": "ssm.state_size",
+        "mamba_d_conv": "ssm.conv_kernel",
+    },
+    "config": {"partial_rotary_factor": 1.0},
+    "flags": {
+        "mamba_conv_bias": "ssm_conv1d.bias",
+        "mamba_proj_bias": "ssm_in.bias",
+        "attention_bias": "attn_q.bias",
+        "attention_out_bias": "attn_output.bias",
+    },
+    "layers_with": {"attn_layer_indices": "attn_q.weight"},
+    "shares": {"mamba_d_head": ("ssm.inner_size", "ssm.time_step_rank")},
+    "names": {
+        "pre_ff_layernorm": "ffn_norm",
+        "feed_forward.gate_proj": "ffn_gate",
+        "feed_forward.up_proj": "ffn_up",
+        "feed_forward.down_proj": "ffn_down",
+    },
+    "turned": ("q_proj", "k_proj"),
+}
 TINY = {
     "head_dim": None,
     "mamba_n_heads": 8,

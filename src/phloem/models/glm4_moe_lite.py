@@ -19,6 +19,7 @@ DEFAULTS = {
     "routed_scaling_factor": 1.8,
     "rope_interleave": True,
 }
+GGUF_FAMILY = "deepseek_v3"
 TINY = {
     "head_dim": None,
     "num_key_value_heads": 4,

@@ -12,6 +12,16 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"head_dim": 128}
+GGUF = {
+    "architecture": "mistral3",
+    "hf_class": "Ministral3ForCausalLM",
+    "keys": {
+        "llama_4_scaling_beta": ("attention.temperature_scale", 0.0),
+        "yarn_growth": ("rope.scaling.yarn_log_multiplier", 0.0),
+        "sliding_window": ("attention.sliding_window", 0),
+    },
+    "turned": ("q_proj", "k_proj"),
+}
 TINY = {
     "rope_parameters": {
         "rope_type": "yarn",
@@ -31,7 +41,11 @@ VARIANTS = {"window": {"sliding_window": 7}}
 def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     """What config.json describes."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
+    beta = config.get("llama_4_scaling_beta") or rope.get("llama_4_scaling_beta")
+    length = rope.get("original_max_position_embeddings")
+    if config.get("yarn_growth") and rope.get("rope_type") == "yarn":  # GGUF
+        grown = dict.fromkeys(("mscale", "mscale_all_dim"), config["yarn_growth"])
+        config = {**config, "rope_parameters": {**rope, **grown}}
     growth = QGrowth(float(beta), int(length)) if beta and length else None
     window = int(config.get("sliding_window") or 0)
     # In Mistral's own format (`params.json`) neighbours are paired.

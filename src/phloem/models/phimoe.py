@@ -14,6 +14,23 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "router_jitter_noise": 0.01, "num_experts_per_tok": 2}
+GGUF = {
+    "architecture": "phimoe",
+    "hf_class": "PhimoeForCausalLM",
+    "keys": {
+        "num_local_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "sliding_window": ("attention.sliding_window", 0),
+    },
+    "config": {"router_jitter_noise": 0.01},  # which no file says
+    "flags": {"attention_bias": "attn_q.bias"},
+    "names": {
+        "block_sparse_moe.gate": "ffn_gate_inp",
+        "block_sparse_moe.experts.{}.w1": "ffn_gate_exps",
+        "block_sparse_moe.experts.{}.w2": "ffn_down_exps",
+        "block_sparse_moe.experts.{}.w3": "ffn_up_exps",
+    },
+}
 # Wide enough that now one expert is near the best, now several.
 TINY = {"head_dim": None, "num_local_experts": 6, "intermediate_size": 24, "router_jitter_noise": 0.3}
 VARIANTS = {

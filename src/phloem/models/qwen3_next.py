@@ -28,6 +28,40 @@ DEFAULTS = {
     "decoder_sparse_step": 1,
     "norm_topk_prob": True,
 }
+# Value heads stand one behind the other where q, k and v have a tensor of their own.
+GGUF = {
+    "architecture": "qwen3next",
+    "hf_class": "Qwen3NextForCausalLM",
+    "keys": {
+        "linear_key_head_dim": "ssm.state_size",
+        "linear_num_key_heads": "ssm.group_count",
+        "linear_num_value_heads": "ssm.time_step_rank",
+        "linear_conv_kernel_dim": "ssm.conv_kernel",
+        "full_attention_interval": ("full_attention_interval", 4),
+        "num_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+        "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+        "norm_topk_prob": ("expert_weights_norm", True),
+    },
+    "config": {"decoder_sparse_step": 1, "partial_rotary_factor": 1.0},
+    "flags": {"gates_apart": "attn_gate.weight"},
+    "kinds": {"layer_types": {"ssm_out.weight": "linear_attention", "attn_q.weight": "full_attention"}},
+    "shares": {"linear_value_head_dim": ("ssm.inner_size", "ssm.time_step_rank")},
+    "names": {
+        "post_attention_layernorm": "post_attention_norm",
+        "linear_attn.in_proj_qkvz": "ssm_in",
+        "linear_attn.in_proj_qkv": "attn_qkv",
+        "linear_attn.in_proj_z": "attn_gate",
+        "linear_attn.in_proj_ba": "ssm_ba",
+        "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+        "mlp.shared_expert.up_proj": "ffn_up_shexp",
+        "mlp.shared_expert.down_proj": "ffn_down_shexp",
+        "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    },
+    "unheeded": ("rope.dimension_sections",),
+    "norm_shift": 1.0,
+}
 TINY = {
     "num_hidden_layers": 3,
     "linear_key_head_dim": 32,
@@ -76,6 +110,8 @@ def hybrid(
         config["linear_conv_kernel_dim"],
         float(config.get("rms_norm_eps", 1e-6)),
         grouped,
+        apart=bool(config.get("gates_apart")),
+        tiled=bool(config.get("tiled_values")),
     )
     attention = usual_attention(config, qk_norm="head", gate=True, norm_shift=1.0)
     delta, full = Recurrent(GatedDelta, sizes, "linear_attn"), attends(config)

@@ -15,7 +15,7 @@ from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
 from phloem.models import build_model
 from phloem.models.lfm2 import inner_size
-from phloem.testing.converted import MAMBA1, MAMBA2, architecture, attending, prepared, write_metadata
+from phloem.testing.converted import MAMBA1, MAMBA2, architecture, attending, prepared, write_metadata, write_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -288,7 +288,9 @@ def tiny_gguf(
     kind_of = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kind_of[arch], config["num_hidden_layers"])
     for file in sorted(source.glob("*.safetensors")):
-        stored_as = _stacked(prepared(load_file(file), config))
+        loaded = load_file(file)
+        write_numbers(writer, loaded, config)
+        stored_as = _stacked(prepared(loaded, config))
         if not whole_latent:
             stored_as = {
                 k: v for name, values in stored_as.items() for k, v in _split_latent(name, values, config).items()
@@ -316,7 +318,7 @@ def _renamed(name: str, names: Any) -> Any:
 
 def written(model_type: str) -> GGUFFacts:
     """The facts of the architecture that converters write for a family."""
-    facts = family(model_type).gguf
+    facts = family(family(model_type).gguf_family or model_type).gguf
     other = gguf_families().get(facts.written_as) if facts is not None else None
     facts = other.gguf if other is not None else facts
     if facts is None:
@@ -469,6 +471,6 @@ def _as_converted(name: str, values: Any, config: dict[str, Any], facts: GGUFFac
         values = values.T
     if part == "moe_statics":
         values = values.reshape(-1)
-    if facts.norm_shift and name.endswith("norm.weight"):
+    if facts.norm_shift and name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
         values = values + facts.norm_shift
     return np.ascontiguousarray(values)

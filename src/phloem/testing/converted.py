@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-MAMBA1, MAMBA2 = ("mamba", "falcon_mamba", "jamba"), ("mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h")
+MAMBA1, MAMBA2 = ("mamba", "falcon_mamba", "jamba"), ("mamba2", "falcon_h1", "granitemoehybrid", "nemotron_h", "bamba")
+DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 
 ENCODERS = ("bert", "modernbert")
@@ -26,6 +27,8 @@ def attending(config: dict[str, Any]) -> list[bool] | None:
     if config["model_type"] == "jamba":
         period, offset = config["attn_layer_period"], config["attn_layer_offset"]
         return [n % period == offset for n in range(config["num_hidden_layers"])]
+    if config["model_type"] == "bamba":
+        return [n in config["attn_layer_indices"] for n in range(config["num_hidden_layers"])]
     kinds = config.get("layers_block_type") or config.get("layer_types") or []
     hybrid = config["model_type"] in ("granitemoehybrid", "nemotron_h")
     return [kind in ("attention", "full_attention") for kind in kinds] if hybrid else None
@@ -49,6 +52,18 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
         writer.add_ssm_state_size(state)
         writer.add_ssm_time_step_rank(heads)
         writer.add_ssm_group_count(groups)
+    if kind in DELTA:
+        writer.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
+    if kind in DELTA[1:]:
+        writer.add_rope_dimension_sections([11, 11, 10, 0])
+    if kind == "glm4_moe_lite":
+        writer.add_leading_dense_block_count(config["mlp_layer_types"].index("sparse"))
+    if kind == "bamba":
+        writer.add_rope_scaling_finetuned(True)
+    if kind == "ministral3":
+        rope = config["rope_parameters"]
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
     if kind == "granitemoehybrid":
         writer.add_rope_scaling_finetuned(config.get("position_embedding_type") == "rope")
     if kind == "nemotron_h":
@@ -76,6 +91,15 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
         writer.add_tensor_data_layout("jploski")
 
 
+def write_numbers(writer: Any, tensors: dict[str, Any], config: dict[str, Any]) -> None:
+    """Apertus: the numbers of each layer's activation."""
+    if config["model_type"] == "apertus":
+        for key in ("alpha_p", "alpha_n", "beta", "eps"):
+            layers = range(config["num_hidden_layers"])
+            values = [float(tensors[f"model.layers.{n}.mlp.act_fn.{key}"].item()) for n in layers]
+            writer.add_array(f"xielu.{key}", values)
+
+
 def sizes(config: dict[str, Any]) -> tuple[int, int, int, int, int]:
     """Of Mamba 2: heads, their size, groups, taps, states."""
     if config["model_type"] in ("mamba2", "nemotron_h"):
@@ -97,6 +121,10 @@ def prepared(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         if kind == "granitemoehybrid" and not config["num_local_experts"]:
             tensors = {k: v for name, values in tensors.items() for k, v in _dense(name, values).items()}
         return dict(_recurrent(name, values, config) for name, values in tensors.items())
+    if kind == "apertus":
+        return {name: values for name, values in tensors.items() if ".act_fn." not in name}
+    if kind in DELTA:
+        return {k: v for name, values in tensors.items() for k, v in _delta(name, values, config).items()}
     if kind in ENCODERS:  # without what makes other things of its states
         return {k: v for k, v in tensors.items() if not k.startswith("pooler.")}
     if kind == "llama4_text":
@@ -109,6 +137,42 @@ def prepared(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     if kind in ("falcon", "gpt_neox"):
         return {name: _one_after_another(name, values, config) for name, values in tensors.items()}
     return tensors
+
+
+def _delta(name: str, values: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """Gated delta nets: q, k and v in one tensor and z in another, value heads in another order (Qwen3.5)."""
+    keys, heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    size, value = config["linear_key_head_dim"], config["linear_value_head_dim"]
+    if name.endswith("in_proj_qkvz.weight"):
+        return _gates_apart(name, values, config)
+    if "linear_attn." in name and config["model_type"] != "qwen3_next":
+        part = name.split(".")[-2] if name.endswith(".weight") else name.rpartition(".")[2]
+        if part in ("in_proj_qkv", "conv1d"):
+            qk = 2 * keys * size
+            values = np.concatenate([values[:qk], _tiled(values[qk:], keys, heads, value)])
+        elif part in ("in_proj_z", "in_proj_a", "in_proj_b", "A_log", "dt_bias"):
+            values = _tiled(values, keys, heads, value if part == "in_proj_z" else 1)
+        elif part == "out_proj":
+            values = _tiled(values.T, keys, heads, value).T
+    if name.endswith(".A_log"):
+        values = -np.exp(values)
+    if name.endswith("conv1d.weight"):
+        values = values.squeeze(1)
+    return {name.replace("dt_bias", "dt_proj.bias"): values}
+
+
+def _gates_apart(name: str, values: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """Qwen3-Next: of each key head q, k, v and z; all q, all k and all v in one tensor, all z in another."""
+    keys, size = config["linear_num_key_heads"], config["linear_key_head_dim"]
+    share = config["linear_num_value_heads"] // keys * config["linear_value_head_dim"]
+    each = values.reshape(keys, 2 * size + 2 * share, -1)
+    q, k, v, z = (part.reshape(-1, part.shape[-1]) for part in np.split(each, np.cumsum([size, size, share]), 1))
+    return {name.replace("_qkvz", "_qkv"): np.concatenate([q, k, v]), name.replace("_qkvz", "_z"): z}
+
+
+def _tiled(values: Any, keys: int, heads: int, size: int) -> Any:
+    """The n-th value heads of all key heads beside each other, from those of one key head beside each other."""
+    return values.reshape(keys, heads // keys, size, -1).swapaxes(0, 1).reshape(values.shape)
 
 
 def _recurrent(name: str, values: Any, config: dict[str, Any]) -> tuple[str, Any]:

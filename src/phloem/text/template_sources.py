@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from phloem.checkpoint.gguf_reader import GGUFFile
@@ -12,6 +13,32 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from phloem.checkpoint.describe import Checkpoint
+
+TEKKEN = "tekken.json"
+_SYSTEM = 7  # the first version with a place of its own for instructions
+# Mistral's plain instruct format: turns, and instructions in front or, before version 7, in the last turn.
+_INSTRUCT = """{{- bos_token -}}
+{%- if tools -%}
+{{- raise_exception('the folder has no chat template: tools need one (--chat-template)') -}}
+{%- endif -%}
+{%- set found = namespace(said='', last=-1) -%}
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}{%- set found.last = loop.index0 -%}{%- endif -%}
+{%- if message.role in ('system', 'developer') and not OWN -%}
+{%- set found.said = found.said + message.content + '\\n\\n' -%}
+{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+{%- if message.role in ('system', 'developer') -%}
+{%- if OWN -%}{{- '[SYSTEM_PROMPT]' + message.content + '[/SYSTEM_PROMPT]' -}}{%- endif -%}
+{%- elif message.role == 'user' -%}
+{{- '[INST]' + (found.said if loop.index0 == found.last else '') + message.content + '[/INST]' -}}
+{%- elif message.role == 'assistant' -%}
+{{- message.content + eos_token -}}
+{%- else -%}
+{{- raise_exception('role ' + message.role + ': the folder has no chat template that knows it (--chat-template)') -}}
+{%- endif -%}
+{%- endfor -%}"""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -45,7 +72,16 @@ def find_sources(checkpoint: Checkpoint) -> dict[str, str]:
             found[name] = file.read_text(encoding="utf-8", errors="replace")
     if not found and checkpoint.gguf is not None:
         return _gguf_sources(checkpoint.gguf.metadata)
+    if not found and (directory / TEKKEN).is_file() and not (directory / "tokenizer.json").is_file():
+        own = tekken_version(read_json(directory / TEKKEN).get("config")) >= _SYSTEM
+        return {"default": _INSTRUCT.replace("OWN", str(own).lower())}
     return found
+
+
+def tekken_version(config: Any) -> int:
+    """The number of `config.version` in a `tekken.json`: "v7", "v7m1"; 0: it has none."""
+    match = re.match(r"v(\d+)", str(config.get("version"))) if isinstance(config, dict) else None
+    return int(match[1]) if match else 0
 
 
 def _named(value: Any) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Text to token ids and back, on the `tokenizers` library alone.
 
-Sources are `tokenizer.json`, the metadata of a GGUF file, or a SentencePiece model.
+Sources are `tokenizer.json`, the metadata of a GGUF file, a SentencePiece model, or `tekken.json`.
 
 Decoding works on bytes: every token has fixed bytes (`token_bytes`), and the text is their UTF-8 reading, in which
 bytes that are no UTF-8 become U+FFFD. So a stream gives what a whole decode gives, whatever the chunks. This agrees
@@ -21,9 +21,9 @@ from tokenizers import Tokenizer as Backend
 
 from phloem.checkpoint.gguf_reader import GGUFFile
 from phloem.core.errors import BadRequest, ModelLoadError
-from phloem.text import sentencepiece_tokenizer
+from phloem.text import sentencepiece_tokenizer, tekken_tokenizer
 from phloem.text.gguf_tokenizer import build_backend, set_ends, special_ids
-from phloem.text.template_sources import read_json
+from phloem.text.template_sources import TEKKEN, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -280,7 +280,7 @@ class _Windows:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer of a checkpoint: from `tokenizer.json`, or rebuilt from a SentencePiece model or a GGUF file.
+    """The tokenizer of a checkpoint: from `tokenizer.json`, or rebuilt from another file (`tekken.json`, ...).
 
     Raises:
         ModelLoadError: naming the file that is missing or wrong.
@@ -301,15 +301,17 @@ def _from_directory(path: Path) -> tuple[Backend, dict[str, str]]:
     directory, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
     if not file.is_file():
         found = [directory / name for name in sentencepiece_tokenizer.FILES if (directory / name).is_file()]
-        file = found[0] if found else file
+        file = next(iter(found), directory / TEKKEN if (directory / TEKKEN).is_file() else file)
     config = read_json(directory / "tokenizer_config.json")
     roles = read_json(directory / "special_tokens_map.json")
     special = _roles(roles) | _roles(config)
     if file.suffix == ".model":
         added = {text: at for text, at in read_json(directory / "added_tokens.json").items() if isinstance(at, int)}
         return sentencepiece_tokenizer.build_backend(file, {**roles, **config}, special, added)
+    if file.name == TEKKEN:
+        return tekken_tokenizer.build_backend(file, byte_alphabet())
     if not file.is_file():
-        others = [name for name in ("vocab.json", "tekken.json") if (directory / name).is_file()]
+        others = [name for name in ("vocab.json",) if (directory / name).is_file()]
         hint = f" (found {', '.join(others)}: convert it with `transformers`, whose save_pretrained writes one)"
         raise ModelLoadError(f"{directory} has no tokenizer.json{hint if others else ''}")
     try:

@@ -5,9 +5,16 @@ import pytest
 from phloem.core import resolve
 from phloem.core.config import CacheConfig
 from phloem.core.errors import ConfigError
-from phloem.core.resolve import MemoryFacts
+from phloem.core.resolve import Decision, MemoryFacts
 
 FACTS = MemoryFacts(free=2**30, total=2**32, weights=2**28, bytes_per_token=2**14, default_fraction=0.5)
+
+
+def test_more_threads_than_cores_are_taken_and_told_of() -> None:
+    assert resolve.threads(None, 2).value == 2
+    assert resolve.threads(2, 2) == Decision("threads", 2, "as asked")
+    many = resolve.threads(99, 2)
+    assert many.value == 99 and "more than the 2 cores" in many.reason
 
 
 def test_a_longer_context_than_the_model_has_is_refused() -> None:

@@ -30,7 +30,8 @@ class Decision:
 
 def threads(requested: int | None, cores: int) -> Decision:
     if requested is not None:
-        return Decision("threads", requested, "as asked")
+        slow = f", though more than the {cores} cores there are for them: they wait for one another"
+        return Decision("threads", requested, "as asked" + slow * (requested > cores))
     return Decision("threads", cores, f"one for each of the {cores} cores this process may use")
 
 

@@ -74,7 +74,8 @@ def _links(config: Config, nodes: Nodes, facts: dict[str, str]) -> list[Link]:
         further.wait()
         found = [_measured(node, echoes) for node in further.all]
         for node in further.all:
-            node.stream.finish(Bye("", again=False))
+            with contextlib.suppress(OSError):  # it has read it, and gone
+                node.stream.finish(Bye("", again=False))
         return found
     except OSError as error:
         raise EngineDead(f"{why}: {error}") from None

@@ -157,7 +157,7 @@ class Studio:
 
     def _encoded(self, text: str, pictures: Sequence[Pixels]) -> Condition:
         assert isinstance(self.painter, Family)
-        return self.painter.encoded(text, pictures)
+        return self.painter.condition_of(text, pictures)
 
     def _encode(self, job: Job, painter: Family) -> None:
         guidance = job.guidance

@@ -111,7 +111,7 @@ class Family:
         """Of families whose text encoder sees."""
         raise NotImplementedError
 
-    def encoded(self, text: str, pictures: Sequence[Pixels] = ()) -> Condition:
+    def condition_of(self, text: str, pictures: Sequence[Pixels] = ()) -> Condition:
         """What the text encoders make of a prompt, and of the pictures that they see."""
         self.parts.use(TEXT)
         return self.encode_seeing(text, pictures) if pictures else self.encode(text)

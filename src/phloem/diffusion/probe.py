@@ -51,7 +51,7 @@ def _job(painter: Family, frames: int) -> Job:
     draw = Draw(id="", prompt="", seed=0, film=facts.films, pictures=[grey] if facts.needs_pictures else [])
     guidance = Guidance(facts.guidance or 0.0)
     job = Job(draw, 0, facts.width, facts.height, facts.steps, guidance, 0, frames=frames)
-    job.conditions = [painter.encoded("", draw.pictures if painter.reads_pictures else [])]
+    job.conditions = [painter.condition_of("", draw.pictures if painter.reads_pictures else [])]
     painter.prepared(job)
     return job
 

@@ -9,6 +9,7 @@ import torch
 
 from phloem.core.errors import BadRequest
 from phloem.diffusion.family import Family, Row
+from phloem.diffusion.parts import Parts
 from phloem.diffusion.request import Condition, Facts, Guidance
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class ToyPainter(Family):
     def __init__(self, memory: int = 1 << 30, mixed_sizes: bool = False) -> None:
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.facts = Facts("toy", 1, 4, 4, 8, 3.0, 4096)
+        self.parts = Parts({}, self.device, offload=False)
         self.memory = memory
         self._mixed = mixed_sizes
         self.batches: list[int] = []

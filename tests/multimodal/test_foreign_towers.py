@@ -14,7 +14,7 @@ from model_support import edited
 from test_doors import door, image, user
 from vision_support import picture, png
 
-from phloem.core.errors import ModelLoadError
+from phloem.core.errors import BadRequest, ModelLoadError
 from phloem.llm import Engine
 from phloem.testing.checkpoints import write_tokenizer
 
@@ -152,5 +152,10 @@ def test_a_tower_without_its_tensors_is_refused(tmp_path: Path) -> None:
     path = edited(written("vipllava", tmp_path / "whole"), tmp_path / "part", towerless)
     write_tokenizer(path, TEXT["vocab_size"], takes=("image",))
     (path / "preprocessor_config.json").write_text(json.dumps(PROCESSORS["vipllava"][1]))
+    with Engine(model_path=str(path), model_impl="phloem", **SETTINGS) as engine:
+        told: Any = engine.generate("no picture", sampling_params={"max_new_tokens": 2})
+        assert told["meta_info"]["completion_tokens"] >= 1
+        with pytest.raises(BadRequest, match="not supported yet: image_data"):
+            engine.generate("<image>", image_data=png(PICTURES[0]))
     with pytest.raises(ModelLoadError, match=r"the tower of vipllava: .* tensors are missing"):
         Engine(model_path=str(path), **SETTINGS)

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from model_support import edited
 from test_doors import door, image, user
 from vision_support import picture, png
 
-from phloem.core.errors import ModelLoadError
+from phloem.core.errors import BadRequest, ModelLoadError
 from phloem.llm import Engine
 from phloem.testing.checkpoints import write_tokenizer
 
@@ -113,7 +114,8 @@ def test_logits_and_greedy_text_are_those_of_transformers(made: Any, settings: d
             worst = max(abs(told[at + 1][0] - float(logits[at, one])) for at, one in enumerate(ids[1:]))
             assert worst < 1e-4, f"{text}: {worst}"
             assert found["output_ids"] == wanted
-        assert engine.get_server_info()["internal_states"][0]["pictures_encoded"] == 2
+        info = engine.get_server_info()
+        assert info["internal_states"][0]["pictures_encoded"] == 2
 
 
 @pytest.mark.slow
@@ -123,6 +125,8 @@ def test_pictures_come_over_http(made: Any) -> None:
     async def run() -> None:
         async with door(path) as http:
             assert (await http.get("/model_info")).json()["has_image_understanding"] is True
+            decisions = (await http.get("/server_info")).json()["decisions"]
+            assert [one[1] for one in decisions if one[0] == "tower"] == ["transformers"]
             asked = {"messages": user(image(png(PICTURES[0])), "What?"), "temperature": 0, "max_tokens": 4}
             first = (await http.post("/v1/chat/completions", json=asked)).json()
             again = (await http.post("/v1/chat/completions", json=asked)).json()
@@ -140,14 +144,18 @@ def test_pictures_come_over_http(made: Any) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_tower_without_its_tensors_is_refused(tmp_path: Path) -> None:
-    from model_support import edited
-
     def towerless(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: values for name, values in stored.items() if "multi_modal_projector" not in name}
 
     path = edited(written("vipllava", tmp_path / "whole"), tmp_path / "part", towerless)
     write_tokenizer(path, TEXT["vocab_size"], takes=("image",))
     (path / "preprocessor_config.json").write_text(json.dumps(PROCESSORS["vipllava"][1]))
+    with Engine(model_path=str(path), model_impl="phloem", **SETTINGS) as engine:
+        told: Any = engine.generate("no picture", sampling_params={"max_new_tokens": 2})
+        assert told["meta_info"]["completion_tokens"] >= 1
+        with pytest.raises(BadRequest, match="not supported yet: image_data"):
+            engine.generate("<image>", image_data=png(PICTURES[0]))
     with pytest.raises(ModelLoadError, match=r"the tower of vipllava: .* tensors are missing"):
         Engine(model_path=str(path), **SETTINGS)

@@ -331,7 +331,7 @@ def _describe_directory(path: Path, name: str, load_format: str, model_impl: str
         kv_scheme=kv_scheme(said[0] if said else None),
         stored=stored,
         chosen=chosen,
-        seen=seen if load_format != "dummy" else None,
+        seen=seen if load_format != "dummy" and model_impl == "auto" and stored is None else None,
         name=name,
         architectures=tuple(whole.get("architectures") or ()),
         files=files,

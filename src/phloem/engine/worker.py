@@ -527,6 +527,7 @@ def _loaded(
             model = models.load_model(checkpoint, ctx, _progress(checkpoint.name))
             if checkpoint.seen is not None and isinstance(model, Decoder):
                 model.tower = load_tower(checkpoint, checkpoint.seen, ctx, model.hidden_size)
+                decisions.append(Decision("tower", "transformers", f"no file models/{checkpoint.seen.model_type}.py"))
     finally:
         if stager is not None:
             stager.close()

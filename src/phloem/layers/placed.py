@@ -230,8 +230,8 @@ class PlacedExperts:
 
     def _near(self, x_TN: Tensor, slots_Tk: Tensor, weights_Tk: Tensor, copies: _Copies, count: int) -> Tensor:
         spec = replace(self.spec, experts=count, first=0)
-        there = (self.aside.to_device(one, self.device) for one in (slots_Tk, weights_Tk))
-        return self.ops.experts(x_TN, *there, copies.gate_up, copies.down, spec, copies.biases)
+        slots, weights = self.aside.to_device(slots_Tk, self.device), self.aside.to_device(weights_Tk, self.device)
+        return self.ops.experts(x_TN, slots, weights, copies.gate_up, copies.down, spec, copies.biases)
 
     def _far(self, x_TN: Tensor, ids_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
         ops, weights = self.aside.ops, (self.gate_up.value, self.down.value)

@@ -202,6 +202,32 @@ def test_recurrent_layers_and_experts_run_on_the_stand_in_by_fused_ops(tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("stand_in")
+def test_experts_on_the_host_beside_the_stand_in_cross_by_pinned_copies(tmp_path: Path) -> None:
+    """Two devices of one process: copies of some experts on one, all of them on the other; deferred, and streamed."""
+    path, settings = tiny_checkpoint("qwen3_moe", tmp_path), [{"kt_num_gpu_experts": 2}]
+    settings.append({"kt_num_gpu_experts": 2, "kt_max_deferred_experts_per_token": 1})
+    settings.append({"kt_num_gpu_experts": 1, "kt_gpu_prefill_token_threshold": 16})
+    wanted: list[Any] = []
+    for more in settings:
+        with Engine(model_path=str(path), device="cpu", ops="reference", **SIZES, **more) as engine:
+            answers: Any = engine.generate([LONG, "Sap"], GREEDY)
+        wanted.append([one["output_ids"] for one in answers])
+    said = run(
+        "from phloem import Engine\n"
+        "import torch_npu\n"
+        f"for more in {settings!r}:\n"
+        "    torch_npu.npu.USED.clear()\n"
+        f"    with Engine(model_path={str(path)!r}, device='npu', **{SIZES!r}, **more) as engine:\n"
+        f"        print([one['output_ids'] for one in engine.generate([{LONG!r}, 'Sap'], {GREEDY!r})])\n"
+        "    print(torch_npu.npu.USED['record_stream'])\n"
+    ).splitlines()
+    assert said[::2] == [str(one) for one in wanted]
+    # Three tensors of each of three layers in ten steps, beside what every step brings down.
+    assert all(int(count) >= 90 for count in said[1::2])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("stand_in")
 def test_the_doctor_names_the_npu(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "phloem", "doctor", str(tiny_checkpoint("llama", tmp_path)), "--device", "npu"],

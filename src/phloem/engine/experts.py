@@ -117,7 +117,8 @@ def hosting(
         why = f"{deferred} of {k} experts of a token; one at least is its own layer's"
         raise ConfigError(f"kt_max_deferred_experts_per_token: {why}", param="kt_max_deferred_experts_per_token")
     streams = config.experts.kt_gpu_prefill_token_threshold or None
-    aside = Aside(host, same=same, deferred=deferred, streams_from=None if same else streams)
+    crossing = None if same else platform.streams
+    aside = Aside(host, same=same, deferred=deferred, streams_from=None if same else streams, streams=crossing)
     decisions.append(Decision("expert_ops", host.name, why))
     if deferred:
         why = "of each token, the least weighted: added one sparse layer later, which changes the answers"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from phloem.distributed.experts import Move, Table
     from phloem.kernels.ops import Ops
+    from phloem.platforms._streams import Streams
 
 HOST = torch.device("cpu")
 T = TypeVar("T")
@@ -64,9 +65,19 @@ class Aside:
         same: it is the device's table too, so that there is nothing to overlap and nothing to copy.
         deferred: d of every sparse layer but the last.
         streams_from: a step of so many tokens has all experts copied to the device, layer by layer; None: none has.
+        streams: of the device, whose pinned buffers what crosses goes through; None: it is copied plainly.
     """
 
-    def __init__(self, ops: Ops, *, same: bool = False, deferred: int = 0, streams_from: int | None = None) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        *,
+        same: bool = False,
+        deferred: int = 0,
+        streams_from: int | None = None,
+        streams: Streams | None = None,
+    ) -> None:
+        self._streams = streams
         self.ops, self.same, self.deferred, self.streams_from = ops, same, deferred, streams_from
         self.layers: list[Shared] = []
         self.pending: Late | None = None  # what the sparse layer before this one deferred
@@ -95,6 +106,20 @@ class Aside:
         """Behind here the step goes on with these of its tokens alone (None: all)."""
         if self.pending is not None:
             self.pending.rows = rows_L
+
+    def to_host(self, *tensors: Tensor) -> list[Tensor]:
+        """All of them by one wait: for their copy, behind what the device has been given so far."""
+        if self._streams is None:
+            return [tensor.to(HOST) for tensor in tensors]
+        arriving = self._streams.down(tensors)
+        arriving.event.synchronize()
+        return arriving.host
+
+    def to_device(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Without a wait, where there are pinned buffers: before what the device is given next."""
+        if self._streams is None or tensor.device == device:
+            return tensor.to(device)
+        return self._streams.up([tensor.numpy()])[0]
 
     def submit(self, work: Callable[[], Tensor]) -> Future[Tensor]:
         """Compute on the host, one after the other."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from phloem.layers.aside import HOST, Late
+from phloem.layers.aside import Late
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -173,7 +173,9 @@ class PlacedExperts:
             aside.pending = None
             aside.steps += 1
         before = aside.pending
-        ids, weights = ids_Tk.to(HOST), weights_Tk.to(HOST, torch.float32)
+        ids, weights, host_x = aside.to_host(ids_Tk, weights_Tk, x_TN)
+        # Widened here: what crosses is as narrow as the model's type.
+        weights, host_x = weights.float(), host_x.float()
         if not aside.same:
             aside.counts[self.number] += np.bincount(ids.reshape(-1).numpy(), minlength=self.spec.experts)
         count = aside.defers(self.number, self.k)
@@ -182,7 +184,6 @@ class PlacedExperts:
         if aside.streams_from is not None and not aside.same and len(ids) >= aside.streams_from:
             streamed = self._streamed()
         own = ids if late is None else ids.masked_fill(late, -1)
-        host_x = x_TN.to(HOST, torch.float32)
         begun = self._on_both(x_TN, host_x, own, weights, streamed)
         begun.before, begun.dtype = before, x_TN.dtype
         if late is not None:
@@ -209,7 +210,7 @@ class PlacedExperts:
         return found
 
     def _added(self, near: Tensor | None, far: Tensor, dtype: torch.dtype) -> Tensor:
-        far = far.to(self.device, dtype)
+        far = self.aside.to_device(far, self.device).to(dtype)
         return far if near is None else self.ops.add(near, far)
 
     def _on_both(
@@ -229,8 +230,8 @@ class PlacedExperts:
 
     def _near(self, x_TN: Tensor, slots_Tk: Tensor, weights_Tk: Tensor, copies: _Copies, count: int) -> Tensor:
         spec = replace(self.spec, experts=count, first=0)
-        there = slots_Tk.to(self.device), weights_Tk.to(self.device)
-        return self.ops.experts(x_TN, *there, copies.gate_up, copies.down, spec, copies.biases)
+        slots, weights = self.aside.to_device(slots_Tk, self.device), self.aside.to_device(weights_Tk, self.device)
+        return self.ops.experts(x_TN, slots, weights, copies.gate_up, copies.down, spec, copies.biases)
 
     def _far(self, x_TN: Tensor, ids_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
         ops, weights = self.aside.ops, (self.gate_up.value, self.down.value)

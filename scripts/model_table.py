@@ -81,7 +81,7 @@ format (`[INST]`, and `[SYSTEM_PROMPT]` from version 7 on), which has no tools.
 
 GGUF files of GLM-4.7-Flash say `deepseek2`, those of Bamba `granitehybrid`. Value heads of Qwen3.5 lie in another order
 there, which one rank reads and several do not. Not read: architectures of families without a name in the column (Gemma
-4, MiMo-V2-Flash, Mistral 4, K-EXAONE, DeepSeek V3.2, GLM-5, Nomic BERT), vocabularies of kind `t5` (XLM-RoBERTa), and
+4, MiMo-V2-Flash, Mistral 4, DeepSeek V3.2, GLM-5, Nomic BERT), vocabularies of kind `t5` (XLM-RoBERTa), and
 experts whose gate and up are one tensor; the error names the safetensors checkpoint or `--tokenizer-path`. No
 architecture exists for Helium, VaultGemma, LongCat-Flash, Youtu, OPT or MPNet.
 

@@ -71,7 +71,7 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
     for key in ("bos", "eos", "padding"):
         token = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token is not None:
-            if not isinstance(token, int | float) or isinstance(token, bool) or token % 1 != 0:
+            if not isinstance(token, int | float) or isinstance(token, bool) or token % 1 != 0 or token < 0:
                 raise ModelLoadError(f"{path}: tokenizer.ggml.{key}_token_id is {token!r:.60}, expected a token id")
             config[f"{key.replace('padding', 'pad')}_token_id"] = int(token)
     pooling = gguf.metadata.get(f"{arch}.pooling_type")

@@ -10,6 +10,7 @@ import mmap
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -325,6 +326,10 @@ class _Reader:
                 end = base + offset + nbytes
                 raise _Damaged(f"tensor {name!r} ends at byte {end}, the file at {self.size}: is it all there?")
             found[name] = GGUFTensor(name, shape, kind, base + offset, nbytes, self.data)
+        order = sorted(found.values(), key=lambda tensor: tensor.offset)
+        for before, after in pairwise(order):
+            if before.offset + before.nbytes > after.offset:
+                raise _Damaged(f"tensors {before.name!r} and {after.name!r} lie over each other")
         return found
 
     def tensor_entry(self) -> tuple[str, tuple[int, ...], str, int, int]:

@@ -96,6 +96,13 @@ class GGUFTensor:
         size = self.nbytes // self.shape[0]
         return GGUFTensor(self.name, self.shape[1:], self.kind, self.offset + index * size, size, self._map)
 
+    def half(self, second: bool) -> GGUFTensor:
+        """The first or the second half of the rows of a matrix [2 M, N], without reading it."""
+        if len(self.shape) != 2 or self.shape[0] % 2:
+            raise IndexError(f"tensor {self.name!r} {list(self.shape)} has no halves")
+        size, shape = self.nbytes // 2, (self.shape[0] // 2, self.shape[1])
+        return GGUFTensor(self.name, shape, self.kind, self.offset + second * size, size, self._map)
+
 
 def _text(raw: bytes) -> str:
     try:

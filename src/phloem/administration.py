@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.adapters import SENT
-from phloem.core.errors import PhloemError
+from phloem.core.config import traces_folder
+from phloem.core.errors import BadRequest, PhloemError
 from phloem.protocol import weights as ask
+from phloem.utils.profiler import ACTIVITIES
 
 if TYPE_CHECKING:
     from phloem.client.client import EngineClient
@@ -48,6 +51,45 @@ class Administered:
 
     def continue_generation(self) -> None:
         self._check(self._door.run(self._client.control("resume")))
+
+    def start_profile(
+        self,
+        output_dir: str | None = None,
+        start_step: int | None = None,
+        num_steps: int | None = None,
+        activities: Sequence[str] | None = None,
+        with_stack: bool | None = None,
+        record_shapes: bool | None = None,
+        *,
+        profile_prefix: str = "",
+    ) -> str:
+        """Trace the steps from `start_step` (default: now) on, for `num_steps` or until `stop_profile`; gives the file.
+
+        Args:
+            output_dir: default: the environment's SGLANG_TORCH_PROFILER_DIR, else that for temporary files.
+            activities: of CPU, GPU and MEM; default: the first two.
+
+        Raises:
+            PhloemError: a trace is being made already.
+        """
+        unknown = [name for name in activities or () if name not in ACTIVITIES]
+        if unknown:
+            raise BadRequest(f"unknown activity {unknown[0]!r}; known: {', '.join(ACTIVITIES)}", param="activities")
+        reply = self._control(
+            "start_profile",
+            folder=str(Path(output_dir).absolute() if output_dir else traces_folder()),
+            prefix=profile_prefix,
+            start_step=start_step or 0,
+            num_steps=num_steps or 0,
+            activities=list(activities or ACTIVITIES[:2]),
+            with_stack=bool(with_stack),
+            record_shapes=bool(record_shapes),
+        )
+        return reply.data["path"]
+
+    def stop_profile(self) -> str:
+        """End the trace, and give its file, which is written then. Raises PhloemError: there is none."""
+        return self._control("stop_profile").data["path"]
 
     def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> dict[str, str]:
         """Load an adapter from a PEFT folder, or a new version of one: `lora_path=lora_name` of `generate`. Gives the

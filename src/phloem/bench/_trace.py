@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phloem.utils.profiler import Profiler
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -18,16 +20,14 @@ def traced(work: Callable[[], object], path: Path | None = None) -> dict[str, An
         work: must have ended on the device too when it returns.
         path: where the trace is kept, for Perfetto or chrome://tracing; None: nowhere.
     """
-    from torch import profiler
-
-    # The engine's steps run in a thread of their own: without this only the calling thread's operators are seen.
-    everywhere: Any = getattr(profiler, "_ExperimentalConfig")(profile_all_threads=True)  # noqa: B009 - not exported
-    with profiler.profile(activities=profiler.supported_activities(), experimental_config=everywhere) as found:
+    profiler = Profiler()
+    try:
         work()
+    finally:
+        profiler.stop()
     with tempfile.TemporaryDirectory() as folder:
         target = path if path is not None else Path(folder) / "trace.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        found.export_chrome_trace(str(target))
+        profiler.write(target)
         if target.suffix == ".gz":
             import gzip
 

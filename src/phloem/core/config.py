@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -538,9 +539,17 @@ def cpu_level(requested: CpuLevel) -> tuple[CpuLevel, str]:
     return _convert("PHLOEM_CPU_LEVEL", said, CpuLevel), "as the environment's PHLOEM_CPU_LEVEL asks"
 
 
+TRACES = "SGLANG_TORCH_PROFILER_DIR"
+
+
 def cache_home() -> Path:
     """Where files that can be made again are kept from one start to the next."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phloem"
+
+
+def traces_folder() -> Path:
+    """Where profiles are written: what `TRACES` of the environment says, else where temporary files are."""
+    return Path(environment_of(TRACES) or tempfile.gettempdir()).resolve()
 
 
 def environment_of(name: str) -> str | None:

@@ -104,7 +104,9 @@ class Control(Message):
     `pause` (args: mode abort | retract | in_place), `resume`, `abort_all`, `cache_tree` (args: max_nodes),
     `kv_events` (data: sequence, events: the whole tree),
     `get_weights_by_name` (args: name, rows; data: weight, nested lists), `load_lora_adapter` (args: name, path,
-    pinned; data: loaded, path by name), `unload_lora_adapter` (args: name; data: loaded, users).
+    pinned; data: loaded, path by name), `unload_lora_adapter` (args: name; data: loaded, users),
+    `start_profile` (args: folder, prefix, start_step, num_steps, activities, with_stack, record_shapes; data: path),
+    `stop_profile` (data: path).
 
     Of weights (`scheduler/weights.py`): `update_weights` (args: source and what `core.updates.Keeper.read` takes,
     version, flush, abort_all; data: tensors, version, epoch, aborted), `begin_update`, `end_update`, `abort_update`,

@@ -16,6 +16,7 @@ import torch
 from phloem.core.errors import OutOfMemory
 from phloem.engine.memory import first_line, is_out_of_memory
 from phloem.engine.pipeline import Between, Flight, Pipeline
+from phloem.utils.profiler import span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -144,6 +145,11 @@ def _run(pipeline: Pipeline[Order], source: queue.SimpleQueue[Any], first: Calla
         pipeline.run(source)
 
 
+def _named(batch: Batch) -> str:
+    kind = "decode" if batch.is_decode else "step"
+    return f"{kind} {batch.step}: {batch.num_rows} rows, {batch.num_tokens} tokens"
+
+
 class _Saved:
     """Steps that find no memory never happened. It does not know the thread: nothing here points in a circle, so that
     what a closed runner held is freed with the last reference to it.
@@ -167,7 +173,8 @@ class _Saved:
         epoch = order.batch.epoch
         if epoch <= self._closed_epoch:
             raise OutOfMemory("launched behind a step that ran out of memory")
-        flight = self._saved(epoch, lambda: self._start_step(order, settle))
+        with span(lambda: _named(order.batch)):
+            flight = self._saved(epoch, lambda: self._start_step(order, settle))
         return Flight(lambda: self._saved(epoch, flight.land), flight.ready)
 
     def _saved(self, epoch: int, work: Callable[[], T]) -> T:

@@ -1,5 +1,5 @@
 """Administrative calls: flush_cache, clear_hicache_storage, state, cache_tree, kv_events, pause, resume, abort_all,
-adapters.
+adapters, profiles.
 
 Those that change weights stand in `weights.py`.
 """
@@ -16,6 +16,7 @@ from phloem.core.request import FinishReason
 from phloem.kvcache import report
 from phloem.kvcache.events import as_map
 from phloem.scheduler import weights
+from phloem.scheduler.profiling import Profiling
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from phloem.core.batch import Pending, Runner
     from phloem.kvcache.events import Feed
     from phloem.scheduler.further import Further
+    from phloem.scheduler.metrics import Meter
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class Governed(weights.Governed, Protocol):
 
     runner: Runner
     feed: Feed | None
+    meter: Meter
     paused: bool
     clock: Callable[[], float]
 
@@ -54,6 +57,7 @@ class Controls:
     def __init__(self, scheduler: Governed) -> None:
         self.scheduler = scheduler
         self.weights = weights.WeightCalls(scheduler, self._reply)
+        self.profiling = Profiling(scheduler)
         self._flushes: list[tuple[str, float]] = []  # (id, deadline)
         self._works: list[tuple[str, Pending[Any], Callable[[Any], Told]]] = []  # (id, work, result -> reply)
 
@@ -85,6 +89,7 @@ class Controls:
     def poll(self) -> None:
         """Flush once nothing holds pages, or give up at the deadline; answer for work that has ended."""
         self.weights.poll()
+        self.profiling.poll()
         works, self._works = self._works, []
         for call_id, pending, told in works:
             if pending.done():
@@ -107,6 +112,7 @@ class Controls:
 
     def give_up(self) -> None:
         """The engine stops: whoever still waits gets an answer. Work between steps has its turn before."""
+        self.profiling.close()
         works, self._works = self._works, []
         for call_id, pending, told in works:
             self._answer(call_id, pending, told)
@@ -159,6 +165,14 @@ class Controls:
     def _do_abort_all(self, call_id: str, args: dict[str, Any]) -> None:
         count = self.scheduler.abort_all(ABORTED)
         self._reply(call_id, True, f"{count} requests aborted", {"aborted": count})
+
+    def _do_start_profile(self, call_id: str, args: dict[str, Any]) -> None:
+        path = self.profiling.start(args)
+        self._reply(call_id, True, f"profiling, into {path}", {"path": path})
+
+    def _do_stop_profile(self, call_id: str, args: dict[str, Any]) -> None:
+        writing, path = self.profiling.stop()
+        self._works.append((call_id, writing, lambda _: (f"the profile is {path}", {"path": str(path)})))
 
     def _do_get_weights_by_name(self, call_id: str, args: dict[str, Any]) -> None:
         """Read between two steps: no update of weights is half done then, and no step runs beside it."""

@@ -31,7 +31,7 @@ UPDATE_PATHS = {
 }
 ADMIN_PATHS = UPDATE_PATHS | {
     *("/pause_generation", "/continue_generation", "/flush_cache", "/get_weights_by_name"),
-    *("/clear_hicache_storage_backend", "/hicache/storage-backend/clear"),
+    *("/clear_hicache_storage_backend", "/hicache/storage-backend/clear", "/start_profile", "/stop_profile"),
     *(f"{prefix}/{verb}_lora_adapter" for prefix in ("", "/v1") for verb in ("load", "unload")),
 }
 _MAX_REQUEST_ID = 128

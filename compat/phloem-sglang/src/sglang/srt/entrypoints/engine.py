@@ -86,14 +86,6 @@ class Engine(PhloemEngine, EngineBase):
         sent = {"config": asked.config_dict, "blobs": blobs_of(texts), "load_format": asked.load_format}
         return self._load_sent(asked.lora_name, sent, asked.pinned)
 
-    def start_profile(self, *_: Any, **__: Any) -> None:
-        refuse(
-            "Engine.start_profile", "profile the process from outside; `phloem bench step` times the parts of a step"
-        )
-
-    def stop_profile(self) -> None:
-        refuse("Engine.stop_profile", "no profile can be started")
-
     def collective_rpc(self, method: str, **_: Any) -> None:
         refuse(f"Engine.collective_rpc({method!r})", "no code of a caller's is run in the engine")
 

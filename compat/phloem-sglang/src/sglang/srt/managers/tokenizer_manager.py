@@ -9,7 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import PhloemError
-from sglang._missing import missing, refuse
+from sglang._missing import missing
 from sglang.srt.managers import io_struct as ask
 
 if TYPE_CHECKING:
@@ -118,11 +118,11 @@ class TokenizerManager:
     async def load_lora_adapter_from_tensors(self, obj: Any, request: Any = None) -> ask.LoRAUpdateOutput:
         return await self._adapters(self.engine.load_sent_lora_adapter, obj)
 
-    async def start_profile(self, *_: Any, **__: Any) -> None:
-        refuse("start_profile", "profile the process from outside; `phloem bench step` times the parts of a step")
+    async def start_profile(self, *args: Any, **fields: Any) -> None:
+        await asyncio.to_thread(self.engine.start_profile, *args, **fields)
 
     async def stop_profile(self) -> None:
-        refuse("stop_profile", "no profile can be started")
+        await asyncio.to_thread(self.engine.stop_profile)
 
 
 def _of(obj: Any, names: str) -> dict[str, Any]:

@@ -75,15 +75,15 @@ them but DiffusionGemma: logits and answers are compared with dense references o
 (`tests/support/dense_denoisers.py`).
 
 Folders in Mistral's own format (`params.json` and `consolidated*.safetensors`, no config.json) are read as `mistral`,
-`ministral3` or `mistral4` (Large 3), plain or with FP8 matrices; their towers are left out. Where
-`tekken.json` is the only tokenizer it is read as it is; without a chat template turns are written in the plain instruct
-format (`[INST]`, and `[SYSTEM_PROMPT]` from version 7 on), which has no tools.
+`ministral3` or `mistral4` (Large 3), plain or with FP8 matrices; their towers are left out. Where `tekken.json` is the
+only tokenizer it is read as it is; without a chat template turns are written in the plain instruct format (`[INST]`,
+and `[SYSTEM_PROMPT]` from version 7 on), which has no tools.
 
 GGUF files of GLM-4.7-Flash say `deepseek2`, those of Bamba `granitehybrid`. Value heads of Qwen3.5 lie in another order
 there, which one rank reads and several do not. Not read: architectures of families without a name in the column (Gemma
-4, MiMo-V2-Flash, Mistral 4, K-EXAONE, DeepSeek V3.2, GLM-5, Nomic BERT), vocabularies of kind `t5` (XLM-RoBERTa), and
-experts whose gate and up are one tensor; the error names the safetensors checkpoint or `--tokenizer-path`. No
-architecture exists for Helium, VaultGemma, LongCat-Flash, Youtu, OPT or MPNet.
+4, MiMo-V2-Flash, Mistral 4, DeepSeek V3.2, GLM-5, Nomic BERT), vocabularies of kind `t5` (XLM-RoBERTa); the error names
+the safetensors checkpoint or `--tokenizer-path`. No architecture exists for Helium, VaultGemma, LongCat-Flash, Youtu,
+OPT or MPNet.
 
 Models without a row here are run by transformers' own code over our pages, where that can be done: see
 [the fallback](fallback.md).

@@ -124,6 +124,17 @@ def test_what_is_no_gguf_file(tmp_path: Path) -> None:
             GGUFFile.open(path)
 
 
+def test_tensors_over_each_other_are_refused(small: Path, tmp_path: Path) -> None:
+    """The second tensor's offset becomes the first one's."""
+    data, path = bytearray(small.read_bytes()), tmp_path / "over.gguf"
+    entry = data.index(b"matrix") + len("matrix") + 4 + 2 * 8 + 4
+    assert struct.unpack_from("<Q", data, entry) == (32,)
+    struct.pack_into("<Q", data, entry, 0)
+    path.write_bytes(data)
+    with pytest.raises(ModelLoadError, match=r"tensors '(vector|matrix)' and '(vector|matrix)' lie over each other"):
+        GGUFFile.open(path)
+
+
 HUGE = 2**63
 
 

@@ -76,6 +76,34 @@ def test_bytes_of_each_expert_as_they_are_in_the_file(tmp_path: Path) -> None:
     torch.testing.assert_close(model.get_weight(name), torch.from_numpy(want))
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5_moe_text"])
+def test_gate_and_up_in_one_tensor(name: str, tmp_path: Path) -> None:
+    """As converters leave them when they are asked to: the same numbers, and a tensor of an odd height is named."""
+    path = tiny_checkpoint(name, tmp_path / "hf")
+    add, held, cut = gguf.GGUFWriter.add_tensor, dict[str, Any](), False
+
+    def joined(writer: Any, stored: str, tensor: Any, **rest: Any) -> None:
+        match = re.fullmatch(r"(blk\.\d+\.)ffn_(gate|up)_exps\.weight", stored)
+        if match is None:
+            return add(writer, stored, tensor, **rest)
+        other = held.pop(match[1], None)
+        if other is None:
+            held[match[1]] = (match[2], tensor)
+            return None
+        pair = {other[0]: other[1], match[2]: tensor}
+        both = np.concatenate([pair["gate"], pair["up"]], 1)
+        return add(writer, f"{match[1]}ffn_gate_up_exps.weight", both[:, 1:].copy() if cut else both, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        plain = Engine(tiny_gguf(path, tmp_path / "apart.gguf"))
+        patch.setattr(gguf.GGUFWriter, "add_tensor", joined)
+        close(Engine(tiny_gguf(path, tmp_path / "both.gguf")).whole(PROMPT), plain.whole(PROMPT))
+        cut = True
+        file = tiny_gguf(path, tmp_path / "odd.gguf")
+    with pytest.raises(ModelLoadError, match="has no halves: expected gate and up"):
+        Engine(file)
+
+
 def test_metadata(tmp_path: Path) -> None:
     path = tiny_checkpoint("qwen3_moe", tmp_path / "hf", **SIZES)
     config = describe(str(tiny_gguf(path, tmp_path / "a.gguf"))).config

@@ -81,6 +81,10 @@ def without(source: Path, target: Path, key: str = "", tensor: str = "") -> Path
             "first",
             "tokenizer.ggml.bos_token_id is 'first', expected",
         ),
+        ("gpt_neox", "tokenizer.ggml.tokens", [1, 2], "tokenizer.ggml.tokens is .*, expected texts"),
+        ("gpt_neox", "tokenizer.ggml.bos_token_id", -1.0, "bos_token_id is -1.0, expected a token id"),
+        ("deepseek_v3", "deepseek2.attention.key_length_mla", "x", "key_length_mla is 'x', expected a whole number"),
+        ("deepseek_v3", "deepseek2.attention.value_length_mla", [1, 2], "value_length_mla differs from layer to layer"),
         ("gpt_neox", "tokenizer.ggml.tokens", 1, "tokenizer.ggml.tokens is 1, expected texts"),
         ("gpt_neox", "gptneox.rope.dimension_count", "all", "gptneox.rope.dimension_count is 'all', expected a number"),
         ("gpt_neox", "gptneox.rope.dimension_count", 7, "gptneox.rope.dimension_count is 7, but a head has 16"),
@@ -183,10 +187,11 @@ def test_numbers_of_an_activation_that_are_not_there_are_named(
 ) -> None:
     from phloem.testing import checkpoints
 
-    def write(writer: Any, tensors: Any, config: Any) -> None:
-        del tensors, config
+    def write(writer: Any, tensors: Any, config: Any) -> Any:
+        del config
         for key in ("alpha_n", "beta", "eps") + ("alpha_p",) * (values is not None):
             writer.add_array(f"xielu.{key}", values if key == "alpha_p" else [0.5] * 3)
+        return tensors
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "write_numbers", write)

@@ -275,7 +275,7 @@ def _describe_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
         architectures=tuple(config["architectures"]),
     )
     tokens = gguf.metadata.get("tokenizer.ggml.tokens", ())
-    if tokens != () and not isinstance(tokens, Texts):
+    if not isinstance(tokens, Texts | tuple):
         raise ModelLoadError(f"{path}: tokenizer.ggml.tokens is {tokens!r:.60}, expected texts")
     # Many files name one end alone, often that of a text, where their chat template ends turns with another.
     return replace(found, eos_ids=_with_ends(found, ids_by_text(tokens)))

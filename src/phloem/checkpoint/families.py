@@ -2,8 +2,8 @@
 
 The file has these facts as literals at its top level: `DEFAULTS`, `SPELLING`, `NEEDS`, `GGUF`, `TINY`, `VARIANTS`,
 `ENCODER`, `VISION`, `AUDIO`, `DIFFUSION`, `IGNORED`, `GGUF_FAMILY`. They are taken from the source text, so that the
-process that checks a model path imports no layer and no torch, and this room none above it. A fact may also be imported from
-another family's file.
+process that checks a model path imports no layer and no torch, and this room none above it. A fact may also be
+imported from another family's file.
 """
 
 from __future__ import annotations

@@ -71,7 +71,12 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
     for key in ("bos", "eos", "padding"):
         token = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token is not None:
-            if not isinstance(token, int | float) or isinstance(token, bool) or token % 1 != 0:
+            if (
+                not isinstance(token, int | float)
+                or isinstance(token, bool)
+                or token % 1 != 0
+                or not 0 <= token < 1 << 32
+            ):
                 raise ModelLoadError(f"{path}: tokenizer.ggml.{key}_token_id is {token!r:.60}, expected a token id")
             config[f"{key.replace('padding', 'pad')}_token_id"] = int(token)
     pooling = gguf.metadata.get(f"{arch}.pooling_type")
@@ -159,11 +164,17 @@ def _latent(config: dict[str, Any], gguf: GGUFFile, arch: str, path: Path) -> se
     under keys of their own; older ones only those of the heads.
     """
     names = ("attention.key_length", "attention.value_length")
-    sizes = [gguf.metadata.get(f"{arch}.{name}_mla") or gguf.metadata.get(f"{arch}.{name}") for name in names]
-    for name, size in zip(names, sizes, strict=True):
-        if not size:
+    sizes: list[int] = []
+    for name in names:
+        found = [f"{arch}.{key}" for key in (f"{name}_mla", name)]
+        key = next((key for key in found if gguf.metadata.get(key) is not None), None)
+        if key is None:
             raise ModelLoadError(f"{path}: its metadata has no {arch}.{name}")
-    whole, value = (plain(size, f"{path}: {arch}.{name}") for name, size in zip(names, sizes, strict=True))
+        size = plain(gguf.metadata[key], f"{path}: {key}")
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= LARGEST:
+            raise ModelLoadError(f"{path}: {key} is {size!r}, expected a whole number from 1 to {LARGEST}")
+        sizes.append(size)
+    whole, value = sizes
     config["qk_nope_head_dim"], config["v_head_dim"] = whole - config["qk_rope_head_dim"], value
     if config["qk_nope_head_dim"] <= 0:
         raise ModelLoadError(

@@ -10,6 +10,7 @@ import mmap
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -94,6 +95,13 @@ class GGUFTensor:
             raise IndexError(f"tensor {self.name!r} {list(self.shape)} has no part {index}")
         size = self.nbytes // self.shape[0]
         return GGUFTensor(self.name, self.shape[1:], self.kind, self.offset + index * size, size, self._map)
+
+    def half(self, second: bool) -> GGUFTensor:
+        """The first or the second half of the rows of a matrix [2 M, N], without reading it."""
+        if len(self.shape) != 2 or self.shape[0] % 2:
+            raise IndexError(f"tensor {self.name!r} {list(self.shape)} has no halves")
+        size, shape = self.nbytes // 2, (self.shape[0] // 2, self.shape[1])
+        return GGUFTensor(self.name, shape, self.kind, self.offset + second * size, size, self._map)
 
 
 def _text(raw: bytes) -> str:
@@ -325,6 +333,10 @@ class _Reader:
                 end = base + offset + nbytes
                 raise _Damaged(f"tensor {name!r} ends at byte {end}, the file at {self.size}: is it all there?")
             found[name] = GGUFTensor(name, shape, kind, base + offset, nbytes, self.data)
+        order = sorted(found.values(), key=lambda tensor: tensor.offset)
+        for before, after in pairwise(order):
+            if before.offset + before.nbytes > after.offset:
+                raise _Damaged(f"tensors {before.name!r} and {after.name!r} lie over each other")
         return found
 
     def tensor_entry(self) -> tuple[str, tuple[int, ...], str, int, int]:

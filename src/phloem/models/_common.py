@@ -93,7 +93,8 @@ def usual_attention(config: dict[str, Any], **differences: Any) -> Attention:
 
 def usual_mlp(config: dict[str, Any], **differences: Any) -> MLP:
     """An `MLP` from config.json."""
-    base = MLP(config["intermediate_size"], config.get("hidden_act", "silu"), bool(config.get("mlp_bias", False)))
+    inner = differences["inner_size"] if "inner_size" in differences else config["intermediate_size"]
+    base = MLP(inner, config.get("hidden_act", "silu"), bool(config.get("mlp_bias", False)))
     return replace(base, **differences)
 
 

@@ -69,6 +69,8 @@ RECURRENT = {
     "out_proj": "ssm_out",
 }
 _LAYER = re.compile(r"(?:model\.layers|encoder\.layer|layers)\.(\d+)\.(.+?)(\.weight|\.bias)?")
+# Experts' gate and up, which some converters leave in one tensor, gate first.
+_BOTH = re.compile(r"(?<=\.)ffn_(gate|up)_exps(?=\.)")
 _EXPERT = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -111,14 +113,17 @@ def gguf_sources(
     places = {name: gguf_name(name, facts.names) for name in slots}
     pieces = Counter(stored for stored, _ in places.values())
     for name, (stored, piece) in places.items():
-        used.add(stored)
-        if stored in tensors:
+        joined = stored if stored in tensors else _BOTH.sub(r"ffn_gate_up_exps", stored)
+        used.add(joined)
+        if joined in tensors:
             weight, number = next(iter(slots[name]))
             part = name.split(".")[-2]
             turned = (heads if part.startswith("q") else kv_heads) if part in facts.turned else 0
-            tensor = tensors[stored]
+            tensor = tensors[joined]
             if piece is not None:
                 tensor = _piece_of(tensor, piece, _pieces(weight) or pieces[stored], checkpoint)
+            if joined != stored:
+                tensor = _half_of(tensor, "ffn_up_exps" in stored, checkpoint)
             kind = "dense" if tensor.kind in ("F32", "F64") else tensor.kind
             # The converter has already added the shift to the norms that have one.
             shifted, decay = weight.role == "norm", name.endswith(".A_log")
@@ -206,6 +211,13 @@ def _piece_of(stacked: GGUFTensor, piece: int, count: int, checkpoint: Checkpoin
             f"{checkpoint.path}: {stacked.name} is {list(stacked.shape)}, expected {count} stacked matrices"
         )
     return stacked.part(piece)
+
+
+def _half_of(both: GGUFTensor, second: bool, checkpoint: Checkpoint) -> GGUFTensor:
+    try:
+        return both.half(second)
+    except IndexError as error:
+        raise ModelLoadError(f"{checkpoint.path}: {error}: expected gate and up") from None
 
 
 def _form(tensor: GGUFTensor, weight: Weight, number: int, checkpoint: Checkpoint) -> tuple[int, ...]:

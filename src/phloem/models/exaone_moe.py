@@ -23,6 +23,32 @@ DEFAULTS = {
     "num_shared_experts": 1,
     "routed_scaling_factor": 2.5,
 }
+GGUF = {
+    "architecture": "exaone-moe",
+    "hf_class": "ExaoneMoeForCausalLM",
+    "keys": {
+        "sliding_window": ("attention.sliding_window", 0),
+        "layer_types": ("attention.sliding_window_pattern", None),
+        "num_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "num_shared_experts": "expert_shared_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+        "first_k_dense_replace": "leading_dense_block_count",
+        "routed_scaling_factor": ("expert_weights_scale", 1.0),
+        "norm_topk_prob": ("expert_weights_norm", True),
+        "n_group": ("expert_group_count", 1),
+        "topk_group": ("expert_group_used_count", 1),
+        "scoring_func": ("expert_gating_func", 2),
+        "num_nextn_predict_layers": ("nextn_predict_layers", 0),
+    },
+    "names": {
+        "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+        "mlp.shared_experts.up_proj": "ffn_up_shexp",
+        "mlp.shared_experts.down_proj": "ffn_down_shexp",
+        "mlp.e_score_correction_bias": "exp_probs_b.bias",
+    },
+    "unheeded": ("expert_shared_feed_forward_length",),  # its tensors have it too
+}
 TINY = {
     "head_dim": None,
     "num_hidden_layers": 4,

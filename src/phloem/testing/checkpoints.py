@@ -288,9 +288,7 @@ def tiny_gguf(
     kind_of = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kind_of[arch], config["num_hidden_layers"])
     for file in sorted(source.glob("*.safetensors")):
-        loaded = load_file(file)
-        write_numbers(writer, loaded, config)
-        stored_as = _stacked(prepared(loaded, config))
+        stored_as = _stacked(prepared(write_numbers(writer, load_file(file), config), config))
         if not whole_latent:
             stored_as = {
                 k: v for name, values in stored_as.items() for k, v in _split_latent(name, values, config).items()

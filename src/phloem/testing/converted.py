@@ -56,7 +56,9 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
         writer.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
     if kind in DELTA[1:]:
         writer.add_rope_dimension_sections([11, 11, 10, 0])
-    if kind == "glm4_moe_lite":
+    if kind == "exaone_moe":
+        writer.add_expert_shared_feed_forward_length(config["moe_intermediate_size"] * config["num_shared_experts"])
+    if kind in ("glm4_moe_lite", "exaone_moe"):
         writer.add_leading_dense_block_count(config["mlp_layer_types"].index("sparse"))
     if kind == "bamba":
         writer.add_rope_scaling_finetuned(True)
@@ -79,7 +81,7 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
     if kind == "llama4_text":
         writer.add_feed_forward_length(config["intermediate_size_mlp"])
         writer.add_expert_feed_forward_length(config["intermediate_size"])
-    if kind == "olmo3":
+    if kind in ("olmo3", "exaone_moe"):
         writer.add_sliding_window_pattern([one == "sliding_attention" for one in config["layer_types"]])
     if kind in ENCODERS:
         writer.add_causal_attention(False)
@@ -91,13 +93,14 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
         writer.add_tensor_data_layout("jploski")
 
 
-def write_numbers(writer: Any, tensors: dict[str, Any], config: dict[str, Any]) -> None:
-    """Apertus: the numbers of each layer's activation."""
+def write_numbers(writer: Any, tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Apertus: the numbers of each layer's activation. The tensors come back."""
     if config["model_type"] == "apertus":
         for key in ("alpha_p", "alpha_n", "beta", "eps"):
             layers = range(config["num_hidden_layers"])
             values = [float(tensors[f"model.layers.{n}.mlp.act_fn.{key}"].item()) for n in layers]
             writer.add_array(f"xielu.{key}", values)
+    return tensors
 
 
 def sizes(config: dict[str, Any]) -> tuple[int, int, int, int, int]:

@@ -68,7 +68,6 @@ if TYPE_CHECKING:
     from phloem.engine.experts import Hosting
     from phloem.engine.forward import Way
     from phloem.engine.parallel import Team, Told
-    from phloem.engine.runner import Mover
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
     from phloem.layers.context import Chosen
@@ -227,7 +226,8 @@ def _build(
     if chosen is not None and not platform.facts.on_host:
         machine = replace(machine, eager="the experts of tokens are told op by op")
     model, sites, helper = _weights(config, checkpoint, machine, decisions, team, beside, chosen)
-    mover = _mover(config, checkpoint, machine, model, team, decisions)
+    balancer = balancing.settle(config, machine.spread, model, checkpoint, team, decisions)
+    mover = balancer if machine.hosted is None else experts.settle(config, machine.hosted, model, decisions)
     phase.end("weights")
 
     kept = _kept(config, checkpoint, machine, model, decisions)
@@ -268,22 +268,7 @@ def _build(
     )  # fmt: skip
     sizes = running, chunk, machine.mixed, min(chunk, platform.worthwhile_chunk), sizing.tokens
     info = _info(machine, runner, kv_dtype, sizing.facts.bytes_per_token)
-    recorder = mover if isinstance(mover, Balancer) else None
-    return Built(runner, context, *sizes, tower_of(model), sites, decisions, info, recorder)
-
-
-def _mover(
-    config: Config,
-    checkpoint: Checkpoint,
-    machine: _Machine,
-    model: Model,
-    team: Team | None,
-    decisions: list[Decision],
-) -> Mover | None:
-    """What changes the places of experts between steps; None: they stay."""
-    if machine.hosted is not None:
-        return experts.settle(config, machine.hosted, model, decisions)
-    return balancing.settle(config, machine.spread, model, checkpoint, team, decisions)
+    return Built(runner, context, *sizes, tower_of(model), sites, decisions, info, balancer)
 
 
 def _led(

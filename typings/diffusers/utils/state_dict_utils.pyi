@@ -1,0 +1,3 @@
+from typing import Any
+
+def convert_unet_state_dict_to_peft(state_dict: dict[str, Any]) -> dict[str, Any]: ...

@@ -41,6 +41,7 @@ def load(pictures: Pictures, device: torch.device, dtype: torch.dtype, tiling: b
     if importlib.util.find_spec("diffusers") is None:
         raise ConfigError("pictures need diffusers: pip install 'phloem[diffusion]'", param="model_path")
     import diffusers
+    import diffusers.utils
 
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()

@@ -283,6 +283,7 @@ def test_videos_and_documents_at_every_door(sees: Path) -> None:
             mp4 = film.replace("image/png", "video/mp4")
             films: list[dict[str, Any]] = [
                 {"type": "input_video", "video_url": {"url": film, "fps": 4}},
+                {"type": "input_video", "video_url": film, "fps": 4},
                 {"type": "video_url", "video_url": film},
                 {"type": "input_file", "file_data": mp4},
                 {"type": "input_file", "file_data": film.partition(",")[2], "filename": "a.mp4"},
@@ -292,7 +293,7 @@ def test_videos_and_documents_at_every_door(sees: Path) -> None:
                 response = (await http.post("/v1/responses", json=given)).json()
                 # Frames that nobody asks for otherwise are two a second: of one second two.
                 assert response["usage"]["input_tokens"] <= prompt_tokens(chat), part
-                assert part is not films[0] or response["output"][0]["content"][0]["text"] == answer["text"]
+                assert part not in films[:2] or response["output"][0]["content"][0]["text"] == answer["text"]
             seen = {"type": "file", "file": {"file_data": mp4}}
             again = (await http.post("/v1/chat/completions", json={"messages": user(seen, "What?"), **SHORT})).json()
             assert again["choices"][0]["message"]["content"] == response["output"][0]["content"][0]["text"]
@@ -305,6 +306,7 @@ BAD_ITEMS: list[tuple[dict[str, Any], str]] = [
     ({"type": "input_video", "video_url": 5}, "video_url"),
     ({"type": "input_video", "video_url": {"url": "data:video/mp4;base64,AAAA", "fps": 0}}, "video_url.fps"),
     ({"type": "input_video", "video_url": "data:video/mp4;base64,AAAA"}, "video_url"),
+    ({"type": "input_video", "video_url": "data:video/mp4;base64,AAAA", "num_frames": "2"}, "video_url.num_frames"),
     ({"type": "input_video", "video_url": "http://192.0.2.1/a.mp4"}, "video_url"),
     ({"type": "input_audio", "input_audio": {"format": "wav"}}, "input_audio.data"),
     ({"type": "input_audio", "input_audio": "UklGRg=="}, "input_audio.data"),
@@ -412,3 +414,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_a_picture_of_the_system_stays_beside_its_text_in_responses(sees: Path) -> None:
+    """Instructions and developers' texts join it, and nothing of them is lost."""
+    shown = [{"type": "input_text", "text": "Look:"}, {"type": "input_image", "image_url": uri(PNG)}]
+    before: dict[str, Any] = {"role": "developer", "content": "Be brief."}
+
+    async def run() -> None:
+        async with door(sees) as http:
+            given = [before, {"role": "system", "content": shown}, {"role": "user", "content": "What?"}]
+            asked = {"instructions": "Be kind.", "input": given, "temperature": 0, "max_output_tokens": 4}
+            found = (await http.post("/v1/responses", json=asked)).json()
+            texts = [{"type": "text", "text": "Be kind.\n\nBe brief.\n\n"}, {"type": "text", "text": "Look:"}]
+            system = {"role": "system", "content": [*texts, image(PNG)]}
+            body = {"messages": [system, {"role": "user", "content": "What?"}], **SHORT}
+            chat = (await http.post("/v1/chat/completions", json=body)).json()
+            assert found["usage"]["input_tokens"] == chat["usage"]["prompt_tokens"]
+            assert found["output"][0]["content"][0]["text"] == chat["choices"][0]["message"]["content"]
+
+    asyncio.run(run())

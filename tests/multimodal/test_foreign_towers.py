@@ -14,7 +14,7 @@ from model_support import edited
 from test_doors import door, image, user
 from vision_support import picture, png
 
-from phloem.core.errors import BadRequest, ModelLoadError
+from phloem.core.errors import BadRequest, ModelLoadError, PhloemError
 from phloem.llm import Engine
 from phloem.testing.checkpoints import write_tokenizer
 
@@ -159,3 +159,48 @@ def test_a_tower_without_its_tensors_is_refused(tmp_path: Path) -> None:
             engine.generate("<image>", image_data=png(PICTURES[0]))
     with pytest.raises(ModelLoadError, match=r"the tower of vipllava: .* tensors are missing"):
         Engine(model_path=str(path), **SETTINGS)
+
+
+@pytest.mark.slow
+def test_another_tower_comes_from_disk_and_its_tensors_are_refused_by_name(made: Any, tmp_path: Path) -> None:
+    theirs, path = made
+
+    def trained(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: 1.5 * tensor if "language_model" not in name else tensor for name, tensor in stored.items()}
+
+    other = edited(path, tmp_path / "trained", trained)
+    for file in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        if (path / file).exists() and not (other / file).exists():
+            (other / file).write_text((path / file).read_text())
+
+    def told(engine: Engine) -> list[float]:
+        found: Any = engine.generate(
+            "<image>one", image_data=png(PICTURES[0]), sampling_params={"temperature": 0, "max_new_tokens": 1},
+            return_logprob=True, logprob_start_len=0,
+        )  # fmt: skip
+        return [entry[0] for entry in found["meta_info"]["input_token_logprobs"][1:]]
+
+    with Engine(model_path=str(path), **SETTINGS) as engine:
+        before = told(engine)
+        name = next(key for key in theirs.model.state_dict() if "vision" in key)
+        for sent in (name, name.removeprefix("model.")):
+            with pytest.raises(PhloemError, match=f"{sent}: the tower is run by transformers' code"):
+                engine.update_weights_from_tensor([(sent, theirs.model.state_dict()[name])])
+        assert told(engine) == before
+        assert engine.update_weights_from_disk(str(other))[0]
+        after = told(engine)
+    with Engine(model_path=str(other), **SETTINGS) as engine:
+        wanted = told(engine)
+    assert after == pytest.approx(wanted, abs=1e-5) and after != pytest.approx(before, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_without_its_tower_a_picture_is_refused_and_a_warning_tells_why(
+    made: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from phloem.checkpoint.describe import describe
+
+    theirs, path = made
+    with caplog.at_level("WARNING"):
+        assert describe(str(path), model_impl="phloem").seen is None
+    assert f"{theirs.name}: of a checkpoint with towers the language model alone is served" in caplog.text

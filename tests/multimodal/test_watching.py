@@ -238,6 +238,12 @@ def test_what_is_no_video_is_told(data: bytes) -> None:
         Video(data, "here", Wanted())
 
 
+def test_what_is_broken_is_told_without_the_decoder_s_calls() -> None:
+    data = clip([picture(at, 32, 16) for at in range(12)], 25, "mp4", "mpeg4")
+    with pytest.raises(BadRequest, match=r"the video is broken: [A-Z][\w ]+$"):
+        Video(data[: len(data) // 2], "here", Wanted())
+
+
 def test_stacked_experts_are_read_either_way_round(tmp_path: Any) -> None:
     """As transformers keeps them, and transposed as published checkpoints have them."""
     from model_support import PROMPT, close, edited

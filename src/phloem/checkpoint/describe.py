@@ -331,7 +331,7 @@ def _describe_directory(path: Path, name: str, load_format: str, model_impl: str
         kv_scheme=kv_scheme(said[0] if said else None),
         stored=stored,
         chosen=chosen,
-        seen=seen if load_format != "dummy" and model_impl == "auto" and stored is None else None,
+        seen=_sighted(seen, model_type, load_format != "dummy" and model_impl == "auto" and stored is None),
         name=name,
         architectures=tuple(whole.get("architectures") or ()),
         files=files,
@@ -377,8 +377,19 @@ def _language(whole: dict[str, Any], model_type: str) -> tuple[str, Seen | None]
         return model_type, None
     seen = tower(whole, model_type)
     if seen is None:
-        _log.warning("%s: of a checkpoint with towers the language model alone is served, as %s", model_type, own)
+        _warn_blind(model_type, own)
     return own, seen
+
+
+def _sighted(seen: Seen | None, own: str, read: bool) -> Seen | None:
+    """What sees for a language model, where its weights are read as they are stored."""
+    if seen is not None and not read:
+        _warn_blind(seen.model_type, own)
+    return seen if read else None
+
+
+def _warn_blind(model_type: str, own: str) -> None:
+    _log.warning("%s: of a checkpoint with towers the language model alone is served, as %s", model_type, own)
 
 
 def _check_family(model_type: str, where: str) -> None:

@@ -31,6 +31,7 @@ class ForeignTower(VisionTower):
         super().__init__(ctx, seen.token, hidden_size)
         self.name = seen.model_type
         self._theirs = theirs
+        self._parts = {name for name, _ in theirs.named_children()}
         self.like = next(theirs.parameters()).dtype
 
     @torch.inference_mode()
@@ -47,6 +48,14 @@ class ForeignTower(VisionTower):
         if len(rows) != wanted:
             raise RuntimeError(f"{self.name}'s tower made {len(rows)} embeddings of a picture of {wanted} tokens")
         return rows
+
+    def owns(self, name: str) -> bool:
+        """Whether a checkpoint's tensor of this name is one of the tower's."""
+        return not self._parts.isdisjoint(name.split("."))
+
+    def take(self, other: ForeignTower) -> None:
+        """The weights of another one, in place."""
+        self._theirs.load_state_dict(other._theirs.state_dict())
 
     @property
     def weight_bytes(self) -> int:

@@ -44,11 +44,14 @@ class _Job:
 
 
 class Push:
-    """One update. `rename`: our name of a checkpoint's tensor, None: knowingly left out; default: they are the same."""
+    """One update. `rename`: our name of a checkpoint's tensor, None: knowingly left out; default: they are the same.
+    `foreign`: whether a tensor of this name is a tower's of transformers' code, which files alone bring."""
 
-    def __init__(self, index: WeightIndex, rename: Rename | None = None) -> None:
+    def __init__(
+        self, index: WeightIndex, rename: Rename | None = None, foreign: Callable[[str], bool] | None = None
+    ) -> None:
         self.names: set[str] = set()
-        self._index, self._rename = index, rename
+        self._index, self._rename, self._foreign = index, rename, foreign
         self._jobs: dict[int, _Job] = {}
         self._ahead = 0
 
@@ -62,6 +65,11 @@ class Push:
         unknown: list[str] = []
         wrong: list[str] = []
         for theirs, tensor in tensors:
+            if self._foreign is not None and self._foreign(theirs):
+                raise ModelLoadError(
+                    f"{theirs:.300}: the tower is run by transformers' code, and is updated from disk alone; "
+                    "send the language model's tensors"
+                )
             name = self._ours(theirs)
             if name is None:
                 continue

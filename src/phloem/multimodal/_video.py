@@ -136,7 +136,8 @@ class Video:
         except (BadRequest, MemoryError, _BehindError):
             raise
         except Exception as error:  # decoders raise whatever they like for broken files
-            reason = str(error).splitlines()[:1] or [type(error).__name__]
+            told = getattr(error, "strerror", None) or str(error)  # of PyAV, without its calls
+            reason = told.splitlines()[:1] or [type(error).__name__]
             message = f"{where}: the video is broken: {reason[0]:.200}"
             raise BadRequest(message, param=where, code="bad_video") from None
 

@@ -17,6 +17,7 @@ import torch
 from phloem.checkpoint.describe import describe
 from phloem.core import updates
 from phloem.core.errors import BadRequest, PhloemError
+from phloem.models._foreign_tower import ForeignTower, load_tower
 from phloem.models._push import Push
 from phloem.platforms._facts import in_host_memory
 from phloem.rl.group import TIMEOUT, Group
@@ -98,6 +99,8 @@ class Keeper(updates.Keeper):
         self.nameless = ""
         self._runner, self._index, self._rename = runner, model.index, model.checkpoint_name
         self._settle = model.settle
+        self._tower = model.tower if isinstance(model.tower, ForeignTower) else None
+        self._tower_read: ForeignTower | None = None  # which the update brings
         self._backup, self._model_type = backup, checkpoint.model_type
         self._origin: tuple[Checkpoint, Any] | None = (checkpoint, state_of(checkpoint))  # what is in memory, on disk
         self._read: tuple[Checkpoint, Any] | None = None  # whose whole the update brings
@@ -119,7 +122,7 @@ class Keeper(updates.Keeper):
     def begin(self) -> None:
         if self._collected is not None:
             raise BadRequest("an update has begun already: end it, or abort_weight_update if whoever began it is gone")
-        self._collected, self._read = Push(self._index, self._rename), None
+        self._collected, self._read = self._push(), None
 
     def drop(self) -> int:
         if self._collected is None:
@@ -138,12 +141,16 @@ class Keeper(updates.Keeper):
 
     def read(self, source: str, args: dict[str, Any]) -> Reading:
         self._check_awake()
-        push = Push(self._index, self._rename) if self._collected is None else self._collected
+        push = self._push() if self._collected is None else self._collected
         coming = self._coming(source, args, push)
         if self._collected is not None:
             return Reading(push, coming, None)
         self._ready = push
         return Reading(push, coming, self._runner.between)
+
+    def _push(self) -> Push:
+        self._tower_read = None
+        return Push(self._index, self._rename, None if self._tower is None else self._tower.owns)
 
     def _check_awake(self) -> None:
         if "weights" in self.asleep:
@@ -211,6 +218,10 @@ class Keeper(updates.Keeper):
             )
         state = state_of(found)  # before it is read: who writes meanwhile is noticed
         push.add_checkpoint(found)
+        if self._tower is not None and load_format != "dummy":
+            if found.seen is None:
+                raise BadRequest(f"{path} has no tower of {self._tower.name}", param="model_path")
+            self._tower_read = load_tower(found, found.seen, self._index.ctx, self._tower.hidden_size)
         self._read = found, state
 
     def put(self) -> None:
@@ -218,6 +229,9 @@ class Keeper(updates.Keeper):
         assert push is not None
         if push.install():
             self._runner.drop_graphs()
+        if self._tower is not None and self._tower_read is not None:
+            self._tower.take(self._tower_read)
+            self._tower_read = None
         self._settle()
         self._runner.forget_pictures()
 

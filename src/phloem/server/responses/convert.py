@@ -59,12 +59,19 @@ def to_chat(body: ResponseFields, messages: list[Message]) -> ChatBody:
 
 
 def with_instructions(instructions: str | None, messages: list[Message]) -> list[Message]:
-    """System messages at the beginning become one: many templates take no more."""
-    texts = [instructions] if instructions else []
+    """System messages at the beginning become one: many templates take no more. Parts of one stay what they are."""
+    texts, parts = [instructions] if instructions else [], []
     rest = list(messages)
     while rest and rest[0].role == "system":
-        texts.append(_plain(rest.pop(0).content))
-    return [Message(role="system", content="\n\n".join(texts)), *rest] if texts else rest
+        content = rest.pop(0).content or ""
+        if isinstance(content, str) and not parts:
+            texts.append(content)
+        else:
+            parts += [ContentPart(type="text", text=content)] if isinstance(content, str) else content
+    if not parts:
+        return [Message(role="system", content="\n\n".join(texts)), *rest] if texts else rest
+    before = [ContentPart(type="text", text="\n\n".join(texts) + "\n\n")] if texts else []
+    return [Message(role="system", content=[*before, *parts]), *rest]
 
 
 def messages_of(given: str | list[dict[str, Any]]) -> list[Message]:
@@ -156,7 +163,11 @@ def _medium(part: dict[str, Any], where: str) -> Source:
         raise BadRequest(f"{where}.{name} is missing", param=f"{where}.{name}")
     if kind == "input_audio":
         return audio_source(part[name], f"{where}.{name}")
-    return source_of(part[name], f"{where}.{name}", MEDIA[name])
+    value = part[name]
+    shown = {key: part[key] for key in ("fps", "num_frames") if part.get(key) is not None}
+    if name == "video_url" and shown:  # beside an address or in its object
+        value = {**(value if isinstance(value, dict) else {"url": value}), **shown}
+    return source_of(value, f"{where}.{name}", MEDIA[name])
 
 
 def _content(content: Any, where: str, first: int = 0) -> str:
@@ -178,10 +189,6 @@ def _content(content: Any, where: str, first: int = 0) -> str:
         else:
             raise BadRequest(f"not supported yet: {place} of type {kind!r:.100}", param=place, code="not_supported")
     return "\n".join(texts)
-
-
-def _plain(content: str | list[ContentPart] | None) -> str:
-    return content if isinstance(content, str) else ""
 
 
 def _tool(tool: dict[str, Any], at: int) -> dict[str, Any]:

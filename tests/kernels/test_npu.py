@@ -15,6 +15,7 @@ import npu_fused
 import pytest
 import torch
 from served import Server
+from vision_support import picture, png, seeing_checkpoint
 
 from phloem import Engine
 from phloem.kernels import npu
@@ -224,6 +225,23 @@ def test_experts_on_the_host_beside_the_stand_in_cross_by_pinned_copies(tmp_path
     assert said[::2] == [str(one) for one in wanted]
     # Three tensors of each of three layers in ten steps, beside what every step brings down.
     assert all(int(count) >= 90 for count in said[1::2])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("stand_in")
+def test_what_is_seen_on_the_stand_in_is_what_the_reference_sees(tmp_path: Path) -> None:
+    """A tower with windows: an order of the patches that the host makes."""
+    path, seen = seeing_checkpoint("qwen2_5_vl", tmp_path / "sees"), tmp_path / "picture.png"
+    seen.write_bytes(png(picture(1, 24, 16)))
+    with Engine(model_path=str(path), device="cpu", ops="reference", **SIZES) as engine:
+        wanted: Any = engine.generate("see <image> and", GREEDY, image_data=seen.read_bytes())
+    said = run(
+        "from pathlib import Path\nfrom phloem import Engine\n"
+        f"with Engine(model_path={str(path)!r}, device='npu', **{SIZES!r}) as engine:\n"
+        f"    seen = Path({str(seen)!r}).read_bytes()\n"
+        f"    print(engine.generate('see <image> and', {GREEDY!r}, image_data=seen)['output_ids'])\n"
+    )
+    assert said.strip() == str(wanted["output_ids"])
 
 
 @pytest.mark.slow

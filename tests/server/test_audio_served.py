@@ -286,3 +286,8 @@ def test_a_form_keeps_bytes_text_and_lists_apart() -> None:
 def test_forms_that_are_broken_are_refused(body: bytes) -> None:
     with pytest.raises(BadRequest):
         read(body)
+
+
+def test_transcripts_that_would_have_one_name_are_refused_before_the_model_is_read(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match=r"b/talk.mp3 would be written to one file"):
+        transcribe.main(["a/talk.wav", "b/talk.mp3", "--model", str(tmp_path / "none"), "--output", str(tmp_path)])

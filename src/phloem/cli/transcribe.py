@@ -49,6 +49,8 @@ def main(argv: list[str]) -> int:
         raise BadRequest("there are no sound files: phloem transcribe FILE.. --model DIRECTORY")
     if options.words and options.translate:
         raise BadRequest("--words: a translation has no words whose times could be told", param="words")
+    if options.output is not None:
+        _check_apart(files)
     settings = {**config.flat(), "log_level": "warning"}
     folder = _folder(options.output)
     failed = 0
@@ -60,7 +62,8 @@ def main(argv: list[str]) -> int:
                 answer = engine.transcribe(name, progress=_follow(bar, name), **_fields(options))
             except PhloemError as error:
                 failed += 1
-                print(f"phloem transcribe: {name}: {error.message}", file=sys.stderr)
+                told = error.message.removeprefix(f"{name}: ")
+                print(f"phloem transcribe: {name}: {told}", file=sys.stderr)
                 continue
             text = _as(answer, options.format, options.words)
             if folder is None:
@@ -72,6 +75,15 @@ def main(argv: list[str]) -> int:
 
 def _first_flag(argv: list[str]) -> int:
     return next((at for at, word in enumerate(argv) if word.startswith("-")), len(argv))
+
+
+def _check_apart(files: list[str]) -> None:
+    """Raises BadRequest for two files whose transcripts would have one name."""
+    first: dict[str, str] = {}
+    for name in files:
+        other = first.setdefault(Path(name).stem, name)
+        if other != name:
+            raise BadRequest(f"output: {other} and {name} would be written to one file", param="output")
 
 
 def _folder(output: str | None) -> Path | None:

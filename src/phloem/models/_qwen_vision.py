@@ -76,6 +76,7 @@ class QwenTower(VisionTower):
         windows, order = whole, None
         if sizes.window:
             order, counts = _windows(grids, sizes.window // sizes.merge // sizes.patch)
+            order = order.to(self.device)
             windows = pack([count * unit for count in counts])
             x_TN = x_TN.unflatten(0, (-1, unit))[order].flatten(0, 1)
             turned = turned.unflatten(0, (-1, unit))[order].flatten(0, 1)

@@ -354,6 +354,27 @@ async def test_what_concerns_all_workers_reaches_all() -> None:
         assert bad.status_code == 502 and not bad.json()["success"]
 
 
+async def test_traces_and_counts_are_of_all_workers_whose_answers_are_handed_on() -> None:
+    async def traces(request: Request) -> None:
+        await say(request, 200, {"path": request.path})
+
+    async def refuses(request: Request) -> None:
+        await say(request, 400, {"error": {"message": "no profile is being made"}})
+
+    async with gateway(Worker(answer=traces), Worker(answer=traces)) as gate:
+        urls = [worker.url for worker in gate.workers]
+        begun = await gate.http.post("/start_profile", json={"num_steps": 5})
+        assert begun.json()["answers"] == {url: {"path": "/start_profile"} for url in urls}
+        assert [worker.seen[-1].json() for worker in gate.workers] == [{"num_steps": 5}] * 2
+        for path in ("/stop_profile", "/dump_expert_distribution_record"):
+            told = (await gate.http.get(path)).json()
+            assert told["success"] and told["answers"] == {url: {"path": path} for url in urls}
+        gate.workers[1].answer = refuses
+        bad = await gate.http.post("/stop_profile")
+        assert bad.status_code == 502 and bad.json()["workers"] == dict(zip(urls, (200, 400), strict=True))
+        assert bad.json()["answers"][urls[1]]["error"]["message"] == "no profile is being made"
+
+
 async def test_what_one_worker_keeps_is_found_there() -> None:
     async def keeps(request: Request) -> None:
         await say(request, 200, {"id": "resp_1"})

@@ -78,6 +78,17 @@ def test_so_many_steps_from_one_on_end_by_themselves(server: Server, root: Path)
 
 
 @pytest.mark.slow
+def test_traces_within_a_second_have_files_of_their_own(server: Server, root: Path) -> None:
+    files: list[Path] = []
+    for _ in range(3):
+        assert ask(server, "/start_profile", output_dir="quick").status_code == 200
+        files.append(Path(ask(server, "/stop_profile").json()["path"]))
+    assert sorted(set(files)) == sorted((root / "quick").iterdir()) and len(set(files)) == 3
+    huge = ask(server, "/start_profile", start_step=10**30)
+    assert huge.status_code == 400 and huge.json()["error"]["param"] == "start_step"
+
+
+@pytest.mark.slow
 def test_a_folder_that_goes_fails_the_stop_and_nothing_else(server: Server, root: Path) -> None:
     assert ask(server, "/start_profile", output_dir="goes").status_code == 200
     (root / "goes").rmdir()

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Strategy = Literal["uniform", "frequency", "front-loading", "random"]
 
 SEED = 42  # of `random`
+KEYS = ("counts", "logical_count")  # of a file of counts, ours and SGLang's
+MOST = 2**53  # of a count: whole numbers beyond it are not told apart
 WORTH = 1.1  # an expert moves to the device when it is chosen so many times as often as the one that it takes over from
 
 
@@ -98,12 +100,12 @@ def counts_of(data: Any, where: str) -> Counts:
     """
     found = data
     if isinstance(data, dict):
-        found = next((data[key] for key in ("counts", "logical_count") if key in data), None)
+        found = next((data[key] for key in KEYS if key in data), None)
     try:
         counts = np.asarray(found, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         counts = np.zeros(0)
     counts = counts.sum(0) if counts.ndim == 3 else counts
-    if counts.ndim != 2 or not np.isfinite(counts).all() or (counts < 0).any():
+    if counts.ndim != 2 or not counts.size or not ((counts >= 0) & (counts <= MOST)).all():
         raise ConfigError(f"{where}: no table of counts, a row for each layer", param="init_expert_location")
     return counts.astype(np.int64)

@@ -5,13 +5,15 @@ Names of options are SGLang's."""
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from phloem.core.errors import ConfigError
-from phloem.distributed.experts import counts_of
+from phloem.distributed.experts import KEYS, counts_of
+from phloem.engine.memory import first_line
 from phloem.layers.spread import Spread
 
 if TYPE_CHECKING:
@@ -19,21 +21,37 @@ if TYPE_CHECKING:
     from phloem.core.config import Config
     from phloem.distributed.experts import Counts
 
+MOST = 1 << 28  # numbers in a table: SGLang's have a row for each layer and each of up to thousands of passes
+
 
 def read_counts(path: str) -> Counts:
     """JSON, or `.pt` as SGLang writes it. Raises ConfigError where it cannot be read, or holds none."""
+    where = f"init_expert_location: {path}"
     try:
-        if path.endswith(".pt"):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            data = {
-                key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in dict(found).items()
-            }
-        else:
-            data = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError, RuntimeError, EOFError, TypeError) as error:
-        why = f"{path}: {str(error)[:200]}"
-        raise ConfigError(f"init_expert_location: {why}", param="init_expert_location") from None
-    return counts_of(data, f"init_expert_location: {path}")
+        return counts_of(_stored(path) if path.endswith(".pt") else json.loads(Path(path).read_text("utf-8")), where)
+    except ConfigError:
+        raise
+    except pickle.UnpicklingError:
+        why = "it holds other things than tensors and numbers, which are not built"
+    except Exception as error:  # a file of somebody else's may fail in any way
+        why = f"{first_line(error):.200}"
+    raise ConfigError(f"{where}: {why}", param="init_expert_location")
+
+
+def _stored(path: str) -> dict[str, object]:
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(found, dict):
+        raise TypeError(f"a mapping is expected, and this is a {type(found).__name__}")
+    data: dict[str, object] = {}
+    for key in KEYS:
+        value = found.get(key)
+        if isinstance(value, torch.Tensor):
+            if value.numel() > MOST:  # a view may be far larger than its file
+                raise ValueError(f"{key} of shape {list(value.shape)}")
+            value = value.detach().to(torch.float64).numpy()
+        if value is not None:
+            data[key] = value
+    return data
 
 
 def spread_of(config: Config, checkpoint: Checkpoint) -> Spread | None:

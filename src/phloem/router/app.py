@@ -54,6 +54,10 @@ EVERYWHERE = (
     "/unload_lora_adapter",
 )
 EVERYWHERE_SECONDS = 120.0
+# So are these, which may also be GET, and whose answers are handed on: files of traces, and counts.
+_RECORD = "/{}_expert_distribution_record"
+TOLD = ("/start_profile", "/stop_profile", *(_RECORD.format(verb) for verb in ("start", "stop", "dump")))
+TOLD_SECONDS = 330.0  # a server has 300 to write a trace
 
 
 class AddWorker(msgspec.Struct):
@@ -115,6 +119,7 @@ class Router:
             ("GET", "/server_info"): self._info,
             **{("POST", prefix + path): self._everywhere for path in EVERYWHERE for prefix in ("", "/v1")},
             ("GET", "/flush_cache"): self._everywhere,
+            **{(method, path): self._told_everywhere for path in TOLD for method in ("GET", "POST")},
         }
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -311,17 +316,39 @@ class Router:
 
     async def _everywhere(self, scope: Scope, body: bytes) -> tuple[int, Any]:
         """The same call at every worker; good where all of them say so."""
+        status, answer, _ = await self._at_all(scope, body, EVERYWHERE_SECONDS)
+        return status, answer
+
+    async def _told_everywhere(self, scope: Scope, body: bytes) -> tuple[int, Any]:
+        """With what each of them answered."""
+        status, answer, told = await self._at_all(scope, body, TOLD_SECONDS)
+        return status, {**answer, "answers": told}
+
+    async def _at_all(self, scope: Scope, body: bytes, limit: float) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        """Status and answer, and the body of each worker's."""
         workers, query = list(self.fleet.workers.values()), scope["query_string"].decode("latin-1")
         path = scope["path"] + (f"?{query}" if query else "")
         key = _key(scope).decode("latin-1") or None
-        calls = [self.fleet.get(worker, path, "POST", body, EVERYWHERE_SECONDS, key) for worker in workers]
+        calls = [self.fleet.get(worker, path, "POST", body, limit, key) for worker in workers]
         found = await asyncio.gather(*calls, return_exceptions=True)
         answers = {
             worker.url: str(answer) if isinstance(answer, BaseException) else answer[0]
             for worker, answer in zip(workers, found, strict=True)
         }
         good = all(status == 200 for status in answers.values())
-        return 200 if good else 502, {"success": good, "workers": answers}
+        told = {
+            worker.url: _read(answer[1])
+            for worker, answer in zip(workers, found, strict=True)
+            if not isinstance(answer, BaseException)
+        }
+        return 200 if good else 502, {"success": good, "workers": answers}, told
+
+
+def _read(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        return None
 
 
 def _decode(body: bytes, kind: type[Any]) -> Any:

@@ -52,7 +52,7 @@ class Profiling:
         if self._writing is not None and not self._writing.done():
             raise BadRequest("the profile before is still being written", code="profiling")
         steps, name = self._scheduler.meter.steps, str(args.get("prefix") or "phloem")
-        self._path = Path(str(args["folder"])) / f"{name}-{int(time.time())}-{os.getpid()}.trace.json.gz"
+        self._path = _unused(Path(str(args["folder"])), f"{name}-{int(time.time())}-{os.getpid()}")
         self._asked, self._first = args, max(steps, int(args.get("start_step") or 0))
         self._last = self._first + int(args["num_steps"]) if args.get("num_steps") else 0
         path = str(self._path)
@@ -106,6 +106,12 @@ class Profiling:
         if self._profiler is not None:
             self._end()
         self._writer.shutdown()
+
+
+def _unused(folder: Path, stem: str) -> Path:
+    """A file that is not there: several traces may be made within a second."""
+    names = (f"{stem}{end}.trace.json.gz" for end in ("", *(f"-{number}" for number in range(2, 1_000_000))))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def _written(write: Callable[[Path], None], path: Path) -> None:

@@ -29,7 +29,7 @@ class ProfileBody(Body, kw_only=True):
     temporary files). Without `num_steps` it goes on until `/stop_profile`."""
 
     output_dir: str | None = None
-    start_step: Annotated[int, Meta(ge=0)] | None = None
+    start_step: Annotated[int, Meta(ge=0, le=2**53)] | None = None
     num_steps: Steps | None = None
     activities: list[str] | None = None
     with_stack: bool | None = None

@@ -53,6 +53,7 @@ EVERYWHERE = (
     "/load_lora_adapter",
     "/unload_lora_adapter",
 )
+EVERYWHERE_V1 = ("/v1/set_lora", "/v1/merge_lora_weights", "/v1/unmerge_lora_weights")  # under this name alone
 EVERYWHERE_SECONDS = 120.0
 
 
@@ -114,6 +115,7 @@ class Router:
             ("GET", "/get_server_info"): self._info,
             ("GET", "/server_info"): self._info,
             **{("POST", prefix + path): self._everywhere for path in EVERYWHERE for prefix in ("", "/v1")},
+            **{("POST", path): self._everywhere for path in EVERYWHERE_V1},
             ("GET", "/flush_cache"): self._everywhere,
         }
         self._sweeper: asyncio.Task[None] | None = None

@@ -243,6 +243,36 @@ def test_adapters_that_do_not_fit_are_refused_by_field(folders: Any, tmp_path: P
     assert (run.last("p").status, run.last("p").param) == (400, "lora")
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ([1, 2], "list"),
+        ({"transformer.r": "x", "transformer.lora_alpha": None}, "settings"),
+        ({"transformer.lora_alpha": "x"}, "settings"),
+        ({"transformer.lora_alpha": 10**400}, "settings"),
+        ({"transformer.lora_alpha": float("inf")}, "finite"),
+        ({"transformer.lora_alpha": 1, "transformer.alpha_pattern": 4}, "settings"),
+        ({"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"([": 4}}, "no pattern"),
+        ({"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"(a+)+b": 4}}, "involved"),
+        ({"transformer.lora_alpha": 1, "transformer.alpha_pattern": {".*.*.*b": 4}}, "involved"),
+    ],
+)
+def test_settings_in_a_file_that_make_no_sense_are_refused(
+    settings: Any, says: str, folders: Any, tmp_path: Path
+) -> None:
+    pipe = loaded(folders("flux"))
+    file = tmp_path / "a.safetensors"
+    save_file(tensors(pipe, LAYERS["flux"][:1], 1), file, {"lora_adapter_metadata": json.dumps(settings)})
+    with pytest.raises(BadRequest, match=f"lora_path: .*{says}"):
+        Run(pipe).wardrobe.load("bad", str(file))
+
+
+@pytest.mark.parametrize("path", ["/tmp/" + "x" * 5000, "~nobody-at-all/x", "a\0b", "x/" * 4000])
+def test_paths_that_cannot_be_looked_up_are_refused(path: str, folders: Any) -> None:
+    with pytest.raises(BadRequest, match="lora_path"):
+        Run(loaded(folders("flux"))).wardrobe.load("bad", path)
+
+
 def test_an_adapter_that_is_replaced_or_unloaded_stays_with_pictures_that_have_begun(
     folders: Any, tmp_path: Path
 ) -> None:

@@ -375,6 +375,17 @@ async def test_traces_and_counts_are_of_all_workers_whose_answers_are_handed_on(
         assert bad.json()["answers"][urls[1]]["error"]["message"] == "no profile is being made"
 
 
+@pytest.mark.parametrize("path", ["/v1/set_lora", "/v1/merge_lora_weights", "/v1/unmerge_lora_weights"])
+async def test_what_pictures_wear_is_set_at_all_workers(path: str) -> None:
+    async def knows(request: Request) -> None:
+        await say(request, 200 if request.path == path else 404, {})
+
+    async with gateway(Worker(answer=knows), Worker(answer=knows)) as gate:
+        told = await gate.http.post(path, json={"strength": 0.5})
+        assert told.status_code == 200, told.text
+        assert [worker.seen[-1].json() for worker in gate.workers] == [{"strength": 0.5}] * 2
+
+
 async def test_what_one_worker_keeps_is_found_there() -> None:
     async def keeps(request: Request) -> None:
         await say(request, 200, {"id": "resp_1"})

@@ -24,6 +24,7 @@ PATH = "lora_path"
 PREFIX = "transformer."
 NOT_READ = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa"}
 MOST_NAMED = 3
+MOST_REPEATS = 2  # in a pattern for names of modules, so that no file can keep the engine matching
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,11 @@ def read(name: str, path: str, pipe: Any, transformer: torch.nn.Module) -> Lora:
     state, metadata, alphas = _converted(file, pipe)
     state = _of_transformer(state)
     names = sorted({key.split(".lora_")[0] for key in state})
-    scale_of = _scales(state, metadata, alphas)
-    layers = {one: _layer(one, state, scale_of(one), transformer) for one in names}
+    try:
+        scale_of = _scales(state, metadata, alphas)
+        layers = {one: _layer(one, state, scale_of(one), transformer) for one in names}
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise _refused(f"{file.name} has settings that make no sense: {type(error).__name__}: {error!s:.200}") from None
     return Lora(name, path, layers)
 
 
@@ -84,14 +88,18 @@ def _refused(text: str) -> BadRequest:
 
 
 def _file(path: str) -> Path:
-    found = Path(path).expanduser()
-    if found.is_dir():
-        inside = sorted(found.glob("*.safetensors"))
-        if len(inside) != 1:
-            raise _refused(f"{path} has {len(inside)} safetensors files, one is needed: name the file")
-        found = inside[0]
-    if not found.is_file():
-        raise _refused(f"there is no {path}")
+    try:
+        found = Path(path).expanduser()
+        if found.is_dir():
+            inside = sorted(found.glob("*.safetensors"))
+            if len(inside) != 1:
+                raise _refused(f"{path} has {len(inside)} safetensors files, one is needed: name the file")
+            found = inside[0]
+        there = found.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home that nobody has, no permission
+        raise _refused(f"{path:.200} cannot be looked up: {error!s:.200}") from None
+    if not there:
+        raise _refused(f"there is no {path:.200}")
     if found.suffix != ".safetensors":
         raise _refused(f"{path} is no safetensors file")
     return found
@@ -162,18 +170,27 @@ def _scales(
     if settings.get("use_dora"):
         raise _refused("the adapter is DoRA, only LoRA is served")
 
-    def said(patterns: Any, module: str, otherwise: Any) -> float:
-        for pattern, value in (patterns or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return float(value)
-        return float(otherwise)
+    patterns = [(_pattern(one), float(value)) for one, value in (settings.get("alpha_pattern") or {}).items()]
 
     def scale(module: str) -> float:
         rank = state[f"{module}.lora_A.weight"].shape[0] if f"{module}.lora_A.weight" in state else 0
-        alpha = said(settings.get("alpha_pattern"), module, settings.get("lora_alpha", rank))
+        usual = settings.get("lora_alpha", rank)
+        alpha = next((value for found, value in patterns if found.match(module)), None)
+        alpha = float(usual) if alpha is None else alpha
         return alpha / max(1, rank) ** (0.5 if settings.get("use_rslora") else 1.0)
 
     return scale
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    """For the names of modules, as PEFT matches them. Raises BadRequest: it might be matched for ever, or is none."""
+    repeats = re.findall(r"(?<!\\)[*+?{]", text)
+    if len(repeats) > MOST_REPEATS or re.search(r"\)[*+?{]", text) or len(text) > 500:
+        raise _refused(f"alpha_pattern {text!r:.100} is too involved: at most {MOST_REPEATS} repeats, none of a group")
+    try:
+        return re.compile(rf"(.*\.)?({text})$")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise _refused(f"alpha_pattern {text!r:.100} is no pattern: {error!s:.100}") from None
 
 
 def _layer(name: str, state: dict[str, Tensor], scale: float, transformer: torch.nn.Module) -> Layer:

@@ -117,9 +117,12 @@ class Wardrobe:
                 f"lora_name: {len(others)} adapters are loaded, as many as max_loaded_loras allows: unload one",
                 param="lora_name",
             )
-        found = lora.read(name, path, self._pipe, self._wearing.transformer).at(
-            self._wearing.device, self._wearing.dtype
-        )
+        try:
+            found = lora.read(name, path, self._pipe, self._wearing.transformer).at(
+                self._wearing.device, self._wearing.dtype
+            )
+        except (MemoryError, torch.OutOfMemoryError):
+            raise BadRequest(f"{lora.PATH}: there is no memory for {path:.200}", param=lora.PATH) from None
         if self._memory is not None and found.nbytes + sum(one.nbytes for one in others) > self._memory:
             raise BadRequest(f"{lora.PATH}: {path} does not fit into lora_memory: unload another", param=lora.PATH)
         self._wearing.prepare(found)

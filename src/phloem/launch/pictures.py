@@ -161,6 +161,9 @@ class PictureCore:
                 self._send(self._adapters(call))
             except PhloemError as error:
                 self._send(ControlReply(id=call.id, ok=False, message=error.message))
+            except Exception as error:  # nothing that a file may hold ends the engine
+                _log.exception("%s failed", call.name)
+                self._send(ControlReply(id=call.id, ok=False, message=f"{type(error).__name__}: {error!s:.300}"))
         else:
             self._send(ControlReply(id=call.id, ok=False, message=f"a model that draws has no {call.name!r}"))
 

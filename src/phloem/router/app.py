@@ -53,6 +53,7 @@ EVERYWHERE = (
     "/load_lora_adapter",
     "/unload_lora_adapter",
 )
+EVERYWHERE_V1 = ("/v1/set_lora", "/v1/merge_lora_weights", "/v1/unmerge_lora_weights")  # under this name alone
 EVERYWHERE_SECONDS = 120.0
 # So are these, which may also be GET, and whose answers are handed on: files of traces, and counts.
 _RECORD = "/{}_expert_distribution_record"
@@ -118,6 +119,7 @@ class Router:
             ("GET", "/get_server_info"): self._info,
             ("GET", "/server_info"): self._info,
             **{("POST", prefix + path): self._everywhere for path in EVERYWHERE for prefix in ("", "/v1")},
+            **{("POST", path): self._everywhere for path in EVERYWHERE_V1},
             ("GET", "/flush_cache"): self._everywhere,
             **{(method, path): self._told_everywhere for path in TOLD for method in ("GET", "POST")},
         }

@@ -104,6 +104,7 @@ def broken(key: str, value: Any) -> dict[str, Any]:
     [
         ({}, "expected an object config and a list vocab"),
         (broken("config.default_vocab_size", "many"), "config.default_vocab_size is 'many', expected a whole number"),
+        (broken("config.default_num_special_tokens", 1 << 17), "expected a whole number from 1 to 65536"),
         (broken("config.default_num_special_tokens", 200), "leaves 88 tokens, expected 256 to the 268"),
         (broken("config.default_vocab_size", 999), "leaves 979 tokens, expected 256 to the 268"),
         (broken("config.pattern", None), "config.pattern is None, expected a regular expression"),
@@ -120,3 +121,9 @@ def broken(key: str, value: Any) -> dict[str, Any]:
 def test_files_that_contradict_themselves_are_named(stored: dict[str, Any], said: str, model: Path) -> None:
     with pytest.raises(ModelLoadError, match=said):
         load(model, stored)
+
+
+def test_a_file_nested_too_deep_is_named(model: Path) -> None:
+    (model / "tekken.json").write_text("[" * 100_000)
+    with pytest.raises(ModelLoadError, match=r"tekken\.json: not readable as JSON"):
+        load_tokenizer(describe(str(model)))

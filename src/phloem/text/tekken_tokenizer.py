@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-_MOST = 1 << 24  # tokens
+_MOST = {"default_vocab_size": 1 << 24, "default_num_special_tokens": 1 << 16}
 # Of the versions up to 7, whose files do not list them.
 _CONTROL = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
@@ -46,7 +46,7 @@ def build_backend(file: Path, alphabet: Mapping[str, int]) -> tuple[Tokenizer, d
     config, listed = found.get("config"), found.get("vocab")
     if not isinstance(config, dict) or not isinstance(listed, list):
         raise ModelLoadError(f"{file}: expected an object config and a list vocab")
-    size, first = (_count(config, key, file) for key in ("default_vocab_size", "default_num_special_tokens"))
+    size, first = (_count(config, key, file) for key in _MOST)
     pattern = config.get("pattern")
     if not isinstance(pattern, str) or not pattern:
         raise ModelLoadError(f"{file}: config.pattern is {pattern!r:.60}, expected a regular expression")
@@ -80,8 +80,8 @@ def build_backend(file: Path, alphabet: Mapping[str, int]) -> tuple[Tokenizer, d
 
 def _count(config: dict[str, Any], key: str, file: Path) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MOST:
-        raise ModelLoadError(f"{file}: config.{key} is {value!r:.60}, expected a whole number from 1 to {_MOST}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MOST[key]:
+        raise ModelLoadError(f"{file}: config.{key} is {value!r:.60}, expected a whole number from 1 to {_MOST[key]}")
     return value
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _MOST = {"default_vocab_size": 1 << 24, "default_num_special_tokens": 1 << 16}
+_LONGEST = 1024  # bytes of a token: the ways to join one grow with their square
 # Of the versions up to 7, whose files do not list them.
 _CONTROL = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
@@ -114,6 +115,8 @@ def _spelled(entry: Any, rank: int, spelling: Mapping[int, str], file: Path) -> 
         raw = base64.b64decode(stored, validate=True)
     except (binascii.Error, ValueError):
         raise ModelLoadError(f"{file}: token_bytes of vocab[{rank}] is {stored!r:.40}, expected base64") from None
+    if len(raw) > _LONGEST:
+        raise ModelLoadError(f"{file}: vocab[{rank}] has {len(raw)} bytes, expected at most {_LONGEST}")
     if not raw or (rank < 256 and raw != bytes([rank])):
         raise ModelLoadError(f"{file}: vocab[{rank}] is {raw!r:.40}, expected {'some bytes' if rank > 255 else 'byte'}")
     return "".join(spelling[value] for value in raw)

@@ -12,7 +12,11 @@ from model_support import PROMPT
 from native_support import built
 
 from phloem import Engine
+from phloem.checkpoint.families import family
 from phloem.core.errors import ModelLoadError
+from phloem.kernels.ops import Ops
+from phloem.layers.context import BuildContext
+from phloem.models import build_model
 from phloem.models._per_layer import sources
 from phloem.models.glm_moe_dsa import borrowing
 from phloem.models.granitemoehybrid import attends as granite_attends
@@ -112,3 +116,36 @@ def test_layers_that_are_not_known_are_refused_by_name() -> None:
         kimi_attends({"num_hidden_layers": 4, "linear_attn_config": counted})
     with pytest.raises(ModelLoadError, match="sliding"):
         attends({"layer_types": ["sliding"], "num_hidden_layers": 1, "full_attention_interval": 4})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layer_types": 5}, "layer_types is 5: expected a list"),
+        ({"layer_types": [{}, {}, {}]}, "layer_types: 3 entries, expected 3; unknown"),
+        ({"layer_types": None, "linear_attn_config": [1]}, r"linear_attn_config is \[1\]: expected an object"),
+        (
+            {"layer_types": None, "linear_attn_config": {"kda_layers": "13", "full_attn_layers": [2]}},
+            "kda_layers '13': no lists",
+        ),
+        ({"linear_attn_config": {"num_heads": "4"}}, r"linear_attn_config\.num_heads is '4': expected a whole number"),
+        ({"linear_num_heads": -4}, "linear_num_heads is -4: expected a whole number"),
+        ({"mlp_layer_types": ["dense"]}, "mlp_layer_types: 1 entries, expected 3"),
+        ({"first_k_dense_replace": "x"}, "first_k_dense_replace 'x'"),
+        ({"kv_lora_rank": None}, "kv_lora_rank is missing or null, which kimi_linear needs"),
+    ],
+)
+def test_settings_of_kimi_linear_that_are_wrong_or_missing_are_named(change: dict[str, Any], said: str) -> None:
+    facts = family("kimi_linear")
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "vocab_size": 384,
+        "hidden_act": "silu",
+    }
+    more = {"num_attention_heads": 4, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+    changed = {**facts.defaults, **(facts.tiny or {}), **sizes, **more, **change}
+    config = {key: value for key, value in changed.items() if value is not None}
+    with pytest.raises(ModelLoadError, match=said):
+        build_model("kimi_linear", config, BuildContext(Ops(), torch.float32, torch.device("meta")), 64)

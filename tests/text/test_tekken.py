@@ -104,6 +104,7 @@ def broken(key: str, value: Any) -> dict[str, Any]:
     [
         ({}, "expected an object config and a list vocab"),
         (broken("config.default_vocab_size", "many"), "config.default_vocab_size is 'many', expected a whole number"),
+        (broken("config.default_num_special_tokens", 1 << 17), "expected a whole number from 1 to 65536"),
         (broken("config.default_num_special_tokens", 200), "leaves 88 tokens, expected 256 to the 268"),
         (broken("config.default_vocab_size", 999), "leaves 979 tokens, expected 256 to the 268"),
         (broken("config.pattern", None), "config.pattern is None, expected a regular expression"),
@@ -111,6 +112,7 @@ def broken(key: str, value: Any) -> dict[str, Any]:
         (broken("config.version", "v11"), "has no special_tokens, which version 'v11' needs"),
         (broken("[]rank", 7), r"vocab\[40\] is .*expected rank 40 and token_bytes"),
         (broken("[]token_bytes", "!"), r"token_bytes of vocab\[40\] is '!', expected base64"),
+        (broken("[]token_bytes", "YWFh" * 400), r"vocab\[40\] has 1200 bytes, expected at most 1024"),
         (broken("[]token_bytes", "QQ=="), r"vocab\[40\] is b'A', expected byte"),
         (broken("special_tokens", [{"rank": 99, "token_str": "<s>"}]), "expected a rank below 20 and a text"),
         (broken("special_tokens", [{"rank": n, "token_str": "<s>"} for n in (0, 1)]), "has '<s>', or rank 1, twice"),
@@ -120,3 +122,22 @@ def broken(key: str, value: Any) -> dict[str, Any]:
 def test_files_that_contradict_themselves_are_named(stored: dict[str, Any], said: str, model: Path) -> None:
     with pytest.raises(ModelLoadError, match=said):
         load(model, stored)
+
+
+def test_a_text_on_which_the_pattern_gives_up_is_a_bad_request(model: Path) -> None:
+    tokenizer = load(model, broken("config.pattern", r"(a+)+$"))
+    hard = "a" * 40 + "!"
+    for encode in (
+        tokenizer.encode,
+        lambda text: tokenizer.encode_batch([text]),
+        lambda text: tokenizer.encode_pairs([text]),
+    ):
+        with pytest.raises(BadRequest, match="gives up on the text"):
+            encode(hard)
+    assert tokenizer.encode("b", False) == [CONTROL + 98]
+
+
+def test_a_file_nested_too_deep_is_named(model: Path) -> None:
+    (model / "tekken.json").write_text("[" * 100_000)
+    with pytest.raises(ModelLoadError, match=r"tekken\.json: not readable as JSON"):
+        load_tokenizer(describe(str(model)))

@@ -174,8 +174,15 @@ def kv_scales(model: Model, checkpoint: Checkpoint) -> dict[int, LayerScales]:
 
 
 def build_model(model_type: str, config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Loadable:
-    """A family's model without its weights; of one that generates."""
-    built: Any = FAMILIES.get(model_type)(config, ctx, max_positions)
+    """A family's model without its weights; of one that generates. Raises ModelLoadError for a setting that is
+    missing."""
+    family = FAMILIES.get(model_type)
+    try:
+        built: Any = family(config, ctx, max_positions)
+    except KeyError as error:
+        if not isinstance(key := error.args[0], str) or key in config:
+            raise
+        raise ModelLoadError(f"config.json: {key} is missing or null, which {model_type} needs") from error
     return built
 
 

@@ -70,30 +70,59 @@ class KimiLinear(Trunk):
         return super().checkpoint_name(_DENSE.sub(r"\1mlp.\2", name))
 
 
+def _kinds(config: dict[str, Any], key: str, *known: str) -> list[str]:
+    """A setting that names the kind of each layer."""
+    kinds, count = config[key], config["num_hidden_layers"]
+    if not isinstance(kinds, list):
+        raise ModelLoadError(f"{key} is {kinds!r:.60}: expected a list")
+    unknown = [kind for kind in kinds if kind not in known]
+    if unknown or len(kinds) != count:
+        raise ModelLoadError(f"{key}: {len(kinds)} entries, expected {count}; unknown: {unknown!r:.100}")
+    return kinds
+
+
+def _listed(config: dict[str, Any]) -> dict[str, Any]:
+    listed = config.get("linear_attn_config") or {}
+    if not isinstance(listed, dict):
+        raise ModelLoadError(f"linear_attn_config is {listed!r:.60}: expected an object")
+    return listed
+
+
+def _size(listed: dict[str, Any], config: dict[str, Any], key: str, other: str, usual: int) -> int:
+    """A size of the delta nets, by its name in `linear_attn_config` or that of transformers."""
+    name = f"linear_attn_config.{key}" if key in listed else other
+    value = listed.get(key, config.get(other, usual))
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelLoadError(f"{name} is {value!r:.60}: expected a whole number from 1 on")
+    return value
+
+
 def attends(config: dict[str, Any]) -> list[bool]:
     """Which layers attend: by `layer_types`, or `linear_attn_config`, which counts layers from 1. Raises
     ModelLoadError where these leave a layer out."""
     count, kinds = config["num_hidden_layers"], config.get("layer_types")
     if kinds:
-        unknown = sorted(set(kinds) - {"linear_attention", "full_attention"})
-        if unknown or len(kinds) != count:
-            raise ModelLoadError(f"layer_types: {len(kinds)} entries, unknown: {unknown}")
-        return [kind == "full_attention" for kind in kinds]
-    listed = config.get("linear_attn_config") or {}
+        return [
+            kind == "full_attention" for kind in _kinds(config, "layer_types", "linear_attention", "full_attention")
+        ]
+    listed = _listed(config)
     if "full_attn_layers" not in listed or "kda_layers" not in listed:
         return [number > 0 and number % 4 == 0 for number in range(count)]
     full, linear = listed["full_attn_layers"], listed["kda_layers"]
-    if sorted([*full, *linear]) != list(range(1, count + 1)):
+    if not isinstance(full, list) or not isinstance(linear, list):
+        raise ModelLoadError(f"linear_attn_config: full_attn_layers {full!r:.40}, kda_layers {linear!r:.40}: no lists")
+    rest = list(range(1, count + 1))
+    if len(full) + len(linear) != count or any(number not in full + linear for number in rest):
         raise ModelLoadError(f"linear_attn_config: its two lists do not name each of layers 1 to {count} once")
     return [number + 1 in full for number in range(count)]
 
 
 def _delta(config: dict[str, Any]) -> Recurrent[KimiDeltaSizes]:
-    listed = config.get("linear_attn_config") or {}
+    listed = _listed(config)
     sizes = KimiDeltaSizes(
-        listed.get("num_heads", config.get("linear_num_heads", 32)),
-        listed.get("head_dim", config.get("linear_head_dim", 128)),
-        listed.get("short_conv_kernel_size", config.get("linear_conv_kernel_dim", 4)),
+        _size(listed, config, "num_heads", "linear_num_heads", 32),
+        _size(listed, config, "head_dim", "linear_head_dim", 128),
+        _size(listed, config, "short_conv_kernel_size", "linear_conv_kernel_dim", 4),
         float(config["rms_norm_eps"]),
     )
     return Recurrent(KimiDelta, sizes, "self_attn")
@@ -128,7 +157,11 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
     if score != "sigmoid":
         raise ModelLoadError(f"moe_router_activation_func {score!r}: known is sigmoid")
     full, delta, latents, sparse = attends(config), _delta(config), _latents(config), _experts(config)
-    first, every, kinds = config["first_k_dense_replace"], config["moe_layer_freq"] or 1, config.get("mlp_layer_types")
+    first, every = config["first_k_dense_replace"], config["moe_layer_freq"]
+    if not isinstance(first, int) or not isinstance(every, int) or every < 0:
+        raise ModelLoadError(f"first_k_dense_replace {first!r:.40}, moe_layer_freq {every!r:.40}: no whole numbers")
+    every = every or 1
+    kinds = _kinds(config, "mlp_layer_types", "dense", "sparse") if config.get("mlp_layer_types") else None
 
     def layer(n: int) -> LayerKind:
         routed = kinds[n] == "sparse" if kinds else n >= first and n % every == 0

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-_MOST = 1 << 24  # tokens
+_MOST = {"default_vocab_size": 1 << 24, "default_num_special_tokens": 1 << 16}
+_LONGEST = 1024  # bytes of a token: the ways to join one grow with their square
 # Of the versions up to 7, whose files do not list them.
 _CONTROL = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
@@ -46,7 +47,7 @@ def build_backend(file: Path, alphabet: Mapping[str, int]) -> tuple[Tokenizer, d
     config, listed = found.get("config"), found.get("vocab")
     if not isinstance(config, dict) or not isinstance(listed, list):
         raise ModelLoadError(f"{file}: expected an object config and a list vocab")
-    size, first = (_count(config, key, file) for key in ("default_vocab_size", "default_num_special_tokens"))
+    size, first = (_count(config, key, file) for key in _MOST)
     pattern = config.get("pattern")
     if not isinstance(pattern, str) or not pattern:
         raise ModelLoadError(f"{file}: config.pattern is {pattern!r:.60}, expected a regular expression")
@@ -80,8 +81,8 @@ def build_backend(file: Path, alphabet: Mapping[str, int]) -> tuple[Tokenizer, d
 
 def _count(config: dict[str, Any], key: str, file: Path) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MOST:
-        raise ModelLoadError(f"{file}: config.{key} is {value!r:.60}, expected a whole number from 1 to {_MOST}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MOST[key]:
+        raise ModelLoadError(f"{file}: config.{key} is {value!r:.60}, expected a whole number from 1 to {_MOST[key]}")
     return value
 
 
@@ -114,6 +115,8 @@ def _spelled(entry: Any, rank: int, spelling: Mapping[int, str], file: Path) -> 
         raw = base64.b64decode(stored, validate=True)
     except (binascii.Error, ValueError):
         raise ModelLoadError(f"{file}: token_bytes of vocab[{rank}] is {stored!r:.40}, expected base64") from None
+    if len(raw) > _LONGEST:
+        raise ModelLoadError(f"{file}: vocab[{rank}] has {len(raw)} bytes, expected at most {_LONGEST}")
     if not raw or (rank < 256 and raw != bytes([rank])):
         raise ModelLoadError(f"{file}: vocab[{rank}] is {raw!r:.40}, expected {'some bytes' if rank > 255 else 'byte'}")
     return "".join(spelling[value] for value in raw)

@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelLoadError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(found, dict):
         raise ModelLoadError(f"{path}: a JSON object is expected, not {type(found).__name__}")

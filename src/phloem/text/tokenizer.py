@@ -28,6 +28,8 @@ from phloem.text.template_sources import TEKKEN, read_json
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from tokenizers import Encoding
+
     from phloem.checkpoint.describe import Checkpoint
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -74,28 +76,29 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Special tokens written in the text are taken as such."""
-        try:
-            # The fast one leaves out where in the text each token stands.
-            return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        except (UnicodeEncodeError, TypeError):
-            raise BadRequest("the text is not valid Unicode: it has lone surrogates") from None
+        return self._encoded([text], add_special_tokens)[0].ids
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of several texts; releases the interpreter lock and uses several cores."""
-        try:
-            found = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        except (UnicodeEncodeError, TypeError):
-            raise BadRequest("a text is not valid Unicode: it has lone surrogates") from None
-        return [item.ids for item in found]
+        return [item.ids for item in self._encoded(texts, add_special_tokens)]
 
     def encode_pairs(self, texts: Sequence[str | tuple[str, str]], special: bool = True) -> list[tuple[list[int], int]]:
         """Token ids of texts and of pairs of texts, each with the token at which a pair's second begins, as the model
         tells the two apart; 0 where it does not, or there is one text."""
+        return [(item.ids, _second(item.type_ids)) for item in self._encoded(texts, special)]
+
+    def _encoded(self, texts: Sequence[str | tuple[str, str]], special: bool) -> list[Encoding]:
+        """Raises BadRequest for a text of which no tokens can be made."""
         try:
-            found = self.backend.encode_batch_fast(list(texts), add_special_tokens=special)
+            # The fast one leaves out where in the text each token stands.
+            return self.backend.encode_batch_fast(list(texts), add_special_tokens=special)
         except (UnicodeEncodeError, TypeError):
-            raise BadRequest("a text is not valid Unicode: it has lone surrogates") from None
-        return [(item.ids, _second(item.type_ids)) for item in found]
+            raise BadRequest("the text is not valid Unicode: it has lone surrogates") from None
+        except BaseException as error:
+            # The library's panics are no Exceptions, and would pass all that answers for errors.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise BadRequest("the tokenizer's pattern gives up on the text, as on millions of spaces") from None
 
     def encode_cut(self, text: str | tuple[str, str], most: int, special: bool = True) -> tuple[list[int], int]:
         """As `encode_pairs`, of at most so many tokens: the end of the text, or of a pair's second, is left out, and

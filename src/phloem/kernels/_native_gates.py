@@ -21,7 +21,7 @@ def ops(rt: Runtime) -> dict[str, Any]:
     """The table's entries; none where the library lacks the kernels."""
     if not rt.has("read_states"):
         return {}
-    return {**_states(rt), **_factors(rt), **_gates(rt), **_delta(rt)}
+    return {**_states(rt), **_factors(rt), **_products(rt), **_gates(rt), **_delta(rt)}
 
 
 def _flat(x: Tensor) -> Tensor | None:
@@ -63,7 +63,7 @@ def _states(rt: Runtime) -> dict[str, Any]:
 
 
 def _factors(rt: Runtime) -> dict[str, Any]:
-    JOIN, SCALE, MUL, SIGMOID = rt.op("join"), rt.op("scale"), rt.op("mul"), rt.op("sigmoid_mul")
+    JOIN, SCALE = rt.op("join"), rt.op("scale")
 
     def join(x: Tensor, y: Tensor) -> Tensor:
         if x.dim() != 2 or y.dim() != 2 or not x.dtype == y.dtype == torch.float32:
@@ -99,6 +99,12 @@ def _factors(rt: Runtime) -> dict[str, Any]:
         found = scaled(x, scale_T, 1.0) if plain else None
         return models.scale_rows(x, scale_T) if found is None else found
 
+    return {"join": join, "scale": scale, "scale_rows": scale_rows}
+
+
+def _products(rt: Runtime) -> dict[str, Any]:
+    MUL, SIGMOID = rt.op("mul"), rt.op("sigmoid_mul")
+
     def product(handle: int, cost: int, x: Tensor, y: Tensor, single: bool) -> Tensor | None:
         cut = [one.unsqueeze(1) if one.dim() == 2 else one for one in (x, y)]
         if any(one.dtype != torch.float32 or one.dim() != 3 for one in cut):
@@ -122,7 +128,7 @@ def _factors(rt: Runtime) -> dict[str, Any]:
         found = product(SIGMOID, 2, x, gate, single) if single or gate.shape == x.shape else None
         return models.sigmoid_mul(x, gate) if found is None else found
 
-    return {function.__name__: function for function in (join, scale, scale_rows, mul, sigmoid_mul)}
+    return {"mul": mul, "sigmoid_mul": sigmoid_mul}
 
 
 def _gates(rt: Runtime) -> dict[str, Any]:

@@ -63,7 +63,12 @@ def _attention(rt: Runtime, exact: bool) -> Any:
         q: tuple[Tensor, Tensor], cache: Tensor, batch: PagedBatch, how: LatentCall, chosen: Tensor | None, most: int
     ) -> Tensor:
         (tokens, heads, nope), (_, _, rope) = q[0].shape, q[1].shape
-        rank, value, (rows, pages), page_size = how.w_uk.shape[2], how.w_uv.shape[2], batch.page_table.shape, cache.shape[2]
+        rank, value, (rows, pages), page_size = (
+            how.w_uk.shape[2],
+            how.w_uv.shape[2],
+            batch.page_table.shape,
+            cache.shape[2],
+        )
         splits = max(1, min(MAX_SPLITS, -(-pages * page_size // SPLIT)))
         hand = min(tokens, HAND)
         out = rt.empty((tokens, heads, value))

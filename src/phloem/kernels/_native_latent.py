@@ -145,7 +145,7 @@ def _fits(q_nope: Tensor, call: LatentCall, batch: PagedBatch) -> bool:
     whole = call.w_uk.stride() == (step, rank, 1) and call.w_uv.stride() == (step, 1, rank)
     beside = call.w_uv.data_ptr() == call.w_uk.data_ptr() + nope * rank * 4
     start, lens, table = batch.query_start, batch.seq_lens, batch.page_table
-    plain = start.dtype == lens.dtype == table.dtype == torch.int32 and table.stride(1) in (1, table.stride(0))
+    plain = start.dtype == lens.dtype == table.dtype == torch.int32 and (table.stride(1) == 1 or table.shape[1] == 1)
     return whole and beside and plain and call.w_uk.dtype == q_nope.dtype == torch.float32 and heads == q_nope.shape[1]
 
 

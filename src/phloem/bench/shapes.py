@@ -28,11 +28,17 @@ from phloem.core.memory import State
 from phloem.engine import worker
 from phloem.engine.runner import ModelRunner
 from phloem.kernels import native
+from phloem.kernels._native_recorder import RecordedStep
 from phloem.kvcache.layouts import layout_of
 from phloem.layers.weight import Layer
 from phloem.models._common import Decoder
 from phloem.utils import machine
 
+# Of recorded steps, what belongs to recurrent mixers but for linear layers and norms.
+RECURRENT = frozenset((
+    "read_states", "write_states", "causal_conv", "mamba2_scan", "selective_scan", "gated_delta", "step_sizes",
+    "decays", "delta_gates", "repeat_heads",
+))  # fmt: skip
 BUFFER = 1 << 30  # bytes of memory that are read at most to measure its rate: more than any cache has
 _USUAL: dict[str, Any] = {
     "vocab_size": 32000, "max_position_embeddings": 16384, "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16",
@@ -183,8 +189,18 @@ def step_bytes(runner: ModelRunner, chosen: tuple[int, int], batch: int, context
     return found
 
 
+def _recorded_seconds(runner: ModelRunner, batch: int) -> float | None:
+    """Seconds in the ops that read, move and write states, of the last step replayed once more; None: steps run
+    eagerly."""
+    for way in runner.recorded:
+        step = way.graphs.get(batch)
+        if step is not None and isinstance(step.graph, RecordedStep):
+            return sum(took for name, _, took in step.graph.replay_timed() if name in RECURRENT) / 1e9
+    return None
+
+
 class _Mixers:
-    """Seconds in the recurrent mixers of a model, whose steps are not recorded."""
+    """Seconds in the recurrent mixers of a model, where its steps run eagerly."""
 
     def __init__(self, model: Any) -> None:
         self.seconds, self.count = 0.0, 0
@@ -237,7 +253,9 @@ def _turns(runner: ModelRunner, chosen: tuple[int, int], options: Options) -> di
             begun = perf_counter()
             decode.run(16, options.steps)
             took = (perf_counter() - begun) / options.steps
-            times[context].append((took, mixers.seconds / options.steps, (rate + limits.read(buffer) * 1e9) / 2))
+            mixing = _recorded_seconds(runner, options.batch) if mixers.count else None
+            mixing = mixers.seconds / options.steps if mixing is None else mixing
+            times[context].append((took, mixing, (rate + limits.read(buffer) * 1e9) / 2))
     found: list[dict[str, Any]] = []
     for context, seen in times.items():
         took, mixing, rate = (statistics.median(values) for values in zip(*seen, strict=True))

@@ -13,6 +13,8 @@ import torch
 from phloem.core.errors import ConfigError
 from phloem.kernels import _native_attention as attention
 from phloem.kernels import _native_basic as basic
+from phloem.kernels import _native_gates as gates
+from phloem.kernels import _native_latent as latent
 from phloem.kernels import _native_moe as moe
 from phloem.kernels import _native_recurrent as recurrent
 from phloem.kernels import _native_sampling as sampling
@@ -56,6 +58,8 @@ def table(
         **attention.ops(rt),
         **sampling.ops(rt),
         **recurrent.ops(rt),
+        **gates.ops(rt),
+        **latent.ops(rt, exact=invariant),
         **native_linear.ops(linear),
         **moe.ops(rt, linear),
     }

@@ -2,8 +2,8 @@
 
 Rules for callers: a forward pass consists of these ops and of views (`view`, slicing along the last axis, `unflatten`),
 never of torch arithmetic, so that a table can record the ops into a graph. Inputs may be strided views as long as the
-last axis is contiguous. Ops return new tensors (or views of buffers that a graph owns); `write_kv`, `rope_` and
-`rope_write_kv` alone change their inputs.
+last axis is contiguous. Ops return new tensors (or views of buffers that a graph owns); `write_kv`, `rope_`,
+`rope_write_kv`, `write_latent` and `write_states` alone change their inputs.
 
 Legend: T tokens, H query heads, K kv heads, D head size, N features, V vocabulary, R rows (requests), P pages per row,
 S page size. Caches are `[pages, K, S, D]`: a head's page is one contiguous block.
@@ -207,6 +207,9 @@ class Ops:
     causal_conv: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, bool], tuple[Tensor, Tensor]] = (
         scan.causal_conv
     )
+    read_states: Callable[[Tensor, Tensor, Tensor], Tensor] = scan.read_states  # pool, places[R] int64, fresh[R] bool
+    write_states: Callable[[Tensor, Tensor, Tensor], None] = scan.write_states  # pool, places, states[R, ...]
+    repeat_heads: Callable[[Tensor, int, bool], Tensor] = scan.repeat_heads  # x[T, H, D], times, tiled
     decays: Callable[[Tensor], Tensor] = scan.decays
     step_sizes: Callable[[Tensor, Tensor, float, float], Tensor] = scan.step_sizes
     delta_gates: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = scan.delta_gates

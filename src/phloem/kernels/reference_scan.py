@@ -44,6 +44,22 @@ def causal_conv(
     return out, states
 
 
+def read_states(pool: Tensor, index_R: Tensor, fresh_R: Tensor) -> Tensor:
+    """The states [R, ...] at these places of a pool; zeros for rows that begin."""
+    found = pool[index_R]
+    return found.masked_fill(fresh_R.view(-1, *[1] * (found.ndim - 1)), 0)
+
+
+def write_states(pool: Tensor, index_R: Tensor, after: Tensor) -> None:
+    """Put states [R, ...] at these places; which of two rows at one place (scratch) stays is not said."""
+    pool[index_R] = after.to(pool.dtype)
+
+
+def repeat_heads(x_THD: Tensor, share: int, tiled: bool) -> Tensor:
+    """Each head `share` times, one beside the other; tiled: all heads, one time after another."""
+    return x_THD.repeat(1, share, 1) if tiled else x_THD.repeat_interleave(share, 1)
+
+
 def decays(log: Tensor) -> Tensor:
     """What an entry of the state decays by, at most 0, of the logarithm that checkpoints have: -exp(log)."""
     return -log.exp()

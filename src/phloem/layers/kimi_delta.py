@@ -73,7 +73,7 @@ class KimiDelta(Layer):
         size, width, state = self.sizes.size, self.heads * self.sizes.size, step.memory.state(self.pool)
         found, total_TN = taken(self.inputs, norm, x_TN, residual_TN)
         mixed_TC, b_TH, low_TS, gate_TS = found.split([3 * width, self.heads, size, size], -1)
-        seen, kept = before(state)
+        seen, kept = before(self.ops, state)
         mixed_TC, seen = self.conv(mixed_TC, seen, state.query_start)
         q_THS, k_THS, v_THS = (part.unflatten(-1, (self.heads, size)) for part in mixed_TC.split(width, -1))
         q_THS, k_THS = (self.ops.rms_norm(x_THS, self.unit, 1e-6 / size) for x_THS in (q_THS, k_THS))
@@ -82,6 +82,6 @@ class KimiDelta(Layer):
         decay_THS, beta_TH = self.ops.delta_gates(a_THS, b_TH, bias_HS, log_H1)
         rest = decay_THS, beta_TH, kept, state.query_start, size**-0.5
         y_THS, kept = self.ops.gated_delta(q_THS, k_THS, v_THS, *rest)
-        keep(state, seen, kept)
+        keep(self.ops, state, seen, kept)
         y_TC = self.ops.rms_norm(y_THS, self.norm.value, self.sizes.eps).flatten(1)
         return self.ops.sigmoid_mul(y_TC, self.gate(gate_TS)[0]), total_TN

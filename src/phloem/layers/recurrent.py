@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.core.memory import MemorySpec
+    from phloem.kernels.ops import Ops
     from phloem.layers.context import BuildContext, ForwardBatch, StateStep
 
 FLOAT = "float32"  # a state adds up over a whole text
 
 
-def before(step: StateStep) -> list[Tensor]:
+def before(ops: Ops, step: StateStep) -> list[Tensor]:
     """What a layer's states were before the step, [R, ...] each; zeros for rows that begin."""
-    found = [tensor[step.reads] for tensor in step.tensors]
-    return [one.masked_fill(step.fresh.view(-1, *[1] * (one.ndim - 1)), 0) for one in found]
+    return [ops.read_states(tensor, step.reads, step.fresh) for tensor in step.tensors]
 
 
-def keep(step: StateStep, *after: Tensor) -> None:
+def keep(ops: Ops, step: StateStep, *after: Tensor) -> None:
     """Write the states behind the step."""
     for tensor, one in zip(step.tensors, after, strict=True):
-        tensor[step.writes] = one.to(tensor.dtype)
+        ops.write_states(tensor, step.writes, one)
 
 
 def pieces(ctx: BuildContext, name: str, sizes: Mapping[str, int]) -> dict[str, Projection]:
@@ -123,8 +123,8 @@ class ShortConv(Layer):
         found, total_TN = taken(self.inputs, norm, x_TN, residual_TN)
         b_TC, c_TC, x_TC = found.chunk(3, -1)
         state = step.memory.state(self.pool)
-        y_TC, last = self.conv(self.ops.mul(b_TC, x_TC), before(state)[0], state.query_start)
-        keep(state, last)
+        y_TC, last = self.conv(self.ops.mul(b_TC, x_TC), before(self.ops, state)[0], state.query_start)
+        keep(self.ops, state, last)
         return self.ops.mul(c_TC, y_TC), total_TN
 
 
@@ -181,7 +181,7 @@ class Mamba2(Layer):
         found, total_TN = taken(self.inputs, norm, x_TN, residual_TN)
         z_TC, mixed_TC, dt_TH = found.split([self.inner, self.inner + 2 * self.shared, self.heads], -1)
         z_TC, dt_TH = self._scaled(z_TC, sizes.scales[0]), self._scaled(dt_TH, sizes.scales[4])
-        seen, kept = before(state)
+        seen, kept = before(self.ops, state)
         mixed_TC, seen = self.conv(mixed_TC, seen, state.query_start)
         x_TC, b_TC, c_TC = mixed_TC.split([self.inner, self.shared, self.shared], -1)
         dt_TH = self.ops.step_sizes(dt_TH, self.dt_bias.value, sizes.lowest, sizes.highest)
@@ -195,7 +195,7 @@ class Mamba2(Layer):
             kept,
             state.query_start,
         )
-        keep(state, seen, kept)
+        keep(self.ops, state, seen, kept)
         y_TC = y_THD.flatten(1)
         if self.norm is None:
             return self.ops.silu_and_mul(self.ops.join(z_TC, y_TC)), total_TN
@@ -252,14 +252,14 @@ class Mamba1(Layer):
         state = step.memory.state(self.pool)
         found, total_TN = taken(self.inputs, norm, x_TN, residual_TN)
         x_TC, z_TC = found.chunk(2, -1)
-        seen, kept = before(state)
+        seen, kept = before(self.ops, state)
         x_TC, seen = self.conv(x_TC, seen, state.query_start)
         low_TR, b_TS, c_TS = self._normed(self.low(x_TC)[0])
         dt_TC = self.ops.step_sizes(self.steps(low_TR)[0], self.dt_bias.value, 0.0, float("inf"))
         y_TC, kept = self.ops.selective_scan(
             x_TC, dt_TC, self.ops.decays(self.decay.value), b_TS, c_TS, self.skip.value, kept, state.query_start
         )
-        keep(state, seen, kept)
+        keep(self.ops, state, seen, kept)
         return self.ops.silu_and_mul(self.ops.join(z_TC, y_TC)), total_TN
 
     def _normed(self, low: Tensor) -> list[Tensor]:
@@ -325,7 +325,7 @@ class GatedDelta(Layer):
         found, total_TN = taken(self.inputs, norm, x_TN, residual_TN)
         widths = [2 * self.keys + self.values, self.values, self.heads, self.heads]
         mixed_TC, z_TC, b_TH, a_TH = found.split(widths, -1)
-        seen, kept = before(state)
+        seen, kept = before(self.ops, state)
         mixed_TC, seen = self.conv(mixed_TC, seen, state.query_start)
         q_TC, k_TC, v_TC = mixed_TC.split([self.keys, self.keys, self.values], -1)
         q_THS, k_THS = (self._unit(x_TC) for x_TC in (q_TC, k_TC))
@@ -333,7 +333,7 @@ class GatedDelta(Layer):
         v_THD = v_TC.unflatten(-1, (self.heads, sizes.value_size))
         scale = sizes.key_size**-0.5
         y_THD, kept = self.ops.gated_delta(q_THS, k_THS, v_THD, decay_TH, beta_TH, kept, state.query_start, scale)
-        keep(state, seen, kept)
+        keep(self.ops, state, seen, kept)
         z_THD = z_TC.unflatten(-1, (self.heads, sizes.value_size))
         return self.ops.gated_rms_norm(y_THD, z_THD, self.norm.value, sizes.eps, 0, True).flatten(1), total_TN
 
@@ -341,7 +341,7 @@ class GatedDelta(Layer):
         """Heads of length 1, each as often as it serves: [T, H, S]."""
         size = self.sizes.key_size
         x_TKS = self.ops.rms_norm(x_TC.unflatten(-1, (-1, size)), self.unit, 1e-6 / size)
-        return x_TKS.repeat(1, self.share, 1) if self.sizes.tiled else x_TKS.repeat_interleave(self.share, 1)
+        return x_TKS if self.share == 1 else self.ops.repeat_heads(x_TKS, self.share, self.sizes.tiled)
 
 
 def _apart(ctx: BuildContext, sizes: DeltaSizes) -> dict[str, Projection]:

@@ -90,6 +90,7 @@ FOREIGN = {
     "diffusion/models/__init__.py pictures.class_name": "diffusers' classes",
     "diffusion/models/__init__.py 'requires_grad_'": "a part of a pipeline may be a tokenizer",
     "diffusion/models/__init__.py 'vae'": "pipelines without a VAE",
+    "multimodal/_video.py 'strerror'": "PyAV's errors",
     "diffusion/lora.py 'lora_state_dict'": "pipelines without a reader of adapters",
     "diffusion/models/__init__.py 'enable_tiling'": "VAEs without tiles",
     "diffusion/models/_whole.py 'default_sample_size'": "pipelines of any kind",

@@ -34,10 +34,13 @@ from phloem.diffusion.engine import Settings, Studio
 from phloem.diffusion.family import Family
 from phloem.diffusion.quantised import quantise
 from phloem.diffusion.worn import Wardrobe
+from phloem.utils import log
 
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config, LoraConfig
+
+_log = log.get("launch")
 
 BEAT = 1.0  # seconds
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

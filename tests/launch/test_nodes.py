@@ -150,6 +150,7 @@ def listens(port: int) -> bool:
 def test_another_checkpoint_or_a_missing_node_ends_the_start_on_every_node(tmp_path: Path) -> None:
     path, second = checkpoint("llama", tmp_path / "a"), checkpoint("qwen3", tmp_path / "b")
     arguments = options(free_port(), **SMALL, tp=2, dist_timeout=60)
+    before = set(psutil.Process().children(recursive=True))  # of tests in this process before
     server, other = Server(path, *arguments), FurtherNode(second, *arguments)
     alone, early = Server(path, *options(free_port(), tp=2, dist_timeout=0.5)), FurtherNode(
         path, *options(free_port(), tp=2, dist_timeout=0.5)
@@ -162,7 +163,7 @@ def test_another_checkpoint_or_a_missing_node_ends_the_start_on_every_node(tmp_p
         eventually(lambda: "node 1 of 2 has not come" in "\n".join(alone.lines), 5)
         eventually(lambda: "node 0 at 127.0.0.1" in "\n".join(early.lines), 5)
         assert any("0.5 s (dist_timeout): Connection refused" in line for line in early.lines)
-        assert not [p for p in psutil.Process().children(recursive=True) if "phloem" in " ".join(p.cmdline())]
+        assert not set(psutil.Process().children(recursive=True)) - before
     finally:
         for started in (server, other, alone, early):
             started.close()

@@ -190,6 +190,7 @@ def test_the_native_table_keeps_experts_packed(pairs: Any, case: str) -> None:
     assert (logits - wanted).abs().amax(-1).median() < 0.05 * wanted.abs().max()
 
 
+@pytest.mark.slow
 def test_mixed_formats_and_plain_matrices_lie_in_one_file(made: Any, tmp_path: Path) -> None:
     """What the file holds decides, also between the parts of one fused layer."""
     kinds: dict[str, Any] = {

@@ -204,6 +204,7 @@ def test_without_a_call_that_can_be_written_the_format_stands_alone() -> None:
 # --- forced calls: nothing but calls, told from their beginning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "special"), CASES)
 def test_nothing_but_calls_comes_where_one_is_required(form: str, special: bool) -> None:
     own = words(form if special else None)

@@ -131,6 +131,7 @@ def test_a_text_on_which_the_pattern_gives_up_is_a_bad_request(model: Path) -> N
         tokenizer.encode,
         lambda text: tokenizer.encode_batch([text]),
         lambda text: tokenizer.encode_pairs([text]),
+        lambda text: tokenizer.encode_cut(text, 8),
     ):
         with pytest.raises(BadRequest, match="gives up on the text"):
             encode(hard)

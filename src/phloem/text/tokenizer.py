@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,7 +27,7 @@ from phloem.text.gguf_tokenizer import build_backend, set_ends, special_ids
 from phloem.text.template_sources import TEKKEN, read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from tokenizers import Encoding
 
@@ -49,6 +50,20 @@ class IncrementalDecoder(Protocol):
     def push(self, token: int) -> str: ...
 
     def finish(self) -> str: ...
+
+
+@contextmanager
+def _tokens_of_text() -> Iterator[None]:
+    """Raises BadRequest where the library makes no tokens of a text."""
+    try:
+        yield
+    except (UnicodeEncodeError, TypeError):
+        raise BadRequest("the text is not valid Unicode: it has lone surrogates") from None
+    except BaseException as error:
+        # The library's panics are no Exceptions, and would pass all that answers for errors.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise BadRequest("the tokenizer's pattern gives up on the text, as on millions of spaces") from None
 
 
 class Tokenizer:
@@ -89,24 +104,18 @@ class Tokenizer:
 
     def _encoded(self, texts: Sequence[str | tuple[str, str]], special: bool) -> list[Encoding]:
         """Raises BadRequest for a text of which no tokens can be made."""
-        try:
+        with _tokens_of_text():
             # The fast one leaves out where in the text each token stands.
             return self.backend.encode_batch_fast(list(texts), add_special_tokens=special)
-        except (UnicodeEncodeError, TypeError):
-            raise BadRequest("the text is not valid Unicode: it has lone surrogates") from None
-        except BaseException as error:
-            # The library's panics are no Exceptions, and would pass all that answers for errors.
-            if type(error).__name__ != "PanicException":
-                raise
-            raise BadRequest("the tokenizer's pattern gives up on the text, as on millions of spaces") from None
 
     def encode_cut(self, text: str | tuple[str, str], most: int, special: bool = True) -> tuple[list[int], int]:
         """As `encode_pairs`, of at most so many tokens: the end of the text, or of a pair's second, is left out, and
         what the model needs around them stays. Raises BadRequest where not even that fits."""
         first, second = text if isinstance(text, tuple) else (text, None)
         backend = self.backend
-        one = backend.encode(first, add_special_tokens=False)
-        two = None if second is None else backend.encode(second, add_special_tokens=False)
+        with _tokens_of_text():
+            one = backend.encode(first, add_special_tokens=False)
+            two = None if second is None else backend.encode(second, add_special_tokens=False)
         room = most - (backend.num_special_tokens_to_add(two is not None) if special else 0)
         if two is not None and room > len(one):
             two.truncate(room - len(one))

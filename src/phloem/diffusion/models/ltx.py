@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
@@ -41,15 +40,8 @@ class LTX(Family):
         return int(self.default("width", 704)), int(self.default("height", 512))
 
     def known(self, facts: Facts, defaults: dict[str, Any]) -> Facts:
-        frames = defaults.get("frames") or int(self.default("num_frames", 161))
-        return replace(
-            facts,
-            films=True,
-            frames=frames,
-            frame_grid=self._temporal,
-            max_frames=defaults.get("max_frames") or 2 * frames - 1,
-            fps=float(defaults.get("fps") or self.default("frame_rate", 25)),
-        )
+        frames, fps = int(self.default("num_frames", 161)), self.default("frame_rate", 25)
+        return self.of_films(facts, defaults, frames=frames, grid=self._temporal, fps=fps)
 
     def guidance(self, draw: Draw) -> Guidance:
         for name, value in (("true_cfg_scale", draw.true_cfg), ("guidance_scale_2", draw.guidance_2)):

@@ -53,16 +53,9 @@ class Wan(Family):
         return int(self.default("width", 832)), int(self.default("height", 480))
 
     def known(self, facts: Facts, defaults: dict[str, Any]) -> Facts:
-        frames = defaults.get("frames") or int(self.default("num_frames", 81))
-        return replace(
-            facts,
-            films=True,
-            frames=frames,
-            frame_grid=self._temporal,
-            max_frames=defaults.get("max_frames") or 2 * frames - 1,
-            fps=float(defaults.get("fps") or (FPS_5B if self._first_frame else FPS)),
-            pictures=1 if self._first_frame else 0,
-        )
+        frames, fps = int(self.default("num_frames", 81)), FPS_5B if self._first_frame else FPS
+        known = self.of_films(facts, defaults, frames=frames, grid=self._temporal, fps=fps)
+        return replace(known, pictures=1 if self._first_frame else 0)
 
     def guidance(self, draw: Draw) -> Guidance:
         if draw.true_cfg is not None:

@@ -11,12 +11,13 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from phloem.core.config import TRACES, traces_folder
-from phloem.core.errors import BadRequest, PhloemError
+from phloem.core.errors import BadRequest
 from phloem.core.messages import ControlReply
 from phloem.protocol.answers import ControlAnswer
 from phloem.protocol.body import Body, Later, Parser
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
+from phloem.server.routes.control import refused
 from phloem.utils.profiler import ACTIVITIES
 
 WRITING_SECONDS = 300.0
@@ -91,10 +92,7 @@ def _arguments(body: ProfileBody) -> dict[str, object]:
 
 
 def _answer(reply: ControlReply) -> Response:
-    if not reply.ok:
-        error = PhloemError(reply.message, code="refused")
-        error.status, error.kind = 400, "invalid_request_error"
-        raise error
+    refused(reply)
     return json_response(ProfileAnswer(success=True, message=reply.message, path=str(reply.data.get("path", ""))))
 
 

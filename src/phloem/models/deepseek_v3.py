@@ -100,9 +100,9 @@ VARIANTS = {
 _NAMES = ExpertNames(correction="gate.e_score_correction_bias")
 
 
-def latent_attention(config: dict[str, Any], *, interleaved: bool = True) -> Latents:
-    """The mixer that config.json describes."""
-    sizes = LatentSizes(
+def latent_sizes(config: dict[str, Any]) -> LatentSizes:
+    """As config.json names them."""
+    return LatentSizes(
         heads=config["num_attention_heads"],
         rank=config["kv_lora_rank"],
         rope=config["qk_rope_head_dim"],
@@ -111,6 +111,11 @@ def latent_attention(config: dict[str, Any], *, interleaved: bool = True) -> Lat
         q_rank=config.get("q_lora_rank") or 0,
         bias=bool(config.get("attention_bias", False)),
     )
+
+
+def latent_attention(config: dict[str, Any], *, interleaved: bool = True) -> Latents:
+    """The mixer that config.json describes."""
+    sizes = latent_sizes(config)
     rope = rope_spec(config, sizes.rope, interleaved=interleaved)
     scale, grown = (sizes.nope + sizes.rope) ** -0.5, rope.get("mscale_all_dim", 0.0)
     if grown and rope.get("factor", 1.0) > 1:

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import ModelLoadError
 from phloem.layers.kimi_delta import KimiDelta, KimiDeltaSizes
-from phloem.layers.latent import LatentSizes
 from phloem.layers.moe import ExpertNames, ExpertsConfig
 from phloem.models._common import Decoder, Trunk, each_layer, usual, usual_mlp
 from phloem.models._layer import Experts, Latents, LayerKind, Recurrent
-from phloem.models.deepseek_v3 import grouped_router
+from phloem.models.deepseek_v3 import grouped_router, latent_sizes
 
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
@@ -130,15 +129,7 @@ def _delta(config: dict[str, Any]) -> Recurrent[KimiDeltaSizes]:
 
 def _latents(config: dict[str, Any]) -> Latents:
     """DeepSeek's, of which nothing turns."""
-    sizes = LatentSizes(
-        heads=config["num_attention_heads"],
-        rank=config["kv_lora_rank"],
-        rope=config["qk_rope_head_dim"],
-        nope=config["qk_nope_head_dim"],
-        value=config["v_head_dim"],
-        q_rank=config.get("q_lora_rank") or 0,
-        bias=bool(config.get("attention_bias", False)),
-    )
+    sizes = latent_sizes(config)
     return Latents(sizes, None, (sizes.nope + sizes.rope) ** -0.5)
 
 

@@ -27,7 +27,7 @@ from phloem.text.gguf_tokenizer import build_backend, set_ends, special_ids
 from phloem.text.template_sources import TEKKEN, read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Generator, Iterable, Sequence
 
     from tokenizers import Encoding
 
@@ -53,7 +53,7 @@ class IncrementalDecoder(Protocol):
 
 
 @contextmanager
-def _tokens_of_text() -> Iterator[None]:
+def _tokens_of_text() -> Generator[None]:
     """Raises BadRequest where the library makes no tokens of a text."""
     try:
         yield

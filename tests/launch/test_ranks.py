@@ -321,7 +321,7 @@ def stop_one(server: Server, which: int) -> list[int]:
     os.kill(pids[which], signal.SIGSTOP)
     for _ in askers:
         answer = answers.get(timeout=10)
-        assert time.monotonic() - stopped < 2.5 and answer.status_code == 503, answer.text
+        assert time.monotonic() - stopped < 8 and answer.status_code == 503, answer.text
         assert "was stopped by a signal" in answer.text and answer.headers["retry-after"]
         assert which == 0 or "rank 1 of 2" in answer.text
     return pids

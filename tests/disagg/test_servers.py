@@ -192,6 +192,41 @@ def test_warm_ups_without_a_peer_are_answered_and_a_server_of_both_takes_no_room
     assert httpx.post(fleet.alone.url + "/generate", json=body, timeout=60).status_code == 400
 
 
+@pytest.mark.parametrize(
+    ("route", "prompt"),
+    [
+        ("/v1/completions", {"prompt": [7 + at % 90 for at in range(70)]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello there " * 9}]}),
+    ],
+)
+def test_a_gateway_of_vllms_kind_asks_one_after_the_other(fleet: Fleet, route: str, prompt: dict[str, Any]) -> None:
+    """Its parameters are handed from prefill's answer to decode's request, whole as they are."""
+    body = {"model": "tiny", "temperature": 0.8, "seed": 5, "max_tokens": 12, **prompt}
+    none = {"remote_engine_id": None, "remote_block_ids": None, "remote_host": None, "remote_port": None}
+    asked = {"do_remote_decode": True, "do_remote_prefill": False, **none}
+    before = fleet.state(fleet.decode)["rooms_fetched"]
+    first = httpx.post(
+        fleet.prefill.url + route, json=body | {"max_tokens": 1, "kv_transfer_params": asked}, timeout=60
+    )
+    assert first.status_code == 200, first.text
+    told = first.json()["kv_transfer_params"]
+    assert told["do_remote_prefill"] and not told["do_remote_decode"]
+    second = httpx.post(fleet.decode.url + route, json=body | {"kv_transfer_params": told}, timeout=60)
+    alone = httpx.post(fleet.alone.url + route, json=body | {"kv_transfer_params": {}}, timeout=60)
+    assert second.json()["choices"] == alone.json()["choices"] and second.status_code == 200
+    assert fleet.state(fleet.decode)["rooms_fetched"] == before + 1
+    for server, wrong in (
+        (fleet.decode, asked),
+        (fleet.prefill, told),
+        (fleet.alone, asked),
+        (fleet.decode, told | {"remote_request_id": "x"}),
+        (fleet.decode, told | {"do_remote_decode": True}),
+        (fleet.prefill, asked | {"do_remote_decode": "x"}),
+    ):
+        answer = httpx.post(server.url + route, json=body | {"kv_transfer_params": wrong}, timeout=60)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "kv_transfer_params"
+
+
 def test_other_gateways_put_prompt_logprobs_together(fleet: Fleet) -> None:
     port = fleet.prefill.get("/server_info").json()["disaggregation"]["bootstrap_port"]
     body = {

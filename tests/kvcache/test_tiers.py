@@ -106,6 +106,24 @@ def test_pages_of_every_layout_come_back_bit_by_bit(spec: MemorySpec, dtype: tor
         assert not tensor[[1, 5, 6, 7]].view(torch.uint8).any()
 
 
+def test_a_row_has_the_page_of_every_group_and_leaves_out_what_a_window_does_not_want() -> None:
+    pool = KVPool([Paged(2, 8, 8), Paged(1, 8, 8, window=6), Paged(2, 8, 8)], [9, 5], 4, torch.float32, CPU)
+    tensors = [pool.stored(0), pool.stored(1)]
+    for tensor in tensors[0] + tensors[1]:
+        tensor.random_(1, 1000)
+    copies = PoolCopies(pool)
+    before = [[tensor.clone() for tensor in group] for group in tensors]
+    rows = rows_of(2, size=rounded(copies.page_bytes))
+    copies.out(np.array([[5, 7], [1, 3]], np.int32), rows)
+    for tensor in tensors[0] + tensors[1]:
+        tensor.zero_()
+    copies.into(rows, np.array([[2, 3], [0, 4]], np.int32))
+    for tensor, old in zip(tensors[0], before[0], strict=True):
+        assert torch.equal(tensor[[2, 3]], old[[5, 7]]) and not tensor[[0, 1, 4, 5, 6, 7, 8]].any()
+    for tensor, old in zip(tensors[1], before[1], strict=True):
+        assert torch.equal(tensor[4], old[3]) and not tensor[:4].any()
+
+
 # host memory
 
 

@@ -107,12 +107,14 @@ def prompts_of(count: int, length: int = 200) -> list[list[int]]:
         ("llama", {}),
         pytest.param("llama", {"kv_cache_dtype": "int8", "ops": None, "attention_backend": "cpu"}, id="int8"),
         ("deepseek_v3", {}),
+        ("gemma3", {}),
     ],
 )
 def test_text_is_the_same_with_and_without_tiers_and_after_a_restart(
     family: str, values: dict[str, Any], tmp_path: Path
 ) -> None:
-    model, prompts = tiny_checkpoint(family, tmp_path / "model"), prompts_of(4)
+    sizes = {"sliding_window": 40} if family == "gemma3" else {}
+    model, prompts = tiny_checkpoint(family, tmp_path / "model", **sizes), prompts_of(4)
     plain = Config.from_flat(
         {**settings(model, tmp_path, **values).flat(), "enable_hierarchical_cache": False, EXTRA: None}
         | {"hicache_storage_backend": None}
@@ -171,7 +173,8 @@ def test_memory_that_was_given_back_is_filled_from_the_store_and_new_weights_fin
 @pytest.mark.parametrize(
     ("family", "values", "word"),
     [
-        ("gemma3_text", {}, "sliding windows"),
+        ("gemma3_text", {"hicache_write_policy": "write_back"}, "write_back"),
+        ("qwen3_next", {}, "recurrent states"),
         ("bert", {}, "does not generate"),
         ("qwen3_moe", {"enable_return_routed_experts": True}, "experts"),
     ],

@@ -44,13 +44,13 @@ class StoreCopies:
         self.broken = False
 
     def out(self, pages: Any, rows: Sequence[Row]) -> None:
-        for page, row in zip(pages.tolist(), rows, strict=True):
+        for page, row in zip(np.atleast_2d(pages)[0].tolist(), rows, strict=True):
             row[: self.page_bytes] = self._store[page].view(np.uint8)
 
     def into(self, rows: Sequence[Row], pages: Any) -> None:
         if self.broken:
             raise RuntimeError("injected: a copy")
-        for row, page in zip(rows, pages.tolist(), strict=True):
+        for row, page in zip(rows, np.atleast_2d(pages)[0].tolist(), strict=True):
             self._store[page] = row[: self.page_bytes].view(np.int64)
 
 

@@ -234,16 +234,27 @@ class CacheManager:
         if missing == 0 and slots == 0:
             return True
         need = [missing] * self.paged + ([slots] if self.states is not None else [])
+        for account in self.windows:  # of `skip`
+            need[account.group] -= min(missing, max(0, lease.first[account.index] - lease.held))
         taken = self._allocate(need)
         if taken is None:
             return False
         for number in range(self.paged):
-            lease.tables[number][lease.held : lease.held + missing] = taken[number]
+            lease.tables[number][lease.held + missing - need[number] : lease.held + missing] = taken[number]
         lease.held += missing
         if slots:
             lease.own += taken[-1].tolist()
             lease.tables[-1][1] = next(slot for slot in lease.own if slot != lease.tables[-1][0])
         return True
+
+    def skip(self, lease: Lease, pages: int) -> None:
+        """The first `pages` will not be computed but copied: of windows only what is read from there on is wanted."""
+        for account in self.windows:
+            old = lease.first[account.index]
+            first = max(old, self.groups[account.group].first_needed(pages * self.page_size) // self.page_size)
+            self.unlock_window(lease, account, old, min(first, lease.shared))
+            lease.tables[account.group][old : min(first, lease.shared)] = 0
+            lease.first[account.index] = first
 
     def reserve_one_each(self, leases: list[Lease]) -> bool:
         """One more page for each of these: a decode step's rows at a page border. All or nothing."""

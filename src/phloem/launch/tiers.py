@@ -129,7 +129,7 @@ def tiers_of(config: Config, checkpoint: Checkpoint, built: Built, scheduler: Sc
     """
     if not config.cache.enable_hierarchical_cache:
         return None
-    why = declines(config, built, scheduler)
+    why = declines(config, built, scheduler, windows=True)
     if why or not isinstance(built.runner, ModelRunner):
         built.decisions.append(Decision(NAME, "none", why))
         _log.warning("no cache tiers: %s", why)
@@ -157,8 +157,8 @@ def tiers_of(config: Config, checkpoint: Checkpoint, built: Built, scheduler: Sc
     return found
 
 
-def declines(config: Config, built: Built, scheduler: Scheduler) -> str:
-    """Why this engine has none; "": it can."""
+def declines(config: Config, built: Built, scheduler: Scheduler, windows: bool = False) -> str:
+    """Why this engine has none; "": it can. `windows`: those beside memory of all tokens are no hindrance."""
     runner = built.runner
     if built.denoising is not None:
         return "the model writes by diffusion: its texts grow by blocks, of which none is kept beyond the pool"
@@ -171,7 +171,10 @@ def declines(config: Config, built: Built, scheduler: Scheduler) -> str:
         return "prefixes are not shared"
     pool = runner.pool
     kinds = [group.kind if group.kind != "pages" or not group.window else "window" for group in pool.groups]
-    if kinds != ["pages"]:
+    if windows and kinds[0] == "pages" and set(kinds[1:]) == {"window"}:
+        if config.cache.hicache_write_policy == "write_back":
+            return "windows lose their pages before the pool gives up the others (hicache_write_policy write_back)"
+    elif kinds != ["pages"]:
         named = {"window": "sliding windows", "state": "recurrent states", "cross": "audio", "pages": "all tokens"}
         return f"its memory is of several kinds ({', '.join(named[kind] for kind in kinds)})"
     if pool.routes is not None:

@@ -206,6 +206,7 @@ class OpenAIBody(RequestFields, kw_only=True):
     sampling_seed: Seed | None = None
     return_token_ids: bool | None = None
     return_spec_tokens_details: bool | None = None
+    kv_transfer_params: Any = None
 
     ignored: ClassVar[dict[str, str]] = {
         **RequestFields.ignored,
@@ -217,6 +218,7 @@ class OpenAIBody(RequestFields, kw_only=True):
         **RequestFields.later,
         **known.OPENAI_LATER,
         **COMMON_LATER,
+        "kv_transfer_params": Later("disaggregation", ({},)),
         **GRAMMAR,
         **GUIDED,
     }

@@ -41,7 +41,7 @@ class Further(Protocol):
         ...
 
     def restore(self, claim: Claim, pages: NDArray[np.int32]) -> None:
-        """Copy what was claimed to these pages in front of the step that is launched next."""
+        """Copy what was claimed to these pages, int32 [groups, n], in front of the step that is launched next."""
         ...
 
     def launching(self) -> Pending[None] | None:

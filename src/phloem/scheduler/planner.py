@@ -405,13 +405,17 @@ class Planner:
         """What tiers have behind the cached prefix."""
         if self.further is None:
             return None
-        return self.further.claim(request.id, request.namespace, known, lease.shared, request.match_limit())
+        claim = self.further.claim(request.id, request.namespace, known, lease.shared, request.match_limit())
+        if claim is not None and self.cache.windows:
+            self.cache.skip(lease, lease.shared + claim.count)
+        return claim
 
     def _restore(self, request: Request, lease: Lease, claim: Claim | None) -> None:
         """Pages of its own are filled in front of the step that it enters with: it has computed them, so to say."""
         assert self.further is not None
         if claim is not None:
-            self.further.restore(claim, lease.tables[0][lease.shared : lease.shared + claim.count])
+            start, end = lease.shared, lease.shared + claim.count
+            self.further.restore(claim, np.stack([table[start:end] for table in lease.tables[: self.cache.paged]]))
             self.slots.computed[request.slot] += claim.count * self.cache.page_size
             if request.admitted < 0 and not request.handed:
                 request.cached_host, request.cached_storage = (

@@ -1,4 +1,5 @@
-"""Pages of the pool as rows of bytes, whatever their layout: layer behind layer, each tensor's page as it lies there.
+"""Pages of the pool as rows of bytes, whatever their layout: group behind group, layer behind layer, each tensor's page
+as it lies there.
 
 For the thread that runs the steps, between two of them (`core.batch.Runner.between`): what was launched before has
 then written its pages, and what is launched later has not.
@@ -27,6 +28,8 @@ PART = 64  # pages that are copied at once: of more, the rows would take as much
 
 
 class Copies(Protocol):
+    """`pages`: int32 [groups of pages, n], or [n] where there is one group; row i has those of column i."""
+
     page_bytes: int
 
     def out(self, pages: NDArray[np.int32], rows: Sequence[Row]) -> None:
@@ -34,54 +37,68 @@ class Copies(Protocol):
         ...
 
     def into(self, rows: Sequence[Row], pages: NDArray[np.int32]) -> None:
-        """Rows to pages of the pool."""
+        """Rows to pages of the pool; what a group's page is 0 for is left out."""
         ...
 
 
 class PoolCopies:
-    """Of a pool whose layers are one group."""
+    """Of the groups of a pool that have pages."""
 
     def __init__(self, pool: KVPool) -> None:
-        parts: list[tuple[Tensor, int, int]] = []  # a tensor as [pages, words of a page], and its bytes in a row
+        # For each group: tensors as [pages, words of a page], and their bytes in a row.
+        self._groups: list[list[tuple[Tensor, int, int]]] = []
         start = 0
-        for tensor in pool.stored(0):
-            count = tensor[0].nbytes
-            parts.append((_words(tensor, count), start, start + count))
-            start += count
-        self._parts, self.page_bytes = parts, start
+        for number, group in enumerate(pool.groups):
+            if group.kind != "pages":
+                continue
+            parts: list[tuple[Tensor, int, int]] = []
+            for tensor in pool.stored(number):
+                count = tensor[0].nbytes
+                parts.append((_words(tensor, count), start, start + count))
+                start += count
+            self._groups.append(parts)
+        self.page_bytes = start
+        self._device = pool.device
         self._on_host = in_host_memory(pool.device)
         # Addresses, for there are some dozen parts of a page: a view of each would cost more than its copy.
-        self._places = [(words.data_ptr(), start, end - start) for words, start, end in parts]
+        self._places = [[(words.data_ptr(), start, end - start) for words, start, end in parts]
+                        for parts in self._groups]  # fmt: skip
 
     def out(self, pages: NDArray[np.int32], rows: Sequence[Row]) -> None:
-        for begin in range(0, len(pages), PART):
-            at = pages[begin : begin + PART].astype(np.int64)
+        for number, mine in enumerate(np.atleast_2d(pages).astype(np.int64)):
             if self._on_host:
-                for place, page in enumerate(at.tolist(), begin):
-                    row = rows[place].ctypes.data
-                    for address, start, count in self._places:
-                        memmove(row + start, address + page * count, count)
+                for row, page in zip(rows, mine.tolist(), strict=True):
+                    place = row.ctypes.data
+                    for address, start, count in self._places[number]:
+                        memmove(place + start, address + page * count, count)
                 continue
-            index = torch.from_numpy(at).to(self._parts[0][0].device)
-            whole = torch.cat([words.index_select(0, index).view(torch.uint8) for words, _, _ in self._parts], 1)
-            for row, found in zip(rows[begin:], whole.cpu().numpy(), strict=False):
-                row[: self.page_bytes] = found
+            parts = self._groups[number]
+            first, last = parts[0][1], parts[-1][2]
+            for begin in range(0, len(mine), PART):
+                index = torch.from_numpy(mine[begin : begin + PART]).to(self._device)
+                whole = torch.cat([words.index_select(0, index).view(torch.uint8) for words, _, _ in parts], 1)
+                for row, found in zip(rows[begin:], whole.cpu().numpy(), strict=False):
+                    row[first:last] = found
 
     def into(self, rows: Sequence[Row], pages: NDArray[np.int32]) -> None:
-        for begin in range(0, len(pages), PART):
-            at = pages[begin : begin + PART].astype(np.int64)
+        for number, mine in enumerate(np.atleast_2d(pages).astype(np.int64)):
+            at = np.flatnonzero(mine)
             if self._on_host:
-                for place, page in enumerate(at.tolist(), begin):
-                    row = rows[place].ctypes.data
-                    for address, start, count in self._places:
-                        memmove(address + page * count, row + start, count)
+                for column in at.tolist():
+                    place, page = rows[column].ctypes.data, int(mine[column])
+                    for address, start, count in self._places[number]:
+                        memmove(address + page * count, place + start, count)
                 continue
-            device = self._parts[0][0].device
-            index = torch.from_numpy(at).to(device)
-            whole = torch.from_numpy(np.stack([row[: self.page_bytes] for row in rows[begin : begin + PART]]))
-            whole = whole.to(device)
-            for words, start, end in self._parts:
-                words.index_copy_(0, index, whole[:, start:end].contiguous().view(words.dtype))
+            parts = self._groups[number]
+            first, last = parts[0][1], parts[-1][2]
+            for begin in range(0, len(at), PART):
+                some = at[begin : begin + PART]
+                index = torch.from_numpy(mine[some]).to(self._device)
+                whole = torch.from_numpy(np.stack([rows[column][first:last] for column in some.tolist()]))
+                whole = whole.to(self._device)
+                for words, start, end in parts:
+                    part = whole[:, start - first : end - first].contiguous()
+                    words.index_copy_(0, index, part.view(words.dtype))
 
 
 def _words(tensor: Tensor, page_bytes: int) -> Tensor:

@@ -11,7 +11,8 @@ Who owns what, when
   then. The pages enter the tree with that step, as if it had computed them, and leave it if it never happened.
 * From a store: threads fill rows while the request waits, with none of the pool's pages.
 
-A page is written once its whole beginning is: `exists` tells a leading run, and what follows is written behind it.
+A page is written once its whole beginning is: `exists` tells a leading run, and what follows is written behind it. A row
+has the page of every group; where a window has lost one before it was written, the run ends there.
 """
 
 from __future__ import annotations
@@ -159,9 +160,10 @@ class Tiers:
             self._inner.cleared()
 
     def _on_evict(self, group: int, pages: list[tuple[bytes, int]]) -> None:
-        """What is removed next was computed, and is nobody's fault."""
-        del group, pages
-        self._evicting = True
+        """What is removed next was computed, and is nobody's fault. Windows lose pages without their node."""
+        del pages
+        if group == 0:
+            self._evicting = True
 
     def _distrust(self, node: Node, left: int) -> None:
         """The pages leave the tree because their request failed: what it computed is not believed anywhere."""
@@ -327,13 +329,28 @@ class Tiers:
             rest = path[known:]
             more = self._keys.of(root.name, [one for found in rest for one in hashes(found)])
             kept = self._kept(more)
-            keys += more[kept:]
-            pages.append(np.concatenate([found.pages for found in rest])[kept:])
+            columns = np.concatenate([self._pages_of(found) for found in rest], axis=1)
+            lost = np.flatnonzero((columns[:, kept:] == 0).any(0))
+            end = kept + int(lost[0]) if len(lost) else len(more)
+            keys += more[kept:end]
+            pages.append(columns[:, kept:end])
             with self._sending:
-                self._coming.update(more[kept:])
-            self._saved.update(found.uid for found in rest)
+                self._coming.update(more[kept:end])
+            for found in rest:
+                end -= found.count
+                if end < 0:
+                    break
+                self._saved.add(found.uid)
         if keys:
-            self._write_out(keys, np.concatenate(pages))
+            self._write_out(keys, np.concatenate(pages, axis=1))
+
+    def _pages_of(self, node: Node) -> NDArray[np.int32]:
+        """[groups, pages of the node]; 0 where a window has lost its page, or has one that is not computed yet."""
+        windows = [
+            np.where(account.entered[own] <= self._horizon, own, 0)
+            for account, own in zip(self._cache.windows, node.windows, strict=True)
+        ]
+        return np.stack([node.pages, *windows])
 
     def _kept(self, keys: list[bytes]) -> int:
         """How many of these keys, from the first on, are kept or on their way."""
@@ -362,7 +379,7 @@ class Tiers:
             self.counts.add(dropped=len(lost))
             self._forget_coming(lost)
         if rows:
-            some, at = keys[: len(rows)], pages[: len(rows)]
+            some, at = keys[: len(rows)], pages[:, : len(rows)]
             self._around.between(lambda: self._copy_out(some, at, rows))
 
     def _copy_out(self, keys: list[bytes], pages: NDArray[np.int32], rows: list[int]) -> None:

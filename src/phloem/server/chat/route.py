@@ -13,6 +13,7 @@ from phloem.server.chat.write import ChatCompletion, ChatWriter
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.stream import collect, stream
+from phloem.server.transfer import meet, offered
 
 router = APIRouter(tags=["openai"])
 _parser = Parser(ChatBody)
@@ -27,6 +28,7 @@ async def chat_completions(request: Request) -> Response:
     door = door_of(request)
     body = await door.read(request, _parser)
     door.check_model(body.model)
+    meet(body, door)
     asked = await to_request(body, door.client, door.info)
     model = door.adapt(asked.request, body.model, body.lora_path)
     door.check_batch(asked.request)
@@ -35,4 +37,6 @@ async def chat_completions(request: Request) -> Response:
     writer = ChatWriter(body, key, model, door.client.tokenizer, asked.parsers())
     if asked.request.stream:
         return await stream(request, call, writer.events(call))
-    return json_response(writer.answer(await collect(request, call)))
+    answer = writer.answer(await collect(request, call))
+    answer.kv_transfer_params = offered(body, door, request)
+    return json_response(answer)

@@ -50,6 +50,7 @@ class ChatCompletion(Answer, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     sglext: Extensions | UnsetType = UNSET
+    kv_transfer_params: dict[str, Any] | UnsetType = UNSET  # of a prefill server, for the decode server
 
 
 class ChatDelta(Answer, kw_only=True):

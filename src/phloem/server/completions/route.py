@@ -13,6 +13,7 @@ from phloem.server.completions.write import Completion, CompletionWriter
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.stream import collect, stream
+from phloem.server.transfer import meet, offered
 
 router = APIRouter(tags=["openai"])
 _parser = Parser(CompletionBody)
@@ -27,6 +28,7 @@ async def completions(request: Request) -> Response:
     door = door_of(request)
     body = await door.read(request, _parser)
     door.check_model(body.model)
+    meet(body, door)
     asked = to_request(body, door.client.tokenizer)
     model = door.adapt(asked, body.model, body.lora_path)
     door.check_batch(asked)
@@ -34,4 +36,6 @@ async def completions(request: Request) -> Response:
     writer = CompletionWriter(body, body.rid or new_id("cmpl-"), model, door.client.tokenizer)
     if asked.stream:
         return await stream(request, call, writer.events(call))
-    return json_response(writer.answer(await collect(request, call)))
+    answer = writer.answer(await collect(request, call))
+    answer.kv_transfer_params = offered(body, door, request)
+    return json_response(answer)

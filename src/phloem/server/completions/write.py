@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import UNSET, UnsetType
 
@@ -40,6 +40,7 @@ class Completion(Answer, kw_only=True):
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
     sglext: Extensions | UnsetType = UNSET
+    kv_transfer_params: dict[str, Any] | UnsetType = UNSET  # of a prefill server, for the decode server
 
 
 class CompletionWriter:

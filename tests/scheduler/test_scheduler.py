@@ -247,6 +247,26 @@ def test_a_full_queue_answers_503() -> None:
     assert "queue is full" in str(driver.finish["3"].message)
 
 
+def test_a_request_that_would_wait_too_long_is_refused_before_it_waits() -> None:
+    driver = Driver(num_pages=400, max_queue_seconds=2.0, chunked_prefill_size=16)
+    meter = driver.scheduler.meter
+    driver.submit("unknown", list(range(11, 111)), 2)  # nothing was measured: nothing is refused
+    driver.run()
+    meter.prefill_tokens, meter.prefill_seconds = 1000, 10.0  # 100 tokens a second
+    for index in range(4):
+        driver.submit(str(index), [12 + index, *range(11, 110)], 2)
+    driver.run()
+    assert [driver.finish[name].status_code for name in ("unknown", "0", "1", "2", "3")] == [
+        None,
+        None,
+        None,
+        None,
+        503,
+    ]
+    assert "take 3.0 s" in str(driver.finish["3"].message) and driver.finish["3"].retry_after == 1
+    assert driver.finish["2"].retry_after is None
+
+
 def test_unseeded_requests_draw_from_the_configured_stream() -> None:
     def answers(random_seed: int) -> list[list[int]]:
         driver = Driver(random_seed=random_seed)

@@ -70,6 +70,7 @@ class Options:
     context_length: int = opt(32768, "Longest prompt plus output; longer prompts lose their beginning.")
     chunked_prefill_size: int = opt(8192, "Tokens of one step.")
     schedule_policy: str = opt("lpm", "Order of a replica's waiting requests.")
+    max_queue_seconds: float = opt(0.0, "A replica refuses requests beyond such a predicted wait; 0: none.")
     kv_events: bool = opt(
         False, "The gateway follows the replicas' cache events, instead of guessing from what it sent."
     )
@@ -147,7 +148,7 @@ def _talks(options: Options) -> Iterable[Conversation]:
 def _replica(options: Options) -> tuple[StepTime, Size]:
     size = Size(
         options.kv_tokens or 400_000, options.page_size, options.max_running_requests, options.context_length,
-        options.chunked_prefill_size, options.schedule_policy,
+        options.chunked_prefill_size, options.schedule_policy, options.max_queue_seconds,
     )  # fmt: skip
     if options.model is None:
         return (Measured() if options.steps is None else Measured.load(Path(options.steps))), _fitting(size)

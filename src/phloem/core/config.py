@@ -113,6 +113,7 @@ class ScheduleConfig:
 
     max_running_requests: int | None = opt(None, "Most requests in one step; default: from the machine.")
     max_queued_requests: int = opt(4096, "Most waiting requests; beyond, a request is answered 503.")
+    max_queue_seconds: float = opt(0.0, "Longest predicted wait for the first token; beyond, 503 at once. 0: any.")
     chunked_prefill_size: int | None = opt(None, "Token budget of one step: prompts are prefilled in such chunks.")
     schedule_policy: Policy = opt("lpm", "Order of waiting requests: longest cached prefix, arrival, or priority.")
     disable_overlap_schedule: bool = opt(False, "Plan a step only after the one before it has ended.")

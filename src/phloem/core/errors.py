@@ -9,6 +9,7 @@ class PhloemError(Exception):
     status = 500
     kind = "internal_error"
     retryable = False
+    retry_after: int | None = None  # seconds
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)

@@ -9,7 +9,7 @@ from phloem.core.errors import ConfigError
 
 _NOT_BELOW_0 = (
     "node_rank", "kt_num_gpu_experts", "kt_max_deferred_experts_per_token", "kt_gpu_prefill_token_threshold",
-    "ep_num_redundant_experts",
+    "ep_num_redundant_experts", "max_queue_seconds",
 )  # fmt: skip
 _POSITIVE = (
     "context_length",

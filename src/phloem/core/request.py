@@ -50,6 +50,7 @@ class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
     message: str | None = None
     status_code: int | None = None
     param: str | None = None
+    retry_after: int | None = None  # seconds after which it may be asked again
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

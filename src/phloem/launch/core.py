@@ -201,6 +201,7 @@ def _settings(config: Config, checkpoint: Checkpoint, built: Built, speculates: 
     return ScheduleSettings(
         max_running_requests=built.max_running_requests,
         max_queued_requests=config.schedule.max_queued_requests,
+        max_queue_seconds=config.schedule.max_queue_seconds,
         chunked_prefill_size=built.chunked_prefill_size,
         mixed_prefill_size=built.mixed_prefill_size,
         worthwhile_prefill=built.worthwhile_prefill,

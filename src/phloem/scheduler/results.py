@@ -305,7 +305,9 @@ class Results:
             chunk = Chunk(id=request.id, finish=reason)
         self._chunks.append(chunk)
 
-    def refuse(self, request_id: str, message: str, status_code: int, param: str | None = None) -> None:
+    def refuse(
+        self, request_id: str, message: str, status_code: int, param: str | None = None, retry_after: int | None = None
+    ) -> None:
         """Answer a request that never came in."""
         log.log(
             logging.WARNING if status_code < 500 or status_code == 503 else logging.ERROR,
@@ -314,9 +316,8 @@ class Results:
             status_code,
             message,
         )
-        self._chunks.append(
-            Chunk(id=request_id, finish=FinishReason("abort", message=message, status_code=status_code, param=param))
-        )
+        reason = FinishReason("abort", message=message, status_code=status_code, param=param, retry_after=retry_after)
+        self._chunks.append(Chunk(id=request_id, finish=reason))
 
     def tell_all(self) -> None:
         """What has been chosen and not told yet, whatever the interval."""

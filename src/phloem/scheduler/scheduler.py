@@ -24,7 +24,7 @@ from phloem.core.messages import Abort, Control, Drain, FromEngine, Submit, ToEn
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.kvcache import audit
 from phloem.kvcache.manager import namespace
-from phloem.scheduler import blocks
+from phloem.scheduler import blocks, overload
 from phloem.scheduler.control import ABORTED, Controls
 from phloem.scheduler.metrics import Meter, usage
 from phloem.scheduler.mixture import Mixture
@@ -257,12 +257,10 @@ class Scheduler:
             if self.keeper is not None and self.keeper.unfit:
                 self.results.refuse(submit.id, self.keeper.unfit, 503)
                 return
-            if self.num_waiting >= self.settings.max_queued_requests:
-                self.results.refuse(submit.id, f"the queue is full: {self.num_waiting} requests are waiting", 503)
-                return
+            overload.check(self.settings, self.num_waiting, self.queue, self.slots, self.meter)
             self._accept(submit)
         except PhloemError as error:
-            self.results.refuse(submit.id, error.message, error.status, error.param)
+            self.results.refuse(submit.id, error.message, error.status, error.param, error.retry_after)
         except Exception as error:
             log.exception("request %s could not be taken in", submit.id)
             self.results.refuse(submit.id, f"{type(error).__name__}: {error}", 500)

@@ -26,6 +26,7 @@ class ScheduleSettings:
     vocab_size: int
     eos_ids: tuple[int, ...] = ()
     max_queued_requests: int = 4096
+    max_queue_seconds: float = 0.0  # beyond such a predicted wait for the first token a request is refused; 0: any
     chunked_prefill_size: int = 2048
     mixed_prefill_size: int | None = None
     worthwhile_prefill: int | None = None

@@ -56,7 +56,7 @@ def error_response(error: PhloemError, scope: Scope) -> Response:
     """The answer to the request of this scope, in its route's shape."""
     headers: dict[str, str] = {}
     if error.status == 503:
-        headers["retry-after"] = RETRY_AFTER
+        headers["retry-after"] = RETRY_AFTER if error.retry_after is None else str(error.retry_after)
     if error.status == 408:
         headers["connection"] = "close"  # what may still come is no request
     if error.status == 401:

@@ -1,8 +1,8 @@
 """`kv_transfer_params` of bodies and answers, as vLLM's gateways speak of a prefill and a decode server.
 
 Such a gateway asks the prefill server first (`do_remote_decode`), waits for its answer, and puts what stands there
-under `kv_transfer_params` into what it asks of the decode server (`do_remote_prefill`). Here both halves are a room: the
-prefill server chooses it, and its name goes through the gateway as `remote_request_id`.
+under `kv_transfer_params` into what it asks of the decode server (`do_remote_prefill`). Here both halves are a room:
+the prefill server chooses it, and its name goes through the gateway as `remote_request_id`.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ class Size:
     context: int = 32_768
     chunk: int = 8192
     schedule_policy: str = "lpm"
+    max_queue_seconds: float = 0.0  # as of `ScheduleSettings`
 
 
 class Clock:
@@ -144,6 +145,7 @@ class Replica:
             vocab_size=VOCABULARY,
             chunked_prefill_size=size.chunk,
             schedule_policy=size.schedule_policy,
+            max_queue_seconds=size.max_queue_seconds,
             random_seed=number,
         )
         self.scheduler = Scheduler(self.runner, settings, self.cache, self._take, self.clock)

@@ -11,8 +11,8 @@ Who owns what, when
   then. The pages enter the tree with that step, as if it had computed them, and leave it if it never happened.
 * From a store: threads fill rows while the request waits, with none of the pool's pages.
 
-A page is written once its whole beginning is: `exists` tells a leading run, and what follows is written behind it. A row
-has the page of every group; where a window has lost one before it was written, the run ends there.
+A page is written once its whole beginning is: `exists` tells a leading run, and what follows is written behind it. A
+row has the page of every group; where a window has lost one before it was written, the run ends there.
 """
 
 from __future__ import annotations

@@ -109,6 +109,20 @@ def test_a_policy_that_knows_of_caches_finds_more_and_answers_earlier() -> None:
 
 
 @pytest.mark.slow
+def test_replicas_that_refuse_early_answer_the_others_in_time() -> None:
+    """Five times as many prompts as one replica computes: without a bound everybody waits ever longer."""
+
+    def run(most: float) -> Any:
+        talks = [talk(0.02 * n, (500, 4, 0.0), number=n) for n in range(250)]
+        return Fleet(replace(SMALL, max_queue_seconds=most), PLAIN, 1, "round_robin").run(talks)
+
+    seen = run(0.0), run(1.0)
+    assert not seen[0].failed and seen[1].failed > 100 and len(seen[1].e2e) + seen[1].failed == 250
+    assert max(seen[0].ttft) > 5.0 and max(seen[1].ttft) < 1.6
+    assert seen[1].output / seen[1].end > 0.9 * seen[0].output / seen[0].end
+
+
+@pytest.mark.slow
 def test_a_cut_leaves_what_was_on_its_way() -> None:
     fleet = Fleet(SMALL, PLAIN, 2, "round_robin", 1)
     seen = fleet.run(conversations(TALK, 20.0, 8.0, 1), until=2.0)

@@ -90,6 +90,7 @@ class EngineClient:
     def attach(self, link: EngineLink, ready: dict[str, Any] | None = None) -> None:
         """Serve through this link from now on. `ready`: the engine's `Ready.info`, where the caller has taken it."""
         self.unfit, self.flow.version = "", self.info.weight_version
+        self.info.duty.now = self.info.duty.configured  # an engine that is new
         self.connection.attach(link, ready)
 
     def start(self) -> None:

@@ -30,6 +30,13 @@ ROUTES = {
 }
 
 
+class Duty:
+    """The part that a server has among those that share prompts and answers: as configured, until it is changed."""
+
+    def __init__(self, configured: str) -> None:
+        self.configured = self.now = configured
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """Facts for validation and for the information routes.
@@ -57,7 +64,7 @@ class ModelInfo:
     draws: bool = False  # pictures, and nothing else
     speech: Speech | None = None  # of a model that writes down what it hears
     decisions: tuple[tuple[str, Any, str], ...] = ()  # name, value, reason: the door's own choices
-    role: str = "null"  # prefill or decode, where prompts and answers are computed by different servers
+    duty: Duty = field(default_factory=lambda: Duty("null"))
     replicas: int = 1  # engines behind this door
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -73,7 +80,7 @@ class ModelInfo:
             eos_ids=checkpoint.eos_ids,
             model_type=checkpoint.model_type,
             weight_version=config.model.weight_version,
-            role=config.disagg.disaggregation_mode,
+            duty=Duty(config.disagg.disaggregation_mode),
             architectures=checkpoint.architectures,
             generation_config=recommended(
                 checkpoint.generation_config, checkpoint.vocab_size, f"{checkpoint.path}/generation_config.json"
@@ -83,6 +90,11 @@ class ModelInfo:
             draws=checkpoint.pictures is not None,
             replicas=config.runtime.dp_size,
         )
+
+    @property
+    def role(self) -> str:
+        """prefill or decode, where prompts and answers are computed by different servers; else null."""
+        return self.duty.now
 
     @property
     def task(self) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from phloem.checkpoint.fingerprint import fingerprint
-from phloem.core.errors import ConfigError
+from phloem.core.errors import BadRequest, ConfigError, PhloemError
 from phloem.core.resolve import Decision
 from phloem.disagg.arrivals import Arrivals, Target
 from phloem.disagg.bootstrap import Book, Bootstrap, Directory, machine_id
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _log = log.get("launch")
 
 MODE, BACKEND = "disaggregation_mode", "disaggregation_transfer_backend"
+MODES = ("null", "prefill", "decode")
 PREFERRED = ("shm", "tcp")
 MOST_ROWS = 4 << 30  # bytes of pages that have come and are not in the pool yet
 
@@ -71,23 +73,66 @@ def _transports(backend: str | None) -> list[Transport]:
     return [TRANSPORTS.get(name)() for name in names]
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a part among servers is made of."""
+
+    remote: Remote
+    bootstrap: Bootstrap | None = None
+
+
 class Disaggregation:
     """What runs beside the scheduler. `info`: for gateways."""
 
-    def __init__(self, remote: Remote, bootstrap: Bootstrap | None) -> None:
-        self._remote, self._bootstrap = remote, bootstrap
-        self.info: dict[str, Any] = {
-            "mode": remote.state()["mode"],
-            "bootstrap_port": None if bootstrap is None else bootstrap.port,
-        }
+    def __init__(self, scheduler: Scheduler, mode: str, make: Callable[[str], Parts]) -> None:
+        self._scheduler, self._make, self._tiers = scheduler, make, scheduler.further
+        self._parts: Parts | None = None
+        self.info: dict[str, Any] = {}
+        self._become(mode)
+        scheduler.duty = self.change
+
+    def change(self, mode: str) -> dict[str, Any]:
+        """Another part from now on, in the scheduler's thread. Raises BadRequest: requests run, or rooms are open."""
+        if mode not in MODES:
+            raise BadRequest(f"{MODE}: {mode!r:.100} is none of {', '.join(MODES)}", param=MODE)
+        before = self.info["mode"]
+        if mode == before:
+            return self.info
+        if mode == "decode" and self._tiers is not None:
+            raise BadRequest(f"{MODE}: a decode server has no cache tiers (enable_hierarchical_cache)", param=MODE)
+        scheduler = self._scheduler
+        if scheduler.live or scheduler.inflight or (scheduler.remote is not None and scheduler.remote.busy):
+            text = f"{len(scheduler.live)} requests run, or rooms of theirs are open: ask again when they have ended"
+            raise BadRequest(text, code="busy")
+        self.close()
+        try:
+            self._become(mode)
+        except PhloemError:
+            self._become(before)
+            raise
+        _log.info("%s: %s, after %s", MODE, mode, before)
+        return self.info
+
+    def _become(self, mode: str) -> None:
+        parts = self._parts = None if mode == "null" else self._make(mode)
+        scheduler = self._scheduler
+        remote = scheduler.remote = None if parts is None else parts.remote
+        scheduler.results.on_end = None if remote is None else remote.ended
+        arrivals = None if remote is None else remote.arrivals
+        scheduler.further = self._tiers if arrivals is None else arrivals
+        bootstrap = None if parts is None else parts.bootstrap
+        self.info = {"mode": mode, "bootstrap_port": None if bootstrap is None else bootstrap.port}
 
     def close(self) -> None:
-        if self._bootstrap is not None:
-            self._bootstrap.close()
-        if self._remote.rooms is not None:
-            self._remote.rooms.close()
-        if self._remote.arrivals is not None:
-            self._remote.arrivals.finish()
+        parts, self._parts = self._parts, None
+        if parts is None:
+            return
+        if parts.bootstrap is not None:
+            parts.bootstrap.close()
+        if parts.remote.rooms is not None:
+            parts.remote.rooms.close()
+        if parts.remote.arrivals is not None:
+            parts.remote.arrivals.finish()
 
 
 def disaggregated(config: Config, checkpoint: Checkpoint, built: Built, scheduler: Scheduler) -> Disaggregation | None:
@@ -104,29 +149,31 @@ def disaggregated(config: Config, checkpoint: Checkpoint, built: Built, schedule
     built.decisions.append(Decision(BACKEND, ", ".join(one.name for one in transports), "the first that both have"))
     keeper = scheduler.keeper
     weights: Callable[[], str] = lambda: "" if keeper is None else _version(keeper)  # noqa: E731
-    rooms, arrivals, bootstrap = None, None, None
-    if chosen.disaggregation_mode == "prefill":
 
-        def copy(pages: NDArray[np.int32], rows: Sequence[Row]) -> None:
-            # Pages that are locked are not written: in host memory they can be read beside a step.
-            if in_host_memory(pool.device):
-                copies.out(pages, rows)
-            else:
-                runner.between(lambda: copies.out(pages, rows)).result()
+    def copy(pages: NDArray[np.int32], rows: Sequence[Row]) -> None:
+        # Pages that are locked are not written: in host memory they can be read beside a step.
+        if in_host_memory(pool.device):
+            copies.out(pages, rows)
+        else:
+            runner.between(lambda: copies.out(pages, rows)).result()
 
+    def make(mode: str) -> Parts:
+        if mode == "decode":
+            vocab = scheduler.settings.vocab_size
+            target = Target(copies.into, copies.page_bytes, facts, weights, scheduler.between, MOST_ROWS, vocab)
+            return Parts(Remote(None, Arrivals(scheduler.cache, target, Book(transports))))
         host = config.server.host
         rooms = Rooms(scheduler.cache, Source(copy, copies.page_bytes, facts, weights), transports, host)
         directory = Directory(_topology(config, pool), _own(rooms, config))
-        bootstrap = Bootstrap(host, chosen.disaggregation_bootstrap_port, directory)
+        try:
+            bootstrap = Bootstrap(host, chosen.disaggregation_bootstrap_port, directory)
+        except PhloemError:
+            rooms.close()
+            raise
         _log.info("prompts are computed for decode servers; the bootstrap server is %s:%d", host, bootstrap.port)
-    else:
-        vocab = scheduler.settings.vocab_size
-        target = Target(copies.into, copies.page_bytes, facts, weights, scheduler.between, MOST_ROWS, vocab)
-        arrivals = Arrivals(scheduler.cache, target, Book(transports))
-        scheduler.further = arrivals
-    scheduler.remote = Remote(rooms, arrivals)
-    scheduler.results.on_end = scheduler.remote.ended
-    return Disaggregation(scheduler.remote, bootstrap)
+        return Parts(Remote(rooms, None), bootstrap)
+
+    return Disaggregation(scheduler, chosen.disaggregation_mode, make)
 
 
 def _topology(config: Config, pool: KVPool) -> dict[str, Any]:

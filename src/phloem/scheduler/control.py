@@ -51,6 +51,7 @@ class Governed(weights.Governed, Protocol):
     meter: Meter
     recorder: Recorder | None
     paused: bool
+    duty: Callable[[str], dict[str, Any]] | None
     clock: Callable[[], float]
 
     @property
@@ -140,6 +141,12 @@ class Controls:
             raise BadRequest("no store is kept: start with --hicache-storage-backend", code="not_supported")
         work = self.scheduler.further.clear_storage()
         self._works.append((call_id, work, lambda pages: (f"{pages} pages are forgotten", {"pages": pages})))
+
+    def _do_disaggregation_mode(self, call_id: str, args: dict[str, Any]) -> None:
+        if self.scheduler.duty is None:
+            raise BadRequest("this server shares no prompts: start with --disaggregation-mode", code="not_supported")
+        told = self.scheduler.duty(str(args.get("mode")))
+        self._reply(call_id, True, f"disaggregation_mode is {told['mode']}", told)
 
     def _do_state(self, call_id: str, args: dict[str, Any]) -> None:
         self._reply(call_id, True, data=self.scheduler.state())

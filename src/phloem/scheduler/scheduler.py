@@ -124,6 +124,7 @@ class Scheduler:
         self.results = Results(self.live, self.slots, self.queue, self.planner.release, interval, lender)
         self.results.speculates = settings.speculates
         self.remote: Remote | None = None  # prompts are computed for others, or by others
+        self.duty: Callable[[str], dict[str, Any]] | None = None  # changes which of the two
         self.controls = Controls(self)
         self.meter = Meter(clock())
         self._random = random.Random(settings.random_seed)
@@ -187,7 +188,7 @@ class Scheduler:
         return self.planner.further
 
     @further.setter
-    def further(self, further: Further) -> None:
+    def further(self, further: Further | None) -> None:
         self.planner.further = further
 
     def _weights(self) -> dict[str, Any]:

@@ -33,6 +33,7 @@ ADMIN_PATHS = UPDATE_PATHS | {
     *("/pause_generation", "/continue_generation", "/flush_cache", "/get_weights_by_name"),
     *(f"/{verb}_expert_distribution_record" for verb in ("start", "stop", "dump")),
     *("/clear_hicache_storage_backend", "/hicache/storage-backend/clear", "/start_profile", "/stop_profile"),
+    "/disaggregation_mode",
     *(f"{prefix}/{verb}_lora_adapter" for prefix in ("", "/v1") for verb in ("load", "unload")),
     *("/v1/set_lora", "/v1/merge_lora_weights", "/v1/unmerge_lora_weights"),
 }

@@ -55,6 +55,12 @@ class ContinueBody(AddressedBody, kw_only=True):
     }
 
 
+class RoleBody(Body, kw_only=True):
+    """`POST /disaggregation_mode`. `mode`: prefill, decode or null."""
+
+    mode: str
+
+
 class FlushBody(AddressedBody, kw_only=True):
     """`POST /flush_cache`. `timeout_s`: as `timeout` in the address."""
 
@@ -73,6 +79,7 @@ _abort = Parser(AbortBody)
 _pause = Parser(PauseBody)
 _continue = Parser(ContinueBody)
 _flush = Parser(FlushBody)
+_role = Parser(RoleBody)
 _weight = Parser(WeightBody)
 PAUSE_MODES = ("abort", "retract", "in_place")
 ROWS = 100  # of a weight, unasked
@@ -118,6 +125,22 @@ async def clear_hicache_storage_backend(request: Request) -> Response:
     """Forget what the store behind the cache has (`--hicache-storage-backend`); `/flush_cache` leaves it alone."""
     reply = await door_of(request).client.control("clear_hicache_storage", deadline=60.0)
     return _answer(reply, "the store is empty")
+
+
+@router.post("/disaggregation_mode", **describe(body=RoleBody, answer=ControlAnswer, errors=(400, *NEEDS_ENGINE)))
+async def disaggregation_mode(request: Request) -> Response:
+    """Change the part of a server that was started with `--disaggregation-mode`: prompts, answers, or both.
+
+    Refused while requests run or their rooms are open; take the server out of the gateway first.
+    """
+    door = door_of(request)
+    body = await door.read(request, _role)
+    reply = await door.client.control("disaggregation_mode", mode=body.mode)
+    refused(reply)
+    door.info.duty.now = reply.data["mode"]
+    if door.client.connection.ready is not None:
+        door.client.connection.ready["disaggregation"] = reply.data
+    return _answer(reply, "changed")
 
 
 @router.post("/abort_request", **describe(body=AbortBody, answer=ControlAnswer, body_required=False))

@@ -227,6 +227,33 @@ def test_a_gateway_of_vllms_kind_asks_one_after_the_other(fleet: Fleet, route: s
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "kv_transfer_params"
 
 
+def test_servers_change_their_parts_when_nothing_runs(fleet: Fleet) -> None:
+    def become(server: Server, mode: str) -> httpx.Response:
+        return httpx.post(server.url + "/disaggregation_mode", json={"mode": mode}, timeout=60)
+
+    assert become(fleet.alone, "prefill").status_code == become(fleet.decode, "both").status_code == 400
+    body = {"model": "tiny", "prompt": ids(70), "temperature": 0, "max_tokens": 8}
+    opened = httpx.post(
+        fleet.prefill.url + "/v1/completions",
+        json=body | {"max_tokens": 1, "kv_transfer_params": {"do_remote_decode": True}}, timeout=60,
+    ).json()["kv_transfer_params"]  # fmt: skip
+    assert "rooms" in become(fleet.prefill, "decode").text
+    answer = httpx.post(fleet.decode.url + "/v1/completions", json=body | {"kv_transfer_params": opened}, timeout=60)
+    assert answer.status_code == 200
+    for prefill, decode in ((fleet.decode, fleet.prefill), (fleet.prefill, fleet.decode)):
+        for server, mode in ((prefill, "null"), (decode, "null"), (prefill, "prefill"), (decode, "decode")):
+            eventually(lambda server=server, mode=mode: become(server, mode).status_code == 200, 45)
+            assert server.get("/server_info").json()["disaggregation_mode"] == mode
+            if mode == "null":
+                assert httpx.post(server.url + "/v1/completions", json=body, timeout=60).status_code == 200
+        asked = body | {"max_tokens": 1, "kv_transfer_params": {"do_remote_decode": True}}
+        told = httpx.post(prefill.url + "/v1/completions", json=asked, timeout=60).json()["kv_transfer_params"]
+        two = httpx.post(decode.url + "/v1/completions", json=body | {"kv_transfer_params": told}, timeout=60)
+        one = httpx.post(fleet.alone.url + "/v1/completions", json=body, timeout=60)
+        assert one.json()["choices"] == two.json()["choices"]
+        assert fleet.state(decode)["rooms_fetched"] == 1 and fleet.state(decode)["mode"] == "decode"
+
+
 def test_other_gateways_put_prompt_logprobs_together(fleet: Fleet) -> None:
     port = fleet.prefill.get("/server_info").json()["disaggregation"]["bootstrap_port"]
     body = {
@@ -259,33 +286,6 @@ def test_new_weights_that_nobody_has_named_are_those_of_one_server_alone(fleet: 
     fetched = fleet.state(fleet.decode)["rooms_fetched"]
     assert fleet.differs("/generate", body | {"input_ids": ids(60)}) == ""
     assert fleet.state(fleet.decode)["rooms_fetched"] == fetched + 1
-
-
-def test_servers_change_their_parts_when_nothing_runs(fleet: Fleet) -> None:
-    def become(server: Server, mode: str) -> httpx.Response:
-        return httpx.post(server.url + "/disaggregation_mode", json={"mode": mode}, timeout=60)
-
-    assert become(fleet.alone, "prefill").status_code == become(fleet.decode, "both").status_code == 400
-    body = {"model": "tiny", "prompt": ids(70), "temperature": 0, "max_tokens": 8}
-    opened = httpx.post(
-        fleet.prefill.url + "/v1/completions",
-        json=body | {"max_tokens": 1, "kv_transfer_params": {"do_remote_decode": True}}, timeout=60,
-    ).json()["kv_transfer_params"]  # fmt: skip
-    assert "rooms" in become(fleet.prefill, "decode").text
-    answer = httpx.post(fleet.decode.url + "/v1/completions", json=body | {"kv_transfer_params": opened}, timeout=60)
-    assert answer.status_code == 200
-    for prefill, decode in ((fleet.decode, fleet.prefill), (fleet.prefill, fleet.decode)):
-        for server, mode in ((prefill, "null"), (decode, "null"), (prefill, "prefill"), (decode, "decode")):
-            eventually(lambda server=server, mode=mode: become(server, mode).status_code == 200)
-            assert server.get("/server_info").json()["disaggregation_mode"] == mode
-            if mode == "null":
-                assert httpx.post(server.url + "/v1/completions", json=body, timeout=60).status_code == 200
-        asked = body | {"max_tokens": 1, "kv_transfer_params": {"do_remote_decode": True}}
-        told = httpx.post(prefill.url + "/v1/completions", json=asked, timeout=60).json()["kv_transfer_params"]
-        two = httpx.post(decode.url + "/v1/completions", json=body | {"kv_transfer_params": told}, timeout=60)
-        one = httpx.post(fleet.alone.url + "/v1/completions", json=body, timeout=60)
-        assert one.json()["choices"] == two.json()["choices"]
-        assert fleet.state(decode)["rooms_fetched"] == 1 and fleet.state(decode)["mode"] == "decode"
 
 
 def test_killed_in_the_middle_prefill_is_done_without(fleet: Fleet) -> None:

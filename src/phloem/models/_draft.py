@@ -22,7 +22,7 @@ from phloem.layers.norm import RMSNorm
 from phloem.layers.weight import Cut, Layer, Weight
 from phloem.models._common import usual_attention, usual_mlp
 from phloem.models._index import WeightIndex, open_sources
-from phloem.models._layer import LayerKind, Place
+from phloem.models._layer import LayerKind, Place, Recurrent
 from phloem.models._stored import some
 
 if TYPE_CHECKING:
@@ -264,6 +264,15 @@ class MTPNames:
     norm: str  # of what the head reads
     embed_first: bool = True
     blind_start: bool = False  # the embedding counts as zeros at position 0
+    layer: str = ""  # where the layer lies below the prefix, if not beside the others
+
+
+def attending(layers: Sequence[LayerKind]) -> LayerKind:
+    """The last kind that attends: such a layer keeps no recurrent state."""
+    found = [kind for kind in layers if not isinstance(kind.mixer, Recurrent)]
+    if not found:
+        raise ModelLoadError("no layer of the model attends, and one that drafts does")
+    return found[-1]
 
 
 class MTP(DraftHead):
@@ -278,7 +287,10 @@ class MTP(DraftHead):
         self.names = names
         self.enorm, self.hnorm = place.norm(own.child(names.embed_norm)), place.norm(own.child(names.hidden_norm))
         self.fuse = Linear(own, 2 * size, {names.fuse: size})
-        self.layer = config.layers[-1].make(own, place)
+        body = own
+        for part in names.layer.split(".") if names.layer else ():
+            body = body.child(part)
+        self.layer = attending(config.layers).make(body, place)
         self.norm = place.norm(own.child(names.norm))
         self.memory += self.layer.memory
         self.attention_specs += [spec for spec in (self.layer.attention,) if spec is not None]

@@ -209,8 +209,15 @@ def test_an_eagle_head_as_eagle3_is_refused(target: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_head_beside_recurrent_layers_is_refused(tmp_path: Path) -> None:
+def test_a_head_beside_recurrent_layers_changes_no_answer(tmp_path: Path) -> None:
     model = tiny_checkpoint("mamba", tmp_path / "mamba", num_hidden_layers=LAYERS)
-    values = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(eagle3(tmp_path / "head"))}
-    with pytest.raises(PhloemError):
-        phloem.Engine(model_path=str(model), **values, **{**PLAIN, "ops": None})
+    head = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(eagle3(tmp_path / "head"))}
+    found: list[list[int]] = []
+    for values in ({"speculative_algorithm": "none"}, head):
+        with phloem.Engine(model_path=str(model), **values, **PLAIN) as engine:
+            params = [{"max_new_tokens": 24, "temperature": heat, "sampling_seed": 1} for heat in (0.0, 0.8)]
+            answers: Any = engine.generate(["the dog a page"] * 2, params)
+        found.append([one["output_ids"] for one in answers])
+        drafted = sum(one["meta_info"].get("spec_num_proposed_drafts", 0) for one in answers)
+    assert found[0] == found[1]
+    assert drafted > 0

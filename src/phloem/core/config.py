@@ -302,6 +302,8 @@ class SpeculativeConfig:
     speculative_accept_threshold_acc: float = opt(1.0, "Only 1.0: whatever is less changes the answers.")
     disable_speculative_adaptive: bool = opt(False, "Verify all drafts always, whether that pays or not.")
     speculative_config: str | None = opt(None, 'The same as JSON: {"method": "suffix", "num_speculative_tokens": 7}.')
+    enable_spec_capture: bool = opt(False, "Requests may ask for hidden states that a draft head is trained on.")
+    spec_capture_dir: str | None = opt(None, "Folder that those states are written to, which the trainer reads.")
 
 
 @dataclass(frozen=True)

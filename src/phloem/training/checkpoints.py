@@ -7,12 +7,14 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from phloem.core.errors import ModelLoadError, PhloemError
+from phloem.core.errors import ConfigError, ModelLoadError, PhloemError
+from phloem.training.low_rank import whole_weights
 from phloem.training.states import NoSpace, check_space
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class Map:
 def write_head(folder: Path, head: Eagle3, config: dict[str, Any], words: Map, dtype: str) -> None:
     """config.json and model.safetensors, as SGLang and Phloem read them."""
     kind: torch.dtype = getattr(torch, dtype)
-    tensors = {name: value.detach().to("cpu", kind).contiguous() for name, value in head.state_dict().items()}
+    tensors = {name: value.detach().to("cpu", kind).contiguous() for name, value in whole_weights(head).items()}
     tensors |= {"d2t": words.d2t_D.cpu().contiguous(), "t2d": words.t2d_V.cpu().contiguous()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": dtype}, indent=2) + "\n")
@@ -93,6 +95,48 @@ def load_state(folder: Path) -> dict[str, Any]:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ModelLoadError(f"{folder / STATE} cannot be read: {error}") from None
+
+
+def begin_from(head: Eagle3, folder: Path) -> None:
+    """Weights of a head's file. Raises ModelLoadError where they are not this head's."""
+    try:
+        found = {name.removeprefix("model."): one for name, one in load_file(folder / WEIGHTS).items()}
+        wanted = {name: found.get(name) for name in head.state_dict()}
+        missing = [name for name, one in wanted.items() if one is None]
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        head.load_state_dict({name: one.float() for name, one in wanted.items() if one is not None})
+    except Exception as error:
+        raise ModelLoadError(f"draft_model_path: {folder / WEIGHTS}: {error}") from None
+
+
+def read_map(path: Path, vocab_size: int) -> Map:
+    """A head's vocabulary from `d2t` (or from a list of token ids, as --speculative-token-map has it).
+
+    Raises:
+        ConfigError: it cannot be read, or leads to tokens that are not there.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                given: Any = {name: file.get_tensor(name) for name in ("d2t", "t2d") if name in file.keys()}  # noqa: SIM118
+        elif path.suffix == ".json":
+            given = json.loads(path.read_text())
+        else:
+            given = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(given, dict):
+            table = cast("dict[str, Any]", given)
+            ids_D = table["d2t"].long() + torch.arange(len(table["d2t"]))
+        else:
+            ids_D = torch.as_tensor(given).long().flatten().sort().values
+    except Exception as error:
+        raise ConfigError(f"vocab_mapping_path: {path} cannot be read: {error!r}", param="vocab_mapping_path") from None
+    if not len(ids_D) or int(ids_D.min()) < 0 or int(ids_D.max()) >= vocab_size or len(ids_D.unique()) < len(ids_D):
+        message = f"vocab_mapping_path: {path} leads to tokens that the model has not, or to one twice"
+        raise ConfigError(message, param="vocab_mapping_path")
+    t2d_V = torch.zeros(vocab_size, dtype=torch.bool)
+    t2d_V[ids_D] = True
+    return Map(ids_D - torch.arange(len(ids_D)), t2d_V)
 
 
 def read_config(path: str) -> dict[str, Any]:

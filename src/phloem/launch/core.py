@@ -255,7 +255,7 @@ def _capturer(config: Config, built: Built, checkpoint: Checkpoint) -> Capturer 
     why, runner = "", built.runner
     if not isinstance(runner, ModelRunner):
         why = "the model does not generate"
-    elif parallel.ranks_of(config) > 1 or config.parallel.dp_size > 1:
+    elif parallel.ranks_of(config) > 1 or config.runtime.dp_size > 1:
         why = "states are captured by one engine on one rank"
     return capturer(config.speculative, runner.model, checkpoint.vocab_size, built.context_length, why)
 

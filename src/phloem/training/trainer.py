@@ -29,6 +29,7 @@ from phloem.training.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
     from phloem.training.checkpoints import Map
     from phloem.training.states import Library
     from phloem.training.target import States, Target
@@ -72,8 +73,9 @@ class Trainer:
             begin_with(self.head, rows_DN, target.norm())
         if options.lora_rank:
             add_low_rank(self.head, options.lora_rank, options.lora_alpha)
+        learned = [one for one in self.head.parameters() if one.requires_grad]
         self.optimiser = torch.optim.AdamW(
-            [one for one in self.head.parameters() if one.requires_grad], lr=options.learning_rate, betas=(0.9, options.adam_beta2),
+            learned, lr=options.learning_rate, betas=(0.9, options.adam_beta2),
             weight_decay=options.weight_decay,
         )  # fmt: skip
         self.step, self.seconds, self.seen = 0, 0.0, 0

@@ -1,4 +1,4 @@
-"""`spec_capture` of `/generate`: hidden states of a prompt, for whoever trains a head that drafts (docs/draft-training.md).
+"""`spec_capture` of `/generate`: hidden states of a prompt, for trainers of heads that draft (docs/draft-training.md).
 
 As SpecForge asks for it: `store_id`, `sample_id`, `gen`, `replace` and `features` (our name to the one in the store).
 """

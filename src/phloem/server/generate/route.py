@@ -12,8 +12,8 @@ from phloem.protocol.body import Parser
 from phloem.protocol.generate.body import GenerateBody
 from phloem.protocol.generate.convert import is_batch, to_request
 from phloem.protocol.generate.write import Cumulative, GenerateAnswer, PlainEvents, Renderer, strip
-from phloem.server.generate.capture import add_captured, check_capture
 from phloem.server.door import door_of, json_response
+from phloem.server.generate.capture import add_captured, check_capture
 from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.stream import collect, event, stream
 

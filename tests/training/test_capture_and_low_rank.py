@@ -116,7 +116,9 @@ def test_the_answer_says_what_was_captured(place: Path, server: Server) -> None:
         ({"store_id": "s", "sample_id": "9", "wishes": 1}, "wishes is not known"),
     ]
     for one, why in wrong:
-        reply = httpx.post(f"{server.url}/generate", json={**body, "input_ids": [5, 6], "spec_capture": one}, timeout=60)
+        reply = httpx.post(
+            f"{server.url}/generate", json={**body, "input_ids": [5, 6], "spec_capture": one}, timeout=60
+        )
         assert reply.status_code == 400 and why in reply.text, reply.text
     assert not (place / "x").exists()
 

@@ -296,6 +296,7 @@ class SpeculativeConfig:
     speculative_draft_model_path: str | None = opt(
         None, "The model or the head that drafts, made for this model.", "speculative_draft_model"
     )
+    speculative_token_map: str | None = opt(None, "Tokens that an EAGLE head says: a .pt or .json list of ids.")
     speculative_ngram_max_trie_depth: int | None = opt(None, "Tokens that are compared with earlier text; default 32.")
     speculative_ngram_capacity: int | None = opt(None, "Tokens of past answers to draft from; default 131072.")
     speculative_accept_threshold_single: float = opt(1.0, "Only 1.0: whatever is less changes the answers.")

@@ -7,13 +7,13 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from phloem.core.errors import ConfigError, ModelLoadError, PhloemError
+from phloem.core.errors import ModelLoadError, PhloemError
+from phloem.speculation.token_map import read_token_map
 from phloem.training.low_rank import whole_weights
 from phloem.training.states import NoSpace, check_space
 
@@ -116,24 +116,7 @@ def read_map(path: Path, vocab_size: int) -> Map:
     Raises:
         ConfigError: it cannot be read, or leads to tokens that are not there.
     """
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                given: Any = {name: file.get_tensor(name) for name in ("d2t", "t2d") if name in file.keys()}  # noqa: SIM118
-        elif path.suffix == ".json":
-            given = json.loads(path.read_text())
-        else:
-            given = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(given, dict):
-            table = cast("dict[str, Any]", given)
-            ids_D = table["d2t"].long() + torch.arange(len(table["d2t"]))
-        else:
-            ids_D = torch.as_tensor(given).long().flatten().sort().values
-    except Exception as error:
-        raise ConfigError(f"vocab_mapping_path: {path} cannot be read: {error!r}", param="vocab_mapping_path") from None
-    if not len(ids_D) or int(ids_D.min()) < 0 or int(ids_D.max()) >= vocab_size or len(ids_D.unique()) < len(ids_D):
-        message = f"vocab_mapping_path: {path} leads to tokens that the model has not, or to one twice"
-        raise ConfigError(message, param="vocab_mapping_path")
+    ids_D = read_token_map(path, vocab_size, "vocab_mapping_path")
     t2d_V = torch.zeros(vocab_size, dtype=torch.bool)
     t2d_V[ids_D] = True
     return Map(ids_D - torch.arange(len(ids_D)), t2d_V)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from phloem.core.config import LogprobsMode
     from phloem.engine.drafting import Prepared
     from phloem.engine.forward import Way
-    from phloem.engine.media import Desk
+    from phloem.engine.media import Desk, Pictures
     from phloem.engine.pipeline import Settle
     from phloem.engine.recorded.choice import RecordedWay
     from phloem.engine.transfer import Coming
@@ -154,9 +154,7 @@ class StepWork:
             output.pooled = self._ears.of(batch)
         before = perf_counter()
         placed, pictures = (batch, None) if desk is None else desk.dress(batch)
-        rows = self._alone(placed, self._each and pictures is None)
-        step = Step(rows, wanted, self._pool, self.last, self._sharing, pictures)
-        known = step.known if self._replays and wanted.drafted else None
+        step, known = self._step(placed, wanted, pictures)
         hidden_LN = self._forward.run(step, settle)
         if self._pool.routes is not None:
             self._pool.routes.keep(batch)
@@ -176,8 +174,7 @@ class StepWork:
             coming = None
         if batch.prompt_targets:
             beside += prompt_logprobs(output, batch, self.slots, hidden_LN[count:], self.model, self.ops, self.last)
-        if known is not None and coming is not None:
-            self._replay(known, wanted, coming)
+        self._replay(known, wanted, coming)
 
         def land() -> StepOutput:
             for one in beside:
@@ -192,8 +189,16 @@ class StepWork:
         awaited = [one.coming for one in beside] + ([coming] if coming is not None else [])
         return Flight(land, lambda: all(one.done() for one in awaited))
 
-    def _replay(self, batch: Batch, wanted: Wanted, coming: Coming) -> None:
+    def _step(self, placed: Batch, wanted: Wanted, pictures: Pictures | None) -> tuple[Step, Batch | None]:
+        """(The step, its batch with every token where some of it may have to run again)."""
+        rows = self._alone(placed, self._each and pictures is None)
+        step = Step(rows, wanted, self._pool, self.last, self._sharing, pictures)
+        return step, step.known if self._replays and wanted.drafted else None
+
+    def _replay(self, batch: Batch | None, wanted: Wanted, coming: Coming | None) -> None:
         """Recurrent states as they are behind the tokens that count."""
+        if batch is None or coming is None:
+            return
         rows = again(batch, wanted, coming.wait()[0])
         if rows is not None:
             step = Step(rows, Wanted.of(rows), self._pool, self.last, self._sharing)

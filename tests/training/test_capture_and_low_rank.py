@@ -59,7 +59,8 @@ def server(place: Path) -> Iterator[Server]:
 
 def options(place: Path, output: str, **settings: Any) -> Options:
     paths = {"target_model_path": str(place / "model"), "train_data_path": str(place / "texts.jsonl")}
-    return Options(**{**SETTINGS, **paths, "output_dir": str(place / output), **settings})
+    values: dict[str, Any] = {**SETTINGS, **paths, "output_dir": str(place / output), **settings}
+    return Options(**values)
 
 
 def trained(given: Options) -> dict[str, torch.Tensor]:

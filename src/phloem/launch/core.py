@@ -253,11 +253,12 @@ def _drafting(drafts: speculation.Wanted, built: Built, config: Config) -> tuple
 def _capturer(config: Config, built: Built, checkpoint: Checkpoint) -> Capturer | None:
     """What captures hidden states. Raises ConfigError where that was asked for and cannot be."""
     why, runner = "", built.runner
-    if not isinstance(runner, ModelRunner):
+    model = runner.model if isinstance(runner, ModelRunner) else None
+    if model is None:
         why = "the model does not generate"
     elif parallel.ranks_of(config) > 1 or config.runtime.dp_size > 1:
         why = "states are captured by one engine on one rank"
-    return capturer(config.speculative, runner.model, checkpoint.vocab_size, built.context_length, why)
+    return capturer(config.speculative, model, checkpoint.vocab_size, built.context_length, why)
 
 
 def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:

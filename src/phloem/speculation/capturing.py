@@ -96,7 +96,9 @@ class Capturer:
             raise BadRequest(f"the states cannot be written: {error}", code="not_stored") from None
 
 
-def capturer(config: SpeculativeConfig, model: Model, vocab_size: int, context: int, why: str = "") -> Capturer | None:
+def capturer(
+    config: SpeculativeConfig, model: Model | None, vocab_size: int, context: int, why: str
+) -> Capturer | None:
     """None: it was not asked for. `why`: what makes it impossible here.
 
     Raises:
@@ -108,4 +110,5 @@ def capturer(config: SpeculativeConfig, model: Model, vocab_size: int, context: 
         raise ConfigError("enable_spec_capture needs spec_capture_dir", param="spec_capture_dir")
     if why:
         raise ConfigError(f"enable_spec_capture: {why}", param="enable_spec_capture")
+    assert model is not None, "why says so"
     return Capturer(model, vocab_size, context, Path(config.spec_capture_dir).expanduser())

@@ -131,6 +131,47 @@ def test_an_eagle_head_says_what_plain_torch_says(
     check(target, plain, said, by_eagle(head), speculative_algorithm="EAGLE", speculative_draft_model_path=path)
 
 
+@pytest.mark.slow
+def test_a_token_map_leaves_an_eagle_head_those_tokens_alone(
+    target: Path, plain: phloem.Engine, said: Said, tmp_path: Path
+) -> None:
+    head, ids = eagle(tmp_path), [*range(3, 384, 7), 5]
+    torch.save(torch.tensor(ids), tmp_path / "hot.pt")
+
+    def drafts(target: Path, tokens: list[int], count: int) -> list[int]:
+        weights, kept = load_file(target / "model.safetensors"), sorted(ids)
+        rows_DN = weights["lm_head.weight"][kept]
+        run = eagle_run(head, weights["model.embed_tokens.weight"])
+        states = states_of(target, tokens[:-1])[-1]
+        return chain(run, lambda x_N: kept[int((x_N @ rows_DN.T).argmax())], tokens, states, count)
+
+    check(
+        target, plain, said, drafts,
+        speculative_algorithm="EAGLE", speculative_draft_model_path=str(head),
+        speculative_token_map=str(tmp_path / "hot.pt"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ids", "algorithm", "why"),
+    [
+        ([1, 999], "EAGLE", "tokens that the model has not"),
+        ([1, 1], "EAGLE", "or one twice"),
+        ([1, 2], "EAGLE3", "EAGLE heads alone"),
+        (None, "EAGLE", "cannot be read"),
+    ],
+)
+def test_a_token_map_that_does_not_fit_is_refused(
+    target: Path, tmp_path: Path, ids: list[int] | None, algorithm: str, why: str
+) -> None:
+    file, head = tmp_path / "hot.json", eagle(tmp_path / "head")
+    if ids is not None:
+        file.write_text(str(ids))
+    values = {"speculative_algorithm": algorithm, "speculative_draft_model_path": str(head)}
+    with pytest.raises(ConfigError, match=why):
+        phloem.Engine(model_path=str(target), speculative_token_map=str(file), **values, **PLAIN)
+
+
 EAGLE3: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "as published": ({}, {}),
     "the model's head": ({"vocab": 0}, {}),
@@ -209,8 +250,15 @@ def test_an_eagle_head_as_eagle3_is_refused(target: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_head_beside_recurrent_layers_is_refused(tmp_path: Path) -> None:
+def test_a_head_beside_recurrent_layers_changes_no_answer(tmp_path: Path) -> None:
     model = tiny_checkpoint("mamba", tmp_path / "mamba", num_hidden_layers=LAYERS)
-    values = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(eagle3(tmp_path / "head"))}
-    with pytest.raises(PhloemError):
-        phloem.Engine(model_path=str(model), **values, **{**PLAIN, "ops": None})
+    head = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(eagle3(tmp_path / "head"))}
+    found: list[list[int]] = []
+    for values in ({"speculative_algorithm": "none"}, head):
+        with phloem.Engine(model_path=str(model), **values, **PLAIN) as engine:
+            params = [{"max_new_tokens": 24, "temperature": heat, "sampling_seed": 1} for heat in (0.0, 0.8)]
+            answers: Any = engine.generate(["the dog a page"] * 2, params)
+        found.append([one["output_ids"] for one in answers])
+        drafted = sum(one["meta_info"].get("spec_num_proposed_drafts", 0) for one in answers)
+    assert found[0] == found[1]
+    assert drafted > 0

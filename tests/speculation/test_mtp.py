@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,9 @@ class Kind:
     fuse: str = "eh_proj"
     norm: str = "shared_head.norm"
     embed_first: bool = True
+    layer: str = ""  # where the layer lies; "": at the prefix
+    shift: float = 0.0  # added to the weights of norms
+    sizes: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 USUAL = f"model.layers.{LAYERS}"
@@ -57,20 +60,28 @@ KINDS = {
         *("qwen2", "model.mtp_layers.0", "token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"),
         embed_first=False,
     ),
-}
+    **{
+        base: Kind(
+            *(base, "mtp", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"),
+            layer="mtp.layers.0", shift=1.0, sizes={"layer_types": ["linear_attention", *["full_attention"] * 2]},
+        )
+        for base in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+    },
+}  # fmt: skip
 
 
 def with_mtp(path: Path, model_type: str) -> tuple[Path, Path]:
     """(A checkpoint whose last layer drafts, the one that it was made of, where it is a layer like the others)."""
     kind = KINDS[model_type]
-    whole = tiny_checkpoint(kind.base, path / "whole", num_hidden_layers=LAYERS + 1)
+    whole = tiny_checkpoint(kind.base, path / "whole", num_hidden_layers=LAYERS + 1, **kind.sizes)
     target = path / "target"
     target.mkdir()
     for file in whole.iterdir():
         if file.suffix != ".safetensors":
             (target / file.name).write_bytes(file.read_bytes())
     stored = load_file(whole / "model.safetensors")
-    tensors = {name.replace(f"{USUAL}.", f"{kind.prefix}."): tensor for name, tensor in stored.items()}
+    own = kind.layer or kind.prefix
+    tensors = {name.replace(f"{USUAL}.", f"{own}."): tensor for name, tensor in stored.items()}
     norms = {f"{kind.prefix}.{name}.weight": (32,) for name in (kind.embed_norm, kind.hidden_norm, kind.norm)}
     tensors |= random_tensors({**norms, f"{kind.prefix}.{kind.fuse}.weight": (32, 64)}, 9)
     tensors[f"{kind.prefix}.embed_tokens.weight"] = stored["model.embed_tokens.weight"].clone()
@@ -108,18 +119,18 @@ def reference(target: Path, whole: Path, kind: Kind) -> Callable[[list[int], int
         embed_TN = tensors["model.embed_tokens.weight"][ids]
         if not kind.embed_first:
             embed_TN[0] = 0  # nobody has told MiMo's layer what stands at position 0
-        embedded = normed(embed_TN, tensors[f"{prefix}.{kind.embed_norm}.weight"], eps)
-        state = normed(states, tensors[f"{prefix}.{kind.hidden_norm}.weight"], eps)
+        embedded = normed(embed_TN, tensors[f"{prefix}.{kind.embed_norm}.weight"] + kind.shift, eps)
+        state = normed(states, tensors[f"{prefix}.{kind.hidden_norm}.weight"] + kind.shift, eps)
         both = [embedded, state] if kind.embed_first else [state, embedded]
         x = torch.cat(both, -1) @ tensors[f"{prefix}.{kind.fuse}.weight"].T
-        out = normed(through(x[None])[0], tensors[f"{prefix}.{kind.norm}.weight"], eps)
+        out = normed(through(x[None])[0], tensors[f"{prefix}.{kind.norm}.weight"] + kind.shift, eps)
         return out, out
 
     def drafts(tokens: list[int], count: int) -> list[int]:
         with torch.no_grad():
             states = body(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
             # What enters the last layer, behind the model's norm: the model without that layer.
-            known = normed(states[LAYERS][0], tensors["model.norm.weight"], eps)
+            known = normed(states[LAYERS][0], tensors["model.norm.weight"] + kind.shift, eps)
             head_VN = tensors["lm_head.weight"]
             return chain(run, lambda x: int((x @ head_VN.T).argmax()), tokens, known, count)
 

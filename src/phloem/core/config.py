@@ -297,12 +297,15 @@ class SpeculativeConfig:
     speculative_draft_model_path: str | None = opt(
         None, "The model or the head that drafts, made for this model.", "speculative_draft_model"
     )
+    speculative_token_map: str | None = opt(None, "Tokens that an EAGLE head says: a .pt or .json list of ids.")
     speculative_ngram_max_trie_depth: int | None = opt(None, "Tokens that are compared with earlier text; default 32.")
     speculative_ngram_capacity: int | None = opt(None, "Tokens of past answers to draft from; default 131072.")
     speculative_accept_threshold_single: float = opt(1.0, "Only 1.0: whatever is less changes the answers.")
     speculative_accept_threshold_acc: float = opt(1.0, "Only 1.0: whatever is less changes the answers.")
     disable_speculative_adaptive: bool = opt(False, "Verify all drafts always, whether that pays or not.")
     speculative_config: str | None = opt(None, 'The same as JSON: {"method": "suffix", "num_speculative_tokens": 7}.')
+    enable_spec_capture: bool = opt(False, "Requests may ask for hidden states that a draft head is trained on.")
+    spec_capture_dir: str | None = opt(None, "Folder that those states are written to, which the trainer reads.")
 
 
 @dataclass(frozen=True)

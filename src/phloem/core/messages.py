@@ -112,6 +112,7 @@ class Control(Message):
     `pause` (args: mode abort | retract | in_place), `resume`, `abort_all`, `cache_tree` (args: max_nodes),
     `kv_events` (data: sequence, events: the whole tree),
     `expert_distribution` (args: action start | stop | dump; data: logical_count, by layer and expert),
+    `capture` (args: texts, token ids; asked, `spec_capture` of each; data: captured, what was written of each),
     `get_weights_by_name` (args: name, rows; data: weight, nested lists), `load_lora_adapter` (args: name, path,
     pinned; data: loaded, path by name), `unload_lora_adapter` (args: name; data: loaded, users), `set_lora` of models
     that draw (args: adapters, [name, path or None, scale] each, or enabled, scale; data: loaded, active),

@@ -27,7 +27,7 @@ CAPACITY = 1 << 17  # tokens of past answers that drafts may come from
 # Other engines' names of a drafter -> ours. Whatever is not here is looked up as it is.
 _NAMES = {
     "standalone": "draft_model", "prompt_lookup": "ngram", "nextn": "mtp", "deepseek_mtp": "mtp", "glm4_moe_mtp": "mtp",
-    "mimo_mtp": "mtp",
+    "mimo_mtp": "mtp", "qwen3_next_mtp": "mtp", "qwen3_5_mtp": "mtp",
 }  # fmt: skip
 # Methods of vLLM's JSON and the keys that we read there -> the flag that means the same.
 _KEYS = {
@@ -50,6 +50,7 @@ class Wanted:
     max_match: int = LONGEST_MATCH
     capacity: int = CAPACITY
     draft_model: str | None = None
+    token_map: str | None = None
     adaptive: bool = True
 
     @property
@@ -71,6 +72,7 @@ def wanted(config: Config) -> Wanted:
         "algorithm": flags.speculative_algorithm,
         "drafts": _drafts(flags),
         "draft_model": flags.speculative_draft_model_path,
+        "token_map": flags.speculative_token_map,
         "max_match": flags.speculative_ngram_max_trie_depth,
         "capacity": flags.speculative_ngram_capacity,
     }
@@ -82,6 +84,11 @@ def wanted(config: Config) -> Wanted:
         )
     values: dict[str, Any] = {**found, **said}
     values["algorithm"] = _name(values.get("algorithm", AUTO), values)
+    if values.get("token_map") and values["algorithm"] != "eagle":
+        raise ConfigError(
+            "speculative_token_map: EAGLE heads alone say fewer tokens by it (an EAGLE-3 head brings its own d2t)",
+            param="speculative_token_map",
+        )
     values.setdefault("drafts", USUAL_CHAIN if values["algorithm"] in MODELS else USUAL_DRAFTS)
     return _checked(Wanted(**values, adaptive=not flags.disable_speculative_adaptive))
 

@@ -24,6 +24,7 @@ from phloem.engine.masks import Masks
 from phloem.engine.pipeline import Flight
 from phloem.engine.recorded.gaps import Gaps
 from phloem.engine.refill import Refiller
+from phloem.engine.replay import again
 from phloem.engine.slots import Slots
 from phloem.engine.thread import Launched, Order, StepThread
 from phloem.engine.transfer import LastTokens
@@ -42,9 +43,10 @@ if TYPE_CHECKING:
     from phloem.core.config import LogprobsMode
     from phloem.engine.drafting import Prepared
     from phloem.engine.forward import Way
-    from phloem.engine.media import Desk
+    from phloem.engine.media import Desk, Pictures
     from phloem.engine.pipeline import Settle
     from phloem.engine.recorded.choice import RecordedWay
+    from phloem.engine.transfer import Coming
     from phloem.kernels.ops import Ops
     from phloem.kvcache.pool import KVPool
     from phloem.models import Model
@@ -87,6 +89,8 @@ class StepWork:
         self.stands_apart = self.stands_apart and not isinstance(model, Conditioned)
         self._each = self.stands_apart and ops.name == "invariant"
         self.gaps = Gaps(recorded) if recorded and facts.records_idle else None
+        # What a step's states have taken in of refused drafts is undone; the host has the tokens for that.
+        self._replays, self.cuts_back = not forwards, forwards or facts.on_host
         self._pool, self._ears = pool, ears_of(model, pool, backend.ops, max_slots)
         self.desk = None if desk is None else desk(self.last)
         self._forward = Forward(recorded if leading is None else [leading], Eager(model, backend, pool))
@@ -150,8 +154,8 @@ class StepWork:
             output.pooled = self._ears.of(batch)
         before = perf_counter()
         placed, pictures = (batch, None) if desk is None else desk.dress(batch)
-        rows = self._alone(placed, self._each and pictures is None)
-        hidden_LN = self._forward.run(Step(rows, wanted, self._pool, self.last, self._sharing, pictures), settle)
+        step, known = self._step(placed, wanted, pictures)
+        hidden_LN = self._forward.run(step, settle)
         if self._pool.routes is not None:
             self._pool.routes.keep(batch)
             output.routed = self._pool.routes.of(batch, self.slots.routed)
@@ -170,6 +174,7 @@ class StepWork:
             coming = None
         if batch.prompt_targets:
             beside += prompt_logprobs(output, batch, self.slots, hidden_LN[count:], self.model, self.ops, self.last)
+        self._replay(known, wanted, coming)
 
         def land() -> StepOutput:
             for one in beside:
@@ -183,6 +188,21 @@ class StepWork:
             self.gaps.begun(batch)
         awaited = [one.coming for one in beside] + ([coming] if coming is not None else [])
         return Flight(land, lambda: all(one.done() for one in awaited))
+
+    def _step(self, placed: Batch, wanted: Wanted, pictures: Pictures | None) -> tuple[Step, Batch | None]:
+        """(The step, its batch with every token where some of it may have to run again)."""
+        rows = self._alone(placed, self._each and pictures is None)
+        step = Step(rows, wanted, self._pool, self.last, self._sharing, pictures)
+        return step, step.known if self._replays and wanted.drafted else None
+
+    def _replay(self, batch: Batch | None, wanted: Wanted, coming: Coming | None) -> None:
+        """Recurrent states as they are behind the tokens that count."""
+        if batch is None or coming is None:
+            return
+        rows = again(batch, wanted, coming.wait()[0])
+        if rows is not None:
+            step = Step(rows, Wanted.of(rows), self._pool, self.last, self._sharing)
+            self._forward.run(step, lambda: None)
 
     def _fill(self, batch: Batch, places: Places, settle: Settle) -> Flight:
         """A step that says what stands at places, and yields nothing."""
@@ -280,6 +300,7 @@ class ModelRunner:
         self._work = work = StepWork(
             model, backend, pool, ops, max_slots, facts, recorded, streams, sharing, logprobs, desk, leading, drafting
         )
+        self.cuts_back = work.cuts_back  # drafts may be refused
         self.row_bits = ops.row_bits and work.stands_apart  # of a token, whether decoded, drafted or forced
         self._steps = StepThread(
             work.begin,

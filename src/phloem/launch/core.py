@@ -42,6 +42,7 @@ from phloem.rl.payload import named_tensors
 from phloem.scheduler import loop
 from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
 from phloem.speculation import assemble
+from phloem.speculation.capturing import Capturer, capturer
 from phloem.text.vocabulary import thinking_markers, vocabulary
 from phloem.utils import log, machine, memory
 
@@ -132,6 +133,7 @@ class EngineCore:
             keeper=self._keeper,
         )
         self.scheduler.recorder = built.recorder
+        self.scheduler.capturer = _capturer(config, built, checkpoint)
         self._publisher = _publisher(config, cache, self.scheduler)
         self._tiers = tiers_of(config, checkpoint, built, self.scheduler)
         self._disagg = disaggregated(config, checkpoint, built, self.scheduler)
@@ -247,6 +249,17 @@ def _drafting(drafts: speculation.Wanted, built: Built, config: Config) -> tuple
     drafter, decided = assemble.decide(drafts, runner, why)
     built.decisions.append(decided)
     return assemble.around(drafts, runner, drafter), drafter != speculation.NONE
+
+
+def _capturer(config: Config, built: Built, checkpoint: Checkpoint) -> Capturer | None:
+    """What captures hidden states. Raises ConfigError where that was asked for and cannot be."""
+    why, runner = "", built.runner
+    model = runner.model if isinstance(runner, ModelRunner) else None
+    if model is None:
+        why = "the model does not generate"
+    elif parallel.ranks_of(config) > 1 or config.runtime.dp_size > 1:
+        why = "states are captured by one engine on one rank"
+    return capturer(config.speculative, model, checkpoint.vocab_size, built.context_length, why)
 
 
 def _grammars(config: Config, checkpoint: Checkpoint) -> GrammarManager | None:

@@ -28,6 +28,7 @@ _SINGLE = frozenset(
         "load_lora_adapter",
         "unload_lora_adapter",
         "check_weights",
+        "capture",
     ]
 )
 # Means, and of how many each is one.

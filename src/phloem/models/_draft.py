@@ -22,11 +22,12 @@ from phloem.layers.norm import RMSNorm
 from phloem.layers.weight import Cut, Layer, Weight
 from phloem.models._common import usual_attention, usual_mlp
 from phloem.models._index import WeightIndex, open_sources
-from phloem.models._layer import LayerKind, Place
+from phloem.models._layer import LayerKind, Place, Recurrent
+from phloem.models._sources import TensorSource
 from phloem.models._stored import some
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -116,8 +117,15 @@ class DraftHead(Layer):
         best_L = (self.own_head or self.shared.target.head).argmax(hidden_LN).long()
         return best_L if self.ids_D is None else self.ids_D[best_L]
 
-    def load(self, checkpoint: Checkpoint, ctx: BuildContext, rename: Callable[[str], str | None]) -> None:
-        """Read every weight. `rename`: our name of a tensor in the file; None: knowingly left out.
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        ctx: BuildContext,
+        rename: Callable[[str], str | None],
+        made: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Read every weight. `rename`: our name of a tensor in the file; None: knowingly left out. `made`: weights that
+        come from elsewhere.
 
         Raises:
             ModelLoadError: naming tensors that are missing, of another shape, or not known here.
@@ -126,6 +134,7 @@ class DraftHead(Layer):
         sources, unused = open_sources(checkpoint, index, rename)
         if unused:
             raise ModelLoadError(f"{checkpoint.path}: {len(unused)} tensors that no such head has: {some(unused)}")
+        sources |= {name: TensorSource(name, tuple(one.shape), tensor=one) for name, one in (made or {}).items()}
         index.pull(sources, str(checkpoint.path), None)
 
 
@@ -163,9 +172,12 @@ class AuxTap:
 class Eagle(DraftHead):
     """EAGLE and EAGLE-2 (Li et al. 2024): fc([embedding, state]) through a layer whose input is not normalised."""
 
-    def __init__(self, ctx: BuildContext, shared: Shared, config: dict[str, Any], *, bias: bool) -> None:
+    def __init__(self, ctx: BuildContext, shared: Shared, config: dict[str, Any], *, bias: bool, hot: int = 0) -> None:
+        """`hot`: tokens that it says (FR-Spec, 2025), whose rows of the model's head it has; 0: all."""
         super().__init__(ctx, shared)
         size, target = self.hidden_size, shared.target
+        if hot:
+            self.own_head = Head(ctx.child("lm_head"), hot, size, None, target.head.softcap, target.head.scale)
         self.fc = Linear(ctx, 2 * size, {"fc": size}, bias=bias)
         kind = LayerKind(usual_attention(config), usual_mlp(config), norm_names=("", "post_attention_layernorm"))
         place = Place(size, float(config.get("rms_norm_eps", target.config.eps)), 0.0, shared.positions, pool=1)
@@ -264,6 +276,15 @@ class MTPNames:
     norm: str  # of what the head reads
     embed_first: bool = True
     blind_start: bool = False  # the embedding counts as zeros at position 0
+    layer: str = ""  # where the layer lies below the prefix, if not beside the others
+
+
+def attending(layers: Sequence[LayerKind]) -> LayerKind:
+    """The last kind that attends: such a layer keeps no recurrent state."""
+    found = [kind for kind in layers if not isinstance(kind.mixer, Recurrent)]
+    if not found:
+        raise ModelLoadError("no layer of the model attends, and one that drafts does")
+    return found[-1]
 
 
 class MTP(DraftHead):
@@ -278,7 +299,10 @@ class MTP(DraftHead):
         self.names = names
         self.enorm, self.hnorm = place.norm(own.child(names.embed_norm)), place.norm(own.child(names.hidden_norm))
         self.fuse = Linear(own, 2 * size, {names.fuse: size})
-        self.layer = config.layers[-1].make(own, place)
+        body = own
+        for part in names.layer.split(".") if names.layer else ():
+            body = body.child(part)
+        self.layer = attending(config.layers).make(body, place)
         self.norm = place.norm(own.child(names.norm))
         self.memory += self.layer.memory
         self.attention_specs += [spec for spec in (self.layer.attention,) if spec is not None]

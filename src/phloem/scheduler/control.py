@@ -1,5 +1,5 @@
 """Administrative calls: flush_cache, clear_hicache_storage, state, cache_tree, kv_events, pause, resume, abort_all,
-adapters, profiles, expert_distribution.
+adapters, profiles, expert_distribution, capture.
 
 Those that change weights stand in `weights.py`.
 """
@@ -43,6 +43,14 @@ class Recorder(Protocol):
         ...
 
 
+class Capturer(Protocol):
+    """Writes hidden states of texts for trainers of heads that draft."""
+
+    def capture(self, texts: list[list[int]], asked: list[dict[str, Any]], /) -> list[dict[str, Any]]:
+        """Between two steps; gives what was written of each text. Raises BadRequest."""
+        ...
+
+
 class Governed(weights.Governed, Protocol):
     """What the calls act on: the scheduler."""
 
@@ -50,6 +58,7 @@ class Governed(weights.Governed, Protocol):
     feed: Feed | None
     meter: Meter
     recorder: Recorder | None
+    capturer: Capturer | None
     paused: bool
     duty: Callable[[str], dict[str, Any]] | None
     clock: Callable[[], float]
@@ -168,6 +177,13 @@ class Controls:
             need = "start with --expert-distribution-recorder-mode stat, or --enable-eplb"
             raise BadRequest(f"experts are not counted: {need}", code="not_supported")
         self.between(call_id, lambda: recorder.record(action), lambda found: ("", found))
+
+    def _do_capture(self, call_id: str, args: dict[str, Any]) -> None:
+        capturer = self.scheduler.capturer
+        if capturer is None:
+            raise BadRequest("no states are captured: start with --enable-spec-capture", code="not_supported")
+        texts, asked = args["texts"], args["asked"]
+        self.between(call_id, lambda: capturer.capture(texts, asked), lambda found: ("", {"captured": found}))
 
     def _do_pause(self, call_id: str, args: dict[str, Any]) -> None:
         mode = str(args.get("mode") or "abort")

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from phloem.core.updates import Keeper
     from phloem.kvcache.events import Feed
     from phloem.kvcache.manager import CacheManager
-    from phloem.scheduler.control import Recorder
+    from phloem.scheduler.control import Capturer, Recorder
     from phloem.scheduler.further import Further
     from phloem.scheduler.remote import Remote
 
@@ -97,6 +97,7 @@ class Scheduler:
         self.lender = lender
         self.feed: Feed | None = None  # tells gateways what is cached
         self.recorder: Recorder | None = None  # counts how often experts are chosen
+        self.capturer: Capturer | None = None  # writes hidden states for trainers of heads
         self.keeper = keeper
         self.live: dict[str, Request] = {}
         self.queue = WaitingQueue()

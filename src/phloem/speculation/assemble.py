@@ -56,8 +56,8 @@ def decide(wanted: Wanted, runner: ModelRunner, why: str = "") -> tuple[str, Dec
     asked = wanted.algorithm
     if asked == NONE:
         return NONE, Decision(NAME, NONE, "as asked")
-    if any(group.kind == "state" for group in runner.groups):
-        why = "recurrent state cannot be cut back to the tokens that were accepted"
+    if not runner.cuts_back:
+        why = "recurrent state is cut back to the tokens that were accepted on the host alone"
     if why:
         return NONE, without(wanted, why)
     if asked == AUTO:

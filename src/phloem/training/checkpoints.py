@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from phloem.core.errors import ModelLoadError, PhloemError
+from phloem.speculation.token_map import read_token_map
+from phloem.training.low_rank import whole_weights
 from phloem.training.states import NoSpace, check_space
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class Map:
 def write_head(folder: Path, head: Eagle3, config: dict[str, Any], words: Map, dtype: str) -> None:
     """config.json and model.safetensors, as SGLang and Phloem read them."""
     kind: torch.dtype = getattr(torch, dtype)
-    tensors = {name: value.detach().to("cpu", kind).contiguous() for name, value in head.state_dict().items()}
+    tensors = {name: value.detach().to("cpu", kind).contiguous() for name, value in whole_weights(head).items()}
     tensors |= {"d2t": words.d2t_D.cpu().contiguous(), "t2d": words.t2d_V.cpu().contiguous()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": dtype}, indent=2) + "\n")
@@ -93,6 +95,31 @@ def load_state(folder: Path) -> dict[str, Any]:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ModelLoadError(f"{folder / STATE} cannot be read: {error}") from None
+
+
+def begin_from(head: Eagle3, folder: Path) -> None:
+    """Weights of a head's file. Raises ModelLoadError where they are not this head's."""
+    try:
+        found = {name.removeprefix("model."): one for name, one in load_file(folder / WEIGHTS).items()}
+        wanted = {name: found.get(name) for name in head.state_dict()}
+        missing = [name for name, one in wanted.items() if one is None]
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        head.load_state_dict({name: one.float() for name, one in wanted.items() if one is not None})
+    except Exception as error:
+        raise ModelLoadError(f"draft_model_path: {folder / WEIGHTS}: {error}") from None
+
+
+def read_map(path: Path, vocab_size: int) -> Map:
+    """A head's vocabulary from `d2t` (or from a list of token ids, as --speculative-token-map has it).
+
+    Raises:
+        ConfigError: it cannot be read, or leads to tokens that are not there.
+    """
+    ids_D = read_token_map(path, vocab_size, "vocab_mapping_path")
+    t2d_V = torch.zeros(vocab_size, dtype=torch.bool)
+    t2d_V[ids_D] = True
+    return Map(ids_D - torch.arange(len(ids_D)), t2d_V)
 
 
 def read_config(path: str) -> dict[str, Any]:

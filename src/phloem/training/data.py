@@ -218,19 +218,24 @@ def _shared(first: Sequence[int], second: Sequence[int]) -> int:
     return min(len(first), len(second))
 
 
-def draft_vocabulary(samples: Sequence[Sample], size: int, vocab_size: int) -> tuple[Tensor, Tensor, float]:
-    """(d2t [D] int64: what is added to a draft id to make it the model's; t2d [V] bool; share of the text it covers).
+def coverage(samples: Sequence[Sample], t2d_V: Tensor) -> float:
+    """Share of the assistant's words that a draft vocabulary has."""
+    said = torch.tensor([token for one in samples for token, its in zip(one.ids, one.mask, strict=True) if its])
+    return float(t2d_V[said].float().mean()) if len(said) else 0.0
+
+
+def draft_vocabulary(samples: Sequence[Sample], size: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """(d2t [D] int64: what is added to a draft id to make it the model's; t2d [V] bool).
 
     The most frequent tokens of the assistant's words; of equals the smaller id; unused ids where there are too few.
     """
     counts = Counter(token for one in samples for token, said in zip(one.ids, one.mask, strict=True) if said)
     size = min(size, vocab_size)
     ids = [token for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]]
-    covered = sum(counts[token] for token in ids) / max(1, counts.total())
     taken = set(ids)
     unused = (token for token in range(vocab_size) if token not in taken)
     ids = sorted([*ids, *(token for token, _ in zip(unused, range(size - len(ids)), strict=False))])
     chosen_D = torch.tensor(ids, dtype=torch.int64)
     t2d_V = torch.zeros(vocab_size, dtype=torch.bool)
     t2d_V[chosen_D] = True
-    return chosen_D - torch.arange(len(ids)), t2d_V, covered
+    return chosen_D - torch.arange(len(ids)), t2d_V

@@ -40,6 +40,13 @@ class Options:
     hidden_states_bytes: str = opt("8GB", "The most that those files may take; what is beyond is computed anew.")
     hidden_states_dtype: Literal["bfloat16", "float32"] = opt("bfloat16", "Of the states in those files.")
 
+    capture_url: str = opt("", "A server with --enable-spec-capture that computes the states while it serves.")
+    capture_dir: str = opt("", "The server's --spec-capture-dir, as it is seen here.")
+    vocab_mapping_path: str = opt("", "The head's vocabulary: a .pt or .safetensors file with d2t, t2d; a token map.")
+    draft_model_path: str = opt("", "A trained head to begin with, whose sizes and vocabulary are kept.")
+    lora_rank: int = opt(0, "Train low-rank additions to that head alone, and write their sum. 0: all weights.")
+    lora_alpha: float = opt(0.0, "Additions weigh alpha / rank; 0: twice the rank.")
+
     num_epochs: int = opt(2, "How often the whole training text is seen.")
     max_num_steps: int = opt(0, "End after so many steps. 0: after num_epochs.")
     max_minutes: float = opt(0.0, "End after so many minutes of training, with a checkpoint. 0: no such end.")
@@ -84,12 +91,14 @@ class Options:
             **dict.fromkeys(("generate_tokens", "eval_tokens"), 2),
             **dict.fromkeys(("generate", "max_num_steps", "max_minutes", "eval_prompts", "generate_temperature"), 0),
             **dict.fromkeys(("warmup_ratio", "min_lr_ratio", "weight_decay", "ttt_decay"), 0),
+            **dict.fromkeys(("lora_rank", "lora_alpha"), 0),
             "max_length": 4,
         }
         for name, lowest in least.items():
             value = dataclasses.asdict(self)[name]
             if not lowest <= value < math.inf:
                 raise ConfigError(f"{name} is {value}: expected {lowest} or more", param=name)
+        self._check_pairs()
         for name in ("learning_rate", "max_grad_norm"):
             value = dataclasses.asdict(self)[name]
             if not 0 < value < math.inf:
@@ -110,11 +119,23 @@ class Options:
         if self.state_bytes < 0:
             raise ConfigError(f"hidden_states_bytes is {self.hidden_states_bytes}: expected 0 or more")
 
+    def _check_pairs(self) -> None:
+        pairs = (("capture_url", "capture_dir"), ("capture_dir", "capture_url"), ("lora_rank", "draft_model_path"))
+        values = dataclasses.asdict(self)
+        for name, other in (*pairs, ("lora_alpha", "lora_rank")):
+            if values[name] and not values[other]:
+                raise ConfigError(f"{name} needs {other}", param=other)
+        if self.draft_model_path and (self.vocab_mapping_path or self.draft_model_config):
+            name = "vocab_mapping_path" if self.vocab_mapping_path else "draft_model_config"
+            raise ConfigError(f"{name}: a head that is trained on keeps its own", param=name)
+
 
 NAMES = {field.name: field for field in dataclasses.fields(Options)}
 SECTIONS = ("model", "data", "training", "tracking", "runtime")
 # How the same settings are called elsewhere.
 ALIASES = {
+    "speculative_token_map": "vocab_mapping_path",
+    "draft_checkpoint_path": "draft_model_path",
     "draft_config": "draft_model_config",
     "hidden_states_path": "hidden_states_dir",
     "train_hidden_states_path": "hidden_states_dir",

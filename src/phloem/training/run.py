@@ -19,7 +19,8 @@ from phloem.text.tokenizer import load_tokenizer
 from phloem.training import checkpoints
 from phloem.training.answers import Answerer, fitting
 from phloem.training.checkpoints import Map
-from phloem.training.data import Reader, Row, Sample, draft_vocabulary, read_rows
+from phloem.training.data import Reader, Row, Sample, coverage, draft_vocabulary, read_rows
+from phloem.training.remote import Remote
 from phloem.training.report import Metrics, plot
 from phloem.training.states import Library, batches_of
 from phloem.training.target import Target, described, head_config
@@ -51,8 +52,10 @@ def train(options: Options, bars: Bars) -> int:
     options.check()
     output = Path(options.output_dir)
     last = _last(options, output)
-    given = checkpoints.read_config(options.draft_model_config) if options.draft_model_config else {}
+    asked = options.draft_model_config or options.draft_model_path
+    given = checkpoints.read_config(asked) if asked else {}
     sizes = head_config(described(options.target_model_path), options.draft_vocab_size, given)
+    words = _words(options, sizes)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -60,21 +63,25 @@ def train(options: Options, bars: Bars) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     texts = _texts(options, output, bars)
-    d2t_D, t2d_V, covered = draft_vocabulary(texts.samples, sizes["draft_vocab_size"], sizes["vocab_size"])
+    if words is None:
+        words = Map(*draft_vocabulary(texts.samples, sizes["draft_vocab_size"], sizes["vocab_size"]))
+    covered = coverage(texts.samples, words.t2d_V)
     said = sum(sum(one.mask) for one in texts.samples)
     tokens = sum(len(one.ids) for one in texts.samples)
     bars.say(
         f"{len(texts.samples)} texts, {tokens} tokens, {said} of them to learn from; "
-        f"the draft vocabulary of {len(d2t_D)} has {covered:.1%} of those"
+        f"the draft vocabulary of {len(words.d2t_D)} has {covered:.1%} of those"
     )
     target = Target(options.target_model_path, options.device, options.threads)
+    if options.capture_url:
+        target.remote = Remote(options.capture_url, Path(options.capture_dir), target.layers, target.model.hidden_size)
     folder = Path(options.hidden_states_dir) if options.hidden_states_dir else None
     kept = options.state_bytes, options.hidden_states_dtype
     library = Library(target, texts.samples, folder, *kept)
     library.fill(bars.begin("states"))
     if folder is not None:
         bars.say(f"states of {library.kept} of {len(texts.samples)} texts are in {folder}")
-    trainer = Trainer(options, target, library, len(texts.samples), Map(d2t_D, t2d_V), sizes)
+    trainer = Trainer(options, target, library, len(texts.samples), words, sizes)
     settings = dataclasses.asdict(options)
     if last is not None:
         trainer.resume(last, settings)
@@ -84,6 +91,17 @@ def train(options: Options, bars: Bars) -> int:
         bars.say(f"goes on from {last}")
     (output / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
     return _Run(trainer, _held_out(target, texts), output, settings, bars).go()
+
+
+def _words(options: Options, sizes: dict[str, Any]) -> Map | None:
+    """The vocabulary that is given; its size goes into `sizes`. None: the text's most frequent tokens. ConfigError."""
+    path = options.vocab_mapping_path or options.draft_model_path
+    if not path:
+        return None
+    file = Path(path) if options.vocab_mapping_path else Path(path) / checkpoints.WEIGHTS
+    words = checkpoints.read_map(file, sizes["vocab_size"])
+    sizes["draft_vocab_size"] = len(words.d2t_D)
+    return words
 
 
 def _last(options: Options, output: Path) -> Path | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.models._common import Decoder
     from phloem.training.data import Sample
+    from phloem.training.remote import Remote
 
 CHUNK = 512  # tokens whose logits over the whole vocabulary are there at once
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -58,6 +59,7 @@ class Target:
         self._embed_VN = self.model.get_weight(names[0])
         self._head_VN = self._embed_VN if names[0] == names[1] else self.model.get_weight(names[1])
         self._rows: tuple[Tensor, Tensor | None] | None = None
+        self.remote: Remote | None = None  # which captures in place of the model here
 
     def embed(self, ids: Tensor) -> Tensor:
         """float32 [..., N], as the table has them."""
@@ -88,9 +90,11 @@ class Target:
         """Of whole texts, by the engine's own layers."""
         found: list[States] = []
         with torch.no_grad():
-            for sample, got in zip(samples, capture(self.model, [one.ids for one in samples]), strict=True):
+            texts = [one.ids for one in samples]
+            captured = capture(self.model, texts) if self.remote is None else self.remote.capture(texts)
+            for sample, got in zip(samples, captured, strict=True):
                 best, sums = list[Tensor](), list[Tensor]()
-                for part_nN in got.last_TN.split(CHUNK):
+                for part_nN in got.last_TN.to(self.device).split(CHUNK):
                     logits_nV = self.model.head(part_nN)
                     best.append(logits_nV.argmax(-1).cpu())
                     sums.append(logits_nV.logsumexp(-1).cpu())

@@ -6,9 +6,11 @@ that goes on from a checkpoint does, to the bit, what one without the pause does
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +24,13 @@ from phloem.training import checkpoints
 from phloem.training.accept import Accepted, accepted
 from phloem.training.head import Eagle3, Packed
 from phloem.training.loss import Lesson, Told, tell
+from phloem.training.low_rank import add_low_rank
+from phloem.training.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from phloem.training.checkpoints import Map
-    from phloem.training.options import Options
     from phloem.training.states import Library
     from phloem.training.target import States, Target
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 FREE = (
     *("output_dir", "hidden_states_dir", "hidden_states_bytes", "max_minutes", "eval_interval", "log_interval"),
     *("save_interval", "keep_checkpoints", "save_dtype", "resume", "threads", "num_draft_tokens", "target_model_path"),
-    *("train_data_path", "eval_data_path"),
+    *("train_data_path", "eval_data_path", "capture_url", "capture_dir"),
 )
 
 
@@ -65,10 +67,15 @@ class Trainer:
         positions = max(options.max_length, options.eval_tokens) * 2 + options.ttt_length + options.num_draft_tokens
         self.head = Eagle3(sizes, positions).to(self.device)
         rows_DN = target.choose(self.words.ids_D)
-        if options.init == "target":
+        if options.draft_model_path:
+            checkpoints.begin_from(self.head, Path(options.draft_model_path))
+        elif options.init == "target":
             begin_with(self.head, rows_DN, target.norm())
+        if options.lora_rank:
+            add_low_rank(self.head, options.lora_rank, options.lora_alpha)
+        learned = [one for one in self.head.parameters() if one.requires_grad]
         self.optimiser = torch.optim.AdamW(
-            self.head.parameters(), lr=options.learning_rate, betas=(0.9, options.adam_beta2),
+            learned, lr=options.learning_rate, betas=(0.9, options.adam_beta2),
             weight_decay=options.weight_decay,
         )  # fmt: skip
         self.step, self.seconds, self.seen = 0, 0.0, 0
@@ -165,7 +172,7 @@ class Trainer:
             ModelLoadError: it cannot be read.
         """
         state = checkpoints.load_state(folder)
-        before: dict[str, Any] = state["options"]
+        before: dict[str, Any] = {**dataclasses.asdict(Options()), **state["options"]}
         differs = [name for name in options if name not in FREE and options[name] != before.get(name)]
         if differs:
             told = ", ".join(f"{name} was {before.get(name)!r}" for name in differs)

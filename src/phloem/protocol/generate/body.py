@@ -65,6 +65,7 @@ class GenerateBody(Body, kw_only=True):
     return_text_in_logprobs: bool | None = None
     stream: bool | None = None
     return_hidden_states: bool | list[bool] | None = None
+    spec_capture: dict[str, Any] | list[dict[str, Any]] | None = None
     session_params: SessionBody | list[SessionBody | None] | None = None
     lora_path: str | list[str | None] | None = None
     custom_logit_processor: str | list[str | None] | None = None

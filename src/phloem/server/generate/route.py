@@ -13,6 +13,7 @@ from phloem.protocol.generate.body import GenerateBody
 from phloem.protocol.generate.convert import is_batch, to_request
 from phloem.protocol.generate.write import Cumulative, GenerateAnswer, PlainEvents, Renderer, strip
 from phloem.server.door import door_of, json_response
+from phloem.server.generate.capture import add_captured, check_capture
 from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.stream import collect, event, stream
 
@@ -37,13 +38,18 @@ async def generate(request: Request) -> Response:
     single = not is_batch(body) and asked.items[0].sampling.n == 1
     # Gateways put together what the prompt's logprobs are and what the answer's: prefill tells the former.
     apart = door.info.role == "decode" and PAIR_HEADER not in request.headers
+    if body.spec_capture is not None:
+        check_capture(body, asked)
     renderer = Renderer(body, door.client.tokenizer, prompts=not apart)
     call = await door.client.submit(asked)
     if asked.stream:
         incremental = door.config.server.incremental_streaming_output
         return await stream(request, call, _events(call, renderer, single, incremental))
     outputs = await collect(request, call)
-    return json_response(strip([renderer.answer(output) for output in outputs], single))
+    answers = [renderer.answer(output) for output in outputs]
+    if body.spec_capture is not None:
+        await add_captured(door, body, asked, answers)
+    return json_response(strip(answers, single))
 
 
 async def _events(call: Call, renderer: Renderer, single: bool, incremental: bool) -> AsyncGenerator[bytes, None]:

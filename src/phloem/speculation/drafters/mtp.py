@@ -29,8 +29,15 @@ _MIMO = MTPNames(
     "model.mtp_layers.0", "token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm",
     embed_first=False, blind_start=True,
 )  # fmt: skip
+_NEXT = MTPNames(
+    "mtp", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm", layer="layers.0",
+)  # fmt: skip
 # By model type. Where the order of embedding and state differs, a wrong one drafts nothing right, and says nothing.
-FAMILIES = {"deepseek_v3": _USUAL, "kimi_k2": _USUAL, "glm4_moe": _USUAL, "mimo": _MIMO}
+FAMILIES = {
+    **dict.fromkeys(("deepseek_v3", "kimi_k2", "glm4_moe"), _USUAL),
+    "mimo": _MIMO,
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _NEXT),
+}
 _COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # of the model's own
 
 
@@ -59,7 +66,8 @@ class Drafter(Base):
     def load(self, model: Model, ctx: BuildContext, positions: int) -> Loaded:
         target = decoder_of(model)
         assert self.names is not None
-        own = replace(ctx, quant=method_for(None, self.draft.stored))
+        # Who chose which experts is told of the model's own layers.
+        own = replace(ctx, quant=method_for(None, self.draft.stored), chosen=None)
         head = MTP(own, Shared(target, positions), self.names)
         head.load(self.draft, own, self._name)
         first = extend(target.memory, head.memory)

@@ -192,7 +192,7 @@ _DRAFTS: tuple[_ROW, ...] = (
     ("speculative_num_draft_tokens", None, "=speculative_num_draft_tokens"),
     ("speculative_accept_threshold_single", 1.0, "=speculative_accept_threshold_single"),
     ("speculative_accept_threshold_acc", 1.0, "=speculative_accept_threshold_acc"),
-    ("speculative_token_map", None, "!drafts have the whole vocabulary"),
+    ("speculative_token_map", None, "=speculative_token_map"),
     ("speculative_attention_mode", "prefill", _OWN),
 )
 _SPLIT: tuple[_ROW, ...] = (

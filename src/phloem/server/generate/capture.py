@@ -1,0 +1,49 @@
+"""`spec_capture` of `/generate`: hidden states of a prompt, for trainers of heads that draft (docs/draft-training.md).
+
+As SpecForge asks for it: `store_id`, `sample_id`, `gen`, `replace` and `features` (our name to the one in the store).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from phloem.core.errors import BadRequest
+from phloem.server.routes.control import refused
+
+if TYPE_CHECKING:
+    from phloem.client.request import GenerateRequest
+    from phloem.protocol.generate.body import GenerateBody
+    from phloem.server.door import Door
+
+SECONDS = 600.0  # behind a long step, on a slow disk
+_KINDS: dict[str, type] = {"store_id": str, "sample_id": str, "gen": int, "replace": bool, "features": dict}
+_OTHERS = "spec_capture: {}"
+
+
+def check_capture(body: GenerateBody, asked: GenerateRequest) -> list[dict[str, Any]]:
+    """What is wanted of each prompt. Raises BadRequest."""
+    if body.stream or any(item.ids is None or item.sampling.n != 1 for item in asked.items):
+        raise BadRequest("spec_capture goes with input_ids, n 1, and no stream", param="spec_capture")
+    given = body.spec_capture if isinstance(body.spec_capture, list) else [body.spec_capture or {}]
+    if len(given) != len(asked.items):
+        raise BadRequest(f"spec_capture: {len(given)} for {len(asked.items)} prompts", param="spec_capture")
+    for one in given:
+        for key, value in one.items():
+            kind = _KINDS.get(key)
+            if kind is None and value:  # `passthrough` among them: a trainer has that data itself
+                raise BadRequest(_OTHERS.format(f"{key} is not known here"), param=f"spec_capture.{key}")
+            if kind is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+                raise BadRequest(_OTHERS.format(f"{key}: expected {kind.__name__}"), param=f"spec_capture.{key}")
+        names = cast("dict[str, Any]", one.get("features") or {})
+        if not all(isinstance(name, str) and name for name in names.values()):
+            raise BadRequest(_OTHERS.format("features: expected names"), param="spec_capture.features")
+    return given
+
+
+async def add_captured(door: Door, body: GenerateBody, asked: GenerateRequest, answers: list[dict[str, Any]]) -> None:
+    """Capture, and say in each answer's `meta_info` what was written where."""
+    texts = [list(item.ids or ()) for item in asked.items]
+    reply = await door.client.control("capture", SECONDS, texts=texts, asked=check_capture(body, asked))
+    refused(reply)
+    for answer, one in zip(answers, reply.data["captured"], strict=True):
+        answer["meta_info"]["spec_capture"] = one

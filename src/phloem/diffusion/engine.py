@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from phloem.core.caching import NONE, StepCaching
 from phloem.core.errors import BadRequest, OutOfMemory, PhloemError, QueueFull
 from phloem.core.messages import Draw, FromEngine, Painted, Stats
 from phloem.diffusion.conditions import Conditions
@@ -48,7 +49,7 @@ class Settings:
     most: int = 64
     most_waiting: int = 4096
     alone: bool = False
-    step_cache: float = 0.0  # threshold, where requests say nothing
+    step_cache: StepCaching = NONE  # where requests say nothing
 
 
 class Studio:
@@ -165,9 +166,9 @@ class Studio:
         shown = job.draw.pictures if painter.reads_pictures else []
         job.conditions = [self.conditions.of(text, shown) for text in texts]
         painter.prepared(job)
-        threshold = self.settings.step_cache if job.draw.step_cache is None else job.draw.step_cache
-        if threshold > 0:
-            painter.cache_steps(job, threshold)
+        rule = self.settings.step_cache if job.draw.step_cache is None else job.draw.step_cache
+        if rule.threshold > 0:
+            painter.cache_steps(job, rule)
         painter.apart(job)
         if job.seen is not None and job.seen.shapes:  # tokens beside its own
             job.tokens += len(job.conditions) * job.seen.latents.shape[0]

@@ -13,6 +13,7 @@ import torch
 
 from phloem import platforms
 from phloem.core.adapters import adapter_spec
+from phloem.core.caching import NONE, StepCaching, parsed
 from phloem.core.errors import BadRequest, ConfigError, PhloemError
 from phloem.core.messages import (
     Abort,
@@ -77,7 +78,7 @@ class PictureCore:
         if wanted:
             check_fit(painter)
         wardrobe = _wardrobe(config.lora, pipe, painter)
-        _check_step_cache(images.image_step_cache, painter)
+        step_cache = _step_cache(images.image_step_cache, painter)
         decisions = [chosen, Decision("dtype", str(dtype).removeprefix("torch."), why), *smaller, who]
         alone = config.runtime.ops == "invariant"
         budget, reason = 0, "one picture at a time"
@@ -98,7 +99,7 @@ class PictureCore:
             most=schedule.max_running_requests or 64,
             most_waiting=schedule.max_queued_requests,
             alone=alone,
-            step_cache=images.image_step_cache,
+            step_cache=step_cache,
         )
         self._send = send
         self._stopping: float | None = None  # when to stop at the latest
@@ -226,11 +227,16 @@ def _smaller(pipe: Any, kind: str | None) -> list[Decision]:
     return [] if kind is None else [Decision("quantization", kind, quantise(pipe, kind))]
 
 
-def _check_step_cache(threshold: float, painter: models.Painter) -> None:
+def _step_cache(text: str | None, painter: models.Painter) -> StepCaching:
     """Raises ConfigError."""
-    if not 0 <= threshold < inf or (threshold and not painter.facts.caches):
-        why = "above 0 for a model without step caches" if not painter.facts.caches else "not a threshold"
-        raise ConfigError(f"image_step_cache: {threshold} is {why}", param="image_step_cache")
+    where = "image_step_cache"
+    try:
+        found = NONE if text is None else parsed(text, where)
+    except BadRequest as error:
+        raise ConfigError(error.message, param=where) from None
+    if found.threshold and not painter.facts.caches:
+        raise ConfigError(f"{where}: {text} asks for one, and this model has no step cache", param=where)
+    return found
 
 
 def _synchronize() -> None:

@@ -333,6 +333,9 @@ class ImagesConfig:
     video_output_path: str | None = opt(None, "Folder of films and jobs; default: gone at the end.", "output_path")
     video_max_bytes: str = opt("10GiB", "Most bytes of finished films; the oldest go first.")
     video_ttl: float = opt(86400.0, "Seconds for which a finished film, or why it failed, is kept.")
+    enable_cfg_parallel: bool = opt(
+        False, "Compute rows of negative prompts on a second device, or on the processor beside the others."
+    )
     offload: bool = opt(False, "Keep parts of pictures' models in the host's memory while they are not used; slower.")
     vae_tiling: bool = opt(False, "Decode large pictures in tiles: less memory, faint seams.")
 

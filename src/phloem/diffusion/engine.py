@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.core.messages import Pixels
+    from phloem.diffusion.cfg_parallel import Beside
     from phloem.diffusion.lora import Worn
     from phloem.diffusion.models import Painter
     from phloem.diffusion.worn import Wardrobe
@@ -68,6 +69,7 @@ class Studio:
         self.out_of_memory = 0
         self.conditions = Conditions(self._encoded)
         self.wardrobe: Wardrobe | None = None  # of families that take adapters
+        self.beside: Beside | None = None  # who computes rows of negative prompts
         self._send, self._empty_cache = send, empty_cache
         self._number = 0
         self._step_seconds: list[float] = []
@@ -169,6 +171,8 @@ class Studio:
         rule = self.settings.step_cache if job.draw.step_cache is None else job.draw.step_cache
         if rule.threshold > 0:
             painter.cache_steps(job, rule)
+        if self.beside is not None:
+            self.beside.take(job, rule)
         painter.apart(job)
         if job.seen is not None and job.seen.shapes:  # tokens beside its own
             job.tokens += len(job.conditions) * job.seen.latents.shape[0]
@@ -177,7 +181,10 @@ class Studio:
     def _denoise(self, jobs: list[Job], painter: Family) -> None:
         begun = perf_counter()
         rows = [row for job in jobs for row in rows_of(job)]
-        found = iter(painter.forward(rows))
+        if self.beside is None:
+            found = iter(painter.forward(rows))
+        else:
+            found = iter(self.beside.forward(rows, [at > 0 for job in jobs for at in range(len(job.conditions))]))
         moved: list[tuple[Job, Tensor, Any, Tensor]] = []
         for job in jobs:
             v, scale = next(found), job.guidance.at(job.times[job.step])

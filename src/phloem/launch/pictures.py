@@ -31,6 +31,7 @@ from phloem.core.messages import (
 from phloem.core.ranges import parse_bytes
 from phloem.core.resolve import Decision
 from phloem.diffusion import models, probe
+from phloem.diffusion.cfg_parallel import Beside
 from phloem.diffusion.engine import Settings, Studio
 from phloem.diffusion.family import Family
 from phloem.diffusion.quantised import quantise
@@ -39,7 +40,8 @@ from phloem.utils import log
 
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
-    from phloem.core.config import Config, LoraConfig
+    from phloem.core.config import Config, ImagesConfig, LoraConfig
+    from phloem.platforms import Platform
 
 _log = log.get("launch")
 
@@ -77,6 +79,7 @@ class PictureCore:
         painter, who = models.choose(pipe, platform.device, dtype, wanted, images.offload)
         if wanted:
             check_fit(painter)
+        beside = _beside(images, painter, platform) if images.enable_cfg_parallel else None
         wardrobe = _wardrobe(config.lora, pipe, painter)
         step_cache = _step_cache(images.image_step_cache, painter)
         decisions = [chosen, Decision("dtype", str(dtype).removeprefix("torch."), why), *smaller, who]
@@ -106,7 +109,7 @@ class PictureCore:
         self._beaten = self._counted = 0.0
         self._dirty = False  # something was done since the last statistics
         self.studio = Studio(painter, settings, send, platform.empty_cache)
-        self.studio.wardrobe = wardrobe
+        self.studio.wardrobe, self.studio.beside = wardrobe, beside
         self.info: dict[str, Any] = {
             "pictures": msgspec.to_builtins(painter.facts),
             "max_running_requests": settings.most,
@@ -141,6 +144,8 @@ class PictureCore:
 
     def close(self) -> None:
         self.studio.jobs.clear()
+        if self.studio.beside is not None:
+            self.studio.beside.close()
 
     def _take(self, message: ToEngine) -> None:
         if isinstance(message, Draw):
@@ -220,6 +225,22 @@ def _wardrobe(config: LoraConfig, pipe: Any, painter: models.Painter) -> Wardrob
         except BadRequest as error:
             raise ConfigError(f"lora_paths: {spec.name}: {error.message}", param="lora_paths") from None
     return made
+
+
+def _beside(images: ImagesConfig, painter: models.Painter, platform: Platform) -> Beside:
+    """Raises ConfigError."""
+    where = "enable_cfg_parallel"
+    if not isinstance(painter, Family):
+        raise ConfigError(f"{where}: this model's pipeline runs whole", param=where)
+    if images.offload:
+        raise ConfigError(f"{where}: it keeps a copy of the transformer on the device, and offload none", param=where)
+    if platform.streams is None:
+        return Beside(painter, platform.device)
+    count = torch.accelerator.device_count()
+    if count < 2:
+        raise ConfigError(f"{where}: it needs a second device, and {count} is there", param=where)
+    kind, _, index = str(platform.device).partition(":")
+    return Beside(painter, torch.device(f"{kind}:{(int(index or 0) + 1) % count}"))
 
 
 def _smaller(pipe: Any, kind: str | None) -> list[Decision]:

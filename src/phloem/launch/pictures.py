@@ -84,13 +84,7 @@ class PictureCore:
         step_cache = _step_cache(images.image_step_cache, painter)
         decisions = [chosen, Decision("dtype", str(dtype).removeprefix("torch."), why), *smaller, who]
         alone = config.runtime.ops == "invariant"
-        budget, reason = 0, "one picture at a time"
-        if alone:
-            reason = "ops invariant: each picture in steps of its own"
-        elif images.image_step_tokens is not None:
-            budget, reason = images.image_step_tokens, "as asked"
-        elif isinstance(painter, Family):
-            budget, reason = probe.budget(painter, lambda: None if platform.streams is None else _synchronize())
+        budget, reason = _budget(images, painter, platform, alone)
         report("warm-up")
         decisions += [
             Decision("image_step_tokens", budget, reason),
@@ -225,6 +219,17 @@ def _wardrobe(config: LoraConfig, pipe: Any, painter: models.Painter) -> Wardrob
         except BadRequest as error:
             raise ConfigError(f"lora_paths: {spec.name}: {error.message}", param="lora_paths") from None
     return made
+
+
+def _budget(images: ImagesConfig, painter: models.Painter, platform: Platform, alone: bool) -> tuple[int, str]:
+    """Latent tokens of a step, and why."""
+    if alone:
+        return 0, "ops invariant: each picture in steps of its own"
+    if images.image_step_tokens is not None:
+        return images.image_step_tokens, "as asked"
+    if isinstance(painter, Family):
+        return probe.budget(painter, lambda: None if platform.streams is None else _synchronize())
+    return 0, "one picture at a time"
 
 
 def _beside(images: ImagesConfig, painter: models.Painter, platform: Platform) -> Beside:

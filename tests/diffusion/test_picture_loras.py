@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from phloem.checkpoint.pictures import pictures_of
+from phloem.core.caching import StepCaching
 from phloem.core.errors import BadRequest, ConfigError
 from phloem.core.messages import Draw, FromEngine, Painted, Wear
 from phloem.diffusion import models
@@ -204,7 +205,7 @@ def test_step_caches_and_adapters_go_together(folders: Any, tmp_path: Path) -> N
     for at in range(4):
         asked = [Wear("a")] if at % 2 else []
         for run in (alone, together):
-            run.submit(str(at), asked, seed=at, steps=6, step_cache=0.2)
+            run.submit(str(at), asked, seed=at, steps=6, step_cache=StepCaching(threshold=0.2))
             run.steps(1 << 20 if run is alone else 2)
     together.steps()
     for at in range(4):

@@ -1,4 +1,4 @@
-"""First-block caching: the decisions of diffusers' own, rows together as alone, nothing changed where it is off."""
+"""Step caches: the decisions of diffusers' own, rows together as alone, nothing changed where it is off."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ pytest.importorskip("transformers")
 import torch
 
 from phloem.checkpoint.pictures import pictures_of
+from phloem.core.caching import NONE, StepCaching, parsed
+from phloem.core.errors import BadRequest
 from phloem.core.messages import Draw, FromEngine, Painted
 from phloem.diffusion import models
 from phloem.diffusion.engine import Settings, Studio
@@ -25,6 +27,8 @@ CPU = torch.device("cpu")
 # Random weights change far more from step to step than trained ones: thresholds that some steps are below.
 FAMILIES = {"flux": 0.68, "qwen_image": 1.06, "stable_diffusion_3": 0.65, "wan_two": 0.54}
 STEPS = 12
+# The plain distance: polynomials that were fitted to real models say nothing of these.
+TEA = StepCaching("teacache", 0.6, first=0, coefficients=(0.0, 0.0, 0.0, 1.0, 0.0))
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +39,9 @@ def one_thread() -> Generator[None]:
     torch.set_num_threads(before)
 
 
-def load(folder: Path, family: str) -> Any:
-    made = tiny_films(folder, family) if family.startswith("wan") else tiny_pictures(folder, family)
+def load(folder: Path, family: str, **overrides: Any) -> Any:
+    kind = tiny_films if family.startswith("wan") else tiny_pictures
+    made = kind(folder, family, **overrides)
     found = pictures_of(made)
     assert found is not None
     return models.load(found, CPU, torch.float32, tiling=False)
@@ -76,7 +81,7 @@ def test_decisions_and_latents_are_those_of_diffusers(tmp_path: Path, family: st
     run.submit("off", **guided)
     run.steps()
     assert not run.painter.step_caches
-    run.submit("a", step_cache=FAMILIES[family], **guided)
+    run.submit("a", step_cache=StepCaching(threshold=FAMILIES[family]), **guided)
     run.steps()
     pipe = load(tmp_path / "theirs", family)
     count, blocks = 0, list[Any]()
@@ -123,12 +128,18 @@ def _before(forward: Any, told: Any) -> Any:
 def test_rows_that_compute_and_rows_that_do_not_share_passes_and_are_what_they_are_alone(
     tmp_path: Path, family: str
 ) -> None:
-    pipe, usual = load(tmp_path, family), FAMILIES[family]
+    films, usual = family.startswith("wan"), FAMILIES[family]
+    pipe = load(tmp_path, family, **({} if films else {"num_layers": 3}))
     jobs: list[dict[str, Any]] = [
-        {"step_cache": usual, "prompt": "a cat"},
-        {"step_cache": 1.2 * usual, "seed": 3, "steps": 8, "prompt": "a large red house on the river"},
+        {"step_cache": StepCaching(threshold=usual), "prompt": "a cat"},
+        {"step_cache": TEA, "seed": 3, "steps": 8, "prompt": "a large red house on the river"},
         {"step_cache": None, "seed": 4},
-        {"step_cache": 0.9 * usual, "seed": 5, "negative": "a dog", **({"true_cfg": 3.0} if family == "flux" else {})},
+        {
+            "step_cache": StepCaching("dbcache", usual, last=0 if films else 1, warmup=2),
+            "seed": 5,
+            "negative": "a dog",
+            **({"true_cfg": 3.0} if family == "flux" else {}),
+        },
     ]
     alone, together = Run(pipe), Run(pipe)
     for at, fields in enumerate(jobs):
@@ -139,10 +150,11 @@ def test_rows_that_compute_and_rows_that_do_not_share_passes_and_are_what_they_a
     for cache in alone.painter.step_caches:
         of_rows = cache._of_rows
 
-        def counted(forward: Any, given: Any, cache: Any = cache, of_rows: Any = of_rows) -> Any:
+        def counted(forward: Any, given: Any, at: int, cache: Any = cache, of_rows: Any = of_rows) -> Any:
             nonlocal mixed
-            mixed += 0 < len(cache._computes) < len(cache._kept)
-            return of_rows(forward, given)
+            computes = [turn is None or turn.computes for turn in cache._turns]
+            mixed += any(computes) and not all(computes)
+            return of_rows(forward, given, at)
 
         cache._of_rows = counted
     for at, fields in enumerate(jobs):
@@ -157,8 +169,8 @@ def test_rows_that_compute_and_rows_that_do_not_share_passes_and_are_what_they_a
 def test_a_pass_that_fails_leaves_what_is_kept(tmp_path: Path) -> None:
     run, calm = Run(load(tmp_path / "a", "flux")), Run(load(tmp_path / "b", "flux"))
     for one in (run, calm):
-        one.submit("a", step_cache=FAMILIES["flux"])
-        one.submit("b", step_cache=FAMILIES["flux"], seed=8)
+        one.submit("a", step_cache=StepCaching(threshold=FAMILIES["flux"]))
+        one.submit("b", step_cache=StepCaching(threshold=FAMILIES["flux"]), seed=8)
         one.steps(5)
     transformer, broken = run.painter.transformer, run.painter.transformer.norm_out.forward
 
@@ -176,10 +188,120 @@ def test_a_pass_that_fails_leaves_what_is_kept(tmp_path: Path) -> None:
 
 def test_where_there_is_none_a_request_is_refused_and_0_asks_for_nothing(tmp_path: Path) -> None:
     run = Run(load(tmp_path, "z_image"))
-    run.submit("a", step_cache=0.1)
+    run.submit("a", step_cache=StepCaching(threshold=0.1))
     last = run.told[-1]
     assert isinstance(last, Painted) and (last.status, last.param) == (400, "cache")
     run.told.clear()
-    run.submit("b", step_cache=0.0, steps=1)
+    run.submit("b", step_cache=NONE, steps=1)
     run.steps()
     assert not run.painter.step_caches
+
+
+def poly(coefficients: tuple[float, ...], value: float) -> float:
+    return sum(one * value ** (len(coefficients) - 1 - at) for at, one in enumerate(coefficients))
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "stable_diffusion_3", "wan"])
+def test_teacache_is_that_of_a_loop_written_from_its_paper(tmp_path: Path, family: str) -> None:
+    """Beside the wrapped model one computes every step whole, and what TeaCache adds is put together here."""
+    threshold = 0.6
+    run = Run(load(tmp_path / "ours", family))
+    rule = StepCaching("teacache", threshold, first=0, coefficients=TEA.coefficients)
+    guided = {} if family == "flux" else {"true_cfg": 1.0} if family == "qwen_image" else {"guidance": 1.0}
+    run.submit("a", step_cache=rule, **guided)
+    run.steps()
+    other = Run(load(tmp_path / "theirs", family))
+    model = other.painter.transformer
+    first = model.get_submodule(other.painter.block_lists[0])[0]
+    last = model.get_submodule(other.painter.block_lists[-1])[-1]
+    state: dict[str, Any] = {"step": 0, "sum": 0.0, "skipped": 0, "before": None, "rest": None}
+
+    def begins(module: Any, args: Any, options: Any) -> None:
+        import inspect
+
+        given = inspect.signature(module.forward).bind(*args, **options).arguments
+        signal, step = other.painter.modulated(module, given)[0], state["step"]
+        state["input"] = given["hidden_states"].clone()
+        if state["before"] is not None:
+            far = float((signal - state["before"]).abs().mean() / state["before"].abs().mean())
+            state["sum"] += poly(TEA.coefficients, far)
+        state["skip"] = 0 < step < STEPS - 1 and state["sum"] < threshold
+        state["sum"] = state["sum"] if state["skip"] else 0.0
+        state["before"], state["step"] = signal, step + 1
+
+    def ends(_: Any, __: Any, made: Any) -> Any:
+        pair = isinstance(made, tuple)
+        states = made[1] if pair else made
+        if state["skip"]:
+            state["skipped"] += 1
+            states = state["input"] + state["rest"]
+        else:
+            state["rest"] = states - state["input"]
+        return (made[0], states) if pair else states
+
+    first.register_forward_pre_hook(begins, with_kwargs=True)
+    last.register_forward_hook(ends)
+    other.submit("a", **guided)
+    other.steps()
+    assert 0 < state["skipped"] < STEPS - 2
+    assert sum(cache.idle for cache in run.painter.step_caches) == state["skipped"]
+    assert float((run.latents["a"] - other.latents["a"]).abs().max()) < 2e-5
+
+
+def test_dbcache_warms_up_rests_between_and_computes_the_last_blocks(tmp_path: Path) -> None:
+    """With a threshold that all steps are below, the steps that are computed are those of the rule alone."""
+    run = Run(load(tmp_path, "flux", num_layers=2, num_single_layers=2))
+    blocks = sum(len(run.painter.transformer.get_submodule(name)) for name in run.painter.block_lists)
+    computed = [0] * blocks
+    at = 0
+    for name in run.painter.block_lists:
+        for block in run.painter.transformer.get_submodule(name):
+            block.forward = _before(block.forward, lambda at=at: computed.__setitem__(at, computed[at] + 1))
+            at += 1
+    run.submit("a", step_cache=StepCaching("dbcache", 100.0, first=1, last=1, warmup=3, in_a_row=2))
+    run.steps()
+    assert computed == [STEPS] + [3 + 3] * (blocks - 2) + [STEPS]  # 3, then one of three
+    run.submit("b", step_cache=StepCaching("dbcache", 1e-9, first=1, last=1))
+    run.submit("c")
+    run.steps()
+    assert float((run.latents["b"] - run.latents["c"]).abs().max()) == 0
+    run.told.clear()
+    run.submit("d", step_cache=StepCaching("dbcache", 0.1, first=blocks, last=0))
+    while run.studio.step():
+        pass
+    last = run.told[-1]
+    assert isinstance(last, Painted) and (last.status, last.param) == (400, "cache.fn_compute_blocks")
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("0.05", StepCaching("first_block", 0.05)),
+        ("teacache", StepCaching("teacache", 0.25, first=0, warmup=1)),
+        ("dbcache:0.2", StepCaching("dbcache", 0.2, warmup=4, in_a_row=3)),
+        ('{"kind": "dbcache", "fn_compute_blocks": 8}', StepCaching("dbcache", 0.12, 8, 0, 4, 3)),
+        ("none", NONE),
+    ],
+)
+def test_a_step_cache_is_read_from_a_setting(text: str, rule: StepCaching) -> None:
+    assert parsed(text, "x") == rule
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("tea", "'tea'"),
+        ("magcache:0.1", "magcache"),
+        ("teacache:-1", "x.threshold"),
+        ("0.1,0.2", "0.1,0.2"),
+        ("nan", "x.threshold"),
+        ("{", "JSON"),
+        ('{"kind": "teacache", "fn_compute_blocks": 2}', "x.fn_compute_blocks"),
+        ('{"kind": "teacache", "coefficients": [1, 2]}', "x.coefficients"),
+        ('{"kind": "dbcache", "max_warmup_steps": 1.5}', "x.max_warmup_steps"),
+        ('{"kind": "dbcache", "steps": 1}', "x.steps"),
+    ],
+)
+def test_what_is_no_step_cache_is_named(text: str, named: str) -> None:
+    with pytest.raises(BadRequest, match=named):
+        parsed(text, "x")

@@ -12,6 +12,7 @@ from door import make_info, on_loop, open_door
 
 pytest.importorskip("PIL")
 
+from phloem.core.caching import NONE
 from phloem.testing.fake_studio import EDITS, FakeStudio
 from phloem.utils.png import png
 
@@ -124,6 +125,7 @@ async def test_the_openai_client_edits_and_streams() -> None:
         assert len(door.engine.draws[0].pictures) == 2
         more = {"seed": [4, 9], "cache": {"kind": "none"}}
         found = await client.images.edit(image=io.BytesIO(SMALL), prompt="red", n=2, extra_body=more)
-        assert [draw.seed for draw in door.engine.draws[1:]] == [4, 9] and door.engine.draws[1].step_cache == 0
+        assert [draw.seed for draw in door.engine.draws[1:]] == [4, 9]
+        assert door.engine.draws[1].step_cache == NONE
         events = await client.images.edit(image=io.BytesIO(SMALL), prompt="red", stream=True, partial_images=1)
         assert [event.type async for event in events] == ["image_edit.partial_image", "image_edit.completed"]

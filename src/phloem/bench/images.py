@@ -13,17 +13,19 @@ import random
 import re
 import tempfile
 from dataclasses import dataclass
-from math import inf
+from math import inf, log10
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from phloem.bench._report import context, percentile, write_line
 from phloem.checkpoint.pictures import pictures_of
 from phloem.cli._options import parse
 from phloem.client.start import make_client
+from phloem.core.caching import NONE, StepCaching, parsed
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest
 from phloem.core.messages import Draw, FromEngine, Painted
@@ -59,7 +61,7 @@ class Options:
     steps: int = opt(20, "Denoising steps of each.")
     family: str = opt("flux", "Which tiny folder is made where none is named.")
     rounds: int = opt(1, "Rounds of both, in turn.")
-    step_caches: str | None = opt(None, "Instead: what first-block caches cost and save, such as 0.05,0.1.")
+    step_caches: str | None = opt(None, "Instead: what step caches cost and save, such as 0.08,teacache:0.4,dbcache.")
     output: str | None = opt(None, "File to append JSON lines to.")
 
 
@@ -100,27 +102,53 @@ def _caches(config: Config, options: Options) -> None:
     painter, why = models.choose(models.load(found, cpu, torch.float32, False), cpu, torch.float32, {})
     if not isinstance(painter, Family) or not painter.facts.caches:
         raise BadRequest(f"step_caches: {why.reason}; it has no step cache")
-    thresholds = [float(one) for one in (options.step_caches or "").split(",")]
     draws = _draws(options)[: len(PROMPTS)]
-    exact, base = _drawn(painter, draws, 0.0)
+    exact, base = _drawn(painter, draws, NONE)
     print(f"{len(draws)} pictures of {options.size}, {options.steps} steps, without a cache: {base:.2f} s")
-    for threshold in thresholds:
+    for rule in _rules(options):
         for cache in painter.step_caches:
-            cache.saved = cache.asked = 0
-        made, seconds = _drawn(painter, draws, threshold)
-        saved, asked = (sum(one) for one in zip(*((c.saved, c.asked) for c in painter.step_caches), strict=True))
-        far = max(float((one - other).norm() / other.norm()) for one, other in zip(made, exact, strict=True))
-        record = {"threshold": threshold, "saved_blocks": saved, "blocks": asked, "latent_difference": far}
-        share = saved / max(1, asked)
-        print(f"threshold {threshold:g}: {share:6.1%} of blocks saved, latents differ by {far:.4f}, {seconds:.2f} s")
+            cache.saved = cache.asked = cache.steps = cache.idle = 0
+        made, seconds = _drawn(painter, draws, rule)
+        caches = painter.step_caches
+        saved, asked = sum(one.saved for one in caches), sum(one.asked for one in caches)
+        steps, idle = sum(one.steps for one in caches), sum(one.idle for one in caches)
+        both = list(zip(made, exact, strict=True))
+        far = max(float((one.latents - other.latents).norm() / other.latents.norm()) for one, other in both)
+        worst = min(_psnr(one.pixels, other.pixels) for one, other in both)
+        record = {"kind": rule.kind, "threshold": rule.threshold, "saved_blocks": saved, "blocks": asked}
+        record |= {"steps": steps, "cached_steps": idle, "latent_difference": far, "psnr_db": worst}
+        print(
+            f"{rule.kind} {rule.threshold:g}: {idle / max(1, steps):6.1%} of steps cached, "
+            f"{saved / max(1, asked):6.1%} of blocks saved, "
+            f"latents differ by {far:.4f}, PSNR {worst:.1f} dB, {seconds:.2f} s"
+        )
         print(json.dumps({**record, "seconds": seconds}), flush=True)
 
 
-def _drawn(painter: Family, draws: list[Draw], threshold: float) -> tuple[list[torch.Tensor], float]:
-    """(the last latents of each, seconds); one after the other."""
+def _rules(options: Options) -> list[StepCaching]:
+    """Commas part them, except in JSON, of which there may be one alone. Raises BadRequest."""
+    text = options.step_caches or ""
+    return [parsed(one, "step_caches") for one in ([text] if text.startswith("{") else text.split(","))]
+
+
+@dataclass(frozen=True)
+class _Made:
+    latents: torch.Tensor
+    pixels: np.ndarray
+
+
+def _psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """dB, of bytes."""
+    error = float(((one.astype(float) - other.astype(float)) ** 2).mean())
+    return inf if error == 0 else 10 * log10(255**2 / error)
+
+
+def _drawn(painter: Family, draws: list[Draw], rule: StepCaching) -> tuple[list[_Made], float]:
+    """(what each has become, seconds); one after the other."""
     found: dict[str, torch.Tensor] = {}
+    pixels: dict[str, np.ndarray] = {}
     errors: list[str] = []
-    studio = Studio(painter, Settings(1, step_cache=threshold), lambda told: _note(told, errors))
+    studio = Studio(painter, Settings(1, step_cache=rule), lambda told: _note(told, errors, pixels))
     begun = perf_counter()
     for draw in draws:
         studio.submit(draw)
@@ -128,24 +156,22 @@ def _drawn(painter: Family, draws: list[Draw], threshold: float) -> tuple[list[t
         found |= {job.id: job.latents for job in studio.jobs.values() if job.latents is not None}
     if errors:
         raise BadRequest(errors[0])
-    return [found[draw.id] for draw in draws], perf_counter() - begun
+    return [_Made(found[draw.id], pixels[draw.id]) for draw in draws], perf_counter() - begun
 
 
-def _note(told: FromEngine, errors: list[str]) -> None:
+def _note(told: FromEngine, errors: list[str], pixels: dict[str, np.ndarray]) -> None:
     if isinstance(told, Painted) and told.error:
         errors.append(told.error)
+    elif isinstance(told, Painted) and told.pixels:
+        pixels[told.id] = np.frombuffer(told.pixels, np.uint8)
 
 
 def _check(options: Options) -> None:
     """Raises BadRequest."""
     if re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", options.size) is None:
         raise BadRequest(f"size: {options.size!r} is not WIDTHxHEIGHT, such as 64x64")
-    try:
-        wrong = [one for one in (options.step_caches or "1").split(",") if not 0 < float(one) < inf]
-    except ValueError:
-        wrong = [options.step_caches]
-    if wrong:
-        raise BadRequest(f"step_caches: {options.step_caches!r} are no thresholds above 0, such as 0.05,0.1")
+    if options.step_caches and any(rule.threshold == 0 for rule in _rules(options)):
+        raise BadRequest(f"step_caches: {options.step_caches!r} has a threshold that is not above 0")
     for name, value in (("requests", options.requests), ("steps", options.steps), ("rounds", options.rounds)):
         if value < 1:
             raise BadRequest(f"{name}: {value} must be above 0")

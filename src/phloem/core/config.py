@@ -331,10 +331,15 @@ class ImagesConfig:
         'What requests leave open, as JSON: {"size": "512x512", "steps": 8, "guidance_scale": 0, "max_pixels": N}; '
         'of films also "frames", "max_frames", "fps".',
     )
-    image_step_cache: float = opt(0.0, "First-block cache: steps that change less than this are left out; 0: none.")
+    image_step_cache: str | None = opt(
+        None, "Leave blocks out of steps that change little: teacache, dbcache:0.12, first_block:0.08, or JSON."
+    )
     video_output_path: str | None = opt(None, "Folder of films and jobs; default: gone at the end.", "output_path")
     video_max_bytes: str = opt("10GiB", "Most bytes of finished films; the oldest go first.")
     video_ttl: float = opt(86400.0, "Seconds for which a finished film, or why it failed, is kept.")
+    enable_cfg_parallel: bool = opt(
+        False, "Compute rows of negative prompts on a second device, or on the processor beside the others."
+    )
     offload: bool = opt(False, "Keep parts of pictures' models in the host's memory while they are not used; slower.")
     vae_tiling: bool = opt(False, "Decode large pictures in tiles: less memory, faint seams.")
 

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from phloem.core.caching import StepCaching
 from phloem.core.media import Media
 from phloem.core.request import Align, FinishReason, SamplingParams
 
@@ -89,7 +90,7 @@ class Draw(Message):
     guidance_2: float | None = None  # in the second half of models that have two
     negative: str | None = None
     previews: int = 0
-    step_cache: float | None = None  # threshold of the first-block cache; 0: none
+    step_cache: StepCaching | None = None  # None: as the server has it
     film: bool = False
     frames: int = 0  # of a film
     pictures: list[Pixels] = []  # what is to be changed, or how a film begins

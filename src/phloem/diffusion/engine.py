@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from phloem.core.caching import NONE, StepCaching
 from phloem.core.errors import BadRequest, OutOfMemory, PhloemError, QueueFull
 from phloem.core.messages import Draw, FromEngine, Painted, Stats
 from phloem.diffusion.conditions import Conditions
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.core.messages import Pixels
+    from phloem.diffusion.cfg_parallel import Beside
     from phloem.diffusion.lora import Worn
     from phloem.diffusion.models import Painter
     from phloem.diffusion.worn import Wardrobe
@@ -48,7 +50,7 @@ class Settings:
     most: int = 64
     most_waiting: int = 4096
     alone: bool = False
-    step_cache: float = 0.0  # threshold, where requests say nothing
+    step_cache: StepCaching = NONE  # where requests say nothing
 
 
 class Studio:
@@ -67,6 +69,7 @@ class Studio:
         self.out_of_memory = 0
         self.conditions = Conditions(self._encoded)
         self.wardrobe: Wardrobe | None = None  # of families that take adapters
+        self.beside: Beside | None = None  # who computes rows of negative prompts
         self._send, self._empty_cache = send, empty_cache
         self._number = 0
         self._step_seconds: list[float] = []
@@ -165,9 +168,11 @@ class Studio:
         shown = job.draw.pictures if painter.reads_pictures else []
         job.conditions = [self.conditions.of(text, shown) for text in texts]
         painter.prepared(job)
-        threshold = self.settings.step_cache if job.draw.step_cache is None else job.draw.step_cache
-        if threshold > 0:
-            painter.cache_steps(job, threshold)
+        rule = self.settings.step_cache if job.draw.step_cache is None else job.draw.step_cache
+        if rule.threshold > 0:
+            painter.cache_steps(job, rule)
+        if self.beside is not None:
+            self.beside.take(job, rule)
         painter.apart(job)
         if job.seen is not None and job.seen.shapes:  # tokens beside its own
             job.tokens += len(job.conditions) * job.seen.latents.shape[0]
@@ -176,7 +181,10 @@ class Studio:
     def _denoise(self, jobs: list[Job], painter: Family) -> None:
         begun = perf_counter()
         rows = [row for job in jobs for row in rows_of(job)]
-        found = iter(painter.forward(rows))
+        if self.beside is None:
+            found = iter(painter.forward(rows))
+        else:
+            found = iter(self.beside.forward(rows, [at > 0 for job in jobs for at in range(len(job.conditions))]))
         moved: list[tuple[Job, Tensor, Any, Tensor]] = []
         for job in jobs:
             v, scale = next(found), job.guidance.at(job.times[job.step])

@@ -19,7 +19,7 @@ import torch
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.diffusion.parts import PICTURES, TEXT, Parts
 from phloem.diffusion.request import Condition, Facts, Guidance, Seen
-from phloem.diffusion.step_cache import Kept, StepCache
+from phloem.diffusion.step_cache import PLAIN, Kept, StepCache
 from phloem.diffusion.worn import Wearing
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from phloem.core.caching import StepCaching
     from phloem.core.messages import Draw, Pixels
     from phloem.diffusion.lora import Worn
     from phloem.diffusion.request import Job
@@ -50,6 +51,7 @@ class Row:
     seen: Seen | None = None
     kept: tuple[Kept, ...] = ()  # by its step cache, for each transformer
     worn: Worn = ()  # adapters
+    last: bool = False  # step of its picture
 
 
 class Family:
@@ -63,6 +65,7 @@ class Family:
 
     mixed_sizes: ClassVar[bool] = False  # rows of different sizes in one forward pass
     block_lists: ClassVar[tuple[str, ...]] = ()  # of the transformer, where a step cache may stand between them
+    teacache: ClassVar[tuple[float, ...]] = PLAIN  # its polynomial, the highest power first
     reads_pictures: ClassVar[bool] = False  # the text's encoder sees the pictures that came with it
     schedulers: ClassVar[tuple[str, ...]] = ("FlowMatchEulerDiscreteScheduler",)
 
@@ -143,11 +146,19 @@ class Family:
     def transformers(self) -> list[Any]:
         return [self.transformer]
 
-    def cache_steps(self, job: Job, threshold: float) -> None:
-        """Let a job's rows keep what their blocks add."""
+    def modulated(self, block: Any, given: dict[str, Any]) -> Tensor:
+        """What TeaCache compares: the first block's input as the step modulates it, a row for each."""
+        raise NotImplementedError
+
+    def cache_steps(self, job: Job, rule: StepCaching) -> None:
+        """Let a job's rows keep what their blocks add. Raises BadRequest."""
         if not self.step_caches:
-            self.step_caches = [StepCache(model, self.block_lists) for model in self.transformers()]
-        job.kept = [tuple(Kept(threshold) for _ in self.step_caches) for _ in job.conditions]
+            self.step_caches = [
+                StepCache(model, self.block_lists, self.modulated, self.teacache) for model in self.transformers()
+            ]
+        for cache in self.step_caches:
+            cache.check(rule)
+        job.kept = [tuple(Kept(rule) for _ in self.step_caches) for _ in job.conditions]
 
     @contextlib.contextmanager
     def around(self, rows: Sequence[Row], model: int = 0) -> Generator[None]:
@@ -282,6 +293,7 @@ def rows_of(job: Job) -> list[Row]:
             job.seen,
             kept,
             job.worn,
+            job.step + 1 == job.steps,
         )
         for condition, kept in zip(job.conditions, job.kept or [()] * len(job.conditions), strict=True)
     ]

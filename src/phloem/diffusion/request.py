@@ -58,7 +58,7 @@ class Facts:
         if self.needs_pictures and not count:
             where = "" if draw.film else ": use /v1/images/edits"
             raise BadRequest(f"{name}: this model begins with a picture, which is missing{where}", param=name)
-        if draw.step_cache and not self.caches:
+        if draw.step_cache is not None and draw.step_cache.threshold and not self.caches:
             raise BadRequest("cache: this model has no step cache", param="cache", code="not_supported")
         if draw.mask is not None and not self.masks:
             raise BadRequest("mask: this model takes none", param="mask", code="not_supported")

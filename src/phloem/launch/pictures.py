@@ -13,6 +13,7 @@ import torch
 
 from phloem import platforms
 from phloem.core.adapters import adapter_spec
+from phloem.core.caching import NONE, StepCaching, parsed
 from phloem.core.errors import BadRequest, ConfigError, PhloemError
 from phloem.core.messages import (
     Abort,
@@ -30,6 +31,7 @@ from phloem.core.messages import (
 from phloem.core.ranges import parse_bytes
 from phloem.core.resolve import Decision
 from phloem.diffusion import models, probe
+from phloem.diffusion.cfg_parallel import Beside
 from phloem.diffusion.engine import Settings, Studio
 from phloem.diffusion.family import Family
 from phloem.diffusion.quantised import quantise
@@ -38,7 +40,8 @@ from phloem.utils import log
 
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
-    from phloem.core.config import Config, LoraConfig
+    from phloem.core.config import Config, ImagesConfig, LoraConfig
+    from phloem.platforms import Platform
 
 _log = log.get("launch")
 
@@ -76,17 +79,12 @@ class PictureCore:
         painter, who = models.choose(pipe, platform.device, dtype, wanted, images.offload)
         if wanted:
             check_fit(painter)
+        beside = _beside(images, painter, platform) if images.enable_cfg_parallel else None
         wardrobe = _wardrobe(config.lora, pipe, painter)
-        _check_step_cache(images.image_step_cache, painter)
+        step_cache = _step_cache(images.image_step_cache, painter)
         decisions = [chosen, Decision("dtype", str(dtype).removeprefix("torch."), why), *smaller, who]
         alone = config.runtime.ops == "invariant"
-        budget, reason = 0, "one picture at a time"
-        if alone:
-            reason = "ops invariant: each picture in steps of its own"
-        elif images.image_step_tokens is not None:
-            budget, reason = images.image_step_tokens, "as asked"
-        elif isinstance(painter, Family):
-            budget, reason = probe.budget(painter, lambda: None if platform.streams is None else _synchronize())
+        budget, reason = _budget(images, painter, platform, alone)
         report("warm-up")
         decisions += [
             Decision("image_step_tokens", budget, reason),
@@ -98,14 +96,14 @@ class PictureCore:
             most=schedule.max_running_requests or 64,
             most_waiting=schedule.max_queued_requests,
             alone=alone,
-            step_cache=images.image_step_cache,
+            step_cache=step_cache,
         )
         self._send = send
         self._stopping: float | None = None  # when to stop at the latest
         self._beaten = self._counted = 0.0
         self._dirty = False  # something was done since the last statistics
         self.studio = Studio(painter, settings, send, platform.empty_cache)
-        self.studio.wardrobe = wardrobe
+        self.studio.wardrobe, self.studio.beside = wardrobe, beside
         self.info: dict[str, Any] = {
             "pictures": msgspec.to_builtins(painter.facts),
             "max_running_requests": settings.most,
@@ -140,6 +138,8 @@ class PictureCore:
 
     def close(self) -> None:
         self.studio.jobs.clear()
+        if self.studio.beside is not None:
+            self.studio.beside.close()
 
     def _take(self, message: ToEngine) -> None:
         if isinstance(message, Draw):
@@ -221,16 +221,48 @@ def _wardrobe(config: LoraConfig, pipe: Any, painter: models.Painter) -> Wardrob
     return made
 
 
+def _budget(images: ImagesConfig, painter: models.Painter, platform: Platform, alone: bool) -> tuple[int, str]:
+    """Latent tokens of a step, and why."""
+    if alone:
+        return 0, "ops invariant: each picture in steps of its own"
+    if images.image_step_tokens is not None:
+        return images.image_step_tokens, "as asked"
+    if isinstance(painter, Family):
+        return probe.budget(painter, lambda: None if platform.streams is None else _synchronize())
+    return 0, "one picture at a time"
+
+
+def _beside(images: ImagesConfig, painter: models.Painter, platform: Platform) -> Beside:
+    """Raises ConfigError."""
+    where = "enable_cfg_parallel"
+    if not isinstance(painter, Family):
+        raise ConfigError(f"{where}: this model's pipeline runs whole", param=where)
+    if images.offload:
+        raise ConfigError(f"{where}: it keeps a copy of the transformer on the device, and offload none", param=where)
+    if platform.streams is None:
+        return Beside(painter, platform.device)
+    count = torch.accelerator.device_count()
+    if count < 2:
+        raise ConfigError(f"{where}: it needs a second device, and {count} is there", param=where)
+    kind, _, index = str(platform.device).partition(":")
+    return Beside(painter, torch.device(f"{kind}:{(int(index or 0) + 1) % count}"))
+
+
 def _smaller(pipe: Any, kind: str | None) -> list[Decision]:
     """Raises ConfigError."""
     return [] if kind is None else [Decision("quantization", kind, quantise(pipe, kind))]
 
 
-def _check_step_cache(threshold: float, painter: models.Painter) -> None:
+def _step_cache(text: str | None, painter: models.Painter) -> StepCaching:
     """Raises ConfigError."""
-    if not 0 <= threshold < inf or (threshold and not painter.facts.caches):
-        why = "above 0 for a model without step caches" if not painter.facts.caches else "not a threshold"
-        raise ConfigError(f"image_step_cache: {threshold} is {why}", param="image_step_cache")
+    where = "image_step_cache"
+    try:
+        found = NONE if text is None else parsed(text, where)
+    except BadRequest as error:
+        raise ConfigError(error.message, param=where) from None
+    if found.threshold and not painter.facts.caches:
+        raise ConfigError(f"{where}: {text} asks for one, and this model has no step cache", param=where)
+    return found
 
 
 def _synchronize() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 class Flux(Family):
     block_lists = ("transformer_blocks", "single_transformer_blocks")
+    # As TeaCache's authors fitted it to FLUX.1-dev.
+    teacache = (4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01)
 
     def guidance(self, draw: Draw) -> Guidance:
         true = negative_by_scale(draw, "true_cfg_scale", None)
@@ -28,6 +30,9 @@ class Flux(Family):
             raise BadRequest("guidance_scale: this model was distilled to draw without", param="guidance_scale")
         scale = self.facts.guidance if draw.guidance is None else draw.guidance
         return Guidance(scale or 0.0 if distilled else 0.0, true.scale, true.negative)
+
+    def modulated(self, block: Any, given: dict[str, Any]) -> Tensor:
+        return block.norm1(given["hidden_states"], emb=given["temb"])[0]
 
     def encode(self, text: str) -> Condition:
         states, pooled, _ = self.pipe.encode_prompt(

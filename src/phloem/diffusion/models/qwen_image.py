@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 class QwenImage(Family):
     block_lists = ("transformer_blocks",)
+    teacache = (-4.5e02, 2.8e02, -4.5e01, 3.2e00, -2.0e-02)  # as vLLM-Omni has it for Qwen-Image
 
     def guidance(self, draw: Draw) -> Guidance:
         if draw.guidance is not None:
@@ -32,6 +33,10 @@ class QwenImage(Family):
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         guided = negative + scale * (positive - negative)
         return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    def modulated(self, block: Any, given: dict[str, Any]) -> Tensor:
+        scales = block.img_mod(given["temb"]).chunk(2, dim=-1)[0]
+        return block._modulate(block.img_norm1(given["hidden_states"]), scales, given.get("modulate_index"))[0]
 
     def encode(self, text: str) -> Condition:
         states, mask = self.pipe.encode_prompt(prompt=text, device=self.device, max_sequence_length=self.max_text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,6 +33,9 @@ class StableDiffusion3(Family):
         if most and max(width, height) // self.grid > most:
             raise BadRequest(f"size: a side has at most {most * self.grid} pixels with this model", param="size")
         return super().guidance(draw)
+
+    def modulated(self, block: Any, given: dict[str, Any]) -> Tensor:
+        return block.norm1(given["hidden_states"], emb=given["temb"])[0]
 
     def encode(self, text: str) -> Condition:
         states, _, pooled, _ = self.pipe.encode_prompt(

@@ -127,6 +127,10 @@ class Wan(Family):
                 found |= zip(places, self._of(model, [rows[at] for at in places]), strict=True)
         return [found[at] for at in range(len(rows))]
 
+    def modulated(self, block: Any, given: dict[str, Any]) -> Tensor:
+        """As TeaCache has it for Wan: what the step modulates blocks with."""
+        return given["temb"]
+
     def transformers(self) -> list[Any]:
         return [self.transformer] if self._low is None else [self.transformer, self._low]
 

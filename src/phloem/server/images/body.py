@@ -7,6 +7,7 @@ import re
 from typing import Any, ClassVar, Literal
 
 from phloem.client.request import new_id
+from phloem.core.caching import NAMES, StepCaching, step_caching
 from phloem.core.errors import BadRequest
 from phloem.core.messages import Draw, Wear
 from phloem.protocol.body import Body, Later
@@ -27,10 +28,15 @@ _VIDEO = dict.fromkeys(("num_frames", "fps", "seconds", "guidance_scale_2", "inp
 
 
 class StepCacheBody(Body, kw_only=True):
-    """`cache`: blocks are left out of steps that change little."""
+    """`cache`: blocks are left out of steps that change little. What is None is the kind's to say."""
 
-    kind: Literal["first_block", "none"] = "first_block"
-    threshold: float = 0.08
+    kind: Literal["first_block", "teacache", "dbcache", "none"] = "first_block"
+    threshold: float | None = None
+    fn_compute_blocks: Int32 | None = None
+    bn_compute_blocks: Int32 | None = None
+    max_warmup_steps: Int32 | None = None
+    max_continuous_cached_steps: Int32 | None = None
+    coefficients: list[float] | None = None
 
 
 class LoraBody(Body, kw_only=True):
@@ -62,8 +68,6 @@ class PictureFields(Body, kw_only=True):
         """Raises BadRequest."""
         for name, scale in (("guidance_scale", self.guidance_scale), ("true_cfg_scale", self.true_cfg_scale)):
             within(name, scale, 0, MAX_SCALE)
-        if self.cache is not None:
-            within("cache.threshold", self.cache.threshold, 0, 1)
         for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
             if text is not None and len(text) > MAX_PROMPT:
                 raise BadRequest(f"{name}: {len(text)} characters, at most {MAX_PROMPT} are read", param=name)
@@ -81,7 +85,7 @@ class PictureFields(Body, kw_only=True):
             guidance=self.guidance_scale,
             true_cfg=self.true_cfg_scale,
             negative=self.negative_prompt,
-            step_cache=self._threshold(),
+            step_cache=self._caching(),
             lora=self._worn(),
         )
 
@@ -102,10 +106,12 @@ class PictureFields(Body, kw_only=True):
             raise BadRequest(f"lora: at most {MAX_LORAS} adapters, each of them once", param="lora")
         return found
 
-    def _threshold(self) -> float | None:
+    def _caching(self) -> StepCaching | None:
+        """Raises BadRequest."""
         if self.cache is None:
             return None
-        return self.cache.threshold if self.cache.kind == "first_block" else 0.0
+        given = {name: value for name in NAMES if (value := getattr(self.cache, name)) is not None}
+        return step_caching(self.cache.kind, given)
 
     def _size(self) -> tuple[int, int]:
         """(width, height); 0: the model's own."""

@@ -129,7 +129,7 @@ class ThreadRanks:
 
     def __init__(self, config: Config, checkpoint: Checkpoint) -> None:
         size = ranks_of(config)
-        ends = Groups.threads(config.runtime.pp_size, config.runtime.tp_size)
+        ends = Groups.threads(config.runtime.pp_size, config.runtime.tp_size, dp=config.runtime.attn_dp_size)
         self.told: list[Told] = []  # all that was said
         self.error: BaseException | None = None
         self._lock = threading.Lock()

@@ -19,7 +19,7 @@ import msgspec
 
 from phloem.core.errors import ConfigError
 from phloem.core.ranges import check_ranges
-from phloem.core.spellings import one_address, refuse_missing
+from phloem.core.spellings import attention_groups, one_address, refuse_missing
 
 
 def opt(default: Any, text: str, *also: str) -> Any:
@@ -145,6 +145,12 @@ class RuntimeConfig:
     )
     dp_size: int = opt(
         1, "Replicas of the model behind one door, each with all of its ranks.", "dp", "data_parallel_size"
+    )
+    attn_dp_size: int = opt(
+        1, "Groups of the ranks of tp_size that attend to requests of their own; other layers are shared out by all."
+    )
+    enable_dp_attention: bool = opt(
+        False, "SGLang's spelling of attn_dp_size: dp_size then says how many groups, and there is one replica."
     )
     load_balance_method: LoadBalance = opt(
         "auto", "Which replica a request goes to: in turn, or by requests or tokens; auto: tokens, and known prefixes."
@@ -444,6 +450,7 @@ class Config:
             if key in _JSON and isinstance(value, dict):
                 value = json.dumps(value)
             parts.setdefault(section, {})[key] = _convert(key, value, kind)
+        attention_groups(parts.get("runtime", {}))
         sections = {name: cls(**parts.get(name, {})) for name, cls in SECTIONS.items()}
         config = Config(**sections)
         check_ranges(config.flat())

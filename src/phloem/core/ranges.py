@@ -29,6 +29,7 @@ _POSITIVE = (
     "pp_size",
     "eplb_rebalance_num_iterations",
     "dp_size",
+    "attn_dp_size",
     "nnodes",
     "dist_timeout",
     "image_step_tokens",

@@ -18,6 +18,7 @@ from phloem.layers.mlp import GatedMLP, PlainMLP
 from phloem.layers.moe import SharedExperts, SparseMLP
 from phloem.layers.norm import AnyNorm, BareLayerNorm, LayerNorm, RMSNorm
 from phloem.layers.rope import Rope, RopeSpec
+from phloem.layers.rows import Gathered, Resting
 from phloem.layers.weight import Layer
 
 if TYPE_CHECKING:
@@ -282,6 +283,18 @@ class LayerKind:
         return MixerAlone(ctx, self, place) if self.feed is None else _LAYERS[self.norms](ctx, self, place)
 
 
+def _mixer(ctx: BuildContext, make: MakeMixer, place: Place) -> Mixer:
+    """A mixer, which may have no rows where groups of ranks attend to their own."""
+    mixer = make(ctx, place)
+    return mixer if ctx.rows is None else Resting(mixer, place.hidden_size)
+
+
+def _feed(ctx: BuildContext, make: MakeFeed, place: Place) -> Feed:
+    """A feed-forward block, of all ranks wherever each attends to rows of its own."""
+    block = make(ctx.everywhere(), place)
+    return block if ctx.rows is None else Gathered(ctx.rows, block)
+
+
 class DecoderLayer(Layer):
     """Blocks with their norms. Takes and gives (what the last block computed, residual), or their sum and None."""
 
@@ -318,7 +331,7 @@ class MixerAlone(DecoderLayer):
     def __init__(self, ctx: BuildContext, kind: LayerKind, place: Place) -> None:
         super().__init__(ctx, kind, place)
         assert kind.mixer is not None
-        self.mixer = kind.mixer(ctx, place)
+        self.mixer = _mixer(ctx, kind.mixer, place)
 
     @property
     def memory(self) -> tuple[MemorySpec, ...]:
@@ -327,7 +340,8 @@ class MixerAlone(DecoderLayer):
 
     @property
     def attention(self) -> AttentionSpec | None:
-        return self.mixer.spec if isinstance(self.mixer, Attends) else None
+        mixer = self.mixer.mixer if isinstance(self.mixer, Resting) else self.mixer
+        return mixer.spec if isinstance(mixer, Attends) else None
 
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         return self.mixer.attend(self.norms[0], x_TN, residual_TN, step)
@@ -342,7 +356,7 @@ class FeedAlone(DecoderLayer):
     def __init__(self, ctx: BuildContext, kind: LayerKind, place: Place) -> None:
         super().__init__(ctx, kind, place)
         assert kind.feed is not None
-        self.mlp = kind.feed(ctx, place)
+        self.mlp = _feed(ctx, kind.feed, place)
 
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         total_TN = x_TN if residual_TN is None else self.ops.add(x_TN, residual_TN)
@@ -360,7 +374,7 @@ class BlockPair(MixerAlone):
         assert kind.feed is not None
         bare = kind.norms in ("post", "sum") or kind.norm_names[:1] == ("",)
         self.input_norm: AnyNorm | None = None if bare else self.norms[0]
-        self.mlp = kind.feed(ctx, place)
+        self.mlp = _feed(ctx, kind.feed, place)
 
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         return self.mixer.attend(self.input_norm, x_TN, residual_TN, step)

@@ -1,0 +1,130 @@
+"""Data parallelism of attention: each group of ranks attends to rows of its own, and all compute the others' layers.
+
+Before a feed-forward block the rows of all groups are gathered, behind it each rank goes on with its own. Which rows
+those are is said before each step. A group may have none: its ranks then take part in what all compute, and that is
+all they do.
+
+Legend: T tokens of this rank's group, A tokens of all groups, L rows that are wanted, N hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from phloem.layers.weight import Layer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from phloem.core.memory import MemorySpec
+    from phloem.distributed.comm import Comm
+    from phloem.distributed.mesh import Axis
+    from phloem.layers.context import ForwardBatch
+    from phloem.layers.norm import AnyNorm
+
+
+class Rows:
+    """How many rows of a step each group has. One for a rank's model; `begin` before each of its steps.
+
+    Args:
+        comm: all ranks of the stage, group by group; None: nothing is computed.
+        dp: the groups, and that of this rank.
+    """
+
+    def __init__(self, comm: Comm | None, dp: Axis) -> None:
+        self.comm, self.dp = comm, dp
+        self._each = 1 if comm is None else comm.size // dp.size  # ranks of a group
+        self._tokens = self._wanted = self._now = [0] * dp.size
+
+    def begin(self, tokens: Sequence[int], wanted: Sequence[int]) -> None:
+        """A step: tokens of each group, and rows of each whose next token is wanted."""
+        self._tokens, self._wanted = list(tokens), list(wanted)
+        self._now = self._tokens
+
+    def narrow(self) -> None:
+        """From here on the wanted rows alone are computed."""
+        self._now = self._wanted
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[T, ...] of each group -> [A, ...], group by group. All ranks together."""
+        counts, most = self._now, max(self._now)
+        if len(x) != counts[self.dp.rank]:
+            raise ValueError(f"{len(x)} rows, where this rank's group has {counts[self.dp.rank]}")
+        if not most or self.comm is None:
+            return x
+        if len(x) < most:
+            x = torch.cat((x, x.new_zeros((most - len(x), *x.shape[1:]))))
+        firsts = self.comm.all_gather(x)[:: self._each]
+        return torch.cat([part[:count] for part, count in zip(firsts, counts, strict=True)])
+
+    def own(self, x: Tensor) -> Tensor:
+        """[A, ...] -> [T, ...]: the rows of this rank's group."""
+        first = sum(self._now[: self.dp.rank])
+        return x[first : first + self._now[self.dp.rank]]
+
+
+class Feed(Protocol):
+    """As `models._layer.Feed`."""
+
+    def __call__(
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, /, *, add: bool
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Gathered(Layer):
+    """A feed-forward block of all ranks behind attention of each group."""
+
+    def __init__(self, rows: Rows, block: Feed) -> None:
+        self.rows, self.block = rows, block
+
+    def __call__(
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the block itself, and never summed."""
+        del add
+        x_TN, total_TN = (x_TN, x_TN) if norm is None else norm.add(x_TN, residual_TN)
+        out_AN, _ = self.block(None, self.rows.gather(x_TN), None, add=False)
+        return self.rows.own(out_AN), total_TN
+
+
+class Mixer(Protocol):
+    """As `models._layer.Mixer`."""
+
+    @property
+    def out(self) -> Output: ...
+
+    @property
+    def memory(self) -> MemorySpec | tuple[MemorySpec, ...] | None: ...
+
+    def attend(
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch, /
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class Output(Protocol):
+    """As `models._layer.Output`."""
+
+    def __call__(self, x_TN: Tensor, /, *, add: Tensor | None = None) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Resting(Layer):
+    """A mixer of one group, which rests in steps that have no row for it: kernels and backends see rows alone."""
+
+    def __init__(self, mixer: Mixer, hidden_size: int) -> None:
+        self.mixer, self._hidden_size = mixer, hidden_size
+
+    @property
+    def memory(self) -> MemorySpec | tuple[MemorySpec, ...] | None:
+        return self.mixer.memory
+
+    def attend(
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch, /
+    ) -> tuple[Tensor, Tensor]:
+        return self.mixer.attend(norm, x_TN, residual_TN, step) if len(x_TN) else (x_TN, x_TN)
+
+    def out(self, x_TN: Tensor, /, *, add: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return self.mixer.out(x_TN, add=add) if len(x_TN) else (x_TN.new_empty((0, self._hidden_size)), add)

@@ -124,6 +124,11 @@ def staged(pp: int, tp: int, work: Callable[[Groups], Any]) -> list[Any]:
     return _threads(Groups.threads(pp, tp), work)
 
 
+def staged_groups(dp: int, tp: int, work: Callable[[Groups], Any]) -> list[Any]:
+    """As `together`, for `dp` groups of `tp` ranks that attend to rows of their own."""
+    return _threads(Groups.threads(1, dp * tp, dp=dp), work)
+
+
 class ThreadRanks:
     """Ranks 1 and up of an engine in threads of this process (`launch.ranks.Ranks`)."""
 

@@ -354,7 +354,8 @@ def serve(
     try:
         check_tiers(config)
         check_disagg(config)
-        if max(parallel.ranks_of(config), config.runtime.ep_size, config.nodes.nnodes) > 1 or config.nodes.node_rank:
+        sizes = config.runtime.ep_size, config.runtime.attn_dp_size, config.nodes.nnodes
+        if max(parallel.ranks_of(config), *sizes) > 1 or config.nodes.node_rank:
             parallel.refuse(config, checkpoint)
         kind = EngineCore if checkpoint.pictures is None else PictureCore
         core = kind(config, checkpoint, send)

@@ -33,7 +33,7 @@ class Embedding(Layer):
         """[T] -> [T, hidden_size]."""
         if self.comm is None:
             return self.ops.embedding(ids_T, self.weight.value, self.scale)
-        if self.rows is not None:
+        if self.rows is not None and self.rows.begun:
             return self.rows.own(self._shared(self.rows.gather(ids_T), self.comm))
         return self._shared(ids_T, self.comm)
 

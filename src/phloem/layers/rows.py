@@ -38,12 +38,13 @@ class Rows:
     def __init__(self, comm: Comm | None, dp: Axis) -> None:
         self.comm, self.dp = comm, dp
         self._each = 1 if comm is None else comm.size // dp.size  # ranks of a group
+        self.begun = False  # before the first step all ranks compute the same rows
         self._tokens = self._wanted = self._now = [0] * dp.size
 
     def begin(self, tokens: Sequence[int], wanted: Sequence[int]) -> None:
         """A step: tokens of each group, and rows of each whose next token is wanted."""
         self._tokens, self._wanted = list(tokens), list(wanted)
-        self._now = self._tokens
+        self._now, self.begun = self._tokens, True
 
     def narrow(self) -> None:
         """From here on the wanted rows alone are computed."""

@@ -189,6 +189,10 @@ class Decoder(Layer):
             config.logit_scale,
             bias=config.head_bias,
         )
+        own = type(self)
+        if self.rows is not None and (own.trunk is not Decoder.trunk or own.finish is not Decoder.finish):
+            why = "layers of this model read more than what the one before gives"
+            raise ModelLoadError(f"attn_dp_size {self.rows.dp.size}: {why}")
         if ctx.mesh.pp.size > 1:
             self.stage = self._stage(ctx.mesh.pp, pools)
         elsewhere = () if self.stage is None else self.stage.elsewhere

@@ -289,7 +289,7 @@ def _mixer(ctx: BuildContext, make: MakeMixer, place: Place) -> Mixer:
     return mixer if ctx.rows is None else Resting(mixer, place.hidden_size)
 
 
-def _feed(ctx: BuildContext, make: MakeFeed, place: Place) -> Feed:
+def feed_of(ctx: BuildContext, make: MakeFeed, place: Place) -> Feed:
     """A feed-forward block, of all ranks wherever each attends to rows of its own."""
     block = make(ctx.everywhere(), place)
     return block if ctx.rows is None else Gathered(ctx.rows, block)
@@ -356,7 +356,7 @@ class FeedAlone(DecoderLayer):
     def __init__(self, ctx: BuildContext, kind: LayerKind, place: Place) -> None:
         super().__init__(ctx, kind, place)
         assert kind.feed is not None
-        self.mlp = _feed(ctx, kind.feed, place)
+        self.mlp = feed_of(ctx, kind.feed, place)
 
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         total_TN = x_TN if residual_TN is None else self.ops.add(x_TN, residual_TN)
@@ -374,7 +374,7 @@ class BlockPair(MixerAlone):
         assert kind.feed is not None
         bare = kind.norms in ("post", "sum") or kind.norm_names[:1] == ("",)
         self.input_norm: AnyNorm | None = None if bare else self.norms[0]
-        self.mlp = _feed(ctx, kind.feed, place)
+        self.mlp = feed_of(ctx, kind.feed, place)
 
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         return self.mixer.attend(self.input_norm, x_TN, residual_TN, step)

@@ -1,4 +1,4 @@
-"""Groups of ranks that attend to requests of their own, under one scheduler: what they answer, and how it is planned."""
+"""Groups of ranks that attend to requests of their own, under one scheduler, and what they answer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PAIR: dict[str, Any] = {"tp_size": 2, "attn_dp_size": 2}
 @pytest.mark.parametrize(
     ("name", "sizes", "tokens"),
     [
-        ("llama", PAIR, 88),
+        ("llama", {**PAIR, "max_running_requests": 8}, 88),
         ("qwen3_moe", {"tp_size": 2, "attn_dp_size": 2, "ep_size": 2}, 160),
         ("deepseek_v3", {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True, "ep_size": 2}, 160),
         ("gemma3_text", PAIR, 160),

@@ -44,7 +44,19 @@ class Lease:
     step ended at, in a third slot, for the tree.
     """
 
-    __slots__ = ("border", "first", "held", "namespace", "node", "own", "part", "shared", "snapshots", "tables", "turns")
+    __slots__ = (
+        "border",
+        "first",
+        "held",
+        "namespace",
+        "node",
+        "own",
+        "part",
+        "shared",
+        "snapshots",
+        "tables",
+        "turns",
+    )
 
     def __init__(self, namespace: str, tables: tuple[NDArray[np.int32], ...], windows: int, states: bool) -> None:
         self.namespace = namespace

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar, runtime_c
 from phloem.core.errors import ModelLoadError
 from phloem.layers.attention import AttentionOptions, SelfAttention
 from phloem.layers.context import AttentionSpec
+from phloem.layers.grouped import Gathered, Resting
 from phloem.layers.latent import Indexer, IndexSizes, LatentAttention, LatentSizes
 from phloem.layers.mlp import GatedMLP, PlainMLP
 from phloem.layers.moe import SharedExperts, SparseMLP
 from phloem.layers.norm import AnyNorm, BareLayerNorm, LayerNorm, RMSNorm
 from phloem.layers.rope import Rope, RopeSpec
-from phloem.layers.rows import Gathered, Resting
 from phloem.layers.weight import Layer
 
 if TYPE_CHECKING:

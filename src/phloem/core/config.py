@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 from phloem.core.errors import ConfigError
-from phloem.core.ranges import check_ranges
+from phloem.core.ranges import EPLB_STEPS, check_ranges, check_ranks
 from phloem.core.spellings import attention_groups, one_address, refuse_missing
 
 
@@ -238,7 +238,7 @@ class ExpertsConfig:
     enable_eplb: bool = opt(
         False, "Move experts among the ranks of ep_size, between steps, by how often each is chosen."
     )
-    eplb_rebalance_num_iterations: int = opt(1000, "Steps between two looks of enable_eplb.")
+    eplb_rebalance_num_iterations: int = opt(EPLB_STEPS, "Steps between two looks of enable_eplb.")
     expert_distribution_recorder_mode: RecorderMode | None = opt(
         None, "Count how often experts are chosen, where /start_expert_distribution_record asks for it."
     )
@@ -453,7 +453,9 @@ class Config:
         attention_groups(parts.get("runtime", {}))
         sections = {name: cls(**parts.get(name, {})) for name, cls in SECTIONS.items()}
         config = Config(**sections)
-        check_ranges(config.flat())
+        flat = config.flat()
+        check_ranges(flat)
+        check_ranks(flat)
         return config
 
     def flat(self) -> dict[str, Any]:

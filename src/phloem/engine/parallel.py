@@ -21,7 +21,7 @@ from phloem.core.batch import Batch
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.core.nodes import Nodes
 from phloem.distributed.groups import Groups
-from phloem.distributed.mesh import Mesh, some_sizes
+from phloem.distributed.mesh import Mesh
 from phloem.engine.apart import cut
 from phloem.engine.around import RunnerAround
 from phloem.engine.attending import run_part
@@ -139,20 +139,9 @@ def ranks_here(config: Config) -> int:
 
 
 def mesh_of(config: Config, rank: int) -> Mesh:
-    """A rank's place. Raises ConfigError for an `ep_size` that does not divide `tp_size`."""
+    """A rank's place."""
     runtime = config.runtime
-    if runtime.tp_size % runtime.ep_size:
-        valid = some_sizes(runtime.tp_size, runtime.tp_size)
-        raise ConfigError(
-            f"ep_size {runtime.ep_size}: experts are shared out among the {runtime.tp_size} ranks of tp_size; valid: "
-            f"{valid}",
-            param="ep_size",
-        )
     groups = runtime.attn_dp_size
-    if runtime.tp_size % groups:
-        valid = some_sizes(runtime.tp_size, runtime.tp_size)
-        why = f"attn_dp_size {groups}: groups of the {runtime.tp_size} ranks of tp_size; valid: {valid}"
-        raise ConfigError(why, param="attn_dp_size")
     return Mesh.of(rank, pp=runtime.pp_size, dp=groups, tp=runtime.tp_size // groups, ep=runtime.ep_size)
 
 

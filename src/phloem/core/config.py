@@ -29,6 +29,7 @@ def opt(default: Any, text: str, *also: str) -> Any:
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+A2A = Literal["none", "torch"]
 Policy = Literal["fcfs", "lpm", "priority"]
 Whitespace = Literal["compact", "flexible"]
 Eviction = Literal["lru", "lfu", "fifo"]
@@ -151,6 +152,9 @@ class RuntimeConfig:
     )
     enable_dp_attention: bool = opt(
         False, "SGLang's spelling of attn_dp_size: dp_size then says how many groups, and there is one replica."
+    )
+    moe_a2a_backend: A2A = opt(
+        "none", "How rows get to experts with attn_dp_size: to all ranks (none), or all-to-all by torch to their own."
     )
     load_balance_method: LoadBalance = opt(
         "auto", "Which replica a request goes to: in turn, or by requests or tokens; auto: tokens, and known prefixes."

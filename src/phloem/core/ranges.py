@@ -68,6 +68,13 @@ def check_ranks(flat: dict[str, Any]) -> None:
     if name and ep == 1:
         also = ", or kt_num_gpu_experts, which may be 0" if name == "init_expert_location" else ""
         raise ConfigError(f"{name}: experts lie over several ranks with ep_size above 1{also}", param=name)
+    if flat["moe_a2a_backend"] != "none":
+        if not tp == ep == groups > 1:
+            sizes = f"tp_size {tp}, ep_size {ep} and attn_dp_size {groups} must be the same number above 1"
+            raise ConfigError(f"moe_a2a_backend: {sizes}", param="moe_a2a_backend")
+        if name or flat["expert_distribution_recorder_mode"] is not None:
+            name = name or "expert_distribution_recorder_mode"
+            raise ConfigError(f"moe_a2a_backend: not with {name}: every rank must see all rows", param=name)
     if flat["eplb_rebalance_num_iterations"] != EPLB_STEPS and not flat["enable_eplb"]:
         name = "eplb_rebalance_num_iterations"
         raise ConfigError(f"{name}: experts are not moved; enable_eplb must be given with it", param=name)

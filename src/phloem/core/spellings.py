@@ -14,7 +14,7 @@ _NOT_THERE = {
     for what, names in {
         "second batch in a pipeline": "pp_async_batch_depth pp_max_micro_batch_size enable_dynamic_chunking",
         "other way of experts than --ep-size, by which every rank sees all tokens": (
-            "enable_expert_parallel moe_a2a_backend all2all_backend eplb_config ep_dispatch_algorithm deepep_mode"
+            "enable_expert_parallel all2all_backend eplb_config ep_dispatch_algorithm deepep_mode"
         ),
         "data parallelism over several machines": (
             "data_parallel_size_local data_parallel_address data_parallel_rpc_port data_parallel_start_rank "

@@ -160,18 +160,18 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
     for mesh in meshes:
         spread = spread_of(config, checkpoint)
         ctx = BuildContext(Ops(), torch.bfloat16, torch.device("meta"), spread=spread)
-        ctx = shared(ctx, mesh, Groups())
+        ctx = shared(ctx, mesh, Groups(), config.runtime.moe_a2a_backend)
         built = build_model(checkpoint.model_type, checkpoint.config, ctx, _POSITIONS)
         if config.runtime.ep_size > 1 and not has_experts(built):
             message = f"ep_size {config.runtime.ep_size}: {checkpoint.model_type} has no experts"
             raise ConfigError(message, param="ep_size")
 
 
-def shared(ctx: BuildContext, mesh: Mesh, groups: Groups) -> BuildContext:
-    """What a rank's model is built of: its place, and its ends of the groups."""
+def shared(ctx: BuildContext, mesh: Mesh, groups: Groups, backend: str = "none") -> BuildContext:
+    """What a rank's model is built of: its place, and its ends of the groups. `backend`: of `moe_a2a_backend`."""
     if mesh.dp.size == 1:
         return replace(ctx, mesh=mesh, comm=groups.tp)
-    return replace(ctx, mesh=mesh, comm=groups.attn, rows=Rows(groups.tp, mesh.dp))
+    return replace(ctx, mesh=mesh, comm=groups.attn, rows=Rows(groups.tp, mesh.dp, backend != "none"))
 
 
 def has_experts(model: Any) -> bool:

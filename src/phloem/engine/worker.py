@@ -500,7 +500,7 @@ def _loaded(
     method = quant.method_for(config.model.quantization, checkpoint.stored)
     ctx = BuildContext(machine.ops, machine.dtype, platform.device, quant=method, stager=stager)
     if team is not None:
-        ctx = shared(ctx, team.mesh, team.groups)
+        ctx = shared(ctx, team.mesh, team.groups, config.runtime.moe_a2a_backend)
     ctx = replace(ctx, chosen=chosen, spread=machine.spread)
     if machine.hosted is not None:
         ctx = replace(ctx, aside=machine.hosted.aside, expert_quant=machine.hosted.method)

@@ -277,6 +277,8 @@ def decision_of(config: Config, name: str, why: str) -> Decision:
     parts += [f"experts over {runtime.ep_size} of them (ep_size)"] if runtime.ep_size > 1 else []
     if runtime.attn_dp_size > 1:
         parts.append(f"{runtime.attn_dp_size} groups of them attend to rows of their own (attn_dp_size)")
+    if runtime.moe_a2a_backend != "none":
+        parts.append("rows go to the ranks of their experts alone (moe_a2a_backend)")
     if nodes.size > 1:
         parts.append(f"{nodes.size} nodes (nnodes), whose ranks meet by gloo")
     where = "those of one" if nodes.size > 1 else "ranks"

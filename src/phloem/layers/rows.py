@@ -28,10 +28,11 @@ class Rows:
     Args:
         comm: all ranks of the stage, group by group; None: nothing is computed.
         dp: the groups, and that of this rank.
+        dispatch: rows go to the ranks that have their experts, and to no others; each group is one rank then.
     """
 
-    def __init__(self, comm: Comm | None, dp: Axis) -> None:
-        self.comm, self.dp = comm, dp
+    def __init__(self, comm: Comm | None, dp: Axis, dispatch: bool = False) -> None:
+        self.comm, self.dp, self.dispatch = comm, dp, dispatch
         self._each = 1 if comm is None else comm.size // dp.size  # ranks of a group
         self.begun = False  # before the first step all ranks compute the same rows
         self._tokens = self._wanted = self._now = [0] * dp.size

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar, runtime_c
 from phloem.core.errors import ModelLoadError
 from phloem.layers.attention import AttentionOptions, SelfAttention
 from phloem.layers.context import AttentionSpec
+from phloem.layers.dispatch import Dispatched
 from phloem.layers.grouped import Gathered, Resting
 from phloem.layers.latent import Indexer, IndexSizes, LatentAttention, LatentSizes
 from phloem.layers.mlp import GatedMLP, PlainMLP
@@ -292,7 +293,15 @@ def _mixer(ctx: BuildContext, make: MakeMixer, place: Place) -> Mixer:
 def feed_of(ctx: BuildContext, make: MakeFeed, place: Place) -> Feed:
     """A feed-forward block, of all ranks wherever each attends to rows of its own."""
     block = make(ctx.everywhere(), place)
-    return block if ctx.rows is None else Gathered(ctx.rows, block)
+    if ctx.rows is None:
+        return block
+    if ctx.rows.dispatch and isinstance(block, SharedExperts) and isinstance(block.sparse, SparseMLP):
+        # Experts and what stands beside them meet in rows of this rank.
+        block.sparse, block.dense = Dispatched(ctx.rows, block.sparse), Gathered(ctx.rows, block.dense)
+        return block
+    if ctx.rows.dispatch and isinstance(block, SparseMLP):
+        return Dispatched(ctx.rows, block)
+    return Gathered(ctx.rows, block)
 
 
 class DecoderLayer(Layer):

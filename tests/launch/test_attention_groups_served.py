@@ -85,8 +85,14 @@ def test_groups_answer_as_one_rank_does(name: str, sizes: dict[str, Any], tokens
         ({"tp_size": 2, "kv_events_config": '{"publisher": "zmq"}'}, "attn_dp_size 2: cache events"),
         ({"tp_size": 2, "max_running_requests": 1}, "attn_dp_size 2: each group needs a running request"),
         ({"tp_size": 2, "lora_paths": ["/nowhere"]}, "adapters"),
-        ({"tp_size": 2, "moe_a2a_backend": "torch"}, "moe_a2a_backend: tp_size 2, ep_size 1 and attn_dp_size 2 must be"),
-        ({"tp_size": 2, "ep_size": 2, "moe_a2a_backend": "torch", "enable_eplb": True}, "moe_a2a_backend: not with ena"),
+        (
+            {"tp_size": 2, "moe_a2a_backend": "torch"},
+            "moe_a2a_backend: tp_size 2, ep_size 1 and attn_dp_size 2",
+        ),
+        (
+            {"tp_size": 2, "ep_size": 2, "moe_a2a_backend": "torch", "enable_eplb": True},
+            "not with enable_eplb",
+        ),
         ({"tp_size": 2, "ep_size": 2, "moe_a2a_backend": "deepep"}, "'deepep' is not one of none, torch"),
     ],
 )

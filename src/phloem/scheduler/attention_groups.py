@@ -47,10 +47,16 @@ def choose(loads: Sequence[GroupLoad], length: int) -> int | None:
 class Groups:
     """The groups while one step's entries are chosen: who is given one counts there at once."""
 
-    def __init__(self, slots: Slots, cache: CacheManager) -> None:
+    def __init__(self, slots: Slots, cache: CacheManager, share: float) -> None:
+        """`share`: of the output to come, what must fit (`plan.Means`)."""
         self._cache, self._free = cache, [slots.free_of(part) for part in range(slots.parts)]
         self._work = [0] * slots.parts
+        self._pages = [0] * slots.parts  # that are not spoken for
         if slots.parts > 1:
+            promised = promised_in_each(slots, share)
+            self._pages = [
+                part.available_pages - (promised[at] if slots.num_in(at) else 0) for at, part in enumerate(cache.parts)
+            ]
             staying = slots.staying()
             for part in range(slots.parts):
                 self._work[part] = int(slots.length[staying[slots.part_of(staying) == part]].sum())
@@ -63,11 +69,12 @@ class Groups:
         loads: list[GroupLoad] = []
         for number, part in enumerate(parts):
             cached = part.probe(namespace, known, limit).num_pages
-            room = part.available_pages >= part.pages_for(len(known)) - cached
+            room = self._pages[number] >= part.pages_for(len(known)) - cached
             loads.append(GroupLoad(number, self._free[number], self._work[number], cached * size, room))
         found = choose(loads, len(known))
         if found is not None:
             self._free[found] -= 1
+            self._pages[found] -= parts[found].pages_for(len(known)) - loads[found].cached // size
             self._work[found] += len(known)
         return found
 

@@ -229,7 +229,7 @@ class Planner:
     def _waiting(self) -> Iterator[Chunk]:
         """Who may enter, in the policy's order; looked up in the cache when their turn comes."""
         cache, size, paged, mixture = self.cache, self.cache.page_size, self.slots.paged[0], self.mixture
-        groups = Groups(self.slots, cache)
+        groups = Groups(self.slots, cache, self.headroom.share)
         if mixture is not None:
             mixture.begin()
         for request in self.policy.order(self.queue, self.slots.num_free + SCAN, cache):

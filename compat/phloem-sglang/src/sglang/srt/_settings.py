@@ -157,7 +157,7 @@ _PARALLEL: tuple[_ROW, ...] = (
     ("dp_size", 1, "=dp_size"),
     ("ep_size", 1, "=ep_size"),
     ("enable_dp_attention", False, "=enable_dp_attention"),
-    ("enable_dp_lm_head", False, "!replicas share no layers"),
+    ("enable_dp_lm_head", False, "!the head is shared out among all ranks"),
     ("enable_eplb", False, "!experts stay on their ranks"),
     ("enable_ep_moe", False, "-ep_size says it"),
     ("prefill_round_robin_balance", False, "-load_balance_method says it"),

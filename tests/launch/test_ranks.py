@@ -157,7 +157,7 @@ def test_the_names_of_other_engines_are_understood() -> None:
     for name in ("pp", "pp_size", "pipeline-parallel-size"):
         assert Config.from_flat({name: 2}).runtime.pp_size == 2
     for name in ("ep", "ep_size", "expert-parallel-size"):
-        assert Config.from_flat({name: 2}).runtime.ep_size == 2
+        assert Config.from_flat({name: 2, "tp": 2}).runtime.ep_size == 2
     for name in ("tp", "pp", "ep"):
         with pytest.raises(ConfigError, match=f"{name}_size: 0 must be above 0"):
             Config.from_flat({name: 0})

@@ -135,7 +135,6 @@ def test_settings_are_honoured_left_out_with_a_line_or_refused(caplog: pytest.Lo
     assert "attention_backend='fa3' is left out" in caplog.text and "enable_memory_saver" in caplog.text
     for name, value in (
         ("enable_eplb", True),
-        ("enable_dp_attention", True),
         ("custom_weight_loader", ["a.b"]),
         ("encoder_only", True),
     ):

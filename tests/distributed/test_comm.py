@@ -76,6 +76,27 @@ def test_every_rank_has_the_same_sum(kind: str, size: int, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_each_rank_has_the_rows_that_it_is_given_and_there_may_be_none(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 3
+    monkeypatch.setattr(shm, "PLACE", 40)  # several pieces, whose borders lie within rows
+
+    def part(source: int, to: int, turn: int) -> torch.Tensor:
+        return values(10 * source + to, 0 if turn == 2 else (source * 2 + to * 3 + turn) % 5, 3)
+
+    def work(comm: Comm) -> Any:
+        found = [comm.all_to_all([part(comm.rank, to, turn) for to in range(size)]) for turn in range(4)]
+        ids = comm.all_to_all([torch.full((to, 2), comm.rank) for to in range(size)])
+        return found, ids
+
+    for rank, (found, ids) in enumerate(run(ends(kind, size, tmp_path), work)):
+        for turn, parts in enumerate(found):
+            assert all(torch.equal(parts[source], part(source, rank, turn)) for source in range(size))
+        assert [x.tolist() for x in ids] == [[[source] * 2] * rank for source in range(size)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_parts_are_gathered_in_order_and_rank_0_is_heard_by_all(kind: str, tmp_path: Path) -> None:
     def work(comm: Comm) -> Any:
         whole = comm.all_gather(values(comm.rank, 3, 4))

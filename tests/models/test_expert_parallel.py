@@ -219,6 +219,7 @@ def test_experts_move_while_requests_go_on(name: str, tp: int, tmp_path: Path) -
         ({"enable_eplb": True, "pp_size": 2}, "enable_eplb: not with pp_size above 1"),
         ({"init_expert_location": "/nowhere.json"}, "init_expert_location: /nowhere.json"),
         ({"init_expert_location": "wrong"}, r"init_expert_location: counts of \[1, 3\]"),
+        ({"eplb_rebalance_num_iterations": 5}, "eplb_rebalance_num_iterations: .* enable_eplb must be given"),
         ({"eplb_rebalance_num_iterations": 0}, "eplb_rebalance_num_iterations: 0 must be above 0"),
         ({"ep_num_redundant_experts": -1}, "ep_num_redundant_experts: -1 is below 0"),
         ({"expert_distribution_recorder_mode": "per_token"}, "expert_distribution_recorder_mode"),

@@ -131,7 +131,7 @@ def tables(draw: Any) -> tuple[Slots, list[Chunk], Means]:
         made = request(f"r{index}", known, draw(st.integers(0, 3)), draw(st.integers(1, 40)))
         computed = draw(st.sampled_from([len(known) - 1, len(known) - 1, 0, 4, (len(known) - 1) // 2]))
         held = math.ceil(computed / S) + draw(st.integers(0, 2))
-        lease: Any = SimpleNamespace(shared=0, held=held)
+        lease: Any = SimpleNamespace(shared=0, held=held, part=0)
         slots.enter(made, lease, made.prompt)
         slots.computed[made.slot] = computed
         lease.shared = computed // S

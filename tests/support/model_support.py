@@ -17,6 +17,7 @@ from phloem.distributed.mesh import Mesh
 from phloem.kernels.ops import Ops, PagedBatch
 from phloem.layers.aside import Aside
 from phloem.layers.context import BuildContext, ForwardBatch
+from phloem.layers.rows import Rows
 from phloem.layers.spread import Spread
 from phloem.models import load_model
 
@@ -40,11 +41,12 @@ class Engine:
         comm: Comm | None = None,
         aside: Aside | None = None,
         spread: Spread | None = None,
+        rows: Rows | None = None,
         **options: Any,
     ) -> None:
         self.ops = ops or Ops()
         self.checkpoint = describe(str(path), **options)
-        ctx = BuildContext(self.ops, dtype, CPU, mesh=mesh, comm=comm, aside=aside, spread=spread)
+        ctx = BuildContext(self.ops, dtype, CPU, mesh=mesh, comm=comm, aside=aside, spread=spread, rows=rows)
         self.model = load_model(self.checkpoint, ctx)
         kept = kv_dtype or dtype
         self.pool = pool_for(self.model.memory, 256, PAGE, kept, CPU)

@@ -124,12 +124,17 @@ def staged(pp: int, tp: int, work: Callable[[Groups], Any]) -> list[Any]:
     return _threads(Groups.threads(pp, tp), work)
 
 
+def staged_groups(dp: int, tp: int, work: Callable[[Groups], Any]) -> list[Any]:
+    """As `together`, for `dp` groups of `tp` ranks that attend to rows of their own."""
+    return _threads(Groups.threads(1, dp * tp, dp=dp), work)
+
+
 class ThreadRanks:
     """Ranks 1 and up of an engine in threads of this process (`launch.ranks.Ranks`)."""
 
     def __init__(self, config: Config, checkpoint: Checkpoint) -> None:
         size = ranks_of(config)
-        ends = Groups.threads(config.runtime.pp_size, config.runtime.tp_size)
+        ends = Groups.threads(config.runtime.pp_size, config.runtime.tp_size, dp=config.runtime.attn_dp_size)
         self.told: list[Told] = []  # all that was said
         self.error: BaseException | None = None
         self._lock = threading.Lock()

@@ -86,6 +86,10 @@ class Timed:
     def gather(self, x: Tensor) -> list[Tensor] | None:
         return self._of("gather", x, lambda: self._inner.gather(x))
 
+    def all_to_all(self, parts: list[Tensor]) -> list[Tensor]:
+        size = sum(part.nbytes for part in parts)
+        return self._times.of(f"{self._group} all_to_all", size, lambda: self._inner.all_to_all(parts))
+
     def broadcast(self, x: Tensor) -> Tensor:
         return self._of("broadcast", x, lambda: self._inner.broadcast(x))
 

@@ -18,8 +18,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 from phloem.core.errors import ConfigError
-from phloem.core.ranges import check_ranges
-from phloem.core.spellings import one_address, refuse_missing
+from phloem.core.ranges import EPLB_STEPS, check_ranges, check_ranks
+from phloem.core.spellings import attention_groups, one_address, refuse_missing
 
 
 def opt(default: Any, text: str, *also: str) -> Any:
@@ -29,6 +29,7 @@ def opt(default: Any, text: str, *also: str) -> Any:
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+A2A = Literal["none", "torch"]
 Policy = Literal["fcfs", "lpm", "priority"]
 Whitespace = Literal["compact", "flexible"]
 Eviction = Literal["lru", "lfu", "fifo"]
@@ -147,6 +148,15 @@ class RuntimeConfig:
     dp_size: int = opt(
         1, "Replicas of the model behind one door, each with all of its ranks.", "dp", "data_parallel_size"
     )
+    attn_dp_size: int = opt(
+        1, "Groups of the ranks of tp_size that attend to requests of their own; other layers are shared out by all."
+    )
+    enable_dp_attention: bool = opt(
+        False, "SGLang's spelling of attn_dp_size: dp_size then says how many groups, and there is one replica."
+    )
+    moe_a2a_backend: A2A = opt(
+        "none", "How rows get to experts with attn_dp_size: to all ranks (none), or all-to-all by torch to their own."
+    )
     load_balance_method: LoadBalance = opt(
         "auto", "Which replica a request goes to: in turn, or by requests or tokens; auto: tokens, and known prefixes."
     )
@@ -233,7 +243,7 @@ class ExpertsConfig:
     enable_eplb: bool = opt(
         False, "Move experts among the ranks of ep_size, between steps, by how often each is chosen."
     )
-    eplb_rebalance_num_iterations: int = opt(1000, "Steps between two looks of enable_eplb.")
+    eplb_rebalance_num_iterations: int = opt(EPLB_STEPS, "Steps between two looks of enable_eplb.")
     expert_distribution_recorder_mode: RecorderMode | None = opt(
         None, "Count how often experts are chosen, where /start_expert_distribution_record asks for it."
     )
@@ -453,9 +463,12 @@ class Config:
             if key in _JSON and isinstance(value, dict):
                 value = json.dumps(value)
             parts.setdefault(section, {})[key] = _convert(key, value, kind)
+        attention_groups(parts.get("runtime", {}))
         sections = {name: cls(**parts.get(name, {})) for name, cls in SECTIONS.items()}
         config = Config(**sections)
-        check_ranges(config.flat())
+        flat = config.flat()
+        check_ranges(flat)
+        check_ranks(flat)
         return config
 
     def flat(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from phloem.core.errors import ConfigError
 
+EPLB_STEPS = 1000  # unless said otherwise
 _NOT_BELOW_0 = (
     "node_rank", "kt_num_gpu_experts", "kt_max_deferred_experts_per_token", "kt_gpu_prefill_token_threshold",
     "ep_num_redundant_experts", "max_queue_seconds",
@@ -29,6 +30,7 @@ _POSITIVE = (
     "pp_size",
     "eplb_rebalance_num_iterations",
     "dp_size",
+    "attn_dp_size",
     "nnodes",
     "dist_timeout",
     "image_step_tokens",
@@ -43,6 +45,39 @@ _POSITIVE = (
     "max_loras_per_batch",
     "max_loaded_loras",
 )
+
+
+def check_ranks(flat: dict[str, Any]) -> None:
+    """Raises ConfigError for ranks, or for experts over them, that no model can have: before any process is started."""
+    tp, ep, groups = flat["tp_size"], flat["ep_size"], flat["attn_dp_size"]
+    whats = {
+        "ep_size": (ep, "experts are shared out among the {} ranks of tp_size"),
+        "attn_dp_size": (groups, "groups of the {} ranks of tp_size"),
+    }
+    for name, (size, what) in whats.items():
+        if tp % size:
+            valid = ", ".join(str(count) for count in range(1, tp + 1) if tp % count == 0)
+            raise ConfigError(f"{name} {size}: {what.format(tp)}; valid: {valid}", param=name)
+    kept = flat["kt_num_gpu_experts"] is not None or flat["kt_weight_path"] is not None
+    asked = {
+        "enable_eplb": flat["enable_eplb"],
+        "ep_num_redundant_experts": flat["ep_num_redundant_experts"] > 0,
+        "init_expert_location": flat["init_expert_location"] not in (None, "trivial") and not kept,
+    }
+    name = next((name for name, found in asked.items() if found), "")
+    if name and ep == 1:
+        also = ", or kt_num_gpu_experts, which may be 0" if name == "init_expert_location" else ""
+        raise ConfigError(f"{name}: experts lie over several ranks with ep_size above 1{also}", param=name)
+    if flat["moe_a2a_backend"] != "none":
+        if not tp == ep == groups > 1:
+            sizes = f"tp_size {tp}, ep_size {ep} and attn_dp_size {groups} must be the same number above 1"
+            raise ConfigError(f"moe_a2a_backend: {sizes}", param="moe_a2a_backend")
+        if name or flat["expert_distribution_recorder_mode"] is not None:
+            name = name or "expert_distribution_recorder_mode"
+            raise ConfigError(f"moe_a2a_backend: not with {name}: every rank must see all rows", param=name)
+    if flat["eplb_rebalance_num_iterations"] != EPLB_STEPS and not flat["enable_eplb"]:
+        name = "eplb_rebalance_num_iterations"
+        raise ConfigError(f"{name}: experts are not moved; enable_eplb must be given with it", param=name)
 
 
 def check_ranges(flat: dict[str, Any]) -> None:

@@ -14,9 +14,8 @@ _NOT_THERE = {
     for what, names in {
         "second batch in a pipeline": "pp_async_batch_depth pp_max_micro_batch_size enable_dynamic_chunking",
         "other way of experts than --ep-size, by which every rank sees all tokens": (
-            "enable_expert_parallel moe_a2a_backend all2all_backend eplb_config ep_dispatch_algorithm deepep_mode"
+            "enable_expert_parallel all2all_backend eplb_config ep_dispatch_algorithm deepep_mode"
         ),
-        "data parallelism of attention alone": "attn_dp_size enable_dp_attention",
         "data parallelism over several machines": (
             "data_parallel_size_local data_parallel_address data_parallel_rpc_port data_parallel_start_rank "
             "data_parallel_hybrid_lb data_parallel_external_lb"
@@ -49,6 +48,23 @@ def one_address(values: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"dist_init_addr: {said} is not what master_addr and master_port say, {address}")
     rest = {name: value for name, value in values.items() if name.replace("-", "_") not in MASTER}
     return {**rest, "dist_init_addr": address}
+
+
+def attention_groups(runtime: dict[str, Any]) -> None:
+    """`enable_dp_attention` with `dp_size` as the one `attn_dp_size`, in place.
+
+    Raises:
+        ConfigError: a size is missing, or both are there and differ.
+    """
+    if not runtime.get("enable_dp_attention"):
+        return
+    size, said = runtime.get("dp_size", 1), runtime.get("attn_dp_size", 1)
+    if max(size, said) == 1:
+        why = "how many groups attend to requests of their own must be said with dp_size"
+        raise ConfigError(f"enable_dp_attention: {why}", param="enable_dp_attention")
+    if min(size, said) > 1 and size != said:
+        raise ConfigError(f"attn_dp_size: {said} is not what dp_size says, {size}", param="attn_dp_size")
+    runtime.update(enable_dp_attention=False, dp_size=1, attn_dp_size=max(size, said))
 
 
 def refuse_missing(name: str) -> None:

@@ -69,6 +69,11 @@ class Comm(Protocol):
         """As `all_gather`, for rank 0; None for the others."""
         ...
 
+    def all_to_all(self, parts: list[Tensor]) -> list[Tensor]:
+        """`parts[r]` goes to rank r, which has what each rank gave it, in their order. Parts are alike but for how
+        many rows they have, which may be none."""
+        ...
+
     def broadcast(self, x: Tensor) -> Tensor:
         """What rank 0 has; the others bring a tensor of that shape and type, which may be overwritten."""
         ...
@@ -76,6 +81,11 @@ class Comm(Protocol):
     def abort(self) -> None:
         """Let no rank wait any longer, now and later. From any thread."""
         ...
+
+
+def counts_of(comm: Comm, parts: list[Tensor]) -> list[list[int]]:
+    """[from][to] rows of what all ranks give each other."""
+    return [row.tolist() for row in comm.all_gather(torch.tensor([len(part) for part in parts]))]
 
 
 class _Meeting:
@@ -126,6 +136,11 @@ class Threads:
     def gather(self, x: Tensor) -> list[Tensor] | None:
         found = self.all_gather(x)
         return found if self.rank == 0 else None
+
+    def all_to_all(self, parts: list[Tensor]) -> list[Tensor]:
+        counts = counts_of(self, parts)
+        given = self.all_gather(torch.cat(parts))
+        return [x.split(row)[self.rank] for x, row in zip(given, counts, strict=True)]
 
     def broadcast(self, x: Tensor) -> Tensor:
         found = self._meet(x)[0]
@@ -208,6 +223,16 @@ class Gloo:
         found = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else []
         self._run(self._group.gather([found] if self.rank == 0 else [], [x], options))
         return found if self.rank == 0 else None
+
+    def all_to_all(self, parts: list[Tensor]) -> list[Tensor]:
+        counts = counts_of(self, parts)
+        mine = [row[self.rank] for row in counts]
+        if not any(map(sum, counts)):
+            return list(parts)
+        x = torch.cat(parts)
+        found = x.new_empty((sum(mine), *x.shape[1:]))
+        self._run(self._group.alltoall_base(found, x, mine, counts[self.rank], dist.AllToAllOptions()))
+        return list(found.split(mine))
 
     def broadcast(self, x: Tensor) -> Tensor:
         if not x.numel():

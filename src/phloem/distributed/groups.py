@@ -28,9 +28,13 @@ class Group:
     members: tuple[int, ...]
 
 
-def groups_of(pp: int, tp: int) -> list[Group]:
-    """All of them, in the order in which each rank joins its own: so nobody waits for one that waits elsewhere."""
+def groups_of(pp: int, tp: int, dp: int = 1) -> list[Group]:
+    """All of them, in the order in which each rank joins its own: so nobody waits for one that waits elsewhere.
+    `dp`: of the `tp` ranks of a stage, groups that attend to rows of their own."""
     found = [Group(f"stage{stage}", tuple(range(stage * tp, (stage + 1) * tp))) for stage in range(pp if tp > 1 else 0)]
+    each = tp // dp
+    if dp > 1 and each > 1:
+        found += [Group(f"attn{first // each}", tuple(range(first, first + each))) for first in range(0, pp * tp, each)]
     for stage in range(pp - 1):
         found += [Group(f"link{stage}-{at}", (stage * tp + at, (stage + 1) * tp + at)) for at in range(tp)]
     if pp > 1:
@@ -52,28 +56,29 @@ class Groups:
     after: Comm | None = None
     down: Comm | None = None
     up: Comm | None = None
+    attn: Comm | None = None  # those that attend to the same rows, where not all of a stage do
 
     @staticmethod
-    def join(rank: int, pp: int, tp: int, make: Join) -> Groups:
+    def join(rank: int, pp: int, tp: int, make: Join, dp: int = 1) -> Groups:
         """Meets the other ranks. Raises EngineDead when one does not come."""
         ends: dict[str, Comm] = {}
-        for group in groups_of(pp, tp):
+        for group in groups_of(pp, tp, dp):
             if rank in group.members:
                 place = group.members.index(rank)
                 kind = group.name.rstrip("0123456789-")
                 ends[("after", "before")[place] if kind == "link" else kind] = make(group, place)
-        return Groups(rank, *(ends.get(name) for name in ("stage", "before", "after", "down", "up")))
+        return Groups(rank, *(ends.get(name) for name in ("stage", "before", "after", "down", "up", "attn")))
 
     @staticmethod
-    def threads(pp: int, tp: int, timeout: float = 60.0) -> list[Groups]:
+    def threads(pp: int, tp: int, timeout: float = 60.0, dp: int = 1) -> list[Groups]:
         """Those of all ranks, each of which is a thread of this process."""
-        ends = {group.name: Threads.group(len(group.members), timeout) for group in groups_of(pp, tp)}
-        return [Groups.join(rank, pp, tp, lambda group, at: ends[group.name][at]) for rank in range(pp * tp)]
+        ends = {group.name: Threads.group(len(group.members), timeout) for group in groups_of(pp, tp, dp)}
+        return [Groups.join(rank, pp, tp, lambda group, at: ends[group.name][at], dp) for rank in range(pp * tp)]
 
     @property
     def ends(self) -> list[Comm]:
         """All of this rank's."""
-        return [end for end in (self.tp, self.before, self.after, self.down, self.up) if end is not None]
+        return [end for end in (self.tp, self.before, self.after, self.down, self.up, self.attn) if end is not None]
 
     def abort(self) -> None:
         """Let nobody wait any longer, in any of them."""

@@ -6,7 +6,7 @@ different experts, and each expert's inner size is cut over the `expert_tp` rank
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from phloem.core.errors import ConfigError
@@ -68,6 +68,11 @@ class Mesh:
             ep=Axis(ep, place // expert_tp),
             expert_tp=Axis(expert_tp, place % expert_tp),
         )
+
+    def whole(self) -> Mesh:
+        """The same place where all ranks of a stage are those of `tp`."""
+        place = (self.dp.rank * self.cp.size + self.cp.rank) * self.tp.size + self.tp.rank
+        return replace(self, dp=ONE, cp=ONE, tp=Axis(self.dp.size * self.cp.size * self.tp.size, place))
 
     @property
     def size(self) -> int:

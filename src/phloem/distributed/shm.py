@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from phloem.core.errors import EngineDead
+from phloem.distributed.comm import counts_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,6 +98,23 @@ class SharedMemory:
         for _ in self._pieces(x, writes=True):
             pass
         return None
+
+    def all_to_all(self, parts: list[Tensor]) -> list[Tensor]:
+        """Each rank reads its own rows alone."""
+        counts, whole = counts_of(self, parts), torch.cat(parts)
+        found = [whole.new_empty((row[self.rank], *whole.shape[1:])) for row in counts]
+        data, each = _bytes(whole), whole[:1].nbytes or int(np.prod(whole.shape[1:])) * whole.element_size()
+        starts = [sum(row[: self.rank]) * each for row in counts]
+        for first in range(0, max(sum(row) for row in counts) * each, PLACE):
+            places = self._next()
+            piece = data[first : first + PLACE]
+            places[self.rank][: len(piece)].copy_(piece)
+            self._meet()
+            for into, start, place in zip(found, starts, places, strict=True):
+                low, high = max(start, first), min(start + into.nbytes, first + PLACE)
+                if low < high:
+                    _bytes(into)[low - start : high - start].copy_(place[low - first : high - first])
+        return found
 
     def broadcast(self, x: Tensor) -> Tensor:
         x = x.contiguous()

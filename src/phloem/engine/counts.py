@@ -68,9 +68,6 @@ def spread_of(config: Config, checkpoint: Checkpoint) -> Spread | None:
         "init_expert_location": given is not None,
     }
     name = next((name for name, found in asked.items() if found), "")
-    if name and runtime.ep_size == 1:
-        also = ", or kt_num_gpu_experts, which may be 0" if name == "init_expert_location" else ""
-        raise ConfigError(f"{name}: experts lie over several ranks with ep_size above 1{also}", param=name)
     mode = own.expert_distribution_recorder_mode
     name = name or ("expert_distribution_recorder_mode" if mode is not None else "")
     if not name:

@@ -253,7 +253,7 @@ class Step:
         self._sharing = sharing
         self._pictures = pictures
         self._shared: dict[int, Shared] | None = None
-        self._pool, self._last = pool, last
+        self._pool, self.last = pool, last
         self._arrays: Sequence[Any] | None = None
         self._inputs: StepInputs | None = None
 
@@ -272,7 +272,7 @@ class Step:
     @property
     def known(self) -> Batch:
         """The batch with the tokens that the step before gave, where the host has them."""
-        batch, host = self.batch, self._last.host
+        batch, host = self.batch, self.last.host
         if host is None or not (batch.input_ids < 0).any():
             return batch
         each = batch.slots if batch.num_tokens == batch.num_rows else np.repeat(batch.slots, batch.query_lens)
@@ -345,8 +345,8 @@ class Step:
         each = np.arange(rows)
         arrays = host_arrays(whole, each, each, pool.page_size, pool.groups)
         arrays[0] = arrays[0].astype(np.int64)
-        fixed.fill([*arrays, *more], whole.slots.astype(np.int64), self._last)
-        self._last.at = fixed.slots[:count] if (batch.outputs == 1).all() else None
+        fixed.fill([*arrays, *more], whole.slots.astype(np.int64), self.last)
+        self.last.at = fixed.slots[:count] if (batch.outputs == 1).all() else None
 
     @property
     def inputs(self) -> StepInputs:
@@ -356,10 +356,10 @@ class Step:
         return self._inputs
 
     def _tensors(self) -> StepInputs:
-        batch, up = self.batch, self._last.up
+        batch, up = self.batch, self.last.up
         more = [array for one in self.shared.values() for array in one.arrays]
         arrays = self._moved(batch, self.logit_index, more) if more else self.arrays(batch.num_rows)
-        tensors = up(arrays) if self._last.host is not None else list(arrays)
+        tensors = up(arrays) if self.last.host is not None else list(arrays)
         rest, tensors = iter(tensors[len(tensors) - len(more) :]), tensors[: len(tensors) - len(more)]
         shared = {number: SharedPages(*(next(rest) for _ in one.arrays)) for number, one in self.shared.items()}
         longest, most = int(batch.query_lens.max()), int((batch.prefix_lens + batch.query_lens).max())
@@ -384,11 +384,11 @@ class Step:
         index = np.concatenate([np.arange(at, at + count) for at, count, _ in spans])
         rows = np.searchsorted(np.cumsum(self.batch.query_lens), first, side="right")
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        index_n, rows_S, starts_S, ends_S = self._last.up([index, rows, starts, ends.astype(np.int32)])
+        index_n, rows_S, starts_S, ends_S = self.last.up([index, rows, starts, ends.astype(np.int32)])
         return Spans(index_n, rows_S, starts_S, ends_S, int(counts.max()), int(ends.max()), canvases)
 
     def _moved(self, batch: Batch, index: NDArray[np.int64], more: Sequence[Any] = ()) -> Sequence[Any]:
-        last, pool = self._last, self._pool
+        last, pool = self.last, self._pool
         single = batch.num_tokens == batch.num_rows
         rows = np.arange(batch.num_rows)
         rows = rows if single else np.repeat(rows, batch.query_lens)  # of each token

@@ -20,9 +20,11 @@ import torch
 from phloem.core.batch import Batch
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.core.nodes import Nodes
-from phloem.distributed.mesh import Mesh, some_sizes
+from phloem.distributed.groups import Groups
+from phloem.distributed.mesh import Mesh
 from phloem.engine.apart import cut
 from phloem.engine.around import RunnerAround
+from phloem.engine.attending import run_part
 from phloem.engine.counts import spread_of
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import Step
@@ -33,6 +35,7 @@ from phloem.engine.unshared import refuse_unshared
 from phloem.engine.wanted import Wanted
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
+from phloem.layers.rows import Rows
 from phloem.models import build_model
 from phloem.models._common import Decoder
 
@@ -48,7 +51,6 @@ if TYPE_CHECKING:
     from phloem.core.config import Config
     from phloem.core.memory import MemorySpec
     from phloem.core.resolve import Decision
-    from phloem.distributed.groups import Groups
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, ForwardBatch
 
@@ -137,16 +139,10 @@ def ranks_here(config: Config) -> int:
 
 
 def mesh_of(config: Config, rank: int) -> Mesh:
-    """A rank's place. Raises ConfigError for an `ep_size` that does not divide `tp_size`."""
+    """A rank's place."""
     runtime = config.runtime
-    if runtime.tp_size % runtime.ep_size:
-        valid = some_sizes(runtime.tp_size, runtime.tp_size)
-        raise ConfigError(
-            f"ep_size {runtime.ep_size}: experts are shared out among the {runtime.tp_size} ranks of tp_size; valid: "
-            f"{valid}",
-            param="ep_size",
-        )
-    return Mesh.of(rank, pp=runtime.pp_size, tp=runtime.tp_size, ep=runtime.ep_size)
+    groups = runtime.attn_dp_size
+    return Mesh.of(rank, pp=runtime.pp_size, dp=groups, tp=runtime.tp_size // groups, ep=runtime.ep_size)
 
 
 def refuse(config: Config, checkpoint: Checkpoint) -> None:
@@ -163,11 +159,19 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
     # A share without weights says whether the sizes divide, before any process is started.
     for mesh in meshes:
         spread = spread_of(config, checkpoint)
-        ctx = BuildContext(Ops(), torch.bfloat16, torch.device("meta"), mesh=mesh, spread=spread)
+        ctx = BuildContext(Ops(), torch.bfloat16, torch.device("meta"), spread=spread)
+        ctx = shared(ctx, mesh, Groups(), config.runtime.moe_a2a_backend)
         built = build_model(checkpoint.model_type, checkpoint.config, ctx, _POSITIONS)
         if config.runtime.ep_size > 1 and not has_experts(built):
             message = f"ep_size {config.runtime.ep_size}: {checkpoint.model_type} has no experts"
             raise ConfigError(message, param="ep_size")
+
+
+def shared(ctx: BuildContext, mesh: Mesh, groups: Groups, backend: str = "none") -> BuildContext:
+    """What a rank's model is built of: its place, and its ends of the groups. `backend`: of `moe_a2a_backend`."""
+    if mesh.dp.size == 1:
+        return replace(ctx, mesh=mesh, comm=groups.tp)
+    return replace(ctx, mesh=mesh, comm=groups.attn, rows=Rows(groups.tp, mesh.dp, backend != "none"))
 
 
 def has_experts(model: Any) -> bool:
@@ -291,6 +295,7 @@ class Leading:
 
     def __init__(self, whole: Together, backend: AttentionBackend, pool: KVPool, team: Team) -> None:
         self._whole, self._backend, self._pool, self._team = whole, backend, pool, team
+        self._rows = whole.rows
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor:
         inputs, batch = step.inputs, step.batch
@@ -298,6 +303,9 @@ class Leading:
         self._team.tell(Go(batch.step, batch.epoch, ids, _raw(batch.query_lens)))
         ready()
         with _all_or_none(self._team.groups):
+            if self._rows is not None:
+                known = replace(batch, input_ids=inputs.input_ids.numpy().astype(np.int32))
+                return run_part(self._whole, self._rows, self._backend, self._pool, known, step.last)
             return run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)
 
 
@@ -361,7 +369,11 @@ class Executor:
         else:
             raise ValueError(f"step {told.step} was never planned")
         batch = replace(batch, input_ids=np.frombuffer(told.ids, np.int64).astype(np.int32))
-        inputs = Step(cut(batch, _ints(told.lens)), Wanted.of(batch), self._pool, self._last).inputs
+        rows, batch_cut = self._whole.rows, cut(batch, _ints(told.lens))
+        if rows is not None:
+            self._hidden_LN = run_part(self._whole, rows, self._backend, self._pool, batch_cut, self._last)
+            return
+        inputs = Step(batch_cut, Wanted.of(batch), self._pool, self._last).inputs
         self._hidden_LN = run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)
 
     def _choose(self, told: Chosen) -> None:

@@ -31,6 +31,7 @@ class Together:
 
     def __init__(self, model: Model, groups: Groups) -> None:
         self.model, self._groups = model, groups
+        self.rows = model.rows if isinstance(model, Decoder) else None  # where groups of ranks attend to their own
         self._stage: Stage | None = model.stage if isinstance(model, Decoder) else None
         if groups.up is not None and self._stage is None and groups.before is None:
             raise ConfigError("pp_size: this model's layers are not shared out", param="pp_size")

@@ -35,7 +35,7 @@ from phloem.engine.dtypes import (
     tower_of,
 )
 from phloem.engine.media import Desk
-from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, ranks_here, ranks_of
+from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, ranks_here, ranks_of, shared
 from phloem.engine.pooled import PooledRunner
 from phloem.engine.recorded import choice
 from phloem.engine.routes import chosen_of, keep_beside
@@ -500,7 +500,7 @@ def _loaded(
     method = quant.method_for(config.model.quantization, checkpoint.stored)
     ctx = BuildContext(machine.ops, machine.dtype, platform.device, quant=method, stager=stager)
     if team is not None:
-        ctx = replace(ctx, mesh=team.mesh, comm=team.groups.tp)
+        ctx = shared(ctx, team.mesh, team.groups, config.runtime.moe_a2a_backend)
     ctx = replace(ctx, chosen=chosen, spread=machine.spread)
     if machine.hosted is not None:
         ctx = replace(ctx, aside=machine.hosted.aside, expert_quant=machine.hosted.method)

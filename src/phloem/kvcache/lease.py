@@ -44,10 +44,23 @@ class Lease:
     step ended at, in a third slot, for the tree.
     """
 
-    __slots__ = ("border", "first", "held", "namespace", "node", "own", "shared", "snapshots", "tables", "turns")
+    __slots__ = (
+        "border",
+        "first",
+        "held",
+        "namespace",
+        "node",
+        "own",
+        "part",
+        "shared",
+        "snapshots",
+        "tables",
+        "turns",
+    )
 
     def __init__(self, namespace: str, tables: tuple[NDArray[np.int32], ...], windows: int, states: bool) -> None:
         self.namespace = namespace
+        self.part = 0  # of several caches (`parted.py`): whose it is
         self.tables = tables
         self.node = DETACHED
         self.shared = 0

@@ -122,6 +122,8 @@ class CacheManager:
         self.evicted = [0] * len(groups)
         self.own = [0] * len(groups)  # pages held by requests, of each group
         self.holds: list[Hold] = []
+        self.number = 0  # among several
+        self.parts: tuple[CacheManager, ...] = (self,)
         self._chunk = chunk
         self._interval = max(1, state_interval // page_size) * page_size
 
@@ -130,6 +132,11 @@ class CacheManager:
     @property
     def total_pages(self) -> int:
         return self.allocators[0].usable
+
+    @property
+    def most_pages(self) -> int:
+        """Those that one request can have."""
+        return self.total_pages
 
     @property
     def free_pages(self) -> int:
@@ -189,6 +196,7 @@ class CacheManager:
         `tables`: a row for each group, all 0, which the lease fills from now on.
         """
         lease = Lease(namespace, tuple(tables), len(self.windows), self.has_states)
+        lease.part = self.number
         if self.enabled:
             pages = self._match_pages(tokens, limit)
             data = tokens[: pages * self.page_size].tobytes()
@@ -276,6 +284,10 @@ class CacheManager:
         for lease in leases:
             lease.held += 1
         return True
+
+    def has_one_each(self, count: int) -> bool:
+        """Whether `reserve_one_each` has pages for so many."""
+        return all(self.allocators[at].available + self.evictable(at) >= count for at in range(self.paged))
 
     def turn(self, lease: Lease, end: int) -> None:
         """The step that writes the lease's state is launched: the next one reads what it wrote. Before any `commit`.

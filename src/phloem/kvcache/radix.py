@@ -105,6 +105,10 @@ class RadixCache:
         self._clock += 1
         return self._clock
 
+    def wait_until(self, moment: int) -> None:
+        """No earlier than this moment."""
+        self._clock = max(self._clock, moment)
+
     @property
     def clock(self) -> int:
         return self._clock

@@ -24,8 +24,12 @@ def snapshot(cache: CacheManager, max_nodes: int = 512) -> dict[str, Any]:
         "cached_tokens": cache.cached(0) * size,
         "evictable_tokens": cache.evictable(0) * size,
         "evicted_tokens": cache.evicted_pages * size,
-        "num_nodes": cache.tree.num_nodes,
-        "nodes": view_of(cache.tree, max_nodes),
+        "num_nodes": sum(part.tree.num_nodes for part in cache.parts),
+        "nodes": [
+            {**row, "part": part.number} if len(cache.parts) > 1 else row
+            for part in cache.parts
+            for row in view_of(part.tree, max_nodes // len(cache.parts))
+        ],
         "groups": group_accounts(cache),
     }
 
@@ -37,12 +41,12 @@ def group_accounts(cache: CacheManager) -> list[dict[str, Any]]:
             "kind": group.kind,
             "window": group.window,
             "layers": len(group.layers),
-            "total": cache.allocators[number].usable,
-            "free": cache.allocators[number].available,
-            "held": cache.own[number],
+            "total": sum(part.allocators[number].usable for part in cache.parts),
+            "free": sum(part.allocators[number].available for part in cache.parts),
+            "held": sum(part.own[number] for part in cache.parts),
             "cached": cache.cached(number),
             "evictable": cache.evictable(number),
-            "evicted": cache.evicted[number],
+            "evicted": sum(part.evicted[number] for part in cache.parts),
         }
         for number, group in enumerate(cache.groups)
     ]

@@ -28,6 +28,7 @@ from phloem.grammar._base import name_of
 from phloem.grammar._manager import GrammarManager, GrammarSettings
 from phloem.kvcache.events import Feed
 from phloem.kvcache.manager import CacheManager
+from phloem.kvcache.parted import PartedCache
 from phloem.kvcache.publisher import ZmqPublisher, read_config
 from phloem.launch.disagg import check as check_disagg
 from phloem.launch.disagg import disaggregated
@@ -226,14 +227,18 @@ def _settings(config: Config, checkpoint: Checkpoint, built: Built, speculates: 
 
 
 def _cache(config: Config, checkpoint: Checkpoint, built: Built) -> CacheManager:
-    return CacheManager(
-        built.runner.groups,
-        built.runner.num_pages,
-        built.runner.page_size,
-        enabled=not config.cache.disable_radix_cache and checkpoint.pooling is None,
-        eviction=config.cache.radix_eviction_policy,
-        chunk=built.chunked_prefill_size,
-    )
+    parts = [
+        CacheManager(
+            built.runner.groups,
+            built.runner.num_pages,
+            built.runner.page_size,
+            enabled=not config.cache.disable_radix_cache and checkpoint.pooling is None,
+            eviction=config.cache.radix_eviction_policy,
+            chunk=built.chunked_prefill_size,
+        )
+        for _ in range(config.runtime.attn_dp_size)
+    ]
+    return parts[0] if len(parts) == 1 else PartedCache(parts)
 
 
 def _drafting(drafts: speculation.Wanted, built: Built, config: Config) -> tuple[Runner, bool]:
@@ -363,7 +368,8 @@ def serve(
     try:
         check_tiers(config)
         check_disagg(config)
-        if max(parallel.ranks_of(config), config.runtime.ep_size, config.nodes.nnodes) > 1 or config.nodes.node_rank:
+        sizes = config.runtime.ep_size, config.runtime.attn_dp_size, config.nodes.nnodes
+        if max(parallel.ranks_of(config), *sizes) > 1 or config.nodes.node_rank:
             parallel.refuse(config, checkpoint)
         kind = EngineCore if checkpoint.pictures is None else PictureCore
         core = kind(config, checkpoint, send)

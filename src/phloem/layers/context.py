@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from phloem.distributed.comm import Comm
     from phloem.kernels.ops import IndexCall, LatentCall, Ops, Rotation
     from phloem.layers.aside import Aside
+    from phloem.layers.rows import Rows
     from phloem.layers.spread import Spread
     from phloem.quant import Method
     from phloem.quant._source import Stager
@@ -231,6 +232,13 @@ class BuildContext:
     aside: Aside | None = None  # the host, where routed experts lie there; None: they lie where the model does
     expert_quant: Method | None = None  # of routed experts, where they have another than `quant`
     stager: Stager | None = None  # brings tensors from files to the device; None: through the host
+    rows: Rows | None = None  # where groups of ranks attend to rows of their own; None: all ranks to all rows
 
     def child(self, name: str | int) -> BuildContext:
         return replace(self, name=f"{self.name}.{name}" if self.name else str(name))
+
+    def everywhere(self) -> BuildContext:
+        """For what all ranks of a stage share out, whoever's the rows are: `mesh.tp` and `comm` are theirs."""
+        if self.rows is None:
+            return self
+        return replace(self, mesh=self.mesh.whole(), comm=self.rows.comm)

@@ -25,6 +25,7 @@ class Embedding(Layer):
     def __init__(self, ctx: BuildContext, vocab_size: int, hidden_size: int, scale: float = 1.0) -> None:
         self.ops = ctx.ops
         self.scale = scale
+        ctx, self.rows = ctx.everywhere(), ctx.rows
         self.span, self.comm = ctx.mesh.tp.span(vocab_size), ctx.comm
         self.weight = vocabulary(ctx, vocab_size, hidden_size)
 
@@ -32,10 +33,15 @@ class Embedding(Layer):
         """[T] -> [T, hidden_size]."""
         if self.comm is None:
             return self.ops.embedding(ids_T, self.weight.value, self.scale)
+        if self.rows is not None and self.rows.begun:
+            return self.rows.own(self._shared(self.rows.gather(ids_T), self.comm))
+        return self._shared(ids_T, self.comm)
+
+    def _shared(self, ids_T: Tensor, comm: Comm) -> Tensor:
         first, last = self.span
         here_T = (ids_T >= first) & (ids_T < last)
         rows_TN = self.ops.embedding((ids_T - first).clamp(0, last - first - 1), self.weight.value, self.scale)
-        return self.comm.all_reduce(rows_TN.masked_fill(~here_T.unsqueeze(1), 0.0))
+        return comm.all_reduce(rows_TN.masked_fill(~here_T.unsqueeze(1), 0.0))
 
 
 class Positions(Layer):
@@ -70,6 +76,7 @@ class Head(Layer):
     ) -> None:
         self.ops = ctx.ops
         self.softcap, self.scale = softcap, scale
+        ctx = ctx.everywhere()
         self.span, self.comm, self.vocab_size = ctx.mesh.tp.span(vocab_size), ctx.comm, vocab_size
         self.weight = vocabulary(ctx, vocab_size, hidden_size) if tied is None else tied.weight
         self.bias = Weight((f"{ctx.name}.bias",), ((vocab_size,),), "bias") if bias else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -178,6 +178,21 @@ class SparseMLP(Layer):
     def _summed(self, x_TN: Tensor) -> Tensor:
         return x_TN if self.comm is None else self.comm.all_reduce(x_TN)
 
+    def rows_for(self, x_TN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What experts read of these rows, [T, width]; which they are, [T, k], and their weights, [T, k]."""
+        logits_TE, _ = self.router(x_TN)
+        return x_TN if self.narrow is None else self.narrow(x_TN)[0], *self._routed(logits_TE)
+
+    def own_part(self, x_TN: Tensor, ids_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        """What this rank's experts alone make of rows; those of others give nothing."""
+        biases = None if self.biases is None else (self.biases[0].value, self.biases[1].value)
+        weights = self.gate_up.value, self.down.value
+        out_TN = self.ops.experts(x_TN, self.placed_at(ids_Tk), weights_Tk, *weights, self.spec, biases)
+        return self._with_identities(out_TN, x_TN, ids_Tk, weights_Tk)
+
+    def widened(self, x_TN: Tensor) -> Tensor:
+        return self._widened(x_TN)
+
     def _routed(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Which experts each token has, and their weights."""
         correction_E = None if self.correction is None else self.correction.value.view(-1)
@@ -217,6 +232,20 @@ class SparseMLP(Layer):
         return self.ops.add(out_TN, self.ops.scale_rows(x_TN, kept_T))
 
 
+class Starts(Protocol):
+    """A sparse block of which experts may be under way while something else is computed."""
+
+    def start(self, x_TN: Tensor, /) -> Callable[[], Tensor]: ...
+
+
+class Block(Protocol):
+    """A dense block, as `GatedMLP`."""
+
+    def __call__(
+        self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, /, *, add: bool
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
 class SharedExperts(Layer):
     """A sparse block beside a dense one, of which every token's output is part: sparse(x) + dense(x), or with a gate
     sparse(x) + sigmoid(gate(x)) dense(x). `gate`: the name of its tensor, [1, hidden size]."""
@@ -224,7 +253,9 @@ class SharedExperts(Layer):
     def __init__(
         self, ctx: BuildContext, hidden_size: int, sparse: SparseMLP, dense: GatedMLP | PlainMLP, gate: str = ""
     ) -> None:
-        self.ops, self.sparse, self.dense = ctx.ops, sparse, dense
+        self.ops = ctx.ops
+        self.sparse: Starts = sparse
+        self.dense: Block = dense
         self.gate = Linear(ctx, hidden_size, {gate: 1}) if gate else None
 
     def __call__(

@@ -160,7 +160,7 @@ class Decoder(Layer):
     def __init__(self, ctx: BuildContext, config: DecoderConfig, max_positions: int) -> None:
         self.config = config
         self.stage: Stage | None = None  # of several: what this rank has
-        self.ops, self.aside = ctx.ops, ctx.aside
+        self.ops, self.aside, self.rows = ctx.ops, ctx.aside, ctx.rows
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         sizes = config.hidden_size, config.eps, config.norm_shift, max_positions
         body, place = ctx.child("model"), Place(*sizes, norms=config.norms)
@@ -189,6 +189,10 @@ class Decoder(Layer):
             config.logit_scale,
             bias=config.head_bias,
         )
+        own = type(self)
+        if self.rows is not None and (own.trunk is not Decoder.trunk or own.finish is not Decoder.finish):
+            why = "layers of this model read more than what the one before gives"
+            raise ModelLoadError(f"attn_dp_size {self.rows.dp.size}: {why}")
         if ctx.mesh.pp.size > 1:
             self.stage = self._stage(ctx.mesh.pp, pools)
         elsewhere = () if self.stage is None else self.stage.elsewhere
@@ -252,6 +256,8 @@ class Decoder(Layer):
         """What `forward` gives, from what `trunk` gave, for the rows `keep_L` alone (None: all)."""
         if keep_L is not None:
             out, residual_TN = self.ops.select_rows(out, keep_L), self.ops.select_rows(residual_TN, keep_L)
+        if self.rows is not None and keep_L is not None:
+            self.rows.narrow()
         if self.aside is not None:
             self.aside.keep(keep_L)
         return self.norm.add(*self.layers[-1].feed(out, residual_TN))[0]

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar, runtime_c
 from phloem.core.errors import ModelLoadError
 from phloem.layers.attention import AttentionOptions, SelfAttention
 from phloem.layers.context import AttentionSpec
+from phloem.layers.dispatch import Dispatched
+from phloem.layers.grouped import Gathered, Resting
 from phloem.layers.latent import Indexer, IndexSizes, LatentAttention, LatentSizes
 from phloem.layers.mlp import GatedMLP, PlainMLP
 from phloem.layers.moe import SharedExperts, SparseMLP
@@ -282,6 +284,26 @@ class LayerKind:
         return MixerAlone(ctx, self, place) if self.feed is None else _LAYERS[self.norms](ctx, self, place)
 
 
+def _mixer(ctx: BuildContext, make: MakeMixer, place: Place) -> Mixer:
+    """A mixer, which may have no rows where groups of ranks attend to their own."""
+    mixer = make(ctx, place)
+    return mixer if ctx.rows is None else Resting(mixer, place.hidden_size)
+
+
+def feed_of(ctx: BuildContext, make: MakeFeed, place: Place) -> Feed:
+    """A feed-forward block, of all ranks wherever each attends to rows of its own."""
+    block = make(ctx.everywhere(), place)
+    if ctx.rows is None:
+        return block
+    if ctx.rows.dispatch and isinstance(block, SharedExperts) and isinstance(block.sparse, SparseMLP):
+        # Experts and what stands beside them meet in rows of this rank.
+        block.sparse, block.dense = Dispatched(ctx.rows, block.sparse), Gathered(ctx.rows, block.dense)
+        return block
+    if ctx.rows.dispatch and isinstance(block, SparseMLP):
+        return Dispatched(ctx.rows, block)
+    return Gathered(ctx.rows, block)
+
+
 class DecoderLayer(Layer):
     """Blocks with their norms. Takes and gives (what the last block computed, residual), or their sum and None."""
 
@@ -318,7 +340,7 @@ class MixerAlone(DecoderLayer):
     def __init__(self, ctx: BuildContext, kind: LayerKind, place: Place) -> None:
         super().__init__(ctx, kind, place)
         assert kind.mixer is not None
-        self.mixer = kind.mixer(ctx, place)
+        self.mixer = _mixer(ctx, kind.mixer, place)
 
     @property
     def memory(self) -> tuple[MemorySpec, ...]:
@@ -327,7 +349,8 @@ class MixerAlone(DecoderLayer):
 
     @property
     def attention(self) -> AttentionSpec | None:
-        return self.mixer.spec if isinstance(self.mixer, Attends) else None
+        mixer = self.mixer.mixer if isinstance(self.mixer, Resting) else self.mixer
+        return mixer.spec if isinstance(mixer, Attends) else None
 
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         return self.mixer.attend(self.norms[0], x_TN, residual_TN, step)
@@ -342,7 +365,7 @@ class FeedAlone(DecoderLayer):
     def __init__(self, ctx: BuildContext, kind: LayerKind, place: Place) -> None:
         super().__init__(ctx, kind, place)
         assert kind.feed is not None
-        self.mlp = kind.feed(ctx, place)
+        self.mlp = feed_of(ctx, kind.feed, place)
 
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         total_TN = x_TN if residual_TN is None else self.ops.add(x_TN, residual_TN)
@@ -360,7 +383,7 @@ class BlockPair(MixerAlone):
         assert kind.feed is not None
         bare = kind.norms in ("post", "sum") or kind.norm_names[:1] == ("",)
         self.input_norm: AnyNorm | None = None if bare else self.norms[0]
-        self.mlp = kind.feed(ctx, place)
+        self.mlp = feed_of(ctx, kind.feed, place)
 
     def attend(self, x_TN: Tensor, residual_TN: Tensor | None, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         return self.mixer.attend(self.input_norm, x_TN, residual_TN, step)

@@ -13,7 +13,7 @@ from phloem.core.errors import ModelLoadError
 from phloem.kernels.specs import RouterSpec
 from phloem.layers.moe import ExpertNames, ExpertsConfig
 from phloem.models._common import Decoder, usual, usual_mlp
-from phloem.models._layer import DecoderLayer, Experts, LayerKind, PreNorms
+from phloem.models._layer import DecoderLayer, Experts, LayerKind, PreNorms, feed_of
 from phloem.models.deepseek_v3 import latent_attention
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class First(PreNorms):
     def __init__(self, ctx: BuildContext, kind: HalfKind, place: Place) -> None:
         super().__init__(ctx, kind, place)
         assert kind.sparse is not None
-        self.shortcut, self.aside = kind.sparse(ctx, place), kind.aside
+        self.shortcut, self.aside = feed_of(ctx, kind.sparse, place), kind.aside
 
     def feed(self, out: Tensor, residual_TN: Tensor) -> tuple[Tensor, Tensor | None]:
         out, rest_TN = self.mixer.out(out, add=residual_TN)

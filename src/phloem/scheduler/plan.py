@@ -86,6 +86,7 @@ class Chunk:
     growth: int = 0  # output tokens to come, of a waiting request
     room: int = 0  # drafts that may stand behind it, where it is what a grammar forced
     canvas: int = 0  # places of a canvas that stands behind it (`scheduler/blocks.py`)
+    part: int = 0  # the group of ranks that a waiting request is attended to by (`scheduler/attention_groups.py`)
     sharable: bool = False  # whether the page after the cached ones could come from the cache
 
 
@@ -217,7 +218,7 @@ def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Chunk], means: Means, 
     """
     size, entries, budget = slots.page_size, means.entries, purse.left
     begun, alone = bool(spent.chunks), slots.num_running == 0
-    promised = spent.promised = _promised(slots, means) - (means.pages - purse.pages)
+    promised = spent.promised = promised_to(slots, slots.staying(), means.share) - (means.pages - purse.pages)
     computing: dict[tuple[str, int, bytes], NDArray[np.int32]] = {}
     for chunk in spent.chunks:
         shared = slots.lease(chunk.request.slot).shared * size
@@ -247,15 +248,14 @@ def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Chunk], means: Means, 
         entries, alone = entries - 1, False
 
 
-def _promised(slots: Slots, means: Means) -> int:
-    """Pages that running requests will want: the rest of their prompts, and a share of the output to come."""
-    staying = slots.staying()
+def promised_to(slots: Slots, staying: NDArray[np.int32], share: float) -> int:
+    """Pages that these running requests will want: the rest of their prompts, and a share of the output to come."""
     if not len(staying) or not slots.paged[0]:
         return 0
     length = slots.length[staying]
     missing = np.maximum(0, -(-(length - slots.covered[staying]) // slots.page_size))
     still = np.minimum(np.minimum(slots.limit[staying], slots.growing) - length, HORIZON)
-    growth = int(np.maximum(still, 0).sum() * means.share)
+    growth = int(np.maximum(still, 0).sum() * share)
     return int(missing.sum()) + -(-growth // slots.page_size)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from phloem.core.batch import FROM_DEVICE, sure
 from phloem.core.request import RequestStatus
+from phloem.scheduler.attention_groups import Groups, promised_in_each
 from phloem.scheduler.batches import Steady, assemble, entry
 from phloem.scheduler.blocks import cover, from_cached, reach, spend_blocks
 from phloem.scheduler.plan import HORIZON, Chunk, Headroom, Means, Refusal, spend
@@ -228,6 +229,7 @@ class Planner:
     def _waiting(self) -> Iterator[Chunk]:
         """Who may enter, in the policy's order; looked up in the cache when their turn comes."""
         cache, size, paged, mixture = self.cache, self.cache.page_size, self.slots.paged[0], self.mixture
+        groups = Groups(self.slots, cache, self.headroom.share)
         if mixture is not None:
             mixture.begin()
         for request in self.policy.order(self.queue, self.slots.num_free + SCAN, cache):
@@ -239,7 +241,10 @@ class Planner:
                 continue
             try:
                 known, limit = request.all_known(), request.match_limit()
-                cached = cache.probe(request.namespace, known, limit).num_pages
+                part = groups.of(request.namespace, known, limit)
+                if part is None:
+                    return
+                cached = cache.parts[part].probe(request.namespace, known, limit).num_pages
                 start = cached
                 if self.further is not None:
                     start += self.further.at_hand(request.id, request.namespace, known, cached, limit)
@@ -254,6 +259,7 @@ class Planner:
                 pages=min(cache.pages_for(length), -(-length // size) - cached) if paged else cache.pages_for(length),
                 growth=max(0, min(request.limit - length, self.slots.growing - length, HORIZON)),
                 sharable=cache.enabled and (start + 1) * size <= limit,
+                part=part,
             )
 
     # taking it
@@ -262,10 +268,11 @@ class Planner:
         """Pages for what running requests compute. Some may be taken already where it gives who lacks theirs."""
         slots, cache, at = self.slots, self.cache, spent.decodes
         needy = spent.needy
-        if len(needy):
-            if not cache.reserve_one_each([slots.lease(slot) for slot in needy.tolist()]):
-                return [max((slots.at(slot) for slot in needy.tolist()), key=_place)]
-            slots.covered[needy] += slots.page_size
+        for part in cache.parts if len(needy) else ():
+            own = needy if slots.parts == 1 else needy[slots.part_of(needy) == part.number]
+            if not part.reserve_one_each([slots.lease(slot) for slot in own.tolist()]):
+                return [max((slots.at(slot) for slot in own.tolist()), key=_place)]
+            slots.covered[own] += slots.page_size
         for chunk in spent.chunks:
             lease = slots.lease(chunk.request.slot)
             try:
@@ -325,10 +332,11 @@ class Planner:
             # Pages come free when the step in flight is committed: better to sit out a step than to recompute.
             resting.update(request.slot for request in lacking)
             return
-        victim = max(slots.active_requests(), key=_place)
+        part = first.slot % slots.parts
+        victim = max((other for other in slots.active_requests() if other.slot % slots.parts == part), key=_place)
         if victim is not first:
             self._evict_request(victim)
-        elif slots.num_running == 1:
+        elif slots.num_in(part) == 1:
             known = int(slots.length[first.slot])
             self.refused.append(Refusal(first, f"{known} tokens do not fit the memory for them", 400))
             resting.add(first.slot)
@@ -345,11 +353,11 @@ class Planner:
     def _enter_all(self, spent: Spent) -> list[tuple[Chunk, Entry]]:
         """Put waiting requests into slots, with pages for their first chunks; behind one that finds none all wait."""
         entered: list[tuple[Chunk, Entry]] = []
-        promised = spent.promised
+        promised = promised_in_each(self.slots, self.headroom.share) if self.slots.parts > 1 else [spent.promised]
         for chunk in spent.entries:
             request = chunk.request
             try:
-                if not self._enter(chunk, promised):
+                if not self._enter(chunk, promised[chunk.part]):
                     break
                 entered.append((chunk, entry(request, chunk.known, self.eos_ids)))
             except Exception as error:
@@ -360,15 +368,15 @@ class Planner:
                 continue
             self.queue.take(request)
             missing = len(chunk.known) - int(self.slots.covered[request.slot])
-            promised += self._pages(max(0, missing)) if self.slots.paged[0] else 0
-            promised += self._pages(int(chunk.growth * self.headroom.share))
+            promised[chunk.part] += self._pages(max(0, missing)) if self.slots.paged[0] else 0
+            promised[chunk.part] += self._pages(int(chunk.growth * self.headroom.share))
         return entered
 
     def _enter(self, chunk: Chunk, promised: int) -> bool:
         """Into a slot, with what the cache has of its tokens; False for no room, when these pages cannot be evicted."""
-        slots, cache, request, known = self.slots, self.cache, chunk.request, chunk.known
-        alone = slots.num_running == 0
-        lease = cache.match(request.namespace, known, request.match_limit(), slots.next_free())
+        slots, cache, request, known = self.slots, self.cache.parts[chunk.part], chunk.request, chunk.known
+        alone = slots.num_in(chunk.part) == 0
+        lease = cache.match(request.namespace, known, request.match_limit(), slots.next_free(chunk.part))
         claim = None if slots.block else self._claim(request, known, lease)
         cached = (lease.shared + (0 if claim is None else claim.count)) * cache.page_size
         needed = chunk.pages
@@ -387,7 +395,7 @@ class Planner:
                 self.further.give_up(claim)
             cache.release(lease, _NOTHING, 0)
             if alone:
-                most = cache.total_pages * cache.page_size
+                most = cache.most_pages * cache.page_size
                 message = f"{len(known)} tokens do not fit the KV cache of {most} tokens"
                 self.refused.append(Refusal(request, message, 400))
             return False

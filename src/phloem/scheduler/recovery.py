@@ -75,7 +75,10 @@ def roll_back(slots: Slots, cache: CacheManager, plans: Sequence[Plan]) -> None:
             request.match_version = -1
     running = slots.running()
     leases = [(request.lease, request.match_limit() // cache.page_size) for request in running if request.lease]
-    undo.roll_back(cache, plans[0].mark, leases, [item for plan in plans for item in plan.given])
+    given = [item for plan in plans for item in plan.given]
+    for part in cache.parts:
+        held = [(lease, limit) for lease, limit in leases if lease.part == part.number]
+        undo.roll_back(part, plans[0].mark, held, [item for item in given if item.lease.part == part.number])
     slots.moved = True
     for request in running:
         computed = before.get(request, int(slots.computed[request.slot]))

@@ -108,14 +108,17 @@ class Scheduler:
         self._drain_until: float | None = None
         self._weight_version = ""
         # The last token of a request never needs a page: nothing attends to it.
-        fits = cache.pages_for(settings.context_length - 1) <= cache.total_pages
-        self._most_tokens = settings.context_length if fits else cache.total_pages * cache.page_size + 1
+        fits = cache.pages_for(settings.context_length - 1) <= cache.most_pages
+        self._most_tokens = settings.context_length if fits else cache.most_pages * cache.page_size + 1
         if settings.block:
-            self._most_tokens = min(self._most_tokens, cache.total_pages * cache.page_size)
+            self._most_tokens = min(self._most_tokens, cache.most_pages * cache.page_size)
         if settings.block % denoising.WHOLE:  # canvases are whole blocks
             self._most_tokens = blocks.whole(self._most_tokens, settings.block)
-        slots = min(settings.max_running_requests, runner.max_slots)
-        self.slots = Slots(slots, self._most_tokens, cache.page_size, runner.groups, settings.block, settings.canvas)
+        parts = len(cache.parts)
+        slots = min(settings.max_running_requests, runner.max_slots) // parts * parts
+        self.slots = Slots(
+            slots, self._most_tokens, cache.page_size, runner.groups, settings.block, settings.canvas, parts
+        )
         self._lasting = any(group.kind == "pages" and not group.window for group in runner.groups)
         self._policy = POLICIES[settings.schedule_policy]
         pace = settings.pace(slots, runner.draft_room)
@@ -380,7 +383,9 @@ class Scheduler:
 
     def check(self) -> None:
         """Verify the page accounting. Raises AssertionError."""
-        audit.check(self.cache, [request.lease for request in self.slots.running() if request.lease is not None])
+        leases = [request.lease for request in self.slots.running() if request.lease is not None]
+        for part in self.cache.parts:
+            audit.check(part, [lease for lease in leases if lease.part == part.number])
 
     def flush_results(self) -> None:
         self.results.flush(self.send)

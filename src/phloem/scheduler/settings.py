@@ -74,6 +74,6 @@ def check(request: Request, settings: ScheduleSettings, cache: CacheManager, mos
     most = most_tokens if settings.block else settings.context_length
     if needed > most:
         raise BadRequest(f"the prompt of {count} tokens leaves no room in the context of {most}", param="input_ids")
-    if cache.pages_for(count) > cache.total_pages:
-        most = cache.total_pages * cache.page_size
+    if cache.pages_for(count) > cache.most_pages:
+        most = cache.most_pages * cache.page_size
         raise BadRequest(f"the prompt of {count} tokens exceeds the KV cache of {most} tokens", param="input_ids")

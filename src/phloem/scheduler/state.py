@@ -170,12 +170,21 @@ class Slots:
     A slot is *active* while its request may be launched. One that will surely end with a launched step has left
     `active` but keeps slot and pages until that step is committed; one that is *held* sits out and comes back.
     `most_tokens`: of a request, those that are ever in memory; `block`: of a model of diffusion, known tokens that are
-    computed together; `canvas`: places of a canvas, 0: a block.
+    computed together; `canvas`: places of a canvas, 0: a block. `parts`: groups of ranks that attend to rows of their
+    own; slot s is of part s % parts, and so is what its lease has.
     """
 
     def __init__(
-        self, count: int, most_tokens: int, page_size: int, groups: Sequence[Group], block: int = 0, canvas: int = 0
+        self,
+        count: int,
+        most_tokens: int,
+        page_size: int,
+        groups: Sequence[Group],
+        block: int = 0,
+        canvas: int = 0,
+        parts: int = 1,
     ) -> None:
+        self.parts = parts
         self.count, self.block, self.canvas = count, block, canvas or block
         self.page_size = page_size
         self.requests: list[Request | None] = [None] * count
@@ -198,18 +207,18 @@ class Slots:
         self.num_adapted = 0  # slots with one
         # Active slots that the runner must be told of again.
         self.readmit: dict[int, Entry] = {}
-        self._free = list(range(count - 1, -1, -1))
+        self._free = [list(range(count - 1, -1, -1))[parts - 1 - part :: parts] for part in range(parts)]
         self._active: dict[int, Request] = {}
         self._held: dict[int, int] = {}  # slot -> why, as bits
         self._active_array: NDArray[np.int32] | None = None
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return sum(len(free) for free in self._free)
 
     @property
     def num_running(self) -> int:
-        return self.count - len(self._free)
+        return self.count - self.num_free
 
     @property
     def num_ending(self) -> int:
@@ -223,9 +232,21 @@ class Slots:
     def num_held(self, why: int) -> int:
         return sum(1 for bits in self._held.values() if bits & why) if self._held else 0
 
-    def next_free(self) -> tuple[NDArray[np.int32], ...]:
-        """The tables of the slot that `enter` will take."""
-        return self._rows[self._free[-1]]
+    def free_of(self, part: int) -> int:
+        """Free slots of a part."""
+        return len(self._free[part])
+
+    def num_in(self, part: int) -> int:
+        """Slots of a part that are taken."""
+        return self.count // self.parts - len(self._free[part])
+
+    def part_of(self, slots: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Of which part each slot is."""
+        return slots % np.int32(self.parts)
+
+    def next_free(self, part: int = 0) -> tuple[NDArray[np.int32], ...]:
+        """The tables of the slot that `enter` will take for a lease of this part."""
+        return self._rows[self._free[part][-1]]
 
     def active(self) -> NDArray[np.int32]:
         """Slots that may be launched now, in order of admission, int32."""
@@ -274,7 +295,7 @@ class Slots:
         self.covered[slot] = lease.held * self.page_size
 
     def enter(self, request: Request, lease: Lease, known: NDArray[np.int32]) -> int:
-        slot = self._free.pop()
+        slot = self._free[lease.part].pop()
         request.slot, request.lease, request.known = slot, lease, known
         request.status = RequestStatus.RUNNING
         self.requests[slot] = request
@@ -351,5 +372,5 @@ class Slots:
         if request.adapter is not None:
             self.adapter[slot] = 0
             self.num_adapted -= 1
-        self._free.append(slot)
+        self._free[slot % self.parts].append(slot)
         request.slot, request.lease = -1, None

@@ -1,0 +1,88 @@
+"""A step of which each group of ranks attends to rows of its own (`attn_dp_size`): which those are, and what they give.
+
+A request has a slot, and each slot is of one group: `slot % groups`. So the others need not be told who has what, and
+no rank has pages of another group's rows. Each rank takes its rows out of the whole step, which all of them are given.
+
+Legend: R rows, T tokens, L wanted positions, N hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from phloem.attention import Memory
+from phloem.engine.forward import run_forward
+from phloem.engine.inputs import Step, prompt_positions
+from phloem.engine.wanted import Wanted
+from phloem.layers.context import ForwardBatch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from phloem.attention import AttentionBackend
+    from phloem.core.batch import Batch
+    from phloem.engine.forward import Passes
+    from phloem.engine.transfer import LastTokens
+    from phloem.kvcache.pool import KVPool
+    from phloem.layers.rows import Rows
+
+
+@dataclass(frozen=True)
+class Part:
+    """One group's part of a step."""
+
+    batch: Batch  # its rows alone
+    wanted: Wanted
+    tokens: list[int]  # of each group
+    results: list[int]  # of each group: its wanted positions
+    order: NDArray[np.int64]  # [L]: where each wanted position of the step is among those of all groups, in their order
+
+
+def part_of(batch: Batch, groups: int, group: int) -> Part:
+    """What a group has of a step whose tokens are known. It may be nothing."""
+    of_R = batch.slots % groups
+    of_T = np.repeat(of_R, batch.query_lens)
+    wanted = Wanted.of(batch).at
+    index = np.concatenate([wanted, prompt_positions(batch)]) if batch.prompt_targets else wanted
+    of_L = of_T[index]
+    order = np.empty(len(index), np.int64)
+    order[np.argsort(of_L, kind="stable")] = np.arange(len(index))
+    mine = np.flatnonzero(of_R == group)
+    new = {int(row): at for at, row in enumerate(mine)}
+    own = replace(
+        batch,
+        slots=batch.slots[mine],
+        query_lens=batch.query_lens[mine],
+        prefix_lens=batch.prefix_lens[mine],
+        input_ids=batch.input_ids[of_T == group],
+        tables=tuple(table[mine] for table in batch.tables),
+        outputs=batch.outputs[mine],
+        prompt_targets={new[row]: targets for row, targets in batch.prompt_targets.items() if row in new},
+    )
+    tokens, results = (np.bincount(of, minlength=groups).tolist() for of in (of_T, of_L))
+    return Part(own, Wanted.of(own), tokens, results, order)
+
+
+def run_part(
+    whole: Passes, rows: Rows, backend: AttentionBackend, pool: KVPool, batch: Batch, last: LastTokens
+) -> Tensor:
+    """Hidden states [L, N] of the whole step's wanted positions, on every rank; all of them run it together."""
+    part = part_of(batch, rows.dp.size, rows.dp.rank)
+    rows.begin(part.tokens, part.results)
+    if part.batch.num_rows:
+        inputs = Step(part.batch, part.wanted, pool, last).inputs
+        hidden_LN = run_forward(whole, backend, pool, inputs, inputs.logit_index)
+    else:
+        hidden_LN = whole.forward(_idle(pool, backend))
+    return rows.gather(hidden_LN)[torch.from_numpy(part.order)]
+
+
+def _idle(pool: KVPool, backend: AttentionBackend) -> ForwardBatch:
+    """A step of no rows: nobody asks for its memory (`layers.rows.Resting`)."""
+    none = torch.zeros(0, dtype=torch.int64, device=pool.device)
+    return ForwardBatch(none, none, Memory(pool, [], backend.ops), none)

@@ -274,6 +274,7 @@ def _id_of(metadata: dict[str, Any], keys: tuple[str, ...], usual: int, tokens: 
 
 _BUILDERS: dict[str, Callable[[dict[str, Any], list[str], str], tuple[Tokenizer, bool | None]]] = {
     "bert": _word_pieces,
+    "gemma4": _sentencepiece,
     "gpt2": _byte_level,
     "llama": _sentencepiece,
 }

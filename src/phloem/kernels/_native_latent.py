@@ -76,7 +76,8 @@ def _attention(rt: Runtime, exact: bool) -> Any:
         (nope_token, nope_head), (rope_token, rope_head) = heads_of(q[0]), heads_of(q[1])
         rt.call(
             ATTEND, REGION, q_nope=q[0].data_ptr(), q_rope=q[1].data_ptr(), up=None if half else how.w_uk.data_ptr(),
-            up_bf16=how.w_uk.data_ptr() if half else None, cache=cache.data_ptr(), out=out.data_ptr(), query_start=batch.query_start.data_ptr(),
+            up_bf16=how.w_uk.data_ptr() if half else None,
+            cache=cache.data_ptr(), out=out.data_ptr(), query_start=batch.query_start.data_ptr(),
             seq_lens=batch.seq_lens.data_ptr(), page_table=batch.page_table.data_ptr(),
             chosen=None if chosen is None else chosen.data_ptr(), queries=queries.data_ptr(),
             partial=partial.data_ptr(), tokens=tokens, rows=rows, heads=heads, rank=rank, rope=rope, nope=nope,

@@ -47,6 +47,7 @@ ADDED = "worker {} added"
 # What is every server's business: it is sent to all of them.
 EVERYWHERE = (
     "/flush_cache",
+    "/reset_prefix_cache",
     "/abort_request",
     "/pause_generation",
     "/continue_generation",

@@ -86,14 +86,7 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
     if kind == "gemma4_text":
         _write_local_heads(writer, config)
     if kind == "mimo_v2_flash":
-        sliding = [one == "sliding_attention" for one in config["layer_types"]]
-        heads = config["num_key_value_heads"]
-        writer.add_head_count_kv([heads * (1 + local) for local in sliding])
-        writer.add_sliding_window_pattern(sliding)
-        writer.add_value_length(config["v_head_dim"])
-        writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
-        if config["attention_value_scale"] is not None:
-            writer.add_float32("mimo2.attention.value_scale", config["attention_value_scale"])
+        _write_two_kinds(writer, config)
     if kind == "mistral4":
         writer.add_attn_temperature_scale(config["rope_parameters"]["llama_4_scaling_beta"])
     if kind in ("olmo3", "exaone_moe"):
@@ -106,6 +99,18 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
         writer.add_head_count_kv(config["num_kv_heads"] if config["new_decoder_architecture"] else 1)
         writer.add_feed_forward_length(4 * config["hidden_size"])
         writer.add_tensor_data_layout("jploski")
+
+
+def _write_two_kinds(writer: Any, config: dict[str, Any]) -> None:
+    """MiMo-V2: local layers have twice as many key heads."""
+    sliding = [one == "sliding_attention" for one in config["layer_types"]]
+    heads = config["num_key_value_heads"]
+    writer.add_head_count_kv([heads * (1 + local) for local in sliding])
+    writer.add_sliding_window_pattern(sliding)
+    writer.add_value_length(config["v_head_dim"])
+    writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    if config["attention_value_scale"] is not None:
+        writer.add_float32("mimo2.attention.value_scale", config["attention_value_scale"])
 
 
 def _write_local_heads(writer: Any, config: dict[str, Any]) -> None:

@@ -91,6 +91,12 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
         writer.add_attn_temperature_scale(config["rope_parameters"]["llama_4_scaling_beta"])
     if kind in ("olmo3", "exaone_moe"):
         writer.add_sliding_window_pattern([one == "sliding_attention" for one in config["layer_types"]])
+    _write_more(writer, config)
+
+
+def _write_more(writer: Any, config: dict[str, Any]) -> None:
+    """Those of encoders and of Falcon."""
+    kind = config["model_type"]
     if kind in ENCODERS:
         writer.add_causal_attention(False)
     if kind == "modernbert":

@@ -11,7 +11,6 @@ from native_support import built
 
 from phloem.kernels import native, reference_attention
 from phloem.kernels.calls import LatentCall, PagedBatch
-from phloem.kernels.graph import RecordError
 
 if TYPE_CHECKING:
     from phloem.kernels.ops import Ops
@@ -100,8 +99,26 @@ def test_a_cache_of_another_type_is_the_references(case: Case) -> None:
     assert torch.equal(got, reference_attention.latent_attention(*q, cache, batch, case.call))
 
 
-def test_a_step_of_prompts_is_not_recorded(case: Case) -> None:
+def test_matrices_in_bfloat16_give_what_the_same_numbers_give_in_float32(case: Case) -> None:
+    """To the bit: they are widened as they are read."""
+    ops, (q, batch) = native.table(2), case.rows(0, 1)
+    up_HML = torch.cat([case.call.w_uk, case.call.w_uv.transpose(1, 2)], 1).bfloat16()
+    nope = case.call.w_uk.shape[1]
+    half, whole = (
+        LatentCall(up[:, :nope], up[:, nope:].transpose(1, 2), case.call.scale) for up in (up_HML, up_HML.float())
+    )
+    got = ops.latent_attention(*q, case.cache, batch, half)
+    assert torch.equal(got, ops.latent_attention(*q, case.cache, batch, whole))
+    torch.testing.assert_close(
+        got, reference_attention.latent_attention(*q, case.cache, batch, whole), atol=2e-5, rtol=2e-5
+    )
+
+
+def test_a_recorded_step_computes_prompts_too(case: Case) -> None:
     ops, (q, batch) = native.table(2), case.rows(1, 2)
     assert ops.recorder is not None
-    with pytest.raises(RecordError, match="prompts"):
-        ops.recorder().record(lambda: ops.latent_attention(*q, case.cache, batch, case.call))
+    graph, out = ops.recorder().record(lambda: ops.latent_attention(*q, case.cache, batch, case.call))
+    want = reference_attention.latent_attention(*q, case.cache, batch, case.call)
+    out.zero_()
+    graph.replay()
+    torch.testing.assert_close(out, want, atol=2e-5, rtol=2e-5)

@@ -53,6 +53,7 @@ def test_gguf_gives_the_same_logits(name: str, tmp_path: Path) -> None:
         *("mamba-bias", "mamba-untied", "jamba-bias", "jamba-dense", "falcon_h1-gate", "granitemoehybrid-still"),
         *("granitemoehybrid-dense", "nemotron_h-bias", "nemotron_h-latent"),
         *("falcon-new", "falcon-new-one-norm", "gpt_neox-serial", "lfm2_moe-plain", "olmo3-yarn"),
+        *("gemma4_text-experts", "gemma4_text-plain", "mistral4-groups", "mistral4-plain"),
         *("bamba-bias", "qwen3_next-one-head-each", "qwen3_5_text-tied", "apertus-bias"),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 from test_tokenizer import CORPUS, load, noise
 
 from phloem.core.errors import ModelLoadError
+from phloem.text import gguf_tokenizer, sentencepiece_tokenizer
 from phloem.text.tokenizer import Tokenizer
 
 TEXT = [
@@ -221,3 +222,45 @@ def test_what_cannot_be_read_names_the_file(tmp_path: Path, data: bytes, reason:
     (tmp_path / "tokenizer.model").write_bytes(data)
     with pytest.raises(ModelLoadError, match=rf"tokenizer\.model: .*{reason}"):
         load(tmp_path)
+
+
+def as_xlm_r(model: Any) -> dict[str, Any]:
+    """The vocabulary of a unigram model as llama.cpp's converter writes that of an encoder in many languages."""
+    pieces = [model.IdToPiece(number) for number in range(3, model.GetPieceSize())]
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *pieces]
+    scores = [0.0] * 4 + [model.GetScore(number) for number in range(3, model.GetPieceSize())]
+    roles = {"bos": 0, "eos": 2, "unknown": 3, "seperator": 2, "padding": 1, "cls": 0}
+    charsmap = sentencepiece_tokenizer.read(model.serialized_model_proto()).charsmap
+    return {
+        "tokenizer.ggml.model": "t5",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": [3, 3, 3, 2, *[1] * len(pieces)],
+        "tokenizer.ggml.precompiled_charsmap": list(charsmap),
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": True,
+        **{f"tokenizer.ggml.{role}_token_id": number for role, number in roles.items()},
+    }
+
+
+def test_the_unigram_vocabulary_of_a_gguf_file_gives_the_ids_of_the_library() -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = sentencepiece.SentencePieceProcessor(model_proto=trained("unigram"))
+    ours = gguf_tokenizer.build_backend(as_xlm_r(model), "x.gguf")
+    for text in [*TEXT, "", "  two  spaces ", "\uff21\u2460 na\u00efve", "\u65e5\u672c", "a\tb\nc", *noise(7, 30)]:
+        if any(mark in text for mark in ("<", "\u2581", "aaaa")):  # special tokens, and pieces that score alike
+            continue
+        wanted = [3 if one == model.unk_id() else one + 1 for one in model.encode(text)]
+        assert ours.encode(text).ids == [0, *wanted, 2], text
+    pair = ours.encode("the fox", "sleeps")
+    assert pair.ids == [*ours.encode("the fox").ids, 2, *ours.encode("sleeps").ids[1:]]
+    assert ours.decode(ours.encode("the quick brown fox").ids) == "the quick brown fox"
+
+
+def test_a_unigram_vocabulary_that_contradicts_itself_is_named() -> None:
+    metadata = {"tokenizer.ggml.model": "t5", "tokenizer.ggml.tokens": ["<s>", "</s>", "<unk>"]}
+    with pytest.raises(ModelLoadError, match=r"scores does not match the 3 tokens"):
+        gguf_tokenizer.build_backend(metadata, "x.gguf")
+    metadata |= {"tokenizer.ggml.scores": [0.0] * 3, "tokenizer.ggml.precompiled_charsmap": [9, 0, 0, 0, 1]}
+    with pytest.raises(ModelLoadError, match="precompiled_charsmap is cut off"):
+        gguf_tokenizer.build_backend(metadata, "x.gguf")

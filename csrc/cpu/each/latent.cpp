@@ -43,6 +43,7 @@ PHL_OP(write_latent, WriteLatentArgs);
 struct LatentArgs {
   const float *q_nope, *q_rope;  // [T, H, N], [T, H, P]
   const float* up;               // [H, N + D, L]: keys, then values of each head
+  const uint16_t* up_bf16;       // the same where they are kept so; null: `up` has them
   const uint16_t* cache;         // [pages, S, C]
   float* out;                    // [T, H, D] contiguous
   const int32_t *query_start, *seq_lens, *page_table;
@@ -92,23 +93,36 @@ PHL_INLINE vf some_bf16(const uint16_t* p, int64_t n) {
   return load(rest);
 }
 
-// The query of one head as latents see it, times the scale in base 2, and its rotated part.
-void absorb(const LatentArgs& a, int64_t token, int64_t head, float* query) {
-  const float factor = float(a.scale * 1.44269504088896341), *up = a.up + head * (a.nope + a.value) * a.rank;
+PHL_INLINE vf row_part(const float* p, int64_t n) { return some(p, n); }
+PHL_INLINE vf row_part(const uint16_t* p, int64_t n) { return some_bf16(p, n); }
+
+// The query of one head as latents see it, times the scale in base 2, and its rotated part. Rows of the matrix are read
+// from end to end, some at a time: it is larger than any cache, and each step reads it once.
+template <class U>
+void absorb(const LatentArgs& a, const U* whole, int64_t token, int64_t head, float* query) {
+  const float factor = float(a.scale * 1.44269504088896341);
+  const U* up = whole + head * (a.nope + a.value) * a.rank;
   const float* q = a.q_nope + token * a.nope_token + head * a.nope_head;
-  constexpr int64_t kWide = 4;
-  for (int64_t i = 0; i < a.rank; i += kWide * W) {
-    vf total[kWide] = {};
-    if (i + kWide * W <= a.rank) {
-      for (int64_t n = 0; n < a.nope; ++n) {
-        for (int64_t j = 0; j < kWide; ++j) total[j] += load(up + n * a.rank + i + j * W) * q[n];
-      }
-    } else {
-      for (int64_t n = 0; n < a.nope; ++n) {
-        for (int64_t j = 0; i + j * W < a.rank; ++j) total[j] += some(up + n * a.rank + i + j * W, a.rank - i - j * W) * q[n];
-      }
+  constexpr int64_t kRows = 4;
+  for (int64_t i = 0; i < a.rank; ++i) query[i] = 0.0f;
+  for (int64_t n = 0; n < a.nope; n += kRows) {
+    const U* rows[kRows];
+    float by[kRows];
+    for (int64_t j = 0; j < kRows; ++j) {
+      rows[j] = up + (n + j < a.nope ? n + j : n) * a.rank;
+      by[j] = n + j < a.nope ? q[n + j] * factor : 0.0f;
     }
-    for (int64_t j = 0; j < kWide && i + j * W < a.rank; ++j) put(query + i + j * W, total[j] * factor, a.rank - i - j * W);
+    int64_t i = 0;
+    for (; i + W <= a.rank; i += W) {
+      vf total = load(query + i);
+      for (int64_t j = 0; j < kRows; ++j) total += row_part(rows[j] + i, W) * by[j];
+      store(query + i, total);
+    }
+    if (i < a.rank) {
+      vf total = load_n(query + i, a.rank - i);
+      for (int64_t j = 0; j < kRows; ++j) total += row_part(rows[j] + i, a.rank - i) * by[j];
+      store_n(query + i, total, a.rank - i);
+    }
   }
   const float* turned = a.q_rope + token * a.rope_token + head * a.rope_head;
   for (int64_t i = 0; i < a.rope; ++i) query[a.rank + i] = turned[i] * factor;
@@ -177,7 +191,8 @@ void attend(const LatentArgs& a, int64_t token, int64_t head, int64_t split, Sig
 }
 
 // The splits of a head put together in the first of them, and the head's values of it.
-void finish(const LatentArgs& a, int64_t token, int64_t head, Sight sight, float* sums) {
+template <class U>
+void finish(const LatentArgs& a, const U* whole, int64_t token, int64_t head, Sight sight, float* sums) {
   const int64_t part = part_of(a, sight.seen), splits = (sight.seen + part - 1) / part;
   float top = sums[a.rank], total = sums[a.rank + 1];
   for (int64_t split = 1; split < splits; ++split) {
@@ -187,20 +202,22 @@ void finish(const LatentArgs& a, int64_t token, int64_t head, Sight sight, float
     for (int64_t i = 0; i < a.rank; ++i) sums[i] = sums[i] * mine + other[i] * its;
     total = total * mine + other[a.rank + 1] * its, top = best;
   }
-  const float factor = 1.0f / total, *up = a.up + (head * (a.nope + a.value) + a.nope) * a.rank;
+  const float factor = 1.0f / total;
+  const U* up = whole + (head * (a.nope + a.value) + a.nope) * a.rank;
   float* out = a.out + (token * a.heads + head) * a.value;
   for (int64_t d = 0; d < a.value; d += 4) {
     vf dots[4] = {};
     const int64_t many = a.value - d < 4 ? a.value - d : 4;
     for (int64_t i = 0; i < a.rank; i += W) {
       const vf value = some(sums + i, a.rank - i);
-      for (int64_t j = 0; j < many; ++j) dots[j] += some(up + (d + j) * a.rank + i, a.rank - i) * value;
+      for (int64_t j = 0; j < many; ++j) dots[j] += row_part(up + (d + j) * a.rank + i, a.rank - i) * value;
     }
     for (int64_t j = 0; j < many; ++j) out[d + j] = sum(dots[j]) * factor;
   }
 }
 
-void latent_attention(const LatentArgs& a, Team& team) {
+template <class U>
+void attend_all(const LatentArgs& a, const U* up, Team& team) {
   const int64_t width = a.rank + a.rope, groups = (a.heads + kHeads - 1) / kHeads;
   const auto sums_of = [&](int64_t token, int64_t head, int64_t split) {
     return a.partial + ((token % kLatentTokens * a.heads + head) * a.splits + split) * (a.rank + 2);
@@ -211,7 +228,7 @@ void latent_attention(const LatentArgs& a, Team& team) {
     team.split(a.heads * tokens, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t head = i / tokens, token = first + i % tokens;
-        if (sight_of(a, token).seen > 0) absorb(a, token, head, a.queries + (token % kLatentTokens * a.heads + head) * width);
+        if (sight_of(a, token).seen > 0) absorb(a, up, token, head, a.queries + (token % kLatentTokens * a.heads + head) * width);
       }
     });
     team.barrier();
@@ -228,13 +245,18 @@ void latent_attention(const LatentArgs& a, Team& team) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t head = i / tokens, token = first + i % tokens;
         const Sight sight = sight_of(a, token);
-        if (sight.seen > 0) finish(a, token, head, sight, sums_of(token, head, 0));
+        if (sight.seen > 0) finish(a, up, token, head, sight, sums_of(token, head, 0));
       }
     });
     if (first + kLatentTokens < a.tokens) team.barrier();
   }
 }
-PHL_FIELDS(LatentArgs, q_nope, q_rope, up, cache, out, query_start, seq_lens, page_table, chosen, queries, partial, tokens,
+
+void latent_attention(const LatentArgs& a, Team& team) {
+  if (a.up_bf16 != nullptr) attend_all(a, a.up_bf16, team);
+  else attend_all(a, a.up, team);
+}
+PHL_FIELDS(LatentArgs, q_nope, q_rope, up, up_bf16, cache, out, query_start, seq_lens, page_table, chosen, queries, partial, tokens,
            rows, heads, rank, rope, nope, value, page_size, page_stride, pages_per_row, nope_token, nope_head, rope_token,
            rope_head, splits, count, most, scale);
 PHL_OP(latent_attention, LatentArgs);

@@ -23,7 +23,7 @@ FACTS = (
 )
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 SPARSE, SIGMOID, NORMED = " with experts", " with sigmoid routing", " with normalised steps"
-UNSCALED = " without multipliers"
+UNSCALED, GROWN = " without multipliers", " with growing queries"
 MOST_LAYERS = 10_000
 _FOLDER = Path(__file__).parents[1] / "models"
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from phloem.checkpoint.families import MOST_LAYERS, NORMED, SIGMOID, SPARSE, UNSCALED, gguf_families
+from phloem.checkpoint.families import GROWN, MOST_LAYERS, NORMED, SIGMOID, SPARSE, UNSCALED, gguf_families
 from phloem.checkpoint.gguf_keys import check_unread
 from phloem.checkpoint.gguf_own import LARGEST, plain, read_own
 from phloem.checkpoint.gguf_rope import read_rope, rope_keys
@@ -57,7 +57,7 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
     config: dict[str, Any] = {"model_type": families[own].name, "architectures": [facts.hf_class]}
     config["hidden_act"] = "silu"
     for key, source in KEYS.items():
-        if key not in facts.lists:
+        if key not in facts.lists and source not in facts.lists.values():
             value = _usual(gguf, key, source, families[own], path)
             config |= {} if value is None else {key: value}
     embedding = gguf.tensors.get("token_embd.weight")
@@ -134,6 +134,7 @@ def _served_as(gguf: GGUFFile, arch: str) -> str:
     told = (
         (SPARSE, _says(gguf, f"{arch}.expert_count")),
         (SIGMOID, _scores_by_sigmoid(gguf, arch)),
+        (GROWN, _says(gguf, f"{arch}.attention.temperature_scale")),
         (NORMED, _says(gguf, f"{arch}.ssm.dt_b_c_rms")),
         (UNSCALED, _says(gguf, f"{arch}.rope.scaling.finetuned") and not _multiplies(gguf, arch)),
     )

@@ -63,6 +63,8 @@ def _check_drafting(config: dict[str, Any], gguf: GGUFFile, path: Path) -> None:
         names = [name for name in gguf.tensors if name.startswith(f"blk.{number}.")]
         if names and not any(name.startswith(f"blk.{number}.nextn.") for name in names):
             raise ModelLoadError(f"{where}, but layer {number} of {count} has no tensor blk.{number}.nextn.*")
+    if drafting and "layer_types" in config:  # whose pattern goes on
+        config["layer_types"] = config["layer_types"][: count - drafting]
 
 
 def _by_layer(config: dict[str, Any], facts: GGUFFacts, gguf: GGUFFile, path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from phloem.kernels import reference_attention
 from phloem.kernels._native_basic import heads_of, rows_of
-from phloem.kernels.graph import RecordError
+from phloem.kernels.calls import LATENT_SHORT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from phloem.kernels.calls import LatentCall, PagedBatch
 
 MAX_SPLITS = 16
-SHORT = 16  # new tokens of a row up to which it is computed here
 ALL = 1 << 40
 BEYOND = 1 << 30  # stands behind the last position that was chosen
 REGION = 1_000_000  # "work" that always shares the op out: how much there is, only seq_lens tells
@@ -69,13 +68,15 @@ def _attention(rt: Runtime, exact: bool) -> Any:
             batch.page_table.shape,
             cache.shape[2],
         )
+        half = how.w_uk.dtype == torch.bfloat16
         splits = max(1, min(MAX_SPLITS, -(-pages * page_size // SPLIT)))
         hand = min(tokens, HAND)
         out = rt.empty((tokens, heads, value))
         queries, partial = rt.empty((hand, heads, rank + rope)), rt.empty((hand, heads, splits, rank + 2))
         (nope_token, nope_head), (rope_token, rope_head) = heads_of(q[0]), heads_of(q[1])
         rt.call(
-            ATTEND, REGION, q_nope=q[0].data_ptr(), q_rope=q[1].data_ptr(), up=how.w_uk.data_ptr(),
+            ATTEND, REGION, q_nope=q[0].data_ptr(), q_rope=q[1].data_ptr(), up=None if half else how.w_uk.data_ptr(),
+            up_bf16=how.w_uk.data_ptr() if half else None,
             cache=cache.data_ptr(), out=out.data_ptr(), query_start=batch.query_start.data_ptr(),
             seq_lens=batch.seq_lens.data_ptr(), page_table=batch.page_table.data_ptr(),
             chosen=None if chosen is None else chosen.data_ptr(), queries=queries.data_ptr(),
@@ -98,11 +99,10 @@ def _attention(rt: Runtime, exact: bool) -> Any:
             return reference_attention.latent_attention(q_nope, q_rope, cache, batch, call, chosen_Tk)
         q, longest = (q_nope, q_rope), batch.max_query_len
         ready = None if chosen_Tk is None else _ascending(chosen_Tk)
-        if exact or longest <= SHORT:
+        # A recording repeats native ops alone: whoever makes one keeps long rows out of its replays.
+        if exact or rt.recording or longest <= LATENT_SHORT:
             return native(q, cache, batch, call, ready, ALL)
-        if rt.recording:
-            raise RecordError("latent attention of prompts is torch's, which a recording of native ops cannot repeat")
-        return _by_row(native(q, cache, batch, call, ready, SHORT), q, cache, batch, call, chosen_Tk)
+        return _by_row(native(q, cache, batch, call, ready, LATENT_SHORT), q, cache, batch, call, chosen_Tk)
 
     return latent_attention
 
@@ -119,7 +119,7 @@ def _by_row(
     starts = batch.query_start.tolist()
     for row in range(len(starts) - 1):
         begin, end = starts[row], starts[row + 1]
-        if end - begin > SHORT:
+        if end - begin > LATENT_SHORT:
             own = replace(
                 batch,
                 query_start=torch.tensor([0, end - begin], dtype=torch.int32),
@@ -138,15 +138,16 @@ def _kept_here(cache: Tensor) -> bool:
 
 
 def _fits(q_nope: Tensor, call: LatentCall, batch: PagedBatch) -> bool:
-    """Whether keys and values of a head come out of one matrix, [H, N + D, L] float32, and the batch is as it is on
+    """Whether keys and values of a head come out of one matrix, [H, N + D, L], and the batch is as it is on
     the host."""
     (heads, nope, rank), value = call.w_uk.shape, call.w_uv.shape[2]
     step = (nope + value) * rank
     whole = call.w_uk.stride() == (step, rank, 1) and call.w_uv.stride() == (step, 1, rank)
-    beside = call.w_uv.data_ptr() == call.w_uk.data_ptr() + nope * rank * 4
+    beside = call.w_uv.data_ptr() == call.w_uk.data_ptr() + nope * rank * call.w_uk.itemsize
     start, lens, table = batch.query_start, batch.seq_lens, batch.page_table
     plain = start.dtype == lens.dtype == table.dtype == torch.int32 and (table.stride(1) == 1 or table.shape[1] == 1)
-    return whole and beside and plain and call.w_uk.dtype == q_nope.dtype == torch.float32 and heads == q_nope.shape[1]
+    known = call.w_uk.dtype in (torch.float32, torch.bfloat16) and q_nope.dtype == torch.float32
+    return whole and beside and plain and known and heads == q_nope.shape[1]
 
 
 def _ascending(chosen_Tk: Tensor) -> Tensor:

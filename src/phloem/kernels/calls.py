@@ -162,6 +162,10 @@ class AttentionCall:
         return self.causal and not self.chunk and not self.block
 
 
+# New tokens of a row up to which latent attention in its absorbed form is the faster one on a CPU.
+LATENT_SHORT = 16
+
+
 @dataclass(frozen=True, slots=True)
 class LatentCall:
     """The constants of an MLA layer (DeepSeek-V2): how keys and values come out of a latent."""

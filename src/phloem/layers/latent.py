@@ -102,9 +102,10 @@ class LatentAttention(Layer):
             self.down = Linear(ctx, hidden_size, down, bias=sizes.bias)
             self.q = Linear(ctx, hidden_size, {"q_proj": queries})
         self.norm = RMSNorm(ctx.child("kv_a_layernorm"), sizes.rank, _EPS)
-        # Used by head on either side, not as one product: kept as it is, in the activations' type.
+        # Used by head on either side, not as one product: kept as it is, in the model's type.
         shape = (sizes.heads * (sizes.nope + sizes.value), sizes.rank)
         self.up = Weight((f"{ctx.child('kv_b_proj').name}.weight",), (shape,), "bias")
+        self.up.in_own_type = True
         self.up.cuts = () if rows is None else ((rows,),)
         self.out = Linear(ctx, sizes.heads * sizes.value, {"o_proj": hidden_size}, bias=sizes.bias, cut=cut_of(tp, 1))
 

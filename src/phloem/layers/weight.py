@@ -83,6 +83,7 @@ class Weight:
     fused: bool = True  # experts: for `ops.moe` (prepare_experts); otherwise for `ops.experts` (stack_experts)
     plain: bool = False  # kept in the type it is asked for, whatever others are rounded to while they are loaded
     aside: bool = False  # prepared by the host's table, beside the device
+    in_own_type: bool = False  # a bias that stays in the type of the model, whatever that of the activations
     elsewhere: tuple[str, ...] = ()  # tensors of the same kind that other ranks keep
     zeros: tuple[str, ...] = ()  # those that no checkpoint has: biases beside others that are stored
 

@@ -349,6 +349,8 @@ class WeightIndex:
             table = known[0][0] if known else next(w for w in self.weights if w.role == "matrix" and not w.experts)
             dtype = self.ctx.ops.embedding(ids, table.value, 1.0).dtype
             for weight in biases:
+                if weight.in_own_type:
+                    continue
                 weight.value = weight.value.to(dtype)
 
     def rename(self, weight: Weight, like: Weight) -> None:

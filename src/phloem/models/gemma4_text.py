@@ -47,6 +47,52 @@ DEFAULTS = {
         "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
     },
 }
+# Sizes of heads there are the global ones; what files leave out, tensors say.
+GGUF = {
+    "architecture": "gemma4",
+    "hf_class": "Gemma4ForCausalLM",
+    "keys": {
+        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+        "local_head_dim": "attention.key_length_swa",
+        "local_value_dim": "attention.value_length_swa",
+        "local_turned": ("rope.dimension_count_swa", 0),
+        "sliding_window": "attention.sliding_window",
+        "layer_types": ("attention.sliding_window_pattern", None),
+        "local_rope_theta": ("rope.freq_base_swa", 10000.0),
+        "final_logit_softcapping": ("final_logit_softcapping", 0.0),
+        "hidden_size_per_layer_input": ("embedding_length_per_layer_input", 0),
+        "num_kv_shared_layers": ("attention.shared_kv_layers", 0),
+        "num_experts": ("expert_count", 0),
+        "top_k_experts": ("expert_used_count", 0),
+        "moe_intermediate_size": ("expert_feed_forward_length", 0),
+    },
+    "config": {"hidden_activation": "gelu_pytorch_tanh", "projections_apart": True, "num_key_value_heads": 1},
+    "lists": {"intermediate_size": "feed_forward_length", "kv_heads": "attention.head_count_kv"},
+    "flags": {"enable_moe_block": "ffn_gate_inp.weight"},
+    "layers_with": {"own_values": "attn_v.weight"},
+    "names": {
+        "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
+        "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
+        "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+        "per_layer_input_gate": "inp_gate",
+        "per_layer_projection": "proj",
+        "post_per_layer_input_norm": "post_norm",
+        "layer_scalar": "layer_output_scale.weight",
+        "router.proj": "ffn_gate_inp",
+        "router.scale": "ffn_gate_inp.scale",
+        "router.per_expert_scale": "ffn_down_exps.scale",
+        "experts.{}.gate_proj": "ffn_gate_exps",
+        "experts.{}.up_proj": "ffn_up_exps",
+        "experts.{}.down_proj": "ffn_down_exps",
+        "post_feedforward_layernorm_1": "post_ffw_norm_1",
+        "pre_feedforward_layernorm_2": "pre_ffw_norm_2",
+        "post_feedforward_layernorm_2": "post_ffw_norm_2",
+    },
+}
+NEEDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 TINY = {
     "num_hidden_layers": 5,
     "sliding_window": 8,
@@ -86,6 +132,7 @@ _NAMES = ExpertNames(
     up="experts.gate_up_proj",
     down="experts.down_proj",
 )
+_APART = ExpertNames(router="router.proj")  # in GGUF files
 
 
 @dataclass(frozen=True)
@@ -174,6 +221,8 @@ class DenseAndSparse(Layer):
 def sizes(config: dict[str, Any], number: int, local: bool) -> tuple[int, int]:
     """(head size, kv heads) of a layer: global ones have their own, which files say for all of them or for each."""
     head, kv = config["head_dim"], config["num_key_value_heads"]
+    if "kv_heads" in config:  # GGUF
+        return head if local else config["global_head_dim"], config["kv_heads"][number]
     each: dict[str, Any] = config.get("per_layer_config") or {}
     if each:
         own = each.get(str(number), {})
@@ -191,18 +240,46 @@ def experts(config: dict[str, Any]) -> ExpertsConfig:
     router = RouterSpec(config["top_k_experts"], renormalise=True)
     # Not the fused op, which knows no factor on the weights.
     spec = ExpertSpec(count, "gelu_tanh")
-    return ExpertsConfig(count, config["moe_intermediate_size"], router, spec, names=_NAMES)
+    names = _APART if config.get("projections_apart") else _NAMES
+    return ExpertsConfig(count, config["moe_intermediate_size"], router, spec, names=names)
+
+
+def as_published(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that a GGUF file's metadata stands for: both kinds of heads and of rotations by their names.
+
+    Raises:
+        ModelLoadError: for sizes of local heads that do not fit together.
+    """
+    local = config["local_head_dim"]
+    odd = [size for size in (config["local_value_dim"], config["local_turned"] or local) if size != local]
+    if odd or local < 1:
+        raise ModelLoadError(
+            f"attention.key_length_swa is {local}, attention.value_length_swa {config['local_value_dim']} and "
+            f"rope.dimension_count_swa {config['local_turned']}: only heads of one size that turn as a whole are served"
+        )
+    turned = {"rope_theta": config.get("rope_theta", 1e6), **config.get("rope_parameters", {})}
+    ropes = {"sliding_attention": {"rope_theta": config["local_rope_theta"]}, "full_attention": turned}
+    return {
+        **config,
+        "head_dim": local,
+        "global_head_dim": config["head_dim"],
+        "rope_parameters": ropes,
+        "vocab_size_per_layer_input": config["vocab_size"],
+    }
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> InputDecoder:
     if config.get("use_bidirectional_attention") == "all":
         raise ModelLoadError("use_bidirectional_attention: an encoder cannot be served as a causal language model")
+    config = as_published(config) if "local_head_dim" in config else config
     count, eps, size = config["num_hidden_layers"], float(config["rms_norm_eps"]), config["hidden_size_per_layer_input"]
     sliding = layer_types(config, [bool((number + 1) % _EVERY) and number < count - 1 for number in range(count)])
     kinds = ["sliding_attention" if local else "full_attention" for local in sliding]
     source = sources(kinds, int(config["num_kv_shared_layers"]))
     activation = config.get("hidden_activation", "gelu_pytorch_tanh")
-    double = bool(config.get("use_double_wide_mlp"))
+    inner, double = config["intermediate_size"], bool(config.get("use_double_wide_mlp"))
+    # Local layers have values of their own; GGUF files do not say whether global ones have.
+    own = config.get("own_values", [] if config.get("attention_k_eq_v") else list(range(count)))
 
     def layer(n: int) -> LayerKind:
         local = sliding[n]
@@ -216,10 +293,10 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Inpu
             scale=1.0,
             qk_norm="head",
             v_norm=True,
-            k_as_v=bool(config.get("attention_k_eq_v")) and not local,
+            k_as_v=n not in own and not local,
             source=source[n],
         )
-        wide = config["intermediate_size"] * (2 if double and source[n] is not None else 1)
+        wide = inner[n] if isinstance(inner, list) else inner * (2 if double and source[n] is not None else 1)
         dense = usual_mlp(config, activation=activation, inner_size=wide)
         feed = Beside(dense, experts(config)) if config.get("enable_moe_block") else dense
         return Kind(attention, feed, norms="sandwich", own_input=size)

@@ -32,7 +32,7 @@ GGUF = {
         "linear_attn.in_proj_b": "ssm_beta",
         "linear_attn.in_proj_a": "ssm_alpha",
     },
-    "unheeded": ("rope.dimension_sections",),
+    "unheeded": ("rope.dimension_sections", "attention.recurrent_layers"),  # tensors say which are
     "norm_shift": 1.0,
 }
 TINY = {

@@ -59,7 +59,7 @@ GGUF = {
         "mlp.shared_expert.down_proj": "ffn_down_shexp",
         "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     },
-    "unheeded": ("rope.dimension_sections",),
+    "unheeded": ("rope.dimension_sections", "attention.recurrent_layers"),  # tensors say which are
     "norm_shift": 1.0,
 }
 TINY = {

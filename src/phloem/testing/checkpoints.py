@@ -309,8 +309,11 @@ def tiny_gguf(
 
 
 def _renamed(name: str, names: Any) -> Any:
+    if name.startswith("blk."):  # the converter names it itself
+        return name
     known = name.replace("e_score_correction_bias", "e_score_correction.bias")
     known = known.replace("_proj_bias", "_proj.bias").replace(".sinks", ".sinks.weight")
+    known = known.replace("attention_sink_bias", "attention_sink_bias.weight")
     return names.get_name(known, try_suffixes=(".weight", ".bias"))
 
 

@@ -54,6 +54,8 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
         writer.add_ssm_group_count(groups)
     if kind in DELTA:
         writer.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
+        recurrent = [one == "linear_attention" for one in config["layer_types"]]
+        writer.add_array(f"{writer.arch}.attention.recurrent_layers", recurrent)
     if kind in DELTA[1:]:
         writer.add_rope_dimension_sections([11, 11, 10, 0])
     if kind == "exaone_moe":
@@ -81,8 +83,20 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
     if kind == "llama4_text":
         writer.add_feed_forward_length(config["intermediate_size_mlp"])
         writer.add_expert_feed_forward_length(config["intermediate_size"])
+    if kind == "gemma4_text":
+        _write_local_heads(writer, config)
+    if kind == "mimo_v2_flash":
+        _write_two_kinds(writer, config)
+    if kind == "mistral4":
+        writer.add_attn_temperature_scale(config["rope_parameters"]["llama_4_scaling_beta"])
     if kind in ("olmo3", "exaone_moe"):
         writer.add_sliding_window_pattern([one == "sliding_attention" for one in config["layer_types"]])
+    _write_more(writer, config)
+
+
+def _write_more(writer: Any, config: dict[str, Any]) -> None:
+    """Those of encoders and of Falcon."""
+    kind = config["model_type"]
     if kind in ENCODERS:
         writer.add_causal_attention(False)
     if kind == "modernbert":
@@ -91,6 +105,42 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
         writer.add_head_count_kv(config["num_kv_heads"] if config["new_decoder_architecture"] else 1)
         writer.add_feed_forward_length(4 * config["hidden_size"])
         writer.add_tensor_data_layout("jploski")
+
+
+def _write_two_kinds(writer: Any, config: dict[str, Any]) -> None:
+    """MiMo-V2: local layers have twice as many key heads."""
+    sliding = [one == "sliding_attention" for one in config["layer_types"]]
+    heads = config["num_key_value_heads"]
+    writer.add_head_count_kv([heads * (1 + local) for local in sliding])
+    writer.add_sliding_window_pattern(sliding)
+    writer.add_value_length(config["v_head_dim"])
+    writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    if config["attention_value_scale"] is not None:
+        writer.add_float32("mimo2.attention.value_scale", config["attention_value_scale"])
+
+
+def _write_local_heads(writer: Any, config: dict[str, Any]) -> None:
+    """Gemma 4: two kinds of heads; where a layer reads another's keys, its block is perhaps twice as wide."""
+    each, count = config.get("per_layer_config") or {}, config["num_hidden_layers"]
+    local = [one == "sliding_attention" for one in config["layer_types"]]
+    own = [each.get(str(n), {}) for n in range(count)]
+    whole = next(item["head_dim"] for item in own if "head_dim" in item)
+    for size, add in ((whole, ""), (config["head_dim"], "_swa")):
+        writer.add_uint32(f"gemma4.attention.key_length{add}", size)
+        writer.add_uint32(f"gemma4.attention.value_length{add}", size)
+        writer.add_uint32(f"gemma4.rope.dimension_count{add}", size)
+    kv_heads = config["num_key_value_heads"]
+    writer.add_head_count_kv([item.get("num_key_value_heads", kv_heads) for item in own])
+    shared, wide = config["num_kv_shared_layers"], config["use_double_wide_mlp"]
+    inner = config["intermediate_size"]
+    writer.add_feed_forward_length([inner * (1 + (wide and n >= count - shared)) for n in range(count)])
+    writer.add_shared_kv_layers(shared)
+    writer.add_sliding_window_pattern(local)
+    ropes = config["rope_parameters"]
+    writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
+    turned = int(whole * ropes["full_attention"]["partial_rotary_factor"] / 2)
+    # What does not turn is divided by more than any angle.
+    writer.add_tensor("rope_freqs.weight", np.array([1.0] * turned + [1e30] * (whole // 2 - turned), np.float32))
 
 
 def write_numbers(writer: Any, tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +187,10 @@ def prepared(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         return {re.sub(r"^model\.(.*\.experts\.)", r"\1", name): values for name, values in tensors.items()}
     if kind == "gemma3n_text":
         return _streams(tensors)
+    if kind == "gemma4_text":
+        return {k: v for name, values in tensors.items() for k, v in _scaled_experts(name, values).items()}
+    if kind == "mistral4":
+        return {k: v for name, values in tensors.items() for k, v in _gate_and_up(name, values).items()}
     if kind in ("falcon", "gpt_neox"):
         return {name: _one_after_another(name, values, config) for name, values in tensors.items()}
     return tensors
@@ -233,6 +287,30 @@ def _by_projection(name: str, values: Any) -> dict[str, Any]:
         return {f"{block}.down_proj.weight": turned}
     gate, up = np.split(turned, 2, axis=1)
     return {f"{block}.gate_proj.weight": gate, f"{block}.up_proj.weight": up}
+
+
+def _scaled_experts(name: str, values: Any) -> dict[str, Any]:
+    """Gemma 4: the router's scales beside what they scale."""
+    layer = re.sub(r"model\.layers\.(\d+)\..+", r"blk.\1.", name)
+    if name.endswith(".router.scale"):
+        return {f"{layer}ffn_gate_inp.scale": values}
+    if name.endswith(".per_expert_scale"):
+        return {f"{layer}ffn_down_exps.scale": values}
+    if name.endswith(".layer_scalar"):
+        return {f"{name}.weight": values}
+    return {f"{layer}ffn_{k}": v for k, v in _exps(name, values).items()} or {name: values}
+
+
+def _gate_and_up(name: str, values: Any) -> dict[str, Any]:
+    """Mistral 4: gate and up of all experts in one tensor."""
+    layer = re.sub(r"model\.layers\.(\d+)\..+", r"blk.\1.", name)
+    return {f"{layer}ffn_{k}": v for k, v in _exps(name, values).items()} or {name: values}
+
+
+def _exps(name: str, values: Any) -> dict[str, Any]:
+    if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+        return {}
+    return {"gate_up_exps.weight" if "gate_up" in name else "down_exps.weight": values}
 
 
 def _streams(tensors: dict[str, Any]) -> dict[str, Any]:

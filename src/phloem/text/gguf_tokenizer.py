@@ -1,9 +1,10 @@
 """A `tokenizers` tokenizer rebuilt from the metadata of a GGUF file.
 
-Three kinds of vocabulary occur (`tokenizer.ggml.model`): `gpt2`, a byte-level BPE whose way of cutting text into words
+Five kinds of vocabulary occur (`tokenizer.ggml.model`): `gpt2`, a byte-level BPE whose way of cutting text into words
 is named by `tokenizer.ggml.pre`; `llama`, a SentencePiece BPE with byte fallback whose merges follow from the
-vocabulary; `bert`, WordPiece, whose words begin with U+2581 there and whose other pieces have lost their `##`. Cuts are
-those of the original `tokenizer.json` files of the models concerned.
+vocabulary; `bert`, WordPiece, whose words begin with U+2581 there and whose other pieces have lost their `##`;
+`t5`, a SentencePiece unigram model, of encoders in many languages (XLM-R); and `gemma4` is `llama` with its merges
+listed. Cuts are those of the original `tokenizer.json` files of the models concerned.
 """
 
 from __future__ import annotations
@@ -264,6 +265,46 @@ def _word_pieces(metadata: dict[str, Any], tokens: list[str], name: str) -> tupl
     return backend, None
 
 
+def _unigram(metadata: dict[str, Any], tokens: list[str], name: str) -> tuple[Tokenizer, None]:
+    """What stands around a text is set here, as XLM-R has it: both ends, and two ends between the texts of a pair."""
+    scores = list(metadata.get("tokenizer.ggml.scores", ()))
+    if len(scores) != len(tokens):
+        raise ModelLoadError(f"{name}: tokenizer.ggml.scores does not match the {len(tokens)} tokens")
+    unknown = _id_of(metadata, ("unknown",), 2, tokens, name)
+    vocab = [(token, float(score)) for token, score in zip(tokens, scores, strict=True)]
+    backend = Tokenizer(models.Unigram(vocab, unk_id=unknown, byte_fallback=False))
+    charsmap = _charsmap(metadata, name)
+    if charsmap:
+        backend.normalizer = normalizers.Precompiled(charsmap)  # pyright: ignore[reportAttributeAccessIssue]
+    scheme = "always" if metadata.get("tokenizer.ggml.add_space_prefix", True) else "never"
+    spaces = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    if metadata.get("tokenizer.ggml.remove_extra_whitespaces", True):
+        spaces = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), spaces])
+    backend.pre_tokenizer = spaces  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)  # pyright: ignore[reportAttributeAccessIssue]
+    ends = {
+        role: _id_of(metadata, keys, usual, tokens, name)
+        for role, keys, usual in (("bos", ("bos", "cls"), 0), ("eos", ("eos", "seperator", "separator"), 1))
+        if metadata.get(
+            f"tokenizer.ggml.add_{role}_token", role == "eos" or f"tokenizer.ggml.{role}_token_id" in metadata
+        )
+    }
+    first, last = ("bos " if "bos" in ends else ""), (" eos" if "eos" in ends else "")
+    backend.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single=f"{first}$A{last}", pair=f"{first}$A{last}{last} $B{last}", special_tokens=list(ends.items())
+    )
+    return backend, None
+
+
+def _charsmap(metadata: dict[str, Any], name: str) -> bytes:
+    """The table of what characters are normalised to; empty: none. Its first word is how long its trie is."""
+    stored: Any = metadata.get("tokenizer.ggml.precompiled_charsmap")
+    found = b"" if stored is None else bytes(int(item) & 255 for item in stored)
+    if found and not 0 < int.from_bytes(found[:4], "little") <= len(found) - 4:
+        raise ModelLoadError(f"{name}: tokenizer.ggml.precompiled_charsmap is cut off")
+    return found
+
+
 def _id_of(metadata: dict[str, Any], keys: tuple[str, ...], usual: int, tokens: list[str], name: str) -> int:
     """A token by the first key that the file has. Raises ModelLoadError for one that is none of the vocabulary."""
     found = next((v for key in keys if (v := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None), usual)
@@ -274,8 +315,10 @@ def _id_of(metadata: dict[str, Any], keys: tuple[str, ...], usual: int, tokens: 
 
 _BUILDERS: dict[str, Callable[[dict[str, Any], list[str], str], tuple[Tokenizer, bool | None]]] = {
     "bert": _word_pieces,
+    "gemma4": _sentencepiece,
     "gpt2": _byte_level,
     "llama": _sentencepiece,
+    "t5": _unigram,
 }
 
 

@@ -71,7 +71,7 @@ def build_backend(
     if name.startswith(_SHIFTED):
         raise ModelLoadError(f"{path}: ids of a {name} are not those of the file; convert it with `transformers`")
     try:
-        model = _read(path.read_bytes())
+        model = read(path.read_bytes())
     except (OSError, ValueError, struct.error) as error:
         raise ModelLoadError(f"{path}: not a SentencePiece model: {error}") from None
     reason = _declined(model)
@@ -148,7 +148,8 @@ def _bytes(value: int | bytes) -> bytes:
     return value
 
 
-def _read(data: bytes) -> _Model:
+def read(data: bytes) -> _Model:
+    """What a model file says. Raises ValueError for one that holds no pieces."""
     model = _Model()
     for number, value in _fields(data):
         if number == 1:

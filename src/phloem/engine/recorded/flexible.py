@@ -12,9 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from phloem.core.memory import Latent
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import FixedInputs
 from phloem.engine.recorded.graphs import StepGraphs
+from phloem.kernels.calls import LATENT_SHORT
 from phloem.kernels.graph import check_replay
 from phloem.kvcache.routes import noting
 
@@ -84,6 +86,8 @@ class FlexibleSteps:
         self._step = FlexibleStep(recorder, model, backend, pool, facts.on_host, most, max_pages, adapted)
         self._rows, self._max_pages = rows, max_pages
         self._check = check
+        # Prompts of latent attention are faster as products of matrices, which no recording holds.
+        self._longest = LATENT_SHORT if any(isinstance(spec, Latent) for spec in pool.memory) else tokens
         self.graphs: StepGraphs[FixedInputs, Tensor] = StepGraphs(tokens, self._step.make, patience=1, sizes=[tokens])
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:
@@ -92,6 +96,8 @@ class FlexibleSteps:
         if not step.flat or (batch.adapters is not None) != self._adapted:
             return None
         if batch.num_rows > self._rows or step.pages > self._max_pages:
+            return None
+        if int(batch.query_lens.max()) > self._longest:
             return None
         found = self.graphs.get(batch.num_tokens)
         if found is None:

@@ -409,6 +409,21 @@ void run_dense(const Segment& s, int64_t first, int64_t last, const Rows& rows, 
   }
 }
 
+#if PHL_I8MM
+}  // namespace
+}  // namespace PHL_NS
+}  // namespace phl
+#include "pairs.h"
+namespace phl {
+namespace PHL_NS {
+namespace {
+template <class L>
+using ManyRows = AsPairs<L>;
+#else
+template <class L>
+using ManyRows = AsPacked<L>;
+#endif
+
 #if PHL_AMX
 }  // namespace
 }  // namespace PHL_NS
@@ -448,7 +463,7 @@ PHL_INLINE void run_blocks(const Segment& s, int64_t first, int64_t last, const 
       if (count <= (L::split ? kFewOfSplit : kFewRows)) {
         run_small<L>(s, block, blocks, rows, count, out, first_row);
       } else {
-        run_tile<L, AsPacked<L>>(s, block, blocks, rows, count, out, first_row, tile);
+        run_tile<L, ManyRows<L>>(s, block, blocks, rows, count, out, first_row, tile);
       }
     }
   });

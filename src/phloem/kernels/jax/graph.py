@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from phloem.core.errors import EngineDead
-from phloem.kernels.jax.mesh import Devices
+from phloem.kernels.jax.mesh import Described, Devices
 from phloem.kernels.jax.tensor import DTYPES, Array, Copies, Leaves, Unknown, lift, to_jax, to_torch, tracing
 from phloem.utils import log
 
@@ -60,6 +60,19 @@ class Function:
         self.look(given)
         kept = [cache.a for cache in self._caches]
         return jax.export.export(self._jitted, platforms=[platform])(self._leaves.values(), kept, given).mlir_module()
+
+    def ahead(self, arrays: Sequence[Tensor]) -> Any:
+        """Compiled for devices that are described alone: `memory_analysis` and `cost_analysis` tell of it."""
+        given = [to_jax(x) for x in arrays]
+        self.look(given)
+
+        def like(x: Any) -> Any:
+            place = x.sharding if isinstance(x, Described) else self._devices.everywhere
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+        read = [leaf.a if isinstance(leaf, Array) else to_jax(leaf) for leaf in self._leaves.found.values()]
+        kept = [like(cache.a) for cache in self._caches]
+        return self._jitted.lower([like(x) for x in read], kept, [like(x) for x in given]).compile()
 
     def __call__(self, arrays: Sequence[Tensor]) -> Tensor:
         """Raises EngineDead when it fails behind its start: its caches, given to it, are then lost."""

@@ -18,11 +18,24 @@ from phloem.core.errors import ConfigError
 AXIS = "tp"
 
 
+class Described(np.ndarray[Any, Any]):
+    """An array on the host that stands for one on devices that are not here."""
+
+    sharding: NamedSharding | None = None
+
+    @staticmethod
+    def of(values: Any, sharding: NamedSharding | None) -> Described:
+        made = np.asarray(values).view(Described)
+        made.sharding = sharding
+        return made
+
+
 @dataclass(frozen=True)
 class Devices:
     """`mesh` None: jax's one device. Legend: K kv heads, S page size, D head size, E experts."""
 
     mesh: Mesh | None = None
+    here: bool = True  # False: a compiler's description of devices, to compile for them
 
     @staticmethod
     def first(count: int) -> Devices:
@@ -33,12 +46,12 @@ class Devices:
             if found[0].platform == "cpu":
                 why += f" (of processors it makes as many as XLA_FLAGS=--xla_force_host_platform_device_count={count} says)"
             raise ConfigError(why, param="tp_size")
-        return Devices.of(found[:count])
+        return Devices(Mesh(np.array(found[:count]), (AXIS,)))
 
     @staticmethod
-    def of(devices: list[Any]) -> Devices:
-        """These ones, which may be a compiler's description of some that are not here."""
-        return Devices(Mesh(np.array(devices), (AXIS,)))
+    def described(devices: list[Any]) -> Devices:
+        """Those of a topology (`jax.experimental.topologies`)."""
+        return Devices(Mesh(np.array(devices), (AXIS,)), here=False)
 
     @property
     def size(self) -> int:
@@ -59,14 +72,16 @@ class Devices:
         """A prepared matrix cut along its outputs (0) or inputs (1); of experts each one, as [E, outputs, inputs]."""
         if experts:
             weight, axis = weight.reshape(experts, -1, weight.shape[-1]), None if axis is None else axis + 1
-        return jax.device_put(weight, self.cut(weight.shape, axis))
+        where = self.cut(weight.shape, axis)
+        return jax.device_put(weight, where) if self.here else Described.of(weight, where)
 
     def of_cache(self, shape: tuple[int, ...]) -> NamedSharding | None:
         """Pages [pages, K, S, D] by kv heads, where these divide; anything else whole."""
         return self.cut(shape, 1 if len(shape) == 4 else None)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return jnp.zeros(shape, dtype, device=self.of_cache(shape))
+        where = self.of_cache(shape)
+        return jnp.zeros(shape, dtype, device=where) if self.here else Described.of(np.zeros(shape, dtype), where)
 
     def whole(self, made: Any) -> Any:
         return made if self.mesh is None else jax.lax.with_sharding_constraint(made, self.everywhere)

@@ -181,7 +181,7 @@ class _Trace:
         key = _key(leaf)
         if self.given is None:
             self.leaves.found.setdefault(key, leaf)
-            return leaf.a if isinstance(leaf, Array) else to_jax(leaf)
+            return jnp.asarray(leaf.a) if isinstance(leaf, Array) else to_jax(leaf)
         if key not in self.given:
             raise Unknown
         return self.given[key]

@@ -45,9 +45,7 @@ SMALL = {
 
 def told(what: str, begun: float, made: Any) -> None:
     memory, cost = made.memory_analysis(), made.cost_analysis()
-    mib = {
-        name: getattr(memory, f"{name}_size_in_bytes") / 2**20 for name in ("argument", "output", "alias", "temp")
-    }
+    mib = {name: getattr(memory, f"{name}_size_in_bytes") / 2**20 for name in ("argument", "output", "alias", "temp")}
     sizes = ", ".join(f"{name} {size:.1f}" for name, size in mib.items())
     counts = f"{cost.get('flops', 0) / 1e6:.1f} Mflop, {cost.get('bytes accessed', 0) / 2**20:.1f} MiB read and written"
     print(f"{what}: {perf_counter() - begun:.1f} s; MiB: {sizes}; {counts}", flush=True)

@@ -112,7 +112,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"speculative_algorithm": "suffix"}, "speculative_algorithm"),
     ({"quantization": "int8"}, "quantization"),
     ({"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype"),
-    ({"tp_size": 2}, "tp_size"),
+    ({"pp_size": 2}, "pp_size"),
+    ({"tp_size": 8}, "tp_size 8: 4 attention heads and 2 kv heads cannot be shared out"),
+    ({"tp_size": 2}, "tp_size 2: jax sees 1 device"),
     ({"enable_hierarchical_cache": True}, "enable_hierarchical_cache"),
     ({"ops": "native"}, "ops"),
 ]
@@ -120,8 +122,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(
     ("settings", "name"),
-    # Of several ranks the others are started first.
-    [pytest.param(*one, marks=pytest.mark.slow if one[1] == "tp_size" else (), id=one[1]) for one in REFUSED],
+    [pytest.param(*one, id=one[1]) for one in REFUSED],
 )
 def test_what_compiled_steps_do_not_serve_is_refused_by_name(
     settings: dict[str, Any], name: str, tmp_path: Path

@@ -1,4 +1,4 @@
-"""The kernel over pages in Pallas, interpreted, against the reference; and compiled for TPUs where their compiler is."""
+"""The Pallas kernel over pages, interpreted, against the reference; and compiled for TPUs where their compiler is."""
 
 from __future__ import annotations
 

@@ -417,11 +417,6 @@ void run_dense(const Segment& s, int64_t first, int64_t last, const Rows& rows, 
 namespace phl {
 namespace PHL_NS {
 namespace {
-template <class L>
-using ManyRows = AsPairs<L>;
-#else
-template <class L>
-using ManyRows = AsPacked<L>;
 #endif
 
 #if PHL_AMX
@@ -463,7 +458,11 @@ PHL_INLINE void run_blocks(const Segment& s, int64_t first, int64_t last, const 
       if (count <= (L::split ? kFewOfSplit : kFewRows)) {
         run_small<L>(s, block, blocks, rows, count, out, first_row);
       } else {
-        run_tile<L, ManyRows<L>>(s, block, blocks, rows, count, out, first_row, tile);
+#if PHL_I8MM
+        run_tile<L, AsPairs<L>>(s, block, blocks, rows, count, out, first_row, tile);
+#else
+        run_tile<L, AsPacked<L>>(s, block, blocks, rows, count, out, first_row, tile);
+#endif
       }
     }
   });

@@ -1,4 +1,4 @@
-"""Attention by a table's own kernel over pages (`Ops.page_kernel`), as jax's has one in Pallas; the rest as the table."""
+"""Attention by a table's own kernel over pages (`Ops.page_kernel`), as jax's has one in Pallas."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class Backend:
         sizes = {size for spec in need.specs for size in (spec.head_size, spec.values)}
         odd = sorted(size for size in sizes if size % self._heads)
         if odd:
-            return f"heads of {odd[0]}: the compiler would copy the caches for each call unless they are multiples of 128"
+            return (
+                f"heads of {odd[0]}: the compiler would copy the caches for each call unless they are multiples of 128"
+            )
         return None
 
     def begin(self, batch: PagedBatch, pool: KVPool) -> TableStep:

@@ -44,7 +44,7 @@ class Devices:
         if len(found) < count:
             why = f"tp_size {count}: jax sees {len(found)} device{'s' * (len(found) > 1)}"
             if found[0].platform == "cpu":
-                why += f" (of processors it makes as many as XLA_FLAGS=--xla_force_host_platform_device_count={count} says)"
+                why += f"; of processors, XLA_FLAGS=--xla_force_host_platform_device_count={count} makes more"
             raise ConfigError(why, param="tp_size")
         return Devices(Mesh(np.array(found[:count]), (AXIS,)))
 

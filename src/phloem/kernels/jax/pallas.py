@@ -86,7 +86,9 @@ def _kernel(
         weights = jnp.where(seen, jnp.exp(scores - best), 0.0)
         fade = jnp.exp(before - best)
         summed = total[:, :1] * fade + weights.sum(1, keepdims=True)
-        mixed[...] = mixed[...] * fade + dot(weights.astype(q_MD.dtype), v_LV.astype(q_MD.dtype), (((1,), (0,)), ((), ())))
+        mixed[...] = mixed[...] * fade + dot(
+            weights.astype(q_MD.dtype), v_LV.astype(q_MD.dtype), (((1,), (0,)), ((), ()))
+        )
         top[...] = jnp.broadcast_to(best, top.shape)
         total[...] = jnp.broadcast_to(summed, total.shape)
 

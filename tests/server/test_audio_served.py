@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -239,6 +240,27 @@ def test_the_command_writes_files(tmp_path: Path, engine: phloem.Engine, capsys:
     assert words == engine.transcribe(SHORT, language="en", seed=1, timestamp_granularities=["word"])["words"]
     with pytest.raises(BadRequest, match="--words"):
         transcribe.main([files[0], *model, "--words", "--translate"])
+
+
+@pytest.mark.slow
+def test_the_command_takes_directories_and_standard_input(
+    tmp_path: Path, engine: phloem.Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "talks"
+    (folder / "within.wav").mkdir(parents=True)
+    for name in ("b.wav", "a.WAV", "notes.txt"):
+        (folder / name).write_bytes(SHORT)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(SHORT)))
+    model = ["--model-path", engine.config.model.model_path, "--language", "en", "--seed", "1"]
+    assert transcribe.main([str(folder), "-", *model, "--output", str(tmp_path / "out")]) == 0
+    told = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert set(told) == {"a.txt", "b.txt", "stdin.txt"}
+    assert set(told.values()) == {engine.transcribe(SHORT, language="en", seed=1)["text"] + "\n"}
+
+
+def test_a_directory_without_sounds_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="no sound file is in this directory"):
+        transcribe.main([str(tmp_path), "--model", str(tmp_path / "none")])
 
 
 def test_words_in_every_format() -> None:

@@ -25,12 +25,15 @@ DESCRIPTION = (
     "Write down what is said in sound files, without a server: phloem transcribe FILE.. --model DIRECTORY. Transcripts "
     "go to standard output, or with --output into a directory, one file each."
 )
+_SOUNDS = frozenset({".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav"})
 _SUFFIX = {"json": "json", "verbose_json": "json", "text": "txt", "srt": "srt", "vtt": "vtt"}
 
 
 @dataclass(frozen=True)
 class Options:
-    file: tuple[str, ...] = opt((), "Sound files: wav, flac, ogg, mp3, aiff.")
+    file: tuple[str, ...] = opt(
+        (), "Sound files (wav, flac, ogg, mp3, aiff), directories of them, '-': standard input."
+    )
     format: Format = opt("text", "Text, subtitles (srt, vtt), or JSON.")
     words: bool = opt(False, "When each word is said: in JSON, as a cue each, or in text as a line each (start, end).")
     output: str | None = opt(None, "Directory for the transcripts; default: standard output.")
@@ -47,6 +50,7 @@ def main(argv: list[str]) -> int:
     files += options.file
     if not files:
         raise BadRequest("there are no sound files: phloem transcribe FILE.. --model DIRECTORY")
+    files = [file for name in files for file in _sounds(name)]
     if options.words and options.translate:
         raise BadRequest("--words: a translation has no words whose times could be told", param="words")
     if options.output is not None:
@@ -59,7 +63,8 @@ def main(argv: list[str]) -> int:
         bar = stack.enter_context(_bar())
         for name in files:
             try:
-                answer = engine.transcribe(name, progress=_follow(bar, name), **_fields(options))
+                sound = sys.stdin.buffer.read() if name == "-" else name
+                answer = engine.transcribe(sound, progress=_follow(bar, name), **_fields(options))
             except PhloemError as error:
                 failed += 1
                 told = error.message.removeprefix(f"{name}: ")
@@ -69,19 +74,33 @@ def main(argv: list[str]) -> int:
             if folder is None:
                 sys.stdout.write(text)
             else:
-                (folder / f"{Path(name).stem}.{_SUFFIX[options.format]}").write_text(text, "utf-8")
+                (folder / f"{_stem(name)}.{_SUFFIX[options.format]}").write_text(text, "utf-8")
     return 1 if failed else 0
 
 
 def _first_flag(argv: list[str]) -> int:
-    return next((at for at, word in enumerate(argv) if word.startswith("-")), len(argv))
+    return next((at for at, word in enumerate(argv) if word.startswith("-") and word != "-"), len(argv))
+
+
+def _sounds(name: str) -> list[str]:
+    """The sound files of a directory by name, not those of directories in it; any other name as it stands."""
+    if name == "-" or not Path(name).is_dir():
+        return [name]
+    found = sorted(str(path) for path in Path(name).iterdir() if path.suffix.lower() in _SOUNDS and path.is_file())
+    if not found:
+        raise BadRequest(f"{name}: no sound file is in this directory (looked for {', '.join(sorted(_SOUNDS))})")
+    return found
+
+
+def _stem(name: str) -> str:
+    return "stdin" if name == "-" else Path(name).stem
 
 
 def _check_apart(files: list[str]) -> None:
     """Raises BadRequest for two files whose transcripts would have one name."""
     first: dict[str, str] = {}
     for name in files:
-        other = first.setdefault(Path(name).stem, name)
+        other = first.setdefault(_stem(name), name)
         if other != name:
             raise BadRequest(f"output: {other} and {name} would be written to one file", param="output")
 

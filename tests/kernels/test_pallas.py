@@ -54,16 +54,18 @@ def test_the_kernel_gives_what_the_reference_gives_and_never_reads_what_nobody_s
     sinks = normal(kv_heads * group) if options.get("sinks") else None
     options = {key: value for key, value in options.items() if key != "sinks"}
     starts = torch.tensor([0, *np.cumsum(news)], dtype=torch.int32)
-    step = [starts, torch.tensor(lens, dtype=torch.int32), table, starts[:0]]
+    step: list[Any] = [starts, torch.tensor(lens, dtype=torch.int32), table, starts[:0]]
     call = AttentionCall(size**-0.5, sinks=sinks, **options)
-    wanted = reference_attention.paged_attention(q, cache, PagedBatch(*step, max(news), max(lens)), call)
+    wanted = reference_attention.paged_attention(
+        q, cache, PagedBatch(*step, max_query_len=max(news), max_seq_len=max(lens)), call
+    )
     for part in cache:
         part[free] = float("nan")
 
     def lifted(x: torch.Tensor | None) -> Any:
         return None if x is None else Array(to_jax(x))
 
-    batch = PagedBatch(*(lifted(each) for each in step), max(news), max(lens))
+    batch = PagedBatch(*map(lifted, step), max_query_len=max(news), max_seq_len=max(lens))
     call = AttentionCall(size**-0.5, sinks=lifted(sinks), **options)
     made = paged_attention(interpret=True)(lifted(q), (lifted(cache[0]), lifted(cache[1])), batch, call)
     assert (to_torch(made.a) - wanted).abs().max() < 1e-5

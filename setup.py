@@ -45,9 +45,12 @@ LEVELS = {
 AMX = ["-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 NEON = ["-march=armv8.2-a+dotprod+fp16", "-fno-schedule-insns"]  # gcc would load early, and keep on the stack
 LEVELS["neon"] = ["-DPHL_LEVEL=0", "-DPHL_NEON=1", *NEON]
+I8MM = [f"{NEON[0]}+i8mm", *NEON[1:]]
+LEVELS["i8mm"] = ["-DPHL_LEVEL=0", "-DPHL_NEON=1", "-DPHL_I8MM=1", *I8MM]
 OF_MACHINE = {name: ("avx2", "avx512", "amx") for name in ("x86_64", "amd64")}
-OF_MACHINE.update({name: ("neon",) for name in ("aarch64", "arm64")})
+OF_MACHINE.update({name: ("neon", "i8mm") for name in ("aarch64", "arm64")})
 LEVELS["amx"] = [*LEVELS["avx512"], "-DPHL_AMX=1", *AMX]
+PARTIAL = {"amx": AMX, "i8mm": I8MM}  # levels of a few units, which compilers may not know: their flags
 # A library that runs with glibc 2.28: functions that newer ones have twice are taken in their first form.
 OLD_GLIBC = ["-include", str(CSRC / "old_glibc.h")]
 MOST_JOBS = 8  # compilers at a time; each takes up to half a gigabyte
@@ -56,7 +59,7 @@ MOST_JOBS = 8  # compilers at a time; each takes up to half a gigabyte
 def units(csrc: Path, machine: str) -> list[tuple[Path, str]]:
     """(source, level) of every object: the portable ones, and those of the processors that a machine may have."""
     levels = ["portable", *OF_MACHINE.get(machine.lower(), ())]
-    everywhere = [level for level in levels if level != "amx"]
+    everywhere = [level for level in levels if level not in PARTIAL]
     found = [(path, "portable") for path in sorted(csrc.glob("*.cpp"))]
     found += [(path, level) for path in sorted((csrc / "each").glob("*.cpp")) for level in everywhere]
     found += [(path, level) for level in levels[1:] for path in sorted((csrc / level).glob("*.cpp"))]
@@ -139,9 +142,11 @@ class BuildNative(build_ext):
         objects = kept_folder(compiler)
         todo: list[tuple[Path, Path, list[str]]] = []
         outputs: list[str] = []
-        amx = accepts(compiler, AMX, objects)
-        for source, level in [*units(CSRC, target_machine()), (self._stamp(objects), "portable")]:
-            if level == "amx" and not amx:
+        wanted = units(CSRC, target_machine())
+        used = {level for _, level in wanted}
+        known = {level: accepts(compiler, flags, objects) for level, flags in PARTIAL.items() if level in used}
+        for source, level in [*wanted, (self._stamp(objects), "portable")]:
+            if not known.get(level, True):
                 continue
             target = objects / f"{source.parent.name}.{source.stem}.{level}.o"
             outputs.append(str(target))

@@ -1,6 +1,6 @@
 // The instruction set that a unit is compiled for. setup.py defines PHL_LEVEL for each object, PHL_AMX for those that use
 // AMX tiles beside AVX-512, and PHL_NEON for Arm processors with dot products of bytes, whose vectors are as wide as the
-// portable ones. A unit's rank is its place among the levels of its kind of processor.
+// portable ones; PHL_I8MM for those that have matrix products of bytes as well. A unit's rank is its place among the levels of its kind of processor.
 #pragma once
 #ifndef PHL_LEVEL
 #define PHL_LEVEL 0
@@ -11,8 +11,13 @@
 #ifndef PHL_NEON
 #define PHL_NEON 0
 #endif
-#define PHL_RANK (PHL_LEVEL + PHL_AMX + PHL_NEON)
-#if PHL_NEON
+#ifndef PHL_I8MM
+#define PHL_I8MM 0
+#endif
+#define PHL_RANK (PHL_LEVEL + PHL_AMX + PHL_NEON + PHL_I8MM)
+#if PHL_I8MM
+#define PHL_NS i8mm
+#elif PHL_NEON
 #define PHL_NS neon
 #elif PHL_AMX
 #define PHL_NS amx

@@ -34,7 +34,7 @@ struct ConstantEntry {
 
 constexpr int kMaxSlots = 40;
 #if defined(__aarch64__)
-constexpr int kLevels = 2;
+constexpr int kLevels = 3;
 #else
 constexpr int kLevels = 4;
 #endif

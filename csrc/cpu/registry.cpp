@@ -10,12 +10,14 @@
 #include <unistd.h>
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace phl {
 
 #if defined(__aarch64__)
-const char* const kLevelNames[kLevels] = {"portable", "neon"};
+const char* const kLevelNames[kLevels] = {"portable", "neon", "i8mm"};
 #else
 const char* const kLevelNames[kLevels] = {"portable", "avx2", "avx512", "amx"};
 #endif
@@ -91,16 +93,35 @@ bool has_dot_products() {
 }
 #endif
 
+#if defined(__aarch64__)
+// Matrix products of bytes: Neoverse V1 and N2, Cortex-A510 and A710, Apple M2, and their successors.
+bool has_byte_matrices() {
+#if defined(__linux__)
+  constexpr unsigned long kByteMatrices = 1ul << 13;  // HWCAP2_I8MM
+  return (getauxval(AT_HWCAP2) & kByteMatrices) != 0;
+#elif defined(__APPLE__)
+  int found = 0;
+  size_t size = sizeof(found);
+  return sysctlbyname("hw.optional.arm.FEAT_I8MM", &found, &size, nullptr, 0) == 0 && found != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+// Whether this library has units of a level: the compiler may not have known its instructions.
+[[maybe_unused]] bool built(int level) {
+  for (const OpEntry& entry : entries()) {
+    if (entry.level == level) return true;
+  }
+  return false;
+}
+
 #if defined(__x86_64__)
 bool has_amx() {
   static const bool granted = ask_for_amx();
-  static const bool built = [] {
-    for (const OpEntry& entry : entries()) {
-      if (entry.level == 3) return true;
-    }
-    return false;
-  }();
-  return built && granted;
+  static const bool there = built(3);
+  return there && granted;
 }
 #endif
 
@@ -117,7 +138,7 @@ int best_level() {
   if (avx2 && avx512) return has_amx() ? 3 : 2;
   if (avx2) return 1;
 #elif defined(__aarch64__)
-  if (has_dot_products()) return 1;
+  if (has_dot_products()) return has_byte_matrices() && built(2) ? 2 : 1;
 #endif
   return 0;
 }

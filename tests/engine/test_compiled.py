@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from served import Server
 
 from phloem import Engine, platforms
-from phloem.core.errors import ConfigError
+from phloem.core.errors import ConfigError, ModelLoadError
 from phloem.engine.compiled import bucket
 from phloem.testing.checkpoints import tiny_checkpoint
 
@@ -112,7 +112,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"speculative_algorithm": "suffix"}, "speculative_algorithm"),
     ({"quantization": "int8"}, "quantization"),
     ({"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype"),
-    ({"tp_size": 2}, "tp_size"),
+    ({"pp_size": 2}, "pp_size"),
+    ({"tp_size": 8}, "tp_size 8: 4 attention heads and 2 kv heads cannot be shared out"),
+    ({"tp_size": 2}, "tp_size 2: jax sees 1 device"),
     ({"enable_hierarchical_cache": True}, "enable_hierarchical_cache"),
     ({"ops": "native"}, "ops"),
 ]
@@ -120,14 +122,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(
     ("settings", "name"),
-    # Of several ranks the others are started first.
-    [pytest.param(*one, marks=pytest.mark.slow if one[1] == "tp_size" else (), id=one[1]) for one in REFUSED],
+    [pytest.param(*one, id=one[1]) for one in REFUSED],
 )
 def test_what_compiled_steps_do_not_serve_is_refused_by_name(
     settings: dict[str, Any], name: str, tmp_path: Path
 ) -> None:
     path = tiny_checkpoint("llama", tmp_path)
-    with pytest.raises(ConfigError, match=name):
+    with pytest.raises((ConfigError, ModelLoadError), match=name):
         Engine(model_path=str(path), device="jax", **settings)
 
 

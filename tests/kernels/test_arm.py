@@ -20,7 +20,7 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 @pytest.mark.skipif(
     "PHLOEM_TEST_ARM" not in os.environ, reason="compiles for minutes: set PHLOEM_TEST_ARM, or make test-arm"
 )
-def test_ops_of_the_level_neon_agree_with_the_portable_ones(tmp_path: Path) -> None:
+def test_ops_of_each_level_agree_with_the_portable_ones(tmp_path: Path) -> None:
     for program in (COMPILER, EMULATOR):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed (Debian: g++-aarch64-linux-gnu, qemu-user)")
@@ -29,6 +29,7 @@ def test_ops_of_the_level_neon_agree_with_the_portable_ones(tmp_path: Path) -> N
     once += [path for path in sorted((CSRC / "tests").glob("*.cpp")) if path.name != "amx.cpp"]
     jobs = [(path, "portable") for path in once]
     jobs += [(path, level) for path in sorted((CSRC / "each").glob("*.cpp")) for level in ("portable", "neon")]
+    jobs += [(path, "i8mm") for path in sorted((CSRC / "i8mm").glob("*.cpp"))]
     folder = ROOT / "build" / "arm"  # kept: compiling takes longer than running
     folder.mkdir(parents=True, exist_ok=True)
     newest = max(path.stat().st_mtime for path in (*CSRC.rglob("*.h"), ROOT / "setup.py"))
@@ -47,9 +48,12 @@ def test_ops_of_the_level_neon_agree_with_the_portable_ones(tmp_path: Path) -> N
         objects = list(workers.map(build, jobs))
     program = tmp_path / "driver"
     subprocess.run([COMPILER, *map(str, objects), "-static", "-pthread", "-o", str(program)], check=True)
-    done = subprocess.run([EMULATOR, str(program), "0", "1"], capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "tests" in done.stdout
+    # A processor without matrix products of bytes, and one with them.
+    for processor, levels, best in (("cortex-a76", "0 1", "neon"), ("max", "2", "i8mm")):
+        command = [EMULATOR, "-cpu", processor, str(program), *levels.split()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"best level {best}" in done.stdout
 
 
 def test_every_kind_of_processor_is_built_for_with_its_levels() -> None:
@@ -58,5 +62,5 @@ def test_every_kind_of_processor_is_built_for_with_its_levels() -> None:
         machine: {level for _, level in units(CSRC, machine)} for machine in ("x86_64", "aarch64", "arm64", "riscv64")
     }
     assert levels["x86_64"] == {"portable", "avx2", "avx512", "amx"}
-    assert levels["aarch64"] == levels["arm64"] == {"portable", "neon"}
+    assert levels["aarch64"] == levels["arm64"] == {"portable", "neon", "i8mm"}
     assert levels["riscv64"] == {"portable"}

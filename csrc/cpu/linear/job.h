@@ -409,6 +409,16 @@ void run_dense(const Segment& s, int64_t first, int64_t last, const Rows& rows, 
   }
 }
 
+#if PHL_I8MM
+}  // namespace
+}  // namespace PHL_NS
+}  // namespace phl
+#include "pairs.h"
+namespace phl {
+namespace PHL_NS {
+namespace {
+#endif
+
 #if PHL_AMX
 }  // namespace
 }  // namespace PHL_NS
@@ -448,7 +458,11 @@ PHL_INLINE void run_blocks(const Segment& s, int64_t first, int64_t last, const 
       if (count <= (L::split ? kFewOfSplit : kFewRows)) {
         run_small<L>(s, block, blocks, rows, count, out, first_row);
       } else {
+#if PHL_I8MM
+        run_tile<L, AsPairs<L>>(s, block, blocks, rows, count, out, first_row, tile);
+#else
         run_tile<L, AsPacked<L>>(s, block, blocks, rows, count, out, first_row, tile);
+#endif
       }
     }
   });

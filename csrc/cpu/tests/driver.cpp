@@ -12,6 +12,6 @@ int main(int count, char** arguments) {
       }
     }
   }
-  std::printf("%zu tests\n", phl::test::tests().size());
+  std::printf("%zu tests, best level %s\n", phl::test::tests().size(), phl::kLevelNames[phl::best_level()]);
   phl::set_threads(1);
 }

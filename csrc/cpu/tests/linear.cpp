@@ -30,13 +30,16 @@ void try_layer(int level, const Layer& layer, const std::string& what) {
     const Plan p = plan(layer, rows);
     vector<float> results[2], sums[2];
     vector<int32_t> tokens[2];
+    const auto linear = [&](int at, Buffer& space, vector<float>& out, vector<float>& sum) {
+      run(at, "linear", x.data(), other.data(), norm.data(), sum.data(), layer.segment.data(), bias.data(),
+          residual.data(), out.data(), space.data.get(), rows, layer.inputs, layer.inputs, layer.inputs, layer.inputs,
+          layer.rows, layer.rows, 1, layer.forms, layer.padded, p.panel, p.tile, p.alone, kThreads, 0, 1e-5);
+    };
     for (int at : {0, level}) {
       Buffer space(p.space);
       vector<float> out(size_t(rows * layer.rows)), sum(x.size());
       vector<int32_t> token(static_cast<size_t>(rows));
-      run(at, "linear", x.data(), other.data(), norm.data(), sum.data(), layer.segment.data(), bias.data(),
-          residual.data(), out.data(), space.data.get(), rows, layer.inputs, layer.inputs, layer.inputs, layer.inputs,
-          layer.rows, layer.rows, 1, layer.forms, layer.padded, p.panel, p.tile, p.alone, kThreads, 0, 1e-5);
+      linear(at, space, out, sum);
       run(at, "linear_argmax", x.data(), nullptr, nullptr, nullptr, layer.segment.data(), nullptr, token.data(),
           nullptr, space.data.get(), rows, layer.inputs, layer.inputs, 0, 0, 1, layer.forms, layer.padded, p.panel,
           p.tile, p.best, p.alone, kThreads, 0.0);
@@ -45,7 +48,13 @@ void try_layer(int level, const Layer& layer, const std::string& what) {
     if (level == 0) results[1] = results[0], sums[1] = sums[0], tokens[1] = tokens[0];
     // Inputs that the norm rounds otherwise may fall to the next of 127 steps. Bytes of weights whose scales may be any
     // float16 are other numbers: their values are tested elsewhere.
-    const bool bytes = layer.forms == 1 && rows > 24 && level >= 2;
+    const bool bytes = layer.forms == 1 && rows > 24 && level >= 2 && level != kPartial;
+    if (level == kPartial) {  // sums of integers, in whichever order: the bits of the level below
+      Buffer space(p.space);
+      vector<float> out(size_t(rows * layer.rows)), sum(x.size());
+      linear(1, space, out, sum);
+      check(out == results[1], what + " bits");
+    }
     if (!bytes) close(results[1], results[0], layer.forms & 1 ? 0.05f : 1e-2f, what);
     close(sums[1], sums[0], 1e-6f, what + " sum");
     for (int32_t token : tokens[1]) check(token >= 0 && token < layer.rows, what + " token");

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Of a 32-bit lane in one instruction or the shortest sequence that there is. int4: weights of so few bits that several
 # products are added as words (AVX2), which is faster than int8.
 OPERATIONS = {"float": 2, "bf16": 4, "int8": 8, "int4": 8}
-LANES = {"portable": 4, "avx2": 8, "avx512": 16, "amx": 16, "neon": 4}
+LANES = {"portable": 4, "avx2": 8, "avx512": 16, "amx": 16, "neon": 4, "i8mm": 4}
 
 
 @dataclass(frozen=True)

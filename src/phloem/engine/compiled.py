@@ -22,11 +22,14 @@ import torch
 from phloem.core import speculation
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.core.resolve import Decision
+from phloem.distributed.mesh import Mesh
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import StepInputs, host_arrays, padded
 from phloem.engine.memory import first_line, is_out_of_memory
-from phloem.engine.parallel import ranks_of
-from phloem.engine.unshared import option_of
+from phloem.kernels.ops import Ops
+from phloem.layers.context import BuildContext
+from phloem.layers.weight import Layer
+from phloem.models import build_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 
 FEWEST_TOKENS = 16  # of a row that is padded
 FEWEST_PAGES = 16
+_POSITIONS = 64  # of a model whose sizes alone are wanted
 STATE = 4  # arrays of a group of states (`StepInputs.tensors`); of pages, a table and where each token goes
 
 
@@ -56,7 +60,9 @@ def check(config: Config, checkpoint: Checkpoint, device: str, decisions: list[D
     wanted = speculation.wanted(config).algorithm
     kt = config.experts
     asked = {
-        option_of(config)[0]: ranks_of(config) > 1,
+        "pp_size": runtime.pp_size > 1,
+        "ep_size": runtime.ep_size > 1,
+        "nnodes": config.nodes.nnodes > 1,
         "dp_size": runtime.dp_size > 1,
         "enable_lora": config.lora.enable_lora or config.lora.lora_paths,
         "speculative_algorithm": wanted not in (speculation.AUTO, speculation.NONE),
@@ -79,8 +85,40 @@ def check(config: Config, checkpoint: Checkpoint, device: str, decisions: list[D
     for what, found in kinds.items():
         if found:
             raise ConfigError(f"{checkpoint.model_type}: {what} is not served on device {device}", param="device")
+    if runtime.tp_size > 1:
+        _skeleton(checkpoint, runtime.tp_size)
     if checkpoint.gguf is not None:
         decisions.append(Decision("weights", "unpacked", "this table multiplies plain matrices"))
+
+
+def _skeleton(checkpoint: Checkpoint, size: int) -> Any:
+    """A rank's share of the model, without weights, whose layers say along which axis each is cut.
+
+    Raises:
+        ModelLoadError: sizes that cannot be shared out, with those that could.
+    """
+    ctx = BuildContext(Ops(), torch.bfloat16, torch.device("meta"), mesh=Mesh.of(tp=size))
+    return build_model(checkpoint.model_type, checkpoint.config, ctx, _POSITIONS)
+
+
+def share_table(config: Config, ops: Ops, decisions: list[Decision]) -> Ops:
+    """The table over `tp_size` devices. Raises ConfigError where there are fewer."""
+    size = config.runtime.tp_size
+    if size == 1 or ops.share is None:
+        return ops
+    decisions.append(Decision("tp_size", size, "one process: the compiler shares each step out among the devices"))
+    return ops.share(size)
+
+
+def share_weights(model: Model, checkpoint: Checkpoint, ops: Ops, size: int) -> None:
+    """Put a loaded model's matrices on the devices, cut as their layers say of a mesh of `size`."""
+    if ops.place is None or not isinstance(model, Layer):
+        return
+    cuts = {weight.names: weight.cuts for weight in _skeleton(checkpoint, size).weights()}
+    for weight in model.weights():
+        if weight.role == "matrix" and weight.value is not None:
+            found = [cut.axis for each in cuts.get(weight.names, ()) for cut in each]
+            weight.value = ops.place(weight.value, found[0] if found else None, weight.experts)
 
 
 def check_model(model: Model, pool: KVPool, name: str, device: str, *, sees: bool) -> None:

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import torch
 
+from phloem import platforms
 from phloem.core.batch import Batch
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.core.nodes import Nodes
@@ -129,8 +130,10 @@ _POSITIONS = 64  # tables of rotations are built for so many: nobody looks into 
 
 
 def ranks_of(config: Config) -> int:
-    """How many processes one model is shared out among."""
-    return config.runtime.pp_size * config.runtime.tp_size
+    """How many processes one model is shared out among. Where steps are compiled whole it is one: the compiler shares
+    them out among devices."""
+    count = config.runtime.pp_size * config.runtime.tp_size
+    return 1 if count > 1 and platforms.compiles(config.runtime.device) else count
 
 
 def ranks_here(config: Config) -> int:

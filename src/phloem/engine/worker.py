@@ -185,6 +185,7 @@ def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     asked_ops = config.runtime.ops or ("invariant" if config.runtime.enable_deterministic_inference else None)
     ops, why = platform.table(asked_ops, float32=config.model.dtype == "float32")
     decisions.append(Decision("ops", ops.name, why))
+    ops = compiled.share_table(config, ops, decisions)
     if ops.activations is not None:
         decisions.append(Decision("activations", *ops.activations))
     dtype = dtype_of(config, checkpoint, platform, decisions)
@@ -516,6 +517,7 @@ def _loaded(
     finally:
         if stager is not None:
             stager.close()
+    compiled.share_weights(model, checkpoint, machine.ops, config.runtime.tp_size)
     if method is not None and method.report is not None:
         decisions.append(Decision("weights", *method.report.decision(str(machine.dtype).removeprefix("torch."))))
     seconds, size = perf_counter() - begun, model.weight_bytes / resolve.GIB

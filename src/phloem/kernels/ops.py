@@ -103,6 +103,10 @@ class Ops:
     rope_write_kv: Callable[[Tensor, Tensor, Tensor, Rotation, Tensor, Tensor, Tensor], Tensor] | None = None
     paged_attention: AttentionOp = attention.paged_attention
 
+    # Attention over pages that the backend `pallas` takes instead, of heads that are multiples of so many; None: none.
+    page_kernel: AttentionOp | None = None
+    page_kernel_heads: int = 1
+
     # What linear layers make of their inputs, and why; None: they take them in their type.
     activations: tuple[str, str] | None = None
 
@@ -169,6 +173,11 @@ class Ops:
 
     # Compiles whole steps: the table's ops are functions of arrays that are not torch's. None: they are torch's.
     compiler: Callable[[], StepCompiler] | None = None
+    # The same table over so many of its devices, among which compiled steps share out weights and caches. Raises
+    # ConfigError where it sees fewer. None: one device alone.
+    share: Callable[[int], Ops] | None = None
+    # Over several devices: a prepared weight, cut along one of its axes (None: whole on each), in its place.
+    place: Callable[[Any, int | None, int], Any] | None = None  # weight, axis, experts
 
     # Ops that only some families need. Unlike the fused `moe`, any router and any experts, with weights that
     # `stack_experts` prepares as `prepare_experts` does.

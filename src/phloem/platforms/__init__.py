@@ -95,8 +95,31 @@ class Platform(Protocol):
         ...
 
 
+class Kind(Protocol):
+    """What makes a platform: its class."""
+
+    facts: StepFacts
+
+    def __call__(self, threads: int | None, /) -> Platform: ...
+
+
 AVAILABLE: Registry[Callable[[], tuple[bool, str]]] = Registry("phloem.platforms", "device", "is_available")
-PLATFORMS: Registry[Callable[[int | None], Platform]] = Registry("phloem.platforms", "device", "Platform")
+PLATFORMS: Registry[Kind] = Registry("phloem.platforms", "device", "Platform")
+
+
+def _in_order() -> list[str]:
+    names = PLATFORMS.names()
+    return [*(n for n in PREFERENCE if n in names), *(n for n in names if n not in PREFERENCE)]
+
+
+def compiles(requested: str) -> bool:
+    """Whether steps are compiled whole on the device of that name, or on the one that `choose` would take.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    named = [requested] if requested != "auto" else [name for name in _in_order() if AVAILABLE.get(name)()[0]][:1]
+    return any(PLATFORMS.get(name).facts.compiles for name in named)
 
 
 def choose(requested: str, threads: int | None, *, compiles: bool = False) -> tuple[Platform, Decision]:
@@ -117,8 +140,7 @@ def choose(requested: str, threads: int | None, *, compiles: bool = False) -> tu
             raise ConfigError(f"device {requested!r}: {why}", param="device")
         return platform, Decision("device", requested, "as asked")
     declined: list[str] = []
-    names = PLATFORMS.names()
-    for name in [*(n for n in PREFERENCE if n in names), *(n for n in names if n not in PREFERENCE)]:
+    for name in _in_order():
         available, reason = AVAILABLE.get(name)()
         if available:
             why = "; ".join([reason, *declined])

@@ -82,10 +82,12 @@ class Platform:
         if requested not in (None, LIBRARY):
             raise ConfigError(f"ops {requested!r} is not {LIBRARY}, the one table of device {self.name}", param="ops")
         made: Any = importlib.import_module("phloem.kernels.jax.table")
-        return made.table(), "as asked" if requested else f"steps are compiled by jax for its backend {self.backend!r}"
+        why = "as asked" if requested else f"steps are compiled by jax for its backend {self.backend!r}"
+        return made.table(self.backend), why
 
     def attention_backends(self) -> list[str]:
-        return ["reference"]
+        # On a TPU the kernel first; here jax would interpret it, for tests.
+        return ["pallas", "reference"] if self.backend == "tpu" else ["reference", "pallas"]
 
     def dtype(self, checkpoint: str | None) -> tuple[torch.dtype, str]:
         del checkpoint

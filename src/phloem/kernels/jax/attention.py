@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from phloem.kernels.calls import AttentionCall, IndexCall, LatentCall, PagedBatch
 
 BLOCK = 128  # queries of one row at a time: their scores are what takes memory
-_LOW = -1e30  # not -inf: behind the last token of a padded step there are queries that see nothing
+LOW = -1e30  # not -inf: behind the last token of a padded step there are queries that see nothing
 
 
 def write(values_TKD: Any, cache: Any, slots_T: Any) -> Any:
@@ -38,7 +38,7 @@ def write_latent(latents_TC: Array, cache: Array, slots_T: Array) -> None:
     cache.a = write(lift(latents_TC)[:, None], lift(cache), lift(slots_T))
 
 
-def _rows(batch: PagedBatch, tokens: int) -> tuple[Any, Any, int]:
+def rows_of(batch: PagedBatch, tokens: int) -> tuple[Any, Any, int]:
     """(Positions of the new tokens [R, Q], tokens of each row [R, 1], Q)."""
     starts, lens = lift(batch.query_start), lift(batch.seq_lens)
     rows = lens.shape[0]
@@ -96,7 +96,7 @@ def paged_attention(q_THD: Array, cache: tuple[Array, Array], batch: PagedBatch,
     """As `reference_attention.paged_attention`, of every call."""
     q, (k_cache, v_cache), table = lift(q_THD), cache, lift(batch.page_table)
     tokens, heads, size = q.shape
-    here, lens, each = _rows(batch, tokens)
+    here, lens, each = rows_of(batch, tokens)
     k, v = _gathered(lift(k_cache), table), _gathered(lift(v_cache), table)
     kv_heads, length = k.shape[1], k.shape[2]
     # What nobody sees may be a page that was given back: a weight of 0 takes no NaN away.
@@ -108,7 +108,7 @@ def paged_attention(q_THD: Array, cache: tuple[Array, Array], batch: PagedBatch,
         if call.softcap:
             scores = call.softcap * jnp.tanh(scores / call.softcap)
         seen = _seen(here_RQ, lens, length, call)[:, None, None]
-        scores = jnp.where(seen, scores, _LOW)
+        scores = jnp.where(seen, scores, LOW)
         if sinks is not None:
             column = jnp.broadcast_to(sinks[None, :, :, None, None], (*scores.shape[:-1], 1))
             scores = jnp.concatenate((scores, column), -1)
@@ -131,7 +131,7 @@ def latent_attention(
     """As `reference_attention.latent_attention`, with keys and values absorbed: heads attend to the latents."""
     nope, rope = lift(q_nope_THN), lift(q_rope_THP)
     tokens = nope.shape[0]
-    here, lens, each = _rows(batch, tokens)
+    here, lens, each = rows_of(batch, tokens)
     kept = _gathered(lift(cache), lift(batch.page_table))[:, 0]  # [R, L, C]
     length = kept.shape[1]
     kept = jnp.where((jnp.arange(length) < lens)[:, :, None], kept, 0.0)
@@ -149,7 +149,7 @@ def latent_attention(
         seen = (jnp.arange(length) <= here_RQ[:, :, None]) & (jnp.arange(length) < lens[:, :, None])
         if extra is not None:
             seen &= q_RQHC[:, :, 0, width:] > 0
-        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, _LOW), -1)
+        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, LOW), -1)
         return _einsum("rhql,rlc->rqhc", weights, kept[..., :latent])
 
     out = _by_blocks(part, q, here).reshape(tokens, -1, latent)
@@ -166,7 +166,7 @@ def _among(chosen_Tk: Any, length: int) -> Any:
 def choose_keys(call: IndexCall, cache: Array, batch: PagedBatch) -> Array:
     """As `reference_attention.choose_keys`."""
     q = lift(call.q).astype(jnp.float32)
-    here, _, each = _rows(batch, q.shape[0])
+    here, _, each = rows_of(batch, q.shape[0])
     keys = _gathered(lift(cache), lift(batch.page_table))[:, 0]
     q = q.reshape(-1, each, *q.shape[1:])
     dots = jax.nn.relu(_einsum("rqhd,rld->rqhl", q, keys))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -84,7 +85,7 @@ def experts(
     """As `reference_models.experts`. Few choices gather their experts' matrices; many go through all experts, one after
     another, each over all tokens."""
     count = spec.experts
-    up_EMN, down_ENF = gate_up.reshape(count, -1, gate_up.shape[1]), down.reshape(count, -1, down.shape[1])
+    up_EMN, down_ENF = gate_up.reshape(count, -1, gate_up.shape[-1]), down.reshape(count, -1, down.shape[-1])
     bias = [None if b is None else b.astype(gate_up.dtype).reshape(count, -1) for b in biases or (None, None)]
     x, weights = x_TN.astype(gate_up.dtype), weights_Tk.astype(jnp.float32)
     local = ids_Tk - spec.first
@@ -129,7 +130,7 @@ def _product(x: Any, weight: Any) -> Any:
 
 
 def chosen_experts(x_TN: Any, ids_Tk: Any, weights_Tk: Any, gate_up: Any, down: Any) -> Any:
-    return experts(x_TN, ids_Tk, weights_Tk, gate_up, down, ExpertSpec(down.shape[0] // x_TN.shape[1]))
+    return experts(x_TN, ids_Tk, weights_Tk, gate_up, down, ExpertSpec(math.prod(down.shape[:-1]) // x_TN.shape[1]))
 
 
 def moe(x_TN: Any, logits_TE: Any, gate_up: Any, down: Any, top_k: int, renormalise: bool) -> Any:

@@ -7,9 +7,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 
 from phloem.core.errors import EngineDead
+from phloem.kernels.jax.mesh import Described, Devices
 from phloem.kernels.jax.tensor import DTYPES, Array, Copies, Leaves, Unknown, lift, to_jax, to_torch, tracing
 from phloem.utils import log
 
@@ -25,9 +25,10 @@ class Function:
     """A function of arrays that is compiled for each of their shapes, at its first call with them."""
 
     def __init__(
-        self, name: str, function: Callable[[list[Array]], Array], copies: Copies, caches: list[Array]
+        self, name: str, function: Callable[[list[Array]], Array], leaves: Leaves, caches: list[Array], devices: Devices
     ) -> None:
-        self._name, self._function, self._leaves, self._caches = name, function, Leaves(copies), caches
+        self._name, self._function, self._leaves, self._caches = name, function, leaves, caches
+        self._devices = devices
         self.compiled: dict[tuple[Any, ...], float] = {}  # shapes -> seconds
         self._jitted = jax.jit(self._pure, donate_argnums=1)
         self._known = False
@@ -42,7 +43,8 @@ class Function:
                 cache.a = value
             with tracing(self._leaves, values):
                 made = lift(self._function([Array(a) for a in arrays]))
-            return made, [cache.a for cache in self._caches]
+            # Results whole on every device; caches stay cut as they came.
+            return self._devices.whole(made), [self._devices.kept(cache.a) for cache in self._caches]
         finally:
             for cache, value in zip(self._caches, before, strict=True):
                 cache.a = value
@@ -58,6 +60,19 @@ class Function:
         self.look(given)
         kept = [cache.a for cache in self._caches]
         return jax.export.export(self._jitted, platforms=[platform])(self._leaves.values(), kept, given).mlir_module()
+
+    def ahead(self, arrays: Sequence[Tensor]) -> Any:
+        """Compiled for devices that are described alone: `memory_analysis` and `cost_analysis` tell of it."""
+        given = [to_jax(x) for x in arrays]
+        self.look(given)
+
+        def like(x: Any) -> Any:
+            place = x.sharding if isinstance(x, Described) else self._devices.everywhere
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+        read = [leaf.a if isinstance(leaf, Array) else to_jax(leaf) for leaf in self._leaves.found.values()]
+        kept = [like(cache.a) for cache in self._caches]
+        return self._jitted.lower([like(x) for x in read], kept, [like(x) for x in given]).compile()
 
     def __call__(self, arrays: Sequence[Tensor]) -> Tensor:
         """Raises EngineDead when it fails behind its start: its caches, given to it, are then lost."""
@@ -93,11 +108,12 @@ class Function:
 class Compiler:
     """Makes functions over one table's ops (`kernels.graph.StepCompiler`). Used by one thread at a time."""
 
-    def __init__(self, copies: Copies) -> None:
-        self._copies = copies
+    def __init__(self, copies: Copies, devices: Devices | None = None) -> None:
+        self._copies, self._devices = copies, devices or Devices()
 
     def cache(self, like: Tensor) -> Any:
-        return Array(jnp.zeros(tuple(like.shape), DTYPES[like.dtype]) if math.prod(like.shape) else jnp.zeros(0))
+        return Array(self._devices.zeros(tuple(like.shape) if math.prod(like.shape) else (0,), DTYPES[like.dtype]))
 
     def function(self, name: str, function: Callable[[list[Any]], Any], caches: Sequence[Any] = ()) -> Function:
-        return Function(name, function, self._copies, list(caches))
+        leaves = Leaves(self._copies, self._devices.everywhere)
+        return Function(name, function, leaves, list(caches), self._devices)

@@ -15,9 +15,10 @@ import torch
 
 from phloem.kernels import compose
 from phloem.kernels import reference as ref
-from phloem.kernels.jax import attention, experts, scan
+from phloem.kernels.jax import attention, experts, pallas, scan
 from phloem.kernels.jax.graph import Compiler
-from phloem.kernels.jax.tensor import Array, Copies, is_tracing, lift, to_jax, to_torch, wrap
+from phloem.kernels.jax.mesh import Devices
+from phloem.kernels.jax.tensor import Array, Copies, is_tracing, lift, to_host, to_jax, to_torch, wrap
 from phloem.kernels.ops import Ops
 
 if TYPE_CHECKING:
@@ -49,9 +50,16 @@ def prepare_experts(parts: Sequence[WeightSource], dtype: torch.dtype, device: t
     return prepare_linear(parts, dtype, device)
 
 
+def on_host(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device, experts: int = 0) -> Array:
+    """As `prepare_linear`, left on the host: no device need have room for what several share out."""
+    del device, experts
+    found = [to_host(part.dense(dtype)) for part in parts]
+    return Array(found[0] if len(found) == 1 else np.concatenate(found))
+
+
 def refill(old: Array, made: Array) -> bool:
     """Compiled functions ask the wrapper for its array at each call."""
-    old.a = made.a
+    old.a = made.a if not isinstance(old.a, jax.Array) else jax.device_put(made.a.reshape(old.a.shape), old.a.sharding)
     return True
 
 
@@ -238,9 +246,14 @@ _PLAIN: dict[str, Callable[..., Any]] = {
 }
 
 
-def table() -> Ops:
-    """A table, with the compiler of steps over it. Several may stand side by side: each knows its own weights."""
+def table(target: str = "cpu", devices: Devices | None = None) -> Ops:
+    """A table, with the compiler of steps over it. Several may stand side by side: each knows its own weights.
+
+    `target`: what its kernels are compiled for ("tpu"; for "cpu" jax interprets them). `devices`: among which weights
+    and caches are shared out.
+    """
     copies: Copies = {}
+    mesh = devices or Devices()
     plain: dict[str, Any] = {name: op(function) for name, function in _PLAIN.items()}
     linear = compose.linear_of(
         op(product),
@@ -250,19 +263,23 @@ def table() -> Ops:
         gelu_tanh_and_mul=plain["gelu_tanh_and_mul"],
     )
     own: dict[str, Any] = {
-        "prepare_linear": prepare_linear,
-        "prepare_experts": prepare_experts,
-        "stack_experts": prepare_experts,
+        "prepare_linear": on_host if mesh.size > 1 else prepare_linear,
+        "prepare_experts": on_host if mesh.size > 1 else prepare_experts,
+        "stack_experts": on_host if mesh.size > 1 else prepare_experts,
         "embedding": embedding,
         "rope_": rope_,
         "argmax": argmax,
         "write_kv": attention.write_kv,
         "paged_attention": attention.paged_attention,
+        "page_kernel": pallas.paged_attention(target != "tpu", mesh.mesh),
+        "page_kernel_heads": 128 if target == "tpu" else 1,
         "write_latent": attention.write_latent,
         "latent_attention": attention.latent_attention,
         "chosen_latent_attention": attention.latent_attention,
         "choose_keys": attention.choose_keys,
-        "compiler": lambda: Compiler(copies),
+        "compiler": lambda: Compiler(copies, mesh),
+        "share": lambda count: table(target, Devices.first(count)),
+        "place": (lambda weight, axis, experts: Array(mesh.place(weight.a, axis, experts))) if mesh.size > 1 else None,
         "refill": refill,
         "renew": lambda _: copies.clear(),
     }

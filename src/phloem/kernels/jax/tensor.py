@@ -35,10 +35,15 @@ _TORCH = {np.dtype(kind): torch_kind for torch_kind, kind in DTYPES.items() if t
 
 def to_jax(x: torch.Tensor) -> jax.Array:
     """A torch tensor's values on jax's device; on the host they may share memory."""
+    return jnp.asarray(to_host(x))
+
+
+def to_host(x: torch.Tensor) -> np.ndarray[Any, np.dtype[Any]]:
+    """A torch tensor's values for jax, still on the host."""
     x = x.detach().contiguous()
     if x.dtype == torch.bfloat16:
-        return jnp.asarray(x.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
-    return jnp.asarray(x.numpy().astype(DTYPES[x.dtype], copy=False))
+        return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return x.numpy().astype(DTYPES[x.dtype], copy=False)
 
 
 def to_torch(x: jax.Array) -> torch.Tensor:
@@ -154,6 +159,7 @@ class Leaves:
     """What one function reads beside its arguments, in the order in which it was found. `copies`: all functions'."""
 
     copies: Copies
+    everywhere: Any = None  # where a copy goes: a sharding; None: to the one device
     found: dict[tuple[Any, ...], Leaf] = field(default_factory=dict)
 
     def values(self) -> list[jax.Array]:
@@ -161,7 +167,8 @@ class Leaves:
 
     def _copy(self, key: tuple[Any, ...], leaf: torch.Tensor) -> jax.Array:
         if key not in self.copies:
-            self.copies[key] = jnp.array(to_jax(leaf))
+            copied = jnp.array(to_jax(leaf))
+            self.copies[key] = copied if self.everywhere is None else jax.device_put(copied, self.everywhere)
         return self.copies[key]
 
 
@@ -174,7 +181,7 @@ class _Trace:
         key = _key(leaf)
         if self.given is None:
             self.leaves.found.setdefault(key, leaf)
-            return leaf.a if isinstance(leaf, Array) else to_jax(leaf)
+            return jnp.asarray(leaf.a) if isinstance(leaf, Array) else to_jax(leaf)
         if key not in self.given:
             raise Unknown
         return self.given[key]

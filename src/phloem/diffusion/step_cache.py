@@ -234,12 +234,12 @@ class StepCache:
             assert before is not None
             if turn.computes:
                 turn.rest = states[place] - before
-                if turn.texts_before is not None:
+                if turn.texts_before is not None and texts is not None:
                     turn.texts = texts[place] - turn.texts_before
             else:
                 assert kept.rest is not None
                 states[place] = before + kept.rest
-                if kept.texts is not None:  # the padding of a text is others', and is not read
+                if kept.texts is not None and texts is not None:  # the padding of a text is others', and is not read
                     width = min(kept.texts.shape[0], texts.shape[1])
                     texts[place, :width] += kept.texts[:width]
         return (texts, states) if isinstance(made, tuple) else states

@@ -107,7 +107,7 @@ class Tensors:
         """[height, width, 3] of [pictures, 3, height, width], filled up to the largest where `image_sizes` says so."""
         values = self._values[None] if self._values.ndim == 3 else self._values
         if values.ndim != 4 or values.shape[:2] != (self.count, 3) or not values.size:
-            raise ValueError(f"pixel_values of shape {values.shape}; expected [pictures, 3, height, width]")
+            raise ValueError(f"pixel_values of shape {values.shape!s:.100}; expected [pictures, 3, height, width]")
         found = values[number].transpose(1, 2, 0)
         if self._given.get("image_sizes") is None:
             return found
@@ -125,7 +125,7 @@ class Tensors:
         steps, rows, columns = (int(each) for each in self._grids[number])
         values, frames = self._values, (self._values.shape[-1] if self._values.ndim else 0) // (3 * side * side)
         if values.shape != (counts.sum(), 3 * frames * side * side) or not frames:
-            raise ValueError(f"pixel_values of shape {values.shape} for {counts.sum()} patches of {side} x {side}")
+            raise ValueError(f"pixel_values of shape {values.shape!s:.100} for {counts.sum()} patches of {side} x {side}")
         if steps != 1 or rows % merge or columns % merge:
             raise ValueError(f"a picture of {steps} x {rows} x {columns} patches; expected 1 x whole blocks of {merge}")
         own = values[counts[:number].sum() :][: rows * columns]

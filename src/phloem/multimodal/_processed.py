@@ -125,7 +125,7 @@ class Tensors:
         steps, rows, columns = (int(each) for each in self._grids[number])
         values, frames = self._values, (self._values.shape[-1] if self._values.ndim else 0) // (3 * side * side)
         if values.shape != (counts.sum(), 3 * frames * side * side) or not frames:
-            raise ValueError(f"pixel_values of shape {values.shape!s:.100} for {counts.sum()} patches of {side} x {side}")
+            raise ValueError(f"pixel_values of shape {values.shape!s:.100} for {counts.sum()} patches")
         if steps != 1 or rows % merge or columns % merge:
             raise ValueError(f"a picture of {steps} x {rows} x {columns} patches; expected 1 x whole blocks of {merge}")
         own = values[counts[:number].sum() :][: rows * columns]

@@ -83,7 +83,7 @@ def _called(text: str, names: Sequence[tuple[str, str]]) -> str:
     return functools.reduce(lambda said, pair: said.replace(*pair), names, text)
 
 
-async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> Conversation:
+def _check(body: ChatBody) -> None:
     if body.add_generation_prompt and body.continue_final_message:
         raise BadRequest(
             "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
@@ -93,6 +93,10 @@ async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> 
     token_ids.check(body)
     if not body.messages and body.input_ids is None:
         raise BadRequest("messages: at least one is needed", param="messages")
+
+
+async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> Conversation:
+    _check(body)
     body = renewed(body)
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     sampling = openai_params(body, limit, info.generation_config)

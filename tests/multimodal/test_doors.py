@@ -193,6 +193,17 @@ def test_a_jpeg_in_base64_is_no_path_at_any_door(sees: Path) -> None:
     asyncio.run(run())
 
 
+def test_the_code_of_a_fetch_that_failed_says_what_was_asked_for(sees: Path) -> None:
+    async def run() -> None:
+        async with door(sees, enable_mm_urls=True) as http:
+            for kind in ("image", "video"):
+                part = {"type": f"{kind}_url", f"{kind}_url": {"url": "http://user@8.8.8.8/a"}}
+                found = await http.post("/v1/chat/completions", json={"messages": user(part), **SHORT})
+                assert (found.status_code, found.json()["error"]["code"]) == (400, f"bad_{kind}")
+
+    asyncio.run(run())
+
+
 def test_a_tool_may_answer_with_a_picture(sees: Path) -> None:
     """Also where the template knows no tools, and their results are spelled."""
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}

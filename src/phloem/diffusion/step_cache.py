@@ -175,7 +175,7 @@ class StepCache:
                 modulated = self._modulated(self.blocks[0], given) if modulated is None else modulated
                 self._by_input(turn, modulated[place])
             else:
-                assert self._begun is not None
+                assert self._begun is not None and turn.before is not None
                 self._by_residual(turn, turn.before - self._begun[place])
 
     def _by_residual(self, turn: _Turn, added: Tensor) -> None:

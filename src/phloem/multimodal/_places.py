@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -19,10 +20,13 @@ NAMES = {"image": "pictures", "video": "videos", "audio": "sounds"}
 
 
 class Made:
-    """What became of one source: a picture, video or sound, or a document's pages. `kind` is never a document's."""
+    """What became of one source: a picture, video or sound, or a document's pages. `kind` is never a document's.
 
-    def __init__(self, kind: str, parts: Sequence[tuple[Picture, bytes]]) -> None:
-        self.kind, self.parts = kind, parts
+    `spread`: a prompt of ids may have all of its placeholders already, as processors of transformers write it.
+    """
+
+    def __init__(self, kind: str, parts: Sequence[tuple[Picture, bytes]], spread: bool = False) -> None:
+        self.kind, self.parts, self.spread = kind, parts, spread
 
     def text(self, processor: Processor) -> str:
         """Of pages: as many pictures one after the other, with what usually stands around each."""
@@ -61,6 +65,7 @@ def with_ids(
     where: str,
 ) -> tuple[list[int], list[Made]]:
     """As `with_places`, of a prompt of token ids."""
+    ids = _folded(ids, [one for one in made if one.spread], processors, encode)
     marks = {kind: one.mark for kind, one in processors.items()}
     tokens = {kind: encode(mark) for kind, mark in marks.items()}
     kinds: list[str] = []
@@ -80,6 +85,28 @@ def with_ids(
     for one, piece in zip(ordered, pieces[1:], strict=True):
         found = found + encode(one.text(processors[one.kind])) + piece
     return found, ordered
+
+
+def _folded(
+    ids: Sequence[int],
+    made: Sequence[Made],
+    processors: Mapping[str, Processor],
+    encode: Callable[[str], list[int]],
+) -> Sequence[int]:
+    """With the mark of each where all of its placeholders are."""
+    if not made or not all(0 <= token <= sys.maxunicode for token in ids):
+        return ids
+    letters, found = "".join(map(chr, ids)), ""  # strings are searched in linear time
+    for one in made:
+        processor = processors[one.kind]
+        runs = iter([run for picture, _ in one.parts for run in picture.runs])
+        (placeholder,) = encode(processor.placeholder)
+        spelled = encode(one.text(processor))
+        whole = "".join(chr(token) * (next(runs) if token == placeholder else 1) for token in spelled)
+        before, met, after = letters.partition(whole)
+        if met:
+            found, letters = found + before + "".join(map(chr, encode(processor.mark))), after
+    return [ord(letter) for letter in found + letters]
 
 
 def _kind_of(mark: str, marks: Mapping[str, str]) -> str:

@@ -23,6 +23,7 @@ from phloem.multimodal import PROCESSORS, Facts, _audio, _pages, _pixels, _video
 from phloem.multimodal._aside import Aside
 from phloem.multimodal._fetch import Rules, as_base64, fetch, is_address
 from phloem.multimodal._places import NAMES, Made, grown, with_ids, with_places
+from phloem.multimodal._processed import Tensors
 from phloem.multimodal._settings import MOST
 from phloem.multimodal._video import Wanted
 
@@ -48,7 +49,7 @@ class Source:
     """A picture, video, document or sound as a client names it.
 
     `where`: the field, for errors; `data`: the file itself, where it is here; `plain`: the text is base64, whatever it
-    looks like.
+    looks like; `read`: processors' tensors that have it, and its number among theirs.
     """
 
     text: str
@@ -57,6 +58,7 @@ class Source:
     plain: bool = False
     kind: str = "image"  # or "video", "audio", "document"
     wanted: Wanted = Wanted()  # of a video
+    read: tuple[Tensors, int] | None = None
 
     @property
     def shown(self) -> str:
@@ -125,10 +127,19 @@ class MediaReader:
 
     async def _read(self, source: Source) -> Made:
         loop = asyncio.get_running_loop()
-        if self.rules.urls and source.data is None and not source.plain and is_address(source.text):
+        if (
+            self.rules.urls
+            and source.data is None
+            and source.read is None
+            and not source.plain
+            and is_address(source.text)
+        ):
             # Apart: slow servers keep nothing waiting that is here.
             pool = self._pool("addresses", DIALLING)
-            data = await loop.run_in_executor(pool, fetch, source.text, source.where, self.rules)
+            try:
+                data = await loop.run_in_executor(pool, fetch, source.text, source.where, self.rules)
+            except BadRequest as error:
+                raise _of_kind(error, source.kind) from None
             source = replace(source, data=data)
         return await loop.run_in_executor(self._pool(source.kind, THREADS[source.kind]), self._one, source)
 
@@ -140,10 +151,11 @@ class MediaReader:
                 return as_base64(source.text, source.where)
             return fetch(source.text, source.where, self.rules)
         except BadRequest as error:
-            error.code = (error.code or "bad_image").replace("image", source.kind)
-            raise
+            raise _of_kind(error, source.kind) from None
 
     def _one(self, source: Source) -> Made:
+        if source.read is not None:
+            return self._again(source, *source.read)
         data = self._data(source)
         about = json.dumps([source.kind, *astuple(source.wanted)]).encode()
         key = hashlib.sha256(about + hashlib.sha256(data).digest()).digest()
@@ -154,8 +166,7 @@ class MediaReader:
         try:
             pictures = self._pictures(source, data)
         except ValueError as error:
-            code = f"bad_{source.kind}"
-            raise BadRequest(f"{source.where}: {error}", param=source.where, code=code) from None
+            raise self._bad(source, error) from None
         made = Made(source.shown, [(self._whole(picture), self._digest(picture)) for picture in pictures])
         with self._lock:
             if key not in self._kept:
@@ -164,6 +175,17 @@ class MediaReader:
             while self._bytes > KEPT_BYTES and len(self._kept) > 1:
                 self._bytes -= _bytes(self._kept.popitem(last=False)[1])
         return made
+
+    def _again(self, source: Source, tensors: Tensors, number: int) -> Made:
+        try:
+            picture = tensors.picture(number, self.processors[source.shown])
+        except ValueError as error:
+            raise self._bad(source, error) from None
+        return Made(source.shown, [(picture, self._digest(picture))], spread=True)
+
+    @staticmethod
+    def _bad(source: Source, error: ValueError) -> BadRequest:
+        return BadRequest(f"{source.where}: {error}", param=source.where, code=f"bad_{source.kind}")
 
     def _pictures(self, source: Source, data: bytes) -> list[Picture]:
         make, where = self.processors[source.shown].make, source.where
@@ -212,6 +234,12 @@ class MediaReader:
     def grown(self, ids: list[int], made: Sequence[Made], where: str) -> tuple[list[int], list[Media]]:
         """The prompt with as many placeholders as its media take, and what the engine is told of them."""
         return grown(ids, made, self.tokens, where)
+
+
+def _of_kind(error: BadRequest, kind: str) -> BadRequest:
+    """Files are fetched alike, whatever they are; the code says what it was to be."""
+    error.code = (error.code or "bad_image").replace("image", kind)
+    return error
 
 
 def _bytes(made: Made) -> int:

@@ -27,8 +27,8 @@ class Sizes:
         self.settings = settings
         vision: dict[str, Any] = facts.config.get("vision_config") or {}
         size = settings.get("size") or {}
-        patch = int(settings.get("patch_size") or vision.get("patch_size", 14))
-        self.block = patch * int(settings.get("merge_size") or vision.get("spatial_merge_size", 2))
+        self.patch = int(settings.get("patch_size") or vision.get("patch_size", 14))
+        self.block = self.patch * int(settings.get("merge_size") or vision.get("spatial_merge_size", 2))
         self.least = int(settings.get("min_pixels") or size.get("shortest_edge") or bounds[0])
         self.most = int(settings.get("max_pixels") or size.get("longest_edge") or bounds[1])
         third = _third(facts)

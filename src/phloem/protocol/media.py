@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from phloem.core.errors import BadRequest
 from phloem.multimodal._places import NAMES
+from phloem.multimodal._processed import FORMAT, Tensors
 from phloem.multimodal._reader import Source
 from phloem.multimodal._video import MOST_FRAMES, Wanted
 
@@ -92,13 +93,24 @@ def with_sound(sources: list[Source], asked: bool | None, more: dict[str, Any] |
 
 
 def several(value: Any, where: str, kind: str = "image") -> list[Source]:
-    """None, one picture, video or sound, or a list of them."""
+    """None, one picture, video or sound, or a list of them; a processor's tensors are as many as they have."""
     if value is None or (isinstance(value, str) and not value):
         return []
-    if isinstance(value, list | tuple):
-        items = cast("list[Any]", list(value))
-        return [source_of(item, f"{where}[{number}]", kind) for number, item in enumerate(items)]
-    return [source_of(value, where, kind)]
+    if not isinstance(value, list | tuple):
+        return _some(value, where, kind)
+    items = cast("list[Any]", list(value))
+    return [one for number, item in enumerate(items) for one in _some(item, f"{where}[{number}]", kind)]
+
+
+def _some(value: Any, where: str, kind: str) -> list[Source]:
+    form: Any = cast("dict[str, Any]", value).get("format") if isinstance(value, dict) else None
+    if form is None or kind != "image":
+        return [source_of(value, where, kind)]
+    if form != FORMAT:
+        message = f"{where}.format {form!r:.100}: only {FORMAT!r} is taken"
+        raise BadRequest(message, param=f"{where}.format", code="not_supported")
+    tensors = Tensors(value, where)
+    return [Source("", where, read=(tensors, number)) for number in range(tensors.count)]
 
 
 def of_prompts(value: Any, where: str, count: int, batch: bool, kind: str = "image") -> list[list[Source]]:

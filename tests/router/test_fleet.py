@@ -375,6 +375,28 @@ async def test_traces_and_counts_are_of_all_workers_whose_answers_are_handed_on(
         assert bad.json()["answers"][urls[1]]["error"]["message"] == "no profile is being made"
 
 
+async def test_new_weights_reach_all_workers_and_who_refuses_them_is_told() -> None:
+    async def takes(request: Request) -> None:
+        await say(request, 200, {"success": True, "message": "v2"})
+
+    async def refuses(request: Request) -> None:
+        await say(request, 400, {"error": {"message": "no such directory"}})
+
+    async with gateway(Worker(answer=takes), Worker(answer=takes)) as gate:
+        urls = [worker.url for worker in gate.workers]
+        told = await gate.http.post("/update_weights_from_disk", json={"model_path": "x"})
+        assert told.status_code == 200 and told.json()["success"] and told.json()["message"] == "v2"
+        assert [worker.seen[-1].json() for worker in gate.workers] == [{"model_path": "x"}] * 2
+        gate.workers[1].answer = refuses
+        bad = await gate.http.post("/release_memory_occupation", json={})
+        assert bad.status_code == 502 and bad.json()["workers"] == dict(zip(urls, (200, 400), strict=True))
+        assert bad.json()["answers"][urls[1]]["error"]["message"] == "no such directory"
+        seen = [len(worker.seen) for worker in gate.workers]
+        own = await gate.http.post("/init_weights_update_group", json={})
+        assert own.status_code == 400 and all(url in own.text for url in urls)
+        assert [len(worker.seen) for worker in gate.workers] == seen
+
+
 @pytest.mark.parametrize("path", ["/v1/set_lora", "/v1/merge_lora_weights", "/v1/unmerge_lora_weights"])
 async def test_what_pictures_wear_is_set_at_all_workers(path: str) -> None:
     async def knows(request: Request) -> None:

@@ -71,7 +71,6 @@ BAD_FIELDS: list[dict[str, Any]] = [
     {"temperature": 1e300},
     {"top_p": 0},
     {"top_p": 2},
-    {"top_k": 0},
     {"top_k": -5},
     {"top_k": 10**30},
     {"min_p": 1.5},

@@ -190,7 +190,6 @@ ASKS: list[tuple[str, dict[str, Any]]] = [
         "watermark": {"key": 1},
     }.items()],
     *[(path, {name: value}) for path in ("/v1/chat/completions", "/v1/completions") for name, value in {
-        "return_token_ids": True,
         "return_spec_tokens_details": True,
         "return_routed_experts": True,
         "watermark": {"enabled": True},

@@ -205,6 +205,8 @@ class OpenAIBody(RequestFields, kw_only=True):
     return_cached_tokens_details: bool | None = None
     sampling_seed: Seed | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    prompt_logprobs: Int32 | None = None
     return_spec_tokens_details: bool | None = None
 
     ignored: ClassVar[dict[str, str]] = {

@@ -84,6 +84,5 @@ CHAT_LATER: dict[str, Later] = {
 }
 OPENAI_LATER: dict[str, Later] = {
     **LATER,
-    "return_token_ids": Later("token_ids", (False,)),
     "return_spec_tokens_details": Later("speculation", (False,)),
 }

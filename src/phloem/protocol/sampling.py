@@ -51,6 +51,8 @@ def openai_params(body: OpenAIBody, max_tokens: int | None, defaults: dict[str, 
     for name in RECOMMENDED:
         if values[name] is None:
             values[name] = (defaults or {}).get(name)
+    if values["top_k"] == 0:
+        values["top_k"] = -1  # vLLM's other way to say off, which its clients send by default
     if body.seed is None:
         values["sampling_seed"] = body.sampling_seed
     values["processors"] = named(body.custom_logit_processor, all_doubles(body.custom_params))

@@ -47,6 +47,7 @@ ADDED = "worker {} added"
 # What is every server's business: it is sent to all of them.
 EVERYWHERE = (
     "/flush_cache",
+    "/reset_prefix_cache",
     "/abort_request",
     "/pause_generation",
     "/continue_generation",
@@ -59,6 +60,23 @@ EVERYWHERE_SECONDS = 120.0
 _RECORD = "/{}_expert_distribution_record"
 TOLD = ("/start_profile", "/stop_profile", *(_RECORD.format(verb) for verb in ("start", "stop", "dump")))
 TOLD_SECONDS = 330.0  # a server has 300 to write a trace
+# New weights and memory given back: every server must have them, or the next request is answered by others.
+WEIGHTS = (
+    "/update_weights_from_disk",
+    "/update_weights_from_tensor",
+    "/update_weights_from_distributed",
+    "/destroy_weights_update_group",
+    "/begin_weight_update",
+    "/end_weight_update",
+    "/abort_weight_update",
+    "/post_process_weights",
+    "/load_lora_adapter_from_tensors",
+    "/release_memory_occupation",
+    "/resume_memory_occupation",
+)
+WEIGHTS_SECONDS = 900.0
+# These cannot be one call: a group counts a server's ranks from its own offset, and handles belong to one device.
+EACH_ITS_OWN = ("/init_weights_update_group", "/update_weights_from_ipc")
 
 
 class AddWorker(msgspec.Struct):
@@ -122,6 +140,8 @@ class Router:
             **{("POST", path): self._everywhere for path in EVERYWHERE_V1},
             ("GET", "/flush_cache"): self._everywhere,
             **{(method, path): self._told_everywhere for path in TOLD for method in ("GET", "POST")},
+            **{("POST", path): self._weights_everywhere for path in WEIGHTS},
+            **{("POST", path): self._each_its_own for path in EACH_ITS_OWN},
         }
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -325,6 +345,16 @@ class Router:
         """With what each of them answered."""
         status, answer, told = await self._at_all(scope, body, TOLD_SECONDS)
         return status, {**answer, "answers": told}
+
+    async def _weights_everywhere(self, scope: Scope, body: bytes) -> tuple[int, Any]:
+        """With what each of them answered, and `message` as one server has it."""
+        status, answer, told = await self._at_all(scope, body, WEIGHTS_SECONDS)
+        said = {str(one["message"]): None for one in told.values() if isinstance(one, dict) and one.get("message")}
+        return status, {**answer, "message": "; ".join(said), "answers": told}
+
+    async def _each_its_own(self, scope: Scope, body: bytes) -> tuple[int, Any]:
+        workers = ", ".join(worker.url for worker in self.fleet.workers.values())
+        raise BadRequest(f"{scope['path']} differs from server to server: send it to each itself ({workers})")
 
     async def _at_all(self, scope: Scope, body: bytes, limit: float) -> tuple[int, dict[str, Any], dict[str, Any]]:
         """Status and answer, and the body of each worker's."""

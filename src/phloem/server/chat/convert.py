@@ -16,6 +16,7 @@ from phloem.protocol.media import MEDIA, seen, with_sound
 from phloem.protocol.rooms import place
 from phloem.protocol.sampling import namespace, openai_params
 from phloem.protocol.structured import FIELDS, answer_shape
+from phloem.server import token_ids
 from phloem.server.chat import toolplan
 from phloem.server.chat.body import ChatBody, Message
 from phloem.server.chat.functions import renewed, renewed_messages
@@ -89,6 +90,7 @@ async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> 
         )
     if (body.top_logprobs or 0) > 0 and not body.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+    token_ids.check(body)
     if not body.messages and body.input_ids is None:
         raise BadRequest("messages: at least one is needed", param="messages")
     body = renewed(body)
@@ -122,8 +124,9 @@ async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> 
         ids=body.input_ids,
         id=body.rid or new_id(),
         add_special_tokens=False,  # the template writes them
-        return_logprob=bool(body.logprobs),
-        top_logprobs=body.top_logprobs or 0,
+        return_logprob=bool(body.logprobs) or body.prompt_logprobs is not None,
+        logprob_start=-1 if body.prompt_logprobs is None else 0,
+        top_logprobs=max(body.top_logprobs or 0, body.prompt_logprobs or 0),
         priority=body.priority or 0,
         namespace=namespace(body.cache_salt, body.extra_key),
         reasons=(reasoning is not None or bool(body.require_reasoning)) and not tools.at_once,

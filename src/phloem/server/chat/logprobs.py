@@ -30,13 +30,14 @@ class ChatLogprobs(Answer, kw_only=True):
     refusal: None = None
 
 
-def chat_logprobs(output: Continuation, begin: int, end: int, tokenizer: Tokenizer | None) -> ChatLogprobs:
-    """For output tokens `begin` to `end`."""
+def chat_logprobs(output: Continuation, begin: int, most: int, tokenizer: Tokenizer | None) -> ChatLogprobs:
+    """For output tokens from `begin` on; `most`: so many of the likeliest. Without a tokenizer: `token_id:N`."""
+    end = len(output.ids)
     content: list[TokenLogprob] = []
     known = output.logprobs
     for at in range(begin, min(end, len(known.values))):
         top: list[TopLogprob] = []
-        for value, token in known.top[at] if at < len(known.top) else []:
+        for value, token in known.top[at][:most] if at < len(known.top) else []:
             text, raw = text_and_bytes(tokenizer, token)
             top.append(TopLogprob(token=text, logprob=value, bytes=raw))
         text, raw = text_and_bytes(tokenizer, output.ids[at])

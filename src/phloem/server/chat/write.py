@@ -13,6 +13,7 @@ from phloem.protocol.answers import Answer, Extensions, Usage
 from phloem.server.chat.functions import is_old
 from phloem.server.chat.logprobs import ChatLogprobs, chat_logprobs
 from phloem.server.chunks import stream_chunks
+from phloem.server.token_ids import PromptLogprobs, ids_of, names, prompt_ids_of, prompt_logprobs_of
 from phloem.server.usage import extensions_of, is_cut, last_hidden, matched_stop, usage_of
 from phloem.text.answer import PlainAnswer, Reasoning
 from phloem.text.tools._base import CallStart, Text
@@ -40,6 +41,7 @@ class ChatChoice(Answer, kw_only=True):
     finish_reason: str | None
     matched_stop: int | str | None
     hidden_states: list[float] | UnsetType = UNSET  # of the last output token
+    token_ids: list[int] | UnsetType = UNSET  # where the request has `return_token_ids`
 
 
 class ChatCompletion(Answer, kw_only=True):
@@ -50,6 +52,8 @@ class ChatCompletion(Answer, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     sglext: Extensions | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class ChatDelta(Answer, kw_only=True):
@@ -67,6 +71,7 @@ class ChatChunkChoice(Answer, kw_only=True):
     finish_reason: str | None = None
     matched_stop: int | str | UnsetType | None = UNSET
     hidden_states: list[float] | UnsetType = UNSET  # with the finish reason
+    token_ids: list[int] | UnsetType = UNSET  # those that this chunk brings, also such as show no text yet
 
 
 class ChatChunk(Answer, kw_only=True):
@@ -77,6 +82,7 @@ class ChatChunk(Answer, kw_only=True):
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     sglext: Extensions | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET  # with the first chunk of a choice
 
 
 @dataclass(slots=True)
@@ -145,6 +151,7 @@ class ChatWriter:
                     finish_reason=self._reason(bool(told.calls), reason),
                     matched_stop=matched_stop(output.finish),
                     hidden_states=last_hidden(output),
+                    token_ids=ids_of(self.body, output),
                 )
             )
         return ChatCompletion(
@@ -154,6 +161,8 @@ class ChatWriter:
             choices=choices,
             usage=usage_of(outputs),
             sglext=extensions_of(self.body, outputs),
+            prompt_token_ids=prompt_ids_of(self.body, outputs[0]),
+            prompt_logprobs=prompt_logprobs_of(self.body, outputs[0], self.tokenizer),
         )
 
     def events(self, call: Call) -> AsyncGenerator[bytes, None]:
@@ -161,16 +170,22 @@ class ChatWriter:
         called: set[int] = set()
 
         def chunks(output: Continuation) -> list[ChatChunk]:
-            return [self._chunk([choice]) for choice in self._choices(output, began, called)]
+            first = output.choice not in began
+            made = [self._chunk([choice]) for choice in self._choices(output, began, called)]
+            if first:
+                made[0].prompt_token_ids = prompt_ids_of(self.body, output)
+            return made
 
         def plain(output: Continuation, text: str) -> ChatChunk:
             return self._chunk([ChatChunkChoice(index=output.choice, delta=ChatDelta(content=text))])
 
-        simple = all(isinstance(parser, PlainAnswer) for parser in self.parsers) and not self.body.logprobs
+        simple = all(isinstance(parser, PlainAnswer) for parser in self.parsers)
+        simple = simple and not (self.body.logprobs or self.body.return_token_ids)
         return stream_chunks(self.body, call, chunks, lambda: self._chunk([]), plain if simple else None)
 
     def _choices(self, output: Continuation, began: set[int], called: set[int]) -> list[ChatChunkChoice]:
         index, out = output.choice, list[ChatChunkChoice]()
+        ids = ids_of(self.body, output, output.new_from)
         if index not in began:
             began.add(index)
             out.append(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
@@ -187,8 +202,8 @@ class ChatWriter:
                 delta.tool_calls = told.calls
         if told.content or (logprobs is not None and logprobs.content):
             delta.content = told.content
-        if told.content or told.reasoning or told.calls or (logprobs and logprobs.content):
-            out.append(ChatChunkChoice(index=index, delta=delta, logprobs=logprobs))
+        if told.content or told.reasoning or told.calls or (logprobs and logprobs.content) or ids:
+            out.append(ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, token_ids=ids))
         if output.finish is not None:
             reason = output.finish.type
             out.append(
@@ -208,9 +223,9 @@ class ChatWriter:
         return "function_call" if self._old else "tool_calls"
 
     def _logprobs(self, output: Continuation, begin: int) -> ChatLogprobs | None:
-        if not output.item.return_logprob:
+        if not self.body.logprobs:
             return None
-        return chat_logprobs(output, begin, len(output.ids), self.tokenizer)
+        return chat_logprobs(output, begin, self.body.top_logprobs or 0, names(self.body, self.tokenizer))
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         return ChatChunk(id=self.id, created=self.created, model=self.model, choices=choices)

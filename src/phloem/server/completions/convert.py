@@ -10,6 +10,7 @@ from phloem.protocol.fields import dp_rank
 from phloem.protocol.generate.convert import split_ids
 from phloem.protocol.rooms import place
 from phloem.protocol.sampling import namespace, openai_params
+from phloem.server import token_ids
 from phloem.text import infill
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def to_request(body: CompletionBody, tokenizer: Tokenizer | None) -> GenerateReq
         if body.echo:
             raise BadRequest("echo and suffix exclude each other", param="suffix")
         prompts = [infill.prompt(tokenizer, prompt, body.suffix) for prompt in prompts]
-    wants = body.logprobs is not None
+    token_ids.check(body)
+    wants, of_prompt = body.logprobs is not None, body.prompt_logprobs is not None
     echo = bool(body.echo)
     params = openai_params(body, DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens)
     params.n = max(shown, body.best_of or 0)
@@ -39,9 +41,9 @@ def to_request(body: CompletionBody, tokenizer: Tokenizer | None) -> GenerateReq
             text=prompt if isinstance(prompt, str) else None,
             ids=prompt if isinstance(prompt, list) else None,
             id=rid if len(prompts) == 1 else f"{rid}-{at}",
-            return_logprob=wants or params.n > shown,  # the best ones are told by their logprobs
-            logprob_start=0 if wants and echo else -1,
-            top_logprobs=body.logprobs or 0,
+            return_logprob=wants or of_prompt or params.n > shown,  # the best ones are told by their logprobs
+            logprob_start=0 if of_prompt or (wants and echo) else -1,
+            top_logprobs=max(body.logprobs or 0, body.prompt_logprobs or 0),
             priority=body.priority or 0,
             namespace=namespace(body.cache_salt, body.extra_key),
             return_hidden=bool(body.return_hidden_states),

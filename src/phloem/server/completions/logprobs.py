@@ -54,9 +54,13 @@ class TextOffsets:
 
 
 def completion_logprobs(
-    output: Continuation, begin: int, end: int, echo: bool, offsets: TextOffsets, tokenizer: Tokenizer | None
+    output: Continuation, begin: int, top: int, echo: bool, offsets: TextOffsets, tokenizer: Tokenizer | None
 ) -> CompletionLogprobs:
-    """For output tokens `begin` to `end`, behind those of the whole prompt with `echo`."""
+    """For output tokens from `begin` on, behind those of the whole prompt with `echo`; `top`: so many of the likeliest.
+
+    Without a tokenizer tokens are `token_id:N`.
+    """
+    end = len(output.ids)
     ids, values = output.ids[begin:end], list[float | None](output.logprobs.values[begin:end])
     tops: list[list[tuple[float, int]] | None] = [*output.logprobs.top[begin:end]]
     places = offsets.of_output(ids)
@@ -69,8 +73,10 @@ def completion_logprobs(
         tops = [None] * blanks + (known.top or [None] * len(known.values)) + tops
     tokens = [text_and_bytes(tokenizer, token)[0] for token in ids]
     named: list[dict[str, float] | None] | None = None
-    if output.item.top_logprobs:
-        named = [None if row is None else _best_by_text(row, tokenizer) for row in tops]
+    if top:
+        named = [None if row is None else _best_by_text(row[:top], tokenizer) for row in tops]
+    elif tokenizer is None:  # clients of vLLM, which tells the token itself where no others are asked for
+        named = [None if value is None else {token: value} for token, value in zip(tokens, values, strict=True)]
     return CompletionLogprobs(tokens=tokens, token_logprobs=values, top_logprobs=named, text_offset=places)
 
 

@@ -12,6 +12,7 @@ from phloem.protocol.answers import Answer, Extensions, Usage
 from phloem.server.chunks import stream_chunks
 from phloem.server.completions.convert import shown_of
 from phloem.server.completions.logprobs import CompletionLogprobs, TextOffsets, completion_logprobs
+from phloem.server.token_ids import PromptLogprobs, ids_of, names, prompt_ids_of, prompt_logprobs_of
 from phloem.server.usage import extensions_of, last_hidden, matched_stop, usage_of
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ class CompletionChoice(Answer, kw_only=True):
     finish_reason: str | None
     matched_stop: int | str | UnsetType | None = UNSET
     hidden_states: list[float] | UnsetType = UNSET  # of the last output token
+    token_ids: list[int] | UnsetType = UNSET  # where the request has `return_token_ids`; of a chunk: its own
+    prompt_token_ids: list[int] | UnsetType = UNSET  # of a stream: with the first chunk
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(Answer, kw_only=True):
@@ -66,6 +70,9 @@ class CompletionWriter:
                     finish_reason=output.finish.type if output.finish is not None else None,
                     matched_stop=matched_stop(output.finish),
                     hidden_states=last_hidden(output),
+                    token_ids=ids_of(self.body, output),
+                    prompt_token_ids=prompt_ids_of(self.body, output),
+                    prompt_logprobs=prompt_logprobs_of(self.body, output, self.tokenizer),
                 )
             )
         answer = self._chunk(choices)
@@ -85,7 +92,7 @@ class CompletionWriter:
             choice = CompletionChoice(index=numbers[output.id], text=text, logprobs=None, finish_reason=None)
             return self._chunk([choice])
 
-        simple = plain if self.body.logprobs is None else None
+        simple = plain if self.body.logprobs is None and not self.body.return_token_ids else None
         return stream_chunks(self.body, call, chunks, lambda: self._chunk([]), simple)
 
     def _choice(self, output: Continuation, index: int, offsets: dict[str, TextOffsets]) -> CompletionChoice | None:
@@ -95,9 +102,12 @@ class CompletionWriter:
             offsets[output.id] = self._offsets(output, prompt)
         text = prompt + output.delta
         logprobs = self._logprobs(output, output.new_from, first, offsets[output.id])
-        if not text and output.finish is None and (logprobs is None or not logprobs.tokens):
+        ids = ids_of(self.body, output, output.new_from)
+        if not text and output.finish is None and (logprobs is None or not logprobs.tokens) and not ids:
             return None
-        choice = CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=None)
+        choice = CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=None, token_ids=ids)
+        if first:
+            choice.prompt_token_ids = prompt_ids_of(self.body, output)
         if output.finish is not None:
             choice.finish_reason = output.finish.type
             choice.matched_stop = matched_stop(output.finish)
@@ -120,7 +130,7 @@ class CompletionWriter:
         if self.body.logprobs is None:
             return None
         echo = first and bool(self.body.echo)
-        return completion_logprobs(output, begin, len(output.ids), echo, offsets, self.tokenizer)
+        return completion_logprobs(output, begin, self.body.logprobs, echo, offsets, names(self.body, self.tokenizer))
 
     def _chunk(self, choices: list[CompletionChoice]) -> Completion:
         return Completion(id=self.id, created=self.created, model=self.model, choices=choices)

@@ -231,7 +231,8 @@ class ResponseWriter:
         """The logprobs of the tokens that brought this text. Those of reasoning and calls are left out."""
         if not output.item.return_logprob or change.what != "more" or change.block.kind != "text":
             return []
-        found: list[Any] = msgspec.to_builtins(chat_logprobs(output, begin_at, len(output.ids), self.tokenizer).content)
+        said = chat_logprobs(output, begin_at, output.item.top_logprobs, self.tokenizer)
+        found: list[Any] = msgspec.to_builtins(said.content)
         for entry in found:
             for token in (entry, *entry["top_logprobs"]):
                 token["bytes"] = token["bytes"] or []

@@ -99,8 +99,12 @@ def _answer(reply: ControlReply, done: str) -> Response:
 @router.post(
     "/flush_cache", **describe(body=FlushBody, answer=ControlAnswer, body_required=False, errors=(400, *NEEDS_ENGINE))
 )
+@router.post("/reset_prefix_cache", **describe(answer=ControlAnswer, errors=(400, *NEEDS_ENGINE)))
 async def flush_cache(request: Request, timeout: Timeout = 0.0) -> Response:
-    """Forget every cached prefix. Refused while requests run, unless they end within `timeout` seconds."""
+    """Forget every cached prefix (`/reset_prefix_cache` is vLLM's name for it).
+
+    Refused while requests run, unless they end within `timeout` seconds.
+    """
     door = door_of(request)
     body = await door.read(request, _flush, empty=b"{}")
     timeout = timeout or body.timeout_s or 0.0

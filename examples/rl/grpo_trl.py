@@ -1,0 +1,136 @@
+"""GRPO by TRL's own trainer: its `rollout_func` plays two turns with a tool on a running server.
+
+    phloem serve MODEL --dtype float32 --enable-deterministic-inference
+    python examples/rl/grpo_trl.py --url http://127.0.0.1:30000 --model MODEL --steps 30
+
+Needs `trl` (1.16) and `datasets`. MODEL is a folder with a chat template. In its first turn the model may ask for a
+secret word, by a question mark; the tool then answers with the word. In its second turn it is to say the word. A program
+gives half of the reward for asking and half for saying it. What the tool says is masked out of the loss (`env_mask`).
+
+Ids go in and out: the second turn goes on from the very ids of the first, which the server has in its cache. Weights are
+pushed when the trainer has made a step, as in `grpo.py`, with the step as their version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from datasets import Dataset
+from grpo import push
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import GRPOConfig, GRPOTrainer
+
+TOKENS = 12  # of a turn
+WORDS = ("river", "copper", "lantern", "orchard")
+TASK = "A tool knows a secret word. Ask it a question, and then tell me the word."
+
+
+@dataclass
+class Rollouts:
+    """TRL's `rollout_func`: gives the ids of two turns each, and what a reward function is to know of them."""
+
+    http: httpx.Client
+    tokenizer: PreTrainedTokenizerBase
+    pushed: int = -1  # step whose weights the server has
+    versions: list[str] = field(default_factory=list)  # that made the answers, call by call
+    cached: float = 0.0  # share of the second turns' prompts that was in the server's cache, last call
+
+    def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
+        step = trainer.state.global_step
+        if step != self.pushed:
+            push(self.http, trainer.accelerator.unwrap_model(trainer.model), f"step-{step}")
+            self.pushed = step
+        started = [self._ids(prompt) for prompt in prompts]
+        first = self._generate(started, seed=2 * step)
+        heard, asked = [], []
+        for at, turn in enumerate(first):
+            asks = "?" in self.tokenizer.decode(turn["output_ids"])
+            word = WORDS[len(self._text(prompts[at])) % len(WORDS)]
+            told = f" Tool: the word is {word}. Answer:" if asks else " Tool: nobody asked. Answer:"
+            heard.append(self.tokenizer.encode(told, add_special_tokens=False))
+            asked.append(asks)
+        longer = [start + one["output_ids"] + tool for start, one, tool in zip(started, first, heard, strict=True)]
+        second = self._generate(longer, seed=2 * step + 1)
+        self.versions.append(second[0]["meta_info"]["weight_version"])
+        read = [one["meta_info"] for one in second]
+        self.cached = sum(one["cached_tokens"] for one in read) / sum(one["prompt_tokens"] for one in read)
+        turns = list(zip(first, heard, second, strict=True))
+        return {
+            "prompt_ids": started,
+            "completion_ids": [one["output_ids"] + tool + two["output_ids"] for one, tool, two in turns],
+            "logprobs": [_logprobs(one) + [0.0] * len(tool) + _logprobs(two) for one, tool, two in turns],
+            "env_mask": [[1] * len(one["output_ids"]) + [0] * len(tool) + [1] * len(two["output_ids"]) for one, tool, two in turns],
+            "asked": asked,
+            "answered": [self.tokenizer.decode(two["output_ids"]) for _, _, two in turns],
+        }  # fmt: skip
+
+    def _text(self, prompt: Any) -> str:
+        return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+    def _ids(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _generate(self, prompts: list[list[int]], seed: int) -> list[dict[str, Any]]:
+        usual = {"temperature": 1.0, "max_new_tokens": TOKENS, "ignore_eos": True}
+        params = [usual | {"sampling_seed": seed * len(prompts) + at} for at in range(len(prompts))]
+        body = {"input_ids": prompts, "sampling_params": params, "return_logprob": True}
+        answer = self.http.post("/generate", json=body)
+        answer.raise_for_status()
+        return answer.json()
+
+
+def _logprobs(turn: dict[str, Any]) -> list[float]:
+    return [value for value, *_ in turn["meta_info"]["output_token_logprobs"]]
+
+
+def reward(prompts: list[Any], asked: list[bool], answered: list[str], **_: Any) -> list[float]:
+    """Half for a question, half for any of the secret words, which the model knows from the tool alone."""
+    said = [any(word in text for word in WORDS) for text in answered]
+    return [0.5 * ask + 0.5 * (ask and say) for ask, say in zip(asked, said, strict=True)]
+
+
+def train(url: str, path: str, steps: int, group: int = 8, rate: float = 2e-5) -> list[dict[str, float]]:
+    """Train the checkpoint at `path`, which the server at `url` serves. Gives TRL's log of each step."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.chat_template:
+        rows: list[Any] = [[{"role": "user", "content": TASK + "!" * at}] for at in range(len(WORDS))]
+    else:
+        rows = [TASK + "!" * at for at in range(len(WORDS))]
+    with tempfile.TemporaryDirectory() as folder, httpx.Client(base_url=url, timeout=600) as http:
+        config = GRPOConfig(
+            output_dir=folder, use_cpu=True, bf16=False, max_steps=steps, learning_rate=rate, num_generations=group,
+            per_device_train_batch_size=2 * group, max_completion_length=4 * TOKENS, temperature=1.0, beta=0.0,
+            lr_scheduler_type="constant", logging_steps=1, save_strategy="no", gradient_checkpointing=False, report_to=[], disable_tqdm=True,
+            model_init_kwargs={"dtype": "float32"},
+        )  # fmt: skip
+        rollouts = Rollouts(http, tokenizer)
+        trainer = GRPOTrainer(
+            path, reward, config, train_dataset=Dataset.from_dict({"prompt": rows}), processing_class=tokenizer,
+            rollout_func=rollouts,
+        )  # fmt: skip
+        trainer.train()
+        found = [one for one in trainer.state.log_history if "reward" in one]
+        for one, version in zip(found, rollouts.versions, strict=True):
+            one["version"] = float(version.removeprefix("step-"))
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="http://127.0.0.1:30000")
+    parser.add_argument("--model", required=True, help="the folder that the server serves")
+    parser.add_argument("--steps", type=int, default=30)
+    options = parser.parse_args()
+    for number, step in enumerate(train(options.url, options.model, options.steps)):
+        print(f"step {number}: reward {step['reward']:.3f}, weights step-{step['version']:.0f}")
+
+
+if __name__ == "__main__":
+    main()

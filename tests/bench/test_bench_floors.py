@@ -74,6 +74,7 @@ def test_shares_of_a_tiny_model(tiny: Path, capsys: pytest.CaptureFixture[str]) 
     assert "GB/s over" in text and "decode:" in text and "of the limit" in text
     assert 0 < record["decode_share"] < 1 and 0 < record["prefill_share"] < 1
     assert record["step_bytes"] > record["weight_bytes"] > 0 and record["model"] == tiny.name
+    assert record["cpu_level"] == native.runtime().library.levels()[-1]
     assert run(tiny, "--prefill", "0") == 0
     assert "prefill:" not in capsys.readouterr().out
 

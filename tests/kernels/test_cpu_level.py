@@ -11,6 +11,7 @@ from phloem.core.config import Config, cpu_level
 from phloem.core.errors import ConfigError
 from phloem.kernels import native
 from phloem.platforms import cpu
+from phloem.utils import machine
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +59,28 @@ def test_a_level_that_the_processor_lacks_is_refused(levels: tuple[str, ...]) ->
         pytest.skip("this processor runs every level")
     with pytest.raises(ConfigError, match=f"this processor runs portable.*, not {missing}"):
         native.use_level(missing)
+
+
+def test_a_level_that_no_library_can_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str | None) -> tuple[str, ...]:
+        raise native.Unavailable("no compiler was found")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "use_level", missing)
+        assert cpu.level("auto") == []
+        with pytest.raises(ConfigError, match="cpu_level 'avx2' cannot be used: no compiler was found"):
+            cpu.level("avx2")
+
+
+def test_a_forced_level_takes_the_type_that_its_processors_take(
+    levels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    assert cpu.Platform(1).dtype("bfloat16")[0] == torch.bfloat16
+    cpu.level("portable")
+    dtype, why = cpu.Platform(1).dtype("bfloat16")
+    assert dtype == torch.float32
+    assert "portable" in why
 
 
 def test_the_option_is_checked_like_every_other() -> None:

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 
 from phloem.bench._report import context, write_line
-from phloem.core.config import CpuLevel, cpu_level, opt
-from phloem.core.errors import PhloemError
+from phloem.core.config import CpuLevel, opt
+from phloem.core.errors import BadRequest, PhloemError
 from phloem.kernels import native
 from phloem.kernels.ops import AttentionCall, Draw, Ops, PagedBatch, Rotation
 from phloem.kernels.reference_experts import route
+from phloem.platforms import cpu
 from phloem.utils import memory
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Options:
     cpu_level: CpuLevel = opt("auto", "Instruction set (default: PHLOEM_CPU_LEVEL, else the best).")
     turns: int = opt(7, "Alternating turns per kernel.")
     only: str | None = opt(None, "Only kernels whose name contains this.")
+    weights: str = opt("Q4_1", "GGUF type of the weights of a layer's projections.")
     hidden: int = opt(576, "Features of the model's hidden state.")
     heads: int = opt(9, "Query heads.")
     kv_heads: int = opt(3, "KV heads.")
@@ -113,12 +115,15 @@ def main(argv: list[str]) -> int:
     import tyro
 
     options = tyro.cli(Options, args=argv, prog="phloem bench kernels", description=__doc__)
-    asked, _ = cpu_level(options.cpu_level)
+    if options.weights not in _Blocks.FACTORS:
+        raise BadRequest(f"weights: {options.weights!r} is not one of {', '.join(_Blocks.FACTORS)}", param="weights")
     try:
-        native.use_level(None if asked == "auto" else asked)
+        level = cpu.level(options.cpu_level)
         ops = native.table(options.threads)
     except native.Unavailable as error:
         raise PhloemError(f"nothing to measure: {error}") from error
+    for decision in level:
+        print(f"{decision.name} {decision.value}: {decision.reason}")
     limits = Limits()
     about = {**context(), "level": native.runtime().library.level(), "threads": native.runtime().library.threads()}
     records = measure_limits(limits, options.turns)
@@ -209,18 +214,23 @@ def cases(ops: Ops, o: Options) -> list[Case]:
 
 
 class _Blocks:
-    """A GGUF tensor of random blocks: float16 scales around 0.01, then random quants."""
+    """A GGUF tensor of random blocks, whose float16 factors are 0.01."""
 
-    LAYOUTS = {"Q4_0": (1, 16), "Q4_1": (2, 16), "Q8_0": (1, 32)}  # float16 numbers and bytes of 32 weights
+    # Bytes and weights of a block, and where its factors lie.
+    FACTORS = {
+        "Q4_0": (18, 32, (0,)), "Q4_1": (20, 32, (0, 2)), "Q5_0": (22, 32, (0,)), "Q5_1": (24, 32, (0, 2)),
+        "Q8_0": (34, 32, (0,)), "IQ4_NL": (18, 32, (0,)), "Q2_K": (84, 256, (80, 82)), "Q3_K": (110, 256, (108,)),
+        "Q4_K": (144, 256, (0, 2)), "Q5_K": (176, 256, (0, 2)), "Q6_K": (210, 256, (208,)),
+    }  # fmt: skip
 
     def __init__(self, kind: str, out_features: int, in_features: int) -> None:
         self.name, self.kind = f"random {kind}", kind
         self.shape: tuple[int, ...] = (out_features, in_features)
-        scales, quants = self.LAYOUTS[kind]
-        draw = np.random.default_rng(0)
-        blocks = np.zeros((out_features, in_features // 32, 2 * scales + quants), np.uint8)
-        blocks[..., : 2 * scales] = np.full(scales, 0.01, np.float16).view(np.uint8)
-        blocks[..., 2 * scales :] = draw.integers(0, 256, (*blocks.shape[:2], quants), np.uint8)
+        size, weights, factors = self.FACTORS[kind]
+        count = -(-in_features // weights)
+        blocks = np.random.default_rng(0).integers(0, 256, (out_features, count, size), np.uint8)
+        for place in factors:
+            blocks[..., place : place + 2] = np.full(1, 0.01, np.float16).view(np.uint8)
         self._raw = blocks.reshape(out_features, -1)
 
     def raw(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -247,12 +257,12 @@ class _Dense:
 
 
 def _linear(ops: Ops, o: Options) -> list[Case]:
-    """The layers of a model, fused as the models fuse them, in the types that the default model has."""
+    """The layers of a model, fused as the models fuse them, in the types that the default model has unless asked."""
     heads = (o.heads + 2 * o.kv_heads) * o.head_size
     layers = {
-        "qkv": (heads, o.hidden, "Q4_1"),
-        "gate_up": (2 * o.intermediate, o.hidden, "Q4_1"),
-        "down": (o.hidden, o.intermediate, "Q4_1"),
+        "qkv": (heads, o.hidden, o.weights),
+        "gate_up": (2 * o.intermediate, o.hidden, o.weights),
+        "down": (o.hidden, o.intermediate, o.weights),
         "head": (o.vocab, o.hidden, "Q8_0"),
         "gate_up, dense": (2 * o.intermediate, o.hidden, "dense"),
     }

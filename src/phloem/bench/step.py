@@ -91,6 +91,7 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
         record: dict[str, Any] = {"batch": options.batch, "context": options.context, "steps": options.steps}
         record["quantization"] = config.model.quantization
         record |= {key: built.info[key] for key in ("device", "dtype", "kv_cache_dtype")}
+        record["cpu_level"] = next((d.value for d in built.decisions if d.name == "cpu_level"), None)
         if not isinstance(built.runner, ModelRunner):
             raise BadRequest("steps are measured of models that generate")
         decode = DecodeSteps(built.runner, options)

@@ -104,6 +104,9 @@ class Platform:
         if checkpoint == "float32":
             return torch.float32, "the checkpoint's own type"
         fast = machine.cpu_flags() & {"avx512_bf16", "amx_bf16"}
+        forced = _forced_level()
+        if fast and forced not in (None, "avx512", "amx"):
+            return torch.float32, f"as on processors whose best level is {forced}, which has no bfloat16 arithmetic"
         if fast:
             return torch.bfloat16, f"this processor computes in it ({', '.join(sorted(fast))})"
         return torch.float32, "this processor has no bfloat16 arithmetic"
@@ -113,7 +116,7 @@ def level(requested: CpuLevel) -> list[Decision]:
     """The instruction set of the native kernels, as asked, else the best; nothing where there are no such kernels.
 
     Raises:
-        ConfigError: where this processor cannot run what is asked for.
+        ConfigError: where this processor cannot run what is asked for, or there are no kernels to run it.
     """
     asked, why = cpu_level(requested)
     native = _native_module()
@@ -121,12 +124,24 @@ def level(requested: CpuLevel) -> list[Decision]:
         return []
     try:
         levels = native.use_level(None if asked == "auto" else asked)
-    except native.Unavailable:
-        return []
+    except native.Unavailable as error:
+        if asked == "auto":
+            return []
+        raise ConfigError(f"cpu_level {asked!r} cannot be used: {error}", param="cpu_level") from error
     if asked == "auto":
         return [Decision("cpu_level", levels[-1], "the best that this processor runs")]
     others = [name for name in levels if name != asked]
     return [Decision("cpu_level", asked, f"{why}; this processor also runs {', '.join(others) or 'no other'}")]
+
+
+def _forced_level() -> str | None:
+    native = _native_module()
+    if native is None:
+        return None
+    try:
+        return native.runtime().forced
+    except native.Unavailable:
+        return None
 
 
 def _native_module() -> ModuleType | None:

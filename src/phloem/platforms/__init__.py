@@ -5,7 +5,7 @@ Each module has `is_available() -> (bool, reason)` and a class `Platform(threads
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
@@ -35,7 +35,7 @@ class Platform(Protocol):
     default_chunk: int  # tokens of one step
     default_mixed_chunk: int  # prompt tokens of a step that also decodes
     worthwhile_chunk: int  # prompt tokens from which on more make a step no more efficient
-    facts: StepFacts
+    facts: ClassVar[StepFacts]
 
     @property
     def quantised_kv_dtype(self) -> torch.dtype | None:

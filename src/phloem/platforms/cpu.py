@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -43,7 +43,7 @@ class Platform:
     compiled = None
     # An eager step takes 1 or 2 ms longer than a replay, recording takes 35: a bucket that a batch passes through as it
     # empties is not worth it. In idle times recording would take the cores of whatever else runs here.
-    facts = StepFacts(on_host=True, masks_ahead=False, patience=12)
+    facts: ClassVar[StepFacts] = StepFacts(on_host=True, masks_ahead=False, patience=12)
 
     def __init__(self, threads: int | None) -> None:
         self.threads = threads or available_cores()

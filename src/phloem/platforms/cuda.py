@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -73,7 +73,7 @@ class Platform:
     default_mixed_chunk = 2048
     worthwhile_chunk = 1024
     quantised_kv_dtype = None
-    facts = StepFacts(records_idle=True)
+    facts: ClassVar[StepFacts] = StepFacts(records_idle=True)
 
     def __init__(self, threads: int | None) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -51,7 +51,7 @@ class Platform:
     streams = None
     compiled = None
     # What a step gives is in the host's memory when it ends, and tokens are chosen there.
-    facts = StepFacts(on_host=True, masks_ahead=False, compiles=True)
+    facts: ClassVar[StepFacts] = StepFacts(on_host=True, masks_ahead=False, compiles=True)
 
     def __init__(self, threads: int | None) -> None:
         self.threads = threads or available_cores()

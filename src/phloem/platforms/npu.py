@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -54,7 +54,7 @@ class Platform:
     worthwhile_chunk = 512
     quantised_kv_dtype = None
     compiled = None
-    facts = StepFacts()
+    facts: ClassVar[StepFacts] = StepFacts()
 
     def __init__(self, threads: int | None) -> None:
         self.library: Any = importlib.import_module(LIBRARY)

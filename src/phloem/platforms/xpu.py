@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -32,7 +32,7 @@ class Platform:
     quantised_kv_dtype = None
     streams = None
     compiled = None
-    facts = StepFacts()
+    facts: ClassVar[StepFacts] = StepFacts()
 
     def __init__(self, threads: int | None) -> None:
         self.device = torch.device("xpu", torch.xpu.current_device())

@@ -392,9 +392,19 @@ async def test_new_weights_reach_all_workers_and_who_refuses_them_is_told() -> N
         assert bad.status_code == 502 and bad.json()["workers"] == dict(zip(urls, (200, 400), strict=True))
         assert bad.json()["answers"][urls[1]]["error"]["message"] == "no such directory"
         seen = [len(worker.seen) for worker in gate.workers]
-        own = await gate.http.post("/init_weights_update_group", json={})
-        assert own.status_code == 400 and all(url in own.text for url in urls)
+        for path in ("/init_weights_update_group", "/disaggregation_mode"):
+            own = await gate.http.post(path, json={"mode": "prefill"})
+            assert own.status_code == 400 and all(url in own.text for url in urls)
         assert [len(worker.seen) for worker in gate.workers] == seen
+
+
+@pytest.mark.parametrize("path", ["/update_weight_version", "/weights_checker", "/clear_hicache_storage_backend"])
+async def test_calls_that_are_every_servers_business_reach_all_workers(path: str) -> None:
+    async with gateway(Worker(), Worker()) as gate:
+        assert (await gate.http.post(path, json={"action": "checksum"})).status_code == 200
+        assert [(worker.seen[-1].path, worker.seen[-1].json()) for worker in gate.workers] == [
+            (path, {"action": "checksum"})
+        ] * 2
 
 
 @pytest.mark.parametrize("path", ["/v1/set_lora", "/v1/merge_lora_weights", "/v1/unmerge_lora_weights"])

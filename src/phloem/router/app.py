@@ -48,6 +48,8 @@ ADDED = "worker {} added"
 EVERYWHERE = (
     "/flush_cache",
     "/reset_prefix_cache",
+    "/clear_hicache_storage_backend",
+    "/hicache/storage-backend/clear",
     "/abort_request",
     "/pause_generation",
     "/continue_generation",
@@ -70,13 +72,16 @@ WEIGHTS = (
     "/end_weight_update",
     "/abort_weight_update",
     "/post_process_weights",
+    "/update_weight_version",
+    "/weights_checker",
     "/load_lora_adapter_from_tensors",
     "/release_memory_occupation",
     "/resume_memory_occupation",
 )
 WEIGHTS_SECONDS = 900.0
-# These cannot be one call: a group counts a server's ranks from its own offset, and handles belong to one device.
-EACH_ITS_OWN = ("/init_weights_update_group", "/update_weights_from_ipc")
+# These cannot be one call: a group counts a server's ranks from its own offset, handles belong to one device, and a
+# server's part in pairs is its own.
+EACH_ITS_OWN = ("/init_weights_update_group", "/update_weights_from_ipc", "/disaggregation_mode")
 
 
 class AddWorker(msgspec.Struct):

@@ -44,8 +44,8 @@ def check(
 ) -> None:
     """Raises QueueFull for a request that comes now. `waiting`: requests.
 
-    Of a call with several prompts or continuations the first one decides how long is too long: the others wait for their
-    own kin, and where nobody else is there so would the same call whenever it came again.
+    Of a call with several prompts or continuations the first one decides how long is too long: the others wait for
+    their own kin, and where nobody else is there so would the same call whenever it came again.
     """
     if waiting >= settings.max_queued_requests:
         raise QueueFull(f"the queue is full: {waiting} requests are waiting")

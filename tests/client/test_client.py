@@ -93,6 +93,17 @@ async def test_without_stream_the_reader_wakes_once() -> None:
 
 
 @on_loop
+async def test_what_came_in_one_call_is_told_to_the_engine_as_one() -> None:
+    engine = FakeEngine()
+    client = client_of(engine)
+    await whole(client, item(n=2), item("other"))
+    await whole(client, item())
+    names = [submit.call for submit in engine.submits]
+    assert names[0] and names == [names[0]] * 3 + [""]
+    await client.close()
+
+
+@on_loop
 async def test_n_fans_out_with_seeds_of_their_own() -> None:
     engine = FakeEngine()
     client = client_of(engine)

@@ -368,6 +368,36 @@ def test_a_model_may_open_a_block_and_a_closed_one_is_over() -> None:
     manager.close()
 
 
+def test_what_could_have_opened_a_block_counts_as_the_grammars_text() -> None:
+    opening = tuple(encode("<th>"))
+    assert len(opening) > 1
+    markers = ThinkingMarkers(opening, (END,), end_text="</th>")
+    manager = GrammarManager(vocabulary(), GrammarSettings(thinking=markers))
+    plain = prepared(manager, regex="[0-9]+")
+    assert {opening[0], encode("7")[0]} <= allowed(plain, [])
+    assert allowed(plain, [opening[0]]) == {opening[1]}, "no number begins with it: a block it must be"
+    tag = prepared(manager, regex="<a>[0-9]")
+    allowed(tag, [])
+    assert allowed(tag, [opening[0]]) >= {opening[1], encode("a")[0]}
+    for token in encode("a>"):
+        bound = allowed(tag, [token])
+    assert encode("7")[0] in bound and opening[1] not in bound
+    tag.admit(encode("<"))
+    assert opening[1] in allowed(tag, [])
+    guessed = prepared(manager, regex="<a>[0-9]")
+    allowed(guessed, [])
+    assert len(guessed.masks([opening[0]], encode("a>"))) == 3, "drafts of the grammar's text are taken back"
+    for token in opening[1:]:
+        free = allowed(guessed, [token])
+    assert encode("x")[0] in free
+    thought = prepared(manager, regex="<a>[0-9]")
+    for token in [[], *([token] for token in opening)]:
+        free = allowed(thought, token)
+    assert encode("x")[0] in free
+    assert encode("x")[0] not in allowed(thought, [END]), "the grammar begins behind the block"
+    manager.close()
+
+
 def test_some_models_always_begin_inside_a_block() -> None:
     markers = ThinkingMarkers((START,), (END,), always=True)
     manager = GrammarManager(vocabulary(), GrammarSettings(thinking=markers))

@@ -202,6 +202,7 @@ def test_who_may_change_weights() -> None:
     assert [told(both, other, key=key) for key in ("", "k", "a")] == [401, 0, 0]
     admin = Keys(admin="a")
     assert [told(admin, path) for path in (update, "/pause_generation", "/load_lora_adapter", other)] == [401] * 3 + [0]
+    assert [told(admin, path) for path in ("/flush_cache", "/reset_prefix_cache", "/disaggregation_mode")] == [401] * 3
     assert told(admin, f"{update}/") == 401 and told(admin, "/health") == 0
 
 

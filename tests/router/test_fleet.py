@@ -392,9 +392,42 @@ async def test_new_weights_reach_all_workers_and_who_refuses_them_is_told() -> N
         assert bad.status_code == 502 and bad.json()["workers"] == dict(zip(urls, (200, 400), strict=True))
         assert bad.json()["answers"][urls[1]]["error"]["message"] == "no such directory"
         seen = [len(worker.seen) for worker in gate.workers]
-        own = await gate.http.post("/init_weights_update_group", json={})
-        assert own.status_code == 400 and all(url in own.text for url in urls)
+        for path in ("/init_weights_update_group", "/disaggregation_mode"):
+            own = await gate.http.post(path, json={"mode": "prefill"})
+            assert own.status_code == 400 and all(url in own.text for url in urls)
         assert [len(worker.seen) for worker in gate.workers] == seen
+
+
+async def test_what_all_workers_refuse_alike_is_refused_and_with_none_nothing_succeeds() -> None:
+    async def refuses(request: Request) -> None:
+        await say(request, 400, {"message": "no such directory"})
+
+    async with gateway(Worker(answer=refuses), Worker(answer=refuses)) as gate:
+        bad = await gate.http.post("/update_weights_from_disk", json={"model_path": "x"})
+        assert bad.status_code == 400 and bad.json()["message"] == "no such directory"
+        assert not bad.json()["success"] and set(bad.json()["workers"].values()) == {400}
+        for worker in gate.workers:
+            await gate.http.post("/remove_worker", params={"url": worker.url})
+        nobody = await gate.http.post("/update_weights_from_disk", json={"model_path": "x"})
+        assert nobody.status_code == 503 and nobody.json()["error"]["code"] == "no_worker"
+
+
+async def test_a_slash_behind_a_path_does_not_lead_past_the_gateway() -> None:
+    async with gateway(Worker(), Worker()) as gate:
+        await gate.http.post("/flush_cache/")
+        await gate.http.post("/v1/completions%2F/", json={"model": "tiny", "prompt": "x"})
+        seen = [request.path for worker in gate.workers for request in worker.seen]
+        assert seen.count("/flush_cache") == 2 and seen.count("/v1/completions") == 1
+        assert not any(path.endswith("/") for path in seen)
+
+
+@pytest.mark.parametrize("path", ["/update_weight_version", "/weights_checker", "/clear_hicache_storage_backend"])
+async def test_calls_that_are_every_servers_business_reach_all_workers(path: str) -> None:
+    async with gateway(Worker(), Worker()) as gate:
+        assert (await gate.http.post(path, json={"action": "checksum"})).status_code == 200
+        assert [(worker.seen[-1].path, worker.seen[-1].json()) for worker in gate.workers] == [
+            (path, {"action": "checksum"})
+        ] * 2
 
 
 @pytest.mark.parametrize("path", ["/v1/set_lora", "/v1/merge_lora_weights", "/v1/unmerge_lora_weights"])

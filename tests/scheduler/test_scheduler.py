@@ -267,6 +267,30 @@ def test_a_request_that_would_wait_too_long_is_refused_before_it_waits() -> None
     assert driver.finish["2"].retry_after is None
 
 
+def test_a_call_of_several_requests_is_not_refused_for_its_own_kin() -> None:
+    driver = Driver(num_pages=400, max_queue_seconds=2.0, chunked_prefill_size=16)
+    meter = driver.scheduler.meter
+    meter.prefill_tokens, meter.prefill_seconds = 1000, 10.0  # 100 tokens a second
+    for index in range(6):
+        driver.submit(f"a-{index}", [12 + index, *range(11, 110)], 2, call="a-0")
+    driver.submit("b-0", list(range(11, 111)), 2, call="b-0")
+    driver.submit("b-1", list(range(11, 111)), 2, call="b-0")
+    driver.run()
+    assert [driver.finish[f"a-{index}"].status_code for index in range(6)] == [None] * 6
+    assert [driver.finish[name].status_code for name in ("b-0", "b-1")] == [503, 503]
+
+
+def test_prompts_that_wait_count_by_what_the_cache_has_had_of_others() -> None:
+    driver = Driver(num_pages=400, max_queue_seconds=2.0, chunked_prefill_size=16)
+    meter, planner = driver.scheduler.meter, driver.scheduler.planner
+    meter.prefill_tokens, meter.prefill_seconds = 1000, 10.0
+    planner.prompt_tokens, planner.cached_tokens = 1000, 750
+    for index in range(10):
+        driver.submit(str(index), [12 + index, *range(11, 110)], 2)  # 1 s each, 0.25 s as cached as the others
+    driver.run()
+    assert [driver.finish[str(index)].status_code for index in range(10)] == [None] * 9 + [503]
+
+
 def test_unseeded_requests_draw_from_the_configured_stream() -> None:
     def answers(random_seed: int) -> list[list[int]]:
         driver = Driver(random_seed=random_seed)

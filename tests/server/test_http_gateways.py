@@ -265,3 +265,14 @@ async def test_flushing_waits_as_long_as_the_body_says() -> None:
         assert (await door.post("/flush_cache", {"timeout_s": 2.5})).status_code == 200
         assert (await door.post("/flush_cache", {"timeout_s": -1})).json()["error"]["param"] == "timeout_s"
     assert [control.args for control in engine.controls if control.name == "flush_cache"] == [{"timeout": 2.5}]
+
+
+@on_loop
+async def test_a_server_alone_says_how_it_would_share_prompts() -> None:
+    async with open_door() as door:
+        for field, value in (("kv_transfer_params", {"do_remote_decode": True}), ("bootstrap_room", 3)):
+            answer = await door.post("/v1/completions", {"prompt": "a", field: value})
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == field
+            assert "--disaggregation-mode" in answer.text
+        answer = await door.post("/disaggregation_mode", {"mode": "both"})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "mode"

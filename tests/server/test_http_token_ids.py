@@ -129,7 +129,9 @@ def test_logprobs_of_the_prompt(path: str, body: dict[str, Any], most: int) -> N
     check()
 
 
-@pytest.mark.parametrize("more", [{"prompt_logprobs": -1}, {"prompt_logprobs": 1, "stream": True}])
+@pytest.mark.parametrize(
+    "more", [{"prompt_logprobs": -1}, {"prompt_logprobs": 1, "stream": True}, {"prompt_logprobs": 1025}]
+)
 @pytest.mark.parametrize(("path", "body"), ROUTES)
 def test_logprobs_of_a_prompt_that_cannot_be_had(path: str, body: dict[str, Any], more: dict[str, Any]) -> None:
     @on_loop
@@ -147,3 +149,10 @@ async def test_the_cache_is_emptied_by_the_name_that_vllm_has_for_it() -> None:
     async with open_door() as door:
         answer = await door.post("/reset_prefix_cache", {})
         assert answer.status_code == 200 and answer.json()["success"] is True
+
+
+@on_loop
+async def test_too_many_alternatives_are_refused_by_the_fields_name() -> None:
+    async with open_door() as door:
+        answer = await door.post("/v1/completions", {"prompt": "ab", "max_tokens": 1, "logprobs": 1025})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "logprobs"

@@ -184,7 +184,7 @@ class EngineClient:
             self.flow.add(output)
         try:
             for output in outputs:
-                self.connection.send(_submit_message(output))
+                self.connection.send(_submit_message(output, outputs[0].id if len(outputs) > 1 else ""))
         except UnicodeEncodeError:
             call.cancel()
             raise BadRequest("a field holds lone surrogates: it is no valid Unicode") from None
@@ -302,7 +302,7 @@ def _params_of_choice(params: SamplingParams, choice: int) -> SamplingParams:
     return msgspec.structs.replace(params, n=1, stop=[], stop_regex=[], sampling_seed=seed)
 
 
-def _submit_message(output: Continuation) -> Submit:
+def _submit_message(output: Continuation, call: str) -> Submit:
     item = output.item
     return Submit(
         id=output.id,
@@ -328,4 +328,5 @@ def _submit_message(output: Continuation) -> Submit:
         room=f"{item.room}/{output.choice}" if item.room >= 0 else "",
         prefill_host=item.prefill[0],
         prefill_port=item.prefill[1],
+        call=call,
     )

@@ -56,6 +56,7 @@ class Submit(Message):
     room: str = ""  # where prefill and decode servers meet over it; "": one server does both
     prefill_host: str = ""  # for decode: the bootstrap server of who computes the prompt
     prefill_port: int = 0
+    call: str = ""  # the same for all prompts and continuations of one call; "": it has but one
 
 
 class Pixels(msgspec.Struct):

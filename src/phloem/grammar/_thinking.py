@@ -129,11 +129,14 @@ class ThinkingMatcher:
         self._free: list[int] = []  # tokens before the grammar
         self._bound = 0  # tokens inside the grammar
         self._jump: tuple[int, ...] = ()  # of these, the marker that ended the block
+        self._begun = 0  # of these, what could have become the marker that opens one
 
     def accept(self, ids: Sequence[int]) -> int:
         for count, token in enumerate(ids):
             if self._state == MAYBE and not self._opens(token):
-                self._state = CLOSED
+                if not self._is_grammars():
+                    return count
+                self._state, self._begun, self._bound, self._free = CLOSED, len(self._free), len(self._free), []
             if self._state == CLOSED:
                 taken = self.inner.accept(ids[count:])
                 self._bound += taken
@@ -154,6 +157,10 @@ class ThinkingMatcher:
             self.inner.rollback(self._bound)
             self._free += self._jump[: self._bound]
             self._bound, self._jump = 0, ()
+        if self._begun and self._bound <= self._begun:  # these may become the marker again
+            self.inner.rollback(self._bound)
+            self._free = list(self.markers.start[: self._bound])
+            self._bound = self._begun = 0
         free = count - inside
         if free:
             del self._free[-free:]
@@ -172,7 +179,11 @@ class ThinkingMatcher:
             for token in self.vocabulary.eos_ids:
                 clear_bit(mask, token)
             return
-        self.inner.fill(mask)
+        if self._is_grammars():
+            self.inner.fill(mask)
+            self.inner.rollback(len(self._free))
+        else:
+            mask[:] = 0
         set_bit(mask, self.markers.start[len(self._free)])
 
     def jump(self) -> list[int]:
@@ -185,6 +196,13 @@ class ThinkingMatcher:
     @property
     def done(self) -> bool:
         return self._state == CLOSED and self.inner.done
+
+    def _is_grammars(self) -> bool:
+        """Whether what could become an opening marker may begin the grammar's text too, which then has it."""
+        taken = self.inner.accept(self._free)
+        if taken < len(self._free):
+            self.inner.rollback(taken)
+        return taken == len(self._free)
 
     def _opens(self, token: int) -> bool:
         return token == self.markers.start[len(self._free)]

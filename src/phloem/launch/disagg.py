@@ -102,8 +102,8 @@ class Disaggregation:
             raise BadRequest(f"{MODE}: a decode server has no cache tiers (enable_hierarchical_cache)", param=MODE)
         scheduler = self._scheduler
         if scheduler.live or scheduler.inflight or (scheduler.remote is not None and scheduler.remote.busy):
-            text = f"{len(scheduler.live)} requests run, or rooms of theirs are open: ask again when they have ended"
-            raise BadRequest(text, code="busy")
+            text = f"{len(scheduler.live)} requests run" if scheduler.live else "rooms of requests that ended are open"
+            raise BadRequest(f"{text}: ask again when all have ended", code="busy")
         self.close()
         try:
             self._become(mode)

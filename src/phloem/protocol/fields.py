@@ -31,7 +31,10 @@ GUIDED = {
     "structured_outputs": Later("grammar", ({},)),
     "extra_body": Later("grammar", ({},)),
 }
-DISAGGREGATION = {name: Later("disaggregation") for name in ("bootstrap_host", "bootstrap_port", "bootstrap_room")}
+ALONE = "this server shares no prompts: start with --disaggregation-mode"
+DISAGGREGATION = {
+    name: Later("disaggregation", (), ALONE) for name in ("bootstrap_host", "bootstrap_port", "bootstrap_room")
+}
 COMMON_LATER: dict[str, Later] = {
     "lora_path": Later("lora", ("", []), "adapters are served with --enable-lora"),
     "data_parallel_rank": Later("data_parallel", (0,)),
@@ -220,7 +223,7 @@ class OpenAIBody(RequestFields, kw_only=True):
         **RequestFields.later,
         **known.OPENAI_LATER,
         **COMMON_LATER,
-        "kv_transfer_params": Later("disaggregation", ({},)),
+        "kv_transfer_params": Later("disaggregation", ({},), ALONE),
         **GRAMMAR,
         **GUIDED,
     }

@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import re
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 import msgspec
 
@@ -48,6 +48,8 @@ ADDED = "worker {} added"
 EVERYWHERE = (
     "/flush_cache",
     "/reset_prefix_cache",
+    "/clear_hicache_storage_backend",
+    "/hicache/storage-backend/clear",
     "/abort_request",
     "/pause_generation",
     "/continue_generation",
@@ -70,13 +72,16 @@ WEIGHTS = (
     "/end_weight_update",
     "/abort_weight_update",
     "/post_process_weights",
+    "/update_weight_version",
+    "/weights_checker",
     "/load_lora_adapter_from_tensors",
     "/release_memory_occupation",
     "/resume_memory_occupation",
 )
 WEIGHTS_SECONDS = 900.0
-# These cannot be one call: a group counts a server's ranks from its own offset, and handles belong to one device.
-EACH_ITS_OWN = ("/init_weights_update_group", "/update_weights_from_ipc")
+# These cannot be one call: a group counts a server's ranks from its own offset, handles belong to one device, and a
+# server's part in pairs is its own.
+EACH_ITS_OWN = ("/init_weights_update_group", "/update_weights_from_ipc", "/disaggregation_mode")
 
 
 class AddWorker(msgspec.Struct):
@@ -167,6 +172,10 @@ class Router:
         given = header(scope, b"x-request-id")
         known = given is not None and _PLAIN.fullmatch(given) is not None
         scope["request_id"] = given.decode() if known and given is not None else new_id()
+        if scope["path"].endswith("/") and scope["path"] != "/":
+            # A server would send the client to its own address, past us.
+            path = scope["path"].rstrip("/") or "/"
+            scope["path"], scope["raw_path"] = path, quote(path).encode()
         if not known and given is not None:
             scope["headers"] = [pair for pair in scope["headers"] if pair[0] != b"x-request-id"]
         if self._keys and scope["path"] not in OPEN_PATHS and not self._allowed(scope):
@@ -359,6 +368,8 @@ class Router:
     async def _at_all(self, scope: Scope, body: bytes, limit: float) -> tuple[int, dict[str, Any], dict[str, Any]]:
         """Status and answer, and the body of each worker's."""
         workers, query = list(self.fleet.workers.values()), scope["query_string"].decode("latin-1")
+        if not workers:
+            raise EngineDead("there is no worker that could be told", code="no_worker")
         path = scope["path"] + (f"?{query}" if query else "")
         key = _key(scope).decode("latin-1") or None
         calls = [self.fleet.get(worker, path, "POST", body, limit, key) for worker in workers]
@@ -367,13 +378,16 @@ class Router:
             worker.url: str(answer) if isinstance(answer, BaseException) else answer[0]
             for worker, answer in zip(workers, found, strict=True)
         }
-        good = all(status == 200 for status in answers.values())
+        said = set(answers.values())
+        # What all refuse alike is the client's fault, and no reason to try again.
+        alike = said.pop() if len(said) == 1 else 502
+        status = alike if isinstance(alike, int) and 400 <= alike < 500 else 200 if alike == 200 else 502
         told = {
             worker.url: _read(answer[1])
             for worker, answer in zip(workers, found, strict=True)
             if not isinstance(answer, BaseException)
         }
-        return 200 if good else 502, {"success": good, "workers": answers}, told
+        return status, {"success": status == 200, "workers": answers}, told
 
 
 def _read(body: bytes) -> Any:

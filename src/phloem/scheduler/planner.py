@@ -194,11 +194,16 @@ class Planner:
         self.slots.leave(request)
         self.cache.release(lease, request.all_known() if keep else _NOTHING, computed, keep)
 
+    @property
+    def fresh(self) -> float:
+        """The share of all prompts that was not found in the cache; 1 where there were none."""
+        return 1.0 - self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 1.0
+
     def state(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
-            "cache_hit_rate": self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0,
+            "cache_hit_rate": 1.0 - self.fresh,
             "preemptions": self.preemptions,
             "step_tokens": self.throttle.budget,
             "schedule_policy": self.policy.name,

@@ -262,7 +262,8 @@ class Scheduler:
             if self.keeper is not None and self.keeper.unfit:
                 self.results.refuse(submit.id, self.keeper.unfit, 503)
                 return
-            overload.check(self.settings, self.num_waiting, self.queue, self.slots, self.meter)
+            before = overload.Before(self.queue, self.slots, self.meter, self.planner.fresh)
+            overload.check(self.settings, self.num_waiting, before, submit, self.live)
             self._accept(submit)
         except PhloemError as error:
             self.results.refuse(submit.id, error.message, error.status, error.param, error.retry_after)

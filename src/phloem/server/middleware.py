@@ -30,7 +30,8 @@ UPDATE_PATHS = {
     "/load_lora_adapter_from_tensors",
 }
 ADMIN_PATHS = UPDATE_PATHS | {
-    *("/pause_generation", "/continue_generation", "/flush_cache", "/get_weights_by_name"),
+    *("/pause_generation", "/continue_generation", "/get_weights_by_name"),
+    *("/flush_cache", "/reset_prefix_cache"),
     *(f"/{verb}_expert_distribution_record" for verb in ("start", "stop", "dump")),
     *("/clear_hicache_storage_backend", "/hicache/storage-backend/clear", "/start_profile", "/stop_profile"),
     "/disaggregation_mode",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import UNSET, UnsetType
 
+from phloem.client.admission import MAX_TOP_LOGPROBS
 from phloem.core.errors import BadRequest
 from phloem.core.messages import Logprobs
 from phloem.protocol.answers import Answer
@@ -28,12 +29,19 @@ class PromptLogprob(Answer, kw_only=True):
 PromptLogprobs = list[dict[str, PromptLogprob] | None]  # of each prompt position, by token id; None: nothing before it
 
 
+def bounded(name: str, number: int | None) -> None:
+    """Raises BadRequest for more alternatives of a token than there are for anybody, by the field's own name."""
+    if number is not None and number > MAX_TOP_LOGPROBS:
+        raise BadRequest(f"{name} must be in [0, {MAX_TOP_LOGPROBS}], got {number}", param=name)
+
+
 def check(body: OpenAIBody) -> None:
     """Raises BadRequest for `prompt_logprobs` that cannot be had."""
     if body.prompt_logprobs is None:
         return
     if body.prompt_logprobs < 0:
         raise BadRequest(f"prompt_logprobs: {body.prompt_logprobs} is below 0", param="prompt_logprobs")
+    bounded("prompt_logprobs", body.prompt_logprobs)
     if body.stream:
         raise BadRequest("prompt_logprobs are not streamed: leave stream out", param="prompt_logprobs")
 

@@ -52,7 +52,8 @@ def meet(body: OpenAIBody, door: Door) -> None:
     if told.do_remote_decode and told.do_remote_prefill:
         raise BadRequest(f"{NAME}: do_remote_decode and do_remote_prefill exclude each other", param=NAME)
     if door.info.role != role:
-        raise BadRequest(f"{NAME}: {name} is for a {role} server, and this is a {door.info.role} server", param=NAME)
+        here = "does both" if door.info.role == "null" else f"is a {door.info.role} server"
+        raise BadRequest(f"{NAME}: {name} is for a {role} server, and this one {here}", param=NAME)
     if told.do_remote_decode:
         if body.stream:
             raise BadRequest(f"{NAME}: do_remote_decode is answered as a whole (stream)", param=NAME)

@@ -30,6 +30,7 @@ def to_request(body: CompletionBody, tokenizer: Tokenizer | None) -> GenerateReq
             raise BadRequest("echo and suffix exclude each other", param="suffix")
         prompts = [infill.prompt(tokenizer, prompt, body.suffix) for prompt in prompts]
     token_ids.check(body)
+    token_ids.bounded("logprobs", body.logprobs)
     wants, of_prompt = body.logprobs is not None, body.prompt_logprobs is not None
     echo = bool(body.echo)
     params = openai_params(body, DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens)

@@ -81,6 +81,7 @@ _continue = Parser(ContinueBody)
 _flush = Parser(FlushBody)
 _role = Parser(RoleBody)
 _weight = Parser(WeightBody)
+ROLES = ("null", "prefill", "decode")
 PAUSE_MODES = ("abort", "retract", "in_place")
 ROWS = 100  # of a weight, unasked
 MAX_ROWS = 1 << 20
@@ -135,6 +136,8 @@ async def disaggregation_mode(request: Request) -> Response:
     """
     door = door_of(request)
     body = await door.read(request, _role)
+    if body.mode not in ROLES:
+        raise BadRequest(f"mode: {body.mode!r:.100} is none of {', '.join(ROLES)}", param="mode")
     reply = await door.client.control("disaggregation_mode", mode=body.mode)
     refused(reply)
     door.info.duty.now = reply.data["mode"]

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from phloem.checkpoint.describe import described
+from phloem.client.start import make_client
+from phloem.core.config import Config
+from phloem.core.errors import ConfigError
 from phloem.core.messages import Control, ControlReply
 from phloem.launch.pictures import PictureCore
+from phloem.testing.checkpoints import tiny_checkpoint
+from phloem.testing.pictures import tiny_pictures
 
 
 class Broken:
@@ -20,3 +29,20 @@ def test_a_call_that_fails_is_answered_and_does_not_end_the_engine() -> None:
     core._send, core.studio = told.append, SimpleNamespace(wardrobe=Broken(), jobs={})
     core._control(Control(id="1", name="set_lora"))
     assert [(reply.id, reply.ok, reply.message) for reply in told] == [("1", False, "OverflowError: int too large")]
+
+
+@pytest.mark.parametrize("asked", [{"image_step_cache": "magic"}, {"enable_cfg_parallel": True}, {"offload": True}])
+def test_a_model_of_text_refuses_what_only_models_that_draw_read(tmp_path: Path, asked: dict[str, Any]) -> None:
+    path = tiny_checkpoint("llama", tmp_path)
+    with pytest.raises(ConfigError, match="models that draw") as error:
+        make_client(Config.from_flat({"model_path": str(path), **asked}))
+    assert error.value.param == next(iter(asked))
+
+
+def test_a_step_cache_that_leaves_no_block_out_is_refused_before_the_server_is_ready(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="pictures need diffusers: pip install 'phloem[diffusion]'")
+    settings = {"model_path": str(tiny_pictures(tmp_path, "flux")), "device": "cpu"}
+    config = Config.from_flat({**settings, "image_step_cache": '{"kind": "dbcache", "fn_compute_blocks": 64}'})
+    with pytest.raises(ConfigError, match="image_step_cache: .*2 blocks, and 64 first") as error:
+        PictureCore(config, described(config.model), lambda _: None)
+    assert error.value.param == "image_step_cache"

@@ -260,8 +260,13 @@ def _step_cache(text: str | None, painter: models.Painter) -> StepCaching:
         found = NONE if text is None else parsed(text, where)
     except BadRequest as error:
         raise ConfigError(error.message, param=where) from None
-    if found.threshold and not painter.facts.caches:
+    if found.threshold and not (isinstance(painter, Family) and painter.facts.caches):
         raise ConfigError(f"{where}: {text} asks for one, and this model has no step cache", param=where)
+    if found.threshold:
+        try:
+            painter.check_cache(found)
+        except BadRequest as error:
+            raise ConfigError(f"{where}: {error.message}", param=where) from None
     return found
 
 

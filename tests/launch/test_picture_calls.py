@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from phloem import platforms
 from phloem.checkpoint.describe import described
 from phloem.client.start import make_client
 from phloem.core.config import Config
@@ -46,3 +47,24 @@ def test_a_step_cache_that_leaves_no_block_out_is_refused_before_the_server_is_r
     with pytest.raises(ConfigError, match="image_step_cache: .*2 blocks, and 64 first") as error:
         PictureCore(config, described(config.model), lambda _: None)
     assert error.value.param == "image_step_cache"
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [({}, "a second device, and 1 is there"), ({"offload": True}, "offload none")],
+    ids=["one device", "offload"],
+)
+def test_two_devices_are_refused_where_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], why: str
+) -> None:
+    """A processor stands for a device with streams, of which there is one."""
+    pytest.importorskip("diffusers", reason="pictures need diffusers: pip install 'phloem[diffusion]'")
+    chosen, reason = platforms.choose("cpu", None)
+    monkeypatch.setattr(chosen, "streams", object())
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 1)
+    monkeypatch.setattr(platforms, "choose", lambda *_: (chosen, reason))
+    settings = {"model_path": str(tiny_pictures(tmp_path, "flux")), "device": "cpu", "enable_cfg_parallel": True}
+    config = Config.from_flat({**settings, **more})
+    with pytest.raises(ConfigError, match=why) as error:
+        PictureCore(config, described(config.model), lambda _: None)
+    assert error.value.param == "enable_cfg_parallel"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +45,7 @@ def test_a_step_cache_that_leaves_no_block_out_is_refused_before_the_server_is_r
     pytest.importorskip("diffusers", reason="pictures need diffusers: pip install 'phloem[diffusion]'")
     settings = {"model_path": str(tiny_pictures(tmp_path, "flux")), "device": "cpu"}
     config = Config.from_flat({**settings, "image_step_cache": '{"kind": "dbcache", "fn_compute_blocks": 64}'})
-    with pytest.raises(ConfigError, match="image_step_cache: .*2 blocks, and 64 first") as error:
+    with pytest.raises(ConfigError, match=r"image_step_cache: .*2 blocks, and 64 first") as error:
         PictureCore(config, described(config.model), lambda _: None)
     assert error.value.param == "image_step_cache"
 
@@ -57,10 +58,10 @@ def test_a_step_cache_that_leaves_no_block_out_is_refused_before_the_server_is_r
 def test_two_devices_are_refused_where_one_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], why: str
 ) -> None:
-    """A processor stands for a device with streams, of which there is one."""
+    """A processor stands for an accelerator, of which there is one."""
     pytest.importorskip("diffusers", reason="pictures need diffusers: pip install 'phloem[diffusion]'")
     chosen, reason = platforms.choose("cpu", None)
-    monkeypatch.setattr(chosen, "streams", object())
+    monkeypatch.setattr(chosen, "facts", dataclasses.replace(chosen.facts, on_host=False))
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 1)
     monkeypatch.setattr(platforms, "choose", lambda *_: (chosen, reason))
     settings = {"model_path": str(tiny_pictures(tmp_path, "flux")), "device": "cpu", "enable_cfg_parallel": True}

@@ -58,7 +58,7 @@ def step_caching(kind: str, options: dict[str, Any], where: str = "cache") -> St
     """`options`: by the names of requests. Raises BadRequest: it names the field."""
     if kind == "none":
         for name in options:
-            raise BadRequest(f"{where}.{name}: none is without a step cache, and has no fields", param=f"{where}.{name}")
+            raise BadRequest(f"{where}.{name}: kind none has no fields", param=f"{where}.{name}")
         return NONE
     if kind not in KINDS:
         raise BadRequest(f"{where}: kind is {kind!r:.40}, not one of {', '.join(KINDS)}, none", param=where)

@@ -300,6 +300,12 @@ def test_a_step_cache_is_read_from_a_setting(text: str, rule: StepCaching) -> No
         ('{"kind": "teacache", "coefficients": [1, 2]}', "x.coefficients"),
         ('{"kind": "dbcache", "max_warmup_steps": 1.5}', "x.max_warmup_steps"),
         ('{"kind": "dbcache", "steps": 1}', "x.steps"),
+        ("", "not a step cache"),
+        ("teacache:", "not a step cache"),
+        ("none:0.3", "x.threshold"),
+        ('{"kind": "none", "foo": 1}', "x.foo"),
+        ('{"kind": "teacache", "coefficients": [1, 2, 3, 4, 1' + "0" * 400 + "]}", "x.coefficients"),
+        ('{"a": ' * 100_000, "JSON"),
     ],
 )
 def test_what_is_no_step_cache_is_named(text: str, named: str) -> None:

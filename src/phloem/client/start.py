@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from phloem.checkpoint.describe import described
 from phloem.checkpoint.families import FAMILIES, audio_of, family
 from phloem.client.client import EngineClient
 from phloem.client.info import ModelInfo, with_formats
+from phloem.core.config import ImagesConfig
 from phloem.core.errors import ConfigError
 from phloem.multimodal import KINDS, Facts
 from phloem.multimodal._fetch import Rules
@@ -36,6 +37,8 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
     """
     model = config.model
     checkpoint = described(model)
+    if checkpoint.pictures is None:
+        _check_text_alone(config.images)
     # Without a tokenizer nothing can follow a text.
     features = frozenset[str]() if model.skip_tokenizer_init else frozenset({"grammar"})
     if config.server.enable_return_hidden_states:
@@ -69,6 +72,14 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
         info = replace(info, features=info.features | takes)
     info = with_formats(info, template.source, model.tool_call_parser, model.reasoning_parser)
     return EngineClient(tokenizer, template, info, pictures), info, checkpoint
+
+
+def _check_text_alone(images: ImagesConfig) -> None:
+    """Raises ConfigError: a setting that this model would leave unread."""
+    usual = asdict(ImagesConfig())
+    for name, value in asdict(images).items():
+        if value != usual[name]:
+            raise ConfigError(f"{name}: it is for models that draw, and this one does not", param=name)
 
 
 def _without_penalties(info: ModelInfo, checkpoint: Checkpoint) -> ModelInfo:

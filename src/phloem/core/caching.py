@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from math import inf
+import sys
 from typing import Any
 
 import msgspec
@@ -11,6 +11,7 @@ import msgspec
 from phloem.core.errors import BadRequest
 
 MOST_STEPS = 1000
+MOST = sys.float_info.max  # of a number: JSON's integers may be longer
 DEGREES = 5  # of a rescaling polynomial: four and the constant
 
 
@@ -56,6 +57,8 @@ OF_KIND = {
 def step_caching(kind: str, options: dict[str, Any], where: str = "cache") -> StepCaching:
     """`options`: by the names of requests. Raises BadRequest: it names the field."""
     if kind == "none":
+        for name in options:
+            raise BadRequest(f"{where}.{name}: kind none has no fields", param=f"{where}.{name}")
         return NONE
     if kind not in KINDS:
         raise BadRequest(f"{where}: kind is {kind!r:.40}, not one of {', '.join(KINDS)}, none", param=where)
@@ -75,14 +78,14 @@ def parsed(text: str, where: str) -> StepCaching:
     if text.lstrip().startswith("{"):
         try:
             found = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRequest(f"{where}: not JSON: {error}", param=where) from None
         return step_caching(str(found.pop("kind", "first_block")), found, where)
-    kind, _, threshold = text.partition(":")
-    if not threshold and kind not in (*KINDS, "none"):
-        kind, threshold = "first_block", kind
+    kind, colon, threshold = text.partition(":")
+    if not colon and kind not in (*KINDS, "none"):
+        kind, colon, threshold = "first_block", ":", kind
     try:
-        return step_caching(kind, {"threshold": float(threshold)} if threshold else {}, where)
+        return step_caching(kind, {"threshold": float(threshold)} if colon else {}, where)
     except ValueError:
         usual = "0.08, teacache:0.25, or JSON"
         raise BadRequest(f"{where}: {text!r:.80} is not a step cache, such as {usual}", param=where) from None
@@ -91,7 +94,7 @@ def parsed(text: str, where: str) -> StepCaching:
 def _check(at: str, name: str, value: Any) -> None:
     if name == "coefficients":
         numbers = isinstance(value, list | tuple) and all(
-            isinstance(one, int | float) and not isinstance(one, bool) and -inf < one < inf for one in value
+            isinstance(one, int | float) and not isinstance(one, bool) and -MOST <= one <= MOST for one in value
         )
         if not numbers or len(value) != DEGREES:
             raise BadRequest(f"{at}: {DEGREES} numbers, the highest power first", param=at)

@@ -152,13 +152,17 @@ class Family:
 
     def cache_steps(self, job: Job, rule: StepCaching) -> None:
         """Let a job's rows keep what their blocks add. Raises BadRequest."""
+        self.check_cache(rule)
+        job.kept = [tuple(Kept(rule) for _ in self.step_caches) for _ in job.conditions]
+
+    def check_cache(self, rule: StepCaching) -> None:
+        """Whether there are blocks for it to leave out. Raises BadRequest."""
         if not self.step_caches:
             self.step_caches = [
                 StepCache(model, self.block_lists, self.modulated, self.teacache) for model in self.transformers()
             ]
         for cache in self.step_caches:
             cache.check(rule)
-        job.kept = [tuple(Kept(rule) for _ in self.step_caches) for _ in job.conditions]
 
     @contextlib.contextmanager
     def around(self, rows: Sequence[Row], model: int = 0) -> Generator[None]:

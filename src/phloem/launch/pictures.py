@@ -228,7 +228,7 @@ def _budget(images: ImagesConfig, painter: models.Painter, platform: Platform, a
     if images.image_step_tokens is not None:
         return images.image_step_tokens, "as asked"
     if isinstance(painter, Family):
-        return probe.budget(painter, lambda: None if platform.streams is None else _synchronize())
+        return probe.budget(painter, lambda: None if platform.facts.on_host else _synchronize())
     return 0, "one picture at a time"
 
 
@@ -239,7 +239,7 @@ def _beside(images: ImagesConfig, painter: models.Painter, platform: Platform) -
         raise ConfigError(f"{where}: this model's pipeline runs whole", param=where)
     if images.offload:
         raise ConfigError(f"{where}: it keeps a copy of the transformer on the device, and offload none", param=where)
-    if platform.streams is None:
+    if platform.facts.on_host:
         return Beside(painter, platform.device)
     count = torch.accelerator.device_count()
     if count < 2:
@@ -260,8 +260,14 @@ def _step_cache(text: str | None, painter: models.Painter) -> StepCaching:
         found = NONE if text is None else parsed(text, where)
     except BadRequest as error:
         raise ConfigError(error.message, param=where) from None
-    if found.threshold and not painter.facts.caches:
+    if not found.threshold:
+        return found
+    if not isinstance(painter, Family) or not painter.facts.caches:
         raise ConfigError(f"{where}: {text} asks for one, and this model has no step cache", param=where)
+    try:
+        painter.check_cache(found)
+    except BadRequest as error:
+        raise ConfigError(f"{where}: {error.message}", param=where) from None
     return found
 
 

@@ -97,10 +97,16 @@ def kept_folder(compiler: list[str]) -> Path:
     return folder
 
 
-def made_of(target: Path) -> str | None:
-    """Digest of the files that an object is made of, which the compiler wrote beside it; None: some are not there."""
+def made_of(target: Path, source: Path) -> str | None:
+    """Digest of the files that an object is made of, which the compiler wrote beside it.
+
+    None: some are not there, or the object is of another checkout's source (a folder of objects that was copied), of
+    which nothing here tells whether it has changed.
+    """
     try:
         names = target.with_suffix(".d").read_text().replace("\\\n", " ").split(": ", 1)[1].split()
+        if str(source) not in names:
+            return None
         total = hashlib.sha256()
         for path in map(Path, names):
             # The system's headers change with the compiler, whose version names the folder.
@@ -110,10 +116,10 @@ def made_of(target: Path) -> str | None:
         return None
 
 
-def fresh(target: Path) -> bool:
+def fresh(target: Path, source: Path) -> bool:
     """Whether an object is there and what it was made of is as it was then, whenever it was written."""
     noted = target.with_suffix(".sum")
-    return target.exists() and noted.exists() and noted.read_text() == made_of(target)
+    return target.exists() and noted.exists() and noted.read_text() == made_of(target, source)
 
 
 class BuildNative(build_ext):
@@ -150,7 +156,7 @@ class BuildNative(build_ext):
                 continue
             target = objects / f"{source.parent.name}.{source.stem}.{level}.o"
             outputs.append(str(target))
-            if fresh(target):
+            if fresh(target, source):
                 continue
             flags = ["-MMD", "-MF", str(target.with_suffix(".d")), *COMMON, *OLD_GLIBC, *LEVELS[level]]
             flags += [f"-I{path}" for path in self.include_dirs]
@@ -176,7 +182,7 @@ class BuildNative(build_ext):
 
     def _compile(self, job: tuple[Path, Path, list[str]]) -> str | None:
         """None, or what went wrong."""
-        _, target, command = job
+        source, target, command = job
         target.with_suffix(".sum").unlink(missing_ok=True)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.stderr:
@@ -184,7 +190,7 @@ class BuildNative(build_ext):
         if done.returncode:
             target.unlink(missing_ok=True)
             return f"compiling {target.stem} failed: {first_error(done.stderr)}"
-        target.with_suffix(".sum").write_text(made_of(target) or "")
+        target.with_suffix(".sum").write_text(made_of(target, source) or "")
         return None
 
     def _link(self, compiler: list[str], outputs: list[str], library: Path) -> None:

@@ -104,3 +104,15 @@ def test_objects_are_kept_while_what_they_are_made_of_stays(tmp_path: Path, monk
     header.write_text("#define A nonsense\n")
     failed = setup.BuildNative._compile(made, (source, target, build))
     assert "nonsense" in failed and not target.exists() and not setup.fresh(target)
+
+
+def test_objects_of_another_checkout_are_compiled_again(tmp_path: Path) -> None:
+    """A folder of objects that was copied names the other one's sources: what changed here cannot be seen by them."""
+    setup = build_flags()
+    here, there, target = setup.CSRC / "each" / "rope.cpp", tmp_path / "rope.cpp", tmp_path / "each.rope.o"
+    target.write_text("")
+    for source, kept in ((here, True), (there, False)):
+        there.write_text("int a;")
+        target.with_suffix(".d").write_text(f"{target}: {source} \\\n /usr/include/math.h\n")
+        target.with_suffix(".sum").write_text(setup.made_of(target, source))
+        assert setup.fresh(target, here) is kept

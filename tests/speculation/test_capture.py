@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from phloem.checkpoint.describe import describe
+from phloem.core.config import Config
 from phloem.core.errors import ConfigError
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
 from phloem.models import load_model
 from phloem.models._common import Decoder
 from phloem.speculation.capture import aux_layers, capture, open_target
+from phloem.speculation.capturing import capturer
 from phloem.testing.checkpoints import tiny_checkpoint
 
 TEXTS = [[5, 9, 300, 7, 7, 21], [8], [5, 9, 11]]
@@ -70,3 +72,9 @@ def test_a_model_opened_by_its_path_gives_them_too(path: Path) -> None:
 def test_layers_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="recurrent or latent"):
         capture(loaded(tiny_checkpoint("mamba", tmp_path)), TEXTS, layers=[0])
+
+
+def test_a_folder_for_states_without_capturing_is_refused() -> None:
+    config = Config.from_flat({"model_path": "x", "spec_capture_dir": "somewhere"}).speculative
+    with pytest.raises(ConfigError, match="spec_capture_dir: no states are captured"):
+        capturer(config, None, 384, 128, "")

@@ -20,6 +20,7 @@ from phloem.core.errors import ConfigError, PhloemError
 from phloem.engine.drafting import DraftWork
 from phloem.speculation.capture import aux_layers
 from phloem.speculation.drafters.eagle3 import layers_read
+from phloem.speculation.token_map import read_token_map
 from phloem.testing.checkpoints import tiny_checkpoint
 
 LAYERS = 6
@@ -170,6 +171,17 @@ def test_a_token_map_that_does_not_fit_is_refused(
     values = {"speculative_algorithm": algorithm, "speculative_draft_model_path": str(head)}
     with pytest.raises(ConfigError, match=why):
         phloem.Engine(model_path=str(target), speculative_token_map=str(file), **values, **PLAIN)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"d2t": torch.zeros(3, 3, dtype=torch.long)}, {"d2t": torch.zeros(3)}, torch.tensor([True, False]), [[1, 2]]],
+    ids=["a square", "fractions", "a mask", "nested"],
+)
+def test_a_token_map_is_a_list_of_whole_numbers(tmp_path: Path, given: Any) -> None:
+    torch.save(given, tmp_path / "hot.pt")
+    with pytest.raises(ConfigError, match="a list of whole numbers is expected"):
+        read_token_map(tmp_path / "hot.pt", 384, "speculative_token_map")
 
 
 EAGLE3: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

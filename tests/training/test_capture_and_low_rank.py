@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +115,9 @@ def test_the_answer_says_what_was_captured(place: Path, server: Server) -> None:
         ({"store_id": "../x", "sample_id": "1"}, "store_id"),
         ({"store_id": "s", "sample_id": 7}, "sample_id"),
         ({"store_id": "s", "sample_id": "9", "features": {"eye": "x"}}, "features"),
+        ({"store_id": "s", "sample_id": "9", "features": {"aux": "__metadata__"}}, "features"),
+        ({"store_id": "s", "sample_id": "9", "features": {"aux": "x" * 200}}, "features"),
+        ({"store_id": "s", "sample_id": "9", "gen": 1 << 64}, "gen"),
         ({"store_id": "s", "sample_id": "9", "wishes": 1}, "wishes is not known"),
     ]
     for one, why in wrong:
@@ -121,7 +125,13 @@ def test_the_answer_says_what_was_captured(place: Path, server: Server) -> None:
             f"{server.url}/generate", json={**body, "input_ids": [5, 6], "spec_capture": one}, timeout=60
         )
         assert reply.status_code == 400 and why in reply.text, reply.text
-    assert not (place / "x").exists()
+        assert reply.json()["error"]["param"] == f"spec_capture.{why.split()[0]}"
+    assert not (place / "x").exists() and not (place / "store" / "s" / "9.safetensors").exists()
+    (place / "store" / "file").write_text("where a store's folder should be")
+    body = {**body, "input_ids": [5, 6], "spec_capture": {"store_id": "file", "sample_id": "9"}}
+    reply = httpx.post(f"{server.url}/generate", json=body, timeout=60)
+    assert reply.status_code == 400 and "the states cannot be written" in reply.text
+    assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
 
 
 def test_a_server_that_does_not_capture_says_what_it_needs(place: Path) -> None:
@@ -134,6 +144,19 @@ def test_a_server_that_does_not_capture_says_what_it_needs(place: Path) -> None:
     finally:
         plain.close()
     with pytest.raises(PhloemError, match="cannot be asked"):
+        remote.capture([[5, 6]])
+
+
+@pytest.mark.parametrize("url", ["ftp://host", "http://", "http://[::1", "http://a b", "http://host:port", "host:1"])
+def test_an_address_that_is_none_is_refused_by_name(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"capture_url: .* expected http://HOST:PORT"):
+        Remote(url, tmp_path, (2, 3, 3), 32)
+
+
+def test_a_server_of_something_else_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = Remote("http://host", tmp_path, (2, 3, 3), 32)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(b'["no states"]'))
+    with pytest.raises(PhloemError, match="answers otherwise than /generate"):
         remote.capture([[5, 6]])
 
 

@@ -100,7 +100,7 @@ class Controls:
         try:
             handler(call.id, call.args)
         except PhloemError as error:
-            self._reply(call.id, False, error.message)
+            self._reply(call.id, False, error.message, {"param": error.param} if error.param else None)
         except Exception as error:
             log.exception("control call %s failed", call.name)
             self._reply(call.id, False, f"{type(error).__name__}: {error}")
@@ -242,7 +242,7 @@ class Controls:
         try:
             self._reply(call_id, True, *told(pending.result()))
         except PhloemError as error:
-            self._reply(call_id, False, error.message)
+            self._reply(call_id, False, error.message, {"param": error.param} if error.param else None)
         except Exception as error:
             log.exception("what was to run between two steps failed")
             self._reply(call_id, False, f"{type(error).__name__}: {error}")

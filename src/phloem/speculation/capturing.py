@@ -9,6 +9,7 @@ Legend: S tokens of a text, N hidden size, A the widths of all auxiliary states 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from phloem.core.config import SpeculativeConfig
     from phloem.models import Model
 
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # of a folder or a file, without a way out
+# Of a folder or a file, without a way out; and of a tensor. safetensors keeps what begins with two underscores.
+NAME = re.compile(r"(?!__)[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 TOKENS = 8192  # of one call: the engine serves nobody meanwhile
 FEATURES = {"aux": "aux_TA", "last_hidden": "last_TN"}
 
@@ -80,6 +82,8 @@ class Capturer:
         if set(names) - set(FEATURES) or len(set(names.values())) < len(names):
             known = ", ".join(FEATURES)
             raise BadRequest(f"features: known: {known}, each with a name of its own", param="spec_capture.features")
+        if not all(NAME.fullmatch(str(name)) for name in names.values()):
+            raise BadRequest("features: a name has letters, digits, '-', '_' and '.'", param="spec_capture.features")
         place = self._folder / str(asked["store_id"]) / f"{asked['sample_id']}.safetensors"
         if place.exists() and not asked.get("replace"):
             raise BadRequest("this sample is there already, and replace is false", param="spec_capture.replace")
@@ -92,7 +96,8 @@ class Capturer:
             save_file(tensors, part, metadata={"gen": str(asked.get("gen") or 0), "layers": str(list(self.layers))})
             part.replace(place)
         except Exception as error:  # safetensors has an error of its own for a full disk
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # a file lies where the store's folder should, say
+                part.unlink(missing_ok=True)
             raise BadRequest(f"the states cannot be written: {error}", code="not_stored") from None
 
 
@@ -105,6 +110,9 @@ def capturer(
         ConfigError: flags that do not go together, or a model that gives no states.
     """
     if not config.enable_spec_capture:
+        if config.spec_capture_dir:
+            why = "no states are captured; enable_spec_capture must be given with it"
+            raise ConfigError(f"spec_capture_dir: {why}", param="spec_capture_dir")
         return None
     if not config.spec_capture_dir:
         raise ConfigError("enable_spec_capture needs spec_capture_dir", param="spec_capture_dir")

@@ -31,15 +31,20 @@ def read_token_map(path: Path, vocab_size: int, param: str) -> Tensor:
         else:
             given = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(given, dict):
-            d2t_D: Tensor = cast("dict[str, Any]", given)["d2t"]
-            ids_D = d2t_D.long() + torch.arange(len(d2t_D))
+            d2t_D = _whole(cast("dict[str, Any]", given)["d2t"])
+            ids_D = d2t_D + torch.arange(len(d2t_D))
         else:
-            ids_D = torch.as_tensor(given)
-            if ids_D.is_floating_point():
-                raise TypeError("ids are whole numbers")
-            ids_D = ids_D.long().flatten().sort().values
+            ids_D = _whole(given).sort().values
     except Exception as error:
         raise ConfigError(f"{param}: {path} cannot be read: {error!r}", param=param) from None
     if not len(ids_D) or int(ids_D.min()) < 0 or int(ids_D.max()) >= vocab_size or len(ids_D.unique()) < len(ids_D):
         raise ConfigError(f"{param}: {path} has tokens that the model has not, or one twice", param=param)
     return ids_D
+
+
+def _whole(given: Any) -> Tensor:
+    """A list of whole numbers, int64 [D]: no mask of tokens (`t2d`), which would be read as the ids 0 and 1."""
+    values = torch.as_tensor(given)
+    if values.dim() != 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"a list of whole numbers is expected, not {values.dtype} {list(values.shape)}")
+    return values.long().cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import secrets
 import urllib.error
@@ -28,8 +29,13 @@ class Remote:
 
     def __init__(self, url: str, folder: Path, layers: tuple[int, ...], hidden_size: int) -> None:
         """Raises ConfigError for an address or a folder that is none."""
-        if urlsplit(url).scheme not in ("http", "https"):
-            raise ConfigError(f"capture_url: {url!r}: expected http:// or https://", param="capture_url")
+        try:
+            parts = urlsplit(url)
+            known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # a bracket that does not close, a port that is no number
+            known = False
+        if not known or any(char.isspace() for char in url):
+            raise ConfigError(f"capture_url: {url!r}: expected http://HOST:PORT or https://", param="capture_url")
         if not folder.is_dir():
             raise ConfigError(f"capture_dir: {folder} is no folder here", param="capture_dir")
         self._url, self._folder, self._layers, self._hidden_size = url.rstrip("/"), folder, layers, hidden_size
@@ -88,6 +94,9 @@ class Remote:
         except urllib.error.HTTPError as error:
             said = error.read(2000).decode(errors="replace")
             raise PhloemError(f"capture_url: {self._url} answers {error.code}: {said}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise PhloemError(f"capture_url: {self._url} cannot be asked: {error}") from None
-        return cast("list[dict[str, Any]]", answer if isinstance(answer, list) else [answer])
+        answers = cast("list[Any]", answer if isinstance(answer, list) else [answer])
+        if len(answers) != len(body["input_ids"]) or not all(isinstance(one, dict) for one in answers):
+            raise PhloemError(f"capture_url: {self._url} answers otherwise than /generate of Phloem does")
+        return cast("list[dict[str, Any]]", answers)

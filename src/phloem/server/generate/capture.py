@@ -34,6 +34,8 @@ def check_capture(body: GenerateBody, asked: GenerateRequest) -> list[dict[str, 
                 raise BadRequest(_OTHERS.format(f"{key} is not known here"), param=f"spec_capture.{key}")
             if kind is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
                 raise BadRequest(_OTHERS.format(f"{key}: expected {kind.__name__}"), param=f"spec_capture.{key}")
+        if not -(1 << 63) <= int(one.get("gen") or 0) < 1 << 63:  # it travels to the engine as 64 bits
+            raise BadRequest(_OTHERS.format("gen: more than 64 bits"), param="spec_capture.gen")
         names = cast("dict[str, Any]", one.get("features") or {})
         if not all(isinstance(name, str) and name for name in names.values()):
             raise BadRequest(_OTHERS.format("features: expected names"), param="spec_capture.features")

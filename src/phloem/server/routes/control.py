@@ -93,7 +93,7 @@ Timeout = Annotated[float, Query(ge=0, le=MAX_TIMEOUT, description="Seconds to w
 def refused(reply: ControlReply) -> None:
     """Raises what the engine refuses, with status 400."""
     if not reply.ok:
-        error = PhloemError(reply.message or "the engine refused", code="refused")
+        error = PhloemError(reply.message or "the engine refused", param=reply.data.get("param"), code="refused")
         error.status, error.kind = 400, "invalid_request_error"
         raise error
 

@@ -312,7 +312,7 @@ def test_platforms(name: str) -> None:
     assert members(platforms.Platform) <= set(dir(platform)) and platform.name == name
     free, total = platform.memory()
     assert 0 < free <= total
-    assert platform.attention_backends()[-1] == "reference", "a model that no other backend takes must be served"
+    assert "reference" in platform.attention_backends(), "a model that no other backend takes must be served"
     assert set(platform.attention_backends()) <= set(BACKENDS.names())
     ops, why = platform.table(None)
     assert isinstance(ops, Ops) and why

@@ -277,7 +277,7 @@ def test_sentencepiece_from_metadata(architecture: str, prefix: bool) -> None:
     ("change", "reason"),
     [
         ({"tokenizer.ggml.tokens": None}, "no tokenizer"),
-        ({"tokenizer.ggml.model": "rwkv"}, "rwkv.*supported: bert, gpt2, llama"),
+        ({"tokenizer.ggml.model": "rwkv"}, "rwkv.*supported: bert, gemma4, gpt2, llama, t5"),
         ({"tokenizer.ggml.pre": "klingon"}, "klingon.*known"),
         ({"tokenizer.ggml.merges": ["ab"]}, "not a pair"),
         ({"tokenizer.ggml.merges": ["zz qq"]}, "cannot be built"),

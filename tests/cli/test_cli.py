@@ -37,7 +37,7 @@ def test_a_wrong_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
     assert "did you mean 'serve'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--moe-a2a-backend", "--attn-dp-size=2", "--use-ray", "--enable-expert-parallel"])
+@pytest.mark.parametrize("flag", ["--use-ray", "--enable-expert-parallel"])
 def test_parallelism_that_is_not_there_is_refused_by_name(flag: str) -> None:
     with pytest.raises(ConfigError, match=rf"{flag.split('=')[0].strip('-')}: there is no .*docs/parallel.md"):
         parse("serve", ["model", flag, "2"])
@@ -52,7 +52,9 @@ def test_ranks_have_the_flags_of_other_engines() -> None:
         "dp_size": ("--dp-size", "--dp", "--data-parallel-size"),
     }.items():
         for flag in flags:
-            assert parse("serve", ["model", flag, "2"])[0].flat()[size] == 2
+            ranks = ["--tp-size", "2"] if size == "ep_size" else []  # that experts are shared out among
+            assert parse("serve", ["model", flag, "2", *ranks])[0].flat()[size] == 2
+    assert parse("serve", ["model", "--tp-size", "2", "--attn-dp-size", "2"])[0].runtime.attn_dp_size == 2
 
 
 def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -352,7 +352,7 @@ def test_options_of_replicas_are_checked(tmp_path: Path) -> None:
         Config.from_flat({"dp": 0})
     with pytest.raises(ConfigError, match="load_balance_method: 'follow_bootstrap_room' is not one of auto"):
         Config.from_flat({"load_balance_method": "follow_bootstrap_room"})
-    with pytest.raises(ConfigError, match="enable_dp_attention: how many groups .* must be said with dp_size"):
+    with pytest.raises(ConfigError, match=r"enable_dp_attention: how many groups .* must be said with dp_size"):
         Config.from_flat({"enable_dp_attention": True})
     config = Config.from_flat({"dp_size": 2, "kv_events_config": '{"publisher": "zmq"}'})
     with pytest.raises(ConfigError, match="dp_size 2: kv_events_config: each replica"):

@@ -143,7 +143,7 @@ def test_one_transfer_fills_the_inputs_of_a_recorded_step(
     before = [tensor.clone() for tensor in fixed.inputs.tensors]
     fixed.inputs.input_ids.fill_(77)
     step = step_of(decode_batch(), False)
-    step._last.into = into
+    step.last.into = into
     step.put(fixed, rows)
     assert sent == [len(before) - 1]  # all but two that never change, and the slots
     want = FixedInputs(POOL, rows, rows, rows, 6, on_host=True)
@@ -154,4 +154,4 @@ def test_one_transfer_fills_the_inputs_of_a_recorded_step(
             a, b = a[:, :3], b[:, :3]
         assert torch.equal(a, b) and a.dtype == b.dtype and a.data_ptr() % 16 == 0, number
     assert torch.equal(fixed.inputs.tensors[2], before[2])
-    assert step._last.at is not None and step._last.at.tolist() == decode_batch().slots.tolist()
+    assert step.last.at is not None and step.last.at.tolist() == decode_batch().slots.tolist()

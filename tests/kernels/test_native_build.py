@@ -95,15 +95,15 @@ def test_objects_are_kept_while_what_they_are_made_of_stays(tmp_path: Path, monk
     header.write_text("#define A 1\n")
     build = ["g++", "-MMD", "-c", str(source), "-o", str(target), "-MF", str(tmp_path / "a.d")]
     made = SimpleNamespace(warn=lambda text: None)
-    assert not setup.fresh(target)
-    assert setup.BuildNative._compile(made, (source, target, build)) is None and setup.fresh(target)
+    assert not setup.fresh(target, source)
+    assert setup.BuildNative._compile(made, (source, target, build)) is None and setup.fresh(target, source)
     os.utime(header)  # as a checkout of another branch and back does
-    assert setup.fresh(target)
+    assert setup.fresh(target, source)
     header.write_text("#define A 2\n")
-    assert not setup.fresh(target)
+    assert not setup.fresh(target, source)
     header.write_text("#define A nonsense\n")
     failed = setup.BuildNative._compile(made, (source, target, build))
-    assert "nonsense" in failed and not target.exists() and not setup.fresh(target)
+    assert "nonsense" in failed and not target.exists() and not setup.fresh(target, source)
 
 
 def test_objects_of_another_checkout_are_compiled_again(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_rollback_law(name: str, kind: str, seed: int) -> None:
         place += ahead
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BOTH)
 def test_the_engines_agree_token_by_token(kind: str) -> None:
     """What one mask allows the other engine takes, and what neither allows both refuse.

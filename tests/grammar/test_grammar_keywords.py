@@ -281,6 +281,7 @@ def valid(value: Any, schema: Any) -> bool:
     return kind(schema).is_valid(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_else_is_generated_and_nothing_is_lost(name: str) -> None:
     schema, good, bad = CASES[name]

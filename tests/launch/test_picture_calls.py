@@ -41,6 +41,7 @@ def test_a_model_of_text_refuses_what_only_models_that_draw_read(tmp_path: Path,
     assert error.value.param == next(iter(asked))
 
 
+@pytest.mark.slow
 def test_a_step_cache_that_leaves_no_block_out_is_refused_before_the_server_is_ready(tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="pictures need diffusers: pip install 'phloem[diffusion]'")
     settings = {"model_path": str(tiny_pictures(tmp_path, "flux")), "device": "cpu"}

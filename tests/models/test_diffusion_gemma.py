@@ -215,6 +215,7 @@ def test_temperature_and_seed_decide_the_draws(served: Any, reference: Reference
     assert of(ask(served, prompt, 20, **values)) == reference.generate(prompt, 20, **how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "temperature"),
     [

@@ -242,6 +242,7 @@ def test_symmetric_gptq_files_that_lie_are_read_by_their_zeros(made: Any, tmp_pa
     close(Engine(packed).whole(PROMPT), Engine(plain).whole(PROMPT))
 
 
+@pytest.mark.slow
 def test_act_order_that_orders_nothing_is_kept_packed(made: Any, tmp_path: Path) -> None:
     packed, _ = packers.quantised(made("llama", **SIZES)[0], tmp_path, packers.gptq, {**GPTQ, "desc_act": True})
     _, method = loaded(packed)

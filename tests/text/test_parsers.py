@@ -404,6 +404,7 @@ def test_reasoning_may_be_required_only_where_its_end_is_known(reasoning: str) -
         assert not to_request(parser.parse(b'{"text": "x"}', features)).items[0].reasons
 
 
+@pytest.mark.slow
 def test_the_engine_learns_where_harmony_keeps_its_content(tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 

@@ -35,7 +35,7 @@ def pytest_unconfigure() -> None:
 
 
 # So many cases of one test are in the fast tier, evenly spaced; the others are `slow`.
-CASES = 4
+CASES = 3
 WHOLE = ("contract/", "test_house.py")
 
 

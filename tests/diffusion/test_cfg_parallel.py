@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +41,6 @@ PLAIN: dict[str, dict[str, Any]] = {
     "wan_two": {"guidance": 1.0},
     "ltx": {"guidance": 1.0},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Generator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -25,14 +24,6 @@ FIRST, SECOND = (
     Pixels(w, h, np.random.default_rng(w).integers(0, 256, w * h * 3, dtype=np.uint8).tobytes())
     for w, h in ((72, 66), (64, 80))
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Generator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +56,6 @@ def pipes(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     yield of
     _PIPES.clear()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Generator[None]:
-    """Layers of a few thousand weights: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def painter_of(pipe: Any) -> Any:

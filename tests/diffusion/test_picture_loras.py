@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +48,6 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stable_diffusion_3": ({"guidance": 4.0}, {"guidance_scale": 4.0}),
     "z_image": ({"guidance": 3.0}, {"guidance_scale": 3.0}),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Generator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,6 @@ FAMILIES = {"flux": 0.68, "qwen_image": 1.06, "stable_diffusion_3": 0.65, "wan_t
 STEPS = 12
 # The plain distance: polynomials that were fitted to real models say nothing of these.
 TEA = StepCaching("teacache", 0.6, first=0, coefficients=(0.0, 0.0, 0.0, 1.0, 0.0))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Generator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def load(folder: Path, family: str, **overrides: Any) -> Any:

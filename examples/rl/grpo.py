@@ -103,12 +103,17 @@ def train(url: str, path: str, steps: int, group: int = 16, rate: float = 1e-2, 
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What every example of this folder asks for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:30000")
     parser.add_argument("--model", required=True, help="the folder that the server serves")
     parser.add_argument("--steps", type=int, default=30)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = arguments(__doc__).parse_args()
     for number, step in enumerate(train(options.url, options.model, options.steps)):
         print(f"step {number}: reward {step.reward:.3f}, logprob diff {step.logprob_diff:.2e}, weights {step.version}")
 

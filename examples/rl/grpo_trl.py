@@ -4,23 +4,23 @@
     python examples/rl/grpo_trl.py --url http://127.0.0.1:30000 --model MODEL --steps 30
 
 Needs `trl` (1.16) and `datasets`. MODEL is a folder with a chat template. In its first turn the model may ask for a
-secret word, by a question mark; the tool then answers with the word. In its second turn it is to say the word. A program
-gives half of the reward for asking and half for saying it. What the tool says is masked out of the loss (`env_mask`).
+secret word, by a question mark; the tool then answers with the word. In its second turn it is to say the word. A
+program gives half of the reward for asking and half for saying it. What the tool says is masked out of the loss
+(`env_mask`).
 
-Ids go in and out: the second turn goes on from the very ids of the first, which the server has in its cache. Weights are
-pushed when the trainer has made a step, as in `grpo.py`, with the step as their version.
+Ids go in and out: the second turn goes on from the very ids of the first, which the server has in its cache. Weights
+are pushed when the trainer has made a step, as in `grpo.py`, with the step as their version.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 from datasets import Dataset
-from grpo import push
+from grpo import arguments, push
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
@@ -59,14 +59,16 @@ class Rollouts:
         read = [one["meta_info"] for one in second]
         self.cached = sum(one["cached_tokens"] for one in read) / sum(one["prompt_tokens"] for one in read)
         turns = list(zip(first, heard, second, strict=True))
+        parts = [(len(one["output_ids"]), len(tool), len(two["output_ids"])) for one, tool, two in turns]
+        masks = [[1] * own + [0] * told + [1] * then for own, told, then in parts]
         return {
             "prompt_ids": started,
             "completion_ids": [one["output_ids"] + tool + two["output_ids"] for one, tool, two in turns],
             "logprobs": [_logprobs(one) + [0.0] * len(tool) + _logprobs(two) for one, tool, two in turns],
-            "env_mask": [[1] * len(one["output_ids"]) + [0] * len(tool) + [1] * len(two["output_ids"]) for one, tool, two in turns],
+            "env_mask": masks,
             "asked": asked,
             "answered": [self.tokenizer.decode(two["output_ids"]) for _, _, two in turns],
-        }  # fmt: skip
+        }
 
     def _text(self, prompt: Any) -> str:
         return prompt if isinstance(prompt, str) else prompt[-1]["content"]
@@ -107,7 +109,8 @@ def train(url: str, path: str, steps: int, group: int = 8, rate: float = 2e-5) -
         config = GRPOConfig(
             output_dir=folder, use_cpu=True, bf16=False, max_steps=steps, learning_rate=rate, num_generations=group,
             per_device_train_batch_size=2 * group, max_completion_length=4 * TOKENS, temperature=1.0, beta=0.0,
-            lr_scheduler_type="constant", logging_steps=1, save_strategy="no", gradient_checkpointing=False, report_to=[], disable_tqdm=True,
+            lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
+            gradient_checkpointing=False,
             model_init_kwargs={"dtype": "float32"},
         )  # fmt: skip
         rollouts = Rollouts(http, tokenizer)
@@ -123,11 +126,7 @@ def train(url: str, path: str, steps: int, group: int = 8, rate: float = 2e-5) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:30000")
-    parser.add_argument("--model", required=True, help="the folder that the server serves")
-    parser.add_argument("--steps", type=int, default=30)
-    options = parser.parse_args()
+    options = arguments(__doc__).parse_args()
     for number, step in enumerate(train(options.url, options.model, options.steps)):
         print(f"step {number}: reward {step['reward']:.3f}, weights step-{step['version']:.0f}")
 

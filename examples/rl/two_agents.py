@@ -13,14 +13,13 @@ Weights go to the server after each step, as in `grpo.py`. One set of weights pl
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import httpx
 import torch
-from grpo import push
+from grpo import arguments, push
 from transformers import AutoModelForCausalLM
 
 ROLES = ([5, 6], [7, 8])  # in front of what each agent reads
@@ -129,10 +128,7 @@ def train(url: str, path: str, steps: int, group: int = 16, rate: float = 1e-2, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:30000")
-    parser.add_argument("--model", required=True, help="the folder that the server serves")
-    parser.add_argument("--steps", type=int, default=30)
+    parser = arguments(__doc__)
     parser.add_argument("--rate", type=float, default=1e-2)
     options = parser.parse_args()
     for number, step in enumerate(train(options.url, options.model, options.steps, rate=options.rate)):

@@ -187,6 +187,7 @@ ASKS: list[tuple[str, dict[str, Any]]] = [
         "multi_item_delimiter_indices": [1],
         "token_indices_to_pool": [1],
         "use_audio_in_video": True,
+        "spec_capture": {},
         "watermark": {"key": 1},
     }.items()],
     *[(path, {name: value}) for path in ("/v1/chat/completions", "/v1/completions") for name, value in {

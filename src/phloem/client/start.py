@@ -49,6 +49,8 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
         features |= {"lora"}
     if config.runtime.dp_size > 1:
         features |= {"data_parallel"}
+    if config.speculative.enable_spec_capture:
+        features |= {"spec_capture"}
     if config.disagg.disaggregation_mode != "null":
         features |= {"disaggregation"}
     info = _without_penalties(ModelInfo.of(checkpoint, config, features), checkpoint)

@@ -53,6 +53,7 @@ GENERATE_IGNORED: dict[str, str] = {
     "kv_hints": CACHES,
 }
 GENERATE_LATER: dict[str, Later] = {
+    "spec_capture": Later("spec_capture", (), "no states are captured: start with --enable-spec-capture"),
     **LATER,
     **MEDIA_LATER,
     "return_routed_experts": Later("routed_experts", (False,), _EXPERTS),

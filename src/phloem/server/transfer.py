@@ -81,5 +81,5 @@ def offered(body: OpenAIBody, door: Door, request: Request) -> dict[str, Any] | 
         "remote_host": (request.url.hostname or host) if host in EVERYWHERE else host,
         "remote_port": told.get("bootstrap_port"),
         "remote_request_id": str(body.bootstrap_room),
-        "tp_size": 1,
+        "tp_size": door.config.runtime.tp_size,
     }

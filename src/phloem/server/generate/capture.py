@@ -42,10 +42,12 @@ def check_capture(body: GenerateBody, asked: GenerateRequest) -> list[dict[str, 
     return given
 
 
-async def add_captured(door: Door, body: GenerateBody, asked: GenerateRequest, answers: list[dict[str, Any]]) -> None:
+async def add_captured(
+    door: Door, wanted: list[dict[str, Any]], asked: GenerateRequest, answers: list[dict[str, Any]]
+) -> None:
     """Capture, and say in each answer's `meta_info` what was written where."""
     texts = [list(item.ids or ()) for item in asked.items]
-    reply = await door.client.control("capture", SECONDS, texts=texts, asked=check_capture(body, asked))
+    reply = await door.client.control("capture", SECONDS, texts=texts, asked=wanted)
     refused(reply)
     for answer, one in zip(answers, reply.data["captured"], strict=True):
         answer["meta_info"]["spec_capture"] = one

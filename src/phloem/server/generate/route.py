@@ -38,8 +38,7 @@ async def generate(request: Request) -> Response:
     single = not is_batch(body) and asked.items[0].sampling.n == 1
     # Gateways put together what the prompt's logprobs are and what the answer's: prefill tells the former.
     apart = door.info.role == "decode" and PAIR_HEADER not in request.headers
-    if body.spec_capture is not None:
-        check_capture(body, asked)
+    wanted = None if body.spec_capture is None else check_capture(body, asked)
     renderer = Renderer(body, door.client.tokenizer, prompts=not apart)
     call = await door.client.submit(asked)
     if asked.stream:
@@ -47,8 +46,8 @@ async def generate(request: Request) -> Response:
         return await stream(request, call, _events(call, renderer, single, incremental))
     outputs = await collect(request, call)
     answers = [renderer.answer(output) for output in outputs]
-    if body.spec_capture is not None:
-        await add_captured(door, body, asked, answers)
+    if wanted is not None:
+        await add_captured(door, wanted, asked, answers)
     return json_response(strip(answers, single))
 
 

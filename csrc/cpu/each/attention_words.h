@@ -38,10 +38,12 @@ PHL_INLINE void pack_query(const AttentionArgs& a, const Int8Job& job, const flo
   job.start[row] = -128 * total;
 }
 
-// sum += pairs of words, multiplied. In place: gcc 12 would make many products first, and put them on the stack.
-PHL_INLINE void add_pairs(__m256i& sum, __m256i x, __m256i y) {
+// sum + pairs of words, multiplied. One after the other: gcc 12 would make many products first, and put them on the stack.
+// By value, as it leaves an array there whose elements an asm refers to.
+PHL_INLINE __m256i add_pairs(__m256i sum, __m256i x, __m256i y) {
   sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, y));
   asm("" : "+x"(sum));
+  return sum;
 }
 PHL_INLINE __m256i word_at(const int16_t* p) {
   int32_t pair;
@@ -71,8 +73,8 @@ PHL_INLINE void dots(const AttentionArgs& a, const Int8Job& job, Int8Span& span,
       if (fetch) span.ahead.lines(1);
       for (int r = 0; r < R; ++r) {
         const __m256i x = word_at(q + 2 * r * size), y = word_at(q + 2 * r * size + 2);
-        for (int v = 0; v < V; ++v) add_pairs(acc[r][v], even[v], x);
-        for (int v = 0; v < V; ++v) add_pairs(acc[r][v], odd[v], y);
+        for (int v = 0; v < V; ++v) acc[r][v] = add_pairs(acc[r][v], even[v], x);
+        for (int v = 0; v < V; ++v) acc[r][v] = add_pairs(acc[r][v], odd[v], y);
       }
     }
     for (int v = 0; v < V; ++v) {
@@ -97,8 +99,9 @@ PHL_INLINE void add_some(const AttentionArgs& a, const Int8Job& job, Int8Span& s
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) acc[r][v] = _mm256_setzero_si256();
   const bool fetch = span.ahead.any();
-  for (int64_t quad = 0; quad < quads; ++quad) {
-    const int8_t* from = span.tile.values[quad / 4] + quad % 4 * 4 * a.head_size + 4 * column;
+  const int8_t* from = nullptr;
+  for (int64_t quad = 0; quad < quads; ++quad, from += 4 * a.head_size) {
+    if (quad % 4 == 0) from = span.tile.values[quad / 4] + 4 * column;
     __m256i even[V], odd[V];
     for (int v = 0; v < V; ++v) {
       const __m256i four = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32 * v));
@@ -108,8 +111,8 @@ PHL_INLINE void add_some(const AttentionArgs& a, const Int8Job& job, Int8Span& s
     if (fetch) span.ahead.lines(1);
     for (int r = 0; r < R; ++r) {
       const __m256i x = word_at(weights[r] + 4 * quad), y = word_at(weights[r] + 4 * quad + 2);
-      for (int v = 0; v < V; ++v) add_pairs(acc[r][v], even[v], x);
-      for (int v = 0; v < V; ++v) add_pairs(acc[r][v], odd[v], y);
+      for (int v = 0; v < V; ++v) acc[r][v] = add_pairs(acc[r][v], even[v], x);
+      for (int v = 0; v < V; ++v) acc[r][v] = add_pairs(acc[r][v], odd[v], y);
     }
   }
   for (int r = 0; r < R; ++r) {

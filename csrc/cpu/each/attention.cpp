@@ -322,7 +322,7 @@ void attend(const AttentionArgs& a, Team& team) {
     }
   });
   // Kernels of other levels do not ask for the list.
-  if (PHL_LEVEL == 2 && tokens > NextCache::kFewRows) look_ahead(a, sharing, team, a.page_stride * (kInt8 ? 1 : 2));
+  if (PHL_LEVEL >= 1 && tokens > NextCache::kFewRows) look_ahead(a, sharing, team, a.page_stride * (kInt8 ? 1 : 2));
   if (!merge) return;
   team.barrier();
   team.split(a.rows * a.heads, 8, [&](int64_t begin, int64_t end) {

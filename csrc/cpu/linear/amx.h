@@ -120,8 +120,8 @@ void amx_integers(const Segment& s, int64_t block, int blocks, const Rows& rows,
     const Place place(out, s, block, blocks, first_row + row, y);
     for (int b = 0; b < blocks; ++b) {
       with_count<Vec::tile_rows>(n_rows, [&](auto n) {
-        tile_kernel<L, decltype(n)::value, 1>(tile + b * tile_step, tile_step, chunks, rows.int8(row), act_step,
-                                              place.to + b * kBlock, place.step);
+        tile_kernel<L, decltype(n)::value, 1, false>(tile + b * tile_step, tile_step, chunks, rows.int8(row), act_step,
+                                                     place.to + b * kBlock, place.step, Lines{});
       });
     }
     if (!place.direct) out.finish(s, block, blocks, first_row + row, n_rows, y);

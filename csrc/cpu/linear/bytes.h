@@ -15,7 +15,6 @@ namespace PHL_NS {
 namespace {
 
 constexpr int kByteChunk = 512;  // 32 inputs of 16 features
-constexpr int64_t kFetches = 3;  // lines of the next cache that are asked for in a chunk
 
 // Chunks with one scale of a feature. Weights of two or three bits lose too much precision by more than two.
 template <class L>

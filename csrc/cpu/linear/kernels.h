@@ -287,13 +287,23 @@ struct Totals<R, B, true> {
   PHL_INLINE void store(float*, int64_t) const {}
 };
 
-// B unpacked blocks, `tile_step` bytes apart, times R rows. out[r * out_step + 16 * b + lane].
-template <class L, int R, int B>
+// Lines of the next cache that a kernel for many rows asks for in a chunk.
+constexpr int64_t kFetches = 3;
+
+// B unpacked blocks, `tile_step` bytes apart, times R rows. out[r * out_step + 16 * b + lane]. Fetch: asks for `lines`
+// meanwhile.
+template <class L, int R, int B, bool Fetch>
 void tile_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const Activation* act, int64_t act_step,
-                 float* out, int64_t out_step) {
+                 float* out, int64_t out_step, [[maybe_unused]] Lines lines) {
   constexpr int CG = L::chunk_groups, per_group = 8 / CG;
   Totals<R, B, !Vec::holds_chunk> total(out, out_step);
   for (int64_t c = 0; c < chunks; ++c, tile += kTileChunk<L>, ++act) {
+    if (Fetch && lines.at < lines.end) {
+      for (int64_t i = 0; i < kFetches; ++i) {
+        __builtin_prefetch(reinterpret_cast<const void*>(lines.at + 64 * i), 0, 2);
+      }
+      lines.at += 64 * kFetches;
+    }
     for (int g = 0; g < CG; ++g) {
       typename Vec::Sum<L::bits, L::wide> sum[R][B];
       for (int r = 0; r < R; ++r) {
@@ -329,15 +339,19 @@ void tile_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const A
 // The two forms that the weights of many rows take are this one and AsBytes (bytes.h).
 template <class L>
 struct AsPacked {
-  static constexpr int64_t fetches = 0;  // lines of the next cache that a kernel asks for in a chunk
+  static constexpr int64_t fetches = PHL_LEVEL == 1 ? kFetches : 0;  // with AVX-512 these are for few rows
   static constexpr int64_t tile_bytes(int64_t chunks) { return chunks * kTileChunk<L>; }
   static void unpack(const uint8_t* w, const uint8_t* lower, int64_t units, uint8_t* tile) {
     unpack_block<L>(w, lower, units, tile);
   }
   template <int R, int B>
   static void multiply(const uint8_t* tile, int64_t tile_step, int64_t chunks, const Activation* act, int64_t act_step,
-                       float* out, int64_t out_step, Lines) {
-    tile_kernel<L, R, B>(tile, tile_step, chunks, act, act_step, out, out_step);
+                       float* out, int64_t out_step, Lines lines) {
+    if (fetches > 0 && lines.at < lines.end) {
+      tile_kernel<L, R, B, fetches != 0>(tile, tile_step, chunks, act, act_step, out, out_step, lines);
+    } else {
+      tile_kernel<L, R, B, false>(tile, tile_step, chunks, act, act_step, out, out_step, lines);
+    }
   }
 };
 

@@ -152,7 +152,7 @@ def by_kind(text: str) -> Counter[str]:
 
 
 def kind_of(function: str, place: str) -> str:
-    if "_cpu" not in Path(place).name:
+    if not Path(place).name.startswith("_cpu."):
         return next((kind for kind, pattern in OBJECTS if re.search(pattern, place)), OTHERS)
     return next((kind for kind, pattern in KINDS if re.search(pattern, function)), KERNELS)
 

@@ -226,9 +226,13 @@ PyObject* constants(PyObject*, PyObject*) {
 PyObject* built_from(PyObject*, PyObject*) { return PyUnicode_FromString(phl::kBuiltFrom); }
 
 PyObject* levels(PyObject*, PyObject*) {
-  PyObject* tuple = PyTuple_New(phl::best_level() + 1);
-  for (int i = 0; tuple != nullptr && i <= phl::best_level(); ++i) {
-    PyTuple_SetItem(tuple, i, PyUnicode_FromString(phl::kLevelNames[i]));
+  std::vector<int> found;
+  for (int i = 0; i <= phl::best_level(); ++i) {
+    if (phl::runs(i)) found.push_back(i);
+  }
+  PyObject* tuple = PyTuple_New(static_cast<Py_ssize_t>(found.size()));
+  for (size_t i = 0; tuple != nullptr && i < found.size(); ++i) {
+    PyTuple_SetItem(tuple, static_cast<Py_ssize_t>(i), PyUnicode_FromString(phl::kLevelNames[found[i]]));
   }
   return tuple;
 }
@@ -239,6 +243,7 @@ PyObject* set_level(PyObject*, PyObject* name) {
     Py_RETURN_NONE;
   }
   for (int i = 0; i <= phl::best_level(); ++i) {
+    if (!phl::runs(i)) continue;
     PyObject* known = PyUnicode_FromString(phl::kLevelNames[i]);
     const int same = known == nullptr ? -1 : PyUnicode_Compare(known, name);
     Py_XDECREF(known);

@@ -17,9 +17,18 @@ struct Field {
   int64_t offset;
 };
 
+// Instruction sets of this kind of processor, the best last; a unit's is its PHL_RANK. Those that another is derived from
+// by more instructions (AVX-VNNI, AMX, I8MM) have units of a few ops; the other ops are those of a level below.
+#if defined(__aarch64__)
+enum Level : int { kPortable, kNeon, kI8mm, kLevels };
+#else
+enum Level : int { kPortable, kAvx2, kAvxVnni, kAvx512, kAmx, kLevels };
+#endif
+extern const char* const kLevelNames[kLevels];
+
 struct OpEntry {
   const char* name;
-  int level;  // of the unit: 0 portable, 1 AVX2, 2 AVX-512, 3 AMX
+  int level;  // of the unit
   const Field* fields;
   int slots;
   OpFunction run;
@@ -33,16 +42,13 @@ struct ConstantEntry {
 };
 
 constexpr int kMaxSlots = 40;
-#if defined(__aarch64__)
-constexpr int kLevels = 3;
-#else
-constexpr int kLevels = 4;
-#endif
-extern const char* const kLevelNames[kLevels];
 
 void register_op(const OpEntry& entry);
-const OpEntry* find_op(const char* name, int highest_level);  // nullptr: none
-int best_level();                                             // what this CPU can run
+// The op's best unit at or below a level; nullptr: none. Every op has a unit at each level that is derived from no other, so
+// that a level which this CPU lacks (AVX-VNNI on some with AVX-512) is never taken for a higher one.
+const OpEntry* find_op(const char* name, int highest_level);
+bool runs(int level);  // whether this CPU does, and this library has units of it
+int best_level();      // the highest that runs
 int op_count();
 const OpEntry& op_at(int index);
 void register_constant(const ConstantEntry& entry);

@@ -4,8 +4,10 @@
 
 #include "op.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #elif defined(__aarch64__) && defined(__linux__)
@@ -19,7 +21,7 @@ namespace phl {
 #if defined(__aarch64__)
 const char* const kLevelNames[kLevels] = {"portable", "neon", "i8mm"};
 #else
-const char* const kLevelNames[kLevels] = {"portable", "avx2", "avx512", "amx"};
+const char* const kLevelNames[kLevels] = {"portable", "avx2", "avxvnni", "avx512", "amx"};
 #endif
 
 namespace {
@@ -110,7 +112,7 @@ bool has_byte_matrices() {
 #endif
 
 // Whether this library has units of a level: the compiler may not have known its instructions.
-[[maybe_unused]] bool built(int level) {
+bool built(int level) {
   for (const OpEntry& entry : entries()) {
     if (entry.level == level) return true;
   }
@@ -118,29 +120,63 @@ bool has_byte_matrices() {
 }
 
 #if defined(__x86_64__)
-bool has_amx() {
-  static const bool granted = ask_for_amx();
-  static const bool there = built(3);
-  return there && granted;
+bool has_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
+
+// VEX-encoded dot products of bytes: Alder Lake and its successors, Sapphire Rapids, Zen 5. Their registers are AVX's, which
+// the system saves where it lets AVX2 be used.
+bool has_avx_vnni() {
+  constexpr unsigned kAvxVnniBit = 1u << 4;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  // In its first part the leaf tells the number of its last one.
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || a < 1) return false;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnniBit) != 0;
+}
+
+bool has_avx512() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512bf16");
+}
+
+// Of the processor alone, from the lowest level to the highest.
+bool can(int level) {
+  static const bool avx2 = has_avx2(), vnni = avx2 && has_avx_vnni(), avx512 = avx2 && has_avx512();
+  switch (level) {
+    case kAvx2: return avx2;
+    case kAvxVnni: return vnni;
+    case kAvx512: return avx512;
+    case kAmx: {
+      static const bool granted = avx512 && ask_for_amx();
+      return granted;
+    }
+    default: return level == kPortable;
+  }
+}
+#elif defined(__aarch64__)
+bool can(int level) {
+  static const bool dots = has_dot_products(), matrices = dots && has_byte_matrices();
+  return level == kPortable || (level == kNeon && dots) || (level == kI8mm && matrices);
+}
+#else
+bool can(int level) { return level == kPortable; }
 #endif
 
 }  // namespace
 
+bool runs(int level) { return can(level) && built(level); }
+
 int best_level() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
-                      __builtin_cpu_supports("avx512bf16");
-  if (avx2 && avx512) return has_amx() ? 3 : 2;
-  if (avx2) return 1;
-#elif defined(__aarch64__)
-  if (has_dot_products()) return has_byte_matrices() && built(2) ? 2 : 1;
-#endif
-  return 0;
+  static const int best = [] {
+    int level = kLevels - 1;
+    while (level > kPortable && !runs(level)) --level;
+    return level;
+  }();
+  return best;
 }
 
 }  // namespace phl

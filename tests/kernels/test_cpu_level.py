@@ -54,7 +54,7 @@ def test_the_environment_asks_where_no_option_does(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_level_that_the_processor_lacks_is_refused(levels: tuple[str, ...]) -> None:
-    missing = next((name for name in ("amx", "avx512", "avx2") if name not in levels), None)
+    missing = next((name for name in ("amx", "avxvnni", "avx512", "avx2") if name not in levels), None)
     if missing is None:
         pytest.skip("this processor runs every level")
     with pytest.raises(ConfigError, match=f"this processor runs portable.*, not {missing}"):
@@ -89,13 +89,26 @@ def test_the_option_is_checked_like_every_other() -> None:
         Config.from_flat({"cpu_level": "avx51"})
 
 
+def test_avx_vnni_is_found_where_the_processor_tells_of_it(levels: tuple[str, ...]) -> None:
+    units = {name: fields for name, level, _, fields in native.runtime().library.ops() if level == "avxvnni"}
+    assert ("avxvnni" in levels) == (bool(units) and "avx_vnni" in machine.cpu_flags())
+    if not units:
+        pytest.skip("the library was built by a compiler that does not know AVX-VNNI")
+    assert {"linear", "linear_argmax", "linear_topk", "moe", "attention_int8", "limit_int8"} <= set(units)
+    below = {name: fields for name, level, _, fields in native.runtime().library.ops() if level == "avx2"}
+    assert units.items() <= below.items()
+
+
+@pytest.mark.parametrize("level", ["avx2", "avxvnni"])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q6_K", "Q8_0"])
-def test_a_row_has_the_same_bits_alone_and_among_many_with_avx2(kind: str, levels: tuple[str, ...]) -> None:
-    """Sums of products as words are exact: all kernels of a level give the same, also at the largest magnitudes."""
-    if "avx2" not in levels:
-        pytest.skip("needs AVX2")
+def test_a_row_has_the_same_bits_alone_and_among_many_with_avx2(
+    kind: str, level: str, levels: tuple[str, ...]
+) -> None:
+    """Sums of products are exact: all kernels of a level give the same, also at the largest magnitudes."""
+    if level not in levels:
+        pytest.skip(f"needs {level}")
     gguf = pytest.importorskip("gguf")
-    ops = native.table(1, "avx2")
+    ops = native.table(1, level)
     quants = getattr(gguf.GGMLQuantizationType, kind)
     weight = torch.randn(40, 256).sign() if kind != "Q6_K" else torch.randn(40, 256)
     if kind == "Q6_K":

@@ -115,3 +115,28 @@ def test_greedy_text_of_a_quantised_model_is_that_of_float32() -> None:
     plain, ours = Engine(file), Engine(file, ops=native.table(2, float32=True))
     assert (plain.whole(prompt) - ours.whole(prompt)).abs().max() < 2e-3
     assert plain.greedy(prompt, 12) == ours.greedy(prompt, 12)
+
+
+@pytest.mark.slow
+def test_steps_of_a_dense_model_are_recorded_and_have_the_same_bits_with_any_threads(tmp_path: Any) -> None:
+    """Attention over float32 pages is native: a prompt in chunks, decodes alone and together; near plain torch."""
+    from phloem import Engine
+    from phloem.testing.checkpoints import tiny_checkpoint
+
+    path = str(tiny_checkpoint("llama", tmp_path))
+    prompts = [[(7 * i + 3) % 300 + 5 for i in range(count)] for count in (90, 3, 41)]
+    found: list[list[tuple[int, float]]] = []
+    for ops, threads in (("native", 1), ("native", 3), ("reference", 2)):
+        settings: dict[str, Any] = {"dtype": "float32", "ops": ops, "threads": threads, "chunked_prefill_size": 64}
+        with Engine(model_path=path, max_total_tokens=2048, log_level="warning", **settings) as engine:
+            told = {name: value for name, value, _ in engine.get_server_info()["decisions"]}
+            assert told["step_graphs"] == ("off" if ops == "reference" else "on")
+            params = {"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+            answers = engine.generate(input_ids=prompts, sampling_params=params, return_logprob=True)
+        assert isinstance(answers, list)
+        pairs = [pair for answer in answers for pair in answer["meta_info"]["output_token_logprobs"]]
+        found.append([(token, value) for value, token, *_ in pairs])
+    one, three, plain = found
+    assert len(one) == 36 and one == three
+    assert [token for token, _ in one] == [token for token, _ in plain]
+    assert max(abs(x - y) for (_, x), (_, y) in zip(one, plain, strict=True)) < 1e-4

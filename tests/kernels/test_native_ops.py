@@ -103,16 +103,18 @@ def test_write_kv(ops: Ops, tokens: int, kv_heads: int, size: int, page_size: in
     ops.write_kv(k, v, *got, slots)
     ref.write_kv(k, v, *want, slots)
     assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+    wide, whole = ([torch.zeros(pages, kv_heads, page_size, size) for _ in "kv"] for _ in range(2))
+    ref.write_kv(k, v, *wide, slots)
+    ops.write_kv(k, v, *whole, slots)
+    assert all(torch.equal(*pair) for pair in zip(whole, wide, strict=True))
     both = torch.zeros(pages, 2, kv_heads, page_size, size + 4, dtype=torch.int8)
     ops.write_kv(k, v, both[:, 0], both[:, 1], slots)
-    wide = [torch.zeros(pages, kv_heads, page_size, size) for _ in "kv"]
-    ref.write_kv(k, v, *wide, slots)
     for cache, exact, keys in zip(both.unbind(1), wide, (True, False), strict=True):
         step = exact.abs().amax(-1, keepdim=True) / 127
         assert ((int8_pages.unpack(cache, keys) - exact).abs() <= step * 0.5001).all()
 
 
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8, torch.float32])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_rope_and_write_refuses_what_does_not_fit(ops: Ops) -> None:
     with pytest.raises(ValueError, match=r"values .* do not fit the keys"):
         ops.rope_write_kv(q, q, q[:1], turn, cache, cache, slots)
     with pytest.raises(ValueError, match="do not fit the keys"):
-        ops.rope_write_kv(q, q, q, turn, cache.float(), cache.float(), slots)
+        ops.rope_write_kv(q, q, q, turn, cache.half(), cache.half(), slots)
     with pytest.raises(ValueError, match="does not fit heads of 8"):
         ops.rope_write_kv(q, q, q, dataclasses.replace(turn, cos_sin=torch.ones(4, 2, 5)), cache, cache, slots)
     with pytest.raises(TypeError, match="norm weight"):

@@ -17,19 +17,21 @@ from phloem.utils.machine import cpu_flags
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc" / "cpu"
 KERNELS = ("attention", "elementwise", "norm", "rope", "sample", "linear", "screen", "moe", "adapters", "recurrent")
-AMX = ("linear", "moe")  # units that also exist with tiles; they run on emulated ones, whatever the machine has
+# Units that also exist with AMX's tiles and with AVX-VNNI's products; they run on emulated ones, whatever the machine has.
+AMX = ("linear", "moe")
+VNNI = ("linear", "moe", "attention")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")]
 
 
-def levels_here() -> list[tuple[int, str]]:
-    """The portable unit and those that this machine runs."""
-    flags, found = cpu_flags(), [(0, "portable")]
+def levels_here() -> list[str]:
+    """The levels of whole units that this machine runs."""
+    flags, found = cpu_flags(), ["portable"]
     if {"avx2", "fma"} <= flags:
-        found.append((1, "avx2"))
+        found.append("avx2")
     if {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_vnni", "avx512_bf16"} <= flags:
-        found.append((2, "avx512"))
+        found.append("avx512")
     return found
 
 
@@ -52,7 +54,7 @@ def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> Non
         pytest.skip("this compiler has no sanitizer libraries")
     setup = build_flags()
     common = [flag for flag in setup.COMMON if flag not in ("-O3", "-fvisibility=hidden")] + ["-O0", *SANITIZE]
-    sources = [(CSRC / "each" / f"{name}.cpp", level) for name in KERNELS for _, level in levels_here()]
+    sources = [(CSRC / "each" / f"{name}.cpp", level) for name in KERNELS for level in levels_here()]
     sources += [
         (path, "portable")
         for path in (
@@ -62,8 +64,14 @@ def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> Non
             *(CSRC / "tests").glob("*.cpp"),
         )
     ]
-    flags = {**setup.LEVELS, "emulated": [*setup.LEVELS["avx512"], "-DPHL_AMX=1", "-DPHL_AMX_EMULATED"]}
-    if (2, "avx512") in levels_here():
+    flags = {
+        **setup.LEVELS,
+        "emulated": [*setup.LEVELS["avx512"], "-DPHL_AMX=1", "-DPHL_AMX_EMULATED"],
+        "emulated-vnni": [*setup.LEVELS["avx2"], "-DPHL_VNNI=1", "-DPHL_VNNI_EMULATED"],
+    }
+    if "avx2" in levels_here():
+        sources += [(CSRC / "avxvnni" / f"{name}.cpp", "emulated-vnni") for name in VNNI]
+    if "avx512" in levels_here():
         sources += [(CSRC / "amx" / f"{name}.cpp", "emulated") for name in AMX]
     folder = ROOT / "build" / "sanitized"  # kept: compiling takes far longer than running
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,18 +86,21 @@ def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> Non
     )
     program = tmp_path / "driver"
     compile_all([["g++", *SANITIZE, *map(str, objects), "-pthread", "-o", str(program)]])
-    levels = [str(number) for number, _ in levels_here()]
-    done = subprocess.run([str(program), *levels], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([str(program), *levels_here()], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "tests" in done.stdout
 
 
-def test_amx_is_built_where_the_compiler_knows_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("level", "names"), [("amx", AMX), ("avxvnni", (*VNNI, "limits"))])
+def test_derived_levels_are_built_where_the_compiler_knows_them(
+    level: str, names: tuple[str, ...], tmp_path: Path
+) -> None:
     setup = build_flags()
     assert setup.accepts(["g++"], [], tmp_path)
     assert not setup.accepts(["g++"], ["-mno-such-instructions"], tmp_path)
-    of_amx = [path.parent.name for path, level in setup.units(CSRC, "x86_64") if level == "amx"]
-    assert of_amx == ["amx"] * len(AMX)
+    units = {path.stem for path, unit in setup.units(CSRC, "x86_64") if unit == level and path.parent.name == level}
+    assert units == set(names)
+    assert setup.PARTIAL[level] and set(setup.PARTIAL[level]) <= set(setup.LEVELS[level])
 
 
 def test_units_share_no_weak_symbols() -> None:
@@ -97,7 +108,7 @@ def test_units_share_no_weak_symbols() -> None:
     if shutil.which("nm") is None:
         pytest.skip("no nm")
     spec = importlib.util.find_spec("phloem.kernels._cpu")
-    objects = [path for level in ("avx2", "avx512", "amx") for path in ROOT.glob(f"build/native/*/*.{level}.o")]
+    objects = [path for level in ("avx2", "avxvnni", "avx512", "amx") for path in ROOT.glob(f"build/native/*/*.{level}.o")]
     if spec is None or not objects:
         pytest.skip("the native library was not built in this folder")
     for path in objects:

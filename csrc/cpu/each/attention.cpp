@@ -37,16 +37,18 @@ PHL_INLINE RowPlan plan_row(const AttentionArgs& a, int64_t row) {
   return plan;
 }
 
+template <class E>
 PHL_INLINE void run_stream(const AttentionArgs& a, StreamJob& job) {
   switch (a.heads / a.kv_heads) {
-    case 1: return stream<1>(a, job);
-    case 2: return stream<2>(a, job);
-    case 3: return stream<3>(a, job);
-    default: return stream<4>(a, job);
+    case 1: return stream<1, E>(a, job);
+    case 2: return stream<2, E>(a, job);
+    case 3: return stream<3, E>(a, job);
+    default: return stream<4, E>(a, job);
   }
 }
 
 // One token's heads of `count` kv heads over one split, by the streaming path.
+template <class E>
 void stream_task(const AttentionArgs& a, const RowPlan& plan, const Stretch& own, const Stretch& guess, int64_t count,
                  int64_t split, float* scratch) {
   const int64_t group = a.heads / a.kv_heads, first = own.kv_head * group, row = own.row;
@@ -58,7 +60,7 @@ void stream_task(const AttentionArgs& a, const RowPlan& plan, const Stretch& own
     job.q[h] = a.q + plan.token * a.q_token + (first + h) * a.q_head;
     job.values[h] = plan.splits == 1 ? scratch + h * a.head_size : partial_of(a, row, first + h, split);
   }
-  run_stream(a, job);
+  run_stream<E>(a, job);
   for (int64_t h = 0; h < count * group; ++h) {
     if (plan.splits == 1) {
       float* out = a.out + (plan.token * a.heads + first + h) * a.head_size;
@@ -102,9 +104,10 @@ PHL_INLINE void put(const AttentionArgs& a, const RowPlan& plan, const Job& job,
   }
 }
 
+template <class E>
 void block_task(const AttentionArgs& a, const RowPlan& plan, const Stretch& at, int64_t part, float* scratch) {
   const int64_t group = a.heads / a.kv_heads;
-  BlockJob job;
+  BlockJob<E> job;
   place(a, plan, at, part, job);
   lay_out(a, job, scratch, kBlockRows > group ? kBlockRows : group);
   block(a, job);
@@ -287,8 +290,10 @@ void look_ahead(const AttentionArgs& a, const Sharing& sharing, const Team& team
   }
 }
 
-template <bool kInt8>
+// E: what the cache holds.
+template <class E>
 void attend(const AttentionArgs& a, Team& team) {
+  constexpr bool kInt8 = std::is_same_v<E, int8_t>;
   int64_t parts = 0, blocks = 0, tokens = 0;  // parts of rows of one token, blocks of others
   bool merge = false;
   Sharing sharing;
@@ -316,13 +321,13 @@ void attend(const AttentionArgs& a, Team& team) {
     if constexpr (kInt8) {
       share_task(a, sharing, plan, own, next, cursor.heads_of_task(), cursor.part, scratch);
     } else if (plan.tokens == 1 && can_stream) {
-      stream_task(a, plan, own, next, heads, cursor.part, scratch);
+      stream_task<E>(a, plan, own, next, heads, cursor.part, scratch);
     } else {
-      block_task(a, plan, own, cursor.part, scratch);
+      block_task<E>(a, plan, own, cursor.part, scratch);
     }
   });
   // Kernels of other levels do not ask for the list.
-  if (PHL_LEVEL >= 1 && tokens > NextCache::kFewRows) look_ahead(a, sharing, team, a.page_stride * (kInt8 ? 1 : 2));
+  if (PHL_LEVEL >= 1 && tokens > NextCache::kFewRows) look_ahead(a, sharing, team, a.page_stride * int64_t(sizeof(E)));
   if (!merge) return;
   team.barrier();
   team.split(a.rows * a.heads, 8, [&](int64_t begin, int64_t end) {
@@ -333,14 +338,17 @@ void attend(const AttentionArgs& a, Team& team) {
   });
 }
 
-void attention_bf16(const AttentionArgs& a, Team& team) { attend<false>(a, team); }
+void attention_bf16(const AttentionArgs& a, Team& team) { attend<uint16_t>(a, team); }
 PHL_FIELDS(AttentionArgs, q, k_cache, v_cache, out, query_start, seq_lens, page_table, sinks, partial, scratch, rows,
            heads, kv_heads, head_size, page_size, pages_per_row, page_stride, q_token, q_head, max_splits,
            scratch_stride, window, block, scale, softcap);
 PHL_OP(attention_bf16, AttentionArgs);
 
-void attention_int8(const AttentionArgs& a, Team& team) { attend<true>(a, team); }
+void attention_int8(const AttentionArgs& a, Team& team) { attend<int8_t>(a, team); }
 PHL_OP(attention_int8, AttentionArgs);
+
+void attention_f32(const AttentionArgs& a, Team& team) { attend<float>(a, team); }
+PHL_OP(attention_f32, AttentionArgs);
 
 // How many floats of scratch memory a thread needs, for Python, which allocates it.
 struct AttentionScratchArgs {

@@ -76,7 +76,13 @@ PHL_INLINE Range split_range(const AttentionArgs& a, Range range, int64_t splits
   return {begin, begin + part < range.end ? begin + part : range.end};
 }
 
-// Element offsets of the tokens of `range` in a bfloat16 cache, for one kv head.
+// What a cache that is not int8 holds, as float32.
+PHL_INLINE vf load_wide(const uint16_t* p) { return load_bf16(p); }
+PHL_INLINE vf load_wide(const float* p) { return load(p); }
+PHL_INLINE float as_float(uint16_t x) { return bf16_to_float(x); }
+PHL_INLINE float as_float(float x) { return x; }
+
+// Element offsets of the tokens of `range` in such a cache, for one kv head.
 PHL_INLINE void token_offsets(const AttentionArgs& a, int64_t row, int64_t kv_head, Range range, int64_t* offsets) {
   const int64_t width = a.head_size;
   const int32_t* pages = a.page_table + row * a.pages_per_row;

@@ -1,6 +1,7 @@
-// Many query rows against the bfloat16 cache: blocks of cached tokens are packed once and multiplied with tiles of query rows,
-// softmax in between (FlashAttention, Dao et al. 2022). With AVX-512 the products are bfloat16 pairs (vdpbf16ps) with
-// float32 sums; elsewhere everything is float32. A Cell is one step of a dot product: two bfloat16, or one float.
+// Many query rows against a bfloat16 or float32 cache: blocks of cached tokens are packed once and multiplied with tiles of query
+// rows, softmax in between (FlashAttention, Dao et al. 2022). Beside a bfloat16 cache with AVX-512 the products are bfloat16
+// pairs (vdpbf16ps) with float32 sums; elsewhere everything is float32. A Cell is one step of a dot product: two bfloat16, or one
+// float. E: what the cache holds, uint16_t or float.
 #pragma once
 #include "attention_args.h"
 
@@ -8,41 +9,46 @@ namespace phl {
 namespace PHL_NS {
 namespace {
 
-#if PHL_LEVEL == 2
-using Cell = uint32_t;
-constexpr int kPair = 2;
-constexpr int kTileRows = 6, kTileColumns = 4;
-#else
-using Cell = float;
-constexpr int kPair = 1;
-constexpr int kTileRows = 4, kTileColumns = 2;
-#endif
-constexpr int64_t kCells = kBlockTokens / kPair;  // steps over a block's tokens
+constexpr int kTileRows = PHL_LEVEL == 2 ? 6 : 4, kTileColumns = PHL_LEVEL == 2 ? 4 : 2;
 
-typedef Cell vc __attribute__((vector_size(W * 4)));
-
-PHL_INLINE vf dot(vf sum, vc a, vc b) {
+template <class E>
+struct CellOf {
+  using Cell = float;
+};
 #if PHL_LEVEL == 2
-  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#else
-  return sum + a * b;
+template <>
+struct CellOf<uint16_t> {
+  using Cell = uint32_t;
+};
+PHL_INLINE vf dot(vf sum, vu a, vu b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 #endif
-}
+PHL_INLINE vf dot(vf sum, vf a, vf b) { return sum + a * b; }
+PHL_INLINE vf cells_at(const float* p) { return load(p); }
+PHL_INLINE vu cells_at(const uint32_t* p) { return load_as<vu>(p); }
+PHL_INLINE vf same_cells(float x) { return splat(x); }
+PHL_INLINE vu same_cells(uint32_t x) { return vu{} + x; }
+
+template <class Cell>
+constexpr int kPair = std::is_same_v<Cell, float> ? 1 : 2;
+template <class Cell>
+constexpr int64_t kCells = kBlockTokens / kPair<Cell>;  // steps over a block's tokens
 
 // acc[r][c] += sum over steps of a[r][step] * b[step][column c]
-template <int R, int C>
+template <int R, int C, class Cell>
 PHL_INLINE void multiply(const Cell* a, int64_t a_stride, const Cell* b, int64_t b_stride, int64_t steps, vf (&acc)[R][C]) {
   for (int64_t step = 0; step < steps; ++step) {
-    vc right[C];
-    for (int c = 0; c < C; ++c) right[c] = load_as<vc>(b + step * b_stride + c * W);
+    decltype(cells_at(b)) right[C];
+    for (int c = 0; c < C; ++c) right[c] = cells_at(b + step * b_stride + c * W);
     for (int r = 0; r < R; ++r) {
-      const vc left = vc{} + a[r * a_stride + step];
+      const auto left = same_cells(a[r * a_stride + step]);
       for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], left, right[c]);
     }
   }
 }
 
+template <class E>
 struct BlockJob {
+  using Cell = typename CellOf<E>::Cell;
   int64_t row, kv_head, token, tokens;  // query tokens [token, token + tokens) of the packed T
   int64_t position;                     // of the first of them
   Range range;                          // of the cache
@@ -53,8 +59,10 @@ struct BlockJob {
   float *results, *sums, *tops;
 };
 
-PHL_INLINE void lay_out(const AttentionArgs& a, BlockJob& job, float* scratch, int64_t most_rows) {
-  job.steps = (a.head_size + kPair - 1) / kPair;
+template <class E>
+PHL_INLINE void lay_out(const AttentionArgs& a, BlockJob<E>& job, float* scratch, int64_t most_rows) {
+  using Cell = typename CellOf<E>::Cell;
+  job.steps = (a.head_size + kPair<Cell> - 1) / kPair<Cell>;
   job.wide = (a.head_size + W - 1) / W * W;
   const auto take = [&](int64_t floats) {
     float* at = scratch;
@@ -63,33 +71,40 @@ PHL_INLINE void lay_out(const AttentionArgs& a, BlockJob& job, float* scratch, i
   };
   job.q = reinterpret_cast<Cell*>(take(most_rows * job.steps));
   job.keys = reinterpret_cast<Cell*>(take(job.steps * kBlockTokens));
-  job.values = reinterpret_cast<Cell*>(take(kCells * job.wide));
+  job.values = reinterpret_cast<Cell*>(take(kCells<Cell> * job.wide));
   job.results = take(most_rows * job.wide);
   job.sums = take(most_rows * W);
   job.tops = take(most_rows);
 }
 
-PHL_INLINE void pack_queries(const AttentionArgs& a, const BlockJob& job) {
+// A row of n floats as cells.
+PHL_INLINE void pack_row(const float* from, int64_t n, float* to) {
+  __builtin_memcpy(to, from, size_t(n) * sizeof(float));
+}
+#if PHL_LEVEL == 2
+PHL_INLINE void pack_row(const float* from, int64_t n, uint32_t* to) {
+  auto* half = reinterpret_cast<uint16_t*>(to);
+  int64_t d = 0;
+  for (; d + W <= n; d += W) store_bf16(half + d, load(from + d));
+  for (; d < n; ++d) half[d] = float_to_bf16(from[d]);
+  if (d % 2) half[d] = 0;
+}
+#endif
+
+template <class E>
+PHL_INLINE void pack_queries(const AttentionArgs& a, const BlockJob<E>& job) {
   const int64_t group = a.heads / a.kv_heads;
   for (int64_t i = 0; i < job.m; ++i) {
     const float* q = a.q + (job.token + i / group) * a.q_token + (job.kv_head * group + i % group) * a.q_head;
-    Cell* to = job.q + i * job.steps;
-#if PHL_LEVEL == 2
-    auto* half = reinterpret_cast<uint16_t*>(to);
-    int64_t d = 0;
-    for (; d + W <= a.head_size; d += W) store_bf16(half + d, load(q + d));
-    for (; d < a.head_size; ++d) half[d] = float_to_bf16(q[d]);
-    if (d % 2) half[d] = 0;
-#else
-    for (int64_t d = 0; d < a.head_size; ++d) to[d] = q[d];
-#endif
+    pack_row(q, a.head_size, job.q + i * job.steps);
   }
 }
 
 #if PHL_LEVEL == 2
 
-// to[s][t] = dword s of token t, for 16 tokens and 16 dwords.
-PHL_INLINE void transpose16(const uint16_t* const* from, int64_t at, uint32_t* to) {
+// to[s][t] = dword s of token t from element `at` on, for 16 tokens and 16 dwords.
+template <class E, class Cell>
+PHL_INLINE void transpose(const E* const* from, int64_t at, Cell* to) {
   __m512i a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from[i] + at);
   for (int i = 0; i < 8; ++i) {
@@ -114,10 +129,10 @@ PHL_INLINE void transpose16(const uint16_t* const* from, int64_t at, uint32_t* t
   }
 }
 
-PHL_INLINE void pack_keys(const AttentionArgs& a, const BlockJob& job, const uint16_t* const* rows) {
+PHL_INLINE void pack_keys(const AttentionArgs& a, const BlockJob<uint16_t>& job, const uint16_t* const* rows) {
   const int64_t whole = a.head_size / 32 * 16;
   for (int64_t t = 0; t < kBlockTokens; t += 16) {
-    for (int64_t s = 0; s < whole; s += 16) transpose16(rows + t, 2 * s, job.keys + s * kBlockTokens + t);
+    for (int64_t s = 0; s < whole; s += 16) transpose(rows + t, 2 * s, job.keys + s * kBlockTokens + t);
   }
   for (int64_t s = whole; s < job.steps; ++s) {
     for (int64_t t = 0; t < kBlockTokens; ++t) {
@@ -127,11 +142,11 @@ PHL_INLINE void pack_keys(const AttentionArgs& a, const BlockJob& job, const uin
   }
 }
 
-PHL_INLINE void pack_values(const AttentionArgs& a, const BlockJob& job, const uint16_t* const* rows) {
+PHL_INLINE void pack_values(const AttentionArgs& a, const BlockJob<uint16_t>& job, const uint16_t* const* rows) {
   const __m512i first = _mm512_load_si512(kPairs.first), second = _mm512_load_si512(kPairs.second);
-  for (int64_t pair = 0; pair < kCells; ++pair) {
+  for (int64_t pair = 0; pair < kCells<uint32_t>; ++pair) {
     const uint16_t *even = rows[2 * pair], *odd = rows[2 * pair + 1];
-    Cell* to = job.values + pair * job.wide;
+    uint32_t* to = job.values + pair * job.wide;
     int64_t d = 0;
     for (; d + 32 <= a.head_size; d += 32) {
       const __m512i x = _mm512_loadu_si512(even + d), y = _mm512_loadu_si512(odd + d);
@@ -143,28 +158,74 @@ PHL_INLINE void pack_values(const AttentionArgs& a, const BlockJob& job, const u
   }
 }
 
-PHL_INLINE void pack_block(const AttentionArgs& a, BlockJob& job, const int64_t* offsets) {
-  const uint16_t *keys[kBlockTokens], *values[kBlockTokens];
-  for (int64_t t = 0; t < kBlockTokens; ++t) {
-    keys[t] = static_cast<const uint16_t*>(a.k_cache) + offsets[t];
-    values[t] = static_cast<const uint16_t*>(a.v_cache) + offsets[t];
+#elif PHL_LEVEL == 1
+
+// to[s][t] = number s of token t from element `at` on, for 8 tokens and 8 numbers.
+template <class E>
+PHL_INLINE void transpose(const E* const* from, int64_t at, float* to) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = (__m256)load_wide(from[i] + at);
+  for (int i = 0; i < 4; ++i) {
+    b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
   }
-  pack_keys(a, job, keys);
-  pack_values(a, job, values);
+  // a[4g + j]: in its halves numbers j and 4 + j of tokens 4g to 4g + 3.
+  for (int g = 0; g < 2; ++g) {
+    for (int i = 0; i < 2; ++i) {
+      a[4 * g + 2 * i] = _mm256_shuffle_ps(b[4 * g + i], b[4 * g + 2 + i], 0x44);
+      a[4 * g + 2 * i + 1] = _mm256_shuffle_ps(b[4 * g + i], b[4 * g + 2 + i], 0xee);
+    }
+  }
+  for (int j = 0; j < 4; ++j) {
+    _mm256_storeu_ps(to + j * kBlockTokens, _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
+    _mm256_storeu_ps(to + (4 + j) * kBlockTokens, _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
+  }
 }
 
 #else
 
-PHL_INLINE void pack_block(const AttentionArgs& a, BlockJob& job, const int64_t* offsets) {
-  for (int64_t t = 0; t < kBlockTokens; ++t) {
-    const uint16_t* key = static_cast<const uint16_t*>(a.k_cache) + offsets[t];
-    const uint16_t* value = static_cast<const uint16_t*>(a.v_cache) + offsets[t];
-    for (int64_t d = 0; d < a.head_size; ++d) job.keys[d * kBlockTokens + t] = bf16_to_float(key[d]);
-    for (int64_t d = 0; d < job.wide; ++d) job.values[t * job.wide + d] = d < a.head_size ? bf16_to_float(value[d]) : 0.0f;
+template <class E>
+PHL_INLINE void transpose(const E* const* from, int64_t at, float* to) {
+  for (int s = 0; s < W; ++s) {
+    for (int t = 0; t < W; ++t) to[s * kBlockTokens + t] = as_float(from[t][at + s]);
   }
 }
 
 #endif
+
+// Into cells that are floats.
+template <class E>
+PHL_INLINE void pack_keys(const AttentionArgs& a, const BlockJob<E>& job, const E* const* rows) {
+  const int64_t whole = a.head_size / W * W;
+  for (int64_t t = 0; t < kBlockTokens; t += W) {
+    for (int64_t s = 0; s < whole; s += W) transpose(rows + t, s, job.keys + s * kBlockTokens + t);
+  }
+  for (int64_t s = whole; s < job.steps; ++s) {
+    for (int64_t t = 0; t < kBlockTokens; ++t) job.keys[s * kBlockTokens + t] = as_float(rows[t][s]);
+  }
+}
+
+template <class E>
+PHL_INLINE void pack_values(const AttentionArgs& a, const BlockJob<E>& job, const E* const* rows) {
+  for (int64_t t = 0; t < kBlockTokens; ++t) {
+    float* to = job.values + t * job.wide;
+    int64_t d = 0;
+    for (; d + W <= a.head_size; d += W) store(to + d, load_wide(rows[t] + d));
+    for (; d < a.head_size; ++d) to[d] = as_float(rows[t][d]);
+    for (; d < job.wide; ++d) to[d] = 0.0f;
+  }
+}
+
+template <class E>
+PHL_INLINE void pack_block(const AttentionArgs& a, BlockJob<E>& job, const int64_t* offsets) {
+  const E *keys[kBlockTokens], *values[kBlockTokens];
+  for (int64_t t = 0; t < kBlockTokens; ++t) {
+    keys[t] = static_cast<const E*>(a.k_cache) + offsets[t];
+    values[t] = static_cast<const E*>(a.v_cache) + offsets[t];
+  }
+  pack_keys(a, job, keys);
+  pack_values(a, job, values);
+}
 
 // What softmax needs of the block of tokens at hand.
 struct BlockSpan {
@@ -200,35 +261,39 @@ PHL_INLINE float shape_scores(const AttentionArgs& a, const BlockSpan& span, int
 }
 
 // Weights of one query row as cells; adds them up in `sums`, lane by lane.
-PHL_INLINE void weigh(const float* scores, float top, float factor, float* sums, Cell* cells) {
-  vf total = load(sums) * factor;
 #if PHL_LEVEL == 2
+PHL_INLINE void weigh(const float* scores, float top, float factor, float* sums, uint32_t* cells) {
+  vf total = load(sums) * factor;
   for (int c = 0; c < int(kBlockTokens / W); c += 2) {
     const vf p0 = exp2<4>(load(scores + c * W) - top), p1 = exp2<4>(load(scores + (c + 1) * W) - top);
     total += p0 + p1;
     _mm512_storeu_si512(cells + c * W / 2, (__m512i)_mm512_cvtne2ps_pbh((__m512)p1, (__m512)p0));
   }
-#else
+  store(sums, total);
+}
+#endif
+PHL_INLINE void weigh(const float* scores, float top, float factor, float* sums, float* cells) {
+  vf total = load(sums) * factor;
   for (int c = 0; c < int(kBlockTokens / W); ++c) {
     const vf p = exp2<6>(load(scores + c * W) - top);
     total += p;
     store(cells + c * W, p);
   }
-#endif
   store(sums, total);
 }
 
 // R query rows from `first` against the packed block.
-template <int R>
-PHL_INLINE void tile(const AttentionArgs& a, BlockJob& job, const BlockSpan& span, int64_t first) {
+template <int R, class E>
+PHL_INLINE void tile(const AttentionArgs& a, BlockJob<E>& job, const BlockSpan& span, int64_t first) {
+  using Cell = typename CellOf<E>::Cell;
   const int64_t group = a.heads / a.kv_heads;
   // How many of the block's tokens the last of these rows sees; none of them needs more.
   const int64_t until = sees(a, job.position + (first + R - 1) / group) - span.begin;
   const int64_t seen = until < span.count ? until : span.count;
   if (seen <= 0) return;
-  const int64_t steps = (seen + kPair - 1) / kPair;
+  const int64_t steps = (seen + kPair<Cell> - 1) / kPair<Cell>;
   alignas(64) float scores[R][kBlockTokens];
-  alignas(64) Cell cells[R][kCells];
+  alignas(64) Cell cells[R][kCells<Cell>];
   for (int64_t column = 0; column < seen; column += kTileColumns * W) {
     vf acc[R][kTileColumns] = {};
     multiply<R, kTileColumns>(job.q + first * job.steps, job.steps, job.keys + column, kBlockTokens, job.steps, acc);
@@ -251,7 +316,7 @@ PHL_INLINE void tile(const AttentionArgs& a, BlockJob& job, const BlockSpan& spa
     vf acc[R][C];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) acc[r][c] = load(job.results + (first + r) * job.wide + column + c * W) * factor[r];
-    multiply<R, C>(cells[0], kCells, job.values + column, job.wide, steps, acc);
+    multiply<R, C>(cells[0], kCells<Cell>, job.values + column, job.wide, steps, acc);
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) store(job.results + (first + r) * job.wide + column + c * W, acc[r][c]);
   };
@@ -260,15 +325,16 @@ PHL_INLINE void tile(const AttentionArgs& a, BlockJob& job, const BlockSpan& spa
   for (; column < job.wide; column += W) columns.template operator()<1>(column);
 }
 
-template <int R>
-PHL_INLINE void last_tile(const AttentionArgs& a, BlockJob& job, const BlockSpan& span, int64_t first, int64_t count) {
+template <int R, class E>
+PHL_INLINE void last_tile(const AttentionArgs& a, BlockJob<E>& job, const BlockSpan& span, int64_t first, int64_t count) {
   if constexpr (R > 0) {
     if (count == R) tile<R>(a, job, span, first);
     else last_tile<R - 1>(a, job, span, first, count);
   }
 }
 
-void block(const AttentionArgs& a, BlockJob& job) {
+template <class E>
+void block(const AttentionArgs& a, BlockJob<E>& job) {
   pack_queries(a, job);
   for (int64_t i = 0; i < job.m * job.wide; i += W) store(job.results + i, vf{});
   for (int64_t i = 0; i < job.m; ++i) {

@@ -1,7 +1,8 @@
-// One query token: its heads against a stretch of the bfloat16 cache, which is read once, in units of a tile of tokens and the G
+// One query token: its heads against a stretch of a bfloat16 or float32 cache, which is read once, in units of a tile of tokens and the G
 // heads of a kv head, in the order of memory. While one unit is computed the next one's keys, then its values, are asked
-// for, so that memory is busy all the time. In float32, except with AVX-512 where the head size allows pairs: there
-// queries and weights are bfloat16, as in the blocked path.
+// for, so that memory is busy all the time. In float32, except beside a bfloat16 cache with AVX-512, where the
+// head size allows pairs: there queries and weights are bfloat16, as in the blocked path. E: what the cache holds, uint16_t
+// or float.
 #pragma once
 #include "attention_args.h"
 
@@ -39,27 +40,28 @@ struct StreamJob {
   float top[kMaxStreamHeads], total[kMaxStreamHeads];
 };
 
-// The unit that comes next: tokens from `offsets`, bytes of a row.
+// The unit that comes next: tokens from `offsets`, bytes of a row and of one of its elements.
 struct Ahead {
   const char *keys, *values;
   const int64_t* offsets;
-  int64_t count, bytes;
+  int64_t count, bytes, element;
 
   // Into the second-level cache: its queue of outstanding lines is longer than the first level's.
   PHL_INLINE static void fetch(const char* row, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
   }
   PHL_INLINE void key_rows(int64_t begin, int64_t end) const {
-    for (int64_t t = begin; t < end && t < count; ++t) fetch(keys + offsets[t] * int64_t(sizeof(uint16_t)), bytes);
+    for (int64_t t = begin; t < end && t < count; ++t) fetch(keys + offsets[t] * element, bytes);
   }
   PHL_INLINE void value_rows(int64_t begin, int64_t end) const {
-    for (int64_t t = begin; t < end && t < count; ++t) fetch(values + offsets[t] * int64_t(sizeof(uint16_t)), bytes);
+    for (int64_t t = begin; t < end && t < count; ++t) fetch(values + offsets[t] * element, bytes);
   }
 };
 
 // The unit at hand: one kv head's keys and values of up to kTile tokens.
+template <class E>
 struct Unit {
-  const uint16_t *keys, *values;
+  const E *keys, *values;
   const int64_t* offsets;  // padded with the last token's to a multiple of 4
   int64_t count;
   const float* const* q;  // [G]
@@ -68,16 +70,16 @@ struct Unit {
 };
 
 // scores[g][t] = q_g . k_t for the tile's tokens, in fours; the tile is padded with its last token.
-template <int G>
-PHL_INLINE void tile_scores(const AttentionArgs& a, const Unit& u, float (*scores)[kTile]) {
+template <int G, class E>
+PHL_INLINE void tile_scores(const AttentionArgs& a, const Unit<E>& u, float (*scores)[kTile]) {
   for (int64_t t = 0; t < u.count; t += 4) {
-    const uint16_t* k[4];
+    const E* k[4];
     for (int i = 0; i < 4; ++i) k[i] = u.keys + u.offsets[t + i];
     u.ahead.key_rows(t, t + 4);
     vf acc[G][4] = {};
     for (int64_t d = 0; d < a.head_size; d += W) {
       vf key[4];
-      for (int i = 0; i < 4; ++i) key[i] = load_bf16(k[i] + d);
+      for (int i = 0; i < 4; ++i) key[i] = load_wide(k[i] + d);
       for (int g = 0; g < G; ++g) {
         const vf q = load(u.q[g] + d);
         for (int i = 0; i < 4; ++i) acc[g][i] += q * key[i];
@@ -115,8 +117,8 @@ PHL_INLINE float tile_weights(const AttentionArgs& a, float* scores, int64_t cou
   return factor;
 }
 
-template <int G>
-PHL_INLINE void tile_values(const AttentionArgs& a, const Unit& u, const float (*weights)[kTile], const float* factor) {
+template <int G, class E>
+PHL_INLINE void tile_values(const AttentionArgs& a, const Unit<E>& u, const float (*weights)[kTile], const float* factor) {
   const auto columns = [&]<int C>(int64_t d) {
     vf acc[G][C];
     for (int g = 0; g < G; ++g)
@@ -124,7 +126,7 @@ PHL_INLINE void tile_values(const AttentionArgs& a, const Unit& u, const float (
     for (int64_t t = 0; t < u.count; ++t) {
       if (d == 0) u.ahead.value_rows(t, t + 1);
       vf v[C];
-      for (int c = 0; c < C; ++c) v[c] = load_bf16(u.values + u.offsets[t] + d + c * W);
+      for (int c = 0; c < C; ++c) v[c] = load_wide(u.values + u.offsets[t] + d + c * W);
       for (int g = 0; g < G; ++g)
         for (int c = 0; c < C; ++c) acc[g][c] += v[c] * weights[g][t];
     }
@@ -141,7 +143,7 @@ PHL_INLINE void tile_values(const AttentionArgs& a, const Unit& u, const float (
 using Halves = uint16_t[kMaxPairedHead];  // a query in bfloat16
 
 template <int G>
-PHL_INLINE void paired_scores(const AttentionArgs& a, const Unit& u, const Halves* halves, float (*scores)[kTile]) {
+PHL_INLINE void paired_scores(const AttentionArgs& a, const Unit<uint16_t>& u, const Halves* halves, float (*scores)[kTile]) {
   for (int64_t t = 0; t < u.count; t += 4) {
     u.ahead.key_rows(t, t + 4);
     __m512 acc[G][4];
@@ -160,7 +162,7 @@ PHL_INLINE void paired_scores(const AttentionArgs& a, const Unit& u, const Halve
 }
 
 template <int G>
-PHL_INLINE void paired_values(const AttentionArgs& a, const Unit& u, const float (*weights)[kTile],
+PHL_INLINE void paired_values(const AttentionArgs& a, const Unit<uint16_t>& u, const float (*weights)[kTile],
                               const float* factor) {
   alignas(64) uint32_t cells[G][kTile / 2];
   for (int g = 0; g < G; ++g) {
@@ -208,21 +210,22 @@ PHL_INLINE int64_t tile_offsets(const AttentionArgs& a, const Stretch& of, int64
   return count;
 }
 
-template <int G>
+template <int G, class E>
 struct Stream {
   const AttentionArgs& a;
   StreamJob& job;
   alignas(64) float scores[G][kTile];
 #if PHL_LEVEL == 2
+  static constexpr bool may_pair = std::is_same_v<E, uint16_t>;
   const bool paired;
-  alignas(64) Halves halves[kMaxStreamHeads];
+  alignas(64) Halves halves[may_pair ? kMaxStreamHeads : 1];
 #endif
 
   PHL_INLINE Stream(const AttentionArgs& a, StreamJob& job)
       : a(a), job(job)
 #if PHL_LEVEL == 2
         ,
-        paired(a.head_size % (2 * W) == 0 && a.head_size <= kMaxPairedHead)
+        paired(may_pair && a.head_size % (2 * W) == 0 && a.head_size <= kMaxPairedHead)
 #endif
   {
     for (int64_t h = 0; h < job.kv_heads * G; ++h) {
@@ -235,19 +238,21 @@ struct Stream {
     }
   }
 
-  PHL_INLINE void weigh(const Unit& u, int64_t h, float* factor) {
+  PHL_INLINE void weigh(const Unit<E>& u, int64_t h, float* factor) {
     for (int g = 0; g < G; ++g) factor[g] = tile_weights(a, scores[g], u.count, job.top[h + g], job.total[h + g]);
   }
 
   // Query heads h to h + G - 1 against their unit.
-  PHL_INLINE void run(const Unit& u, int64_t h) {
+  PHL_INLINE void run(const Unit<E>& u, int64_t h) {
     float factor[G];
 #if PHL_LEVEL == 2
-    if (paired) {
-      paired_scores<G>(a, u, halves + h, scores);
-      weigh(u, h, factor);
-      paired_values<G>(a, u, scores, factor);
-      return;
+    if constexpr (may_pair) {
+      if (paired) {
+        paired_scores<G>(a, u, halves + h, scores);
+        weigh(u, h, factor);
+        paired_values<G>(a, u, scores, factor);
+        return;
+      }
     }
 #endif
     tile_scores<G>(a, u, scores);
@@ -256,17 +261,17 @@ struct Stream {
   }
 };
 
-template <int G>
+template <int G, class E>
 void stream(const AttentionArgs& a, StreamJob& job) {
   const int64_t step = a.page_size * a.head_size;
-  const auto* keys = static_cast<const uint16_t*>(a.k_cache);
-  const auto* values = static_cast<const uint16_t*>(a.v_cache);
-  Stream<G> work(a, job);
+  const auto* keys = static_cast<const E*>(a.k_cache);
+  const auto* values = static_cast<const E*>(a.v_cache);
+  Stream<G, E> work(a, job);
   int64_t space[2][kTile];
   int64_t *offsets = space[0], *next_offsets = space[1];
   int64_t count = tile_offsets(a, job.own, job.own.range.begin, offsets);
   Ahead ahead{reinterpret_cast<const char*>(keys), reinterpret_cast<const char*>(values), offsets, count,
-              a.head_size * int64_t(sizeof(uint16_t))};
+              a.head_size * int64_t(sizeof(E)), int64_t(sizeof(E))};
   ahead.key_rows(0, count);
   ahead.value_rows(0, count);
   for (int64_t begin = job.own.range.begin; begin < job.own.range.end; begin += kTile) {

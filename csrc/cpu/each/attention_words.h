@@ -1,6 +1,9 @@
 // What attention_int8.h does with AVX2: products of words, whose sums are int32. Keys and values are taken apart into even
-// and odd bytes once for all the rows of a tile.
+// and odd bytes once for all the rows of a tile. With AVX-VNNI a product and its sum are one instruction; the bits are the same.
 #pragma once
+#if PHL_VNNI
+#include "../vnni.h"
+#endif
 
 namespace phl {
 namespace PHL_NS {
@@ -41,7 +44,11 @@ PHL_INLINE void pack_query(const AttentionArgs& a, const Int8Job& job, const flo
 // sum + pairs of words, multiplied. One after the other: gcc 12 would make many products first, and put them on the stack.
 // By value, as it leaves an array there whose elements an asm refers to.
 PHL_INLINE __m256i add_pairs(__m256i sum, __m256i x, __m256i y) {
+#if PHL_VNNI
+  sum = dot_words(sum, x, y);
+#else
   sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, y));
+#endif
   asm("" : "+x"(sum));
   return sum;
 }

@@ -1,6 +1,9 @@
 // What the machine gives, for `phloem bench kernels`: reading memory, and multiply-adds from registers.
 #include "../op.h"
 #include "../simd.h"
+#if PHL_VNNI
+#include "../vnni.h"
+#endif
 
 namespace phl {
 namespace PHL_NS {
@@ -73,6 +76,11 @@ PHL_OP(limit_bf16, PeakArgs);
 
 void limit_int8(const PeakArgs& a, Team& team) {
   chains(a, team, _mm512_set1_epi32(1), [](__m512i sum, __m512i x) { return _mm512_dpbusd_epi32(sum, x, x); });
+}
+PHL_OP(limit_int8, PeakArgs);
+#elif PHL_VNNI
+void limit_int8(const PeakArgs& a, Team& team) {
+  chains(a, team, _mm256_set1_epi32(1), [](__m256i sum, __m256i x) { return dot_bytes(sum, x, x); });
 }
 PHL_OP(limit_int8, PeakArgs);
 #elif PHL_LEVEL == 1

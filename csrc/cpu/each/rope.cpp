@@ -1,6 +1,6 @@
 // Rotary position embedding (Su et al. 2021) in place, the writing of new tokens' K and V into the paged cache, and both
 // in one op with the heads' norms before them.
-// Caches are [pages, K, S, D] bfloat16, or [pages, K, S, D + 4] int8, laid out as int8_page.h says.
+// Caches are [pages, K, S, D] bfloat16 or float32, or [pages, K, S, D + 4] int8, laid out as int8_page.h says.
 #include "../int8_page.h"
 #include "../op.h"
 #include "norm_row.h"
@@ -77,11 +77,12 @@ struct WriteKvArgs {
   int64_t page_stride;                       // elements between pages of a cache
 };
 
-PHL_INLINE void store_bf16_row(uint16_t* to, const float* from, int64_t n) {
+PHL_INLINE void store_row(uint16_t* to, const float* from, int64_t n) {
   int64_t i = 0;
   for (; i + W <= n; i += W) store_bf16(to + i, load(from + i));
   for (; i < n; ++i) to[i] = float_to_bf16(from[i]);
 }
+PHL_INLINE void store_row(float* to, const float* from, int64_t n) { __builtin_memcpy(to, from, size_t(n) * sizeof(float)); }
 
 // scale = max |x| / 127; a row of zeros has scale 0. A NaN is the maximum, so that it is not lost.
 PHL_INLINE float int8_scale(const float* from, int64_t n) {
@@ -105,19 +106,22 @@ PHL_INLINE void int8_values(const float* from, int64_t n, float inverse, int8_t*
 
 // The types of cache: the size of a row of n values, how a token's key and value are stored at `slot` of a page (of one
 // head), and which lines that touches.
-struct Bf16Rows {
-  using Value = uint16_t;
+template <class V>
+struct PlainRows {
+  using Value = V;
   static int64_t width(int64_t n) { return n; }
   PHL_INLINE static void key(Value* page, int64_t, int64_t slot, const float* from, int64_t n) {
-    store_bf16_row(page + slot * n, from, n);
+    store_row(page + slot * n, from, n);
   }
   PHL_INLINE static void value(Value* page, int64_t, int64_t slot, const float* from, int64_t n) {
-    store_bf16_row(page + slot * n, from, n);
+    store_row(page + slot * n, from, n);
   }
   PHL_INLINE static void fetch(const Value* page, int64_t, int64_t slot, int64_t n) {
-    for (int64_t i = 0; i < n; i += 32) __builtin_prefetch(page + slot * n + i, 1);
+    for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(V))) __builtin_prefetch(page + slot * n + i, 1);
   }
 };
+using Bf16Rows = PlainRows<uint16_t>;
+using FloatRows = PlainRows<float>;
 struct Int8Rows {
   using Value = int8_t;
   static constexpr int64_t kStep = 32;
@@ -176,6 +180,9 @@ void write_kv_bf16(const WriteKvArgs& a, Team& team) { write_tokens<Bf16Rows>(a,
 PHL_FIELDS(WriteKvArgs, k, v, k_cache, v_cache, slots, tokens, kv_heads, head_size, page_size, k_token, k_head,
            v_token, v_head, page_stride);
 PHL_OP(write_kv_bf16, WriteKvArgs);
+
+void write_kv_f32(const WriteKvArgs& a, Team& team) { write_tokens<FloatRows>(a, team); }
+PHL_OP(write_kv_f32, WriteKvArgs);
 
 void write_kv_int8(const WriteKvArgs& a, Team& team) { write_tokens<Int8Rows>(a, team); }
 PHL_OP(write_kv_int8, WriteKvArgs);
@@ -255,6 +262,9 @@ PHL_FIELDS(RopeWriteKvArgs, q, k, v, positions, cos_sin, q_norm, k_norm, k_cache
            heads, kv_heads, head_size, half, interleaved, page_size, q_token, q_head, k_token, k_head, v_token,
            v_head, page_stride, eps);
 PHL_OP(rope_write_kv_bf16, RopeWriteKvArgs);
+
+void rope_write_kv_f32(const RopeWriteKvArgs& a, Team& team) { rope_and_write_any<FloatRows>(a, team); }
+PHL_OP(rope_write_kv_f32, RopeWriteKvArgs);
 
 void rope_write_kv_int8(const RopeWriteKvArgs& a, Team& team) { rope_and_write_any<Int8Rows>(a, team); }
 PHL_OP(rope_write_kv_int8, RopeWriteKvArgs);

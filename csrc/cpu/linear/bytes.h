@@ -50,7 +50,7 @@ F byte_scale(const uint8_t* w, int64_t first, int64_t last) {
 // A block as bytes, behind every kScaled<L> chunks their scales: (q * factor + offset) / one, rounded down. Exact to an
 // eighth of a step.
 template <class L>
-void bytes_of_block(const uint8_t* w, int64_t units, uint8_t* tile) {
+PHL_APART void bytes_of_block(const uint8_t* w, int64_t units, uint8_t* tile) {
   constexpr int CG = L::chunk_groups, per_group = 8 / CG;
   constexpr float one = L::wide ? 64 : 256;
   const F middle = Vec::set(128.5f * one), zero = Vec::set(-L::zero * one);
@@ -98,7 +98,7 @@ void bytes_of_block(const uint8_t* w, int64_t units, uint8_t* tile) {
 // B blocks of bytes, `tile_step` bytes apart, times R rows. out[r * out_step + 16 * b + lane]. Joint: so many chunks of
 // activations have one scale (1 or 2). Fetch: asks for `lines` meanwhile.
 template <int R, int B, int Scaled, int Joint, bool Fetch>
-void byte_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const Activation* act, int64_t act_step,
+PHL_APART void byte_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const Activation* act, int64_t act_step,
                  float* out, int64_t out_step, [[maybe_unused]] Lines lines) {
   F total[R][B];
   for (int r = 0; r < R; ++r) {

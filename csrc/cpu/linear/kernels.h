@@ -9,6 +9,8 @@
 #include "layout.h"
 #if PHL_LEVEL == 2
 #include "vec_avx512.h"
+#elif PHL_VNNI
+#include "vec_avxvnni.h"
 #elif PHL_LEVEL == 1
 #include "vec_avx2.h"
 #elif PHL_NEON
@@ -188,7 +190,7 @@ PHL_INLINE void group_of_chunk(F (&total)[R], const uint8_t* unit, const uint8_t
 
 // One block of 16 features times R rows, unpacking in registers. out[r * out_step + lane].
 template <class L, int R, bool Single>
-void small_block(const uint8_t* w, const uint8_t* lower, int64_t units, const Activation* act, int64_t act_step, float* out,
+PHL_APART void small_block(const uint8_t* w, const uint8_t* lower, int64_t units, const Activation* act, int64_t act_step, float* out,
                  int64_t out_step, const Fetch& fetch) {
   constexpr int CG = L::chunk_groups, per_group = 8 / CG;
   const int64_t ahead = Single ? kPrefetch : fetch.ahead;
@@ -238,7 +240,7 @@ template <class L>
 constexpr int kTileChunk = 512 + 64 * L::chunk_groups * (L::min ? 2 : 1);
 
 template <class L>
-void unpack_block(const uint8_t* w, const uint8_t* lower, int64_t units, uint8_t* tile) {
+PHL_APART void unpack_block(const uint8_t* w, const uint8_t* lower, int64_t units, uint8_t* tile) {
   constexpr int CG = L::chunk_groups;
   for (int64_t u = 0; u < units; ++u, w += L::unit_bytes) {
     for (int c = 0; c < L::chunks; ++c, tile += kTileChunk<L>) {
@@ -293,8 +295,8 @@ constexpr int64_t kFetches = 3;
 // B unpacked blocks, `tile_step` bytes apart, times R rows. out[r * out_step + 16 * b + lane]. Fetch: asks for `lines`
 // meanwhile.
 template <class L, int R, int B, bool Fetch>
-void tile_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const Activation* act, int64_t act_step,
-                 float* out, int64_t out_step, [[maybe_unused]] Lines lines) {
+PHL_APART void tile_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const Activation* act,
+                           int64_t act_step, float* out, int64_t out_step, [[maybe_unused]] Lines lines) {
   constexpr int CG = L::chunk_groups, per_group = 8 / CG;
   Totals<R, B, !Vec::holds_chunk> total(out, out_step);
   for (int64_t c = 0; c < chunks; ++c, tile += kTileChunk<L>, ++act) {
@@ -379,7 +381,7 @@ struct DenseF32 {
 
 // B blocks `block_bytes` apart times R rows of `steps` steps each.
 template <class D, int R, int B>
-void dense_kernel(const uint8_t* w, int64_t block_bytes, int64_t steps, const typename D::X* x, int64_t x_step,
+PHL_APART void dense_kernel(const uint8_t* w, int64_t block_bytes, int64_t steps, const typename D::X* x, int64_t x_step,
                   float* out, int64_t out_step) {
   F total[R][B];
   for (int r = 0; r < R; ++r) {

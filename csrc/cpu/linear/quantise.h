@@ -7,7 +7,7 @@ namespace phl {
 namespace PHL_NS {
 namespace {
 
-#if PHL_LEVEL == 2
+#if PHL_LEVEL >= 1
 
 // One number of each of four chunks.
 struct Four {
@@ -32,6 +32,65 @@ PHL_INLINE void store_numbers(const Four& of, Activation* a) {
   for (int c = 0; c < 4; ++c) _mm256_store_si256(reinterpret_cast<__m256i*>(&a[c].scale), columns[c]);
 }
 
+// What stands behind the integers of four chunks. `part`: their sums of fours, those of a chunk's first half in the lower 128 bits.
+PHL_INLINE void number_four(const __m256i (&part)[4], __m128 scale, Activation* a) {
+  const __m256i half = _mm256_hadd_epi32(_mm256_hadd_epi32(part[0], part[1]), _mm256_hadd_epi32(part[2], part[3]));
+  const auto scaled = [&](__m128i sum) { return _mm_castps_si128(_mm_mul_ps(_mm_cvtepi32_ps(sum), scale)); };
+  Four of;
+  of.scale = _mm_castps_si128(scale);
+  of.half_sum[0] = _mm256_castsi256_si128(half);
+  of.half_sum[1] = _mm256_extracti128_si256(half, 1);
+  of.sum = _mm_add_epi32(of.half_sum[0], of.half_sum[1]);
+  of.scaled_sum = scaled(of.sum);
+  for (int h = 0; h < 2; ++h) of.half_scaled_sum[h] = scaled(of.half_sum[h]);
+  of.minus_zero = _mm_slli_epi32(_mm_sub_epi32(_mm_setzero_si128(), of.sum), 7);
+  store_numbers(of, a);
+}
+
+#endif
+
+#if PHL_LEVEL == 1
+
+// The largest magnitudes of four chunks; as integers, see Vec::larger.
+PHL_INLINE __m128 largest_of_four(const float* x) {
+  const __m256i size = _mm256_set1_epi32(0x7fffffff);
+  __m256i m[4];
+  for (int c = 0; c < 4; ++c, x += kChunk) {
+    m[c] = _mm256_and_si256(_mm256_castps_si256(_mm256_loadu_ps(x)), size);
+    for (int i = 8; i < kChunk; i += 8) {
+      m[c] = _mm256_max_epi32(m[c], _mm256_and_si256(_mm256_castps_si256(_mm256_loadu_ps(x + i)), size));
+    }
+  }
+  const __m256i m01 = _mm256_max_epi32(_mm256_unpacklo_epi32(m[0], m[1]), _mm256_unpackhi_epi32(m[0], m[1]));
+  const __m256i m23 = _mm256_max_epi32(_mm256_unpacklo_epi32(m[2], m[3]), _mm256_unpackhi_epi32(m[2], m[3]));
+  const __m256i all = _mm256_max_epi32(_mm256_unpacklo_epi64(m01, m23), _mm256_unpackhi_epi64(m01, m23));
+  return _mm_castsi128_ps(_mm_max_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+}
+
+// Four chunks of 32, each as `quantise_chunk` does it.
+PHL_INLINE void quantise_four(const float* x, Activation* a) {
+  const __m128 all = largest_of_four(x);
+  const __m128 most = _mm_set1_ps(127.0f);
+  const __m128 inverse = _mm_and_ps(_mm_cmp_ps(all, _mm_setzero_ps(), _CMP_GT_OQ), _mm_div_ps(most, all));
+  const __m256 s[4] = {_mm256_broadcastss_ps(inverse), _mm256_broadcastss_ps(_mm_permute_ps(inverse, 0x55)),
+                       _mm256_broadcastss_ps(_mm_permute_ps(inverse, 0xaa)),
+                       _mm256_broadcastss_ps(_mm_permute_ps(inverse, 0xff))};
+  // Both packs work within 128 bits: fours of inputs come out as 0, 2, 4, 6, 1, 3, ...
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  __m256i part[4];
+  for (int c = 0; c < 4; ++c, x += kChunk) {
+    __m256i n[4];
+    for (int i = 0; i < 4; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), s[c]));
+    const __m256i words01 = _mm256_packs_epi32(n[0], n[1]), words23 = _mm256_packs_epi32(n[2], n[3]);
+    const __m256i q = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words01, words23), order);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(a[c].q), q);
+    part[c] = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q), _mm256_set1_epi16(1));
+  }
+  number_four(part, _mm_div_ps(all, most), a);
+}
+
+#elif PHL_LEVEL == 2
+
 // The largest magnitudes of four chunks, in every 128 bits; as integers, see Vec::larger.
 PHL_INLINE F largest_of_four(const F (&v)[8]) {
   I m[4];
@@ -48,7 +107,7 @@ PHL_INLINE void quantise_four(const F (&v)[8], Activation* a) {
   const F inverse = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(all, Vec::zero(), _CMP_GT_OQ), Vec::set(127.0f), all);
   const F s[4] = {_mm512_permute_ps(inverse, 0x00), _mm512_permute_ps(inverse, 0x55),
                   _mm512_permute_ps(inverse, 0xaa), _mm512_permute_ps(inverse, 0xff)};
-  __m256i part[4];  // sums of fours; those of the chunk's first half are in the lower 128 bits
+  __m256i part[4];
   for (int c = 0; c < 4; ++c) {
     const __m128i low = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(Vec::mul(v[2 * c], s[c])));
     const __m128i high = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(Vec::mul(v[2 * c + 1], s[c])));
@@ -56,18 +115,7 @@ PHL_INLINE void quantise_four(const F (&v)[8], Activation* a) {
     _mm256_store_si256(reinterpret_cast<__m256i*>(a[c].q), q);
     part[c] = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), q);
   }
-  const __m256i half = _mm256_hadd_epi32(_mm256_hadd_epi32(part[0], part[1]), _mm256_hadd_epi32(part[2], part[3]));
-  const __m128 scale = _mm_div_ps(_mm512_castps512_ps128(all), _mm_set1_ps(127.0f));
-  const auto scaled = [&](__m128i sum) { return _mm_castps_si128(_mm_mul_ps(_mm_cvtepi32_ps(sum), scale)); };
-  Four of;
-  of.scale = _mm_castps_si128(scale);
-  of.half_sum[0] = _mm256_castsi256_si128(half);
-  of.half_sum[1] = _mm256_extracti128_si256(half, 1);
-  of.sum = _mm_add_epi32(of.half_sum[0], of.half_sum[1]);
-  of.scaled_sum = scaled(of.sum);
-  for (int h = 0; h < 2; ++h) of.half_scaled_sum[h] = scaled(of.half_sum[h]);
-  of.minus_zero = _mm_slli_epi32(_mm_sub_epi32(_mm_setzero_si128(), of.sum), 7);
-  store_numbers(of, a);
+  number_four(part, _mm_div_ps(_mm512_castps512_ps128(all), _mm_set1_ps(127.0f)), a);
 }
 
 // Four chunks in two pairs: the integers, and in the first chunk of each pair what byte_kernel reads beside them.
@@ -120,6 +168,9 @@ PHL_INLINE void quantise_chunk(const float* x, float largest, Activation& a) {
 
 // `joint` chunks (1 or 2, of which `chunks` is a multiple) have one scale; the `minus_zero` of all is in the first.
 PHL_INLINE void quantise_chunks(const float* x, Activation* a, int chunks, int joint) {
+#if PHL_LEVEL == 1
+  if (chunks == 4 && joint == 1) return quantise_four(x, a);
+#endif
   for (int c = 0; c < chunks; c += joint, x += joint * kChunk) {
     F all = Vec::zero();
     for (int i = 0; i < joint * kChunk; i += 16) all = Vec::larger(all, Vec::loadf(x + i));

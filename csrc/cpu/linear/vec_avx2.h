@@ -1,4 +1,4 @@
-// The vocabulary of vec_avx512.h in AVX2, FMA and F16C: every vector is a pair of halves.
+// The vocabulary of vec_avx512.h in AVX2, FMA and F16C: every vector is a pair of halves. vec_avxvnni.h has other products.
 #pragma once
 
 #include <immintrin.h>
@@ -12,7 +12,7 @@ namespace phl {
 namespace PHL_NS {
 namespace {
 
-struct Vec {
+struct Avx2 {
   struct U {
     __m256i a, b;
   };
@@ -235,6 +235,10 @@ struct Vec {
     }
   }
 };
+
+#if !PHL_VNNI
+using Vec = Avx2;
+#endif
 
 }  // namespace
 }  // namespace PHL_NS

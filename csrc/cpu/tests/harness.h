@@ -81,24 +81,30 @@ uint64_t slot(T value) {
   }
 }
 
-// The level itself, and AMX beside AVX-512 where its units are linked in.
-inline std::vector<int> with_amx(int level) {
-  const OpEntry* op = find_op("linear", 3);
-  return level == 2 && op != nullptr && op->level == 3 ? std::vector<int>{2, 3} : std::vector<int>{level};
-}
-
-// On Arm the level above neon has a few units alone; its other ops are neon's.
 #if defined(__aarch64__)
-constexpr int kPartial = 2;
+// A level that has a few units alone, whose bits are those of the level below; its other ops are that one's.
+constexpr bool partial(int level) { return level == kI8mm; }
+// Whether this level makes bytes of the weights that meet many rows.
+constexpr bool makes_bytes(int) { return false; }
+constexpr bool rounds_attention(int) { return false; }  // to 8 bits
+// The level itself, and the one that is derived from it where its units are linked in.
+inline std::vector<int> with_derived(int level) { return {level}; }
 #else
-constexpr int kPartial = -1;
+constexpr bool partial(int level) { return level == kAvxVnni; }
+constexpr bool makes_bytes(int level) { return level >= kAvx512; }
+constexpr bool rounds_attention(int level) { return level >= kAvx512; }
+inline std::vector<int> with_derived(int level) {
+  const OpEntry* op = find_op("linear", level + 1);
+  const bool linked = (level == kAvx2 || level == kAvx512) && op != nullptr && op->level == level + 1;
+  return linked ? std::vector<int>{level, level + 1} : std::vector<int>{level};
+}
 #endif
 
 // Runs an op at exactly this level, by all threads of the pool.
 template <class... Args>
 void run(int level, const char* name, Args... args) {
   const OpEntry* op = find_op(name, level);
-  check(op != nullptr && (op->level == level || level == kPartial), std::string("no op ") + name);
+  check(op != nullptr && (op->level == level || partial(level)), std::string("no op ") + name);
   check(op->slots == sizeof...(Args), std::string(name) + ": number of arguments");
   std::vector<uint64_t> slots{slot(args)...};
   std::pair<const OpEntry*, const uint64_t*> call{op, slots.data()};

@@ -48,11 +48,11 @@ void try_layer(int level, const Layer& layer, const std::string& what) {
     if (level == 0) results[1] = results[0], sums[1] = sums[0], tokens[1] = tokens[0];
     // Inputs that the norm rounds otherwise may fall to the next of 127 steps. Bytes of weights whose scales may be any
     // float16 are other numbers: their values are tested elsewhere.
-    const bool bytes = layer.forms == 1 && rows > 24 && level >= 2 && level != kPartial;
-    if (level == kPartial) {  // sums of integers, in whichever order: the bits of the level below
+    const bool bytes = layer.forms == 1 && rows > 24 && makes_bytes(level);
+    if (partial(level)) {  // sums of integers, in whichever order: the bits of the level below
       Buffer space(p.space);
       vector<float> out(size_t(rows * layer.rows)), sum(x.size());
-      linear(1, space, out, sum);
+      linear(level - 1, space, out, sum);
       check(out == results[1], what + " bits");
     }
     if (!bytes) close(results[1], results[0], layer.forms & 1 ? 0.05f : 1e-2f, what);
@@ -70,7 +70,7 @@ void try_screen(int level, const Layer& layer, const std::string& what) {
   if (layer.segment[1] == 14) {  // split: its own screen
     data = layer.packed.data.get();
   } else {
-    run(level > 2 ? 2 : level, "linear_screen", layer.segment.data(), screen.data.get(), &unfit, layer.padded);
+    run(phl::find_op("linear_screen", level)->level, "linear_screen", layer.segment.data(), screen.data.get(), &unfit, layer.padded);
   }
   check(unfit == 0, what + " fits");
   for (int64_t rows : {1, 3, 8}) {
@@ -97,11 +97,11 @@ void try_screen(int level, const Layer& layer, const std::string& what) {
 PHL_TEST(linear_screen) {
   for (const Kind& kind : kKinds) {
     const Layer layer = pack(kind, 517, kind.weights == 256 ? 1 : 3);
-    for (int at : with_amx(level)) try_screen(at, layer, "layout " + std::to_string(kind.layout));
+    for (int at : with_derived(level)) try_screen(at, layer, "layout " + std::to_string(kind.layout));
   }
   for (int64_t layout : {11, 12, 13}) {
     const Layer layer = dense(layout, 517, 33);
-    for (int at : with_amx(level)) try_screen(at, layer, "dense " + std::to_string(layout));
+    for (int at : with_derived(level)) try_screen(at, layer, "dense " + std::to_string(layout));
   }
 }
 
@@ -112,7 +112,7 @@ PHL_TEST(linear_quantised) {
       for (int64_t forms : {layer.forms | 8, layer.forms}) {  // exact, and bytes where there are many rows
         layer.forms = forms;
         const std::string what = "layout " + std::to_string(kind.layout) + " forms " + std::to_string(forms);
-        for (int at : with_amx(level)) try_layer(at, layer, what);
+        for (int at : with_derived(level)) try_layer(at, layer, what);
       }
       vector<int64_t> ids{0, rows - 1, rows};
       vector<float> out(ids.size() * size_t(layer.inputs));
@@ -127,7 +127,7 @@ PHL_TEST(linear_dense) {
   for (int64_t layout : {11, 12, 13}) {
     for (int64_t inputs : {1, 33, 128}) {
       const Layer layer = dense(layout, 21, inputs);
-      for (int at : with_amx(level)) try_layer(at, layer, "dense " + std::to_string(layout));
+      for (int at : with_derived(level)) try_layer(at, layer, "dense " + std::to_string(layout));
     }
   }
 }

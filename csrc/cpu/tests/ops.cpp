@@ -134,15 +134,30 @@ PHL_TEST(rope) {
   }
 }
 
+namespace {
+
+// The types of cache: the name that its ops end with, and bytes of an element.
+struct Pages {
+  const char* name;
+  int64_t element;
+
+  int64_t width(int64_t size) const { return element == 1 ? size + 4 : element * size; }  // bytes of a token and head
+  std::string op(const char* what) const { return std::string(what) + "_" + name; }
+};
+constexpr Pages kPages[] = {{"bf16", 2}, {"int8", 1}, {"f32", 4}};
+
+}  // namespace
+
 // One op instead of three or four: the same bits, at every level.
 PHL_TEST(rope_write_kv) {
   for (int64_t given : {2, 13, 16, 24, 50, 64}) {
-    for (int64_t variant = 0; variant < 8; ++variant) {
-      const bool int8 = variant & 1, normed = variant & 2;
+    for (int64_t variant = 0; variant < 12; ++variant) {
+      const Pages& pages = kPages[variant / 4];
+      const bool int8 = pages.element == 1, normed = variant & 1;
       const int64_t size = int8 ? (given + 3) / 4 * 4 : given;  // int8 pages take multiples of 4
-      const int64_t interleaved = variant >> 2, half = size / 2 - size / 40;
-      const int64_t tokens = 5, heads = 3, kv_heads = 2, page_size = int8 ? 4 : 3, width = int8 ? size + 4 : 2 * size;
-      const int64_t page = kv_heads * page_size * (int8 ? width : size), row = (heads + 2 * kv_heads) * size;
+      const int64_t interleaved = variant >> 1 & 1, half = size / 2 - size / 40;
+      const int64_t tokens = 5, heads = 3, kv_heads = 2, page_size = int8 ? 4 : 3, width = pages.width(size);
+      const int64_t page = kv_heads * page_size * width / pages.element, row = (heads + 2 * kv_heads) * size;
       const vector<float> qkv = floats(tokens * row), cos_sin = floats(9 * 2 * half);
       const vector<float> q_norm = floats(size), k_norm = floats(size);
       const vector<int64_t> positions{8, 0, 3, 4, 8};
@@ -151,7 +166,7 @@ PHL_TEST(rope_write_kv) {
       vector<uint8_t> k_apart(k_fused.size()), v_apart(k_fused.size());
       vector<float> fused = qkv, apart = qkv;
       float *q = fused.data(), *k = q + heads * size, *v = k + kv_heads * size;
-      run(level, int8 ? "rope_write_kv_int8" : "rope_write_kv_bf16", q, k, v, positions.data(), cos_sin.data(),
+      run(level, pages.op("rope_write_kv").c_str(), q, k, v, positions.data(), cos_sin.data(),
           normed ? q_norm.data() : nullptr, normed ? k_norm.data() : nullptr, k_fused.data(), v_fused.data(),
           slots.data(), 1, tokens, heads, kv_heads, size, half, interleaved, page_size, row, size, row, size, row, size,
           page, 1e-5);
@@ -165,7 +180,7 @@ PHL_TEST(rope_write_kv) {
       }
       run(level, "rope", q, k, positions.data(), cos_sin.data(), 1, tokens, heads, kv_heads, half, interleaved, row,
           size, row, size);
-      run(level, int8 ? "write_kv_int8" : "write_kv_bf16", k, v, k_apart.data(), v_apart.data(), slots.data(), tokens,
+      run(level, pages.op("write_kv").c_str(), k, v, k_apart.data(), v_apart.data(), slots.data(), tokens,
           kv_heads, size, page_size, row, size, row, size, page);
       check(std::memcmp(fused.data(), apart.data(), fused.size() * sizeof(float)) == 0, "rope_write_kv: q and k");
       check(k_fused == k_apart && v_fused == v_apart, "rope_write_kv: caches");
@@ -182,7 +197,7 @@ struct Shape {
   int64_t block = 0;
 };
 
-void attend(int level, const Shape& s, bool int8) {
+void attend(int level, const Shape& s, const Pages& kind) {
   const int64_t rows = int64_t(s.queries.size());
   vector<int32_t> start{0};
   int64_t most = 1, pages = 1;
@@ -194,39 +209,48 @@ void attend(int level, const Shape& s, bool int8) {
   }
   for (int64_t slot = 0; slot < pages * s.page_size; ++slot) slots.push_back(int32_t(slot));
   const int64_t tokens = start.back(), cached = int64_t(slots.size()), group = s.heads / s.kv_heads;
-  const int64_t width = int8 ? s.size + 4 : 2 * s.size, page = s.kv_heads * s.page_size * width / (int8 ? 1 : 2);
+  const int64_t width = kind.width(s.size), page = s.kv_heads * s.page_size * width / kind.element;
   const vector<float> q = floats(tokens * s.heads * s.size), sinks = floats(s.heads);
   const vector<float> keys = floats(cached * s.kv_heads * s.size), values = floats(cached * s.kv_heads * s.size);
   const int64_t splits = std::min<int64_t>(16, (most * s.page_size + 255) / 256);
   const int64_t wide = (s.size + 15) / 16 * 16, query_rows = std::max<int64_t>(96, group);
   const int64_t stride = (2 * query_rows + 192) * wide + 18 * query_rows + 1024;
-  compare(level, level != 2 ? 1e-4f : int8 ? 5e-2f : 2e-2f, "attention", [&](int at) {
+  const bool int8 = kind.element == 1, whole = kind.element == 4 || !rounds_attention(level);
+  const auto result = [&](int at) {
     vector<uint8_t> k_cache(size_t(pages * s.kv_heads * s.page_size * width)), v_cache(k_cache.size());
-    run(at, int8 ? "write_kv_int8" : "write_kv_bf16", keys.data(), values.data(), k_cache.data(), v_cache.data(),
+    run(at, kind.op("write_kv").c_str(), keys.data(), values.data(), k_cache.data(), v_cache.data(),
         slots.data(), cached, s.kv_heads, s.size, s.page_size, s.kv_heads * s.size, s.size, s.kv_heads * s.size, s.size,
         page);
     vector<float> out(size_t(tokens * s.heads * s.size)), partial(size_t(rows * s.heads * splits * (s.size + 2)));
     vector<float> scratch(size_t(phl::num_threads() * stride));
-    run(at, int8 ? "attention_int8" : "attention_bf16", q.data(), k_cache.data(), v_cache.data(), out.data(),
+    run(at, kind.op("attention").c_str(), q.data(), k_cache.data(), v_cache.data(), out.data(),
         start.data(), s.lengths.data(), table.data(), s.sinks ? sinks.data() : nullptr, partial.data(), scratch.data(),
         rows, s.heads, s.kv_heads, s.size, s.page_size, most, page, s.heads * s.size, s.size, splits, stride, s.window,
         s.block, 0.2, s.sinks ? 4.0 : 0.0);
     return out;
-  });
+  };
+  compare(level, whole ? 1e-4f : int8 ? 5e-2f : 2e-2f, "attention", result);
+  if (partial(level)) check(result(level) == result(level - 1), "attention: bits");
+}
+
+void attend_all(int level, const Pages& kind) {
+  const bool int8 = kind.element == 1;
+  attend(level, {{1, 1, 1, 1}, {1, 37, 300, 0}, 9, 3, 64, 16, 0, false}, kind);
+  attend(level, {{1, 1}, {700, 129}, 2, 1, 32, 16, 0, true}, kind);
+  attend(level, {{1, 6, 1}, {7, 70, 270}, 6, 1, 24, 8, 0, false}, kind);
+  attend(level, {{35, 1, 5}, {35, 20, 90}, 3, 3, 64, 16, 20, true}, kind);
+  attend(level, {{3, 1}, {5, 70}, 2, 2, int8 ? 8 : 5, int8 ? 4 : 3, 4, false}, kind);
+  attend(level, {{3, 1}, {5, 70}, 4, 2, 20, 12, 0, false}, kind);
+  attend(level, {{64, 8, 37}, {64, 72, 300}, 4, 2, 32, 16, 0, false, 32}, kind);
+  attend(level, {{8, 90, 1}, {70, 90, 9}, 3, 3, 64, 16, 0, true, 4}, kind);
 }
 
 }  // namespace
 
 PHL_TEST(attention) {
-  for (bool int8 : {false, true}) {
-    attend(level, {{1, 1, 1, 1}, {1, 37, 300, 0}, 9, 3, 64, 16, 0, false}, int8);
-    attend(level, {{1, 1}, {700, 129}, 2, 1, 32, 16, 0, true}, int8);
-    attend(level, {{1, 6, 1}, {7, 70, 270}, 6, 1, 24, 8, 0, false}, int8);
-    attend(level, {{35, 1, 5}, {35, 20, 90}, 3, 3, 64, 16, 20, true}, int8);
-    attend(level, {{3, 1}, {5, 70}, 2, 2, int8 ? 8 : 5, int8 ? 4 : 3, 4, false}, int8);
-    attend(level, {{3, 1}, {5, 70}, 4, 2, 20, 12, 0, false}, int8);
-    attend(level, {{64, 8, 37}, {64, 72, 300}, 4, 2, 32, 16, 0, false, 32}, int8);
-    attend(level, {{8, 90, 1}, {70, 90, 9}, 3, 3, 64, 16, 0, true, 4}, int8);
+  for (int at : with_derived(level)) {
+    if (at != level && !partial(at)) continue;  // tiles are for linear layers
+    for (const Pages& kind : kPages) attend_all(at, kind);
   }
 }
 

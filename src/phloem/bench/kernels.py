@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # Of a 32-bit lane in one instruction or the shortest sequence that there is. int4: weights of so few bits that several
 # products are added as words (AVX2), which is faster than int8.
 OPERATIONS = {"float": 2, "bf16": 4, "int8": 8, "int4": 8}
-LANES = {"portable": 4, "avx2": 8, "avx512": 16, "amx": 16, "neon": 4, "i8mm": 4}
+LANES = {"portable": 4, "avx2": 8, "avxvnni": 8, "avx512": 16, "amx": 16, "neon": 4, "i8mm": 4}
 
 
 @dataclass(frozen=True)
@@ -390,6 +390,7 @@ def _paged(lengths: list[int], queries: list[int]) -> tuple[PagedBatch, int]:
 def _attention(ops: Ops, o: Options) -> list[Case]:
     found: list[Case] = []
     size, scale = o.head_size, o.head_size**-0.5
+    peaks = {torch.bfloat16: "bf16", torch.int8: "int8", torch.float32: "float"}
 
     def add(name: str, lengths: list[int], queries: list[int], kind: torch.dtype) -> None:
         batch, pages = _paged(lengths, queries)
@@ -408,11 +409,11 @@ def _attention(ops: Ops, o: Options) -> list[Case]:
                 partial(ops.paged_attention, q, (caches[0], caches[1]), batch, AttentionCall(scale)),
                 float(read),
                 4.0 * o.heads * size * pairs,
-                "" if decode else "int8" if kind == torch.int8 else "bf16",
+                "" if decode else peaks[kind],
             )
         )
 
-    for kind in (torch.bfloat16, torch.int8):
+    for kind in peaks:
         add("decode 1 x 320", [320], [1], kind)
         add("decode 1 x 8192", [8192], [1], kind)
         add("decode 32 x 320", [320] * 32, [1] * 32, kind)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phloem.kernels._native_basic import cache_stride, check_fours, heads_of
+from phloem.kernels._native_basic import CACHES, cache_stride, check_fours, heads_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +24,7 @@ REGION = 1_000_000  # "work" that always shares the op out: how much there is, o
 
 def ops(rt: Runtime) -> dict[str, Any]:
     call, empty = rt.call, rt.empty
-    HANDLES = {torch.bfloat16: rt.op("attention_bf16"), torch.int8: rt.op("attention_int8")}
+    HANDLES = {kind: rt.op(f"attention_{name}") for kind, name in CACHES.items()}
     SPLIT_TOKENS = rt.constant("attention.kSplitTokens")  # one decoding row is split over at least so many
     scratch_floats = scratch_of(rt)
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from phloem.kernels.calls import Rotation
 
 
+# Types of KV cache, as the names of the ops over them end.
+CACHES = {torch.bfloat16: "bf16", torch.int8: "int8", torch.float32: "f32"}
+
+
 def rows_of(x: Tensor) -> Tensor:
     """`x` as float32 `[rows, N]` with a contiguous last axis; what is already so is returned as it is."""
     if x.dtype != torch.float32:
@@ -197,7 +201,7 @@ def writer(handles: dict[torch.dtype, int], k_TKD: Tensor, v_TKD: Tensor, k_cach
 def _positions(rt: Runtime) -> dict[str, Any]:
     call = rt.call
     ROPE = rt.op("rope")
-    WRITE = {torch.bfloat16: rt.op("write_kv_bf16"), torch.int8: rt.op("write_kv_int8")}
+    WRITE = {kind: rt.op(f"write_kv_{name}") for kind, name in CACHES.items()}
 
     def rope_(q_THD: Tensor, k_TKD: Tensor, positions_T: Tensor, cos_sin: Tensor, interleaved: bool) -> None:
         tokens, heads, size = q_THD.shape
@@ -226,7 +230,7 @@ def _positions(rt: Runtime) -> dict[str, Any]:
 
 def _fused_positions(rt: Runtime) -> dict[str, Any]:
     call = rt.call
-    BOTH = {torch.bfloat16: rt.op("rope_write_kv_bf16"), torch.int8: rt.op("rope_write_kv_int8")}
+    BOTH = {kind: rt.op(f"rope_write_kv_{name}") for kind, name in CACHES.items()}
 
     def rope_write_kv(
         q_THD: Tensor,

@@ -1,6 +1,6 @@
 """The native table: the op table over the C++ kernels of csrc/cpu, on any CPU that the library was built for.
 
-Activations are float32. KV caches are bfloat16 `[pages, K, S, D]`, or int8 `[pages, K, S, D + 4]`: D values, then the
+Activations are float32. KV caches are bfloat16 or float32 `[pages, K, S, D]`, or int8 `[pages, K, S, D + 4]`: D values, then the
 float32 scale of that token and head.
 """
 
@@ -63,7 +63,7 @@ def table(
         **native_linear.ops(linear),
         **moe.ops(rt, linear),
     }
-    kv = (torch.bfloat16, torch.int8)
+    kv = tuple(basic.CACHES)
     name = "invariant" if invariant else "native"
     kept = {"refill": refill, "memory": memory, "renew": renew}
     whole = dataclasses.replace(

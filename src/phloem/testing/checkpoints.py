@@ -269,7 +269,8 @@ def tiny_gguf(
     from safetensors.numpy import load_file
 
     config = json.loads((source / "config.json").read_text())
-    facts, spelling = written(config["model_type"]), family(config["model_type"]).spelling
+    known = config["model_type"].replace("-", "_")
+    facts, spelling = written(known), family(known).spelling
     config |= {usual: config[theirs] for usual, theirs in spelling.items() if theirs in config}
     if config["model_type"] == "gpt2":
         config["intermediate_size"] = config.get("n_inner") or 4 * config["hidden_size"]
@@ -286,7 +287,8 @@ def tiny_gguf(
         adders[type(value)](name, value)
     wanted = gguf.GGMLQuantizationType[kind]
     kind_of = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kind_of[arch], config["num_hidden_layers"])
+    # Of an architecture that is younger than the package: the names of one with the same tensors.
+    names = gguf.get_tensor_name_map(kind_of.get(arch, kind_of["glm-dsa"]), config["num_hidden_layers"])
     for file in sorted(source.glob("*.safetensors")):
         stored_as = _stacked(prepared(write_numbers(writer, load_file(file), config), config))
         if not whole_latent:
@@ -391,14 +393,14 @@ def _write_attention(writer: Any, config: dict[str, Any], facts: GGUFFacts, add:
 
 def _write_latent(writer: Any, config: dict[str, Any]) -> None:
     """Sizes of latent attention in its absorbed form: one key head, which is the latent."""
-    rope, rank = config["qk_rope_head_dim"], config["kv_lora_rank"]
-    writer.add_head_count_kv(1)
+    rope, rank, attends = config["qk_rope_head_dim"], config["kv_lora_rank"], attending(config)
+    writer.add_head_count_kv(1 if attends is None else [int(one) for one in attends])
     writer.add_key_length(rank + rope)
     writer.add_value_length(rank)
     writer.add_key_length_mla(config["qk_nope_head_dim"] + rope)
     writer.add_value_length_mla(config["v_head_dim"])
     writer.add_rope_dimension_count(rope)
-    grown = config["rope_parameters"].get("mscale_all_dim")
+    grown = (config.get("rope_parameters") or {}).get("mscale_all_dim")
     if grown:
         writer.add_rope_scaling_yarn_log_mul(0.1 * grown)
 

@@ -53,12 +53,12 @@ PHL_INLINE uint8x16_t raw_lanes(const uint8_t* p, [[maybe_unused]] const uint8_t
   }
 }
 
-template <class L, int J>
+template <class L, int J, bool Unsigned = kUnsigned<L>>
 PHL_INLINE int8x16_t lanes_of(const uint8_t* p, const uint8_t* lower) {
   const uint8x16_t w = raw_lanes<L, J>(p, lower);
   if constexpr (L::table) {
     return vreinterpretq_s8_u8(vqtbl1q_u8(veorq_u8(vld1q_u8(kTable4), vdupq_n_u8(0x80)), w));
-  } else if constexpr (L::wide && !kUnsigned<L>) {
+  } else if constexpr (L::wide && !Unsigned) {
     return vreinterpretq_s8_u8(veorq_u8(w, vdupq_n_u8(0x80)));
   } else {
     return vreinterpretq_s8_u8(w);

@@ -48,6 +48,19 @@ def test_embeddinggemma_sees_both_ways_and_does_not_generate(tmp_path: Path, mon
     for one in (path, file):
         with pytest.raises(ConfigError, match="task generate: gemma3_text is an encoder"):
             describe(str(one), task="generate")
+    wide, back = torch.randn(48, 32), torch.randn(32, 48)
+    write = gguf.GGUFWriter.write_header_to_file
+
+    def with_dense(writer: Any) -> None:
+        writer.add_tensor("dense_2.weight", wide.numpy())
+        writer.add_tensor("dense_3.weight", back.numpy())
+        write(writer)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", with_dense)
+    more = {"gemma-embedding__pooling_type": 1, "gemma-embedding__dense_2_feat_out": 48}
+    deep = load(tiny_gguf(path, tmp_path / "deep.gguf", **more), normalize=False)
+    assert deep.pooling.size == 32 and [layer.outputs for layer in deep.pooling.dense] == [48, 32]
+    near(run(deep, TEXTS), wanted @ wide.T @ back.T, 1e-3)
 
 
 @pytest.mark.slow

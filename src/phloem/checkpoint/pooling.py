@@ -16,6 +16,8 @@ from phloem.core.errors import ConfigError, ModelLoadError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from phloem.checkpoint.gguf_reader import GGUFFile
+
 # embed: a vector. score: one number (a reranker, a reward model). classify: a number for each label. tokens: that for
 # each token.
 PooledTask = Literal["embed", "classify", "score", "tokens"]
@@ -58,18 +60,20 @@ class Described(Protocol):
     def context_length(self) -> int: ...
 
     @property
-    def gguf(self) -> object | None: ...
+    def gguf(self) -> GGUFFile | None: ...
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A layer behind the pooling: `folder` has its weights, `linear.weight` [outputs, inputs] and perhaps a bias."""
+    """A layer behind the pooling: `folder` has its weights, `linear.weight` [outputs, inputs] and perhaps a bias; or they
+    are the `tensor` of a GGUF file."""
 
     folder: Path
     inputs: int
     outputs: int
     bias: bool
     activation: str  # identity, tanh, relu, gelu, sigmoid
+    tensor: str = ""
 
 
 @dataclass(frozen=True)
@@ -315,8 +319,20 @@ def _alone(found: Described, folder: Path) -> tuple[tuple[str, ...], tuple[Dense
     decoder, both = family(found.model_type).encoder is None, found.config.get("use_bidirectional_attention") is True
     kind = "cls" if not decoder else "mean" if both else "last"
     if found.gguf is not None:  # normalised, as what reads such files elsewhere gives them
-        return (_STORED.get(found.config.get("pooling_type", 0)) or kind,), (), True
+        return (_STORED.get(found.config.get("pooling_type", 0)) or kind,), _behind(found, found.gguf), True
     return (kind,), (), decoder
+
+
+def _behind(found: Described, gguf: GGUFFile) -> tuple[Dense, ...]:
+    """EmbeddingGemma's dense layers, where a GGUF file has them: matrices alone."""
+    tensors = [gguf.tensors[name] for name in ("dense_2.weight", "dense_3.weight") if name in gguf.tensors]
+    size, layers = int(found.config["hidden_size"]), list[Dense]()
+    for tensor in tensors:
+        if len(tensor.shape) != 2 or tensor.shape[1] != size:
+            raise ModelLoadError(f"{found.path}: {tensor.name} is {list(tensor.shape)}, expected {size} columns")
+        size = tensor.shape[0]
+        layers.append(Dense(found.path, tensor.shape[1], size, False, "identity", tensor.name))
+    return tuple(layers)
 
 
 def _sentence(folder: Path) -> dict[str, Any]:

@@ -52,6 +52,8 @@ GGUF = {
         "post_feedforward_layernorm": "post_ffw_norm",
     },
     "norm_shift": 1.0,
+    # Of EmbeddingGemma's dense layers, whose tensors say the same.
+    "unheeded": ("dense_2_feat_in", "dense_2_feat_out", "dense_3_feat_in", "dense_3_feat_out"),
 }
 TINY = {"num_hidden_layers": 7, "sliding_window": 8, "query_pre_attn_scalar": 24}
 VARIANTS = {"caps": {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}}

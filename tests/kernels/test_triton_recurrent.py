@@ -23,9 +23,7 @@ def starts(lengths: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize(("channels", "width", "bias", "silu"), [(5, 4, True, True), (130, 3, False, False)])
-def test_causal_conv(
-    lengths: list[int], channels: int, width: int, bias: bool, silu: bool, dtype: torch.dtype
-) -> None:
+def test_causal_conv(lengths: list[int], channels: int, width: int, bias: bool, silu: bool, dtype: torch.dtype) -> None:
     """Of a strided view, in states that a step must leave as they are."""
     x = torch.randn(sum(lengths), channels + 7).to(dtype)[:, 3 : 3 + channels]
     weight, state = torch.randn(channels, width), torch.randn(len(lengths), channels, width - 1)
@@ -40,9 +38,7 @@ def test_causal_conv(
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize(("heads", "key", "value"), [(1, 12, 12), (3, 16, 20), (2, 128, 40)])
-def test_gated_delta(
-    lengths: list[int], each: bool, heads: int, key: int, value: int, dtype: torch.dtype
-) -> None:
+def test_gated_delta(lengths: list[int], each: bool, heads: int, key: int, value: int, dtype: torch.dtype) -> None:
     """`each`: a decay for every channel of a key, as Kimi Delta Attention has it."""
     tokens = sum(lengths)
     mixed = torch.randn(tokens, heads * (2 * key + value)).to(dtype)

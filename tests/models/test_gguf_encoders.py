@@ -38,7 +38,7 @@ def test_states_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_embeddinggemma_sees_both_ways_and_does_not_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts longer than its windows, out of a folder and out of a file."""
-    both = {"use_bidirectional_attention": True, "sliding_window": 8, "attn_logit_softcapping": None}
+    both = {"use_bidirectional_attention": True, "sliding_window": 8, "query_pre_attn_scalar": 16}
     path = tiny_checkpoint("gemma3_text", tmp_path / "hf", **both)
     wanted = torch.stack([states(path, text).mean(0) for text in TEXTS])
     near(run(load(path, kinds=("mean",)), TEXTS), wanted)

@@ -141,7 +141,12 @@ def gguf_families() -> dict[str, Family]:
     found = [family(name) for name in FAMILIES.names()]
     facts = [(item, item.gguf) for item in found if item.gguf is not None]
     return {
-        arch + SPARSE * own.sparse + DENSE * own.dense + SIGMOID * own.sigmoid + NORMED * own.normed + UNSCALED * own.unscaled: item
+        arch
+        + SPARSE * own.sparse
+        + DENSE * own.dense
+        + SIGMOID * own.sigmoid
+        + NORMED * own.normed
+        + UNSCALED * own.unscaled: item
         for item, own in facts
         for arch in (own.architecture, *own.also)
     }

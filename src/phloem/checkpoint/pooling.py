@@ -65,8 +65,8 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class Dense:
-    """A layer behind the pooling: `folder` has its weights, `linear.weight` [outputs, inputs] and perhaps a bias; or they
-    are the `tensor` of a GGUF file."""
+    """A layer behind the pooling: `folder` has its weights, `linear.weight` [outputs, inputs] and perhaps a bias; or
+    they are the `tensor` of a GGUF file."""
 
     folder: Path
     inputs: int
@@ -190,13 +190,14 @@ def _task(found: Described, task: str) -> tuple[str, str]:
         return kind, "the file has a head that ranks (pooling_type 4)"
     if stored == 4:
         raise ConfigError(
-            "pooling_type 4: of rerankers in GGUF files RoBERTa's and XLM-R's are served, which have cls.weight; serve the "
-            "safetensors checkpoint",
+            "pooling_type 4: of rerankers in GGUF files RoBERTa's and XLM-R's are served, which have cls.weight; serve "
+            "the safetensors checkpoint",
             param="model_path",
         )
     if stored in _STORED:
         return "embed", f"the file says how its hidden states are pooled (pooling_type {stored})"
     bare = architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
+    bare = bare and family(found.model_type).diffusion is None  # Dream calls itself so, with its head
     if encoder or (
         bare and not found.config.get("tie_word_embeddings")
     ):  # a tied head is the embedding, which is there

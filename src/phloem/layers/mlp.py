@@ -24,8 +24,8 @@ def _picked(activations: dict[str, T], name: str) -> T:
 
 
 class GatedMLP(Layer):
-    """down(act(gate(x)) * up(x)), gate and up fused. `fused`: the tensor in which a checkpoint keeps both, gate first or
-    `up_first`; `down_bias`: whether down has a bias, if not as the others."""
+    """down(act(gate(x)) * up(x)), gate and up fused. `fused`: the tensor in which a checkpoint keeps both, gate first
+    or `up_first`; `down_bias`: whether down has a bias, if not as the others."""
 
     def __init__(
         self,

@@ -255,7 +255,8 @@ class Gemma3nLayer(MixerAlone):
 
 
 class Gemma3n(InputDecoder):
-    """The streams are made of embeddings, and become one again. Of the `rows` of layers' inputs `filled` are a token's."""
+    """The streams are made of embeddings, and become one again. Of the `rows` of layers' inputs the first `filled` are
+    of tokens."""
 
     def __init__(
         self,

@@ -32,7 +32,12 @@ GGUF = {
         "self_attn.kv_b_proj": "attn_kv_b",
     },
     # Of experts, where there are none.
-    "unheeded": ("expert_feed_forward_length", "expert_shared_count", "expert_weights_scale", "leading_dense_block_count"),
+    "unheeded": (
+        "expert_feed_forward_length",
+        "expert_shared_count",
+        "expert_weights_scale",
+        "leading_dense_block_count",
+    ),
 }
 TINY = {
     "pad_token_id": None,  # whose row transformers sets to zero when it loads a tied head

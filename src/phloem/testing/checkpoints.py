@@ -381,7 +381,7 @@ def _write_attention(writer: Any, config: dict[str, Any], facts: GGUFFacts, add:
         add("attention.head_count_kv", kv_heads if attends is None else [kv_heads * one for one in attends])
         add("attention.key_length", head_dim)
         add("attention.value_length", head_dim)
-    add("rope.freq_base", float(whole.get("rope_theta", 10000.0)))
+    add("rope.freq_base", float(whole.get("rope_theta", config.get("rope_theta", 10000.0))))
     share = whole.get("partial_rotary_factor", 1.0)
     if share < 1.0:
         add("rope.dimension_count", int(head_dim * share))

@@ -342,7 +342,7 @@ def _exps(name: str, values: Any) -> dict[str, Any]:
 
 
 def _streams(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Gemma 3n: what makes streams and what joins them, each in one tensor; rows of zeros up to the vocabulary's end."""
+    """Gemma 3n: what makes streams and what joins them, each in one tensor; zeros up to the vocabulary's end."""
     found: dict[str, Any] = {}
     for name, values in tensors.items():
         if ".embed_tokens" in name:

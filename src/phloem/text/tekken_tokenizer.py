@@ -1,8 +1,8 @@
 """A `tokenizers` tokenizer from Mistral's `tekken.json`, for folders that have no `tokenizer.json`.
 
 The file lists byte strings in the order in which they are joined, and a pattern that cuts a text into words; ids begin
-behind the control tokens. Control tokens written in a prompt are read as such, as by every Hugging Face tokenizer; those
-that a chat message spells stay text, as in Mistral's own library (`template_sources.SPELLED`).
+behind the control tokens. Control tokens written in a prompt are read as such, as by every Hugging Face tokenizer;
+those that a chat message spells stay text, as in Mistral's own library (`template_sources.SPELLED`).
 """
 
 from __future__ import annotations

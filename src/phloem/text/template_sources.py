@@ -83,7 +83,9 @@ def find_sources(checkpoint: Checkpoint) -> dict[str, str]:
 def _instruct(tekken: dict[str, Any]) -> str:
     """The plain format of a `tekken.json`, in which control tokens that a message spells stay text."""
     own, listed = tekken_version(tekken.get("config")) >= _SYSTEM, tekken.get("special_tokens")
-    texts = [str(entry.get("token_str")) for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    texts = (
+        [str(entry.get("token_str")) for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    )
     firsts = sorted({"[", "<", *(text[0] for text in texts if text)})
     plain = "".join(f".replace({json.dumps(one)}, {json.dumps(one + SPELLED)})" for one in firsts)
     return _INSTRUCT.replace("OWN", str(own).lower()).replace("PLAIN", plain)

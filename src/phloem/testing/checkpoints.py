@@ -269,8 +269,7 @@ def tiny_gguf(
     from safetensors.numpy import load_file
 
     config = json.loads((source / "config.json").read_text())
-    known = config["model_type"].replace("-", "_")
-    facts, spelling = written(known), family(known).spelling
+    facts, spelling = written(config["model_type"]), family(config["model_type"].replace("-", "_")).spelling
     config |= {usual: config[theirs] for usual, theirs in spelling.items() if theirs in config}
     if config["model_type"] == "gpt2":
         config["intermediate_size"] = config.get("n_inner") or 4 * config["hidden_size"]
@@ -321,6 +320,7 @@ def _renamed(name: str, names: Any) -> Any:
 
 def written(model_type: str) -> GGUFFacts:
     """The facts of the architecture that converters write for a family."""
+    model_type = model_type.replace("-", "_")
     facts = family(family(model_type).gguf_family or model_type).gguf
     other = gguf_families().get(facts.written_as) if facts is not None else None
     facts = other.gguf if other is not None else facts

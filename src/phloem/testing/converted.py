@@ -53,8 +53,6 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
         writer.add_ssm_state_size(state)
         writer.add_ssm_time_step_rank(heads)
         writer.add_ssm_group_count(groups)
-    if kind == "kimi_linear":
-        writer.add_leading_dense_block_count((config["mlp_layer_types"] or ["sparse"]).index("sparse"))
     if kind in DELTA:
         writer.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
         recurrent = [one == "linear_attention" for one in config["layer_types"]]
@@ -65,13 +63,6 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
         writer.add_expert_shared_feed_forward_length(config["moe_intermediate_size"] * config["num_shared_experts"])
     if kind in ("glm4_moe_lite", "exaone_moe", "glm_moe_dsa"):
         writer.add_leading_dense_block_count(config["mlp_layer_types"].index("sparse"))
-    if kind in ("llada", "dream"):
-        writer.add_causal_attention(False)
-        writer.add_mask_token_id(config["mask_token_id"])
-    if kind == "youtu":
-        writer.add_expert_feed_forward_length(config["intermediate_size"])
-        writer.add_expert_shared_count(0)
-        writer.add_leading_dense_block_count(config["num_hidden_layers"])
     if kind == "bamba":
         writer.add_rope_scaling_finetuned(True)
     if kind == "ministral3":
@@ -105,8 +96,17 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
 
 
 def _write_more(writer: Any, config: dict[str, Any]) -> None:
-    """Those of encoders and of Falcon."""
+    """Those of encoders, of models of diffusion, and of a few more."""
     kind = config["model_type"].replace("-", "_")
+    if kind in ("llada", "dream"):
+        writer.add_causal_attention(False)
+        writer.add_mask_token_id(config["mask_token_id"])
+    if kind == "youtu":
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+        writer.add_expert_shared_count(0)
+        writer.add_leading_dense_block_count(config["num_hidden_layers"])
+    if kind == "kimi_linear":
+        writer.add_leading_dense_block_count((config["mlp_layer_types"] or ["sparse"]).index("sparse"))
     if kind in ENCODERS:
         writer.add_causal_attention(False)
     if kind in PADDED:

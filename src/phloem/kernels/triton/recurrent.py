@@ -158,8 +158,9 @@ def _causal_conv(
     kept = (tl.cast(row, tl.int64) * channels + c) * (WIDTH - 1)
     if first == 0:
         for j in tl.static_range(WIDTH - 1):
-            at = tokens - (WIDTH - 1) + j  # of the row's new tokens; below 0: one of an earlier step
-            source = x + tl.cast(begin + at, tl.int64) * stride_x + c
+            # Of the row's new tokens; below 0: one of an earlier step. The same for every channel.
+            at = c * 0 + (tokens - (WIDTH - 1) + j)
+            source = x + (begin + at).to(tl.int64) * stride_x + c
             new = tl.load(source, mask=some & (at >= 0), other=0.0).to(tl.float32)
             old = tl.load(state + kept + (tokens + j), mask=some & (at < 0), other=0.0).to(tl.float32)
             tl.store(after + kept + j, tl.where(at >= 0, new, old).to(after.dtype.element_ty), mask=some)

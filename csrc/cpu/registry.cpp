@@ -94,18 +94,15 @@ bool has_dot_products() {
 #endif
 
 #if defined(__aarch64__)
-// Matrix products of bytes and of bfloat16: Neoverse V1 and N2, Cortex-A510 and A710, Apple M2, and their successors.
+// Matrix products of bytes: Neoverse V1 and N2, Cortex-A510 and A710, Apple M2, and their successors.
 bool has_byte_matrices() {
 #if defined(__linux__)
-  constexpr unsigned long kBoth = 3ul << 13;  // HWCAP2_I8MM, HWCAP2_BF16
-  return (getauxval(AT_HWCAP2) & kBoth) == kBoth;
+  constexpr unsigned long kByteMatrices = 1ul << 13;  // HWCAP2_I8MM
+  return (getauxval(AT_HWCAP2) & kByteMatrices) != 0;
 #elif defined(__APPLE__)
-  for (const char* name : {"hw.optional.arm.FEAT_I8MM", "hw.optional.arm.FEAT_BF16"}) {
-    int found = 0;
-    size_t size = sizeof(found);
-    if (sysctlbyname(name, &found, &size, nullptr, 0) != 0 || found == 0) return false;
-  }
-  return true;
+  int found = 0;
+  size_t size = sizeof(found);
+  return sysctlbyname("hw.optional.arm.FEAT_I8MM", &found, &size, nullptr, 0) == 0 && found != 0;
 #else
   return false;
 #endif

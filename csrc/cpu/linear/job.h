@@ -7,13 +7,6 @@
 #if PHL_LEVEL == 2 && !PHL_AMX
 #include "bytes.h"
 #endif
-#if PHL_NEON
-#include "lanes.h"
-#endif
-#if PHL_I8MM
-#include "bf16.h"
-#include "pairs.h"
-#endif
 
 namespace phl {
 namespace PHL_NS {
@@ -319,13 +312,11 @@ void run_small(const Segment& s, int64_t block, int blocks, const Rows& rows, in
       with_count<Vec::small_rows>(n_rows, [&](auto n) {
         constexpr int R = decltype(n)::value;
         float* to = place.to + b * kBlock;
-#if PHL_NEON
-        constexpr auto once = lanes_block<L, R, true>, again = lanes_block<L, R, false>;
-#else
-        constexpr auto once = small_block<L, R, true>, again = small_block<L, R, false>;
-#endif
-        const auto run = R < Vec::small_rows / 2 || row == 0 || !fetches ? once : again;
-        run(w, lower, units, rows.int8(row), act_step, to, place.step, fetch);
+        if (R < Vec::small_rows / 2 || row == 0 || !fetches) {
+          small_block<L, R, true>(w, lower, units, rows.int8(row), act_step, to, place.step, fetch);
+        } else {
+          small_block<L, R, false>(w, lower, units, rows.int8(row), act_step, to, place.step, fetch);
+        }
       });
     }
     fetch.first += 64;
@@ -382,11 +373,7 @@ constexpr int64_t kDenseGroup = 320 << 10;
 template <class D>
 void run_dense(const Segment& s, int64_t first, int64_t last, const Rows& rows, int64_t count, const Output& out,
                int64_t first_row) {
-#if PHL_I8MM
-  constexpr int MaxR = sizeof(typename D::X) == 2 ? kBF16Rows : Vec::dense_rows, MaxB = Vec::dense_blocks;
-#else
   constexpr int MaxR = Vec::dense_rows, MaxB = Vec::dense_blocks;
-#endif
   using X = typename D::X;
   alignas(64) float y[MaxR * 2 * kBlock];
   const int64_t steps = rows.inputs / D::step, block_bytes = steps * D::bytes;
@@ -407,14 +394,6 @@ void run_dense(const Segment& s, int64_t first, int64_t last, const Rows& rows, 
         const Place place(out, s, block, blocks, first_row + row, y);
         with_count<MaxR>(n_rows, [&](auto n) {
           constexpr int R = decltype(n)::value;
-#if PHL_I8MM
-          if constexpr (sizeof(X) == 2) {
-            for (int b = 0; b < blocks; ++b) {
-              bf16_kernel<R>(w + b * block_bytes, steps, x, x_step, place.to + b * kBlock, place.step);
-            }
-            return;
-          }
-#endif
           if (MaxB == 2 && blocks == 2) {
             dense_kernel<D, R, MaxB>(w, block_bytes, steps, x, x_step, place.to, place.step);
           } else {
@@ -429,6 +408,16 @@ void run_dense(const Segment& s, int64_t first, int64_t last, const Rows& rows, 
     });
   }
 }
+
+#if PHL_I8MM
+}  // namespace
+}  // namespace PHL_NS
+}  // namespace phl
+#include "pairs.h"
+namespace phl {
+namespace PHL_NS {
+namespace {
+#endif
 
 #if PHL_AMX
 }  // namespace
@@ -471,8 +460,6 @@ PHL_INLINE void run_blocks(const Segment& s, int64_t first, int64_t last, const 
       } else {
 #if PHL_I8MM
         run_tile<L, AsPairs<L>>(s, block, blocks, rows, count, out, first_row, tile);
-#elif PHL_NEON
-        run_tile<L, AsLanes<L>>(s, block, blocks, rows, count, out, first_row, tile);
 #else
         run_tile<L, AsPacked<L>>(s, block, blocks, rows, count, out, first_row, tile);
 #endif

@@ -21,8 +21,8 @@ struct Vec {
   struct F {
     float32x4_t q[4];
   };
-  // Of 32 registers rows by lanes (lanes.h) take 8 for a chunk's operands and one each, a pair of rows (pairs.h) 8.
-  static constexpr int tile_rows = PHL_I8MM ? 6 : 8, wide_rows = tile_rows, tile_blocks = 1;
+  // Of 32 registers a tile's sums take 16 to 24, an operand and a row's bytes five more.
+  static constexpr int tile_rows = 4, wide_rows = 6, tile_blocks = 1;
   static constexpr int dense_rows = 6, dense_blocks = 1;
   static constexpr int small_rows = 4;
   static constexpr bool holds_chunk = false;  // a chunk's operands are all the registers
